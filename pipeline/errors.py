@@ -1,0 +1,39 @@
+"""What a user can get wrong, and the exit code each kind ends with.
+
+`pipeline/cli.py` maps these to one line on standard error. A message states what was found, what was wanted and
+what to do.
+"""
+
+
+class PipelineError(Exception):
+    """Base of every error that is not a bug of ours."""
+
+    code = 1
+
+
+class ProofError(PipelineError):
+    """A proof failed: outputs differ, an export does not match, a loss is not finite. Exit code 1."""
+
+
+class UsageError(PipelineError):
+    """A wrong option, recipe, path or model, or an identity that does not match. Exit code 2."""
+
+    code = 2
+
+
+class DataError(PipelineError):
+    """An unusable corpus or chat template, or too many refused samples. Exit code 3."""
+
+    code = 3
+
+
+class CacheError(PipelineError):
+    """A damaged cache or an unknown format version. Exit code 4."""
+
+    code = 4
+
+
+class RoomError(PipelineError):
+    """No room on disk or in memory, or nothing may be written there. Exit code 5."""
+
+    code = 5

@@ -1,0 +1,1 @@
+"""Verbs: what runs. One folder for each long command."""

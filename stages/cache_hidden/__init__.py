@@ -1,0 +1,1 @@
+"""Run the target over a corpus once and keep its hidden states."""

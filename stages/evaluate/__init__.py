@@ -1,0 +1,1 @@
+"""Decode with target and draft, and prove that nothing is lost."""

@@ -1,0 +1,1 @@
+"""Train a draft from a cache, with no target in memory."""
