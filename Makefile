@@ -1,0 +1,58 @@
+# Everything sets itself up from nothing: a virtual environment with the tested pins, then the command.
+PYTHON ?= python3
+BIN := .venv/bin
+PIPELINE := $(BIN)/pipeline
+TARGET := data/tiny-qwen3
+CACHE := build/hs_cache
+METHODS := dflash domino
+
+# What one method of the demo trains: about 150 s on two cores. The steps are fixed, so the table repeats.
+DEMO_STEPS := 500
+SEEDS := 0 1 2
+BUDGETS := $(DEMO_STEPS) $(shell echo $$((10 * $(DEMO_STEPS))))
+RESULT_PROMPTS := 256
+
+.PHONY: install demo test lint results clean
+
+install: .venv/installed
+
+# torch first, by its pin: nothing after it may then bring another build.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# The whole truth in minutes, without a GPU or a network: plan, cache, verify, train, decode, one table.
+demo: install
+	$(PIPELINE) plan --model $(TARGET) --out $(CACHE)
+	$(PIPELINE) cache-hidden --model $(TARGET) --out $(CACHE)
+	$(PIPELINE) verify $(CACHE)
+	$(foreach method,$(METHODS),$(PIPELINE) train-draft configs/$(method).toml --cache $(CACHE) \
+	    --set train.steps=$(DEMO_STEPS) --out build/demo/$(method) && \
+	  $(PIPELINE) evaluate --draft build/demo/$(method) --out build/demo/$(method).json && ) true
+	$(PIPELINE) report $(METHODS:%=build/demo/%.json)
+
+# Tests in two processes of one thread each; those of what matters most come first.
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Hours, in the background: every method, seed and budget, each resumable; then the README's table.
+results: install
+	$(PIPELINE) cache-hidden --model $(TARGET) --out $(CACHE)
+	set -e; for steps in $(BUDGETS); do for seed in $(SEEDS); do for method in $(METHODS); do \
+	  run=build/results/$$method-$$steps-$$seed; \
+	  $(PIPELINE) train-draft configs/$$method.toml --cache $(CACHE) --set train.steps=$$steps \
+	    --set train.seed=$$seed --out $$run; \
+	  $(PIPELINE) evaluate --draft $$run --count $(RESULT_PROMPTS) --out $$run.json; \
+	done; done; done
+	$(PIPELINE) report --markdown build/results/*.json
+
+clean:
+	rm -rf build

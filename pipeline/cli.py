@@ -1,0 +1,237 @@
+"""The command line: one command a stage, in workflow order.
+
+This is the only door: it imports the stages inside command bodies, so that `--help` stays quick and imports no torch,
+and it maps every typed error to one line and an exit code. The whole trace is shown with `--debug`.
+"""
+
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import click
+
+from pipeline import __version__
+from pipeline.errors import CacheError, PipelineError
+
+CACHE = click.Path(path_type=Path)
+TERMINATED = 128 + signal.SIGTERM
+
+
+class InWorkflowOrder(click.Group):
+    """Lists commands as they are used, not by the alphabet."""
+
+    def list_commands(self, ctx):
+        return list(self.commands)
+
+
+@click.group(cls=InWorkflowOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="pipeline")
+@click.option("--debug", is_flag=True, help="Show the whole trace of an error.")
+def commands(debug: bool):
+    """Train draft models for speculative decoding from a cache of the target's hidden states.
+
+    \b
+    pipeline cache-hidden --model Qwen/Qwen3-8B      the target runs once, on the GPU
+    pipeline train-draft  --cache ./hs_cache         from the cache alone, as often as you like
+    """
+
+
+def capture_options(command):
+    """The options that `plan` and `cache-hidden` share: everything that decides what a cache holds."""
+    for option in reversed(
+        [
+            click.option("--model", required=True, help="Target: a hub name or a folder."),
+            click.option("--corpus", default=None, help="JSONL or Parquet, a folder of them, or a hub data set."),
+            click.option("--out", type=CACHE, default="hs_cache", show_default=True, help="The cache's folder."),
+            click.option(
+                "--layers", default=None, help="Layers to keep, such as 1,9,17 (0 is the first, -1 the input)."
+            ),
+            click.option("--taps", type=click.IntRange(1), default=None, help="How many layers, evenly placed."),
+            click.option(
+                "--final",
+                type=click.Choice(["needed", "all", "none"]),
+                default="needed",
+                show_default=True,
+                help="Rows whose final state is kept.",
+            ),
+            click.option(
+                "--max-length", type=click.IntRange(2), default=3072, show_default=True, help="Tokens a sample."
+            ),
+            click.option("--max-samples", type=click.IntRange(1), default=None, help="Stop reading the corpus there."),
+            click.option("--batch-tokens", type=click.IntRange(1), default=None, help="Padded tokens a forward."),
+            click.option("--device", default=None, help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]"),
+            click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default=None, help="Compute type."),
+            click.option("--revision", default=None, help="Revision of a hub model."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+@commands.command()
+@capture_options
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+def plan(model, corpus, out, as_json, **chosen):
+    """Tokenise the corpus and print what a capture will hold and cost. The target does not run."""
+    from stages.cache_hidden.options import CaptureOptions
+    from stages.cache_hidden.run import plan, plan_table
+
+    report = plan(model, corpus, out, options=CaptureOptions(**chosen))
+    show(report, as_json, plan_table)
+
+
+@commands.command("cache-hidden")
+@capture_options
+def cache_hidden(model, corpus, out, **chosen):
+    """Run the target over the corpus once and keep its hidden states.
+
+    Stop it whenever you like: the same command goes on after the last finished shard.
+    """
+    from stages.cache_hidden.options import CaptureOptions
+    from stages.cache_hidden.run import run
+
+    run(model, corpus, out, options=CaptureOptions(**chosen))
+
+
+@commands.command()
+@click.argument("cache", type=CACHE, default="hs_cache")
+@click.option("--sample", type=int, default=None, help="Show this sample, its supervised tokens coloured.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def inspect(cache, sample, as_json):
+    """Say what a cache is and holds."""
+    from pipeline.report import cache_table, coloured_sample
+
+    if sample is None:
+        from pipeline.cache.inspect import describe
+
+        return show(describe(cache), as_json, cache_table)
+    from pipeline.cache.inspect import sample_view
+
+    show(sample_view(cache, sample), as_json, lambda view: coloured_sample(cache, view))
+
+
+@commands.command()
+@click.argument("cache", type=CACHE, default="hs_cache")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def verify(cache, as_json):
+    """Check every byte of a cache. Ends with 4 when something is damaged, and names it."""
+    from pipeline.cache.verify import verify
+    from pipeline.report import verify_table
+
+    report = verify(cache)
+    show(report.as_dict(), as_json, verify_table)
+    if report.damaged:
+        raise CacheError(
+            f"{cache}: {len(report.damaged)} damaged, named above; "
+            "delete the column folders named and run `pipeline cache-hidden` again: it captures only what is missing"
+        )
+
+
+@commands.command("train-draft")
+@click.argument("recipe", type=CACHE, required=False)
+@click.option("--cache", type=CACHE, default="hs_cache", show_default=True, help="The cache to train from.")
+@click.option("--set", "sets", multiple=True, metavar="A.B=C", help="Change one field of the recipe.")
+@click.option("--out", type=CACHE, default=None, help="The run's folder.  [default: runs/METHOD-DIGEST]")
+@click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
+def train_draft(recipe, cache, sets, out, device):
+    """Train a draft from a cache; the target is never loaded.
+
+    RECIPE is a TOML file that states what differs from the defaults. The same command goes on after any stop.
+    """
+    from stages.train_draft.run import run
+
+    run(cache, recipe, sets, out, device)
+
+
+@commands.command()
+@click.option("--draft", type=CACHE, required=True, help="A run's folder, a checkpoint or an exported folder.")
+@click.option("--model", default=None, help="The target.  [default: the one the cache was made with]")
+@click.option("--cache", type=CACHE, default=None, help="The cache.  [default: the one the draft was trained on]")
+@click.option("--prompts", type=CACHE, default=None, help="JSONL of messages.  [default: the cache's held-out split]")
+@click.option("--count", type=click.IntRange(1), default=64, show_default=True, help="Prompts, spread over domains.")
+@click.option("--max-new", type=click.IntRange(1), default=64, show_default=True, help="Tokens a reply at most.")
+@click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
+@click.option("--out", type=CACHE, default=None, help="Write the report here, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def evaluate(draft, as_json, **chosen):
+    """Decode with target and draft, measure the accept length, and prove the output unchanged."""
+    from stages.evaluate.run import run, table
+
+    show(run(draft, **chosen), as_json, table)
+
+
+@commands.command()
+@click.option("--draft", type=CACHE, required=True, help="A run's folder or a checkpoint.")
+@click.option("--out", type=CACHE, required=True, help="The folder to write.")
+@click.option("--format", "form", type=click.Choice(["sglang"]), default="sglang", show_default=True)
+def export(draft, out, form):
+    """Write a draft as serving engines load it, then re-open it and prove that it computes the same."""
+    from pipeline.export import export
+
+    done = export(draft, out, form)
+    click.echo(f"{out}: {done['tensors']} tensors, {done['parameters']:,} parameters, {done['proof']}")
+
+
+@commands.command()
+@click.argument("reports", type=click.Path(exists=True, dir_okay=False, path_type=Path), nargs=-1, required=True)
+@click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
+def report(reports, markdown):
+    """Put evaluation reports side by side; runs that differ only in their seed become one column."""
+    from pipeline.report import comparison
+
+    console().print(comparison(reports, markdown=markdown), markup=not markdown)
+
+
+def console():
+    """A rich console as wide as the terminal, at least 110 columns where there is none."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+
+
+def show(report: dict, as_json: bool, table) -> None:
+    """Print a report: as JSON on one machine-readable page, or as the table that `table` makes of it."""
+    if as_json:
+        click.echo(json.dumps(report, indent=2, default=str))
+    else:
+        console().print(table(report))
+
+
+def _stopped(signum, frame):
+    raise SystemExit(TERMINATED)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 1 a bug or a failed proof, 2-5 typed errors, 130 / 143 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    signal.signal(signal.SIGTERM, _stopped)
+    sys.excepthook = sys.__excepthook__ if debug else _bug
+    try:
+        commands.main(arguments, prog_name="pipeline", standalone_mode=False)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        sys.exit(_complain("interrupted; the same command goes on where this one stopped", 130, debug))
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "pipeline"
+        sys.exit(_complain(f"error: {error.format_message()} (`{command} --help` lists what there is)", 2, debug))
+    except PipelineError as error:
+        sys.exit(_complain(f"error: {error}", error.code, debug))
+    except BrokenPipeError:  # the reader of our output, `head` say, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _bug(kind, error, trace):
+    """What nobody foresaw, in one line; Python then exits with 1."""
+    click.echo(f"bug: {kind.__name__}: {error} (the trace: `pipeline --debug ...`)", err=True)
+
+
+def _complain(line: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    click.echo(line, err=True)
+    return code

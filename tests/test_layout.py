@@ -1,0 +1,82 @@
+"""The import arrows: stages -> pipeline, never back, never stage -> stage; one door; a door without torch."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("stages/**/*.py")])
+HEAVY = {"torch", "transformers", "datasets", "pyarrow", "zarr", "numpy", "pydantic"}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that a file names in an import, at any depth, as a dotted path."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides the arrow"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def under(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_arrows(path):
+    where = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+    door = where in {"pipeline.cli", "pipeline.__main__"}
+    for name in imports_of(path):
+        if under(where, "pipeline") and not door:
+            assert not under(name, "stages"), f"{where} imports {name}: pipeline never imports a stage"
+        if under(where, "stages") and under(name, "stages"):
+            stage = ".".join(where.split(".")[:2])
+            assert under(name, stage), f"{where} imports {name}: a stage never imports another"
+        if where != "pipeline.__main__":
+            assert not under(name, "pipeline.cli"), f"{where} imports the door"
+
+
+def test_training_and_what_it_imports_never_name_the_target():
+    todo, seen = [ROOT / "stages/train_draft/run.py"], set()
+    while todo:
+        path = todo.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for name in imports_of(path):
+            assert name.split(".")[0] not in {"transformers", "datasets"}, f"{path} imports {name}"
+            assert not under(name, "pipeline.target"), f"{path} imports the live target"
+            todo += [file for file in module_files(name) if file.exists()]
+    assert len(seen) > 8, "the walk must reach the cache, the drafts and the stage"
+
+
+def module_files(name: str) -> list[Path]:
+    base = ROOT.joinpath(*name.split("."))
+    return [base.with_suffix(".py"), base / "__init__.py"]
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from pipeline.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    loaded = {name.split(".")[0] for name in done.stdout.splitlines()[-1].split()}
+    assert not loaded & HEAVY
+
+
+def test_help_is_quick():
+    """Under 0.3 s. The best of five, since another process may be using the cores."""
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "pipeline", "--help"], capture_output=True, cwd=ROOT, check=True)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.3
