@@ -1,0 +1,162 @@
+"""The live target: a Hugging Face decoder, found, loaded and read by the convention of `pipeline/capture.py`.
+
+Used by `cache-hidden` and `evaluate` only; `train-draft` has no way here. Any causal LM with one list of decoder layers
+will do: its layers, norm and head are found by what they are, not by the model's name. `trust_remote_code` is never on.
+
+    B samples   T positions   D hidden size   V vocabulary
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from pipeline.errors import RoomError, UsageError
+from pipeline.target_files import find_target
+from pipeline.target_head import TargetHead
+
+
+def load_target(
+    model: str, *, device: str = "cpu", dtype: str | torch.dtype | None = None, revision: str | None = None
+) -> PreTrainedModel:
+    """Load the target in eval mode, frozen. dtype None: float32 on a CPU, else the type its config names.
+
+    Raises UsageError when there is no such model or its files are damaged or incomplete, RoomError when the device is
+    too small for it.
+    """
+    folder = find_target(model, revision)
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {device} was asked for, but torch sees no CUDA device; use `--device cpu`")
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else "auto"
+    elif isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    transformers_logging.disable_progress_bar()
+    try:
+        target, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True, output_loading_info=True
+        )
+        target = target.to(device)
+    except torch.OutOfMemoryError as error:
+        raise RoomError(f"{model} does not fit on {device} ({_line(error)}); use a larger device") from error
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UsageError(f"{model} cannot be loaded ({_line(error)}); fetch its files again") from error
+    absent = sorted({*report["missing_keys"], *(str(entry[0]) for entry in report.get("mismatched_keys", ()))})
+    if absent:
+        raise UsageError(
+            f"{model}: {len(absent)} weights are missing or of another shape, {absent[0]} for one, and would be random; "
+            "fetch its files again"
+        )
+    return target.eval().requires_grad_(False)
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the target's decoder layers, first to last. UsageError when there is no one such list."""
+    depth = model.config.get_text_config().num_hidden_layers
+    decoder = model.get_decoder()
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == depth]
+    if len(lists) != 1:
+        raise UsageError(
+            f"{type(model).__name__} is no plain decoder: {len(lists)} lists of {depth} layers in it, wanted one; "
+            "this target needs an engine of its own"
+        )
+    return lists[0]
+
+
+@contextmanager
+def tap_layers(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+    """Yield a dict that every forward inside fills with {layer: raw residual [B, T, D]}, for the wanted layers only.
+
+    What it holds is the model's own memory: copy what has to outlive the forward, and clear it.
+    """
+    taken: dict[int, Tensor] = {}
+    modules = decoder_layers(model)
+    handles = [_tap(modules, layer, taken) for layer in layers]
+    try:
+        yield taken
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tap(modules: nn.ModuleList, layer: int, taken: dict[int, Tensor]):
+    def before(module, args, kwargs):
+        taken[layer] = args[0] if args else kwargs["hidden_states"]
+
+    def after(module, args, output):
+        taken[layer] = output[0] if isinstance(output, tuple) else output
+
+    if layer == -1:
+        return modules[0].register_forward_pre_hook(before, with_kwargs=True)
+    return modules[layer].register_forward_hook(after)
+
+
+def run_decoder(model: PreTrainedModel, input_ids: Tensor, **kw):
+    """Run the target without its LM head; `last_hidden_state` [B, T, D] is after the last norm.
+
+    `kw` goes to the decoder as it is (attention_mask, position_ids, past_key_values, ...); no kv is kept unless asked.
+    """
+    kw.setdefault("use_cache", kw.get("past_key_values") is not None)
+    return model.get_decoder()(input_ids=input_ids, **kw)
+
+
+def lm_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Return the target's own logits [..., V] in fp32 for post-norm states [..., D]: head, scale and soft-cap."""
+    logits = model.get_output_embeddings()(hidden).float() * _logit_scale(model)
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def head_of(model: PreTrainedModel) -> TargetHead:
+    """Return the target's frozen embedding and LM head with embedding scale and soft-cap; a logit scale is folded in.
+
+    UsageError for a head that is not one matrix. The probe checks by value that nothing else stands between.
+    """
+    config = model.config.get_text_config()
+    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        raise UsageError(f"{type(model).__name__}: its LM head is not one matrix without a bias; no draft can share it")
+    scale = _logit_scale(model)
+    tied = head.weight.data_ptr() == embed.weight.data_ptr() and scale == 1.0
+    head_VD = embed.weight.detach() if tied else head.weight.detach()
+    if scale != 1.0:
+        head_VD = (head_VD.float() * scale).to(head_VD.dtype)
+    return TargetHead(
+        embed_VD=embed.weight.detach(),
+        head_VD=head_VD,
+        embed_scale=_embed_scale(model),
+        logit_softcap=getattr(config, "final_logit_softcapping", None),
+        tied=tied,
+    )
+
+
+def _embed_scale(model: PreTrainedModel) -> float:
+    """What the embedding is multiplied by before layer 0: Gemma keeps it in the module, rounded; others in the config."""
+    embed = model.get_input_embeddings()
+    scale = getattr(embed, "embed_scale", None)
+    if scale is not None:
+        return float(torch.as_tensor(scale).to(embed.weight.dtype))
+    config = model.config.get_text_config()
+    named = (getattr(config, name, None) for name in ("embedding_multiplier", "scale_emb"))
+    return float(next((value for value in named if value is not None), 1.0))
+
+
+def _logit_scale(model: PreTrainedModel) -> float:
+    """What the LM head's output is multiplied by: Granite divides, Cohere and Falcon-H1 multiply."""
+    config = model.config.get_text_config()
+    if getattr(config, "logits_scaling", None):
+        return 1.0 / config.logits_scaling
+    for name in ("logit_scale", "lm_head_multiplier"):
+        if getattr(config, name, None):
+            return float(getattr(config, name))
+    return 1.0

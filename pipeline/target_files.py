@@ -1,0 +1,179 @@
+"""The target as files: where they are, whether they are whole, and what they digest to. Imports no torch.
+
+A target's digest says which weights made a cache. Reading 16 GB for it would take minutes, so it covers what tells
+targets apart: the config, and of each safetensors file the header, the size, the first and the last MiB.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from pipeline.errors import UsageError
+
+MIB = 1 << 20
+CONFIG = "config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    CHAT_TEMPLATE,
+)
+HUB_FILES = [CONFIG, "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
+
+
+def find_target(model: str, revision: str | None = None) -> Path:
+    """Return the folder of a target's files: the one named, or the hub's snapshot, fetched when it is not here yet.
+
+    Raises UsageError when there is no such folder, no config in it, or no such model on a hub in reach.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / CONFIG).is_file():
+            raise UsageError(f"{model} is a folder without {CONFIG}; name the folder that a model was saved to")
+        return folder
+    if folder.exists():
+        raise UsageError(f"{model} is a file; name the folder that holds {CONFIG}")
+    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise UsageError(f"{model}: no such folder; name a folder that holds {CONFIG}, or a hub model like org/name")
+    return _snapshot(model, revision)
+
+
+def _snapshot(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    try:
+        found = Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES))
+    except (OSError, HFValidationError) as error:  # every error of the hub's client, offline ones too, is an OSError
+        cause = str(error).strip().split("\n")[0][:160]
+        raise UsageError(
+            f"{model}: no such folder here, and the hub gave no such model ({cause}); check the name, "
+            "the network and the access to gated models, or name a folder"
+        ) from error
+    if not (found / CONFIG).is_file():
+        raise UsageError(f"{model}: the hub holds no {CONFIG} for it; name a transformers model")
+    return found
+
+
+def target_name(model: str) -> str:
+    """Return what a cache calls its target: the hub's name, or the last part of a folder's path (no paths in a cache)."""
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() else model
+
+
+def read_json(path: Path) -> dict:
+    """Return the object a JSON file of the target holds; UsageError when it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); fetch the target's files again") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds no JSON object; fetch the target's files again")
+    return content
+
+
+def text_config(folder: Path) -> dict:
+    """Return the part of config.json that describes the decoder, which multi-modal targets nest."""
+    config = read_json(folder / CONFIG)
+    nested = config.get("text_config")
+    config = nested if isinstance(nested, dict) else config
+    for key in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        if not isinstance(config.get(key), int):
+            raise UsageError(f"{folder / CONFIG} names no {key}; this is no decoder of the transformers library")
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the target's safetensors files in order of name. UsageError when one is absent."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    else:
+        names = ["model.safetensors"]
+    files = [folder / Path(name).name for name in names]
+    absent = [path.name for path in files if not path.is_file()]
+    if absent or not files:
+        raise UsageError(
+            f"{folder} lacks {', '.join(absent) or 'weights'}; only safetensors weights are read, "
+            "fetch them or save the model with `save_pretrained`"
+        )
+    return files
+
+
+def safetensors_header(path: Path) -> bytes:
+    """Return a safetensors file's header. UsageError when the file is cut short or none."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if length <= size - 8 else b""
+    try:
+        tensors = json.loads(header)
+        ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is damaged or no safetensors file; fetch it again") from error
+    wanted = 8 + length + max(ends, default=0)
+    if wanted != size:
+        raise UsageError(f"{path} is damaged: {size} bytes where its header promises {wanted}; fetch it again")
+    return header
+
+
+def target_digest(folder: Path) -> str:
+    """Return the target's digest: config, and of each weight file header, size, first and last MiB. 32 hex digits."""
+    digest = hashlib.blake2b((folder / CONFIG).read_bytes(), digest_size=16)
+    for path in weight_files(folder):
+        size = path.stat().st_size
+        digest.update(f"\n{path.name} {size}\n".encode())
+        digest.update(safetensors_header(path))
+        with path.open("rb") as file:
+            digest.update(file.read(MIB))
+            file.seek(max(0, size - MIB))
+            digest.update(file.read(MIB))
+    return digest.hexdigest()
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return the tokenizer's files; UsageError when the target has none."""
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for path in files):
+        raise UsageError(f"{folder} holds no tokenizer; save the target's tokenizer beside its weights")
+    return files
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """Return the digest of every tokenizer file but the chat template, 32 hex digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in tokenizer_files(folder):
+        if path.name != CHAT_TEMPLATE:
+            content = path.read_bytes()
+            digest.update(f"\n{path.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def template_digest(folder: Path) -> str:
+    """Return the digest of the chat template, 32 hex digits. UsageError when the tokenizer has none."""
+    return hashlib.blake2b(chat_template(folder).encode(), digest_size=16).hexdigest()
+
+
+def chat_template(folder: Path) -> str:
+    """Return the chat template's text: its own file, else the entry `default` or only entry of the tokenizer's config."""
+    if (folder / CHAT_TEMPLATE).is_file():
+        return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
+    template = None
+    if (folder / "tokenizer_config.json").is_file():
+        template = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("default")
+    if not template:
+        raise UsageError(
+            f"{folder} has no chat template, so conversations cannot be rendered as the target knows them; "
+            f"add a {CHAT_TEMPLATE} beside its tokenizer"
+        )
+    return template
