@@ -1,0 +1,34 @@
+"""Fixtures shared by all tests: a tiny target, a tiny corpus, and the cache captured from them. Read-only: copy to change."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub
+
+import pytest
+import torch
+from tiny import conversations, save_target, write_jsonl
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_target(tmp_path_factory):
+    """The folder of a random Qwen3 target with its tokenizer."""
+    return save_target(tmp_path_factory.mktemp("target") / "tiny-random")
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory):
+    """A JSONL file of 24 chats with domain and split."""
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "chats.jsonl", conversations())
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tiny_target, tiny_corpus, tmp_path_factory):
+    """The folder of a cache with layers 1, 3 and 4 and `final`, captured in float32 on the CPU."""
+    from stages.cache_hidden.options import CaptureOptions
+    from stages.cache_hidden.run import run
+
+    folder = tmp_path_factory.mktemp("cache") / "hs_cache"
+    run(str(tiny_target), str(tiny_corpus), folder, options=CaptureOptions(layers="1,3,4", max_length=256))
+    return folder
