@@ -1,0 +1,342 @@
+"""Recipes: everything that decides how a draft comes out.
+
+A recipe is a TOML file with the sections [draft] and [train]; it states only what differs from the defaults, and
+`--set section.field=value` changes one field more. `resolve` fills the rest from a cache: sizes and layers from the
+target's config, the mask token from its tokenizer, the rates from the size. The resolved recipe is printed, kept in
+the run's folder, and loads back as the same recipe.
+
+    H hidden size   L layers of the target   V vocabulary   b block size
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+
+from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from pipeline.drafts import DraftConfig
+
+# Targets up to this width are toys for a CPU: their drafts guess 8 tokens a block instead of 16.
+SMALL_HIDDEN = 512
+
+# TOML has only lists; everything else keeps the type that was written.
+Layers = Annotated[tuple[int, ...], Field(strict=False, min_length=1)]
+LayerTypes = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+STRICT = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class DraftSection(BaseModel):
+    """What the draft is. Fields left out follow from the method and the target; see `resolve`."""
+
+    model_config = STRICT
+
+    method: str = "domino"
+    layers: Layers | None = None  # target layers read; left out: all that the cache holds
+    num_hidden_layers: PositiveInt | None = None  # min(5, L // 3)
+    block_size: int | None = Field(None, ge=2)  # 16; 8 when H <= SMALL_HIDDEN
+    mask_token_id: int | None = Field(None, ge=0)
+    shift_label: bool | None = None  # next-position labels: domino yes, dflash no, as published
+    gamma: NonNegativeFloat | None = None  # decay of the slots' weights; 0: none
+    weighting: str | None = None  # "decay", or one of the D-PACE forms
+    dpace_alpha: float | None = Field(None, ge=0, le=1)
+    # Domino only
+    pure_draft_prefix_len: int | None = Field(None, ge=0)  # 1
+    emb_dim: PositiveInt | None = None  # min(256, H)
+    gru_hidden_dim: PositiveInt | None = None  # min(1024, H)
+    lambda_start: float | None = Field(None, ge=0, le=1)  # 1
+    lambda_decay: PositiveFloat | None = None  # share of the steps until lambda is 0: 1
+    # Left out: the target's own. Stated for targets whose own mean something else (experts, latent attention).
+    intermediate_size: PositiveInt | None = None
+    num_attention_heads: PositiveInt | None = None
+    num_key_value_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
+    layer_types: LayerTypes | None = None  # all full_attention
+    sliding_window: PositiveInt | None = None
+
+
+class TrainSection(BaseModel):
+    """How long and how hard to train. `steps` and `epochs` are two ways to say the same, so only one is stated."""
+
+    model_config = STRICT
+
+    steps: PositiveInt | None = None
+    epochs: PositiveInt | None = None  # 6
+    batch: PositiveInt = 16  # samples of a global batch
+    context: PositiveInt = 3072  # rows of a cell; a longer sample gives one window of so many
+    anchors: PositiveInt = 512  # blocks a sample and epoch, at most
+    cell_anchors: PositiveInt | None = None  # blocks of a cell; max(512, anchors)
+    cells: PositiveInt = 1  # cells of a global batch, at least; more where they do not hold it
+    lr: PositiveFloat | None = None  # peak; see `default_lr`
+    warmup: float = Field(0.04, ge=0, lt=1)  # share of the steps
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    clip: PositiveFloat = 1.0  # global norm of the gradient
+    seed: int = Field(0, ge=0, lt=2**64)  # decides weights, sample order, windows and anchors
+    dtype: Literal["float32", "bfloat16"] | None = None  # of the arithmetic; weights are float32. The cache's own
+    log_every: PositiveInt = 10
+    eval_every: PositiveInt | None = None  # a quarter of the steps; always at the end
+    eval_samples: PositiveInt = 64  # held-out samples the accept length is measured on
+    heldout: float = Field(0.05, ge=0, lt=1)  # share of the prompts held out where the corpus does not say
+    save_every: PositiveInt | None = None  # a tenth of the steps, at most 500
+    keep: PositiveInt = 2  # checkpoints
+
+
+class Recipe(BaseModel):
+    """A whole recipe, resolved or not."""
+
+    model_config = STRICT
+
+    draft: DraftSection = DraftSection()
+    train: TrainSection = TrainSection()
+
+    def toml(self) -> str:
+        """Return the recipe as TOML; what is None is left out, so it loads back equal."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+    def digest(self) -> str:
+        """Return a hash of what it says, whatever the order it is said in."""
+        text = json.dumps(self.model_dump(exclude_none=True), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def load_recipe(path: Path | None, sets: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe and apply each `section.field=value` of `sets`.
+
+    Raises UsageError for a file that is not there or no TOML, an unknown key (naming the nearest), a wrong value.
+    """
+    stated = {} if path is None else _read(Path(path))
+    for entry in sets:
+        _set(stated, entry)
+    source = "the recipe" if path is None else str(path)
+    try:
+        recipe = Recipe.model_validate(stated)
+    except ValidationError as error:
+        raise UsageError(_explain(error, source)) from None
+    if recipe.train.steps and recipe.train.epochs:
+        raise UsageError(
+            f"{source} states train.steps = {recipe.train.steps} and train.epochs = {recipe.train.epochs}; "
+            "they say the same thing twice: leave one out"
+        )
+    return recipe
+
+
+def _read(path: Path) -> dict:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"no recipe at {path}; recipes are TOML files such as configs/domino.toml") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path} is a folder; the recipe of a run is {path / 'recipe.toml'}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not TOML: {error}") from None
+
+
+def _set(stated: dict, entry: str) -> None:
+    """Apply one `section.field=value`; the value is TOML, or a bare word."""
+    key, equals, text = entry.partition("=")
+    section, dot, field = key.strip().partition(".")
+    if not (equals and dot and section and field):
+        raise UsageError(f"--set {entry}: write section.field=value, such as --set train.lr=3e-4")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    fields = stated.setdefault(section, {})
+    if not isinstance(fields, dict):
+        raise UsageError(f"`{section}` is a value in the recipe, not a section; write [{section}] above its fields")
+    fields[field] = value
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    """Return the first complaint in one line; an unknown key with the nearest one and the known list."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"][:2])
+    if first["type"] != "extra_forbidden":
+        return f"{source}: `{place}` = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    sections = {"draft": DraftSection, "train": TrainSection}
+    if len(first["loc"]) == 1:
+        known, where = list(sections), "sections"
+    else:
+        known, where = list(sections[first["loc"][0]].model_fields), f"keys of [{first['loc'][0]}]"
+    near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)[0]
+    nearest = ".".join([*map(str, first["loc"][:-1]), near])
+    return f"{source}: unknown key `{place}`; did you mean `{nearest}`? Known {where}: {', '.join(known)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """A recipe with every field filled, and the draft it describes. `recipe.train.steps` is None until `lasting`."""
+
+    recipe: Recipe
+    draft: "DraftConfig"
+
+    def lasting(self, samples: int) -> "Resolved":
+        """Fill what follows from the number of training samples: the steps and how often to look and save.
+
+        An epoch is samples // batch steps, at least one; what is left over waits for the next epoch's order.
+        """
+        train = self.recipe.train
+        steps = train.steps or train.epochs * max(1, samples // train.batch)
+        filled = {
+            "steps": steps,
+            "epochs": None,
+            "eval_every": train.eval_every or max(1, math.ceil(steps / 4)),
+            "save_every": train.save_every or max(1, min(500, steps // 10)),
+        }
+        recipe = self.recipe.model_copy(update={"train": train.model_copy(update=filled)})
+        return dataclasses.replace(self, recipe=recipe)
+
+
+def resolve(recipe: Recipe, cache) -> Resolved:
+    """Fill a recipe from an open HiddenCache.
+
+    Raises UsageError for an unknown method, layers the cache lacks, no usable mask token, or sizes that cannot be.
+    """
+    target = text_config(cache.target_config)
+    draft = _resolve_draft(recipe.draft, target, cache)
+    config = _draft_config(draft, target)
+    train = recipe.train
+    filled = {
+        "epochs": train.epochs or (None if train.steps else 6),
+        "cell_anchors": train.cell_anchors or max(512, train.anchors),
+        "lr": train.lr or default_lr(config.hidden_size),
+        "dtype": train.dtype or str(cache.dtype).removeprefix("torch."),
+    }
+    if filled["cell_anchors"] < train.anchors:
+        raise UsageError(
+            f"train.cell_anchors = {filled['cell_anchors']} is below train.anchors = {train.anchors}: "
+            "a sample's blocks share a cell; raise the one or lower the other"
+        )
+    resolved = recipe.model_copy(update={"draft": draft, "train": train.model_copy(update=filled)})
+    return Resolved(resolved, config)
+
+
+def default_lr(hidden_size: int) -> float:
+    """Return the peak rate: 6e-4, as published for targets from 0.6B to 8B, and more for toys."""
+    return 6e-4 if hidden_size > SMALL_HIDDEN else 3e-3
+
+
+def _resolve_draft(draft: DraftSection, target: dict, cache) -> DraftSection:
+    from pipeline.drafts import DRAFTS, default_gamma
+
+    if draft.method not in DRAFTS:
+        raise UsageError(f"unknown draft.method `{draft.method}`; there are {', '.join(DRAFTS)}")
+    hidden, domino = target["hidden_size"], draft.method == "domino"
+    block = draft.block_size or (8 if hidden <= SMALL_HIDDEN else 16)
+    depth = draft.num_hidden_layers or min(5, max(1, target["num_hidden_layers"] // 3))
+    filled = {
+        "layers": check_held(cache, draft.layers),
+        "num_hidden_layers": depth,
+        "block_size": block,
+        "mask_token_id": resolve_mask_token(draft.mask_token_id, cache.tokens, target["vocab_size"]),
+        "shift_label": domino,
+        "gamma": float(default_gamma(block)),
+        "weighting": "decay",
+        "intermediate_size": target["intermediate_size"],
+        "num_attention_heads": target["num_attention_heads"],
+        "num_key_value_heads": target.get("num_key_value_heads") or target["num_attention_heads"],
+        "head_dim": target.get("head_dim") or hidden // target["num_attention_heads"],
+        "layer_types": ("full_attention",) * depth,
+    }
+    if (draft.weighting or "decay") != "decay":
+        filled["dpace_alpha"] = 0.5
+    if domino:
+        filled |= {"pure_draft_prefix_len": 1, "emb_dim": min(256, hidden), "gru_hidden_dim": min(1024, hidden)}
+        filled |= {"lambda_start": 1.0, "lambda_decay": 1.0}
+    stated = draft.model_dump(exclude_none=True)
+    return draft.model_copy(update=filled | stated | {"layers": filled["layers"]})
+
+
+def _draft_config(draft: DraftSection, target: dict) -> "DraftConfig":
+    """Build the checked config. Named one by one: nothing that only the target means may leak into the draft."""
+    from pipeline.drafts import DraftConfig
+
+    fields = draft.model_dump(exclude_none=True)
+    fields["target_layer_ids"] = fields.pop("layers")
+    fields["gamma"] = fields["gamma"] or None
+    return DraftConfig(
+        **fields,
+        hidden_size=target["hidden_size"],
+        vocab_size=target["vocab_size"],
+        num_target_layers=target["num_hidden_layers"],
+        rms_norm_eps=target.get("rms_norm_eps", 1e-6),
+        rope_theta=rope_theta(target),
+        max_position_embeddings=target["max_position_embeddings"],
+        attention_bias=bool(target.get("attention_bias", False)),
+        initializer_range=target.get("initializer_range", 0.02),
+    )
+
+
+def text_config(config: dict) -> dict:
+    """Return the language model's part of a target's config; targets that also see keep it apart."""
+    text = config.get("text_config") or config
+    needed = ["hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"]
+    missing = [key for key in [*needed, "intermediate_size"] if key not in text]
+    if missing:
+        raise UsageError(f"the target's config.json in the cache lacks {', '.join(missing)}: not a decoder we know")
+    return text
+
+
+def rope_theta(target: dict) -> float:
+    """Return the target's rotary base: `rope_parameters` (transformers 5, maybe one for each kind of layer) or legacy.
+
+    Raises UsageError when the two are stated and differ: a draft trained with one and served with the other accepts
+    nothing.
+    """
+    parameters = target.get("rope_parameters") or {}
+    new = parameters.get("rope_theta", (parameters.get("full_attention") or {}).get("rope_theta"))
+    legacy = target.get("rope_theta")
+    if new is not None and legacy is not None and float(new) != float(legacy):
+        raise UsageError(
+            f"the target's config states rope_theta {legacy:g} and rope_parameters.rope_theta {new:g}; "
+            "correct the target's config.json and capture again"
+        )
+    theta = legacy if new is None else new
+    return 10_000.0 if theta is None else float(theta)
+
+
+def resolve_mask_token(stated: int | None, tokens: dict, vocab_size: int) -> int:
+    """Return the mask token's id: the recipe's, else the tokenizer's, else the first id no token has.
+
+    Never pad, eos or bos: a draft would learn that the end of a text means "guess here".
+    """
+    mask, how = stated, "draft.mask_token_id"
+    if mask is None:
+        mask, how = tokens.get("mask"), "the tokenizer's mask token"
+    if mask is None:
+        mask, how = tokens["length"], "len(tokenizer)"
+    remedy = "set draft.mask_token_id to an id that no text uses"
+    if mask >= vocab_size:
+        raise UsageError(f"{how} is {mask}, outside the target's vocabulary of {vocab_size}; {remedy}")
+    special = {"pad": tokens.get("pad"), "bos": tokens.get("bos")}
+    taken = [name for name, token in special.items() if token == mask]
+    taken += ["eos"] * (mask in (tokens.get("eos") or []))
+    if taken:
+        raise UsageError(f"{how} is {mask}, the tokenizer's {' and '.join(taken)} token; {remedy}")
+    return mask
+
+
+def check_held(cache, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Return the layers to read, ascending: those wanted, or all that the cache holds. Refuse what it lacks."""
+    held = list(cache.layers)
+    missing = [layer for layer in wanted or () if layer not in held]
+    if not missing and held:
+        return tuple(sorted(set(wanted or held)))
+    every = ",".join(map(str, sorted({*held, *missing})))
+    layers = f" --layers {every}" if every else ""
+    name = cache.identity.get("target", {}).get("name", "MODEL")
+    command = f"`pipeline cache-hidden --model {name} --out {cache.path}{layers}`"
+    if not held:
+        raise UsageError(f"{cache.path} holds no layer that is whole; finish the capture with {command}")
+    raise UsageError(
+        f"{cache.path} holds layers {held}; this draft also reads {missing}. Capture them with {command}, "
+        "or leave `draft.layers` out of the recipe to read what is there."
+    )
