@@ -1,0 +1,199 @@
+"""Writing that survives a kill: scratch folders, locks, atomic renames, and errors that say what to do.
+
+What is unfinished is named `tmp-*` and stays locked (flock) while its process lives. A name without the prefix is
+complete: files are synced, renamed, and their folder synced. `clean` removes what nobody holds any more.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.cache.layout import SCRATCH
+from pipeline.errors import RoomError
+
+_GO_ON = "the same command goes on where this stopped"
+_FREE = "free {short} or pass --out on another disk; " + _GO_ON
+_MAY = "make it writable or pass another --out; " + _GO_ON
+_FEWER = "raise `ulimit -n` or close other programs; " + _GO_ON
+_LOCKS = "this disk has no file locks; pass --out on another disk"
+
+REMEDIES = {
+    errno.ENOSPC: _FREE,
+    errno.EDQUOT: _FREE,
+    errno.EFBIG: "raise `ulimit -f`; " + _GO_ON,
+    errno.EROFS: _MAY,
+    errno.EACCES: _MAY,
+    errno.EPERM: _MAY,
+    errno.EMFILE: _FEWER,
+    errno.ENFILE: _FEWER,
+    errno.ENOLCK: _LOCKS,
+    errno.EOPNOTSUPP: _LOCKS,
+}
+
+
+def size_text(count: int) -> str:
+    """A number of bytes for people: `1.5 GiB`, `20.0 MiB`."""
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{max(count, 0) / 1024:.1f} KiB"
+
+
+@contextlib.contextmanager
+def room(where: Path, what: str, need: int = 0) -> Iterator[None]:
+    """Turn a full disk, a read-only folder or a used-up limit into a RoomError; `need` is in bytes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        raise RoomError(_room_message(where, what, need, error)) from error
+
+
+def _room_message(where: Path, what: str, need: int, error: OSError) -> str:
+    free = free_bytes(where)
+    short = f"at least {size_text(max(need - free, 1 << 20))}"
+    needs = f", which needs {size_text(need)} where {size_text(free)} are free" if need else ""
+    remedy = REMEDIES[error.errno].format(short=short)
+    return f"{where}: cannot write {what}{needs}: {os.strerror(error.errno)}; {remedy}"
+
+
+def free_bytes(where: Path) -> int:
+    """Bytes an ordinary user may still write at `where`, or at its nearest parent that exists."""
+    where = where.absolute()
+    while not where.exists():
+        where = where.parent
+    return shutil.disk_usage(where).free
+
+
+def need_room(where: Path, what: str, need: int) -> None:
+    """RoomError before the work when `need` bytes cannot fit."""
+    if need > free_bytes(where):
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise RoomError(_room_message(where, what, need, full))
+
+
+def write_all(fd: int, data) -> None:
+    """`os.write` until every byte of `data` (a contiguous buffer) is written."""
+    rest = memoryview(data).cast("B")
+    while rest:
+        rest = rest[os.write(fd, rest) :]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames into `folder` last."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_file(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def lock(path: Path, *, wait: bool) -> int | None:
+    """Open (or make) `path` and lock it. None when it is held, or was removed while we waited.
+
+    The descriptor is the lock: closing it, or dying, lets go. Holding the lock of a name that is gone protects
+    nothing, hence the comparison at the end.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError:  # its folder was removed
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        held, there = os.fstat(fd), os.stat(path)
+        if (held.st_dev, held.st_ino) == (there.st_dev, there.st_ino):
+            return fd
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return None
+
+
+@contextlib.contextmanager
+def committing(cache: Path) -> Iterator[None]:
+    """Hold the cache's commit lock, for the few milliseconds in which names are put in place."""
+    path = cache / f"{SCRATCH}commit.lock"
+    while (fd := lock(path, wait=True)) is None:
+        pass
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(fd)
+
+
+class Scratch:
+    """A folder `tmp-<label>-<uuid>/` of a cache, locked while it is used and removed on `close`."""
+
+    def __init__(self, cache: Path, label: str):
+        with room(cache, "a scratch folder"):
+            self._lock = None
+            while self._lock is None:  # a cleaner may be quicker than our lock
+                self.path = cache / f"{SCRATCH}{label}-{uuid.uuid4().hex}"
+                self.path.mkdir()
+                self._lock = lock(self.path / "lock", wait=False)
+
+    def close(self) -> None:
+        if self._lock is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> "Scratch":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all."""
+    with room(path, "a file", len(data)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = None
+        while fd is None:
+            temporary = path.parent / f"{SCRATCH}{uuid.uuid4().hex}"
+            fd = lock(temporary, wait=False)
+        try:
+            write_all(fd, data)
+            os.fsync(fd)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+            os.close(fd)
+
+
+def clean(cache: Path) -> list[str]:
+    """Remove scratch folders and files whose process is gone. Returns their names, relative to the cache."""
+    removed = []
+    for path in sorted({*cache.glob(f"{SCRATCH}*"), *cache.glob(f"*/{SCRATCH}*"), *cache.glob(f"shards/*/{SCRATCH}*")}):
+        folder = path.is_dir() and not path.is_symlink()
+        if not folder and not path.is_file():
+            continue
+        fd = lock(path / "lock" if folder else path, wait=False)
+        if fd is None:
+            continue
+        try:
+            shutil.rmtree(path) if folder else path.unlink(missing_ok=True)
+            removed.append(path.relative_to(cache).as_posix())
+        finally:
+            os.close(fd)
+    return removed

@@ -1,0 +1,82 @@
+"""The index: for every sample of a plan its shard, rows, supervised count, domain and split, mapped at once.
+
+Derived from the plan alone, so it can be made again at any time; a cache whose index is missing or of another plan
+still opens, more slowly. Order: shard by shard, in the order of the shard.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+
+from pipeline.cache.disk import write_file
+from pipeline.cache.layout import INDEX, INDEX_MANIFEST
+from pipeline.cache.manifest import FileFact, check_file, read_canonical, write_canonical
+from pipeline.errors import CacheError
+
+if TYPE_CHECKING:
+    from pipeline.cache.plan import Plan
+
+SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.binary(16), nullable=False),
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("row", pa.int32(), nullable=False),  # of the shard
+        pa.field("offset", pa.int64(), nullable=False),
+        pa.field("length", pa.int32(), nullable=False),
+        pa.field("final_offset", pa.int64(), nullable=False),
+        pa.field("final_length", pa.int32(), nullable=False),
+        pa.field("supervised", pa.int32(), nullable=False),
+        pa.field("domain", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+    ]
+)
+
+
+def build_index(plan: "Plan") -> pa.Table:
+    """The index of a plan, one record batch a shard."""
+    batches = []
+    for shard in plan.shards:
+        named = {
+            "row": np.arange(len(shard), dtype=np.int32),
+            "final_length": np.diff(shard.final_bounds).astype(np.int32),
+            "supervised": shard.supervised.astype(np.int32),
+        }
+        columns = [
+            pa.array(named[field.name]) if field.name in named else shard.batch.column(field.name) for field in SCHEMA
+        ]
+        batches.append(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
+    return pa.Table.from_batches(batches, SCHEMA)
+
+
+def _segments(manifests: list[dict]) -> list[dict]:
+    """What tells plans apart: the digests of their segments."""
+    return [manifest["files"] for manifest in manifests]
+
+
+def place_index(cache: Path, plan: "Plan") -> None:
+    """Write the index of `plan`, its manifest last."""
+    sink = pa.BufferOutputStream()
+    table = build_index(plan).combine_chunks()
+    with pa.ipc.new_file(sink, SCHEMA) as writer:
+        writer.write_table(table)
+    data = sink.getvalue().to_pybytes()
+    write_file(cache / INDEX, data)
+    facts = {"files": {INDEX: FileFact.of_bytes(data).as_dict()}, "segments": _segments(plan.manifests)}
+    write_canonical(cache / INDEX_MANIFEST, facts)
+
+
+def read_index(cache: Path, manifests: list[dict]) -> pa.Table | None:
+    """Map the index of the plan with these manifests; None when it has to be made again."""
+    try:
+        facts = read_canonical(cache / INDEX_MANIFEST)
+        if facts["segments"] != _segments(manifests):
+            return None
+        check_file(cache / INDEX, facts["files"][INDEX])
+        with pa.memory_map(str(cache / INDEX)) as file:
+            table = pa.ipc.open_file(file).read_all()
+        return table if table.schema.equals(SCHEMA) else None
+    except (CacheError, OSError, KeyError, pa.ArrowInvalid):
+        return None

@@ -1,0 +1,68 @@
+"""Names and places inside a cache: what lies where, and how nothing can point outside.
+
+    cache.json                     what the cache is; never edited
+    plan/000000.{arrow,json}       one immutable segment per append: every sample's place, ids and mask
+    index.{arrow,json}             derived from the plan, rebuildable
+    target/                        config, tokenizer, head; `manifest.json` names their digests
+    shards/000000/samples.arrow    the shard's rows of the plan
+    shards/000000/aux.1/           one zarr v3 array, samples end to end
+    shards/000000/aux.1.arrow      per sample: ok, a hash for every 256 rows, the reason of a refusal
+    shards/000000/aux.1.json       written last: with it the column exists
+    quarantine/samples.json        refused samples with their reasons, derived from the columns
+    capture.log                    times and hosts, for people; no other file has any
+    tmp-*                          unfinished work and locks of a living (or killed) process
+"""
+
+import re
+from pathlib import Path
+
+from pipeline.errors import CacheError
+
+FORMAT = "1-rc"
+
+IDENTITY = "cache.json"
+PLAN = "plan"
+INDEX = "index.arrow"
+INDEX_MANIFEST = "index.json"
+TARGET = "target"
+TARGET_MANIFEST = "manifest.json"
+SHARDS = "shards"
+SAMPLES = "samples.arrow"
+QUARANTINE = "quarantine"
+REFUSED = "samples.json"
+LOG = "capture.log"
+SCRATCH = "tmp-"
+
+BLOCK_ROWS = 256  # one checksum for so many rows of a sample
+
+COLUMN = re.compile(r"aux\.(?:-1|0|[1-9][0-9]*)|final")
+NUMBER = re.compile(r"[0-9]{6}")
+
+
+def numbered(number: int) -> str:
+    """The name of shard or segment `number`."""
+    return f"{number:06d}"
+
+
+def shard_folder(cache: Path, shard: int) -> Path:
+    return cache / SHARDS / numbered(shard)
+
+
+def aux_column(layer: int) -> str:
+    return f"aux.{layer}"
+
+
+def layer_of(column: str) -> int | None:
+    """The layer an auxiliary column holds; None for `final`."""
+    return int(column.removeprefix("aux.")) if column.startswith("aux.") else None
+
+
+def inside(root: Path, relative: str) -> Path:
+    """The path `relative` of a manifest under `root`; CacheError when it, or a link on its way, leads out of `root`."""
+    parts = relative.split("/")
+    if relative.startswith("/") or "\0" in relative or any(part in ("", ".", "..") for part in parts):
+        raise CacheError(f"{root}: a manifest names {relative!r}; paths in a cache are relative and stay inside it")
+    path = root.joinpath(*parts)
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise CacheError(f"{path}: a link that leads out of the cache; replace it by the file it points to")
+    return path

@@ -1,0 +1,153 @@
+"""Manifests: small canonical JSON files, each ending with its own hash.
+
+Sorted keys, one-space indent, no NaN, and nothing that changes from run to run (no times, paths, hosts). The hash is
+blake2b-128 of the file as it would be without its hash line, so every flipped bit shows. Larger files are named in a
+manifest by size and xxh3-128.
+"""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from pipeline.cache.disk import committing, room, write_file
+from pipeline.cache.layout import FORMAT, IDENTITY
+from pipeline.errors import CacheError, UsageError
+
+MAX_BYTES = 64 << 20  # a larger "manifest" is refused before it is read
+PIECE = 4 << 20
+
+_TAIL = re.compile(rb',\n "hash": "([0-9a-f]{32})"\n}\n\Z')
+
+
+def canonical(facts: dict) -> bytes:
+    """The bytes of a manifest holding `facts`, with the format version and its own hash added."""
+    assert "hash" not in facts, "the hash is computed, not given"
+    text = json.dumps({"format": FORMAT, **facts}, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    body = text.removesuffix("\n}").encode()
+    return body + b',\n "hash": "' + _own_hash(body).encode() + b'"\n}\n'
+
+
+def _own_hash(body: bytes) -> str:
+    return hashlib.blake2b(body + b"\n}", digest_size=16).hexdigest()
+
+
+def write_canonical(path: Path, facts: dict) -> None:
+    """Write `facts` as a manifest, atomically."""
+    write_file(path, canonical(facts))
+
+
+def read_canonical(path: Path) -> dict:
+    """Read a manifest written by `write_canonical`, its hash under `hash`.
+
+    Raises CacheError for a missing or oversized file, another format version (naming both) and any damage.
+    """
+    try:
+        size = os.stat(path).st_size
+        if size > MAX_BYTES:
+            raise CacheError(f"{path}: {size} bytes, and no manifest has more than {MAX_BYTES}; it is damaged")
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise CacheError(f"{path}: missing; run `pipeline verify`") from None
+    except OSError as error:
+        raise CacheError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse_canonical(data, path)
+
+
+def parse_canonical(data: bytes, path: Path) -> dict:
+    """What `read_canonical` returns, from the file's bytes; `path` is for messages."""
+    try:
+        facts = json.loads(data)
+    except (ValueError, RecursionError):
+        raise CacheError(f"{path}: damaged, it is no JSON any more; run `pipeline verify`") from None
+    found = facts.get("format") if isinstance(facts, dict) else None
+    if isinstance(found, str) and found != FORMAT:
+        raise CacheError(
+            f"{path}: format version {found!r}, this program reads {FORMAT!r}; "
+            "use the program that wrote it, or make the cache again"
+        )
+    tail = _TAIL.search(data)
+    if found is None or not tail or tail[1].decode() != _own_hash(data[: tail.start()]):
+        raise CacheError(f"{path}: damaged, its own hash does not match; run `pipeline verify`")
+    return facts
+
+
+@dataclass(frozen=True)
+class FileFact:
+    """What a manifest says of another file: its size in bytes and its xxh3-128, in hex."""
+
+    size: int
+    xxh3: str
+
+    def as_dict(self) -> dict:
+        return {"size": self.size, "xxh3": self.xxh3}
+
+    @staticmethod
+    def of_bytes(data: bytes) -> "FileFact":
+        return FileFact(len(data), xxhash.xxh3_128_hexdigest(data))
+
+    @staticmethod
+    def of_file(path: Path) -> "FileFact":
+        """Read the whole file, a piece at a time."""
+        digest, size = xxhash.xxh3_128(), 0
+        with open(path, "rb", buffering=0) as file:
+            while piece := file.read(PIECE):
+                digest.update(piece)
+                size += len(piece)
+        return FileFact(size, digest.hexdigest())
+
+
+def check_size(path: Path, fact: dict) -> None:
+    """Refuse a file whose size is not the manifest's, before a byte of it is read or anything allocated for it."""
+    try:
+        size = os.stat(path).st_size
+    except (FileNotFoundError, NotADirectoryError):
+        raise CacheError(f"{path}: missing; run `pipeline verify`") from None
+    if size != fact["size"]:
+        raise CacheError(f"{path}: {size} bytes, its manifest says {fact['size']}; run `pipeline verify`")
+
+
+def check_file(path: Path, fact: dict) -> None:
+    """Refuse a file whose size or digest is not the manifest's."""
+    check_size(path, fact)
+    if FileFact.of_file(path).as_dict() != fact:
+        raise CacheError(f"{path}: damaged, its digest is not its manifest's; run `pipeline verify`")
+
+
+def create_identity(cache: Path, identity: dict) -> dict:
+    """Make `cache.json`, or check that the one there says the same. Returns what is on disk.
+
+    Raises UsageError naming the first key that differs, with both values.
+    """
+    path = cache / IDENTITY
+    with room(cache, "a cache"):
+        cache.mkdir(parents=True, exist_ok=True)
+        if not path.exists():  # a finished cache may lie on a read-only disk
+            with committing(cache):
+                if not path.exists():
+                    write_canonical(path, identity)
+    held = read_canonical(path)
+    wanted = json.loads(canonical(identity))
+    difference = _first_difference({**held, "hash": None}, {**wanted, "hash": None})
+    if difference:
+        key, there, here = difference
+        raise UsageError(
+            f"{cache} was made with {key} = {there!r}, this command asks for {here!r}; "
+            "pass the same, or another --out for a second cache"
+        )
+    return held
+
+
+def _first_difference(held, wanted, key: str = "") -> tuple[str, object, object] | None:
+    """The dotted key, the value on disk and the value wanted where two JSON values first differ."""
+    if isinstance(held, dict) and isinstance(wanted, dict):
+        for name in sorted({*held, *wanted}):
+            found = _first_difference(held.get(name), wanted.get(name), f"{key}.{name}" if key else name)
+            if found:
+                return found
+        return None
+    return None if held == wanted else (key, held, wanted)

@@ -1,0 +1,266 @@
+"""The plan: every sample's place, fixed before the target runs and never moved.
+
+Because the plan knows all lengths, sizes are known before anything runs, workers need no coordination, and a stopped
+capture goes on. Shards are contiguous ranges of the corpus; inside a shard the longest samples come first, so that
+micro-batches of consecutive samples waste little and write their rows in order.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+
+from pipeline.cache.disk import Scratch, committing, room, sync_file, sync_folder
+from pipeline.cache.index import place_index
+from pipeline.cache.layout import NUMBER, PLAN, numbered
+from pipeline.cache.manifest import FileFact, canonical, check_file, read_canonical
+from pipeline.cache.samples import SCHEMA, SPOOLED, PlannedSample, ShardPlan, make_batch, sample_id
+from pipeline.errors import CacheError, DataError, UsageError
+
+SHARD_BYTES = 4 << 30  # of raw states, over the columns first asked for
+SHARDS_AT_LEAST = 16  # so that a small plan, too, is kept as it goes
+_SPOOL_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A cache's plan, all segments together. `manifests` are those of the segments, in order."""
+
+    shards: list[ShardPlan]
+    manifests: list[dict]
+
+    def _sum(self, name: str) -> int:
+        return sum(manifest[name] for manifest in self.manifests)
+
+    @property
+    def samples(self) -> int:
+        return self._sum("samples")
+
+    @property
+    def tokens(self) -> int:
+        return self._sum("tokens")
+
+    @property
+    def supervised(self) -> int:
+        return self._sum("supervised")
+
+    @property
+    def duplicates(self) -> int:
+        return self._sum("duplicates")
+
+    @property
+    def final_rows(self) -> int:
+        """Rows that keep `final` when only those needed are kept."""
+        return self._sum("final_rows")
+
+    @property
+    def sources(self) -> list[dict]:
+        return [source for manifest in self.manifests for source in manifest["sources"]]
+
+    @property
+    def notes(self) -> dict:
+        """What the planner noted in the newest segment, samples dropped and why say."""
+        return self.manifests[-1]["notes"]
+
+
+@dataclass
+class _Counts:
+    """What is known once every sample has gone by."""
+
+    samples: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    duplicates: int = 0
+    final_rows: int = 0
+    seen: set[bytes] = field(default_factory=set)
+
+
+def write_segment(
+    cache: Path, samples: Iterable[PlannedSample], *, row_bytes: int, sources: list[dict], notes: dict | None = None
+) -> Plan:
+    """Append a segment to the cache's plan (the first one makes it) and return the whole plan.
+
+    `row_bytes` is what one row takes over all columns asked for; it only decides the size of shards. `sources` and
+    `notes` are read after the last sample, so a generator may fill them as it goes. A sample already planned is
+    counted as a duplicate. In memory are the samples' 16-byte names and one shard's tokens, never the corpus.
+    Raises DataError when no new sample comes, UsageError when another process planned meanwhile, RoomError.
+    """
+    assert row_bytes > 0, f"a row takes {row_bytes} bytes"
+    with room(cache, "a plan"):
+        cache.mkdir(parents=True, exist_ok=True)
+    earlier = load_plan(cache) if plan_numbers(cache) else Plan([], [])
+    counts = _Counts(seen={name for shard in earlier.shards for name in shard.batch.column("sample_id").to_pylist()})
+    with Scratch(cache, PLAN) as scratch, room(cache, "a plan"):
+        spool = scratch.path / "spool.arrow"
+        _spool(samples, spool, counts)
+        if not counts.samples:
+            raise DataError(
+                f"no usable sample in the corpus ({counts.duplicates} duplicates of planned ones); "
+                "it needs conversations with at least one assistant turn"
+            )
+        segment = scratch.path / "segment.arrow"
+        first = len(earlier.shards)
+        shards = _write_shards(spool, segment, counts, row_bytes, first)
+        manifest = {
+            "segment": len(earlier.manifests),
+            "files": {f"{numbered(len(earlier.manifests))}.arrow": FileFact.of_file(segment).as_dict()},
+            "first_shard": first,
+            "shards": shards,
+            "row_bytes": row_bytes,
+            "samples": counts.samples,
+            "tokens": counts.tokens,
+            "supervised": counts.supervised,
+            "final_rows": counts.final_rows,
+            "duplicates": counts.duplicates,
+            "sources": sources,
+            "notes": notes or {},
+        }
+        _commit(cache, scratch, segment, manifest, earlier)
+    return load_plan(cache)
+
+
+def _spool(samples: Iterable[PlannedSample], path: Path, counts: _Counts) -> None:
+    """Write the samples that are new to `path` as they come, and count."""
+    waiting, names, tokens = [], [], 0
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
+        for sample in samples:
+            T = len(sample.ids)
+            assert T and np.shape(sample.mask) == (T,), f"{sample.file}:{sample.line}: {T} ids, another mask"
+            name = sample_id(sample.ids, sample.mask)
+            if name in counts.seen:
+                counts.duplicates += 1
+                continue
+            counts.seen.add(name)
+            counts.samples += 1
+            counts.tokens += T
+            counts.supervised += int(np.count_nonzero(sample.mask))
+            waiting.append(sample)
+            names.append(name)
+            tokens += T
+            if tokens >= _SPOOL_TOKENS:
+                writer.write_batch(make_batch(waiting, names, SPOOLED))
+                waiting, names, tokens = [], [], 0
+        if waiting:
+            writer.write_batch(make_batch(waiting, names, SPOOLED))
+
+
+def _spooled(path: Path) -> Iterator[tuple[PlannedSample, bytes]]:
+    """Read back what `_spool` wrote, in order."""
+    with pa.memory_map(str(path)) as file:
+        for batch in pa.ipc.open_stream(file):
+            part = ShardPlan(batch, SPOOLED)
+            names, lines = batch.column("sample_id").to_pylist(), batch.column("line").to_pylist()
+            domains, splits, files = part.text("domain"), part.text("split"), part.text("source")
+            for row in range(len(part)):
+                sample = PlannedSample(part.ids(row), part.mask(row), domains[row], splits[row], files[row], lines[row])
+                yield sample, names[row]
+
+
+def _write_shards(spool: Path, segment: Path, counts: _Counts, row_bytes: int, first: int) -> int:
+    """Deal the spooled samples out to shards of about equal rows and write one batch each. Returns how many."""
+    wanted = max(SHARDS_AT_LEAST, -(-counts.tokens * row_bytes // SHARD_BYTES))
+    before = 0
+
+    def share(entry: tuple[PlannedSample, bytes]) -> int:
+        nonlocal before
+        part = before * wanted // counts.tokens
+        before += len(entry[0].ids)
+        return part
+
+    written = 0
+    with pa.OSFile(str(segment), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+        for _, group in groupby(_spooled(spool), key=share):
+            entries = sorted(group, key=lambda entry: (-len(entry[0].ids), entry[1]))
+            members, names = zip(*entries, strict=True)
+            batch = make_batch(members, names, first + written)
+            counts.final_rows += ShardPlan(batch, written).final_count
+            writer.write_batch(batch)
+            written += 1
+    return written
+
+
+def _commit(cache: Path, scratch: Scratch, segment: Path, manifest: dict, earlier: Plan) -> None:
+    """Put the segment in place, its manifest last; the index of the plan it makes comes before."""
+    folder, name = cache / PLAN, numbered(manifest["segment"])
+    ready = scratch.path / "segment.json"
+    ready.write_bytes(canonical(manifest))
+    sync_file(segment)
+    sync_file(ready)
+    with committing(cache):
+        if len(plan_numbers(cache)) != len(earlier.manifests):
+            raise UsageError(f"{cache}: another process planned meanwhile; run the command again, it uses that plan")
+        folder.mkdir(exist_ok=True)
+        segment.replace(folder / f"{name}.arrow")
+        plan = Plan(
+            earlier.shards + _shards_of(folder / f"{name}.arrow", manifest),
+            [*earlier.manifests, json.loads(canonical(manifest))],
+        )
+        place_index(cache, plan)
+        sync_folder(folder)
+        ready.replace(folder / f"{name}.json")
+        sync_folder(folder)
+        sync_folder(cache)
+
+
+def plan_numbers(cache: Path) -> list[int]:
+    """Numbers of the segments that exist, from 0. CacheError when one in between is missing."""
+    found = sorted(int(path.stem) for path in (cache / PLAN).glob("*.json") if NUMBER.fullmatch(path.stem))
+    if found != list(range(len(found))):
+        raise CacheError(f"{cache / PLAN}: segments {found}, one is missing; run `pipeline verify`")
+    return found
+
+
+def read_manifests(cache: Path) -> list[dict]:
+    """The manifests of the plan's segments. UsageError when there is no plan, CacheError for a damaged one."""
+    manifests = [read_canonical(cache / PLAN / f"{numbered(number)}.json") for number in plan_numbers(cache)]
+    if not manifests:
+        raise UsageError(f"{cache} has no plan yet; run `pipeline plan` or `pipeline cache-hidden`")
+    shards = 0
+    for number, manifest in enumerate(manifests):
+        if manifest["segment"] != number or manifest["first_shard"] != shards:
+            raise CacheError(f"{cache / PLAN}: segment {number} is out of its place; run `pipeline verify`")
+        shards += manifest["shards"]
+    return manifests
+
+
+def load_plan(cache: Path) -> Plan:
+    """Read the plan, every byte checked. UsageError when there is none, CacheError when it is damaged."""
+    manifests = read_manifests(cache)
+    shards = []
+    for number, manifest in enumerate(manifests):
+        name = f"{numbered(number)}.arrow"
+        check_file(cache / PLAN / name, manifest["files"][name])
+        shards += _shards_of(cache / PLAN / name, manifest)
+    return Plan(shards, manifests)
+
+
+def _shards_of(path: Path, manifest: dict) -> list[ShardPlan]:
+    """The shards of one segment, mapped."""
+    with pa.memory_map(str(path)) as file:
+        reader = pa.ipc.open_file(file)
+        if not reader.schema.equals(SCHEMA) or reader.num_record_batches != manifest["shards"]:
+            raise CacheError(f"{path}: not the shards its manifest counts; run `pipeline verify`")
+        first = manifest["first_shard"]
+        return [ShardPlan(reader.get_batch(number), first + number) for number in range(reader.num_record_batches)]
+
+
+def micro_batches(lengths: Sequence[int] | np.ndarray, batch_tokens: int) -> list[range]:
+    """Cut a shard's samples, in their order, into batches of at most `batch_tokens` padded tokens (at least a sample).
+
+    A pure function of the lengths, so that a capture computes the same batches whoever runs it and however often it
+    was stopped.
+    """
+    batches, first, longest = [], 0, 0
+    for row, length in enumerate(int(length) for length in lengths):
+        longest = max(longest, length)
+        if row > first and longest * (row + 1 - first) > batch_tokens:
+            batches.append(range(first, row))
+            first, longest = row, length
+    if len(lengths):
+        batches.append(range(first, len(lengths)))
+    return batches

@@ -1,0 +1,198 @@
+"""Samples as the plan keeps them: ids, loss mask and where their rows go, one Arrow record batch a shard.
+
+The same batch is a piece of a plan segment and, alone in a file, a shard's `samples.arrow`.
+
+    n samples of a shard   T rows of a sample
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+
+from pipeline.cache.layout import numbered
+from pipeline.capture import final_rows
+from pipeline.errors import CacheError
+
+SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.binary(16), nullable=False),
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),  # rows of the shard before this sample
+        pa.field("final_offset", pa.int64(), nullable=False),  # the same among the rows that keep `final`
+        pa.field("length", pa.int32(), nullable=False),
+        pa.field("input_ids", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),
+        pa.field("loss_mask", pa.list_(pa.field("item", pa.bool_(), nullable=False)), nullable=False),
+        pa.field("domain", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("line", pa.int64(), nullable=False),
+    ]
+)
+SPOOLED = -1  # the shard of a sample that has no place yet
+
+
+@dataclass(frozen=True)
+class PlannedSample:
+    """One conversation, truncated and trimmed: ids int32 [T], loss mask bool [T], and where it came from."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+    domain: str = ""
+    split: str = ""  # "train", "heldout", or "" where the corpus does not say
+    file: str = ""
+    line: int = 0
+
+
+def sample_id(ids_T: np.ndarray, mask_T: np.ndarray) -> bytes:
+    """The 16 bytes that name a sample: blake2b of its ids (int32, little-endian) and its mask (packed, low bit first).
+
+    The digest's input has 4 T + ceil(T / 8) bytes, from which T follows, so no two samples share an input.
+    """
+    packed = np.packbits(np.asarray(mask_T, bool), bitorder="little")
+    return hashlib.blake2b(np.asarray(ids_T, "<i4").tobytes() + packed.tobytes(), digest_size=16).digest()
+
+
+def make_batch(samples: Sequence[PlannedSample], ids16: Sequence[bytes], shard: int) -> pa.RecordBatch:
+    """The record batch of one shard, samples in the order given. The same input gives the same bytes."""
+    lengths = np.array([len(sample.ids) for sample in samples], np.int64)
+    kept = np.array([int(final_rows(sample.mask).sum()) for sample in samples], np.int64)
+    bounds = pa.py_buffer(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    ids = np.concatenate([np.asarray(sample.ids, np.int32) for sample in samples])
+    mask = np.concatenate([np.asarray(sample.mask, bool) for sample in samples])
+    # From our own buffers: Arrow promises nothing about the unused bits at the end of its own.
+    bits = pa.py_buffer(np.packbits(mask, bitorder="little"))
+    id_items = pa.Array.from_buffers(pa.int32(), len(ids), [None, pa.py_buffer(ids)])
+    mask_items = pa.Array.from_buffers(pa.bool_(), len(mask), [None, bits])
+    count = len(samples)
+    columns = [
+        pa.Array.from_buffers(pa.binary(16), count, [None, pa.py_buffer(b"".join(ids16))]),
+        pa.array(np.full(count, shard, np.int32)),
+        pa.array(np.cumsum(lengths) - lengths),
+        pa.array(np.cumsum(kept) - kept),
+        pa.array(lengths.astype(np.int32)),
+        pa.Array.from_buffers(SCHEMA.field("input_ids").type, count, [None, bounds], children=[id_items]),
+        pa.Array.from_buffers(SCHEMA.field("loss_mask").type, count, [None, bounds], children=[mask_items]),
+        pa.array([sample.domain for sample in samples], pa.string()),
+        pa.array([sample.split for sample in samples], pa.string()),
+        pa.array([sample.file for sample in samples], pa.string()),
+        pa.array([sample.line for sample in samples], pa.int64()),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def batch_bytes(batch: pa.RecordBatch) -> bytes:
+    """The batch alone as an Arrow IPC file: what `samples.arrow` holds."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def read_batch(path: Path) -> pa.RecordBatch:
+    """Map a `samples.arrow`. CacheError when it is no file of that form; its digest is the caller's to check."""
+    try:
+        with pa.memory_map(str(path)) as file:
+            reader = pa.ipc.open_file(file)
+            if reader.schema.equals(SCHEMA) and reader.num_record_batches == 1:
+                return reader.get_batch(0)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CacheError(f"{path}: cannot be read: {error}; run `pipeline verify`") from error
+    raise CacheError(f"{path}: damaged, it has not the columns of a shard's samples; run `pipeline verify`")
+
+
+class ShardPlan:
+    """What the plan says of one shard: its samples, longest first, and the place of their rows."""
+
+    def __init__(self, batch: pa.RecordBatch, number: int):
+        self.batch = batch
+        self.number = number
+
+    def __len__(self) -> int:
+        return self.batch.num_rows
+
+    def __repr__(self) -> str:
+        return f"ShardPlan({numbered(self.number)}: {len(self)} samples, {self.rows} rows)"
+
+    @property
+    def table(self) -> pa.Table:
+        return pa.Table.from_batches([self.batch])
+
+    def _numbers(self, name: str) -> np.ndarray:
+        return self.batch.column(name).to_numpy(zero_copy_only=True)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Rows of each sample, int64 [n]."""
+        return self._numbers("length").astype(np.int64)
+
+    @cached_property
+    def bounds(self) -> np.ndarray:
+        """First row of each sample in a column that keeps all rows, and the end: int64 [n + 1]."""
+        return np.append(self._numbers("offset"), self._numbers("offset")[-1] + self.lengths[-1])
+
+    @cached_property
+    def final_bounds(self) -> np.ndarray:
+        """The same for a column that keeps the rows `capture.final_rows` names."""
+        starts = self._numbers("final_offset")
+        return np.append(starts, starts[-1] + int(final_rows(self.mask(len(self) - 1)).sum()))
+
+    @property
+    def rows(self) -> int:
+        return int(self.bounds[-1])
+
+    @property
+    def final_count(self) -> int:
+        """Rows that keep `final`, of all samples together."""
+        return int(self.final_bounds[-1])
+
+    @cached_property
+    def _ids(self) -> tuple[np.ndarray, np.ndarray]:
+        lists = self.batch.column("input_ids")
+        return lists.offsets.to_numpy(), lists.values.to_numpy(zero_copy_only=True)
+
+    @cached_property
+    def _bits(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each sample the number of its first mask bit, and the bytes the bits are in."""
+        lists = self.batch.column("loss_mask")
+        items = lists.values
+        return lists.offsets.to_numpy() + items.offset, np.frombuffer(items.buffers()[1], np.uint8)
+
+    def ids(self, row: int) -> np.ndarray:
+        """Token ids of sample `row` of the shard, int32 [T], read-only."""
+        starts, ids = self._ids
+        return ids[starts[row] : starts[row + 1]]
+
+    def mask(self, row: int) -> np.ndarray:
+        """Loss mask of sample `row`, bool [T]."""
+        starts, data = self._bits
+        start, stop = int(starts[row]), int(starts[row + 1])
+        bits = np.unpackbits(data[start // 8 : -(-stop // 8)], bitorder="little")
+        return bits[start % 8 : start % 8 + stop - start].astype(bool)
+
+    @cached_property
+    def supervised(self) -> np.ndarray:
+        """Supervised rows of each sample, int64 [n]."""
+        starts, data = self._bits
+        bits = np.unpackbits(data, bitorder="little")[starts[0] : starts[-1]]
+        return np.add.reduceat(bits, (starts[:-1] - starts[0]).astype(np.int64), dtype=np.int64)
+
+    @cached_property
+    def sample_ids(self) -> np.ndarray:
+        """The samples' names as 128-bit numbers, uint64 [n, 2] (high, low): rows sort as the 16 bytes do."""
+        column = self.batch.column("sample_id")
+        start = column.offset * 16
+        data = np.frombuffer(column.buffers()[1], ">u8", count=2 * len(self), offset=start)
+        return data.reshape(-1, 2).astype(np.uint64)
+
+    def text(self, name: str) -> list[str]:
+        """One of the text columns: `domain`, `split`, `source`."""
+        return self.batch.column(name).to_pylist()
+
+    def line(self, row: int) -> int:
+        return self.batch.column("line")[row].as_py()

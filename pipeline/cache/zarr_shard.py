@@ -1,0 +1,198 @@
+"""The one file of a zarr v3 array: rows end to end in whole inner chunks, then an index of the chunks.
+
+    rows of chunk 0 | rows of chunk 1 | ... | zeros to the last chunk's end | (offset, nbytes) a chunk | crc32c
+
+zarr 3 core specification and its `sharding_indexed` codec: the index is uint64 pairs, little-endian, with a crc32c of
+them behind. Written directly because it is then one stream of bounded memory, and read directly because a sample is
+one byte range; any zarr v3 reader opens it. The array's shape is rounded up to whole chunks and has one shard.
+"""
+
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import xxhash
+
+from pipeline.cache.disk import write_all
+from pipeline.cache.manifest import FileFact
+from pipeline.errors import CacheError
+
+METADATA = "zarr.json"
+SHARD_FILE = "c/0/0"
+CHUNK_BYTES = 3 << 20  # aimed at; chunks of an array beyond 4 MiB come out at 2-4 MiB
+_ZEROS = bytes(1 << 20)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How an array of `rows` rows of `width` values is cut: `chunks` inner chunks of `chunk_rows` rows."""
+
+    rows: int
+    width: int
+    dtype: np.dtype
+    chunk_rows: int
+
+    @staticmethod
+    def of(rows: int, width: int, dtype: np.dtype) -> "Grid":
+        """Chunks of about equal size, so that the last one wastes less than a row a chunk."""
+        chunks = max(1, round(rows * width * dtype.itemsize / CHUNK_BYTES))
+        return Grid(rows, width, dtype, max(1, -(-rows // chunks)))
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width * self.dtype.itemsize
+
+    @property
+    def chunk_bytes(self) -> int:
+        return self.chunk_rows * self.row_bytes
+
+    @property
+    def chunks(self) -> int:
+        return max(1, -(-self.rows // self.chunk_rows))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.chunks * self.chunk_rows, self.width
+
+    @property
+    def data_bytes(self) -> int:
+        return self.chunks * self.chunk_bytes
+
+    @property
+    def index_bytes(self) -> int:
+        return 16 * self.chunks + 4
+
+    @property
+    def file_bytes(self) -> int:
+        return self.data_bytes + self.index_bytes
+
+    def index(self) -> bytes:
+        """The index of chunks that lie in order, end to end."""
+        starts = np.arange(self.chunks, dtype="<u8") * self.chunk_bytes
+        pairs = np.stack([starts, np.full_like(starts, self.chunk_bytes)], axis=1).tobytes()
+        return pairs + struct.pack("<I", google_crc32c.value(pairs))
+
+    def metadata(self) -> bytes:
+        """The array's `zarr.json`."""
+        shape = list(self.shape)
+        little = {"name": "bytes", "configuration": {"endian": "little"}}
+        sharding = {
+            "chunk_shape": [self.chunk_rows, self.width],
+            "codecs": [little],
+            "index_codecs": [little, {"name": "crc32c"}],
+            "index_location": "end",
+        }
+        facts = {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": shape,
+            "data_type": self.dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shape}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": 0,
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            "attributes": {},
+            "dimension_names": ["row", "channel"],
+        }
+        return (json.dumps(facts, indent=1) + "\n").encode()
+
+
+class ShardFileWriter:
+    """Streams the rows of one array into `folder`, digesting as they go. `finish` must follow the last row."""
+
+    def __init__(self, folder: Path, grid: Grid):
+        self.grid = grid
+        self.folder = folder
+        (folder / SHARD_FILE).parent.mkdir(parents=True)
+        (folder / METADATA).write_bytes(grid.metadata())
+        self._fd = os.open(folder / SHARD_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._digest = xxhash.xxh3_128()
+        self._size = 0
+
+    def write(self, rows: np.ndarray) -> None:
+        """Append rows, C-contiguous [n, width]."""
+        self._append(memoryview(rows).cast("B") if rows.size else b"")
+
+    def _append(self, data) -> None:
+        write_all(self._fd, data)
+        self._digest.update(data)
+        self._size += len(data)
+
+    def finish(self) -> None:
+        """Fill the last chunk with zeros, write the index and sync."""
+        written = self.grid.rows * self.grid.row_bytes
+        assert self._size == written, f"{self._size} bytes of rows written, {written} planned"
+        while rest := self.grid.data_bytes - self._size:
+            self._append(_ZEROS[:rest])
+        self._append(self.grid.index())
+        os.fsync(self._fd)
+        self.close()
+
+    def facts(self) -> dict[str, dict]:
+        """Size and digest of each file, by its path in the array's folder."""
+        metadata = FileFact.of_bytes(self.grid.metadata())
+        return {
+            METADATA: metadata.as_dict(),
+            SHARD_FILE: FileFact(self._size, self._digest.hexdigest()).as_dict(),
+        }
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+class ShardFile:
+    """An open shard file, for reading rows. Safe for many threads at once; closed when nobody holds it any more."""
+
+    def __init__(self, folder: Path, grid: Grid):
+        self.path = folder / SHARD_FILE
+        self.grid = grid
+        self._fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._chunks = None
+        size = os.fstat(self._fd).st_size
+        if size < grid.index_bytes:
+            raise CacheError(f"{self.path}: {size} bytes, less than its index; run `pipeline verify`")
+        index = os.pread(self._fd, grid.index_bytes, size - grid.index_bytes)
+        self.in_order = size == grid.file_bytes and index == grid.index()
+        if not self.in_order:
+            self._check(index, size)
+
+    def _check(self, index: bytes, size: int) -> None:
+        """The index of chunks in another order: its crc, and that no chunk is absent or outside the file."""
+        pairs = index[:-4]
+        if struct.pack("<I", google_crc32c.value(pairs)) != index[-4:]:
+            raise CacheError(f"{self.path}: damaged, the chunk index does not match its crc32c; run `pipeline verify`")
+        starts, counts = np.frombuffer(pairs, "<u8").reshape(-1, 2).T
+        end = size - self.grid.index_bytes
+        # An absent chunk, (2^64 - 1, 2^64 - 1), reads as zeros elsewhere; here a hole is damage.
+        if (counts != self.grid.chunk_bytes).any() or (starts > end - self.grid.chunk_bytes).any():
+            raise CacheError(f"{self.path}: damaged, the chunk index has a hole; run `pipeline verify`")
+        self._chunks = starts.astype(np.int64)
+
+    def read_into(self, first_row: int, out: memoryview) -> None:
+        """Fill `out`, whole rows as flat bytes, from `first_row` on. CacheError when the file ends before."""
+        assert first_row * self.grid.row_bytes + len(out) <= self.grid.data_bytes, f"rows beyond {self.path}"
+        if self.in_order:
+            self._read_at(first_row * self.grid.row_bytes, out)
+            return
+        while out:
+            chunk, row = divmod(first_row, self.grid.chunk_rows)
+            count = min(len(out), self.grid.chunk_bytes - row * self.grid.row_bytes)
+            self._read_at(int(self._chunks[chunk]) + row * self.grid.row_bytes, out[:count])
+            first_row, out = first_row + count // self.grid.row_bytes, out[count:]
+
+    def _read_at(self, start: int, out: memoryview) -> None:
+        while out:
+            count = os.preadv(self._fd, [out], start)
+            if not count:
+                raise CacheError(f"{self.path}: ends before byte {start}; run `pipeline verify`")
+            start, out = start + count, out[count:]
+
+    def __del__(self):
+        if getattr(self, "_fd", None) is not None:
+            os.close(self._fd)
