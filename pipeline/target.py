@@ -8,7 +8,6 @@ will do: its layers, norm and head are found by what they are, not by the model'
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -50,7 +49,7 @@ def load_target(
     absent = sorted({*report["missing_keys"], *(str(entry[0]) for entry in report.get("mismatched_keys", ()))})
     if absent:
         raise UsageError(
-            f"{model}: {len(absent)} weights are missing or of another shape, {absent[0]} for one, and would be random; "
+            f"{model}: {len(absent)} weights are missing or of another shape, {absent[0]} for one; "
             "fetch its files again"
         )
     return target.eval().requires_grad_(False)
@@ -127,21 +126,16 @@ def head_of(model: PreTrainedModel) -> TargetHead:
     if head is None or getattr(head, "bias", None) is not None:
         raise UsageError(f"{type(model).__name__}: its LM head is not one matrix without a bias; no draft can share it")
     scale = _logit_scale(model)
-    tied = head.weight.data_ptr() == embed.weight.data_ptr() and scale == 1.0
-    head_VD = embed.weight.detach() if tied else head.weight.detach()
+    embed_VD = embed.weight.detach()
+    head_VD = embed_VD if head.weight.data_ptr() == embed_VD.data_ptr() else head.weight.detach()
     if scale != 1.0:
         head_VD = (head_VD.float() * scale).to(head_VD.dtype)
-    return TargetHead(
-        embed_VD=embed.weight.detach(),
-        head_VD=head_VD,
-        embed_scale=_embed_scale(model),
-        logit_softcap=getattr(config, "final_logit_softcapping", None),
-        tied=tied,
-    )
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return TargetHead(embed_VD, head_VD, embed_scale=_embed_scale(model), logit_softcap=softcap)
 
 
 def _embed_scale(model: PreTrainedModel) -> float:
-    """What the embedding is multiplied by before layer 0: Gemma keeps it in the module, rounded; others in the config."""
+    """What the embedding is multiplied by before layer 0: Gemma has it in the module, rounded; others in the config."""
     embed = model.get_input_embeddings()
     scale = getattr(embed, "embed_scale", None)
     if scale is not None:

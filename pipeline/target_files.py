@@ -63,7 +63,7 @@ def _snapshot(model: str, revision: str | None) -> Path:
 
 
 def target_name(model: str) -> str:
-    """Return what a cache calls its target: the hub's name, or the last part of a folder's path (no paths in a cache)."""
+    """Return what a cache calls its target: the hub's name, or a folder's own (a cache holds no paths)."""
     folder = Path(model).expanduser()
     return folder.resolve().name if folder.is_dir() else model
 
@@ -162,7 +162,7 @@ def template_digest(folder: Path) -> str:
 
 
 def chat_template(folder: Path) -> str:
-    """Return the chat template's text: its own file, else the entry `default` or only entry of the tokenizer's config."""
+    """Return the chat template's text: its own file, else the (default) entry of the tokenizer's config."""
     if (folder / CHAT_TEMPLATE).is_file():
         return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
     template = None

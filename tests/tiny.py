@@ -90,7 +90,7 @@ def save_target(folder: Path, shape: PretrainedConfig | None = None, template: s
 def conversations(count: int = 24, seed: int = 0) -> list[dict]:
     """Short chats in three domains, a third of them of several turns, every fourth held out."""
     rng = random.Random(seed)
-    words = "red green blue one two three up down left right sun moon".split()
+    words = ["red", "green", "blue", "one", "two", "three", "up", "down", "left", "right", "sun", "moon"]
 
     def phrase(low: int, high: int) -> str:
         return " ".join(rng.choices(words, k=rng.randint(low, high)))
