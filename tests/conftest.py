@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: a tiny target, a tiny corpus, and the cache captured from them. Read-only: copy to change."""
+"""Fixtures shared by all tests: a tiny target, a tiny corpus, and their cache. Read-only: copy to change."""
 
 import os
 

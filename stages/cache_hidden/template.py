@@ -10,7 +10,6 @@ in the whole conversation, is not what the target would have written, so it stay
     T tokens of a conversation
 """
 
-import os.path
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,7 @@ class Rendered:
 
 
 def mask_rule(template: str) -> str:
-    """Return how the loss mask is found, as a cache's identity states it: by the template's "marks" or by "prefixes"."""
+    """Return how the loss mask is found, as a cache's identity states it: "marks" of the template, or "prefixes"."""
     return "marks" if MARKS.search(template) else "prefixes"
 
 
@@ -52,9 +51,7 @@ class ChatTemplate:
             cause = str(error).strip().split("\n")[0][:160]
             raise UsageError(f"{folder}: its tokenizer cannot be loaded ({cause}); fetch its files again") from error
         if not self.tokenizer.is_fast:
-            raise UsageError(
-                f"{folder}: its tokenizer does not say which characters a token covers; add a tokenizer.json"
-            )
+            raise UsageError(f"{folder}: its tokenizer cannot map tokens to characters; add a tokenizer.json")
         self.template = chat_template(folder)
         self.marked = mask_rule(self.template) == "marks"
         self.ends = {end for end in (self.tokenizer.eos_token, *_turn_ends(self.tokenizer)) if end}
@@ -100,7 +97,7 @@ class ChatTemplate:
             return Rendered(whole, [span for span in spans if span[0] < span[1]], 0)
         kept, rewritten = [], 0
         for at, span in zip(turns, spans, strict=True):
-            if at < turns[-1]:
+            if at < len(messages) - 1:
                 through, alone = self._render(messages[: at + 1], marks=True)
                 if alone[-1:] != [span] or through[: span[1]] != whole[: span[1]]:
                     rewritten += 1
@@ -117,7 +114,7 @@ class ChatTemplate:
             through = self._render(messages[: at + 1]) if at < len(messages) - 1 else whole
             before = self._render(messages[:at], prompt=True)
             # A template may put more into its prompt than into the turn (an opening thought): they part there.
-            start = len(os.path.commonpath([before, through]))
+            start = _common(before, through)
             stop = start + self._length(through[start:], messages[at]["content"])
             if through[:stop] != whole[:stop]:
                 rewritten += 1
@@ -126,7 +123,7 @@ class ChatTemplate:
         return Rendered(whole, kept, rewritten)
 
     def _length(self, reply: str, content: str) -> int:
-        """Return how many characters of a rendered turn the target writes: through what ends the turn after its content.
+        """Return how many characters of a rendered turn the target writes: through what ends the turn.
 
         What a template puts behind that (a newline, an end of text) the target never writes.
         """
@@ -135,6 +132,12 @@ class ChatTemplate:
         after = found + len(content) if found >= 0 else 0
         ends = [place + len(end) for end in self.ends if (place := reply.find(end, after)) >= 0]
         return min(ends, default=len(reply.rstrip()))
+
+
+def _common(one: str, other: str) -> int:
+    """Return how many characters two texts share from their start."""
+    pairs = zip(one, other, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def _turn_ends(tokenizer: PreTrainedTokenizerBase) -> list[str]:
