@@ -1,0 +1,27 @@
+"""The draft methods and what they share. Adding one is one file and one line in `DRAFTS`."""
+
+from pipeline.drafts.blocks import Blocks, Cell, eligible_anchors, lay_blocks, pack
+from pipeline.drafts.config import DraftConfig, default_gamma
+from pipeline.drafts.dflash import DFlash
+from pipeline.drafts.domino import Domino
+from pipeline.drafts.draft import Draft, DraftKV, Knobs, Loss, init_weights
+from pipeline.drafts.metrics import metrics_of
+
+DRAFTS: dict[str, type[Draft]] = {"dflash": DFlash, "domino": Domino}
+
+__all__ = [
+    "DRAFTS",
+    "Blocks",
+    "Cell",
+    "Draft",
+    "DraftConfig",
+    "DraftKV",
+    "Knobs",
+    "Loss",
+    "default_gamma",
+    "eligible_anchors",
+    "init_weights",
+    "lay_blocks",
+    "metrics_of",
+    "pack",
+]

@@ -1,0 +1,144 @@
+"""The one backbone of every method: a few decoder layers whose queries are the slots of blocks, and whose keys are
+the target's states before the anchor plus the block itself.
+
+The context is one projection of the captured layers, computed once and read unchanged by every layer; only the
+slots' stream is normed on the way in and updated. Parameter names are those of published checkpoints, all at the
+top level. RoPE tables are made in float32 for each forward: no buffer for a cast to bfloat16 to round.
+
+    R context rows   K captured layers   D hidden size   Q slots of all blocks, end to end
+    A query heads   G key/value heads   E head size
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.drafts.config import DraftConfig
+
+
+class RMSNorm(nn.Module):
+    """Hugging Face's Qwen3 norm: variance and scaling in float32, back to the input's dtype, then the weight."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)
+
+
+def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [..., E / 2] of positions [...], in float32 whatever the draft's dtype (ALGORITHMS 3.6)."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device=positions.device).float() / head_dim
+    angles = positions.float()[..., None] * (1.0 / theta**exponent)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_TAE: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the halves of each head by its position's angles (NeoX style), in float32 at least."""
+    cos_T1E, sin_T1E = (table[:, None] for table in tables)
+    left, right = x_TAE.chunk(2, dim=-1)
+    return torch.cat([left * cos_T1E - right * sin_T1E, right * cos_T1E + left * sin_T1E], dim=-1).to(x_TAE.dtype)
+
+
+class Attention(nn.Module):
+    """Projections of one layer. Context and slots share the same key and value weights."""
+
+    def __init__(self, config: DraftConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        wide, narrow = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, wide, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, narrow, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, narrow, bias=bias)
+        self.o_proj = nn.Linear(wide, config.hidden_size, bias=bias)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def queries(self, x_QD: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """Queries [A, Q, E] at the tables' positions."""
+        q_QAE = self.q_norm(self.q_proj(x_QD).unflatten(-1, (-1, self.head_dim)))
+        return rotate(q_QAE, tables).transpose(0, 1)
+
+    def keys_values(self, x_TD: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values [G, T, E] at the tables' positions."""
+        k_TGE = self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim)))
+        v_TGE = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        return rotate(k_TGE, tables).transpose(0, 1), v_TGE.transpose(0, 1)
+
+    def merge(self, out_AQE: Tensor) -> Tensor:
+        """Heads back to [Q, D]."""
+        return self.o_proj(out_AQE.transpose(0, 1).flatten(1))
+
+
+class MLP(nn.Module):
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, config: DraftConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """One decoder layer. `window` is None on a full layer."""
+
+    def __init__(self, config: DraftConfig, index: int):
+        super().__init__()
+        self.window = config.sliding_window if config.layer_types[index] == "sliding_attention" else None
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x_QD: Tensor, context: tuple[Tensor, Tensor], tables: tuple[Tensor, Tensor], attention) -> Tensor:
+        """context: this layer's keys and values of the rows. attention: one of the three of `attention.py`."""
+        y_QD = self.input_layernorm(x_QD)
+        own = self.self_attn.keys_values(y_QD, tables)
+        x_QD = x_QD + self.self_attn.merge(attention(self.self_attn.queries(y_QD, tables), context, own, self.window))
+        return x_QD + self.mlp(self.post_attention_layernorm(x_QD))
+
+
+class Backbone(nn.Module):
+    """Projection of the captured layers, decoder layers, final norm."""
+
+    def __init__(self, config: DraftConfig):
+        super().__init__()
+        self.config = config
+        taps = len(config.target_layer_ids)
+        self.fc = nn.Linear(taps * config.hidden_size, config.hidden_size, bias=False)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    @property
+    def windows(self) -> set[int | None]:
+        """The kinds of layer there are."""
+        return {layer.window for layer in self.layers}
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+
+    def context(self, aux_KRD: Tensor) -> Tensor:
+        """What every layer reads of the target: [R, D]. Layers in ascending order, as they were trained."""
+        flat_RF = aux_KRD.to(self.fc.weight.dtype).transpose(0, 1).flatten(1)
+        return self.hidden_norm(self.fc(flat_RF))
+
+    def context_keys_values(self, aux_KRD: Tensor, positions_R: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [G, R, E] of the context, for each layer."""
+        context_RD, tables = self.context(aux_KRD), self.tables(positions_R)
+        return [layer.self_attn.keys_values(context_RD, tables) for layer in self.layers]
+
+    def slots(self, x_QD: Tensor, positions_Q: Tensor, memory: list[tuple[Tensor, Tensor]], attention) -> Tensor:
+        """Run the slots' stream through all layers, final norm included: [Q, D]."""
+        tables = self.tables(positions_Q)
+        for layer, context in zip(self.layers, memory, strict=True):
+            x_QD = layer(x_QD, context, tables, attention)
+        return self.norm(x_QD)

@@ -1,0 +1,143 @@
+"""Cells and blocks: what one forward computes, and the small problems a draft is trained on.
+
+A cell is a few samples end to end, without padding. A block is S slots laid from an anchor, a known token, to be
+guessed at once: one pass of the target pays for N such problems.
+
+    M documents   R rows of a cell   T rows of a sample   K layers   D hidden size   N blocks   S slots
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pipeline.drafts.attention import Group, group_blocks
+from pipeline.drafts.config import DraftConfig
+
+
+class Rows(Protocol):
+    """What is read of a sample; `pipeline.cache.Sample` is one."""
+
+    ids: Tensor  # [T]
+    mask: Tensor  # [T] bool
+    aux: Tensor  # [K, T, D]
+
+
+def _moved(record, device):
+    """The same dataclass with every tensor on `device`."""
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    return replace(
+        record,
+        **{name: value.to(device, non_blocking=True) for name, value in values.items() if torch.is_tensor(value)},
+    )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Samples end to end. Rows of document m are starts_M[m] .. starts_M[m] + lengths_M[m] - 1."""
+
+    ids_R: Tensor  # int64
+    mask_R: Tensor  # bool: tokens to learn
+    pos_R: Tensor  # int64: the row's position in its sample, also where only a window of it is here
+    doc_R: Tensor  # int64: index of the document
+    starts_M: Tensor  # int64
+    lengths_M: Tensor  # int64
+    aux_KRD: Tensor
+    names: tuple[str, ...]  # sample ids in hex, for error messages
+
+    def to(self, device: torch.device | str) -> "Cell":
+        return _moved(self, device)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """N blocks over one cell. Everything is known before any forward, the loss's denominators included."""
+
+    anchors_N: Tensor  # int64: rows of the cell
+    keep_N: Tensor  # bool: False is padding: it sees no context and weighs nothing
+    starts_N: Tensor  # int64: first row of the anchor's document
+    doc_N: Tensor  # int64
+    noise_ids_NS: Tensor  # int64: the anchor's token, then mask tokens
+    positions_NS: Tensor  # int64: true positions, anchor + slot
+    labels_NS: Tensor  # int64
+    prev_NS: Tensor  # int64: the token at anchor + slot, which a causal head reads
+    scored_NS: Tensor  # bool
+    weights_NS: Tensor  # float32: `scored` times the decay
+    groups: tuple[Group, ...]
+    documents: int
+
+    def to(self, device: torch.device | str) -> "Blocks":
+        return _moved(self, device)
+
+
+def pack(samples: Sequence[Rows], names: Sequence[str], offsets: Sequence[int] | None = None) -> Cell:
+    """Lay samples end to end, without padding. `offsets`: the true position of each one's first row (default 0)."""
+    offsets = [0] * len(samples) if offsets is None else offsets
+    assert samples and len(samples) == len(names) == len(offsets), f"{len(samples)} samples, {len(names)} names"
+    lengths_M = torch.tensor([len(sample.ids) for sample in samples])
+    return Cell(
+        ids_R=torch.cat([sample.ids for sample in samples]).long(),
+        mask_R=torch.cat([sample.mask for sample in samples]).bool(),
+        pos_R=torch.cat([torch.arange(len(s.ids)) + first for s, first in zip(samples, offsets, strict=True)]),
+        doc_R=torch.repeat_interleave(torch.arange(len(samples)), lengths_M),
+        starts_M=lengths_M.cumsum(0) - lengths_M,
+        lengths_M=lengths_M,
+        aux_KRD=torch.cat([sample.aux for sample in samples], dim=1),
+        names=tuple(names),
+    )
+
+
+def eligible_anchors(mask_T: Tensor) -> Tensor:
+    """Rows [T] of one sample that may be anchors: supervised, and so is the next. The block may run past the end."""
+    mask_T = mask_T.bool()
+    eligible_T = torch.zeros_like(mask_T)
+    eligible_T[:-1] = mask_T[:-1] & mask_T[1:]
+    return eligible_T
+
+
+def lay_blocks(cell: Cell, anchors_N: Tensor, keep_N: Tensor, config: DraftConfig) -> Blocks:
+    """Lay a block from each anchor row. Labels and prefixes never leave the anchor's document.
+
+    Same-position labels: slot k guesses token anchor + k, slot 0 (the anchor itself) is never scored. Next-position:
+    anchor + k + 1, all slots. A gap in the loss mask does not invalidate the slots after it (DFlash and Domino).
+    """
+    device = cell.ids_R.device
+    anchors_N, keep_N = anchors_N.to(device).long(), keep_N.to(device).bool()
+    doc_N = cell.doc_R[anchors_N]
+    starts_N = cell.starts_M[doc_N]
+    last_N1 = (starts_N + cell.lengths_M[doc_N] - 1)[:, None]
+    slots_S = torch.arange(config.block_size, device=device)
+    token_NS = anchors_N[:, None] + slots_S
+    label_NS = token_NS + int(config.shift_label)
+    safe_NS = torch.minimum(label_NS, last_N1)
+
+    scored_NS = keep_N[:, None] & (label_NS <= last_N1) & cell.mask_R[safe_NS] & (slots_S >= config.first_slot)
+    noise_ids_NS = torch.full_like(token_NS, config.mask_token_id)
+    noise_ids_NS[:, 0] = torch.where(keep_N, cell.ids_R[anchors_N], config.mask_token_id)
+    return Blocks(
+        anchors_N=anchors_N,
+        keep_N=keep_N,
+        starts_N=starts_N,
+        doc_N=doc_N,
+        noise_ids_NS=noise_ids_NS,
+        positions_NS=cell.pos_R[anchors_N][:, None] + slots_S,
+        labels_NS=cell.ids_R[safe_NS],
+        prev_NS=cell.ids_R[torch.minimum(token_NS, last_N1)],
+        scored_NS=scored_NS,
+        weights_NS=scored_NS * slot_decay(config).to(device),
+        groups=group_blocks(anchors_N.tolist(), keep_N.tolist(), starts_N.tolist(), config.block_size),
+        documents=len(cell.names),
+    )
+
+
+def slot_decay(config: DraftConfig) -> Tensor:
+    """Weight [S] by distance from the first proposal, exp(-distance / gamma); ones where there is no gamma.
+
+    D-PACE weights by the draft's own confidence instead (`losses.py`) and ignores gamma.
+    """
+    if config.gamma is None or config.weighting != "decay":
+        return torch.ones(config.block_size)
+    distance_S = (torch.arange(config.block_size, dtype=torch.float32) - config.first_slot).clamp(min=0)
+    return torch.exp(-distance_S / config.gamma)

@@ -1,0 +1,175 @@
+"""What a draft is: its shapes, its target's layers, its labels and its loss weights. Everything checked at once.
+
+A wrong value must fail here, before any work: read the other way round, a label convention or a layer id runs
+without an error and accepts nothing.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from pipeline.errors import UsageError
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def default_gamma(block_size: int) -> float:
+    """Decay constant by block size: 7 for 16, 5 for 10, 4 for 8 (DFlash, appendix A.1) and for 7 (DeepSpec)."""
+    # Only these four are published; other sizes take the constant of the nearest one.
+    known = {7: 4.0, 8: 4.0, 10: 5.0, 16: 7.0}
+    return known[min(known, key=lambda size: (abs(size - block_size), size))]
+
+
+class DraftConfig(BaseModel):
+    """One draft, flat. UsageError with the remedy for every combination that could not work.
+
+    `shift_label` is the label convention: slot k guesses the token at anchor + k (False) or anchor + k + 1 (True).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    vocab_size: PositiveInt
+    rms_norm_eps: PositiveFloat = 1e-6
+    rope_theta: PositiveFloat
+    max_position_embeddings: PositiveInt
+    attention_bias: bool = False
+    initializer_range: PositiveFloat = 0.02
+    layer_types: tuple[str, ...] = ()  # empty: every layer attends to all of the context
+    sliding_window: PositiveInt | None = None
+
+    num_target_layers: PositiveInt  # the target's depth L
+    target_layer_ids: tuple[int, ...]
+    block_size: PositiveInt
+    mask_token_id: NonNegativeInt
+    shift_label: bool
+
+    # Read by domino only, None for the others.
+    pure_draft_prefix_len: NonNegativeInt | None = None
+    emb_dim: PositiveInt | None = None  # rank of the correction
+    gru_hidden_dim: PositiveInt | None = None
+    lambda_start: float | None = None
+    lambda_decay: float | None = None  # share of the horizon over which lambda falls to 0
+
+    gamma: float | None = None  # None: no decay
+    weighting: Literal["decay", "dpace", "dpace-cumulative-confidence-only", "dpace-continuation-value-only"] = "decay"
+    dpace_alpha: float = 0.5
+
+    def __init__(self, **fields):
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "config"
+            raise UsageError(
+                f"draft {where}: {first['msg']}, found {first.get('input')!r}; correct that field"
+            ) from None
+
+    @property
+    def proposals(self) -> int:
+        """Tokens that a block proposes: b with next-position labels, b - 1 with same-position ones."""
+        return self.block_size - (not self.shift_label)
+
+    @property
+    def first_slot(self) -> int:
+        """The slot of the first proposal."""
+        return int(not self.shift_label)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, fields):
+        """Defaults that depend on other fields: all layers full, and lambda 1 to 0 over the whole horizon for domino."""
+        fields = dict(fields)
+        if not fields.get("layer_types") and isinstance(fields.get("num_hidden_layers"), int):
+            fields["layer_types"] = ("full_attention",) * fields["num_hidden_layers"]
+        if fields.get("method") == "domino":
+            for key in ("lambda_start", "lambda_decay"):
+                fields[key] = 1.0 if fields.get(key) is None else fields[key]
+        return fields
+
+    @model_validator(mode="after")
+    def _check(self):
+        _check_heads(self)
+        _check_window(self)
+        _check_target(self)
+        _check_loss(self)
+        from pipeline.drafts import DRAFTS  # here: the methods' files import this one
+
+        if self.method not in DRAFTS:
+            raise UsageError(f"no method {self.method!r}; there are {', '.join(sorted(DRAFTS))}")
+        DRAFTS[self.method].check(self)
+        return self
+
+
+def refuse_options(config: DraftConfig, *names: str) -> None:
+    """Refuse options that the method would not read."""
+    for name in names:
+        if getattr(config, name) is not None:
+            raise UsageError(
+                f"{name} = {getattr(config, name)} means nothing to {config.method}; leave it out or choose another method"
+            )
+
+
+def _check_heads(config: DraftConfig) -> None:
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise UsageError(
+            f"num_attention_heads {config.num_attention_heads} is no multiple of "
+            f"num_key_value_heads {config.num_key_value_heads}; choose a divisor"
+        )
+    if config.head_dim % 2:
+        raise UsageError(f"head_dim {config.head_dim} is odd; rotary positions turn pairs, so make it even")
+
+
+def _check_window(config: DraftConfig) -> None:
+    unknown = sorted(set(config.layer_types) - set(LAYER_TYPES))
+    if unknown:
+        raise UsageError(f"layer_types names {unknown[0]!r}; a draft's layers are {' or '.join(LAYER_TYPES)}")
+    if len(config.layer_types) != config.num_hidden_layers:
+        raise UsageError(
+            f"layer_types has {len(config.layer_types)} entries for {config.num_hidden_layers} layers; give one a layer"
+        )
+    sliding = "sliding_attention" in config.layer_types
+    if sliding and config.sliding_window is None:
+        raise UsageError(
+            "layer_types has sliding_attention but sliding_window is not set; set it to a number of tokens"
+        )
+    if not sliding and config.sliding_window is not None:
+        raise UsageError(
+            f"sliding_window is {config.sliding_window} but no layer slides; leave it out, "
+            "or name sliding_attention layers in layer_types"
+        )
+
+
+def _check_target(config: DraftConfig) -> None:
+    ids, deepest = config.target_layer_ids, config.num_target_layers - 2
+    if not ids or any(later <= sooner for sooner, later in zip(ids, ids[1:], strict=False)):
+        raise UsageError(f"target_layer_ids {list(ids)} must be at least one id, strictly increasing; sort them")
+    if ids[0] < -1 or ids[-1] > deepest:
+        raise UsageError(
+            f"target_layer_ids {list(ids)} must lie in -1..{deepest} for a target of {config.num_target_layers} layers "
+            "(the last layer is normed in one engine, raw in another, and cannot be hooked when serving); choose others"
+        )
+    if config.mask_token_id >= config.vocab_size:
+        raise UsageError(
+            f"mask_token_id {config.mask_token_id} is outside the vocabulary of {config.vocab_size}; "
+            "choose an unused id below it"
+        )
+    if config.block_size < 2:
+        raise UsageError(f"block_size {config.block_size} leaves nothing to guess; use 2 or more")
+
+
+def _check_loss(config: DraftConfig) -> None:
+    if config.gamma is not None and config.gamma <= 0:
+        raise UsageError(f"gamma {config.gamma} must be above 0; leave it out for no decay")
+    if not 0 <= config.dpace_alpha <= 1:
+        raise UsageError(f"dpace_alpha {config.dpace_alpha} must lie in 0..1; 0.5 is the published value")
+    for name in ("lambda_start", "lambda_decay"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value <= 1:
+            raise UsageError(f"{name} {value} must lie in 0..1; published recipes use 1.0")
