@@ -7,6 +7,7 @@ decoded values. So whoever reads a sample checks exactly what it reads.
 """
 
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +62,9 @@ class BlockHasher:
     """Hashes rows as they stream by, in order: a digest whenever a block of a sample is full or the sample ends."""
 
     def __init__(self, bounds: np.ndarray):
-        ends = [np.append(np.arange(start + BLOCK_ROWS, stop, BLOCK_ROWS), stop) for start, stop in sample_spans(bounds)]
-        self.ends = np.concatenate([*ends, np.empty(0, np.int64)]).astype(np.int64).tolist()
+        self.ends: list[int] = []
+        for start, stop in pairwise(bounds.tolist()):
+            self.ends += [min(end, stop) for end in range(start + BLOCK_ROWS, stop + BLOCK_ROWS, BLOCK_ROWS)]
         self.digests: list[int] = []
         self.position = 0
         self._open = xxhash.xxh3_64()
@@ -79,11 +81,6 @@ class BlockHasher:
             if self.position == end:
                 self.digests.append(self._open.intdigest())
                 self._open.reset()
-
-
-def sample_spans(bounds: np.ndarray) -> list[tuple[int, int]]:
-    """First row and end of each sample that has rows."""
-    return [(int(start), int(stop)) for start, stop in zip(bounds, bounds[1:], strict=False) if stop > start]
 
 
 def block_counts(bounds: np.ndarray) -> np.ndarray:
@@ -145,9 +142,9 @@ class Column:
             raise CacheError(f"{self.folder}: missing; run `pipeline verify`") from None
 
     def read_into(self, reader, row: int, out: memoryview) -> None:
-        """Fill `out`, flat bytes, with the rows of sample `row`, each block checked while it is still in the CPU's cache.
+        """Fill `out`, flat bytes, with the rows of sample `row`; each block is checked while the CPU still has it near.
 
-        Raises CacheError naming the column and the sample.
+        Raises CacheError naming shard, column and sample.
         """
         first, block = int(self.bounds[row]), BLOCK_ROWS * self.spec.row_bytes
         for number in range(int(self.starts[row + 1] - self.starts[row])):

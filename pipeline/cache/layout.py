@@ -1,16 +1,16 @@
 """Names and places inside a cache: what lies where, and how nothing can point outside.
 
-    cache.json                     what the cache is; never edited
-    plan/000000.{arrow,json}       one immutable segment per append: every sample's place, ids and mask
-    index.{arrow,json}             derived from the plan, rebuildable
-    target/                        config, tokenizer, head; `manifest.json` names their digests
-    shards/000000/samples.arrow    the shard's rows of the plan
-    shards/000000/aux.1/           one zarr v3 array, samples end to end
-    shards/000000/aux.1.arrow      per sample: ok, a hash for every 256 rows, the reason of a refusal
-    shards/000000/aux.1.json       written last: with it the column exists
-    quarantine/samples.json        refused samples with their reasons, derived from the columns
-    capture.log                    times and hosts, for people; no other file has any
-    tmp-*                          unfinished work and locks of a living (or killed) process
+cache.json                     what the cache is; never edited
+plan/000000.{arrow,json}       one immutable segment per append: every sample's place, ids and mask
+index.{arrow,json}             derived from the plan, rebuildable
+target/                        config, tokenizer, head; `manifest.json` names their digests
+shards/000000/samples.arrow    the shard's rows of the plan
+shards/000000/aux.1/           one zarr v3 array, samples end to end
+shards/000000/aux.1.arrow      per sample: ok, a hash for every 256 rows, the reason of a refusal
+shards/000000/aux.1.json       written last: with it the column exists
+quarantine/samples.json        refused samples with their reasons, derived from the columns
+capture.log                    times and hosts, for people; no other file has any
+tmp-*                          unfinished work and locks of a living (or killed) process
 """
 
 import re

@@ -1,0 +1,80 @@
+"""The `target/` folder: what training needs of the target, so that it never needs the target.
+
+config.json, the tokenizer's files, tokens.json (special ids, `length` of the tokenizer), head.safetensors (embedding
+and LM head). Written once, whole or not at all; `manifest.json` names every file's size and digest.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.cache.disk import Scratch, committing, room, sync_file, sync_folder
+from pipeline.cache.layout import IDENTITY, TARGET, TARGET_MANIFEST, inside
+from pipeline.cache.manifest import FileFact, canonical, check_file, check_size, read_canonical
+from pipeline.errors import CacheError
+
+CONFIG = "config.json"
+TOKENS = "tokens.json"
+HEAD = "head.safetensors"
+
+
+@contextlib.contextmanager
+def new_target(cache: Path) -> Iterator[Path]:
+    """Yield an empty folder; the plain files put there become the cache's `target/` when the block ends well.
+
+    If the cache has one already, that one stays. Raises RoomError.
+    """
+    with Scratch(cache, TARGET) as scratch, room(cache, "the target's files"):
+        folder = scratch.path / TARGET
+        folder.mkdir()
+        yield folder
+        paths = sorted(folder.iterdir())
+        assert all(path.is_file() and not path.is_symlink() for path in paths), f"not all plain files: {paths}"
+        files = {path.name: FileFact.of_file(path).as_dict() for path in paths}
+        identity = read_canonical(cache / IDENTITY)["hash"]
+        (folder / TARGET_MANIFEST).write_bytes(canonical({"cache": identity, "files": files}))
+        for path in (*paths, folder / TARGET_MANIFEST):
+            sync_file(path)
+        sync_folder(folder)
+        with committing(cache):
+            if has_target(cache):
+                return
+            if (cache / TARGET).exists() or (cache / TARGET).is_symlink():
+                (cache / TARGET).rename(scratch.path / "old")
+            folder.rename(cache / TARGET)
+            sync_folder(cache)
+
+
+def has_target(cache: Path) -> bool:
+    """Whether `target/` is there, as far as its manifest and sizes tell."""
+    try:
+        for name, fact in target_manifest(cache)["files"].items():
+            check_size(inside(cache / TARGET, name), fact)
+    except CacheError:
+        return False
+    return True
+
+
+def target_manifest(cache: Path) -> dict:
+    """The folder's manifest. CacheError when it is absent, damaged or of another cache."""
+    path = cache / TARGET / TARGET_MANIFEST
+    manifest = read_canonical(path)
+    if manifest.get("cache") != read_canonical(cache / IDENTITY)["hash"]:
+        raise CacheError(f"{path}: belongs to another cache; run `pipeline verify`")
+    return manifest
+
+
+def target_file(cache: Path, name: str) -> Path:
+    """The path of a file of the folder, its size and digest checked now. CacheError when it is absent or damaged."""
+    files = target_manifest(cache)["files"]
+    path = inside(cache / TARGET, name)
+    if name not in files:
+        raise CacheError(f"{path}: not in the cache; run `pipeline cache-hidden` again with the same arguments")
+    check_file(path, files[name])
+    return path
+
+
+def target_json(cache: Path, name: str) -> dict:
+    """What a JSON file of the folder holds, checked."""
+    return json.loads(target_file(cache, name).read_bytes())
