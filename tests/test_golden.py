@@ -1,0 +1,248 @@
+"""Numbers of public reference implementations, matched within the tolerances stated beside them.
+
+Runs every case and every `decode-*` folder of the folder named by GOLDEN_DIR (by default `golden/reference`); methods
+that do not exist here are skipped by name. A case is a JSON with a `.safetensors` beside it.
+
+    B batch rows   T positions   N blocks   S slots   D hidden size   V vocabulary
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from pipeline.drafts import DRAFTS, Blocks, Cell, Draft, DraftConfig, Knobs, Loss, lay_blocks, pack
+from pipeline.target_head import TargetHead
+
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden" / "reference"))
+CASES = sorted(path.stem for path in GOLDEN.glob("*.json") if path.with_suffix(".safetensors").exists())
+DECODES = sorted(path.name for path in GOLDEN.glob("decode-*") if path.is_dir())
+SCALAR, LOGITS, GRADIENT, GRADIENT_NORM = 1e-5, 1e-5, 1e-5, 1e-4
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One batch row, as `pack` reads samples."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    aux: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """A reference case, and our draft with its parameters on its blocks."""
+
+    facts: dict
+    tensors: dict[str, torch.Tensor]
+    draft: Draft
+    cell: Cell
+    blocks: Blocks
+
+    @property
+    def kept(self) -> torch.Tensor:
+        return self.blocks.keep_N
+
+    def by_block(self, name: str) -> torch.Tensor:
+        """A reference tensor as [B * N, S, ...], whether it came with blocks and slots in one axis or two."""
+        return self.tensors[name].reshape(len(self.kept), self.draft.config.block_size, *self.trailing(name))
+
+    def trailing(self, name: str) -> tuple[int, ...]:
+        wide = {"draft_hidden": self.draft.config.hidden_size}
+        if name.endswith("_logits"):
+            return (self.draft.config.vocab_size,)
+        return (wide[name],) if name in wide else ()
+
+    def lambdas(self) -> dict[float, float]:
+        """Expected loss for each lambda."""
+        scalars = self.facts["scalars"]
+        return {float(key): value for key, value in scalars.get("losses_by_lambda", {0.0: scalars["loss"]}).items()}
+
+    def loss(self, lambda_base: float, metrics: bool = False) -> Loss:
+        dens = self.draft.denominators(self.blocks)
+        if self.facts["method"] == "domino":
+            dens = {name: den + 1e-6 for name, den in dens.items()}
+        return self.draft.loss(self.cell, self.blocks, Knobs(lambda_base), dens, metrics)
+
+
+def draft_config(facts: dict, parameters: set[str]) -> DraftConfig:
+    """Every `config` there carries all methods' keys: only those of the case's method are taken."""
+    given, method = facts["config"], facts["method"]
+    fields = {
+        "method": method,
+        "hidden_size": given["hidden"],
+        "intermediate_size": given["inter"],
+        "num_hidden_layers": given["draft_layers"],
+        "num_attention_heads": given["heads"],
+        "num_key_value_heads": given["kv"],
+        "head_dim": given["head_dim"],
+        "vocab_size": given["vocab"],
+        "rms_norm_eps": given.get("rms_norm_eps", 1e-6),
+        "rope_theta": given["rope_theta"],
+        "max_position_embeddings": given.get("max_position_embeddings", 4096),
+        "attention_bias": any(name.endswith("q_proj.bias") for name in parameters),
+        "layer_types": tuple(given.get("layer_types") or ()),
+        "num_target_layers": given["num_target_layers"],
+        "target_layer_ids": tuple(facts["target_layer_ids"]),
+        "block_size": given["block"],
+        "mask_token_id": given["mask_token_id"],
+        "shift_label": method == "domino" and given["shift_label"],
+        "gamma": given["gamma"],
+    }
+    if "sliding_attention" in fields["layer_types"]:
+        fields["sliding_window"] = given["sliding_window"]
+    if method == "domino":
+        fields |= {
+            "emb_dim": given["emb"],
+            "gru_hidden_dim": given["gru"],
+            "pure_draft_prefix_len": given["pure"],
+        }
+    kind = facts["scalars"].get("loss_type", "")
+    if kind.startswith("dpace"):
+        fields |= {"weighting": kind, "dpace_alpha": 0.5}
+    return DraftConfig(**fields)
+
+
+@cache
+def load(name: str) -> Case:
+    facts = json.loads((GOLDEN / f"{name}.json").read_text())
+    if facts["method"] not in DRAFTS:
+        pytest.skip(f"no method {facts['method']} yet")
+    with safe_open(GOLDEN / f"{name}.safetensors", framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
+    parameters = {key.removeprefix("param."): value for key, value in tensors.items() if key.startswith("param.")}
+    config = draft_config(facts, set(parameters))
+    draft = DRAFTS[config.method](config, TargetHead(tensors["embed_tokens.weight"], tensors["lm_head.weight"]))
+    draft.load_state_dict(parameters, strict=True)
+
+    states_BTKD = tensors["hidden_states"].unflatten(-1, (-1, config.hidden_size))
+    batch = zip(tensors["input_ids"], tensors["loss_mask"] > 0.5, states_BTKD, strict=True)
+    samples = [Rows(ids_T, mask_T, aux_TKD.transpose(0, 1)) for ids_T, mask_T, aux_TKD in batch]
+    cell = pack(samples, [f"row {row}" for row in range(len(samples))])
+    anchors_BN = tensors["anchor_positions"] + cell.starts_M[:, None]
+    blocks = lay_blocks(cell, anchors_BN.flatten(), tensors["block_keep_mask"].flatten(), config)
+    return Case(facts, tensors, draft, cell, blocks)
+
+
+def assert_scalar(found: float | torch.Tensor, wanted: float, what: str) -> None:
+    found = float(torch.as_tensor(found).detach())
+    assert abs(found - wanted) <= SCALAR * abs(wanted), f"{what}: {found}, reference {wanted}"
+
+
+def assert_close(found: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
+    assert found.shape == wanted.shape, f"{what}: {tuple(found.shape)}, reference {tuple(wanted.shape)}"
+    error, size = float((found - wanted).abs().max()), float(wanted.abs().max())
+    assert error <= LOGITS * size, f"{what}: off by {error:.3g}, largest {size:.3g}"
+
+
+def test_there_is_something_to_run():
+    assert CASES or DECODES, f"{GOLDEN} holds no case and no decode-* folder"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blocks(name):
+    case = load(name)
+    ours = {
+        "target_ids": case.blocks.labels_NS,
+        "eval_mask": case.blocks.scored_NS,
+        "prev_ids": case.blocks.prev_NS,
+        "noise_ids": case.blocks.noise_ids_NS,
+    }
+    for key in ours.keys() & case.tensors.keys():
+        wanted = case.by_block(key)
+        assert torch.equal(ours[key][case.kept].to(wanted.dtype), wanted[case.kept]), key
+    if "weight_mask" in case.tensors and case.draft.config.weighting == "decay":
+        assert_close(case.blocks.weights_NS[case.kept], case.by_block("weight_mask")[case.kept], "weight_mask")
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["grouped", "dense"])
+@pytest.mark.parametrize("name", CASES)
+def test_hidden_and_logits(name, dense):
+    case = load(name)
+    with torch.no_grad():
+        hidden_NSD = case.draft.hidden(case.cell, case.blocks, dense=dense)[case.kept]
+        logits = case.draft.logits(hidden_NSD, case.blocks.prev_NS[case.kept])
+    ours = {"draft_hidden": hidden_NSD, "final_logits": logits["final"], "base_logits": logits.get("base")}
+    if ours["base_logits"] is None:  # one kind of logits, which the reference calls base
+        ours["base_logits"] = logits["final"]
+    for key in ours.keys() & case.tensors.keys():
+        assert_close(ours[key], case.by_block(key)[case.kept], key)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses(name):
+    case = load(name)
+    scalars = case.facts["scalars"]
+    for lambda_base, wanted in case.lambdas().items():
+        assert_scalar(case.loss(lambda_base).total, wanted, f"loss at lambda {lambda_base}")
+    at = scalars.get("grad_lambda", 0.0)
+    for key in ("loss", "loss_chunk2", "loss_nochunk"):
+        if key in scalars:
+            assert_scalar(case.loss(at).total, scalars[key], key)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_scalar_we_recognise(name):
+    case = load(name)
+    scalars = case.facts["scalars"]
+    ours = recognised(case, case.loss(scalars.get("grad_lambda", 0.0), metrics=True))
+    compared = ours.keys() & scalars.keys()
+    assert compared, "no scalar of the case has a name that we know"
+    for key in compared:
+        assert_scalar(ours[key], scalars[key], key)
+
+
+def recognised(case: Case, loss: Loss) -> dict[str, float]:
+    """Our figures under the reference's names; its ratios are num / (den + 1e-6), a plain DFlash loss num / den."""
+    sums, terms, plain = loss.sums, loss.terms, case.facts["method"] == "dflash"
+    den = float(case.draft.denominators(case.blocks)["final"])
+    scored, blocks = float(sums["scored_S"].sum()), float(sums["blocks"])
+    correct, accept = float(sums["correct_S"].sum()), float(sums["accept"])
+    ours = {
+        "loss_num": float(terms["final"]),
+        "final_num": float(terms["final"]),
+        "final_loss": float(terms["final"]) / (den + 1e-6),
+        "correct_num": correct,
+        "accuracy_den": scored,
+        "accuracy_denom": scored,
+        "accuracy": correct / (scored + 1e-6),
+        "accept_num": accept,
+        "accept_den": blocks,
+        "accept_len": accept / (blocks + 1e-6),
+    }
+    if case.draft.config.weighting == "decay":
+        ours["loss_den"] = den
+    if not plain:
+        base_correct, base_accept = float(sums["base_correct_S"].sum()), float(sums["base_accept"])
+        ours |= {
+            "base_num": float(terms["base"]),
+            "base_loss": float(terms["base"]) / (den + 1e-6),
+            "base_correct_num": base_correct,
+            "base_accuracy": base_correct / (scored + 1e-6),
+            "base_accept_num": base_accept,
+            "base_accept_len": base_accept / (blocks + 1e-6),
+        }
+    return ours
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients(name):
+    case = load(name)
+    case.draft.zero_grad(set_to_none=True)
+    case.loss(case.facts["scalars"].get("grad_lambda", 0.0)).total.backward()
+    for key, parameter in case.draft.named_parameters():
+        full, norm = case.tensors.get(f"grad.{key}"), case.facts["grad_norm"][key]
+        if full is not None:
+            error = float((parameter.grad - full).norm())
+            assert error <= GRADIENT * float(full.norm()), f"{key}: off by {error:.3g} of {float(full.norm()):.3g}"
+        found = float(parameter.grad.double().norm())
+        assert abs(found - norm) <= GRADIENT_NORM * norm, f"norm of {key}: {found}, reference {norm}"
+        total, slack = case.facts["grad_sum"][key], GRADIENT * norm * math.sqrt(parameter.numel())
+        found = float(parameter.grad.double().sum())
+        assert abs(found - total) <= slack, f"sum of {key}: {found}, reference {total}"
