@@ -17,7 +17,6 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
 from pipeline.errors import UsageError
@@ -98,8 +97,16 @@ class Recipe(BaseModel):
     train: TrainSection = TrainSection()
 
     def toml(self) -> str:
-        """Return the recipe as TOML; what is None is left out, so it loads back equal."""
-        return tomli_w.dumps(self.model_dump(exclude_none=True))
+        """Return the recipe as TOML; what is None is left out, so it loads back equal.
+
+        Numbers, words, truths and flat lists of them read the same in TOML as in JSON.
+        """
+        sections = self.model_dump(exclude_none=True).items()
+        tables = (
+            [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in fields.items())]
+            for name, fields in sections
+        )
+        return "\n\n".join("\n".join(lines) for lines in tables) + "\n"
 
     def digest(self) -> str:
         """Return a hash of what it says, whatever the order it is said in."""

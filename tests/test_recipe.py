@@ -187,7 +187,7 @@ def test_an_unknown_method_is_refused_with_those_there_are():
 
 
 def test_a_cell_holds_at_least_one_sample():
-    with pytest.raises(UsageError, match="cell_anchors = 8 is below train.anchors = 512"):
+    with pytest.raises(UsageError, match=r"cell_anchors = 8 is below train\.anchors = 512"):
         resolve(load_recipe(None, ("train.cell_anchors=8",)), cache_of())
 
 
@@ -213,7 +213,7 @@ def test_rope_theta_is_read_from_either_place_and_never_from_two_that_differ():
     assert rope_theta({"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {}}}) == 1e6
     assert rope_theta({"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1000000}}) == 1e6
     assert rope_theta({}) == 1e4
-    with pytest.raises(UsageError, match="10000 and rope_parameters.rope_theta 1e"):
+    with pytest.raises(UsageError, match=r"10000 and rope_parameters\.rope_theta 1e"):
         rope_theta({"rope_theta": 10000, "rope_parameters": {"rope_theta": 1e6}})
 
 

@@ -31,9 +31,9 @@ def epoch_keys(low64_n: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     return mix(np.asarray(low64_n, np.uint64) ^ epoch_key)
 
 
-def epoch_order(keys_n: np.ndarray, ids_n: Sequence[bytes]) -> np.ndarray:
-    """Return the samples' indices by ascending (k_i, sample_id)."""
-    return np.lexsort((np.asarray(ids_n), keys_n))
+def epoch_order(keys_n: np.ndarray, ids_n2: np.ndarray) -> np.ndarray:
+    """Return the samples' indices by ascending (k_i, sample_id); ids are 128-bit numbers, high and low word."""
+    return np.lexsort((ids_n2[:, 1], ids_n2[:, 0], keys_n))
 
 
 def global_batch(order_n: np.ndarray, at: int, batch: int) -> np.ndarray:

@@ -1,0 +1,138 @@
+"""A run's folder: one process at a time, one recipe and one cache for its whole life.
+
+recipe.toml      the resolved recipe; loads back equal
+run.json         cache, target, versions, command line
+metrics.jsonl    one line a logging step and evaluation; the same bytes whatever was killed when
+timing.jsonl     what differs from run to run: seconds, tokens a second
+checkpoints/     see pipeline/checkpoint.py
+done.json        the result; with it the run is finished
+"""
+
+import contextlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from pipeline import __version__
+from pipeline.cache import HiddenCache
+from pipeline.cache.disk import lock, room, write_file
+from pipeline.errors import UsageError
+from pipeline.recipe import Recipe, Resolved, load_recipe
+from stages.train_draft.corpus import Corpus
+
+RECIPE, RUN, METRICS, TIMING, DONE = "recipe.toml", "run.json", "metrics.jsonl", "timing.jsonl", "done.json"
+RECORDED = ("torch", "numpy", "safetensors", "pydantic")
+
+
+def default_folder(recipe: Recipe, cache: HiddenCache, corpus: Corpus) -> Path:
+    """Return where a run goes when nobody says: named by method, and by what decides how the draft comes out."""
+    return Path("runs") / f"{recipe.draft.method}-{_short(recipe.digest(), cache.digest, corpus.digest)}"
+
+
+def _short(*digests: str) -> str:
+    import hashlib
+
+    return hashlib.blake2b("".join(digests).encode(), digest_size=5).hexdigest()
+
+
+@contextlib.contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Hold a run's folder, made if need be. UsageError when another process trains there; RoomError."""
+    with room(run, "a run"):
+        run.mkdir(parents=True, exist_ok=True)
+        fd = lock(run / "lock", wait=False)
+    if fd is None:
+        raise UsageError(f"{run} is being trained by another process; wait for it, or pass another --out")
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def enter(run: Path, resolved: Resolved, cache: HiddenCache, corpus: Corpus) -> None:
+    """Write what the run is, or check that the run already there is the same.
+
+    Raises UsageError naming the first difference with both values: another recipe, horizon, cache or corpus.
+    """
+    facts = {
+        "cache": {"path": str(cache.path.resolve()), "digest": cache.digest},
+        "corpus": {"train": len(corpus.train), "heldout": len(corpus.heldout), "digest": corpus.digest},
+        "target": cache.identity["target"]["name"],
+        "versions": {"pipeline": __version__, "python": platform.python_version()}
+        | {name: metadata.version(name) for name in RECORDED},
+        "command": sys.argv,
+    }
+    if not (run / RECIPE).exists():
+        write_file(run / RUN, (json.dumps(facts, indent=1) + "\n").encode())
+        write_file(run / RECIPE, resolved.recipe.toml().encode())
+        return
+    there = json.loads((run / RUN).read_text("utf-8"))
+    before = _flat(load_recipe(run / RECIPE).model_dump()) | _identity(there)
+    now = _flat(resolved.recipe.model_dump()) | _identity(facts)
+    for key in now:
+        if before.get(key) != now[key]:
+            raise UsageError(
+                f"{run} was started with {key} = {before.get(key)}, this command asks for {now[key]}; "
+                "a run goes on with what it began with: pass another --out for another run"
+            )
+
+
+def _identity(facts: dict) -> dict:
+    return {"cache digest": facts["cache"]["digest"], "corpus digest": facts["corpus"]["digest"]}
+
+
+def _flat(recipe: dict) -> dict:
+    return {f"{section}.{field}": value for section, fields in recipe.items() for field, value in fields.items()}
+
+
+def finished(run: Path) -> dict | None:
+    """Return the result of a finished run, None while it is not."""
+    path = run / DONE
+    return json.loads(path.read_text("utf-8")) if path.exists() else None
+
+
+def finish(run: Path, result: dict) -> None:
+    write_file(run / DONE, (json.dumps(result, indent=1) + "\n").encode())
+
+
+class Journal:
+    """A file of JSON lines that a resumed run cuts back to its checkpoint, so that its bytes do not tell of kills."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lines: list[dict] = []
+
+    def rewind(self, step: int) -> None:
+        """Keep the lines up to `step`; later ones will be written again, a torn one is dropped."""
+        kept = []
+        if self.path.exists():
+            for line in self.path.read_bytes().split(b"\n")[:-1]:
+                record = _parsed(line)
+                if record is None or record["step"] > step:
+                    break
+                kept.append(record)
+        self.lines = kept
+        write_file(self.path, b"".join(map(_line, kept)))
+
+    def write(self, record: dict) -> None:
+        """Append one line and sync it. RoomError when the disk is full."""
+        self.lines.append(record)
+        with room(self.path, "a line of metrics"), open(self.path, "ab") as file:
+            file.write(_line(record))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _line(record: dict) -> bytes:
+    return json.dumps(record, allow_nan=False).encode() + b"\n"
+
+
+def _parsed(line: bytes) -> dict | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

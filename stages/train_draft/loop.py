@@ -1,0 +1,135 @@
+"""The run from its checkpoint to its horizon: step, log, save, evaluate; stop when told to, losing nothing."""
+
+import signal
+import threading
+import time
+from pathlib import Path
+
+import torch
+from pipeline.accept import accept_spans, summarise
+from safetensors.torch import load_file
+
+from pipeline import checkpoint
+from pipeline.cache import HiddenCache
+from pipeline.drafts import Draft
+from pipeline.recipe import Resolved
+from stages.train_draft.batches import Stream
+from stages.train_draft.corpus import Corpus, spread
+from stages.train_draft.folder import METRICS, TIMING, Journal
+from stages.train_draft.optim import make_optimizer, optimizer_tensors, restore_optimizer
+from stages.train_draft.progress import Clock, Display
+from stages.train_draft.trainer import Trainer
+
+EVALUATED_AT_ONCE = 8  # samples; between them we look whether somebody wants us to stop
+
+
+class Stop:
+    """Notes SIGTERM and Ctrl-C so that the loop can save first; a second one acts at once."""
+
+    def __init__(self):
+        self.received: int | None = None
+        self.before: dict = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def _note(self, number: int, frame) -> None:
+        self.received = number
+        self.__exit__()
+
+    def leave(self) -> None:
+        """Raise what ends the process as its signal would: exit code 143, or KeyboardInterrupt."""
+        raise KeyboardInterrupt if self.received == signal.SIGINT else SystemExit(128 + self.received)
+
+
+class Run:
+    """A run's folder, draft and data, at some step."""
+
+    def __init__(self, path: Path, cache: HiddenCache, corpus: Corpus, resolved: Resolved, draft: Draft):
+        self.path, self.cache, self.draft = path, cache, draft
+        self.train = resolved.recipe.train
+        self.optimizer = make_optimizer(draft)
+        self.stream = Stream(cache, corpus, resolved.draft, self.train)
+        self.probed = spread(cache, corpus.heldout, self.train.eval_samples) if cache.has_final else ()
+        self.metrics, self.timing = Journal(path / METRICS), Journal(path / TIMING)
+        self.step = 0
+
+    def resume(self) -> int:
+        """Go to the newest checkpoint and cut the metrics back to it; return its step, 0 without one."""
+        found = checkpoint.latest(self.path)
+        if found is not None:
+            self.step = found.step
+            device = str(self.draft.fc.weight.device)
+            self.draft.load_state_dict(load_file(found.path / checkpoint.DRAFT, device=device))
+            moments = load_file(found.path / checkpoint.OPTIMIZER, device=device)
+            restore_optimizer(self.draft, self.optimizer, moments, found.step)
+        self.metrics.rewind(self.step)
+        self.timing.rewind(self.step)
+        return self.step
+
+    def go(self, display: Display, stop: Stop) -> dict | None:
+        """Train to the horizon; return the last evaluation."""
+        trainer = Trainer(self.draft, self.optimizer, self.stream, self.train)
+        clock = Clock(self.step, self.train.steps)
+        self._evaluate(display, stop)  # a checkpoint may have been saved between a step and its evaluation
+        batches = self.stream.ahead(self.step, self.train.steps)
+        try:
+            for batch in clock.batches(batches):
+                metrics = trainer.step(batch)
+                self.step = batch.step + 1
+                facts = clock.facts()
+                if metrics:
+                    self.metrics.write(metrics)
+                    self.timing.write({"step": self.step, **facts})
+                display.step(self.step, metrics, facts)
+                asked = time.perf_counter()
+                if self.step % self.train.save_every == 0 or self.step == self.train.steps:
+                    self.save()
+                self._evaluate(display, stop)
+                clock.pause(time.perf_counter() - asked)
+        finally:
+            batches.close()
+        return self._evaluated()
+
+    def save(self) -> None:
+        moments = optimizer_tensors(self.draft, self.optimizer)
+        checkpoint.save(self.path, self.step, self.draft, moments, {"horizon": self.train.steps}, self.train.keep)
+
+    def _evaluated(self) -> dict | None:
+        """The evaluation of this step, once it is in the metrics."""
+        return next((line["eval"] for line in self.metrics.lines if line["step"] == self.step and "eval" in line), None)
+
+    def _evaluate(self, display: Display, stop: Stop) -> None:
+        """Measure the exact accept length on held-out samples, when it is time. Leave when told to, saved."""
+        due = self.step > 0 and (self.step % self.train.eval_every == 0 or self.step == self.train.steps)
+        spans = []
+        if due and len(self.probed) and self._evaluated() is None:
+            self.draft.eval()
+            for first in range(0, len(self.probed), EVALUATED_AT_ONCE):
+                if stop.received:
+                    break
+                spans += accept_spans(self.draft, self.cache, self.probed[first : first + EVALUATED_AT_ONCE])
+            self.draft.train()
+        if stop.received:
+            self.save()
+            display.say(f"stopped at step {self.step}, saved in {self.path}; the same command goes on from there")
+            stop.leave()
+        if spans:
+            figures = summarise(spans)
+            self.metrics.write({"step": self.step, "eval": figures})
+            display.say(
+                f"step {self.step}: accept length {figures['accept_len']:.2f} on {len(self.probed)} held-out samples"
+            )
+
+
+def deterministic(device: torch.device) -> None:
+    """Ask for kernels that repeat to the bit. CPU kernels do, for a given number of threads."""
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,0 +1,116 @@
+"""`pipeline train-draft`: a draft from a cache. Nothing here, or in what it imports, can load a target."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.cache import HiddenCache
+from pipeline.drafts import DRAFTS, Draft, init_weights
+from pipeline.errors import UsageError
+from pipeline.recipe import Resolved, load_recipe, resolve
+from stages.train_draft.corpus import survey
+from stages.train_draft.folder import default_folder, enter, finish, finished, held
+from stages.train_draft.loop import Run, Stop, deterministic
+from stages.train_draft.progress import Display, console
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished run. `accept_len` is None where nothing was held out or the cache holds no final states."""
+
+    run: Path
+    steps: int
+    accept_len: float | None
+
+
+def run(
+    cache: Path,
+    recipe: Path | None = None,
+    sets: tuple[str, ...] = (),
+    out: Path | None = None,
+    device: str | None = None,
+) -> Done:
+    """Train the draft that the recipe describes, from the newest checkpoint if there is one.
+
+    Raises UsageError for a recipe or run folder that does not fit, DataError when no sample can train, CacheError for
+    damage, RoomError, ProofError for a loss that is not finite; SystemExit(143) or KeyboardInterrupt, saved, when
+    stopped.
+    """
+    store = HiddenCache.open(cache)
+    where = find_device(device)
+    resolved = resolve(load_recipe(recipe, tuple(sets)), store)
+    corpus = survey(store, resolved.draft.mask_token_id, resolved.recipe.train.heldout)
+    resolved = resolved.lasting(len(corpus.train))
+    path = out or default_folder(resolved.recipe, store, corpus)
+    screen = console()
+    with held(path):
+        enter(path, resolved, store, corpus)
+        result = finished(path)
+        if result is not None:
+            screen.print(f"{path} is finished: nothing to do", markup=False, soft_wrap=True)
+        else:
+            screen.print(resolved.recipe.toml(), markup=False, soft_wrap=True)
+            screen.print(
+                f"{len(corpus.train)} samples to train on, {len(corpus.heldout)} held out, {corpus.unusable} unusable; "
+                f"target {store.identity['target']['name']}, on {where}; run {path}",
+                markup=False,
+                soft_wrap=True,
+            )
+            result = train(path, store, corpus, resolved, where, screen)
+            finish(path, result)
+    screen.print(summary(path, store, corpus, result), markup=False, soft_wrap=True)
+    return Done(path, result["steps"], result["accept_len"])
+
+
+def train(path: Path, store: HiddenCache, corpus, resolved: Resolved, where: torch.device, screen) -> dict:
+    """Make the draft, train it to its horizon, return the result."""
+    deterministic(where)
+    draft = make_draft(resolved, store, where)
+    parameters = sum(weight.numel() for weight in draft.parameters())
+    training = Run(path, store, corpus, resolved, draft)
+    start = training.resume()
+    steps = resolved.recipe.train.steps
+    with Stop() as stop, Display(screen, start, steps) as display:
+        display.say(
+            f"{parameters:,} parameters; {'going on after' if start else 'starting at'} step {start} of {steps}"
+        )
+        figures = training.go(display, stop)
+    return {"steps": steps, "parameters": parameters, "accept_len": figures and figures["accept_len"], "eval": figures}
+
+
+def make_draft(resolved: Resolved, store: HiddenCache, where: torch.device) -> Draft:
+    """Return a fresh draft on its device: float32 weights, the frozen head in the arithmetic's dtype."""
+    dtype = torch.bfloat16 if resolved.recipe.train.dtype == "bfloat16" else torch.float32
+    draft = DRAFTS[resolved.draft.method](resolved.draft, store.head(str(where), dtype))
+    init_weights(draft, resolved.recipe.train.seed)
+    return draft.to(where).train()
+
+
+def find_device(device: str | None) -> torch.device:
+    """Return the device asked for, or CUDA if there is one. UsageError when it is not there."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs in order to repeat to the bit
+    wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(wanted)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        cause = str(error).split("\n")[0]
+        raise UsageError(
+            f"device {wanted}: {cause}; pass --device cpu, or leave it out to take what is there"
+        ) from None
+    return found
+
+
+def summary(path: Path, store: HiddenCache, corpus, result: dict) -> str:
+    """Return where the run is, how good it is, and what to do next."""
+    if result["accept_len"] is not None:
+        measured = f"accept length {result['accept_len']:.2f} on held-out samples, without the target"
+    elif not store.has_final:
+        measured = (
+            "no accept length: the cache holds no final states (`pipeline cache-hidden --final needed` adds them)"
+        )
+    else:
+        measured = "no accept length: the corpus holds nothing out"
+    return f"{path}: {result['steps']} steps, {measured}\nnext: pipeline evaluate --draft {path}"

@@ -1,0 +1,134 @@
+"""One optimiser step: a global batch, each cell's share of the loss added up before the optimiser moves.
+
+Denominators come first: anchors, labels and weights are known before any forward, so every cell divides by the whole
+batch's and the shares add up to one loss, however the batch is cut.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.drafts import Blocks, Cell, Draft, Knobs, metrics_of
+from pipeline.errors import ProofError, RoomError
+from pipeline.recipe import TrainSection
+from stages.train_draft.batches import Batch, Stream
+from stages.train_draft.optim import rate
+
+Laid = list[tuple[Cell, Blocks]]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What the cells of a batch add up to: the loss, and numerators, denominators and metric sums of its terms."""
+
+    loss: float
+    terms: dict[str, Tensor]
+    dens: dict[str, Tensor]
+    sums: dict[str, Tensor]
+
+
+class Precision:
+    """The arithmetic of the forward: float32, or bfloat16 by autocast over float32 weights."""
+
+    def __init__(self, dtype: str, device: str | torch.device):
+        self.kind, self.wanted = torch.device(device).type, dtype == "bfloat16"
+
+    def __call__(self):
+        return torch.autocast(self.kind, torch.bfloat16, enabled=self.wanted)
+
+
+def add(sums: dict[str, Tensor], share: dict[str, Tensor]) -> None:
+    for name, value in share.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def backward(draft: Draft, cells: Laid, knobs: Knobs, precision: Precision, metrics: bool) -> Shares:
+    """Add the gradient of a global batch's loss to the draft's, one cell after the other."""
+    device = draft.fc.weight.device
+    dens, terms, sums = {}, {}, {}
+    for _, blocks in cells:
+        add(dens, draft.denominators(blocks))
+    dens = {name: value.to(device) for name, value in dens.items()}
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for cell, blocks in cells:
+        with precision():
+            loss = draft.loss(cell.to(device), blocks.to(device), knobs, dens, metrics)
+        loss.total.backward()
+        total += loss.total.detach()
+        add(terms, loss.terms)
+        add(sums, loss.sums)
+    return Shares(float(total), terms, dens, sums)
+
+
+class Trainer:
+    """A draft, its optimiser and what a step needs. `step(batch)` moves both once."""
+
+    def __init__(self, draft: Draft, optimizer: torch.optim.Optimizer, stream: Stream, train: TrainSection):
+        self.draft, self.optimizer, self.stream, self.train = draft, optimizer, stream, train
+        self.precision = Precision(train.dtype, draft.fc.weight.device)
+
+    def step(self, batch: Batch) -> dict | None:
+        """Move the draft by one batch; return the line of metrics when this step logs one.
+
+        Raises ProofError naming step and samples when the loss or its gradient is not finite; the draft is then still
+        that of the step before.
+        """
+        train, done = self.train, batch.step + 1
+        logs = done % train.log_every == 0 or done in (1, train.steps)
+        knobs = self.draft.schedule(batch.step, train.steps)
+        lr = train.lr * rate(batch.step, train.steps, train.warmup, train.schedule)
+        self.optimizer.zero_grad(set_to_none=True)
+        with enough_memory(train):
+            shares = backward(self.draft, batch.cells, knobs, self.precision, logs)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.draft.parameters(), train.clip))
+        if not (math.isfinite(shares.loss) and math.isfinite(norm)):
+            raise ProofError(self._blame(batch, knobs, shares.loss, norm))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        if not logs:
+            return None
+        # The names say what they are: accept_len_tf is teacher-forced, never the accept length of decoding.
+        figures = metrics_of(shares.sums, shares.terms, shares.dens)
+        return {
+            "step": done,
+            "epoch": batch.epoch,
+            "loss": shares.loss,
+            "lambda_base": knobs.lambda_base,
+            "lr": lr,
+            "grad_norm": norm,
+            **figures,
+        }
+
+    def _blame(self, batch: Batch, knobs: Knobs, loss: float, norm: float) -> str:
+        """Say which samples of the batch alone give a loss or gradient that is not finite."""
+        found = []
+        for name, laid in zip(batch.names, self.stream.batch(batch.step, alone=True).cells, strict=True):
+            self.optimizer.zero_grad(set_to_none=True)
+            alone = backward(self.draft, [laid], knobs, self.precision, metrics=False).loss
+            squares = sum(float(weight.grad.norm()) for weight in self.draft.parameters() if weight.grad is not None)
+            if not (math.isfinite(alone) and math.isfinite(squares)):
+                found.append(name)
+        if len(found) == len(batch.names):
+            cause = "every sample of the batch does it alone, so the draft itself has diverged: lower train.lr"
+        elif found:
+            cause = f"alone, these samples do it: {', '.join(found)}; see `pipeline inspect` and `pipeline verify`"
+        else:
+            cause = f"no sample does it alone: lower train.lr; the batch was {', '.join(batch.names)}"
+        return f"step {batch.step + 1}: loss {loss:g}, gradient norm {norm:g}; {cause}. The last checkpoint is intact."
+
+
+@contextmanager
+def enough_memory(train: TrainSection) -> Iterator[None]:
+    """Turn a device's lack of memory into a RoomError that says what to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RoomError(
+            f"a cell of {train.context} rows and {train.cell_anchors} blocks does not fit on the device; "
+            "lower train.cell_anchors (with train.anchors) or train.context"
+        ) from error
