@@ -1,0 +1,319 @@
+"""Verify: every byte of a cache against what the manifests promise, and the manifests against each other.
+
+Damage is what a reader could trip over. What is not there yet (an unfinished capture) and what does not belong (files
+of others) are told apart from it.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from pipeline.cache.columns import Column, ColumnSpec, column_manifest
+from pipeline.cache.derived import refused_bytes
+from pipeline.cache.index import build_index, read_index
+from pipeline.cache.layout import (
+    BLOCK_ROWS,
+    COLUMN,
+    IDENTITY,
+    INDEX,
+    INDEX_MANIFEST,
+    LOG,
+    NUMBER,
+    PLAN,
+    QUARANTINE,
+    REFUSED,
+    SAMPLES,
+    SCRATCH,
+    SHARDS,
+    TARGET,
+    TARGET_MANIFEST,
+    inside,
+    numbered,
+)
+from pipeline.cache.manifest import PIECE, check_file, check_size, read_canonical
+from pipeline.cache.plan import Plan, load_plan
+from pipeline.cache.samples import PlannedSample, ShardPlan, make_batch, read_batch, sample_id
+from pipeline.cache.target_folder import target_manifest
+from pipeline.errors import CacheError, UsageError
+
+SHOWN = 8  # damaged samples named, of a column with more
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A file, relative to the cache, and what is wrong with it; the shard and column it belongs to, if it does."""
+
+    file: str
+    what: str
+    shard: int | None = None
+    column: str | None = None
+
+
+@dataclass
+class Report:
+    """What `verify` found. `missing` is not there yet, `foreign` does not belong; neither is damage."""
+
+    path: str
+    damaged: list[Finding] = field(default_factory=list)
+    missing: list[Finding] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+    files: int = 0
+    bytes: int = 0
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def verify(path: Path | str) -> Report:
+    """Check every byte of a cache. Raises UsageError where there is none; damage is in the report, never raised."""
+    path = Path(path)
+    if not any((path / name).exists() for name in (IDENTITY, PLAN, SHARDS)):
+        raise UsageError(f"{path}: no cache there; make one with `pipeline cache-hidden --out {path}`")
+    check = _Check(path)
+    plan = check.plan()
+    check.index(plan)
+    columns = check.shards(plan)
+    check.target(captured=any(columns.values()))
+    check.quarantine(plan, columns)
+    check.foreign()
+    return check.report
+
+
+class _Check:
+    """One verification: the report so far, and the files accounted for."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.report = Report(str(path))
+        self.known = {LOG}
+        self.identity: str | None = None
+        with self.guard(IDENTITY):
+            self.identity = read_canonical(path / IDENTITY)["hash"]
+
+    @contextlib.contextmanager
+    def guard(self, file: str, shard: int | None = None, column: str | None = None) -> Iterator[None]:
+        """Account for a file, and book what goes wrong with it as damage."""
+        self.known.add(file)
+        try:
+            yield
+        except (CacheError, OSError) as error:
+            what = str(error).removesuffix("; run `pipeline verify`").removeprefix(f"{self.path / file}: ")
+            self.damage(file, what, shard, column)
+
+    def damage(self, file: str, what: str, shard: int | None = None, column: str | None = None) -> None:
+        self.report.damaged.append(Finding(file, what, shard, column))
+
+    def unfinished(self, file: str, what: str, shard: int | None = None, column: str | None = None) -> None:
+        self.report.missing.append(Finding(file, what, shard, column))
+
+    def file(self, file: str, fact: dict, shard: int | None = None, column: str | None = None) -> bool:
+        """Check a file's size and digest; whether they are right."""
+        before = len(self.report.damaged)
+        with self.guard(file, shard, column):
+            check_file(inside(self.path, file), fact)
+        return len(self.report.damaged) == before
+
+    def plan(self) -> Plan | None:
+        """The plan, when it is whole. Its contents are made once more from ids and masks, and compared."""
+        numbers = {path.stem for path in (self.path / PLAN).glob("*.*") if NUMBER.fullmatch(path.stem)}
+        before = len(self.report.damaged)
+        finished = 0
+        for number in sorted(numbers):
+            manifest, rows = f"{PLAN}/{number}.json", f"{PLAN}/{number}.arrow"
+            if not (self.path / manifest).is_file():
+                self.known.add(rows)
+                self.unfinished(manifest, "a segment of the plan without its manifest")
+                continue
+            with self.guard(manifest):
+                self.file(rows, read_canonical(self.path / manifest)["files"][f"{number}.arrow"])
+            self.known.add(rows)
+            finished += 1
+        if not finished:
+            self.unfinished(PLAN, "no plan yet")
+        if not finished or len(self.report.damaged) > before:
+            return None
+        with self.guard(PLAN):
+            plan = load_plan(self.path)
+            for shard in plan.shards:
+                if not _remade(shard).equals(shard.batch):
+                    self.damage(PLAN, "not what its ids and masks give", shard.number)
+            return plan
+        return None
+
+    def index(self, plan: Plan | None) -> None:
+        self.known |= {INDEX, INDEX_MANIFEST}
+        if plan is None:
+            return
+        with self.guard(INDEX_MANIFEST):
+            facts = read_canonical(self.path / INDEX_MANIFEST)
+            if self.file(INDEX, facts["files"][INDEX]):
+                held = read_index(self.path, plan.manifests)
+                if held is None or not held.equals(build_index(plan)):
+                    self.damage(INDEX, "not what the plan gives; it is made again by the next `pipeline cache-hidden`")
+
+    def target(self, captured: bool) -> None:
+        if not (self.path / TARGET).exists() and not captured:
+            self.unfinished(TARGET, "not captured yet")
+            return
+        with self.guard(f"{TARGET}/{TARGET_MANIFEST}"):
+            for name, fact in target_manifest(self.path)["files"].items():
+                self.file(f"{TARGET}/{name}", fact)
+
+    def shards(self, plan: Plan | None) -> dict[int, dict[str, dict]]:
+        """Check every shard planned or there; the manifests of the columns that exist, by shard and name."""
+        planned = {shard.number: shard for shard in plan.shards} if plan else {}
+        there = {int(path.name) for path in (self.path / SHARDS).glob("*") if NUMBER.fullmatch(path.name)}
+        columns = {}
+        for number in sorted({*planned, *there}):
+            if plan and number not in planned:
+                self.damage(f"{SHARDS}/{numbered(number)}", "not in the plan", number)
+            columns[number] = self.shard(number, planned.get(number))
+        names = sorted({name for found in columns.values() for name in found})
+        for number, found in columns.items():
+            damaged = {finding.column for finding in self.report.damaged if finding.shard == number}
+            if not found and not damaged:
+                self.unfinished(f"{SHARDS}/{numbered(number)}", "not captured yet", number)
+            for name in names:
+                if found and name not in found and name not in damaged:
+                    self.unfinished(f"{SHARDS}/{numbered(number)}/{name}.json", "not captured yet", number, name)
+        return columns
+
+    def shard(self, number: int, planned: ShardPlan | None) -> dict[str, dict]:
+        """Check one shard's columns and samples; the manifests of its columns by name."""
+        here = f"{SHARDS}/{numbered(number)}"
+        listed = {path.name for path in (self.path / here).glob("*")}
+        found = {}
+        for name in sorted(entry.removesuffix(".json") for entry in listed if entry.endswith(".json")):
+            if COLUMN.fullmatch(name):
+                with self.guard(f"{here}/{name}.json", number, name):
+                    found[name] = column_manifest(self.path, number, name)
+                    if self.identity and found[name]["cache"] != self.identity:
+                        self.damage(f"{here}/{name}.json", "belongs to another cache", number, name)
+        for name in sorted({entry.removesuffix(".arrow") for entry in listed} - {*found}):
+            if COLUMN.fullmatch(name):  # a writer was killed before its manifest; the next one replaces this
+                self.known |= {f"{here}/{name}.arrow"} | _below(self.path, f"{here}/{name}")
+                if f"{name}.json" not in listed:
+                    self.unfinished(f"{here}/{name}", "without a manifest, so not captured yet", number, name)
+        shard = self.samples(here, number, found, planned, SAMPLES in listed)
+        for name, manifest in found.items():
+            self.column(here, name, manifest, shard)
+        return found
+
+    def samples(
+        self, here: str, number: int, found: dict[str, dict], planned: ShardPlan | None, there: bool
+    ) -> ShardPlan | None:
+        """Check a shard's `samples.arrow` against every column's manifest and the plan; the samples, if known."""
+        file, whole = f"{here}/{SAMPLES}", True
+        facts = {str(manifest["files"][SAMPLES]): manifest["files"][SAMPLES] for manifest in found.values()}
+        for fact in facts.values():
+            whole = self.file(file, fact, number) and whole
+        held = planned
+        if whole and (facts or there):
+            with self.guard(file, number):
+                held = ShardPlan(read_batch(self.path / file), number)
+                if planned and not held.batch.equals(planned.batch):
+                    self.damage(file, "other samples than the plan's", number)
+        return planned or (held if facts and whole else None)
+
+    def column(self, here: str, name: str, manifest: dict, shard: ShardPlan | None) -> None:
+        """Check a column's files, and every block of its values against its `.arrow`."""
+        number, spec = manifest["shard"], ColumnSpec(**manifest["spec"])
+        column = None
+        sums = f"{here}/{name}.arrow"
+        if self.file(sums, manifest["files"][f"{name}.arrow"], number, name) and shard:
+            with self.guard(sums, number, name):
+                column = Column(self.path / here, spec, spec.bounds(shard), f"shard {numbered(number)}")
+                refused = sorted(int(row) for row in manifest["refused"])
+                if manifest["rows"] != column.bounds[-1] or refused != np.flatnonzero(~column.ok).tolist():
+                    self.damage(sums, "rows or refused samples are not its manifest's", number, name)
+        values = None
+        if column:
+            with self.guard(f"{here}/{name}", number, name):
+                reader = column.open()
+                values = reader.path.relative_to(self.path / here).as_posix()
+                self.values(f"{here}/{values}", column, reader, manifest["files"][values])
+        for file, fact in manifest["files"].items():
+            if file not in (SAMPLES, f"{name}.arrow", values):
+                self.file(f"{here}/{file}", fact, number, name)
+
+    def values(self, file: str, column: Column, reader, fact: dict) -> None:
+        """Check blocks and file digest, in one pass where the file holds the values as they are."""
+        number, name = int(file.split("/")[1]), column.spec.name
+        if not reader.in_order:
+            self.file(file, fact, number, name)
+        with self.guard(file, number, name):
+            check_size(inside(self.path, file), fact)
+            digest = xxhash.xxh3_128()
+            damaged = _damaged_rows(column, reader, digest)
+            if damaged:
+                shown = ", ".join(map(str, damaged[:SHOWN])) + (", ..." if len(damaged) > SHOWN else "")
+                self.damage(file, f"the values of samples {shown} of the shard", number, name)
+            if reader.in_order:
+                with open(reader.path, "rb", buffering=0) as rest:
+                    rest.seek(int(column.bounds[-1]) * column.spec.row_bytes)
+                    while piece := rest.read(PIECE):
+                        digest.update(piece)
+                if digest.hexdigest() != fact["xxh3"] and not damaged:
+                    self.damage(
+                        file, "its digest is not its manifest's, in the padding or the chunk index", number, name
+                    )
+
+    def quarantine(self, plan: Plan | None, columns: dict[int, dict[str, dict]]) -> None:
+        file = f"{QUARANTINE}/{REFUSED}"
+        there = (self.path / file).is_file()
+        with self.guard(file):
+            if there:
+                read_canonical(self.path / file)
+            wanted = refused_bytes(plan, columns) if plan else b""
+            if plan and wanted != ((self.path / file).read_bytes() if there else b""):
+                self.unfinished(file, "not of the columns there are; the next `pipeline cache-hidden` makes it again")
+
+    def foreign(self) -> None:
+        """Count the files of the cache, and name those that nothing accounts for."""
+        for folder, below, files in os.walk(self.path):
+            below[:] = sorted(name for name in below if not name.startswith(SCRATCH))
+            links = [name for name in below if os.path.islink(os.path.join(folder, name))]
+            for name in sorted([*files, *links]):
+                path = Path(folder, name)
+                file = path.relative_to(self.path).as_posix()
+                if file in self.known:
+                    self.report.files += 1
+                    self.report.bytes += path.lstat().st_size
+                elif not name.startswith(SCRATCH):
+                    self.report.foreign.append(file)
+
+
+def _below(cache: Path, folder: str) -> set[str]:
+    """Files under a folder of the cache, relative to the cache."""
+    return {path.relative_to(cache).as_posix() for path in (cache / folder).rglob("*")}
+
+
+def _remade(shard: ShardPlan):
+    """The shard's batch made once more from ids, masks and origins."""
+    texts = [shard.text(name) for name in ("domain", "split", "source")]
+    samples = [
+        PlannedSample(shard.ids(row), shard.mask(row), *(text[row] for text in texts), shard.line(row))
+        for row in range(len(shard))
+    ]
+    return make_batch(samples, [sample_id(sample.ids, sample.mask) for sample in samples], shard.number)
+
+
+def _damaged_rows(column: Column, reader, digest) -> list[int]:
+    """Samples with a block that is not what the column's `.arrow` says; `digest` takes all values in order."""
+    damaged: list[int] = []
+    buffer = memoryview(bytearray(BLOCK_ROWS * column.spec.row_bytes))
+    for row in range(len(column.ok)):
+        start, stop = int(column.bounds[row]), int(column.bounds[row + 1])
+        for number, first in enumerate(range(start, stop, BLOCK_ROWS)):
+            part = buffer[: min(BLOCK_ROWS, stop - first) * column.spec.row_bytes]
+            reader.read_into(first, part)
+            digest.update(part)
+            right = xxhash.xxh3_64_intdigest(part) == column.digests[column.starts[row] + number]
+            if not right and damaged[-1:] != [row]:
+                damaged.append(row)
+    return damaged
