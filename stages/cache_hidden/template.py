@@ -10,7 +10,6 @@ in the whole conversation, is not what the target would have written, so it stay
     T tokens of a conversation
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +21,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from pipeline.errors import UsageError
 from pipeline.target_files import chat_template
 from stages.cache_hidden.corpus import Unusable
+from stages.cache_hidden.settings import mask_rule
 
-MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 RENDERING_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 
 
@@ -34,11 +33,6 @@ class Rendered:
     text: str
     spans: list[tuple[int, int]]
     rewritten: int
-
-
-def mask_rule(template: str) -> str:
-    """Return how the loss mask is found, as a cache's identity states it: "marks" of the template, or "prefixes"."""
-    return "marks" if MARKS.search(template) else "prefixes"
 
 
 class ChatTemplate:

@@ -1,0 +1,61 @@
+"""A thread that takes work off the one that computes, through a queue so short that memory stays bounded."""
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+_END = object()
+POLL_S = 0.2
+
+
+class Drain:
+    """Calls `consume` with every item put, in order, in a thread of its own.
+
+    An error in it is raised by the next `put` or `finish` of the thread that computes, as the same exception.
+    """
+
+    def __init__(self, consume: Callable[[Any], None], depth: int):
+        self._consume = consume
+        self._queue: queue.Queue = queue.Queue(depth)
+        self._error: BaseException | None = None
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="drain", daemon=True)
+        self._thread.start()
+
+    def put(self, item: Any) -> None:
+        """Hand an item over; waits while the queue is full."""
+        while True:
+            self._check()
+            try:
+                return self._queue.put(item, timeout=POLL_S)
+            except queue.Full:
+                continue
+
+    def finish(self) -> None:
+        """Wait until everything put is consumed."""
+        self.put(_END)
+        self._thread.join()
+        self._check()
+
+    def stop(self) -> None:
+        """End after the item in hand, leaving the rest; harmless after `finish`."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            while not self._stopped.is_set():
+                try:
+                    item = self._queue.get(timeout=POLL_S)
+                except queue.Empty:
+                    continue
+                if item is _END:
+                    return
+                self._consume(item)
+        except BaseException as error:  # handed to the computing thread, which raises it
+            self._error = error

@@ -1,0 +1,169 @@
+"""The Hugging Face engine: micro-batches of token ids in, packed rows of hidden states out.
+
+Batches are right-padded. A causal decoder's real rows never see what stands behind them, so no attention mask is
+needed, and the rows of padding are dropped on the device before anything is copied.
+
+    B samples of a micro-batch   T rows of the longest   R packed rows   D hidden size
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline.cache.columns import ColumnSpec
+from pipeline.cache.layout import layer_of
+from pipeline.cache.samples import ShardPlan
+from pipeline.capture import final_rows
+from pipeline.errors import RoomError
+from pipeline.target import run_decoder, tap_layers
+from pipeline.target_head import TargetHead
+from stages.cache_hidden.gauge import Gauge, gauge_rows, measure
+
+
+@dataclass
+class Piece:
+    """What one forward gave, on its way to the host: `wait` before reading.
+
+    states: column -> rows [R, D]; worst: column -> the largest magnitude of each row [R], fp32, not finite where the
+    row is not; counts: column -> rows of each sample; gauge: agreement and log-probability of each gauge row.
+    """
+
+    rows: range  # of the shard's samples
+    states: dict[str, Tensor]
+    worst: dict[str, Tensor]
+    counts: dict[str, list[int]]
+    gauge: Tensor
+    copied: torch.cuda.Event | None
+
+    def wait(self) -> None:
+        """Return when everything is on the host."""
+        if self.copied is not None:
+            self.copied.synchronize()
+
+
+class Engine:
+    """Runs the target over micro-batches. `split` says whether memory ever forced a smaller group."""
+
+    def __init__(self, model: PreTrainedModel, head: TargetHead, gauge_share: float):
+        self.model = model
+        self.head = head
+        self.gauge_share = gauge_share
+        self.device = next(model.parameters()).device
+        self.split = False
+        self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def pieces(self, shard: ShardPlan, rows: range, columns: Sequence[ColumnSpec]) -> Iterator[Piece]:
+        """Yield the states of a micro-batch, whole or, where memory is short, in pieces at the same padded length.
+
+        Raises RoomError when one sample alone does not fit.
+        """
+        longest = int(shard.lengths[rows].max())
+        waiting = [rows]
+        while waiting:
+            group = waiting.pop(0)
+            try:
+                piece = self._forward(shard, group, longest, columns)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                piece = None
+                cause = str(error).strip().split("\n")[0][:160]
+            if piece is not None:  # out of the handler: the failed forward's memory hangs on its exception
+                yield piece
+                continue
+            if len(group) == 1:
+                raise RoomError(
+                    f"{self.device} has no memory for one sample of {longest} tokens ({cause}); "
+                    "lower --max-length, or use a larger device"
+                )
+            self.split = True
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            half = group.start + len(group) // 2
+            waiting[:0] = [range(group.start, half), range(half, group.stop)]
+
+    @torch.no_grad()
+    def _forward(self, shard: ShardPlan, rows: range, longest: int, columns: Sequence[ColumnSpec]) -> Piece:
+        ids_BT = np.zeros((len(rows), longest), np.int64)
+        for at, row in enumerate(rows):
+            ids_BT[at, : shard.lengths[row]] = shard.ids(row)
+        layers = [layer for column in columns if (layer := layer_of(column.name)) is not None]
+        with tap_layers(self.model, layers) as taken:
+            output = run_decoder(self.model, torch.from_numpy(ids_BT).to(self.device))
+        last_BTD = output.last_hidden_state
+        kept = {spec.name: [kept_rows(shard, row, spec) for row in rows] for spec in columns}
+        states, worst = {}, {}
+        for spec in columns:
+            layer = layer_of(spec.name)
+            full_BTD = last_BTD if layer is None else taken.pop(layer)
+            states[spec.name] = full_BTD.flatten(0, 1)[self._flat(kept[spec.name], longest)]
+            worst[spec.name] = torch.linalg.vector_norm(states[spec.name], float("inf"), dim=-1).float()
+        gauge = self._gauge(shard, rows, longest, last_BTD)
+        counts = {name: [len(rows) for rows in each] for name, each in kept.items()}
+        return self._to_host(Piece(rows, states, worst, counts, gauge, None))
+
+    def _flat(self, rows_of_each: list[np.ndarray], longest: int) -> Tensor:
+        """Rows of each sample as one index into [B * T]."""
+        flat = np.concatenate([at * longest + rows for at, rows in enumerate(rows_of_each)])
+        return torch.from_numpy(flat).to(self.device)
+
+    def _gauge(self, shard: ShardPlan, rows: range, longest: int, last_BTD: Tensor) -> Tensor:
+        """Measure the gauge rows of these samples: [2, rows], agreement and log-probability of the data's token."""
+        chosen = [gauge_rows(shard, row, self.gauge_share) for row in rows]
+        tokens = np.concatenate([shard.ids(row)[at] for row, at in zip(rows, chosen, strict=True)])
+        before = self._flat([at - 1 for at in chosen], longest)
+        states_RD = last_BTD.flatten(0, 1)[before]
+        return measure(self.head, states_RD, torch.from_numpy(tokens.astype(np.int64)).to(self.device))
+
+    def _to_host(self, piece: Piece) -> Piece:
+        """Start copying a piece to pinned memory on a stream of its own, so that the next forward need not wait."""
+        if self._copying is None:
+            return piece
+        self._copying.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._copying):
+            piece.states = {name: self._pinned(tensor) for name, tensor in piece.states.items()}
+            piece.worst = {name: self._pinned(tensor) for name, tensor in piece.worst.items()}
+            piece.gauge = self._pinned(piece.gauge)
+            piece.copied = torch.cuda.Event()
+            piece.copied.record(self._copying)
+        return piece
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        tensor.record_stream(self._copying)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+
+def kept_rows(shard: ShardPlan, row: int, spec: ColumnSpec) -> np.ndarray:
+    """Return which rows of a sample a column keeps, ascending."""
+    if spec.keeps == "all":
+        return np.arange(shard.lengths[row])
+    return np.flatnonzero(final_rows(shard.mask(row)))
+
+
+def bits(states: Tensor) -> np.ndarray:
+    """Return states as they are stored: uint16 bits of bfloat16, or float32."""
+    return states.view(torch.int16).numpy().view(np.uint16) if states.dtype == torch.bfloat16 else states.numpy()
+
+
+def from_bits(stored: np.ndarray) -> Tensor:
+    """Return what `bits` stored as a tensor again."""
+    if stored.dtype == np.uint16:
+        return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(stored)
+
+
+def totals(gauge: Tensor) -> Gauge:
+    """Sum what `measure` gave for some rows."""
+    usable = gauge[:, gauge[1].isfinite()].double()
+    agree, logprob = usable.sum(-1).tolist()
+    return Gauge(usable.shape[-1], int(agree), logprob)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """CUDA has an exception for it, the CPU's allocator only a text."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

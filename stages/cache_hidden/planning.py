@@ -1,0 +1,175 @@
+"""From a corpus to the plan of a cache: every sample tokenised, masked, cut and counted, before the target runs.
+
+What is left out is counted by reason and shown by file and line. A corpus of which more than a tenth cannot be used is
+refused: it is another format than we think, and what is left would be a guess.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.cache.disk import free_bytes
+from pipeline.cache.manifest import create_identity
+from pipeline.cache.plan import Plan, write_segment
+from pipeline.cache.samples import PlannedSample
+from pipeline.errors import DataError
+from stages.cache_hidden.corpus import (
+    Conversation,
+    Fault,
+    Unusable,
+    corpus_files,
+    file_sources,
+    hub_dataset,
+    read_files,
+)
+from stages.cache_hidden.settings import HUB_CORPUS, HUB_SAMPLES, Settings
+from stages.cache_hidden.template import ChatTemplate
+
+REFUSED_SHARE = 0.1  # of the rows; more is refused
+EXAMPLES = 3  # shown of each reason
+ENCODED_AT_ONCE = 128  # conversations
+FREE_SHARE = 0.25  # of the disk, that a corpus nobody named may take
+
+
+@dataclass
+class Tally:
+    """What went by, and what was left out and why."""
+
+    rows: int = 0
+    truncated: int = 0
+    rewritten: int = 0  # turns left unsupervised
+    faults: dict[str, int] = field(default_factory=dict)
+    short: int = 0  # samples with nothing to learn within max_length: no fault of theirs
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def fault(self, reason: str, example: str) -> None:
+        self.faults[reason] = self.faults.get(reason, 0) + 1
+        self.show(reason, example)
+
+    def show(self, reason: str, example: str) -> None:
+        shown = self.examples.setdefault(reason, [])
+        if len(shown) < EXAMPLES:
+            shown.append(example)
+
+    def as_notes(self) -> dict:
+        """For the plan's manifest."""
+        return {
+            "rows": self.rows,
+            "truncated": self.truncated,
+            "rewritten_turns": self.rewritten,
+            "too_short": self.short,
+            "faults": dict(sorted(self.faults.items())),
+            "examples": dict(sorted(self.examples.items())),
+        }
+
+    def check(self, corpus: str, usable: int) -> None:
+        """Refuse a corpus with nothing usable in it, or with too little."""
+        faults = sum(self.faults.values())
+        shown = "; ".join(example for examples in self.examples.values() for example in examples[:1])
+        if not usable:
+            why = shown or "it is empty"
+            raise DataError(f"{corpus}: no usable sample in {self.rows} rows ({why}); name another corpus")
+        if faults > REFUSED_SHARE * self.rows:
+            raise DataError(
+                f"{corpus}: {faults} of {self.rows} rows cannot be used, at most {REFUSED_SHARE:.0%} are let go "
+                f"({shown}); repair or remove them"
+            )
+
+
+def make_plan(corpus: str, out: Path, settings: Settings, max_samples: int | None) -> Plan:
+    """Tokenise the corpus and write the plan; what the cache is, cache.json, comes when the corpus has proven usable.
+
+    Raises DataError for a corpus that is not, UsageError when it or the target is not there.
+    """
+    files = corpus_files(corpus)
+    if files:
+        rows, sources = read_files(corpus, files), file_sources(corpus, files)
+    else:
+        rows, source = hub_dataset(corpus)
+        sources = [source]
+    max_bytes = None
+    if corpus == HUB_CORPUS and max_samples is None:
+        max_samples, max_bytes = HUB_SAMPLES, int(FREE_SHARE * free_bytes(out))
+    template, tally, notes = ChatTemplate(settings.folder), Tally(), {"max_samples": max_samples}
+
+    def checked() -> Iterator[PlannedSample]:
+        usable, room = 0, max_bytes
+        for sample in islice(planned(rows, template, settings.max_length, tally), max_samples):
+            if room is not None:
+                room -= len(sample.ids) * settings.row_bytes
+                if room < 0:
+                    break
+            usable += 1
+            yield sample
+        tally.check(corpus, usable)
+        notes.update(tally.as_notes())
+        create_identity(out, settings.identity)
+
+    return write_segment(out, checked(), row_bytes=settings.row_bytes, sources=sources, notes=notes)
+
+
+def planned(
+    rows: Iterable[Conversation | Fault], template: ChatTemplate, max_length: int, tally: Tally
+) -> Iterator[PlannedSample]:
+    """Yield the samples of the rows, in order; whatever is left out goes into the tally."""
+    waiting = []
+    for row in rows:
+        tally.rows += 1
+        if isinstance(row, Fault):
+            tally.fault(row.reason, str(row))
+            continue
+        try:
+            rendered = template.render(row.messages)
+        except Unusable as fault:
+            tally.fault(fault.reason, f"{row.file}:{row.line}: {fault}")
+            continue
+        if rendered.rewritten:
+            tally.rewritten += rendered.rewritten
+            tally.show("rewritten turns", f"{row.file}:{row.line}: {rendered.rewritten} turns not supervised")
+        waiting.append((row, rendered))
+        if len(waiting) == ENCODED_AT_ONCE:
+            yield from _samples(waiting, template, max_length, tally)
+            waiting = []
+    yield from _samples(waiting, template, max_length, tally)
+
+
+def _samples(waiting: list, template: ChatTemplate, max_length: int, tally: Tally) -> Iterator[PlannedSample]:
+    encoded = template.encode([rendered for _, rendered in waiting]) if waiting else []
+    for (row, _), (ids, mask) in zip(waiting, encoded, strict=True):
+        where = f"{row.file}:{row.line}"
+        try:
+            check_mask(mask)
+        except Unusable as fault:
+            tally.fault(fault.reason, f"{where}: {fault}")
+            continue
+        tally.truncated += len(ids) > max_length
+        cut = trim(ids[:max_length], mask[:max_length])
+        if cut is None:
+            tally.short += 1
+            tally.show("too short", f"{where}: no two supervised tokens in a row within {max_length}")
+            continue
+        yield PlannedSample(*cut, domain=row.domain, split=row.split, file=row.file, line=row.line)
+
+
+def check_mask(mask_T: np.ndarray) -> None:
+    """Refuse a mask that says nothing: Unusable when no token, or every token, is supervised."""
+    if not mask_T.any():
+        raise Unusable("nothing supervised", f"none of its {len(mask_T)} tokens is marked as the assistant's")
+    if mask_T.all():
+        raise Unusable(
+            "all supervised", f"all of its {len(mask_T)} tokens are marked as the assistant's, the prompt too"
+        )
+
+
+def trim(ids_T: np.ndarray, mask_T: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Cut behind the last supervised row and the one after it; None without two supervised rows in a row.
+
+    A block is laid from a supervised token whose next is supervised, too, so with fewer there is nothing to learn.
+    """
+    if not (mask_T[:-1] & mask_T[1:]).any():
+        return None
+    end = int(np.flatnonzero(mask_T)[-1]) + 2
+    return ids_T[:end], mask_T[:end]

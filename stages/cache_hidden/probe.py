@@ -1,0 +1,153 @@
+"""The probe: before a shard exists, what its files say is compared by value with an ordinary forward of the target.
+
+Wrong layers, a lost or doubled norm, a wrong head and dead buffers train well, and show only in production as an accept
+length of 1. By value and not by argmax: an RMS norm is a positive scale, so an argmax is often right without it, and no
+argmax sees an auxiliary layer that is off by one.
+
+    P rows of a prefix   D hidden size   V vocabulary
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline.cache.columns import ColumnSpec
+from pipeline.cache.layout import layer_of
+from pipeline.cache.samples import ShardPlan
+from pipeline.errors import ProofError
+from pipeline.target_head import TargetHead
+from stages.cache_hidden.engine import from_bits, kept_rows
+
+ROWS = 128  # of a prefix, at most
+SAMPLES = 2
+SCORED_ROWS = 16  # of `final`, where a prompt is longer than ROWS
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative Frobenius error
+
+Read = Callable[[str, int], np.ndarray]
+
+
+def probe(
+    model: PreTrainedModel,
+    head: TargetHead,
+    shard: ShardPlan,
+    columns: Sequence[ColumnSpec],
+    refused: set[int],
+    read: Read,
+) -> dict[str, dict]:
+    """Compare two samples' prefixes as stored (`read(column, row)`) with `model(ids)`; return facts for each column.
+
+    `head` is the one that was stored. Raises ProofError naming what does not fit and what would fit better.
+    """
+    device = next(model.parameters()).device
+    worst: dict[str, float] = {}
+    rows = probe_rows(shard, refused)
+    for row in rows:
+        prefix = prefix_length(shard, row)
+        ids = torch.from_numpy(shard.ids(row)[:prefix].astype(np.int64)).to(device)
+        with torch.no_grad():
+            truth = model(ids[None], output_hidden_states=True, use_cache=False)
+        entries = [entry[0] for entry in truth.hidden_states]
+        check_embedding(head, ids, entries[0])
+        for spec in columns:
+            kept = kept_rows(shard, row, spec)
+            inside = kept[kept < prefix]
+            stored = from_bits(read(spec.name, row))[: len(inside)].to(device)
+            layer = layer_of(spec.name)
+            if layer is not None:
+                error = check_layer(stored, entries, layer)
+            else:
+                error = check_final(stored, inside, head, entries, truth.logits[0])
+            worst[spec.name] = max(worst.get(spec.name, 0.0), error)
+    return {name: {"samples": rows, "error": float(f"{error:.2e}")} for name, error in worst.items()}
+
+
+def probe_rows(shard: ShardPlan, refused: set[int]) -> list[int]:
+    """Return the samples to look at: of those whose replies begin soonest, up to the bound, the first by id."""
+    usable = [row for row in range(len(shard)) if row not in refused]
+    names = shard.sample_ids
+    starts = {row: max(ROWS, int(np.argmax(shard.mask(row)))) for row in usable}
+    return sorted(usable, key=lambda row: (starts[row], *names[row].tolist()))[:SAMPLES]
+
+
+def prefix_length(shard: ShardPlan, row: int) -> int:
+    """Return the rows of a sample's prefix: ROWS, and more only where a long prompt would leave no `final` in it."""
+    first = int(np.argmax(shard.mask(row)))
+    return min(int(shard.lengths[row]), max(ROWS, first + SCORED_ROWS if first >= ROWS else 0))
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    """Return the Frobenius norm of the difference relative to the truth's, in fp64."""
+    found, truth = found.double(), truth.double()
+    return float((found - truth).norm() / truth.norm().clamp_min(1e-30))
+
+
+def check_layer(stored_PD: Tensor, entries: Sequence[Tensor], layer: int) -> float:
+    """Return the error of a stored layer against entry layer + 1 of `hidden_states`, which must be the nearest."""
+    bound, right = BOUNDS[stored_PD.dtype], layer + 1
+    beside = [entry for entry in (layer, right, right + 1) if 0 <= entry < len(entries)]
+    errors = {entry: relative(stored_PD, entries[entry]) for entry in beside}
+    if errors[right] <= bound and min(errors, key=errors.get) == right:
+        return errors[right]
+    errors = {entry: relative(stored_PD, entries[entry]) for entry in range(len(entries))}
+    best = min(errors, key=errors.get)
+    if best == right:
+        hint = "no other layer fits better: a norm, a scale or the files themselves are wrong"
+    elif best == len(entries) - 1:
+        hint = f"the last layer after the norm fits better ({errors[best]:.1e})"
+    else:
+        hint = f"layer {best - 1} fits better ({errors[best]:.1e})"
+    raise ProofError(
+        f"probe: what is stored as layer {layer} differs from the target's layer {layer} by {errors[right]:.1e}, "
+        f"at most {bound:.0e} is right; {hint}; nothing of this shard was kept"
+    )
+
+
+def check_embedding(head: TargetHead, ids_P: Tensor, entry_PD: Tensor) -> float:
+    """Return the error of the stored embedding, scale included, against what enters layer 0."""
+    found_PD = head.embed(ids_P)
+    error, bound = relative(found_PD, entry_PD), BOUNDS[entry_PD.dtype]
+    if error <= bound:
+        return error
+    scale = float((found_PD.double() * entry_PD.double()).sum() / found_PD.double().square().sum())
+    scaled = relative(found_PD.double() * scale, entry_PD)
+    hint = f"{scale:.4g} times it would fit" if scaled <= bound else "no scale of it would fit"
+    raise ProofError(
+        f"probe: the stored embedding (scale {head.embed_scale:g}) differs from what enters layer 0 by {error:.1e}, "
+        f"at most {bound:.0e} is right; {hint}; this target needs its embedding read otherwise"
+    )
+
+
+def check_final(
+    stored_RD: Tensor, rows_R: np.ndarray, head: TargetHead, entries: Sequence[Tensor], logits_PV: Tensor
+) -> float:
+    """Return the error of the stored head's logits on the stored `final` against the target's own logits.
+
+    Their argmax must be equal, too, wherever the gap of the two best exceeds the largest difference measured.
+    """
+    if not len(rows_R):
+        return 0.0
+    rows = torch.from_numpy(rows_R).to(logits_PV.device)
+    wanted_RV, found_RV = logits_PV[rows].float(), head.logits(stored_RD)
+    bound = BOUNDS[stored_RD.dtype]
+    state, error = relative(stored_RD, entries[-1][rows]), relative(found_RV, wanted_RV)
+    if state > bound:
+        near = {index - 1: relative(stored_RD, entry[rows]) for index, entry in enumerate(entries[:-1])}
+        best = min(near, key=near.get)
+        hint = f"layer {best} before the norm fits better" if near[best] < state else "the norm is lost or doubled"
+        raise ProofError(
+            f"probe: what is stored as `final` differs from what the LM head reads by {state:.1e}, at most {bound:.0e} "
+            f"is right; {hint}; nothing of this shard was kept"
+        )
+    gap = wanted_RV.topk(2, dim=-1).values.diff(dim=-1).abs()[:, 0]
+    clear = gap > (found_RV - wanted_RV).abs().max()
+    flipped = int((clear & (found_RV.argmax(-1) != wanted_RV.argmax(-1))).sum())
+    if error > bound or flipped:
+        raise ProofError(
+            f"probe: the stored LM head gives logits that differ from the target's by {error:.1e}, at most {bound:.0e} "
+            f"is right ({flipped} clear argmaxes differ), though `final` itself fits; the head is transposed, "
+            "permuted, scaled or capped otherwise; nothing of this shard was kept"
+        )
+    return max(state, error)

@@ -1,0 +1,83 @@
+"""The capture's record, `capture.log`: what was asked for, and how the files it came from looked (size and time).
+
+Derived, for speed and for people, and no part of the cache's promise: without it the files are digested again. It is
+what lets a run with nothing to do end at once.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline.cache.columns import ColumnSpec
+from pipeline.cache.disk import write_file
+from pipeline.cache.layout import LOG
+from pipeline.errors import DataError, RoomError, UsageError
+from pipeline.target_files import CONFIG, tokenizer_files, weight_files
+from stages.cache_hidden.corpus import corpus_files
+from stages.cache_hidden.options import CaptureOptions
+from stages.cache_hidden.settings import Settings
+
+
+def request_of(model: str, corpus: str | None, options: CaptureOptions) -> dict:
+    """Return a command as the record keeps it."""
+    here = {"model": _absolute(model), "corpus": corpus and _absolute(corpus)}
+    return {**here, "options": asdict(options)}
+
+
+def _absolute(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
+
+
+def looks(files: list[Path]) -> dict[str, list[int]]:
+    """Return size and time of last change of every file, by absolute path."""
+    return {str(file.resolve()): [(stat := file.stat()).st_size, stat.st_mtime_ns] for file in files}
+
+
+def write_record(out: Path, request: dict, settings: Settings, corpus: str | None) -> None:
+    """Note a command that is done. A cache that cannot be written to keeps the record it has."""
+    folder = settings.folder.resolve()
+    target_files = [folder / CONFIG, *tokenizer_files(folder), *weight_files(folder)]
+    record = {
+        "request": request,
+        "target": {"folder": str(folder), "files": looks(target_files)},
+        "corpus": looks(corpus_files(corpus)) if corpus else {},
+        "columns": [spec.as_dict() for spec in settings.columns],
+    }
+    if record == read_record(out):
+        return
+    try:
+        write_file(out / LOG, (json.dumps(record, indent=1) + "\n").encode())
+    except RoomError:
+        return
+
+
+def read_record(out: Path) -> dict:
+    """Return the record, empty when there is none to be read."""
+    try:
+        record = json.loads((out / LOG).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def unchanged(record: dict, request: dict) -> tuple[ColumnSpec, ...] | None:
+    """Return the columns wanted, when the command is the recorded one and every file looks as it did; else None."""
+    if record.get("request") != request:
+        return None
+    try:
+        for part in (record["target"]["files"], record["corpus"]):
+            if looks([Path(name) for name in part]) != part:
+                return None
+        return tuple(ColumnSpec(**spec) for spec in record["columns"])
+    except (OSError, KeyError, TypeError):
+        return None
+
+
+def corpus_unchanged(record: dict, corpus: str) -> bool:
+    """Return whether the corpus's files look as they did when they were last compared with the plan."""
+    try:
+        files = looks(corpus_files(corpus))
+    except (OSError, DataError, UsageError):
+        return False
+    return bool(files) and files == record.get("corpus")

@@ -1,0 +1,126 @@
+"""A capture's settings: what was asked for, completed from the target's files and from the cache that is there.
+
+Imports no torch unless the device has to be looked at, so that a run with nothing to do stays quick.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.cache.columns import ColumnSpec
+from pipeline.cache.layout import IDENTITY, aux_column
+from pipeline.cache.manifest import read_canonical
+from pipeline.capture import check_layers, default_layers, default_taps
+from pipeline.errors import UsageError
+from pipeline.target_files import (
+    chat_template,
+    find_target,
+    read_json,
+    target_digest,
+    target_name,
+    template_digest,
+    text_config,
+    tokenizer_digest,
+)
+from stages.cache_hidden.options import CaptureOptions
+
+BATCH_TOKENS = 8192  # padded tokens a forward
+DTYPES = ("bfloat16", "float32")
+HUB_CORPUS = "mlabonne/open-perfectblend"
+HUB_SAMPLES = 20_000
+BUNDLED_CORPUS = "chats.jsonl"
+MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # of assistant turns, in a chat template
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything decided: where the target is, what the cache is to be, which columns are wanted."""
+
+    model: str
+    folder: Path
+    identity: dict
+    columns: tuple[ColumnSpec, ...]
+
+    @property
+    def max_length(self) -> int:
+        return self.identity["samples"]["max_length"]
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.identity["capture"]["batch_tokens"]
+
+    @property
+    def dtype(self) -> str:
+        return self.identity["capture"]["dtype"]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row over all columns, were every row kept in each."""
+        return sum(spec.row_bytes for spec in self.columns)
+
+
+def settle(model: str, out: Path, options: CaptureOptions) -> Settings:
+    """Complete the options. UsageError for a target that is not there, or layers and types that cannot be."""
+    folder = find_target(model, options.revision)
+    config = text_config(folder)
+    held = read_canonical(out / IDENTITY) if (out / IDENTITY).is_file() else {}
+    depth = config["num_hidden_layers"]
+    layers = options.layer_list() or default_layers(depth, options.taps or default_taps(depth))
+    check_layers(layers, depth)
+    kept = held.get("capture", {})
+    dtype = options.dtype or kept.get("dtype") or _default_dtype(folder, options.device)
+    identity = {
+        "target": _target(model, folder, held.get("target", {})),
+        "tokenizer": {"digest": tokenizer_digest(folder), "chat_template": template_digest(folder)},
+        "samples": {"max_length": options.max_length, "mask": mask_rule(chat_template(folder)), "trimmed": True},
+        "capture": {
+            "engine": "transformers",
+            "attention": "sdpa",
+            "dtype": dtype,
+            "batch_tokens": options.batch_tokens or kept.get("batch_tokens") or BATCH_TOKENS,
+        },
+    }
+    width = config["hidden_size"]
+    columns = [ColumnSpec(aux_column(layer), dtype, width) for layer in layers]
+    if options.final != "none":
+        columns.append(ColumnSpec("final", dtype, width, keeps=options.final))
+    return Settings(model, folder, identity, tuple(columns))
+
+
+def mask_rule(template: str) -> str:
+    """Return how the loss mask is found, as a cache's identity states it: "marks" of the template, or "prefixes"."""
+    return "marks" if MARKS.search(template) else "prefixes"
+
+
+def _target(model: str, folder: Path, held: dict) -> dict:
+    """Name, revision and digest. A folder that was only moved keeps the name it has in the cache."""
+    digest = target_digest(folder)
+    if held.get("digest") == digest:
+        return held
+    revision = folder.name if folder.parent.name == "snapshots" else ""
+    return {"name": target_name(model), "revision": revision, "digest": digest}
+
+
+def default_device() -> str:
+    """Return cuda where there is one, else cpu."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _default_dtype(folder: Path, device: str | None) -> str:
+    """Return float32 on a CPU, else the type the target's weights are meant for."""
+    if (device or default_device()) == "cpu":
+        return "float32"
+    config = read_json(folder / "config.json")
+    nested = config.get("text_config") or {}
+    named = next((place[key] for place in (config, nested) for key in ("dtype", "torch_dtype") if place.get(key)), None)
+    if named not in DTYPES:
+        raise UsageError(f"the target's config names the type {named}; choose one with --dtype: {' or '.join(DTYPES)}")
+    return named
+
+
+def default_corpus(folder: Path) -> str:
+    """Return the corpus when none is named: the chats beside a bundled target, else a data set of the hub."""
+    bundled = folder.resolve().parent / BUNDLED_CORPUS
+    return str(bundled) if bundled.is_file() else HUB_CORPUS

@@ -1,0 +1,149 @@
+"""Capturing shards: the target computes, a thread writes, the probe looks, and only then does a shard exist.
+
+Shards are independent and their bytes depend on nothing but the plan, so a stopped capture goes on with the next
+shard that is missing, and whoever computes one computes the same.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from pipeline.cache.columns import ColumnSpec
+from pipeline.cache.plan import Plan, micro_batches
+from pipeline.cache.samples import ShardPlan
+from pipeline.cache.target_folder import CONFIG, HEAD, TOKENS, has_target, new_target, target_file
+from pipeline.cache.writer import ShardWriter
+from pipeline.errors import DataError
+from pipeline.target import head_of, load_target
+from pipeline.target_files import tokenizer_files
+from pipeline.target_head import TargetHead
+from stages.cache_hidden.drain import Drain
+from stages.cache_hidden.engine import Engine, Piece, bits, totals
+from stages.cache_hidden.gauge import Gauge, gauge_share
+from stages.cache_hidden.probe import probe
+from stages.cache_hidden.progress import Progress
+from stages.cache_hidden.report import Work
+from stages.cache_hidden.settings import Settings
+from stages.cache_hidden.template import ChatTemplate
+
+QUEUED = 2  # micro-batches that wait for the writer
+REFUSED_SHARE = 0.01  # of a plan's samples; more means that something is wrong with the target or its type
+
+
+def capture_shards(out: Path, settings: Settings, plan: Plan, work: Work, device: str, refused: int) -> None:
+    """Run the target over every shard in `work` and commit each as it passes its probe.
+
+    `refused` samples were refused before. Raises ProofError, DataError (too many refused), RoomError, UsageError.
+    """
+    model = load_target(str(settings.folder), device=device, dtype=settings.dtype)
+    store_target(out, settings.folder, model)
+    head = TargetHead.load(target_file(out, HEAD), device, getattr(torch, settings.dtype))
+    engine = Engine(model, head, gauge_share(plan))
+    with Progress(sum(shard.rows for shard, _ in work), len(work)) as progress:
+        for shard, columns in work:
+            with ShardWriter(out, shard, columns) as writer:
+                facts = capture_shard(engine, writer, shard, columns, settings.batch_tokens, progress)
+                refused += len(writer.refused)
+                check_refused(refused, plan.samples, writer.refused)
+                writer.commit(facts)
+            progress.shard()
+
+
+def capture_shard(
+    engine: Engine,
+    writer: ShardWriter,
+    shard: ShardPlan,
+    columns: Sequence[ColumnSpec],
+    batch_tokens: int,
+    progress: Progress,
+) -> dict[str, dict]:
+    """Fill the writer with a shard's columns, seal it, and return what the manifests say of them. ProofError."""
+    gauge = Gauge()
+
+    def consume(piece: Piece) -> None:
+        nonlocal gauge
+        piece.wait()
+        for row, reason in unfit(piece):
+            writer.refuse(row, reason)
+        for name, states in piece.states.items():
+            writer.write(name, bits(states))
+        gauge += totals(piece.gauge)
+        written = sum(states.nbytes for states in piece.states.values())
+        progress.add(int(shard.lengths[piece.rows].sum()), written)
+
+    engine.split = False
+    drain = Drain(consume, QUEUED)
+    try:
+        for rows in micro_batches(shard.lengths, batch_tokens):
+            for piece in engine.pieces(shard, rows, columns):
+                drain.put(piece)
+        drain.finish()
+    finally:
+        drain.stop()
+    writer.seal()
+    probed = probe(engine.model, engine.head, shard, columns, {*writer.refused}, writer.read)
+    made_by = {
+        "engine": "transformers",
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "device": engine.device.type,
+        "split": engine.split,
+    }
+    return {spec.name: {**made_by, "probe": probed.get(spec.name), "gauge": gauge.as_facts()} for spec in columns}
+
+
+def unfit(piece: Piece) -> Iterator[tuple[int, str]]:
+    """Yield the samples of a piece whose states cannot be kept, with the reason."""
+    reasons: dict[int, str] = {}
+    for name, worst_R in piece.worst.items():
+        starts = np.cumsum([0, *piece.counts[name]])
+        for row, start, stop in zip(piece.rows, starts, starts[1:], strict=False):
+            rows = worst_R[start:stop].numpy()
+            if not np.isfinite(rows).all():
+                reasons.setdefault(row, f"{name} is not finite")
+            elif (rows == 0).any():
+                reasons.setdefault(row, f"{name} has a row of zeros")
+    yield from sorted(reasons.items())
+
+
+def check_refused(refused: int, samples: int, newest: dict[int, str]) -> None:
+    """Stop when more samples are refused than bad luck explains."""
+    if refused > max(1, REFUSED_SHARE * samples):
+        reason = next(iter(newest.values()), "see `pipeline inspect`")
+        raise DataError(
+            f"{refused} of {samples} samples gave states that cannot be kept ({reason}); "
+            "the target's weights are damaged, or its type is too narrow: try --dtype bfloat16 or float32"
+        )
+
+
+def store_target(out: Path, folder: Path, model: PreTrainedModel) -> None:
+    """Write the cache's `target/`, once: config, tokenizer, special tokens, embedding and LM head."""
+    if has_target(out):
+        return
+    with new_target(out) as place:
+        for path in (folder / CONFIG, *tokenizer_files(folder)):
+            shutil.copyfile(path, place / path.name)
+        (place / TOKENS).write_text(special_tokens(folder, model), encoding="utf-8")
+        head_of(model).save(place / HEAD)
+
+
+def special_tokens(folder: Path, model: PreTrainedModel) -> str:
+    """Return tokens.json: ids of mask, pad, bos, all that end a reply, and how many tokens the tokenizer knows."""
+    tokenizer = ChatTemplate(folder).tokenizer
+    ends: set[int] = set()
+    for found in (tokenizer.eos_token_id, model.config.eos_token_id, model.generation_config.eos_token_id):
+        ends |= {found} if isinstance(found, int) else set(found or ())
+    facts = {
+        "bos": tokenizer.bos_token_id,
+        "eos": sorted(ends),
+        "length": len(tokenizer),
+        "mask": tokenizer.mask_token_id,
+        "pad": tokenizer.pad_token_id,
+    }
+    return json.dumps(facts, indent=1, sort_keys=True) + "\n"
