@@ -50,7 +50,8 @@ class Gauge:
 
 def gauge_share(plan: Plan) -> float:
     """Return the share of supervised rows to look at."""
-    return min(1.0, max(SHARE, LEAST_ROWS / max(1, plan.supervised)))
+    least = 1.25 * LEAST_ROWS / max(1, plan.supervised)  # a draw may give fewer than its mean
+    return min(1.0, max(SHARE, least))
 
 
 def gauge_rows(shard: ShardPlan, row: int, share: float) -> np.ndarray:

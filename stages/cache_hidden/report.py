@@ -65,9 +65,7 @@ def plan_report(out: Path, plan: Plan, settings: Settings) -> dict:
         "duplicates": plan.duplicates,
         "truncated": notes["truncated"],
         "rewritten_turns": notes["rewritten_turns"],
-        "dropped": {
-            why: {"count": count, "examples": notes["examples"].get(why, [])} for why, count in dropped.items()
-        },
+        "dropped": {why: {"count": dropped[why], "examples": notes["examples"].get(why, [])} for why in dropped},
         "examples": notes["examples"],
         "bytes": sizes,
         "bytes_in_all": sum(sizes.values()),

@@ -123,10 +123,10 @@ def _source_text(source: dict) -> str:
 
 
 def _announce(planned: Plan, settings: Settings, need: int, shards: int) -> None:
-    names = ", ".join(spec.name for spec in settings.columns)
+    names, share = ", ".join(spec.name for spec in settings.columns), planned.supervised / planned.tokens
     print(
-        f"{planned.samples:,} samples, {planned.tokens:,} tokens ({planned.supervised / planned.tokens:.0%} supervised), "
-        f"{names}: {size_text(need)} to write in {shards} shards",
+        f"{planned.samples:,} samples, {planned.tokens:,} tokens ({share:.0%} supervised), {names}: "
+        f"{size_text(need)} to write in {shards} shards",
         file=sys.stderr,
     )
 
