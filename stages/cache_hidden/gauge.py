@@ -6,12 +6,14 @@ shows it before a draft is served, so every capture measures it on about 1 % of 
     R gauge rows   D hidden size   V vocabulary
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.plan import Plan
 from pipeline.cache.samples import ShardPlan
 from pipeline.target_head import TargetHead
@@ -35,17 +37,23 @@ class Gauge:
 
     def as_facts(self) -> dict:
         """For a column's manifest."""
-        return {"rows": self.rows, "agree": self.agree, "logprob_sum": round(self.logprob, 4)}
+        return {"rows": self.rows, "agree": self.agree, "logprob": round(self.logprob, 4)}
 
     @classmethod
     def from_facts(cls, facts: dict) -> "Gauge":
-        return cls(facts["rows"], facts["agree"], facts["logprob_sum"])
+        return cls(facts["rows"], facts["agree"], facts["logprob"])
 
     def __str__(self) -> str:
         return (
             f"{self.agree / self.rows:.1%} of the replies' tokens are the target's own greedy ones, "
             f"mean log-probability {self.logprob / self.rows:.2f} ({self.rows} tokens looked at)"
         )
+
+
+def gauge_column(columns: Sequence[ColumnSpec]) -> str:
+    """Return the column whose manifests hold the gauge: `final`, else the first layer."""
+    names = [spec.name for spec in columns]
+    return "final" if "final" in names else names[0]
 
 
 def gauge_share(plan: Plan) -> float:

@@ -42,7 +42,7 @@ def probe(
     `head` is the one that was stored. Raises ProofError naming what does not fit and what would fit better.
     """
     device = next(model.parameters()).device
-    worst: dict[str, float] = {}
+    worst = dict.fromkeys((spec.name for spec in columns), 0.0)
     rows = probe_rows(shard, refused)
     for row in rows:
         prefix = prefix_length(shard, row)
@@ -60,7 +60,7 @@ def probe(
                 error = check_layer(stored, entries, layer)
             else:
                 error = check_final(stored, inside, head, entries, truth.logits[0])
-            worst[spec.name] = max(worst.get(spec.name, 0.0), error)
+            worst[spec.name] = max(worst[spec.name], error)
     return {name: {"samples": rows, "error": float(f"{error:.2e}")} for name, error in worst.items()}
 
 

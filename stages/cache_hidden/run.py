@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cache.columns import ColumnSpec, committed
+from pipeline.cache.derived import derive
 from pipeline.cache.disk import clean, need_room, size_text
 from pipeline.cache.layout import IDENTITY
 from pipeline.cache.manifest import create_identity
@@ -57,6 +58,7 @@ def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -
     if columns and plan_numbers(out):
         planned = load_plan(out)
         if not missing(out, planned, columns):
+            derive(out)
             return _say(out, summary(out, planned, columns, 0))
     settings = settle(model, out, options)
     planned = _planned(corpus, out, settings, options)
@@ -69,6 +71,7 @@ def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -
 
         refused = summary(out, planned, settings.columns, 0).refused
         capture_shards(out, settings, planned, work, options.device or default_device(), refused)
+    derive(out)
     write_record(out, request, settings, corpus)
     return _say(out, summary(out, planned, settings.columns, len(work)))
 
@@ -138,8 +141,8 @@ def summary(out: Path, planned: Plan, columns: tuple[ColumnSpec, ...], new_shard
         held = [manifest for spec in columns if (manifest := committed(out, shard.number, spec.name))]
         written += sum(fact["size"] for manifest in held for fact in manifest["files"].values())
         refused += len({row for manifest in held for row in manifest["refused"]})
-        if held:
-            gauge += Gauge.from_facts(held[-1]["facts"]["gauge"])
+        found = [manifest["facts"]["gauge"] for manifest in held if "gauge" in manifest["facts"]]
+        gauge += Gauge.from_facts(found[-1]) if found else Gauge()
     shards = len(planned.shards)
     return Done(planned.samples, planned.tokens, shards, new_shards, written / 2**30, refused, gauge)
 

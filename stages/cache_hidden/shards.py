@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from pipeline.cache.columns import ColumnSpec
+from pipeline.cache.columns import ColumnSpec, committed
 from pipeline.cache.plan import Plan, micro_batches
 from pipeline.cache.samples import ShardPlan
 from pipeline.cache.target_folder import CONFIG, HEAD, TOKENS, has_target, new_target, target_file
@@ -25,7 +25,7 @@ from pipeline.target_files import tokenizer_files
 from pipeline.target_head import TargetHead
 from stages.cache_hidden.drain import Drain
 from stages.cache_hidden.engine import Engine, Piece, bits, totals
-from stages.cache_hidden.gauge import Gauge, gauge_share
+from stages.cache_hidden.gauge import Gauge, gauge_column, gauge_share
 from stages.cache_hidden.probe import probe
 from stages.cache_hidden.progress import Progress
 from stages.cache_hidden.report import Work
@@ -45,32 +45,46 @@ def capture_shards(out: Path, settings: Settings, plan: Plan, work: Work, device
     store_target(out, settings.folder, model)
     head = TargetHead.load(target_file(out, HEAD), device, getattr(torch, settings.dtype))
     engine = Engine(model, head, gauge_share(plan))
+    gauged = gauge_column(settings.columns)
     with Progress(sum(shard.rows for shard, _ in work), len(work)) as progress:
         for shard, columns in work:
             with ShardWriter(out, shard, columns) as writer:
-                facts = capture_shard(engine, writer, shard, columns, settings.batch_tokens, progress)
-                refused += len(writer.refused)
+                earlier = refuse_again(out, writer, settings.columns)
+                gauge = fill(engine, writer, columns, settings.batch_tokens, progress)
+                refused += len(writer.refused) - earlier
                 check_refused(refused, plan.samples, writer.refused)
+                writer.seal()
+                facts = proven_facts(engine, writer, columns)
+                if gauged in facts:
+                    facts[gauged]["gauge"] = gauge.as_facts()
                 writer.commit(facts)
             progress.shard()
 
 
-def capture_shard(
-    engine: Engine,
-    writer: ShardWriter,
-    shard: ShardPlan,
-    columns: Sequence[ColumnSpec],
-    batch_tokens: int,
-    progress: Progress,
-) -> dict[str, dict]:
-    """Fill the writer with a shard's columns, seal it, and return what the manifests say of them. ProofError."""
-    gauge = Gauge()
+def refuse_again(out: Path, writer: ShardWriter, columns: Sequence[ColumnSpec]) -> int:
+    """Refuse what columns of this shard that exist already refused, with their reasons; return how many samples.
+
+    So a shard whose commit was cut short ends up as if it had not been.
+    """
+    for spec in columns:
+        held = committed(out, writer.shard.number, spec.name) or {"refused": {}}
+        for row, reason in held["refused"].items():
+            writer.refuse(int(row), reason)
+    return len(writer.refused)
+
+
+def fill(
+    engine: Engine, writer: ShardWriter, columns: Sequence[ColumnSpec], batch_tokens: int, progress: Progress
+) -> Gauge:
+    """Write every row of a shard's columns; return the gauge over it. At most a few micro-batches are in memory."""
+    gauge, shard = Gauge(), writer.shard
 
     def consume(piece: Piece) -> None:
         nonlocal gauge
         piece.wait()
         for row, reason in unfit(piece):
-            writer.refuse(row, reason)
+            if row not in writer.refused:
+                writer.refuse(row, reason)
         for name, states in piece.states.items():
             writer.write(name, bits(states))
         gauge += totals(piece.gauge)
@@ -86,8 +100,12 @@ def capture_shard(
         drain.finish()
     finally:
         drain.stop()
-    writer.seal()
-    probed = probe(engine.model, engine.head, shard, columns, {*writer.refused}, writer.read)
+    return gauge
+
+
+def proven_facts(engine: Engine, writer: ShardWriter, columns: Sequence[ColumnSpec]) -> dict[str, dict]:
+    """Probe a sealed shard and return what its columns' manifests say of it. Raises ProofError."""
+    probed = probe(engine.model, engine.head, writer.shard, columns, {*writer.refused}, writer.read)
     made_by = {
         "engine": "transformers",
         "transformers": transformers.__version__,
@@ -95,7 +113,7 @@ def capture_shard(
         "device": engine.device.type,
         "split": engine.split,
     }
-    return {spec.name: {**made_by, "probe": probed.get(spec.name), "gauge": gauge.as_facts()} for spec in columns}
+    return {name: {**made_by, "probe": found} for name, found in probed.items()}
 
 
 def unfit(piece: Piece) -> Iterator[tuple[int, str]]:
