@@ -3,7 +3,7 @@
 Batches are right-padded. A causal decoder's real rows never see what stands behind them, so no attention mask is
 needed, and the rows of padding are dropped on the device before anything is copied.
 
-    B samples of a micro-batch   T rows of the longest   R packed rows   D hidden size
+    B samples of a micro-batch   T rows of the longest   R packed rows   D hidden size   V vocabulary
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,9 @@ from pipeline.capture import final_rows
 from pipeline.errors import RoomError
 from pipeline.target import run_decoder, tap_layers
 from pipeline.target_head import TargetHead
-from stages.cache_hidden.gauge import Gauge, gauge_rows, measure
+from stages.cache_hidden.gauge import Gauge, gauge_rows
+
+CHUNK_ROWS = 512  # gauge rows whose logits exist at a time
 
 
 @dataclass
@@ -155,6 +157,17 @@ def from_bits(stored: np.ndarray) -> Tensor:
     if stored.dtype == np.uint16:
         return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(stored)
+
+
+def measure(head: TargetHead, states_RD: Tensor, tokens_R: Tensor) -> Tensor:
+    """Return [2, R]: whether each token is the greedy one after the state before it, and its log-probability."""
+    found = torch.zeros(2, len(tokens_R), device=states_RD.device)
+    for at in range(0, len(tokens_R), CHUNK_ROWS):
+        part = slice(at, at + CHUNK_ROWS)
+        logits_RV = head.logits(states_RD[part])
+        found[0, part] = (logits_RV.argmax(-1) == tokens_R[part]).float()
+        found[1, part] = logits_RV.log_softmax(-1).gather(-1, tokens_R[part, None])[:, 0]
+    return found
 
 
 def totals(gauge: Tensor) -> Gauge:

@@ -1,27 +1,22 @@
 """The on-policy gauge: how often the corpus says what the target itself would have said.
 
 A draft learns the target's words. Replies of another model are the largest loss of quality there is, and nothing else
-shows it before a draft is served, so every capture measures it on about 1 % of the supervised rows.
-
-    R gauge rows   D hidden size   V vocabulary
+shows it before a draft is served, so every capture measures it on about 1 % of the supervised rows. The engine does
+the measuring; here is which rows, and the sums. No torch: a run with nothing to do prints the gauge, too.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.plan import Plan
 from pipeline.cache.samples import ShardPlan
-from pipeline.target_head import TargetHead
 
 SHARE = 0.01
 LEAST_ROWS = 256  # so that a small cache, too, gets a figure
 WARN_BELOW = 0.6
-CHUNK_ROWS = 512  # logits of so many rows at a time
 
 
 @dataclass(frozen=True)
@@ -68,14 +63,3 @@ def gauge_rows(shard: ShardPlan, row: int, share: float) -> np.ndarray:
     supervised = supervised[supervised > 0]  # nothing predicts the first token
     draw = np.random.Generator(np.random.PCG64(shard.sample_ids[row].tolist()))
     return supervised[draw.random(len(supervised)) < share]
-
-
-def measure(head: TargetHead, states_RD: Tensor, tokens_R: Tensor) -> Tensor:
-    """Return [2, R]: whether each token is the greedy one after the state before it, and its log-probability."""
-    found = torch.zeros(2, len(tokens_R), device=states_RD.device)
-    for at in range(0, len(tokens_R), CHUNK_ROWS):
-        part = slice(at, at + CHUNK_ROWS)
-        logits_RV = head.logits(states_RD[part])
-        found[0, part] = (logits_RV.argmax(-1) == tokens_R[part]).float()
-        found[1, part] = logits_RV.log_softmax(-1).gather(-1, tokens_R[part, None])[:, 0]
-    return found

@@ -15,6 +15,7 @@ from pipeline.cache.disk import clean, need_room, size_text
 from pipeline.cache.layout import IDENTITY
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import Plan, load_plan, plan_numbers
+from pipeline.cache.target_folder import has_target
 from pipeline.errors import DataError, UsageError
 from stages.cache_hidden.corpus import corpus_files, file_sources
 from stages.cache_hidden.gauge import WARN_BELOW, Gauge
@@ -55,7 +56,7 @@ def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -
     """
     request, record = request_of(model, corpus, options), read_record(out)
     columns = unchanged(record, request)
-    if columns and plan_numbers(out):
+    if columns and plan_numbers(out) and has_target(out):
         planned = load_plan(out)
         if not missing(out, planned, columns):
             derive(out)
@@ -64,7 +65,7 @@ def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -
     planned = _planned(corpus, out, settings, options)
     clean(out)
     work = missing(out, planned, settings.columns)
-    if work:
+    if work or not has_target(out):
         need_room(out, f"a cache of {planned.samples:,} samples", work_bytes(work))
         _announce(planned, settings, work_bytes(work), len(work))
         from stages.cache_hidden.shards import capture_shards  # brings torch and transformers

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from pipeline.cache.columns import ColumnSpec, committed
 from pipeline.cache.plan import Plan, micro_batches
-from pipeline.cache.samples import ShardPlan
 from pipeline.cache.target_folder import CONFIG, HEAD, TOKENS, has_target, new_target, target_file
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import DataError
