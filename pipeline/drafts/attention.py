@@ -10,6 +10,7 @@ masked, so no kernel makes a NaN.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,31 +25,31 @@ QUERIES_A_GROUP = 128
 
 @dataclass(frozen=True)
 class Group:
-    """Blocks first .. last - 1, consecutive and of one document, and the context rows that any of them sees."""
+    """Blocks first .. last - 1, consecutive and of one document, and the context that any of them sees: the
+    document's rows 0 .. rows - 1. Padding blocks belong to document 0."""
 
     first: int
     last: int
-    row: int
-    stop: int
+    document: int
+    rows: int
 
 
 def group_blocks(
-    anchors: Sequence[int], keep: Sequence[bool], starts: Sequence[int], slots: int, queries: int = QUERIES_A_GROUP
+    anchors: Sequence[int], documents: Sequence[int], slots: int, queries: int = QUERIES_A_GROUP
 ) -> tuple[Group, ...]:
     """Group consecutive blocks of one document, at most `queries` slots together. Right in any order of anchors,
     and quick where they ascend, since a group then meets few keys that most of its blocks cannot see.
 
-    starts: the first row of each anchor's document.
+    anchors: rows within their documents.
     """
     most = max(1, queries // slots)
     groups: list[Group] = []
-    for block, (anchor, kept, start) in enumerate(zip(anchors, keep, starts, strict=True)):
-        row, stop = (start, anchor) if kept else (0, 0)
+    for block, (anchor, document) in enumerate(zip(anchors, documents, strict=True)):
         last = groups[-1] if groups else None
-        if last and last.row == row and last.last - last.first < most and bool(last.stop) == bool(stop):
-            groups[-1] = Group(last.first, block + 1, row, max(last.stop, stop))
+        if last and last.document == document and last.last - last.first < most:
+            groups[-1] = Group(last.first, block + 1, document, max(last.rows, anchor))
         else:
-            groups.append(Group(block, block + 1, row, stop))
+            groups.append(Group(block, block + 1, document, anchor))
     return tuple(groups)
 
 
@@ -96,26 +97,36 @@ class Dense:
 
 
 class Grouped:
-    """The same, group by group: attention meets the context that a group can see and the group's own slots."""
+    """The same, group by group: attention meets the context that a group can see and the group's own slots.
+
+    Tensors are split, not sliced: the gradient of a slice is as large as what it was cut from.
+    """
 
     def __init__(self, blocks: "Blocks", windows: set[int | None]):
-        self.slots = blocks.labels_NS.shape[1]
-        self.parts = {window: [self._part(blocks, group, window) for group in blocks.groups] for window in windows}
-
-    def _part(self, blocks: "Blocks", group: Group, window: int | None):
-        rows = slice(group.row, group.stop)
-        own = slice(group.first * self.slots, group.last * self.slots)
-        return rows, own, visible(blocks, rows, group.first, group.last, window)
+        slots = blocks.labels_NS.shape[1]
+        self.groups = blocks.groups
+        self.queries = [(group.last - group.first) * slots for group in self.groups]
+        self.lengths = blocks.lengths
+        starts = [0, *accumulate(self.lengths)]
+        self.masks = {
+            window: [_group_mask(blocks, group, starts, window) for group in self.groups] for window in windows
+        }
 
     def __call__(self, q_AQE, context, own, window: int | None) -> Tensor:
         """As `Dense.__call__`."""
+        far_k, far_v = (values.split(self.lengths, dim=1) for values in context)
+        near_k, near_v = (values.split(self.queries, dim=1) for values in own)
         outs = []
-        for rows, mine, allowed_QL in self.parts[window]:
-            k_GLE, v_GLE = (
-                torch.cat([far[:, rows], near[:, mine]], dim=1) for far, near in zip(context, own, strict=True)
-            )
-            outs.append(attend(q_AQE[:, mine], k_GLE, v_GLE, allowed_QL))
+        for index, (group, q_AqE) in enumerate(zip(self.groups, q_AQE.split(self.queries, dim=1), strict=True)):
+            k_GLE = torch.cat([far_k[group.document][:, : group.rows], near_k[index]], dim=1)
+            v_GLE = torch.cat([far_v[group.document][:, : group.rows], near_v[index]], dim=1)
+            outs.append(attend(q_AqE, k_GLE, v_GLE, self.masks[window][index]))
         return torch.cat(outs, dim=1)
+
+
+def _group_mask(blocks: "Blocks", group: Group, starts: list[int], window: int | None) -> Tensor:
+    first = starts[group.document]
+    return visible(blocks, slice(first, first + group.rows), group.first, group.last, window)
 
 
 class Decode:

@@ -66,7 +66,7 @@ class Blocks:
     scored_NS: Tensor  # bool
     weights_NS: Tensor  # float32: `scored` times the decay
     groups: tuple[Group, ...]
-    documents: int
+    lengths: tuple[int, ...]  # rows of each document
 
     def to(self, device: torch.device | str) -> "Blocks":
         return _moved(self, device)
@@ -127,8 +127,8 @@ def lay_blocks(cell: Cell, anchors_N: Tensor, keep_N: Tensor, config: DraftConfi
         prev_NS=cell.ids_R[torch.minimum(token_NS, last_N1)],
         scored_NS=scored_NS,
         weights_NS=scored_NS * slot_decay(config).to(device),
-        groups=group_blocks(anchors_N.tolist(), keep_N.tolist(), starts_N.tolist(), config.block_size),
-        documents=len(cell.names),
+        groups=group_blocks((anchors_N - starts_N).tolist(), doc_N.tolist(), config.block_size),
+        lengths=tuple(cell.lengths_M.tolist()),
     )
 
 

@@ -4,6 +4,7 @@ A wrong value must fail here, before any work: read the other way round, a label
 without an error and accepts nothing.
 """
 
+from itertools import pairwise
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
@@ -67,9 +68,8 @@ class DraftConfig(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "config"
-            raise UsageError(
-                f"draft {where}: {first['msg']}, found {first.get('input')!r}; correct that field"
-            ) from None
+            found = "" if first["type"] == "missing" else f", found {first['input']!r}"
+            raise UsageError(f"draft {where}: {first['msg']}{found}; correct that field") from None
 
     @property
     def proposals(self) -> int:
@@ -84,7 +84,7 @@ class DraftConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, fields):
-        """Defaults that depend on other fields: all layers full, and lambda 1 to 0 over the whole horizon for domino."""
+        """Defaults that depend on other fields: all layers full; for domino, lambda from 1 to 0 over the whole run."""
         fields = dict(fields)
         if not fields.get("layer_types") and isinstance(fields.get("num_hidden_layers"), int):
             fields["layer_types"] = ("full_attention",) * fields["num_hidden_layers"]
@@ -112,7 +112,7 @@ def refuse_options(config: DraftConfig, *names: str) -> None:
     for name in names:
         if getattr(config, name) is not None:
             raise UsageError(
-                f"{name} = {getattr(config, name)} means nothing to {config.method}; leave it out or choose another method"
+                f"{name} = {getattr(config, name)} means nothing to {config.method}; leave it out or change the method"
             )
 
 
@@ -136,9 +136,7 @@ def _check_window(config: DraftConfig) -> None:
         )
     sliding = "sliding_attention" in config.layer_types
     if sliding and config.sliding_window is None:
-        raise UsageError(
-            "layer_types has sliding_attention but sliding_window is not set; set it to a number of tokens"
-        )
+        raise UsageError("layer_types has sliding_attention but sliding_window is not set; set it in tokens")
     if not sliding and config.sliding_window is not None:
         raise UsageError(
             f"sliding_window is {config.sliding_window} but no layer slides; leave it out, "
@@ -148,7 +146,7 @@ def _check_window(config: DraftConfig) -> None:
 
 def _check_target(config: DraftConfig) -> None:
     ids, deepest = config.target_layer_ids, config.num_target_layers - 2
-    if not ids or any(later <= sooner for sooner, later in zip(ids, ids[1:], strict=False)):
+    if not ids or any(later <= sooner for sooner, later in pairwise(ids)):
         raise UsageError(f"target_layer_ids {list(ids)} must be at least one id, strictly increasing; sort them")
     if ids[0] < -1 or ids[-1] > deepest:
         raise UsageError(

@@ -29,7 +29,7 @@ class DFlash(Draft):
         """This cell's share of each term's global denominator: the weights' sum, or the samples for D-PACE."""
         if self.config.weighting == "decay":
             return {"final": blocks.weights_NS.double().sum()}
-        return {"final": torch.tensor(blocks.documents, dtype=torch.float64, device=blocks.weights_NS.device)}
+        return {"final": torch.tensor(len(blocks.lengths), dtype=torch.float64, device=blocks.weights_NS.device)}
 
     def loss(self, cell: Cell, blocks: Blocks, knobs: Knobs, dens: dict, metrics: bool = False) -> Loss:
         """Weighted cross-entropy of every scored slot over the global denominator `dens["final"]`."""

@@ -68,7 +68,7 @@ class Domino(Draft):
         return {"final": weight, "base": weight}
 
     def loss(self, cell: Cell, blocks: Blocks, knobs: Knobs, dens: dict, metrics: bool = False) -> Loss:
-        """(1 - lambda) * corrected + lambda * base cross-entropy. At lambda 1 the head gets gradients of 0, not None."""
+        """(1 - lambda) * corrected + lambda * base cross-entropy. At lambda 1 the GRU gets zero gradients, not None."""
         hidden_NSD = self.hidden(cell, blocks)
         scales = {"final": (1 - knobs.lambda_base) / dens["final"], "base": knobs.lambda_base / dens["base"]}
         objective = CrossEntropies(blocks.labels_NS, lambda part, ce_NS: blocks.weights_NS[part], scales, metrics)
