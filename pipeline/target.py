@@ -39,7 +39,7 @@ def load_target(
     transformers_logging.disable_progress_bar()
     try:
         target, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True, output_loading_info=True
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
         )
         target = target.to(device)
     except torch.OutOfMemoryError as error:

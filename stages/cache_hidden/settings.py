@@ -75,7 +75,6 @@ def settle(model: str, out: Path, options: CaptureOptions) -> Settings:
         "samples": {"max_length": options.max_length, "mask": mask_rule(chat_template(folder)), "trimmed": True},
         "capture": {
             "engine": "transformers",
-            "attention": "sdpa",
             "dtype": dtype,
             "batch_tokens": options.batch_tokens or kept.get("batch_tokens") or BATCH_TOKENS,
         },

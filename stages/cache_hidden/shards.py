@@ -107,6 +107,7 @@ def proven_facts(engine: Engine, writer: ShardWriter, columns: Sequence[ColumnSp
     probed = probe(engine.model, engine.head, writer.shard, columns, {*writer.refused}, writer.read)
     made_by = {
         "engine": "transformers",
+        "attention": engine.model.config._attn_implementation,
         "transformers": transformers.__version__,
         "torch": torch.__version__,
         "device": engine.device.type,
