@@ -1,0 +1,150 @@
+"""Losslessness, proven: an independent plain loop, and a judge of every difference from it.
+
+Two forwards of one model over the same tokens, one with a block at once and one a token at a time, round differently.
+Where two tokens' logits are closer than that, either is the target's choice: a near tie. Anything else is a fault.
+"""
+
+import copy
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import zip_longest
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from pipeline.errors import ProofError, RoomError
+from stages.evaluate.decode import Decoded
+
+FACTOR = 4  # a near tie's gap is at most so many times the measured difference
+
+
+@torch.no_grad()
+def plain_decode(
+    target: PreTrainedModel, prompt_ids: Sequence[int], max_new: int, stop_ids: Collection[int] = ()
+) -> Decoded:
+    """Decode greedily, one token a forward, as anyone would write it. Shares nothing with `speculative_decode`."""
+    began = time.perf_counter()
+    memory, new = None, []
+    fresh = torch.tensor([list(prompt_ids)], device=target.device)
+    while len(new) < max_new:
+        output = target(input_ids=fresh, past_key_values=memory, use_cache=True, logits_to_keep=1)
+        memory = output.past_key_values
+        token = int(output.logits[0, -1].argmax())
+        new.append(token)
+        if token in stop_ids:
+            break
+        fresh = torch.tensor([[token]], device=target.device)
+    return Decoded(new, [1] * (len(new) - 1), [0] * (len(new) - 1), len(new), time.perf_counter() - began)
+
+
+@dataclass(frozen=True)
+class NearTie:
+    """Two tokens the target cannot tell apart: where, which, their fp32 logits, and the measured difference."""
+
+    prompt: str
+    position: int  # in the reply
+    tokens: tuple[int, int]  # speculative, plain
+    logits: tuple[float, float]
+    difference: float
+
+
+class Judge:
+    """Compares replies. A first difference is scored again without kv in float32."""
+
+    def __init__(self, target: PreTrainedModel):
+        self.target = target
+
+    @cached_property
+    def _exact(self) -> PreTrainedModel:
+        """The target in float32; a copy only where it is not already, and only once there is a difference."""
+        if self.target.dtype == torch.float32:
+            return self.target
+        try:
+            return copy.deepcopy(self.target).float()
+        except torch.OutOfMemoryError as error:
+            raise RoomError(
+                f"no room for a float32 copy of the target on {self.target.device}, which judging a difference needs; "
+                "use a larger device, or --device cpu"
+            ) from error
+
+    def compare(
+        self, prompt: str, prompt_ids: Sequence[int], fast: Decoded, plain: Decoded, block: int
+    ) -> NearTie | None:
+        """Return None for identical replies, or the near tie at which the comparison ends.
+
+        `block` tokens were verified at once. Raises ProofError for any other difference.
+        """
+        position = first_difference(fast.ids, plain.ids)
+        if position is None:
+            return None
+        tokens = tuple(reply[position] if position < len(reply) else None for reply in (fast.ids, plain.ids))
+        prefix = [*prompt_ids, *plain.ids[:position]]
+        exact_V = self.exact_logits(prefix)
+        logits = tuple(None if token is None else float(exact_V[token]) for token in tokens)
+        if None in tokens:  # equal so far, and only one goes on: a stop token or the limit is mishandled
+            raise ProofError(_fault(prompt, position, tokens, logits, "only one of the two goes on"))
+        difference = self.difference(prefix, len(prompt_ids), fast.lengths, block)
+        if abs(logits[0] - logits[1]) > FACTOR * difference:
+            cause = f"block and single forward differ by {difference:.3g} there"
+            raise ProofError(_fault(prompt, position, tokens, logits, cause))
+        return NearTie(prompt, position, tokens, logits, difference)
+
+    @torch.no_grad()
+    def exact_logits(self, prefix: Sequence[int]) -> Tensor:
+        """Logits [V] after `prefix`: one forward in float32, no kv."""
+        ids_1T = torch.tensor([list(prefix)], device=self.target.device)
+        return self._exact(input_ids=ids_1T, use_cache=False, logits_to_keep=1).logits[0, -1]
+
+    @torch.no_grad()
+    def difference(self, prefix: Sequence[int], prompt: int, lengths: Sequence[int], block: int) -> float:
+        """Return the largest difference of two logits after `prefix` between a forward of blocks and one of tokens.
+
+        Both replay the true tokens after a prefill of the prompt, the one in blocks as they were accepted, the last
+        filled up to `block`. No crop, no draft: a fault in either must not widen the measure that is to find it.
+        """
+        blocks = _in_blocks(list(prefix), prompt, lengths)
+        rows = len(blocks[-1])
+        blocks[-1] += blocks[-1][-1:] * (block - rows)
+        first = min(prompt, len(prefix) - 1)
+        single = [prefix[:first], *([token] for token in prefix[first:])]
+        by_block_V, by_token_V = self._replay(blocks)[rows - 1], self._replay(single[not first :])[-1]
+        return float((by_block_V - by_token_V).abs().max())
+
+    def _replay(self, steps: Sequence[Sequence[int]]) -> Tensor:
+        """Run the target over consecutive pieces of a text; return the last one's logits [rows, V], float32."""
+        kv = DynamicCache()
+        for ids in steps:
+            ids_1T = torch.tensor([list(ids)], device=self.target.device)
+            logits_1TV = self.target(input_ids=ids_1T, past_key_values=kv, use_cache=True).logits
+        return logits_1TV[0].float()
+
+
+def first_difference(fast: Sequence[int], plain: Sequence[int]) -> int | None:
+    """Return the first place where two replies differ, or where one ends; None when they are equal."""
+    pairs = enumerate(zip_longest(fast, plain))
+    return next((place for place, (one, other) in pairs if one != other), None)
+
+
+def _in_blocks(prefix: list[int], prompt: int, lengths: Sequence[int]) -> list[list[int]]:
+    """Cut a text into its prompt, the blocks that were accepted whole, and what of the last one it holds."""
+    pieces, at = [prefix[:prompt]], prompt
+    for length in lengths:
+        if at + length >= len(prefix):
+            break
+        pieces.append(prefix[at : at + length])
+        at += length
+    return pieces + [prefix[at:]] * (at < len(prefix))
+
+
+def _fault(prompt: str, position: int, tokens: tuple, logits: tuple, cause: str) -> str:
+    said = [
+        "the end" if token is None else f"token {token} (logit {logit:.6g})"
+        for token, logit in zip(tokens, logits, strict=True)
+    ]
+    return (
+        f"{prompt}: the output is not the target's. At token {position} of the reply speculative decoding gives "
+        f"{said[0]}, plain decoding {said[1]}, and {cause}; verification, kv or stop handling is broken, please report it"
+    )

@@ -1,0 +1,249 @@
+"""Speculative decoding gives the target's own text, and the proof sees when it does not."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import config, random_model
+from transformers import DynamicCache
+
+from pipeline.accept import gain
+from pipeline.drafts import DRAFTS, DraftConfig, init_weights
+from pipeline.errors import ProofError, UsageError
+from pipeline.target import head_of
+from stages.evaluate import decode
+from stages.evaluate.decode import speculative_decode
+from stages.evaluate.proof import Judge, plain_decode
+
+MASK, PROMPT = 259, [104, 105, 10, 257, 33]
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 264,
+    "rope_theta": 10_000.0,
+    "max_position_embeddings": 512,
+    "num_target_layers": 6,
+    "target_layer_ids": (1, 3, 4),
+    "block_size": 4,
+    "mask_token_id": MASK,
+}
+DOMINO = {"emb_dim": 8, "gru_hidden_dim": 16, "pure_draft_prefix_len": 1}
+DRAFTED = [
+    ("dflash", {"shift_label": False}),
+    ("dflash", {"shift_label": True}),
+    ("domino", {"shift_label": True, **DOMINO}),
+    ("domino", {"shift_label": False, **DOMINO}),
+    ("domino", {"shift_label": True, **DOMINO, "pure_draft_prefix_len": 0}),
+]
+
+
+@pytest.fixture(scope="module")
+def target():
+    return random_model(config())
+
+
+def make_draft(target, method="domino", **options):
+    options = options or {"shift_label": True, **DOMINO}
+    draft = DRAFTS[method](DraftConfig(method=method, **SIZES, **options), head_of(target))
+    init_weights(draft, 0)
+    return draft.eval()
+
+
+class Oracle:
+    """A draft that knows the text: every `wrong`-th proposal is off by one, the others are right."""
+
+    def __init__(self, like, text, wrong=4):
+        self.config, self.text, self.wrong, self.new_kv = like.config, text, wrong, like.new_kv
+        self.features = []
+
+    def propose(self, features_KTD, anchor_id, start, kv):
+        self.features.append(features_KTD)
+        right = [*self.text[start + 1 :], *[0] * self.config.proposals][: self.config.proposals]
+        return torch.tensor([token + (not (start + at) % self.wrong) for at, token in enumerate(right)])
+
+
+@pytest.fixture(scope="module")
+def text(target):
+    return [*PROMPT, *plain_decode(target, PROMPT, 60).ids]
+
+
+@pytest.mark.parametrize(("method", "options"), DRAFTED)
+@pytest.mark.parametrize(("prompt", "new"), [(PROMPT, 20), (PROMPT[:1], 9), (PROMPT, 1), (PROMPT * 9, 5)])
+def test_every_draft_gives_the_target_s_own_text_at_any_length(target, method, options, prompt, new):
+    fast = speculative_decode(target, make_draft(target, method, **options), prompt, new)
+
+    assert fast.ids == plain_decode(target, prompt, new).ids
+    assert len(fast.ids) == new
+    assert sum(fast.lengths) >= new  # the prefill's token, then verifications until start reaches the limit
+    assert sum(fast.lengths[:-1]) < new
+    assert fast.lengths == [kept + 1 for kept in fast.matched]
+    assert fast.target_calls == len(fast.lengths) + 1
+
+
+@pytest.mark.parametrize("wrong", [2, 3, 5, 1000])
+def test_right_guesses_are_all_kept_and_only_they(target, text, wrong):
+    oracle = Oracle(make_draft(target), text, wrong)
+
+    fast = speculative_decode(target, oracle, PROMPT, 30)
+
+    at, expected = len(PROMPT), []
+    while at < len(PROMPT) + 30:
+        right = next((k for k in range(4) if not (at + k) % wrong), 4)
+        expected.append(right + 1)
+        at += right + 1
+    assert fast.lengths == expected
+    assert fast.ids == text[len(PROMPT) : len(PROMPT) + 30]
+
+
+def test_the_draft_reads_the_states_of_verified_positions_only(target, text):
+    oracle = Oracle(make_draft(target), text, wrong=3)
+
+    fast = speculative_decode(target, oracle, PROMPT, 24)
+
+    seen_KTD = torch.cat(oracle.features, dim=1)
+    upto = seen_KTD.shape[1]
+    hidden = target(torch.tensor([text[:upto]]), output_hidden_states=True).hidden_states
+    wanted_KTD = torch.cat([hidden[layer + 1] for layer in (1, 3, 4)])
+    assert upto == len(PROMPT) + sum(fast.lengths[:-1])
+    torch.testing.assert_close(seen_KTD, wanted_KTD, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("proposals", [1, 2, 3])
+def test_fewer_proposals_may_be_verified(target, text, proposals):
+    fast = speculative_decode(target, Oracle(make_draft(target), text, 1000), PROMPT, 12, proposals=proposals)
+
+    assert set(fast.lengths) == {proposals + 1}
+    assert fast.ids == text[len(PROMPT) : len(PROMPT) + 12]
+
+
+@pytest.mark.parametrize("stop_at", range(8))
+def test_a_stop_token_ends_the_reply_wherever_it_falls(target, text, stop_at):
+    reply = text[len(PROMPT) :]
+    stop = reply[stop_at]
+    first = reply.index(stop)
+
+    fast = speculative_decode(target, Oracle(make_draft(target), text, 1000), PROMPT, 40, {stop})
+
+    assert fast.ids == reply[: first + 1]
+    assert fast.ids == plain_decode(target, PROMPT, 40, {stop}).ids
+    assert sum(fast.lengths) == first  # the prefill gave the first token; nothing is counted after the stop
+    assert all(length <= 5 for length in fast.lengths)
+
+
+def test_gains_of_one_verification():
+    assert gain([5, 6, 7], [5, 6, 9, 1], ()) == (2, 3, False)
+    assert gain([5, 6, 7], [5, 6, 7, 8], ()) == (3, 4, False)
+    assert gain([5, 6, 7], [4, 6, 7, 8], ()) == (0, 1, False)
+    assert gain([5, 6, 7], [5, 6, 7, 8], {6}) == (2, 2, True)  # inside: cut there, no token after it
+    assert gain([5, 6, 7], [5, 9, 7, 8], {9}) == (1, 2, True)  # the target's own
+    assert gain([5, 6, 7], [5, 9, 7, 8], {7, 8}) == (1, 2, False)  # not reached
+    assert gain([5, 6], [5, 6, None], {7}) == (2, 3, False)
+
+
+def test_a_sliding_window_target_is_decoded_past_its_window():
+    sliding = random_model(
+        config(use_sliding_window=True, sliding_window=6, layer_types=["full_attention", "sliding_attention"] * 3)
+    )
+    assert (
+        speculative_decode(sliding, make_draft(sliding), PROMPT * 4, 30).ids
+        == plain_decode(sliding, PROMPT * 4, 30).ids
+    )
+
+
+def test_a_target_with_a_running_state_is_refused(target, monkeypatch):
+    draft = make_draft(target)
+    monkeypatch.setattr(target.config, "layer_types", ["linear_attention"] * 6)
+    with pytest.raises(UsageError, match="linear_attention"):
+        speculative_decode(target, draft, PROMPT, 4)
+
+
+def prove(target, draft, new=24, stops=()):
+    fast, plain = (
+        speculative_decode(target, draft, PROMPT, new, stops),
+        plain_decode(target, PROMPT, new, stops),
+    )
+    return Judge(target).compare("prompt 7", PROMPT, fast, plain, draft.config.proposals + 1)
+
+
+def test_a_kv_cropped_one_row_short_is_caught(target, text, monkeypatch):
+    crop = DynamicCache.crop
+    monkeypatch.setattr(DynamicCache, "crop", lambda self, rows: crop(self, rows + 1) if rows < -1 else None)
+    with pytest.raises(ProofError, match=r"prompt 7: .* token \d+ of the .* token \d+ \(logit .* token \d+ \(log"):
+        prove(target, Oracle(make_draft(target), text, 3))
+
+
+def test_a_proposal_accepted_too_many_is_caught(target, text, monkeypatch):
+    def generous(proposed, chosen, stops):
+        matched, gained, ended = gain(proposed, chosen, stops)
+        chosen[:gained] = [*proposed[:gained]] if gained <= len(proposed) else chosen[:gained]
+        return matched, gained, ended
+
+    monkeypatch.setattr(decode, "gain", generous)
+    with pytest.raises(ProofError, match="is not the target's"):
+        prove(target, Oracle(make_draft(target), text, 3))
+
+
+def test_a_stop_token_overlooked_is_caught(target, text, monkeypatch):
+    stop = text[len(PROMPT) + 7]
+    monkeypatch.setattr(decode, "gain", lambda proposed, chosen, stops: gain(proposed, chosen, ()))
+    with pytest.raises(ProofError, match=r"plain decoding the end"):
+        prove(target, Oracle(make_draft(target), text, 1000), stops={stop})
+
+
+def test_two_tokens_the_target_cannot_tell_apart_are_a_near_tie(monkeypatch):
+    target = random_model(config())
+    draft = make_draft(target)
+    reply = plain_decode(target, PROMPT, 24).ids
+    token, twin = reply[5], 263
+    head = target.get_output_embeddings().weight
+    head[twin] = head[token]  # equal logits; the first index wins
+    head[twin, 0] -= 1e-7
+    run = decode._run
+    monkeypatch.setattr(
+        decode, "_run", lambda *args, **kw: [twin if chosen == token else chosen for chosen in run(*args, **kw)]
+    )
+
+    tie = prove(target, draft)
+
+    assert tie.tokens == (twin, token)
+    assert tie.position == reply.index(token)
+    assert abs(tie.logits[0] - tie.logits[1]) <= 4 * tie.difference < 1e-3
+
+
+def test_a_gap_beyond_rounding_is_no_near_tie(monkeypatch):
+    target = random_model(config())
+    draft = make_draft(target)
+    token = plain_decode(target, PROMPT, 24).ids[5]
+    head = target.get_output_embeddings().weight
+    head[263] = head[token] * 0.999
+    run = decode._run
+    monkeypatch.setattr(
+        decode, "_run", lambda *args, **kw: [263 if chosen == token else chosen for chosen in run(*args, **kw)]
+    )
+    with pytest.raises(ProofError, match=r"token 263 \(logit"):
+        prove(target, draft)
+
+
+GOLDEN = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden" / "reference") / "decode-dflash"
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no {GOLDEN}")
+def test_the_reference_decoder_s_text_and_accept_lengths():
+    from pipeline.published import load_draft_folder
+    from pipeline.target import load_target
+
+    target = load_target(str(GOLDEN / "target"))
+    draft = load_draft_folder(GOLDEN / "draft", head_of(target))
+    expected = json.loads((GOLDEN / "expected.json").read_text())
+    prompts = [json.loads(line)["input_ids"] for line in (GOLDEN / "prompts.jsonl").read_text().splitlines()]
+    assert len(prompts) == len(expected["rows"]) == 5
+    for prompt, row in zip(prompts, expected["rows"], strict=True):
+        fast = speculative_decode(target, draft, prompt, expected["max_new"])
+        assert [*prompt, *fast.ids] == row["output_ids"]
+        assert fast.lengths == row["acc"]
