@@ -1,0 +1,84 @@
+"""Manifests tell every change, name other versions, and never lead out of the cache."""
+
+import os
+
+import numpy as np
+import pytest
+
+from pipeline.cache.layout import IDENTITY, inside
+from pipeline.cache.manifest import canonical, create_identity, parse_canonical, read_canonical, write_canonical
+from pipeline.errors import CacheError, UsageError
+
+
+def test_a_manifest_comes_back_and_its_bytes_are_canonical(tmp_path):
+    facts = {"b": [1, 2.5, None], "a": {"ü": True}}
+    write_canonical(tmp_path / "x.json", facts)
+
+    held = read_canonical(tmp_path / "x.json")
+
+    assert held.pop("hash") and held == {**facts, "format": "1-rc"}
+    assert canonical({"a": {"ü": True}, "b": [1, 2.5, None]}) == (tmp_path / "x.json").read_bytes()
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+def test_every_flipped_bit_and_every_cut_is_refused(tmp_path):
+    data = canonical({"layer": 3, "name": "aux.3"})
+
+    for bit in range(8 * len(data)):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(CacheError):
+            parse_canonical(bytes(changed), tmp_path)
+    for length in range(len(data)):
+        with pytest.raises(CacheError):
+            parse_canonical(data[:length], tmp_path)
+
+
+def test_another_format_version_is_named_with_ours(tmp_path):
+    (tmp_path / "x.json").write_bytes(canonical({}).replace(b"1-rc", b"2"))
+
+    with pytest.raises(CacheError, match="format version '2', this program reads '1-rc'"):
+        read_canonical(tmp_path / "x.json")
+
+
+def test_a_manifest_of_ten_gigabytes_is_refused_unread(tmp_path):
+    with open(tmp_path / "x.json", "wb") as file:
+        file.truncate(10 << 30)
+
+    with pytest.raises(CacheError, match="no manifest has more than"):
+        read_canonical(tmp_path / "x.json")
+
+
+def test_numbers_that_json_does_not_know_are_refused():
+    with pytest.raises(ValueError):
+        canonical({"loss": float(np.nan)})
+
+
+def test_a_cache_of_another_identity_is_refused_with_both_values(tmp_path):
+    create_identity(tmp_path, {"target": {"name": "a", "revision": None}, "max_length": 8})
+    before = (tmp_path / IDENTITY).read_bytes()
+
+    held = create_identity(tmp_path, {"max_length": 8, "target": {"revision": None, "name": "a"}})
+    with pytest.raises(UsageError, match=r"target.name = 'a'.*asks for 'b'.*--out"):
+        create_identity(tmp_path, {"target": {"name": "b", "revision": None}, "max_length": 8})
+    with pytest.raises(UsageError, match=r"max_length = 8.*asks for None"):
+        create_identity(tmp_path, {"target": {"name": "a", "revision": None}})
+
+    assert held["target"]["name"] == "a"
+    assert (tmp_path / IDENTITY).read_bytes() == before and os.listdir(tmp_path) == [IDENTITY]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "a//b", "./a", "", "a/."])
+def test_a_name_that_could_lead_out_is_refused(tmp_path, name):
+    with pytest.raises(CacheError, match="relative and stay inside"):
+        inside(tmp_path, name)
+
+
+def test_a_link_that_leads_out_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "aux.1").symlink_to(tmp_path / "out")
+
+    with pytest.raises(CacheError, match="leads out"):
+        inside(tmp_path / "cache", "aux.1/zarr.json")
+    assert inside(tmp_path / "cache", "aux.2/zarr.json") == tmp_path / "cache" / "aux.2" / "zarr.json"
