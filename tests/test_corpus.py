@@ -1,0 +1,288 @@
+"""Conversations in: formats, faults by file and line, and masks by the target's own template."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny import CHAT_TEMPLATE, tokenizer, write_jsonl
+
+from pipeline.errors import DataError, UsageError
+from stages.cache_hidden.corpus import Conversation, Fault, Unusable, corpus_files, file_sources, read_files
+from stages.cache_hidden.planning import Tally, check_mask, planned, trim
+from stages.cache_hidden.settings import default_corpus, mask_rule
+from stages.cache_hidden.template import ChatTemplate
+
+HELLO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+NO_MARKS = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
+def rows_of(corpus: Path) -> list[Conversation | Fault]:
+    return list(read_files(str(corpus), corpus_files(str(corpus))))
+
+
+# Formats
+
+
+def test_jsonl_with_messages(tmp_path):
+    rows = [{"messages": HELLO, "domain": "greetings", "split": "heldout"}, {"messages": HELLO}]
+    first, second = rows_of(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert first == Conversation(HELLO, "greetings", "heldout", "a.jsonl", 1)
+    assert (second.domain, second.split, second.line) == ("", "", 2)
+
+
+def test_sharegpt_conversations(tmp_path):
+    row = {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}]}
+    row["conversations"].append({"from": "gpt", "value": "a"})
+    (found,) = rows_of(write_jsonl(tmp_path / "a.jsonl", [row]))
+    assert [(m["role"], m["content"]) for m in found.messages] == [("system", "s"), ("user", "q"), ("assistant", "a")]
+
+
+def test_parquet_gives_what_jsonl_gives(tmp_path):
+    rows = [{"messages": HELLO, "domain": "d", "split": "train"}] * 3
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    found = rows_of(tmp_path / "a.parquet")
+    assert [row.line for row in found] == [1, 2, 3]
+    assert found[0] == Conversation(HELLO, "d", "train", "a.parquet", 1)
+
+
+def test_a_folder_is_read_in_order_of_name(tmp_path):
+    write_jsonl(tmp_path / "b.jsonl", [{"messages": HELLO}])
+    (tmp_path / "sub").mkdir()
+    write_jsonl(tmp_path / "sub" / "a.jsonl", [{"messages": HELLO}])
+    (tmp_path / "notes.txt").write_text("not read")
+    assert [row.file for row in rows_of(tmp_path)] == ["b.jsonl", "sub/a.jsonl"]
+    sources = file_sources(str(tmp_path), corpus_files(str(tmp_path)))
+    assert [source["file"] for source in sources] == ["b.jsonl", "sub/a.jsonl"]
+    assert sources[0]["xxh3"] == sources[1]["xxh3"]
+
+
+def test_text_in_parts_is_joined_and_later_questions_are_dropped(tmp_path):
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    messages = [HELLO[0], {"role": "assistant", "content": parts}, {"role": "user", "content": "unanswered"}]
+    (found,) = rows_of(write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}]))
+    assert found.messages == HELLO
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "says"),
+    [
+        ("./nowhere.jsonl", UsageError, "no such corpus"),
+        ("nowhere.parquet", UsageError, "no such corpus"),
+        ("{folder}/empty", DataError, "no .jsonl or .parquet"),
+        ("{folder}/notes.txt", DataError, "rename or convert"),
+    ],
+)
+def test_a_corpus_that_is_none(tmp_path, name, error, says):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("text")
+    with pytest.raises(error, match=says):
+        corpus_files(name.format(folder=tmp_path))
+
+
+def test_a_name_on_the_hub_is_left_to_the_hub():
+    assert corpus_files("mlabonne/open-perfectblend") == []
+
+
+def test_a_damaged_parquet_is_refused(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(DataError, match="no readable Parquet"):
+        rows_of(tmp_path / "a.parquet")
+
+
+def test_the_bundled_target_takes_the_chats_beside_it(tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    assert default_corpus(target) == "mlabonne/open-perfectblend"
+    write_jsonl(tmp_path / "chats.jsonl", [])
+    assert default_corpus(target) == str(tmp_path.resolve() / "chats.jsonl")
+
+
+# Faults
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "says"),
+    [
+        ('{"messages": [', "broken line", "no JSON"),
+        ("[1, 2]", "broken line", "holds a list"),
+        ({"text": "hello"}, "no messages", "neither"),
+        ({"messages": []}, "no messages", "neither"),
+        ({"messages": ["hello"]}, "no messages", "message 0 is a str"),
+        ({"messages": [*HELLO, {"role": "narrator", "content": "x"}]}, "unknown role", "message 2 has role 'narrator'"),
+        ({"conversations": [{"from": "bard", "value": "x"}]}, "unknown role", "from 'bard'"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "no reply", "no assistant message"),
+        ({"messages": [HELLO[0], {"role": "assistant", "content": " "}]}, "no reply", "no assistant message"),
+        ({"messages": [HELLO[0], {"role": "assistant", "content": 7}]}, "no text", "content that is no text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, HELLO[1]]}, "no text", "no text"),
+        ({"messages": HELLO, "split": "both"}, "unknown split", "'both'"),
+        ({"messages": HELLO, "domain": 3}, "unknown domain", "domain 3"),
+        ({"messages": HELLO, "tools": [{"name": "f"}]}, "tools", "not rendered"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named_by_line(tmp_path, row, reason, says):
+    good, fault = rows_of(write_jsonl(tmp_path / "a.jsonl", [{"messages": HELLO}, row]))
+    assert isinstance(good, Conversation)
+    assert (fault.reason, fault.file, fault.line) == (reason, "a.jsonl", 2)
+    assert says in fault.detail and str(fault).startswith("a.jsonl:2: ")
+
+
+def test_bytes_that_are_no_text_cost_one_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"messages": "\xff\xfe"}\n\n' + json.dumps({"messages": HELLO}).encode())
+    fault, good = rows_of(path)
+    assert fault.reason == "broken line" and good.line == 3, "blank lines count, but are no rows"
+
+
+# Masks
+
+
+@pytest.fixture
+def template(tmp_path):
+    """Return a function that makes a ChatTemplate from a template's text."""
+
+    def made(text: str) -> ChatTemplate:
+        tokenizer(text).save_pretrained(tmp_path / "tokenizer")
+        return ChatTemplate(tmp_path / "tokenizer")
+
+    return made
+
+
+def supervised(template: ChatTemplate, messages: list[dict]) -> list[str]:
+    """The stretches of text that a mask supervises."""
+    ((ids, mask),) = template.encode([template.render(messages)])
+    assert ids.dtype == np.int32 and mask.shape == ids.shape
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(int), [0]])))
+    return [template.tokenizer.decode(ids[start:stop]) for start, stop in edges.reshape(-1, 2)]
+
+
+def turns(*texts: str) -> list[dict]:
+    roles = ["user", "assistant"] * len(texts)
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+
+
+TWO_TURNS = turns("one?", "One.", "two?", "Two, zwei, 二.")
+
+
+@pytest.mark.parametrize("text", [CHAT_TEMPLATE, NO_MARKS], ids=["marks", "prefixes"])
+def test_every_reply_is_supervised_through_what_ends_it(template, text):
+    made = template(text)
+    assert made.marked == (text is CHAT_TEMPLATE)
+    assert supervised(made, TWO_TURNS) == ["One.<|im_end|>", "Two, zwei, 二.<|im_end|>"]
+
+
+def test_ids_are_those_of_the_template_itself(template):
+    made = template(NO_MARKS)
+    ((ids, _),) = made.encode([made.render(TWO_TURNS)])
+    wanted = made.tokenizer.apply_chat_template(TWO_TURNS, tokenize=True, return_dict=True)["input_ids"]
+    assert ids.tolist() == wanted
+
+
+def test_marks_and_the_library_agree(template):
+    made = template(CHAT_TEMPLATE)
+    ((ids, mask),) = made.encode([made.render(TWO_TURNS)])
+    wanted = made.tokenizer.apply_chat_template(
+        TWO_TURNS, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert (ids.tolist(), mask.tolist()) == (wanted["input_ids"], wanted["assistant_masks"])
+
+
+def test_what_a_template_adds_is_context_and_not_supervised(template):
+    """A system prompt of its own, an opening thought in its prompt, an end of text at the end."""
+    adds = "<|im_start|>system\nBe kind.<|im_end|>\n" + NO_MARKS.replace("assistant\n' }}", "assistant\n<think>' }}")
+    adds = adds.replace("{%- if add_gen", "{{ '<|endoftext|>' if not add_generation_prompt }}{%- if add_gen")
+    assert "<think>" in adds and "endoftext" in adds
+    assert supervised(template(adds), TWO_TURNS) == ["One.<|im_end|>", "Two, zwei, 二.<|im_end|>"]
+
+
+# The reasoning of a turn is dropped as soon as another turn follows.
+STRIPS = (
+    "{%- for m in messages -%}<|im_start|>{{ m['role'] + '\n' }}"
+    "{%- set text = m['content'] if loop.last else m['content'].split('</think>')[-1] -%}"
+    "{%- if m['role'] == 'assistant' -%}{% generation %}{{ text }}<|im_end|>{% endgeneration %}"
+    "{%- else -%}{{ text }}<|im_end|>{%- endif -%}{{ '\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+
+
+@pytest.mark.parametrize("marks", [True, False], ids=["marks", "prefixes"])
+def test_a_turn_that_the_template_rewrites_is_not_supervised(template, marks):
+    text = STRIPS if marks else STRIPS.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    made = template(text)
+    messages = turns("one?", "<think>hm</think>One.", "two?", "<think>ah</think>Two.")
+    assert made.render(messages).rewritten == 1
+    assert supervised(made, messages) == ["<think>ah</think>Two.<|im_end|>"]
+    plain = turns("one?", "One.", "two?", "Two.")
+    assert made.render(plain).rewritten == 0, "a turn without reasoning stays as it was"
+    assert supervised(made, plain) == ["One.<|im_end|>", "Two.<|im_end|>"]
+
+
+def test_a_conversation_of_which_nothing_is_left_is_refused(template):
+    made = template("{%- for m in messages -%}{{ loop.revindex }}{{ m['content'] }}<|im_end|>{%- endfor -%}")
+    messages = [*TWO_TURNS, {"role": "user", "content": "three?"}]
+    with pytest.raises(Unusable, match="rewrites every assistant turn"):
+        made.render(messages)
+
+
+def test_a_template_that_refuses_says_why(template):
+    made = template("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(Unusable, match="roles must alternate") as found:
+        made.render(HELLO)
+    assert found.value.reason == "template error"
+
+
+def test_the_mask_rule_is_read_off_the_template():
+    assert mask_rule(CHAT_TEMPLATE) == "marks"
+    assert mask_rule("{%- generation -%}x{%- endgeneration -%}") == "marks"
+    assert mask_rule(NO_MARKS) == "prefixes"
+
+
+@pytest.mark.parametrize("value", [False, True])
+def test_a_mask_that_says_nothing_is_refused(value):
+    with pytest.raises(Unusable):
+        check_mask(np.full(5, value))
+    check_mask(np.array([False, True]))
+
+
+@pytest.mark.parametrize(
+    ("mask", "kept"),
+    [
+        ([0, 1, 1, 0, 0, 0], 4),  # one row behind the last supervised one, which is the next row's teacher
+        ([0, 1, 1], 3),
+        ([0, 1, 0, 1, 1, 0], 6),
+        ([0, 1, 0, 1, 0], None),
+        ([1], None),
+    ],
+)
+def test_rows_behind_the_last_supervised_one_are_trimmed(mask, kept):
+    ids = np.arange(len(mask), dtype=np.int32)
+    cut = trim(ids, np.array(mask, bool))
+    assert (cut is None) if kept is None else (cut[0].tolist() == ids[:kept].tolist() and len(cut[1]) == kept)
+
+
+def test_planning_counts_everything_it_leaves_out(template, tmp_path):
+    rows = [
+        {"messages": TWO_TURNS},
+        "no JSON",
+        {"messages": turns("a long question " * 20, "Yes.")},
+        {"messages": HELLO},
+        {"messages": turns("x", "y") + [{"role": "narrator", "content": "z"}]},
+    ]
+    corpus, tally = write_jsonl(tmp_path / "a.jsonl", rows), Tally()
+    samples = list(planned(read_files(str(corpus), [corpus]), template(CHAT_TEMPLATE), 80, tally))
+    assert [sample.line for sample in samples] == [1, 4]
+    assert tally.rows == 5 and tally.faults == {"broken line": 1, "unknown role": 1}
+    assert (tally.short, tally.truncated) == (1, 1), "the long question left nothing to learn within 80 tokens"
+    assert tally.examples["unknown role"][0].startswith("a.jsonl:5: ")
+    assert all(len(sample.ids) <= 80 for sample in samples)
+
+
+def test_a_corpus_with_too_much_left_out_is_refused():
+    tally = Tally(rows=20, faults={"broken line": 3}, examples={"broken line": ["a.jsonl:2: no JSON"]})
+    with pytest.raises(DataError, match=r"3 of 20 rows .*a\.jsonl:2"):
+        tally.check("a.jsonl", usable=17)
+    Tally(rows=20, faults={"broken line": 2}).check("a.jsonl", usable=18)
+    with pytest.raises(DataError, match="no usable sample"):
+        Tally(rows=20).check("a.jsonl", usable=0)
