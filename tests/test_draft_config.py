@@ -1,0 +1,77 @@
+"""A draft's configuration: what is filled in, and what is refused before any work."""
+
+import pytest
+from test_drafts import V, fields
+
+from pipeline.drafts import DraftConfig, default_gamma
+from pipeline.errors import UsageError
+
+
+def test_defaults_are_filled_and_counts_follow_the_labels():
+    config = DraftConfig(**fields("domino"))
+    assert (config.lambda_start, config.lambda_decay) == (1.0, 1.0)
+    assert config.layer_types == ("full_attention",) * 2
+    assert (config.proposals, config.first_slot) == (5, 0)
+    same = DraftConfig(**fields("dflash", shift=False))
+    assert (same.proposals, same.first_slot) == (4, 1)
+    assert same.lambda_start is None
+    assert DraftConfig(**config.model_dump()) == config
+
+
+def test_default_gamma_is_the_published_table():
+    assert [default_gamma(b) for b in (16, 10, 8, 7)] == [7, 5, 4, 4]
+    assert (default_gamma(32), default_gamma(4)) == (7, 4)
+
+
+@pytest.mark.parametrize(
+    "method, changes, message",
+    [
+        ("dflash", {"target_layer_ids": (3, 1)}, "strictly increasing"),
+        ("dflash", {"target_layer_ids": (1, 1)}, "strictly increasing"),
+        ("dflash", {"target_layer_ids": ()}, "at least one"),
+        ("dflash", {"target_layer_ids": (1, 7)}, r"-1\.\.6"),
+        ("dflash", {"target_layer_ids": (-2, 1)}, r"-1\.\.6"),
+        ("dflash", {"mask_token_id": V}, "vocabulary of 64"),
+        ("dflash", {"mask_token_id": -1}, "mask_token_id"),
+        ("dflash", {"block_size": 1}, "use 2 or more"),
+        ("dflash", {"gamma": 0.0}, "no decay"),
+        ("dflash", {"dpace_alpha": 1.5}, "0.5"),
+        ("dflash", {"weighting": "dpase"}, "weighting"),
+        ("dflash", {"num_attention_heads": 3}, "multiple"),
+        ("dflash", {"head_dim": 7}, "even"),
+        ("dflash", {"hidden_size": 0}, "hidden_size"),
+        ("dflash", {"hiden_size": 4}, "hiden_size"),
+        ("dflash", {"layer_types": ("full_attention",)}, "one a layer"),
+        ("dflash", {"layer_types": ("full_attention", "linear_attention")}, "linear_attention"),
+        ("dflash", {"layer_types": ("full_attention", "sliding_attention")}, "sliding_window is not set"),
+        ("dflash", {"sliding_window": 8}, "no layer slides"),
+        ("dflash", {"emb_dim": 8}, "leave it out"),
+        ("dflash", {"lambda_start": 1.0}, "leave it out"),
+        ("domino", {"emb_dim": None}, "needs emb_dim"),
+        ("domino", {"gru_hidden_dim": None}, "needs gru_hidden_dim"),
+        ("domino", {"pure_draft_prefix_len": None}, "needs pure_draft_prefix_len"),
+        ("domino", {"pure_draft_prefix_len": 5}, r"use 0\.\.4"),
+        ("domino", {"pure_draft_prefix_len": 4, "shift_label": False}, r"use 0\.\.3"),
+        ("domino", {"pure_draft_prefix_len": -1}, "pure_draft_prefix_len"),
+        ("domino", {"lambda_start": 1.1}, "lambda_start"),
+        ("domino", {"lambda_decay": -0.1}, "lambda_decay"),
+        ("domino", {"weighting": "dpace"}, "decay"),
+    ],
+)
+def test_a_draft_that_cannot_work_is_refused_before_any_work(method, changes, message):
+    with pytest.raises(UsageError, match=message) as refused:
+        DraftConfig(**(fields(method) | changes))
+    assert "\n" not in str(refused.value)
+
+
+def test_an_unknown_method_and_a_missing_label_convention_are_refused():
+    with pytest.raises(UsageError, match="dflash, domino"):
+        DraftConfig(**(fields("dflash") | {"method": "domimo"}))
+    with pytest.raises(UsageError, match="shift_label"):
+        DraftConfig(**{key: value for key, value in fields("dflash").items() if key != "shift_label"})
+
+
+@pytest.mark.parametrize("prefix, shift", [(4, True), (3, False), (0, True), (0, False)])
+def test_the_longest_and_shortest_prefix_are_allowed(prefix, shift):
+    config = DraftConfig(**fields("domino", shift, pure_draft_prefix_len=prefix))
+    assert config.pure_draft_prefix_len == prefix
