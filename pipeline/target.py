@@ -72,6 +72,12 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return lists[0]
 
 
+def final_norm(model: PreTrainedModel) -> nn.Module | None:
+    """Return the norm between the last layer and the LM head, or None where it does not show by its name."""
+    norms = [child for child in model.get_decoder().children() if "norm" in type(child).__name__.lower()]
+    return norms[-1] if norms else None
+
+
 @contextmanager
 def tap_layers(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
     """Yield a dict that every forward inside fills with {layer: raw residual [B, T, D]}, for the wanted layers only.

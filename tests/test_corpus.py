@@ -268,7 +268,7 @@ def test_planning_counts_everything_it_leaves_out(template, tmp_path):
         "no JSON",
         {"messages": turns("a long question " * 20, "Yes.")},
         {"messages": HELLO},
-        {"messages": turns("x", "y") + [{"role": "narrator", "content": "z"}]},
+        {"messages": [*turns("x", "y"), {"role": "narrator", "content": "z"}]},
     ]
     corpus, tally = write_jsonl(tmp_path / "a.jsonl", rows), Tally()
     samples = list(planned(read_files(str(corpus), [corpus]), template(CHAT_TEMPLATE), 80, tally))

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.layout import layer_of
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import ProofError
+from pipeline.target import final_norm
 from pipeline.target_head import TargetHead
 from stages.cache_hidden.engine import from_bits, kept_rows
 
@@ -46,20 +47,21 @@ def probe(
     rows = probe_rows(shard, refused)
     for row in rows:
         prefix = prefix_length(shard, row)
-        ids = torch.from_numpy(shard.ids(row)[:prefix].astype(np.int64)).to(device)
+        ids_P = torch.from_numpy(shard.ids(row)[:prefix].astype(np.int64)).to(device)
         with torch.no_grad():
-            truth = model(ids[None], output_hidden_states=True, use_cache=False)
+            truth = model(ids_P[None], output_hidden_states=True, use_cache=False)
         entries = [entry[0] for entry in truth.hidden_states]
-        check_embedding(head, ids, entries[0])
+        check_embedding(head, ids_P, entries[0])
         for spec in columns:
             kept = kept_rows(shard, row, spec)
-            inside = kept[kept < prefix]
+            inside = torch.from_numpy(kept[kept < prefix]).to(device)
             stored = from_bits(read(spec.name, row))[: len(inside)].to(device)
             layer = layer_of(spec.name)
             if layer is not None:
                 error = check_layer(stored, entries, layer)
             else:
-                error = check_final(stored, inside, head, entries, truth.logits[0])
+                error = check_final(stored, entries[-1][inside], final_norm(model))
+                error = max(error, check_logits(stored, head, truth.logits[0, inside]))
             worst[spec.name] = max(worst[spec.name], error)
     return {name: {"samples": rows, "error": float(f"{error:.2e}")} for name, error in worst.items()}
 
@@ -93,8 +95,8 @@ def check_layer(stored_PD: Tensor, entries: Sequence[Tensor], layer: int) -> flo
         return errors[right]
     errors = {entry: relative(stored_PD, entries[entry]) for entry in range(len(entries))}
     best = min(errors, key=errors.get)
-    if best == right:
-        hint = "no other layer fits better: a norm, a scale or the files themselves are wrong"
+    if best == right or errors[best] > bound:
+        hint = "no other layer fits: a norm, a scale or an order is wrong"
     elif best == len(entries) - 1:
         hint = f"the last layer after the norm fits better ({errors[best]:.1e})"
     else:
@@ -120,34 +122,36 @@ def check_embedding(head: TargetHead, ids_P: Tensor, entry_PD: Tensor) -> float:
     )
 
 
-def check_final(
-    stored_RD: Tensor, rows_R: np.ndarray, head: TargetHead, entries: Sequence[Tensor], logits_PV: Tensor
-) -> float:
-    """Return the error of the stored head's logits on the stored `final` against the target's own logits.
+def check_final(stored_RD: Tensor, truth_RD: Tensor, norm: nn.Module | None) -> float:
+    """Return the error of stored `final` rows against the last entry of `hidden_states`, which is normed."""
+    error, bound = relative(stored_RD, truth_RD), BOUNDS[stored_RD.dtype]
+    if error <= bound:
+        return error
+    hint = "neither a missing nor a doubled norm explains it"
+    if norm is not None and relative(norm(stored_RD), truth_RD) <= bound:
+        hint = "the last norm is missing"
+    elif norm is not None and relative(stored_RD, norm(truth_RD)) <= bound:
+        hint = "the last norm is applied twice"
+    raise ProofError(
+        f"probe: what is stored as `final` differs from what the LM head reads by {error:.1e}, at most {bound:.0e} "
+        f"is right; {hint}; nothing of this shard was kept"
+    )
+
+
+def check_logits(stored_RD: Tensor, head: TargetHead, truth_RV: Tensor) -> float:
+    """Return the error of the stored head's logits on stored `final` rows against the target's own logits.
 
     Their argmax must be equal, too, wherever the gap of the two best exceeds the largest difference measured.
     """
-    if not len(rows_R):
-        return 0.0
-    rows = torch.from_numpy(rows_R).to(logits_PV.device)
-    wanted_RV, found_RV = logits_PV[rows].float(), head.logits(stored_RD)
-    bound = BOUNDS[stored_RD.dtype]
-    state, error = relative(stored_RD, entries[-1][rows]), relative(found_RV, wanted_RV)
-    if state > bound:
-        near = {index - 1: relative(stored_RD, entry[rows]) for index, entry in enumerate(entries[:-1])}
-        best = min(near, key=near.get)
-        hint = f"layer {best} before the norm fits better" if near[best] < state else "the norm is lost or doubled"
-        raise ProofError(
-            f"probe: what is stored as `final` differs from what the LM head reads by {state:.1e}, at most {bound:.0e} "
-            f"is right; {hint}; nothing of this shard was kept"
-        )
-    gap = wanted_RV.topk(2, dim=-1).values.diff(dim=-1).abs()[:, 0]
-    clear = gap > (found_RV - wanted_RV).abs().max()
-    flipped = int((clear & (found_RV.argmax(-1) != wanted_RV.argmax(-1))).sum())
-    if error > bound or flipped:
-        raise ProofError(
-            f"probe: the stored LM head gives logits that differ from the target's by {error:.1e}, at most {bound:.0e} "
-            f"is right ({flipped} clear argmaxes differ), though `final` itself fits; the head is transposed, "
-            "permuted, scaled or capped otherwise; nothing of this shard was kept"
-        )
-    return max(state, error)
+    found_RV, truth_RV, bound = head.logits(stored_RD), truth_RV.float(), BOUNDS[stored_RD.dtype]
+    error = relative(found_RV, truth_RV)
+    gap_R = truth_RV.topk(2, dim=-1).values.diff(dim=-1).abs()[:, 0]
+    clear_R = gap_R > (found_RV - truth_RV).abs().max()
+    flipped = int((clear_R & (found_RV.argmax(-1) != truth_RV.argmax(-1))).sum())
+    if error <= bound and not flipped:
+        return error
+    raise ProofError(
+        f"probe: the stored LM head gives logits that differ from the target's by {error:.1e}, at most {bound:.0e} "
+        f"is right ({flipped} clear argmaxes differ), though `final` itself fits: the head is transposed, permuted, "
+        "scaled or capped otherwise; nothing of this shard was kept"
+    )
