@@ -18,7 +18,10 @@ import torch
 from safetensors import safe_open
 
 from pipeline.drafts import DRAFTS, Blocks, Cell, Draft, DraftConfig, Knobs, Loss, lay_blocks, pack
+from pipeline.published import load_draft_folder
+from pipeline.target import head_of, load_target
 from pipeline.target_head import TargetHead
+from stages.evaluate.decode import speculative_decode
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden" / "reference"))
 CASES = sorted(path.stem for path in GOLDEN.glob("*.json") if path.with_suffix(".safetensors").exists())
@@ -246,3 +249,21 @@ def test_gradients(name):
         total, slack = case.facts["grad_sum"][key], GRADIENT * norm * math.sqrt(parameter.numel())
         found = float(parameter.grad.double().sum())
         assert abs(found - total) <= slack, f"sum of {key}: {found}, reference {total}"
+
+
+@pytest.mark.parametrize("name", DECODES)
+def test_decoding(name):
+    folder = GOLDEN / name
+    expected = json.loads((folder / "expected.json").read_text())
+    if expected["method"] not in DRAFTS:
+        pytest.skip(f"no method {expected['method']} yet")
+    target = load_target(str(folder / "target"), device="cpu", dtype="float32")
+    draft = load_draft_folder(folder / "draft", head_of(target))
+    assert draft.config.method == expected["method"]
+    prompts = [json.loads(line)["input_ids"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    for prompt, row in zip(prompts, expected["rows"], strict=True):
+        # There a block of b drafts b - 1 tokens, under either label convention.
+        limit = draft.config.block_size - 1
+        decoded = speculative_decode(target, draft, prompt, expected["max_new"], proposals=limit)
+        assert decoded.lengths == row["acc"]
+        assert prompt + decoded.ids == row["output_ids"]
