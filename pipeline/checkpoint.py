@@ -117,10 +117,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
         state = json.loads((path / STATE).read_text("utf-8"))
         step, facts = state["step"], state["files"]
         wrong = [name for name, fact in facts.items() if FileFact.of_file(path / name).as_dict() != fact]
+        if path.name.startswith("step-") and path.name != f"step-{step:08d}":
+            wrong.append(STATE)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CacheError(f"{path}: damaged checkpoint ({error}); {remedy}") from None
     if wrong:
-        raise CacheError(f"{path / wrong[0]}: damaged, its digest is not the one in {STATE}; {remedy}")
+        raise CacheError(f"{path / wrong[0]}: damaged, it is not what {STATE} says; {remedy}")
     return Checkpoint(path, step, state)
 
 

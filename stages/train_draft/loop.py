@@ -6,17 +6,18 @@ import time
 from pathlib import Path
 
 import torch
-from pipeline.accept import accept_spans, summarise
 from safetensors.torch import load_file
 
 from pipeline import checkpoint
+from pipeline.accept import accept_spans, summarise
 from pipeline.cache import HiddenCache
 from pipeline.drafts import Draft
+from pipeline.errors import UsageError
 from pipeline.recipe import Resolved
 from stages.train_draft.batches import Stream
 from stages.train_draft.corpus import Corpus, spread
 from stages.train_draft.folder import METRICS, TIMING, Journal
-from stages.train_draft.optim import make_optimizer, optimizer_tensors, restore_optimizer
+from stages.train_draft.optim import AdamW
 from stages.train_draft.progress import Clock, Display
 from stages.train_draft.trainer import Trainer
 
@@ -55,7 +56,8 @@ class Run:
     def __init__(self, path: Path, cache: HiddenCache, corpus: Corpus, resolved: Resolved, draft: Draft):
         self.path, self.cache, self.draft = path, cache, draft
         self.train = resolved.recipe.train
-        self.optimizer = make_optimizer(draft)
+        self.contract = {"recipe": resolved.recipe.digest(), "cache": cache.digest, "corpus": corpus.digest}
+        self.optimizer = AdamW(draft)
         self.stream = Stream(cache, corpus, resolved.draft, self.train)
         self.probed = spread(cache, corpus.heldout, self.train.eval_samples) if cache.has_final else ()
         self.metrics, self.timing = Journal(path / METRICS), Journal(path / TIMING)
@@ -65,11 +67,17 @@ class Run:
         """Go to the newest checkpoint and cut the metrics back to it; return its step, 0 without one."""
         found = checkpoint.latest(self.path)
         if found is not None:
+            differs = [key for key, value in self.contract.items() if found.state.get(key) != value]
+            if differs:
+                key, there, here = differs[0], found.state.get(differs[0]), self.contract[differs[0]]
+                raise UsageError(
+                    f"{found.path} was made with another {key}: digest {there}, this run has {here}; "
+                    "remove it to go on from the checkpoint before"
+                )
             self.step = found.step
             device = str(self.draft.fc.weight.device)
             self.draft.load_state_dict(load_file(found.path / checkpoint.DRAFT, device=device))
-            moments = load_file(found.path / checkpoint.OPTIMIZER, device=device)
-            restore_optimizer(self.draft, self.optimizer, moments, found.step)
+            self.optimizer.restore(load_file(found.path / checkpoint.OPTIMIZER, device=device), found.step)
         self.metrics.rewind(self.step)
         self.timing.rewind(self.step)
         return self.step
@@ -99,8 +107,8 @@ class Run:
         return self._evaluated()
 
     def save(self) -> None:
-        moments = optimizer_tensors(self.draft, self.optimizer)
-        checkpoint.save(self.path, self.step, self.draft, moments, {"horizon": self.train.steps}, self.train.keep)
+        moments = self.optimizer.tensors()
+        checkpoint.save(self.path, self.step, self.draft, moments, self.contract, self.train.keep)
 
     def _evaluated(self) -> dict | None:
         """The evaluation of this step, once it is in the metrics."""
@@ -124,9 +132,16 @@ class Run:
         if spans:
             figures = summarise(spans)
             self.metrics.write({"step": self.step, "eval": figures})
-            display.say(
-                f"step {self.step}: accept length {figures['accept_len']:.2f} on {len(self.probed)} held-out samples"
-            )
+            display.say(f"step {self.step}: {said(figures)}")
+
+
+def said(figures: dict) -> str:
+    """Return an evaluation in a few words."""
+    if not figures["calls"]:
+        return "no accept length: no held-out reply is the target's own"
+    domains = ", ".join(f"{name} {of['accept_len']:.2f}" for name, of in figures["domains"].items() if of["calls"])
+    low, high = figures["interval"]
+    return f"accept length {figures['accept_len']:.2f} [{low:.2f}, {high:.2f}] on held-out samples ({domains})"
 
 
 def deterministic(device: torch.device) -> None:

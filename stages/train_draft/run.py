@@ -12,13 +12,13 @@ from pipeline.errors import UsageError
 from pipeline.recipe import Resolved, load_recipe, resolve
 from stages.train_draft.corpus import survey
 from stages.train_draft.folder import default_folder, enter, finish, finished, held
-from stages.train_draft.loop import Run, Stop, deterministic
+from stages.train_draft.loop import Run, Stop, deterministic, said
 from stages.train_draft.progress import Display, console
 
 
 @dataclass(frozen=True)
 class Done:
-    """A finished run. `accept_len` is None where nothing was held out or the cache holds no final states."""
+    """A finished run. `accept_len` is None where no held-out reply is the target's own, or no `final` is cached."""
 
     run: Path
     steps: int
@@ -60,7 +60,7 @@ def run(
             )
             result = train(path, store, corpus, resolved, where, screen)
             finish(path, result)
-    screen.print(summary(path, store, corpus, result), markup=False, soft_wrap=True)
+    screen.print(summary(path, store, result), markup=False, soft_wrap=True)
     return Done(path, result["steps"], result["accept_len"])
 
 
@@ -77,7 +77,8 @@ def train(path: Path, store: HiddenCache, corpus, resolved: Resolved, where: tor
             f"{parameters:,} parameters; {'going on after' if start else 'starting at'} step {start} of {steps}"
         )
         figures = training.go(display, stop)
-    return {"steps": steps, "parameters": parameters, "accept_len": figures and figures["accept_len"], "eval": figures}
+    accept_len = figures["accept_len"] if figures and figures["calls"] else None
+    return {"steps": steps, "parameters": parameters, "accept_len": accept_len, "eval": figures}
 
 
 def make_draft(resolved: Resolved, store: HiddenCache, where: torch.device) -> Draft:
@@ -103,14 +104,14 @@ def find_device(device: str | None) -> torch.device:
     return found
 
 
-def summary(path: Path, store: HiddenCache, corpus, result: dict) -> str:
+def summary(path: Path, store: HiddenCache, result: dict) -> str:
     """Return where the run is, how good it is, and what to do next."""
-    if result["accept_len"] is not None:
-        measured = f"accept length {result['accept_len']:.2f} on held-out samples, without the target"
-    elif not store.has_final:
+    if not store.has_final:
         measured = (
             "no accept length: the cache holds no final states (`pipeline cache-hidden --final needed` adds them)"
         )
-    else:
+    elif result["eval"] is None:
         measured = "no accept length: the corpus holds nothing out"
+    else:
+        measured = said(result["eval"])
     return f"{path}: {result['steps']} steps, {measured}\nnext: pipeline evaluate --draft {path}"

@@ -57,15 +57,15 @@ def draw_anchors(valid_T: np.ndarray, key: int, count: int, first: int = 0) -> n
 def draw_window(valid_T: np.ndarray, key: int, context: int) -> tuple[int, int]:
     """Return the rows [start, stop) that a sample of T rows gives: all of it, or `context` of them.
 
-    A longer sample's window ends at a 256-row boundary (or at the sample's end, which ends its last block), chosen by
-    hash among those that hold a valid anchor. At least one row of `valid_T` must be set.
+    A longer sample's window ends at a 256-row boundary or at the sample's end, chosen by hash among those that hold a
+    valid anchor. At least one row of `valid_T` must be set.
     """
     T = len(valid_T)
     if context >= T:
         return 0, T
     first = -(-context // BLOCK_ROWS) * BLOCK_ROWS
-    ends = np.arange(first, T + BLOCK_ROWS, BLOCK_ROWS)
-    starts, stops = ends - context, np.minimum(ends, T)
+    stops = np.append(np.arange(first, T, BLOCK_ROWS), T)
+    starts = stops - context
     before = np.concatenate([[0], np.cumsum(valid_T)])
     # an anchor's next row must be in the window too, hence stop - 1
     useful = np.flatnonzero(before[stops - 1] > before[starts])

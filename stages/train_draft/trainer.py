@@ -16,7 +16,7 @@ from pipeline.drafts import Blocks, Cell, Draft, Knobs, metrics_of
 from pipeline.errors import ProofError, RoomError
 from pipeline.recipe import TrainSection
 from stages.train_draft.batches import Batch, Stream
-from stages.train_draft.optim import rate
+from stages.train_draft.optim import AdamW, rate
 
 Laid = list[tuple[Cell, Blocks]]
 
@@ -67,7 +67,7 @@ def backward(draft: Draft, cells: Laid, knobs: Knobs, precision: Precision, metr
 class Trainer:
     """A draft, its optimiser and what a step needs. `step(batch)` moves both once."""
 
-    def __init__(self, draft: Draft, optimizer: torch.optim.Optimizer, stream: Stream, train: TrainSection):
+    def __init__(self, draft: Draft, optimizer: AdamW, stream: Stream, train: TrainSection):
         self.draft, self.optimizer, self.stream, self.train = draft, optimizer, stream, train
         self.precision = Precision(train.dtype, draft.fc.weight.device)
 
@@ -81,15 +81,13 @@ class Trainer:
         logs = done % train.log_every == 0 or done in (1, train.steps)
         knobs = self.draft.schedule(batch.step, train.steps)
         lr = train.lr * rate(batch.step, train.steps, train.warmup, train.schedule)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         with enough_memory(train):
             shares = backward(self.draft, batch.cells, knobs, self.precision, logs)
         norm = float(torch.nn.utils.clip_grad_norm_(self.draft.parameters(), train.clip))
         if not (math.isfinite(shares.loss) and math.isfinite(norm)):
             raise ProofError(self._blame(batch, knobs, shares.loss, norm))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        self.optimizer.step(lr)
         if not logs:
             return None
         # The names say what they are: accept_len_tf is teacher-forced, never the accept length of decoding.
@@ -108,7 +106,7 @@ class Trainer:
         """Say which samples of the batch alone give a loss or gradient that is not finite."""
         found = []
         for name, laid in zip(batch.names, self.stream.batch(batch.step, alone=True).cells, strict=True):
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
             alone = backward(self.draft, [laid], knobs, self.precision, metrics=False).loss
             squares = sum(float(weight.grad.norm()) for weight in self.draft.parameters() if weight.grad is not None)
             if not (math.isfinite(alone) and math.isfinite(squares)):

@@ -1,0 +1,634 @@
+"""`train-draft`: from a cache alone, exact whatever is killed when, and refusing what cannot be right."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from kill_train import Trial
+
+from pipeline import checkpoint
+from pipeline.cache import HiddenCache
+from pipeline.cache.columns import ColumnSpec
+from pipeline.cache.layout import layer_of
+from pipeline.cache.manifest import create_identity
+from pipeline.cache.plan import write_segment
+from pipeline.cache.samples import PlannedSample
+from pipeline.cache.target_folder import new_target
+from pipeline.cache.writer import ShardWriter
+from pipeline.drafts import DRAFTS, Knobs, lay_blocks
+from pipeline.errors import CacheError, DataError, ProofError, UsageError
+from pipeline.recipe import load_recipe, resolve
+from stages.train_draft.batches import Stream
+from stages.train_draft.corpus import prompt_hash, split_by_prompt, spread, survey
+from stages.train_draft.optim import AdamW, rate
+from stages.train_draft.run import make_draft, run
+from stages.train_draft.trainer import Precision, Trainer, backward
+
+SMALL = ("train.batch=4", "train.anchors=6", "train.log_every=1", "draft.block_size=4", "train.steps=8")
+CPU = torch.device("cpu")
+
+
+def trained(cache, out, *sets, method="domino"):
+    return run(cache, None, (*SMALL, f"draft.method={method}", *sets), out, "cpu")
+
+
+def lines(run_folder) -> list[dict]:
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def prepared(cache, *sets):
+    """A fresh draft and its stream, as a run makes them."""
+    store = HiddenCache.open(cache)
+    resolved = resolve(load_recipe(None, (*SMALL, *sets)), store)
+    corpus = survey(store, resolved.draft.mask_token_id, resolved.recipe.train.heldout)
+    resolved = resolved.lasting(len(corpus.train))
+    stream = Stream(store, corpus, resolved.draft, resolved.recipe.train)
+    return make_draft(resolved, store, CPU), stream
+
+
+def gradients(draft) -> dict:
+    return {name: weight.grad.clone() for name, weight in draft.named_parameters() if weight.grad is not None}
+
+
+def rewrite(cache, out, *, samples=None, states=None, final=True):
+    """Copy a cache with other samples (index, sample) -> sample, or other states (index, sample, column) -> rows."""
+    store = HiddenCache.open(cache)
+    create_identity(out, {key: value for key, value in store.identity.items() if key not in ("format", "hash")})
+    with new_target(out) as folder:
+        for file in (store.path / "target").iterdir():
+            if file.name != "manifest.json":
+                shutil.copy(file, folder)
+    planned = [
+        PlannedSample(*store.tokens_of(i), store.samples.domain[i], store.samples.split[i]) for i in range(len(store))
+    ]
+    if samples:
+        planned = [samples(index, sample) for index, sample in enumerate(planned)]
+    read = {i: store.read(i, final=True) for i in range(len(store))}
+    by_ids = {planned[i].ids.tobytes() + planned[i].mask.tobytes(): i for i in range(len(store))}
+    columns = [ColumnSpec(f"aux.{layer}", "float32", store.hidden_size) for layer in store.layers]
+    columns += [ColumnSpec("final", "float32", store.hidden_size, keeps="needed")] * final
+    for shard in write_segment(out, planned, row_bytes=4 * store.hidden_size * len(columns), sources=[]).shards:
+        with ShardWriter(out, shard, columns) as writer:
+            for row in range(len(shard)):
+                index = by_ids[shard.ids(row).tobytes() + shard.mask(row).tobytes()]
+                held = dict(zip(store.layers, read[index].aux, strict=True)) | {None: read[index].final}
+                for column in columns:
+                    other = states and states(index, planned[index], column.name)
+                    rows = held[layer_of(column.name)].numpy() if other is None else other
+                    writer.write(column.name, rows)
+            writer.seal()
+            writer.commit({column.name: {} for column in columns})
+    return out
+
+
+@pytest.fixture(scope="module")
+def greedy_cache(tiny_cache, tiny_target, tmp_path_factory):
+    """The cache with one reply of 12 tokens a sample, the target's own greedy ones, and the states that go with it."""
+    from pipeline.capture import final_rows
+    from pipeline.target import lm_logits, load_target, run_decoder, tap_layers
+
+    target = load_target(str(tiny_target))
+
+    @torch.no_grad()
+    def greedy(index, sample):
+        start = int(np.argmax(sample.mask))
+        ids = torch.from_numpy(sample.ids[:start].astype(np.int64))
+        for _ in range(12):
+            last = run_decoder(target, ids[None]).last_hidden_state[0, -1:]
+            ids = torch.cat([ids, lm_logits(target, last).argmax(-1)])
+        mask = np.arange(len(ids)) >= start
+        return PlannedSample(ids.numpy().astype(np.int32), mask, sample.domain, sample.split)
+
+    @torch.no_grad()
+    def live(index, sample, column):
+        layer = layer_of(column)
+        with tap_layers(target, [] if layer is None else [layer]) as taps:
+            last = run_decoder(target, torch.from_numpy(sample.ids.astype(np.int64))[None]).last_hidden_state[0]
+        return last[final_rows(sample.mask)].numpy() if layer is None else taps[layer][0].numpy()
+
+    return rewrite(tiny_cache, tmp_path_factory.mktemp("greedy") / "cache", samples=greedy, states=live)
+
+
+def unused_token(cache) -> int:
+    store = HiddenCache.open(cache)
+    used = np.concatenate([store.tokens_of(i)[0] for i in range(len(store))])
+    return int(np.setdiff1d(np.arange(200, 264), [*used, 256, 258])[0])
+
+
+# The rate and the optimiser
+
+
+def test_the_rate_rises_over_the_warmup_and_falls_as_published():
+    assert [rate(s, 100, 0.04, "cosine") for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert rate(4, 100, 0.04, "cosine") == 1.0
+    assert rate(52, 100, 0.04, "cosine") == pytest.approx(0.5)
+    assert rate(99, 100, 0.04, "cosine") == pytest.approx(0.5 * (1 + np.cos(np.pi * 95 / 96)))
+    assert rate(0, 1, 0.04, "cosine") == 1.0
+
+
+def test_wsd_stays_and_falls_over_the_last_fifth():
+    table = [rate(s, 100, 0.04, "wsd") for s in range(100)]
+
+    assert table[:4] == [0.25, 0.5, 0.75, 1.0] and set(table[3:81]) == {1.0}
+    assert table[90] == pytest.approx(0.55)
+    assert table[99] == pytest.approx(1 - 0.9 * 19 / 20)
+
+
+def test_the_optimizer_is_the_one_everybody_means():
+    ours, theirs = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
+    theirs.load_state_dict(ours.state_dict())
+    mine, reference = AdamW(ours), torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.0)
+    for number in range(1, 6):
+        for model, optimizer in ((ours, mine), (theirs, reference)):
+            optimizer.zero_grad()
+            model(torch.full((2, 5), float(number))).square().sum().backward()
+        mine.step(0.1)
+        reference.step()
+
+    for weight, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_restored_optimizer_makes_the_same_step_to_the_bit():
+    def made():
+        torch.manual_seed(0)
+        return torch.nn.Linear(5, 3)
+
+    def step(model, optimizer, number):
+        optimizer.zero_grad()
+        model(torch.full((2, 5), float(number))).square().sum().backward()
+        optimizer.step(0.1)
+
+    straight, stopped = made(), made()
+    first = AdamW(straight)
+    for number in range(4):
+        step(straight, first, number)
+    before = AdamW(stopped)
+    for number in range(2):
+        step(stopped, before, number)
+    again = AdamW(stopped)
+    again.restore({name: tensor.clone() for name, tensor in before.tensors().items()}, step=2)
+    for number in (2, 3):
+        step(stopped, again, number)
+
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), stopped.parameters(), strict=True))
+
+
+# Which samples
+
+
+def test_all_answers_to_a_prompt_stay_together():
+    mask = np.array([0, 0, 1, 1], bool)
+    ask, other = np.array([5, 6, 7, 8], np.int32), np.array([5, 6, 1, 2], np.int32)
+
+    assert prompt_hash(ask, mask) == prompt_hash(other, mask)
+    assert prompt_hash(ask, mask) != prompt_hash(ask + 1, mask)
+    assert prompt_hash(ask, ~mask) != prompt_hash(other, ~mask), "without a prompt a sample is its own"
+
+
+def test_about_the_share_of_prompts_is_held_out_and_more_samples_move_none():
+    prompts = np.random.default_rng(0).integers(0, 2**64, 4000, dtype=np.uint64)
+    everyone = np.ones(4000, bool)
+
+    held = split_by_prompt(prompts, everyone, 0.05)
+    of_some = split_by_prompt(prompts[:3000], everyone[:3000], 0.05)
+
+    assert 0.04 < held.mean() < 0.06
+    assert (held[:3000] == of_some).all()
+    assert not split_by_prompt(prompts, everyone, 0.0).any()
+    assert split_by_prompt(prompts[:2], everyone[:2], 0.05).sum() == 1, "two prompts: one to train on, one to measure"
+    assert not split_by_prompt(prompts[:1], everyone[:1], 0.05).any()
+
+
+def test_the_corpus_says_what_is_held_out(tiny_cache):
+    store = HiddenCache.open(tiny_cache)
+
+    corpus = survey(store, 259, 0.5)
+
+    assert [store.samples.split[i] for i in corpus.heldout] == ["heldout"] * len(corpus.heldout)
+    assert {store.samples.split[i] for i in corpus.train} == {"train"}
+    assert len(corpus.train) + len(corpus.heldout) + corpus.unusable == len(store)
+
+
+def test_where_the_corpus_does_not_say_prompts_are_held_out_by_hash(tiny_cache, tmp_path):
+    def unsaid(index, sample):
+        return PlannedSample(sample.ids, sample.mask, sample.domain)
+
+    corpus = survey(HiddenCache.open(rewrite(tiny_cache, tmp_path / "cache", samples=unsaid)), 259, 0.3)
+
+    assert 0 < len(corpus.heldout) < len(corpus.train)
+
+
+def test_measured_samples_are_spread_over_domains(tiny_cache):
+    store = HiddenCache.open(tiny_cache)
+    chosen = spread(store, np.arange(len(store)), 6)
+
+    assert sorted(store.samples.domain[i] for i in chosen) == sorted(["colours", "numbers", "places"] * 2)
+    assert len(spread(store, np.arange(len(store)), 1000)) == len(store)
+
+
+def test_a_mask_token_that_the_corpus_uses_is_refused(tiny_cache):
+    store = HiddenCache.open(tiny_cache)
+    used = int(store.tokens_of(0)[0][0])
+
+    with pytest.raises(UsageError, match=f"mask token {used} occurs in sample .* set draft.mask_token_id"):
+        survey(store, used, 0.05)
+
+
+def test_a_corpus_that_holds_everything_out_cannot_train(tiny_cache, tmp_path):
+    def held(index, sample):
+        return PlannedSample(sample.ids, sample.mask, sample.domain, "heldout")
+
+    with pytest.raises(DataError, match=r"none of .* can train"):
+        survey(HiddenCache.open(rewrite(tiny_cache, tmp_path / "cache", samples=held)), 259, 0.05)
+
+
+# Batches and their loss
+
+
+def test_a_batch_is_the_same_whenever_it_is_made(tiny_cache):
+    _, stream = prepared(tiny_cache)
+    ahead = list(stream.ahead(3, 8))
+    _, other = prepared(tiny_cache)
+
+    for batch in ahead:
+        again = other.batch(batch.step)
+        assert again.names == batch.names
+        for (cell, blocks), (cell2, blocks2) in zip(batch.cells, again.cells, strict=True):
+            assert torch.equal(cell.aux_KRD, cell2.aux_KRD) and torch.equal(blocks.anchors_N, blocks2.anchors_N)
+
+
+def test_every_sample_comes_once_an_epoch_with_fresh_anchors(tiny_cache):
+    _, stream = prepared(tiny_cache, "train.batch=1", "train.anchors=3")
+    epochs = [[stream.batch(epoch * stream.per_epoch + at) for at in range(stream.per_epoch)] for epoch in (0, 1)]
+    names = [[batch.names[0] for batch in epoch] for epoch in epochs]
+
+    assert len(set(names[0])) == stream.per_epoch == len(stream.indices)
+    assert sorted(names[0]) == sorted(names[1]) and names[0] != names[1]
+    anchors = [{batch.names[0]: batch.cells[0][1].anchors_N.tolist() for batch in epoch} for epoch in epochs]
+    assert anchors[0] != anchors[1]
+
+
+def test_a_long_sample_gives_a_window_with_true_positions(tiny_cache):
+    _, stream = prepared(tiny_cache, "train.context=24", "train.batch=1")
+    store = stream.cache
+    for step in range(stream.per_epoch):
+        batch = stream.batch(step)
+        cell, blocks = batch.cells[0]
+        index = next(i for i in range(len(store)) if store.samples.hex(i) == batch.names[0])
+        whole = store.read(index, layers=stream.config.target_layer_ids)
+        assert len(cell.ids_R) <= 24
+        assert torch.equal(cell.ids_R, whole.ids[cell.pos_R])
+        assert torch.equal(cell.aux_KRD, whole.aux[:, cell.pos_R])
+        assert (whole.mask[cell.pos_R[blocks.anchors_N]] & whole.mask[cell.pos_R[blocks.anchors_N] + 1]).all()
+
+
+@pytest.mark.parametrize("method", DRAFTS)
+def test_the_loss_and_its_gradient_do_not_depend_on_how_a_batch_is_cut(tiny_cache, method):
+    found = []
+    for sets in ((), ("train.cells=3",), ("train.context=128",), ("train.cell_anchors=12",)):
+        draft, stream = prepared(tiny_cache, f"draft.method={method}", "train.batch=8", *sets)
+        cells = stream.batch(0).cells
+        shares = backward(draft, cells, Knobs(0.4), Precision("float32", "cpu"), metrics=True)
+        found.append((len(cells), shares, gradients(draft)))
+
+    (_, whole, gradient), *others = found
+    assert found[0][0] == 1 and all(count > 1 for count, _, _ in others)
+    for _, shares, other in others:
+        assert shares.loss == pytest.approx(whole.loss, rel=1e-6)
+        assert torch.equal(shares.sums["scored_S"], whole.sums["scored_S"])
+        for name, expected in gradient.items():
+            torch.testing.assert_close(other[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_fifty_steps_do_not_depend_on_how_batches_are_cut(tiny_cache):
+    def losses(*sets):
+        draft, stream = prepared(tiny_cache, "train.steps=50", "train.lr=1e-4", "train.batch=8", *sets)
+        trainer = Trainer(draft, AdamW(draft), stream, stream.train)
+        return [trainer.step(stream.batch(step))["loss"] for step in range(50)]
+
+    assert losses("train.cells=3") == pytest.approx(losses(), rel=1e-6)
+
+
+@pytest.mark.parametrize("method", DRAFTS)
+def test_the_cache_gives_the_loss_that_the_live_target_gives(tiny_cache, tiny_target, method):
+    from pipeline.target import load_target, run_decoder, tap_layers
+
+    draft, stream = prepared(tiny_cache, f"draft.method={method}")
+    target, config = load_target(str(tiny_target)), draft.config
+    for step in range(3):
+        cells = stream.batch(step).cells
+        cached = backward(draft, cells, Knobs(0.3), Precision("float32", "cpu"), metrics=False).loss
+        live = []
+        for cell, blocks in cells:
+            aux = []
+            for start, length in zip(cell.starts_M.tolist(), cell.lengths_M.tolist(), strict=True):
+                with torch.no_grad(), tap_layers(target, config.target_layer_ids) as taps:
+                    run_decoder(target, cell.ids_R[None, start : start + length])
+                aux.append(torch.stack([taps[layer][0] for layer in config.target_layer_ids]))
+            cell = replace(cell, aux_KRD=torch.cat(aux, dim=1))
+            live.append((cell, lay_blocks(cell, blocks.anchors_N, blocks.keep_N, config)))
+        assert backward(draft, live, Knobs(0.3), Precision("float32", "cpu"), metrics=False).loss == pytest.approx(
+            cached, rel=1e-6
+        )
+
+
+def test_an_error_while_reading_ahead_reaches_the_loop(tiny_cache, tmp_path):
+    cache = tmp_path / "cache"
+    shutil.copytree(tiny_cache, cache)
+    stream = prepared(cache)[1]
+    for file in sorted(cache.glob("shards/*/aux.3/**/c/**/*")):
+        if file.is_file():
+            data = bytearray(file.read_bytes())
+            data[100] ^= 1
+            file.write_bytes(data)
+
+    with pytest.raises(CacheError, match=r"aux\.3"):
+        list(stream.ahead(0, 8))
+
+
+def test_bfloat16_arithmetic_stays_near_float32(tiny_cache):
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        draft, stream = prepared(tiny_cache, f"train.dtype={dtype}")
+        batch = stream.batch(0)
+        losses[dtype] = backward(draft, batch.cells, Knobs(0.5), Precision(dtype, "cpu"), metrics=False).loss
+        assert all(weight.dtype == torch.float32 for weight in draft.parameters())
+
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=2e-2)
+    assert losses["bfloat16"] != losses["float32"]
+
+
+# A whole run
+
+
+@pytest.mark.parametrize("method", DRAFTS)
+def test_a_run_learns_and_leaves_what_it_promised(greedy_cache, tmp_path, method):
+    mask = f"draft.mask_token_id={unused_token(greedy_cache)}"
+    done = trained(greedy_cache, tmp_path / "run", "train.steps=40", "train.eval_every=20", mask, method=method)
+    logged = [line for line in lines(done.run) if "eval" not in line]
+    evaluated = [line for line in lines(done.run) if "eval" in line]
+
+    assert logged[-1]["final_loss"] < 0.9 * logged[0]["final_loss"]
+    assert [line["step"] for line in logged] == list(range(1, 41))
+    assert logged[0]["lambda_base"] == (1.0 if method == "domino" else 0.0)
+    wanted = {"loss", "final_loss", "lr", "grad_norm", "accuracy", "accept_len_tf", "slot_accuracy", "lambda_base"}
+    wanted |= (
+        {"base_loss", "base_accuracy", "base_accept_len_tf", "base_slot_accuracy"} if method == "domino" else set()
+    )
+    assert wanted <= set(logged[0]) and "accept_len" not in logged[0]
+    assert [line["step"] for line in evaluated] == [20, 40]
+    assert evaluated[-1]["eval"]["accept_len"] == done.accept_len >= 1
+    assert {"colours", "numbers", "places"} == set(evaluated[-1]["eval"]["domains"])
+    assert (done.run / "timing.jsonl").read_text().count("\n") == 40
+
+    facts = json.loads((done.run / "run.json").read_text())
+    store = HiddenCache.open(greedy_cache)
+    assert (facts["cache"]["digest"], facts["target"]) == (store.digest, store.identity["target"]["name"])
+    assert {"torch", "pipeline"} <= set(facts["versions"]) and facts["command"] == sys.argv
+    recipe = load_recipe(done.run / "recipe.toml")
+    assert recipe.train.steps == 40 and resolve(recipe, store).draft == checkpoint.load_config(done.run)
+
+
+def test_running_a_finished_run_again_says_so_and_changes_nothing(tiny_cache, tmp_path, capsys):
+    done = trained(tiny_cache, tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in done.run.rglob("*")}
+    capsys.readouterr()
+
+    again = trained(tiny_cache, tmp_path / "run")
+
+    assert again == done
+    assert "nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in done.run.rglob("*")} == before
+
+
+def test_the_end_says_where_the_run_is_and_what_to_do_next(greedy_cache, tmp_path, capsys):
+    done = trained(greedy_cache, tmp_path / "run", f"draft.mask_token_id={unused_token(greedy_cache)}")
+
+    last = capsys.readouterr().out.splitlines()[-2:]
+
+    assert f"accept length {done.accept_len:.2f}" in last[0]
+    assert last[1] == f"next: pipeline evaluate --draft {tmp_path / 'run'}"
+
+
+def test_the_default_folder_is_named_by_what_decides_the_draft(tiny_cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    runs = [run(tiny_cache, None, (*SMALL, *sets)).run for sets in ((), ("train.seed=1",), ("draft.method=dflash",))]
+
+    assert len(set(runs)) == 3
+    assert [path.parent for path in runs] == [Path("runs")] * 3
+    assert [path.name.split("-")[0] for path in runs] == ["domino", "domino", "dflash"]
+    assert trained(tiny_cache, None).run == runs[0]
+
+
+def test_without_final_states_or_held_out_samples_it_trains_and_says_why_there_is_no_accept_length(
+    tiny_cache, tmp_path, capsys
+):
+    bare = rewrite(tiny_cache, tmp_path / "bare", final=False)
+    done = trained(bare, tmp_path / "run")
+    assert done.accept_len is None and "holds no final states" in capsys.readouterr().out
+
+    def all_train(index, sample):
+        return PlannedSample(sample.ids, sample.mask, sample.domain, "train")
+
+    done = trained(rewrite(tiny_cache, tmp_path / "train", samples=all_train), tmp_path / "run2")
+    assert done.accept_len is None and "holds nothing out" in capsys.readouterr().out
+
+
+# Stopped and killed
+
+
+def stopping(monkeypatch, at: int, how) -> None:
+    """Let something happen to the process while it computes step `at`."""
+    step = Trainer.step
+
+    def stopped(trainer, batch):
+        metrics = step(trainer, batch)
+        if batch.step + 1 == at:
+            how()
+        return metrics
+
+    monkeypatch.setattr(Trainer, "step", stopped)
+
+
+class Killed(BaseException):
+    """Stands for a kill that leaves the process no time for anything."""
+
+
+def kill():
+    raise Killed
+
+
+@pytest.mark.parametrize("at", [1, 3, 4, 7, 8])
+def test_a_killed_run_ends_with_the_same_bytes(tiny_cache, tmp_path, monkeypatch, at):
+    sets = ("train.save_every=3", "train.eval_every=4")
+    straight = trained(tiny_cache, tmp_path / "straight", *sets)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stopping(patch, at, kill)
+        trained(tiny_cache, tmp_path / "killed", *sets)
+    resumed = trained(tiny_cache, tmp_path / "killed", *sets)
+
+    assert resumed.accept_len == straight.accept_len
+    for name in ("metrics.jsonl", "recipe.toml", "done.json", "checkpoints/step-00000008/draft.safetensors"):
+        assert (resumed.run / name).read_bytes() == (straight.run / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_saves_first(tiny_cache, tmp_path, monkeypatch, number, raised):
+    sets = ("train.save_every=100", "train.eval_every=5")
+    straight = trained(tiny_cache, tmp_path / "straight", *sets)
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(raised) as stopped:
+        stopping(patch, 5, lambda: os.kill(os.getpid(), number))
+        trained(tiny_cache, tmp_path / "stopped", *sets)
+
+    assert getattr(stopped.value, "code", 143) == 143
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    assert checkpoint.steps(tmp_path / "stopped") == [5], "saved at the step it was on, before the evaluation due there"
+    resumed = trained(tiny_cache, tmp_path / "stopped", *sets)
+    assert (resumed.run / "metrics.jsonl").read_bytes() == (straight.run / "metrics.jsonl").read_bytes()
+
+
+def test_a_torn_last_line_is_written_again(tiny_cache, tmp_path, monkeypatch):
+    straight = trained(tiny_cache, tmp_path / "straight")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stopping(patch, 6, kill)
+        trained(tiny_cache, tmp_path / "torn", "train.save_every=1")
+    with (tmp_path / "torn" / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 6, "lo')
+
+    torn = trained(tiny_cache, tmp_path / "torn", "train.save_every=1")
+
+    assert (torn.run / "metrics.jsonl").read_bytes() == (straight.run / "metrics.jsonl").read_bytes()
+
+
+def test_kill_9_at_random_moments_changes_no_byte(tiny_cache, tmp_path):
+    """The short form of `tests/kill_train.py`, which does it 20 times."""
+    trial = Trial(tiny_cache, tmp_path, steps=30, seed=0)
+
+    assert trial.kill(3) == []
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("train.steps=9", r"train\.steps = 8, this command asks for 9"),
+        ("train.seed=1", r"train\.seed = 0, this command asks for 1"),
+        ("draft.block_size=8", r"draft\.block_size = 4, this command asks for 8"),
+        ("train.anchors=5", r"train\.anchors = 6, this command asks for 5"),
+    ],
+)
+def test_a_run_goes_on_only_with_what_it_began_with(tiny_cache, tmp_path, change, said):
+    trained(tiny_cache, tmp_path / "run")
+
+    with pytest.raises(UsageError, match=said):
+        trained(tiny_cache, tmp_path / "run", change)
+
+
+def test_another_cache_in_the_same_run_is_refused(tiny_cache, tmp_path):
+    trained(tiny_cache, tmp_path / "run")
+
+    def other(index, sample):
+        return PlannedSample(sample.ids, sample.mask, sample.domain, "train")
+
+    with pytest.raises(UsageError, match=r"started with c\w+ digest = \w+, this command asks for \w+"):
+        trained(rewrite(tiny_cache, tmp_path / "other", samples=other), tmp_path / "run")
+
+
+def test_a_second_process_in_the_same_run_is_refused(tiny_cache, tmp_path):
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="being trained by another process"):
+            trained(tiny_cache, tmp_path / "run")
+
+
+def test_layers_the_cache_lacks_and_misspelt_keys_are_refused_before_anything_is_written(tiny_cache, tmp_path):
+    for sets, said in (("draft.layers=[1, 2]", "also reads \\[2\\]"), ("train.setps=3", "did you mean `train.steps`")):
+        with pytest.raises(UsageError, match=said):
+            trained(tiny_cache, tmp_path / "run", sets)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_device_that_is_not_there_is_refused(tiny_cache, tmp_path):
+    with pytest.raises(UsageError, match="device nowhere"):
+        run(tiny_cache, None, SMALL, tmp_path / "run", "nowhere")
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_samples(tiny_cache, tmp_path):
+    store = HiddenCache.open(tiny_cache)
+    broken = next(i for i in range(len(store)) if store.samples.split[i] == "train")
+
+    def poisoned(index, sample, column):
+        return np.full((len(sample.ids), 32), np.nan, np.float32) if (index, column) == (broken, "aux.3") else None
+
+    cache = rewrite(tiny_cache, tmp_path / "cache", states=poisoned)
+
+    with pytest.raises(ProofError) as stopped:
+        trained(cache, tmp_path / "run", "train.steps=20", "train.save_every=1")
+
+    said = str(stopped.value)
+    assert store.samples.hex(broken) in said
+    assert not any(store.samples.hex(i) in said for i in range(len(store)) if i != broken)
+    step = int(said.split()[1].rstrip(":"))
+    assert checkpoint.steps(tmp_path / "run")[-1:] == ([step - 1] if step > 1 else [])
+    assert all(torch.isfinite(w).all() for w in checkpoint.load_draft(tmp_path / "run", store.head()).parameters())
+
+
+def test_a_draft_that_diverges_blames_itself(tiny_cache, tmp_path):
+    draft, stream = prepared(tiny_cache)
+    with torch.no_grad():
+        draft.norm.weight.fill_(float("inf"))
+
+    with pytest.raises(ProofError, match=r"step 1: loss nan.*the draft itself has diverged: lower train\.lr"):
+        Trainer(draft, AdamW(draft), stream, stream.train).step(stream.batch(0))
+
+
+# Without the target
+
+ALONE = """
+import sys
+for name in ("transformers", "datasets", "tokenizers"):
+    sys.modules[name] = None  # importing it now fails
+from pathlib import Path
+from stages.train_draft.run import run
+run(Path(sys.argv[1]), None, tuple(sys.argv[3:]), Path(sys.argv[2]), "cpu")
+loaded = [n for n in sys.modules if n.startswith(("pipeline.target", "transformers.", "stages.")) and n != "stages"]
+print("LOADED", sorted(loaded))
+"""
+
+
+def test_it_trains_where_there_is_no_target_and_nothing_that_could_load_one(tiny_cache, tiny_target, tmp_path):
+    hidden = tiny_target.with_name("hidden-away")
+    tiny_target.rename(hidden)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", ALONE, tiny_cache, tmp_path / "run", *SMALL],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent.parent,
+            check=False,
+        )
+    finally:
+        hidden.rename(tiny_target)
+
+    assert done.returncode == 0, done.stderr
+    loaded = done.stdout.split("LOADED")[1]
+    assert "pipeline.target_head" in loaded
+    assert "'pipeline.target'" not in loaded and "target_files" not in loaded
+    assert "stages.cache_hidden" not in loaded and "stages.evaluate" not in loaded
