@@ -1,0 +1,101 @@
+"""A cache whose replies are the target's own greedy ones, some ended by a stop token, and a draft that learned them."""
+
+import numpy as np
+import torch
+from tiny import config, random_model, tokenizer
+
+from pipeline.cache import HiddenCache
+from pipeline.cache.manifest import create_identity
+from pipeline.cache.plan import PlannedSample, write_segment
+from pipeline.drafts import DRAFTS, Draft, DraftConfig, Knobs, eligible_anchors, init_weights, lay_blocks, pack
+from pipeline.target import load_target
+
+STOP = 258
+OPTIONS = {
+    "dflash": {"shift_label": False},
+    "domino": {"shift_label": True, "emb_dim": 16, "gru_hidden_dim": 24, "pure_draft_prefix_len": 1},
+}
+
+
+def save_stopping_target(folder):
+    """The tiny target, its head changed so that every tenth token or so is the stop token."""
+    model = random_model(config())
+    model.get_output_embeddings().weight[STOP] *= 1.4
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def reply(target, ids, most):
+    """The target's greedy reply, computed without any kv."""
+    new = []
+    while len(new) < most and new[-1:] != [STOP]:
+        new.append(int(target(torch.tensor([[*ids, *new]])).logits[0, -1].argmax()))
+    return new
+
+
+def conversation(target, rng, turns, most):
+    """Ids and mask of random prompts and greedy replies."""
+    ids, mask = [], []
+    for _ in range(turns):
+        prompt = rng.integers(0, 250, rng.integers(1, 9)).tolist()
+        new = reply(target, [*ids, *prompt], most)
+        ids += prompt + new
+        mask += [False] * len(prompt) + [True] * len(new)
+    return ids, mask
+
+
+def make_greedy_cache(model, out, count=12, most=20, seed=0):
+    """Capture chats in the domains a, b and c, half of them held out; in `sampled` a reply leaves the greedy path."""
+    from stages.cache_hidden.options import CaptureOptions
+    from stages.cache_hidden.run import run
+    from stages.cache_hidden.settings import settle
+
+    target, rng, samples = load_target(str(model)), np.random.default_rng(seed), []
+    for at in range(count):
+        ids, mask = conversation(target, rng, turns=1 + at % 3 // 2, most=most)
+        domain = "abc"[at % 3]
+        if at % 6 == 5:
+            domain, ids[-3] = "sampled", (ids[-3] + 1) % 250
+        split = "heldout" if at % 2 else "train"
+        samples.append(PlannedSample(np.array(ids, np.int32), np.array(mask), domain, split, "made", at + 1))
+    options = CaptureOptions(layers="1,3,4", max_length=256)
+    settings = settle(str(model), out, options)
+    create_identity(out, settings.identity)
+    write_segment(out, samples, row_bytes=1024, sources=[], notes={"max_samples": None})
+    run(str(model), None, out, options=options)
+    return out
+
+
+def make_learned_draft(cache_path, method="domino", steps=50, **options) -> Draft:
+    """Overfit a draft to a cache, so that it accepts some and rejects some."""
+    cache = HiddenCache.open(cache_path)
+    draft_config = DraftConfig(
+        method=method,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=264,
+        rope_theta=10_000.0,
+        max_position_embeddings=512,
+        num_target_layers=6,
+        target_layer_ids=(1, 3, 4),
+        mask_token_id=259,
+        **{"block_size": 4, **OPTIONS[method], **options},
+    )
+    draft = DRAFTS[method](draft_config, cache.head())
+    init_weights(draft, 0)
+    samples = [cache.read(index) for index in range(len(cache))]
+    cell = pack(samples, [cache.samples.hex(index) for index in range(len(cache))])
+    eligible = torch.cat([eligible_anchors(sample.mask) for sample in samples]).nonzero()[:, 0]
+    blocks = lay_blocks(cell, eligible, torch.ones_like(eligible).bool(), draft_config)
+    dens = draft.denominators(blocks)
+    optimizer = torch.optim.Adam(draft.parameters(), lr=6e-3)
+    for step in range(steps):
+        optimizer.zero_grad()
+        draft.loss(cell, blocks, Knobs(1 - step / steps), dens).total.backward()
+        optimizer.step()
+    return draft.eval()
