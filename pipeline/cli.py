@@ -124,9 +124,10 @@ def verify(cache, as_json):
     report = verify(cache)
     show(report.as_dict(), as_json, verify_table)
     if report.damaged:
+        first = report.damaged[0]
         raise CacheError(
-            f"{cache}: {len(report.damaged)} damaged, named above; "
-            "delete the column folders named and run `pipeline cache-hidden` again: it captures only what is missing"
+            f"{cache}: {len(report.damaged)} damaged, the first {first.file} ({first.what}); delete the damaged columns "
+            "and run `pipeline cache-hidden` again: it captures only what is missing"
         )
 
 

@@ -1,0 +1,192 @@
+"""What people read: tables of a cache, of its verification, and of evaluations side by side.
+
+Everything here turns the plain dicts that other modules return, the same that `--json` prints, into rich renderables.
+"""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.cache.disk import size_text
+from pipeline.errors import UsageError
+
+RESAMPLES = 2000  # of the bootstrap
+
+
+def grid(*heads: str, title: str | None = None) -> Table:
+    """Return an empty table; a head that begins with `>` is of numbers, to the right."""
+    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for head in heads:
+        table.add_column(head.removeprefix(">"), justify="right" if head.startswith(">") else "left")
+    return table
+
+
+def cache_table(report: dict) -> Group:
+    """Return `describe`'s report as tables: the whole, its columns, its domains."""
+    plan, shards, identity = report["plan"], report["shards"], report["identity"]
+    whole = grid("", "")
+    rows = {
+        "target": f"{identity['target']['name']} ({identity['target']['digest'][:12]})",
+        "format": f"{report['format']}, identity {report['digest'][:12]}",
+        "samples": f"{plan['samples']:,}; {plan['duplicates']:,} duplicates left out",
+        "tokens": f"{plan['tokens']:,}, {report['supervised_share']:.0%} supervised",
+        "shards": f"{shards['whole']} of {shards['planned']} whole",
+        "size": f"{size_text(report['bytes']['total'])}, of which states {size_text(report['bytes']['columns'])}",
+    }
+    if report["gauge"]:
+        gauge = report["gauge"]
+        rows["on-policy"] = (
+            f"{gauge['agreement']:.1%} of {gauge['rows']:,} replies' tokens are the target's own greedy choice, "
+            f"mean log-probability {gauge['logprob']:.2f}"
+        )
+    if report["refused"]:
+        rows["refused"] = f"{len(report['refused'])} samples, listed by --json"
+    for name, value in rows.items():
+        whole.add_row(name, value)
+    columns = grid("column", "dtype", "codec", ">rows", ">size", ">bytes a token", ">shards", ">probe error")
+    for column in report["columns"]:
+        probe = "-" if column["probe"] is None else f"{column['probe']:.1e}"
+        columns.add_row(
+            column["name"], column["dtype"], column["codec"], f"{column['rows']:,}", size_text(column["bytes"]),
+            f"{column['token_bytes']:,.0f}", str(column["shards"]), probe,
+        )  # fmt: skip
+    domains = grid("domain", "split", ">samples", ">tokens", ">supervised")
+    for entry in report["domains"]:
+        domains.add_row(
+            entry["domain"] or "-", entry["split"] or "-", f"{entry['samples']:,}", f"{entry['tokens']:,}",
+            f"{entry['supervised']:,}",
+        )  # fmt: skip
+    return Group(whole, "", columns, "", domains)
+
+
+def coloured_sample(cache: Path, view: dict) -> Group:
+    """Return one sample as text, what is supervised in green and underlined."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(Path(cache) / "target" / "tokenizer.json"))
+    text = Text()
+    start = 0
+    for end in range(1, len(view["ids"]) + 1):
+        if end == len(view["ids"]) or view["mask"][end] != view["mask"][start]:
+            piece = tokenizer.decode(view["ids"][start:end], skip_special_tokens=False)
+            text.append(piece, style="green underline" if view["mask"][start] else "dim")
+            start = end
+    head = (
+        f"sample {view['sample']} ({view['sample_id']}): {view['length']} tokens, {view['supervised']} supervised "
+        f"(green); {view['domain'] or 'no domain'}, {view['split'] or 'no split'}; {view['source']}:{view['line']}"
+    )
+    return Group(Text(head, style="bold"), text)
+
+
+def verify_table(report: dict) -> Group:
+    """Return `verify`'s report: what is damaged, not captured yet, or foreign."""
+    lines = [Text(f"{report['files']:,} files, {size_text(report['bytes'])} checked")]
+    for kind, title, style in (
+        ("damaged", "damaged", "bold red"),
+        ("missing", "not captured yet", "yellow"),
+        ("foreign", "not of this cache", "yellow"),
+    ):
+        found = report[kind]
+        if found:
+            lines.append(Text(f"{len(found)} {title}:", style=style))
+            lines += [Text(f"  {entry if kind == 'foreign' else finding(entry)}") for entry in found]
+    if not report["damaged"]:
+        lines.append(Text("no damage", style="green"))
+    return Group(*lines)
+
+
+def finding(entry: dict) -> str:
+    """Return one finding in a line: the file, and what is wrong with it."""
+    return f"{entry['file']}: {entry['what']}"
+
+
+def load_reports(paths: tuple[Path, ...]) -> list[dict]:
+    """Read what `pipeline evaluate --out` wrote. UsageError for anything else."""
+    reports = []
+    for path in paths:
+        try:
+            report = json.loads(Path(path).read_text())
+            report["draft"]["method"], report["overall"]["accept_len"], report["samples"]
+        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path} is no report of `pipeline evaluate --out FILE` ({error})") from None
+        reports.append(report)
+    return reports
+
+
+def comparison(paths: tuple[Path, ...], markdown: bool = False) -> Group | str:
+    """Return evaluations side by side: a column a draft, a row a domain, accept length with its 95 % interval.
+
+    Reports that differ only in their seed are pooled into one column.
+    """
+    columns = defaultdict(list)
+    for report in load_reports(paths):
+        draft = report["draft"]
+        columns[f"{draft['method']}, {draft['steps']:,} steps"].append(report)
+    domains = sorted({domain for reports in columns.values() for report in reports for domain in report["domains"]})
+    rows = [["accept length", *columns]]
+    for domain in domains:
+        rows.append([domain, *(cell(reports, domain) for reports in columns.values())])
+    rows.append(["all", *(cell(reports, None) for reports in columns.values())])
+    for title, figure in FACTS.items():
+        rows.append([title, *(figure(reports) for reports in columns.values())])
+    if markdown:
+        return as_markdown(rows)
+    table = grid(rows[0][0], *(f">{head}" for head in rows[0][1:]))
+    for row in rows[1:]:
+        table.add_row(*row)
+    first = next(iter(columns.values()))[0]
+    note = (
+        f"{first['target']}, greedy, block {first['draft']['block_size']}, replies of {first['settings']['max_new']} "
+        "tokens at most; tokens gained per target call, the target's own included; 95 % intervals over prompts"
+    )
+    return Group(table, "", Text(note, style="dim"))
+
+
+def cell(reports: list[dict], domain: str | None) -> str:
+    """Return one figure of the table: accept length over all prompts of all seeds, and its interval."""
+    prompts = [
+        (sum(sample["lengths"]), len(sample["lengths"]))
+        for report in reports
+        for sample in report["samples"]
+        if sample["lengths"] and domain in (None, sample["domain"])
+    ]
+    if not prompts:
+        return "-"
+    low, high = interval(np.array(prompts, float))
+    gained, calls = map(sum, zip(*prompts, strict=True))
+    return f"{gained / calls:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def interval(prompts_N2: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of tokens / calls over prompts [N, 2], seeded."""
+    draws = np.random.default_rng(0).integers(len(prompts_N2), size=(RESAMPLES, len(prompts_N2)))
+    sums = prompts_N2[draws].sum(1)
+    low, high = np.quantile(sums[:, 0] / sums[:, 1], [0.025, 0.975])
+    return float(low), float(high)
+
+
+def as_markdown(rows: list[list[str]]) -> str:
+    """Return rows, the first of them heads, as a Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:]])
+
+
+def _lossless(reports: list[dict]) -> str:
+    total = {key: sum(report["lossless"][key] for report in reports) for key in ("prompts", "identical", "near_ties")}
+    ties = f", {total['near_ties']} near ties" if total["near_ties"] else ""
+    return f"{total['identical']} of {total['prompts']} identical{ties}"
+
+
+FACTS = {
+    "target calls saved": lambda reports: f"{fmean(report['overall']['calls_saved'] for report in reports):.0%}",
+    "speed-up on this machine": lambda reports: f"{fmean(report['speed']['speedup'] for report in reports):.2f}x",
+    "output against plain decoding": _lossless,
+    "draft parameters": lambda reports: f"{reports[0]['draft']['parameters']:,}",
+    "seeds": lambda reports: str(len({report["draft"]["seed"] for report in reports})),
+}

@@ -1,0 +1,195 @@
+"""Wrong input, as a user meets it: one line with the remedy on standard error, and the exit code of its kind."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tiny import write_jsonl
+
+from pipeline.cache.manifest import read_canonical, write_canonical
+from pipeline.cli import main
+
+
+@pytest.fixture
+def ends(capfd):
+    """Run a command line; return its exit code and its one complaint on standard error."""
+
+    def run(*arguments) -> tuple[int, str]:
+        capfd.readouterr()
+        try:
+            main([str(argument) for argument in arguments])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        complaints = [line for line in capfd.readouterr().err.splitlines() if line.startswith(("error:", "bug:"))]
+        assert len(complaints) == (code != 0), complaints
+        return code or 0, complaints[0] if complaints else ""
+
+    return run
+
+
+@pytest.fixture
+def cache(tiny_cache, tmp_path):
+    """A copy of the tiny cache, to damage."""
+    return shutil.copytree(tiny_cache, tmp_path / "hs_cache")
+
+
+def test_a_model_that_does_not_exist(ends, tiny_corpus, tmp_path):
+    code, line = ends("cache-hidden", "--model", tmp_path / "no-such", "--corpus", tiny_corpus, "--out", tmp_path / "c")
+    assert code == 2
+    assert "no-such" in line
+
+
+def test_a_corpus_that_does_not_exist(ends, tiny_target, tmp_path):
+    code, line = ends("plan", "--model", tiny_target, "--corpus", tmp_path / "no.jsonl", "--out", tmp_path / "c")
+    assert code == 2
+    assert "no.jsonl" in line
+
+
+def test_a_corpus_without_a_usable_sample(ends, tiny_target, tmp_path):
+    only_users = [{"messages": [{"role": "user", "content": "hello"}]}] * 3
+    corpus = write_jsonl(tmp_path / "users.jsonl", only_users)
+    code, line = ends("cache-hidden", "--model", tiny_target, "--corpus", corpus, "--out", tmp_path / "c")
+    assert code == 3
+    assert "users.jsonl" in line
+
+
+def test_a_cache_of_another_format_version(ends, cache):
+    identity = {key: value for key, value in read_canonical(cache / "cache.json").items() if key != "hash"}
+    identity["format"] = "99"
+    (cache / "cache.json").unlink()
+    write_canonical(cache / "cache.json", identity)
+    for command in (("inspect", cache), ("verify", cache), ("train-draft", "--cache", cache)):
+        code, line = ends(*command)
+        assert code == 4
+        assert "99" in line and "1-rc" in line
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at % len(data)] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_shard_is_found_by_verify_and_by_training(ends, cache, tmp_path):
+    for states in cache.glob("shards/*/aux.3/c/0/0"):
+        flip(states, 40)
+    code, line = ends("verify", cache)
+    assert code == 4
+    code, line = ends("train-draft", "--cache", cache, "--out", tmp_path / "run", "--set", "train.steps=2")
+    assert code == 4
+    assert "aux.3" in line
+
+
+def test_a_recipe_with_a_misspelt_key(ends, cache, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[draft]\nblok_size = 8\n")
+    code, line = ends("train-draft", recipe, "--cache", cache, "--out", tmp_path / "run")
+    assert code == 2
+    assert "block_size" in line
+
+
+def test_a_misspelt_setting(ends, cache, tmp_path):
+    code, line = ends("train-draft", "--cache", cache, "--out", tmp_path / "run", "--set", "train.stepps=2")
+    assert code == 2
+    assert "steps" in line
+
+
+def test_layers_that_the_cache_lacks(ends, cache, tmp_path):
+    code, line = ends("train-draft", "--cache", cache, "--out", tmp_path / "run", "--set", "draft.layers=[1,2]")
+    assert code == 2
+    assert "--layers 1,2,3,4" in line
+
+
+def test_a_cache_that_is_not_there(ends, tmp_path):
+    for command in (("inspect", tmp_path / "none"), ("train-draft", "--cache", tmp_path / "none")):
+        code, line = ends(*command)
+        assert code == 2
+        assert "cache-hidden" in line
+
+
+@contextmanager
+def mounted(folder: Path, options: str):
+    """A small file system of its own, where this machine lets us mount one."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_while_capturing_loses_nothing(ends, tiny_target, tiny_corpus, tmp_path):
+    arguments = ("--model", tiny_target, "--corpus", tiny_corpus, "--max-length", 256, "--layers", "1,3,4")
+    with mounted(tmp_path / "small", "size=400k") as small:
+        code, line = ends("cache-hidden", *arguments, "--out", small / "c")
+        assert code == 5
+        assert str(small) in line
+        subprocess.run(["mount", "-o", "remount,size=64m", small], check=True)
+        assert ends("cache-hidden", *arguments, "--out", small / "c") == (0, "")
+        assert ends("verify", small / "c") == (0, "")
+
+
+def test_a_read_only_folder(ends, tiny_target, tiny_corpus, tiny_cache, tmp_path):
+    with mounted(tmp_path / "fixed", "size=1m,ro") as fixed:
+        arguments = ("--model", tiny_target, "--corpus", tiny_corpus)
+        for command in (
+            ("cache-hidden", *arguments, "--out", fixed / "c"),
+            ("train-draft", "--cache", tiny_cache, "--out", fixed / "run"),
+        ):
+            code, line = ends(*command)
+            assert code == 5, line
+            assert "read-only" in line.lower()
+
+
+def test_a_read_only_cache_can_be_read(ends, cache):
+    subprocess.run(["chmod", "-R", "a-w", cache], check=True)
+    try:
+        assert ends("inspect", cache) == (0, "")
+        assert ends("verify", cache) == (0, "")
+    finally:
+        subprocess.run(["chmod", "-R", "u+w", cache], check=True)
+
+
+def test_a_command_line_that_does_not_parse(ends):
+    assert ends("trein")[0] == 2
+    code, line = ends("train-draft", "--cach", "x")
+    assert code == 2
+    assert "--cache" in line
+
+
+def test_json_output_is_json(cache, capfd):
+    main(["inspect", str(cache), "--json"])
+    assert json.loads(capfd.readouterr().out)["plan"]["samples"] > 0
+
+
+@pytest.mark.parametrize("sample", [0, 5])
+def test_a_sample_is_shown_with_its_supervised_tokens_marked(cache, capfd, sample, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    main(["inspect", str(cache), "--sample", str(sample)])
+    shown = capfd.readouterr().out
+    assert "\x1b[" in shown
+    assert "<|im_end|>" in shown
+
+
+def test_a_bug_is_one_line_and_exit_code_1(tmp_path):
+    code = (
+        "import sys, pipeline.cli as cli\n"
+        "cli.commands.commands['inspect'].callback = lambda **_: 1 / 0\n"
+        "cli.main(['inspect', sys.argv[1]])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ},
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("bug: ZeroDivisionError") and done.stderr.count("\n") == 1
