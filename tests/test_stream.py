@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from pipeline.split import mix
 from stages.train_draft.stream import (
     Piece,
     draw_anchors,
@@ -12,7 +13,6 @@ from stages.train_draft.stream import (
     epoch_keys,
     epoch_order,
     global_batch,
-    mix,
     pack_cells,
     piece_cost,
 )
@@ -109,7 +109,9 @@ def test_a_sample_that_fits_is_its_own_window():
     assert draw_window(np.ones(300, bool), key=1, context=300) == (0, 300)
 
 
-@pytest.mark.parametrize(("T", "context"), [(1000, 256), (1000, 512), (777, 300), (2048, 256), (513, 512), (61, 24), (300, 70)])
+@pytest.mark.parametrize(
+    ("T", "context"), [(1000, 256), (1000, 512), (777, 300), (2048, 256), (513, 512), (61, 24), (300, 70)]
+)
 def test_windows_end_at_a_block_and_hold_an_anchor(T, context):
     for key in range(40):
         valid = np.zeros(T, bool)

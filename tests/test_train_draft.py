@@ -27,8 +27,8 @@ from pipeline.cache.writer import ShardWriter
 from pipeline.drafts import DRAFTS, Knobs, lay_blocks
 from pipeline.errors import CacheError, DataError, ProofError, UsageError
 from pipeline.recipe import load_recipe, resolve
+from pipeline.split import prompt_hash, split_by_prompt, split_samples, spread
 from stages.train_draft.batches import Stream
-from stages.train_draft.corpus import prompt_hash, split_by_prompt, spread, survey
 from stages.train_draft.optim import AdamW, rate
 from stages.train_draft.run import make_draft, run
 from stages.train_draft.trainer import Precision, Trainer, backward
@@ -49,7 +49,7 @@ def prepared(cache, *sets):
     """A fresh draft and its stream, as a run makes them."""
     store = HiddenCache.open(cache)
     resolved = resolve(load_recipe(None, (*SMALL, *sets)), store)
-    corpus = survey(store, resolved.draft.mask_token_id, resolved.recipe.train.heldout)
+    corpus = split_samples(store, resolved.draft.mask_token_id, resolved.recipe.train.heldout)
     resolved = resolved.lasting(len(corpus.train))
     stream = Stream(store, corpus, resolved.draft, resolved.recipe.train)
     return make_draft(resolved, store, CPU), stream
@@ -212,7 +212,7 @@ def test_about_the_share_of_prompts_is_held_out_and_more_samples_move_none():
 def test_the_corpus_says_what_is_held_out(tiny_cache):
     store = HiddenCache.open(tiny_cache)
 
-    corpus = survey(store, 259, 0.5)
+    corpus = split_samples(store, 259, 0.5)
 
     assert [store.samples.split[i] for i in corpus.heldout] == ["heldout"] * len(corpus.heldout)
     assert {store.samples.split[i] for i in corpus.train} == {"train"}
@@ -223,7 +223,7 @@ def test_where_the_corpus_does_not_say_prompts_are_held_out_by_hash(tiny_cache, 
     def unsaid(index, sample):
         return PlannedSample(sample.ids, sample.mask, sample.domain)
 
-    corpus = survey(HiddenCache.open(rewrite(tiny_cache, tmp_path / "cache", samples=unsaid)), 259, 0.3)
+    corpus = split_samples(HiddenCache.open(rewrite(tiny_cache, tmp_path / "cache", samples=unsaid)), 259, 0.3)
 
     assert 0 < len(corpus.heldout) < len(corpus.train)
 
@@ -241,7 +241,7 @@ def test_a_mask_token_that_the_corpus_uses_is_refused(tiny_cache):
     used = int(store.tokens_of(0)[0][0])
 
     with pytest.raises(UsageError, match=f"mask token {used} occurs in sample .* set draft.mask_token_id"):
-        survey(store, used, 0.05)
+        split_samples(store, used, 0.05)
 
 
 def test_a_corpus_that_holds_everything_out_cannot_train(tiny_cache, tmp_path):
@@ -249,7 +249,7 @@ def test_a_corpus_that_holds_everything_out_cannot_train(tiny_cache, tmp_path):
         return PlannedSample(sample.ids, sample.mask, sample.domain, "heldout")
 
     with pytest.raises(DataError, match=r"none of .* can train"):
-        survey(HiddenCache.open(rewrite(tiny_cache, tmp_path / "cache", samples=held)), 259, 0.05)
+        split_samples(HiddenCache.open(rewrite(tiny_cache, tmp_path / "cache", samples=held)), 259, 0.05)
 
 
 # Batches and their loss

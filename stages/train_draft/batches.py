@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.cache import HiddenCache
 from pipeline.drafts import Blocks, Cell, DraftConfig, lay_blocks, pack
 from pipeline.recipe import TrainSection
-from stages.train_draft.corpus import Corpus
+from pipeline.split import Split
 from stages.train_draft.stream import (
     Piece,
     draw_anchors,
@@ -56,12 +56,12 @@ class Batch:
 class Stream:
     """All batches of a run by number of step; see `stream.py` for what decides them."""
 
-    def __init__(self, cache: HiddenCache, corpus: Corpus, config: DraftConfig, train: TrainSection):
+    def __init__(self, cache: HiddenCache, split: Split, config: DraftConfig, train: TrainSection):
         self.cache, self.config, self.train = cache, config, train
-        self.low64 = cache.samples.low64[corpus.train]
-        self.ids = cache.samples.sample_id[corpus.train]
-        self.indices = corpus.train
-        self.per_epoch = max(1, len(corpus.train) // train.batch)
+        self.low64 = cache.samples.low64[split.train]
+        self.ids = cache.samples.sample_id[split.train]
+        self.indices = split.train
+        self.per_epoch = max(1, len(split.train) // train.batch)
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def batch(self, step: int, alone: bool = False) -> Batch:

@@ -22,15 +22,15 @@ from pipeline.cache import HiddenCache
 from pipeline.cache.disk import lock, room, write_file
 from pipeline.errors import UsageError
 from pipeline.recipe import Recipe, Resolved, load_recipe
-from stages.train_draft.corpus import Corpus
+from pipeline.split import Split
 
 RECIPE, RUN, METRICS, TIMING, DONE = "recipe.toml", "run.json", "metrics.jsonl", "timing.jsonl", "done.json"
 RECORDED = ("torch", "numpy", "safetensors", "pydantic")
 
 
-def default_folder(recipe: Recipe, cache: HiddenCache, corpus: Corpus) -> Path:
+def default_folder(recipe: Recipe, cache: HiddenCache, split: Split) -> Path:
     """Return where a run goes when nobody says: named by method, and by what decides how the draft comes out."""
-    return Path("runs") / f"{recipe.draft.method}-{_short(recipe.digest(), cache.digest, corpus.digest)}"
+    return Path("runs") / f"{recipe.draft.method}-{_short(recipe.digest(), cache.digest, split.digest)}"
 
 
 def _short(*digests: str) -> str:
@@ -53,14 +53,14 @@ def held(run: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def enter(run: Path, resolved: Resolved, cache: HiddenCache, corpus: Corpus) -> None:
+def enter(run: Path, resolved: Resolved, cache: HiddenCache, split: Split) -> None:
     """Write what the run is, or check that the run already there is the same.
 
     Raises UsageError naming the first difference with both values: another recipe, horizon, cache or corpus.
     """
     facts = {
         "cache": {"path": str(cache.path.resolve()), "digest": cache.digest},
-        "corpus": {"train": len(corpus.train), "heldout": len(corpus.heldout), "digest": corpus.digest},
+        "split": {"train": len(split.train), "heldout": len(split.heldout), "digest": split.digest},
         "target": cache.identity["target"]["name"],
         "versions": {"pipeline": __version__, "python": platform.python_version()}
         | {name: metadata.version(name) for name in RECORDED},
@@ -82,7 +82,7 @@ def enter(run: Path, resolved: Resolved, cache: HiddenCache, corpus: Corpus) -> 
 
 
 def _identity(facts: dict) -> dict:
-    return {"cache digest": facts["cache"]["digest"], "corpus digest": facts["corpus"]["digest"]}
+    return {"cache digest": facts["cache"]["digest"], "split digest": facts["split"]["digest"]}
 
 
 def _flat(recipe: dict) -> dict:

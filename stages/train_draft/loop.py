@@ -14,8 +14,8 @@ from pipeline.cache import HiddenCache
 from pipeline.drafts import Draft
 from pipeline.errors import UsageError
 from pipeline.recipe import Resolved
+from pipeline.split import Split, spread
 from stages.train_draft.batches import Stream
-from stages.train_draft.corpus import Corpus, spread
 from stages.train_draft.folder import METRICS, TIMING, Journal
 from stages.train_draft.optim import AdamW
 from stages.train_draft.progress import Clock, Display
@@ -53,13 +53,13 @@ class Stop:
 class Run:
     """A run's folder, draft and data, at some step."""
 
-    def __init__(self, path: Path, cache: HiddenCache, corpus: Corpus, resolved: Resolved, draft: Draft):
+    def __init__(self, path: Path, cache: HiddenCache, split: Split, resolved: Resolved, draft: Draft):
         self.path, self.cache, self.draft = path, cache, draft
         self.train = resolved.recipe.train
-        self.contract = {"recipe": resolved.recipe.digest(), "cache": cache.digest, "corpus": corpus.digest}
+        self.contract = {"recipe": resolved.recipe.digest(), "cache": cache.digest, "split": split.digest}
         self.optimizer = AdamW(draft)
-        self.stream = Stream(cache, corpus, resolved.draft, self.train)
-        self.probed = spread(cache, corpus.heldout, self.train.eval_samples) if cache.has_final else ()
+        self.stream = Stream(cache, split, resolved.draft, self.train)
+        self.probed = spread(cache, split.heldout, self.train.eval_samples) if cache.has_final else ()
         self.metrics, self.timing = Journal(path / METRICS), Journal(path / TIMING)
         self.step = 0
 
@@ -92,6 +92,7 @@ class Run:
             for batch in clock.batches(batches):
                 metrics = trainer.step(batch)
                 self.step = batch.step + 1
+                clock.done(batch)
                 facts = clock.facts()
                 if metrics:
                     self.metrics.write(metrics)

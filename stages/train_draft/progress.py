@@ -35,7 +35,10 @@ class Clock:
             if batch is None:
                 return
             yield batch
-            self.step, self.rows = batch.step + 1, self.rows + batch.rows
+
+    def done(self, batch: Batch) -> None:
+        """Count a batch that was trained on."""
+        self.step, self.rows = batch.step + 1, self.rows + batch.rows
 
     def pause(self, seconds: float) -> None:
         """Leave seconds of evaluating and saving out of the speed."""
@@ -44,13 +47,13 @@ class Clock:
     def facts(self) -> dict[str, float]:
         """Seconds a step, context rows a second, the share of time spent waiting for data, seconds to go."""
         seconds = max(1e-9, time.perf_counter() - self.began - self.paused)
-        a_step = seconds / max(1, self.step + 1 - self.start)
+        a_step = seconds / max(1, self.step - self.start)
         return {
             "seconds": round(seconds, 3),
             "step_seconds": round(a_step, 5),
             "tokens_s": round(self.rows / seconds, 1),
             "data_wait": round(self.waited / seconds, 4),
-            "eta": round(a_step * (self.horizon - self.step - 1), 1),
+            "eta": round(a_step * (self.horizon - self.step), 1),
         }
 
 

@@ -10,7 +10,7 @@ from pipeline.cache import HiddenCache
 from pipeline.drafts import DRAFTS, Draft, init_weights
 from pipeline.errors import UsageError
 from pipeline.recipe import Resolved, load_recipe, resolve
-from stages.train_draft.corpus import survey
+from pipeline.split import Split, split_samples
 from stages.train_draft.folder import default_folder, enter, finish, finished, held
 from stages.train_draft.loop import Run, Stop, deterministic, said
 from stages.train_draft.progress import Display, console
@@ -41,35 +41,35 @@ def run(
     store = HiddenCache.open(cache)
     where = find_device(device)
     resolved = resolve(load_recipe(recipe, tuple(sets)), store)
-    corpus = survey(store, resolved.draft.mask_token_id, resolved.recipe.train.heldout)
-    resolved = resolved.lasting(len(corpus.train))
-    path = out or default_folder(resolved.recipe, store, corpus)
+    split = split_samples(store, resolved.draft.mask_token_id, resolved.recipe.train.heldout)
+    resolved = resolved.lasting(len(split.train))
+    path = out or default_folder(resolved.recipe, store, split)
     screen = console()
     with held(path):
-        enter(path, resolved, store, corpus)
+        enter(path, resolved, store, split)
         result = finished(path)
         if result is not None:
             screen.print(f"{path} is finished: nothing to do", markup=False, soft_wrap=True)
         else:
             screen.print(resolved.recipe.toml(), markup=False, soft_wrap=True)
             screen.print(
-                f"{len(corpus.train)} samples to train on, {len(corpus.heldout)} held out, {corpus.unusable} unusable; "
+                f"{len(split.train)} samples to train on, {len(split.heldout)} held out, {split.unusable} unusable; "
                 f"target {store.identity['target']['name']}, on {where}; run {path}",
                 markup=False,
                 soft_wrap=True,
             )
-            result = train(path, store, corpus, resolved, where, screen)
+            result = train(path, store, split, resolved, where, screen)
             finish(path, result)
     screen.print(summary(path, store, result), markup=False, soft_wrap=True)
     return Done(path, result["steps"], result["accept_len"])
 
 
-def train(path: Path, store: HiddenCache, corpus, resolved: Resolved, where: torch.device, screen) -> dict:
+def train(path: Path, store: HiddenCache, split: Split, resolved: Resolved, where: torch.device, screen) -> dict:
     """Make the draft, train it to its horizon, return the result."""
     deterministic(where)
     draft = make_draft(resolved, store, where)
     parameters = sum(weight.numel() for weight in draft.parameters())
-    training = Run(path, store, corpus, resolved, draft)
+    training = Run(path, store, split, resolved, draft)
     start = training.resume()
     steps = resolved.recipe.train.steps
     with Stop() as stop, Display(screen, start, steps) as display:

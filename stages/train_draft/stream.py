@@ -12,17 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.split import mix
+
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 BLOCK_ROWS = 256  # windows end at such a row, as the cache's checksums do
-
-
-def mix(x) -> np.ndarray:
-    """Return splitmix64's finaliser of x (uint64, any shape): a bijection whose output bits look independent."""
-    x = np.asarray(x, np.uint64)
-    with np.errstate(over="ignore"):
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def epoch_keys(low64_n: np.ndarray, seed: int, epoch: int) -> np.ndarray:

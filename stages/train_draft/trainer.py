@@ -111,7 +111,7 @@ class Trainer:
             squares = sum(float(weight.grad.norm()) for weight in self.draft.parameters() if weight.grad is not None)
             if not (math.isfinite(alone) and math.isfinite(squares)):
                 found.append(name)
-        if len(found) == len(batch.names):
+        if len(found) == len(batch.names) > 1:
             cause = "every sample of the batch does it alone, so the draft itself has diverged: lower train.lr"
         elif found:
             cause = f"alone, these samples do it: {', '.join(found)}; see `pipeline inspect` and `pipeline verify`"

@@ -1,4 +1,4 @@
-"""Which samples of a cache train a draft, and which are held out to measure it.
+"""Which samples of a cache train a draft, and which are held out to measure it: by hash, so that nothing else matters.
 
 n samples of the cache   T rows of a sample
 """
@@ -11,14 +11,22 @@ import xxhash
 
 from pipeline.cache import HiddenCache
 from pipeline.errors import DataError, UsageError
-from stages.train_draft.stream import mix
 
 MOST_HELDOUT = 1024  # prompts held out by hash, however large the corpus
-TRAIN, HELDOUT = "train", "heldout"
+HELDOUT = "heldout"
+
+
+def mix(x) -> np.ndarray:
+    """Return splitmix64's finaliser of x (uint64, any shape): a bijection whose output bits look independent."""
+    x = np.asarray(x, np.uint64)
+    with np.errstate(over="ignore"):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 @dataclass(frozen=True)
-class Corpus:
+class Split:
     """Indices of the usable samples, the number of others, and a digest of which samples are used how."""
 
     train: np.ndarray
@@ -27,7 +35,7 @@ class Corpus:
     digest: str
 
 
-def survey(cache: HiddenCache, mask_token_id: int, share: float) -> Corpus:
+def split_samples(cache: HiddenCache, mask_token_id: int, share: float) -> Split:
     """Go over every sample's tokens once.
 
     A sample is usable when two adjacent tokens are supervised: an anchor and the token after it. The corpus says what
@@ -57,7 +65,7 @@ def survey(cache: HiddenCache, mask_token_id: int, share: float) -> Corpus:
         )
     held = np.flatnonzero(usable & heldout)
     digest = _digest(table.sample_id, train, held)
-    return Corpus(train, held, int(len(cache) - usable.sum()), digest)
+    return Split(train, held, int(len(cache) - usable.sum()), digest)
 
 
 def prompt_hash(ids_T: np.ndarray, mask_T: np.ndarray) -> int:
