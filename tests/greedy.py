@@ -10,7 +10,7 @@ from pipeline.cache.plan import PlannedSample, write_segment
 from pipeline.drafts import DRAFTS, Draft, DraftConfig, Knobs, eligible_anchors, init_weights, lay_blocks, pack
 from pipeline.target import load_target
 
-STOP = 258
+STOP, MASK = 258, 259
 OPTIONS = {
     "dflash": {"shift_label": False},
     "domino": {"shift_label": True, "emb_dim": 16, "gru_hidden_dim": 24, "pure_draft_prefix_len": 1},
@@ -18,9 +18,11 @@ OPTIONS = {
 
 
 def save_stopping_target(folder):
-    """The tiny target, its head changed so that every tenth token or so is the stop token."""
+    """The tiny target, its head changed so that every tenth token or so is the stop token, and none the mask."""
     model = random_model(config())
-    model.get_output_embeddings().weight[STOP] *= 1.4
+    head = model.get_output_embeddings().weight
+    head[STOP] *= 1.4
+    head[MASK] = 0
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
@@ -83,7 +85,7 @@ def make_learned_draft(cache_path, method="domino", steps=50, **options) -> Draf
         max_position_embeddings=512,
         num_target_layers=6,
         target_layer_ids=(1, 3, 4),
-        mask_token_id=259,
+        mask_token_id=MASK,
         **{"block_size": 4, **OPTIONS[method], **options},
     )
     draft = DRAFTS[method](draft_config, cache.head())

@@ -146,5 +146,5 @@ def _fault(prompt: str, position: int, tokens: tuple, logits: tuple, cause: str)
     ]
     return (
         f"{prompt}: the output is not the target's. At token {position} of the reply speculative decoding gives "
-        f"{said[0]}, plain decoding {said[1]}, and {cause}; verification, kv or stop handling is broken, please report it"
+        f"{said[0]}, plain decoding {said[1]}, and {cause}; verification, kv or stops are broken, please report it"
     )

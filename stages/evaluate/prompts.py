@@ -1,0 +1,108 @@
+"""Prompts: from a cache's held-out samples, or from a JSONL file.
+
+A line of the file has `messages` (rendered with the target's chat template; a last reply is left out), `prompt` (text
+as it stands) or `input_ids`, and may name its `domain`.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.accept import reply_spans
+from pipeline.cache import HiddenCache
+from pipeline.errors import DataError, UsageError
+from pipeline.split import spread
+
+KINDS = ("messages", "prompt", "input_ids")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the target is asked. `sample` is its index in the cache, where it comes from one."""
+
+    ids: list[int]
+    domain: str
+    name: str
+    sample: int | None = None
+
+
+def cached_prompts(cache: HiddenCache, heldout: np.ndarray, count: int) -> list[Prompt]:
+    """Return at most `count` of the samples `heldout`, spread over domains, each up to its last turn's reply.
+
+    UsageError when nothing is held out.
+    """
+    starts = {}
+    for index in heldout.tolist():
+        spans = reply_spans(cache.tokens_of(index)[1])
+        if spans:
+            starts[index] = spans[-1][0]
+    if not starts:
+        raise UsageError(f"{cache.path}: the corpus holds nothing out to decode; pass --prompts FILE")
+    table = cache.samples
+    return [
+        Prompt(cache.tokens_of(index)[0][: starts[index]].tolist(), table.domain[index], table.hex(index), index)
+        for index in spread(cache, np.array(sorted(starts)), count).tolist()
+    ]
+
+
+def file_prompts(path: Path, target: Path, count: int) -> list[Prompt]:
+    """Return the first `count` prompts of a JSONL file; `target` is the folder of the target's tokenizer.
+
+    Raises UsageError when there is no such file, DataError naming file and line for what is no prompt.
+    """
+    try:
+        lines = Path(path).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); pass a JSONL file of prompts") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if line.strip() and len(found) < count:
+            found.append(_parse(line, f"{path}:{number}", target))
+    if not found:
+        raise DataError(f"{path} holds no prompt; write one JSON object a line, with {', '.join(KINDS)}")
+    return found
+
+
+def _parse(line: str, place: str, target: Path) -> Prompt:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{place} is no JSON ({error}); correct or remove the line") from error
+    kinds = [kind for kind in KINDS if isinstance(row, dict) and kind in row]
+    if len(kinds) != 1:
+        raise DataError(f"{place} has {' and '.join(kinds) or 'none'} of {', '.join(KINDS)}; give exactly one")
+    ids = _ids(row, kinds[0], place, target)
+    if not ids or not all(type(token) is int and token >= 0 for token in ids):
+        raise DataError(f"{place}: `{kinds[0]}` gives no list of token ids; correct or remove the line")
+    return Prompt(ids, str(row.get("domain", "")), place)
+
+
+def _ids(row: dict, kind: str, place: str, target: Path) -> Iterable[int]:
+    if kind == "input_ids":
+        return row[kind] if isinstance(row[kind], list) else []
+    tokenizer = _tokenizer(target)
+    if kind == "prompt":
+        return tokenizer(row[kind])["input_ids"] if isinstance(row[kind], str) else []
+    messages = row[kind]
+    if isinstance(messages, list) and messages and messages[-1].get("role") == "assistant":
+        messages = messages[:-1]
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise DataError(f"{place}: the chat template cannot render `messages` ({error}); correct the line") from error
+
+
+@cache
+def _tokenizer(target: Path):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(target, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{target} holds no tokenizer for text prompts; give `input_ids`, or add its files") from error

@@ -1,0 +1,230 @@
+"""`pipeline evaluate`: decode with target and draft, measure what is gained, prove that nothing is changed."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from transformers import PreTrainedModel
+
+from pipeline.cache import HiddenCache
+from pipeline.cache.disk import write_file
+from pipeline.cache.layout import LOG
+from pipeline.checkpoint import find_checkpoint, load_draft, open_checkpoint
+from pipeline.drafts import Draft
+from pipeline.errors import UsageError
+from pipeline.published import WEIGHTS, load_draft_folder
+from pipeline.recipe import TrainSection, load_recipe
+from pipeline.split import split_samples
+from pipeline.target import head_of, load_target
+from pipeline.target_files import find_target, target_digest, target_name
+from stages.evaluate.decode import speculative_decode
+from stages.evaluate.figures import Outcome, agreement, decoded_figures, table, teacher_forced
+from stages.evaluate.prompts import Prompt, cached_prompts, file_prompts
+from stages.evaluate.proof import Judge, plain_decode
+
+__all__ = ["run", "table"]
+
+SAY_EVERY = 5.0  # seconds between lines where there is no terminal
+
+
+def run(
+    draft: Path,
+    *,
+    model: str | None = None,
+    cache: Path | None = None,
+    prompts: Path | None = None,
+    count: int = 64,
+    max_new: int = 64,
+    device: str | None = None,
+    out: Path | None = None,
+) -> dict:
+    """Evaluate a run's newest checkpoint, a checkpoint or a published folder; return the report, kept at `out` too.
+
+    Raises UsageError for what does not fit together, DataError for unusable prompts, CacheError for a damaged cache,
+    ProofError when an output differs from plain decoding by more than a near tie.
+    """
+    trained = describe_draft(Path(draft))
+    store = open_cache(trained, cache, prompts)
+    folder, name = find_model(model, store)
+    target = load_target(str(folder), device=device or _device(), dtype=None if store is None else store.dtype)
+    drafter = open_draft(trained, target)
+    heldout = None
+    if store is not None:
+        heldout = split_samples(store, drafter.config.mask_token_id, trained.heldout).heldout
+    asked = cached_prompts(store, heldout, count) if prompts is None else file_prompts(prompts, folder, count)
+    check_room(target, asked, max_new)
+    stops = target_stops(target) if store is None else frozenset(store.tokens["eos"])
+    outcomes = decode_all(target, drafter, asked, max_new, stops)
+    settings = {
+        "prompts": "held-out samples of the cache" if prompts is None else str(prompts),
+        "max_new": max_new,
+        "temperature": 0,
+        "device": str(target.device),
+        "dtype": str(target.dtype).removeprefix("torch."),
+    }
+    report = {
+        "draft": trained.facts(drafter),
+        "target": name,
+        "cache": None if store is None else store.digest,
+        "settings": settings,
+        **decoded_figures(outcomes, drafter.config.proposals),
+        "agreement": None,
+        "teacher_forced": {} if store is None else teacher_forced(drafter, store, heldout),
+    }
+    if prompts is None and store.has_final:
+        report["agreement"] = agreement(outcomes, drafter, store, max_new)
+    if out is not None:
+        write_file(Path(out), (json.dumps(report, indent=1) + "\n").encode())
+    return report
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Where a draft is and what its run's folder says of it; a published folder says nothing of its training."""
+
+    path: Path
+    published: bool
+    steps: int | None = None
+    seed: int | None = None
+    heldout: float = TrainSection().heldout  # share, where the corpus does not say which
+    cache: Path | None = None
+
+    def facts(self, draft: Draft) -> dict:
+        """What the report says of the draft."""
+        config = draft.config
+        trained = f", {self.steps} steps" if self.steps is not None else ""
+        return {
+            "path": str(self.path),
+            "method": config.method,
+            "block_size": config.block_size,
+            "proposals": config.proposals,
+            "steps": self.steps,
+            "seed": self.seed,
+            "parameters": sum(weight.numel() for weight in draft.parameters()),
+            "label": f"{config.method}, block {config.block_size}{trained}",
+        }
+
+
+def describe_draft(path: Path) -> Trained:
+    """Return what is at `path`: a run, a checkpoint, or a published folder. UsageError for anything else."""
+    if (path / WEIGHTS).is_file():
+        return Trained(path, published=True)
+    place = find_checkpoint(path)
+    steps, run_folder = open_checkpoint(place).step, place.parent.parent
+    if not (run_folder / "run.json").is_file():
+        return Trained(path, False, steps)
+    trained_on = json.loads((run_folder / "run.json").read_text("utf-8"))["cache"]["path"]
+    train = load_recipe(run_folder / "recipe.toml").train
+    return Trained(path, False, steps, train.seed, train.heldout, Path(trained_on))
+
+
+def open_cache(trained: Trained, cache: Path | None, prompts: Path | None) -> HiddenCache | None:
+    """Return the cache named, or the one the draft was trained on. None where prompts make up for a lost one."""
+    if cache is not None:
+        return HiddenCache.open(cache)
+    if trained.cache is not None and (trained.cache.is_dir() or prompts is None):
+        return HiddenCache.open(trained.cache)
+    if prompts is None:
+        raise UsageError(f"{trained.path} does not say which cache it was trained on; pass --cache, or --prompts FILE")
+    return None
+
+
+def find_model(model: str | None, store: HiddenCache | None) -> tuple[Path, str]:
+    """Return the target's folder and name: the one named, or the cache's own.
+
+    UsageError when there is none, or it is not the target that the cache was made with.
+    """
+    if store is None:
+        if model is None:
+            raise UsageError("no cache says which target this draft is for; pass --model")
+        return find_target(model), target_name(model)
+    wanted = store.identity["target"]
+    folder = find_target(model or _recorded(store), None if model else wanted["revision"] or None)
+    digest = target_digest(folder)
+    if digest != wanted["digest"]:
+        raise UsageError(
+            f"{model or folder} has the digest {digest}, but {store.path} was made with {wanted['name']}, digest "
+            f"{wanted['digest']}; pass --model with that target"
+        )
+    return folder, wanted["name"]
+
+
+def _recorded(store: HiddenCache) -> str:
+    """Where the capture found the target, if that is still there, else its name."""
+    try:
+        folder = json.loads((store.path / LOG).read_text("utf-8"))["target"]["folder"]
+    except (OSError, ValueError, KeyError, TypeError):
+        folder = None
+    return folder if folder and Path(folder).is_dir() else store.identity["target"]["name"]
+
+
+def open_draft(trained: Trained, target: PreTrainedModel) -> Draft:
+    """Load the draft onto the target's device and type. UsageError when it was made for another target."""
+    load = load_draft_folder if trained.published else load_draft
+    draft = load(trained.path, head_of(target), target.device)
+    depth = target.config.get_text_config().num_hidden_layers
+    if draft.config.num_target_layers != depth:
+        raise UsageError(
+            f"{trained.path} is a draft for a target of {draft.config.num_target_layers} layers, this one has {depth}; "
+            "pass --model with its own target"
+        )
+    return draft.to(target.dtype)
+
+
+def target_stops(target: PreTrainedModel) -> frozenset[int]:
+    """Return the tokens that end a reply, as the target's own configs name them."""
+    found = (target.config.get_text_config().eos_token_id, target.generation_config.eos_token_id)
+    return frozenset(stop for stops in found for stop in ([stops] if type(stops) is int else stops or ()))
+
+
+def check_room(target: PreTrainedModel, asked: Sequence[Prompt], max_new: int) -> None:
+    """Refuse prompts that leave the target's context no room for the reply, or ids it does not know."""
+    config = target.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    for prompt in asked:
+        if most is not None and len(prompt.ids) + max_new > most:
+            raise UsageError(
+                f"{prompt.name}: {len(prompt.ids)} tokens and {max_new} new ones exceed the target's {most}; "
+                "lower --max-new or leave that prompt out"
+            )
+        if max(prompt.ids) >= config.vocab_size:
+            raise UsageError(f"{prompt.name}: token {max(prompt.ids)} is outside the target's {config.vocab_size}")
+
+
+def decode_all(
+    target: PreTrainedModel, draft: Draft, asked: Sequence[Prompt], max_new: int, stops: frozenset[int]
+) -> list[Outcome]:
+    """Decode every prompt with and without the draft, and judge each difference. ProofError for a real one."""
+    judge, outcomes = Judge(target), []
+    for warm in (plain_decode, lambda *rest: speculative_decode(target, draft, *rest[1:])):
+        warm(target, asked[0].ids, 2)  # first calls are slow, and seconds are compared
+    for prompt in shown(asked):
+        plain = plain_decode(target, prompt.ids, max_new, stops)
+        fast = speculative_decode(target, draft, prompt.ids, max_new, stops)
+        tie = judge.compare(prompt.name, prompt.ids, fast, plain, draft.config.proposals + 1)
+        outcomes.append(Outcome(prompt, fast, plain, tie))
+    return outcomes
+
+
+def shown(asked: Sequence[Prompt]) -> Iterator[Prompt]:
+    """Yield the prompts and say how far we are: a bar on a terminal, a line every few seconds elsewhere."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        yield from track(asked, "decoding", console=console, transient=True)
+        return
+    said = time.monotonic()
+    for number, prompt in enumerate(asked):
+        yield prompt
+        if time.monotonic() - said > SAY_EVERY:
+            said = time.monotonic()
+            print(f"decoding: {number + 1} of {len(asked)} prompts", file=sys.stderr)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
