@@ -16,7 +16,7 @@ from pipeline.drafts import (
     metrics_of,
     pack,
 )
-from pipeline.drafts.backbone import RMSNorm, rope_tables, rotate
+from pipeline.drafts.elementwise import RMSNorm, rope_tables, rotate
 from pipeline.errors import UsageError
 from pipeline.target_head import TargetHead
 
@@ -440,6 +440,18 @@ def test_the_norm_is_qwen3s():
         for norm in (ours, theirs):
             norm.weight.copy_(torch.linspace(0.3, 2, 12))
         assert torch.equal(ours(x), theirs(x))
+
+
+def test_gradients_of_norm_and_rotation():
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    norm = RMSNorm(6, 1e-6).double()
+    assert torch.autograd.gradcheck(
+        lambda x, weight: torch.func.functional_call(norm, {"weight": weight}, (x,)), (draw(4, 2, 6), draw(6))
+    )
+    tables = tuple(table.double() for table in rope_tables(torch.arange(4), 6, 100.0))
+    assert torch.autograd.gradcheck(lambda x: rotate(x, tables), draw(4, 2, 6))
 
 
 def test_rotation_turns_halves_and_depends_on_distance_only():

@@ -9,38 +9,11 @@ top level. RoPE tables are made in float32 for each forward: no buffer for a cas
     A query heads   G key/value heads   E head size
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.drafts.config import DraftConfig
-
-
-class RMSNorm(nn.Module):
-    """Hugging Face's Qwen3 norm: variance and scaling in float32, back to the input's dtype, then the weight."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)
-
-
-def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., E / 2] of positions [...], in float32 whatever the draft's dtype (ALGORITHMS 3.6)."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device=positions.device).float() / head_dim
-    angles = positions.float()[..., None] * (1.0 / theta**exponent)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x_TAE: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the halves of each head by its position's angles (NeoX style), in float32 at least."""
-    cos_T1E, sin_T1E = (table[:, None] for table in tables)
-    left, right = x_TAE.chunk(2, dim=-1)
-    return torch.cat([left * cos_T1E - right * sin_T1E, right * cos_T1E + left * sin_T1E], dim=-1).to(x_TAE.dtype)
+from pipeline.drafts.elementwise import RMSNorm, rope_tables, rotate
 
 
 class Attention(nn.Module):

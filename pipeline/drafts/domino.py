@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pipeline.drafts.blocks import Blocks, Cell
 from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.draft import Draft, Knobs, Loss
+from pipeline.drafts.elementwise import wide
 from pipeline.drafts.losses import CrossEntropies, chunk_blocks, head_loss
 from pipeline.drafts.metrics import slot_sums
 from pipeline.errors import UsageError
@@ -94,9 +95,9 @@ class Domino(Draft):
     def logits(self, hidden_NSD: Tensor, prev_NS: Tensor) -> dict[str, Tensor]:
         """All teacher-forced logits [N, S, V] at once, "base" and "final": for probes and tests of a few blocks."""
         raw_NSV = self.target.raw_logits(hidden_NSD)
-        wide = raw_NSV.to(torch.promote_types(raw_NSV.dtype, torch.float32))
-        correction_NSV = self.embed_proj[2](self._bottleneck(hidden_NSD, prev_NS)).to(wide.dtype)
-        return {"base": self.target.cap(wide), "final": self.target.cap(wide + correction_NSV)}
+        base_NSV = raw_NSV.to(wide(raw_NSV.dtype))
+        correction_NSV = self.embed_proj[2](self._bottleneck(hidden_NSD, prev_NS)).to(base_NSV.dtype)
+        return {"base": self.target.cap(base_NSV), "final": self.target.cap(base_NSV + correction_NSV)}
 
     @torch.no_grad()
     def rollout(self, hidden_NSD: Tensor, anchor_ids_N: Tensor) -> Tensor:

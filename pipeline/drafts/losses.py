@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pipeline.drafts.elementwise import wide
 from pipeline.target_head import TargetHead
 
 # Bytes of one float32 [X, V] tensor; about four of them live at once. On a CPU they should stay near its caches.
@@ -68,7 +69,7 @@ class _ChunkedHead(torch.autograd.Function):
     def forward(ctx, hidden_NSD, z_NSU, out_VU, target, objective, blocks, want_grad):
         d_hidden = torch.empty_like(hidden_NSD) if want_grad else None
         d_z = torch.empty_like(z_NSU) if want_grad and z_NSU is not None else None
-        d_out = torch.zeros_like(out_VU, dtype=_wide(out_VU.dtype)) if d_z is not None else None
+        d_out = torch.zeros_like(out_VU, dtype=wide(out_VU.dtype)) if d_z is not None else None
         for first in range(0, len(hidden_NSD), blocks):
             part = slice(first, first + blocks)
             pair = None if z_NSU is None else (z_NSU[part], out_VU)
@@ -109,7 +110,7 @@ def _chunk(hidden_NSD, pair, target, objective, part, want_grad):
 
 def _kind(kind, raw_XV, shape, target, objective, part, want_grad):
     """Loss of one kind of logits; its gradient with respect to the uncapped logits, in their dtype."""
-    logits_XV = target.cap(raw_XV.to(_wide(raw_XV.dtype)))
+    logits_XV = target.cap(raw_XV.to(wide(raw_XV.dtype)))
     d_NSV = objective.chunk(kind, part, logits_XV.unflatten(0, shape), want_grad)
     if d_NSV is None:
         return None
@@ -117,11 +118,6 @@ def _kind(kind, raw_XV, shape, target, objective, part, want_grad):
     if target.logit_softcap is not None:
         d_XV = d_XV * (1 - (logits_XV / target.logit_softcap) ** 2)
     return d_XV.to(raw_XV.dtype)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Softmax and sums are taken in float32 at least."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def head_loss(
