@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache import HiddenCache
-from pipeline.drafts import Blocks, Cell, DraftConfig, lay_blocks, pack
+from pipeline.drafts import Blocks, Cell, DraftConfig, eligible_anchors, lay_blocks, pack
 from pipeline.recipe import TrainSection
 from pipeline.split import Split
 from stages.train_draft.stream import (
@@ -93,19 +93,20 @@ class Stream:
                     future.cancel()
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        if self._epoch is None or self._epoch[0] != epoch:
+        """Keys and order of the samples in an epoch; the last one is kept."""
+        held = self._epoch
+        if held is None or held[0] != epoch:
             keys = epoch_keys(self.low64, self.train.seed, epoch)
-            self._epoch = (epoch, keys, epoch_order(keys, self.ids))
-        return self._epoch[1:]
+            held = self._epoch = (epoch, keys, epoch_order(keys, self.ids))
+        return held[1:]
 
     def _rows(self, index: int, key: int) -> Rows:
         """Read a sample, cut its window and draw its anchors."""
         sample = self.cache.read(index, layers=self.config.target_layer_ids)
-        mask_T = sample.mask.numpy()
-        valid_T = _valid(mask_T)
-        start, stop = draw_window(valid_T, key, self.train.context)
-        anchors = draw_anchors(_valid(mask_T[start:stop]), key, self.train.anchors, first=start)
+        start, stop = draw_window(eligible_anchors(sample.mask).numpy(), key, self.train.context)
         window = slice(start, stop)
+        valid_T = eligible_anchors(sample.mask[window]).numpy()
+        anchors = draw_anchors(valid_T, key, self.train.anchors, first=start)
         return Rows(
             ids=sample.ids[window],
             mask=sample.mask[window],
@@ -128,10 +129,3 @@ class Stream:
         anchors = [torch.from_numpy(sample.anchors + start) for sample, start in zip(samples, starts, strict=True)]
         anchors_N = torch.cat(anchors)
         return cell, lay_blocks(cell, anchors_N, torch.ones_like(anchors_N, dtype=torch.bool), self.config)
-
-
-def _valid(mask_T: np.ndarray) -> np.ndarray:
-    """Rows that may be anchors, as `eligible_anchors` says: supervised, and so is the next."""
-    valid_T = np.zeros(len(mask_T), bool)
-    valid_T[:-1] = mask_T[:-1] & mask_T[1:]
-    return valid_T
