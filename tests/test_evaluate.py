@@ -1,0 +1,231 @@
+"""Evaluation as a user meets it: a trained run in, a report out, and nothing believed that was not checked."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from greedy import STOP, make_greedy_cache, save_stopping_target
+from rich.console import Console
+from tiny import config, save_target, write_jsonl
+
+from pipeline import cli
+from pipeline.cache import HiddenCache
+from pipeline.errors import DataError, ProofError, UsageError
+from pipeline.export import export
+from stages.evaluate import decode
+from stages.evaluate import run as evaluation
+from stages.evaluate.decode import Decoded
+from stages.evaluate.figures import Outcome, accept_figures
+from stages.evaluate.prompts import Prompt
+from stages.evaluate.run import run, table
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return save_stopping_target(tmp_path_factory.mktemp("target") / "stopping")
+
+
+@pytest.fixture(scope="module")
+def cache(target, tmp_path_factory):
+    return make_greedy_cache(target, tmp_path_factory.mktemp("cache") / "greedy")
+
+
+@pytest.fixture(scope="module")
+def trained(cache, tmp_path_factory):
+    """A Domino run of 40 steps."""
+    from stages.train_draft.run import run as train
+
+    out = tmp_path_factory.mktemp("runs") / "domino"
+    small = ("draft.block_size=4", "draft.emb_dim=8", "draft.gru_hidden_dim=16", "draft.intermediate_size=48")
+    train(cache, None, (*small, "train.steps=40", "train.batch=6", "train.seed=3", "train.save_every=40"), out, "cpu")
+    return out
+
+
+@pytest.fixture(scope="module")
+def report(trained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report") / "report.json"
+    found = run(trained, count=5, max_new=12, device="cpu", out=out)
+    assert json.loads(out.read_text()) == found
+    return found
+
+
+def test_a_report_says_what_was_measured_and_how(report, trained, cache):
+    store = HiddenCache.open(cache)
+    draft, settings = report["draft"], report["settings"]
+    assert (draft["method"], draft["block_size"], draft["proposals"]) == ("domino", 4, 4)
+    assert (draft["steps"], draft["seed"]) == (40, 3)
+    assert (report["target"], report["cache"]) == ("stopping", store.digest)
+    assert (settings["temperature"], settings["max_new"], settings["dtype"]) == (0, 12, "float32")
+    assert report["overall"]["prompts"] <= len(report["samples"]) == 5
+    gained = [length for sample in report["samples"] for length in sample["lengths"]]
+    assert report["overall"]["accept_len"] == sum(gained) / len(gained)
+    assert report["overall"]["calls"] == len(gained)
+    assert sum(report["overall"]["per_slot"]) == pytest.approx(sum(gained) / len(gained) - 1, abs=1)
+    low, high = report["overall"]["interval"]
+    assert low <= report["overall"]["accept_len"] <= high
+    assert set(report["domains"]) == {sample["domain"] for sample in report["samples"]} == {"a", "b", "sampled"}
+    assert sum(of["tokens"] for of in report["domains"].values()) == report["overall"]["tokens"]
+    assert report["lossless"] == {"prompts": 5, "identical": 5, "near_ties": 0}
+    assert report["agreement"]["equal"] == report["agreement"]["prompts"] > 0
+    assert report["agreement"]["accept_len"] == report["agreement"]["accept_len_target_free"]
+    assert set(report["teacher_forced"]) == {"a", "b", "sampled"}
+    assert all(1 <= forced <= 5 for forced in report["teacher_forced"].values())
+    assert report["speed"]["speedup"] > 0
+
+
+def test_calls_saved_are_those_of_a_plain_loop_over_the_same_tokens():
+    reply = Decoded([], [4, 2, 1], [3, 1, 0], 4, 1.0)
+    done = [Outcome(Prompt([1], name, name), reply, reply, None) for name in "ab"]
+    done.append(Outcome(Prompt([1], "c", "c"), Decoded([], [], [], 1, 1.0), reply, None))  # the prefill gave a stop
+
+    overall, domains = accept_figures(done, 3)
+
+    assert (overall["calls"], overall["tokens"], overall["calls_saved"]) == (6, 14, 1 - 6 / 14)
+    assert domains["a"]["calls_saved"] == 1 - 3 / 7
+    assert domains["c"]["calls_saved"] == 0
+
+
+def test_prompts_end_where_the_last_reply_begins(cache, trained):
+    store = HiddenCache.open(cache)
+    heldout = torch.tensor([index for index, split in enumerate(store.samples.split) if split == "heldout"]).numpy()
+    for prompt in evaluation.cached_prompts(store, heldout, 100):
+        ids, mask = store.tokens_of(prompt.sample)
+        assert prompt.ids == ids[: len(prompt.ids)].tolist()
+        assert not mask[len(prompt.ids) - 1] and mask[len(prompt.ids) :].all()
+
+
+def test_the_table_shows_every_domain_and_the_proof(report):
+    console = Console(width=150)
+    with console.capture() as shown:
+        console.print(table(report))
+    text = shown.get()
+    for wanted in ("domino, block 4, 40 steps", "4 proposals", "sampled", "all", "T = 0", "5 of 5 replies identical"):
+        assert wanted in text
+
+
+def test_an_exported_folder_evaluates_as_its_run(report, trained, cache, tmp_path):
+    done = export(trained, tmp_path / "out")
+    assert "logits and proposals equal" in done["proof"] and "of the cache" in done["proof"]
+
+    again = run(tmp_path / "out", cache=cache, count=5, max_new=12, device="cpu")
+
+    for same in ("target", "cache", "overall", "domains", "samples", "agreement", "teacher_forced"):
+        assert again[same] == report[same]
+    assert again["draft"]["steps"] is None
+
+
+def test_weights_stored_in_bfloat16_are_proven_against_the_rounded_ones(trained, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    recipe = (copy / "recipe.toml").read_text()
+    assert 'dtype = "float32"' in recipe
+    (copy / "recipe.toml").write_text(recipe.replace('dtype = "float32"', 'dtype = "bfloat16"'))
+
+    done = export(copy, tmp_path / "out")
+
+    assert done["dtype"] == "bfloat16"
+    assert "off float32 by rounding" in done["proof"]
+
+
+def test_another_target_is_refused_with_both_digests(trained, cache, tmp_path):
+    other = save_target(tmp_path / "other", config(num_hidden_layers=5))
+    wanted = HiddenCache.open(cache).identity["target"]["digest"]
+    with pytest.raises(UsageError, match=f"has the digest .* digest {wanted}"):
+        run(trained, model=str(other), device="cpu")
+
+
+def test_a_draft_of_another_target_is_refused(trained, tmp_path):
+    export(trained, tmp_path / "out")
+    other = save_target(tmp_path / "other", config(num_hidden_layers=8))
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"input_ids": [1, 2]}])
+    with pytest.raises(UsageError, match="6 layers, this one has 8"):
+        run(tmp_path / "out", model=str(other), prompts=prompts, device="cpu")
+
+
+def test_a_published_draft_alone_needs_a_cache_or_prompts_and_a_model(trained, tmp_path):
+    export(trained, tmp_path / "out")
+    with pytest.raises(UsageError, match="pass --cache, or --prompts"):
+        run(tmp_path / "out", device="cpu")
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"input_ids": [1, 2]}])
+    with pytest.raises(UsageError, match="pass --model"):
+        run(tmp_path / "out", prompts=prompts, device="cpu")
+
+
+def test_prompts_may_be_messages_text_or_ids(trained, target, tmp_path):
+    messages = [{"role": "user", "content": "red"}]
+    rows = [
+        {"messages": messages, "domain": "chat"},
+        {"messages": [*messages, {"role": "assistant", "content": "blue"}]},
+        {"prompt": "one two"},
+        {"input_ids": [104, 105]},
+        {"input_ids": [7]},
+    ]
+    path = write_jsonl(tmp_path / "prompts.jsonl", rows)
+
+    asked = evaluation.file_prompts(path, target, 4)
+
+    from tiny import tokenizer
+
+    known = tokenizer()
+    chat = known.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert [prompt.ids for prompt in asked] == [chat, chat, known("one two")["input_ids"], [104, 105]]
+    assert [prompt.domain for prompt in asked] == ["chat", "", "", ""]
+    found = run(trained, prompts=path, count=4, max_new=5, device="cpu")
+    assert found["lossless"] == {"prompts": 4, "identical": 4, "near_ties": 0}
+    assert found["agreement"] is None
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "2 is no JSON"),
+        ("[]", "has none of"),
+        ('{"prompt": "a", "input_ids": [1]}', "prompt and input_ids"),
+        ('{"input_ids": []}', "no list of token ids"),
+        ('{"input_ids": [1, -1]}', "no list of token ids"),
+        ('{"input_ids": [true]}', "no list of token ids"),
+        ('{"messages": [{"content": "x"}]}', "no list of token ids|cannot render"),
+        ('{"messages": "hello"}', "cannot render"),
+    ],
+)
+def test_a_line_that_is_no_prompt_is_named(target, tmp_path, line, message):
+    path = write_jsonl(tmp_path / "prompts.jsonl", [{"input_ids": [1]}, line])
+    with pytest.raises(DataError, match=message):
+        evaluation.file_prompts(path, target, 9)
+
+
+def test_prompts_that_do_not_fit_the_target_are_refused(trained, tmp_path):
+    long = write_jsonl(tmp_path / "long.jsonl", [{"input_ids": [1] * 500}])
+    with pytest.raises(UsageError, match="500 tokens and 20 new ones exceed the target's 512"):
+        run(trained, prompts=long, max_new=20, device="cpu")
+    foreign = write_jsonl(tmp_path / "foreign.jsonl", [{"input_ids": [264]}])
+    with pytest.raises(UsageError, match="token 264 is outside the target's 264"):
+        run(trained, prompts=foreign, device="cpu")
+
+
+def test_nothing_there_is_said_in_one_line(tmp_path):
+    with pytest.raises(UsageError, match="no run with a checkpoint"):
+        run(tmp_path, device="cpu")
+
+
+def test_stop_tokens_come_from_the_target_where_there_is_no_cache(target):
+    from pipeline.target import load_target
+
+    assert evaluation.target_stops(load_target(str(target))) == {STOP}
+
+
+def test_a_difference_is_a_failed_proof_of_exit_code_1(trained, monkeypatch):
+    run_target = decode._run
+    monkeypatch.setattr(decode, "_run", lambda *rest, **kw: [(t + 1) % 200 for t in run_target(*rest, **kw)])
+    with pytest.raises(ProofError, match="is not the target's") as failure:
+        run(trained, count=1, max_new=4, device="cpu")
+    assert failure.value.code == 1
+
+
+def test_the_command_prints_the_report_as_json(trained):
+    options = ["--draft", str(trained), "--count", "1", "--max-new", "3", "--device", "cpu", "--json"]
+    done = CliRunner().invoke(cli.commands, ["evaluate", *options])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["lossless"]["identical"] == 1
