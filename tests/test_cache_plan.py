@@ -2,6 +2,7 @@
 
 import hashlib
 import tracemalloc
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -53,8 +54,8 @@ def test_shards_are_ranges_of_the_corpus_and_longest_first_inside(tmp_path):
 
     assert 14 <= len(plan.shards) <= 16  # a sixteenth of the plan each; a long sample may leave one empty
     assert [shard.number for shard in plan.shards] == list(range(len(plan.shards)))
-    lines = [sorted(shard.batch.column("line").to_pylist()) for shard in plan.shards]
-    assert sum(lines, []) == list(range(1, 101))
+    lines = [line for shard in plan.shards for line in sorted(shard.batch.column("line").to_pylist())]
+    assert lines == list(range(1, 101))
     for shard in plan.shards:
         keys = [(-len(shard.ids(row)), sample_id(shard.ids(row), shard.mask(row))) for row in range(len(shard))]
         assert keys == sorted(keys)
@@ -85,7 +86,7 @@ def test_a_sample_seen_before_is_counted_and_not_planned_again(tmp_path):
     plan = planned(tmp_path, [first, second, again, again])
 
     assert (plan.samples, plan.duplicates) == (2, 2)
-    assert sorted(sum((shard.text("domain") for shard in plan.shards), [])) == ["domain 0", "domain 1"]
+    assert sorted(text for shard in plan.shards for text in shard.text("domain")) == ["domain 0", "domain 1"]
 
 
 def test_the_same_samples_give_the_same_bytes(tmp_path):
@@ -165,5 +166,5 @@ def test_micro_batches_cover_a_shard_in_order_within_the_limit(lengths, batch_to
     assert [row for batch in batches for row in batch] == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * lengths[batch[0]] <= batch_tokens
-    for batch, following in zip(batches, batches[1:], strict=False):  # none could take one more
+    for batch, following in pairwise(batches):  # none could take one more
         assert (len(batch) + 1) * lengths[batch[0]] > batch_tokens and following.start == batch.stop

@@ -169,7 +169,7 @@ def test_a_shard_file_that_is_cut_short_or_missing_is_named(tmp_path):
     with pytest.raises(CacheError, match=r"aux.1/c/0/0: \d+ bytes, its manifest says \d+; run `pipeline verify`"):
         HiddenCache.open(path).read(0)
     file.unlink()
-    with pytest.raises(CacheError, match="aux.1/c/0/0: missing"):
+    with pytest.raises(CacheError, match=r"aux\.1/c/0/0: missing"):
         HiddenCache.open(path).read(0)
 
 
@@ -177,7 +177,7 @@ def test_other_tokens_than_the_manifest_names_are_refused(tmp_path):
     path = make_cache(tmp_path / "cache", random_samples(2))
     flip(shard_folder(path, 0) / SAMPLES, 8 * 1000)
 
-    with pytest.raises(CacheError, match="samples.arrow: damaged"):
+    with pytest.raises(CacheError, match=r"samples\.arrow: damaged"):
         HiddenCache.open(path).tokens_of(0)
 
 
@@ -192,7 +192,9 @@ def test_chunks_in_another_order_are_read_right(tmp_path, monkeypatch):
     assert grid.chunks > 3
     order = np.random.default_rng(0).permutation(grid.chunks)
     moved = b"".join(data[n * grid.chunk_bytes : (n + 1) * grid.chunk_bytes] for n in order)
-    pairs = b"".join(struct.pack("<QQ", int(np.argsort(order)[n]) * grid.chunk_bytes, grid.chunk_bytes) for n in range(grid.chunks))
+    pairs = b"".join(
+        struct.pack("<QQ", int(np.argsort(order)[n]) * grid.chunk_bytes, grid.chunk_bytes) for n in range(grid.chunks)
+    )
     file.write_bytes(moved + pairs + struct.pack("<I", google_crc32c.value(pairs)))
     manifest["files"][f"aux.1/{SHARD_FILE}"] = FileFact.of_file(file).as_dict()
     manifest.pop("hash")

@@ -10,17 +10,22 @@ from cache_maker import COLUMNS, capture, contents, flip, make_cache, random_sam
 from pipeline.cache.derived import derive
 from pipeline.cache.inspect import describe, sample_view
 from pipeline.cache.layout import INDEX, INDEX_MANIFEST, PLAN, SAMPLES, SHARDS, shard_folder
-from pipeline.cache.manifest import canonical, create_identity, read_canonical
+from pipeline.cache.manifest import FileFact, canonical, create_identity, read_canonical
 from pipeline.cache.plan import load_plan, write_segment
 from pipeline.cache.verify import verify
+from pipeline.cache.writer import ShardWriter
 from pipeline.errors import UsageError
+
+# Few tokens first, so that the first shard takes several samples.
+SAMPLES_OF_ALL = sorted(
+    random_samples(8, longest=12) + random_samples(3, longest=400, seed=3), key=lambda s: len(s.ids)
+)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A whole cache of a few shards, two refused samples among them."""
-    samples = random_samples(30, longest=300, seed=2)
-    return make_cache(tmp_path_factory.mktemp("verify") / "cache", samples, refused={0: "not finite", 1: "too odd"})
+    """A whole cache of three shards, two refused samples in the first."""
+    return make_cache(tmp_path_factory.mktemp("verify") / "cache", SAMPLES_OF_ALL, refused={0: "not finite", 1: "odd"})
 
 
 @pytest.fixture
@@ -114,7 +119,7 @@ def test_columns_that_changed_places_are_found(cache):
 def test_a_shard_of_another_cache_is_found(cache, tmp_path):
     other = tmp_path / "other"
     create_identity(other, {"target": {"name": "another"}})
-    write_segment(other, random_samples(30, longest=300, seed=2), row_bytes=48, sources=[])
+    write_segment(other, SAMPLES_OF_ALL, row_bytes=48, sources=[])
     for shard in load_plan(other).shards[:1]:
         capture(other, shard, COLUMNS)
     shutil.rmtree(shard_folder(cache, 0))
@@ -129,8 +134,6 @@ def test_values_that_match_a_manifest_but_not_their_checksums_are_found(cache):
     flip(folder / "aux.1" / "c/0/0", 9)
     manifest = read_canonical(folder / "aux.1.json")
     manifest.pop("hash")
-    from pipeline.cache.manifest import FileFact
-
     manifest["files"]["aux.1/c/0/0"] = FileFact.of_file(folder / "aux.1" / "c/0/0").as_dict()
     (folder / "aux.1.json").write_bytes(canonical(manifest))
 
@@ -195,23 +198,21 @@ def test_describe_counts_what_is_there(whole):
     facts, plan = describe(whole), load_plan(whole)
 
     assert facts["identity"] == {"target": {"name": "tiny", "digest": "00ff"}, "samples": {"max_length": 600}}
-    assert facts["plan"]["samples"] == 30 and facts["plan"]["tokens"] == plan.tokens
+    assert facts["plan"]["samples"] == 11 and facts["plan"]["tokens"] == plan.tokens
     assert facts["shards"] == {"planned": len(plan.shards), "whole": len(plan.shards)}
     assert [column["name"] for column in facts["columns"]] == ["aux.1", "aux.10", "final"]
     assert [column["rows"] for column in facts["columns"]] == [plan.tokens, plan.tokens, plan.final_rows]
     assert facts["columns"][0]["probe"] == 0.25  # the worst of the shards
     assert facts["bytes"]["total"] == sum(map(len, contents(whole).values()))
     assert 16 <= facts["columns"][0]["token_bytes"] < 30
-    assert sum(entry["samples"] for entry in facts["domains"]) == 30
+    assert sum(entry["samples"] for entry in facts["domains"]) == 11
     assert sum(entry["supervised"] for entry in facts["domains"]) == plan.supervised
-    assert [(entry["row"], entry["reason"]) for entry in facts["refused"]] == [(0, "not finite"), (1, "too odd")]
+    assert [(entry["row"], entry["reason"]) for entry in facts["refused"]] == [(0, "not finite"), (1, "odd")]
     assert facts["refused"][0]["columns"] == ["aux.1", "aux.10", "final"]
     assert facts["gauge"] is None
 
 
 def test_the_gauge_is_pooled_over_shards(tmp_path):
-    from pipeline.cache.writer import ShardWriter
-
     create_identity(tmp_path, {})
     plan = write_segment(tmp_path, random_samples(8), row_bytes=48, sources=[])
     for shard, gauge in zip(plan.shards, [(10, 9, -2.0), (30, 3, -6.0)], strict=False):
@@ -224,11 +225,11 @@ def test_the_gauge_is_pooled_over_shards(tmp_path):
 
 
 def test_one_sample_can_be_looked_at(whole):
-    view, samples = sample_view(whole, 7), random_samples(30, longest=300, seed=2)
+    view = sample_view(whole, 9)
 
-    origin = samples[view["line"] - 1]
+    origin = next(sample for sample in SAMPLES_OF_ALL if len(sample.ids) == view["length"])
     assert view["ids"] == origin.ids.tolist() and view["mask"] == origin.mask.tolist()
     assert (view["domain"], view["split"], view["source"]) == (origin.domain, origin.split, origin.file)
     assert view["supervised"] == origin.mask.sum() and view["ok"]
-    with pytest.raises(UsageError, match="samples 0 to 29"):
-        sample_view(whole, 30)
+    with pytest.raises(UsageError, match="samples 0 to 10"):
+        sample_view(whole, 11)

@@ -21,7 +21,7 @@ from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import load_plan, write_segment
 from pipeline.cache.verify import verify
 from pipeline.cache.writer import ShardWriter
-from pipeline.cache.zarr_shard import METADATA, SHARD_FILE, Grid, ShardFileWriter
+from pipeline.cache.zarr_shard import SHARD_FILE, Grid, ShardFileWriter
 from pipeline.errors import RoomError
 
 HERE = Path(__file__).parent

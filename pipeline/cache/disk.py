@@ -151,10 +151,10 @@ class Scratch:
                 self._lock = lock(self.path / "lock", wait=False)
 
     def close(self) -> None:
-        if self._lock is not None:
+        held, self._lock = self._lock, None  # first, so that an interrupt here cannot make us close it twice
+        if held is not None:
             shutil.rmtree(self.path, ignore_errors=True)
-            os.close(self._lock)
-            self._lock = None
+            os.close(held)
 
     def __enter__(self) -> "Scratch":
         return self

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from pipeline.target_head import TargetHead
 
-OPEN_FILES = 64  # shard files kept open
+OPEN_FILES = 128  # shard files kept open: a small cache whole, and half of what macOS grants a process
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class HiddenCache:
         names = sorted({name for columns in self._manifests for name in columns})
         return [(n, name) for n, columns in enumerate(self._manifests) for name in names if name not in columns]
 
-    @property
+    @cached_property
     def layers(self) -> tuple[int, ...]:
         """Layers that are whole, ascending."""
         return tuple(sorted(layer for name in self.whole if (layer := layer_of(name)) is not None))
@@ -168,7 +168,7 @@ class HiddenCache:
             raise CacheError(f"{self.path}: columns of several kinds, {sorted(kinds)}; run `pipeline verify`")
         return kinds.pop()
 
-    @property
+    @cached_property
     def dtype(self) -> "torch.dtype":
         """The dtype of states."""
         import torch

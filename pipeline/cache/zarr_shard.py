@@ -11,6 +11,7 @@ import json
 import os
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import google_crc32c
@@ -42,31 +43,31 @@ class Grid:
         chunks = max(1, round(rows * width * dtype.itemsize / CHUNK_BYTES))
         return Grid(rows, width, dtype, max(1, -(-rows // chunks)))
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         return self.width * self.dtype.itemsize
 
-    @property
+    @cached_property
     def chunk_bytes(self) -> int:
         return self.chunk_rows * self.row_bytes
 
-    @property
+    @cached_property
     def chunks(self) -> int:
         return max(1, -(-self.rows // self.chunk_rows))
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         return self.chunks * self.chunk_rows, self.width
 
-    @property
+    @cached_property
     def data_bytes(self) -> int:
         return self.chunks * self.chunk_bytes
 
-    @property
+    @cached_property
     def index_bytes(self) -> int:
         return 16 * self.chunks + 4
 
-    @property
+    @cached_property
     def file_bytes(self) -> int:
         return self.data_bytes + self.index_bytes
 
@@ -141,9 +142,9 @@ class ShardFileWriter:
         }
 
     def close(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        held, self._fd = self._fd, None  # first, so that an interrupt here cannot make us close it twice
+        if held is not None:
+            os.close(held)
 
 
 class ShardFile:
