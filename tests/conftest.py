@@ -11,6 +11,15 @@ from tiny import conversations, save_target, write_jsonl
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def without_syncing():
+    """Syncing is for power cuts, which no test makes; it was half of the suite's time."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(os, "fsync", lambda fd: None)
+    yield
+    patch.undo()
+
+
 @pytest.fixture(scope="session")
 def tiny_target(tmp_path_factory):
     """The folder of a random Qwen3 target with its tokenizer."""
