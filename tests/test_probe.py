@@ -53,7 +53,7 @@ class Stored:
 
     def read(self, column: str, row: int) -> np.ndarray:
         spec = next(spec for spec in self.columns if spec.name == column)
-        return bits(self.states[row][column][kept_rows(self.shard, row, spec)])
+        return bits(self.states[row][column][kept_rows(self.shard, row, spec.keeps)])
 
     def probe(self) -> dict:
         return probe(self.model, self.head, self.shard, self.columns, set(), self.read)
@@ -168,7 +168,7 @@ def test_prefixes_are_short_but_never_without_final_rows(tmp_path):
     long_prompts = Stored(model, tmp_path, lengths=(200, 190), prompt=150)
     (row, *_) = probe_rows(long_prompts.shard, set())
     assert prefix_length(long_prompts.shard, row) == 166
-    assert kept_rows(long_prompts.shard, row, long_prompts.columns[-1])[0] == 149 < 166
+    assert kept_rows(long_prompts.shard, row, "needed")[0] == 149 < 166
     assert long_prompts.probe()["final"]["error"] > 0
     short_prompts = Stored(model, tmp_path / "short", lengths=(200, 190), prompt=9)
     assert prefix_length(short_prompts.shard, 0) == ROWS

@@ -93,33 +93,39 @@ class Engine:
         ids_BT = np.zeros((len(rows), longest), np.int64)
         for at, row in enumerate(rows):
             ids_BT[at, : shard.lengths[row]] = shard.ids(row)
-        layers = [layer for column in columns if (layer := layer_of(column.name)) is not None]
+        layers = [layer for spec in columns if (layer := layer_of(spec.name)) is not None]
+        kept = {spec.keeps: [kept_rows(shard, row, spec.keeps) for row in rows] for spec in columns}
+        packed = {keeps: self._flat(each, longest) for keeps, each in kept.items()}
         with tap_layers(self.model, layers) as taken:
-            output = run_decoder(self.model, torch.from_numpy(ids_BT).to(self.device))
+            output = run_decoder(self.model, self._send(ids_BT))
         last_BTD = output.last_hidden_state
-        kept = {spec.name: [kept_rows(shard, row, spec) for row in rows] for spec in columns}
         states, worst = {}, {}
         for spec in columns:
             layer = layer_of(spec.name)
             full_BTD = last_BTD if layer is None else taken.pop(layer)
-            states[spec.name] = full_BTD.flatten(0, 1)[self._flat(kept[spec.name], longest)]
+            states[spec.name] = full_BTD.flatten(0, 1)[packed[spec.keeps]]
             worst[spec.name] = torch.linalg.vector_norm(states[spec.name], float("inf"), dim=-1).float()
+        counts = {spec.name: [len(each) for each in kept[spec.keeps]] for spec in columns}
         gauge = self._gauge(shard, rows, longest, last_BTD)
-        counts = {name: [len(rows) for rows in each] for name, each in kept.items()}
         return self._to_host(Piece(rows, states, worst, counts, gauge, None))
 
     def _flat(self, rows_of_each: list[np.ndarray], longest: int) -> Tensor:
         """Rows of each sample as one index into [B * T]."""
-        flat = np.concatenate([at * longest + rows for at, rows in enumerate(rows_of_each)])
-        return torch.from_numpy(flat).to(self.device)
+        return self._send(np.concatenate([at * longest + rows for at, rows in enumerate(rows_of_each)]))
+
+    def _send(self, values: np.ndarray) -> Tensor:
+        """Numbers on the device, without waiting for what it is busy with."""
+        tensor = torch.from_numpy(values)
+        if self._copying is None:
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _gauge(self, shard: ShardPlan, rows: range, longest: int, last_BTD: Tensor) -> Tensor:
         """Measure the gauge rows of these samples: [2, rows], agreement and log-probability of the data's token."""
         chosen = [gauge_rows(shard, row, self.gauge_share) for row in rows]
         tokens = np.concatenate([shard.ids(row)[at] for row, at in zip(rows, chosen, strict=True)])
-        before = self._flat([at - 1 for at in chosen], longest)
-        states_RD = last_BTD.flatten(0, 1)[before]
-        return measure(self.head, states_RD, torch.from_numpy(tokens.astype(np.int64)).to(self.device))
+        states_RD = last_BTD.flatten(0, 1)[self._flat([at - 1 for at in chosen], longest)]
+        return measure(self.head, states_RD, self._send(tokens.astype(np.int64)))
 
     def _to_host(self, piece: Piece) -> Piece:
         """Start copying a piece to pinned memory on a stream of its own, so that the next forward need not wait."""
@@ -140,9 +146,9 @@ class Engine:
         return host.copy_(tensor, non_blocking=True)
 
 
-def kept_rows(shard: ShardPlan, row: int, spec: ColumnSpec) -> np.ndarray:
-    """Return which rows of a sample a column keeps, ascending."""
-    if spec.keeps == "all":
+def kept_rows(shard: ShardPlan, row: int, keeps: str) -> np.ndarray:
+    """Return which rows of a sample a column keeps that keeps "all" or those "needed", ascending."""
+    if keeps == "all":
         return np.arange(shard.lengths[row])
     return np.flatnonzero(final_rows(shard.mask(row)))
 

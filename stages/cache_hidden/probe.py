@@ -53,7 +53,7 @@ def probe(
         entries = [entry[0] for entry in truth.hidden_states]
         check_embedding(head, ids_P, entries[0])
         for spec in columns:
-            kept = kept_rows(shard, row, spec)
+            kept = kept_rows(shard, row, spec.keeps)
             inside = torch.from_numpy(kept[kept < prefix]).to(device)
             stored = from_bits(read(spec.name, row))[: len(inside)].to(device)
             layer = layer_of(spec.name)
