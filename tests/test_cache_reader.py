@@ -303,8 +303,8 @@ def test_the_head_comes_back_and_is_checked(tmp_path):
         HiddenCache.open(tmp_path).head()
 
 
-def test_opening_a_cache_imports_no_torch(cache):
+def test_opening_a_cache_imports_no_torch_and_no_pandas(cache):
     code = "import sys; from pipeline.cache import HiddenCache; HiddenCache.open(sys.argv[1]).tokens_of(0); "
-    code += "assert not {'torch', 'zarr', 'transformers'} & {*sys.modules}"
+    code += "assert not {'torch', 'zarr', 'transformers', 'pandas'} & {*sys.modules}"
 
     subprocess.run([sys.executable, "-c", code, str(cache)], check=True)

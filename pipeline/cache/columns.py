@@ -19,7 +19,7 @@ import xxhash
 from pipeline.cache.codecs import CODECS, DTYPES
 from pipeline.cache.layout import BLOCK_ROWS, COLUMN, SAMPLES, inside, numbered, shard_folder
 from pipeline.cache.manifest import check_file, check_size, read_canonical
-from pipeline.cache.samples import ShardPlan
+from pipeline.cache.samples import ShardPlan, numbers
 from pipeline.errors import CacheError
 
 PIECE = 512 << 10  # bytes read and hashed at a time: still in the CPU's own cache when they are hashed
@@ -115,10 +115,9 @@ def read_sums(path: Path, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
     try:
         with pa.memory_map(str(path)) as file:
             table = pa.ipc.open_file(file).read_all()
-            ok = table.column("ok").to_numpy()
+            ok = np.array(table.column("ok").to_pylist(), bool)
             lists = table.column("blocks").combine_chunks()
-            digests = np.array(lists.values, np.uint64)
-            starts = lists.offsets.to_numpy().astype(np.int64)
+            digests, starts = numbers(lists.values).copy(), numbers(lists.offsets).astype(np.int64)
     except (pa.ArrowInvalid, KeyError, OSError) as error:
         raise CacheError(f"{path}: cannot be read: {error}; run `pipeline verify`") from error
     if len(ok) != len(bounds) - 1 or not np.array_equal(np.diff(starts), block_counts(bounds)):

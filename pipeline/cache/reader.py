@@ -22,7 +22,7 @@ from pipeline.cache.index import build_index, read_index
 from pipeline.cache.layout import COLUMN, IDENTITY, SAMPLES, aux_column, inside, layer_of, numbered, shard_folder
 from pipeline.cache.manifest import check_file, read_canonical
 from pipeline.cache.plan import load_plan, read_manifests
-from pipeline.cache.samples import ShardPlan, read_batch
+from pipeline.cache.samples import ShardPlan, numbers, read_batch
 from pipeline.cache.target_folder import CONFIG, HEAD, TOKENS, target_file, target_json
 from pipeline.capture import final_rows
 from pipeline.errors import CacheError, DataError, UsageError
@@ -66,7 +66,7 @@ class SampleTable:
         self.sample_id = names.reshape(-1, 2).astype(np.uint64)  # [n, 2] high, low; rows sort as the 16 bytes do
 
     def _numbers(self, name: str) -> np.ndarray:
-        return self._index.column(name).to_numpy()
+        return numbers(self._index.column(name).combine_chunks())
 
     def __len__(self) -> int:
         return len(self.shard)
