@@ -1,0 +1,1 @@
+"""What the target can do: each function draws one conversation's turns."""

@@ -1,0 +1,84 @@
+"""Let the target answer the generator's prompts: `chats.jsonl`, what drafts are trained and judged on.
+
+    python data/make_chats.py --model data/tiny-qwen3 --out data/chats.jsonl
+
+Train prompts come from train templates and train parameters, held-out prompts from held-out ones of both. Domains
+take turns, line by line, so that any first lines of a split hold all of them.
+"""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import torch
+from answer import load, play
+from conversation import Conversation
+from generate import DOMAINS, converse
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SEED = 21
+WARM = 0.7  # temperature of the sampled half of the train split
+COUNTS = {"train": 560, "heldout": 52}  # conversations a domain
+
+
+def temperatures(domain: str, split: str) -> list[float]:
+    """Return at which temperatures the replies are drawn, each for an equal part of the conversations."""
+    if domain == "noise":
+        return [1.0]
+    return [0.0, WARM] if split == "train" else [0.0]
+
+
+def prompts(domain: str, split: str, count: int) -> list[Conversation]:
+    """Draw conversations with distinct prompts."""
+    rng = Random(f"{SEED} {domain} {split}")
+    drawn: dict[tuple, Conversation] = {}
+    while len(drawn) < count:
+        conversation = converse(domain, rng, params=split, templates=split)
+        drawn.setdefault(tuple(turn.user for turn in conversation.turns), conversation)
+    return list(drawn.values())
+
+
+def rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, split: str, count: int) -> Iterator[dict]:
+    """Yield the answered conversations of one split, the domains in turns; the unusable ones are left out."""
+    by_domain = [prompts(domain, split, count) for domain in DOMAINS]
+    asked = [(place, of_domain[place]) for place in range(count) for of_domain in by_domain]
+    ways = [temperatures(conversation.domain, split) for _, conversation in asked]
+    chosen = [way[place % len(way)] for (place, _), way in zip(asked, ways, strict=True)]
+    chats: dict[int, list[dict] | None] = {}
+    for temperature in sorted(set(chosen)):
+        torch.manual_seed(SEED)
+        where = [n for n, t in enumerate(chosen) if t == temperature]
+        played = play(model, tokenizer, [asked[n][1] for n in where], temperature)
+        chats |= dict(zip(where, played, strict=True))
+    dropped = Counter(asked[n][1].domain for n, chat in chats.items() if chat is None)
+    print(f"{split}: {len(asked) - dropped.total()} kept, dropped {dict(dropped)}", flush=True)
+    for n, (place, conversation) in enumerate(asked):
+        if chats[n] is not None:
+            yield {
+                "id": f"{conversation.domain}-{split}-{place}",
+                "domain": conversation.domain,
+                "split": split,
+                "template": conversation.template,
+                "decoding": "sampled" if chosen[n] else "greedy",
+                "messages": chats[n],
+            }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=Path("data/tiny-qwen3"))
+    parser.add_argument("--out", type=Path, default=Path("data/chats.jsonl"))
+    parser.add_argument("--share", type=float, default=1.0, help="part of the usual number of conversations")
+    args = parser.parse_args()
+    model, tokenizer = load(args.model)
+    with open(args.out, "w") as out:
+        for split, count in COUNTS.items():
+            for row in rows(model, tokenizer, split, int(count * args.share)):
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
