@@ -100,26 +100,30 @@ class Judge:
 
     @torch.no_grad()
     def difference(self, prefix: Sequence[int], prompt: int, lengths: Sequence[int], block: int) -> float:
-        """Return the largest difference of two logits after `prefix` between a forward of blocks and one of tokens.
+        """Return the largest difference of two logits after `prefix` between forwards of blocks and of single tokens.
 
-        Both replay the true tokens after a prefill of the prompt, the one in blocks as they were accepted, the last
-        filled up to `block`. No crop, no draft: a fault in either must not widen the measure that is to find it.
+        Both replay the true tokens after a prefill of the prompt: the one in the blocks that were accepted, each filled
+        up to `block` as it was when verified (shapes decide rounding, what fills them does not), the other a token at
+        a time. No draft, no verification and no crop of theirs: a fault there must not widen the measure that is to
+        find it.
         """
-        blocks = _in_blocks(list(prefix), prompt, lengths)
-        rows = len(blocks[-1])
-        blocks[-1] += blocks[-1][-1:] * (block - rows)
+        pieces = _in_blocks(list(prefix), prompt, lengths)
+        by_block_V = self._replay(pieces, block)
         first = min(prompt, len(prefix) - 1)
-        single = [prefix[:first], *([token] for token in prefix[first:])]
-        by_block_V, by_token_V = self._replay(blocks)[rows - 1], self._replay(single[not first :])[-1]
-        return float((by_block_V - by_token_V).abs().max())
+        single = [list(prefix[:first])] * (first > 0) + [[token] for token in prefix[first:]]
+        return float((by_block_V - self._replay(single, 1)).abs().max())
 
-    def _replay(self, steps: Sequence[Sequence[int]]) -> Tensor:
-        """Run the target over consecutive pieces of a text; return the last one's logits [rows, V], float32."""
-        kv = DynamicCache()
-        for ids in steps:
-            ids_1T = torch.tensor([list(ids)], device=self.target.device)
+    def _replay(self, pieces: Sequence[list[int]], width: int) -> Tensor:
+        """Run the target over a text, its prefill and then pieces filled up to `width`; return the last logits [V]."""
+        kv, rows = DynamicCache(), 0
+        for number, piece in enumerate(pieces):
+            filled = piece + piece[-1:] * (width - len(piece)) * (number > 0)
+            ids_1T = torch.tensor([filled], device=self.target.device)
             logits_1TV = self.target(input_ids=ids_1T, past_key_values=kv, use_cache=True).logits
-        return logits_1TV[0].float()
+            rows += len(piece)
+            for layer in kv.layers:
+                layer.keys, layer.values = layer.keys[..., :rows, :], layer.values[..., :rows, :]
+        return logits_1TV[0, len(pieces[-1]) - 1].float()
 
 
 def first_difference(fast: Sequence[int], plain: Sequence[int]) -> int | None:
