@@ -27,6 +27,7 @@ from pipeline.target import load_target
 from stages.cache_hidden.drain import Drain
 from stages.cache_hidden.gauge import Gauge, gauge_rows, gauge_share
 from stages.cache_hidden.options import CaptureOptions
+from stages.cache_hidden.progress import Progress
 from stages.cache_hidden.run import plan, plan_table, run
 
 ROOT = Path(__file__).parent.parent
@@ -343,6 +344,16 @@ def test_another_corpus_is_refused_and_a_moved_one_is_not(tiny_target, tiny_corp
         run(str(moved), str(corpus), cache_copy, options=OPTIONS)
 
 
+def test_new_chats_beside_a_bundled_target_are_not_taken_for_the_old(tiny_target, tmp_path):
+    target = shutil.copytree(tiny_target, tmp_path / "data/target")
+    chats = write_jsonl(tmp_path / "data/chats.jsonl", conversations(6))
+    assert run(str(target), None, tmp_path / "cache", options=OPTIONS).samples == 6
+    assert run(str(target), None, tmp_path / "cache", options=OPTIONS).new_shards == 0
+    write_jsonl(chats, conversations(7))
+    with pytest.raises(UsageError, match=r"was planned from chats\.jsonl .*another --out"):
+        run(str(target), None, tmp_path / "cache", options=OPTIONS)
+
+
 def test_a_layer_added_later_is_one_more_pass_that_touches_nothing_else(tiny_target, tiny_corpus, cache_copy):
     before = contents(cache_copy)
     options = CaptureOptions(layers="-1,1,2,3,4", max_length=256)
@@ -488,3 +499,13 @@ def test_a_corpus_in_other_words_than_the_targets_is_warned_about(capture, capsy
     capture()
     printed = capsys.readouterr()
     assert "on-policy gauge" in printed.out and "below 60%" in printed.err
+
+
+def test_progress_says_how_fast_and_how_long(monkeypatch):
+    clock = iter([0.0, 0.0, 10.0])
+    monkeypatch.setattr("stages.cache_hidden.progress.time.monotonic", lambda: next(clock))
+    progress = Progress(tokens=40_000, shards=4)
+    assert progress.line().endswith("ETA unknown")
+    progress.done_tokens, progress.done_bytes = 1000, 5_000_000
+    wanted = "shard 0/4 · 1,000 of 40,000 tokens · 100 tokens/s · 0.5 MB/s written · ETA 0:06:30"
+    assert progress.line() == wanted

@@ -10,7 +10,15 @@ import pytest
 from tiny import CHAT_TEMPLATE, tokenizer, write_jsonl
 
 from pipeline.errors import DataError, UsageError
-from stages.cache_hidden.corpus import Conversation, Fault, Unusable, corpus_files, file_sources, read_files
+from stages.cache_hidden.corpus import (
+    Conversation,
+    Fault,
+    Unusable,
+    corpus_files,
+    file_sources,
+    hub_dataset,
+    read_files,
+)
 from stages.cache_hidden.planning import Tally, check_mask, planned, trim
 from stages.cache_hidden.settings import default_corpus, mask_rule
 from stages.cache_hidden.template import ChatTemplate
@@ -286,3 +294,9 @@ def test_a_corpus_with_too_much_left_out_is_refused():
     Tally(rows=20, faults={"broken line": 2}).check("a.jsonl", usable=18)
     with pytest.raises(DataError, match="no usable sample"):
         Tally(rows=20).check("a.jsonl", usable=0)
+
+
+def test_a_data_set_of_the_hub_without_a_hub_is_one_line():
+    with pytest.raises(UsageError, match=r"hub gave no such data set \(.*pass --corpus with a file") as found:
+        hub_dataset("mlabonne/open-perfectblend")
+    assert "\n" not in str(found.value)

@@ -48,9 +48,10 @@ class Progress:
     def line(self) -> str:
         seconds = max(time.monotonic() - self._start, 1e-3)
         rate = self.done_tokens / seconds
-        left = (self.tokens - self.done_tokens) / rate if rate else 0
+        left = int((self.tokens - self.done_tokens) / rate) if rate else None
+        eta = "unknown" if left is None else f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
         return (
             f"shard {self.done_shards}/{self.shards} · {self.done_tokens:,} of {self.tokens:,} tokens · "
             f"{rate:,.0f} tokens/s · {self.done_bytes / seconds / 1e6:,.1f} MB/s written · "
-            f"ETA {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
+            f"ETA {eta}"
         )

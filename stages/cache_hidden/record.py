@@ -34,14 +34,14 @@ def looks(files: list[Path]) -> dict[str, list[int]]:
     return {str(file.resolve()): [(stat := file.stat()).st_size, stat.st_mtime_ns] for file in files}
 
 
-def write_record(out: Path, request: dict, settings: Settings, corpus: str | None) -> None:
+def write_record(out: Path, request: dict, settings: Settings, corpus: str) -> None:
     """Note a command that is done. A cache that cannot be written to keeps the record it has."""
     folder = settings.folder.resolve()
     target_files = [folder / CONFIG, *tokenizer_files(folder), *weight_files(folder)]
     record = {
         "request": request,
         "target": {"folder": str(folder), "files": looks(target_files)},
-        "corpus": looks(corpus_files(corpus)) if corpus else {},
+        "corpus": looks(corpus_files(corpus)),
         "columns": [spec.as_dict() for spec in settings.columns],
     }
     if record == read_record(out):

@@ -73,19 +73,19 @@ def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -
         refused = summary(out, planned, settings.columns, 0).refused
         capture_shards(out, settings, planned, work, options.device or default_device(), refused)
     derive(out)
-    write_record(out, request, settings, corpus)
+    write_record(out, request, settings, corpus or default_corpus(settings.folder))
     return _say(out, summary(out, planned, settings.columns, len(work)))
 
 
 def _planned(corpus: str | None, out: Path, settings: Settings, options: CaptureOptions) -> Plan:
     """Return the cache's plan, made now if there is none, else compared with what is asked for."""
+    named = corpus or default_corpus(settings.folder)
     if (out / IDENTITY).is_file():
         create_identity(out, settings.identity)
     if plan_numbers(out):
         held = load_plan(out)
-        _check_same(held, corpus, out, options)
+        _check_same(held, named if corpus or named != HUB_CORPUS else None, out, options.max_samples)
         return held
-    named = corpus or default_corpus(settings.folder)
     if named == HUB_CORPUS and corpus is None:
         print(
             f"warning: no --corpus given, so {HUB_CORPUS} is taken; its replies are not this target's own, "
@@ -102,13 +102,16 @@ def _planned(corpus: str | None, out: Path, settings: Settings, options: Capture
         raise
 
 
-def _check_same(held: Plan, corpus: str | None, out: Path, options: CaptureOptions) -> None:
-    """Refuse another corpus, or another part of it, than the plan was made from. No corpus named: the plan's own."""
+def _check_same(held: Plan, corpus: str | None, out: Path, max_samples: int | None) -> None:
+    """Refuse another corpus, or another part of it, than the plan was made from.
+
+    Without a corpus (none named, and no bundled chats that may have changed) the plan's own is meant.
+    """
     remedy = "pass the same, or another --out for a second cache"
-    if options.max_samples not in (None, held.notes["max_samples"]):
+    if max_samples not in (None, held.notes["max_samples"]):
         raise UsageError(
             f"{out} was planned with max_samples = {held.notes['max_samples']}, "
-            f"this command asks for {options.max_samples}; {remedy}"
+            f"this command asks for {max_samples}; {remedy}"
         )
     if corpus is None or corpus_unchanged(read_record(out), corpus):
         return
