@@ -1,9 +1,9 @@
 """The import arrows: stages -> pipeline, never back, never stage -> stage; one door; a door without torch."""
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -72,11 +72,12 @@ def test_help_imports_nothing_heavy():
 
 
 def test_help_is_quick():
-    """Under 0.3 s. The best of five, since another process may be using the cores."""
+    """Under 0.3 s of processor time; its wall time alone would measure what else the machine does."""
 
     def seconds() -> float:
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "pipeline", "--help"], capture_output=True, cwd=ROOT, check=True)
-        return time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(5)) < 0.3
+    assert min(seconds() for _ in range(3)) < 0.3
