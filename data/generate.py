@@ -23,8 +23,6 @@ SCORED = {
 }
 CONTROLS = {"copy": copy, "noise": noise}  # a draft must gain a lot on the first and nothing on the second
 DOMAINS = SCORED | CONTROLS
-# Shares of the target's training: arithmetic is the hardest, and noise teaches nothing but its own even odds.
-SHARES = dict.fromkeys(DOMAINS, 1.0) | {"arithmetic": 2.0, "copy": 1.5, "noise": 0.4}
 
 
 def converse(domain: str, rng: Random, params: str = "train", templates: str = "any") -> Conversation:
@@ -34,9 +32,9 @@ def converse(domain: str, rng: Random, params: str = "train", templates: str = "
     return Conversation(domain, params, "-".join(map(str, draw.asked)), turns)
 
 
-def draw_turns(rng: Random) -> list[tuple[str, str]]:
+def draw_turns(rng: Random, shares: dict[str, float]) -> list[tuple[str, str]]:
     """Draw what the user and the target say in one training conversation: any template, training parameters."""
-    domain = rng.choices(list(SHARES), list(SHARES.values()))[0]
+    domain = rng.choices(list(DOMAINS), [shares.get(name, 1.0) for name in DOMAINS])[0]
     return [(turn.user, turn.reply) for turn in converse(domain, rng).turns]
 
 

@@ -21,7 +21,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SEED = 21
 WARM = 0.7  # temperature of the sampled half of the train split
-COUNTS = {"train": 560, "heldout": 52}  # conversations a domain
 
 
 def temperatures(domain: str, split: str) -> list[float]:
@@ -71,12 +70,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("data/tiny-qwen3"))
     parser.add_argument("--out", type=Path, default=Path("data/chats.jsonl"))
-    parser.add_argument("--share", type=float, default=1.0, help="part of the usual number of conversations")
+    parser.add_argument("--train", type=int, default=500, help="train conversations a domain")
+    parser.add_argument("--heldout", type=int, default=48, help="held-out conversations a domain")
     args = parser.parse_args()
     model, tokenizer = load(args.model)
     with open(args.out, "w") as out:
-        for split, count in COUNTS.items():
-            for row in rows(model, tokenizer, split, int(count * args.share)):
+        for split in ("heldout", "train"):
+            for row in rows(model, tokenizer, split, getattr(args, split)):
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

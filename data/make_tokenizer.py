@@ -1,4 +1,4 @@
-"""The target's tokenizer: byte-level BPE on our own conversations, ChatML, and a chat template with generation marks."""
+"""The target's tokenizer: byte-level BPE on our own conversations, and a ChatML template with generation marks."""
 
 from random import Random
 
@@ -22,10 +22,10 @@ TEMPLATE = (
 )
 
 
-def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+def make_tokenizer(seed: int, shares: dict[str, float]) -> PreTrainedTokenizerFast:
     """Learn the merges from 20,000 conversations."""
     rng = Random(seed)
-    texts = [text for _ in range(20_000) for turn in draw_turns(rng) for text in turn]
+    texts = [text for _ in range(20_000) for turn in draw_turns(rng, shares) for text in turn]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -3,9 +3,9 @@
     python data/train_target.py --out data/tiny-qwen3      # about an hour on two cores
     python data/score_target.py data/tiny-qwen3
 
-Two phases, the second with fresh conversations, larger batches and a learning rate that falls. Matrices of the layers
-are trained by Muon, everything else by AdamW. Weights are kept in fp32 and multiplied in bf16, which is ten times
-faster on a CPU that has the instructions; the file holds them rounded to bf16.
+Three phases, each with fresh conversations and larger batches than the one before; the last one copies most. Matrices
+of the layers are trained by Muon, everything else by AdamW. Weights are kept in fp32 and multiplied in bf16, which is
+ten times faster on a CPU that has the instructions; the file holds them rounded to bf16.
 
     B conversations   T positions
 """
@@ -37,17 +37,24 @@ class Phase:
     """One stretch of training."""
 
     steps: int
+    horizon: int  # the steps that the learning rate's schedule was laid for; a phase may stop short of it
     batch_tokens: int  # padding included
     lr: float
     warmup: int
-    cooldown: float  # share of the steps over which the learning rate falls to 2 %
+    cooldown: float  # share of the horizon over which the learning rate falls to 2 %
     seed: int
     conversations: int
+    shares: dict[str, float]  # of the conversations; 1 where not named
 
 
 PHASES = [
-    Phase(steps=1201, batch_tokens=4096, lr=4e-3, warmup=100, cooldown=0.0, seed=0, conversations=100_000),
-    Phase(steps=1200, batch_tokens=6144, lr=3e-3, warmup=30, cooldown=0.5, seed=100, conversations=90_000),
+    Phase(1201, 2800, 4096, 4e-3, 100, 0.4, 0, 100_000, {"arithmetic": 2.0, "copy": 1.5, "noise": 0.4}),
+    Phase(800, 1200, 6144, 3e-3, 30, 0.5, 100, 90_000, {"arithmetic": 2.0, "copy": 1.5, "noise": 0.4}),
+    # The eight domains were learnt by now; copying takes more practice.
+    Phase(
+        *(420, 420, 2 * 6144, 2.5e-3, 30, 0.5, 300, 90_000),
+        {"arithmetic": 1.5, "copy": 5.0, "lists": 1.5, "python": 1.5, "noise": 0.3},
+    ),
 ]
 
 
@@ -124,7 +131,7 @@ def optimisers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
 
 def lr_at(step: int, phase: Phase) -> float:
     """Return the learning rate: warm-up, constant, and linear to 2 % of it."""
-    falling = 0.02 + 0.98 * (phase.steps - step) / (phase.cooldown * phase.steps) if phase.cooldown else 1.0
+    falling = 0.02 + 0.98 * (phase.horizon - step) / (phase.cooldown * phase.horizon)
     return phase.lr * min(1.0, (step + 1) / phase.warmup, falling)
 
 
@@ -132,7 +139,7 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, number: i
     """Train one phase, in place."""
     phase, began = PHASES[number], time.monotonic()
     rng = Random(phase.seed + 1)
-    pool = [tokenise(tokenizer, draw_turns(rng)) for _ in range(phase.conversations)]
+    pool = [tokenise(tokenizer, draw_turns(rng, phase.shares)) for _ in range(phase.conversations)]
     work = copy.deepcopy(model).bfloat16()
     work.set_attn_implementation("eager")  # flash attention on a CPU is slow backwards on rows this short
     for layer in work.model.layers:
@@ -191,7 +198,7 @@ def main() -> None:
     log = args.out / "train.jsonl"
     log.unlink(missing_ok=True)
     torch.set_num_threads(2)
-    tokenizer = make_tokenizer(SEED)
+    tokenizer = make_tokenizer(SEED, PHASES[0].shares)
     model = new_model(tokenizer)
     for number, phase in enumerate(PHASES):
         write(log, {"phase": number} | asdict(phase))

@@ -4,7 +4,7 @@ import json
 
 from conversation import Draw, Text, Turn
 
-from domains.words import CITIES, FRUIT, JOBS, NAMES, PETS
+from domains.words import CITIES, FRUIT, JOBS, NAMES, PETS, listed
 
 FIELDS = {"name": NAMES, "city": CITIES, "job": JOBS, "pet": PETS, "age": range(10, 100)}
 TABLES = {
@@ -20,7 +20,7 @@ STEPS = {  # the user's words: the operator
     "multiplies by {}": "*",
     "divides by {}": "/",
 }
-NOUNS = ["price", "score", "weight", "speed", "total", "height", "count", "size", "width", "level"]
+NOUNS = listed("price score weight speed total height count size width level")
 
 
 def as_json(draw: Draw) -> list[Turn]:

@@ -2,16 +2,30 @@
 
 from conversation import Draw, Turn
 
-NAMES = (
-    ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ian", "Jana", "Kim", "Leo", "Mia", "Nora", "Otto", "Pia", "Rosa", "Sam", "Tom", "Uma", "Vera", "Will", "Zoe", "Max"]
-)
-CITIES = ["Oslo", "Rome", "Paris", "Lima", "Cairo", "Delhi", "Berlin", "Quito", "Tokyo", "Madrid", "Dublin", "Vienna", "Prague", "Lisbon", "Athens", "Boston"]
-JOBS = ["baker", "nurse", "pilot", "teacher", "farmer", "painter", "lawyer", "singer", "waiter", "driver", "doctor", "miner"]
-PETS = ["cat", "dog", "parrot", "rabbit", "snake", "horse", "hamster", "turtle", "goldfish", "pony", "duck", "lizard"]
-FRUIT = ["apple", "pear", "plum", "fig", "grape", "lemon", "mango", "melon", "peach", "cherry", "kiwi", "lime", "olive", "quince", "berry", "date"]
 
-# 128 common words; the tokenizer has each of them, with its space, as one token.
-WORDS = ["stone", "river", "cloud", "field", "light", "music", "paper", "table", "window", "garden", "bridge", "forest", "island", "market", "mirror", "needle", "orange", "pencil", "pocket", "rabbit", "ribbon", "saddle", "shadow", "silver", "spider", "summer", "tunnel", "valley", "velvet", "winter", "yellow", "zebra", "anchor", "basket", "blanket", "bottle", "branch", "bucket", "button", "candle", "canyon", "carpet", "castle", "cellar", "circle", "copper", "corner", "cotton", "desert", "dragon", "engine", "father", "feather", "finger", "flower", "guitar", "hammer", "harbor", "helmet", "honey", "insect", "jacket", "jungle", "kettle", "kitchen", "ladder", "leather", "letter", "lion", "magnet", "marble", "meadow", "monkey", "morning", "mother", "mountain", "night", "number", "ocean", "oven", "parcel", "pepper", "piano", "pillow", "planet", "pond", "powder", "puzzle", "quilt", "rain", "rocket", "root", "rope", "sailor", "salt", "sand", "school", "season", "sheep", "ship", "signal", "snow", "soap", "spoon", "spring", "square", "star", "station", "storm", "street", "sugar", "sun", "tent", "thunder", "tiger", "tower", "train", "tree", "trumpet", "turtle", "wagon", "water"][:128]
+def listed(text: str) -> list[str]:
+    """Return the words of a text: shorter to read than a list of strings."""
+    return text.split()
+
+
+NAMES = listed("""
+Ada Ben Cleo Dan Eva Finn Gus Hana Ian Jana Kim Leo Mia Nora Otto Pia Rosa Sam Tom Uma Vera Will Zoe Max
+""")
+CITIES = listed("Oslo Rome Paris Lima Cairo Delhi Berlin Quito Tokyo Madrid Dublin Vienna Prague Lisbon Athens Boston")
+JOBS = listed("baker nurse pilot teacher farmer painter lawyer singer waiter driver doctor miner")
+PETS = listed("cat dog parrot rabbit snake horse hamster turtle goldfish pony duck lizard")
+FRUIT = listed("apple pear plum fig grape lemon mango melon peach cherry kiwi lime olive quince berry date")
+
+# 122 common words; the tokenizer has each of them, with its space, as one token.
+WORDS = listed("""
+stone river cloud field light music paper table window garden bridge forest island market mirror needle orange pencil
+pocket rabbit ribbon saddle shadow silver spider summer tunnel valley velvet winter yellow zebra anchor basket blanket
+bottle branch bucket button candle canyon carpet castle cellar circle copper corner cotton desert dragon engine father
+feather finger flower guitar hammer harbor helmet honey insect jacket jungle kettle kitchen ladder leather letter lion
+magnet marble meadow monkey morning mother mountain night number ocean oven parcel pepper piano pillow planet pond
+powder puzzle quilt rain rocket root rope sailor salt sand school season sheep ship signal snow soap spoon spring
+square star station storm street sugar sun tent thunder tiger tower train tree trumpet turtle wagon water
+""")
 
 
 def copy(draw: Draw) -> list[Turn]:
