@@ -1,6 +1,6 @@
 """The accept length: the mean number of tokens gained per target call, the target's own token included.
 
-Exact and without the target (DESIGN section 6): the held-out replies are the target's own greedy ones, so what it
+Exact and without the target: the held-out replies are the target's own greedy ones, so what it
 would have accepted is in the cache. The draft's proposals are rolled out at every anchor of a reply, in parallel, and
 the walk a -> a + gained over them is the very walk that decoding makes. A reply that is not greedy is cut at its first
 token that differs from the greedy one of the stored `final`.

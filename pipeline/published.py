@@ -1,4 +1,4 @@
-"""The published form of a draft: config.json and model.safetensors in one flat folder (ALGORITHMS section 8).
+"""The published form of a draft: config.json and model.safetensors in one flat folder, as z-lab and SpecForge write it.
 
 `published_config` writes it from a checked DraftConfig, so nothing can be found missing after the training.
 `load_draft_folder` reads it from the files alone, those of other trainers too, and guesses nothing.

@@ -1,4 +1,4 @@
-"""Cells and blocks: anchors, labels, weights and masks, by the worked example of ALGORITHMS.md 4.10 and by property."""
+"""Cells and blocks: anchors, labels, weights and masks, by the worked example and by property."""
 
 import math
 from types import SimpleNamespace

@@ -142,7 +142,7 @@ def head_loss(
 
 
 def dpace_weights(ce_NS: Tensor, scored_NS: Tensor, alpha: float, kind: str) -> Tensor:
-    """Weights [N, S] by the draft's own confidence (D-PACE, arXiv:2605.18810; ALGORITHMS 4.8), without gradient.
+    """Weights [N, S] by the draft's own confidence (D-PACE, arXiv:2605.18810), without gradient.
 
     The chance P_k of reaching slot k is the product of the smoothed probabilities up to it; unscored slots are
     neutral there and weigh nothing. kind: "dpace" (chance times continuation value), or either factor alone.

@@ -11,8 +11,8 @@ def slot_sums(correct: dict[str, Tensor], scored_NS: Tensor) -> dict[str, Tensor
     """Additive sums, float64: `scored_S`, `blocks` (with a scored slot), and for each kind `correct_S` and `accept`.
 
     correct: kind -> whether the argmax was right [N, S]; the kind "final" has bare names, "base" the prefix `base_`.
-    accept sums over blocks 1 + the scored slots before the first wrong one; unscored slots are neutral (ALGORITHMS
-    4.7), and the 1 is the target's own token.
+    accept sums over blocks 1 + the scored slots before the first wrong one; unscored slots are neutral,
+    and the 1 is the target's own token.
     """
     counts_N = scored_NS.any(-1)
     sums = {"scored_S": scored_NS.double().sum(0), "blocks": counts_N.double().sum()}

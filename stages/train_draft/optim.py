@@ -1,4 +1,4 @@
-"""AdamW, the rate at each step, and the optimiser's state as named tensors (ALGORITHMS 4.9)."""
+"""AdamW, the rate at each step, and the optimiser's state as named tensors."""
 
 import math
 

@@ -1,7 +1,7 @@
 """The stream of training batches as a pure function: order of samples, windows, anchors, packing.
 
 Nothing here depends on ranks, workers, time or what ran before, so a killed run goes on with the very batches it
-would have had, and adding samples to a cache leaves the order of the others as it was (DESIGN section 6). All hashing
+would have had, and adding samples to a cache leaves the order of the others as it was. All hashing
 is in 64-bit arithmetic that wraps.
 
     n samples   T rows of a sample   N anchors   B samples of a global batch
