@@ -10,6 +10,7 @@ Each engine translates to this convention (serving engines count from 1, or hook
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -44,7 +45,7 @@ def check_layers(layers: Sequence[int], depth: int) -> None:
     layers = list(layers)
     if not layers:
         raise UsageError("no layer is named; a draft reads at least one")
-    if any(after <= before for before, after in zip(layers, layers[1:], strict=False)):
+    if any(after <= before for before, after in pairwise(layers)):
         raise UsageError(f"layers {layers} are not strictly increasing; write {sorted(set(layers))}")
     outside = [layer for layer in layers if not -1 <= layer <= depth - 2]
     if outside:

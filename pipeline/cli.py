@@ -126,7 +126,7 @@ def verify(cache, as_json):
     if report.damaged:
         first = report.damaged[0]
         raise CacheError(
-            f"{cache}: {len(report.damaged)} damaged, the first {first.file} ({first.what}); delete the damaged columns "
+            f"{cache}: {len(report.damaged)} damaged, the first {first.file} ({first.what}); delete what is damaged "
             "and run `pipeline cache-hidden` again: it captures only what is missing"
         )
 

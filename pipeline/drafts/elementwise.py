@@ -49,7 +49,10 @@ class _Norm(torch.autograd.Function):
 
 
 def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., E / 2] of positions [...], in float32 whatever the draft's dtype: rounded tables drift from those of serving engines."""
+    """cos and sin [..., E / 2] of positions [...], in float32 whatever the draft's dtype.
+
+    Serving engines compute them so: tables rounded to bf16 in training drift from theirs with the position.
+    """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device=positions.device).float() / head_dim
     angles = positions.float()[..., None] * (1.0 / theta**exponent)
     return angles.cos(), angles.sin()
