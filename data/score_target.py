@@ -70,7 +70,8 @@ Limits: English, these ten domains, two- and three-digit numbers, at most two tu
 """
 PHASE = (
     "- phase {phase}: {steps} steps of at most {batch_tokens} tokens, padding included ({tokens:,} in all), "
-    "seed {seed},\n  peak learning rate {lr}, laid for {horizon} steps of which the last {cooldown:.0%} fall to 2 %; shares {shares}"
+    "seed {seed},\n  peak learning rate {lr}, laid for {horizon} steps of which the last {cooldown:.0%} fall to 2 %; "
+    "shares {shares}"
 )
 
 
