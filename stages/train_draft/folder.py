@@ -9,6 +9,7 @@ done.json        the result; with it the run is finished
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -34,8 +35,6 @@ def default_folder(recipe: Recipe, cache: HiddenCache, split: Split) -> Path:
 
 
 def _short(*digests: str) -> str:
-    import hashlib
-
     return hashlib.blake2b("".join(digests).encode(), digest_size=5).hexdigest()
 
 
