@@ -7,7 +7,7 @@ CACHE := build/hs_cache
 METHODS := dflash domino
 
 # The steps of the demo's recipe, about 150 s a method on two cores, and ten times as many.
-BUDGETS := 900 9000
+BUDGETS := 700 7000
 SEEDS := 0 1 2
 RESULT_PROMPTS := 240
 
