@@ -43,16 +43,19 @@ lint: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Hours, in the background: every method, seed and budget, each resumable; then the README's table.
+# Hours, in the background: every method, seed and budget, two runs at a time, each resumable; then the README's table.
+RUNS := $(foreach steps,$(BUDGETS),$(foreach seed,$(SEEDS),$(METHODS:%=build/results/%-$(steps)-$(seed).json)))
+
 results: install
 	$(PIPELINE) cache-hidden --model $(TARGET) --out $(CACHE)
-	set -e; for steps in $(BUDGETS); do for seed in $(SEEDS); do for method in $(METHODS); do \
-	  run=build/results/$$method-$$steps-$$seed; \
-	  $(PIPELINE) train-draft configs/demo.toml --set draft.method=$$method --set train.steps=$$steps \
-	    --set train.seed=$$seed --cache $(CACHE) --out $$run; \
-	  $(PIPELINE) evaluate --draft $$run --count $(RESULT_PROMPTS) --out $$run.json; \
-	done; done; done
-	$(PIPELINE) report --markdown build/results/*.json
+	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 $(RUNS)
+	$(PIPELINE) report --markdown $(RUNS)
+
+build/results/%.json: run = $(subst -, ,$*)
+build/results/%.json:
+	$(PIPELINE) train-draft configs/demo.toml --set draft.method=$(word 1,$(run)) --set train.steps=$(word 2,$(run)) \
+	  --set train.seed=$(word 3,$(run)) --cache $(CACHE) --out build/results/$*
+	$(PIPELINE) evaluate --draft build/results/$* --count $(RESULT_PROMPTS) --out $@
 
 clean:
 	rm -rf build
