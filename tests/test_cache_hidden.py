@@ -24,11 +24,13 @@ from pipeline.cache.verify import verify
 from pipeline.capture import final_rows
 from pipeline.errors import DataError, RoomError, UsageError
 from pipeline.target import load_target
+from stages.cache_hidden.corpus import conversation
 from stages.cache_hidden.drain import Drain
 from stages.cache_hidden.gauge import Gauge, gauge_rows, gauge_share
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.progress import Progress
 from stages.cache_hidden.run import plan, plan_table, run
+from stages.cache_hidden.settings import HUB_CORPUS
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = CaptureOptions(layers="1,3,4", max_length=256)
@@ -313,7 +315,7 @@ def other_tokenizer(folder: Path) -> None:
         ({"max_length": 200}, "samples.max_length = 256, .* 200"),
         ({"batch_tokens": 512}, "capture.batch_tokens = 8192, .* 512"),
         ({"dtype": "bfloat16"}, "capture.dtype = 'float32', .* 'bfloat16'"),
-        ({"max_samples": 5}, "max_samples = None, .* 5"),
+        ({"max_samples": 5}, "max_samples = all, .* 5"),
         (other_template, "tokenizer.chat_template = "),
         (other_weights, "target.digest = "),
         (other_tokenizer, "tokenizer.digest = "),
@@ -460,6 +462,29 @@ def test_a_plan_says_what_a_capture_will_hold(tiny_target, tmp_path):
 
 def test_max_samples_stops_reading(capture):
     assert capture(max_samples=7).samples == 7
+
+
+def test_a_trial_of_few_samples_is_not_taken_for_the_whole(capture, tiny_corpus):
+    assert capture(max_samples=7).samples == 7
+    for corpus in (tiny_corpus, None):
+        with pytest.raises(UsageError, match=r"max_samples = 7, .* max_samples = all; .*another --out"):
+            capture(corpus=corpus)
+    assert capture(max_samples=7).new_shards == 0
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_only_a_data_set_that_nobody_named_is_capped(tiny_target, tmp_path, monkeypatch, named):
+    """The hub cannot be reached from a test, so its rows come from here."""
+    rows = [conversation(row, HUB_CORPUS, line) for line, row in enumerate(conversations(), 1)]
+    source = {"dataset": HUB_CORPUS, "revision": "1"}
+    monkeypatch.setattr("stages.cache_hidden.planning.hub_dataset", lambda corpus: (iter(rows), source))
+    monkeypatch.setattr("stages.cache_hidden.run.HUB_SAMPLES", 5)
+    corpora = [HUB_CORPUS, None] if named else [None, HUB_CORPUS]
+    out, samples = tmp_path / "cache", 24 if named else 5
+    for _ in range(2):
+        assert plan(str(tiny_target), corpora[0], out, options=OPTIONS)["samples"] == samples
+    with pytest.raises(UsageError, match="max_samples"):
+        plan(str(tiny_target), corpora[1], out, options=OPTIONS)
 
 
 def test_the_default_layers_follow_the_targets_depth(capture, tmp_path):

@@ -25,7 +25,7 @@ from stages.cache_hidden.corpus import (
     hub_dataset,
     read_files,
 )
-from stages.cache_hidden.settings import HUB_CORPUS, HUB_SAMPLES, Settings
+from stages.cache_hidden.settings import Settings
 from stages.cache_hidden.template import ChatTemplate
 
 REFUSED_SHARE = 0.1  # of the rows; more is refused
@@ -79,9 +79,10 @@ class Tally:
             )
 
 
-def make_plan(corpus: str, out: Path, settings: Settings, max_samples: int | None) -> Plan:
+def make_plan(corpus: str, out: Path, settings: Settings, max_samples: int | None, *, spare_disk: bool = False) -> Plan:
     """Tokenise the corpus and write the plan; what the cache is, cache.json, comes when the corpus has proven usable.
 
+    At most `max_samples` usable samples (None: all) and, with `spare_disk`, no more than a share of the free disk.
     Raises DataError for a corpus that is not, UsageError when it or the target is not there.
     """
     files = corpus_files(corpus)
@@ -90,9 +91,7 @@ def make_plan(corpus: str, out: Path, settings: Settings, max_samples: int | Non
     else:
         rows, source = hub_dataset(corpus)
         sources = [source]
-    max_bytes = None
-    if corpus == HUB_CORPUS and max_samples is None:
-        max_samples, max_bytes = HUB_SAMPLES, int(FREE_SHARE * free_bytes(out))
+    max_bytes = int(FREE_SHARE * free_bytes(out)) if spare_disk else None
     template, tally, notes = ChatTemplate(settings.folder), Tally(), {"max_samples": max_samples}
 
     def checked() -> Iterator[PlannedSample]:

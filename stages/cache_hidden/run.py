@@ -22,7 +22,7 @@ from stages.cache_hidden.gauge import WARN_BELOW, Gauge
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.record import corpus_unchanged, read_record, request_of, unchanged, write_record
 from stages.cache_hidden.report import missing, plan_report, plan_table, work_bytes
-from stages.cache_hidden.settings import HUB_CORPUS, Settings, default_corpus, default_device, settle
+from stages.cache_hidden.settings import HUB_CORPUS, HUB_SAMPLES, Settings, default_corpus, default_device, settle
 
 __all__ = ["Done", "plan", "plan_table", "run"]
 
@@ -79,14 +79,17 @@ def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -
 
 def _planned(corpus: str | None, out: Path, settings: Settings, options: CaptureOptions) -> Plan:
     """Return the cache's plan, made now if there is none, else compared with what is asked for."""
-    named = corpus or default_corpus(settings.folder)
+    named, max_samples = corpus or default_corpus(settings.folder), options.max_samples
+    from_hub = corpus is None and named == HUB_CORPUS  # nobody named it
     if (out / IDENTITY).is_file():
         create_identity(out, settings.identity)
     if plan_numbers(out):
         held = load_plan(out)
-        _check_same(held, named if corpus or named != HUB_CORPUS else None, out, options.max_samples)
+        if from_hub and max_samples is None and held.sources[0].get("dataset") == HUB_CORPUS:
+            max_samples = HUB_SAMPLES
+        _check_same(held, None if from_hub else named, out, max_samples)
         return held
-    if named == HUB_CORPUS and corpus is None:
+    if from_hub:
         print(
             f"warning: no --corpus given, so {HUB_CORPUS} is taken; its replies are not this target's own, "
             "and a draft learns the target's words: replies that the target wrote train a better one",
@@ -94,8 +97,9 @@ def _planned(corpus: str | None, out: Path, settings: Settings, options: Capture
         )
     from stages.cache_hidden.planning import make_plan  # brings transformers
 
+    capped = from_hub and max_samples is None
     try:
-        return make_plan(named, out, settings, options.max_samples)
+        return make_plan(named, out, settings, HUB_SAMPLES if capped else max_samples, spare_disk=capped)
     except DataError:
         with contextlib.suppress(OSError):  # leave no empty folder behind
             out.rmdir()
@@ -103,16 +107,14 @@ def _planned(corpus: str | None, out: Path, settings: Settings, options: Capture
 
 
 def _check_same(held: Plan, corpus: str | None, out: Path, max_samples: int | None) -> None:
-    """Refuse another corpus, or another part of it, than the plan was made from.
+    """Refuse another corpus, or another part of it (`max_samples` None: all), than the plan was made from.
 
     Without a corpus (none named, and no bundled chats that may have changed) the plan's own is meant.
     """
     remedy = "pass the same, or another --out for a second cache"
-    if max_samples not in (None, held.notes["max_samples"]):
-        raise UsageError(
-            f"{out} was planned with max_samples = {held.notes['max_samples']}, "
-            f"this command asks for {max_samples}; {remedy}"
-        )
+    if max_samples != held.notes["max_samples"]:
+        there, here = (f"max_samples = {cap or 'all'}" for cap in (held.notes["max_samples"], max_samples))
+        raise UsageError(f"{out} was planned with {there}, this command asks for {here}; {remedy}")
     if corpus is None or corpus_unchanged(read_record(out), corpus):
         return
     files = corpus_files(corpus)

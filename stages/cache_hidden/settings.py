@@ -27,7 +27,7 @@ from stages.cache_hidden.options import CaptureOptions
 BATCH_TOKENS = 8192  # padded tokens a forward
 DTYPES = ("bfloat16", "float32")
 HUB_CORPUS = "mlabonne/open-perfectblend"
-HUB_SAMPLES = 20_000
+HUB_SAMPLES = 20_000  # of it, when nobody named a corpus
 BUNDLED_CORPUS = "chats.jsonl"
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # of assistant turns, in a chat template
 
