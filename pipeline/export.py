@@ -21,7 +21,7 @@ from pipeline.cache import HiddenCache
 from pipeline.cache.disk import need_room, room, sync_file, sync_folder
 from pipeline.checkpoint import find_checkpoint, load_config, load_draft
 from pipeline.drafts import Blocks, Cell, Draft, DraftConfig, lay_blocks, pack
-from pipeline.errors import ProofError, UsageError
+from pipeline.errors import CacheError, ProofError, UsageError
 from pipeline.published import CONFIG, WEIGHTS, check_servable, load_draft_folder, published_config
 from pipeline.recipe import load_recipe
 from pipeline.target_head import TargetHead
@@ -81,7 +81,7 @@ def export(run: Path, out: Path, format: str = "sglang") -> dict:
 
 def _origin(run: Path) -> tuple[HiddenCache | None, torch.dtype]:
     """The cache a checkpoint's run was trained on, if it is still there, and the type the run computed in."""
-    folder = find_checkpoint(run).parent.parent
+    folder = find_checkpoint(run).resolve().parent.parent
     facts = folder / "run.json"
     if not facts.is_file():
         return None, torch.float32
@@ -89,7 +89,7 @@ def _origin(run: Path) -> tuple[HiddenCache | None, torch.dtype]:
     dtype = getattr(torch, load_recipe(folder / "recipe.toml").train.dtype)
     try:
         cache = HiddenCache.open(trained["path"])
-    except UsageError:  # moved or deleted since
+    except (UsageError, CacheError):  # moved, deleted or damaged since; the draft is none the worse for it
         return None, dtype
     return (cache if cache.digest == trained["digest"] else None), dtype
 

@@ -142,12 +142,11 @@ def read_published(path: Path) -> DraftConfig:
             head_dim=flat.get("head_dim") or flat["hidden_size"] // flat["num_attention_heads"],
             rope_theta=_rope_theta(file, flat),
             block_size=_either(file, flat, nested, "block_size"),
-            layer_types=tuple(flat.get("layer_types") or ()),
-            sliding_window=flat.get("sliding_window") if flat.get("use_sliding_window") else None,
+            **_windows(file, flat),
             mask_token_id=nested["mask_token_id"],
             target_layer_ids=tuple(nested["target_layer_ids"]),
             shift_label=_shift_label(file, flat, nested),
-            **{key: nested[key] for key in DOMINO_KEYS if _method(file, flat, nested) == "domino"},
+            **(_domino_sizes(file, flat, nested) if _method(file, flat, nested) == "domino" else {}),
         )
     except (OSError, ValueError) as error:
         raise UsageError(f"{file} cannot be read ({error}); name a folder that holds a published draft") from error
@@ -166,6 +165,29 @@ def _method(file: Path, flat: dict, nested: dict) -> str:
     return method
 
 
+def _windows(file: Path, flat: dict) -> dict:
+    """Which layers slide, and how far. A window that no layer uses means nothing: configs are often copied."""
+    kinds = tuple(flat.get("layer_types") or ())
+    if flat.get("use_sliding_window") and not kinds:
+        raise UsageError(f"{file}: use_sliding_window without layer_types; name the kind of every layer")
+    return {
+        "layer_types": kinds,
+        "sliding_window": flat.get("sliding_window") if "sliding_attention" in kinds else None,
+    }
+
+
+def _by_specforge(flat: dict) -> bool:
+    """Whether the file is SpecForge's own Domino class, whose defaults for left-out keys are known."""
+    return flat.get("architectures") == ["DominoDraftModel"]
+
+
+def _domino_sizes(file: Path, flat: dict, nested: dict) -> dict:
+    """The causal head's sizes; releases also write them at the top level."""
+    sizes = {key: _either(file, flat, nested, key) for key in ("emb_dim", "gru_hidden_dim")}
+    prefix = "pure_draft_prefix_len"
+    return sizes | {prefix: nested.get(prefix, 0) if _by_specforge(flat) else nested[prefix]}
+
+
 def _either(file: Path, flat: dict, nested: dict, key: str):
     """The value of a key that releases keep in one of two places, the nested one first. KeyError for neither."""
     if key in flat and key in nested and flat[key] != nested[key]:
@@ -178,7 +200,7 @@ def _shift_label(file: Path, flat: dict, nested: dict) -> bool:
     stated = {where.get(key) for where in (flat, nested) for key in ("shift_label", "sample_from_anchor")} - {None}
     if len(stated) > 1:
         raise UsageError(f"{file}: shift_label and sample_from_anchor contradict each other; correct the wrong one")
-    if not stated and _method(file, flat, nested) != "dflash":
+    if not stated and _method(file, flat, nested) != "dflash" and not _by_specforge(flat):
         raise UsageError(f"{file}: shift_label is missing; state whether slot k guesses anchor + k + 1 or anchor + k")
     return bool(stated and stated.pop())
 

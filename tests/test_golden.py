@@ -237,18 +237,22 @@ def recognised(case: Case, loss: Loss) -> dict[str, float]:
 @pytest.mark.parametrize("name", CASES)
 def test_gradients(name):
     case = load(name)
+    if "grad_norm" not in case.facts and not any(key.startswith("grad.") for key in case.tensors):
+        pytest.skip(f"{name} holds no gradients")
     case.draft.zero_grad(set_to_none=True)
     case.loss(case.facts["scalars"].get("grad_lambda", 0.0)).total.backward()
     for key, parameter in case.draft.named_parameters():
-        full, norm = case.tensors.get(f"grad.{key}"), case.facts["grad_norm"][key]
+        full = case.tensors.get(f"grad.{key}")
         if full is not None:
             error = float((parameter.grad - full).norm())
             assert error <= GRADIENT * float(full.norm()), f"{key}: off by {error:.3g} of {float(full.norm()):.3g}"
-        found = float(parameter.grad.double().norm())
-        assert abs(found - norm) <= GRADIENT_NORM * norm, f"norm of {key}: {found}, reference {norm}"
-        total, slack = case.facts["grad_sum"][key], GRADIENT * norm * math.sqrt(parameter.numel())
-        found = float(parameter.grad.double().sum())
-        assert abs(found - total) <= slack, f"sum of {key}: {found}, reference {total}"
+        norm, total = (case.facts.get(name, {}).get(key) for name in ("grad_norm", "grad_sum"))
+        if norm is not None:
+            found = float(parameter.grad.double().norm())
+            assert abs(found - norm) <= GRADIENT_NORM * norm, f"norm of {key}: {found}, reference {norm}"
+        if norm is not None and total is not None:
+            found, slack = float(parameter.grad.double().sum()), GRADIENT * norm * math.sqrt(parameter.numel())
+            assert abs(found - total) <= slack, f"sum of {key}: {found}, reference {total}"
 
 
 @pytest.mark.parametrize("name", DECODES)

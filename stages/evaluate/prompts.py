@@ -88,11 +88,11 @@ def _ids(row: dict, kind: str, place: str, target: Path) -> Iterable[int]:
     if kind == "prompt":
         return tokenizer(row[kind])["input_ids"] if isinstance(row[kind], str) else []
     messages = row[kind]
-    if isinstance(messages, list) and messages and messages[-1].get("role") == "assistant":
-        messages = messages[:-1]
     from jinja2 import TemplateError
 
     try:
+        if isinstance(messages, list) and messages and messages[-1].get("role") == "assistant":
+            messages = messages[:-1]
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise DataError(f"{place}: the chat template cannot render `messages` ({error}); correct the line") from error

@@ -58,7 +58,7 @@ def run(
     if store is not None:
         heldout = split_samples(store, drafter.config.mask_token_id, trained.heldout).heldout
     asked = cached_prompts(store, heldout, count) if prompts is None else file_prompts(prompts, folder, count)
-    check_room(target, asked, max_new)
+    check_room(target, asked, max_new, drafter.config.proposals)
     stops = target_stops(target) if store is None else frozenset(store.tokens["eos"])
     outcomes = decode_all(target, drafter, asked, max_new, stops)
     settings = {
@@ -116,7 +116,7 @@ def describe_draft(path: Path) -> Trained:
     if (path / WEIGHTS).is_file():
         return Trained(path, published=True)
     place = find_checkpoint(path)
-    steps, run_folder = open_checkpoint(place).step, place.parent.parent
+    steps, run_folder = open_checkpoint(place).step, place.resolve().parent.parent
     if not (run_folder / "run.json").is_file():
         return Trained(path, False, steps)
     trained_on = json.loads((run_folder / "run.json").read_text("utf-8"))["cache"]["path"]
@@ -183,15 +183,15 @@ def target_stops(target: PreTrainedModel) -> frozenset[int]:
     return frozenset(stop for stops in found for stop in ([stops] if type(stops) is int else stops or ()))
 
 
-def check_room(target: PreTrainedModel, asked: Sequence[Prompt], max_new: int) -> None:
-    """Refuse prompts that leave the target's context no room for the reply, or ids it does not know."""
+def check_room(target: PreTrainedModel, asked: Sequence[Prompt], max_new: int, proposals: int) -> None:
+    """Refuse prompts that leave the target's context no room for the reply and a block past its end, or unknown ids."""
     config = target.config.get_text_config()
     most = getattr(config, "max_position_embeddings", None)
     for prompt in asked:
-        if most is not None and len(prompt.ids) + max_new > most:
+        if most is not None and len(prompt.ids) + max_new + proposals > most:
             raise UsageError(
-                f"{prompt.name}: {len(prompt.ids)} tokens and {max_new} new ones exceed the target's {most}; "
-                "lower --max-new or leave that prompt out"
+                f"{prompt.name}: {len(prompt.ids)} tokens, {max_new} new ones and a block of {proposals} exceed the "
+                f"target's {most}; lower --max-new or leave that prompt out"
             )
         if max(prompt.ids) >= config.vocab_size:
             raise UsageError(f"{prompt.name}: token {max(prompt.ids)} is outside the target's {config.vocab_size}")

@@ -149,3 +149,5 @@ def deterministic(device: torch.device) -> None:
     """Ask for kernels that repeat to the bit. CPU kernels do, for a given number of threads."""
     if device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # A GRU would else multiply in TF32, where every other product of a float32 draft does not.
+        torch.backends.cudnn.allow_tf32 = False

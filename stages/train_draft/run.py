@@ -1,6 +1,7 @@
 """`pipeline train-draft`: a draft from a cache. Nothing here, or in what it imports, can load a target."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,17 +52,27 @@ def run(
         if result is not None:
             screen.print(f"{path} is finished: nothing to do", markup=False, soft_wrap=True)
         else:
-            screen.print(resolved.recipe.toml(), markup=False, soft_wrap=True)
-            screen.print(
-                f"{len(split.train)} samples to train on, {len(split.heldout)} held out, {split.unusable} unusable; "
-                f"target {store.identity['target']['name']}, on {where}; run {path}",
-                markup=False,
-                soft_wrap=True,
-            )
+            for line in announced(path, store, split, resolved, where):
+                screen.print(line, markup=False, soft_wrap=True)
             result = train(path, store, split, resolved, where, screen)
             finish(path, result)
     screen.print(summary(path, store, result), markup=False, soft_wrap=True)
     return Done(path, result["steps"], result["accept_len"])
+
+
+def announced(path: Path, store: HiddenCache, split: Split, resolved: Resolved, where: torch.device) -> Iterator[str]:
+    """Yield what the run will do, the whole recipe first."""
+    yield resolved.recipe.toml()
+    yield (
+        f"{len(split.train)} samples to train on, {len(split.heldout)} held out, {split.unusable} unusable; "
+        f"target {store.identity['target']['name']}, on {where}; run {path}"
+    )
+    context = resolved.recipe.train.context
+    longer = int((store.samples.length[split.train] > context).sum())
+    if longer:
+        yield f"{longer} samples are longer than train.context = {context} rows: each gives one window an epoch"
+    if resolved.draft.gamma is None and resolved.draft.weighting == "decay":
+        yield "gamma is 0, so late slots weigh as much as early ones; published recipes let the weight decay"
 
 
 def train(path: Path, store: HiddenCache, split: Split, resolved: Resolved, where: torch.device, screen) -> dict:
