@@ -125,6 +125,13 @@ def test_the_bundled_target_takes_the_chats_beside_it(tmp_path):
         ({"messages": [HELLO[0], {"role": "assistant", "content": " "}]}, "no reply", "no assistant message"),
         ({"messages": [HELLO[0], {"role": "assistant", "content": 7}]}, "no text", "content that is no text"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, HELLO[1]]}, "no text", "no text"),
+        (
+            {"messages": [HELLO[0], {"role": "assistant", "content": "a\ud800b"}]},
+            "no text",
+            r"surrogate pair ('\ud800')",
+        ),
+        ({"messages": [{**HELLO[1], "reasoning_content": "\udc00"}]}, "no text", "surrogate"),
+        ({"messages": HELLO, "domain": "\ud800"}, "no text", "surrogate"),
         ({"messages": HELLO, "split": "both"}, "unknown split", "'both'"),
         ({"messages": HELLO, "domain": 3}, "unknown domain", "domain 3"),
         ({"messages": HELLO, "tools": [{"name": "f"}]}, "tools", "not rendered"),

@@ -162,10 +162,19 @@ def conversation(row: object, file: str, line: int) -> Conversation | Fault:
             raise Unusable("unknown split", f"split {split!r}; wanted one of {', '.join(filter(None, SPLITS))}")
         if not isinstance(domain, str | None):
             raise Unusable("unknown domain", f"domain {domain!r}; wanted a text")
+        _check_encodes({"messages": messages, "domain": domain})
         replies = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
         return Conversation(messages[: replies[-1] + 1], domain or "", SPLITS[split or ""], file, line)
     except Unusable as fault:
         return Fault(fault.reason, fault.detail, file, line)
+
+
+def _check_encodes(kept: dict) -> None:
+    """Refuse half a surrogate pair: JSON can say it, but no tokenizer or file takes it."""
+    try:
+        json.dumps(kept, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise Unusable("no text", f"holds half a surrogate pair ({error.object[error.start]!r}), no text") from error
 
 
 def _messages(row: dict) -> list[dict]:
