@@ -198,7 +198,7 @@ def test_a_line_that_is_no_prompt_is_named(target, tmp_path, line, message):
 
 def test_prompts_that_do_not_fit_the_target_are_refused(trained, tmp_path):
     long = write_jsonl(tmp_path / "long.jsonl", [{"input_ids": [1] * 500}])
-    with pytest.raises(UsageError, match="500 tokens, 20 new ones and a block of . exceed the target's 512"):
+    with pytest.raises(UsageError, match=r"500 tokens, 20 new ones and a block of . exceed the target's 512"):
         run(trained, prompts=long, max_new=20, device="cpu")
     foreign = write_jsonl(tmp_path / "foreign.jsonl", [{"input_ids": [264]}])
     with pytest.raises(UsageError, match="token 264 is outside the target's 264"):
