@@ -15,7 +15,7 @@ from pipeline.errors import DataError, RoomError, UsageError
 from pipeline.target_files import CONFIG, tokenizer_files, weight_files
 from stages.cache_hidden.corpus import corpus_files
 from stages.cache_hidden.options import CaptureOptions
-from stages.cache_hidden.settings import Settings
+from stages.cache_hidden.settings import Settings, default_corpus
 
 
 def request_of(model: str, corpus: str | None, options: CaptureOptions) -> dict:
@@ -34,13 +34,16 @@ def looks(files: list[Path]) -> dict[str, list[int]]:
     return {str(file.resolve()): [(stat := file.stat()).st_size, stat.st_mtime_ns] for file in files}
 
 
+def _target_files(folder: Path) -> list[Path]:
+    return [folder / CONFIG, *tokenizer_files(folder), *weight_files(folder)]
+
+
 def write_record(out: Path, request: dict, settings: Settings, corpus: str) -> None:
     """Note a command that is done. A cache that cannot be written to keeps the record it has."""
     folder = settings.folder.resolve()
-    target_files = [folder / CONFIG, *tokenizer_files(folder), *weight_files(folder)]
     record = {
         "request": request,
-        "target": {"folder": str(folder), "files": looks(target_files)},
+        "target": {"folder": str(folder), "files": looks(_target_files(folder))},
         "corpus": looks(corpus_files(corpus)),
         "columns": [spec.as_dict() for spec in settings.columns],
     }
@@ -62,15 +65,20 @@ def read_record(out: Path) -> dict:
 
 
 def unchanged(record: dict, request: dict) -> tuple[ColumnSpec, ...] | None:
-    """Return the columns wanted, when the command is the recorded one and every file looks as it did; else None."""
+    """Return the columns wanted, when the command is the recorded one and every file looks as it did; else None.
+
+    The folders are listed again, since a file that was added changes what they mean.
+    """
     if record.get("request") != request:
         return None
     try:
-        for part in (record["target"]["files"], record["corpus"]):
-            if looks([Path(name) for name in part]) != part:
-                return None
+        folder = Path(record["target"]["folder"])
+        if looks(_target_files(folder)) != record["target"]["files"]:
+            return None
+        if looks(corpus_files(request["corpus"] or default_corpus(folder))) != record["corpus"]:
+            return None
         return tuple(ColumnSpec(**spec) for spec in record["columns"])
-    except (OSError, KeyError, TypeError):
+    except (OSError, KeyError, TypeError, DataError, UsageError):
         return None
 
 
