@@ -356,6 +356,22 @@ def test_new_chats_beside_a_bundled_target_are_not_taken_for_the_old(tiny_target
         run(str(target), None, tmp_path / "cache", options=OPTIONS)
 
 
+def test_a_file_added_to_a_folder_is_seen_by_the_same_command(tiny_target, tmp_path):
+    target = shutil.copytree(tiny_target, tmp_path / "target")
+    (tmp_path / "corpus").mkdir()
+    write_jsonl(tmp_path / "corpus/a.jsonl", conversations(6))
+    command = (str(target), str(tmp_path / "corpus"), tmp_path / "cache")
+    run(*command, options=OPTIONS)
+    assert run(*command, options=OPTIONS).new_shards == 0
+    added = write_jsonl(tmp_path / "corpus/b.jsonl", conversations(6, seed=1))
+    with pytest.raises(UsageError, match=r"was planned from a\.jsonl .* names a\.jsonl .* b\.jsonl"):
+        run(*command, options=OPTIONS)
+    added.unlink()
+    (target / "added_tokens.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"tokenizer\.digest = "):
+        run(*command, options=OPTIONS)
+
+
 def test_a_layer_added_later_is_one_more_pass_that_touches_nothing_else(tiny_target, tiny_corpus, cache_copy):
     before = contents(cache_copy)
     options = CaptureOptions(layers="-1,1,2,3,4", max_length=256)
@@ -458,6 +474,18 @@ def test_a_plan_says_what_a_capture_will_hold(tiny_target, tmp_path):
     assert report["bytes"]["final"] == cache.samples.final_length.sum() * 32 * 4
     after = plan(str(tiny_target), None, tmp_path / "cache", options=OPTIONS)
     assert after["bytes_to_write"] == 0 and after["shards_done"] == after["shards"]
+
+
+def test_a_capture_says_what_planning_left_out(capture, capsys, tmp_path):
+    long = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "word " * 80}]
+    late = [{"role": "user", "content": "word " * 80}, {"role": "assistant", "content": "hi"}]
+    rows = [*conversations(), conversations()[0], "{", {"messages": long}, {"messages": late}]
+    capture(corpus=write_jsonl(tmp_path / "chats.jsonl", rows))
+    said = capsys.readouterr().err
+    assert "left out, broken line: 1, such as chats.jsonl:26: no JSON" in said
+    assert "left out, too short: 1, such as chats.jsonl:28: " in said
+    assert "left out, duplicates: 1\n" in said and "cut at max_length: 2\n" in said
+    assert "rewrites" not in said, "nothing of the kind was found"
 
 
 def test_max_samples_stops_reading(capture):

@@ -138,6 +138,24 @@ def _announce(planned: Plan, settings: Settings, need: int, shards: int) -> None
         f"{size_text(need)} to write in {shards} shards",
         file=sys.stderr,
     )
+    for line in left_out_lines(planned):
+        print(line, file=sys.stderr)
+
+
+def left_out_lines(planned: Plan) -> list[str]:
+    """Return what planning left out or cut, a line for each reason: the count, and an example by file and line."""
+    notes = planned.notes
+    counts = {f"left out, {why}": (count, why) for why, count in notes["faults"].items()}
+    counts["left out, too short"] = (notes["too_short"], "too short")
+    counts["left out, duplicates"] = (planned.duplicates, None)
+    counts["turns not supervised, since the template rewrites them"] = (notes["rewritten_turns"], "rewritten turns")
+    counts["cut at max_length"] = (notes["truncated"], None)
+    examples = {why: shown[0] for why, shown in notes["examples"].items()}
+    return [
+        f"{what}: {count:,}" + (f", such as {examples[why]}" if why in examples else "")
+        for what, (count, why) in counts.items()
+        if count
+    ]
 
 
 def summary(out: Path, planned: Plan, columns: tuple[ColumnSpec, ...], new_shards: int) -> Done:
