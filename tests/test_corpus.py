@@ -248,6 +248,19 @@ def test_a_template_that_refuses_says_why(template):
     assert found.value.reason == "template error"
 
 
+@pytest.mark.parametrize("text", [CHAT_TEMPLATE, NO_MARKS], ids=["marks", "prefixes"])
+def test_no_rendering_depends_on_the_clock(template, text):
+    clock = "{% macro day() %}{{ strftime_now('%d %B %Y') }}{% endmacro %}{{ day() }}|{{ strftime_now('%H:%M') }}|"
+    made = template(clock + "{{ date_string }}|" + text)
+    assert made.render(TWO_TURNS).text.startswith("26 July 2024|00:00|26 Jul 2024|<|im_start|>")
+    assert supervised(made, TWO_TURNS) == ["One.<|im_end|>", "Two, zwei, 二.<|im_end|>"]
+
+
+def test_a_template_that_is_none_is_one_line(template):
+    with pytest.raises(UsageError, match="its chat template is no Jinja"):
+        template("{% for m in messages %}{{ m }")
+
+
 def test_the_mask_rule_is_read_off_the_template():
     assert mask_rule(CHAT_TEMPLATE) == "marks"
     assert mask_rule("{%- generation -%}x{%- endgeneration -%}") == "marks"

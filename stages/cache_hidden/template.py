@@ -11,18 +11,20 @@ in the whole conversation, is not what the target would have written, so it stay
 """
 
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from pipeline.errors import UsageError
 from pipeline.target_files import chat_template
 from stages.cache_hidden.corpus import Unusable
 from stages.cache_hidden.settings import mask_rule
 
+TODAY = datetime(2024, 7, 26)  # in every rendering; the day Llama's templates take when they are told none
 RENDERING_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 
 
@@ -48,6 +50,7 @@ class ChatTemplate:
             raise UsageError(f"{folder}: its tokenizer cannot map tokens to characters; add a tokenizer.json")
         self.template = chat_template(folder)
         self.marked = mask_rule(self.template) == "marks"
+        stop_the_clock(folder, self.template)
         self.ends = {end for end in (self.tokenizer.eos_token, *_turn_ends(self.tokenizer)) if end}
 
     def render(self, messages: list[dict]) -> Rendered:
@@ -80,6 +83,7 @@ class ChatTemplate:
             chat_template=self.template,
             add_generation_prompt=prompt,
             return_assistant_tokens_mask=marks,
+            date_string=TODAY.strftime("%d %b %Y"),
             **self.tokenizer.special_tokens_map,
         )
         return (texts[0], [tuple(span) for span in spans[0]]) if marks else texts[0]
@@ -126,6 +130,20 @@ class ChatTemplate:
         after = found + len(content) if found >= 0 else 0
         ends = [place + len(end) for end in self.ends if (place := reply.find(end, after)) >= 0]
         return min(ends, default=len(reply.rstrip()))
+
+
+def stop_the_clock(folder: Path, template: str) -> None:
+    """Let a template that asks for the date see always the same. UsageError when it cannot be compiled.
+
+    Nothing in a cache may depend on the clock, or the same command gives other samples tomorrow. The renderer lets no
+    function through its arguments, so the compiled template, of which it keeps one, is given ours.
+    """
+    try:
+        _compile_jinja_template(template).globals["strftime_now"] = TODAY.strftime
+    except TemplateError as error:
+        raise UsageError(
+            f"{folder}: its chat template is no Jinja ({error}); fetch the target's files again"
+        ) from error
 
 
 def _common(one: str, other: str) -> int:
