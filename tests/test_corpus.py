@@ -48,6 +48,29 @@ def test_sharegpt_conversations(tmp_path):
     assert [(m["role"], m["content"]) for m in found.messages] == [("system", "s"), ("user", "q"), ("assistant", "a")]
 
 
+def test_conversations_may_have_roles_and_contents(tmp_path):
+    (found,) = rows_of(write_jsonl(tmp_path / "a.jsonl", [{"conversations": HELLO}]))
+    assert found.messages == HELLO
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_system_text_of_the_row_is_the_first_message(tmp_path, suffix):
+    own = {"from": "system", "value": "own"}
+    chat = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+    rows = [
+        {"system": text, "conversations": messages}
+        for text, messages in [("Be kind.", chat), ("Be kind.", [own, *chat]), ("", chat), (None, chat)]
+    ]
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "jsonl":
+        write_jsonl(path, rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    systems = [[m["content"] for m in row.messages if m["role"] == "system"] for row in rows_of(path)]
+    assert systems == [["Be kind."], ["own"], [], []]
+    assert rows_of(path)[0].messages == [{"role": "system", "content": "Be kind."}, *HELLO]
+
+
 def test_parquet_gives_what_jsonl_gives(tmp_path):
     rows = [{"messages": HELLO, "domain": "d", "split": "train"}] * 3
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
@@ -132,6 +155,7 @@ def test_the_bundled_target_takes_the_chats_beside_it(tmp_path):
         ),
         ({"messages": [{**HELLO[1], "reasoning_content": "\udc00"}]}, "no text", "surrogate"),
         ({"messages": HELLO, "domain": "\ud800"}, "no text", "surrogate"),
+        ({"messages": HELLO, "system": 3}, "no text", "`system` that is no text"),
         ({"messages": HELLO, "split": "both"}, "unknown split", "'both'"),
         ({"messages": HELLO, "domain": 3}, "unknown domain", "domain 3"),
         ({"messages": HELLO, "tools": [{"name": "f"}]}, "tools", "not rendered"),

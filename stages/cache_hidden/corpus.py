@@ -1,7 +1,8 @@
 """Conversations in, one at a time, from files or a hub's data set; what cannot be used is named by file and line.
 
 A corpus is JSONL or Parquet with `messages` (role, content) or ShareGPT's `conversations` (from, value), a folder of
-such files, or the name of a data set on the hub. Optional columns: `domain`, any text, and `split`, train or heldout.
+such files, or the name of a data set on the hub. Optional columns: `domain`, any text, `split`, train or heldout, and
+`system`, which becomes the first message unless that is one already.
 Nothing is ever held but the row at hand, so a corpus may be larger than memory.
 
 The one rule: a row that is broken, or that says something we would have to guess at, is left out, counted and shown.
@@ -132,7 +133,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, object]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    wanted = ("messages", "conversations", "domain", "split", "tools")
+    wanted = ("messages", "conversations", "system", "domain", "split", "tools")
     try:
         with pq.ParquetFile(file) as table:
             columns = [name for name in wanted if name in table.schema_arrow.names]
@@ -179,13 +180,25 @@ def _check_encodes(kept: dict) -> None:
 
 def _messages(row: dict) -> list[dict]:
     """Return the messages of a row, roles by their usual names, contents as text."""
-    if row.get("messages"):
-        given, role_key, text_key, roles = row["messages"], "role", "content", {role: role for role in ROLES}
-    else:
-        given, role_key, text_key, roles = row.get("conversations"), "from", "value", SHAREGPT_ROLES
+    given = row.get("messages") or row.get("conversations")
     if not given or not isinstance(given, list):
         raise Unusable("no messages", "has neither `messages` nor `conversations` with anything in them")
-    return [_message(entry, at, role_key, text_key, roles) for at, entry in enumerate(given)]
+    if row.get("messages") or _names_roles(given[0]):
+        role_key, text_key, roles = "role", "content", {role: role for role in ROLES}
+    else:
+        role_key, text_key, roles = "from", "value", SHAREGPT_ROLES
+    messages = [_message(entry, at, role_key, text_key, roles) for at, entry in enumerate(given)]
+    system = row.get("system")
+    if not isinstance(system, str | None):
+        raise Unusable("no text", f"has `system` that is no text ({type(system).__name__})")
+    if system and system.strip() and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
+
+
+def _names_roles(entry: object) -> bool:
+    """Return whether a message is in role and content, also under `conversations`. Parquet has absent keys as None."""
+    return isinstance(entry, dict) and entry.get("from") is None and entry.get("role") is not None
 
 
 def _message(entry: object, at: int, role_key: str, text_key: str, roles: dict[str, str]) -> dict:
