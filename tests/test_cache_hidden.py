@@ -2,6 +2,7 @@
 
 import json
 import queue
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,12 +19,14 @@ from tiny import CHAT_TEMPLATE, conversations, tokenizer, write_jsonl
 
 import stages.cache_hidden.engine as engine_module
 from pipeline.cache import HiddenCache
+from pipeline.cache.disk import room
 from pipeline.cache.manifest import read_canonical
 from pipeline.cache.plan import load_plan, micro_batches
 from pipeline.cache.verify import verify
 from pipeline.capture import final_rows
 from pipeline.errors import DataError, RoomError, UsageError
 from pipeline.target import load_target
+from pipeline.target_head import TargetHead
 from stages.cache_hidden.corpus import conversation
 from stages.cache_hidden.drain import Drain
 from stages.cache_hidden.gauge import Gauge, gauge_rows, gauge_share
@@ -289,6 +292,18 @@ def test_what_does_not_fit_the_disk_is_refused_before_the_target_runs(capture, t
     monkeypatch.setattr(engine_module, "run_decoder", None)
     with pytest.raises(RoomError, match=r"a cache of 24 samples.*free"):
         capture()
+
+
+def test_a_limit_met_while_writing_the_head_is_an_error_of_room(tmp_path):
+    """A limit on file sizes is the one disk a test can fill; the safetensors writer reports it as it does a full one."""
+    head = TargetHead(torch.zeros(1000, 64), torch.zeros(1000, 64))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(RoomError, match="cannot write a head: File too large; raise"), room(tmp_path, "a head"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            head.save(tmp_path / "head.safetensors")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # Identity and resuming
