@@ -295,7 +295,7 @@ def test_what_does_not_fit_the_disk_is_refused_before_the_target_runs(capture, t
 
 
 def test_a_limit_met_while_writing_the_head_is_an_error_of_room(tmp_path):
-    """A limit on file sizes is the one disk a test can fill; the safetensors writer reports it as it does a full one."""
+    """A limit on file sizes is the one disk a test can fill; safetensors reports it as it does a full one."""
     head = TargetHead(torch.zeros(1000, 64), torch.zeros(1000, 64))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with pytest.raises(RoomError, match="cannot write a head: File too large; raise"), room(tmp_path, "a head"):
@@ -489,6 +489,33 @@ def test_a_plan_says_what_a_capture_will_hold(tiny_target, tmp_path):
     assert report["bytes"]["final"] == cache.samples.final_length.sum() * 32 * 4
     after = plan(str(tiny_target), None, tmp_path / "cache", options=OPTIONS)
     assert after["bytes_to_write"] == 0 and after["shards_done"] == after["shards"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU the target's own type is taken")
+@pytest.mark.parametrize(
+    ("named", "options", "bundled", "warned"),
+    [
+        ("bfloat16", {}, False, True),
+        ("float16", {}, False, True),
+        ("float32", {}, False, False),
+        ("bfloat16", {"dtype": "float32"}, False, False),
+        ("bfloat16", {"device": "cpu"}, False, False),
+        ("bfloat16", {}, True, False),
+    ],
+)
+def test_a_plan_without_a_gpu_warns_that_it_fixes_float32(
+    tiny_target, tiny_corpus, tmp_path, capsys, named, options, bundled, warned
+):
+    target = shutil.copytree(tiny_target, tmp_path / "target")
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "dtype": named}))
+    if bundled:
+        shutil.copy(tiny_corpus, tmp_path / "chats.jsonl")
+    wanted = CaptureOptions(layers="1", max_length=256, **options)
+    assert plan(str(target), str(tiny_corpus), tmp_path / "cache", options=wanted)["dtype"] == "float32"
+    assert ("plan with --dtype bfloat16" in capsys.readouterr().err) == warned
+    plan(str(target), str(tiny_corpus), tmp_path / "cache", options=wanted)
+    assert not capsys.readouterr().err, "what is settled is not warned about"
 
 
 def test_a_capture_says_what_planning_left_out(capture, capsys, tmp_path):

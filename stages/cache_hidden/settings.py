@@ -4,6 +4,7 @@ Imports no torch unless the device has to be looked at, so that a run with nothi
 """
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +84,8 @@ def settle(model: str, out: Path, options: CaptureOptions) -> Settings:
     columns = [ColumnSpec(aux_column(layer), dtype, width) for layer in layers]
     if options.final != "none":
         columns.append(ColumnSpec("final", dtype, width, keeps=options.final))
+    if not (options.dtype or options.device or held):
+        _warn_of_float32(folder, dtype)
     return Settings(model, folder, identity, tuple(columns))
 
 
@@ -111,12 +114,31 @@ def _default_dtype(folder: Path, device: str | None) -> str:
     """Return float32 on a CPU, else the type the target's weights are meant for."""
     if (device or default_device()) == "cpu":
         return "float32"
-    config = read_json(folder / "config.json")
-    nested = config.get("text_config") or {}
-    named = next((place[key] for place in (config, nested) for key in ("dtype", "torch_dtype") if place.get(key)), None)
+    named = _named_dtype(folder)
     if named not in DTYPES:
         raise UsageError(f"the target's config names the type {named}; choose one with --dtype: {' or '.join(DTYPES)}")
     return named
+
+
+def _named_dtype(folder: Path) -> str | None:
+    """Return the type that the target's config names for its weights."""
+    config = read_json(folder / "config.json")
+    nested = config.get("text_config") or {}
+    return next((place[key] for place in (config, nested) for key in ("dtype", "torch_dtype") if place.get(key)), None)
+
+
+def _warn_of_float32(folder: Path, dtype: str) -> None:
+    """Warn where a machine without a GPU settles, for good, that a half-width target is computed in float32.
+
+    Not for the bundled target, which a CPU is meant to capture.
+    """
+    named = _named_dtype(folder)
+    if dtype == "float32" and named in ("bfloat16", "float16") and default_corpus(folder) == HUB_CORPUS:
+        print(
+            f"warning: no GPU here, so this plan fixes float32 for the cache of a {named} target, at twice the bytes; "
+            "if a GPU will capture it, plan with --dtype bfloat16",
+            file=sys.stderr,
+        )
 
 
 def default_corpus(folder: Path) -> str:
