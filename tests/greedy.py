@@ -50,6 +50,7 @@ def conversation(target, rng, turns, most):
 def make_greedy_cache(model, out, count=12, most=20, seed=0):
     """Capture chats in the domains a, b and c, half of them held out; in `sampled` a reply leaves the greedy path."""
     from stages.cache_hidden.options import CaptureOptions
+    from stages.cache_hidden.planning import Tally
     from stages.cache_hidden.run import run
     from stages.cache_hidden.settings import settle
 
@@ -64,7 +65,7 @@ def make_greedy_cache(model, out, count=12, most=20, seed=0):
     options = CaptureOptions(layers="1,3,4", max_length=256)
     settings = settle(str(model), out, options)
     create_identity(out, settings.identity)
-    write_segment(out, samples, row_bytes=1024, sources=[], notes={"max_samples": None})
+    write_segment(out, samples, row_bytes=1024, sources=[], notes={"max_samples": None, **Tally().as_notes()})
     run(str(model), None, out, options=options)
     return out
 

@@ -85,7 +85,7 @@ def _planned(corpus: str | None, out: Path, settings: Settings, options: Capture
         create_identity(out, settings.identity)
     if plan_numbers(out):
         held = load_plan(out)
-        if from_hub and max_samples is None and held.sources[0].get("dataset") == HUB_CORPUS:
+        if from_hub and max_samples is None and any(part.get("dataset") == HUB_CORPUS for part in held.sources):
             max_samples = HUB_SAMPLES
         _check_same(held, None if from_hub else named, out, max_samples)
         return held
