@@ -10,7 +10,6 @@ Only safetensors and JSON; nothing that runs when it is read. A folder appears b
 so a kill at any moment leaves the checkpoint before.
 """
 
-import errno
 import json
 import os
 import re
@@ -19,20 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from pipeline.cache.disk import need_room, room, sync_file, sync_folder, write_file
 from pipeline.cache.manifest import FileFact
 from pipeline.drafts import DRAFTS, Draft, DraftConfig
 from pipeline.errors import CacheError, UsageError
 from pipeline.target_head import TargetHead
+from pipeline.tensors import save_tensors
 
 FOLDER = "checkpoints"
 DRAFT, CONFIG, OPTIMIZER, STATE = "draft.safetensors", "config.json", "optimizer.safetensors", "state.json"
 UNFINISHED = "tmp-"
 _NAME = re.compile(r"step-([0-9]{8,})")
-_FULL = "os error 28"  # how the safetensors writer reports ENOSPC
 
 
 @dataclass(frozen=True)
@@ -73,24 +71,14 @@ def save(run: Path, step: int, draft: Draft, optimizer: dict[str, torch.Tensor],
 
 def _write_files(folder: Path, weights: dict, config: DraftConfig, optimizer: dict, state: dict) -> None:
     (folder / CONFIG).write_text(config.model_dump_json(indent=1) + "\n")
-    _save_tensors(weights, folder / DRAFT)
+    save_tensors(weights, folder / DRAFT)
     if optimizer:
-        _save_tensors(optimizer, folder / OPTIMIZER)
+        save_tensors(optimizer, folder / OPTIMIZER)
     files = sorted(folder.iterdir())
     for file in files:
         sync_file(file)
     facts = {file.name: FileFact.of_file(file).as_dict() for file in files}
     write_file(folder / STATE, (json.dumps({**state, "files": facts}, indent=1, sort_keys=True) + "\n").encode())
-
-
-def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write tensors; a full disk becomes the OSError it is."""
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:
-        if _FULL not in str(error):
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
 def _size(tensor: torch.Tensor) -> int:

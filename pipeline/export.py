@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.cache import HiddenCache
@@ -25,6 +24,7 @@ from pipeline.errors import CacheError, ProofError, UsageError
 from pipeline.published import CONFIG, WEIGHTS, check_servable, load_draft_folder, published_config
 from pipeline.recipe import load_recipe
 from pipeline.target_head import TargetHead
+from pipeline.tensors import save_tensors
 
 # What training alone reads: a published config does not hold it.
 UNPUBLISHED = {"gamma", "lambda_start", "lambda_decay", "weighting", "dpace_alpha"}
@@ -116,8 +116,8 @@ def make_probe(config: DraftConfig, cache: HiddenCache | None) -> Probe:
 def _write(folder: Path, published: dict, draft: Draft, dtype: torch.dtype) -> None:
     folder.mkdir(parents=True)
     (folder / CONFIG).write_text(json.dumps(published, indent=2, sort_keys=True) + "\n")
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in draft.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    tensors = {name: tensor.to(dtype) for name, tensor in draft.state_dict().items()}
+    save_tensors(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     for name in (CONFIG, WEIGHTS):
         sync_file(folder / name)
     sync_folder(folder)

@@ -4,18 +4,16 @@ D hidden size   V vocabulary, the head's padding rows included
 """
 
 import json
-import os
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import CacheError
+from pipeline.tensors import save_tensors
 
 EMBEDDING, HEAD, FACTS = "embed_tokens.weight", "lm_head.weight", "target_head"
 
@@ -80,22 +78,13 @@ class TargetHead:
         return replace(self, embed_VD=embed_VD, head_VD=head_VD)
 
     def save(self, path: Path) -> None:
-        """Write as safetensors: the same bytes for the same head. Not atomic: the caller renames.
-
-        A full disk is the OSError it is, which the safetensors writer only puts into words.
-        """
-        tensors = {EMBEDDING: self.embed_VD.contiguous().cpu()}
+        """Write as safetensors: the same bytes for the same head. Not atomic: the caller renames."""
+        tensors = {EMBEDDING: self.embed_VD}
         if not self.tied:
-            tensors[HEAD] = self.head_VD.contiguous().cpu()
+            tensors[HEAD] = self.head_VD
         facts = {"embed_scale": self.embed_scale, "logit_softcap": self.logit_softcap, "tied": self.tied}
         # One key: safetensors writes several in the order of a randomly seeded map.
-        try:
-            save_file(tensors, path, metadata={FACTS: json.dumps(facts, sort_keys=True)})
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        save_tensors(tensors, path, metadata={FACTS: json.dumps(facts, sort_keys=True)})
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> "TargetHead":
