@@ -49,7 +49,7 @@ RUNS := $(foreach steps,$(BUDGETS),$(foreach seed,$(SEEDS),$(METHODS:%=build/res
 results: install
 	$(PIPELINE) cache-hidden --model $(TARGET) --out $(CACHE)
 	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 $(RUNS)
-	$(PIPELINE) report --markdown $(RUNS)
+	$(PIPELINE) report --markdown --forced $(RUNS)
 
 build/results/%.json: run = $(subst -, ,$*)
 build/results/%.json:

@@ -179,11 +179,13 @@ def export(draft, out, form):
 @commands.command()
 @click.argument("reports", type=click.Path(exists=True, dir_okay=False, path_type=Path), nargs=-1, required=True)
 @click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
-def report(reports, markdown):
+@click.option("--forced", is_flag=True, help="Add the teacher-forced accept lengths.")
+def report(reports, markdown, forced):
     """Put evaluation reports side by side; runs that differ only in their seed become one column."""
     from pipeline.report import comparison
 
-    console().print(comparison(reports, markdown=markdown), markup=not markdown)
+    table = comparison(reports, markdown, forced)
+    click.echo(table) if markdown else console().print(table)
 
 
 def console():

@@ -74,6 +74,7 @@ class TrainSection(BaseModel):
     anchors: PositiveInt = 512  # blocks a sample and epoch, at most
     cell_anchors: PositiveInt | None = None  # blocks of a cell; max(512, anchors)
     cells: PositiveInt = 1  # cells of a global batch, at least; more where they do not hold it
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the layers' matrices, adamw for the rest
     lr: PositiveFloat | None = None  # peak; see `default_lr`
     warmup: float = Field(0.04, ge=0, lt=1)  # share of the steps
     schedule: Literal["cosine", "wsd"] = "cosine"

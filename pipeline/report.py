@@ -117,10 +117,10 @@ def load_reports(paths: tuple[Path, ...]) -> list[dict]:
     return reports
 
 
-def comparison(paths: tuple[Path, ...], markdown: bool = False) -> Group | str:
+def comparison(paths: tuple[Path, ...], markdown: bool = False, forced: bool = False) -> Group | str:
     """Return evaluations side by side: a column a draft, a row a domain, accept length with its 95 % interval.
 
-    Reports that differ only in their seed are pooled into one column.
+    Reports that differ only in their seed are pooled into one column. `forced` adds the teacher-forced figures.
     """
     columns = defaultdict(list)
     for report in load_reports(paths):
@@ -128,12 +128,12 @@ def comparison(paths: tuple[Path, ...], markdown: bool = False) -> Group | str:
         steps = f", {draft['steps']:,} steps" if draft["steps"] else ""
         columns[draft["method"] + steps].append(report)
     domains = sorted({domain for reports in columns.values() for report in reports for domain in report["domains"]})
+    figures = {domain: lambda reports, domain=domain: cell(reports, domain) for domain in domains}
+    figures |= {"all": lambda reports: cell(reports, None), "mean of domains": _mean_of_domains}
+    if forced:
+        figures |= {f"{domain}, forced": lambda reports, name=domain: _forced(reports, name) for domain in domains}
     rows = [["accept length", *columns]]
-    for domain in domains:
-        rows.append([domain, *(cell(reports, domain) for reports in columns.values())])
-    rows.append(["all", *(cell(reports, None) for reports in columns.values())])
-    for title, figure in FACTS.items():
-        rows.append([title, *(figure(reports) for reports in columns.values())])
+    rows += [[title, *map(figure, columns.values())] for title, figure in (figures | FACTS).items()]
     if markdown:
         return as_markdown(rows)
     table = grid(rows[0][0], *(f">{head}" for head in rows[0][1:]))
@@ -144,27 +144,37 @@ def comparison(paths: tuple[Path, ...], markdown: bool = False) -> Group | str:
         f"{first['target']}, greedy, block {first['draft']['block_size']}, replies of {first['settings']['max_new']} "
         "tokens at most; tokens gained per target call, the target's own included; 95 % intervals over prompts"
     )
-    return Group(table, "", Text(note, style="dim"))
+    forced_note = "\nforced: teacher-forced, on the cache's replies" if forced else ""
+    return Group(table, "", Text(note + forced_note, style="dim"))
 
 
 def cell(reports: list[dict], domain: str | None) -> str:
-    """Return one figure of the table: accept length over all prompts of all seeds, and its interval."""
+    """Return one figure of the table: accept length over all prompts of all seeds, and its interval.
+
+    A prompt that several seeds decoded is drawn as one: its replies are no independent ones.
+    """
     from pipeline.accept import bootstrap
 
-    lengths = [
-        sample["lengths"]
-        for report in reports
-        for sample in report["samples"]
-        if sample["lengths"] and domain in (None, sample["domain"])
-    ]
-    if not lengths:
+    prompts = defaultdict(lambda: np.zeros(2))
+    for report in reports:
+        for number, sample in enumerate(report["samples"]):
+            if sample["lengths"] and domain in (None, sample["domain"]):
+                prompts[number, sample["domain"]] += (sum(sample["lengths"]), len(sample["lengths"]))
+    if not prompts:
         return "-"
-    tokens_n, calls_n = (
-        np.array([sum(each) for each in lengths], float),
-        np.array([len(each) for each in lengths], float),
-    )
+    tokens_n, calls_n = np.stack(list(prompts.values())).T
     low, high = bootstrap(tokens_n, calls_n, seed=0)
     return f"{tokens_n.sum() / calls_n.sum():.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _mean_of_domains(reports: list[dict]) -> str:
+    """Each domain counts the same, as benchmarks average their sets; in "all" one counts as often as it needs calls."""
+    return f"{fmean(of['accept_len'] for report in reports for of in report['domains'].values() if of['calls']):.2f}"
+
+
+def _forced(reports: list[dict], domain: str) -> str:
+    found = [report["teacher_forced"][domain] for report in reports if domain in report["teacher_forced"]]
+    return f"{fmean(found):.2f}" if found else "-"
 
 
 def as_markdown(rows: list[list[str]]) -> str:

@@ -17,7 +17,7 @@ from pipeline.recipe import Resolved
 from pipeline.split import Split, spread
 from stages.train_draft.batches import Stream
 from stages.train_draft.folder import METRICS, TIMING, Journal
-from stages.train_draft.optim import AdamW
+from stages.train_draft.optim import make_optimizer
 from stages.train_draft.progress import Clock, Display
 from stages.train_draft.trainer import Trainer
 
@@ -57,7 +57,7 @@ class Run:
         self.path, self.cache, self.draft = path, cache, draft
         self.train = resolved.recipe.train
         self.contract = {"recipe": resolved.recipe.digest(), "cache": cache.digest, "split": split.digest}
-        self.optimizer = AdamW(draft)
+        self.optimizer = make_optimizer(self.train.optimizer, draft)
         self.stream = Stream(cache, split, resolved.draft, self.train)
         self.probed = spread(cache, split.heldout, self.train.eval_samples) if cache.has_final else ()
         self.metrics, self.timing = Journal(path / METRICS), Journal(path / TIMING)

@@ -1,14 +1,18 @@
-"""AdamW, the rate at each step, and the optimiser's state as named tensors."""
+"""AdamW and Muon, the rate at each step, and the optimiser's state as named tensors."""
 
 import math
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
+
+from pipeline.drafts import Draft
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # no weight decay; no published recipe of these methods needs other values
 WSD_TAIL, WSD_FLOOR = 0.2, 0.1
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTUM = 0.95
 
 
 def rate(step: int, horizon: int, warmup: float, schedule: str) -> float:
@@ -28,13 +32,13 @@ def rate(step: int, horizon: int, warmup: float, schedule: str) -> float:
 
 
 class AdamW:
-    """torch's AdamW over a draft's float32 parameters, its state held as named tensors.
+    """torch's AdamW over named float32 parameters, its state held as named tensors.
 
     The functional form: the class of the same kernel imports the compiler, 1.5 s at every start of a run.
     """
 
-    def __init__(self, draft: nn.Module):
-        self.weights = dict(draft.named_parameters())
+    def __init__(self, weights: Mapping[str, Tensor]):
+        self.weights = dict(weights)
         self.moments = {
             moment: {name: torch.zeros_like(weight) for name, weight in self.weights.items()} for moment in MOMENTS
         }
@@ -63,14 +67,72 @@ class AdamW:
             maximize=False,
         )
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """Return both moments of every parameter, `exp_avg.<name>` and `exp_avg_sq.<name>`."""
         return {f"{moment}.{name}": value for moment, values in self.moments.items() for name, value in values.items()}
 
-    def restore(self, tensors: dict[str, torch.Tensor], step: int) -> None:
+    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
         """Put back what `tensors` gave after `step` steps; the next step is then the very same to the bit."""
         for moment, values in self.moments.items():
             for name, value in values.items():
                 value.copy_(tensors[f"{moment}.{name}"])
         for count in self.counts:
             count.fill_(step)
+
+
+class Muon:
+    """torch's Muon (K. Jordan 2024) over the matrices of a draft's layers, AdamW over everything else.
+
+    Its steps are as large as AdamW's (arXiv:2502.16982, section 2.2), so both take the same rate.
+    """
+
+    def __init__(self, draft: Draft):
+        names = matrices(draft)
+        named = dict(draft.named_parameters())
+        self.weights = {name: named[name] for name in names}
+        self.others = AdamW({name: weight for name, weight in named.items() if name not in names})
+        self.muon = torch.optim.Muon(
+            self.weights.values(), momentum=MOMENTUM, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+        )
+        for weight in self.weights.values():  # here and not at the first step: a run may be saved before it
+            self.muon.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+
+    def zero_grad(self) -> None:
+        self.muon.zero_grad()
+        self.others.zero_grad()
+
+    def step(self, lr: float) -> None:
+        """Move every parameter along its gradient."""
+        self.muon.param_groups[0]["lr"] = lr
+        self.muon.step()
+        self.others.step(lr)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return `momentum.<name>` of every matrix and AdamW's moments of the rest."""
+        buffers = {
+            f"momentum.{name}": self.muon.state[weight]["momentum_buffer"] for name, weight in self.weights.items()
+        }
+        return buffers | self.others.tensors()
+
+    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Put back what `tensors` gave after `step` steps; the next step is then the very same to the bit."""
+        for name, weight in self.weights.items():
+            self.muon.state[weight]["momentum_buffer"].copy_(tensors[f"momentum.{name}"])
+        self.others.restore(tensors, step)
+
+
+def matrices(draft: Draft) -> set[str]:
+    """Return the names of the weights that map one hidden vector to another.
+
+    Not those onto the vocabulary, nor a GRU's, which are three matrices in one.
+    """
+    return {
+        f"{name}.weight"
+        for name, module in draft.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features != draft.config.vocab_size
+    }
+
+
+def make_optimizer(kind: str, draft: Draft) -> AdamW | Muon:
+    """Return a recipe's `train.optimizer` over all of a draft's parameters."""
+    return Muon(draft) if kind == "muon" else AdamW(dict(draft.named_parameters()))

@@ -16,7 +16,7 @@ from pipeline.drafts import Blocks, Cell, Draft, Knobs, metrics_of
 from pipeline.errors import ProofError, RoomError
 from pipeline.recipe import TrainSection
 from stages.train_draft.batches import Batch, Stream
-from stages.train_draft.optim import AdamW, rate
+from stages.train_draft.optim import AdamW, Muon, rate
 
 Laid = list[tuple[Cell, Blocks]]
 
@@ -67,7 +67,7 @@ def backward(draft: Draft, cells: Laid, knobs: Knobs, precision: Precision, metr
 class Trainer:
     """A draft, its optimiser and what a step needs. `step(batch)` moves both once."""
 
-    def __init__(self, draft: Draft, optimizer: AdamW, stream: Stream, train: TrainSection):
+    def __init__(self, draft: Draft, optimizer: AdamW | Muon, stream: Stream, train: TrainSection):
         self.draft, self.optimizer, self.stream, self.train = draft, optimizer, stream, train
         self.precision = Precision(train.dtype, draft.fc.weight.device)
 

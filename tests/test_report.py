@@ -1,0 +1,73 @@
+"""The table of evaluations side by side."""
+
+import json
+
+import pytest
+
+from pipeline.errors import UsageError
+from pipeline.report import comparison
+
+
+def evaluation(path, method="domino", seed=0, steps=700, samples=(), forced=None):
+    """Write an evaluation's report of `samples`, pairs of a domain and its lengths; return its path."""
+    domains = sorted({domain for domain, _ in samples})
+    of = {name: [lengths for domain, lengths in samples if domain == name] for name in domains}
+    report = {
+        "target": "tiny",
+        "draft": {"method": method, "steps": steps, "block_size": 8, "parameters": 1000, "seed": seed},
+        "settings": {"max_new": 64},
+        "overall": {"accept_len": 0.0, "calls_saved": 0.5},
+        "domains": {
+            name: {"accept_len": sum(map(sum, of[name])) / sum(map(len, of[name])), "calls": 1} for name in domains
+        },
+        "teacher_forced": forced or {},
+        "speed": {"speedup": 2.0},
+        "lossless": {"prompts": len(samples), "identical": len(samples), "near_ties": 0},
+        "samples": [{"domain": domain, "lengths": lengths} for domain, lengths in samples],
+    }
+    path.write_text(json.dumps(report))
+    return path
+
+
+def rows(*paths, **options):
+    table = comparison(paths, markdown=True, **options).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    return {line[0]: line[1:] for line in cells}
+
+
+def test_seeds_share_a_column_and_methods_do_not(tmp_path):
+    samples = [("sql", [8, 8]), ("sql", [2, 2]), ("copy", [4])]
+    paths = [evaluation(tmp_path / f"{seed}.json", seed=seed, samples=samples) for seed in (0, 1)]
+    other = evaluation(tmp_path / "other.json", method="dflash", samples=[("sql", [1])])
+    table = rows(*paths, other)
+
+    assert table["accept length"] == ["domino, 700 steps", "dflash, 700 steps"]
+    assert table["seeds"] == ["2", "1"]
+    assert table["sql"][0].startswith("5.00 [") and table["sql"][1] == "1.00 [1.00, 1.00]"
+    assert table["copy"][1] == "-", "the second draft decoded none"
+    assert table["all"][0].startswith("4.80 ["), "24 tokens of 5 calls"
+    assert table["mean of domains"] == ["4.50", "1.00"], "however many calls each took"
+
+
+def test_a_prompt_decoded_by_three_seeds_is_one_prompt(tmp_path):
+    samples = [("sql", [8]), ("sql", [1])]
+    one = rows(evaluation(tmp_path / "0.json", samples=samples))["sql"]
+    three = rows(*(evaluation(tmp_path / f"{n}.json", seed=n, samples=samples) for n in range(3)))["sql"]
+
+    assert one == three, "seeds make the interval of two prompts no narrower"
+
+
+def test_teacher_forced_figures_are_shown_when_asked_for(tmp_path):
+    paths = [
+        evaluation(tmp_path / f"{value}.json", samples=[("noise", [1])], forced={"noise": value}) for value in (1, 2)
+    ]
+
+    assert rows(*paths, forced=True)["noise, forced"] == ["1.50"]
+    assert "noise, forced" not in rows(*paths)
+
+
+def test_what_is_no_report_is_named(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("{}")
+    with pytest.raises(UsageError, match=r"x\.json is no report of `pipeline evaluate --out FILE`"):
+        comparison((path,))
