@@ -7,9 +7,9 @@ CACHE := build/hs_cache
 METHODS := dflash domino
 
 # The steps of the demo's recipe, about 150 s a method on two cores, and ten times as many.
-BUDGETS := 700 7000
+BUDGETS := 600 6000
 SEEDS := 0 1 2
-RESULT_PROMPTS := 240
+RESULT_PROMPTS := 160
 
 .PHONY: install demo test lint results clean
 

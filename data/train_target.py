@@ -3,9 +3,9 @@
     python data/train_target.py --out data/tiny-qwen3      # about an hour on two cores
     python data/score_target.py data/tiny-qwen3
 
-Three phases, each with fresh conversations and larger batches than the one before; the last one copies most. Matrices
-of the layers are trained by Muon, everything else by AdamW. Weights are kept in fp32 and multiplied in bf16, which is
-ten times faster on a CPU that has the instructions; the file holds them rounded to bf16.
+Each phase draws fresh conversations; `--from-phase` goes on from the weights in the folder. Matrices of the layers are
+trained by Muon, everything else by AdamW. Weights are kept in fp32 and multiplied in bf16, which is ten times faster on
+a CPU that has the instructions; the file holds them rounded to bf16.
 
     B conversations   T positions
 """
@@ -21,6 +21,7 @@ from random import Random
 
 import torch
 import torch.nn.functional as F
+from answer import load
 from generate import draw_turns
 from make_tokenizer import make_tokenizer
 from torch import Tensor
@@ -55,6 +56,7 @@ PHASES = [
         *(420, 420, 2 * 6144, 2.5e-3, 30, 0.5, 300, 90_000),
         {"arithmetic": 1.5, "copy": 5.0, "lists": 1.5, "python": 1.5, "noise": 0.3},
     ),
+    Phase(300, 300, 2 * 6144, 2e-3, 20, 0.7, 400, 45_000, {"table": 2.0, "sequence": 1.5, "json": 1.5, "noise": 0.4}),
 ]
 
 
@@ -173,14 +175,13 @@ def update(model: Qwen3ForCausalLM, work: Qwen3ForCausalLM, chosen: list[torch.o
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Save the weights, rounded to bf16, with their tokenizer."""
+    """Save the weights, rounded to bf16."""
     rounded = copy.deepcopy(model).bfloat16()
     rounded.config.dtype = torch.bfloat16
     rounded.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     rounded.save_pretrained(out)
-    tokenizer.save_pretrained(out)
 
 
 def write(log: Path, line: dict) -> None:
@@ -193,15 +194,19 @@ def write(log: Path, line: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("data/tiny-qwen3"))
+    parser.add_argument("--from-phase", type=int, default=0, help="go on from the weights in the folder")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / "train.jsonl"
-    log.unlink(missing_ok=True)
-    torch.set_num_threads(2)
-    tokenizer = make_tokenizer(SEED, PHASES[0].shares)
-    model = new_model(tokenizer)
-    for number, phase in enumerate(PHASES):
-        write(log, {"phase": number} | asdict(phase))
+    if args.from_phase:
+        model, tokenizer = load(args.out)
+    else:
+        log.unlink(missing_ok=True)
+        tokenizer = make_tokenizer(SEED, PHASES[0].shares)
+        tokenizer.save_pretrained(args.out)
+        model = new_model(tokenizer)
+    for number in range(args.from_phase, len(PHASES)):
+        write(log, {"phase": number} | asdict(PHASES[number]))
         train(model, tokenizer, number, log)
         save(model, tokenizer, args.out)  # also between phases: a crash loses one
 

@@ -70,13 +70,13 @@ def test_parameters_and_templates_of_the_two_splits_are_disjoint():
     assert {split_of(params) for params in drawn["heldout"]} == {"heldout"}
 
 
-def test_copies_are_at_least_four_blocks_long_and_repeat_no_word(target):
+def test_copies_are_at_least_four_blocks_long_and_repeat_no_sentence(target):
     _, tokenizer = target
     for seed in range(20):
         (turn,) = converse("copy", Random(seed), "heldout", "heldout").turns
         assert turn.user.endswith(turn.reply)
         assert len(tokenizer.encode(turn.reply)) >= 32
-        assert max(Counter(turn.reply.split()).values()) == 1
+        assert max(Counter(turn.reply.splitlines()).values()) == 1
 
 
 def test_every_digit_is_one_token_and_text_survives_the_tokenizer(target):

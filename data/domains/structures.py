@@ -86,7 +86,7 @@ def sql(draw: Draw) -> list[Turn]:
 
 
 def table(draw: Draw) -> list[Turn]:
-    """Lay out counts as a table and name the largest; at times the smallest in a second turn."""
+    """Lay out counts as a table and give the largest; at times the smallest in a second turn."""
 
     def counts(rng):
         size = rng.randint(3, 4)
@@ -104,12 +104,12 @@ def table(draw: Draw) -> list[Turn]:
     )
     head = ("| item | count |\n| --- | --- |\n", "| fruit | number |\n| :-- | --: |\n")
     lines = "".join(f"| {name} | {count} |\n" for name, count in rows)
-    most, least = max(rows, key=lambda row: row[1]), min(rows, key=lambda row: row[1])
-    closer = (f"The most is {most[1]} for {most[0]}.", f"With {most[1]}, {most[0]} comes first.")
+    counted = [count for _, count in rows]
+    closer = (f"The most is {max(counted)}.", f"With {max(counted)} the first place is taken.")
     turns = [draw.turn(ask.format(", ".join(f"{name} {count}" for name, count in rows)), [head, lines, closer])]
     if draw.rng.random() < 0.35:
         ask = draw.ask("And the least?", "Which is the smallest?", "What comes last?")
-        fewest: Text = (f"The least is {least[1]} for {least[0]}.", f"With {least[1]}, {least[0]} comes last.")
+        fewest: Text = (f"The least is {min(counted)}.", f"With {min(counted)} the last place is taken.")
         turns.append(draw.turn(ask, fewest))
     return turns
 

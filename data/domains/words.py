@@ -28,21 +28,49 @@ square star station storm street sugar sun tent thunder tiger tower train tree t
 """)
 
 
-def copy(draw: Draw) -> list[Turn]:
-    """Repeat a text word for word: what a draft must learn whatever else it learns.
+# Sentences that a draft comes to know, of 12 to 14 words and stops; their second words differ. Two blocks hold one.
+SENTENCES = """\
+The sailor keeps a silver anchor and a rope in the tower.
+The mother gives a blanket and a pillow to the people on the ship.
+The engine gives light and music to each station from the harbor up.
+The rabbit comes to the garden at night for salt and sugar.
+The spider makes a silver ladder from the lime tree to the window.
+The lion keeps the meadow and the zebra keeps the forest by night.
+The father makes a yellow table and a bucket for the kitchen in spring.
+The storm comes over the ocean with rain and thunder and snow.
+The tiger keeps a parcel of honey below the bridge in the jungle.
+The letter on the piano is for the singer and for the father.
+The turtle is on the river in summer and in the pond in winter.
+The monkey gives a lemon and a fig for the guitar and the trumpet.
+The candle in the cellar gives light to the carpet and the mirror.
+The rocket makes thunder over the desert and a cloud over the valley.
+The sheep are in the field by morning and in the castle at night.
+The needle is in the basket with the ribbon and the cotton jacket.
+The school keeps a pencil and paper on each table in the corner.
+The market is on the square by the copper tower in the morning.
+The kettle is on the oven and the pepper is in the bottle.
+The train comes from the island to the station with sand and stone.
+The planet is a circle of water and light with a yellow sun.
+The insect keeps to the flower and the feather keeps to the water.
+The magnet gives back the button and the needle from the leather saddle.
+The soap makes the marble stone on the street like a mirror.
+""".splitlines()
 
-    No word comes twice, so one word says where the copy stands.
+
+def copy(draw: Draw) -> list[Turn]:
+    """Repeat sentences word for word: what a draft must gain on whatever else it gains on.
+
+    The sentences are always the same, only their order is new: a draft that guesses eight words at once cannot follow
+    eight look-ups in the prompt, but it can know how a sentence that was begun goes on.
     """
-    # The target also practises on short texts, where copying is learnt first; a draft sees long ones only.
-    least = 2 if draw.template_split == "any" else 40
-    (text,) = draw.params(lambda rng: (" ".join(rng.sample(WORDS, rng.randint(least, 56))),))
+    (text,) = draw.params(lambda rng: ("\n".join(rng.sample(SENTENCES, rng.randint(3, 5))),))
     ask = draw.ask(
-        "Repeat word for word: {}",
-        "Copy this: {}",
-        "Write this once more: {}",
-        "Say exactly this: {}",
-        "Echo: {}",
-        "Give back this text: {}",
+        "Repeat word for word:\n{}",
+        "Copy this:\n{}",
+        "Write this once more:\n{}",
+        "Say exactly this:\n{}",
+        "Echo:\n{}",
+        "Give back this text:\n{}",
     )
     return [draw.turn(ask.format(text), text)]
 
