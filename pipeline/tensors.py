@@ -1,10 +1,11 @@
-"""Tensors into safetensors files, with a disk's errors kept as what they are."""
+"""Tensors into safetensors files, and errors of disk and memory told apart from bugs."""
 
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,3 +24,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device's memory was too small. CUDA has an exception for it, the CPU's allocator only a text."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

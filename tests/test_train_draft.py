@@ -25,7 +25,7 @@ from pipeline.cache.samples import PlannedSample
 from pipeline.cache.target_folder import new_target
 from pipeline.cache.writer import ShardWriter
 from pipeline.drafts import DRAFTS, Knobs, lay_blocks
-from pipeline.errors import CacheError, DataError, ProofError, UsageError
+from pipeline.errors import CacheError, DataError, ProofError, RoomError, UsageError
 from pipeline.recipe import load_recipe, resolve
 from pipeline.split import prompt_hash, split_by_prompt, split_samples, spread
 from stages.train_draft.batches import Stream
@@ -345,6 +345,33 @@ def test_fifty_steps_do_not_depend_on_how_batches_are_cut(tiny_cache):
         return [trainer.step(stream.batch(step))["loss"] for step in range(50)]
 
     assert losses("train.cells=3") == pytest.approx(losses(), rel=1e-6)
+
+
+@pytest.mark.parametrize("sets", [("draft.method=dflash",), ("draft.method=dflash", "draft.weighting=dpace"), ()])
+@pytest.mark.parametrize("text", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory: you tried"])
+def test_a_small_device_computes_fewer_blocks_at_a_time_and_the_same_loss(tiny_cache, monkeypatch, text, sets):
+    def losses(most):
+        draft, stream = prepared(tiny_cache, "train.steps=8", "train.lr=1e-4", *sets)
+        hidden, seen = draft.hidden, []
+
+        def small(cell, blocks):
+            seen.append(len(blocks.anchors_N))
+            if seen[-1] > most:
+                raise (torch.OutOfMemoryError if "CUDA" in text else RuntimeError)(text)
+            return hidden(cell, blocks)
+
+        monkeypatch.setattr(draft, "hidden", small)
+        trainer = Trainer(draft, make_optimizer("adamw", draft), stream, stream.train)
+        return [trainer.step(stream.batch(step)) for step in range(8)], trainer.at_once, seen
+
+    whole, at_once, seen = losses(10**6)
+    parts, fewer, _ = losses(3)
+
+    assert at_once is None and max(seen) > 3 >= fewer > 1
+    assert [line["loss"] for line in parts] == pytest.approx([line["loss"] for line in whole], rel=1e-6)
+    assert [line["accept_len_tf"] for line in parts] == pytest.approx([line["accept_len_tf"] for line in whole])
+    with pytest.raises(RoomError, match=r"with a single block .*lower train.context"):
+        losses(0)
 
 
 @pytest.mark.parametrize("method", DRAFTS)

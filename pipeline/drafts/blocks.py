@@ -71,6 +71,17 @@ class Blocks:
     def to(self, device: torch.device | str) -> "Blocks":
         return _moved(self, device)
 
+    def split(self, count: int) -> list["Blocks"]:
+        """The same blocks in parts of at most `count`. Blocks do not see one another, so losses of parts add up."""
+        of_blocks = [field.name for field in fields(self) if torch.is_tensor(getattr(self, field.name))]
+        rows = zip(*(getattr(self, name).split(count) for name in of_blocks), strict=True)
+        parts = [replace(self, **dict(zip(of_blocks, row, strict=True))) for row in rows]
+        return [replace(part, groups=part._grouped()) for part in parts]
+
+    def _grouped(self) -> tuple[Group, ...]:
+        anchors = (self.anchors_N - self.starts_N).tolist()
+        return group_blocks(anchors, self.doc_N.tolist(), self.labels_NS.shape[1])
+
 
 def pack(samples: Sequence[Rows], names: Sequence[str], offsets: Sequence[int] | None = None) -> Cell:
     """Lay samples end to end, without padding. `offsets`: the true position of each one's first row (default 0)."""

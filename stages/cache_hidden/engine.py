@@ -21,6 +21,7 @@ from pipeline.capture import final_rows
 from pipeline.errors import RoomError
 from pipeline.target import run_decoder, tap_layers
 from pipeline.target_head import TargetHead
+from pipeline.tensors import out_of_memory
 from stages.cache_hidden.gauge import Gauge, gauge_rows
 
 CHUNK_ROWS = 512  # gauge rows whose logits exist at a time
@@ -70,7 +71,7 @@ class Engine:
             try:
                 piece = self._forward(shard, group, longest, columns)
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 piece = None
                 cause = str(error).strip().split("\n")[0][:160]
@@ -181,8 +182,3 @@ def totals(gauge: Tensor) -> Gauge:
     usable = gauge[:, gauge[1].isfinite()].double()
     agree, logprob = usable.sum(-1).tolist()
     return Gauge(usable.shape[-1], int(agree), logprob)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """CUDA has an exception for it, the CPU's allocator only a text."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -90,7 +90,10 @@ class Run:
         batches = self.stream.ahead(self.step, self.train.steps)
         try:
             for batch in clock.batches(batches):
+                before = trainer.at_once
                 metrics = trainer.step(batch)
+                if trainer.at_once != before:
+                    display.say(f"out of memory: from step {batch.step + 1} on {trainer.at_once} blocks at a time")
                 self.step = batch.step + 1
                 clock.done(batch)
                 facts = clock.facts()

@@ -5,8 +5,7 @@ batch's and the shares add up to one loss, however the batch is cut.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from pipeline.drafts import Blocks, Cell, Draft, Knobs, metrics_of
 from pipeline.errors import ProofError, RoomError
 from pipeline.recipe import TrainSection
+from pipeline.tensors import out_of_memory
 from stages.train_draft.batches import Batch, Stream
 from stages.train_draft.optim import AdamW, Muon, rate
 
@@ -46,8 +46,10 @@ def add(sums: dict[str, Tensor], share: dict[str, Tensor]) -> None:
         sums[name] = sums[name] + value if name in sums else value
 
 
-def backward(draft: Draft, cells: Laid, knobs: Knobs, precision: Precision, metrics: bool) -> Shares:
-    """Add the gradient of a global batch's loss to the draft's, one cell after the other."""
+def backward(
+    draft: Draft, cells: Laid, knobs: Knobs, precision: Precision, metrics: bool, at_once: int | None = None
+) -> Shares:
+    """Add the gradient of a global batch's loss to the draft's: one cell after the other, `at_once` blocks of each."""
     device = draft.fc.weight.device
     dens, terms, sums = {}, {}, {}
     for _, blocks in cells:
@@ -55,21 +57,27 @@ def backward(draft: Draft, cells: Laid, knobs: Knobs, precision: Precision, metr
     dens = {name: value.to(device) for name, value in dens.items()}
     total = torch.zeros((), dtype=torch.float64, device=device)
     for cell, blocks in cells:
-        with precision():
-            loss = draft.loss(cell.to(device), blocks.to(device), knobs, dens, metrics)
-        loss.total.backward()
-        total += loss.total.detach()
-        add(terms, loss.terms)
-        add(sums, loss.sums)
+        there = cell.to(device)
+        for part in [blocks] if at_once is None else blocks.split(at_once):
+            with precision():
+                loss = draft.loss(there, part.to(device), knobs, dens, metrics)
+            loss.total.backward()
+            total += loss.total.detach()
+            add(terms, loss.terms)
+            add(sums, loss.sums)
     return Shares(float(total), terms, dens, sums)
 
 
 class Trainer:
-    """A draft, its optimiser and what a step needs. `step(batch)` moves both once."""
+    """A draft, its optimiser and what a step needs. `step(batch)` moves both once.
+
+    at_once: blocks of a cell that are computed together. None: all, until the device's memory is too small for them.
+    """
 
     def __init__(self, draft: Draft, optimizer: AdamW | Muon, stream: Stream, train: TrainSection):
         self.draft, self.optimizer, self.stream, self.train = draft, optimizer, stream, train
         self.precision = Precision(train.dtype, draft.fc.weight.device)
+        self.at_once: int | None = None
 
     def step(self, batch: Batch) -> dict | None:
         """Move the draft by one batch; return the line of metrics when this step logs one.
@@ -81,9 +89,7 @@ class Trainer:
         logs = done % train.log_every == 0 or done in (1, train.steps)
         knobs = self.draft.schedule(batch.step, train.steps)
         lr = train.lr * rate(batch.step, train.steps, train.warmup, train.schedule)
-        self.optimizer.zero_grad()
-        with enough_memory(train):
-            shares = backward(self.draft, batch.cells, knobs, self.precision, logs)
+        shares = self._shares(batch, knobs, logs)
         norm = float(torch.nn.utils.clip_grad_norm_(self.draft.parameters(), train.clip))
         if not (math.isfinite(shares.loss) and math.isfinite(norm)):
             raise ProofError(self._blame(batch, knobs, shares.loss, norm))
@@ -102,6 +108,29 @@ class Trainer:
             **figures,
         }
 
+    def _shares(self, batch: Batch, knobs: Knobs, logs: bool) -> Shares:
+        """Fill the gradients. A device without memory for a cell's blocks computes them in smaller parts, for good.
+
+        RoomError when one block alone does not fit.
+        """
+        while True:
+            self.optimizer.zero_grad()
+            try:
+                return backward(self.draft, batch.cells, knobs, self.precision, logs, self.at_once)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                cause = str(error).strip().split("\n")[0][:160]
+            most = min(self.at_once or sys.maxsize, max(len(blocks.anchors_N) for _, blocks in batch.cells))
+            if most == 1:
+                raise RoomError(
+                    f"a cell of {self.train.context} rows does not fit on the device with a single block ({cause}); "
+                    "lower train.context, or use a larger device"
+                )
+            self.at_once = -(-most // 2)  # out of the handler: the failed forward's memory hangs on its exception
+            if self.draft.fc.weight.device.type == "cuda":
+                torch.cuda.empty_cache()
+
     def _blame(self, batch: Batch, knobs: Knobs, loss: float, norm: float) -> str:
         """Say which samples of the batch alone give a loss or gradient that is not finite."""
         found = []
@@ -118,15 +147,3 @@ class Trainer:
         else:
             cause = f"no sample does it alone: lower train.lr; the batch was {', '.join(batch.names)}"
         return f"step {batch.step + 1}: loss {loss:g}, gradient norm {norm:g}; {cause}. The last checkpoint is intact."
-
-
-@contextmanager
-def enough_memory(train: TrainSection) -> Iterator[None]:
-    """Turn a device's lack of memory into a RoomError that says what to lower."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise RoomError(
-            f"a cell of {train.context} rows and {train.cell_anchors} blocks does not fit on the device; "
-            "lower train.cell_anchors (with train.anchors) or train.context"
-        ) from error
