@@ -61,10 +61,10 @@ def export(run: Path, out: Path, format: str = "sglang") -> dict:
     assert format == "sglang", f"unknown format {format!r}"
     config = load_config(run)
     check_servable(config)
-    cache, dtype = _origin(run)
+    cache, dtype, trained_on = _origin(run)
     probe = make_probe(config, cache)
     draft = load_draft(run, probe.head)
-    published = published_config(config, str(dtype).removeprefix("torch."), cache and cache.tokens)
+    published = published_config(config, str(dtype).removeprefix("torch."), cache and cache.tokens, trained_on)
     unfinished = out.parent / f"tmp-{out.name}-{uuid.uuid4().hex}"
     need_room(out.parent, "an exported draft", sum(weight.numel() * dtype.itemsize for weight in draft.parameters()))
     with room(out.parent, "an exported draft"):
@@ -79,19 +79,20 @@ def export(run: Path, out: Path, format: str = "sglang") -> dict:
     return {"tensors": len(weights), "parameters": count, "dtype": published["dtype"], "proof": proof}
 
 
-def _origin(run: Path) -> tuple[HiddenCache | None, torch.dtype]:
-    """The cache a checkpoint's run was trained on, if it is still there, and the type the run computed in."""
+def _origin(run: Path) -> tuple[HiddenCache | None, torch.dtype, dict | None]:
+    """The cache a checkpoint's run was trained on, if it is still there, the type the run computed in, and what of
+    the cache it was trained on."""
     folder = find_checkpoint(run).resolve().parent.parent
     facts = folder / "run.json"
     if not facts.is_file():
-        return None, torch.float32
-    trained = json.loads(facts.read_text("utf-8"))["cache"]
-    dtype = getattr(torch, load_recipe(folder / "recipe.toml").train.dtype)
+        return None, torch.float32, None
+    cache, train = json.loads(facts.read_text("utf-8"))["cache"], load_recipe(folder / "recipe.toml").train
+    trained_on, dtype = {"cache": cache["digest"], "heldout": train.heldout}, getattr(torch, train.dtype)
     try:
-        cache = HiddenCache.open(trained["path"])
+        found = HiddenCache.open(cache["path"])
     except (UsageError, CacheError):  # moved, deleted or damaged since; the draft is none the worse for it
-        return None, dtype
-    return (cache if cache.digest == trained["digest"] else None), dtype
+        return None, dtype, trained_on
+    return (found if found.digest == cache["digest"] else None), dtype, trained_on
 
 
 def make_probe(config: DraftConfig, cache: HiddenCache | None) -> Probe:

@@ -18,6 +18,7 @@ from pipeline.target_head import TargetHead
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ARCHITECTURES = {"DFlashDraftModel": None, "DominoDraftModel": "domino"}  # and the method it can only be
 PROJECTORS = {None: "dflash", "dflash": "dflash", "domino": "domino"}
+TRAINED_ON = "trained_on"  # our own key of config.json: {"cache": digest, "heldout": share}
 DOMINO_KEYS = ("emb_dim", "gru_hidden_dim", "pure_draft_prefix_len")
 # Fields of DraftConfig that stand in config.json under their own name.
 _SHARED = {
@@ -52,10 +53,13 @@ def check_servable(config: DraftConfig) -> None:
         )
 
 
-def published_config(config: DraftConfig, dtype: str, tokens: dict | None = None) -> dict:
+def published_config(
+    config: DraftConfig, dtype: str, tokens: dict | None = None, trained_on: dict | None = None
+) -> dict:
     """Return config.json as published checkpoints have it, keys that readers seek in two places in both.
 
     dtype: of the stored weights, "float32" or "bfloat16". tokens: the target's bos and eos ids, where known.
+    trained_on: the cache's digest and the share of prompts held out, which no engine reads and `evaluate` does.
     """
     sliding = "sliding_attention" in config.layer_types
     tokens = tokens or {}
@@ -91,6 +95,8 @@ def published_config(config: DraftConfig, dtype: str, tokens: dict | None = None
     }
     if config.emb_dim is not None:
         flat["emb_dim"] = config.emb_dim
+    if trained_on is not None:
+        flat[TRAINED_ON] = trained_on
     if not sliding:
         # Left out of a sliding draft: engines then take sliding layers as causal and the others as not, as trained.
         flat["is_causal"] = False
@@ -142,7 +148,7 @@ def read_published(path: Path) -> DraftConfig:
             head_dim=flat.get("head_dim") or flat["hidden_size"] // flat["num_attention_heads"],
             rope_theta=_rope_theta(file, flat),
             block_size=_either(file, flat, nested, "block_size"),
-            **_windows(file, flat),
+            **_windows(file, flat, nested),
             mask_token_id=nested["mask_token_id"],
             target_layer_ids=tuple(nested["target_layer_ids"]),
             shift_label=_shift_label(file, flat, nested),
@@ -152,6 +158,15 @@ def read_published(path: Path) -> DraftConfig:
         raise UsageError(f"{file} cannot be read ({error}); name a folder that holds a published draft") from error
     except (KeyError, TypeError) as error:
         raise UsageError(f"{file}: {error} is missing or malformed; no draft of a kind that is known here") from error
+
+
+def recorded_share(path: Path) -> float | None:
+    """Return the share of prompts that training held out where the corpus did not say which; None: not known."""
+    try:
+        share = json.loads((path / CONFIG).read_text("utf-8"))[TRAINED_ON]["heldout"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # another trainer's, or unreadable: then opening it says so
+    return share if isinstance(share, float) and 0 <= share < 1 else None
 
 
 def _method(file: Path, flat: dict, nested: dict) -> str:
@@ -165,9 +180,14 @@ def _method(file: Path, flat: dict, nested: dict) -> str:
     return method
 
 
-def _windows(file: Path, flat: dict) -> dict:
+def _windows(file: Path, flat: dict, nested: dict) -> dict:
     """Which layers slide, and how far. A window that no layer uses means nothing: configs are often copied."""
     kinds = tuple(flat.get("layer_types") or ())
+    stated = {key: where[key] for where in (flat, nested) for key in ("is_causal", "causal") if where.get(key)}
+    if stated:
+        raise UsageError(f"{file}: {next(iter(stated))} is true; full layers of a draft here see their whole block")
+    if nested.get("use_swa") and "sliding_attention" not in kinds:
+        raise UsageError(f"{file}: use_swa without sliding layers in layer_types; name the kind of every layer")
     if flat.get("use_sliding_window") and not kinds:
         raise UsageError(f"{file}: use_sliding_window without layer_types; name the kind of every layer")
     return {

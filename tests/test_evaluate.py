@@ -1,6 +1,7 @@
 """Evaluation as a user meets it: a trained run in, a report out, and nothing believed that was not checked."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -151,6 +152,22 @@ def test_a_published_draft_alone_needs_a_cache_or_prompts_and_a_model(trained, t
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"input_ids": [1, 2]}])
     with pytest.raises(UsageError, match="pass --model"):
         run(tmp_path / "out", prompts=prompts, device="cpu")
+
+
+def test_an_exported_draft_knows_what_was_held_out_from_it(trained, cache, tmp_path):
+    recipe = trained / "recipe.toml"
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "recipe.toml").write_text(recipe.read_text().replace("heldout = 0.05", "heldout = 0.25"))
+    export(tmp_path / "run", tmp_path / "out")
+    known = evaluation.describe_draft(tmp_path / "out")
+    flat = json.loads((tmp_path / "out" / "config.json").read_text())
+
+    assert known.heldout == 0.25
+    assert flat.pop("trained_on") == {"cache": HiddenCache.open(cache).digest, "heldout": 0.25}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(flat))
+    assert evaluation.describe_draft(tmp_path / "out").heldout is None, "another trainer's says nothing"
+    found = run(tmp_path / "out", cache=cache, count=2, max_new=4, device="cpu")
+    assert found["settings"]["prompts"] == "held-out samples of the cache", "here the corpus says which"
 
 
 def test_prompts_may_be_messages_text_or_ids(trained, target, tmp_path):

@@ -263,6 +263,9 @@ def test_the_block_size_may_stand_in_either_place(folder):
         (lambda flat, nested: flat.update(model_type="llama"), "only qwen3"),
         (lambda flat, nested: nested.update(target_layer_ids=[3, 5]), "-1..4"),
         (lambda flat, nested: flat.pop("dflash_config"), "'dflash_config' is missing"),
+        (lambda flat, nested: flat.update(is_causal=True), "is_causal is true"),
+        (lambda flat, nested: nested.update(causal=True), "causal is true"),
+        (lambda flat, nested: nested.update(use_swa=True), "use_swa without sliding layers"),
     ],
 )
 def test_a_config_that_leaves_something_open_is_refused(folder, change, message):

@@ -18,7 +18,7 @@ from pipeline.cache.layout import LOG
 from pipeline.checkpoint import find_checkpoint, load_draft, open_checkpoint
 from pipeline.drafts import Draft
 from pipeline.errors import UsageError
-from pipeline.published import WEIGHTS, load_draft_folder
+from pipeline.published import WEIGHTS, load_draft_folder, recorded_share
 from pipeline.recipe import TrainSection, load_recipe
 from pipeline.split import split_samples
 from pipeline.target import head_of, load_target
@@ -54,15 +54,17 @@ def run(
     folder, name = find_model(model, store)
     target = load_target(str(folder), device=device or _device(), dtype=None if store is None else store.dtype)
     drafter = open_draft(trained, target)
-    heldout = None
+    heldout, known = None, trained.heldout is not None
     if store is not None:
-        heldout = split_samples(store, drafter.config.mask_token_id, trained.heldout).heldout
+        share = trained.heldout if known else TrainSection().heldout
+        heldout = split_samples(store, drafter.config.mask_token_id, share).heldout
+        known = known or all(store.samples.split)
     asked = cached_prompts(store, heldout, count) if prompts is None else file_prompts(prompts, folder, count)
     check_room(target, asked, max_new, drafter.config.proposals)
     stops = target_stops(target) if store is None else frozenset(store.tokens["eos"])
     outcomes = decode_all(target, drafter, asked, max_new, stops)
     settings = {
-        "prompts": "held-out samples of the cache" if prompts is None else str(prompts),
+        "prompts": str(prompts or f"held-out samples of the cache{'' if known else ', if the draft never saw them'}"),
         "max_new": max_new,
         "temperature": 0,
         "device": str(target.device),
@@ -86,13 +88,13 @@ def run(
 
 @dataclass(frozen=True)
 class Trained:
-    """Where a draft is and what its run's folder says of it; a published folder says nothing of its training."""
+    """Where a draft is and what its run's folder says of it, or a published folder of ours."""
 
     path: Path
     published: bool
     steps: int | None = None
     seed: int | None = None
-    heldout: float = TrainSection().heldout  # share, where the corpus does not say which
+    heldout: float | None = TrainSection().heldout  # share, where the corpus does not say which; None: not known
     cache: Path | None = None
 
     def facts(self, draft: Draft) -> dict:
@@ -114,7 +116,7 @@ class Trained:
 def describe_draft(path: Path) -> Trained:
     """Return what is at `path`: a run, a checkpoint, or a published folder. UsageError for anything else."""
     if (path / WEIGHTS).is_file():
-        return Trained(path, published=True)
+        return Trained(path, published=True, heldout=recorded_share(path))
     place = find_checkpoint(path)
     steps, run_folder = open_checkpoint(place).step, place.resolve().parent.parent
     if not (run_folder / "run.json").is_file():
