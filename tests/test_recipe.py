@@ -110,15 +110,18 @@ def test_defaults_on_an_8b_target_are_the_published_recipe():
     assert (draft.mask_token_id, draft.target_layer_ids, draft.head_dim) == (151669, (1, 9, 17, 25, 33), 128)
     assert (draft.rope_theta, draft.num_target_layers, draft.lambda_start, draft.lambda_decay) == (1e6, 36, 1, 1)
     assert (train.lr, train.warmup, train.clip, train.schedule, train.dtype) == (6e-4, 0.04, 1.0, "cosine", "bfloat16")
-    assert (train.steps, train.anchors, train.context, train.batch) == (6 * 1250, 512, 3072, 16)
+    assert (train.optimizer, train.steps, train.anchors, train.context, train.batch) == ("adamw", 7500, 512, 3072, 16)
 
 
 def test_defaults_follow_a_small_target():
     small = QWEN3_8B | {"hidden_size": 256, "num_hidden_layers": 8, "vocab_size": 1280, "head_dim": 32}
     tokens = {"mask": 1270, "pad": 0, "bos": None, "eos": [1], "length": 1271}
 
-    draft = resolve(Recipe(), cache_of(small, tokens, layers=(1, 3, 5))).draft
+    resolved = resolve(Recipe(), cache_of(small, tokens, layers=(1, 3, 5)))
+    draft, train = resolved.draft, resolved.recipe.train
+    published = resolve(load_recipe(None, ("train.optimizer=adamw",)), cache_of(small, tokens, layers=(1, 3, 5)))
 
+    assert (train.optimizer, train.lr, published.recipe.train.lr) == ("muon", 5e-3, 3e-3)
     assert (draft.block_size, draft.num_hidden_layers, draft.gamma) == (8, 2, 4)
     assert (draft.gru_hidden_dim, draft.emb_dim, draft.mask_token_id) == (256, 256, 1270)
     assert draft.target_layer_ids == (1, 3, 5)
