@@ -556,6 +556,21 @@ def test_a_signal_saves_first(tiny_cache, tmp_path, monkeypatch, number, raised)
     assert (resumed.run / "metrics.jsonl").read_bytes() == (straight.run / "metrics.jsonl").read_bytes()
 
 
+def test_a_run_that_goes_on_elsewhere_says_what_differs(tiny_cache, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stopping(patch, 3, kill)
+        trained(tiny_cache, tmp_path / "run", "train.save_every=2")
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    facts["machine"], facts["versions"]["torch"] = {"device": "cpu", "threads": "64"}, "2.9.0"
+    (tmp_path / "run" / "run.json").write_text(json.dumps(facts))
+    assert "began with" not in capsys.readouterr().out
+
+    trained(tiny_cache, tmp_path / "run", "train.save_every=2")
+
+    here = torch.get_num_threads()
+    assert f"began with threads 64, now {here}; torch 2.9.0, now {torch.__version__}" in capsys.readouterr().out
+
+
 def test_a_torn_last_line_is_written_again(tiny_cache, tmp_path, monkeypatch):
     straight = trained(tiny_cache, tmp_path / "straight")
     with monkeypatch.context() as patch, pytest.raises(Killed):

@@ -52,10 +52,11 @@ def held(run: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def enter(run: Path, resolved: Resolved, cache: HiddenCache, split: Split) -> None:
+def enter(run: Path, resolved: Resolved, cache: HiddenCache, split: Split, machine: dict[str, str]) -> list[str]:
     """Write what the run is, or check that the run already there is the same.
 
-    Raises UsageError naming the first difference with both values: another recipe, horizon, cache or corpus.
+    Returns what differs of `machine` and versions: that is no other run, but its bits are no longer promised. Raises
+    UsageError naming the first difference with both values: another recipe, horizon, cache or corpus.
     """
     facts = {
         "cache": {"path": str(cache.path.resolve()), "digest": cache.digest},
@@ -63,12 +64,13 @@ def enter(run: Path, resolved: Resolved, cache: HiddenCache, split: Split) -> No
         "target": cache.identity["target"]["name"],
         "versions": {"pipeline": __version__, "python": platform.python_version()}
         | {name: metadata.version(name) for name in RECORDED},
+        "machine": machine,
         "command": sys.argv,
     }
     if not (run / RECIPE).exists():
         write_file(run / RUN, (json.dumps(facts, indent=1) + "\n").encode())
         write_file(run / RECIPE, resolved.recipe.toml().encode())
-        return
+        return []
     there = json.loads((run / RUN).read_text("utf-8"))
     before = _flat(load_recipe(run / RECIPE).model_dump()) | _identity(there)
     now = _flat(resolved.recipe.model_dump()) | _identity(facts)
@@ -78,6 +80,8 @@ def enter(run: Path, resolved: Resolved, cache: HiddenCache, split: Split) -> No
                 f"{run} was started with {key} = {before.get(key)}, this command asks for {now[key]}; "
                 "a run goes on with what it began with: pass another --out for another run"
             )
+    began, here = ({**record.get("machine", {}), **record["versions"]} for record in (there, facts))
+    return [f"{key} {began[key]}, now {here[key]}" for key in here if began.get(key, here[key]) != here[key]]
 
 
 def _identity(facts: dict) -> dict:

@@ -47,13 +47,18 @@ def run(
     path = out or default_folder(resolved.recipe, store, split)
     screen = console()
     with held(path):
-        enter(path, resolved, store, split)
+        differs = enter(path, resolved, store, split, machine(where))
         result = finished(path)
         if result is not None:
             screen.print(f"{path} is finished: nothing to do", markup=False, soft_wrap=True)
         else:
             for line in announced(path, store, split, resolved, where):
                 screen.print(line, markup=False, soft_wrap=True)
+            if differs:
+                began = "; ".join(differs)
+                screen.print(
+                    f"began with {began}: the run goes on, its last digits may differ", markup=False, soft_wrap=True
+                )
             result = train(path, store, split, resolved, where, screen)
             finish(path, result)
     screen.print(summary(path, store, result), markup=False, soft_wrap=True)
@@ -113,6 +118,13 @@ def find_device(device: str | None) -> torch.device:
             f"device {wanted}: {cause}; pass --device cpu, or leave it out to take what is there"
         ) from None
     return found
+
+
+def machine(where: torch.device) -> dict[str, str]:
+    """Return what the bits of a run depend on besides versions: the device, and on a CPU the threads."""
+    if where.type == "cuda":
+        return {"device": torch.cuda.get_device_name(where)}
+    return {"device": where.type, "threads": str(torch.get_num_threads())}
 
 
 def summary(path: Path, store: HiddenCache, result: dict) -> str:
