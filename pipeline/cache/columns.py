@@ -144,23 +144,24 @@ class Column:
         except (FileNotFoundError, NotADirectoryError):
             raise CacheError(f"{self.folder}: missing; run `pipeline verify`") from None
 
-    def read_into(self, reader, row: int, out: memoryview) -> None:
-        """Fill `out`, flat bytes, with the rows of sample `row`, each block checked.
+    def read_into(self, reader, row: int, out: memoryview, first: int = 0) -> None:
+        """Fill `out`, flat bytes, with the rows of sample `row` from `first` on, a multiple of 256, each block checked.
 
-        Raises CacheError naming shard, column and sample.
+        `out` ends where a block or the sample ends. Raises CacheError naming shard, column and sample.
         """
-        first, width = int(self.bounds[row]), self.spec.row_bytes
+        start_row, width = int(self.bounds[row]) + first, self.spec.row_bytes
         count = len(out) // width
-        for number, start in enumerate(range(0, count, BLOCK_ROWS)):
+        assert first % BLOCK_ROWS == 0, f"row {first} begins no block"
+        for number, start in enumerate(range(0, count, BLOCK_ROWS), first // BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, count)
             digest = xxhash.xxh3_64()
             for piece in range(start, stop, self._piece_rows):
                 part = out[piece * width : min(piece + self._piece_rows, stop) * width]
-                reader.read_into(first + piece, part)
+                reader.read_into(start_row + piece, part)
                 digest.update(part)
             if digest.intdigest() != self.digests[self.starts[row] + number]:
                 raise CacheError(
-                    f"{self.where}, column {self.spec.name}, sample {row} of the shard: rows from {start} are "
+                    f"{self.where}, column {self.spec.name}, sample {row} of the shard: rows from {first + start} are "
                     "damaged; run `pipeline verify`"
                 )
 
