@@ -4,6 +4,7 @@ This is the only door: it imports the stages inside command bodies, so that `--h
 and it maps every typed error to one line and an exit code. The whole trace is shown with `--debug`.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 import click
 
 from pipeline import __version__
-from pipeline.errors import CacheError, PipelineError
+from pipeline.errors import CacheError, PipelineError, ProofError
 
 CACHE = click.Path(path_type=Path)
 TERMINATED = 128 + signal.SIGTERM
@@ -145,6 +146,29 @@ def train_draft(recipe, cache, sets, out, device):
     from stages.train_draft.run import run
 
     run(cache, recipe, sets, out, device)
+
+
+@commands.command()
+@click.argument("recipe", type=CACHE)
+@click.option("--cache", type=CACHE, default="hs_cache", show_default=True, help="The cache to train from.")
+@click.option("--set", "sets", multiple=True, metavar="A.B=C", help="Change one field of every run's recipe.")
+@click.option("--out", type=CACHE, default=None, help="The folder for the runs' folders.  [default: runs]")
+@click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def sweep(recipe, as_json, **chosen):
+    """Train every combination of the lists in RECIPE's [sweep] table, one after the other.
+
+    All are checked before the first begins. The same command goes on after any stop; finished runs stay as they are.
+    """
+    from pipeline.report import sweep_table
+    from stages.train_draft.sweep import sweep
+
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        report = sweep(recipe=recipe, **chosen)
+    show(report, as_json, sweep_table)
+    failed = [run for run in report["runs"] if run["failed"]]
+    if failed:
+        raise ProofError(f"{len(failed)} of {len(report['runs'])} runs failed, the first {failed[0]['run']}")
 
 
 @commands.command()

@@ -120,10 +120,17 @@ def load_recipe(path: Path | None, sets: tuple[str, ...] = ()) -> Recipe:
 
     Raises UsageError for a file that is not there or no TOML, an unknown key (naming the nearest), a wrong value.
     """
-    stated = {} if path is None else _read(Path(path))
+    if path is None:
+        return make_recipe({}, sets, "the recipe")
+    return make_recipe(read_toml(Path(path)), sets, str(path))
+
+
+def make_recipe(stated: dict, sets: tuple[str, ...], source: str) -> Recipe:
+    """Return the recipe that sections of fields state, each of `sets` applied; `source` names them in errors."""
+    if "sweep" in stated:
+        raise UsageError(f"{source} holds a [sweep] table, so it is many recipes; run it with `pipeline sweep`")
     for entry in sets:
         _set(stated, entry)
-    source = "the recipe" if path is None else str(path)
     try:
         recipe = Recipe.model_validate(stated)
     except ValidationError as error:
@@ -136,7 +143,8 @@ def load_recipe(path: Path | None, sets: tuple[str, ...] = ()) -> Recipe:
     return recipe
 
 
-def _read(path: Path) -> dict:
+def read_toml(path: Path) -> dict:
+    """Return what a recipe's file states. UsageError when there is none, or it is no TOML."""
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:

@@ -131,7 +131,9 @@ class Run:
             display.say(f"stopped at step {self.step}, saved in {self.path}; the same command goes on from there")
             stop.leave()
         if spans:
-            figures = summarise(spans)
+            # Reply by reply, so that runs can be pooled and compared on the same replies: sample, row, tokens, calls.
+            walked = [[span.sample, span.start, sum(span.lengths), len(span.lengths)] for span in spans if span.lengths]
+            figures = summarise(spans) | {"replies": walked}
             self.metrics.write({"step": self.step, "eval": figures})
             display.say(f"step {self.step}: {said(figures)}")
 
