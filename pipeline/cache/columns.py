@@ -17,7 +17,7 @@ import pyarrow.ipc
 import xxhash
 
 from pipeline.cache.codecs import CODECS, DTYPES
-from pipeline.cache.layout import BLOCK_ROWS, COLUMN, SAMPLES, inside, numbered, shard_folder
+from pipeline.cache.layout import BLOCK_ROWS, COLUMN, IDENTITY, SAMPLES, inside, numbered, shard_folder
 from pipeline.cache.manifest import check_file, check_size, read_canonical
 from pipeline.cache.samples import ShardPlan, numbers
 from pipeline.errors import CacheError
@@ -190,12 +190,15 @@ def column_manifest(cache: Path, shard: int, column: str) -> dict:
 
 
 def committed(cache: Path, shard: int, column: str, but: str = "") -> dict | None:
-    """The manifest of a column that exists whole, as far as sizes tell; None when it has to be captured.
+    """The manifest of a column of this cache that exists whole, as far as sizes tell; None when it has to be captured.
 
     The file named `but` may be absent.
     """
+    identity = read_canonical(cache / IDENTITY)["hash"]
     try:
         manifest = column_manifest(cache, shard, column)
+        if manifest.get("cache") != identity:  # left there from another cache
+            return None
         for name, fact in manifest["files"].items():
             if name != but:
                 check_size(inside(shard_folder(cache, shard), name), fact)

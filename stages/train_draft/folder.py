@@ -43,7 +43,7 @@ def held(run: Path) -> Iterator[None]:
     """Hold a run's folder, made if need be. UsageError when another process trains there; RoomError."""
     with room(run, "a run"):
         run.mkdir(parents=True, exist_ok=True)
-        fd = lock(run / "lock", wait=False)
+        fd = lock(run / "lock")
     if fd is None:
         raise UsageError(f"{run} is being trained by another process; wait for it, or pass another --out")
     try:
