@@ -4,6 +4,7 @@ A killed writer leaves a scratch folder that `disk.clean` removes, and nothing e
 not exist and is replaced by the next writer.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -125,16 +126,19 @@ class ShardWriter:
         """The rows of sample `row` as a reader will get them from disk: decoded, each block checked."""
         return self._sealed[column].read(row)
 
-    def commit(self, column_facts: dict[str, dict]) -> dict[str, bool]:
+    def commit(self, column_facts: dict[str, dict], lost: Mapping[str, dict | None] | None = None) -> dict[str, bool]:
         """Make the columns exist; `column_facts` (probe results, say) go into their manifests.
 
-        Returns for each column whether it is ours: where another writer was quicker, his stays.
+        Returns for each column whether it is ours: where another writer was quicker, his stays. Not so one that is in
+        `lost`, damaged though it may look whole: `lost` has the manifest it had, None if that is lost, too, and where
+        the same bytes came out the column gets the same manifest again.
         """
         assert self._sealed.keys() == self._streams.keys(), "seal before commit"
         try:
             with room(self.cache, self._what, self._need), committing(self.cache):
                 samples = self._place_samples()
-                done = {name: self._place(name, samples, column_facts.get(name, {})) for name in self._streams}
+                facts = {name: column_facts.get(name, {}) for name in self._streams}
+                done = {name: self._place(name, samples, facts[name], lost or {}) for name in self._streams}
         finally:
             self.abort()
         return done
@@ -156,23 +160,25 @@ class ShardWriter:
         sync_folder(self.cache)
         return FileFact.of_bytes(data).as_dict()
 
-    def _place(self, name: str, samples: dict, facts: dict) -> bool:
+    def _place(self, name: str, samples: dict, facts: dict, lost: Mapping[str, dict | None]) -> bool:
         """Rename one column into place under the commit lock, what is left of an earlier one put away first."""
         folder, scratch = shard_folder(self.cache, self.shard.number), self._scratch.path
-        if committed(self.cache, self.shard.number, name):
+        if name not in lost and committed(self.cache, self.shard.number, name):
             return False
         spec = self._streams[name].spec
         values = {f"{name}/{file}": fact for file, fact in self._streams[name].values.facts().items()}
         sums = FileFact.of_file(scratch / f"{name}.arrow").as_dict()
+        files = {**values, f"{name}.arrow": sums, SAMPLES: samples}
+        had = lost.get(name)
         manifest = {
             "cache": self._identity,
             "shard": self.shard.number,
             "spec": spec.as_dict(),
             "rows": int(self._streams[name].bounds[-1]),
             "samples": len(self.shard),
-            "files": {**values, f"{name}.arrow": sums, SAMPLES: samples},
+            "files": files,
             "refused": {str(row): reason for row, reason in sorted(self.refused.items())},
-            "facts": facts,
+            "facts": had["facts"] if had and had["files"] == files else facts,
         }
         ready = scratch / f"{name}.json"
         ready.write_bytes(canonical(manifest))
