@@ -15,7 +15,7 @@ from cache_maker import COLUMNS, capture, flip, make_cache, random_samples, stat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.cache import HiddenCache, reader, zarr_shard
+from pipeline.cache import HiddenCache, opened, zarr_shard
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.layout import INDEX, INDEX_MANIFEST, SAMPLES, shard_folder
 from pipeline.cache.manifest import FileFact, canonical, create_identity, read_canonical
@@ -113,7 +113,7 @@ def test_any_lengths_dtype_and_chunks_come_back(tmp_path_factory, lengths, dtype
 
 
 def test_many_threads_and_few_open_files_read_right_values(cache, monkeypatch):
-    monkeypatch.setattr(reader, "OPEN_FILES", 2)
+    monkeypatch.setattr(opened, "OPEN_FILES", 2)
     held = HiddenCache.open(cache)
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
     expected = [truth(cache, i, COLUMNS[0]) for i in range(24)]
@@ -270,8 +270,10 @@ def test_a_column_of_another_cache_is_refused(tmp_path):
     manifest.pop("hash")
     (shard_folder(path, 0) / "aux.1.json").write_bytes(canonical({**manifest, "cache": "0" * 32}))
 
-    with pytest.raises(CacheError, match="belongs to another cache"):
-        HiddenCache.open(path)
+    held = HiddenCache.open(path)
+    for touch in (lambda: held.layers, lambda: held.read(0), lambda: held.samples.usable([1])):
+        with pytest.raises(CacheError, match="belongs to another cache"):
+            touch()
 
 
 def test_the_digest_tells_corpora_apart(tmp_path):
