@@ -186,7 +186,9 @@ class Column:
         """
         count = len(out) // self.spec.row_bytes
         if self.spec.codec in LOSSY:
-            decode_into(self.read_encoded(reader, row, first, count), out)
+            for at in range(0, count, BLOCK_ROWS):  # a block stays in the CPU's cache until it is decoded
+                held = self.read_encoded(reader, row, first + at, min(BLOCK_ROWS, count - at))
+                decode_into(held, out[at * self.spec.row_bytes :][: len(held) * self.spec.row_bytes])
             return
         start = int(self.bounds[row]) + first
         rows = np.frombuffer(out, np.uint8).reshape(count, -1)
@@ -219,6 +221,20 @@ class Column:
         wrong = np.flatnonzero(np.array(hasher.digests, np.uint64) != self.digests[block : block + len(hasher.digests)])
         if len(wrong):
             raise CacheError(self.damage(row, first + int(wrong[0]) * BLOCK_ROWS))
+
+    def damaged_samples(self, reader) -> list[int]:
+        """Samples with a block that is not what was written, or cannot be read."""
+        damaged = []
+        for row in range(len(self.ok)):
+            count = int(self.bounds[row + 1] - self.bounds[row])
+            try:
+                if count and self.spec.codec in LOSSY:
+                    self.read_encoded(reader, row, 0, count)
+                elif count:
+                    self.read_into(reader, row, memoryview(bytearray(count * self.spec.row_bytes)))
+            except CacheError:
+                damaged.append(row)
+        return damaged
 
     def damage(self, row: int, first: int) -> str:
         """What to say of a block of sample `row` that is not what was written."""
@@ -281,7 +297,7 @@ def committed(cache: Path, shard: int, column: str, but: str = "") -> dict | Non
 
 
 def open_column(cache: Path, manifest: dict, bounds: np.ndarray) -> Column:
-    """A committed column, the size of its files against the manifest, those checked whole that no block's sum covers."""
+    """A committed column: its files' sizes against the manifest, and whole those files that no block's sum covers."""
     spec, folder = ColumnSpec(**manifest["spec"]), shard_folder(cache, manifest["shard"])
     for name, fact in manifest["files"].items():
         if name == f"{spec.stem}.arrow" or name.startswith(f"{spec.stem}/{CHANNELS}/"):

@@ -18,6 +18,7 @@ from pipeline.cache.derived import refused_bytes
 from pipeline.cache.index import build_index, read_index
 from pipeline.cache.layout import (
     BLOCK_ROWS,
+    CALIBRATION,
     COLUMN,
     IDENTITY,
     INDEX,
@@ -30,6 +31,7 @@ from pipeline.cache.layout import (
     SAMPLES,
     SCRATCH,
     SHARDS,
+    STEM,
     TARGET,
     TARGET_MANIFEST,
     inside,
@@ -79,6 +81,7 @@ def verify(path: Path | str) -> Report:
     check.index(plan)
     columns = check.shards(plan)
     check.target(captured=any(columns.values()))
+    check.calibration()
     check.quarantine(plan, columns)
     check.foreign()
     return check.report
@@ -164,6 +167,13 @@ class _Check:
             for name, fact in target_manifest(self.path)["files"].items():
                 self.file(f"{TARGET}/{name}", fact)
 
+    def calibration(self) -> None:
+        for path in sorted((self.path / CALIBRATION).glob("*.json")):
+            if COLUMN.fullmatch(path.stem):
+                with self.guard(f"{CALIBRATION}/{path.name}"):
+                    if self.identity and read_canonical(path).get("cache") != self.identity:
+                        self.damage(f"{CALIBRATION}/{path.name}", "belongs to another cache")
+
     def shards(self, plan: Plan | None) -> dict[int, dict[str, dict]]:
         """Check every shard planned or there; the manifests of the columns that exist, by shard and name."""
         planned = {shard.number: shard for shard in plan.shards} if plan else {}
@@ -194,11 +204,15 @@ class _Check:
                     found[name] = column_manifest(self.path, number, name)
                     if self.identity and found[name]["cache"] != self.identity:
                         self.damage(f"{here}/{name}.json", "belongs to another cache", number, name)
-        for name in sorted({entry.removesuffix(".arrow") for entry in listed} - {*found}):
-            if COLUMN.fullmatch(name):  # a writer was killed before its manifest; the next one replaces this
-                self.known |= {f"{here}/{name}.arrow"} | _below(self.path, f"{here}/{name}")
-                if f"{name}.json" not in listed:
-                    self.unfinished(f"{here}/{name}", "without a manifest, so not captured yet", number, name)
+        counted = {ColumnSpec(**manifest["spec"]).stem for manifest in found.values()}
+        for stem in sorted({entry.removesuffix(".arrow") for entry in listed} - counted):
+            if match := STEM.fullmatch(stem):  # a writer was killed before or after its manifest; the next tidies up
+                name = match[1]
+                self.known |= {f"{here}/{stem}.arrow"} | _below(self.path, f"{here}/{stem}")
+                if name in found:
+                    self.unfinished(f"{here}/{stem}", "left from a recode that was stopped; run it again", number, name)
+                elif f"{name}.json" not in listed:
+                    self.unfinished(f"{here}/{stem}", "without a manifest, so not captured yet", number, name)
         shard = self.samples(here, number, found, planned, SAMPLES in listed)
         for name, manifest in found.items():
             self.column(here, name, manifest, shard)
@@ -224,8 +238,8 @@ class _Check:
         """Check a column's files, and every block of its values against its `.arrow`."""
         number, spec = manifest["shard"], ColumnSpec(**manifest["spec"])
         column = None
-        sums = f"{here}/{name}.arrow"
-        if self.file(sums, manifest["files"][f"{name}.arrow"], number, name) and shard:
+        sums = f"{here}/{spec.stem}.arrow"
+        if self.file(sums, manifest["files"][f"{spec.stem}.arrow"], number, name) and shard:
             with self.guard(sums, number, name):
                 column = Column(self.path / here, spec, spec.bounds(shard), f"shard {numbered(number)}")
                 refused = sorted(int(row) for row in manifest["refused"])
@@ -233,12 +247,12 @@ class _Check:
                     self.damage(sums, "rows or refused samples are not its manifest's", number, name)
         values = None
         if column:
-            with self.guard(f"{here}/{name}", number, name):
+            with self.guard(f"{here}/{spec.stem}", number, name):
                 reader = column.open()
                 values = reader.path.relative_to(self.path / here).as_posix()
                 self.values(f"{here}/{values}", column, reader, manifest["files"][values])
         for file, fact in manifest["files"].items():
-            if file not in (SAMPLES, f"{name}.arrow", values):
+            if file not in (SAMPLES, f"{spec.stem}.arrow", values):
                 self.file(f"{here}/{file}", fact, number, name)
 
     def values(self, file: str, column: Column, reader, fact: dict) -> None:
@@ -249,7 +263,7 @@ class _Check:
         with self.guard(file, number, name):
             check_size(inside(self.path, file), fact)
             digest = xxhash.xxh3_128()
-            damaged = _damaged_rows(column, reader, digest)
+            damaged = _damaged_rows(column, reader, digest) if reader.in_order else column.damaged_samples(reader)
             if damaged:
                 shown = ", ".join(map(str, damaged[:SHOWN])) + (", ..." if len(damaged) > SHOWN else "")
                 self.damage(file, f"the values of samples {shown} of the shard", number, name)
