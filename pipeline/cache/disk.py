@@ -53,7 +53,7 @@ REMEDIES = {
 
 def size_text(count: int) -> str:
     """A number of bytes for people: `1.5 GiB`, `20.0 MiB`."""
-    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB")):
+    for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB")):
         if count >= unit:
             return f"{count / unit:.1f} {name}"
     return f"{max(count, 0) / 1024:.1f} KiB"
@@ -232,8 +232,15 @@ class Scratch:
 def _remove(path: Path, held: int, owner: int) -> None:
     """Remove a scratch folder and let go of it; not in a forked child, whose parent still uses it."""
     if os.getpid() == owner:
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(held)
+        _remove_folder(path, held)
+
+
+def _remove_folder(path: Path, held: int) -> None:
+    """Remove a locked folder. A network file system keeps a trace of the lock in it until that is closed."""
+    shutil.rmtree(path, ignore_errors=True)
+    os.close(held)
+    with contextlib.suppress(OSError):
+        path.rmdir()
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -264,9 +271,10 @@ def clean(cache: Path) -> list[str]:
         fd = lock(path / "lock" if folder else path)
         if fd is None:
             continue
-        try:
-            shutil.rmtree(path) if folder else path.unlink(missing_ok=True)
-            removed.append(path.relative_to(cache).as_posix())
-        finally:
+        if folder:
+            _remove_folder(path, fd)
+        else:
+            path.unlink(missing_ok=True)
             os.close(fd)
+        removed.append(path.relative_to(cache).as_posix())
     return removed
