@@ -222,7 +222,8 @@ def test_seeds_are_pooled_by_reply_and_settings_are_not():
 
 
 def test_runs_of_one_seed_are_pooled_to_their_own_figures(recipe, greedy_cache, tmp_path):  # noqa: F811
-    report = sweep(greedy_cache, recipe('"draft.method" = ["dflash", "domino"]'), out=tmp_path, device="cpu")
+    path = recipe('"draft.method" = ["dflash", "domino"]')
+    report = sweep(greedy_cache, path, ("draft.mask_token_id=260",), tmp_path, "cpu")
     assert len(report["runs"]) == 2 and all(one["accept_len"] >= 1 for one in report["runs"])
     for alone, together in zip(report["runs"], report["pooled"], strict=True):
         assert (together["accept_len"], together["interval"]) == (alone["accept_len"], alone["interval"])
