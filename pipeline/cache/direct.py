@@ -65,12 +65,13 @@ class StoredFile:
 
 
 def grid_on_disk(folder: Path, spec: ColumnSpec, rows: int) -> Grid | None:
-    """The grid of an array as `zarr_shard` writes it, whatever its chunks; None for an array of another form."""
+    """The grid of an array as `zarr_shard` writes it, whatever its chunks and what compresses them; None for others."""
     try:
         with open(folder / METADATA, "rb") as file:
             facts = json.loads(file.read(METADATA_BYTES))
-        chunk_rows = facts["codecs"][0]["configuration"]["chunk_shape"][0]
-        grid = Grid(rows, spec.width, DTYPES[spec.dtype], chunk_rows)
+        inner = facts["codecs"][0]["configuration"]
+        chunk_rows, compressor = inner["chunk_shape"][0], inner["codecs"][1] if len(inner["codecs"]) > 1 else None
+        grid = Grid(rows, spec.width, DTYPES[spec.dtype], chunk_rows, compressor)
         return grid if chunk_rows > 0 and facts == json.loads(grid.metadata()) else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
@@ -90,7 +91,7 @@ class DirectColumn:
         """The column, if its values can be read directly; None when another reader has to."""
         rows = int(column.bounds[-1])
         grid = grid_on_disk(column.folder, column.spec, rows) if column.spec.codec == "raw" and rows else None
-        if grid is None:
+        if grid is None or grid.compressor is not None:
             return None
         direct = cls(column, grid)
         return direct if direct._in_order(direct.open()) else None

@@ -17,7 +17,10 @@ from pipeline.cache.foreign import ForeignArray
 from pipeline.cache.layout import BLOCK_ROWS
 from pipeline.cache.samples import ShardPlan
 from pipeline.cache.zarr_shard import Grid
+from pipeline.cache.zstd import zstd_grid
 
+# How arrays of states are cut, by codec. int8 is no such array: what zarr-python read of it would have to be decoded.
+GRIDS = {"raw": Grid.of, "zstd": zstd_grid}
 OPEN_FILES = 128  # files kept open: a small cache whole, and half of what macOS grants a process
 
 
@@ -29,9 +32,9 @@ class CodedColumn:
 
     def open(self):
         spec, rows = self.column.spec, int(self.column.bounds[-1])
-        if spec.codec != "raw" or not rows:
+        if spec.codec not in GRIDS or not rows:
             return self.column.open()
-        if grid_on_disk(self.column.folder, spec, rows) == Grid.of(rows, spec.width, DTYPES[spec.dtype]):
+        if grid_on_disk(self.column.folder, spec, rows) == GRIDS[spec.codec](rows, spec.width, DTYPES[spec.dtype]):
             return self.column.open()
         return ForeignArray(self.column.folder, spec, rows, f"{self.column.where}, column {spec.name}")
 

@@ -62,7 +62,9 @@ class HiddenCache:
         self.path = path
         self.identity = identity
         self.mapped = mapped
-        self.digest = _digest([identity["hash"], *(manifest["hash"] for manifest in plans)])
+        hashes = [identity["hash"], *(manifest["hash"] for manifest in plans)]
+        self.digest = _digest(hashes)
+        self.earlier = [_digest(hashes[:end]) for end in range(2, len(hashes))]  # what it was before each append
         self._catalog = Catalog(path, sum(manifest["shards"] for manifest in plans), identity["hash"])
         self.samples = SampleTable(index, self._catalog)
         self._shards: dict[int, ShardPlan] = {}
@@ -196,6 +198,8 @@ class HiddenCache:
         The errors are those of `read`.
         """
         self._check_wanted([i for i, _, _ in parts], layers, final=False)
+        lengths = self.samples.length
+        assert all(0 <= start <= stop <= lengths[i] for i, start, stop in parts), f"rows beyond their samples: {parts}"
         self._fill(out_KRD, parts, tuple(map(aux_column, layers)))
 
     def _fill(self, out_KRD: "torch.Tensor", parts: Sequence[Part], names: tuple[str, ...]) -> None:

@@ -54,9 +54,9 @@ def run(
     folder, name = find_model(model, store)
     target = load_target(str(folder), device=device or _device(), dtype=None if store is None else store.dtype)
     drafter = open_draft(trained, target)
-    heldout = None
+    heldout, config = None, drafter.config
     if store is not None:
-        heldout = split_samples(store, drafter.config.mask_token_id, trained.heldout).heldout
+        heldout = split_samples(store, config.mask_token_id, trained.heldout, config.target_layer_ids).heldout
     asked = cached_prompts(store, heldout, count) if prompts is None else file_prompts(prompts, folder, count)
     check_room(target, asked, max_new, drafter.config.proposals)
     stops = target_stops(target) if store is None else frozenset(store.tokens["eos"])

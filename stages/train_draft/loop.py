@@ -87,13 +87,14 @@ class Run:
         trainer = Trainer(self.draft, self.optimizer, self.stream, self.train)
         clock = Clock(self.step, self.train.steps)
         self._evaluate(display, stop)  # a checkpoint may have been saved between a step and its evaluation
-        batches = self.stream.ahead(self.step, self.train.steps)
+        on_gpu = self.draft.fc.weight.device.type == "cuda"
+        batches = self.stream.ahead(self.step, self.train.steps, pinned=on_gpu)
         try:
-            for batch in clock.batches(batches):
+            for batch in batches:
                 metrics = trainer.step(batch)
                 self.step = batch.step + 1
                 clock.done(batch)
-                facts = clock.facts()
+                facts = clock.facts(batches.waited)
                 if metrics:
                     self.metrics.write(metrics)
                     self.timing.write({"step": self.step, **facts})

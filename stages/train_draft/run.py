@@ -42,7 +42,9 @@ def run(
     store = HiddenCache.open(cache)
     where = find_device(device)
     resolved = resolve(load_recipe(recipe, tuple(sets)), store)
-    split = split_samples(store, resolved.draft.mask_token_id, resolved.recipe.train.heldout)
+    split = split_samples(
+        store, resolved.draft.mask_token_id, resolved.recipe.train.heldout, resolved.draft.target_layer_ids
+    )
     resolved = resolved.lasting(len(split.train))
     return carry_out(out or default_folder(resolved.recipe, store, split), store, split, resolved, where)
 

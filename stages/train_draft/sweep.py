@@ -122,7 +122,7 @@ def plan_runs(store: HiddenCache, combinations: list[tuple[Setting, Recipe]], ou
     for setting, recipe in combinations:
         try:
             resolved = resolve(recipe, store)
-            rule = resolved.draft.mask_token_id, resolved.recipe.train.heldout
+            rule = resolved.draft.mask_token_id, resolved.recipe.train.heldout, resolved.draft.target_layer_ids
             if rule not in splits:
                 splits[rule] = split_samples(store, *rule)
         except UsageError as error:

@@ -5,7 +5,7 @@ batch's and the shares add up to one loss, however the batch is cut.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,8 +17,6 @@ from pipeline.errors import ProofError, RoomError
 from pipeline.recipe import TrainSection
 from stages.train_draft.batches import Batch, Stream
 from stages.train_draft.optim import AdamW, Muon, rate
-
-Laid = list[tuple[Cell, Blocks]]
 
 
 @dataclass(frozen=True)
@@ -46,17 +44,27 @@ def add(sums: dict[str, Tensor], share: dict[str, Tensor]) -> None:
         sums[name] = sums[name] + value if name in sums else value
 
 
-def backward(draft: Draft, cells: Laid, knobs: Knobs, precision: Precision, metrics: bool) -> Shares:
-    """Add the gradient of a global batch's loss to the draft's, one cell after the other."""
+def backward(
+    draft: Draft,
+    cells: Iterable[tuple[Cell, Blocks]],
+    knobs: Knobs,
+    precision: Precision,
+    metrics: bool,
+    blocks: list[Blocks] | None = None,
+) -> Shares:
+    """Add the gradient of a global batch's loss to the draft's, one cell after the other.
+
+    `blocks` are those of all cells, for cells that can be gone over but once.
+    """
     device = draft.fc.weight.device
     dens, terms, sums = {}, {}, {}
-    for _, blocks in cells:
-        add(dens, draft.denominators(blocks))
+    for laid in [laid for _, laid in cells] if blocks is None else blocks:
+        add(dens, draft.denominators(laid))
     dens = {name: value.to(device) for name, value in dens.items()}
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for cell, blocks in cells:
+    for cell, laid in cells:
         with precision():
-            loss = draft.loss(cell.to(device), blocks.to(device), knobs, dens, metrics)
+            loss = draft.loss(cell.to(device), laid.to(device), knobs, dens, metrics)
         loss.total.backward()
         total += loss.total.detach()
         add(terms, loss.terms)
@@ -83,7 +91,7 @@ class Trainer:
         lr = train.lr * rate(batch.step, train.steps, train.warmup, train.schedule)
         self.optimizer.zero_grad()
         with enough_memory(train):
-            shares = backward(self.draft, batch.cells, knobs, self.precision, logs)
+            shares = backward(self.draft, batch.cells, knobs, self.precision, logs, batch.blocks)
         norm = float(torch.nn.utils.clip_grad_norm_(self.draft.parameters(), train.clip))
         if not (math.isfinite(shares.loss) and math.isfinite(norm)):
             raise ProofError(self._blame(batch, knobs, shares.loss, norm))
