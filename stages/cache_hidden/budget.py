@@ -45,7 +45,7 @@ class Asked:
     """What a budget was asked with. It has to be the same for a plan to be this budget's."""
 
     budget: int
-    methods: tuple[str, ...]
+    methods: str | None  # None: all there are, also where the next version has more
     seed: int
     layers: str | None
     taps: int | None
@@ -58,11 +58,12 @@ class Asked:
         if options.append:
             raise UsageError("--budget decides a cache's first plan; leave it out to append, or make a second cache")
         columns = options.layers, options.taps, options.final, options.codec
-        return cls(size_bytes(options.budget), wanted_methods(options.methods), options.seed, *columns)
+        methods = options.methods and ",".join(wanted_methods(options.methods))
+        return cls(size_bytes(options.budget), methods, options.seed, *columns)
 
     def as_dict(self) -> dict:
-        """As it comes back from JSON."""
-        return {**vars(self), "methods": list(self.methods)}
+        """For the plan's manifest."""
+        return dict(vars(self))
 
 
 def wanted_methods(named: str | None) -> tuple[str, ...]:
@@ -111,7 +112,7 @@ def is_planned(out: Path, options: CaptureOptions) -> bool:
         return True
     if captured(out):
         key = next((key for key in asked if held and held["asked"][key] != asked[key]), "budget")
-        there, here = (known[key] if known else None for known in (held and held["asked"], asked))
+        there, here = held["asked"][key] if held else "none", asked[key]
         raise UsageError(
             f"{out} was planned with {key} = {there}, this command asks for {here}, and states are captured already; "
             "leave --budget out to go on with that plan, or pass another --out for a second cache"
@@ -207,7 +208,7 @@ def decide(corpus: Corpus, settings: Settings, asked: Asked) -> tuple[np.ndarray
         f"{tried[0]}: {size_text(size(first))}; the budget is {size_text(asked.budget)}"
     )
     if size(first) > asked.budget:
-        columns, told = read_columns(columns, corpus, asked.methods)
+        columns, told = read_columns(columns, corpus, wanted_methods(asked.methods))
         steps.append(told)
     codec = next((text for text in tried if size(encoded(columns, text)) <= asked.budget), tried[-1])
     steps.append(codec_step(codec, {text: size(encoded(columns, text)) for text in tried}, asked))
