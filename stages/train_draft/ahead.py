@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stages.train_draft.batches import Batch, Laid, Plan, Stream
 
 AHEAD_BYTES = 1 << 30  # of states: the cell in use and those that wait. At least one always waits, however large
+CELLS = 8  # that wait at most: a small cache is not to be held in memory a second time
 PLANS = 2  # batches laid out beyond the one whose cells are being read: ids, masks and blocks, but no states
 GRAIN = 16 << 20  # buffers are multiples of this, so that one fits many cells
 
@@ -78,7 +79,8 @@ class Ahead:
     def _cells_of(self, plan: "Plan") -> Iterator[tuple[Cell, Blocks]]:
         for laid in plan.cells:
             self._read_on()
-            _, future, buffer = self._reads.popleft()
+            step, future, buffer = self._reads.popleft()
+            assert step == plan.step, f"cells of step {plan.step} are asked for after its batch"
             try:
                 cell = self._wait(future)
                 self._read_on()
@@ -108,7 +110,7 @@ class Ahead:
                 return
             step, laid = self._cells[0]
             size = -(-self.stream.size(laid) // GRAIN) * GRAIN
-            if self._reads and self._held + size > self.limit:
+            if self._reads and (self._held + size > self.limit or len(self._reads) == CELLS):
                 return
             self._cells.popleft()
             buffer = self._take(size)

@@ -98,7 +98,7 @@ def write_cache(path: Path, lengths: list[int], columns: list[ColumnSpec], row_b
             for number, spec in enumerate(columns):
                 rest = int(spec.bounds(shard)[-1])
                 while rest:
-                    part = pool[: min(rest, len(pool) - number)]
+                    part = pool[number : number + rest]
                     writer.write(spec.name, part)
                     rest -= len(part)
             writer.seal()
@@ -188,7 +188,10 @@ class Reading:
         for _ in range(self.rounds):
             for name, way in ways.items():
                 took[name].append(timed(way))
-        cold = {"cold, plain preadv, 8 in flight": self.cold_raw, "cold, reader, first pass": self.cold_reader}
+        cold = {
+            f"cold, plain preadv, {IN_FLIGHT} in flight": self.cold_raw,
+            "cold, reader, first pass": self.cold_reader,
+        }
         for name in cold:
             took[name] = []
         for _ in range(self.rounds):
@@ -284,7 +287,6 @@ def anonymous() -> float:
 
 def memory_beyond_buffers(path: Path) -> float:
     """MiB that reading every sample, twice, adds to a process that holds torch and one buffer."""
-    width, longest = ColumnSpec("final", "bfloat16", 1).row_bytes, 0
     cache = HiddenCache.open(path)
     width, longest = cache.hidden_size, int(cache.samples.length.max())
     buffer = torch.zeros(len(LAYERS), longest, width, dtype=torch.bfloat16)
