@@ -63,6 +63,9 @@ def capture_options(command):
             ),
             click.option("--max-samples", type=click.IntRange(1), default=None, help="Stop reading the corpus there."),
             click.option("--batch-tokens", type=click.IntRange(1), default=None, help="Padded tokens a forward."),
+            click.option(
+                "--codec", default=None, help="raw, zstd or int8, or such as aux=int8,final=zstd.  [default: raw]"
+            ),
             click.option("--device", default=None, help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]"),
             click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default=None, help="Compute type."),
             click.option("--revision", default=None, help="Revision of a hub model."),
@@ -130,6 +133,20 @@ def verify(cache, as_json):
             f"{cache}: {len(report.damaged)} damaged, the first {first.file} ({first.what}); delete what is damaged "
             "and run `pipeline cache-hidden` again: it captures only what is missing"
         )
+
+
+@commands.command()
+@click.argument("cache", type=CACHE, default="hs_cache")
+@click.option("--codec", required=True, help="raw, zstd or int8, or such as aux=int8,final=zstd.")
+def recode(cache, codec):
+    """Write columns of a cache in another codec, from the states that are there.
+
+    Stop it whenever you like: every shard stays readable, and the same command goes on. No training may read CACHE
+    meanwhile.
+    """
+    from stages.recode.run import run
+
+    run(cache, codec)
 
 
 @commands.command("train-draft")

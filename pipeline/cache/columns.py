@@ -8,6 +8,7 @@ decoded elsewhere.
     n samples of the shard   R rows of the column   D width
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -243,14 +244,19 @@ class Column:
             "run `pipeline verify`"
         )
 
-    def read(self, row: int, count: int | None = None) -> np.ndarray:
-        """The first `count` blocks' rows of sample `row` (None: all), [rows, D] of the dtype `codecs.DTYPES` names."""
+    def read(self, row: int, blocks: int | None = None) -> np.ndarray:
+        """The rows of sample `row`, or of its first `blocks`: [rows, D] of the dtype that `codecs.DTYPES` names."""
         rows = int(self.bounds[row + 1] - self.bounds[row])
-        rows = rows if count is None else min(rows, count * BLOCK_ROWS)
-        values = np.empty((rows, self.spec.width), DTYPES[self.spec.dtype])
-        if rows:
-            self.read_into(self.open(), row, memoryview(values).cast("B"))
-        return values
+        none = np.empty((0, self.spec.width), DTYPES[self.spec.dtype])
+        return next(self.parts(self.open(), row, blocks or rows), none) if rows else none
+
+    def parts(self, reader, row: int, blocks: int) -> Iterator[np.ndarray]:
+        """Yield the rows of sample `row`, at most so many blocks at a time."""
+        rows, step = int(self.bounds[row + 1] - self.bounds[row]), blocks * BLOCK_ROWS
+        for first in range(0, rows, step):
+            values = np.empty((min(step, rows - first), self.spec.width), DTYPES[self.spec.dtype])
+            self.read_into(reader, row, memoryview(values).cast("B"), first)
+            yield values
 
 
 def decode_into(held: Encoded, out: memoryview) -> None:

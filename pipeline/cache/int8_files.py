@@ -21,7 +21,8 @@ from pipeline.cache.zarr_shard import METADATA, SHARD_FILE, Grid, ShardFile, Sha
 from pipeline.errors import CacheError, ProofError
 
 GROUP = 128  # channels that share a scale
-ESCAPE_SPREADS = 16.0  # what lies further from its channel's mean escapes
+ESCAPE_SPREADS = 16.0  # what lies further from its channel's mean escapes,
+ESCAPE_RMS = 4.0  # and what lies further than so many times its row's rms, in spreads
 ESCAPES_SHARE = 64  # at most one channel in so many escapes, over a column
 
 VALUES, SCALE, ESCAPES, CHANNELS = "values", "scale", "escapes", "channels"
@@ -45,6 +46,10 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.values)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scale.nbytes + self.escapes.nbytes
 
     def without(self, spans: list[tuple[int, int]]) -> "Encoded":
         """These rows, with nothing left in some spans of them."""
@@ -100,8 +105,8 @@ class Int8Writer:
         if self.escapes > (most := _most_escapes(self._rows, self._width)):
             column = self.folder.name.removesuffix(".int8")
             raise ProofError(
-                f"{column}: more than {most} of {self._rows} rows' values lie beyond {ESCAPE_SPREADS:.0f} spreads of "
-                f"their channel, so int8 does not fit it; keep it whole: --codec {column}=zstd"
+                f"{column}: more than {most} values in {self._rows} rows lie too far from their channel's mean for "
+                f"int8; keep this column whole: --codec {column}=zstd"
             )
 
     def finish(self) -> None:

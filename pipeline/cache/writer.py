@@ -86,12 +86,9 @@ def needed_calibration(cache: Path, column: str, width: int) -> Calibration:
 
 def encode_bits(rows: np.ndarray, calibration: Calibration) -> Encoded:
     """Encode values as they are stored raw, on the CPU."""
-    import torch
+    from pipeline.cache.int8 import as_states, encoded
 
-    from pipeline.cache.int8 import encoded
-
-    values = torch.from_numpy(rows if rows.dtype == np.float32 else rows.view(np.int16))
-    return encoded(values if rows.dtype == np.float32 else values.view(torch.bfloat16), calibration)
+    return encoded(as_states(rows), calibration)
 
 
 class ShardWriter:
@@ -170,6 +167,10 @@ class ShardWriter:
     def read(self, column: str, row: int, blocks: int | None = None) -> np.ndarray:
         """The rows of sample `row`, or of its first blocks, as a reader will get them from disk: decoded, checked."""
         return self._sealed[column].read(row, blocks)
+
+    def damaged_samples(self, column: str) -> list[int]:
+        """Samples that cannot be read back from disk as they were written; looks at every one."""
+        return self._sealed[column].damaged_samples(self._sealed[column].open())
 
     def escapes(self, column: str) -> int:
         """Entries of a column that int8 had to keep apart."""

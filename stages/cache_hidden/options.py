@@ -18,6 +18,7 @@ class CaptureOptions:
     device: str | None = None  # None: cuda where there is one
     dtype: str | None = None  # bfloat16, float32; None: float32 on a CPU, else the target's own
     revision: str | None = None  # of a hub model
+    codec: str | None = None  # "int8", "aux=int8,final=zstd"; None: as it is in the cache, else raw
 
     def __post_init__(self):
         if self.layers is not None and self.taps is not None:

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.cache.columns import ColumnSpec, committed
+from pipeline.cache.int8 import as_stored
 from pipeline.cache.plan import Plan, micro_batches
 from pipeline.cache.target_folder import CONFIG, HEAD, TOKENS, has_target, new_target, target_file
 from pipeline.cache.writer import ShardWriter
@@ -22,13 +24,15 @@ from pipeline.errors import DataError
 from pipeline.target import head_of, load_target
 from pipeline.target_files import tokenizer_files
 from pipeline.target_head import TargetHead
+from stages.cache_hidden.calibrate import calibrations
 from stages.cache_hidden.drain import Drain
-from stages.cache_hidden.engine import Engine, Piece, bits, totals
+from stages.cache_hidden.engine import Engine, Piece, totals
 from stages.cache_hidden.gauge import Gauge, gauge_column, gauge_share
 from stages.cache_hidden.probe import probe
 from stages.cache_hidden.progress import Progress
 from stages.cache_hidden.report import Work
 from stages.cache_hidden.settings import Settings
+from stages.cache_hidden.shadow import Shadow
 from stages.cache_hidden.template import ChatTemplate
 
 QUEUED = 2  # micro-batches that wait for the writer
@@ -45,15 +49,17 @@ def capture_shards(out: Path, settings: Settings, plan: Plan, work: Work, device
     head = TargetHead.load(target_file(out, HEAD), device, getattr(torch, settings.dtype))
     engine = Engine(model, head, gauge_share(plan))
     gauged = gauge_column(settings.columns)
+    engine.calibrations = calibrations(engine, out, plan, settings.columns, settings.batch_tokens)
     with Progress(sum(shard.rows for shard, _ in work), len(work)) as progress:
         for shard, columns in work:
             with ShardWriter(out, shard, columns) as writer:
                 earlier = refuse_again(out, writer, settings.columns)
-                gauge = fill(engine, writer, columns, settings.batch_tokens, progress)
+                shadow = Shadow(columns, shard)
+                gauge = fill(engine, writer, shadow, settings.batch_tokens, progress)
                 refused += len(writer.refused) - earlier
                 check_refused(refused, plan.samples, writer.refused)
                 writer.seal()
-                facts = proven_facts(engine, writer, columns)
+                facts = proven_facts(engine, writer, shadow)
                 if gauged in facts:
                     facts[gauged]["gauge"] = gauge.as_facts()
                 writer.commit(facts)
@@ -72,9 +78,7 @@ def refuse_again(out: Path, writer: ShardWriter, columns: Sequence[ColumnSpec]) 
     return len(writer.refused)
 
 
-def fill(
-    engine: Engine, writer: ShardWriter, columns: Sequence[ColumnSpec], batch_tokens: int, progress: Progress
-) -> Gauge:
+def fill(engine: Engine, writer: ShardWriter, shadow: Shadow, batch_tokens: int, progress: Progress) -> Gauge:
     """Write every row of a shard's columns; return the gauge over it. At most a few micro-batches are in memory."""
     gauge, shard = Gauge(), writer.shard
 
@@ -84,17 +88,20 @@ def fill(
         for row, reason in unfit(piece):
             if row not in writer.refused:
                 writer.refuse(row, reason)
+        written = 0
         for name, states in piece.states.items():
-            writer.write(name, bits(states))
+            rows = as_stored(states) if isinstance(states, Tensor) else shadow.encoded(engine, name, states)
+            writer.write(name, rows)
+            written += rows.nbytes
+        shadow.take(piece)
         gauge += totals(piece.gauge)
-        written = sum(states.nbytes for states in piece.states.values())
         progress.add(int(shard.lengths[piece.rows].sum()), written)
 
-    engine.split = False
+    engine.split, engine.shadow = False, frozenset(shadow.rows)
     drain = Drain(consume, QUEUED)
     try:
         for rows in micro_batches(shard.lengths, batch_tokens):
-            for piece in engine.pieces(shard, rows, columns):
+            for piece in engine.pieces(shard, rows, shadow.columns):
                 drain.put(piece)
         drain.finish()
     finally:
@@ -102,9 +109,10 @@ def fill(
     return gauge
 
 
-def proven_facts(engine: Engine, writer: ShardWriter, columns: Sequence[ColumnSpec]) -> dict[str, dict]:
+def proven_facts(engine: Engine, writer: ShardWriter, shadow: Shadow) -> dict[str, dict]:
     """Probe a sealed shard and return what its columns' manifests say of it. Raises ProofError."""
-    probed = probe(engine.model, engine.head, writer.shard, columns, {*writer.refused}, writer.read)
+    certified = shadow.certificates(engine, writer)
+    probed = probe(engine.model, engine.head, writer.shard, shadow.columns, {*writer.refused}, writer.read)
     made_by = {
         "engine": "transformers",
         "attention": engine.model.config._attn_implementation,
@@ -113,7 +121,7 @@ def proven_facts(engine: Engine, writer: ShardWriter, columns: Sequence[ColumnSp
         "device": engine.device.type,
         "split": engine.split,
     }
-    return {name: {**made_by, "probe": found} for name, found in probed.items()}
+    return {name: {**made_by, "probe": found, **certified.get(name, {})} for name, found in probed.items()}
 
 
 def unfit(piece: Piece) -> Iterator[tuple[int, str]]:
