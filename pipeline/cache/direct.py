@@ -72,7 +72,7 @@ def grid_on_disk(folder: Path, spec: ColumnSpec, rows: int) -> Grid | None:
         inner = facts["codecs"][0]["configuration"]
         chunk_rows, compressor = inner["chunk_shape"][0], inner["codecs"][1] if len(inner["codecs"]) > 1 else None
         grid = Grid(rows, spec.width, DTYPES[spec.dtype], chunk_rows, compressor)
-        return grid if chunk_rows > 0 and facts == json.loads(grid.metadata()) else None
+        return grid if chunk_rows > 0 and facts == grid.facts() else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 

@@ -31,7 +31,11 @@ class SampleTable:
         self._ok: dict[tuple[str, ...], np.ndarray] = {}
 
     def _numbers(self, name: str) -> np.ndarray:
-        return numbers(self._index.column(name).combine_chunks())
+        return numbers(self._whole(name))
+
+    def _whole(self, name: str) -> pa.Array:
+        column = self._index.column(name)  # one piece where it is mapped, which pyarrow would copy
+        return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -39,7 +43,8 @@ class SampleTable:
     @cached_property
     def sample_id(self) -> np.ndarray:
         """The sample ids as numbers, uint64 [n, 2], high and low: rows sort as the 16 bytes do."""
-        names = np.frombuffer(self._index.column("sample_id").combine_chunks().buffers()[1], ">u8", 2 * len(self))
+        column = self._whole("sample_id")
+        names = np.frombuffer(column.buffers()[1], ">u8", 2 * len(self), 16 * column.offset)
         return names.reshape(-1, 2).astype(np.uint64)
 
     @property

@@ -84,6 +84,10 @@ class Grid:
 
     def metadata(self) -> bytes:
         """The array's `zarr.json`."""
+        return (json.dumps(self.facts(), indent=1) + "\n").encode()
+
+    def facts(self) -> dict:
+        """What `zarr.json` says."""
         shape = list(self.shape)
         little = {"name": "bytes", "configuration": {"endian": "little"}}
         sharding = {
@@ -92,7 +96,7 @@ class Grid:
             "index_codecs": [little, {"name": "crc32c"}],
             "index_location": "end",
         }
-        facts = {
+        return {
             "zarr_format": 3,
             "node_type": "array",
             "shape": shape,
@@ -104,7 +108,6 @@ class Grid:
             "attributes": {},
             "dimension_names": ["row", "channel"],
         }
-        return (json.dumps(facts, indent=1) + "\n").encode()
 
 
 def index_of(sizes: np.ndarray) -> bytes:
