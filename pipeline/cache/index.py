@@ -13,7 +13,7 @@ import pyarrow.ipc
 
 from pipeline.cache.disk import write_file
 from pipeline.cache.layout import INDEX, INDEX_MANIFEST
-from pipeline.cache.manifest import FileFact, check_file, read_canonical, write_canonical
+from pipeline.cache.manifest import FileFact, read_canonical, write_canonical
 from pipeline.errors import CacheError
 
 if TYPE_CHECKING:
@@ -74,9 +74,11 @@ def read_index(cache: Path, manifests: list[dict]) -> pa.Table | None:
         facts = read_canonical(cache / INDEX_MANIFEST)
         if facts["segments"] != _segments(manifests):
             return None
-        check_file(cache / INDEX, facts["files"][INDEX])
         with pa.memory_map(str(cache / INDEX)) as file:
-            table = pa.ipc.open_file(file).read_all()
+            data = file.read_buffer()
+        if FileFact.of_bytes(data).as_dict() != facts["files"][INDEX]:
+            return None
+        table = pa.ipc.open_file(data).read_all()
         return table if table.schema.equals(SCHEMA) else None
     except (CacheError, OSError, KeyError, pa.ArrowInvalid):
         return None
