@@ -59,7 +59,10 @@ def capture_options(command):
                 help="Rows whose final state is kept.",
             ),
             click.option(
-                "--max-length", type=click.IntRange(2), default=3072, show_default=True, help="Tokens a sample."
+                "--max-length",
+                type=click.IntRange(2),
+                default=None,
+                help="Tokens a sample.  [default: 3072, or the target's positions if fewer]",
             ),
             click.option("--max-samples", type=click.IntRange(1), default=None, help="Stop reading the corpus there."),
             click.option("--batch-tokens", type=click.IntRange(1), default=None, help="Padded tokens a forward."),

@@ -258,7 +258,7 @@ def _resolve_draft(draft: DraftSection, target: dict, cache) -> DraftSection:
         "shift_label": domino,
         "gamma": float(default_gamma(block)),
         "weighting": "decay",
-        "intermediate_size": target["intermediate_size"],
+        "intermediate_size": target.get("intermediate_size") or 4 * hidden,  # Falcon, say, states none
         "num_attention_heads": target["num_attention_heads"],
         "num_key_value_heads": target.get("num_key_value_heads") or target["num_attention_heads"],
         "head_dim": target.get("head_dim") or hidden // target["num_attention_heads"],
@@ -297,7 +297,7 @@ def text_config(config: dict) -> dict:
     """Return the language model's part of a target's config; targets that also see keep it apart."""
     text = config.get("text_config") or config
     needed = ["hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"]
-    missing = [key for key in [*needed, "intermediate_size"] if key not in text]
+    missing = [key for key in needed if key not in text]
     if missing:
         raise UsageError(f"the target's config.json in the cache lacks {', '.join(missing)}: not a decoder we know")
     return text

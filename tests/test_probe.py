@@ -150,6 +150,16 @@ def test_a_lost_soft_cap_or_embedding_scale_is_caught(tmp_path):
         stored.probe()
 
 
+def test_a_target_that_sees_what_follows_is_caught(tmp_path):
+    """No padded batch and no draft can do with states that depend on later tokens."""
+    model = random_model(SQUARE)
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+    with pytest.raises(ProofError, match="no other layer fits"):
+        Stored(model, tmp_path).probe()
+
+
 def test_rows_in_another_order_are_caught(stored):
     stored.change("aux.1", lambda states: states["aux.1"].flip(0))
     with pytest.raises(ProofError, match="no other layer fits"):

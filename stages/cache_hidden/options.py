@@ -12,7 +12,7 @@ class CaptureOptions:
     layers: str | None = None  # "1,9,17"; None: `taps` layers placed by rule
     taps: int | None = None  # None: `pipeline.capture.default_taps`
     final: str = "needed"  # rows that keep `final`: needed (beside supervised ones), all, none
-    max_length: int = 3072  # tokens a sample, cut behind
+    max_length: int | None = None  # tokens a sample, cut behind. None: 3072, or the target's positions if fewer
     batch_tokens: int | None = None  # padded tokens a forward; part of the cache's identity. None: 8192
     max_samples: int | None = None  # stop reading the corpus after so many usable samples
     device: str | None = None  # None: cuda where there is one
@@ -25,7 +25,7 @@ class CaptureOptions:
             raise UsageError(f"--layers {self.layers} and --taps {self.taps} say two things; give one")
         if self.final not in ("needed", "all", "none"):
             raise UsageError(f"--final {self.final}: wanted needed, all or none")
-        if self.max_length < 2:
+        if self.max_length is not None and self.max_length < 2:
             raise UsageError(f"--max-length {self.max_length}: a sample is two tokens at least")
 
     def layer_list(self) -> list[int] | None:

@@ -77,9 +77,12 @@ def probe_rows(shard: ShardPlan, refused: set[int]) -> list[int]:
 
 
 def prefix_length(shard: ShardPlan, row: int) -> int:
-    """Return the rows of a sample's prefix: ROWS, and more only where a long prompt would leave no `final` in it."""
+    """Return the rows of a sample's prefix: ROWS, and more only where a long prompt would leave no `final` in it.
+
+    Never the whole sample: a target that sees what stands behind a token gives other states without it, and is caught.
+    """
     first = int(np.argmax(shard.mask(row)))
-    return min(int(shard.lengths[row]), max(ROWS, first + SCORED_ROWS if first >= ROWS else 0))
+    return min(int(shard.lengths[row]) - 1, max(ROWS, first + SCORED_ROWS if first >= ROWS else 0))
 
 
 def relative(found: Tensor, truth: Tensor) -> float:
@@ -120,7 +123,9 @@ def check_embedding(head: TargetHead, ids_P: Tensor, entry_PD: Tensor) -> float:
         return error
     scale = float((found_PD.double() * entry_PD.double()).sum() / found_PD.double().square().sum())
     scaled = relative(found_PD.double() * scale, entry_PD)
-    hint = f"{scale:.4g} times it would fit" if scaled <= bound else "no scale of it would fit"
+    hint = (
+        f"{scale:.4g} times it would fit" if scaled <= bound else "no scale of it fits: is more added to it, or normed?"
+    )
     raise ProofError(
         f"probe: the stored embedding (scale {head.embed_scale:g}) differs from what enters layer 0 by {error:.1e}, "
         f"at most {bound:.0e} is right; {hint}; this target needs its embedding read otherwise"
@@ -158,5 +163,5 @@ def check_logits(stored_RD: Tensor, head: TargetHead, truth_RV: Tensor, promise:
     raise ProofError(
         f"probe: the stored LM head gives logits that differ from the target's by {error:.1e}, at most {bound:.0e} "
         f"is right ({flipped} clear argmaxes differ), though `final` itself fits: the head is transposed, permuted, "
-        "scaled or capped otherwise; nothing of this shard was kept"
+        "scaled or capped otherwise, or a norm stands before it; nothing of this shard was kept"
     )

@@ -16,6 +16,7 @@ from pipeline.errors import UsageError
 from pipeline.target_files import (
     chat_template,
     find_target,
+    positions,
     read_json,
     target_digest,
     target_name,
@@ -26,6 +27,7 @@ from pipeline.target_files import (
 from stages.cache_hidden.options import CaptureOptions
 
 BATCH_TOKENS = 8192  # padded tokens a forward
+MAX_LENGTH = 3072  # tokens a sample
 DTYPES = ("bfloat16", "float32")
 HUB_CORPUS = "mlabonne/open-perfectblend"
 HUB_SAMPLES = 20_000  # of it, when nobody named a corpus
@@ -69,11 +71,12 @@ def settle(model: str, out: Path, options: CaptureOptions) -> Settings:
     layers = options.layer_list() or default_layers(depth, options.taps or default_taps(depth))
     check_layers(layers, depth)
     kept = held.get("capture", {})
+    max_length = _max_length(options.max_length, held.get("samples", {}).get("max_length"), config)
     dtype = options.dtype or kept.get("dtype") or _default_dtype(folder, options.device)
     identity = {
         "target": _target(model, folder, held.get("target", {})),
         "tokenizer": {"digest": tokenizer_digest(folder), "chat_template": template_digest(folder)},
-        "samples": {"max_length": options.max_length, "mask": mask_rule(chat_template(folder)), "trimmed": True},
+        "samples": {"max_length": max_length, "mask": mask_rule(chat_template(folder)), "trimmed": True},
         "capture": {
             "engine": "transformers",
             "dtype": dtype,
@@ -87,6 +90,16 @@ def settle(model: str, out: Path, options: CaptureOptions) -> Settings:
     if not (options.dtype or options.device or held):
         _warn_of_float32(folder, dtype)
     return Settings(model, folder, identity, tuple(columns))
+
+
+def _max_length(stated: int | None, kept: int | None, config: dict) -> int:
+    """Return the tokens a sample may have: as stated, as the cache has it, or by rule. UsageError for too many."""
+    most, why = positions(config)
+    if stated is None:
+        return kept or min(MAX_LENGTH, most or MAX_LENGTH)
+    if most is not None and stated > most:
+        raise UsageError(f"--max-length {stated}: this target has {most} positions{why}; pass {most} or less")
+    return stated
 
 
 def mask_rule(template: str) -> str:

@@ -21,8 +21,8 @@ from pipeline.cache.plan import Plan, micro_batches
 from pipeline.cache.target_folder import CONFIG, HEAD, TOKENS, has_target, new_target, target_file
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import DataError
-from pipeline.target import head_of, load_target
-from pipeline.target_files import tokenizer_files
+from pipeline.target import head_of, load_target, stop_tokens
+from pipeline.target_files import complete_config, tokenizer_files
 from pipeline.target_head import TargetHead
 from stages.cache_hidden.calibrate import calibrations
 from stages.cache_hidden.drain import Drain
@@ -153,8 +153,9 @@ def store_target(out: Path, folder: Path, model: PreTrainedModel) -> None:
     if has_target(out):
         return
     with new_target(out) as place:
-        for path in (folder / CONFIG, *tokenizer_files(folder)):
+        for path in tokenizer_files(folder):
             shutil.copyfile(path, place / path.name)
+        (place / CONFIG).write_bytes(complete_config(folder, model.config))
         (place / TOKENS).write_text(special_tokens(folder, model), encoding="utf-8")
         head_of(model).save(place / HEAD)
 
@@ -162,12 +163,10 @@ def store_target(out: Path, folder: Path, model: PreTrainedModel) -> None:
 def special_tokens(folder: Path, model: PreTrainedModel) -> str:
     """Return tokens.json: ids of mask, pad, bos, all that end a reply, and how many tokens the tokenizer knows."""
     tokenizer = ChatTemplate(folder).tokenizer
-    ends: set[int] = set()
-    for found in (tokenizer.eos_token_id, model.config.eos_token_id, model.generation_config.eos_token_id):
-        ends |= {found} if isinstance(found, int) else set(found or ())
+    own = {tokenizer.eos_token_id} - {None}
     facts = {
         "bos": tokenizer.bos_token_id,
-        "eos": sorted(ends),
+        "eos": sorted(own | stop_tokens(model)),
         "length": len(tokenizer),
         "mask": tokenizer.mask_token_id,
         "pad": tokenizer.pad_token_id,
