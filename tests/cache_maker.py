@@ -44,7 +44,9 @@ def states(shard: ShardPlan, spec: ColumnSpec) -> np.ndarray:
     return values if spec.dtype == "float32" else (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
-def capture(cache: Path, shard: ShardPlan, columns: list[ColumnSpec], refused: dict[int, str] | None = None) -> dict:
+def capture(
+    cache: Path, shard: ShardPlan, columns: list[ColumnSpec], refused: dict[int, str] | None = None, lost=None
+) -> dict:
     """Write columns of one shard, as a capture would; returns what `commit` does."""
     with ShardWriter(cache, shard, columns) as writer:
         for row, reason in (refused or {}).items():
@@ -54,7 +56,7 @@ def capture(cache: Path, shard: ShardPlan, columns: list[ColumnSpec], refused: d
             for first in range(0, len(values), 100):
                 writer.write(spec.name, values[first : first + 100])
         writer.seal()
-        return writer.commit({spec.name: {"probe": {"error": 0.5 ** (2 + shard.number)}} for spec in columns})
+        return writer.commit({spec.name: {"probe": {"error": 0.5 ** (2 + shard.number)}} for spec in columns}, lost)
 
 
 def calibrate_columns(cache: Path, columns: list[ColumnSpec]) -> None:

@@ -20,7 +20,7 @@ from pipeline.cache.disk import Scratch, committing, room, sync_file, sync_folde
 from pipeline.cache.index import place_index
 from pipeline.cache.layout import NUMBER, PLAN, numbered
 from pipeline.cache.manifest import FileFact, canonical, check_file, read_canonical
-from pipeline.cache.samples import SCHEMA, SPOOLED, PlannedSample, ShardPlan, make_batch, sample_id
+from pipeline.cache.samples import SCHEMA, SPOOLED, PlannedSample, ShardPlan, make_batch, sample_id, write_batches
 from pipeline.errors import CacheError, DataError, UsageError
 
 SHARD_BYTES = 4 << 30  # of raw states, over the columns first asked for
@@ -74,11 +74,12 @@ class Plan:
 
 
 def _together(one, other):
-    """Two planners' notes as one: numbers added, lists joined, by name."""
+    """Two planners' notes as one: numbers added, lists joined, by name; of anything else the newer counts."""
     if isinstance(one, dict):
         shared = {name: _together(one[name], other[name]) for name in one.keys() & other.keys()}
         return {**one, **other, **shared}
-    return None if one is None or other is None else one + other
+    alike = type(one) is type(other) and isinstance(one, int | float | list) and not isinstance(one, bool)
+    return one + other if alike else other
 
 
 @dataclass
@@ -206,16 +207,15 @@ def _write_shards(spool: Path, segment: Path, counts: _Counts, row_bytes: int, f
         before += len(entry[0].ids)
         return part
 
-    written = 0
-    with pa.OSFile(str(segment), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-        for _, group in groupby(_spooled(spool), key=share):
+    def placed() -> Iterator[pa.RecordBatch]:
+        for number, (_, group) in enumerate(groupby(_spooled(spool), key=share), first):
             entries = sorted(group, key=lambda entry: (-len(entry[0].ids), entry[1]))
             members, names = zip(*entries, strict=True)
-            batch = make_batch(members, names, first + written)
-            counts.final_rows += ShardPlan(batch, written).final_count
-            writer.write_batch(batch)
-            written += 1
-    return written
+            batch = make_batch(members, names, number)
+            counts.final_rows += ShardPlan(batch, number).final_count
+            yield batch
+
+    return write_batches(segment, placed())
 
 
 def _commit(cache: Path, scratch: Scratch, segment: Path, manifest: dict, earlier: Plan) -> None:
@@ -253,7 +253,8 @@ def plan_numbers(cache: Path) -> list[int]:
 
 def read_manifests(cache: Path) -> list[dict]:
     """The manifests of the plan's segments. UsageError when there is no plan, CacheError for a damaged one."""
-    manifests = [read_canonical(cache / PLAN / f"{numbered(number)}.json") for number in plan_numbers(cache)]
+    paths = [cache / PLAN / f"{numbered(number)}.json" for number in plan_numbers(cache)]
+    manifests = [read_canonical(path, "segment", "first_shard", "shards", "files", "notes") for path in paths]
     if not manifests:
         raise UsageError(f"{cache} has no plan yet; run `pipeline plan` or `pipeline cache-hidden`")
     shards = 0

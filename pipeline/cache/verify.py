@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from pipeline.cache.codecs import LOSSY
 from pipeline.cache.columns import Column, ColumnSpec, column_manifest
-from pipeline.cache.derived import refused_bytes
-from pipeline.cache.index import build_index, read_index
+from pipeline.cache.derived import refused_bytes, shard_columns
+from pipeline.cache.index import build_index, read_index, segments_of
 from pipeline.cache.layout import (
     BLOCK_ROWS,
     CALIBRATION,
@@ -71,19 +72,26 @@ class Report:
         return asdict(self)
 
 
-def verify(path: Path | str) -> Report:
-    """Check every byte of a cache. Raises UsageError where there is none; damage is in the report, never raised."""
+def verify(path: Path | str, only: set[int] | None = None) -> Report:
+    """Check every byte of a cache, or of these shards and all that is outside of shards.
+
+    Raises UsageError where there is none; damage is in the report, never raised.
+    """
     path = Path(path)
     if not any((path / name).exists() for name in (IDENTITY, PLAN, SHARDS)):
         raise UsageError(f"{path}: no cache there; make one with `pipeline cache-hidden --out {path}`")
     check = _Check(path)
     plan = check.plan()
     check.index(plan)
-    columns = check.shards(plan)
-    check.target(captured=any(columns.values()))
-    check.calibration()
+    columns = check.shards(plan, only)
+    captured = any(columns.values())
+    if captured and not plan and not any(finding.file.startswith(PLAN) for finding in check.report.damaged):
+        check.damage(PLAN, "lost, though shards were captured by it")
+    check.target(captured)
+    check.calibration(columns)
     check.quarantine(plan, columns)
-    check.foreign()
+    if only is None:
+        check.foreign()
     return check.report
 
 
@@ -133,7 +141,10 @@ class _Check:
                 self.unfinished(manifest, "a segment of the plan without its manifest")
                 continue
             with self.guard(manifest):
-                self.file(rows, read_canonical(self.path / manifest)["files"][f"{number}.arrow"])
+                fact = read_canonical(self.path / manifest, "files")["files"].get(f"{number}.arrow")
+                if fact is None:
+                    raise CacheError("the manifest of another segment")
+                self.file(rows, fact)
             self.known.add(rows)
             finished += 1
         if not finished:
@@ -153,11 +164,15 @@ class _Check:
         if plan is None:
             return
         with self.guard(INDEX_MANIFEST):
-            facts = read_canonical(self.path / INDEX_MANIFEST)
-            if self.file(INDEX, facts["files"][INDEX]):
-                held = read_index(self.path, plan.manifests)
-                if held is None or not held.equals(build_index(plan)):
-                    self.damage(INDEX, "not what the plan gives; it is made again by the next `pipeline cache-hidden`")
+            facts = read_canonical(self.path / INDEX_MANIFEST, "files", "segments")
+            if not self.file(INDEX, facts["files"][INDEX]):
+                return
+            if facts["segments"] != segments_of(plan.manifests):
+                self.unfinished(INDEX, "of a plan with other segments; the next `pipeline cache-hidden` makes it again")
+                return
+            held = read_index(self.path, plan.manifests)
+            if held is None or not held.equals(build_index(plan)):
+                self.damage(INDEX, "not what the plan gives")
 
     def target(self, captured: bool) -> None:
         if not (self.path / TARGET).exists() and not captured:
@@ -167,19 +182,25 @@ class _Check:
             for name, fact in target_manifest(self.path)["files"].items():
                 self.file(f"{TARGET}/{name}", fact)
 
-    def calibration(self) -> None:
-        for path in sorted((self.path / CALIBRATION).glob("*.json")):
-            if COLUMN.fullmatch(path.stem):
-                with self.guard(f"{CALIBRATION}/{path.name}"):
-                    if self.identity and read_canonical(path).get("cache") != self.identity:
-                        self.damage(f"{CALIBRATION}/{path.name}", "belongs to another cache")
+    def calibration(self, columns: dict[int, dict[str, dict]]) -> None:
+        """Check the calibrations there are, and that the columns encoded with one have it."""
+        there = {path.stem for path in (self.path / CALIBRATION).glob("*.json") if COLUMN.fullmatch(path.stem)}
+        specs = [manifest["spec"] for found in columns.values() for manifest in found.values()]
+        for name in sorted(there | {spec["name"] for spec in specs if spec["codec"] in LOSSY}):
+            file = f"{CALIBRATION}/{name}.json"
+            with self.guard(file):
+                if read_canonical(self.path / file, "cache", "column")["cache"] != self.identity and self.identity:
+                    self.damage(file, "belongs to another cache")
 
-    def shards(self, plan: Plan | None) -> dict[int, dict[str, dict]]:
-        """Check every shard planned or there; the manifests of the columns that exist, by shard and name."""
+    def shards(self, plan: Plan | None, only: set[int] | None) -> dict[int, dict[str, dict]]:
+        """Check every shard planned or there, or only these; the manifests of all columns, by shard and name."""
         planned = {shard.number: shard for shard in plan.shards} if plan else {}
         there = {int(path.name) for path in (self.path / SHARDS).glob("*") if NUMBER.fullmatch(path.name)}
         columns = {}
         for number in sorted({*planned, *there}):
+            if only is not None and number not in only:
+                columns[number] = shard_columns(self.path, number)
+                continue
             if plan and number not in planned:
                 self.damage(f"{SHARDS}/{numbered(number)}", "not in the plan", number)
             columns[number] = self.shard(number, planned.get(number))

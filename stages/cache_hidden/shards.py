@@ -6,8 +6,9 @@ shard that is missing, and whoever computes one computes the same.
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -16,13 +17,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.cache.columns import ColumnSpec, committed
+from pipeline.cache.disk import room, turn
 from pipeline.cache.int8 import as_stored
+from pipeline.cache.manifest import FileFact
 from pipeline.cache.plan import Plan, micro_batches
-from pipeline.cache.target_folder import CONFIG, HEAD, TOKENS, has_target, new_target, target_file
+from pipeline.cache.target_folder import CONFIG, HEAD, TOKENS, WEIGHTS, has_target, new_target, target_file
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import DataError
 from pipeline.target import head_of, load_target, stop_tokens
-from pipeline.target_files import complete_config, tokenizer_files
+from pipeline.target_files import complete_config, tokenizer_files, weight_files
 from pipeline.target_head import TargetHead
 from stages.cache_hidden.calibrate import calibrations
 from stages.cache_hidden.drain import Drain
@@ -39,19 +42,32 @@ QUEUED = 2  # micro-batches that wait for the writer
 REFUSED_SHARE = 0.01  # of a plan's samples; more means that something is wrong with the target or its type
 
 
-def capture_shards(out: Path, settings: Settings, plan: Plan, work: Work, device: str, refused: int) -> None:
+Lost = Mapping[tuple[int, str], dict | None]
+
+
+def capture_shards(
+    out: Path, settings: Settings, plan: Plan, work: Work, device: str, refused: int, lost: Lost = MappingProxyType({})
+) -> None:
     """Run the target over every shard in `work` and commit each as it passes its probe.
 
-    `refused` samples were refused before. Raises ProofError, DataError (too many refused), RoomError, UsageError.
+    `refused` samples were refused before. A (shard, column) in `lost` is replaced though it looks whole; it maps to
+    the manifest that it had, if that is known, and gets the same again where the same bytes come out.
+    Raises ProofError, DataError (too many refused), RoomError, UsageError.
     """
     model = load_target(str(settings.folder), device=device, dtype=settings.dtype)
     store_target(out, settings.folder, model)
     head = TargetHead.load(target_file(out, HEAD), device, getattr(torch, settings.dtype))
-    engine = Engine(model, head, gauge_share(plan))
-    gauged = gauge_column(settings.columns)
-    engine.calibrations = calibrations(engine, out, plan, settings.columns, settings.batch_tokens)
+    engine = Engine(model, head, 0.0)
+    gauged = gauged_columns(out, plan, settings.columns)
+    with room(out, "a calibration"), turn(out, "calibration"):  # by one process, for all
+        engine.calibrations = calibrations(engine, out, plan, settings.columns, settings.batch_tokens)
     with Progress(sum(shard.rows for shard, _ in work), len(work)) as progress:
-        for shard, columns in work:
+        for shard, wanted in work:
+            columns = [spec for spec in wanted if still_wanted(out, shard.number, spec.name, lost)]
+            if not columns:  # another worker has this share, too, and was quicker
+                progress.shard()
+                continue
+            engine.gauge_share = gauge_share(plan.segment(shard.number)["supervised"])
             with ShardWriter(out, shard, columns) as writer:
                 earlier = refuse_again(out, writer, settings.columns)
                 shadow = Shadow(columns, shard)
@@ -60,10 +76,26 @@ def capture_shards(out: Path, settings: Settings, plan: Plan, work: Work, device
                 check_refused(refused, plan.samples, writer.refused)
                 writer.seal()
                 facts = proven_facts(engine, writer, shadow)
-                if gauged in facts:
-                    facts[gauged]["gauge"] = gauge.as_facts()
-                writer.commit(facts)
+                for name in gauged & facts.keys():
+                    facts[name]["gauge"] = gauge.as_facts()
+                had = {name: lost[shard.number, name] for name in facts if (shard.number, name) in lost}
+                writer.commit(facts, had)
             progress.shard()
+
+
+def still_wanted(out: Path, shard: int, column: str, lost: Lost) -> bool:
+    """Whether a column of the plan of work is still to be captured, by whoever gets there first."""
+    return (shard, column) in lost or committed(out, shard, column) is None
+
+
+def gauged_columns(out: Path, plan: Plan, columns: Sequence[ColumnSpec]) -> set[str]:
+    """Return the columns whose manifests hold the gauge: those that do in the cache, else the one it belongs to."""
+    for shard in plan.shards:
+        held = [manifest for spec in columns if (manifest := committed(out, shard.number, spec.name))]
+        found = {manifest["spec"]["name"] for manifest in held if "gauge" in manifest["facts"]}
+        if found:
+            return found
+    return {gauge_column(columns)}
 
 
 def refuse_again(out: Path, writer: ShardWriter, columns: Sequence[ColumnSpec]) -> int:
@@ -149,14 +181,25 @@ def check_refused(refused: int, samples: int, newest: dict[int, str]) -> None:
 
 
 def store_target(out: Path, folder: Path, model: PreTrainedModel) -> None:
-    """Write the cache's `target/`, once: config, tokenizer, special tokens, embedding and LM head."""
+    """Write the cache's `target/`, once: config, tokenizer, special tokens, embedding and LM head, digests of weights.
+
+    One process does, others wait for it.
+    """
     if has_target(out):
         return
+    with room(out, "the target's files"), turn(out, "target"):
+        if not has_target(out):
+            _store_target(out, folder, model)
+
+
+def _store_target(out: Path, folder: Path, model: PreTrainedModel) -> None:
     with new_target(out) as place:
         for path in tokenizer_files(folder):
             shutil.copyfile(path, place / path.name)
         (place / CONFIG).write_bytes(complete_config(folder, model.config))
         (place / TOKENS).write_text(special_tokens(folder, model), encoding="utf-8")
+        weights = {path.name: FileFact.of_file(path).as_dict() for path in weight_files(folder)}
+        (place / WEIGHTS).write_text(json.dumps(weights, indent=1, sort_keys=True) + "\n")
         head_of(model).save(place / HEAD)
 
 
