@@ -4,6 +4,7 @@ This is the only door: it imports the stages inside command bodies, so that `--h
 and it maps every typed error to one line and an exit code. The whole trace is shown with `--debug`.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 import click
 
 from pipeline import __version__
-from pipeline.errors import CacheError, PipelineError
+from pipeline.errors import CacheError, PipelineError, ProofError
 
 CACHE = click.Path(path_type=Path)
 TERMINATED = 128 + signal.SIGTERM
@@ -53,18 +54,31 @@ def capture_options(command):
             click.option(
                 "--final",
                 type=click.Choice(["needed", "all", "none"]),
-                default="needed",
-                show_default=True,
-                help="Rows whose final state is kept.",
+                default=None,
+                help="Rows whose final state is kept.  [default: needed]",
             ),
             click.option(
-                "--max-length", type=click.IntRange(2), default=3072, show_default=True, help="Tokens a sample."
+                "--max-length",
+                type=click.IntRange(2),
+                default=None,
+                help="Tokens a sample.  [default: 3072, or the target's positions if fewer]",
             ),
             click.option("--max-samples", type=click.IntRange(1), default=None, help="Stop reading the corpus there."),
             click.option("--batch-tokens", type=click.IntRange(1), default=None, help="Padded tokens a forward."),
+            click.option(
+                "--budget", default=None, metavar="SIZE", help="Bytes the cache may take, such as 2TB or 1.5TiB."
+            ),
+            click.option(
+                "--methods", default=None, help="Whose drafts will be trained, for the budget.  [default: all]"
+            ),
+            click.option("--seed", type=click.IntRange(0), default=0, help="Which samples a budget takes."),
+            click.option(
+                "--codec", default=None, help="raw, zstd or int8, or such as aux=int8,final=zstd.  [default: raw]"
+            ),
             click.option("--device", default=None, help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]"),
             click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default=None, help="Compute type."),
             click.option("--revision", default=None, help="Revision of a hub model."),
+            click.option("--append", is_flag=True, help="Add CORPUS to the cache: the samples that are not there yet."),
         ]
     ):
         command = option(command)
@@ -73,22 +87,37 @@ def capture_options(command):
 
 @commands.command()
 @capture_options
+@click.option("--probe", is_flag=True, help="Run target and disk for a moment, to say how long a capture takes.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
-def plan(model, corpus, out, as_json, **chosen):
-    """Tokenise the corpus and print what a capture will hold and cost. The target does not run."""
+def plan(model, corpus, out, probe, as_json, **chosen):
+    """Tokenise the corpus and print what a capture will hold and cost, in every codec.
+
+    With --budget it leaves out what nobody reads, chooses a codec, takes a part of the samples, and says so, each only
+    as far as it has to. What is captured later keeps to that plan; until then another budget makes another plan.
+    """
     from stages.cache_hidden.options import CaptureOptions
     from stages.cache_hidden.run import plan, plan_table
 
-    report = plan(model, corpus, out, options=CaptureOptions(**chosen))
+    report = plan(model, corpus, out, options=CaptureOptions(**chosen), probe=probe)
     show(report, as_json, plan_table)
+    if not as_json:
+        click.echo(f"next: {report['command']}")
 
 
 @commands.command("cache-hidden")
 @capture_options
+@click.option("--worker", default=None, metavar="I/N", help="Capture every N-th shard from I on: 0/4, 1/4, 2/4, 3/4.")
 def cache_hidden(model, corpus, out, **chosen):
     """Run the target over the corpus once and keep its hidden states.
 
     Stop it whenever you like: the same command goes on after the last finished shard.
+
+    Several workers share one cache: start the same command with --worker I/N, under torchrun, or as a SLURM array or
+    srun step, which say I and N (and by LOCAL_RANK or SLURM_LOCALID, the GPU). Whatever a worker left, a run with any
+    other N captures.
+
+    More corpus: the same command with another --corpus and --append. What is there stays as it is, samples that are
+    there already are not captured again, and the new ones get every layer the cache has.
     """
     from stages.cache_hidden.options import CaptureOptions
     from stages.cache_hidden.run import run
@@ -115,20 +144,42 @@ def inspect(cache, sample, as_json):
 
 @commands.command()
 @click.argument("cache", type=CACHE, default="hs_cache")
+@click.option("--repair", is_flag=True, help="Make again what is damaged, with --model where the target has to.")
+@click.option("--deep", is_flag=True, help="Check every byte of the files of --model, too, against those captured.")
+@click.option("--model", default=None, help="The target: a hub name or a folder.")
+@click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def verify(cache, as_json):
-    """Check every byte of a cache. Ends with 4 when something is damaged, and names it."""
-    from pipeline.cache.verify import verify
-    from pipeline.report import verify_table
+def verify(cache, repair, deep, model, device, as_json):
+    """Check every byte of a cache. Ends with 4 when something is damaged, and names it.
 
-    report = verify(cache)
+    With --repair it captures exactly the damaged columns of the damaged shards again, and what follows from the rest
+    it writes again; what is sound is not touched.
+    """
+    from pipeline.report import verify_table
+    from stages.cache_hidden.repair import checked
+
+    report = checked(cache, repair, deep, model, device)
     show(report.as_dict(), as_json, verify_table)
     if report.damaged:
         first = report.damaged[0]
         raise CacheError(
-            f"{cache}: {len(report.damaged)} damaged, the first {first.file} ({first.what}); delete what is damaged "
-            "and run `pipeline cache-hidden` again: it captures only what is missing"
+            f"{cache}: {len(report.damaged)} damaged, the first {first.file} ({first.what}); "
+            "`pipeline verify --repair --model TARGET` makes it again"
         )
+
+
+@commands.command()
+@click.argument("cache", type=CACHE, default="hs_cache")
+@click.option("--codec", required=True, help="raw, zstd or int8, or such as aux=int8,final=zstd.")
+def recode(cache, codec):
+    """Write columns of a cache in another codec, from the states that are there.
+
+    Stop it whenever you like: every shard stays readable, and the same command goes on. No training may read CACHE
+    meanwhile.
+    """
+    from stages.recode.run import run
+
+    run(cache, codec)
 
 
 @commands.command("train-draft")
@@ -145,6 +196,29 @@ def train_draft(recipe, cache, sets, out, device):
     from stages.train_draft.run import run
 
     run(cache, recipe, sets, out, device)
+
+
+@commands.command()
+@click.argument("recipe", type=CACHE)
+@click.option("--cache", type=CACHE, default="hs_cache", show_default=True, help="The cache to train from.")
+@click.option("--set", "sets", multiple=True, metavar="A.B=C", help="Change one field of every run's recipe.")
+@click.option("--out", type=CACHE, default=None, help="The folder for the runs' folders.  [default: runs]")
+@click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def sweep(recipe, as_json, **chosen):
+    """Train every combination of the lists in RECIPE's [sweep] table, one after the other.
+
+    All are checked before the first begins. The same command goes on after any stop; finished runs stay as they are.
+    """
+    from pipeline.report import sweep_table
+    from stages.train_draft.sweep import sweep
+
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        report = sweep(recipe=recipe, **chosen)
+    show(report, as_json, sweep_table)
+    failed = [run for run in report["runs"] if run["failed"]]
+    if failed:
+        raise ProofError(f"{len(failed)} of {len(report['runs'])} runs failed, the first {failed[0]['run']}")
 
 
 @commands.command()

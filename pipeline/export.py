@@ -105,7 +105,8 @@ def make_probe(config: DraftConfig, cache: HiddenCache | None) -> Probe:
         ids_T = torch.randint(config.vocab_size, (T,), generator=generator)
         rows, source = Rows(ids_T, torch.ones(T).bool(), torch.randn(shape, generator=generator)), "random states"
     else:
-        index = next(i for i in range(len(cache)) if cache.samples.ok[i] and cache.samples.supervised[i])
+        usable = cache.samples.usable(config.target_layer_ids)
+        index = next(i for i in range(len(cache)) if usable[i] and cache.samples.supervised[i])
         sample = cache.read(index, layers=config.target_layer_ids)
         rows = Rows(sample.ids[:PROBE_ROWS], sample.mask[:PROBE_ROWS], sample.aux[:, :PROBE_ROWS].float())
         head, source = cache.head(), f"sample {cache.samples.hex(index)} of the cache"

@@ -120,10 +120,17 @@ def load_recipe(path: Path | None, sets: tuple[str, ...] = ()) -> Recipe:
 
     Raises UsageError for a file that is not there or no TOML, an unknown key (naming the nearest), a wrong value.
     """
-    stated = {} if path is None else _read(Path(path))
+    if path is None:
+        return make_recipe({}, sets, "the recipe")
+    return make_recipe(read_toml(Path(path)), sets, str(path))
+
+
+def make_recipe(stated: dict, sets: tuple[str, ...], source: str) -> Recipe:
+    """Return the recipe that sections of fields state, each of `sets` applied; `source` names them in errors."""
+    if "sweep" in stated:
+        raise UsageError(f"{source} holds a [sweep] table, so it is many recipes; run it with `pipeline sweep`")
     for entry in sets:
         _set(stated, entry)
-    source = "the recipe" if path is None else str(path)
     try:
         recipe = Recipe.model_validate(stated)
     except ValidationError as error:
@@ -136,7 +143,8 @@ def load_recipe(path: Path | None, sets: tuple[str, ...] = ()) -> Recipe:
     return recipe
 
 
-def _read(path: Path) -> dict:
+def read_toml(path: Path) -> dict:
+    """Return what a recipe's file states. UsageError when there is none, or it is no TOML."""
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -254,7 +262,7 @@ def _resolve_draft(draft: DraftSection, target: dict, cache) -> DraftSection:
         "shift_label": domino,
         "gamma": float(default_gamma(block)),
         "weighting": "decay",
-        "intermediate_size": target["intermediate_size"],
+        "intermediate_size": target.get("intermediate_size") or 4 * hidden,  # Falcon, say, states none
         "num_attention_heads": target["num_attention_heads"],
         "num_key_value_heads": target.get("num_key_value_heads") or target["num_attention_heads"],
         "head_dim": target.get("head_dim") or hidden // target["num_attention_heads"],
@@ -293,7 +301,7 @@ def text_config(config: dict) -> dict:
     """Return the language model's part of a target's config; targets that also see keep it apart."""
     text = config.get("text_config") or config
     needed = ["hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"]
-    missing = [key for key in [*needed, "intermediate_size"] if key not in text]
+    missing = [key for key in needed if key not in text]
     if missing:
         raise UsageError(f"the target's config.json in the cache lacks {', '.join(missing)}: not a decoder we know")
     return text

@@ -4,6 +4,7 @@ n samples of the cache   T rows of a sample
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,8 +36,10 @@ class Split:
     digest: str
 
 
-def split_samples(cache: HiddenCache, mask_token_id: int, share: float) -> Split:
-    """Go over every sample's tokens once.
+def split_samples(cache: HiddenCache, mask_token_id: int, share: float, layers: Sequence[int] | None = None) -> Split:
+    """Go over every sample's tokens once. A sample counts that none of `layers` (None: all that are whole) refused;
+    to be held out, `final` must not have refused it either.
+
 
     A sample is usable when two adjacent tokens are supervised: an anchor and the token after it. The corpus says what
     is held out; where it does not, `split_by_prompt` does. Raises UsageError when the mask token occurs in the corpus,
@@ -45,7 +48,8 @@ def split_samples(cache: HiddenCache, mask_token_id: int, share: float) -> Split
     table = cache.samples
     usable = np.zeros(len(cache), bool)
     prompts_n = np.zeros(len(cache), np.uint64)
-    for index in np.flatnonzero(table.ok):
+    layers = cache.layers if layers is None else layers
+    for index in np.flatnonzero(table.usable(layers)):
         ids_T, mask_T = cache.tokens_of(int(index))
         if (ids_T == mask_token_id).any():
             raise UsageError(
@@ -63,7 +67,7 @@ def split_samples(cache: HiddenCache, mask_token_id: int, share: float) -> Split
             f"{cache.path}: none of {len(cache)} samples can train a draft; a sample needs two adjacent supervised "
             f"tokens and a split other than `{HELDOUT}`"
         )
-    held = np.flatnonzero(usable & heldout)
+    held = np.flatnonzero(usable & heldout & table.usable(layers, cache.has_final))
     digest = _digest(table.sample_id, train, held)
     return Split(train, held, int(len(cache) - usable.sum()), digest)
 

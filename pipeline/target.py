@@ -1,18 +1,28 @@
 """The live target: a Hugging Face decoder, found, loaded and read by the convention of `pipeline/capture.py`.
 
 Used by `cache-hidden` and `evaluate` only; `train-draft` has no way here. Any causal LM with one list of decoder layers
-will do: its layers, norm and head are found by what they are, not by the model's name. `trust_remote_code` is never on.
+will do, and the text part of a model that also sees: layers, norm and head are found by what they are, not by the
+model's name. `trust_remote_code` is never on.
 
     B samples   T positions   D hidden size   V vocabulary
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import RoomError, UsageError
@@ -25,10 +35,11 @@ def load_target(
 ) -> PreTrainedModel:
     """Load the target in eval mode, frozen. dtype None: float32 on a CPU, else the type its config names.
 
-    Raises UsageError when there is no such model or its files are damaged or incomplete, RoomError when the device is
-    too small for it.
+    Raises UsageError when there is no such model, it is of no kind that can be a target, or its files are damaged or
+    incomplete, RoomError when the device is too small for it.
     """
     folder = find_target(model, revision)
+    loader = _loader(model, folder)
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {device} was asked for, but torch sees no CUDA device; use `--device cpu`")
@@ -38,9 +49,7 @@ def load_target(
         dtype = getattr(torch, dtype)
     transformers_logging.disable_progress_bar()
     try:
-        target, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
+        target, report = loader.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
         target = target.to(device)
     except torch.OutOfMemoryError as error:
         raise RoomError(f"{model} does not fit on {device} ({_line(error)}); use a larger device") from error
@@ -55,26 +64,60 @@ def load_target(
     return target.eval().requires_grad_(False)
 
 
+def _loader(model: str, folder: Path) -> type:
+    """Return the transformers class that loads this target with its LM head. UsageError where none does."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{model}: transformers {transformers.__version__} does not know this model ({_line(error)}); a newer one "
+            "may, and code that comes with a model is never run"
+        ) from error
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    raise UsageError(
+        f"{model} is a {config.model_type}, which transformers has no language model with an LM head for; "
+        "a target is a decoder that writes text"
+    )
+
+
 def _line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the target's decoder layers, first to last. UsageError when there is no one such list."""
-    depth = model.config.get_text_config().num_hidden_layers
-    decoder = model.get_decoder()
-    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == depth]
-    if len(lists) != 1:
+def _decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    """Return the module that runs the decoder layers, and their list, first to last.
+
+    `get_decoder` of some models gives the module around it. UsageError when there is no one such list.
+    """
+    depth, outer = model.config.get_text_config().num_hidden_layers, model.get_decoder()
+    for modules in ([outer], list(outer.children())):
+        found = [
+            (module, child)
+            for module in modules
+            for child in module.children()
+            if isinstance(child, nn.ModuleList) and len(child) == depth
+        ]
+        if found:
+            break
+    if len(found) != 1:
         raise UsageError(
-            f"{type(model).__name__} is no plain decoder: {len(lists)} lists of {depth} layers in it, wanted one; "
+            f"{type(model).__name__} is no plain decoder: {len(found)} lists of {depth} layers in it, wanted one; "
             "this target needs an engine of its own"
         )
-    return lists[0]
+    return found[0]
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the target's decoder layers, first to last. UsageError when there is no one such list."""
+    return _decoder(model)[1]
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module | None:
     """Return the norm between the last layer and the LM head, or None where it does not show by its name."""
-    norms = [child for child in model.get_decoder().children() if "norm" in type(child).__name__.lower()]
+    norms = [child for child in _decoder(model)[0].children() if "norm" in type(child).__name__.lower()]
     return norms[-1] if norms else None
 
 
@@ -82,7 +125,8 @@ def final_norm(model: PreTrainedModel) -> nn.Module | None:
 def tap_layers(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
     """Yield a dict that every forward inside fills with {layer: raw residual [B, T, D]}, for the wanted layers only.
 
-    What it holds is the model's own memory: copy what has to outlive the forward, and clear it.
+    What it holds is the model's own memory: copy what has to outlive the forward, and clear it. A forward raises
+    UsageError where a layer gives no such state.
     """
     taken: dict[int, Tensor] = {}
     modules = decoder_layers(model)
@@ -96,14 +140,23 @@ def tap_layers(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[i
 
 def _tap(modules: nn.ModuleList, layer: int, taken: dict[int, Tensor]):
     def before(module, args, kwargs):
-        taken[layer] = args[0] if args else kwargs["hidden_states"]
+        taken[layer] = _residual(module, args[0] if args else kwargs["hidden_states"])
 
     def after(module, args, output):
-        taken[layer] = output[0] if isinstance(output, tuple) else output
+        taken[layer] = _residual(module, output[0] if isinstance(output, tuple) else output)
 
     if layer == -1:
         return modules[0].register_forward_pre_hook(before, with_kwargs=True)
     return modules[layer].register_forward_hook(after)
+
+
+def _residual(module: nn.Module, state: Tensor) -> Tensor:
+    if state.ndim == 3:
+        return state
+    raise UsageError(
+        f"{type(module).__name__} passes on states of shape {list(state.shape)}, not one residual stream of samples, "
+        "positions and width; no draft here reads several streams, so this target cannot be captured"
+    )
 
 
 def run_decoder(model: PreTrainedModel, input_ids: Tensor, **kw):
@@ -112,7 +165,7 @@ def run_decoder(model: PreTrainedModel, input_ids: Tensor, **kw):
     `kw` goes to the decoder as it is (attention_mask, position_ids, past_key_values, ...); no kv is kept unless asked.
     """
     kw.setdefault("use_cache", kw.get("past_key_values") is not None)
-    return model.get_decoder()(input_ids=input_ids, **kw)
+    return _decoder(model)[0](input_ids=input_ids, **kw)
 
 
 def lm_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -120,6 +173,16 @@ def lm_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     logits = model.get_output_embeddings()(hidden).float() * _logit_scale(model)
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def stop_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """Return the tokens that end a reply, as the target's own configs name them; a model that also sees has several."""
+    found = (
+        model.config.get_text_config().eos_token_id,
+        getattr(model.config, "eos_token_id", None),
+        getattr(model.generation_config, "eos_token_id", None),
+    )
+    return frozenset(stop for stops in found for stop in ([stops] if type(stops) is int else stops or ()))
 
 
 def head_of(model: PreTrainedModel) -> TargetHead:

@@ -23,6 +23,19 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     CHAT_TEMPLATE,
 )
+SIZES = ("num_hidden_layers", "hidden_size", "vocab_size")  # what a capture reads of a config
+# What training reads besides; a config may leave any of them to the defaults of its class, as Gemma 3's do.
+MORE_SIZES = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "attention_bias",
+    "initializer_range",
+)
 HUB_FILES = [CONFIG, "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
 
 
@@ -80,14 +93,61 @@ def read_json(path: Path) -> dict:
 
 
 def text_config(folder: Path) -> dict:
-    """Return the part of config.json that describes the decoder, which multi-modal targets nest."""
+    """Return the part of config.json that describes the decoder, which multi-modal targets nest.
+
+    Sizes that it leaves out or calls otherwise are those of its class, for which transformers is imported. UsageError
+    when it is not a decoder's.
+    """
     config = read_json(folder / CONFIG)
+    if config.get("is_encoder_decoder"):
+        raise UsageError(f"{folder / CONFIG} is an encoder-decoder's; a target is a decoder alone, name another model")
     nested = config.get("text_config")
-    config = nested if isinstance(nested, dict) else config
-    for key in ("num_hidden_layers", "hidden_size", "vocab_size"):
-        if not isinstance(config.get(key), int):
+    text = nested if isinstance(nested, dict) else config
+    if not all(isinstance(text.get(key), int) for key in SIZES):
+        text = {**_sizes_by_class(folder), **text}
+    for key in SIZES:
+        if not isinstance(text.get(key), int):
             raise UsageError(f"{folder / CONFIG} names no {key}; this is no decoder of the transformers library")
-    return config
+    return text
+
+
+def positions(text: dict) -> tuple[int | None, str]:
+    """Return how many positions a decoder's config gives it, None where it does not say, and why, where that is odd."""
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    short = rope.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
+    if short and rope.get("rope_type", rope.get("type")) in ("longrope", "su"):
+        return short, ", beyond which its rotary scaling follows the longest sample of a batch"
+    most = text.get("max_position_embeddings")
+    return (most if isinstance(most, int) else None), ""
+
+
+def _sizes_by_class(folder: Path) -> dict:
+    from transformers import AutoConfig
+
+    try:
+        return _sizes(AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # no model that transformers knows
+
+
+def _sizes(config: object) -> dict:
+    """Return the sizes that a transformers config has, whatever it calls them, as far as they are of a plain kind."""
+    found = {key: getattr(config, key, None) for key in (*SIZES, *MORE_SIZES)}
+    return {key: value for key, value in found.items() if isinstance(value, int | float | dict)}
+
+
+def complete_config(folder: Path, config: object) -> bytes:
+    """Return config.json with every size in it that training reads, taken from the loaded target's `config`.
+
+    As it stands where it lacks none. The decoder's part is nested under `text_config`, where it is a part.
+    """
+    stated, text = read_json(folder / CONFIG), config.get_text_config()
+    part = stated if text is config else stated.get("text_config") or {}
+    lacking = {key: value for key, value in _sizes(text).items() if part.get(key) is None}
+    if not lacking:
+        return (folder / CONFIG).read_bytes()
+    part = {**part, **lacking}
+    return (json.dumps(part if text is config else {**stated, "text_config": part}, indent=2) + "\n").encode()
 
 
 def weight_files(folder: Path) -> list[Path]:

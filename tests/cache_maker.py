@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.cache.calibration import calibrate, keep_calibration, read_calibration
+from pipeline.cache.codecs import LOSSY
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.derived import derive
 from pipeline.cache.manifest import create_identity
@@ -42,7 +44,9 @@ def states(shard: ShardPlan, spec: ColumnSpec) -> np.ndarray:
     return values if spec.dtype == "float32" else (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
-def capture(cache: Path, shard: ShardPlan, columns: list[ColumnSpec], refused: dict[int, str] | None = None) -> dict:
+def capture(
+    cache: Path, shard: ShardPlan, columns: list[ColumnSpec], refused: dict[int, str] | None = None, lost=None
+) -> dict:
     """Write columns of one shard, as a capture would; returns what `commit` does."""
     with ShardWriter(cache, shard, columns) as writer:
         for row, reason in (refused or {}).items():
@@ -52,7 +56,15 @@ def capture(cache: Path, shard: ShardPlan, columns: list[ColumnSpec], refused: d
             for first in range(0, len(values), 100):
                 writer.write(spec.name, values[first : first + 100])
         writer.seal()
-        return writer.commit({spec.name: {"probe": {"error": 0.5 ** (2 + shard.number)}} for spec in columns})
+        return writer.commit({spec.name: {"probe": {"error": 0.5 ** (2 + shard.number)}} for spec in columns}, lost)
+
+
+def calibrate_columns(cache: Path, columns: list[ColumnSpec]) -> None:
+    """Calibrate, with all their states, the columns that have to be."""
+    for spec in columns:
+        if spec.codec in LOSSY and read_calibration(cache, spec.name, spec.width) is None:
+            every = np.concatenate([states(shard, spec) for shard in load_plan(cache).shards])
+            keep_calibration(cache, spec.name, calibrate(every), len(every))
 
 
 def make_cache(
@@ -70,6 +82,7 @@ def make_cache(
         with new_target(cache) as folder:
             (folder / "config.json").write_text(json.dumps({"hidden_size": 8, "model_type": "qwen3"}))
             (folder / "tokens.json").write_text(json.dumps({"mask": 999, "eos": [1], "length": 1000}))
+    calibrate_columns(cache, columns)
     for shard in load_plan(cache).shards:
         capture(cache, shard, columns, refused if shard.number == 0 else None)
     derive(cache)

@@ -11,6 +11,10 @@ from tiny import conversations, save_target, write_jsonl
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--flips", type=int, default=60, help="bits that tests/test_damage.py flips (1000: all it can do)")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def without_syncing():
     """Syncing is for power cuts, which no test makes; it was half of the suite's time."""

@@ -1,10 +1,11 @@
 """Kill `pipeline cache-hidden` (SIGKILL) at random moments, again and again, and compare what it ends up with.
 
-    python tests/kill_capture.py --kills 50
+    python tests/kill_capture.py --kills 50 [--workers 3]
 
 Each round starts a new cache and repeats the one command until it gets through; the finished cache must then equal,
-byte for byte, one made without interruption (the record `capture.log` aside). Processes are forked from one that has
-imported everything, so that the moments fall into the work and not into imports.
+byte for byte, one made without interruption (the record `capture.log` aside). With several workers a round starts them
+all at once, each to be killed at a moment of its own; the last two have the same share. Processes are forked from one
+that has imported everything, so that the moments fall into the work and not into imports.
 """
 
 # ruff: noqa: E402  the environment first
@@ -65,14 +66,25 @@ def contents(cache: Path) -> dict[str, bytes]:
     return {path.relative_to(cache).as_posix(): path.read_bytes() for path in files}
 
 
-def kill_captures(kills: int, seed: int, folder: Path) -> int:
+def end_or_kill(children: list[int], within: float, rng: random.Random) -> int:
+    """Kill what has not ended at its random moment; return how many were killed."""
+    killed, since = 0, time.monotonic()
+    for moment, child in sorted((rng.uniform(0, within), child) for child in children):
+        if not ended(child, since + moment - time.monotonic()):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            killed += 1
+    return killed
+
+
+def kill_captures(kills: int, seed: int, folder: Path, workers: int) -> int:
     """Kill that many times; return how many caches were finished and compared."""
     rng = random.Random(seed)
     assert ended(forked(lambda: save_target(folder / "target")), 60)
     corpus = write_jsonl(folder / "chats.jsonl", conversations(48))
 
-    def command(out: Path):
-        common = ["--model", str(folder / "target"), "--corpus", str(corpus), "--max-length", "256"]
+    def command(out: Path, *named: str):
+        common = ["--model", str(folder / "target"), "--corpus", str(corpus), "--max-length", "256", *named]
         return lambda: main(["cache-hidden", *common, "--layers", "1,3", "--device", "cpu", "--out", str(out)])
 
     started = time.monotonic()
@@ -82,12 +94,11 @@ def kill_captures(kills: int, seed: int, folder: Path) -> int:
     while killed < kills or rounds == 0:
         out = folder / f"killed-{rounds}"
         while killed < kills:
-            child = forked(command(out))
-            if ended(child, rng.uniform(0, 0.7 * seconds)):
+            shares = [f"{min(number, max(workers - 2, 0))}/{max(workers - 1, 1)}" for number in range(workers)]
+            children = [forked(command(out, "--worker", share)) for share in shares]
+            before, killed = killed, killed + end_or_kill(children, 0.7 * seconds, rng)
+            if killed == before:
                 break
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            killed += 1
         assert ended(forked(command(out)), 120)
         found = contents(out)
         assert found.keys() == whole.keys(), f"files differ: {sorted(found.keys() ^ whole.keys())}"
@@ -101,7 +112,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        caches = kill_captures(chosen.kills, chosen.seed, Path(place))
+        caches = kill_captures(chosen.kills, chosen.seed, Path(place), chosen.workers)
     print(f"{chosen.kills} kills, {caches} caches finished, all byte-identical to the uninterrupted one")

@@ -572,7 +572,7 @@ def test_options_that_contradict_each_other():
 def test_the_gauge_counts_what_the_target_would_have_said(tiny_target, tiny_cache):
     """By hand, from stored final states: the row before a token predicts it."""
     cache, planned = HiddenCache.open(tiny_cache), load_plan(tiny_cache)
-    head, share, wanted = cache.head(), gauge_share(planned), Gauge()
+    head, share, wanted = cache.head(), gauge_share(planned.supervised), Gauge()
     for shard in planned.shards:
         for row in range(len(shard)):
             i = int(np.flatnonzero((cache.samples.shard == shard.number) & (cache.samples.row == row))[0])

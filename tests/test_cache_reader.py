@@ -1,22 +1,27 @@
 """What the cache returns is what was written, or an error: never other values."""
 
+import gc
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import google_crc32c
 import numpy as np
 import pytest
 import torch
+import zarr
 from cache_maker import COLUMNS, capture, flip, make_cache, random_samples, states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.cache import HiddenCache, reader, zarr_shard
-from pipeline.cache.columns import ColumnSpec
+from pipeline.cache import HiddenCache, direct, opened, reader, zarr_shard
+from pipeline.cache.columns import ColumnSpec, open_column
+from pipeline.cache.foreign import ForeignArray
 from pipeline.cache.layout import INDEX, INDEX_MANIFEST, SAMPLES, shard_folder
 from pipeline.cache.manifest import FileFact, canonical, create_identity, read_canonical
 from pipeline.cache.plan import load_plan, write_segment
@@ -113,7 +118,7 @@ def test_any_lengths_dtype_and_chunks_come_back(tmp_path_factory, lengths, dtype
 
 
 def test_many_threads_and_few_open_files_read_right_values(cache, monkeypatch):
-    monkeypatch.setattr(reader, "OPEN_FILES", 2)
+    monkeypatch.setattr(opened, "OPEN_FILES", 2)
     held = HiddenCache.open(cache)
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
     expected = [truth(cache, i, COLUMNS[0]) for i in range(24)]
@@ -124,6 +129,240 @@ def test_many_threads_and_few_open_files_read_right_values(cache, monkeypatch):
     assert all(np.array_equal(values, expected[i % 24]) for i, values in enumerate(found))
     if before is not None:
         assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def long_cache(path, T=900, seed=3, columns=COLUMNS):
+    """A cache whose first sample has T rows, four blocks and not a whole one more."""
+    samples = random_samples(3, longest=300, seed=seed)
+    ids, mask = np.resize(samples[0].ids, T), np.resize(samples[0].mask, T)
+    return make_cache(path, [type(samples[0])(ids, mask), *samples[1:]], columns)
+
+
+WINDOWS = [(0, 900), (0, 256), (256, 512), (100, 101), (250, 600), (700, 900), (768, 900), (1, 900), (5, 5), (0, 0)]
+
+
+def test_a_window_is_the_slice_of_the_whole(tmp_path):
+    path = long_cache(tmp_path / "cache")
+    for mapped in (False, True):
+        for first, stop in WINDOWS:
+            held = HiddenCache.open(path, mapped=mapped)  # nothing of it is checked yet
+            for _ in range(2):
+                whole = HiddenCache.open(path).read(0, final=True)
+                part = held.read(0, final=True, rows=(first, stop))
+                assert torch.equal(part.ids, whole.ids[first:stop]) and torch.equal(part.mask, whole.mask[first:stop])
+                assert np.array_equal(bits(part.aux.contiguous()), bits(whole.aux[:, first:stop].contiguous()))
+                inside = (whole.final_rows >= first) & (whole.final_rows < stop)
+                assert torch.equal(part.final_rows, whole.final_rows[inside] - first)
+                assert np.array_equal(bits(part.final.contiguous()), bits(whole.final[inside]))
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_window_reads_and_checks_its_own_blocks_only(tmp_path, mapped):
+    path = long_cache(tmp_path / "cache", columns=COLUMNS[:1])
+    flip(shard_folder(path, 0) / "aux.1" / SHARD_FILE, 8 * 16 * 300)  # row 300, of the second block
+    held = HiddenCache.open(path, mapped=mapped)
+
+    for rows in ((0, 256), (100, 200), (512, 900), (600, 601)):
+        held.read(0, rows=rows)
+    for rows in ((0, 257), (256, 300), (511, 512), (0, 900)):
+        with pytest.raises(CacheError, match="rows from 256 are damaged"):
+            held.read(0, rows=rows)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_block_is_hashed_once_while_its_file_stays_the_same(tmp_path, monkeypatch, mapped):
+    path = long_cache(tmp_path / "cache", columns=COLUMNS[:1])
+    file = shard_folder(path, 0) / "aux.1" / SHARD_FILE
+    held, hashed = HiddenCache.open(path, mapped=mapped), []
+    xxh3 = direct.xxhash.xxh3_64
+    monkeypatch.setattr(direct.xxhash, "xxh3_64", lambda *data: hashed.append(1) or xxh3(*data))
+
+    counts = []
+    for rows in ((0, 256), (0, 600), (300, 310), (0, 900), (0, 900)):
+        held.read(0, rows=rows)
+        counts.append(len(hashed))
+    assert counts == [1, 3, 3, 4, 4]
+    os.utime(file)
+    held.read(0)
+    assert len(hashed) == 8, "the times of the file changed"
+    with open(file, "r+b") as other:  # in place: the open file is the same
+        other.seek(16 * 700)
+        byte = other.read(1)[0]
+        other.seek(16 * 700)
+        other.write(bytes([byte ^ 1]))
+    os.utime(file, ns=(1, 1))
+    with pytest.raises(CacheError, match="rows from 512 are damaged"):
+        held.read(0)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_parts_of_samples_fill_one_buffer_end_to_end(cache, monkeypatch, pooled):
+    monkeypatch.setattr(reader, "INLINE_BYTES", 0 if pooled else 1 << 30)
+    held = HiddenCache.open(cache)
+    lengths = held.samples.length.tolist()
+    parts = [(i, lengths[i] // 3, lengths[i] - lengths[i] // 4) for i in (7, 0, 23, 7, 11)] + [(5, 1, 1)]
+    expected = torch.cat([held.read(i, [10, 1]).aux[:, first:stop] for i, first, stop in parts], dim=1)
+    memory = torch.full((3, expected.shape[1] + 5, 8), torch.nan, dtype=torch.bfloat16)
+
+    for _ in range(2):  # the second time into memory that was used
+        held.fill(memory[:2, : expected.shape[1]], parts, [10, 1])
+
+        assert np.array_equal(bits(memory[:2, : expected.shape[1]].contiguous()), bits(expected))
+        assert memory[2].isnan().all() and memory[:, expected.shape[1] :].isnan().all(), "nothing else is written to"
+
+
+def test_what_a_thread_finds_damaged_reaches_the_caller_when_all_are_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "INLINE_BYTES", 0)
+    path = make_cache(tmp_path / "cache", random_samples(8), COLUMNS[:2])
+    held = HiddenCache.open(path)
+    file = shard_folder(path, int(held.samples.shard[3])) / "aux.10" / SHARD_FILE
+    flip(file, 8 * 16 * int(held.samples.offset[3]))
+    out = torch.empty(2, int(held.samples.length.sum()), 8, dtype=torch.bfloat16)
+
+    with pytest.raises(CacheError, match=r"column aux\.10, sample \d+ of the shard: rows from 0"):
+        held.fill(out, [(i, 0, int(T)) for i, T in enumerate(held.samples.length)], [1, 10])
+    with pytest.raises(DataError, match="refused"):
+        refusing = HiddenCache.open(make_cache(tmp_path / "other", random_samples(3), refused={0: "not finite"}))
+        refusing.fill(torch.empty(1, 1, 8, dtype=torch.bfloat16), [(0, 0, 1)], [1])
+
+
+def test_mapped_states_are_the_same_and_outlive_the_cache(cache, monkeypatch):
+    monkeypatch.setattr(opened, "OPEN_FILES", 2)
+    held, mapped = HiddenCache.open(cache), HiddenCache.open(cache, mapped=True)
+
+    samples = [mapped.read(i, [10, 1], final=True) for i in range(len(held))]
+    del mapped
+    gc.collect()
+
+    for i, sample in enumerate(samples):
+        whole = held.read(i, [10, 1], final=True)
+        assert np.array_equal(bits(sample.aux.contiguous()), bits(whole.aux))
+        assert np.array_equal(bits(sample.final.contiguous()), bits(whole.final))
+
+
+def rewritten(path, name, **form):
+    """Write a column's array anew with zarr-python, in some other form, its manifest with it."""
+    folder = shard_folder(path, 0)
+    manifest = read_canonical(folder / f"{name}.json")
+    manifest.pop("hash")
+    values = zarr.open_array(folder / name, mode="r")[:]
+    shutil.rmtree(folder / name)
+    array = zarr.create_array(folder / name, shape=values.shape, dtype=form.pop("dtype", values.dtype), **form)
+    array[:] = values
+    files = {fact: size for fact, size in manifest["files"].items() if not fact.startswith(f"{name}/")}
+    for file in (folder / name).rglob("*"):
+        if file.is_file():
+            files[file.relative_to(folder).as_posix()] = FileFact.of_file(file).as_dict()
+    (folder / f"{name}.json").write_bytes(canonical({**manifest, "files": files}))
+
+
+FORMS = {
+    "one chunk, not compressed": {"chunks": (900, 8), "compressors": None},
+    "many chunks, zstd": {"chunks": (100, 8)},
+    "blosc": {"chunks": (64, 3), "compressors": zarr.codecs.BloscCodec(cname="lz4")},
+    "big-endian": {"chunks": (128, 8), "compressors": None, "serializer": zarr.codecs.BytesCodec(endian="big")},
+    "transposed": {"chunks": (128, 8), "filters": [zarr.codecs.TransposeCodec(order=(1, 0))]},
+    "sharded in four": {"chunks": (50, 8), "shards": (250, 8), "compressors": None},
+    "our form in other chunks": {"chunks": (100, 8), "shards": (900, 8), "compressors": None},
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_arrays_in_a_form_of_others_give_the_same_values(tmp_path, form):
+    path = make_cache(tmp_path / "cache", [next(iter(random_samples(1, longest=900, seed=8)))], COLUMNS[:1])
+    right = HiddenCache.open(path).read(0)
+    shape = zarr.open_array(shard_folder(path, 0) / "aux.1", mode="r").shape
+    sizes = {key: (min(form[key][0], shape[0]), form[key][1]) for key in ("chunks",) if key in form}
+    rewritten(path, "aux.1", **{**form, **sizes})
+
+    for mapped in (False, True):
+        held = HiddenCache.open(path, mapped=mapped)
+        assert np.array_equal(bits(held.read(0).aux), bits(right.aux))
+        T = len(right.ids)
+        part = held.read(0, rows=(T // 3, T // 2)).aux
+        assert np.array_equal(bits(part), bits(right.aux[:, T // 3 : T // 2].contiguous()))
+
+
+def test_a_store_that_is_no_folder_gives_the_same_values(tmp_path):
+    path = make_cache(tmp_path / "cache", random_samples(1, longest=900, seed=8), COLUMNS[:1])
+    store = zarr.storage.MemoryStore()
+    values = zarr.open_array(shard_folder(path, 0) / "aux.1", mode="r")[:]
+    zarr.create_array(store, data=values, chunks=(64, 8))
+    held = HiddenCache.open(path)
+    T = int(held.samples.length[0])
+    out = np.zeros((T, 8), np.uint16)
+
+    column = open_column(path, held.columns(0)["aux.1"], load_plan(path).shards[0].bounds)
+    column.read_into(ForeignArray(store, COLUMNS[0], T, "elsewhere"), 0, memoryview(out).cast("B"))
+
+    assert np.array_equal(out, bits(held.read(0).aux[0]))
+
+
+@pytest.mark.parametrize("compressor", [zarr.codecs.ZstdCodec(), zarr.codecs.BloscCodec(cname="zstd")])
+def test_a_small_chunk_that_decodes_to_much_is_refused_before_it_is_decoded(tmp_path, compressor):
+    path = make_cache(tmp_path / "cache", random_samples(1, longest=900, seed=8), COLUMNS[:1])
+    rewritten(path, "aux.1", chunks=(256, 8), compressors=compressor)
+    bomb = zarr.storage.MemoryStore()
+    zarr.create_array(bomb, data=np.ones((1 << 21, 8), np.uint16), chunks=(1 << 21, 8), compressors=compressor)
+    chunk = zarr.core.sync.sync(bomb.get("c/0/0", zarr.core.buffer.default_buffer_prototype())).to_bytes()
+    assert len(chunk) < 1 << 20
+    folder = shard_folder(path, 0)
+    (folder / "aux.1/c/0/0").write_bytes(chunk)
+    manifest = read_canonical(folder / "aux.1.json")
+    manifest.pop("hash")
+    manifest["files"]["aux.1/c/0/0"] = FileFact.of_file(folder / "aux.1/c/0/0").as_dict()
+    (folder / "aux.1.json").write_bytes(canonical(manifest))
+    held = HiddenCache.open(path)
+    held.tokens_of(0)
+
+    tracemalloc.start()
+    with pytest.raises(CacheError, match="says that it decodes to 33554432 bytes"):
+        held.read(0)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 16 << 20
+
+
+def test_codecs_and_arrays_that_cannot_be_right_are_refused(tmp_path):
+    path = make_cache(tmp_path / "cache", random_samples(1, longest=900, seed=8), COLUMNS[:1])
+    rewritten(path, "aux.1", chunks=(256, 8), compressors=zarr.codecs.GzipCodec())
+    with pytest.raises(CacheError, match="codec 'gzip' decodes to any size"):
+        HiddenCache.open(path).read(0)
+    rewritten(path, "aux.1", chunks=(256, 8), dtype=np.dtype("<u4"))
+    with pytest.raises(CacheError, match=r"of uint32, wanted \(\d+, 8\) of uint16"):
+        HiddenCache.open(path).read(0)
+    (shard_folder(path, 0) / "aux.1/zarr.json").write_bytes(b"{}")
+    with pytest.raises(CacheError, match=r"aux\.1"):
+        HiddenCache.open(path).read(0)
+
+
+def test_a_view_is_judged_by_its_own_columns(tmp_path):
+    path = make_cache(tmp_path / "cache", random_samples(20), COLUMNS[:1])
+    for shard in load_plan(path).shards:
+        capture(path, shard, COLUMNS[1:], {0: "not finite"} if shard.number == 0 else None)
+    held = HiddenCache.open(path)
+
+    assert held.samples.usable([1]).all()
+    refused = np.flatnonzero(~held.samples.usable([1, 10])).tolist()
+    assert refused == [0] == np.flatnonzero(~held.samples.ok).tolist()
+    assert np.flatnonzero(~held.samples.usable([1], final=True)).tolist() == [0]
+    assert held.read(0, layers=[1]).aux.shape[0] == 1
+    for layers, final in (([1, 10], False), ([1], True)):
+        with pytest.raises(DataError, match="sample 0 was refused"):
+            held.read(0, layers, final)
+
+
+def test_opening_reads_no_manifest_and_touching_a_column_does(tmp_path):
+    path = make_cache(tmp_path / "cache", random_samples(24), COLUMNS[:2])
+    right = HiddenCache.open(path)
+    i = int(np.flatnonzero(right.samples.shard == 5)[0])
+    flip(shard_folder(path, 5) / "aux.10.json", 800)
+    held = HiddenCache.open(path)
+
+    assert held.read(0).aux.shape[0] == 2 and held.samples.usable([1]).all()
+    for touch in (lambda: held.read(i, [10]), lambda: held.samples.usable([10]), lambda: held.samples.ok):
+        with pytest.raises(CacheError, match=r"aux\.10\.json: damaged"):
+            touch()
 
 
 def test_a_flipped_bit_is_an_error_or_is_not_read(tmp_path):
@@ -270,8 +509,10 @@ def test_a_column_of_another_cache_is_refused(tmp_path):
     manifest.pop("hash")
     (shard_folder(path, 0) / "aux.1.json").write_bytes(canonical({**manifest, "cache": "0" * 32}))
 
-    with pytest.raises(CacheError, match="belongs to another cache"):
-        HiddenCache.open(path)
+    held = HiddenCache.open(path)
+    for touch in (lambda: held.layers, lambda: held.read(0), lambda: held.samples.usable([1])):
+        with pytest.raises(CacheError, match="belongs to another cache"):
+            touch()
 
 
 def test_the_digest_tells_corpora_apart(tmp_path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import killed_writer
 import numpy as np
 import pytest
 import zarr
@@ -292,18 +293,25 @@ def test_a_read_only_disk_is_a_room_error_for_writers_and_none_for_readers(small
     assert not verify(cache).damaged
 
 
-def test_a_writer_killed_at_any_step_leaves_a_cache_that_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("job", "stride"), [("make", 11), ("append", 11), ("repair", 5)])
+def test_killed_at_any_step_it_leaves_a_cache_that_goes_on_to_the_same_bytes(tmp_path, monkeypatch, job, stride):
+    """Making a cache, appending to one, repairing one: what was committed before stays whole all the time."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)  # a killed process loses no page that it wrote
-    script = [sys.executable, str(HERE / "killed_writer.py"), str(tmp_path / "cache"), "9"]
+    script = [sys.executable, str(HERE / "killed_writer.py"), job, str(tmp_path / "cache"), str(stride)]
     subprocess.run(script, check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
-    whole = contents(make_cache(tmp_path / "whole", random_samples(2, longest=8), COLUMNS[1:]))
+    killed_writer.prepared(job, tmp_path / "whole")
+    damaged = {finding.file for finding in verify(tmp_path / "whole").damaged} if job == "repair" else set()
+    assert bool(damaged) == (job == "repair")
+    killed_writer.JOBS[job](tmp_path / "whole")
+    whole = contents(tmp_path / "whole")
+    assert not verify(tmp_path / "whole").damaged and not verify(tmp_path / "whole").missing
 
     left = sorted(tmp_path.glob("cache.*"))
-    assert len(left) > 12
+    assert len(left) > 6
     for cache in left:
         if (cache / "cache.json").exists():
-            assert not verify(cache).damaged, cache
-        make_cache(cache, random_samples(2, longest=8), COLUMNS[1:])
+            assert {finding.file for finding in verify(cache).damaged} <= damaged, cache
+        killed_writer.JOBS[job](cache)
         clean(cache)
         assert contents(cache) == whole, cache
         assert not list(cache.rglob("tmp-*")), cache

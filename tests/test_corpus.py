@@ -7,6 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 from tiny import CHAT_TEMPLATE, tokenizer, write_jsonl
 
 from pipeline.errors import DataError, UsageError
@@ -17,6 +19,7 @@ from stages.cache_hidden.corpus import (
     corpus_files,
     file_sources,
     hub_dataset,
+    hub_rows,
     read_files,
 )
 from stages.cache_hidden.planning import Tally, check_mask, planned, trim
@@ -158,7 +161,10 @@ def test_the_bundled_target_takes_the_chats_beside_it(tmp_path):
         ({"messages": HELLO, "system": 3}, "no text", "`system` that is no text"),
         ({"messages": HELLO, "split": "both"}, "unknown split", "'both'"),
         ({"messages": HELLO, "domain": 3}, "unknown domain", "domain 3"),
-        ({"messages": HELLO, "tools": [{"name": "f"}]}, "tools", "not rendered"),
+        ({"messages": HELLO, "tools": "[{"}, "tools", "no JSON"),
+        ({"messages": HELLO, "tools": ["f"]}, "tools", "no list of objects"),
+        ({"messages": HELLO, "tools": {"name": "f"}}, "tools", "no list of objects (dict)"),
+        ({"messages": HELLO, "tools": [{"name": "\ud800"}]}, "no text", "surrogate"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named_by_line(tmp_path, row, reason, says):
@@ -166,6 +172,26 @@ def test_a_row_that_cannot_be_used_is_named_by_line(tmp_path, row, reason, says)
     assert isinstance(good, Conversation)
     assert (fault.reason, fault.file, fault.line) == (reason, "a.jsonl", 2)
     assert says in fault.detail and str(fault).startswith("a.jsonl:2: ")
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": {"default": None}}}}]
+
+
+@pytest.mark.parametrize(
+    ("given", "tools"),
+    [(TOOLS, TOOLS), (json.dumps(TOOLS), TOOLS), ([], None), ("[]", None), (" ", None), (None, None)],
+)
+def test_tools_are_a_list_or_its_json(tmp_path, given, tools):
+    (found,) = rows_of(write_jsonl(tmp_path / "a.jsonl", [{"messages": HELLO, "tools": given}]))
+    assert found.tools == tools
+
+
+def test_a_table_gives_no_object_the_keys_of_others(tmp_path):
+    """Arrow puts every key into every object; a template would show them to the target as null."""
+    tools = [[{"name": "add", "arguments": {"a": 1}}], [{"name": "now", "arguments": {"zone": "here"}}]]
+    rows = [{"messages": HELLO, "tools": own} for own in tools]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert [row.tools for row in rows_of(tmp_path / "a.parquet")] == tools
 
 
 def test_bytes_that_are_no_text_cost_one_line(tmp_path):
@@ -265,6 +291,30 @@ def test_a_conversation_of_which_nothing_is_left_is_refused(template):
         made.render(messages)
 
 
+@pytest.mark.parametrize("text", [CHAT_TEMPLATE, NO_MARKS], ids=["marks", "prefixes"])
+@pytest.mark.parametrize(
+    "head",
+    [
+        "{%- if tools -%}{{ tools | tojson }}{%- endif -%}",
+        "{%- if not tools is defined -%}{%- set tools = none -%}{%- endif -%}{%- if tools is not none -%}"
+        "{%- for tool in tools -%}{{ tool | tojson }}{%- endfor -%}{%- endif -%}",
+    ],
+    ids=["plain", "defined or not"],
+)
+def test_a_template_shows_the_target_its_tools_as_context(template, text, head):
+    made = template(head + text)
+    whole = made.render(TWO_TURNS, TOOLS)
+    assert '"name": "add"' in whole.text.split("<|im_start|>")[0]
+    assert made.render(TWO_TURNS).text in whole.text and "add" not in made.render(TWO_TURNS).text
+    assert [whole.text[slice(*span)] for span in whole.spans] == ["One.<|im_end|>", "Two, zwei, 二.<|im_end|>"]
+
+
+def test_tools_that_a_template_does_not_show_are_a_fault(template):
+    with pytest.raises(Unusable, match="does not show") as found:
+        template(CHAT_TEMPLATE).render(TWO_TURNS, TOOLS)
+    assert found.value.reason == "tools"
+
+
 def test_a_template_that_refuses_says_why(template):
     made = template("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(Unusable, match="roles must alternate") as found:
@@ -323,12 +373,21 @@ def test_planning_counts_everything_it_leaves_out(template, tmp_path):
         {"messages": [*turns("x", "y"), {"role": "narrator", "content": "z"}]},
     ]
     corpus, tally = write_jsonl(tmp_path / "a.jsonl", rows), Tally()
-    samples = list(planned(read_files(str(corpus), [corpus]), template(CHAT_TEMPLATE), 80, tally))
+    samples = list(planned(read_files(str(corpus), [corpus]), template(CHAT_TEMPLATE), 80, tally, 264))
     assert [sample.line for sample in samples] == [1, 4]
     assert tally.rows == 5 and tally.faults == {"broken line": 1, "unknown role": 1}
     assert (tally.short, tally.truncated) == (1, 1), "the long question left nothing to learn within 80 tokens"
     assert tally.examples["unknown role"][0].startswith("a.jsonl:5: ")
     assert all(len(sample.ids) <= 80 for sample in samples)
+
+
+def test_a_token_the_target_has_no_embedding_for_is_a_fault(template, tmp_path):
+    corpus, tally = write_jsonl(tmp_path / "a.jsonl", [{"messages": HELLO}]), Tally()
+    rows, made = list(read_files(str(corpus), [corpus])), template(CHAT_TEMPLATE)
+    assert len(list(planned(rows, made, 80, tally, 259))) == 1 and not tally.faults
+    assert list(planned(rows, made, 80, tally, 258)) == []
+    assert tally.faults == {"unknown token": 1}
+    assert "a.jsonl:1: holds token 258, outside the target's 258" in tally.examples["unknown token"][0]
 
 
 def test_a_corpus_with_too_much_left_out_is_refused():
@@ -343,4 +402,32 @@ def test_a_corpus_with_too_much_left_out_is_refused():
 def test_a_data_set_of_the_hub_without_a_hub_is_one_line():
     with pytest.raises(UsageError, match=r"hub gave no such data set \(.*pass --corpus with a file") as found:
         hub_dataset("mlabonne/open-perfectblend")
+    assert "\n" not in str(found.value)
+
+
+def test_a_hub_out_of_reach_is_one_line(monkeypatch):
+    """Not an OSError: the hub's client has errors of its own."""
+
+    def refused(self, name):
+        raise HTTPError("Connection refused")
+
+    monkeypatch.setattr(HfApi, "dataset_info", refused)
+    with pytest.raises(UsageError, match=r"no such data set \(Connection refused\); check the name and the network"):
+        hub_dataset("org/name")
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionError("Server disconnected"), HTTPError("timed out"), pa.ArrowInvalid("x")]
+)
+def test_a_hub_that_stops_sending_says_where_and_what_to_do(error):
+    def rows():
+        yield {"messages": HELLO, "domain": None}
+        raise error
+
+    stream = hub_rows("org/name", rows())
+    assert next(stream) == Conversation(HELLO, "", "", "org/name", 1)
+    with pytest.raises(
+        DataError, match=r"org/name: the hub's rows end after 1 .*same command again, or download"
+    ) as found:
+        next(stream)
     assert "\n" not in str(found.value)

@@ -230,7 +230,7 @@ def test_nothing_there_is_said_in_one_line(tmp_path):
 def test_stop_tokens_come_from_the_target_where_there_is_no_cache(target):
     from pipeline.target import load_target
 
-    assert evaluation.target_stops(load_target(str(target))) == {STOP}
+    assert evaluation.stop_tokens(load_target(str(target))) == {STOP}
 
 
 def test_a_difference_is_a_failed_proof_of_exit_code_1(trained, monkeypatch):

@@ -12,11 +12,12 @@ from tiny import config, random_model
 from transformers import Gemma2Config
 
 from pipeline.cache.columns import ColumnSpec
+from pipeline.cache.int8 import as_stored
 from pipeline.cache.plan import write_segment
 from pipeline.cache.samples import PlannedSample
 from pipeline.errors import ProofError
 from pipeline.target import decoder_layers, final_norm, head_of, run_decoder, tap_layers
-from stages.cache_hidden.engine import Engine, bits, kept_rows
+from stages.cache_hidden.engine import Engine, kept_rows
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.probe import ROWS, prefix_length, probe, probe_rows
 from stages.cache_hidden.run import run
@@ -53,7 +54,7 @@ class Stored:
 
     def read(self, column: str, row: int) -> np.ndarray:
         spec = next(spec for spec in self.columns if spec.name == column)
-        return bits(self.states[row][column][kept_rows(self.shard, row, spec.keeps)])
+        return as_stored(self.states[row][column][kept_rows(self.shard, row, spec.keeps)])
 
     def probe(self) -> dict:
         return probe(self.model, self.head, self.shard, self.columns, set(), self.read)
@@ -149,6 +150,16 @@ def test_a_lost_soft_cap_or_embedding_scale_is_caught(tmp_path):
         stored.probe()
 
 
+def test_a_target_that_sees_what_follows_is_caught(tmp_path):
+    """No padded batch and no draft can do with states that depend on later tokens."""
+    model = random_model(SQUARE)
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+    with pytest.raises(ProofError, match="no other layer fits"):
+        Stored(model, tmp_path).probe()
+
+
 def test_rows_in_another_order_are_caught(stored):
     stored.change("aux.1", lambda states: states["aux.1"].flip(0))
     with pytest.raises(ProofError, match="no other layer fits"):
@@ -231,4 +242,4 @@ def test_the_engine_stores_what_an_ordinary_forward_gives(tmp_path):
     (piece,) = engine.pieces(stored.shard, range(len(stored.shard)), stored.columns)
     for spec in stored.columns:
         alone = np.concatenate([stored.read(spec.name, row) for row in piece.rows])
-        np.testing.assert_allclose(bits(piece.states[spec.name]), alone, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(as_stored(piece.states[spec.name]), alone, rtol=1e-4, atol=1e-5)

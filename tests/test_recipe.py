@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from pipeline.drafts import DRAFTS
 from pipeline.errors import UsageError
-from pipeline.recipe import Recipe, load_recipe, resolve, resolve_mask_token, rope_theta, text_config
+from pipeline.recipe import Recipe, load_recipe, read_toml, resolve, resolve_mask_token, rope_theta, text_config
+from stages.train_draft.sweep import load_sweep
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 
@@ -228,4 +229,6 @@ def test_the_language_part_of_a_target_that_sees_is_found():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_recipe_we_ship_resolves(path):
-    assert resolve(load_recipe(path), cache_of()).draft.method in DRAFTS
+    recipes = [recipe for _, recipe in load_sweep(path)] if "sweep" in read_toml(path) else [load_recipe(path)]
+    for recipe in recipes:
+        assert resolve(recipe, cache_of()).draft.method in DRAFTS

@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -69,7 +71,8 @@ def config(**changes) -> Qwen3Config:
 def random_model(shape: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A causal LM of that config with seeded weights, large enough to disagree with itself, norms between 0.5 and 2."""
     generator = torch.Generator().manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).eval()
+    loader = AutoModelForCausalLM if type(shape) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    model = loader.from_config(shape, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, weight in sorted(model.named_parameters()):
             if weight.ndim == 1:
@@ -82,7 +85,12 @@ def random_model(shape: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
 
 def save_target(folder: Path, shape: PretrainedConfig | None = None, template: str = CHAT_TEMPLATE) -> Path:
     """Write a random target and its tokenizer as `save_pretrained` does."""
-    random_model(shape or config()).save_pretrained(folder)
+    return save_model(folder, random_model(shape or config()), template)
+
+
+def save_model(folder: Path, model: PreTrainedModel, template: str = CHAT_TEMPLATE) -> Path:
+    """Write a model and a tokenizer beside it."""
+    model.save_pretrained(folder)
     tokenizer(template).save_pretrained(folder)
     return folder
 

@@ -1,39 +1,89 @@
-"""Codecs: how a column's values become files. One entry in CODECS each.
+"""Codecs: how a column's values become files. One entry in CODECS each, lossless but for int8.
 
-A codec is a pair of classes. The writer takes `(folder, rows, width, dtype)` and offers `write(values)`, `finish()`,
-`facts()` (size and digest of each file, by path in the folder) and `close()`. The reader takes the same and offers
-`read_into(first_row, out)` with decoded values as flat bytes; it must be safe for many threads. Checksums over
-256-row blocks of decoded values are the column's (`columns.py`), so that every codec is held to them.
+A codec is a pair of classes. The writer offers `write(rows)`, `finish()`, `facts()` (size and digest of each file, by
+path in the folder) and `close()`. The reader of a lossless one offers `pieces(first, count)`, what is best read at a
+time, and `read_into(first_row, out)` with values as flat bytes; int8's gives rows still `Encoded`, to be decoded where
+they are needed. Readers are safe for many threads. Checksums over blocks of 256 rows are the column's (`columns.py`).
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.cache.int8_files import Int8Reader, Int8Writer, group_of
+from pipeline.cache.layout import COLUMN
 from pipeline.cache.zarr_shard import Grid, ShardFile, ShardFileWriter
+from pipeline.cache.zstd import ZstdReader, ZstdWriter
+from pipeline.errors import UsageError
 
 # How a column's dtype lies in memory and on disk; zarr knows no bfloat16, so its bits travel as uint16.
 DTYPES = {"bfloat16": np.dtype("<u2"), "float32": np.dtype("<f4")}
 
 
-class RawWriter(ShardFileWriter):
-    """The values as they are."""
-
-    def __init__(self, folder: Path, rows: int, width: int, dtype: str):
-        super().__init__(folder, Grid.of(rows, width, DTYPES[dtype]))
+def _raw_writer(folder: Path, rows: int, width: int, dtype: str) -> ShardFileWriter:
+    return ShardFileWriter(folder, Grid.of(rows, width, DTYPES[dtype]))
 
 
-class RawReader(ShardFile):
-    """The values as they are: a sample is one byte range."""
+def _raw_reader(folder: Path, rows: int, width: int, dtype: str) -> ShardFile:
+    return ShardFile(folder, Grid.of(rows, width, DTYPES[dtype]))
 
-    def __init__(self, folder: Path, rows: int, width: int, dtype: str):
-        super().__init__(folder, Grid.of(rows, width, DTYPES[dtype]))
+
+def _zstd_writer(folder: Path, rows: int, width: int, dtype: str) -> ZstdWriter:
+    return ZstdWriter(folder, rows, width, DTYPES[dtype])
+
+
+def _zstd_reader(folder: Path, rows: int, width: int, dtype: str) -> ZstdReader:
+    return ZstdReader(folder, rows, width, DTYPES[dtype])
 
 
 class Codec(NamedTuple):
-    writer: type
-    reader: type
+    """Made of (folder, rows, width, dtype); int8's writer also of a calibration."""
+
+    writer: Callable
+    reader: Callable
 
 
-CODECS = {"raw": Codec(RawWriter, RawReader)}
+CODECS = {
+    "raw": Codec(_raw_writer, _raw_reader),  # the values as they are: a sample is one byte range
+    "zstd": Codec(_zstd_writer, _zstd_reader),
+    "int8": Codec(Int8Writer, Int8Reader),
+}
+LOSSY = {"int8"}
+PROMISE = {"int8": 0.012}  # relative error of a token's state, at worst; of the others none
+
+# What zstd leaves of the values: measured on residual states, whose mantissas hardly compress.
+ZSTD_SHARE = {"bfloat16": 0.72, "float32": 0.86}
+
+
+def stored_bytes(rows: int, width: int, dtype: str, codec: str) -> int:
+    """Bytes that `rows` rows of `width` values are expected to take on disk."""
+    raw = rows * width * DTYPES[dtype].itemsize
+    if codec == "zstd":
+        return round(raw * ZSTD_SHARE[dtype])
+    if codec == "int8":
+        return rows * (width + 2 * (width // group_of(width)))
+    return raw
+
+
+def parse_codecs(text: str) -> dict[str, str]:
+    """Read `--codec`: one name for all columns (under ""), or `aux=int8,final=raw`, where `aux.9=` names one layer.
+
+    Raises UsageError for a codec or a column there is none of.
+    """
+    chosen: dict[str, str] = {}
+    for part in text.split(","):
+        columns, _, codec = part.strip().rpartition("=")
+        known = not columns or columns == "aux" or COLUMN.fullmatch(columns)
+        if codec not in CODECS or not known or columns in chosen:
+            names = ", ".join(CODECS)
+            raise UsageError(f"--codec {text}: wanted one of {names} for all columns, or such as aux=int8,final=raw")
+        chosen[columns] = codec
+    return chosen
+
+
+def codec_of(chosen: dict[str, str], column: str) -> str | None:
+    """The codec chosen for a column, by the most particular name; None when nothing was said of it."""
+    names = [column, *(["aux"] if column.startswith("aux.") else []), ""]
+    return next((chosen[name] for name in names if name in chosen), None)

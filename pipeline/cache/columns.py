@@ -1,12 +1,15 @@
 """Columns: one array of one shard, with the checksums and the manifest that make it exist.
 
-A block is 256 rows of a sample, counted from the sample's first row in the column; each has its own xxh3-64, over the
-decoded values. So whoever reads a sample checks exactly what it reads.
+A block is 256 rows of a sample, counted from the sample's first row in the column; each has its own xxh3-64. So whoever
+reads a sample checks exactly what it reads. It is taken over the values, but in an int8 column over what is stored of
+these rows: values, then scales, then escapes (row of the sample, channel, bits), so that rows can be checked here and
+decoded elsewhere.
 
     n samples of the shard   R rows of the column   D width
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -16,19 +19,19 @@ import pyarrow as pa
 import pyarrow.ipc
 import xxhash
 
-from pipeline.cache.codecs import CODECS, DTYPES
-from pipeline.cache.layout import BLOCK_ROWS, COLUMN, SAMPLES, inside, numbered, shard_folder
+from pipeline.cache.codecs import CODECS, DTYPES, LOSSY
+from pipeline.cache.int8_files import CHANNELS, Encoded
+from pipeline.cache.layout import BLOCK_ROWS, COLUMN, IDENTITY, SAMPLES, inside, numbered, shard_folder
 from pipeline.cache.manifest import check_file, check_size, read_canonical
 from pipeline.cache.samples import ShardPlan, numbers
 from pipeline.errors import CacheError
-
-PIECE = 512 << 10  # bytes read and hashed at a time: still in the CPU's own cache when they are hashed
 
 SCHEMA = pa.schema(
     [
         pa.field("ok", pa.bool_(), nullable=False),
         pa.field("blocks", pa.list_(pa.field("item", pa.uint64(), nullable=False)), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
+        pa.field("escapes", pa.int32(), nullable=False),  # how many of the sample's entries int8 keeps apart
     ]
 )
 
@@ -48,6 +51,18 @@ class ColumnSpec:
         known = self.dtype in DTYPES and self.codec in CODECS and self.keeps in ("all", "needed")
         return known and COLUMN.fullmatch(self.name) is not None and self.width > 0
 
+    @property
+    def stem(self) -> str:
+        """Name of the folder of its values, and of its `.arrow`. By codec, so that a column can be written anew beside
+        the one that is there, and the manifest alone says which counts."""
+        return self.name if self.codec == "raw" else f"{self.name}.{self.codec}"
+
+    @property
+    def other_stems(self) -> list[str]:
+        """What the stem would be in the other codecs."""
+        stems = {replace(self, codec=codec).stem for codec in CODECS}
+        return sorted(stems - {self.stem})
+
     def bounds(self, shard: ShardPlan) -> np.ndarray:
         """First row of each sample in this column, and the end: int64 [n + 1]."""
         return shard.bounds if self.keeps == "all" else shard.final_bounds
@@ -62,28 +77,45 @@ class ColumnSpec:
 
 
 class BlockHasher:
-    """Hashes rows as they stream by, in order: a digest whenever a block of a sample is full or the sample ends."""
+    """Hashes rows as they stream by, in order: a digest whenever a block of a sample is full or the sample ends.
 
-    def __init__(self, bounds: np.ndarray):
-        self.ends: list[int] = []
+    `position` is the row to begin with, the first of a block.
+    """
+
+    def __init__(self, bounds: np.ndarray, position: int = 0):
+        self.blocks: list[tuple[int, int]] = []  # end of each block, and the first row of its sample
         for start, stop in pairwise(bounds.tolist()):
-            self.ends += [min(end, stop) for end in range(start + BLOCK_ROWS, stop + BLOCK_ROWS, BLOCK_ROWS)]
+            ends = range(start + BLOCK_ROWS, stop + BLOCK_ROWS, BLOCK_ROWS)
+            self.blocks += [(min(end, stop), start) for end in ends if min(end, stop) > position]
         self.digests: list[int] = []
-        self.position = 0
+        self.position = position
         self._open = xxhash.xxh3_64()
+        self._behind: tuple[list, ...] = ([], [])  # scales and escapes of the open block, hashed after its values
 
-    def update(self, rows: np.ndarray) -> None:
-        """Take the next rows, C-contiguous [m, D]."""
-        data, width = memoryview(rows).cast("B") if rows.size else b"", rows.strides[0]
+    def update(self, rows: np.ndarray | Encoded) -> None:
+        """Take the next rows: C-contiguous [m, D], or encoded."""
         taken = 0
         while taken < len(rows):
-            end = self.ends[len(self.digests)]
+            end, origin = self.blocks[len(self.digests)]
             count = min(end - self.position, len(rows) - taken)
-            self._open.update(data[taken * width : (taken + count) * width])
+            if isinstance(rows, Encoded):
+                values, *behind = rows.span(taken, taken + count, taken - self.position + origin)
+                for held, part in zip(self._behind, behind, strict=True):
+                    held.append(part)
+            else:
+                values = rows[taken : taken + count]
+            self._open.update(values)
             taken, self.position = taken + count, self.position + count
             if self.position == end:
-                self.digests.append(self._open.intdigest())
-                self._open.reset()
+                self._end()
+
+    def _end(self) -> None:
+        for held in self._behind:
+            for part in held:
+                self._open.update(np.ascontiguousarray(part))
+            held.clear()
+        self.digests.append(self._open.intdigest())
+        self._open.reset()
 
 
 def block_counts(bounds: np.ndarray) -> np.ndarray:
@@ -91,8 +123,8 @@ def block_counts(bounds: np.ndarray) -> np.ndarray:
     return -(-np.diff(bounds) // BLOCK_ROWS)
 
 
-def sums_bytes(bounds: np.ndarray, digests: list[int], refused: dict[int, str]) -> bytes:
-    """A column's `.arrow` file: for each sample ok, the digests of its blocks, and why it was refused."""
+def sums_bytes(bounds: np.ndarray, digests: list[int], refused: dict[int, str], escapes: np.ndarray) -> bytes:
+    """A column's `.arrow` file: for each sample ok, the digests of its blocks, why it was refused, and its escapes."""
     count = len(bounds) - 1
     ok = np.ones(count, bool)
     ok[list(refused)] = False
@@ -103,6 +135,7 @@ def sums_bytes(bounds: np.ndarray, digests: list[int], refused: dict[int, str]) 
         pa.Array.from_buffers(pa.bool_(), count, [None, bits]),
         pa.Array.from_buffers(SCHEMA.field("blocks").type, count, [None, pa.py_buffer(starts)], children=[items]),
         pa.array([refused.get(row, "") for row in range(count)], pa.string()),
+        pa.array(escapes.astype(np.int32)),
     ]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, SCHEMA) as writer:
@@ -110,31 +143,34 @@ def sums_bytes(bounds: np.ndarray, digests: list[int], refused: dict[int, str]) 
     return sink.getvalue().to_pybytes()
 
 
-def read_sums(path: Path, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What `sums_bytes` wrote: ok bool [n], digests uint64, and each sample's first digest int64 [n + 1]."""
+def read_sums(path: Path, bounds: np.ndarray) -> tuple[np.ndarray, ...]:
+    """What `sums_bytes` wrote: ok bool [n], digests uint64, and each sample's first digest and escape int64 [n + 1]."""
     try:
         with pa.memory_map(str(path)) as file:
             table = pa.ipc.open_file(file).read_all()
             ok = np.array(table.column("ok").to_pylist(), bool)
             lists = table.column("blocks").combine_chunks()
             digests, starts = numbers(lists.values).copy(), numbers(lists.offsets).astype(np.int64)
+            counts = numbers(table.column("escapes").combine_chunks()).astype(np.int64)
     except (pa.ArrowInvalid, KeyError, OSError) as error:
         raise CacheError(f"{path}: cannot be read: {error}; run `pipeline verify`") from error
-    if len(ok) != len(bounds) - 1 or not np.array_equal(np.diff(starts), block_counts(bounds)):
+    if len(ok) != len(bounds) - 1 or not np.array_equal(np.diff(starts), block_counts(bounds)) or (counts < 0).any():
         raise CacheError(f"{path}: made for other samples; run `pipeline verify`")
-    return ok, digests, starts
+    return ok, digests, starts, np.concatenate([[0], np.cumsum(counts)])
 
 
 class Column:
-    """One column of one shard, open for checked reading. `folder` holds `<name>/` and `<name>.arrow`."""
+    """One column of one shard, open for checked reading. `root` holds its files, `folder` those of its values.
 
-    def __init__(self, folder: Path, spec: ColumnSpec, bounds: np.ndarray, where: str):
+    ok bool [n]; digests of its blocks, `starts` [n + 1] the first of each sample; escapes [n + 1] likewise (int8).
+    """
+
+    def __init__(self, root: Path, spec: ColumnSpec, bounds: np.ndarray, where: str):
         self.spec = spec
         self.bounds = bounds
         self.where = where
-        self.folder = folder / spec.name
-        self._piece_rows = max(1, PIECE // spec.row_bytes)
-        self.ok, self.digests, self.starts = read_sums(folder / f"{spec.name}.arrow", bounds)
+        self.folder = root / spec.stem
+        self.ok, self.digests, self.starts, self.escapes = read_sums(root / f"{spec.stem}.arrow", bounds)
 
     def open(self):
         """A codec's reader of the values."""
@@ -144,33 +180,93 @@ class Column:
         except (FileNotFoundError, NotADirectoryError):
             raise CacheError(f"{self.folder}: missing; run `pipeline verify`") from None
 
-    def read_into(self, reader, row: int, out: memoryview) -> None:
-        """Fill `out`, flat bytes, with the rows of sample `row`, each block checked.
+    def read_into(self, reader, row: int, out: memoryview, first: int = 0) -> None:
+        """Fill `out`, flat bytes, with the rows of sample `row` from `first` on, a multiple of 256, each block checked.
+
+        `out` ends where a block or the sample ends. Raises CacheError naming shard, column and sample.
+        """
+        count = len(out) // self.spec.row_bytes
+        if self.spec.codec in LOSSY:
+            for at in range(0, count, BLOCK_ROWS):  # a block stays in the CPU's cache until it is decoded
+                held = self.read_encoded(reader, row, first + at, min(BLOCK_ROWS, count - at))
+                decode_into(held, out[at * self.spec.row_bytes :][: len(held) * self.spec.row_bytes])
+            return
+        start = int(self.bounds[row]) + first
+        rows = np.frombuffer(out, np.uint8).reshape(count, -1)
+        hasher = self._hasher(row, first)
+        for begin, stop in reader.pieces(start, count):
+            part = rows[begin - start : stop - start]
+            reader.read_into(begin, memoryview(part).cast("B"))
+            hasher.update(part)
+        self._compare(hasher, row, first)
+
+    def read_encoded(self, reader, row: int, first: int, count: int) -> Encoded:
+        """Rows `first` on, a multiple of 256, of sample `row` of an int8 column, each block checked and none decoded.
 
         Raises CacheError naming shard, column and sample.
         """
-        first, width = int(self.bounds[row]), self.spec.row_bytes
-        count = len(out) // width
-        for number, start in enumerate(range(0, count, BLOCK_ROWS)):
-            stop = min(start + BLOCK_ROWS, count)
-            digest = xxhash.xxh3_64()
-            for piece in range(start, stop, self._piece_rows):
-                part = out[piece * width : min(piece + self._piece_rows, stop) * width]
-                reader.read_into(first + piece, part)
-                digest.update(part)
-            if digest.intdigest() != self.digests[self.starts[row] + number]:
-                raise CacheError(
-                    f"{self.where}, column {self.spec.name}, sample {row} of the shard: rows from {start} are "
-                    "damaged; run `pipeline verify`"
-                )
+        escapes = range(*self.escapes[row : row + 2].tolist())
+        held = reader.read(int(self.bounds[row]) + first, count, escapes)
+        hasher = self._hasher(row, first)
+        hasher.update(held)
+        self._compare(hasher, row, first)
+        return held
 
-    def read(self, row: int) -> np.ndarray:
-        """The rows of sample `row`, [rows, D] of the dtype that `codecs.DTYPES` names."""
-        count = int(self.bounds[row + 1] - self.bounds[row])
-        values = np.empty((count, self.spec.width), DTYPES[self.spec.dtype])
-        if count:
-            self.read_into(self.open(), row, memoryview(values).cast("B"))
-        return values
+    def _hasher(self, row: int, first: int) -> BlockHasher:
+        assert first % BLOCK_ROWS == 0, f"row {first} begins no block"
+        return BlockHasher(self.bounds[row : row + 2] - self.bounds[row], first)
+
+    def _compare(self, hasher: BlockHasher, row: int, first: int) -> None:
+        """CacheError where the blocks hashed, from row `first` on, are not those that were written."""
+        block = int(self.starts[row]) + first // BLOCK_ROWS
+        wrong = np.flatnonzero(np.array(hasher.digests, np.uint64) != self.digests[block : block + len(hasher.digests)])
+        if len(wrong):
+            raise CacheError(self.damage(row, first + int(wrong[0]) * BLOCK_ROWS))
+
+    def damaged_samples(self, reader) -> list[int]:
+        """Samples with a block that is not what was written, or cannot be read."""
+        damaged = []
+        for row in range(len(self.ok)):
+            count = int(self.bounds[row + 1] - self.bounds[row])
+            try:
+                if count and self.spec.codec in LOSSY:
+                    self.read_encoded(reader, row, 0, count)
+                elif count:
+                    self.read_into(reader, row, memoryview(bytearray(count * self.spec.row_bytes)))
+            except CacheError:
+                damaged.append(row)
+        return damaged
+
+    def damage(self, row: int, first: int) -> str:
+        """What to say of a block of sample `row` that is not what was written."""
+        return (
+            f"{self.where}, column {self.spec.name}, sample {row} of the shard: rows from {first} are damaged; "
+            "run `pipeline verify`"
+        )
+
+    def read(self, row: int, blocks: int | None = None) -> np.ndarray:
+        """The rows of sample `row`, or of its first `blocks`: [rows, D] of the dtype that `codecs.DTYPES` names."""
+        rows = int(self.bounds[row + 1] - self.bounds[row])
+        none = np.empty((0, self.spec.width), DTYPES[self.spec.dtype])
+        return next(self.parts(self.open(), row, blocks or rows), none) if rows else none
+
+    def parts(self, reader, row: int, blocks: int) -> Iterator[np.ndarray]:
+        """Yield the rows of sample `row`, at most so many blocks at a time."""
+        rows, step = int(self.bounds[row + 1] - self.bounds[row]), blocks * BLOCK_ROWS
+        for first in range(0, rows, step):
+            values = np.empty((min(step, rows - first), self.spec.width), DTYPES[self.spec.dtype])
+            self.read_into(reader, row, memoryview(values).cast("B"), first)
+            yield values
+
+
+def decode_into(held: Encoded, out: memoryview) -> None:
+    """Decode int8 rows into flat bytes."""
+    import torch
+
+    from pipeline.cache.int8 import decode
+
+    values = torch.frombuffer(out, dtype=getattr(torch, held.dtype)).view(held.values.shape)
+    decode(held, "cpu", values)
 
 
 def column_manifest(cache: Path, shard: int, column: str) -> dict:
@@ -180,7 +276,7 @@ def column_manifest(cache: Path, shard: int, column: str) -> dict:
     try:
         spec, files = ColumnSpec(**manifest["spec"]), manifest["files"]
         right = spec.is_valid() and (manifest["shard"], spec.name) == (shard, column)
-        right = right and {SAMPLES, f"{column}.arrow"} <= {*files}
+        right = right and {SAMPLES, f"{spec.stem}.arrow"} <= {*files}
     except (KeyError, TypeError):
         right = False
     if not right:
@@ -189,12 +285,15 @@ def column_manifest(cache: Path, shard: int, column: str) -> dict:
 
 
 def committed(cache: Path, shard: int, column: str, but: str = "") -> dict | None:
-    """The manifest of a column that exists whole, as far as sizes tell; None when it has to be captured.
+    """The manifest of a column of this cache that exists whole, as far as sizes tell; None when it has to be captured.
 
     The file named `but` may be absent.
     """
+    identity = read_canonical(cache / IDENTITY)["hash"]
     try:
         manifest = column_manifest(cache, shard, column)
+        if manifest.get("cache") != identity:  # left there from another cache
+            return None
         for name, fact in manifest["files"].items():
             if name != but:
                 check_size(inside(shard_folder(cache, shard), name), fact)
@@ -204,10 +303,10 @@ def committed(cache: Path, shard: int, column: str, but: str = "") -> dict | Non
 
 
 def open_column(cache: Path, manifest: dict, bounds: np.ndarray) -> Column:
-    """A committed column, its `.arrow` checked whole and the size of its values against the manifest."""
+    """A committed column: its files' sizes against the manifest, and whole those files that no block's sum covers."""
     spec, folder = ColumnSpec(**manifest["spec"]), shard_folder(cache, manifest["shard"])
     for name, fact in manifest["files"].items():
-        if name == f"{spec.name}.arrow":
+        if name == f"{spec.stem}.arrow" or name.startswith(f"{spec.stem}/{CHANNELS}/"):
             check_file(inside(folder, name), fact)
         elif name != SAMPLES:
             check_size(inside(folder, name), fact)

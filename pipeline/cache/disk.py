@@ -2,6 +2,9 @@
 
 What is unfinished is named `tmp-*` and stays locked (flock) while its process lives. A name without the prefix is
 complete: files are synced, renamed, and their folder synced. `clean` removes what nobody holds any more.
+
+Locks only save work: where a network file system has none that reach other machines, two processes may do the same
+twice, and the bytes, which depend on neither, come out the same.
 """
 
 import contextlib
@@ -9,18 +12,27 @@ import errno
 import fcntl
 import os
 import shutil
+import signal
+import sys
+import threading
+import time
 import uuid
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.cache.layout import SCRATCH
-from pipeline.errors import RoomError
+from pipeline.errors import CacheError, RoomError
+
+PATIENCE_S = 3.0  # of silent waiting for another process
+POLL_S = 0.5
 
 _GO_ON = "the same command goes on where this stopped"
 _FREE = "free {short} or pass --out on another disk; " + _GO_ON
 _MAY = "make it writable or pass another --out; " + _GO_ON
 _FEWER = "raise `ulimit -n` or close other programs; " + _GO_ON
-_LOCKS = "this disk has no file locks; pass --out on another disk"
+_LOCKS = "this disk has no file locks (a Lustre mount needs `-o flock`); pass --out on another disk"
+_BROKEN = "the disk or the way to it is failing: see the system's log, then pass --out on another; " + _GO_ON
 
 REMEDIES = {
     errno.ENOSPC: _FREE,
@@ -33,12 +45,15 @@ REMEDIES = {
     errno.ENFILE: _FEWER,
     errno.ENOLCK: _LOCKS,
     errno.EOPNOTSUPP: _LOCKS,
+    errno.ENOSYS: _LOCKS,
+    errno.EIO: _BROKEN,
+    errno.ESTALE: _BROKEN,
 }
 
 
 def size_text(count: int) -> str:
     """A number of bytes for people: `1.5 GiB`, `20.0 MiB`."""
-    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB")):
+    for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB")):
         if count >= unit:
             return f"{count / unit:.1f} {name}"
     return f"{max(count, 0) / 1024:.1f} KiB"
@@ -102,8 +117,8 @@ def sync_file(path: Path) -> None:
         os.close(fd)
 
 
-def lock(path: Path, *, wait: bool) -> int | None:
-    """Open (or make) `path` and lock it. None when it is held, or was removed while we waited.
+def lock(path: Path) -> int | None:
+    """Open (or make) `path` and lock it. None when it is held by another, or was removed meanwhile.
 
     The descriptor is the lock: closing it, or dying, lets go. Holding the lock of a name that is gone protects
     nothing, hence the comparison at the end.
@@ -113,7 +128,7 @@ def lock(path: Path, *, wait: bool) -> int | None:
     except FileNotFoundError:  # its folder was removed
         return None
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         held, there = os.fstat(fd), os.stat(path)
         if (held.st_dev, held.st_ino) == (there.st_dev, there.st_ino):
             return fd
@@ -127,34 +142,85 @@ def lock(path: Path, *, wait: bool) -> int | None:
 
 
 @contextlib.contextmanager
-def committing(cache: Path) -> Iterator[None]:
-    """Hold the cache's commit lock, for the few milliseconds in which names are put in place."""
-    path = cache / f"{SCRATCH}commit.lock"
-    while (fd := lock(path, wait=True)) is None:
-        pass
+def finishing() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait until the block is done: what takes milliseconds is not left half done.
+
+    Only the main thread gets signals, so elsewhere there is nothing to hold back.
+    """
+    before, waiting = {}, []
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number, handler in before.items():
+            if handler is not None:  # None: not Python's to put back
+                signal.signal(number, lambda number, frame: waiting.append(number))
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
+        if waiting:
+            signal.raise_signal(waiting[0])
+
+
+@contextlib.contextmanager
+def turn(cache: Path, step: str) -> Iterator[None]:
+    """Hold the cache's lock for `step`, alone of all processes; whoever waits for it long says so.
+
+    A holder that dies lets go, so nothing but a stopped process can keep others waiting.
+    """
+    path = cache / f"{SCRATCH}{step}.lock"
+    fd = _lock_in_turn(path, step)
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
-        os.close(fd)
+        with finishing():
+            path.unlink(missing_ok=True)
+            os.close(fd)
+
+
+def _lock_in_turn(path: Path, step: str) -> int:
+    """Wait for a lock by asking again and again: a blocking wait on a network file system may not be interrupted."""
+    since, pause, said = time.monotonic(), 0.001, False
+    while (fd := lock(path)) is None:
+        if not path.parent.is_dir():
+            raise CacheError(f"{path.parent}: the cache was removed while a process worked on it")
+        if not said and time.monotonic() - since > PATIENCE_S:
+            said = True
+            print(
+                f"waiting for another process, which is at the {step} of this cache (it holds {path.name}; "
+                "remove that file if there is no such process)",
+                file=sys.stderr,
+                flush=True,
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, POLL_S)
+    return fd
+
+
+@contextlib.contextmanager
+def committing(cache: Path) -> Iterator[None]:
+    """Hold the cache's commit lock, for the few milliseconds in which names are put in place."""
+    with turn(cache, "commit"), finishing():
+        yield
 
 
 class Scratch:
-    """A folder `tmp-<label>-<uuid>/` of a cache, locked while it is used and removed on `close`."""
+    """A folder `tmp-<label>-<uuid>/` of a cache, locked while it is used and removed on `close`, at the latest when
+    the interpreter ends."""
 
     def __init__(self, cache: Path, label: str):
-        with room(cache, "a scratch folder"):
-            self._lock = None
-            while self._lock is None:  # a cleaner may be quicker than our lock
+        with room(cache, "a scratch folder"), finishing():
+            held = None
+            while held is None:  # a cleaner may be quicker than our lock
                 self.path = cache / f"{SCRATCH}{label}-{uuid.uuid4().hex}"
                 self.path.mkdir()
-                self._lock = lock(self.path / "lock", wait=False)
+                held = lock(self.path / "lock")
+            self._remove = weakref.finalize(self, _remove, self.path, held, os.getpid())
 
     def close(self) -> None:
-        held, self._lock = self._lock, None  # first, so that an interrupt here cannot make us close it twice
-        if held is not None:
-            shutil.rmtree(self.path, ignore_errors=True)
-            os.close(held)
+        with finishing():
+            self._remove()
 
     def __enter__(self) -> "Scratch":
         return self
@@ -163,14 +229,28 @@ class Scratch:
         self.close()
 
 
+def _remove(path: Path, held: int, owner: int) -> None:
+    """Remove a scratch folder and let go of it; not in a forked child, whose parent still uses it."""
+    if os.getpid() == owner:
+        _remove_folder(path, held)
+
+
+def _remove_folder(path: Path, held: int) -> None:
+    """Remove a locked folder. A network file system keeps a trace of the lock in it until that is closed."""
+    shutil.rmtree(path, ignore_errors=True)
+    os.close(held)
+    with contextlib.suppress(OSError):
+        path.rmdir()
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write `data` to `path`, whole or not at all."""
-    with room(path, "a file", len(data)):
+    with room(path, "a file", len(data)), finishing():
         path.parent.mkdir(parents=True, exist_ok=True)
         fd = None
         while fd is None:
             temporary = path.parent / f"{SCRATCH}{uuid.uuid4().hex}"
-            fd = lock(temporary, wait=False)
+            fd = lock(temporary)
         try:
             write_all(fd, data)
             os.fsync(fd)
@@ -188,12 +268,13 @@ def clean(cache: Path) -> list[str]:
         folder = path.is_dir() and not path.is_symlink()
         if not folder and not path.is_file():
             continue
-        fd = lock(path / "lock" if folder else path, wait=False)
+        fd = lock(path / "lock" if folder else path)
         if fd is None:
             continue
-        try:
-            shutil.rmtree(path) if folder else path.unlink(missing_ok=True)
-            removed.append(path.relative_to(cache).as_posix())
-        finally:
+        if folder:
+            _remove_folder(path, fd)
+        else:
+            path.unlink(missing_ok=True)
             os.close(fd)
+        removed.append(path.relative_to(cache).as_posix())
     return removed

@@ -13,7 +13,7 @@ import pyarrow.ipc
 
 from pipeline.cache.disk import write_file
 from pipeline.cache.layout import INDEX, INDEX_MANIFEST
-from pipeline.cache.manifest import FileFact, check_file, read_canonical, write_canonical
+from pipeline.cache.manifest import FileFact, canonical, read_canonical, write_canonical
 from pipeline.errors import CacheError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def build_index(plan: "Plan") -> pa.Table:
     return pa.Table.from_batches(batches, SCHEMA)
 
 
-def _segments(manifests: list[dict]) -> list[dict]:
+def segments_of(manifests: list[dict]) -> list[dict]:
     """What tells plans apart: the digests of their segments."""
     return [manifest["files"] for manifest in manifests]
 
@@ -64,19 +64,23 @@ def place_index(cache: Path, plan: "Plan") -> None:
         writer.write_table(table)
     data = sink.getvalue().to_pybytes()
     write_file(cache / INDEX, data)
-    facts = {"files": {INDEX: FileFact.of_bytes(data).as_dict()}, "segments": _segments(plan.manifests)}
-    write_canonical(cache / INDEX_MANIFEST, facts)
+    facts = {"files": {INDEX: FileFact.of_bytes(data).as_dict()}, "segments": segments_of(plan.manifests)}
+    manifest = cache / INDEX_MANIFEST
+    if not manifest.is_file() or manifest.read_bytes() != canonical(facts):
+        write_canonical(manifest, facts)
 
 
 def read_index(cache: Path, manifests: list[dict]) -> pa.Table | None:
     """Map the index of the plan with these manifests; None when it has to be made again."""
     try:
-        facts = read_canonical(cache / INDEX_MANIFEST)
-        if facts["segments"] != _segments(manifests):
+        facts = read_canonical(cache / INDEX_MANIFEST, "files", "segments")
+        if facts["segments"] != segments_of(manifests):
             return None
-        check_file(cache / INDEX, facts["files"][INDEX])
         with pa.memory_map(str(cache / INDEX)) as file:
-            table = pa.ipc.open_file(file).read_all()
+            data = file.read_buffer()
+        if FileFact.of_bytes(data).as_dict() != facts["files"][INDEX]:
+            return None
+        table = pa.ipc.open_file(data).read_all()
         return table if table.schema.equals(SCHEMA) else None
     except (CacheError, OSError, KeyError, pa.ArrowInvalid):
         return None

@@ -109,7 +109,7 @@ def _folder_bytes(folder: Path) -> int:
 
 
 def sample_view(path: Path, i: int) -> dict:
-    """One sample: its ids, its mask and where it comes from. UsageError when there is no such sample."""
+    """One sample: its ids, its mask, its origin and which columns refused it. UsageError when there is none."""
     cache = HiddenCache.open(path)
     table = cache.samples
     if not 0 <= i < len(cache):
@@ -117,6 +117,7 @@ def sample_view(path: Path, i: int) -> dict:
     ids, mask = cache.tokens_of(i)
     shard, row = int(table.shard[i]), int(table.row[i])
     plan = load_plan(Path(path)).shards[shard]
+    refused_in = [name for name, manifest in cache.columns(shard).items() if str(row) in manifest["refused"]]
     return {
         "sample": i,
         "sample_id": table.hex(i),
@@ -128,7 +129,8 @@ def sample_view(path: Path, i: int) -> dict:
         "line": plan.line(row),
         "length": int(table.length[i]),
         "supervised": int(table.supervised[i]),
-        "ok": bool(table.ok[i]),
+        "ok": not refused_in,
+        "refused_in": refused_in,  # views of other columns can read it
         "ids": ids.tolist(),
         "mask": mask.tolist(),
     }

@@ -4,9 +4,10 @@ cache.json                     what the cache is; never edited
 plan/000000.{arrow,json}       one immutable segment per append: every sample's place, ids and mask
 index.{arrow,json}             derived from the plan, rebuildable
 target/                        config, tokenizer, head; `manifest.json` names their digests
+calibration/aux.1.json         for int8: mean and spread of each of the column's channels
 shards/000000/samples.arrow    the shard's rows of the plan
-shards/000000/aux.1/           one zarr v3 array, samples end to end
-shards/000000/aux.1.arrow      per sample: ok, a hash for every 256 rows, the reason of a refusal
+shards/000000/aux.1/           one zarr v3 array, samples end to end; `aux.1.zstd/`, `aux.1.int8/` by codec
+shards/000000/aux.1.arrow      per sample: ok, a hash for every 256 rows, the reason of a refusal; named likewise
 shards/000000/aux.1.json       written last: with it the column exists
 quarantine/samples.json        refused samples with their reasons, derived from the columns
 capture.log                    times and hosts, for people; no other file has any
@@ -26,6 +27,7 @@ INDEX = "index.arrow"
 INDEX_MANIFEST = "index.json"
 TARGET = "target"
 TARGET_MANIFEST = "manifest.json"
+CALIBRATION = "calibration"
 SHARDS = "shards"
 SAMPLES = "samples.arrow"
 QUARANTINE = "quarantine"
@@ -36,6 +38,7 @@ SCRATCH = "tmp-"
 BLOCK_ROWS = 256  # one checksum for so many rows of a sample
 
 COLUMN = re.compile(r"aux\.(?:-1|0|[1-9][0-9]*)|final")
+STEM = re.compile(rf"({COLUMN.pattern})(?:\.zstd|\.int8)?")  # of a column's files, by codec
 NUMBER = re.compile(r"[0-9]{6}")
 
 

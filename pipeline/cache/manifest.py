@@ -41,8 +41,8 @@ def write_canonical(path: Path, facts: dict) -> None:
     write_file(path, canonical(facts))
 
 
-def read_canonical(path: Path) -> dict:
-    """Read a manifest written by `write_canonical`, its hash under `hash`.
+def read_canonical(path: Path, *keys: str) -> dict:
+    """Read a manifest written by `write_canonical`, its hash under `hash`; it must have `keys`.
 
     Raises CacheError for a missing or oversized file, another format version (naming both) and any damage.
     """
@@ -55,7 +55,10 @@ def read_canonical(path: Path) -> dict:
         raise CacheError(f"{path}: missing; run `pipeline verify`") from None
     except OSError as error:
         raise CacheError(f"{path}: cannot be read: {error.strerror}") from error
-    return parse_canonical(data, path)
+    facts = parse_canonical(data, path)
+    if not facts.keys() >= {*keys}:
+        raise CacheError(f"{path}: the manifest of something else; run `pipeline verify`")
+    return facts
 
 
 def parse_canonical(data: bytes, path: Path) -> dict:

@@ -6,8 +6,9 @@ micro-batches of consecutive samples waste little and write their rows in order.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import groupby
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from pipeline.cache.disk import Scratch, committing, room, sync_file, sync_folde
 from pipeline.cache.index import place_index
 from pipeline.cache.layout import NUMBER, PLAN, numbered
 from pipeline.cache.manifest import FileFact, canonical, check_file, read_canonical
-from pipeline.cache.samples import SCHEMA, SPOOLED, PlannedSample, ShardPlan, make_batch, sample_id
+from pipeline.cache.samples import SCHEMA, SPOOLED, PlannedSample, ShardPlan, make_batch, sample_id, write_batches
 from pipeline.errors import CacheError, DataError, UsageError
 
 SHARD_BYTES = 4 << 30  # of raw states, over the columns first asked for
@@ -64,8 +65,21 @@ class Plan:
 
     @property
     def notes(self) -> dict:
-        """What the planner noted in the newest segment, samples dropped and why say."""
-        return self.manifests[-1]["notes"]
+        """What the planner noted, samples dropped and why say, all segments together."""
+        return reduce(_together, (manifest["notes"] for manifest in self.manifests))
+
+    def segment(self, shard: int) -> dict:
+        """The manifest of the segment that planned a shard."""
+        return next(manifest for manifest in reversed(self.manifests) if manifest["first_shard"] <= shard)
+
+
+def _together(one, other):
+    """Two planners' notes as one: numbers added, lists joined, by name; of anything else the newer counts."""
+    if isinstance(one, dict):
+        shared = {name: _together(one[name], other[name]) for name in one.keys() & other.keys()}
+        return {**one, **other, **shared}
+    alike = type(one) is type(other) and isinstance(one, int | float | list) and not isinstance(one, bool)
+    return one + other if alike else other
 
 
 @dataclass
@@ -81,14 +95,22 @@ class _Counts:
 
 
 def write_segment(
-    cache: Path, samples: Iterable[PlannedSample], *, row_bytes: int, sources: list[dict], notes: dict | None = None
+    cache: Path,
+    samples: Iterable[PlannedSample],
+    *,
+    row_bytes: int,
+    sources: list[dict],
+    notes: dict | None = None,
+    choose: Callable[[list[ShardPlan]], np.ndarray] | None = None,
 ) -> Plan:
     """Append a segment to the cache's plan (the first one makes it) and return the whole plan.
 
     `row_bytes` is what one row takes over all columns asked for; it only decides the size of shards. `sources` and
-    `notes` are read after the last sample, so a generator may fill them as it goes. A sample already planned is
-    counted as a duplicate. In memory are the samples' 16-byte names and one shard's tokens, never the corpus.
-    Raises DataError when no new sample comes, UsageError when another process planned meanwhile, RoomError.
+    `notes` are read after the last sample, so a generator may fill them as it goes. `choose` sees every new sample once
+    all have come, in parts without a place, and says which are planned, bool [n]. A sample already planned is
+    counted as a duplicate; when all are, the plan stays as it is. In memory are the samples' 16-byte names and one
+    shard's tokens, never the corpus. Raises DataError when no sample comes, RoomError, and UsageError when another
+    process planned something else meanwhile.
     """
     assert row_bytes > 0, f"a row takes {row_bytes} bytes"
     with room(cache, "a plan"):
@@ -98,11 +120,12 @@ def write_segment(
     with Scratch(cache, PLAN) as scratch, room(cache, "a plan"):
         spool = scratch.path / "spool.arrow"
         _spool(samples, spool, counts)
+        if not counts.samples and counts.duplicates:
+            return earlier
         if not counts.samples:
-            raise DataError(
-                f"no usable sample in the corpus ({counts.duplicates} duplicates of planned ones); "
-                "it needs conversations with at least one assistant turn"
-            )
+            raise DataError("no usable sample in the corpus; it needs conversations with at least one assistant turn")
+        if choose is not None:
+            spool = _choose(spool, scratch.path / "chosen.arrow", choose, counts)
         segment = scratch.path / "segment.arrow"
         first = len(earlier.shards)
         shards = _write_shards(spool, segment, counts, row_bytes, first)
@@ -149,6 +172,18 @@ def _spool(samples: Iterable[PlannedSample], path: Path, counts: _Counts) -> Non
             writer.write_batch(make_batch(waiting, names, SPOOLED))
 
 
+def _choose(spool: Path, path: Path, choose: Callable[[list[ShardPlan]], np.ndarray], counts: _Counts) -> Path:
+    """Write the chosen ones of the spooled samples to `path`, count these only, and return it."""
+    with pa.memory_map(str(spool)) as file:
+        parts = [ShardPlan(batch, SPOOLED) for batch in pa.ipc.open_stream(file)]
+        kept_n = choose(parts)
+        assert len(kept_n) == counts.samples and kept_n.any(), f"{kept_n.sum()} chosen of {counts.samples}"
+    counts.samples = counts.tokens = counts.supervised = 0
+    counts.seen -= {name for (_, name), kept in zip(_spooled(spool), kept_n, strict=True) if kept}
+    _spool((sample for (sample, _), kept in zip(_spooled(spool), kept_n, strict=True) if kept), path, counts)
+    return path
+
+
 def _spooled(path: Path) -> Iterator[tuple[PlannedSample, bytes]]:
     """Read back what `_spool` wrote, in order."""
     with pa.memory_map(str(path)) as file:
@@ -172,16 +207,15 @@ def _write_shards(spool: Path, segment: Path, counts: _Counts, row_bytes: int, f
         before += len(entry[0].ids)
         return part
 
-    written = 0
-    with pa.OSFile(str(segment), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-        for _, group in groupby(_spooled(spool), key=share):
+    def placed() -> Iterator[pa.RecordBatch]:
+        for number, (_, group) in enumerate(groupby(_spooled(spool), key=share), first):
             entries = sorted(group, key=lambda entry: (-len(entry[0].ids), entry[1]))
             members, names = zip(*entries, strict=True)
-            batch = make_batch(members, names, first + written)
-            counts.final_rows += ShardPlan(batch, written).final_count
-            writer.write_batch(batch)
-            written += 1
-    return written
+            batch = make_batch(members, names, number)
+            counts.final_rows += ShardPlan(batch, number).final_count
+            yield batch
+
+    return write_batches(segment, placed())
 
 
 def _commit(cache: Path, scratch: Scratch, segment: Path, manifest: dict, earlier: Plan) -> None:
@@ -193,6 +227,8 @@ def _commit(cache: Path, scratch: Scratch, segment: Path, manifest: dict, earlie
     sync_file(ready)
     with committing(cache):
         if len(plan_numbers(cache)) != len(earlier.manifests):
+            if read_canonical(folder / f"{name}.json")["hash"] == json.loads(canonical(manifest))["hash"]:
+                return  # the same plan, made twice at a time
             raise UsageError(f"{cache}: another process planned meanwhile; run the command again, it uses that plan")
         folder.mkdir(exist_ok=True)
         segment.replace(folder / f"{name}.arrow")
@@ -217,7 +253,8 @@ def plan_numbers(cache: Path) -> list[int]:
 
 def read_manifests(cache: Path) -> list[dict]:
     """The manifests of the plan's segments. UsageError when there is no plan, CacheError for a damaged one."""
-    manifests = [read_canonical(cache / PLAN / f"{numbered(number)}.json") for number in plan_numbers(cache)]
+    paths = [cache / PLAN / f"{numbered(number)}.json" for number in plan_numbers(cache)]
+    manifests = [read_canonical(path, "segment", "first_shard", "shards", "files", "notes") for path in paths]
     if not manifests:
         raise UsageError(f"{cache} has no plan yet; run `pipeline plan` or `pipeline cache-hidden`")
     shards = 0

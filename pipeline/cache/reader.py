@@ -1,13 +1,11 @@
 """HiddenCache: open a cache and read samples, every block of 256 rows checked before it is returned.
 
-K layers   T rows of a sample   R rows that keep `final`   D hidden size   n samples of the cache
+K layers   T rows read of a sample   R rows among them that keep `final`   D hidden size   n samples of the cache
 """
 
 import hashlib
-import os
-import threading
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +14,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from pipeline.cache.codecs import DTYPES
-from pipeline.cache.columns import Column, column_manifest, open_column
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.index import build_index, read_index
-from pipeline.cache.layout import COLUMN, IDENTITY, SAMPLES, aux_column, inside, layer_of, numbered, shard_folder
+from pipeline.cache.layout import IDENTITY, SAMPLES, aux_column, inside, layer_of, shard_folder
 from pipeline.cache.manifest import check_file, read_canonical
+from pipeline.cache.opened import OpenColumns
 from pipeline.cache.plan import load_plan, read_manifests
-from pipeline.cache.samples import ShardPlan, numbers, read_batch
+from pipeline.cache.samples import ShardPlan, read_batch
+from pipeline.cache.table import SampleTable
 from pipeline.cache.target_folder import CONFIG, HEAD, TOKENS, target_file, target_json
 from pipeline.capture import final_rows
 from pipeline.errors import CacheError, DataError, UsageError
@@ -32,14 +31,18 @@ if TYPE_CHECKING:
 
     from pipeline.target_head import TargetHead
 
-OPEN_FILES = 128  # shard files kept open: a small cache whole, and half of what macOS grants a process
+IN_FLIGHT = 8  # reads at a time: what a disk of many queues wants, and threads that mostly wait
+INLINE_BYTES = 1 << 20  # less is read by the thread that asks: handing it to others takes longer
+
+Part = tuple[int, int, int]  # sample, first row, stop
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample as CPU tensors: ids int64 [T], mask bool [T], aux [K, T, D] in the order of the layers asked for.
+    """One sample, or rows of it, as CPU tensors: ids int64 [T], mask bool [T], aux [K, T, D] in the order of the layers
+    asked for.
 
-    With `final`: final [R, D] and final_rows int64 [R], the rows of the sample it is kept for, ascending.
+    With `final`: final [R, D] and final_rows int64 [R], which of these T rows it is kept for, ascending.
     """
 
     ids: "torch.Tensor"
@@ -49,79 +52,38 @@ class Sample:
     final_rows: "torch.Tensor | None" = None
 
 
-class SampleTable:
-    """All planned samples as numpy columns [n], mapped from the index. Order: by shard, in the order of the shard."""
-
-    def __init__(self, index: pa.Table):
-        self._index = index
-        self.shard = self._numbers("shard")
-        self.row = self._numbers("row")  # in the shard
-        self.offset = self._numbers("offset")
-        self.length = self._numbers("length")
-        self.final_offset = self._numbers("final_offset")
-        self.final_length = self._numbers("final_length")
-        self.supervised = self._numbers("supervised")
-        self.ok = np.ones(len(self.shard), bool)  # False: refused in one of its columns
-        names = np.frombuffer(index.column("sample_id").combine_chunks().buffers()[1], ">u8", 2 * len(self))
-        self.sample_id = names.reshape(-1, 2).astype(np.uint64)  # [n, 2] high, low; rows sort as the 16 bytes do
-
-    def _numbers(self, name: str) -> np.ndarray:
-        return numbers(self._index.column(name).combine_chunks())
-
-    def __len__(self) -> int:
-        return len(self.shard)
-
-    @property
-    def low64(self) -> np.ndarray:
-        """The low 64 bits of the sample ids, uint64 [n]."""
-        return self.sample_id[:, 1]
-
-    def hex(self, i: int) -> str:
-        """The sample id in hex, 32 digits."""
-        return f"{self.sample_id[i, 0]:016x}{self.sample_id[i, 1]:016x}"
-
-    @cached_property
-    def domain(self) -> list[str]:
-        return self._index.column("domain").to_pylist()
-
-    @cached_property
-    def split(self) -> list[str]:
-        """`train`, `heldout`, or empty where the corpus does not say."""
-        return self._index.column("split").to_pylist()
-
-
 class HiddenCache:
     """A cache, open for reading; safe for many threads. `HiddenCache.open(path)` makes one.
 
     path, identity (of cache.json), digest (of identity and plan: another corpus is another digest), samples
     """
 
-    def __init__(self, path: Path, identity: dict, plans: list[dict], index: pa.Table):
+    def __init__(self, path: Path, identity: dict, plans: list[dict], index: pa.Table, mapped: bool):
         self.path = path
         self.identity = identity
-        self.digest = _digest([identity["hash"], *(manifest["hash"] for manifest in plans)])
-        self.samples = SampleTable(index)
-        shards = sum(manifest["shards"] for manifest in plans)
-        self._starts = np.searchsorted(self.samples.shard, np.arange(shards + 1))  # first sample of each shard
-        self._manifests = [_column_manifests(path, shard, identity["hash"]) for shard in range(shards)]
-        for start, columns in zip(self._starts, self._manifests, strict=False):
-            refused = [int(row) for manifest in columns.values() for row in manifest["refused"]]
-            self.samples.ok[start + np.array(refused, np.int64)] = False
+        self.mapped = mapped
+        hashes = [identity["hash"], *(manifest["hash"] for manifest in plans)]
+        self.digest = _digest(hashes)
+        self.earlier = [_digest(hashes[:end]) for end in range(2, len(hashes))]  # what it was before each append
+        self._catalog = Catalog(path, sum(manifest["shards"] for manifest in plans), identity["hash"])
+        self.samples = SampleTable(index, self._catalog)
         self._shards: dict[int, ShardPlan] = {}
-        self._columns: dict[tuple[int, str], Column] = {}
-        self._files: OrderedDict[tuple[int, str], object] = OrderedDict()
-        self._lock = threading.Lock()
+        self._columns = OpenColumns(path, self._catalog, self._shard)
 
     @classmethod
-    def open(cls, path: Path | str) -> "HiddenCache":
-        """Open a cache. UsageError when there is none; CacheError when it is damaged or of another format version."""
+    def open(cls, path: Path | str, mapped: bool = False) -> "HiddenCache":
+        """Open a cache. UsageError when there is none; CacheError when it is damaged or of another format version.
+
+        `mapped`, for a cache that fits in memory: `read` returns its raw states where they lie, in memory that cannot
+        be written to (trying ends the process); a failing disk then ends the process, too, where it else is an error.
+        """
         path = Path(path)
         if not (path / IDENTITY).is_file():
             raise UsageError(f"{path}: no cache there; make one with `pipeline cache-hidden --out {path}`")
         identity = read_canonical(path / IDENTITY)
         plans = read_manifests(path)
         index = read_index(path, plans)
-        return cls(path, identity, plans, build_index(load_plan(path)) if index is None else index)
+        return cls(path, identity, plans, build_index(load_plan(path)) if index is None else index, mapped)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -129,23 +91,22 @@ class HiddenCache:
     @property
     def shards(self) -> int:
         """Planned shards."""
-        return len(self._manifests)
+        return self._catalog.shards
 
     def columns(self, shard: int) -> dict[str, dict]:
         """Manifests of the columns that a shard has, by name."""
-        return self._manifests[shard]
+        return self._catalog.columns(shard)
 
-    @cached_property
+    @property
     def whole(self) -> dict[str, dict]:
         """Columns that every planned shard has, by name, each with its spec."""
-        first, *others = self._manifests
-        return {name: held["spec"] for name, held in first.items() if all(name in other for other in others)}
+        return self._catalog.whole
 
     @cached_property
     def missing(self) -> list[tuple[int, str]]:
         """(shard, column) still to be captured: columns that only some shards have."""
-        names = sorted({name for columns in self._manifests for name in columns})
-        return [(n, name) for n, columns in enumerate(self._manifests) for name in names if name not in columns]
+        names = sorted({name for names in self._catalog.names for name in names})
+        return [(n, name) for n, held in enumerate(self._catalog.names) for name in names if name not in held]
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
@@ -156,17 +117,12 @@ class HiddenCache:
     def has_final(self) -> bool:
         return "final" in self.whole
 
-    @cached_property
+    @property
     def _kind(self) -> tuple[str, int]:
         """The dtype and width that all columns share."""
-        kinds = {
-            (manifest["spec"]["dtype"], manifest["spec"]["width"]) for c in self._manifests for manifest in c.values()
-        }
-        if not kinds:
+        if self._catalog.kind is None:
             raise UsageError(f"{self.path}: nothing is captured yet; run `pipeline cache-hidden` with this --out")
-        if len(kinds) > 1:
-            raise CacheError(f"{self.path}: columns of several kinds, {sorted(kinds)}; run `pipeline verify`")
-        return kinds.pop()
+        return self._catalog.kind
 
     @cached_property
     def dtype(self) -> "torch.dtype":
@@ -207,42 +163,103 @@ class HiddenCache:
         plan = self._shard(shard)
         return plan.ids(row), plan.mask(row)
 
-    def read(self, i: int, layers: Sequence[int] | None = None, final: bool = False) -> Sample:
+    def read(
+        self, i: int, layers: Sequence[int] | None = None, final: bool = False, rows: tuple[int, int] | None = None
+    ) -> Sample:
         """Sample `i` with the states of `layers` (None: all that are whole), and of `final` if asked.
 
-        Raises UsageError for a column the cache lacks, DataError for a refused sample, CacheError naming shard,
-        column and sample for damage.
+        `rows` = (start, stop) gives only these rows, and reads and checks only their blocks. Raises UsageError for a
+        column the cache lacks, DataError for a refused sample, CacheError naming shard, column and sample for damage.
         """
         import torch
 
         layers = self.layers if layers is None else tuple(layers)
-        self._check_wanted(layers, final)
-        shard, row = self._place(i)
-        if not self.samples.ok[i]:
-            raise DataError(
-                f"{self.path}: sample {i} was refused, see `pipeline inspect`; skip what `samples.ok` denies"
-            )
+        self._check_wanted([i], layers, final)
         ids, mask = self.tokens_of(i)
-        kind, D = self._kind
-        aux = np.empty((len(layers), len(ids), D), DTYPES[kind])
-        for k, layer in enumerate(layers):
-            self._fill(shard, aux_column(layer), row, aux[k])
-        last = rows = None
+        start, stop = rows or (0, len(ids))
+        assert 0 <= start <= stop <= len(ids), f"rows {rows} of a sample of {len(ids)}"
+        last = kept = None
         if final:
-            keeps_all = self._manifests[shard]["final"]["spec"]["keeps"] == "all"
-            rows = np.arange(len(ids)) if keeps_all else np.flatnonzero(final_rows(mask))
-            last = np.empty((len(rows), D), DTYPES[kind])
-            self._fill(shard, "final", row, last)
-            last, rows = torch.from_numpy(last).view(self.dtype), torch.from_numpy(rows)
+            kept, at = self._final_rows(i, mask, start, stop)
+            last = self._states(i, ("final",), at, at + len(kept))[0]
+            kept = torch.from_numpy(kept - start)
         return Sample(
-            torch.from_numpy(ids.astype(np.int64)),
-            torch.from_numpy(mask),
-            torch.from_numpy(aux).view(self.dtype),
+            torch.from_numpy(ids[start:stop].astype(np.int64)),
+            torch.from_numpy(mask[start:stop]),
+            self._states(i, tuple(map(aux_column, layers)), start, stop),
             last,
-            rows,
+            kept,
         )
 
-    def _check_wanted(self, layers: tuple[int, ...], final: bool) -> None:
+    def fill(self, out_KRD: "torch.Tensor", parts: Sequence[Part], layers: Sequence[int]) -> None:
+        """Fill `out` with rows of samples, end to end: of each part (sample, first row, stop). CPU, of `dtype`.
+
+        Reads several at a time, straight into `out`; what it raises, it raises when no thread writes there any more.
+        The errors are those of `read`.
+        """
+        self._check_wanted([i for i, _, _ in parts], layers, final=False)
+        lengths = self.samples.length
+        assert all(0 <= start <= stop <= lengths[i] for i, start, stop in parts), f"rows beyond their samples: {parts}"
+        self._fill(out_KRD, parts, tuple(map(aux_column, layers)))
+
+    def _fill(self, out_KRD: "torch.Tensor", parts: Sequence[Part], names: tuple[str, ...]) -> None:
+        import torch
+
+        K, R, D = out_KRD.shape
+        assert (K, D, out_KRD.dtype) == (len(names), self.hidden_size, self.dtype), f"{out_KRD.shape} {out_KRD.dtype}"
+        assert sum(stop - start for _, start, stop in parts) == R, f"{R} rows for {parts}"
+        if not out_KRD.numel():
+            return
+        out = out_KRD.view(torch.uint8).numpy()
+        jobs, at = [], 0
+        for i, start, stop in parts:
+            shard, row = self._place(i)
+            for k, name in enumerate(names):
+                rows = memoryview(out[k, at : at + stop - start]).cast("B") if stop > start else memoryview(b"")
+                jobs.append((shard, name, row, start, rows))
+            at += stop - start
+        self._read_all(jobs, out.nbytes)
+
+    def _read_all(self, jobs: list[tuple], size: int) -> None:
+        todo = iter(jobs)
+
+        def work() -> None:
+            for job in todo:  # each takes the next one that nobody has
+                self._columns.read(*job)
+
+        if size < INLINE_BYTES or len(jobs) == 1:
+            work()
+            return
+        done = [self._threads.submit(work) for _ in range(min(IN_FLIGHT, len(jobs)))]
+        wait(done)
+        for future in done:
+            future.result()
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="read")
+
+    def _states(self, i: int, names: tuple[str, ...], start: int, stop: int) -> "torch.Tensor":
+        """Rows [start, stop) that columns keep of sample `i`, [K, stop - start, D]."""
+        import torch
+
+        shard, row = self._place(i)
+        region = self._columns.mapped(shard, names) if self.mapped and stop > start else None
+        if region is not None:
+            return torch.from_numpy(region.rows(row, start, stop)).view(self.dtype)
+        out = torch.empty(len(names), stop - start, self.hidden_size, dtype=self.dtype)
+        self._fill(out, [(i, start, stop)], names)
+        return out
+
+    def _final_rows(self, i: int, mask: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, int]:
+        """Which rows of [start, stop) keep `final`, and how many before them do."""
+        if self.whole["final"]["keeps"] == "all":
+            return np.arange(start, stop), start
+        kept = np.flatnonzero(final_rows(mask))
+        first, end = np.searchsorted(kept, [start, stop])
+        return kept[first:end], int(first)
+
+    def _check_wanted(self, indices: Iterable[int], layers: Sequence[int], final: bool) -> None:
         absent = [layer for layer in layers if aux_column(layer) not in self.whole]
         if absent:
             every = ",".join(map(str, sorted({*self.layers, *layers})))
@@ -254,6 +271,13 @@ class HiddenCache:
             raise UsageError(
                 f"{self.path} holds no `final` states; capture them: `pipeline cache-hidden --final needed`"
             )
+        names = [*map(aux_column, layers), *(["final"] if final else [])]
+        for i in indices:
+            shard, row = self._place(i)
+            if any(str(row) in self._catalog.manifest(shard, name)["refused"] for name in names):
+                raise DataError(
+                    f"{self.path}: sample {i} was refused, see `pipeline inspect`; skip what `samples.usable` denies"
+                )
 
     def _place(self, i: int) -> tuple[int, int]:
         """Shard and row of sample `i`."""
@@ -269,7 +293,7 @@ class HiddenCache:
         return plan
 
     def _open_shard(self, number: int) -> ShardPlan:
-        columns = self._manifests[number]
+        columns = self.columns(number)
         if not columns:  # planned, not captured: the plan itself knows
             return load_plan(self.path).shards[number]
         path = inside(shard_folder(self.path, number), SAMPLES)
@@ -277,54 +301,11 @@ class HiddenCache:
             check_file(path, manifest["files"][SAMPLES])
             break
         plan = ShardPlan(read_batch(path), number)
-        here = slice(self._starts[number], self._starts[number + 1])
+        here = slice(self.samples.starts[number], self.samples.starts[number + 1])
         if not np.array_equal(plan.sample_ids, self.samples.sample_id[here]):
             raise CacheError(f"{path}: other samples than the plan's; run `pipeline verify`")
         return plan
 
-    def _fill(self, shard: int, name: str, row: int, out: np.ndarray) -> None:
-        """Read the rows of one sample and column into `out`, checked."""
-        if not out.size:
-            return
-        column, file = self._open_column(shard, name)
-        column.read_into(file, row, memoryview(out).cast("B"))
-
-    def _open_column(self, shard: int, name: str) -> tuple[Column, object]:
-        """A column's checksums, kept for good, and its open file, of which the last used are kept."""
-        key = (shard, name)
-        with self._lock:
-            if key in self._files:
-                self._files.move_to_end(key)
-                return self._columns[key], self._files[key]
-        column = self._columns.get(key)
-        if column is None:
-            manifest, plan = self._manifests[shard][name], self._shard(shard)
-            bounds = plan.bounds if manifest["spec"]["keeps"] == "all" else plan.final_bounds
-            column = open_column(self.path, manifest, bounds)
-        file = column.open()
-        with self._lock:
-            self._columns[key] = column
-            self._files[key] = file
-            while len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)  # closed once no thread reads from it
-        return column, file
-
 
 def _digest(parts: list[str]) -> str:
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
-
-
-def _column_manifests(cache: Path, shard: int, identity: str) -> dict[str, dict]:
-    """Manifests of a shard's columns, by name. CacheError for one that is damaged or of another cache."""
-    folder = shard_folder(cache, shard)
-    try:
-        names = sorted(entry.name.removesuffix(".json") for entry in os.scandir(folder) if entry.name.endswith(".json"))
-    except FileNotFoundError:
-        return {}
-    found = {name: column_manifest(cache, shard, name) for name in names if COLUMN.fullmatch(name)}
-    for name, manifest in found.items():
-        if manifest["cache"] != identity:
-            raise CacheError(f"{folder}, column {name}: belongs to another cache; run `pipeline verify`")
-    if len({str(manifest["files"][SAMPLES]) for manifest in found.values()}) > 1:
-        raise CacheError(f"{cache}, shard {numbered(shard)}: columns of different samples; run `pipeline verify`")
-    return found

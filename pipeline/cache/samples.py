@@ -6,7 +6,7 @@ The same batch is a piece of a plan segment and, alone in a file, a shard's `sam
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -100,6 +100,16 @@ def batch_bytes(batch: pa.RecordBatch) -> bytes:
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     return sink.getvalue().to_pybytes()
+
+
+def write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> int:
+    """Write the batches of shards to one Arrow IPC file, as they come: a segment of the plan. Returns how many."""
+    written = 0
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+            written += 1
+    return written
 
 
 def read_batch(path: Path) -> pa.RecordBatch:

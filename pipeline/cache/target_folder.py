@@ -1,7 +1,8 @@
 """The `target/` folder: what training needs of the target, so that it never needs the target.
 
 config.json, the tokenizer's files, tokens.json (special ids, `length` of the tokenizer), head.safetensors (embedding
-and LM head). Written once, whole or not at all; `manifest.json` names every file's size and digest.
+and LM head), weights.json (size and digest of every file of weights, for `verify --deep`). Written once, whole or not
+at all; `manifest.json` names every file's size and digest.
 """
 
 import contextlib
@@ -17,13 +18,14 @@ from pipeline.errors import CacheError
 CONFIG = "config.json"
 TOKENS = "tokens.json"
 HEAD = "head.safetensors"
+WEIGHTS = "weights.json"
 
 
 @contextlib.contextmanager
 def new_target(cache: Path) -> Iterator[Path]:
     """Yield an empty folder; the plain files put there become the cache's `target/` when the block ends well.
 
-    If the cache has one already, that one stays. Raises RoomError.
+    If the cache has one already, that one stays; of one that lacks files, what is right stays. Raises RoomError.
     """
     with Scratch(cache, TARGET) as scratch, room(cache, "the target's files"):
         folder = scratch.path / TARGET
@@ -40,10 +42,22 @@ def new_target(cache: Path) -> Iterator[Path]:
         with committing(cache):
             if has_target(cache):
                 return
-            if (cache / TARGET).exists() or (cache / TARGET).is_symlink():
-                (cache / TARGET).rename(scratch.path / "old")
-            folder.rename(cache / TARGET)
+            _put(folder, cache / TARGET, scratch.path / "old")
             sync_folder(cache)
+
+
+def _put(folder: Path, place: Path, aside: Path) -> None:
+    """Make `place` hold the files of `folder`, the manifest last. Those it has already, and others, are not touched."""
+    if place.is_symlink() or (place.exists() and not place.is_dir()):
+        place.rename(aside)
+    if not place.exists():
+        folder.rename(place)
+        return
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == TARGET_MANIFEST):
+        there = place / path.name
+        if there.is_symlink() or not there.is_file() or FileFact.of_file(there) != FileFact.of_file(path):
+            path.replace(there)
+    sync_folder(place)
 
 
 def has_target(cache: Path) -> bool:
@@ -59,8 +73,8 @@ def has_target(cache: Path) -> bool:
 def target_manifest(cache: Path) -> dict:
     """The folder's manifest. CacheError when it is absent, damaged or of another cache."""
     path = cache / TARGET / TARGET_MANIFEST
-    manifest = read_canonical(path)
-    if manifest.get("cache") != read_canonical(cache / IDENTITY)["hash"]:
+    manifest = read_canonical(path, "cache", "files")
+    if manifest["cache"] != read_canonical(cache / IDENTITY)["hash"]:
         raise CacheError(f"{path}: belongs to another cache; run `pipeline verify`")
     return manifest
 

@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from pipeline.cache.codecs import LOSSY
 from pipeline.cache.columns import Column, ColumnSpec, column_manifest
-from pipeline.cache.derived import refused_bytes
-from pipeline.cache.index import build_index, read_index
+from pipeline.cache.derived import refused_bytes, shard_columns
+from pipeline.cache.index import build_index, read_index, segments_of
 from pipeline.cache.layout import (
     BLOCK_ROWS,
+    CALIBRATION,
     COLUMN,
     IDENTITY,
     INDEX,
@@ -30,6 +32,7 @@ from pipeline.cache.layout import (
     SAMPLES,
     SCRATCH,
     SHARDS,
+    STEM,
     TARGET,
     TARGET_MANIFEST,
     inside,
@@ -69,18 +72,26 @@ class Report:
         return asdict(self)
 
 
-def verify(path: Path | str) -> Report:
-    """Check every byte of a cache. Raises UsageError where there is none; damage is in the report, never raised."""
+def verify(path: Path | str, only: set[int] | None = None) -> Report:
+    """Check every byte of a cache, or of these shards and all that is outside of shards.
+
+    Raises UsageError where there is none; damage is in the report, never raised.
+    """
     path = Path(path)
     if not any((path / name).exists() for name in (IDENTITY, PLAN, SHARDS)):
         raise UsageError(f"{path}: no cache there; make one with `pipeline cache-hidden --out {path}`")
     check = _Check(path)
     plan = check.plan()
     check.index(plan)
-    columns = check.shards(plan)
-    check.target(captured=any(columns.values()))
+    columns = check.shards(plan, only)
+    captured = any(columns.values())
+    if captured and not plan and not any(finding.file.startswith(PLAN) for finding in check.report.damaged):
+        check.damage(PLAN, "lost, though shards were captured by it")
+    check.target(captured)
+    check.calibration(columns)
     check.quarantine(plan, columns)
-    check.foreign()
+    if only is None:
+        check.foreign()
     return check.report
 
 
@@ -130,7 +141,10 @@ class _Check:
                 self.unfinished(manifest, "a segment of the plan without its manifest")
                 continue
             with self.guard(manifest):
-                self.file(rows, read_canonical(self.path / manifest)["files"][f"{number}.arrow"])
+                fact = read_canonical(self.path / manifest, "files")["files"].get(f"{number}.arrow")
+                if fact is None:
+                    raise CacheError("the manifest of another segment")
+                self.file(rows, fact)
             self.known.add(rows)
             finished += 1
         if not finished:
@@ -150,11 +164,15 @@ class _Check:
         if plan is None:
             return
         with self.guard(INDEX_MANIFEST):
-            facts = read_canonical(self.path / INDEX_MANIFEST)
-            if self.file(INDEX, facts["files"][INDEX]):
-                held = read_index(self.path, plan.manifests)
-                if held is None or not held.equals(build_index(plan)):
-                    self.damage(INDEX, "not what the plan gives; it is made again by the next `pipeline cache-hidden`")
+            facts = read_canonical(self.path / INDEX_MANIFEST, "files", "segments")
+            if not self.file(INDEX, facts["files"][INDEX]):
+                return
+            if facts["segments"] != segments_of(plan.manifests):
+                self.unfinished(INDEX, "of a plan with other segments; the next `pipeline cache-hidden` makes it again")
+                return
+            held = read_index(self.path, plan.manifests)
+            if held is None or not held.equals(build_index(plan)):
+                self.damage(INDEX, "not what the plan gives")
 
     def target(self, captured: bool) -> None:
         if not (self.path / TARGET).exists() and not captured:
@@ -164,12 +182,25 @@ class _Check:
             for name, fact in target_manifest(self.path)["files"].items():
                 self.file(f"{TARGET}/{name}", fact)
 
-    def shards(self, plan: Plan | None) -> dict[int, dict[str, dict]]:
-        """Check every shard planned or there; the manifests of the columns that exist, by shard and name."""
+    def calibration(self, columns: dict[int, dict[str, dict]]) -> None:
+        """Check the calibrations there are, and that the columns encoded with one have it."""
+        there = {path.stem for path in (self.path / CALIBRATION).glob("*.json") if COLUMN.fullmatch(path.stem)}
+        specs = [manifest["spec"] for found in columns.values() for manifest in found.values()]
+        for name in sorted(there | {spec["name"] for spec in specs if spec["codec"] in LOSSY}):
+            file = f"{CALIBRATION}/{name}.json"
+            with self.guard(file):
+                if read_canonical(self.path / file, "cache", "column")["cache"] != self.identity and self.identity:
+                    self.damage(file, "belongs to another cache")
+
+    def shards(self, plan: Plan | None, only: set[int] | None) -> dict[int, dict[str, dict]]:
+        """Check every shard planned or there, or only these; the manifests of all columns, by shard and name."""
         planned = {shard.number: shard for shard in plan.shards} if plan else {}
         there = {int(path.name) for path in (self.path / SHARDS).glob("*") if NUMBER.fullmatch(path.name)}
         columns = {}
         for number in sorted({*planned, *there}):
+            if only is not None and number not in only:
+                columns[number] = shard_columns(self.path, number)
+                continue
             if plan and number not in planned:
                 self.damage(f"{SHARDS}/{numbered(number)}", "not in the plan", number)
             columns[number] = self.shard(number, planned.get(number))
@@ -194,11 +225,15 @@ class _Check:
                     found[name] = column_manifest(self.path, number, name)
                     if self.identity and found[name]["cache"] != self.identity:
                         self.damage(f"{here}/{name}.json", "belongs to another cache", number, name)
-        for name in sorted({entry.removesuffix(".arrow") for entry in listed} - {*found}):
-            if COLUMN.fullmatch(name):  # a writer was killed before its manifest; the next one replaces this
-                self.known |= {f"{here}/{name}.arrow"} | _below(self.path, f"{here}/{name}")
-                if f"{name}.json" not in listed:
-                    self.unfinished(f"{here}/{name}", "without a manifest, so not captured yet", number, name)
+        counted = {ColumnSpec(**manifest["spec"]).stem for manifest in found.values()}
+        for stem in sorted({entry.removesuffix(".arrow") for entry in listed} - counted):
+            if match := STEM.fullmatch(stem):  # a writer was killed before or after its manifest; the next tidies up
+                name = match[1]
+                self.known |= {f"{here}/{stem}.arrow"} | _below(self.path, f"{here}/{stem}")
+                if name in found:
+                    self.unfinished(f"{here}/{stem}", "left from a recode that was stopped; run it again", number, name)
+                elif f"{name}.json" not in listed:
+                    self.unfinished(f"{here}/{stem}", "without a manifest, so not captured yet", number, name)
         shard = self.samples(here, number, found, planned, SAMPLES in listed)
         for name, manifest in found.items():
             self.column(here, name, manifest, shard)
@@ -224,8 +259,8 @@ class _Check:
         """Check a column's files, and every block of its values against its `.arrow`."""
         number, spec = manifest["shard"], ColumnSpec(**manifest["spec"])
         column = None
-        sums = f"{here}/{name}.arrow"
-        if self.file(sums, manifest["files"][f"{name}.arrow"], number, name) and shard:
+        sums = f"{here}/{spec.stem}.arrow"
+        if self.file(sums, manifest["files"][f"{spec.stem}.arrow"], number, name) and shard:
             with self.guard(sums, number, name):
                 column = Column(self.path / here, spec, spec.bounds(shard), f"shard {numbered(number)}")
                 refused = sorted(int(row) for row in manifest["refused"])
@@ -233,12 +268,12 @@ class _Check:
                     self.damage(sums, "rows or refused samples are not its manifest's", number, name)
         values = None
         if column:
-            with self.guard(f"{here}/{name}", number, name):
+            with self.guard(f"{here}/{spec.stem}", number, name):
                 reader = column.open()
                 values = reader.path.relative_to(self.path / here).as_posix()
                 self.values(f"{here}/{values}", column, reader, manifest["files"][values])
         for file, fact in manifest["files"].items():
-            if file not in (SAMPLES, f"{name}.arrow", values):
+            if file not in (SAMPLES, f"{spec.stem}.arrow", values):
                 self.file(f"{here}/{file}", fact, number, name)
 
     def values(self, file: str, column: Column, reader, fact: dict) -> None:
@@ -249,7 +284,7 @@ class _Check:
         with self.guard(file, number, name):
             check_size(inside(self.path, file), fact)
             digest = xxhash.xxh3_128()
-            damaged = _damaged_rows(column, reader, digest)
+            damaged = _damaged_rows(column, reader, digest) if reader.in_order else column.damaged_samples(reader)
             if damaged:
                 shown = ", ".join(map(str, damaged[:SHOWN])) + (", ..." if len(damaged) > SHOWN else "")
                 self.damage(file, f"the values of samples {shown} of the shard", number, name)

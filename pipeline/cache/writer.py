@@ -4,52 +4,91 @@ A killed writer leaves a scratch folder that `disk.clean` removes, and nothing e
 not exist and is replaced by the next writer.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.codecs import CODECS, DTYPES
+from pipeline.cache.calibration import Calibration, read_calibration
+from pipeline.cache.codecs import CODECS, DTYPES, LOSSY, stored_bytes
 from pipeline.cache.columns import BlockHasher, Column, ColumnSpec, committed, sums_bytes
 from pipeline.cache.disk import Scratch, committing, need_room, room, sync_file, sync_folder, write_file
+from pipeline.cache.int8_files import Encoded, Int8Writer
 from pipeline.cache.layout import IDENTITY, SAMPLES, SHARDS, numbered, shard_folder
 from pipeline.cache.manifest import FileFact, canonical, read_canonical
 from pipeline.cache.samples import ShardPlan, batch_bytes
+from pipeline.cache.zarr_shard import PIECE
 from pipeline.errors import RoomError
 
 
 class _Stream:
     """One column on its way to disk."""
 
-    def __init__(self, folder: Path, spec: ColumnSpec, shard: ShardPlan):
+    def __init__(self, cache: Path, folder: Path, spec: ColumnSpec, shard: ShardPlan):
         assert spec.is_valid(), f"{spec}"
         self.spec = spec
         self.bounds = spec.bounds(shard)
         self.hasher = BlockHasher(self.bounds)
-        rows = int(self.bounds[-1])
-        self.values = CODECS[spec.codec].writer(folder / spec.name, rows, spec.width, spec.dtype)
+        self.escapes = np.zeros(len(shard), np.int64)
+        rows, place = int(self.bounds[-1]), folder / spec.stem
+        if spec.codec in LOSSY:
+            self.calibration = needed_calibration(cache, spec.name, spec.width)
+            self.values = Int8Writer(place, rows, spec.width, spec.dtype, self.calibration)
+        else:
+            self.values = CODECS[spec.codec].writer(place, rows, spec.width, spec.dtype)
 
-    def write(self, rows: np.ndarray, refused: dict[int, str]) -> None:
+    def write(self, rows: np.ndarray | Encoded, refused: dict[int, str]) -> None:
         self._check(rows)
-        rows = self._without(np.ascontiguousarray(rows), refused)
-        self.hasher.update(rows)
-        self.values.write(rows)
-
-    def _check(self, rows: np.ndarray) -> None:
-        spec, end = self.spec, self.hasher.position + len(rows)
-        wanted = DTYPES[spec.dtype]
-        assert rows.dtype == wanted and rows.shape[1:] == (spec.width,), f"{spec.name}: {rows.dtype} {rows.shape}"
-        assert end <= self.bounds[-1], f"{spec.name}: row {end} of {self.bounds[-1]}"
-
-    def _without(self, rows: np.ndarray, refused: dict[int, str]) -> np.ndarray:
-        """The rows, those of refused samples zero."""
-        start, stop = self.hasher.position, self.hasher.position + len(rows)
-        spans = [(max(int(self.bounds[row]), start), min(int(self.bounds[row + 1]), stop)) for row in refused]
-        spans = [(first - start, end - start) for first, end in spans if first < end]
+        if self.spec.codec in LOSSY:
+            self._write_encoded(rows if isinstance(rows, Encoded) else encode_bits(rows, self.calibration), refused)
+            return
+        rows = np.ascontiguousarray(rows)
+        spans = self._refused_spans(len(rows), refused)
         if spans:
             rows = rows.copy()
         for first, end in spans:
             rows[first:end] = 0
-        return rows
+        step = max(1, PIECE // self.spec.row_bytes)
+        for first in range(0, len(rows), step):  # hashed, digested and written while it is in the CPU's cache
+            self.hasher.update(rows[first : first + step])
+            self.values.write(rows[first : first + step])
+
+    def _write_encoded(self, rows: Encoded, refused: dict[int, str]) -> None:
+        if spans := self._refused_spans(len(rows), refused):
+            rows = rows.without(spans)
+        at = np.searchsorted(self.bounds, rows.escapes[:, 0] + self.hasher.position, side="right") - 1
+        np.add.at(self.escapes, at, 1)
+        self.hasher.update(rows)
+        self.values.write(rows)
+
+    def _check(self, rows: np.ndarray | Encoded) -> None:
+        spec, end = self.spec, self.hasher.position + len(rows)
+        if isinstance(rows, Encoded):
+            assert spec.codec in LOSSY and rows.dtype == spec.dtype, f"{spec.name}: {spec.codec} {rows.dtype}"
+        else:
+            wanted = DTYPES[spec.dtype]
+            assert rows.dtype == wanted and rows.shape[1:] == (spec.width,), f"{spec.name}: {rows.dtype} {rows.shape}"
+        assert end <= self.bounds[-1], f"{spec.name}: row {end} of {self.bounds[-1]}"
+
+    def _refused_spans(self, count: int, refused: dict[int, str]) -> list[tuple[int, int]]:
+        """Which of the next `count` rows are refused samples'."""
+        start, stop = self.hasher.position, self.hasher.position + count
+        spans = [(max(int(self.bounds[row]), start), min(int(self.bounds[row + 1]), stop)) for row in refused]
+        return [(first - start, end - start) for first, end in spans if first < end]
+
+
+def needed_calibration(cache: Path, column: str, width: int) -> Calibration:
+    """The cache's calibration of a column, without which int8 cannot be written."""
+    held = read_calibration(cache, column, width)
+    assert held is not None, f"{column} is to be encoded and was not calibrated"
+    return held
+
+
+def encode_bits(rows: np.ndarray, calibration: Calibration) -> Encoded:
+    """Encode values as they are stored raw, on the CPU."""
+    from pipeline.cache.int8 import as_states, encoded
+
+    return encoded(as_states(rows), calibration)
 
 
 class ShardWriter:
@@ -63,7 +102,8 @@ class ShardWriter:
         self.shard = shard
         self.refused: dict[int, str] = {}
         self._identity = read_canonical(cache / IDENTITY)["hash"]
-        self._need = sum(int(spec.bounds(shard)[-1]) * spec.row_bytes for spec in columns)
+        rows = {spec.name: int(spec.bounds(shard)[-1]) for spec in columns}
+        self._need = sum(stored_bytes(rows[spec.name], spec.width, spec.dtype, spec.codec) for spec in columns)
         need_room(cache, self._what, self._need)
         self._scratch = Scratch(cache, numbered(shard.number))
         self._streams: dict[str, _Stream] = {}
@@ -71,7 +111,7 @@ class ShardWriter:
         try:
             with room(cache, self._what, self._need):
                 for spec in columns:
-                    self._streams[spec.name] = _Stream(self._scratch.path, spec, shard)
+                    self._streams[spec.name] = _Stream(cache, self._scratch.path, spec, shard)
         except BaseException:
             self.abort()
             raise
@@ -86,10 +126,12 @@ class ShardWriter:
     def __exit__(self, *_) -> None:
         self.abort()
 
-    def write(self, column: str, rows: np.ndarray) -> None:
-        """Append rows [m, D] to a column, in the plan's order: uint16 bits for bfloat16, or float32.
+    def write(self, column: str, rows: np.ndarray | Encoded) -> None:
+        """Append rows [m, D] to a column, in the plan's order: uint16 bits for bfloat16, or float32; for int8 also
+        encoded already.
 
-        Rows of refused samples are needed to keep the place; whatever they hold, zeros are stored.
+        Rows of refused samples are needed to keep the place; whatever they hold, zeros are stored. ProofError when
+        values do not fit the codec.
         """
         try:
             with room(self.cache, self._what, self._need):
@@ -110,10 +152,11 @@ class ShardWriter:
         """Finish and sync every file, after the last row; from here on `read` works."""
         try:
             with room(self.cache, self._what, self._need):
-                for name, stream in self._streams.items():
+                for stream in self._streams.values():
                     stream.values.finish()
-                    path = self._scratch.path / f"{name}.arrow"
-                    path.write_bytes(sums_bytes(stream.bounds, stream.hasher.digests, self.refused))
+                    path = self._scratch.path / f"{stream.spec.stem}.arrow"
+                    sums = sums_bytes(stream.bounds, stream.hasher.digests, self.refused, stream.escapes)
+                    path.write_bytes(sums)
                     sync_file(path)
         except RoomError:
             self.abort()
@@ -121,20 +164,35 @@ class ShardWriter:
         for name, stream in self._streams.items():
             self._sealed[name] = Column(self._scratch.path, stream.spec, stream.bounds, f"{self.cache}, {self._what}")
 
-    def read(self, column: str, row: int) -> np.ndarray:
-        """The rows of sample `row` as a reader will get them from disk: decoded, each block checked."""
-        return self._sealed[column].read(row)
+    def read(self, column: str, row: int, blocks: int | None = None) -> np.ndarray:
+        """The rows of sample `row`, or of its first blocks, as a reader will get them from disk: decoded, checked."""
+        return self._sealed[column].read(row, blocks)
 
-    def commit(self, column_facts: dict[str, dict]) -> dict[str, bool]:
+    def damaged_samples(self, column: str) -> list[int]:
+        """Samples that cannot be read back from disk as they were written; looks at every one."""
+        return self._sealed[column].damaged_samples(self._sealed[column].open())
+
+    def escapes(self, column: str) -> int:
+        """Entries of a column that int8 had to keep apart."""
+        return int(self._streams[column].escapes.sum())
+
+    def sums(self, column: str) -> np.ndarray:
+        """The checksums of a column's blocks."""
+        return self._sealed[column].digests
+
+    def commit(self, column_facts: dict[str, dict], lost: Mapping[str, dict | None] | None = None) -> dict[str, bool]:
         """Make the columns exist; `column_facts` (probe results, say) go into their manifests.
 
-        Returns for each column whether it is ours: where another writer was quicker, his stays.
+        Returns for each column whether it is ours: where one is there already, in whatever codec, it stays. Not so
+        one that is in `lost`, damaged though it may look whole: `lost` has the manifest it had, None if that is lost,
+        too, and where the same bytes came out the column gets the same manifest again.
         """
         assert self._sealed.keys() == self._streams.keys(), "seal before commit"
         try:
             with room(self.cache, self._what, self._need), committing(self.cache):
                 samples = self._place_samples()
-                done = {name: self._place(name, samples, column_facts.get(name, {})) for name in self._streams}
+                facts = {name: column_facts.get(name, {}) for name in self._streams}
+                done = {name: self._place(name, samples, facts[name], lost or {}) for name in self._streams}
         finally:
             self.abort()
         return done
@@ -156,40 +214,78 @@ class ShardWriter:
         sync_folder(self.cache)
         return FileFact.of_bytes(data).as_dict()
 
-    def _place(self, name: str, samples: dict, facts: dict) -> bool:
-        """Rename one column into place under the commit lock, what is left of an earlier one put away first."""
-        folder, scratch = shard_folder(self.cache, self.shard.number), self._scratch.path
-        if committed(self.cache, self.shard.number, name):
+    def _place(self, name: str, samples: dict, facts: dict, lost: Mapping[str, dict | None]) -> bool:
+        """Make one column exist that did not, under the commit lock."""
+        if name not in lost and committed(self.cache, self.shard.number, name):
             return False
+        self._put_away(f"{name}.json")  # the manifest first: without it nothing else counts
+        self._put(name, self._manifest(name, samples, facts, lost.get(name)))
+        return True
+
+    def replace(self, name: str, facts: dict) -> bool:
+        """Make a column count instead of the one in another codec, whose facts it takes over, `facts` added.
+
+        One rename decides between them, so there is no moment without the column. False, with nothing changed, when
+        another process replaced it meanwhile.
+        """
+        assert self._sealed.keys() == self._streams.keys(), "seal before replace"
         spec = self._streams[name].spec
-        values = {f"{name}/{file}": fact for file, fact in self._streams[name].values.facts().items()}
-        sums = FileFact.of_file(scratch / f"{name}.arrow").as_dict()
-        manifest = {
-            "cache": self._identity,
-            "shard": self.shard.number,
-            "spec": spec.as_dict(),
-            "rows": int(self._streams[name].bounds[-1]),
-            "samples": len(self.shard),
-            "files": {**values, f"{name}.arrow": sums, SAMPLES: samples},
-            "refused": {str(row): reason for row, reason in sorted(self.refused.items())},
-            "facts": facts,
-        }
+        try:
+            with room(self.cache, self._what, self._need), committing(self.cache):
+                held = committed(self.cache, self.shard.number, name)
+                if held is None or held["spec"] == spec.as_dict():
+                    return False
+                samples = held["files"][SAMPLES]
+                self._put(name, self._manifest(name, samples, {**held["facts"], **facts}))
+        finally:
+            self.abort()
+        return True
+
+    def _manifest(self, name: str, samples: dict, facts: dict, had: dict | None = None) -> bytes:
+        stream = self._streams[name]
+        stem = stream.spec.stem
+        values = {f"{stem}/{file}": fact for file, fact in stream.values.facts().items()}
+        sums = FileFact.of_file(self._scratch.path / f"{stem}.arrow").as_dict()
+        files = {**values, f"{stem}.arrow": sums, SAMPLES: samples}
+        return canonical(
+            {
+                "cache": self._identity,
+                "shard": self.shard.number,
+                "spec": stream.spec.as_dict(),
+                "rows": int(stream.bounds[-1]),
+                "samples": len(self.shard),
+                "files": files,
+                "refused": {str(row): reason for row, reason in sorted(self.refused.items())},
+                "facts": had["facts"] if had and had["files"] == files else facts,
+            }
+        )
+
+    def _put(self, name: str, manifest: bytes) -> None:
+        """Rename one column's files into place, its manifest last; then put away what other codecs had."""
+        folder, scratch = shard_folder(self.cache, self.shard.number), self._scratch.path
+        spec = self._streams[name].spec
         ready = scratch / f"{name}.json"
-        ready.write_bytes(canonical(manifest))
+        ready.write_bytes(manifest)
         sync_file(ready)
-        for below in sorted(path for path in (scratch / name).rglob("*") if path.is_dir()):
+        for below in sorted(path for path in (scratch / spec.stem).rglob("*") if path.is_dir()):
             sync_folder(below)
-        sync_folder(scratch / name)
-        for old in (f"{name}.json", f"{name}.arrow", name):  # the manifest first: without it nothing else counts
-            if (folder / old).exists() or (folder / old).is_symlink():
-                (folder / old).rename(scratch / f"old-{old}")
-                sync_folder(folder)
-        for new in (name, f"{name}.arrow"):
+        sync_folder(scratch / spec.stem)
+        self._put_away(f"{spec.stem}.arrow", spec.stem)
+        for new in (spec.stem, f"{spec.stem}.arrow"):
             (scratch / new).rename(folder / new)
         sync_folder(folder)
         ready.rename(folder / f"{name}.json")
         sync_folder(folder)
-        return True
+        for other in spec.other_stems:
+            self._put_away(f"{other}.arrow", other)
+
+    def _put_away(self, *names: str) -> None:
+        """Move what an earlier writer left from the shard's folder into scratch, where it goes with the rest."""
+        folder = shard_folder(self.cache, self.shard.number)
+        for name in names:
+            if (folder / name).exists() or (folder / name).is_symlink():
+                (folder / name).rename(self._scratch.path / f"old-{name}")
+                sync_folder(folder)
 
     def abort(self) -> None:
         """Remove what was written and let go of the scratch folder. Harmless after a commit."""

@@ -5,11 +5,13 @@
 zarr 3 core specification and its `sharding_indexed` codec: the index is uint64 pairs, little-endian, with a crc32c of
 them behind. Written directly because it is then one stream of bounded memory, and read directly because a sample is
 one byte range; any zarr v3 reader opens it. The array's shape is rounded up to whole chunks and has one shard.
+Chunks may be compressed each (`zstd.py`).
 """
 
 import json
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,17 +27,22 @@ from pipeline.errors import CacheError
 METADATA = "zarr.json"
 SHARD_FILE = "c/0/0"
 CHUNK_BYTES = 3 << 20  # aimed at; chunks of an array beyond 4 MiB come out at 2-4 MiB
+PIECE = 512 << 10  # bytes read or written and hashed at a time: still in the CPU's own cache when they are hashed
 _ZEROS = bytes(1 << 20)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How an array of `rows` rows of `width` values is cut: `chunks` inner chunks of `chunk_rows` rows."""
+    """How an array of `rows` rows of `width` values is cut: `chunks` inner chunks of `chunk_rows` rows.
+
+    `compressor` is the codec, as zarr's metadata name it, that every chunk goes through; None: none.
+    """
 
     rows: int
     width: int
     dtype: np.dtype
     chunk_rows: int
+    compressor: dict | None = None
 
     @staticmethod
     def of(rows: int, width: int, dtype: np.dtype) -> "Grid":
@@ -72,22 +79,24 @@ class Grid:
         return self.data_bytes + self.index_bytes
 
     def index(self) -> bytes:
-        """The index of chunks that lie in order, end to end."""
-        starts = np.arange(self.chunks, dtype="<u8") * self.chunk_bytes
-        pairs = np.stack([starts, np.full_like(starts, self.chunk_bytes)], axis=1).tobytes()
-        return pairs + struct.pack("<I", google_crc32c.value(pairs))
+        """The index of uncompressed chunks that lie in order, end to end."""
+        return index_of(np.full(self.chunks, self.chunk_bytes, "<u8"))
 
     def metadata(self) -> bytes:
         """The array's `zarr.json`."""
+        return (json.dumps(self.facts(), indent=1) + "\n").encode()
+
+    def facts(self) -> dict:
+        """What `zarr.json` says."""
         shape = list(self.shape)
         little = {"name": "bytes", "configuration": {"endian": "little"}}
         sharding = {
             "chunk_shape": [self.chunk_rows, self.width],
-            "codecs": [little],
+            "codecs": [little] if self.compressor is None else [little, self.compressor],
             "index_codecs": [little, {"name": "crc32c"}],
             "index_location": "end",
         }
-        facts = {
+        return {
             "zarr_format": 3,
             "node_type": "array",
             "shape": shape,
@@ -99,7 +108,28 @@ class Grid:
             "attributes": {},
             "dimension_names": ["row", "channel"],
         }
-        return (json.dumps(facts, indent=1) + "\n").encode()
+
+
+def index_of(sizes: np.ndarray) -> bytes:
+    """The index of chunks of these sizes in bytes, in order, end to end."""
+    sizes = sizes.astype("<u8")
+    pairs = np.stack([np.cumsum(sizes, dtype="<u8") - sizes, sizes], axis=1).tobytes()
+    return pairs + struct.pack("<I", google_crc32c.value(pairs))
+
+
+def read_index(data: bytes, end: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """First byte and size of each chunk, int64, from the index of a file whose chunks end before byte `end`.
+
+    CacheError when its crc does not match, or a chunk is absent or lies outside.
+    """
+    pairs = data[:-4]
+    if struct.pack("<I", google_crc32c.value(pairs)) != data[-4:]:
+        raise CacheError(f"{path}: damaged, the chunk index does not match its crc32c; run `pipeline verify`")
+    starts, sizes = np.frombuffer(pairs, "<u8").reshape(-1, 2).T
+    # An absent chunk, (2^64 - 1, 2^64 - 1), reads as zeros elsewhere; here a hole is damage.
+    if (sizes > end).any() or (starts > end - np.minimum(sizes, end)).any():
+        raise CacheError(f"{path}: damaged, the chunk index has a hole; run `pipeline verify`")
+    return starts.astype(np.int64), sizes.astype(np.int64)
 
 
 class ShardFileWriter:
@@ -116,7 +146,9 @@ class ShardFileWriter:
 
     def write(self, rows: np.ndarray) -> None:
         """Append rows, C-contiguous [n, width]."""
-        self._append(memoryview(rows).cast("B") if rows.size else b"")
+        data = memoryview(rows).cast("B") if rows.size else b""
+        for first in range(0, len(data), PIECE):
+            self._append(data[first : first + PIECE])
 
     def _append(self, data) -> None:
         write_all(self._fd, data)
@@ -129,7 +161,10 @@ class ShardFileWriter:
         assert self._size == written, f"{self._size} bytes of rows written, {written} planned"
         while rest := self.grid.data_bytes - self._size:
             self._append(_ZEROS[:rest])
-        self._append(self.grid.index())
+        self._end(self.grid.index())
+
+    def _end(self, index: bytes) -> None:
+        self._append(index)
         os.fsync(self._fd)
         self.close()
 
@@ -164,16 +199,16 @@ class ShardFile:
             self._check(index, size)
 
     def _check(self, index: bytes, size: int) -> None:
-        """The index of chunks in another order: its crc, and that no chunk is absent or outside the file."""
-        pairs = index[:-4]
-        if struct.pack("<I", google_crc32c.value(pairs)) != index[-4:]:
-            raise CacheError(f"{self.path}: damaged, the chunk index does not match its crc32c; run `pipeline verify`")
-        starts, counts = np.frombuffer(pairs, "<u8").reshape(-1, 2).T
-        end = size - self.grid.index_bytes
-        # An absent chunk, (2^64 - 1, 2^64 - 1), reads as zeros elsewhere; here a hole is damage.
-        if (counts != self.grid.chunk_bytes).any() or (starts > end - self.grid.chunk_bytes).any():
+        """Where the chunks of a file in another order lie."""
+        self._chunks, sizes = read_index(index, size - self.grid.index_bytes, self.path)
+        if (sizes != self.grid.chunk_bytes).any():
             raise CacheError(f"{self.path}: damaged, the chunk index has a hole; run `pipeline verify`")
-        self._chunks = starts.astype(np.int64)
+
+    def pieces(self, first: int, count: int) -> Iterator[tuple[int, int]]:
+        """Cut `count` rows from `first` on into what is best read at a time: (first, stop) each."""
+        step = max(1, PIECE // self.grid.row_bytes)
+        for start in range(first, first + count, step):
+            yield start, min(start + step, first + count)
 
     def read_into(self, first_row: int, out: memoryview) -> None:
         """Fill `out`, whole rows as flat bytes, from `first_row` on. CacheError when the file ends before."""

@@ -69,8 +69,11 @@ class DraftKV:
 class Draft(Backbone):
     """A backbone with the target's head. A method adds `check`, `schedule`, `denominators`, `loss` and `rollout`.
 
-    The head is no part of the state_dict, whose keys are exactly those of published checkpoints.
+    The head is no part of the state_dict, whose keys are exactly those of published checkpoints. `reads_final` says
+    whether the loss reads the target's final state; the accept length always does.
     """
+
+    reads_final = False
 
     def __init__(self, config: DraftConfig, head: TargetHead):
         if (config.vocab_size, config.hidden_size) != (head.vocab_size, head.hidden_size):

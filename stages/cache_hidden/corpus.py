@@ -1,15 +1,16 @@
 """Conversations in, one at a time, from files or a hub's data set; what cannot be used is named by file and line.
 
 A corpus is JSONL or Parquet with `messages` (role, content) or ShareGPT's `conversations` (from, value), a folder of
-such files, or the name of a data set on the hub. Optional columns: `domain`, any text, `split`, train or heldout, and
-`system`, which becomes the first message unless that is one already.
+such files, or the name of a data set on the hub. Optional columns: `domain`, any text, `split`, train or heldout,
+`system`, which becomes the first message unless that is one already, and `tools`, the list that the chat template shows
+the target (or its JSON).
 Nothing is ever held but the row at hand, so a corpus may be larger than memory.
 
 The one rule: a row that is broken, or that says something we would have to guess at, is left out, counted and shown.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,13 +27,17 @@ PARQUET_ROWS = 256
 
 @dataclass(frozen=True)
 class Conversation:
-    """One usable row: messages with `role` and `content`, the last one a reply, and where it stood (line, from 1)."""
+    """One usable row: messages with `role` and `content`, the last one a reply, and where it stood (line, from 1).
+
+    tools: what the target may call, as the chat template takes it, or None.
+    """
 
     messages: list[dict]
     domain: str
     split: str
     file: str
     line: int
+    tools: list[dict] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,23 +103,47 @@ def read_files(corpus: str, files: list[Path]) -> Iterator[Conversation | Fault]
 
 
 def hub_dataset(corpus: str) -> tuple[Iterator[Conversation | Fault], dict]:
-    """Return the rows of a hub data set's train split, streamed, and its source entry (name, revision)."""
+    """Return the rows of a hub data set's train split, streamed, and its source entry (name, revision).
+
+    Raises UsageError when there is none; the rows raise DataError when they end early.
+    """
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError
 
     try:
         revision = HfApi().dataset_info(corpus).sha
         rows = load_dataset(corpus, split="train", streaming=True, revision=revision)
-    except (OSError, DatasetsError, HFValidationError, ValueError) as error:
-        cause = str(error).strip().split("\n")[0][:160]
+    except _hub_errors() as error:
         raise UsageError(
-            f"{corpus}: no such file or folder here, and the hub gave no such data set ({cause}); "
+            f"{corpus}: no such file or folder here, and the hub gave no such data set ({_line(error)}); "
             "check the name and the network, or pass --corpus with a file of conversations"
         ) from error
-    numbered = (conversation(row, corpus, line) for line, row in enumerate(rows, 1))
-    return numbered, {"dataset": corpus, "revision": revision}
+    return hub_rows(corpus, rows), {"dataset": corpus, "revision": revision}
+
+
+def hub_rows(corpus: str, rows: Iterable[dict]) -> Iterator[Conversation | Fault]:
+    """Yield the rows of a stream. DataError when the hub stops sending, or sends what is no row."""
+    line = 0
+    try:
+        for line, row in enumerate(rows, 1):
+            yield conversation(_without_absent(row), corpus, line)
+    except _hub_errors() as error:
+        raise DataError(
+            f"{corpus}: the hub's rows end after {line:,} ({_line(error)}); run the same command again, or download "
+            "the data set and pass --corpus with its files"
+        ) from error
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """Return what a data set of the hub can fail with: network, disk, its own files and its name."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HFValidationError, HTTPError  # HTTPError: of whichever client the hub uses
+
+    return (OSError, HTTPError, DatasetsError, HFValidationError, ValueError)  # ValueError: pyarrow's, too
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:160] or type(error).__name__
 
 
 def _jsonl_rows(file: Path) -> Iterator[tuple[int, object]]:
@@ -141,9 +170,16 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, object]]:
             for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
                 for row in batch.to_pylist():
                     line += 1
-                    yield line, row
+                    yield line, _without_absent(row)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{file}: no readable Parquet ({str(error)[:160]}); write it again") from error
+
+
+def _without_absent(value: object) -> object:
+    """Return a row of a table without the keys that others have: Arrow gives every object all of them, as None."""
+    if isinstance(value, dict):
+        return {key: _without_absent(inner) for key, inner in value.items() if inner is not None}
+    return [_without_absent(inner) for inner in value] if isinstance(value, list) else value
 
 
 def conversation(row: object, file: str, line: int) -> Conversation | Fault:
@@ -153,9 +189,7 @@ def conversation(row: object, file: str, line: int) -> Conversation | Fault:
             raise row
         if not isinstance(row, dict):
             raise Unusable("broken line", f"holds a {type(row).__name__}, wanted an object with `messages`")
-        if row.get("tools"):
-            raise Unusable("tools", "has `tools`, which are not rendered; the prompt would be another one")
-        messages = _messages(row)
+        messages, tools = _messages(row), _tools(row.get("tools"))
         if not any(message["role"] == "assistant" and _has_text(message) for message in messages):
             raise Unusable("no reply", "has no assistant message with text; there is nothing to learn")
         domain, split = row.get("domain"), row.get("split")
@@ -163,9 +197,9 @@ def conversation(row: object, file: str, line: int) -> Conversation | Fault:
             raise Unusable("unknown split", f"split {split!r}; wanted one of {', '.join(filter(None, SPLITS))}")
         if not isinstance(domain, str | None):
             raise Unusable("unknown domain", f"domain {domain!r}; wanted a text")
-        _check_encodes({"messages": messages, "domain": domain})
+        _check_encodes({"messages": messages, "domain": domain, "tools": tools})
         replies = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
-        return Conversation(messages[: replies[-1] + 1], domain or "", SPLITS[split or ""], file, line)
+        return Conversation(messages[: replies[-1] + 1], domain or "", SPLITS[split or ""], file, line, tools)
     except Unusable as fault:
         return Fault(fault.reason, fault.detail, file, line)
 
@@ -176,6 +210,21 @@ def _check_encodes(kept: dict) -> None:
         json.dumps(kept, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
         raise Unusable("no text", f"holds half a surrogate pair ({error.object[error.start]!r}), no text") from error
+
+
+def _tools(given: object) -> list[dict] | None:
+    """Return the tools of a row, a list of objects or its JSON, as None where there are none."""
+    tools = given
+    if isinstance(given, str):
+        try:
+            tools = json.loads(given) if given.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise Unusable("tools", f"has `tools` that are no JSON ({str(error)[:80]})") from error
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Unusable("tools", f"has `tools` that are no list of objects ({type(tools).__name__})")
+    return tools
 
 
 def _messages(row: dict) -> list[dict]:
@@ -197,7 +246,7 @@ def _messages(row: dict) -> list[dict]:
 
 
 def _names_roles(entry: object) -> bool:
-    """Return whether a message is in role and content, also under `conversations`. Parquet has absent keys as None."""
+    """Return whether a message is in role and content, also under `conversations`."""
     return isinstance(entry, dict) and entry.get("from") is None and entry.get("role") is not None
 
 

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline.cache.calibration import Calibration
 from pipeline.cache.columns import ColumnSpec
-from pipeline.cache.layout import layer_of
+from pipeline.cache.int8 import encode
+from pipeline.cache.layout import BLOCK_ROWS, layer_of
 from pipeline.cache.samples import ShardPlan
 from pipeline.capture import final_rows
 from pipeline.errors import RoomError
@@ -31,16 +33,18 @@ CHUNK_ROWS = 512  # gauge rows whose logits exist at a time
 class Piece:
     """What one forward gave, on its way to the host: `wait` before reading.
 
-    states: column -> rows [R, D]; worst: column -> the largest magnitude of each row [R], fp32, not finite where the
-    row is not; counts: column -> rows of each sample; gauge: agreement and log-probability of each gauge row.
+    states: column -> rows [R, D], or what `int8.encode` makes of them; worst: column -> the largest magnitude of each
+    row [R], fp32, not finite where the row is not; counts: column -> rows of each sample; gauge: agreement and
+    log-probability of each gauge row; shadow: encoded column -> the first rows of the samples in `Engine.shadow`.
     """
 
     rows: range  # of the shard's samples
-    states: dict[str, Tensor]
+    states: dict[str, Tensor | tuple[Tensor, ...]]
     worst: dict[str, Tensor]
     counts: dict[str, list[int]]
     gauge: Tensor
-    copied: torch.cuda.Event | None
+    shadow: dict[str, Tensor]
+    copied: torch.cuda.Event | None = None
 
     def wait(self) -> None:
         """Return when everything is on the host."""
@@ -49,7 +53,11 @@ class Piece:
 
 
 class Engine:
-    """Runs the target over micro-batches. `split` says whether memory ever forced a smaller group."""
+    """Runs the target over micro-batches. `split` says whether memory ever forced a smaller group.
+
+    Columns in `calibrations` are encoded on the device; of the samples in `shadow`, rows of the shard in hand, what
+    they were is kept beside.
+    """
 
     def __init__(self, model: PreTrainedModel, head: TargetHead, gauge_share: float):
         self.model = model
@@ -57,6 +65,8 @@ class Engine:
         self.gauge_share = gauge_share
         self.device = next(model.parameters()).device
         self.split = False
+        self.calibrations: dict[str, Calibration] = {}
+        self.shadow: frozenset[int] = frozenset()
         self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def pieces(self, shard: ShardPlan, rows: range, columns: Sequence[ColumnSpec]) -> Iterator[Piece]:
@@ -100,15 +110,29 @@ class Engine:
         with tap_layers(self.model, layers) as taken:
             output = run_decoder(self.model, self._send(ids_BT))
         last_BTD = output.last_hidden_state
-        states, worst = {}, {}
+        counts = {spec.name: [len(each) for each in kept[spec.keeps]] for spec in columns}
+        states, worst, shadow = {}, {}, {}
         for spec in columns:
             layer = layer_of(spec.name)
             full_BTD = last_BTD if layer is None else taken.pop(layer)
-            states[spec.name] = full_BTD.flatten(0, 1)[packed[spec.keeps]]
-            worst[spec.name] = torch.linalg.vector_norm(states[spec.name], float("inf"), dim=-1).float()
-        counts = {spec.name: [len(each) for each in kept[spec.keeps]] for spec in columns}
+            rows_RD = full_BTD.flatten(0, 1)[packed[spec.keeps]]
+            worst[spec.name] = torch.linalg.vector_norm(rows_RD, float("inf"), dim=-1).float()
+            if spec.name in self.calibrations:
+                shadow[spec.name] = rows_RD[self._send(self._shadowed(rows, counts[spec.name]))]
+                rows_RD = encode(rows_RD, self.calibrations[spec.name])
+            states[spec.name] = rows_RD
         gauge = self._gauge(shard, rows, longest, last_BTD)
-        return self._to_host(Piece(rows, states, worst, counts, gauge, None))
+        return self._to_host(Piece(rows, states, worst, counts, gauge, shadow))
+
+    def _shadowed(self, rows: range, counts: list[int]) -> np.ndarray:
+        """Which of the packed rows are the first of the samples in the shadow."""
+        starts = np.cumsum([0, *counts])
+        spans = [
+            np.arange(start, start + min(BLOCK_ROWS, count))
+            for row, start, count in zip(rows, starts, counts, strict=False)
+            if row in self.shadow
+        ]
+        return np.concatenate(spans or [np.empty(0, np.int64)])
 
     def _flat(self, rows_of_each: list[np.ndarray], longest: int) -> Tensor:
         """Rows of each sample as one index into [B * T]."""
@@ -134,7 +158,11 @@ class Engine:
             return piece
         self._copying.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._copying):
-            piece.states = {name: self._pinned(tensor) for name, tensor in piece.states.items()}
+            piece.states = {
+                name: tuple(map(self._pinned, held)) if isinstance(held, tuple) else self._pinned(held)
+                for name, held in piece.states.items()
+            }
+            piece.shadow = {name: self._pinned(tensor) for name, tensor in piece.shadow.items()}
             piece.worst = {name: self._pinned(tensor) for name, tensor in piece.worst.items()}
             piece.gauge = self._pinned(piece.gauge)
             piece.copied = torch.cuda.Event()
@@ -152,18 +180,6 @@ def kept_rows(shard: ShardPlan, row: int, keeps: str) -> np.ndarray:
     if keeps == "all":
         return np.arange(shard.lengths[row])
     return np.flatnonzero(final_rows(shard.mask(row)))
-
-
-def bits(states: Tensor) -> np.ndarray:
-    """Return states as they are stored: uint16 bits of bfloat16, or float32."""
-    return states.view(torch.int16).numpy().view(np.uint16) if states.dtype == torch.bfloat16 else states.numpy()
-
-
-def from_bits(stored: np.ndarray) -> Tensor:
-    """Return what `bits` stored as a tensor again."""
-    if stored.dtype == np.uint16:
-        return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(stored)
 
 
 def measure(head: TargetHead, states_RD: Tensor, tokens_R: Tensor) -> Tensor:

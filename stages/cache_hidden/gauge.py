@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.cache.columns import ColumnSpec
-from pipeline.cache.plan import Plan
 from pipeline.cache.samples import ShardPlan
 
 SHARE = 0.01
@@ -51,9 +50,9 @@ def gauge_column(columns: Sequence[ColumnSpec]) -> str:
     return "final" if "final" in names else names[0]
 
 
-def gauge_share(plan: Plan) -> float:
-    """Return the share of supervised rows to look at."""
-    least = 1.25 * LEAST_ROWS / max(1, plan.supervised)  # a draw may give fewer than its mean
+def gauge_share(supervised: int) -> float:
+    """Return the share of supervised rows to look at, of so many that were planned together."""
+    least = 1.25 * LEAST_ROWS / max(1, supervised)  # a draw may give fewer than its mean
     return min(1.0, max(SHARE, least))
 
 

@@ -1,30 +1,43 @@
 """What a user may choose about a capture. None means: what the cache already has, else the rule stated here."""
 
+import re
 from dataclasses import dataclass
 
 from pipeline.errors import UsageError
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class CaptureOptions:
     """Everything of the command line but model, corpus and folder."""
 
-    layers: str | None = None  # "1,9,17"; None: `taps` layers placed by rule
+    layers: str | None = None  # "1,9,17"; None: `taps` layers placed by rule, with `append` those there are
     taps: int | None = None  # None: `pipeline.capture.default_taps`
-    final: str = "needed"  # rows that keep `final`: needed (beside supervised ones), all, none
-    max_length: int = 3072  # tokens a sample, cut behind
+    final: str | None = None  # rows that keep it: needed (beside supervised ones), all, none. None: needed, or as it is
+    max_length: int | None = None  # tokens a sample, cut behind. None: 3072, or the target's positions if fewer
     batch_tokens: int | None = None  # padded tokens a forward; part of the cache's identity. None: 8192
     max_samples: int | None = None  # stop reading the corpus after so many usable samples
     device: str | None = None  # None: cuda where there is one
     dtype: str | None = None  # bfloat16, float32; None: float32 on a CPU, else the target's own
     revision: str | None = None  # of a hub model
+    budget: str | None = None  # bytes of the whole cache, "2TB"; see budget.py. None: all samples, or the plan's own
+    methods: str | None = None  # "dflash,domino": whose drafts will be trained, for the budget. None: all
+    seed: int = 0  # which samples a budget takes
+    codec: str | None = None  # "int8", "aux=int8,final=zstd"; None: as it is in the cache, else raw
+    append: bool = False  # add the corpus to those the cache has
+    worker: str | None = None  # "I/N"; None: the variables of torchrun or SLURM, else the only one
 
     def __post_init__(self):
         if self.layers is not None and self.taps is not None:
             raise UsageError(f"--layers {self.layers} and --taps {self.taps} say two things; give one")
-        if self.final not in ("needed", "all", "none"):
+        if self.final not in (None, "needed", "all", "none"):
             raise UsageError(f"--final {self.final}: wanted needed, all or none")
-        if self.max_length < 2:
+        if self.budget is not None:
+            size_bytes(self.budget)
+        elif self.methods is not None or self.seed:
+            raise UsageError("--methods and --seed say what a budget may leave out; give --budget too")
+        if self.max_length is not None and self.max_length < 2:
             raise UsageError(f"--max-length {self.max_length}: a sample is two tokens at least")
 
     def layer_list(self) -> list[int] | None:
@@ -35,3 +48,14 @@ class CaptureOptions:
             return [int(part) for part in self.layers.split(",")]
         except ValueError as error:
             raise UsageError(f"--layers {self.layers}: wanted numbers with commas, such as 1,9,17") from error
+
+
+def size_bytes(text: str) -> int:
+    """Return a size in bytes: 2TB and 500G count by thousands, 1.5TiB and 64Gi by 1024. UsageError for all else."""
+    found = SIZE.fullmatch(text.strip())
+    size = 0
+    if found and (found[2] or not found[3]):
+        size = int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgtp".index(found[2].lower() or " "))
+    if not size:
+        raise UsageError(f"--budget {text}: wanted a size such as 500GB, 2TB or 1.5TiB")
+    return size

@@ -16,6 +16,7 @@ from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import Plan, write_segment
 from pipeline.cache.samples import PlannedSample
 from pipeline.errors import DataError
+from pipeline.target_files import text_config
 from stages.cache_hidden.corpus import (
     Conversation,
     Fault,
@@ -93,10 +94,11 @@ def make_plan(corpus: str, out: Path, settings: Settings, max_samples: int | Non
         sources = [source]
     max_bytes = int(FREE_SHARE * free_bytes(out)) if spare_disk else None
     template, tally, notes = ChatTemplate(settings.folder), Tally(), {"max_samples": max_samples}
+    vocab_size = text_config(settings.folder)["vocab_size"]
 
     def checked() -> Iterator[PlannedSample]:
         usable, room = 0, max_bytes
-        for sample in islice(planned(rows, template, settings.max_length, tally), max_samples):
+        for sample in islice(planned(rows, template, settings.max_length, tally, vocab_size), max_samples):
             if room is not None:
                 room -= len(sample.ids) * settings.row_bytes
                 if room < 0:
@@ -111,7 +113,7 @@ def make_plan(corpus: str, out: Path, settings: Settings, max_samples: int | Non
 
 
 def planned(
-    rows: Iterable[Conversation | Fault], template: ChatTemplate, max_length: int, tally: Tally
+    rows: Iterable[Conversation | Fault], template: ChatTemplate, max_length: int, tally: Tally, vocab_size: int
 ) -> Iterator[PlannedSample]:
     """Yield the samples of the rows, in order; whatever is left out goes into the tally."""
     waiting = []
@@ -121,7 +123,7 @@ def planned(
             tally.fault(row.reason, str(row))
             continue
         try:
-            rendered = template.render(row.messages)
+            rendered = template.render(row.messages, row.tools)
         except Unusable as fault:
             tally.fault(fault.reason, f"{row.file}:{row.line}: {fault}")
             continue
@@ -130,17 +132,20 @@ def planned(
             tally.show("rewritten turns", f"{row.file}:{row.line}: {rendered.rewritten} turns not supervised")
         waiting.append((row, rendered))
         if len(waiting) == ENCODED_AT_ONCE:
-            yield from _samples(waiting, template, max_length, tally)
+            yield from _samples(waiting, template, max_length, tally, vocab_size)
             waiting = []
-    yield from _samples(waiting, template, max_length, tally)
+    yield from _samples(waiting, template, max_length, tally, vocab_size)
 
 
-def _samples(waiting: list, template: ChatTemplate, max_length: int, tally: Tally) -> Iterator[PlannedSample]:
+def _samples(
+    waiting: list, template: ChatTemplate, max_length: int, tally: Tally, vocab_size: int
+) -> Iterator[PlannedSample]:
     encoded = template.encode([rendered for _, rendered in waiting]) if waiting else []
     for (row, _), (ids, mask) in zip(waiting, encoded, strict=True):
         where = f"{row.file}:{row.line}"
         try:
             check_mask(mask)
+            check_ids(ids, vocab_size)
         except Unusable as fault:
             tally.fault(fault.reason, f"{where}: {fault}")
             continue
@@ -160,6 +165,15 @@ def check_mask(mask_T: np.ndarray) -> None:
     if mask_T.all():
         raise Unusable(
             "all supervised", f"all of its {len(mask_T)} tokens are marked as the assistant's, the prompt too"
+        )
+
+
+def check_ids(ids_T: np.ndarray, vocab_size: int) -> None:
+    """Refuse a token that the target has no embedding for: Unusable."""
+    if (largest := int(ids_T.max())) >= vocab_size:
+        raise Unusable(
+            "unknown token",
+            f"holds token {largest}, outside the target's {vocab_size}; is the tokenizer another one's?",
         )
 
 

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pipeline.cache.codecs import PROMISE
 from pipeline.cache.columns import ColumnSpec
+from pipeline.cache.int8 import as_states
 from pipeline.cache.layout import layer_of
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import ProofError
 from pipeline.target import final_norm
 from pipeline.target_head import TargetHead
-from stages.cache_hidden.engine import from_bits, kept_rows
+from stages.cache_hidden.engine import kept_rows
 
 ROWS = 128  # of a prefix, at most
 SAMPLES = 2
@@ -55,13 +57,13 @@ def probe(
         for spec in columns:
             kept = kept_rows(shard, row, spec.keeps)
             inside = torch.from_numpy(kept[kept < prefix]).to(device)
-            stored = from_bits(read(spec.name, row))[: len(inside)].to(device)
+            stored, promise = as_states(read(spec.name, row))[: len(inside)].to(device), PROMISE.get(spec.codec, 0.0)
             layer = layer_of(spec.name)
             if layer is not None:
-                error = check_layer(stored, entries, layer)
+                error = check_layer(stored, entries, layer, promise)
             else:
-                error = check_final(stored, entries[-1][inside], final_norm(model))
-                error = max(error, check_logits(stored, head, truth.logits[0, inside]))
+                error = check_final(stored, entries[-1][inside], final_norm(model), promise)
+                error = max(error, check_logits(stored, head, truth.logits[0, inside], promise))
             worst[spec.name] = max(worst[spec.name], error)
     return {name: {"samples": rows, "error": float(f"{error:.2e}")} for name, error in worst.items()}
 
@@ -75,9 +77,12 @@ def probe_rows(shard: ShardPlan, refused: set[int]) -> list[int]:
 
 
 def prefix_length(shard: ShardPlan, row: int) -> int:
-    """Return the rows of a sample's prefix: ROWS, and more only where a long prompt would leave no `final` in it."""
+    """Return the rows of a sample's prefix: ROWS, and more only where a long prompt would leave no `final` in it.
+
+    Never the whole sample: a target that sees what stands behind a token gives other states without it, and is caught.
+    """
     first = int(np.argmax(shard.mask(row)))
-    return min(int(shard.lengths[row]), max(ROWS, first + SCORED_ROWS if first >= ROWS else 0))
+    return min(int(shard.lengths[row]) - 1, max(ROWS, first + SCORED_ROWS if first >= ROWS else 0))
 
 
 def relative(found: Tensor, truth: Tensor) -> float:
@@ -86,9 +91,12 @@ def relative(found: Tensor, truth: Tensor) -> float:
     return float((found - truth).norm() / truth.norm().clamp_min(1e-30))
 
 
-def check_layer(stored_PD: Tensor, entries: Sequence[Tensor], layer: int) -> float:
-    """Return the error of a stored layer against entry layer + 1 of `hidden_states`, which must be the nearest."""
-    bound, right = BOUNDS[stored_PD.dtype], layer + 1
+def check_layer(stored_PD: Tensor, entries: Sequence[Tensor], layer: int, promise: float = 0.0) -> float:
+    """Return the error of a stored layer against entry layer + 1 of `hidden_states`, which must be the nearest.
+
+    `promise` is what the column's codec may add.
+    """
+    bound, right = BOUNDS[stored_PD.dtype] + promise, layer + 1
     beside = [entry for entry in (layer, right, right + 1) if 0 <= entry < len(entries)]
     errors = {entry: relative(stored_PD, entries[entry]) for entry in beside}
     if errors[right] <= bound and min(errors, key=errors.get) == right:
@@ -115,16 +123,18 @@ def check_embedding(head: TargetHead, ids_P: Tensor, entry_PD: Tensor) -> float:
         return error
     scale = float((found_PD.double() * entry_PD.double()).sum() / found_PD.double().square().sum())
     scaled = relative(found_PD.double() * scale, entry_PD)
-    hint = f"{scale:.4g} times it would fit" if scaled <= bound else "no scale of it would fit"
+    hint = (
+        f"{scale:.4g} times it would fit" if scaled <= bound else "no scale of it fits: is more added to it, or normed?"
+    )
     raise ProofError(
         f"probe: the stored embedding (scale {head.embed_scale:g}) differs from what enters layer 0 by {error:.1e}, "
         f"at most {bound:.0e} is right; {hint}; this target needs its embedding read otherwise"
     )
 
 
-def check_final(stored_RD: Tensor, truth_RD: Tensor, norm: nn.Module | None) -> float:
+def check_final(stored_RD: Tensor, truth_RD: Tensor, norm: nn.Module | None, promise: float = 0.0) -> float:
     """Return the error of stored `final` rows against the last entry of `hidden_states`, which is normed."""
-    error, bound = relative(stored_RD, truth_RD), BOUNDS[stored_RD.dtype]
+    error, bound = relative(stored_RD, truth_RD), BOUNDS[stored_RD.dtype] + promise
     if error <= bound:
         return error
     hint = "neither a missing nor a doubled norm explains it"
@@ -138,12 +148,12 @@ def check_final(stored_RD: Tensor, truth_RD: Tensor, norm: nn.Module | None) -> 
     )
 
 
-def check_logits(stored_RD: Tensor, head: TargetHead, truth_RV: Tensor) -> float:
+def check_logits(stored_RD: Tensor, head: TargetHead, truth_RV: Tensor, promise: float = 0.0) -> float:
     """Return the error of the stored head's logits on stored `final` rows against the target's own logits.
 
     Their argmax must be equal, too, wherever the gap of the two best exceeds the largest difference measured.
     """
-    found_RV, truth_RV, bound = head.logits(stored_RD), truth_RV.float(), BOUNDS[stored_RD.dtype]
+    found_RV, truth_RV, bound = head.logits(stored_RD), truth_RV.float(), BOUNDS[stored_RD.dtype] + promise
     error = relative(found_RV, truth_RV)
     gap_R = truth_RV.topk(2, dim=-1).values.diff(dim=-1).abs()[:, 0]
     clear_R = gap_R > (found_RV - truth_RV).abs().max()
@@ -153,5 +163,5 @@ def check_logits(stored_RD: Tensor, head: TargetHead, truth_RV: Tensor) -> float
     raise ProofError(
         f"probe: the stored LM head gives logits that differ from the target's by {error:.1e}, at most {bound:.0e} "
         f"is right ({flipped} clear argmaxes differ), though `final` itself fits: the head is transposed, permuted, "
-        "scaled or capped otherwise; nothing of this shard was kept"
+        "scaled or capped otherwise, or a norm stands before it; nothing of this shard was kept"
     )

@@ -1,17 +1,18 @@
 """The capture's record, `capture.log`: what was asked for, and how the files it came from looked (size and time).
 
-Derived, for speed and for people, and no part of the cache's promise: without it the files are digested again. It is
-what lets a run with nothing to do end at once.
+Derived, for speed and for people, and no part of the cache's promise: without it, or with a damaged one, the files are
+digested again. It is what lets a run with nothing to do end at once, and a stopped one go on without reading its
+corpus. It says what was planned, not what was captured: that the shards themselves say.
 """
 
-import json
+import contextlib
 from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.cache.columns import ColumnSpec
-from pipeline.cache.disk import write_file
 from pipeline.cache.layout import LOG
-from pipeline.errors import DataError, RoomError, UsageError
+from pipeline.cache.manifest import read_canonical, write_canonical
+from pipeline.errors import CacheError, DataError, RoomError, UsageError
 from pipeline.target_files import CONFIG, tokenizer_files, weight_files
 from stages.cache_hidden.corpus import corpus_files
 from stages.cache_hidden.options import CaptureOptions
@@ -19,9 +20,10 @@ from stages.cache_hidden.settings import Settings, default_corpus
 
 
 def request_of(model: str, corpus: str | None, options: CaptureOptions) -> dict:
-    """Return a command as the record keeps it."""
+    """Return a command as the record keeps it: without what only says who computes, or when the corpus came in."""
     here = {"model": _absolute(model), "corpus": corpus and _absolute(corpus)}
-    return {**here, "options": asdict(options)}
+    told = {name: value for name, value in asdict(options).items() if name not in ("device", "worker", "append")}
+    return {**here, "options": told}
 
 
 def _absolute(name: str) -> str:
@@ -39,29 +41,28 @@ def _target_files(folder: Path) -> list[Path]:
 
 
 def write_record(out: Path, request: dict, settings: Settings, corpus: str) -> None:
-    """Note a command that is done. A cache that cannot be written to keeps the record it has."""
+    """Note a command whose corpus is planned. A cache that cannot be written to keeps the record it has."""
     folder = settings.folder.resolve()
     record = {
         "request": request,
+        "identity": settings.identity,  # a second copy, should cache.json be lost
         "target": {"folder": str(folder), "files": looks(_target_files(folder))},
         "corpus": looks(corpus_files(corpus)),
         "columns": [spec.as_dict() for spec in settings.columns],
     }
-    if record == read_record(out):
+    held = read_record(out)
+    if {key: held.get(key) for key in record} == record:
         return
-    try:
-        write_file(out / LOG, (json.dumps(record, indent=1) + "\n").encode())
-    except RoomError:
-        return
+    with contextlib.suppress(RoomError):
+        write_canonical(out / LOG, record)
 
 
 def read_record(out: Path) -> dict:
     """Return the record, empty when there is none to be read."""
     try:
-        record = json.loads((out / LOG).read_bytes())
-    except (OSError, ValueError):
+        return read_canonical(out / LOG)
+    except CacheError:
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def unchanged(record: dict, request: dict) -> tuple[ColumnSpec, ...] | None:
@@ -82,8 +83,10 @@ def unchanged(record: dict, request: dict) -> tuple[ColumnSpec, ...] | None:
         return None
 
 
-def corpus_unchanged(record: dict, corpus: str) -> bool:
-    """Return whether the corpus's files look as they did when they were last compared with the plan."""
+def corpus_unchanged(record: dict, corpus: str, max_samples: int | None) -> bool:
+    """Return whether so much of the corpus was planned, and its files look as they did when that was last seen."""
+    if record.get("request", {}).get("options", {}).get("max_samples", -1) != max_samples:
+        return False
     try:
         files = looks(corpus_files(corpus))
     except (OSError, DataError, UsageError):

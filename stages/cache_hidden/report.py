@@ -1,14 +1,20 @@
 """What a plan says before anything runs: samples, tokens, what was left out and why, bytes, and room for them."""
 
+import shlex
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from pipeline.cache.codecs import CODECS, LOSSY, stored_bytes
 from pipeline.cache.columns import ColumnSpec, committed
 from pipeline.cache.disk import free_bytes, size_text
+from pipeline.cache.layout import layer_of
 from pipeline.cache.plan import Plan
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import UsageError
 from pipeline.target_files import read_json, text_config
+from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.settings import Settings
 
 Work = list[tuple[ShardPlan, list[ColumnSpec]]]
@@ -28,26 +34,55 @@ def missing(out: Path, plan: Plan, columns: tuple[ColumnSpec, ...]) -> Work:
                     f"{out} holds {spec.name} on {manifest['spec']['keeps']} rows, this command asks for {spec.keeps}; "
                     f"pass --final {manifest['spec']['keeps']}, or another --out"
                 )
+            elif manifest["spec"]["codec"] != spec.codec:
+                raise UsageError(other_codec(out, spec, manifest["spec"]["codec"]))
         if absent:
             work.append((shard, absent))
     return work
 
 
+def other_codec(out: Path, spec: ColumnSpec, held: str) -> str:
+    """Return what to say where a column, or a part of it, is in another codec: one column has one."""
+    remedy = f"`pipeline recode {out} --codec {spec.name}={spec.codec}` makes it so without the target"
+    if held in LOSSY:
+        remedy = f"what {held} has rounded stays so: leave --codec out, or pass another --out"
+    return f"{out} holds {spec.name} in {held}, and {spec.codec} is asked for or in other shards; {remedy}"
+
+
 def column_bytes(shard: ShardPlan, spec: ColumnSpec) -> int:
-    """Bytes of a shard's column, uncompressed."""
-    return (shard.rows if spec.keeps == "all" else shard.final_count) * spec.row_bytes
+    """Bytes that a shard's column is expected to take, in its codec."""
+    rows = shard.rows if spec.keeps == "all" else shard.final_count
+    return stored_bytes(rows, spec.width, spec.dtype, spec.codec)
 
 
 def work_bytes(work: Work) -> int:
-    """Bytes still to be written."""
+    """Bytes expected still to be written."""
     return sum(column_bytes(shard, spec) for shard, columns in work for spec in columns)
 
 
+def prices(plan: Plan, columns: tuple[ColumnSpec, ...]) -> dict[str, dict[str, int]]:
+    """Return what the columns would take in every codec there is: codec -> column, or `in all`, -> bytes."""
+    found = {}
+    for codec in CODECS:
+        encoded = [replace(spec, codec=codec) for spec in columns]
+        found[codec] = {spec.name: sum(column_bytes(shard, spec) for shard in plan.shards) for spec in encoded}
+        found[codec]["in all"] = sum(found[codec].values())
+    return found
+
+
+def budget_steps(plan: Plan) -> list[str]:
+    """Return what was decided to keep to a budget, in words; nothing where the plan was made without one."""
+    return [step for manifest in plan.manifests for step in manifest["notes"].get("budget", {}).get("steps", [])]
+
+
 def plan_report(out: Path, plan: Plan, settings: Settings) -> dict:
-    """Return everything `pipeline plan` prints, as JSON has it. Sizes in bytes, lengths in tokens."""
+    """Return everything `pipeline plan` prints, as JSON has it. Sizes in bytes, lengths in tokens.
+
+    `time` is None, not known; `budget` is what was decided to keep to one, step by step.
+    """
     notes, work = plan.notes, missing(out, plan, settings.columns)
     sizes = {spec.name: sum(column_bytes(shard, spec) for shard in plan.shards) for spec in settings.columns}
-    sizes["target"] = _head_bytes(settings)
+    sizes["target"] = head_bytes(settings)
     dropped = {**notes["faults"], **({"too short": notes["too_short"]} if notes["too_short"] else {})}
     need, free = work_bytes(work), free_bytes(out)
     return {
@@ -67,11 +102,15 @@ def plan_report(out: Path, plan: Plan, settings: Settings) -> dict:
         "rewritten_turns": notes["rewritten_turns"],
         "dropped": {why: {"count": dropped[why], "examples": notes["examples"].get(why, [])} for why in dropped},
         "examples": notes["examples"],
+        "prices": prices(plan, settings.columns),
+        "codecs": {spec.name: spec.codec for spec in settings.columns},
         "bytes": sizes,
         "bytes_in_all": sum(sizes.values()),
         "bytes_to_write": need,
         "free_bytes": free,
         "fits": need < free,
+        "time": None,
+        "budget": budget_steps(plan),
         "shards": len(plan.shards),
         "shards_done": len(plan.shards) - len(work),
         "domains": _counted(plan, "domain"),
@@ -84,7 +123,7 @@ def _counted(plan: Plan, column: str) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def _head_bytes(settings: Settings) -> int:
+def head_bytes(settings: Settings) -> int:
     """Bytes of the embedding and head that go into the cache."""
     config, whole = text_config(settings.folder), read_json(settings.folder / "config.json")
     tied = config.get("tie_word_embeddings", whole.get("tie_word_embeddings", False))
@@ -94,6 +133,7 @@ def _head_bytes(settings: Settings) -> int:
 def plan_table(report: dict):
     """Return the report as a table for people."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=f"plan of {report['cache']}", show_header=False, title_justify="left")
     table.add_column(style="bold")
@@ -110,14 +150,83 @@ def plan_table(report: dict):
     if report["rewritten_turns"]:
         shown = "; ".join(report["examples"].get("rewritten turns", []))
         rows.append(("turns rewritten", f"{report['rewritten_turns']:,} by the template, not supervised: {shown}"))
-    rows += [(name, size_text(size)) for name, size in report["bytes"].items()]
+    rows += [
+        ("prices", price_table(report)),
+        ("head", f"{size_text(report['bytes']['target'])}, the target's embedding and LM head"),
+    ]
     room = "it fits" if report["fits"] else "IT DOES NOT FIT"
     rows += [
         ("in all", f"{size_text(report['bytes_in_all'])} in {report['shards']} shards, {report['shards_done']} done"),
         ("to write", f"{size_text(report['bytes_to_write'])}, {size_text(report['free_bytes'])} free: {room}"),
+        ("time", time_text(report["time"])),
         ("domains", ", ".join(f"{name} {count:,}" for name, count in report["domains"].items())),
         ("splits", ", ".join(f"{name} {count:,}" for name, count in report["splits"].items())),
     ]
+    rows += [("" if number else "budget", Text(step)) for number, step in enumerate(report["budget"])]
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def price_table(report: dict):
+    """Return the bytes of every column in every codec, side by side; those chosen are marked."""
+    from pipeline.report import grid
+
+    table = grid("", *(f">{codec}" for codec in report["prices"]))
+    for name in next(iter(report["prices"].values())):
+        chosen = report["codecs"].get(name)
+        sizes = {codec: size_text(found[name]) for codec, found in report["prices"].items()}
+        table.add_row(
+            name, *(f"[bold]{size} *[/]" if codec == chosen else f"{size}  " for codec, size in sizes.items())
+        )
+    return table
+
+
+def time_text(found: dict | None) -> str:
+    """Return how long the work takes, as far as it is known."""
+    if found is None:
+        return "unknown; --probe measures disk and target"
+    what = "computing" if found["compute_s"] >= found["write_s"] else "writing"
+    disk = f"{found['disk_bytes_s'] / 1e6:,.0f} MB/s"
+    return (
+        f"about {_clock(found['seconds'])}, that of {what}: computing {_clock(found['compute_s'])} at "
+        f"{found['tokens_s']:,.0f} tokens/s, writing {_clock(found['write_s'])} at {disk}"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def codec_text(columns: Sequence[ColumnSpec]) -> str | None:
+    """Return `--codec` as short as it says the same; None where every column is raw."""
+    of_aux = {spec.codec for spec in columns if spec.name != "final"}
+    if {spec.codec for spec in columns} == {"raw"}:
+        return None
+    if len(of_aux) > 1:
+        return ",".join(f"{spec.name}={spec.codec}" for spec in columns)
+    final = [f"final={spec.codec}" for spec in columns if spec.name == "final"]
+    return ",".join([*(f"aux={codec}" for codec in of_aux), *final])
+
+
+def capture_command(model: str, corpus: str | None, out: Path, options: CaptureOptions, settings: Settings) -> str:
+    """Return the `cache-hidden` command that captures a plan, columns and codecs written out."""
+    final = next((spec.keeps for spec in settings.columns if spec.name == "final"), "none")
+    layers = ",".join(str(layer_of(spec.name)) for spec in settings.columns if spec.name != "final")
+    stated = {
+        "--model": model,
+        "--corpus": corpus,
+        "--out": str(out),
+        "--layers": layers,
+        "--final": final if final != "needed" else None,
+        "--codec": codec_text(settings.columns),
+        "--max-length": options.max_length,
+        "--max-samples": options.max_samples,
+        "--batch-tokens": options.batch_tokens,
+        "--device": options.device,
+        "--dtype": options.dtype,
+        "--revision": options.revision,
+    }
+    words = [word for name, value in stated.items() if value is not None for word in (name, str(value))]
+    return shlex.join(["pipeline", "cache-hidden", *words])

@@ -1,52 +1,66 @@
 """`pipeline plan` and `pipeline cache-hidden`: settle what is wanted, plan it once, capture what is missing.
 
+Any number of workers may run the same command on one cache. Whoever comes first plans, and stores the target's files,
+while the others wait; whoever commits the last shard writes what is derived from all of them.
 A run with nothing to do says so within a second: torch, transformers and datasets are imported only to tokenise a new
 corpus or to capture.
 """
 
 import contextlib
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cache.columns import ColumnSpec, committed
 from pipeline.cache.derived import derive
-from pipeline.cache.disk import clean, need_room, size_text
+from pipeline.cache.disk import clean, need_room, room, size_text, turn
 from pipeline.cache.layout import IDENTITY
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import Plan, load_plan, plan_numbers
 from pipeline.cache.target_folder import has_target
 from pipeline.errors import DataError, UsageError
+from stages.cache_hidden.budget import chooser, forget_plan, is_planned, within_budget
 from stages.cache_hidden.corpus import corpus_files, file_sources
 from stages.cache_hidden.gauge import WARN_BELOW, Gauge
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.record import corpus_unchanged, read_record, request_of, unchanged, write_record
-from stages.cache_hidden.report import missing, plan_report, plan_table, work_bytes
-from stages.cache_hidden.settings import HUB_CORPUS, HUB_SAMPLES, Settings, default_corpus, default_device, settle
+from stages.cache_hidden.report import Work, budget_steps, capture_command, missing, plan_report, plan_table, work_bytes
+from stages.cache_hidden.settings import HUB_CORPUS, HUB_SAMPLES, Settings, default_corpus, settle
+from stages.cache_hidden.worker import Worker, find_worker
 
 __all__ = ["Done", "plan", "plan_table", "run"]
 
 
 @dataclass(frozen=True)
 class Done:
-    """A finished capture, counted over the whole cache; `new_shards` over this run."""
+    """A capture, counted over the whole cache; `new_shards` over this run, `left` those still to come from others."""
 
     samples: int
     tokens: int
     shards: int
     new_shards: int
+    left: int
     gib: float
     refused: int
     gauge: Gauge
 
 
-def plan(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -> dict:
+def plan(model: str, corpus: str | None, out: Path, *, options: CaptureOptions, probe: bool = False) -> dict:
     """Tokenise the corpus into the plan of a cache at `out`, unless it is there, and return what it says.
 
-    Raises UsageError (no such model or corpus, another identity), DataError (unusable corpus), RoomError.
+    `probe` runs the target over a few micro-batches and writes to the disk, to say how long a capture takes. Raises
+    UsageError (no such model or corpus, another identity or budget), DataError (unusable corpus), RoomError.
     """
-    settings = settle(model, out, options)
-    return plan_report(out, _planned(corpus, out, settings, options), settings)
+    settings, planned = _planned(model, corpus, out, options)
+    report = plan_report(out, planned, settings)
+    report["command"] = capture_command(model, corpus, out, options, settings)
+    work = missing(out, planned, settings.columns)
+    if probe and work:
+        from stages.cache_hidden.speed import measure  # brings torch and transformers
+
+        report["time"] = measure(out, work, settings, Worker().device(options.device)).as_dict(work)
+    return report
 
 
 def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -> Done:
@@ -54,41 +68,82 @@ def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -
 
     Besides what `plan` raises: ProofError when the probe fails, CacheError for a damaged cache.
     """
+    worker = find_worker(options.worker, os.environ)
     request, record = request_of(model, corpus, options), read_record(out)
     columns = unchanged(record, request)
     if columns and plan_numbers(out) and has_target(out):
         planned = load_plan(out)
         if not missing(out, planned, columns):
             derive(out)
-            return _say(out, summary(out, planned, columns, 0))
-    settings = settle(model, out, options)
-    planned = _planned(corpus, out, settings, options)
+            return _say(out, summary(out, planned, columns, 0, 0), worker)
+    settings, planned = _planned(model, corpus, out, options)
+    write_record(out, request, settings, corpus or default_corpus(settings.folder))
     clean(out)
     work = missing(out, planned, settings.columns)
-    if work or not has_target(out):
+    mine = worker.share(work)
+    if mine or not has_target(out):
         need_room(out, f"a cache of {planned.samples:,} samples", work_bytes(work))
-        _announce(planned, settings, work_bytes(work), len(work))
+        _announce(planned, settings, mine, worker)
         from stages.cache_hidden.shards import capture_shards  # brings torch and transformers
 
-        refused = summary(out, planned, settings.columns, 0).refused
-        capture_shards(out, settings, planned, work, options.device or default_device(), refused)
-    derive(out)
-    write_record(out, request, settings, corpus or default_corpus(settings.folder))
-    return _say(out, summary(out, planned, settings.columns, len(work)))
+        refused = summary(out, planned, settings.columns, 0, 0).refused
+        capture_shards(out, settings, planned, mine, worker.device(options.device), refused)
+    left = len(missing(out, planned, settings.columns)) if work else 0
+    if not left:
+        derive(out)
+    return _say(out, summary(out, planned, settings.columns, len(mine), left), worker)
 
 
-def _planned(corpus: str | None, out: Path, settings: Settings, options: CaptureOptions) -> Plan:
-    """Return the cache's plan, made now if there is none, else compared with what is asked for."""
-    named, max_samples = corpus or default_corpus(settings.folder), options.max_samples
-    from_hub = corpus is None and named == HUB_CORPUS  # nobody named it
+def _planned(model: str, corpus: str | None, out: Path, options: CaptureOptions) -> tuple[Settings, Plan]:
+    """Return what is wanted and the cache's plan, in which the corpus is: now, or planned before by whoever it was."""
+    if options.append and corpus is None:
+        raise UsageError("--append adds a corpus; name it with --corpus")
+    if options.append and not (out / IDENTITY).is_file():
+        raise UsageError(f"--append adds to a cache, and there is none at {out}; leave it out to make one")
+    settings = settle(model, out, within_budget(out, options))
+    held = _held_plan(corpus, out, settings, options)
+    if held is None:
+        with room(out, "a plan"):
+            out.mkdir(parents=True, exist_ok=True)
+        try:
+            with room(out, "a plan"), turn(out, "plan"):
+                settings = settle(model, out, within_budget(out, options))  # we may have waited for who has planned
+                held = _held_plan(corpus, out, settings, options) or _make_plan(corpus, out, settings, options)
+            if options.budget:
+                settings = settle(model, out, within_budget(out, options))
+        except (DataError, UsageError):
+            with contextlib.suppress(OSError):  # leave no empty folder behind
+                out.rmdir()
+            raise
+    return settings, held
+
+
+def _held_plan(corpus: str | None, out: Path, settings: Settings, options: CaptureOptions) -> Plan | None:
+    """Return the cache's plan if the corpus is in it, None if it has to be planned.
+
+    Raises UsageError for another identity, and for another corpus that nobody said to add.
+    """
     if (out / IDENTITY).is_file():
         create_identity(out, settings.identity)
-    if plan_numbers(out):
-        held = load_plan(out)
-        if from_hub and max_samples is None and any(part.get("dataset") == HUB_CORPUS for part in held.sources):
-            max_samples = HUB_SAMPLES
-        _check_same(held, None if from_hub else named, out, max_samples)
-        return held
+    if not plan_numbers(out) or not is_planned(out, options):
+        return None
+    held, named, max_samples = load_plan(out), corpus or default_corpus(settings.folder), options.max_samples
+    from_hub = corpus is None and named == HUB_CORPUS  # nobody named it
+    if from_hub and max_samples is None and any(part.get("dataset") == HUB_CORPUS for part in held.sources):
+        max_samples = HUB_SAMPLES
+    difference = _difference(held, None if from_hub else named, out, max_samples)
+    if difference and not options.append:
+        raise UsageError(
+            f"{out} was planned {difference}; pass the same, --append to add it to this cache, or another --out for a "
+            "second one"
+        )
+    return None if difference else held
+
+
+def _make_plan(corpus: str | None, out: Path, settings: Settings, options: CaptureOptions) -> Plan:
+    """Tokenise the corpus into the cache's plan, or into one more segment of it."""
+    named = corpus or default_corpus(settings.folder)
+    from_hub = corpus is None and named == HUB_CORPUS
     if from_hub:
         print(
             f"warning: no --corpus given, so {HUB_CORPUS} is taken; its replies are not this target's own, "
@@ -97,32 +152,42 @@ def _planned(corpus: str | None, out: Path, settings: Settings, options: Capture
         )
     from stages.cache_hidden.planning import make_plan  # brings transformers
 
-    capped = from_hub and max_samples is None
-    try:
-        return make_plan(named, out, settings, HUB_SAMPLES if capped else max_samples, spare_disk=capped)
-    except DataError:
-        with contextlib.suppress(OSError):  # leave no empty folder behind
-            out.rmdir()
-        raise
+    capped = from_hub and options.max_samples is None
+    spare, budget = capped and options.budget is None, chooser(settings, options)
+    if budget:
+        forget_plan(out)
+    before = load_plan(out).samples if options.append else 0
+    most = HUB_SAMPLES if capped else options.max_samples
+    plan = make_plan(named, out, settings, most, spare_disk=spare, budget=budget)
+    if options.append:
+        new = plan.samples - before
+        told = f"{new:,} samples to the {before:,} there" if new else f"none, all are among the {before:,} there"
+        print(f"{named} adds {told}", file=sys.stderr)
+    return plan
 
 
-def _check_same(held: Plan, corpus: str | None, out: Path, max_samples: int | None) -> None:
-    """Refuse another corpus, or another part of it (`max_samples` None: all), than the plan was made from.
+def _difference(held: Plan, corpus: str | None, out: Path, max_samples: int | None) -> str:
+    """Return how a corpus, or the part of it (`max_samples` None: all), differs from those planned; empty: it is one.
 
     Without a corpus (none named, and no bundled chats that may have changed) the plan's own is meant.
     """
-    remedy = "pass the same, or another --out for a second cache"
-    if max_samples != held.notes["max_samples"]:
-        there, here = (f"max_samples = {cap or 'all'}" for cap in (held.notes["max_samples"], max_samples))
-        raise UsageError(f"{out} was planned with {there}, this command asks for {here}; {remedy}")
-    if corpus is None or corpus_unchanged(read_record(out), corpus):
-        return
-    files = corpus_files(corpus)
+    if corpus and corpus_unchanged(read_record(out), corpus, max_samples):
+        return ""
+    files = corpus_files(corpus) if corpus else []
     wanted = file_sources(corpus, files) if files else [{"dataset": corpus}]
-    planned = [{key: value for key, value in source.items() if key != "revision"} for source in held.sources]
-    if planned != wanted:
-        there, here = (", ".join(map(_source_text, sources)) for sources in (planned, wanted))
-        raise UsageError(f"{out} was planned from {there}, this command names {here}; {remedy}")
+    planned = [(_without_revision(manifest["sources"]), manifest) for manifest in held.manifests]
+    caps = [manifest["notes"]["max_samples"] for sources, manifest in planned if not corpus or sources == wanted]
+    if not caps:
+        there = " and from ".join(", ".join(map(_source_text, sources)) for sources, _ in planned)
+        return f"from {there}, this command names {', '.join(map(_source_text, wanted))}"
+    if max_samples not in caps:
+        there, here = (f"max_samples = {cap or 'all'}" for cap in (caps[-1], max_samples))
+        return f"with {there}, this command asks for {here}"
+    return ""
+
+
+def _without_revision(sources: list[dict]) -> list[dict]:
+    return [{key: value for key, value in source.items() if key != "revision"} for source in sources]
 
 
 def _source_text(source: dict) -> str:
@@ -131,14 +196,15 @@ def _source_text(source: dict) -> str:
     return f"{source['file']} ({source['size']} bytes, xxh3 {source['xxh3'][:12]})"
 
 
-def _announce(planned: Plan, settings: Settings, need: int, shards: int) -> None:
+def _announce(planned: Plan, settings: Settings, work: Work, worker: Worker) -> None:
     names, share = ", ".join(spec.name for spec in settings.columns), planned.supervised / planned.tokens
+    who = f" by {worker}" if worker.count > 1 else ""
     print(
         f"{planned.samples:,} samples, {planned.tokens:,} tokens ({share:.0%} supervised), {names}: "
-        f"{size_text(need)} to write in {shards} shards",
+        f"{size_text(work_bytes(work))} to write in {len(work)} shards{who}",
         file=sys.stderr,
     )
-    for line in left_out_lines(planned):
+    for line in [*budget_steps(planned), *left_out_lines(planned)]:
         print(line, file=sys.stderr)
 
 
@@ -158,7 +224,7 @@ def left_out_lines(planned: Plan) -> list[str]:
     ]
 
 
-def summary(out: Path, planned: Plan, columns: tuple[ColumnSpec, ...], new_shards: int) -> Done:
+def summary(out: Path, planned: Plan, columns: tuple[ColumnSpec, ...], new_shards: int, left: int) -> Done:
     """Return what the manifests of the captured columns say together."""
     gauge, written, refused = Gauge(), 0, 0
     for shard in planned.shards:
@@ -168,14 +234,16 @@ def summary(out: Path, planned: Plan, columns: tuple[ColumnSpec, ...], new_shard
         found = [manifest["facts"]["gauge"] for manifest in held if "gauge" in manifest["facts"]]
         gauge += Gauge.from_facts(found[-1]) if found else Gauge()
     shards = len(planned.shards)
-    return Done(planned.samples, planned.tokens, shards, new_shards, written / 2**30, refused, gauge)
+    return Done(planned.samples, planned.tokens, shards, new_shards, left, written / 2**30, refused, gauge)
 
 
-def _say(out: Path, done: Done) -> Done:
+def _say(out: Path, done: Done, worker: Worker) -> Done:
     """Print the line a capture ends with, and warn of a corpus in other words than the target's."""
     now = f"{done.new_shards} captured now" if done.new_shards else "nothing to do"
+    who = f" by {worker}" if worker.count > 1 else ""
+    left = f", {done.left} left to the other workers" if done.left else ""
     left_out = f", {done.refused} refused" if done.refused else ""
-    print(f"{out}: {done.samples:,} samples{left_out} in {done.shards} shards, {done.gib:.2f} GiB; {now}")
+    print(f"{out}: {done.samples:,} samples{left_out} in {done.shards} shards, {done.gib:.2f} GiB; {now}{who}{left}")
     if done.gauge.rows:
         print(f"on-policy gauge: {done.gauge}")
         if done.gauge.agree < WARN_BELOW * done.gauge.rows:

@@ -8,14 +8,18 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cache.columns import ColumnSpec
-from pipeline.cache.layout import IDENTITY, aux_column
+from pipeline.cache.codecs import codec_of, parse_codecs
+from pipeline.cache.columns import ColumnSpec, committed
+from pipeline.cache.derived import shard_columns
+from pipeline.cache.layout import IDENTITY, aux_column, layer_of
 from pipeline.cache.manifest import read_canonical
+from pipeline.cache.plan import plan_numbers, read_manifests
 from pipeline.capture import check_layers, default_layers, default_taps
 from pipeline.errors import UsageError
 from pipeline.target_files import (
     chat_template,
     find_target,
+    positions,
     read_json,
     target_digest,
     target_name,
@@ -24,8 +28,10 @@ from pipeline.target_files import (
     tokenizer_digest,
 )
 from stages.cache_hidden.options import CaptureOptions
+from stages.cache_hidden.worker import Worker
 
 BATCH_TOKENS = 8192  # padded tokens a forward
+MAX_LENGTH = 3072  # tokens a sample
 DTYPES = ("bfloat16", "float32")
 HUB_CORPUS = "mlabonne/open-perfectblend"
 HUB_SAMPLES = 20_000  # of it, when nobody named a corpus
@@ -61,32 +67,84 @@ class Settings:
 
 
 def settle(model: str, out: Path, options: CaptureOptions) -> Settings:
-    """Complete the options. UsageError for a target that is not there, or layers and types that cannot be."""
+    """Complete the options. UsageError for a target that is not there, or layers and types that cannot be.
+
+    Columns that are whole are wanted in every case, so that a corpus that is added takes none of them from training.
+    """
     folder = find_target(model, options.revision)
     config = text_config(folder)
     held = read_canonical(out / IDENTITY) if (out / IDENTITY).is_file() else {}
-    depth = config["num_hidden_layers"]
-    layers = options.layer_list() or default_layers(depth, options.taps or default_taps(depth))
-    check_layers(layers, depth)
     kept = held.get("capture", {})
+    max_length = _max_length(options.max_length, held.get("samples", {}).get("max_length"), config)
+    whole = whole_columns(out) if held else []
     dtype = options.dtype or kept.get("dtype") or _default_dtype(folder, options.device)
     identity = {
         "target": _target(model, folder, held.get("target", {})),
         "tokenizer": {"digest": tokenizer_digest(folder), "chat_template": template_digest(folder)},
-        "samples": {"max_length": options.max_length, "mask": mask_rule(chat_template(folder)), "trimmed": True},
+        "samples": {"max_length": max_length, "mask": mask_rule(chat_template(folder)), "trimmed": True},
         "capture": {
             "engine": "transformers",
             "dtype": dtype,
             "batch_tokens": options.batch_tokens or kept.get("batch_tokens") or BATCH_TOKENS,
         },
     }
-    width = config["hidden_size"]
-    columns = [ColumnSpec(aux_column(layer), dtype, width) for layer in layers]
-    if options.final != "none":
-        columns.append(ColumnSpec("final", dtype, width, keeps=options.final))
+    asked = _asked_columns(options, config, dtype, whole, out)
+    columns = asked + [spec for spec in whole if spec.name not in {other.name for other in asked}]
+    columns.sort(key=lambda spec: (spec.name == "final", layer_of(spec.name)))
     if not (options.dtype or options.device or held):
         _warn_of_float32(folder, dtype)
     return Settings(model, folder, identity, tuple(columns))
+
+
+def _asked_columns(
+    options: CaptureOptions, config: dict, dtype: str, whole: list[ColumnSpec], out: Path
+) -> list[ColumnSpec]:
+    """Return the columns the options name; what they leave open is by rule, or as it is where a corpus is added."""
+    depth, width = config["num_hidden_layers"], config["hidden_size"]
+    as_it_is = options.append and bool(whole)
+    layers = options.layer_list() or []
+    if options.taps or not (layers or as_it_is):
+        layers = default_layers(depth, options.taps or default_taps(depth))
+    if layers:
+        check_layers(layers, depth)
+    codecs = parse_codecs(options.codec) if options.codec else {}
+    held = held_codecs(out)
+
+    def column(name: str, keeps: str = "all") -> ColumnSpec:
+        return ColumnSpec(name, dtype, width, codec_of(codecs, name) or held.get(name, "raw"), keeps)
+
+    columns = [column(aux_column(layer)) for layer in layers]
+    final = options.final or ("none" if as_it_is else "needed")
+    return columns + [column("final", final)] * (final != "none")
+
+
+def held_codecs(out: Path) -> dict[str, str]:
+    """Return the codec of every column that a shard has, by name, as the first that has it keeps it."""
+    found: dict[str, str] = {}
+    for shard in range(sum(manifest["shards"] for manifest in read_manifests(out)) if plan_numbers(out) else 0):
+        for name, manifest in shard_columns(out, shard).items():
+            found.setdefault(name, manifest["spec"]["codec"])
+    return found
+
+
+def whole_columns(out: Path) -> list[ColumnSpec]:
+    """Return the columns that every shard of the first corpus has, in order of name; none where nothing is planned."""
+    if not plan_numbers(out):
+        return []
+    shards = range(read_manifests(out)[0]["shards"])
+    names = sorted(name for name in shard_columns(out, 0))
+    held = {name: [committed(out, shard, name) for shard in shards] for name in names}
+    return [ColumnSpec(**found[0]["spec"]) for found in held.values() if all(found)]
+
+
+def _max_length(stated: int | None, kept: int | None, config: dict) -> int:
+    """Return the tokens a sample may have: as stated, as the cache has it, or by rule. UsageError for too many."""
+    most, why = positions(config)
+    if stated is None:
+        return kept or min(MAX_LENGTH, most or MAX_LENGTH)
+    if most is not None and stated > most:
+        raise UsageError(f"--max-length {stated}: this target has {most} positions{why}; pass {most} or less")
+    return stated
 
 
 def mask_rule(template: str) -> str:
@@ -103,16 +161,9 @@ def _target(model: str, folder: Path, held: dict) -> dict:
     return {"name": target_name(model), "revision": revision, "digest": digest}
 
 
-def default_device() -> str:
-    """Return cuda where there is one, else cpu."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _default_dtype(folder: Path, device: str | None) -> str:
     """Return float32 on a CPU, else the type the target's weights are meant for."""
-    if (device or default_device()) == "cpu":
+    if Worker().device(device) == "cpu":
         return "float32"
     named = _named_dtype(folder)
     if named not in DTYPES:

@@ -6,58 +6,96 @@ shard that is missing, and whoever computes one computes the same.
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.cache.columns import ColumnSpec, committed
+from pipeline.cache.disk import room, turn
+from pipeline.cache.int8 import as_stored
+from pipeline.cache.manifest import FileFact
 from pipeline.cache.plan import Plan, micro_batches
-from pipeline.cache.target_folder import CONFIG, HEAD, TOKENS, has_target, new_target, target_file
+from pipeline.cache.target_folder import CONFIG, HEAD, TOKENS, WEIGHTS, has_target, new_target, target_file
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import DataError
-from pipeline.target import head_of, load_target
-from pipeline.target_files import tokenizer_files
+from pipeline.target import head_of, load_target, stop_tokens
+from pipeline.target_files import complete_config, tokenizer_files, weight_files
 from pipeline.target_head import TargetHead
+from stages.cache_hidden.calibrate import calibrations
 from stages.cache_hidden.drain import Drain
-from stages.cache_hidden.engine import Engine, Piece, bits, totals
+from stages.cache_hidden.engine import Engine, Piece, totals
 from stages.cache_hidden.gauge import Gauge, gauge_column, gauge_share
 from stages.cache_hidden.probe import probe
 from stages.cache_hidden.progress import Progress
 from stages.cache_hidden.report import Work
 from stages.cache_hidden.settings import Settings
+from stages.cache_hidden.shadow import Shadow
 from stages.cache_hidden.template import ChatTemplate
 
 QUEUED = 2  # micro-batches that wait for the writer
 REFUSED_SHARE = 0.01  # of a plan's samples; more means that something is wrong with the target or its type
 
 
-def capture_shards(out: Path, settings: Settings, plan: Plan, work: Work, device: str, refused: int) -> None:
+Lost = Mapping[tuple[int, str], dict | None]
+
+
+def capture_shards(
+    out: Path, settings: Settings, plan: Plan, work: Work, device: str, refused: int, lost: Lost = MappingProxyType({})
+) -> None:
     """Run the target over every shard in `work` and commit each as it passes its probe.
 
-    `refused` samples were refused before. Raises ProofError, DataError (too many refused), RoomError, UsageError.
+    `refused` samples were refused before. A (shard, column) in `lost` is replaced though it looks whole; it maps to
+    the manifest that it had, if that is known, and gets the same again where the same bytes come out.
+    Raises ProofError, DataError (too many refused), RoomError, UsageError.
     """
     model = load_target(str(settings.folder), device=device, dtype=settings.dtype)
     store_target(out, settings.folder, model)
     head = TargetHead.load(target_file(out, HEAD), device, getattr(torch, settings.dtype))
-    engine = Engine(model, head, gauge_share(plan))
-    gauged = gauge_column(settings.columns)
+    engine = Engine(model, head, 0.0)
+    gauged = gauged_columns(out, plan, settings.columns)
+    with room(out, "a calibration"), turn(out, "calibration"):  # by one process, for all
+        engine.calibrations = calibrations(engine, out, plan, settings.columns, settings.batch_tokens)
     with Progress(sum(shard.rows for shard, _ in work), len(work)) as progress:
-        for shard, columns in work:
+        for shard, wanted in work:
+            columns = [spec for spec in wanted if still_wanted(out, shard.number, spec.name, lost)]
+            if not columns:  # another worker has this share, too, and was quicker
+                progress.shard()
+                continue
+            engine.gauge_share = gauge_share(plan.segment(shard.number)["supervised"])
             with ShardWriter(out, shard, columns) as writer:
                 earlier = refuse_again(out, writer, settings.columns)
-                gauge = fill(engine, writer, columns, settings.batch_tokens, progress)
+                shadow = Shadow(columns, shard)
+                gauge = fill(engine, writer, shadow, settings.batch_tokens, progress)
                 refused += len(writer.refused) - earlier
                 check_refused(refused, plan.samples, writer.refused)
                 writer.seal()
-                facts = proven_facts(engine, writer, columns)
-                if gauged in facts:
-                    facts[gauged]["gauge"] = gauge.as_facts()
-                writer.commit(facts)
+                facts = proven_facts(engine, writer, shadow)
+                for name in gauged & facts.keys():
+                    facts[name]["gauge"] = gauge.as_facts()
+                had = {name: lost[shard.number, name] for name in facts if (shard.number, name) in lost}
+                writer.commit(facts, had)
             progress.shard()
+
+
+def still_wanted(out: Path, shard: int, column: str, lost: Lost) -> bool:
+    """Whether a column of the plan of work is still to be captured, by whoever gets there first."""
+    return (shard, column) in lost or committed(out, shard, column) is None
+
+
+def gauged_columns(out: Path, plan: Plan, columns: Sequence[ColumnSpec]) -> set[str]:
+    """Return the columns whose manifests hold the gauge: those that do in the cache, else the one it belongs to."""
+    for shard in plan.shards:
+        held = [manifest for spec in columns if (manifest := committed(out, shard.number, spec.name))]
+        found = {manifest["spec"]["name"] for manifest in held if "gauge" in manifest["facts"]}
+        if found:
+            return found
+    return {gauge_column(columns)}
 
 
 def refuse_again(out: Path, writer: ShardWriter, columns: Sequence[ColumnSpec]) -> int:
@@ -72,9 +110,7 @@ def refuse_again(out: Path, writer: ShardWriter, columns: Sequence[ColumnSpec]) 
     return len(writer.refused)
 
 
-def fill(
-    engine: Engine, writer: ShardWriter, columns: Sequence[ColumnSpec], batch_tokens: int, progress: Progress
-) -> Gauge:
+def fill(engine: Engine, writer: ShardWriter, shadow: Shadow, batch_tokens: int, progress: Progress) -> Gauge:
     """Write every row of a shard's columns; return the gauge over it. At most a few micro-batches are in memory."""
     gauge, shard = Gauge(), writer.shard
 
@@ -84,17 +120,20 @@ def fill(
         for row, reason in unfit(piece):
             if row not in writer.refused:
                 writer.refuse(row, reason)
+        written = 0
         for name, states in piece.states.items():
-            writer.write(name, bits(states))
+            rows = as_stored(states) if isinstance(states, Tensor) else shadow.encoded(engine, name, states)
+            writer.write(name, rows)
+            written += rows.nbytes
+        shadow.take(piece)
         gauge += totals(piece.gauge)
-        written = sum(states.nbytes for states in piece.states.values())
         progress.add(int(shard.lengths[piece.rows].sum()), written)
 
-    engine.split = False
+    engine.split, engine.shadow = False, frozenset(shadow.rows)
     drain = Drain(consume, QUEUED)
     try:
         for rows in micro_batches(shard.lengths, batch_tokens):
-            for piece in engine.pieces(shard, rows, columns):
+            for piece in engine.pieces(shard, rows, shadow.columns):
                 drain.put(piece)
         drain.finish()
     finally:
@@ -102,9 +141,10 @@ def fill(
     return gauge
 
 
-def proven_facts(engine: Engine, writer: ShardWriter, columns: Sequence[ColumnSpec]) -> dict[str, dict]:
+def proven_facts(engine: Engine, writer: ShardWriter, shadow: Shadow) -> dict[str, dict]:
     """Probe a sealed shard and return what its columns' manifests say of it. Raises ProofError."""
-    probed = probe(engine.model, engine.head, writer.shard, columns, {*writer.refused}, writer.read)
+    certified = shadow.certificates(engine, writer)
+    probed = probe(engine.model, engine.head, writer.shard, shadow.columns, {*writer.refused}, writer.read)
     made_by = {
         "engine": "transformers",
         "attention": engine.model.config._attn_implementation,
@@ -113,7 +153,7 @@ def proven_facts(engine: Engine, writer: ShardWriter, columns: Sequence[ColumnSp
         "device": engine.device.type,
         "split": engine.split,
     }
-    return {name: {**made_by, "probe": found} for name, found in probed.items()}
+    return {name: {**made_by, "probe": found, **certified.get(name, {})} for name, found in probed.items()}
 
 
 def unfit(piece: Piece) -> Iterator[tuple[int, str]]:
@@ -141,25 +181,35 @@ def check_refused(refused: int, samples: int, newest: dict[int, str]) -> None:
 
 
 def store_target(out: Path, folder: Path, model: PreTrainedModel) -> None:
-    """Write the cache's `target/`, once: config, tokenizer, special tokens, embedding and LM head."""
+    """Write the cache's `target/`, once: config, tokenizer, special tokens, embedding and LM head, digests of weights.
+
+    One process does, others wait for it.
+    """
     if has_target(out):
         return
+    with room(out, "the target's files"), turn(out, "target"):
+        if not has_target(out):
+            _store_target(out, folder, model)
+
+
+def _store_target(out: Path, folder: Path, model: PreTrainedModel) -> None:
     with new_target(out) as place:
-        for path in (folder / CONFIG, *tokenizer_files(folder)):
+        for path in tokenizer_files(folder):
             shutil.copyfile(path, place / path.name)
+        (place / CONFIG).write_bytes(complete_config(folder, model.config))
         (place / TOKENS).write_text(special_tokens(folder, model), encoding="utf-8")
+        weights = {path.name: FileFact.of_file(path).as_dict() for path in weight_files(folder)}
+        (place / WEIGHTS).write_text(json.dumps(weights, indent=1, sort_keys=True) + "\n")
         head_of(model).save(place / HEAD)
 
 
 def special_tokens(folder: Path, model: PreTrainedModel) -> str:
     """Return tokens.json: ids of mask, pad, bos, all that end a reply, and how many tokens the tokenizer knows."""
     tokenizer = ChatTemplate(folder).tokenizer
-    ends: set[int] = set()
-    for found in (tokenizer.eos_token_id, model.config.eos_token_id, model.generation_config.eos_token_id):
-        ends |= {found} if isinstance(found, int) else set(found or ())
+    own = {tokenizer.eos_token_id} - {None}
     facts = {
         "bos": tokenizer.bos_token_id,
-        "eos": sorted(ends),
+        "eos": sorted(own | stop_tokens(model)),
         "length": len(tokenizer),
         "mask": tokenizer.mask_token_id,
         "pad": tokenizer.pad_token_id,

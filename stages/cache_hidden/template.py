@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from jinja2 import TemplateError
+from jinja2.meta import find_undeclared_variables
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
@@ -50,13 +51,15 @@ class ChatTemplate:
             raise UsageError(f"{folder}: its tokenizer cannot map tokens to characters; add a tokenizer.json")
         self.template = chat_template(folder)
         self.marked = mask_rule(self.template) == "marks"
-        stop_the_clock(folder, self.template)
+        self.shows_tools = "tools" in _reads(folder, self.template)
         self.ends = {end for end in (self.tokenizer.eos_token, *_turn_ends(self.tokenizer)) if end}
 
-    def render(self, messages: list[dict]) -> Rendered:
+    def render(self, messages: list[dict], tools: list[dict] | None = None) -> Rendered:
         """Return the conversation as text with the spans to supervise; Unusable, with the reason, when it has none."""
+        if tools and not self.shows_tools:
+            raise Unusable("tools", "has `tools`, which the chat template does not show; the prompt would lack them")
         try:
-            rendered = self._by_marks(messages) if self.marked else self._by_prefixes(messages)
+            rendered = self._by_marks(messages, tools) if self.marked else self._by_prefixes(messages, tools)
         except RENDERING_ERRORS as error:
             cause = str(error).strip().split("\n")[0][:120]
             raise Unusable("template error", f"the chat template refuses it ({cause})") from error
@@ -77,9 +80,10 @@ class ChatTemplate:
         pairs = zip(encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True)
         return [(np.array(ids, np.int32), _covered(offsets, one.spans)) for ids, offsets, one in pairs]
 
-    def _render(self, messages: list[dict], *, prompt: bool = False, marks: bool = False):
+    def _render(self, messages: list[dict], tools: list[dict] | None, *, prompt: bool = False, marks: bool = False):
         texts, spans = render_jinja_template(
             conversations=[messages],
+            tools=tools,
             chat_template=self.template,
             add_generation_prompt=prompt,
             return_assistant_tokens_mask=marks,
@@ -88,15 +92,15 @@ class ChatTemplate:
         )
         return (texts[0], [tuple(span) for span in spans[0]]) if marks else texts[0]
 
-    def _by_marks(self, messages: list[dict]) -> Rendered:
-        whole, spans = self._render(messages, marks=True)
+    def _by_marks(self, messages: list[dict], tools: list[dict] | None) -> Rendered:
+        whole, spans = self._render(messages, tools, marks=True)
         turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
         if len(spans) != len(turns):  # marks that are not one a turn: no way to look at a turn alone
             return Rendered(whole, [span for span in spans if span[0] < span[1]], 0)
         kept, rewritten = [], 0
         for at, span in zip(turns, spans, strict=True):
             if at < len(messages) - 1:
-                through, alone = self._render(messages[: at + 1], marks=True)
+                through, alone = self._render(messages[: at + 1], tools, marks=True)
                 if alone[-1:] != [span] or through[: span[1]] != whole[: span[1]]:
                     rewritten += 1
                     continue
@@ -104,13 +108,13 @@ class ChatTemplate:
                 kept.append(span)
         return Rendered(whole, kept, rewritten)
 
-    def _by_prefixes(self, messages: list[dict]) -> Rendered:
-        whole = self._render(messages)
+    def _by_prefixes(self, messages: list[dict], tools: list[dict] | None) -> Rendered:
+        whole = self._render(messages, tools)
         turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
         kept, rewritten = [], 0
         for at in turns:
-            through = self._render(messages[: at + 1]) if at < len(messages) - 1 else whole
-            before = self._render(messages[:at], prompt=True)
+            through = self._render(messages[: at + 1], tools) if at < len(messages) - 1 else whole
+            before = self._render(messages[:at], tools, prompt=True)
             # A template may put more into its prompt than into the turn (an opening thought): they part there.
             start = _common(before, through)
             stop = start + self._length(through[start:], messages[at]["content"])
@@ -132,14 +136,16 @@ class ChatTemplate:
         return min(ends, default=len(reply.rstrip()))
 
 
-def stop_the_clock(folder: Path, template: str) -> None:
-    """Let a template that asks for the date see always the same. UsageError when it cannot be compiled.
+def _reads(folder: Path, template: str) -> set[str]:
+    """Return the names a template reads, having stopped its clock. UsageError when it cannot be compiled.
 
     Nothing in a cache may depend on the clock, or the same command gives other samples tomorrow. The renderer lets no
     function through its arguments, so the compiled template, of which it keeps one, is given ours.
     """
     try:
-        _compile_jinja_template(template).globals["strftime_now"] = TODAY.strftime
+        compiled = _compile_jinja_template(template)
+        compiled.globals["strftime_now"] = TODAY.strftime
+        return find_undeclared_variables(compiled.environment.parse(template))
     except TemplateError as error:
         raise UsageError(
             f"{folder}: its chat template is no Jinja ({error}); fetch the target's files again"

@@ -20,8 +20,9 @@ from pipeline.drafts import Draft
 from pipeline.errors import UsageError
 from pipeline.target import tap_layers
 
-# Their memory is a running sum, not one entry a token: rejected tokens cannot be taken back out of it.
-UNCROPPABLE = {"linear_attention", "mamba", "mamba2", "recurrent", "conv", "ssm", "hybrid"}
+# Layers that remember one entry a token. A linear attention's memory is a running sum, out of which rejected tokens
+# cannot be taken; other kinds keep more than keys and values.
+CROPPABLE = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,14 @@ class Decoded:
 
 def check_croppable(target: PreTrainedModel) -> None:
     """Refuse a target from whose memory rejected tokens cannot be removed. UsageError."""
-    kinds = set(getattr(target.config.get_text_config(), "layer_types", None) or ())
-    if kinds & UNCROPPABLE:
+    others = sorted(set(getattr(target.config.get_text_config(), "layer_types", None) or ()) - CROPPABLE)
+    if not others and any(getattr(module, "_is_stateful", False) for module in target.modules()):
+        others = ["recurrent"]  # transformers' own mark of models that cannot be rolled back
+    if others:
         raise UsageError(
-            f"{type(target).__name__} has {sorted(kinds & UNCROPPABLE)[0]} layers, whose memory cannot be cropped "
-            "after a rejected block; evaluate decodes targets with attention layers only"
+            f"{type(target).__name__} has {others[0]} layers, whose memory cannot be cropped after a rejected block; "
+            "evaluate decodes targets with attention layers only, so judge this draft by the accept length that "
+            "`pipeline train-draft` reports"
         )
 
 

@@ -21,7 +21,7 @@ from pipeline.errors import UsageError
 from pipeline.published import WEIGHTS, load_draft_folder, recorded_share
 from pipeline.recipe import TrainSection, load_recipe
 from pipeline.split import split_samples
-from pipeline.target import head_of, load_target
+from pipeline.target import head_of, load_target, stop_tokens
 from pipeline.target_files import find_target, target_digest, target_name
 from stages.evaluate.decode import speculative_decode
 from stages.evaluate.figures import Outcome, agreement, decoded_figures, table, teacher_forced
@@ -54,14 +54,14 @@ def run(
     folder, name = find_model(model, store)
     target = load_target(str(folder), device=device or _device(), dtype=None if store is None else store.dtype)
     drafter = open_draft(trained, target)
-    heldout, known = None, trained.heldout is not None
+    heldout, known, config = None, trained.heldout is not None, drafter.config
     if store is not None:
         share = trained.heldout if known else TrainSection().heldout
-        heldout = split_samples(store, drafter.config.mask_token_id, share).heldout
+        heldout = split_samples(store, config.mask_token_id, share, config.target_layer_ids).heldout
         known = known or all(store.samples.split)
     asked = cached_prompts(store, heldout, count) if prompts is None else file_prompts(prompts, folder, count)
     check_room(target, asked, max_new, drafter.config.proposals)
-    stops = target_stops(target) if store is None else frozenset(store.tokens["eos"])
+    stops = stop_tokens(target) if store is None else frozenset(store.tokens["eos"])
     outcomes = decode_all(target, drafter, asked, max_new, stops)
     settings = {
         "prompts": str(prompts or f"held-out samples of the cache{'' if known else ', if the draft never saw them'}"),
@@ -177,12 +177,6 @@ def open_draft(trained: Trained, target: PreTrainedModel) -> Draft:
             "pass --model with its own target"
         )
     return draft.to(target.dtype)
-
-
-def target_stops(target: PreTrainedModel) -> frozenset[int]:
-    """Return the tokens that end a reply, as the target's own configs name them."""
-    found = (target.config.get_text_config().eos_token_id, target.generation_config.eos_token_id)
-    return frozenset(stop for stops in found for stop in ([stops] if type(stops) is int else stops or ()))
 
 
 def check_room(target: PreTrainedModel, asked: Sequence[Prompt], max_new: int, proposals: int) -> None:

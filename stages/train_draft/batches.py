@@ -1,12 +1,13 @@
-"""Global batches: what the stream names, read from the cache and laid out as cells with their blocks.
+"""Global batches: what the stream names, laid out as cells with their blocks, and then read from the cache.
 
-T rows of a sample   K layers   D hidden size
+Only ids and masks decide how a batch is laid out. So the states are read last: of a window no more than its rows, and
+each straight to its place in the cell.
+
+T rows of a sample   K layers   R rows of a cell   D hidden size
 """
 
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from pipeline.cache import HiddenCache
 from pipeline.drafts import Blocks, Cell, DraftConfig, eligible_anchors, lay_blocks, pack
 from pipeline.recipe import TrainSection
 from pipeline.split import Split
+from stages.train_draft.ahead import Ahead
 from stages.train_draft.stream import (
     Piece,
     draw_anchors,
@@ -27,30 +29,61 @@ from stages.train_draft.stream import (
     piece_cost,
 )
 
-AHEAD = 2  # batches prepared while one is computed
-
 
 @dataclass(frozen=True)
 class Rows:
-    """A sample, or a window of it. `first` is the true position of its first row."""
+    """A sample, or a window of it, without its states. `first` is the true position of its first row."""
 
+    index: int  # of the sample in the cache
     ids: Tensor  # [T]
     mask: Tensor  # [T] bool
-    aux: Tensor  # [K, T, D]
     first: int
     anchors: np.ndarray  # rows
     name: str
 
+    @property
+    def aux(self) -> Tensor:
+        """No layer yet, [0, T, 0]: where the states go is known before they are read."""
+        return torch.empty(0, len(self.ids), 0)
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A cell whose states are still to be read: `parts` of the cache (sample, first row, stop), end to end."""
+
+    cell: Cell
+    blocks: Blocks
+    parts: list[tuple[int, int, int]]
+
 
 @dataclass(frozen=True)
 class Batch:
-    """One optimiser step's cells. `names` are sample ids in hex, `rows` context rows of all cells."""
+    """One optimiser step's cells. `names` are sample ids in hex, `rows` context rows of all cells.
+
+    Every cell's blocks are known from the start. `cells` of a batch that was read ahead come one by one, once, and each
+    is good until the next is asked for.
+    """
 
     step: int
     epoch: int
-    cells: list[tuple[Cell, Blocks]]
+    cells: Iterable[tuple[Cell, Blocks]]
+    blocks: list[Blocks]
     names: list[str]
     rows: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A batch without states."""
+
+    step: int
+    epoch: int
+    cells: list[Laid]
+    names: list[str]
+    rows: int
+
+    def batch(self, cells: Iterable[tuple[Cell, Blocks]]) -> Batch:
+        return Batch(self.step, self.epoch, cells, [laid.blocks for laid in self.cells], self.names, self.rows)
 
 
 class Stream:
@@ -65,32 +98,44 @@ class Stream:
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def batch(self, step: int, alone: bool = False) -> Batch:
-        """Read and lay out the batch of `step`; `alone` gives every sample a cell of its own."""
+        """Lay out and read the batch of `step`, whole; `alone` gives every sample a cell of its own."""
+        plan = self.plan(step, alone)
+        return plan.batch([(self.read(laid), laid.blocks) for laid in plan.cells])
+
+    def ahead(self, start: int, stop: int, pinned: bool = False) -> Ahead:
+        """The batches of steps start to stop - 1, read while others are computed; `pinned` where a GPU wants them."""
+        return Ahead(self, start, stop, pinned)
+
+    def plan(self, step: int, alone: bool = False) -> Plan:
+        """Lay out the batch of `step`. Safe for many threads."""
         epoch, at = divmod(step, self.per_epoch)
         keys, order = self._order(epoch)
         chosen = global_batch(order, at, self.train.batch)
         samples = [self._rows(int(self.indices[number]), int(keys[number])) for number in chosen]
         cells = [[number] for number in range(len(samples))] if alone else self._pack(samples)
-        return Batch(
+        return Plan(
             step=step,
             epoch=epoch,
-            cells=[self._cell([samples[number] for number in numbers]) for numbers in cells],
+            cells=[self._lay([samples[number] for number in numbers]) for numbers in cells],
             names=[sample.name for sample in samples],
             rows=sum(len(sample.ids) for sample in samples),
         )
 
-    def ahead(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yield the batches of steps start to stop - 1, prepared by one thread at most AHEAD steps early."""
-        waiting: deque = deque()
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as thread:
-            try:
-                for step in range(start, stop):
-                    while len(waiting) < AHEAD and step + len(waiting) < stop:
-                        waiting.append(thread.submit(self.batch, step + len(waiting)))
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+    def _shape(self, laid: Laid) -> tuple[int, int, int]:
+        return len(self.config.target_layer_ids), len(laid.cell.ids_R), self.cache.hidden_size
+
+    def size(self, laid: Laid) -> int:
+        """Bytes of a cell's states."""
+        K, R, D = self._shape(laid)
+        return K * R * D * self.cache.dtype.itemsize
+
+    def read(self, laid: Laid, memory_B: Tensor | None = None) -> Cell:
+        """Read a cell's states, into the first bytes of `memory_B` if given. Raises what `HiddenCache.fill` does."""
+        if memory_B is None:
+            memory_B = torch.empty(self.size(laid), dtype=torch.uint8)
+        aux_KRD = memory_B[: self.size(laid)].view(self.cache.dtype).view(self._shape(laid))
+        self.cache.fill(aux_KRD, laid.parts, self.config.target_layer_ids)
+        return replace(laid.cell, aux_KRD=aux_KRD)
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and order of the samples in an epoch; the last one is kept."""
@@ -101,18 +146,17 @@ class Stream:
         return held[1:]
 
     def _rows(self, index: int, key: int) -> Rows:
-        """Read a sample, cut its window and draw its anchors."""
-        sample = self.cache.read(index, layers=self.config.target_layer_ids)
-        start, stop = draw_window(eligible_anchors(sample.mask).numpy(), key, self.train.context)
-        window = slice(start, stop)
-        valid_T = eligible_anchors(sample.mask[window]).numpy()
-        anchors = draw_anchors(valid_T, key, self.train.anchors, first=start)
+        """Cut a sample's window and draw its anchors."""
+        ids, mask = self.cache.tokens_of(index)
+        mask_T = torch.from_numpy(mask)
+        start, stop = draw_window(eligible_anchors(mask_T).numpy(), key, self.train.context)
+        valid_T = eligible_anchors(mask_T[start:stop]).numpy()
         return Rows(
-            ids=sample.ids[window],
-            mask=sample.mask[window],
-            aux=sample.aux[:, window],
+            index=index,
+            ids=torch.from_numpy(ids[start:stop].astype(np.int64)),
+            mask=mask_T[start:stop],
             first=start,
-            anchors=anchors,
+            anchors=draw_anchors(valid_T, key, self.train.anchors, first=start),
             name=self.cache.samples.hex(index),
         )
 
@@ -123,9 +167,11 @@ class Stream:
         ]
         return pack_cells(pieces, self.train.context, self.train.cell_anchors, self.train.cells)
 
-    def _cell(self, samples: list[Rows]) -> tuple[Cell, Blocks]:
+    def _lay(self, samples: list[Rows]) -> Laid:
         cell = pack(samples, [sample.name for sample in samples], [sample.first for sample in samples])
         starts = cell.starts_M.tolist()
         anchors = [torch.from_numpy(sample.anchors + start) for sample, start in zip(samples, starts, strict=True)]
         anchors_N = torch.cat(anchors)
-        return cell, lay_blocks(cell, anchors_N, torch.ones_like(anchors_N, dtype=torch.bool), self.config)
+        blocks = lay_blocks(cell, anchors_N, torch.ones_like(anchors_N, dtype=torch.bool), self.config)
+        parts = [(sample.index, sample.first, sample.first + len(sample.ids)) for sample in samples]
+        return Laid(cell, blocks, parts)

@@ -43,7 +43,7 @@ def held(run: Path) -> Iterator[None]:
     """Hold a run's folder, made if need be. UsageError when another process trains there; RoomError."""
     with room(run, "a run"):
         run.mkdir(parents=True, exist_ok=True)
-        fd = lock(run / "lock", wait=False)
+        fd = lock(run / "lock")
     if fd is None:
         raise UsageError(f"{run} is being trained by another process; wait for it, or pass another --out")
     try:
@@ -76,8 +76,9 @@ def enter(run: Path, resolved: Resolved, cache: HiddenCache, split: Split, machi
     now = _flat(resolved.recipe.model_dump()) | _identity(facts)
     for key in now:
         if before.get(key) != now[key]:
+            grown = f" ({cache.path} has grown by an append since)" if there["cache"]["digest"] in cache.earlier else ""
             raise UsageError(
-                f"{run} was started with {key} = {before.get(key)}, this command asks for {now[key]}; "
+                f"{run} was started with {key} = {before.get(key)}, this command asks for {now[key]}{grown}; "
                 "a run goes on with what it began with: pass another --out for another run"
             )
     began, here = ({**record.get("machine", {}), **record["versions"]} for record in (there, facts))

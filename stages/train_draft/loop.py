@@ -87,16 +87,17 @@ class Run:
         trainer = Trainer(self.draft, self.optimizer, self.stream, self.train)
         clock = Clock(self.step, self.train.steps)
         self._evaluate(display, stop)  # a checkpoint may have been saved between a step and its evaluation
-        batches = self.stream.ahead(self.step, self.train.steps)
+        on_gpu = self.draft.fc.weight.device.type == "cuda"
+        batches = self.stream.ahead(self.step, self.train.steps, pinned=on_gpu)
         try:
-            for batch in clock.batches(batches):
+            for batch in batches:
                 before = trainer.at_once
                 metrics = trainer.step(batch)
                 if trainer.at_once != before:
                     display.say(f"out of memory: from step {batch.step + 1} on {trainer.at_once} blocks at a time")
                 self.step = batch.step + 1
                 clock.done(batch)
-                facts = clock.facts()
+                facts = clock.facts(batches.waited)
                 if metrics:
                     self.metrics.write(metrics)
                     self.timing.write({"step": self.step, **facts})
@@ -134,7 +135,9 @@ class Run:
             display.say(f"stopped at step {self.step}, saved in {self.path}; the same command goes on from there")
             stop.leave()
         if spans:
-            figures = summarise(spans)
+            # Reply by reply, so that runs can be pooled and compared on the same replies: sample, row, tokens, calls.
+            walked = [[span.sample, span.start, sum(span.lengths), len(span.lengths)] for span in spans if span.lengths]
+            figures = summarise(spans) | {"replies": walked}
             self.metrics.write({"step": self.step, "eval": figures})
             display.say(f"step {self.step}: {said(figures)}")
 

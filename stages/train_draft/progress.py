@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -18,23 +17,13 @@ def console() -> Console:
 
 
 class Clock:
-    """How fast the run goes and how long it waits for data, since it (re)started."""
+    """How fast the run goes since it (re)started."""
 
     def __init__(self, start: int, horizon: int):
         self.start = self.step = start
         self.horizon = horizon
         self.began = time.perf_counter()
-        self.rows, self.waited, self.paused = 0, 0.0, 0.0
-
-    def batches(self, source: Iterator[Batch]) -> Iterator[Batch]:
-        """Hand batches on; what passes until the next one is there is time spent waiting for data."""
-        while True:
-            asked = time.perf_counter()
-            batch = next(source, None)
-            self.waited += time.perf_counter() - asked
-            if batch is None:
-                return
-            yield batch
+        self.rows, self.paused = 0, 0.0
 
     def done(self, batch: Batch) -> None:
         """Count a batch that was trained on."""
@@ -44,15 +33,18 @@ class Clock:
         """Leave seconds of evaluating and saving out of the speed."""
         self.paused += seconds
 
-    def facts(self) -> dict[str, float]:
-        """Seconds a step, context rows a second, the share of time spent waiting for data, seconds to go."""
+    def facts(self, waited: float) -> dict[str, float]:
+        """Seconds a step, context rows a second, the share of time spent waiting for data, seconds to go.
+
+        `waited` is what has been waited for data in all.
+        """
         seconds = max(1e-9, time.perf_counter() - self.began - self.paused)
         a_step = seconds / max(1, self.step - self.start)
         return {
             "seconds": round(seconds, 3),
             "step_seconds": round(a_step, 5),
             "tokens_s": round(self.rows / seconds, 1),
-            "data_wait": round(self.waited / seconds, 4),
+            "data_wait": round(waited / seconds, 4),
             "eta": round(a_step * (self.horizon - self.step), 1),
         }
 

@@ -42,9 +42,15 @@ def run(
     store = HiddenCache.open(cache)
     where = find_device(device)
     resolved = resolve(load_recipe(recipe, tuple(sets)), store)
-    split = split_samples(store, resolved.draft.mask_token_id, resolved.recipe.train.heldout)
+    split = split_samples(
+        store, resolved.draft.mask_token_id, resolved.recipe.train.heldout, resolved.draft.target_layer_ids
+    )
     resolved = resolved.lasting(len(split.train))
-    path = out or default_folder(resolved.recipe, store, split)
+    return carry_out(out or default_folder(resolved.recipe, store, split), store, split, resolved, where)
+
+
+def carry_out(path: Path, store: HiddenCache, split: Split, resolved: Resolved, where: torch.device) -> Done:
+    """Train one resolved recipe in the folder `path`, or go on there, and say how it went. Raises what `run` does."""
     screen = console()
     with held(path):
         differs = enter(path, resolved, store, split, machine(where))

@@ -6,6 +6,7 @@ batch's and the shares add up to one loss, however the batch is cut.
 
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,6 @@ from pipeline.recipe import TrainSection
 from pipeline.tensors import out_of_memory
 from stages.train_draft.batches import Batch, Stream
 from stages.train_draft.optim import AdamW, Muon, rate
-
-Laid = list[tuple[Cell, Blocks]]
 
 
 @dataclass(frozen=True)
@@ -47,18 +46,27 @@ def add(sums: dict[str, Tensor], share: dict[str, Tensor]) -> None:
 
 
 def backward(
-    draft: Draft, cells: Laid, knobs: Knobs, precision: Precision, metrics: bool, at_once: int | None = None
+    draft: Draft,
+    cells: Iterable[tuple[Cell, Blocks]],
+    knobs: Knobs,
+    precision: Precision,
+    metrics: bool,
+    blocks: list[Blocks] | None = None,
+    at_once: int | None = None,
 ) -> Shares:
-    """Add the gradient of a global batch's loss to the draft's: one cell after the other, `at_once` blocks of each."""
+    """Add the gradient of a global batch's loss to the draft's: one cell after the other, `at_once` blocks of each.
+
+    `blocks` are those of all cells, for cells that can be gone over but once.
+    """
     device = draft.fc.weight.device
     dens, terms, sums = {}, {}, {}
-    for _, blocks in cells:
-        add(dens, draft.denominators(blocks))
+    for laid in [laid for _, laid in cells] if blocks is None else blocks:
+        add(dens, draft.denominators(laid))
     dens = {name: value.to(device) for name, value in dens.items()}
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for cell, blocks in cells:
+    for cell, laid in cells:
         there = cell.to(device)
-        for part in [blocks] if at_once is None else blocks.split(at_once):
+        for part in [laid] if at_once is None else laid.split(at_once):
             with precision():
                 loss = draft.loss(there, part.to(device), knobs, dens, metrics)
             loss.total.backward()
@@ -113,15 +121,16 @@ class Trainer:
 
         RoomError when one block alone does not fit.
         """
+        cells = batch.cells
         while True:
             self.optimizer.zero_grad()
             try:
-                return backward(self.draft, batch.cells, knobs, self.precision, logs, self.at_once)
+                return backward(self.draft, cells, knobs, self.precision, logs, batch.blocks, self.at_once)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
                 cause = str(error).strip().split("\n")[0][:160]
-            most = min(self.at_once or sys.maxsize, max(len(blocks.anchors_N) for _, blocks in batch.cells))
+            most = min(self.at_once or sys.maxsize, max(len(blocks.anchors_N) for blocks in batch.blocks))
             if most == 1:
                 raise RoomError(
                     f"a cell of {self.train.context} rows does not fit on the device with a single block ({cause}); "
@@ -130,6 +139,7 @@ class Trainer:
             self.at_once = -(-most // 2)  # out of the handler: the failed forward's memory hangs on its exception
             if self.draft.fc.weight.device.type == "cuda":
                 torch.cuda.empty_cache()
+            cells = self.stream.batch(batch.step).cells  # those read ahead can be gone over but once
 
     def _blame(self, batch: Batch, knobs: Knobs, loss: float, norm: float) -> str:
         """Say which samples of the batch alone give a loss or gradient that is not finite."""

@@ -1,0 +1,88 @@
+"""The catalog: which columns the shards of a cache have, and what their manifests say.
+
+Opening a cache reads none of it. The names are listed when first asked for; a manifest is read, and held against the
+others, when its column is first touched. So a cache of a thousand shards opens as quickly as one of sixteen, and
+nothing is read by a manifest that was not checked.
+"""
+
+import os
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.cache.columns import column_manifest
+from pipeline.cache.layout import COLUMN, SAMPLES, numbered, shard_folder
+from pipeline.errors import CacheError
+
+
+class Catalog:
+    """The columns of a cache with `shards` planned shards and this identity. Safe for many threads."""
+
+    def __init__(self, cache: Path, shards: int, identity: str):
+        self.cache, self.shards, self._identity = cache, shards, identity
+        self._manifests: dict[tuple[int, str], dict] = {}
+        self._samples: dict[int, dict] = {}
+        self._kinds: dict[tuple, str] = {}
+        self._refused: dict[str, list[tuple[int, np.ndarray]]] = {}
+
+    @cached_property
+    def names(self) -> list[list[str]]:
+        """The columns of each shard, sorted."""
+        return [self._listed(shard) for shard in range(self.shards)]
+
+    def _listed(self, shard: int) -> list[str]:
+        try:
+            entries = os.listdir(shard_folder(self.cache, shard))
+        except FileNotFoundError:
+            return []
+        stems = (entry.removesuffix(".json") for entry in entries if entry.endswith(".json"))
+        return sorted(stem for stem in stems if COLUMN.fullmatch(stem))
+
+    def manifest(self, shard: int, name: str) -> dict:
+        """The manifest of a column. CacheError when it is damaged, another cache's, or at odds with the others."""
+        held = self._manifests.get((shard, name))
+        if held is None:
+            held = column_manifest(self.cache, shard, name)
+            self._check(shard, name, held)
+            self._manifests[shard, name] = held
+        return held
+
+    def _check(self, shard: int, name: str, manifest: dict) -> None:
+        folder = shard_folder(self.cache, shard)
+        if manifest["cache"] != self._identity:
+            raise CacheError(f"{folder}, column {name}: belongs to another cache; run `pipeline verify`")
+        if self._samples.setdefault(shard, manifest["files"][SAMPLES]) != manifest["files"][SAMPLES]:
+            where = f"{self.cache}, shard {numbered(shard)}"
+            raise CacheError(f"{where}: columns of different samples; run `pipeline verify`")
+        kind = manifest["spec"]["dtype"], manifest["spec"]["width"]
+        self._kinds.setdefault(kind, name)
+        if len(self._kinds) > 1:
+            raise CacheError(f"{self.cache}: columns of several kinds, {sorted(self._kinds)}; run `pipeline verify`")
+
+    def columns(self, shard: int) -> dict[str, dict]:
+        """Manifests of the columns that a shard has, by name."""
+        return {name: self.manifest(shard, name) for name in self.names[shard]}
+
+    @cached_property
+    def whole(self) -> dict[str, dict]:
+        """Columns that every shard has, by name, each with its spec."""
+        everywhere = sorted(set.intersection(*map(set, self.names))) if self.names else []
+        return {name: self.manifest(0, name)["spec"] for name in everywhere}
+
+    @cached_property
+    def kind(self) -> tuple[str, int] | None:
+        """The dtype and width that all columns share; None where there is no column."""
+        first = next(((shard, names[0]) for shard, names in enumerate(self.names) if names), None)
+        spec = first and self.manifest(*first)["spec"]
+        return spec and (spec["dtype"], spec["width"])
+
+    def refused(self, name: str) -> list[tuple[int, np.ndarray]]:
+        """Where samples were refused in a column: (shard, rows of the shard)."""
+        found = self._refused.get(name)
+        if found is None:
+            shards = [shard for shard, names in enumerate(self.names) if name in names]
+            refused = [(shard, self.manifest(shard, name)["refused"]) for shard in shards]
+            found = [(shard, np.array([*map(int, rows)])) for shard, rows in refused if rows]
+            self._refused[name] = found
+        return found

@@ -1,0 +1,210 @@
+"""Raw columns read straight from their files: chunks lie end to end, so a sample is one byte range, read or mapped.
+
+**Checked once a process.** A block (256 rows of a sample) is hashed when it is first read, in pieces that are still in
+the CPU's own cache; later reads of it are not hashed, and then a sample is one `preadv`. What vouches for a block is
+the file it was read from: its device, inode, size and times. Those are compared at every read, so a file that was
+replaced or written to is checked anew from its first block on. What remains unseen is damage that leaves the times
+alone, to a block that was right when this process first read it: in the machine's memory, or on a disk that returns
+other bytes without an error. `pipeline verify`, or a new process, finds that.
+
+Mapped samples are checked in place. Reading a mapped page whose disk fails, or whose file was cut short meanwhile,
+ends the process (SIGBUS) where `preadv` would raise an error.
+
+    K layers   R rows of a column   D width
+"""
+
+import contextlib
+import ctypes
+import json
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from pipeline.cache.codecs import DTYPES
+from pipeline.cache.columns import Column, ColumnSpec
+from pipeline.cache.layout import BLOCK_ROWS
+from pipeline.cache.zarr_shard import METADATA, SHARD_FILE, Grid
+from pipeline.errors import CacheError
+
+PIECE = 256 << 10  # bytes read and hashed at a time; half of the smallest second-level cache in use
+METADATA_BYTES = 64 << 10  # no `zarr.json` of ours has more
+
+MAP_FIXED = 0x10  # Linux and macOS
+
+
+class StoredFile:
+    """A values file, open for reading. Safe for many threads; closed when nobody holds it any more."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+    def stamp(self) -> tuple[int, ...]:
+        """What tells this file, and this state of it, from any other."""
+        stat = os.fstat(self.fd)
+        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+    def read(self, start: int, out: memoryview) -> None:
+        """Fill `out` from byte `start` on. CacheError when the file ends before, or the disk fails."""
+        while out:
+            try:
+                count = os.preadv(self.fd, [out], start)
+            except OSError as error:
+                raise CacheError(f"{self.path}: cannot be read: {error.strerror}") from error
+            if not count:
+                raise CacheError(f"{self.path}: ends before byte {start}; run `pipeline verify`")
+            start, out = start + count, out[count:]
+
+    def __del__(self):
+        if getattr(self, "fd", None) is not None:
+            os.close(self.fd)
+
+
+def grid_on_disk(folder: Path, spec: ColumnSpec, rows: int) -> Grid | None:
+    """The grid of an array as `zarr_shard` writes it, whatever its chunks and what compresses them; None for others."""
+    try:
+        with open(folder / METADATA, "rb") as file:
+            facts = json.loads(file.read(METADATA_BYTES))
+        inner = facts["codecs"][0]["configuration"]
+        chunk_rows, compressor = inner["chunk_shape"][0], inner["codecs"][1] if len(inner["codecs"]) > 1 else None
+        grid = Grid(rows, spec.width, DTYPES[spec.dtype], chunk_rows, compressor)
+        return grid if chunk_rows > 0 and facts == grid.facts() else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+class DirectColumn:
+    """A raw column of one shard whose chunks are in order, and which of its blocks are known to be right."""
+
+    def __init__(self, column: Column, grid: Grid):
+        self.column, self.grid = column, grid
+        self.width = column.spec.row_bytes
+        # One byte a block, 0.5 MB for a terabyte of states: a byte is set by one thread without undoing another's.
+        self._known: tuple[tuple[int, ...], bytearray] | None = None
+
+    @classmethod
+    def of(cls, column: Column) -> "DirectColumn | None":
+        """The column, if its values can be read directly; None when another reader has to."""
+        rows = int(column.bounds[-1])
+        grid = grid_on_disk(column.folder, column.spec, rows) if column.spec.codec == "raw" and rows else None
+        if grid is None or grid.compressor is not None:
+            return None
+        direct = cls(column, grid)
+        return direct if direct._in_order(direct.open()) else None
+
+    def open(self) -> StoredFile:
+        try:
+            return StoredFile(self.column.folder / SHARD_FILE)
+        except (FileNotFoundError, NotADirectoryError):
+            raise CacheError(f"{self.column.folder}: missing; run `pipeline verify`") from None
+
+    def _in_order(self, file: StoredFile) -> bool:
+        index = bytearray(self.grid.index_bytes)
+        with contextlib.suppress(CacheError):
+            file.read(self.grid.data_bytes, memoryview(index))
+        return index == self.grid.index() and os.fstat(file.fd).st_size == self.grid.file_bytes
+
+    def _known_in(self, file: StoredFile) -> bytearray:
+        """The blocks of this very file that are known to be right."""
+        stamp, held = file.stamp(), self._known
+        if held is None or held[0] != stamp:
+            if not self._in_order(file):
+                raise CacheError(f"{file.path}: changed while it was read; run `pipeline verify`")
+            held = self._known = (stamp, bytearray(len(self.column.digests)))
+        return held[1]
+
+    def read(self, file: StoredFile, row: int, first: int, out: memoryview) -> None:
+        """Fill `out`, flat bytes, with the rows of sample `row` from `first` on, any row of it.
+
+        A block that is read only in part is read whole once, aside, to be checked. Raises CacheError naming shard,
+        column and sample.
+        """
+        known, start_block = self._known_in(file), int(self.column.starts[row])
+        base, rows = int(self.column.bounds[row]), int(self.column.bounds[row + 1] - self.column.bounds[row])
+        stop, at = first + len(out) // self.width, first
+        while at < stop:
+            begin = at - at % BLOCK_ROWS
+            end = min(begin + BLOCK_ROWS, rows)
+            number = start_block + begin // BLOCK_ROWS
+            if known[number]:
+                while end < stop and known[number + 1]:
+                    number, end = number + 1, min(end + BLOCK_ROWS, rows)
+                end = min(end, stop)
+                file.read((base + at) * self.width, out[(at - first) * self.width : (end - first) * self.width])
+            elif begin == at and end <= stop:
+                self._read_block(file, row, begin, out[(at - first) * self.width : (end - first) * self.width])
+                known[number] = 1
+            else:
+                whole = memoryview(bytearray((end - begin) * self.width))
+                self._read_block(file, row, begin, whole)
+                known[number] = 1
+                end = min(end, stop)
+                part = whole[(at - begin) * self.width : (end - begin) * self.width]
+                out[(at - first) * self.width : (end - first) * self.width] = part
+            at = end
+
+    def _read_block(self, file: StoredFile, row: int, begin: int, out: memoryview) -> None:
+        start = (int(self.column.bounds[row]) + begin) * self.width
+        digest = xxhash.xxh3_64()
+        for at in range(0, len(out), PIECE):
+            piece = out[at : at + PIECE]
+            file.read(start + at, piece)
+            digest.update(piece)
+        self._compare(digest.intdigest(), row, begin)
+
+    def _compare(self, digest: int, row: int, begin: int) -> None:
+        if digest != self.column.digests[self.column.starts[row] + begin // BLOCK_ROWS]:
+            raise CacheError(self.column.damage(row, begin))
+
+    def check_mapped(self, file: StoredFile, pages: memoryview, row: int, first: int, stop: int) -> None:
+        """Check the blocks of sample `row` that hold its rows [first, stop) where they lie in the mapped file."""
+        known, start_block = self._known_in(file), int(self.column.starts[row])
+        base, rows = int(self.column.bounds[row]), int(self.column.bounds[row + 1] - self.column.bounds[row])
+        for begin in range(first - first % BLOCK_ROWS, stop, BLOCK_ROWS):
+            number = start_block + begin // BLOCK_ROWS
+            if not known[number]:
+                end = min(begin + BLOCK_ROWS, rows)
+                digest = xxhash.xxh3_64(pages[(base + begin) * self.width : (base + end) * self.width])
+                self._compare(digest.intdigest(), row, begin)
+                known[number] = 1
+
+
+class MappedColumns:
+    """Columns of one shard and one grid, mapped at equal distances: one array `values` [K, R, D], never copied.
+
+    Its memory is read-only: writing into it ends the process. It is unmapped when no array refers to it any more.
+    """
+
+    def __init__(self, columns: Sequence[DirectColumn], files: Sequence[StoredFile]):
+        self.columns, self.files = columns, files
+        grid = columns[0].grid
+        assert all(column.grid == grid for column in columns), "columns of different rows"
+        stride = -(-grid.file_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        held = mmap.mmap(-1, stride * len(columns), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # address space, no memory
+        base = np.frombuffer(held, np.uint8)
+        for k, file in enumerate(files):
+            _map_at(base.ctypes.data + k * stride, grid.file_bytes, file)
+        shape = len(columns), grid.rows, grid.width
+        self.values = np.ndarray(shape, grid.dtype, base, strides=(stride, grid.row_bytes, grid.dtype.itemsize))
+        self._pages = [memoryview(base)[k * stride : k * stride + grid.file_bytes] for k in range(len(columns))]
+
+    def rows(self, row: int, first: int, stop: int) -> np.ndarray:
+        """Rows [first, stop) of sample `row` of the shard, [K, stop - first, D], every block of them checked."""
+        for column, file, pages in zip(self.columns, self.files, self._pages, strict=True):
+            column.check_mapped(file, pages, row, first, stop)
+        base = int(self.columns[0].column.bounds[row])
+        return self.values[:, base + first : base + stop]
+
+
+def _map_at(address: int, size: int, file: StoredFile) -> None:
+    """Map a file over address space that `mmap.mmap` reserved, which also unmaps it: mapping there is all we add."""
+    call = ctypes.CDLL(None, use_errno=True).mmap
+    call.restype = ctypes.c_void_p
+    call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_ssize_t]
+    if call(address, size, mmap.PROT_READ, mmap.MAP_SHARED | MAP_FIXED, file.fd, 0) != address:
+        number = ctypes.get_errno()
+        raise CacheError(f"{file.path}: cannot be mapped: {os.strerror(number)}; open the cache without mapping")

@@ -1,0 +1,132 @@
+"""Columns in a form this program does not write, read through zarr-python: other chunks or codecs, another store.
+
+Slower, and the same values: every block is held to the column's checksums like any other. What a chunk decodes to is
+bounded before it is decoded, so that a small file cannot take the machine's memory.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from pipeline.cache.codecs import DTYPES
+from pipeline.cache.columns import ColumnSpec
+from pipeline.errors import CacheError
+
+CHUNK_BYTES = 64 << 20  # an array with larger chunks is refused
+PLAIN = {"bytes", "transpose", "crc32c", "sharding_indexed"}  # they decode to no more than the chunk's shape says
+SLACK = 64 << 10  # what an earlier compressor or a checksum may add to a chunk
+
+
+class ForeignArray:
+    """The values of a column as an array in a zarr `store` (a path or any of zarr-python's). For many threads."""
+
+    def __init__(self, store, spec: ColumnSpec, rows: int, where: str):
+        """`where` names the column in errors. Raises CacheError for an array that is not this column's."""
+        import zarr
+
+        self.spec, self.where = spec, where
+        with self._errors(), zarr.config.set(_bounded_codecs()):
+            self.array = array = zarr.open_array(store, mode="r")
+        wanted = DTYPES[spec.dtype]
+        if array.ndim != 2 or array.shape[0] < rows or array.shape[1] != spec.width or array.dtype != wanted:
+            raise CacheError(
+                f"{where}: an array {array.shape} of {array.dtype}, wanted {(rows, spec.width)} of {wanted}; "
+                "run `pipeline verify`"
+            )
+        self._check_codecs(array.metadata.codecs)
+        # zarr-python decodes a shard chunk by chunk, unless something comes before its codec
+        whole = array.chunks if len(array.metadata.codecs) == 1 or not array.shards else array.shards
+        size = math.prod(whole) * array.dtype.itemsize
+        if size > CHUNK_BYTES:
+            raise CacheError(f"{where}: chunks of {size} bytes, more than {CHUNK_BYTES}; run `pipeline recode`")
+
+    def _check_codecs(self, codecs) -> None:
+        for codec in codecs:
+            name = codec.to_dict()["name"]
+            if name not in PLAIN | {*_bounded_classes()}:
+                raise CacheError(
+                    f"{self.where}: codec {name!r} decodes to any size; write it again with one of "
+                    f"{', '.join(sorted(PLAIN | {*_bounded_classes()}))}"
+                )
+            self._check_codecs(getattr(codec, "codecs", ()))
+
+    def pieces(self, first: int, count: int) -> Iterator[tuple[int, int]]:
+        """What is best read at a time: all of it, since a chunk is decoded whole."""
+        yield first, first + count
+
+    def read_into(self, first_row: int, out: memoryview) -> None:
+        """Fill `out`, whole rows as flat bytes, from `first_row` on."""
+        rows = np.frombuffer(out, DTYPES[self.spec.dtype]).reshape(-1, self.spec.width)
+        with self._errors():
+            rows[:] = self.array[first_row : first_row + len(rows)]
+
+    def _errors(self):
+        return _Errors(self.where)
+
+
+class _Errors:
+    """Turns what zarr-python and its codecs raise about bad bytes into a CacheError."""
+
+    def __init__(self, where: str):
+        self.where = where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, (ValueError, RuntimeError, LookupError, TypeError, OSError)):
+            said = str(error).split("\n")[0]
+            raise CacheError(f"{self.where}: zarr-python cannot read it: {said}; run `pipeline verify`") from error
+
+
+def _check_declared(declared: int | None, chunk_spec) -> None:
+    allowed = math.prod(chunk_spec.shape) * chunk_spec.dtype.to_native_dtype().itemsize + SLACK
+    if declared is None or declared > allowed:
+        raise ValueError(f"a chunk says that it decodes to {declared} bytes, and holds at most {allowed}")
+
+
+def _blosc_size(data: bytes) -> int | None:
+    """Bytes a blosc buffer decodes to, from its 16-byte header."""
+    return int.from_bytes(data[4:8], "little") if len(data) >= 16 else None
+
+
+def _zstd_size(data: bytes) -> int | None:
+    """Bytes a zstd frame decodes to, from its header (RFC 8878, 3.1.1.1); None where it does not say."""
+    if len(data) < 6 or data[:4] != b"\x28\xb5\x2f\xfd":
+        return None
+    single, flag = data[4] >> 5 & 1, data[4] >> 6
+    width = (single, 2, 4, 8)[flag]
+    at = 5 + (1 - single) + (0, 1, 2, 4)[data[4] & 3]
+    field = data[at : at + width]
+    return int.from_bytes(field, "little") + 256 * (flag == 1) if width and len(field) == width else None
+
+
+@functools.cache
+def _bounded_classes() -> dict[str, type]:
+    """zarr-python's compressors, each looking at what a chunk says of its size before decoding it."""
+    from zarr.codecs import BloscCodec, ZstdCodec
+
+    class BoundedBlosc(BloscCodec):
+        async def _decode_single(self, chunk_bytes, chunk_spec):
+            _check_declared(_blosc_size(chunk_bytes.to_bytes()), chunk_spec)
+            return await super()._decode_single(chunk_bytes, chunk_spec)
+
+    class BoundedZstd(ZstdCodec):
+        async def _decode_single(self, chunk_bytes, chunk_spec):
+            _check_declared(_zstd_size(chunk_bytes.to_bytes()), chunk_spec)
+            return await super()._decode_single(chunk_bytes, chunk_spec)
+
+    return {"blosc": BoundedBlosc, "zstd": BoundedZstd}
+
+
+@functools.cache
+def _bounded_codecs() -> dict[str, str]:
+    """The setting of zarr-python that names them."""
+    from zarr.registry import register_codec
+
+    names = {name: f"{__name__}.{bounded.__name__}" for name, bounded in _bounded_classes().items()}
+    for name, bounded in _bounded_classes().items():
+        register_codec(name, bounded, qualname=names[name])
+    return {f"codecs.{name}": qualname for name, qualname in names.items()}

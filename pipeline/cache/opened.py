@@ -1,0 +1,109 @@
+"""The columns of a cache that are being read: their checksums, which are kept, and their files, the last used open.
+
+Raw columns of local files are read directly (`direct.py`), other codecs through theirs, and whatever has a form that
+this program does not write through zarr-python (`foreign.py`). Safe for many threads; nothing on disk is locked.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+
+from pipeline.cache.catalog import Catalog
+from pipeline.cache.codecs import DTYPES
+from pipeline.cache.columns import Column, open_column
+from pipeline.cache.direct import DirectColumn, MappedColumns, grid_on_disk
+from pipeline.cache.foreign import ForeignArray
+from pipeline.cache.layout import BLOCK_ROWS
+from pipeline.cache.samples import ShardPlan
+from pipeline.cache.zarr_shard import Grid
+from pipeline.cache.zstd import zstd_grid
+
+# How arrays of states are cut, by codec. int8 is no such array: what zarr-python read of it would have to be decoded.
+GRIDS = {"raw": Grid.of, "zstd": zstd_grid}
+OPEN_FILES = 128  # files kept open: a small cache whole, and half of what macOS grants a process
+
+
+class CodedColumn:
+    """A column that has to be decoded, or gathered from chunks in another order. Every block read is checked."""
+
+    def __init__(self, column: Column):
+        self.column = column
+
+    def open(self):
+        spec, rows = self.column.spec, int(self.column.bounds[-1])
+        if spec.codec not in GRIDS or not rows:
+            return self.column.open()
+        if grid_on_disk(self.column.folder, spec, rows) == GRIDS[spec.codec](rows, spec.width, DTYPES[spec.dtype]):
+            return self.column.open()
+        return ForeignArray(self.column.folder, spec, rows, f"{self.column.where}, column {spec.name}")
+
+    def read(self, file, row: int, first: int, out: memoryview) -> None:
+        """Fill `out`, flat bytes, with the rows of sample `row` from `first` on, any row of it."""
+        width, rows = self.column.spec.row_bytes, int(self.column.bounds[row + 1] - self.column.bounds[row])
+        stop = first + len(out) // width
+        begin = first - first % BLOCK_ROWS
+        end = min(-(-stop // BLOCK_ROWS) * BLOCK_ROWS, rows)
+        if (begin, end) == (first, stop):
+            self.column.read_into(file, row, out, first)
+            return
+        whole = memoryview(bytearray((end - begin) * width))
+        self.column.read_into(file, row, whole, begin)
+        out[:] = whole[(first - begin) * width : (stop - begin) * width]
+
+
+class OpenColumns:
+    """All columns of a cache by (shard, name), opened as they are touched. `plan_of` gives a shard's samples."""
+
+    def __init__(self, cache: Path, catalog: Catalog, plan_of: Callable[[int], ShardPlan]):
+        self._cache, self._catalog, self._plan_of = cache, catalog, plan_of
+        self._columns: dict[tuple[int, str], DirectColumn | CodedColumn] = {}
+        self._files = _Recent()
+        self._maps = _Recent()
+
+    def read(self, shard: int, name: str, row: int, first: int, out: memoryview) -> None:
+        """Fill `out`, flat bytes, with rows of sample `row` of the shard from `first` on. CacheError for damage."""
+        if len(out):
+            column, file = self._open(shard, name)
+            column.read(file, row, first, out)
+
+    def mapped(self, shard: int, names: Sequence[str]) -> MappedColumns | None:
+        """These columns mapped as one array, or None where they cannot be: coded, or of different rows."""
+        opened = [self._open(shard, name) for name in names]
+        columns = [column for column, _ in opened if isinstance(column, DirectColumn)]
+        if not opened or len(columns) < len(opened) or any(column.grid != columns[0].grid for column in columns):
+            return None
+        key, files = (shard, *names), [file for _, file in opened]
+        return self._maps.get(key, lambda: MappedColumns(columns, files), max(1, OPEN_FILES // len(files)))
+
+    def _open(self, shard: int, name: str) -> tuple[DirectColumn | CodedColumn, object]:
+        key = (shard, name)
+        column = self._columns.get(key)
+        if column is None:
+            manifest, plan = self._catalog.manifest(shard, name), self._plan_of(shard)
+            bounds = plan.bounds if manifest["spec"]["keeps"] == "all" else plan.final_bounds
+            held = open_column(self._cache, manifest, bounds)
+            # setdefault: of two threads that come first, both go on with one memory of what was checked
+            column = self._columns.setdefault(key, DirectColumn.of(held) or CodedColumn(held))
+        return column, self._files.get(key, column.open, OPEN_FILES)
+
+
+class _Recent:
+    """What was used last, by key. What is put out is closed once no thread reads from it any more."""
+
+    def __init__(self):
+        self._held: OrderedDict[Hashable, object] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, make: Callable[[], object], most: int):
+        """The thing under `key`, made if need be; at most `most` are kept."""
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+                return self._held[key]
+        made = make()  # outside of the lock: opening waits for the disk
+        with self._lock:
+            made = self._held.setdefault(key, made)
+            while len(self._held) > most:
+                self._held.popitem(last=False)
+        return made

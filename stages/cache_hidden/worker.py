@@ -1,0 +1,99 @@
+"""Which shards a process captures, when several work on one cache: shard s belongs to worker s mod N.
+
+Workers share nothing but the cache's folder. Who none of them is (a killed one's share, another N) the next run finds
+missing and captures.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.errors import UsageError
+
+NAMED = re.compile(r"([0-9]+)/([0-9]+)")
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Worker `number` (from 0) of `count`. `local` is its number on this machine, None where nobody said."""
+
+    number: int = 0
+    count: int = 1
+    local: int | None = None
+
+    def share(self, work: list) -> list:
+        """Those entries of a list of (shard, columns) that are this worker's."""
+        return [entry for entry in work if entry[0].number % self.count == self.number]
+
+    def device(self, named: str | None) -> str:
+        """Return the device: the one named; where only "cuda" or nothing was, the GPU of the worker's local number."""
+        if named not in (None, "cuda"):
+            return named
+        import torch
+
+        if named is None and not torch.cuda.is_available():
+            return "cpu"
+        several = self.local is not None and torch.cuda.device_count() > 1
+        return f"cuda:{self.local % torch.cuda.device_count()}" if several else "cuda"
+
+    def __str__(self) -> str:
+        return f"worker {self.number}/{self.count}"
+
+
+def find_worker(named: str | None, environment: Mapping[str, str]) -> Worker:
+    """Return who this process is: by --worker, else torchrun's variables, else SLURM's, else the only one.
+
+    torchrun: RANK and WORLD_SIZE. SLURM: the tasks of `srun` in each job of an array, or one of the two. The local
+    number, which only chooses the GPU, is LOCAL_RANK or SLURM_LOCALID. Raises UsageError for a value that is none.
+    """
+    values = _Numbers(environment)
+    local = values.first("LOCAL_RANK", "SLURM_LOCALID")
+    if named is not None:
+        found = NAMED.fullmatch(named)
+        if not found or int(found[1]) >= int(found[2]):
+            raise UsageError(f"--worker {named}: wanted I/N with I from 0 to N-1, such as 0/4")
+        return Worker(int(found[1]), int(found[2]), local)
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        return _checked(values.get("RANK"), values.get("WORLD_SIZE"), local, "RANK and WORLD_SIZE")
+    return _slurm(environment, values, local)
+
+
+class _Numbers:
+    """Environment variables as numbers from 0."""
+
+    def __init__(self, environment: Mapping[str, str]):
+        self.environment = environment
+
+    def get(self, name: str) -> int:
+        text = self.environment.get(name)
+        if text is None or not text.isdecimal():
+            raise UsageError(f"{name} = {text!r} in the environment: wanted a number; set it, or pass --worker I/N")
+        return int(text)
+
+    def first(self, *names: str) -> int | None:
+        return next((self.get(name) for name in names if name in self.environment), None)
+
+
+def _slurm(environment: Mapping[str, str], values: _Numbers, local: int | None) -> Worker:
+    """By place in the job array and, within it, in the step. A batch script of its own is no step: there, of the
+    step's variables, only SLURM_PROCID is set, and one process runs whatever --ntasks says."""
+    job, jobs, task, tasks = 0, 1, 0, 1
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        jobs, first = values.get("SLURM_ARRAY_TASK_COUNT"), values.get("SLURM_ARRAY_TASK_MIN")
+        span = values.get("SLURM_ARRAY_TASK_MAX") - first
+        stride = span // (jobs - 1) if jobs > 1 else 1
+        job, rest = divmod(values.get("SLURM_ARRAY_TASK_ID") - first, stride or 1)
+        if stride * (jobs - 1) != span or rest:
+            raise UsageError(
+                f"the SLURM array's {jobs} ids from {first} to {first + span} leave gaps, so it is open which shards "
+                "each should take; pass --worker I/N"
+            )
+    if "SLURM_STEP_NUM_TASKS" in environment:
+        task, tasks = values.get("SLURM_PROCID"), values.get("SLURM_STEP_NUM_TASKS")
+    return _checked(job * tasks + task, jobs * tasks, local, "SLURM's array and task numbers")
+
+
+def _checked(number: int, count: int, local: int | None, where: str) -> Worker:
+    if not 0 <= number < count:
+        raise UsageError(f"{where} say worker {number} of {count}: wanted 0 to {count - 1}; pass --worker I/N")
+    return Worker(number, count, local)

@@ -1,0 +1,183 @@
+"""`pipeline recode`: columns in another codec, shard by shard, from the states that are there.
+
+The new column is written beside the old one, read back whole and compared, and then one rename makes it count; only
+after it the old one goes. So a recode may be stopped at any moment: every shard stays readable, in the codec that its
+own manifest names, and the same command goes on with the shards that are left.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from pipeline.cache import HiddenCache
+from pipeline.cache.calibration import (
+    TOKENS,
+    Calibration,
+    calibration_samples,
+    keep_calibration,
+    read_calibration,
+)
+from pipeline.cache.certificate import Certificate, proven_calibration, shadow_samples
+from pipeline.cache.codecs import LOSSY, codec_of, parse_codecs
+from pipeline.cache.columns import Column, ColumnSpec, column_manifest, open_column
+from pipeline.cache.derived import shard_columns
+from pipeline.cache.disk import Scratch, clean, committing, room, size_text
+from pipeline.cache.int8 import as_states
+from pipeline.cache.layout import LOG, SAMPLES, numbered, shard_folder
+from pipeline.cache.plan import Plan, load_plan
+from pipeline.cache.samples import ShardPlan
+from pipeline.cache.writer import ShardWriter
+from pipeline.errors import ProofError, UsageError
+
+BLOCKS = 16  # of a sample in memory at a time
+EVERY_S = 5.0  # between lines of progress
+
+Work = list[tuple[ShardPlan, ColumnSpec, str]]
+
+
+@dataclass(frozen=True)
+class Done:
+    """How many (shard, column)s were written anew, and their bytes before and after."""
+
+    columns: int
+    before: int
+    after: int
+
+
+def run(cache: Path, codec: str) -> Done:
+    """Write the columns that `codec` names, such as "aux=int8,final=zstd", in the codec it gives them; print a line.
+
+    Raises UsageError (no such codec, column or cache; states that a codec has rounded), ProofError when a codec breaks
+    its promise on these states, CacheError for damage, RoomError.
+    """
+    held, plan = HiddenCache.open(cache), load_plan(cache)
+    work = _work(cache, plan, codec)
+    clean(cache)
+    for shard in plan.shards:
+        for name in shard_columns(cache, shard.number):
+            _tidy(cache, shard.number, name)
+    if work:
+        (cache / LOG).unlink(missing_ok=True)  # it says which codecs there were
+    calibrations = _calibrations(held, plan, work)
+    before = after = 0
+    said = time.monotonic()
+    for number, (shard, spec, wanted) in enumerate(work):
+        before += _bytes(cache, shard.number, spec.name)
+        _recode(held, shard, spec, wanted, calibrations.get(spec.name))
+        after += _bytes(cache, shard.number, spec.name)
+        if time.monotonic() > said + EVERY_S:
+            said = time.monotonic()
+            print(f"{number + 1} of {len(work)} columns of shards, {size_text(before)} read", file=sys.stderr)
+    print(f"{cache}: {len(work)} columns of shards written anew, {size_text(before)} are now {size_text(after)}")
+    return Done(len(work), before, after)
+
+
+def _work(cache: Path, plan: Plan, codec: str) -> Work:
+    """What is not yet as asked for. UsageError for what cannot be."""
+    chosen = parse_codecs(codec)
+    work, names = [], set()
+    for shard in plan.shards:
+        for name, manifest in sorted(shard_columns(cache, shard.number).items()):
+            spec, wanted = ColumnSpec(**manifest["spec"]), codec_of(chosen, name)
+            names.add(name)
+            if wanted in (None, spec.codec):
+                continue
+            if spec.codec in LOSSY:
+                raise UsageError(
+                    f"{cache} holds {name} in {spec.codec}, and what that has rounded stays so: {wanted} would look "
+                    "exact and not be; capture into another --out instead"
+                )
+            work.append((shard, spec, wanted))
+    absent = [name for name in chosen if name and name not in names and not (name == "aux" and names - {"final"})]
+    if absent or not names:
+        raise UsageError(f"{cache} holds {', '.join(sorted(names)) or 'no column'}; --codec {codec} names {absent}")
+    return work
+
+
+def _calibrations(held: HiddenCache, plan: Plan, work: Work) -> dict[str, Calibration]:
+    """The cache's calibration of each column to be encoded, made from its states where there is none."""
+    found = {}
+    for name, spec, codec in {spec.name: (spec.name, spec, codec) for _, spec, codec in work}.values():
+        if codec in LOSSY:
+            found[name] = read_calibration(held.path, name, spec.width)
+            if found[name] is None:
+                states_RD = _calibration_states(held, plan, name)
+                made = proven_calibration(name, codec, states_RD, "cpu")
+                found[name] = keep_calibration(held.path, name, made, len(states_RD))
+    return found
+
+
+def _calibration_states(held: HiddenCache, plan: Plan, name: str) -> torch.Tensor:
+    """States [R, D] of the samples that a calibration looks at, of those that are captured."""
+    parts, tokens = [], 0
+    columns: dict[int, Column | None] = {}
+    for shard, row in calibration_samples(plan.shards):
+        if shard.number not in columns:
+            columns[shard.number] = _opened(held.path, shard, name)
+        column = columns[shard.number]
+        if column is not None and column.ok[row]:
+            parts.append(as_states(column.read(row)))
+            tokens += int(shard.lengths[row])
+        if tokens >= TOKENS:
+            break
+    return torch.cat(parts)
+
+
+def _opened(cache: Path, shard: ShardPlan, name: str) -> Column | None:
+    """A column of a shard, None where it is not captured."""
+    manifest = shard_columns(cache, shard.number).get(name)
+    return manifest and open_column(cache, manifest, ColumnSpec(**manifest["spec"]).bounds(shard))
+
+
+def _recode(held: HiddenCache, shard: ShardPlan, spec: ColumnSpec, codec: str, calibration: Calibration | None) -> None:
+    """Write one column of one shard anew, prove it, and let it count."""
+    manifest = column_manifest(held.path, shard.number, spec.name)
+    old = open_column(held.path, manifest, spec.bounds(shard))
+    with ShardWriter(held.path, shard, [replace(spec, codec=codec)]) as writer:
+        for row, reason in manifest["refused"].items():
+            writer.refuse(int(row), reason)
+        reader = old.open()
+        for row in range(len(shard)):
+            for part in old.parts(reader, row, BLOCKS):
+                writer.write(spec.name, part)
+        writer.seal()
+        facts = _proven(held, writer, old, codec, calibration)
+        writer.replace(spec.name, facts)
+
+
+def _proven(
+    held: HiddenCache, writer: ShardWriter, old: Column, codec: str, calibration: Calibration | None
+) -> dict[str, dict]:
+    """Read what was written back from disk, all of it, and hold it to its codec's promise. Raises ProofError."""
+    name = old.spec.name
+    damaged = writer.damaged_samples(name)
+    same = calibration is not None or (writer.sums(name) == old.digests).all()
+    if damaged or not same:
+        raise ProofError(f"{old.where}, column {name}: what was read back is not what was written; the old one stays")
+    if calibration is None:
+        return {}
+    certificate = Certificate(name, codec, calibration, held.head() if name == "final" else None)
+    for row in shadow_samples(writer.shard):
+        if old.ok[row]:
+            certificate.add(as_states(old.read(row, 1)), as_states(writer.read(name, row, 1)))
+    rows = max(1, int(old.bounds[-1]))
+    return {"certificate": certificate.facts(writer.escapes(name) / rows)} if certificate.rows else {}
+
+
+def _tidy(cache: Path, shard: int, name: str) -> None:
+    """Remove what a stopped recode left of a column in codecs that do not count."""
+    spec, folder = ColumnSpec(**column_manifest(cache, shard, name)["spec"]), shard_folder(cache, shard)
+    left = [folder / end for stem in spec.other_stems for end in (f"{stem}.arrow", stem)]
+    if any(path.exists() for path in left):
+        with Scratch(cache, numbered(shard)) as scratch, room(cache, "a clean-up"), committing(cache):
+            for path in left:
+                if path.exists():
+                    path.rename(scratch.path / path.name)
+
+
+def _bytes(cache: Path, shard: int, name: str) -> int:
+    files = column_manifest(cache, shard, name)["files"]
+    return sum(fact["size"] for file, fact in files.items() if file != SAMPLES)

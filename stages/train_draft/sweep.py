@@ -1,0 +1,194 @@
+"""`pipeline sweep`: every combination of a few lists, one run after the other, on one cache.
+
+A sweep is a recipe with one table more, of fields and the values each is to take:
+
+    [sweep]
+    "draft.method" = ["dflash", "domino"]
+    "train.seed" = [0, 1, 2]
+
+The grid is in the order written, the last list running fastest. Every combination is an ordinary run in an ordinary
+folder, named by all that decides how its draft comes out. So a stopped sweep goes on where it was, a list that grew
+adds only what is new, and what `train-draft` finished is not trained again.
+"""
+
+import copy
+import itertools
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.accept import bootstrap
+from pipeline.cache import HiddenCache
+from pipeline.errors import ProofError, UsageError
+from pipeline.recipe import Recipe, Resolved, make_recipe, read_toml, resolve
+from pipeline.split import Split, split_samples
+from stages.train_draft.folder import default_folder, finished
+from stages.train_draft.progress import console
+from stages.train_draft.run import carry_out, find_device
+
+SEED = "train.seed"
+EXAMPLE = '"train.lr" = [1e-3, 3e-3]'
+
+Setting = dict[str, object]  # what a combination states: "section.field" -> value
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a sweep, settled before any begins."""
+
+    setting: Setting
+    path: Path
+    resolved: Resolved
+    split: Split
+
+
+def sweep(
+    cache: Path, recipe: Path, sets: tuple[str, ...] = (), out: Path | None = None, device: str | None = None
+) -> dict:
+    """Train every combination that is not finished yet; return all figures, best first, as JSON has them.
+
+    A run whose loss is not finite is noted under `failed` and the others go on. Raises what a run raises; UsageError,
+    before the first run, for a combination that cannot be.
+    """
+    store, where, screen = HiddenCache.open(cache), find_device(device), console()
+    runs = plan_runs(store, load_sweep(recipe, sets), out)
+    done = sum(finished(run.path) is not None for run in runs)
+    screen.print(f"{len(runs)} runs, {done} of them finished before", markup=False, soft_wrap=True)
+    failed = {}
+    for number, run in enumerate(runs, 1):
+        if finished(run.path) is not None:
+            continue
+        screen.print(f"\nrun {number} of {len(runs)}: {named(run.setting)}", markup=False, soft_wrap=True)
+        try:
+            carry_out(run.path, store, run.split, run.resolved, where)
+        except ProofError as error:  # a rate too high, say: that is a result, too
+            failed[run.path] = str(error)
+            screen.print(f"failed: {error}", markup=False, soft_wrap=True)
+    facts = [run_facts(run, failed.get(run.path)) for run in runs]
+    public = [{key: fact[key] for key in fact if key != "replies"} for fact in ranked(facts)]
+    return {"cache": str(cache), "recipe": str(recipe), "runs": public, "pooled": ranked(pooled(facts))}
+
+
+def load_sweep(path: Path, sets: tuple[str, ...] = ()) -> list[tuple[Setting, Recipe]]:
+    """Read a sweep and return its combinations in the grid's order, each a valid recipe; `sets` change its base.
+
+    Raises UsageError for a table that is no grid, and for every recipe `load_recipe` refuses, naming the combination.
+    """
+    base = read_toml(Path(path))
+    lists = _lists(base.pop("sweep", None), path)
+    make_recipe(copy.deepcopy(base), sets, str(path))
+    for key in lists:
+        if any(entry.partition("=")[0].strip() == key for entry in sets):
+            raise UsageError(f"{path} sweeps over {key} and --set states it; leave one out")
+    combinations = []
+    for values in itertools.product(*lists.values()):
+        setting = dict(zip(lists, values, strict=True))
+        stated = copy.deepcopy(base)
+        for key, value in setting.items():
+            section, _, field = key.partition(".")
+            stated.setdefault(section, {})[field] = value
+        combinations.append((setting, make_recipe(stated, sets, f"{path} with {named(setting)}")))
+    return combinations
+
+
+def _lists(table: object, path: Path) -> dict[str, list]:
+    """Return the lists of a [sweep] table by "section.field", which may be written with or without quotes."""
+    lists = {}
+    for key, value in table.items() if isinstance(table, dict) else ():
+        unquoted = isinstance(value, dict)  # TOML reads train.lr without quotes as a table in a table
+        lists |= {f"{key}.{field}": values for field, values in value.items()} if unquoted else {key: value}
+    if not lists:
+        raise UsageError(f"{path} has no [sweep] table; add one with lists such as {EXAMPLE}, or use `train-draft`")
+    for key, values in lists.items():
+        if key.count(".") != 1:
+            raise UsageError(f"{path}: `{key}` in [sweep] is no field; write section.field, such as {EXAMPLE}")
+        if not isinstance(values, list) or not values:
+            raise UsageError(f"{path}: `{key}` = {values!r} in [sweep]; wanted a list of values, such as {EXAMPLE}")
+        if any(value in values[:at] for at, value in enumerate(values)):
+            raise UsageError(f"{path}: `{key}` = {values!r} in [sweep] holds a value twice; leave one out")
+    return lists
+
+
+def plan_runs(store: HiddenCache, combinations: list[tuple[Setting, Recipe]], out: Path | None) -> list[Planned]:
+    """Settle every combination on the cache: the whole recipe, the samples, the folder (in `out`, else in `runs`).
+
+    Raises UsageError naming the combination that the cache or a method refuses, or two that are the same recipe.
+    """
+    splits: dict[tuple, Split] = {}
+    runs: dict[Path, Planned] = {}
+    for setting, recipe in combinations:
+        try:
+            resolved = resolve(recipe, store)
+            rule = resolved.draft.mask_token_id, resolved.recipe.train.heldout, resolved.draft.target_layer_ids
+            if rule not in splits:
+                splits[rule] = split_samples(store, *rule)
+        except UsageError as error:
+            raise UsageError(f"with {named(setting)}: {error}") from None
+        resolved = resolved.lasting(len(splits[rule].train))
+        path = default_folder(resolved.recipe, store, splits[rule])
+        path = path if out is None else out / path.name
+        if path in runs:
+            raise UsageError(
+                f"{named(runs[path].setting)} and {named(setting)} are the same recipe in the end; leave one out"
+            )
+        runs[path] = Planned(setting, path, resolved, splits[rule])
+    return list(runs.values())
+
+
+def named(setting: Setting) -> str:
+    """Return a combination in a few words: `method = domino, lr = 0.003`."""
+    return ", ".join(f"{key.partition('.')[2]} = {value}" for key, value in setting.items())
+
+
+def run_facts(run: Planned, failed: str | None) -> dict:
+    """Return what a run of the sweep came to; `accept_len` is None where it failed or nothing could be measured."""
+    result = finished(run.path) or {}
+    figures = result.get("eval") or {}
+    measured = bool(figures.get("calls"))
+    return {
+        "setting": run.setting,
+        "run": str(run.path),
+        "steps": run.resolved.recipe.train.steps,
+        "parameters": result.get("parameters"),
+        "accept_len": figures["accept_len"] if measured else None,
+        "interval": figures["interval"] if measured else None,
+        "calls": figures.get("calls", 0),
+        "replies": figures.get("replies", []),
+        "failed": failed,
+    }
+
+
+def pooled(facts: list[dict]) -> list[dict]:
+    """Return the runs that differ only in their seed as one: all tokens over all calls, and the seeds' own figures.
+
+    The 95 % interval is over replies. One that several seeds decoded is drawn as one, since it is no independent one,
+    so the interval says how sure the figure is of these seeds; how far seeds differ is for `seeds` to show.
+    """
+    groups = defaultdict(list)
+    for fact in facts:
+        groups[named({key: value for key, value in fact["setting"].items() if key != SEED})].append(fact)
+    return [_pool(members) for members in groups.values()]
+
+
+def _pool(members: list[dict]) -> dict:
+    replies = defaultdict(lambda: np.zeros(2))
+    for sample, start, tokens, calls in itertools.chain.from_iterable(fact["replies"] for fact in members):
+        replies[sample, start] += tokens, calls
+    tokens_n, calls_n = np.stack(list(replies.values())).T if replies else np.zeros((2, 0))
+    measured = [fact for fact in members if fact["accept_len"] is not None]
+    return {
+        "setting": {key: value for key, value in members[0]["setting"].items() if key != SEED},
+        "accept_len": float(tokens_n.sum() / calls_n.sum()) if measured else None,
+        "interval": bootstrap(tokens_n, calls_n, seed=0) if measured else None,
+        "runs": len(members),
+        "measured": len(measured),
+        "seeds": [fact["accept_len"] for fact in measured],
+    }
+
+
+def ranked(facts: list[dict]) -> list[dict]:
+    """Return facts by accept length, best first; what has none comes last, otherwise in the grid's order."""
+    return sorted(facts, key=lambda fact: math.inf if fact["accept_len"] is None else -fact["accept_len"])
