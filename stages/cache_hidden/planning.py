@@ -14,9 +14,10 @@ import numpy as np
 from pipeline.cache.disk import free_bytes
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import Plan, write_segment
-from pipeline.cache.samples import PlannedSample
+from pipeline.cache.samples import PlannedSample, ShardPlan
 from pipeline.errors import DataError
 from pipeline.target_files import text_config
+from stages.cache_hidden.budget import Chooser
 from stages.cache_hidden.corpus import (
     Conversation,
     Fault,
@@ -80,10 +81,19 @@ class Tally:
             )
 
 
-def make_plan(corpus: str, out: Path, settings: Settings, max_samples: int | None, *, spare_disk: bool = False) -> Plan:
+def make_plan(
+    corpus: str,
+    out: Path,
+    settings: Settings,
+    max_samples: int | None,
+    *,
+    spare_disk: bool = False,
+    budget: Chooser | None = None,
+) -> Plan:
     """Tokenise the corpus and write the plan; what the cache is, cache.json, comes when the corpus has proven usable.
 
-    At most `max_samples` usable samples (None: all) and, with `spare_disk`, no more than a share of the free disk.
+    At most `max_samples` usable samples (None: all) and, with `spare_disk`, no more than a share of the free disk; of
+    these, what `budget` chooses.
     Raises DataError for a corpus that is not, UsageError when it or the target is not there.
     """
     files = corpus_files(corpus)
@@ -107,9 +117,16 @@ def make_plan(corpus: str, out: Path, settings: Settings, max_samples: int | Non
             yield sample
         tally.check(corpus, usable)
         notes.update(tally.as_notes())
-        create_identity(out, settings.identity)
+        if budget is None:
+            create_identity(out, settings.identity)
 
-    return write_segment(out, checked(), row_bytes=settings.row_bytes, sources=sources, notes=notes)
+    def chosen(parts: list[ShardPlan]) -> np.ndarray:
+        kept_n, notes["budget"] = budget(parts)
+        create_identity(out, settings.identity)
+        return kept_n
+
+    choose = chosen if budget else None
+    return write_segment(out, checked(), row_bytes=settings.row_bytes, sources=sources, notes=notes, choose=choose)
 
 
 def planned(
