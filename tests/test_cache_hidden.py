@@ -159,7 +159,7 @@ def test_out_of_memory_goes_on_in_smaller_groups_at_the_same_padded_length(captu
     capture(corpus=corpus)
     monkeypatch.undo()
     longest = {
-        int(shard.lengths[rows].max()) for shard in planned.shards for rows in micro_batches(shard.lengths, 8192)
+        int(shard.lengths[rows].max()) for shard in planned.shards for rows in micro_batches(shard.lengths, 4096)
     }
     assert {length for _, length in shapes} == longest and max(count for count, _ in shapes) > 2
     assert all(manifest["facts"]["split"] == (manifest["samples"] > 1) for manifest in manifests(tmp_path / "cache"))
@@ -328,7 +328,7 @@ def other_tokenizer(folder: Path) -> None:
     ("change", "key"),
     [
         ({"max_length": 200}, "samples.max_length = 256, .* 200"),
-        ({"batch_tokens": 512}, "capture.batch_tokens = 8192, .* 512"),
+        ({"batch_tokens": 512}, "capture.batch_tokens = 4096, .* 512"),
         ({"dtype": "bfloat16"}, "capture.dtype = 'float32', .* 'bfloat16'"),
         ({"max_samples": 5}, "max_samples = all, .* 5"),
         (other_template, "tokenizer.chat_template = "),

@@ -26,6 +26,8 @@ from pipeline.cache.manifest import check_file, check_size, read_canonical
 from pipeline.cache.samples import ShardPlan, numbers
 from pipeline.errors import CacheError
 
+DECODED = 1 << 20  # bytes decoded at a time, at least a block: what is read stays in the CPU's cache until then
+
 SCHEMA = pa.schema(
     [
         pa.field("ok", pa.bool_(), nullable=False),
@@ -187,8 +189,9 @@ class Column:
         """
         count = len(out) // self.spec.row_bytes
         if self.spec.codec in LOSSY:
-            for at in range(0, count, BLOCK_ROWS):  # a block stays in the CPU's cache until it is decoded
-                held = self.read_encoded(reader, row, first + at, min(BLOCK_ROWS, count - at))
+            step = BLOCK_ROWS * max(1, DECODED // (BLOCK_ROWS * self.spec.row_bytes))
+            for at in range(0, count, step):
+                held = self.read_encoded(reader, row, first + at, min(step, count - at))
                 decode_into(held, out[at * self.spec.row_bytes :][: len(held) * self.spec.row_bytes])
             return
         start = int(self.bounds[row]) + first

@@ -16,7 +16,7 @@ class CaptureOptions:
     taps: int | None = None  # None: `pipeline.capture.default_taps`
     final: str | None = None  # rows that keep it: needed (beside supervised ones), all, none. None: needed, or as it is
     max_length: int | None = None  # tokens a sample, cut behind. None: 3072, or the target's positions if fewer
-    batch_tokens: int | None = None  # padded tokens a forward; part of the cache's identity. None: 8192
+    batch_tokens: int | None = None  # padded tokens a forward; part of the cache's identity. None: 4096
     max_samples: int | None = None  # stop reading the corpus after so many usable samples
     device: str | None = None  # None: cuda where there is one
     dtype: str | None = None  # bfloat16, float32; None: float32 on a CPU, else the target's own

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -24,11 +25,14 @@ import torch
 from numcodecs import blosc
 from torch import Tensor
 
+from pipeline.cache import plan
 from pipeline.cache.calibration import Calibration, calibrate, keep_calibration
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.columns import ColumnSpec, open_column
+from pipeline.cache.columns import ColumnSpec, column_manifest, open_column
+from pipeline.cache.int8 import as_states, as_stored
+from pipeline.cache.layout import SAMPLES
 from pipeline.cache.manifest import create_identity
-from pipeline.cache.plan import PlannedSample, load_plan, write_segment
+from pipeline.cache.plan import PlannedSample, write_segment
 from pipeline.cache.writer import ShardWriter
 from pipeline.target import load_target
 
@@ -47,11 +51,12 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     os.fsync = lambda fd: None  # a disk's speed is not what is measured
+    plan.SHARDS_AT_LEAST = 1
     columns = {f"made, {4096}": made_states(asked.mib)}
     columns |= {f"{name}, 256": states for name, states in real_states(asked.mib).items()}
     print(f"{'states':16} {'codec':14} {'size':>6} {'error':>8} {'worst':>8} {'escapes':>8} {'write':>6} {'read':>6}")
     for name, states_RD in columns.items():
-        bits = states_RD.view(torch.int16).numpy().view(np.uint16)
+        bits = as_stored(states_RD)
         calibration = calibrate(bits)
         for codec in CODECS:
             show(name, codec, states_RD, *stored(codec, bits, calibration, asked.rounds))
@@ -83,61 +88,40 @@ def best(work: Callable[[], object], rounds: int, size: int) -> float:
 
 def stored(codec: str, bits: np.ndarray, calibration: Calibration, rounds: int) -> tuple:
     """Write the states as one shard of a cache and read them again."""
-    rows, width = bits.shape
-    spec = ColumnSpec("aux.1", "bfloat16", width, codec)
+    spec = ColumnSpec("aux.1", "bfloat16", bits.shape[1], codec)
+    starts = range(0, len(bits), SAMPLE_ROWS)
+    samples = [
+        PlannedSample(np.full(n, at, np.int32), np.ones(n, bool))
+        for at in starts
+        if (n := min(SAMPLE_ROWS, len(bits) - at))
+    ]
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder)
         create_identity(cache, {})
-        samples = [
-            PlannedSample(
-                np.full(min(SAMPLE_ROWS, rows - at), at, np.int32), np.ones(min(SAMPLE_ROWS, rows - at), bool)
-            )
-            for at in range(0, rows, SAMPLE_ROWS)
-        ]
-        write_segment(cache, samples, row_bytes=1, sources=[])
-        keep_calibration(cache, "aux.1", calibration, rows)
-        shards, seconds = load_plan(cache).shards, []
+        (shard,) = write_segment(cache, samples, row_bytes=1, sources=[]).shards
+        keep_calibration(cache, "aux.1", calibration, len(bits))
 
         def write() -> None:
-            at = 0
-            for shard in shards:
-                with ShardWriter(cache, shard, [spec]) as writer:
-                    for first in range(0, shard.rows, PIECE):
-                        count = min(PIECE, shard.rows - first)
-                        writer.write("aux.1", bits[at + first : at + first + count])
-                    writer.seal()
-                    manifests.append((shard, writer.commit({"aux.1": {}})))
-                at += shard.rows
+            with ShardWriter(cache, shard, [spec]) as writer:
+                for first in range(0, len(bits), PIECE):
+                    writer.write("aux.1", bits[first : first + PIECE])
+                writer.seal()
+                writer.commit({})
 
-        manifests: list = []
-        started = time.process_time()
-        write()
-        seconds.append(time.process_time() - started)
-        return _read_back(cache, shards, bits, rounds, seconds[0] / (bits.nbytes / 1e9))
+        write_s = best(write, 1, bits.nbytes)
+        manifest = column_manifest(cache, 0, "aux.1")
+        column = open_column(cache, manifest, shard.bounds)
+        reader, found = column.open(), np.empty_like(bits)
+        ends = np.cumsum([0, *np.diff(column.bounds)]) * column.spec.row_bytes
 
+        def read() -> None:
+            room = memoryview(found).cast("B")
+            for row, (at, end) in enumerate(pairwise(ends.tolist())):
+                column.read_into(reader, row, room[at:end])
 
-def _read_back(cache: Path, shards: list, bits: np.ndarray, rounds: int, write: float) -> tuple:
-    from pipeline.cache.columns import column_manifest
-
-    manifests = [column_manifest(cache, shard.number, "aux.1") for shard in shards]
-    columns = [open_column(cache, m, shard.bounds) for m, shard in zip(manifests, shards, strict=True)]
-    size = sum(fact["size"] for m in manifests for file, fact in m["files"].items() if file != "samples.arrow")
-    found = np.empty_like(bits)
-    room = memoryview(found).cast("B")
-    readers = [column.open() for column in columns]
-
-    def read() -> None:
-        at = 0
-        for column, reader in zip(columns, readers, strict=True):
-            for row in range(len(column.ok)):
-                count = int(column.bounds[row + 1] - column.bounds[row]) * column.spec.row_bytes
-                column.read_into(reader, row, room[at : at + count])
-                at += count
-
-    seconds = best(read, rounds, bits.nbytes)
-    escapes = sum(int(column.escapes[-1]) for column in columns) / len(bits)
-    states = torch.from_numpy(found.view(np.int16)).view(torch.bfloat16)
-    return states, size / bits.nbytes, escapes, write, seconds
+        read_s = best(read, rounds, bits.nbytes)
+    size = sum(fact["size"] for file, fact in manifest["files"].items() if file != SAMPLES) / bits.nbytes
+    return as_states(found), size, int(column.escapes[-1]) / len(bits), write_s, read_s
 
 
 def by_token(states_RD: Tensor, calibration: Calibration, d: int, rounds: int) -> tuple:
@@ -207,8 +191,8 @@ def real_states(mib: int) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "cache"
         options = CaptureOptions(max_samples=4 + most // 60)
-        plan = make_plan(str(ROOT / "data" / "chats.jsonl"), out, settle(str(folder), out, options), 4 + most // 60)
-        samples = [(shard, row) for shard in plan.shards for row in range(len(shard))]
+        planned = make_plan(str(ROOT / "data" / "chats.jsonl"), out, settle(str(folder), out, options), 4 + most // 60)
+        samples = [(shard, row) for shard in planned.shards for row in range(len(shard))]
         for shard, row in samples:
             ids = torch.from_numpy(shard.ids(row).astype(np.int64))
             entries = model(ids[None], output_hidden_states=True).hidden_states
