@@ -12,7 +12,7 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--flips", type=int, default=60, help="bits that tests/test_damage.py flips (1000: all it can do)")
+    parser.addoption("--flips", type=int, default=40, help="bits that tests/test_damage.py flips (1000: all it can do)")
 
 
 @pytest.fixture(scope="session", autouse=True)

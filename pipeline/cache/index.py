@@ -57,16 +57,19 @@ def segments_of(manifests: list[dict]) -> list[dict]:
 
 
 def place_index(cache: Path, plan: "Plan") -> None:
-    """Write the index of `plan`, its manifest last."""
+    """Write the index of `plan`, its manifest last; that of another index goes before, since it would not fit."""
     sink = pa.BufferOutputStream()
     table = build_index(plan).combine_chunks()
     with pa.ipc.new_file(sink, SCHEMA) as writer:
         writer.write_table(table)
     data = sink.getvalue().to_pybytes()
-    write_file(cache / INDEX, data)
     facts = {"files": {INDEX: FileFact.of_bytes(data).as_dict()}, "segments": segments_of(plan.manifests)}
     manifest = cache / INDEX_MANIFEST
-    if not manifest.is_file() or manifest.read_bytes() != canonical(facts):
+    right = manifest.is_file() and manifest.read_bytes() == canonical(facts)
+    if not right:
+        manifest.unlink(missing_ok=True)
+    write_file(cache / INDEX, data)
+    if not right:
         write_canonical(manifest, facts)
 
 
