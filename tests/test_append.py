@@ -77,10 +77,10 @@ def test_a_training_run_of_the_smaller_cache_is_refused_and_told_why(tiny_cache,
         resolved = resolve(load_recipe(None), opened).lasting(20)
         split = split_samples(opened, resolved.draft.mask_token_id, 0.1)
         if cache is tiny_cache:
-            enter(tmp_path / "run", resolved, opened, split)
+            enter(tmp_path / "run", resolved, opened, split, {})
             continue
         with pytest.raises(UsageError, match=r"has grown by an append since\); .*another --out"):
-            enter(tmp_path / "run", resolved, opened, split)
+            enter(tmp_path / "run", resolved, opened, split, {})
 
 
 @pytest.mark.parametrize("append", [True, False])

@@ -28,6 +28,7 @@ from pipeline.drafts import DRAFTS, Knobs, lay_blocks
 from pipeline.errors import CacheError, DataError, ProofError, RoomError, UsageError
 from pipeline.recipe import load_recipe, resolve
 from pipeline.split import prompt_hash, split_by_prompt, split_samples, spread
+from stages.recode.run import run as recode
 from stages.train_draft.batches import Stream
 from stages.train_draft.optim import AdamW, make_optimizer, matrices, rate
 from stages.train_draft.run import make_draft, run
@@ -484,6 +485,20 @@ def test_the_default_folder_is_named_by_what_decides_the_draft(tiny_cache, tmp_p
     assert [path.parent for path in runs] == [Path("runs")] * 3
     assert [path.name.split("-")[0] for path in runs] == ["domino", "domino", "dflash"]
     assert trained(tiny_cache, None).run == runs[0]
+
+
+def test_states_that_a_codec_rounded_are_another_run(tiny_cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cache = Path(shutil.copytree(tiny_cache, tmp_path / "cache"))
+    exact = trained(cache, None).run
+    recode(cache, "zstd")
+    assert trained(cache, None).run == exact
+
+    recode(cache, "aux=int8")
+
+    assert trained(cache, None).run != exact
+    with pytest.raises(UsageError, match=r"states = as captured, .* aux\.\d int8, .*pass another --out"):
+        trained(cache, exact)
 
 
 def test_without_final_states_or_held_out_samples_it_trains_and_says_why_there_is_no_accept_length(

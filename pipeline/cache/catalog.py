@@ -77,6 +77,10 @@ class Catalog:
         spec = first and self.manifest(*first)["spec"]
         return spec and (spec["dtype"], spec["width"])
 
+    def codecs(self, name: str) -> set[str]:
+        """The codecs of a whole column: several while a recode is under way, or stopped."""
+        return {self.manifest(shard, name)["spec"]["codec"] for shard in range(self.shards)}
+
     def refused(self, name: str) -> list[tuple[int, np.ndarray]]:
         """Where samples were refused in a column: (shard, rows of the shard)."""
         found = self._refused.get(name)

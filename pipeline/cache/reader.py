@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.cache.catalog import Catalog
+from pipeline.cache.codecs import LOSSY
 from pipeline.cache.index import build_index, read_index
 from pipeline.cache.layout import IDENTITY, SAMPLES, aux_column, inside, layer_of, shard_folder
 from pipeline.cache.manifest import check_file, read_canonical
@@ -116,6 +117,14 @@ class HiddenCache:
     @property
     def has_final(self) -> bool:
         return "final" in self.whole
+
+    def rounded(self, layers: Iterable[int]) -> dict[str, list[str]]:
+        """Those of these whole columns that a codec has rounded, with their codecs.
+
+        They hold other states than the cache of this digest was captured with, if only by a little.
+        """
+        codecs = {name: self._catalog.codecs(name) for name in map(aux_column, layers)}
+        return {name: sorted(held) for name, held in codecs.items() if held & LOSSY}
 
     @property
     def _kind(self) -> tuple[str, int]:

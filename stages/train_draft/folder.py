@@ -22,16 +22,23 @@ from pipeline import __version__
 from pipeline.cache import HiddenCache
 from pipeline.cache.disk import lock, room, write_file
 from pipeline.errors import UsageError
-from pipeline.recipe import Recipe, Resolved, load_recipe
+from pipeline.recipe import Resolved, load_recipe
 from pipeline.split import Split
 
 RECIPE, RUN, METRICS, TIMING, DONE = "recipe.toml", "run.json", "metrics.jsonl", "timing.jsonl", "done.json"
 RECORDED = ("torch", "numpy", "safetensors", "pydantic")
 
 
-def default_folder(recipe: Recipe, cache: HiddenCache, split: Split) -> Path:
+def default_folder(resolved: Resolved, cache: HiddenCache, split: Split) -> Path:
     """Return where a run goes when nobody says: named by method, and by what decides how the draft comes out."""
-    return Path("runs") / f"{recipe.draft.method}-{_short(recipe.digest(), cache.digest, split.digest)}"
+    digests = (resolved.recipe.digest(), cache.digest, split.digest, *_states(resolved, cache))
+    return Path("runs") / f"{resolved.draft.method}-{_short(*digests)}"
+
+
+def _states(resolved: Resolved, cache: HiddenCache) -> list[str]:
+    """Return which of the states trained on are not as they were captured, such as "aux.9 int8"."""
+    rounded = cache.rounded(resolved.draft.target_layer_ids)
+    return [f"{name} {'/'.join(codecs)}" for name, codecs in rounded.items()]
 
 
 def _short(*digests: str) -> str:
@@ -59,7 +66,11 @@ def enter(run: Path, resolved: Resolved, cache: HiddenCache, split: Split, machi
     UsageError naming the first difference with both values: another recipe, horizon, cache or corpus.
     """
     facts = {
-        "cache": {"path": str(cache.path.resolve()), "digest": cache.digest},
+        "cache": {
+            "path": str(cache.path.resolve()),
+            "digest": cache.digest,
+            "rounded": _states(resolved, cache),
+        },
         "split": {"train": len(split.train), "heldout": len(split.heldout), "digest": split.digest},
         "target": cache.identity["target"]["name"],
         "versions": {"pipeline": __version__, "python": platform.python_version()}
@@ -86,7 +97,8 @@ def enter(run: Path, resolved: Resolved, cache: HiddenCache, split: Split, machi
 
 
 def _identity(facts: dict) -> dict:
-    return {"cache digest": facts["cache"]["digest"], "split digest": facts["split"]["digest"]}
+    rounded = ", ".join(facts["cache"]["rounded"]) or "as captured"
+    return {"cache digest": facts["cache"]["digest"], "states": rounded, "split digest": facts["split"]["digest"]}
 
 
 def _flat(recipe: dict) -> dict:

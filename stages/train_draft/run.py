@@ -46,7 +46,7 @@ def run(
         store, resolved.draft.mask_token_id, resolved.recipe.train.heldout, resolved.draft.target_layer_ids
     )
     resolved = resolved.lasting(len(split.train))
-    return carry_out(out or default_folder(resolved.recipe, store, split), store, split, resolved, where)
+    return carry_out(out or default_folder(resolved, store, split), store, split, resolved, where)
 
 
 def carry_out(path: Path, store: HiddenCache, split: Split, resolved: Resolved, where: torch.device) -> Done:

@@ -128,7 +128,7 @@ def plan_runs(store: HiddenCache, combinations: list[tuple[Setting, Recipe]], ou
         except UsageError as error:
             raise UsageError(f"with {named(setting)}: {error}") from None
         resolved = resolved.lasting(len(splits[rule].train))
-        path = default_folder(resolved.recipe, store, splits[rule])
+        path = default_folder(resolved, store, splits[rule])
         path = path if out is None else out / path.name
         if path in runs:
             raise UsageError(
