@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import threading
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,7 @@ from pipeline.cache import HiddenCache
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.disk import Scratch
 from pipeline.cache.layout import numbered
-from pipeline.cache.plan import load_plan
+from pipeline.cache.plan import load_plan, working
 from pipeline.cli import main
 from pipeline.drafts import DFlash
 from pipeline.errors import UsageError
@@ -257,6 +258,43 @@ def test_a_cache_at_work_is_not_planned_again(planned, tmp_path):
     with Scratch(tmp_path / "cache", numbered(0)), pytest.raises(UsageError, match="captured by another process"):
         planned("2MB")
     assert planned()["samples"] == 120
+
+
+def test_a_refused_budget_leaves_the_plan_that_is_there(planned, tmp_path):
+    planned()
+    before = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match="hold no sample"):
+        planned("20kB")
+    assert {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file()} == before
+
+
+def test_a_worker_that_has_opened_no_shard_yet_keeps_its_plan(planned, captured, tmp_path, monkeypatch):
+    """It loads its target for minutes, then captures by a plan that would be gone."""
+    held = threading.Event()
+
+    def load(*arguments):
+        held.set()
+        with pytest.raises(UsageError, match="captured by another process"):
+            planned("2MB")
+        raise KeyboardInterrupt
+
+    planned()
+    monkeypatch.setattr("stages.cache_hidden.shards.capture_shards", load)
+    with pytest.raises(KeyboardInterrupt):
+        captured()
+    assert held.is_set() and planned()["samples"] == 120
+
+
+def test_a_plan_made_afresh_meanwhile_is_not_captured_by_the_old_one(planned, tmp_path):
+    planned()
+    old = load_plan(tmp_path / "cache")
+    planned("2MB")
+    with (
+        pytest.raises(UsageError, match="planned afresh meanwhile; run the command again"),
+        working(tmp_path / "cache", old),
+    ):
+        pass
+    assert not list((tmp_path / "cache").glob("tmp-*"))
 
 
 def test_a_budget_and_more_corpus_do_not_go_together(planned, tiny_target, tmp_path):

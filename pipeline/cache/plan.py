@@ -5,6 +5,7 @@ capture goes on. Shards are contiguous ranges of the corpus; inside a shard the 
 micro-batches of consecutive samples waste little and write their rows in order.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
-from pipeline.cache.disk import Scratch, committing, room, sync_file, sync_folder
+from pipeline.cache.disk import Scratch, clean, committing, room, sync_file, sync_folder
 from pipeline.cache.index import place_index
-from pipeline.cache.layout import NUMBER, PLAN, numbered
+from pipeline.cache.layout import NUMBER, PLAN, SCRATCH, SHARDS, numbered
 from pipeline.cache.manifest import FileFact, canonical, check_file, read_canonical
 from pipeline.cache.samples import SCHEMA, SPOOLED, PlannedSample, ShardPlan, make_batch, sample_id, write_batches
 from pipeline.errors import CacheError, DataError, UsageError
@@ -102,20 +103,22 @@ def write_segment(
     sources: list[dict],
     notes: dict | None = None,
     choose: Callable[[list[ShardPlan]], np.ndarray] | None = None,
+    afresh: bool = False,
 ) -> Plan:
     """Append a segment to the cache's plan (the first one makes it) and return the whole plan.
 
     `row_bytes` is what one row takes over all columns asked for; it only decides the size of shards. `sources` and
     `notes` are read after the last sample, so a generator may fill them as it goes. `choose` sees every new sample once
     all have come, in parts without a place, and says which are planned, bool [n]. A sample already planned is
-    counted as a duplicate; when all are, the plan stays as it is. In memory are the samples' 16-byte names and one
-    shard's tokens, never the corpus. Raises DataError when no sample comes, RoomError, and UsageError when another
-    process planned something else meanwhile.
+    counted as a duplicate; when all are, the plan stays as it is. `afresh` takes the place of the plan that is there,
+    once the new one is ready. In memory are the samples' 16-byte names and one shard's tokens, never the corpus.
+    Raises DataError when no sample comes, RoomError, and UsageError when another process planned something else
+    meanwhile, or is at work on the plan that should go.
     """
     assert row_bytes > 0, f"a row takes {row_bytes} bytes"
     with room(cache, "a plan"):
         cache.mkdir(parents=True, exist_ok=True)
-    earlier = load_plan(cache) if plan_numbers(cache) else Plan([], [])
+    earlier = load_plan(cache) if plan_numbers(cache) and not afresh else Plan([], [])
     counts = _Counts(seen={name for shard in earlier.shards for name in shard.batch.column("sample_id").to_pylist()})
     with Scratch(cache, PLAN) as scratch, room(cache, "a plan"):
         spool = scratch.path / "spool.arrow"
@@ -143,7 +146,7 @@ def write_segment(
             "sources": sources,
             "notes": notes or {},
         }
-        _commit(cache, scratch, segment, manifest, earlier)
+        _commit(cache, scratch, segment, manifest, None if afresh else earlier)
     return load_plan(cache)
 
 
@@ -218,14 +221,18 @@ def _write_shards(spool: Path, segment: Path, counts: _Counts, row_bytes: int, f
     return write_batches(segment, placed())
 
 
-def _commit(cache: Path, scratch: Scratch, segment: Path, manifest: dict, earlier: Plan) -> None:
-    """Put the segment in place, its manifest last; the index of the plan it makes comes before."""
+def _commit(cache: Path, scratch: Scratch, segment: Path, manifest: dict, earlier: Plan | None) -> None:
+    """Put the segment in place, behind those `earlier` or (None) instead of what is there; its manifest last, after the
+    index of the plan it makes."""
     folder, name = cache / PLAN, numbered(manifest["segment"])
     ready = scratch.path / "segment.json"
     ready.write_bytes(canonical(manifest))
     sync_file(segment)
     sync_file(ready)
     with committing(cache):
+        if earlier is None:
+            _forget(cache, scratch)
+            earlier = Plan([], [])
         if len(plan_numbers(cache)) != len(earlier.manifests):
             if read_canonical(folder / f"{name}.json")["hash"] == json.loads(canonical(manifest))["hash"]:
                 return  # the same plan, made twice at a time
@@ -241,6 +248,41 @@ def _commit(cache: Path, scratch: Scratch, segment: Path, manifest: dict, earlie
         ready.replace(folder / f"{name}.json")
         sync_folder(folder)
         sync_folder(cache)
+
+
+def _forget(cache: Path, scratch: Scratch) -> None:
+    """Remove the plan, under the commit lock; the manifests first, the newest before others."""
+    check_unused(cache, {scratch.path.name})
+    for number in reversed(plan_numbers(cache)):
+        for suffix in ("json", "arrow"):
+            (cache / PLAN / f"{numbered(number)}.{suffix}").unlink(missing_ok=True)
+
+
+def captured(cache: Path) -> bool:
+    """Whether any column of the cache exists."""
+    return any((cache / SHARDS).glob("*/*.json"))
+
+
+def check_unused(cache: Path, own: Iterable[str] = ()) -> None:
+    """UsageError where a process other than this one, whose scratch is `own`, is at work on the cache, or has been.
+
+    What a killed one left does not count, and is removed.
+    """
+    clean(cache)
+    ours = {f"{SCRATCH}commit.lock", f"{SCRATCH}plan.lock", *own}
+    if captured(cache) or any(path.name not in ours for path in cache.glob(f"{SCRATCH}*")):
+        raise UsageError(f"{cache} is being captured by another process; wait for it, or pass another --out")
+
+
+@contextlib.contextmanager
+def working(cache: Path, plan: Plan) -> Iterator[None]:
+    """Let nobody plan afresh while states are captured by `plan`. UsageError when somebody has, RoomError."""
+    with room(cache, "a scratch folder"), committing(cache):
+        if read_manifests(cache)[: len(plan.manifests)] != plan.manifests:
+            raise UsageError(f"{cache} was planned afresh meanwhile; run the command again, it uses that plan")
+        scratch = Scratch(cache, "working")
+    with scratch:
+        yield
 
 
 def plan_numbers(cache: Path) -> list[int]:

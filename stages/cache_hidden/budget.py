@@ -21,9 +21,8 @@ import numpy as np
 
 from pipeline.cache.codecs import codec_of, parse_codecs, stored_bytes
 from pipeline.cache.columns import ColumnSpec
-from pipeline.cache.disk import clean, committing, size_text
-from pipeline.cache.layout import INDEX, INDEX_MANIFEST, PLAN, SCRATCH, SHARDS, numbered
-from pipeline.cache.plan import SHARD_BYTES, SHARDS_AT_LEAST, plan_numbers, read_manifests
+from pipeline.cache.disk import size_text
+from pipeline.cache.plan import SHARD_BYTES, SHARDS_AT_LEAST, captured, plan_numbers, read_manifests
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import UsageError
 from pipeline.split import HELDOUT, mix
@@ -118,29 +117,6 @@ def is_planned(out: Path, options: CaptureOptions) -> bool:
             "leave --budget out to go on with that plan, or pass another --out for a second cache"
         )
     return False
-
-
-def captured(out: Path) -> bool:
-    """Return whether any column of the cache exists."""
-    return any((out / SHARDS).glob("*/*.json"))
-
-
-def forget_plan(out: Path) -> None:
-    """Remove the plan of a cache of which nothing is captured, so that it can be planned again.
-
-    Raises UsageError when something is, or when another process is at work on it.
-    """
-    clean(out)
-    with committing(out):
-        ours = {f"{SCRATCH}commit.lock", f"{SCRATCH}plan.lock"}
-        at_work = [path.name for path in out.glob(f"{SCRATCH}*") if path.name not in ours]
-        if at_work or captured(out):
-            raise UsageError(f"{out} is being captured by another process; wait for it, or pass another --out")
-        for number in reversed(plan_numbers(out)):
-            for suffix in ("json", "arrow"):  # the manifest first: without it there is no segment
-                (out / PLAN / f"{numbered(number)}.{suffix}").unlink(missing_ok=True)
-        for name in (INDEX_MANIFEST, INDEX):
-            (out / name).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

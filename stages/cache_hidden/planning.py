@@ -93,7 +93,7 @@ def make_plan(
     """Tokenise the corpus and write the plan; what the cache is, cache.json, comes when the corpus has proven usable.
 
     At most `max_samples` usable samples (None: all) and, with `spare_disk`, no more than a share of the free disk; of
-    these, what `budget` chooses.
+    these, what `budget` chooses, as a plan afresh.
     Raises DataError for a corpus that is not, UsageError when it or the target is not there.
     """
     files = corpus_files(corpus)
@@ -126,7 +126,10 @@ def make_plan(
         return kept_n
 
     choose = chosen if budget else None
-    return write_segment(out, checked(), row_bytes=settings.row_bytes, sources=sources, notes=notes, choose=choose)
+    afresh = budget is not None
+    return write_segment(
+        out, checked(), row_bytes=settings.row_bytes, sources=sources, notes=notes, choose=choose, afresh=afresh
+    )
 
 
 def planned(

@@ -17,10 +17,10 @@ from pipeline.cache.derived import derive
 from pipeline.cache.disk import clean, need_room, room, size_text, turn
 from pipeline.cache.layout import IDENTITY
 from pipeline.cache.manifest import create_identity
-from pipeline.cache.plan import Plan, load_plan, plan_numbers
+from pipeline.cache.plan import Plan, check_unused, load_plan, plan_numbers, working
 from pipeline.cache.target_folder import has_target
 from pipeline.errors import DataError, UsageError
-from stages.cache_hidden.budget import chooser, forget_plan, is_planned, within_budget
+from stages.cache_hidden.budget import chooser, is_planned, within_budget
 from stages.cache_hidden.corpus import corpus_files, file_sources
 from stages.cache_hidden.gauge import WARN_BELOW, Gauge
 from stages.cache_hidden.options import CaptureOptions
@@ -87,7 +87,8 @@ def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -
         from stages.cache_hidden.shards import capture_shards  # brings torch and transformers
 
         refused = summary(out, planned, settings.columns, 0, 0).refused
-        capture_shards(out, settings, planned, mine, worker.device(options.device), refused)
+        with working(out, planned):
+            capture_shards(out, settings, planned, mine, worker.device(options.device), refused)
     left = len(missing(out, planned, settings.columns)) if work else 0
     if not left:
         derive(out)
@@ -154,8 +155,9 @@ def _make_plan(corpus: str | None, out: Path, settings: Settings, options: Captu
 
     capped = from_hub and options.max_samples is None
     spare, budget = capped and options.budget is None, chooser(settings, options)
-    if budget:
-        forget_plan(out)
+    if budget and plan_numbers(out):
+        check_unused(out)
+        print(f"{out}: nothing of its plan is captured, so this budget makes another", file=sys.stderr)
     before = load_plan(out).samples if options.append else 0
     most = HUB_SAMPLES if capped else options.max_samples
     plan = make_plan(named, out, settings, most, spare_disk=spare, budget=budget)
