@@ -7,6 +7,7 @@ model's name. `trust_remote_code` is never on.
     B samples   T positions   D hidden size   V vocabulary
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +22,13 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import RoomError, UsageError
-from pipeline.target_files import find_target
+from pipeline.target_files import find_target, weight_files, weight_shapes
 from pipeline.target_head import TargetHead
 
 
@@ -39,7 +41,8 @@ def load_target(
     incomplete, RoomError when the device is too small for it.
     """
     folder = find_target(model, revision)
-    loader = _loader(model, folder)
+    loader, config = _loader(model, folder)
+    _check_size(folder, loader, config)
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {device} was asked for, but torch sees no CUDA device; use `--device cpu`")
@@ -64,8 +67,26 @@ def load_target(
     return target.eval().requires_grad_(False)
 
 
-def _loader(model: str, folder: Path) -> type:
-    """Return the transformers class that loads this target with its LM head. UsageError where none does."""
+def _check_size(folder: Path, loader: type, config: PreTrainedConfig) -> None:
+    """UsageError when config.json describes a much larger model than its files hold, before memory is taken for it.
+
+    A config that leaves its sizes out has those of its class, often of a model of billions of parameters, and weights
+    that no file holds would be made up. Packed weights are counted otherwise, so quantised models are not.
+    """
+    if getattr(config, "quantization_config", None):
+        return
+    with torch.device("meta"):
+        described = sum(weight.numel() for weight in loader.from_config(config).parameters())
+    held = sum(math.prod(shape) for path in weight_files(folder) for shape in weight_shapes(path))
+    if described > 2 * held:
+        raise UsageError(
+            f"{folder}: config.json describes a model of {described:,} parameters, its files hold {held:,}; "
+            "fetch its files again"
+        )
+
+
+def _loader(model: str, folder: Path) -> tuple[type, PreTrainedConfig]:
+    """Return the transformers class that loads this target with its LM head, and its config. UsageError for none."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -74,9 +95,9 @@ def _loader(model: str, folder: Path) -> type:
             "may, and code that comes with a model is never run"
         ) from error
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return AutoModelForCausalLM
+        return AutoModelForCausalLM, config
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        return AutoModelForImageTextToText
+        return AutoModelForImageTextToText, config
     raise UsageError(
         f"{model} is a {config.model_type}, which transformers has no language model with an LM head for; "
         "a target is a decoder that writes text"

@@ -184,6 +184,12 @@ def safetensors_header(path: Path) -> bytes:
     return header
 
 
+def weight_shapes(path: Path) -> list[list[int]]:
+    """Return the shapes of a safetensors file's tensors."""
+    tensors = json.loads(safetensors_header(path))
+    return [entry["shape"] for name, entry in tensors.items() if name != "__metadata__"]
+
+
 def target_digest(folder: Path) -> str:
     """Return the target's digest: config, and of each weight file header, size, first and last MiB. 32 hex digits."""
     digest = hashlib.blake2b((folder / CONFIG).read_bytes(), digest_size=16)

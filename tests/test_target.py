@@ -100,6 +100,8 @@ def damage(folder, kind):
     elif kind == "config is no JSON":
         (folder / "config.json").write_text("{")
     elif kind == "not a decoder":
+        (folder / "config.json").write_text(json.dumps({"model_type": "of our own"}))
+    elif kind == "the sizes of its class":
         (folder / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
     elif kind == "no weights":
         weights.unlink()
@@ -121,6 +123,7 @@ def damage(folder, kind):
     [
         ("no config", "without config.json; name the folder"),
         ("config is no JSON", "cannot be read"),
+        ("the sizes of its class", r"describes a model of [\d,]{14} parameters, its files hold [\d,]{6};"),
         ("not a decoder", "names no num_hidden_layers"),
         ("no weights", "lacks model.safetensors"),
         ("cut short", "promises .* fetch it again"),
