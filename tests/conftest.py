@@ -1,8 +1,10 @@
 """Fixtures shared by all tests: a tiny target, a tiny corpus, and their cache. Read-only: copy to change."""
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with Ctrl-C ignored
 
 import pytest
 import torch
