@@ -1,0 +1,97 @@
+"""Whether a draft learns from recoded states what it learns from the states themselves: `python tests/bench/paired.py`.
+
+The bundled target is captured in bfloat16, and the cache recoded to zstd and to int8. The demo's recipe is trained on
+each with the same seeds, two runs of one thread at a time; stop it whenever you like, the same command goes on. Every
+draft is measured on the raw cache's held-out samples, since that is what a target gives it in production. zstd, first
+seed only: the weights, byte for byte. int8: the ratio of accept lengths of each seed, their mean, Student's interval.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from pipeline.accept import accept_spans, summarise
+from pipeline.cache import HiddenCache
+from pipeline.checkpoint import find_checkpoint, load_config, load_draft
+from pipeline.split import split_samples, spread
+
+ROOT = Path(__file__).parents[2]
+TARGET, RECIPE = ROOT / "data/tiny-qwen3", ROOT / "configs/demo.toml"
+# Student's t, 97.5 %, by degrees of freedom
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=6, choices=range(2, len(T_975) + 2))
+    parser.add_argument("--methods", default="dflash,domino")
+    parser.add_argument("--steps", type=int, help="of training, other than the demo's")
+    parser.add_argument("--prompts", type=int, default=320, help="held-out samples to measure on")
+    parser.add_argument("--out", type=Path, default=ROOT / "build/paired")
+    asked = parser.parse_args()
+    caches = make_caches(asked.out)
+    methods = asked.methods.split(",")
+    runs = [(method, seed, codec) for seed in range(asked.seeds) for method in methods for codec in ("raw", "int8")]
+    runs[2 * len(methods) : 2 * len(methods)] = [(method, 0, "zstd") for method in methods]
+    with ThreadPoolExecutor(2) as pool:
+        folders = dict(zip(runs, pool.map(lambda run: trained(*run, caches, asked), runs), strict=True))
+    store = HiddenCache.open(caches["raw"])
+    for method in methods:
+        weights = [
+            (find_checkpoint(folders[method, 0, codec]) / "model.safetensors").read_bytes() for codec in ("raw", "zstd")
+        ]
+        print(f"\n{method}, zstd: the weights are {'equal' if weights[0] == weights[1] else 'NOT EQUAL'} to raw's")
+        ratios = []
+        for seed in range(asked.seeds):
+            raw, int8 = (accept_len(store, folders[method, seed, codec], asked.prompts) for codec in ("raw", "int8"))
+            ratios.append(int8 / raw)
+            print(f"{method}, seed {seed}: accept length {raw:.3f} from raw, {int8:.3f} from int8, {ratios[-1]:.4f}")
+        mean, half = statistics.mean(ratios), T_975[len(ratios) - 2] * statistics.stdev(ratios) / len(ratios) ** 0.5
+        print(f"{method}, int8: ratio {mean:.4f} [{mean - half:.4f}, {mean + half:.4f}] over {len(ratios)} seeds")
+
+
+def make_caches(out: Path) -> dict[str, Path]:
+    """Capture once, recode two copies; what is finished stays. Returns the caches by codec."""
+    caches = {codec: out / codec for codec in ("raw", "zstd", "int8")}
+    pipeline("cache-hidden", "--model", str(TARGET), "--dtype", "bfloat16", "--out", str(caches["raw"]))
+    for codec in ("zstd", "int8"):
+        if not caches[codec].exists():
+            unfinished = out / f"tmp-{codec}"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.copytree(caches["raw"], unfinished)
+            pipeline("recode", str(unfinished), "--codec", codec)
+            unfinished.rename(caches[codec])
+    return caches
+
+
+def trained(method: str, seed: int, codec: str, caches: dict[str, Path], asked: argparse.Namespace) -> Path:
+    """Train a draft, unless that is done; returns its run."""
+    folder = asked.out / f"{method}-{seed}-{codec}-{asked.steps or 'demo'}"
+    sets = [f"draft.method={method}", f"train.seed={seed}", *([f"train.steps={asked.steps}"] if asked.steps else [])]
+    options = [part for entry in sets for part in ("--set", entry)]
+    pipeline("train-draft", str(RECIPE), *options, "--cache", str(caches[codec]), "--out", str(folder))
+    return folder
+
+
+def pipeline(*command: str) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "pipeline", *command], check=True, cwd=ROOT, env=environment)
+
+
+def accept_len(store: HiddenCache, run: Path, count: int) -> float:
+    """The draft's accept length on at most `count` of the cache's held-out samples."""
+    config = load_config(run)
+    heldout = split_samples(store, config.mask_token_id, 0.0, config.target_layer_ids).heldout
+    draft = load_draft(run, store.head()).eval()
+    return summarise(accept_spans(draft, store, spread(store, heldout, count)))["accept_len"]
+
+
+if __name__ == "__main__":
+    main()
