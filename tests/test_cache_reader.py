@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,10 +27,12 @@ from pipeline.cache.layout import INDEX, INDEX_MANIFEST, SAMPLES, shard_folder
 from pipeline.cache.manifest import FileFact, canonical, create_identity, read_canonical
 from pipeline.cache.plan import load_plan, write_segment
 from pipeline.cache.target_folder import HEAD, new_target
+from pipeline.cache.verify import verify
 from pipeline.cache.zarr_shard import SHARD_FILE
 from pipeline.capture import final_rows
 from pipeline.errors import CacheError, DataError, UsageError
 from pipeline.target_head import TargetHead
+from stages.recode.run import run as recode
 
 
 @pytest.fixture(scope="module")
@@ -240,9 +243,9 @@ def test_mapped_states_are_the_same_and_outlive_the_cache(cache, monkeypatch):
         assert np.array_equal(bits(sample.final.contiguous()), bits(whole.final))
 
 
-def rewritten(path, name, **form):
+def rewritten(path, name, shard=0, **form):
     """Write a column's array anew with zarr-python, in some other form, its manifest with it."""
-    folder = shard_folder(path, 0)
+    folder = shard_folder(path, shard)
     manifest = read_canonical(folder / f"{name}.json")
     manifest.pop("hash")
     values = zarr.open_array(folder / name, mode="r")[:]
@@ -282,6 +285,35 @@ def test_arrays_in_a_form_of_others_give_the_same_values(tmp_path, form):
         part = held.read(0, rows=(T // 3, T // 2)).aux
         assert np.array_equal(bits(part), bits(right.aux[:, T // 3 : T // 2].contiguous()))
 
+    assert not verify(path).damaged
+    chunk = next(file for file in (shard_folder(path, 0) / "aux.1" / "c").rglob("*") if file.is_file())
+    flip(chunk, 8 * 100)
+    assert {finding.column for finding in verify(path).damaged} == {"aux.1"}
+    flip(chunk, 8 * 100)
+    recode(path, "zstd")
+    assert np.array_equal(bits(HiddenCache.open(path).read(0).aux), bits(right.aux)) and not verify(path).damaged
+
+
+def test_threads_open_arrays_of_others_one_at_a_time(tmp_path, monkeypatch):
+    path = make_cache(tmp_path / "cache", random_samples(8), COLUMNS[:1])
+    for shard in range(HiddenCache.open(path).shards):
+        rewritten(path, "aux.1", shard, chunks=(16, 8))
+    inside, most, opening = [], [], zarr.open_array
+
+    def slowly(*arguments, **named):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.02)
+        inside.pop()
+        return opening(*arguments, **named)
+
+    monkeypatch.setattr(zarr, "open_array", slowly)
+    before = zarr.config.get("codecs.zstd")
+    held = HiddenCache.open(path)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(held.read, range(8)))
+    assert len(most) >= held.shards > 1 and max(most) == 1 and zarr.config.get("codecs.zstd") == before
+
 
 def test_a_store_that_is_no_folder_gives_the_same_values(tmp_path):
     path = make_cache(tmp_path / "cache", random_samples(1, longest=900, seed=8), COLUMNS[:1])
@@ -293,7 +325,7 @@ def test_a_store_that_is_no_folder_gives_the_same_values(tmp_path):
     out = np.zeros((T, 8), np.uint16)
 
     column = open_column(path, held.columns(0)["aux.1"], load_plan(path).shards[0].bounds)
-    column.read_into(ForeignArray(store, COLUMNS[0], T, "elsewhere"), 0, memoryview(out).cast("B"))
+    column.read_into(ForeignArray(store, T, 8, "bfloat16", "elsewhere"), 0, memoryview(out).cast("B"))
 
     assert np.array_equal(out, bits(held.read(0).aux[0]))
 

@@ -135,15 +135,28 @@ def test_zarr_python_reads_what_zstd_wrote(tmp_path_factory, rows, width, dtype,
         writer.write(part)
     writer.finish()
     assert np.array_equal(zarr.open_array(folder / "a", mode="r")[:rows], values)
-    reader, found = ZstdReader(folder / "a", rows, width, np.dtype(dtype)), np.empty_like(values)
+    reader, found = ZstdReader(folder / "a", zstd_grid(rows, width, np.dtype(dtype))), np.empty_like(values)
     reader.read_into(0, memoryview(found).cast("B"))
     assert np.array_equal(found, values)
 
 
-def test_chunks_are_one_block_of_at_most_a_mebibyte():
-    for rows, width in ((1, 4096), (129, 4096), (523_456, 4096), (70_000, 256), (5, 1 << 19)):
-        grid = zstd_grid(rows, width, np.dtype("<u2"))
-        assert grid.chunk_bytes <= 1 << 20 and grid.shape[0] - rows < grid.chunks
+@pytest.mark.parametrize(
+    ("width", "dtype", "rows"),
+    [
+        (4096, "<u2", 128),
+        (5120, "<u2", 102),
+        (2560, "<u2", 153),
+        (1024, "<u2", 128),
+        (256, "<u2", 512),
+        (256, "<f4", 512),
+        (4096, "<f4", 64),
+        (1 << 20, "<u2", 1),
+    ],
+)
+def test_a_chunk_has_whole_blocks_of_zstd_for_each_byte_and_few_rows(width, dtype, rows):
+    grid = zstd_grid(70_000, width, np.dtype(dtype))
+    assert grid.chunk_rows == rows and (grid.chunk_bytes <= 1 << 20 or rows == 1)
+    assert [zstd_grid(few, width, np.dtype(dtype)).chunk_rows for few in (0, 1, 5)] == [1, 1, min(5, rows)]
 
 
 @pytest.fixture
@@ -158,7 +171,7 @@ def zstd_file(tmp_path):
 
 def read_all(folder: Path) -> None:
     values = np.empty((600, 512), "<f4")
-    ZstdReader(folder, 600, 512, np.dtype("<f4")).read_into(0, memoryview(values).cast("B"))
+    ZstdReader(folder, zstd_grid(600, 512, np.dtype("<f4"))).read_into(0, memoryview(values).cast("B"))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 from pipeline.cache.int8_files import Int8Reader, Int8Writer, group_of
 from pipeline.cache.layout import COLUMN
 from pipeline.cache.zarr_shard import Grid, ShardFile, ShardFileWriter
-from pipeline.cache.zstd import ZstdReader, ZstdWriter
+from pipeline.cache.zstd import ZstdReader, ZstdWriter, zstd_grid
 from pipeline.errors import UsageError
 
 # How a column's dtype lies in memory and on disk; zarr knows no bfloat16, so its bits travel as uint16.
@@ -26,30 +26,44 @@ def _raw_writer(folder: Path, rows: int, width: int, dtype: str) -> ShardFileWri
     return ShardFileWriter(folder, Grid.of(rows, width, DTYPES[dtype]))
 
 
-def _raw_reader(folder: Path, rows: int, width: int, dtype: str) -> ShardFile:
-    return ShardFile(folder, Grid.of(rows, width, DTYPES[dtype]))
-
-
 def _zstd_writer(folder: Path, rows: int, width: int, dtype: str) -> ZstdWriter:
     return ZstdWriter(folder, rows, width, DTYPES[dtype])
 
 
-def _zstd_reader(folder: Path, rows: int, width: int, dtype: str) -> ZstdReader:
-    return ZstdReader(folder, rows, width, DTYPES[dtype])
-
-
 class Codec(NamedTuple):
-    """Made of (folder, rows, width, dtype); int8's writer also of a calibration."""
+    """Writers are made of (folder, rows, width, dtype), int8's also of a calibration.
+
+    grid: how the array of a codec that has but one is cut, and then readers are made of (folder, grid on disk).
+    """
 
     writer: Callable
     reader: Callable
+    grid: Callable[[int, int, np.dtype], Grid] | None = None
 
 
 CODECS = {
-    "raw": Codec(_raw_writer, _raw_reader),  # the values as they are: a sample is one byte range
-    "zstd": Codec(_zstd_writer, _zstd_reader),
+    "raw": Codec(_raw_writer, ShardFile, Grid.of),  # the values as they are: a sample is one byte range
+    "zstd": Codec(_zstd_writer, ZstdReader, zstd_grid),
     "int8": Codec(Int8Writer, Int8Reader),
 }
+
+
+def open_values(codec: str, folder: Path, rows: int, width: int, dtype: str, where: str):
+    """A reader of a column's values: the codec's or, for a form that this program does not write, zarr-python's.
+
+    `where` names the column in errors.
+    """
+    reader, wanted = CODECS[codec].reader, CODECS[codec].grid
+    if wanted is None:
+        return reader(folder, rows, width, dtype)
+    grid = Grid.on_disk(folder, rows, width, DTYPES[dtype])
+    if grid is not None and grid.compressor == wanted(rows, width, DTYPES[dtype]).compressor:
+        return reader(folder, grid)
+    from pipeline.cache.foreign import ForeignArray  # brings zarr-python
+
+    return ForeignArray(folder, rows, width, dtype, where)
+
+
 LOSSY = {"int8"}
 PROMISE = {"int8": 0.012}  # relative error of a token's state, at worst; of the others none
 

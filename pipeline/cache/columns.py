@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.ipc
 import xxhash
 
-from pipeline.cache.codecs import CODECS, DTYPES, LOSSY
+from pipeline.cache.codecs import CODECS, DTYPES, LOSSY, open_values
 from pipeline.cache.int8_files import CHANNELS, Encoded
 from pipeline.cache.layout import BLOCK_ROWS, COLUMN, IDENTITY, SAMPLES, inside, numbered, shard_folder
 from pipeline.cache.manifest import check_file, check_size, read_canonical
@@ -175,10 +175,11 @@ class Column:
         self.ok, self.digests, self.starts, self.escapes = read_sums(root / f"{spec.stem}.arrow", bounds)
 
     def open(self):
-        """A codec's reader of the values."""
+        """A reader of the values, see `codecs.open_values`."""
         try:
-            rows = int(self.bounds[-1])
-            return CODECS[self.spec.codec].reader(self.folder, rows, self.spec.width, self.spec.dtype)
+            spec, rows = self.spec, int(self.bounds[-1])
+            where = f"{self.where}, column {spec.name}"
+            return open_values(spec.codec, self.folder, rows, spec.width, spec.dtype, where)
         except (FileNotFoundError, NotADirectoryError):
             raise CacheError(f"{self.folder}: missing; run `pipeline verify`") from None
 

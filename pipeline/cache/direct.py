@@ -15,7 +15,6 @@ ends the process (SIGBUS) where `preadv` would raise an error.
 
 import contextlib
 import ctypes
-import json
 import mmap
 import os
 from collections.abc import Sequence
@@ -25,13 +24,12 @@ import numpy as np
 import xxhash
 
 from pipeline.cache.codecs import DTYPES
-from pipeline.cache.columns import Column, ColumnSpec
+from pipeline.cache.columns import Column
 from pipeline.cache.layout import BLOCK_ROWS
-from pipeline.cache.zarr_shard import METADATA, SHARD_FILE, Grid
+from pipeline.cache.zarr_shard import SHARD_FILE, Grid
 from pipeline.errors import CacheError
 
 PIECE = 256 << 10  # bytes read and hashed at a time; half of the smallest second-level cache in use
-METADATA_BYTES = 64 << 10  # no `zarr.json` of ours has more
 
 MAP_FIXED = 0x10  # Linux and macOS
 
@@ -64,19 +62,6 @@ class StoredFile:
             os.close(self.fd)
 
 
-def grid_on_disk(folder: Path, spec: ColumnSpec, rows: int) -> Grid | None:
-    """The grid of an array as `zarr_shard` writes it, whatever its chunks and what compresses them; None for others."""
-    try:
-        with open(folder / METADATA, "rb") as file:
-            facts = json.loads(file.read(METADATA_BYTES))
-        inner = facts["codecs"][0]["configuration"]
-        chunk_rows, compressor = inner["chunk_shape"][0], inner["codecs"][1] if len(inner["codecs"]) > 1 else None
-        grid = Grid(rows, spec.width, DTYPES[spec.dtype], chunk_rows, compressor)
-        return grid if chunk_rows > 0 and facts == grid.facts() else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
-
-
 class DirectColumn:
     """A raw column of one shard whose chunks are in order, and which of its blocks are known to be right."""
 
@@ -89,8 +74,10 @@ class DirectColumn:
     @classmethod
     def of(cls, column: Column) -> "DirectColumn | None":
         """The column, if its values can be read directly; None when another reader has to."""
-        rows = int(column.bounds[-1])
-        grid = grid_on_disk(column.folder, column.spec, rows) if column.spec.codec == "raw" and rows else None
+        spec, rows = column.spec, int(column.bounds[-1])
+        if spec.codec != "raw" or not rows:
+            return None
+        grid = Grid.on_disk(column.folder, rows, spec.width, DTYPES[spec.dtype])
         if grid is None or grid.compressor is not None:
             return None
         direct = cls(column, grid)

@@ -6,33 +6,36 @@ bounded before it is decoded, so that a small file cannot take the machine's mem
 
 import functools
 import math
+import threading
 from collections.abc import Iterator
 
 import numpy as np
 
 from pipeline.cache.codecs import DTYPES
-from pipeline.cache.columns import ColumnSpec
 from pipeline.errors import CacheError
 
 CHUNK_BYTES = 64 << 20  # an array with larger chunks is refused
+AT_ONCE = 4 << 20  # bytes read at a time, or a chunk
 PLAIN = {"bytes", "transpose", "crc32c", "sharding_indexed"}  # they decode to no more than the chunk's shape says
 SLACK = 64 << 10  # what an earlier compressor or a checksum may add to a chunk
+_OPENING = threading.Lock()  # zarr-python's settings are the process's: a thread that leaves would undo another's
 
 
 class ForeignArray:
     """The values of a column as an array in a zarr `store` (a path or any of zarr-python's). For many threads."""
 
-    def __init__(self, store, spec: ColumnSpec, rows: int, where: str):
+    in_order = False  # its files' bytes are not the values
+
+    def __init__(self, store, rows: int, width: int, dtype: str, where: str):
         """`where` names the column in errors. Raises CacheError for an array that is not this column's."""
         import zarr
 
-        self.spec, self.where = spec, where
-        with self._errors(), zarr.config.set(_bounded_codecs()):
+        self.path, self.where, self.width, self.dtype = store, where, width, DTYPES[dtype]
+        with self._errors(), _OPENING, zarr.config.set(_bounded_codecs()):
             self.array = array = zarr.open_array(store, mode="r")
-        wanted = DTYPES[spec.dtype]
-        if array.ndim != 2 or array.shape[0] < rows or array.shape[1] != spec.width or array.dtype != wanted:
+        if array.ndim != 2 or array.shape[0] < rows or array.shape[1] != width or array.dtype != self.dtype:
             raise CacheError(
-                f"{where}: an array {array.shape} of {array.dtype}, wanted {(rows, spec.width)} of {wanted}; "
+                f"{where}: an array {array.shape} of {array.dtype}, wanted {(rows, width)} of {self.dtype}; "
                 "run `pipeline verify`"
             )
         self._check_codecs(array.metadata.codecs)
@@ -40,12 +43,16 @@ class ForeignArray:
         whole = array.chunks if len(array.metadata.codecs) == 1 or not array.shards else array.shards
         size = math.prod(whole) * array.dtype.itemsize
         if size > CHUNK_BYTES:
-            raise CacheError(f"{where}: chunks of {size} bytes, more than {CHUNK_BYTES}; run `pipeline recode`")
+            raise CacheError(f"{where}: chunks of {size} bytes, more than {CHUNK_BYTES}; write smaller ones")
+        # as many whole chunks as fit, since a chunk is decoded whole
+        self._step = whole[0] * max(1, AT_ONCE // (whole[0] * width * self.dtype.itemsize))
 
     def _check_codecs(self, codecs) -> None:
         for codec in codecs:
             name = codec.to_dict()["name"]
-            if name not in PLAIN | {*_bounded_classes()}:
+            bounded = _bounded_classes().get(name)
+            assert bounded is None or type(codec) is bounded, f"{codec} would decode to any size"
+            if name not in PLAIN and not bounded:
                 raise CacheError(
                     f"{self.where}: codec {name!r} decodes to any size; write it again with one of "
                     f"{', '.join(sorted(PLAIN | {*_bounded_classes()}))}"
@@ -53,12 +60,16 @@ class ForeignArray:
             self._check_codecs(getattr(codec, "codecs", ()))
 
     def pieces(self, first: int, count: int) -> Iterator[tuple[int, int]]:
-        """What is best read at a time: all of it, since a chunk is decoded whole."""
-        yield first, first + count
+        """Cut `count` rows from `first` on at chunks' ends: zarr-python needs as much memory again for each piece."""
+        stop = first + count
+        while first < stop:
+            end = min((first // self._step + 1) * self._step, stop)
+            yield first, end
+            first = end
 
     def read_into(self, first_row: int, out: memoryview) -> None:
         """Fill `out`, whole rows as flat bytes, from `first_row` on."""
-        rows = np.frombuffer(out, DTYPES[self.spec.dtype]).reshape(-1, self.spec.width)
+        rows = np.frombuffer(out, self.dtype).reshape(-1, self.width)
         with self._errors():
             rows[:] = self.array[first_row : first_row + len(rows)]
 

@@ -1,7 +1,7 @@
 """The columns of a cache that are being read: their checksums, which are kept, and their files, the last used open.
 
-Raw columns of local files are read directly (`direct.py`), other codecs through theirs, and whatever has a form that
-this program does not write through zarr-python (`foreign.py`). Safe for many threads; nothing on disk is locked.
+Raw columns of local files are read directly (`direct.py`), others by what `codecs.open_values` finds for them. Safe for
+many threads; nothing on disk is locked.
 """
 
 import threading
@@ -10,17 +10,11 @@ from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 from pipeline.cache.catalog import Catalog
-from pipeline.cache.codecs import DTYPES
 from pipeline.cache.columns import Column, open_column
-from pipeline.cache.direct import DirectColumn, MappedColumns, grid_on_disk
-from pipeline.cache.foreign import ForeignArray
+from pipeline.cache.direct import DirectColumn, MappedColumns
 from pipeline.cache.layout import BLOCK_ROWS
 from pipeline.cache.samples import ShardPlan
-from pipeline.cache.zarr_shard import Grid
-from pipeline.cache.zstd import zstd_grid
 
-# How arrays of states are cut, by codec. int8 is no such array: what zarr-python read of it would have to be decoded.
-GRIDS = {"raw": Grid.of, "zstd": zstd_grid}
 OPEN_FILES = 128  # files kept open: a small cache whole, and half of what macOS grants a process
 
 
@@ -31,12 +25,7 @@ class CodedColumn:
         self.column = column
 
     def open(self):
-        spec, rows = self.column.spec, int(self.column.bounds[-1])
-        if spec.codec not in GRIDS or not rows:
-            return self.column.open()
-        if grid_on_disk(self.column.folder, spec, rows) == GRIDS[spec.codec](rows, spec.width, DTYPES[spec.dtype]):
-            return self.column.open()
-        return ForeignArray(self.column.folder, spec, rows, f"{self.column.where}, column {spec.name}")
+        return self.column.open()
 
     def read(self, file, row: int, first: int, out: memoryview) -> None:
         """Fill `out`, flat bytes, with the rows of sample `row` from `first` on, any row of it."""

@@ -42,6 +42,7 @@ from pipeline.cache.manifest import PIECE, check_file, check_size, read_canonica
 from pipeline.cache.plan import Plan, load_plan
 from pipeline.cache.samples import PlannedSample, ShardPlan, make_batch, read_batch, sample_id
 from pipeline.cache.target_folder import target_manifest
+from pipeline.cache.zarr_shard import METADATA
 from pipeline.errors import CacheError, UsageError
 
 SHOWN = 8  # damaged samples named, of a column with more
@@ -269,29 +270,28 @@ class _Check:
                 refused = sorted(int(row) for row in manifest["refused"])
                 if manifest["rows"] != column.bounds[-1] or refused != np.flatnonzero(~column.ok).tolist():
                     self.damage(sums, "rows or refused samples are not its manifest's", number, name)
-        values = None
-        if column:
+        rest = {file: fact for file, fact in manifest["files"].items() if file not in (SAMPLES, f"{spec.stem}.arrow")}
+        form = [file for file in rest if file.endswith(METADATA)]  # it decides how the rest is to be read
+        if all([self.file(f"{here}/{file}", rest.pop(file), number, name) for file in form]) and column:
             with self.guard(f"{here}/{spec.stem}", number, name):
                 reader = column.open()
                 values = reader.path.relative_to(self.path / here).as_posix()
-                self.values(f"{here}/{values}", column, reader, manifest["files"][values])
-        for file, fact in manifest["files"].items():
-            if file not in (SAMPLES, f"{spec.stem}.arrow", values):
-                self.file(f"{here}/{file}", fact, number, name)
+                self.values(f"{here}/{values}", column, reader, rest.pop(values) if reader.in_order else None)
+        for file, fact in rest.items():
+            self.file(f"{here}/{file}", fact, number, name)
 
-    def values(self, file: str, column: Column, reader, fact: dict) -> None:
-        """Check blocks and file digest, in one pass where the file holds the values as they are."""
+    def values(self, file: str, column: Column, reader, fact: dict | None) -> None:
+        """Check blocks; and the digest of the file in the same pass where it holds the values as they are."""
         number, name = int(file.split("/")[1]), column.spec.name
-        if not reader.in_order:
-            self.file(file, fact, number, name)
         with self.guard(file, number, name):
-            check_size(inside(self.path, file), fact)
             digest = xxhash.xxh3_128()
-            damaged = _damaged_rows(column, reader, digest) if reader.in_order else column.damaged_samples(reader)
+            if fact:
+                check_size(inside(self.path, file), fact)
+            damaged = _damaged_rows(column, reader, digest) if fact else column.damaged_samples(reader)
             if damaged:
                 shown = ", ".join(map(str, damaged[:SHOWN])) + (", ..." if len(damaged) > SHOWN else "")
                 self.damage(file, f"the values of samples {shown} of the shard", number, name)
-            if reader.in_order:
+            if fact:
                 with open(reader.path, "rb", buffering=0) as rest:
                     rest.seek(int(column.bounds[-1]) * column.spec.row_bytes)
                     while piece := rest.read(PIECE):

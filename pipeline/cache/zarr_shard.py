@@ -27,6 +27,7 @@ from pipeline.errors import CacheError
 METADATA = "zarr.json"
 SHARD_FILE = "c/0/0"
 CHUNK_BYTES = 3 << 20  # aimed at; chunks of an array beyond 4 MiB come out at 2-4 MiB
+METADATA_BYTES = 64 << 10  # no `zarr.json` of ours has more
 PIECE = 512 << 10  # bytes read or written and hashed at a time: still in the CPU's own cache when they are hashed
 _ZEROS = bytes(1 << 20)
 
@@ -49,6 +50,23 @@ class Grid:
         """Chunks of about equal size, so that the last one wastes less than a row a chunk."""
         chunks = max(1, round(rows * width * dtype.itemsize / CHUNK_BYTES))
         return Grid(rows, width, dtype, max(1, -(-rows // chunks)))
+
+    @staticmethod
+    def on_disk(folder: Path, rows: int, width: int, dtype: np.dtype) -> "Grid | None":
+        """The grid of an array as this module writes it, whatever its chunks and what compresses them; None for others.
+
+        No chunk has more rows than the array.
+        """
+        try:
+            with open(folder / METADATA, "rb") as file:
+                facts = json.loads(file.read(METADATA_BYTES))
+            inner = facts["codecs"][0]["configuration"]
+            chunk_rows, compressor = inner["chunk_shape"][0], inner["codecs"][1] if len(inner["codecs"]) > 1 else None
+            grid = Grid(rows, width, dtype, chunk_rows, compressor)
+            known = type(chunk_rows) is int and 0 < chunk_rows <= max(1, rows) and facts == grid.facts()
+            return grid if known else None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return None
 
     @cached_property
     def row_bytes(self) -> int:
