@@ -156,16 +156,13 @@ def verify(cache, repair, deep, model, device, as_json):
     it writes again; what is sound is not touched.
     """
     from pipeline.report import verify_table
-    from stages.cache_hidden.repair import checked
+    from stages.cache_hidden.repair import checked, remedy
 
     report = checked(cache, repair, deep, model, device)
     show(report.as_dict(), as_json, verify_table)
     if report.damaged:
-        first = report.damaged[0]
-        raise CacheError(
-            f"{cache}: {len(report.damaged)} damaged, the first {first.file} ({first.what}); "
-            "`pipeline verify --repair --model TARGET` makes it again"
-        )
+        first, what_to_do = report.damaged[0], remedy(cache, model, repair)
+        raise CacheError(f"{cache}: {len(report.damaged)} damaged, the first {first.file} ({first.what}); {what_to_do}")
 
 
 @commands.command()
@@ -266,7 +263,8 @@ def console():
     """A rich console as wide as the terminal, at least 110 columns where there is none."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    width = None if sys.stdout.isatty() else 110
+    return Console(width=width, highlight=False, markup=False, emoji=False)  # a corpus may say [/b], and means it
 
 
 def show(report: dict, as_json: bool, table) -> None:
@@ -291,7 +289,9 @@ def main(arguments: list[str] | None = None) -> None:
         commands.main(arguments, prog_name="pipeline", standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, click.exceptions.Abort):
-        sys.exit(_complain("interrupted; the same command goes on where this one stopped", 130, debug))
+        sys.exit(
+            _complain("interrupted; what is finished is kept, and the same command goes on from there", 130, debug)
+        )
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "pipeline"
         sys.exit(_complain(f"error: {error.format_message()} (`{command} --help` lists what there is)", 2, debug))

@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from pipeline.errors import RoomError, UsageError
 from pipeline.target_files import find_target, weight_files, weight_shapes
 from pipeline.target_head import TargetHead
+from pipeline.tensors import find_device
 
 
 def load_target(
@@ -43,9 +44,7 @@ def load_target(
     folder = find_target(model, revision)
     loader, config = _loader(model, folder)
     _check_size(folder, loader, config)
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device {device} was asked for, but torch sees no CUDA device; use `--device cpu`")
+    device = find_device(device)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else "auto"
     elif isinstance(dtype, str):

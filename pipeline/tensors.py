@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipeline.errors import UsageError
+
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write tensors of any device. Not atomic: the caller syncs and renames.
@@ -24,6 +26,20 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def find_device(named: str | torch.device | None) -> torch.device:
+    """Return the device asked for, or CUDA if there is one. UsageError when it is not there."""
+    wanted = named or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(wanted)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        cause = str(error).split("\n")[0]
+        raise UsageError(
+            f"device {wanted}: {cause}; pass --device cpu, or leave it out to take what is there"
+        ) from None
+    return found
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -1,5 +1,6 @@
 """More corpus onto a cache: what is there stays, what is new is captured once, and training is told."""
 
+import shlex
 import shutil
 
 import pytest
@@ -9,9 +10,10 @@ from tiny import conversations, write_jsonl
 from pipeline.cache import HiddenCache
 from pipeline.cache.plan import load_plan
 from pipeline.cache.verify import verify
+from pipeline.cli import main
 from pipeline.errors import UsageError
 from stages.cache_hidden.options import CaptureOptions
-from stages.cache_hidden.run import run
+from stages.cache_hidden.run import plan, run
 
 MORE = conversations(24) + conversations(20, seed=1)  # the first 24 are there already
 
@@ -100,6 +102,13 @@ def test_a_corpus_of_known_samples_adds_none(tiny_target, cache, tmp_path, capsy
     assert (done.new_shards, done.samples) == (0, 44)
     assert "part.jsonl adds none, all are among the 44 there" in capsys.readouterr().err
     assert contents(cache) == before
+
+
+def test_the_command_printed_for_an_append_works_though_it_adds_nothing(tiny_target, cache, tmp_path, capsys):
+    part = write_jsonl(tmp_path / "part.jsonl", MORE[20:30])
+    planned = plan(str(tiny_target), str(part), cache, options=CaptureOptions(max_length=256, append=True))
+    main(shlex.split(planned["command"])[1:])
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def test_another_corpus_is_not_added_unless_that_was_said(tiny_target, cache, tmp_path):

@@ -196,6 +196,7 @@ def test_a_budget_too_small_for_a_sample_says_what_would_do(planned, tmp_path):
         ({"budget": "1GB", "methods": "dflash,dominoo"}, "no method `dominoo`, did you mean `domino`"),
         ({"methods": "dflash"}, "give --budget too"),
         ({"seed": 3}, "give --budget too"),
+        ({"device": "gpu"}, "--device gpu: wanted cpu, cuda, or one of several such as cuda:1"),
     ],
 )
 def test_options_that_make_no_sense(planned, options, says):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tiny import write_jsonl
+from tiny import conversations, write_jsonl
 
 from pipeline.cache.manifest import read_canonical, write_canonical
 from pipeline.cli import main
@@ -84,6 +85,32 @@ def test_a_damaged_shard_is_found_by_verify_and_by_training(ends, cache, tmp_pat
     code, line = ends("train-draft", "--cache", cache, "--out", tmp_path / "run", "--set", "train.steps=2")
     assert code == 4
     assert "aux.3" in line
+
+
+def test_the_command_that_repairs_works_as_it_is_printed(ends, cache):
+    flip(cache / "shards/000001/aux.3.arrow", 900)
+    code, line = ends("verify", cache)
+    words = shlex.split(line.split("`")[1])
+    assert code == 4 and words[:2] == ["pipeline", "verify"]
+    assert ends(*words[1:]) == (0, "")
+
+
+def test_damage_that_no_repair_makes_right_is_not_sent_round_again(ends, cache):
+    shutil.copytree(cache / "shards/000001", cache / "shards/000099")
+    code, line = ends("verify", cache, "--repair")
+    assert code == 4 and "shards/000099 (not in the plan); no repair makes it right; move it out" in line
+
+
+def test_what_a_corpus_says_is_shown_as_it_stands(tiny_target, tmp_path, capfd):
+    """Were it read as markup, `[/b]` would end the command with a trace and `[red]` would not be seen."""
+    rows = conversations(24)
+    rows[0]["messages"][0]["role"] = "[/b]"
+    rows[1]["domain"], rows[2]["domain"] = "[red]", ":smile:"
+    corpus = write_jsonl(tmp_path / "[bold]chats.jsonl", rows)
+    main(["plan", "--model", str(tiny_target), "--corpus", str(corpus), "--out", str(tmp_path / "[c]")])
+    shown = capfd.readouterr().out
+    for text in ("[/b]", "[red] 1", ":smile: 1", "[bold]chats.jsonl", "plan of", "[c]"):
+        assert text in shown, text
 
 
 def test_a_recipe_with_a_misspelt_key(ends, cache, tmp_path):

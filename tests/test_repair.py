@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 
 import pytest
 from cache_maker import flip
@@ -9,12 +10,15 @@ from kill_capture import contents
 from test_cache_hidden import other_weights
 from tiny import conversations, write_jsonl
 
+import pipeline.cache.disk as disk
 from pipeline.cache.layout import IDENTITY, INDEX, PLAN, SAMPLES
 from pipeline.cache.manifest import canonical, read_canonical
+from pipeline.cache.plan import load_plan
 from pipeline.cache.verify import verify
 from pipeline.errors import CacheError, UsageError
 from stages.cache_hidden.options import CaptureOptions
-from stages.cache_hidden.repair import checked, repair
+from stages.cache_hidden.repair import _settings as repair_settings
+from stages.cache_hidden.repair import check_weights, checked, repair
 from stages.cache_hidden.run import run
 
 VALUES = "shards/000003/aux.3/c/0/0"
@@ -122,7 +126,9 @@ def test_what_needs_no_target_asks_for_none_and_what_does_says_so(tiny_target, c
     assert not repair(cache, None, None).damaged and contents(cache) == whole
     assert not repair(cache, None, None).damaged, "and with nothing damaged nothing is done"
     flip(cache / VALUES, 777)
-    with pytest.raises(UsageError, match=r"only the target can make again what is lost .*--model tiny-random"):
+    with pytest.raises(
+        UsageError, match=r"only the target can make again what .* has lost or lacks; .*--model .*tiny-random`"
+    ):
         repair(cache, None, None)
 
 
@@ -159,6 +165,46 @@ def test_an_old_manifest_comes_back_whatever_versions_made_it(tiny_target, cache
     (folder / "aux.3.json").write_bytes(canonical(manifest))
     assert not repair(cache, str(tiny_target), "cpu").damaged
     assert "shard 000003, aux.3: right by the probe, but not the bytes that were lost" in capsys.readouterr().err
+
+
+def test_who_waited_for_another_repair_does_not_make_it_all_again(tiny_target, cache, captured, tmp_path, monkeypatch):
+    """Both saw the damage; were both to replace the columns, the first would end on files that the second removes."""
+    whole, good = contents(cache), (cache / VALUES).read_bytes()
+    flip(cache / VALUES, 777)
+    waits, sleep = threading.Event(), disk.time.sleep
+    monkeypatch.setattr(disk.time, "sleep", lambda seconds: (waits.set(), sleep(seconds)))
+    found = []
+    second = threading.Thread(target=lambda: found.append(repair(cache, str(tiny_target), "cpu")))
+    with disk.turn(cache, "repair"):
+        second.start()
+        assert waits.wait(60)
+        (cache / VALUES).write_bytes(good)
+    second.join()
+
+    assert captured == set() and contents(cache) == whole
+    assert not found[0].damaged
+
+
+def test_a_repair_counts_the_files_it_looked_at_again(tiny_target, cache):
+    flip(cache / VALUES, 777)
+    report = repair(cache, str(tiny_target), "cpu")
+    assert 15 < report.files < verify(cache).files and not report.foreign
+
+
+def test_the_target_of_a_repair_is_of_the_revision_that_was_captured(tiny_target, cache, monkeypatch):
+    """`verify` has no --revision: a hub name alone would give what the hub has today."""
+    identity = {key: value for key, value in read_canonical(cache / IDENTITY).items() if key != "hash"}
+    identity["target"]["revision"] = "abc"
+    asked = []
+    find = lambda model, revision=None: asked.append(revision) or tiny_target  # noqa: E731
+    monkeypatch.setattr("stages.cache_hidden.settings.find_target", find)
+    monkeypatch.setattr("stages.cache_hidden.repair.find_target", find)
+    (cache / IDENTITY).write_bytes(canonical(identity))
+
+    repair_settings(cache, load_plan(cache), {}, "org/name")
+    with pytest.raises(CacheError, match="belongs to another cache"):
+        check_weights(cache, "org/name")
+    assert asked == ["abc", "abc"]
 
 
 def test_an_appended_cache_is_repaired_to_its_bytes(tiny_target, cache, tmp_path):

@@ -166,6 +166,8 @@ def test_cuda_asked_for_where_there_is_none(tiny_target):
         pytest.skip("there is one")
     with pytest.raises(UsageError, match="--device cpu"):
         load_target(str(tiny_target), device="cuda")
+    with pytest.raises(UsageError, match=r"device gpu: .*--device cpu"):
+        load_target(str(tiny_target), device="gpu")
 
 
 def test_the_digest_tells_targets_apart_and_knows_a_moved_one(tiny_target, copy):

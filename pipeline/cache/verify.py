@@ -91,8 +91,7 @@ def verify(path: Path | str, only: set[int] | None = None) -> Report:
     check.target(captured)
     check.calibration(columns)
     check.quarantine(plan, columns)
-    if only is None:
-        check.foreign()
+    check.foreign(only is None)
     return check.report
 
 
@@ -311,8 +310,8 @@ class _Check:
             if plan and wanted != ((self.path / file).read_bytes() if there else b""):
                 self.unfinished(file, "not of the columns there are; the next `pipeline cache-hidden` makes it again")
 
-    def foreign(self) -> None:
-        """Count the files of the cache, and name those that nothing accounts for."""
+    def foreign(self, whole: bool) -> None:
+        """Count the files checked and, of a whole cache, name those that nothing accounts for."""
         for folder, below, files in os.walk(self.path):
             below[:] = sorted(name for name in below if not name.startswith(SCRATCH))
             links = [name for name in below if os.path.islink(os.path.join(folder, name))]
@@ -322,7 +321,7 @@ class _Check:
                 if file in self.known:
                     self.report.files += 1
                     self.report.bytes += path.lstat().st_size
-                elif not name.startswith(SCRATCH):
+                elif whole and not name.startswith(SCRATCH):
                     self.report.foreign.append(file)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from pipeline.errors import UsageError
 
+DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?", re.IGNORECASE)
 
 
@@ -37,6 +38,8 @@ class CaptureOptions:
             size_bytes(self.budget)
         elif self.methods is not None or self.seed:
             raise UsageError("--methods and --seed say what a budget may leave out; give --budget too")
+        if self.device is not None and not DEVICE.fullmatch(self.device):
+            raise UsageError(f"--device {self.device}: wanted cpu, cuda, or one of several such as cuda:1")
         if self.max_length is not None and self.max_length < 2:
             raise UsageError(f"--max-length {self.max_length}: a sample is two tokens at least")
 

@@ -7,6 +7,7 @@ other versions made them, it says so. Stop it whenever you like: the same comman
 """
 
 import json
+import shlex
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from pipeline.cache.columns import ColumnSpec, column_manifest, committed
 from pipeline.cache.derived import derive, restore_segments, shard_columns
-from pipeline.cache.disk import clean, need_room, size_text
+from pipeline.cache.disk import clean, need_room, room, size_text, turn
 from pipeline.cache.layout import (
     CALIBRATION,
     IDENTITY,
@@ -56,7 +57,7 @@ def checked(out: Path, mend: bool, deep: bool, model: str | None, device: str | 
 
 def check_weights(out: Path, model: str) -> None:
     """Read every byte of the target's weights. UsageError when they are not those that the cache was captured with."""
-    folder = find_target(model)
+    folder = find_target(model, revision_of(out))
     for name, fact in target_json(out, WEIGHTS).items():
         try:
             check_file(folder / Path(name).name, fact)
@@ -76,8 +77,15 @@ def repair(out: Path, model: str | None, device: str | None) -> Report:
     before = verify(out)
     if not before.damaged and not before.missing:
         return before
-    if any(finding.file == IDENTITY for finding in before.damaged):
-        restore_identity(out)
+    with room(out, "what is repaired"), turn(out, "repair"):  # who waited looks again at what was damaged
+        if any(finding.file == IDENTITY for finding in before.damaged):
+            restore_identity(out)
+        found = {finding.shard for finding in (*before.damaged, *before.missing)}
+        return _repaired(out, verify(out, found), model, device)
+
+
+def _repaired(out: Path, before: Report, model: str | None, device: str | None) -> Report:
+    """Repair what is `before` damaged, and look at that again."""
     plan = _whole_plan(out)
     for name in derive(out):
         _say(f"{name}: made again")
@@ -87,7 +95,20 @@ def repair(out: Path, model: str | None, device: str | None) -> Report:
     if drop_damaged_calibrations(out, before) or lost or target_lost:
         _capture_again(out, plan, lost, model, device)
     derive(out)
-    return verify(out, {shard for shard, _ in lost})
+    return verify(out, {shard for shard, _ in lost} | {finding.shard for finding in before.damaged})
+
+
+def revision_of(out: Path) -> str | None:
+    """Return the revision of the hub that a cache's target is of; None where it came from a folder."""
+    return read_canonical(out / IDENTITY)["target"]["revision"] or None
+
+
+def remedy(out: Path, model: str | None, mended: bool) -> str:
+    """Return what to do about damage: a command to paste, with the target as the last capture named it."""
+    if mended:
+        return "no repair makes it right; move it out of the cache and repair again"
+    model = model or read_record(out).get("request", {}).get("model", "TARGET")
+    return f"`{shlex.join(['pipeline', 'verify', str(out), '--repair', '--model', model])}` makes it again"
 
 
 def _say(line: str) -> None:
@@ -153,7 +174,7 @@ def _has_its_samples(out: Path, shard: ShardPlan) -> bool:
             return True
     except CacheError:
         pass
-    path.unlink()
+    path.unlink(missing_ok=True)
     return False
 
 
@@ -189,8 +210,7 @@ def drop_damaged_calibrations(out: Path, report: Report) -> bool:
 
 def _capture_again(out: Path, plan: Plan, lost: Lost, model: str | None, device: str | None) -> None:
     if model is None:
-        name = read_canonical(out / IDENTITY)["target"]["name"]
-        raise UsageError(f"only the target can make again what is lost of {out}: pass --model {name}")
+        raise UsageError(f"only the target can make again what {out} has lost or lacks; {remedy(out, model, False)}")
     settings = _settings(out, plan, lost, model)
     wanted = [
         (shard, [spec for spec in settings.columns if (shard.number, spec.name) in lost]) for shard in plan.shards
@@ -219,6 +239,7 @@ def _settings(out: Path, plan: Plan, lost: Lost, model: str) -> Settings:
     held = read_canonical(out / IDENTITY)
     options = CaptureOptions(
         layers="-1",
+        revision=revision_of(out),
         max_length=held["samples"]["max_length"],
         batch_tokens=held["capture"]["batch_tokens"],
         dtype=held["capture"]["dtype"],

@@ -158,7 +158,7 @@ def plan_table(report: dict):
     rows += [
         ("in all", f"{size_text(report['bytes_in_all'])} in {report['shards']} shards, {report['shards_done']} done"),
         ("to write", f"{size_text(report['bytes_to_write'])}, {size_text(report['free_bytes'])} free: {room}"),
-        ("time", time_text(report["time"])),
+        ("time", time_text(report["time"]) if report["bytes_to_write"] else "none, everything is captured"),
         ("domains", ", ".join(f"{name} {count:,}" for name, count in report["domains"].items())),
         ("splits", ", ".join(f"{name} {count:,}" for name, count in report["splits"].items())),
     ]
@@ -170,6 +170,8 @@ def plan_table(report: dict):
 
 def price_table(report: dict):
     """Return the bytes of every column in every codec, side by side; those chosen are marked."""
+    from rich.text import Text
+
     from pipeline.report import grid
 
     table = grid("", *(f">{codec}" for codec in report["prices"]))
@@ -177,7 +179,7 @@ def price_table(report: dict):
         chosen = report["codecs"].get(name)
         sizes = {codec: size_text(found[name]) for codec, found in report["prices"].items()}
         table.add_row(
-            name, *(f"[bold]{size} *[/]" if codec == chosen else f"{size}  " for codec, size in sizes.items())
+            name, *(Text(f"{size} *", "bold") if codec == chosen else f"{size}  " for codec, size in sizes.items())
         )
     return table
 
@@ -229,4 +231,4 @@ def capture_command(model: str, corpus: str | None, out: Path, options: CaptureO
         "--revision": options.revision,
     }
     words = [word for name, value in stated.items() if value is not None for word in (name, str(value))]
-    return shlex.join(["pipeline", "cache-hidden", *words])
+    return shlex.join(["pipeline", "cache-hidden", *words, *["--append"] * options.append])

@@ -42,10 +42,8 @@ class Speed:
         }
 
 
-def measure(out: Path, work: Work, settings: Settings, device: str) -> Speed | None:
-    """Probe disk and target; None where nothing is left to do. Raises RoomError, and what loading a target raises."""
-    if not work:
-        return None
+def measure(out: Path, work: Work, settings: Settings, device: str) -> Speed:
+    """Probe disk and target for work that is left. Raises RoomError, and what loading a target raises."""
     return Speed(disk_speed(out), target_speed(work, settings, device))
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from pipeline import tensors
 from pipeline.cache import HiddenCache
 from pipeline.drafts import DRAFTS, Draft, init_weights
-from pipeline.errors import UsageError
 from pipeline.recipe import Resolved, load_recipe, resolve
 from pipeline.split import Split, split_samples
 from stages.train_draft.folder import default_folder, enter, finish, finished, held
@@ -112,18 +112,9 @@ def make_draft(resolved: Resolved, store: HiddenCache, where: torch.device) -> D
 
 
 def find_device(device: str | None) -> torch.device:
-    """Return the device asked for, or CUDA if there is one. UsageError when it is not there."""
+    """Return the device asked for, or CUDA if there is one, as repeatable as it gets. UsageError."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs in order to repeat to the bit
-    wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(wanted)
-        torch.empty(1, device=found)
-    except (RuntimeError, AssertionError) as error:
-        cause = str(error).split("\n")[0]
-        raise UsageError(
-            f"device {wanted}: {cause}; pass --device cpu, or leave it out to take what is there"
-        ) from None
-    return found
+    return tensors.find_device(device)
 
 
 def machine(where: torch.device) -> dict[str, str]:
