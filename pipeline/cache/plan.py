@@ -26,6 +26,7 @@ from pipeline.errors import CacheError, DataError, UsageError
 
 SHARD_BYTES = 4 << 30  # of raw states, over the columns first asked for
 SHARDS_AT_LEAST = 16  # so that a small plan, too, is kept as it goes
+FORWARD_TOKENS = 128  # what a forward costs besides its tokens: an H100 reads the weights in the time of so many
 _SPOOL_TOKENS = 1 << 20
 
 
@@ -331,15 +332,25 @@ def _shards_of(path: Path, manifest: dict) -> list[ShardPlan]:
 def micro_batches(lengths: Sequence[int] | np.ndarray, batch_tokens: int) -> list[range]:
     """Cut a shard's samples, in their order, into batches of at most `batch_tokens` padded tokens (at least a sample).
 
-    A pure function of the lengths, so that a capture computes the same batches whoever runs it and however often it
-    was stopped.
+    Of all cuts the cheapest, padding and forwards counted in tokens. A pure function of the lengths, so that a capture
+    computes the same batches whoever runs it and however often it was stopped.
     """
-    batches, first, longest = [], 0, 0
-    for row, length in enumerate(int(length) for length in lengths):
-        longest = max(longest, length)
-        if row > first and longest * (row + 1 - first) > batch_tokens:
-            batches.append(range(first, row))
-            first, longest = row, length
-    if len(lengths):
-        batches.append(range(first, len(lengths)))
-    return batches
+    lengths = [int(length) for length in lengths]
+    least, begins = [0], [0]  # for the samples before each end: what they cost, where their last batch begins
+    for end in range(1, len(lengths) + 1):
+        longest = tokens = 0
+        found = None
+        for first in range(end - 1, -1, -1):
+            longest, tokens = max(longest, lengths[first]), tokens + lengths[first]
+            padded = longest * (end - first)
+            cost = padded - tokens + FORWARD_TOKENS
+            if found and (padded > batch_tokens or cost > found[0]):  # and every longer batch costs more still
+                break
+            found = min(found or (least[first] + cost, first), (least[first] + cost, first))
+        least.append(found[0])
+        begins.append(found[1])
+    batches, end = [], len(lengths)
+    while end:
+        batches.append(range(begins[end], end))
+        end = begins[end]
+    return batches[::-1]
