@@ -92,10 +92,13 @@ class TargetHead:
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 facts = json.loads((file.metadata() or {})[FACTS])
+                scale, cap = float(facts["embed_scale"]), facts["logit_softcap"]
                 embed_VD = file.get_tensor(EMBEDDING)
                 head_VD = embed_VD if facts["tied"] else file.get_tensor(HEAD)
-                head = cls(embed_VD, head_VD, facts["embed_scale"], facts["logit_softcap"])
-        except (SafetensorError, FileNotFoundError, KeyError, json.JSONDecodeError) as error:
+                if embed_VD.ndim != 2 or embed_VD.shape != head_VD.shape or not embed_VD.is_floating_point():
+                    raise ValueError(f"embedding {tuple(embed_VD.shape)} and head {tuple(head_VD.shape)}")
+                head = cls(embed_VD, head_VD, scale, None if cap is None else float(cap))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise CacheError(
                 f"{path} is not a target's embedding and head ({type(error).__name__}: {error}); "
                 "run `pipeline verify` on its cache, and capture again what it names"

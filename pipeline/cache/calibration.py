@@ -24,6 +24,7 @@ TOKENS = 65_536  # of the samples looked at, or all there are
 TRIMMED = 0.005  # of the values at either end, which are left out
 FLOOR = 2.0**-20  # of the median spread: a channel that never moves still needs a unit
 LEAST = 2.0**-100  # where no channel moves at all
+FORM = {"cache": str, "column": str, "rows": int, "mean": [float], "spread": [float]}
 _CHANNELS = 64  # worked on at a time
 
 
@@ -90,13 +91,11 @@ def read_calibration(cache: Path, column: str, width: int) -> Calibration | None
     path = _path(cache, column)
     if not path.exists():
         return None
-    facts = read_canonical(path)
-    try:
-        mean, spread = (np.array(facts[name], np.float32) for name in ("mean", "spread"))
-        right = facts["cache"] == read_canonical(cache / IDENTITY)["hash"] and facts["column"] == column
-        right = right and mean.shape == spread.shape == (width,) and np.isfinite(mean).all() and (spread > 0).all()
-    except (KeyError, TypeError, ValueError):
-        right = False
+    facts = read_canonical(path, FORM)
+    with np.errstate(over="ignore"):  # what is beyond float32 is not finite in it, and refused
+        mean, spread = (np.array(facts[name], np.float64).astype(np.float32) for name in ("mean", "spread"))
+    right = facts["cache"] == read_canonical(cache / IDENTITY)["hash"] and facts["column"] == column
+    right = right and len(mean) == len(spread) == width and np.isfinite([mean, spread]).all() and (spread > 0).all()
     if not right:
         raise CacheError(f"{path}: another cache's or column's; remove it, and every {column} that was encoded with it")
     return Calibration(mean, spread)

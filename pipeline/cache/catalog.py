@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache.columns import column_manifest
+from pipeline.cache.disk import reading
 from pipeline.cache.layout import COLUMN, SAMPLES, numbered, shard_folder
 from pipeline.errors import CacheError
 
@@ -32,10 +33,11 @@ class Catalog:
         return [self._listed(shard) for shard in range(self.shards)]
 
     def _listed(self, shard: int) -> list[str]:
-        try:
-            entries = os.listdir(shard_folder(self.cache, shard))
-        except FileNotFoundError:
+        folder = shard_folder(self.cache, shard)
+        if not folder.exists():
             return []
+        with reading(folder):
+            entries = os.listdir(folder)
         stems = (entry.removesuffix(".json") for entry in entries if entry.endswith(".json"))
         return sorted(stem for stem in stems if COLUMN.fullmatch(stem))
 

@@ -8,6 +8,7 @@ decoded elsewhere.
     n samples of the shard   R rows of the column   D width
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -19,13 +20,17 @@ import pyarrow as pa
 import pyarrow.ipc
 import xxhash
 
+from pipeline.cache.arrow_files import read_batches
 from pipeline.cache.codecs import CODECS, DTYPES, LOSSY, open_values
+from pipeline.cache.disk import unreadable
 from pipeline.cache.int8_files import CHANNELS, Encoded
 from pipeline.cache.layout import BLOCK_ROWS, COLUMN, IDENTITY, SAMPLES, inside, numbered, shard_folder
-from pipeline.cache.manifest import check_file, check_size, read_canonical
+from pipeline.cache.manifest import FILES, check_file, check_size, read_canonical
 from pipeline.cache.samples import ShardPlan, numbers
+from pipeline.cache.zarr_shard import METADATA
 from pipeline.errors import CacheError
 
+WIDEST = 1 << 17  # values of a row; a manifest that claims more is damaged
 DECODED = 1 << 20  # bytes decoded at a time, at least a block: what is read stays in the CPU's cache until then
 
 SCHEMA = pa.schema(
@@ -36,6 +41,17 @@ SCHEMA = pa.schema(
         pa.field("escapes", pa.int32(), nullable=False),  # how many of the sample's entries int8 keeps apart
     ]
 )
+FORM = {
+    "cache": str,
+    "shard": int,
+    "spec": {"name": str, "dtype": str, "width": int, "codec": str, "keeps": str},
+    "rows": int,
+    "samples": int,
+    "files": FILES,
+    "refused": {str: str},
+    "facts": {"probe?": {"error": float}, "gauge?": {"rows": int, "agree": int, "logprob": float}},
+}
+ROW = re.compile(r"0|[1-9][0-9]{0,8}")  # a sample of the shard, in `refused`
 
 
 @dataclass(frozen=True)
@@ -51,7 +67,7 @@ class ColumnSpec:
     def is_valid(self) -> bool:
         """Whether every field has a value this program knows."""
         known = self.dtype in DTYPES and self.codec in CODECS and self.keeps in ("all", "needed")
-        return known and COLUMN.fullmatch(self.name) is not None and self.width > 0
+        return known and COLUMN.fullmatch(self.name) is not None and 0 < self.width <= WIDEST
 
     @property
     def stem(self) -> str:
@@ -147,16 +163,15 @@ def sums_bytes(bounds: np.ndarray, digests: list[int], refused: dict[int, str], 
 
 def read_sums(path: Path, bounds: np.ndarray) -> tuple[np.ndarray, ...]:
     """What `sums_bytes` wrote: ok bool [n], digests uint64, and each sample's first digest and escape int64 [n + 1]."""
-    try:
-        with pa.memory_map(str(path)) as file:
-            table = pa.ipc.open_file(file).read_all()
-            ok = np.array(table.column("ok").to_pylist(), bool)
-            lists = table.column("blocks").combine_chunks()
-            digests, starts = numbers(lists.values).copy(), numbers(lists.offsets).astype(np.int64)
-            counts = numbers(table.column("escapes").combine_chunks()).astype(np.int64)
-    except (pa.ArrowInvalid, KeyError, OSError) as error:
-        raise CacheError(f"{path}: cannot be read: {error}; run `pipeline verify`") from error
-    if len(ok) != len(bounds) - 1 or not np.array_equal(np.diff(starts), block_counts(bounds)) or (counts < 0).any():
+    batches = read_batches(path, SCHEMA)
+    if len(batches) != 1 or len(batches[0]) != len(bounds) - 1:
+        raise CacheError(f"{path}: made for other samples; run `pipeline verify`")
+    ok = np.array(batches[0].column("ok").to_pylist(), bool)
+    lists = batches[0].column("blocks")
+    digests, starts = numbers(lists.values).copy(), numbers(lists.offsets).astype(np.int64)
+    counts = numbers(batches[0].column("escapes")).astype(np.int64)
+    whole = np.array_equal(np.append(starts[0], np.diff(starts)), np.append(0, block_counts(bounds)))
+    if not whole or len(digests) != starts[-1] or (counts < 0).any():
         raise CacheError(f"{path}: made for other samples; run `pipeline verify`")
     return ok, digests, starts, np.concatenate([[0], np.cumsum(counts)])
 
@@ -180,8 +195,8 @@ class Column:
             spec, rows = self.spec, int(self.bounds[-1])
             where = f"{self.where}, column {spec.name}"
             return open_values(spec.codec, self.folder, rows, spec.width, spec.dtype, where)
-        except (FileNotFoundError, NotADirectoryError):
-            raise CacheError(f"{self.folder}: missing; run `pipeline verify`") from None
+        except OSError as error:
+            raise unreadable(self.folder, error) from None
 
     def read_into(self, reader, row: int, out: memoryview, first: int = 0) -> None:
         """Fill `out`, flat bytes, with the rows of sample `row` from `first` on, a multiple of 256, each block checked.
@@ -276,14 +291,11 @@ def decode_into(held: Encoded, out: memoryview) -> None:
 def column_manifest(cache: Path, shard: int, column: str) -> dict:
     """The manifest of a column that exists. CacheError when it is absent, damaged or another column's."""
     path = shard_folder(cache, shard) / f"{column}.json"
-    manifest = read_canonical(path)
-    try:
-        spec, files = ColumnSpec(**manifest["spec"]), manifest["files"]
-        right = spec.is_valid() and (manifest["shard"], spec.name) == (shard, column)
-        right = right and {SAMPLES, f"{spec.stem}.arrow"} <= {*files}
-    except (KeyError, TypeError):
-        right = False
-    if not right:
+    manifest = read_canonical(path, FORM)
+    spec = ColumnSpec(**{name: manifest["spec"][name] for name in FORM["spec"]})
+    right = spec.is_valid() and (manifest["shard"], spec.name) == (shard, column) and manifest["spec"] == spec.as_dict()
+    right = right and {SAMPLES, f"{spec.stem}.arrow", f"{spec.stem}/{METADATA}"} <= {*manifest["files"]}
+    if not right or not all(ROW.fullmatch(row) and int(row) < manifest["samples"] for row in manifest["refused"]):
         raise CacheError(f"{path}: the manifest of another column or shard; run `pipeline verify`")
     return manifest
 

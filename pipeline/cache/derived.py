@@ -103,6 +103,9 @@ def refused_samples(plan: Plan, columns: dict[int, dict[str, dict]]) -> list[dic
     for shard in plan.shards:
         reasons: dict[int, dict[str, list[str]]] = {}
         for name, manifest in sorted(columns[shard.number].items()):
+            if manifest["samples"] != len(shard):
+                where = f"shard {numbered(shard.number)}, column {name}"
+                raise CacheError(f"{where}: of other samples than the plan's; run `pipeline verify`")
             for row, reason in manifest["refused"].items():
                 reasons.setdefault(int(row), {}).setdefault(reason, []).append(name)
         for row in sorted(reasons):

@@ -25,8 +25,9 @@ import xxhash
 
 from pipeline.cache.codecs import DTYPES
 from pipeline.cache.columns import Column
+from pipeline.cache.disk import reading, unreadable
 from pipeline.cache.layout import BLOCK_ROWS
-from pipeline.cache.zarr_shard import SHARD_FILE, Grid
+from pipeline.cache.zarr_shard import OPEN, SHARD_FILE, Grid
 from pipeline.errors import CacheError
 
 PIECE = 256 << 10  # bytes read and hashed at a time; half of the smallest second-level cache in use
@@ -39,7 +40,7 @@ class StoredFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self.fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self.fd = os.open(path, OPEN)
 
     def stamp(self) -> tuple[int, ...]:
         """What tells this file, and this state of it, from any other."""
@@ -49,10 +50,8 @@ class StoredFile:
     def read(self, start: int, out: memoryview) -> None:
         """Fill `out` from byte `start` on. CacheError when the file ends before, or the disk fails."""
         while out:
-            try:
+            with reading(self.path):
                 count = os.preadv(self.fd, [out], start)
-            except OSError as error:
-                raise CacheError(f"{self.path}: cannot be read: {error.strerror}") from error
             if not count:
                 raise CacheError(f"{self.path}: ends before byte {start}; run `pipeline verify`")
             start, out = start + count, out[count:]
@@ -86,8 +85,8 @@ class DirectColumn:
     def open(self) -> StoredFile:
         try:
             return StoredFile(self.column.folder / SHARD_FILE)
-        except (FileNotFoundError, NotADirectoryError):
-            raise CacheError(f"{self.column.folder}: missing; run `pipeline verify`") from None
+        except OSError as error:
+            raise unreadable(self.column.folder, error) from None
 
     def _in_order(self, file: StoredFile) -> bool:
         index = bytearray(self.grid.index_bytes)

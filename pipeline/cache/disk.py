@@ -21,8 +21,8 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.cache.layout import SCRATCH
-from pipeline.errors import CacheError, RoomError
+from pipeline.cache.layout import FOLDERS, SCRATCH, SHARDS
+from pipeline.errors import CacheError, PipelineError, RoomError, UsageError
 
 PATIENCE_S = 3.0  # of silent waiting for another process
 POLL_S = 0.5
@@ -68,6 +68,29 @@ def room(where: Path, what: str, need: int = 0) -> Iterator[None]:
         if error.errno not in REMEDIES:
             raise
         raise RoomError(_room_message(where, what, need, error)) from error
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the system says of a file of a cache that cannot be read into a typed error."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> PipelineError:
+    """What to say of a file that cannot be read: a limit and a missing right are no damage, and mend otherwise."""
+    said = os.strerror(error.errno) if error.errno else str(error)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return RoomError(f"{path}: cannot be read: {said}; {_FEWER}")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return UsageError(f"{path}: cannot be read: {said}; ask its owner for the right to read the cache")
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return CacheError(f"{path}: missing; run `pipeline verify`")
+    if error.errno in (errno.EIO, errno.ESTALE):
+        return CacheError(f"{path}: cannot be read: {said}; the disk or the way to it is failing: see the system's log")
+    return CacheError(f"{path}: cannot be read: {said}; run `pipeline verify`")
 
 
 def _room_message(where: Path, what: str, need: int, error: OSError) -> str:
@@ -124,9 +147,13 @@ def lock(path: Path) -> int | None:
     nothing, hence the comparison at the end.
     """
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except FileNotFoundError:  # its folder was removed
         return None
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR):
+            raise
+        raise CacheError(f"{path}: a link or a folder, where a lock is a file; remove it") from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         held, there = os.fstat(fd), os.stat(path)
@@ -201,6 +228,7 @@ def _lock_in_turn(path: Path, step: str) -> int:
 @contextlib.contextmanager
 def committing(cache: Path) -> Iterator[None]:
     """Hold the cache's commit lock, for the few milliseconds in which names are put in place."""
+    refuse_links(cache)
     with turn(cache, "commit"), finishing():
         yield
 
@@ -261,11 +289,24 @@ def write_file(path: Path, data: bytes) -> None:
             os.close(fd)
 
 
+def refuse_links(cache: Path) -> None:
+    """CacheError where a folder that is to be written to is a link, which may lead anywhere."""
+    links = [cache / name for name in FOLDERS if (cache / name).is_symlink()]
+    if not links and (cache / SHARDS).is_dir():
+        links = [Path(entry) for entry in os.scandir(cache / SHARDS) if entry.is_symlink()]
+    if links:
+        raise CacheError(f"{links[0]}: a link, where only a folder is written to; replace it by what it points to")
+
+
 def clean(cache: Path) -> list[str]:
     """Remove scratch folders and files whose process is gone. Returns their names, relative to the cache."""
+    refuse_links(cache)
     removed = []
-    for path in sorted({*cache.glob(f"{SCRATCH}*"), *cache.glob(f"*/{SCRATCH}*"), *cache.glob(f"shards/*/{SCRATCH}*")}):
+    own = [cache, *(cache / name for name in FOLDERS), *(cache / SHARDS).glob("*")]
+    for path in sorted(path for folder in own for path in folder.glob(f"{SCRATCH}*")):
         folder = path.is_dir() and not path.is_symlink()
+        if path.is_symlink():  # nobody's: what we make is no link
+            path.unlink()
         if not folder and not path.is_file():
             continue
         fd = lock(path / "lock" if folder else path)

@@ -18,6 +18,7 @@ CHUNK_BYTES = 64 << 20  # an array with larger chunks is refused
 AT_ONCE = 4 << 20  # bytes read at a time, or a chunk
 PLAIN = {"bytes", "transpose", "crc32c", "sharding_indexed"}  # they decode to no more than the chunk's shape says
 SLACK = 64 << 10  # what an earlier compressor or a checksum may add to a chunk
+BAD_BYTES = (ValueError, RuntimeError, LookupError, TypeError, OSError, ArithmeticError, AttributeError)
 _OPENING = threading.Lock()  # zarr-python's settings are the process's: a thread that leaves would undo another's
 
 
@@ -42,8 +43,8 @@ class ForeignArray:
         # zarr-python decodes a shard chunk by chunk, unless something comes before its codec
         whole = array.chunks if len(array.metadata.codecs) == 1 or not array.shards else array.shards
         size = math.prod(whole) * array.dtype.itemsize
-        if size > CHUNK_BYTES:
-            raise CacheError(f"{where}: chunks of {size} bytes, more than {CHUNK_BYTES}; write smaller ones")
+        if not 0 < size <= CHUNK_BYTES:
+            raise CacheError(f"{where}: chunks of {size} bytes, not 1 to {CHUNK_BYTES}; write others")
         # as many whole chunks as fit, since a chunk is decoded whole
         self._step = whole[0] * max(1, AT_ONCE // (whole[0] * width * self.dtype.itemsize))
 
@@ -87,7 +88,9 @@ class _Errors:
         pass
 
     def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, (ValueError, RuntimeError, LookupError, TypeError, OSError)):
+        if isinstance(
+            error, BAD_BYTES
+        ):
             said = str(error).split("\n")[0]
             raise CacheError(f"{self.where}: zarr-python cannot read it: {said}; run `pipeline verify`") from error
 

@@ -11,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
-from pipeline.cache.disk import write_file
+from pipeline.cache.arrow_files import parse_batches
+from pipeline.cache.disk import reading, write_file
 from pipeline.cache.layout import INDEX, INDEX_MANIFEST
-from pipeline.cache.manifest import FileFact, canonical, read_canonical, write_canonical
+from pipeline.cache.manifest import FACT, FileFact, canonical, check_size, read_canonical, write_canonical
+from pipeline.cache.samples import numbers
 from pipeline.errors import CacheError
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ SCHEMA = pa.schema(
         pa.field("split", pa.string(), nullable=False),
     ]
 )
+
+FORM = {"files": {INDEX: FACT}, "segments": [dict]}
 
 
 def build_index(plan: "Plan") -> pa.Table:
@@ -75,15 +79,27 @@ def place_index(cache: Path, plan: "Plan") -> None:
 
 def read_index(cache: Path, manifests: list[dict]) -> pa.Table | None:
     """Map the index of the plan with these manifests; None when it has to be made again."""
+    path = cache / INDEX
     try:
-        facts = read_canonical(cache / INDEX_MANIFEST, "files", "segments")
+        facts = read_canonical(cache / INDEX_MANIFEST, FORM)
         if facts["segments"] != segments_of(manifests):
             return None
-        with pa.memory_map(str(cache / INDEX)) as file:
+        check_size(path, facts["files"][INDEX])
+        with reading(path), pa.memory_map(str(path)) as file:
             data = file.read_buffer()
         if FileFact.of_bytes(data).as_dict() != facts["files"][INDEX]:
             return None
-        table = pa.ipc.open_file(data).read_all()
-        return table if table.schema.equals(SCHEMA) else None
-    except (CacheError, OSError, KeyError, pa.ArrowInvalid):
+        batches = parse_batches(data, SCHEMA, path)
+    except CacheError:
         return None
+    shards = sum(manifest["shards"] for manifest in manifests)
+    return pa.Table.from_batches(batches) if len(batches) == 1 and _in_order(batches[0], shards) else None
+
+
+def _in_order(index: pa.RecordBatch, shards: int) -> bool:
+    """Whether the samples of every shard from 0 on follow each other, row by row."""
+    shard, row = (numbers(index.column(name)) for name in ("shard", "row"))
+    if not len(shard) or shard[0] or row[0] or shard[-1] != shards - 1:
+        return False
+    step, next_row = np.diff(shard), np.diff(row)
+    return bool((((step == 0) & (next_row == 1)) | ((step == 1) & (row[1:] == 0))).all())

@@ -32,6 +32,7 @@ SHARDS = "shards"
 SAMPLES = "samples.arrow"
 QUARANTINE = "quarantine"
 REFUSED = "samples.json"
+FOLDERS = (PLAN, TARGET, CALIBRATION, SHARDS, QUARANTINE)
 LOG = "capture.log"
 SCRATCH = "tmp-"
 
@@ -66,6 +67,10 @@ def inside(root: Path, relative: str) -> Path:
     if relative.startswith("/") or "\0" in relative or any(part in ("", ".", "..") for part in parts):
         raise CacheError(f"{root}: a manifest names {relative!r}; paths in a cache are relative and stay inside it")
     path = root.joinpath(*parts)
-    if not path.resolve().is_relative_to(root.resolve()):
+    try:
+        within = path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError) as error:  # too long a name; links in a circle
+        raise CacheError(f"{root}: a manifest names {relative[:80]!r}, which no file can be called") from error
+    if not within:
         raise CacheError(f"{path}: a link that leads out of the cache; replace it by the file it points to")
     return path

@@ -8,20 +8,21 @@ manifest by size and xxh3-128.
 import hashlib
 import json
 import os
-import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
-from pipeline.cache.disk import committing, room, write_file
+from pipeline.cache.disk import committing, reading, room, write_file
 from pipeline.cache.layout import FORMAT, IDENTITY
 from pipeline.errors import CacheError, UsageError
 
 MAX_BYTES = 64 << 20  # a larger "manifest" is refused before it is read
 PIECE = 4 << 20
 
-_TAIL = re.compile(rb',\n "hash": "([0-9a-f]{32})"\n}\n\Z')
+FACT = {"size": int, "xxh3": str}
+FILES = {str: FACT}  # the form of a manifest's "files": what they are, by path
 
 
 def canonical(facts: dict) -> bytes:
@@ -41,40 +42,58 @@ def write_canonical(path: Path, facts: dict) -> None:
     write_file(path, canonical(facts))
 
 
-def read_canonical(path: Path, *keys: str) -> dict:
-    """Read a manifest written by `write_canonical`, its hash under `hash`; it must have `keys`.
+def read_canonical(path: Path, form: dict | None = None) -> dict:
+    """Read a manifest written by `write_canonical`, its hash under `hash`; it must have a form (see `has_form`).
 
     Raises CacheError for a missing or oversized file, another format version (naming both) and any damage.
     """
-    try:
-        size = os.stat(path).st_size
-        if size > MAX_BYTES:
-            raise CacheError(f"{path}: {size} bytes, and no manifest has more than {MAX_BYTES}; it is damaged")
+    size = file_size(path)
+    if size > MAX_BYTES:
+        raise CacheError(f"{path}: {size} bytes, and no manifest has more than {MAX_BYTES}; it is damaged")
+    with reading(path):
         data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise CacheError(f"{path}: missing; run `pipeline verify`") from None
-    except OSError as error:
-        raise CacheError(f"{path}: cannot be read: {error.strerror}") from error
     facts = parse_canonical(data, path)
-    if not facts.keys() >= {*keys}:
+    if form and not has_form(facts, form):
         raise CacheError(f"{path}: the manifest of something else; run `pipeline verify`")
     return facts
+
+
+def has_form(value, form) -> bool:
+    """Whether what JSON gave has a form, so that whoever uses it need not look again.
+
+    A type; `int` is a count, from 0 to 2^63 - 1, and `float` that or a decimal number. `[form]` is a list of such.
+    `{str: form}` has any names, `{"name": form}` at least these; those that end with a question mark may be absent.
+    """
+    if isinstance(form, list):
+        return isinstance(value, list) and all(has_form(entry, form[0]) for entry in value)
+    if isinstance(form, dict):
+        if not isinstance(value, dict):
+            return False
+        if str in form:
+            return all(has_form(entry, form[str]) for entry in value.values())
+        named = [(name.removesuffix("?"), name.endswith("?"), wanted) for name, wanted in form.items()]
+        return all(has_form(value[key], wanted) if key in value else may for key, may, wanted in named)
+    if form in (int, float):
+        count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+        return count or (form is float and isinstance(value, float))
+    return isinstance(value, form)
 
 
 def parse_canonical(data: bytes, path: Path) -> dict:
     """What `read_canonical` returns, from the file's bytes; `path` is for messages."""
     try:
         facts = json.loads(data)
+        named = facts if isinstance(facts, dict) else {}
+        whole = data == canonical({key: value for key, value in named.items() if key not in ("format", "hash")})
     except (ValueError, RecursionError):
         raise CacheError(f"{path}: damaged, it is no JSON any more; run `pipeline verify`") from None
-    found = facts.get("format") if isinstance(facts, dict) else None
+    found = named.get("format")
     if isinstance(found, str) and found != FORMAT:
         raise CacheError(
             f"{path}: format version {found!r}, this program reads {FORMAT!r}; "
             "use the program that wrote it, or make the cache again"
         )
-    tail = _TAIL.search(data)
-    if found is None or not tail or tail[1].decode() != _own_hash(data[: tail.start()]):
+    if not whole:
         raise CacheError(f"{path}: damaged, its own hash does not match; run `pipeline verify`")
     return facts
 
@@ -97,19 +116,25 @@ class FileFact:
     def of_file(path: Path) -> "FileFact":
         """Read the whole file, a piece at a time."""
         digest, size = xxhash.xxh3_128(), 0
-        with open(path, "rb", buffering=0) as file:
+        with reading(path), open(path, "rb", buffering=0) as file:
             while piece := file.read(PIECE):
                 digest.update(piece)
                 size += len(piece)
         return FileFact(size, digest.hexdigest())
 
 
+def file_size(path: Path) -> int:
+    """The size of a file. CacheError when it is missing or no plain file: reading a pipe might never end."""
+    with reading(path):
+        found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise CacheError(f"{path}: missing; something that is no file has its name; run `pipeline verify`")
+    return found.st_size
+
+
 def check_size(path: Path, fact: dict) -> None:
     """Refuse a file whose size is not the manifest's, before a byte of it is read or anything allocated for it."""
-    try:
-        size = os.stat(path).st_size
-    except (FileNotFoundError, NotADirectoryError):
-        raise CacheError(f"{path}: missing; run `pipeline verify`") from None
+    size = file_size(path)
     if size != fact["size"]:
         raise CacheError(f"{path}: {size} bytes, its manifest says {fact['size']}; run `pipeline verify`")
 

@@ -56,6 +56,11 @@ class OpenColumns:
             column, file = self._open(shard, name)
             column.read(file, row, first, out)
 
+    def check(self, shard: int, names: Sequence[str]) -> None:
+        """Open these columns, whose sizes are then known to be right. CacheError where they are not."""
+        for name in names:
+            self._open(shard, name)
+
     def mapped(self, shard: int, names: Sequence[str]) -> MappedColumns | None:
         """These columns mapped as one array, or None where they cannot be: coded, or of different rows."""
         opened = [self._open(shard, name) for name in names]

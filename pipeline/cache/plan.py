@@ -17,17 +17,30 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
+from pipeline.cache.arrow_files import read_batches
 from pipeline.cache.disk import Scratch, clean, committing, room, sync_file, sync_folder
 from pipeline.cache.index import place_index
 from pipeline.cache.layout import NUMBER, PLAN, SCRATCH, SHARDS, numbered
-from pipeline.cache.manifest import FileFact, canonical, check_file, read_canonical
-from pipeline.cache.samples import SCHEMA, SPOOLED, PlannedSample, ShardPlan, make_batch, sample_id, write_batches
+from pipeline.cache.manifest import FACT, FileFact, canonical, check_file, read_canonical
+from pipeline.cache.samples import (
+    SCHEMA,
+    SPOOLED,
+    PlannedSample,
+    ShardPlan,
+    make_batch,
+    placed,
+    sample_id,
+    write_batches,
+)
 from pipeline.errors import CacheError, DataError, UsageError
 
 SHARD_BYTES = 4 << 30  # of raw states, over the columns first asked for
 SHARDS_AT_LEAST = 16  # so that a small plan, too, is kept as it goes
 FORWARD_TOKENS = 128  # what a forward costs besides its tokens: an H100 reads the weights in the time of so many
 _SPOOL_TOKENS = 1 << 20
+
+_PLACE, _COUNTS = ("segment", "first_shard", "shards", "row_bytes"), ("samples", "tokens", "supervised", "duplicates")
+FORM = {**dict.fromkeys((*_PLACE, *_COUNTS, "final_rows"), int), "sources": [dict], "notes": dict}
 
 
 @dataclass(frozen=True)
@@ -296,8 +309,9 @@ def plan_numbers(cache: Path) -> list[int]:
 
 def read_manifests(cache: Path) -> list[dict]:
     """The manifests of the plan's segments. UsageError when there is no plan, CacheError for a damaged one."""
-    paths = [cache / PLAN / f"{numbered(number)}.json" for number in plan_numbers(cache)]
-    manifests = [read_canonical(path, "segment", "first_shard", "shards", "files", "notes") for path in paths]
+    names = [numbered(number) for number in plan_numbers(cache)]
+    forms = [{**FORM, "files": {f"{name}.arrow": FACT}} for name in names]
+    manifests = [read_canonical(cache / PLAN / f"{name}.json", form) for name, form in zip(names, forms, strict=True)]
     if not manifests:
         raise UsageError(f"{cache} has no plan yet; run `pipeline plan` or `pipeline cache-hidden`")
     shards = 0
@@ -321,12 +335,12 @@ def load_plan(cache: Path) -> Plan:
 
 def _shards_of(path: Path, manifest: dict) -> list[ShardPlan]:
     """The shards of one segment, mapped."""
-    with pa.memory_map(str(path)) as file:
-        reader = pa.ipc.open_file(file)
-        if not reader.schema.equals(SCHEMA) or reader.num_record_batches != manifest["shards"]:
-            raise CacheError(f"{path}: not the shards its manifest counts; run `pipeline verify`")
-        first = manifest["first_shard"]
-        return [ShardPlan(reader.get_batch(number), first + number) for number in range(reader.num_record_batches)]
+    batches = read_batches(path, SCHEMA)
+    shards = [ShardPlan(placed(batch, path), number) for number, batch in enumerate(batches, manifest["first_shard"])]
+    counts = len(shards), sum(map(len, shards)), sum(shard.rows for shard in shards)
+    if not shards or counts != (manifest["shards"], manifest["samples"], manifest["tokens"]):
+        raise CacheError(f"{path}: not the shards its manifest counts; run `pipeline verify`")
+    return shards
 
 
 def micro_batches(lengths: Sequence[int] | np.ndarray, batch_tokens: int) -> list[range]:

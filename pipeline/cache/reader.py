@@ -253,6 +253,7 @@ class HiddenCache:
         import torch
 
         shard, row = self._place(i)
+        self._columns.check(shard, names)  # before memory is taken for what they declare
         region = self._columns.mapped(shard, names) if self.mapped and stop > start else None
         if region is not None:
             return torch.from_numpy(region.rows(row, start, stop)).view(self.dtype)
@@ -311,7 +312,8 @@ class HiddenCache:
             break
         plan = ShardPlan(read_batch(path), number)
         here = slice(self.samples.starts[number], self.samples.starts[number + 1])
-        if not np.array_equal(plan.sample_ids, self.samples.sample_id[here]):
+        same = np.array_equal(plan.sample_ids, self.samples.sample_id[here])
+        if not same or not np.array_equal(plan.lengths, self.samples.length[here]):
             raise CacheError(f"{path}: other samples than the plan's; run `pipeline verify`")
         return plan
 

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
+from pipeline.cache.arrow_files import read_batches
 from pipeline.cache.layout import numbered
 from pipeline.capture import final_rows
 from pipeline.errors import CacheError
@@ -114,14 +115,25 @@ def write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> int:
 
 def read_batch(path: Path) -> pa.RecordBatch:
     """Map a `samples.arrow`. CacheError when it is no file of that form; its digest is the caller's to check."""
-    try:
-        with pa.memory_map(str(path)) as file:
-            reader = pa.ipc.open_file(file)
-            if reader.schema.equals(SCHEMA) and reader.num_record_batches == 1:
-                return reader.get_batch(0)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise CacheError(f"{path}: cannot be read: {error}; run `pipeline verify`") from error
-    raise CacheError(f"{path}: damaged, it has not the columns of a shard's samples; run `pipeline verify`")
+    batches = read_batches(path, SCHEMA)
+    if len(batches) != 1:
+        raise CacheError(f"{path}: {len(batches)} shards, where one is expected; run `pipeline verify`")
+    return placed(batches[0], path)
+
+
+def placed(batch: pa.RecordBatch, path: Path) -> pa.RecordBatch:
+    """A shard's batch, if its samples lie end to end and are as long as it says; else CacheError for `path`."""
+    lengths, offsets = (numbers(batch.column(name)).astype(np.int64) for name in ("length", "offset"))
+    kept = np.diff(numbers(batch.column("final_offset")), prepend=0)
+    right = len(batch) and (offsets == np.cumsum(lengths) - lengths).all() and not kept[0] and (kept >= 0).all()
+    right = right and (kept[1:] <= lengths[:-1]).all() and (lengths > 0).all()
+    for name in ("input_ids", "loss_mask"):
+        lists = batch.column(name)
+        right = right and lists.offset == 0 and np.array_equal(np.diff(numbers(lists.offsets)), lengths)
+        right = right and not lists.values.null_count
+    if not right:
+        raise CacheError(f"{path}: damaged, its samples are not where it says; run `pipeline verify`")
+    return batch
 
 
 class ShardPlan:

@@ -12,6 +12,7 @@ import pyarrow as pa
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.layout import aux_column
 from pipeline.cache.samples import numbers
+from pipeline.errors import CacheError
 
 
 class SampleTable:
@@ -81,6 +82,8 @@ class SampleTable:
             held = np.ones(len(self), bool)
             for name in key:
                 for shard, rows in self._catalog.refused(name):
+                    if rows.max() >= self.starts[shard + 1] - self.starts[shard]:
+                        raise CacheError(f"{name} of shard {shard}: refuses samples that are not there")
                     held[self.starts[shard] + rows] = False
             held.flags.writeable = False
             self._ok[key] = held

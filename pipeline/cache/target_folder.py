@@ -10,9 +10,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.cache.disk import Scratch, committing, room, sync_file, sync_folder
+from pipeline.cache.disk import Scratch, committing, reading, room, sync_file, sync_folder
 from pipeline.cache.layout import IDENTITY, TARGET, TARGET_MANIFEST, inside
-from pipeline.cache.manifest import FileFact, canonical, check_file, check_size, read_canonical
+from pipeline.cache.manifest import FILES, FileFact, canonical, check_file, check_size, read_canonical
 from pipeline.errors import CacheError
 
 CONFIG = "config.json"
@@ -73,7 +73,7 @@ def has_target(cache: Path) -> bool:
 def target_manifest(cache: Path) -> dict:
     """The folder's manifest. CacheError when it is absent, damaged or of another cache."""
     path = cache / TARGET / TARGET_MANIFEST
-    manifest = read_canonical(path, "cache", "files")
+    manifest = read_canonical(path, {"cache": str, "files": FILES})
     if manifest["cache"] != read_canonical(cache / IDENTITY)["hash"]:
         raise CacheError(f"{path}: belongs to another cache; run `pipeline verify`")
     return manifest
@@ -90,5 +90,13 @@ def target_file(cache: Path, name: str) -> Path:
 
 
 def target_json(cache: Path, name: str) -> dict:
-    """What a JSON file of the folder holds, checked."""
-    return json.loads(target_file(cache, name).read_bytes())
+    """What a JSON file of the folder holds, checked: a dict."""
+    path = target_file(cache, name)
+    try:
+        with reading(path):
+            facts = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict):
+        raise CacheError(f"{path}: damaged, it is no JSON object; run `pipeline verify`")
+    return facts

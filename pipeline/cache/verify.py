@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from pipeline.cache import calibration, index
 from pipeline.cache.codecs import LOSSY
 from pipeline.cache.columns import Column, ColumnSpec, column_manifest
 from pipeline.cache.derived import refused_bytes, shard_columns
+from pipeline.cache.disk import reading
 from pipeline.cache.index import build_index, read_index, segments_of
 from pipeline.cache.layout import (
     BLOCK_ROWS,
@@ -38,7 +40,7 @@ from pipeline.cache.layout import (
     inside,
     numbered,
 )
-from pipeline.cache.manifest import PIECE, check_file, check_size, read_canonical
+from pipeline.cache.manifest import FILES, PIECE, check_file, check_size, read_canonical
 from pipeline.cache.plan import Plan, load_plan
 from pipeline.cache.samples import PlannedSample, ShardPlan, make_batch, read_batch, sample_id
 from pipeline.cache.target_folder import target_manifest
@@ -111,8 +113,9 @@ class _Check:
         """Account for a file, and book what goes wrong with it as damage."""
         self.known.add(file)
         try:
-            yield
-        except (CacheError, OSError) as error:
+            with reading(self.path / file):
+                yield
+        except CacheError as error:
             what = str(error).removesuffix("; run `pipeline verify`").removeprefix(f"{self.path / file}: ")
             self.damage(file, what, shard, column)
 
@@ -141,7 +144,7 @@ class _Check:
                 self.unfinished(manifest, "a segment of the plan without its manifest")
                 continue
             with self.guard(manifest):
-                fact = read_canonical(self.path / manifest, "files")["files"].get(f"{number}.arrow")
+                fact = read_canonical(self.path / manifest, {"files": FILES})["files"].get(f"{number}.arrow")
                 if fact is None:
                     raise CacheError("the manifest of another segment")
                 self.file(rows, fact)
@@ -167,7 +170,7 @@ class _Check:
             self.unfinished(INDEX_MANIFEST, "no index; readers do without, the next `pipeline cache-hidden` makes it")
             return
         with self.guard(INDEX_MANIFEST):
-            facts = read_canonical(self.path / INDEX_MANIFEST, "files", "segments")
+            facts = read_canonical(self.path / INDEX_MANIFEST, index.FORM)
             if not self.file(INDEX, facts["files"][INDEX]):
                 return
             if facts["segments"] != segments_of(plan.manifests):
@@ -192,8 +195,9 @@ class _Check:
         for name in sorted(there | {spec["name"] for spec in specs if spec["codec"] in LOSSY}):
             file = f"{CALIBRATION}/{name}.json"
             with self.guard(file):
-                if read_canonical(self.path / file, "cache", "column")["cache"] != self.identity and self.identity:
-                    self.damage(file, "belongs to another cache")
+                held = read_canonical(self.path / file, calibration.FORM)
+                if self.identity and (held["cache"], held["column"]) != (self.identity, name):
+                    self.damage(file, "belongs to another cache or column")
 
     def shards(self, plan: Plan | None, only: set[int] | None) -> dict[int, dict[str, dict]]:
         """Check every shard planned or there, or only these; the manifests of all columns, by shard and name."""
@@ -275,6 +279,8 @@ class _Check:
             with self.guard(f"{here}/{spec.stem}", number, name):
                 reader = column.open()
                 values = reader.path.relative_to(self.path / here).as_posix()
+                if values not in rest and not reader.path.is_dir():
+                    raise CacheError("not in its column's manifest")
                 self.values(f"{here}/{values}", column, reader, rest.pop(values) if reader.in_order else None)
         for file, fact in rest.items():
             self.file(f"{here}/{file}", fact, number, name)
@@ -291,7 +297,7 @@ class _Check:
                 shown = ", ".join(map(str, damaged[:SHOWN])) + (", ..." if len(damaged) > SHOWN else "")
                 self.damage(file, f"the values of samples {shown} of the shard", number, name)
             if fact:
-                with open(reader.path, "rb", buffering=0) as rest:
+                with reading(reader.path), open(reader.path, "rb", buffering=0) as rest:
                     rest.seek(int(column.bounds[-1]) * column.spec.row_bytes)
                     while piece := rest.read(PIECE):
                         digest.update(piece)
@@ -327,6 +333,8 @@ class _Check:
 
 def _below(cache: Path, folder: str) -> set[str]:
     """Files under a folder of the cache, relative to the cache."""
+    if (cache / folder).is_symlink():  # to wherever
+        return set()
     return {path.relative_to(cache).as_posix() for path in (cache / folder).rglob("*")}
 
 

@@ -20,7 +20,7 @@ import google_crc32c
 import numpy as np
 import xxhash
 
-from pipeline.cache.disk import write_all
+from pipeline.cache.disk import reading, write_all
 from pipeline.cache.manifest import FileFact
 from pipeline.errors import CacheError
 
@@ -29,6 +29,7 @@ SHARD_FILE = "c/0/0"
 CHUNK_BYTES = 3 << 20  # aimed at; chunks of an array beyond 4 MiB come out at 2-4 MiB
 METADATA_BYTES = 64 << 10  # no `zarr.json` of ours has more
 PIECE = 512 << 10  # bytes read or written and hashed at a time: still in the CPU's own cache when they are hashed
+OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # the last, so that no pipe keeps us waiting
 _ZEROS = bytes(1 << 20)
 
 
@@ -206,12 +207,13 @@ class ShardFile:
     def __init__(self, folder: Path, grid: Grid):
         self.path = folder / SHARD_FILE
         self.grid = grid
-        self._fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._fd = os.open(self.path, OPEN)
         self._chunks = None
         size = os.fstat(self._fd).st_size
         if size < grid.index_bytes:
             raise CacheError(f"{self.path}: {size} bytes, less than its index; run `pipeline verify`")
-        index = os.pread(self._fd, grid.index_bytes, size - grid.index_bytes)
+        with reading(self.path):
+            index = os.pread(self._fd, grid.index_bytes, size - grid.index_bytes)
         self.in_order = size == grid.file_bytes and index == grid.index()
         if not self.in_order:
             self._check(index, size)
@@ -242,7 +244,8 @@ class ShardFile:
 
     def _read_at(self, start: int, out: memoryview) -> None:
         while out:
-            count = os.preadv(self._fd, [out], start)
+            with reading(self.path):
+                count = os.preadv(self._fd, [out], start)
             if not count:
                 raise CacheError(f"{self.path}: ends before byte {start}; run `pipeline verify`")
             start, out = start + count, out[count:]

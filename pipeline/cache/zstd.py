@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 from numcodecs import blosc
 
-from pipeline.cache.zarr_shard import SHARD_FILE, Grid, ShardFileWriter, index_of, read_index
+from pipeline.cache.disk import reading
+from pipeline.cache.zarr_shard import OPEN, SHARD_FILE, Grid, ShardFileWriter, index_of, read_index
 from pipeline.errors import CacheError
 
 BLOCK = 1 << 20  # bytes; at most so much of whole rows is a chunk
@@ -87,13 +88,15 @@ class ZstdReader:
         self.path, self.grid = folder / SHARD_FILE, grid
         if grid.chunk_bytes > max(LARGEST, grid.row_bytes):
             raise CacheError(f"{self.path}: chunks of {grid.chunk_bytes} bytes, more than {LARGEST}")
-        self._fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._fd = os.open(self.path, OPEN)
         self._own = threading.local()
         size = os.fstat(self._fd).st_size
         end = size - self.grid.index_bytes
         if end < 0:
             raise CacheError(f"{self.path}: {size} bytes, less than its index; run `pipeline verify`")
-        self._starts, self._sizes = read_index(os.pread(self._fd, self.grid.index_bytes, end), end, self.path)
+        with reading(self.path):
+            index = os.pread(self._fd, self.grid.index_bytes, end)
+        self._starts, self._sizes = read_index(index, end, self.path)
         if (self._sizes > self.grid.chunk_bytes + OVERHEAD).any() or (self._sizes < OVERHEAD).any():
             raise CacheError(f"{self.path}: damaged, a chunk larger than its content; run `pipeline verify`")
 
@@ -126,7 +129,8 @@ class ZstdReader:
 
     def _decode(self, chunk: int, out: memoryview) -> None:
         size = int(self._sizes[chunk])
-        packed = os.pread(self._fd, size, int(self._starts[chunk]))
+        with reading(self.path):
+            packed = os.pread(self._fd, size, int(self._starts[chunk]))
         if len(packed) < size or not self._honest(packed, len(out)):
             raise CacheError(f"{self.path}: chunk {chunk} is damaged or claims another size; run `pipeline verify`")
         try:

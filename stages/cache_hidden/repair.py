@@ -27,7 +27,6 @@ from pipeline.cache.layout import (
     TARGET_MANIFEST,
     inside,
     numbered,
-    shard_folder,
 )
 from pipeline.cache.manifest import canonical, check_file, create_identity, read_canonical, write_canonical
 from pipeline.cache.plan import Plan, load_plan
@@ -146,7 +145,7 @@ def _manifests(out: Path) -> list[dict]:
     found = []
     for path in paths:
         try:
-            found.append(read_canonical(path, "cache"))
+            found.append(read_canonical(path, {"cache": str}))
         except CacheError:
             continue
     return found
@@ -168,7 +167,7 @@ def lost_columns(out: Path, plan: Plan, report: Report) -> Lost:
 
 def _has_its_samples(out: Path, shard: ShardPlan) -> bool:
     """Whether a shard's `samples.arrow`, if it has one, is the plan's. One that is not is removed."""
-    path = shard_folder(out, shard.number) / SAMPLES
+    path = inside(out, f"{SHARDS}/{numbered(shard.number)}/{SAMPLES}")
     try:
         if not path.exists() or read_batch(path).equals(shard.batch):
             return True
@@ -197,14 +196,14 @@ def drop_damaged_target(out: Path) -> None:
         try:
             check_file(inside(out / TARGET, name), fact)
         except CacheError:
-            (out / TARGET / name).unlink(missing_ok=True)
+            inside(out / TARGET, name).unlink(missing_ok=True)  # where a name leads out, this refuses
 
 
 def drop_damaged_calibrations(out: Path, report: Report) -> bool:
     """Remove calibrations that are damaged; whether any is lost. The next capture makes them again, as they were."""
     files = {finding.file for finding in report.damaged if finding.file.startswith(CALIBRATION)}
     for file in files:
-        (out / file).unlink(missing_ok=True)
+        inside(out, file).unlink(missing_ok=True)
     return bool(files)
 
 
