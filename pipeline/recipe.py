@@ -98,10 +98,7 @@ class Recipe(BaseModel):
     train: TrainSection = TrainSection()
 
     def toml(self) -> str:
-        """Return the recipe as TOML; what is None is left out, so it loads back equal.
-
-        Numbers, words, truths and flat lists of them read the same in TOML as in JSON.
-        """
+        """Return the recipe as TOML, without what is None: values of these kinds read the same in TOML as in JSON."""
         sections = self.model_dump(exclude_none=True).items()
         tables = (
             [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in fields.items())]
@@ -120,9 +117,7 @@ def load_recipe(path: Path | None, sets: tuple[str, ...] = ()) -> Recipe:
 
     Raises UsageError for a file that is not there or no TOML, an unknown key (naming the nearest), a wrong value.
     """
-    if path is None:
-        return make_recipe({}, sets, "the recipe")
-    return make_recipe(read_toml(Path(path)), sets, str(path))
+    return make_recipe(read_toml(Path(path)) if path else {}, sets, str(path or "the recipe"))
 
 
 def make_recipe(stated: dict, sets: tuple[str, ...], source: str) -> Recipe:
@@ -212,10 +207,7 @@ class Resolved:
 
 
 def resolve(recipe: Recipe, cache) -> Resolved:
-    """Fill a recipe from an open HiddenCache.
-
-    Raises UsageError for an unknown method, layers the cache lacks, no usable mask token, or sizes that cannot be.
-    """
+    """Fill a recipe from an open HiddenCache. UsageError for a method, layers, mask token or sizes that cannot be."""
     target = text_config(cache.target_config)
     draft = _resolve_draft(recipe.draft, target, cache)
     config = _draft_config(draft, target)
@@ -233,17 +225,15 @@ def resolve(recipe: Recipe, cache) -> Resolved:
             f"train.cell_anchors = {filled['cell_anchors']} is below train.anchors = {train.anchors}: "
             "a sample's blocks share a cell; raise the one or lower the other"
         )
-    resolved = recipe.model_copy(update={"draft": draft, "train": train.model_copy(update=filled)})
-    return Resolved(resolved, config)
+    return Resolved(recipe.model_copy(update={"draft": draft, "train": train.model_copy(update=filled)}), config)
 
 
 def default_lr(hidden_size: int, optimizer: str) -> float:
     """Return the peak rate: 6e-4, as published for targets from 0.6B to 8B, and more for toys."""
     # Toys: see configs/demo.toml. With AdamW 3e-3 was the best of 1e-3, 3e-3, 6e-3 and 1e-2 on the bundled target;
     # widths between its 256 and 1024 were not tried, nor Muon on larger targets.
-    if hidden_size > SMALL_HIDDEN:
-        return 6e-4
-    return 5e-3 if optimizer == "muon" else 3e-3
+    toys = 5e-3 if optimizer == "muon" else 3e-3
+    return 6e-4 if hidden_size > SMALL_HIDDEN else toys
 
 
 def _resolve_draft(draft: DraftSection, target: dict, cache) -> DraftSection:
@@ -310,8 +300,7 @@ def text_config(config: dict) -> dict:
 def rope_theta(target: dict) -> float:
     """Return the target's rotary base: `rope_parameters` (transformers 5, maybe one for each kind of layer) or legacy.
 
-    Raises UsageError when the two are stated and differ: a draft trained with one and served with the other accepts
-    nothing.
+    UsageError where both are stated and differ: a draft trained with one and served with the other accepts nothing.
     """
     parameters = target.get("rope_parameters") or {}
     new = parameters.get("rope_theta", (parameters.get("full_attention") or {}).get("rope_theta"))
@@ -321,8 +310,7 @@ def rope_theta(target: dict) -> float:
             f"the target's config states rope_theta {legacy:g} and rope_parameters.rope_theta {new:g}; "
             "correct the target's config.json and capture again"
         )
-    theta = legacy if new is None else new
-    return 10_000.0 if theta is None else float(theta)
+    return float(next((theta for theta in (new, legacy) if theta is not None), 10_000.0))
 
 
 def resolve_mask_token(stated: int | None, tokens: dict, vocab_size: int) -> int:
@@ -330,17 +318,14 @@ def resolve_mask_token(stated: int | None, tokens: dict, vocab_size: int) -> int
 
     Never pad, eos or bos: a draft would learn that the end of a text means "guess here".
     """
-    mask, how = stated, "draft.mask_token_id"
-    if mask is None:
-        mask, how = tokens.get("mask"), "the tokenizer's mask token"
-    if mask is None:
-        mask, how = tokens["length"], "len(tokenizer)"
+    ways = {"draft.mask_token_id": stated, "the tokenizer's mask token": tokens.get("mask")}
+    ways["len(tokenizer)"] = tokens["length"]
+    how, mask = next((how, token) for how, token in ways.items() if token is not None)
     remedy = "set draft.mask_token_id to an id that no text uses"
     if mask >= vocab_size:
         raise UsageError(f"{how} is {mask}, outside the target's vocabulary of {vocab_size}; {remedy}")
-    special = {"pad": tokens.get("pad"), "bos": tokens.get("bos")}
-    taken = [name for name, token in special.items() if token == mask]
-    taken += ["eos"] * (mask in (tokens.get("eos") or []))
+    special = {"pad": [tokens.get("pad")], "bos": [tokens.get("bos")], "eos": tokens.get("eos") or []}
+    taken = [name for name, held in special.items() if mask in held]
     if taken:
         raise UsageError(f"{how} is {mask}, the tokenizer's {' and '.join(taken)} token; {remedy}")
     return mask

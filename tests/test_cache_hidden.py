@@ -19,9 +19,10 @@ from tiny import CHAT_TEMPLATE, conversations, tokenizer, write_jsonl
 
 import stages.cache_hidden.engine as engine_module
 from pipeline.cache import HiddenCache
+from pipeline.cache.batches import micro_batches
 from pipeline.cache.disk import room
 from pipeline.cache.manifest import read_canonical
-from pipeline.cache.plan import load_plan, micro_batches
+from pipeline.cache.plan import load_plan
 from pipeline.cache.verify import verify
 from pipeline.capture import final_rows
 from pipeline.errors import DataError, RoomError, UsageError

@@ -10,8 +10,9 @@ from cache_maker import contents, flip, random_samples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.cache.batches import micro_batches
 from pipeline.cache.layout import PLAN
-from pipeline.cache.plan import PlannedSample, load_plan, micro_batches, write_segment
+from pipeline.cache.plan import PlannedSample, load_plan, write_segment
 from pipeline.cache.samples import sample_id
 from pipeline.errors import CacheError, DataError, UsageError
 

@@ -7,7 +7,7 @@ micro-batches of consecutive samples waste little and write their rows in order.
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import groupby
@@ -36,7 +36,6 @@ from pipeline.errors import CacheError, DataError, UsageError
 
 SHARD_BYTES = 4 << 30  # of raw states, over the columns first asked for
 SHARDS_AT_LEAST = 16  # so that a small plan, too, is kept as it goes
-FORWARD_TOKENS = 128  # what a forward costs besides its tokens: an H100 reads the weights in the time of so many
 _SPOOL_TOKENS = 1 << 20
 
 _PLACE, _COUNTS = ("segment", "first_shard", "shards", "row_bytes"), ("samples", "tokens", "supervised", "duplicates")
@@ -68,11 +67,6 @@ class Plan:
     @property
     def duplicates(self) -> int:
         return self._sum("duplicates")
-
-    @property
-    def final_rows(self) -> int:
-        """Rows that keep `final` when only those needed are kept."""
-        return self._sum("final_rows")
 
     @property
     def sources(self) -> list[dict]:
@@ -341,30 +335,3 @@ def _shards_of(path: Path, manifest: dict) -> list[ShardPlan]:
     if not shards or counts != (manifest["shards"], manifest["samples"], manifest["tokens"]):
         raise CacheError(f"{path}: not the shards its manifest counts; run `pipeline verify`")
     return shards
-
-
-def micro_batches(lengths: Sequence[int] | np.ndarray, batch_tokens: int) -> list[range]:
-    """Cut a shard's samples, in their order, into batches of at most `batch_tokens` padded tokens (at least a sample).
-
-    Of all cuts the cheapest, padding and forwards counted in tokens. A pure function of the lengths, so that a capture
-    computes the same batches whoever runs it and however often it was stopped.
-    """
-    lengths = [int(length) for length in lengths]
-    least, begins = [0], [0]  # for the samples before each end: what they cost, where their last batch begins
-    for end in range(1, len(lengths) + 1):
-        longest = tokens = 0
-        found = None
-        for first in range(end - 1, -1, -1):
-            longest, tokens = max(longest, lengths[first]), tokens + lengths[first]
-            padded = longest * (end - first)
-            cost = padded - tokens + FORWARD_TOKENS
-            if found and (padded > batch_tokens or cost > found[0]):  # and every longer batch costs more still
-                break
-            found = min(found or (least[first] + cost, first), (least[first] + cost, first))
-        least.append(found[0])
-        begins.append(found[1])
-    batches, end = [], len(lengths)
-    while end:
-        batches.append(range(begins[end], end))
-        end = begins[end]
-    return batches[::-1]

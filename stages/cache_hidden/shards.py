@@ -16,11 +16,12 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline.cache.batches import micro_batches
 from pipeline.cache.columns import ColumnSpec, committed
 from pipeline.cache.disk import room, turn
 from pipeline.cache.int8 import as_stored
 from pipeline.cache.manifest import FileFact
-from pipeline.cache.plan import Plan, micro_batches
+from pipeline.cache.plan import Plan
 from pipeline.cache.target_folder import CONFIG, HEAD, TOKENS, WEIGHTS, has_target, new_target, target_file
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import DataError

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.cache.batches import micro_batches
 from pipeline.cache.disk import Scratch, room, write_all
-from pipeline.cache.plan import micro_batches
 from pipeline.cache.samples import ShardPlan
 from stages.cache_hidden.report import Work, work_bytes
 from stages.cache_hidden.settings import Settings

@@ -32,8 +32,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 import stages.cache_hidden.shards as shards
+from pipeline.cache.batches import micro_batches
 from pipeline.cache.manifest import create_identity
-from pipeline.cache.plan import SHARD_BYTES, Plan, micro_batches, write_segment
+from pipeline.cache.plan import SHARD_BYTES, Plan, write_segment
 from pipeline.cache.samples import PlannedSample, ShardPlan
 from pipeline.target import run_decoder
 from pipeline.target_files import TOKENIZER_FILES
