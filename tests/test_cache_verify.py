@@ -201,7 +201,8 @@ def test_describe_counts_what_is_there(whole):
     assert facts["plan"]["samples"] == 11 and facts["plan"]["tokens"] == plan.tokens
     assert facts["shards"] == {"planned": len(plan.shards), "whole": len(plan.shards)}
     assert [column["name"] for column in facts["columns"]] == ["aux.1", "aux.10", "final"]
-    assert [column["rows"] for column in facts["columns"]] == [plan.tokens, plan.tokens, plan.final_rows]
+    kept = sum(shard.final_count for shard in plan.shards)
+    assert [column["rows"] for column in facts["columns"]] == [plan.tokens, plan.tokens, kept]
     assert facts["columns"][0]["probe"] == 0.25  # the worst of the shards
     assert facts["bytes"]["total"] == sum(map(len, contents(whole).values()))
     assert 16 <= facts["columns"][0]["token_bytes"] < 30

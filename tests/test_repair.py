@@ -185,6 +185,12 @@ def test_who_waited_for_another_repair_does_not_make_it_all_again(tiny_target, c
     assert not found[0].damaged
 
 
+def test_a_repair_says_what_it_makes(tiny_target, cache, capsys):
+    (cache / "target/head.safetensors").unlink()
+    assert not repair(cache, str(tiny_target), "cpu").damaged
+    assert capsys.readouterr().err == "what the cache holds of the target is made again\n"
+
+
 def test_a_repair_counts_the_files_it_looked_at_again(tiny_target, cache):
     flip(cache / VALUES, 777)
     report = repair(cache, str(tiny_target), "cpu")

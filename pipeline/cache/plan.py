@@ -199,12 +199,7 @@ def _spooled(path: Path) -> Iterator[tuple[PlannedSample, bytes]]:
     """Read back what `_spool` wrote, in order."""
     with pa.memory_map(str(path)) as file:
         for batch in pa.ipc.open_stream(file):
-            part = ShardPlan(batch, SPOOLED)
-            names, lines = batch.column("sample_id").to_pylist(), batch.column("line").to_pylist()
-            domains, splits, files = part.text("domain"), part.text("split"), part.text("source")
-            for row in range(len(part)):
-                sample = PlannedSample(part.ids(row), part.mask(row), domains[row], splits[row], files[row], lines[row])
-                yield sample, names[row]
+            yield from zip(ShardPlan(batch, SPOOLED).samples(), batch.column("sample_id").to_pylist(), strict=True)
 
 
 def _write_shards(spool: Path, segment: Path, counts: _Counts, row_bytes: int, first: int) -> int:

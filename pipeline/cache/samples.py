@@ -6,7 +6,7 @@ The same batch is a piece of a plan segment and, alone in a file, a shard's `sam
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -223,6 +223,15 @@ class ShardPlan:
     def text(self, name: str) -> list[str]:
         """One of the text columns: `domain`, `split`, `source`."""
         return self.batch.column(name).to_pylist()
+
+    def samples(self) -> Iterator[PlannedSample]:
+        """Yield the samples as they were planned, in order."""
+        texts, lines = (
+            [self.text(name) for name in ("domain", "split", "source")],
+            self.batch.column("line").to_pylist(),
+        )
+        for row, line in enumerate(lines):
+            yield PlannedSample(self.ids(row), self.mask(row), *(text[row] for text in texts), line)
 
     def line(self, row: int) -> int:
         return self.batch.column("line")[row].as_py()

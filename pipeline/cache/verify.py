@@ -18,7 +18,6 @@ from pipeline.cache.codecs import LOSSY
 from pipeline.cache.columns import Column, ColumnSpec, column_manifest
 from pipeline.cache.derived import refused_bytes, shard_columns
 from pipeline.cache.disk import reading
-from pipeline.cache.index import build_index, read_index, segments_of
 from pipeline.cache.layout import (
     BLOCK_ROWS,
     CALIBRATION,
@@ -42,7 +41,7 @@ from pipeline.cache.layout import (
 )
 from pipeline.cache.manifest import FILES, PIECE, check_file, check_size, read_canonical
 from pipeline.cache.plan import Plan, load_plan
-from pipeline.cache.samples import PlannedSample, ShardPlan, make_batch, read_batch, sample_id
+from pipeline.cache.samples import ShardPlan, make_batch, read_batch, sample_id
 from pipeline.cache.target_folder import target_manifest
 from pipeline.cache.zarr_shard import METADATA
 from pipeline.errors import CacheError, UsageError
@@ -85,7 +84,8 @@ def verify(path: Path | str, only: set[int] | None = None) -> Report:
         raise UsageError(f"{path}: no cache there; make one with `pipeline cache-hidden --out {path}`")
     check = _Check(path)
     plan = check.plan()
-    check.index(plan)
+    if plan:
+        check.index(plan)
     columns = check.shards(plan, only)
     captured = any(columns.values())
     if captured and not plan and not any(finding.file.startswith(PLAN) for finding in check.report.damaged):
@@ -103,7 +103,7 @@ class _Check:
     def __init__(self, path: Path):
         self.path = path
         self.report = Report(str(path))
-        self.known = {LOG}
+        self.known = {LOG, INDEX, INDEX_MANIFEST}
         self.identity: str | None = None
         with self.guard(IDENTITY):
             self.identity = read_canonical(path / IDENTITY)["hash"]
@@ -135,12 +135,11 @@ class _Check:
     def plan(self) -> Plan | None:
         """The plan, when it is whole. Its contents are made once more from ids and masks, and compared."""
         numbers = {path.stem for path in (self.path / PLAN).glob("*.*") if NUMBER.fullmatch(path.stem)}
-        before = len(self.report.damaged)
-        finished = 0
+        before, finished = len(self.report.damaged), 0
         for number in sorted(numbers):
             manifest, rows = f"{PLAN}/{number}.json", f"{PLAN}/{number}.arrow"
+            self.known.add(rows)
             if not (self.path / manifest).is_file():
-                self.known.add(rows)
                 self.unfinished(manifest, "a segment of the plan without its manifest")
                 continue
             with self.guard(manifest):
@@ -148,7 +147,6 @@ class _Check:
                 if fact is None:
                     raise CacheError("the manifest of another segment")
                 self.file(rows, fact)
-            self.known.add(rows)
             finished += 1
         if not finished:
             self.unfinished(PLAN, "no plan yet")
@@ -162,10 +160,7 @@ class _Check:
             return plan
         return None
 
-    def index(self, plan: Plan | None) -> None:
-        self.known |= {INDEX, INDEX_MANIFEST}
-        if plan is None:
-            return
+    def index(self, plan: Plan) -> None:
         if not (self.path / INDEX_MANIFEST).exists():
             self.unfinished(INDEX_MANIFEST, "no index; readers do without, the next `pipeline cache-hidden` makes it")
             return
@@ -173,11 +168,11 @@ class _Check:
             facts = read_canonical(self.path / INDEX_MANIFEST, index.FORM)
             if not self.file(INDEX, facts["files"][INDEX]):
                 return
-            if facts["segments"] != segments_of(plan.manifests):
+            if facts["segments"] != index.segments_of(plan.manifests):
                 self.unfinished(INDEX, "of a plan with other segments; the next `pipeline cache-hidden` makes it again")
                 return
-            held = read_index(self.path, plan.manifests)
-            if held is None or not held.equals(build_index(plan)):
+            held = index.read_index(self.path, plan.manifests)
+            if held is None or not held.equals(index.build_index(plan)):
                 self.damage(INDEX, "not what the plan gives")
 
     def target(self, captured: bool) -> None:
@@ -241,21 +236,19 @@ class _Check:
                     self.unfinished(f"{here}/{stem}", "left from a recode that was stopped; run it again", number, name)
                 elif f"{name}.json" not in listed:
                     self.unfinished(f"{here}/{stem}", "without a manifest, so not captured yet", number, name)
-        shard = self.samples(here, number, found, planned, SAMPLES in listed)
+        shard = self.samples(here, number, found, planned)
         for name, manifest in found.items():
             self.column(here, name, manifest, shard)
         return found
 
-    def samples(
-        self, here: str, number: int, found: dict[str, dict], planned: ShardPlan | None, there: bool
-    ) -> ShardPlan | None:
+    def samples(self, here: str, number: int, found: dict[str, dict], planned: ShardPlan | None) -> ShardPlan | None:
         """Check a shard's `samples.arrow` against every column's manifest and the plan; the samples, if known."""
         file, whole = f"{here}/{SAMPLES}", True
         facts = {str(manifest["files"][SAMPLES]): manifest["files"][SAMPLES] for manifest in found.values()}
         for fact in facts.values():
             whole = self.file(file, fact, number) and whole
         held = planned
-        if whole and (facts or there):
+        if whole and (facts or os.path.lexists(self.path / file)):
             with self.guard(file, number):
                 held = ShardPlan(read_batch(self.path / file), number)
                 if planned and not held.batch.equals(planned.batch):
@@ -265,8 +258,7 @@ class _Check:
     def column(self, here: str, name: str, manifest: dict, shard: ShardPlan | None) -> None:
         """Check a column's files, and every block of its values against its `.arrow`."""
         number, spec = manifest["shard"], ColumnSpec(**manifest["spec"])
-        column = None
-        sums = f"{here}/{spec.stem}.arrow"
+        column, sums = None, f"{here}/{spec.stem}.arrow"
         if self.file(sums, manifest["files"][f"{spec.stem}.arrow"], number, name) and shard:
             with self.guard(sums, number, name):
                 column = Column(self.path / here, spec, spec.bounds(shard), f"shard {numbered(number)}")
@@ -302,9 +294,8 @@ class _Check:
                     while piece := rest.read(PIECE):
                         digest.update(piece)
                 if digest.hexdigest() != fact["xxh3"] and not damaged:
-                    self.damage(
-                        file, "its digest is not its manifest's, in the padding or the chunk index", number, name
-                    )
+                    what = "its digest is not its manifest's, in the padding or the chunk index"
+                    self.damage(file, what, number, name)
 
     def quarantine(self, plan: Plan | None, columns: dict[int, dict[str, dict]]) -> None:
         file = f"{QUARANTINE}/{REFUSED}"
@@ -332,19 +323,14 @@ class _Check:
 
 
 def _below(cache: Path, folder: str) -> set[str]:
-    """Files under a folder of the cache, relative to the cache."""
-    if (cache / folder).is_symlink():  # to wherever
-        return set()
-    return {path.relative_to(cache).as_posix() for path in (cache / folder).rglob("*")}
+    """Files under a folder of the cache, relative to the cache; none where it is a link, to wherever."""
+    paths = [] if (cache / folder).is_symlink() else (cache / folder).rglob("*")
+    return {path.relative_to(cache).as_posix() for path in paths}
 
 
 def _remade(shard: ShardPlan):
     """The shard's batch made once more from ids, masks and origins."""
-    texts = [shard.text(name) for name in ("domain", "split", "source")]
-    samples = [
-        PlannedSample(shard.ids(row), shard.mask(row), *(text[row] for text in texts), shard.line(row))
-        for row in range(len(shard))
-    ]
+    samples = [*shard.samples()]
     return make_batch(samples, [sample_id(sample.ids, sample.mask) for sample in samples], shard.number)
 
 

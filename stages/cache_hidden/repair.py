@@ -216,7 +216,8 @@ def _capture_again(out: Path, plan: Plan, lost: Lost, model: str | None, device:
     ]
     work: Work = [(shard, columns) for shard, columns in wanted if columns]
     need_room(out, "what is repaired", work_bytes(work))
-    _say(f"{len(lost)} columns in {len(work)} shards are captured again: {size_text(work_bytes(work))}")
+    what = f"{len(lost)} columns in {len(work)} shards are captured again: {size_text(work_bytes(work))}"
+    _say(what if work else "what the cache holds of the target is made again")
     from stages.cache_hidden.shards import capture_shards  # brings torch and transformers
 
     capture_shards(out, settings, plan, work, Worker().device(device), 0, lost)
