@@ -45,12 +45,22 @@ def capture_options(command):
     for option in reversed(
         [
             click.option("--model", required=True, help="Target: a hub name or a folder."),
-            click.option("--corpus", default=None, help="JSONL or Parquet, a folder of them, or a hub data set."),
+            click.option(
+                "--corpus",
+                default=None,
+                help="JSONL or Parquet, a folder of them, or a hub data set.  "
+                "[default: the chats beside a bundled target, else mlabonne/open-perfectblend]",
+            ),
             click.option("--out", type=CACHE, default="hs_cache", show_default=True, help="The cache's folder."),
             click.option(
                 "--layers", default=None, help="Layers to keep, such as 1,9,17 (0 is the first, -1 the input)."
             ),
-            click.option("--taps", type=click.IntRange(1), default=None, help="How many layers, evenly placed."),
+            click.option(
+                "--taps",
+                type=click.IntRange(1),
+                default=None,
+                help="How many layers, evenly placed.  [default: 5; fewer of a shallow target]",
+            ),
             click.option(
                 "--final",
                 type=click.Choice(["needed", "all", "none"]),
@@ -64,19 +74,28 @@ def capture_options(command):
                 help="Tokens a sample.  [default: 3072, or the target's positions if fewer]",
             ),
             click.option("--max-samples", type=click.IntRange(1), default=None, help="Stop reading the corpus there."),
-            click.option("--batch-tokens", type=click.IntRange(1), default=None, help="Padded tokens a forward."),
+            click.option(
+                "--batch-tokens", type=click.IntRange(1), default=None, help="Padded tokens a forward.  [default: 4096]"
+            ),
             click.option(
                 "--budget", default=None, metavar="SIZE", help="Bytes the cache may take, such as 2TB or 1.5TiB."
             ),
             click.option(
                 "--methods", default=None, help="Whose drafts will be trained, for the budget.  [default: all]"
             ),
-            click.option("--seed", type=click.IntRange(0), default=0, help="Which samples a budget takes."),
+            click.option(
+                "--seed", type=click.IntRange(0), default=0, show_default=True, help="Which samples a budget takes."
+            ),
             click.option(
                 "--codec", default=None, help="raw, zstd or int8, or such as aux=int8,final=zstd.  [default: raw]"
             ),
             click.option("--device", default=None, help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]"),
-            click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default=None, help="Compute type."),
+            click.option(
+                "--dtype",
+                type=click.Choice(["bfloat16", "float32"]),
+                default=None,
+                help="Compute type.  [default: float32 on a CPU, else the target's]",
+            ),
             click.option("--revision", default=None, help="Revision of a hub model."),
             click.option("--append", is_flag=True, help="Add CORPUS to the cache: the samples that are not there yet."),
         ]
@@ -90,7 +109,7 @@ def capture_options(command):
 @click.option("--probe", is_flag=True, help="Run target and disk for a moment, to say how long a capture takes.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(model, corpus, out, probe, as_json, **chosen):
-    """Tokenise the corpus and print what a capture will hold and cost, in every codec.
+    """Tokenise the corpus and price what a capture will hold.
 
     With --budget it leaves out what nobody reads, chooses a codec, takes a part of the samples, and says so, each only
     as far as it has to. What is captured later keeps to that plan; until then another budget makes another plan.
@@ -108,7 +127,7 @@ def plan(model, corpus, out, probe, as_json, **chosen):
 @capture_options
 @click.option("--worker", default=None, metavar="I/N", help="Capture every N-th shard from I on: 0/4, 1/4, 2/4, 3/4.")
 def cache_hidden(model, corpus, out, **chosen):
-    """Run the target over the corpus once and keep its hidden states.
+    """Run the target once and keep its hidden states.
 
     Stop it whenever you like: the same command goes on after the last finished shard.
 
@@ -169,9 +188,10 @@ def verify(cache, repair, deep, model, device, as_json):
 @click.argument("cache", type=CACHE, default="hs_cache")
 @click.option("--codec", required=True, help="raw, zstd or int8, or such as aux=int8,final=zstd.")
 def recode(cache, codec):
-    """Write columns of a cache in another codec, from the states that are there.
+    """Write columns of a cache in another codec.
 
-    Stop it whenever you like: every shard stays readable, and the same command goes on. No training may read CACHE
+    From the states that are there, without the target. Stop it whenever you like: every shard stays readable, and the
+    same command goes on. No training may read CACHE
     meanwhile.
     """
     from stages.recode.run import run
@@ -203,9 +223,10 @@ def train_draft(recipe, cache, sets, out, device):
 @click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def sweep(recipe, as_json, **chosen):
-    """Train every combination of the lists in RECIPE's [sweep] table, one after the other.
+    """Train every combination of a recipe's lists.
 
-    All are checked before the first begins. The same command goes on after any stop; finished runs stay as they are.
+    The lists are those of RECIPE's [sweep] table; the runs follow one another, and one table ends them. All are checked
+    before the first begins. The same command goes on after any stop; finished runs stay as they are.
     """
     from pipeline.report import sweep_table
     from stages.train_draft.sweep import sweep
@@ -229,7 +250,10 @@ def sweep(recipe, as_json, **chosen):
 @click.option("--out", type=CACHE, default=None, help="Write the report here, as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def evaluate(draft, as_json, **chosen):
-    """Decode with target and draft, measure the accept length, and prove the output unchanged."""
+    """Measure a draft's accept length, and prove it lossless.
+
+    Decodes held-out prompts with target and draft, and with the target alone.
+    """
     from stages.evaluate.run import run, table
 
     show(run(draft, **chosen), as_json, table)
@@ -240,7 +264,10 @@ def evaluate(draft, as_json, **chosen):
 @click.option("--out", type=CACHE, required=True, help="The folder to write.")
 @click.option("--format", "form", type=click.Choice(["sglang"]), default="sglang", show_default=True)
 def export(draft, out, form):
-    """Write a draft as serving engines load it, then re-open it and prove that it computes the same."""
+    """Write a draft as serving engines load it, and prove it.
+
+    What was written is opened again and has to compute the same.
+    """
     from pipeline.export import export
 
     done = export(draft, out, form)
@@ -252,7 +279,10 @@ def export(draft, out, form):
 @click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
 @click.option("--forced", is_flag=True, help="Add the teacher-forced accept lengths.")
 def report(reports, markdown, forced):
-    """Put evaluation reports side by side; runs that differ only in their seed become one column."""
+    """Put evaluation reports side by side.
+
+    Runs that differ only in their seed become one column.
+    """
     from pipeline.report import comparison
 
     table = comparison(reports, markdown, forced)

@@ -71,7 +71,9 @@ def test_a_size_is_read_as_it_is_meant(text, size):
     assert size_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "TB", "2XB", "-2TB", "0GB", "1e3GB", "nan", "inf", "2TBs", "1,5TB", "5i", "0.0"])
+@pytest.mark.parametrize(
+    "text", ["", "TB", "2XB", "-2TB", "0GB", "1e3GB", "nan", "inf", "2TBs", "1,5TB", "5i", "0.0", "9" * 400 + "TB"]
+)
 def test_a_size_that_is_none_is_refused(text):
     with pytest.raises(UsageError, match=r"wanted a size such as 500GB, 2TB or 1\.5TiB"):
         CaptureOptions(budget=text)

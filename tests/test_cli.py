@@ -40,6 +40,13 @@ def cache(tiny_cache, tmp_path):
     return shutil.copytree(tiny_cache, tmp_path / "hs_cache")
 
 
+def test_every_command_says_in_its_line_what_it_does(capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    main(["--help"])
+    shown = capfd.readouterr().out
+    assert shown.count("\n  ") > 12 and "..." not in shown.partition("Commands:")[2]
+
+
 def test_a_model_that_does_not_exist(ends, tiny_corpus, tmp_path):
     code, line = ends("cache-hidden", "--model", tmp_path / "no-such", "--corpus", tiny_corpus, "--out", tmp_path / "c")
     assert code == 2

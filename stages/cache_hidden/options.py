@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pipeline.errors import UsageError
 
 DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?", re.IGNORECASE)
+SIZE = re.compile(r"(\d{1,15}(?:\.\d+)?)\s*([kmgtp]?)(i?)b?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

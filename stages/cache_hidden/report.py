@@ -154,9 +154,9 @@ def plan_table(report: dict):
         ("prices", price_table(report)),
         ("head", f"{size_text(report['bytes']['target'])}, the target's embedding and LM head"),
     ]
-    room = "it fits" if report["fits"] else "IT DOES NOT FIT"
+    room = "it fits" if report["fits"] else "IT DOES NOT FIT: --budget takes a part, --codec less for each"
     rows += [
-        ("in all", f"{size_text(report['bytes_in_all'])} in {report['shards']} shards, {report['shards_done']} done"),
+        ("cache", f"{size_text(report['bytes_in_all'])} in {report['shards']} shards, {report['shards_done']} done"),
         ("to write", f"{size_text(report['bytes_to_write'])}, {size_text(report['free_bytes'])} free: {room}"),
         ("time", time_text(report["time"]) if report["bytes_to_write"] else "none, everything is captured"),
         ("domains", ", ".join(f"{name} {count:,}" for name, count in report["domains"].items())),
