@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import struct
+import threading
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,6 +85,48 @@ def test_rows_from_any_block_on_are_those_of_the_whole(tmp_path, codec):
         column.read_into(reader, 0, memoryview(part).cast("B"), first)
         assert np.array_equal(part, whole[first:stop])
     assert np.array_equal(column.read(0, blocks=1), whole[:256])
+
+
+def long_cache(path: Path, codec: str, T: int, width: int) -> Path:
+    """One sample of T rows."""
+    (sample,) = random_samples(1)
+    long = replace(sample, ids=np.resize(sample.ids, T), mask=np.resize(sample.mask, T))
+    return make_cache(path, [long], in_codec(codec, "bfloat16", width)[:1])
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_any_window_is_the_slice_of_the_whole(tmp_path, codec):
+    held = HiddenCache.open(long_cache(tmp_path / "cache", codec, 900, 8))
+    whole = held.read(0).aux
+    for first in (0, 1, 100, 255, 256, 700, 899, 900):
+        for stop in (0, 1, 101, 256, 257, 512, 600, 768, 899, 900):
+            if first <= stop:
+                found = held.read(0, rows=(first, stop)).aux
+                assert np.array_equal(bits(found), bits(whole[:, first:stop])), (first, stop)
+
+
+@pytest.mark.parametrize("codec", ["zstd", "int8"])
+def test_a_window_takes_no_memory_but_for_its_ends(tmp_path, codec):
+    held = HiddenCache.open(long_cache(tmp_path / "cache", codec, 9000, 256))
+    out = torch.empty(1, 8000, 256, dtype=torch.bfloat16)
+    held.fill(out, [(0, 500, 8500)], [1])
+    tracemalloc.start()
+    held.fill(out, [(0, 500, 8500)], [1])
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2 << 20 < out.nbytes / 1.9
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_checking_a_long_sample_takes_little_memory(tmp_path, codec):
+    cache = long_cache(tmp_path / "cache", codec, 12_000, 256)
+    column = open_column(cache, column_manifest(cache, 0, "aux.1"), load_plan(cache).shards[0].bounds)
+    reader = column.open()
+    tracemalloc.start()
+    assert column.damaged_samples(reader) == []
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 5 << 20 < column.spec.row_bytes * 12_000
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -320,6 +364,22 @@ def test_what_is_not_finite_comes_back_as_itself(dtype):
     found_RD = decode(encoded(states_RD, calibration))
     bad_RD = ~states_RD.isfinite()
     assert np.array_equal(bits(found_RD[bad_RD]), bits(states_RD[bad_RD])) and found_RD[~bad_RD].isfinite().all()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux")
+def test_decoding_in_a_thread_starts_no_others():
+    states_RD, calibration = made_states(0, 2048, 256, "ordinary")
+    held = encoded(states_RD.bfloat16(), calibration)
+    torch.set_num_threads(2)
+    try:
+        threads = []
+        thread = threading.Thread(target=lambda: (decode(held), threads.append(len(os.listdir("/proc/self/task")))))
+        before = len(os.listdir("/proc/self/task"))
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(1)
+    assert threads == [before + 1], "torch's own threads, spinning for each of ours, took ten times the decoding"
 
 
 @pytest.mark.gpu

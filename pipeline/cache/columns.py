@@ -33,6 +33,8 @@ from pipeline.errors import CacheError
 WIDEST = 1 << 17  # values of a row; a manifest that claims more is damaged
 DECODED = 1 << 20  # bytes decoded at a time, at least a block: what is read stays in the CPU's cache until then
 
+LOOKED_AT = 16  # blocks of a sample in memory when all is checked
+
 SCHEMA = pa.schema(
     [
         pa.field("ok", pa.bool_(), nullable=False),
@@ -205,10 +207,10 @@ class Column:
         """
         count = len(out) // self.spec.row_bytes
         if self.spec.codec in LOSSY:
-            step = BLOCK_ROWS * max(1, DECODED // (BLOCK_ROWS * self.spec.row_bytes))
-            for at in range(0, count, step):
-                held = self.read_encoded(reader, row, first + at, min(step, count - at))
-                decode_into(held, out[at * self.spec.row_bytes :][: len(held) * self.spec.row_bytes])
+            at = 0
+            for held in self._encoded(reader, row, first, count):
+                decode_into(held, out[at : at + len(held) * self.spec.row_bytes])
+                at += len(held) * self.spec.row_bytes
             return
         start = int(self.bounds[row]) + first
         rows = np.frombuffer(out, np.uint8).reshape(count, -1)
@@ -219,13 +221,29 @@ class Column:
             hasher.update(part)
         self._compare(hasher, row, first)
 
-    def read_encoded(self, reader, row: int, first: int, count: int) -> Encoded:
-        """Rows `first` on, a multiple of 256, of sample `row` of an int8 column, each block checked and none decoded.
+    def _encoded(self, reader, row: int, first: int, count: int) -> Iterator[Encoded]:
+        """Yield rows of an int8 column as they are stored, some blocks at a time, each good until the next."""
+        step = BLOCK_ROWS * max(1, DECODED // (BLOCK_ROWS * self.spec.row_bytes))
+        escapes, room = self.escapes_of(reader, row), reader.room(min(step, count))
+        for at in range(first, first + count, step):
+            values, scale = (part[: first + count - at] for part in room)
+            yield self.read_encoded(reader, row, at, escapes, values, scale)
 
-        Raises CacheError naming shard, column and sample.
+    def escapes_of(self, reader, row: int) -> np.ndarray:
+        """The escapes of sample `row` of an int8 column, for `read_encoded`."""
+        return reader.escapes(range(*self.escapes[row : row + 2].tolist()))
+
+    def read_encoded(
+        self, reader, row: int, first: int, escapes: np.ndarray, values: np.ndarray, scale: np.ndarray
+    ) -> Encoded:
+        """Fill `values` and `scale` with rows of sample `row`, whose escapes are given, of an int8 column.
+
+        `first`, and that each block is checked, is as in `read_into`; nothing is decoded. Raises CacheError naming
+        shard, column and sample.
         """
-        escapes = range(*self.escapes[row : row + 2].tolist())
-        held = reader.read(int(self.bounds[row]) + first, count, escapes)
+        start = int(self.bounds[row]) + first
+        reader.read(start, values, scale)
+        held = reader.encoded(start, escapes, values, scale)
         hasher = self._hasher(row, first)
         hasher.update(held)
         self._compare(hasher, row, first)
@@ -247,11 +265,10 @@ class Column:
         damaged = []
         for row in range(len(self.ok)):
             count = int(self.bounds[row + 1] - self.bounds[row])
+            lossy = self.spec.codec in LOSSY
             try:
-                if count and self.spec.codec in LOSSY:
-                    self.read_encoded(reader, row, 0, count)
-                elif count:
-                    self.read_into(reader, row, memoryview(bytearray(count * self.spec.row_bytes)))
+                for _ in self._encoded(reader, row, 0, count) if lossy else self.parts(reader, row, LOOKED_AT):
+                    pass
             except CacheError:
                 damaged.append(row)
         return damaged

@@ -23,7 +23,8 @@ from pipeline.cache.calibration import Calibration
 from pipeline.cache.int8_files import ESCAPE_RMS, ESCAPE_SPREADS, Encoded, group_of
 
 LEVELS = 127
-CPU_BYTES = 256 << 10  # of float32 worked on at a time: it stays in the CPU's own cache
+CPU_BYTES = 128 << 10  # of float32 worked on at a time: they stay in the CPU's own cache, and torch, which shares out
+# what has more than 32,768 values among threads, starts none: readers are threads already
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-22}  # of a value, to be written in its dtype
 
 
@@ -97,13 +98,15 @@ def decode(held: Encoded, device: torch.device | str = "cpu", out: Tensor | None
     scale_RG1 = _sent(held.scale.view(np.int16), device).view(torch.bfloat16).float()[..., None]
     if out is None:
         out = torch.empty(R, D, dtype=getattr(torch, held.dtype), device=device)
-    steps = _pieces(R, D, device)
-    room_rD = torch.empty(min(steps.step, R), D, device=device)
-    for first in steps:
-        part = slice(first, first + steps.step)
-        x_rD = room_rD[: len(q_RD[part])].copy_(q_RD[part])
-        x_rD.view(len(x_rD), -1, size).mul_(scale_RG1[part])
-        out[part] = x_rD.mul_(spread_D).add_(mean_D)
+    step = _pieces(R, D, device).step
+    x_rD = torch.empty(min(step, R), D, device=device)
+    x_rGc = x_rD.view(len(x_rD), D // size, size)
+    for q_rD, scale_rG1, out_rD in zip(q_RD.split(step), scale_RG1.split(step), out.split(step), strict=True):
+        if len(q_rD) < len(x_rD):
+            x_rD, x_rGc = x_rD[: len(q_rD)], x_rGc[: len(q_rD)]
+        x_rD.copy_(q_rD)
+        x_rGc.mul_(scale_rG1)
+        out_rD.copy_(x_rD.mul_(spread_D).add_(mean_D))
     if len(held.escapes):
         kind = np.int16 if held.dtype == "bfloat16" else np.int32
         rows, columns = (_sent(held.escapes[:, k].astype(np.int64), device) for k in (0, 1))
@@ -113,7 +116,7 @@ def decode(held: Encoded, device: torch.device | str = "cpu", out: Tensor | None
 
 
 def _sent(values: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+    return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
 
 
 def promised(states_RD: Tensor, spread_D: Tensor) -> Tensor:

@@ -168,19 +168,35 @@ class Int8Reader:
 
     def _read(self, name: str, first: int, count: int) -> np.ndarray:
         file = self._files[name]
-        values = np.empty((count, file.grid.width), file.grid.dtype)
-        if values.size:
-            file.read_into(first, memoryview(values).cast("B"))
-        return values
+        return self._fill(name, first, np.empty((count, file.grid.width), file.grid.dtype))
 
-    def read(self, first: int, count: int, escapes: range) -> Encoded:
-        """Rows `first` on; `escapes` is the range among the column's that holds all of theirs, and may hold more."""
-        if escapes.stop > self._escapes_held:
+    def _fill(self, name: str, first: int, out: np.ndarray) -> np.ndarray:
+        if out.size:
+            self._files[name].read_into(first, memoryview(out).cast("B"))
+        return out
+
+    def room(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Memory for values int8 [rows, D] and scale uint16 [rows, G]."""
+        grids = self._files[VALUES].grid, self._files[SCALE].grid
+        return tuple(np.empty((rows, grid.width), grid.dtype) for grid in grids)
+
+    def escapes(self, kept: range) -> np.ndarray:
+        """These of the column's escapes, [e, 3], the row being the column's. CacheError where none can be like that."""
+        if kept.stop > self._escapes_held:
             raise CacheError(f"{self.path.parents[3]}: has fewer escapes than are counted; run `pipeline verify`")
-        found = self._read(ESCAPES, escapes.start, len(escapes)) - np.array([first, 0, 0], np.int32)
-        found = found[(found[:, 0] >= 0) & (found[:, 0] < count)]
+        found = self._read(ESCAPES, kept.start, len(kept))
         width = self._files[VALUES].grid.width
-        if ((found[:, 1] < 0) | (found[:, 1] >= width)).any() or (np.diff(found[:, 0]) < 0).any():
+        if ((found[:, 1] < 0) | (found[:, 1] >= width)).any() or (found[1:, 0] < found[:-1, 0]).any():
             raise CacheError(f"{self.path.parents[3]}: its escapes are damaged; run `pipeline verify`")
-        parts = self._read(VALUES, first, count), self._read(SCALE, first, count), found
-        return Encoded(*parts, self.calibration, self.dtype)
+        return found
+
+    def read(self, first: int, values: np.ndarray, scale: np.ndarray) -> None:
+        """Fill `values` and `scale` with rows from `first` on."""
+        self._fill(VALUES, first, values)
+        self._fill(SCALE, first, scale)
+
+    def encoded(self, first: int, escapes: np.ndarray, values: np.ndarray, scale: np.ndarray) -> Encoded:
+        """What was read from row `first` on, with theirs among `escapes`, which are sorted by row of the column."""
+        start, end = np.searchsorted(escapes[:, 0], [first, first + len(values)])
+        own = escapes[start:end] - np.array([first, 0, 0], np.int32)
+        return Encoded(values, scale, own, self.calibration, self.dtype)

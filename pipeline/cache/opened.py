@@ -6,12 +6,15 @@ many threads; nothing on disk is locked.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.columns import Column, open_column
 from pipeline.cache.direct import DirectColumn, MappedColumns
+from pipeline.cache.int8_files import Encoded
 from pipeline.cache.layout import BLOCK_ROWS
 from pipeline.cache.samples import ShardPlan
 
@@ -28,17 +31,45 @@ class CodedColumn:
         return self.column.open()
 
     def read(self, file, row: int, first: int, out: memoryview) -> None:
-        """Fill `out`, flat bytes, with the rows of sample `row` from `first` on, any row of it."""
-        width, rows = self.column.spec.row_bytes, int(self.column.bounds[row + 1] - self.column.bounds[row])
-        stop = first + len(out) // width
-        begin = first - first % BLOCK_ROWS
-        end = min(-(-stop // BLOCK_ROWS) * BLOCK_ROWS, rows)
-        if (begin, end) == (first, stop):
-            self.column.read_into(file, row, out, first)
-            return
-        whole = memoryview(bytearray((end - begin) * width))
-        self.column.read_into(file, row, whole, begin)
-        out[:] = whole[(first - begin) * width : (stop - begin) * width]
+        """Fill `out`, flat bytes, with the rows of sample `row` from `first` on, any row of it.
+
+        A block that is read only in part is read whole, aside, to be checked.
+        """
+        width, at = self.column.spec.row_bytes, 0
+        for begin, end, part in self._spans(row, first, first + len(out) // width):
+            here = out[at : at + (part.stop - part.start) * width]
+            if (part.start, part.stop) == (begin, end):
+                self.column.read_into(file, row, here, begin)
+            else:
+                whole = memoryview(bytearray((end - begin) * width))
+                self.column.read_into(file, row, whole, begin)
+                here[:] = whole[(part.start - begin) * width : (part.stop - begin) * width]
+            at += len(here)
+
+    def read_encoded(self, file, row: int, first: int, values: np.ndarray, scale: np.ndarray) -> Encoded:
+        """The same of an int8 column, into values int8 [R, D] and scale uint16 [R, G]; not decoded."""
+        escapes, at = self.column.escapes_of(file, row), 0
+        for begin, end, part in self._spans(row, first, first + len(values)):
+            to = slice(at, at + part.stop - part.start)
+            if (part.start, part.stop) == (begin, end):
+                self.column.read_encoded(file, row, begin, escapes, values[to], scale[to])
+            else:
+                whole = file.room(end - begin)
+                self.column.read_encoded(file, row, begin, escapes, *whole)
+                values[to], scale[to] = (held[part.start - begin : part.stop - begin] for held in whole)
+            at = to.stop
+        return file.encoded(int(self.column.bounds[row]) + first, escapes, values, scale)
+
+    def _spans(self, row: int, first: int, stop: int) -> Iterator[tuple[int, int, range]]:
+        """Cut rows [first, stop) of a sample into a first block in part, whole blocks, and a last one in part: where
+        their blocks begin and end, and which rows are wanted."""
+        rows = int(self.column.bounds[row + 1] - self.column.bounds[row])
+        whole = stop if stop == rows else stop - stop % BLOCK_ROWS
+        while first < stop:
+            begin = first - first % BLOCK_ROWS
+            end = whole if begin == first < whole else min(begin + BLOCK_ROWS, rows)
+            yield begin, end, range(first, min(end, stop))
+            first = end
 
 
 class OpenColumns:
@@ -60,6 +91,13 @@ class OpenColumns:
         """Open these columns, whose sizes are then known to be right. CacheError where they are not."""
         for name in names:
             self._open(shard, name)
+
+    def read_encoded(
+        self, shard: int, name: str, row: int, first: int, values: np.ndarray, scale: np.ndarray
+    ) -> Encoded:
+        """Fill `values` and `scale` with rows of a sample of an int8 column. CacheError for damage."""
+        column, file = self._open(shard, name)
+        return column.read_encoded(file, row, first, values, scale)
 
     def mapped(self, shard: int, names: Sequence[str]) -> MappedColumns | None:
         """These columns mapped as one array, or None where they cannot be: coded, or of different rows."""
