@@ -4,6 +4,9 @@ A killed writer leaves a scratch folder that `disk.clean` removes, and nothing e
 not exist and is replaced by the next writer.
 """
 
+import contextlib
+import errno
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -270,21 +273,35 @@ class ShardWriter:
         for below in sorted(path for path in (scratch / spec.stem).rglob("*") if path.is_dir()):
             sync_folder(below)
         sync_folder(scratch / spec.stem)
-        self._put_away(f"{spec.stem}.arrow", spec.stem)
         for new in (spec.stem, f"{spec.stem}.arrow"):
-            (scratch / new).rename(folder / new)
+            self._move_in(new)
         sync_folder(folder)
         ready.rename(folder / f"{name}.json")
         sync_folder(folder)
         for other in spec.other_stems:
             self._put_away(f"{other}.arrow", other)
 
+    def _move_in(self, name: str) -> None:
+        """Rename one of our files or folders into the shard's folder, in the place of what is there.
+
+        Where locks reach nobody, or one was removed, another writer may come between, with the same bytes: then again.
+        """
+        while True:
+            self._put_away(name)
+            try:
+                (self._scratch.path / name).rename(shard_folder(self.cache, self.shard.number) / name)
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+
     def _put_away(self, *names: str) -> None:
         """Move what an earlier writer left from the shard's folder into scratch, where it goes with the rest."""
-        folder = shard_folder(self.cache, self.shard.number)
+        folder, scratch = shard_folder(self.cache, self.shard.number), self._scratch.path
         for name in names:
             if (folder / name).exists() or (folder / name).is_symlink():
-                (folder / name).rename(self._scratch.path / f"old-{name}")
+                with contextlib.suppress(FileNotFoundError):  # another did
+                    (folder / name).rename(scratch / f"old-{len(os.listdir(scratch))}-{name}")
                 sync_folder(folder)
 
     def abort(self) -> None:

@@ -30,7 +30,7 @@ from pipeline.cache.layout import LOG, SAMPLES, numbered, shard_folder
 from pipeline.cache.plan import Plan, load_plan
 from pipeline.cache.samples import ShardPlan
 from pipeline.cache.writer import ShardWriter
-from pipeline.errors import ProofError, UsageError
+from pipeline.errors import CacheError, ProofError, UsageError
 
 BLOCKS = 16  # of a sample in memory at a time
 EVERY_S = 5.0  # between lines of progress
@@ -66,7 +66,11 @@ def run(cache: Path, codec: str) -> Done:
     said = time.monotonic()
     for number, (shard, spec, wanted) in enumerate(work):
         before += _bytes(cache, shard.number, spec.name)
-        _recode(held, shard, spec, wanted, calibrations.get(spec.name))
+        try:
+            _recode(held, shard, spec, wanted, calibrations.get(spec.name))
+        except CacheError:  # the old values go when another process, which does the same, has put the new in place
+            if column_manifest(cache, shard.number, spec.name)["spec"]["codec"] != wanted:
+                raise
         after += _bytes(cache, shard.number, spec.name)
         if time.monotonic() > said + EVERY_S:
             said = time.monotonic()
@@ -135,6 +139,8 @@ def _opened(cache: Path, shard: ShardPlan, name: str) -> Column | None:
 def _recode(held: HiddenCache, shard: ShardPlan, spec: ColumnSpec, codec: str, calibration: Calibration | None) -> None:
     """Write one column of one shard anew, prove it, and let it count."""
     manifest = column_manifest(held.path, shard.number, spec.name)
+    if manifest["spec"]["codec"] == codec:  # another process was quicker
+        return
     old = open_column(held.path, manifest, spec.bounds(shard))
     with ShardWriter(held.path, shard, [replace(spec, codec=codec)]) as writer:
         for row, reason in manifest["refused"].items():
@@ -169,13 +175,17 @@ def _proven(
 
 def _tidy(cache: Path, shard: int, name: str) -> None:
     """Remove what a stopped recode left of a column in codecs that do not count."""
+    if _left(cache, shard, name):
+        with Scratch(cache, numbered(shard)) as scratch, room(cache, "a clean-up"), committing(cache):
+            for path in _left(cache, shard, name):  # anew: while we waited, a living one may have made it count
+                path.rename(scratch.path / path.name)
+
+
+def _left(cache: Path, shard: int, name: str) -> list[Path]:
+    """What there is of a column in codecs that do not count."""
     spec, folder = ColumnSpec(**column_manifest(cache, shard, name)["spec"]), shard_folder(cache, shard)
     left = [folder / end for stem in spec.other_stems for end in (f"{stem}.arrow", stem)]
-    if any(path.exists() for path in left):
-        with Scratch(cache, numbered(shard)) as scratch, room(cache, "a clean-up"), committing(cache):
-            for path in left:
-                if path.exists():
-                    path.rename(scratch.path / path.name)
+    return [path for path in left if path.exists()]
 
 
 def _bytes(cache: Path, shard: int, name: str) -> int:
