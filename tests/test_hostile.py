@@ -336,7 +336,7 @@ def test_escapes_that_lie_elsewhere_are_written_nowhere(tmp_path, escape):
         HiddenCache.open(cache).read(0)
     reader = Int8Reader(folder / "aux.1.int8", int(HiddenCache.open(cache).samples.length[0]), 128, "bfloat16")
     try:
-        held = reader.read(0, 4, range(0, 1))
+        held = reader.encoded(0, reader.escapes(range(0, 1)), *reader.room(4))
         assert ((held.escapes[:, 0] >= 0) & (held.escapes[:, 0] < 4)).all()
         assert ((held.escapes[:, 1] >= 0) & (held.escapes[:, 1] < 128)).all()
     except CacheError:
