@@ -7,6 +7,7 @@ and it maps every typed error to one line and an exit code. The whole trace is s
 import contextlib
 import json
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -21,8 +22,23 @@ CACHE = click.Path(path_type=Path)
 TERMINATED = 128 + signal.SIGTERM
 
 
+class OnACache(click.Command):
+    """Names the cache in what an error says to run: what finds damage often knows no more than a file of it."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except PipelineError as error:
+            cache = ctx.params.get("out" if "corpus" in ctx.params else "cache")
+            named = f"`{shlex.join(['pipeline', 'verify', str(cache)])}`"
+            error.args = (str(error).replace("`pipeline verify`", named) if cache else str(error),)
+            raise
+
+
 class InWorkflowOrder(click.Group):
     """Lists commands as they are used, not by the alphabet."""
+
+    command_class = OnACache
 
     def list_commands(self, ctx):
         return list(self.commands)
@@ -47,56 +63,41 @@ def capture_options(command):
             click.option("--model", required=True, help="Target: a hub name or a folder."),
             click.option(
                 "--corpus",
-                default=None,
                 help="JSONL or Parquet, a folder of them, or a hub data set.  "
                 "[default: the chats beside a bundled target, else mlabonne/open-perfectblend]",
             ),
             click.option("--out", type=CACHE, default="hs_cache", show_default=True, help="The cache's folder."),
-            click.option(
-                "--layers", default=None, help="Layers to keep, such as 1,9,17 (0 is the first, -1 the input)."
-            ),
+            click.option("--layers", help="Layers to keep, such as 1,9,17 (0 is the first, -1 the input)."),
             click.option(
                 "--taps",
                 type=click.IntRange(1),
-                default=None,
                 help="How many layers, evenly placed.  [default: 5; fewer of a shallow target]",
             ),
             click.option(
                 "--final",
                 type=click.Choice(["needed", "all", "none"]),
-                default=None,
                 help="Rows whose final state is kept.  [default: needed]",
             ),
             click.option(
                 "--max-length",
                 type=click.IntRange(2),
-                default=None,
                 help="Tokens a sample.  [default: 3072, or the target's positions if fewer]",
             ),
-            click.option("--max-samples", type=click.IntRange(1), default=None, help="Stop reading the corpus there."),
-            click.option(
-                "--batch-tokens", type=click.IntRange(1), default=None, help="Padded tokens a forward.  [default: 4096]"
-            ),
-            click.option(
-                "--budget", default=None, metavar="SIZE", help="Bytes the cache may take, such as 2TB or 1.5TiB."
-            ),
-            click.option(
-                "--methods", default=None, help="Whose drafts will be trained, for the budget.  [default: all]"
-            ),
+            click.option("--max-samples", type=click.IntRange(1), help="Stop reading the corpus there."),
+            click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a forward.  [default: 4096]"),
+            click.option("--budget", metavar="SIZE", help="Bytes it may take, such as 2TB or 1.5TiB."),
+            click.option("--methods", help="Whose drafts will be trained, for the budget.  [default: all]"),
             click.option(
                 "--seed", type=click.IntRange(0), default=0, show_default=True, help="Which samples a budget takes."
             ),
-            click.option(
-                "--codec", default=None, help="raw, zstd or int8, or such as aux=int8,final=zstd.  [default: raw]"
-            ),
-            click.option("--device", default=None, help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]"),
+            click.option("--codec", help="raw, zstd or int8, or such as aux=int8,final=zstd.  [default: raw]"),
+            click.option("--device", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]"),
             click.option(
                 "--dtype",
                 type=click.Choice(["bfloat16", "float32"]),
-                default=None,
                 help="Compute type.  [default: float32 on a CPU, else the target's]",
             ),
-            click.option("--revision", default=None, help="Revision of a hub model."),
+            click.option("--revision", help="Revision of a hub model."),
             click.option("--append", is_flag=True, help="Add CORPUS to the cache: the samples that are not there yet."),
         ]
     ):

@@ -102,6 +102,14 @@ def test_the_command_that_repairs_works_as_it_is_printed(ends, cache):
     assert ends(*words[1:]) == (0, "")
 
 
+def test_what_an_error_says_to_run_names_the_cache(ends, cache, tiny_target, tiny_corpus):
+    flip(cache / "cache.json", 80)
+    capture = ("cache-hidden", "--model", tiny_target, "--corpus", tiny_corpus, "--out", cache, "--layers", "1")
+    for command in (capture, ("inspect", cache), ("train-draft", "--cache", cache)):
+        code, line = ends(*command)
+        assert code == 4 and f"run `pipeline verify {cache}`" in line, line
+
+
 def test_damage_that_no_repair_makes_right_is_not_sent_round_again(ends, cache):
     shutil.copytree(cache / "shards/000001", cache / "shards/000099")
     code, line = ends("verify", cache, "--repair")
