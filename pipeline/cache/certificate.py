@@ -14,7 +14,7 @@ from pipeline.cache.codecs import PROMISE
 from pipeline.cache.int8 import as_stored, decode, encoded, promised
 from pipeline.cache.layout import BLOCK_ROWS
 from pipeline.cache.samples import ShardPlan
-from pipeline.errors import ProofError
+from pipeline.errors import DataError, ProofError
 from pipeline.target_head import TargetHead
 
 SHADOW_ROWS = 2048  # of a shard
@@ -93,12 +93,23 @@ def _short(value: float) -> float:
 
 
 def proven_calibration(column: str, codec: str, states_RD: Tensor, device: str | torch.device) -> Calibration:
-    """Calibrate a column with states [R, D] on the host; ProofError where its codec breaks its promise on them."""
+    """Calibrate a column with states [R, D] on the host; ProofError where its codec breaks its promise on them.
+
+    Rows that a capture refuses, not finite or all zero, promise nothing; DataError where there are no others.
+    """
+    kept = [part_RD.isfinite().all(-1) & part_RD.any(-1) for part_RD in states_RD.split(2 * SHADOW_ROWS)]
+    if not any(kept_R.any() for kept_R in kept):
+        raise DataError(
+            f"{column}: no token that was looked at has a state that can be kept; the target's weights are damaged, or "
+            "its type is too narrow: try --dtype bfloat16 or float32"
+        )
     calibration = calibrate(as_stored(states_RD))
     certificate = Certificate(column, codec, calibration)
     escapes = 0
-    for part_RD in states_RD.split(2 * SHADOW_ROWS):
-        truth_RD = part_RD[part_RD.isfinite().all(-1)].to(device)
+    for part_RD, kept_R in zip(states_RD.split(2 * SHADOW_ROWS), kept, strict=True):
+        if not kept_R.any():
+            continue
+        truth_RD = part_RD[kept_R].to(device)
         held = encoded(truth_RD, calibration)
         escapes += len(held.escapes)
         certificate.add(truth_RD, decode(held, device))

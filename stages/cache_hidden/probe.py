@@ -99,7 +99,7 @@ def check_layer(stored_PD: Tensor, entries: Sequence[Tensor], layer: int, promis
     bound, right = BOUNDS[stored_PD.dtype] + promise, layer + 1
     beside = [entry for entry in (layer, right, right + 1) if 0 <= entry < len(entries)]
     errors = {entry: relative(stored_PD, entries[entry]) for entry in beside}
-    if errors[right] <= bound and min(errors, key=errors.get) == right:
+    if errors[right] <= bound and errors[right] <= min(errors.values()):  # alike where a layer passes its input on
         return errors[right]
     errors = {entry: relative(stored_PD, entries[entry]) for entry in range(len(entries))}
     best = min(errors, key=errors.get)
