@@ -18,7 +18,8 @@ import click
 from pipeline import __version__
 from pipeline.errors import CacheError, PipelineError, ProofError
 
-CACHE = click.Path(path_type=Path)
+PATH = click.Path(path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
 TERMINATED = 128 + signal.SIGTERM
 
 
@@ -66,7 +67,7 @@ def capture_options(command):
                 help="JSONL or Parquet, a folder of them, or a hub data set.  "
                 "[default: the chats beside a bundled target, else mlabonne/open-perfectblend]",
             ),
-            click.option("--out", type=CACHE, default="hs_cache", show_default=True, help="The cache's folder."),
+            click.option("--out", type=FOLDER, default="hs_cache", show_default=True, help="The cache's folder."),
             click.option("--layers", help="Layers to keep, such as 1,9,17 (0 is the first, -1 the input)."),
             click.option(
                 "--taps",
@@ -146,7 +147,7 @@ def cache_hidden(model, corpus, out, **chosen):
 
 
 @commands.command()
-@click.argument("cache", type=CACHE, default="hs_cache")
+@click.argument("cache", type=FOLDER, default="hs_cache")
 @click.option("--sample", type=int, default=None, help="Show this sample, its supervised tokens coloured.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(cache, sample, as_json):
@@ -163,7 +164,7 @@ def inspect(cache, sample, as_json):
 
 
 @commands.command()
-@click.argument("cache", type=CACHE, default="hs_cache")
+@click.argument("cache", type=FOLDER, default="hs_cache")
 @click.option("--repair", is_flag=True, help="Make again what is damaged, with --model where the target has to.")
 @click.option("--deep", is_flag=True, help="Check every byte of the files of --model, too, against those captured.")
 @click.option("--model", default=None, help="The target: a hub name or a folder.")
@@ -186,7 +187,7 @@ def verify(cache, repair, deep, model, device, as_json):
 
 
 @commands.command()
-@click.argument("cache", type=CACHE, default="hs_cache")
+@click.argument("cache", type=FOLDER, default="hs_cache")
 @click.option("--codec", required=True, help="raw, zstd or int8, or such as aux=int8,final=zstd.")
 def recode(cache, codec):
     """Write columns of a cache in another codec.
@@ -201,10 +202,10 @@ def recode(cache, codec):
 
 
 @commands.command("train-draft")
-@click.argument("recipe", type=CACHE, required=False)
-@click.option("--cache", type=CACHE, default="hs_cache", show_default=True, help="The cache to train from.")
+@click.argument("recipe", type=PATH, required=False)
+@click.option("--cache", type=FOLDER, default="hs_cache", show_default=True, help="The cache to train from.")
 @click.option("--set", "sets", multiple=True, metavar="A.B=C", help="Change one field of the recipe.")
-@click.option("--out", type=CACHE, default=None, help="The run's folder.  [default: runs/METHOD-DIGEST]")
+@click.option("--out", type=FOLDER, default=None, help="The run's folder.  [default: runs/METHOD-DIGEST]")
 @click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
 def train_draft(recipe, cache, sets, out, device):
     """Train a draft from a cache; the target is never loaded.
@@ -217,10 +218,10 @@ def train_draft(recipe, cache, sets, out, device):
 
 
 @commands.command()
-@click.argument("recipe", type=CACHE)
-@click.option("--cache", type=CACHE, default="hs_cache", show_default=True, help="The cache to train from.")
+@click.argument("recipe", type=PATH)
+@click.option("--cache", type=FOLDER, default="hs_cache", show_default=True, help="The cache to train from.")
 @click.option("--set", "sets", multiple=True, metavar="A.B=C", help="Change one field of every run's recipe.")
-@click.option("--out", type=CACHE, default=None, help="The folder for the runs' folders.  [default: runs]")
+@click.option("--out", type=FOLDER, default=None, help="The folder for the runs' folders.  [default: runs]")
 @click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def sweep(recipe, as_json, **chosen):
@@ -241,14 +242,14 @@ def sweep(recipe, as_json, **chosen):
 
 
 @commands.command()
-@click.option("--draft", type=CACHE, required=True, help="A run's folder, a checkpoint or an exported folder.")
+@click.option("--draft", type=PATH, required=True, help="A run's folder, a checkpoint or an exported folder.")
 @click.option("--model", default=None, help="The target.  [default: the one the cache was made with]")
-@click.option("--cache", type=CACHE, default=None, help="The cache.  [default: the one the draft was trained on]")
-@click.option("--prompts", type=CACHE, default=None, help="JSONL of messages.  [default: the cache's held-out split]")
+@click.option("--cache", type=FOLDER, default=None, help="The cache.  [default: the one the draft was trained on]")
+@click.option("--prompts", type=PATH, default=None, help="JSONL of messages.  [default: the cache's held-out split]")
 @click.option("--count", type=click.IntRange(1), default=64, show_default=True, help="Prompts, spread over domains.")
 @click.option("--max-new", type=click.IntRange(1), default=64, show_default=True, help="Tokens a reply at most.")
 @click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
-@click.option("--out", type=CACHE, default=None, help="Write the report here, as JSON.")
+@click.option("--out", type=PATH, default=None, help="Write the report here, as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def evaluate(draft, as_json, **chosen):
     """Measure a draft's accept length, and prove it lossless.
@@ -261,8 +262,8 @@ def evaluate(draft, as_json, **chosen):
 
 
 @commands.command()
-@click.option("--draft", type=CACHE, required=True, help="A run's folder or a checkpoint.")
-@click.option("--out", type=CACHE, required=True, help="The folder to write.")
+@click.option("--draft", type=PATH, required=True, help="A run's folder or a checkpoint.")
+@click.option("--out", type=FOLDER, required=True, help="The folder to write.")
 @click.option("--format", "form", type=click.Choice(["sglang"]), default="sglang", show_default=True)
 def export(draft, out, form):
     """Write a draft as serving engines load it, and prove it.

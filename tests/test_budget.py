@@ -177,7 +177,7 @@ def test_final_stays_while_anything_is_held_out_to_measure_by_it(monkeypatch):
     assert kept == columns_of("needed")[:1] and "final left out" in told
     monkeypatch.setattr(DFlash, "reads_final", True)
     kept, told = read_columns(columns_of("needed"), corpus_of("train", "train"), both)
-    assert kept == columns_of("needed") and "dflash train on it" in told
+    assert kept == columns_of("needed") and "it trains dflash" in told
 
 
 def test_a_stated_codec_is_kept(planned):
@@ -196,6 +196,7 @@ def test_a_budget_too_small_for_a_sample_says_what_would_do(planned, tmp_path):
     ("options", "says"),
     [
         ({"budget": "1GB", "methods": "dflash,dominoo"}, "no method `dominoo`, did you mean `domino`"),
+        ({"budget": "1GB", "methods": "dflash,"}, "a comma too many. There are dflash"),
         ({"methods": "dflash"}, "give --budget too"),
         ({"seed": 3}, "give --budget too"),
         ({"device": "gpu"}, "--device gpu: wanted cpu, cuda, or one of several such as cuda:1"),

@@ -59,6 +59,14 @@ def test_a_corpus_that_does_not_exist(ends, tiny_target, tmp_path):
     assert "no.jsonl" in line
 
 
+def test_a_file_where_a_folder_is_meant(ends, tiny_target, tiny_corpus):
+    for command in (("plan", "--model", tiny_target, "--out", tiny_corpus), ("verify", tiny_corpus)):
+        code, line = ends(*command)
+        assert code == 2 and f"'{tiny_corpus}' is a file" in line
+    code, line = ends("plan", "--model", tiny_target, "--corpus", tiny_corpus, "--out", tiny_corpus / "c")
+    assert code == 5 and "a file stands where a folder on the way should; pass another --out" in line
+
+
 def test_a_corpus_without_a_usable_sample(ends, tiny_target, tmp_path):
     only_users = [{"messages": [{"role": "user", "content": "hello"}]}] * 3
     corpus = write_jsonl(tmp_path / "users.jsonl", only_users)

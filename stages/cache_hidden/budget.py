@@ -69,12 +69,12 @@ def wanted_methods(named: str | None) -> tuple[str, ...]:
     """Return the methods that drafts will be trained with: those named with commas, or all. UsageError."""
     from pipeline.drafts import DRAFTS  # brings torch
 
-    names = tuple(sorted({name.strip() for name in named.split(",")})) if named else tuple(sorted(DRAFTS))
+    names = tuple(sorted(DRAFTS if named is None else {name.strip() for name in named.split(",")}))
     for name in names:
         if name not in DRAFTS:
-            near = difflib.get_close_matches(name, DRAFTS, n=1, cutoff=0.0)[0]
-            known = ", ".join(DRAFTS)
-            raise UsageError(f"--methods {named}: no method `{name}`, did you mean `{near}`? There are {known}")
+            near, known = difflib.get_close_matches(name, DRAFTS, n=1, cutoff=0.0)[0], ", ".join(DRAFTS)
+            meant = f"no method `{name}`, did you mean `{near}`?" if name else "a comma too many."
+            raise UsageError(f"--methods {named}: {meant} There are {known}")
     return names
 
 
@@ -226,21 +226,21 @@ def read_columns(
     named = " and ".join(methods)
     final = next((spec for spec in columns if spec.name == "final"), None)
     if final is None:
-        return tuple(columns), f"columns: all stay; {named} read every layer"
+        return tuple(columns), f"columns: all stay; every layer is read by {named}"
     training = [name for name in methods if DRAFTS[name].reads_final]
     if not training and all(split not in ("", HELDOUT) for _, split in corpus.groups):
         rest = tuple(spec for spec in columns if spec is not final)
-        return rest, f"columns: final left out; {named} do not train on it, and no sample is held out to measure by it"
-    why = (
-        f"{' and '.join(training)} train on it" if training else "the accept length on held-out samples is known by it"
-    )
+        return rest, f"columns: final left out; it does not train {named}, and no sample is held out to measure by it"
+    why = f"it trains {' and '.join(training)}" if training else "the accept length on held-out samples is known by it"
     if final.keeps == "all":
         few = replace(final, keeps="needed")
         return tuple(few if spec is final else spec for spec in columns), (
             f"columns: final only beside supervised tokens, {int(corpus.final_rows.sum()):,} of "
             f"{int(corpus.rows.sum()):,} rows; nothing reads the others, but {why}"
         )
-    return tuple(columns), f"columns: all stay; {named} read every layer, and {why} (--final none leaves final out)"
+    return tuple(
+        columns
+    ), f"columns: all stay; every layer is read by {named}, and of final: {why} (--final none leaves it out)"
 
 
 def codec_step(codec: str, sizes: dict[str, int], asked: Asked) -> str:
