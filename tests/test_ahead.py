@@ -2,12 +2,13 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
-from cache_maker import make_cache, random_samples
+from cache_maker import COLUMNS, make_cache, random_samples
 
-from pipeline.cache import HiddenCache
+from pipeline.cache import HiddenCache, reader
 from pipeline.drafts import DraftConfig
 from pipeline.errors import CacheError
 from pipeline.recipe import TrainSection
@@ -124,6 +125,41 @@ def test_an_error_comes_at_the_cell_it_is_about(stream, monkeypatch):
             list(batch.cells)
     first = next(step for step in range(8) if wanted in [laid.parts[0][0] for laid in stream.plan(step).cells])
     assert seen == list(range(first + 1))
+
+
+def test_states_left_in_int8_are_the_same_once_they_are_moved(tmp_path, small, monkeypatch):
+    monkeypatch.setattr(reader, "INLINE_BYTES", 0)
+    columns = [replace(spec, codec="int8") for spec in COLUMNS]
+    cache = HiddenCache.open(make_cache(tmp_path / "cache", random_samples(20), columns))
+    split = split_samples(cache, 1001, 0.05, (1, 10))
+    train = TrainSection(batch=3, context=300, anchors=5, cell_anchors=50)
+    plain, coded = (Stream(cache, split, CONFIG, train, coded=kept) for kept in (False, True))
+
+    for batch in Ahead(coded, 0, 12, limit=20_000):
+        right = plain.batch(batch.step)
+        for (cell, _), (wanted, _) in zip(batch.cells, right.cells, strict=True):
+            found = cell.to("cpu")
+            assert torch.equal(found.aux_KRD.view(torch.int16), wanted.aux_KRD.view(torch.int16))
+            assert found.names == wanted.names and torch.equal(found.pos_R, wanted.pos_R)
+            laid = next(laid for laid in coded.plan(batch.step).cells if laid.cell.names == wanted.names)
+            assert coded.size(laid) == plain.size(laid) * (8 + 2) / 16, "of eight values one byte each, and a scale"
+    starts = {start for step in range(12) for laid in coded.plan(step).cells for _, start, _ in laid.parts}
+    assert any(start % 256 for start in starts), "windows begin inside of a block, too"
+
+
+def test_states_are_left_in_int8_only_where_all_are(tmp_path):
+    columns = [replace(COLUMNS[0], codec="int8"), *COLUMNS[1:]]
+    cache = HiddenCache.open(make_cache(tmp_path / "cache", random_samples(9), columns))
+    assert [cache.is_encoded(layers) for layers in ([1], [1, 10], [10], [])] == [True, False, False, False]
+
+
+def test_a_batch_is_read_a_cell_at_a_time(stream, monkeypatch):
+    read, held = [], stream.read
+    monkeypatch.setattr(stream, "read", lambda laid: read.append(laid) or held(laid))
+    batch = stream.batch(0, alone=True)
+    assert len(batch.cells) == 3 and not read
+    for number, _ in enumerate(batch.cells, 1):
+        assert len(read) == number
 
 
 def test_waiting_for_data_is_measured_and_nothing_else(stream, monkeypatch):

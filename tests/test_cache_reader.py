@@ -10,6 +10,7 @@ import sys
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import google_crc32c
 import numpy as np
@@ -382,6 +383,21 @@ def test_a_view_is_judged_by_its_own_columns(tmp_path):
     for layers, final in (([1, 10], False), ([1], True)):
         with pytest.raises(DataError, match="sample 0 was refused"):
             held.read(0, layers, final)
+
+
+def test_each_shard_says_itself_which_rows_keep_final(tmp_path):
+    path = make_cache(tmp_path / "cache", random_samples(6), COLUMNS[:1])
+    every = replace(COLUMNS[2], keeps="all")
+    for shard in load_plan(path).shards:
+        capture(path, shard, [every if shard.number == 0 else COLUMNS[2]])
+    held = HiddenCache.open(path)
+
+    for i in range(6):
+        column = every if held.samples.shard[i] == 0 else COLUMNS[2]
+        sample = held.read(i, final=True)
+        assert np.array_equal(bits(sample.final), truth(path, i, column)) and len(sample.final_rows) == len(
+            sample.final
+        )
 
 
 def test_opening_reads_no_manifest_and_touching_a_column_does(tmp_path):

@@ -88,9 +88,7 @@ class _Errors:
         pass
 
     def __exit__(self, kind, error, trace) -> None:
-        if isinstance(
-            error, BAD_BYTES
-        ):
+        if isinstance(error, BAD_BYTES):
             said = str(error).split("\n")[0]
             raise CacheError(f"{self.where}: zarr-python cannot read it: {said}; run `pipeline verify`") from error
 

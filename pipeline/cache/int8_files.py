@@ -66,6 +66,14 @@ class Encoded:
         return self.values[first:stop], self.scale[first:stop], escapes
 
 
+def laid_out(memory: np.ndarray, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Values int8 [K, R, D] and scale uint16 [K, R, G] in the first K R (D + 2 G) bytes of some memory."""
+    K, R, D = shape
+    G = D // group_of(D)
+    end = 2 * K * R * G  # the scale first, since its numbers have two bytes
+    return memory[end : end + K * R * D].view(np.int8).reshape(shape), memory[:end].view(np.uint16).reshape(K, R, G)
+
+
 def _grids(rows: int, width: int, escapes: int) -> dict[str, Grid]:
     kept = max(1, escapes)
     return {

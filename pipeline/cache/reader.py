@@ -4,10 +4,10 @@ K layers   T rows read of a sample   R rows among them that keep `final`   D hid
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.cache.catalog import Catalog
-from pipeline.cache.codecs import LOSSY
+from pipeline.cache.codecs import LOSSY, stored_bytes
 from pipeline.cache.index import build_index, read_index
+from pipeline.cache.int8_files import Encoded, laid_out
 from pipeline.cache.layout import IDENTITY, SAMPLES, aux_column, inside, layer_of, shard_folder
 from pipeline.cache.manifest import check_file, read_canonical
 from pipeline.cache.opened import OpenColumns
@@ -206,10 +207,48 @@ class HiddenCache:
         Reads several at a time, straight into `out`; what it raises, it raises when no thread writes there any more.
         The errors are those of `read`.
         """
+        self._check_parts(parts, layers)
+        self._fill(out_KRD, parts, tuple(map(aux_column, layers)))
+
+    def is_encoded(self, layers: Sequence[int]) -> bool:
+        """Whether all states of these layers are kept as int8, for `read_encoded`."""
+        names = [aux_column(layer) for layer in layers]
+        specs = (self._catalog.manifest(shard, name)["spec"] for name in names for shard in range(self.shards))
+        return bool(names) and all(spec["codec"] in LOSSY for spec in specs)
+
+    def encoded_bytes(self, rows: int, layers: Sequence[int]) -> int:
+        """Bytes that `read_encoded` needs for so many rows."""
+        return len(layers) * stored_bytes(rows, self.hidden_size, self._kind[0], "int8")
+
+    def read_encoded(
+        self, memory_B: "torch.Tensor", parts: Sequence[Part], layers: Sequence[int]
+    ) -> list[tuple[int, int, Encoded]]:
+        """Read what `fill` would, as int8 keeps it, into `memory`, to be decoded where it is needed.
+
+        Returns, in any order, (place in `layers`, row of the first, rows) of what lies in `memory`; else as `fill`.
+        """
+        self._check_parts(parts, layers)
+        shape = len(layers), sum(stop - start for _, start, stop in parts), self.hidden_size
+        values_KRD, scale_KRG = laid_out(memory_B.numpy(), shape)
+        found: list[tuple[int, int, Encoded]] = []
+
+        def read(k: int, at: int, shard: int, name: str, row: int, first: int, count: int) -> None:
+            to = k, slice(at, at + count)
+            found.append((k, at, self._columns.read_encoded(shard, name, row, first, values_KRD[to], scale_KRG[to])))
+
+        jobs, at = [], 0
+        for i, start, stop in parts:
+            shard, row = self._place(i)
+            for k, layer in enumerate(layers if stop > start else ()):
+                jobs.append(partial(read, k, at, shard, aux_column(layer), row, start, stop - start))
+            at += stop - start
+        self._read_all(jobs, values_KRD.nbytes)
+        return found
+
+    def _check_parts(self, parts: Sequence[Part], layers: Sequence[int]) -> None:
         self._check_wanted([i for i, _, _ in parts], layers, final=False)
         lengths = self.samples.length
         assert all(0 <= start <= stop <= lengths[i] for i, start, stop in parts), f"rows beyond their samples: {parts}"
-        self._fill(out_KRD, parts, tuple(map(aux_column, layers)))
 
     def _fill(self, out_KRD: "torch.Tensor", parts: Sequence[Part], names: tuple[str, ...]) -> None:
         import torch
@@ -225,16 +264,16 @@ class HiddenCache:
             shard, row = self._place(i)
             for k, name in enumerate(names):
                 rows = memoryview(out[k, at : at + stop - start]).cast("B") if stop > start else memoryview(b"")
-                jobs.append((shard, name, row, start, rows))
+                jobs.append(partial(self._columns.read, shard, name, row, start, rows))
             at += stop - start
         self._read_all(jobs, out.nbytes)
 
-    def _read_all(self, jobs: list[tuple], size: int) -> None:
+    def _read_all(self, jobs: list[Callable[[], object]], size: int) -> None:
         todo = iter(jobs)
 
         def work() -> None:
             for job in todo:  # each takes the next one that nobody has
-                self._columns.read(*job)
+                job()
 
         if size < INLINE_BYTES or len(jobs) == 1:
             work()
@@ -263,7 +302,7 @@ class HiddenCache:
 
     def _final_rows(self, i: int, mask: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, int]:
         """Which rows of [start, stop) keep `final`, and how many before them do."""
-        if self.whole["final"]["keeps"] == "all":
+        if self._catalog.manifest(self._place(i)[0], "final")["spec"]["keeps"] == "all":
             return np.arange(start, stop), start
         kept = np.flatnonzero(final_rows(mask))
         first, end = np.searchsorted(kept, [start, stop])

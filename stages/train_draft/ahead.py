@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pipeline.drafts import Blocks, Cell
+from pipeline.drafts import Blocks
 
 if TYPE_CHECKING:
-    from stages.train_draft.batches import Batch, Laid, Plan, Stream
+    from stages.train_draft.batches import AnyCell, Batch, Laid, Plan, Stream
 
 AHEAD_BYTES = 1 << 30  # of states: the cell in use and those that wait. At least one always waits, however large
 CELLS = 8  # that wait at most: a small cache is not to be held in memory a second time
 PLANS = 2  # batches laid out beyond the one whose cells are being read: ids, masks and blocks, but no states
+CPU = torch.device("cpu")
 GRAIN = 16 << 20  # buffers are multiples of this, so that one fits many cells
 
 
@@ -42,14 +43,15 @@ class Ahead:
     waited: seconds the caller has waited for data. What reading raises, the caller gets at the cell it was raised for.
     """
 
-    def __init__(self, stream: "Stream", start: int, stop: int, pinned: bool = False, limit: int = AHEAD_BYTES):
-        self.stream, self.limit, self.pinned = stream, limit, pinned
+    def __init__(self, stream: "Stream", start: int, stop: int, device: torch.device = CPU, limit: int = AHEAD_BYTES):
+        self.stream, self.limit, self.device = stream, limit, device
+        self.pinned = device.type == "cuda"
         self.waited = 0.0
         self._steps = iter(range(start, stop))
         self._plans: deque[Future[Plan]] = deque()  # being laid out
         self._batches: deque[Plan] = deque()  # laid out, in turn
         self._cells: deque[tuple[int, Laid]] = deque()  # theirs, to be read
-        self._reads: deque[tuple[int, Future[Cell], Buffer]] = deque()
+        self._reads: deque[tuple[int, Future[AnyCell], Buffer]] = deque()
         self._free: list[Buffer] = []
         self._held = 0  # bytes of buffers in use
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ahead")
@@ -76,7 +78,7 @@ class Ahead:
         self._batches.append(plan)
         self._cells += ((plan.step, laid) for laid in plan.cells)
 
-    def _cells_of(self, plan: "Plan") -> Iterator[tuple[Cell, Blocks]]:
+    def _cells_of(self, plan: "Plan") -> Iterator["tuple[AnyCell, Blocks]"]:
         for laid in plan.cells:
             self._read_on()
             step, future, buffer = self._reads.popleft()
@@ -116,7 +118,7 @@ class Ahead:
             buffer = self._take(size)
             self._reads.append((step, self._thread.submit(self._read, laid, buffer), buffer))
 
-    def _read(self, laid: "Laid", buffer: Buffer) -> Cell:
+    def _read(self, laid: "Laid", buffer: Buffer) -> "AnyCell":
         if buffer.busy is not None:
             buffer.busy.synchronize()
         return self.stream.read(laid, buffer.bytes_B)
@@ -144,5 +146,6 @@ class Ahead:
         self._held -= len(buffer)
         if self.pinned:
             buffer.busy = torch.cuda.Event()
-            buffer.busy.record()  # the copy to the device was queued, and may not be done
+            # the copy was queued, and may not be done; on this device, which need not be the process' current one
+            buffer.busy.record(torch.cuda.current_stream(self.device))
         self._free.append(buffer)

@@ -6,7 +6,7 @@ each straight to its place in the cell.
 T rows of a sample   K layers   R rows of a cell   D hidden size
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from pipeline.cache import HiddenCache
+from pipeline.cache.int8 import decode
+from pipeline.cache.int8_files import Encoded
 from pipeline.drafts import Blocks, Cell, DraftConfig, eligible_anchors, lay_blocks, pack
 from pipeline.recipe import TrainSection
 from pipeline.split import Split
-from stages.train_draft.ahead import Ahead
+from stages.train_draft.ahead import CPU, Ahead
 from stages.train_draft.stream import (
     Piece,
     draw_anchors,
@@ -57,6 +59,41 @@ class Laid:
 
 
 @dataclass(frozen=True)
+class CodedCell:
+    """A cell whose states [K, R, D] are still int8: (layer's place, first row, rows) each. Moving it decodes them."""
+
+    cell: Cell
+    shape: tuple[int, int, int]
+    coded: list[tuple[int, int, Encoded]]
+
+    def to(self, device: torch.device | str) -> Cell:
+        """The cell on a device, its states decoded there: half the bytes to copy, and nothing for the host to do."""
+        dtype = getattr(torch, self.coded[0][2].dtype)
+        aux_KRD = torch.empty(self.shape, dtype=dtype, device=device)
+        for k, at, held in self.coded:
+            decode(held, device, aux_KRD[k, at : at + len(held)])
+        return replace(self.cell.to(device), aux_KRD=aux_KRD)
+
+
+AnyCell = Cell | CodedCell
+
+
+@dataclass(frozen=True)
+class Cells(Sequence):
+    """The cells of a batch, each read when it is asked for, so that no more than one need be in memory."""
+
+    stream: "Stream"
+    laid: list[Laid]
+
+    def __len__(self) -> int:
+        return len(self.laid)
+
+    def __getitem__(self, number: int) -> tuple[AnyCell, Blocks]:
+        laid = self.laid[number]
+        return self.stream.read(laid), laid.blocks
+
+
+@dataclass(frozen=True)
 class Batch:
     """One optimiser step's cells. `names` are sample ids in hex, `rows` context rows of all cells.
 
@@ -66,7 +103,7 @@ class Batch:
 
     step: int
     epoch: int
-    cells: Iterable[tuple[Cell, Blocks]]
+    cells: Iterable[tuple[AnyCell, Blocks]]
     blocks: list[Blocks]
     names: list[str]
     rows: int
@@ -82,15 +119,19 @@ class Plan:
     names: list[str]
     rows: int
 
-    def batch(self, cells: Iterable[tuple[Cell, Blocks]]) -> Batch:
+    def batch(self, cells: Iterable[tuple[AnyCell, Blocks]]) -> Batch:
         return Batch(self.step, self.epoch, cells, [laid.blocks for laid in self.cells], self.names, self.rows)
 
 
 class Stream:
-    """All batches of a run by number of step; see `stream.py` for what decides them."""
+    """All batches of a run by number of step; see `stream.py` for what decides them.
 
-    def __init__(self, cache: HiddenCache, split: Split, config: DraftConfig, train: TrainSection):
+    `coded` leaves states that are kept as int8 so, until their cell is moved to the device that trains.
+    """
+
+    def __init__(self, cache: HiddenCache, split: Split, config: DraftConfig, train: TrainSection, coded: bool = False):
         self.cache, self.config, self.train = cache, config, train
+        self.coded = coded and cache.is_encoded(config.target_layer_ids)
         self.low64 = cache.samples.low64[split.train]
         self.ids = cache.samples.sample_id[split.train]
         self.indices = split.train
@@ -98,13 +139,13 @@ class Stream:
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def batch(self, step: int, alone: bool = False) -> Batch:
-        """Lay out and read the batch of `step`, whole; `alone` gives every sample a cell of its own."""
+        """Lay out the batch of `step`, its cells to be read one by one; `alone` gives every sample its own."""
         plan = self.plan(step, alone)
-        return plan.batch([(self.read(laid), laid.blocks) for laid in plan.cells])
+        return plan.batch(Cells(self, plan.cells))
 
-    def ahead(self, start: int, stop: int, pinned: bool = False) -> Ahead:
-        """The batches of steps start to stop - 1, read while others are computed; `pinned` where a GPU wants them."""
-        return Ahead(self, start, stop, pinned)
+    def ahead(self, start: int, stop: int, device: torch.device = CPU) -> Ahead:
+        """The batches of steps start to stop - 1 for a device, read while others are computed."""
+        return Ahead(self, start, stop, device)
 
     def plan(self, step: int, alone: bool = False) -> Plan:
         """Lay out the batch of `step`. Safe for many threads."""
@@ -125,14 +166,19 @@ class Stream:
         return len(self.config.target_layer_ids), len(laid.cell.ids_R), self.cache.hidden_size
 
     def size(self, laid: Laid) -> int:
-        """Bytes of a cell's states."""
+        """Bytes of a cell's states, as they are read."""
         K, R, D = self._shape(laid)
+        if self.coded:
+            return self.cache.encoded_bytes(R, self.config.target_layer_ids)
         return K * R * D * self.cache.dtype.itemsize
 
-    def read(self, laid: Laid, memory_B: Tensor | None = None) -> Cell:
+    def read(self, laid: Laid, memory_B: Tensor | None = None) -> AnyCell:
         """Read a cell's states, into the first bytes of `memory_B` if given. Raises what `HiddenCache.fill` does."""
         if memory_B is None:
             memory_B = torch.empty(self.size(laid), dtype=torch.uint8)
+        if self.coded:
+            held = self.cache.read_encoded(memory_B, laid.parts, self.config.target_layer_ids)
+            return CodedCell(laid.cell, self._shape(laid), held)
         aux_KRD = memory_B[: self.size(laid)].view(self.cache.dtype).view(self._shape(laid))
         self.cache.fill(aux_KRD, laid.parts, self.config.target_layer_ids)
         return replace(laid.cell, aux_KRD=aux_KRD)

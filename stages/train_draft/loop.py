@@ -58,7 +58,8 @@ class Run:
         self.train = resolved.recipe.train
         self.contract = {"recipe": resolved.recipe.digest(), "cache": cache.digest, "split": split.digest}
         self.optimizer = make_optimizer(self.train.optimizer, draft)
-        self.stream = Stream(cache, split, resolved.draft, self.train)
+        self.device = draft.fc.weight.device
+        self.stream = Stream(cache, split, resolved.draft, self.train, coded=self.device.type != "cpu")
         self.probed = spread(cache, split.heldout, self.train.eval_samples) if cache.has_final else ()
         self.metrics, self.timing = Journal(path / METRICS), Journal(path / TIMING)
         self.step = 0
@@ -75,7 +76,7 @@ class Run:
                     "remove it to go on from the checkpoint before"
                 )
             self.step = found.step
-            device = str(self.draft.fc.weight.device)
+            device = str(self.device)
             self.draft.load_state_dict(load_file(found.path / checkpoint.DRAFT, device=device))
             self.optimizer.restore(load_file(found.path / checkpoint.OPTIMIZER, device=device), found.step)
         self.metrics.rewind(self.step)
@@ -87,8 +88,7 @@ class Run:
         trainer = Trainer(self.draft, self.optimizer, self.stream, self.train)
         clock = Clock(self.step, self.train.steps)
         self._evaluate(display, stop)  # a checkpoint may have been saved between a step and its evaluation
-        on_gpu = self.draft.fc.weight.device.type == "cuda"
-        batches = self.stream.ahead(self.step, self.train.steps, pinned=on_gpu)
+        batches = self.stream.ahead(self.step, self.train.steps, self.device)
         try:
             for batch in batches:
                 before = trainer.at_once

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.drafts import Blocks, Cell, Draft, Knobs, metrics_of
+from pipeline.drafts import Blocks, Draft, Knobs, metrics_of
 from pipeline.errors import ProofError, RoomError
 from pipeline.recipe import TrainSection
 from pipeline.tensors import out_of_memory
-from stages.train_draft.batches import Batch, Stream
+from stages.train_draft.batches import AnyCell, Batch, Stream
 from stages.train_draft.optim import AdamW, Muon, rate
 
 
@@ -47,7 +47,7 @@ def add(sums: dict[str, Tensor], share: dict[str, Tensor]) -> None:
 
 def backward(
     draft: Draft,
-    cells: Iterable[tuple[Cell, Blocks]],
+    cells: Iterable[tuple[AnyCell, Blocks]],
     knobs: Knobs,
     precision: Precision,
     metrics: bool,
