@@ -1,6 +1,6 @@
 """Kill `pipeline cache-hidden` (SIGKILL) at random moments, again and again, and compare what it ends up with.
 
-    python tests/kill_capture.py --kills 50 [--workers 3]
+    python tests/kill_capture.py --kills 50 [--workers 3] [--codec int8]
 
 Each round starts a new cache and repeats the one command until it gets through; the finished cache must then equal,
 byte for byte, one made without interruption (the record `capture.log` aside). With several workers a round starts them
@@ -77,7 +77,7 @@ def end_or_kill(children: list[int], within: float, rng: random.Random) -> int:
     return killed
 
 
-def kill_captures(kills: int, seed: int, folder: Path, workers: int) -> int:
+def kill_captures(kills: int, seed: int, folder: Path, workers: int, codec: str) -> int:
     """Kill that many times; return how many caches were finished and compared."""
     rng = random.Random(seed)
     assert ended(forked(lambda: save_target(folder / "target")), 60)
@@ -85,7 +85,8 @@ def kill_captures(kills: int, seed: int, folder: Path, workers: int) -> int:
 
     def command(out: Path, *named: str):
         common = ["--model", str(folder / "target"), "--corpus", str(corpus), "--max-length", "256", *named]
-        return lambda: main(["cache-hidden", *common, "--layers", "1,3", "--device", "cpu", "--out", str(out)])
+        kept = ["--layers", "1,3", "--codec", codec]
+        return lambda: main(["cache-hidden", *common, *kept, "--device", "cpu", "--out", str(out)])
 
     started = time.monotonic()
     assert ended(forked(command(folder / "whole")), 120)
@@ -113,7 +114,8 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--codec", default="raw")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        caches = kill_captures(chosen.kills, chosen.seed, Path(place), chosen.workers)
+        caches = kill_captures(chosen.kills, chosen.seed, Path(place), chosen.workers, chosen.codec)
     print(f"{chosen.kills} kills, {caches} caches finished, all byte-identical to the uninterrupted one")

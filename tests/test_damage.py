@@ -5,28 +5,35 @@
 
 import re
 import shutil
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cache_maker import contents, flip, make_cache, random_samples
+from cache_maker import COLUMNS, contents, flip, make_cache, random_samples
 
 from pipeline.cache import HiddenCache
+from pipeline.cache.columns import column_manifest
 from pipeline.cache.layout import IDENTITY, INDEX, INDEX_MANIFEST, PLAN, shard_folder
 from pipeline.cache.verify import verify
 from pipeline.errors import PipelineError
 
 PARTS = 64
+# Wide enough that int8 has escapes. Of int8 that is four arrays and a calibration beside.
+IN_CODECS = [
+    replace(spec, codec=codec, width=128) for spec, codec in zip(COLUMNS, ("int8", "raw", "zstd"), strict=True)
+]
 NO_PROMISE = ("capture.log",)  # the record: it saves time, and nothing of the cache is read from it
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A cache of few shards with samples of one block and of two, some refused."""
+    """A cache of few shards, a column in every codec, with samples of one block and of two, some refused."""
     samples = sorted(random_samples(5, longest=12) + random_samples(3, longest=400, seed=3), key=lambda s: len(s.ids))
-    return make_cache(tmp_path_factory.mktemp("damage") / "cache", samples, refused={0: "not finite"})
+    cache = make_cache(tmp_path_factory.mktemp("damage") / "cache", samples, IN_CODECS, refused={0: "not finite"})
+    assert any(column_manifest(cache, n, "aux.1")["files"]["aux.1.int8/escapes/c/0/0"]["size"] > 100 for n in (0, 1, 2))
+    return cache
 
 
 @pytest.fixture(scope="module", params=["random states", "captured"])
@@ -45,7 +52,7 @@ def read_all(cache: Path) -> list:
     """Everything training reads of a cache, in order: the layers that a draft asks for are there, or it is told."""
     opened = HiddenCache.open(cache)
     table = opened.samples
-    layers = (1, 10) if opened.hidden_size == 8 else (1, 3, 4)  # of the cache of random states, and of the captured
+    layers = (1, 10) if opened.hidden_size == 128 else (1, 3, 4)  # of the cache of random states, and of the captured
     read = [opened.identity, opened.digest, opened.tokens, opened.target_config]
     read += [table.ok.tolist(), table.domain, table.split, table.supervised.tolist(), table.sample_id.tolist()]
     if len(layers) == 3:
@@ -152,7 +159,7 @@ def test_files_that_changed_places_are_found(cache, truth):
     """Shards, and files of the same kind in two shards, each pair swapped and swapped back."""
     first, second = shard_folder(cache, 0), shard_folder(cache, 1)
     pairs = [(first, second)]
-    for name in ("samples.arrow", "aux.1", "aux.1.arrow", "aux.1.json", "final.json"):
+    for name in ("samples.arrow", "aux.1.int8", "aux.1.int8.arrow", "aux.1.json", "aux.10", "final.zstd", "final.json"):
         pairs.append((first / name, second / name))
     for one, other in pairs:
         swap(one, other)
@@ -170,7 +177,7 @@ def swap(one: Path, other: Path) -> None:
 
 def test_a_plan_that_was_appended_to_and_put_back_is_found(made, tmp_path):
     """A stale plan: the segment that was added is lost, its shards are there; and an index of the other plan."""
-    from cache_maker import COLUMNS, capture
+    from cache_maker import capture
 
     from pipeline.cache.derived import derive
     from pipeline.cache.plan import load_plan, write_segment
@@ -179,7 +186,7 @@ def test_a_plan_that_was_appended_to_and_put_back_is_found(made, tmp_path):
     old = contents(cache)
     write_segment(cache, random_samples(6, seed=5), row_bytes=48, sources=[{"file": "more.jsonl", "size": 1}])
     for shard in load_plan(cache).shards[load_plan(made).shards[-1].number + 1 :]:
-        capture(cache, shard, COLUMNS)
+        capture(cache, shard, IN_CODECS)
     derive(cache)
     truth = read_all(cache)
 
