@@ -31,7 +31,7 @@ from pipeline.cache.plan import load_plan
 from pipeline.cache.verify import verify
 from pipeline.cache.zarr_shard import SHARD_FILE, read_index
 from pipeline.cache.zstd import ZstdReader, ZstdWriter, zstd_grid
-from pipeline.errors import CacheError, ProofError, UsageError
+from pipeline.errors import CacheError, DataError, ProofError, UsageError
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.run import run as capture
 from stages.recode.run import run as recode
@@ -573,6 +573,21 @@ def test_a_recode_killed_at_any_step_leaves_every_shard_readable_and_goes_on(tmp
         recode(cache, "zstd")
         assert contents(cache) == expected, step
     assert step > 14
+
+
+def test_states_that_are_all_refused_cannot_be_measured_in(tmp_path):
+    (sample,) = random_samples(1, longest=9)
+    cache = make_cache(tmp_path / "cache", [sample], COLUMNS[:1], refused={0: "not finite"})
+    with pytest.raises(DataError, match=r"every sample of aux\.1 was refused"):
+        recode(cache, "int8")
+    assert not verify(cache).damaged and not list(cache.glob("calibration/*"))
+
+
+def test_a_recode_loads_the_head_once(captured, tmp_path, monkeypatch):
+    cache, loaded, load = shutil.copytree(captured("raw"), tmp_path / "cache"), [], HiddenCache.head
+    monkeypatch.setattr(HiddenCache, "head", lambda self: loaded.append(1) or load(self))
+    assert recode(cache, "final=int8").columns > 1 and len(loaded) == 1
+    assert "top1" in HiddenCache.open(cache).columns(0)["final"]["facts"]["certificate"]
 
 
 def test_what_cannot_be_recoded_is_said(tmp_path):

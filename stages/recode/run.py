@@ -30,7 +30,8 @@ from pipeline.cache.layout import LOG, SAMPLES, numbered, shard_folder
 from pipeline.cache.plan import Plan, load_plan
 from pipeline.cache.samples import ShardPlan
 from pipeline.cache.writer import ShardWriter
-from pipeline.errors import CacheError, ProofError, UsageError
+from pipeline.errors import CacheError, DataError, ProofError, UsageError
+from pipeline.target_head import TargetHead
 
 BLOCKS = 16  # of a sample in memory at a time
 EVERY_S = 5.0  # between lines of progress
@@ -50,8 +51,8 @@ class Done:
 def run(cache: Path, codec: str) -> Done:
     """Write the columns that `codec` names, such as "aux=int8,final=zstd", in the codec it gives them; print a line.
 
-    Raises UsageError (no such codec, column or cache; states that a codec has rounded), ProofError when a codec breaks
-    its promise on these states, CacheError for damage, RoomError.
+    Raises UsageError (no such codec, column or cache; states that a codec has rounded), DataError (no state to measure
+    in), ProofError when a codec breaks its promise on these states, CacheError for damage, RoomError.
     """
     held, plan = HiddenCache.open(cache), load_plan(cache)
     work = _work(cache, plan, codec)
@@ -62,12 +63,13 @@ def run(cache: Path, codec: str) -> Done:
     if work:
         (cache / LOG).unlink(missing_ok=True)  # it says which codecs there were
     calibrations = _calibrations(held, plan, work)
+    head = held.head() if "final" in calibrations else None
     before = after = 0
     said = time.monotonic()
     for number, (shard, spec, wanted) in enumerate(work):
         before += _bytes(cache, shard.number, spec.name)
         try:
-            _recode(held, shard, spec, wanted, calibrations.get(spec.name))
+            _recode(cache, shard, spec, wanted, calibrations.get(spec.name), head)
         except CacheError:  # the old values go when another process, which does the same, has put the new in place
             if column_manifest(cache, shard.number, spec.name)["spec"]["codec"] != wanted:
                 raise
@@ -127,6 +129,8 @@ def _calibration_states(held: HiddenCache, plan: Plan, name: str) -> torch.Tenso
             tokens += int(shard.lengths[row])
         if tokens >= TOKENS:
             break
+    if not parts:
+        raise DataError(f"{held.path}: every sample of {name} was refused, so there is nothing to calibrate int8 with")
     return torch.cat(parts)
 
 
@@ -136,13 +140,20 @@ def _opened(cache: Path, shard: ShardPlan, name: str) -> Column | None:
     return manifest and open_column(cache, manifest, ColumnSpec(**manifest["spec"]).bounds(shard))
 
 
-def _recode(held: HiddenCache, shard: ShardPlan, spec: ColumnSpec, codec: str, calibration: Calibration | None) -> None:
+def _recode(
+    cache: Path,
+    shard: ShardPlan,
+    spec: ColumnSpec,
+    codec: str,
+    calibration: Calibration | None,
+    head: TargetHead | None,
+) -> None:
     """Write one column of one shard anew, prove it, and let it count."""
-    manifest = column_manifest(held.path, shard.number, spec.name)
+    manifest = column_manifest(cache, shard.number, spec.name)
     if manifest["spec"]["codec"] == codec:  # another process was quicker
         return
-    old = open_column(held.path, manifest, spec.bounds(shard))
-    with ShardWriter(held.path, shard, [replace(spec, codec=codec)]) as writer:
+    old = open_column(cache, manifest, spec.bounds(shard))
+    with ShardWriter(cache, shard, [replace(spec, codec=codec)]) as writer:
         for row, reason in manifest["refused"].items():
             writer.refuse(int(row), reason)
         reader = old.open()
@@ -150,12 +161,12 @@ def _recode(held: HiddenCache, shard: ShardPlan, spec: ColumnSpec, codec: str, c
             for part in old.parts(reader, row, BLOCKS):
                 writer.write(spec.name, part)
         writer.seal()
-        facts = _proven(held, writer, old, codec, calibration)
+        facts = _proven(writer, old, codec, calibration, head)
         writer.replace(spec.name, facts)
 
 
 def _proven(
-    held: HiddenCache, writer: ShardWriter, old: Column, codec: str, calibration: Calibration | None
+    writer: ShardWriter, old: Column, codec: str, calibration: Calibration | None, head: TargetHead | None
 ) -> dict[str, dict]:
     """Read what was written back from disk, all of it, and hold it to its codec's promise. Raises ProofError."""
     name = old.spec.name
@@ -165,7 +176,7 @@ def _proven(
         raise ProofError(f"{old.where}, column {name}: what was read back is not what was written; the old one stays")
     if calibration is None:
         return {}
-    certificate = Certificate(name, codec, calibration, held.head() if name == "final" else None)
+    certificate = Certificate(name, codec, calibration, head if name == "final" else None)
     for row in shadow_samples(writer.shard):
         if old.ok[row]:
             certificate.add(as_states(old.read(row, 1)), as_states(writer.read(name, row, 1)))
