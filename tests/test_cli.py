@@ -116,6 +116,9 @@ def test_what_an_error_says_to_run_names_the_cache(ends, cache, tiny_target, tin
     for command in (capture, ("inspect", cache), ("train-draft", "--cache", cache)):
         code, line = ends(*command)
         assert code == 4 and f"run `pipeline verify {cache}`" in line, line
+    (cache / "cache.json").unlink()
+    code, line = ends("inspect", cache)
+    assert code == 4 and f"cache.json: missing; run `pipeline verify {cache}`" in line
 
 
 def test_damage_that_no_repair_makes_right_is_not_sent_round_again(ends, cache):

@@ -17,7 +17,7 @@ tmp-*                          unfinished work and locks of a living (or killed)
 import re
 from pathlib import Path
 
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, UsageError
 
 FORMAT = "1-rc"
 
@@ -41,6 +41,12 @@ BLOCK_ROWS = 256  # one checksum for so many rows of a sample
 COLUMN = re.compile(r"aux\.(?:-1|0|[1-9][0-9]*)|final")
 STEM = re.compile(rf"({COLUMN.pattern})(?:\.zstd|\.int8)?")  # of a column's files, by codec
 NUMBER = re.compile(r"[0-9]{6}")
+
+
+def check_there(cache: Path) -> None:
+    """UsageError where no cache is, not even what is left of one."""
+    if not any((cache / name).exists() for name in (IDENTITY, PLAN, SHARDS)):
+        raise UsageError(f"{cache}: no cache there; make one with `pipeline cache-hidden --out {cache}`")
 
 
 def numbered(number: int) -> str:

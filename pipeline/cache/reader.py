@@ -18,7 +18,7 @@ from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import LOSSY, stored_bytes
 from pipeline.cache.index import build_index, read_index
 from pipeline.cache.int8_files import Encoded, laid_out
-from pipeline.cache.layout import IDENTITY, SAMPLES, aux_column, inside, layer_of, shard_folder
+from pipeline.cache.layout import IDENTITY, SAMPLES, aux_column, check_there, inside, layer_of, shard_folder
 from pipeline.cache.manifest import check_file, read_canonical
 from pipeline.cache.opened import OpenColumns
 from pipeline.cache.plan import load_plan, read_manifests
@@ -80,8 +80,7 @@ class HiddenCache:
         be written to (trying ends the process); a failing disk then ends the process, too, where it else is an error.
         """
         path = Path(path)
-        if not (path / IDENTITY).is_file():
-            raise UsageError(f"{path}: no cache there; make one with `pipeline cache-hidden --out {path}`")
+        check_there(path)
         identity = read_canonical(path / IDENTITY)
         plans = read_manifests(path)
         index = read_index(path, plans)

@@ -36,6 +36,7 @@ from pipeline.cache.layout import (
     STEM,
     TARGET,
     TARGET_MANIFEST,
+    check_there,
     inside,
     numbered,
 )
@@ -44,7 +45,7 @@ from pipeline.cache.plan import Plan, load_plan
 from pipeline.cache.samples import ShardPlan, make_batch, read_batch, sample_id
 from pipeline.cache.target_folder import target_manifest
 from pipeline.cache.zarr_shard import METADATA
-from pipeline.errors import CacheError, UsageError
+from pipeline.errors import CacheError
 
 SHOWN = 8  # damaged samples named, of a column with more
 
@@ -80,8 +81,7 @@ def verify(path: Path | str, only: set[int] | None = None) -> Report:
     Raises UsageError where there is none; damage is in the report, never raised.
     """
     path = Path(path)
-    if not any((path / name).exists() for name in (IDENTITY, PLAN, SHARDS)):
-        raise UsageError(f"{path}: no cache there; make one with `pipeline cache-hidden --out {path}`")
+    check_there(path)
     check = _Check(path)
     plan = check.plan()
     if plan:
