@@ -97,7 +97,8 @@ def unreadable(path: Path, error: OSError) -> PipelineError:
 def _room_message(where: Path, what: str, need: int, error: OSError) -> str:
     free = free_bytes(where)
     short = f"at least {size_text(max(need - free, 1 << 20))}"
-    needs = f", which needs {size_text(need)} where {size_text(free)} are free" if need else ""
+    room = need and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    needs = f", which needs {size_text(need)} where {size_text(free)} are free" if room else ""
     remedy = REMEDIES[error.errno].format(short=short)
     return f"{where}: cannot write {what}{needs}: {os.strerror(error.errno)}; {remedy}"
 
