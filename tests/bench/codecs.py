@@ -6,6 +6,7 @@ scale in two channels. Written by `ShardWriter` and read by `Column`, so checksu
 of bfloat16, of all threads of the process, the best of some rounds. Errors are relative to the states' norm.
 
 The last rows are a candidate that is not built in: a step tied to the token's own scale (rms of z over d), then zstd.
+Below, what the made states' rows have to reach; decoding is also shown against the raw read of the same run.
 """
 
 import argparse
@@ -42,6 +43,14 @@ FINENESS = (12, 16, 24, 32)
 SAMPLE_ROWS = 700
 PIECE = 8192  # rows handed over at a time, as a forward gives them
 CHUNK = 1 << 20
+JUDGED = (  # codec, figure, what it must reach, what we aim at
+    ("zstd", "size", "0.73", ""),
+    ("zstd", "read", "0.6", "0.40"),
+    ("int8", "size", "0.52", ""),
+    ("int8", "error", "0.008", ""),
+    ("int8", "worst", "0.012", ""),
+    ("int8", "read", "0.5", "0.3"),
+)
 
 
 def main() -> None:
@@ -52,6 +61,7 @@ def main() -> None:
     torch.set_num_threads(1)
     os.fsync = lambda fd: None  # a disk's speed is not what is measured
     plan.SHARDS_AT_LEAST = 1
+    found: dict[str, dict[str, float]] = {}
     columns = {f"made, {4096}": made_states(asked.mib)}
     columns |= {f"{name}, 256": states for name, states in real_states(asked.mib).items()}
     print(f"{'states':16} {'codec':14} {'size':>6} {'error':>8} {'worst':>8} {'escapes':>8} {'write':>6} {'read':>6}")
@@ -59,12 +69,18 @@ def main() -> None:
         bits = as_stored(states_RD)
         calibration = calibrate(bits)
         for codec in CODECS:
-            show(name, codec, states_RD, *stored(codec, bits, calibration, asked.rounds))
+            figures = show(name, codec, states_RD, *stored(codec, bits, calibration, asked.rounds))
+            found.setdefault(codec, figures)
         for d in FINENESS:
             show(name, f"rms/{d} + zstd", states_RD, *by_token(states_RD, calibration, d, asked.rounds))
+    print(f"\n{'made, 4096':16} {'figure':14} {'found':>6} {'must':>8} {'aim':>8}")
+    for codec, figure, must, aim in JUDGED:
+        print(f"{codec:16} {figure:14} {found[codec][figure]:6.3f} {'<= ' + must:>8} {aim:>8}")
+    for codec in ("zstd", "int8"):
+        print(f"{codec:16} {'read / raw':14} {found[codec]['read'] / found['raw']['read']:6.1f}")
 
 
-def show(name: str, codec: str, truth_RD: Tensor, found_RD: Tensor, size: float, *rest: float) -> None:
+def show(name: str, codec: str, truth_RD: Tensor, found_RD: Tensor, size: float, *rest: float) -> dict[str, float]:
     """Print a row: size against bfloat16, error over all and of the worst token, escapes a token, CPU s/GB."""
     truth_RD, found_RD = truth_RD.float(), found_RD.float()
     error_R = (found_RD - truth_RD).norm(dim=-1)
@@ -74,6 +90,7 @@ def show(name: str, codec: str, truth_RD: Tensor, found_RD: Tensor, size: float,
         f"{name:16} {codec:14} {size:6.3f} {whole:8.4f} {worst:8.4f} {escapes:8.3f} {write:6.2f} {read:6.2f}",
         flush=True,
     )
+    return {"size": size, "error": float(whole), "worst": float(worst), "write": write, "read": read}
 
 
 def best(work: Callable[[], object], rounds: int, size: int) -> float:
