@@ -1,16 +1,20 @@
 """Fixtures shared by all tests: a tiny target, a tiny corpus, and their cache. Read-only: copy to change."""
 
+# ruff: noqa: E402  the environment first
+
 import os
 import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with Ctrl-C ignored
 
+import hypothesis
 import pytest
 import torch
 from tiny import conversations, save_target, write_jsonl
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("long", max_examples=10_000)  # --hypothesis-profile long
 
 
 def pytest_addoption(parser):

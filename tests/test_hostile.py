@@ -116,7 +116,8 @@ JSON = st.sampled_from(NASTY) | st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
     max_leaves=4,
 )
-FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = settings.default.max_examples * 3 // 10  # 30, or 3,000 with --hypothesis-profile long
+FUZZ = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def changed(facts: dict, draw) -> dict:
@@ -166,7 +167,7 @@ def test_json_of_others_with_anything_in_it_gives_typed_errors(whole, cache, dat
     use_and_restore(whole, cache)
 
 
-@settings(FUZZ, max_examples=120)
+@settings(FUZZ, max_examples=2 * EXAMPLES)
 @given(data=st.data())
 def test_files_with_any_bytes_in_them_give_typed_errors(whole, cache, data):
     """Arrow, zarr's shard files and safetensors: bytes changed anywhere, or cut off, or added, and all digests fit."""
