@@ -78,6 +78,8 @@ def test_the_local_number_chooses_the_gpu(monkeypatch):
     assert Worker(1, 2, local=1).device(None) == "cuda"
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert Worker(1, 2, local=1).device(None) == "cpu"
+    with pytest.raises(UsageError, match="--device cuda:3: torch sees no CUDA device; use --device cpu"):
+        Worker().device("cuda:3")
 
 
 @pytest.fixture

@@ -211,9 +211,7 @@ class HiddenCache:
 
     def is_encoded(self, layers: Sequence[int]) -> bool:
         """Whether all states of these layers are kept as int8, for `read_encoded`."""
-        names = [aux_column(layer) for layer in layers]
-        specs = (self._catalog.manifest(shard, name)["spec"] for name in names for shard in range(self.shards))
-        return bool(names) and all(spec["codec"] in LOSSY for spec in specs)
+        return bool(layers) and all(self._catalog.codecs(aux_column(layer)) <= LOSSY for layer in layers)
 
     def encoded_bytes(self, rows: int, layers: Sequence[int]) -> int:
         """Bytes that `read_encoded` needs for so many rows."""

@@ -26,13 +26,20 @@ class Worker:
         return [entry for entry in work if entry[0].number % self.count == self.number]
 
     def device(self, named: str | None) -> str:
-        """Return the device: the one named; where only "cuda" or nothing was, the GPU of the worker's local number."""
-        if named not in (None, "cuda"):
+        """Return the device: the one named; where only "cuda" or nothing was, the GPU of the worker's local number.
+
+        UsageError where a GPU is named and there is none.
+        """
+        if named is not None and not named.startswith("cuda"):
             return named
         import torch
 
-        if named is None and not torch.cuda.is_available():
+        if not torch.cuda.is_available():
+            if named is not None:
+                raise UsageError(f"--device {named}: torch sees no CUDA device; use --device cpu")
             return "cpu"
+        if named not in (None, "cuda"):
+            return named
         several = self.local is not None and torch.cuda.device_count() > 1
         return f"cuda:{self.local % torch.cuda.device_count()}" if several else "cuda"
 
