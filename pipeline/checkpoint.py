@@ -107,8 +107,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         wrong = [name for name, fact in facts.items() if FileFact.of_file(path / name).as_dict() != fact]
         if path.name.startswith("step-") and path.name != f"step-{step:08d}":
             wrong.append(STATE)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CacheError(f"{path}: damaged checkpoint ({error}); {remedy}") from None
+    except (OSError, CacheError, ValueError, KeyError, TypeError, AttributeError) as error:
+        said = str(error).removesuffix("; run `pipeline verify`")  # which is for caches
+        raise CacheError(f"{path}: damaged checkpoint ({said}); {remedy}") from None
     if wrong:
         raise CacheError(f"{path / wrong[0]}: damaged, it is not what {STATE} says; {remedy}")
     return Checkpoint(path, step, state)

@@ -295,7 +295,8 @@ def refuse_links(cache: Path) -> None:
     """CacheError where a folder that is to be written to is a link, which may lead anywhere."""
     links = [cache / name for name in FOLDERS if (cache / name).is_symlink()]
     if not links and (cache / SHARDS).is_dir():
-        links = [Path(entry) for entry in os.scandir(cache / SHARDS) if entry.is_symlink()]
+        with reading(cache / SHARDS), os.scandir(cache / SHARDS) as entries:
+            links = [Path(entry) for entry in entries if entry.is_symlink()]
     if links:
         raise CacheError(f"{links[0]}: a link, where only a folder is written to; replace it by what it points to")
 
@@ -304,8 +305,10 @@ def clean(cache: Path) -> list[str]:
     """Remove scratch folders and files whose process is gone. Returns their names, relative to the cache."""
     refuse_links(cache)
     removed = []
-    own = [cache, *(cache / name for name in FOLDERS), *(cache / SHARDS).glob("*")]
-    for path in sorted(path for folder in own for path in folder.glob(f"{SCRATCH}*")):
+    with reading(cache):
+        own = [cache, *(cache / name for name in FOLDERS), *(cache / SHARDS).glob("*")]
+        left = sorted(path for folder in own for path in folder.glob(f"{SCRATCH}*"))
+    for path in left:
         folder = path.is_dir() and not path.is_symlink()
         if path.is_symlink():  # nobody's: what we make is no link
             path.unlink()
