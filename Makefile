@@ -11,7 +11,7 @@ BUDGETS := 600 6000
 SEEDS := 0 1 2
 RESULT_PROMPTS := 160
 
-.PHONY: install demo test lint results clean
+.PHONY: install demo test lint results bench paired clean
 
 install: .venv/installed
 
@@ -56,6 +56,14 @@ build/results/%.json:
 	$(PIPELINE) train-draft configs/demo.toml --set draft.method=$(word 1,$(run)) --set train.steps=$(word 2,$(run)) \
 	  --set train.seed=$(word 3,$(run)) --cache $(CACHE) --out build/results/$*
 	$(PIPELINE) evaluate --draft build/results/$* --count $(RESULT_PROMPTS) --out $@
+
+# Minutes, on a machine that does nothing else: reading, codecs and capturing, each beside its reference.
+bench: install
+	for part in read codecs capture; do $(BIN)/python tests/bench/$$part.py || exit 1; done
+
+# An hour, resumable: whether drafts learn from recoded states what they learn from the states themselves.
+paired: install
+	$(BIN)/python tests/bench/paired.py
 
 clean:
 	rm -rf build

@@ -16,7 +16,7 @@ def test_a_manifest_comes_back_and_its_bytes_are_canonical(tmp_path):
 
     held = read_canonical(tmp_path / "x.json")
 
-    assert held.pop("hash") and held == {**facts, "format": "1-rc"}
+    assert held.pop("hash") and held == {**facts, "format": "1-rc2"}
     assert canonical({"a": {"ü": True}, "b": [1, 2.5, None]}) == (tmp_path / "x.json").read_bytes()
     assert os.listdir(tmp_path) == ["x.json"]
 
@@ -35,9 +35,9 @@ def test_every_flipped_bit_and_every_cut_is_refused(tmp_path):
 
 
 def test_another_format_version_is_named_with_ours(tmp_path):
-    (tmp_path / "x.json").write_bytes(canonical({}).replace(b"1-rc", b"2"))
+    (tmp_path / "x.json").write_bytes(canonical({}).replace(b"1-rc2", b"2"))
 
-    with pytest.raises(CacheError, match="format version '2', this program reads '1-rc'"):
+    with pytest.raises(CacheError, match="format version '2', this program reads '1-rc2'"):
         read_canonical(tmp_path / "x.json")
 
 

@@ -532,8 +532,8 @@ def test_a_folder_without_a_cache_and_another_version_are_refused(tmp_path):
     with pytest.raises(UsageError, match="no cache there"):
         HiddenCache.open(tmp_path)
     path = make_cache(tmp_path / "cache", random_samples(1))
-    (path / "cache.json").write_bytes(canonical({}).replace(b"1-rc", b"7"))
-    with pytest.raises(CacheError, match="format version '7', this program reads '1-rc'"):
+    (path / "cache.json").write_bytes(canonical({}).replace(b"1-rc2", b"7"))
+    with pytest.raises(CacheError, match="format version '7', this program reads '1-rc2'"):
         HiddenCache.open(path)
 
 

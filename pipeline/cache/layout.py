@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pipeline.errors import CacheError, UsageError
 
-FORMAT = "1-rc"
+FORMAT = "1-rc2"
 
 IDENTITY = "cache.json"
 PLAN = "plan"
