@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from pipeline.accept import accept_spans, summarise
 from pipeline.cache import HiddenCache
-from pipeline.checkpoint import find_checkpoint, load_config, load_draft
+from pipeline.checkpoint import DRAFT, find_checkpoint, load_config, load_draft
 from pipeline.split import split_samples, spread
 
 ROOT = Path(__file__).parents[2]
@@ -44,9 +44,7 @@ def main() -> None:
         folders = dict(zip(runs, pool.map(lambda run: trained(*run, caches, asked), runs), strict=True))
     store = HiddenCache.open(caches["raw"])
     for method in methods:
-        weights = [
-            (find_checkpoint(folders[method, 0, codec]) / "model.safetensors").read_bytes() for codec in ("raw", "zstd")
-        ]
+        weights = [(find_checkpoint(folders[method, 0, codec]) / DRAFT).read_bytes() for codec in ("raw", "zstd")]
         print(f"\n{method}, zstd: the weights are {'equal' if weights[0] == weights[1] else 'NOT EQUAL'} to raw's")
         ratios = []
         for seed in range(asked.seeds):
