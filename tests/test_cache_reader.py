@@ -1,12 +1,15 @@
 """What the cache returns is what was written, or an error: never other values."""
 
+import errno
 import gc
+import itertools
 import json
 import os
 import shutil
 import struct
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -199,29 +202,50 @@ def test_a_block_is_hashed_once_while_its_file_stays_the_same(tmp_path, monkeypa
         held.read(0)
 
 
-@pytest.mark.parametrize("pooled", [False, True])
-def test_parts_of_samples_fill_one_buffer_end_to_end(cache, monkeypatch, pooled):
-    monkeypatch.setattr(reader, "INLINE_BYTES", 0 if pooled else 1 << 30)
+def on_disk(monkeypatch, refusal=errno.EAGAIN) -> list[str]:
+    """Let a few bytes at a time be in the machine's memory, and then none; returns who read from the disk."""
+    real, asked, waited = os.preadv, itertools.count(), []
+
+    def preadv(fd, buffers, start, flags=0):
+        if flags and next(asked) % 3:
+            raise OSError(refusal, os.strerror(refusal))
+        if not flags:
+            waited.append(threading.current_thread().name)
+        return real(fd, [buffers[0][:16]] if flags else buffers, start)
+
+    monkeypatch.setattr(reader, "INLINE_BYTES", 0)
+    monkeypatch.setattr(os, "preadv", preadv)
+    return waited
+
+
+@pytest.mark.parametrize("where", ["in memory", "on disk", "on a disk that cannot tell", "little"])
+def test_parts_of_samples_fill_one_buffer_end_to_end(cache, monkeypatch, where):
+    monkeypatch.setattr(reader, "INLINE_BYTES", 1 << 30 if where == "little" else 0)
     held = HiddenCache.open(cache)
     lengths = held.samples.length.tolist()
     parts = [(i, lengths[i] // 3, lengths[i] - lengths[i] // 4) for i in (7, 0, 23, 7, 11)] + [(5, 1, 1)]
     expected = torch.cat([held.read(i, [10, 1]).aux[:, first:stop] for i, first, stop in parts], dim=1)
     memory = torch.full((3, expected.shape[1] + 5, 8), torch.nan, dtype=torch.bfloat16)
+    waited = []
+    if "disk" in where:
+        held = HiddenCache.open(cache)
+        waited = on_disk(monkeypatch, errno.EAGAIN if where == "on disk" else errno.EOPNOTSUPP)
 
     for _ in range(2):  # the second time into memory that was used
         held.fill(memory[:2, : expected.shape[1]], parts, [10, 1])
 
         assert np.array_equal(bits(memory[:2, : expected.shape[1]].contiguous()), bits(expected))
         assert memory[2].isnan().all() and memory[:, expected.shape[1] :].isnan().all(), "nothing else is written to"
+    assert any(name.startswith("read") for name in waited) == ("disk" in where)
 
 
 def test_what_a_thread_finds_damaged_reaches_the_caller_when_all_are_done(tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "INLINE_BYTES", 0)
     path = make_cache(tmp_path / "cache", random_samples(8), COLUMNS[:2])
     held = HiddenCache.open(path)
     file = shard_folder(path, int(held.samples.shard[3])) / "aux.10" / SHARD_FILE
     flip(file, 8 * 16 * int(held.samples.offset[3]))
     out = torch.empty(2, int(held.samples.length.sum()), 8, dtype=torch.bfloat16)
+    on_disk(monkeypatch)
 
     with pytest.raises(CacheError, match=r"column aux\.10, sample \d+ of the shard: rows from 0"):
         held.fill(out, [(i, 0, int(T)) for i, T in enumerate(held.samples.length)], [1, 10])

@@ -4,6 +4,7 @@ committed stays, one line says cause and remedy, and the rerun ends with the sam
 Kills, stopped writers and disks that fail while writing are in `test_cache_writer.py`; damage is in `test_damage.py`.
 """
 
+import itertools
 import os
 import resource
 import shutil
@@ -89,9 +90,12 @@ def test_a_disk_full_at_any_level_stops_in_one_line_and_more_room_lets_it_go_on(
 
 @contextmanager
 def few_files(more: int):
-    """Let this process open only so many files more than it has open."""
+    """Let this process open only so many files more than it has open: the limit is on their numbers."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1 + more, hard))
+    listed = {int(name) for name in os.listdir("/proc/self/fd")}
+    taken = {fd for fd in listed if os.path.exists(f"/proc/self/fd/{fd}")}  # one was for listing them
+    free = itertools.islice((fd for fd in itertools.count() if fd not in taken), more, None)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next(free), hard))
     try:
         yield
     finally:

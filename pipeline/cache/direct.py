@@ -15,6 +15,7 @@ ends the process (SIGBUS) where `preadv` would raise an error.
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import os
 from collections.abc import Sequence
@@ -25,12 +26,13 @@ import xxhash
 
 from pipeline.cache.codecs import DTYPES
 from pipeline.cache.columns import Column
-from pipeline.cache.disk import reading, unreadable
+from pipeline.cache.disk import unreadable
 from pipeline.cache.layout import BLOCK_ROWS
 from pipeline.cache.zarr_shard import OPEN, SHARD_FILE, Grid
 from pipeline.errors import CacheError
 
-PIECE = 256 << 10  # bytes read and hashed at a time; half of the smallest second-level cache in use
+PIECE = 128 << 10  # bytes read and hashed at a time where one thread does it: they are still in its core's cache
+NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # preadv fails rather than wait for the disk; Linux
 
 MAP_FIXED = 0x10  # Linux and macOS
 
@@ -47,14 +49,24 @@ class StoredFile:
         stat = os.fstat(self.fd)
         return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
-    def read(self, start: int, out: memoryview) -> None:
-        """Fill `out` from byte `start` on. CacheError when the file ends before, or the disk fails."""
+    def read(self, start: int, out: memoryview, wait: bool = True) -> bool:
+        """Fill `out` from byte `start` on. Unless told to `wait`, False where the disk would have to be asked.
+
+        CacheError when the file ends before, or the disk fails.
+        """
         while out:
-            with reading(self.path):
-                count = os.preadv(self.fd, [out], start)
+            try:
+                count = os.preadv(self.fd, [out], start, 0 if wait else NOWAIT)
+            except OSError as error:
+                if not wait and error.errno in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):
+                    return False
+                raise unreadable(self.path, error) from error
             if not count:
                 raise CacheError(f"{self.path}: ends before byte {start}; run `pipeline verify`")
+            if count == len(out):
+                break
             start, out = start + count, out[count:]
+        return True
 
     def __del__(self):
         if getattr(self, "fd", None) is not None:
@@ -103,11 +115,11 @@ class DirectColumn:
             held = self._known = (stamp, bytearray(len(self.column.digests)))
         return held[1]
 
-    def read(self, file: StoredFile, row: int, first: int, out: memoryview) -> None:
+    def read(self, file: StoredFile, row: int, first: int, out: memoryview, wait: bool = True) -> bool:
         """Fill `out`, flat bytes, with the rows of sample `row` from `first` on, any row of it.
 
-        A block that is read only in part is read whole once, aside, to be checked. Raises CacheError naming shard,
-        column and sample.
+        Unless told to `wait`, False where the disk would have to be asked. A block that is read only in part is read
+        whole once, aside, to be checked. Raises CacheError naming shard, column and sample.
         """
         known, start_block = self._known_in(file), int(self.column.starts[row])
         base, rows = int(self.column.bounds[row]), int(self.column.bounds[row + 1] - self.column.bounds[row])
@@ -120,27 +132,37 @@ class DirectColumn:
                 while end < stop and known[number + 1]:
                     number, end = number + 1, min(end + BLOCK_ROWS, rows)
                 end = min(end, stop)
-                file.read((base + at) * self.width, out[(at - first) * self.width : (end - first) * self.width])
+                to = out[(at - first) * self.width : (end - first) * self.width]
+                if not file.read((base + at) * self.width, to, wait):
+                    return False
             elif begin == at and end <= stop:
-                self._read_block(file, row, begin, out[(at - first) * self.width : (end - first) * self.width])
+                if not self._read_block(
+                    file, row, begin, out[(at - first) * self.width : (end - first) * self.width], wait
+                ):
+                    return False
                 known[number] = 1
             else:
                 whole = memoryview(bytearray((end - begin) * self.width))
-                self._read_block(file, row, begin, whole)
+                if not self._read_block(file, row, begin, whole, wait):
+                    return False
                 known[number] = 1
                 end = min(end, stop)
                 part = whole[(at - begin) * self.width : (end - begin) * self.width]
                 out[(at - first) * self.width : (end - first) * self.width] = part
             at = end
+        return True
 
-    def _read_block(self, file: StoredFile, row: int, begin: int, out: memoryview) -> None:
+    def _read_block(self, file: StoredFile, row: int, begin: int, out: memoryview, wait: bool) -> bool:
         start = (int(self.column.bounds[row]) + begin) * self.width
         digest = xxhash.xxh3_64()
-        for at in range(0, len(out), PIECE):
-            piece = out[at : at + PIECE]
-            file.read(start + at, piece)
+        step = len(out) if wait else PIECE
+        for at in range(0, len(out), step):
+            piece = out[at : at + step]
+            if not file.read(start + at, piece, wait):
+                return False
             digest.update(piece)
         self._compare(digest.intdigest(), row, begin)
+        return True
 
     def _compare(self, digest: int, row: int, begin: int) -> None:
         if digest != self.column.digests[self.column.starts[row] + begin // BLOCK_ROWS]:

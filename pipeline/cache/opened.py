@@ -81,11 +81,19 @@ class OpenColumns:
         self._files = _Recent()
         self._maps = _Recent()
 
-    def read(self, shard: int, name: str, row: int, first: int, out: memoryview) -> None:
-        """Fill `out`, flat bytes, with rows of sample `row` of the shard from `first` on. CacheError for damage."""
-        if len(out):
-            column, file = self._open(shard, name)
+    def read(self, shard: int, name: str, row: int, first: int, out: memoryview, wait: bool = True) -> bool:
+        """Fill `out`, flat bytes, with rows of sample `row` of the shard from `first` on. CacheError for damage.
+
+        Unless told to `wait`, False where it takes the disk, or much computing.
+        """
+        if not len(out):
+            return True
+        column, file = self._open(shard, name)
+        if isinstance(column, DirectColumn):
+            return column.read(file, row, first, out, wait)
+        if wait:
             column.read(file, row, first, out)
+        return wait
 
     def check(self, shard: int, names: Sequence[str]) -> None:
         """Open these columns, whose sizes are then known to be right. CacheError where they are not."""

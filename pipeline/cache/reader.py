@@ -229,9 +229,12 @@ class HiddenCache:
         values_KRD, scale_KRG = laid_out(memory_B.numpy(), shape)
         found: list[tuple[int, int, Encoded]] = []
 
-        def read(k: int, at: int, shard: int, name: str, row: int, first: int, count: int) -> None:
+        def read(k: int, at: int, shard: int, name: str, row: int, first: int, count: int, wait: bool) -> bool:
             to = k, slice(at, at + count)
-            found.append((k, at, self._columns.read_encoded(shard, name, row, first, values_KRD[to], scale_KRG[to])))
+            if wait:
+                held = self._columns.read_encoded(shard, name, row, first, values_KRD[to], scale_KRG[to])
+                found.append((k, at, held))
+            return wait
 
         jobs, at = [], 0
         for i, start, stop in parts:
@@ -265,16 +268,22 @@ class HiddenCache:
             at += stop - start
         self._read_all(jobs, out.nbytes)
 
-    def _read_all(self, jobs: list[Callable[[], object]], size: int) -> None:
+    def _read_all(self, jobs: list[Callable[[bool], bool]], size: int) -> None:
+        """Do all jobs: as long as nothing has to be waited for, in this thread; the rest several at a time.
+
+        What lies in the machine's memory is copied by one thread for less than several spend on taking turns.
+        """
         todo = iter(jobs)
+        wait_here = size < INLINE_BYTES or len(jobs) == 1
+        first = next((job for job in todo if not job(wait_here)), None)
+        if first is None:
+            return
+        todo = iter([first, *todo])
 
         def work() -> None:
             for job in todo:  # each takes the next one that nobody has
-                job()
+                job(True)
 
-        if size < INLINE_BYTES or len(jobs) == 1:
-            work()
-            return
         done = [self._threads.submit(work) for _ in range(min(IN_FLIGHT, len(jobs)))]
         wait(done)
         for future in done:
