@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import zarr
 from cache_maker import COLUMNS, capture, contents, make_cache, random_samples, states
+from disks import mounted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -257,14 +258,8 @@ def test_a_shard_that_cannot_fit_is_refused_before_the_work(planned, monkeypatch
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 1 MiB; needs the right to mount."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    options = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if sys.platform != "linux" or subprocess.run(options, capture_output=True).returncode:
-        pytest.skip("may not mount a small disk here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with mounted(tmp_path / "disk", "size=1m") as disk:
+        yield disk
 
 
 def test_a_full_disk_stops_the_capture_and_more_room_lets_it_go_on(small_disk, monkeypatch):

@@ -6,10 +6,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from disks import mounted
 from tiny import conversations, write_jsonl
 
 from pipeline.cache.manifest import read_canonical, write_canonical
@@ -164,18 +164,6 @@ def test_a_cache_that_is_not_there(ends, tmp_path):
         code, line = ends(*command)
         assert code == 2
         assert "cache-hidden" in line
-
-
-@contextmanager
-def mounted(folder: Path, options: str):
-    """A small file system of its own, where this machine lets us mount one."""
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_a_full_disk_while_capturing_loses_nothing(ends, tiny_target, tiny_corpus, tmp_path):

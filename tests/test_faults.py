@@ -8,7 +8,6 @@ import itertools
 import os
 import resource
 import shutil
-import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from cache_maker import COLUMNS, contents, make_cache, random_samples
+from disks import mounted
 from tiny import config as tiny_config
 from tiny import conversations, random_model, save_model, tokenizer, write_jsonl
 
@@ -45,14 +45,8 @@ def columns():
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 8 MiB; needs the right to mount."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    options = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
-    if sys.platform != "linux" or subprocess.run(options, capture_output=True).returncode:
-        pytest.skip("may not mount a small disk here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with mounted(tmp_path / "disk", "size=8m") as disk:
+        yield disk
 
 
 def fill(disk: Path, leave: int) -> Path:

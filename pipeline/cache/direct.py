@@ -155,7 +155,7 @@ class DirectColumn:
     def _read_block(self, file: StoredFile, row: int, begin: int, out: memoryview, wait: bool) -> bool:
         start = (int(self.column.bounds[row]) + begin) * self.width
         digest = xxhash.xxh3_64()
-        step = len(out) if wait else PIECE
+        step = len(out) if wait else PIECE  # a thread among others takes few turns, and long ones
         for at in range(0, len(out), step):
             piece = out[at : at + step]
             if not file.read(start + at, piece, wait):
