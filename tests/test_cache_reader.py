@@ -268,6 +268,21 @@ def test_mapped_states_are_the_same_and_outlive_the_cache(cache, monkeypatch):
         assert np.array_equal(bits(sample.final.contiguous()), bits(whole.final))
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for the pages")
+def test_a_mapped_file_cut_short_is_an_error_and_not_the_end_of_the_process(tmp_path, monkeypatch):
+    path = make_cache(tmp_path / "cache", random_samples(1, longest=4000), COLUMNS[:2])
+    mapped = HiddenCache.open(path, mapped=True)
+    assert len(mapped.tokens_of(0)[0]) > 2300
+    mapped.read(0, rows=(0, 1))
+    monkeypatch.setattr(direct.StoredFile, "stamp", lambda file: ())  # as where only the disk is failing
+    mapped.read(0, rows=(0, 1))
+    os.truncate(shard_folder(path, 0) / "aux.10" / SHARD_FILE, 8192)
+
+    assert mapped.read(0, [10], rows=(0, 256)).aux.shape == (1, 256, 8)
+    with pytest.raises(CacheError, match=r"aux\.10/.*: cut short, or its disk is failing; run `pipeline verify`"):
+        mapped.read(0, rows=(2000, 2300))
+
+
 def rewritten(path, name, shard=0, **form):
     """Write a column's array anew with zarr-python, in some other form, its manifest with it."""
     folder = shard_folder(path, shard)

@@ -86,14 +86,31 @@ class OpenColumns:
 
         Unless told to `wait`, False where it takes the disk, or much computing.
         """
-        if not len(out):
-            return True
         column, file = self._open(shard, name)
         if isinstance(column, DirectColumn):
             return column.read(file, row, first, out, wait)
         if wait:
             column.read(file, row, first, out)
         return wait
+
+    def are_near(self, places: Sequence[tuple[int, int, int, int]], names: Sequence[str]) -> bool:
+        """Whether rows (shard, row, first, stop) can be read without waiting for the disk, or computing much.
+
+        Judged by the last row of each in the first of the columns. If not, the disk is told to fetch them all: it then
+        works on all of them while they are read.
+        """
+        if all(self._is_near(shard, names[0], row, stop) for shard, row, _, stop in places):
+            return True
+        for shard, row, first, stop in places:
+            for name in names:
+                column, file = self._open(shard, name)
+                if isinstance(column, DirectColumn):
+                    column.announce(file, row, first, stop)
+        return False
+
+    def _is_near(self, shard: int, name: str, row: int, stop: int) -> bool:
+        column, file = self._open(shard, name)
+        return isinstance(column, DirectColumn) and column.is_near(file, row, stop - 1)
 
     def check(self, shard: int, names: Sequence[str]) -> None:
         """Open these columns, whose sizes are then known to be right. CacheError where they are not."""

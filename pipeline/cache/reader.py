@@ -242,7 +242,7 @@ class HiddenCache:
             for k, layer in enumerate(layers if stop > start else ()):
                 jobs.append(partial(read, k, at, shard, aux_column(layer), row, start, stop - start))
             at += stop - start
-        self._read_all(jobs, values_KRD.nbytes)
+        self._read_all(jobs, values_KRD.nbytes, near=values_KRD.nbytes < INLINE_BYTES)
         return found
 
     def _check_parts(self, parts: Sequence[Part], layers: Sequence[int]) -> None:
@@ -259,26 +259,28 @@ class HiddenCache:
         if not out_KRD.numel():
             return
         out = out_KRD.view(torch.uint8).numpy()
+        places = [(*self._place(i), start, stop) for i, start, stop in parts if stop > start]
+        near = out.nbytes < INLINE_BYTES or self._columns.are_near(places, names)
         jobs, at = [], 0
-        for i, start, stop in parts:
-            shard, row = self._place(i)
+        for shard, row, start, stop in places:
             for k, name in enumerate(names):
-                rows = memoryview(out[k, at : at + stop - start]).cast("B") if stop > start else memoryview(b"")
+                rows = memoryview(out[k, at : at + stop - start]).cast("B")
                 jobs.append(partial(self._columns.read, shard, name, row, start, rows))
             at += stop - start
-        self._read_all(jobs, out.nbytes)
+        self._read_all(jobs, out.nbytes, near)
 
-    def _read_all(self, jobs: list[Callable[[bool], bool]], size: int) -> None:
-        """Do all jobs: as long as nothing has to be waited for, in this thread; the rest several at a time.
+    def _read_all(self, jobs: list[Callable[[bool], bool]], size: int, near: bool) -> None:
+        """Do all jobs: what is `near`, in memory, in this thread; as soon as one has to wait, several at a time.
 
-        What lies in the machine's memory is copied by one thread for less than several spend on taking turns.
+        One thread copies from memory for less than several spend on taking turns.
         """
         todo = iter(jobs)
-        wait_here = size < INLINE_BYTES or len(jobs) == 1
-        first = next((job for job in todo if not job(wait_here)), None)
-        if first is None:
-            return
-        todo = iter([first, *todo])
+        if near:
+            wait_here = size < INLINE_BYTES or len(jobs) == 1
+            first = next((job for job in todo if not job(wait_here)), None)
+            if first is None:
+                return
+            todo = iter([first, *todo])
 
         def work() -> None:
             for job in todo:  # each takes the next one that nobody has
