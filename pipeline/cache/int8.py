@@ -23,8 +23,9 @@ from pipeline.cache.calibration import Calibration
 from pipeline.cache.int8_files import ESCAPE_RMS, ESCAPE_SPREADS, Encoded, group_of
 
 LEVELS = 127
-CPU_BYTES = 128 << 10  # of float32 worked on at a time: they stay in the CPU's own cache, and torch, which shares out
-# what has more than 32,768 values among threads, starts none: readers are threads already
+# Bytes of float32 that a CPU works on at a time: they stay in its own cache. Where torch may share out work, which it
+# does with more than 32,768 values, so few that it starts no threads: readers are threads already.
+CPU_BYTES, SHARED_BYTES = 512 << 10, 128 << 10
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-22}  # of a value, to be written in its dtype
 
 
@@ -42,7 +43,8 @@ def as_states(stored: np.ndarray) -> Tensor:
 
 def _pieces(rows: int, width: int, device: torch.device) -> range:
     """First rows of the pieces that are worked on at a time; a GPU takes all at once."""
-    return range(0, rows, rows if device.type != "cpu" and rows else max(1, CPU_BYTES // (4 * width)))
+    size = CPU_BYTES if torch.get_num_threads() == 1 else SHARED_BYTES
+    return range(0, rows, rows if device.type != "cpu" and rows else max(1, size // (4 * width)))
 
 
 def encode(states_RD: Tensor, calibration: Calibration) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@ blosc, zstd level 1, byte shuffle, and one block a chunk: the low bytes of bfloa
 do, so their separation is all there is to gain, and a block of the whole chunk makes it three times faster to undo
 than blosc's own choice. zstd itself cuts what it is given into blocks of 128 KiB, and one that holds bytes of both
 kinds takes twice as long to undo and is larger (bundled target: 0.76 of bfloat16 in chunks of 128 KiB, 0.68 in those of
-256 KiB, 0.70 between). So a chunk has whole blocks of each kind; and no more rows than that takes, or 128, since a
+256 KiB, 0.70 between). So a chunk has whole blocks of each kind; and no more rows than that takes, or 64, since a
 sample is read in whole chunks.
 
 A blosc chunk begins with 16 bytes: version, version of the inner format, flags, size of a value, then the sizes of the
@@ -27,7 +27,7 @@ from pipeline.errors import CacheError
 BLOCK = 1 << 20  # bytes; at most so much of whole rows is a chunk
 LARGEST = 8 << 20  # bytes of a chunk, whoever wrote it
 ZSTD_BLOCK = 128 << 10  # bytes that zstd compresses at a time
-CHUNK_ROWS = 128
+CHUNK_ROWS = 64
 OVERHEAD = 16  # bytes that blosc adds to what does not compress
 _HEADER = struct.Struct("<4B3I")
 _ZSTD_SHUFFLED, _ZSTD_COPIED = 0x81, 0x83  # flags: inner format 4 (bits 5-7), shuffled (bit 0), not compressed (bit 1)
@@ -37,7 +37,7 @@ blosc.use_threads = False  # its own threads keep a lock that all decoding would
 
 
 def zstd_grid(rows: int, width: int, dtype: np.dtype) -> Grid:
-    """Chunks of 128 rows, or of a block of zstd for each byte of a value, none above 1 MiB; zeros behind the last."""
+    """Chunks of 64 rows, or of a block of zstd for each byte of a value, none above 1 MiB; zeros behind the last."""
     settings = {"typesize": dtype.itemsize, "cname": "zstd", "clevel": 1, "shuffle": "shuffle", "blocksize": BLOCK}
     compressor = {"name": "blosc", "configuration": settings}
     row, kinds = width * dtype.itemsize, dtype.itemsize * ZSTD_BLOCK
@@ -117,28 +117,29 @@ class ZstdReader:
             if len(part) == self.grid.chunk_bytes:
                 self._decode(chunk, part)
             else:
-                held = self._buffer()
+                held = self._room("content", self.grid.chunk_bytes)
                 self._decode(chunk, held)
                 part[:] = held[row * self.grid.row_bytes :][: len(part)]
 
-    def _buffer(self) -> memoryview:
-        """A chunk's room, one a thread."""
-        if not hasattr(self._own, "buffer"):
-            self._own.buffer = memoryview(bytearray(self.grid.chunk_bytes))
-        return self._own.buffer
+    def _room(self, name: str, size: int) -> memoryview:
+        """Memory of this thread's own, used again and again."""
+        if not hasattr(self._own, name):
+            setattr(self._own, name, memoryview(bytearray(size)))
+        return getattr(self._own, name)
 
     def _decode(self, chunk: int, out: memoryview) -> None:
         size = int(self._sizes[chunk])
+        packed = self._room("packed", self.grid.chunk_bytes + OVERHEAD)[:size]
         with reading(self.path):
-            packed = os.pread(self._fd, size, int(self._starts[chunk]))
-        if len(packed) < size or not self._honest(packed, len(out)):
+            count = os.preadv(self._fd, [packed], int(self._starts[chunk]))
+        if count < size or not self._honest(packed, len(out)):
             raise CacheError(f"{self.path}: chunk {chunk} is damaged or claims another size; run `pipeline verify`")
         try:
             blosc.decompress(packed, out)
         except (RuntimeError, ValueError) as error:
             raise CacheError(f"{self.path}: chunk {chunk} cannot be decoded: {error}; run `pipeline verify`") from error
 
-    def _honest(self, packed: bytes, content: int) -> bool:
+    def _honest(self, packed: memoryview, content: int) -> bool:
         """Whether a chunk is one of ours: nothing else is given to the decoder."""
         _, _, flags, value, nbytes, block, cbytes = _HEADER.unpack_from(packed)
         known = flags & ~_UNSPLIT in (_ZSTD_SHUFFLED, _ZSTD_COPIED) and value == self.grid.dtype.itemsize
