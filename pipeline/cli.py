@@ -89,7 +89,11 @@ def capture_options(command):
             click.option("--budget", metavar="SIZE", help="Bytes it may take, such as 2TB or 1.5TiB."),
             click.option("--methods", help="Whose drafts will be trained, for the budget.  [default: all]"),
             click.option(
-                "--seed", type=click.IntRange(0), default=0, show_default=True, help="Which samples a budget takes."
+                "--seed",
+                type=click.IntRange(0, 2**64 - 1),
+                default=0,
+                show_default=True,
+                help="Which samples a budget takes.",
             ),
             click.option("--codec", help="raw, zstd or int8, or such as aux=int8,final=zstd.  [default: raw]"),
             click.option("--device", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]"),

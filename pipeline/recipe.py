@@ -339,8 +339,10 @@ def check_held(cache, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
         return tuple(sorted(set(wanted or held)))
     every = ",".join(map(str, sorted({*held, *missing})))
     layers = f" --layers {every}" if every else ""
-    name = cache.identity.get("target", {}).get("name", "MODEL")
-    command = f"`pipeline cache-hidden --model {name} --out {cache.path}{layers}`"
+    name = cache.identity.get("target", {}).get("name", "")
+    model = name if "/" in name else "MODEL"  # of a local target a cache knows only what its folder is called
+    command = f"`pipeline cache-hidden --model {model} --out {cache.path}{layers}`"
+    command += f" (MODEL: the folder of {name})" if name and name != model else ""
     if not held:
         raise UsageError(f"{cache.path} holds no layer that is whole; finish the capture with {command}")
     raise UsageError(

@@ -353,7 +353,7 @@ def test_the_times_of_a_probe_are_read_by_hand(planned, tiny_target, tmp_path):
     settings = settle(str(tiny_target), tmp_path / "cache", OPTIONS)
     work = missing(tmp_path / "cache", load_plan(tmp_path / "cache"), settings.columns)
     found = Speed(written=report["bytes_to_write"] / 7200, tokens=report["tokens"] / 3661).as_dict(work)
-    assert time_text(found).startswith("about 2:00:00, that of writing: computing 1:01:01 at ")
+    assert time_text(found).startswith("about 2:00:00 for one worker, that of writing: computing 1:01:01 at ")
     assert time_text(None).startswith("unknown")
 
 

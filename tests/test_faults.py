@@ -27,6 +27,7 @@ from pipeline.cache.disk import clean
 from pipeline.cache.manifest import read_canonical
 from pipeline.cache.verify import verify
 from pipeline.errors import DataError, PipelineError, RoomError
+from stages.cache_hidden import engine
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.repair import repair
 from stages.cache_hidden.run import run
@@ -212,7 +213,11 @@ REFUSED = {"NaN": "is not finite", "Inf": "is not finite", "zero": "has a row of
 @pytest.mark.parametrize(
     ("kind", "codec"), [("NaN", "int8"), ("Inf", "zstd"), ("zero", "int8"), ("passing", "raw"), ("constant", "int8")]
 )
-def test_states_that_cannot_be_kept_are_refused_by_name_and_all_others_kept(tmp_path, kind, codec):
+def test_states_that_cannot_be_kept_are_refused_by_name_and_all_others_kept(tmp_path, monkeypatch, kind, codec):
+    encode, finite = engine.encode, []
+    monkeypatch.setattr(
+        engine, "encode", lambda rows, *rest: finite.append(rows.isfinite().all()) or encode(rows, *rest)
+    )
     chats = conversations(8)
     chats[3]["messages"][-1]["content"] += " ~"
     target, corpus = strange_target(tmp_path / "target", kind), write_jsonl(tmp_path / "chats.jsonl", chats)
@@ -222,6 +227,7 @@ def test_states_that_cannot_be_kept_are_refused_by_name_and_all_others_kept(tmp_
 
     cache = HiddenCache.open(tmp_path / "cache")
     assert done.refused == (kind in REFUSED)
+    assert all(finite) and bool(finite) == (codec == "int8"), "what is not finite would all escape"
     refused = [i for i in range(len(cache)) if tokenizer().encode("~")[0] in cache.tokens_of(i)[0]]
     assert np.flatnonzero(~cache.samples.ok).tolist() == (refused if kind in REFUSED else [])
     assert not verify(tmp_path / "cache").damaged and not verify(tmp_path / "cache").missing

@@ -46,6 +46,7 @@ REMEDIES = {
     errno.ENOLCK: _LOCKS,
     errno.EOPNOTSUPP: _LOCKS,
     errno.ENOSYS: _LOCKS,
+    errno.ENOENT: "a folder on the way cannot be made, or was removed; pass another --out",
     errno.ENOTDIR: "a file stands where a folder on the way should; pass another --out",
     errno.EIO: _BROKEN,
     errno.ESTALE: _BROKEN,

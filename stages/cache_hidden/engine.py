@@ -119,6 +119,8 @@ class Engine:
             worst[spec.name] = torch.linalg.vector_norm(rows_RD, float("inf"), dim=-1).float()
             if spec.name in self.calibrations:
                 shadow[spec.name] = rows_RD[self._send(self._shadowed(rows, counts[spec.name]))]
+                # A sample with such a row is refused; as it is, every value of the row would escape.
+                rows_RD = rows_RD.masked_fill_(~worst[spec.name].isfinite()[:, None], 0)
                 rows_RD = encode(rows_RD, self.calibrations[spec.name])
             states[spec.name] = rows_RD
         gauge = self._gauge(shard, rows, longest, last_BTD)

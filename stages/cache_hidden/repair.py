@@ -37,11 +37,9 @@ from pipeline.errors import CacheError, UsageError
 from pipeline.target_files import find_target
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.record import read_record
-from stages.cache_hidden.report import Work, work_bytes
+from stages.cache_hidden.report import Lost, Work, work_bytes
 from stages.cache_hidden.settings import Settings, settle
 from stages.cache_hidden.worker import Worker
-
-Lost = dict[tuple[int, str], dict | None]  # (shard, column) -> the manifest it had, if that is known
 
 
 def checked(out: Path, mend: bool, deep: bool, model: str | None, device: str | None) -> Report:
@@ -156,7 +154,7 @@ def lost_columns(out: Path, plan: Plan, report: Report) -> Lost:
     damaged = {(finding.shard, finding.column) for finding in report.damaged}
     names = sorted({name for shard in plan.shards for name in shard_columns(out, shard.number)})
     names = sorted({*names, *(column for shard, column in damaged if column)})
-    lost: Lost = {}
+    lost: dict[tuple[int, str], dict | None] = {}
     for shard in plan.shards:
         strangers = not _has_its_samples(out, shard)
         for name in names:

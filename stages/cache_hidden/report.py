@@ -2,7 +2,7 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.settings import Settings
 
 Work = list[tuple[ShardPlan, list[ColumnSpec]]]
+Lost = Mapping[tuple[int, str], dict | None]  # (shard, column) -> the manifest it had, if that is known
 
 
 def missing(out: Path, plan: Plan, columns: tuple[ColumnSpec, ...]) -> Work:
@@ -191,7 +192,7 @@ def time_text(found: dict | None) -> str:
     what = "computing" if found["compute_s"] >= found["write_s"] else "writing"
     disk = f"{found['disk_bytes_s'] / 1e6:,.0f} MB/s"
     return (
-        f"about {_clock(found['seconds'])}, that of {what}: computing {_clock(found['compute_s'])} at "
+        f"about {_clock(found['seconds'])} for one worker, that of {what}: computing {_clock(found['compute_s'])} at "
         f"{found['tokens_s']:,.0f} tokens/s, writing {_clock(found['write_s'])} at {disk}"
     )
 

@@ -6,7 +6,7 @@ shard that is missing, and whoever computes one computes the same.
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -34,16 +34,13 @@ from stages.cache_hidden.engine import Engine, Piece, totals
 from stages.cache_hidden.gauge import Gauge, gauge_column, gauge_share
 from stages.cache_hidden.probe import probe
 from stages.cache_hidden.progress import Progress
-from stages.cache_hidden.report import Work
+from stages.cache_hidden.report import Lost, Work
 from stages.cache_hidden.settings import Settings
 from stages.cache_hidden.shadow import Shadow
 from stages.cache_hidden.template import ChatTemplate
 
 QUEUED = 2  # micro-batches that wait for the writer
 REFUSED_SHARE = 0.01  # of a plan's samples; more means that something is wrong with the target or its type
-
-
-Lost = Mapping[tuple[int, str], dict | None]
 
 
 def capture_shards(

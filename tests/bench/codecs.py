@@ -69,9 +69,8 @@ def main() -> None:
     found: dict[str, dict[str, float]] = {}
     columns = {"made, 4096": made_states(asked.mib)}
     columns |= {f"{name}, 256": states for name, states in real_states(asked.mib).items()}
-    print(
-        f"{'states':16} {'codec':14} {'size':>6} {'error':>8} {'worst':>8} {'escapes':>8} {'write':>6} {'read':>6} {'decode':>6}"
-    )
+    heads = "".join(f"{head:>8}" for head in ("size", "error", "worst", "escapes", "write", "read", "decode"))
+    print(f"{'states':16} {'codec':14}{heads}")
     for name, states_RD in columns.items():
         bits = as_stored(states_RD)
         calibration = calibrate(bits)
