@@ -189,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=7, choices=range(1, SHARDS))
-    parser.add_argument("--tokens", type=int, default=None, help="a shard; default 16,384, on CUDA 98,304")
+    parser.add_argument("--tokens", type=int, default=None, help="a shard; default 49,152, on CUDA 98,304")
     parser.add_argument("--width", type=int, default=512, help="of the small model; 512 has 33 M parameters")
     parser.add_argument("--batch-tokens", type=int, default=None)
     parser.add_argument("--codec", default=None)
@@ -198,7 +198,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, default=None)
     asked = parser.parse_args()
-    tokens = asked.tokens or (98_304 if asked.device.startswith("cuda") else 16_384)
+    tokens = asked.tokens or (98_304 if asked.device.startswith("cuda") else 49_152)
     with tempfile.TemporaryDirectory(dir=asked.out) as place:
         config = shape(asked.device, asked.width)
         model = random_target(Path(place, "target"), config, asked.device)
