@@ -28,6 +28,7 @@ from pipeline.tensors import save_tensors
 
 # What training alone reads: a published config does not hold it.
 UNPUBLISHED = {"gamma", "lambda_start", "lambda_decay", "weighting", "dpace_alpha"}
+UNPUBLISHED |= {"objective", "alpha_ce", "alpha_l1", "alpha_confidence"}
 PROBE_ROWS, PROBE_BLOCKS = 512, 16
 
 

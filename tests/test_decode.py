@@ -6,7 +6,7 @@ from tiny import config, random_model
 from transformers import DynamicCache
 
 from pipeline.accept import gain
-from pipeline.drafts import DRAFTS, DraftConfig, init_weights
+from pipeline.drafts import DRAFTS, DraftConfig, Proposal, init_weights
 from pipeline.errors import ProofError, UsageError
 from pipeline.target import head_of
 from stages.evaluate import decode
@@ -61,7 +61,8 @@ class Oracle:
     def propose(self, features_KTD, anchor_id, start, kv):
         self.features.append(features_KTD)
         right = [*self.text[start + 1 :], *[0] * self.config.proposals][: self.config.proposals]
-        return torch.tensor([token + (not (start + at) % self.wrong) for at, token in enumerate(right)])
+        wrong = [token + (not (start + at) % self.wrong) for at, token in enumerate(right)]
+        return Proposal(torch.tensor(wrong), None)
 
 
 @pytest.fixture(scope="module")

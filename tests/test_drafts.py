@@ -234,7 +234,7 @@ def test_the_training_layout_is_the_decode_loop(method, shift, window):
     for n, anchor in enumerate(anchors.tolist()):  # features arrive as verifications leave them, in pieces
         fresh = cell.aux_KRD[:, held:anchor]
         assert_near(draft.block_hidden(fresh, int(cell.ids_R[anchor]), anchor, kv), training[n], 1e-5)
-        assert torch.equal(draft.propose(fresh, int(cell.ids_R[anchor]), anchor, other), proposals[n])
+        assert torch.equal(draft.propose(fresh, int(cell.ids_R[anchor]), anchor, other).ids_P, proposals[n])
         held = anchor
     assert proposals.shape == (5, draft.config.proposals) == (5, 5 if shift else 4)
 
@@ -267,7 +267,7 @@ def test_teacher_forced_logits_are_those_of_the_rollout_fed_the_same_tokens(shif
         hidden = draft.hidden(cell, blocks)
         forced = draft.logits(hidden, blocks.prev_NS)
         tokens = cell.ids_R[anchors[:, None] + 1 + torch.arange(most)]  # what the anchor is followed by
-        ids, rolled = draft.roll(hidden, cell.ids_R[anchors], tokens)
+        ids, rolled = draft.roll(hidden, cell.ids_R[anchors], forced_NP=tokens)
         own, own_logits = draft.roll(hidden, cell.ids_R[anchors])
     assert_near(rolled, forced["final"][:, first:], 1e-5)
     assert torch.equal(ids, forced["final"][:, first:].argmax(-1))

@@ -1,15 +1,15 @@
 """DFlash (arXiv:2602.06036): all slots of a block guessed at once by the backbone and the target's own head.
 
-N blocks   S slots   P proposals   D hidden size   V vocabulary
+N blocks   S slots   D hidden size   V vocabulary
 """
 
 import torch
 from torch import Tensor
 
 from pipeline.drafts.blocks import Blocks, Cell
-from pipeline.drafts.config import DraftConfig, refuse_options
+from pipeline.drafts.config import OF_DOMINO, OF_DSPARK, DraftConfig, refuse_options
 from pipeline.drafts.draft import Draft, Knobs, Loss
-from pipeline.drafts.losses import CrossEntropies, chunk_blocks, dpace_weights, head_loss
+from pipeline.drafts.losses import CrossEntropies, dpace_weights, head_loss
 from pipeline.drafts.metrics import slot_sums
 
 
@@ -19,7 +19,7 @@ class DFlash(Draft):
     @staticmethod
     def check(config: DraftConfig) -> None:
         """Refuse what DFlash would not read."""
-        refuse_options(config, "pure_draft_prefix_len", "emb_dim", "gru_hidden_dim", "lambda_start", "lambda_decay")
+        refuse_options(config, *OF_DOMINO, *OF_DSPARK)
 
     def schedule(self, step: int, horizon: int) -> Knobs:
         """Nothing changes over a run."""
@@ -48,10 +48,3 @@ class DFlash(Draft):
     def logits(self, hidden_NSD: Tensor, prev_NS: Tensor) -> dict[str, Tensor]:
         """All logits [N, S, V] at once: for probes and tests of a few blocks."""
         return {"final": self.target.logits(hidden_NSD)}
-
-    @torch.no_grad()
-    def rollout(self, hidden_NSD: Tensor, anchor_ids_N: Tensor) -> Tensor:
-        """Greedy proposals [N, P] in order, over the whole vocabulary."""
-        guessing = hidden_NSD[:, self.config.first_slot :]
-        blocks = chunk_blocks(guessing.shape[1], self.target.vocab_size, hidden_NSD.device)
-        return torch.cat([self.target.raw_logits(part).argmax(-1) for part in guessing.split(blocks)])

@@ -5,17 +5,17 @@ A GRU reads the target's embeddings of the tokens from the anchor on; from its s
 bottleneck of rank U gives z = SiLU(W1 [h ; g]), and the corrected logits are head(h) + W2 z. The first
 `pure_draft_prefix_len` proposals are left to the backbone.
 
-    N blocks   S slots   P proposals   D hidden size   H width of the GRU   U rank   V vocabulary
+    N blocks   S slots   D hidden size   H width of the GRU   U rank   V vocabulary
 """
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.drafts.blocks import Blocks, Cell
-from pipeline.drafts.config import DraftConfig
+from pipeline.drafts.config import OF_DSPARK, DraftConfig, refuse_options
 from pipeline.drafts.draft import Draft, Knobs, Loss
 from pipeline.drafts.elementwise import wide
-from pipeline.drafts.losses import CrossEntropies, chunk_blocks, head_loss
+from pipeline.drafts.losses import CrossEntropies, head_loss
 from pipeline.drafts.metrics import slot_sums
 from pipeline.errors import UsageError
 from pipeline.target_head import TargetHead
@@ -34,7 +34,8 @@ class Domino(Draft):
 
     @staticmethod
     def check(config: DraftConfig) -> None:
-        """Refuse a head without sizes, an empty suffix, and weights that are defined for DFlash only."""
+        """Refuse a head without sizes and an empty suffix."""
+        refuse_options(config, *OF_DSPARK)
         for name in ("emb_dim", "gru_hidden_dim", "pure_draft_prefix_len"):
             if getattr(config, name) is None:
                 raise UsageError(f"domino needs {name}; published recipes use 256, 1024 and 1 for rank, GRU and prefix")
@@ -99,28 +100,9 @@ class Domino(Draft):
         correction_NSV = self.embed_proj[2](self._bottleneck(hidden_NSD, prev_NS)).to(base_NSV.dtype)
         return {"base": self.target.cap(base_NSV), "final": self.target.cap(base_NSV + correction_NSV)}
 
-    @torch.no_grad()
-    def rollout(self, hidden_NSD: Tensor, anchor_ids_N: Tensor) -> Tensor:
-        """Greedy proposals [N, P] in order, each corrected by those before it, exactly, over the whole vocabulary."""
-        blocks = chunk_blocks(self.config.proposals, self.target.vocab_size, hidden_NSD.device)
-        parts = zip(hidden_NSD.split(blocks), anchor_ids_N.split(blocks), strict=True)
-        return torch.cat([self.roll(hidden, anchors)[0] for hidden, anchors in parts])
-
-    def roll(self, hidden_NSD: Tensor, anchor_ids_N: Tensor, forced_NP: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Proposals [N, P] one after the other and the uncapped logits [N, P, V] each was taken from.
-
-        forced_NP: tokens to go on from instead of the proposals, as teacher forcing does.
-        """
-        guessing_NPD = hidden_NSD[:, self.config.first_slot :]
-        logits_NPV = self.target.raw_logits(guessing_NPD)  # one multiplication for all proposals
-        out_VU = self.embed_proj[2].weight.to(logits_NPV.dtype)
-        proposals_NP = torch.empty(guessing_NPD.shape[:2], dtype=torch.long, device=hidden_NSD.device)
-        last_N, state_1NH = anchor_ids_N, None
-        for k in range(self.config.proposals):
-            states_N1H, state_1NH = self.prefix_gru(self._noise(last_N)[:, None], state_1NH)
-            if k >= self.config.pure_draft_prefix_len:
-                z_NU = self._mix(guessing_NPD[:, k], states_N1H[:, 0]).to(logits_NPV.dtype)
-                logits_NPV[:, k] = torch.addmm(logits_NPV[:, k], z_NU, out_VU.T)
-            proposals_NP[:, k] = logits_NPV[:, k].argmax(-1)
-            last_N = proposals_NP[:, k] if forced_NP is None else forced_NP[:, k]
-        return proposals_NP, logits_NPV
+    def advance(self, k: int, hidden_ND: Tensor, last_N: Tensor, state_1NH: Tensor | None):
+        """As `Draft.advance`; the state is the GRU's, and the first proposals are left to the backbone."""
+        states_N1H, state_1NH = self.prefix_gru(self._noise(last_N)[:, None], state_1NH)
+        if k < self.config.pure_draft_prefix_len:
+            return None, state_1NH
+        return (self._mix(hidden_ND, states_N1H[:, 0]), self.embed_proj[2].weight), state_1NH

@@ -1,6 +1,7 @@
 """What every method is: a backbone, the target's frozen head, and the two ways to run them, training and decoding.
 
 N blocks   S slots   K layers   T new rows   R context rows   D hidden size   P proposals   V vocabulary
+U rank of a correction
 """
 
 import math
@@ -13,6 +14,8 @@ from pipeline.drafts.attention import Decode, Dense, Grouped
 from pipeline.drafts.backbone import Backbone
 from pipeline.drafts.blocks import Blocks, Cell
 from pipeline.drafts.config import DraftConfig
+from pipeline.drafts.elementwise import wide
+from pipeline.drafts.losses import chunk_blocks
 from pipeline.errors import UsageError
 from pipeline.target_head import TargetHead
 
@@ -35,6 +38,22 @@ class Loss:
     total: Tensor
     terms: dict[str, Tensor]
     sums: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Draw proposals from softmax(logits / temperature) instead of taking the likeliest."""
+
+    temperature: float  # above 0
+    generator: torch.Generator  # on the draft's device
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The tokens of one block, in order. q_PV: what each was drawn from, float32 at least; None if greedy."""
+
+    ids_P: Tensor  # int64; P is `config.proposals`, or fewer where the confidence head cuts: 0 is a plain step
+    q_PV: Tensor | None
 
 
 class DraftKV:
@@ -67,7 +86,8 @@ class DraftKV:
 
 
 class Draft(Backbone):
-    """A backbone with the target's head. A method adds `check`, `schedule`, `denominators`, `loss` and `rollout`.
+    """A backbone with the target's head. A method adds `check`, `schedule`, `denominators` and `loss`; one that reads
+    the tokens already chosen also `correction` (all slots at once, in training) and `advance` (slot by slot).
 
     The head is no part of the state_dict, whose keys are exactly those of published checkpoints. `reads_final` says
     whether the loss reads the target's final state; the accept length always does.
@@ -124,10 +144,80 @@ class Draft(Backbone):
         return self.slots(self._noise(ids_S), positions_S, kv.layers(), Decode(S, start, device))
 
     @torch.no_grad()
-    def propose(self, features_KTD: Tensor, anchor_id: int, start: int, kv: DraftKV) -> Tensor:
-        """Guess the tokens [P] at positions start + 1 .. start + P, greedily. Arguments as of `block_hidden`."""
+    def propose(
+        self,
+        features_KTD: Tensor,
+        anchor_id: int,
+        start: int,
+        kv: DraftKV,
+        sampling: Sampling | None = None,
+        threshold: float = 0.0,
+    ) -> Proposal:
+        """Guess the tokens at positions start + 1 .. start + P, greedily or drawn. Arguments as of `block_hidden`.
+
+        threshold: cut the block before the first token whose confidence is below it; 0 keeps all.
+        """
         hidden_1SD = self.block_hidden(features_KTD, anchor_id, start, kv)[None]
-        return self.rollout(hidden_1SD, torch.tensor([anchor_id], device=hidden_1SD.device))[0]
+        anchor_1 = torch.tensor([anchor_id], device=hidden_1SD.device)
+        ids_1P, logits_1PV = self.roll(hidden_1SD, anchor_1, sampling)
+        kept = int(self.kept(hidden_1SD, anchor_1, ids_1P, threshold)) if threshold > 0 else ids_1P.shape[1]
+        q_PV = None if sampling is None else self.chances(logits_1PV[0, :kept], sampling.temperature)
+        return Proposal(ids_1P[0, :kept], q_PV)
+
+    @torch.no_grad()
+    def rollout(self, hidden_NSD: Tensor, anchor_ids_N: Tensor) -> Tensor:
+        """Greedy proposals [N, P] in order, each corrected by those before it, exactly, over the whole vocabulary."""
+        blocks = chunk_blocks(self.config.proposals, self.target.vocab_size, hidden_NSD.device)
+        parts = zip(hidden_NSD.split(blocks), anchor_ids_N.split(blocks), strict=True)
+        return torch.cat([self.roll(hidden, anchors)[0] for hidden, anchors in parts])
+
+    def roll(
+        self,
+        hidden_NSD: Tensor,
+        anchor_ids_N: Tensor,
+        sampling: Sampling | None = None,
+        forced_NP: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Proposals [N, P] one after the other and the uncapped logits [N, P, V] each was taken from.
+
+        forced_NP: tokens to go on from instead of the proposals, as teacher forcing does.
+        """
+        guessing_NPD = hidden_NSD[:, self.config.first_slot :]
+        logits_NPV = self.target.raw_logits(guessing_NPD)  # one multiplication for all proposals
+        proposals_NP = torch.empty(guessing_NPD.shape[:2], dtype=torch.long, device=hidden_NSD.device)
+        last_N, state = anchor_ids_N, None
+        for k in range(self.config.proposals):
+            correction, state = self.advance(k, guessing_NPD[:, k], last_N, state)
+            if correction is not None:
+                z_NU, out_VU = (part.to(logits_NPV.dtype) for part in correction)
+                logits_NPV[:, k] = torch.addmm(logits_NPV[:, k], z_NU, out_VU.T)
+            proposals_NP[:, k] = self._pick(logits_NPV[:, k], sampling)
+            last_N = proposals_NP[:, k] if forced_NP is None else forced_NP[:, k]
+        return proposals_NP, logits_NPV
+
+    def _pick(self, raw_NV: Tensor, sampling: Sampling | None) -> Tensor:
+        if sampling is None:
+            return raw_NV.argmax(-1)
+        chances_NV = self.chances(raw_NV, sampling.temperature)
+        return torch.multinomial(chances_NV, 1, generator=sampling.generator)[:, 0]
+
+    def chances(self, raw_NV: Tensor, temperature: float) -> Tensor:
+        """Probabilities [..., V] of uncapped logits at a temperature, in float32 at least."""
+        return (self.target.cap(raw_NV.to(wide(raw_NV.dtype))) / temperature).softmax(-1)
+
+    def advance(self, k: int, hidden_ND: Tensor, last_N: Tensor, state):
+        """Return the correction (z [N, U], W_out [V, U]) of proposal k, None for no correction, and the next state.
+
+        last_N: the token before it; `state` is None for the first one.
+        """
+        return None, None
+
+    def kept(self, hidden_NSD: Tensor, anchor_ids_N: Tensor, ids_NP: Tensor, threshold: float) -> Tensor:
+        """How many of the proposals [N] come before the first with a confidence below the threshold."""
+        raise UsageError(
+            f"a {self.config.method} draft without a confidence head cannot cut its blocks at {threshold}; "
+            "leave the threshold out"
+        )
 
 
 def init_weights(draft: Draft, seed: int) -> None:

@@ -84,7 +84,7 @@ def speculative_decode(
         ids += chosen
         start, ended = len(prompt_ids), chosen[0] in stops
         while start < len(prompt_ids) + max_new and not ended:
-            proposed = draft.propose(features_KTD, ids[start], start, draft_kv)[:proposals].tolist()
+            proposed = draft.propose(features_KTD, ids[start], start, draft_kv).ids_P[:proposals].tolist()
             chosen = _run(target, [ids[start], *proposed], kv)
             matched, gained, ended = gain(proposed, chosen, stops)
             ids += chosen[:gained]
