@@ -17,6 +17,7 @@ from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.elementwise import wide
 from pipeline.drafts.losses import chunk_blocks
 from pipeline.errors import UsageError
+from pipeline.sampling import draw, uniforms
 from pipeline.target_head import TargetHead
 
 
@@ -45,7 +46,7 @@ class Sampling:
     """Draw proposals from softmax(logits / temperature) instead of taking the likeliest."""
 
     temperature: float  # above 0
-    generator: torch.Generator  # on the draft's device
+    generator: torch.Generator  # of any device
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ class Draft(Backbone):
         if sampling is None:
             return raw_NV.argmax(-1)
         chances_NV = self.chances(raw_NV, sampling.temperature)
-        return torch.multinomial(chances_NV, 1, generator=sampling.generator)[:, 0]
+        return draw(chances_NV, uniforms(len(chances_NV), sampling.generator))
 
     def chances(self, raw_NV: Tensor, temperature: float) -> Tensor:
         """Probabilities [..., V] of uncapped logits at a temperature, in float32 at least."""
