@@ -8,6 +8,7 @@ from pipeline.cache import HiddenCache
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import PlannedSample, write_segment
 from pipeline.drafts import DRAFTS, Draft, DraftConfig, Knobs, eligible_anchors, init_weights, lay_blocks, pack
+from pipeline.intake import Tally
 from pipeline.target import load_target
 
 STOP, MASK = 258, 259
@@ -50,7 +51,6 @@ def conversation(target, rng, turns, most):
 def make_greedy_cache(model, out, count=12, most=20, seed=0):
     """Capture chats in the domains a, b and c, half of them held out; in `sampled` a reply leaves the greedy path."""
     from stages.cache_hidden.options import CaptureOptions
-    from stages.cache_hidden.planning import Tally
     from stages.cache_hidden.run import run
     from stages.cache_hidden.settings import settle
 

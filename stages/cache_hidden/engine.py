@@ -15,11 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.cache.calibration import Calibration
-from pipeline.cache.columns import ColumnSpec
+from pipeline.cache.columns import ColumnSpec, kept_rows
 from pipeline.cache.int8 import encode
 from pipeline.cache.layout import BLOCK_ROWS, layer_of
 from pipeline.cache.samples import ShardPlan
-from pipeline.capture import final_rows
 from pipeline.errors import RoomError
 from pipeline.target import run_decoder, tap_layers
 from pipeline.target_head import TargetHead
@@ -173,13 +172,6 @@ class Engine:
         tensor.record_stream(self._copying)
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
-
-
-def kept_rows(shard: ShardPlan, row: int, keeps: str) -> np.ndarray:
-    """Return which rows of a sample a column keeps that keeps "all" or those "needed", ascending."""
-    if keeps == "all":
-        return np.arange(shard.lengths[row])
-    return np.flatnonzero(final_rows(shard.mask(row)))
 
 
 def measure(head: TargetHead, states_RD: Tensor, tokens_R: Tensor) -> Tensor:
