@@ -21,6 +21,8 @@ from pathlib import Path
 from pipeline import __version__
 from pipeline.cache import HiddenCache
 from pipeline.cache.disk import lock, room, write_file
+from pipeline.cache.layout import FINAL
+from pipeline.drafts import needs_teacher
 from pipeline.errors import UsageError
 from pipeline.recipe import Resolved, load_recipe
 from pipeline.split import Split
@@ -37,7 +39,8 @@ def default_folder(resolved: Resolved, cache: HiddenCache, split: Split) -> Path
 
 def _states(resolved: Resolved, cache: HiddenCache) -> list[str]:
     """Return which of the states trained on are not as they were captured, such as "aux.9 int8"."""
-    rounded = cache.rounded(resolved.draft.target_layer_ids)
+    final = [FINAL] * needs_teacher(resolved.draft)
+    rounded = cache.rounded([*resolved.draft.target_layer_ids, *final])
     return [f"{name} {'/'.join(codecs)}" for name, codecs in rounded.items()]
 
 

@@ -9,7 +9,7 @@ import torch
 
 from pipeline import tensors
 from pipeline.cache import HiddenCache
-from pipeline.drafts import DRAFTS, Draft, init_weights
+from pipeline.drafts import DRAFTS, Draft, init_weights, needs_teacher
 from pipeline.recipe import Resolved, load_recipe, resolve
 from pipeline.split import Split, split_samples
 from stages.train_draft.folder import default_folder, enter, finish, finished, held
@@ -42,11 +42,15 @@ def run(
     store = HiddenCache.open(cache)
     where = find_device(device)
     resolved = resolve(load_recipe(recipe, tuple(sets)), store)
-    split = split_samples(
-        store, resolved.draft.mask_token_id, resolved.recipe.train.heldout, resolved.draft.target_layer_ids
-    )
+    split = split_for(resolved, store)
     resolved = resolved.lasting(len(split.train))
     return carry_out(out or default_folder(resolved, store, split), store, split, resolved, where)
+
+
+def split_for(resolved: Resolved, store: HiddenCache) -> Split:
+    """Return which samples the draft is trained on and which are held out, by what its loss reads."""
+    draft, heldout = resolved.draft, resolved.recipe.train.heldout
+    return split_samples(store, draft.mask_token_id, heldout, draft.target_layer_ids, needs_teacher(draft))
 
 
 def carry_out(path: Path, store: HiddenCache, split: Split, resolved: Resolved, where: torch.device) -> Done:
