@@ -248,17 +248,24 @@ def sweep(recipe, as_json, **chosen):
 @click.option("--prompts", type=PATH, default=None, help="JSONL of messages.  [default: the cache's held-out split]")
 @click.option("--count", type=click.IntRange(1), default=64, show_default=True, help="Prompts, spread over domains.")
 @click.option("--max-new", type=click.IntRange(1), default=64, show_default=True, help="Tokens a reply at most.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="Draw replies, too, at this one.")
+@click.option("--draft-temperature", type=float, default=None, help="The draft's; 0 is greedy.  [default: the same]")
+@click.option("--seed", default=0, show_default=True, help="Decides what is drawn.")
+@click.option("--threshold", type=click.FloatRange(0, 1), default=0.0, help="Cut blocks below this confidence.")
 @click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
 @click.option("--out", type=PATH, default=None, help="Write the report here, as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def evaluate(draft, as_json, **chosen):
+def evaluate(draft, as_json, temperature, draft_temperature, seed, **chosen):
     """Measure a draft's accept length, and prove it lossless.
 
-    Decodes held-out prompts with target and draft, and with the target alone.
+    Decodes held-out prompts greedily, with target and draft and with the target alone; with --temperature also by
+    drawing, reported apart.
     """
-    from stages.evaluate.run import run, table
+    from stages.evaluate.run import Dice, run, table
 
-    show(run(draft, **chosen), as_json, table)
+    of_draft = temperature if draft_temperature is None else draft_temperature
+    dice = Dice(temperature, of_draft, seed) if temperature or of_draft else None
+    show(run(draft, dice=dice, **chosen), as_json, table)
 
 
 @commands.command()

@@ -17,7 +17,7 @@ from pipeline.export import export
 from stages.evaluate import decode
 from stages.evaluate import run as evaluation
 from stages.evaluate.decode import Decoded
-from stages.evaluate.figures import Outcome, accept_figures
+from stages.evaluate.figures import accept_figures
 from stages.evaluate.prompts import Prompt
 from stages.evaluate.run import run, table
 
@@ -76,12 +76,14 @@ def test_a_report_says_what_was_measured_and_how(report, trained, cache):
 
 
 def test_calls_saved_are_those_of_a_plain_loop_over_the_same_tokens():
-    reply = Decoded([], [4, 2, 1], [3, 1, 0], 4, 1.0)
-    done = [Outcome(Prompt([1], name, name), reply, reply, None) for name in "ab"]
-    done.append(Outcome(Prompt([1], "c", "c"), Decoded([], [], [], 1, 1.0), reply, None))  # the prefill gave a stop
+    reply = Decoded([], [4, 2, 1], [3, 1, 0], [3, 3, 0], 4, 1.0)
+    done = [(Prompt([1], name, name), reply) for name in "ab"]
+    done.append((Prompt([1], "c", "c"), Decoded([], [], [], [], 1, 1.0)))  # the prefill gave a stop
 
-    overall, domains = accept_figures(done, 3)
+    found = accept_figures(done, 3)
+    overall, domains = found["overall"], found["domains"]
 
+    assert (overall["verified"], overall["verify_rate"]) == (2, 4 / 6)
     assert (overall["calls"], overall["tokens"], overall["calls_saved"]) == (6, 14, 1 - 6 / 14)
     assert domains["a"]["calls_saved"] == 1 - 3 / 7
     assert domains["c"]["calls_saved"] == 0
@@ -235,7 +237,7 @@ def test_stop_tokens_come_from_the_target_where_there_is_no_cache(target):
 
 def test_a_difference_is_a_failed_proof_of_exit_code_1(trained, monkeypatch):
     run_target = decode._run
-    monkeypatch.setattr(decode, "_run", lambda *rest, **kw: [(t + 1) % 200 for t in run_target(*rest, **kw)])
+    monkeypatch.setattr(decode, "_run", lambda *rest, **kw: run_target(*rest, **kw).roll(1, -1))
     with pytest.raises(ProofError, match="is not the target's") as failure:
         run(trained, count=1, max_new=4, device="cpu")
     assert failure.value.code == 1

@@ -23,12 +23,20 @@ from pipeline.recipe import TrainSection, load_recipe
 from pipeline.split import split_samples
 from pipeline.target import head_of, load_target, stop_tokens
 from pipeline.target_files import find_target, target_digest, target_name
-from stages.evaluate.decode import speculative_decode
-from stages.evaluate.figures import Outcome, agreement, decoded_figures, table, teacher_forced
+from stages.evaluate.decode import Dice, speculative_decode
+from stages.evaluate.figures import (
+    Outcome,
+    agreement,
+    confidence_figures,
+    decoded_figures,
+    drawn_figures,
+    table,
+    teacher_forced,
+)
 from stages.evaluate.prompts import Prompt, cached_prompts, file_prompts
-from stages.evaluate.proof import Judge, plain_decode
+from stages.evaluate.proof import Judge, places, plain_decode
 
-__all__ = ["run", "table"]
+__all__ = ["Dice", "run", "table"]
 
 SAY_EVERY = 5.0  # seconds between lines where there is no terminal
 
@@ -43,9 +51,12 @@ def run(
     max_new: int = 64,
     device: str | None = None,
     out: Path | None = None,
+    dice: Dice | None = None,
+    threshold: float = 0.0,
 ) -> dict:
     """Evaluate a run's newest checkpoint, a checkpoint or a published folder; return the report, kept at `out` too.
 
+    Greedily, and with `dice` once more with replies that are drawn. `threshold` cuts blocks by the draft's confidence.
     Raises UsageError for what does not fit together, DataError for unusable prompts, CacheError for a damaged cache,
     ProofError when an output differs from plain decoding by more than a near tie.
     """
@@ -60,13 +71,14 @@ def run(
         heldout = split_samples(store, config.mask_token_id, share, config.target_layer_ids).heldout
         known = known or all(store.samples.split)
     asked = cached_prompts(store, heldout, count) if prompts is None else file_prompts(prompts, folder, count)
-    check_room(target, asked, max_new, drafter.config.proposals)
+    check_room(target, asked, max_new, config.proposals)
     stops = stop_tokens(target) if store is None else frozenset(store.tokens["eos"])
-    outcomes = decode_all(target, drafter, asked, max_new, stops)
+    outcomes = decode_all(target, drafter, asked, max_new, stops, threshold)
     settings = {
         "prompts": str(prompts or f"held-out samples of the cache{'' if known else ', if the draft never saw them'}"),
         "max_new": max_new,
         "temperature": 0,
+        "threshold": threshold,
         "device": str(target.device),
         "dtype": str(target.dtype).removeprefix("torch."),
     }
@@ -75,12 +87,17 @@ def run(
         "target": name,
         "cache": None if store is None else store.digest,
         "settings": settings,
-        **decoded_figures(outcomes, drafter.config.proposals),
+        **decoded_figures(outcomes, config.proposals),
+        "sampled": None if dice is None else draw_all(target, drafter, asked, max_new, stops, dice, threshold),
         "agreement": None,
+        "confidence": None,
         "teacher_forced": {} if store is None else teacher_forced(drafter, store, heldout),
     }
     if prompts is None and store.has_final:
-        report["agreement"] = agreement(outcomes, drafter, store, max_new)
+        report["agreement"] = agreement(outcomes, drafter, store, max_new, threshold)
+        if config.enable_confidence_head:
+            samples = [prompt.sample for prompt in asked]
+            report["confidence"] = confidence_figures(drafter, store, samples, max_new)
     if out is not None:
         write_file(Path(out), (json.dumps(report, indent=1) + "\n").encode())
     return report
@@ -194,32 +211,55 @@ def check_room(target: PreTrainedModel, asked: Sequence[Prompt], max_new: int, p
 
 
 def decode_all(
-    target: PreTrainedModel, draft: Draft, asked: Sequence[Prompt], max_new: int, stops: frozenset[int]
+    target: PreTrainedModel,
+    draft: Draft,
+    asked: Sequence[Prompt],
+    max_new: int,
+    stops: frozenset[int],
+    threshold: float = 0.0,
 ) -> list[Outcome]:
-    """Decode every prompt with and without the draft, and judge each difference. ProofError for a real one."""
+    """Decode every prompt greedily with and without the draft, and judge each difference. ProofError for a real one."""
     judge, outcomes = Judge(target), []
-    for warm in (plain_decode, lambda *rest: speculative_decode(target, draft, *rest[1:])):
+    for warm in (plain_decode, lambda *rest: speculative_decode(target, draft, *rest[1:], threshold=threshold)):
         warm(target, asked[0].ids, 2)  # first calls are slow, and seconds are compared
-    for prompt in shown(asked):
+    for prompt in shown(asked, "decoding"):
         plain = plain_decode(target, prompt.ids, max_new, stops)
-        fast = speculative_decode(target, draft, prompt.ids, max_new, stops)
+        fast = speculative_decode(target, draft, prompt.ids, max_new, stops, threshold=threshold)
         tie = judge.compare(prompt.name, prompt.ids, fast, plain, draft.config.proposals + 1)
         outcomes.append(Outcome(prompt, fast, plain, tie))
     return outcomes
 
 
-def shown(asked: Sequence[Prompt]) -> Iterator[Prompt]:
+def draw_all(
+    target: PreTrainedModel,
+    draft: Draft,
+    asked: Sequence[Prompt],
+    max_new: int,
+    stops: frozenset[int],
+    dice: Dice,
+    threshold: float = 0.0,
+) -> dict:
+    """Draw a reply to every prompt with target and draft; return the report's part. ProofError for biased ones."""
+    drawn, found = [], []
+    for prompt in shown(asked, "drawing"):
+        fast = speculative_decode(target, draft, prompt.ids, max_new, stops, dice=dice, threshold=threshold)
+        drawn.append((prompt, fast))
+        found += places(target, prompt.ids, fast.ids, dice.temperature)
+    return drawn_figures(drawn, found, dice, draft.config.proposals)
+
+
+def shown(asked: Sequence[Prompt], doing: str) -> Iterator[Prompt]:
     """Yield the prompts and say how far we are: a bar on a terminal, a line every few seconds elsewhere."""
     console = Console(stderr=True)
     if console.is_terminal:
-        yield from track(asked, "decoding", console=console, transient=True)
+        yield from track(asked, doing, console=console, transient=True)
         return
     said = time.monotonic()
     for number, prompt in enumerate(asked):
         yield prompt
         if time.monotonic() - said > SAY_EVERY:
             said = time.monotonic()
-            print(f"decoding: {number + 1} of {len(asked)} prompts", file=sys.stderr)
+            print(f"{doing}: {number + 1} of {len(asked)} prompts", file=sys.stderr)
 
 
 def _device() -> str:
