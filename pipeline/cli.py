@@ -271,16 +271,40 @@ def evaluate(draft, as_json, temperature, draft_temperature, seed, **chosen):
 @commands.command()
 @click.option("--draft", type=PATH, required=True, help="A run's folder or a checkpoint.")
 @click.option("--out", type=FOLDER, required=True, help="The folder to write.")
-@click.option("--format", "form", type=click.Choice(["sglang"]), default="sglang", show_default=True)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["sglang", "speculators"]),
+    default="sglang",
+    show_default=True,
+    help="sglang: DFlash, Domino, DSpark; speculators, which vLLM reads: DFlash, and DSpark with the vanilla head.",
+)
 def export(draft, out, form):
     """Write a draft as serving engines load it, and prove it.
 
-    What was written is opened again and has to compute the same.
+    What was written is opened again and has to compute the same. A probe for `check-export` and a model card go with
+    it.
     """
     from pipeline.export import export
 
     done = export(draft, out, form)
     click.echo(f"{out}: {done['tensors']} tensors, {done['parameters']:,} parameters, {done['proof']}")
+
+
+@commands.command("check-export")
+@click.argument("folder", type=PATH)
+@click.option("--target-layers", type=click.IntRange(1), help="The target's depth, where the folder does not say it.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def check_export(folder, target_layers, as_json):
+    """Check a published draft, ours or anyone's, from its files.
+
+    Every tensor that its config.json asks for is there and no other, of the right shape, finite, all ids in range; and
+    the logits stored at export come out again by arithmetic that shares no code with the training. Ends with 1 when
+    something is wrong, and says what.
+    """
+    from pipeline.published.check import check_export, checked_table
+
+    show(check_export(folder, target_layers).as_dict(), as_json, checked_table)
 
 
 @commands.command()

@@ -42,6 +42,7 @@ class Checked:
             "block_size": config.block_size,
             "proposals": config.proposals,
             "proposed_ids": described.proposed,
+            "vocab_size": config.vocab_size,
             "probe": None if self.probe is None else vars(self.probe),
         }
 
@@ -66,6 +67,23 @@ def check_export(path: Path, target_layers: int | None = None) -> Checked:
         return Checked(opened, len(shapes), count, tuple(sorted(dtypes)), judge(opened))
     except UsageError as error:
         raise ProofError(f"check-export: {error}") from error
+
+
+def checked_table(found: dict) -> str:
+    """Return what `check-export` says of a sound folder."""
+    ids = f", proposes {found['proposed_ids']:,} ids" if found["proposed_ids"] < found["vocab_size"] else ""
+    first = (
+        f"{found['path']}: a {found['method']} draft in the form of {found['form']}, {found['tensors']} tensors, "
+        f"{found['parameters']:,} parameters, {' and '.join(found['dtypes'])}; reads layers {found['layers']}, "
+        f"{found['proposals']} proposals in blocks of {found['block_size']}{ids}"
+    )
+    probe = found["probe"]
+    if probe is None:
+        return f"{first}\nno probe lies with it, so what it computes is not compared with what its trainer computed"
+    return (
+        f"{first}\nlogits recomputed from the files within {probe['difference']:.0e} of those stored at export, "
+        f"{probe['blocks']} blocks of {probe['source']}"
+    )
 
 
 def _check_files(opened: Opened) -> None:

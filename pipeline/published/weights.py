@@ -66,9 +66,9 @@ def read_json(path: Path) -> dict:
 def open_weights(folder: Path) -> Weights:
     """Open the weights of a folder: safetensors, in one file or several, or else a pickle of PyTorch. UsageError."""
     if (folder / WEIGHTS).is_file():
-        return _safetensors([folder / WEIGHTS])
+        return open_safetensors([folder / WEIGHTS])
     if (folder / INDEX).is_file():
-        return _safetensors(_indexed(folder))
+        return open_safetensors(_indexed(folder))
     for name in PICKLES:
         if (folder / name).is_file():
             return _pickled(folder / name)
@@ -83,7 +83,8 @@ def _indexed(folder: Path) -> list[Path]:
     return [folder / name for name in files]
 
 
-def _safetensors(files: list[Path]) -> Weights:
+def open_safetensors(files: list[Path]) -> Weights:
+    """Open safetensors files, whose tensors together are the draft. UsageError."""
     weights = Weights(files)
     for path in files:
         try:
