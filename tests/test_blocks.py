@@ -88,7 +88,7 @@ def test_worked_example_mask():
 )
 def test_worked_example_accept_length(right, length):
     blocks = example("domino", True)
-    sums = slot_sums({"final": torch.tensor([right, right])[:1]}, blocks.scored_NS[:1])
+    sums = slot_sums({"correct": torch.tensor([right, right])[:1]}, blocks.scored_NS[:1])
     assert metrics_of(sums, {}, {})["accept_len_tf"] == length
 
 
@@ -170,7 +170,7 @@ def test_groups_cover_every_block_once_in_any_order():
 
 def test_unscored_slots_are_neutral_in_the_accept_length():
     scored = torch.tensor([[True, False, True, True], [False] * 4])
-    sums = slot_sums({"final": torch.tensor([[True, False, True, False]] * 2)}, scored)
+    sums = slot_sums({"correct": torch.tensor([[True, False, True, False]] * 2)}, scored)
     assert (
         float(sums["accept"]) == 3 and float(sums["blocks"]) == 1
     )  # 2 and the target's own; the empty block counts not
@@ -180,8 +180,10 @@ def test_unscored_slots_are_neutral_in_the_accept_length():
 def test_metrics_of_summed_cells_are_those_of_the_whole():
     generator = torch.Generator().manual_seed(0)
     scored, right = (torch.rand(12, 4, generator=generator) > 0.4 for _ in range(2))
-    whole = slot_sums({"final": right, "base": ~right}, scored)
-    parts = [slot_sums({"final": right[p], "base": ~right[p]}, scored[p]) for p in (slice(0, 5), slice(5, 12))]
+    whole = slot_sums({"correct": right, "base_correct": ~right}, scored)
+    parts = [
+        slot_sums({"correct": right[p], "base_correct": ~right[p]}, scored[p]) for p in (slice(0, 5), slice(5, 12))
+    ]
     summed = {name: parts[0][name] + parts[1][name] for name in whole}
     assert metrics_of(summed, {}, {}) == metrics_of(whole, {}, {})
     assert {"accuracy", "base_accuracy", "base_accept_len_tf", "slot_accuracy"} <= metrics_of(whole, {}, {}).keys()

@@ -5,9 +5,10 @@ from pipeline.drafts.config import DraftConfig, default_gamma, needs_teacher
 from pipeline.drafts.dflash import DFlash
 from pipeline.drafts.domino import Domino
 from pipeline.drafts.draft import Draft, DraftKV, Knobs, Loss, Proposal, Sampling, init_weights
+from pipeline.drafts.dspark import DSpark
 from pipeline.drafts.metrics import metrics_of
 
-DRAFTS: dict[str, type[Draft]] = {"dflash": DFlash, "domino": Domino}
+DRAFTS: dict[str, type[Draft]] = {"dflash": DFlash, "domino": Domino, "dspark": DSpark}
 
 __all__ = [
     "DRAFTS",

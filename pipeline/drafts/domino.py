@@ -11,12 +11,8 @@ bottleneck of rank U gives z = SiLU(W1 [h ; g]), and the corrected logits are he
 import torch
 from torch import Tensor, nn
 
-from pipeline.drafts.blocks import Blocks, Cell
 from pipeline.drafts.config import OF_DSPARK, DraftConfig, refuse_options
-from pipeline.drafts.draft import Draft, Knobs, Loss
-from pipeline.drafts.elementwise import wide
-from pipeline.drafts.losses import CrossEntropies, head_loss
-from pipeline.drafts.metrics import slot_sums
+from pipeline.drafts.draft import Draft, Knobs
 from pipeline.errors import UsageError
 from pipeline.target_head import TargetHead
 
@@ -45,8 +41,6 @@ class Domino(Draft):
                 f"pure_draft_prefix_len {config.pure_draft_prefix_len} leaves the causal head nothing to correct; "
                 f"use 0..{most} with blocks of {config.block_size} and shift_label {config.shift_label}"
             )
-        if config.weighting != "decay":
-            raise UsageError(f'weighting {config.weighting!r} is defined for dflash only; use "decay" with domino')
 
     @property
     def suffix_start(self) -> int:
@@ -64,20 +58,13 @@ class Domino(Draft):
         value = self.config.lambda_start * (1 - min(step / span, 1))
         return Knobs(lambda_base=min(max(value, 0.0), 1.0))
 
-    def denominators(self, blocks: Blocks) -> dict[str, Tensor]:
-        """This cell's share of each term's global denominator: the weights' sum, for both."""
-        weight = blocks.weights_NS.double().sum()
-        return {"final": weight, "base": weight}
+    def kinds(self, knobs: Knobs) -> dict[str, float]:
+        """Corrected and base logits: 1 - lambda and lambda."""
+        return {"final": 1 - knobs.lambda_base, "base": knobs.lambda_base}
 
-    def loss(self, cell: Cell, blocks: Blocks, knobs: Knobs, dens: dict, metrics: bool = False) -> Loss:
-        """(1 - lambda) * corrected + lambda * base cross-entropy. At lambda 1 the GRU gets zero gradients, not None."""
-        hidden_NSD = self.hidden(cell, blocks)
-        scales = {"final": (1 - knobs.lambda_base) / dens["final"], "base": knobs.lambda_base / dens["base"]}
-        objective = CrossEntropies(blocks.labels_NS, lambda part, ce_NS: blocks.weights_NS[part], scales, metrics)
-        correction = self._bottleneck(hidden_NSD, blocks.prev_NS), self.embed_proj[2].weight
-        total = head_loss(hidden_NSD, self.target, objective, correction)
-        correct = {kind: torch.cat(parts) for kind, parts in objective.correct.items()}
-        return Loss(total, objective.numerators, slot_sums(correct, blocks.scored_NS) if metrics else {})
+    def correction(self, hidden_NSD: Tensor, prev_NS: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Draft.correction`, 0 on the slots left to the backbone."""
+        return self._bottleneck(hidden_NSD, prev_NS), self.embed_proj[2].weight
 
     def _bottleneck(self, hidden_NSD: Tensor, prev_NS: Tensor) -> Tensor:
         """z [N, S, U] from the true tokens before each label, 0 on the slots left to the backbone.
@@ -92,13 +79,6 @@ class Domino(Draft):
     def _mix(self, hidden: Tensor, state: Tensor) -> Tensor:
         """The backbone's state first, the GRU's second, as published."""
         return self.embed_proj[1](self.embed_proj[0](torch.cat([hidden, state], dim=-1)))
-
-    def logits(self, hidden_NSD: Tensor, prev_NS: Tensor) -> dict[str, Tensor]:
-        """All teacher-forced logits [N, S, V] at once, "base" and "final": for probes and tests of a few blocks."""
-        raw_NSV = self.target.raw_logits(hidden_NSD)
-        base_NSV = raw_NSV.to(wide(raw_NSV.dtype))
-        correction_NSV = self.embed_proj[2](self._bottleneck(hidden_NSD, prev_NS)).to(base_NSV.dtype)
-        return {"base": self.target.cap(base_NSV), "final": self.target.cap(base_NSV + correction_NSV)}
 
     def advance(self, k: int, hidden_ND: Tensor, last_N: Tensor, state_1NH: Tensor | None):
         """As `Draft.advance`; the state is the GRU's, and the first proposals are left to the backbone."""

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from pipeline.drafts.attention import Decode, Dense, Grouped
 from pipeline.drafts.backbone import Backbone
 from pipeline.drafts.blocks import Blocks, Cell
-from pipeline.drafts.config import DraftConfig
+from pipeline.drafts.config import DraftConfig, needs_teacher
 from pipeline.drafts.elementwise import wide
-from pipeline.drafts.losses import chunk_blocks
-from pipeline.errors import UsageError
+from pipeline.drafts.losses import chunk_blocks, head_loss
+from pipeline.drafts.metrics import slot_sums
+from pipeline.drafts.objectives import Objective, Teacher, dpace_weights, parts_of, term
+from pipeline.errors import DataError, UsageError
 from pipeline.sampling import draw, uniforms
 from pipeline.target_head import TargetHead
 
@@ -87,11 +89,12 @@ class DraftKV:
 
 
 class Draft(Backbone):
-    """A backbone with the target's head. A method adds `check`, `schedule`, `denominators` and `loss`; one that reads
-    the tokens already chosen also `correction` (all slots at once, in training) and `advance` (slot by slot).
+    """A backbone with the target's head. A method adds `check` and `schedule`; one that reads the tokens already chosen
+    also `correction` (all slots at once, in training) and `advance` (slot by slot).
 
     The head is no part of the state_dict, whose keys are exactly those of published checkpoints. `reads_final` says
-    whether the loss reads the target's final state; the accept length always does.
+    whether the published loss reads the target's final state (`needs_teacher` knows of any); the accept length always
+    does.
     """
 
     reads_final = False
@@ -121,6 +124,65 @@ class Draft(Backbone):
 
     def _noise(self, ids: Tensor) -> Tensor:
         return self.target.embed(ids).to(self.fc.weight.dtype)
+
+    def schedule(self, step: int, horizon: int) -> Knobs:
+        """What changes over a run: nothing. step: optimizer steps completed, of `horizon`."""
+        return Knobs()
+
+    def kinds(self, knobs: Knobs) -> dict[str, float]:
+        """The kinds of logits that are trained, with their weights."""
+        return {"final": 1.0}
+
+    def correction(self, hidden_NSD: Tensor, prev_NS: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What is added to the head's logits: (z [N, S, U], W_out [V, U]), from the true token before each label."""
+        return None
+
+    def denominators(self, blocks: Blocks) -> dict[str, Tensor]:
+        """This cell's share of each term's global denominator: the weights' sum, or the samples for D-PACE."""
+        share = blocks.weights_NS.double().sum()
+        if self.config.weighting != "decay":
+            share = torch.tensor(len(blocks.lengths), dtype=torch.float64, device=share.device)
+        return {term(kind, part): share for kind in self.kinds(Knobs()) for part in parts_of(self.config)}
+
+    def loss(self, cell: Cell, blocks: Blocks, knobs: Knobs, dens: dict, metrics: bool = False) -> Loss:
+        """Every term of the objective over its global denominator. At lambda 1 a causal head's gradient is 0, not None.
+
+        DataError when the objective reads final states and the cell has none.
+        """
+        objective = self.objective(cell, blocks, knobs, dens, metrics)
+        hidden_NSD = self.hidden(cell, blocks)
+        total = head_loss(hidden_NSD, self.target, objective, self.correction(hidden_NSD, blocks.prev_NS))
+        return Loss(total, objective.numerators, slot_sums(objective.slots(), blocks.scored_NS) if metrics else {})
+
+    def objective(self, cell: Cell, blocks: Blocks, knobs: Knobs, dens: dict, metrics: bool) -> Objective:
+        """The configured objective on these blocks; nothing is computed yet."""
+        parts = parts_of(self.config)
+        scales = {
+            kind: {part: weight * share / dens[term(kind, part)] for part, share in parts.items()}
+            for kind, weight in self.kinds(knobs).items()
+        }
+        teacher = _teacher(cell, blocks, self.config) if needs_teacher(self.config) else None
+        confident = bool(self.config.enable_confidence_head)
+        return Objective(
+            blocks.labels_NS, self._weigh(blocks), scales, self.config.objective, teacher, confident, metrics
+        )
+
+    def _weigh(self, blocks: Blocks):
+        kind, alpha = self.config.weighting, self.config.dpace_alpha
+        if kind == "decay":
+            return lambda part, ce_NS: blocks.weights_NS[part]
+        return lambda part, ce_NS: dpace_weights(ce_NS, blocks.scored_NS[part], alpha, kind)
+
+    def logits(self, hidden_NSD: Tensor, prev_NS: Tensor) -> dict[str, Tensor]:
+        """All teacher-forced logits [N, S, V] at once, "final" and where they are corrected also "base": for probes
+        and tests of a few blocks."""
+        raw_NSV = self.target.raw_logits(hidden_NSD)
+        base_NSV = raw_NSV.to(wide(raw_NSV.dtype))
+        correction = self.correction(hidden_NSD, prev_NS)
+        if correction is None:
+            return {"final": self.target.cap(base_NSV)}
+        added_NSV = nn.functional.linear(*correction).to(base_NSV.dtype)
+        return {"base": self.target.cap(base_NSV), "final": self.target.cap(base_NSV + added_NSV)}
 
     def new_kv(self) -> DraftKV:
         return DraftKV()
@@ -221,6 +283,15 @@ class Draft(Backbone):
         )
 
 
+def _teacher(cell: Cell, blocks: Blocks, config: DraftConfig) -> Teacher:
+    if cell.final_FD is None or cell.final_at_R is None:
+        raise DataError(
+            f"objective {config.objective!r} of {config.method} learns from the target's final states, and "
+            f'{cell.names[0]} came without them; read the cache\'s column `final`, or set draft.objective = "ce"'
+        )
+    return Teacher(cell.final_FD, torch.where(blocks.scored_NS, cell.final_at_R[blocks.teacher_NS], 0))
+
+
 def init_weights(draft: Draft, seed: int) -> None:
     """Fill all parameters as Hugging Face would: N(0, initializer_range), biases 0, norms 1; a GRU as PyTorch does.
 
@@ -237,6 +308,6 @@ def _fresh(module: nn.Module, kind: str, shape: torch.Size, spread: float, gener
     if isinstance(module, nn.GRU):
         bound = 1 / math.sqrt(module.hidden_size)
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-    if isinstance(module, nn.Linear) and kind == "weight":
+    if isinstance(module, nn.Linear | nn.Embedding) and kind == "weight":
         return torch.empty(shape).normal_(0, spread, generator=generator)
     return torch.zeros(shape) if kind == "bias" else torch.ones(shape)
