@@ -201,6 +201,36 @@ def recode(cache, codec):
     run(cache, codec)
 
 
+@commands.command("import-cache")
+@click.argument("source", type=FOLDER)
+@click.option("--out", type=FOLDER, default="hs_cache", show_default=True, help="The cache's folder.")
+@click.option("--model", default=None, help="The target that made the states: a folder, or a hub name.")
+@click.option("--layers", help="The layers in the files, in their order and counting, where no file names them.")
+@click.option(
+    "--count-from",
+    type=click.Choice(["0", "1"]),
+    help="What the first decoder layer's output is called there.  [default: as it proves]",
+)
+@click.option(
+    "--last",
+    type=click.Choice(["normed", "raw", "none"]),
+    help="The last state in the files: after the norm, before it, or not to be kept.  [default: as it proves]",
+)
+@click.option("--masks", type=FOLDER, default=None, help="speculators' prepared data set, which has the loss masks.")
+@click.option("--unproven", is_flag=True, help="Compute nothing: take what is said of the files for true.")
+@click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
+def import_cache(source, out, count_from, **chosen):
+    """Import the states that another trainer cached.
+
+    SOURCE is a folder of SpecForge's *.ckpt, of speculators' hs_<i>.safetensors, or DeepSpec's target cache. The target
+    computes a few samples again, which shows how layers were counted and whether the last state was normed; what is not
+    this target's is refused. The same command goes on after any stop.
+    """
+    from stages.import_cache.run import run
+
+    run(source, out, count_from=None if count_from is None else int(count_from), **chosen)
+
+
 @commands.command("train-draft")
 @click.argument("recipe", type=PATH, required=False)
 @click.option("--cache", type=FOLDER, default="hs_cache", show_default=True, help="The cache to train from.")
