@@ -57,12 +57,12 @@ def _norm(weight: Tensor, x: Tensor, config: DraftConfig) -> Tensor:
 
 
 def _visible(T: int, S: int, window: int | None) -> Tensor:
-    """Whether slot s sees key j [S, T + S]: everything, or on a sliding layer the last `window` positions up to its
-    own, which the slot itself is one of."""
+    """Whether slot s sees key j [S, T + S]: everything, or on a sliding layer the context in the `window` positions up
+    to its own, and the slots up to itself (SpecForge's rule: inside the block there is no window)."""
     if window is None:
         return torch.ones(S, T + S, dtype=torch.bool)
     distance = (T + torch.arange(S))[:, None] - torch.arange(T + S)
-    return (distance >= 0) & (distance < window)
+    return (distance >= 0) & ((distance < window) | (torch.arange(T + S) >= T))
 
 
 def _attention(get: Get, config: DraftConfig, y_SD: Tensor, context_TD: Tensor, visible: Tensor) -> Tensor:

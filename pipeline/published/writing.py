@@ -52,6 +52,11 @@ def _check_everywhere(config: DraftConfig, tokens: dict) -> None:
             "engines read DFlash with same-position labels only and would accept nothing from this draft, whose "
             "shift_label is true; train one with draft.shift_label = false"
         )
+    if config.sliding_window is not None and config.sliding_window < config.block_size:
+        raise UsageError(
+            f"sliding_window {config.sliding_window} is below block_size {config.block_size}: engines hide the block's "
+            "first slots from its last ones then, training does not; train one with a window of a block at least"
+        )
     reserved = {"bos": [tokens.get("bos")], "pad": [tokens.get("pad")], "eos": tokens.get("eos") or []}
     taken = [name for name, ids in reserved.items() if config.mask_token_id in ids]
     if taken:
