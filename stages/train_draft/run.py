@@ -10,6 +10,7 @@ import torch
 from pipeline import tensors
 from pipeline.cache import HiddenCache
 from pipeline.drafts import DRAFTS, Draft, init_weights, needs_teacher
+from pipeline.held import capture_command
 from pipeline.recipe import Resolved, load_recipe, resolve
 from pipeline.split import Split, split_samples
 from stages.train_draft.folder import default_folder, enter, finish, finished, held
@@ -131,9 +132,8 @@ def machine(where: torch.device) -> dict[str, str]:
 def summary(path: Path, store: HiddenCache, result: dict) -> str:
     """Return where the run is, how good it is, and what to do next."""
     if not store.has_final:
-        measured = (
-            "no accept length: the cache holds no final states (`pipeline cache-hidden --final needed` adds them)"
-        )
+        command = capture_command(store, store.layers, "needed")
+        measured = f"no accept length: the cache holds no final states ({command} adds them)"
     elif result["eval"] is None:
         measured = "no accept length: the corpus holds nothing out"
     else:
