@@ -56,6 +56,7 @@ def test_worked_example_anchors():
         ("domino", False, [0, 1, 0, math.exp(-1)], [0, 1, 0, 0]),
         ("domino", True, [1, 0, math.exp(-1), math.exp(-1.5)], [1, 0, 0, 0]),
         ("dflash", True, [1, 0, math.exp(-1), math.exp(-1.5)], [1, 0, 0, 0]),
+        ("dspark", True, [1.0, 0, 0, 0], [1.0, 0, 0, 0]),  # nothing after the gap
     ],
 )
 def test_worked_example_weights(method, shift, first, second):

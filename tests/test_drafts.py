@@ -12,6 +12,7 @@ from pipeline.drafts import (
     Draft,
     DraftConfig,
     Knobs,
+    Sampling,
     eligible_anchors,
     init_weights,
     lay_blocks,
@@ -254,6 +255,25 @@ def test_the_training_layout_is_the_decode_loop(method, shift, window):
         assert torch.equal(draft.propose(fresh, int(cell.ids_R[anchor]), anchor, other).ids_P, proposals[n])
         held = anchor
     assert proposals.shape == (5, draft.config.proposals) == (5, 5 if shift else 4)
+
+
+@every_convention
+def test_a_drawn_proposal_says_what_each_token_was_drawn_from(method, shift):
+    draft, cell, anchor = build(method, shift, softcap=4.0), cell_of(40), 17
+
+    def drawn(seed):
+        sampling = Sampling(0.7, torch.Generator().manual_seed(seed))
+        return draft.propose(cell.aux_KRD[:, :anchor], int(cell.ids_R[anchor]), anchor, draft.new_kv(), sampling)
+
+    found, again = drawn(0), drawn(0)
+    assert torch.equal(found.ids_P, again.ids_P) and torch.equal(found.q_PV, again.q_PV)
+    assert len({tuple(drawn(seed).ids_P.tolist()) for seed in range(8)}) > 4
+    anchors = cell.ids_R[anchor : anchor + 1]
+    prev_NS = torch.cat([anchors, found.ids_P, found.ids_P[:1]])[None, : draft.config.block_size]
+    with torch.no_grad():
+        hidden = draft.block_hidden(cell.aux_KRD[:, :anchor], int(anchors), anchor, draft.new_kv())
+        logits = draft.logits(hidden[None], prev_NS)["final"][0, draft.config.first_slot :]
+    assert_near(found.q_PV, (logits / 0.7).softmax(-1), 1e-5)
 
 
 def test_features_of_another_place_are_a_bug():
