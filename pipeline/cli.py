@@ -30,7 +30,7 @@ class OnACache(click.Command):
         try:
             return super().invoke(ctx)
         except PipelineError as error:
-            cache = ctx.params.get("out" if "corpus" in ctx.params else "cache")
+            cache = ctx.params.get("out" if {"corpus", "source"} & ctx.params.keys() else "cache")
             named = f"`{shlex.join(['pipeline', 'verify', str(cache)])}`"
             error.args = (str(error).replace("`pipeline verify`", named) if cache else str(error),)
             raise
@@ -237,14 +237,15 @@ def import_cache(source, out, count_from, **chosen):
 @click.option("--set", "sets", multiple=True, metavar="A.B=C", help="Change one field of the recipe.")
 @click.option("--out", type=FOLDER, default=None, help="The run's folder.  [default: runs/METHOD-DIGEST]")
 @click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
-def train_draft(recipe, cache, sets, out, device):
+@click.option("--init-from", type=FOLDER, help="Begin with the weights of this draft: a published one, or a run.")
+def train_draft(recipe, cache, sets, out, device, init_from):
     """Train a draft from a cache; the target is never loaded.
 
     RECIPE is a TOML file that states what differs from the defaults. The same command goes on after any stop.
     """
     from stages.train_draft.run import run
 
-    run(cache, recipe, sets, out, device)
+    run(cache, recipe, sets, out, device, init_from)
 
 
 @commands.command()

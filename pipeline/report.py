@@ -38,9 +38,7 @@ def cache_table(report: dict) -> Group:
         "size": f"{size_text(report['bytes']['total'])}, of which states {size_text(report['bytes']['columns'])}",
     }
     if imported := identity.get("capture", {}).get("imported"):
-        proof = (
-            "proven against the target" if imported["proven"] else "NOT proven: nothing was compared with the target"
-        )
+        proof = "proven against the target" if imported["proven"] else "NOT proven: compared with no target"
         rows["imported"] = (
             f"from {imported['form']}, layers {','.join(map(str, imported['layers']))} counted from "
             f"{imported['count_from']}, last state {imported['last']}; {proof}"

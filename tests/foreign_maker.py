@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.target import load_target
+from pipeline.target import load_target, tap_layers
 
 
 @dataclass
@@ -33,19 +33,15 @@ class Computed:
 def compute(folder: Path, count: int = 12, seed: int = 0, longest: int = 40) -> list[Computed]:
     """Samples of random tokens, the second half of each supervised, and all that the target computes for them."""
     model, rng, made = load_target(str(folder)), np.random.default_rng(seed), []
-    layers = model.get_decoder().layers
+    depth = model.config.num_hidden_layers
     for _ in range(count):
         T = int(rng.integers(8, longest + 1))
         ids = torch.from_numpy(rng.integers(0, 250, T))
-        taken = []
-        handle = layers[-1].register_forward_hook(
-            lambda module, given, output: taken.append(output[0] if isinstance(output, tuple) else output)
-        )
-        truth = model(ids[None], output_hidden_states=True, use_cache=False)
-        handle.remove()
+        with tap_layers(model, [depth - 1]) as taken:
+            truth = model(ids[None], output_hidden_states=True, use_cache=False)
         mask = torch.arange(T) >= T // 2
         entries = torch.stack([entry[0] for entry in truth.hidden_states[:-1]])
-        made.append(Computed(ids, mask, entries, taken[0][0], truth.hidden_states[-1][0]))
+        made.append(Computed(ids, mask, entries, taken[depth - 1][0], truth.hidden_states[-1][0]))
     return made
 
 

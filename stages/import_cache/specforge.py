@@ -74,7 +74,7 @@ class SpecForge:
         last_TD = None
         if held.get(last) is not None:
             last_TD = _flat(states(held[last], last, where, limit), last, where)
-        layers_TKD = wide.view(len(wide), self.layers, self.width)
+        layers_TKD = wide.unflatten(1, (self.layers, self.width))
         return mapped(where, tokens(ids_T, where), loss_mask(mask_T, where), layers_TKD, last_TD)
 
 
