@@ -35,7 +35,11 @@ def provenance(place: Path) -> Provenance:
         target=recorded["target"],
         trained_on={"cache": held["digest"], "heldout": recipe.train.heldout},
     )
-    facts = Facts(steps=step, recipe=recipe.toml(), cache=held["digest"], evaluations=evaluations(folder, step))
+    begun = recorded.get("start")
+    begun = begun and f"{Path(begun['place']).name}, {begun['digest']}"
+    facts = Facts(
+        start=begun, steps=step, recipe=recipe.toml(), cache=held["digest"], evaluations=evaluations(folder, step)
+    )
     cache = _same_cache(held)
     return Provenance(cache, origin, facts) if cache is None else _with_cache(cache, origin, facts)
 

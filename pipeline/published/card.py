@@ -17,6 +17,7 @@ class Facts:
     """What a run's folder and its cache tell of a draft; None or empty where they are not there any more."""
 
     steps: int | None = None
+    start: str | None = None  # the draft it began with, and the digest of those weights
     recipe: str | None = None  # TOML
     cache: str | None = None  # its digest
     target_digest: str | None = None
@@ -119,6 +120,7 @@ def _made_from(origin: Origin, facts: Facts) -> str:
     rows = [
         ("target's digest", facts.target_digest),
         ("cache's digest", facts.cache),
+        *([("started from", facts.start)] if facts.start else []),
         ("steps", None if facts.steps is None else f"{facts.steps:,}"),
         ("samples of the cache", None if facts.samples is None else f"{facts.samples:,}"),
         *(("corpus", _source(source)) for source in facts.sources),

@@ -68,6 +68,7 @@ _NESTED = {
 _NESTED |= {"block_size", "mask_token_id", "target_layer_ids", "num_target_layers", "projector_type", "shift_label"}
 _NESTED |= {"sample_from_anchor", "emb_dim", "gru_hidden_dim", "pure_draft_prefix_len", "swa_window_size"}
 _NESTED |= {*DSPARK_KEYS, *INERT, "use_confidence_head"}
+_SIZES = (*SHARED[:6], "max_position_embeddings", "head_dim")
 _MOST = {"num_hidden_layers": 1024, "block_size": 4096}  # far more than anyone has; a file may say anything
 
 
@@ -180,6 +181,9 @@ def _config(stated: _Stated, target_layers: int | None) -> DraftConfig:
     if flat["model_type"] != "qwen3" or flat.get("hidden_act", "silu") != "silu":
         raise UsageError(f"{file}: a {flat['model_type']} draft with {flat.get('hidden_act')}; only qwen3 is known")
     _refuse_others(stated)
+    for key in _SIZES:
+        if type(flat.get(key, 1)) not in (int, type(None)):
+            raise UsageError(f"{file}: {key} is {flat[key]!r}, which is no size; correct it")
     for key, most in _MOST.items():
         if stated.find(key) > most:
             raise UsageError(f"{file}: {key} is {stated.find(key)}, and more than {most} no draft has; correct it")

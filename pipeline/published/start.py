@@ -47,6 +47,7 @@ HEADS += ("enable_confidence_head", "confidence_head_with_markov")
 class Start:
     """Weights to begin with. `fresh`: names that they do not hold. `said`: one line for people."""
 
+    place: Path
     tensors: dict[str, Tensor]
     fresh: tuple[str, ...]
     said: str
@@ -76,7 +77,7 @@ def load_start(place: Path, wanted: DraftConfig, head: TargetHead | None = None)
         )
     taken = {name: tensors[name] for name in (draft_tensors(wanted) if same else backbone_tensors(wanted))}
     fresh = tuple(sorted(draft_tensors(wanted).keys() - taken.keys()))
-    return Start(taken, fresh, _said(place, config, wanted, fresh), _digest(taken))
+    return Start(place, taken, fresh, _said(place, config, wanted, fresh), _digest(taken))
 
 
 def _is_run(place: Path) -> bool:

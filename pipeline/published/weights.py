@@ -98,7 +98,7 @@ def open_safetensors(files: list[Path]) -> Weights:
 
 
 def _pickled(path: Path) -> Weights:
-    _check_pickle(path)
+    stored = _check_pickle(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, ValueError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
@@ -114,15 +114,19 @@ def _pickled(path: Path) -> Weights:
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.is_contiguous():
             raise UsageError(f"{path}: {name} is no plain tensor; save the draft's state_dict as safetensors")
         weights._add(name, tuple(tensor.shape), tensor.dtype, {name: tensor.detach()})
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in found.values()}
+    if sum(storages.values()) > stored:
+        raise UsageError(f"{path} holds {stored} bytes of tensors and names more; fetch the draft again")
     return weights
 
 
-def _check_pickle(path: Path) -> None:
+def _check_pickle(path: Path) -> int:
     """Refuse, before it is loaded, a pickle that names anything but plain tensors, and a file that unpacks to more
-    than it is."""
+    than it is. Return the bytes of tensors in it."""
     remedy = "save the draft's state_dict as safetensors with the tool that made it"
     try:
         with zipfile.ZipFile(path) as archive:
+            stored = sum(item.file_size for item in archive.infolist() if "/data/" in item.filename)
             packed = [item.filename for item in archive.infolist() if item.compress_type != zipfile.ZIP_STORED]
             inner = [item for item in archive.infolist() if item.filename.endswith("/data.pkl")]
             if packed or len(inner) != 1 or inner[0].file_size > MOST_PICKLE:
@@ -133,6 +137,7 @@ def _check_pickle(path: Path) -> None:
     if named - _PLAIN:
         foreign = sorted(named - _PLAIN)[0].replace(" ", ".")
         raise UsageError(f"{path} holds more than tensors ({foreign}), and nothing in it is run; {remedy}")
+    return stored
 
 
 def _named(code, text) -> str | None:

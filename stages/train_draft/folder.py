@@ -24,6 +24,7 @@ from pipeline.cache.disk import lock, room, write_file
 from pipeline.cache.layout import FINAL
 from pipeline.drafts import needs_teacher
 from pipeline.errors import UsageError
+from pipeline.published.start import Start
 from pipeline.recipe import Resolved, load_recipe
 from pipeline.split import Split
 
@@ -31,9 +32,10 @@ RECIPE, RUN, METRICS, TIMING, DONE = "recipe.toml", "run.json", "metrics.jsonl",
 RECORDED = ("torch", "numpy", "safetensors", "pydantic")
 
 
-def default_folder(resolved: Resolved, cache: HiddenCache, split: Split) -> Path:
+def default_folder(resolved: Resolved, cache: HiddenCache, split: Split, start: Start | None = None) -> Path:
     """Return where a run goes when nobody says: named by method, and by what decides how the draft comes out."""
-    digests = (resolved.recipe.digest(), cache.digest, split.digest, *_states(resolved, cache))
+    begun = [] if start is None else [start.digest]
+    digests = (resolved.recipe.digest(), cache.digest, split.digest, *_states(resolved, cache), *begun)
     return Path("runs") / f"{resolved.draft.method}-{_short(*digests)}"
 
 
@@ -62,11 +64,18 @@ def held(run: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def enter(run: Path, resolved: Resolved, cache: HiddenCache, split: Split, machine: dict[str, str]) -> list[str]:
+def enter(
+    run: Path,
+    resolved: Resolved,
+    cache: HiddenCache,
+    split: Split,
+    machine: dict[str, str],
+    start: Start | None = None,
+) -> list[str]:
     """Write what the run is, or check that the run already there is the same.
 
     Returns what differs of `machine` and versions: that is no other run, but its bits are no longer promised. Raises
-    UsageError naming the first difference with both values: another recipe, horizon, cache or corpus.
+    UsageError naming the first difference with both values: another recipe, horizon, cache, corpus or start.
     """
     facts = {
         "cache": {
@@ -76,6 +85,7 @@ def enter(run: Path, resolved: Resolved, cache: HiddenCache, split: Split, machi
         },
         "split": {"train": len(split.train), "heldout": len(split.heldout), "digest": split.digest},
         "target": cache.identity["target"]["name"],
+        "start": None if start is None else {"place": str(start.place), "digest": start.digest, "fresh": start.fresh},
         "versions": {"pipeline": __version__, "python": platform.python_version()}
         | {name: metadata.version(name) for name in RECORDED},
         "machine": machine,
@@ -101,7 +111,9 @@ def enter(run: Path, resolved: Resolved, cache: HiddenCache, split: Split, machi
 
 def _identity(facts: dict) -> dict:
     rounded = ", ".join(facts["cache"]["rounded"]) or "as captured"
-    return {"cache digest": facts["cache"]["digest"], "states": rounded, "split digest": facts["split"]["digest"]}
+    start = (facts.get("start") or {}).get("digest", "fresh")
+    digests = {"cache digest": facts["cache"]["digest"], "split digest": facts["split"]["digest"]}
+    return digests | {"states": rounded, "weights to start with": start}
 
 
 def _flat(recipe: dict) -> dict:
