@@ -123,6 +123,23 @@ def test_labels_and_prefixes_never_leave_the_document():
     assert blocks.prev_NS.tolist() == [[12, 13, 13, 13], [13] * 4, [20, 21, 22, 23], [32, 33, 33, 33]]
 
 
+def test_final_states_are_found_by_row_in_every_document():
+    mask = torch.tensor([0, 0, 1, 1, 0, 0]).bool()
+    parts = [sample(10, mask), sample(20, mask)]
+    for at, part in enumerate(parts):
+        part.final_rows = torch.tensor([1, 2, 3, 4])
+        part.final = torch.full((4, 8), float(100 * at)) + part.final_rows[:, None]
+    cell = pack(parts, ["a", "b"], final=True)
+    assert cell.final_at_R.tolist() == [-1, 0, 1, 2, 3, -1, -1, 4, 5, 6, 7, -1]
+    assert cell.final_FD[cell.final_at_R[[2, 8]], 0].tolist() == [2, 102]
+    same, shifted = (
+        lay_blocks(cell, torch.tensor([2, 8]), torch.tensor([True, True]), config(method, method == "domino"))
+        for method in ("dflash", "domino")
+    )
+    assert same.teacher_NS.tolist() == [[0, 2, 0, 0], [0, 8, 0, 0]]
+    assert shifted.teacher_NS.tolist() == [[2, 0, 0, 0], [8, 0, 0, 0]]
+
+
 def test_a_block_sees_its_own_document_only():
     on = torch.ones(4, dtype=torch.bool)
     cell = pack([sample(10, on), sample(20, on)], ["a", "b"])

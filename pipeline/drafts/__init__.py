@@ -2,9 +2,10 @@
 
 from pipeline.drafts.blocks import Blocks, Cell, eligible_anchors, lay_blocks, pack
 from pipeline.drafts.config import DraftConfig, default_gamma, needs_teacher
+from pipeline.drafts.decoding import DraftKV, Proposal, Sampling
 from pipeline.drafts.dflash import DFlash
 from pipeline.drafts.domino import Domino
-from pipeline.drafts.draft import Draft, DraftKV, Knobs, Loss, Proposal, Sampling, init_weights
+from pipeline.drafts.draft import Draft, Knobs, Loss, init_weights
 from pipeline.drafts.dspark import DSpark
 from pipeline.drafts.metrics import metrics_of
 
