@@ -21,14 +21,14 @@ from pipeline.cache.plan import Plan
 from pipeline.cache.target_folder import HEAD, target_file
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import DataError
+from pipeline.gauge import Gauge, gauge_column, gauge_share, totals
 from pipeline.probe import probe
 from pipeline.target import head_of, load_target, stop_tokens
 from pipeline.target_copy import store_target
 from pipeline.target_head import TargetHead
 from stages.cache_hidden.calibrate import calibrations
 from stages.cache_hidden.drain import Drain
-from stages.cache_hidden.engine import Engine, Piece, totals
-from stages.cache_hidden.gauge import Gauge, gauge_column, gauge_share
+from stages.cache_hidden.engine import Engine, Piece
 from stages.cache_hidden.progress import Progress
 from stages.cache_hidden.report import Work
 from stages.cache_hidden.settings import Settings
