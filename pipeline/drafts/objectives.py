@@ -201,8 +201,9 @@ def _gradient(q_NSV: Tensor, labels_NS: Tensor, soft: Soft | None, pulls: dict[s
     """Sum of pull [n, S] * gradient of each distance with respect to the logits. Overwrites q."""
     toward_q = [pulls[distance] for distance in ("ce", "kl") if distance in pulls]
     if "accept" in pulls:
-        # b from {0, 1}, not a sign from {-1, 1}: its mean under q is small at first and would cancel.
-        gain_NSV = torch.heaviside(soft.p_NSV - q_NSV, q_NSV.new_full((), 0.5))
+        # b from {0, 1}, not the sign from {-1, 1}: its mean under q is small at first and would cancel. Not
+        # torch.heaviside: on a CPU it takes longer than the head's multiplication at width 256, this an eighth of that.
+        gain_NSV = (soft.p_NSV - q_NSV).sign_().add_(1).mul_(0.5)
         gain_NSV.sub_((q_NSV * gain_NSV).sum(-1, keepdim=True)).mul_(pulls["accept"][..., None])
         if toward_q:
             gain_NSV.add_(sum(toward_q)[..., None])
