@@ -472,10 +472,11 @@ def test_an_error_while_reading_ahead_reaches_the_loop(tiny_cache, tmp_path):
             list(batch.cells)
 
 
-def test_bfloat16_arithmetic_stays_near_float32(tiny_cache):
+@every_loss
+def test_bfloat16_arithmetic_stays_near_float32(tiny_cache, sets):
     losses = {}
     for dtype in ("float32", "bfloat16"):
-        draft, stream = prepared(tiny_cache, f"train.dtype={dtype}")
+        draft, stream = prepared(tiny_cache, f"train.dtype={dtype}", *sets)
         batch = stream.batch(0)
         losses[dtype] = backward(draft, batch.cells, Knobs(0.5), Precision(dtype, "cpu"), metrics=False).loss
         assert all(weight.dtype == torch.float32 for weight in draft.parameters())
