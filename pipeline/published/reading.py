@@ -191,7 +191,7 @@ def _config(stated: _Stated, target_layers: int | None) -> DraftConfig:
     if depth is None:
         raise UsageError(f"{file} does not say how many layers its target has; add num_target_layers to it")
     if target_layers not in (None, depth):
-        raise UsageError(f"{file}: a draft for a target of {depth} layers, this one has {target_layers}")
+        raise UsageError(f"{file}: a draft for a target of {depth} layers, this one has {target_layers}; name its own")
     method = _method(stated)
     return DraftConfig(
         method=method,

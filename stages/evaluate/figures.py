@@ -13,7 +13,7 @@ from rich.table import Table
 
 from pipeline.accept import SLOTS_AT_ONCE, Span, accept_spans, summarise
 from pipeline.cache import HiddenCache
-from pipeline.drafts import Draft, Knobs, eligible_anchors, lay_blocks, metrics_of, pack
+from pipeline.drafts import Draft, Knobs, eligible_anchors, lay_blocks, metrics_of, needs_teacher, pack
 from pipeline.split import spread
 from stages.evaluate.decode import Decoded, Dice
 from stages.evaluate.prompts import Prompt
@@ -120,6 +120,8 @@ def _mean(lists: Sequence[Sequence[int]]) -> float:
 @torch.no_grad()
 def teacher_forced(draft: Draft, cache: HiddenCache, heldout: np.ndarray) -> dict[str, float]:
     """Return accept_len_tf of each domain over held-out samples, whoever wrote their replies; no target runs."""
+    if needs_teacher(draft.config) and not cache.has_final:
+        return {}  # its metrics come with its loss, which reads them
     sums: dict[str, dict] = {}
     domains = {cache.samples.domain[index] for index in heldout.tolist()}
     for index in spread(cache, heldout, TEACHER_FORCED * len(domains)).tolist():
@@ -128,8 +130,9 @@ def teacher_forced(draft: Draft, cache: HiddenCache, heldout: np.ndarray) -> dic
 
 
 def _add_sample(sums: dict, draft: Draft, cache: HiddenCache, index: int) -> None:
-    sample = cache.read(index, layers=draft.config.target_layer_ids)
-    cell = pack([sample], [cache.samples.hex(index)])
+    final = needs_teacher(draft.config)
+    sample = cache.read(index, layers=draft.config.target_layer_ids, final=final)
+    cell = pack([sample], [cache.samples.hex(index)], final=final)
     device = draft.fc.weight.device
     anchors_N = eligible_anchors(sample.mask).nonzero()[:, 0]
     for part_N in anchors_N.split(max(1, SLOTS_AT_ONCE // draft.config.block_size)) if len(anchors_N) else ():

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from pipeline.cache import HiddenCache
 from pipeline.cache.disk import write_file
 from pipeline.cache.layout import LOG
-from pipeline.checkpoint import find_checkpoint, load_draft, open_checkpoint
+from pipeline.checkpoint import DRAFT, find_checkpoint, load_draft, open_checkpoint
 from pipeline.drafts import Draft
 from pipeline.errors import UsageError
-from pipeline.published import WEIGHTS, load_draft_folder, recorded_share
+from pipeline.published import CONFIG, load_draft_folder, recorded_share
 from pipeline.recipe import TrainSection, load_recipe
 from pipeline.split import split_samples
 from pipeline.target import head_of, load_target, stop_tokens
@@ -132,7 +132,7 @@ class Trained:
 
 def describe_draft(path: Path) -> Trained:
     """Return what is at `path`: a run, a checkpoint, or a published folder. UsageError for anything else."""
-    if (path / WEIGHTS).is_file():
+    if (path / CONFIG).is_file() and not (path / DRAFT).is_file():
         return Trained(path, published=True, heldout=recorded_share(path))
     place = find_checkpoint(path)
     steps, run_folder = open_checkpoint(place).step, place.resolve().parent.parent
@@ -185,9 +185,10 @@ def _recorded(store: HiddenCache) -> str:
 
 def open_draft(trained: Trained, target: PreTrainedModel) -> Draft:
     """Load the draft onto the target's device and type. UsageError when it was made for another target."""
-    load = load_draft_folder if trained.published else load_draft
-    draft = load(trained.path, head_of(target), target.device)
-    depth = target.config.get_text_config().num_hidden_layers
+    head, depth = head_of(target), target.config.get_text_config().num_hidden_layers
+    if trained.published:  # some forms do not say how deep their target is
+        return load_draft_folder(trained.path, head, target.device, depth).to(target.dtype)
+    draft = load_draft(trained.path, head, target.device)
     if draft.config.num_target_layers != depth:
         raise UsageError(
             f"{trained.path} is a draft for a target of {draft.config.num_target_layers} layers, this one has {depth}; "
