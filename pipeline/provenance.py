@@ -73,15 +73,23 @@ def evaluations(folder: Path, step: int) -> list[dict]:
     found = []
     for path in sorted([*folder.glob("*.json"), folder.parent / f"{folder.name}.json"]):
         report = _json(path)
-        if {"overall", "domains", "settings", "draft"} <= report.keys() and report["draft"].get("steps") == step:
-            settings = report["settings"]
-            title = f"Decoded with the target, T = {settings['temperature']:g}, {settings['max_new']} tokens at most"
-            found.append({"title": title, "figures": report["overall"] | {"domains": report["domains"]}})
+        if not ({"overall", "domains", "settings", "draft"} <= report.keys() and report["draft"].get("steps") == step):
+            continue
+        most = f"{report['settings']['max_new']} tokens at most"
+        found.append({"title": f"Decoded greedily with the target, {most}", "figures": _figures(report)})
+        drawn = report.get("sampled")
+        if drawn:
+            title = f"Replies drawn from the target at T = {drawn['temperature']:g}, {most}"
+            found.append({"title": title, "figures": _figures(drawn)})
     done = _json(folder / "done.json")
     if done.get("steps") == step and done.get("eval") and done["eval"]["calls"]:
         title = "On held-out replies that are the target's own, greedy, without decoding"
         found.append({"title": title, "figures": done["eval"]})
     return found
+
+
+def _figures(part: dict) -> dict:
+    return part["overall"] | {"domains": part["domains"]}
 
 
 def _json(path: Path) -> dict:
