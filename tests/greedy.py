@@ -7,7 +7,17 @@ from tiny import config, random_model, tokenizer
 from pipeline.cache import HiddenCache
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import PlannedSample, write_segment
-from pipeline.drafts import DRAFTS, Draft, DraftConfig, Knobs, eligible_anchors, init_weights, lay_blocks, pack
+from pipeline.drafts import (
+    DRAFTS,
+    Draft,
+    DraftConfig,
+    Knobs,
+    eligible_anchors,
+    init_weights,
+    lay_blocks,
+    needs_teacher,
+    pack,
+)
 from pipeline.intake import Tally
 from pipeline.target import load_target
 
@@ -15,6 +25,7 @@ STOP, MASK = 258, 259
 OPTIONS = {
     "dflash": {"shift_label": False},
     "domino": {"shift_label": True, "emb_dim": 16, "gru_hidden_dim": 24, "pure_draft_prefix_len": 1},
+    "dspark": {"shift_label": True, "markov_rank": 16, "confidence_head_with_markov": True},
 }
 
 
@@ -91,8 +102,9 @@ def make_learned_draft(cache_path, method="domino", steps=50, **options) -> Draf
     )
     draft = DRAFTS[method](draft_config, cache.head())
     init_weights(draft, 0)
-    samples = [cache.read(index) for index in range(len(cache))]
-    cell = pack(samples, [cache.samples.hex(index) for index in range(len(cache))])
+    soft = needs_teacher(draft_config)
+    samples = [cache.read(index, final=soft) for index in range(len(cache))]
+    cell = pack(samples, [cache.samples.hex(index) for index in range(len(cache))], final=soft)
     eligible = torch.cat([eligible_anchors(sample.mask) for sample in samples]).nonzero()[:, 0]
     blocks = lay_blocks(cell, eligible, torch.ones_like(eligible).bool(), draft_config)
     dens = draft.denominators(blocks)

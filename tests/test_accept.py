@@ -31,7 +31,13 @@ def target(target_folder):
     return load_target(str(target_folder))
 
 
-DRAFTED = [("dflash", {}), ("domino", {}), ("dflash", {"shift_label": True}), ("domino", {"shift_label": False})]
+DRAFTED = [
+    ("dflash", {}),
+    ("domino", {}),
+    ("dspark", {}),
+    ("dflash", {"shift_label": True}),
+    ("domino", {"shift_label": False}),
+]
 
 
 @pytest.fixture(scope="module", params=DRAFTED, ids=str)
@@ -59,6 +65,30 @@ def test_every_verification_gains_what_decoding_gains(cache, target, draft, max_
     if max_new > 1:  # the comparison is worth something: blocks were kept whole, cut and refused
         kept = {matched for span in spans for matched in span.matched}
         assert len(kept) >= 3 and {0, draft.config.proposals} <= kept
+
+
+def test_blocks_cut_by_confidence_gain_what_decoding_with_the_same_cut_gains(cache, target):
+    draft = make_learned_draft(cache.path, "dspark")
+    uncut = summarise(accept_spans(draft, cache, range(len(cache)), max_new=16))
+    for threshold in (0.48, 0.55):
+        spans = accept_spans(draft, cache, range(len(cache)), max_new=16, threshold=threshold)
+
+        for span in spans:
+            prompt = cache.tokens_of(span.sample)[0][: span.start].tolist()
+            fast = speculative_decode(target, draft, prompt, 16, {STOP}, threshold=threshold)
+            known = len(span.lengths)
+            assert (span.lengths, span.proposed) == (fast.lengths[:known], fast.proposed[:known])
+        assert {0, 1} < {count for span in spans for count in span.proposed}  # also plain steps
+        figures = summarise(spans)
+        assert figures["verify_rate"] > 1.2 * uncut["verify_rate"]
+        assert 1 < figures["accept_len"] < uncut["accept_len"]
+
+
+def test_a_draft_without_a_confidence_head_is_not_cut(cache):
+    from pipeline.errors import UsageError
+
+    with pytest.raises(UsageError, match="without a confidence head cannot cut its blocks"):
+        accept_spans(make_learned_draft(cache.path, steps=0), cache, [0], threshold=0.5)
 
 
 def test_cells_and_chunks_change_nothing(cache, draft, monkeypatch):
