@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.columns import ColumnSpec, kept_rows
-from pipeline.cache.int8 import as_stored
+from pipeline.cache.int8 import as_states, as_stored
 from pipeline.cache.layout import aux_column
 from pipeline.cache.samples import ShardPlan
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import ProofError
+from pipeline.gauge import Gauge, gauge_rows, measure, totals
 from pipeline.probe import probe, probe_rows
 from pipeline.target_head import TargetHead
 from stages.import_cache.foreign import STORED, Foreign, broken
@@ -109,6 +110,19 @@ def fill(writer: ShardWriter, work: Import, wanted: set[str], norm: Norm | None)
             if name in wanted:
                 writer.write(name, as_stored(states_RD.contiguous()))
     return refused
+
+
+def gauged(writer: ShardWriter, head: TargetHead, share: float) -> Gauge:
+    """Measure `share` of a sealed shard's replies: how often they are what the target itself would have said."""
+    gauge, shard, device = Gauge(), writer.shard, head.head_VD.device
+    for row in sorted({*range(len(shard))} - writer.refused.keys()):
+        at = gauge_rows(shard, row, share)
+        if len(at):
+            before = np.searchsorted(kept_rows(shard, row, "needed"), at - 1)  # the state that each token comes from
+            states_RD = as_states(writer.read("final", row))[torch.from_numpy(before)].to(device)
+            tokens_R = torch.from_numpy(shard.ids(row)[at].astype(np.int64)).to(device)
+            gauge += totals(measure(head, states_RD, tokens_R))
+    return gauge
 
 
 def proven(

@@ -23,6 +23,7 @@ from pipeline.cache.target_folder import HEAD, has_target, target_file
 from pipeline.cache.writer import ShardWriter
 from pipeline.capture import check_layers
 from pipeline.errors import DataError, UsageError
+from pipeline.gauge import Gauge, gauge_share
 from pipeline.target_files import (
     CONFIG,
     find_target,
@@ -33,7 +34,7 @@ from pipeline.target_files import (
     tokenizer_digest,
 )
 from pipeline.target_head import TargetHead
-from stages.import_cache.convert import Import, applied, fill, proven
+from stages.import_cache.convert import Import, applied, fill, gauged, proven
 from stages.import_cache.foreign import STORED
 from stages.import_cache.planning import held_plan, make_plan
 from stages.import_cache.sources import find_source
@@ -55,6 +56,7 @@ class Done:
     shards: int
     new_shards: int
     refused: int
+    gauge: Gauge
 
 
 def run(
@@ -125,7 +127,8 @@ def identity_of(target: Target, model: str | None, work: Import, out: Path) -> d
     """Return cache.json: of a capture's entries those that an import has, and how its files were read."""
     digest = target_digest(target.folder)
     held = read_canonical(out / IDENTITY).get("target", {}) if (out / IDENTITY).is_file() else {}
-    name = {"name": target_name(model or str(target.folder)), "revision": "", "digest": digest}
+    revision = target.folder.name if target.folder.parent.name == "snapshots" else ""
+    name = {"name": target_name(model or str(target.folder)), "revision": revision, "digest": digest}
     imported = {
         "form": work.source.form,
         "layers": list(work.named),
@@ -161,25 +164,34 @@ def bytes_of(missing: Work) -> int:
 def convert(out: Path, planned: Plan, work: Import, missing: Work, target: Target) -> None:
     """Write what the cache keeps of the target, and every missing column; each exists once it is proven."""
     target.store(out)
-    head = None
-    if target.proven:
-        weight = target.model.get_input_embeddings().weight
-        head = TargetHead.load(target_file(out, HEAD), weight.device, weight.dtype)
+    head = TargetHead.load(target_file(out, HEAD), *target.kind)
     norm = applied(target) if work.way.last == "raw" else None
     facts = {"engine": f"imported from {work.source.form}", "proven": target.proven}
-    total, refused, said = bytes_of(missing), 0, time.monotonic()
+    total, refused, said = bytes_of(missing), sum(map(len, refused_by_shard(out, planned, work))), time.monotonic()
     for number, (shard, wanted) in enumerate(missing):
         with ShardWriter(out, shard, wanted) as writer:
             reasons = fill(writer, work, {spec.name for spec in wanted}, norm)
             refused += len(reasons)
             check_refused(refused, planned.samples, reasons)
             writer.seal()
-            probed = proven(writer, work, wanted, target, head) if head else {}
-            made = {spec.name: facts | ({"probe": probed[spec.name]} if probed else {}) for spec in wanted}
+            made = {spec.name: dict(facts) for spec in wanted}
+            if target.proven:
+                for name, found in proven(writer, work, wanted, target, head).items():
+                    made[name]["probe"] = found
+            if "final" in made:
+                share = gauge_share(planned.segment(shard.number)["supervised"])
+                made["final"]["gauge"] = gauged(writer, head, share).as_facts()
             writer.commit(made)
         if time.monotonic() > said + EVERY_S:
             said = time.monotonic()
             print(f"{number + 1} of {len(missing)} shards of {size_text(total)} imported", file=sys.stderr)
+
+
+def refused_by_shard(out: Path, planned: Plan, work: Import) -> Iterator[dict]:
+    """Yield the refused samples of every shard that is there; one that is refused is so in every column."""
+    for shard in planned.shards:
+        held = committed(out, shard.number, work.columns[-1].name)
+        yield held["refused"] if held else {}
 
 
 def check_refused(refused: int, samples: int, reasons: dict[int, str]) -> None:
@@ -195,26 +207,29 @@ def check_refused(refused: int, samples: int, reasons: dict[int, str]) -> None:
 
 def say(out: Path, planned: Plan, work: Import, new: int, target: Target) -> Done:
     """Print what the cache holds now, what was left out, and what to do next."""
-    names = [{**manifest["refused"]} for shard in planned.shards for manifest in _manifests(out, shard, work)]
-    refused = sum(map(len, names))
-    done = Done(planned.samples, planned.tokens, len(planned.shards), new, refused)
+    gauge, refused = Gauge(), sum(map(len, refused_by_shard(out, planned, work)))
+    for shard in planned.shards:
+        facts = committed(out, shard.number, work.columns[-1].name)["facts"]
+        gauge += Gauge.from_facts(facts["gauge"]) if "gauge" in facts else Gauge()
     now = f"{new} shards imported now" if new else "nothing to do"
-    dropped = f", {refused} refused" if refused else ""
-    print(f"{out}: {done.samples:,} samples{dropped} in {done.shards} shards, from {work.source.form}; {now}")
-    notes = planned.notes
-    reasons = {**notes["faults"], "too short": notes["too_short"], "duplicates": planned.duplicates}
-    for why, count in reasons.items():
-        if count:
-            shown = f", such as {notes['examples'][why][0]}" if why in notes["examples"] else ""
-            print(f"left out, {why}: {count:,}{shown}", file=sys.stderr)
+    held = f"{planned.samples:,} samples" + (f", {refused} refused" if refused else "")
+    print(f"{out}: {held} in {len(planned.shards)} shards, from {work.source.form}; {now}")
+    for line in left_out(planned):
+        print(line, file=sys.stderr)
+    if gauge.rows:
+        print(f"on-policy gauge: {gauge}")
+        if gauge.warning:
+            print(gauge.warning, file=sys.stderr)
     if not target.proven:
         print("unproven: no state was compared with the target; an accept length of 1 would show the mistake late")
     print(f"next: pipeline train-draft --cache {out}")
-    return done
+    return Done(planned.samples, planned.tokens, len(planned.shards), new, refused, gauge)
 
 
-def _manifests(out: Path, shard: ShardPlan, work: Import) -> Iterator[dict]:
-    """The manifest of one column of a shard: a sample refused is so in all."""
-    held = committed(out, shard.number, work.columns[0].name)
-    if held:
-        yield held
+def left_out(planned: Plan) -> Iterator[str]:
+    """Yield what planning left out, a line for each reason: the count, and an example by file."""
+    notes = planned.notes
+    for why, count in {**notes["faults"], "too short": notes["too_short"], "duplicates": planned.duplicates}.items():
+        if count:
+            shown = f", such as {notes['examples'][why][0]}" if why in notes["examples"] else ""
+            yield f"left out, {why}: {count:,}{shown}"

@@ -33,6 +33,12 @@ class Target:
         return load_target(str(self.folder), device=device)
 
     @property
+    def kind(self) -> tuple[torch.device, torch.dtype]:
+        """Where and in which type the target computes; the CPU and float32 where it does not."""
+        weight = self.model.get_input_embeddings().weight if self.proven else torch.empty(0)
+        return weight.device, weight.dtype
+
+    @property
     def norm(self) -> nn.Module:
         """What turns a raw last state into the one that the head reads. UsageError where the target shows none."""
         norm = final_norm(self.model)
