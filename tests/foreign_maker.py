@@ -29,18 +29,24 @@ class Computed:
         return torch.stack([self.entries[layer + 1] for layer in named], dim=1).to(dtype)
 
 
-@torch.no_grad()
 def compute(folder: Path, count: int = 12, seed: int = 0, longest: int = 40) -> list[Computed]:
     """Samples of random tokens, the second half of each supervised, and all that the target computes for them."""
-    model, rng, made = load_target(str(folder)), np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(8, longest + 1, count)
+    return compute_of(folder, [(rng.integers(0, 250, T), np.arange(T) >= T // 2) for T in lengths])
+
+
+@torch.no_grad()
+def compute_of(folder: Path, samples: list[tuple[np.ndarray, np.ndarray]]) -> list[Computed]:
+    """All that the target computes for samples of ids and mask [T]."""
+    model, made = load_target(str(folder)), []
     depth = model.config.num_hidden_layers
-    for _ in range(count):
-        T = int(rng.integers(8, longest + 1))
-        ids = torch.from_numpy(rng.integers(0, 250, T))
+    for ids_T, mask_T in samples:
+        ids = torch.from_numpy(ids_T.astype(np.int64))
         with tap_layers(model, [depth - 1]) as taken:
             truth = model(ids[None], output_hidden_states=True, use_cache=False)
-        mask = torch.arange(T) >= T // 2
         entries = torch.stack([entry[0] for entry in truth.hidden_states[:-1]])
+        mask = torch.from_numpy(np.array(mask_T))
         made.append(Computed(ids, mask, entries, taken[depth - 1][0], truth.hidden_states[-1][0]))
     return made
 
