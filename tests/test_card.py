@@ -3,16 +3,18 @@
 import json
 
 import pytest
-from forms import deepspec_dspark
+from forms import deepspec_dspark, target
 
 from pipeline import checkpoint
 from pipeline.cache.inspect import describe
 from pipeline.drafts import DRAFTS, DraftConfig, init_weights
 from pipeline.export import export
+from pipeline.published import read_published
 from pipeline.published.card import serve_command
 from pipeline.published.check import check_export
 from pipeline.published.start import load_start
 from pipeline.published.writing import Origin
+from pipeline.target_head import TargetHead
 from stages.evaluate.decode import Dice
 from stages.evaluate.run import run as evaluate
 from stages.train_draft.run import run as train
@@ -96,14 +98,8 @@ def test_dflash_and_domino_are_served_by_the_same_algorithm(method, most):
 
 
 def test_a_checkpoint_alone_says_what_is_not_known(tmp_path):
-    from pipeline.published import read_published
-
     folder = deepspec_dspark(tmp_path / "folder")
     config = read_published(folder)
-    from forms import target
-
-    from pipeline.target_head import TargetHead
-
     draft = DRAFTS[config.method](config, TargetHead(target(), target()))
     init_weights(draft, 0)
     load_start(folder, config).fill(draft)

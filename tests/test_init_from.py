@@ -14,6 +14,7 @@ from pipeline.drafts import DRAFTS, DraftConfig, init_weights
 from pipeline.errors import UsageError
 from pipeline.export import export
 from pipeline.published import read_published
+from pipeline.published.check import check_export
 from pipeline.published.start import load_start
 from pipeline.recipe import load_recipe, resolve
 from pipeline.target_head import TargetHead
@@ -150,6 +151,17 @@ def test_a_run_begins_with_the_weights_of_another_runs_export(tiny_cache, first,
     there = load_file(tmp_path / "out" / "model.safetensors")
     assert made.keys() == there.keys()
     assert all(torch.equal(made[name], there[name].float()) for name in there)
+
+
+def test_weights_rounded_by_an_export_in_bfloat16_are_checked_and_begun_with(tiny_cache, tmp_path):
+    half = trained(tiny_cache, tmp_path / "half", "dspark", "train.dtype=bfloat16", "train.steps=1")
+    export(half, tmp_path / "out")
+    checked = check_export(tmp_path / "out")
+    assert checked.dtypes == ("bfloat16",) and checked.probe.difference < 1e-5
+
+    begun = trained(tiny_cache, tmp_path / "run", "dspark", "train.steps=1", init_from=tmp_path / "out")
+
+    assert json.loads((begun / "run.json").read_text())["start"]["fresh"] == []
 
 
 def test_a_run_goes_on_only_with_the_weights_it_began_with(tiny_cache, first, tmp_path):

@@ -168,6 +168,10 @@ def _of_speculators(file: Path, flat: dict) -> _Stated:
         )
     if flat.get("target_hidden_size") not in (None, layer["hidden_size"]):
         raise UsageError(f"{file}: target_hidden_size {flat['target_hidden_size']}, the draft's {layer['hidden_size']}")
+    most = flat["block_size"] - (not anchor)
+    asked = [method["speculative_tokens"] for method in flat["speculators_config"]["proposal_methods"]]
+    if not all(1 <= count <= most for count in asked):
+        raise UsageError(f"{file}: speculative_tokens {asked}, where a block of this draft proposes {most}; correct it")
     nested = {key: flat[key] for key in ("block_size", "mask_token_id", *DSPARK_KEYS) if flat.get(key) is not None}
     nested |= {"projector_type": kind, "sample_from_anchor": anchor}
     nested["target_layer_ids"] = [index - 1 for index in flat["aux_hidden_state_layer_ids"]]
