@@ -30,12 +30,14 @@ SIZES = {
     "mask_token_id": MASK,
 }
 DOMINO = {"emb_dim": 8, "gru_hidden_dim": 16, "pure_draft_prefix_len": 1}
+HEADS = ("vanilla", "gated", "rnn")
 DRAFTED = [
     ("dflash", {"shift_label": False}),
     ("dflash", {"shift_label": True}),
     ("domino", {"shift_label": True, **DOMINO}),
     ("domino", {"shift_label": False, **DOMINO}),
     ("domino", {"shift_label": True, **DOMINO, "pure_draft_prefix_len": 0}),
+    *(("dspark", {"shift_label": True, "markov_rank": 8, "markov_head_type": kind}) for kind in HEADS),
 ]
 
 

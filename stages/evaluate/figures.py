@@ -79,14 +79,16 @@ def speed_figures(outcomes: Sequence[Outcome]) -> dict:
     return {"plain_tokens_s": plain, "speculative_tokens_s": fast, "speedup": fast / plain}
 
 
-def confidence_figures(draft: Draft, cache: HiddenCache, samples: Sequence[int], max_new: int) -> list[dict]:
+def confidence_figures(draft: Draft, cache: HiddenCache, asked: Sequence[Prompt], max_new: int) -> list[dict]:
     """Return, for each of `THRESHOLDS`, what greedy decoding gains with blocks cut there; no target runs.
 
-    The replies are those of the samples, as far as they are the target's own.
+    The replies are the cache's to these prompts, as far as they are the target's own.
     """
-    found = []
+    found, places = [], {(prompt.sample, len(prompt.ids)) for prompt in asked}
     for threshold in THRESHOLDS:
-        figures = summarise(accept_spans(draft, cache, samples, max_new=max_new, threshold=threshold))
+        samples = [prompt.sample for prompt in asked]
+        spans = accept_spans(draft, cache, samples, max_new=max_new, threshold=threshold)
+        figures = summarise([span for span in spans if (span.sample, span.start) in places])
         kept = ("accept_len", "interval", "calls", "verified", "verify_rate")
         found.append({"threshold": threshold} | {key: figures[key] for key in kept})
     return found

@@ -96,8 +96,7 @@ def run(
     if prompts is None and store.has_final:
         report["agreement"] = agreement(outcomes, drafter, store, max_new, threshold)
         if config.enable_confidence_head:
-            samples = [prompt.sample for prompt in asked]
-            report["confidence"] = confidence_figures(drafter, store, samples, max_new)
+            report["confidence"] = confidence_figures(drafter, store, asked, max_new)
     if out is not None:
         write_file(Path(out), (json.dumps(report, indent=1) + "\n").encode())
     return report
