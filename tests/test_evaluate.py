@@ -177,7 +177,14 @@ def test_the_table_shows_every_domain_and_the_proof(report):
     with console.capture() as shown:
         console.print(table(report))
     text = shown.get()
-    wanted_all = ["domino, block 4, 40 steps", "4 proposals", "sampled", "all", "T = 0", "5 of 5 replies identical"]
+    wanted_all = [
+        "domino (ce), block 4, 40 steps",
+        "4 proposals",
+        "sampled",
+        "all",
+        "T = 0",
+        "5 of 5 replies identical",
+    ]
     for wanted in (*wanted_all, "T = 1", "seed 3, proposals drawn at T = 0.7", "spreads off 1/2"):
         assert wanted in text
 

@@ -122,10 +122,12 @@ class Trained:
             "method": config.method,
             "block_size": config.block_size,
             "proposals": config.proposals,
+            "objective": config.objective,
+            "weighting": config.weighting,
             "steps": self.steps,
             "seed": self.seed,
             "parameters": sum(weight.numel() for weight in draft.parameters()),
-            "label": f"{config.method}, block {config.block_size}{trained}",
+            "label": f"{config.method} ({config.objective}), block {config.block_size}{trained}",
         }
 
 
