@@ -14,7 +14,7 @@ from pipeline.drafts import DRAFTS, DraftConfig, init_weights, lay_blocks, pack
 from pipeline.errors import ProofError, UsageError
 from pipeline.published import arithmetic, load_draft_folder, read_published
 from pipeline.published.check import check_export
-from pipeline.published.names import draft_tensors
+from pipeline.published.names import draft_tensors, published_names
 from pipeline.published.start import load_start
 from pipeline.target_head import TargetHead
 
@@ -422,3 +422,17 @@ def test_weights_may_lie_in_several_files(tmp_path):
         save_file({name: tensors[name] for name in parts if parts[name] == file}, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
     assert check_export(folder).tensors == len(tensors)
+
+
+def test_a_trainers_whole_state_gives_the_draft_alone(tmp_path):
+    folder = zlab_dflash(tmp_path / "folder")
+    state = {f"model.dflash_module.{name}": tensor for name, tensor in backbone().items()}
+    state |= {"model.embed_tokens.weight": target(), "model.dflash_module.layers.0.rotary_emb.inv_freq": torch.ones(6)}
+    save_file(state, folder / "model.safetensors")
+    draft = load_draft_folder(folder, head())
+    assert all(torch.equal(draft.state_dict()[name], tensor) for name, tensor in backbone().items())
+
+
+def test_two_tensors_of_one_name_are_refused():
+    with pytest.raises(UsageError, match=r"are both markov_head\.markov_w1\.weight"):
+        published_names(["markov_head.markov_w1.weight", "markov_w1.weight"])
