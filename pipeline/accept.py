@@ -27,7 +27,7 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Span:
-    """One reply of a sample, walked. `lengths` and `matched` hold one entry a verification, as `Decoded` does.
+    """One reply of a sample, walked. The three lists hold one entry a verification, as those of `Decoded` do.
 
     start: the reply's first token; what stands before is the prompt. complete: False where the walk left what is known
     of the target's own reply before it ended or reached the limit, so that decoding goes on beyond `lengths`.
@@ -38,24 +38,33 @@ class Span:
     start: int
     lengths: list[int]
     matched: list[int]
+    proposed: list[int]
     complete: bool
-    proposals: int
+    proposals: int  # of an uncut block
 
 
-def gain(proposed: Sequence[int], chosen: Sequence[int | None], stop_ids: Collection[int]) -> tuple[int, int, bool]:
-    """Return proposals kept, tokens gained, and whether the reply ends, for one verification.
+def agree(proposed: Sequence[int], chosen: Sequence[int | None]) -> list[int | None]:
+    """Return the proposals before the first that the target would not have chosen, and its own choice there.
 
-    chosen: the target's own token at the place of each proposal and at the one after; None where it is not known. A
-    stop token ends the reply, also among the proposals kept, with no token of the target's own after it.
+    chosen: the target's token at the place of each proposal and at the one after; None where it is not known.
     """
     assert len(chosen) == len(proposed) + 1, f"{len(proposed)} proposals verified by {len(chosen)} tokens"
     matched = 0
     while matched < len(proposed) and proposed[matched] == chosen[matched]:
         matched += 1
-    for count, token in enumerate(chosen[: matched + 1]):
+    return list(chosen[: matched + 1])
+
+
+def cut(tokens: Sequence[int | None], stop_ids: Collection[int]) -> tuple[int, int, bool]:
+    """Return proposals kept, tokens gained, and whether the reply ends, for the tokens of one verification.
+
+    tokens: the proposals kept and one of the target's own. A stop token ends the reply, also among the proposals, with
+    no token after it.
+    """
+    for count, token in enumerate(tokens, 1):
         if token in stop_ids:
-            return min(matched, count + 1), count + 1, True
-    return matched, matched + 1, False
+            return min(len(tokens) - 1, count), count, True
+    return len(tokens) - 1, len(tokens), False
 
 
 @dataclass(frozen=True)
@@ -93,23 +102,24 @@ def known_reply(ids_T: Sequence[int], greedy_T: Sequence[int], start: int, stop:
 
 def walk(
     reply: Reply, proposed_NP: Sequence[Sequence[int]], stops: Collection[int], max_new: int | None
-) -> tuple[list[int], list[int], bool]:
-    """Return lengths, matched and complete of one reply; proposed[a] are the proposals of the block at its token a."""
-    lengths, kept, at = [], [], 0
+) -> tuple[list[int], list[int], list[int], bool]:
+    """Return lengths, matched, proposed and complete of one reply; proposed[a]: those of the block at its token a."""
+    lengths, kept, counts, at = [], [], [], 0
     ended = reply.tokens[0] in stops
     while not ended and (max_new is None or at < max_new):
         if at >= len(proposed_NP):
-            return lengths, kept, False
+            return lengths, kept, counts, False
         proposed = proposed_NP[at]
         known = reply.tokens[at + 1 : at + 2 + len(proposed)]
         unknown = len(proposed) + 1 - len(known)
-        matched, gained, ended = gain(proposed, known + [None] * unknown, stops)
+        matched, gained, ended = cut(agree(proposed, known + [None] * unknown), stops)
         if not ended and len(known) <= matched < len(proposed):
-            return lengths, kept, False  # the target's verdict on the next proposal is not known
+            return lengths, kept, counts, False  # the target's verdict on the next proposal is not known
         lengths.append(gained)
         kept.append(matched)
+        counts.append(len(proposed))
         at += gained
-    return lengths, kept, True
+    return lengths, kept, counts, True
 
 
 def reply_spans(mask_T: np.ndarray) -> list[tuple[int, int]]:
@@ -120,12 +130,18 @@ def reply_spans(mask_T: np.ndarray) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def accept_spans(
-    draft: Draft, cache: "HiddenCache", indices: Iterable[int], *, max_new: int | None = None, context: int = 3072
+    draft: Draft,
+    cache: "HiddenCache",
+    indices: Iterable[int],
+    *,
+    max_new: int | None = None,
+    context: int = 3072,
+    threshold: float = 0.0,
 ) -> list[Span]:
     """Measure every reply of the samples `indices`, at most `max_new` tokens of each, in that order.
 
-    Samples are packed into cells of about `context` rows. The draft is in evaluation mode; its device decides where.
-    Raises UsageError when the cache lacks the draft's layers or `final`.
+    `threshold` cuts blocks as in decoding. Samples are packed into cells of about `context` rows. The draft is in
+    evaluation mode; its device decides where. Raises UsageError when the cache lacks the draft's layers or `final`.
     """
     stops = frozenset(cache.tokens["eos"])
     layers, spans = draft.config.target_layer_ids, []
@@ -135,7 +151,7 @@ def accept_spans(
             [known_reply(sample.ids.tolist(), greedy, *span, stops) for span in reply_spans(sample.mask.numpy())]
             for sample, greedy in ((sample, greedy_tokens(draft, sample)) for sample in samples)
         ]
-        proposed = _propose_all(draft, samples, replies, stops, max_new)
+        proposed = _propose_all(draft, samples, replies, stops, max_new, threshold)
         for (index, _), of_sample in zip(cell, replies, strict=True):
             for reply in of_sample:
                 walked = walk(reply, next(proposed), stops, max_new)
@@ -174,7 +190,12 @@ def greedy_tokens(draft: Draft, sample: "Sample") -> list[int]:
 
 
 def _propose_all(
-    draft: Draft, samples: Sequence["Sample"], replies: list[list[Reply]], stops: Collection[int], max_new: int | None
+    draft: Draft,
+    samples: Sequence["Sample"],
+    replies: list[list[Reply]],
+    stops: Collection[int],
+    max_new: int | None,
+    threshold: float,
 ) -> Iterator[list[list[int]]]:
     """Yield, for each reply in order, the proposals [a][P] of the blocks at its first tokens."""
     device, config = draft.fc.weight.device, draft.config
@@ -188,20 +209,28 @@ def _propose_all(
     anchors_N = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
     there, proposed = cell.to(device), []
     for part_N in anchors_N.split(max(1, SLOTS_AT_ONCE // config.block_size)) if len(anchors_N) else ():
-        blocks = lay_blocks(cell, part_N, torch.ones_like(part_N, dtype=torch.bool), config).to(device)
-        hidden_NSD = draft.hidden(there, blocks)
-        proposed += draft.rollout(hidden_NSD, there.ids_R[blocks.anchors_N]).tolist()
+        blocks = lay_blocks(cell, part_N, torch.ones_like(part_N, dtype=torch.bool), draft.config).to(device)
+        proposed += _proposals(draft, draft.hidden(there, blocks), there.ids_R[blocks.anchors_N], threshold)
     at = 0
     for part in rows:
         yield proposed[at : at + len(part)]
         at += len(part)
 
 
+def _proposals(draft: Draft, hidden_NSD: torch.Tensor, anchor_ids_N: torch.Tensor, threshold: float) -> list[list[int]]:
+    ids_NP = draft.rollout(hidden_NSD, anchor_ids_N)
+    if threshold <= 0:
+        return ids_NP.tolist()
+    kept_N = draft.kept(hidden_NSD, anchor_ids_N, ids_NP, threshold)
+    return [ids[:kept] for ids, kept in zip(ids_NP.tolist(), kept_N.tolist(), strict=True)]
+
+
 def summarise(walks: Sequence[Span], seed: int = 0) -> dict:
-    """Return the figures of walked replies (anything with `domain`, `lengths`, `matched`, `proposals`), JSON-ready.
+    """Return the figures of walked replies, JSON-ready. All 0 without a call.
 
     prompts (with at least one call), accept_len = tokens / calls, interval (95 %, bootstrap by prompt), calls, tokens,
-    per_slot (share of calls that kept proposal 1, 2, ...), and the same for each of `domains`. All 0 without a call.
+    per_slot (share of calls that kept proposal 1, 2, ...), verified (proposals a call), verify_rate (share of them
+    kept), and the same for each of `domains`.
     """
     names = sorted({walked.domain for walked in walks})
     domains = {name: _figures([walked for walked in walks if walked.domain == name], seed) for name in names}
@@ -213,6 +242,7 @@ def _figures(walks: Sequence[Span], seed: int) -> dict:
     tokens_n = np.array([sum(walked.lengths) for walked in walks], float)
     calls_n = np.array([len(walked.lengths) for walked in walks], float)
     kept = np.array([count for walked in walks for count in walked.matched])
+    proposed = sum(sum(walked.proposed) for walked in walks)
     slots = max((walked.proposals for walked in walks), default=0)
     calls = int(calls_n.sum())
     return {
@@ -222,6 +252,8 @@ def _figures(walks: Sequence[Span], seed: int) -> dict:
         "calls": calls,
         "tokens": int(tokens_n.sum()),
         "per_slot": [float((kept > slot).mean()) for slot in range(slots)],
+        "verified": proposed / max(calls, 1),
+        "verify_rate": float(kept.sum() / max(proposed, 1)),
     }
 
 

@@ -30,7 +30,7 @@ class OnACache(click.Command):
         try:
             return super().invoke(ctx)
         except PipelineError as error:
-            cache = ctx.params.get("out" if "corpus" in ctx.params else "cache")
+            cache = ctx.params.get("out" if {"corpus", "source"} & ctx.params.keys() else "cache")
             named = f"`{shlex.join(['pipeline', 'verify', str(cache)])}`"
             error.args = (str(error).replace("`pipeline verify`", named) if cache else str(error),)
             raise
@@ -205,20 +205,51 @@ def recode(cache, codec):
     run(cache, codec)
 
 
+@commands.command("import-cache")
+@click.argument("source", type=FOLDER)
+@click.option("--out", type=FOLDER, default="hs_cache", show_default=True, help="The cache's folder.")
+@click.option("--model", default=None, help="The target that made the states: a folder, or a hub name.")
+@click.option("--layers", help="The layers in the files, in their order and counting, where no file names them.")
+@click.option(
+    "--count-from",
+    type=click.Choice(["0", "1"]),
+    help="What the first decoder layer's output is called there.  [default: as it proves]",
+)
+@click.option(
+    "--last",
+    type=click.Choice(["normed", "raw", "none"]),
+    help="The last state in the files: after the norm, before it, or not to be kept.  [default: as it proves]",
+)
+@click.option("--masks", type=FOLDER, default=None, help="speculators' prepared data set, which has the loss masks.")
+@click.option("--unproven", is_flag=True, help="Compute nothing: take what is said of the files for true.")
+@click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
+def import_cache(source, out, count_from, **chosen):
+    """Import the states that another trainer cached.
+
+    SOURCE is a folder of SpecForge's *.ckpt, of speculators' hs_<i>.safetensors, or DeepSpec's target cache. The target
+    computes a few samples again, which shows how layers were counted and whether the last state was normed; what is not
+    this target's is refused. The same command goes on after any stop.
+    """
+    from stages.import_cache.run import run
+
+    run(source, out, count_from=None if count_from is None else int(count_from), **chosen)
+
+
 @commands.command("train-draft")
 @click.argument("recipe", type=PATH, required=False)
 @click.option("--cache", type=FOLDER, default="hs_cache", show_default=True, help="The cache to train from.")
 @click.option("--set", "sets", multiple=True, metavar="A.B=C", help="Change one field of the recipe.")
 @click.option("--out", type=FOLDER, default=None, help="The run's folder.  [default: runs/METHOD-DIGEST]")
 @click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
-def train_draft(recipe, cache, sets, out, device):
+@click.option("--init-from", type=FOLDER, help="Begin with the weights of this draft: a published one, or a run.")
+def train_draft(recipe, cache, sets, out, device, init_from):
     """Train a draft from a cache; the target is never loaded.
 
     RECIPE is a TOML file that states what differs from the defaults. The same command goes on after any stop.
     """
     from stages.train_draft.run import run
 
-    run(cache, recipe, sets, out, device)
+    run(cache, recipe, sets, out, device, init_from)
 
 
 @commands.command()
@@ -252,32 +283,63 @@ def sweep(recipe, as_json, **chosen):
 @click.option("--prompts", type=PATH, default=None, help="JSONL of messages.  [default: the cache's held-out split]")
 @click.option("--count", type=click.IntRange(1), default=64, show_default=True, help="Prompts, spread over domains.")
 @click.option("--max-new", type=click.IntRange(1), default=64, show_default=True, help="Tokens a reply at most.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="Draw replies, too, at this one.")
+@click.option("--draft-temperature", type=float, default=None, help="The draft's; 0 is greedy.  [default: the same]")
+@click.option("--seed", default=0, show_default=True, help="Decides what is drawn.")
+@click.option("--threshold", type=click.FloatRange(0, 1), default=0.0, help="Cut blocks below this confidence.")
 @click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
 @click.option("--out", type=PATH, default=None, help="Write the report here, as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def evaluate(draft, as_json, **chosen):
+def evaluate(draft, as_json, temperature, draft_temperature, seed, **chosen):
     """Measure a draft's accept length, and prove it lossless.
 
-    Decodes held-out prompts with target and draft, and with the target alone.
+    Decodes held-out prompts greedily, with target and draft and with the target alone; with --temperature also by
+    drawing, reported apart.
     """
-    from stages.evaluate.run import run, table
+    from stages.evaluate.run import Dice, run, table
 
-    show(run(draft, **chosen), as_json, table)
+    of_draft = temperature if draft_temperature is None else draft_temperature
+    dice = Dice(temperature, of_draft, seed) if temperature or of_draft else None
+    show(run(draft, dice=dice, **chosen), as_json, table)
 
 
 @commands.command()
 @click.option("--draft", type=PATH, required=True, help="A run's folder or a checkpoint.")
 @click.option("--out", type=FOLDER, required=True, help="The folder to write.")
-@click.option("--format", "form", type=click.Choice(["sglang"]), default="sglang", show_default=True)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["sglang", "speculators"]),
+    default="sglang",
+    show_default=True,
+    help="sglang: DFlash, Domino, DSpark; speculators, which vLLM reads: DFlash, and DSpark with the vanilla head.",
+)
 def export(draft, out, form):
     """Write a draft as serving engines load it, and prove it.
 
-    What was written is opened again and has to compute the same.
+    What was written is opened again and has to compute the same. A probe for `check-export` and a model card go with
+    it.
     """
     from pipeline.export import export
 
     done = export(draft, out, form)
     click.echo(f"{out}: {done['tensors']} tensors, {done['parameters']:,} parameters, {done['proof']}")
+
+
+@commands.command("check-export")
+@click.argument("folder", type=PATH)
+@click.option("--target-layers", type=click.IntRange(1), help="The target's depth, where the folder does not say it.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def check_export(folder, target_layers, as_json):
+    """Check a published draft, ours or anyone's, from its files.
+
+    Every tensor that its config.json asks for is there and no other, of the right shape, finite, all ids in range; and
+    the logits stored at export come out again by arithmetic that shares no code with the training. Ends with 1 when
+    something is wrong, and says what.
+    """
+    from pipeline.published.check import check_export, checked_table
+
+    show(check_export(folder, target_layers).as_dict(), as_json, checked_table)
 
 
 @commands.command()

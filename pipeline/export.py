@@ -1,7 +1,8 @@
 """Export: a trained draft as serving engines load it, proven before it has its name.
 
-The folder is written aside, read back by `load_draft_folder`, which knows nothing of the trainer, and must give the
-trainer's own logits and proposals; only then is it renamed.
+The folder is written aside and read back from its files alone. The draft that `load_draft_folder` makes of them must
+give the trainer's own logits and proposals to the bit, and `check_export`, which shares no code with the trainer, the
+same logits on the probe that is stored beside the weights; only then is it renamed.
 
     R rows of a cell   K layers   D hidden size   N blocks   S slots   P proposals   V vocabulary
 """
@@ -10,7 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,17 +19,24 @@ from torch import Tensor
 
 from pipeline.cache import HiddenCache
 from pipeline.cache.disk import need_room, room, sync_file, sync_folder
-from pipeline.checkpoint import find_checkpoint, load_config, load_draft
+from pipeline.checkpoint import load_config, load_draft
 from pipeline.drafts import Blocks, Cell, Draft, DraftConfig, lay_blocks, pack
-from pipeline.errors import CacheError, ProofError, UsageError
-from pipeline.published import CONFIG, WEIGHTS, check_servable, load_draft_folder, published_config
-from pipeline.recipe import load_recipe
+from pipeline.errors import ProofError, UsageError
+from pipeline.provenance import Provenance, provenance
+from pipeline.published import CONFIG, WEIGHTS, load_draft_folder
+from pipeline.published.card import CARD, card
+from pipeline.published.check import check_export
+from pipeline.published.probe import PROBE, write_probe
+from pipeline.published.writing import check_servable, published_config
 from pipeline.target_head import TargetHead
 from pipeline.tensors import save_tensors
 
 # What training alone reads: a published config does not hold it.
 UNPUBLISHED = {"gamma", "lambda_start", "lambda_decay", "weighting", "dpace_alpha"}
+UNPUBLISHED |= {"objective", "alpha_ce", "alpha_l1", "alpha_confidence"}
 PROBE_ROWS, PROBE_BLOCKS = 512, 16
+KEPT_ROWS, KEPT_BLOCKS = 24, 2  # of the probe that is stored with the export
+FILES = (CONFIG, WEIGHTS, PROBE, CARD)
 
 
 @dataclass(frozen=True)
@@ -58,60 +66,53 @@ def export(run: Path, out: Path, format: str = "sglang") -> dict:
     back does not compute the same.
     """
     run, out = Path(run), Path(out)
-    assert format == "sglang", f"unknown format {format!r}"
-    config = load_config(run)
-    check_servable(config)
-    cache, dtype, trained_on = _origin(run)
-    probe = make_probe(config, cache)
-    draft = load_draft(run, probe.head)
-    published = published_config(config, str(dtype).removeprefix("torch."), cache and cache.tokens, trained_on)
+    config, known = load_config(run), provenance(run)
+    check_servable(config, format, known.origin.tokens)
+    rows, head, source = make_rows(config, known.cache)
+    draft, dtype = load_draft(run, head), getattr(torch, known.origin.dtype)
     unfinished = out.parent / f"tmp-{out.name}-{uuid.uuid4().hex}"
     need_room(out.parent, "an exported draft", sum(weight.numel() * dtype.itemsize for weight in draft.parameters()))
     with room(out.parent, "an exported draft"):
         try:
-            _write(unfinished, published, draft, dtype)
-            proof = prove(unfinished, draft, probe, dtype)
+            _write(unfinished, published_config(config, format, known.origin), draft, dtype)
+            proof = prove(unfinished, draft, make_probe(config, rows, head, source), dtype)
+            proof += _prove_files(unfinished, draft, make_probe(config, shorter(rows), head, source, KEPT_BLOCKS))
+            _finish(unfinished, out.name, config, format, draft, known)
             _put(unfinished, out)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     weights = draft.state_dict().values()
     count = sum(weight.numel() for weight in weights)
-    return {"tensors": len(weights), "parameters": count, "dtype": published["dtype"], "proof": proof}
+    return {"tensors": len(weights), "parameters": count, "dtype": known.origin.dtype, "proof": proof}
 
 
-def _origin(run: Path) -> tuple[HiddenCache | None, torch.dtype, dict | None]:
-    """The cache a checkpoint's run was trained on, if it is still there, the type the run computed in, and what of
-    the cache it was trained on."""
-    folder = find_checkpoint(run).resolve().parent.parent
-    facts = folder / "run.json"
-    if not facts.is_file():
-        return None, torch.float32, None
-    cache, train = json.loads(facts.read_text("utf-8"))["cache"], load_recipe(folder / "recipe.toml").train
-    trained_on, dtype = {"cache": cache["digest"], "heldout": train.heldout}, getattr(torch, train.dtype)
-    try:
-        found = HiddenCache.open(cache["path"])
-    except (UsageError, CacheError):  # moved, deleted or damaged since; the draft is none the worse for it
-        return None, dtype, trained_on
-    return (found if found.digest == cache["digest"] else None), dtype, trained_on
-
-
-def make_probe(config: DraftConfig, cache: HiddenCache | None) -> Probe:
-    """Lay blocks over a cached sample; over random states and a random head where the cache is gone."""
+def make_rows(config: DraftConfig, cache: HiddenCache | None) -> tuple[Rows, TargetHead, str]:
+    """A cached sample, the target's head and where they are from; random states and a random head where the cache is
+    gone."""
     if cache is None:
         generator = torch.Generator().manual_seed(0)
         random_VD = torch.randn(config.vocab_size, config.hidden_size, generator=generator)
-        head, T = TargetHead(random_VD, random_VD), 64
-        shape = len(config.target_layer_ids), T, config.hidden_size
-        ids_T = torch.randint(config.vocab_size, (T,), generator=generator)
-        rows, source = Rows(ids_T, torch.ones(T).bool(), torch.randn(shape, generator=generator)), "random states"
-    else:
-        usable = cache.samples.usable(config.target_layer_ids)
-        index = next(i for i in range(len(cache)) if usable[i] and cache.samples.supervised[i])
-        sample = cache.read(index, layers=config.target_layer_ids)
-        rows = Rows(sample.ids[:PROBE_ROWS], sample.mask[:PROBE_ROWS], sample.aux[:, :PROBE_ROWS].float())
-        head, source = cache.head(), f"sample {cache.samples.hex(index)} of the cache"
+        shape = len(config.target_layer_ids), 64, config.hidden_size
+        ids_T = torch.randint(config.vocab_size, (64,), generator=generator)
+        rows = Rows(ids_T, torch.ones(64).bool(), torch.randn(shape, generator=generator))
+        return rows, TargetHead(random_VD, random_VD), "random states"
+    usable = cache.samples.usable(config.target_layer_ids)
+    index = next(i for i in range(len(cache)) if usable[i] and cache.samples.supervised[i])
+    sample = cache.read(index, layers=config.target_layer_ids)
+    rows = Rows(sample.ids[:PROBE_ROWS], sample.mask[:PROBE_ROWS], sample.aux[:, :PROBE_ROWS].float())
+    return rows, cache.head(), f"sample {cache.samples.hex(index)} of the cache"
+
+
+def shorter(rows: Rows) -> Rows:
+    return replace(rows, ids=rows.ids[:KEPT_ROWS], mask=rows.mask[:KEPT_ROWS], aux=rows.aux[:, :KEPT_ROWS])
+
+
+def make_probe(config: DraftConfig, rows: Rows, head: TargetHead, source: str, count: int = PROBE_BLOCKS) -> Probe:
+    """Lay blocks over rows, the last ones past their end."""
     cell = pack([rows], ["probe"])
-    anchors_N = torch.linspace(0, len(rows.ids) - 1, min(PROBE_BLOCKS, len(rows.ids))).long()
+    anchors_N = torch.linspace(0, len(rows.ids) - 1, min(count, len(rows.ids))).long()
+    if count == KEPT_BLOCKS:
+        anchors_N = anchors_N.clamp(min=len(rows.ids) // 2)  # a first block without context would show half as much
     return Probe(head, cell, lay_blocks(cell, anchors_N, torch.ones_like(anchors_N).bool(), config), source)
 
 
@@ -120,8 +121,14 @@ def _write(folder: Path, published: dict, draft: Draft, dtype: torch.dtype) -> N
     (folder / CONFIG).write_text(json.dumps(published, indent=2, sort_keys=True) + "\n")
     tensors = {name: tensor.to(dtype) for name, tensor in draft.state_dict().items()}
     save_tensors(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    for name in (CONFIG, WEIGHTS):
-        sync_file(folder / name)
+
+
+def _finish(folder: Path, name: str, config: DraftConfig, format: str, draft: Draft, known: Provenance) -> None:
+    """Write the card, and sync everything."""
+    parameters = sum(weight.numel() for weight in draft.parameters())
+    (folder / CARD).write_text(card(config, format, known.origin, known.facts, parameters, name), "utf-8")
+    for file in FILES:
+        sync_file(folder / file)
     sync_folder(folder)
 
 
@@ -161,13 +168,19 @@ def _compute(draft: Draft, probe: Probe) -> tuple[Tensor, Tensor]:
     return draft.logits(hidden_NSD, probe.blocks.prev_NS)["final"], draft.rollout(hidden_NSD, anchor_ids_N)
 
 
+def _prove_files(folder: Path, draft: Draft, probe: Probe) -> str:
+    """Store the probe, computed with the weights as they are stored, and have the files alone give it again."""
+    write_probe(folder, draft, probe.cell, probe.blocks, probe.source)
+    judged = check_export(folder).probe
+    return f"; plain arithmetic on the files gives the same within {judged.difference:.0e}"
+
+
 def _put(unfinished: Path, out: Path) -> None:
     """Give the finished folder its name. UsageError when another one has it; the same one is left as it is."""
     if not out.exists():
         os.rename(unfinished, out)
         return sync_folder(out.parent)
-    names = (CONFIG, WEIGHTS)
     there = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    if there == sorted(names) and all((out / name).read_bytes() == (unfinished / name).read_bytes() for name in names):
+    if there == sorted(FILES) and all((out / name).read_bytes() == (unfinished / name).read_bytes() for name in FILES):
         return None
     raise UsageError(f"{out} is there already and differs from this draft; pass another --out, or remove it")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
 from pipeline.errors import UsageError
+from pipeline.held import check_final, check_held, resolve_mask_token, rope_theta, text_config
 
 if TYPE_CHECKING:
     from pipeline.drafts import DraftConfig
@@ -39,11 +40,14 @@ class DraftSection(BaseModel):
     model_config = STRICT
 
     method: str = "domino"
+    objective: str | None = None  # "ce", "kl", "tv", "lk-alpha", "lk-hybrid" or "dspark"; dspark dspark, others ce
+    alpha_ce: NonNegativeFloat | None = None  # of objective dspark: 0.1
+    alpha_l1: NonNegativeFloat | None = None  # 0.9
     layers: Layers | None = None  # target layers read; left out: all that the cache holds
     num_hidden_layers: PositiveInt | None = None  # min(5, L // 3)
-    block_size: int | None = Field(None, ge=2)  # 16; 8 when H <= SMALL_HIDDEN
+    block_size: int | None = Field(None, ge=2)  # 16, 8 when H <= SMALL_HIDDEN; dspark 7
     mask_token_id: int | None = Field(None, ge=0)
-    shift_label: bool | None = None  # next-position labels: domino yes, dflash no, as published
+    shift_label: bool | None = None  # next-position labels: dflash no, the others yes, as published
     gamma: NonNegativeFloat | None = None  # decay of the slots' weights; 0: none
     weighting: str | None = None  # "decay", or one of the D-PACE forms
     dpace_alpha: float | None = Field(None, ge=0, le=1)
@@ -53,6 +57,12 @@ class DraftSection(BaseModel):
     gru_hidden_dim: PositiveInt | None = None  # min(1024, H)
     lambda_start: float | None = Field(None, ge=0, le=1)  # 1
     lambda_decay: PositiveFloat | None = None  # share of the steps until lambda is 0: 1
+    # DSpark only
+    markov_rank: PositiveInt | None = None  # min(256, H)
+    markov_head_type: str | None = None  # "vanilla", "gated" or "rnn"; vanilla
+    enable_confidence_head: bool | None = None  # yes, but for objective ce, which has nothing to teach it
+    confidence_head_with_markov: bool | None = None  # no
+    alpha_confidence: NonNegativeFloat | None = None  # 1
     # Left out: the target's own. Stated for targets whose own mean something else (experts, latent attention).
     intermediate_size: PositiveInt | None = None
     num_attention_heads: PositiveInt | None = None
@@ -211,6 +221,7 @@ def resolve(recipe: Recipe, cache) -> Resolved:
     target = text_config(cache.target_config)
     draft = _resolve_draft(recipe.draft, target, cache)
     config = _draft_config(draft, target)
+    _check_teacher(config, cache)
     train = recipe.train
     optimizer = train.optimizer or ("adamw" if config.hidden_size > SMALL_HIDDEN else "muon")
     filled = {
@@ -228,6 +239,17 @@ def resolve(recipe: Recipe, cache) -> Resolved:
     return Resolved(recipe.model_copy(update={"draft": draft, "train": train.model_copy(update=filled)}), config)
 
 
+def _check_teacher(config: "DraftConfig", cache) -> None:
+    """Refuse a loss that learns from final states which the cache lacks."""
+    from pipeline.drafts import needs_teacher
+
+    if not needs_teacher(config):
+        return
+    if config.objective == "ce":
+        check_final(cache, "the confidence head", "draft.enable_confidence_head = false")
+    check_final(cache, f'objective "{config.objective}"', 'draft.objective = "ce"')
+
+
 def default_lr(hidden_size: int, optimizer: str) -> float:
     """Return the peak rate: 6e-4, as published for targets from 0.6B to 8B, and more for toys."""
     # Toys: see configs/demo.toml. With AdamW 3e-3 was the best of 1e-3, 3e-3, 6e-3 and 1e-2 on the bundled target;
@@ -238,18 +260,21 @@ def default_lr(hidden_size: int, optimizer: str) -> float:
 
 def _resolve_draft(draft: DraftSection, target: dict, cache) -> DraftSection:
     from pipeline.drafts import DRAFTS, default_gamma
+    from pipeline.drafts.config import defaults
 
     if draft.method not in DRAFTS:
         raise UsageError(f"unknown draft.method `{draft.method}`; there are {', '.join(DRAFTS)}")
-    hidden, domino = target["hidden_size"], draft.method == "domino"
-    block = draft.block_size or (8 if hidden <= SMALL_HIDDEN else 16)
+    hidden, method = target["hidden_size"], draft.method
+    stated = draft.model_dump(exclude_none=True)
+    block = draft.block_size or (7 if method == "dspark" else 8 if hidden <= SMALL_HIDDEN else 16)
     depth = draft.num_hidden_layers or min(5, max(1, target["num_hidden_layers"] // 3))
     filled = {
         "layers": check_held(cache, draft.layers),
         "num_hidden_layers": depth,
         "block_size": block,
         "mask_token_id": resolve_mask_token(draft.mask_token_id, cache.tokens, target["vocab_size"]),
-        "shift_label": domino,
+        "shift_label": method != "dflash",
+        "objective": "ce",
         "gamma": float(default_gamma(block)),
         "weighting": "decay",
         "intermediate_size": target.get("intermediate_size") or 4 * hidden,  # Falcon, say, states none
@@ -260,10 +285,11 @@ def _resolve_draft(draft: DraftSection, target: dict, cache) -> DraftSection:
     }
     if (draft.weighting or "decay") != "decay":
         filled["dpace_alpha"] = 0.5
-    if domino:
+    filled |= defaults(stated)
+    if method == "domino":
         filled |= {"pure_draft_prefix_len": 1, "emb_dim": min(256, hidden), "gru_hidden_dim": min(1024, hidden)}
-        filled |= {"lambda_start": 1.0, "lambda_decay": 1.0}
-    stated = draft.model_dump(exclude_none=True)
+    if method == "dspark":
+        filled["markov_rank"] = min(256, hidden)
     return draft.model_copy(update=filled | stated | {"layers": filled["layers"]})
 
 
@@ -284,68 +310,4 @@ def _draft_config(draft: DraftSection, target: dict) -> "DraftConfig":
         max_position_embeddings=target["max_position_embeddings"],
         attention_bias=bool(target.get("attention_bias", False)),
         initializer_range=target.get("initializer_range", 0.02),
-    )
-
-
-def text_config(config: dict) -> dict:
-    """Return the language model's part of a target's config; targets that also see keep it apart."""
-    text = config.get("text_config") or config
-    needed = ["hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"]
-    missing = [key for key in needed if key not in text]
-    if missing:
-        raise UsageError(f"the target's config.json in the cache lacks {', '.join(missing)}: not a decoder we know")
-    return text
-
-
-def rope_theta(target: dict) -> float:
-    """Return the target's rotary base: `rope_parameters` (transformers 5, maybe one for each kind of layer) or legacy.
-
-    UsageError where both are stated and differ: a draft trained with one and served with the other accepts nothing.
-    """
-    parameters = target.get("rope_parameters") or {}
-    new = parameters.get("rope_theta", (parameters.get("full_attention") or {}).get("rope_theta"))
-    legacy = target.get("rope_theta")
-    if new is not None and legacy is not None and float(new) != float(legacy):
-        raise UsageError(
-            f"the target's config states rope_theta {legacy:g} and rope_parameters.rope_theta {new:g}; "
-            "correct the target's config.json and capture again"
-        )
-    return float(next((theta for theta in (new, legacy) if theta is not None), 10_000.0))
-
-
-def resolve_mask_token(stated: int | None, tokens: dict, vocab_size: int) -> int:
-    """Return the mask token's id: the recipe's, else the tokenizer's, else the first id no token has.
-
-    Never pad, eos or bos: a draft would learn that the end of a text means "guess here".
-    """
-    ways = {"draft.mask_token_id": stated, "the tokenizer's mask token": tokens.get("mask")}
-    ways["len(tokenizer)"] = tokens["length"]
-    how, mask = next((how, token) for how, token in ways.items() if token is not None)
-    remedy = "set draft.mask_token_id to an id that no text uses"
-    if mask >= vocab_size:
-        raise UsageError(f"{how} is {mask}, outside the target's vocabulary of {vocab_size}; {remedy}")
-    special = {"pad": [tokens.get("pad")], "bos": [tokens.get("bos")], "eos": tokens.get("eos") or []}
-    taken = [name for name, held in special.items() if mask in held]
-    if taken:
-        raise UsageError(f"{how} is {mask}, the tokenizer's {' and '.join(taken)} token; {remedy}")
-    return mask
-
-
-def check_held(cache, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Return the layers to read, ascending: those wanted, or all that the cache holds. Refuse what it lacks."""
-    held = list(cache.layers)
-    missing = [layer for layer in wanted or () if layer not in held]
-    if not missing and held:
-        return tuple(sorted(set(wanted or held)))
-    every = ",".join(map(str, sorted({*held, *missing})))
-    layers = f" --layers {every}" if every else ""
-    name = cache.identity.get("target", {}).get("name", "")
-    model = name if "/" in name else "MODEL"  # of a local target a cache knows only what its folder is called
-    command = f"`pipeline cache-hidden --model {model} --out {cache.path}{layers}`"
-    command += f" (MODEL: the folder of {name})" if name and name != model else ""
-    if not held:
-        raise UsageError(f"{cache.path} holds no layer that is whole; finish the capture with {command}")
-    raise UsageError(
-        f"{cache.path} holds layers {held}; this draft also reads {missing}. Capture them with {command}, "
-        "or leave `draft.layers` out of the recipe to read what is there."
     )

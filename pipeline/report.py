@@ -37,6 +37,12 @@ def cache_table(report: dict) -> Group:
         "shards": f"{shards['whole']} of {shards['planned']} whole",
         "size": f"{size_text(report['bytes']['total'])}, of which states {size_text(report['bytes']['columns'])}",
     }
+    if imported := identity.get("capture", {}).get("imported"):
+        proof = "proven against the target" if imported["proven"] else "NOT proven: compared with no target"
+        rows["imported"] = (
+            f"from {imported['form']}, layers {','.join(map(str, imported['layers']))} counted from "
+            f"{imported['count_from']}, last state {imported['last']}; {proof}"
+        )
     if report["gauge"]:
         gauge = report["gauge"]
         rows["on-policy"] = (
@@ -120,16 +126,17 @@ def load_reports(paths: tuple[Path, ...]) -> list[dict]:
 def comparison(paths: tuple[Path, ...], markdown: bool = False, forced: bool = False) -> Group | str:
     """Return evaluations side by side: a column a draft, a row a domain, accept length with its 95 % interval.
 
-    Reports that differ only in their seed are pooled into one column. `forced` adds the teacher-forced figures.
+    Reports that differ only in their seed are pooled into one column. Figures of drawn replies have rows of their own.
+    `forced` adds the teacher-forced figures.
     """
     columns = defaultdict(list)
     for report in load_reports(paths):
-        draft = report["draft"]
-        steps = f", {draft['steps']:,} steps" if draft["steps"] else ""
-        columns[draft["method"] + steps].append(report)
+        columns[_column(report)].append(report)
     domains = sorted({domain for reports in columns.values() for report in reports for domain in report["domains"]})
     figures = {domain: lambda reports, domain=domain: cell(reports, domain) for domain in domains}
     figures |= {"all": lambda reports: cell(reports, None), "mean of domains": _mean_of_domains}
+    for drawn in sorted({drawn for reports in columns.values() for drawn in map(_drawn, reports)} - {None}):
+        figures |= _drawn_rows(*drawn)
     if forced:
         figures |= {f"{domain}, forced": lambda reports, name=domain: _forced(reports, name) for domain in domains}
     rows = [["accept length", *columns]]
@@ -141,11 +148,45 @@ def comparison(paths: tuple[Path, ...], markdown: bool = False, forced: bool = F
         table.add_row(*row)
     first = next(iter(columns.values()))[0]
     note = (
-        f"{first['target']}, greedy, block {first['draft']['block_size']}, replies of {first['settings']['max_new']} "
-        "tokens at most; tokens gained per target call, the target's own included; 95 % intervals over prompts"
+        f"{first['target']}, greedy where no T is named, replies of {first['settings']['max_new']} tokens at most; "
+        "tokens gained per target call, the target's own included; 95 % intervals over prompts"
     )
     forced_note = "\nforced: teacher-forced, on the cache's replies" if forced else ""
     return Group(table, "", Text(note + forced_note, style="dim"))
+
+
+def _column(report: dict) -> str:
+    """What a column stands for: everything that decides a draft but its seed, and how its blocks were cut."""
+    draft, threshold = report["draft"], report["settings"].get("threshold")
+    published = "dspark" if draft["method"] == "dspark" else "ce"
+    parts = [
+        draft["method"],
+        draft.get("objective") if draft.get("objective") != published else None,
+        draft.get("weighting") if draft.get("weighting") != "decay" else None,
+        f"{draft['steps']:,} steps" if draft["steps"] else None,
+        f"cut at {threshold:g}" if threshold else None,
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _drawn(report: dict) -> tuple[float, float] | None:
+    """The temperatures of target and draft that replies were drawn at."""
+    sampled = report.get("sampled")
+    return (sampled["temperature"], sampled["draft_temperature"]) if sampled else None
+
+
+def _drawn_rows(temperature: float, of_draft: float) -> dict:
+    """Rows of drawn replies: over all prompts, and over domains."""
+    drafts = "" if of_draft == temperature else f", drafts at {of_draft:g}" if of_draft else ", greedy drafts"
+    title = f"T = {temperature:g}{drafts}"
+
+    def parts(reports: list[dict]) -> list[dict]:
+        return [report["sampled"] for report in reports if _drawn(report) == (temperature, of_draft)]
+
+    return {
+        f"all, {title}": lambda reports: cell(parts(reports), None),
+        f"mean of domains, {title}": lambda reports: _mean_of_domains(parts(reports)),
+    }
 
 
 def cell(reports: list[dict], domain: str | None) -> str:
@@ -169,7 +210,8 @@ def cell(reports: list[dict], domain: str | None) -> str:
 
 def _mean_of_domains(reports: list[dict]) -> str:
     """Each domain counts the same, as benchmarks average their sets; in "all" one counts as often as it needs calls."""
-    return f"{fmean(of['accept_len'] for report in reports for of in report['domains'].values() if of['calls']):.2f}"
+    found = [of["accept_len"] for report in reports for of in report["domains"].values() if of["calls"]]
+    return f"{fmean(found):.2f}" if found else "-"
 
 
 def _forced(reports: list[dict], domain: str) -> str:
@@ -225,7 +267,13 @@ def _lossless(reports: list[dict]) -> str:
     return f"{total['identical']} of {total['prompts']} identical{ties}"
 
 
+def _conventions(reports: list[dict]) -> str:
+    draft = reports[0]["draft"]
+    return f"{draft['block_size']}, {draft['proposals']}"
+
+
 FACTS = {
+    "block, proposals": _conventions,
     "target calls saved": lambda reports: f"{fmean(report['overall']['calls_saved'] for report in reports):.0%}",
     "speed-up on this machine": lambda reports: f"{fmean(report['speed']['speedup'] for report in reports):.2f}x",
     "output against plain decoding": _lossless,

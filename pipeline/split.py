@@ -36,10 +36,11 @@ class Split:
     digest: str
 
 
-def split_samples(cache: HiddenCache, mask_token_id: int, share: float, layers: Sequence[int] | None = None) -> Split:
+def split_samples(
+    cache: HiddenCache, mask_token_id: int, share: float, layers: Sequence[int] | None = None, final: bool = False
+) -> Split:
     """Go over every sample's tokens once. A sample counts that none of `layers` (None: all that are whole) refused;
-    to be held out, `final` must not have refused it either.
-
+    to be held out, or to be trained on where the loss reads `final`, that must not have refused it either.
 
     A sample is usable when two adjacent tokens are supervised: an anchor and the token after it. The corpus says what
     is held out; where it does not, `split_by_prompt` does. Raises UsageError when the mask token occurs in the corpus,
@@ -61,7 +62,7 @@ def split_samples(cache: HiddenCache, mask_token_id: int, share: float, layers: 
     stated = np.array(table.split)
     drawn = split_by_prompt(prompts_n, usable & (stated == ""), share)
     heldout = np.where(stated == "", drawn, stated == HELDOUT)
-    train = np.flatnonzero(usable & ~heldout)
+    train = np.flatnonzero(usable & ~heldout & table.usable(layers, final))
     if not len(train):
         raise DataError(
             f"{cache.path}: none of {len(cache)} samples can train a draft; a sample needs two adjacent supervised "

@@ -7,13 +7,25 @@ from tiny import config, random_model, tokenizer
 from pipeline.cache import HiddenCache
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import PlannedSample, write_segment
-from pipeline.drafts import DRAFTS, Draft, DraftConfig, Knobs, eligible_anchors, init_weights, lay_blocks, pack
+from pipeline.drafts import (
+    DRAFTS,
+    Draft,
+    DraftConfig,
+    Knobs,
+    eligible_anchors,
+    init_weights,
+    lay_blocks,
+    needs_teacher,
+    pack,
+)
+from pipeline.intake import Tally
 from pipeline.target import load_target
 
 STOP, MASK = 258, 259
 OPTIONS = {
     "dflash": {"shift_label": False},
     "domino": {"shift_label": True, "emb_dim": 16, "gru_hidden_dim": 24, "pure_draft_prefix_len": 1},
+    "dspark": {"shift_label": True, "markov_rank": 16, "confidence_head_with_markov": True},
 }
 
 
@@ -50,7 +62,6 @@ def conversation(target, rng, turns, most):
 def make_greedy_cache(model, out, count=12, most=20, seed=0):
     """Capture chats in the domains a, b and c, half of them held out; in `sampled` a reply leaves the greedy path."""
     from stages.cache_hidden.options import CaptureOptions
-    from stages.cache_hidden.planning import Tally
     from stages.cache_hidden.run import run
     from stages.cache_hidden.settings import settle
 
@@ -91,8 +102,9 @@ def make_learned_draft(cache_path, method="domino", steps=50, **options) -> Draf
     )
     draft = DRAFTS[method](draft_config, cache.head())
     init_weights(draft, 0)
-    samples = [cache.read(index) for index in range(len(cache))]
-    cell = pack(samples, [cache.samples.hex(index) for index in range(len(cache))])
+    soft = needs_teacher(draft_config)
+    samples = [cache.read(index, final=soft) for index in range(len(cache))]
+    cell = pack(samples, [cache.samples.hex(index) for index in range(len(cache))], final=soft)
     eligible = torch.cat([eligible_anchors(sample.mask) for sample in samples]).nonzero()[:, 0]
     blocks = lay_blocks(cell, eligible, torch.ones_like(eligible).bool(), draft_config)
     dens = draft.denominators(blocks)

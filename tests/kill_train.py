@@ -1,6 +1,6 @@
 """Kill `train-draft` with signal 9 at random moments, let it finish, and compare every byte with a run left alone.
 
-    python tests/kill_train.py --kills 20
+    python tests/kill_train.py --kills 20 --method dspark
 
 `metrics.jsonl`, the result and the final weights must be those of the uninterrupted run. `test_train_draft.py` runs a
 short form.
@@ -23,9 +23,14 @@ COMPARED = ("metrics.jsonl", "recipe.toml", "done.json")
 class Trial:
     """One cache, one recipe, an uninterrupted run, and runs that are killed."""
 
-    def __init__(self, cache: Path, folder: Path, steps: int, seed: int):
+    def __init__(self, cache: Path, folder: Path, steps: int, seed: int, method: str = "domino"):
         self.folder, self.random = Path(folder), random.Random(seed)
-        sets = [f"train.steps={steps}", "train.save_every=2", f"train.eval_every={max(2, steps // 3)}"]
+        sets = [
+            f"draft.method={method}",
+            f"train.steps={steps}",
+            "train.save_every=2",
+            f"train.eval_every={max(2, steps // 3)}",
+        ]
         sets += ["train.batch=4", "train.anchors=6", "train.log_every=1", "draft.block_size=4", "train.eval_samples=4"]
         self.command = [sys.executable, "-m", "pipeline", "train-draft", "--device", "cpu", "--cache", str(cache)]
         self.command += [word for entry in sets for word in ("--set", entry)]
@@ -95,6 +100,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--method", default="domino")
     chosen = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     from tiny import conversations, save_target, write_jsonl
@@ -107,7 +113,7 @@ def main() -> None:
         target = save_target(folder / "target")
         corpus = write_jsonl(folder / "chats.jsonl", conversations())
         run(str(target), str(corpus), folder / "cache", options=CaptureOptions(layers="1,3,4", max_length=256))
-        trial = Trial(folder / "cache", folder, chosen.steps, chosen.seed)
+        trial = Trial(folder / "cache", folder, chosen.steps, chosen.seed, chosen.method)
         differing = trial.kill(chosen.kills)
     print(f"{chosen.kills} kills: {differing or 'identical'}")
     sys.exit(bool(differing))

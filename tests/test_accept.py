@@ -31,7 +31,13 @@ def target(target_folder):
     return load_target(str(target_folder))
 
 
-DRAFTED = [("dflash", {}), ("domino", {}), ("dflash", {"shift_label": True}), ("domino", {"shift_label": False})]
+DRAFTED = [
+    ("dflash", {}),
+    ("domino", {}),
+    ("dspark", {}),
+    ("dflash", {"shift_label": True}),
+    ("domino", {"shift_label": False}),
+]
 
 
 @pytest.fixture(scope="module", params=DRAFTED, ids=str)
@@ -51,6 +57,7 @@ def test_every_verification_gains_what_decoding_gains(cache, target, draft, max_
         fast = speculative_decode(target, draft, prompt, max_new, {STOP})
         known = len(span.lengths)
         assert (span.lengths, span.matched) == (fast.lengths[:known], fast.matched[:known])
+        assert span.proposed == fast.proposed[:known]
         assert known == len(fast.lengths) if span.complete else known < len(fast.lengths) or fast.ids[-1] == STOP
         whole += span.complete
     assert whole > len(spans) / 3
@@ -58,6 +65,30 @@ def test_every_verification_gains_what_decoding_gains(cache, target, draft, max_
     if max_new > 1:  # the comparison is worth something: blocks were kept whole, cut and refused
         kept = {matched for span in spans for matched in span.matched}
         assert len(kept) >= 3 and {0, draft.config.proposals} <= kept
+
+
+def test_blocks_cut_by_confidence_gain_what_decoding_with_the_same_cut_gains(cache, target):
+    draft = make_learned_draft(cache.path, "dspark")
+    uncut = summarise(accept_spans(draft, cache, range(len(cache)), max_new=16))
+    for threshold in (0.48, 0.55):
+        spans = accept_spans(draft, cache, range(len(cache)), max_new=16, threshold=threshold)
+
+        for span in spans:
+            prompt = cache.tokens_of(span.sample)[0][: span.start].tolist()
+            fast = speculative_decode(target, draft, prompt, 16, {STOP}, threshold=threshold)
+            known = len(span.lengths)
+            assert (span.lengths, span.proposed) == (fast.lengths[:known], fast.proposed[:known])
+        assert {0, 1} < {count for span in spans for count in span.proposed}  # also plain steps
+        figures = summarise(spans)
+        assert figures["verify_rate"] > 1.2 * uncut["verify_rate"]
+        assert 1 < figures["accept_len"] < uncut["accept_len"]
+
+
+def test_a_draft_without_a_confidence_head_is_not_cut(cache):
+    from pipeline.errors import UsageError
+
+    with pytest.raises(UsageError, match="without a confidence head cannot cut its blocks"):
+        accept_spans(make_learned_draft(cache.path, steps=0), cache, [0], threshold=0.5)
 
 
 def test_cells_and_chunks_change_nothing(cache, draft, monkeypatch):
@@ -93,13 +124,15 @@ def test_a_walk_ends_where_the_target_s_verdict_is_not_known():
     reply = known_reply(ids, greedy, 1, 5, ())  # 10 11 12 13, then 14 by the target
     assert (reply.tokens, reply.confirmed) == ([10, 11, 12, 13, 14], 4)
     wrong = [0, 0]
-    assert walk(reply, [[11, 12], wrong, wrong, [14, 7]], (), None) == ([3], [2], False)  # on 7 nobody knows
-    assert walk(reply, [[11, 12], wrong, wrong, [14, 7]], (), 3) == ([3], [2], True)  # and nobody asks
-    assert walk(reply, [[11, 12], wrong, wrong, wrong], (), None) == ([3, 1], [2, 0], False)
-    assert walk(reply, [[11, 9], wrong, [13, 14], wrong], (), None) == ([2, 3], [1, 2], False)  # kept whole: known
-    assert walk(reply, [[11, 12], wrong, wrong, wrong], (), 4) == ([3, 1], [2, 0], True)
-    assert walk(reply, [[11, 12], wrong, wrong, [14, 7]], {14}, None) == ([3, 1], [2, 1], True)
-    assert walk(reply, [], {10}, None) == ([], [], True)
+    unsure = [[11, 12], wrong, wrong, [14, 7]]
+    assert walk(reply, unsure, (), None) == ([3], [2], [2], False)  # on 7 nobody knows
+    assert walk(reply, unsure, (), 3) == ([3], [2], [2], True)  # and nobody asks
+    assert walk(reply, [[11, 12], wrong, wrong, wrong], (), None) == ([3, 1], [2, 0], [2, 2], False)
+    assert walk(reply, [[11, 9], wrong, [13, 14], wrong], (), None) == ([2, 3], [1, 2], [2, 2], False)  # whole: known
+    assert walk(reply, [[11, 12], wrong, wrong, wrong], (), 4) == ([3, 1], [2, 0], [2, 2], True)
+    assert walk(reply, unsure, {14}, None) == ([3, 1], [2, 1], [2, 2], True)
+    assert walk(reply, [], {10}, None) == ([], [], [], True)
+    assert walk(reply, [[11], [], [], []], (), None) == ([2, 1, 1], [1, 0, 0], [1, 0, 0], False)  # plain steps
 
 
 def test_replies_without_a_prompt_are_no_spans():
@@ -112,17 +145,24 @@ class Walked:
     domain: str
     lengths: list
     matched: list = field(default_factory=list)
+    proposed: list = field(default_factory=list)
     proposals: int = 3
 
 
 def test_figures_pool_calls_and_say_how_sure_they_are():
-    walks = [Walked("a", [4, 2], [3, 1]), Walked("a", [1], [0]), Walked("b", [3], [2]), Walked("b", [])]
+    walks = [
+        Walked("a", [4, 2], [3, 1], [3, 3]),
+        Walked("a", [1], [0], [0]),
+        Walked("b", [3], [2], [2]),
+        Walked("b", []),
+    ]
 
     figures = summarise(walks)
 
     assert figures["accept_len"] == 10 / 4
     assert (figures["prompts"], figures["calls"], figures["tokens"]) == (3, 4, 10)
     assert figures["per_slot"] == [3 / 4, 2 / 4, 1 / 4]
+    assert (figures["verified"], figures["verify_rate"]) == (8 / 4, 6 / 8)
     assert figures["domains"]["a"]["accept_len"] == 7 / 3
     assert figures["domains"]["b"]["interval"] == [3.0, 3.0]
     low, high = figures["interval"]

@@ -56,6 +56,7 @@ def test_worked_example_anchors():
         ("domino", False, [0, 1, 0, math.exp(-1)], [0, 1, 0, 0]),
         ("domino", True, [1, 0, math.exp(-1), math.exp(-1.5)], [1, 0, 0, 0]),
         ("dflash", True, [1, 0, math.exp(-1), math.exp(-1.5)], [1, 0, 0, 0]),
+        ("dspark", True, [1.0, 0, 0, 0], [1.0, 0, 0, 0]),  # nothing after the gap
     ],
 )
 def test_worked_example_weights(method, shift, first, second):
@@ -88,7 +89,7 @@ def test_worked_example_mask():
 )
 def test_worked_example_accept_length(right, length):
     blocks = example("domino", True)
-    sums = slot_sums({"final": torch.tensor([right, right])[:1]}, blocks.scored_NS[:1])
+    sums = slot_sums({"correct": torch.tensor([right, right])[:1]}, blocks.scored_NS[:1])
     assert metrics_of(sums, {}, {})["accept_len_tf"] == length
 
 
@@ -120,6 +121,23 @@ def test_labels_and_prefixes_never_leave_the_document():
     ]
     assert blocks.labels_NS[0].tolist() == [13, 13, 13, 13]  # those after the first are not scored
     assert blocks.prev_NS.tolist() == [[12, 13, 13, 13], [13] * 4, [20, 21, 22, 23], [32, 33, 33, 33]]
+
+
+def test_final_states_are_found_by_row_in_every_document():
+    mask = torch.tensor([0, 0, 1, 1, 0, 0]).bool()
+    parts = [sample(10, mask), sample(20, mask)]
+    for at, part in enumerate(parts):
+        part.final_rows = torch.tensor([1, 2, 3, 4])
+        part.final = torch.full((4, 8), float(100 * at)) + part.final_rows[:, None]
+    cell = pack(parts, ["a", "b"], final=True)
+    assert cell.final_at_R.tolist() == [-1, 0, 1, 2, 3, -1, -1, 4, 5, 6, 7, -1]
+    assert cell.final_FD[cell.final_at_R[[2, 8]], 0].tolist() == [2, 102]
+    same, shifted = (
+        lay_blocks(cell, torch.tensor([2, 8]), torch.tensor([True, True]), config(method, method == "domino"))
+        for method in ("dflash", "domino")
+    )
+    assert same.teacher_NS.tolist() == [[0, 2, 0, 0], [0, 8, 0, 0]]
+    assert shifted.teacher_NS.tolist() == [[2, 0, 0, 0], [8, 0, 0, 0]]
 
 
 def test_a_block_sees_its_own_document_only():
@@ -170,7 +188,7 @@ def test_groups_cover_every_block_once_in_any_order():
 
 def test_unscored_slots_are_neutral_in_the_accept_length():
     scored = torch.tensor([[True, False, True, True], [False] * 4])
-    sums = slot_sums({"final": torch.tensor([[True, False, True, False]] * 2)}, scored)
+    sums = slot_sums({"correct": torch.tensor([[True, False, True, False]] * 2)}, scored)
     assert (
         float(sums["accept"]) == 3 and float(sums["blocks"]) == 1
     )  # 2 and the target's own; the empty block counts not
@@ -180,8 +198,10 @@ def test_unscored_slots_are_neutral_in_the_accept_length():
 def test_metrics_of_summed_cells_are_those_of_the_whole():
     generator = torch.Generator().manual_seed(0)
     scored, right = (torch.rand(12, 4, generator=generator) > 0.4 for _ in range(2))
-    whole = slot_sums({"final": right, "base": ~right}, scored)
-    parts = [slot_sums({"final": right[p], "base": ~right[p]}, scored[p]) for p in (slice(0, 5), slice(5, 12))]
+    whole = slot_sums({"correct": right, "base_correct": ~right}, scored)
+    parts = [
+        slot_sums({"correct": right[p], "base_correct": ~right[p]}, scored[p]) for p in (slice(0, 5), slice(5, 12))
+    ]
     summed = {name: parts[0][name] + parts[1][name] for name in whole}
     assert metrics_of(summed, {}, {}) == metrics_of(whole, {}, {})
     assert {"accuracy", "base_accuracy", "base_accept_len_tf", "slot_accuracy"} <= metrics_of(whole, {}, {}).keys()

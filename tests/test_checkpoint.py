@@ -30,6 +30,7 @@ SIZES = {
 OWN = {
     "dflash": {"shift_label": False},
     "domino": {"shift_label": True, "pure_draft_prefix_len": 1, "emb_dim": 4, "gru_hidden_dim": 8},
+    "dspark": {"shift_label": True, "markov_rank": 4, "markov_head_type": "gated"},
 }
 
 

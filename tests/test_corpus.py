@@ -12,17 +12,17 @@ from huggingface_hub.errors import HTTPError
 from tiny import CHAT_TEMPLATE, tokenizer, write_jsonl
 
 from pipeline.errors import DataError, UsageError
+from pipeline.intake import Tally, Unusable, check_mask, trim
 from stages.cache_hidden.corpus import (
     Conversation,
     Fault,
-    Unusable,
     corpus_files,
     file_sources,
     hub_dataset,
     hub_rows,
     read_files,
 )
-from stages.cache_hidden.planning import Tally, check_mask, planned, trim
+from stages.cache_hidden.planning import planned
 from stages.cache_hidden.settings import default_corpus, mask_rule
 from stages.cache_hidden.template import ChatTemplate
 

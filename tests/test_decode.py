@@ -5,8 +5,8 @@ import torch
 from tiny import config, random_model
 from transformers import DynamicCache
 
-from pipeline.accept import gain
-from pipeline.drafts import DRAFTS, DraftConfig, init_weights
+from pipeline.accept import agree, cut
+from pipeline.drafts import DRAFTS, DraftConfig, Proposal, init_weights
 from pipeline.errors import ProofError, UsageError
 from pipeline.target import head_of
 from stages.evaluate import decode
@@ -30,12 +30,14 @@ SIZES = {
     "mask_token_id": MASK,
 }
 DOMINO = {"emb_dim": 8, "gru_hidden_dim": 16, "pure_draft_prefix_len": 1}
+HEADS = ("vanilla", "gated", "rnn")
 DRAFTED = [
     ("dflash", {"shift_label": False}),
     ("dflash", {"shift_label": True}),
     ("domino", {"shift_label": True, **DOMINO}),
     ("domino", {"shift_label": False, **DOMINO}),
     ("domino", {"shift_label": True, **DOMINO, "pure_draft_prefix_len": 0}),
+    *(("dspark", {"shift_label": True, "markov_rank": 8, "markov_head_type": kind}) for kind in HEADS),
 ]
 
 
@@ -58,10 +60,11 @@ class Oracle:
         self.config, self.text, self.wrong, self.new_kv = like.config, text, wrong, like.new_kv
         self.features = []
 
-    def propose(self, features_KTD, anchor_id, start, kv):
+    def propose(self, features_KTD, anchor_id, start, kv, sampling, threshold):
         self.features.append(features_KTD)
         right = [*self.text[start + 1 :], *[0] * self.config.proposals][: self.config.proposals]
-        return torch.tensor([token + (not (start + at) % self.wrong) for at, token in enumerate(right)])
+        wrong = [token + (not (start + at) % self.wrong) for at, token in enumerate(right)]
+        return Proposal(torch.tensor(wrong), None)
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +136,14 @@ def test_a_stop_token_ends_the_reply_wherever_it_falls(target, text, stop_at):
 
 
 def test_gains_of_one_verification():
+    def gain(proposed, chosen, stops):
+        return cut(agree(proposed, chosen), stops)
+
     assert gain([5, 6, 7], [5, 6, 9, 1], ()) == (2, 3, False)
     assert gain([5, 6, 7], [5, 6, 7, 8], ()) == (3, 4, False)
     assert gain([5, 6, 7], [4, 6, 7, 8], ()) == (0, 1, False)
+    assert gain([], [4], ()) == (0, 1, False)
+    assert gain([], [4], {4}) == (0, 1, True)
     assert gain([5, 6, 7], [5, 6, 7, 8], {6}) == (2, 2, True)  # inside: cut there, no token after it
     assert gain([5, 6, 7], [5, 9, 7, 8], {9}) == (1, 2, True)  # the target's own
     assert gain([5, 6, 7], [5, 9, 7, 8], {7, 8}) == (1, 2, False)  # not reached
@@ -175,21 +183,33 @@ def test_a_kv_cropped_one_row_short_is_caught(target, text, monkeypatch):
 
 
 def test_a_proposal_accepted_too_many_is_caught(target, text, monkeypatch):
-    def generous(proposed, chosen, stops):
-        matched, gained, ended = gain(proposed, chosen, stops)
-        chosen[:gained] = [*proposed[:gained]] if gained <= len(proposed) else chosen[:gained]
-        return matched, gained, ended
+    def generous(proposal, logits_NV):
+        tokens, proposed = decode_keep(proposal, logits_NV), proposal.ids_P.tolist()
+        return proposed[: len(tokens)] if len(tokens) <= len(proposed) else tokens
 
-    monkeypatch.setattr(decode, "gain", generous)
+    decode_keep = decode.keep_equal
+    monkeypatch.setattr(decode, "keep_equal", generous)
     with pytest.raises(ProofError, match="is not the target's"):
         prove(target, Oracle(make_draft(target), text, 3))
 
 
 def test_a_stop_token_overlooked_is_caught(target, text, monkeypatch):
     stop = text[len(PROMPT) + 7]
-    monkeypatch.setattr(decode, "gain", lambda proposed, chosen, stops: gain(proposed, chosen, ()))
+    monkeypatch.setattr(decode, "cut", lambda tokens, stops: cut(tokens, ()))
     with pytest.raises(ProofError, match=r"plain decoding the end"):
         prove(target, Oracle(make_draft(target), text, 1000), stops={stop})
+
+
+def choose(monkeypatch, instead):
+    """Have the target choose other tokens than its likeliest ones."""
+    keep = decode.keep_equal
+
+    def other(proposal, logits_NV):
+        for token, chosen in instead.items():
+            logits_NV[logits_NV.argmax(-1) == token, chosen] = torch.inf
+        return keep(proposal, logits_NV)
+
+    monkeypatch.setattr(decode, "keep_equal", other)
 
 
 def test_two_tokens_the_target_cannot_tell_apart_are_a_near_tie(monkeypatch):
@@ -200,10 +220,7 @@ def test_two_tokens_the_target_cannot_tell_apart_are_a_near_tie(monkeypatch):
     head = target.get_output_embeddings().weight
     head[twin] = head[token]  # equal logits; the first index wins
     head[twin, 0] -= 1e-7
-    run = decode._run
-    monkeypatch.setattr(
-        decode, "_run", lambda *args, **kw: [twin if chosen == token else chosen for chosen in run(*args, **kw)]
-    )
+    choose(monkeypatch, {token: twin})
 
     tie = prove(target, draft)
 
@@ -218,10 +235,7 @@ def test_a_gap_beyond_rounding_is_no_near_tie(monkeypatch):
     token = plain_decode(target, PROMPT, 24).ids[5]
     head = target.get_output_embeddings().weight
     head[263] = head[token] * 0.999
-    run = decode._run
-    monkeypatch.setattr(
-        decode, "_run", lambda *args, **kw: [263 if chosen == token else chosen for chosen in run(*args, **kw)]
-    )
+    choose(monkeypatch, {token: 263})
     with pytest.raises(ProofError, match=r"token 263 \(logit"):
         prove(target, draft)
 

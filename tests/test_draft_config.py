@@ -1,7 +1,7 @@
 """A draft's configuration: what is filled in, and what is refused before any work."""
 
 import pytest
-from test_drafts import V, fields
+from test_drafts import OWN, V, fields
 
 from pipeline.drafts import DraftConfig, default_gamma
 from pipeline.errors import UsageError
@@ -16,6 +16,19 @@ def test_defaults_are_filled_and_counts_follow_the_labels():
     assert (same.proposals, same.first_slot) == (4, 1)
     assert same.lambda_start is None
     assert DraftConfig(**config.model_dump()) == config
+
+
+def test_dspark_s_defaults_are_the_published_ones_and_plain_cross_entropy_trains_no_confidence():
+    bare = {key: value for key, value in fields("dspark").items() if key not in OWN["dspark"]}
+    config = DraftConfig(**bare)
+    assert (config.markov_rank, config.markov_head_type, config.objective) == (256, "vanilla", "dspark")
+    assert (config.alpha_ce, config.alpha_l1, config.alpha_confidence) == (0.1, 0.9, 1.0)
+    assert (config.enable_confidence_head, config.confidence_head_with_markov, config.proposals) == (True, False, 5)
+    hard = DraftConfig(**bare, objective="ce")
+    assert (hard.enable_confidence_head, hard.alpha_confidence, hard.alpha_ce) == (False, None, None)
+    for each in (config, hard, DraftConfig(**fields("domino"), objective="dspark")):
+        assert DraftConfig(**each.model_dump()) == each
+    assert DraftConfig(**fields("domino")).objective == "ce" and DraftConfig(**fields("domino")).markov_rank is None
 
 
 def test_default_gamma_is_the_published_table():
@@ -55,7 +68,20 @@ def test_default_gamma_is_the_published_table():
         ("domino", {"pure_draft_prefix_len": -1}, "pure_draft_prefix_len"),
         ("domino", {"lambda_start": 1.1}, "lambda_start"),
         ("domino", {"lambda_decay": -0.1}, "lambda_decay"),
-        ("domino", {"weighting": "dpace"}, "decay"),
+        ("domino", {"markov_rank": 8}, "leave it out"),
+        ("dspark", {"emb_dim": 8}, "leave it out"),
+        ("dspark", {"shift_label": False}, "next-position"),
+        ("dspark", {"markov_head_type": "lstm"}, "markov_head_type"),
+        ("dspark", {"markov_rank": 0}, "markov_rank"),
+        ("dspark", {"alpha_confidence": 0.0}, "untrained"),
+        ("dspark", {"alpha_confidence": -1.0}, "untrained"),
+        ("dspark", {"enable_confidence_head": False, "confidence_head_with_markov": True}, "without a confidence head"),
+        ("dspark", {"enable_confidence_head": False, "alpha_confidence": 1.0}, "without a confidence head"),
+        ("dspark", {"alpha_ce": 0.0, "alpha_l1": 0.0}, "nothing is learned"),
+        ("dspark", {"alpha_l1": -0.1}, "0 or more"),
+        ("dspark", {"objective": "kl", "alpha_ce": 0.1}, "leave it out"),
+        ("dflash", {"objective": "kll"}, "objective"),
+        ("dflash", {"alpha_ce": 0.1}, 'of objective "dspark"'),
     ],
 )
 def test_a_draft_that_cannot_work_is_refused_before_any_work(method, changes, message):

@@ -1,14 +1,18 @@
 """Properties that every draft method keeps: what it sees, what it is called, and that training and decoding agree."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from pipeline.capture import final_rows
 from pipeline.drafts import (
     DRAFTS,
     Draft,
     DraftConfig,
     Knobs,
+    Sampling,
     eligible_anchors,
     init_weights,
     lay_blocks,
@@ -37,10 +41,19 @@ SHAPE = {
     "mask_token_id": V - 1,
     "gamma": 4.0,
 }
-OWN = {"dflash": {}, "domino": {"pure_draft_prefix_len": 1, "emb_dim": 8, "gru_hidden_dim": 16}}
+OWN = {
+    "dflash": {},
+    "domino": {"pure_draft_prefix_len": 1, "emb_dim": 8, "gru_hidden_dim": 16},
+    "dspark": {"markov_rank": 8, "markov_head_type": "rnn"},
+}
+HEADS = ("prefix_gru", "embed_proj", "markov_head", "confidence_head")
 SLIDING = {"layer_types": ("sliding_attention", "full_attention"), "sliding_window": 6}
 every_method = pytest.mark.parametrize("method", DRAFTS)
 both_shifts = pytest.mark.parametrize("shift", [False, True], ids=["same", "shift"])
+every_convention = pytest.mark.parametrize(
+    ("method", "shift"),
+    [(method, shift) for method in DRAFTS for shift in (False, True) if shift or method != "dspark"],
+)
 both_windows = pytest.mark.parametrize("window", [{}, SLIDING], ids=["full", "sliding"])
 
 
@@ -68,10 +81,13 @@ class Sample:
         self.mask = torch.rand(length, generator=generator) > 0.2
         self.mask[:3] = False
         self.aux = torch.randn(K, length, H, generator=generator)
+        self.final_rows = torch.from_numpy(final_rows(self.mask.numpy())).nonzero().flatten()
+        self.final = torch.randn(len(self.final_rows), H, generator=generator)
 
 
 def cell_of(*lengths: int):
-    return pack([Sample(length, seed) for seed, length in enumerate(lengths)], [f"s{n}" for n in range(len(lengths))])
+    names = [f"s{n}" for n in range(len(lengths))]
+    return pack([Sample(length, seed) for seed, length in enumerate(lengths)], names, final=True)
 
 
 def anchors_of(cell) -> torch.Tensor:
@@ -111,6 +127,9 @@ def test_parameters_have_the_published_names(method):
     names |= {f"layers.{index}.{name}.weight" for index in range(2) for name in layer}
     if method == "domino":
         names |= {"prefix_gru.weight_ih_l0", "prefix_gru.weight_hh_l0", "embed_proj.0.weight", "embed_proj.2.weight"}
+    if method == "dspark":
+        names |= {f"markov_head.{name}.weight" for name in ("markov_w1", "markov_w2", "joint_proj")}
+        names |= {"markov_head.joint_proj.bias", "confidence_head.proj.weight", "confidence_head.proj.bias"}
     assert build(method).state_dict().keys() == names
 
 
@@ -157,7 +176,7 @@ def test_grouped_attention_equals_the_dense_mask(method, window):
     draft.target = draft.target.to(dtype=torch.float64)
     grouped, dense = draft.hidden(cell, blocks), draft.hidden(cell, blocks, dense=True)
     assert_near(grouped, dense)
-    used = {name for name, p in draft.named_parameters() if not name.startswith(("prefix_gru", "embed_proj"))}
+    used = {name for name, p in draft.named_parameters() if not name.startswith(HEADS)}
     ours = dict(zip(sorted(used), torch.autograd.grad((grouped * weights).sum(), by_name(draft, used)), strict=True))
     theirs = dict(zip(sorted(used), torch.autograd.grad((dense * weights).sum(), by_name(draft, used)), strict=True))
     for name in used:
@@ -192,7 +211,7 @@ def test_a_guess_does_not_change_when_the_anchor_or_later_rows_do(method, window
 
 
 def _with(cell, aux_KRD):
-    return type(cell)(**(vars(cell) | {"aux_KRD": aux_KRD}))
+    return replace(cell, aux_KRD=aux_KRD)
 
 
 @every_method
@@ -220,8 +239,7 @@ def test_padding_blocks_change_nothing_and_make_no_nan(method):
 # Training and decoding agree
 
 
-@every_method
-@both_shifts
+@every_convention
 @both_windows
 def test_the_training_layout_is_the_decode_loop(method, shift, window):
     draft, cell = build(method, shift, **window), cell_of(40)
@@ -234,9 +252,28 @@ def test_the_training_layout_is_the_decode_loop(method, shift, window):
     for n, anchor in enumerate(anchors.tolist()):  # features arrive as verifications leave them, in pieces
         fresh = cell.aux_KRD[:, held:anchor]
         assert_near(draft.block_hidden(fresh, int(cell.ids_R[anchor]), anchor, kv), training[n], 1e-5)
-        assert torch.equal(draft.propose(fresh, int(cell.ids_R[anchor]), anchor, other), proposals[n])
+        assert torch.equal(draft.propose(fresh, int(cell.ids_R[anchor]), anchor, other).ids_P, proposals[n])
         held = anchor
     assert proposals.shape == (5, draft.config.proposals) == (5, 5 if shift else 4)
+
+
+@every_convention
+def test_a_drawn_proposal_says_what_each_token_was_drawn_from(method, shift):
+    draft, cell, anchor = build(method, shift, softcap=4.0), cell_of(40), 17
+
+    def drawn(seed):
+        sampling = Sampling(0.7, torch.Generator().manual_seed(seed))
+        return draft.propose(cell.aux_KRD[:, :anchor], int(cell.ids_R[anchor]), anchor, draft.new_kv(), sampling)
+
+    found, again = drawn(0), drawn(0)
+    assert torch.equal(found.ids_P, again.ids_P) and torch.equal(found.q_PV, again.q_PV)
+    assert len({tuple(drawn(seed).ids_P.tolist()) for seed in range(8)}) > 4
+    anchors = cell.ids_R[anchor : anchor + 1]
+    prev_NS = torch.cat([anchors, found.ids_P, found.ids_P[:1]])[None, : draft.config.block_size]
+    with torch.no_grad():
+        hidden = draft.block_hidden(cell.aux_KRD[:, :anchor], int(anchors), anchor, draft.new_kv())
+        logits = draft.logits(hidden[None], prev_NS)["final"][0, draft.config.first_slot :]
+    assert_near(found.q_PV, (logits / 0.7).softmax(-1), 1e-5)
 
 
 def test_features_of_another_place_are_a_bug():
@@ -267,7 +304,7 @@ def test_teacher_forced_logits_are_those_of_the_rollout_fed_the_same_tokens(shif
         hidden = draft.hidden(cell, blocks)
         forced = draft.logits(hidden, blocks.prev_NS)
         tokens = cell.ids_R[anchors[:, None] + 1 + torch.arange(most)]  # what the anchor is followed by
-        ids, rolled = draft.roll(hidden, cell.ids_R[anchors], tokens)
+        ids, rolled = draft.roll(hidden, cell.ids_R[anchors], forced_NP=tokens)
         own, own_logits = draft.roll(hidden, cell.ids_R[anchors])
     assert_near(rolled, forced["final"][:, first:], 1e-5)
     assert torch.equal(ids, forced["final"][:, first:].argmax(-1))
@@ -313,18 +350,17 @@ def test_the_soft_cap_changes_no_proposal():
 # Losses
 
 
-@every_method
-@both_shifts
+@every_convention
 def test_the_loss_is_the_weighted_cross_entropy_of_its_logits(method, shift):
-    draft, cell = build(method, shift, softcap=8.0), cell_of(30, 12)
+    draft, cell = build(method, shift, softcap=8.0, objective="ce"), cell_of(30, 12)
     blocks = all_blocks(draft, cell, padding=1)
     with torch.no_grad():
-        loss = loss_of(draft, cell, blocks, 0.4, metrics=True)
+        loss = loss_of(draft, replace(cell, final_FD=None, final_at_R=None), blocks, 0.4, metrics=True)
         logits = draft.logits(draft.hidden(cell, blocks), blocks.prev_NS)
-    for kind, values in logits.items():
+    for kind, values in ((kind, logits[kind]) for kind in loss.terms):
         ce = F.cross_entropy(values.flatten(0, 1), blocks.labels_NS.flatten(), reduction="none")
         assert_near(loss.terms[kind], (ce * blocks.weights_NS.flatten()).sum(), 1e-5)
-    share = {"final": 1.0} if method == "dflash" else {"final": 0.6, "base": 0.4}
+    share = {"final": 0.6, "base": 0.4} if method == "domino" else {"final": 1.0}
     wanted = sum(share[kind] * loss.terms[kind] for kind in share) / blocks.weights_NS.sum()
     assert_near(loss.total, wanted, 1e-5)
     figures = metrics_of(loss.sums, loss.terms, draft.denominators(blocks))
@@ -341,7 +377,7 @@ def test_cells_add_up_to_the_global_batch(method):
     dens = draft.denominators(everything)
     total = draft.loss(whole, everything, Knobs(0.3), dens).total
     wanted = gradients(draft, total)
-    parts = [pack([Sample(length, seed)], [f"s{seed}"]) for seed, length in enumerate(lengths)]
+    parts = [pack([Sample(length, seed)], [f"s{seed}"], final=True) for seed, length in enumerate(lengths)]
     shares = [draft.loss(part, all_blocks(draft, part), Knobs(0.3), dens).total for part in parts]
     found = gradients(draft, sum(shares))
     assert_near(sum(shares), total)

@@ -16,9 +16,10 @@ from pipeline.errors import DataError, ProofError, UsageError
 from pipeline.export import export
 from stages.evaluate import decode
 from stages.evaluate import run as evaluation
-from stages.evaluate.decode import Decoded
-from stages.evaluate.figures import Outcome, accept_figures
+from stages.evaluate.decode import Decoded, Dice
+from stages.evaluate.figures import accept_figures
 from stages.evaluate.prompts import Prompt
+from stages.evaluate.rejection import keep_equal
 from stages.evaluate.run import run, table
 
 
@@ -46,7 +47,7 @@ def trained(cache, tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(trained, tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "report.json"
-    found = run(trained, count=5, max_new=12, device="cpu", out=out)
+    found = run(trained, count=5, max_new=12, device="cpu", out=out, dice=Dice(1.0, 0.7, 3))
     assert json.loads(out.read_text()) == found
     return found
 
@@ -75,13 +76,88 @@ def test_a_report_says_what_was_measured_and_how(report, trained, cache):
     assert report["speed"]["speedup"] > 0
 
 
+def test_drawn_replies_are_reported_apart_with_what_they_were_drawn_with(report):
+    drawn = report["sampled"]
+    assert (drawn["temperature"], drawn["draft_temperature"], drawn["seed"]) == (1.0, 0.7, 3)
+    gained = [length for sample in drawn["samples"] for length in sample["lengths"]]
+    assert drawn["overall"]["accept_len"] == sum(gained) / len(gained) != report["overall"]["accept_len"]
+    low, high = drawn["overall"]["interval"]
+    assert low <= drawn["overall"]["accept_len"] <= high
+    assert set(drawn["domains"]) == {"a", "b", "sampled"}
+    matched, proposed = (sum(sum(of[key]) for of in drawn["samples"]) for key in ("matched", "proposed"))
+    assert drawn["overall"]["verify_rate"] == matched / proposed
+    assert drawn["overall"]["verified"] == proposed / len(gained) == report["draft"]["proposals"]
+    assert 5 <= drawn["lossless"]["tokens"] <= 60 and abs(drawn["lossless"]["spreads"]) < 6
+
+
+def test_a_reply_that_is_drawn_does_not_depend_on_the_other_prompts(trained, tmp_path):
+    rows = [{"input_ids": [104, first]} for first in range(5)]
+
+    def lengths(rows):
+        path = write_jsonl(tmp_path / "prompts.jsonl", rows)
+        drawn = run(trained, prompts=path, max_new=9, device="cpu", dice=Dice(1.0, 1.0))["sampled"]
+        return [of["lengths"] for of in drawn["samples"]]
+
+    whole = lengths(rows)
+    assert lengths(rows[:1:-1]) == whole[:1:-1]
+    assert len({tuple(of) for of in whole}) > 1
+
+
+def test_replies_that_are_not_drawn_are_a_failed_proof(trained, monkeypatch):
+    monkeypatch.setattr(decode, "keep_by_chance", lambda proposal, logits_NV, **how: keep_equal(proposal, logits_NV))
+    with pytest.raises(ProofError, match=r"tokens drawn are not the target's own: their mean place .* is 0\.[0-3]"):
+        run(trained, count=6, max_new=25, device="cpu", dice=Dice(1.0, 1.0))
+
+
+@pytest.fixture(scope="module")
+def confident(cache, tmp_path_factory):
+    """A DSpark run of 30 steps."""
+    from stages.train_draft.run import run as train
+
+    out = tmp_path_factory.mktemp("runs") / "dspark"
+    small = ('draft.method="dspark"', "draft.block_size=4", "draft.markov_rank=8", "draft.intermediate_size=48")
+    train(cache, None, (*small, "train.steps=30", "train.batch=6", "train.save_every=30"), out, "cpu")
+    return out
+
+
+def test_a_confidence_head_is_judged_by_the_blocks_it_cuts(confident):
+    found = run(confident, count=4, max_new=12, device="cpu")
+
+    cuts = found["confidence"]
+    assert [of["threshold"] for of in cuts] == [0.0, 0.2, 0.4, 0.6, 0.8]
+    assert cuts[0]["verified"] == found["draft"]["proposals"] == 4
+    assert cuts[0]["accept_len"] == found["agreement"]["accept_len"]
+    assert [of["verified"] for of in cuts] == sorted((of["verified"] for of in cuts), reverse=True)
+    assert cuts[-1]["verified"] < 4
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(table(found))
+    assert f"at 0 4.00 verified, {cuts[0]['verify_rate']:.0%} kept" in shown.get()
+
+
+def test_cut_blocks_are_lossless_and_agree_with_the_walk(confident):
+    middle = 0.35
+    found = run(confident, count=4, max_new=12, device="cpu", threshold=middle, dice=Dice(0.8, 0.0))
+    assert found["settings"]["threshold"] == middle
+    assert found["lossless"]["identical"] == 4
+    assert found["agreement"]["equal"] == found["agreement"]["prompts"] > 0
+    assert found["overall"]["verified"] < 4
+
+
+def test_a_draft_without_confidence_is_not_cut(trained):
+    with pytest.raises(UsageError, match="without a confidence head cannot cut its blocks at"):
+        run(trained, count=1, max_new=4, device="cpu", threshold=0.5)
+
+
 def test_calls_saved_are_those_of_a_plain_loop_over_the_same_tokens():
-    reply = Decoded([], [4, 2, 1], [3, 1, 0], 4, 1.0)
-    done = [Outcome(Prompt([1], name, name), reply, reply, None) for name in "ab"]
-    done.append(Outcome(Prompt([1], "c", "c"), Decoded([], [], [], 1, 1.0), reply, None))  # the prefill gave a stop
+    reply = Decoded([], [4, 2, 1], [3, 1, 0], [3, 3, 0], 4, 1.0)
+    done = [(Prompt([1], name, name), reply) for name in "ab"]
+    done.append((Prompt([1], "c", "c"), Decoded([], [], [], [], 1, 1.0)))  # the prefill gave a stop
 
-    overall, domains = accept_figures(done, 3)
+    found = accept_figures(done, 3)
+    overall, domains = found["overall"], found["domains"]
 
+    assert (overall["verified"], overall["verify_rate"]) == (2, 4 / 6)
     assert (overall["calls"], overall["tokens"], overall["calls_saved"]) == (6, 14, 1 - 6 / 14)
     assert domains["a"]["calls_saved"] == 1 - 3 / 7
     assert domains["c"]["calls_saved"] == 0
@@ -101,7 +177,15 @@ def test_the_table_shows_every_domain_and_the_proof(report):
     with console.capture() as shown:
         console.print(table(report))
     text = shown.get()
-    for wanted in ("domino, block 4, 40 steps", "4 proposals", "sampled", "all", "T = 0", "5 of 5 replies identical"):
+    wanted_all = [
+        "domino (ce), block 4, 40 steps",
+        "4 proposals",
+        "sampled",
+        "all",
+        "T = 0",
+        "5 of 5 replies identical",
+    ]
+    for wanted in (*wanted_all, "T = 1", "seed 3, proposals drawn at T = 0.7", "spreads off 1/2"):
         assert wanted in text
 
 
@@ -235,14 +319,21 @@ def test_stop_tokens_come_from_the_target_where_there_is_no_cache(target):
 
 def test_a_difference_is_a_failed_proof_of_exit_code_1(trained, monkeypatch):
     run_target = decode._run
-    monkeypatch.setattr(decode, "_run", lambda *rest, **kw: [(t + 1) % 200 for t in run_target(*rest, **kw)])
+    monkeypatch.setattr(decode, "_run", lambda *rest, **kw: run_target(*rest, **kw).roll(1, -1))
     with pytest.raises(ProofError, match="is not the target's") as failure:
         run(trained, count=1, max_new=4, device="cpu")
     assert failure.value.code == 1
 
 
 def test_the_command_prints_the_report_as_json(trained):
-    options = ["--draft", str(trained), "--count", "1", "--max-new", "3", "--device", "cpu", "--json"]
-    done = CliRunner().invoke(cli.commands, ["evaluate", *options])
+    options = ["evaluate", "--draft", str(trained), "--count", "1", "--max-new", "3", "--device", "cpu", "--json"]
+    done = CliRunner().invoke(cli.commands, options)
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["lossless"]["identical"] == 1
+    found = json.loads(done.stdout)
+    assert found["lossless"]["identical"] == 1 and found["sampled"] is None
+    done = CliRunner().invoke(cli.commands, [*options, "--temperature", "1.5", "--draft-temperature", "0"])
+    assert done.exit_code == 0, done.output
+    drawn = json.loads(done.stdout)["sampled"]
+    assert (drawn["temperature"], drawn["draft_temperature"], drawn["seed"]) == (1.5, 0.0, 0)
+    done = CliRunner().invoke(cli.commands, [*options, "--draft-temperature", "1"])
+    assert isinstance(done.exception, UsageError) and "temperature 0.0: draws need" in str(done.exception)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import checkpoint, export, published
+from pipeline import checkpoint, export
 from pipeline.drafts import DRAFTS, DraftConfig, init_weights
 from pipeline.errors import ProofError, UsageError
 from pipeline.published import load_draft_folder, read_published
@@ -70,7 +70,7 @@ def test_an_export_holds_exactly_the_published_tensors_and_keys(tmp_path, method
 
     done = export.export(tmp_path / "run", tmp_path / "out")
 
-    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["README.md", "config.json", "model.safetensors", "probe.tensors"]
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert tensors.keys() == BACKBONE | (DOMINO if method == "domino" else set())
     assert done["tensors"] == len(tensors)
@@ -115,7 +115,10 @@ def test_an_export_reads_back_as_the_trained_draft(tmp_path, method):
     opened = load_draft_folder(tmp_path / "out", head())
     assert {name: getattr(opened.config, name) for name in [*SIZES, *OWN[method]]} == {**SIZES, **OWN[method]}
     features, kv = torch.randn(2, 5, 16), opened.new_kv()
-    assert opened.propose(features, 3, 5, kv).tolist() == draft.propose(features, 3, 5, draft.new_kv()).tolist()
+    assert (
+        opened.propose(features, 3, 5, kv).ids_P.tolist()
+        == draft.propose(features, 3, 5, draft.new_kv()).ids_P.tolist()
+    )
 
 
 def test_transformers_reads_the_config(tmp_path):
@@ -210,7 +213,7 @@ def test_a_faulty_export_is_caught_and_leaves_nothing(tmp_path, monkeypatch, fau
 @pytest.mark.parametrize("key", ["rope_theta", "rms_norm_eps", "block_size", "shift_label"])
 def test_a_wrong_value_in_the_config_is_caught(tmp_path, monkeypatch, key):
     trained(tmp_path / "run", "dflash")
-    right = published.published_config
+    right = export.published_config
 
     def wrong(config, *rest):
         changes = {"rope_theta": 2e4, "rms_norm_eps": 1e-3, "block_size": 5, "shift_label": True}
@@ -252,7 +255,7 @@ def test_the_block_size_may_stand_in_either_place(folder):
     [
         (lambda flat, nested: drop(flat, nested, "block_size"), "'block_size' is missing"),
         (lambda flat, nested: flat.update(block_size=8), "block_size is 8 and, in dflash_config, 4"),
-        (lambda flat, nested: nested.update(projector_type="dspark"), "projector_type 'dspark' is unknown"),
+        (lambda flat, nested: nested.update(projector_type="eagle"), "projector_type 'eagle' is unknown"),
         (lambda flat, nested: flat.update(sample_from_anchor=False), "contradict"),
         (lambda flat, nested: drop(flat, nested, "shift_label", "sample_from_anchor"), "shift_label is missing"),
         (lambda flat, nested: nested.pop("mask_token_id"), "'mask_token_id' is missing"),
@@ -265,7 +268,13 @@ def test_the_block_size_may_stand_in_either_place(folder):
         (lambda flat, nested: flat.pop("dflash_config"), "'dflash_config' is missing"),
         (lambda flat, nested: flat.update(is_causal=True), "is_causal is true"),
         (lambda flat, nested: nested.update(causal=True), "causal is true"),
-        (lambda flat, nested: nested.update(use_swa=True), "use_swa without sliding layers"),
+        (lambda flat, nested: nested.update(use_swa=True), "use_swa is true"),
+        (lambda flat, nested: flat.update(logit_scale=0.5), "logit_scale is 0.5"),
+        (lambda flat, nested: flat.update(quantization_config={"bits": 4}), "quantization_config is"),
+        (lambda flat, nested: nested.update(attention_sink_bias=True), "attention_sink_bias is true"),
+        (lambda flat, nested: nested.update(selector="top"), "dflash_config has selector = 'top'"),
+        (lambda flat, nested: flat.update(num_hidden_layers=10**9), "more than 1024 no draft has"),
+        (lambda flat, nested: drop(flat, nested, "num_target_layers"), "add num_target_layers"),
     ],
 )
 def test_a_config_that_leaves_something_open_is_refused(folder, change, message):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pipeline.drafts import DRAFTS, Blocks, Cell, Draft, DraftConfig, Knobs, Loss, lay_blocks, pack
+from pipeline.drafts import DRAFTS, Blocks, Cell, Draft, DraftConfig, Knobs, Loss, lay_blocks, metrics_of, pack
 from pipeline.published import load_draft_folder
 from pipeline.target import head_of, load_target
 from pipeline.target_head import TargetHead
@@ -36,6 +36,8 @@ class Rows:
     ids: torch.Tensor
     mask: torch.Tensor
     aux: torch.Tensor
+    final: torch.Tensor | None
+    final_rows: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Case:
         return self.tensors[name].reshape(len(self.kept), self.draft.config.block_size, *self.trailing(name))
 
     def trailing(self, name: str) -> tuple[int, ...]:
-        wide = {"draft_hidden": self.draft.config.hidden_size}
+        wide = dict.fromkeys(["draft_hidden", "aligned_target_hidden"], self.draft.config.hidden_size)
         if name.endswith("_logits"):
             return (self.draft.config.vocab_size,)
         return (wide[name],) if name in wide else ()
@@ -68,7 +70,7 @@ class Case:
         return {float(key): value for key, value in scalars.get("losses_by_lambda", {0.0: scalars["loss"]}).items()}
 
     def loss(self, lambda_base: float, metrics: bool = False) -> Loss:
-        dens = self.draft.denominators(self.blocks)
+        dens = self.draft.denominators(self.blocks)  # SpecForge's DSpark divides by the bare sum
         if self.facts["method"] == "domino":
             dens = {name: den + 1e-6 for name, den in dens.items()}
         return self.draft.loss(self.cell, self.blocks, Knobs(lambda_base), dens, metrics)
@@ -95,7 +97,7 @@ def draft_config(facts: dict, parameters: set[str]) -> DraftConfig:
         "target_layer_ids": tuple(facts["target_layer_ids"]),
         "block_size": given["block"],
         "mask_token_id": given["mask_token_id"],
-        "shift_label": method == "domino" and given["shift_label"],
+        "shift_label": method == "dspark" or (method == "domino" and given["shift_label"]),
         "gamma": given["gamma"],
     }
     if "sliding_attention" in fields["layer_types"]:
@@ -105,6 +107,16 @@ def draft_config(facts: dict, parameters: set[str]) -> DraftConfig:
             "emb_dim": given["emb"],
             "gru_hidden_dim": given["gru"],
             "pure_draft_prefix_len": given["pure"],
+        }
+    if method == "dspark":
+        fields |= {
+            "markov_rank": given["markov_rank"],
+            "markov_head_type": given["markov_type"],
+            "enable_confidence_head": given["confidence"],
+            "confidence_head_with_markov": given["confidence_with_markov"],
+            "alpha_ce": given["ce"],
+            "alpha_l1": given["l1"],
+            "alpha_confidence": given["conf_alpha"],
         }
     kind = facts["scalars"].get("loss_type", "")
     if kind.startswith("dpace"):
@@ -125,9 +137,14 @@ def load(name: str) -> Case:
     draft.load_state_dict(parameters, strict=True)
 
     states_BTKD = tensors["hidden_states"].unflatten(-1, (-1, config.hidden_size))
-    batch = zip(tensors["input_ids"], tensors["loss_mask"] > 0.5, states_BTKD, strict=True)
-    samples = [Rows(ids_T, mask_T, aux_TKD.transpose(0, 1)) for ids_T, mask_T, aux_TKD in batch]
-    cell = pack(samples, [f"row {row}" for row in range(len(samples))])
+    final_BTD = tensors.get("target_last_hidden_states", [None] * len(states_BTKD))
+    batch = zip(tensors["input_ids"], tensors["loss_mask"] > 0.5, states_BTKD, final_BTD, strict=True)
+    samples = [
+        Rows(ids_T, mask_T, aux_TKD.transpose(0, 1), final_TD, torch.arange(len(ids_T)))
+        for ids_T, mask_T, aux_TKD, final_TD in batch
+    ]
+    names = [f"row {row}" for row in range(len(samples))]
+    cell = pack(samples, names, final="target_last_hidden_states" in tensors)
     anchors_BN = tensors["anchor_positions"] + cell.starts_M[:, None]
     blocks = lay_blocks(cell, anchors_BN.flatten(), tensors["block_keep_mask"].flatten(), config)
     return Case(facts, tensors, draft, cell, blocks)
@@ -162,6 +179,10 @@ def test_blocks(name):
         assert torch.equal(ours[key][case.kept].to(wanted.dtype), wanted[case.kept]), key
     if "weight_mask" in case.tensors and case.draft.config.weighting == "decay":
         assert_close(case.blocks.weights_NS[case.kept], case.by_block("weight_mask")[case.kept], "weight_mask")
+    if "aligned_target_hidden" in case.tensors:
+        scored = case.blocks.scored_NS
+        ours = case.cell.final_FD[case.cell.final_at_R[case.blocks.teacher_NS]]
+        assert torch.equal(ours[scored], case.by_block("aligned_target_hidden")[scored])
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["grouped", "dense"])
@@ -171,7 +192,10 @@ def test_hidden_and_logits(name, dense):
     with torch.no_grad():
         hidden_NSD = case.draft.hidden(case.cell, case.blocks, dense=dense)[case.kept]
         logits = case.draft.logits(hidden_NSD, case.blocks.prev_NS[case.kept])
+        prev_NS = case.blocks.prev_NS[case.kept]
+        sure = case.draft.confidence(hidden_NSD, prev_NS) if "confidence" in case.tensors else None
     ours = {"draft_hidden": hidden_NSD, "final_logits": logits["final"], "base_logits": logits.get("base")}
+    ours |= {"confidence": sure}
     if ours["base_logits"] is None:  # one kind of logits, which the reference calls base
         ours["base_logits"] = logits["final"]
     for key in ours.keys() & case.tensors.keys():
@@ -198,11 +222,42 @@ def test_every_scalar_we_recognise(name):
     compared = ours.keys() & scalars.keys()
     assert compared, "no scalar of the case has a name that we know"
     for key in compared:
-        assert_scalar(ours[key], scalars[key], key)
+        each = (
+            zip(ours[key], scalars[key], strict=True) if isinstance(scalars[key], list) else [(ours[key], scalars[key])]
+        )
+        for found, wanted in each:
+            assert_scalar(found, wanted, key)
 
 
-def recognised(case: Case, loss: Loss) -> dict[str, float]:
+def of_dspark(case: Case, loss: Loss) -> dict[str, float | list[float]]:
+    """Our figures of DSpark under the reference's names."""
+    sums, terms = loss.sums, loss.terms
+    figures = metrics_of(sums, terms, case.draft.denominators(case.blocks))
+    return {
+        "loss": float(loss.total.detach()),
+        "loss_den": float(case.draft.denominators(case.blocks)["ce"]),
+        "ce_num": float(terms["ce"]),
+        "l1_num": float(terms["l1"]),
+        "confidence_num": float(terms["confidence"]),
+        "confidence_error_num": float(sums["confidence_error"]),
+        "accuracy": figures["accuracy"],
+        "correct_num": float(sums["correct_S"].sum()),
+        "eval_den": float(sums["scored_S"].sum()),
+        "ce_position_num": sums["ce_S"].tolist(),
+        "correct_position_num": sums["correct_S"].tolist(),
+        "position_den": sums["scored_S"].tolist(),
+        "teacher_agreement_num": float(sums["agree"]),
+        "teacher_top1_num": float(sums["teacher_top1"]),
+        "draft_top1_num": float(sums["draft_top1"]),
+        "tau_num": float(sums["tau"]),
+        "tau_den": float(sums["blocks"]),
+    }
+
+
+def recognised(case: Case, loss: Loss) -> dict[str, float | list[float]]:
     """Our figures under the reference's names; its ratios are num / (den + 1e-6), a plain DFlash loss num / den."""
+    if case.facts["method"] == "dspark":
+        return of_dspark(case, loss)
     sums, terms, plain = loss.sums, loss.terms, case.facts["method"] == "dflash"
     den = float(case.draft.denominators(case.blocks)["final"])
     scored, blocks = float(sums["scored_S"].sum()), float(sums["blocks"])

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.drafts import losses
-from pipeline.drafts.losses import CrossEntropies, chunk_blocks, dpace_weights, head_loss
+from pipeline.drafts.losses import chunk_blocks, head_loss
+from pipeline.drafts.objectives import Objective, dpace_weights
 from pipeline.target_head import TargetHead
 
 N, S, D, V, U = 7, 3, 5, 11, 4
@@ -25,19 +26,19 @@ class Problem:
         self.target = TargetHead(draw(V, D), draw(V, D), logit_softcap=softcap)
         self.labels = torch.randint(0, V, (N, S), generator=generator)
         self.weights = torch.rand(N, S, generator=generator) * (torch.rand(N, S, generator=generator) > 0.3)
-        self.scales = {"final": 0.3, "base": 0.7} if corrected else {"final": 0.4}
+        self.scales = {"final": {"": 0.3}, "base": {"": 0.7}} if corrected else {"final": {"": 0.4}}
         self.corrected = corrected
 
     @property
     def leaves(self) -> tuple[torch.Tensor, ...]:
         return (self.hidden, self.z, self.out) if self.corrected else (self.hidden,)
 
-    def fused(self, *leaves, blocks: int = 2, objective: CrossEntropies | None = None):
+    def fused(self, *leaves, blocks: int = 2, objective: Objective | None = None):
         hidden, correction = leaves[0], tuple(leaves[1:]) or None
         return head_loss(hidden, self.target, objective or self.objective(), correction, blocks)
 
-    def objective(self, metrics: bool = False) -> CrossEntropies:
-        return CrossEntropies(self.labels, lambda part, ce_NS: self.weights[part], self.scales, metrics)
+    def objective(self, metrics: bool = False) -> Objective:
+        return Objective(self.labels, lambda part, ce_NS: self.weights[part], self.scales, metrics=metrics)
 
     def plain(self, *leaves):
         logits = {"final": leaves[0] @ self.target.head_VD.T}
@@ -46,7 +47,7 @@ class Problem:
         total = 0
         for kind, raw in logits.items():
             ce = F.cross_entropy(self.target.cap(raw).flatten(0, 1), self.labels.flatten(), reduction="none")
-            total = total + self.scales[kind] * (self.weights.flatten() * ce).sum()
+            total = total + self.scales[kind][""] * (self.weights.flatten() * ce).sum()
         return total
 
 
@@ -92,7 +93,7 @@ def test_numerators_and_rightness_come_without_a_gradient():
     numerators = objective.numerators
     torch.testing.assert_close(total, 0.3 * numerators["final"] + 0.7 * numerators["base"])
     base_right = problem.target.logits(problem.hidden).argmax(-1) == problem.labels
-    assert torch.equal(torch.cat(objective.correct["base"]), base_right)
+    assert torch.equal(objective.slots()["base_correct"], base_right)
 
 
 class Largest(TorchDispatchMode):
@@ -114,8 +115,10 @@ def test_logits_of_all_tokens_never_exist():
     hidden = torch.randn(n, S, D, generator=generator, requires_grad=True)
     z, out = (torch.randn(*shape, generator=generator, requires_grad=True) for shape in ((n, S, U), (v, U)))
     head = torch.randn(v, D, generator=generator)
-    objective = CrossEntropies(
-        torch.zeros(n, S, dtype=torch.long), lambda part, ce: torch.ones_like(ce), {"final": 1.0, "base": 1.0}
+    objective = Objective(
+        torch.zeros(n, S, dtype=torch.long),
+        lambda part, ce: torch.ones_like(ce),
+        {"final": {"": 1.0}, "base": {"": 1.0}},
     )
     with Largest() as largest:
         head_loss(hidden, TargetHead(head, head), objective, (z, out), blocks=2).backward()
@@ -167,7 +170,7 @@ def test_weights_by_confidence_are_constants_to_the_gradient():
         frozen[part.start] = dpace_weights(ce_NS, scored[part], 0.5, "dpace")
         return frozen[part.start]
 
-    objective = CrossEntropies(problem.labels, weigh, problem.scales)
+    objective = Objective(problem.labels, weigh, problem.scales)
     found = gradients(lambda hidden: problem.fused(hidden, objective=objective), problem.leaves)
     problem.weights = torch.cat([frozen[start] for start in sorted(frozen)])
     wanted = gradients(problem.plain, problem.leaves)

@@ -11,15 +11,15 @@ import torch
 from tiny import config, random_model
 from transformers import Gemma2Config
 
-from pipeline.cache.columns import ColumnSpec
+from pipeline.cache.columns import ColumnSpec, kept_rows
 from pipeline.cache.int8 import as_stored
 from pipeline.cache.plan import write_segment
 from pipeline.cache.samples import PlannedSample
 from pipeline.errors import ProofError
+from pipeline.probe import ROWS, prefix_length, probe, probe_rows
 from pipeline.target import decoder_layers, final_norm, head_of, run_decoder, tap_layers
-from stages.cache_hidden.engine import Engine, kept_rows
+from stages.cache_hidden.engine import Engine
 from stages.cache_hidden.options import CaptureOptions
-from stages.cache_hidden.probe import ROWS, prefix_length, probe, probe_rows
 from stages.cache_hidden.run import run
 
 SQUARE = config(vocab_size=32, hidden_size=32, num_hidden_layers=5, pad_token_id=0, eos_token_id=1)

@@ -33,12 +33,22 @@ QWEN3_8B = {
 QWEN3_TOKENS = {"mask": None, "pad": 151643, "bos": None, "eos": [151645, 151643], "length": 151669}
 
 
-def cache_of(target=QWEN3_8B, tokens=QWEN3_TOKENS, layers=(1, 9, 17, 25, 33), dtype=torch.bfloat16):
+def cache_of(target=QWEN3_8B, tokens=QWEN3_TOKENS, layers=(1, 9, 17, 25, 33), has_final=True):
     """What `resolve` reads of a HiddenCache."""
-    identity = {"target": {"name": "Qwen/Qwen3-8B"}}
     return SimpleNamespace(
-        target_config=target, tokens=tokens, layers=layers, dtype=dtype, path=Path("hs_cache"), identity=identity
+        target_config=target,
+        tokens=tokens,
+        layers=layers,
+        has_final=has_final,
+        dtype=torch.bfloat16,
+        path=Path("hs_cache"),
+        identity={"target": {"name": "Qwen/Qwen3-8B"}},
     )
+
+
+def draft_of(*sets: str, **cache):
+    """The draft that some fields of [draft] describe."""
+    return resolve(load_recipe(None, tuple(f"draft.{entry}" for entry in sets)), cache_of(**cache)).draft
 
 
 def write(tmp_path, text: str) -> Path:
@@ -134,6 +144,83 @@ def test_dflash_is_the_published_one_and_carries_nothing_of_domino():
 
     assert draft.shift_label is False
     assert (draft.gru_hidden_dim, draft.emb_dim, draft.pure_draft_prefix_len) == (None, None, None)
+
+
+def test_dspark_is_the_published_one_on_any_target():
+    small = QWEN3_8B | {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    published, toy = draft_of("method=dspark"), draft_of("method=dspark", target=small)
+
+    for draft in (published, toy):
+        assert (draft.block_size, draft.proposals, draft.shift_label, draft.gamma) == (7, 7, True, 4)
+        assert (draft.objective, draft.alpha_ce, draft.alpha_l1, draft.alpha_confidence) == ("dspark", 0.1, 0.9, 1.0)
+        assert (draft.markov_head_type, draft.enable_confidence_head) == ("vanilla", True)
+        assert draft.confidence_head_with_markov is False
+        assert (draft.gru_hidden_dim, draft.emb_dim, draft.pure_draft_prefix_len) == (None, None, None)
+    assert (published.markov_rank, toy.markov_rank) == (256, 128)
+
+
+def test_tokens_alone_teach_no_confidence_head():
+    draft = draft_of("method=dspark", "objective=ce", has_final=False)
+
+    assert (draft.enable_confidence_head, draft.alpha_confidence, draft.alpha_ce) == (False, None, None)
+
+
+@pytest.mark.parametrize("method", DRAFTS)
+@pytest.mark.parametrize("objective", ["ce", "kl", "tv", "lk-alpha", "lk-hybrid", "dspark"])
+def test_every_method_takes_every_objective(method, objective):
+    draft = draft_of(f"method={method}", f"objective={objective}")
+
+    assert draft.objective == objective
+    assert (draft.alpha_ce, draft.alpha_l1) == ((0.1, 0.9) if objective == "dspark" else (None, None))
+
+
+def test_tokens_are_what_is_learned_where_nothing_is_said():
+    assert [draft_of(f"method={method}").objective for method in ("dflash", "domino")] == ["ce", "ce"]
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        (["method=dflash", "objective=l1"], r"objective.*'ce', 'kl'.*found 'l1'"),
+        (["method=dflash", "objective=kl", "alpha_l1=0.5"], r'alpha_l1 = 0.5 .*objective "dspark"; leave it out'),
+        (["method=dflash", "markov_rank=8"], "markov_rank = 8 means nothing to dflash; leave it out"),
+        (["method=domino", "enable_confidence_head=true"], "enable_confidence_head = True means nothing to domino"),
+        (["method=dspark", "emb_dim=8"], "emb_dim = 8 means nothing to dspark; leave it out"),
+        (["method=dspark", "markov_head_type=lstm"], "markov_head_type.*found 'lstm'"),
+        (["method=dspark", "shift_label=false"], "shift_label"),
+        (["method=dspark", "alpha_ce=0", "alpha_l1=0"], "nothing is learned"),
+        (["method=dspark", "enable_confidence_head=false", "alpha_confidence=1"], "alpha_confidence"),
+        (["method=dspark", "enable_confidence_head=false", "confidence_head_with_markov=true"], "confidence_head_with"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_in_one_line(sets, said):
+    with pytest.raises(UsageError, match=said) as refused:
+        draft_of(*sets)
+    assert "\n" not in str(refused.value)
+
+
+ADD_FINAL = "`pipeline cache-hidden --model Qwen/Qwen3-8B --out hs_cache --layers 1,9,17,25,33 --final needed`"
+
+
+@pytest.mark.parametrize(
+    ("sets", "why", "remedy"),
+    [
+        (["method=dspark"], 'objective "dspark"', 'draft.objective = "ce"'),
+        (["method=dflash", "objective=tv"], 'objective "tv"', 'draft.objective = "ce"'),
+        (
+            ["method=dspark", "objective=ce", "enable_confidence_head=true"],
+            "the confidence head",
+            "draft.enable_confidence_head = false",
+        ),
+    ],
+)
+def test_a_cache_without_final_states_is_refused_with_the_command_that_adds_them(sets, why, remedy):
+    with pytest.raises(UsageError) as refused:
+        draft_of(*sets, has_final=False)
+
+    said = f"hs_cache holds no final states, which {why} learns from; add them with {ADD_FINAL}, or set {remedy}"
+    assert str(refused.value) == said
+    assert draft_of(*sets, remedy.removeprefix("draft."), has_final=False)
 
 
 def test_no_key_that_only_the_target_means_reaches_the_draft():

@@ -8,13 +8,14 @@ from pipeline.errors import UsageError
 from pipeline.report import comparison
 
 
-def evaluation(path, method="domino", seed=0, steps=700, samples=(), forced=None):
+def evaluation(path, method="domino", seed=0, steps=700, samples=(), forced=None, drawn=None, **draft):
     """Write an evaluation's report of `samples`, pairs of a domain and its lengths; return its path."""
     domains = sorted({domain for domain, _ in samples})
     of = {name: [lengths for domain, lengths in samples if domain == name] for name in domains}
     report = {
         "target": "tiny",
-        "draft": {"method": method, "steps": steps, "block_size": 8, "parameters": 1000, "seed": seed},
+        "draft": {"method": method, "steps": steps, "block_size": 8, "parameters": 1000, "seed": seed}
+        | {"proposals": 8, **draft},
         "settings": {"max_new": 64},
         "overall": {"accept_len": 0.0, "calls_saved": 0.5},
         "domains": {
@@ -25,6 +26,14 @@ def evaluation(path, method="domino", seed=0, steps=700, samples=(), forced=None
         "lossless": {"prompts": len(samples), "identical": len(samples), "near_ties": 0},
         "samples": [{"domain": domain, "lengths": lengths} for domain, lengths in samples],
     }
+    if drawn is not None:
+        of_drawn, temperature, of_draft = drawn
+        report["sampled"] = {
+            "temperature": temperature,
+            "draft_temperature": of_draft,
+            "domains": {name: {"accept_len": 3.0, "calls": 1} for name, _ in of_drawn},
+            "samples": [{"domain": domain, "lengths": lengths} for domain, lengths in of_drawn],
+        }
     path.write_text(json.dumps(report))
     return path
 
@@ -55,6 +64,37 @@ def test_a_prompt_decoded_by_three_seeds_is_one_prompt(tmp_path):
     three = rows(*(evaluation(tmp_path / f"{n}.json", seed=n, samples=samples) for n in range(3)))["sql"]
 
     assert one == three, "seeds make the interval of two prompts no narrower"
+
+
+def test_drawn_replies_have_rows_of_their_own_for_each_pair_of_temperatures(tmp_path):
+    samples = [("sql", [4])]
+    paths = [
+        evaluation(tmp_path / "0.json", samples=samples, drawn=([("sql", [2, 2])], 1.0, 1.0)),
+        evaluation(tmp_path / "1.json", samples=samples, seed=1, drawn=([("sql", [4, 4])], 1.0, 1.0)),
+        evaluation(tmp_path / "2.json", method="dflash", samples=samples, drawn=([("sql", [1])], 1.0, 0.0)),
+        evaluation(tmp_path / "3.json", method="dspark", samples=samples),
+    ]
+    table = rows(*paths)
+
+    assert table["all"] == ["4.00 [4.00, 4.00]"] * 3
+    assert table["all, T = 1"] == ["3.00 [3.00, 3.00]", "-", "-"]
+    assert table["all, T = 1, greedy drafts"] == ["-", "1.00 [1.00, 1.00]", "-"]
+    assert table["mean of domains, T = 1"] == ["3.00", "-", "-"]
+
+
+def test_objectives_and_conventions_are_told_apart(tmp_path):
+    samples = [("sql", [4])]
+    paths = [
+        evaluation(tmp_path / "0.json", samples=samples, objective="ce", weighting="decay"),
+        evaluation(tmp_path / "1.json", samples=samples, objective="tv", weighting="dpace"),
+        evaluation(tmp_path / "2.json", method="dspark", samples=samples, objective="dspark"),
+        evaluation(tmp_path / "3.json", method="dspark", samples=samples, objective="ce", proposals=7, block_size=7),
+    ]
+    table = rows(*paths)
+
+    heads = ["domino, 700 steps", "domino, tv, dpace, 700 steps", "dspark, 700 steps", "dspark, ce, 700 steps"]
+    assert table["accept length"] == heads
+    assert table["block, proposals"] == ["8, 8"] * 3 + ["7, 7"]
 
 
 def test_teacher_forced_figures_are_shown_when_asked_for(tmp_path):

@@ -18,6 +18,7 @@ from stages.train_draft.stream import (
 )
 
 RNG = np.random.default_rng(0)
+OTHERS = {"alpha_l1": None, "enable_confidence_head": None}
 
 
 def sample_ids(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -166,10 +167,10 @@ def test_no_cell_is_empty():
 
 def test_cost_counts_context_slots_and_attention_by_hand():
     shapes = {"hidden_size": 4, "vocab_size": 10, "block_size": 2, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = SimpleNamespace(
-        **shapes, num_key_value_heads=1, head_dim=3, intermediate_size=5, target_layer_ids=(1, 2, 3)
-    )
+    shapes |= {"num_key_value_heads": 1, "head_dim": 3, "intermediate_size": 5, "target_layer_ids": (1, 2, 3)}
+    hard, soft = (SimpleNamespace(**shapes, objective=name, **OTHERS) for name in ("ce", "kl"))
 
     # fc 7 x 12 x 4, context k and v 7 x 4 x 6; slots 4 x (q, o 48, k, v 24, mlp 60, head 40);
     # scores and values: 6 x 2 for each of 2 slots and (1 + 2) + (5 + 2) keys
-    assert piece_cost(config, 7, np.array([1, 5])) == 7 * 48 + 7 * 24 + 4 * (48 + 24 + 60 + 40) + 12 * 2 * 10
+    assert piece_cost(hard, 7, np.array([1, 5])) == 7 * 48 + 7 * 24 + 4 * (48 + 24 + 60 + 40) + 12 * 2 * 10
+    assert piece_cost(soft, 7, np.array([1, 5])) == piece_cost(hard, 7, np.array([1, 5])) + 4 * 40, "the head once more"

@@ -112,6 +112,8 @@ def test_a_recipe_and_a_sweep_are_not_taken_for_each_other(recipe, tmp_path):
         ('"draft.layers" = [[1], [2]]', r"with layers = \[2\]: .*--layers 1,2,3,4"),
         ('"draft.mask_token_id" = [259, 257]', "with mask_token_id = 257: mask token 257 occurs"),
         ('"draft.layers" = [[1, 3, 4], [4, 3, 1]]', "are the same recipe"),
+        ('"draft.objective" = ["ce", "l1"]', "with objective = l1: .*'lk-hybrid' or 'dspark', found 'l1'"),
+        ('"draft.alpha_l1" = [0.5]', 'with alpha_l1 = 0.5: alpha_l1 = 0.5 is a weight of objective "dspark"'),
     ],
 )
 def test_what_the_cache_refuses_is_found_before_the_first_run(recipe, tiny_cache, tmp_path, line, says):
@@ -133,6 +135,18 @@ def test_every_run_is_the_one_train_draft_makes(recipe, tiny_cache, tmp_path):
     alone = run(tiny_cache, None, (*SMALL, "train.seed=1", "train.steps=4"), tmp_path / "alone", "cpu").run
     (same,) = (one["run"] for one in report["runs"] if one["setting"] == {"train.seed": 1, "train.steps": 4})
     assert contents(alone) == contents(Path(same))
+
+
+def test_methods_and_objectives_make_one_grid(recipe, tiny_cache, tmp_path):
+    path = recipe('"draft.method" = ["dflash", "domino", "dspark"]', '"draft.objective" = ["ce", "dspark"]')
+    report = sweep(tiny_cache, path, ("train.steps=1",), out=tmp_path / "runs", device="cpu")
+
+    for one in report["runs"]:
+        method, objective = one["setting"].values()
+        line = json.loads((Path(one["run"]) / "metrics.jsonl").read_text().splitlines()[0])
+        assert "final_loss" in line if objective == "ce" else {"ce_loss", "l1_loss"} <= set(line)
+        assert ("confidence_loss" in line) == ((method, objective) == ("dspark", "dspark"))
+    assert len(report["runs"]) == 6
 
 
 def test_finished_runs_are_not_run_again_and_a_longer_list_adds_the_rest(recipe, tiny_cache, tmp_path, monkeypatch):

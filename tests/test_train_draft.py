@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from pipeline.cache.plan import write_segment
 from pipeline.cache.samples import PlannedSample
 from pipeline.cache.target_folder import new_target
 from pipeline.cache.writer import ShardWriter
+from pipeline.cli import commands
 from pipeline.drafts import DRAFTS, Knobs, lay_blocks
 from pipeline.errors import CacheError, DataError, ProofError, RoomError, UsageError
 from pipeline.recipe import load_recipe, resolve
@@ -36,6 +38,24 @@ from stages.train_draft.trainer import Precision, Trainer, backward
 
 SMALL = ("train.batch=4", "train.anchors=6", "train.log_every=1", "draft.block_size=4", "train.steps=8")
 CPU = torch.device("cpu")
+
+# Every method as published; soft targets that read one distance to the teacher, two, or pull both kinds of logits.
+METHODS = [(f"draft.method={method}",) for method in DRAFTS]
+GATED = ("draft.method=dspark", "draft.markov_head_type=gated")
+SOFT = [
+    ("draft.method=dflash", "draft.objective=kl"),
+    ("draft.method=domino", "draft.objective=lk-hybrid"),
+    ("draft.method=domino", "draft.objective=dspark", "draft.weighting=dpace"),
+    ("draft.method=dspark", "draft.markov_head_type=rnn", "draft.confidence_head_with_markov=true"),
+]
+
+
+def named(sets) -> str:
+    """What a test of these fields is called."""
+    return " ".join(entry.partition("=")[2] for entry in sets)
+
+
+every_loss = pytest.mark.parametrize("sets", [*METHODS, *SOFT], ids=named)
 
 
 def trained(cache, out, *sets, method="domino"):
@@ -162,10 +182,10 @@ def test_the_optimizer_is_the_one_everybody_means():
         torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("method", DRAFTS)
-def test_muon_moves_the_matrices_of_the_layers_and_adamw_the_rest(tiny_cache, method):
+@pytest.mark.parametrize("sets", [*METHODS, GATED, SOFT[3]], ids=named)
+def test_muon_moves_the_matrices_of_the_layers_and_adamw_the_rest(tiny_cache, sets):
     # At lambda 1 the correction has no gradient yet.
-    sets = [f"draft.method={method}", *["draft.lambda_start=0.5"] * (method == "domino")]
+    sets = [*sets, *["draft.lambda_start=0.5"] * ("draft.method=domino" in sets)]
 
     def moved(kind):
         draft, stream = prepared(tiny_cache, *sets)
@@ -180,8 +200,11 @@ def test_muon_moves_the_matrices_of_the_layers_and_adamw_the_rest(tiny_cache, me
 
     assert {name for name in by_muon if not torch.equal(by_muon[name], by_adamw[name])} == named
     assert {"fc.weight", "layers.0.self_attn.q_proj.weight", "layers.0.mlp.down_proj.weight"} <= named
-    # "layers.0.input_layernorm.weight" is no matrix; the correction's output is a vocabulary, the GRU three in one.
-    assert not any("norm" in name or "gru" in name or name == "embed_proj.2.weight" for name in named)
+    # "layers.0.input_layernorm.weight" is no matrix; a correction's output is a vocabulary, a table's input one, too;
+    # confidence is one number; a GRU's weights, and the Markov head's of that kind, are three matrices in one.
+    others = ("norm", "gru", "embed_proj.2", "markov_w", "confidence", "joint_proj")
+    assert not any(other in name for name in named for other in others)
+    assert ("markov_head.gate_proj.weight" in named) == (GATED[1] in sets)
     for name in named:
         evenness = [
             torch.linalg.matrix_norm(step) / torch.linalg.matrix_norm(step, 2)
@@ -320,11 +343,11 @@ def test_a_long_sample_gives_a_window_with_true_positions(tiny_cache):
         assert (whole.mask[cell.pos_R[blocks.anchors_N]] & whole.mask[cell.pos_R[blocks.anchors_N] + 1]).all()
 
 
-@pytest.mark.parametrize("method", DRAFTS)
-def test_the_loss_and_its_gradient_do_not_depend_on_how_a_batch_is_cut(tiny_cache, method):
+@every_loss
+def test_the_loss_and_its_gradient_do_not_depend_on_how_a_batch_is_cut(tiny_cache, sets):
     found = []
-    for sets in ((), ("train.cells=3",), ("train.context=128",), ("train.cell_anchors=12",)):
-        draft, stream = prepared(tiny_cache, f"draft.method={method}", "train.batch=8", *sets)
+    for cut in ((), ("train.cells=3",), ("train.context=128",), ("train.cell_anchors=12",)):
+        draft, stream = prepared(tiny_cache, "train.batch=8", *sets, *cut)
         cells = stream.batch(0).cells
         shares = backward(draft, cells, Knobs(0.4), Precision("float32", "cpu"), metrics=True)
         found.append((len(cells), shares, gradients(draft)))
@@ -333,21 +356,28 @@ def test_the_loss_and_its_gradient_do_not_depend_on_how_a_batch_is_cut(tiny_cach
     assert found[0][0] == 1 and all(count > 1 for count, _, _ in others)
     for _, shares, other in others:
         assert shares.loss == pytest.approx(whole.loss, rel=1e-6)
+        assert shares.terms.keys() == shares.dens.keys() == whole.terms.keys()
+        for name in whole.terms:
+            assert float(shares.dens[name]) == pytest.approx(float(whole.dens[name]), rel=1e-9)
+            assert float(shares.terms[name]) == pytest.approx(float(whole.terms[name]), rel=1e-6)
         assert torch.equal(shares.sums["scored_S"], whole.sums["scored_S"])
         for name, expected in gradient.items():
             torch.testing.assert_close(other[name], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_fifty_steps_do_not_depend_on_how_batches_are_cut(tiny_cache):
+@pytest.mark.parametrize("method", ["domino", "dspark"])
+def test_fifty_steps_do_not_depend_on_how_batches_are_cut(tiny_cache, method):
+    recipe = (f"draft.method={method}", "train.steps=50", "train.lr=1e-4", "train.batch=8")
+
     def losses(*sets):
-        draft, stream = prepared(tiny_cache, "train.steps=50", "train.lr=1e-4", "train.batch=8", *sets)
+        draft, stream = prepared(tiny_cache, *recipe, *sets)
         trainer = Trainer(draft, make_optimizer("adamw", draft), stream, stream.train)
         return [trainer.step(stream.batch(step))["loss"] for step in range(50)]
 
     assert losses("train.cells=3") == pytest.approx(losses(), rel=1e-6)
 
 
-@pytest.mark.parametrize("sets", [("draft.method=dflash",), ("draft.method=dflash", "draft.weighting=dpace"), ()])
+@pytest.mark.parametrize("sets", [*METHODS, ("draft.method=dflash", "draft.weighting=dpace"), SOFT[2]], ids=named)
 @pytest.mark.parametrize("text", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory: you tried"])
 def test_a_small_device_computes_fewer_blocks_at_a_time_and_the_same_loss(tiny_cache, monkeypatch, text, sets):
     def losses(most):
@@ -374,27 +404,57 @@ def test_a_small_device_computes_fewer_blocks_at_a_time_and_the_same_loss(tiny_c
         losses(0)
 
 
-@pytest.mark.parametrize("method", DRAFTS)
-def test_the_cache_gives_the_loss_that_the_live_target_gives(tiny_cache, tiny_target, method):
-    from pipeline.target import load_target, run_decoder, tap_layers
+def live(target, cell, layers) -> dict:
+    """The states of a cell as the target computes them now, `final` of every row."""
+    from pipeline.target import run_decoder, tap_layers
 
-    draft, stream = prepared(tiny_cache, f"draft.method={method}")
-    target, config = load_target(str(tiny_target)), draft.config
+    aux, final = [], []
+    for start, length in zip(cell.starts_M.tolist(), cell.lengths_M.tolist(), strict=True):
+        with torch.no_grad(), tap_layers(target, layers) as taps:
+            final.append(run_decoder(target, cell.ids_R[None, start : start + length]).last_hidden_state[0])
+        aux.append(torch.stack([taps[layer][0] for layer in layers]))
+    return {
+        "aux_KRD": torch.cat(aux, dim=1),
+        "final_FD": torch.cat(final),
+        "final_at_R": torch.arange(len(cell.ids_R)),
+    }
+
+
+@every_loss
+def test_the_cache_gives_the_loss_that_the_live_target_gives(tiny_cache, tiny_target, sets):
+    from pipeline.target import load_target
+
+    draft, stream = prepared(tiny_cache, *sets)
+    target, layers, precision = (
+        load_target(str(tiny_target)),
+        draft.config.target_layer_ids,
+        Precision("float32", "cpu"),
+    )
     for step in range(3):
-        cells = stream.batch(step).cells
-        cached = backward(draft, cells, Knobs(0.3), Precision("float32", "cpu"), metrics=False).loss
-        live = []
-        for cell, blocks in cells:
-            aux = []
-            for start, length in zip(cell.starts_M.tolist(), cell.lengths_M.tolist(), strict=True):
-                with torch.no_grad(), tap_layers(target, config.target_layer_ids) as taps:
-                    run_decoder(target, cell.ids_R[None, start : start + length])
-                aux.append(torch.stack([taps[layer][0] for layer in config.target_layer_ids]))
-            cell = replace(cell, aux_KRD=torch.cat(aux, dim=1))
-            live.append((cell, lay_blocks(cell, blocks.anchors_N, blocks.keep_N, config)))
-        assert backward(draft, live, Knobs(0.3), Precision("float32", "cpu"), metrics=False).loss == pytest.approx(
-            cached, rel=1e-6
-        )
+        cells = list(stream.batch(step).cells)
+        cached = backward(draft, cells, Knobs(0.3), precision, metrics=False)
+        lively = [(replace(cell, **live(target, cell, layers)), blocks) for cell, blocks in cells]
+        lively = [(cell, lay_blocks(cell, blocks.anchors_N, blocks.keep_N, draft.config)) for cell, blocks in lively]
+        now = backward(draft, lively, Knobs(0.3), precision, metrics=False)
+        assert cached.loss == pytest.approx(now.loss, rel=1e-6)
+        for name, value in now.terms.items():
+            assert float(cached.terms[name]) == pytest.approx(float(value), rel=1e-6), name
+
+
+def test_a_label_is_learned_from_the_state_before_it(tiny_cache):
+    sets = ("draft.method=dflash", "draft.objective=kl", "train.context=24", "train.batch=1")
+    _, stream = prepared(tiny_cache, *sets)
+    store = stream.cache
+    place = {store.samples.hex(i): i for i in range(len(store))}
+    for step in range(stream.per_epoch):
+        for cell, blocks in stream.batch(step).cells:
+            whole = store.read(place[cell.names[0]], final=True)
+            kept = {row: at for at, row in enumerate(whole.final_rows.tolist())}
+            at = blocks.positions_NS[blocks.scored_NS]  # of the labels, which DFlash has at their own slots
+            before = whole.final[[kept[row - 1] for row in at.tolist()]]
+            found = cell.final_FD[cell.final_at_R[blocks.teacher_NS[blocks.scored_NS]]]
+            assert torch.equal(found, before)
+            assert torch.equal(whole.ids[at], blocks.labels_NS[blocks.scored_NS])
 
 
 def test_an_error_while_reading_ahead_reaches_the_loop(tiny_cache, tmp_path):
@@ -412,10 +472,11 @@ def test_an_error_while_reading_ahead_reaches_the_loop(tiny_cache, tmp_path):
             list(batch.cells)
 
 
-def test_bfloat16_arithmetic_stays_near_float32(tiny_cache):
+@every_loss
+def test_bfloat16_arithmetic_stays_near_float32(tiny_cache, sets):
     losses = {}
     for dtype in ("float32", "bfloat16"):
-        draft, stream = prepared(tiny_cache, f"train.dtype={dtype}")
+        draft, stream = prepared(tiny_cache, f"train.dtype={dtype}", *sets)
         batch = stream.batch(0)
         losses[dtype] = backward(draft, batch.cells, Knobs(0.5), Precision(dtype, "cpu"), metrics=False).loss
         assert all(weight.dtype == torch.float32 for weight in draft.parameters())
@@ -427,6 +488,21 @@ def test_bfloat16_arithmetic_stays_near_float32(tiny_cache):
 # A whole run
 
 
+LOGGED = {"loss", "lr", "grad_norm", "accuracy", "accept_len_tf", "slot_accuracy", "lambda_base"}
+TERMS = {
+    "dflash": {"final_loss"},
+    "domino": {"final_loss", "base_loss", "base_accuracy", "base_accept_len_tf", "base_slot_accuracy"},
+    "dspark": {
+        "ce_loss",
+        "l1_loss",
+        "confidence_loss",
+        "confidence_abs_error",
+        "teacher_agreement",
+        "tau_probabilistic",
+    },
+}
+
+
 @pytest.mark.parametrize("method", DRAFTS)
 def test_a_run_learns_and_leaves_what_it_promised(greedy_cache, tmp_path, method):
     mask = f"draft.mask_token_id={unused_token(greedy_cache)}"
@@ -434,14 +510,16 @@ def test_a_run_learns_and_leaves_what_it_promised(greedy_cache, tmp_path, method
     logged = [line for line in lines(done.run) if "eval" not in line]
     evaluated = [line for line in lines(done.run) if "eval" in line]
 
-    assert logged[-1]["final_loss"] < 0.9 * logged[0]["final_loss"]
+    learned = "ce_loss" if method == "dspark" else "final_loss"
+    assert logged[-1][learned] < 0.9 * logged[0][learned]
     assert [line["step"] for line in logged] == list(range(1, 41))
     assert logged[0]["lambda_base"] == (1.0 if method == "domino" else 0.0)
-    wanted = {"loss", "final_loss", "lr", "grad_norm", "accuracy", "accept_len_tf", "slot_accuracy", "lambda_base"}
-    wanted |= (
-        {"base_loss", "base_accuracy", "base_accept_len_tf", "base_slot_accuracy"} if method == "domino" else set()
-    )
-    assert wanted <= set(logged[0]) and "accept_len" not in logged[0]
+    assert LOGGED | TERMS[method] <= set(logged[0]) and "accept_len" not in logged[0]
+    if method == "dspark":
+        for line in logged:
+            terms = 0.1 * line["ce_loss"] + 0.9 * line["l1_loss"] + line["confidence_loss"]
+            assert terms == pytest.approx(line["loss"], rel=1e-6)
+        assert logged[-1]["confidence_abs_error"] < 0.6 * logged[0]["confidence_abs_error"]
     assert [line["step"] for line in evaluated] == [20, 40]
     assert evaluated[-1]["eval"]["accept_len"] == done.accept_len >= 1
     assert {"colours", "numbers", "places"} == set(evaluated[-1]["eval"]["domains"])
@@ -501,6 +579,38 @@ def test_states_that_a_codec_rounded_are_another_run(tiny_cache, tmp_path, monke
         trained(cache, exact)
 
 
+def test_final_states_that_a_codec_rounded_are_another_run_where_they_are_learned_from(tiny_cache, tmp_path):
+    cache = Path(shutil.copytree(tiny_cache, tmp_path / "cache"))
+    hard, soft = (trained(cache, tmp_path / method, method=method).run for method in ("domino", "dspark"))
+
+    recode(cache, "final=int8")
+
+    assert trained(cache, hard).run == hard, "cross-entropy reads none of them"
+    with pytest.raises(UsageError, match=r"states = as captured, this command asks for final int8.*another --out"):
+        trained(cache, soft, method="dspark")
+    facts = json.loads((trained(cache, tmp_path / "other", method="dspark").run / "run.json").read_text())
+    assert facts["cache"]["rounded"] == ["final int8"]
+
+
+def test_the_command_a_refusal_names_adds_the_final_states(tiny_target, tiny_corpus, tmp_path):
+    from stages.cache_hidden.options import CaptureOptions
+    from stages.cache_hidden.run import run as capture
+
+    cache = tmp_path / "cache"
+    options = CaptureOptions(layers="1,3", final="none", max_length=256, max_samples=12)
+    capture(str(tiny_target), str(tiny_corpus), cache, options=options)
+    with pytest.raises(
+        UsageError, match=r'objective "dspark" learns from; add them with `.*--final needed`'
+    ) as refused:
+        trained(cache, tmp_path / "run", method="dspark")
+    assert not (tmp_path / "run").exists(), "refused before any work"
+
+    commands.main(shlex.split(str(refused.value).split("`")[1])[1:], standalone_mode=False)
+
+    assert HiddenCache.open(cache).has_final and HiddenCache.open(cache).layers == (1, 3)
+    assert trained(cache, tmp_path / "run", method="dspark").steps == 8
+
+
 def test_without_final_states_or_held_out_samples_it_trains_and_says_why_there_is_no_accept_length(
     tiny_cache, tmp_path, capsys
 ):
@@ -539,15 +649,15 @@ def kill():
     raise Killed
 
 
-@pytest.mark.parametrize("at", [1, 3, 4, 7, 8])
-def test_a_killed_run_ends_with_the_same_bytes(tiny_cache, tmp_path, monkeypatch, at):
+@pytest.mark.parametrize(("method", "at"), [*(("domino", at) for at in (1, 3, 4, 7, 8)), ("dspark", 4), ("dspark", 7)])
+def test_a_killed_run_ends_with_the_same_bytes(tiny_cache, tmp_path, monkeypatch, method, at):
     sets = ("train.save_every=3", "train.eval_every=4")
-    straight = trained(tiny_cache, tmp_path / "straight", *sets)
+    straight = trained(tiny_cache, tmp_path / "straight", *sets, method=method)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         stopping(patch, at, kill)
-        trained(tiny_cache, tmp_path / "killed", *sets)
-    resumed = trained(tiny_cache, tmp_path / "killed", *sets)
+        trained(tiny_cache, tmp_path / "killed", *sets, method=method)
+    resumed = trained(tiny_cache, tmp_path / "killed", *sets, method=method)
 
     assert resumed.accept_len == straight.accept_len
     for name in ("metrics.jsonl", "recipe.toml", "done.json", "checkpoints/step-00000008/draft.safetensors"):

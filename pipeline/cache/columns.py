@@ -28,6 +28,7 @@ from pipeline.cache.layout import BLOCK_ROWS, COLUMN, IDENTITY, SAMPLES, inside,
 from pipeline.cache.manifest import FILES, check_file, check_size, read_canonical
 from pipeline.cache.samples import ShardPlan, numbers
 from pipeline.cache.zarr_shard import METADATA
+from pipeline.capture import final_rows
 from pipeline.errors import CacheError
 
 WIDEST = 1 << 17  # values of a row; a manifest that claims more is damaged
@@ -94,6 +95,13 @@ class ColumnSpec:
 
     def as_dict(self) -> dict:
         return asdict(self)
+
+
+def kept_rows(shard: ShardPlan, row: int, keeps: str) -> np.ndarray:
+    """Which rows of a sample a column keeps that keeps "all" or those "needed", ascending."""
+    if keeps == "all":
+        return np.arange(shard.lengths[row])
+    return np.flatnonzero(final_rows(shard.mask(row)))
 
 
 class BlockHasher:

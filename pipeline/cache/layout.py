@@ -38,6 +38,7 @@ SCRATCH = "tmp-"
 
 BLOCK_ROWS = 256  # one checksum for so many rows of a sample
 
+FINAL = "final"
 COLUMN = re.compile(r"aux\.(?:-1|0|[1-9][0-9]*)|final")
 STEM = re.compile(rf"({COLUMN.pattern})(?:\.zstd|\.int8)?")  # of a column's files, by codec
 NUMBER = re.compile(r"[0-9]{6}")
@@ -60,6 +61,11 @@ def shard_folder(cache: Path, shard: int) -> Path:
 
 def aux_column(layer: int) -> str:
     return f"aux.{layer}"
+
+
+def column_of(layer: int | str) -> str:
+    """The column of a layer, or of FINAL."""
+    return FINAL if layer == FINAL else aux_column(layer)
 
 
 def layer_of(column: str) -> int | None:

@@ -18,7 +18,17 @@ from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import LOSSY, stored_bytes
 from pipeline.cache.index import build_index, read_index
 from pipeline.cache.int8_files import Encoded, laid_out
-from pipeline.cache.layout import IDENTITY, SAMPLES, aux_column, check_there, inside, layer_of, shard_folder
+from pipeline.cache.layout import (
+    FINAL,
+    IDENTITY,
+    SAMPLES,
+    aux_column,
+    check_there,
+    column_of,
+    inside,
+    layer_of,
+    shard_folder,
+)
 from pipeline.cache.manifest import check_file, read_canonical
 from pipeline.cache.opened import OpenColumns
 from pipeline.cache.plan import load_plan, read_manifests
@@ -37,6 +47,7 @@ IN_FLIGHT = 8  # reads at a time: what a disk of many queues wants, and threads 
 INLINE_BYTES = 1 << 20  # less is read by the thread that asks: handing it to others takes longer
 
 Part = tuple[int, int, int]  # sample, first row, stop
+Layer = int | str  # a layer's number, or FINAL, whose rows are counted among those that keep it: `final_rows`
 
 
 @dataclass(frozen=True)
@@ -116,14 +127,14 @@ class HiddenCache:
 
     @property
     def has_final(self) -> bool:
-        return "final" in self.whole
+        return FINAL in self.whole
 
-    def rounded(self, layers: Iterable[int]) -> dict[str, list[str]]:
+    def rounded(self, layers: Iterable[Layer]) -> dict[str, list[str]]:
         """Those of these whole columns that a codec has rounded, with their codecs.
 
         They hold other states than the cache of this digest was captured with, if only by a little.
         """
-        codecs = {name: self._catalog.codecs(name) for name in map(aux_column, layers)}
+        codecs = {name: self._catalog.codecs(name) for name in map(column_of, layers)}
         return {name: sorted(held) for name, held in codecs.items() if held & LOSSY}
 
     @property
@@ -189,8 +200,8 @@ class HiddenCache:
         assert 0 <= start <= stop <= len(ids), f"rows {rows} of a sample of {len(ids)}"
         last = kept = None
         if final:
-            kept, at = self._final_rows(i, mask, start, stop)
-            last = self._states(i, ("final",), at, at + len(kept))[0]
+            kept, at = self.final_rows(i, mask, start, stop)
+            last = self._states(i, (FINAL,), at, at + len(kept))[0]
             kept = torch.from_numpy(kept - start)
         return Sample(
             torch.from_numpy(ids[start:stop].astype(np.int64)),
@@ -200,25 +211,33 @@ class HiddenCache:
             kept,
         )
 
-    def fill(self, out_KRD: "torch.Tensor", parts: Sequence[Part], layers: Sequence[int]) -> None:
+    def final_rows(self, i: int, mask_T: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, int]:
+        """Which rows of [start, stop) of sample `i` keep `final`, and how many before them do. `mask`: the sample's."""
+        if self._keeps_all(i):
+            return np.arange(start, stop), start
+        kept = np.flatnonzero(final_rows(mask_T))
+        first, end = np.searchsorted(kept, [start, stop])
+        return kept[first:end], int(first)
+
+    def fill(self, out_KRD: "torch.Tensor", parts: Sequence[Part], layers: Sequence[Layer]) -> None:
         """Fill `out` with rows of samples, end to end: of each part (sample, first row, stop). CPU, of `dtype`.
 
         Reads several at a time, straight into `out`; what it raises, it raises when no thread writes there any more.
         The errors are those of `read`.
         """
         self._check_parts(parts, layers)
-        self._fill(out_KRD, parts, tuple(map(aux_column, layers)))
+        self._fill(out_KRD, parts, tuple(map(column_of, layers)))
 
-    def is_encoded(self, layers: Sequence[int]) -> bool:
+    def is_encoded(self, layers: Sequence[Layer]) -> bool:
         """Whether all states of these layers are kept as int8, for `read_encoded`."""
-        return bool(layers) and all(self._catalog.codecs(aux_column(layer)) <= LOSSY for layer in layers)
+        return bool(layers) and all(self._catalog.codecs(column_of(layer)) <= LOSSY for layer in layers)
 
-    def encoded_bytes(self, rows: int, layers: Sequence[int]) -> int:
+    def encoded_bytes(self, rows: int, layers: Sequence[Layer]) -> int:
         """Bytes that `read_encoded` needs for so many rows."""
         return len(layers) * stored_bytes(rows, self.hidden_size, self._kind[0], "int8")
 
     def read_encoded(
-        self, memory_B: "torch.Tensor", parts: Sequence[Part], layers: Sequence[int]
+        self, memory_B: "torch.Tensor", parts: Sequence[Part], layers: Sequence[Layer]
     ) -> list[tuple[int, int, Encoded]]:
         """Read what `fill` would, as int8 keeps it, into `memory`, to be decoded where it is needed.
 
@@ -240,15 +259,23 @@ class HiddenCache:
         for i, start, stop in parts:
             shard, row = self._place(i)
             for k, layer in enumerate(layers if stop > start else ()):
-                jobs.append(partial(read, k, at, shard, aux_column(layer), row, start, stop - start))
+                jobs.append(partial(read, k, at, shard, column_of(layer), row, start, stop - start))
             at += stop - start
         self._read_all(jobs, values_KRD.nbytes, near=values_KRD.nbytes < INLINE_BYTES)
         return found
 
-    def _check_parts(self, parts: Sequence[Part], layers: Sequence[int]) -> None:
-        self._check_wanted([i for i, _, _ in parts], layers, final=False)
-        lengths = self.samples.length
-        assert all(0 <= start <= stop <= lengths[i] for i, start, stop in parts), f"rows beyond their samples: {parts}"
+    def _check_parts(self, parts: Sequence[Part], layers: Sequence[Layer]) -> None:
+        final = FINAL in layers
+        assert not final or len(layers) == 1, f"{layers}: other rows of `final` than of the layers"
+        self._check_wanted([i for i, _, _ in parts], () if final else layers, final)
+        table = self.samples
+        ends = [(table.final_length if final and not self._keeps_all(i) else table.length)[i] for i, _, _ in parts]
+        within = all(0 <= start <= stop <= end for (_, start, stop), end in zip(parts, ends, strict=True))
+        assert within, f"rows beyond their samples: {parts}"
+
+    def _keeps_all(self, i: int) -> bool:
+        """Whether `final` is kept on all rows of sample `i`."""
+        return self._catalog.manifest(self._place(i)[0], FINAL)["spec"]["keeps"] == "all"
 
     def _fill(self, out_KRD: "torch.Tensor", parts: Sequence[Part], names: tuple[str, ...]) -> None:
         import torch
@@ -308,14 +335,6 @@ class HiddenCache:
         self._fill(out, [(i, start, stop)], names)
         return out
 
-    def _final_rows(self, i: int, mask: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, int]:
-        """Which rows of [start, stop) keep `final`, and how many before them do."""
-        if self._catalog.manifest(self._place(i)[0], "final")["spec"]["keeps"] == "all":
-            return np.arange(start, stop), start
-        kept = np.flatnonzero(final_rows(mask))
-        first, end = np.searchsorted(kept, [start, stop])
-        return kept[first:end], int(first)
-
     def _check_wanted(self, indices: Iterable[int], layers: Sequence[int], final: bool) -> None:
         absent = [layer for layer in layers if aux_column(layer) not in self.whole]
         if absent:
@@ -328,7 +347,7 @@ class HiddenCache:
             raise UsageError(
                 f"{self.path} holds no `final` states; capture them: `pipeline cache-hidden --final needed`"
             )
-        names = [*map(aux_column, layers), *(["final"] if final else [])]
+        names = [*map(aux_column, layers), *([FINAL] if final else [])]
         for i in indices:
             shard, row = self._place(i)
             if any(str(row) in self._catalog.manifest(shard, name)["refused"] for name in names):

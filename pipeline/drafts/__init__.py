@@ -1,13 +1,15 @@
 """The draft methods and what they share. Adding one is one file and one line in `DRAFTS`."""
 
 from pipeline.drafts.blocks import Blocks, Cell, eligible_anchors, lay_blocks, pack
-from pipeline.drafts.config import DraftConfig, default_gamma
+from pipeline.drafts.config import DraftConfig, default_gamma, needs_teacher
+from pipeline.drafts.decoding import DraftKV, Proposal, Sampling
 from pipeline.drafts.dflash import DFlash
 from pipeline.drafts.domino import Domino
-from pipeline.drafts.draft import Draft, DraftKV, Knobs, Loss, init_weights
+from pipeline.drafts.draft import Draft, Knobs, Loss, init_weights
+from pipeline.drafts.dspark import DSpark
 from pipeline.drafts.metrics import metrics_of
 
-DRAFTS: dict[str, type[Draft]] = {"dflash": DFlash, "domino": Domino}
+DRAFTS: dict[str, type[Draft]] = {"dflash": DFlash, "domino": Domino, "dspark": DSpark}
 
 __all__ = [
     "DRAFTS",
@@ -18,10 +20,13 @@ __all__ = [
     "DraftKV",
     "Knobs",
     "Loss",
+    "Proposal",
+    "Sampling",
     "default_gamma",
     "eligible_anchors",
     "init_weights",
     "lay_blocks",
     "metrics_of",
+    "needs_teacher",
     "pack",
 ]

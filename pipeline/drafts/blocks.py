@@ -4,6 +4,7 @@ A cell is a few samples end to end, without padding. A block is S slots laid fro
 guessed at once: one pass of the target pays for N such problems.
 
     M documents   R rows of a cell   T rows of a sample   K layers   D hidden size   N blocks   S slots
+    F rows that keep the target's final state
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from pipeline.drafts.attention import Group, group_blocks
 from pipeline.drafts.config import DraftConfig
+from pipeline.errors import DataError
 
 
 class Rows(Protocol):
@@ -23,6 +25,8 @@ class Rows(Protocol):
     ids: Tensor  # [T]
     mask: Tensor  # [T] bool
     aux: Tensor  # [K, T, D]
+    final: Tensor | None  # [F, D]; read only if asked for, as is the next
+    final_rows: Tensor | None  # int64 [F]
 
 
 def _moved(record, device):
@@ -36,7 +40,10 @@ def _moved(record, device):
 
 @dataclass(frozen=True)
 class Cell:
-    """Samples end to end. Rows of document m are starts_M[m] .. starts_M[m] + lengths_M[m] - 1."""
+    """Samples end to end. Rows of document m are starts_M[m] .. starts_M[m] + lengths_M[m] - 1.
+
+    The target's final states are here only for losses that read them (`needs_teacher`).
+    """
 
     ids_R: Tensor  # int64
     mask_R: Tensor  # bool: tokens to learn
@@ -46,6 +53,8 @@ class Cell:
     lengths_M: Tensor  # int64
     aux_KRD: Tensor
     names: tuple[str, ...]  # sample ids in hex, for error messages
+    final_FD: Tensor | None = None  # in the rows' order
+    final_at_R: Tensor | None = None  # int64: the row's place in F, -1 where none is kept
 
     def to(self, device: torch.device | str) -> "Cell":
         return _moved(self, device)
@@ -65,6 +74,7 @@ class Blocks:
     prev_NS: Tensor  # int64: the token at anchor + slot, which a causal head reads
     scored_NS: Tensor  # bool
     weights_NS: Tensor  # float32: `scored` times the decay
+    teacher_NS: Tensor  # int64: the row whose final state predicts the label, the one before it; 0 if not scored
     groups: tuple[Group, ...]
     lengths: tuple[int, ...]  # rows of each document
 
@@ -83,8 +93,13 @@ class Blocks:
         return group_blocks(anchors, self.doc_N.tolist(), self.labels_NS.shape[1])
 
 
-def pack(samples: Sequence[Rows], names: Sequence[str], offsets: Sequence[int] | None = None) -> Cell:
-    """Lay samples end to end, without padding. `offsets`: the true position of each one's first row (default 0)."""
+def pack(
+    samples: Sequence[Rows], names: Sequence[str], offsets: Sequence[int] | None = None, final: bool = False
+) -> Cell:
+    """Lay samples end to end, without padding, their final states too if asked for.
+
+    offsets: the true position of each one's first row (default 0).
+    """
     offsets = [0] * len(samples) if offsets is None else offsets
     assert samples and len(samples) == len(names) == len(offsets), f"{len(samples)} samples, {len(names)} names"
     lengths_M = torch.tensor([len(sample.ids) for sample in samples])
@@ -97,7 +112,20 @@ def pack(samples: Sequence[Rows], names: Sequence[str], offsets: Sequence[int] |
         lengths_M=lengths_M,
         aux_KRD=torch.cat([sample.aux for sample in samples], dim=1),
         names=tuple(names),
+        final_FD=torch.cat([sample.final for sample in samples]) if final else None,
+        final_at_R=_places(samples) if final else None,
     )
+
+
+def _places(samples: Sequence[Rows]) -> Tensor:
+    """Where each row's final state is [R], -1 where it has none."""
+    place, parts = 0, []
+    for sample in samples:
+        at_T = torch.full((len(sample.ids),), -1)
+        at_T[sample.final_rows.long()] = torch.arange(place, place + len(sample.final_rows))
+        place += len(sample.final_rows)
+        parts.append(at_T)
+    return torch.cat(parts)
 
 
 def eligible_anchors(mask_T: Tensor) -> Tensor:
@@ -112,7 +140,8 @@ def lay_blocks(cell: Cell, anchors_N: Tensor, keep_N: Tensor, config: DraftConfi
     """Lay a block from each anchor row. Labels and prefixes never leave the anchor's document.
 
     Same-position labels: slot k guesses token anchor + k, slot 0 (the anchor itself) is never scored. Next-position:
-    anchor + k + 1, all slots. A gap in the loss mask does not invalidate the slots after it (DFlash and Domino).
+    anchor + k + 1, all slots. A gap in the loss mask invalidates the slots after it for DSpark only. DataError where
+    the cell brings final states, but not the one that a scored slot is to learn from.
     """
     device = cell.ids_R.device
     anchors_N, keep_N = anchors_N.to(device).long(), keep_N.to(device).bool()
@@ -125,6 +154,10 @@ def lay_blocks(cell: Cell, anchors_N: Tensor, keep_N: Tensor, config: DraftConfi
     safe_NS = torch.minimum(label_NS, last_N1)
 
     scored_NS = keep_N[:, None] & (label_NS <= last_N1) & cell.mask_R[safe_NS] & (slots_S >= config.first_slot)
+    if config.method == "dspark":
+        scored_NS = unbroken(scored_NS)
+    teacher_NS = torch.where(scored_NS, label_NS - 1, 0)
+    _check_teachers(cell, teacher_NS, scored_NS)
     noise_ids_NS = torch.full_like(token_NS, config.mask_token_id)
     noise_ids_NS[:, 0] = torch.where(keep_N, cell.ids_R[anchors_N], config.mask_token_id)
     return Blocks(
@@ -138,9 +171,28 @@ def lay_blocks(cell: Cell, anchors_N: Tensor, keep_N: Tensor, config: DraftConfi
         prev_NS=cell.ids_R[torch.minimum(token_NS, last_N1)],
         scored_NS=scored_NS,
         weights_NS=scored_NS * slot_decay(config).to(device),
+        teacher_NS=teacher_NS,
         groups=group_blocks((anchors_N - starts_N).tolist(), doc_N.tolist(), config.block_size),
         lengths=tuple(cell.lengths_M.tolist()),
     )
+
+
+def unbroken(scored_NS: Tensor) -> Tensor:
+    """Score a slot only while every slot before it is scored: DSpark's rule (`build_eval_mask` of DeepSpec)."""
+    return scored_NS.long().cumprod(-1).bool()
+
+
+def _check_teachers(cell: Cell, teacher_NS: Tensor, scored_NS: Tensor) -> None:
+    if cell.final_at_R is None:
+        return
+    missing_NS = scored_NS & (cell.final_at_R[teacher_NS] < 0)
+    if missing_NS.any():
+        row = int(teacher_NS[missing_NS][0])
+        document = int(cell.doc_R[row])
+        raise DataError(
+            f"sample {cell.names[document]} keeps no final state of row {row - int(cell.starts_M[document])}, though "
+            'the next token is to be learned; capture the column `final` again, or set draft.objective = "ce"'
+        )
 
 
 def slot_decay(config: DraftConfig) -> Tensor:

@@ -12,6 +12,14 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, Posit
 from pipeline.errors import UsageError
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
+OF_DSPARK = (
+    "markov_rank",
+    "markov_head_type",
+    "enable_confidence_head",
+    "confidence_head_with_markov",
+    "alpha_confidence",
+)
+OF_DOMINO = ("pure_draft_prefix_len", "emb_dim", "gru_hidden_dim", "lambda_start", "lambda_decay")
 
 
 def default_gamma(block_size: int) -> float:
@@ -58,6 +66,18 @@ class DraftConfig(BaseModel):
     lambda_start: float | None = None
     lambda_decay: float | None = None  # share of the horizon over which lambda falls to 0
 
+    # Read by dspark only, None for the others.
+    markov_rank: PositiveInt | None = None
+    markov_head_type: Literal["vanilla", "gated", "rnn"] | None = None
+    enable_confidence_head: bool | None = None
+    confidence_head_with_markov: bool | None = None  # it reads the token before as well
+    alpha_confidence: float | None = None  # weight of its loss; None without such a head
+
+    # What each slot's logits are pulled to; all but "ce" read the target's final state. See `objectives.py`.
+    objective: Literal["ce", "kl", "tv", "lk-alpha", "lk-hybrid", "dspark"] = "ce"
+    alpha_ce: float | None = None  # of objective "dspark" only
+    alpha_l1: float | None = None
+
     gamma: float | None = None  # None: no decay
     weighting: Literal["decay", "dpace", "dpace-cumulative-confidence-only", "dpace-continuation-value-only"] = "decay"
     dpace_alpha: float = 0.5
@@ -84,14 +104,12 @@ class DraftConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, fields):
-        """Defaults that depend on other fields: all layers full; for domino, lambda from 1 to 0 over the whole run."""
+        """Defaults that depend on other fields: all layers full, and those of `defaults`."""
         fields = dict(fields)
         if not fields.get("layer_types") and isinstance(fields.get("num_hidden_layers"), int):
             fields["layer_types"] = ("full_attention",) * fields["num_hidden_layers"]
-        if fields.get("method") == "domino":
-            for key in ("lambda_start", "lambda_decay"):
-                fields[key] = 1.0 if fields.get(key) is None else fields[key]
-        return fields
+        stated = {key: value for key, value in fields.items() if value is not None}
+        return fields | defaults(stated) | stated
 
     @model_validator(mode="after")
     def _check(self):
@@ -105,6 +123,31 @@ class DraftConfig(BaseModel):
             raise UsageError(f"no method {self.method!r}; there are {', '.join(sorted(DRAFTS))}")
         DRAFTS[self.method].check(self)
         return self
+
+
+def defaults(stated: dict) -> dict:
+    """Return what the method and the objective add where nothing is stated, as published."""
+    method = stated.get("method")
+    if method == "domino":
+        return {"lambda_start": 1.0, "lambda_decay": 1.0} | _alphas(stated)
+    if method != "dspark":
+        return _alphas(stated)
+    objective = stated.get("objective", "dspark")
+    # A confidence head learns from the target's final state, which plain cross-entropy has no need of.
+    head = stated.get("enable_confidence_head", objective != "ce")
+    filled = {"objective": objective, "markov_rank": 256, "markov_head_type": "vanilla", "enable_confidence_head": head}
+    filled |= {"confidence_head_with_markov": False} | ({"alpha_confidence": 1.0} if head else {})
+    return filled | _alphas(stated | filled)
+
+
+def _alphas(stated: dict) -> dict:
+    return {"alpha_ce": 0.1, "alpha_l1": 0.9} if stated.get("objective") == "dspark" else {}
+
+
+def needs_teacher(config: DraftConfig) -> bool:
+    """Whether the loss reads the target's final state."""
+    soft = config.objective != "ce" and config.alpha_l1 != 0
+    return soft or bool(config.enable_confidence_head)
 
 
 def refuse_options(config: DraftConfig, *names: str) -> None:
@@ -167,6 +210,16 @@ def _check_loss(config: DraftConfig) -> None:
         raise UsageError(f"gamma {config.gamma} must be above 0; leave it out for no decay")
     if not 0 <= config.dpace_alpha <= 1:
         raise UsageError(f"dpace_alpha {config.dpace_alpha} must lie in 0..1; 0.5 is the published value")
+    for name in ("alpha_ce", "alpha_l1"):
+        value = getattr(config, name)
+        if value is not None and config.objective != "dspark":
+            raise UsageError(
+                f'{name} = {value} is a weight of objective "dspark"; leave it out of {config.objective!r}'
+            )
+        if value is not None and value < 0:
+            raise UsageError(f"{name} {value} must be 0 or more; published are 0.1 for alpha_ce and 0.9 for alpha_l1")
+    if config.objective == "dspark" and config.alpha_ce == config.alpha_l1 == 0:
+        raise UsageError("alpha_ce and alpha_l1 are both 0, so nothing is learned; published are 0.1 and 0.9")
     for name in ("lambda_start", "lambda_decay"):
         value = getattr(config, name)
         if value is not None and not 0 <= value <= 1:

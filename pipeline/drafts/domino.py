@@ -5,18 +5,14 @@ A GRU reads the target's embeddings of the tokens from the anchor on; from its s
 bottleneck of rank U gives z = SiLU(W1 [h ; g]), and the corrected logits are head(h) + W2 z. The first
 `pure_draft_prefix_len` proposals are left to the backbone.
 
-    N blocks   S slots   P proposals   D hidden size   H width of the GRU   U rank   V vocabulary
+    N blocks   S slots   D hidden size   H width of the GRU   U rank   V vocabulary
 """
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.drafts.blocks import Blocks, Cell
-from pipeline.drafts.config import DraftConfig
-from pipeline.drafts.draft import Draft, Knobs, Loss
-from pipeline.drafts.elementwise import wide
-from pipeline.drafts.losses import CrossEntropies, chunk_blocks, head_loss
-from pipeline.drafts.metrics import slot_sums
+from pipeline.drafts.config import OF_DSPARK, DraftConfig, refuse_options
+from pipeline.drafts.draft import Draft, Knobs
 from pipeline.errors import UsageError
 from pipeline.target_head import TargetHead
 
@@ -34,7 +30,8 @@ class Domino(Draft):
 
     @staticmethod
     def check(config: DraftConfig) -> None:
-        """Refuse a head without sizes, an empty suffix, and weights that are defined for DFlash only."""
+        """Refuse a head without sizes and an empty suffix."""
+        refuse_options(config, *OF_DSPARK)
         for name in ("emb_dim", "gru_hidden_dim", "pure_draft_prefix_len"):
             if getattr(config, name) is None:
                 raise UsageError(f"domino needs {name}; published recipes use 256, 1024 and 1 for rank, GRU and prefix")
@@ -44,8 +41,6 @@ class Domino(Draft):
                 f"pure_draft_prefix_len {config.pure_draft_prefix_len} leaves the causal head nothing to correct; "
                 f"use 0..{most} with blocks of {config.block_size} and shift_label {config.shift_label}"
             )
-        if config.weighting != "decay":
-            raise UsageError(f'weighting {config.weighting!r} is defined for dflash only; use "decay" with domino')
 
     @property
     def suffix_start(self) -> int:
@@ -63,20 +58,13 @@ class Domino(Draft):
         value = self.config.lambda_start * (1 - min(step / span, 1))
         return Knobs(lambda_base=min(max(value, 0.0), 1.0))
 
-    def denominators(self, blocks: Blocks) -> dict[str, Tensor]:
-        """This cell's share of each term's global denominator: the weights' sum, for both."""
-        weight = blocks.weights_NS.double().sum()
-        return {"final": weight, "base": weight}
+    def kinds(self, knobs: Knobs) -> dict[str, float]:
+        """Corrected and base logits: 1 - lambda and lambda."""
+        return {"final": 1 - knobs.lambda_base, "base": knobs.lambda_base}
 
-    def loss(self, cell: Cell, blocks: Blocks, knobs: Knobs, dens: dict, metrics: bool = False) -> Loss:
-        """(1 - lambda) * corrected + lambda * base cross-entropy. At lambda 1 the GRU gets zero gradients, not None."""
-        hidden_NSD = self.hidden(cell, blocks)
-        scales = {"final": (1 - knobs.lambda_base) / dens["final"], "base": knobs.lambda_base / dens["base"]}
-        objective = CrossEntropies(blocks.labels_NS, lambda part, ce_NS: blocks.weights_NS[part], scales, metrics)
-        correction = self._bottleneck(hidden_NSD, blocks.prev_NS), self.embed_proj[2].weight
-        total = head_loss(hidden_NSD, self.target, objective, correction)
-        correct = {kind: torch.cat(parts) for kind, parts in objective.correct.items()}
-        return Loss(total, objective.numerators, slot_sums(correct, blocks.scored_NS) if metrics else {})
+    def correction(self, hidden_NSD: Tensor, prev_NS: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Draft.correction`, 0 on the slots left to the backbone."""
+        return self._bottleneck(hidden_NSD, prev_NS), self.embed_proj[2].weight
 
     def _bottleneck(self, hidden_NSD: Tensor, prev_NS: Tensor) -> Tensor:
         """z [N, S, U] from the true tokens before each label, 0 on the slots left to the backbone.
@@ -92,35 +80,9 @@ class Domino(Draft):
         """The backbone's state first, the GRU's second, as published."""
         return self.embed_proj[1](self.embed_proj[0](torch.cat([hidden, state], dim=-1)))
 
-    def logits(self, hidden_NSD: Tensor, prev_NS: Tensor) -> dict[str, Tensor]:
-        """All teacher-forced logits [N, S, V] at once, "base" and "final": for probes and tests of a few blocks."""
-        raw_NSV = self.target.raw_logits(hidden_NSD)
-        base_NSV = raw_NSV.to(wide(raw_NSV.dtype))
-        correction_NSV = self.embed_proj[2](self._bottleneck(hidden_NSD, prev_NS)).to(base_NSV.dtype)
-        return {"base": self.target.cap(base_NSV), "final": self.target.cap(base_NSV + correction_NSV)}
-
-    @torch.no_grad()
-    def rollout(self, hidden_NSD: Tensor, anchor_ids_N: Tensor) -> Tensor:
-        """Greedy proposals [N, P] in order, each corrected by those before it, exactly, over the whole vocabulary."""
-        blocks = chunk_blocks(self.config.proposals, self.target.vocab_size, hidden_NSD.device)
-        parts = zip(hidden_NSD.split(blocks), anchor_ids_N.split(blocks), strict=True)
-        return torch.cat([self.roll(hidden, anchors)[0] for hidden, anchors in parts])
-
-    def roll(self, hidden_NSD: Tensor, anchor_ids_N: Tensor, forced_NP: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Proposals [N, P] one after the other and the uncapped logits [N, P, V] each was taken from.
-
-        forced_NP: tokens to go on from instead of the proposals, as teacher forcing does.
-        """
-        guessing_NPD = hidden_NSD[:, self.config.first_slot :]
-        logits_NPV = self.target.raw_logits(guessing_NPD)  # one multiplication for all proposals
-        out_VU = self.embed_proj[2].weight.to(logits_NPV.dtype)
-        proposals_NP = torch.empty(guessing_NPD.shape[:2], dtype=torch.long, device=hidden_NSD.device)
-        last_N, state_1NH = anchor_ids_N, None
-        for k in range(self.config.proposals):
-            states_N1H, state_1NH = self.prefix_gru(self._noise(last_N)[:, None], state_1NH)
-            if k >= self.config.pure_draft_prefix_len:
-                z_NU = self._mix(guessing_NPD[:, k], states_N1H[:, 0]).to(logits_NPV.dtype)
-                logits_NPV[:, k] = torch.addmm(logits_NPV[:, k], z_NU, out_VU.T)
-            proposals_NP[:, k] = logits_NPV[:, k].argmax(-1)
-            last_N = proposals_NP[:, k] if forced_NP is None else forced_NP[:, k]
-        return proposals_NP, logits_NPV
+    def advance(self, k: int, hidden_ND: Tensor, last_N: Tensor, state_1NH: Tensor | None):
+        """As `Draft.advance`; the state is the GRU's, and the first proposals are left to the backbone."""
+        states_N1H, state_1NH = self.prefix_gru(self._noise(last_N)[:, None], state_1NH)
+        if k < self.config.pure_draft_prefix_len:
+            return None, state_1NH
+        return (self._mix(hidden_ND, states_N1H[:, 0]), self.embed_proj[2].weight), state_1NH

@@ -1,6 +1,7 @@
 """What every method is: a backbone, the target's frozen head, and the two ways to run them, training and decoding.
 
 N blocks   S slots   K layers   T new rows   R context rows   D hidden size   P proposals   V vocabulary
+U rank of a correction
 """
 
 import math
@@ -12,8 +13,14 @@ from torch import Tensor, nn
 from pipeline.drafts.attention import Decode, Dense, Grouped
 from pipeline.drafts.backbone import Backbone
 from pipeline.drafts.blocks import Blocks, Cell
-from pipeline.drafts.config import DraftConfig
-from pipeline.errors import UsageError
+from pipeline.drafts.config import DraftConfig, needs_teacher
+from pipeline.drafts.decoding import DraftKV, Proposal, Sampling
+from pipeline.drafts.elementwise import wide
+from pipeline.drafts.losses import chunk_blocks, head_loss
+from pipeline.drafts.metrics import slot_sums
+from pipeline.drafts.objectives import Objective, Teacher, dpace_weights, parts_of, term
+from pipeline.errors import DataError, UsageError
+from pipeline.sampling import draw, uniforms
 from pipeline.target_head import TargetHead
 
 
@@ -37,40 +44,13 @@ class Loss:
     sums: dict[str, Tensor] = field(default_factory=dict)
 
 
-class DraftKV:
-    """The decoder's memory of a draft: keys and values of the context only, each computed once."""
-
-    def __init__(self):
-        self.length = 0  # positions 0 .. length - 1 are held
-        self._layers: list[tuple[Tensor, Tensor]] = []  # [G, capacity, E]
-
-    def append(self, fresh: list[tuple[Tensor, Tensor]]) -> None:
-        """Add the keys and values [G, T, E] of the next T positions, for each layer."""
-        start, stop = self.length, self.length + fresh[0][0].shape[1]
-        if not self._layers or stop > self._layers[0][0].shape[1]:
-            self._layers = [self._grown(index, pair, 2 * stop) for index, pair in enumerate(fresh)]
-        for held, new in zip(self._layers, fresh, strict=True):
-            for kept, values in zip(held, new, strict=True):
-                kept[:, start:stop] = values
-        self.length = stop
-
-    def _grown(self, index: int, pair: tuple[Tensor, Tensor], capacity: int) -> tuple[Tensor, Tensor]:
-        roomy = tuple(values.new_empty(values.shape[0], capacity, values.shape[2]) for values in pair)
-        if self._layers:
-            for kept, old in zip(roomy, self._layers[index], strict=True):
-                kept[:, : self.length] = old[:, : self.length]
-        return roomy
-
-    def layers(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values [G, length, E] of each layer."""
-        return [(k[:, : self.length], v[:, : self.length]) for k, v in self._layers]
-
-
 class Draft(Backbone):
-    """A backbone with the target's head. A method adds `check`, `schedule`, `denominators`, `loss` and `rollout`.
+    """A backbone with the target's head. A method adds `check` and `schedule`; one that reads the tokens already chosen
+    also `correction` (all slots at once, in training) and `advance` (slot by slot).
 
     The head is no part of the state_dict, whose keys are exactly those of published checkpoints. `reads_final` says
-    whether the loss reads the target's final state; the accept length always does.
+    whether the published loss reads the target's final state (`needs_teacher` knows of any); the accept length always
+    does.
     """
 
     reads_final = False
@@ -101,6 +81,65 @@ class Draft(Backbone):
     def _noise(self, ids: Tensor) -> Tensor:
         return self.target.embed(ids).to(self.fc.weight.dtype)
 
+    def schedule(self, step: int, horizon: int) -> Knobs:
+        """What changes over a run: nothing. step: optimizer steps completed, of `horizon`."""
+        return Knobs()
+
+    def kinds(self, knobs: Knobs) -> dict[str, float]:
+        """The kinds of logits that are trained, with their weights."""
+        return {"final": 1.0}
+
+    def correction(self, hidden_NSD: Tensor, prev_NS: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What is added to the head's logits: (z [N, S, U], W_out [V, U]), from the true token before each label."""
+        return None
+
+    def denominators(self, blocks: Blocks) -> dict[str, Tensor]:
+        """This cell's share of each term's global denominator: the weights' sum, or the samples for D-PACE."""
+        share = blocks.weights_NS.double().sum()
+        if self.config.weighting != "decay":
+            share = torch.tensor(len(blocks.lengths), dtype=torch.float64, device=share.device)
+        return {term(kind, part): share for kind in self.kinds(Knobs()) for part in parts_of(self.config)}
+
+    def loss(self, cell: Cell, blocks: Blocks, knobs: Knobs, dens: dict, metrics: bool = False) -> Loss:
+        """Every term of the objective over its global denominator. At lambda 1 a causal head's gradient is 0, not None.
+
+        DataError when the objective reads final states and the cell has none.
+        """
+        objective = self.objective(cell, blocks, knobs, dens, metrics)
+        hidden_NSD = self.hidden(cell, blocks)
+        total = head_loss(hidden_NSD, self.target, objective, self.correction(hidden_NSD, blocks.prev_NS))
+        return Loss(total, objective.numerators, slot_sums(objective.slots(), blocks.scored_NS) if metrics else {})
+
+    def objective(self, cell: Cell, blocks: Blocks, knobs: Knobs, dens: dict, metrics: bool) -> Objective:
+        """The configured objective on these blocks; nothing is computed yet."""
+        parts = parts_of(self.config)
+        scales = {
+            kind: {part: weight * share / dens[term(kind, part)] for part, share in parts.items()}
+            for kind, weight in self.kinds(knobs).items()
+        }
+        teacher = _teacher(cell, blocks, self.config) if needs_teacher(self.config) else None
+        confident = bool(self.config.enable_confidence_head)
+        return Objective(
+            blocks.labels_NS, self._weigh(blocks), scales, self.config.objective, teacher, confident, metrics
+        )
+
+    def _weigh(self, blocks: Blocks):
+        kind, alpha = self.config.weighting, self.config.dpace_alpha
+        if kind == "decay":
+            return lambda part, ce_NS: blocks.weights_NS[part]
+        return lambda part, ce_NS: dpace_weights(ce_NS, blocks.scored_NS[part], alpha, kind)
+
+    def logits(self, hidden_NSD: Tensor, prev_NS: Tensor) -> dict[str, Tensor]:
+        """All teacher-forced logits [N, S, V] at once, "final" and where they are corrected also "base": for probes
+        and tests of a few blocks."""
+        raw_NSV = self.target.raw_logits(hidden_NSD)
+        base_NSV = raw_NSV.to(wide(raw_NSV.dtype))
+        correction = self.correction(hidden_NSD, prev_NS)
+        if correction is None:
+            return {"final": self.target.cap(base_NSV)}
+        added_NSV = nn.functional.linear(*correction).to(base_NSV.dtype)
+        return {"base": self.target.cap(base_NSV), "final": self.target.cap(base_NSV + added_NSV)}
+
     def new_kv(self) -> DraftKV:
         return DraftKV()
 
@@ -124,10 +163,89 @@ class Draft(Backbone):
         return self.slots(self._noise(ids_S), positions_S, kv.layers(), Decode(S, start, device))
 
     @torch.no_grad()
-    def propose(self, features_KTD: Tensor, anchor_id: int, start: int, kv: DraftKV) -> Tensor:
-        """Guess the tokens [P] at positions start + 1 .. start + P, greedily. Arguments as of `block_hidden`."""
+    def propose(
+        self,
+        features_KTD: Tensor,
+        anchor_id: int,
+        start: int,
+        kv: DraftKV,
+        sampling: Sampling | None = None,
+        threshold: float = 0.0,
+    ) -> Proposal:
+        """Guess the tokens at positions start + 1 .. start + P, greedily or drawn. Arguments as of `block_hidden`.
+
+        threshold: cut the block before the first token whose confidence is below it; 0 keeps all.
+        """
         hidden_1SD = self.block_hidden(features_KTD, anchor_id, start, kv)[None]
-        return self.rollout(hidden_1SD, torch.tensor([anchor_id], device=hidden_1SD.device))[0]
+        anchor_1 = torch.tensor([anchor_id], device=hidden_1SD.device)
+        ids_1P, logits_1PV = self.roll(hidden_1SD, anchor_1, sampling)
+        kept = int(self.kept(hidden_1SD, anchor_1, ids_1P, threshold)) if threshold > 0 else ids_1P.shape[1]
+        q_PV = None if sampling is None else self.chances(logits_1PV[0, :kept], sampling.temperature)
+        return Proposal(ids_1P[0, :kept], q_PV)
+
+    @torch.no_grad()
+    def rollout(self, hidden_NSD: Tensor, anchor_ids_N: Tensor) -> Tensor:
+        """Greedy proposals [N, P] in order, each corrected by those before it, exactly, over the whole vocabulary."""
+        blocks = chunk_blocks(self.config.proposals, self.target.vocab_size, hidden_NSD.device)
+        parts = zip(hidden_NSD.split(blocks), anchor_ids_N.split(blocks), strict=True)
+        return torch.cat([self.roll(hidden, anchors)[0] for hidden, anchors in parts])
+
+    def roll(
+        self,
+        hidden_NSD: Tensor,
+        anchor_ids_N: Tensor,
+        sampling: Sampling | None = None,
+        forced_NP: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Proposals [N, P] one after the other and the uncapped logits [N, P, V] each was taken from.
+
+        forced_NP: tokens to go on from instead of the proposals, as teacher forcing does.
+        """
+        guessing_NPD = hidden_NSD[:, self.config.first_slot :]
+        logits_NPV = self.target.raw_logits(guessing_NPD)  # one multiplication for all proposals
+        proposals_NP = torch.empty(guessing_NPD.shape[:2], dtype=torch.long, device=hidden_NSD.device)
+        last_N, state = anchor_ids_N, None
+        for k in range(self.config.proposals):
+            correction, state = self.advance(k, guessing_NPD[:, k], last_N, state)
+            if correction is not None:
+                z_NU, out_VU = (part.to(logits_NPV.dtype) for part in correction)
+                logits_NPV[:, k] = torch.addmm(logits_NPV[:, k], z_NU, out_VU.T)
+            proposals_NP[:, k] = self._pick(logits_NPV[:, k], sampling)
+            last_N = proposals_NP[:, k] if forced_NP is None else forced_NP[:, k]
+        return proposals_NP, logits_NPV
+
+    def _pick(self, raw_NV: Tensor, sampling: Sampling | None) -> Tensor:
+        if sampling is None:
+            return raw_NV.argmax(-1)
+        chances_NV = self.chances(raw_NV, sampling.temperature)
+        return draw(chances_NV, uniforms(len(chances_NV), sampling.generator))
+
+    def chances(self, raw_NV: Tensor, temperature: float) -> Tensor:
+        """Probabilities [..., V] of uncapped logits at a temperature, in float32 at least."""
+        return (self.target.cap(raw_NV.to(wide(raw_NV.dtype))) / temperature).softmax(-1)
+
+    def advance(self, k: int, hidden_ND: Tensor, last_N: Tensor, state):
+        """Return the correction (z [N, U], W_out [V, U]) of proposal k, None for no correction, and the next state.
+
+        last_N: the token before it; `state` is None for the first one.
+        """
+        return None, None
+
+    def kept(self, hidden_NSD: Tensor, anchor_ids_N: Tensor, ids_NP: Tensor, threshold: float) -> Tensor:
+        """How many of the proposals [N] come before the first with a confidence below the threshold."""
+        raise UsageError(
+            f"a {self.config.method} draft without a confidence head cannot cut its blocks at {threshold}; "
+            "leave the threshold out"
+        )
+
+
+def _teacher(cell: Cell, blocks: Blocks, config: DraftConfig) -> Teacher:
+    if cell.final_FD is None or cell.final_at_R is None:
+        raise DataError(
+            f"objective {config.objective!r} of {config.method} learns from the target's final states, and "
+            f'{cell.names[0]} came without them; read the cache\'s column `final`, or set draft.objective = "ce"'
+        )
+    return Teacher(cell.final_FD, torch.where(blocks.scored_NS, cell.final_at_R[blocks.teacher_NS], 0))
 
 
 def init_weights(draft: Draft, seed: int) -> None:
@@ -146,6 +264,6 @@ def _fresh(module: nn.Module, kind: str, shape: torch.Size, spread: float, gener
     if isinstance(module, nn.GRU):
         bound = 1 / math.sqrt(module.hidden_size)
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-    if isinstance(module, nn.Linear) and kind == "weight":
+    if isinstance(module, nn.Linear | nn.Embedding) and kind == "weight":
         return torch.empty(shape).normal_(0, spread, generator=generator)
     return torch.zeros(shape) if kind == "bias" else torch.ones(shape)

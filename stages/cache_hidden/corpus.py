@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pipeline.cache.manifest import FileFact
 from pipeline.errors import DataError, UsageError
+from pipeline.intake import Unusable
 
 SUFFIXES = (".jsonl", ".parquet")
 ROLES = {"system", "user", "assistant", "tool"}
@@ -51,14 +52,6 @@ class Fault:
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.detail}"
-
-
-class Unusable(Exception):
-    """Raised where a row is found unusable; becomes a Fault."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(detail)
-        self.reason, self.detail = reason, detail
 
 
 def corpus_files(corpus: str) -> list[Path]:

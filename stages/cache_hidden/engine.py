@@ -15,18 +15,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.cache.calibration import Calibration
-from pipeline.cache.columns import ColumnSpec
+from pipeline.cache.columns import ColumnSpec, kept_rows
 from pipeline.cache.int8 import encode
 from pipeline.cache.layout import BLOCK_ROWS, layer_of
 from pipeline.cache.samples import ShardPlan
-from pipeline.capture import final_rows
 from pipeline.errors import RoomError
+from pipeline.gauge import gauge_rows, measure
 from pipeline.target import run_decoder, tap_layers
 from pipeline.target_head import TargetHead
 from pipeline.tensors import out_of_memory
-from stages.cache_hidden.gauge import Gauge, gauge_rows
-
-CHUNK_ROWS = 512  # gauge rows whose logits exist at a time
 
 
 @dataclass
@@ -175,28 +172,3 @@ class Engine:
         tensor.record_stream(self._copying)
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
-
-
-def kept_rows(shard: ShardPlan, row: int, keeps: str) -> np.ndarray:
-    """Return which rows of a sample a column keeps that keeps "all" or those "needed", ascending."""
-    if keeps == "all":
-        return np.arange(shard.lengths[row])
-    return np.flatnonzero(final_rows(shard.mask(row)))
-
-
-def measure(head: TargetHead, states_RD: Tensor, tokens_R: Tensor) -> Tensor:
-    """Return [2, R]: whether each token is the greedy one after the state before it, and its log-probability."""
-    found = torch.zeros(2, len(tokens_R), device=states_RD.device)
-    for at in range(0, len(tokens_R), CHUNK_ROWS):
-        part = slice(at, at + CHUNK_ROWS)
-        logits_RV = head.logits(states_RD[part])
-        found[0, part] = (logits_RV.argmax(-1) == tokens_R[part]).float()
-        found[1, part] = logits_RV.log_softmax(-1).gather(-1, tokens_R[part, None])[:, 0]
-    return found
-
-
-def totals(gauge: Tensor) -> Gauge:
-    """Sum what `measure` gave for some rows."""
-    usable = gauge[:, gauge[1].isfinite()].double()
-    agree, logprob = usable.sum(-1).tolist()
-    return Gauge(usable.shape[-1], int(agree), logprob)

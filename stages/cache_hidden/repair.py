@@ -41,6 +41,11 @@ from stages.cache_hidden.report import Lost, Work, work_bytes
 from stages.cache_hidden.settings import Settings, settle
 from stages.cache_hidden.worker import Worker
 
+IMPORT_AGAIN = (
+    "remove the shards that are damaged, their folders whole, and run the same `pipeline import-cache` again: it makes "
+    "exactly these"
+)
+
 
 def checked(out: Path, mend: bool, deep: bool, model: str | None, device: str | None) -> Report:
     """Verify a cache, repair it first if `mend`, and with `deep` hold every byte of the target's weights to it, too."""
@@ -104,8 +109,18 @@ def remedy(out: Path, model: str | None, mended: bool) -> str:
     """Return what to do about damage: a command to paste, with the target as the last capture named it."""
     if mended:
         return "no repair makes it right; move it out of the cache and repair again"
+    if is_imported(out):
+        return IMPORT_AGAIN
     model = model or read_record(out).get("request", {}).get("model", "TARGET")
     return f"`{shlex.join(['pipeline', 'verify', str(out), '--repair', '--model', model])}` makes it again"
+
+
+def is_imported(out: Path) -> bool:
+    """Whether another trainer's files are where a cache came from, as far as its cache.json is whole."""
+    try:
+        return "imported" in read_canonical(out / IDENTITY, {"capture": dict})["capture"]
+    except CacheError:
+        return False
 
 
 def _say(line: str) -> None:
@@ -206,6 +221,8 @@ def drop_damaged_calibrations(out: Path, report: Report) -> bool:
 
 
 def _capture_again(out: Path, plan: Plan, lost: Lost, model: str | None, device: str | None) -> None:
+    if is_imported(out):
+        raise UsageError(f"{out} was imported, and what it lost is in the files it came from; {IMPORT_AGAIN}")
     if model is None:
         raise UsageError(f"only the target can make again what {out} has lost or lacks; {remedy(out, model, False)}")
     settings = _settings(out, plan, lost, model)

@@ -20,9 +20,9 @@ from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import Plan, check_unused, load_plan, plan_numbers, working
 from pipeline.cache.target_folder import has_target
 from pipeline.errors import DataError, UsageError
+from pipeline.gauge import Gauge
 from stages.cache_hidden.budget import chooser, is_planned, within_budget
 from stages.cache_hidden.corpus import corpus_files, file_sources
-from stages.cache_hidden.gauge import WARN_BELOW, Gauge
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.record import corpus_unchanged, read_record, request_of, unchanged, write_record
 from stages.cache_hidden.report import Work, budget_steps, capture_command, missing, plan_report, plan_table, work_bytes
@@ -248,10 +248,6 @@ def _say(out: Path, done: Done, worker: Worker) -> Done:
     print(f"{out}: {done.samples:,} samples{left_out} in {done.shards} shards, {done.gib:.2f} GiB; {now}{who}{left}")
     if done.gauge.rows:
         print(f"on-policy gauge: {done.gauge}")
-        if done.gauge.agree < WARN_BELOW * done.gauge.rows:
-            print(
-                f"warning: below {WARN_BELOW:.0%}, the corpus holds other words than the target's; "
-                "a draft trained on it accepts less: let the target itself write the replies",
-                file=sys.stderr,
-            )
+        if done.gauge.warning:
+            print(done.gauge.warning, file=sys.stderr)
     return done

@@ -4,8 +4,6 @@ Shards are independent and their bytes depend on nothing but the plan, so a stop
 shard that is missing, and whoever computes one computes the same.
 """
 
-import json
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -14,30 +12,27 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from pipeline.cache.batches import micro_batches
 from pipeline.cache.columns import ColumnSpec, committed
 from pipeline.cache.disk import room, turn
 from pipeline.cache.int8 import as_stored
-from pipeline.cache.manifest import FileFact
 from pipeline.cache.plan import Plan
-from pipeline.cache.target_folder import CONFIG, HEAD, TOKENS, WEIGHTS, has_target, new_target, target_file
+from pipeline.cache.target_folder import HEAD, target_file
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import DataError
+from pipeline.gauge import Gauge, gauge_column, gauge_share, totals
+from pipeline.probe import probe
 from pipeline.target import head_of, load_target, stop_tokens
-from pipeline.target_files import complete_config, tokenizer_files, weight_files
+from pipeline.target_copy import store_target
 from pipeline.target_head import TargetHead
 from stages.cache_hidden.calibrate import calibrations
 from stages.cache_hidden.drain import Drain
-from stages.cache_hidden.engine import Engine, Piece, totals
-from stages.cache_hidden.gauge import Gauge, gauge_column, gauge_share
-from stages.cache_hidden.probe import probe
+from stages.cache_hidden.engine import Engine, Piece
 from stages.cache_hidden.progress import Progress
 from stages.cache_hidden.report import Lost, Work
 from stages.cache_hidden.settings import Settings
 from stages.cache_hidden.shadow import Shadow
-from stages.cache_hidden.template import ChatTemplate
 
 QUEUED = 2  # micro-batches that wait for the writer
 REFUSED_SHARE = 0.01  # of a plan's samples; more means that something is wrong with the target or its type
@@ -53,7 +48,7 @@ def capture_shards(
     Raises ProofError, DataError (too many refused), RoomError, UsageError.
     """
     model = load_target(str(settings.folder), device=device, dtype=settings.dtype)
-    store_target(out, settings.folder, model)
+    store_target(out, settings.folder, head_of(model), model.config, stop_tokens(model))
     head = TargetHead.load(target_file(out, HEAD), device, getattr(torch, settings.dtype))
     engine = Engine(model, head, 0.0)
     gauged = gauged_columns(out, plan, settings.columns)
@@ -176,40 +171,3 @@ def check_refused(refused: int, samples: int, newest: dict[int, str]) -> None:
             f"{refused} of {samples} samples gave states that cannot be kept ({reason}); "
             "the target's weights are damaged, or its type is too narrow: try --dtype bfloat16 or float32"
         )
-
-
-def store_target(out: Path, folder: Path, model: PreTrainedModel) -> None:
-    """Write the cache's `target/`, once: config, tokenizer, special tokens, embedding and LM head, digests of weights.
-
-    One process does, others wait for it.
-    """
-    if has_target(out):
-        return
-    with room(out, "the target's files"), turn(out, "target"):
-        if not has_target(out):
-            _store_target(out, folder, model)
-
-
-def _store_target(out: Path, folder: Path, model: PreTrainedModel) -> None:
-    with new_target(out) as place:
-        for path in tokenizer_files(folder):
-            shutil.copyfile(path, place / path.name)
-        (place / CONFIG).write_bytes(complete_config(folder, model.config))
-        (place / TOKENS).write_text(special_tokens(folder, model), encoding="utf-8")
-        weights = {path.name: FileFact.of_file(path).as_dict() for path in weight_files(folder)}
-        (place / WEIGHTS).write_text(json.dumps(weights, indent=1, sort_keys=True) + "\n")
-        head_of(model).save(place / HEAD)
-
-
-def special_tokens(folder: Path, model: PreTrainedModel) -> str:
-    """Return tokens.json: ids of mask, pad, bos, all that end a reply, and how many tokens the tokenizer knows."""
-    tokenizer = ChatTemplate(folder).tokenizer
-    own = {tokenizer.eos_token_id} - {None}
-    facts = {
-        "bos": tokenizer.bos_token_id,
-        "eos": sorted(own | stop_tokens(model)),
-        "length": len(tokenizer),
-        "mask": tokenizer.mask_token_id,
-        "pad": tokenizer.pad_token_id,
-    }
-    return json.dumps(facts, indent=1, sort_keys=True) + "\n"

@@ -68,9 +68,9 @@ def target_speed(work: Work, settings: Settings, device: str) -> float:
 
     Its own tokens: padding takes time and does not count.
     """
+    from pipeline.gauge import SHARE
     from pipeline.target import head_of, load_target
     from stages.cache_hidden.engine import Engine
-    from stages.cache_hidden.gauge import SHARE
 
     model = load_target(str(settings.folder), device=device, dtype=settings.dtype)
     engine = Engine(model, head_of(model), SHARE)

@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 from jinja2 import TemplateError
 from jinja2.meta import find_undeclared_variables
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from pipeline.errors import UsageError
+from pipeline.intake import Unusable
+from pipeline.target import load_tokenizer
 from pipeline.target_files import chat_template
-from stages.cache_hidden.corpus import Unusable
 from stages.cache_hidden.settings import mask_rule
 
 TODAY = datetime(2024, 7, 26)  # in every rendering; the day Llama's templates take when they are told none
@@ -42,11 +43,7 @@ class ChatTemplate:
     """The target's tokenizer with its chat template."""
 
     def __init__(self, folder: Path):
-        try:
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            cause = str(error).strip().split("\n")[0][:160]
-            raise UsageError(f"{folder}: its tokenizer cannot be loaded ({cause}); fetch its files again") from error
+        self.tokenizer = load_tokenizer(folder)
         if not self.tokenizer.is_fast:
             raise UsageError(f"{folder}: its tokenizer cannot map tokens to characters; add a tokenizer.json")
         self.template = chat_template(folder)

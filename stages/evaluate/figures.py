@@ -13,13 +13,14 @@ from rich.table import Table
 
 from pipeline.accept import SLOTS_AT_ONCE, Span, accept_spans, summarise
 from pipeline.cache import HiddenCache
-from pipeline.drafts import Draft, Knobs, eligible_anchors, lay_blocks, metrics_of, pack
+from pipeline.drafts import Draft, Knobs, eligible_anchors, lay_blocks, metrics_of, needs_teacher, pack
 from pipeline.split import spread
-from stages.evaluate.decode import Decoded
+from stages.evaluate.decode import Decoded, Dice
 from stages.evaluate.prompts import Prompt
-from stages.evaluate.proof import NearTie
+from stages.evaluate.proof import BEYOND, NearTie, judge_places
 
 TEACHER_FORCED = 16  # samples of a domain, on average
+THRESHOLDS = (0.0, 0.2, 0.4, 0.6, 0.8)  # of confidence, where blocks are cut
 
 
 @dataclass(frozen=True)
@@ -33,37 +34,40 @@ class Outcome:
 
 
 def decoded_figures(outcomes: Sequence[Outcome], proposals: int) -> dict:
-    """Return the report's parts that decoding alone decides."""
-    overall, domains = accept_figures(outcomes, proposals)
+    """Return the report's parts that greedy decoding alone decides."""
     ties = [done.tie for done in outcomes if done.tie is not None]
     counts = {"prompts": len(outcomes), "identical": len(outcomes) - len(ties), "near_ties": len(ties)}
     return {
-        "overall": overall,
-        "domains": domains,
+        **accept_figures([(done.prompt, done.fast) for done in outcomes], proposals),
         "speed": speed_figures(outcomes),
         "lossless": counts,
         "near_ties": [asdict(tie) for tie in ties],
-        "samples": [
-            {"domain": done.prompt.domain, "lengths": done.fast.lengths, "matched": done.fast.matched}
-            for done in outcomes
-        ],
     }
 
 
-def accept_figures(outcomes: Sequence[Outcome], proposals: int) -> tuple[dict, dict]:
-    """Return overall figures and those of each domain: `summarise`'s, and the share of target calls saved.
+def drawn_figures(drawn: Sequence[tuple[Prompt, Decoded]], found: Sequence[float], dice: Dice, proposals: int) -> dict:
+    """Return the report's part on replies drawn at a temperature. `found`: the places of their tokens. ProofError."""
+    return {**asdict(dice), **accept_figures(drawn, proposals), "lossless": judge_places(found)}
 
-    A plain loop needs a call for every token gained; the prefill is the same in both.
+
+def accept_figures(decoded: Sequence[tuple[Prompt, Decoded]], proposals: int) -> dict:
+    """Return `overall` figures, those of each of `domains`, and the `samples` they are made of.
+
+    Besides `summarise`'s: calls_saved; a plain loop needs a call for every token gained, and the prefill is the same.
     """
     spans = [
-        Span(-1, done.prompt.domain, len(done.prompt.ids), done.fast.lengths, done.fast.matched, True, proposals)
-        for done in outcomes
+        Span(-1, prompt.domain, len(prompt.ids), fast.lengths, fast.matched, fast.proposed, True, proposals)
+        for prompt, fast in decoded
     ]
     overall = summarise(spans)
     domains = overall.pop("domains")
     for figures in (overall, *domains.values()):
         figures["calls_saved"] = 1 - figures["calls"] / max(1, figures["tokens"]) if figures["calls"] else 0.0
-    return overall, domains
+    samples = [
+        {"domain": prompt.domain, "lengths": fast.lengths, "matched": fast.matched, "proposed": fast.proposed}
+        for prompt, fast in decoded
+    ]
+    return {"overall": overall, "domains": domains, "samples": samples}
 
 
 def speed_figures(outcomes: Sequence[Outcome]) -> dict:
@@ -75,12 +79,29 @@ def speed_figures(outcomes: Sequence[Outcome]) -> dict:
     return {"plain_tokens_s": plain, "speculative_tokens_s": fast, "speedup": fast / plain}
 
 
-def agreement(outcomes: Sequence[Outcome], draft: Draft, cache: HiddenCache, max_new: int) -> dict:
+def confidence_figures(draft: Draft, cache: HiddenCache, asked: Sequence[Prompt], max_new: int) -> list[dict]:
+    """Return, for each of `THRESHOLDS`, what greedy decoding gains with blocks cut there; no target runs.
+
+    The replies are the cache's to these prompts, as far as they are the target's own.
+    """
+    found, places = [], {(prompt.sample, len(prompt.ids)) for prompt in asked}
+    for threshold in THRESHOLDS:
+        samples = [prompt.sample for prompt in asked]
+        spans = accept_spans(draft, cache, samples, max_new=max_new, threshold=threshold)
+        figures = summarise([span for span in spans if (span.sample, span.start) in places])
+        kept = ("accept_len", "interval", "calls", "verified", "verify_rate")
+        found.append({"threshold": threshold} | {key: figures[key] for key in kept})
+    return found
+
+
+def agreement(
+    outcomes: Sequence[Outcome], draft: Draft, cache: HiddenCache, max_new: int, threshold: float = 0.0
+) -> dict:
     """Compare decoding with the figure that needs no target, over the same prompts and calls.
 
     A reply of the cache that is not the target's own, or ends before the limit, is compared as far as it is known.
     """
-    spans = accept_spans(draft, cache, [done.prompt.sample for done in outcomes], max_new=max_new)
+    spans = accept_spans(draft, cache, [done.prompt.sample for done in outcomes], max_new=max_new, threshold=threshold)
     by_place = {(span.sample, span.start): span for span in spans}
     pairs = [(done.fast, by_place[done.prompt.sample, len(done.prompt.ids)]) for done in outcomes]
     pairs = [(fast, span) for fast, span in pairs if span.lengths or (span.complete and not fast.lengths)]
@@ -101,6 +122,8 @@ def _mean(lists: Sequence[Sequence[int]]) -> float:
 @torch.no_grad()
 def teacher_forced(draft: Draft, cache: HiddenCache, heldout: np.ndarray) -> dict[str, float]:
     """Return accept_len_tf of each domain over held-out samples, whoever wrote their replies; no target runs."""
+    if needs_teacher(draft.config) and not cache.has_final:
+        return {}  # its metrics come with its loss, which reads them
     sums: dict[str, dict] = {}
     domains = {cache.samples.domain[index] for index in heldout.tolist()}
     for index in spread(cache, heldout, TEACHER_FORCED * len(domains)).tolist():
@@ -109,8 +132,9 @@ def teacher_forced(draft: Draft, cache: HiddenCache, heldout: np.ndarray) -> dic
 
 
 def _add_sample(sums: dict, draft: Draft, cache: HiddenCache, index: int) -> None:
-    sample = cache.read(index, layers=draft.config.target_layer_ids)
-    cell = pack([sample], [cache.samples.hex(index)])
+    final = needs_teacher(draft.config)
+    sample = cache.read(index, layers=draft.config.target_layer_ids, final=final)
+    cell = pack([sample], [cache.samples.hex(index)], final=final)
     device = draft.fc.weight.device
     anchors_N = eligible_anchors(sample.mask).nonzero()[:, 0]
     for part_N in anchors_N.split(max(1, SLOTS_AT_ONCE // draft.config.block_size)) if len(anchors_N) else ():
@@ -123,33 +147,68 @@ def _add_sample(sums: dict, draft: Draft, cache: HiddenCache, index: int) -> Non
 def table(report: dict) -> Group:
     """Return a report as people read it."""
     draft, settings, speed = report["draft"], report["settings"], report["speed"]
+    cut = f", blocks cut at confidence {settings['threshold']:g}" if settings["threshold"] else ""
+    lines = [
+        f"{draft['label']}, {draft['proposals']} proposals a block{cut}, for {report['target']}; "
+        f"{settings['prompts']}, {settings['max_new']} tokens at most, {settings['device']}, {settings['dtype']}",
+        "accept length: tokens gained per target call, the target's own included; forced: teacher-forced, on the "
+        "cache's replies; kept: share of proposals; +k: share of calls that kept proposal k",
+        f"tokens a second: {speed['plain_tokens_s']:.0f} plain, {speed['speculative_tokens_s']:.0f} speculative, "
+        f"{speed['speedup']:.2f} times as fast",
+        _lossless(report["lossless"]),
+    ]
+    greedy = _figures("T = 0", report, draft["proposals"], report["teacher_forced"])
+    return Group(
+        lines[0], "", greedy, *_drawn(report["sampled"], draft["proposals"]), "", *lines[1:],
+        *_agreed(report["agreement"]), *_cuts(report["confidence"]),
+    )  # fmt: skip
+
+
+def _figures(title: str, part: dict, proposals: int, forced: dict[str, float]) -> Table:
+    """Accept lengths of each domain and of all, decoded one way."""
     figures = Table(box=None, header_style="bold", pad_edge=False)
-    heads = ["domain", "prompts", "accept length", "95 %", "calls saved", "forced"]
-    for head in [*heads, *(f"+{slot + 1}" for slot in range(draft["proposals"]))]:
-        figures.add_column(head, justify="left" if head == "domain" else "right")
-    for name, row in [*report["domains"].items(), ("all", report["overall"])]:
+    heads = [title, "prompts", "accept length", "95 %", "calls saved", *["forced"] * bool(forced), "kept"]
+    for head in [*heads, *(f"+{slot + 1}" for slot in range(proposals))]:
+        figures.add_column(head, justify="left" if head == title else "right")
+    for name, row in [*part["domains"].items(), ("all", part["overall"])]:
         low, high = row["interval"]
-        forced = report["teacher_forced"].get(name)
         figures.add_row(
             name or "-",
             str(row["prompts"]),
             f"{row['accept_len']:.2f}",
             f"{low:.2f} - {high:.2f}",
             f"{row['calls_saved']:.0%}",
-            "" if forced is None else f"{forced:.2f}",
+            *[f"{forced[name]:.2f}" if name in forced else ""] * bool(forced),
+            f"{row['verify_rate']:.0%}",
             *(f"{share:.0%}" for share in row["per_slot"]),
             style="bold" if name == "all" else None,
         )
-    lines = [
-        f"{draft['label']}, {draft['proposals']} proposals a block, for {report['target']}; {settings['prompts']}, "
-        f"{settings['max_new']} tokens at most, T = 0, {settings['device']}, {settings['dtype']}",
-        "accept length: tokens gained per target call, the target's own included; forced: teacher-forced, on the "
-        "cache's replies; +k: share of calls that kept proposal k",
-        f"tokens a second: {speed['plain_tokens_s']:.0f} plain, {speed['speculative_tokens_s']:.0f} speculative, "
-        f"{speed['speedup']:.2f} times as fast",
-        _lossless(report["lossless"]),
-    ]
-    return Group(lines[0], "", figures, "", *lines[1:], *_agreed(report["agreement"]))
+    return figures
+
+
+def _drawn(sampled: dict | None, proposals: int) -> list:
+    """The same for replies drawn at a temperature, and what shows that they are the target's."""
+    if sampled is None:
+        return []
+    found, draft = sampled["lossless"], sampled["draft_temperature"]
+    said = f"drawn at T = {draft:g}" if draft else "the draft's likeliest tokens"
+    note = (
+        f"T = {sampled['temperature']:g}: replies drawn from the target with seed {sampled['seed']}, proposals {said}; "
+        f"the {found['tokens']:,} tokens' mean place in the target's distribution is {found['place']:.3f}, "
+        f"{abs(found['spreads']):.1f} spreads off 1/2 (lossless: beyond {BEYOND:g} is an error)"
+    )
+    return ["", _figures(f"T = {sampled['temperature']:g}", sampled, proposals, {}), "", note]
+
+
+def _cuts(found: list[dict] | None) -> list[str]:
+    if not found:
+        return []
+    cuts = (
+        f"at {of['threshold']:g} {of['verified']:.2f} verified, {of['verify_rate']:.0%} kept, "
+        f"accept length {of['accept_len']:.2f}"
+        for of in found
+    )
+    return [f"blocks cut by confidence, greedy, proposals a call: {'; '.join(cuts)}"]
 
 
 def _lossless(counts: dict) -> str:

@@ -2,6 +2,10 @@
 
 Two forwards of one model over the same tokens, one with a block at once and one a token at a time, round differently.
 Where two tokens' logits are closer than that, either is the target's choice: a near tie. Anything else is a fault.
+
+Drawn replies cannot be compared; they are judged by where their tokens stand in the target's own distribution.
+
+    T tokens of a reply   V vocabulary
 """
 
 import copy
@@ -19,6 +23,8 @@ from pipeline.errors import ProofError, RoomError
 from stages.evaluate.decode import Decoded
 
 FACTOR = 4  # a near tie's gap is at most so many times the measured difference
+BEYOND = 6.0  # spreads that drawn tokens' places may be off: by chance at most 2 exp(-18) = 3e-8
+ENTRIES_AT_ONCE = 1 << 24  # of one [T, V] tensor in float64
 
 
 @torch.no_grad()
@@ -37,7 +43,8 @@ def plain_decode(
         if token in stop_ids:
             break
         fresh = torch.tensor([[token]], device=target.device)
-    return Decoded(new, [1] * (len(new) - 1), [0] * (len(new) - 1), len(new), time.perf_counter() - began)
+    none = [0] * (len(new) - 1)
+    return Decoded(new, [1] * len(none), none, none, len(new), time.perf_counter() - began)
 
 
 @dataclass(frozen=True)
@@ -152,3 +159,40 @@ def _fault(prompt: str, position: int, tokens: tuple, logits: tuple, cause: str)
         f"{prompt}: the output is not the target's. At token {position} of the reply speculative decoding gives "
         f"{said[0]}, plain decoding {said[1]}, and {cause}; verification, kv or stops are broken, please report it"
     )
+
+
+@torch.no_grad()
+def places(target: PreTrainedModel, prompt_ids: Sequence[int], ids: Sequence[int], temperature: float) -> list[float]:
+    """Return where each token of a reply stands in the target's own distribution, likeliest first.
+
+    That is the chance of a likelier token, and half of that of an equally likely one. One ordinary forward over the
+    whole text, without kv: it shares nothing with `speculative_decode`.
+    """
+    text_1T = torch.tensor([[*prompt_ids, *ids[:-1]]], device=target.device)
+    logits_TV = target(input_ids=text_1T, use_cache=False, logits_to_keep=len(ids)).logits[0]
+    rows, found = max(1, ENTRIES_AT_ONCE // logits_TV.shape[-1]), []
+    for some_TV, own_T in zip(logits_TV.split(rows), torch.tensor(ids, device=target.device).split(rows), strict=True):
+        p_TV = (some_TV.double() / temperature).softmax(-1)
+        own_T1 = p_TV.gather(-1, own_T[:, None])
+        found += (p_TV * ((p_TV > own_T1) + 0.5 * (p_TV == own_T1))).sum(-1).tolist()
+    return found
+
+
+def judge_places(found: Sequence[float]) -> dict:
+    """Return how many tokens were drawn, the mean of their places, and how many spreads it is off 1/2.
+
+    A token drawn from the target has a place of mean 1/2, whatever came before it, and its place is the mean of a
+    uniform number given the token. So the sum of n of them stays at least as close to n/2 as that of n uniform
+    numbers: z spreads of sqrt(n/12) off has a chance of at most 2 exp(-z^2 / 2). ProofError beyond `BEYOND`: tokens
+    likelier than the target's (a mean below 1/2), or less likely.
+    """
+    count = len(found)
+    off = sum(place - 0.5 for place in found)
+    spreads = off / (count / 12) ** 0.5 if count else 0.0
+    if abs(spreads) > BEYOND:
+        raise ProofError(
+            f"the {count} tokens drawn are not the target's own: their mean place in its distribution is "
+            f"{0.5 + off / count:.3f}, {abs(spreads):.1f} spreads off 1/2; the rule of acceptance or a draft's q is "
+            "wrong, please report it"
+        )
+    return {"tokens": count, "place": 0.5 + off / max(count, 1), "spreads": spreads}

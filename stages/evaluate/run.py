@@ -15,20 +15,28 @@ from transformers import PreTrainedModel
 from pipeline.cache import HiddenCache
 from pipeline.cache.disk import write_file
 from pipeline.cache.layout import LOG
-from pipeline.checkpoint import find_checkpoint, load_draft, open_checkpoint
+from pipeline.checkpoint import DRAFT, find_checkpoint, load_draft, open_checkpoint
 from pipeline.drafts import Draft
 from pipeline.errors import UsageError
-from pipeline.published import WEIGHTS, load_draft_folder, recorded_share
+from pipeline.published import CONFIG, load_draft_folder, recorded_share
 from pipeline.recipe import TrainSection, load_recipe
 from pipeline.split import split_samples
 from pipeline.target import head_of, load_target, stop_tokens
 from pipeline.target_files import find_target, target_digest, target_name
-from stages.evaluate.decode import speculative_decode
-from stages.evaluate.figures import Outcome, agreement, decoded_figures, table, teacher_forced
+from stages.evaluate.decode import Dice, speculative_decode
+from stages.evaluate.figures import (
+    Outcome,
+    agreement,
+    confidence_figures,
+    decoded_figures,
+    drawn_figures,
+    table,
+    teacher_forced,
+)
 from stages.evaluate.prompts import Prompt, cached_prompts, file_prompts
-from stages.evaluate.proof import Judge, plain_decode
+from stages.evaluate.proof import Judge, places, plain_decode
 
-__all__ = ["run", "table"]
+__all__ = ["Dice", "run", "table"]
 
 SAY_EVERY = 5.0  # seconds between lines where there is no terminal
 
@@ -43,9 +51,12 @@ def run(
     max_new: int = 64,
     device: str | None = None,
     out: Path | None = None,
+    dice: Dice | None = None,
+    threshold: float = 0.0,
 ) -> dict:
     """Evaluate a run's newest checkpoint, a checkpoint or a published folder; return the report, kept at `out` too.
 
+    Greedily, and with `dice` once more with replies that are drawn. `threshold` cuts blocks by the draft's confidence.
     Raises UsageError for what does not fit together, DataError for unusable prompts, CacheError for a damaged cache,
     ProofError when an output differs from plain decoding by more than a near tie.
     """
@@ -60,13 +71,14 @@ def run(
         heldout = split_samples(store, config.mask_token_id, share, config.target_layer_ids).heldout
         known = known or all(store.samples.split)
     asked = cached_prompts(store, heldout, count) if prompts is None else file_prompts(prompts, folder, count)
-    check_room(target, asked, max_new, drafter.config.proposals)
+    check_room(target, asked, max_new, config.proposals)
     stops = stop_tokens(target) if store is None else frozenset(store.tokens["eos"])
-    outcomes = decode_all(target, drafter, asked, max_new, stops)
+    outcomes = decode_all(target, drafter, asked, max_new, stops, threshold)
     settings = {
         "prompts": str(prompts or f"held-out samples of the cache{'' if known else ', if the draft never saw them'}"),
         "max_new": max_new,
         "temperature": 0,
+        "threshold": threshold,
         "device": str(target.device),
         "dtype": str(target.dtype).removeprefix("torch."),
     }
@@ -75,12 +87,16 @@ def run(
         "target": name,
         "cache": None if store is None else store.digest,
         "settings": settings,
-        **decoded_figures(outcomes, drafter.config.proposals),
+        **decoded_figures(outcomes, config.proposals),
+        "sampled": None if dice is None else draw_all(target, drafter, asked, max_new, stops, dice, threshold),
         "agreement": None,
+        "confidence": None,
         "teacher_forced": {} if store is None else teacher_forced(drafter, store, heldout),
     }
     if prompts is None and store.has_final:
-        report["agreement"] = agreement(outcomes, drafter, store, max_new)
+        report["agreement"] = agreement(outcomes, drafter, store, max_new, threshold)
+        if config.enable_confidence_head:
+            report["confidence"] = confidence_figures(drafter, store, asked, max_new)
     if out is not None:
         write_file(Path(out), (json.dumps(report, indent=1) + "\n").encode())
     return report
@@ -106,16 +122,18 @@ class Trained:
             "method": config.method,
             "block_size": config.block_size,
             "proposals": config.proposals,
+            "objective": config.objective,
+            "weighting": config.weighting,
             "steps": self.steps,
             "seed": self.seed,
             "parameters": sum(weight.numel() for weight in draft.parameters()),
-            "label": f"{config.method}, block {config.block_size}{trained}",
+            "label": f"{config.method} ({config.objective}), block {config.block_size}{trained}",
         }
 
 
 def describe_draft(path: Path) -> Trained:
     """Return what is at `path`: a run, a checkpoint, or a published folder. UsageError for anything else."""
-    if (path / WEIGHTS).is_file():
+    if (path / CONFIG).is_file() and not (path / DRAFT).is_file():
         return Trained(path, published=True, heldout=recorded_share(path))
     place = find_checkpoint(path)
     steps, run_folder = open_checkpoint(place).step, place.resolve().parent.parent
@@ -168,9 +186,10 @@ def _recorded(store: HiddenCache) -> str:
 
 def open_draft(trained: Trained, target: PreTrainedModel) -> Draft:
     """Load the draft onto the target's device and type. UsageError when it was made for another target."""
-    load = load_draft_folder if trained.published else load_draft
-    draft = load(trained.path, head_of(target), target.device)
-    depth = target.config.get_text_config().num_hidden_layers
+    head, depth = head_of(target), target.config.get_text_config().num_hidden_layers
+    if trained.published:  # some forms do not say how deep their target is
+        return load_draft_folder(trained.path, head, target.device, depth).to(target.dtype)
+    draft = load_draft(trained.path, head, target.device)
     if draft.config.num_target_layers != depth:
         raise UsageError(
             f"{trained.path} is a draft for a target of {draft.config.num_target_layers} layers, this one has {depth}; "
@@ -194,32 +213,55 @@ def check_room(target: PreTrainedModel, asked: Sequence[Prompt], max_new: int, p
 
 
 def decode_all(
-    target: PreTrainedModel, draft: Draft, asked: Sequence[Prompt], max_new: int, stops: frozenset[int]
+    target: PreTrainedModel,
+    draft: Draft,
+    asked: Sequence[Prompt],
+    max_new: int,
+    stops: frozenset[int],
+    threshold: float = 0.0,
 ) -> list[Outcome]:
-    """Decode every prompt with and without the draft, and judge each difference. ProofError for a real one."""
+    """Decode every prompt greedily with and without the draft, and judge each difference. ProofError for a real one."""
     judge, outcomes = Judge(target), []
-    for warm in (plain_decode, lambda *rest: speculative_decode(target, draft, *rest[1:])):
+    for warm in (plain_decode, lambda *rest: speculative_decode(target, draft, *rest[1:], threshold=threshold)):
         warm(target, asked[0].ids, 2)  # first calls are slow, and seconds are compared
-    for prompt in shown(asked):
+    for prompt in shown(asked, "decoding"):
         plain = plain_decode(target, prompt.ids, max_new, stops)
-        fast = speculative_decode(target, draft, prompt.ids, max_new, stops)
+        fast = speculative_decode(target, draft, prompt.ids, max_new, stops, threshold=threshold)
         tie = judge.compare(prompt.name, prompt.ids, fast, plain, draft.config.proposals + 1)
         outcomes.append(Outcome(prompt, fast, plain, tie))
     return outcomes
 
 
-def shown(asked: Sequence[Prompt]) -> Iterator[Prompt]:
+def draw_all(
+    target: PreTrainedModel,
+    draft: Draft,
+    asked: Sequence[Prompt],
+    max_new: int,
+    stops: frozenset[int],
+    dice: Dice,
+    threshold: float = 0.0,
+) -> dict:
+    """Draw a reply to every prompt with target and draft; return the report's part. ProofError for biased ones."""
+    drawn, found = [], []
+    for prompt in shown(asked, "drawing"):
+        fast = speculative_decode(target, draft, prompt.ids, max_new, stops, dice=dice, threshold=threshold)
+        drawn.append((prompt, fast))
+        found += places(target, prompt.ids, fast.ids, dice.temperature)
+    return drawn_figures(drawn, found, dice, draft.config.proposals)
+
+
+def shown(asked: Sequence[Prompt], doing: str) -> Iterator[Prompt]:
     """Yield the prompts and say how far we are: a bar on a terminal, a line every few seconds elsewhere."""
     console = Console(stderr=True)
     if console.is_terminal:
-        yield from track(asked, "decoding", console=console, transient=True)
+        yield from track(asked, doing, console=console, transient=True)
         return
     said = time.monotonic()
     for number, prompt in enumerate(asked):
         yield prompt
         if time.monotonic() - said > SAY_EVERY:
             said = time.monotonic()
-            print(f"decoding: {number + 1} of {len(asked)} prompts", file=sys.stderr)
+            print(f"{doing}: {number + 1} of {len(asked)} prompts", file=sys.stderr)
 
 
 def _device() -> str:

@@ -21,7 +21,10 @@ from pathlib import Path
 from pipeline import __version__
 from pipeline.cache import HiddenCache
 from pipeline.cache.disk import lock, room, write_file
+from pipeline.cache.layout import FINAL
+from pipeline.drafts import needs_teacher
 from pipeline.errors import UsageError
+from pipeline.published.start import Start
 from pipeline.recipe import Resolved, load_recipe
 from pipeline.split import Split
 
@@ -29,15 +32,17 @@ RECIPE, RUN, METRICS, TIMING, DONE = "recipe.toml", "run.json", "metrics.jsonl",
 RECORDED = ("torch", "numpy", "safetensors", "pydantic")
 
 
-def default_folder(resolved: Resolved, cache: HiddenCache, split: Split) -> Path:
+def default_folder(resolved: Resolved, cache: HiddenCache, split: Split, start: Start | None = None) -> Path:
     """Return where a run goes when nobody says: named by method, and by what decides how the draft comes out."""
-    digests = (resolved.recipe.digest(), cache.digest, split.digest, *_states(resolved, cache))
+    begun = [] if start is None else [start.digest]
+    digests = (resolved.recipe.digest(), cache.digest, split.digest, *_states(resolved, cache), *begun)
     return Path("runs") / f"{resolved.draft.method}-{_short(*digests)}"
 
 
 def _states(resolved: Resolved, cache: HiddenCache) -> list[str]:
     """Return which of the states trained on are not as they were captured, such as "aux.9 int8"."""
-    rounded = cache.rounded(resolved.draft.target_layer_ids)
+    final = [FINAL] * needs_teacher(resolved.draft)
+    rounded = cache.rounded([*resolved.draft.target_layer_ids, *final])
     return [f"{name} {'/'.join(codecs)}" for name, codecs in rounded.items()]
 
 
@@ -59,11 +64,18 @@ def held(run: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def enter(run: Path, resolved: Resolved, cache: HiddenCache, split: Split, machine: dict[str, str]) -> list[str]:
+def enter(
+    run: Path,
+    resolved: Resolved,
+    cache: HiddenCache,
+    split: Split,
+    machine: dict[str, str],
+    start: Start | None = None,
+) -> list[str]:
     """Write what the run is, or check that the run already there is the same.
 
     Returns what differs of `machine` and versions: that is no other run, but its bits are no longer promised. Raises
-    UsageError naming the first difference with both values: another recipe, horizon, cache or corpus.
+    UsageError naming the first difference with both values: another recipe, horizon, cache, corpus or start.
     """
     facts = {
         "cache": {
@@ -73,6 +85,7 @@ def enter(run: Path, resolved: Resolved, cache: HiddenCache, split: Split, machi
         },
         "split": {"train": len(split.train), "heldout": len(split.heldout), "digest": split.digest},
         "target": cache.identity["target"]["name"],
+        "start": None if start is None else {"place": str(start.place), "digest": start.digest, "fresh": start.fresh},
         "versions": {"pipeline": __version__, "python": platform.python_version()}
         | {name: metadata.version(name) for name in RECORDED},
         "machine": machine,
@@ -98,7 +111,9 @@ def enter(run: Path, resolved: Resolved, cache: HiddenCache, split: Split, machi
 
 def _identity(facts: dict) -> dict:
     rounded = ", ".join(facts["cache"]["rounded"]) or "as captured"
-    return {"cache digest": facts["cache"]["digest"], "states": rounded, "split digest": facts["split"]["digest"]}
+    start = (facts.get("start") or {}).get("digest", "fresh")
+    digests = {"cache digest": facts["cache"]["digest"], "split digest": facts["split"]["digest"]}
+    return digests | {"states": rounded, "weights to start with": start}
 
 
 def _flat(recipe: dict) -> dict:

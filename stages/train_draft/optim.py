@@ -13,6 +13,7 @@ BETAS, EPS = (0.9, 0.999), 1e-8  # no weight decay; no published recipe of these
 WSD_TAIL, WSD_FLOOR = 0.2, 0.1
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MOMENTUM = 0.95
+STACKED = ("joint_proj",)  # three matrices in one, as a GRU's weights are
 
 
 def rate(step: int, horizon: int, warmup: float, schedule: str) -> float:
@@ -124,12 +125,13 @@ class Muon:
 def matrices(draft: Draft) -> set[str]:
     """Return the names of the weights that map one hidden vector to another.
 
-    Not those onto the vocabulary, nor a GRU's, which are three matrices in one.
+    Not those onto the vocabulary or one number, nor what is several matrices in one.
     """
+    others = (draft.config.vocab_size, 1)
     return {
         f"{name}.weight"
         for name, module in draft.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features != draft.config.vocab_size
+        if isinstance(module, nn.Linear) and module.out_features not in others and not name.endswith(STACKED)
     }
 
 

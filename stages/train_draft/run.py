@@ -9,7 +9,9 @@ import torch
 
 from pipeline import tensors
 from pipeline.cache import HiddenCache
-from pipeline.drafts import DRAFTS, Draft, init_weights
+from pipeline.drafts import DRAFTS, Draft, init_weights, needs_teacher
+from pipeline.held import capture_command
+from pipeline.published.start import Start, load_start
 from pipeline.recipe import Resolved, load_recipe, resolve
 from pipeline.split import Split, split_samples
 from stages.train_draft.folder import default_folder, enter, finish, finished, held
@@ -32,8 +34,11 @@ def run(
     sets: tuple[str, ...] = (),
     out: Path | None = None,
     device: str | None = None,
+    init_from: Path | None = None,
 ) -> Done:
     """Train the draft that the recipe describes, from the newest checkpoint if there is one.
+
+    init_from: a draft whose weights it begins with, ours or anyone's.
 
     Raises UsageError for a recipe or run folder that does not fit, DataError when no sample can train, CacheError for
     damage, RoomError, ProofError for a loss that is not finite; SystemExit(143) or KeyboardInterrupt, saved, when
@@ -42,30 +47,45 @@ def run(
     store = HiddenCache.open(cache)
     where = find_device(device)
     resolved = resolve(load_recipe(recipe, tuple(sets)), store)
-    split = split_samples(
-        store, resolved.draft.mask_token_id, resolved.recipe.train.heldout, resolved.draft.target_layer_ids
-    )
+    split = split_for(resolved, store)
     resolved = resolved.lasting(len(split.train))
-    return carry_out(out or default_folder(resolved, store, split), store, split, resolved, where)
+    start = None if init_from is None else load_start(init_from, resolved.draft, store.head(dtype=store.dtype))
+    folder = out or default_folder(resolved, store, split, start)
+    return carry_out(folder, store, split, resolved, where, start)
 
 
-def carry_out(path: Path, store: HiddenCache, split: Split, resolved: Resolved, where: torch.device) -> Done:
+def split_for(resolved: Resolved, store: HiddenCache) -> Split:
+    """Return which samples the draft is trained on and which are held out, by what its loss reads."""
+    draft, heldout = resolved.draft, resolved.recipe.train.heldout
+    return split_samples(store, draft.mask_token_id, heldout, draft.target_layer_ids, needs_teacher(draft))
+
+
+def carry_out(
+    path: Path,
+    store: HiddenCache,
+    split: Split,
+    resolved: Resolved,
+    where: torch.device,
+    start: Start | None = None,
+) -> Done:
     """Train one resolved recipe in the folder `path`, or go on there, and say how it went. Raises what `run` does."""
     screen = console()
     with held(path):
-        differs = enter(path, resolved, store, split, machine(where))
+        differs = enter(path, resolved, store, split, machine(where), start)
         result = finished(path)
         if result is not None:
             screen.print(f"{path} is finished: nothing to do", markup=False, soft_wrap=True)
         else:
             for line in announced(path, store, split, resolved, where):
                 screen.print(line, markup=False, soft_wrap=True)
+            if start is not None:
+                screen.print(start.said, markup=False, soft_wrap=True)
             if differs:
                 began = "; ".join(differs)
                 screen.print(
                     f"began with {began}: the run goes on, its last digits may differ", markup=False, soft_wrap=True
                 )
-            result = train(path, store, split, resolved, where, screen)
+            result = train(path, store, split, resolved, where, screen, start)
             finish(path, result)
     screen.print(summary(path, store, result), markup=False, soft_wrap=True)
     return Done(path, result["steps"], result["accept_len"])
@@ -86,28 +106,39 @@ def announced(path: Path, store: HiddenCache, split: Split, resolved: Resolved, 
         yield "gamma is 0, so late slots weigh as much as early ones; published recipes let the weight decay"
 
 
-def train(path: Path, store: HiddenCache, split: Split, resolved: Resolved, where: torch.device, screen) -> dict:
+def train(
+    path: Path,
+    store: HiddenCache,
+    split: Split,
+    resolved: Resolved,
+    where: torch.device,
+    screen,
+    start: Start | None = None,
+) -> dict:
     """Make the draft, train it to its horizon, return the result."""
     deterministic(where)
-    draft = make_draft(resolved, store, where)
+    draft = make_draft(resolved, store, where, start)
     parameters = sum(weight.numel() for weight in draft.parameters())
     training = Run(path, store, split, resolved, draft)
-    start = training.resume()
+    first = training.resume()
     steps = resolved.recipe.train.steps
-    with Stop() as stop, Display(screen, start, steps) as display:
+    with Stop() as stop, Display(screen, first, steps) as display:
         display.say(
-            f"{parameters:,} parameters; {'going on after' if start else 'starting at'} step {start} of {steps}"
+            f"{parameters:,} parameters; {'going on after' if first else 'starting at'} step {first} of {steps}"
         )
         figures = training.go(display, stop)
     accept_len = figures["accept_len"] if figures and figures["calls"] else None
     return {"steps": steps, "parameters": parameters, "accept_len": accept_len, "eval": figures}
 
 
-def make_draft(resolved: Resolved, store: HiddenCache, where: torch.device) -> Draft:
-    """Return a fresh draft on its device: float32 weights, the frozen head in the arithmetic's dtype."""
+def make_draft(resolved: Resolved, store: HiddenCache, where: torch.device, start: Start | None = None) -> Draft:
+    """Return a draft on its device: float32 weights, fresh where `start` has none, the frozen head in the
+    arithmetic's dtype."""
     dtype = torch.bfloat16 if resolved.recipe.train.dtype == "bfloat16" else torch.float32
     draft = DRAFTS[resolved.draft.method](resolved.draft, store.head(str(where), dtype))
     init_weights(draft, resolved.recipe.train.seed)
+    if start is not None:
+        start.fill(draft)
     return draft.to(where).train()
 
 
@@ -127,9 +158,8 @@ def machine(where: torch.device) -> dict[str, str]:
 def summary(path: Path, store: HiddenCache, result: dict) -> str:
     """Return where the run is, how good it is, and what to do next."""
     if not store.has_final:
-        measured = (
-            "no accept length: the cache holds no final states (`pipeline cache-hidden --final needed` adds them)"
-        )
+        command = capture_command(store, store.layers, "needed")
+        measured = f"no accept length: the cache holds no final states ({command} adds them)"
     elif result["eval"] is None:
         measured = "no accept length: the corpus holds nothing out"
     else:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.drafts import needs_teacher
 from pipeline.split import mix
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -88,7 +89,8 @@ def piece_cost(config, rows: int, anchors_N: np.ndarray) -> int:
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     slots = len(anchors_N) * b
     context = rows * H * (len(config.target_layer_ids) * H + depth * 2 * kv)
-    slot = depth * H * (2 * heads + 2 * kv + 3 * config.intermediate_size) + H * V
+    logits = H * V * (1 + needs_teacher(config))  # the draft's own, and the target's
+    slot = depth * H * (2 * heads + 2 * kv + 3 * config.intermediate_size) + logits
     attention = depth * 2 * heads * b * int((np.asarray(anchors_N, np.int64) + b).sum())
     return context + slots * slot + attention
 

@@ -22,12 +22,13 @@ import numpy as np
 
 from pipeline.accept import bootstrap
 from pipeline.cache import HiddenCache
+from pipeline.drafts import needs_teacher
 from pipeline.errors import ProofError, UsageError
 from pipeline.recipe import Recipe, Resolved, make_recipe, read_toml, resolve
-from pipeline.split import Split, split_samples
+from pipeline.split import Split
 from stages.train_draft.folder import default_folder, finished
 from stages.train_draft.progress import console
-from stages.train_draft.run import carry_out, find_device
+from stages.train_draft.run import carry_out, find_device, split_for
 
 SEED = "train.seed"
 EXAMPLE = '"train.lr" = [1e-3, 3e-3]'
@@ -122,9 +123,10 @@ def plan_runs(store: HiddenCache, combinations: list[tuple[Setting, Recipe]], ou
     for setting, recipe in combinations:
         try:
             resolved = resolve(recipe, store)
-            rule = resolved.draft.mask_token_id, resolved.recipe.train.heldout, resolved.draft.target_layer_ids
+            draft = resolved.draft
+            rule = draft.mask_token_id, resolved.recipe.train.heldout, draft.target_layer_ids, needs_teacher(draft)
             if rule not in splits:
-                splits[rule] = split_samples(store, *rule)
+                splits[rule] = split_for(resolved, store)
         except UsageError as error:
             raise UsageError(f"with {named(setting)}: {error}") from None
         resolved = resolved.lasting(len(splits[rule].train))

@@ -1,21 +1,30 @@
 """The on-policy gauge: how often the corpus says what the target itself would have said.
 
 A draft learns the target's words. Replies of another model are the largest loss of quality there is, and nothing else
-shows it before a draft is served, so every capture measures it on about 1 % of the supervised rows. The engine does
-the measuring; here is which rows, and the sums. No torch: a run with nothing to do prints the gauge, too.
+shows it before a draft is served, so it is measured on about 1 % of the supervised rows of every cache. No torch is
+imported: a run with nothing to do prints the gauge, too.
+
+    R rows   D hidden size
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.samples import ShardPlan
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.target_head import TargetHead
+
 SHARE = 0.01
 LEAST_ROWS = 256  # so that a small cache, too, gets a figure
 WARN_BELOW = 0.6
+CHUNK_ROWS = 512  # whose logits exist at a time
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,16 @@ class Gauge:
     @classmethod
     def from_facts(cls, facts: dict) -> "Gauge":
         return cls(facts["rows"], facts["agree"], facts["logprob"])
+
+    @property
+    def warning(self) -> str:
+        """What to say of a corpus in other words than the target's; nothing where it is in its own."""
+        if self.agree >= WARN_BELOW * self.rows:
+            return ""
+        return (
+            f"warning: below {WARN_BELOW:.0%}, the corpus holds other words than the target's; "
+            "a draft trained on it accepts less: let the target itself write the replies"
+        )
 
     def __str__(self) -> str:
         return (
@@ -62,3 +81,21 @@ def gauge_rows(shard: ShardPlan, row: int, share: float) -> np.ndarray:
     supervised = supervised[supervised > 0]  # nothing predicts the first token
     draw = np.random.Generator(np.random.PCG64(shard.sample_ids[row].tolist()))
     return supervised[draw.random(len(supervised)) < share]
+
+
+def measure(head: "TargetHead", states_RD: "Tensor", tokens_R: "Tensor") -> "Tensor":
+    """Return [2, R]: whether each token is the greedy one after the state before it, and its log-probability."""
+    found = states_RD.new_zeros(2, len(tokens_R)).float()
+    for at in range(0, len(tokens_R), CHUNK_ROWS):
+        part = slice(at, at + CHUNK_ROWS)
+        logits_RV = head.logits(states_RD[part])
+        found[0, part] = (logits_RV.argmax(-1) == tokens_R[part]).float()
+        found[1, part] = logits_RV.log_softmax(-1).gather(-1, tokens_R[part, None])[:, 0]
+    return found
+
+
+def totals(gauge: "Tensor") -> Gauge:
+    """Sum what `measure` gave for some rows."""
+    usable = gauge[:, gauge[1].isfinite()].double()
+    agree, logprob = usable.sum(-1).tolist()
+    return Gauge(usable.shape[-1], int(agree), logprob)

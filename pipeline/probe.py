@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.cache.codecs import PROMISE
-from pipeline.cache.columns import ColumnSpec
+from pipeline.cache.columns import ColumnSpec, kept_rows
 from pipeline.cache.int8 import as_states
 from pipeline.cache.layout import layer_of
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import ProofError
 from pipeline.target import final_norm
 from pipeline.target_head import TargetHead
-from stages.cache_hidden.engine import kept_rows
 
 ROWS = 128  # of a prefix, at most
 SAMPLES = 2
@@ -39,10 +38,12 @@ def probe(
     columns: Sequence[ColumnSpec],
     refused: set[int],
     read: Read,
+    slack: float = 0.0,
 ) -> dict[str, dict]:
     """Compare two samples' prefixes as stored (`read(column, row)`) with `model(ids)`; return facts for each column.
 
-    `head` is the one that was stored. Raises ProofError naming what does not fit and what would fit better.
+    `head` is the one that was stored. `slack` is added to every bound, for states that another engine computed. Raises
+    ProofError naming what does not fit and what would fit better.
     """
     device = next(model.parameters()).device
     worst = dict.fromkeys((spec.name for spec in columns), 0.0)
@@ -57,7 +58,8 @@ def probe(
         for spec in columns:
             kept = kept_rows(shard, row, spec.keeps)
             inside = torch.from_numpy(kept[kept < prefix]).to(device)
-            stored, promise = as_states(read(spec.name, row))[: len(inside)].to(device), PROMISE.get(spec.codec, 0.0)
+            stored = as_states(read(spec.name, row))[: len(inside)].to(device)
+            promise = PROMISE.get(spec.codec, 0.0) + slack
             layer = layer_of(spec.name)
             if layer is not None:
                 error = check_layer(stored, entries, layer, promise)
@@ -94,7 +96,7 @@ def relative(found: Tensor, truth: Tensor) -> float:
 def check_layer(stored_PD: Tensor, entries: Sequence[Tensor], layer: int, promise: float = 0.0) -> float:
     """Return the error of a stored layer against entry layer + 1 of `hidden_states`, which must be the nearest.
 
-    `promise` is what the column's codec may add.
+    `promise` is what the column's codec, or another engine's rounding, may add.
     """
     bound, right = BOUNDS[stored_PD.dtype] + promise, layer + 1
     beside = [entry for entry in (layer, right, right + 1) if 0 <= entry < len(entries)]

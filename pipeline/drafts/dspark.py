@@ -1,0 +1,153 @@
+"""DSpark (arXiv:2607.05147): DFlash's parallel backbone with next-position labels, corrected by a Markov head that
+reads the token before, and a head that says how likely each proposal is to be kept.
+
+e is a table's row for the token before, h the backbone's state; the corrected logits are head(h) + W2 z with
+
+    vanilla   z = e
+    gated     z = sigmoid(G [h ; e]) * e
+    rnn       z = tanh(o), (a, c, o) = J [s ; e ; h], s' = sigmoid(a) s + (1 - sigmoid(a)) tanh(c), s = 0 at first
+
+The confidence head learns `accept`, the probability that rejection sampling keeps a token drawn at the slot, as a
+constant; its own gradient reaches the backbone and the table (DeepSpec's `loss.py`). Names of parameters as published.
+
+    N blocks   S slots   P proposals   D hidden size   U rank   V vocabulary
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.drafts.blocks import Blocks, Cell
+from pipeline.drafts.config import OF_DOMINO, DraftConfig, refuse_options
+from pipeline.drafts.draft import Draft, Knobs, Loss
+from pipeline.drafts.elementwise import wide
+from pipeline.drafts.losses import head_loss
+from pipeline.drafts.metrics import confidence_sums, slot_sums
+from pipeline.errors import UsageError
+from pipeline.target_head import TargetHead
+
+
+class MarkovHead(nn.Module):
+    """What the token before adds to a slot's logits: W2 z."""
+
+    def __init__(self, config: DraftConfig):
+        super().__init__()
+        self.kind, rank, width = config.markov_head_type, config.markov_rank, config.hidden_size
+        self.markov_w1 = nn.Embedding(config.vocab_size, rank)
+        self.markov_w2 = nn.Linear(rank, config.vocab_size, bias=False)
+        if self.kind == "gated":
+            self.gate_proj = nn.Linear(width + rank, rank)
+        if self.kind == "rnn":
+            self.joint_proj = nn.Linear(2 * rank + width, 3 * rank)
+
+    def forward(self, hidden_NSD: Tensor, prev_NS: Tensor, state_NU: Tensor | None = None):
+        """Return z [N, S, U] of consecutive slots and the state [N, U] after them (rnn only, else None)."""
+        e_NSU = self.markov_w1(prev_NS)
+        if self.kind == "vanilla":
+            return e_NSU, None
+        if self.kind == "gated":
+            return torch.sigmoid(self.gate_proj(torch.cat([hidden_NSD, e_NSU], dim=-1))) * e_NSU, None
+        return self._recur(hidden_NSD, e_NSU, state_NU)
+
+    def _recur(self, hidden_NSD: Tensor, e_NSU: Tensor, state_NU: Tensor | None) -> tuple[Tensor, Tensor]:
+        # What does not depend on the state is one multiplication for all slots.
+        of_state, of_inputs = self.joint_proj.weight.split([e_NSU.shape[-1], e_NSU.shape[-1] + hidden_NSD.shape[-1]], 1)
+        joint_NSJ = F.linear(torch.cat([e_NSU, hidden_NSD], dim=-1), of_inputs, self.joint_proj.bias)
+        state_NU = torch.zeros_like(e_NSU[:, 0]) if state_NU is None else state_NU
+        z = []
+        for slot_NJ in joint_NSJ.unbind(1):
+            keep_NU, new_NU, out_NU = (slot_NJ + F.linear(state_NU, of_state)).chunk(3, dim=-1)
+            z.append(torch.tanh(out_NU))
+            keep_NU = torch.sigmoid(keep_NU)
+            state_NU = keep_NU * state_NU + (1 - keep_NU) * torch.tanh(new_NU)
+        return torch.stack(z, dim=1), state_NU
+
+
+class ConfidenceHead(nn.Module):
+    """One logit a slot, from the backbone's state and, where configured, the table's row of the token before."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.proj = nn.Linear(width, 1)
+
+    def forward(self, features_NSF: Tensor) -> Tensor:
+        logits_NS = self.proj(features_NSF)[..., 0]
+        return logits_NS.to(wide(logits_NS.dtype))
+
+
+class DSpark(Draft):
+    """The backbone, its Markov correction and, where configured, its confidence."""
+
+    reads_final = True
+
+    def __init__(self, config: DraftConfig, head: TargetHead):
+        super().__init__(config, head)
+        self.markov_head = MarkovHead(config)
+        if config.enable_confidence_head:
+            rank = config.markov_rank if config.confidence_head_with_markov else 0
+            self.confidence_head = ConfidenceHead(config.hidden_size + rank)
+
+    @staticmethod
+    def check(config: DraftConfig) -> None:
+        """Refuse same-position labels, and a confidence head that nothing trains or a loss without the head."""
+        refuse_options(config, *OF_DOMINO)
+        if not config.shift_label:
+            raise UsageError("dspark guesses from the anchor on: its labels are next-position; set shift_label = true")
+        if not config.enable_confidence_head:
+            for name in ("alpha_confidence", "confidence_head_with_markov"):
+                if getattr(config, name):
+                    raise UsageError(
+                        f"{name} = {getattr(config, name)} means nothing without a confidence head; "
+                        "leave it out or set enable_confidence_head = true"
+                    )
+        elif not config.alpha_confidence or config.alpha_confidence < 0:
+            raise UsageError(
+                f"alpha_confidence {config.alpha_confidence} would leave the confidence head untrained; "
+                "published is 1.0, or set enable_confidence_head = false"
+            )
+
+    def correction(self, hidden_NSD: Tensor, prev_NS: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Draft.correction`, on every slot."""
+        return self.markov_head(hidden_NSD, prev_NS)[0], self.markov_head.markov_w2.weight
+
+    def advance(self, k: int, hidden_ND: Tensor, last_N: Tensor, state_NU: Tensor | None):
+        """As `Draft.advance`; only the rnn has a state."""
+        z_N1U, state_NU = self.markov_head(hidden_ND[:, None], last_N[:, None], state_NU)
+        return (z_N1U[:, 0], self.markov_head.markov_w2.weight), state_NU
+
+    def confidence(self, hidden_NSD: Tensor, prev_NS: Tensor) -> Tensor:
+        """The confidence head's logits [N, S], in float32 at least."""
+        if self.config.confidence_head_with_markov:
+            hidden_NSD = torch.cat([hidden_NSD, self.markov_head.markov_w1(prev_NS)], dim=-1)
+        return self.confidence_head(hidden_NSD)
+
+    def kept(self, hidden_NSD: Tensor, anchor_ids_N: Tensor, ids_NP: Tensor, threshold: float) -> Tensor:
+        """As `Draft.kept`."""
+        if not self.config.enable_confidence_head:
+            return super().kept(hidden_NSD, anchor_ids_N, ids_NP, threshold)
+        prev_NP = torch.cat([anchor_ids_N[:, None], ids_NP[:, :-1]], dim=1)
+        sure_NP = self.confidence(hidden_NSD, prev_NP).sigmoid() >= threshold
+        return sure_NP.long().cumprod(-1).sum(-1)
+
+    def denominators(self, blocks: Blocks) -> dict[str, Tensor]:
+        """As `Draft.denominators`, and the confidence's, which is the same."""
+        dens = super().denominators(blocks)
+        return dens | ({"confidence": next(iter(dens.values()))} if self.config.enable_confidence_head else {})
+
+    def loss(self, cell: Cell, blocks: Blocks, knobs: Knobs, dens: dict, metrics: bool = False) -> Loss:
+        """As `Draft.loss`, and the confidence's cross-entropy against `accept`, weighted as the other terms are."""
+        if not self.config.enable_confidence_head:
+            return super().loss(cell, blocks, knobs, dens, metrics)
+        objective = self.objective(cell, blocks, knobs, dens, metrics)
+        hidden_NSD = self.hidden(cell, blocks)
+        total = head_loss(hidden_NSD, self.target, objective, self.correction(hidden_NSD, blocks.prev_NS))
+        noted = objective.slots()
+        logits_NS = self.confidence(hidden_NSD, blocks.prev_NS)
+        bce_NS = F.binary_cross_entropy_with_logits(logits_NS, noted["accept"], reduction="none")
+        numerator = (noted["weights"] * bce_NS).sum()
+        total = total + self.config.alpha_confidence / dens["confidence"] * numerator
+        terms, sums = objective.numerators | {"confidence": numerator.detach()}, {}
+        if metrics:
+            sums = slot_sums(noted, blocks.scored_NS)
+            sums |= confidence_sums(logits_NS.detach(), noted["accept"], noted["weights"])
+        return Loss(total, terms, sums)

@@ -1,0 +1,96 @@
+"""What is let into a plan: samples with something to learn in them; of the rest, how many, why, and an example.
+
+T tokens of a sample
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pipeline.errors import DataError
+
+REFUSED_SHARE = 0.1  # of the rows; more is refused
+EXAMPLES = 3  # shown of each reason
+
+
+class Unusable(Exception):
+    """Raised where a row is found unusable; counted by its `reason`."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass
+class Tally:
+    """What went by, and what was left out and why."""
+
+    rows: int = 0
+    truncated: int = 0
+    rewritten: int = 0  # turns left unsupervised
+    faults: dict[str, int] = field(default_factory=dict)
+    short: int = 0  # samples with nothing to learn within max_length: no fault of theirs
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def fault(self, reason: str, example: str) -> None:
+        self.faults[reason] = self.faults.get(reason, 0) + 1
+        self.show(reason, example)
+
+    def show(self, reason: str, example: str) -> None:
+        shown = self.examples.setdefault(reason, [])
+        if len(shown) < EXAMPLES:
+            shown.append(example)
+
+    def as_notes(self) -> dict:
+        """For the plan's manifest."""
+        return {
+            "rows": self.rows,
+            "truncated": self.truncated,
+            "rewritten_turns": self.rewritten,
+            "too_short": self.short,
+            "faults": dict(sorted(self.faults.items())),
+            "examples": dict(sorted(self.examples.items())),
+        }
+
+    def check(self, corpus: str, usable: int) -> None:
+        """Refuse a corpus with nothing usable in it, or with too little."""
+        faults = sum(self.faults.values())
+        shown = "; ".join(example for examples in self.examples.values() for example in examples[:1])
+        if not usable:
+            why = shown or "it is empty"
+            raise DataError(f"{corpus}: no usable sample in {self.rows} rows ({why}); name another corpus")
+        if faults > REFUSED_SHARE * self.rows:
+            raise DataError(
+                f"{corpus}: {faults} of {self.rows} rows cannot be used, at most {REFUSED_SHARE:.0%} are let go "
+                f"({shown}); repair or remove them"
+            )
+
+
+def check_mask(mask_T: np.ndarray) -> None:
+    """Refuse a mask that says nothing: Unusable when no token, or every token, is supervised."""
+    if not mask_T.any():
+        raise Unusable("nothing supervised", f"none of its {len(mask_T)} tokens is marked as the assistant's")
+    if mask_T.all():
+        raise Unusable(
+            "all supervised", f"all of its {len(mask_T)} tokens are marked as the assistant's, the prompt too"
+        )
+
+
+def check_ids(ids_T: np.ndarray, vocab_size: int) -> None:
+    """Refuse a token that the target has no embedding for: Unusable."""
+    if (largest := int(ids_T.max())) >= vocab_size:
+        raise Unusable(
+            "unknown token",
+            f"holds token {largest}, outside the target's {vocab_size}; is the tokenizer another one's?",
+        )
+
+
+def trim(ids_T: np.ndarray, mask_T: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Cut behind the last supervised row and the one after it; None without two supervised rows in a row.
+
+    A block is laid from a supervised token whose next is supervised, too, so with fewer there is nothing to learn.
+    """
+    if not (mask_T[:-1] & mask_T[1:]).any():
+        return None
+    end = int(np.flatnonzero(mask_T)[-1]) + 2
+    return ids_T[:end], mask_T[:end]

@@ -1,0 +1,141 @@
+"""What a published draft computes, in plain torch from its tensors by name: one block, as an engine runs it.
+
+It shares nothing with `pipeline.drafts`, where blocks are grouped, gradients written out and heads chunked. So when
+the two agree on the probe of an export, neither has a mistake that the other has not.
+
+    K layers   T context rows   D hidden size   S slots   C columns: ids whose logits are computed   E head size
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.drafts import DraftConfig
+
+Get = Callable[[str], Tensor]  # a tensor by its published name, in float32
+
+
+def block_states(get: Get, config: DraftConfig, features_KTD: Tensor, noise_SD: Tensor) -> Tensor:
+    """States [S, D] of the block after its context (rows 0 .. T - 1): the anchor is at position T."""
+    T, S = features_KTD.shape[1], len(noise_SD)
+    fused_TF = torch.cat(list(features_KTD), dim=-1)
+    context_TD = _norm(get("hidden_norm.weight"), fused_TF @ get("fc.weight").T, config)
+    x_SD = noise_SD
+    for index, kind in enumerate(config.layer_types):
+        window = config.sliding_window if kind == "sliding_attention" else None
+        part = _part(get, f"layers.{index}.")
+        y_SD = _norm(part("input_layernorm.weight"), x_SD, config)
+        x_SD = x_SD + _attention(_part(part, "self_attn."), config, y_SD, context_TD, _visible(T, S, window))
+        z_SD = _norm(part("post_attention_layernorm.weight"), x_SD, config)
+        gate_SI = F.silu(z_SD @ part("mlp.gate_proj.weight").T) * (z_SD @ part("mlp.up_proj.weight").T)
+        x_SD = x_SD + gate_SI @ part("mlp.down_proj.weight").T
+    return _norm(get("norm.weight"), x_SD, config)
+
+
+def correction(
+    get: Get, config: DraftConfig, hidden_SD: Tensor, prev_S: Tensor, embedded_SD: Tensor, columns_C: Tensor
+):
+    """What the method adds to the target's head [S, C]; DSpark's confidence logit [S], too, else None.
+
+    prev_S: the token before each slot's guess, slot 0's being the anchor; embedded_SD: the target's embedding of it.
+    """
+    if config.method == "domino":
+        return _domino(get, config, hidden_SD, embedded_SD, columns_C), None
+    if config.method == "dspark":
+        return _dspark(get, config, hidden_SD, prev_S, columns_C)
+    return torch.zeros(len(hidden_SD), len(columns_C)), None
+
+
+def _part(get: Get, prefix: str) -> Get:
+    return lambda name: get(prefix + name)
+
+
+def _norm(weight: Tensor, x: Tensor, config: DraftConfig) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt() * weight
+
+
+def _visible(T: int, S: int, window: int | None) -> Tensor:
+    """Whether slot s sees key j [S, T + S]: everything, or on a sliding layer the context in the `window` positions up
+    to its own, and the slots up to itself (SpecForge's rule: inside the block there is no window)."""
+    if window is None:
+        return torch.ones(S, T + S, dtype=torch.bool)
+    distance = (T + torch.arange(S))[:, None] - torch.arange(T + S)
+    return (distance >= 0) & ((distance < window) | (torch.arange(T + S) >= T))
+
+
+def _attention(get: Get, config: DraftConfig, y_SD: Tensor, context_TD: Tensor, visible: Tensor) -> Tensor:
+    """Attention of the slots over the context and themselves; keys and values of both by the same weights."""
+    T, E = len(context_TD), config.head_dim
+    keys_LD = torch.cat([context_TD, y_SD])
+
+    def heads(name: str, x: Tensor, normed: bool) -> Tensor:
+        out = x @ get(f"{name}_proj.weight").T + (get(f"{name}_proj.bias") if config.attention_bias else 0)
+        out = out.unflatten(-1, (-1, E)).transpose(0, 1)
+        return _norm(get(f"{name}_norm.weight"), out, config) if normed else out
+
+    q = _turned(heads("q", y_SD, True), T, config.rope_theta)
+    k, v = _turned(heads("k", keys_LD, True), 0, config.rope_theta), heads("v", keys_LD, False)
+    shared = len(q) // len(k)  # query heads that read the same keys
+    k, v = k.repeat_interleave(shared, 0), v.repeat_interleave(shared, 0)
+    scores = (q @ k.mT / E**0.5).masked_fill(~visible, -torch.inf)
+    out_SA = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+    return out_SA @ get("o_proj.weight").T + (get("o_proj.bias") if config.attention_bias else 0)
+
+
+def _turned(x_ALE: Tensor, first: int, theta: float) -> Tensor:
+    """Rotary positions first, first + 1, ...: each half of a head with the other, at that position's angles."""
+    half = x_ALE.shape[-1] // 2
+    angle = torch.arange(first, first + x_ALE.shape[1])[:, None] * theta ** -(torch.arange(half) / half)
+    left, right = x_ALE.split(half, -1)
+    return torch.cat([left * angle.cos() - right * angle.sin(), right * angle.cos() + left * angle.sin()], -1)
+
+
+def _domino(get: Get, config: DraftConfig, hidden_SD: Tensor, embedded_SD: Tensor, columns_C: Tensor) -> Tensor:
+    """W2 silu(W1 [h ; g]), g the GRU's state after the tokens up to the one before the slot's guess.
+
+    Labels at their own position have slot 0 as the anchor: slot k then reads the state that slot k - 1 would else.
+    """
+    w_in, w_state = get("prefix_gru.weight_ih_l0"), get("prefix_gru.weight_hh_l0")
+    first = config.pure_draft_prefix_len + (0 if config.shift_label else 1)
+    states, state = [], torch.zeros(config.gru_hidden_dim)
+    for embedded_D in embedded_SD:
+        r_in, z_in, n_in = (w_in @ embedded_D).chunk(3)
+        r_old, z_old, n_old = (w_state @ state).chunk(3)
+        z = torch.sigmoid(z_in + z_old)
+        state = (1 - z) * torch.tanh(n_in + torch.sigmoid(r_in + r_old) * n_old) + z * state
+        states.append(state)
+    if not config.shift_label:
+        states = [torch.zeros_like(state), *states[:-1]]
+    mixed = F.silu(torch.cat([hidden_SD, torch.stack(states)], -1) @ get("embed_proj.0.weight").T)
+    out_SC = mixed @ get("embed_proj.2.weight")[columns_C].T
+    out_SC[:first] = 0
+    return out_SC
+
+
+def _dspark(get: Get, config: DraftConfig, hidden_SD: Tensor, prev_S: Tensor, columns_C: Tensor):
+    """The Markov head's bias, and the confidence logit [S] where there is such a head."""
+    e_SU = get("markov_head.markov_w1.weight")[prev_S]
+    read = _markov_states(_part(get, "markov_head."), config.markov_head_type, hidden_SD, e_SU)
+    bias_SC = read @ get("markov_head.markov_w2.weight")[columns_C].T
+    if not config.enable_confidence_head:
+        return bias_SC, None
+    seen = torch.cat([hidden_SD, e_SU], -1) if config.confidence_head_with_markov else hidden_SD
+    return bias_SC, (seen @ get("confidence_head.proj.weight").T + get("confidence_head.proj.bias"))[:, 0]
+
+
+def _markov_states(get: Get, kind: str, hidden_SD: Tensor, e_SU: Tensor) -> Tensor:
+    if kind == "gated":
+        gate = torch.cat([hidden_SD, e_SU], -1) @ get("gate_proj.weight").T + get("gate_proj.bias")
+        return torch.sigmoid(gate) * e_SU
+    if kind != "rnn":
+        return e_SU
+    outs, state = [], torch.zeros_like(e_SU[0])
+    for hidden_D, e_U in zip(hidden_SD, e_SU, strict=True):
+        forget, fresh, out = (
+            get("joint_proj.weight") @ torch.cat([state, e_U, hidden_D]) + get("joint_proj.bias")
+        ).chunk(3)
+        outs.append(torch.tanh(out))
+        state = torch.sigmoid(forget) * state + (1 - torch.sigmoid(forget)) * torch.tanh(fresh)
+    return torch.stack(outs)

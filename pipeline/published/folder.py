@@ -1,0 +1,123 @@
+"""A published folder, opened: every tensor that its config.json asks for, none more, none of another shape.
+
+Engines pass over names that they do not know and serve random weights in their place; here both are refused, before
+a tensor is read.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.drafts import DRAFTS, Draft, DraftConfig
+from pipeline.errors import UsageError
+from pipeline.published.names import EMBEDDING, HEAD, Shapes, draft_tensors, published_names, target_copies
+from pipeline.published.reading import Published, read_description
+from pipeline.published.weights import CONFIG, Weights, open_weights
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MASK_VECTOR = "mask_embedding.pt"  # vLLM puts it in the place of the mask token's embedding
+ROWS_AT_ONCE = 1 << 14
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A folder whose tensors are all there, of the right shapes. Tensors are read when asked for."""
+
+    path: Path
+    described: Published
+    weights: Weights
+    names: dict[str, str]  # published name -> stored name
+
+    @property
+    def config(self) -> DraftConfig:
+        return self.described.config
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A tensor by its published name, as stored. UsageError when it holds what is not finite."""
+        tensor = self.weights[self.names[name]]
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UsageError(f"{self.path}: {name} holds values that are not finite; train or fetch it again")
+        return tensor
+
+    def own(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the draft's own tensors, by published name and as stored."""
+        for name in draft_tensors(self.config, self.described.proposed):
+            yield name, self[name]
+
+    def check_copies(self, embed_VD: Tensor, head_VD: Tensor) -> None:
+        """Refuse copies of the target's embedding or head that are not this target's. UsageError."""
+        for name, target_VD in ((EMBEDDING, embed_VD), (HEAD, head_VD)):
+            if name not in self.names or (name == HEAD and self.described.proposed < len(head_VD)):
+                continue
+            copy_VD = self[name]
+            for first in range(0, len(copy_VD), ROWS_AT_ONCE):
+                rows = slice(first, first + ROWS_AT_ONCE)
+                if not torch.equal(copy_VD[rows], target_VD[rows].to("cpu", copy_VD.dtype)):
+                    raise UsageError(
+                        f"{self.path} brings a {name} that is not the target's, so the draft is another target's or "
+                        "was trained with a head of its own; only drafts on the target's frozen head are known here"
+                    )
+
+
+def open_folder(path: Path, target_layers: int | None = None) -> Opened:
+    """Open a published folder of any form and check names, shapes and types. UsageError."""
+    path = Path(path)
+    described = read_description(path, target_layers)
+    if (path / MASK_VECTOR).exists():
+        raise UsageError(f"{path / MASK_VECTOR}: a mask vector of its own; a draft here reads the target's embedding")
+    weights = open_weights(path)
+    names = published_names(weights.shapes)
+    opened = Opened(path, described, weights, names)
+    _check_shapes(opened)
+    return opened
+
+
+def _check_shapes(opened: Opened) -> None:
+    config, proposed, weights = opened.config, opened.described.proposed, opened.weights
+    file = weights.files[0] if len(weights.files) == 1 else opened.path
+    wanted = draft_tensors(config, proposed)
+    beside: Shapes = {}
+    if opened.described.owns_copies:
+        beside = target_copies(config, proposed, opened.described.speculators)
+    reduced = {"d2t", "t2d", HEAD} if proposed < config.vocab_size else set()
+    lacking, surplus = (
+        (wanted.keys() | reduced) - opened.names.keys(),
+        opened.names.keys() - wanted.keys() - beside.keys(),
+    )
+    for what, names in (("lacks", lacking), ("has surplus", surplus)):
+        if names:
+            raise UsageError(
+                f"{file} {what} {', '.join(sorted(names)[:4])} ({len(names)} in all) for the {config.method} draft "
+                f"that its {CONFIG} describes; fetch or export it again"
+            )
+    for name, stored in sorted(opened.names.items()):
+        shape = (wanted | beside)[name]
+        if weights.shapes[stored] != shape:
+            raise UsageError(
+                f"{opened.path}: {name} is {list(weights.shapes[stored])}, its {CONFIG} says {list(shape)}"
+            )
+        kinds = {"d2t": (torch.int64,), "t2d": (torch.bool,)}.get(name, FLOATS)
+        if weights.dtypes[stored] not in kinds:
+            raise UsageError(f"{opened.path}: {name} is stored as {weights.dtypes[stored]}; export it as bfloat16")
+
+
+def load_draft_folder(path: Path, head, device: str | torch.device = "cpu", target_layers: int | None = None) -> Draft:
+    """Open a published draft, in float32 and evaluation mode. Nothing is guessed and nothing is left over.
+
+    head: the target's TargetHead. target_layers: the target's depth, for forms that do not state it. UsageError for
+    an unknown kind of draft, a missing, contradictory or unknown value, and for tensors that are missing, surplus, of
+    another shape or not finite.
+    """
+    opened = open_folder(path, target_layers)
+    if opened.described.proposed < opened.config.vocab_size:
+        raise UsageError(
+            f"{path} proposes {opened.described.proposed} of {opened.config.vocab_size} ids; a draft here proposes "
+            "all: train one from it with `pipeline train-draft --init-from`"
+        )
+    draft = DRAFTS[opened.config.method](opened.config, head)
+    opened.check_copies(head.embed_VD, head.head_VD)
+    draft.load_state_dict(dict(opened.own()))
+    return draft.to(device).eval()

@@ -1,0 +1,168 @@
+"""The probe that an export leaves beside its weights: a few blocks, and the logits that the trainer computes on them.
+
+It is whole in itself, so that a folder can be checked without its target: the states before each block, the target's
+embedding of every id in it, a few columns of the target's head. 2 to 3 MB for a target of 8B parameters.
+
+It lies in a file of its own, in the layout of safetensors under a name that ends otherwise. Engines read every
+`*.safetensors`, `*.bin` and `*.pt` of a folder as weights, and the strict ones (vLLM) end on a name they do not know;
+in the weights' own header it would be metadata that every reader parses, and that tools which save again drop.
+
+    K layers   T context rows   D hidden size   N blocks   S slots   C columns   I ids
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pipeline.cache.manifest import FileFact
+from pipeline.drafts import Blocks, Cell, Draft
+from pipeline.errors import UsageError
+from pipeline.published import arithmetic
+from pipeline.published.folder import Opened
+from pipeline.published.weights import CONFIG, WEIGHTS
+from pipeline.tensors import save_tensors
+
+PROBE, FACTS = "probe.tensors", "probe"
+COLUMNS = 64
+# Two float32 implementations differ by 1e-6 or so; a wrong constant, order or name by far more.
+TOLERANCE = 1e-4
+_TENSORS = ("features_KTD", "anchors_N", "prev_NS", "ids_I", "embedded_ID", "columns_C", "head_CD", "logits_NSC")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a folder's probe says: how far the logits recomputed are from those stored, relative to their largest."""
+
+    blocks: int
+    difference: float
+    source: str
+
+
+def write_probe(folder: Path, draft: Draft, cell: Cell, blocks: Blocks, source: str) -> None:
+    """Write the probe of the draft whose config and weights lie in `folder`, computed by its own modules.
+
+    cell: of one document, from its first row on. blocks: all kept.
+    """
+    head = draft.target
+    with torch.no_grad():
+        hidden_NSD = draft.hidden(cell, blocks)
+        logits_NSV = draft.logits(hidden_NSD, blocks.prev_NS)["final"]
+        confidence_NS = _confidence(draft, hidden_NSD, blocks.prev_NS)
+    ids_I = torch.cat([blocks.noise_ids_NS.flatten(), blocks.prev_NS.flatten()]).unique()
+    spread_C = torch.linspace(0, head.vocab_size - 1, COLUMNS).long()
+    columns_C = torch.cat([blocks.labels_NS.flatten(), spread_C]).unique()
+    tensors = {
+        "features_KTD": cell.aux_KRD.float(),
+        "anchors_N": blocks.anchors_N,
+        "prev_NS": blocks.prev_NS,
+        "ids_I": ids_I,
+        "embedded_ID": head.embed(ids_I).float(),
+        "columns_C": columns_C,
+        "head_CD": head.head_VD[columns_C].float(),
+        "logits_NSC": logits_NSV[..., columns_C],
+    }
+    if confidence_NS is not None:
+        tensors["confidence_NS"] = confidence_NS.float()
+    files = {name: FileFact.of_file(folder / name).as_dict() for name in (CONFIG, WEIGHTS)}
+    facts = {"files": files, "logit_softcap": head.logit_softcap, "source": source}
+    save_tensors(tensors, folder / PROBE, metadata={FACTS: json.dumps(facts, sort_keys=True)})
+
+
+def _confidence(draft: Draft, hidden_NSD: Tensor, prev_NS: Tensor) -> Tensor | None:
+    if not draft.config.enable_confidence_head:
+        return None
+    return draft.confidence(hidden_NSD, prev_NS)
+
+
+def judge(opened: Opened) -> Judged | None:
+    """Recompute the probe of a folder by `arithmetic`, which shares no code with the trainer. None without a probe.
+
+    UsageError when config or weights are not those it was made with, or the logits differ.
+    """
+    path = opened.path / PROBE
+    if not path.is_file():
+        return None
+    facts, tensors = _read(path)
+    for name, fact in facts["files"].items():
+        if name not in (CONFIG, WEIGHTS) or FileFact.of_file(opened.path / name).as_dict() != fact:
+            raise UsageError(f"{opened.path / name} is not what was exported: its bytes have changed; export it again")
+    _check_fits(opened, path, tensors)
+    differences = []
+    for block, anchor in enumerate(tensors["anchors_N"].tolist()):
+        logits_SC, confidence_S = _recompute(opened, tensors, block, anchor, facts["logit_softcap"])
+        pairs = [(logits_SC, tensors["logits_NSC"][block])]
+        if confidence_S is not None:
+            pairs.append((confidence_S, tensors["confidence_NS"][block]))
+        differences += [float((found - stored).abs().max() / stored.abs().max()) for found, stored in pairs]
+    wrong = [difference for difference in differences if not difference <= TOLERANCE]  # NaN is wrong, too
+    if wrong:
+        raise UsageError(
+            f"{opened.path}: logits recomputed from its files differ from those stored at export by {wrong[0]:.2g}, "
+            f"more than {TOLERANCE:g}; export it again"
+        )
+    return Judged(len(tensors["anchors_N"]), max(differences), str(facts["source"]))
+
+
+def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})[FACTS])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            facts["files"], facts["logit_softcap"], facts["source"], *(tensors[name] for name in _TENSORS)
+            facts["files"][WEIGHTS], facts["files"][CONFIG]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no probe of an export ({error}); export the draft again") from error
+    return facts, tensors
+
+
+def _check_fits(opened: Opened, path: Path, tensors: dict[str, Tensor]) -> None:
+    """Refuse a probe whose shapes and ids are not the draft's, before anything is computed from them."""
+    config, shapes = opened.config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    N, S, C = len(tensors["anchors_N"]), config.block_size, len(tensors["columns_C"])
+    D, K = config.hidden_size, len(config.target_layer_ids)
+    known, T = tensors["ids_I"].tolist(), (*shapes["features_KTD"], 0, 0)[1]
+    wanted = {
+        "features_KTD": (K, T, D),
+        "anchors_N": (N,),
+        "prev_NS": (N, S),
+        "ids_I": (len(known),),
+        "embedded_ID": (len(known), D),
+        "columns_C": (C,),
+        "head_CD": (C, D),
+        "logits_NSC": (N, S, C),
+    }
+    if config.enable_confidence_head:
+        wanted["confidence_NS"] = (N, S)
+    integers = {"anchors_N", "prev_NS", "ids_I", "columns_C"}
+    dtypes = {name: torch.int64 if name in integers else torch.float32 for name in wanted}
+    wrong = next((n for n in wanted if shapes.get(n) != wanted[n] or tensors[n].dtype != dtypes[n]), None)
+    known = set(known)
+    if wrong is not None or not N or not C or not set(range(T)) >= set(tensors["anchors_N"].tolist()):
+        raise UsageError(f"{path}: {wrong or 'anchors_N'} is not of the draft beside it; export the draft again")
+    in_range = all(0 <= index < config.vocab_size for index in known | set(tensors["columns_C"].tolist()))
+    if not in_range or not known >= set(tensors["prev_NS"].flatten().tolist()) | {config.mask_token_id}:
+        raise UsageError(f"{path} has no embedding of an id that the draft reads; export the draft again")
+
+
+def _recompute(
+    opened: Opened, tensors: dict[str, Tensor], block: int, anchor: int, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Logits [S, C] and confidence [S] of one block."""
+    config, prev_S = opened.config, tensors["prev_NS"][block]
+    row_of = {index: row for row, index in enumerate(tensors["ids_I"].tolist())}
+    noise = [int(prev_S[0])] + [config.mask_token_id] * (config.block_size - 1)
+    noise_SD, prev_SD = (
+        tensors["embedded_ID"][[row_of[index] for index in ids]].float() for ids in (noise, prev_S.tolist())
+    )
+
+    def get(name: str) -> Tensor:
+        return opened[name].float()
+
+    hidden_SD = arithmetic.block_states(get, config, tensors["features_KTD"][:, :anchor], noise_SD)
+    added_SC, confidence_S = arithmetic.correction(get, config, hidden_SD, prev_S, prev_SD, tensors["columns_C"])
+    logits_SC = hidden_SD @ tensors["head_CD"].T + added_SC
+    return logits_SC if softcap is None else softcap * torch.tanh(logits_SC / softcap), confidence_S

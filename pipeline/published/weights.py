@@ -1,0 +1,151 @@
+"""Files of weights from anywhere, taken on no trust: nothing in them can run, and nothing is allocated that their
+own size does not pay for.
+
+safetensors holds tensors only, and its reader checks each against the file's length. PyTorch's own format is a
+pickle: it is read by `weights_only=True` and never otherwise. That keeps code out, but not a `bytearray(10**12)`, nor
+tensors of 10**12 elements that repeat one: so what the pickle names is looked at first, the file is mapped, not read,
+and every tensor must be laid out plainly.
+"""
+
+import json
+import pickle
+import pickletools
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pipeline.errors import UsageError
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+INDEX, PICKLES = "model.safetensors.index.json", ("pytorch_model.bin", "training_state.pt")
+# Where trainers put the draft in what they save.
+STATES = ("draft_state_dict", "model_state_dict", "state_dict", "model")
+MOST_JSON, MOST_PICKLE = 4 << 20, 64 << 20  # bytes; a config has 2 KiB, the pickle of a thousand tensors 0.2 MiB
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64, "BOOL": torch.bool}
+_KINDS = ("Float", "BFloat16", "Half", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
+_PLAIN = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}
+_PLAIN |= {f"torch {kind}Storage" for kind in _KINDS}
+_CALLING = ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")
+
+
+class Weights:
+    """A folder's tensors under the names they are stored by. Shapes and types are known before any is read."""
+
+    def __init__(self, files: list[Path]):
+        self.files = files
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype | None] = {}  # None: a type that no draft has
+        self._readers: dict[str, object] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        reader = self._readers[name]
+        return reader[name] if isinstance(reader, dict) else reader.get_tensor(name)
+
+    def _add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, reader) -> None:
+        if name in self.shapes:
+            raise UsageError(f"{self.files[0].parent} holds {name} twice; remove the file that is not the draft's")
+        self.shapes[name], self.dtypes[name], self._readers[name] = shape, dtype, reader
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object of a moderate size. UsageError."""
+    try:
+        if not path.is_file() or path.stat().st_size > MOST_JSON:
+            raise OSError("no file, or far larger than such a file is")
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); name a folder that holds a published draft") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} is no JSON object; name a folder that holds a published draft")
+    return found
+
+
+def open_weights(folder: Path) -> Weights:
+    """Open the weights of a folder: safetensors, in one file or several, or else a pickle of PyTorch. UsageError."""
+    if (folder / WEIGHTS).is_file():
+        return open_safetensors([folder / WEIGHTS])
+    if (folder / INDEX).is_file():
+        return open_safetensors(_indexed(folder))
+    for name in PICKLES:
+        if (folder / name).is_file():
+            return _pickled(folder / name)
+    raise UsageError(f"{folder} holds no {', '.join((WEIGHTS, INDEX, *PICKLES))}; name a folder that holds a draft")
+
+
+def _indexed(folder: Path) -> list[Path]:
+    names = read_json(folder / INDEX).get("weight_map")
+    files = sorted(set(names.values())) if isinstance(names, dict) and names else [None]
+    if any(not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors") for name in files):
+        raise UsageError(f"{folder / INDEX} names no safetensors files beside it; fetch the draft again")
+    return [folder / name for name in files]
+
+
+def open_safetensors(files: list[Path]) -> Weights:
+    """Open safetensors files, whose tensors together are the draft. UsageError."""
+    weights = Weights(files)
+    for path in files:
+        try:
+            reader = safe_open(path, framework="pt")
+            for name in reader.keys():  # noqa: SIM118 - it is no mapping
+                part = reader.get_slice(name)
+                weights._add(name, tuple(part.get_shape()), _DTYPES.get(part.get_dtype()), reader)
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{path} cannot be read ({error}); fetch the draft again") from error
+    return weights
+
+
+def _pickled(path: Path) -> Weights:
+    stored = _check_pickle(path)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, ValueError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise UsageError(
+            f"{path} cannot be read ({str(error).splitlines()[0][:120]}); fetch the draft again"
+        ) from error
+    if isinstance(found, dict):
+        found = next((found[key] for key in STATES if isinstance(found.get(key), dict)), found)
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise UsageError(f"{path} holds no tensors by name; save the draft's state_dict as safetensors")
+    weights = Weights([path])
+    for name, tensor in found.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.is_contiguous():
+            raise UsageError(f"{path}: {name} is no plain tensor; save the draft's state_dict as safetensors")
+        weights._add(name, tuple(tensor.shape), tensor.dtype, {name: tensor.detach()})
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in found.values()}
+    if sum(storages.values()) > stored:
+        raise UsageError(f"{path} holds {stored} bytes of tensors and names more; fetch the draft again")
+    return weights
+
+
+def _check_pickle(path: Path) -> int:
+    """Refuse, before it is loaded, a pickle that names anything but plain tensors, and a file that unpacks to more
+    than it is. Return the bytes of tensors in it."""
+    remedy = "save the draft's state_dict as safetensors with the tool that made it"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            stored = sum(item.file_size for item in archive.infolist() if "/data/" in item.filename)
+            packed = [item.filename for item in archive.infolist() if item.compress_type != zipfile.ZIP_STORED]
+            inner = [item for item in archive.infolist() if item.filename.endswith("/data.pkl")]
+            if packed or len(inner) != 1 or inner[0].file_size > MOST_PICKLE:
+                raise UsageError(f"{path} is not laid out as torch.save lays it out; {remedy}")
+            named = {_named(code, text) for code, text, _ in pickletools.genops(archive.read(inner[0]))} - {None}
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); {remedy}") from error
+    if named - _PLAIN:
+        foreign = sorted(named - _PLAIN)[0].replace(" ", ".")
+        raise UsageError(f"{path} holds more than tensors ({foreign}), and nothing in it is run; {remedy}")
+    return stored
+
+
+def _named(code, text) -> str | None:
+    """What an opcode of a pickle would call or make, "module name"; None where it only builds data."""
+    if code.name == "GLOBAL":
+        return text
+    return (
+        code.name
+        if code.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")
+        else None
+    )

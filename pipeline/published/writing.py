@@ -1,0 +1,169 @@
+"""config.json of a draft as its engine reads it, every key written out: SGLang, and speculators (vLLM).
+
+Readers fall back on defaults of their own for what is left out, and one that guesses the label convention or counts
+the layers from the embedding serves a draft that accepts nothing. So nothing is left to them, keys that they seek in
+two places stand in both, and what an engine cannot serve is refused, with the reason.
+"""
+
+from dataclasses import dataclass
+
+from pipeline.drafts import DraftConfig
+from pipeline.errors import UsageError
+from pipeline.published.reading import DSPARK_KEYS, FLAT, SHARED, TRAINED_ON
+
+FORMATS = ("sglang", "speculators")
+DOMINO_KEYS = ("emb_dim", "gru_hidden_dim", "pure_draft_prefix_len")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What of a draft its weights do not tell."""
+
+    dtype: str  # of the stored weights, "float32" or "bfloat16"
+    target: str | None = None
+    revision: str | None = None
+    architectures: tuple[str, ...] = ()  # the target's
+    tokens: dict | None = None  # the target's special ids: bos, pad, a list of eos
+    trained_on: dict | None = None  # the cache's digest and the share of prompts held out, which `evaluate` reads
+
+
+def check_servable(config: DraftConfig, form: str, tokens: dict | None = None) -> None:
+    """Refuse a draft that the engine of that form cannot serve, with the reason. UsageError."""
+    if form not in FORMATS:
+        raise UsageError(f"unknown format {form!r}; there are {', '.join(FORMATS)}")
+    _check_everywhere(config, tokens or {})
+    if form == "sglang":
+        _check_sglang(config)
+    elif config.method == "domino":
+        raise UsageError(
+            "speculators and vLLM have no Domino: its causal head would be dropped and the backbone alone served; "
+            "export it with --format sglang"
+        )
+    elif config.markov_head_type not in (None, "vanilla"):
+        raise UsageError(
+            f"vLLM computes the vanilla Markov head only, this draft has markov_head_type "
+            f'"{config.markov_head_type}"; export it with --format sglang, or train one with "vanilla"'
+        )
+
+
+def _check_everywhere(config: DraftConfig, tokens: dict) -> None:
+    if config.method == "dflash" and config.shift_label:
+        raise UsageError(
+            "engines read DFlash with same-position labels only and would accept nothing from this draft, whose "
+            "shift_label is true; train one with draft.shift_label = false"
+        )
+    if config.sliding_window is not None and config.sliding_window < config.block_size:
+        raise UsageError(
+            f"sliding_window {config.sliding_window} is below block_size {config.block_size}: engines hide the block's "
+            "first slots from its last ones then, training does not; train one with a window of a block at least"
+        )
+    reserved = {"bos": [tokens.get("bos")], "pad": [tokens.get("pad")], "eos": tokens.get("eos") or []}
+    taken = [name for name, ids in reserved.items() if config.mask_token_id in ids]
+    if taken:
+        raise UsageError(
+            f"mask_token_id {config.mask_token_id} is the target's {taken[0]} token, which real text holds; train a "
+            "draft with another draft.mask_token_id"
+        )
+
+
+def _check_sglang(config: DraftConfig) -> None:
+    if config.target_layer_ids[0] < 0:
+        raise UsageError(
+            f"SGLang reads outputs of decoder layers only, this draft reads {list(config.target_layer_ids)} (-1 is the "
+            "embedding); train one with other draft.layers, or export it with --format speculators"
+        )
+    if config.method == "domino" and not (config.shift_label and config.pure_draft_prefix_len == 1):
+        raise UsageError(
+            f"SGLang serves Domino with shift_label true and pure_draft_prefix_len 1 only, this draft has "
+            f"{str(config.shift_label).lower()} and {config.pure_draft_prefix_len}; train one with these"
+        )
+
+
+def published_config(config: DraftConfig, form: str, origin: Origin) -> dict:
+    """Return config.json for that form."""
+    flat = _speculators(config, origin) if form == "speculators" else _sglang(config, origin)
+    if origin.trained_on is not None:
+        flat[TRAINED_ON] = origin.trained_on
+    return flat
+
+
+def _sglang(config: DraftConfig, origin: Origin) -> dict:
+    """A Qwen3 config with `dflash_config`, as z-lab and SpecForge publish it."""
+    nested = {
+        "block_size": config.block_size,
+        "mask_token_id": config.mask_token_id,
+        "target_layer_ids": list(config.target_layer_ids),
+        "shift_label": config.shift_label,
+    }
+    flat = _qwen3(config, origin) | {
+        "architectures": ["DFlashDraftModel"],
+        "num_target_layers": config.num_target_layers,
+        "block_size": config.block_size,
+        "sample_from_anchor": config.shift_label,
+        "shift_label": config.shift_label,
+        "dflash_config": nested,
+    }
+    if config.method == "domino":
+        nested |= {"projector_type": "domino"} | {key: getattr(config, key) for key in DOMINO_KEYS}
+        flat["emb_dim"] = config.emb_dim
+    if config.method == "dspark":
+        head = {key: getattr(config, key) for key in DSPARK_KEYS}
+        grouped = config.num_key_value_heads < config.num_attention_heads
+        nested |= {"projector_type": "dspark", "attention_mode": "gqa" if grouped else "mha"} | head
+        # SGLang seeks the head's keys at the top level and never in dflash_config; vLLM there the ids, too.
+        flat |= head | {key: nested[key] for key in ("mask_token_id", "target_layer_ids")} | {"architectures": [FLAT]}
+    return flat
+
+
+def _speculators(config: DraftConfig, origin: Origin) -> dict:
+    """The form of the speculators library, which vLLM reads: layer ids count from the embedding, 0."""
+    names = {"dflash": "DFlashSpeculator", "dspark": "DSparkSpeculator"}
+    flat = {
+        "architectures": [names[config.method]],
+        "speculators_model_type": config.method,
+        "dtype": origin.dtype,
+        "tie_word_embeddings": False,
+        "block_size": config.block_size,
+        "aux_hidden_state_layer_ids": [index + 1 for index in config.target_layer_ids],
+        "mask_token_id": config.mask_token_id,
+        "draft_vocab_size": config.vocab_size,
+        "target_hidden_size": config.hidden_size,
+        "num_target_layers": config.num_target_layers,  # ours: the form has no place for it
+        "sample_from_anchor": config.shift_label,
+        "sliding_window_non_causal": False,
+        "transformer_layer_config": _qwen3(config, origin),
+        "speculators_config": {
+            "algorithm": config.method,
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": config.proposals}],
+            "default_proposal_method": "greedy",
+            "verifier": {"name_or_path": origin.target, "architectures": list(origin.architectures)},
+        },
+    }
+    if config.method == "dspark":
+        flat |= {key: getattr(config, key) for key in DSPARK_KEYS}
+    return flat
+
+
+def _qwen3(config: DraftConfig, origin: Origin) -> dict:
+    """What both forms say of the decoder layers."""
+    sliding, tokens = "sliding_attention" in config.layer_types, origin.tokens or {}
+    flat = {name: getattr(config, name) for name in (*SHARED, "head_dim", "rope_theta")} | {
+        "model_type": "qwen3",
+        "dtype": origin.dtype,
+        "layer_types": list(config.layer_types),
+        "sliding_window": config.sliding_window,
+        "use_sliding_window": sliding,
+        "max_window_layers": config.num_hidden_layers,
+        "rope_scaling": None,
+        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "bos_token_id": tokens.get("bos"),
+        "eos_token_id": next(iter(tokens.get("eos") or ()), None),
+    }
+    if not sliding:
+        # Left out of a sliding draft: engines then take sliding layers as causal and the others as not, as trained.
+        flat["is_causal"] = False
+    return flat

@@ -1,0 +1,1 @@
+"""`pipeline import-cache`: caches that other trainers made, as ours."""

@@ -1,0 +1,48 @@
+"""Which of the forms a folder has, and its samples."""
+
+from pathlib import Path
+
+from pipeline.errors import UsageError
+from stages.import_cache.deepspec import INDEX, DeepSpec
+from stages.import_cache.specforge import SUFFIX, SpecForge
+from stages.import_cache.speculators import NAME, Speculators
+
+Source = SpecForge | Speculators | DeepSpec
+
+WANTED = "SpecForge's *.ckpt, speculators' hs_<i>.safetensors, or DeepSpec's manifest.json and samples.idx"
+
+
+def find_source(folder: Path, layers: tuple[int, ...] | None, width: int, masks: Path | None) -> Source:
+    """Return a cache by the files there are; `width` is the target's, `layers` are those named, None for none.
+
+    Raises UsageError where there is no such cache, or its layers are to be named; DataError for a damaged one.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; name one that holds {WANTED}")
+    inner = folder / "hidden_states" if (folder / "hidden_states").is_dir() else folder  # where speculators puts them
+    deepspec = (folder / INDEX).exists()
+    speculators = next((place for place in (folder, inner) if any(map(_is_hidden, place.iterdir()))), None)
+    specforge = next(folder.rglob(f"*{SUFFIX}*"), None)
+    if sum(map(bool, (deepspec, speculators, specforge))) != 1:
+        raise UsageError(f"{folder}: holds {'none or several'} of these: {WANTED}; name a folder with one of them")
+    if deepspec:
+        source = DeepSpec(folder, width)
+        if layers not in (None, source.stated.layers):
+            stated = ",".join(map(str, source.stated.layers))
+            raise UsageError(f"{folder}: its manifest names the layers {stated}; pass the same, or leave out --layers")
+        return source
+    if layers is None:
+        raise UsageError(
+            f"{folder}: no file of it says which layers it holds; name them in their order with --layers, such as "
+            "--layers 1,9,17,25,33"
+        )
+    source = (
+        Speculators(speculators, len(layers), width, masks) if speculators else SpecForge(folder, len(layers), width)
+    )
+    if not source.places:
+        raise UsageError(f"{folder}: no sample in it; name a folder that holds {WANTED}")
+    return source
+
+
+def _is_hidden(path: Path) -> bool:
+    return NAME.fullmatch(path.name) is not None

@@ -1,0 +1,111 @@
+"""The target that a cache of others is imported for: run, to prove what is imported, or only its files read."""
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from pipeline.errors import UsageError
+from pipeline.target import final_norm, head_of, load_target, stop_tokens
+from pipeline.target_copy import store_target
+from pipeline.target_files import CONFIG, read_json, text_config, weight_files
+from pipeline.target_head import TargetHead
+
+GENERATION = "generation_config.json"
+# Of a config: what stands between embedding, head and logits, and only the model's own code says how.
+SCALES = ("embedding_multiplier", "scale_emb", "logits_scaling", "logit_scale", "lm_head_multiplier")
+
+
+class Target:
+    """A target's folder, and, when something is to be computed, the target."""
+
+    def __init__(self, folder: Path, device: str | None, proven: bool):
+        self.folder, self.device, self.proven = folder, device, proven
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The target, loaded now. Raises what `load_target` does."""
+        assert self.proven, "nothing is computed of a cache that is imported unproven"
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return load_target(str(self.folder), device=device)
+
+    @property
+    def kind(self) -> tuple[torch.device, torch.dtype]:
+        """Where and in which type the target computes; the CPU and float32 where it does not."""
+        weight = self.model.get_input_embeddings().weight if self.proven else torch.empty(0)
+        return weight.device, weight.dtype
+
+    @property
+    def norm(self) -> nn.Module:
+        """What turns a raw last state into the one that the head reads. UsageError where the target shows none."""
+        norm = final_norm(self.model)
+        if norm is None:
+            raise UsageError(f"{self.folder}: its last norm does not show; leave the last states out with --last none")
+        return norm
+
+    def store(self, out: Path) -> None:
+        """Write the cache's `target/`, once."""
+        if self.proven:
+            head, config, stops = head_of(self.model), self.model.config, stop_tokens(self.model)
+        else:
+            head, stops = head_from_files(self.folder), stated_stops(self.folder)
+            config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
+        store_target(out, self.folder, as_narrow(head), config, stops)
+
+
+def as_narrow(head: TargetHead) -> TargetHead:
+    """Return the same values in bfloat16 where it has them all: a target's own type, whatever it is loaded as."""
+    narrow = head.to(dtype=torch.bfloat16)
+    pairs = ((narrow.embed_VD, head.embed_VD), (narrow.head_VD, head.head_VD))
+    return narrow if all(torch.equal(one.to(other.dtype), other) for one, other in pairs) else head
+
+
+def head_from_files(folder: Path) -> TargetHead:
+    """Read embedding and head, and nothing else, of a target that is not run. UsageError where they are not plain."""
+    config = text_config(folder)
+    scaled = [name for name in SCALES if config.get(name) not in (None, 1, 1.0)]
+    if scaled or str(config.get("model_type", "")).startswith("gemma"):
+        why = scaled[0] if scaled else "its embedding"
+        raise UsageError(f"{folder}: scales {why} in code, which only a run shows; import without --unproven")
+    found: dict[str, list[tuple[Path, str]]] = {"embed_tokens.weight": [], "lm_head.weight": [], "lm_head.bias": []}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = [*file.keys()]
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{path} cannot be read ({error}); fetch it again") from error
+        for end, places in found.items():
+            places += [(path, name) for name in names if name == end or name.endswith(f".{end}")]
+    embeds, heads, biases = found.values()
+    tied = bool(read_json(folder / CONFIG).get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
+    if len(embeds) != 1 or biases or len(heads) > 1 or not (heads or tied):
+        raise UsageError(
+            f"{folder}: holds {len(embeds)} embeddings and {len(heads)} LM heads, wanted one of each (or a tied one) "
+            "without a bias; name with --model the folder of the target that made the cache"
+        )
+    embed_VD = _tensor(*embeds[0])
+    head_VD = embed_VD if tied else _tensor(*heads[0])
+    shape = (config["vocab_size"], config["hidden_size"])
+    if tuple(embed_VD.shape) != shape or head_VD.shape != embed_VD.shape:
+        raise UsageError(
+            f"{folder}: embedding {list(embed_VD.shape)} and head {list(head_VD.shape)}, config.json says "
+            f"{list(shape)}; fetch its files again"
+        )
+    return TargetHead(embed_VD, head_VD, logit_softcap=config.get("final_logit_softcapping"))
+
+
+def _tensor(path: Path, name: str) -> torch.Tensor:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def stated_stops(folder: Path) -> frozenset[int]:
+    """Return the tokens that end a reply, as the folder's configs name them."""
+    places = [read_json(folder / CONFIG), text_config(folder)]
+    if (folder / GENERATION).is_file():
+        places.append(read_json(folder / GENERATION))
+    stated = [place.get("eos_token_id") for place in places]
+    return frozenset(stop for stops in stated for stop in ([stops] if type(stops) is int else stops or ()))
