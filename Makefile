@@ -6,14 +6,17 @@ BIN := .venv/bin
 PIPELINE := $(BIN)/pipeline
 TARGET := data/tiny-qwen3
 CACHE := build/hs_cache
-METHODS := dflash domino
+METHODS := dflash domino dspark
 
-# The steps of the demo's recipe, about 150 s a method on two cores, and ten times as many.
-BUDGETS := 600 6000
+# The steps of the demo's recipe, about 150 s a method on two cores, and up to ten times as many.
+BUDGETS := 600 2000 6000
 SEEDS := 0 1 2
+# What drafts learn from, at the demo's steps; of DSpark what is published, labels alone, and the best of the others.
+OBJECTIVES := $(foreach method,dflash domino,$(addprefix $(method).,ce ce+dpace kl tv lk-alpha lk-hybrid)) \
+  $(addprefix dspark.,ce dspark lk-hybrid kl)
 RESULT_PROMPTS := 160
 
-.PHONY: install demo test lint results bench paired clean
+.PHONY: install demo test lint results objectives bench paired clean
 
 install: .venv/installed
 
@@ -56,6 +59,22 @@ results: install
 	$(PIPELINE) cache-hidden --model $(TARGET) --out $(CACHE)
 	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 $(RUNS)
 	$(PIPELINE) report --markdown --forced $(RUNS)
+
+# The same for the objectives, greedy and drawn: `objectives` after `results`, or alone.
+LESSONS := $(foreach seed,$(SEEDS),$(OBJECTIVES:%=build/objectives/%.$(seed).json))
+
+objectives: install
+	$(PIPELINE) cache-hidden --model $(TARGET) --out $(CACHE)
+	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 $(LESSONS)
+	$(PIPELINE) report --markdown $(LESSONS)
+
+build/objectives/%.json: run = $(subst ., ,$*)
+build/objectives/%.json: dpace = $(if $(findstring +dpace,$*),--set draft.weighting=dpace)
+build/objectives/%.json:
+	$(PIPELINE) train-draft configs/demo.toml --set draft.method=$(word 1,$(run)) \
+	  --set draft.objective=$(subst +dpace,,$(word 2,$(run))) $(dpace) --set train.seed=$(word 3,$(run)) \
+	  --cache $(CACHE) --out build/objectives/$*
+	$(PIPELINE) evaluate --draft build/objectives/$* --count $(RESULT_PROMPTS) --temperature 1 --out $@
 
 build/results/%.json: run = $(subst -, ,$*)
 build/results/%.json:
