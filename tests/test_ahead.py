@@ -8,7 +8,7 @@ import pytest
 import torch
 from cache_maker import COLUMNS, make_cache, random_samples
 
-from pipeline.cache import HiddenCache, reader
+from pipeline.cache import HiddenCache, in_flight
 from pipeline.drafts import DraftConfig
 from pipeline.errors import CacheError
 from pipeline.recipe import TrainSection
@@ -128,7 +128,7 @@ def test_an_error_comes_at_the_cell_it_is_about(stream, monkeypatch):
 
 
 def test_states_left_in_int8_are_the_same_once_they_are_moved(tmp_path, small, monkeypatch):
-    monkeypatch.setattr(reader, "INLINE_BYTES", 0)
+    monkeypatch.setattr(in_flight, "INLINE_BYTES", 0)
     columns = [replace(spec, codec="int8") for spec in COLUMNS]
     cache = HiddenCache.open(make_cache(tmp_path / "cache", random_samples(20), columns))
     split = split_samples(cache, 1001, 0.05, (1, 10))

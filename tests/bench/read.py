@@ -32,7 +32,7 @@ from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.derived import derive
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import PlannedSample, load_plan, write_segment
-from pipeline.cache.reader import IN_FLIGHT
+from pipeline.cache.in_flight import IN_FLIGHT
 from pipeline.cache.writer import ShardWriter
 
 WIDTH = 4096
