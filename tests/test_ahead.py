@@ -10,7 +10,7 @@ import pytest
 import torch
 from cache_maker import COLUMNS, make_cache, random_samples
 
-from pipeline.cache import HiddenCache, reader
+from pipeline.cache import HiddenCache, in_flight
 from pipeline.cache.layout import FINAL, shard_folder
 from pipeline.drafts import DraftConfig
 from pipeline.errors import CacheError
@@ -155,7 +155,7 @@ def test_an_error_comes_at_the_cell_it_is_about(stream, monkeypatch):
 @pytest.mark.parametrize("config", [CONFIG, SOFT], ids=["ce", "kl"])
 @pytest.mark.parametrize("coded", [*itertools.product(("raw", "int8"), repeat=2)], ids="-".join)
 def test_states_left_in_int8_are_the_same_once_they_are_moved(tmp_path, small, monkeypatch, coded, config):
-    monkeypatch.setattr(reader, "INLINE_BYTES", 0)
+    monkeypatch.setattr(in_flight, "INLINE_BYTES", 0)
     columns = [replace(spec, codec=coded[spec.name == FINAL]) for spec in COLUMNS]
     plain, kept = made(tmp_path / "cache", columns, config), opened(tmp_path / "cache", config, coded=True)
 

@@ -279,6 +279,17 @@ def test_a_commit_cut_short_ends_as_if_it_had_not_been(capture, nan_target, tmp_
     assert contents(tmp_path / "cache") == whole
 
 
+def test_what_was_killed_after_its_last_commit_is_cleaned_by_the_next_run(capture, tmp_path):
+    capture()
+    whole = contents(tmp_path / "cache")
+    for name in ("tmp-working-dead", "shards/000000/tmp-dead"):
+        (tmp_path / "cache" / name).mkdir()
+        (tmp_path / "cache" / name / "lock").touch()
+
+    assert capture().new_shards == 0
+    assert contents(tmp_path / "cache") == whole and not list(tmp_path.glob("cache/**/tmp-*"))
+
+
 def test_an_unusable_corpus_leaves_nothing_behind(capture, tmp_path):
     corpus = write_jsonl(tmp_path / "broken.jsonl", ["{", "nothing", {"messages": []}])
     with pytest.raises(DataError, match=r"no usable sample in 3 rows .*broken\.jsonl:1"):

@@ -24,7 +24,7 @@ from cache_maker import COLUMNS, capture, flip, make_cache, random_samples, stat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.cache import HiddenCache, direct, opened, reader, zarr_shard
+from pipeline.cache import HiddenCache, direct, in_flight, opened, zarr_shard
 from pipeline.cache.columns import ColumnSpec, open_column
 from pipeline.cache.foreign import ForeignArray
 from pipeline.cache.layout import INDEX, INDEX_MANIFEST, SAMPLES, shard_folder
@@ -213,14 +213,14 @@ def on_disk(monkeypatch, refusal=errno.EAGAIN) -> list[str]:
             waited.append(threading.current_thread().name)
         return real(fd, [buffers[0][:16]] if flags else buffers, start)
 
-    monkeypatch.setattr(reader, "INLINE_BYTES", 0)
+    monkeypatch.setattr(in_flight, "INLINE_BYTES", 0)
     monkeypatch.setattr(os, "preadv", preadv)
     return waited
 
 
 @pytest.mark.parametrize("where", ["in memory", "on disk", "on a disk that cannot tell", "little"])
 def test_parts_of_samples_fill_one_buffer_end_to_end(cache, monkeypatch, where):
-    monkeypatch.setattr(reader, "INLINE_BYTES", 1 << 30 if where == "little" else 0)
+    monkeypatch.setattr(in_flight, "INLINE_BYTES", 1 << 30 if where == "little" else 0)
     held = HiddenCache.open(cache)
     lengths = held.samples.length.tolist()
     parts = [(i, lengths[i] // 3, lengths[i] - lengths[i] // 4) for i in (7, 0, 23, 7, 11)] + [(5, 1, 1)]

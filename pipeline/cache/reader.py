@@ -4,8 +4,7 @@ K layers   T rows read of a sample   R rows among them that keep `final`   D hid
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,6 +15,7 @@ import pyarrow as pa
 
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import LOSSY, stored_bytes
+from pipeline.cache.in_flight import InFlight
 from pipeline.cache.index import build_index, read_index
 from pipeline.cache.int8_files import Encoded, laid_out
 from pipeline.cache.layout import (
@@ -42,9 +42,6 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.target_head import TargetHead
-
-IN_FLIGHT = 8  # reads at a time: what a disk of many queues wants, and threads that mostly wait
-INLINE_BYTES = 1 << 20  # less is read by the thread that asks: handing it to others takes longer
 
 Part = tuple[int, int, int]  # sample, first row, stop
 Layer = int | str  # a layer's number, or FINAL, whose rows are counted among those that keep it: `final_rows`
@@ -82,6 +79,7 @@ class HiddenCache:
         self.samples = SampleTable(index, self._catalog)
         self._shards: dict[int, ShardPlan] = {}
         self._columns = OpenColumns(path, self._catalog, self._shard)
+        self._reads = InFlight()
 
     @classmethod
     def open(cls, path: Path | str, mapped: bool = False) -> "HiddenCache":
@@ -261,7 +259,7 @@ class HiddenCache:
             for k, layer in enumerate(layers if stop > start else ()):
                 jobs.append(partial(read, k, at, shard, column_of(layer), row, start, stop - start))
             at += stop - start
-        self._read_all(jobs, values_KRD.nbytes, near=values_KRD.nbytes < INLINE_BYTES)
+        self._reads.do(jobs, values_KRD.nbytes, near=lambda: False)
         return found
 
     def _check_parts(self, parts: Sequence[Part], layers: Sequence[Layer]) -> None:
@@ -287,40 +285,13 @@ class HiddenCache:
             return
         out = out_KRD.view(torch.uint8).numpy()
         places = [(*self._place(i), start, stop) for i, start, stop in parts if stop > start]
-        near = out.nbytes < INLINE_BYTES or self._columns.are_near(places, names)
         jobs, at = [], 0
         for shard, row, start, stop in places:
             for k, name in enumerate(names):
                 rows = memoryview(out[k, at : at + stop - start]).cast("B")
                 jobs.append(partial(self._columns.read, shard, name, row, start, rows))
             at += stop - start
-        self._read_all(jobs, out.nbytes, near)
-
-    def _read_all(self, jobs: list[Callable[[bool], bool]], size: int, near: bool) -> None:
-        """Do all jobs: what is `near`, in memory, in this thread; as soon as one has to wait, several at a time.
-
-        One thread copies from memory for less than several spend on taking turns.
-        """
-        todo = iter(jobs)
-        if near:
-            wait_here = size < INLINE_BYTES or len(jobs) == 1
-            first = next((job for job in todo if not job(wait_here)), None)
-            if first is None:
-                return
-            todo = iter([first, *todo])
-
-        def work() -> None:
-            for job in todo:  # each takes the next one that nobody has
-                job(True)
-
-        done = [self._threads.submit(work) for _ in range(min(IN_FLIGHT, len(jobs)))]
-        wait(done)
-        for future in done:
-            future.result()
-
-    @cached_property
-    def _threads(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="read")
+        self._reads.do(jobs, out.nbytes, near=lambda: self._columns.are_near(places, names))
 
     def _states(self, i: int, names: tuple[str, ...], start: int, stop: int) -> "torch.Tensor":
         """Rows [start, stop) that columns keep of sample `i`, [K, stop - start, D]."""

@@ -74,6 +74,8 @@ def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -
     if columns and plan_numbers(out) and has_target(out):
         planned = load_plan(out)
         if not missing(out, planned, columns):
+            with contextlib.suppress(OSError):  # on a disk that is read-only now it does no harm
+                clean(out)  # what one left that was killed after its last commit
             derive(out)
             return _say(out, summary(out, planned, columns, 0, 0), worker)
     settings, planned = _planned(model, corpus, out, options)

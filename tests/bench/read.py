@@ -30,9 +30,9 @@ import torch
 from pipeline.cache import HiddenCache, plan
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.derived import derive
+from pipeline.cache.in_flight import IN_FLIGHT
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import PlannedSample, load_plan, write_segment
-from pipeline.cache.reader import IN_FLIGHT
 from pipeline.cache.writer import ShardWriter
 
 WIDTH = 4096
