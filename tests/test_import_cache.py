@@ -173,7 +173,7 @@ def test_files_of_another_run_among_the_rest_are_named_and_not_imported(target, 
         name = f"rows_0-5000/data_{number}.ckpt"
         shutil.copyfile(strangers / name, source / name)
 
-    with pytest.raises(ProofError, match=r"data_[5-8].ckpt:1.*: probe: .* layer 2 fits better .* another run"):
+    with pytest.raises(ProofError, match=r"data_[5-8].ckpt.*: probe: .* layer 2 fits better .* another run"):
         run(source, tmp_path / "cache", model=str(target), layers="1,3,4")
 
 
@@ -271,6 +271,17 @@ def test_a_begun_cache_takes_no_other_files_and_no_other_reading(imported, targe
     fewer = write_specforge(tmp_path / "fewer", samples[:-1], LAYERS)
     with pytest.raises(UsageError, match=r"was planned from 12 files .* now holds 11"):
         run(fewer, out, model=str(target), layers="1,3,4")
+
+
+def test_a_file_that_changed_since_it_was_planned_is_not_taken_for_what_it_was(imported, target, tmp_path):
+    shutil.copytree(imported, tmp_path / "here")
+    source, out = tmp_path / "here" / "sf", tmp_path / "here" / "cache"
+    shutil.rmtree(out / "shards" / "000000")
+    for path in source.rglob("*.ckpt"):
+        record = torch.load(path, weights_only=True)
+        torch.save({**record, "input_ids": record["input_ids"].flip(0)}, path)
+    with pytest.raises(DataError, match=r"data_\d+.ckpt: holds other tokens than when it was planned"):
+        run(source, out, model=str(target), layers="1,3,4")
 
 
 def test_damage_is_mended_by_importing_again(imported, target, tmp_path):
