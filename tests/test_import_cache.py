@@ -24,6 +24,7 @@ from pipeline.cache.writer import ShardWriter
 from pipeline.cli import commands
 from pipeline.errors import DataError, ProofError, UsageError
 from pipeline.target import head_of, load_target
+from stages.evaluate.run import find_model
 from stages.import_cache import convert
 from stages.import_cache.run import run
 
@@ -364,6 +365,7 @@ def test_the_bundled_target_in_every_form_is_imported_verified_and_trained_on(fo
         commands.main([*command], standalone_mode=False)
 
     same = HiddenCache.open(tmp_path / "cache")
+    assert find_model(None, same)[0] == BUNDLED.resolve()  # what `evaluate` takes
     assert np.array_equal(np.sort(same.samples.sample_id, axis=0), np.sort(store.samples.sample_id, axis=0))
     assert same.layers == store.layers and same.dtype == torch.bfloat16
     gauges = [describe(cache.path)["gauge"] for cache in (same, store)]
