@@ -278,5 +278,5 @@ FACTS = {
     "speed-up on this machine": lambda reports: f"{fmean(report['speed']['speedup'] for report in reports):.2f}x",
     "output against plain decoding": _lossless,
     "draft parameters": lambda reports: f"{reports[0]['draft']['parameters']:,}",
-    "seeds": lambda reports: str(len(reports)),
+    "seeds": lambda reports: str(len({report["draft"]["seed"] for report in reports})),
 }

@@ -64,9 +64,11 @@ def split_samples(
     heldout = np.where(stated == "", drawn, stated == HELDOUT)
     train = np.flatnonzero(usable & ~heldout & table.usable(layers, final))
     if not len(train):
+        out, short = int((usable & heldout).sum()), int((~usable).sum())
         raise DataError(
-            f"{cache.path}: none of {len(cache)} samples can train a draft; a sample needs two adjacent supervised "
-            f"tokens and a split other than `{HELDOUT}`"
+            f"{cache.path}: none of {len(cache)} samples can train a draft: {out} are held out (split `{HELDOUT}`), "
+            f"{short} have no two adjacent supervised tokens, {len(cache) - out - short} have states that were refused; "
+            "add others with `pipeline cache-hidden --append` and another --corpus, or a larger --max-samples"
         )
     held = np.flatnonzero(usable & heldout & table.usable(layers, cache.has_final))
     digest = _digest(table.sample_id, train, held)

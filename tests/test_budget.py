@@ -172,12 +172,12 @@ def test_final_stays_while_anything_is_held_out_to_measure_by_it(monkeypatch):
     assert kept == columns_of("needed") and "8 of 20 rows" in told
     kept, told = read_columns(columns_of("needed"), corpus_of("train", ""), both)
     assert kept == columns_of("needed"), "where the corpus does not say, training holds some out"
-    assert "accept length" in told and "--final none" in told
+    assert "read by dflash, domino; final, since the accept length" in told and "--final none" in told
     kept, told = read_columns(columns_of("needed"), corpus_of("train", "train"), both)
     assert kept == columns_of("needed")[:1] and "final left out" in told
     monkeypatch.setattr(DFlash, "reads_final", True)
     kept, told = read_columns(columns_of("needed"), corpus_of("train", "train"), both)
-    assert kept == columns_of("needed") and "it trains dflash" in told
+    assert kept == columns_of("needed") and "read by dflash, domino; final, since it trains dflash" in told
 
 
 def test_a_stated_codec_is_kept(planned):

@@ -24,6 +24,7 @@ from pipeline.cache.writer import ShardWriter
 from pipeline.cli import commands
 from pipeline.errors import DataError, ProofError, UsageError
 from pipeline.target import head_of, load_target
+from stages.evaluate.run import find_model
 from stages.import_cache import convert
 from stages.import_cache.run import run
 
@@ -173,7 +174,7 @@ def test_files_of_another_run_among_the_rest_are_named_and_not_imported(target, 
         name = f"rows_0-5000/data_{number}.ckpt"
         shutil.copyfile(strangers / name, source / name)
 
-    with pytest.raises(ProofError, match=r"data_[5-8].ckpt:1.*: probe: .* layer 2 fits better .* another run"):
+    with pytest.raises(ProofError, match=r"data_[5-8].ckpt.*: probe: .* layer 2 fits better .* another run"):
         run(source, tmp_path / "cache", model=str(target), layers="1,3,4")
 
 
@@ -273,6 +274,17 @@ def test_a_begun_cache_takes_no_other_files_and_no_other_reading(imported, targe
         run(fewer, out, model=str(target), layers="1,3,4")
 
 
+def test_a_file_that_changed_since_it_was_planned_is_not_taken_for_what_it_was(imported, target, tmp_path):
+    shutil.copytree(imported, tmp_path / "here")
+    source, out = tmp_path / "here" / "sf", tmp_path / "here" / "cache"
+    shutil.rmtree(out / "shards" / "000000")
+    for path in source.rglob("*.ckpt"):
+        record = torch.load(path, weights_only=True)
+        torch.save({**record, "input_ids": record["input_ids"].flip(0)}, path)
+    with pytest.raises(DataError, match=r"data_\d+.ckpt: holds other tokens than when it was planned"):
+        run(source, out, model=str(target), layers="1,3,4")
+
+
 def test_damage_is_mended_by_importing_again(imported, target, tmp_path):
     from stages.cache_hidden.repair import checked, remedy
 
@@ -353,6 +365,7 @@ def test_the_bundled_target_in_every_form_is_imported_verified_and_trained_on(fo
         commands.main([*command], standalone_mode=False)
 
     same = HiddenCache.open(tmp_path / "cache")
+    assert find_model(None, same)[0] == BUNDLED.resolve()  # what `evaluate` takes
     assert np.array_equal(np.sort(same.samples.sample_id, axis=0), np.sort(store.samples.sample_id, axis=0))
     assert same.layers == store.layers and same.dtype == torch.bfloat16
     gauges = [describe(cache.path)["gauge"] for cache in (same, store)]

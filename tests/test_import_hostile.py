@@ -76,6 +76,14 @@ WRONG = {
         lambda r: replaced(r, hidden_states=r["hidden_states"].float()),
         r"last state is torch.bfloat16",
     ),
+    "no last state, where others have one": (
+        lambda r: replaced(r, target_last_hidden_states=None),
+        "without the last one, .* not of one run",
+    ),
+    "another type than the others": (
+        lambda r: {key: held.float() if "hidden" in key else held for key, held in r.items()},
+        "torch.float32 states, .* not of one run",
+    ),
     "a list": (lambda r: [r], "holds a list"),
     "text for states": (lambda r: replaced(r, hidden_states="states"), "no plain tensor"),
     "a sparse tensor": (lambda r: replaced(r, hidden_states=r["hidden_states"].to_sparse()), "no plain tensor"),

@@ -223,7 +223,7 @@ def read_columns(
     """
     from pipeline.drafts import DRAFTS
 
-    named = " and ".join(methods)
+    named = ", ".join(methods)
     final = next((spec for spec in columns if spec.name == "final"), None)
     if final is None:
         return tuple(columns), f"columns: all stay; every layer is read by {named}"
@@ -231,7 +231,7 @@ def read_columns(
     if not training and all(split not in ("", HELDOUT) for _, split in corpus.groups):
         rest = tuple(spec for spec in columns if spec is not final)
         return rest, f"columns: final left out; it does not train {named}, and no sample is held out to measure by it"
-    why = f"it trains {' and '.join(training)}" if training else "the accept length on held-out samples is known by it"
+    why = f"it trains {', '.join(training)}" if training else "the accept length on held-out samples is known by it"
     if final.keeps == "all":
         few = replace(final, keeps="needed")
         return tuple(few if spec is final else spec for spec in columns), (
@@ -240,7 +240,7 @@ def read_columns(
         )
     return tuple(
         columns
-    ), f"columns: all stay; every layer is read by {named}, and of final: {why} (--final none leaves it out)"
+    ), f"columns: all stay; every layer is read by {named}; final, since {why} (--final none leaves it out)"
 
 
 def codec_step(codec: str, sizes: dict[str, int], asked: Asked) -> str:

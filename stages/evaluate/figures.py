@@ -152,7 +152,8 @@ def table(report: dict) -> Group:
         f"{draft['label']}, {draft['proposals']} proposals a block{cut}, for {report['target']}; "
         f"{settings['prompts']}, {settings['max_new']} tokens at most, {settings['device']}, {settings['dtype']}",
         "accept length: tokens gained per target call, the target's own included; forced: teacher-forced, on the "
-        "cache's replies; kept: share of proposals; +k: share of calls that kept proposal k",
+        "cache's replies; +k: share of calls that kept proposal k",
+        _kept("T = 0", report),
         f"tokens a second: {speed['plain_tokens_s']:.0f} plain, {speed['speculative_tokens_s']:.0f} speculative, "
         f"{speed['speedup']:.2f} times as fast",
         _lossless(report["lossless"]),
@@ -167,7 +168,7 @@ def table(report: dict) -> Group:
 def _figures(title: str, part: dict, proposals: int, forced: dict[str, float]) -> Table:
     """Accept lengths of each domain and of all, decoded one way."""
     figures = Table(box=None, header_style="bold", pad_edge=False)
-    heads = [title, "prompts", "accept length", "95 %", "calls saved", *["forced"] * bool(forced), "kept"]
+    heads = [title, "prompts", "accept length", "95 %", "calls saved", *["forced"] * bool(forced)]
     for head in [*heads, *(f"+{slot + 1}" for slot in range(proposals))]:
         figures.add_column(head, justify="left" if head == title else "right")
     for name, row in [*part["domains"].items(), ("all", part["overall"])]:
@@ -179,11 +180,15 @@ def _figures(title: str, part: dict, proposals: int, forced: dict[str, float]) -
             f"{low:.2f} - {high:.2f}",
             f"{row['calls_saved']:.0%}",
             *[f"{forced[name]:.2f}" if name in forced else ""] * bool(forced),
-            f"{row['verify_rate']:.0%}",
             *(f"{share:.0%}" for share in row["per_slot"]),
             style="bold" if name == "all" else None,
         )
     return figures
+
+
+def _kept(title: str, part: dict) -> str:
+    of = part["overall"]
+    return f"{title}: {of['verify_rate']:.0%} of {of['verified']:.2f} proposals a call kept"
 
 
 def _drawn(sampled: dict | None, proposals: int) -> list:
@@ -192,12 +197,13 @@ def _drawn(sampled: dict | None, proposals: int) -> list:
         return []
     found, draft = sampled["lossless"], sampled["draft_temperature"]
     said = f"drawn at T = {draft:g}" if draft else "the draft's likeliest tokens"
+    title = f"T = {sampled['temperature']:g}"
     note = (
-        f"T = {sampled['temperature']:g}: replies drawn from the target with seed {sampled['seed']}, proposals {said}; "
+        f"{_kept(title, sampled)}; replies drawn from the target with seed {sampled['seed']}, proposals {said}; "
         f"the {found['tokens']:,} tokens' mean place in the target's distribution is {found['place']:.3f}, "
         f"{abs(found['spreads']):.1f} spreads off 1/2 (lossless: beyond {BEYOND:g} is an error)"
     )
-    return ["", _figures(f"T = {sampled['temperature']:g}", sampled, proposals, {}), "", note]
+    return ["", _figures(title, sampled, proposals, {}), "", note]
 
 
 def _cuts(found: list[dict] | None) -> list[str]:

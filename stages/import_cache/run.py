@@ -5,6 +5,7 @@ no file says is asked for, or found out by computing a few samples again; what w
 whenever you like: the same command goes on with the shards that are missing, and the bytes come out the same.
 """
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -15,14 +16,14 @@ from pipeline.cache.codecs import stored_bytes
 from pipeline.cache.columns import ColumnSpec, committed
 from pipeline.cache.derived import derive
 from pipeline.cache.disk import clean, need_room, size_text
-from pipeline.cache.layout import IDENTITY
-from pipeline.cache.manifest import create_identity, read_canonical
+from pipeline.cache.layout import IDENTITY, LOG
+from pipeline.cache.manifest import create_identity, read_canonical, write_canonical
 from pipeline.cache.plan import Plan, working
 from pipeline.cache.samples import ShardPlan
 from pipeline.cache.target_folder import HEAD, has_target, target_file
 from pipeline.cache.writer import ShardWriter
 from pipeline.capture import check_layers
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import DataError, RoomError, UsageError
 from pipeline.gauge import Gauge, gauge_share
 from pipeline.target_files import (
     CONFIG,
@@ -89,6 +90,7 @@ def run(
     missing = left(out, planned, work)
     if missing or not has_target(out):
         clean(out)
+        write_record(out, identity, target)
         need_room(out, f"an import of {planned.samples:,} samples", bytes_of(missing))
         with working(out, planned):
             convert(out, planned, work, missing, target)
@@ -142,6 +144,12 @@ def identity_of(target: Target, model: str | None, work: Import, out: Path) -> d
         "samples": {"max_length": None, "mask": "imported", "trimmed": True},
         "capture": {"engine": "imported", "dtype": STORED[work.dtype], "imported": imported},
     }
+
+
+def write_record(out: Path, identity: dict, target: Target) -> None:
+    """Note where the target is, which `evaluate` asks for, and the identity, should cache.json be lost."""
+    with contextlib.suppress(RoomError):
+        write_canonical(out / LOG, {"identity": identity, "target": {"folder": str(target.folder.resolve())}})
 
 
 def left(out: Path, planned: Plan, work: Import) -> Work:

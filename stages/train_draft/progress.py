@@ -90,8 +90,9 @@ class Display:
 def line(metrics: dict, facts: dict) -> str:
     """Return the figures of one step as text."""
     minutes, seconds = divmod(int(facts["eta"]), 60)
+    balance = f"lambda {metrics['lambda_base']:.2f}  " if "lambda_base" in metrics else ""
     return (
-        f"loss {metrics['loss']:.3f}  accept_len_tf {metrics['accept_len_tf']:.2f}  "
-        f"lambda {metrics['lambda_base']:.2f}  lr {metrics['lr']:.1e}  {facts['tokens_s']:,.0f} tokens/s  "
+        f"loss {metrics['loss']:.3f}  accept_len_tf {metrics['accept_len_tf']:.2f}  {balance}"
+        f"lr {metrics['lr']:.1e}  {facts['tokens_s']:,.0f} tokens/s  "
         f"data wait {facts['data_wait']:.0%}  ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
     )

@@ -110,7 +110,7 @@ class Trainer:
             "step": done,
             "epoch": batch.epoch,
             "loss": shares.loss,
-            "lambda_base": knobs.lambda_base,
+            **({"lambda_base": knobs.lambda_base} if "base" in self.draft.kinds(knobs) else {}),
             "lr": lr,
             "grad_norm": norm,
             **figures,
