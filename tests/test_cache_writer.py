@@ -259,19 +259,20 @@ def test_a_shard_that_cannot_fit_is_refused_before_the_work(planned, monkeypatch
 
 def test_a_target_that_was_put_there_while_we_were_stopped_stays(planned, monkeypatch):
     """Between our look and our rename: only possible where somebody removed our lock."""
-    place, exists = planned / "target", Path.exists
+    place, exists, looks = planned / "target", Path.exists, []
 
     def put(tokens):
         with new_target(planned) as folder:
             (folder / "tokens.json").write_text(tokens)
 
     def blind(path):
-        if path == place and not os.path.isdir(place):
+        if path == place and looks:
             for lock in planned.glob("tmp-*.lock"):
                 lock.unlink()
             monkeypatch.undo()
             put('{"mask": 3}')
             return False
+        looks.extend([1] * (path == place))
         return exists(path)
 
     monkeypatch.setattr(Path, "exists", blind)
