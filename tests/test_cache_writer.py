@@ -22,6 +22,7 @@ from pipeline.cache.disk import Scratch, clean
 from pipeline.cache.layout import shard_folder
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import load_plan, write_segment
+from pipeline.cache.target_folder import has_target, new_target
 from pipeline.cache.verify import verify
 from pipeline.cache.writer import ShardWriter
 from pipeline.cache.zarr_shard import SHARD_FILE, Grid, ShardFileWriter
@@ -254,6 +255,29 @@ def test_a_shard_that_cannot_fit_is_refused_before_the_work(planned, monkeypatch
     with pytest.raises(RoomError, match=r"shard 000000, which needs .* where 1.0 KiB are free"):
         ShardWriter(planned, load_plan(planned).shards[0], [AUX])
     assert not list(planned.glob("tmp-*"))
+
+
+def test_a_target_that_was_put_there_while_we_were_stopped_stays(planned, monkeypatch):
+    """Between our look and our rename: only possible where somebody removed our lock."""
+    place, exists, looks = planned / "target", Path.exists, []
+
+    def put(tokens):
+        with new_target(planned) as folder:
+            (folder / "tokens.json").write_text(tokens)
+
+    def blind(path):
+        if path == place and looks:
+            for lock in planned.glob("tmp-*.lock"):
+                lock.unlink()
+            monkeypatch.undo()
+            put('{"mask": 3}')
+            return False
+        looks.extend([1] * (path == place))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", blind)
+    put('{"mask": 3}')
+    assert has_target(planned) and (place / "tokens.json").read_text() == '{"mask": 3}'
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ at all; `manifest.json` names every file's size and digest.
 """
 
 import contextlib
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,8 +52,12 @@ def _put(folder: Path, place: Path, aside: Path) -> None:
     if place.is_symlink() or (place.exists() and not place.is_dir()):
         place.rename(aside)
     if not place.exists():
-        folder.rename(place)
-        return
+        try:
+            folder.rename(place)
+            return
+        except OSError as error:  # another process was quicker: we had been stopped, and somebody removed our lock
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
     for path in sorted(folder.iterdir(), key=lambda path: path.name == TARGET_MANIFEST):
         there = place / path.name
         if there.is_symlink() or not there.is_file() or FileFact.of_file(there) != FileFact.of_file(path):
