@@ -44,6 +44,11 @@ def check_servable(config: DraftConfig, form: str, tokens: dict | None = None) -
             f"vLLM computes the vanilla Markov head only, this draft has markov_head_type "
             f'"{config.markov_head_type}"; export it with --format sglang, or train one with "vanilla"'
         )
+    elif len(set(config.layer_types)) > 1:
+        raise UsageError(
+            "vLLM takes one flag for all layers of a draft in this form, and this one is causal inside a block on its "
+            "sliding layers only; export it with --format sglang, which vLLM reads, too"
+        )
 
 
 def _check_everywhere(config: DraftConfig, tokens: dict) -> None:
@@ -130,7 +135,8 @@ def _speculators(config: DraftConfig, origin: Origin) -> dict:
         "target_hidden_size": config.hidden_size,
         "num_target_layers": config.num_target_layers,  # ours: the form has no place for it
         "sample_from_anchor": config.shift_label,
-        "sliding_window_non_causal": False,
+        # speculators reads it for sliding layers only, but vLLM makes every layer causal where it is false.
+        "sliding_window_non_causal": "sliding_attention" not in config.layer_types,
         "transformer_layer_config": _qwen3(config, origin),
         "speculators_config": {
             "algorithm": config.method,
