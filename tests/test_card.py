@@ -104,7 +104,7 @@ def test_dflash_and_domino_are_served_by_the_same_algorithm(method, most):
     ("config", "form", "said"),
     [
         (small("domino"), "sglang", "3 proposals a block, where the figures below have 4"),
-        (small("dspark"), "speculators", "same draft exported with `--format sglang`"),
+        (small("dspark"), "speculators", "the same draft exported with `--format sglang`"),
         (small("dspark", objective="ce"), "sglang", "default, static verify mode only"),
     ],
 )
