@@ -12,7 +12,7 @@ from tiny import config, save_target, write_jsonl
 
 from pipeline import cli
 from pipeline.cache import HiddenCache
-from pipeline.errors import DataError, ProofError, UsageError
+from pipeline.errors import DataError, ProofError, RoomError, UsageError
 from pipeline.export import export
 from stages.evaluate import decode
 from stages.evaluate import run as evaluation
@@ -147,6 +147,34 @@ def test_cut_blocks_are_lossless_and_agree_with_the_walk(confident):
 def test_a_draft_without_confidence_is_not_cut(trained):
     with pytest.raises(UsageError, match="without a confidence head cannot cut its blocks at"):
         run(trained, count=1, max_new=4, device="cpu", threshold=0.5)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan")])
+def test_a_threshold_that_is_no_confidence_is_refused(trained, threshold):
+    with pytest.raises(UsageError, match=r"a confidence lies in 0\.\.1"):
+        run(trained, threshold=threshold, device="cpu")
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_runs(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "load_target", lambda *_, **__: pytest.fail("the target was loaded"))
+    file = tmp_path / "file"
+    file.write_text("")
+    for out, said in (
+        (tmp_path, "is a folder; name a file in it"),
+        (file / "report.json", "its folder cannot be made"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            run(trained, device="cpu", out=out)
+
+
+def test_a_report_that_the_disk_has_no_room_for_is_shown(report, tmp_path, monkeypatch, capsys):
+    def full(path, data):
+        raise RoomError("no room")
+
+    monkeypatch.setattr(evaluation, "write_file", full)
+    with pytest.raises(RoomError):
+        evaluation.keep(report, tmp_path / "report.json")
+    assert "accept length" in capsys.readouterr().err
 
 
 def test_calls_saved_are_those_of_a_plain_loop_over_the_same_tokens():
@@ -336,4 +364,4 @@ def test_the_command_prints_the_report_as_json(trained):
     drawn = json.loads(done.stdout)["sampled"]
     assert (drawn["temperature"], drawn["draft_temperature"], drawn["seed"]) == (1.5, 0.0, 0)
     done = CliRunner().invoke(cli.commands, [*options, "--draft-temperature", "1"])
-    assert isinstance(done.exception, UsageError) and "temperature 0.0: draws need" in str(done.exception)
+    assert isinstance(done.exception, UsageError) and "add --temperature" in str(done.exception)
