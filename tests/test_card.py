@@ -9,6 +9,7 @@ from pipeline import checkpoint
 from pipeline.cache.inspect import describe
 from pipeline.drafts import DRAFTS, DraftConfig, init_weights
 from pipeline.export import export
+from pipeline.provenance import evaluations
 from pipeline.published import read_published
 from pipeline.published.card import Facts, card, serve_command
 from pipeline.published.check import check_export
@@ -65,6 +66,16 @@ def test_the_card_has_accept_lengths_by_domain_and_slot_however_they_were_measur
             assert f"| {name} | {row['prompts']} | {row['accept_len']:.2f} |" in card
     assert card.count("| domain | prompts | accept length | 95 % | +1 | +2 | +3 | +4 |") == 2
     assert "Decoded greedily with the target, 6 tokens" in card and "drawn from the target at T = 1, 6 tokens" in card
+
+
+def test_an_accept_length_of_cut_blocks_says_so(trained, tmp_path):
+    report = json.loads((trained / "evaluation.json").read_text())
+    report["settings"]["threshold"] = 0.4
+    (tmp_path / "cut.json").write_text(json.dumps(report))
+    titles = [found["title"] for found in evaluations(tmp_path, 2)]
+    assert len(titles) == 2 and all(
+        title.endswith("6 tokens at most, blocks cut at confidence 0.4") for title in titles
+    )
 
 
 def test_the_card_says_how_the_draft_is_served_and_no_engine_reads_it(out):
