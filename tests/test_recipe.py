@@ -94,7 +94,10 @@ def test_a_wrong_recipe_is_refused_in_one_line_that_names_it(tmp_path, text, nam
     assert "\n" not in str(refused.value).strip()
 
 
-@pytest.mark.parametrize("entry", ["train.lr", "lr=3", "=3", "train.=3", ".lr=3", "train.lr=fast", "train.lr.x=3"])
+@pytest.mark.parametrize(
+    "entry",
+    ["train.lr", "lr=3", "=3", "train.=3", ".lr=3", "train.lr=fast", "train.lr.x=3", "train.lr=inf", "draft.gamma=inf"],
+)
 def test_a_wrong_set_is_refused(entry):
     with pytest.raises(UsageError):
         load_recipe(None, (entry,))

@@ -296,6 +296,11 @@ def test_a_mask_token_that_the_corpus_uses_is_refused(tiny_cache):
         split_samples(store, used, 0.05)
 
 
+def test_a_draft_that_memory_does_not_hold_is_refused(tiny_cache, tmp_path):
+    with pytest.raises(RoomError, match=r"the draft does not fit into memory .* make its sizes in \[draft\] smaller"):
+        trained(tiny_cache, tmp_path / "run", f"draft.intermediate_size={10**14}")
+
+
 def test_a_corpus_that_holds_everything_out_cannot_train(tiny_cache, tmp_path):
     def held(index, sample):
         return PlannedSample(sample.ids, sample.mask, sample.domain, "heldout")

@@ -10,6 +10,7 @@ import torch
 from pipeline import tensors
 from pipeline.cache import HiddenCache
 from pipeline.drafts import DRAFTS, Draft, init_weights, needs_teacher
+from pipeline.errors import RoomError
 from pipeline.held import capture_command
 from pipeline.published.start import Start, load_start
 from pipeline.recipe import Resolved, load_recipe, resolve
@@ -135,11 +136,17 @@ def make_draft(resolved: Resolved, store: HiddenCache, where: torch.device, star
     """Return a draft on its device: float32 weights, fresh where `start` has none, the frozen head in the
     arithmetic's dtype."""
     dtype = torch.bfloat16 if resolved.recipe.train.dtype == "bfloat16" else torch.float32
-    draft = DRAFTS[resolved.draft.method](resolved.draft, store.head(str(where), dtype))
-    init_weights(draft, resolved.recipe.train.seed)
-    if start is not None:
-        start.fill(draft)
-    return draft.to(where).train()
+    try:
+        draft = DRAFTS[resolved.draft.method](resolved.draft, store.head(str(where), dtype))
+        init_weights(draft, resolved.recipe.train.seed)
+        if start is not None:
+            start.fill(draft)
+        return draft.to(where).train()
+    except RuntimeError as error:
+        if not tensors.out_of_memory(error):
+            raise
+        cause = str(error).strip().split("\n")[0][:160]
+        raise RoomError(f"the draft does not fit into memory ({cause}); make its sizes in [draft] smaller") from error
 
 
 def find_device(device: str | None) -> torch.device:
