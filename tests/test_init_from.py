@@ -107,8 +107,10 @@ def test_another_head_of_the_same_method_is_refused(tmp_path, change, message):
 def test_a_head_is_not_taken_off_for_another_method(tmp_path):
     folder = FORMS["published domino"](tmp_path / "folder")
     config = DraftConfig(**wanted(zlab_dflash(tmp_path / "dflash")).model_dump() | OF_DSPARK)
-    with pytest.raises(UsageError, match="is a domino draft, wanted is dspark"):
+    with pytest.raises(UsageError, match=r"a domino draft, wanted is dspark: .* start from a dspark or dflash draft"):
         load_start(folder, config)
+    with pytest.raises(UsageError, match=r"a domino draft, wanted is dflash: .* start from a dflash draft, or set"):
+        load_start(folder, wanted(zlab_dflash(tmp_path / "another")))
 
 
 def test_another_block_size_is_taken_and_said(tmp_path):
@@ -170,9 +172,9 @@ def test_a_run_goes_on_only_with_the_weights_it_began_with(tiny_cache, first, tm
     plain = load_file(checkpoint.latest(first).path / checkpoint.DRAFT)
 
     trained(tiny_cache, tmp_path / "run", init_from=first)  # finished, so nothing moves
-    with pytest.raises(UsageError, match=r"weights to start with = .*, this command asks for fresh"):
+    with pytest.raises(UsageError, match=r"initial weights = .*, this command asks for fresh"):
         trained(tiny_cache, tmp_path / "run")
-    with pytest.raises(UsageError, match="was started with weights to start with = fresh, this command asks for"):
+    with pytest.raises(UsageError, match="was started with initial weights = fresh, this command asks for"):
         trained(tiny_cache, first, init_from=begun)
 
     again = load_file(checkpoint.latest(begun).path / checkpoint.DRAFT)
