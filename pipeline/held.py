@@ -41,6 +41,13 @@ def rope_theta(target: dict) -> float:
     return float(next((theta for theta in (new, legacy) if theta is not None), 10_000.0))
 
 
+def logit_scale(target: dict) -> float:
+    """Return what the LM head's output is multiplied by: Granite divides, Cohere and Falcon-H1 multiply."""
+    if target.get("logits_scaling"):
+        return 1.0 / target["logits_scaling"]
+    return float(target.get("logit_scale") or target.get("lm_head_multiplier") or 1.0)
+
+
 def resolve_mask_token(stated: int | None, tokens: dict, vocab_size: int) -> int:
     """Return the mask token's id: the recipe's, else the tokenizer's, else the first id no token has.
 

@@ -155,6 +155,17 @@ def test_a_run_begins_with_the_weights_of_another_runs_export(tiny_cache, first,
     assert all(torch.equal(made[name], there[name].float()) for name in there)
 
 
+@pytest.mark.parametrize("scales", [{"logit_scale": 0.25}, {"logits_scaling": 8.0}, {"lm_head_multiplier": 0.5}])
+def test_a_correction_of_scaled_logits_is_exported_nowhere(tiny_cache, first, tmp_path, monkeypatch, scales):
+    corrected = trained(tiny_cache, tmp_path / "run", "domino", "draft.objective=ce", "train.steps=1")
+    scaled = HiddenCache.open(tiny_cache).target_config | scales
+    monkeypatch.setattr(HiddenCache, "target_config", scaled)
+    with pytest.raises(UsageError, match=r"without the target's factor of 0\.(25|125|5)"):
+        export(corrected, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    export(first, tmp_path / "out")  # a factor alone changes no greedy guess
+
+
 def test_weights_rounded_by_an_export_in_bfloat16_are_checked_and_begun_with(tiny_cache, tmp_path):
     half = trained(tiny_cache, tmp_path / "half", "dspark", "train.dtype=bfloat16", "train.steps=1")
     export(half, tmp_path / "out")

@@ -27,11 +27,19 @@ class Origin:
     trained_on: dict | None = None  # the cache's digest and the share of prompts held out, which `evaluate` reads
 
 
-def check_servable(config: DraftConfig, form: str, tokens: dict | None = None) -> None:
-    """Refuse a draft that the engine of that form cannot serve, with the reason. UsageError."""
+def check_servable(config: DraftConfig, form: str, tokens: dict | None = None, scale: float = 1.0) -> None:
+    """Refuse a draft that the engine of that form cannot serve, with the reason. UsageError.
+
+    tokens: the target's special ids. scale: what the target multiplies its head's output by.
+    """
     if form not in FORMATS:
         raise UsageError(f"unknown format {form!r}; there are {', '.join(FORMATS)}")
     _check_everywhere(config, tokens or {})
+    if scale != 1.0 and config.method != "dflash":
+        raise UsageError(
+            f"engines add {config.method}'s correction to the target's head without the target's factor of {scale:g}, "
+            "which was trained with it, so it would outweigh or drown; train a dflash draft for this target"
+        )
     if form == "sglang":
         _check_sglang(config)
     elif config.method == "domino":
