@@ -33,7 +33,7 @@ from pipeline.split import prompt_hash, split_by_prompt, split_samples, spread
 from stages.recode.run import run as recode
 from stages.train_draft.batches import Stream
 from stages.train_draft.optim import AdamW, make_optimizer, matrices, rate
-from stages.train_draft.run import make_draft, run
+from stages.train_draft.run import announced, make_draft, run, split_for
 from stages.train_draft.trainer import Precision, Trainer, backward
 
 SMALL = ("train.batch=4", "train.anchors=6", "train.log_every=1", "draft.block_size=4", "train.steps=8")
@@ -559,6 +559,23 @@ def test_the_end_says_where_the_run_is_and_what_to_do_next(greedy_cache, tmp_pat
 
     assert f"accept length {done.accept_len:.2f}" in last[0]
     assert last[1] == f"next: pipeline evaluate --draft {tmp_path / 'run'}"
+
+
+@pytest.mark.parametrize(
+    "sets, said",
+    [
+        (("draft.method=dflash", "draft.shift_label=true"), "same-position labels only"),
+        (("draft.method=domino", "draft.pure_draft_prefix_len=0"), "pure_draft_prefix_len 1 only"),
+        (("draft.method=domino",), None),
+        (("draft.method=dspark", "draft.markov_head_type=rnn"), None),  # by SGLang alone
+    ],
+)
+def test_what_no_engine_will_serve_is_said_before_it_is_trained(tiny_cache, tmp_path, sets, said):
+    cache = HiddenCache.open(tiny_cache)
+    resolved = resolve(load_recipe(None, sets), cache)
+    lines = announced(tmp_path, cache, split_for(resolved, cache), resolved, torch.device("cpu"))
+    found = [line for line in lines if line.startswith("no engine will serve this draft")]
+    assert len(found) == (said is not None) and all(said in line for line in found)
 
 
 def test_the_default_folder_is_named_by_what_decides_the_draft(tiny_cache, tmp_path, monkeypatch):

@@ -59,6 +59,17 @@ def check_servable(config: DraftConfig, form: str, tokens: dict | None = None, s
         )
 
 
+def unservable(config: DraftConfig, tokens: dict | None = None, scale: float = 1.0) -> str | None:
+    """Return why no engine serves such a draft, None where one does. Arguments as of `check_servable`."""
+    reasons = []
+    for form in FORMATS:
+        try:
+            check_servable(config, form, tokens, scale)
+        except UsageError as error:
+            reasons.append(str(error))
+    return reasons[0] if len(reasons) == len(FORMATS) else None
+
+
 def _check_everywhere(config: DraftConfig, tokens: dict) -> None:
     if config.method == "dflash" and config.shift_label:
         raise UsageError(

@@ -11,8 +11,9 @@ from pipeline import tensors
 from pipeline.cache import HiddenCache
 from pipeline.drafts import DRAFTS, Draft, init_weights, needs_teacher
 from pipeline.errors import RoomError
-from pipeline.held import capture_command
+from pipeline.held import how_to_add, logit_scale, text_config
 from pipeline.published.start import Start, load_start
+from pipeline.published.writing import unservable
 from pipeline.recipe import Resolved, load_recipe, resolve
 from pipeline.split import Split, split_samples
 from stages.train_draft.folder import default_folder, enter, finish, finished, held
@@ -105,6 +106,9 @@ def announced(path: Path, store: HiddenCache, split: Split, resolved: Resolved, 
         yield f"{longer} samples are longer than train.context = {context} rows: each gives one window an epoch"
     if resolved.draft.gamma is None and resolved.draft.weighting == "decay":
         yield "gamma is 0, so late slots weigh as much as early ones; published recipes let the weight decay"
+    reason = unservable(resolved.draft, store.tokens, logit_scale(text_config(store.target_config)))
+    if reason is not None:
+        yield f"no engine will serve this draft, `pipeline export` refuses it: {reason}"
 
 
 def train(
@@ -165,8 +169,7 @@ def machine(where: torch.device) -> dict[str, str]:
 def summary(path: Path, store: HiddenCache, result: dict) -> str:
     """Return where the run is, how good it is, and what to do next."""
     if not store.has_final:
-        command = capture_command(store, store.layers, "needed")
-        measured = f"no accept length: the cache holds no final states ({command} adds them)"
+        measured = f"no accept length: the cache holds no final states; {how_to_add(store, store.layers, 'needed')}"
     elif result["eval"] is None:
         measured = "no accept length: the corpus holds nothing out"
     else:
