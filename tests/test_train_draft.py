@@ -32,6 +32,7 @@ from pipeline.recipe import load_recipe, resolve
 from pipeline.split import prompt_hash, split_by_prompt, split_samples, spread
 from stages.recode.run import run as recode
 from stages.train_draft.batches import Stream
+from stages.train_draft.loop import said
 from stages.train_draft.optim import AdamW, make_optimizer, matrices, rate
 from stages.train_draft.run import announced, make_draft, run, split_for
 from stages.train_draft.trainer import Precision, Trainer, backward
@@ -294,6 +295,13 @@ def test_a_mask_token_that_the_corpus_uses_is_refused(tiny_cache):
 
     with pytest.raises(UsageError, match=f"mask token {used} occurs in sample .* set draft.mask_token_id"):
         split_samples(store, used, 0.05)
+
+
+def test_an_evaluation_of_samples_without_a_domain_names_none():
+    of = {"calls": 3, "accept_len": 1.5}
+    figures = of | {"interval": [1.0, 2.0], "domains": {"": of}}
+    assert said(figures) == "accept length 1.50 [1.00, 2.00] on held-out samples"
+    assert said(figures | {"domains": {"": of, "sql": of}}).endswith("on held-out samples (sql 1.50)")
 
 
 def test_a_draft_that_memory_does_not_hold_is_refused(tiny_cache, tmp_path):
@@ -778,8 +786,8 @@ def test_a_second_process_in_the_same_run_is_refused(tiny_cache, tmp_path):
 
 
 def test_layers_the_cache_lacks_and_misspelt_keys_are_refused_before_anything_is_written(tiny_cache, tmp_path):
-    for sets, said in (("draft.layers=[1, 2]", "also reads \\[2\\]"), ("train.setps=3", "did you mean `train.steps`")):
-        with pytest.raises(UsageError, match=said):
+    for sets, told in (("draft.layers=[1, 2]", "also reads \\[2\\]"), ("train.setps=3", "did you mean `train.steps`")):
+        with pytest.raises(UsageError, match=told):
             trained(tiny_cache, tmp_path / "run", sets)
     assert not (tmp_path / "run").exists()
 
