@@ -52,6 +52,16 @@ def report(trained, tmp_path_factory):
     return found
 
 
+def test_runs_of_one_recipe_and_other_seeds_are_known_as_such(report, trained, tmp_path):
+    text, found = (trained / "recipe.toml").read_text(), []
+    for name, line, other in (("seed", "seed = 3", "seed = 4"), ("anchors", "anchors = ", "anchors = 1")):
+        assert line in text
+        copy = shutil.copytree(trained, tmp_path / name)
+        (copy / "recipe.toml").write_text(text.replace(line, other, 1))
+        found.append(evaluation.describe_draft(copy).recipe == report["draft"]["recipe"])
+    assert found == [True, False]
+
+
 def test_a_report_says_what_was_measured_and_how(report, trained, cache):
     store = HiddenCache.open(cache)
     draft, settings = report["draft"], report["settings"]
@@ -229,8 +239,6 @@ def test_an_exported_folder_evaluates_as_its_run(report, trained, cache, tmp_pat
 
 
 def test_weights_stored_in_bfloat16_are_proven_against_the_rounded_ones(trained, tmp_path):
-    import shutil
-
     copy = shutil.copytree(trained, tmp_path / "copy")
     recipe = (copy / "recipe.toml").read_text()
     assert 'dtype = "float32"' in recipe

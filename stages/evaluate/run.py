@@ -140,6 +140,7 @@ class Trained:
     seed: int | None = None
     heldout: float | None = TrainSection().heldout  # share, where the corpus does not say which; None: not known
     cache: Path | None = None
+    recipe: str | None = None  # digest of all that it says but the seed
 
     def facts(self, draft: Draft) -> dict:
         """What the report says of the draft."""
@@ -154,6 +155,7 @@ class Trained:
             "weighting": config.weighting,
             "steps": self.steps,
             "seed": self.seed,
+            "recipe": self.recipe,
             "parameters": sum(weight.numel() for weight in draft.parameters()),
             "label": f"{config.method} ({config.objective}), block {config.block_size}{trained}",
         }
@@ -168,8 +170,9 @@ def describe_draft(path: Path) -> Trained:
     if not (run_folder / "run.json").is_file():
         return Trained(path, False, steps)
     trained_on = json.loads((run_folder / "run.json").read_text("utf-8"))["cache"]["path"]
-    train = load_recipe(run_folder / "recipe.toml").train
-    return Trained(path, False, steps, train.seed, train.heldout, Path(trained_on))
+    recipe = load_recipe(run_folder / "recipe.toml")
+    train, seedless = recipe.train, recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 0})})
+    return Trained(path, False, steps, train.seed, train.heldout, Path(trained_on), seedless.digest())
 
 
 def open_cache(trained: Trained, cache: Path | None, prompts: Path | None) -> HiddenCache | None:
