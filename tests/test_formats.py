@@ -403,6 +403,7 @@ def test_what_an_engine_cannot_serve_is_refused_with_the_reason(tmp_path, form, 
             "is_causal is true",
         ),
         ("speculators dflash", lambda flat: flat.update(projector_type="domino"), "projector_type 'domino'"),
+        ("speculators dflash", lambda flat: flat.update(shift_label=True), "anchor \\+ k \\+ 1 or anchor"),
         (
             "speculators dflash",
             lambda flat: flat.update(block_size=3),
@@ -431,6 +432,7 @@ def test_what_would_compute_otherwise_is_refused(tmp_path, name, change, message
     ("name", "change"),
     [
         ("speculators dflash", lambda flat: flat.update(sliding_window_non_causal=True)),
+        ("speculators dspark", lambda flat: flat.update(shift_label=False)),  # of Domino there, and always stated
         ("z-lab dflash", lambda flat: flat.update(is_causal=False)),
         ("z-lab dflash", lambda flat: slide(flat) or flat.update(is_causal=True)),
         ("z-lab dflash", lambda flat: slide(flat, SLIDING)),

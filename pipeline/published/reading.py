@@ -165,6 +165,11 @@ def _of_speculators(file: Path, flat: dict) -> _Stated:
             f"{file}: sample_from_anchor is {anchor}, so slot k may guess anchor + k, as older releases of speculators "
             "trained it; a DSpark draft here guesses anchor + k + 1: state true if this one does, else train it anew"
         )
+    if flat.get("shift_label") and not anchor:
+        raise UsageError(
+            f"{file}: shift_label is true and sample_from_anchor is not: slot k guesses anchor + k + 1 or anchor + k; "
+            "correct the wrong one"
+        )
     if flat.get("target_hidden_size") not in (None, layer["hidden_size"]):
         raise UsageError(f"{file}: target_hidden_size {flat['target_hidden_size']}, the draft's {layer['hidden_size']}")
     most = flat["block_size"] - (not anchor)
