@@ -21,6 +21,7 @@ from pipeline.errors import CacheError, PipelineError, ProofError
 PATH = click.Path(path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 TERMINATED = 128 + signal.SIGTERM
+WHOLE = {"inspect", "evaluate", "export", "check-export", "report"}  # done or not done: they keep nothing on the way
 
 
 class OnACache(click.Command):
@@ -387,9 +388,9 @@ def main(arguments: list[str] | None = None) -> None:
         commands.main(arguments, prog_name="pipeline", standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, click.exceptions.Abort):
-        sys.exit(
-            _complain("interrupted; what is finished is kept, and the same command goes on from there", 130, debug)
-        )
+        whole = "nothing was written, and the same command starts again"
+        kept = whole if WHOLE & {*arguments} else "what is finished is kept, and the same command goes on from there"
+        sys.exit(_complain(f"interrupted; {kept}", 130, debug))
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "pipeline"
         sys.exit(_complain(f"error: {error.format_message()} (`{command} --help` lists what there is)", 2, debug))

@@ -22,6 +22,7 @@ from pipeline.cache.disk import need_room, room, sync_file, sync_folder
 from pipeline.checkpoint import load_config, load_draft
 from pipeline.drafts import Blocks, Cell, Draft, DraftConfig, lay_blocks, pack
 from pipeline.errors import ProofError, UsageError
+from pipeline.held import logit_scale, text_config
 from pipeline.provenance import Provenance, provenance
 from pipeline.published import CONFIG, WEIGHTS, load_draft_folder
 from pipeline.published.card import CARD, card
@@ -67,7 +68,8 @@ def export(run: Path, out: Path, format: str = "sglang") -> dict:
     """
     run, out = Path(run), Path(out)
     config, known = load_config(run), provenance(run)
-    check_servable(config, format, known.origin.tokens)
+    scale = 1.0 if known.cache is None else logit_scale(text_config(known.cache.target_config))
+    check_servable(config, format, known.origin.tokens, scale)
     rows, head, source = make_rows(config, known.cache)
     draft, dtype = load_draft(run, head), getattr(torch, known.origin.dtype)
     unfinished = out.parent / f"tmp-{out.name}-{uuid.uuid4().hex}"

@@ -41,6 +41,13 @@ def rope_theta(target: dict) -> float:
     return float(next((theta for theta in (new, legacy) if theta is not None), 10_000.0))
 
 
+def logit_scale(target: dict) -> float:
+    """Return what the LM head's output is multiplied by: Granite divides, Cohere and Falcon-H1 multiply."""
+    if target.get("logits_scaling"):
+        return 1.0 / target["logits_scaling"]
+    return float(target.get("logit_scale") or target.get("lm_head_multiplier") or 1.0)
+
+
 def resolve_mask_token(stated: int | None, tokens: dict, vocab_size: int) -> int:
     """Return the mask token's id: the recipe's, else the tokenizer's, else the first id no token has.
 
@@ -65,22 +72,35 @@ def check_held(cache: "HiddenCache", wanted: tuple[int, ...] | None) -> tuple[in
     missing = [layer for layer in wanted or () if layer not in held]
     if not missing and held:
         return tuple(sorted(set(wanted or held)))
-    command = capture_command(cache, sorted({*held, *missing}))
+    wanted = sorted({*held, *missing})
     if not held:
-        raise UsageError(f"{cache.path} holds no layer that is whole; finish the capture with {command}")
+        finish = (
+            "import with the same command" if _imported(cache) else f"capture with {capture_command(cache, wanted)}"
+        )
+        raise UsageError(f"{cache.path} holds no layer that is whole; finish the {finish}")
     raise UsageError(
-        f"{cache.path} holds layers {held}; this draft also reads {missing}. Capture them with {command}, "
-        "or leave `draft.layers` out of the recipe to read what is there."
+        f"{cache.path} holds layers {held}; this draft also reads {missing}: {how_to_add(cache, wanted)}, or leave "
+        "`draft.layers` out of the recipe to read what is there"
     )
 
 
 def check_final(cache: "HiddenCache", why: str, remedy: str) -> None:
     """Refuse a cache without the target's final states. `why` they are read, and what to set to do without them."""
     if not cache.has_final:
-        command = capture_command(cache, cache.layers, "needed")
-        raise UsageError(
-            f"{cache.path} holds no final states, which {why} learns from; add them with {command}, or set {remedy}"
-        )
+        add = how_to_add(cache, cache.layers, "needed")
+        raise UsageError(f"{cache.path} holds no final states, which {why} learns from; {add}, or set {remedy}")
+
+
+def how_to_add(cache: "HiddenCache", layers: Sequence[int], final: str | None = None) -> str:
+    """Return what adds the columns that a cache lacks: a capture, which goes on with its own samples, or other files to
+    import, as nothing can be captured into an imported cache."""
+    if _imported(cache):
+        return "it was imported, so import files that hold them too into another --out"
+    return f"add them with {capture_command(cache, layers, final)}"
+
+
+def _imported(cache: "HiddenCache") -> bool:
+    return cache.identity.get("capture", {}).get("engine") == "imported"
 
 
 def capture_command(cache: "HiddenCache", layers: Sequence[int], final: str | None = None) -> str:

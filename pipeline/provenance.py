@@ -75,7 +75,9 @@ def evaluations(folder: Path, step: int) -> list[dict]:
         report = _json(path)
         if not ({"overall", "domains", "settings", "draft"} <= report.keys() and report["draft"].get("steps") == step):
             continue
-        most = f"{report['settings']['max_new']} tokens at most"
+        settings = report["settings"]
+        cut = f", blocks cut at confidence {settings['threshold']:g}" if settings.get("threshold") else ""
+        most = f"{settings['max_new']} tokens at most{cut}"
         found.append({"title": f"Decoded greedily with the target, {most}", "figures": _figures(report)})
         drawn = report.get("sampled")
         if drawn:

@@ -31,7 +31,7 @@ SMALL_HIDDEN = 512
 # TOML has only lists; everything else keeps the type that was written.
 Layers = Annotated[tuple[int, ...], Field(strict=False, min_length=1)]
 LayerTypes = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
-STRICT = ConfigDict(frozen=True, extra="forbid", strict=True)
+STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class DraftSection(BaseModel):

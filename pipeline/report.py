@@ -4,7 +4,7 @@ Everything here turns the plain dicts that other modules return, the same that `
 """
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import fmean
 
@@ -129,9 +129,7 @@ def comparison(paths: tuple[Path, ...], markdown: bool = False, forced: bool = F
     Reports that differ only in their seed are pooled into one column. Figures of drawn replies have rows of their own.
     `forced` adds the teacher-forced figures.
     """
-    columns = defaultdict(list)
-    for report in load_reports(paths):
-        columns[_column(report)].append(report)
+    columns = _columns(load_reports(paths))
     domains = sorted({domain for reports in columns.values() for report in reports for domain in report["domains"]})
     figures = {domain: lambda reports, domain=domain: cell(reports, domain) for domain in domains}
     figures |= {"all": lambda reports: cell(reports, None), "mean of domains": _mean_of_domains}
@@ -155,8 +153,22 @@ def comparison(paths: tuple[Path, ...], markdown: bool = False, forced: bool = F
     return Group(table, "", Text(note + forced_note, style="dim"))
 
 
-def _column(report: dict) -> str:
-    """What a column stands for: everything that decides a draft but its seed, and how its blocks were cut."""
+def _columns(reports: list[dict]) -> dict[str, list[dict]]:
+    """Pool the reports of drafts that differ only in their seed. Others of one name are told apart by a folder's."""
+    pooled = defaultdict(list)
+    for report in reports:
+        draft = report["draft"]
+        conventions = draft.get("block_size"), draft.get("proposals"), draft.get("parameters")
+        pooled[_name(report), draft.get("recipe"), report.get("cache"), *conventions].append(report)
+    names, columns = Counter(name for name, *_ in pooled), {}
+    for (name, *_), members in pooled.items():
+        head = name if names[name] == 1 else f"{name} ({Path(members[0]['draft'].get('path', '')).name})"
+        columns[head if head not in columns else f"{head} {len(columns) + 1}"] = members
+    return columns
+
+
+def _name(report: dict) -> str:
+    """What a column is called: what is most compared of a draft, and how its blocks were cut."""
     draft, threshold = report["draft"], report["settings"].get("threshold")
     published = "dspark" if draft["method"] == "dspark" else "ce"
     parts = [

@@ -67,7 +67,7 @@ def split_samples(
         out, short = int((usable & heldout).sum()), int((~usable).sum())
         raise DataError(
             f"{cache.path}: none of {len(cache)} samples can train a draft: {out} are held out (split `{HELDOUT}`), "
-            f"{short} have no two adjacent supervised tokens, {len(cache) - out - short} have states that were refused; "
+            f"{short} have no two adjacent supervised tokens, the states of {len(cache) - out - short} were refused; "
             "add others with `pipeline cache-hidden --append` and another --corpus, or a larger --max-samples"
         )
     held = np.flatnonzero(usable & heldout & table.usable(layers, cache.has_final))

@@ -30,6 +30,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import RoomError, UsageError
+from pipeline.held import logit_scale
 from pipeline.target_files import find_target, weight_files, weight_shapes
 from pipeline.target_head import TargetHead
 from pipeline.tensors import find_device
@@ -201,7 +202,7 @@ def run_decoder(model: PreTrainedModel, input_ids: Tensor, **kw):
 
 def lm_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Return the target's own logits [..., V] in fp32 for post-norm states [..., D]: head, scale and soft-cap."""
-    logits = model.get_output_embeddings()(hidden).float() * _logit_scale(model)
+    logits = model.get_output_embeddings()(hidden).float() * logit_scale(model.config.get_text_config().to_dict())
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -225,7 +226,7 @@ def head_of(model: PreTrainedModel) -> TargetHead:
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise UsageError(f"{type(model).__name__}: its LM head is not one matrix without a bias; no draft can share it")
-    scale = _logit_scale(model)
+    scale = logit_scale(model.config.get_text_config().to_dict())
     embed_VD = embed.weight.detach()
     head_VD = embed_VD if head.weight.data_ptr() == embed_VD.data_ptr() else head.weight.detach()
     if scale != 1.0:
@@ -243,14 +244,3 @@ def _embed_scale(model: PreTrainedModel) -> float:
     config = model.config.get_text_config()
     named = (getattr(config, name, None) for name in ("embedding_multiplier", "scale_emb"))
     return float(next((value for value in named if value is not None), 1.0))
-
-
-def _logit_scale(model: PreTrainedModel) -> float:
-    """What the LM head's output is multiplied by: Granite divides, Cohere and Falcon-H1 multiply."""
-    config = model.config.get_text_config()
-    if getattr(config, "logits_scaling", None):
-        return 1.0 / config.logits_scaling
-    for name in ("logit_scale", "lm_head_multiplier"):
-        if getattr(config, name, None):
-            return float(getattr(config, name))
-    return 1.0

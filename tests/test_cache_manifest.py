@@ -54,6 +54,12 @@ def test_numbers_that_json_does_not_know_are_refused():
         canonical({"loss": float(np.nan)})
 
 
+def test_an_imported_cache_and_a_capture_differ_first_in_their_engine(tmp_path):
+    create_identity(tmp_path, {"capture": {"engine": "imported"}})
+    with pytest.raises(UsageError, match=r"capture.engine = 'imported'.*asks for 'transformers'"):
+        create_identity(tmp_path, {"capture": {"engine": "transformers", "batch_tokens": 4096}})
+
+
 def test_a_cache_of_another_identity_is_refused_with_both_values(tmp_path):
     create_identity(tmp_path, {"target": {"name": "a", "revision": None}, "max_length": 8})
     before = (tmp_path / IDENTITY).read_bytes()

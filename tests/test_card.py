@@ -9,8 +9,9 @@ from pipeline import checkpoint
 from pipeline.cache.inspect import describe
 from pipeline.drafts import DRAFTS, DraftConfig, init_weights
 from pipeline.export import export
+from pipeline.provenance import evaluations
 from pipeline.published import read_published
-from pipeline.published.card import serve_command
+from pipeline.published.card import Facts, card, serve_command
 from pipeline.published.check import check_export
 from pipeline.published.start import load_start
 from pipeline.published.writing import Origin
@@ -67,6 +68,16 @@ def test_the_card_has_accept_lengths_by_domain_and_slot_however_they_were_measur
     assert "Decoded greedily with the target, 6 tokens" in card and "drawn from the target at T = 1, 6 tokens" in card
 
 
+def test_an_accept_length_of_cut_blocks_says_so(trained, tmp_path):
+    report = json.loads((trained / "evaluation.json").read_text())
+    report["settings"]["threshold"] = 0.4
+    (tmp_path / "cut.json").write_text(json.dumps(report))
+    titles = [found["title"] for found in evaluations(tmp_path, 2)]
+    assert len(titles) == 2 and all(
+        title.endswith("6 tokens at most, blocks cut at confidence 0.4") for title in titles
+    )
+
+
 def test_the_card_says_how_the_draft_is_served_and_no_engine_reads_it(out):
     card, config = (out / "README.md").read_text(), json.loads((out / "config.json").read_text())
     if "speculators_model_type" in config:
@@ -82,19 +93,36 @@ def test_the_card_says_how_the_draft_is_served_and_no_engine_reads_it(out):
     assert check_export(out).probe.source.startswith("sample ")
 
 
-@pytest.mark.parametrize(("method", "most"), [("dflash", 4), ("domino", 4)])
-def test_dflash_and_domino_are_served_by_the_same_algorithm(method, most):
-    own = {"dflash": {"shift_label": False}}
+def small(method: str, **changes) -> DraftConfig:
+    own = {"dflash": {"shift_label": False}, "dspark": {"shift_label": True, "markov_rank": 4}}
     own["domino"] = {"shift_label": True, "pure_draft_prefix_len": 1, "emb_dim": 4, "gru_hidden_dim": 8}
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 1, "head_dim": 12, "vocab_size": 40, "rope_theta": 1e4}
     sizes |= {"max_position_embeddings": 64, "num_target_layers": 6, "target_layer_ids": (1, 3), "block_size": 4}
-    config = DraftConfig(method=method, mask_token_id=39, **sizes, **own[method])
-    command = serve_command(config, "sglang", Origin("bfloat16", "org/target", "abc"), "draft")
+    return DraftConfig(method=method, mask_token_id=39, **sizes, **own[method], **changes)
+
+
+@pytest.mark.parametrize(("method", "most"), [("dflash", 4), ("domino", 4)])
+def test_dflash_and_domino_are_served_by_the_same_algorithm(method, most):
+    command = serve_command(small(method), "sglang", Origin("bfloat16", "org/target", "abc"), "draft")
     assert command == (
         "python -m sglang.launch_server --model-path org/target --revision abc --speculative-algorithm DFLASH "
         f"--speculative-draft-model-path ./draft --speculative-num-draft-tokens {most}"
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "form", "said"),
+    [
+        (small("domino"), "sglang", "3 proposals a block, where the figures below have 4"),
+        (small("dspark"), "speculators", "the same draft exported with `--format sglang`"),
+        (small("dspark", objective="ce"), "sglang", "default, static verify mode only"),
+    ],
+)
+def test_the_card_says_where_an_engine_serves_otherwise_than_was_measured(config, form, said):
+    origin = Origin("bfloat16", "org/target")
+    assert said in card(config, form, origin, Facts(), 1, "draft")
+    assert said not in card(small("dflash"), form, origin, Facts(), 1, "draft")
 
 
 def test_a_checkpoint_alone_says_what_is_not_known(tmp_path):

@@ -198,6 +198,31 @@ def test_a_read_only_cache_can_be_read(ends, cache):
         subprocess.run(["chmod", "-R", "u+w", cache], check=True)
 
 
+@pytest.mark.parametrize(
+    ("command", "module", "said"),
+    [
+        (
+            "check-export",
+            "pipeline.published.check.check_export",
+            "nothing was written, and the same command starts again",
+        ),
+        (
+            "train-draft",
+            "stages.train_draft.run.run",
+            "what is finished is kept, and the same command goes on from there",
+        ),
+    ],
+)
+def test_an_interrupted_command_says_what_is_kept(command, module, said, tmp_path, monkeypatch, capfd):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main([command, str(tmp_path)])
+    assert stop.value.code == 130 and capfd.readouterr().err == f"interrupted; {said}\n"
+
+
 def test_a_command_line_that_does_not_parse(ends):
     assert ends("trein")[0] == 2
     code, line = ends("train-draft", "--cach", "x")

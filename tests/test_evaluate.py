@@ -12,7 +12,7 @@ from tiny import config, save_target, write_jsonl
 
 from pipeline import cli
 from pipeline.cache import HiddenCache
-from pipeline.errors import DataError, ProofError, UsageError
+from pipeline.errors import DataError, ProofError, RoomError, UsageError
 from pipeline.export import export
 from stages.evaluate import decode
 from stages.evaluate import run as evaluation
@@ -50,6 +50,16 @@ def report(trained, tmp_path_factory):
     found = run(trained, count=5, max_new=12, device="cpu", out=out, dice=Dice(1.0, 0.7, 3))
     assert json.loads(out.read_text()) == found
     return found
+
+
+def test_runs_of_one_recipe_and_other_seeds_are_known_as_such(report, trained, tmp_path):
+    text, found = (trained / "recipe.toml").read_text(), []
+    for name, line, other in (("seed", "seed = 3", "seed = 4"), ("anchors", "anchors = ", "anchors = 1")):
+        assert line in text
+        copy = shutil.copytree(trained, tmp_path / name)
+        (copy / "recipe.toml").write_text(text.replace(line, other, 1))
+        found.append(evaluation.describe_draft(copy).recipe == report["draft"]["recipe"])
+    assert found == [True, False]
 
 
 def test_a_report_says_what_was_measured_and_how(report, trained, cache):
@@ -149,6 +159,34 @@ def test_a_draft_without_confidence_is_not_cut(trained):
         run(trained, count=1, max_new=4, device="cpu", threshold=0.5)
 
 
+@pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan")])
+def test_a_threshold_that_is_no_confidence_is_refused(trained, threshold):
+    with pytest.raises(UsageError, match=r"a confidence lies in 0\.\.1"):
+        run(trained, threshold=threshold, device="cpu")
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_runs(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "load_target", lambda *_, **__: pytest.fail("the target was loaded"))
+    file = tmp_path / "file"
+    file.write_text("")
+    for out, said in (
+        (tmp_path, "is a folder; name a file in it"),
+        (file / "report.json", "its folder cannot be made"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            run(trained, device="cpu", out=out)
+
+
+def test_a_report_that_the_disk_has_no_room_for_is_shown(report, tmp_path, monkeypatch, capsys):
+    def full(path, data):
+        raise RoomError("no room")
+
+    monkeypatch.setattr(evaluation, "write_file", full)
+    with pytest.raises(RoomError):
+        evaluation.keep(report, tmp_path / "report.json")
+    assert "accept length" in capsys.readouterr().err
+
+
 def test_calls_saved_are_those_of_a_plain_loop_over_the_same_tokens():
     reply = Decoded([], [4, 2, 1], [3, 1, 0], [3, 3, 0], 4, 1.0)
     done = [(Prompt([1], name, name), reply) for name in "ab"]
@@ -201,8 +239,6 @@ def test_an_exported_folder_evaluates_as_its_run(report, trained, cache, tmp_pat
 
 
 def test_weights_stored_in_bfloat16_are_proven_against_the_rounded_ones(trained, tmp_path):
-    import shutil
-
     copy = shutil.copytree(trained, tmp_path / "copy")
     recipe = (copy / "recipe.toml").read_text()
     assert 'dtype = "float32"' in recipe
@@ -336,4 +372,4 @@ def test_the_command_prints_the_report_as_json(trained):
     drawn = json.loads(done.stdout)["sampled"]
     assert (drawn["temperature"], drawn["draft_temperature"], drawn["seed"]) == (1.5, 0.0, 0)
     done = CliRunner().invoke(cli.commands, [*options, "--draft-temperature", "1"])
-    assert isinstance(done.exception, UsageError) and "temperature 0.0: draws need" in str(done.exception)
+    assert isinstance(done.exception, UsageError) and "add --temperature" in str(done.exception)

@@ -83,6 +83,7 @@ def test_every_form_passes_the_check_and_says_that_no_probe_lies_with_it(form):
 # What an export does not have as the folder had it: classes and remote code of others, names that SGLang does not know.
 OTHERWISE = {"architectures", "auto_map", "speculators_version", "num_anchors", "confidence_head_alpha"}
 OTHERWISE |= {"use_confidence_head", "eos_token_id", "verifier"}
+OTHERWISE |= {"sliding_window_non_causal"}  # false by default, by which vLLM would mask every layer
 
 
 def same_keys(found: dict, wanted: dict) -> list[str]:
@@ -336,7 +337,7 @@ def test_an_export_for_speculators_has_its_keys_and_its_own_counting(tmp_path):
         "target_hidden_size": 16,
         "num_target_layers": 6,
         "sample_from_anchor": True,
-        "sliding_window_non_causal": False,
+        "sliding_window_non_causal": True,
         "markov_rank": 6,
         "markov_head_type": "vanilla",
         "enable_confidence_head": True,
@@ -352,6 +353,17 @@ def test_an_export_for_speculators_has_its_keys_and_its_own_counting(tmp_path):
     assert [layer[key] for key in explicit] == ["qwen3", False, 1e4, 12, 40, 2]
 
 
+@pytest.mark.parametrize("method", ["dflash", "dspark"])
+@pytest.mark.parametrize("kind", SLIDING)
+def test_vllm_masks_a_block_as_it_was_trained(tmp_path, method, kind):
+    window = {"sliding_window": 8} if kind == "sliding_attention" else {}
+    folder = exported(tmp_path, method, "speculators", layer_types=(kind, kind), **window)
+    flat = json.loads((folder / "config.json").read_text())
+    # Its translation: one `causal` for every layer, whatever its kind.
+    assert (not flat.get("sliding_window_non_causal", True)) == (kind == "sliding_attention")
+    assert read_published(folder).layer_types == (kind, kind)
+
+
 @pytest.mark.parametrize(
     ("form", "method", "changes", "reason"),
     [
@@ -361,6 +373,8 @@ def test_an_export_for_speculators_has_its_keys_and_its_own_counting(tmp_path):
         ("sglang", "domino", {"pure_draft_prefix_len": 0}, "pure_draft_prefix_len 1 only"),
         ("sglang", "dflash", {"target_layer_ids": (-1, 3)}, "-1 is the embedding"),
         ("sglang", "dflash", {"layer_types": SLIDING, "sliding_window": 3}, "sliding_window 3 is below block_size 4"),
+        ("speculators", "dflash", {"layer_types": SLIDING, "sliding_window": 8}, "one flag for all layers"),
+        ("speculators", "dspark", {"layer_types": SLIDING, "sliding_window": 8}, "one flag for all layers"),
         ("trt", "dflash", {}, "unknown format"),
     ],
 )
@@ -375,13 +389,21 @@ def test_what_an_engine_cannot_serve_is_refused_with_the_reason(tmp_path, form, 
     [
         ("speculators dspark", lambda flat: flat.update(sample_from_anchor=False), "older releases of speculators"),
         ("speculators dspark", lambda flat: flat.pop("sample_from_anchor"), "older releases of speculators"),
-        ("speculators dflash", lambda flat: flat.update(sliding_window_non_causal=True), "non_causal is true"),
+        (
+            "speculators dflash",
+            lambda flat: slide(flat["transformer_layer_config"]) or flat.update(sliding_window_non_causal=True),
+            "sliding_window_non_causal is true",
+        ),
+        ("z-lab dflash", lambda flat: slide(flat) or flat.update(is_causal=False), "is_causal is false"),
+        ("z-lab dflash", lambda flat: slide(flat) or flat["dflash_config"].update(causal=False), "causal is false"),
+        ("deepspec dspark", lambda flat: slide(flat, SLIDING) or flat.update(is_causal=True), "is_causal is true"),
         (
             "speculators dflash",
             lambda flat: flat["transformer_layer_config"].update(is_causal=True),
             "is_causal is true",
         ),
         ("speculators dflash", lambda flat: flat.update(projector_type="domino"), "projector_type 'domino'"),
+        ("speculators dflash", lambda flat: flat.update(shift_label=True), "anchor \\+ k \\+ 1 or anchor"),
         (
             "speculators dflash",
             lambda flat: flat.update(block_size=3),
@@ -404,6 +426,26 @@ def test_what_would_compute_otherwise_is_refused(tmp_path, name, change, message
     config_of(folder, change)
     with pytest.raises(UsageError, match=message):
         load_draft_folder(folder, head(), target_layers=6)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("speculators dflash", lambda flat: flat.update(sliding_window_non_causal=True)),
+        ("speculators dspark", lambda flat: flat.update(shift_label=False)),  # of Domino there, and always stated
+        ("z-lab dflash", lambda flat: flat.update(is_causal=False)),
+        ("z-lab dflash", lambda flat: slide(flat) or flat.update(is_causal=True)),
+        ("z-lab dflash", lambda flat: slide(flat, SLIDING)),
+    ],
+)
+def test_flags_that_say_what_is_computed_here_are_taken(tmp_path, name, change):
+    folder = FORMS[name](tmp_path / "folder")
+    config_of(folder, change)
+    load_draft_folder(folder, head(), target_layers=6)
+
+
+def slide(flat: dict, kinds=("sliding_attention",) * 2) -> None:
+    flat.update(layer_types=list(kinds), use_sliding_window=True, sliding_window=8)
 
 
 def test_copies_of_another_targets_tensors_are_refused(tmp_path):

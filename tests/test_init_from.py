@@ -107,8 +107,10 @@ def test_another_head_of_the_same_method_is_refused(tmp_path, change, message):
 def test_a_head_is_not_taken_off_for_another_method(tmp_path):
     folder = FORMS["published domino"](tmp_path / "folder")
     config = DraftConfig(**wanted(zlab_dflash(tmp_path / "dflash")).model_dump() | OF_DSPARK)
-    with pytest.raises(UsageError, match="is a domino draft, wanted is dspark"):
+    with pytest.raises(UsageError, match=r"a domino draft, wanted is dspark: .* start from a dspark or dflash draft"):
         load_start(folder, config)
+    with pytest.raises(UsageError, match=r"a domino draft, wanted is dflash: .* start from a dflash draft, or set"):
+        load_start(folder, wanted(zlab_dflash(tmp_path / "another")))
 
 
 def test_another_block_size_is_taken_and_said(tmp_path):
@@ -153,6 +155,17 @@ def test_a_run_begins_with_the_weights_of_another_runs_export(tiny_cache, first,
     assert all(torch.equal(made[name], there[name].float()) for name in there)
 
 
+@pytest.mark.parametrize("scales", [{"logit_scale": 0.25}, {"logits_scaling": 8.0}, {"lm_head_multiplier": 0.5}])
+def test_a_correction_of_scaled_logits_is_exported_nowhere(tiny_cache, first, tmp_path, monkeypatch, scales):
+    corrected = trained(tiny_cache, tmp_path / "run", "domino", "draft.objective=ce", "train.steps=1")
+    scaled = HiddenCache.open(tiny_cache).target_config | scales
+    monkeypatch.setattr(HiddenCache, "target_config", scaled)
+    with pytest.raises(UsageError, match=r"without the target's factor of 0\.(25|125|5)"):
+        export(corrected, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    export(first, tmp_path / "out")  # a factor alone changes no greedy guess
+
+
 def test_weights_rounded_by_an_export_in_bfloat16_are_checked_and_begun_with(tiny_cache, tmp_path):
     half = trained(tiny_cache, tmp_path / "half", "dspark", "train.dtype=bfloat16", "train.steps=1")
     export(half, tmp_path / "out")
@@ -170,9 +183,9 @@ def test_a_run_goes_on_only_with_the_weights_it_began_with(tiny_cache, first, tm
     plain = load_file(checkpoint.latest(first).path / checkpoint.DRAFT)
 
     trained(tiny_cache, tmp_path / "run", init_from=first)  # finished, so nothing moves
-    with pytest.raises(UsageError, match=r"weights to start with = .*, this command asks for fresh"):
+    with pytest.raises(UsageError, match=r"initial weights = .*, this command asks for fresh"):
         trained(tiny_cache, tmp_path / "run")
-    with pytest.raises(UsageError, match="was started with weights to start with = fresh, this command asks for"):
+    with pytest.raises(UsageError, match="was started with initial weights = fresh, this command asks for"):
         trained(tiny_cache, first, init_from=begun)
 
     again = load_file(checkpoint.latest(begun).path / checkpoint.DRAFT)

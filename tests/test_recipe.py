@@ -33,7 +33,7 @@ QWEN3_8B = {
 QWEN3_TOKENS = {"mask": None, "pad": 151643, "bos": None, "eos": [151645, 151643], "length": 151669}
 
 
-def cache_of(target=QWEN3_8B, tokens=QWEN3_TOKENS, layers=(1, 9, 17, 25, 33), has_final=True):
+def cache_of(target=QWEN3_8B, tokens=QWEN3_TOKENS, layers=(1, 9, 17, 25, 33), has_final=True, engine="transformers"):
     """What `resolve` reads of a HiddenCache."""
     return SimpleNamespace(
         target_config=target,
@@ -42,7 +42,7 @@ def cache_of(target=QWEN3_8B, tokens=QWEN3_TOKENS, layers=(1, 9, 17, 25, 33), ha
         has_final=has_final,
         dtype=torch.bfloat16,
         path=Path("hs_cache"),
-        identity={"target": {"name": "Qwen/Qwen3-8B"}},
+        identity={"target": {"name": "Qwen/Qwen3-8B"}, "capture": {"engine": engine}},
     )
 
 
@@ -94,7 +94,10 @@ def test_a_wrong_recipe_is_refused_in_one_line_that_names_it(tmp_path, text, nam
     assert "\n" not in str(refused.value).strip()
 
 
-@pytest.mark.parametrize("entry", ["train.lr", "lr=3", "=3", "train.=3", ".lr=3", "train.lr=fast", "train.lr.x=3"])
+@pytest.mark.parametrize(
+    "entry",
+    ["train.lr", "lr=3", "=3", "train.=3", ".lr=3", "train.lr=fast", "train.lr.x=3", "train.lr=inf", "draft.gamma=inf"],
+)
 def test_a_wrong_set_is_refused(entry):
     with pytest.raises(UsageError):
         load_recipe(None, (entry,))
@@ -264,6 +267,15 @@ def test_layers_the_cache_lacks_are_refused_with_the_command_that_captures_them(
 
     assert "holds layers [1, 9, 17, 25, 33]; this draft also reads [5]" in str(refused.value)
     assert "`pipeline cache-hidden --model Qwen/Qwen3-8B --out hs_cache --layers 1,5,9,17,25,33`" in str(refused.value)
+
+
+def test_what_an_imported_cache_lacks_is_asked_of_other_files_as_nothing_can_be_captured_into_it():
+    for lacking in ({"has_final": False}, {"layers": (1, 9, 17, 25)}):
+        with pytest.raises(UsageError, match="it was imported, so import files that hold them too") as refused:
+            draft_of("method=dspark", "layers=[9, 33]", engine="imported", **lacking)
+        assert "cache-hidden" not in str(refused.value)
+    with pytest.raises(UsageError, match="finish the import with the same command"):
+        draft_of(engine="imported", layers=())
 
 
 def test_some_of_the_layers_may_be_read_and_no_layer_at_all_is_refused():

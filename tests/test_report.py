@@ -8,7 +8,7 @@ from pipeline.errors import UsageError
 from pipeline.report import comparison
 
 
-def evaluation(path, method="domino", seed=0, steps=700, samples=(), forced=None, drawn=None, **draft):
+def evaluation(file, method="domino", seed=0, steps=700, samples=(), forced=None, drawn=None, **draft):
     """Write an evaluation's report of `samples`, pairs of a domain and its lengths; return its path."""
     domains = sorted({domain for domain, _ in samples})
     of = {name: [lengths for domain, lengths in samples if domain == name] for name in domains}
@@ -34,8 +34,8 @@ def evaluation(path, method="domino", seed=0, steps=700, samples=(), forced=None
             "domains": {name: {"accept_len": 3.0, "calls": 1} for name, _ in of_drawn},
             "samples": [{"domain": domain, "lengths": lengths} for domain, lengths in of_drawn],
         }
-    path.write_text(json.dumps(report))
-    return path
+    file.write_text(json.dumps(report))
+    return file
 
 
 def rows(*paths, **options):
@@ -56,6 +56,22 @@ def test_seeds_share_a_column_and_methods_do_not(tmp_path):
     assert table["copy"][1] == "-", "the second draft decoded none"
     assert table["all"][0].startswith("4.80 ["), "24 tokens of 5 calls"
     assert table["mean of domains"] == ["4.50", "1.00"], "however many calls each took"
+
+
+def test_drafts_of_other_recipes_are_not_pooled_as_if_they_were_seeds(tmp_path):
+    samples = [("sql", [4])]
+    same = {"method": "dspark", "samples": samples}
+    paths = [
+        evaluation(tmp_path / "0.json", recipe="vanilla", path="runs/vanilla-0", **same),
+        evaluation(tmp_path / "1.json", recipe="vanilla", path="runs/vanilla-1", seed=1, **same),
+        evaluation(tmp_path / "2.json", recipe="rnn", path="runs/rnn-0", **same),
+        evaluation(tmp_path / "3.json", recipe="rnn", path="runs/rnn-0", parameters=2000, **same),
+    ]
+    table = rows(*paths)
+
+    name = "dspark, 700 steps"
+    assert table["accept length"] == [f"{name} (vanilla-0)", f"{name} (rnn-0)", f"{name} (rnn-0) 3"]
+    assert table["seeds"] == ["2", "1", "1"]
 
 
 def test_a_prompt_decoded_by_three_seeds_is_one_prompt(tmp_path):

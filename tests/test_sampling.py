@@ -248,6 +248,10 @@ def test_near_to_zero_a_temperature_is_greedy_and_zero_is_refused(target):
     for temperature, of_draft in ((0.0, 0.0), (-1.0, 1.0), (float("nan"), 1.0), (1.0, -0.5), (1e-9, 1.0)):
         with pytest.raises(UsageError, match="0 is for greedy"):
             Dice(temperature, of_draft)
+    with pytest.raises(UsageError, match="add --temperature"):
+        Dice(0.0, 1.0)
+    with pytest.raises(UsageError, match="wanted one of 64 bits"):
+        Dice(1.0, 1.0, 2**63)
 
 
 def plain_greedy(target):

@@ -32,8 +32,9 @@ from pipeline.recipe import load_recipe, resolve
 from pipeline.split import prompt_hash, split_by_prompt, split_samples, spread
 from stages.recode.run import run as recode
 from stages.train_draft.batches import Stream
+from stages.train_draft.loop import said
 from stages.train_draft.optim import AdamW, make_optimizer, matrices, rate
-from stages.train_draft.run import make_draft, run
+from stages.train_draft.run import announced, make_draft, run, split_for
 from stages.train_draft.trainer import Precision, Trainer, backward
 
 SMALL = ("train.batch=4", "train.anchors=6", "train.log_every=1", "draft.block_size=4", "train.steps=8")
@@ -296,6 +297,18 @@ def test_a_mask_token_that_the_corpus_uses_is_refused(tiny_cache):
         split_samples(store, used, 0.05)
 
 
+def test_an_evaluation_of_samples_without_a_domain_names_none():
+    of = {"calls": 3, "accept_len": 1.5}
+    figures = of | {"interval": [1.0, 2.0], "domains": {"": of}}
+    assert said(figures) == "accept length 1.50 [1.00, 2.00] on held-out samples"
+    assert said(figures | {"domains": {"": of, "sql": of}}).endswith("on held-out samples (sql 1.50)")
+
+
+def test_a_draft_that_memory_does_not_hold_is_refused(tiny_cache, tmp_path):
+    with pytest.raises(RoomError, match=r"the draft does not fit into memory .* make its sizes in \[draft\] smaller"):
+        trained(tiny_cache, tmp_path / "run", f"draft.intermediate_size={10**14}")
+
+
 def test_a_corpus_that_holds_everything_out_cannot_train(tiny_cache, tmp_path):
     def held(index, sample):
         return PlannedSample(sample.ids, sample.mask, sample.domain, "heldout")
@@ -556,6 +569,23 @@ def test_the_end_says_where_the_run_is_and_what_to_do_next(greedy_cache, tmp_pat
     assert last[1] == f"next: pipeline evaluate --draft {tmp_path / 'run'}"
 
 
+@pytest.mark.parametrize(
+    "sets, said",
+    [
+        (("draft.method=dflash", "draft.shift_label=true"), "same-position labels only"),
+        (("draft.method=domino", "draft.pure_draft_prefix_len=0"), "pure_draft_prefix_len 1 only"),
+        (("draft.method=domino",), None),
+        (("draft.method=dspark", "draft.markov_head_type=rnn"), None),  # by SGLang alone
+    ],
+)
+def test_what_no_engine_will_serve_is_said_before_it_is_trained(tiny_cache, tmp_path, sets, said):
+    cache = HiddenCache.open(tiny_cache)
+    resolved = resolve(load_recipe(None, sets), cache)
+    lines = announced(tmp_path, cache, split_for(resolved, cache), resolved, torch.device("cpu"))
+    found = [line for line in lines if line.startswith("no engine will serve this draft")]
+    assert len(found) == (said is not None) and all(said in line for line in found)
+
+
 def test_the_default_folder_is_named_by_what_decides_the_draft(tiny_cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
@@ -756,8 +786,8 @@ def test_a_second_process_in_the_same_run_is_refused(tiny_cache, tmp_path):
 
 
 def test_layers_the_cache_lacks_and_misspelt_keys_are_refused_before_anything_is_written(tiny_cache, tmp_path):
-    for sets, said in (("draft.layers=[1, 2]", "also reads \\[2\\]"), ("train.setps=3", "did you mean `train.steps`")):
-        with pytest.raises(UsageError, match=said):
+    for sets, told in (("draft.layers=[1, 2]", "also reads \\[2\\]"), ("train.setps=3", "did you mean `train.steps`")):
+        with pytest.raises(UsageError, match=told):
             trained(tiny_cache, tmp_path / "run", sets)
     assert not (tmp_path / "run").exists()
 

@@ -198,7 +198,7 @@ def _check_teachers(cell: Cell, teacher_NS: Tensor, scored_NS: Tensor) -> None:
 def slot_decay(config: DraftConfig) -> Tensor:
     """Weight [S] by distance from the first proposal, exp(-distance / gamma); ones where there is no gamma.
 
-    D-PACE weights by the draft's own confidence instead (`losses.py`) and ignores gamma.
+    D-PACE weights by the draft's own confidence instead (`objectives.py`) and ignores gamma.
     """
     if config.gamma is None or config.weighting != "decay":
         return torch.ones(config.block_size)

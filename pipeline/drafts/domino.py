@@ -71,10 +71,9 @@ class Domino(Draft):
 
         The state for slot k has consumed the tokens from the anchor to the one before slot k's label.
         """
-        first, prefix = self.config.first_slot, self.config.pure_draft_prefix_len
         states_NPH, _ = self.prefix_gru(self._noise(prev_NS[:, : self.config.proposals]))
-        z_NSU = self._mix(hidden_NSD[:, first + prefix :], states_NPH[:, prefix:])
-        return nn.functional.pad(z_NSU, (0, 0, first + prefix, 0))
+        z_NSU = self._mix(hidden_NSD[:, self.suffix_start :], states_NPH[:, self.config.pure_draft_prefix_len :])
+        return nn.functional.pad(z_NSU, (0, 0, self.suffix_start, 0))
 
     def _mix(self, hidden: Tensor, state: Tensor) -> Tensor:
         """The backbone's state first, the GRU's second, as published."""

@@ -45,8 +45,8 @@ class Loss:
 
 
 class Draft(Backbone):
-    """A backbone with the target's head. A method adds `check` and `schedule`; one that reads the tokens already chosen
-    also `correction` (all slots at once, in training) and `advance` (slot by slot).
+    """A backbone with the target's head. A method adds `check`; one that reads the tokens already chosen also
+    `correction` (all slots at once, in training) and `advance` (slot by slot).
 
     The head is no part of the state_dict, whose keys are exactly those of published checkpoints. `reads_final` says
     whether the published loss reads the target's final state (`needs_teacher` knows of any); the accept length always

@@ -74,9 +74,13 @@ def _serving(config: DraftConfig, form: str, origin: Origin, folder: str) -> str
     notes = ["Compare the accept length that the engine reports with the one below: far less means that it reads the"]
     notes += ["draft otherwise than it was trained."]
     if form == "speculators" and config.method == "dspark":
-        notes.append("vLLM has to heed `sample_from_anchor`; builds that take it for false accept nothing.")
+        notes.append("vLLM has to heed `sample_from_anchor`; builds that take it for false accept nothing, and serve")
+        notes.append("the same draft exported with `--format sglang`.")
     if form == "sglang" and config.method == "domino":
-        notes.append("SGLang has to know Domino; older builds pass over its head without a word. Greedy drafts only.")
+        notes.append("SGLang has to know Domino; older builds pass over its head without a word. Greedy drafts only,")
+        notes.append(f"and {config.proposals - 1} proposals a block, where the figures below have {config.proposals}.")
+    if form == "sglang" and config.method == "dspark" and not config.enable_confidence_head:
+        notes.append("Without a confidence head SGLang serves it in its default, static verify mode only.")
     return f"    {command}\n\n" + "\n".join(notes) + f"\n`pipeline check-export {folder}` proves the files themselves."
 
 

@@ -42,10 +42,7 @@ SHARED = (
 DSPARK_KEYS = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov")
 # Keys that make another draft of it unless they say this. Training code reads none of them from a draft's config.
 INERT = {
-    "is_causal": False,
-    "causal": False,
     "use_swa": False,
-    "sliding_window_non_causal": False,
     "partial_rotary_factor": 1.0,
     "logit_scale": 1.0,
     "output_multiplier": 1.0,
@@ -56,6 +53,8 @@ INERT = {
     "selector_rank": 0,
     "quantization_config": {},
 }
+# Flags by which engines mask a block: the first two of every layer, the third of sliding ones.
+MASKS = ("is_causal", "causal", "sliding_window_non_causal")
 # What else may stand in `dflash_config`: of training, or said again.
 _NESTED = {
     "attention_mode",
@@ -66,8 +65,8 @@ _NESTED = {
     "swa_window_size",
 }
 _NESTED |= {"block_size", "mask_token_id", "target_layer_ids", "num_target_layers", "projector_type", "shift_label"}
-_NESTED |= {"sample_from_anchor", "emb_dim", "gru_hidden_dim", "pure_draft_prefix_len", "swa_window_size"}
-_NESTED |= {*DSPARK_KEYS, *INERT, "use_confidence_head"}
+_NESTED |= {"sample_from_anchor", "emb_dim", "gru_hidden_dim", "pure_draft_prefix_len"}
+_NESTED |= {*DSPARK_KEYS, *INERT, *MASKS, "use_confidence_head"}
 _SIZES = (*SHARED[:6], "max_position_embeddings", "head_dim")
 _MOST = {"num_hidden_layers": 1024, "block_size": 4096}  # far more than anyone has; a file may say anything
 
@@ -166,6 +165,11 @@ def _of_speculators(file: Path, flat: dict) -> _Stated:
             f"{file}: sample_from_anchor is {anchor}, so slot k may guess anchor + k, as older releases of speculators "
             "trained it; a DSpark draft here guesses anchor + k + 1: state true if this one does, else train it anew"
         )
+    if flat.get("shift_label") and not anchor:
+        raise UsageError(
+            f"{file}: shift_label is true and sample_from_anchor is not: slot k guesses anchor + k + 1 or anchor + k; "
+            "correct the wrong one"
+        )
     if flat.get("target_hidden_size") not in (None, layer["hidden_size"]):
         raise UsageError(f"{file}: target_hidden_size {flat['target_hidden_size']}, the draft's {layer['hidden_size']}")
     most = flat["block_size"] - (not anchor)
@@ -175,7 +179,7 @@ def _of_speculators(file: Path, flat: dict) -> _Stated:
     nested = {key: flat[key] for key in ("block_size", "mask_token_id", *DSPARK_KEYS) if flat.get(key) is not None}
     nested |= {"projector_type": kind, "sample_from_anchor": anchor}
     nested["target_layer_ids"] = [index - 1 for index in flat["aux_hidden_state_layer_ids"]]
-    nested |= {key: flat[key] for key in INERT if key in flat}
+    nested |= {key: flat[key] for key in (*INERT, *MASKS) if key in flat}
     own = {key: flat[key] for key in ("architectures", "num_target_layers") if key in flat}
     return _Stated(file, layer | own, nested)
 
@@ -214,14 +218,17 @@ def _config(stated: _Stated, target_layers: int | None) -> DraftConfig:
 
 def _refuse_others(stated: _Stated) -> None:
     """Refuse a draft that computes something else, whose own engine would heed a key that we would pass over."""
-    for key, inert in INERT.items():
-        for where in (stated.flat, stated.nested):
-            value = where.get(key)
-            if value and value != inert:
-                raise UsageError(
-                    f"{stated.file}: {key} is {str(value).lower()}; a draft here computes otherwise, and would accept "
-                    "little with weights trained that way"
-                )
+    # A draft here is causal inside a block on sliding layers, and on no others.
+    causal = {kind == "sliding_attention" for kind in stated.flat.get("layer_types") or ["full_attention"]}
+    for where in (stated.flat, stated.nested):
+        wrong = [key for key, inert in INERT.items() if where.get(key) and where[key] != inert]
+        wrong += [key for key in MASKS[:2] if where.get(key) is not None and {where[key]} != causal]
+        wrong += [key for key in MASKS[2:] if where.get(key) and True in causal]
+        for key in wrong:
+            raise UsageError(
+                f"{stated.file}: {key} is {str(where[key]).lower()}; a draft here computes otherwise, and would accept "
+                "little with weights trained that way"
+            )
 
 
 def _method(stated: _Stated) -> str:

@@ -100,9 +100,10 @@ def _of_folder(place: Path, wanted: DraftConfig, head: TargetHead | None):
 
 def _check_fits(place: Path, config: DraftConfig, wanted: DraftConfig) -> None:
     if config.method not in (wanted.method, "dflash"):
+        others = "dflash" if wanted.method == "dflash" else f"{wanted.method} or dflash"
         raise UsageError(
             f"{place} is a {config.method} draft, wanted is {wanted.method}: its backbone leans on its own head; start "
-            f"from a {wanted.method} or DFlash draft, or set draft.method = {json.dumps(config.method)}"
+            f"from a {others} draft, or set draft.method = {json.dumps(config.method)}"
         )
     keys = BACKBONE + HEADS if config.method == wanted.method else BACKBONE
     for key in keys:

@@ -144,8 +144,4 @@ def _named(code, text) -> str | None:
     """What an opcode of a pickle would call or make, "module name"; None where it only builds data."""
     if code.name == "GLOBAL":
         return text
-    return (
-        code.name
-        if code.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")
-        else None
-    )
+    return code.name if code.name in _CALLING else None

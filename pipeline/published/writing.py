@@ -27,11 +27,19 @@ class Origin:
     trained_on: dict | None = None  # the cache's digest and the share of prompts held out, which `evaluate` reads
 
 
-def check_servable(config: DraftConfig, form: str, tokens: dict | None = None) -> None:
-    """Refuse a draft that the engine of that form cannot serve, with the reason. UsageError."""
+def check_servable(config: DraftConfig, form: str, tokens: dict | None = None, scale: float = 1.0) -> None:
+    """Refuse a draft that the engine of that form cannot serve, with the reason. UsageError.
+
+    tokens: the target's special ids. scale: what the target multiplies its head's output by.
+    """
     if form not in FORMATS:
         raise UsageError(f"unknown format {form!r}; there are {', '.join(FORMATS)}")
     _check_everywhere(config, tokens or {})
+    if scale != 1.0 and config.method != "dflash":
+        raise UsageError(
+            f"engines add {config.method}'s correction to the target's head without the target's factor of {scale:g}, "
+            "which was trained with it, so it would outweigh or drown; train a dflash draft for this target"
+        )
     if form == "sglang":
         _check_sglang(config)
     elif config.method == "domino":
@@ -44,6 +52,22 @@ def check_servable(config: DraftConfig, form: str, tokens: dict | None = None) -
             f"vLLM computes the vanilla Markov head only, this draft has markov_head_type "
             f'"{config.markov_head_type}"; export it with --format sglang, or train one with "vanilla"'
         )
+    elif len(set(config.layer_types)) > 1:
+        raise UsageError(
+            "vLLM takes one flag for all layers of a draft in this form, and this one is causal inside a block on its "
+            "sliding layers only; export it with --format sglang, which vLLM reads, too"
+        )
+
+
+def unservable(config: DraftConfig, tokens: dict | None = None, scale: float = 1.0) -> str | None:
+    """Return why no engine serves such a draft, None where one does. Arguments as of `check_servable`."""
+    reasons = []
+    for form in FORMATS:
+        try:
+            check_servable(config, form, tokens, scale)
+        except UsageError as error:
+            reasons.append(str(error))
+    return reasons[0] if len(reasons) == len(FORMATS) else None
 
 
 def _check_everywhere(config: DraftConfig, tokens: dict) -> None:
@@ -130,7 +154,8 @@ def _speculators(config: DraftConfig, origin: Origin) -> dict:
         "target_hidden_size": config.hidden_size,
         "num_target_layers": config.num_target_layers,  # ours: the form has no place for it
         "sample_from_anchor": config.shift_label,
-        "sliding_window_non_causal": False,
+        # speculators reads it for sliding layers only, but vLLM makes every layer causal where it is false.
+        "sliding_window_non_causal": "sliding_attention" not in config.layer_types,
         "transformer_layer_config": _qwen3(config, origin),
         "speculators_config": {
             "algorithm": config.method,

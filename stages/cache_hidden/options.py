@@ -38,6 +38,8 @@ class CaptureOptions:
             size_bytes(self.budget)
         elif self.methods is not None or self.seed:
             raise UsageError("--methods and --seed say what a budget may leave out; give --budget too")
+        if not 0 <= self.seed < 2**64:
+            raise UsageError(f"--seed {self.seed}: wanted 0 or more, and less than 2^64")
         if self.device is not None and not DEVICE.fullmatch(self.device):
             raise UsageError(f"--device {self.device}: wanted cpu, cuda, or one of several such as cuda:1")
         if self.max_length is not None and self.max_length < 2:

@@ -43,6 +43,12 @@ class Dice:
     seed: int = 0
 
     def __post_init__(self):
+        if self.temperature == 0 < self.draft_temperature:
+            raise UsageError(
+                f"a draft temperature of {self.draft_temperature:g} is for drawn replies; add --temperature"
+            )
+        if not -(2**63) <= self.seed < 2**63:
+            raise UsageError(f"seed {self.seed}: wanted one of 64 bits, such as 0")
         for name, given in (("temperature", self.temperature), ("draft temperature", self.draft_temperature)):
             if not (LOWEST <= given < float("inf") or (given == 0 and name != "temperature")):
                 raise UsageError(f"{name} {given}: draws need {LOWEST} or more; 0 is for greedy decoding")

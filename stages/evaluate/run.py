@@ -1,6 +1,8 @@
 """`pipeline evaluate`: decode with target and draft, measure what is gained, prove that nothing is changed."""
 
+import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -13,11 +15,11 @@ from rich.progress import track
 from transformers import PreTrainedModel
 
 from pipeline.cache import HiddenCache
-from pipeline.cache.disk import write_file
+from pipeline.cache.disk import room, write_file
 from pipeline.cache.layout import LOG
 from pipeline.checkpoint import DRAFT, find_checkpoint, load_draft, open_checkpoint
 from pipeline.drafts import Draft
-from pipeline.errors import UsageError
+from pipeline.errors import RoomError, UsageError
 from pipeline.published import CONFIG, load_draft_folder, recorded_share
 from pipeline.recipe import TrainSection, load_recipe
 from pipeline.split import split_samples
@@ -60,6 +62,10 @@ def run(
     Raises UsageError for what does not fit together, DataError for unusable prompts, CacheError for a damaged cache,
     ProofError when an output differs from plain decoding by more than a near tie.
     """
+    if not 0 <= threshold <= 1:
+        raise UsageError(f"--threshold {threshold:g}: a confidence lies in 0..1; 0 cuts nothing")
+    if out is not None:
+        check_place(Path(out))
     trained = describe_draft(Path(draft))
     store = open_cache(trained, cache, prompts)
     folder, name = find_model(model, store)
@@ -98,8 +104,30 @@ def run(
         if config.enable_confidence_head:
             report["confidence"] = confidence_figures(drafter, store, asked, max_new)
     if out is not None:
-        write_file(Path(out), (json.dumps(report, indent=1) + "\n").encode())
+        keep(report, Path(out))
     return report
+
+
+def check_place(out: Path) -> None:
+    """Refuse, before anything runs, a file for the report that cannot be written. UsageError, RoomError."""
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a folder; name a file in it, such as {out / 'evaluation.json'}")
+    with room(out, "the report"):
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, FileNotFoundError) as error:
+            raise UsageError(f"--out {out}: its folder cannot be made ({error.strerror}); name another file") from error
+        if not os.access(out.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(out.parent))
+
+
+def keep(report: dict, out: Path) -> None:
+    """Write a report; where the disk is full by now, show it first, since it took the target to make."""
+    try:
+        write_file(out, (json.dumps(report, indent=1) + "\n").encode())
+    except RoomError:
+        Console(stderr=True, highlight=False, markup=False).print(table(report))
+        raise
 
 
 @dataclass(frozen=True)
@@ -112,6 +140,7 @@ class Trained:
     seed: int | None = None
     heldout: float | None = TrainSection().heldout  # share, where the corpus does not say which; None: not known
     cache: Path | None = None
+    recipe: str | None = None  # digest of all that it says but the seed
 
     def facts(self, draft: Draft) -> dict:
         """What the report says of the draft."""
@@ -126,6 +155,7 @@ class Trained:
             "weighting": config.weighting,
             "steps": self.steps,
             "seed": self.seed,
+            "recipe": self.recipe,
             "parameters": sum(weight.numel() for weight in draft.parameters()),
             "label": f"{config.method} ({config.objective}), block {config.block_size}{trained}",
         }
@@ -140,8 +170,9 @@ def describe_draft(path: Path) -> Trained:
     if not (run_folder / "run.json").is_file():
         return Trained(path, False, steps)
     trained_on = json.loads((run_folder / "run.json").read_text("utf-8"))["cache"]["path"]
-    train = load_recipe(run_folder / "recipe.toml").train
-    return Trained(path, False, steps, train.seed, train.heldout, Path(trained_on))
+    recipe = load_recipe(run_folder / "recipe.toml")
+    train, seedless = recipe.train, recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 0})})
+    return Trained(path, False, steps, train.seed, train.heldout, Path(trained_on), seedless.digest())
 
 
 def open_cache(trained: Trained, cache: Path | None, prompts: Path | None) -> HiddenCache | None:

@@ -113,7 +113,7 @@ def _identity(facts: dict) -> dict:
     rounded = ", ".join(facts["cache"]["rounded"]) or "as captured"
     start = (facts.get("start") or {}).get("digest", "fresh")
     digests = {"cache digest": facts["cache"]["digest"], "split digest": facts["split"]["digest"]}
-    return digests | {"states": rounded, "weights to start with": start}
+    return digests | {"states": rounded, "initial weights": start}
 
 
 def _flat(recipe: dict) -> dict:

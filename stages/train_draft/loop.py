@@ -146,9 +146,10 @@ def said(figures: dict) -> str:
     """Return an evaluation in a few words."""
     if not figures["calls"]:
         return "no accept length: no held-out reply is the target's own"
-    domains = ", ".join(f"{name} {of['accept_len']:.2f}" for name, of in figures["domains"].items() if of["calls"])
+    named = {name: of["accept_len"] for name, of in figures["domains"].items() if of["calls"] and name}
+    domains = f" ({', '.join(f'{name} {length:.2f}' for name, length in named.items())})" if named else ""
     low, high = figures["interval"]
-    return f"accept length {figures['accept_len']:.2f} [{low:.2f}, {high:.2f}] on held-out samples ({domains})"
+    return f"accept length {figures['accept_len']:.2f} [{low:.2f}, {high:.2f}] on held-out samples{domains}"
 
 
 def deterministic(device: torch.device) -> None:

@@ -10,8 +10,10 @@ import torch
 from pipeline import tensors
 from pipeline.cache import HiddenCache
 from pipeline.drafts import DRAFTS, Draft, init_weights, needs_teacher
-from pipeline.held import capture_command
+from pipeline.errors import RoomError
+from pipeline.held import how_to_add, logit_scale, text_config
 from pipeline.published.start import Start, load_start
+from pipeline.published.writing import unservable
 from pipeline.recipe import Resolved, load_recipe, resolve
 from pipeline.split import Split, split_samples
 from stages.train_draft.folder import default_folder, enter, finish, finished, held
@@ -104,6 +106,9 @@ def announced(path: Path, store: HiddenCache, split: Split, resolved: Resolved, 
         yield f"{longer} samples are longer than train.context = {context} rows: each gives one window an epoch"
     if resolved.draft.gamma is None and resolved.draft.weighting == "decay":
         yield "gamma is 0, so late slots weigh as much as early ones; published recipes let the weight decay"
+    reason = unservable(resolved.draft, store.tokens, logit_scale(text_config(store.target_config)))
+    if reason is not None:
+        yield f"no engine will serve this draft, `pipeline export` refuses it: {reason}"
 
 
 def train(
@@ -135,11 +140,17 @@ def make_draft(resolved: Resolved, store: HiddenCache, where: torch.device, star
     """Return a draft on its device: float32 weights, fresh where `start` has none, the frozen head in the
     arithmetic's dtype."""
     dtype = torch.bfloat16 if resolved.recipe.train.dtype == "bfloat16" else torch.float32
-    draft = DRAFTS[resolved.draft.method](resolved.draft, store.head(str(where), dtype))
-    init_weights(draft, resolved.recipe.train.seed)
-    if start is not None:
-        start.fill(draft)
-    return draft.to(where).train()
+    try:
+        draft = DRAFTS[resolved.draft.method](resolved.draft, store.head(str(where), dtype))
+        init_weights(draft, resolved.recipe.train.seed)
+        if start is not None:
+            start.fill(draft)
+        return draft.to(where).train()
+    except RuntimeError as error:
+        if not tensors.out_of_memory(error):
+            raise
+        cause = str(error).strip().split("\n")[0][:160]
+        raise RoomError(f"the draft does not fit into memory ({cause}); make its sizes in [draft] smaller") from error
 
 
 def find_device(device: str | None) -> torch.device:
@@ -158,8 +169,7 @@ def machine(where: torch.device) -> dict[str, str]:
 def summary(path: Path, store: HiddenCache, result: dict) -> str:
     """Return where the run is, how good it is, and what to do next."""
     if not store.has_final:
-        command = capture_command(store, store.layers, "needed")
-        measured = f"no accept length: the cache holds no final states ({command} adds them)"
+        measured = f"no accept length: the cache holds no final states; {how_to_add(store, store.layers, 'needed')}"
     elif result["eval"] is None:
         measured = "no accept length: the corpus holds nothing out"
     else:
