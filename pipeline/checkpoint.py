@@ -21,13 +21,13 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.cache.disk import need_room, room, sync_file, sync_folder, write_file
-from pipeline.cache.manifest import FileFact
+from pipeline.cache.manifest import FileFact, has_form
 from pipeline.drafts import DRAFTS, Draft, DraftConfig
 from pipeline.errors import CacheError, UsageError
 from pipeline.target_head import TargetHead
 from pipeline.tensors import save_tensors
 
-FOLDER = "checkpoints"
+FOLDER, RUN = "checkpoints", "run.json"
 DRAFT, CONFIG, OPTIMIZER, STATE = "draft.safetensors", "config.json", "optimizer.safetensors", "state.json"
 UNFINISHED = "tmp-"
 _NAME = re.compile(r"step-([0-9]{8,})")
@@ -125,6 +125,24 @@ def find_checkpoint(place: Path) -> Path:
             f"{place} is no run with a checkpoint and no checkpoint; train one with `pipeline train-draft`"
         )
     return place / FOLDER / f"step-{held[-1]:08d}"
+
+
+def read_run(run: Path) -> dict:
+    """Return what a run's folder says the run is. CacheError when that is damaged."""
+    form = {"cache": {"path": str, "digest": str, "rounded": [str]}, "split": {"digest": str}, "target": str}
+    form["versions"] = {str: str}
+    return read_record(run / RUN, form, "put it back as it was, or train into another --out")
+
+
+def read_record(path: Path, form: dict, remedy: str) -> dict:
+    """Return JSON of this form that a run's folder keeps beside its checkpoints. CacheError when it is damaged."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CacheError(f"{path}: damaged ({error}); {remedy}") from None
+    if not has_form(found, form):
+        raise CacheError(f"{path}: damaged, or no record of a run; {remedy}")
+    return found
 
 
 def load_config(place: Path) -> DraftConfig:

@@ -391,6 +391,9 @@ def main(arguments: list[str] | None = None) -> None:
         whole = "nothing was written, and the same command starts again"
         kept = whole if WHOLE & {*arguments} else "what is finished is kept, and the same command goes on from there"
         sys.exit(_complain(f"interrupted; {kept}", 130, debug))
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(2)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "pipeline"
         sys.exit(_complain(f"error: {error.format_message()} (`{command} --help` lists what there is)", 2, debug))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.cache import HiddenCache
 from pipeline.cache.inspect import describe
-from pipeline.checkpoint import find_checkpoint, open_checkpoint
+from pipeline.checkpoint import RUN, find_checkpoint, open_checkpoint, read_run
 from pipeline.errors import CacheError, UsageError
 from pipeline.published.card import Facts
 from pipeline.published.writing import Origin
@@ -26,9 +26,9 @@ def provenance(place: Path) -> Provenance:
     """Return what is known of a run, or of a checkpoint: little of one that stands alone."""
     checkpoint = find_checkpoint(place)
     folder = checkpoint.resolve().parent.parent
-    if not (folder / "run.json").is_file():
+    if not (folder / RUN).is_file():
         return Provenance(None, Origin("float32"), Facts())
-    recorded, recipe = json.loads((folder / "run.json").read_text("utf-8")), load_recipe(folder / "recipe.toml")
+    recorded, recipe = read_run(folder), load_recipe(folder / "recipe.toml")
     held, step = recorded["cache"], open_checkpoint(checkpoint).step
     origin = Origin(
         dtype=recipe.train.dtype,

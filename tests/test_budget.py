@@ -199,6 +199,7 @@ def test_a_budget_too_small_for_a_sample_says_what_would_do(planned, tmp_path):
         ({"budget": "1GB", "methods": "dflash,"}, "a comma too many. There are dflash"),
         ({"methods": "dflash"}, "give --budget too"),
         ({"seed": 3}, "give --budget too"),
+        ({"max_samples": 2**64}, "no corpus has as many"),
         ({"budget": "1GB", "seed": 2**64}, "wanted 0 or more, and less than 2"),
         ({"device": "gpu"}, "--device gpu: wanted cpu, cuda, or one of several such as cuda:1"),
     ],

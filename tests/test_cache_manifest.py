@@ -54,6 +54,14 @@ def test_numbers_that_json_does_not_know_are_refused():
         canonical({"loss": float(np.nan)})
 
 
+@pytest.mark.parametrize("taken", ["run.json", "config.json"])
+def test_no_cache_is_made_of_a_folder_that_is_something_else(tmp_path, taken):
+    (tmp_path / taken).write_text("{}")
+    with pytest.raises(UsageError, match=rf"holds a .* \({taken}\), which is no place for a cache; pass another --out"):
+        create_identity(tmp_path, {"max_length": 8})
+    assert os.listdir(tmp_path) == [taken]
+
+
 def test_an_imported_cache_and_a_capture_differ_first_in_their_engine(tmp_path):
     create_identity(tmp_path, {"capture": {"engine": "imported"}})
     with pytest.raises(UsageError, match=r"capture.engine = 'imported'.*asks for 'transformers'"):

@@ -220,7 +220,13 @@ def test_an_interrupted_command_says_what_is_kept(command, module, said, tmp_pat
     monkeypatch.setattr(module, interrupted)
     with pytest.raises(SystemExit) as stop:
         main([command, str(tmp_path)])
-    assert stop.value.code == 130 and capfd.readouterr().err == f"interrupted; {said}\n"
+    assert stop.value.code == 130 and capfd.readouterr().err.strip() == f"interrupted; {said}"
+
+
+def test_no_command_at_all_shows_what_there_is(capfd):
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2 and capfd.readouterr().err.startswith("Usage: pipeline")
 
 
 def test_a_command_line_that_does_not_parse(ends):

@@ -246,6 +246,13 @@ BROKEN = {
     "nudged": (weights_of, lambda tensors: tensors["norm.weight"].mul_(1 + 1e-6), "its bytes have changed"),
     "a key more": (config_of, lambda flat: flat.update(license="mit"), "its bytes have changed"),
     "mask": (config_of, lambda flat: (flat.get("dflash_config") or flat).update(mask_token_id=40), "mask_token_id"),
+    "no heads": (
+        config_of,
+        lambda flat: flat.get("transformer_layer_config", flat).update(num_attention_heads=0, head_dim=None),
+        "num_attention_heads: Input should be greater than 0",
+    ),
+    "no size": (config_of, lambda flat: flat.pop("block_size") and flat.get("dflash_config", {}).clear(), "is missing"),
+    "no list": (config_of, lambda flat: flat.update(architectures=5), "a value in it is malformed"),
     "causal": (config_of, lambda flat: flat.update(is_causal=True), "is_causal is true"),
     "two files": (lambda folder, _: (folder / "old.bin").write_bytes(b""), None, "engines load every such file"),
     "no weights": (lambda folder, _: (folder / "model.safetensors").unlink(), None, "holds no model.safetensors"),
@@ -258,8 +265,9 @@ BROKEN = {
 def test_a_faulty_folder_fails_the_check_which_says_why(folder, fault):
     damage, how, message = BROKEN[fault]
     damage(folder, how)
-    with pytest.raises(ProofError, match=message):
+    with pytest.raises(ProofError, match=message) as failed:
         check_export(folder)
+    assert str(failed.value).startswith(f"check-export: {folder}"), "it names the folder or a file in it"
 
 
 def test_logits_that_do_not_come_out_again_fail_the_check(folder):

@@ -304,6 +304,27 @@ def test_an_evaluation_of_samples_without_a_domain_names_none():
     assert said(figures | {"domains": {"": of, "sql": of}}).endswith("on held-out samples (sql 1.50)")
 
 
+@pytest.mark.parametrize("text", ["{", "{}", "[]"])
+@pytest.mark.parametrize("name", ["run.json", "done.json"])
+def test_a_damaged_record_of_a_run_is_named(tiny_cache, tmp_path, name, text):
+    from pipeline.provenance import provenance
+
+    done = trained(tiny_cache, tmp_path / "run", "train.steps=1")
+    (done.run / name).write_text(text)
+    with pytest.raises(CacheError, match=rf"{name}: damaged.*; (put it back|remove it)"):
+        trained(tiny_cache, tmp_path / "run", "train.steps=1")
+    if name == "run.json":
+        with pytest.raises(CacheError, match=r"run\.json: damaged"):
+            provenance(done.run)
+
+
+@pytest.mark.parametrize("taken", ["config.json", "cache.json"])
+def test_no_run_begins_in_a_folder_that_is_something_else(tiny_cache, tmp_path, taken):
+    (tmp_path / taken).write_text("{}")
+    with pytest.raises(UsageError, match=rf"holds a .* \({taken}\), and a run in it would hide it; pass another --out"):
+        trained(tiny_cache, tmp_path)
+
+
 def test_a_draft_that_memory_does_not_hold_is_refused(tiny_cache, tmp_path):
     with pytest.raises(RoomError, match=r"the draft does not fit into memory .* make its sizes in \[draft\] smaller"):
         trained(tiny_cache, tmp_path / "run", f"draft.intermediate_size={10**14}")

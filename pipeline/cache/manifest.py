@@ -25,6 +25,8 @@ PIECE = 4 << 20
 
 _TAIL = re.compile(rb',\n "hash": "([0-9a-f]{32})"\n}\n\Z')
 
+# In a folder of which no cache is made: it would be taken for two things.
+OTHERS = {"run.json": "a training run", "config.json": "a model or a draft"}
 FACT = {"size": int, "xxh3": str}
 FILES = {str: FACT}  # the form of a manifest's "files": what they are, by path
 
@@ -178,6 +180,11 @@ def create_identity(cache: Path, identity: dict) -> dict:
     with room(cache, "a cache"):
         cache.mkdir(parents=True, exist_ok=True)
         if not path.exists():  # a finished cache may lie on a read-only disk
+            taken = next((name for name in OTHERS if (cache / name).is_file()), None)
+            if taken:
+                raise UsageError(
+                    f"{cache} holds {OTHERS[taken]} ({taken}), which is no place for a cache; pass another --out"
+                )
             with committing(cache):
                 if not path.exists():
                     write_canonical(path, identity)

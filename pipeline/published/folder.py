@@ -97,7 +97,8 @@ def _check_shapes(opened: Opened) -> None:
         shape = (wanted | beside)[name]
         if weights.shapes[stored] != shape:
             raise UsageError(
-                f"{opened.path}: {name} is {list(weights.shapes[stored])}, its {CONFIG} says {list(shape)}"
+                f"{opened.path}: {name} is {list(weights.shapes[stored])}, its {CONFIG} says {list(shape)}; fetch or "
+                "export it again"
             )
         kinds = {"d2t": (torch.int64,), "t2d": (torch.bool,)}.get(name, FLOATS)
         if weights.dtypes[stored] not in kinds:

@@ -126,7 +126,8 @@ def read_description(path: Path, target_layers: int | None = None) -> Published:
         owns = speculators or FLAT in (flat.get("architectures") or ())
         return Published(config, speculators, owns, proposed)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UsageError(f"{file}: {error} is missing or malformed; no draft of a kind that is known here") from error
+        what = f"{error} is missing" if isinstance(error, KeyError) else f"a value in it is malformed ({error})"
+        raise UsageError(f"{file}: {what}; no draft of a kind that is known here") from error
 
 
 def recorded_share(path: Path) -> float | None:
@@ -201,19 +202,22 @@ def _config(stated: _Stated, target_layers: int | None) -> DraftConfig:
     if target_layers not in (None, depth):
         raise UsageError(f"{file}: a draft for a target of {depth} layers, this one has {target_layers}; name its own")
     method = _method(stated)
-    return DraftConfig(
-        method=method,
+    fields = {
         **{name: flat[name] for name in SHARED if name in flat},
-        head_dim=flat.get("head_dim") or flat["hidden_size"] // flat["num_attention_heads"],
-        rope_theta=_rope_theta(file, flat),
-        num_target_layers=depth,
-        block_size=stated.find("block_size"),
+        "head_dim": flat.get("head_dim") or flat["hidden_size"] // (flat["num_attention_heads"] or 1),
+        "rope_theta": _rope_theta(file, flat),
+        "num_target_layers": depth,
+        "block_size": stated.find("block_size"),
         **_windows(stated),
-        mask_token_id=stated.find("mask_token_id"),
-        target_layer_ids=tuple(stated.find("target_layer_ids")),
-        shift_label=_shift_label(stated, method),
+        "mask_token_id": stated.find("mask_token_id"),
+        "target_layer_ids": tuple(stated.find("target_layer_ids")),
+        "shift_label": _shift_label(stated, method),
         **_head(stated, method),
-    )
+    }
+    try:
+        return DraftConfig(method=method, **fields)
+    except UsageError as error:  # which knows of no file
+        raise UsageError(f"{file}: {error}") from error
 
 
 def _refuse_others(stated: _Stated) -> None:

@@ -1,6 +1,7 @@
 """What a user may choose about a capture. None means: what the cache already has, else the rule stated here."""
 
 import re
+import sys
 from dataclasses import dataclass
 
 from pipeline.errors import UsageError
@@ -38,6 +39,8 @@ class CaptureOptions:
             size_bytes(self.budget)
         elif self.methods is not None or self.seed:
             raise UsageError("--methods and --seed say what a budget may leave out; give --budget too")
+        if self.max_samples is not None and self.max_samples > sys.maxsize:
+            raise UsageError(f"--max-samples {self.max_samples}: no corpus has as many; leave it out for all of them")
         if not 0 <= self.seed < 2**64:
             raise UsageError(f"--seed {self.seed}: wanted 0 or more, and less than 2^64")
         if self.device is not None and not DEVICE.fullmatch(self.device):

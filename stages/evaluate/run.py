@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from pipeline.cache import HiddenCache
 from pipeline.cache.disk import room, write_file
 from pipeline.cache.layout import LOG
-from pipeline.checkpoint import DRAFT, find_checkpoint, load_draft, open_checkpoint
+from pipeline.checkpoint import DRAFT, RUN, find_checkpoint, load_draft, open_checkpoint, read_run
 from pipeline.drafts import Draft
 from pipeline.errors import RoomError, UsageError
 from pipeline.published import CONFIG, load_draft_folder, recorded_share
@@ -167,9 +167,9 @@ def describe_draft(path: Path) -> Trained:
         return Trained(path, published=True, heldout=recorded_share(path))
     place = find_checkpoint(path)
     steps, run_folder = open_checkpoint(place).step, place.resolve().parent.parent
-    if not (run_folder / "run.json").is_file():
+    if not (run_folder / RUN).is_file():
         return Trained(path, False, steps)
-    trained_on = json.loads((run_folder / "run.json").read_text("utf-8"))["cache"]["path"]
+    trained_on = read_run(run_folder)["cache"]["path"]
     recipe = load_recipe(run_folder / "recipe.toml")
     train, seedless = recipe.train, recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 0})})
     return Trained(path, False, steps, train.seed, train.heldout, Path(trained_on), seedless.digest())

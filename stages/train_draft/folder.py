@@ -22,13 +22,15 @@ from pipeline import __version__
 from pipeline.cache import HiddenCache
 from pipeline.cache.disk import lock, room, write_file
 from pipeline.cache.layout import FINAL
+from pipeline.checkpoint import RUN, read_record, read_run
 from pipeline.drafts import needs_teacher
 from pipeline.errors import UsageError
 from pipeline.published.start import Start
 from pipeline.recipe import Resolved, load_recipe
 from pipeline.split import Split
 
-RECIPE, RUN, METRICS, TIMING, DONE = "recipe.toml", "run.json", "metrics.jsonl", "timing.jsonl", "done.json"
+RECIPE, METRICS, TIMING, DONE = "recipe.toml", "metrics.jsonl", "timing.jsonl", "done.json"
+OTHERS = {"config.json": "a model or a draft", "cache.json": "a cache"}  # whose folder is no place for a run
 RECORDED = ("torch", "numpy", "safetensors", "pydantic")
 
 
@@ -92,10 +94,15 @@ def enter(
         "command": sys.argv,
     }
     if not (run / RECIPE).exists():
+        taken = next((name for name in OTHERS if (run / name).is_file()), None)
+        if taken:
+            raise UsageError(
+                f"{run} holds {OTHERS[taken]} ({taken}), and a run in it would hide it; pass another --out"
+            )
         write_file(run / RUN, (json.dumps(facts, indent=1) + "\n").encode())
         write_file(run / RECIPE, resolved.recipe.toml().encode())
         return []
-    there = json.loads((run / RUN).read_text("utf-8"))
+    there = read_run(run)
     before = _flat(load_recipe(run / RECIPE).model_dump()) | _identity(there)
     now = _flat(resolved.recipe.model_dump()) | _identity(facts)
     for key in now:
@@ -123,7 +130,8 @@ def _flat(recipe: dict) -> dict:
 def finished(run: Path) -> dict | None:
     """Return the result of a finished run, None while it is not."""
     path = run / DONE
-    return json.loads(path.read_text("utf-8")) if path.exists() else None
+    remedy = "remove it: the same command makes it again from the newest checkpoint"
+    return read_record(path, {"steps": int, "parameters": int}, remedy) if path.exists() else None
 
 
 def finish(run: Path, result: dict) -> None:
