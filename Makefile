@@ -28,7 +28,7 @@ install: .venv/installed
 	touch $@
 
 # The whole truth in minutes, without a GPU or a network: plan, cache, verify, train, decode, one table. Drafts this small
-# gain nothing from a second thread, so both methods train at once, with one each.
+# gain nothing from a second thread, so two methods train at once, with one each.
 demo: install
 	$(PIPELINE) plan --model $(TARGET) --out $(CACHE)
 	$(PIPELINE) cache-hidden --model $(TARGET) --out $(CACHE)

@@ -203,9 +203,8 @@ def create_identity(cache: Path, identity: dict) -> dict:
 def _first_difference(held, wanted, key: str = "") -> tuple[str, object, object] | None:
     """The dotted key, the value on disk and the value wanted where two JSON values first differ."""
     if isinstance(held, dict) and isinstance(wanted, dict):
-        for name in sorted(
-            {*held, *wanted}, key=lambda name: (name != "engine", name)
-        ):  # which decides what else is there
+        # The engine first: it decides what else is there.
+        for name in sorted({*held, *wanted}, key=lambda name: (name != "engine", name)):
             found = _first_difference(held.get(name), wanted.get(name), f"{key}.{name}" if key else name)
             if found:
                 return found
