@@ -1,6 +1,6 @@
 """Small published drafts in every form that is read, written out from the descriptions of each: names, prefixes, keys.
 
-Nothing here asks the code under test what a folder looks like. The sizes are those of `tests/test_export.py`.
+Nothing here asks the code under test what a folder looks like.
 
     D 16   I 24   heads 2 / 1 of 12   K 2 layers of 6   V 40   block 4   Domino G 8, r 4   DSpark rank 6
 """
@@ -14,6 +14,21 @@ from torch import Tensor
 
 D, INNER, E, V, GRU, BOTTLENECK, RANK = 16, 24, 12, 40, 8, 4, 6
 LAYERS = [1, 3]
+SIZES = {  # the same, as a DraftConfig names them
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 12,
+    "vocab_size": 40,
+    "rope_theta": 1e4,
+    "max_position_embeddings": 64,
+    "num_target_layers": 6,
+    "target_layer_ids": (1, 3),
+    "block_size": 4,
+    "mask_token_id": 39,
+}
 QWEN3 = {
     "attention_bias": False,
     "attention_dropout": 0.0,

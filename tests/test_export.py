@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from forms import SIZES
 from safetensors.torch import load_file, save_file
 
 from pipeline import checkpoint, export
@@ -13,21 +14,6 @@ from pipeline.errors import ProofError, UsageError
 from pipeline.published import load_draft_folder, read_published
 from pipeline.target_head import TargetHead
 
-SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 12,
-    "vocab_size": 40,
-    "rope_theta": 1e4,
-    "max_position_embeddings": 64,
-    "num_target_layers": 6,
-    "target_layer_ids": (1, 3),
-    "block_size": 4,
-    "mask_token_id": 39,
-}
 OWN = {
     "dflash": {"shift_label": False},
     "domino": {"shift_label": True, "pure_draft_prefix_len": 1, "emb_dim": 4, "gru_hidden_dim": 8},

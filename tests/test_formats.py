@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from forms import DSPARK, FORMS, backbone, domino, dspark, speculators_reduced, target, zlab_dflash
+from forms import DSPARK, FORMS, SIZES, backbone, domino, dspark, speculators_reduced, target, zlab_dflash
 from safetensors.torch import load_file, save_file
 
 from pipeline import checkpoint, export
@@ -18,21 +18,6 @@ from pipeline.published.names import draft_tensors, published_names
 from pipeline.published.start import load_start
 from pipeline.target_head import TargetHead
 
-SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 12,
-    "vocab_size": 40,
-    "rope_theta": 1e4,
-    "max_position_embeddings": 64,
-    "num_target_layers": 6,
-    "target_layer_ids": (1, 3),
-    "block_size": 4,
-    "mask_token_id": 39,
-}
 OF_DOMINO = {"method": "domino", "shift_label": True, "pure_draft_prefix_len": 1, "emb_dim": 4, "gru_hidden_dim": 8}
 OF_DSPARK = {"method": "dspark", "shift_label": True, "markov_head_type": "vanilla", **DSPARK}
 READ = {
