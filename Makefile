@@ -8,15 +8,16 @@ TARGET := data/tiny-qwen3
 CACHE := build/hs_cache
 METHODS := dflash domino dspark
 
-# The steps of the demo's recipe, about 150 s a method on two cores, and up to ten times as many.
-BUDGETS := 600 2000 6000
+# The demo's recipe for its own steps and up to nine times as many.
+DEMO_STEPS := 400
+BUDGETS := $(DEMO_STEPS) 1200 3600
 SEEDS := 0 1 2
 # What drafts learn from, at the demo's steps; of DSpark what is published, labels alone, and the best of the others.
 OBJECTIVES := $(foreach method,dflash domino,$(addprefix $(method).,ce ce+dpace kl tv lk-alpha lk-hybrid)) \
   $(addprefix dspark.,ce dspark lk-hybrid kl)
 RESULT_PROMPTS := 160
 
-.PHONY: install demo test lint results objectives bench paired clean
+.PHONY: install demo test lint results bench paired clean
 
 install: .venv/installed
 
@@ -28,12 +29,12 @@ install: .venv/installed
 	touch $@
 
 # The whole truth in minutes, without a GPU or a network: plan, cache, verify, train, decode, one table. Drafts this small
-# gain nothing from a second thread, so two methods train at once, with one each.
+# gain nothing from a second thread, so the methods share the cores with one thread each.
 demo: install
 	$(PIPELINE) plan --model $(TARGET) --out $(CACHE)
 	$(PIPELINE) cache-hidden --model $(TARGET) --out $(CACHE)
 	$(PIPELINE) verify $(CACHE)
-	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs 2 $(METHODS:%=demo-%)
+	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs 3 $(METHODS:%=demo-%)
 	$(PIPELINE) report $(METHODS:%=build/demo/%.json)
 
 # Ctrl-C is for the command, whose last words sed still passes on.
@@ -52,35 +53,27 @@ lint: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Hours, in the background: every method, seed and budget, two runs at a time, each resumable; then the README's table.
-RUNS := $(foreach steps,$(BUDGETS),$(foreach seed,$(SEEDS),$(METHODS:%=build/results/%-$(steps)-$(seed).json)))
+# Hours, in the background: every method, objective, budget and seed, two runs at a time, each resumable; then the
+# README's tables. A run is method.objective.steps.seed; those whose report is in data/results/ are done.
+RESULTS := data/results
+published = $(if $(filter dspark,$(1)),dspark,ce)
+LESSONS := $(foreach seed,$(SEEDS),$(OBJECTIVES:%=$(RESULTS)/%.$(DEMO_STEPS).$(seed).json))
+RUNS := $(foreach steps,$(BUDGETS),$(foreach seed,$(SEEDS),$(foreach method,$(METHODS),\
+  $(RESULTS)/$(method).$(call published,$(method)).$(steps).$(seed).json)))
 
 results: install
 	$(PIPELINE) cache-hidden --model $(TARGET) --out $(CACHE)
-	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 $(RUNS)
+	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 $(LESSONS) $(RUNS)
 	$(PIPELINE) report --markdown --forced $(RUNS)
-
-# The same for the objectives, greedy and drawn: `objectives` after `results`, or alone.
-LESSONS := $(foreach seed,$(SEEDS),$(OBJECTIVES:%=build/objectives/%.$(seed).json))
-
-objectives: install
-	$(PIPELINE) cache-hidden --model $(TARGET) --out $(CACHE)
-	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 $(LESSONS)
 	$(PIPELINE) report --markdown $(LESSONS)
 
-build/objectives/%.json: run = $(subst ., ,$*)
-build/objectives/%.json: dpace = $(if $(findstring +dpace,$*),--set draft.weighting=dpace)
-build/objectives/%.json:
+$(RESULTS)/%.json: run = $(subst ., ,$*)
+$(RESULTS)/%.json: dpace = $(if $(findstring +dpace,$*),--set draft.weighting=dpace)
+$(RESULTS)/%.json:
 	$(PIPELINE) train-draft configs/demo.toml --set draft.method=$(word 1,$(run)) \
-	  --set draft.objective=$(subst +dpace,,$(word 2,$(run))) $(dpace) --set train.seed=$(word 3,$(run)) \
-	  --cache $(CACHE) --out build/objectives/$*
-	$(PIPELINE) evaluate --draft build/objectives/$* --count $(RESULT_PROMPTS) --temperature 1 --out $@
-
-build/results/%.json: run = $(subst -, ,$*)
-build/results/%.json:
-	$(PIPELINE) train-draft configs/demo.toml --set draft.method=$(word 1,$(run)) --set train.steps=$(word 2,$(run)) \
-	  --set train.seed=$(word 3,$(run)) --cache $(CACHE) --out build/results/$*
-	$(PIPELINE) evaluate --draft build/results/$* --count $(RESULT_PROMPTS) --out $@
+	  --set draft.objective=$(subst +dpace,,$(word 2,$(run))) $(dpace) --set train.steps=$(word 3,$(run)) \
+	  --set train.seed=$(word 4,$(run)) --cache $(CACHE) --out build/results/$*
+	$(PIPELINE) evaluate --draft build/results/$* --count $(RESULT_PROMPTS) --temperature 1 --out $@
 
 # Minutes, on a machine that does nothing else: reading, codecs and capturing, each beside its reference.
 bench: install
