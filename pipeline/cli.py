@@ -347,14 +347,20 @@ def check_export(folder, target_layers, as_json):
 @click.argument("reports", type=click.Path(exists=True, dir_okay=False, path_type=Path), nargs=-1, required=True)
 @click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
 @click.option("--forced", is_flag=True, help="Add the teacher-forced accept lengths.")
-def report(reports, markdown, forced):
+@click.option(
+    "--plot", "drawing", type=PATH, metavar="FILE", help="Draw accept length by training steps, too: .svg or .png."
+)
+def report(reports, markdown, forced, drawing):
     """Put evaluation reports side by side.
 
-    Runs that differ only in their seed become one column.
+    Runs that differ only in their seed become one column, and one mark of a plot.
     """
+    from pipeline.plot import plot
     from pipeline.report import comparison
 
     table = comparison(reports, markdown, forced)
+    if drawing:
+        plot(reports, drawing)
     click.echo(table) if markdown else console().print(table)
 
 
