@@ -259,6 +259,7 @@ def train_draft(recipe, cache, sets, out, device, init_from):
 @click.option("--set", "sets", multiple=True, metavar="A.B=C", help="Change one field of every run's recipe.")
 @click.option("--out", type=FOLDER, default=None, help="The folder for the runs' folders.  [default: runs]")
 @click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
+@click.option("--init-from", type=FOLDER, help="Begin every run with the weights of this draft.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def sweep(recipe, as_json, **chosen):
     """Train every combination of a recipe's lists.
