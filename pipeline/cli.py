@@ -1,40 +1,21 @@
 """The command line: one command a stage, in workflow order.
 
-This is the only door: it imports the stages inside command bodies, so that `--help` stays quick and imports no torch,
-and it maps every typed error to one line and an exit code. The whole trace is shown with `--debug`.
+This is the only door: it imports the stages inside command bodies, so that `--help` stays quick and imports no torch.
 """
 
 import contextlib
 import json
-import os
-import shlex
-import signal
 import sys
-import traceback
 from pathlib import Path
 
 import click
 
 from pipeline import __version__
-from pipeline.errors import CacheError, PipelineError, ProofError
+from pipeline.errors import CacheError, ProofError
+from pipeline.exits import OnACache, run_and_exit
 
 PATH = click.Path(path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
-TERMINATED = 128 + signal.SIGTERM
-WHOLE = {"inspect", "evaluate", "export", "check-export", "report"}  # done or not done: they keep nothing on the way
-
-
-class OnACache(click.Command):
-    """Names the cache in what an error says to run: what finds damage often knows no more than a file of it."""
-
-    def invoke(self, ctx):
-        try:
-            return super().invoke(ctx)
-        except PipelineError as error:
-            cache = ctx.params.get("out" if {"corpus", "source"} & ctx.params.keys() else "cache")
-            named = f"`{shlex.join(['pipeline', 'verify', str(cache)])}`"
-            error.args = (str(error).replace("`pipeline verify`", named) if cache else str(error),)
-            raise
 
 
 class InWorkflowOrder(click.Group):
@@ -381,43 +362,6 @@ def show(report: dict, as_json: bool, table) -> None:
         console().print(table(report))
 
 
-def _stopped(signum, frame):
-    raise SystemExit(TERMINATED)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 a bug or a failed proof, 2-5 typed errors, 130 / 143 interrupted."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in arguments
-    signal.signal(signal.SIGTERM, _stopped)
-    sys.excepthook = sys.__excepthook__ if debug else _bug
-    try:
-        commands.main(arguments, prog_name="pipeline", standalone_mode=False)
-        sys.stdout.flush()
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        whole = "nothing was written, and the same command starts again"
-        kept = whole if WHOLE & {*arguments} else "what is finished is kept, and the same command goes on from there"
-        sys.exit(_complain(f"interrupted; {kept}", 130, debug))
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
-        sys.exit(2)
-    except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx else "pipeline"
-        sys.exit(_complain(f"error: {error.format_message()} (`{command} --help` lists what there is)", 2, debug))
-    except PipelineError as error:
-        sys.exit(_complain(f"error: {error}", error.code, debug))
-    except BrokenPipeError:  # the reader of our output, `head` say, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-
-
-def _bug(kind, error, trace):
-    """What nobody foresaw, in one line; Python then exits with 1."""
-    click.echo(f"bug: {kind.__name__}: {error} (the trace: `pipeline --debug ...`)", err=True)
-
-
-def _complain(line: str, code: int, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    click.echo(line, err=True)
-    return code
+    run_and_exit(commands, sys.argv[1:] if arguments is None else arguments)
