@@ -1,40 +1,19 @@
 """The command line: one command a stage, in workflow order.
 
-This is the only door: it imports the stages inside command bodies, so that `--help` stays quick and imports no torch,
-and it maps every typed error to one line and an exit code. The whole trace is shown with `--debug`.
+This is the only door: it imports the stages inside command bodies, so that `--help` stays quick and imports no torch.
 """
 
 import contextlib
 import json
-import os
-import shlex
-import signal
 import sys
-import traceback
 from pathlib import Path
 
 import click
 
 from pipeline import __version__
-from pipeline.errors import CacheError, PipelineError, ProofError
-
-PATH = click.Path(path_type=Path)
-FOLDER = click.Path(file_okay=False, path_type=Path)
-TERMINATED = 128 + signal.SIGTERM
-WHOLE = {"inspect", "evaluate", "export", "check-export", "report"}  # done or not done: they keep nothing on the way
-
-
-class OnACache(click.Command):
-    """Names the cache in what an error says to run: what finds damage often knows no more than a file of it."""
-
-    def invoke(self, ctx):
-        try:
-            return super().invoke(ctx)
-        except PipelineError as error:
-            cache = ctx.params.get("out" if {"corpus", "source"} & ctx.params.keys() else "cache")
-            named = f"`{shlex.join(['pipeline', 'verify', str(cache)])}`"
-            error.args = (str(error).replace("`pipeline verify`", named) if cache else str(error),)
-            raise
+from pipeline.errors import CacheError, ProofError
+from pipeline.exits import OnACache, run_and_exit
+from pipeline.options import FOLDER, PATH, capture_options
 
 
 class InWorkflowOrder(click.Group):
@@ -56,59 +35,6 @@ def commands(debug: bool):
     pipeline cache-hidden --model Qwen/Qwen3-8B      the target runs once, on the GPU
     pipeline train-draft  --cache ./hs_cache         from the cache alone, as often as you like
     """
-
-
-def capture_options(command):
-    """The options that `plan` and `cache-hidden` share: everything that decides what a cache holds."""
-    for option in reversed(
-        [
-            click.option("--model", required=True, help="Target: a hub name or a folder."),
-            click.option(
-                "--corpus",
-                help="JSONL or Parquet, a folder of them, or a hub data set.  "
-                "[default: the chats beside a bundled target, else mlabonne/open-perfectblend]",
-            ),
-            click.option("--out", type=FOLDER, default="hs_cache", show_default=True, help="The cache's folder."),
-            click.option("--layers", help="Layers to keep, such as 1,9,17 (0 is the first, -1 the input)."),
-            click.option(
-                "--taps",
-                type=click.IntRange(1),
-                help="How many layers, evenly placed.  [default: 5; fewer of a shallow target]",
-            ),
-            click.option(
-                "--final",
-                type=click.Choice(["needed", "all", "none"]),
-                help="Rows whose final state is kept.  [default: needed]",
-            ),
-            click.option(
-                "--max-length",
-                type=click.IntRange(2),
-                help="Tokens a sample.  [default: 3072, or the target's positions if fewer]",
-            ),
-            click.option("--max-samples", type=click.IntRange(1), help="Stop reading the corpus there."),
-            click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a forward.  [default: 4096]"),
-            click.option("--budget", metavar="SIZE", help="Bytes it may take, such as 2TB or 1.5TiB."),
-            click.option("--methods", help="Whose drafts will be trained, for the budget.  [default: all]"),
-            click.option(
-                "--seed",
-                type=click.IntRange(0, 2**64 - 1),
-                default=0,
-                show_default=True,
-                help="Which samples a budget takes.",
-            ),
-            click.option("--codec", help="raw, zstd or int8, or such as aux=int8,final=zstd.  [default: raw]"),
-            click.option("--device", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]"),
-            click.option(
-                "--dtype",
-                type=click.Choice(["bfloat16", "float32"]),
-                help="Compute type.  [default: float32 on a CPU, else the target's]",
-            ),
-            click.option("--revision", help="Revision of a hub model."),
-            click.option("--append", is_flag=True, help="Add CORPUS to the cache: the samples that are not there yet."),
-        ]
-    ):
-        command = option(command)
-    return command
 
 
 @commands.command()
@@ -259,6 +185,7 @@ def train_draft(recipe, cache, sets, out, device, init_from):
 @click.option("--set", "sets", multiple=True, metavar="A.B=C", help="Change one field of every run's recipe.")
 @click.option("--out", type=FOLDER, default=None, help="The folder for the runs' folders.  [default: runs]")
 @click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
+@click.option("--init-from", type=FOLDER, help="Begin every run with the weights of this draft.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def sweep(recipe, as_json, **chosen):
     """Train every combination of a recipe's lists.
@@ -347,14 +274,20 @@ def check_export(folder, target_layers, as_json):
 @click.argument("reports", type=click.Path(exists=True, dir_okay=False, path_type=Path), nargs=-1, required=True)
 @click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
 @click.option("--forced", is_flag=True, help="Add the teacher-forced accept lengths.")
-def report(reports, markdown, forced):
+@click.option(
+    "--plot", "drawing", type=PATH, metavar="FILE", help="Draw accept length by training steps, too: .svg or .png."
+)
+def report(reports, markdown, forced, drawing):
     """Put evaluation reports side by side.
 
-    Runs that differ only in their seed become one column.
+    Runs that differ only in their seed become one column, and one mark of a plot.
     """
+    from pipeline.plot import plot
     from pipeline.report import comparison
 
     table = comparison(reports, markdown, forced)
+    if drawing:
+        plot(reports, drawing)
     click.echo(table) if markdown else console().print(table)
 
 
@@ -374,43 +307,6 @@ def show(report: dict, as_json: bool, table) -> None:
         console().print(table(report))
 
 
-def _stopped(signum, frame):
-    raise SystemExit(TERMINATED)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 a bug or a failed proof, 2-5 typed errors, 130 / 143 interrupted."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in arguments
-    signal.signal(signal.SIGTERM, _stopped)
-    sys.excepthook = sys.__excepthook__ if debug else _bug
-    try:
-        commands.main(arguments, prog_name="pipeline", standalone_mode=False)
-        sys.stdout.flush()
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        whole = "nothing was written, and the same command starts again"
-        kept = whole if WHOLE & {*arguments} else "what is finished is kept, and the same command goes on from there"
-        sys.exit(_complain(f"interrupted; {kept}", 130, debug))
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
-        sys.exit(2)
-    except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx else "pipeline"
-        sys.exit(_complain(f"error: {error.format_message()} (`{command} --help` lists what there is)", 2, debug))
-    except PipelineError as error:
-        sys.exit(_complain(f"error: {error}", error.code, debug))
-    except BrokenPipeError:  # the reader of our output, `head` say, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-
-
-def _bug(kind, error, trace):
-    """What nobody foresaw, in one line; Python then exits with 1."""
-    click.echo(f"bug: {kind.__name__}: {error} (the trace: `pipeline --debug ...`)", err=True)
-
-
-def _complain(line: str, code: int, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    click.echo(line, err=True)
-    return code
+    run_and_exit(commands, sys.argv[1:] if arguments is None else arguments)

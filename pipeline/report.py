@@ -169,16 +169,19 @@ def _columns(reports: list[dict]) -> dict[str, list[dict]]:
 
 def _name(report: dict) -> str:
     """What a column is called: what is most compared of a draft, and how its blocks were cut."""
+    draft = report["draft"]
+    steps = [f"{draft['steps']:,} steps"] if draft["steps"] else []
+    return ", ".join([draft["method"], *variants(report), *steps])
+
+
+def variants(report: dict) -> list[str]:
+    """What sets a draft apart from others of its method: what it learned from, where that is not as published, and
+    where its blocks were cut."""
     draft, threshold = report["draft"], report["settings"].get("threshold")
-    published = "dspark" if draft["method"] == "dspark" else "ce"
-    parts = [
-        draft["method"],
-        draft.get("objective") if draft.get("objective") != published else None,
-        draft.get("weighting") if draft.get("weighting") != "decay" else None,
-        f"{draft['steps']:,} steps" if draft["steps"] else None,
-        f"cut at {threshold:g}" if threshold else None,
-    ]
-    return ", ".join(part for part in parts if part)
+    published = {"objective": "dspark" if draft["method"] == "dspark" else "ce", "weighting": "decay"}
+    parts = [draft.get(key) for key, value in published.items() if draft.get(key) != value]
+    parts.append(f"cut at {threshold:g}" if threshold else None)
+    return [part for part in parts if part]
 
 
 def _drawn(report: dict) -> tuple[float, float] | None:
@@ -202,7 +205,13 @@ def _drawn_rows(temperature: float, of_draft: float) -> dict:
 
 
 def cell(reports: list[dict], domain: str | None) -> str:
-    """Return one figure of the table: accept length over all prompts of all seeds, and its interval.
+    """Return one figure of the table, over one domain or all: the accept length and its interval."""
+    found = accept_length(reports, domain)
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*found) if found else "-"
+
+
+def accept_length(reports: list[dict], domain: str | None = None) -> tuple[float, float, float] | None:
+    """Return the accept length over all prompts of all seeds, and the ends of its 95 % interval; None without calls.
 
     A prompt that several seeds decoded is drawn as one: its replies are no independent ones.
     """
@@ -214,10 +223,9 @@ def cell(reports: list[dict], domain: str | None) -> str:
             if sample["lengths"] and domain in (None, sample["domain"]):
                 prompts[number, sample["domain"]] += (sum(sample["lengths"]), len(sample["lengths"]))
     if not prompts:
-        return "-"
+        return None
     tokens_n, calls_n = np.stack(list(prompts.values())).T
-    low, high = bootstrap(tokens_n, calls_n, seed=0)
-    return f"{tokens_n.sum() / calls_n.sum():.2f} [{low:.2f}, {high:.2f}]"
+    return (tokens_n.sum() / calls_n.sum(), *bootstrap(tokens_n, calls_n, seed=0))
 
 
 def _mean_of_domains(reports: list[dict]) -> str:

@@ -142,7 +142,11 @@ def test_a_confidence_head_is_judged_by_the_blocks_it_cuts(confident):
     console = Console(width=200)
     with console.capture() as shown:
         console.print(table(found))
-    assert f"at 0 4.00 verified, {cuts[0]['verify_rate']:.0%} kept" in shown.get()
+    _, *lines = (line.split() for line in shown.get().partition("cut below")[2].split("\n", 6)[:6])
+    assert [line[0] for line in lines] == ["uncut", "0.2", "0.4", "0.6", "0.8"]
+    cut, (low, high) = cuts[2], cuts[2]["interval"]
+    assert lines[2][1:4] == [f"{cut['verified']:.2f}", f"{cut['verify_rate']:.0%}", f"{cut['accept_len']:.2f}"]
+    assert lines[2][4:] == [f"{low:.2f}", "-", f"{high:.2f}", f"{1 - 1 / cut['accept_len']:.0%}"]
 
 
 def test_cut_blocks_are_lossless_and_agree_with_the_walk(confident):

@@ -222,6 +222,14 @@ def test_masks_are_asked_for_and_have_to_be_of_the_same_tokens(target, samples, 
     assert run(alone, tmp_path / "cache", **said, masks=source).samples == 6
 
 
+@pytest.mark.parametrize("write", [write_specforge, write_deepspec])
+def test_masks_beside_files_that_hold_their_own_are_refused(write, target, samples, tmp_path):
+    source = write(tmp_path / "source", samples, LAYERS)
+    with pytest.raises(UsageError, match="source: its files hold each sample's loss mask, and --masks is for specul"):
+        run(source, tmp_path / "cache", model=str(target), layers="1,3,4", masks=tmp_path)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_safetensors_with_other_layers_than_named_are_refused(target, samples, tmp_path):
     source = write_speculators(tmp_path / "sp", samples, LAYERS)
     path = source / "hidden_states" / "hs_1.safetensors"

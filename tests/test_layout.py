@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("stages/**/*.py")])
-HEAVY = {"torch", "transformers", "datasets", "pyarrow", "zarr", "numpy", "pydantic"}
+HEAVY = {"torch", "transformers", "datasets", "pyarrow", "zarr", "numpy", "pydantic", "matplotlib"}
 
 
 def imports_of(path: Path) -> set[str]:

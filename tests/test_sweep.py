@@ -137,6 +137,29 @@ def test_every_run_is_the_one_train_draft_makes(recipe, tiny_cache, tmp_path):
     assert contents(alone) == contents(Path(same))
 
 
+def test_every_run_begins_with_the_draft_named_and_another_start_is_another_run(recipe, tiny_cache, tmp_path, capsys):
+    first = run(tiny_cache, None, (*SMALL, "train.steps=2"), tmp_path / "first", "cpu").run
+    path, out = recipe('"train.seed" = [0, 1]'), tmp_path / "runs"
+    begun = sweep(tiny_cache, path, out=out, device="cpu", init_from=first)
+    assert capsys.readouterr().out.count(f"starting from the dflash draft {first}") == 2
+
+    alone = run(tiny_cache, None, (*SMALL, "train.seed=1", "train.steps=4"), tmp_path / "alone", "cpu", first).run
+    (same,) = (Path(one["run"]) for one in begun["runs"] if one["setting"] == {"train.seed": 1})
+    assert contents(alone) == contents(same)
+    sweep(tiny_cache, path, out=out, device="cpu", init_from=first)
+    assert "2 runs, 2 of them finished before" in capsys.readouterr().out
+    fresh = sweep(tiny_cache, path, out=out, device="cpu")
+    assert not {one["run"] for one in fresh["runs"]} & {one["run"] for one in begun["runs"]}
+    assert (fresh["init_from"], begun["init_from"]) == (None, str(first))
+
+
+def test_a_combination_that_cannot_begin_with_that_draft_is_found_before_the_first_run(recipe, tiny_cache, tmp_path):
+    first = run(tiny_cache, None, (*SMALL, "train.steps=2"), tmp_path / "first", "cpu").run
+    with pytest.raises(UsageError, match=r"with layers = \[1\]: .* has target_layer_ids = .*, wanted is \[1\]"):
+        sweep(tiny_cache, recipe('"draft.layers" = [[1]]'), out=tmp_path / "runs", device="cpu", init_from=first)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_methods_and_objectives_make_one_grid(recipe, tiny_cache, tmp_path):
     path = recipe('"draft.method" = ["dflash", "domino", "dspark"]', '"draft.objective" = ["ce", "dspark"]')
     report = sweep(tiny_cache, path, ("train.steps=1",), out=tmp_path / "runs", device="cpu")

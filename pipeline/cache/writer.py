@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache.calibration import Calibration, read_calibration
+from pipeline.cache.checksums import BlockHasher, sums_bytes
 from pipeline.cache.codecs import CODECS, DTYPES, LOSSY, stored_bytes
-from pipeline.cache.columns import BlockHasher, Column, ColumnSpec, committed, sums_bytes
+from pipeline.cache.columns import Column, ColumnSpec, committed
 from pipeline.cache.disk import Scratch, committing, need_room, room, sync_file, sync_folder, write_file
 from pipeline.cache.int8_files import Encoded, Int8Writer
 from pipeline.cache.layout import IDENTITY, SAMPLES, SHARDS, numbered, shard_folder

@@ -14,6 +14,7 @@ from rich.table import Table
 from pipeline.accept import SLOTS_AT_ONCE, Span, accept_spans, summarise
 from pipeline.cache import HiddenCache
 from pipeline.drafts import Draft, Knobs, eligible_anchors, lay_blocks, metrics_of, needs_teacher, pack
+from pipeline.report import grid
 from pipeline.split import spread
 from stages.evaluate.decode import Decoded, Dice
 from stages.evaluate.prompts import Prompt
@@ -62,12 +63,16 @@ def accept_figures(decoded: Sequence[tuple[Prompt, Decoded]], proposals: int) ->
     overall = summarise(spans)
     domains = overall.pop("domains")
     for figures in (overall, *domains.values()):
-        figures["calls_saved"] = 1 - figures["calls"] / max(1, figures["tokens"]) if figures["calls"] else 0.0
+        figures["calls_saved"] = _saved(figures)
     samples = [
         {"domain": prompt.domain, "lengths": fast.lengths, "matched": fast.matched, "proposed": fast.proposed}
         for prompt, fast in decoded
     ]
     return {"overall": overall, "domains": domains, "samples": samples}
+
+
+def _saved(figures: dict) -> float:
+    return 1 - figures["calls"] / max(1, figures["tokens"]) if figures["calls"] else 0.0
 
 
 def speed_figures(outcomes: Sequence[Outcome]) -> dict:
@@ -90,7 +95,7 @@ def confidence_figures(draft: Draft, cache: HiddenCache, asked: Sequence[Prompt]
         spans = accept_spans(draft, cache, samples, max_new=max_new, threshold=threshold)
         figures = summarise([span for span in spans if (span.sample, span.start) in places])
         kept = ("accept_len", "interval", "calls", "verified", "verify_rate")
-        found.append({"threshold": threshold} | {key: figures[key] for key in kept})
+        found.append({"threshold": threshold, "calls_saved": _saved(figures)} | {key: figures[key] for key in kept})
     return found
 
 
@@ -206,15 +211,23 @@ def _drawn(sampled: dict | None, proposals: int) -> list:
     return ["", _figures(title, sampled, proposals, {}), "", note]
 
 
-def _cuts(found: list[dict] | None) -> list[str]:
+def _cuts(found: list[dict] | None) -> list:
+    """What blocks cut by confidence gain, as a table."""
     if not found:
         return []
-    cuts = (
-        f"at {of['threshold']:g} {of['verified']:.2f} verified, {of['verify_rate']:.0%} kept, "
-        f"accept length {of['accept_len']:.2f}"
-        for of in found
-    )
-    return [f"blocks cut by confidence, greedy, proposals a call: {'; '.join(cuts)}"]
+    cuts = grid("T = 0, cut below", ">verified a call", ">kept", ">accept length", ">95 %", ">calls saved")
+    for of in found:
+        low, high = of["interval"]
+        cuts.add_row(
+            f"{of['threshold']:g}" if of["threshold"] else "uncut",
+            f"{of['verified']:.2f}",
+            f"{of['verify_rate']:.0%}",
+            f"{of['accept_len']:.2f}",
+            f"{low:.2f} - {high:.2f}",
+            f"{of['calls_saved']:.0%}",
+        )
+    note = "cut below: a block ends before a proposal of less confidence; on the cache's replies, without the target"
+    return ["", cuts, "", note]
 
 
 def _lossless(counts: dict) -> str:

@@ -25,6 +25,11 @@ def find_source(folder: Path, layers: tuple[int, ...] | None, width: int, masks:
     specforge = next(folder.rglob(f"*{SUFFIX}*"), None)
     if sum(map(bool, (deepspec, speculators, specforge))) != 1:
         raise UsageError(f"{folder}: holds {'none or several'} of these: {WANTED}; name a folder with one of them")
+    if masks is not None and not speculators:
+        raise UsageError(
+            f"{folder}: its files hold each sample's loss mask, and --masks is for speculators' hs_<i>.safetensors, "
+            "which have none; leave it out"
+        )
     if deepspec:
         source = DeepSpec(folder, width)
         if layers not in (None, source.stated.layers):

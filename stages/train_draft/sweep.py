@@ -7,15 +7,15 @@ A sweep is a recipe with one table more, of fields and the values each is to tak
     "train.seed" = [0, 1, 2]
 
 The grid is in the order written, the last list running fastest. Every combination is an ordinary run in an ordinary
-folder, named by all that decides how its draft comes out. So a stopped sweep goes on where it was, a list that grew
-adds only what is new, and what `train-draft` finished is not trained again.
+folder, named by all that decides how its draft comes out, the weights it begins with included. So a stopped sweep goes
+on where it was, a list that grew adds only what is new, and what `train-draft` finished is not trained again.
 """
 
 import copy
 import itertools
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from pipeline.accept import bootstrap
 from pipeline.cache import HiddenCache
 from pipeline.drafts import needs_teacher
 from pipeline.errors import ProofError, UsageError
+from pipeline.published.start import Start, load_start
 from pipeline.recipe import Recipe, Resolved, make_recipe, read_toml, resolve
 from pipeline.split import Split
 from stages.train_draft.folder import default_folder, finished
@@ -44,18 +45,26 @@ class Planned:
     path: Path
     resolved: Resolved
     split: Split
+    start: Start | None
 
 
 def sweep(
-    cache: Path, recipe: Path, sets: tuple[str, ...] = (), out: Path | None = None, device: str | None = None
+    cache: Path,
+    recipe: Path,
+    sets: tuple[str, ...] = (),
+    out: Path | None = None,
+    device: str | None = None,
+    init_from: Path | None = None,
 ) -> dict:
     """Train every combination that is not finished yet; return all figures, best first, as JSON has them.
+
+    init_from: a draft whose weights every run begins with, ours or anyone's.
 
     A run whose loss is not finite is noted under `failed` and the others go on. Raises what a run raises; UsageError,
     before the first run, for a combination that cannot be.
     """
     store, where, screen = HiddenCache.open(cache), find_device(device), console()
-    runs = plan_runs(store, load_sweep(recipe, sets), out)
+    runs = plan_runs(store, load_sweep(recipe, sets), out, init_from)
     done = sum(finished(run.path) is not None for run in runs)
     screen.print(f"{len(runs)} runs, {done} of them finished before", markup=False, soft_wrap=True)
     failed = {}
@@ -64,13 +73,14 @@ def sweep(
             continue
         screen.print(f"\nrun {number} of {len(runs)}: {named(run.setting)}", markup=False, soft_wrap=True)
         try:
-            carry_out(run.path, store, run.split, run.resolved, where)
+            carry_out(run.path, store, run.split, run.resolved, where, run.start)
         except ProofError as error:  # a rate too high, say: that is a result, too
             failed[run.path] = str(error)
             screen.print(f"failed: {error}", markup=False, soft_wrap=True)
     facts = [run_facts(run, failed.get(run.path)) for run in runs]
     public = [{key: fact[key] for key in fact if key != "replies"} for fact in ranked(facts)]
-    return {"cache": str(cache), "recipe": str(recipe), "runs": public, "pooled": ranked(pooled(facts))}
+    made_of = {"cache": str(cache), "recipe": str(recipe), "init_from": init_from and str(init_from)}
+    return made_of | {"runs": public, "pooled": ranked(pooled(facts))}
 
 
 def load_sweep(path: Path, sets: tuple[str, ...] = ()) -> list[tuple[Setting, Recipe]]:
@@ -113,11 +123,20 @@ def _lists(table: object, path: Path) -> dict[str, list]:
     return lists
 
 
-def plan_runs(store: HiddenCache, combinations: list[tuple[Setting, Recipe]], out: Path | None) -> list[Planned]:
-    """Settle every combination on the cache: the whole recipe, the samples, the folder (in `out`, else in `runs`).
+def plan_runs(
+    store: HiddenCache,
+    combinations: list[tuple[Setting, Recipe]],
+    out: Path | None,
+    init_from: Path | None = None,
+) -> list[Planned]:
+    """Settle every combination on the cache: the whole recipe, the samples, the weights it begins with, the folder
+    (in `out`, else in `runs`).
 
-    Raises UsageError naming the combination that the cache or a method refuses, or two that are the same recipe.
+    Raises UsageError naming the combination that the cache, a method or those weights refuse, or two that are the same
+    recipe.
     """
+    head = None if init_from is None else store.head(dtype=store.dtype)
+    weights: dict[str, dict] = {}
     splits: dict[tuple, Split] = {}
     runs: dict[Path, Planned] = {}
     for setting, recipe in combinations:
@@ -127,16 +146,19 @@ def plan_runs(store: HiddenCache, combinations: list[tuple[Setting, Recipe]], ou
             rule = draft.mask_token_id, resolved.recipe.train.heldout, draft.target_layer_ids, needs_teacher(draft)
             if rule not in splits:
                 splits[rule] = split_for(resolved, store)
+            start = None if init_from is None else load_start(init_from, draft, head)
         except UsageError as error:
             raise UsageError(f"with {named(setting)}: {error}") from None
         resolved = resolved.lasting(len(splits[rule].train))
-        path = default_folder(resolved, store, splits[rule])
+        if start is not None:  # the same weights are in memory once, however many runs begin with them
+            start = replace(start, tensors=weights.setdefault(start.digest, start.tensors))
+        path = default_folder(resolved, store, splits[rule], start)
         path = path if out is None else out / path.name
         if path in runs:
             raise UsageError(
                 f"{named(runs[path].setting)} and {named(setting)} are the same recipe in the end; leave one out"
             )
-        runs[path] = Planned(setting, path, resolved, splits[rule])
+        runs[path] = Planned(setting, path, resolved, splits[rule], start)
     return list(runs.values())
 
 
