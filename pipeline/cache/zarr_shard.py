@@ -30,6 +30,7 @@ CHUNK_BYTES = 3 << 20  # aimed at; chunks of an array beyond 4 MiB come out at 2
 METADATA_BYTES = 64 << 10  # no `zarr.json` of ours has more
 PIECE = 512 << 10  # bytes read or written and hashed at a time: still in the CPU's own cache when they are hashed
 OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # the last, so that no pipe keeps us waiting
+WRITE_BACK = 8 << 20  # bytes on their way to the disk at a time, so that little is left to wait for at the end
 _ZEROS = bytes(1 << 20)
 
 
@@ -161,7 +162,7 @@ class ShardFileWriter:
         (folder / METADATA).write_bytes(grid.metadata())
         self._fd = os.open(folder / SHARD_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         self._digest = xxhash.xxh3_128()
-        self._size = 0
+        self._size = self._sent = 0
 
     def write(self, rows: np.ndarray) -> None:
         """Append rows, C-contiguous [n, width]."""
@@ -173,6 +174,14 @@ class ShardFileWriter:
         write_all(self._fd, data)
         self._digest.update(data)
         self._size += len(data)
+        if self._size - self._sent >= WRITE_BACK:
+            self._write_back()
+
+    def _write_back(self) -> None:
+        """Have the system begin to write what it holds of the file, and not wait for it."""
+        if hasattr(os, "posix_fadvise"):  # not on a Mac
+            os.posix_fadvise(self._fd, self._sent, self._size - self._sent, os.POSIX_FADV_DONTNEED)
+        self._sent = self._size
 
     def finish(self) -> None:
         """Fill the last chunk with zeros, write the index and sync."""
