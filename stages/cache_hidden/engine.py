@@ -103,7 +103,7 @@ class Engine:
             ids_BT[at, : shard.lengths[row]] = shard.ids(row)
         layers = [layer for spec in columns if (layer := layer_of(spec.name)) is not None]
         kept = {spec.keeps: [kept_rows(shard, row, spec.keeps) for row in rows] for spec in columns}
-        packed = {keeps: self._flat(each, longest) for keeps, each in kept.items()}
+        packed = {keeps: _runs(_flat(each, longest)) for keeps, each in kept.items()}
         with tap_layers(self.model, layers) as taken:
             output = run_decoder(self.model, self._send(ids_BT))
         last_BTD = output.last_hidden_state
@@ -112,8 +112,10 @@ class Engine:
         for spec in columns:
             layer = layer_of(spec.name)
             full_BTD = last_BTD if layer is None else taken.pop(layer)
-            rows_RD = full_BTD.flatten(0, 1)[packed[spec.keeps]]
-            worst[spec.name] = rows_RD.abs().amax(-1).float()  # a NaN is the largest; on a CPU far quicker than a norm
+            flat_ND = full_BTD.flatten(0, 1)
+            # Runs of rows are copied, not gathered by an index: on a CPU a quarter of the time.
+            rows_RD = torch.cat([flat_ND[start:stop] for start, stop in packed[spec.keeps]] or [flat_ND[:0]])
+            worst[spec.name] = torch.maximum(rows_RD.amax(-1), -rows_RD.amin(-1)).float()  # a NaN is the largest
             if spec.name in self.calibrations:
                 shadow[spec.name] = rows_RD[self._send(self._shadowed(rows, counts[spec.name]))]
                 # A sample with such a row is refused; as it is, every value of the row would escape.
@@ -133,10 +135,6 @@ class Engine:
         ]
         return np.concatenate(spans or [np.empty(0, np.int64)])
 
-    def _flat(self, rows_of_each: list[np.ndarray], longest: int) -> Tensor:
-        """Rows of each sample as one index into [B * T]."""
-        return self._send(np.concatenate([at * longest + rows for at, rows in enumerate(rows_of_each)]))
-
     def _send(self, values: np.ndarray) -> Tensor:
         """Numbers on the device, without waiting for what it is busy with."""
         tensor = torch.from_numpy(values)
@@ -148,7 +146,7 @@ class Engine:
         """Measure the gauge rows of these samples: [2, rows], agreement and log-probability of the data's token."""
         chosen = [gauge_rows(shard, row, self.gauge_share) for row in rows]
         tokens = np.concatenate([shard.ids(row)[at] for row, at in zip(rows, chosen, strict=True)])
-        states_RD = last_BTD.flatten(0, 1)[self._flat([at - 1 for at in chosen], longest)]
+        states_RD = last_BTD.flatten(0, 1)[self._send(_flat([at - 1 for at in chosen], longest))]
         return measure(self.head, states_RD, self._send(tokens.astype(np.int64)))
 
     def _to_host(self, piece: Piece) -> Piece:
@@ -172,3 +170,14 @@ class Engine:
         tensor.record_stream(self._copying)
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
+
+
+def _flat(rows_of_each: list[np.ndarray], longest: int) -> np.ndarray:
+    """Rows of each sample as one index into [B * T]."""
+    return np.concatenate([at * longest + rows for at, rows in enumerate(rows_of_each)])
+
+
+def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
+    """Cut ascending rows into runs without a gap: (first, stop) each."""
+    parts = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
+    return [(int(part[0]), int(part[-1]) + 1) for part in parts if len(part)]

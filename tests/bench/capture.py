@@ -5,21 +5,26 @@
 
 A round takes one shard. The bare forward: the decoder alone, without hooks, over the shard's right-padded batches. The
 capture: `capture_shards` as the command runs it, hooks, copies, gauge, checksums, writing, syncing, probe and commit.
-Which of the two comes first alternates. Loading the target is left out; what else a run does once (its head is read
-back) is timed with no shard to capture, and taken off. Fixed seeds; the cache goes to --out and is removed.
+Loading the target is left out; what else a run does once (its head is read back) is timed with no shard to capture, and
+taken off. Fixed seeds; the cache goes to --out and is removed.
+
+On CUDA the two run one after the other, and which comes first alternates. On a CPU, whose speed here may double and
+halve again within a minute, the bare forward of each batch is run beside the capture's own, before or after it in turn,
+once the writer is idle: all the rest of the time is the capture's, what the writer does meanwhile included.
 
 The padded share needs no forward: it follows from the lengths of a shard (4 GiB of Qwen3-8B's states, five layers and
 `final`; log-normal, median 768, at most 3,072) and the tokens of a batch.
 """
 
 import argparse
+import contextlib
 import json
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -31,6 +36,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
+import stages.cache_hidden.engine as engine
 import stages.cache_hidden.shards as shards
 from pipeline.cache.batches import micro_batches
 from pipeline.cache.manifest import create_identity
@@ -130,29 +136,78 @@ def seconds(work: Callable[[], None], device: str) -> float:
     return time.perf_counter() - began
 
 
+@contextlib.contextmanager
+def unhooked(model: PreTrainedModel) -> Iterator[None]:
+    """Take the capture's hooks off the model's modules for a while."""
+    tapped = [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
+    held = [(module._forward_hooks, module._forward_pre_hooks) for module in tapped]
+    for module in tapped:
+        module._forward_hooks, module._forward_pre_hooks = {}, {}
+    yield
+    for module, (after, before) in zip(tapped, held, strict=True):
+        module._forward_hooks, module._forward_pre_hooks = after, before
+
+
+class Beside:
+    """The bare forward of every batch beside the capture's own, patched into the engine: `seconds` of all of them."""
+
+    def __init__(self):
+        self.seconds, self.put, self.done, self.turn = 0.0, 0, 0, 0
+        beside = self
+
+        class Counted(shards.Drain):
+            def __init__(self, consume, depth):
+                def counting(piece):
+                    consume(piece)
+                    beside.done += 1
+
+                super().__init__(counting, depth)
+
+        engine.run_decoder, shards.Drain = self.run, Counted
+
+    def run(self, model: PreTrainedModel, ids_BT: torch.Tensor):
+        while self.done < self.put:  # the capture's time
+            time.sleep(1e-4)
+        self.put, self.turn = self.put + 1, self.turn + 1
+        if self.turn % 2:
+            self.bare(model, ids_BT)
+        output = run_decoder(model, ids_BT)
+        if not self.turn % 2:
+            self.bare(model, ids_BT)
+        return output
+
+    def bare(self, model: PreTrainedModel, ids_BT: torch.Tensor) -> None:
+        with unhooked(model):
+            self.seconds += seconds(lambda: run_decoder(model, ids_BT), "cpu")
+
+
 def measure(model: PreTrainedModel, out: Path, settings: Settings, plan: Plan, device: str, rounds: int) -> dict:
     """Time bare forward and capture of a shard a round, and return seconds and tokens of each round."""
     bare, whole, setup, tokens = [], [], [], []
 
     @torch.no_grad()
-    def forward(batches: list[np.ndarray]) -> None:
-        for ids_BT in batches:
-            run_decoder(model, torch.from_numpy(ids_BT).to(device))
-
-    def capture(work: list) -> None:
-        shards.capture_shards(out, settings, plan, work, device, 0)
-
-    forward(padded_ids(plan.shards[-1], settings.batch_tokens))  # first calls are slow
-    capture([(plan.shards[-1], list(settings.columns))])
-    for number, shard in enumerate(plan.shards[:rounds]):
+    def forward(shard: ShardPlan) -> float:
         batches = padded_ids(shard, settings.batch_tokens)
-        turns = [
-            lambda batches=batches: bare.append(seconds(lambda: forward(batches), device)),
-            lambda shard=shard: whole.append(seconds(lambda: capture([(shard, list(settings.columns))]), device)),
-        ]
-        for turn in turns[:: -1 if number % 2 else 1]:
-            turn()
-        setup.append(seconds(lambda: capture([]), device))
+        return seconds(lambda: [run_decoder(model, torch.from_numpy(ids_BT).to(device)) for ids_BT in batches], device)
+
+    def capture(work: list) -> float:
+        return seconds(lambda: shards.capture_shards(out, settings, plan, work, device, 0), device)
+
+    last, columns = plan.shards[-1], list(settings.columns)
+    forward(last)  # first calls are slow
+    capture([(last, columns)])
+    beside = None if device.startswith("cuda") else Beside()
+    for number, shard in enumerate(plan.shards[:rounds]):
+        if beside:
+            before = beside.seconds
+            took = capture([(shard, columns)])
+            bare.append(beside.seconds - before)
+            whole.append(took - bare[-1])
+        else:
+            turns = [lambda: bare.append(forward(shard)), lambda: whole.append(capture([(shard, columns)]))]  # noqa: B023
+            for turn in turns[:: -1 if number % 2 else 1]:
+                turn()
+        setup.append(capture([]))
         tokens.append(shard.rows)
     return {"bare": bare, "whole": whole, "setup": setup, "tokens": tokens}
 
