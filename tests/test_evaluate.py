@@ -187,6 +187,18 @@ def test_a_report_that_the_disk_has_no_room_for_is_shown(report, tmp_path, monke
     assert "accept length" in capsys.readouterr().err
 
 
+def test_a_list_of_numbers_takes_one_line_of_the_report_and_texts_stay_as_they_are():
+    texts = ["[\n 1,\n 2\n]", "a [", "]"]
+    report = {"samples": [{"domain": "[\n1, 2]", "lengths": [8, 1, 2]}, {"lengths": []}], "texts": texts}
+    report |= {"interval": [1.5, -1e-9], "confidence": None, "nested": [[1, 2], [3, None]]}
+
+    written = evaluation.as_json(report).decode()
+
+    assert json.loads(written) == report
+    lines = [line.strip() for line in written.splitlines()]
+    assert {'"lengths": [8,1,2]', '"interval": [1.5,-1e-09],', "[1,2],", "[3,null]"} <= {*lines}
+
+
 def test_calls_saved_are_those_of_a_plain_loop_over_the_same_tokens():
     reply = Decoded([], [4, 2, 1], [3, 1, 0], [3, 3, 0], 4, 1.0)
     done = [(Prompt([1], name, name), reply) for name in "ab"]

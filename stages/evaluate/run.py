@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,7 @@ from stages.evaluate.proof import Judge, places, plain_decode
 __all__ = ["Dice", "run", "table"]
 
 SAY_EVERY = 5.0  # seconds between lines where there is no terminal
+PLAIN_LIST = re.compile(r'\[\n[^][{}"]*\]')  # of numbers; JSON's texts hold no bare newline, so it is in none of them
 
 
 def run(
@@ -124,10 +126,16 @@ def check_place(out: Path) -> None:
 def keep(report: dict, out: Path) -> None:
     """Write a report; where the disk is full by now, show it first, since it took the target to make."""
     try:
-        write_file(out, (json.dumps(report, indent=1) + "\n").encode())
+        write_file(out, as_json(report))
     except RoomError:
         Console(stderr=True, highlight=False, markup=False).print(table(report))
         raise
+
+
+def as_json(report: dict) -> bytes:
+    """Return a report as JSON, a list of numbers on one line: reports are kept in git, a line a number is no diff."""
+    text = json.dumps(report, indent=1)
+    return (PLAIN_LIST.sub(lambda found: re.sub(r"\s", "", found[0]), text) + "\n").encode()
 
 
 @dataclass(frozen=True)
