@@ -78,7 +78,7 @@ def test_a_report_says_what_was_measured_and_how(report, trained, cache):
     assert low <= report["overall"]["accept_len"] <= high
     assert set(report["domains"]) == {sample["domain"] for sample in report["samples"]} == {"a", "b", "sampled"}
     assert sum(of["tokens"] for of in report["domains"].values()) == report["overall"]["tokens"]
-    assert report["lossless"] == {"prompts": 5, "identical": 5, "near_ties": 0}
+    assert report["lossless"] == {"prompts": 5, "identical": 5, "near_ties": 0, "from_file": 0}
     assert report["agreement"]["equal"] == report["agreement"]["prompts"] > 0
     assert report["agreement"]["accept_len"] == report["agreement"]["accept_len_target_free"]
     assert set(report["teacher_forced"]) == {"a", "b", "sampled"}
@@ -322,7 +322,7 @@ def test_prompts_may_be_messages_text_or_ids(trained, target, tmp_path):
     assert [prompt.ids for prompt in asked] == [chat, chat, known("one two")["input_ids"], [104, 105]]
     assert [prompt.domain for prompt in asked] == ["chat", "", "", ""]
     found = run(trained, prompts=path, count=4, max_new=5, device="cpu")
-    assert found["lossless"] == {"prompts": 4, "identical": 4, "near_ties": 0}
+    assert found["lossless"] == {"prompts": 4, "identical": 4, "near_ties": 0, "from_file": 0}
     assert found["agreement"] is None
 
 
