@@ -54,7 +54,8 @@ lint: install
 	$(BIN)/ruff format .
 
 # Hours, in the background: every method, objective, budget and seed, two runs at a time, each resumable; then the
-# README's tables. A run is method.objective.steps.seed; those whose report is in data/results/ are done.
+# README's tables. A run is method.objective.steps.seed; those whose report is in data/results/ are done. The target's own
+# replies are decoded once for all of them, and kept.
 RESULTS := data/results
 published = $(if $(filter dspark,$(1)),dspark,ce)
 LESSONS := $(foreach seed,$(SEEDS),$(OBJECTIVES:%=$(RESULTS)/%.$(DEMO_STEPS).$(seed).json))
@@ -73,7 +74,8 @@ $(RESULTS)/%.json:
 	$(PIPELINE) train-draft configs/demo.toml --set draft.method=$(word 1,$(run)) \
 	  --set draft.objective=$(subst +dpace,,$(word 2,$(run))) $(dpace) --set train.steps=$(word 3,$(run)) \
 	  --set train.seed=$(word 4,$(run)) --cache $(CACHE) --out build/results/$*
-	$(PIPELINE) evaluate --draft build/results/$* --count $(RESULT_PROMPTS) --temperature 1 --out $@
+	$(PIPELINE) evaluate --draft build/results/$* --count $(RESULT_PROMPTS) --temperature 1 \
+	  --plain build/plain.json --out $@
 
 # Minutes, on a machine that does nothing else: reading, codecs and capturing, each beside its reference.
 bench: install

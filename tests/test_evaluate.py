@@ -78,7 +78,7 @@ def test_a_report_says_what_was_measured_and_how(report, trained, cache):
     assert low <= report["overall"]["accept_len"] <= high
     assert set(report["domains"]) == {sample["domain"] for sample in report["samples"]} == {"a", "b", "sampled"}
     assert sum(of["tokens"] for of in report["domains"].values()) == report["overall"]["tokens"]
-    assert report["lossless"] == {"prompts": 5, "identical": 5, "near_ties": 0}
+    assert report["lossless"] == {"prompts": 5, "identical": 5, "near_ties": 0, "from_file": 0}
     assert report["agreement"]["equal"] == report["agreement"]["prompts"] > 0
     assert report["agreement"]["accept_len"] == report["agreement"]["accept_len_target_free"]
     assert set(report["teacher_forced"]) == {"a", "b", "sampled"}
@@ -189,6 +189,18 @@ def test_a_report_that_the_disk_has_no_room_for_is_shown(report, tmp_path, monke
     with pytest.raises(RoomError):
         evaluation.keep(report, tmp_path / "report.json")
     assert "accept length" in capsys.readouterr().err
+
+
+def test_a_list_of_numbers_takes_one_line_of_the_report_and_texts_stay_as_they_are():
+    texts = ["[\n 1,\n 2\n]", "a [", "]"]
+    report = {"samples": [{"domain": "[\n1, 2]", "lengths": [8, 1, 2]}, {"lengths": []}], "texts": texts}
+    report |= {"interval": [1.5, -1e-9], "confidence": None, "nested": [[1, 2], [3, None]]}
+
+    written = evaluation.as_json(report).decode()
+
+    assert json.loads(written) == report
+    lines = [line.strip() for line in written.splitlines()]
+    assert {'"lengths": [8,1,2]', '"interval": [1.5,-1e-09],', "[1,2],", "[3,null]"} <= {*lines}
 
 
 def test_calls_saved_are_those_of_a_plain_loop_over_the_same_tokens():
@@ -314,7 +326,7 @@ def test_prompts_may_be_messages_text_or_ids(trained, target, tmp_path):
     assert [prompt.ids for prompt in asked] == [chat, chat, known("one two")["input_ids"], [104, 105]]
     assert [prompt.domain for prompt in asked] == ["chat", "", "", ""]
     found = run(trained, prompts=path, count=4, max_new=5, device="cpu")
-    assert found["lossless"] == {"prompts": 4, "identical": 4, "near_ties": 0}
+    assert found["lossless"] == {"prompts": 4, "identical": 4, "near_ties": 0, "from_file": 0}
     assert found["agreement"] is None
 
 

@@ -8,7 +8,7 @@ from pipeline.errors import UsageError
 from pipeline.report import comparison
 
 
-def evaluation(file, method="domino", seed=0, steps=700, samples=(), forced=None, drawn=None, **draft):
+def evaluation(file, method="domino", seed=0, steps=700, samples=(), forced=None, drawn=None, speed=None, **draft):
     """Write an evaluation's report of `samples`, pairs of a domain and its lengths; return its path."""
     domains = sorted({domain for domain, _ in samples})
     of = {name: [lengths for domain, lengths in samples if domain == name] for name in domains}
@@ -22,7 +22,7 @@ def evaluation(file, method="domino", seed=0, steps=700, samples=(), forced=None
             name: {"accept_len": sum(map(sum, of[name])) / sum(map(len, of[name])), "calls": 1} for name in domains
         },
         "teacher_forced": forced or {},
-        "speed": {"speedup": 2.0},
+        "speed": speed or {"speedup": 2.0},
         "lossless": {"prompts": len(samples), "identical": len(samples), "near_ties": 0},
         "samples": [{"domain": domain, "lengths": lengths} for domain, lengths in samples],
     }
@@ -120,6 +120,18 @@ def test_teacher_forced_figures_are_shown_when_asked_for(tmp_path):
 
     assert rows(*paths, forced=True)["noise, forced"] == ["1.50"]
     assert "noise, forced" not in rows(*paths)
+
+
+def test_a_speed_up_is_shown_only_where_every_report_of_the_column_measured_one(tmp_path):
+    samples, stored = [("sql", [4])], {"speculative_tokens_s": 100.0}
+    paths = [
+        evaluation(tmp_path / "0.json", samples=samples),
+        evaluation(tmp_path / "1.json", method="dflash", samples=samples, speed=stored),
+        evaluation(tmp_path / "2.json", method="dspark", samples=samples),
+        evaluation(tmp_path / "3.json", method="dspark", samples=samples, seed=1, speed=stored),
+    ]
+
+    assert rows(*paths)["speed-up on this machine"] == ["2.00x", "-", "-"]
 
 
 def test_what_is_no_report_is_named(tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from pipeline.cache.disk import room, write_file
 from pipeline.cache.layout import LOG
 from pipeline.checkpoint import DRAFT, RUN, find_checkpoint, load_draft, open_checkpoint, read_run
 from pipeline.drafts import Draft
-from pipeline.errors import RoomError, UsageError
+from pipeline.errors import ProofError, RoomError, UsageError
 from pipeline.published import CONFIG, load_draft_folder, recorded_share
 from pipeline.recipe import TrainSection, load_recipe
 from pipeline.split import split_samples
@@ -37,10 +38,12 @@ from stages.evaluate.figures import (
 )
 from stages.evaluate.prompts import Prompt, cached_prompts, file_prompts
 from stages.evaluate.proof import Judge, places, plain_decode
+from stages.evaluate.replies import PlainReplies, deciding
 
 __all__ = ["Dice", "run", "table"]
 
 SAY_EVERY = 5.0  # seconds between lines where there is no terminal
+PLAIN_LIST = re.compile(r'\[\n[^][{}"]*\]')  # of numbers; JSON's texts hold no bare newline, so it is in none of them
 
 
 def run(
@@ -55,17 +58,20 @@ def run(
     out: Path | None = None,
     dice: Dice | None = None,
     threshold: float = 0.0,
+    plain: Path | None = None,
 ) -> dict:
     """Evaluate a run's newest checkpoint, a checkpoint or a published folder; return the report, kept at `out` too.
 
     Greedily, and with `dice` once more with replies that are drawn. `threshold` cuts blocks by the draft's confidence.
-    Raises UsageError for what does not fit together, DataError for unusable prompts, CacheError for a damaged cache,
-    ProofError when an output differs from plain decoding by more than a near tie.
+    `plain` is a file that keeps plain replies from one evaluation to the next. Raises UsageError for what does not fit
+    together, DataError for unusable prompts, CacheError for a damaged cache, ProofError when an output differs from
+    plain decoding by more than a near tie.
     """
     if not 0 <= threshold <= 1:
         raise UsageError(f"--threshold {threshold:g}: a confidence lies in 0..1; 0 cuts nothing")
-    if out is not None:
-        check_place(Path(out))
+    for option, path in (("--out", out), ("--plain", plain)):
+        if path is not None:
+            check_place(option, Path(path))
     trained = describe_draft(Path(draft))
     store = open_cache(trained, cache, prompts)
     folder, name = find_model(model, store)
@@ -79,7 +85,10 @@ def run(
     asked = cached_prompts(store, heldout, count) if prompts is None else file_prompts(prompts, folder, count)
     check_room(target, asked, max_new, config.proposals)
     stops = stop_tokens(target) if store is None else frozenset(store.tokens["eos"])
-    outcomes = decode_all(target, drafter, asked, max_new, stops, threshold)
+    replies = PlainReplies()
+    if plain is not None:
+        replies = PlainReplies.open(Path(plain), deciding(target, target_digest(folder), max_new, stops))
+    outcomes = decode_all(target, drafter, asked, max_new, stops, threshold, replies)
     settings = {
         "prompts": str(prompts or f"held-out samples of the cache{'' if known else ', if the draft never saw them'}"),
         "max_new": max_new,
@@ -108,26 +117,33 @@ def run(
     return report
 
 
-def check_place(out: Path) -> None:
-    """Refuse, before anything runs, a file for the report that cannot be written. UsageError, RoomError."""
-    if out.is_dir():
-        raise UsageError(f"--out {out} is a folder; name a file in it, such as {out / 'evaluation.json'}")
-    with room(out, "the report"):
+def check_place(option: str, path: Path) -> None:
+    """Refuse, before anything runs, a file that cannot be written. UsageError, RoomError."""
+    if path.is_dir():
+        raise UsageError(f"{option} {path} is a folder; name a file in it, such as {path / option[2:]}.json")
+    with room(path, f"the file of {option}"):
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, FileNotFoundError) as error:
-            raise UsageError(f"--out {out}: its folder cannot be made ({error.strerror}); name another file") from error
-        if not os.access(out.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(out.parent))
+            said = f"its folder cannot be made ({error.strerror}); name another file"
+            raise UsageError(f"{option} {path}: {said}") from error
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
 
 
 def keep(report: dict, out: Path) -> None:
     """Write a report; where the disk is full by now, show it first, since it took the target to make."""
     try:
-        write_file(out, (json.dumps(report, indent=1) + "\n").encode())
+        write_file(out, as_json(report))
     except RoomError:
         Console(stderr=True, highlight=False, markup=False).print(table(report))
         raise
+
+
+def as_json(report: dict) -> bytes:
+    """Return a report as JSON, a list of numbers on one line: reports are kept in git, a line a number is no diff."""
+    text = json.dumps(report, indent=1)
+    return (PLAIN_LIST.sub(lambda found: re.sub(r"\s", "", found[0]), text) + "\n").encode()
 
 
 @dataclass(frozen=True)
@@ -249,17 +265,30 @@ def decode_all(
     asked: Sequence[Prompt],
     max_new: int,
     stops: frozenset[int],
-    threshold: float = 0.0,
+    threshold: float,
+    replies: PlainReplies,
 ) -> list[Outcome]:
-    """Decode every prompt greedily with and without the draft, and judge each difference. ProofError for a real one."""
-    judge, outcomes = Judge(target), []
-    for warm in (plain_decode, lambda *rest: speculative_decode(target, draft, *rest[1:], threshold=threshold)):
-        warm(target, asked[0].ids, 2)  # first calls are slow, and seconds are compared
-    for prompt in shown(asked, "decoding"):
-        plain = plain_decode(target, prompt.ids, max_new, stops)
+    """Decode every prompt greedily with and without the draft, and judge each difference. ProofError for a real one.
+
+    Without it only those whose plain reply is not among `replies`, to which the others are added in the end.
+    """
+    judge, outcomes, held = Judge(target), [], [replies.find(prompt.ids) for prompt in asked]
+    if not any(held):
+        plain_decode(target, asked[0].ids, 2)  # first calls are slow, and seconds are compared
+    speculative_decode(target, draft, asked[0].ids, 2, threshold=threshold)
+    for prompt, plain in zip(shown(asked, "decoding"), held, strict=True):
+        stored = plain is not None
+        if not stored:
+            plain = plain_decode(target, prompt.ids, max_new, stops)
+            replies.add(prompt.ids, plain)
         fast = speculative_decode(target, draft, prompt.ids, max_new, stops, threshold=threshold)
-        tie = judge.compare(prompt.name, prompt.ids, fast, plain, draft.config.proposals + 1)
-        outcomes.append(Outcome(prompt, fast, plain, tie))
+        try:
+            tie = judge.compare(prompt.name, prompt.ids, fast, plain, draft.config.proposals + 1)
+        except ProofError as error:
+            doubt = f" (the plain reply is from {replies.path}: evaluate without --plain first)" if stored else ""
+            raise ProofError(f"{error}{doubt}") from error
+        outcomes.append(Outcome(prompt, fast, plain, tie, stored))
+    replies.write()
     return outcomes
 
 
