@@ -89,7 +89,7 @@ class DirectColumn:
         self.column, self.grid = column, grid
         self.width = column.spec.row_bytes
         # One byte a block, 0.5 MB for a terabyte of states: a byte is set by one thread without undoing another's.
-        self._known: tuple[tuple[int, ...], bytearray] | None = None
+        self._known: tuple[tuple[int, ...], bytearray] = ((), bytearray())
 
     @classmethod
     def of(cls, column: Column) -> "DirectColumn | None":
@@ -101,7 +101,10 @@ class DirectColumn:
         if grid is None or grid.compressor is not None:
             return None
         direct = cls(column, grid)
-        return direct if direct._in_order(direct.open()) else None
+        file = direct.open()
+        stamp = file.stamp()
+        direct._known = (stamp, bytearray(len(column.digests)))
+        return direct if direct._in_order(file) else None
 
     def open(self) -> StoredFile:
         try:
@@ -127,7 +130,7 @@ class DirectColumn:
     def _known_in(self, file: StoredFile) -> bytearray:
         """The blocks of this very file that are known to be right."""
         stamp, held = file.stamp(), self._known
-        if held is None or held[0] != stamp:
+        if held[0] != stamp:
             if not self._in_order(file):
                 raise CacheError(f"{file.path}: changed while it was read; run `pipeline verify`")
             held = self._known = (stamp, bytearray(len(self.column.digests)))
@@ -140,8 +143,10 @@ class DirectColumn:
         whole once, aside, to be checked. Raises CacheError naming shard, column and sample.
         """
         known, start_block = self._known_in(file), int(self.column.starts[row])
-        base, rows = int(self.column.bounds[row]), int(self.column.bounds[row + 1] - self.column.bounds[row])
-        stop, at = first + len(out) // self.width, first
+        base, stop, at = int(self.column.bounds[row]), first + len(out) // self.width, first
+        if known.find(0, start_block + first // BLOCK_ROWS, start_block - (-stop // BLOCK_ROWS)) < 0:
+            return file.read((base + first) * self.width, out, wait)
+        rows = int(self.column.bounds[row + 1]) - base
         while at < stop:
             begin = at - at % BLOCK_ROWS
             end = min(begin + BLOCK_ROWS, rows)

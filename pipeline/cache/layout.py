@@ -14,7 +14,9 @@ capture.log                    times and hosts, for people; no other file has an
 tmp-*                          unfinished work and locks of a living (or killed) process
 """
 
+import os
 import re
+import stat
 from pathlib import Path
 
 from pipeline.errors import CacheError, UsageError
@@ -80,9 +82,22 @@ def inside(root: Path, relative: str) -> Path:
         raise CacheError(f"{root}: a manifest names {relative!r}; paths in a cache are relative and stay inside it")
     path = root.joinpath(*parts)
     try:
-        within = path.resolve().is_relative_to(root.resolve())
+        within = not _has_link(root, parts) or path.resolve().is_relative_to(root.resolve())
     except (OSError, RuntimeError) as error:  # too long a name; links in a circle
         raise CacheError(f"{root}: a manifest names {relative[:80]!r}, which no file can be called") from error
     if not within:
         raise CacheError(f"{path}: a link that leads out of the cache; replace it by the file it points to")
     return path
+
+
+def _has_link(root: Path, parts: list[str]) -> bool:
+    """Whether a link is on the way from `root` to a file below it."""
+    place = str(root)
+    for part in parts:
+        place = f"{place}/{part}"
+        try:
+            if stat.S_ISLNK(os.lstat(place).st_mode):
+                return True
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+    return False
