@@ -7,7 +7,7 @@ Whoever reads a sample checks exactly what it reads, by the sums of its blocks: 
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -79,7 +79,7 @@ class ColumnSpec:
         return self.width * DTYPES[self.dtype].itemsize
 
     def as_dict(self) -> dict:
-        return asdict(self)
+        return {name: getattr(self, name) for name in FORM["spec"]}
 
 
 def kept_rows(shard: ShardPlan, row: int, keeps: str) -> np.ndarray:

@@ -38,6 +38,7 @@ ADVISE = getattr(os, "posix_fadvise", None)  # macOS has none
 
 MAP_FIXED = 0x10  # Linux and macOS
 HUGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
+HUGE_PAGE = 2 << 20
 POPULATE_READ = None if HUGE_PAGES is None else 22  # since 5.14; Python has no name for it
 
 
@@ -214,10 +215,13 @@ class MappedColumns:
         self.columns, self.files = columns, files
         grid = columns[0].grid
         assert all(column.grid == grid for column in columns), "columns of different rows"
-        stride = -(-grid.file_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        stride = -(-grid.file_bytes // HUGE_PAGE) * HUGE_PAGE  # the kernel maps a huge page where one could begin only
         self._stride = stride
-        self._held = mmap.mmap(-1, stride * len(columns), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # only address space
+        room = stride * len(columns) + HUGE_PAGE
+        self._held = mmap.mmap(-1, room, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # only address space
         base = np.frombuffer(self._held, np.uint8)
+        self._base = -base.ctypes.data % HUGE_PAGE
+        base = base[self._base :]
         for k, file in enumerate(files):
             _map_at(base.ctypes.data + k * stride, grid.file_bytes, file)
         # Pages that are read from disk for us come as 2 MiB each where the kernel can: a third of the work.
@@ -238,7 +242,8 @@ class MappedColumns:
     def _bring(self, k: int, first: int, stop: int) -> None:
         """Have rows [first, stop) of column `k` in memory. CacheError where the disk does not give them."""
         width = self.columns[k].width
-        start, end = k * self._stride + first * width, k * self._stride + stop * width
+        start = self._base + k * self._stride
+        start, end = start + first * width, start + stop * width
         start -= start % mmap.PAGESIZE
         if _advise(self._held, POPULATE_READ, start, end - start) == errno.EFAULT:
             raise CacheError(f"{self.files[k].path}: cut short, or its disk is failing; run `pipeline verify`")

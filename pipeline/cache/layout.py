@@ -17,6 +17,7 @@ tmp-*                          unfinished work and locks of a living (or killed)
 import os
 import re
 import stat
+from functools import lru_cache
 from pathlib import Path
 
 from pipeline.errors import CacheError, UsageError
@@ -57,6 +58,7 @@ def numbered(number: int) -> str:
     return f"{number:06d}"
 
 
+@lru_cache(1024)  # asked for again and again as a shard's columns are opened
 def shard_folder(cache: Path, shard: int) -> Path:
     return cache / SHARDS / numbered(shard)
 
