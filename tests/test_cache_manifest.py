@@ -1,5 +1,6 @@
 """Manifests tell every change, name other versions, and never lead out of the cache."""
 
+import errno
 import os
 
 import numpy as np
@@ -96,3 +97,11 @@ def test_a_link_that_leads_out_is_refused(tmp_path):
     with pytest.raises(CacheError, match="leads out"):
         inside(tmp_path / "cache", "aux.1/zarr.json")
     assert inside(tmp_path / "cache", "aux.2/zarr.json") == tmp_path / "cache" / "aux.2" / "zarr.json"
+
+
+def test_a_folder_that_may_not_be_read_is_no_fault_of_the_name(tmp_path, monkeypatch):
+    def denied(_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "lstat", denied)
+    assert inside(tmp_path, "aux.2/zarr.json") == tmp_path / "aux.2" / "zarr.json"
