@@ -8,6 +8,7 @@ one byte range; any zarr v3 reader opens it. The array's shape is rounded up to 
 Chunks may be compressed each (`zstd.py`).
 """
 
+import contextlib
 import json
 import os
 import struct
@@ -180,7 +181,8 @@ class ShardFileWriter:
     def _write_back(self) -> None:
         """Have the system begin to write what it holds of the file, and not wait for it."""
         if hasattr(os, "posix_fadvise"):  # not on a Mac
-            os.posix_fadvise(self._fd, self._sent, self._size - self._sent, os.POSIX_FADV_DONTNEED)
+            with contextlib.suppress(OSError):  # a kernel or file system that takes no advice does without
+                os.posix_fadvise(self._fd, self._sent, self._size - self._sent, os.POSIX_FADV_DONTNEED)
         self._sent = self._size
 
     def finish(self) -> None:
