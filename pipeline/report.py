@@ -242,10 +242,17 @@ def cell(reports: list[dict], domain: str | None) -> str:
 def accept_length(reports: list[dict], domain: str | None = None) -> tuple[float, float, float] | None:
     """Return the accept length over all prompts of all seeds, and the ends of its 95 % interval; None without calls.
 
-    A prompt that several seeds decoded is drawn as one: its replies are no independent ones.
+    A prompt that several seeds decoded is drawn as one: its replies are no independent ones. UsageError where seeds
+    decoded other prompts.
     """
     from pipeline.accept import bootstrap
 
+    if len({tuple(sample["domain"] for sample in report["samples"]) for report in reports}) > 1:
+        counts = ", ".join(str(len(report["samples"])) for report in reports)
+        raise UsageError(
+            f"seeds of one recipe were evaluated on other prompts ({counts} of them), which cannot be "
+            "pooled; evaluate each with the same --count, --prompts and cache"
+        )
     prompts = defaultdict(lambda: np.zeros(2))
     for report in reports:
         for number, sample in enumerate(report["samples"]):

@@ -82,6 +82,12 @@ def test_a_prompt_decoded_by_three_seeds_is_one_prompt(tmp_path):
     assert one == three, "seeds make the interval of two prompts no narrower"
 
 
+def test_seeds_that_decoded_other_prompts_are_not_pooled(tmp_path):
+    paths = [evaluation(tmp_path / f"{n}.json", seed=n, samples=[("sql", [4])] * (n + 1)) for n in range(2)]
+    with pytest.raises(UsageError, match=r"evaluated on other prompts \(1, 2 of them\).*with the same --count"):
+        comparison(paths)
+
+
 def test_drawn_replies_have_rows_of_their_own_for_each_pair_of_temperatures(tmp_path):
     samples = [("sql", [4])]
     paths = [
