@@ -280,7 +280,7 @@ def check_export(folder, target_layers, as_json):
     "--plot", "drawing", type=PATH, metavar="FILE", help="Draw accept length by training steps, too: .svg or .png."
 )
 def report(reports, markdown, forced, drawing):
-    """Put evaluation reports side by side.
+    """Put evaluation reports of one target side by side.
 
     Runs that differ only in their seed become one column, and one mark of a plot.
     """

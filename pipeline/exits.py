@@ -14,7 +14,10 @@ import click
 from pipeline.errors import PipelineError
 
 TERMINATED = 128 + signal.SIGTERM
-WHOLE = {"inspect", "evaluate", "export", "check-export", "report"}  # done or not done: they keep nothing on the way
+GOES_ON = "what is finished is kept, and the same command goes on from there"
+NOTHING = "nothing was written, and the same command starts again"
+INTERRUPTED = dict.fromkeys(("inspect", "export", "check-export", "report"), NOTHING)  # done or not done; others go on
+INTERRUPTED["evaluate"] = "no report was written, and the same command starts again"  # --plain may have its replies
 
 
 class OnACache(click.Command):
@@ -43,9 +46,8 @@ def run_and_exit(commands: click.Group, arguments: list[str]) -> None:
         commands.main(arguments, prog_name="pipeline", standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, click.exceptions.Abort):
-        whole = "nothing was written, and the same command starts again"
-        kept = whole if WHOLE & {*arguments} else "what is finished is kept, and the same command goes on from there"
-        sys.exit(_complain(f"interrupted; {kept}", 130, debug))
+        command = next((argument for argument in arguments if not argument.startswith("-")), "")
+        sys.exit(_complain(f"interrupted; {INTERRUPTED.get(command, GOES_ON)}", 130, debug))
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         sys.exit(2)

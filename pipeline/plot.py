@@ -58,7 +58,8 @@ def plot(paths: Sequence[Path], out: Path) -> None:
     reports = load_reports(paths)
     for path, report in zip(paths, reports, strict=True):
         _check(path, report)
-    data = _rendered(lines_of(reports), _title(reports), _note(reports), out.suffix.lower())
+    title = f"{reports[0]['target']}: accept length by training steps"
+    data = _rendered(lines_of(reports), title, _note(reports), out.suffix.lower())
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(data)
@@ -105,26 +106,13 @@ def _size(parameters: int) -> str:
     return f"{parameters / 1e6:.1f} M parameters" if parameters >= 1e5 else f"{parameters:,} parameters"
 
 
-def _title(reports: list[dict]) -> str:
-    target = _common({report["target"] for report in reports}, "targets")
-    return f"{target}: accept length by training steps"
-
-
 def _note(reports: list[dict]) -> str:
-    longest = _common({report["settings"]["max_new"] for report in reports}, "limits of a reply's tokens")
     counts = sorted({len(report["samples"]) for report in reports})
     prompts = f"{counts[0]} prompts" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} prompts"
     return (
-        f"greedy, replies of {longest} tokens at most, {prompts}\n"
+        f"greedy, replies of {reports[0]['settings']['max_new']} tokens at most, {prompts}\n"
         "bars: 95 % intervals over prompts, seeds pooled; rings: single seeds"
     )
-
-
-def _common(values: set, what: str):
-    """The one value that all reports have. UsageError for several: a plot states one."""
-    if len(values) > 1:
-        raise UsageError(f"--plot: the reports are of several {what}, {sorted(values)}; plot those of one")
-    return next(iter(values))
 
 
 def _rendered(lines: list[Line], title: str, note: str, ending: str) -> bytes:

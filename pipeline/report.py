@@ -5,6 +5,7 @@ Everything here turns the plain dicts that other modules return, the same that `
 
 import json
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -14,7 +15,21 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.cache.disk import size_text
+from pipeline.cache.manifest import has_form
 from pipeline.errors import UsageError
+
+DECODED = {"domains": {str: {"accept_len": float, "calls": int}}, "samples": [{"domain": str, "lengths": [int]}]}
+EVALUATION = {  # what is read of a report; more is in it
+    "target": str,
+    "draft": {"method": str, "block_size": int, "proposals": int, "parameters": int},
+    "settings": {"max_new": int},
+    **DECODED,
+    "overall": {"calls_saved": float},
+    "teacher_forced": {str: float},
+    "speed": {str: float},
+    "lossless": {"prompts": int, "identical": int, "near_ties": int},
+}
+DRAWN = {"temperature": float, "draft_temperature": float, **DECODED}
 
 
 def grid(*heads: str, title: str | None = None) -> Table:
@@ -110,20 +125,34 @@ def finding(entry: dict) -> str:
     return f"{entry['file']}: {entry['what']}"
 
 
-def load_reports(paths: tuple[Path, ...]) -> list[dict]:
-    """Read what `pipeline evaluate --out` wrote. UsageError for anything else."""
-    reports = []
-    for path in paths:
-        try:
-            report = json.loads(Path(path).read_text())
-            report["draft"]["method"], report["overall"]["accept_len"], report["samples"]
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path} is no report of `pipeline evaluate --out FILE` ({error})") from None
-        reports.append(report)
+def load_reports(paths: Sequence[Path]) -> list[dict]:
+    """Read what `pipeline evaluate --out` wrote, of one target and limit. UsageError for anything else."""
+    reports = [_load(Path(path)) for path in paths]
+    targets = {report["target"] for report in reports}
+    limits = {report["settings"]["max_new"] for report in reports}
+    for what, found in (("targets", targets), ("limits of a reply's tokens", limits)):
+        if len(found) > 1:  # a table and a plot state one
+            raise UsageError(f"the reports are of several {what}, {sorted(found)}; compare those of one")
     return reports
 
 
-def comparison(paths: tuple[Path, ...], markdown: bool = False, forced: bool = False) -> Group | str:
+def _load(path: Path) -> dict:
+    try:
+        report = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no report of `pipeline evaluate --out FILE` ({error})") from None
+    wrong = [key for key in EVALUATION if not has_form(report, {key: EVALUATION[key]})]
+    if not wrong and report.get("sampled") is not None and not has_form(report["sampled"], DRAWN):
+        wrong = ["sampled"]
+    if wrong:
+        raise UsageError(
+            f"{path} is no report of `pipeline evaluate --out FILE`, or one of another version: its `{wrong[0]}` is "
+            "absent or not as expected; evaluate that draft again"
+        )
+    return report
+
+
+def comparison(paths: Sequence[Path], markdown: bool = False, forced: bool = False) -> Group | str:
     """Return evaluations side by side: a column a draft, a row a domain, accept length with its 95 % interval.
 
     Reports that differ only in their seed are pooled into one column. Figures of drawn replies have rows of their own.
@@ -170,7 +199,7 @@ def _columns(reports: list[dict]) -> dict[str, list[dict]]:
 def _name(report: dict) -> str:
     """What a column is called: what is most compared of a draft, and how its blocks were cut."""
     draft = report["draft"]
-    steps = [f"{draft['steps']:,} steps"] if draft["steps"] else []
+    steps = [f"{draft['steps']:,} steps"] if draft.get("steps") else []
     return ", ".join([draft["method"], *variants(report), *steps])
 
 
@@ -213,10 +242,17 @@ def cell(reports: list[dict], domain: str | None) -> str:
 def accept_length(reports: list[dict], domain: str | None = None) -> tuple[float, float, float] | None:
     """Return the accept length over all prompts of all seeds, and the ends of its 95 % interval; None without calls.
 
-    A prompt that several seeds decoded is drawn as one: its replies are no independent ones.
+    A prompt that several seeds decoded is drawn as one: its replies are no independent ones. UsageError where seeds
+    decoded other prompts.
     """
     from pipeline.accept import bootstrap
 
+    if len({tuple(sample["domain"] for sample in report["samples"]) for report in reports}) > 1:
+        counts = ", ".join(str(len(report["samples"])) for report in reports)
+        raise UsageError(
+            f"seeds of one recipe were evaluated on other prompts ({counts} of them), which cannot be "
+            "pooled; evaluate each with the same --count, --prompts and cache"
+        )
     prompts = defaultdict(lambda: np.zeros(2))
     for report in reports:
         for number, sample in enumerate(report["samples"]):
@@ -304,5 +340,5 @@ FACTS = {
     "speed-up on this machine": _speedup,
     "output against plain decoding": _lossless,
     "draft parameters": lambda reports: f"{reports[0]['draft']['parameters']:,}",
-    "seeds": lambda reports: str(len({report["draft"]["seed"] for report in reports})),
+    "seeds": lambda reports: str(len({report["draft"].get("seed") for report in reports})),
 }

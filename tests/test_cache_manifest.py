@@ -1,5 +1,6 @@
 """Manifests tell every change, name other versions, and never lead out of the cache."""
 
+import errno
 import os
 
 import numpy as np
@@ -88,11 +89,23 @@ def test_a_name_that_could_lead_out_is_refused(tmp_path, name):
         inside(tmp_path, name)
 
 
-def test_a_link_that_leads_out_is_refused(tmp_path):
+@pytest.mark.parametrize("at", ["aux.1", "aux.1/c", "aux.1/c/0"])
+def test_a_link_that_leads_out_is_refused_wherever_it_is_on_the_way(tmp_path, at):
+    cache = tmp_path / "cache"
+    (cache / at).parent.mkdir(parents=True)
     (tmp_path / "out").mkdir()
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "aux.1").symlink_to(tmp_path / "out")
+    (cache / "aux.3").mkdir()
+    (cache / at).symlink_to(tmp_path / "out")
+    (cache / "aux.2").symlink_to(cache / "aux.3")
 
     with pytest.raises(CacheError, match="leads out"):
-        inside(tmp_path / "cache", "aux.1/zarr.json")
-    assert inside(tmp_path / "cache", "aux.2/zarr.json") == tmp_path / "cache" / "aux.2" / "zarr.json"
+        inside(cache, "aux.1/c/0")
+    assert inside(cache, "aux.2/zarr.json") == cache / "aux.2" / "zarr.json"
+
+
+def test_a_folder_that_may_not_be_read_is_no_fault_of_the_name(tmp_path, monkeypatch):
+    def denied(_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "lstat", denied)
+    assert inside(tmp_path, "aux.2/zarr.json") == tmp_path / "aux.2" / "zarr.json"

@@ -79,6 +79,19 @@ def test_zarr_python_would_have_written_the_same_shard_file(tmp_path_factory, ro
     assert grid.shape[0] - rows <= grid.chunks and grid.file_bytes == (folder / "ours" / SHARD_FILE).stat().st_size
 
 
+def test_every_byte_is_sent_on_its_way_once(tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr(zarr_shard, "begin_writing", lambda _, start, size: sent.append((start, size)))
+    monkeypatch.setattr(zarr_shard, "WRITE_BACK", 64)
+    writer, rows = ShardFileWriter(tmp_path / "array", Grid(20, 4, np.dtype("<u2"), 20)), np.ones((5, 4), "<u2")
+    for _ in range(4):
+        writer.write(rows)
+    writer.finish()
+
+    assert sent == [(0, 80), (80, 80)]  # the index is synced at once
+    assert (tmp_path / "array" / SHARD_FILE).read_bytes()[:160] == rows.tobytes() * 4
+
+
 def test_chunks_of_a_large_array_take_two_to_four_mebibytes():
     for rows in (1000, 1023, 5000, 100_000, 523_456):
         grid = Grid.of(rows, 4096, np.dtype("<u2"))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,6 +180,15 @@ def test_a_report_that_cannot_be_written_is_refused_before_anything_runs(trained
     ):
         with pytest.raises(UsageError, match=said):
             run(trained, device="cpu", out=out)
+
+
+@pytest.mark.parametrize("option", ["plain", "prompts"])
+def test_a_report_replaces_no_file_that_the_same_command_reads(trained, option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(UsageError, match=f"--out one.json is the file of --{option}, which the report would replace"):
+        run(trained, device="cpu", out=Path("one.json"), **{option: tmp_path / "link" / "one.json"})
+    assert not (tmp_path / "one.json").exists()
 
 
 def test_a_report_that_the_disk_has_no_room_for_is_shown(report, tmp_path, monkeypatch, capsys):

@@ -82,6 +82,12 @@ def test_a_prompt_decoded_by_three_seeds_is_one_prompt(tmp_path):
     assert one == three, "seeds make the interval of two prompts no narrower"
 
 
+def test_seeds_that_decoded_other_prompts_are_not_pooled(tmp_path):
+    paths = [evaluation(tmp_path / f"{n}.json", seed=n, samples=[("sql", [4])] * (n + 1)) for n in range(2)]
+    with pytest.raises(UsageError, match=r"evaluated on other prompts \(1, 2 of them\).*with the same --count"):
+        comparison(paths)
+
+
 def test_drawn_replies_have_rows_of_their_own_for_each_pair_of_temperatures(tmp_path):
     samples = [("sql", [4])]
     paths = [
@@ -134,8 +140,36 @@ def test_a_speed_up_is_shown_only_where_every_report_of_the_column_measured_one(
     assert rows(*paths)["speed-up on this machine"] == ["2.00x", "-", "-"]
 
 
-def test_what_is_no_report_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"target": "other"}, r"of several targets, \['other', 'tiny'\]; compare those of one"),
+        ({"settings": {"max_new": 256}}, r"of several limits of a reply's tokens, \[64, 256\]; compare those of one"),
+    ],
+)
+def test_what_one_table_cannot_state_is_refused(tmp_path, change, says):
+    first, other = evaluation(tmp_path / "0.json", samples=[("sql", [4])]), tmp_path / "1.json"
+    other.write_text(json.dumps(json.loads(first.read_text()) | change))
+    with pytest.raises(UsageError, match=says):
+        comparison((first, other))
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", "[" * 100_000, "\xff"])
+def test_what_is_no_report_is_named(tmp_path, text):
     path = tmp_path / "x.json"
-    path.write_text("{}")
+    path.write_bytes(text.encode("latin-1"))
     with pytest.raises(UsageError, match=r"x\.json is no report of `pipeline evaluate --out FILE`"):
+        comparison((path,))
+
+
+@pytest.mark.parametrize("key", ["target", "draft", "settings", "overall", "domains", "speed", "lossless", "samples"])
+def test_a_report_that_lacks_a_part_or_has_another_in_its_place_is_refused_in_one_line(tmp_path, key):
+    path = evaluation(tmp_path / "x.json", samples=[("sql", [4])])
+    whole = json.loads(path.read_text())
+    for changed in ({name: whole[name] for name in whole if name != key}, whole | {key: [None]}):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(UsageError, match=f"of another version: its `{key}` is .*; evaluate that draft again"):
+            comparison((path,))
+    path.write_text(json.dumps(whole | {"sampled": {"temperature": 1.0}}))
+    with pytest.raises(UsageError, match="its `sampled` is"):
         comparison((path,))

@@ -8,6 +8,7 @@ twice, and the bytes, which depend on neither, come out the same.
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -124,6 +125,19 @@ def write_all(fd: int, data) -> None:
     rest = memoryview(data).cast("B")
     while rest:
         rest = rest[os.write(fd, rest) :]
+
+
+# Linux only. Python has no name for it; its POSIX_FADV_DONTNEED would also wait for every CPU of the machine.
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
+if _sync_file_range is not None:
+    _sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+_WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin, and do not wait
+
+
+def begin_writing(fd: int, start: int, size: int) -> None:
+    """Have the system begin to write what it holds of a range of a file. No more than advice: it may not take it."""
+    if _sync_file_range is not None:
+        _sync_file_range(fd, start, size, _WRITE)
 
 
 def sync_folder(folder: Path) -> None:

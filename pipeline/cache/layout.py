@@ -100,6 +100,6 @@ def _has_link(root: Path, parts: list[str]) -> bool:
         try:
             if stat.S_ISLNK(os.lstat(place).st_mode):
                 return True
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, PermissionError):  # whoever opens it says so
             return False
     return False

@@ -20,7 +20,7 @@ import google_crc32c
 import numpy as np
 import xxhash
 
-from pipeline.cache.disk import reading, write_all
+from pipeline.cache.disk import begin_writing, reading, write_all
 from pipeline.cache.manifest import FileFact
 from pipeline.errors import CacheError
 
@@ -175,13 +175,8 @@ class ShardFileWriter:
         self._digest.update(data)
         self._size += len(data)
         if self._size - self._sent >= WRITE_BACK:
-            self._write_back()
-
-    def _write_back(self) -> None:
-        """Have the system begin to write what it holds of the file, and not wait for it."""
-        if hasattr(os, "posix_fadvise"):  # not on a Mac
-            os.posix_fadvise(self._fd, self._sent, self._size - self._sent, os.POSIX_FADV_DONTNEED)
-        self._sent = self._size
+            begin_writing(self._fd, self._sent, self._size - self._sent)
+            self._sent = self._size
 
     def finish(self) -> None:
         """Fill the last chunk with zeros, write the index and sync."""

@@ -115,7 +115,7 @@ class Engine:
             flat_ND = full_BTD.flatten(0, 1)
             # Runs of rows are copied, not gathered by an index: on a CPU a quarter of the time.
             rows_RD = torch.cat([flat_ND[start:stop] for start, stop in packed[spec.keeps]] or [flat_ND[:0]])
-            worst[spec.name] = torch.maximum(rows_RD.amax(-1), -rows_RD.amin(-1)).float()  # a NaN is the largest
+            worst[spec.name] = largest(rows_RD)
             if spec.name in self.calibrations:
                 shadow[spec.name] = rows_RD[self._send(self._shadowed(rows, counts[spec.name]))]
                 # A sample with such a row is refused; as it is, every value of the row would escape.
@@ -170,6 +170,11 @@ class Engine:
         tensor.record_stream(self._copying)
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
+
+
+def largest(rows_RD: Tensor) -> Tensor:
+    """Each row's largest magnitude, float32 [R]; NaN where the row has one. On a CPU far quicker than a norm."""
+    return torch.maximum(rows_RD.amax(-1), -rows_RD.amin(-1)).float()
 
 
 def _flat(rows_of_each: list[np.ndarray], longest: int) -> np.ndarray:

@@ -72,6 +72,9 @@ def run(
     for option, path in (("--out", out), ("--plain", plain)):
         if path is not None:
             check_place(option, Path(path))
+    for option, path in (("--plain", plain), ("--prompts", prompts)):
+        if None not in (out, path) and Path(out).resolve() == Path(path).resolve():
+            raise UsageError(f"--out {out} is the file of {option}, which the report would replace; name another file")
     trained = describe_draft(Path(draft))
     store = open_cache(trained, cache, prompts)
     folder, name = find_model(model, store)

@@ -10,7 +10,8 @@ taken off. Fixed seeds; the cache goes to --out and is removed.
 
 On CUDA the two run one after the other, and which comes first alternates. On a CPU, whose speed here may double and
 halve again within a minute, the bare forward of each batch is run beside the capture's own, before or after it in turn,
-once the writer is idle: all the rest of the time is the capture's, what the writer does meanwhile included.
+once the writer is idle: all the rest of the time is the capture's, what the writer does meanwhile included. Only the
+disk works on during the bare forwards: where it is slower than the target, this flatters the capture.
 
 The padded share needs no forward: it follows from the lengths of a shard (4 GiB of Qwen3-8B's states, five layers and
 `final`; log-normal, median 768, at most 3,072) and the tokens of a batch.
