@@ -65,7 +65,7 @@ RUNS := $(foreach steps,$(BUDGETS),$(foreach seed,$(SEEDS),$(foreach method,$(ME
 results: install
 	$(PIPELINE) cache-hidden --model $(TARGET) --out $(CACHE)
 	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 $(LESSONS) $(RUNS)
-	$(PIPELINE) report --markdown --forced $(RUNS)
+	$(PIPELINE) report --markdown --forced --plot $(RESULTS)/accept-length.svg $(RUNS)
 	$(PIPELINE) report --markdown $(LESSONS)
 
 $(RESULTS)/%.json: run = $(subst ., ,$*)
