@@ -215,6 +215,7 @@ def sweep(recipe, as_json, **chosen):
 @click.option("--draft-temperature", type=float, default=None, help="The draft's; 0 is greedy.  [default: the same]")
 @click.option("--seed", default=0, show_default=True, help="Decides what is drawn.")
 @click.option("--threshold", type=click.FloatRange(0, 1), default=0.0, help="Cut blocks below this confidence.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Prompts decoded at once.")
 @click.option("--plain", type=PATH, default=None, help="Keep the target's own replies here, for other drafts.")
 @click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
 @click.option("--out", type=PATH, default=None, help="Write the report here, as JSON.")
@@ -224,7 +225,7 @@ def evaluate(draft, as_json, temperature, draft_temperature, seed, **chosen):
 
     Decodes held-out prompts greedily, with target and draft and with the target alone; with --temperature also by
     drawing, reported apart. With --plain the target's own replies are decoded once for all drafts: where the file has
-    them they are taken from it, and no speeds are compared.
+    them they are taken from it, and no speeds are compared. With --batch it is sooner done, and no speeds are measured.
     """
     from stages.evaluate.run import Dice, run, table
 

@@ -60,10 +60,13 @@ class Oracle:
         self.config, self.text, self.wrong, self.new_kv = like.config, text, wrong, like.new_kv
         self.features = []
 
-    def propose(self, features_KTD, anchor_id, start, kv, sampling, threshold):
-        self.features.append(features_KTD)
-        right = [*self.text[start + 1 :], *[0] * self.config.proposals][: self.config.proposals]
-        wrong = [token + (not (start + at) % self.wrong) for at, token in enumerate(right)]
+    def propose(self, asks, sampling, threshold):
+        return [self.guess(ask) for ask in asks]
+
+    def guess(self, ask):
+        self.features.append(ask.features_KTD)
+        right = [*self.text[ask.start + 1 :], *[0] * self.config.proposals][: self.config.proposals]
+        wrong = [token + (not (ask.start + at) % self.wrong) for at, token in enumerate(right)]
         return Proposal(torch.tensor(wrong), None)
 
 
@@ -172,7 +175,7 @@ def prove(target, draft, new=24, stops=()):
         speculative_decode(target, draft, PROMPT, new, stops),
         plain_decode(target, PROMPT, new, stops),
     )
-    return Judge(target).compare("prompt 7", PROMPT, fast, plain, draft.config.proposals + 1)
+    return Judge(target, draft.config.proposals + 1).compare("prompt 7", PROMPT, fast, plain)
 
 
 def test_a_kv_cropped_one_row_short_is_caught(target, text, monkeypatch):
@@ -242,11 +245,11 @@ def test_a_gap_beyond_rounding_is_no_near_tie(monkeypatch):
 
 def test_in_bfloat16_replies_differ_by_near_ties_only():
     target = random_model(config()).to(torch.bfloat16)
-    draft, judge, ties = make_draft(target).to(torch.bfloat16), Judge(target), []
+    draft, judge, ties = make_draft(target).to(torch.bfloat16), Judge(target, 5), []
     for first in range(6):
         prompt = [first, *PROMPT]
         fast, plain = speculative_decode(target, draft, prompt, 24), plain_decode(target, prompt, 24)
-        ties.append(judge.compare("prompt", prompt, fast, plain, 5))  # raises for anything else
+        ties.append(judge.compare("prompt", prompt, fast, plain))  # raises for anything else
     found = [tie for tie in ties if tie]
     assert found
     assert all(0 < tie.difference < 0.5 for tie in found)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from pipeline.capture import final_rows
 from pipeline.drafts import (
     DRAFTS,
+    Ask,
     Draft,
     DraftConfig,
     Knobs,
@@ -251,8 +252,9 @@ def test_the_training_layout_is_the_decode_loop(method, shift, window):
     kv, other, held = draft.new_kv(), draft.new_kv(), 0
     for n, anchor in enumerate(anchors.tolist()):  # features arrive as verifications leave them, in pieces
         fresh = cell.aux_KRD[:, held:anchor]
-        assert_near(draft.block_hidden(fresh, int(cell.ids_R[anchor]), anchor, kv), training[n], 1e-5)
-        assert torch.equal(draft.propose(fresh, int(cell.ids_R[anchor]), anchor, other).ids_P, proposals[n])
+        ask = Ask(fresh, int(cell.ids_R[anchor]), anchor, kv)
+        assert_near(draft.block_hidden([ask])[0], training[n], 1e-5)
+        assert torch.equal(draft.propose([replace(ask, kv=other)])[0].ids_P, proposals[n])
         held = anchor
     assert proposals.shape == (5, draft.config.proposals) == (5, 5 if shift else 4)
 
@@ -261,9 +263,11 @@ def test_the_training_layout_is_the_decode_loop(method, shift, window):
 def test_a_drawn_proposal_says_what_each_token_was_drawn_from(method, shift):
     draft, cell, anchor = build(method, shift, softcap=4.0), cell_of(40), 17
 
+    def ask():
+        return Ask(cell.aux_KRD[:, :anchor], int(cell.ids_R[anchor]), anchor, draft.new_kv())
+
     def drawn(seed):
-        sampling = Sampling(0.7, torch.Generator().manual_seed(seed))
-        return draft.propose(cell.aux_KRD[:, :anchor], int(cell.ids_R[anchor]), anchor, draft.new_kv(), sampling)
+        return draft.propose([ask()], Sampling(0.7, [torch.Generator().manual_seed(seed)]))[0]
 
     found, again = drawn(0), drawn(0)
     assert torch.equal(found.ids_P, again.ids_P) and torch.equal(found.q_PV, again.q_PV)
@@ -271,15 +275,14 @@ def test_a_drawn_proposal_says_what_each_token_was_drawn_from(method, shift):
     anchors = cell.ids_R[anchor : anchor + 1]
     prev_NS = torch.cat([anchors, found.ids_P, found.ids_P[:1]])[None, : draft.config.block_size]
     with torch.no_grad():
-        hidden = draft.block_hidden(cell.aux_KRD[:, :anchor], int(anchors), anchor, draft.new_kv())
-        logits = draft.logits(hidden[None], prev_NS)["final"][0, draft.config.first_slot :]
+        logits = draft.logits(draft.block_hidden([ask()]), prev_NS)["final"][0, draft.config.first_slot :]
     assert_near(found.q_PV, (logits / 0.7).softmax(-1), 1e-5)
 
 
 def test_features_of_another_place_are_a_bug():
     draft = build("dflash")
     with pytest.raises(AssertionError, match="kv holds 0 positions and 4 came, for an anchor at 5"):
-        draft.propose(torch.zeros(K, 4, H), 1, 5, draft.new_kv())
+        draft.propose([Ask(torch.zeros(K, 4, H), 1, 5, draft.new_kv())])
 
 
 @every_method

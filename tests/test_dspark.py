@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from test_drafts import H, V, all_blocks, assert_near, build, cell_of, gradients, loss_of
 
-from pipeline.drafts import Sampling, init_weights, lay_blocks, metrics_of
+from pipeline.drafts import Ask, Sampling, init_weights, lay_blocks, metrics_of
 from pipeline.errors import UsageError
 
 KINDS = ("vanilla", "gated", "rnn")
@@ -183,8 +183,12 @@ def unsure(**options):
     return draft
 
 
+def ask(draft, cell, anchor: int):
+    return Ask(cell.aux_KRD[:, :anchor], int(cell.ids_R[anchor]), anchor, draft.new_kv())
+
+
 def proposed(draft, cell, anchor: int, **options):
-    return draft.propose(cell.aux_KRD[:, :anchor], int(cell.ids_R[anchor]), anchor, draft.new_kv(), **options)
+    return draft.propose([ask(draft, cell, anchor)], **options)[0]
 
 
 @both_inputs
@@ -193,10 +197,10 @@ def test_a_block_is_cut_before_the_first_token_it_is_not_sure_of(with_markov):
     cuts = set()
     for anchor in range(3, 25):
         whole = proposed(draft, cell, anchor).ids_P
-        hidden = draft.block_hidden(cell.aux_KRD[:, :anchor], int(cell.ids_R[anchor]), anchor, draft.new_kv())
+        hidden = draft.block_hidden([ask(draft, cell, anchor)])
         prev = torch.cat([cell.ids_R[anchor : anchor + 1], whole[:-1]])
         with torch.no_grad():
-            sure = draft.confidence(hidden[None], prev[None])[0].sigmoid()
+            sure = draft.confidence(hidden, prev[None])[0].sigmoid()
         for threshold in (0.0, 2.0, *(sure + 1e-4).tolist()):
             wanted = next((k for k in range(5) if threshold > 0 and sure[k] < threshold), 5)
             found = proposed(draft, cell, anchor, threshold=threshold)
@@ -209,7 +213,7 @@ def test_a_cut_block_says_what_its_tokens_were_drawn_from():
     draft, cell = unsure(confidence_head_with_markov=True), cell_of(30)
     lengths = set()
     for seed in range(12):
-        sampling = Sampling(0.7, torch.Generator().manual_seed(seed))
+        sampling = Sampling(0.7, [torch.Generator().manual_seed(seed)])
         found = proposed(draft, cell, 9, sampling=sampling, threshold=0.4)
         assert found.q_PV.shape == (len(found.ids_P), V)
         lengths.add(len(found.ids_P))

@@ -380,8 +380,8 @@ def test_stop_tokens_come_from_the_target_where_there_is_no_cache(target):
 
 
 def test_a_difference_is_a_failed_proof_of_exit_code_1(trained, monkeypatch):
-    run_target = decode._run
-    monkeypatch.setattr(decode, "_run", lambda *rest, **kw: run_target(*rest, **kw).roll(1, -1))
+    keep = decode.keep_equal
+    monkeypatch.setattr(decode, "keep_equal", lambda block, logits_NV: keep(block, logits_NV.roll(1, -1)))
     with pytest.raises(ProofError, match="is not the target's") as failure:
         run(trained, count=1, max_new=4, device="cpu")
     assert failure.value.code == 1

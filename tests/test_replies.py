@@ -50,8 +50,8 @@ def file(kept, tmp_path):
     return path
 
 
-def evaluate(trained, path, count=4, max_new=12):
-    return run(trained, count=count, max_new=max_new, device="cpu", plain=path)
+def evaluate(trained, path, count=4, max_new=12, **options):
+    return run(trained, count=count, max_new=max_new, device="cpu", plain=path, **options)
 
 
 def counted(monkeypatch):
@@ -91,6 +91,45 @@ def test_a_prompt_that_the_file_lacks_is_decoded_and_added_and_no_ratio_is_claim
     assert after == before | {digest_of(ids): after[digest_of(ids)] for ids in seen} and len(after) == 6
     model = load_target(str(target))
     assert all(plain_decode(model, ids, 12, evaluation.stop_tokens(model)).ids == after[digest_of(ids)] for ids in seen)
+
+
+def test_what_was_decoded_before_an_interruption_is_kept(kept, trained, tmp_path, monkeypatch):
+    def until_the_third(*args):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return decode(*args)
+
+    seen = counted(monkeypatch)
+    decode, path = evaluation.plain_decode, tmp_path / "plain.json"
+    monkeypatch.setattr(evaluation, "plain_decode", until_the_third)
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(trained, path)
+
+    held = read_canonical(path)["plain_replies"]  # the first prompt's first two tokens were a warm-up
+    assert held.items() < read_canonical(kept[0])["plain_replies"].items() and len(held) == 2
+
+
+@pytest.mark.parametrize("batch", [3, 50])
+def test_prompts_decoded_at_once_give_the_same_report_but_for_speed(kept, trained, tmp_path, batch):
+    dice = evaluation.Dice(1.0, 1.0)
+    one, many = (evaluate(trained, None, count=6, dice=dice, batch=size) for size in (1, batch))
+
+    assert many["speed"] == {} and many["settings"] == one["settings"] | {"batch": batch}
+    assert one == many | {"speed": one["speed"], "settings": one["settings"]}
+    console = Console(width=200)
+    with console.capture() as text:
+        console.print(table(many))
+    assert "tokens a second: only measured with one prompt at a time" in text.get()
+
+
+def test_a_difference_says_what_to_leave_out_first(file, trained, monkeypatch):
+    from stages.evaluate import memory
+
+    masks = memory.ManyTexts._masks
+    monkeypatch.setattr(memory.ManyTexts, "_masks", lambda self: torch.zeros_like(masks(self)))
+    with pytest.raises(ProofError, match=r"; first evaluate without --plain .* and without --batch$"):
+        evaluate(trained, file, batch=4)
 
 
 def test_the_table_claims_no_speed_up_and_says_whence_the_replies_are(kept, trained):

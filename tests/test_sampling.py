@@ -8,6 +8,7 @@ that others were wrong in must fail the very same test.
 """
 
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -117,11 +118,13 @@ def make_draft(target, method):
         weight.data.normal_(0, spread, generator=generator)
     compute, known = draft.block_hidden, {}
 
-    def block_hidden(features_KND, anchor_id, start, kv):
-        kv.seen_KND = torch.cat([getattr(kv, "seen_KND", features_KND[:, :0]), features_KND], dim=1)
-        key = kv.seen_KND.numpy().tobytes(), anchor_id
+    def block_hidden(asks):
+        (ask,) = asks
+        new_KND = ask.features_KTD
+        ask.kv.seen_KND = torch.cat([getattr(ask.kv, "seen_KND", new_KND[:, :0]), new_KND], dim=1)
+        key = ask.kv.seen_KND.numpy().tobytes(), ask.anchor_id
         if key not in known:
-            known[key] = compute(kv.seen_KND, anchor_id, start, draft.new_kv())
+            known[key] = compute([replace(ask, features_KTD=ask.kv.seen_KND, kv=draft.new_kv())])
         return known[key]
 
     draft.block_hidden = block_hidden

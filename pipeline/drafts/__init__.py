@@ -2,7 +2,7 @@
 
 from pipeline.drafts.blocks import Blocks, Cell, eligible_anchors, lay_blocks, pack
 from pipeline.drafts.config import DraftConfig, default_gamma, needs_teacher
-from pipeline.drafts.decoding import DraftKV, Proposal, Sampling
+from pipeline.drafts.decoding import Ask, DraftKV, Proposal, Sampling
 from pipeline.drafts.dflash import DFlash
 from pipeline.drafts.domino import Domino
 from pipeline.drafts.draft import Draft, Knobs, Loss, init_weights
@@ -13,6 +13,7 @@ DRAFTS: dict[str, type[Draft]] = {"dflash": DFlash, "domino": Domino, "dspark": 
 
 __all__ = [
     "DRAFTS",
+    "Ask",
     "Blocks",
     "Cell",
     "Draft",

@@ -130,18 +130,25 @@ def _group_mask(blocks: "Blocks", group: Group, starts: list[int], window: int |
 
 
 class Decode:
-    """One block after a committed prefix: all of it on a full layer, the window's share on a sliding one."""
+    """One block of each text after its own committed prefix: all of it on a full layer, the window's share on a sliding
+    one. Prefixes differ in length, so texts attend one after the other; all else is done for all at once."""
 
-    def __init__(self, slots: int, start: int, device: torch.device):
-        self.slots, self.start, self.device = slots, start, device
+    def __init__(self, slots: int, starts: Sequence[int], device: torch.device):
+        self.slots, self.starts, self.device = slots, starts, device
 
     def __call__(self, q_AQE, context, own, window: int | None) -> Tensor:
-        """As `Dense.__call__`; context row r is position r."""
-        k_GLE, v_GLE = (torch.cat(pair, dim=1) for pair in zip(context, own, strict=True))
-        return attend(q_AQE, k_GLE, v_GLE, None if window is None else self._window(window))
+        """As `Dense.__call__`, but `context` has keys and values for each text; row r of them is position r."""
+        near_k, near_v = (values.split(self.slots, dim=1) for values in own)
+        outs = []
+        for start, q_ASE, far, *near in zip(
+            self.starts, q_AQE.split(self.slots, dim=1), context, near_k, near_v, strict=True
+        ):
+            k_GLE, v_GLE = (torch.cat(pair, dim=1) for pair in zip(far, near, strict=True))
+            outs.append(attend(q_ASE, k_GLE, v_GLE, None if window is None else self._window(start, window)))
+        return torch.cat(outs, dim=1)
 
-    def _window(self, window: int) -> Tensor:
+    def _window(self, start: int, window: int) -> Tensor:
         slots_S = torch.arange(self.slots, device=self.device)
-        earliest_S1 = (self.start + slots_S - (window - 1))[:, None]
-        context_SR = torch.arange(self.start, device=self.device) >= earliest_S1
+        earliest_S1 = (start + slots_S - (window - 1))[:, None]
+        context_SR = torch.arange(start, device=self.device) >= earliest_S1
         return torch.cat([context_SR, slots_S <= slots_S[:, None]], dim=1)

@@ -1,8 +1,9 @@
 """What decoding hands to a draft, keeps of it and gets back.
 
-T new rows   P proposals   V vocabulary   G key/value heads   E head size
+K layers   T new rows   D hidden size   P proposals   V vocabulary   G key/value heads   E head size
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ class Sampling:
     """Draw proposals from softmax(logits / temperature) instead of taking the likeliest."""
 
     temperature: float  # above 0
-    generator: torch.Generator  # of any device
+    generators: Sequence[torch.Generator]  # one a block, of any device: what one text draws is its own affair
 
 
 @dataclass(frozen=True)
@@ -52,3 +53,13 @@ class DraftKV:
     def layers(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values [G, length, E] of each layer."""
         return [(k[:, : self.length], v[:, : self.length]) for k, v in self._layers]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Where one text stands when its next block is asked for."""
+
+    features_KTD: Tensor  # the target's states at positions kv.length .. start - 1: those verified since the last block
+    anchor_id: int
+    start: int  # the anchor's true position
+    kv: DraftKV

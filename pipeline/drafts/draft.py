@@ -5,6 +5,7 @@ U rank of a correction
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +15,7 @@ from pipeline.drafts.attention import Decode, Dense, Grouped
 from pipeline.drafts.backbone import Backbone
 from pipeline.drafts.blocks import Blocks, Cell
 from pipeline.drafts.config import DraftConfig, needs_teacher
-from pipeline.drafts.decoding import DraftKV, Proposal, Sampling
+from pipeline.drafts.decoding import Ask, DraftKV, Proposal, Sampling
 from pipeline.drafts.elementwise import wide
 from pipeline.drafts.losses import chunk_blocks, head_loss
 from pipeline.drafts.metrics import slot_sums
@@ -144,44 +145,59 @@ class Draft(Backbone):
         return DraftKV()
 
     @torch.no_grad()
-    def block_hidden(self, features_KTD: Tensor, anchor_id: int, start: int, kv: DraftKV) -> Tensor:
-        """States [S, D] of one block at decode time (batch 1).
+    def block_hidden(self, asks: Sequence[Ask]) -> Tensor:
+        """States [N, S, D] of one block of each text at decode time.
 
-        features_KTD: the target's states at positions kv.length .. start - 1, those verified since the last call.
-        start: the anchor's true position. Slot k sits at start + k; the block's own keys are dropped afterwards.
+        Slot k sits at start + k; the blocks' own keys are dropped afterwards.
         """
-        K, T, _ = features_KTD.shape
-        assert kv.length + T == start, f"kv holds {kv.length} positions and {T} came, for an anchor at {start}"
-        assert len(self.config.target_layer_ids) == K, f"{K} layers for {self.config.target_layer_ids}"
         device, S = self.fc.weight.device, self.config.block_size
-        if T:
-            positions_T = torch.arange(kv.length, start, device=device)
-            kv.append(self.context_keys_values(features_KTD.to(device), positions_T))
-        ids_S = torch.full((S,), self.config.mask_token_id, device=device)
-        ids_S[0] = anchor_id
-        positions_S = torch.arange(start, start + S, device=device)
-        return self.slots(self._noise(ids_S), positions_S, kv.layers(), Decode(S, start, device))
+        self._remember(asks, device)
+        ids_NS = torch.full((len(asks), S), self.config.mask_token_id, device=device)
+        ids_NS[:, 0] = torch.tensor([ask.anchor_id for ask in asks], device=device)
+        starts = [ask.start for ask in asks]
+        positions_NS = torch.tensor(starts, device=device)[:, None] + torch.arange(S, device=device)
+        memory = list(zip(*(ask.kv.layers() for ask in asks), strict=True))
+        attention = Decode(S, starts, device)
+        return self.slots(self._noise(ids_NS.flatten()), positions_NS.flatten(), memory, attention).unflatten(
+            0, (-1, S)
+        )
+
+    def _remember(self, asks: Sequence[Ask], device: torch.device) -> None:
+        """Add the keys and values of what was verified to each text's memory, computed for all at once."""
+        for ask in asks:
+            K, T, _ = ask.features_KTD.shape
+            held = ask.kv.length
+            assert held + T == ask.start, f"kv holds {held} positions and {T} came, for an anchor at {ask.start}"
+            assert len(self.config.target_layer_ids) == K, f"{K} layers for {self.config.target_layer_ids}"
+        fresh = [ask for ask in asks if ask.start > ask.kv.length]
+        if not fresh:
+            return
+        counts = [ask.start - ask.kv.length for ask in fresh]
+        positions_R = torch.cat([torch.arange(ask.kv.length, ask.start, device=device) for ask in fresh])
+        features_KRD = torch.cat([ask.features_KTD.to(device) for ask in fresh], dim=1)
+        layers = self.context_keys_values(features_KRD, positions_R)
+        parts = [list(zip(k.split(counts, dim=1), v.split(counts, dim=1), strict=True)) for k, v in layers]
+        for ask, of_text in zip(fresh, zip(*parts, strict=True), strict=True):
+            ask.kv.append(of_text)
 
     @torch.no_grad()
-    def propose(
-        self,
-        features_KTD: Tensor,
-        anchor_id: int,
-        start: int,
-        kv: DraftKV,
-        sampling: Sampling | None = None,
-        threshold: float = 0.0,
-    ) -> Proposal:
-        """Guess the tokens at positions start + 1 .. start + P, greedily or drawn. Arguments as of `block_hidden`.
+    def propose(self, asks: Sequence[Ask], sampling: Sampling | None = None, threshold: float = 0.0) -> list[Proposal]:
+        """Guess, for each text, the tokens at positions start + 1 .. start + P, greedily or drawn.
 
-        threshold: cut the block before the first token whose confidence is below it; 0 keeps all.
+        threshold: cut each block before the first token whose confidence is below it; 0 keeps all.
         """
-        hidden_1SD = self.block_hidden(features_KTD, anchor_id, start, kv)[None]
-        anchor_1 = torch.tensor([anchor_id], device=hidden_1SD.device)
-        ids_1P, logits_1PV = self.roll(hidden_1SD, anchor_1, sampling)
-        kept = int(self.kept(hidden_1SD, anchor_1, ids_1P, threshold)) if threshold > 0 else ids_1P.shape[1]
-        q_PV = None if sampling is None else self.chances(logits_1PV[0, :kept], sampling.temperature)
-        return Proposal(ids_1P[0, :kept], q_PV)
+        hidden_NSD = self.block_hidden(asks)
+        anchors_N = torch.tensor([ask.anchor_id for ask in asks], device=hidden_NSD.device)
+        ids_NP, logits_NPV = self.roll(hidden_NSD, anchors_N, sampling)
+        kept = [ids_NP.shape[1]] * len(asks)
+        if threshold > 0:
+            kept = self.kept(hidden_NSD, anchors_N, ids_NP, threshold).tolist()
+        if sampling is None:
+            return [Proposal(ids_P[:count], None) for ids_P, count in zip(ids_NP, kept, strict=True)]
+        return [
+            Proposal(ids_P[:count], self.chances(logits_PV[:count], sampling.temperature))
+            for ids_P, logits_PV, count in zip(ids_NP, logits_NPV, kept, strict=True)
+        ]
 
     @torch.no_grad()
     def rollout(self, hidden_NSD: Tensor, anchor_ids_N: Tensor) -> Tensor:
@@ -218,7 +234,7 @@ class Draft(Backbone):
         if sampling is None:
             return raw_NV.argmax(-1)
         chances_NV = self.chances(raw_NV, sampling.temperature)
-        return draw(chances_NV, uniforms(len(chances_NV), sampling.generator))
+        return draw(chances_NV, torch.cat([uniforms(1, generator) for generator in sampling.generators]))
 
     def chances(self, raw_NV: Tensor, temperature: float) -> Tensor:
         """Probabilities [..., V] of uncapped logits at a temperature, in float32 at least."""

@@ -1,14 +1,15 @@
-"""Speculative decoding: the draft guesses a block, the target checks it in one forward. One prompt at a time.
+"""Speculative decoding: the draft guesses a block, the target checks it in one forward.
 
 The anchor is the last known token, which the target has not processed yet. A verification runs the target on the
 anchor and the draft's proposals; those it keeps are gained, and one token of its own after them. So the output is the
 target's, whatever the draft says: its likeliest tokens, or as likely as its own when they are drawn (`rejection.py`).
 
-    K layers   N new rows   D hidden size   P proposals   V vocabulary
+    B texts   K layers   N new rows   D hidden size   P proposals   V vocabulary
 """
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,16 +18,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from pipeline.accept import cut
-from pipeline.drafts import Draft, Proposal, Sampling
+from pipeline.drafts import Ask, Draft, DraftKV, Proposal, Sampling
 from pipeline.errors import UsageError
 from pipeline.sampling import prompt_generator
 from pipeline.target import tap_layers
+from stages.evaluate.memory import ManyTexts, OneText, check_croppable, new_kv
 from stages.evaluate.rejection import keep_by_chance, keep_equal
-
-# Layers that remember one entry a token. A linear attention's memory is a running sum, out of which rejected tokens
-# cannot be taken; other kinds keep more than keys and values.
-CROPPABLE = {"full_attention", "sliding_attention", "chunked_attention"}
-
 
 LOWEST = 1e-3  # the lowest temperature above 0
 
@@ -70,78 +67,138 @@ class Decoded:
     seconds: float
 
 
-def check_croppable(target: PreTrainedModel) -> None:
-    """Refuse a target from whose memory rejected tokens cannot be removed. UsageError."""
-    others = sorted(set(getattr(target.config.get_text_config(), "layer_types", None) or ()) - CROPPABLE)
-    if not others and any(getattr(module, "_is_stateful", False) for module in target.modules()):
-        others = ["recurrent"]  # transformers' own mark of models that cannot be rolled back
-    if others:
-        raise UsageError(
-            f"{type(target).__name__} has {others[0]} layers, whose memory cannot be cropped after a rejected block; "
-            "evaluate decodes targets with attention layers only, so judge this draft by the accept length that "
-            "`pipeline train-draft` reports"
-        )
+class _Text:
+    """A prompt, its reply so far, and what its next block is made from."""
+
+    def __init__(self, index: int, prompt_ids: Sequence[int], kv: DraftKV, dice: Dice | None):
+        self.index, self.prompt, self.ids, self.kv = index, len(prompt_ids), list(prompt_ids), kv
+        self.keep, self.generator = _rule(dice, prompt_ids)
+        self.lengths, self.matched, self.proposed = [], [], []
+        self.features_KTD: Tensor | None = None
+        self.start, self.ended, self.began = self.prompt, False, time.perf_counter()
+
+    def ask(self) -> Ask:
+        return Ask(self.features_KTD, self.ids[self.start], self.start, self.kv)
+
+    def take(self, block: Proposal, logits_NV: Tensor, features_KND: Tensor, stops: Collection[int]) -> int:
+        """Keep of a verified block what the target keeps, and return how many tokens were gained."""
+        tokens = self.keep(block, logits_NV)
+        matched, gained, self.ended = cut(tokens, stops)
+        self.ids += tokens[:gained]
+        self.start += gained
+        self.features_KTD = features_KND[:, :gained]
+        self.lengths.append(gained)
+        self.matched.append(matched)
+        self.proposed.append(len(block.ids_P))
+        return gained
+
+    def done(self, max_new: int) -> bool:
+        return self.ended or self.start >= self.prompt + max_new
+
+    def decoded(self, max_new: int) -> Decoded:
+        new, seconds = self.ids[self.prompt : self.prompt + max_new], time.perf_counter() - self.began
+        return Decoded(new, self.lengths, self.matched, self.proposed, 1 + len(self.lengths), seconds)
 
 
-def new_kv() -> DynamicCache:
-    """Memory of the target that can be cropped. Made without the config: sliding layers keep every row, masks rule."""
-    return DynamicCache()
+def speculative_decode(
+    target: PreTrainedModel, draft: Draft, prompt_ids: Sequence[int], max_new: int, *args, **options
+) -> Decoded:
+    """Decode one prompt; arguments as of `decode_many`."""
+    return next(decode_many(target, draft, [prompt_ids], max_new, *args, **options))[1]
 
 
 @torch.no_grad()
-def speculative_decode(
+def decode_many(
     target: PreTrainedModel,
     draft: Draft,
-    prompt_ids: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     max_new: int,
     stop_ids: Collection[int] = (),
     *,
     proposals: int | None = None,
     dice: Dice | None = None,
     threshold: float = 0.0,
-) -> Decoded:
-    """Decode with target and draft, at most `max_new` tokens after a prompt of at least one: greedily, or with `dice`.
+    batch: int = 1,
+) -> Iterator[tuple[int, Decoded]]:
+    """Yield each prompt's index and its decoded reply, in the order they end; `batch` prompts are decoded at once.
 
-    A stop token ends the reply and belongs to it. `proposals` verifies only the first so many of each block; later
-    ones never change them. `threshold` cuts each block where the draft's confidence falls below it; where nothing is
-    left, a verification is a plain step. Target and draft are in evaluation mode on one device.
+    At most `max_new` tokens after a prompt of at least one: the target's likeliest, or drawn with `dice`. A stop token
+    ends the reply and belongs to it. `proposals` verifies only the first so many of each block; later ones never change
+    them. `threshold` cuts each block where the draft's confidence falls below it; where nothing is left, a verification
+    is a plain step. Target and draft are in evaluation mode on one device. Where a prompt ends the next one begins, so
+    one round's forwards serve prompts at different places; with several at once, the seconds of each are not its own.
     """
     check_croppable(target)
-    assert len(prompt_ids) > 0 and max_new > 0, f"{len(prompt_ids)} prompt tokens, {max_new} new ones"
-    layers, stops = draft.config.target_layer_ids, frozenset(stop_ids)
-    keep, sampling = _rules(dice, prompt_ids)
-    began = time.perf_counter()
-    ids, lengths, kept, proposed = list(prompt_ids), [], [], []
-    kv, draft_kv = new_kv(), draft.new_kv()
+    assert max_new > 0 and all(len(ids) > 0 for ids in prompts), f"{max_new} new tokens after {prompts}"
+    memory = OneText(target) if batch == 1 else ManyTexts(target)
+    waiting, live, stops = deque(enumerate(prompts)), [], frozenset(stop_ids)
+    while waiting or live:
+        while waiting and len(live) < batch:
+            index, ids = waiting.popleft()
+            text = _Text(index, ids, draft.new_kv(), dice)
+            kv = _prefill(target, draft, text, stops)
+            if text.done(max_new):
+                yield index, text.decoded(max_new)
+            else:
+                memory.add(kv)
+                live.append(text)
+        if live:
+            _round(target, draft, memory, live, stops, proposals, dice, threshold)
+        for place in reversed(range(len(live))):
+            if live[place].done(max_new):
+                memory.drop(place)
+                text, live[place] = live[place], live[-1]
+                live.pop()
+                yield text.index, text.decoded(max_new)
+
+
+def _prefill(target: PreTrainedModel, draft: Draft, text: _Text, stops: Collection[int]) -> DynamicCache:
+    """Run the target over a prompt, take its first token, and return what the target remembers."""
+    kv, layers = new_kv(), draft.config.target_layer_ids
+    input_1N = torch.tensor([text.ids], device=target.device)
     with tap_layers(target, layers) as taken:
-        logits_NV = _run(target, ids, kv, last=True)
-        ids += keep(nothing(logits_NV.device), logits_NV)
-        features_KND = torch.cat([taken[layer] for layer in layers])
-        start, ended = len(prompt_ids), ids[-1] in stops
-        while start < len(prompt_ids) + max_new and not ended:
-            block = _first(draft.propose(features_KND, ids[start], start, draft_kv, sampling, threshold), proposals)
-            logits_NV = _run(target, [ids[start], *block.ids_P.tolist()], kv)
-            tokens, count = keep(block, logits_NV), len(block.ids_P)
-            matched, gained, ended = cut(tokens, stops)
-            ids += tokens[:gained]
-            lengths.append(gained)
-            kept.append(matched)
-            proposed.append(count)
-            features_KND = torch.cat([taken[layer][:, :gained] for layer in layers])
-            if gained <= count:
-                kv.crop(gained - count - 1)  # negative: so many rows off the end
-            start += gained
-    new = ids[len(prompt_ids) : len(prompt_ids) + max_new]
-    return Decoded(new, lengths, kept, proposed, 1 + len(lengths), time.perf_counter() - began)
+        logits_1V = target(input_ids=input_1N, past_key_values=kv, use_cache=True, logits_to_keep=1).logits[0]
+    text.ids += text.keep(nothing(logits_1V.device), logits_1V)
+    text.ended = text.ids[-1] in stops
+    text.features_KTD = torch.cat([taken[layer] for layer in layers])
+    return kv
 
 
-def _rules(dice: Dice | None, prompt_ids: Sequence[int]) -> tuple[Callable, Sampling | None]:
-    """Return how the target keeps proposals, and how the draft makes them; both draw from one generator."""
+def _round(
+    target: PreTrainedModel,
+    draft: Draft,
+    memory: OneText | ManyTexts,
+    live: Sequence[_Text],
+    stops: Collection[int],
+    proposals: int | None,
+    dice: Dice | None,
+    threshold: float,
+) -> None:
+    """Propose a block for every text, verify them in one forward, and keep what the target keeps."""
+    layers, sampling = draft.config.target_layer_ids, None
+    if dice is not None and dice.draft_temperature:
+        sampling = Sampling(dice.draft_temperature, [text.generator for text in live])
+    blocks = [_first(block, proposals) for block in draft.propose([text.ask() for text in live], sampling, threshold)]
+    pieces = [[text.ids[text.start], *block.ids_P.tolist()] for text, block in zip(live, blocks, strict=True)]
+    with tap_layers(target, layers) as taken:
+        logits_BNV = memory.run(pieces)
+    features_BKND = torch.stack([taken[layer] for layer in layers], dim=1)
+    memory.keep(
+        [
+            text.take(block, logits_NV[: len(piece)], features_KND, stops)
+            for text, block, piece, logits_NV, features_KND in zip(
+                live, blocks, pieces, logits_BNV, features_BKND, strict=True
+            )
+        ]
+    )
+
+
+def _rule(dice: Dice | None, prompt_ids: Sequence[int]) -> tuple[Callable, torch.Generator | None]:
+    """Return how the target keeps proposals of a text, and the generator that both it and the draft draw from."""
     if dice is None:
         return keep_equal, None
     generator = prompt_generator(dice.seed, prompt_ids)
-    keep = partial(keep_by_chance, temperature=dice.temperature, generator=generator)
-    return keep, Sampling(dice.draft_temperature, generator) if dice.draft_temperature else None
+    return partial(keep_by_chance, temperature=dice.temperature, generator=generator), generator
 
 
 def nothing(device: torch.device) -> Proposal:
@@ -151,10 +208,3 @@ def nothing(device: torch.device) -> Proposal:
 
 def _first(block: Proposal, count: int | None) -> Proposal:
     return Proposal(block.ids_P[:count], None if block.q_PV is None else block.q_PV[:count])
-
-
-def _run(target: PreTrainedModel, ids: list[int], kv: DynamicCache, last: bool = False) -> Tensor:
-    """Run the target on the next tokens and return its logits [N, V] after each, or after the last."""
-    input_1N = torch.tensor([ids], device=target.device)
-    kept = 1 if last else 0
-    return target(input_ids=input_1N, past_key_values=kv, use_cache=True, logits_to_keep=kept).logits[0]

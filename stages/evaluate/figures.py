@@ -38,14 +38,14 @@ class Outcome:
     stored: bool = False
 
 
-def decoded_figures(outcomes: Sequence[Outcome], proposals: int) -> dict:
-    """Return the report's parts that greedy decoding alone decides."""
+def decoded_figures(outcomes: Sequence[Outcome], proposals: int, batch: int) -> dict:
+    """Return the report's parts that greedy decoding alone decides. Speeds only of prompts decoded one at a time."""
     ties = [done.tie for done in outcomes if done.tie is not None]
     counts = {"prompts": len(outcomes), "identical": len(outcomes) - len(ties), "near_ties": len(ties)}
     counts["from_file"] = sum(done.stored for done in outcomes)
     return {
         **accept_figures([(done.prompt, done.fast) for done in outcomes], proposals),
-        "speed": speed_figures(outcomes),
+        "speed": speed_figures(outcomes) if batch == 1 else {},
         "lossless": counts,
         "near_ties": [asdict(tie) for tie in ties],
     }
@@ -240,6 +240,8 @@ def _cuts(found: list[dict] | None) -> list:
 
 
 def _speed(of: dict) -> str:
+    if not of:
+        return "tokens a second: only measured with one prompt at a time"
     if "speedup" not in of:
         return f"tokens a second: {of['speculative_tokens_s']:.0f} speculative"
     return (

@@ -59,10 +59,13 @@ class NearTie:
 
 
 class Judge:
-    """Compares replies. A first difference is scored again without kv in float32."""
+    """Compares replies. A first difference is scored again without kv in float32.
 
-    def __init__(self, target: PreTrainedModel):
-        self.target = target
+    block: tokens verified at once, of each of `batch` prompts.
+    """
+
+    def __init__(self, target: PreTrainedModel, block: int, batch: int = 1):
+        self.target, self.block, self.batch = target, block, batch
 
     @cached_property
     def _exact(self) -> PreTrainedModel:
@@ -77,12 +80,10 @@ class Judge:
                 "use a larger device, or --device cpu"
             ) from error
 
-    def compare(
-        self, prompt: str, prompt_ids: Sequence[int], fast: Decoded, plain: Decoded, block: int
-    ) -> NearTie | None:
+    def compare(self, prompt: str, prompt_ids: Sequence[int], fast: Decoded, plain: Decoded) -> NearTie | None:
         """Return None for identical replies, or the near tie at which the comparison ends.
 
-        `block` tokens were verified at once. Raises ProofError for any other difference.
+        Raises ProofError for any other difference.
         """
         position = first_difference(fast.ids, plain.ids)
         if position is None:
@@ -93,7 +94,7 @@ class Judge:
         logits = tuple(None if token is None else float(exact_V[token]) for token in tokens)
         if None in tokens:  # equal so far, and only one goes on: a stop token or the limit is mishandled
             raise ProofError(_fault(prompt, position, tokens, logits, "only one of the two goes on"))
-        difference = self.difference(prefix, len(prompt_ids), fast.lengths, block)
+        difference = self.difference(prefix, len(prompt_ids), fast.lengths)
         if abs(logits[0] - logits[1]) > FACTOR * difference:
             cause = f"block and single forward differ by {difference:.3g} there"
             raise ProofError(_fault(prompt, position, tokens, logits, cause))
@@ -106,31 +107,32 @@ class Judge:
         return self._exact(input_ids=ids_1T, use_cache=False, logits_to_keep=1).logits[0, -1]
 
     @torch.no_grad()
-    def difference(self, prefix: Sequence[int], prompt: int, lengths: Sequence[int], block: int) -> float:
+    def difference(self, prefix: Sequence[int], prompt: int, lengths: Sequence[int]) -> float:
         """Return the largest difference of two logits after `prefix` between forwards of blocks and of single tokens.
 
         Both replay the true tokens after a prefill of the prompt: the one in the blocks that were accepted, each filled
-        up to `block` as it was when verified (shapes decide rounding, what fills them does not), the other a token at
-        a time. No draft, no verification and no crop of theirs: a fault there must not widen the measure that is to
-        find it.
+        up to a block and as many times as when verified (shapes decide rounding, what fills them does not), the other a
+        token at a time. No draft, no verification and no crop of theirs: a fault there must not widen the measure that
+        is to find it.
         """
         pieces = _in_blocks(list(prefix), prompt, lengths)
-        by_block_V = self._replay(pieces, block)
+        by_block_V = self._replay(pieces, self.block, self.batch)
         first = min(prompt, len(prefix) - 1)
         single = [list(prefix[:first])] * (first > 0) + [[token] for token in prefix[first:]]
-        return float((by_block_V - self._replay(single, 1)).abs().max())
+        return float((by_block_V - self._replay(single, 1, 1)).abs().max())
 
-    def _replay(self, pieces: Sequence[list[int]], width: int) -> Tensor:
-        """Run the target over a text, its prefill and then pieces filled up to `width`; return the last logits [V]."""
+    def _replay(self, pieces: Sequence[list[int]], width: int, batch: int) -> Tensor:
+        """Run the target over copies of a text, its prefill and then pieces filled up to `width`; return one's last
+        logits [V]."""
         kv, rows = DynamicCache(), 0
         for number, piece in enumerate(pieces):
             filled = piece + piece[-1:] * (width - len(piece)) * (number > 0)
-            ids_1T = torch.tensor([filled], device=self.target.device)
-            logits_1TV = self.target(input_ids=ids_1T, past_key_values=kv, use_cache=True).logits
+            ids_BT = torch.tensor([filled] * batch, device=self.target.device)
+            logits_BTV = self.target(input_ids=ids_BT, past_key_values=kv, use_cache=True).logits
             rows += len(piece)
             for layer in kv.layers:
                 layer.keys, layer.values = layer.keys[..., :rows, :], layer.values[..., :rows, :]
-        return logits_1TV[0, len(pieces[-1]) - 1].float()
+        return logits_BTV[0, len(pieces[-1]) - 1].float()
 
 
 def first_difference(fast: Sequence[int], plain: Sequence[int]) -> int | None:

@@ -6,9 +6,11 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -26,7 +28,7 @@ from pipeline.recipe import TrainSection, load_recipe
 from pipeline.split import split_samples
 from pipeline.target import head_of, load_target, stop_tokens
 from pipeline.target_files import find_target, target_digest, target_name
-from stages.evaluate.decode import Dice, speculative_decode
+from stages.evaluate.decode import Decoded, Dice, decode_many, speculative_decode
 from stages.evaluate.figures import (
     Outcome,
     agreement,
@@ -41,6 +43,8 @@ from stages.evaluate.proof import Judge, places, plain_decode
 from stages.evaluate.replies import PlainReplies, deciding
 
 __all__ = ["Dice", "run", "table"]
+
+T = TypeVar("T")
 
 SAY_EVERY = 5.0  # seconds between lines where there is no terminal
 PLAIN_LIST = re.compile(r'\[\n[^][{}"]*\]')  # of numbers; JSON's texts hold no bare newline, so it is in none of them
@@ -59,11 +63,13 @@ def run(
     dice: Dice | None = None,
     threshold: float = 0.0,
     plain: Path | None = None,
+    batch: int = 1,
 ) -> dict:
     """Evaluate a run's newest checkpoint, a checkpoint or a published folder; return the report, kept at `out` too.
 
     Greedily, and with `dice` once more with replies that are drawn. `threshold` cuts blocks by the draft's confidence.
-    `plain` is a file that keeps plain replies from one evaluation to the next. Raises UsageError for what does not fit
+    `plain` is a file that keeps plain replies from one evaluation to the next. `batch` prompts are decoded at once: far
+    sooner done, but no speeds are measured. Raises UsageError for what does not fit
     together, DataError for unusable prompts, CacheError for a damaged cache, ProofError when an output differs from
     plain decoding by more than a near tie.
     """
@@ -91,12 +97,18 @@ def run(
     replies = PlainReplies()
     if plain is not None:
         replies = PlainReplies.open(Path(plain), deciding(target, target_digest(folder), max_new, stops))
-    outcomes = decode_all(target, drafter, asked, max_new, stops, threshold, replies)
+    together = partial(decode_many, target, drafter, [prompt.ids for prompt in asked], max_new, stops)
+    together = partial(together, threshold=threshold, batch=min(batch, len(asked)))
+    judge = Judge(target, drafter.config.proposals + 1, batch)
+    if batch == 1:
+        speculative_decode(target, drafter, asked[0].ids, 2, threshold=threshold)  # so that no first call is timed
+    outcomes = decode_all(judge, asked, together, max_new, stops, replies)
     settings = {
         "prompts": str(prompts or f"held-out samples of the cache{'' if known else ', if the draft never saw them'}"),
         "max_new": max_new,
         "temperature": 0,
         "threshold": threshold,
+        "batch": batch,
         "device": str(target.device),
         "dtype": str(target.dtype).removeprefix("torch."),
     }
@@ -105,8 +117,8 @@ def run(
         "target": name,
         "cache": None if store is None else store.digest,
         "settings": settings,
-        **decoded_figures(outcomes, config.proposals),
-        "sampled": None if dice is None else draw_all(target, drafter, asked, max_new, stops, dice, threshold),
+        **decoded_figures(outcomes, config.proposals, batch),
+        "sampled": None if dice is None else draw_all(target, drafter, asked, together, dice),
         "agreement": None,
         "confidence": None,
         "teacher_forced": {} if store is None else teacher_forced(drafter, store, heldout),
@@ -263,68 +275,72 @@ def check_room(target: PreTrainedModel, asked: Sequence[Prompt], max_new: int, p
 
 
 def decode_all(
-    target: PreTrainedModel,
-    draft: Draft,
+    judge: Judge,
     asked: Sequence[Prompt],
+    together: Callable[..., Iterator[tuple[int, Decoded]]],
     max_new: int,
     stops: frozenset[int],
-    threshold: float,
     replies: PlainReplies,
 ) -> list[Outcome]:
     """Decode every prompt greedily with and without the draft, and judge each difference. ProofError for a real one.
 
-    Without it only those whose plain reply is not among `replies`, to which the others are added in the end.
+    `together` decodes them with it. Without it only those are decoded whose plain reply is not among `replies`, and
+    added to them in the end, whatever ends it.
     """
-    judge, outcomes, held = Judge(target), [], [replies.find(prompt.ids) for prompt in asked]
+    outcomes: list[Outcome | None] = [None] * len(asked)
+    held = [replies.find(prompt.ids) for prompt in asked]
     if not any(held):
-        plain_decode(target, asked[0].ids, 2)  # first calls are slow, and seconds are compared
-    speculative_decode(target, draft, asked[0].ids, 2, threshold=threshold)
-    for prompt, plain in zip(shown(asked, "decoding"), held, strict=True):
-        stored = plain is not None
-        if not stored:
-            plain = plain_decode(target, prompt.ids, max_new, stops)
-            replies.add(prompt.ids, plain)
-        fast = speculative_decode(target, draft, prompt.ids, max_new, stops, threshold=threshold)
-        try:
-            tie = judge.compare(prompt.name, prompt.ids, fast, plain, draft.config.proposals + 1)
-        except ProofError as error:
-            doubt = f" (the plain reply is from {replies.path}: evaluate without --plain first)" if stored else ""
-            raise ProofError(f"{error}{doubt}") from error
-        outcomes.append(Outcome(prompt, fast, plain, tie, stored))
-    replies.write()
+        plain_decode(judge.target, asked[0].ids, 2)  # nor here
+    try:
+        for index, fast in shown(together(), len(asked), "decoding"):
+            prompt, plain = asked[index], held[index]
+            if plain is None:
+                plain = plain_decode(judge.target, prompt.ids, max_new, stops)
+                replies.add(prompt.ids, plain)
+            try:
+                tie = judge.compare(prompt.name, prompt.ids, fast, plain)
+            except ProofError as error:
+                raise ProofError(f"{error}{_doubt(held[index] is not None and replies.path, judge.batch)}") from error
+            outcomes[index] = Outcome(prompt, fast, plain, tie, held[index] is not None)
+    finally:
+        replies.write()
     return outcomes
+
+
+def _doubt(path: Path | None, batch: int) -> str:
+    """What to rule out before a difference is reported."""
+    without = [f"--plain (the plain reply is from {path})"] * bool(path) + ["--batch"] * (batch > 1)
+    return f"; first evaluate without {' and without '.join(without)}" if without else ""
 
 
 def draw_all(
     target: PreTrainedModel,
     draft: Draft,
     asked: Sequence[Prompt],
-    max_new: int,
-    stops: frozenset[int],
+    together: Callable[..., Iterator[tuple[int, Decoded]]],
     dice: Dice,
-    threshold: float = 0.0,
 ) -> dict:
     """Draw a reply to every prompt with target and draft; return the report's part. ProofError for biased ones."""
-    drawn, found = [], []
-    for prompt in shown(asked, "drawing"):
-        fast = speculative_decode(target, draft, prompt.ids, max_new, stops, dice=dice, threshold=threshold)
-        drawn.append((prompt, fast))
-        found += places(target, prompt.ids, fast.ids, dice.temperature)
+    replies: list[Decoded | None] = [None] * len(asked)
+    for index, fast in shown(together(dice=dice), len(asked), "drawing"):
+        replies[index] = fast
+    drawn = list(zip(asked, replies, strict=True))
+    found = [place for prompt, fast in drawn for place in places(target, prompt.ids, fast.ids, dice.temperature)]
     return drawn_figures(drawn, found, dice, draft.config.proposals)
 
 
-def shown(asked: Sequence[Prompt], doing: str) -> Iterator[Prompt]:
-    """Yield the prompts and say how far we are: a bar on a terminal, a line every few seconds elsewhere."""
+def shown(ended: Iterable[T], count: int, doing: str) -> Iterator[T]:
+    """Yield what has ended and say how far we are: a bar on a terminal, a line every few seconds elsewhere."""
     console = Console(stderr=True)
     if console.is_terminal:
-        yield from track(asked, doing, console=console, transient=True)
+        yield from track(ended, doing, total=count, console=console, transient=True)
         return
     said = time.monotonic()
-    for number, prompt in enumerate(asked):
-        yield prompt
+    for number, one in enumerate(ended, 1):
+        yield one
         if time.monotonic() - said > SAY_EVERY:
             said = time.monotonic()
-            print(f"{doing}: {number + 1} of {len(asked)} prompts", file=sys.stderr)
+            print(f"{doing}: {number} of {count} prompts", file=sys.stderr)
 
 
 def _device() -> str:

@@ -1,0 +1,153 @@
+"""Several texts decoded at once, each in a row of one memory, are what each is alone."""
+
+import pytest
+import torch
+from test_decode import DRAFTED, PROMPT, make_draft
+from tiny import config, random_model
+from transformers import MistralConfig
+
+from pipeline.errors import ProofError, UsageError
+from stages.evaluate import memory
+from stages.evaluate.decode import Dice, decode_many, speculative_decode
+from stages.evaluate.proof import Judge, plain_decode
+
+PROMPTS = [PROMPT, PROMPT[:1], PROMPT * 9, [7, *PROMPT], [9, 8], PROMPT * 3, [200, 201, 202]]
+MIXED = {"use_sliding_window": True, "sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"] * 3}
+TARGETS = {
+    "full": lambda: config(),
+    "mixed": lambda: config(**MIXED),
+    "sliding": lambda: config(**MIXED | {"layer_types": ["sliding_attention"] * 6}),
+    "sliding without kinds": lambda: MistralConfig(
+        **{name: getattr(config(), name) for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")},
+        **{name: getattr(config(), name) for name in ("num_attention_heads", "num_key_value_heads")},
+        num_hidden_layers=6,
+        sliding_window=6,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def target():
+    return random_model(config())
+
+
+def facts(reply):
+    return reply.ids, reply.lengths, reply.matched, reply.proposed, reply.target_calls
+
+
+def alone(target, draft, new, stops=(), prompts=PROMPTS, **options):
+    return [facts(speculative_decode(target, draft, ids, new, stops, **options)) for ids in prompts]
+
+
+def together(target, draft, new, stops=(), prompts=PROMPTS, **options):
+    found = [None] * len(prompts)
+    for index, reply in decode_many(target, draft, prompts, new, stops, **options):
+        assert found[index] is None, f"prompt {index} came twice"
+        found[index] = facts(reply)
+    return found
+
+
+@pytest.mark.parametrize("dice", [None, Dice(1.0, 1.0, 3), Dice(0.8, 0.0, 4)], ids=["greedy", "drawn", "one-hot"])
+@pytest.mark.parametrize(("method", "options"), DRAFTED)
+def test_texts_decoded_at_once_are_what_each_is_alone(target, method, options, dice):
+    draft = make_draft(target, method, **options)
+    assert together(target, draft, 20, batch=3, dice=dice) == alone(target, draft, 20, dice=dice)
+
+
+@pytest.mark.parametrize("batch", [2, 5, 7, 50])
+def test_they_end_at_their_own_stops_and_limits(target, batch):
+    draft = make_draft(target)
+    stops = {plain_decode(target, ids, 9).ids[at] for ids, at in zip(PROMPTS[:3], (0, 4, 8), strict=True)}
+
+    found = together(target, draft, 12, stops, batch=batch)
+
+    assert found == alone(target, draft, 12, stops)
+    assert len({len(ids) for ids, *_ in found}) > 2, "all ended at one place: nothing was shown"
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.99])
+def test_blocks_cut_to_different_lengths_are_verified_in_one_forward(target, threshold):
+    draft = make_draft(
+        target, "dspark", shift_label=True, markov_rank=8, markov_head_type="rnn", enable_confidence_head=True,
+        confidence_head_with_markov=True, alpha_confidence=1.0,
+    )  # fmt: skip
+    for weight in (draft.confidence_head.proj.weight, draft.markov_head.markov_w1.weight):
+        weight.data *= 50  # sure of some tokens, not of others
+
+    found = together(target, draft, 16, batch=4, threshold=threshold)
+
+    assert found == alone(target, draft, 16, threshold=threshold)
+    if threshold == 0.5:
+        assert len({count for *_, proposed, _ in found for count in proposed}) > 2
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_every_kind_of_layer_sees_what_it_sees_alone(kind):
+    target = random_model(TARGETS[kind]())
+    draft = make_draft(target)
+    found = together(target, draft, 24, batch=4)
+    assert found == alone(target, draft, 24)
+    assert [ids for ids, *_ in found] == [plain_decode(target, ids, 24).ids for ids in PROMPTS]
+
+
+def test_eager_attention_takes_the_same_masks(target):
+    eager = random_model(config(attn_implementation="eager"))
+    assert eager.config._attn_implementation == "eager"
+    assert together(eager, make_draft(eager), 16, batch=3) == alone(target, make_draft(target), 16)
+
+
+def test_a_kernel_or_layers_without_such_masks_are_refused(target, monkeypatch):
+    draft = make_draft(target)
+    with monkeypatch.context() as patched:
+        patched.setattr(target.config, "layer_types", ["chunked_attention"] * 6)
+        with pytest.raises(UsageError, match=r"has chunked_attention layers, .*; leave --batch out"):
+            together(target, draft, 4, batch=2)
+    monkeypatch.setattr(target.config, "_attn_implementation_internal", "flash_attention_2")
+    with pytest.raises(UsageError, match=r"attends by 'flash_attention_2', .*; leave --batch out"):
+        together(target, draft, 4, batch=2)
+
+
+def prove(target, draft):
+    judge = Judge(target, draft.config.proposals + 1, 3)
+    for index, fast in decode_many(target, draft, PROMPTS, 24, batch=3):
+        judge.compare(f"prompt {index}", PROMPTS[index], fast, plain_decode(target, PROMPTS[index], 24))
+
+
+def keep_one_too_many(monkeypatch):
+    keep = memory.ManyTexts.keep
+    monkeypatch.setattr(memory.ManyTexts, "keep", lambda self, counts: keep(self, [count + 1 for count in counts]))
+
+
+def leave_a_row_where_it_was(monkeypatch):
+    def drop(self, text):
+        self.lengths[text] = self.lengths[-1]
+        self.lengths.pop()
+
+    monkeypatch.setattr(memory.ManyTexts, "drop", drop)
+
+
+def show_what_comes_later(monkeypatch):
+    masks = memory.ManyTexts._masks
+    monkeypatch.setattr(memory.ManyTexts, "_masks", lambda self: torch.zeros_like(masks(self)))
+
+
+@pytest.mark.parametrize("broken", [keep_one_too_many, leave_a_row_where_it_was, show_what_comes_later])
+def test_a_broken_memory_is_caught(target, monkeypatch, broken):
+    draft = make_draft(target)
+    prove(target, draft)
+    broken(monkeypatch)
+    with pytest.raises(ProofError, match="is not the target's"):
+        prove(target, draft)
+
+
+def test_in_bfloat16_they_differ_by_near_ties_only():
+    target = random_model(config()).to(torch.bfloat16)
+    prove(target, make_draft(target).to(torch.bfloat16))  # raises for anything else
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_they_differ_by_near_ties_only():
+    for kind in (torch.float32, torch.bfloat16):
+        target = random_model(config(**MIXED)).to("cuda", kind)
+        prove(target, make_draft(target).to("cuda", kind))
