@@ -6,14 +6,13 @@ This is the only door: it imports the stages inside command bodies, so that `--h
 import contextlib
 import json
 import sys
-from pathlib import Path
 
 import click
 
 from pipeline import __version__
-from pipeline.errors import CacheError, ProofError
+from pipeline.errors import CacheError, ProofError, UsageError
 from pipeline.exits import OnACache, run_and_exit
-from pipeline.options import FOLDER, PATH, capture_options
+from pipeline.options import FOLDER, PATH, REPORT, capture_options
 
 
 class InWorkflowOrder(click.Group):
@@ -274,21 +273,30 @@ def check_export(folder, target_layers, as_json):
 
 
 @commands.command()
-@click.argument("reports", type=click.Path(exists=True, dir_okay=False, path_type=Path), nargs=-1, required=True)
+@click.argument("reports", type=REPORT, nargs=-1, required=True)
 @click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
 @click.option("--forced", is_flag=True, help="Add the teacher-forced accept lengths.")
 @click.option(
     "--plot", "drawing", type=PATH, metavar="FILE", help="Draw accept length by training steps, too: .svg or .png."
 )
-def report(reports, markdown, forced, drawing):
+@click.option("--against", multiple=True, type=REPORT, help="Compare with this one, prompt by prompt; one a seed.")
+def report(reports, markdown, forced, drawing, against):
     """Put evaluation reports of one target side by side.
 
-    Runs that differ only in their seed become one column, and one mark of a plot.
+    Runs that differ only in their seed become one column, and one mark of a plot. With --against a draft is a row: how
+    far it is ahead of that baseline over the same prompts, and after how many steps it would have reached it.
     """
     from pipeline.plot import plot
     from pipeline.report import comparison
 
-    table = comparison(reports, markdown, forced)
+    if against:
+        from pipeline.against import against as compare
+
+        if forced:
+            raise UsageError("--forced adds rows to the table of domains, which --against replaces; leave one out")
+        table = compare(reports, against, markdown)
+    else:
+        table = comparison(reports, markdown, forced)
     if drawing:
         plot(reports, drawing)
     click.echo(table) if markdown else console().print(table)

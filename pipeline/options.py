@@ -6,6 +6,7 @@ import click
 
 PATH = click.Path(path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
+REPORT = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 def capture_options(command):

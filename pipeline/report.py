@@ -158,11 +158,11 @@ def comparison(paths: Sequence[Path], markdown: bool = False, forced: bool = Fal
     Reports that differ only in their seed are pooled into one column. Figures of drawn replies have rows of their own.
     `forced` adds the teacher-forced figures.
     """
-    columns = _columns(load_reports(paths))
+    columns = columns_of(load_reports(paths))
     domains = sorted({domain for reports in columns.values() for report in reports for domain in report["domains"]})
     figures = {domain: lambda reports, domain=domain: cell(reports, domain) for domain in domains}
     figures |= {"all": lambda reports: cell(reports, None), "mean of domains": _mean_of_domains}
-    for drawn in sorted({drawn for reports in columns.values() for drawn in map(_drawn, reports)} - {None}):
+    for drawn in sorted({drawn for reports in columns.values() for drawn in map(drawn_at, reports)} - {None}):
         figures |= _drawn_rows(*drawn)
     if forced:
         figures |= {f"{domain}, forced": lambda reports, name=domain: _forced(reports, name) for domain in domains}
@@ -182,13 +182,13 @@ def comparison(paths: Sequence[Path], markdown: bool = False, forced: bool = Fal
     return Group(table, "", Text(note + forced_note, style="dim"))
 
 
-def _columns(reports: list[dict]) -> dict[str, list[dict]]:
+def columns_of(reports: list[dict]) -> dict[str, list[dict]]:
     """Pool the reports of drafts that differ only in their seed. Others of one name are told apart by a folder's."""
     pooled = defaultdict(list)
     for report in reports:
         draft = report["draft"]
         conventions = draft.get("block_size"), draft.get("proposals"), draft.get("parameters")
-        pooled[_name(report), draft.get("recipe"), report.get("cache"), *conventions].append(report)
+        pooled[name_of(report), draft.get("recipe"), report.get("cache"), *conventions].append(report)
     names, columns = Counter(name for name, *_ in pooled), {}
     for (name, *_), members in pooled.items():
         head = name if names[name] == 1 else f"{name} ({Path(members[0]['draft'].get('path', '')).name})"
@@ -196,11 +196,11 @@ def _columns(reports: list[dict]) -> dict[str, list[dict]]:
     return columns
 
 
-def _name(report: dict) -> str:
+def name_of(report: dict, steps: bool = True) -> str:
     """What a column is called: what is most compared of a draft, and how its blocks were cut."""
     draft = report["draft"]
-    steps = [f"{draft['steps']:,} steps"] if draft.get("steps") else []
-    return ", ".join([draft["method"], *variants(report), *steps])
+    said = [f"{draft['steps']:,} steps"] if steps and draft.get("steps") else []
+    return ", ".join([draft["method"], *variants(report), *said])
 
 
 def variants(report: dict) -> list[str]:
@@ -213,7 +213,7 @@ def variants(report: dict) -> list[str]:
     return [part for part in parts if part]
 
 
-def _drawn(report: dict) -> tuple[float, float] | None:
+def drawn_at(report: dict) -> tuple[float, float] | None:
     """The temperatures of target and draft that replies were drawn at."""
     sampled = report.get("sampled")
     return (sampled["temperature"], sampled["draft_temperature"]) if sampled else None
@@ -225,7 +225,7 @@ def _drawn_rows(temperature: float, of_draft: float) -> dict:
     title = f"T = {temperature:g}{drafts}"
 
     def parts(reports: list[dict]) -> list[dict]:
-        return [report["sampled"] for report in reports if _drawn(report) == (temperature, of_draft)]
+        return [report["sampled"] for report in reports if drawn_at(report) == (temperature, of_draft)]
 
     return {
         f"all, {title}": lambda reports: cell(parts(reports), None),
@@ -253,15 +253,21 @@ def accept_length(reports: list[dict], domain: str | None = None) -> tuple[float
             f"seeds of one recipe were evaluated on other prompts ({counts} of them), which cannot be "
             "pooled; evaluate each with the same --count, --prompts and cache"
         )
+    prompts = prompts_of(reports, domain)
+    if not prompts:
+        return None
+    tokens_n, calls_n = np.stack(list(prompts.values())).T
+    return (tokens_n.sum() / calls_n.sum(), *bootstrap(tokens_n, calls_n, seed=0))
+
+
+def prompts_of(reports: list[dict], domain: str | None = None) -> dict[tuple[int, str], np.ndarray]:
+    """Return tokens and calls of every prompt that took a call, by its place and domain, seeds added up."""
     prompts = defaultdict(lambda: np.zeros(2))
     for report in reports:
         for number, sample in enumerate(report["samples"]):
             if sample["lengths"] and domain in (None, sample["domain"]):
                 prompts[number, sample["domain"]] += (sum(sample["lengths"]), len(sample["lengths"]))
-    if not prompts:
-        return None
-    tokens_n, calls_n = np.stack(list(prompts.values())).T
-    return (tokens_n.sum() / calls_n.sum(), *bootstrap(tokens_n, calls_n, seed=0))
+    return prompts
 
 
 def _mean_of_domains(reports: list[dict]) -> str:
