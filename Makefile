@@ -15,8 +15,8 @@ SEEDS := 0 1 2
 # What drafts learn from, at the demo's steps; of DSpark what is published, labels alone, and the best of the others.
 OBJECTIVES := $(foreach method,dflash domino,$(addprefix $(method).,ce ce+dpace kl tv lk-alpha lk-hybrid)) \
   $(addprefix dspark.,ce dspark kl)
-# Of these, what keeps up with the published objective: how few steps do?
-QUICK := dflash.kl domino.kl dspark.ce dspark.kl
+# Of these, what is ahead of the published objective, or beside it.
+BETTER := dflash.kl domino.kl dspark.ce dspark.kl
 RESULT_PROMPTS := 160
 
 .PHONY: install demo test lint results bench paired clean
@@ -57,25 +57,23 @@ lint: install
 
 # Hours, in the background: every method, objective, budget and seed, two runs at a time, each resumable; then the
 # README's tables. A run is method.objective.steps.seed; those whose report is in data/results/ are done. The target's own
-# replies are decoded once for all of them, and kept. Drafts are compared with their method's published recipe, and
-# Domino's with DSpark's as well.
+# replies are decoded once for all of them, and kept. Drafts are compared with their method's published recipe and
+# Domino's with DSpark's, too; then that recipe at every budget with what is better: after how many steps is it as good?
 RESULTS := data/results
-published = $(if $(filter dspark,$(1)),dspark,ce)
+recipe = $(1).$(if $(filter dspark,$(1)),dspark,ce)
 LESSONS := $(foreach seed,$(SEEDS),$(OBJECTIVES:%=$(RESULTS)/%.$(DEMO_STEPS).$(seed).json))
-LESSONS += $(foreach seed,$(SEEDS),$(QUICK:%=$(RESULTS)/%.$(firstword $(BUDGETS)).$(seed).json))
 RUNS := $(foreach steps,$(BUDGETS),$(foreach seed,$(SEEDS),$(foreach method,$(METHODS),\
-  $(RESULTS)/$(method).$(call published,$(method)).$(steps).$(seed).json)))
-against = $(PIPELINE) report --markdown $(filter $(RESULTS)/$(1).%,$(LESSONS)) \
-  $(SEEDS:%=--against $(RESULTS)/$(2).$(call published,$(2)).$(DEMO_STEPS).%.json)
+  $(RESULTS)/$(call recipe,$(method)).$(steps).$(seed).json)))
+against = $(PIPELINE) report --markdown $(1) $(SEEDS:%=--against $(RESULTS)/$(2).$(DEMO_STEPS).%.json)
+of = $(filter $(RESULTS)/$(1).%,$(2))
 
 results: install
 	$(PIPELINE) cache-hidden --model $(TARGET) --out $(CACHE)
 	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 $(LESSONS) $(RUNS)
 	$(PIPELINE) report --markdown --forced --plot $(RESULTS)/accept-length.svg $(RUNS)
-	$(call against,dflash,dflash)
-	$(call against,domino,domino)
-	$(call against,dspark,dspark)
-	$(call against,domino,dspark)
+	$(foreach method,$(METHODS),$(call against,$(call of,$(method),$(LESSONS)),$(call recipe,$(method))) &&) true
+	$(call against,$(call of,domino,$(LESSONS)),$(call recipe,dspark))
+	$(foreach better,$(BETTER),$(call against,$(call of,$(basename $(better)),$(RUNS)),$(better)) &&) true
 
 $(RESULTS)/%.json: run = $(subst ., ,$*)
 $(RESULTS)/%.json: dpace = $(if $(findstring +dpace,$*),--set draft.weighting=dpace)
