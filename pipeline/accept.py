@@ -257,10 +257,14 @@ def _figures(walks: Sequence[Span], seed: int) -> dict:
     }
 
 
+def resamples(count: int, seed: int) -> np.ndarray:
+    """Return how often each of `count` prompts, at least one, is in each resample of as many [B, n]."""
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+
+
 def bootstrap(tokens_n: np.ndarray, calls_n: np.ndarray, seed: int) -> list[float]:
     """Return the 95 % interval of sum(tokens) / sum(calls) over resampled prompts; [0, 0] without any."""
-    n = len(calls_n)
-    if not n:
+    if not len(calls_n):
         return [0.0, 0.0]
-    drawn_Bn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    drawn_Bn = resamples(len(calls_n), seed)
     return [float(edge) for edge in np.quantile((drawn_Bn @ tokens_n) / (drawn_Bn @ calls_n), [0.025, 0.975])]

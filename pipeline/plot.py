@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import RoomError, UsageError
+from pipeline.evaluations import accept_length, load_reports, variants
 from pipeline.published.card import TITLES
-from pipeline.report import accept_length, load_reports, variants
 
 # Okabe and Ito's colours, told apart with any kind of colour blindness; their yellow is too light for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -58,8 +58,11 @@ def plot(paths: Sequence[Path], out: Path) -> None:
     reports = load_reports(paths)
     for path, report in zip(paths, reports, strict=True):
         _check(path, report)
+    lines = lines_of(reports)
+    for line in lines:
+        _check_line(line)
     title = f"{reports[0]['target']}: accept length by training steps"
-    data = _rendered(lines_of(reports), title, _note(reports), out.suffix.lower())
+    data = _rendered(lines, title, _note(reports), out.suffix.lower())
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(data)
@@ -78,10 +81,7 @@ def _check(path: Path, report: dict) -> None:
 
 
 def lines_of(reports: list[dict]) -> list[Line]:
-    """Return the lines of a plot in the order their drafts come in.
-
-    Raises UsageError where one would have two values at one place: another recipe, and no longer training.
-    """
+    """Return the lines of a plot in the order their drafts come in. Every report says how many steps those took."""
     caches = {report.get("cache") for report in reports}
     found = defaultdict(lambda: defaultdict(list))
     for report in reports:
@@ -90,16 +90,23 @@ def lines_of(reports: list[dict]) -> list[Line]:
         parts = [f"block {draft['block_size']}", f"{draft['proposals']} proposals", _size(draft["parameters"])]
         parts += [f"cache {cache[:8]}"] * (len(caches) > 1)
         found[name, ", ".join(parts)][draft["steps"]].append(report)
-    for (name, _), by_steps in found.items():
-        for steps, members in by_steps.items():
-            recipes = {member["draft"].get("recipe"): member["draft"].get("path") for member in members}
-            if len(recipes) > 1:
-                several = " and ".join(map(str, [*recipes.values()][:2]))
-                raise UsageError(
-                    f"{name} of {steps:,} steps was trained by several recipes ({several}), and a line has one value "
-                    "at a place; plot the reports of one of them"
-                )
     return [Line(*key, dict(sorted(by_steps.items()))) for key, by_steps in found.items()]
+
+
+def recipes_of(reports: list[dict]) -> dict:
+    """Return the recipes that reports of one line and number of steps were trained by, and a draft's path for each."""
+    return {report["draft"].get("recipe"): report["draft"].get("path") for report in reports}
+
+
+def _check_line(line: Line) -> None:
+    """Refuse two values at one place: another recipe, and no longer training. UsageError."""
+    for steps, members in line.reports.items():
+        if len(recipes := recipes_of(members)) > 1:
+            several = " and ".join(map(str, [*recipes.values()][:2]))
+            raise UsageError(
+                f"{line.name} of {steps:,} steps was trained by several recipes ({several}), and a line has one value "
+                "at a place; plot the reports of one of them"
+            )
 
 
 def _size(parameters: int) -> str:

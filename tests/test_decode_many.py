@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_decode import DRAFTED, PROMPT, make_draft
 from tiny import config, random_model
-from transformers import MistralConfig
+from transformers import Gemma4TextConfig, MistralConfig
 
 from pipeline.errors import ProofError, UsageError
 from stages.evaluate import memory
@@ -22,6 +22,17 @@ TARGETS = {
         **{name: getattr(config(), name) for name in ("num_attention_heads", "num_key_value_heads")},
         num_hidden_layers=6,
         sliding_window=6,
+    ),
+    "shared keys": lambda: Gemma4TextConfig(
+        **{name: getattr(config(), name) for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")},
+        **{name: getattr(config(), name) for name in ("num_attention_heads", "num_key_value_heads")},
+        num_hidden_layers=6,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+        num_kv_shared_layers=2,  # the draft reads the first of these
+        vocab_size_per_layer_input=264,
+        hidden_size_per_layer_input=8,
+        global_head_dim=32,
     ),
 }
 
@@ -113,9 +124,9 @@ def prove(target, draft):
         judge.compare(f"prompt {index}", PROMPTS[index], fast, plain_decode(target, PROMPTS[index], 24))
 
 
-def keep_one_too_many(monkeypatch):
+def keep_one_too_few(monkeypatch):
     keep = memory.ManyTexts.keep
-    monkeypatch.setattr(memory.ManyTexts, "keep", lambda self, counts: keep(self, [count + 1 for count in counts]))
+    monkeypatch.setattr(memory.ManyTexts, "keep", lambda self, counts: keep(self, [count - 1 for count in counts]))
 
 
 def leave_a_row_where_it_was(monkeypatch):
@@ -131,7 +142,7 @@ def show_what_comes_later(monkeypatch):
     monkeypatch.setattr(memory.ManyTexts, "_masks", lambda self: torch.zeros_like(masks(self)))
 
 
-@pytest.mark.parametrize("broken", [keep_one_too_many, leave_a_row_where_it_was, show_what_comes_later])
+@pytest.mark.parametrize("broken", [keep_one_too_few, leave_a_row_where_it_was, show_what_comes_later])
 def test_a_broken_memory_is_caught(target, monkeypatch, broken):
     draft = make_draft(target)
     prove(target, draft)
@@ -143,6 +154,31 @@ def test_a_broken_memory_is_caught(target, monkeypatch, broken):
 def test_in_bfloat16_they_differ_by_near_ties_only():
     target = random_model(config()).to(torch.bfloat16)
     prove(target, make_draft(target).to(torch.bfloat16))  # raises for anything else
+
+
+def test_a_difference_is_measured_over_as_many_copies_as_were_decoded(target, monkeypatch):
+    prefix = [*PROMPT, *plain_decode(target, PROMPT, 12).ids]
+    forward, shapes = type(target).forward, []
+
+    def seen(self, input_ids, **options):
+        output = forward(self, input_ids, **options)
+        shapes.append((*input_ids.shape, output.logits.shape[1]))
+        return output
+
+    monkeypatch.setattr(type(target), "forward", seen)
+    difference = Judge(target, 5, 3).difference(prefix, len(PROMPT), [4, 2, 6])
+
+    assert shapes[:4] == [(1, 5, 1), (3, 5, 5), (3, 5, 5), (3, 6, 6)]
+    assert set(shapes[5:]) == {(1, 1, 1)} and 0 <= difference < 1e-4
+
+
+def test_a_target_that_is_told_no_positions_is_refused():
+    from transformers import BloomConfig, FalconConfig
+
+    sizes = {"vocab_size": 264, "hidden_size": 32, "num_attention_heads": 4}
+    for shape in (BloomConfig(n_layer=6, **sizes), FalconConfig(num_hidden_layers=6, alibi=True, **sizes)):
+        with pytest.raises(UsageError, match=r"is not told positions, .*; leave --batch out"):
+            memory.check_together(random_model(shape))
 
 
 @pytest.mark.gpu

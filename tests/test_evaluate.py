@@ -387,6 +387,17 @@ def test_a_difference_is_a_failed_proof_of_exit_code_1(trained, monkeypatch):
     assert failure.value.code == 1
 
 
+def test_a_prompt_past_what_the_target_s_scaling_holds_for_is_refused(target, monkeypatch):
+    from pipeline.target import load_target
+
+    model, prompt = load_target(str(target)), evaluation.Prompt([7] * 20, "sql", "prompt 3")
+    evaluation.check_room(model, [prompt], 8, 4)
+    scaling = {"rope_type": "longrope", "original_max_position_embeddings": 31}
+    monkeypatch.setattr(model.config, "rope_parameters", model.config.rope_parameters | scaling)
+    with pytest.raises(UsageError, match=r"prompt 3: 20 tokens, 8 new .* exceed the target's 31, beyond which"):
+        evaluation.check_room(model, [prompt], 8, 4)
+
+
 def test_the_command_prints_the_report_as_json(trained):
     options = ["evaluate", "--draft", str(trained), "--count", "1", "--max-new", "3", "--device", "cpu", "--json"]
     done = CliRunner().invoke(cli.commands, options)
@@ -397,5 +408,8 @@ def test_the_command_prints_the_report_as_json(trained):
     assert done.exit_code == 0, done.output
     drawn = json.loads(done.stdout)["sampled"]
     assert (drawn["temperature"], drawn["draft_temperature"], drawn["seed"]) == (1.5, 0.0, 0)
+    done = CliRunner().invoke(cli.commands, [*options, "--count", "3", "--batch", "2"])
+    found = json.loads(done.stdout)
+    assert found["settings"]["batch"] == 2 and found["speed"] == {} and found["lossless"]["identical"] == 3
     done = CliRunner().invoke(cli.commands, [*options, "--draft-temperature", "1"])
     assert isinstance(done.exception, UsageError) and "add --temperature" in str(done.exception)

@@ -9,8 +9,8 @@ from test_report import evaluation
 
 from pipeline.cli import commands
 from pipeline.errors import RoomError, UsageError
+from pipeline.evaluations import accept_length, load_reports
 from pipeline.plot import apart, lines_of, places_of, plot
-from pipeline.report import accept_length, load_reports
 
 SAMPLES = [("sql", [8, 8]), ("sql", [2, 2]), ("copy", [4])]
 DRAFT = {"method": "domino", "block_size": 8, "proposals": 8, "parameters": 1000}

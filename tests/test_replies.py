@@ -11,8 +11,9 @@ from rich.console import Console
 
 from pipeline import cli
 from pipeline.cache.manifest import read_canonical, write_canonical
-from pipeline.errors import ProofError, UsageError
+from pipeline.errors import ProofError, RoomError, UsageError
 from pipeline.target import load_target
+from stages.evaluate import loops
 from stages.evaluate import run as evaluation
 from stages.evaluate.proof import plain_decode
 from stages.evaluate.replies import DECIDED_BY, PlainReplies, deciding, digest_of
@@ -62,14 +63,14 @@ def counted(monkeypatch):
         seen.append(prompt_ids)
         return plain_decode(target, prompt_ids, *rest)
 
-    monkeypatch.setattr(evaluation, "plain_decode", decode)
+    monkeypatch.setattr(loops, "plain_decode", decode)
     return seen
 
 
 def test_a_second_evaluation_runs_no_plain_loop_and_reports_the_same_but_for_speed(kept, trained, monkeypatch):
     path, first = kept
     before = path.read_bytes()
-    monkeypatch.setattr(evaluation, "plain_decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(loops, "plain_decode", lambda *_: pytest.fail("decoded again"))
 
     again = evaluate(trained, path)
 
@@ -100,14 +101,37 @@ def test_what_was_decoded_before_an_interruption_is_kept(kept, trained, tmp_path
         return decode(*args)
 
     seen = counted(monkeypatch)
-    decode, path = evaluation.plain_decode, tmp_path / "plain.json"
-    monkeypatch.setattr(evaluation, "plain_decode", until_the_third)
+    decode, path = loops.plain_decode, tmp_path / "plain.json"
+    monkeypatch.setattr(loops, "plain_decode", until_the_third)
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(trained, path)
 
-    held = read_canonical(path)["plain_replies"]  # the first prompt's first two tokens were a warm-up
-    assert held.items() < read_canonical(kept[0])["plain_replies"].items() and len(held) == 2
+    held = read_canonical(path)["plain_replies"]
+    assert held.items() < read_canonical(kept[0])["plain_replies"].items() and len(held) == 3
+
+
+def test_what_ends_it_is_said_even_where_replies_cannot_be_kept(trained, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise ProofError("the proof failed")
+
+    def full(*_):
+        raise RoomError("no room for plain replies")
+
+    monkeypatch.setattr(loops.Judge, "compare", refuse)
+    monkeypatch.setattr(PlainReplies, "write", full)
+    with pytest.raises(ProofError, match="the proof failed"):
+        evaluate(trained, tmp_path / "plain.json")
+
+
+@pytest.mark.parametrize(("batch", "remedy"), [(1, "shorter prompts"), (3, "smaller --batch")])
+def test_a_device_too_small_is_no_bug(trained, monkeypatch, batch, remedy):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loops.Judge, "compare", full)
+    with pytest.raises(RoomError, match=f"no room on cpu to decode .*{remedy}"):
+        evaluate(trained, None, batch=batch)
 
 
 @pytest.mark.parametrize("batch", [3, 50])
@@ -115,7 +139,7 @@ def test_prompts_decoded_at_once_give_the_same_report_but_for_speed(kept, traine
     dice = evaluation.Dice(1.0, 1.0)
     one, many = (evaluate(trained, None, count=6, dice=dice, batch=size) for size in (1, batch))
 
-    assert many["speed"] == {} and many["settings"] == one["settings"] | {"batch": batch}
+    assert many["speed"] == {} and many["settings"] == one["settings"] | {"batch": min(batch, 6)}
     assert one == many | {"speed": one["speed"], "settings": one["settings"]}
     console = Console(width=200)
     with console.capture() as text:

@@ -51,7 +51,7 @@ from pipeline.target import decoder_layers, final_norm, head_of, load_target, ru
 from pipeline.target_files import complete_config, positions, text_config
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.run import plan, run
-from stages.evaluate.decode import speculative_decode
+from stages.evaluate.decode import decode_many, speculative_decode
 from stages.evaluate.proof import plain_decode
 
 SIZES = {
@@ -200,6 +200,15 @@ def test_a_draft_is_shaped_from_the_cache_and_decodes_or_is_refused_for_a_reason
     else:
         fast = speculative_decode(captured.model, draft, prompt, 12)
         assert fast.ids == plain_decode(captured.model, prompt, 12).ids
+        prompts = [prompt, prompt[:4], prompt[3:]]
+        together = decode_many(captured.model, draft, prompts, 12, batch=2)
+        if "chunks" in captured.name:
+            with pytest.raises(UsageError, match=r"has chunked_attention layers, .*leave --batch out"):
+                next(together)
+        else:
+            assert {index: fast.ids for index, fast in together} == {
+                index: plain_decode(captured.model, ids, 12).ids for index, ids in enumerate(prompts)
+            }
 
 
 def test_left_padding_would_contaminate_a_running_sum():

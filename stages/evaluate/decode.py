@@ -130,7 +130,9 @@ def decode_many(
     """
     check_croppable(target)
     assert max_new > 0 and all(len(ids) > 0 for ids in prompts), f"{max_new} new tokens after {prompts}"
-    memory = OneText(target) if batch == 1 else ManyTexts(target)
+    memory = OneText(target)
+    if batch > 1:
+        memory = ManyTexts(target, batch, max(map(len, prompts)) + max_new + draft.config.proposals)
     waiting, live, stops = deque(enumerate(prompts)), [], frozenset(stop_ids)
     while waiting or live:
         while waiting and len(live) < batch:
@@ -154,10 +156,15 @@ def decode_many(
 
 def _prefill(target: PreTrainedModel, draft: Draft, text: _Text, stops: Collection[int]) -> DynamicCache:
     """Run the target over a prompt, take its first token, and return what the target remembers."""
-    kv, layers = new_kv(), draft.config.target_layer_ids
+    layers, count = draft.config.target_layer_ids, len(text.ids)
     input_1N = torch.tensor([text.ids], device=target.device)
-    with tap_layers(target, layers) as taken:
-        logits_1V = target(input_ids=input_1N, past_key_values=kv, use_cache=True, logits_to_keep=1).logits[0]
+    for wanted in (1, 0):  # 0: all. Where layers share keys, one row of logits may be one row of their states as well
+        kv = new_kv()
+        with tap_layers(target, layers) as taken:
+            output = target(input_ids=input_1N, past_key_values=kv, use_cache=True, logits_to_keep=wanted)
+        if all(taken[layer].shape[1] == count for layer in layers):
+            break
+    logits_1V = output.logits[0, -1:]
     text.ids += text.keep(nothing(logits_1V.device), logits_1V)
     text.ended = text.ids[-1] in stops
     text.features_KTD = torch.cat([taken[layer] for layer in layers])

@@ -19,6 +19,7 @@ from pipeline.split import spread
 from stages.evaluate.decode import Decoded, Dice
 from stages.evaluate.prompts import Prompt
 from stages.evaluate.proof import BEYOND, NearTie, judge_places
+from stages.evaluate.replies import digest_of
 
 TEACHER_FORCED = 16  # samples of a domain, on average
 THRESHOLDS = (0.0, 0.2, 0.4, 0.6, 0.8)  # of confidence, where blocks are cut
@@ -70,7 +71,8 @@ def accept_figures(decoded: Sequence[tuple[Prompt, Decoded]], proposals: int) ->
     for figures in (overall, *domains.values()):
         figures["calls_saved"] = _saved(figures)
     samples = [
-        {"domain": prompt.domain, "lengths": fast.lengths, "matched": fast.matched, "proposed": fast.proposed}
+        {"domain": prompt.domain, "prompt": digest_of(prompt.ids)}
+        | {"lengths": fast.lengths, "matched": fast.matched, "proposed": fast.proposed}
         for prompt, fast in decoded
     ]
     return {"overall": overall, "domains": domains, "samples": samples}

@@ -8,6 +8,7 @@ then they lie at later positions.
 """
 
 from collections.abc import Sequence
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -42,12 +43,17 @@ def check_croppable(target: PreTrainedModel) -> None:
 
 def check_together(target: PreTrainedModel) -> None:
     """Refuse a target that cannot decode several texts at once. UsageError."""
-    others, kernel = sorted(_kinds(target) - MASKED), target.config._attn_implementation
-    why = f"has {others[0]} layers" if others else f"attends by {kernel!r}" if kernel not in TAKES_MASKS else None
+    config = target.config.get_text_config()
+    others, kernel = sorted(_kinds(target) - MASKED), config._attn_implementation
+    why = None
+    if others:
+        why = f"has {others[0]} layers, for which no masks of several texts are made here"
+    elif kernel not in TAKES_MASKS:
+        why = f"attends by {kernel!r}, which takes no masks of several texts"
+    elif getattr(config, "alibi", False) or "position_ids" not in signature(target.forward).parameters:
+        why = "is not told positions, and texts stand at different ones"
     if why:
-        raise UsageError(
-            f"{type(target).__name__} {why}, for which no masks of several texts are made here; leave --batch out"
-        )
+        raise UsageError(f"{type(target).__name__} {why}; leave --batch out")
 
 
 def new_kv() -> DynamicCache:
@@ -82,21 +88,18 @@ class OneText:
 
 
 class _Rows(DynamicLayer):
-    """One layer's keys and values of all texts [B, G, capacity, E]; a forward writes those of its tokens in place."""
+    """One layer's keys and values of all texts [B, G, L, E]; a forward writes those of its tokens in place."""
 
-    def __init__(self, owner: "ManyTexts", like: Tensor):
+    def __init__(self, owner: "ManyTexts", like: DynamicLayer):
         super().__init__()
-        self.owner = owner
-        self.dtype, self.device, self.is_initialized = like.dtype, like.device, True
-        self.keys, self.values = (like.new_zeros(0, like.shape[1], 0, like.shape[3]) for _ in range(2))
-
-    def resize(self, texts: int, capacity: int) -> None:
-        # Zeros: a masked key weighs nothing, but nothing times what uninitialised memory holds may be NaN.
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_zeros(texts, old.shape[1], capacity, old.shape[3])
-            new[: old.shape[0], :, : old.shape[2]] = old
-            setattr(self, name, new)
+        self.owner, self.is_initialized = owner, True
+        self.dtype, self.device = like.keys.dtype, like.keys.device
+        # Zeros: a masked key weighs nothing, but nothing times what uninitialised memory holds may be NaN. Values may
+        # have a head size of their own.
+        self.keys, self.values = (
+            held.new_zeros(owner.texts, held.shape[1], owner.capacity, held.shape[3])
+            for held in (like.keys, like.values)
+        )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         at_BN = self.owner.at_BN
@@ -107,40 +110,29 @@ class _Rows(DynamicLayer):
 
 
 class ManyTexts:
-    """The memory of several texts, each in a row of its own. Methods as those of `OneText`."""
+    """The memory of up to `texts` texts of `capacity` tokens, each in a row of its own; methods as `OneText`'s."""
 
-    def __init__(self, target: PreTrainedModel):
+    def __init__(self, target: PreTrainedModel, texts: int, capacity: int):
         check_together(target)
-        config = target.config.get_text_config()
-        self.target, self.kinds, self.window = target, _kinds(target), getattr(config, "sliding_window", None)
+        self.target, self.texts, self.capacity = target, texts, capacity
+        self.kinds, self.window = _kinds(target), getattr(target.config.get_text_config(), "sliding_window", None)
         self.lengths: list[int] = []
         self.cache, self.at_BN, self.reach = None, None, 0
 
     def add(self, kv: DynamicCache) -> None:
-        length = kv.get_seq_length()
+        row, length = len(self.lengths), kv.get_seq_length()
         if self.cache is None:
-            self.cache = Cache(layers=[_Rows(self, layer.keys) for layer in kv.layers])
-        self._make_room(len(self.lengths) + 1, length)
+            self.cache = Cache(layers=[_Rows(self, layer) for layer in kv.layers])
         for held, fresh in zip(self.cache.layers, kv.layers, strict=True):
-            held.keys[len(self.lengths), :, :length] = fresh.keys[0]
-            held.values[len(self.lengths), :, :length] = fresh.values[0]
+            held.keys[row, :, :length] = fresh.keys[0]
+            held.values[row, :, :length] = fresh.values[0]
         self.lengths.append(length)
-
-    def _make_room(self, texts: int, length: int) -> None:
-        """Grow by doubling: what is held is copied a few times in all."""
-        has_texts, _, has_length, _ = self.cache.layers[0].keys.shape
-        if texts > has_texts or length > has_length:
-            texts = has_texts if texts <= has_texts else max(texts, 2 * has_texts)
-            length = has_length if length <= has_length else max(length, 2 * has_length)
-            for layer in self.cache.layers:
-                layer.resize(texts, length)
 
     def run(self, pieces: Sequence[Sequence[int]]) -> Tensor:
         device, width = self.target.device, max(map(len, pieces))
         filled = [[*piece, *[piece[-1]] * (width - len(piece))] for piece in pieces]  # what fills up is never kept
         self.at_BN = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(width, device=device)
         self.reach = max(self.lengths) + width
-        self._make_room(len(self.lengths), self.reach)
         return self.target(
             input_ids=torch.tensor(filled, device=device),
             attention_mask=self._masks(),

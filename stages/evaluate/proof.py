@@ -122,17 +122,21 @@ class Judge:
         return float((by_block_V - self._replay(single, 1, 1)).abs().max())
 
     def _replay(self, pieces: Sequence[list[int]], width: int, batch: int) -> Tensor:
-        """Run the target over copies of a text, its prefill and then pieces filled up to `width`; return one's last
-        logits [V]."""
+        """Prefill the target with a text's first piece, run `batch` copies over the others, each filled up to `width`;
+        return one's last logits [V]."""
         kv, rows = DynamicCache(), 0
         for number, piece in enumerate(pieces):
-            filled = piece + piece[-1:] * (width - len(piece)) * (number > 0)
-            ids_BT = torch.tensor([filled] * batch, device=self.target.device)
-            logits_BTV = self.target(input_ids=ids_BT, past_key_values=kv, use_cache=True).logits
+            first = number == 0
+            filled = piece if first else piece + piece[-1:] * (width - len(piece))
+            ids_BT = torch.tensor([filled] * (1 if first else batch), device=self.target.device)
+            kept = 1 if first else 0
+            logits_BTV = self.target(input_ids=ids_BT, past_key_values=kv, use_cache=True, logits_to_keep=kept).logits
             rows += len(piece)
+            if first:
+                kv.batch_repeat_interleave(batch)
             for layer in kv.layers:
                 layer.keys, layer.values = layer.keys[..., :rows, :], layer.values[..., :rows, :]
-        return logits_BTV[0, len(pieces[-1]) - 1].float()
+        return logits_BTV[0, -1 if len(pieces) == 1 else len(pieces[-1]) - 1].float()
 
 
 def first_difference(fast: Sequence[int], plain: Sequence[int]) -> int | None:

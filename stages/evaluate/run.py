@@ -4,17 +4,13 @@ import errno
 import json
 import os
 import re
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from transformers import PreTrainedModel
 
 from pipeline.cache import HiddenCache
@@ -22,31 +18,27 @@ from pipeline.cache.disk import room, write_file
 from pipeline.cache.layout import LOG
 from pipeline.checkpoint import DRAFT, RUN, find_checkpoint, load_draft, open_checkpoint, read_run
 from pipeline.drafts import Draft
-from pipeline.errors import ProofError, RoomError, UsageError
+from pipeline.errors import RoomError, UsageError
 from pipeline.published import CONFIG, load_draft_folder, recorded_share
 from pipeline.recipe import TrainSection, load_recipe
 from pipeline.split import split_samples
 from pipeline.target import head_of, load_target, stop_tokens
-from pipeline.target_files import find_target, target_digest, target_name
-from stages.evaluate.decode import Decoded, Dice, decode_many, speculative_decode
+from pipeline.target_files import find_target, positions, target_digest, target_name
+from stages.evaluate.decode import Dice, decode_many, speculative_decode
 from stages.evaluate.figures import (
-    Outcome,
     agreement,
     confidence_figures,
     decoded_figures,
-    drawn_figures,
     table,
     teacher_forced,
 )
+from stages.evaluate.loops import decode_all, draw_all, memory_for
 from stages.evaluate.prompts import Prompt, cached_prompts, file_prompts
-from stages.evaluate.proof import Judge, places, plain_decode
+from stages.evaluate.proof import Judge, plain_decode
 from stages.evaluate.replies import PlainReplies, deciding
 
 __all__ = ["Dice", "run", "table"]
 
-T = TypeVar("T")
-
-SAY_EVERY = 5.0  # seconds between lines where there is no terminal
 PLAIN_LIST = re.compile(r'\[\n[^][{}"]*\]')  # of numbers; JSON's texts hold no bare newline, so it is in none of them
 
 
@@ -69,9 +61,9 @@ def run(
 
     Greedily, and with `dice` once more with replies that are drawn. `threshold` cuts blocks by the draft's confidence.
     `plain` is a file that keeps plain replies from one evaluation to the next. `batch` prompts are decoded at once: far
-    sooner done, but no speeds are measured. Raises UsageError for what does not fit
-    together, DataError for unusable prompts, CacheError for a damaged cache, ProofError when an output differs from
-    plain decoding by more than a near tie.
+    sooner done, but no speeds are measured. Raises UsageError for what does not fit together, DataError for unusable
+    prompts, CacheError for a damaged cache, RoomError, ProofError when an output differs from plain decoding by more
+    than a near tie.
     """
     if not 0 <= threshold <= 1:
         raise UsageError(f"--threshold {threshold:g}: a confidence lies in 0..1; 0 cuts nothing")
@@ -97,12 +89,15 @@ def run(
     replies = PlainReplies()
     if plain is not None:
         replies = PlainReplies.open(Path(plain), deciding(target, target_digest(folder), max_new, stops))
-    together = partial(decode_many, target, drafter, [prompt.ids for prompt in asked], max_new, stops)
-    together = partial(together, threshold=threshold, batch=min(batch, len(asked)))
-    judge = Judge(target, drafter.config.proposals + 1, batch)
-    if batch == 1:
-        speculative_decode(target, drafter, asked[0].ids, 2, threshold=threshold)  # so that no first call is timed
-    outcomes = decode_all(judge, asked, together, max_new, stops, replies)
+    batch = min(batch, len(asked))
+    with memory_for(batch, target.device):
+        together = partial(decode_many, target, drafter, [prompt.ids for prompt in asked], max_new, stops)
+        together = partial(together, threshold=threshold, batch=batch)
+        if batch == 1:  # first calls are slow, and seconds are compared
+            speculative_decode(target, drafter, asked[0].ids, 2, threshold=threshold)
+            plain_decode(target, asked[0].ids, 2)
+        outcomes = decode_all(Judge(target, config.proposals + 1, batch), asked, together, max_new, stops, replies)
+        sampled = None if dice is None else draw_all(target, asked, together, dice, config.proposals)
     settings = {
         "prompts": str(prompts or f"held-out samples of the cache{'' if known else ', if the draft never saw them'}"),
         "max_new": max_new,
@@ -118,7 +113,7 @@ def run(
         "cache": None if store is None else store.digest,
         "settings": settings,
         **decoded_figures(outcomes, config.proposals, batch),
-        "sampled": None if dice is None else draw_all(target, drafter, asked, together, dice),
+        "sampled": sampled,
         "agreement": None,
         "confidence": None,
         "teacher_forced": {} if store is None else teacher_forced(drafter, store, heldout),
@@ -263,84 +258,15 @@ def open_draft(trained: Trained, target: PreTrainedModel) -> Draft:
 def check_room(target: PreTrainedModel, asked: Sequence[Prompt], max_new: int, proposals: int) -> None:
     """Refuse prompts that leave the target's context no room for the reply and a block past its end, or unknown ids."""
     config = target.config.get_text_config()
-    most = getattr(config, "max_position_embeddings", None)
+    most, why = positions(config.to_dict())
     for prompt in asked:
         if most is not None and len(prompt.ids) + max_new + proposals > most:
             raise UsageError(
                 f"{prompt.name}: {len(prompt.ids)} tokens, {max_new} new ones and a block of {proposals} exceed the "
-                f"target's {most}; lower --max-new or leave that prompt out"
+                f"target's {most}{why}; lower --max-new or leave that prompt out"
             )
         if max(prompt.ids) >= config.vocab_size:
             raise UsageError(f"{prompt.name}: token {max(prompt.ids)} is outside the target's {config.vocab_size}")
-
-
-def decode_all(
-    judge: Judge,
-    asked: Sequence[Prompt],
-    together: Callable[..., Iterator[tuple[int, Decoded]]],
-    max_new: int,
-    stops: frozenset[int],
-    replies: PlainReplies,
-) -> list[Outcome]:
-    """Decode every prompt greedily with and without the draft, and judge each difference. ProofError for a real one.
-
-    `together` decodes them with it. Without it only those are decoded whose plain reply is not among `replies`, and
-    added to them in the end, whatever ends it.
-    """
-    outcomes: list[Outcome | None] = [None] * len(asked)
-    held = [replies.find(prompt.ids) for prompt in asked]
-    if not any(held):
-        plain_decode(judge.target, asked[0].ids, 2)  # nor here
-    try:
-        for index, fast in shown(together(), len(asked), "decoding"):
-            prompt, plain = asked[index], held[index]
-            if plain is None:
-                plain = plain_decode(judge.target, prompt.ids, max_new, stops)
-                replies.add(prompt.ids, plain)
-            try:
-                tie = judge.compare(prompt.name, prompt.ids, fast, plain)
-            except ProofError as error:
-                raise ProofError(f"{error}{_doubt(held[index] is not None and replies.path, judge.batch)}") from error
-            outcomes[index] = Outcome(prompt, fast, plain, tie, held[index] is not None)
-    finally:
-        replies.write()
-    return outcomes
-
-
-def _doubt(path: Path | None, batch: int) -> str:
-    """What to rule out before a difference is reported."""
-    without = [f"--plain (the plain reply is from {path})"] * bool(path) + ["--batch"] * (batch > 1)
-    return f"; first evaluate without {' and without '.join(without)}" if without else ""
-
-
-def draw_all(
-    target: PreTrainedModel,
-    draft: Draft,
-    asked: Sequence[Prompt],
-    together: Callable[..., Iterator[tuple[int, Decoded]]],
-    dice: Dice,
-) -> dict:
-    """Draw a reply to every prompt with target and draft; return the report's part. ProofError for biased ones."""
-    replies: list[Decoded | None] = [None] * len(asked)
-    for index, fast in shown(together(dice=dice), len(asked), "drawing"):
-        replies[index] = fast
-    drawn = list(zip(asked, replies, strict=True))
-    found = [place for prompt, fast in drawn for place in places(target, prompt.ids, fast.ids, dice.temperature)]
-    return drawn_figures(drawn, found, dice, draft.config.proposals)
-
-
-def shown(ended: Iterable[T], count: int, doing: str) -> Iterator[T]:
-    """Yield what has ended and say how far we are: a bar on a terminal, a line every few seconds elsewhere."""
-    console = Console(stderr=True)
-    if console.is_terminal:
-        yield from track(ended, doing, total=count, console=console, transient=True)
-        return
-    said = time.monotonic()
-    for number, one in enumerate(ended, 1):
-        yield one
-        if time.monotonic() - said > SAY_EVERY:
-            said = time.monotonic()
-            print(f"{doing}: {number} of {count} prompts", file=sys.stderr)
 
 
 def _device() -> str:
