@@ -128,7 +128,6 @@ def reply_spans(mask_T: np.ndarray) -> list[tuple[int, int]]:
     return [(int(start), int(stop)) for start, stop in zip(edges[::2], edges[1::2], strict=True) if start > 0]
 
 
-@torch.no_grad()
 def accept_spans(
     draft: Draft,
     cache: "HiddenCache",
@@ -143,20 +142,34 @@ def accept_spans(
     `threshold` cuts blocks as in decoding. Samples are packed into cells of about `context` rows. The draft is in
     evaluation mode; its device decides where. Raises UsageError when the cache lacks the draft's layers or `final`.
     """
+    return cut_spans(draft, cache, indices, (threshold,), max_new=max_new, context=context)[0]
+
+
+@torch.no_grad()
+def cut_spans(
+    draft: Draft,
+    cache: "HiddenCache",
+    indices: Iterable[int],
+    thresholds: Sequence[float],
+    *,
+    max_new: int | None = None,
+    context: int = 3072,
+) -> list[list[Span]]:
+    """Return what `accept_spans` does for each of `thresholds`; the blocks that they cut are computed once."""
     stops = frozenset(cache.tokens["eos"])
-    layers, spans = draft.config.target_layer_ids, []
+    layers, spans = draft.config.target_layer_ids, [[] for _ in thresholds]
     for cell in _cells(cache, indices, layers, context):
         samples = [sample for _, sample in cell]
         replies = [
             [known_reply(sample.ids.tolist(), greedy, *span, stops) for span in reply_spans(sample.mask.numpy())]
             for sample, greedy in ((sample, greedy_tokens(draft, sample)) for sample in samples)
         ]
-        proposed = _propose_all(draft, samples, replies, stops, max_new, threshold)
+        proposed = _propose_all(draft, samples, replies, stops, max_new, thresholds)
         for (index, _), of_sample in zip(cell, replies, strict=True):
             for reply in of_sample:
-                walked = walk(reply, next(proposed), stops, max_new)
                 place = index, cache.samples.domain[index], reply.start
-                spans.append(Span(*place, *walked, draft.config.proposals))
+                for of_cut, blocks in zip(spans, next(proposed), strict=True):
+                    of_cut.append(Span(*place, *walk(reply, blocks, stops, max_new), draft.config.proposals))
     return spans
 
 
@@ -195,9 +208,9 @@ def _propose_all(
     replies: list[list[Reply]],
     stops: Collection[int],
     max_new: int | None,
-    threshold: float,
-) -> Iterator[list[list[int]]]:
-    """Yield, for each reply in order, the proposals [a][P] of the blocks at its first tokens."""
+    thresholds: Sequence[float],
+) -> Iterator[list[list[list[int]]]]:
+    """Yield, for each reply in order and each threshold, the proposals [a][P] of the blocks at its first tokens."""
     device, config = draft.fc.weight.device, draft.config
     cell = pack(samples, [""] * len(samples))
     counts = [[reply.anchors(stops, max_new) for reply in of_sample] for of_sample in replies]
@@ -207,22 +220,28 @@ def _propose_all(
         for reply, count in zip(of_sample, of_counts, strict=True)
     ]
     anchors_N = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
-    there, proposed = cell.to(device), []
+    there, proposed = cell.to(device), [[] for _ in thresholds]
     for part_N in anchors_N.split(max(1, SLOTS_AT_ONCE // config.block_size)) if len(anchors_N) else ():
         blocks = lay_blocks(cell, part_N, torch.ones_like(part_N, dtype=torch.bool), draft.config).to(device)
-        proposed += _proposals(draft, draft.hidden(there, blocks), there.ids_R[blocks.anchors_N], threshold)
+        cuts = _proposals(draft, draft.hidden(there, blocks), there.ids_R[blocks.anchors_N], thresholds)
+        proposed = [so_far + fresh for so_far, fresh in zip(proposed, cuts, strict=True)]
     at = 0
     for part in rows:
-        yield proposed[at : at + len(part)]
+        yield [of_cut[at : at + len(part)] for of_cut in proposed]
         at += len(part)
 
 
-def _proposals(draft: Draft, hidden_NSD: torch.Tensor, anchor_ids_N: torch.Tensor, threshold: float) -> list[list[int]]:
+def _proposals(
+    draft: Draft, hidden_NSD: torch.Tensor, anchor_ids_N: torch.Tensor, thresholds: Sequence[float]
+) -> list[list[list[int]]]:
     ids_NP = draft.rollout(hidden_NSD, anchor_ids_N)
-    if threshold <= 0:
-        return ids_NP.tolist()
-    kept_N = draft.kept(hidden_NSD, anchor_ids_N, ids_NP, threshold)
-    return [ids[:kept] for ids, kept in zip(ids_NP.tolist(), kept_N.tolist(), strict=True)]
+    whole, cuts = ids_NP.tolist(), []
+    for threshold in thresholds:
+        kept = [draft.config.proposals] * len(whole)
+        if threshold > 0:
+            kept = draft.kept(hidden_NSD, anchor_ids_N, ids_NP, threshold).tolist()
+        cuts.append([ids[:count] for ids, count in zip(whole, kept, strict=True)])
+    return cuts
 
 
 def summarise(walks: Sequence[Span], seed: int = 0) -> dict:

@@ -9,7 +9,7 @@ import pytest
 from greedy import STOP, make_greedy_cache, make_learned_draft, save_stopping_target
 
 from pipeline import accept
-from pipeline.accept import accept_spans, bootstrap, known_reply, reply_spans, summarise, walk
+from pipeline.accept import accept_spans, bootstrap, cut_spans, known_reply, reply_spans, summarise, walk
 from pipeline.cache import HiddenCache
 from pipeline.drafts import DRAFTS
 from pipeline.target import load_target
@@ -82,6 +82,20 @@ def test_blocks_cut_by_confidence_gain_what_decoding_with_the_same_cut_gains(cac
         figures = summarise(spans)
         assert figures["verify_rate"] > 1.2 * uncut["verify_rate"]
         assert 1 < figures["accept_len"] < uncut["accept_len"]
+
+
+def test_several_cuts_of_the_same_blocks_are_what_each_gives_and_computed_once(cache, monkeypatch):
+    draft, thresholds, calls = make_learned_draft(cache.path, "dspark"), (0.0, 0.48, 0.55), []
+    wanted = [accept_spans(draft, cache, range(len(cache)), max_new=16, threshold=cut) for cut in thresholds]
+    rollout = draft.rollout
+    monkeypatch.setattr(draft, "rollout", lambda *args: calls.append(1) or rollout(*args))
+    accept_spans(draft, cache, range(len(cache)), max_new=16)
+    once = len(calls)
+
+    found = cut_spans(draft, cache, range(len(cache)), thresholds, max_new=16)
+
+    assert found == wanted and wanted[0] != wanted[1] != wanted[2]
+    assert len(calls) == 2 * once > 0
 
 
 def test_a_draft_without_a_confidence_head_is_not_cut(cache):

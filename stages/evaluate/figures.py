@@ -11,7 +11,7 @@ import torch
 from rich.console import Group
 from rich.table import Table
 
-from pipeline.accept import SLOTS_AT_ONCE, Span, accept_spans, summarise
+from pipeline.accept import SLOTS_AT_ONCE, Span, accept_spans, cut_spans, summarise
 from pipeline.cache import HiddenCache
 from pipeline.drafts import Draft, Knobs, eligible_anchors, lay_blocks, metrics_of, needs_teacher, pack
 from pipeline.report import grid
@@ -102,9 +102,9 @@ def confidence_figures(draft: Draft, cache: HiddenCache, asked: Sequence[Prompt]
     The replies are the cache's to these prompts, as far as they are the target's own.
     """
     found, places = [], {(prompt.sample, len(prompt.ids)) for prompt in asked}
-    for threshold in THRESHOLDS:
-        samples = [prompt.sample for prompt in asked]
-        spans = accept_spans(draft, cache, samples, max_new=max_new, threshold=threshold)
+    samples = [prompt.sample for prompt in asked]
+    cuts = cut_spans(draft, cache, samples, THRESHOLDS, max_new=max_new)
+    for threshold, spans in zip(THRESHOLDS, cuts, strict=True):
         figures = summarise([span for span in spans if (span.sample, span.start) in places])
         kept = ("accept_len", "interval", "calls", "verified", "verify_rate")
         found.append({"threshold": threshold, "calls_saved": _saved(figures)} | {key: figures[key] for key in kept})
