@@ -1,7 +1,4 @@
-"""Every prompt decoded with the draft and without it, and judged.
-
-n prompts
-"""
+"""Every prompt decoded with the draft and without it, and judged."""
 
 import contextlib
 import sys

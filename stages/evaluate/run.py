@@ -65,14 +65,7 @@ def run(
     prompts, CacheError for a damaged cache, RoomError, ProofError when an output differs from plain decoding by more
     than a near tie.
     """
-    if not 0 <= threshold <= 1:
-        raise UsageError(f"--threshold {threshold:g}: a confidence lies in 0..1; 0 cuts nothing")
-    for option, path in (("--out", out), ("--plain", plain)):
-        if path is not None:
-            check_place(option, Path(path))
-    for option, path in (("--plain", plain), ("--prompts", prompts)):
-        if None not in (out, path) and Path(out).resolve() == Path(path).resolve():
-            raise UsageError(f"--out {out} is the file of {option}, which the report would replace; name another file")
+    check_options(threshold, out, plain, prompts)
     trained = describe_draft(Path(draft))
     store = open_cache(trained, cache, prompts)
     folder, name = find_model(model, store)
@@ -98,20 +91,20 @@ def run(
             plain_decode(target, asked[0].ids, 2)
         outcomes = decode_all(Judge(target, config.proposals + 1, batch), asked, together, max_new, stops, replies)
         sampled = None if dice is None else draw_all(target, asked, together, dice, config.proposals)
-    settings = {
-        "prompts": str(prompts or f"held-out samples of the cache{'' if known else ', if the draft never saw them'}"),
-        "max_new": max_new,
-        "temperature": 0,
-        "threshold": threshold,
-        "batch": batch,
-        "device": str(target.device),
-        "dtype": str(target.dtype).removeprefix("torch."),
-    }
+    doubt = "" if known else ", if the draft never saw them"
     report = {
         "draft": trained.facts(drafter),
         "target": name,
         "cache": None if store is None else store.digest,
-        "settings": settings,
+        "settings": {
+            "prompts": str(prompts or f"held-out samples of the cache{doubt}"),
+            "max_new": max_new,
+            "temperature": 0,
+            "threshold": threshold,
+            "batch": batch,
+            "device": str(target.device),
+            "dtype": str(target.dtype).removeprefix("torch."),
+        },
         **decoded_figures(outcomes, config.proposals, batch),
         "sampled": sampled,
         "agreement": None,
@@ -125,6 +118,18 @@ def run(
     if out is not None:
         keep(report, Path(out))
     return report
+
+
+def check_options(threshold: float, out: Path | None, plain: Path | None, prompts: Path | None) -> None:
+    """Refuse, before anything runs, a threshold that is none and files that cannot all be. UsageError, RoomError."""
+    if not 0 <= threshold <= 1:
+        raise UsageError(f"--threshold {threshold:g}: a confidence lies in 0..1; 0 cuts nothing")
+    for option, path in (("--out", out), ("--plain", plain)):
+        if path is not None:
+            check_place(option, Path(path))
+    for option, path in (("--plain", plain), ("--prompts", prompts)):
+        if None not in (out, path) and Path(out).resolve() == Path(path).resolve():
+            raise UsageError(f"--out {out} is the file of {option}, which the report would replace; name another file")
 
 
 def check_place(option: str, path: Path) -> None:
