@@ -57,23 +57,28 @@ lint: install
 
 # Hours, in the background: every method, objective, budget and seed, two runs at a time, each resumable; then the
 # README's tables. A run is method.objective.steps.seed; those whose report is in data/results/ are done. The target's own
-# replies are decoded once for all of them, and kept. Drafts are compared with their method's published recipe and
-# Domino's with DSpark's, too; then that recipe at every budget with what is better: after how many steps is it as good?
+# replies are decoded once for all of them, and kept. The methods are compared at every budget; then what drafts learned
+# from with their method's published recipe, and Domino's with the others' as well; then that recipe at every budget with
+# what is better: after how many steps is it as good?
 RESULTS := data/results
 recipe = $(1).$(if $(filter dspark,$(1)),dspark,ce)
 LESSONS := $(foreach seed,$(SEEDS),$(OBJECTIVES:%=$(RESULTS)/%.$(DEMO_STEPS).$(seed).json))
 RUNS := $(foreach steps,$(BUDGETS),$(foreach seed,$(SEEDS),$(foreach method,$(METHODS),\
   $(RESULTS)/$(call recipe,$(method)).$(steps).$(seed).json)))
-against = $(PIPELINE) report --markdown $(1) $(SEEDS:%=--against $(RESULTS)/$(2).$(DEMO_STEPS).%.json)
+# reports, baseline, its steps
+against = $(PIPELINE) report --markdown $(1) $(SEEDS:%=--against $(RESULTS)/$(2).$(3).%.json)
 of = $(filter $(RESULTS)/$(1).%,$(2))
+at = $(foreach seed,$(SEEDS),$(filter %.$(1).$(seed).json,$(RUNS)))
 
 results: install
 	$(PIPELINE) cache-hidden --model $(TARGET) --out $(CACHE)
 	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 $(LESSONS) $(RUNS)
 	$(PIPELINE) report --markdown --forced --plot $(RESULTS)/accept-length.svg $(RUNS)
-	$(foreach method,$(METHODS),$(call against,$(call of,$(method),$(LESSONS)),$(call recipe,$(method))) &&) true
-	$(call against,$(call of,domino,$(LESSONS)),$(call recipe,dspark))
-	$(foreach better,$(BETTER),$(call against,$(call of,$(basename $(better)),$(RUNS)),$(better)) &&) true
+	$(foreach steps,$(BUDGETS),$(call against,$(call at,$(steps)),$(call recipe,dspark),$(steps)) &&) true
+	$(foreach method,$(METHODS),\
+	  $(call against,$(call of,$(method),$(LESSONS)),$(call recipe,$(method)),$(DEMO_STEPS)) &&) true
+	$(foreach other,dflash dspark,$(call against,$(call of,domino,$(LESSONS)),$(call recipe,$(other)),$(DEMO_STEPS)) &&) true
+	$(foreach better,$(BETTER),$(call against,$(call of,$(basename $(better)),$(RUNS)),$(better),$(DEMO_STEPS)) &&) true
 
 $(RESULTS)/%.json: run = $(subst ., ,$*)
 $(RESULTS)/%.json: dpace = $(if $(findstring +dpace,$*),--set draft.weighting=dpace)
