@@ -36,6 +36,20 @@ def capture_options(command):
                 type=click.IntRange(2),
                 help="Tokens a sample.  [default: 3072, or the target's positions if fewer]",
             ),
+            click.option(
+                "--turns",
+                type=click.Choice(["last", "each"]),
+                help="Samples of a conversation whose template rewrites earlier turns: one, of the last turn, or one "
+                "for each turn behind the prompt it was answered to.  [default: each, where last loses over 5%]",
+            ),
+            click.option(
+                "--template-kwargs",
+                metavar="JSON",
+                help="Arguments of the chat template, such as '{\"enable_thinking\": false}'.",
+            ),
+            click.option(
+                "--template-date", metavar="DAY", help="The day that templates are told.  [default: 2024-07-26]"
+            ),
             click.option("--max-samples", type=click.IntRange(1), help="Stop reading the corpus there."),
             click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a forward.  [default: 4096]"),
             click.option("--budget", metavar="SIZE", help="Bytes it may take, such as 2TB or 1.5TiB."),

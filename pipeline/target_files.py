@@ -6,6 +6,7 @@ targets apart: the config, and of each safetensors file the header, the size, th
 
 import hashlib
 import json
+from datetime import date
 from pathlib import Path
 
 from pipeline.errors import UsageError
@@ -13,6 +14,8 @@ from pipeline.errors import UsageError
 MIB = 1 << 20
 CONFIG = "config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"
+TEMPLATE_DATE = "2024-07-26"  # what a template's clock shows unless told; the day of Llama's that have no clock
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -37,6 +40,7 @@ MORE_SIZES = (
     "initializer_range",
 )
 HUB_FILES = [CONFIG, "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
+HUB_FILES += ["chat_template.json", f"{MORE_TEMPLATES}/*.jinja"]
 
 
 def find_target(model: str, revision: str | None = None) -> Path:
@@ -223,23 +227,77 @@ def tokenizer_digest(folder: Path) -> str:
 
 
 def template_digest(folder: Path) -> str:
-    """Return the digest of the chat template, 32 hex digits. UsageError when the tokenizer has none."""
-    return hashlib.blake2b(chat_template(folder).encode(), digest_size=16).hexdigest()
+    """Return the digest of the chat templates, 32 hex digits. UsageError when the tokenizer has none."""
+    texts = chat_templates(folder)
+    digest = hashlib.blake2b(texts.pop("default").encode(), digest_size=16)
+    for name, text in sorted(texts.items()):
+        digest.update(f"\n{name} {len(text)}\n{text}".encode())
+    return digest.hexdigest()
 
 
-def chat_template(folder: Path) -> str:
-    """Return the chat template's text: its own file, else the (default) entry of the tokenizer's config."""
+def chat_templates(folder: Path) -> dict[str, str]:
+    """Return a target's chat templates by name, `default` and what stands beside it (`tool_use`).
+
+    Of several places the first that names one counts, as in transformers: chat_template.jinja and the folder
+    additional_chat_templates, the tokenizer's config, and last chat_template.json, which a processor keeps. UsageError
+    when there is no default.
+    """
+    found = {}
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if (folder / name).is_file():
+            found = {**_named_templates(read_json(folder / name).get("chat_template")), **found}
+    files = {path.stem: path for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
     if (folder / CHAT_TEMPLATE).is_file():
-        return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
-    template = None
-    if (folder / "tokenizer_config.json").is_file():
-        template = read_json(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
-    if not template:
+        files["default"] = folder / CHAT_TEMPLATE
+    found |= {name: _template_text(path) for name, path in files.items()}
+    if not found.get("default"):
         raise UsageError(
             f"{folder} has no chat template, so conversations cannot be rendered as the target knows them; "
             f"add a {CHAT_TEMPLATE} beside its tokenizer"
         )
-    return template
+    return {name: text for name, text in found.items() if name in ("default", "tool_use")}
+
+
+def _named_templates(stated: object) -> dict[str, str]:
+    """Return the templates that a config states: one text, or a list of names and texts."""
+    if isinstance(stated, str):
+        return {"default": stated}
+    entries = [entry for entry in stated if isinstance(entry, dict)] if isinstance(stated, list) else []
+    pairs = [(entry.get("name"), entry.get("template")) for entry in entries]
+    return {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
+
+
+def _template_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); fetch the target's files again") from error
+
+
+def stop_ids(folder: Path) -> list[int]:
+    """Return the tokens at which generation_config.json says that the target stops, none where it does not say."""
+    path = folder / "generation_config.json"
+    stated = read_json(path).get("eos_token_id") if path.is_file() else None
+    return [token for token in (stated if isinstance(stated, list) else [stated]) if type(token) is int]
+
+
+def template_arguments(kwargs: str | None, day: str | None) -> dict:
+    """Return the chat template's arguments and date of a run as an identity states them.
+
+    UsageError for arguments that are no JSON object, or that every row states itself, and for a day that is none.
+    """
+    example = '{"enable_thinking": false}'
+    try:
+        found = json.loads(kwargs) if kwargs else {}
+        date.fromisoformat(day or TEMPLATE_DATE)
+    except RecursionError as error:
+        raise UsageError(f"--template-kwargs is nested too deeply; write such as '{example}'") from error
+    except ValueError as error:
+        stated = f"--template-kwargs {kwargs}" if isinstance(error, json.JSONDecodeError) else f"--template-date {day}"
+        raise UsageError(f"{stated}: {error}; write such as '{example}', and days as {TEMPLATE_DATE}") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"--template-kwargs {kwargs}: wanted a JSON object, such as '{example}'")
+    own = sorted({"messages", "tools", "documents", "add_generation_prompt"} & found.keys())
+    if own:
+        raise UsageError(f"--template-kwargs states {', '.join(own)}, which every row states itself; leave it out")
+    return {"template_kwargs": found, "template_date": day or TEMPLATE_DATE}

@@ -26,6 +26,9 @@ class CaptureOptions:
     budget: str | None = None  # bytes of the whole cache, "2TB"; see budget.py. None: all samples, or the plan's own
     methods: str | None = None  # "dflash,domino": whose drafts will be trained, for the budget. None: all
     seed: int = 0  # which samples a budget takes
+    turns: str | None = None  # "last": one sample a conversation; "each": all turns. None: as the cache, else by rule
+    template_kwargs: str | None = None  # arguments of the chat template, a JSON object. None: as the cache, else none
+    template_date: str | None = None  # what the template's clock shows, "2024-07-26". None: as the cache, else that
     codec: str | None = None  # "int8", "aux=int8,final=zstd"; None: as it is in the cache, else raw
     append: bool = False  # add the corpus to those the cache has
     worker: str | None = None  # "I/N"; None: the variables of torchrun or SLURM, else the only one
@@ -35,6 +38,8 @@ class CaptureOptions:
             raise UsageError(f"--layers {self.layers} and --taps {self.taps} say two things; give one")
         if self.final not in (None, "needed", "all", "none"):
             raise UsageError(f"--final {self.final}: wanted needed, all or none")
+        if self.turns not in (None, "last", "each"):
+            raise UsageError(f"--turns {self.turns}: wanted last or each")
         if self.budget is not None:
             size_bytes(self.budget)
         elif self.methods is not None or self.seed:

@@ -3,7 +3,7 @@
 Imports no torch unless the device has to be looked at, so that a run with nothing to do stays quick.
 """
 
-import re
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,13 @@ from pipeline.cache.plan import plan_numbers, read_manifests
 from pipeline.capture import check_layers, default_layers, default_taps
 from pipeline.errors import UsageError
 from pipeline.target_files import (
-    chat_template,
     find_target,
     positions,
     read_json,
+    stop_ids,
     target_digest,
     target_name,
+    template_arguments,
     template_digest,
     text_config,
     tokenizer_digest,
@@ -36,7 +37,7 @@ DTYPES = ("bfloat16", "float32")
 HUB_CORPUS = "mlabonne/open-perfectblend"
 HUB_SAMPLES = 20_000  # of it, when nobody named a corpus
 BUNDLED_CORPUS = "chats.jsonl"
-MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # of assistant turns, in a chat template
+MASK_RULE = "proven"  # every supervised turn by three renderings, `turns.py`
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def settle(model: str, out: Path, options: CaptureOptions) -> Settings:
     identity = {
         "target": _target(model, folder, held.get("target", {})),
         "tokenizer": {"digest": tokenizer_digest(folder), "chat_template": template_digest(folder)},
-        "samples": {"max_length": max_length, "mask": mask_rule(chat_template(folder)), "trimmed": True},
+        "samples": {"max_length": max_length, **_sample_rules(folder, options, held.get("samples", {}))},
         "capture": {
             "engine": "transformers",
             "dtype": dtype,
@@ -147,9 +148,28 @@ def _max_length(stated: int | None, kept: int | None, config: dict) -> int:
     return stated
 
 
-def mask_rule(template: str) -> str:
-    """Return how the loss mask is found, as a cache's identity states it: "marks" of the template, or "prefixes"."""
-    return "marks" if MARKS.search(template) else "prefixes"
+def _sample_rules(folder: Path, options: CaptureOptions, kept: dict) -> dict:
+    """Return how conversations become samples, as an identity states it. `turns` is None until a corpus has decided.
+
+    A plan of an earlier version is finished by its own rules, which nothing can be added by.
+    """
+    if kept and "turns" not in kept and not options.append:
+        print(
+            "warning: an earlier version planned this cache, before loss masks were proven turn by turn; it is "
+            "finished as planned, a plan in another --out has them proven",
+            file=sys.stderr,
+        )
+        return {key: value for key, value in kept.items() if key != "max_length"}
+    kwargs = options.template_kwargs
+    if kwargs is None and "template_kwargs" in kept:
+        kwargs = json.dumps(kept["template_kwargs"])
+    return {
+        "mask": MASK_RULE,
+        "trimmed": True,
+        "turns": options.turns or kept.get("turns"),
+        **template_arguments(kwargs, options.template_date or kept.get("template_date")),
+        "stops": stop_ids(folder),
+    }
 
 
 def _target(model: str, folder: Path, held: dict) -> dict:

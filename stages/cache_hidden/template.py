@@ -1,170 +1,235 @@
-"""From a conversation to token ids and a loss mask, by the target's own chat template.
+"""From a conversation to samples, ids and a loss mask, by the target's own chat template.
 
-What is supervised: the assistant's turns, all of them, from the first token that the target itself would write to the
-one that ends its turn. Where the template marks them (`{% generation %}`) its marks are taken, otherwise each turn is
-found by rendering what comes before it.
+What is supervised: the turns of the assistant that prove (`turns.py`), each from the first token that the target
+itself would write to the one that ends it. One sample holds a turn behind the prompt it was answered to, and with it
+every earlier turn that stands in that prompt as the target wrote it. Templates that rewrite earlier turns (they drop
+thoughts, say) leave those to samples of their own.
 
-Some templates render a turn otherwise once more turns follow: they drop its reasoning, say. Such a turn, as it stands
-in the whole conversation, is not what the target would have written, so it stays as context and is not supervised.
-
-    T tokens of a conversation
+    T tokens of a sample
 """
 
-from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-from jinja2 import TemplateError
-from jinja2.meta import find_undeclared_variables
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from pipeline.errors import UsageError
+from pipeline.chat_template import ChatTemplate
 from pipeline.intake import Unusable
-from pipeline.target import load_tokenizer
-from pipeline.target_files import chat_template
-from stages.cache_hidden.settings import mask_rule
-
-TODAY = datetime(2024, 7, 26)  # in every rendering; the day Llama's templates take when they are told none
-RENDERING_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+from stages.cache_hidden.corpus import Conversation
+from stages.cache_hidden.encoding import Encoded, encode_apart, encode_many, mask_of
+from stages.cache_hidden.lost_text import check_once_encoded, check_shown
+from stages.cache_hidden.turns import Chat, Turn, TurnEnds, Unproven, prove
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """A conversation as text, the spans of characters to supervise, and how many turns the template rewrote."""
+class Sample:
+    """Ids int32 [T] and loss mask bool [T] of one sample, and the kinds of its turns, the last one first."""
 
-    text: str
-    spans: list[tuple[int, int]]
-    rewritten: int
-
-
-class ChatTemplate:
-    """The target's tokenizer with its chat template."""
-
-    def __init__(self, folder: Path):
-        self.tokenizer = load_tokenizer(folder)
-        if not self.tokenizer.is_fast:
-            raise UsageError(f"{folder}: its tokenizer cannot map tokens to characters; add a tokenizer.json")
-        self.template = chat_template(folder)
-        self.marked = mask_rule(self.template) == "marks"
-        self.shows_tools = "tools" in _reads(folder, self.template)
-        self.ends = {end for end in (self.tokenizer.eos_token, *_turn_ends(self.tokenizer)) if end}
-
-    def render(self, messages: list[dict], tools: list[dict] | None = None) -> Rendered:
-        """Return the conversation as text with the spans to supervise; Unusable, with the reason, when it has none."""
-        if tools and not self.shows_tools:
-            raise Unusable("tools", "has `tools`, which the chat template does not show; the prompt would lack them")
-        try:
-            rendered = self._by_marks(messages, tools) if self.marked else self._by_prefixes(messages, tools)
-        except RENDERING_ERRORS as error:
-            cause = str(error).strip().split("\n")[0][:120]
-            raise Unusable("template error", f"the chat template refuses it ({cause})") from error
-        if not rendered.spans and rendered.rewritten:
-            raise Unusable("rewritten turns", "the template rewrites every assistant turn that is not the last")
-        return rendered
-
-    def encode(self, rendered: list[Rendered]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return ids int32 [T] and mask bool [T] of each. A token is supervised when a span covers any of it."""
-        encoded = self.tokenizer(
-            [one.text for one in rendered],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            truncation=False,
-            padding=False,
-        )
-        pairs = zip(encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True)
-        return [(np.array(ids, np.int32), _covered(offsets, one.spans)) for ids, offsets, one in pairs]
-
-    def _render(self, messages: list[dict], tools: list[dict] | None, *, prompt: bool = False, marks: bool = False):
-        texts, spans = render_jinja_template(
-            conversations=[messages],
-            tools=tools,
-            chat_template=self.template,
-            add_generation_prompt=prompt,
-            return_assistant_tokens_mask=marks,
-            date_string=TODAY.strftime("%d %b %Y"),
-            **self.tokenizer.special_tokens_map,
-        )
-        return (texts[0], [tuple(span) for span in spans[0]]) if marks else texts[0]
-
-    def _by_marks(self, messages: list[dict], tools: list[dict] | None) -> Rendered:
-        whole, spans = self._render(messages, tools, marks=True)
-        turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
-        if len(spans) != len(turns):  # marks that are not one a turn: no way to look at a turn alone
-            return Rendered(whole, [span for span in spans if span[0] < span[1]], 0)
-        kept, rewritten = [], 0
-        for at, span in zip(turns, spans, strict=True):
-            if at < len(messages) - 1:
-                through, alone = self._render(messages[: at + 1], tools, marks=True)
-                if alone[-1:] != [span] or through[: span[1]] != whole[: span[1]]:
-                    rewritten += 1
-                    continue
-            if span[0] < span[1]:
-                kept.append(span)
-        return Rendered(whole, kept, rewritten)
-
-    def _by_prefixes(self, messages: list[dict], tools: list[dict] | None) -> Rendered:
-        whole = self._render(messages, tools)
-        turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
-        kept, rewritten = [], 0
-        for at in turns:
-            through = self._render(messages[: at + 1], tools) if at < len(messages) - 1 else whole
-            before = self._render(messages[:at], tools, prompt=True)
-            # A template may put more into its prompt than into the turn (an opening thought): they part there.
-            start = _common(before, through)
-            stop = start + self._length(through[start:], messages[at]["content"])
-            if through[:stop] != whole[:stop]:
-                rewritten += 1
-            elif start < stop:
-                kept.append((start, stop))
-        return Rendered(whole, kept, rewritten)
-
-    def _length(self, reply: str, content: str) -> int:
-        """Return how many characters of a rendered turn the target writes: through what ends the turn.
-
-        What a template puts behind that (a newline, an end of text) the target never writes.
-        """
-        content = content.strip()
-        found = reply.find(content)
-        after = found + len(content) if found >= 0 else 0
-        ends = [place + len(end) for end in self.ends if (place := reply.find(end, after)) >= 0]
-        return min(ends, default=len(reply.rstrip()))
+    ids: np.ndarray
+    mask: np.ndarray
+    kinds: tuple[str, ...] = ()
 
 
-def _reads(folder: Path, template: str) -> set[str]:
-    """Return the names a template reads, having stopped its clock. UsageError when it cannot be compiled.
+@dataclass
+class Prepared:
+    """A conversation's samples, the one of its last turn first; the turns left unsupervised, each with its reason.
 
-    Nothing in a cache may depend on the clock, or the same command gives other samples tomorrow. The renderer lets no
-    function through its arguments, so the compiled template, of which it keeps one, is given ours.
+    `last` counts the turns that the first sample holds, `turns` all that the samples hold.
     """
-    try:
-        compiled = _compile_jinja_template(template)
-        compiled.globals["strftime_now"] = TODAY.strftime
-        return find_undeclared_variables(compiled.environment.parse(template))
-    except TemplateError as error:
-        raise UsageError(
-            f"{folder}: its chat template is no Jinja ({error}); fetch the target's files again"
-        ) from error
+
+    samples: list[Sample] = field(default_factory=list)
+    unproven: list[tuple[str, str]] = field(default_factory=list)
+    last: int = 0
+    turns: int = 0
 
 
-def _common(one: str, other: str) -> int:
-    """Return how many characters two texts share from their start."""
-    pairs = zip(one, other, strict=False)
-    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+class Preparer:
+    """Makes samples of conversations, a batch at a time."""
+
+    def __init__(self, template: ChatTemplate):
+        self.template, self.ends = template, TurnEnds(template)
+        self._form = 0  # of tool calls, the one that the last row with calls was shown in
+
+    def prepare(self, conversations: Sequence[Conversation], max_length: int) -> list[Prepared | Unusable]:
+        """Return the samples of each conversation, or why it has none. Ids are not cut at `max_length` exactly."""
+        found: list[Prepared | Unusable] = []
+        texts, places = [], []
+        for conversation in conversations:
+            try:
+                drafted = self._draft(conversation)
+            except Unusable as fault:
+                found.append(fault)
+                continue
+            found.append(drafted)
+            for one in drafted.parts:
+                places.append(one)
+                texts.append(one.turn.text)
+        for one, encoded in zip(places, encode_many(self.template, texts, max_length) if texts else [], strict=True):
+            one.encoded = encoded
+        return [one if isinstance(one, Unusable) else self._finish(one, max_length) for one in found]
+
+    def _draft(self, conversation: Conversation) -> "_Draft":
+        """Return the turns of a conversation and which share a sample. Raises Unusable when none proves."""
+        if conversation.tokens is not None:
+            return _Draft(conversation, None, [], [])
+        wanted = [
+            at
+            for at, message in enumerate(conversation.messages)
+            if message["role"] == "assistant" and message.get("supervise", True)
+        ]
+        if not wanted:
+            raise Unusable("not to be learned", "marks every reply as not to be learned")
+        fault = None
+        forms = _forms(conversation.messages)
+        for number in sorted(range(len(forms)), key=lambda number: number != self._form % len(forms)):
+            chat = Chat(self.template, forms[number], conversation.tools, conversation.template_kwargs)
+            try:
+                drafted = self._turns(conversation, chat, wanted)
+                self._form = number if len(forms) > 1 else self._form
+                return drafted
+            except Unusable as refused:
+                fault = fault or refused
+        raise fault
+
+    def _turns(self, conversation: Conversation, chat: Chat, wanted: list[int]) -> "_Draft":
+        turns, unproven = [], []
+        for at in reversed(wanted):
+            try:
+                turn = prove(chat, at, self.ends)
+            except Unproven as fault:
+                unproven.append((fault.reason, f"message {at}: {fault.detail}"))
+                continue
+            except Unusable:
+                if at == wanted[-1]:
+                    raise
+                unproven.append(("no prompt", f"message {at}: the template takes no prompt that ends before it"))
+                continue
+            check_shown(chat.messages[: at + 1], chat.tools, turn.prompt, turn.reply)
+            check_once_encoded(chat.messages[: at + 1], turn.text)
+            turns.append(turn)
+        if not turns:
+            raise Unusable(*unproven[0])
+        return _Draft(conversation, chat, _shared(turns), unproven)
+
+    def _finish(self, drafted: "_Draft", max_length: int) -> Prepared | Unusable:
+        if drafted.chat is None:
+            ids, mask = drafted.conversation.tokens
+            return Prepared([Sample(np.array(ids, np.int32), np.array(mask, bool), ("tokens",))], [], 1, 1)
+        done, waiting = Prepared(unproven=drafted.unproven), list(drafted.parts)
+        while waiting:
+            part = waiting.pop(0)
+            try:
+                sample, apart = self._sample(drafted, part, max_length)
+            except Unusable as fault:
+                return fault
+            held = len(sample.kinds)
+            done.last = done.last or held
+            done.turns += held
+            done.samples.append(sample)
+            waiting += [_Part(turn, [], encode_many(self.template, [turn.text], max_length)[0]) for turn in apart]
+        return done
+
+    def _sample(self, drafted: "_Draft", part: "_Part", max_length: int) -> tuple[Sample, list[Turn]]:
+        """Return a part as a sample, and the turns that it could not hold since a token goes across their bounds."""
+        turn, encoded, message = part.turn, part.encoded, drafted.chat.messages[part.turn.at]
+        kinds, apart, spans = [_kind(drafted.chat.messages, turn.at)], [], []
+        start = encoded.prompt_boundary(len(turn.prompt))
+        ids = encoded.ids
+        if message.get("token_ids"):
+            prompt_ids = encode_many(self.template, [turn.prompt], max_length)[0].ids
+            _check_prompt(self.template, prompt_ids, message.get("prompt_token_ids"), turn.at)
+            ids, start = [*prompt_ids, *message["token_ids"]], len(prompt_ids)
+        elif start is None:
+            prompt_ids, reply_ids = encode_apart(self.template, turn.prompt, turn.reply, max_length)
+            ids, start = [*prompt_ids, *reply_ids], len(prompt_ids)
+        spans.append((start, len(ids)))
+        for other in part.held:
+            span = encoded.prompt_boundary(len(other.prompt)), encoded.boundary(len(other.text))
+            written = drafted.chat.messages[other.at].get("token_ids")
+            if None in span or span[1] > start or (written and list(ids[slice(*span)]) != written):
+                apart.append(other)
+            else:
+                spans.append(span)
+                kinds.append(_kind(drafted.chat.messages, other.at))
+        ids_T = np.array(ids[: max_length + 1], np.int32)
+        return Sample(ids_T, mask_of(spans, len(ids_T)), tuple(kinds)), apart
 
 
-def _turn_ends(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The special tokens that usually end a turn, as far as this tokenizer knows them."""
-    known = tokenizer.get_added_vocab()
-    return [end for end in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eom_id|>") if end in known]
+@dataclass
+class _Part:
+    """A turn, and the earlier ones that its prompt holds as the target wrote them."""
+
+    turn: Turn
+    held: list[Turn]
+    encoded: Encoded | None = None
 
 
-def _covered(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> np.ndarray:
-    """Return which tokens overlap a span, bool [T]; offsets are the tokens' first and last + 1 character."""
-    bounds_T2 = np.array(offsets, np.int64).reshape(-1, 2)
-    covered_T = np.zeros(len(bounds_T2), bool)
-    for start, stop in spans:
-        covered_T |= (bounds_T2[:, 0] < stop) & (bounds_T2[:, 1] > start)
-    return covered_T
+@dataclass
+class _Draft:
+    conversation: Conversation
+    chat: Chat | None
+    parts: list[_Part]
+    unproven: list[tuple[str, str]]
+
+
+def _shared(turns: list[Turn]) -> list[_Part]:
+    """Return the turns, the last first, each with those that its text holds; none is held twice."""
+    parts: list[_Part] = []
+    for turn in turns:
+        holder = next((part for part in parts if part.turn.text.startswith(turn.text)), None)
+        if holder:
+            holder.held.append(turn)
+        else:
+            parts.append(_Part(turn, []))
+    return parts
+
+
+def _forms(messages: list[dict]) -> list[list[dict]]:
+    """Return the messages in the forms that templates take tool calls in: with no text or an empty one beside them,
+    their arguments as an object or as its JSON. The first that a template shows whole is taken.
+    """
+    if not any(message.get("tool_calls") for message in messages):
+        return [messages]
+
+    def form(message: dict, empty: str | None, text: bool) -> dict:
+        if not message.get("tool_calls"):
+            return message
+        calls = message["tool_calls"]
+        if text:
+            calls = [_with_arguments(call, json.dumps) for call in calls]
+        return {**message, "content": message["content"] or empty, "tool_calls": calls}
+
+    return [[form(message, empty, text) for message in messages] for text in (False, True) for empty in ("", None)]
+
+
+def _with_arguments(call: dict, change) -> dict:
+    function = call.get("function")
+    if isinstance(function, dict) and isinstance(function.get("arguments"), dict | list):
+        return {**call, "function": {**function, "arguments": change(function["arguments"], ensure_ascii=False)}}
+    return call
+
+
+def _kind(messages: list[dict], at: int) -> str:
+    """Return what kind of turn a message is, for people."""
+    turn = messages[at]
+    words = (
+        ["calls tools"] if turn.get("tool_calls") else ["answers a tool"] if messages[at - 1]["role"] == "tool" else []
+    )
+    words += ["with reasoning"] * bool(turn.get("reasoning_content"))
+    words = words or ["reply"]
+    return " ".join(words)
+
+
+def _check_prompt(template: ChatTemplate, ours: list[int], engine: list[int] | None, at: int) -> None:
+    """Refuse a reply that an engine gave to another prompt than ours. Raises Unusable, naming the first difference."""
+    if engine is None or ours == engine:
+        return
+    first = next((k for k, (one, other) in enumerate(zip(ours, engine, strict=False)) if one != other), None)
+    first = min(len(ours), len(engine)) if first is None else first
+    here, there = (template.tokenizer.decode(ids[max(0, first - 2) : first + 6]) for ids in (ours, engine))
+    raise Unusable(
+        "other prompt",
+        f"message {at} was answered to another prompt: from token {first} {there!r}, and this run's is {here!r}; use "
+        "the chat template and --template-kwargs it was made with",
+    )

@@ -1,0 +1,102 @@
+"""Whether a rendering shows all that its row states: a template that drops a text drops it without a word.
+
+Templates trim texts and write some of them as JSON; neither counts as a loss.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+
+from pipeline.intake import Unusable
+
+SPACE = re.compile(r"\s+")
+
+
+def check_shown(messages: list[dict], tools: list[dict] | None, prompt: str, reply: str) -> None:
+    """Raise Unusable where the prompt lacks a text of the messages before the last, or the reply one of the last's.
+
+    Earlier thoughts may be absent: what a template drops of them, an engine does not send either.
+    """
+    *before, turn = messages
+    for tool in tools or []:
+        for what, text in _tool_texts(tool):
+            _check(text, prompt, what, "the prompt")
+    for at, message in enumerate(before):
+        _check(message["content"], prompt, f"the text of message {at} ({message['role']})", "the prompt", thought=True)
+        for what, text in _call_texts(message):
+            _check(text, prompt, f"{what} of message {at}", "the prompt")
+    _check(turn.get("reasoning_content"), reply, "the reasoning of the reply", "the reply")
+    _check(turn["content"], reply, "the text of the reply", "the reply")
+    for what, text in _call_texts(turn):
+        _check(text, reply, f"{what} of the reply", "the reply")
+
+
+def check_once_encoded(messages: list[dict], text: str) -> None:
+    """Raise Unusable where arguments that are JSON already were written as a JSON text once more."""
+    squeezed = SPACE.sub("", text)
+    for message in messages:
+        for call in message.get("tool_calls") or []:
+            function = call.get("function") if isinstance(call.get("function"), dict) else call
+            arguments = function.get("arguments")
+            if isinstance(arguments, str) and SPACE.sub("", arguments) not in squeezed:
+                raise Unusable("lost text", f"the arguments of tool call {function.get('name')} are encoded twice")
+
+
+def _check(text: object, rendered: str, what: str, where: str, *, thought: bool = False) -> None:
+    if not isinstance(text, str) or not text.strip() or shows(rendered, text):
+        return
+    if thought and (said := _behind_thought(text)) and shows(rendered, said):
+        return  # an earlier turn without the thought that its text began with
+    raise Unusable("lost text", f"{what} is not in {where} that the chat template makes; the target would not see it")
+
+
+def shows(rendered: str, text: str) -> bool:
+    """Return whether a text stands in a rendering: as it is, trimmed, as JSON, or with other white space."""
+    text = text.strip()
+    if text in rendered:
+        return True
+    forms = [text, *(json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (False, True))]
+    squeezed = SPACE.sub("", rendered)
+    return any(SPACE.sub("", form) in squeezed for form in forms)
+
+
+def _behind_thought(text: str) -> str:
+    return re.split(r"</(?:\w+:)?think(?:ing)?>|\[/THINK\]|<channel\|>", text)[-1]
+
+
+def _tool_texts(tool: dict) -> Iterator[tuple[str, str]]:
+    """Yield what the target must be shown of a tool: its name."""
+    function = tool.get("function") if isinstance(tool.get("function"), dict) else tool
+    if isinstance(function.get("name"), str):
+        yield f"tool {function['name']}", function["name"]
+
+
+def _call_texts(message: dict) -> Iterator[tuple[str, str]]:
+    """Yield every text of a message's tool calls: names, and the texts in their arguments."""
+    for call in message.get("tool_calls") or []:
+        function = call.get("function") if isinstance(call.get("function"), dict) else call
+        if isinstance(function.get("name"), str):
+            yield f"tool call {function['name']}", function["name"]
+        arguments = function.get("arguments")
+        for text in [arguments] if isinstance(arguments, str) else _leaves(arguments):
+            yield f"an argument of tool call {function.get('name')}", text
+
+
+def _leaves(value: object) -> Iterator[str]:
+    """Yield the texts in a JSON value, names of fields among them; one that is JSON itself by what it holds."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield str(name)
+            yield from _leaves(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner)
+    elif isinstance(value, str):
+        try:
+            held = json.loads(value)
+        except (ValueError, RecursionError):
+            held = None
+        if isinstance(held, dict | list):
+            yield from _leaves(held)
+        else:
+            yield value
