@@ -27,6 +27,7 @@ class CaptureOptions:
     methods: str | None = None  # "dflash,domino": whose drafts will be trained, for the budget. None: all
     seed: int = 0  # which samples a budget takes
     codec: str | None = None  # "int8", "aux=int8,final=zstd"; None: as it is in the cache, else raw
+    roles: str | None = None  # "bard=assistant,narrator=user": who speaks, beside those in `messages.ROLES`
     append: bool = False  # add the corpus to those the cache has
     worker: str | None = None  # "I/N"; None: the variables of torchrun or SLURM, else the only one
 
