@@ -16,8 +16,15 @@ def capture_options(command):
             click.option("--model", required=True, help="Target: a hub name or a folder."),
             click.option(
                 "--corpus",
-                help="JSONL or Parquet, a folder of them, or a hub data set.  "
+                help="JSON, JSONL, Parquet or Arrow, a folder of them, or a hub data set.  "
                 "[default: the chats beside a bundled target, else mlabonne/open-perfectblend]",
+            ),
+            click.option(
+                "--roles",
+                multiple=True,
+                metavar="A=B",
+                callback=lambda ctx, option, pairs: ",".join(pairs) or None,
+                help="Who is called A in CORPUS speaks as B, such as bard=assistant. May be given again.",
             ),
             click.option("--out", type=FOLDER, default="hs_cache", show_default=True, help="The cache's folder."),
             click.option("--layers", help="Layers to keep, such as 1,9,17 (0 is the first, -1 the input)."),

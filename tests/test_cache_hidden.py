@@ -567,7 +567,7 @@ def test_only_a_data_set_that_nobody_named_is_capped(tiny_target, tmp_path, monk
     """The hub cannot be reached from a test, so its rows come from here."""
     rows = [conversation(row, HUB_CORPUS, line) for line, row in enumerate(conversations(), 1)]
     source = {"dataset": HUB_CORPUS, "revision": "1"}
-    monkeypatch.setattr("stages.cache_hidden.planning.hub_dataset", lambda corpus: (iter(rows), source))
+    monkeypatch.setattr("stages.cache_hidden.planning.hub_dataset", lambda corpus, roles: (iter(rows), source))
     monkeypatch.setattr("stages.cache_hidden.run.HUB_SAMPLES", 5)
     corpora = [HUB_CORPUS, None] if named else [None, HUB_CORPUS]
     out, samples = tmp_path / "cache", 24 if named else 5

@@ -105,7 +105,7 @@ def test_text_in_parts_is_joined_and_later_questions_are_dropped(tmp_path):
     [
         ("./nowhere.jsonl", UsageError, "no such corpus"),
         ("nowhere.parquet", UsageError, "no such corpus"),
-        ("{folder}/empty", DataError, "no .jsonl or .parquet"),
+        ("{folder}/empty", DataError, "no file in it ends with .jsonl"),
         ("{folder}/notes.txt", DataError, "rename or convert"),
     ],
 )
@@ -142,8 +142,8 @@ def test_the_bundled_target_takes_the_chats_beside_it(tmp_path):
     [
         ('{"messages": [', "broken line", "no JSON"),
         ("[1, 2]", "broken line", "holds a list"),
-        ({"text": "hello"}, "no messages", "neither"),
-        ({"messages": []}, "no messages", "neither"),
+        ({"text": "hello"}, "no messages", "columns text: `text` was rendered already"),
+        ({"messages": []}, "no messages", "nothing in any column"),
         ({"messages": ["hello"]}, "no messages", "message 0 is a str"),
         ({"messages": [*HELLO, {"role": "narrator", "content": "x"}]}, "unknown role", "message 2 has role 'narrator'"),
         ({"conversations": [{"from": "bard", "value": "x"}]}, "unknown role", "from 'bard'"),
@@ -160,7 +160,7 @@ def test_the_bundled_target_takes_the_chats_beside_it(tmp_path):
         ({"messages": HELLO, "domain": "\ud800"}, "no text", "surrogate"),
         ({"messages": HELLO, "system": 3}, "no text", "`system` that is no text"),
         ({"messages": HELLO, "split": "both"}, "unknown split", "'both'"),
-        ({"messages": HELLO, "domain": 3}, "unknown domain", "domain 3"),
+        ({"messages": HELLO, "domain": 3.5}, "unknown domain", "domain 3.5"),
         ({"messages": HELLO, "tools": "[{"}, "tools", "no JSON"),
         ({"messages": HELLO, "tools": ["f"]}, "tools", "no list of objects"),
         ({"messages": HELLO, "tools": {"name": "f"}}, "tools", "no list of objects (dict)"),

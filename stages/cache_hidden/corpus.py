@@ -1,57 +1,28 @@
-"""Conversations in, one at a time, from files or a hub's data set; what cannot be used is named by file and line.
+"""A corpus: conversations in files, in a folder of them, in a saved data set, or in one of the hub.
 
-A corpus is JSONL or Parquet with `messages` (role, content) or ShareGPT's `conversations` (from, value), a folder of
-such files, or the name of a data set on the hub. Optional columns: `domain`, any text, `split`, train or heldout,
-`system`, which becomes the first message unless that is one already, and `tools`, the list that the chat template shows
-the target (or its JSON).
-Nothing is ever held but the row at hand, so a corpus may be larger than memory.
-
-The one rule: a row that is broken, or that says something we would have to guess at, is left out, counted and shown.
+What a file may be called is in `corpus_files.SUFFIXES`, what a row may be in `conversation.py` and `messages.py`. In a
+folder, hidden files and folders are not read, and whatever is passed over is named and counted. Nothing is ever held
+but the rows at hand, so a corpus may be larger than memory.
 """
 
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from pipeline.cache.manifest import FileFact
 from pipeline.errors import DataError, UsageError
-from pipeline.intake import Unusable
+from pipeline.visible import visible
+from stages.cache_hidden.conversation import Conversation, Fault, conversation, split_of
+from stages.cache_hidden.corpus_files import SUFFIXES, Chunk, read_chunks, without_absent
+from stages.cache_hidden.messages import ROLES
 
-SUFFIXES = (".jsonl", ".parquet")
-ROLES = {"system", "user", "assistant", "tool"}
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}}
-SPLITS = {"": "", "train": "train", "heldout": "heldout", "validation": "heldout", "test": "heldout"}
-PASSED_ON = ("reasoning_content", "tool_calls", "tool_call_id", "name")  # what chat templates read besides
-PARQUET_ROWS = 256
+__all__ = ["Conversation", "Fault", "conversation", "corpus_files", "file_sources", "hub_dataset", "read_files"]
 
-
-@dataclass(frozen=True)
-class Conversation:
-    """One usable row: messages with `role` and `content`, the last one a reply, and where it stood (line, from 1).
-
-    tools: what the target may call, as the chat template takes it, or None.
-    """
-
-    messages: list[dict]
-    domain: str
-    split: str
-    file: str
-    line: int
-    tools: list[dict] | None = None
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A row left out: a reason to count by, and the particulars."""
-
-    reason: str
-    detail: str
-    file: str
-    line: int
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.detail}"
+ABOUT_SETS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # no rows in these
+_PART = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\..+")  # train-00000-of-00004.parquet, as the hub keeps them
 
 
 def corpus_files(corpus: str) -> list[Path]:
@@ -61,23 +32,92 @@ def corpus_files(corpus: str) -> list[Path]:
     """
     path = Path(corpus).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        files = _folder(path)[0]
         if not files:
-            raise DataError(f"{corpus}: no {' or '.join(SUFFIXES)} file in that folder; name a folder of conversations")
+            raise DataError(f"{corpus}: no file in it ends with {', '.join(SUFFIXES)}; name a folder of conversations")
         return files
+    known = path.name.lower().endswith(SUFFIXES)
     if path.is_file():
-        if path.suffix not in SUFFIXES:
+        if not known:
             raise DataError(f"{corpus}: its name ends with none of {', '.join(SUFFIXES)}; rename or convert it")
         return [path]
-    looks_like_a_path = path.is_absolute() or corpus.startswith((".", "~")) or path.suffix in SUFFIXES
+    if path.exists():
+        raise UsageError(f"{corpus}: a pipe or a device, and a corpus is read twice; write it to a file first")
+    looks_like_a_path = path.is_absolute() or corpus.startswith((".", "~")) or known
     if looks_like_a_path or corpus.count("/") > 1:
         raise UsageError(f"{corpus}: no such corpus; name a file, a folder, or a data set of the hub like org/name")
     return []
 
 
-def file_sources(corpus: str, files: list[Path]) -> list[dict]:
-    """Return what the plan keeps of the files: name inside the corpus, size, digest. Reads every byte."""
-    return [{"file": name_of(corpus, file), **FileFact.of_file(file).as_dict()} for file in files]
+def passed_over(corpus: str) -> list[str]:
+    """Return what is not read of a corpus that is a folder, by name inside it; a folder's name ends with a slash."""
+    path = Path(corpus).expanduser()
+    return _folder(path)[1] if path.is_dir() else []
+
+
+def _folder(root: Path) -> tuple[list[Path], list[str]]:
+    """Return the files of a folder that are read, in order of name, and the names of what is passed over."""
+    files, passed = [], []
+    for place, folders, names in os.walk(root, onerror=_cannot_list):
+        here = Path(place)
+        skipped = [name for name in folders if name.startswith(".") or (here / name).is_symlink()]
+        folders[:] = sorted(set(folders) - set(skipped))
+        passed += [f"{(here / name).relative_to(root).as_posix()}/" for name in skipped]
+        listed = _saved_parts(here)
+        for name in names:
+            file = here / name
+            known = name.lower().endswith(SUFFIXES) and not name.startswith(".") and name not in ABOUT_SETS
+            if not known or (listed and name not in listed):
+                passed.append(file.relative_to(root).as_posix())
+                continue
+            if not file.is_file():
+                raise DataError(
+                    f"{file}: a pipe, or a link to a file that is not there; put the file there or remove it"
+                )
+            files.append(file)
+        if absent := sorted(listed - set(names)):
+            raise DataError(f"{here}: its state.json names {visible(absent[0])}, which is not there; copy it again")
+    return sorted(files), sorted(passed)
+
+
+def _cannot_list(error: OSError) -> None:
+    raise DataError(f"{error.filename}: it cannot be listed ({error.strerror}); see to its rights") from error
+
+
+def _saved_parts(folder: Path) -> set[str]:
+    """Return the files that a data set of `datasets`, saved in this folder, consists of; none where it is none."""
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+        return {part["filename"] for part in state["_data_files"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return set()
+
+
+def file_split(corpus: str, file: Path) -> str:
+    """Return "train" or "heldout" where a file's place says so, else "": in a saved DatasetDict, or by the hub's names.
+
+    Those are test/data-00000-of-00001.arrow beside dataset_dict.json, and test-00000-of-00001.parquet.
+    """
+    root = Path(corpus).expanduser()
+    inside = file.relative_to(root).parts if root.is_dir() else (file.name,)
+    if len(inside) > 1 and (root / "dataset_dict.json").is_file():
+        return split_of(inside[0]) or ""
+    part = _PART.fullmatch(file.name)
+    return split_of(part[1]) or "" if part else ""
+
+
+def file_sources(corpus: str, files: list[Path], roles: str | None = None) -> list[dict]:
+    """Return what the plan keeps of the files: name inside the corpus, size, digest. Reads every byte.
+
+    roles: as `--roles` gave them. They are part of it, since the same files read otherwise are another corpus.
+    """
+    stated = source_roles(roles)
+    return [{"file": name_of(corpus, file), **FileFact.of_file(file).as_dict(), **stated} for file in files]
+
+
+def source_roles(roles: str | None) -> dict[str, str]:
+    """Return what a source entry says of `--roles`: nothing where none were given."""
+    return {"roles": ",".join(sorted(roles.split(",")))} if roles else {}
 
 
 def name_of(corpus: str, file: Path) -> str:
@@ -86,40 +126,75 @@ def name_of(corpus: str, file: Path) -> str:
     return file.relative_to(root).as_posix() if root.is_dir() else file.name
 
 
-def read_files(corpus: str, files: list[Path]) -> Iterator[Conversation | Fault]:
-    """Yield every row of the files, in order."""
-    for file in files:
-        rows = _jsonl_rows(file) if file.suffix == ".jsonl" else _parquet_rows(file)
-        name = name_of(corpus, file)
-        for line, row in rows:
-            yield conversation(row, name, line)
+def with_roles(stated: str | None) -> dict[str, str]:
+    """Return ROLES and what `--roles` adds (A=B, with commas): A speaks as B. UsageError for a B that is no role."""
+    roles = dict(ROLES)
+    for pair in stated.split(",") if stated else []:
+        name, equals, role = (part.strip().lower() for part in pair.partition("="))
+        if not name or not equals or role not in roles:
+            raise UsageError(
+                f"--roles {pair}: wanted A=B, such as bard=assistant; B is one of {', '.join(sorted(ROLES))}"
+            )
+        roles[name] = roles[role]
+    return roles
 
 
-def hub_dataset(corpus: str) -> tuple[Iterator[Conversation | Fault], dict]:
-    """Return the rows of a hub data set's train split, streamed, and its source entry (name, revision).
+def corpus_chunks(corpus: str, files: list[Path]) -> Iterator[Chunk]:
+    """Yield the rows of the files in order, unparsed, in chunks."""
+    return chain.from_iterable(read_chunks(file, name_of(corpus, file), file_split(corpus, file)) for file in files)
 
-    Raises UsageError when there is none; the rows raise DataError when they end early.
+
+def chunk_rows(chunk: Chunk, roles: dict[str, str] | None = None) -> Iterator[Conversation | Fault]:
+    """Yield the rows of a chunk, parsed."""
+    for line, row in chunk.rows():
+        yield conversation(row, chunk.file, line, split=chunk.split, roles=roles)
+
+
+def read_files(corpus: str, files: list[Path], roles: dict[str, str] | None = None) -> Iterator[Conversation | Fault]:
+    """Yield every row of the files, in order. roles: see `with_roles`."""
+    return chain.from_iterable(chunk_rows(chunk, roles) for chunk in corpus_chunks(corpus, files))
+
+
+def hub_dataset(corpus: str, roles: dict[str, str] | None = None) -> tuple[Iterator[Conversation | Fault], dict]:
+    """Return the rows of a hub data set, streamed, and its source entry (name, revision).
+
+    Its train splits come first, then those that are held out; a split by another name is passed over unless there is
+    no other. Raises UsageError when there is no such set; the rows raise DataError when they end early.
     """
     from datasets import load_dataset
     from huggingface_hub import HfApi
 
     try:
         revision = HfApi().dataset_info(corpus).sha
-        rows = load_dataset(corpus, split="train", streaming=True, revision=revision)
+        splits = load_dataset(corpus, streaming=True, revision=revision)
     except _hub_errors() as error:
         raise UsageError(
             f"{corpus}: no such file or folder here, and the hub gave no such data set ({_line(error)}); "
             "check the name and the network, or pass --corpus with a file of conversations"
         ) from error
-    return hub_rows(corpus, rows), {"dataset": corpus, "revision": revision}
+    return split_rows(corpus, splits, roles), {"dataset": corpus, "revision": revision}
 
 
-def hub_rows(corpus: str, rows: Iterable[dict]) -> Iterator[Conversation | Fault]:
+def split_rows(
+    corpus: str, splits: dict[str, Iterable[dict]], roles: dict[str, str] | None = None
+) -> Iterator[Conversation | Fault]:
+    """Yield the rows of a data set's splits, by name: train first, then heldout."""
+    meant = {name: split_of(name) for name in splits}
+    chosen = sorted((name for name in splits if meant[name]), key=lambda name: (meant[name] != "train", name))
+    for name in chosen or sorted(splits):
+        alone = len(splits) == 1
+        split = "" if alone and meant[name] == "train" else meant[name] or ""
+        yield from hub_rows(corpus if alone else f"{corpus}/{name}", splits[name], split, roles)
+
+
+def hub_rows(
+    corpus: str, rows: Iterable[dict], split: str = "", roles: dict[str, str] | None = None
+) -> Iterator[Conversation | Fault]:
     """Yield the rows of a stream. DataError when the hub stops sending, or sends what is no row."""
     line = 0
     try:
         for line, row in enumerate(rows, 1):
-            yield conversation(_without_absent(row), corpus, line)
+            yield conversation(without_absent(row), corpus, line, split=split, roles=roles)
     except _hub_errors() as error:
         raise DataError(
             f"{corpus}: the hub's rows end after {line:,} ({_line(error)}); run the same command again, or download "
@@ -137,134 +212,3 @@ def _hub_errors() -> tuple[type[Exception], ...]:
 
 def _line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:160] or type(error).__name__
-
-
-def _jsonl_rows(file: Path) -> Iterator[tuple[int, object]]:
-    """Yield (line, object or Unusable) of every line that is not blank."""
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.isspace():
-                continue
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:  # broken JSON or UTF-8
-                yield number, Unusable("broken line", f"no JSON ({str(error)[:80]})")
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[int, object]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    wanted = ("messages", "conversations", "system", "domain", "split", "tools")
-    try:
-        with pq.ParquetFile(file) as table:
-            columns = [name for name in wanted if name in table.schema_arrow.names]
-            line = 0
-            for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
-                for row in batch.to_pylist():
-                    line += 1
-                    yield line, _without_absent(row)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file}: no readable Parquet ({str(error)[:160]}); write it again") from error
-
-
-def _without_absent(value: object) -> object:
-    """Return a row of a table without the keys that others have: Arrow gives every object all of them, as None."""
-    if isinstance(value, dict):
-        return {key: _without_absent(inner) for key, inner in value.items() if inner is not None}
-    return [_without_absent(inner) for inner in value] if isinstance(value, list) else value
-
-
-def conversation(row: object, file: str, line: int) -> Conversation | Fault:
-    """Return a row of a corpus as a Conversation, or as the Fault it is."""
-    try:
-        if isinstance(row, Unusable):
-            raise row
-        if not isinstance(row, dict):
-            raise Unusable("broken line", f"holds a {type(row).__name__}, wanted an object with `messages`")
-        messages, tools = _messages(row), _tools(row.get("tools"))
-        if not any(message["role"] == "assistant" and _has_text(message) for message in messages):
-            raise Unusable("no reply", "has no assistant message with text; there is nothing to learn")
-        domain, split = row.get("domain"), row.get("split")
-        if not isinstance(split, str | None) or (split or "") not in SPLITS:
-            raise Unusable("unknown split", f"split {split!r}; wanted one of {', '.join(filter(None, SPLITS))}")
-        if not isinstance(domain, str | None):
-            raise Unusable("unknown domain", f"domain {domain!r}; wanted a text")
-        _check_encodes({"messages": messages, "domain": domain, "tools": tools})
-        replies = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
-        return Conversation(messages[: replies[-1] + 1], domain or "", SPLITS[split or ""], file, line, tools)
-    except Unusable as fault:
-        return Fault(fault.reason, fault.detail, file, line)
-
-
-def _check_encodes(kept: dict) -> None:
-    """Refuse half a surrogate pair: JSON can say it, but no tokenizer or file takes it."""
-    try:
-        json.dumps(kept, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError as error:
-        raise Unusable("no text", f"holds half a surrogate pair ({error.object[error.start]!r}), no text") from error
-
-
-def _tools(given: object) -> list[dict] | None:
-    """Return the tools of a row, a list of objects or its JSON, as None where there are none."""
-    tools = given
-    if isinstance(given, str):
-        try:
-            tools = json.loads(given) if given.strip() else None
-        except (ValueError, RecursionError) as error:
-            raise Unusable("tools", f"has `tools` that are no JSON ({str(error)[:80]})") from error
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise Unusable("tools", f"has `tools` that are no list of objects ({type(tools).__name__})")
-    return tools
-
-
-def _messages(row: dict) -> list[dict]:
-    """Return the messages of a row, roles by their usual names, contents as text."""
-    given = row.get("messages") or row.get("conversations")
-    if not given or not isinstance(given, list):
-        raise Unusable("no messages", "has neither `messages` nor `conversations` with anything in them")
-    if row.get("messages") or _names_roles(given[0]):
-        role_key, text_key, roles = "role", "content", {role: role for role in ROLES}
-    else:
-        role_key, text_key, roles = "from", "value", SHAREGPT_ROLES
-    messages = [_message(entry, at, role_key, text_key, roles) for at, entry in enumerate(given)]
-    system = row.get("system")
-    if not isinstance(system, str | None):
-        raise Unusable("no text", f"has `system` that is no text ({type(system).__name__})")
-    if system and system.strip() and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return messages
-
-
-def _names_roles(entry: object) -> bool:
-    """Return whether a message is in role and content, also under `conversations`."""
-    return isinstance(entry, dict) and entry.get("from") is None and entry.get("role") is not None
-
-
-def _message(entry: object, at: int, role_key: str, text_key: str, roles: dict[str, str]) -> dict:
-    if not isinstance(entry, dict):
-        raise Unusable("no messages", f"message {at} is a {type(entry).__name__}, wanted {role_key} and {text_key}")
-    role = entry.get(role_key)
-    if not isinstance(role, str) or role not in roles:
-        raise Unusable("unknown role", f"message {at} has {role_key} {role!r}; wanted {', '.join(sorted(roles))}")
-    kept = {key: entry[key] for key in PASSED_ON if entry.get(key) and text_key == "content"}
-    return {"role": roles[role], "content": _text(entry.get(text_key), at, "tool_calls" in kept), **kept}
-
-
-def _text(content: object, at: int, may_lack: bool) -> str:
-    """Return a message's text; parts of type text are joined, anything else is not for a text model."""
-    if isinstance(content, str):
-        return content
-    if content is None and may_lack:
-        return ""
-    if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
-        texts = [part.get("text") for part in content if part.get("type") == "text"]
-        if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
-            return "".join(texts)
-    raise Unusable("no text", f"message {at} has content that is no text ({type(content).__name__})")
-
-
-def _has_text(message: dict) -> bool:
-    return bool(message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content"))

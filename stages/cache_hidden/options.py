@@ -30,6 +30,7 @@ class CaptureOptions:
     template_kwargs: str | None = None  # arguments of the chat template, a JSON object. None: as the cache, else none
     template_date: str | None = None  # what the template's clock shows, "2024-07-26". None: as the cache, else that
     codec: str | None = None  # "int8", "aux=int8,final=zstd"; None: as it is in the cache, else raw
+    roles: str | None = None  # "bard=assistant,narrator=user": who speaks, beside those in `messages.ROLES`
     append: bool = False  # add the corpus to those the cache has
     worker: str | None = None  # "I/N"; None: the variables of torchrun or SLURM, else the only one
 

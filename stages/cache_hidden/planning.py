@@ -24,6 +24,8 @@ from stages.cache_hidden.corpus import (
     file_sources,
     hub_dataset,
     read_files,
+    source_roles,
+    with_roles,
 )
 from stages.cache_hidden.settings import Settings
 from stages.cache_hidden.template import ChatTemplate
@@ -40,6 +42,7 @@ def make_plan(
     *,
     spare_disk: bool = False,
     budget: Chooser | None = None,
+    roles: str | None = None,
 ) -> Plan:
     """Tokenise the corpus and write the plan; what the cache is, cache.json, comes when the corpus has proven usable.
 
@@ -48,11 +51,12 @@ def make_plan(
     Raises DataError for a corpus that is not, UsageError when it or the target is not there.
     """
     files = corpus_files(corpus)
+    known = with_roles(roles)
     if files:
-        rows, sources = read_files(corpus, files), file_sources(corpus, files)
+        rows, sources = read_files(corpus, files, known), file_sources(corpus, files, roles)
     else:
-        rows, source = hub_dataset(corpus)
-        sources = [source]
+        rows, source = hub_dataset(corpus, known)
+        sources = [{**source, **source_roles(roles)}]
     max_bytes = int(FREE_SHARE * free_bytes(out)) if spare_disk else None
     template, tally, notes = ChatTemplate(settings.folder), Tally(), {"max_samples": max_samples}
     vocab_size = text_config(settings.folder)["vocab_size"]
@@ -94,9 +98,15 @@ def planned(
             tally.fault(row.reason, str(row))
             continue
         try:
-            rendered = template.render(row.messages, row.tools)
+            rendered = template.render(row.messages, row.tools) if row.tokens is None else None
         except Unusable as fault:
             tally.fault(fault.reason, f"{row.file}:{row.line}: {fault}")
+            continue
+        if rendered is None:
+            yield from _samples(waiting, template, max_length, tally, vocab_size)
+            ids, mask = row.tokens
+            yield from _checked([(row, np.array(ids, np.int32), np.array(mask))], max_length, tally, vocab_size)
+            waiting = []
             continue
         if rendered.rewritten:
             tally.rewritten += rendered.rewritten
@@ -112,7 +122,12 @@ def _samples(
     waiting: list, template: ChatTemplate, max_length: int, tally: Tally, vocab_size: int
 ) -> Iterator[PlannedSample]:
     encoded = template.encode([rendered for _, rendered in waiting]) if waiting else []
-    for (row, _), (ids, mask) in zip(waiting, encoded, strict=True):
+    made = [(row, ids, mask) for (row, _), (ids, mask) in zip(waiting, encoded, strict=True)]
+    yield from _checked(made, max_length, tally, vocab_size)
+
+
+def _checked(made: list, max_length: int, tally: Tally, vocab_size: int) -> Iterator[PlannedSample]:
+    for row, ids, mask in made:
         where = f"{row.file}:{row.line}"
         try:
             check_mask(mask)

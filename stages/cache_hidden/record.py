@@ -83,9 +83,10 @@ def unchanged(record: dict, request: dict) -> tuple[ColumnSpec, ...] | None:
         return None
 
 
-def corpus_unchanged(record: dict, corpus: str, max_samples: int | None) -> bool:
-    """Return whether so much of the corpus was planned, and its files look as they did when that was last seen."""
-    if record.get("request", {}).get("options", {}).get("max_samples", -1) != max_samples:
+def corpus_unchanged(record: dict, corpus: str, max_samples: int | None, roles: str | None) -> bool:
+    """Return whether so much of the corpus was planned so, and its files look as they did when that was last seen."""
+    told = record.get("request", {}).get("options", {})
+    if told.get("max_samples", -1) != max_samples or told.get("roles") != roles:
         return False
     try:
         files = looks(corpus_files(corpus))

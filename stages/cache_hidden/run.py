@@ -22,7 +22,7 @@ from pipeline.cache.target_folder import has_target
 from pipeline.errors import DataError, UsageError
 from pipeline.gauge import Gauge
 from stages.cache_hidden.budget import chooser, is_planned, within_budget
-from stages.cache_hidden.corpus import corpus_files, file_sources
+from stages.cache_hidden.corpus import corpus_files, file_sources, source_roles
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.record import corpus_unchanged, read_record, request_of, unchanged, write_record
 from stages.cache_hidden.report import Work, budget_steps, capture_command, missing, plan_report, plan_table, work_bytes
@@ -134,7 +134,7 @@ def _held_plan(corpus: str | None, out: Path, settings: Settings, options: Captu
     from_hub = corpus is None and named == HUB_CORPUS  # nobody named it
     if from_hub and max_samples is None and any(part.get("dataset") == HUB_CORPUS for part in held.sources):
         max_samples = HUB_SAMPLES
-    difference = _difference(held, None if from_hub else named, out, max_samples)
+    difference = _difference(held, None if from_hub else named, out, max_samples, options.roles)
     if difference and not options.append:
         raise UsageError(
             f"{out} was planned {difference}; pass the same, --append to add it to this cache, or another --out for a "
@@ -162,7 +162,7 @@ def _make_plan(corpus: str | None, out: Path, settings: Settings, options: Captu
         print(f"{out}: nothing of its plan is captured, so this budget makes another", file=sys.stderr)
     before = load_plan(out).samples if options.append else 0
     most = HUB_SAMPLES if capped else options.max_samples
-    plan = make_plan(named, out, settings, most, spare_disk=spare, budget=budget)
+    plan = make_plan(named, out, settings, most, spare_disk=spare, budget=budget, roles=options.roles)
     if options.append:
         new = plan.samples - before
         told = f"{new:,} samples to the {before:,} there" if new else f"none, all are among the {before:,} there"
@@ -170,15 +170,15 @@ def _make_plan(corpus: str | None, out: Path, settings: Settings, options: Captu
     return plan
 
 
-def _difference(held: Plan, corpus: str | None, out: Path, max_samples: int | None) -> str:
+def _difference(held: Plan, corpus: str | None, out: Path, max_samples: int | None, roles: str | None) -> str:
     """Return how a corpus, or the part of it (`max_samples` None: all), differs from those planned; empty: it is one.
 
     Without a corpus (none named, and no bundled chats that may have changed) the plan's own is meant.
     """
-    if corpus and corpus_unchanged(read_record(out), corpus, max_samples):
+    if corpus and corpus_unchanged(read_record(out), corpus, max_samples, roles):
         return ""
     files = corpus_files(corpus) if corpus else []
-    wanted = file_sources(corpus, files) if files else [{"dataset": corpus}]
+    wanted = file_sources(corpus, files, roles) if files else [{"dataset": corpus, **source_roles(roles)}]
     planned = [(_without_revision(manifest["sources"]), manifest) for manifest in held.manifests]
     caps = [manifest["notes"]["max_samples"] for sources, manifest in planned if not corpus or sources == wanted]
     if not caps:
@@ -195,9 +195,10 @@ def _without_revision(sources: list[dict]) -> list[dict]:
 
 
 def _source_text(source: dict) -> str:
+    roles = f", roles {source['roles']}" if "roles" in source else ""
     if "dataset" in source:
-        return f"data set {source['dataset']}"
-    return f"{source['file']} ({source['size']} bytes, xxh3 {source['xxh3'][:12]})"
+        return f"data set {source['dataset']}{roles}"
+    return f"{source['file']} ({source['size']} bytes, xxh3 {source['xxh3'][:12]}{roles})"
 
 
 def _announce(planned: Plan, settings: Settings, work: Work, worker: Worker) -> None:

@@ -1,0 +1,269 @@
+"""One message of a row, whoever wrote it, as the chat template takes it: the tables of roles and of keys.
+
+ROLES are the names that others give the roles; `--roles A=B` adds to them. Of a message's keys
+
+    role, from                         say who speaks
+    content, value, text               the text: a string, or parts of type text, input_text or output_text
+    reasoning_content, reasoning ...   (REASONING) what the target thought before it spoke
+    tool_calls, function_call          what it called, arguments as an object
+    tool_call_id, name                 whom a tool answers, who speaks
+    weight, train, training, loss ...  (SUPERVISED) whether the reply is to be learned
+    token_ids, prompt_token_ids        the ids that an engine wrote, and was asked with
+    id, timestamp, model ...           (METADATA) of no matter to the target: passed over
+    refusal, audio, images ...         (REFUSED) the row is left out
+
+Any other key that holds something is counted by name and passed over. None, "" and [] state nothing.
+"""
+
+import json
+
+from pipeline.intake import Unusable
+
+SPEAKERS = ("system", "developer", "user", "assistant", "tool")
+CALL = "function_call"  # an assistant message whose text is the call
+ROLES = {
+    **{role: role for role in SPEAKERS},
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "bot", "chatgpt", "model"), "assistant"),
+    **dict.fromkeys(
+        ("function", "observation", "function_response", "tool_response", "tool_result", "ipython"), "tool"
+    ),
+    **dict.fromkeys((CALL, "tool_call"), CALL),
+}
+ROLE_KEYS, TEXT_KEYS = ("role", "from"), ("content", "value", "text")
+REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "thinking_content")
+SUPERVISED = ("weight", "train", "training", "loss", "trainable", "supervise")
+IDS = ("token_ids", "prompt_token_ids")
+METADATA = (
+    *("id", "uuid", "message_id", "parent_id", "index", "turn", "timestamp", "created", "created_at", "type", "object"),
+    *("model", "finish_reason", "stop_reason", "logprobs", "usage", "annotations", "metadata", "language", "lang"),
+    *("hash", "ip", "country", "redacted", "toxic", "token_count", "status", "train_detail", "training_detail"),
+)
+REFUSED = ("refusal", "audio", "image", "images", "image_url", "video", "videos", "file", "files")
+TEXT_PARTS = (None, "text", "input_text", "output_text")
+DEPTH = 64  # of objects and lists in each other: templates and JSON recurse over them
+_KNOWN = {*ROLE_KEYS, *TEXT_KEYS, *REASONING, *SUPERVISED, *IDS, *METADATA, "tool_calls", "function_call"}
+_KNOWN |= {"tool_call_id", "name"}
+
+
+def parse_json(text: str) -> object:
+    """Return what JSON says. ValueError, by name, for a key stated twice, for NaN and infinities; RecursionError."""
+    return _DECODER.decode(text)
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:40]!r} stands twice in one object; say it once")
+    return found
+
+
+def _no_number(name: str):
+    raise ValueError(f"{name} is no number of JSON; write null")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number)
+
+
+def parse_text(text: str, what: str) -> object:
+    """Return what a JSON text inside a row says, `what` naming it. Unusable where it is none."""
+    try:
+        return parse_json(text)
+    except (ValueError, RecursionError) as error:
+        raise Unusable("broken line", f"has {what} that is no JSON ({str(error)[:80]})") from error
+
+
+def message(entry: object, at: int, roles: dict[str, str], unknown: set[str]) -> dict:
+    """Return message `at` of a row under one name for each thing; keys nobody knows are added to `unknown`.
+
+    roles: names of roles as ROLES has them. Raises Unusable.
+    """
+    if not isinstance(entry, dict):
+        kind = type(entry).__name__
+        raise Unusable("no messages", f"message {at} is a {kind}, wanted an object with role and content")
+    role = _role(entry, at, roles)
+    made = {"role": "assistant" if role == CALL else role}
+    text, thought = _content(entry, at)
+    if not _KNOWN.issuperset(entry):
+        _look_at_rest(entry, at, unknown)
+    if thought := _thought(entry, thought, at):
+        made["reasoning_content"] = thought
+    if calls := _calls(entry, at):
+        made["tool_calls"] = calls
+    elif role == CALL and text:
+        calls = _said_calls(text)
+        made, text = ({**made, "tool_calls": calls}, "") if calls else (made, text)
+    if text is None:
+        if not made.keys() & {"tool_calls", "reasoning_content"}:
+            raise Unusable("no text", f"message {at} has content that is no text (NoneType)")
+        text = ""
+    made["content"] = text
+    for key in ("tool_call_id", "name"):
+        if entry.get(key) not in (None, ""):
+            made[key] = _checked_text(entry[key], f"message {at} has {key}")
+    for key in IDS:
+        if entry.get(key):
+            made[key] = token_list(entry[key], f"message {at} has {key}")
+    if made["role"] == "assistant" and not _is_supervised(entry, at):
+        made["supervise"] = False
+    return made
+
+
+def _role(entry: dict, at: int, roles: dict[str, str]) -> str:
+    named = [(key, entry[key]) for key in ROLE_KEYS if entry.get(key) is not None]
+    found = []
+    for key, name in named or [("role", None)]:
+        known = roles.get(name.strip().lower()) if isinstance(name, str) else None
+        if known is None:
+            wanted = ", ".join(sorted(roles))
+            raise Unusable("unknown role", f"message {at} has {key} {name!r:.60}; wanted {wanted}, or pass --roles A=B")
+        found.append(known)
+    if len({*found}) > 1:
+        raise Unusable("unknown role", f"message {at} has {' and '.join(f'{key} {name!r}' for key, name in named)}")
+    return found[0]
+
+
+def _content(entry: dict, at: int) -> tuple[str | None, str | None]:
+    """Return a message's text, None where it states none, and what parts of it were thought."""
+    stated = [entry[key] for key in TEXT_KEYS if entry.get(key) is not None]
+    if not stated:
+        return None, None
+    content = stated[0]
+    if any(other != content for other in stated[1:]):
+        raise Unusable("no text", f"message {at} states two texts, under {' and '.join(TEXT_KEYS)}; keep one")
+    if isinstance(content, str):
+        return check_text(content), None
+    if not isinstance(content, list) or not content:
+        raise Unusable("no text", f"message {at} has content that is no text ({type(content).__name__})")
+    parts = [_part(part, at) for part in content]
+    thought = "".join(text for kind, text in parts if kind == "thinking")
+    return "".join(text for kind, text in parts if kind == "text"), thought or None
+
+
+def _part(part: object, at: int) -> tuple[str, str]:
+    """Return a part of a content as (text or thinking, its text). Unusable, by its type, where it is neither."""
+    if isinstance(part, str):
+        return "text", check_text(part)
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if isinstance(part, dict) and kind in ("thinking", "reasoning"):
+        return "thinking", _checked_text(part.get(kind, part.get("text")), f"message {at} has a part of type {kind}")
+    if not isinstance(part, dict) or kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
+        wanted = ", ".join(filter(None, TEXT_PARTS))
+        raise Unusable("no text", f"message {at} has a part of type {kind!r:.60} that is no text; wanted {wanted}")
+    return "text", check_text(part["text"])
+
+
+def _look_at_rest(entry: dict, at: int, unknown: set[str]) -> None:
+    for key in entry.keys() - _KNOWN:
+        if entry[key] in (None, "", [], {}):
+            continue
+        if key in REFUSED:
+            raise Unusable(
+                "no text", f"message {at} has `{key}`, which a text model neither reads nor says; leave it out"
+            )
+        unknown.add(check_text(str(key)))
+
+
+def _thought(entry: dict, in_parts: str | None, at: int) -> str | None:
+    """Return what the target thought, under whatever names, None where nothing is stated."""
+    stated = [text for text in [in_parts, *(entry.get(key) for key in REASONING)] if text not in (None, "")]
+    if any(other != stated[0] for other in stated[1:]):
+        raise Unusable("no text", f"message {at} states two thoughts, under two of {', '.join(REASONING)}; keep one")
+    return _checked_text(stated[0], f"message {at} has reasoning") if stated else None
+
+
+def _is_supervised(entry: dict, at: int) -> bool:
+    """Return whether a reply is to be learned: 0 and false say no. Unusable for anything but 0, 1, true and false."""
+    stated = {key: entry[key] for key in SUPERVISED if entry.get(key) is not None}
+    for key, value in stated.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise Unusable("unknown weight", f"message {at} has {key} {value!r:.60}; wanted 0, 1, true or false")
+    if len({bool(value) for value in stated.values()}) > 1:
+        raise Unusable("unknown weight", f"message {at} is to be learned and is not: {stated}")
+    return all(stated.values())
+
+
+def _calls(entry: dict, at: int) -> list[dict]:
+    """Return the tool calls of a message, each {type, function: {name, arguments}}, arguments an object."""
+    calls = entry.get("tool_calls")
+    if isinstance(calls, str):
+        calls = parse_text(calls, "`tool_calls`") if calls.strip() else None
+    if not calls and entry.get("function_call"):
+        calls = [entry["function_call"]]
+    if not calls:
+        return []
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise Unusable("tools", f"message {at} has `tool_calls` that are no list of objects ({type(calls).__name__})")
+    check_nested(calls, f"message {at} has `tool_calls`")
+    return [_call(call, at) for call in calls]
+
+
+def _call(call: dict, at: int) -> dict:
+    function = call.get("function")
+    rest = {key: value for key, value in call.items() if key not in ("function", "name", "arguments")}
+    if function is None or isinstance(function, str):
+        function = {"name": function or call.get("name"), "arguments": call.get("arguments")}
+        rest = {key: value for key, value in rest.items() if key in ("id", "type", "index")}
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise Unusable("tools", f"message {at} has a tool call without a function's name")
+    return {"type": "function", **rest, "function": {**function, "arguments": _arguments(function.get("arguments"))}}
+
+
+def _arguments(given: object) -> object:
+    """Return arguments as an object, also where they were its JSON; other text stays as it was written."""
+    if given is None or (isinstance(given, str) and not given.strip()):
+        return {}
+    if not isinstance(given, str):
+        return given
+    try:
+        found = parse_json(given)
+        check_nested(found, "")
+    except (ValueError, RecursionError, Unusable):
+        return given
+    return found if isinstance(found, dict) else given
+
+
+def _said_calls(text: str) -> list[dict]:
+    """Return the calls that a text of role `function_call` is the JSON of; none where it is other text."""
+    try:
+        said = parse_json(text)
+        calls = said if isinstance(said, list) else [said]
+        return _calls({"tool_calls": calls}, 0) if all("name" in call or "function" in call for call in calls) else []
+    except (ValueError, RecursionError, TypeError, Unusable):
+        return []
+
+
+def token_list(given: object, what: str) -> list[int]:
+    """Return a list of token ids. Unusable for anything else."""
+    if not isinstance(given, list) or not all(type(token) is int and 0 <= token < 2**31 for token in given):
+        raise Unusable("no tokens", f"{what} that is no list of token ids")
+    return given
+
+
+def _checked_text(given: object, what: str) -> str:
+    if not isinstance(given, str):
+        raise Unusable("no text", f"{what} that is no text ({type(given).__name__})")
+    return check_text(given)
+
+
+def check_text(text: str) -> str:
+    """Return a text that is one. Unusable for half a surrogate pair: JSON can say it, no tokenizer or file takes it."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise Unusable("no text", f"holds half a surrogate pair ({text[error.start]!r}), no text") from error
+    return text
+
+
+def check_nested(value: object, what: str, depth: int = DEPTH) -> None:
+    """Refuse what is nested too deep for whoever recurses over it, and texts that are none: Unusable."""
+    if isinstance(value, str):
+        check_text(value)
+    elif isinstance(value, dict | list):
+        if not depth:
+            raise Unusable("too deep", f"{what} nested more than {DEPTH} deep")
+        for inner in [*value, *value.values()] if isinstance(value, dict) else value:
+            check_nested(inner, what, depth - 1)
