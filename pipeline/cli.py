@@ -47,11 +47,12 @@ def plan(model, corpus, out, probe, as_json, **chosen):
     as far as it has to. What is captured later keeps to that plan; until then another budget makes another plan.
     """
     from stages.cache_hidden.options import CaptureOptions
-    from stages.cache_hidden.run import plan, plan_table
+    from stages.cache_hidden.run import plan, plan_samples, plan_table
 
     report = plan(model, corpus, out, options=CaptureOptions(**chosen), probe=probe)
     show(report, as_json, plan_table)
     if not as_json:
+        show(report, as_json, plan_samples)
         click.echo(f"next: {report['command']}")
 
 

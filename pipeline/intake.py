@@ -11,6 +11,7 @@ from pipeline.errors import DataError
 
 REFUSED_SHARE = 0.1  # of the rows; more is refused
 EXAMPLES = 3  # shown of each reason
+HARMLESS = ("no prompt", "empty reply")  # turns that nobody asked for, or without a word: context, and no fault
 
 
 class Unusable(Exception):
@@ -27,7 +28,10 @@ class Tally:
 
     rows: int = 0
     truncated: int = 0
-    rewritten: int = 0  # turns left unsupervised
+    turns: int = 0  # supervised, in all samples
+    last_turns: int = 0  # of these, in the samples of last turns
+    unproven: dict[str, int] = field(default_factory=dict)  # turns left unsupervised, by reason
+    kinds: dict[str, dict] = field(default_factory=dict)  # of turns: how many, and where the first one is
     faults: dict[str, int] = field(default_factory=dict)
     short: int = 0  # samples with nothing to learn within max_length: no fault of theirs
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -41,12 +45,28 @@ class Tally:
         if len(shown) < EXAMPLES:
             shown.append(example)
 
+    def count_turns(self, turns: int, last: int, unproven: list[tuple[str, str]]) -> None:
+        """Count a row's supervised turns, those of its last sample, and the others with their reasons and examples."""
+        self.turns += turns
+        self.last_turns += last
+        for reason, example in unproven:
+            self.unproven[reason] = self.unproven.get(reason, 0) + 1
+            self.show(reason, example)
+
+    def count_kinds(self, kinds: tuple[str, ...], file: str, line: int) -> None:
+        for kind in kinds:
+            found = self.kinds.setdefault(kind, {"count": 0, "first": f"{file}:{line}"})
+            found["count"] += 1
+
     def as_notes(self) -> dict:
         """For the plan's manifest."""
         return {
             "rows": self.rows,
             "truncated": self.truncated,
-            "rewritten_turns": self.rewritten,
+            "supervised_turns": self.turns,
+            "rewritten_turns": self.turns - self.last_turns,
+            "unproven_turns": dict(sorted(self.unproven.items())),
+            "kinds": dict(sorted(self.kinds.items())),
             "too_short": self.short,
             "faults": dict(sorted(self.faults.items())),
             "examples": dict(sorted(self.examples.items())),
@@ -59,6 +79,12 @@ class Tally:
         if not usable:
             why = shown or "it is empty"
             raise DataError(f"{corpus}: no usable sample in {self.rows} rows ({why}); name another corpus")
+        failed = sum(count for reason, count in self.unproven.items() if reason not in HARMLESS)
+        if failed > REFUSED_SHARE * (self.turns + failed):
+            raise DataError(
+                f"{corpus}: {failed} of {self.turns + failed} turns do not prove to be what the target would write "
+                f"behind an engine's prompt, at most {REFUSED_SHARE:.0%} are let go ({shown}); repair or remove them"
+            )
         if faults > REFUSED_SHARE * self.rows:
             raise DataError(
                 f"{corpus}: {faults} of {self.rows} rows cannot be used, at most {REFUSED_SHARE:.0%} are let go "

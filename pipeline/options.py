@@ -57,7 +57,9 @@ def capture_options(command):
             click.option(
                 "--template-date", metavar="DAY", help="The day that templates are told.  [default: 2024-07-26]"
             ),
-            click.option("--max-samples", type=click.IntRange(1), help="Stop reading the corpus there."),
+            click.option(
+                "--max-samples", type=click.IntRange(1), help="Stop reading the corpus after so many conversations."
+            ),
             click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a forward.  [default: 4096]"),
             click.option("--budget", metavar="SIZE", help="Bytes it may take, such as 2TB or 1.5TiB."),
             click.option("--methods", help="Whose drafts will be trained, for the budget.  [default: all]"),

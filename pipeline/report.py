@@ -3,6 +3,7 @@
 Everything here turns the plain dicts that other modules return, the same that `--json` prints, into rich renderables.
 """
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -12,6 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.cache.disk import size_text
+from pipeline.cache.layout import LOG, TARGET
+from pipeline.cache.manifest import read_canonical
+from pipeline.errors import CacheError, UsageError
 from pipeline.evaluations import cell, columns_of, drawn_at, load_reports, temperatures
 
 
@@ -69,21 +73,40 @@ def cache_table(report: dict) -> Group:
 
 def coloured_sample(cache: Path, view: dict) -> Group:
     """Return one sample as text, what is supervised in green and underlined."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(Path(cache) / "target" / "tokenizer.json"))
-    text = Text()
-    start = 0
-    for end in range(1, len(view["ids"]) + 1):
-        if end == len(view["ids"]) or view["mask"][end] != view["mask"][start]:
-            piece = tokenizer.decode(view["ids"][start:end], skip_special_tokens=False)
-            text.append(piece, style="green underline" if view["mask"][start] else "dim")
-            start = end
     head = (
         f"sample {view['sample']} ({view['sample_id']}): {view['length']} tokens, {view['supervised']} supervised "
         f"(green); {view['domain'] or 'no domain'}, {view['split'] or 'no split'}; {view['source']}:{view['line']}"
     )
-    return Group(Text(head, style="bold"), text)
+    return Group(Text(head, style="bold"), coloured(tokenizer_of(cache), view["ids"], view["mask"]))
+
+
+def tokenizer_of(cache: Path):
+    """Return the tokenizer of a cache's target, while nothing is captured the one of the target it was planned with.
+
+    Raises UsageError where neither is there.
+    """
+    from tokenizers import Tokenizer
+
+    folders = [Path(cache) / TARGET]
+    with contextlib.suppress(CacheError, KeyError, TypeError):
+        folders.append(Path(read_canonical(Path(cache) / LOG)["target"]["folder"]))
+    files = [folder / "tokenizer.json" for folder in folders if (folder / "tokenizer.json").is_file()]
+    if not files:
+        raise UsageError(f"{cache} holds no tokenizer yet to show text with; run `pipeline plan` or capture first")
+    return Tokenizer.from_file(str(files[0]))
+
+
+def coloured(tokenizer, ids: Sequence[int], mask: Sequence[bool], most: int | None = None) -> Text:
+    """Return tokens as text, the supervised ones in green and underlined; of a long stretch `most` characters."""
+    text, start = Text(), 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or mask[end] != mask[start]:
+            piece = tokenizer.decode(list(ids[start:end]), skip_special_tokens=False)
+            if most and len(piece) > most:
+                piece = f"{piece[: most // 2]} [...] {piece[-most // 2 :]}"
+            text.append(piece, style="green underline" if mask[start] else "dim")
+            start = end
+    return text
 
 
 def verify_table(report: dict) -> Group:

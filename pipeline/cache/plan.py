@@ -189,6 +189,9 @@ def _choose(spool: Path, path: Path, choose: Callable[[list[ShardPlan]], np.ndar
         parts = [ShardPlan(batch, SPOOLED) for batch in pa.ipc.open_stream(file)]
         kept_n = choose(parts)
         assert len(kept_n) == counts.samples and kept_n.any(), f"{kept_n.sum()} chosen of {counts.samples}"
+        del parts
+    if kept_n.all():
+        return spool
     counts.samples = counts.tokens = counts.supervised = 0
     counts.seen -= {name for (_, name), kept in zip(_spooled(spool), kept_n, strict=True) if kept}
     _spool((sample for (sample, _), kept in zip(_spooled(spool), kept_n, strict=True) if kept), path, counts)

@@ -14,6 +14,7 @@ from pipeline.cache.disk import free_bytes
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import Plan, write_segment
 from pipeline.cache.samples import PlannedSample, ShardPlan
+from pipeline.chat_template import ChatTemplate
 from pipeline.intake import Tally, Unusable, check_ids, check_mask, trim
 from pipeline.target_files import text_config
 from stages.cache_hidden.budget import Chooser
@@ -28,7 +29,8 @@ from stages.cache_hidden.corpus import (
     with_roles,
 )
 from stages.cache_hidden.settings import Settings
-from stages.cache_hidden.template import ChatTemplate
+from stages.cache_hidden.template import Prepared, Preparer
+from stages.cache_hidden.turn_choice import choose_turns, kept_parts
 
 ENCODED_AT_ONCE = 128  # conversations
 FREE_SHARE = 0.25  # of the disk, that a corpus nobody named may take
@@ -46,8 +48,8 @@ def make_plan(
 ) -> Plan:
     """Tokenise the corpus and write the plan; what the cache is, cache.json, comes when the corpus has proven usable.
 
-    At most `max_samples` usable samples (None: all) and, with `spare_disk`, no more than a share of the free disk; of
-    these, what `budget` chooses, as a plan afresh.
+    At most `max_samples` usable conversations (None: all) and, with `spare_disk`, no more than a share of the free
+    disk; of these, what `budget` chooses, as a plan afresh.
     Raises DataError for a corpus that is not, UsageError when it or the target is not there.
     """
     files = corpus_files(corpus)
@@ -58,29 +60,34 @@ def make_plan(
         rows, source = hub_dataset(corpus, known)
         sources = [{**source, **source_roles(roles)}]
     max_bytes = int(FREE_SHARE * free_bytes(out)) if spare_disk else None
-    template, tally, notes = ChatTemplate(settings.folder), Tally(), {"max_samples": max_samples}
+    rules = settings.identity["samples"]
+    template = ChatTemplate(settings.folder, rules["template_kwargs"], rules["template_date"])
+    tally, notes = Tally(), {"max_samples": max_samples}
     vocab_size = text_config(settings.folder)["vocab_size"]
 
     def checked() -> Iterator[PlannedSample]:
-        usable, room = 0, max_bytes
-        for sample in islice(planned(rows, template, settings.max_length, tally, vocab_size), max_samples):
+        usable, room, row = 0, max_bytes, None
+        for sample in planned(rows, template, settings.max_length, tally, vocab_size):
             if room is not None:
                 room -= len(sample.ids) * settings.row_bytes
                 if room < 0:
                     break
-            usable += 1
+            if row != (row := (sample.file, sample.line)):
+                if usable == max_samples:
+                    break
+                usable += 1
             yield sample
         tally.check(corpus, usable)
-        notes.update(tally.as_notes())
-        if budget is None:
-            create_identity(out, settings.identity)
 
-    def chosen(parts: list[ShardPlan]) -> np.ndarray:
-        kept_n, notes["budget"] = budget(parts)
-        create_identity(out, settings.identity)
+    def choose(parts: list[ShardPlan]) -> np.ndarray:
+        kept_n, turns = choose_turns(parts, rules["turns"])
+        notes.update(tally.as_notes(), turns=turns)
+        if budget:
+            of_kept_n, notes["budget"] = budget(kept_parts(parts, kept_n))
+            kept_n[kept_n] = of_kept_n
+        create_identity(out, {**settings.identity, "samples": {**rules, "turns": turns["chosen"]}})
         return kept_n
 
-    choose = chosen if budget else None
     afresh = budget is not None
     return write_segment(
         out, checked(), row_bytes=settings.row_bytes, sources=sources, notes=notes, choose=choose, afresh=afresh
@@ -90,55 +97,39 @@ def make_plan(
 def planned(
     rows: Iterable[Conversation | Fault], template: ChatTemplate, max_length: int, tally: Tally, vocab_size: int
 ) -> Iterator[PlannedSample]:
-    """Yield the samples of the rows, in order; whatever is left out goes into the tally."""
-    waiting = []
-    for row in rows:
-        tally.rows += 1
-        if isinstance(row, Fault):
-            tally.fault(row.reason, str(row))
-            continue
-        try:
-            rendered = template.render(row.messages, row.tools) if row.tokens is None else None
-        except Unusable as fault:
-            tally.fault(fault.reason, f"{row.file}:{row.line}: {fault}")
-            continue
-        if rendered is None:
-            yield from _samples(waiting, template, max_length, tally, vocab_size)
-            ids, mask = row.tokens
-            yield from _checked([(row, np.array(ids, np.int32), np.array(mask))], max_length, tally, vocab_size)
-            waiting = []
-            continue
-        if rendered.rewritten:
-            tally.rewritten += rendered.rewritten
-            tally.show("rewritten turns", f"{row.file}:{row.line}: {rendered.rewritten} turns not supervised")
-        waiting.append((row, rendered))
-        if len(waiting) == ENCODED_AT_ONCE:
-            yield from _samples(waiting, template, max_length, tally, vocab_size)
-            waiting = []
-    yield from _samples(waiting, template, max_length, tally, vocab_size)
+    """Yield the samples of the rows, each row's last turn first; what is left out goes into the tally."""
+    preparer, rows = Preparer(template), iter(rows)
+    while batch := list(islice(rows, ENCODED_AT_ONCE)):
+        conversations = [row for row in batch if isinstance(row, Conversation)]
+        prepared = iter(preparer.prepare(conversations, max_length))
+        for row in batch:
+            tally.rows += 1
+            made = next(prepared) if isinstance(row, Conversation) else row
+            if isinstance(made, Prepared):
+                yield from _checked(row, made, max_length, tally, vocab_size)
+            else:
+                where = "" if isinstance(made, Fault) else f"{row.file}:{row.line}: "
+                tally.fault(made.reason, f"{where}{made}")
 
 
-def _samples(
-    waiting: list, template: ChatTemplate, max_length: int, tally: Tally, vocab_size: int
+def _checked(
+    row: Conversation, made: Prepared, max_length: int, tally: Tally, vocab_size: int
 ) -> Iterator[PlannedSample]:
-    encoded = template.encode([rendered for _, rendered in waiting]) if waiting else []
-    made = [(row, ids, mask) for (row, _), (ids, mask) in zip(waiting, encoded, strict=True)]
-    yield from _checked(made, max_length, tally, vocab_size)
-
-
-def _checked(made: list, max_length: int, tally: Tally, vocab_size: int) -> Iterator[PlannedSample]:
-    for row, ids, mask in made:
-        where = f"{row.file}:{row.line}"
+    """Yield the samples of a row as they are planned."""
+    where = f"{row.file}:{row.line}"
+    tally.count_turns(made.turns, made.last, [(reason, f"{where}: {detail}") for reason, detail in made.unproven])
+    for sample in made.samples:
         try:
-            check_mask(mask)
-            check_ids(ids, vocab_size)
+            check_mask(sample.mask)
+            check_ids(sample.ids, vocab_size)
         except Unusable as fault:
             tally.fault(fault.reason, f"{where}: {fault}")
-            continue
-        tally.truncated += len(ids) > max_length
-        cut = trim(ids[:max_length], mask[:max_length])
+            return
+        tally.truncated += len(sample.ids) > max_length
+        cut = trim(sample.ids[:max_length], sample.mask[:max_length])
         if cut is None:
             tally.short += 1
             tally.show("too short", f"{where}: no two supervised tokens in a row within {max_length}")
             continue
+        tally.count_kinds(sample.kinds, row.file, row.line)
         yield PlannedSample(*cut, domain=row.domain, split=row.split, file=row.file, line=row.line)

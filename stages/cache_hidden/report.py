@@ -2,21 +2,24 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from pipeline.cache.codecs import CODECS, LOSSY, stored_bytes
 from pipeline.cache.columns import ColumnSpec, committed
 from pipeline.cache.disk import free_bytes, size_text
 from pipeline.cache.layout import layer_of
 from pipeline.cache.plan import Plan
-from pipeline.cache.samples import ShardPlan
+from pipeline.cache.samples import ShardPlan, numbers
 from pipeline.errors import UsageError
 from pipeline.target_files import read_json, text_config
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.settings import Settings
 
+SHOWN_CHARACTERS = 240  # of each stretch of a sample that a plan shows
 Work = list[tuple[ShardPlan, list[ColumnSpec]]]
 Lost = Mapping[tuple[int, str], dict | None]  # (shard, column) -> the manifest it had, if that is known
 
@@ -101,6 +104,12 @@ def plan_report(out: Path, plan: Plan, settings: Settings) -> dict:
         "duplicates": plan.duplicates,
         "truncated": notes["truncated"],
         "rewritten_turns": notes["rewritten_turns"],
+        "unproven_turns": notes.get("unproven_turns", {}),
+        "turns": notes.get("turns"),
+        "kinds": kinds_shown(plan),
+        "template": {
+            key: settings.identity["samples"].get(key) for key in ("template_kwargs", "template_date", "stops")
+        },
         "dropped": {why: {"count": dropped[why], "examples": notes["examples"].get(why, [])} for why in dropped},
         "examples": notes["examples"],
         "prices": prices(plan, settings.columns),
@@ -117,6 +126,42 @@ def plan_report(out: Path, plan: Plan, settings: Settings) -> dict:
         "domains": _counted(plan, "domain"),
         "splits": _counted(plan, "split"),
     }
+
+
+def kinds_shown(plan: Plan) -> dict[str, dict]:
+    """Return the kinds of turns there are: how many, and the first sample of each with its ids and mask, if planned."""
+    found = {}
+    for kind, noted in plan.notes.get("kinds", {}).items():
+        source, _, line = noted["first"].rpartition(":")
+        place = next(_places(plan, source, int(line)), None)
+        shown = {"ids": place[0].ids(place[1]).tolist(), "mask": place[0].mask(place[1]).tolist()} if place else {}
+        found[kind] = {**noted, **shown}
+    return found
+
+
+def _places(plan: Plan, source: str, line: int) -> Iterator[tuple[ShardPlan, int]]:
+    """Yield the samples of a row of the corpus, each as its shard and its number there."""
+    for shard in plan.shards:
+        for row in np.flatnonzero(numbers(shard.batch.column("line")) == line):
+            if shard.batch.column("source")[int(row)].as_py() == source:
+                yield shard, int(row)
+
+
+def plan_samples(report: dict):
+    """Return one sample of each kind of turn as text, what is supervised in green, to be read in ten seconds."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from pipeline.report import coloured, tokenizer_of
+
+    tokenizer, lines = tokenizer_of(Path(report["cache"])), []
+    for kind, shown in report["kinds"].items():
+        if "ids" in shown:
+            lines.append(
+                Text(f"\n{kind}: {shown['count']:,} turns, such as {shown['first']} (supervised: green)", "bold")
+            )
+            lines.append(coloured(tokenizer, shown["ids"], shown["mask"], SHOWN_CHARACTERS))
+    return Group(*lines)
 
 
 def _counted(plan: Plan, column: str) -> dict[str, int]:
@@ -148,9 +193,7 @@ def plan_table(report: dict):
     ]
     for why, found in report["dropped"].items():
         rows.append((f"left out: {why}", f"{found['count']:,}, such as " + "; ".join(found["examples"])))
-    if report["rewritten_turns"]:
-        shown = "; ".join(report["examples"].get("rewritten turns", []))
-        rows.append(("turns rewritten", f"{report['rewritten_turns']:,} by the template, not supervised: {shown}"))
+    rows += turn_rows(report)
     rows += [
         ("prices", price_table(report)),
         ("head", f"{size_text(report['bytes']['target'])}, the target's embedding and LM head"),
@@ -167,6 +210,30 @@ def plan_table(report: dict):
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def turn_rows(report: dict) -> list[tuple[str, str]]:
+    """Return what the plan says of turns: the choice between one sample and all, both prices, and what is unproven."""
+    rows, turns = [], report["turns"]
+    if turns and turns["last"] != turns["each"]:
+        a_token = (report["bytes_in_all"] - report["bytes"]["target"]) / report["tokens"]
+        for name in ("last", "each"):
+            priced = turns[name]
+            taken = f", taken: {turns['why']}" if turns["chosen"] == name else ""
+            rows.append(
+                (
+                    f"--turns {name}",
+                    f"{priced['samples']:,} samples, {priced['tokens']:,} tokens, {priced['supervised']:,} supervised, "
+                    f"about {size_text(int(priced['tokens'] * a_token))}{taken}",
+                )
+            )
+        if turns["chosen"] == "last":
+            rows.append(("turns rewritten", f"{report['rewritten_turns']:,} by the template, not supervised"))
+    for why, count in report["unproven_turns"].items():
+        shown = "; ".join(report["examples"].get(why, []))
+        rows.append((f"not supervised: {why}", f"{count:,} turns, such as {shown}"))
+    arguments = report["template"]["template_kwargs"]
+    return rows + [("template", ", ".join(f"{key} = {value!r}" for key, value in arguments.items()))] * bool(arguments)
 
 
 def price_table(report: dict):
@@ -224,6 +291,9 @@ def capture_command(model: str, corpus: str | None, out: Path, options: CaptureO
         "--layers": layers,
         "--final": final if final != "needed" else None,
         "--codec": codec_text(settings.columns),
+        "--turns": options.turns,
+        "--template-kwargs": options.template_kwargs,
+        "--template-date": options.template_date,
         "--max-length": options.max_length,
         "--max-samples": options.max_samples,
         "--batch-tokens": options.batch_tokens,

@@ -25,11 +25,20 @@ from stages.cache_hidden.budget import chooser, is_planned, within_budget
 from stages.cache_hidden.corpus import corpus_files, file_sources, source_roles
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.record import corpus_unchanged, read_record, request_of, unchanged, write_record
-from stages.cache_hidden.report import Work, budget_steps, capture_command, missing, plan_report, plan_table, work_bytes
+from stages.cache_hidden.report import (
+    Work,
+    budget_steps,
+    capture_command,
+    missing,
+    plan_report,
+    plan_samples,
+    plan_table,
+    work_bytes,
+)
 from stages.cache_hidden.settings import HUB_CORPUS, HUB_SAMPLES, Settings, default_corpus, settle
 from stages.cache_hidden.worker import Worker, find_worker
 
-__all__ = ["Done", "plan", "plan_table", "run"]
+__all__ = ["Done", "plan", "plan_samples", "plan_table", "run"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,7 @@ def plan(model: str, corpus: str | None, out: Path, *, options: CaptureOptions, 
     UsageError (no such model or corpus, another identity or budget), DataError (unusable corpus), RoomError.
     """
     settings, planned = _planned(model, corpus, out, options)
+    write_record(out, request_of(model, corpus, options), settings, corpus or default_corpus(settings.folder))
     report = plan_report(out, planned, settings)
     report["command"] = capture_command(model, corpus, out, options, settings)
     work = missing(out, planned, settings.columns)
@@ -112,8 +122,7 @@ def _planned(model: str, corpus: str | None, out: Path, options: CaptureOptions)
             with room(out, "a plan"), turn(out, "plan"):
                 settings = settle(model, out, within_budget(out, options))  # we may have waited for who has planned
                 held = _held_plan(corpus, out, settings, options) or _make_plan(corpus, out, settings, options)
-            if options.budget:
-                settings = settle(model, out, within_budget(out, options))
+            settings = settle(model, out, within_budget(out, options))  # with what the plan has decided
         except (DataError, UsageError):
             with contextlib.suppress(OSError):  # leave no empty folder behind
                 out.rmdir()
@@ -219,7 +228,10 @@ def left_out_lines(planned: Plan) -> list[str]:
     counts = {f"left out, {why}": (count, why) for why, count in notes["faults"].items()}
     counts["left out, too short"] = (notes["too_short"], "too short")
     counts["left out, duplicates"] = (planned.duplicates, None)
-    counts["turns not supervised, since the template rewrites them"] = (notes["rewritten_turns"], "rewritten turns")
+    if (notes.get("turns") or {}).get("chosen", "last") == "last":
+        counts["turns that the template rewrites later, not supervised"] = (notes["rewritten_turns"], None)
+    for why, count in notes.get("unproven_turns", {}).items():
+        counts[f"turns not supervised, {why}"] = (count, why)
     counts["cut at max_length"] = (notes["truncated"], None)
     examples = {why: shown[0] for why, shown in notes["examples"].items()}
     return [

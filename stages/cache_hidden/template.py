@@ -64,7 +64,7 @@ class Preparer:
             found.append(drafted)
             for one in drafted.parts:
                 places.append(one)
-                texts.append(one.turn.text)
+                texts.append(one.turn.text + one.turn.behind)
         for one, encoded in zip(places, encode_many(self.template, texts, max_length) if texts else [], strict=True):
             one.encoded = encoded
         return [one if isinstance(one, Unusable) else self._finish(one, max_length) for one in found]
@@ -127,7 +127,9 @@ class Preparer:
             done.last = done.last or held
             done.turns += held
             done.samples.append(sample)
-            waiting += [_Part(turn, [], encode_many(self.template, [turn.text], max_length)[0]) for turn in apart]
+            waiting += [
+                _Part(turn, [], encode_many(self.template, [turn.text + turn.behind], max_length)[0]) for turn in apart
+            ]
         return done
 
     def _sample(self, drafted: "_Draft", part: "_Part", max_length: int) -> tuple[Sample, list[Turn]]:
@@ -140,10 +142,16 @@ class Preparer:
             prompt_ids = encode_many(self.template, [turn.prompt], max_length)[0].ids
             _check_prompt(self.template, prompt_ids, message.get("prompt_token_ids"), turn.at)
             ids, start = [*prompt_ids, *message["token_ids"]], len(prompt_ids)
+            stop = len(ids)
         elif start is None:
             prompt_ids, reply_ids = encode_apart(self.template, turn.prompt, turn.reply, max_length)
             ids, start = [*prompt_ids, *reply_ids], len(prompt_ids)
-        spans.append((start, len(ids)))
+            stop = len(ids)
+        else:
+            stop = encoded.boundary(len(turn.text))
+            if stop is None:
+                raise Unusable("no end", f"message {turn.at}: a token goes on behind the end of the turn")
+        spans.append((start, stop))
         for other in part.held:
             span = encoded.prompt_boundary(len(other.prompt)), encoded.boundary(len(other.text))
             written = drafted.chat.messages[other.at].get("token_ids")

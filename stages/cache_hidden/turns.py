@@ -40,6 +40,7 @@ class Turn:
     at: int
     prompt: str
     reply: str
+    behind: str = ""  # what the template adds: a newline, an end of text: not the target's, and never supervised
 
     @property
     def text(self) -> str:
@@ -76,13 +77,15 @@ def prove(chat: Chat, at: int, ends: "TurnEnds") -> Turn:
         raise Unproven("no prompt", "it begins with a reply, which nobody asked for")
     prompt, through = chat.prompt(at), chat.through(at)
     if through.startswith(prompt):
-        reply = ends.cut(chat, at, through[len(prompt) :])
+        reply, behind = ends.cut(chat, at, through[len(prompt) :]), ""
+        if through.startswith(reply, len(prompt)):
+            behind = through[len(prompt) + len(reply) :]
         _check_thought(chat, at, prompt, reply, ends)
     else:
-        reply = _behind_other_prompt(chat, at, prompt, through, ends)
+        reply, behind = _behind_other_prompt(chat, at, prompt, through, ends), ""
     if not reply.strip():
         raise Unproven("empty reply", "the reply has no text")
-    return Turn(at, prompt, reply)
+    return Turn(at, prompt, reply, behind)
 
 
 def _behind_other_prompt(chat: Chat, at: int, prompt: str, through: str, ends: "TurnEnds") -> str:
