@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from tiny import CHAT_TEMPLATE, tokenizer, write_jsonl
 
+from pipeline.chat_template import ChatTemplate
 from pipeline.errors import DataError, UsageError
 from pipeline.intake import Tally, Unusable, check_mask, trim
 from stages.cache_hidden.corpus import (
@@ -23,8 +24,7 @@ from stages.cache_hidden.corpus import (
     read_files,
 )
 from stages.cache_hidden.planning import planned
-from stages.cache_hidden.settings import default_corpus, mask_rule
-from stages.cache_hidden.template import ChatTemplate
+from stages.cache_hidden.settings import default_corpus
 
 HELLO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 NO_MARKS = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
@@ -215,130 +215,12 @@ def template(tmp_path):
     return made
 
 
-def supervised(template: ChatTemplate, messages: list[dict]) -> list[str]:
-    """The stretches of text that a mask supervises."""
-    ((ids, mask),) = template.encode([template.render(messages)])
-    assert ids.dtype == np.int32 and mask.shape == ids.shape
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(int), [0]])))
-    return [template.tokenizer.decode(ids[start:stop]) for start, stop in edges.reshape(-1, 2)]
-
-
 def turns(*texts: str) -> list[dict]:
     roles = ["user", "assistant"] * len(texts)
     return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
 
 
 TWO_TURNS = turns("one?", "One.", "two?", "Two, zwei, 二.")
-
-
-@pytest.mark.parametrize("text", [CHAT_TEMPLATE, NO_MARKS], ids=["marks", "prefixes"])
-def test_every_reply_is_supervised_through_what_ends_it(template, text):
-    made = template(text)
-    assert made.marked == (text is CHAT_TEMPLATE)
-    assert supervised(made, TWO_TURNS) == ["One.<|im_end|>", "Two, zwei, 二.<|im_end|>"]
-
-
-def test_ids_are_those_of_the_template_itself(template):
-    made = template(NO_MARKS)
-    ((ids, _),) = made.encode([made.render(TWO_TURNS)])
-    wanted = made.tokenizer.apply_chat_template(TWO_TURNS, tokenize=True, return_dict=True)["input_ids"]
-    assert ids.tolist() == wanted
-
-
-def test_marks_and_the_library_agree(template):
-    made = template(CHAT_TEMPLATE)
-    ((ids, mask),) = made.encode([made.render(TWO_TURNS)])
-    wanted = made.tokenizer.apply_chat_template(
-        TWO_TURNS, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    assert (ids.tolist(), mask.tolist()) == (wanted["input_ids"], wanted["assistant_masks"])
-
-
-def test_what_a_template_adds_is_context_and_not_supervised(template):
-    """A system prompt of its own, an opening thought in its prompt, an end of text at the end."""
-    adds = "<|im_start|>system\nBe kind.<|im_end|>\n" + NO_MARKS.replace("assistant\n' }}", "assistant\n<think>' }}")
-    adds = adds.replace("{%- if add_gen", "{{ '<|endoftext|>' if not add_generation_prompt }}{%- if add_gen")
-    assert "<think>" in adds and "endoftext" in adds
-    assert supervised(template(adds), TWO_TURNS) == ["One.<|im_end|>", "Two, zwei, 二.<|im_end|>"]
-
-
-# The reasoning of a turn is dropped as soon as another turn follows.
-STRIPS = (
-    "{%- for m in messages -%}<|im_start|>{{ m['role'] + '\n' }}"
-    "{%- set text = m['content'] if loop.last else m['content'].split('</think>')[-1] -%}"
-    "{%- if m['role'] == 'assistant' -%}{% generation %}{{ text }}<|im_end|>{% endgeneration %}"
-    "{%- else -%}{{ text }}<|im_end|>{%- endif -%}{{ '\n' }}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
-)
-
-
-@pytest.mark.parametrize("marks", [True, False], ids=["marks", "prefixes"])
-def test_a_turn_that_the_template_rewrites_is_not_supervised(template, marks):
-    text = STRIPS if marks else STRIPS.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    made = template(text)
-    messages = turns("one?", "<think>hm</think>One.", "two?", "<think>ah</think>Two.")
-    assert made.render(messages).rewritten == 1
-    assert supervised(made, messages) == ["<think>ah</think>Two.<|im_end|>"]
-    plain = turns("one?", "One.", "two?", "Two.")
-    assert made.render(plain).rewritten == 0, "a turn without reasoning stays as it was"
-    assert supervised(made, plain) == ["One.<|im_end|>", "Two.<|im_end|>"]
-
-
-def test_a_conversation_of_which_nothing_is_left_is_refused(template):
-    made = template("{%- for m in messages -%}{{ loop.revindex }}{{ m['content'] }}<|im_end|>{%- endfor -%}")
-    messages = [*TWO_TURNS, {"role": "user", "content": "three?"}]
-    with pytest.raises(Unusable, match="rewrites every assistant turn"):
-        made.render(messages)
-
-
-@pytest.mark.parametrize("text", [CHAT_TEMPLATE, NO_MARKS], ids=["marks", "prefixes"])
-@pytest.mark.parametrize(
-    "head",
-    [
-        "{%- if tools -%}{{ tools | tojson }}{%- endif -%}",
-        "{%- if not tools is defined -%}{%- set tools = none -%}{%- endif -%}{%- if tools is not none -%}"
-        "{%- for tool in tools -%}{{ tool | tojson }}{%- endfor -%}{%- endif -%}",
-    ],
-    ids=["plain", "defined or not"],
-)
-def test_a_template_shows_the_target_its_tools_as_context(template, text, head):
-    made = template(head + text)
-    whole = made.render(TWO_TURNS, TOOLS)
-    assert '"name": "add"' in whole.text.split("<|im_start|>")[0]
-    assert made.render(TWO_TURNS).text in whole.text and "add" not in made.render(TWO_TURNS).text
-    assert [whole.text[slice(*span)] for span in whole.spans] == ["One.<|im_end|>", "Two, zwei, 二.<|im_end|>"]
-
-
-def test_tools_that_a_template_does_not_show_are_a_fault(template):
-    with pytest.raises(Unusable, match="does not show") as found:
-        template(CHAT_TEMPLATE).render(TWO_TURNS, TOOLS)
-    assert found.value.reason == "tools"
-
-
-def test_a_template_that_refuses_says_why(template):
-    made = template("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(Unusable, match="roles must alternate") as found:
-        made.render(HELLO)
-    assert found.value.reason == "template error"
-
-
-@pytest.mark.parametrize("text", [CHAT_TEMPLATE, NO_MARKS], ids=["marks", "prefixes"])
-def test_no_rendering_depends_on_the_clock(template, text):
-    clock = "{% macro day() %}{{ strftime_now('%d %B %Y') }}{% endmacro %}{{ day() }}|{{ strftime_now('%H:%M') }}|"
-    made = template(clock + "{{ date_string }}|" + text)
-    assert made.render(TWO_TURNS).text.startswith("26 July 2024|00:00|26 Jul 2024|<|im_start|>")
-    assert supervised(made, TWO_TURNS) == ["One.<|im_end|>", "Two, zwei, 二.<|im_end|>"]
-
-
-def test_a_template_that_is_none_is_one_line(template):
-    with pytest.raises(UsageError, match="its chat template is no Jinja"):
-        template("{% for m in messages %}{{ m }")
-
-
-def test_the_mask_rule_is_read_off_the_template():
-    assert mask_rule(CHAT_TEMPLATE) == "marks"
-    assert mask_rule("{%- generation -%}x{%- endgeneration -%}") == "marks"
-    assert mask_rule(NO_MARKS) == "prefixes"
 
 
 @pytest.mark.parametrize("value", [False, True])

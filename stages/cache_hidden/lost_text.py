@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 
 from pipeline.intake import Unusable
+from stages.cache_hidden.turns import OPEN_THOUGHT
 
 SPACE = re.compile(r"\s+")
 
@@ -26,13 +27,15 @@ def check_shown(messages: list[dict], tools: list[dict] | None, prompt: str, rep
         for what, text in _call_texts(message):
             _check(text, prompt, f"{what} of message {at}", "the prompt")
     _check(turn.get("reasoning_content"), reply, "the reasoning of the reply", "the reply")
-    _check(turn["content"], reply, "the text of the reply", "the reply")
+    _check(_behind_opening(turn["content"], prompt), reply, "the text of the reply", "the reply")
     for what, text in _call_texts(turn):
         _check(text, reply, f"{what} of the reply", "the reply")
 
 
 def check_once_encoded(messages: list[dict], text: str) -> None:
     """Raise Unusable where arguments that are JSON already were written as a JSON text once more."""
+    if not any(message.get("tool_calls") for message in messages):
+        return
     squeezed = SPACE.sub("", text)
     for message in messages:
         for call in message.get("tool_calls") or []:
@@ -58,6 +61,12 @@ def shows(rendered: str, text: str) -> bool:
     forms = [text, *(json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (False, True))]
     squeezed = SPACE.sub("", rendered)
     return any(SPACE.sub("", form) in squeezed for form in forms)
+
+
+def _behind_opening(said: str | None, prompt: str) -> str | None:
+    """Return a reply's text without the tag of a thought that its prompt ends with already."""
+    opened = OPEN_THOUGHT.search(prompt)
+    return said.lstrip().removeprefix(opened[1]) if said and opened else said
 
 
 def _behind_thought(text: str) -> str:
