@@ -14,7 +14,8 @@ PLAIN = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration 
 # The header and the newline behind the end are marked, too.
 WIDE_MARKS = (
     "{%- for m in messages -%}{%- if m.role == 'assistant' -%}"
-    "{% generation %}<|im_start|>assistant{{ '\n' + m.content }}<|im_end|>{{ '\n' }}{% endgeneration %}{%- else -%}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>{{ '\n' }}"
+    "{% generation %}<|im_start|>assistant{{ '\n' + m.content }}<|im_end|>{{ '\n' }}{% endgeneration %}"
+    "{%- else -%}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>{{ '\n' }}"
     "{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}<|im_start|>assistant{{ '\n' }}{%- endif -%}"
 )
 # The system prompt stands in the last question, and nowhere once that is answered (Mistral).

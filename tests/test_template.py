@@ -93,9 +93,7 @@ def test_a_prompt_that_opens_a_thought_takes_what_the_target_said(tmp_path):
 
 @pytest.mark.parametrize("of", ["run", "row"])
 def test_arguments_of_run_and_row_change_the_prompt(tmp_path, of):
-    made = chat_template(
-        tmp_path, OPENS_THOUGHT, kwargs={"thinking": of == "row"} | {"thinking": False} * (of == "run")
-    )
+    made = chat_template(tmp_path, OPENS_THOUGHT, kwargs={"thinking": of == "row"})
     row = {"chat_template_kwargs": {"thinking": False}} if of == "row" else {}
     (((before, reply),),) = supervised(made, prepared(made, turns("a?", "A."), **row))
     assert before.endswith("<think></think>") and reply == "A.<|im_end|>"
