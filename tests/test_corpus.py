@@ -22,7 +22,7 @@ from stages.cache_hidden.corpus import (
     hub_rows,
     read_files,
 )
-from stages.cache_hidden.planning import planned
+from stages.cache_hidden.preparing import planned
 from stages.cache_hidden.settings import default_corpus, mask_rule
 from stages.cache_hidden.template import ChatTemplate
 

@@ -4,9 +4,10 @@ What is left out is counted by reason and shown by file and line. A corpus of wh
 refused: it is another format than we think, and what is left would be a guess.
 """
 
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
@@ -14,23 +15,27 @@ from pipeline.cache.disk import free_bytes
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import Plan, write_segment
 from pipeline.cache.samples import PlannedSample, ShardPlan
-from pipeline.intake import Tally, Unusable, check_ids, check_mask, trim
+from pipeline.intake import Tally
 from pipeline.target_files import text_config
+from pipeline.visible import visible
 from stages.cache_hidden.budget import Chooser
 from stages.cache_hidden.corpus import (
     Conversation,
     Fault,
+    corpus_chunks,
     corpus_files,
     file_sources,
     hub_dataset,
-    read_files,
+    passed_over,
     source_roles,
     with_roles,
 )
+from stages.cache_hidden.corpus_files import CHUNK_ROWS
+from stages.cache_hidden.outcome import Job, Outcome, samples_of
+from stages.cache_hidden.pool import Pool
 from stages.cache_hidden.settings import Settings
-from stages.cache_hidden.template import ChatTemplate
 
-ENCODED_AT_ONCE = 128  # conversations
+SHOWN = 3  # names of each kind of what is passed over
 FREE_SHARE = 0.25  # of the disk, that a corpus nobody named may take
 
 
@@ -50,20 +55,20 @@ def make_plan(
     these, what `budget` chooses, as a plan afresh.
     Raises DataError for a corpus that is not, UsageError when it or the target is not there.
     """
-    files = corpus_files(corpus)
-    known = with_roles(roles)
+    files, known = corpus_files(corpus), with_roles(roles)
     if files:
-        rows, sources = read_files(corpus, files, known), file_sources(corpus, files, roles)
+        work, sources = corpus_chunks(corpus, files), file_sources(corpus, files, roles)
+        _say_passed_over(corpus)
     else:
         rows, source = hub_dataset(corpus, known)
-        sources = [{**source, **source_roles(roles)}]
+        work, sources = _batches(rows), [{**source, **source_roles(roles)}]
     max_bytes = int(FREE_SHARE * free_bytes(out)) if spare_disk else None
-    template, tally, notes = ChatTemplate(settings.folder), Tally(), {"max_samples": max_samples}
-    vocab_size = text_config(settings.folder)["vocab_size"]
+    tally, notes = Tally(), {"max_samples": max_samples}
+    job = Job(settings.folder, settings.max_length, text_config(settings.folder)["vocab_size"], known)
 
-    def checked() -> Iterator[PlannedSample]:
+    def checked(samples: Iterator[PlannedSample]) -> Iterator[PlannedSample]:
         usable, room = 0, max_bytes
-        for sample in islice(planned(rows, template, settings.max_length, tally, vocab_size), max_samples):
+        for sample in islice(samples, max_samples):
             if room is not None:
                 room -= len(sample.ids) * settings.row_bytes
                 if room < 0:
@@ -80,65 +85,39 @@ def make_plan(
         create_identity(out, settings.identity)
         return kept_n
 
-    choose = chosen if budget else None
-    afresh = budget is not None
-    return write_segment(
-        out, checked(), row_bytes=settings.row_bytes, sources=sources, notes=notes, choose=choose, afresh=afresh
-    )
+    with Pool(job) as pool:
+        plan = write_segment(
+            out,
+            checked(_counted(pool.outcomes(work), tally)),
+            row_bytes=settings.row_bytes,
+            sources=sources,
+            notes=notes,
+            choose=chosen if budget else None,
+            afresh=budget is not None,
+        )
+    for key, (count, first) in sorted(tally.keys.items()):
+        told = f"`{visible(key)}`: {count:,} rows, the first {visible(first)}"
+        print(f"a key of messages that no template is shown, {told}", file=sys.stderr)
+    return plan
 
 
-def planned(
-    rows: Iterable[Conversation | Fault], template: ChatTemplate, max_length: int, tally: Tally, vocab_size: int
-) -> Iterator[PlannedSample]:
-    """Yield the samples of the rows, in order; whatever is left out goes into the tally."""
-    waiting = []
-    for row in rows:
+def _counted(outcomes: Iterable[Outcome], tally: Tally) -> Iterator[PlannedSample]:
+    for outcome in outcomes:
         tally.rows += 1
-        if isinstance(row, Fault):
-            tally.fault(row.reason, str(row))
-            continue
-        try:
-            rendered = template.render(row.messages, row.tools) if row.tokens is None else None
-        except Unusable as fault:
-            tally.fault(fault.reason, f"{row.file}:{row.line}: {fault}")
-            continue
-        if rendered is None:
-            yield from _samples(waiting, template, max_length, tally, vocab_size)
-            ids, mask = row.tokens
-            yield from _checked([(row, np.array(ids, np.int32), np.array(mask))], max_length, tally, vocab_size)
-            waiting = []
-            continue
-        if rendered.rewritten:
-            tally.rewritten += rendered.rewritten
-            tally.show("rewritten turns", f"{row.file}:{row.line}: {rendered.rewritten} turns not supervised")
-        waiting.append((row, rendered))
-        if len(waiting) == ENCODED_AT_ONCE:
-            yield from _samples(waiting, template, max_length, tally, vocab_size)
-            waiting = []
-    yield from _samples(waiting, template, max_length, tally, vocab_size)
+        yield from samples_of(outcome, tally)
 
 
-def _samples(
-    waiting: list, template: ChatTemplate, max_length: int, tally: Tally, vocab_size: int
-) -> Iterator[PlannedSample]:
-    encoded = template.encode([rendered for _, rendered in waiting]) if waiting else []
-    made = [(row, ids, mask) for (row, _), (ids, mask) in zip(waiting, encoded, strict=True)]
-    yield from _checked(made, max_length, tally, vocab_size)
+def _batches(rows: Iterator[Conversation | Fault]) -> Iterator[list[Conversation | Fault]]:
+    while batch := list(islice(rows, CHUNK_ROWS)):
+        yield batch
 
 
-def _checked(made: list, max_length: int, tally: Tally, vocab_size: int) -> Iterator[PlannedSample]:
-    for row, ids, mask in made:
-        where = f"{row.file}:{row.line}"
-        try:
-            check_mask(mask)
-            check_ids(ids, vocab_size)
-        except Unusable as fault:
-            tally.fault(fault.reason, f"{where}: {fault}")
-            continue
-        tally.truncated += len(ids) > max_length
-        cut = trim(ids[:max_length], mask[:max_length])
-        if cut is None:
-            tally.short += 1
-            tally.show("too short", f"{where}: no two supervised tokens in a row within {max_length}")
-            continue
-        yield PlannedSample(*cut, domain=row.domain, split=row.split, file=row.file, line=row.line)
+def _say_passed_over(corpus: str) -> None:
+    """Say what of a folder is not read: how many by their endings, and some names of each."""
+    names: dict[str, list[str]] = {}
+    for name in passed_over(corpus):
+        kind = "folders" if name.endswith("/") else PurePath(name).suffix.lower() or "without an ending"
+        names.setdefault(kind, []).append(visible(name))
+    kinds = "; ".join(f"{len(found):,} {kind} ({', '.join(found[:SHOWN])})" for kind, found in sorted(names.items()))
+    if kinds:
+        print(f"not read in {visible(corpus)}: {kinds}", file=sys.stderr)
