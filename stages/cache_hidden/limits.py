@@ -6,3 +6,4 @@ more, even inside one call of C, is ended by the system, not by its own will.
 
 ROW_SECONDS = 10.0  # of CPU, for the rows that a worker is sent at once: some, then each alone
 ROW_BYTES = 2 << 30  # of address space
+TEMPLATE_SECONDS = 120.0  # of CPU, to read a tokenizer and compile a chat template, constants and all

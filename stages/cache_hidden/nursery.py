@@ -17,7 +17,7 @@ import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from stages.cache_hidden.limits import ROW_BYTES, ROW_SECONDS
+from stages.cache_hidden.limits import TEMPLATE_SECONDS
 
 IDLE_SECONDS = 60.0
 # Each worker is one thread, or N workers on N cores would be N * N.
@@ -34,6 +34,7 @@ def main(control: int) -> None:
     A process id: how that worker ended, as `os.waitpid` has it.
     """
     _die_with(os.getppid())
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     from stages.cache_hidden.preparing import Preparer
 
     asked, preparer, workers = socket.socket(fileno=control), None, 0
@@ -57,6 +58,8 @@ def main(control: int) -> None:
 
 
 def _made(make: type, job: object) -> tuple:
+    signal.setitimer(signal.ITIMER_PROF, TEMPLATE_SECONDS)  # a template's constants are computed as it is compiled
+    limits = _limit_memory(job.row_bytes)
     try:
         preparer = make(job)
         gc.collect()
@@ -68,6 +71,9 @@ def _made(make: type, job: object) -> tuple:
             return None, error
         except Exception:
             return None, RuntimeError(traceback.format_exc())
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        _limit_memory(None, limits)
 
 
 def _forked(socket_of_worker: int, preparer, others: tuple[int, ...]) -> int:
@@ -87,14 +93,14 @@ def _forked(socket_of_worker: int, preparer, others: tuple[int, ...]) -> int:
 
 def _work(asked: Connection, preparer) -> None:
     """Answer every (rows, which of them) with what they come to, until nobody asks."""
-    _limit_memory()
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    job = preparer.job
+    _limit_memory(job.row_bytes)
     while True:
         try:
             work, only = asked.recv()
         except EOFError:
             os._exit(0)
-        signal.setitimer(signal.ITIMER_PROF, ROW_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, job.row_seconds)
         try:
             answer = preparer.outcomes(work, only)
         except MemoryError:
@@ -105,15 +111,22 @@ def _work(asked: Connection, preparer) -> None:
         asked.send(answer)
 
 
-def _limit_memory() -> None:
-    """Let this process have ROW_BYTES more than it has, where the system tells how much that is."""
+def _limit_memory(most: int | None, limits: tuple[int, int] | None = None) -> tuple[int, int] | None:
+    """Let this process take `most` bytes more than it has, where that can be told; or put back `limits`.
+
+    Returns those there were.
+    """
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * os.sysconf("SC_PAGE_SIZE") + ROW_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        if most is not None:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limits = pages * os.sysconf("SC_PAGE_SIZE") + most, before[1]
+        if limits:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+        return before
+    return None
 
 
 def _die_with(parent: int) -> None:

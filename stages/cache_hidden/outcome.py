@@ -9,16 +9,22 @@ import numpy as np
 
 from pipeline.cache.samples import PlannedSample
 from pipeline.intake import Tally
+from stages.cache_hidden.limits import ROW_BYTES, ROW_SECONDS
 
 
 @dataclass(frozen=True)
 class Job:
-    """What decides how rows become samples: the target's folder, tokens a sample, its vocabulary, names of roles."""
+    """What decides how rows become samples: the target's folder, tokens a sample, its vocabulary, names of roles.
+
+    row_seconds, row_bytes: what the rows that a worker is sent at once may take, see `limits.py`.
+    """
 
     folder: Path
     max_length: int
     vocab_size: int
     roles: dict[str, str] | None = None
+    row_seconds: float = ROW_SECONDS
+    row_bytes: int = ROW_BYTES
 
 
 class Outcome(NamedTuple):

@@ -16,16 +16,20 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from pipeline.errors import DataError, RoomError
+from pipeline.errors import DataError, RoomError, UsageError
 from pipeline.intake import REFUSED_SHARE
 from stages.cache_hidden.conversation import Conversation, Fault
 from stages.cache_hidden.corpus_files import Chunk
-from stages.cache_hidden.limits import ROW_BYTES, ROW_SECONDS
+from stages.cache_hidden.limits import TEMPLATE_SECONDS
 from stages.cache_hidden.nursery import ONE_THREAD
 from stages.cache_hidden.outcome import Job, Outcome
 
 IN_FLIGHT = 32 << 20  # bytes of rows that are with workers, or done before their turn
 DEATHS = 16  # rows that ended a worker; beyond, and in more than REFUSED_SHARE of the rows, planning ends
+KILLED = (
+    "the process that prepares rows was killed, as a system does when memory runs out; free some, and run the same "
+    "command again"
+)
 ROOT = Path(__file__).resolve().parents[2]
 
 Work = Chunk | Sequence[Conversation | Fault]
@@ -112,7 +116,18 @@ def _nursery_for(job: Job) -> _Nursery:
             continue
         if said is not None:
             return _answered(nursery, said)
-    return _answered(nursery := _Nursery(), nursery.ask(job))
+    nursery = _Nursery()
+    try:
+        said = nursery.ask(job)
+    except (EOFError, OSError) as error:
+        nursery.close()
+        if nursery.process.returncode == -signal.SIGPROF:
+            raise UsageError(
+                f"{job.folder}: its tokenizer and chat template take more than {TEMPLATE_SECONDS:.0f} s to be read; "
+                "fetch the target's files again"
+            ) from error
+        raise RoomError(KILLED) from error
+    return _answered(nursery, said)
 
 
 def _answered(nursery: _Nursery, said: object) -> _Nursery:
@@ -217,16 +232,13 @@ class Pool:
         try:
             ended = self.nursery.ask(worker.pid)
         except (EOFError, OSError) as error:
-            raise RoomError(
-                "the process that prepares rows was killed, as a system does when memory runs out; free some, and "
-                "run the same command again"
-            ) from error
+            raise RoomError(KILLED) from error
         if task.rows > 1:
             at = self.tasks.index(task)
             self.tasks[at : at + 1] = [_Task(task.work, only) for only in range(task.rows)]
             return
         self.deaths += 1
-        task.made = [_ended(task, ended)]
+        task.made = [_ended(self.job, task, ended)]
         if self.deaths > DEATHS and self.deaths > REFUSED_SHARE * (self.seen + len(self.tasks)):
             last = task.made[0]
             raise DataError(
@@ -235,7 +247,7 @@ class Pool:
             )
 
 
-def _ended(task: _Task, status: int) -> Outcome:
+def _ended(job: Job, task: _Task, status: int) -> Outcome:
     """Return the outcome of the row over which a worker ended, `status` as `os.waitpid` has it."""
     row = task.only or 0
     if isinstance(task.work, Chunk):
@@ -244,9 +256,9 @@ def _ended(task: _Task, status: int) -> Outcome:
         file, line = task.work[row].file, task.work[row].line
     code = -os.waitstatus_to_exitcode(status)
     if code == signal.SIGPROF:
-        fault = "too slow", f"takes the chat template more than {ROW_SECONDS:.0f} s"
+        fault = "too slow", f"takes more than {job.row_seconds:.0f} s to prepare"
     elif code == signal.SIGUSR1:
-        fault = "too large", f"takes the chat template more than {ROW_BYTES >> 30} GiB of memory"
+        fault = "too large", f"takes more than {job.row_bytes / 2**30:.1f} GiB to prepare"
     else:
         how = f"signal {code}, {signal.strsignal(code)}" if code > 0 else f"exit code {-code}"
         fault = "ended its process", f"ends the process that prepares it ({how})"

@@ -15,7 +15,6 @@ from pipeline.intake import Tally, Unusable, check_ids, check_mask, trim
 from stages.cache_hidden.conversation import Conversation, Fault
 from stages.cache_hidden.corpus import chunk_rows
 from stages.cache_hidden.corpus_files import Chunk
-from stages.cache_hidden.limits import ROW_BYTES
 from stages.cache_hidden.outcome import Job, Outcome, samples_of
 from stages.cache_hidden.template import ChatTemplate
 
@@ -49,7 +48,7 @@ class Preparer:
         try:
             return prepare(self.template, [row], self.job.max_length)[0]
         except MemoryError:
-            return Unusable("too large", f"takes the chat template more than {ROW_BYTES >> 30} GiB of memory")
+            return Unusable("too large", f"takes more than {self.job.row_bytes / 2**30:.1f} GiB to prepare")
         except Exception as error:
             said = str(error).strip().split("\n")[0][:120]
             return Unusable("template error", f"the chat template fails on it ({type(error).__name__}: {said})")
