@@ -22,7 +22,7 @@ from pipeline.target import load_tokenizer
 from pipeline.target_files import TEMPLATE_DATE, chat_templates, stop_ids
 
 # Whatever a template does wrong is its row's fault. A template may also end in any of Python's own errors.
-RENDERING_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, NameError, TypeError)
+RENDERING_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, NameError, TypeError)
 RENDERING_ERRORS += (ValueError, RecursionError, AssertionError, NotImplementedError)
 REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")  # what templates call a message's thought
 THINKING_SWITCHES = ("enable_thinking", "thinking")  # variables by which templates turn thoughts on and off
@@ -100,7 +100,9 @@ class ChatTemplate:
                 **{**self._special, **self.kwargs, **(kwargs or {})},
             )
         except RENDERING_ERRORS as error:
-            cause = str(error).strip().split("\n")[0][:120] or type(error).__name__
+            cause = str(error).strip().split("\n")[0][:120]
+            if not isinstance(error, TemplateError):
+                cause = f"{type(error).__name__}: {cause}"
             raise Unusable("template error", f"the chat template refuses it ({cause})") from error
 
     def prompt_ids(

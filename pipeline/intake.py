@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pipeline.errors import DataError
+from pipeline.visible import visible
 
 REFUSED_SHARE = 0.1  # of the rows; more is refused
 EXAMPLES = 3  # shown of each reason
@@ -35,6 +36,7 @@ class Tally:
     faults: dict[str, int] = field(default_factory=dict)
     short: int = 0  # samples with nothing to learn within max_length: no fault of theirs
     examples: dict[str, list[str]] = field(default_factory=dict)
+    keys: dict[str, tuple[int, str]] = field(default_factory=dict)  # of messages, that nobody knows: rows, the first
 
     def fault(self, reason: str, example: str) -> None:
         self.faults[reason] = self.faults.get(reason, 0) + 1
@@ -43,7 +45,12 @@ class Tally:
     def show(self, reason: str, example: str) -> None:
         shown = self.examples.setdefault(reason, [])
         if len(shown) < EXAMPLES:
-            shown.append(example)
+            shown.append(visible(example))
+
+    def key(self, key: str, where: str) -> None:
+        """Count a row for a key of its messages that was passed over."""
+        count, first = self.keys.get(key, (0, where))
+        self.keys[key] = count + 1, first
 
     def count_turns(self, turns: int, last: int, unproven: list[tuple[str, str]]) -> None:
         """Count a row's supervised turns, those of its last sample, and the others with their reasons and examples."""
@@ -60,7 +67,9 @@ class Tally:
 
     def as_notes(self) -> dict:
         """For the plan's manifest."""
+        keys = {key: count for key, (count, _) in sorted(self.keys.items())}
         return {
+            **({"unknown_keys": keys} if keys else {}),
             "rows": self.rows,
             "truncated": self.truncated,
             "supervised_turns": self.turns,

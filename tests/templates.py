@@ -8,7 +8,7 @@ from tiny import CHAT_TEMPLATE, tokenizer
 from pipeline.chat_template import ChatTemplate
 from pipeline.intake import Unusable
 from stages.cache_hidden.conversation import conversation
-from stages.cache_hidden.template import Prepared, Preparer
+from stages.cache_hidden.template import Prepared, SampleMaker
 
 PLAIN = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 # The header and the newline behind the end are marked, too.
@@ -75,7 +75,7 @@ def chat_template(folder: Path, text: str, **options) -> ChatTemplate:
 def prepared(template: ChatTemplate, messages: list[dict], max_length: int = 4096, **row) -> Prepared:
     """Return what a row becomes. Raises Unusable where it cannot be used."""
     made = conversation({"messages": messages, **row}, "a.jsonl", 1)
-    found = Preparer(template).prepare([made], max_length)[0]
+    found = SampleMaker(template).prepare([made], max_length)[0]
     if isinstance(found, Unusable):
         raise found
     return found

@@ -23,7 +23,7 @@ from stages.cache_hidden.corpus import (
     hub_rows,
     read_files,
 )
-from stages.cache_hidden.planning import planned
+from stages.cache_hidden.preparing import planned
 from stages.cache_hidden.settings import default_corpus
 
 HELLO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]

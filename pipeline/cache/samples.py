@@ -48,6 +48,7 @@ class PlannedSample:
     split: str = ""  # "train", "heldout", or "" where the corpus does not say
     file: str = ""
     line: int = 0
+    name: bytes | None = None  # what `sample_id` gives, where somebody has asked it
 
 
 def sample_id(ids_T: np.ndarray, mask_T: np.ndarray) -> bytes:

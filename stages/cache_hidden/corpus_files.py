@@ -51,6 +51,13 @@ class Chunk:
     def size(self) -> int:
         return len(self.batch) if self.texts is None else sum(map(len, self.texts))
 
+    def alone(self, row: int) -> "Chunk":
+        """Return one row of the chunk as a chunk."""
+        lines = [self.lines[row]]
+        if self.texts is not None:
+            return Chunk(self.file, self.split, lines, [self.texts[row]])
+        return Chunk(self.file, self.split, lines, batch=_packed(_unpacked(self.batch).slice(row, 1)))
+
     def rows(self) -> Iterator[tuple[int, object]]:
         """Yield (line, what stands there, or Unusable)."""
         made = map(_parsed, self.texts) if self.texts is not None else iter(_table_rows(self.batch))
@@ -212,12 +219,9 @@ def _table_chunks(file: Path, name: str, split: str) -> Iterator[Chunk]:
     try:
         for batch in _parquet_batches(file) if parquet else _arrow_batches(file):
             for piece in _pieces(batch):
-                sink = pa.BufferOutputStream()
-                with pa.ipc.new_stream(sink, piece.schema) as writer:
-                    writer.write_batch(piece)
                 lines = list(range(line + 1, line + len(piece) + 1))
                 line += len(piece)
-                yield Chunk(name, split, lines, batch=sink.getvalue().to_pybytes())
+                yield Chunk(name, split, lines, batch=_packed(piece))
     except (pa.ArrowException, OSError, ValueError) as error:
         what = "Parquet" if parquet else "Arrow file"
         said = str(error).strip().split("\n")[0][:160]
@@ -262,11 +266,27 @@ def _wanted(file: Path, columns: list[str]) -> list[str]:
     return [name for name in columns if name in COLUMNS]
 
 
+def _packed(batch) -> bytes:
+    """Return a batch as an Arrow stream."""
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def _unpacked(data: bytes):
+    import pyarrow as pa
+
+    return pa.ipc.open_stream(data).read_next_batch()
+
+
 def _table_rows(data: bytes) -> list[object]:
     """Return the rows of an Arrow stream as objects; a row that Arrow cannot give is Unusable."""
     import pyarrow as pa
 
-    batch = pa.ipc.open_stream(data).read_next_batch()
+    batch = _unpacked(data)
     try:
         return [without_absent(row) for row in batch.to_pylist(maps_as_pydicts="strict")]
     except (KeyError, UnicodeDecodeError, pa.ArrowException):

@@ -4,9 +4,10 @@ What is left out is counted by reason and shown by file and line. A corpus of wh
 refused: it is another format than we think, and what is left would be a guess.
 """
 
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
@@ -14,25 +15,28 @@ from pipeline.cache.disk import free_bytes
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import Plan, write_segment
 from pipeline.cache.samples import PlannedSample, ShardPlan
-from pipeline.chat_template import ChatTemplate
-from pipeline.intake import Tally, Unusable, check_ids, check_mask, trim
+from pipeline.intake import Tally
 from pipeline.target_files import text_config
+from pipeline.visible import visible
 from stages.cache_hidden.budget import Chooser
 from stages.cache_hidden.corpus import (
     Conversation,
     Fault,
+    corpus_chunks,
     corpus_files,
     file_sources,
     hub_dataset,
-    read_files,
+    passed_over,
     source_roles,
     with_roles,
 )
+from stages.cache_hidden.corpus_files import CHUNK_ROWS
+from stages.cache_hidden.outcome import Job, Outcome, samples_of
+from stages.cache_hidden.pool import Pool
 from stages.cache_hidden.settings import Settings
-from stages.cache_hidden.template import Prepared, Preparer
 from stages.cache_hidden.turn_choice import choose_turns, kept_parts
 
-ENCODED_AT_ONCE = 128  # conversations
+SHOWN = 3  # names of each kind of what is passed over
 FREE_SHARE = 0.25  # of the disk, that a corpus nobody named may take
 
 
@@ -52,22 +56,21 @@ def make_plan(
     disk; of these, what `budget` chooses, as a plan afresh.
     Raises DataError for a corpus that is not, UsageError when it or the target is not there.
     """
-    files = corpus_files(corpus)
-    known = with_roles(roles)
+    files, known = corpus_files(corpus), with_roles(roles)
     if files:
-        rows, sources = read_files(corpus, files, known), file_sources(corpus, files, roles)
+        work, sources = corpus_chunks(corpus, files), file_sources(corpus, files, roles)
+        _say_passed_over(corpus)
     else:
         rows, source = hub_dataset(corpus, known)
-        sources = [{**source, **source_roles(roles)}]
+        work, sources = _batches(rows), [{**source, **source_roles(roles)}]
     max_bytes = int(FREE_SHARE * free_bytes(out)) if spare_disk else None
-    rules = settings.identity["samples"]
-    template = ChatTemplate(settings.folder, rules["template_kwargs"], rules["template_date"])
-    tally, notes = Tally(), {"max_samples": max_samples}
-    vocab_size = text_config(settings.folder)["vocab_size"]
+    tally, notes, rules = Tally(), {"max_samples": max_samples}, settings.identity["samples"]
+    arguments = rules["template_kwargs"], rules["template_date"]
+    job = Job(settings.folder, settings.max_length, text_config(settings.folder)["vocab_size"], known, *arguments)
 
-    def checked() -> Iterator[PlannedSample]:
+    def checked(samples: Iterator[PlannedSample]) -> Iterator[PlannedSample]:
         usable, room, row = 0, max_bytes, None
-        for sample in planned(rows, template, settings.max_length, tally, vocab_size):
+        for sample in samples:
             if room is not None:
                 room -= len(sample.ids) * settings.row_bytes
                 if room < 0:
@@ -79,7 +82,7 @@ def make_plan(
             yield sample
         tally.check(corpus, usable)
 
-    def choose(parts: list[ShardPlan]) -> np.ndarray:
+    def chosen(parts: list[ShardPlan]) -> np.ndarray:
         kept_n, turns = choose_turns(parts, rules["turns"])
         notes.update(tally.as_notes(), turns=turns)
         if budget:
@@ -88,49 +91,39 @@ def make_plan(
         create_identity(out, {**settings.identity, "samples": {**rules, "turns": turns["chosen"]}})
         return kept_n
 
-    afresh = budget is not None
-    return write_segment(
-        out, checked(), row_bytes=settings.row_bytes, sources=sources, notes=notes, choose=choose, afresh=afresh
-    )
+    with Pool(job) as pool:
+        plan = write_segment(
+            out,
+            checked(_counted(pool.outcomes(work), tally)),
+            row_bytes=settings.row_bytes,
+            sources=sources,
+            notes=notes,
+            choose=chosen,
+            afresh=budget is not None,
+        )
+    for key, (count, first) in sorted(tally.keys.items()):
+        told = f"`{visible(key)}`: {count:,} rows, the first {visible(first)}"
+        print(f"a key of messages that no template is shown, {told}", file=sys.stderr)
+    return plan
 
 
-def planned(
-    rows: Iterable[Conversation | Fault], template: ChatTemplate, max_length: int, tally: Tally, vocab_size: int
-) -> Iterator[PlannedSample]:
-    """Yield the samples of the rows, each row's last turn first; what is left out goes into the tally."""
-    preparer, rows = Preparer(template), iter(rows)
-    while batch := list(islice(rows, ENCODED_AT_ONCE)):
-        conversations = [row for row in batch if isinstance(row, Conversation)]
-        prepared = iter(preparer.prepare(conversations, max_length))
-        for row in batch:
-            tally.rows += 1
-            made = next(prepared) if isinstance(row, Conversation) else row
-            if isinstance(made, Prepared):
-                yield from _checked(row, made, max_length, tally, vocab_size)
-            else:
-                where = "" if isinstance(made, Fault) else f"{row.file}:{row.line}: "
-                tally.fault(made.reason, f"{where}{made}")
+def _counted(outcomes: Iterable[Outcome], tally: Tally) -> Iterator[PlannedSample]:
+    for outcome in outcomes:
+        tally.rows += 1
+        yield from samples_of(outcome, tally)
 
 
-def _checked(
-    row: Conversation, made: Prepared, max_length: int, tally: Tally, vocab_size: int
-) -> Iterator[PlannedSample]:
-    """Yield the samples of a row as they are planned."""
-    where = f"{row.file}:{row.line}"
-    tally.count_turns(made.turns, made.last, [(reason, f"{where}: {detail}") for reason, detail in made.unproven])
-    for sample in made.samples:
-        try:
-            if len(sample.ids) <= max_length:  # what is cut may have lost its reply
-                check_mask(sample.mask)
-            check_ids(sample.ids, vocab_size)
-        except Unusable as fault:
-            tally.fault(fault.reason, f"{where}: {fault}")
-            return
-        tally.truncated += len(sample.ids) > max_length
-        cut = trim(sample.ids[:max_length], sample.mask[:max_length])
-        if cut is None:
-            tally.short += 1
-            tally.show("too short", f"{where}: no two supervised tokens in a row within {max_length}")
-            continue
-        tally.count_kinds(sample.kinds, row.file, row.line)
-        yield PlannedSample(*cut, domain=row.domain, split=row.split, file=row.file, line=row.line)
+def _batches(rows: Iterator[Conversation | Fault]) -> Iterator[list[Conversation | Fault]]:
+    while batch := list(islice(rows, CHUNK_ROWS)):
+        yield batch
+
+
+def _say_passed_over(corpus: str) -> None:
+    """Say what of a folder is not read: how many by their endings, and some names of each."""
+    names: dict[str, list[str]] = {}
+    for name in passed_over(corpus):
+        kind = "folders" if name.endswith("/") else PurePath(name).suffix.lower() or "without an ending"
+        names.setdefault(kind, []).append(visible(name))
+    kinds = "; ".join(f"{len(found):,} {kind} ({', '.join(found[:SHOWN])})" for kind, found in sorted(names.items()))
+    if kinds:
+        print(f"not read in {visible(corpus)}: {kinds}", file=sys.stderr)

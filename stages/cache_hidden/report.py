@@ -16,6 +16,7 @@ from pipeline.cache.plan import Plan
 from pipeline.cache.samples import ShardPlan, numbers
 from pipeline.errors import UsageError
 from pipeline.target_files import read_json, text_config
+from pipeline.visible import visible
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.settings import Settings
 
@@ -207,8 +208,8 @@ def plan_table(report: dict):
         ("splits", ", ".join(f"{name} {count:,}" for name, count in report["splits"].items())),
     ]
     rows += [("" if number else "budget", Text(step)) for number, step in enumerate(report["budget"])]
-    for row in rows:
-        table.add_row(*row)
+    for row in rows:  # as Text: a name in brackets is no markup
+        table.add_row(*(Text(visible(cell)) if isinstance(cell, str) else cell for cell in row))
     return table
 
 

@@ -44,7 +44,7 @@ class Prepared:
     turns: int = 0
 
 
-class Preparer:
+class SampleMaker:
     """Makes samples of conversations, a batch at a time."""
 
     def __init__(self, template: ChatTemplate):
