@@ -13,12 +13,16 @@ import pytest
 import torch
 from tiny import conversations, save_target, write_jsonl
 
-torch.set_num_threads(1)
 hypothesis.settings.register_profile("long", max_examples=10_000)  # --hypothesis-profile long
 
 
 def pytest_addoption(parser):
     parser.addoption("--flips", type=int, default=40, help="bits that tests/test_damage.py flips (1000: all it can do)")
+    parser.addoption("--threads", type=int, default=1, help="of torch; results differ in rounding, no test may")
+
+
+def pytest_configure(config):
+    torch.set_num_threads(config.getoption("--threads"))
 
 
 @pytest.fixture(scope="session", autouse=True)
