@@ -41,6 +41,7 @@ DRAFTED = [
     ("domino", {"shift_label": False, **DOMINO}),
     ("domino", {"shift_label": True, **DOMINO, "pure_draft_prefix_len": 0}),
     *(("dspark", {"shift_label": True, "markov_rank": 8, "markov_head_type": kind}) for kind in HEADS),
+    ("dspark", {"shift_label": True, "markov_rank": 0}),
 ]
 
 
