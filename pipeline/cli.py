@@ -13,6 +13,7 @@ from pipeline import __version__
 from pipeline.errors import CacheError, ProofError, UsageError
 from pipeline.exits import OnACache, run_and_exit
 from pipeline.options import FOLDER, PATH, REPORT, capture_options
+from pipeline.threads import wait_briefly
 
 
 class InWorkflowOrder(click.Group):
@@ -321,4 +322,5 @@ def show(report: dict, as_json: bool, table) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 a bug or a failed proof, 2-5 typed errors, 130 / 143 interrupted."""
+    wait_briefly()
     run_and_exit(commands, sys.argv[1:] if arguments is None else arguments)

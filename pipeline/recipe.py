@@ -17,7 +17,16 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from pipeline.errors import UsageError
 from pipeline.held import check_final, check_held, resolve_mask_token, rope_theta, text_config
@@ -58,7 +67,7 @@ class DraftSection(BaseModel):
     lambda_start: float | None = Field(None, ge=0, le=1)  # 1
     lambda_decay: PositiveFloat | None = None  # share of the steps until lambda is 0: 1
     # DSpark only
-    markov_rank: PositiveInt | None = None  # min(256, H)
+    markov_rank: NonNegativeInt | None = None  # min(256, H); 0: no Markov head
     markov_head_type: str | None = None  # "vanilla", "gated" or "rnn"; vanilla
     enable_confidence_head: bool | None = None  # yes, but for objective ce, which has nothing to teach it
     confidence_head_with_markov: bool | None = None  # no

@@ -5,7 +5,10 @@
 import os
 import signal
 
+from pipeline.threads import wait_briefly
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub
+wait_briefly()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with Ctrl-C ignored
 
 import hypothesis
@@ -13,12 +16,16 @@ import pytest
 import torch
 from tiny import conversations, save_target, write_jsonl
 
-torch.set_num_threads(1)
 hypothesis.settings.register_profile("long", max_examples=10_000)  # --hypothesis-profile long
 
 
 def pytest_addoption(parser):
     parser.addoption("--flips", type=int, default=40, help="bits that tests/test_damage.py flips (1000: all it can do)")
+    parser.addoption("--threads", type=int, default=1, help="of torch; results differ in rounding, no test may")
+
+
+def pytest_configure(config):
+    torch.set_num_threads(config.getoption("--threads"))
 
 
 @pytest.fixture(scope="session", autouse=True)

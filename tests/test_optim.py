@@ -27,8 +27,9 @@ def test_wsd_stays_and_falls_over_the_last_fifth():
     assert table[99] == pytest.approx(1 - 0.9 * 19 / 20)
 
 
-def test_the_optimizer_is_the_one_everybody_means():
-    ours, theirs = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_optimizer_is_the_one_everybody_means(dtype):
+    ours, theirs = torch.nn.Linear(5, 3, dtype=dtype), torch.nn.Linear(5, 3, dtype=dtype)
     theirs.load_state_dict(ours.state_dict())
     mine, reference = (
         AdamW(dict(ours.named_parameters())),
@@ -37,16 +38,18 @@ def test_the_optimizer_is_the_one_everybody_means():
     for number in range(1, 6):
         for model, optimizer in ((ours, mine), (theirs, reference)):
             optimizer.zero_grad()
-            model(torch.full((2, 5), float(number))).square().sum().backward()
+            model(torch.full((2, 5), float(number), dtype=dtype)).square().sum().backward()
         mine.step(0.1)
         reference.step()
 
     for weight, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-7)
+        # Five steps of 0.1, a handful of roundings each.
+        torch.testing.assert_close(weight, expected, rtol=0, atol=5 * 0.1 * 32 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("shape", "rank"), [((6, 6), 6), ((4, 30), 4), ((30, 4), 2), ((5, 8), 0)])
-def test_orthogonal_is_five_steps_of_muons_quintic(shape, rank):
+def test_orthogonal_is_five_steps_of_muons_quintic(shape, rank, dtype):
     a, b, c = 3.4445, -4.7750, 2.0315
     chance = torch.Generator().manual_seed(0)
     left, right = (torch.randn(side, rank, generator=chance) for side in shape)
@@ -57,9 +60,11 @@ def test_orthogonal_is_five_steps_of_muons_quintic(shape, rank):
         gram = wanted @ wanted.T
         wanted = a * wanted + b * gram @ wanted + c * gram @ gram @ wanted
 
-    found = orthogonal(matrix)
-    assert found.shape == matrix.shape and found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+    found = orthogonal(matrix.to(dtype))
+    assert found.shape == matrix.shape and found.dtype == dtype
+    # Five factors, each of a norm up to a, times a matrix of norm 1: what a product of them may be off by.
+    bound = torch.finfo(dtype).eps * a**5
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=bound)
 
 
 class OneLayer(nn.Module):

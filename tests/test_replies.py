@@ -8,6 +8,7 @@ import torch
 from click.testing import CliRunner
 from greedy import make_greedy_cache, save_stopping_target
 from rich.console import Console
+from rounds import Rounds, parted
 
 from pipeline import cli
 from pipeline.cache.manifest import read_canonical, write_canonical
@@ -135,12 +136,24 @@ def test_a_device_too_small_is_no_bug(trained, monkeypatch, batch, remedy):
 
 
 @pytest.mark.parametrize("batch", [3, 50])
-def test_prompts_decoded_at_once_give_the_same_report_but_for_speed(kept, trained, tmp_path, batch):
-    dice = evaluation.Dice(1.0, 1.0)
-    one, many = (evaluate(trained, None, count=6, dice=dice, batch=size) for size in (1, batch))
+def test_prompts_decoded_at_once_give_the_same_report_but_for_speed_and_rounding(trained, monkeypatch, batch):
+    rounds, reports, heard = Rounds(monkeypatch), [], []
+    for size in (1, batch):
+        reports.append(evaluate(trained, None, count=6, dice=evaluation.Dice(1.0, 1.0), batch=size))
+        heard.append(rounds.take())
+    one, many = reports
+    by_rounding = {(digest_of(prompt), drawn) for prompt, drawn in parted(*heard)}
 
-    assert many["speed"] == {} and many["settings"] == one["settings"] | {"batch": min(batch, 6)}
-    assert one == many | {"speed": one["speed"], "settings": one["settings"]}
+    assert len(heard[0]) == 12 and many["speed"] == {}
+    assert many["settings"] == one["settings"] | {"batch": min(batch, 6)}
+    for drawn, here, there in ((False, one, many), (True, one["sampled"], many["sampled"])):
+        whole = not any(of_drawn == drawn for _, of_drawn in by_rounding)
+        for sample, other in zip(here["samples"], there["samples"], strict=True):
+            assert sample == other or (sample["prompt"], drawn) in by_rounding
+        for key in here.keys() - {"speed", "settings", "sampled", "lossless", "agreement"}:
+            assert here[key] == there[key] or (key in ("samples", "overall", "domains") and not whole)
+        assert here["lossless"].keys() == there["lossless"].keys()
+    assert one["lossless"]["prompts"] == many["lossless"]["prompts"] == 6
     console = Console(width=200)
     with console.capture() as text:
         console.print(table(many))

@@ -67,7 +67,7 @@ class DraftConfig(BaseModel):
     lambda_decay: float | None = None  # share of the horizon over which lambda falls to 0
 
     # Read by dspark only, None for the others.
-    markov_rank: PositiveInt | None = None
+    markov_rank: NonNegativeInt | None = None  # 0: no Markov head
     markov_head_type: Literal["vanilla", "gated", "rnn"] | None = None
     enable_confidence_head: bool | None = None
     confidence_head_with_markov: bool | None = None  # it reads the token before as well

@@ -1,5 +1,6 @@
 """DSpark (arXiv:2607.05147): DFlash's parallel backbone with next-position labels, corrected by a Markov head that
-reads the token before, and a head that says how likely each proposal is to be kept.
+reads the token before, and a head that says how likely each proposal is to be kept. A rank of 0 leaves the Markov head
+out.
 
 e is a table's row for the token before, h the backbone's state; the corrected logits are head(h) + W2 z with
 
@@ -82,7 +83,8 @@ class DSpark(Draft):
 
     def __init__(self, config: DraftConfig, head: TargetHead):
         super().__init__(config, head)
-        self.markov_head = MarkovHead(config)
+        if config.markov_rank:
+            self.markov_head = MarkovHead(config)
         if config.enable_confidence_head:
             rank = config.markov_rank if config.confidence_head_with_markov else 0
             self.confidence_head = ConfidenceHead(config.hidden_size + rank)
@@ -93,6 +95,16 @@ class DSpark(Draft):
         refuse_options(config, *OF_DOMINO)
         if not config.shift_label:
             raise UsageError("dspark guesses from the anchor on: its labels are next-position; set shift_label = true")
+        if not config.markov_rank and config.markov_head_type != "vanilla":
+            raise UsageError(
+                f'markov_head_type "{config.markov_head_type}" means nothing with markov_rank 0, which leaves the head '
+                "out; leave one of the two out"
+            )
+        if not config.markov_rank and config.confidence_head_with_markov:
+            raise UsageError(
+                "a confidence head with markov_rank 0 has no table to read; set confidence_head_with_markov = false, "
+                "or a rank above 0"
+            )
         if not config.enable_confidence_head:
             for name in ("alpha_confidence", "confidence_head_with_markov"):
                 if getattr(config, name):
@@ -106,12 +118,16 @@ class DSpark(Draft):
                 "published is 1.0, or set enable_confidence_head = false"
             )
 
-    def correction(self, hidden_NSD: Tensor, prev_NS: Tensor) -> tuple[Tensor, Tensor]:
+    def correction(self, hidden_NSD: Tensor, prev_NS: Tensor) -> tuple[Tensor, Tensor] | None:
         """As `Draft.correction`, on every slot."""
+        if not self.config.markov_rank:
+            return None
         return self.markov_head(hidden_NSD, prev_NS)[0], self.markov_head.markov_w2.weight
 
     def advance(self, k: int, hidden_ND: Tensor, last_N: Tensor, state_NU: Tensor | None):
         """As `Draft.advance`; only the rnn has a state."""
+        if not self.config.markov_rank:
+            return None, None
         z_N1U, state_NU = self.markov_head(hidden_ND[:, None], last_N[:, None], state_NU)
         return (z_N1U[:, 0], self.markov_head.markov_w2.weight), state_NU
 

@@ -115,10 +115,12 @@ def _domino(get: Get, config: DraftConfig, hidden_SD: Tensor, embedded_SD: Tenso
 
 
 def _dspark(get: Get, config: DraftConfig, hidden_SD: Tensor, prev_S: Tensor, columns_C: Tensor):
-    """The Markov head's bias, and the confidence logit [S] where there is such a head."""
-    e_SU = get("markov_head.markov_w1.weight")[prev_S]
-    read = _markov_states(_part(get, "markov_head."), config.markov_head_type, hidden_SD, e_SU)
-    bias_SC = read @ get("markov_head.markov_w2.weight")[columns_C].T
+    """The Markov head's bias, 0 without one, and the confidence logit [S] where there is such a head."""
+    e_SU, bias_SC = None, hidden_SD.new_zeros(len(prev_S), len(columns_C))
+    if config.markov_rank:
+        e_SU = get("markov_head.markov_w1.weight")[prev_S]
+        read = _markov_states(_part(get, "markov_head."), config.markov_head_type, hidden_SD, e_SU)
+        bias_SC = read @ get("markov_head.markov_w2.weight")[columns_C].T
     if not config.enable_confidence_head:
         return bias_SC, None
     seen = torch.cat([hidden_SD, e_SU], -1) if config.confidence_head_with_markov else hidden_SD

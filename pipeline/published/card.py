@@ -63,9 +63,8 @@ def _what(config: DraftConfig, origin: Origin, parameters: int) -> str:
         rows.append(("causal head", f"GRU of {config.gru_hidden_dim}, rank {config.emb_dim}"))
     if config.method == "dspark":
         confidence = "with" if config.enable_confidence_head else "without"
-        rows.append(
-            ("Markov head", f"{config.markov_head_type}, rank {config.markov_rank}, {confidence} confidence head")
-        )
+        markov = f"{config.markov_head_type}, rank {config.markov_rank}" if config.markov_rank else "none"
+        rows.append(("Markov head", f"{markov}, {confidence} confidence head"))
     return _table(("", ""), rows)
 
 
@@ -76,6 +75,8 @@ def _serving(config: DraftConfig, form: str, origin: Origin, folder: str) -> str
     if form == "speculators" and config.method == "dspark":
         notes.append("vLLM has to heed `sample_from_anchor`; builds that take it for false accept nothing, and serve")
         notes.append("the same draft exported with `--format sglang`.")
+    if form == "sglang" and config.markov_rank == 0:
+        notes.append("SGLang has so far refused `markov_rank` 0, which DeepSpec's and SpecForge's own decoding takes.")
     if form == "sglang" and config.method == "domino":
         notes.append("SGLang has to know Domino; older builds pass over its head without a word. Greedy drafts only,")
         notes.append(f"and {config.proposals - 1} proposals a block, where the figures below have {config.proposals}.")

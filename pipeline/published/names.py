@@ -69,8 +69,9 @@ def head_tensors(config: DraftConfig, proposed: int | None = None) -> Shapes:
         }
     if config.method != "dspark":
         return {}
-    rank, kind = config.markov_rank, config.markov_head_type
-    shapes = {"markov_head.markov_w1.weight": (V, rank), "markov_head.markov_w2.weight": (W, rank)}
+    rank, kind, shapes = config.markov_rank, config.markov_head_type, {}
+    if rank:
+        shapes |= {"markov_head.markov_w1.weight": (V, rank), "markov_head.markov_w2.weight": (W, rank)}
     if kind == "gated":
         shapes |= {"markov_head.gate_proj.weight": (rank, D + rank), "markov_head.gate_proj.bias": (rank,)}
     if kind == "rnn":

@@ -244,10 +244,8 @@ def _method(stated: _Stated) -> str:
     if named not in (None, "dflash", "domino", "dspark"):
         raise UsageError(f"{stated.file}: projector_type {named!r} is unknown; there are dflash, domino and dspark")
     only = {ARCHITECTURES[name] for name in architectures} - {None}
-    if FLAT in architectures and not stated.find("markov_rank", 1):  # DeepSpec's own baseline: no head at all
-        only = {"dflash"}
-        if _confidence(stated):
-            raise UsageError(f"{stated.file}: a confidence head with markov_rank 0; no draft known here")
+    if FLAT in architectures and named != "dspark" and not (stated.find("markov_rank", 1) or _confidence(stated)):
+        only = {"dflash"}  # DeepSpec's own baseline: no head at all
     if len(only | {named} - {None}) > 1:
         raise UsageError(f"{stated.file}: architecture {architectures[0]} with projector_type {named!r}; correct one")
     return named or next(iter(only), "dflash")
@@ -273,9 +271,10 @@ def _head(stated: _Stated, method: str) -> dict:
     confidence = _confidence(stated)
     # Model-Optimizer's confidence head always reads the token before, and has no key that says so.
     with_markov = bool(stated.find("use_confidence_head", False))
+    rank = stated.find("markov_rank")
     return {
-        "markov_rank": stated.find("markov_rank"),
-        "markov_head_type": stated.find("markov_head_type"),
+        "markov_rank": rank,
+        "markov_head_type": "vanilla" if rank == 0 else stated.find("markov_head_type"),  # of no head it says nothing
         "enable_confidence_head": confidence,
         "confidence_head_with_markov": stated.find("confidence_head_with_markov", with_markov) and confidence,
     }

@@ -2,8 +2,9 @@
 
 Repair touches only what is damaged. What follows from the rest is written again: index, lists, `samples.arrow`,
 segments of the plan, cache.json. What only the target knows, columns and its own files, is captured again, exactly the
-damaged (shard, array)s. Since bytes depend on nothing but plan, target and versions, they come out as they were; where
-other versions made them, it says so. Stop it whenever you like: the same command goes on.
+damaged (shard, array)s. On one kind of processor bytes depend on nothing but plan, target and versions, and come out as
+they were; where another kind or other versions made them, it says so. Stop it whenever you like: the same command goes
+on.
 """
 
 import json
@@ -241,7 +242,7 @@ def _capture_again(out: Path, plan: Plan, lost: Lost, model: str | None, device:
         if had and made and made["files"] != had["files"]:
             _say(
                 f"shard {numbered(shard)}, {name}: right by the probe, but not the bytes that were lost; made with "
-                f"{_versions(had)} then, {_versions(made)} now"
+                f"{_versions(had)} then, {_versions(made)} now, or by another kind of processor"
             )
 
 

@@ -4,6 +4,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -82,11 +83,11 @@ def _doubt(stored: Path | None, batch: int) -> str:
 def draw_all(target: PreTrainedModel, asked: Sequence[Prompt], together: Together, dice: Dice, proposals: int) -> dict:
     """Draw a reply to every prompt with target and draft; return the report's part. ProofError for biased ones."""
     replies: list[Decoded | None] = [None] * len(asked)
-    found = []
+    found: list[list[float]] = [[] for _ in asked]  # in the order of the prompts, not that in which they end
     for index, fast in shown(together(dice=dice), len(asked), "drawing"):
         replies[index] = fast
-        found += places(target, asked[index].ids, fast.ids, dice.temperature)
-    return drawn_figures(list(zip(asked, replies, strict=True)), found, dice, proposals)
+        found[index] = places(target, asked[index].ids, fast.ids, dice.temperature)
+    return drawn_figures(list(zip(asked, replies, strict=True)), [*chain(*found)], dice, proposals)
 
 
 def shown(ended: Iterable[T], count: int, doing: str) -> Iterator[T]:

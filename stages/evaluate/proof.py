@@ -1,7 +1,8 @@
 """Losslessness, proven: an independent plain loop, and a judge of every difference from it.
 
-Two forwards of one model over the same tokens, one with a block at once and one a token at a time, round differently.
-Where two tokens' logits are closer than that, either is the target's choice: a near tie. Anything else is a fault.
+Two forwards of one model over the same tokens, one with a block at once and one a token at a time, round differently,
+and both round more than float32 does. Where two tokens' logits are closer than that, either is the target's choice: a
+near tie. Anything else is a fault.
 
 Drawn replies cannot be compared; they are judged by where their tokens stand in the target's own distribution.
 
@@ -9,11 +10,12 @@ Drawn replies cannot be compared; they are judged by where their tokens stand in
 """
 
 import copy
+import math
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import zip_longest
+from itertools import combinations, zip_longest
 
 import torch
 from torch import Tensor
@@ -49,7 +51,7 @@ def plain_decode(
 
 @dataclass(frozen=True)
 class NearTie:
-    """Two tokens the target cannot tell apart: where, which, their fp32 logits, and the measured difference."""
+    """Two tokens the target cannot tell apart: where, which, their fp32 logits, and how far right forwards differ."""
 
     prompt: str
     position: int  # in the reply
@@ -94,9 +96,9 @@ class Judge:
         logits = tuple(None if token is None else float(exact_V[token]) for token in tokens)
         if None in tokens:  # equal so far, and only one goes on: a stop token or the limit is mishandled
             raise ProofError(_fault(prompt, position, tokens, logits, "only one of the two goes on"))
-        difference = self.difference(prefix, len(prompt_ids), fast.lengths)
+        difference = self.difference(prefix, len(prompt_ids), fast.lengths, exact_V)
         if abs(logits[0] - logits[1]) > FACTOR * difference:
-            cause = f"block and single forward differ by {difference:.3g} there"
+            cause = f"right forwards differ by {difference:.3g} there"
             raise ProofError(_fault(prompt, position, tokens, logits, cause))
         return NearTie(prompt, position, tokens, logits, difference)
 
@@ -107,19 +109,23 @@ class Judge:
         return self._exact(input_ids=ids_1T, use_cache=False, logits_to_keep=1).logits[0, -1]
 
     @torch.no_grad()
-    def difference(self, prefix: Sequence[int], prompt: int, lengths: Sequence[int]) -> float:
-        """Return the largest difference of two logits after `prefix` between forwards of blocks and of single tokens.
+    def difference(self, prefix: Sequence[int], prompt: int, lengths: Sequence[int], exact_V: Tensor) -> float:
+        """Return how far right forwards are apart in a logit after `prefix`: the most between any two of three.
 
-        Both replay the true tokens after a prefill of the prompt: the one in the blocks that were accepted, each filled
+        Two replay the true tokens after a prefill of the prompt: the one in the blocks that were accepted, each filled
         up to a block and as many times as when verified (shapes decide rounding, what fills them does not), the other a
         token at a time. No draft, no verification and no crop of theirs: a fault there must not widen the measure that
-        is to find it.
+        is to find it. The third is `exact_V` [V], of float32: on some processors the two agree by chance, and then only
+        it shows what the target's type rounds away. At least a step of that type at the largest logit, since forwards
+        that round to different numbers are a step apart.
         """
         pieces = _in_blocks(list(prefix), prompt, lengths)
         by_block_V = self._replay(pieces, self.block, self.batch)
         first = min(prompt, len(prefix) - 1)
         single = [list(prefix[:first])] * (first > 0) + [[token] for token in prefix[first:]]
-        return float((by_block_V - self._replay(single, 1, 1)).abs().max())
+        single_V = self._replay(single, 1, 1)
+        pairs = combinations((by_block_V, single_V, exact_V.float()), 2)
+        return max(step_of(exact_V, self.target.dtype), *(float((one - other).abs().max()) for one, other in pairs))
 
     def _replay(self, pieces: Sequence[list[int]], width: int, batch: int) -> Tensor:
         """Prefill the target with a text's first piece, run `batch` copies over the others, each filled up to `width`;
@@ -137,6 +143,12 @@ class Judge:
             for layer in kv.layers:
                 layer.keys, layer.values = layer.keys[..., :rows, :], layer.values[..., :rows, :]
         return logits_BTV[0, -1 if len(pieces) == 1 else len(pieces[-1]) - 1].float()
+
+
+def step_of(logits_V: Tensor, dtype: torch.dtype) -> float:
+    """Return the distance from one number of a type to the next, at the largest of some logits."""
+    _, exponent = math.frexp(float(logits_V.abs().max()))  # 2^(exponent - 1) <= it < 2^exponent
+    return math.ldexp(torch.finfo(dtype).eps, exponent - 1)
 
 
 def first_difference(fast: Sequence[int], plain: Sequence[int]) -> int | None:

@@ -1,7 +1,8 @@
 """Plain replies kept in a file: they depend on the target and the prompt, not on the draft, and take most of the time.
 
 A file is a manifest with its own hash. It says what decided its replies; under anything else it is refused, so that a
-reply out of it is what plain decoding would give here and now. How long that would take, it does not know.
+reply out of it is what plain decoding would give here and now, but for near ties where a processor of another kind made
+it. How long that would take, it does not know.
 """
 
 from collections.abc import Collection, Sequence

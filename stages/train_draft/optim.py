@@ -123,11 +123,11 @@ class Muon:
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Return a float32 matrix [m, n] with all its singular values brought near 1: five Newton-Schulz steps of Muon's
-    quintic, x <- a x + b (x x') x + c (x x')^2 x.
+    """Return a matrix [m, n] with all its singular values brought near 1: five Newton-Schulz steps of Muon's quintic,
+    x <- a x + b (x x') x + c (x x')^2 x.
 
     Every step multiplies x from the left by a polynomial of x x' alone, so all five are gathered in m x m, where m is
-    the shorter side, and x is multiplied once. In float32: bfloat16 would lose what the powers of x x' cancel.
+    the shorter side, and x is multiplied once. At least in float32: bfloat16 would lose what the powers of x x' cancel.
     """
     m, n = matrix.shape
     if m > n:
