@@ -27,10 +27,12 @@ from pipeline.cache.target_folder import new_target
 from pipeline.cache.writer import ShardWriter
 from pipeline.cli import commands
 from pipeline.drafts import DRAFTS, Knobs, lay_blocks
+from pipeline.drafts import draft as draft_module
 from pipeline.errors import CacheError, DataError, ProofError, RoomError, UsageError
 from pipeline.recipe import load_recipe, resolve
 from pipeline.split import prompt_hash, split_by_prompt, split_samples, spread
 from stages.recode.run import run as recode
+from stages.train_draft import folder as run_folder
 from stages.train_draft.batches import Stream
 from stages.train_draft.loop import said
 from stages.train_draft.optim import make_optimizer, matrices
@@ -713,6 +715,60 @@ def test_a_run_that_goes_on_elsewhere_says_what_differs(tiny_cache, tmp_path, mo
 
     here = torch.get_num_threads()
     assert f"began with threads 64, now {here}; torch 2.9.0, now {torch.__version__}" in capsys.readouterr().out
+
+
+def test_a_run_keeps_the_rule_of_chunks_that_it_began_with(tiny_cache, tmp_path, monkeypatch):
+    cells = ("train.save_every=1", "train.anchors=64", "train.batch=8", "train.cell_anchors=512")
+    asked, real = [], draft_module.chunk_blocks
+
+    def noted(*shapes_and_rule):
+        asked.append((shapes_and_rule[-1], real(*shapes_and_rule)))
+        return asked[-1][1]
+
+    monkeypatch.setattr(draft_module, "chunk_blocks", noted)
+    with monkeypatch.context() as patch:  # what versions before the second rule did
+        patch.setattr(run_folder, "NEWEST", 1)
+        straight = trained(tiny_cache, tmp_path / "straight", *cells)
+        stopping(patch, 3, kill)
+        with pytest.raises(Killed):
+            trained(tiny_cache, tmp_path / "old", *cells)
+    record = tmp_path / "old" / "run.json"
+    facts = json.loads(record.read_text())
+    del facts["head_chunk"]  # and they did not say so
+    record.write_text(json.dumps(facts))
+    assert {rule for rule, _ in asked} == {1}
+    of_old = {blocks for _, blocks in asked}
+    asked.clear()
+
+    old = trained(tiny_cache, tmp_path / "old", *cells)
+
+    assert {rule for rule, _ in asked} == {1}
+    for name in ("metrics.jsonl", "done.json", "checkpoints/step-00000008/draft.safetensors"):
+        assert (old.run / name).read_bytes() == (straight.run / name).read_bytes(), name
+    asked.clear()
+    new = trained(tiny_cache, tmp_path / "new", *cells)
+    assert json.loads((new.run / "run.json").read_text())["head_chunk"] == 2
+    assert {rule for rule, _ in asked} == {2} and of_old.isdisjoint(blocks for _, blocks in asked)
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "said"),
+    [
+        (3, UsageError, r"begun by a later version: its logits are cut by rule 3, this version knows 1, 2; go on with"),
+        (0, CacheError, r"run\.json: damaged, head_chunk 0 is no rule"),
+        (True, CacheError, r"run\.json: damaged, head_chunk True is no rule"),
+        ("2", CacheError, r"run\.json: damaged, head_chunk '2' is no rule"),
+    ],
+)
+def test_a_rule_of_chunks_that_there_is_none_of_is_refused(tiny_cache, tmp_path, monkeypatch, rule, error, said):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stopping(patch, 1, kill)
+        trained(tiny_cache, tmp_path / "run")
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps(facts | {"head_chunk": rule}))
+
+    with pytest.raises(error, match=said):
+        trained(tiny_cache, tmp_path / "run")
 
 
 def test_a_torn_last_line_is_written_again(tiny_cache, tmp_path, monkeypatch):

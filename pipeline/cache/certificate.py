@@ -15,11 +15,11 @@ from pipeline.cache.int8 import as_stored, decode, encoded, promised
 from pipeline.cache.layout import BLOCK_ROWS
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import DataError, ProofError
+from pipeline.head_chunk import chunk_rows
 from pipeline.target_head import TargetHead
 
 SHADOW_ROWS = 2048  # of a shard
 MOST_ERROR = 0.008  # relative, over all tokens
-CHUNK_ROWS = 512  # whose logits exist at a time
 
 
 def shadow_samples(shard: ShardPlan) -> list[int]:
@@ -56,8 +56,9 @@ class Certificate:
         self.spreads += float((error_RD / spread_D).double().square().sum())
         self.worst = max(self.worst, float((error_R / norm_R.clamp_min(1e-30)).max()))
         self.of_promise = max(self.of_promise, float((error_RD.abs() / promised(truth_RD, spread_D)).max()))
-        for first in range(0, len(truth_RD) if self.head else 0, CHUNK_ROWS):
-            part = slice(first, first + CHUNK_ROWS)
+        step = chunk_rows(self.head.vocab_size, truth_RD.device.type) if self.head else 1
+        for first in range(0, len(truth_RD) if self.head else 0, step):
+            part = slice(first, first + step)
             truth_RV, found_RV = (self.head.logits(states[part]) for states in (truth_RD, found_RD))
             self.agree += int((truth_RV.argmax(-1) == found_RV.argmax(-1)).sum())
             truth_RV, found_RV = truth_RV.log_softmax(-1), found_RV.log_softmax(-1)

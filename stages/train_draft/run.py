@@ -16,7 +16,7 @@ from pipeline.published.start import Start, load_start
 from pipeline.published.writing import unservable
 from pipeline.recipe import Resolved, load_recipe, resolve
 from pipeline.split import Split, split_samples
-from stages.train_draft.folder import default_folder, enter, finish, finished, held
+from stages.train_draft.folder import chunk_rule, default_folder, enter, finish, finished, held
 from stages.train_draft.loop import Run, Stop, deterministic, said
 from stages.train_draft.progress import Display, console
 
@@ -123,6 +123,7 @@ def train(
     """Make the draft, train it to its horizon, return the result."""
     deterministic(where)
     draft = make_draft(resolved, store, where, start)
+    draft.chunk_rule = chunk_rule(path)
     parameters = sum(weight.numel() for weight in draft.parameters())
     training = Run(path, store, split, resolved, draft)
     first = training.resume()
