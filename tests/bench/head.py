@@ -26,7 +26,7 @@ it (medians of two rounds):
     262,144   640    256  bfloat16 ce    2.23   1.13   0.94   0.88   0.82      -      -
     262,144   640    256  bfloat16 kl    3.70   2.03   1.79   1.71   1.85      -      -
 
-So rule 1, whose rows are 1,024, 32, 8 and 8 at these vocabularies, becomes 256, 256, 216 and 120 (blocks are whole).
+So rule 1, whose rows are 1,024, 32, 8 and 8 at these vocabularies, becomes 256, 256, 216 and 128 (blocks are whole).
 Why not more: beyond 256 rows nothing gains a tenth, and memory grows. Why not less: 64 MB leave 61 rows of 262,144, of
 which 128 rows are up to a seventh faster. Four tensors of 128 MB live at once, six with the target's distribution:
 0.5 to 0.8 GB.
