@@ -55,7 +55,10 @@ every_convention = pytest.mark.parametrize(
     ("method", "shift"),
     [(method, shift) for method in DRAFTS for shift in (False, True) if shift or method != "dspark"],
 )
-both_windows = pytest.mark.parametrize("window", [{}, SLIDING], ids=["full", "sliding"])
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}
+both_windows = pytest.mark.parametrize(
+    "window", [{}, SLIDING, {"rope_scaling": YARN}], ids=["full", "sliding", "full, scaled"]
+)
 
 
 def fields(method: str, shift: bool = True, **changes) -> dict:
