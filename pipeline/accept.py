@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from pipeline.drafts import Draft, lay_blocks, pack
+from pipeline.head_chunk import chunk_rows
 
 if TYPE_CHECKING:
     from pipeline.cache import HiddenCache, Sample
 
 SLOTS_AT_ONCE = 4096  # slots of one forward: bounds memory, changes nothing
-LOGITS_AT_ONCE = 1 << 22  # entries of one [rows, vocabulary] tensor
 RESAMPLES = 1000
 
 
@@ -196,7 +196,7 @@ def greedy_tokens(draft: Draft, sample: "Sample") -> list[int]:
     """
     head, device = draft.target, draft.fc.weight.device
     greedy_T = torch.full((len(sample.ids),), -1)
-    step = max(1, LOGITS_AT_ONCE // head.vocab_size)
+    step = chunk_rows(head.vocab_size, device.type, draft.chunk_rule, greedy=True)
     for rows, final_RD in zip(sample.final_rows.split(step), sample.final.split(step), strict=True):
         greedy_T[rows] = head.raw_logits(final_RD.to(device)).to(final_RD.dtype).argmax(-1).cpu()
     return greedy_T.tolist()

@@ -15,6 +15,7 @@ import numpy as np
 
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.samples import ShardPlan
+from pipeline.head_chunk import chunk_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 SHARE = 0.01
 LEAST_ROWS = 256  # so that a small cache, too, gets a figure
 WARN_BELOW = 0.6
-CHUNK_ROWS = 512  # whose logits exist at a time
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,9 @@ def gauge_rows(shard: ShardPlan, row: int, share: float) -> np.ndarray:
 def measure(head: "TargetHead", states_RD: "Tensor", tokens_R: "Tensor") -> "Tensor":
     """Return [2, R]: whether each token is the greedy one after the state before it, and its log-probability."""
     found = states_RD.new_zeros(2, len(tokens_R)).float()
-    for at in range(0, len(tokens_R), CHUNK_ROWS):
-        part = slice(at, at + CHUNK_ROWS)
+    step = chunk_rows(head.vocab_size, states_RD.device.type)
+    for at in range(0, len(tokens_R), step):
+        part = slice(at, at + step)
         logits_RV = head.logits(states_RD[part])
         found[0, part] = (logits_RV.argmax(-1) == tokens_R[part]).float()
         found[1, part] = logits_RV.log_softmax(-1).gather(-1, tokens_R[part, None])[:, 0]

@@ -30,6 +30,7 @@ from pydantic import (
 
 from pipeline.errors import UsageError
 from pipeline.held import check_final, check_held, resolve_mask_token, rope_theta, text_config
+from pipeline.rotary import taken_over
 
 if TYPE_CHECKING:
     from pipeline.drafts import DraftConfig
@@ -316,6 +317,7 @@ def _draft_config(draft: DraftSection, target: dict) -> "DraftConfig":
         num_target_layers=target["num_hidden_layers"],
         rms_norm_eps=target.get("rms_norm_eps", 1e-6),
         rope_theta=rope_theta(target),
+        rope_scaling=taken_over(target)[0],
         max_position_embeddings=target["max_position_embeddings"],
         attention_bias=bool(target.get("attention_bias", False)),
         initializer_range=target.get("initializer_range", 0.02),

@@ -12,6 +12,7 @@ from pipeline import accept
 from pipeline.accept import accept_spans, bootstrap, cut_spans, known_reply, reply_spans, summarise, walk
 from pipeline.cache import HiddenCache
 from pipeline.drafts import DRAFTS
+from pipeline.head_chunk import NEWEST, RULES, Chunk
 from pipeline.target import load_target
 from stages.evaluate.decode import speculative_decode
 
@@ -109,7 +110,7 @@ def test_cells_and_chunks_change_nothing(cache, draft, monkeypatch):
     wanted = accept_spans(draft, cache, range(len(cache)))
 
     monkeypatch.setattr(accept, "SLOTS_AT_ONCE", 1)
-    monkeypatch.setattr(accept, "LOGITS_AT_ONCE", 1)
+    monkeypatch.setitem(RULES[NEWEST], "cpu", Chunk(1))
 
     assert accept_spans(draft, cache, range(len(cache)), context=1) == wanted
     assert accept_spans(draft, cache, [5, 2], context=40) == [

@@ -17,12 +17,12 @@ from pipeline.drafts import (
     eligible_anchors,
     init_weights,
     lay_blocks,
-    losses,
     metrics_of,
     pack,
 )
 from pipeline.drafts.elementwise import RMSNorm, rope_tables, rotate
 from pipeline.errors import UsageError
+from pipeline.head_chunk import NEWEST, RULES, Chunk
 from pipeline.target_head import TargetHead
 
 H, V, K, L = 32, 64, 3, 8
@@ -55,7 +55,10 @@ every_convention = pytest.mark.parametrize(
     ("method", "shift"),
     [(method, shift) for method in DRAFTS for shift in (False, True) if shift or method != "dspark"],
 )
-both_windows = pytest.mark.parametrize("window", [{}, SLIDING], ids=["full", "sliding"])
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}
+both_windows = pytest.mark.parametrize(
+    "window", [{}, SLIDING, {"rope_scaling": YARN}], ids=["full", "sliding", "full, scaled"]
+)
 
 
 def fields(method: str, shift: bool = True, **changes) -> dict:
@@ -292,7 +295,7 @@ def test_proposals_do_not_depend_on_the_chunk(method, monkeypatch):
     with torch.no_grad():
         hidden, anchors = draft.hidden(cell, blocks), cell.ids_R[blocks.anchors_N]
         whole = draft.rollout(hidden, anchors)
-        monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 3 * 4 * 5 * V)
+        monkeypatch.setitem(RULES[NEWEST], "cpu", Chunk(3 * 4 * 5 * V))
         assert torch.equal(draft.rollout(hidden, anchors), whole)
 
 

@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.drafts import losses
-from pipeline.drafts.losses import chunk_blocks, head_loss
+from pipeline.drafts.losses import head_loss
 from pipeline.drafts.objectives import Objective, dpace_weights
 from pipeline.target_head import TargetHead
 
@@ -123,13 +122,6 @@ def test_logits_of_all_tokens_never_exist():
     with Largest() as largest:
         head_loss(hidden, TargetHead(head, head), objective, (z, out), blocks=2).backward()
     assert largest.elements == max(2 * S * v, v * D)
-
-
-def test_the_default_chunk_fits_its_bytes(monkeypatch):
-    monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 1 << 20)
-    blocks = chunk_blocks(16, 4096, torch.device("cpu"))
-    assert blocks * 16 * 4096 * 4 <= 1 << 20 < (blocks + 1) * 16 * 4096 * 4
-    assert chunk_blocks(16, 1 << 20, torch.device("cpu")) == 1  # a block is never cut
 
 
 def test_bfloat16_takes_the_softmax_in_float32():

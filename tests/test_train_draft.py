@@ -27,10 +27,12 @@ from pipeline.cache.target_folder import new_target
 from pipeline.cache.writer import ShardWriter
 from pipeline.cli import commands
 from pipeline.drafts import DRAFTS, Knobs, lay_blocks
+from pipeline.drafts import draft as draft_module
 from pipeline.errors import CacheError, DataError, ProofError, RoomError, UsageError
 from pipeline.recipe import load_recipe, resolve
 from pipeline.split import prompt_hash, split_by_prompt, split_samples, spread
 from stages.recode.run import run as recode
+from stages.train_draft import folder as run_folder
 from stages.train_draft.batches import Stream
 from stages.train_draft.loop import said
 from stages.train_draft.optim import make_optimizer, matrices
@@ -81,14 +83,20 @@ def gradients(draft) -> dict:
     return {name: weight.grad.clone() for name, weight in draft.named_parameters() if weight.grad is not None}
 
 
-def rewrite(cache, out, *, samples=None, states=None, final=True):
-    """Copy a cache with other samples (index, sample) -> sample, or other states (index, sample, column) -> rows."""
+def rewrite(cache, out, *, samples=None, states=None, final=True, config=None):
+    """Copy a cache with other samples (index, sample) -> sample, or other states (index, sample, column) -> rows.
+
+    config: what is changed in the target's config.json.
+    """
     store = HiddenCache.open(cache)
     create_identity(out, {key: value for key, value in store.identity.items() if key not in ("format", "hash")})
     with new_target(out) as folder:
         for file in (store.path / "target").iterdir():
             if file.name != "manifest.json":
                 shutil.copy(file, folder)
+        if config:
+            stated = json.loads((folder / "config.json").read_text()) | config
+            (folder / "config.json").write_text(json.dumps(stated))
     planned = [
         PlannedSample(*store.tokens_of(i), store.samples.domain[i], store.samples.split[i]) for i in range(len(store))
     ]
@@ -713,6 +721,133 @@ def test_a_run_that_goes_on_elsewhere_says_what_differs(tiny_cache, tmp_path, mo
 
     here = torch.get_num_threads()
     assert f"began with threads 64, now {here}; torch 2.9.0, now {torch.__version__}" in capsys.readouterr().out
+
+
+def test_a_run_keeps_the_rule_of_chunks_that_it_began_with(tiny_cache, tmp_path, monkeypatch):
+    cells = ("train.save_every=1", "train.anchors=64", "train.batch=8", "train.cell_anchors=512")
+    asked, real = [], draft_module.chunk_blocks
+
+    def noted(*shapes_and_rule):
+        asked.append((shapes_and_rule[-1], real(*shapes_and_rule)))
+        return asked[-1][1]
+
+    monkeypatch.setattr(draft_module, "chunk_blocks", noted)
+    with monkeypatch.context() as patch:  # what versions before the second rule did
+        patch.setattr(run_folder, "NEWEST", 1)
+        straight = trained(tiny_cache, tmp_path / "straight", *cells)
+        stopping(patch, 3, kill)
+        with pytest.raises(Killed):
+            trained(tiny_cache, tmp_path / "old", *cells)
+    record = tmp_path / "old" / "run.json"
+    facts = json.loads(record.read_text())
+    del facts["head_chunk"]  # and they did not say so
+    record.write_text(json.dumps(facts))
+    assert {rule for rule, _ in asked} == {1}
+    of_old = {blocks for _, blocks in asked}
+    asked.clear()
+
+    old = trained(tiny_cache, tmp_path / "old", *cells)
+
+    assert {rule for rule, _ in asked} == {1}
+    for name in ("metrics.jsonl", "done.json", "checkpoints/step-00000008/draft.safetensors"):
+        assert (old.run / name).read_bytes() == (straight.run / name).read_bytes(), name
+    asked.clear()
+    new = trained(tiny_cache, tmp_path / "new", *cells)
+    assert json.loads((new.run / "run.json").read_text())["head_chunk"] == 2
+    assert {rule for rule, _ in asked} == {2} and of_old.isdisjoint(blocks for _, blocks in asked)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 64}
+
+
+@pytest.fixture(scope="module")
+def scaled_cache(tiny_cache, tmp_path_factory):
+    """The cache of a target whose rotary positions are scaled, or so it says."""
+    scaling = {"rope_parameters": {"rope_theta": 10000.0, **LLAMA3}}
+    return rewrite(tiny_cache, tmp_path_factory.mktemp("scaled") / "cache", config=scaling)
+
+
+def test_a_targets_scaled_rotary_positions_are_taken_over_said_and_kept(scaled_cache, tmp_path, capsys):
+    done = trained(scaled_cache, tmp_path / "run")
+    assert "rotary positions are scaled as the target scales them: llama3, factor 8" in capsys.readouterr().out
+    assert json.loads((done.run / "run.json").read_text())["rope_scaling"] == LLAMA3
+    config = checkpoint.load_config(done.run)
+    assert config.rope_scaling.stated() == LLAMA3
+    assert resolve(load_recipe(done.run / "recipe.toml"), HiddenCache.open(scaled_cache)).draft == config
+
+
+def test_scaled_rotary_positions_that_no_engine_computes_alike_become_plain_ones_and_this_is_said(
+    tiny_cache, tmp_path, capsys
+):
+    dynamic = {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 2.0}}
+    done = trained(rewrite(tiny_cache, tmp_path / "cache", config=dynamic), tmp_path / "run")
+    said = "the target scales its rotary positions by dynamic, which engines compute otherwise than transformers, or"
+    assert said in capsys.readouterr().out
+    assert checkpoint.load_config(done.run).rope_scaling is None
+
+
+def test_a_run_begun_with_plain_rotary_positions_goes_on_with_them(scaled_cache, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:  # what versions before did with such a target
+        patch.setattr("pipeline.recipe.taken_over", lambda target: (None, None))
+        straight = trained(scaled_cache, tmp_path / "straight", "train.save_every=1")
+        stopping(patch, 3, kill)
+        with pytest.raises(Killed):
+            trained(scaled_cache, tmp_path / "old", "train.save_every=1")
+    record = tmp_path / "old" / "run.json"
+    facts = json.loads(record.read_text())
+    del facts["rope_scaling"]  # and they did not say so
+    record.write_text(json.dumps(facts))
+    capsys.readouterr()
+
+    old = trained(scaled_cache, tmp_path / "old", "train.save_every=1")
+
+    assert "the draft goes on as it began: plain ones" in capsys.readouterr().out
+    for name in ("metrics.jsonl", "done.json", "checkpoints/step-00000008/draft.safetensors"):
+        assert (old.run / name).read_bytes() == (straight.run / name).read_bytes(), name
+    new = trained(scaled_cache, tmp_path / "new")
+    assert (new.run / "metrics.jsonl").read_bytes() != (straight.run / "metrics.jsonl").read_bytes()
+
+
+def test_a_draft_that_training_begins_with_keeps_its_rotary_positions(tiny_cache, scaled_cache, tmp_path, capsys):
+    plain = trained(tiny_cache, tmp_path / "plain", "train.steps=1")
+    capsys.readouterr()
+    sets = (*SMALL, "train.steps=1")
+    done = run(scaled_cache, None, sets, tmp_path / "run", "cpu", init_from=plain.run)
+    assert "the draft goes on as it began: plain ones" in capsys.readouterr().out
+    assert checkpoint.load_config(done.run).rope_scaling is None
+
+
+@pytest.mark.parametrize("record", [{"rope_type": "llama3"}, [], "llama3", {"rope_type": "yarn", "other": 1}])
+def test_a_damaged_record_of_rotary_positions_is_named(tiny_cache, tmp_path, monkeypatch, record):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stopping(patch, 1, kill)
+        trained(tiny_cache, tmp_path / "run")
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps(facts | {"rope_scaling": record}))
+
+    with pytest.raises(CacheError, match=r"run\.json: damaged, no rope_scaling"):
+        trained(tiny_cache, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "said"),
+    [
+        (3, UsageError, r"begun by a later version: its logits are cut by rule 3, this version knows 1, 2; go on with"),
+        (0, CacheError, r"run\.json: damaged, head_chunk 0 is no rule"),
+        (True, CacheError, r"run\.json: damaged, head_chunk True is no rule"),
+        ("2", CacheError, r"run\.json: damaged, head_chunk '2' is no rule"),
+    ],
+)
+def test_a_rule_of_chunks_that_there_is_none_of_is_refused(tiny_cache, tmp_path, monkeypatch, rule, error, said):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stopping(patch, 1, kill)
+        trained(tiny_cache, tmp_path / "run")
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps(facts | {"head_chunk": rule}))
+
+    with pytest.raises(error, match=said):
+        trained(tiny_cache, tmp_path / "run")
 
 
 def test_a_torn_last_line_is_written_again(tiny_cache, tmp_path, monkeypatch):

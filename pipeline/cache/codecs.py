@@ -65,7 +65,7 @@ def open_values(codec: str, folder: Path, rows: int, width: int, dtype: str, whe
 
 
 LOSSY = {"int8"}
-PROMISE = {"int8": 0.012}  # relative error of a token's state, at worst; of the others none
+PROMISE = {"int8": 0.012}  # what the probe allows a sample's relative error beyond a forward's own; of the others none
 
 # What zstd leaves of the values: measured on residual states, whose mantissas hardly compress.
 ZSTD_SHARE = {"bfloat16": 0.72, "float32": 0.86}

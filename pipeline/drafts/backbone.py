@@ -97,7 +97,7 @@ class Backbone(nn.Module):
         return {layer.window for layer in self.layers}
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        return rope_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
 
     def context(self, aux_KRD: Tensor) -> Tensor:
         """What every layer reads of the target: [R, D]. Layers in ascending order, as they were trained."""

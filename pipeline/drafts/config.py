@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from pipeline.errors import UsageError
+from pipeline.rotary import RopeScaling
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 OF_DSPARK = (
@@ -47,6 +48,7 @@ class DraftConfig(BaseModel):
     vocab_size: PositiveInt
     rms_norm_eps: PositiveFloat = 1e-6
     rope_theta: PositiveFloat
+    rope_scaling: RopeScaling | None = None  # None: plain rotary positions
     max_position_embeddings: PositiveInt
     attention_bias: bool = False
     initializer_range: PositiveFloat = 0.02

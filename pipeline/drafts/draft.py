@@ -17,10 +17,11 @@ from pipeline.drafts.blocks import Blocks, Cell
 from pipeline.drafts.config import DraftConfig, needs_teacher
 from pipeline.drafts.decoding import Ask, DraftKV, Proposal, Sampling
 from pipeline.drafts.elementwise import wide
-from pipeline.drafts.losses import chunk_blocks, head_loss
+from pipeline.drafts.losses import head_loss
 from pipeline.drafts.metrics import slot_sums
 from pipeline.drafts.objectives import Objective, Teacher, dpace_weights, parts_of, term
 from pipeline.errors import DataError, UsageError
+from pipeline.head_chunk import NEWEST, chunk_blocks
 from pipeline.sampling import draw, uniforms
 from pipeline.target_head import TargetHead
 
@@ -51,10 +52,11 @@ class Draft(Backbone):
 
     The head is no part of the state_dict, whose keys are exactly those of published checkpoints. `reads_final` says
     whether the published loss reads the target's final state (`needs_teacher` knows of any); the accept length always
-    does.
+    does. `chunk_rule` is the rule of `head_chunk.py` by which its logits are cut.
     """
 
     reads_final = False
+    chunk_rule = NEWEST
 
     def __init__(self, config: DraftConfig, head: TargetHead):
         if (config.vocab_size, config.hidden_size) != (head.vocab_size, head.hidden_size):
@@ -108,8 +110,17 @@ class Draft(Backbone):
         """
         objective = self.objective(cell, blocks, knobs, dens, metrics)
         hidden_NSD = self.hidden(cell, blocks)
-        total = head_loss(hidden_NSD, self.target, objective, self.correction(hidden_NSD, blocks.prev_NS))
+        total = self.head_loss(hidden_NSD, blocks, objective)
         return Loss(total, objective.numerators, slot_sums(objective.slots(), blocks.scored_NS) if metrics else {})
+
+    def head_loss(self, hidden_NSD: Tensor, blocks: Blocks, objective: Objective) -> Tensor:
+        """Total loss of the head's logits, corrected where the method corrects them, chunk by chunk."""
+        correction = self.correction(hidden_NSD, blocks.prev_NS)
+        return head_loss(hidden_NSD, self.target, objective, correction, self.blocks_at_once(hidden_NSD))
+
+    def blocks_at_once(self, hidden_NSD: Tensor) -> int:
+        """How many blocks of these have their logits at once."""
+        return chunk_blocks(hidden_NSD.shape[1], self.target.vocab_size, hidden_NSD.device.type, self.chunk_rule)
 
     def objective(self, cell: Cell, blocks: Blocks, knobs: Knobs, dens: dict, metrics: bool) -> Objective:
         """The configured objective on these blocks; nothing is computed yet."""
@@ -202,7 +213,7 @@ class Draft(Backbone):
     @torch.no_grad()
     def rollout(self, hidden_NSD: Tensor, anchor_ids_N: Tensor) -> Tensor:
         """Greedy proposals [N, P] in order, each corrected by those before it, exactly, over the whole vocabulary."""
-        blocks = chunk_blocks(self.config.proposals, self.target.vocab_size, hidden_NSD.device)
+        blocks = self.blocks_at_once(hidden_NSD[:, self.config.first_slot :])
         parts = zip(hidden_NSD.split(blocks), anchor_ids_N.split(blocks), strict=True)
         return torch.cat([self.roll(hidden, anchors)[0] for hidden, anchors in parts])
 

@@ -22,7 +22,6 @@ from pipeline.drafts.blocks import Blocks, Cell
 from pipeline.drafts.config import OF_DOMINO, DraftConfig, refuse_options
 from pipeline.drafts.draft import Draft, Knobs, Loss
 from pipeline.drafts.elementwise import wide
-from pipeline.drafts.losses import head_loss
 from pipeline.drafts.metrics import confidence_sums, slot_sums
 from pipeline.errors import UsageError
 from pipeline.target_head import TargetHead
@@ -156,7 +155,7 @@ class DSpark(Draft):
             return super().loss(cell, blocks, knobs, dens, metrics)
         objective = self.objective(cell, blocks, knobs, dens, metrics)
         hidden_NSD = self.hidden(cell, blocks)
-        total = head_loss(hidden_NSD, self.target, objective, self.correction(hidden_NSD, blocks.prev_NS))
+        total = self.head_loss(hidden_NSD, blocks, objective)
         noted = objective.slots()
         logits_NS = self.confidence(hidden_NSD, blocks.prev_NS)
         bce_NS = F.binary_cross_entropy_with_logits(logits_NS, noted["accept"], reduction="none")

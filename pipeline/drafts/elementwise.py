@@ -4,9 +4,13 @@ a sixth of a training step on a CPU.
     T tokens   A heads   E head size
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from pipeline.rotary import RopeScaling
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -48,14 +52,53 @@ class _Norm(torch.autograd.Function):
         return d_x.to(grad.dtype), product.flatten(0, -2).sum(0).to(weight.dtype), None
 
 
-def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., E / 2] of positions [...], in float32 whatever the draft's dtype.
+def rope_tables(
+    positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [..., E / 2] of positions [...], in float32 whatever the draft's dtype, scaled if need be.
 
     Serving engines compute them so: tables rounded to bf16 in training drift from theirs with the position.
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device=positions.device).float() / head_dim
-    angles = positions.float()[..., None] * (1.0 / theta**exponent)
-    return angles.cos(), angles.sin()
+    angles = positions.float()[..., None] * frequencies(head_dim, theta, scaling, positions.device)
+    if scaling is None or scaling.magnitude == 1.0:
+        return angles.cos(), angles.sin()
+    return angles.cos() * scaling.magnitude, angles.sin() * scaling.magnitude
+
+
+def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device | str = "cpu") -> Tensor:
+    """Radians a token that each pair of channels turns by, float32 [E / 2]."""
+    exponent_F = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
+    plain_F = 1.0 / theta**exponent_F
+    if scaling is None:
+        return plain_F
+    if scaling.rope_type == "linear":
+        return plain_F / scaling.factor
+    keep_F = _kept_llama3(plain_F, scaling) if scaling.rope_type == "llama3" else _kept_yarn(plain_F, theta, scaling)
+    return plain_F * keep_F + plain_F / scaling.factor * (1 - keep_F)
+
+
+def _kept_llama3(plain_F: Tensor, scaling: RopeScaling) -> Tensor:
+    """How much of each frequency stays: all of those that turn often within the original length, none of the slow."""
+    turns_F = scaling.original_max_position_embeddings * plain_F / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    return ((turns_F - low) / (high - low)).clamp(0, 1)
+
+
+def _kept_yarn(plain_F: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
+    """The same by a ramp over the pairs (arXiv:2309.00071, equation 18), its ends moved to whole pairs."""
+    width = 2 * len(plain_F)
+
+    def pair_that_turns(times: float) -> float:
+        length = scaling.original_max_position_embeddings / (2 * math.pi * times)
+        return width * math.log(length) / (2 * math.log(theta))
+
+    first, last = pair_that_turns(scaling.beta_fast or 32.0), pair_that_turns(scaling.beta_slow or 1.0)
+    if scaling.truncate is not False:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
+    last += 0.001 * (first == last)
+    pairs_F = torch.arange(len(plain_F), dtype=torch.float32, device=plain_F.device)
+    return 1 - ((pairs_F - first) / (last - first)).clamp(0, 1)
 
 
 def rotate(x_TAE: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:

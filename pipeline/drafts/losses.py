@@ -3,7 +3,7 @@
 Logits over the vocabulary are the largest tensors of training: they exist for one chunk only, and are turned into
 their own gradient there. So the head costs two multiplications, where checkpointing costs three. Corrected logits are
 one concatenated linear, [W_head | W_out] [h ; z], whose losses share the chunk, as they share the target's own logits
-where an objective reads them.
+where an objective reads them. How large a chunk is says `head_chunk.py`.
 
     N blocks   S slots   D hidden size   V vocabulary   U rank of the correction   X slots of a chunk
 """
@@ -15,15 +15,6 @@ from torch.autograd.function import once_differentiable
 from pipeline.drafts.elementwise import wide
 from pipeline.drafts.objectives import Objective
 from pipeline.target_head import TargetHead
-
-# Bytes of one float32 [X, V] tensor; about four of them live at once, six with the target's distribution. On a CPU
-# they should stay near its caches.
-CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
-
-
-def chunk_blocks(slots: int, vocabulary: int, device: torch.device) -> int:
-    """Blocks whose logits exist at once: a function of shapes only, so that a run repeats to the bit."""
-    return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * slots * vocabulary))
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -92,18 +83,16 @@ def head_loss(
     hidden_NSD: Tensor,
     target: TargetHead,
     objective: Objective,
-    correction: tuple[Tensor, Tensor] | None = None,
-    blocks: int | None = None,
+    correction: tuple[Tensor, Tensor] | None,
+    blocks: int,
 ) -> Tensor:
     """Total loss (scalar) of the head's logits; its gradient is ready when this returns.
 
     objective: given the logits "base" = head(hidden) and "final" = [head | W_out] [hidden ; z], as far as it scales
     them, the soft cap on each sum. Without `correction` = (z [N, S, U], W_out [V, U]) final is head(hidden). The
-    target's weights get no gradient. blocks: how many at a time.
+    target's weights get no gradient. blocks: how many have their logits at once.
     """
     z_NSU, out_VU = correction or (None, None)
-    if blocks is None:
-        blocks = chunk_blocks(hidden_NSD.shape[1], target.vocab_size, hidden_NSD.device)
     inputs = [tensor for tensor in (hidden_NSD, z_NSU, out_VU) if tensor is not None]
     want_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     return _ChunkedHead.apply(hidden_NSD, z_NSU, out_VU, target, objective, blocks, want_grad)

@@ -6,6 +6,7 @@ the two agree on the probe of an export, neither has a mistake that the other ha
     K layers   T context rows   D hidden size   S slots   C columns: ids whose logits are computed   E head size
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -75,8 +76,8 @@ def _attention(get: Get, config: DraftConfig, y_SD: Tensor, context_TD: Tensor, 
         out = out.unflatten(-1, (-1, E)).transpose(0, 1)
         return _norm(get(f"{name}_norm.weight"), out, config) if normed else out
 
-    q = _turned(heads("q", y_SD, True), T, config.rope_theta)
-    k, v = _turned(heads("k", keys_LD, True), 0, config.rope_theta), heads("v", keys_LD, False)
+    q = _turned(heads("q", y_SD, True), T, config)
+    k, v = _turned(heads("k", keys_LD, True), 0, config), heads("v", keys_LD, False)
     shared = len(q) // len(k)  # query heads that read the same keys
     k, v = k.repeat_interleave(shared, 0), v.repeat_interleave(shared, 0)
     scores = (q @ k.mT / E**0.5).masked_fill(~visible, -torch.inf)
@@ -84,12 +85,40 @@ def _attention(get: Get, config: DraftConfig, y_SD: Tensor, context_TD: Tensor, 
     return out_SA @ get("o_proj.weight").T + (get("o_proj.bias") if config.attention_bias else 0)
 
 
-def _turned(x_ALE: Tensor, first: int, theta: float) -> Tensor:
+def _turned(x_ALE: Tensor, first: int, config: DraftConfig) -> Tensor:
     """Rotary positions first, first + 1, ...: each half of a head with the other, at that position's angles."""
     half = x_ALE.shape[-1] // 2
-    angle = torch.arange(first, first + x_ALE.shape[1])[:, None] * theta ** -(torch.arange(half) / half)
+    speed = torch.tensor([_speed(index, half, config) for index in range(half)])
+    angle = torch.arange(first, first + x_ALE.shape[1])[:, None] * speed
     left, right = x_ALE.split(half, -1)
-    return torch.cat([left * angle.cos() - right * angle.sin(), right * angle.cos() + left * angle.sin()], -1)
+    turned = torch.cat([left * angle.cos() - right * angle.sin(), right * angle.cos() + left * angle.sin()], -1)
+    return turned if config.rope_scaling is None else turned * config.rope_scaling.magnitude
+
+
+def _speed(pair: int, half: int, config: DraftConfig) -> float:
+    """Radians a token of one pair of channels, slowed down where the config scales them: fast pairs not, slow ones by
+    the factor, those between in part."""
+    theta, scaling = config.rope_theta, config.rope_scaling
+    speed = theta ** -(pair / half)
+    if scaling is None:
+        return speed
+    if scaling.rope_type == "linear":
+        return speed / scaling.factor
+    length = scaling.original_max_position_embeddings
+    if scaling.rope_type == "llama3":
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        slow = (high - length * speed / (2 * math.pi)) / (high - low)
+    else:
+        ends = [
+            half * math.log(length / (2 * math.pi * n), theta)
+            for n in (scaling.beta_fast or 32, scaling.beta_slow or 1)
+        ]
+        if scaling.truncate is not False:
+            ends = [math.floor(ends[0]), math.ceil(ends[1])]
+        start, stop = max(ends[0], 0), min(ends[1], 2 * half - 1)
+        slow = (pair - start) / (stop - start if stop != start else 0.001)
+    slow = min(max(slow, 0.0), 1.0)
+    return speed * (1 - slow + slow / scaling.factor)
 
 
 def _domino(get: Get, config: DraftConfig, hidden_SD: Tensor, embedded_SD: Tensor, columns_C: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 from pipeline.drafts import DraftConfig
 from pipeline.errors import UsageError
 from pipeline.published.weights import CONFIG, read_json
+from pipeline.rotary import RopeScaling, kind_of, taken_over
 
 # Architectures, and the method each can only be; None: the projector_type says.
 ARCHITECTURES = {
@@ -206,6 +207,7 @@ def _config(stated: _Stated, target_layers: int | None) -> DraftConfig:
         **{name: flat[name] for name in SHARED if name in flat},
         "head_dim": flat.get("head_dim") or flat["hidden_size"] // (flat["num_attention_heads"] or 1),
         "rope_theta": _rope_theta(file, flat),
+        "rope_scaling": _rope_scaling(file, flat),
         "num_target_layers": depth,
         "block_size": stated.find("block_size"),
         **_windows(stated),
@@ -312,9 +314,23 @@ def _shift_label(stated: _Stated, method: str) -> bool:
 
 def _rope_theta(file: Path, flat: dict) -> float:
     parameters = flat.get("rope_parameters") or {}
-    if flat.get("rope_scaling") or parameters.get("rope_type", "default") != "default":
-        raise UsageError(f"{file}: scaled rotary positions; a draft here has plain ones")
     stated = {float(theta) for theta in (flat.get("rope_theta"), parameters.get("rope_theta")) if theta is not None}
     if len(stated) != 1:
         raise UsageError(f"{file}: rope_theta is {sorted(stated) or 'missing'}; state it once, or twice alike")
     return stated.pop()
+
+
+def _rope_scaling(file: Path, flat: dict) -> RopeScaling | None:
+    """The scaling that is stated, once or twice alike, and that engines compute as we do. UsageError for any other."""
+    places = [flat.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+    scaled = [stated for stated in places if kind_of(stated) != "default"]
+    found = []
+    for stated in scaled:
+        scaling, reason = taken_over({**flat, "rope_scaling": stated})
+        if scaling is None:
+            raise UsageError(f"{file}: scaled rotary positions: {reason}; a draft here has others")
+        found.append(scaling)
+    plain = places[1] and kind_of(places[1]) == "default"
+    if len(set(found)) > 1 or (found and plain):
+        raise UsageError(f"{file}: rope_scaling and rope_parameters differ; state scaled rotary positions twice alike")
+    return found[0] if found else None

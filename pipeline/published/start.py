@@ -5,7 +5,7 @@ unlearn. A DFlash draft starts a Domino or DSpark one, whose own head begins fre
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,8 @@ from pipeline.errors import UsageError
 from pipeline.published.folder import open_folder
 from pipeline.published.names import backbone_tensors, draft_tensors, head_tensors
 from pipeline.published.weights import open_safetensors
+from pipeline.recipe import Resolved
+from pipeline.rotary import RopeScaling
 from pipeline.target_head import TargetHead
 
 # What the backbone's weights were trained to: with another value they compute something else, or do not fit.
@@ -51,7 +53,12 @@ class Start:
     tensors: dict[str, Tensor]
     fresh: tuple[str, ...]
     said: str
+    rope_scaling: RopeScaling | None  # what they were trained with, which training goes on with
     digest: str  # of names, types and values: what a run is recorded to have started with
+
+    def turned(self, resolved: Resolved) -> Resolved:
+        """The recipe with the rotary positions that these weights were trained with, scaled or plain: they go on so."""
+        return replace(resolved, draft=resolved.draft.model_copy(update={"rope_scaling": self.rope_scaling}))
 
     def fill(self, draft: Draft) -> None:
         """Put the weights into a draft, whose others stay as they are."""
@@ -77,7 +84,7 @@ def load_start(place: Path, wanted: DraftConfig, head: TargetHead | None = None)
         )
     taken = {name: tensors[name] for name in (draft_tensors(wanted) if same else backbone_tensors(wanted))}
     fresh = tuple(sorted(draft_tensors(wanted).keys() - taken.keys()))
-    return Start(place, taken, fresh, _said(place, config, wanted, fresh), _digest(taken))
+    return Start(place, taken, fresh, _said(place, config, wanted, fresh), config.rope_scaling, _digest(taken))
 
 
 def _is_run(place: Path) -> bool:

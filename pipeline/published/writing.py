@@ -172,6 +172,7 @@ def _speculators(config: DraftConfig, origin: Origin) -> dict:
 def _qwen3(config: DraftConfig, origin: Origin) -> dict:
     """What both forms say of the decoder layers."""
     sliding, tokens = "sliding_attention" in config.layer_types, origin.tokens or {}
+    scaling = config.rope_scaling.stated() if config.rope_scaling else {}
     flat = {name: getattr(config, name) for name in (*SHARED, "head_dim", "rope_theta")} | {
         "model_type": "qwen3",
         "dtype": origin.dtype,
@@ -179,8 +180,9 @@ def _qwen3(config: DraftConfig, origin: Origin) -> dict:
         "sliding_window": config.sliding_window,
         "use_sliding_window": sliding,
         "max_window_layers": config.num_hidden_layers,
-        "rope_scaling": None,
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        # Twice: transformers 5, and the engines with it, read the one, older versions the other.
+        "rope_scaling": scaling or None,
+        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"} | scaling,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "tie_word_embeddings": False,

@@ -1,7 +1,7 @@
 """A run's folder: one process at a time, one recipe and one cache for its whole life.
 
 recipe.toml      the resolved recipe; loads back equal
-run.json         cache, target, versions, command line
+run.json         cache, target, versions, command line, the rule by which logits are cut, scaled rotary positions
 metrics.jsonl    one line a logging step and evaluation; the same bytes whatever was killed when
 timing.jsonl     what differs from run to run: seconds, tokens a second
 checkpoints/     see pipeline/checkpoint.py
@@ -15,6 +15,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -24,9 +25,11 @@ from pipeline.cache.disk import lock, room, write_file
 from pipeline.cache.layout import FINAL
 from pipeline.checkpoint import RUN, read_record, read_run
 from pipeline.drafts import needs_teacher
-from pipeline.errors import UsageError
+from pipeline.errors import CacheError, UsageError
+from pipeline.head_chunk import NEWEST, RULES
 from pipeline.published.start import Start
 from pipeline.recipe import Resolved, load_recipe
+from pipeline.rotary import RopeScaling
 from pipeline.split import Split
 
 RECIPE, METRICS, TIMING, DONE = "recipe.toml", "metrics.jsonl", "timing.jsonl", "done.json"
@@ -90,6 +93,8 @@ def enter(
         "start": None if start is None else {"place": str(start.place), "digest": start.digest, "fresh": start.fresh},
         "versions": {"pipeline": __version__, "python": platform.python_version()}
         | {name: metadata.version(name) for name in RECORDED},
+        "head_chunk": NEWEST,
+        "rope_scaling": resolved.draft.rope_scaling and resolved.draft.rope_scaling.stated(),
         "machine": machine,
         "command": sys.argv,
     }
@@ -114,6 +119,35 @@ def enter(
             )
     began, here = ({**record.get("machine", {}), **record["versions"]} for record in (there, facts))
     return [f"{key} {began[key]}, now {here[key]}" for key in here if began.get(key, here[key]) != here[key]]
+
+
+def chunk_rule(run: Path) -> int:
+    """Return the rule of `head_chunk.py` that a run began with, and goes on with; those of 0.5 and before state none.
+
+    Raises UsageError for a rule of a later version, CacheError for what is no rule.
+    """
+    rule = read_run(run).get("head_chunk", min(RULES))
+    if type(rule) is not int or rule < min(RULES):
+        raise CacheError(f"{run / RUN}: damaged, head_chunk {rule!r} is no rule; put it back as it was")
+    if rule not in RULES:
+        raise UsageError(
+            f"{run} was begun by a later version: its logits are cut by rule {rule}, this version knows "
+            f"{', '.join(map(str, RULES))}; go on with that version, or pass another --out"
+        )
+    return rule
+
+
+def as_begun(run: Path, resolved: Resolved) -> Resolved:
+    """Return what a run trains, with the rotary positions that it began with: those of 0.5 and before are plain.
+
+    Raises CacheError for a damaged record.
+    """
+    stated = read_run(run).get("rope_scaling")
+    try:
+        begun = None if stated is None else RopeScaling(**stated)
+    except (TypeError, ValueError) as error:
+        raise CacheError(f"{run / RUN}: damaged, no rope_scaling ({error}); put it back as it was") from None
+    return replace(resolved, draft=resolved.draft.model_copy(update={"rope_scaling": begun}))
 
 
 def _identity(facts: dict) -> dict:

@@ -15,8 +15,9 @@ from pipeline.held import how_to_add, logit_scale, text_config
 from pipeline.published.start import Start, load_start
 from pipeline.published.writing import unservable
 from pipeline.recipe import Resolved, load_recipe, resolve
+from pipeline.rotary import taken_over
 from pipeline.split import Split, split_samples
-from stages.train_draft.folder import default_folder, enter, finish, finished, held
+from stages.train_draft.folder import as_begun, chunk_rule, default_folder, enter, finish, finished, held
 from stages.train_draft.loop import Run, Stop, deterministic, said
 from stages.train_draft.progress import Display, console
 
@@ -52,6 +53,8 @@ def run(
     split = split_for(resolved, store)
     resolved = resolved.lasting(len(split.train))
     start = None if init_from is None else load_start(init_from, resolved.draft, store.head(dtype=store.dtype))
+    if start is not None:
+        resolved = start.turned(resolved)
     folder = out or default_folder(resolved, store, split, start)
     return carry_out(folder, store, split, resolved, where, start)
 
@@ -74,6 +77,7 @@ def carry_out(
     screen = console()
     with held(path):
         differs = enter(path, resolved, store, split, machine(where), start)
+        resolved = as_begun(path, resolved)
         result = finished(path)
         if result is not None:
             screen.print(f"{path} is finished: nothing to do", markup=False, soft_wrap=True)
@@ -106,9 +110,25 @@ def announced(path: Path, store: HiddenCache, split: Split, resolved: Resolved, 
         yield f"{longer} samples are longer than train.context = {context} rows: each gives one window an epoch"
     if resolved.draft.gamma is None and resolved.draft.weighting == "decay":
         yield "gamma is 0, so late slots weigh as much as early ones; published recipes let the weight decay"
+    yield from rotary_said(resolved, store)
     reason = unservable(resolved.draft, store.tokens, logit_scale(text_config(store.target_config)))
     if reason is not None:
         yield f"no engine will serve this draft, `pipeline export` refuses it: {reason}"
+
+
+def rotary_said(resolved: Resolved, store: HiddenCache) -> Iterator[str]:
+    """Say what became of a target's scaled rotary positions; nothing of plain ones that stay so."""
+    scaling, reason = taken_over(text_config(store.target_config))
+    trained = resolved.draft.rope_scaling
+    if trained is not None and trained == scaling:
+        yield f"rotary positions are scaled as the target scales them: {trained}"
+    elif trained != scaling:
+        yield (
+            f"the target scales its rotary positions ({scaling or 'not at all'}), the draft goes on as it began: "
+            f"{trained or 'plain ones'}"
+        )
+    elif reason is not None:
+        yield f"the target scales its rotary positions by {reason}: the draft is trained, and served, with plain ones"
 
 
 def train(
@@ -123,6 +143,7 @@ def train(
     """Make the draft, train it to its horizon, return the result."""
     deterministic(where)
     draft = make_draft(resolved, store, where, start)
+    draft.chunk_rule = chunk_rule(path)
     parameters = sum(weight.numel() for weight in draft.parameters())
     training = Run(path, store, split, resolved, draft)
     first = training.resume()

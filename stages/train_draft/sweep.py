@@ -152,6 +152,7 @@ def plan_runs(
         resolved = resolved.lasting(len(splits[rule].train))
         if start is not None:  # the same weights are in memory once, however many runs begin with them
             start = replace(start, tensors=weights.setdefault(start.digest, start.tensors))
+            resolved = start.turned(resolved)
         path = default_folder(resolved, store, splits[rule], start)
         path = path if out is None else out / path.name
         if path in runs:

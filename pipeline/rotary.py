@@ -1,0 +1,144 @@
+"""Scaled rotary positions: which of a target's a draft takes over, and what they are.
+
+A draft turns its own queries and keys, so it needs no scaling to be right; but what it is trained with it must be
+served with. Engines compute it from the draft's config.json, in code of their own. SGLang (0.5.23) and vLLM (0.32),
+read beside transformers: `linear`, `llama3` and `yarn` are the same in all three, as far as `taken_over` takes them.
+`dynamic` follows the longest text of a batch in transformers, and a fixed length in the engines, each by a formula of
+its own; `longrope` chooses between two sets of factors by the text there and by the model's length here; a yarn
+`attention_factor` other than the usual one is not read by SGLang. Then the draft has plain positions, which is said.
+
+    E head size   f frequencies of the pairs of channels, radians a token, [E / 2]
+"""
+
+import math
+from typing import Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+KEYS = {  # (those that must be there, those that may)
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+}
+
+
+class RopeScaling(BaseModel):
+    """One scaling, its keys as config.json has them. ValueError for a key too few or too many."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    rope_type: Literal["linear", "llama3", "yarn"]
+    factor: PositiveFloat
+    original_max_position_embeddings: PositiveInt | None = None
+    low_freq_factor: PositiveFloat | None = None
+    high_freq_factor: PositiveFloat | None = None
+    beta_fast: PositiveFloat | None = None  # 32
+    beta_slow: PositiveFloat | None = None  # 1
+    mscale: NonNegativeFloat | None = None
+    mscale_all_dim: NonNegativeFloat | None = None
+    truncate: bool | None = None  # yes
+
+    @model_validator(mode="after")
+    def _check(self):
+        must, may = KEYS[self.rope_type]
+        stated = self.stated().keys() - {"rope_type"}
+        for key in must:
+            if key not in stated:
+                raise ValueError(f"{self.rope_type} without {key}")
+        if others := sorted(stated - {*must, *may}):
+            raise ValueError(f"{self.rope_type} has no {others[0]}")
+        if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(f"high_freq_factor {self.high_freq_factor:g} is not above low_freq_factor")
+        return self
+
+    def stated(self) -> dict:
+        """Return it as config.json says it."""
+        return self.model_dump(exclude_none=True)
+
+    @property
+    def magnitude(self) -> float:
+        """What cosine and sine are multiplied by."""
+        if self.rope_type != "yarn":
+            return 1.0
+        if self.mscale and self.mscale_all_dim:
+            return _growth(self.factor, self.mscale) / _growth(self.factor, self.mscale_all_dim)
+        return _growth(self.factor)
+
+    def __str__(self) -> str:
+        return f"{self.rope_type}, factor {self.factor:g}"
+
+
+def _growth(factor: float, scale: float = 1.0) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def rope_parameters(config: dict) -> dict:
+    """Return what a config states of its rotary positions, the older key first, as transformers reads them: of full
+    attention, where kinds of layers differ."""
+    stated = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    nested = stated.get("full_attention")
+    return dict(nested if isinstance(nested, dict) else stated)
+
+
+def kind_of(parameters: dict) -> str:
+    """Return the type of rotary positions, by its name of today."""
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    return {"su": "longrope", "mrope": "default"}.get(kind, kind)
+
+
+def taken_over(target: dict) -> tuple[RopeScaling | None, str | None]:
+    """Return the scaling that a draft takes over from a target's text config, and why it takes none where there is one.
+
+    (None, None) for a target with plain positions.
+    """
+    parameters = rope_parameters(target)
+    kind = kind_of(parameters)
+    if kind == "default":
+        return None, None
+    if kind not in KEYS:
+        return None, f"{kind}, which engines compute otherwise than transformers, or not at all"
+    try:
+        found = read_scaling(parameters, target)
+    except ValueError as error:
+        return None, f"{kind}, but {error}"
+    usual, stated = found.magnitude, parameters.get("attention_factor")
+    if kind == "yarn" and stated is not None and abs(stated - usual) > 1e-6:
+        return None, f"yarn with attention_factor {stated:g} where {usual:g} is usual, which SGLang does not read"
+    return found, None
+
+
+def read_scaling(parameters: dict, config: dict) -> RopeScaling:
+    """Return the scaling that a config's rotary parameters state. ValueError, in words, for what is none we know."""
+    kind = kind_of(parameters)
+    if kind not in KEYS:
+        raise ValueError(f"rope_type {kind!r} is none of {', '.join(KEYS)}")
+    fields = {key: parameters.get(key) for key in (*KEYS[kind][0], *KEYS[kind][1])}
+    if "original_max_position_embeddings" in fields:
+        # transformers gives the config's own key priority, and else takes the positions that the config has.
+        original = config.get("original_max_position_embeddings") or fields["original_max_position_embeddings"]
+        fields["original_max_position_embeddings"] = original or config.get("max_position_embeddings")
+    if kind == "yarn":
+        if not fields["factor"] and fields["original_max_position_embeddings"]:
+            fields["factor"] = config["max_position_embeddings"] / fields["original_max_position_embeddings"]
+        if not (fields["mscale"] and fields["mscale_all_dim"]):
+            fields["mscale"] = fields["mscale_all_dim"] = None  # SGLang would read a zero where the others do not
+        for key in ("beta_fast", "beta_slow"):
+            fields[key] = fields[key] or None
+    try:
+        return RopeScaling(rope_type=kind, **fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        said = str(first["msg"]).removeprefix("Value error, ")
+        raise ValueError(f"{where}: {said}, found {first['input']!r}" if where else said) from None

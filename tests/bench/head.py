@@ -1,0 +1,108 @@
+"""How many rows of logits should exist at once on a CPU: `python tests/bench/head.py`.
+
+Times `head_loss` with its gradient, one thread, random weights, at four vocabularies in float32 and bfloat16: with the
+label alone (`ce`), with the target's own distribution beside it (`kl`), and corrected, as Domino's logits are, with a
+correction of rank 256 (`domino`). Rows of a chunk take turns within a round; shown are the rounds' median CPU seconds,
+and last those of the rules of `pipeline/head_chunk.py`: rule 1, of version 0.5 (4 MB of logits), and rule 2.
+
+Chosen: 256 rows within 128 MB of logits. Seen on a core of a Xeon with AVX-512 and without AMX, others working beside
+it (medians of two rounds):
+
+          V     D  slots  type              8     32     64    128    256    512   1024
+      1,024   256  4,096  float32  ce    0.11   0.06   0.07   0.05   0.05   0.05   0.07
+      1,024   256  4,096  float32  kl    0.15   0.10   0.08   0.08   0.08   0.08   0.11
+      1,024   256  4,096  bfloat16 ce    0.07   0.03   0.02   0.02   0.02   0.02   0.04
+      1,024   256  4,096  bfloat16 kl    0.11   0.05   0.04   0.03   0.03   0.03   0.07
+     32,768  1024  1,024  float32  ce    4.13   2.10   1.84   1.86   1.65   1.55   1.51
+     32,768  1024  1,024  float32  kl    6.53   3.33   2.95   2.70   2.59   2.58   2.49
+     32,768  1024  1,024  bfloat16 ce    1.78   0.73   0.53   0.58   0.57   0.57   0.54
+     32,768  1024  1,024  bfloat16 kl    2.48   1.03   0.97   0.83   0.98   1.01   1.13
+    151,936  1024    256  float32  ce    4.78   2.53   2.24   1.94   1.81      -      -
+    151,936  1024    256  float32  kl    7.25   3.85   3.37   3.12   2.90      -      -
+    151,936  1024    256  bfloat16 ce    2.13   1.02   0.79   0.84   0.93      -      -
+    151,936  1024    256  bfloat16 kl    2.99   1.41   1.36   1.52   1.70      -      -
+    262,144   640    256  float32  ce    5.04   2.60   2.46   2.14   2.00      -      -
+    262,144   640    256  float32  kl    8.43   4.70   4.28   3.74   3.46      -      -
+    262,144   640    256  bfloat16 ce    2.23   1.13   0.94   0.88   0.82      -      -
+    262,144   640    256  bfloat16 kl    3.70   2.03   1.79   1.71   1.85      -      -
+
+So rule 1, whose rows are 1,024, 32, 8 and 8 at these vocabularies, becomes 256, 256, 216 and 128 (blocks are whole).
+Why not more: beyond 256 rows nothing gains a tenth, and memory grows. Why not less: 64 MB leave 61 rows of 262,144, of
+which 128 rows are up to a seventh faster. Four tensors of 128 MB live at once, six with the target's distribution:
+0.5 to 0.8 GB.
+
+    V vocabulary   D hidden size   N blocks   S slots   U rank of the correction
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+
+from pipeline.drafts.losses import head_loss
+from pipeline.drafts.objectives import Objective, Teacher
+from pipeline.head_chunk import chunk_blocks
+from pipeline.target_head import TargetHead
+
+SHAPES = ((1024, 256, 4096), (32_768, 1024, 1024), (151_936, 1024, 256), (262_144, 640, 256))  # V, D, slots
+ROWS = (8, 32, 64, 128, 256, 512, 1024)
+S, U = 8, 256
+LOSSES = ("ce", "kl", "domino")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--vocabularies", default=",".join(str(shape[0]) for shape in SHAPES))
+    parser.add_argument("--types", default="float32,bfloat16")
+    parser.add_argument("--losses", default=",".join(LOSSES))
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    heads = "".join(f"{rows:>8}" for rows in ROWS)
+    print(f"{'V':>7} {'D':>5} {'slots':>6} {'type':9} {'loss':7}{heads}{'rule 1':>9}{'rule 2':>9}")
+    for V, D, slots in SHAPES:
+        if str(V) in asked.vocabularies.split(","):
+            for kind in asked.types.split(","):
+                for loss in asked.losses.split(","):
+                    row = seconds(V, D, slots, getattr(torch, kind), loss, asked.rounds)
+                    print(f"{V:7} {D:5} {slots:6} {kind:9} {loss:7}{row}", flush=True)
+
+
+def seconds(V: int, D: int, slots: int, dtype: torch.dtype, loss: str, rounds: int) -> str:
+    """CPU seconds by rows of a chunk, and by the two rules."""
+    draw = torch.Generator().manual_seed(0)
+    N = slots // S
+    head_VD = torch.empty(V, D).normal_(0, 0.02, generator=draw).to(dtype)
+    target = TargetHead(head_VD, head_VD)
+    hidden_NSD, final_FD = (torch.empty(*shape).normal_(generator=draw) for shape in ((N, S, D), (slots, D)))
+    z_NSU, out_VU = (torch.empty(*shape).normal_(0, 0.02, generator=draw) for shape in ((N, S, U), (V, U)))
+    labels_NS = torch.randint(V, (N, S), generator=draw)
+    teacher = Teacher(final_FD.to(dtype), torch.arange(slots).view(N, S)) if loss == "kl" else None
+    kinds = ("final", "base") if loss == "domino" else ("final",)
+    chunks = {rows: rows // S for rows in ROWS if rows <= slots}
+    chunks |= {f"rule {rule}": min(N, chunk_blocks(S, V, "cpu", rule)) for rule in (1, 2)}
+    found: dict[int, list[float]] = {blocks: [] for blocks in chunks.values()}
+    for _ in range(rounds):
+        for blocks, taken in found.items():
+            objective = Objective(
+                labels_NS,
+                lambda part, ce_NS: torch.ones_like(ce_NS),
+                {kind: {"": 1.0} for kind in kinds},
+                "kl" if loss == "kl" else "ce",
+                teacher,
+            )
+            leaves = [leaf.clone().requires_grad_() for leaf in (hidden_NSD, z_NSU, out_VU)]
+            started = time.process_time()
+            head_loss(leaves[0], target, objective, tuple(leaves[1:]) if loss == "domino" else None, blocks).backward()
+            taken.append(time.process_time() - started)
+    shown = [f"{median(found[chunks[rows]]):8.2f}" if rows in chunks else f"{'-':>8}" for rows in ROWS]
+    return "".join(shown) + "".join(f"{median(found[chunks[f'rule {rule}']]):9.2f}" for rule in (1, 2))
+
+
+if __name__ == "__main__":
+    main()
