@@ -6,6 +6,7 @@ targets apart: the config, and of each safetensors file the header, the size, th
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 from pipeline.errors import UsageError
@@ -13,6 +14,10 @@ from pipeline.errors import UsageError
 MIB = 1 << 20
 CONFIG = "config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+PLAIN_WEIGHTS = re.compile(r"[\w.\-][\w.\- ]*\.safetensors")  # no path: it may lead to files that nobody digests
+ADAPTER = "adapter_config.json"
+ELSEWHERE = ("configuration_files", "transformers_weights")  # keys by which a config has other files read than its own
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -36,7 +41,7 @@ MORE_SIZES = (
     "attention_bias",
     "initializer_range",
 )
-HUB_FILES = [CONFIG, "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
+HUB_FILES = [CONFIG, "generation_config.json", "model*.safetensors", WEIGHTS_INDEX, *TOKENIZER_FILES]
 
 
 def find_target(model: str, revision: str | None = None) -> Path:
@@ -151,13 +156,30 @@ def complete_config(folder: Path, config: object) -> bytes:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the target's safetensors files in order of name. UsageError when one is absent."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    else:
-        names = ["model.safetensors"]
-    files = [folder / Path(name).name for name in names]
+    """Return the safetensors files that transformers loads from this folder, in order of name.
+
+    So what is digested is what is loaded. UsageError where a file is absent, and where which ones are loaded depends
+    on more than their names: two sets of weights, an index that leads out of the folder, an adapter beside them.
+    """
+    config = read_json(folder / CONFIG)
+    for key in ELSEWHERE:
+        if config.get(key) is not None:
+            raise UsageError(
+                f"{folder / CONFIG} sends readers to other files ({key}); save the model with `save_pretrained`"
+            )
+    if (folder / ADAPTER).exists():
+        raise UsageError(
+            f"{folder} holds an adapter beside the weights ({ADAPTER}), and only some loaders add it to them; merge it "
+            "into the weights (`merge_and_unload` of PEFT) and save those, or move the adapter away"
+        )
+    single, index = folder / WEIGHTS, folder / WEIGHTS_INDEX
+    names = _indexed(index) if index.is_file() else [WEIGHTS]
+    if single.is_file() and names != [WEIGHTS]:
+        raise UsageError(
+            f"{folder} holds two sets of weights, {WEIGHTS} and what {WEIGHTS_INDEX} names; move away the one that is "
+            "not the target's"
+        )
+    files = [folder / name for name in names]
     absent = [path.name for path in files if not path.is_file()]
     if absent or not files:
         raise UsageError(
@@ -165,6 +187,18 @@ def weight_files(folder: Path) -> list[Path]:
             "fetch them or save the model with `save_pretrained`"
         )
     return files
+
+
+def _indexed(index: Path) -> list[str]:
+    """Return the names of the files in an index, sorted. UsageError where one is no safetensors file of its folder."""
+    found = read_json(index).get("weight_map")
+    names = [*found.values()] if isinstance(found, dict) else [None]
+    odd = [name for name in names if not (isinstance(name, str) and PLAIN_WEIGHTS.fullmatch(name))]
+    if odd:
+        raise UsageError(
+            f"{index} names {str(odd[0])[:80]!r}, wanted safetensors files beside it; fetch the target's files again"
+        )
+    return sorted(set(names))
 
 
 def safetensors_header(path: Path) -> bytes:

@@ -31,10 +31,11 @@ from pipeline.cache.layout import (
 from pipeline.cache.manifest import canonical, check_file, create_identity, read_canonical, write_canonical
 from pipeline.cache.plan import Plan, load_plan
 from pipeline.cache.samples import ShardPlan, read_batch
-from pipeline.cache.target_folder import WEIGHTS, has_target, target_json, target_manifest
+from pipeline.cache.target_folder import has_target, target_manifest
 from pipeline.cache.verify import Report, verify
 from pipeline.errors import CacheError, UsageError
 from pipeline.target_files import find_target
+from pipeline.target_weights import check_weights, check_weights_if_kept
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.record import read_record
 from stages.cache_hidden.report import Lost, Work, work_bytes
@@ -53,21 +54,13 @@ def checked(out: Path, mend: bool, deep: bool, model: str | None, device: str | 
         raise UsageError("--deep compares the target's files; name it with --model")
     report = repair(out, model, device) if mend else verify(out)
     if deep and not report.damaged:
-        check_weights(out, model)
+        check_model(out, model)
     return report
 
 
-def check_weights(out: Path, model: str) -> None:
-    """Read every byte of the target's weights. UsageError when they are not those that the cache was captured with."""
-    folder = find_target(model, revision_of(out))
-    for name, fact in target_json(out, WEIGHTS).items():
-        try:
-            check_file(folder / Path(name).name, fact)
-        except CacheError as error:
-            raise UsageError(
-                f"{folder / name} is not the file that {out} was captured with ({str(error).split(': ', 1)[-1]}); "
-                "fetch the target again"
-            ) from error
+def check_model(out: Path, model: str) -> None:
+    """Hold every byte of a named target's weights to the cache, at the revision that it was captured at."""
+    check_weights(out, find_target(model, revision_of(out)))
 
 
 def repair(out: Path, model: str | None, device: str | None) -> Report:
@@ -261,6 +254,7 @@ def _settings(out: Path, plan: Plan, lost: Lost, model: str) -> Settings:
     )
     settings = settle(model, out, options)
     create_identity(out, settings.identity)
+    check_weights_if_kept(out, settings.folder)
     kept: dict[str, Counter] = {}
     for shard in plan.shards:
         for name, manifest in shard_columns(out, shard.number).items():
