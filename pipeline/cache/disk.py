@@ -185,6 +185,31 @@ def lock(path: Path) -> int | None:
     return None
 
 
+def in_use(cache: Path) -> bool:
+    """Whether a process is at work on the cache, as far as locks reach. Writes nothing, and needs no right to."""
+    try:
+        left = sorted(cache.glob(f"{SCRATCH}*"))
+    except OSError:
+        return False
+    return any(_is_held(path / "lock" if path.is_dir() else path) for path in left)
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a disk without locks
+        return False
+    finally:
+        os.close(fd)
+    return False
+
+
 @contextlib.contextmanager
 def finishing() -> Iterator[None]:
     """Let Ctrl-C and SIGTERM wait until the block is done: what takes milliseconds is not left half done.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipeline.cache.columns import ColumnSpec, column_manifest, committed
 from pipeline.cache.derived import derive, restore_segments, shard_columns
-from pipeline.cache.disk import clean, need_room, room, size_text, turn
+from pipeline.cache.disk import clean, in_use, need_room, room, size_text, turn
 from pipeline.cache.layout import (
     CALIBRATION,
     IDENTITY,
@@ -106,6 +106,23 @@ def remedy(out: Path, model: str | None, mended: bool) -> str:
         return IMPORT_AGAIN
     model = model or read_record(out).get("request", {}).get("model", "TARGET")
     return f"`{shlex.join(['pipeline', 'verify', str(out), '--repair', '--model', model])}` makes it again"
+
+
+def check_incomplete(out: Path, report: Report, model: str | None, complete: bool) -> None:
+    """Refuse columns that only some shards have, unless somebody is capturing them. CacheError.
+
+    Where they have to be `complete`, refuse them in any case, and a cache of which nothing is captured yet, too.
+    """
+    busy = in_use(out)
+    if complete and not report.columns:
+        raise CacheError(f"{out}: nothing is captured yet; run `pipeline cache-hidden` with this --out")
+    if report.incomplete and (complete or not busy):
+        what = ", ".join(report.incomplete)
+        if busy:
+            raise CacheError(f"{out} is still being captured: {what}; wait until it is done")
+        again = "the same `pipeline import-cache`" if is_imported(out) else "the same `pipeline cache-hidden`"
+        mend = "" if is_imported(out) else f", or {remedy(out, model, False)}"
+        raise CacheError(f"{out} is incomplete, and nobody is capturing it: {what}; {again} goes on{mend}")
 
 
 def is_imported(out: Path) -> bool:
