@@ -18,6 +18,7 @@ WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PLAIN_WEIGHTS = re.compile(r"[\w.\-][\w.\- ]*\.safetensors")  # no path: it may lead to files that nobody digests
 ADAPTER = "adapter_config.json"
 ELSEWHERE = ("configuration_files", "transformers_weights")  # keys by which a config has other files read than its own
+KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -130,7 +131,9 @@ def _sizes_by_class(folder: Path) -> dict:
     from transformers import AutoConfig
 
     try:
-        return _sizes(AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config())
+        return _sizes(
+            AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}  # no model that transformers knows
 
@@ -161,12 +164,7 @@ def weight_files(folder: Path) -> list[Path]:
     So what is digested is what is loaded. UsageError where a file is absent, and where which ones are loaded depends
     on more than their names: two sets of weights, an index that leads out of the folder, an adapter beside them.
     """
-    config = read_json(folder / CONFIG)
-    for key in ELSEWHERE:
-        if config.get(key) is not None:
-            raise UsageError(
-                f"{folder / CONFIG} sends readers to other files ({key}); save the model with `save_pretrained`"
-            )
+    check_config(folder)
     if (folder / ADAPTER).exists():
         raise UsageError(
             f"{folder} holds an adapter beside the weights ({ADAPTER}), and only some loaders add it to them; merge it "
@@ -187,6 +185,23 @@ def weight_files(folder: Path) -> list[Path]:
             "fetch them or save the model with `save_pretrained`"
         )
     return files
+
+
+def check_config(folder: Path) -> None:
+    """Refuse a config that has other files read, or code from a hub run, than what lies beside it. UsageError."""
+    config = read_json(folder / CONFIG)
+    for key in ELSEWHERE:
+        if config.get(key) is not None:
+            raise UsageError(
+                f"{folder / CONFIG} sends readers to other files ({key}); save the model with `save_pretrained`"
+            )
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in KERNELS:
+            if "/" in str(part.get(key)):
+                raise UsageError(
+                    f"{folder / CONFIG} names code on a hub ({key} = {str(part[key])[:80]!r}), and code that comes "
+                    "with a model is never run; take the key out"
+                )
 
 
 def _indexed(index: Path) -> list[str]:

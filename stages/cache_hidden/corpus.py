@@ -105,7 +105,7 @@ def hub_dataset(corpus: str) -> tuple[Iterator[Conversation | Fault], dict]:
 
     try:
         revision = HfApi().dataset_info(corpus).sha
-        rows = load_dataset(corpus, split="train", streaming=True, revision=revision)
+        rows = load_dataset(corpus, split="train", streaming=True, revision=revision, trust_remote_code=False)
     except _hub_errors() as error:
         raise UsageError(
             f"{corpus}: no such file or folder here, and the hub gave no such data set ({_line(error)}); "

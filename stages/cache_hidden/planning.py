@@ -15,6 +15,7 @@ from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import Plan, write_segment
 from pipeline.cache.samples import PlannedSample, ShardPlan
 from pipeline.intake import Tally, Unusable, check_ids, check_mask, trim
+from pipeline.target import check_known
 from pipeline.target_files import text_config
 from stages.cache_hidden.budget import Chooser
 from stages.cache_hidden.corpus import (
@@ -47,6 +48,7 @@ def make_plan(
     these, what `budget` chooses, as a plan afresh.
     Raises DataError for a corpus that is not, UsageError when it or the target is not there.
     """
+    check_known(settings.model, settings.folder)
     files = corpus_files(corpus)
     if files:
         rows, sources = read_files(corpus, files), file_sources(corpus, files)
