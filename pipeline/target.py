@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import RoomError, UsageError
 from pipeline.held import logit_scale
+from pipeline.limits import refuse_limit
 from pipeline.target_files import check_config, find_target, weight_files, weight_shapes
 from pipeline.target_head import TargetHead
 from pipeline.tensors import find_device
@@ -63,6 +64,7 @@ def load_target(
     except torch.OutOfMemoryError as error:
         raise RoomError(f"{model} does not fit on {device} ({_line(error)}); use a larger device") from error
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        refuse_limit(model, error)
         raise UsageError(f"{model} cannot be loaded ({_line(error)}); fetch its files again") from error
     absent = sorted({*report["missing_keys"], *(str(entry[0]) for entry in report.get("mismatched_keys", ()))})
     if absent:
@@ -84,6 +86,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        refuse_limit(folder, error)
         if "trust_remote_code" in str(error):
             raise UsageError(
                 f"{folder}: its tokenizer or config is code of its own, and code that comes with a model is never run; "
@@ -115,6 +118,7 @@ def load_config(folder: Path, model: str = "") -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        refuse_limit(folder, error)
         raise UsageError(
             f"{model or folder}: transformers {transformers.__version__} does not know this model ({_line(error)}); a "
             "newer one may, and code that comes with a model is never run"

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from pipeline.errors import UsageError
+from pipeline.limits import refuse_limit
 
 MIB = 1 << 20
 CONFIG = "config.json"
@@ -92,6 +93,7 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        refuse_limit(path, error)
         raise UsageError(f"{path} cannot be read ({error}); fetch the target's files again") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds no JSON object; fetch the target's files again")

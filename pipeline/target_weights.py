@@ -15,6 +15,7 @@ from pathlib import Path
 from pipeline.cache.manifest import FILES, FileFact, has_form
 from pipeline.cache.target_folder import WEIGHTS, has_target, target_file, target_json, target_manifest
 from pipeline.errors import CacheError, UsageError
+from pipeline.limits import refuse_limit
 from pipeline.target_files import CONFIG, weight_files
 
 READERS = 4  # files digested at once; a large target has several
@@ -31,6 +32,7 @@ def weight_facts(folder: Path) -> dict[str, dict]:
         with ThreadPoolExecutor(min(READERS, len(files))) as pool:
             facts = list(pool.map(_fact, files, looks))
     except (CacheError, OSError) as error:  # a file of the target, not of a cache
+        refuse_limit(folder, error)
         raise UsageError(f"{str(error).split('; ', 1)[0]}; fetch the target's files again") from error
     return {path.name: fact.as_dict() for path, fact in zip(files, facts, strict=True)}
 

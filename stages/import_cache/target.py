@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import UsageError
+from pipeline.limits import refuse_limit
 from pipeline.target import final_norm, head_of, load_config, load_target, stop_tokens
 from pipeline.target_copy import store_target
 from pipeline.target_files import CONFIG, read_json, text_config, weight_files
@@ -76,6 +77,7 @@ def head_from_files(folder: Path) -> TargetHead:
             with safe_open(path, framework="pt") as file:
                 names = [*file.keys()]
         except (SafetensorError, OSError) as error:
+            refuse_limit(path, error)
             raise UsageError(f"{path} cannot be read ({error}); fetch it again") from error
         for end, places in found.items():
             places += [(path, name) for name in names if name == end or name.endswith(f".{end}")]
