@@ -335,6 +335,17 @@ def write_file(path: Path, data: bytes) -> None:
             os.close(fd)
 
 
+def clean_label(folder: Path, label: str) -> None:
+    """Remove the scratch folders of this label whose process is gone, as far as rights allow."""
+    with contextlib.suppress(OSError, CacheError):
+        for path in sorted(folder.glob(f"{SCRATCH}{label}-{'[0-9a-f]' * 32}")):
+            if path.is_symlink() or not path.is_dir():
+                continue
+            held = lock(path / "lock")
+            if held is not None:
+                _remove_folder(path, held)
+
+
 def refuse_links(cache: Path) -> None:
     """CacheError where a folder that is to be written to is a link, which may lead anywhere."""
     links = [cache / name for name in FOLDERS if (cache / name).is_symlink()]
