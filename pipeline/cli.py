@@ -99,23 +99,28 @@ def inspect(cache, sample, as_json):
 @click.argument("cache", type=FOLDER, default="hs_cache")
 @click.option("--repair", is_flag=True, help="Make again what is damaged, with --model where the target has to.")
 @click.option("--deep", is_flag=True, help="Check every byte of the files of --model, too, against those captured.")
+@click.option("--complete", is_flag=True, help="End with 4 unless every shard has every column.")
 @click.option("--model", default=None, help="The target: a hub name or a folder.")
 @click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def verify(cache, repair, deep, model, device, as_json):
+def verify(cache, repair, deep, complete, model, device, as_json):
     """Check every byte of a cache. Ends with 4 when something is damaged, and names it.
+
+    So it does when columns are lacking in some shards and nobody is capturing them; with --complete also while somebody
+    is, and where nothing is captured yet.
 
     With --repair it captures exactly the damaged columns of the damaged shards again, and what follows from the rest
     it writes again; what is sound is not touched.
     """
     from pipeline.report import verify_table
-    from stages.cache_hidden.repair import checked, remedy
+    from stages.cache_hidden.repair import check_incomplete, checked, remedy
 
     report = checked(cache, repair, deep, model, device)
     show(report.as_dict(), as_json, verify_table)
     if report.damaged:
         first, what_to_do = report.damaged[0], remedy(cache, model, repair)
         raise CacheError(f"{cache}: {len(report.damaged)} damaged, the first {first.file} ({first.what}); {what_to_do}")
+    check_incomplete(cache, report, model, complete)
 
 
 @commands.command()

@@ -12,6 +12,7 @@ import traceback
 import click
 
 from pipeline.errors import PipelineError
+from pipeline.limits import limit
 
 TERMINATED = 128 + signal.SIGTERM
 GOES_ON = "what is finished is kept, and the same command goes on from there"
@@ -59,6 +60,11 @@ def run_and_exit(commands: click.Group, arguments: list[str]) -> None:
     except BrokenPipeError:  # the reader of our output, `head` say, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except (OSError, MemoryError, RuntimeError) as error:  # a limit of the machine is no bug
+        met = limit(getattr(error, "filename", None) or "the command stopped", error)
+        if met is None:
+            raise
+        sys.exit(_complain(f"error: {met}", met.code, debug))
 
 
 def _bug(kind, error, trace):

@@ -9,8 +9,6 @@ same logits on the probe that is stored beside the weights; only then is it rena
 
 import json
 import os
-import shutil
-import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache import HiddenCache
-from pipeline.cache.disk import need_room, room, sync_file, sync_folder
+from pipeline.cache.disk import Scratch, clean_label, need_room, room, sync_file, sync_folder
 from pipeline.checkpoint import load_config, load_draft
 from pipeline.drafts import Blocks, Cell, Draft, DraftConfig, lay_blocks, pack
 from pipeline.errors import ProofError, UsageError
@@ -38,6 +36,7 @@ UNPUBLISHED |= {"objective", "alpha_ce", "alpha_l1", "alpha_confidence"}
 PROBE_ROWS, PROBE_BLOCKS = 512, 16
 KEPT_ROWS, KEPT_BLOCKS = 24, 2  # of the probe that is stored with the export
 FILES = (CONFIG, WEIGHTS, PROBE, CARD)
+SCRATCH_LABEL, DRAFT = "export", "draft"  # where it is written until it is proven
 
 
 @dataclass(frozen=True)
@@ -72,17 +71,17 @@ def export(run: Path, out: Path, format: str = "sglang") -> dict:
     check_servable(config, format, known.origin.tokens, scale)
     rows, head, source = make_rows(config, known.cache)
     draft, dtype = load_draft(run, head), getattr(torch, known.origin.dtype)
-    unfinished = out.parent / f"tmp-{out.name}-{uuid.uuid4().hex}"
+    clean_label(out.parent, SCRATCH_LABEL)  # of exports that were killed, of this draft or another
     need_room(out.parent, "an exported draft", sum(weight.numel() * dtype.itemsize for weight in draft.parameters()))
     with room(out.parent, "an exported draft"):
-        try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with Scratch(out.parent, SCRATCH_LABEL) as scratch:
+            unfinished = scratch.path / DRAFT
             _write(unfinished, published_config(config, format, known.origin), draft, dtype)
             proof = prove(unfinished, draft, make_probe(config, rows, head, source), dtype)
             proof += _prove_files(unfinished, draft, make_probe(config, shorter(rows), head, source, KEPT_BLOCKS))
             _finish(unfinished, out.name, config, format, draft, known)
             _put(unfinished, out)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
     weights = draft.state_dict().values()
     count = sum(weight.numel() for weight in weights)
     return {"tensors": len(weights), "parameters": count, "dtype": known.origin.dtype, "proof": proof}
@@ -119,7 +118,7 @@ def make_probe(config: DraftConfig, rows: Rows, head: TargetHead, source: str, c
 
 
 def _write(folder: Path, published: dict, draft: Draft, dtype: torch.dtype) -> None:
-    folder.mkdir(parents=True)
+    folder.mkdir()
     (folder / CONFIG).write_text(json.dumps(published, indent=2, sort_keys=True) + "\n")
     tensors = {name: tensor.to(dtype) for name, tensor in draft.state_dict().items()}
     save_tensors(tensors, folder / WEIGHTS, metadata={"format": "pt"})

@@ -7,12 +7,14 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pipeline.cache.layout import LOG
+from pipeline.cache.disk import in_use
+from pipeline.cache.layout import FINAL, LOG, layer_of
 from pipeline.cache.manifest import read_canonical
 from pipeline.errors import CacheError, UsageError
 
 if TYPE_CHECKING:
     from pipeline.cache import HiddenCache
+    from pipeline.recipe import Recipe
 
 
 def text_config(config: dict) -> dict:
@@ -64,6 +66,34 @@ def resolve_mask_token(stated: int | None, tokens: dict, vocab_size: int) -> int
     if taken:
         raise UsageError(f"{how} is {mask}, the tokenizer's {' and '.join(taken)} token; {remedy}")
     return mask
+
+
+def check_complete(cache: "HiddenCache", recipe: "Recipe") -> None:
+    """Refuse a cache with columns that only some shards have: which layers it holds would be left to chance.
+
+    With `draft.layers` stated it passes. UsageError while it is being captured, CacheError where nobody does,
+    and in any case where shards have lost their segment of the plan.
+    """
+    if cache.beyond and not in_use(cache.path):
+        raise CacheError(
+            f"{cache.path}: shard {cache.beyond[0]} is in no segment of the plan, so one is lost; run `pipeline verify`"
+        )
+    if recipe.draft.layers is not None or not cache.partial:
+        return
+    read = f'`--set "draft.layers={[*cache.layers]}"` trains on what is whole'.replace(", ", ",")
+    read = f", or {read}" if cache.layers else ""
+    if in_use(cache.path):
+        raise UsageError(f"{cache.path} is being captured: {partial_text(cache)}; wait until it is done{read}")
+    layers = {*cache.layers, *(layer_of(name) for name in cache.partial)} - {None}
+    finish = how_to_add(cache, sorted(layers), "needed" if FINAL in cache.partial else None)
+    if _imported(cache):
+        finish = "finish the import with the same command"
+    raise CacheError(f"{cache.path} is incomplete, and nobody is capturing it: {partial_text(cache)}; {finish}{read}")
+
+
+def partial_text(cache: "HiddenCache") -> str:
+    """Return which columns only some shards have, such as "aux.3 in 15 of 16 shards"."""
+    return ", ".join(f"{name} in {count} of {cache.shards} shards" for name, count in cache.partial.items())
 
 
 def check_held(cache: "HiddenCache", wanted: tuple[int, ...] | None) -> tuple[int, ...]:

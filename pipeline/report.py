@@ -121,8 +121,11 @@ def verify_table(report: dict) -> Group:
         if found:
             lines.append(Text(f"{len(found)} {title}:", style=style))
             lines += [Text(f"  {entry if kind == 'foreign' else finding(entry)}") for entry in found]
+    if report["incomplete"]:
+        lines.append(Text(f"incomplete: {', '.join(report['incomplete'])}", style="yellow"))
     if not report["damaged"]:
-        lines.append(Text("no damage", style="green"))
+        whole = not report["incomplete"]
+        lines.append(Text("no damage" if whole else "no damage in what is there", style="green" if whole else "yellow"))
     return Group(*lines)
 
 

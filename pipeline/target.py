@@ -31,7 +31,8 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import RoomError, UsageError
 from pipeline.held import logit_scale
-from pipeline.target_files import find_target, weight_files, weight_shapes
+from pipeline.limits import refuse_limit
+from pipeline.target_files import check_config, find_target, weight_files, weight_shapes
 from pipeline.target_head import TargetHead
 from pipeline.tensors import find_device
 
@@ -45,7 +46,9 @@ def load_target(
     incomplete, RoomError when the device is too small for it.
     """
     folder = find_target(model, revision)
+    check_config(folder)
     loader, config = _loader(model, folder)
+    weight_files(folder)  # refuses what would be loaded otherwise than it is digested
     _check_size(folder, loader, config)
     device = find_device(device)
     if dtype is None:
@@ -54,11 +57,14 @@ def load_target(
         dtype = getattr(torch, dtype)
     transformers_logging.disable_progress_bar()
     try:
-        target, report = loader.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+        target, report = loader.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=False
+        )
         target = target.to(device)
     except torch.OutOfMemoryError as error:
         raise RoomError(f"{model} does not fit on {device} ({_line(error)}); use a larger device") from error
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        refuse_limit(model, error)
         raise UsageError(f"{model} cannot be loaded ({_line(error)}); fetch its files again") from error
     absent = sorted({*report["missing_keys"], *(str(entry[0]) for entry in report.get("mismatched_keys", ()))})
     if absent:
@@ -69,13 +75,24 @@ def load_target(
     return target.eval().requires_grad_(False)
 
 
+def check_known(model: str, folder: Path) -> None:
+    """Refuse, before any work, a target that could not be loaded for what its config says. UsageError."""
+    check_config(folder)
+    _loader(model, folder)
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the target's tokenizer. UsageError when its files are damaged or incomplete."""
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        cause = str(error).strip().split("\n")[0][:160]
-        raise UsageError(f"{folder}: its tokenizer cannot be loaded ({cause}); fetch its files again") from error
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        refuse_limit(folder, error)
+        if "trust_remote_code" in str(error):
+            raise UsageError(
+                f"{folder}: its tokenizer or config is code of its own, and code that comes with a model is never run; "
+                "take a target that transformers itself knows"
+            ) from error
+        raise UsageError(f"{folder}: its tokenizer cannot be loaded ({_line(error)}); fetch its files again") from error
 
 
 def _check_size(folder: Path, loader: type, config: PreTrainedConfig) -> None:
@@ -87,7 +104,7 @@ def _check_size(folder: Path, loader: type, config: PreTrainedConfig) -> None:
     if getattr(config, "quantization_config", None):
         return
     with torch.device("meta"):
-        described = sum(weight.numel() for weight in loader.from_config(config).parameters())
+        described = sum(weight.numel() for weight in loader.from_config(config, trust_remote_code=False).parameters())
     held = sum(math.prod(shape) for path in weight_files(folder) for shape in weight_shapes(path))
     if described > 2 * held:
         raise UsageError(
@@ -96,15 +113,21 @@ def _check_size(folder: Path, loader: type, config: PreTrainedConfig) -> None:
         )
 
 
+def load_config(folder: Path, model: str = "") -> PreTrainedConfig:
+    """Return the config of a target, which errors call `model`. UsageError where transformers does not know it."""
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        refuse_limit(folder, error)
+        raise UsageError(
+            f"{model or folder}: transformers {transformers.__version__} does not know this model ({_line(error)}); a "
+            "newer one may, and code that comes with a model is never run"
+        ) from error
+
+
 def _loader(model: str, folder: Path) -> tuple[type, PreTrainedConfig]:
     """Return the transformers class that loads this target with its LM head, and its config. UsageError for none."""
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{model}: transformers {transformers.__version__} does not know this model ({_line(error)}); a newer one "
-            "may, and code that comes with a model is never run"
-        ) from error
+    config = load_config(folder, model)
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM, config
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:

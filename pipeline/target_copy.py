@@ -8,18 +8,20 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from pipeline.cache.disk import room, turn
-from pipeline.cache.manifest import FileFact
 from pipeline.cache.target_folder import CONFIG, HEAD, TOKENS, WEIGHTS, has_target, new_target
 from pipeline.target import load_tokenizer
-from pipeline.target_files import complete_config, tokenizer_files, weight_files
+from pipeline.target_files import complete_config, tokenizer_files
 from pipeline.target_head import TargetHead
+from pipeline.target_weights import check_weights_if_kept, weight_facts
 
 
 def store_target(out: Path, folder: Path, head: TargetHead, config: PreTrainedConfig, stops: Iterable[int]) -> None:
     """Write the cache's `target/`, once: config, tokenizer, special tokens, embedding and LM head, digests of weights.
 
-    `stops` are the tokens that end a reply. One process does, others wait for it.
+    `stops` are the tokens that end a reply. One process does, others wait for it. UsageError when the cache has it and
+    these weights are not, to the byte, those that it was captured with.
     """
+    check_weights_if_kept(out, folder)
     if has_target(out):
         return
     with room(out, "the target's files"), turn(out, "target"):
@@ -29,9 +31,9 @@ def store_target(out: Path, folder: Path, head: TargetHead, config: PreTrainedCo
                     shutil.copyfile(path, place / path.name)
                 (place / CONFIG).write_bytes(complete_config(folder, config))
                 (place / TOKENS).write_text(special_tokens(folder, stops), encoding="utf-8")
-                weights = {path.name: FileFact.of_file(path).as_dict() for path in weight_files(folder)}
-                (place / WEIGHTS).write_text(json.dumps(weights, indent=1, sort_keys=True) + "\n")
+                (place / WEIGHTS).write_text(json.dumps(weight_facts(folder), indent=1, sort_keys=True) + "\n")
                 head.save(place / HEAD)
+    check_weights_if_kept(out, folder)  # another process may have stored them while we waited
 
 
 def special_tokens(folder: Path, stops: Iterable[int]) -> str:

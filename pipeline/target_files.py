@@ -6,16 +6,23 @@ targets apart: the config, and of each safetensors file the header, the size, th
 
 import hashlib
 import json
+import re
 from datetime import date
 from pathlib import Path
 
 from pipeline.errors import UsageError
+from pipeline.limits import refuse_limit
 
 MIB = 1 << 20
 CONFIG = "config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
 TEMPLATE_DATE = "2024-07-26"  # what a template's clock shows unless told; the day of Llama's that have no clock
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+PLAIN_WEIGHTS = re.compile(r"[\w.\-][\w.\- ]*\.safetensors")  # no path: it may lead to files that nobody digests
+ADAPTER = "adapter_config.json"
+ELSEWHERE = ("configuration_files", "transformers_weights")  # keys by which a config has other files read than its own
+KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -39,7 +46,7 @@ MORE_SIZES = (
     "attention_bias",
     "initializer_range",
 )
-HUB_FILES = [CONFIG, "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
+HUB_FILES = [CONFIG, "generation_config.json", "model*.safetensors", WEIGHTS_INDEX, *TOKENIZER_FILES]
 HUB_FILES += ["chat_template.json", f"{MORE_TEMPLATES}/*.jinja"]
 
 
@@ -90,6 +97,7 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        refuse_limit(path, error)
         raise UsageError(f"{path} cannot be read ({error}); fetch the target's files again") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds no JSON object; fetch the target's files again")
@@ -129,7 +137,9 @@ def _sizes_by_class(folder: Path) -> dict:
     from transformers import AutoConfig
 
     try:
-        return _sizes(AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config())
+        return _sizes(
+            AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}  # no model that transformers knows
 
@@ -155,13 +165,25 @@ def complete_config(folder: Path, config: object) -> bytes:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the target's safetensors files in order of name. UsageError when one is absent."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    else:
-        names = ["model.safetensors"]
-    files = [folder / Path(name).name for name in names]
+    """Return the safetensors files that transformers loads from this folder, in order of name.
+
+    So what is digested is what is loaded. UsageError where a file is absent, and where which ones are loaded depends
+    on more than their names: two sets of weights, an index that leads out of the folder, an adapter beside them.
+    """
+    check_config(folder)
+    if (folder / ADAPTER).exists():
+        raise UsageError(
+            f"{folder} holds an adapter beside the weights ({ADAPTER}), and only some loaders add it to them; merge it "
+            "into the weights (`merge_and_unload` of PEFT) and save those, or move the adapter away"
+        )
+    single, index = folder / WEIGHTS, folder / WEIGHTS_INDEX
+    names = _indexed(index) if index.is_file() else [WEIGHTS]
+    if single.is_file() and names != [WEIGHTS]:
+        raise UsageError(
+            f"{folder} holds two sets of weights, {WEIGHTS} and what {WEIGHTS_INDEX} names; move away the one that is "
+            "not the target's"
+        )
+    files = [folder / name for name in names]
     absent = [path.name for path in files if not path.is_file()]
     if absent or not files:
         raise UsageError(
@@ -169,6 +191,35 @@ def weight_files(folder: Path) -> list[Path]:
             "fetch them or save the model with `save_pretrained`"
         )
     return files
+
+
+def check_config(folder: Path) -> None:
+    """Refuse a config that has other files read, or code from a hub run, than what lies beside it. UsageError."""
+    config = read_json(folder / CONFIG)
+    for key in ELSEWHERE:
+        if config.get(key) is not None:
+            raise UsageError(
+                f"{folder / CONFIG} sends readers to other files ({key}); save the model with `save_pretrained`"
+            )
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in KERNELS:
+            if "/" in str(part.get(key)):
+                raise UsageError(
+                    f"{folder / CONFIG} names code on a hub ({key} = {str(part[key])[:80]!r}), and code that comes "
+                    "with a model is never run; take the key out"
+                )
+
+
+def _indexed(index: Path) -> list[str]:
+    """Return the names of the files in an index, sorted. UsageError where one is no safetensors file of its folder."""
+    found = read_json(index).get("weight_map")
+    names = [*found.values()] if isinstance(found, dict) else [None]
+    odd = [name for name in names if not (isinstance(name, str) and PLAIN_WEIGHTS.fullmatch(name))]
+    if odd:
+        raise UsageError(
+            f"{index} names {str(odd[0])[:80]!r}, wanted safetensors files beside it; fetch the target's files again"
+        )
+    return sorted(set(names))
 
 
 def safetensors_header(path: Path) -> bytes:

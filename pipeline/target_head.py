@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.errors import CacheError
+from pipeline.limits import refuse_limit
 from pipeline.tensors import save_tensors
 
 EMBEDDING, HEAD, FACTS = "embed_tokens.weight", "lm_head.weight", "target_head"
@@ -99,6 +100,7 @@ class TargetHead:
                     raise ValueError(f"embedding {tuple(embed_VD.shape)} and head {tuple(head_VD.shape)}")
                 head = cls(embed_VD, head_VD, scale, None if cap is None else float(cap))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+            refuse_limit(path, error)
             raise CacheError(
                 f"{path} is not a target's embedding and head ({type(error).__name__}: {error}); "
                 "run `pipeline verify` on its cache, and capture again what it names"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from forms import SIZES
 from safetensors.torch import load_file, save_file
 
 from pipeline import checkpoint, export
+from pipeline.cache.disk import Scratch
 from pipeline.drafts import DRAFTS, Ask, DraftConfig, init_weights
 from pipeline.errors import ProofError, UsageError
 from pipeline.published import load_draft_folder, read_published
@@ -278,3 +280,44 @@ def test_an_absent_convention_means_same_position_for_plain_dflash_only(tmp_path
     export.export(tmp_path / "run", tmp_path / "out")
     edit(tmp_path / "out", lambda flat, nested: drop(flat, nested, "shift_label", "sample_from_anchor"))
     assert read_published(tmp_path / "out").shift_label is False
+
+
+def killed_export(run, out, monkeypatch):
+    """An export that is killed when all its files are written, in a process of its own."""
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(export, "_put", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        export.export(run, out)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+
+def unfinished(folder):
+    return sorted(path for path in folder.iterdir() if path.name.startswith("tmp-"))
+
+
+@pytest.mark.parametrize("name", ["out", "another"])
+def test_what_a_killed_export_left_goes_with_the_next(tmp_path, monkeypatch, name):
+    trained(tmp_path / "run", "domino")
+    killed_export(tmp_path / "run", tmp_path / "out", monkeypatch)
+    [left] = unfinished(tmp_path)
+    assert (left / "draft" / "model.safetensors").is_file() and not (tmp_path / "out").exists()
+
+    export.export(tmp_path / "run", tmp_path / name)
+
+    assert unfinished(tmp_path) == []
+    assert sorted(os.listdir(tmp_path / name)) == sorted(export.FILES)
+
+
+def test_an_export_removes_nothing_of_one_that_is_running_nor_of_others(tmp_path):
+    trained(tmp_path / "run", "domino")
+    theirs = [tmp_path / "tmp-export-notes", tmp_path / f"tmp-other-{'a' * 32}", tmp_path / "tmp-export-file"]
+    for path in theirs[:2]:
+        path.mkdir()
+    theirs[2].write_text("")
+    (tmp_path / f"tmp-export-{'b' * 32}").symlink_to(theirs[0])
+    with Scratch(tmp_path, export.SCRATCH_LABEL) as running:
+        (running.path / "draft").mkdir()
+        export.export(tmp_path / "run", tmp_path / "out")
+        assert (running.path / "draft").is_dir()
+    assert len(unfinished(tmp_path)) == 4

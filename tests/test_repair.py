@@ -18,7 +18,7 @@ from pipeline.cache.verify import verify
 from pipeline.errors import CacheError, UsageError
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.repair import _settings as repair_settings
-from stages.cache_hidden.repair import check_weights, checked, repair
+from stages.cache_hidden.repair import check_model, checked, repair
 from stages.cache_hidden.run import run
 
 VALUES = "shards/000003/aux.3/c/0/0"
@@ -209,7 +209,7 @@ def test_the_target_of_a_repair_is_of_the_revision_that_was_captured(tiny_target
 
     repair_settings(cache, load_plan(cache), {}, "org/name")
     with pytest.raises(CacheError, match="belongs to another cache"):
-        check_weights(cache, "org/name")
+        check_model(cache, "org/name")
     assert asked == ["abc", "abc"]
 
 

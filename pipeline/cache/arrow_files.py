@@ -13,6 +13,7 @@ import pyarrow.ipc
 
 from pipeline.cache.disk import reading
 from pipeline.errors import CacheError
+from pipeline.limits import refuse_limit
 
 MAGIC = b"ARROW1\0\0"  # of an IPC file; a stream of messages follows, then a footer that repeats where they are
 _HEADER, _COMPRESSION = 2, 3  # fields of the tables Message and RecordBatch in Arrow's format/Message.fbs
@@ -34,6 +35,7 @@ def parse_batches(data: pa.Buffer, schema: pa.Schema, path: Path) -> list[pa.Rec
             raise CacheError(f"{path}: has other columns than such a file has; run `pipeline verify`")
         return [_checked_batch(message, schema, path) for message in messages]
     except (pa.ArrowException, ValueError, OSError, StopIteration) as error:
+        refuse_limit(path, error)
         said = str(error).split("\n")[0]
         raise CacheError(f"{path}: damaged, it cannot be read: {said}; run `pipeline verify`") from error
 

@@ -6,6 +6,8 @@ nothing is read by a manifest that was not checked.
 """
 
 import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -13,8 +15,25 @@ import numpy as np
 
 from pipeline.cache.columns import column_manifest
 from pipeline.cache.disk import reading
-from pipeline.cache.layout import COLUMN, SAMPLES, numbered, shard_folder
+from pipeline.cache.layout import COLUMN, NUMBER, SAMPLES, SHARDS, STEM, numbered, shard_folder
 from pipeline.errors import CacheError
+
+
+def columns_of(entries: Iterable[str]) -> list[str]:
+    """The columns that a shard with these files has, sorted: those with a manifest."""
+    stems = (entry.removesuffix(".json") for entry in entries if entry.endswith(".json"))
+    return sorted(stem for stem in stems if COLUMN.fullmatch(stem))
+
+
+def held_by(shards: Sequence[Iterable[str]]) -> dict[str, int]:
+    """How many shards have a column, by name, from the names of every shard's files.
+
+    A column of which only values are left, without a manifest in any shard, is in none: 0.
+    """
+    counts = Counter(name for entries in shards for name in columns_of(entries))
+    stems = {entry.removesuffix(".arrow") for entries in shards for entry in entries}
+    counts.update(dict.fromkeys((match[1] for stem in stems if (match := STEM.fullmatch(stem))), 0))
+    return dict(sorted(counts.items()))
 
 
 class Catalog:
@@ -30,6 +49,10 @@ class Catalog:
     @cached_property
     def names(self) -> list[list[str]]:
         """The columns of each shard, sorted."""
+        return [columns_of(entries) for entries in self._entries]
+
+    @cached_property
+    def _entries(self) -> list[list[str]]:
         return [self._listed(shard) for shard in range(self.shards)]
 
     def _listed(self, shard: int) -> list[str]:
@@ -37,9 +60,21 @@ class Catalog:
         if not folder.exists():
             return []
         with reading(folder):
-            entries = os.listdir(folder)
-        stems = (entry.removesuffix(".json") for entry in entries if entry.endswith(".json"))
-        return sorted(stem for stem in stems if COLUMN.fullmatch(stem))
+            return os.listdir(folder)
+
+    @cached_property
+    def partial(self) -> dict[str, int]:
+        """Columns that not every shard has, by name, and how many have it: see `held_by`."""
+        return {name: count for name, count in held_by(self._entries).items() if count < self.shards}
+
+    @cached_property
+    def beyond(self) -> list[int]:
+        """Shards with columns that no segment of the plan knows: with them a segment was lost."""
+        if not (self.cache / SHARDS).is_dir():
+            return []
+        with reading(self.cache / SHARDS):
+            numbers = sorted(int(name) for name in os.listdir(self.cache / SHARDS) if NUMBER.fullmatch(name))
+        return [number for number in numbers if number >= self.shards and columns_of(self._listed(number))]
 
     def manifest(self, shard: int, name: str) -> dict:
         """The manifest of a column. CacheError when it is damaged, another cache's, or at odds with the others."""

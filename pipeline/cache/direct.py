@@ -27,10 +27,11 @@ import xxhash
 
 from pipeline.cache.codecs import DTYPES
 from pipeline.cache.columns import Column
-from pipeline.cache.disk import unreadable
+from pipeline.cache.disk import reading, unreadable
 from pipeline.cache.layout import BLOCK_ROWS
 from pipeline.cache.zarr_shard import OPEN, SHARD_FILE, Grid
 from pipeline.errors import CacheError
+from pipeline.limits import refuse_limit
 
 PIECE = 256 << 10  # bytes read and hashed at a time where one thread does it: they are still in its core's cache
 NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # preadv fails rather than wait for the disk; Linux
@@ -218,7 +219,8 @@ class MappedColumns:
         stride = -(-grid.file_bytes // HUGE_PAGE) * HUGE_PAGE  # the kernel maps a huge page where one could begin only
         self._stride = stride
         room = stride * len(columns) + HUGE_PAGE
-        self._held = mmap.mmap(-1, room, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # only address space
+        with reading(files[0].path):
+            self._held = mmap.mmap(-1, room, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # only address space
         base = np.frombuffer(self._held, np.uint8)
         self._base = -base.ctypes.data % HUGE_PAGE
         base = base[self._base :]
@@ -266,4 +268,5 @@ def _map_at(address: int, size: int, file: StoredFile) -> None:
     call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_ssize_t]
     if call(address, size, mmap.PROT_READ, mmap.MAP_SHARED | MAP_FIXED, file.fd, 0) != address:
         number = ctypes.get_errno()
+        refuse_limit(file.path, OSError(number, os.strerror(number)))
         raise CacheError(f"{file.path}: cannot be mapped: {os.strerror(number)}; open the cache without mapping")

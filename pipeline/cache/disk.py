@@ -23,7 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.cache.layout import FOLDERS, SCRATCH, SHARDS
-from pipeline.errors import CacheError, PipelineError, RoomError, UsageError
+from pipeline.errors import CacheError, PipelineError, RoomError
+from pipeline.limits import MEMORY, limit, number_of
 
 PATIENCE_S = 3.0  # of silent waiting for another process
 POLL_S = 0.5
@@ -49,6 +50,9 @@ REMEDIES = {
     errno.ENOSYS: _LOCKS,
     errno.ENOENT: "a folder on the way cannot be made, or was removed; pass another --out",
     errno.ENOTDIR: "a file stands where a folder on the way should; pass another --out",
+    errno.ENAMETOOLONG: "the path is longer than this disk takes; pass a shorter --out",
+    errno.ELOOP: "links on the way lead in a circle; pass another --out",
+    errno.ENOMEM: f"{MEMORY}; {_GO_ON}",
     errno.EIO: _BROKEN,
     errno.ESTALE: _BROKEN,
 }
@@ -84,16 +88,16 @@ def reading(path: Path) -> Iterator[None]:
 
 def unreadable(path: Path, error: OSError) -> PipelineError:
     """What to say of a file that cannot be read: a limit and a missing right are no damage, and mend otherwise."""
-    said = os.strerror(error.errno) if error.errno else str(error)
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return RoomError(f"{path}: cannot be read: {said}; {_FEWER}")
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return UsageError(f"{path}: cannot be read: {said}; ask its owner for the right to read the cache")
-    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+    met = limit(f"{path}: cannot be read", error)
+    if met is not None:
+        return met
+    number = number_of(error)
+    if number in (errno.ENOENT, errno.ENOTDIR):
         return CacheError(f"{path}: missing; run `pipeline verify`")
-    if error.errno in (errno.EIO, errno.ESTALE):
-        return CacheError(f"{path}: cannot be read: {said}; the disk or the way to it is failing: see the system's log")
-    return CacheError(f"{path}: cannot be read: {said}; run `pipeline verify`")
+    said = os.strerror(number) if number else str(error)
+    if number in (None, errno.EISDIR, errno.EINVAL):
+        return CacheError(f"{path}: cannot be read: {said}; run `pipeline verify`")
+    return CacheError(f"{path}: cannot be read: {said}; the disk or the way to it is failing: see the system's log")
 
 
 def _room_message(where: Path, what: str, need: int, error: OSError) -> str:
@@ -183,6 +187,31 @@ def lock(path: Path) -> int | None:
         raise
     os.close(fd)
     return None
+
+
+def in_use(cache: Path) -> bool:
+    """Whether a process is at work on the cache, as far as locks reach. Writes nothing, and needs no right to."""
+    try:
+        left = sorted(cache.glob(f"{SCRATCH}*"))
+    except OSError:
+        return False
+    return any(_is_held(path / "lock" if path.is_dir() else path) for path in left)
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a disk without locks
+        return False
+    finally:
+        os.close(fd)
+    return False
 
 
 @contextlib.contextmanager
@@ -304,6 +333,17 @@ def write_file(path: Path, data: bytes) -> None:
         finally:
             temporary.unlink(missing_ok=True)
             os.close(fd)
+
+
+def clean_label(folder: Path, label: str) -> None:
+    """Remove the scratch folders of this label whose process is gone, as far as rights allow."""
+    with contextlib.suppress(OSError, CacheError):
+        for path in sorted(folder.glob(f"{SCRATCH}{label}-{'[0-9a-f]' * 32}")):
+            if path.is_symlink() or not path.is_dir():
+                continue
+            held = lock(path / "lock")
+            if held is not None:
+                _remove_folder(path, held)
 
 
 def refuse_links(cache: Path) -> None:

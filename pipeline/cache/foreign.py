@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline.cache.codecs import DTYPES
 from pipeline.errors import CacheError
+from pipeline.limits import refuse_limit
 
 CHUNK_BYTES = 64 << 20  # an array with larger chunks is refused
 AT_ONCE = 4 << 20  # bytes read at a time, or a chunk
@@ -89,6 +90,11 @@ class _Errors:
 
     def __exit__(self, kind, error, trace) -> None:
         if isinstance(error, BAD_BYTES):
+            refuse_limit(self.where, error)
+            if "decompress" in str(error):
+                from pipeline.cache.zstd import refuse_no_memory
+
+                refuse_no_memory(self.where)
             said = str(error).split("\n")[0]
             raise CacheError(f"{self.where}: zarr-python cannot read it: {said}; run `pipeline verify`") from error
 

@@ -14,6 +14,7 @@ capture.log                    times and hosts, for people; no other file has an
 tmp-*                          unfinished work and locks of a living (or killed) process
 """
 
+import errno
 import os
 import re
 import stat
@@ -21,6 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from pipeline.errors import CacheError, UsageError
+from pipeline.limits import number_of, refuse_limit
 
 FORMAT = "1-rc2"
 
@@ -38,6 +40,7 @@ REFUSED = "samples.json"
 FOLDERS = (PLAN, TARGET, CALIBRATION, SHARDS, QUARANTINE)
 LOG = "capture.log"
 SCRATCH = "tmp-"
+LONGEST_NAME = 255  # bytes of a file's name, on any disk
 
 BLOCK_ROWS = 256  # one checksum for so many rows of a sample
 
@@ -86,6 +89,9 @@ def inside(root: Path, relative: str) -> Path:
     try:
         within = not _has_link(root, parts) or path.resolve().is_relative_to(root.resolve())
     except (OSError, RuntimeError) as error:  # too long a name; links in a circle
+        ours = isinstance(error, RuntimeError) or number_of(error) == errno.ELOOP
+        if not ours and max(len(os.fsencode(part)) for part in parts) <= LONGEST_NAME:
+            refuse_limit(path, error)
         raise CacheError(f"{root}: a manifest names {relative[:80]!r}, which no file can be called") from error
     if not within:
         raise CacheError(f"{path}: a link that leads out of the cache; replace it by the file it points to")

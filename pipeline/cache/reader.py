@@ -118,6 +118,16 @@ class HiddenCache:
         names = sorted({name for names in self._catalog.names for name in names})
         return [(n, name) for n, held in enumerate(self._catalog.names) for name in names if name not in held]
 
+    @property
+    def partial(self) -> dict[str, int]:
+        """Columns that only some of the shards have, by name, and how many: of a stopped capture or a lost file."""
+        return self._catalog.partial
+
+    @property
+    def beyond(self) -> list[int]:
+        """Shards with columns that are not in the plan."""
+        return self._catalog.beyond
+
     @cached_property
     def layers(self) -> tuple[int, ...]:
         """Layers that are whole, ascending."""

@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 
 from pipeline.cache import calibration, index
+from pipeline.cache.catalog import held_by
 from pipeline.cache.codecs import LOSSY
 from pipeline.cache.columns import Column, ColumnSpec, column_manifest
 from pipeline.cache.derived import refused_bytes, shard_columns
@@ -70,9 +71,17 @@ class Report:
     foreign: list[str] = field(default_factory=list)
     files: int = 0
     bytes: int = 0
+    shards: int = 0  # planned
+    columns: dict[str, int] = field(default_factory=dict)  # how many shards have it, by name
+
+    @property
+    def incomplete(self) -> list[str]:
+        """Columns that not every planned shard has, each with how many do."""
+        lacking = {name: count for name, count in self.columns.items() if count < self.shards}
+        return [f"{name} in {count} of {self.shards} shards" for name, count in lacking.items()]
 
     def as_dict(self) -> dict:
-        return asdict(self)
+        return {**asdict(self), "incomplete": self.incomplete}
 
 
 def verify(path: Path | str, only: set[int] | None = None) -> Report:
@@ -206,6 +215,8 @@ class _Check:
             if plan and number not in planned:
                 self.damage(f"{SHARDS}/{numbered(number)}", "not in the plan", number)
             columns[number] = self.shard(number, planned.get(number))
+        self.report.shards = len(planned)
+        self.report.columns = held_by([self.listed(number) for number in sorted(planned)])
         names = sorted({name for found in columns.values() for name in found})
         for number, found in columns.items():
             damaged = {finding.column for finding in self.report.damaged if finding.shard == number}
@@ -216,10 +227,14 @@ class _Check:
                     self.unfinished(f"{SHARDS}/{numbered(number)}/{name}.json", "not captured yet", number, name)
         return columns
 
+    def listed(self, number: int) -> set[str]:
+        """The names of a shard's files and folders."""
+        return {path.name for path in (self.path / SHARDS / numbered(number)).glob("*")}
+
     def shard(self, number: int, planned: ShardPlan | None) -> dict[str, dict]:
         """Check one shard's columns and samples; the manifests of its columns by name."""
         here = f"{SHARDS}/{numbered(number)}"
-        listed = {path.name for path in (self.path / here).glob("*")}
+        listed = self.listed(number)
         found = {}
         for name in sorted(entry.removesuffix(".json") for entry in listed if entry.endswith(".json")):
             if COLUMN.fullmatch(name):

@@ -23,6 +23,7 @@ import xxhash
 from pipeline.cache.disk import begin_writing, reading, write_all
 from pipeline.cache.manifest import FileFact
 from pipeline.errors import CacheError
+from pipeline.limits import refuse_limit
 
 METADATA = "zarr.json"
 SHARD_FILE = "c/0/0"
@@ -67,7 +68,8 @@ class Grid:
             grid = Grid(rows, width, dtype, chunk_rows, compressor)
             known = type(chunk_rows) is int and 0 < chunk_rows <= max(1, rows) and facts == grid.facts()
             return grid if known else None
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            refuse_limit(folder / METADATA, error)
             return None
 
     @cached_property

@@ -30,11 +30,13 @@ from zstandard import STRATEGY_FAST, ZstdCompressionParameters, ZstdCompressor
 from pipeline.cache.disk import reading
 from pipeline.cache.zarr_shard import OPEN, SHARD_FILE, Grid, ShardFileWriter, index_of, read_index
 from pipeline.errors import CacheError
+from pipeline.limits import limit
 
 BLOCK = 1 << 20  # bytes; at most so much of whole rows is a chunk
 LARGEST = 8 << 20  # bytes of a chunk, whoever wrote it
 ZSTD_BLOCK = 128 << 10  # bytes that zstd compresses at a time
 CHUNK_ROWS = 64
+MARGIN = 256 << 20  # bytes of address space; with less left, a failure to decode is not called damage
 OVERHEAD = 16  # bytes that blosc adds to what does not compress
 _HEADER = struct.Struct("<4B3I")
 _ZSTD_SHUFFLED, _ZSTD_COPIED = 0x81, 0x83  # flags: inner format 4 (bits 5-7), shuffled (bit 0), not compressed (bit 1)
@@ -107,6 +109,17 @@ class ZstdWriter(ShardFileWriter):
         self._end(index_of(np.array(self._sizes)))
 
 
+def refuse_no_memory(where: Path | str) -> None:
+    """RoomError where hardly any memory is left: blosc then fails as it does on a damaged chunk.
+
+    Other threads may take and free some meanwhile, so much more is asked for than a chunk needs, and not touched.
+    """
+    try:
+        bytearray(MARGIN)
+    except MemoryError as error:
+        raise limit(where, error) from None
+
+
 class ZstdReader:
     """An open compressed shard file. Safe for many threads at once; closed when nobody holds it any more."""
 
@@ -165,6 +178,7 @@ class ZstdReader:
         try:
             blosc.decompress(packed, out)
         except (RuntimeError, ValueError) as error:
+            refuse_no_memory(self.path)
             raise CacheError(f"{self.path}: chunk {chunk} cannot be decoded: {error}; run `pipeline verify`") from error
 
     def _honest(self, packed: memoryview, content: int) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor
 from pipeline.cache.manifest import FileFact
 from pipeline.drafts import Blocks, Cell, Draft
 from pipeline.errors import UsageError
+from pipeline.limits import refuse_limit
 from pipeline.published import arithmetic
 from pipeline.published.folder import Opened
 from pipeline.published.weights import CONFIG, WEIGHTS
@@ -115,6 +116,7 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
             facts["files"], facts["logit_softcap"], facts["source"], *(tensors[name] for name in _TENSORS)
             facts["files"][WEIGHTS], facts["files"][CONFIG]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        refuse_limit(path, error)
         raise UsageError(f"{path} is no probe of an export ({error}); export the draft again") from error
     return facts, tensors
 

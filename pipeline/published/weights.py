@@ -2,15 +2,12 @@
 own size does not pay for.
 
 safetensors holds tensors only, and its reader checks each against the file's length. PyTorch's own format is a
-pickle: it is read by `weights_only=True` and never otherwise. That keeps code out, but not a `bytearray(10**12)`, nor
-tensors of 10**12 elements that repeat one: so what the pickle names is looked at first, the file is mapped, not read,
-and every tensor must be laid out plainly.
+pickle: it passes the guard of `pipeline/pickles.py` first, is then read by `weights_only=True` and never otherwise, and
+is mapped, not read; every tensor must be laid out plainly.
 """
 
 import json
 import pickle
-import pickletools
-import zipfile
 from pathlib import Path
 
 import torch
@@ -18,17 +15,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.errors import UsageError
+from pipeline.limits import refuse_limit
+from pipeline.pickles import RefusedPickle, check_pickle
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX, PICKLES = "model.safetensors.index.json", ("pytorch_model.bin", "training_state.pt")
 # Where trainers put the draft in what they save.
 STATES = ("draft_state_dict", "model_state_dict", "state_dict", "model")
-MOST_JSON, MOST_PICKLE = 4 << 20, 64 << 20  # bytes; a config has 2 KiB, the pickle of a thousand tensors 0.2 MiB
+MOST_JSON, MOST_PICKLE = 4 << 20, 4 << 20  # bytes; a config has 2 KiB, the pickle of a thousand tensors 0.2 MiB
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64, "BOOL": torch.bool}
-_KINDS = ("Float", "BFloat16", "Half", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
-_PLAIN = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}
-_PLAIN |= {f"torch {kind}Storage" for kind in _KINDS}
-_CALLING = ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")
 
 
 class Weights:
@@ -57,6 +52,7 @@ def read_json(path: Path) -> dict:
             raise OSError("no file, or far larger than such a file is")
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
+        refuse_limit(path, error)
         raise UsageError(f"{path} cannot be read ({error}); name a folder that holds a published draft") from error
     if not isinstance(found, dict):
         raise UsageError(f"{path} is no JSON object; name a folder that holds a published draft")
@@ -93,6 +89,7 @@ def open_safetensors(files: list[Path]) -> Weights:
                 part = reader.get_slice(name)
                 weights._add(name, tuple(part.get_shape()), _DTYPES.get(part.get_dtype()), reader)
         except (SafetensorError, OSError) as error:
+            refuse_limit(path, error)
             raise UsageError(f"{path} cannot be read ({error}); fetch the draft again") from error
     return weights
 
@@ -102,6 +99,7 @@ def _pickled(path: Path) -> Weights:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, ValueError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        refuse_limit(path, error)
         raise UsageError(
             f"{path} cannot be read ({str(error).splitlines()[0][:120]}); fetch the draft again"
         ) from error
@@ -121,27 +119,16 @@ def _pickled(path: Path) -> Weights:
 
 
 def _check_pickle(path: Path) -> int:
-    """Refuse, before it is loaded, a pickle that names anything but plain tensors, and a file that unpacks to more
-    than it is. Return the bytes of tensors in it."""
+    """Refuse, before it is loaded, a pickle of anything but plain tensors. Return the bytes of tensors in it."""
     remedy = "save the draft's state_dict as safetensors with the tool that made it"
     try:
-        with zipfile.ZipFile(path) as archive:
-            stored = sum(item.file_size for item in archive.infolist() if "/data/" in item.filename)
-            packed = [item.filename for item in archive.infolist() if item.compress_type != zipfile.ZIP_STORED]
-            inner = [item for item in archive.infolist() if item.filename.endswith("/data.pkl")]
-            if packed or len(inner) != 1 or inner[0].file_size > MOST_PICKLE:
-                raise UsageError(f"{path} is not laid out as torch.save lays it out; {remedy}")
-            named = {_named(code, text) for code, text, _ in pickletools.genops(archive.read(inner[0]))} - {None}
-    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError) as error:
+        return check_pickle(path, MOST_PICKLE)
+    except RefusedPickle as refused:
+        if refused.kind == "layout":
+            raise UsageError(f"{path} is not laid out as torch.save lays it out ({refused}); {remedy}") from refused
+        if refused.kind == "damaged":
+            raise UsageError(f"{path} cannot be read ({refused}); {remedy}") from refused
+        raise UsageError(f"{path} holds more than tensors ({refused}), and nothing in it is run; {remedy}") from refused
+    except OSError as error:
+        refuse_limit(path, error)
         raise UsageError(f"{path} cannot be read ({error}); {remedy}") from error
-    if named - _PLAIN:
-        foreign = sorted(named - _PLAIN)[0].replace(" ", ".")
-        raise UsageError(f"{path} holds more than tensors ({foreign}), and nothing in it is run; {remedy}")
-    return stored
-
-
-def _named(code, text) -> str | None:
-    """What an opcode of a pickle would call or make, "module name"; None where it only builds data."""
-    if code.name == "GLOBAL":
-        return text
-    return code.name if code.name in _CALLING else None

@@ -166,7 +166,7 @@ def hub_dataset(corpus: str, roles: dict[str, str] | None = None) -> tuple[Itera
 
     try:
         revision = HfApi().dataset_info(corpus).sha
-        splits = load_dataset(corpus, streaming=True, revision=revision)
+        splits = load_dataset(corpus, streaming=True, revision=revision, trust_remote_code=False)
     except _hub_errors() as error:
         raise UsageError(
             f"{corpus}: no such file or folder here, and the hub gave no such data set ({_line(error)}); "

@@ -56,7 +56,10 @@ def make_plan(
     disk; of these, what `budget` chooses, as a plan afresh.
     Raises DataError for a corpus that is not, UsageError when it or the target is not there.
     """
+    from pipeline.target import check_known  # brings torch
+
     files, known = corpus_files(corpus), with_roles(roles)
+    check_known(settings.model, settings.folder)
     if files:
         work, sources = corpus_chunks(corpus, files), file_sources(corpus, files, roles)
         _say_passed_over(corpus)

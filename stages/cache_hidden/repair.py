@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pipeline.cache.columns import ColumnSpec, column_manifest, committed
 from pipeline.cache.derived import derive, restore_segments, shard_columns
-from pipeline.cache.disk import clean, need_room, room, size_text, turn
+from pipeline.cache.disk import clean, in_use, need_room, room, size_text, turn
 from pipeline.cache.layout import (
     CALIBRATION,
     IDENTITY,
@@ -32,10 +32,11 @@ from pipeline.cache.layout import (
 from pipeline.cache.manifest import canonical, check_file, create_identity, read_canonical, write_canonical
 from pipeline.cache.plan import Plan, load_plan
 from pipeline.cache.samples import ShardPlan, read_batch
-from pipeline.cache.target_folder import WEIGHTS, has_target, target_json, target_manifest
+from pipeline.cache.target_folder import has_target, target_manifest
 from pipeline.cache.verify import Report, verify
 from pipeline.errors import CacheError, UsageError
 from pipeline.target_files import find_target
+from pipeline.target_weights import check_weights, check_weights_if_kept
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.record import read_record
 from stages.cache_hidden.report import Lost, Work, work_bytes
@@ -54,21 +55,13 @@ def checked(out: Path, mend: bool, deep: bool, model: str | None, device: str | 
         raise UsageError("--deep compares the target's files; name it with --model")
     report = repair(out, model, device) if mend else verify(out)
     if deep and not report.damaged:
-        check_weights(out, model)
+        check_model(out, model)
     return report
 
 
-def check_weights(out: Path, model: str) -> None:
-    """Read every byte of the target's weights. UsageError when they are not those that the cache was captured with."""
-    folder = find_target(model, revision_of(out))
-    for name, fact in target_json(out, WEIGHTS).items():
-        try:
-            check_file(folder / Path(name).name, fact)
-        except CacheError as error:
-            raise UsageError(
-                f"{folder / name} is not the file that {out} was captured with ({str(error).split(': ', 1)[-1]}); "
-                "fetch the target again"
-            ) from error
+def check_model(out: Path, model: str) -> None:
+    """Hold every byte of a named target's weights to the cache, at the revision that it was captured at."""
+    check_weights(out, find_target(model, revision_of(out)))
 
 
 def repair(out: Path, model: str | None, device: str | None) -> Report:
@@ -114,6 +107,23 @@ def remedy(out: Path, model: str | None, mended: bool) -> str:
         return IMPORT_AGAIN
     model = model or read_record(out).get("request", {}).get("model", "TARGET")
     return f"`{shlex.join(['pipeline', 'verify', str(out), '--repair', '--model', model])}` makes it again"
+
+
+def check_incomplete(out: Path, report: Report, model: str | None, complete: bool) -> None:
+    """Refuse columns that only some shards have, unless somebody is capturing them. CacheError.
+
+    Where they have to be `complete`, refuse them in any case, and a cache of which nothing is captured yet, too.
+    """
+    busy = in_use(out)
+    if complete and not report.columns:
+        raise CacheError(f"{out}: nothing is captured yet; run `pipeline cache-hidden` with this --out")
+    if report.incomplete and (complete or not busy):
+        what = ", ".join(report.incomplete)
+        if busy:
+            raise CacheError(f"{out} is still being captured: {what}; wait until it is done")
+        again = "the same `pipeline import-cache`" if is_imported(out) else "the same `pipeline cache-hidden`"
+        mend = "" if is_imported(out) else f", or {remedy(out, model, False)}"
+        raise CacheError(f"{out} is incomplete, and nobody is capturing it: {what}; {again} goes on{mend}")
 
 
 def is_imported(out: Path) -> bool:
@@ -262,6 +272,7 @@ def _settings(out: Path, plan: Plan, lost: Lost, model: str) -> Settings:
     )
     settings = settle(model, out, options)
     create_identity(out, settings.identity)
+    check_weights_if_kept(out, settings.folder)
     kept: dict[str, Counter] = {}
     for shard in plan.shards:
         for name, manifest in shard_columns(out, shard.number).items():

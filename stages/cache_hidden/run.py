@@ -21,6 +21,7 @@ from pipeline.cache.plan import Plan, check_unused, load_plan, plan_numbers, wor
 from pipeline.cache.target_folder import has_target
 from pipeline.errors import DataError, UsageError
 from pipeline.gauge import Gauge
+from pipeline.target_weights import check_weights_if_kept
 from stages.cache_hidden.budget import chooser, is_planned, within_budget
 from stages.cache_hidden.corpus import corpus_files, file_sources, source_roles
 from stages.cache_hidden.options import CaptureOptions
@@ -89,9 +90,11 @@ def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -
             derive(out)
             return _say(out, summary(out, planned, columns, 0, 0), worker)
     settings, planned = _planned(model, corpus, out, options)
+    work = missing(out, planned, settings.columns)
+    if work:
+        check_weights_if_kept(out, settings.folder)
     write_record(out, request, settings, corpus or default_corpus(settings.folder))
     clean(out)
-    work = missing(out, planned, settings.columns)
     mine = worker.share(work)
     if mine or not has_target(out):
         need_room(out, f"a cache of {planned.samples:,} samples", work_bytes(work))
@@ -116,6 +119,7 @@ def _planned(model: str, corpus: str | None, out: Path, options: CaptureOptions)
     settings = settle(model, out, within_budget(out, options))
     held = _held_plan(corpus, out, settings, options)
     if held is None:
+        check_weights_if_kept(out, settings.folder)
         with room(out, "a plan"):
             out.mkdir(parents=True, exist_ok=True)
         try:

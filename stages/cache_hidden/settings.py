@@ -8,10 +8,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.cache.catalog import held_by
 from pipeline.cache.codecs import codec_of, parse_codecs
 from pipeline.cache.columns import ColumnSpec, committed
 from pipeline.cache.derived import shard_columns
-from pipeline.cache.layout import IDENTITY, aux_column, layer_of
+from pipeline.cache.disk import in_use
+from pipeline.cache.layout import FINAL, IDENTITY, aux_column, layer_of, shard_folder
 from pipeline.cache.manifest import read_canonical
 from pipeline.cache.plan import plan_numbers, read_manifests
 from pipeline.capture import check_layers, default_layers, default_taps
@@ -104,6 +106,9 @@ def _asked_columns(
     depth, width = config["num_hidden_layers"], config["hidden_size"]
     as_it_is = options.append and bool(whole)
     layers = options.layer_list() or []
+    if options.append:
+        named = bool(layers or options.taps)
+        check_partial(out, layers_left_open=not named, final_left_open=not options.final and (as_it_is or not named))
     if options.taps or not (layers or as_it_is):
         layers = default_layers(depth, options.taps or default_taps(depth))
     if layers:
@@ -136,6 +141,28 @@ def whole_columns(out: Path) -> list[ColumnSpec]:
     names = sorted(name for name in shard_columns(out, 0))
     held = {name: [committed(out, shard, name) for shard in shards] for name in names}
     return [ColumnSpec(**found[0]["spec"]) for found in held.values() if all(found)]
+
+
+def check_partial(out: Path, *, layers_left_open: bool, final_left_open: bool) -> None:
+    """Refuse to add samples "as the cache is" where some shards of its first corpus lack a column that others have.
+
+    UsageError, unless somebody is capturing it: that column would be missing from what is added, and from training.
+    """
+    if not plan_numbers(out):
+        return
+    shards = range(read_manifests(out)[0]["shards"])
+    held = held_by([[path.name for path in shard_folder(out, shard).glob("*")] for shard in shards])
+    partial = {
+        name: count
+        for name, count in held.items()
+        if count < len(shards) and (final_left_open if name == FINAL else layers_left_open)
+    }
+    if partial and not in_use(out):
+        what = ", ".join(f"{name} in {count} of {len(shards)} shards" for name, count in partial.items())
+        raise UsageError(
+            f"{out} is incomplete, and nobody is capturing it: {what}; finish it with the command that began it, or "
+            "name with --layers and --final what the added samples get"
+        )
 
 
 def _max_length(stated: int | None, kept: int | None, config: dict) -> int:

@@ -100,9 +100,9 @@ def _ids(row: dict, kind: str, place: str, target: Path) -> Iterable[int]:
 
 @cache
 def _tokenizer(target: Path):
-    from transformers import AutoTokenizer
+    from pipeline.target import load_tokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(target, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{target} holds no tokenizer for text prompts; give `input_ids`, or add its files") from error
+        return load_tokenizer(target)
+    except UsageError as error:
+        raise UsageError(f"{str(error).split('; ')[0]}; or give the prompts as `input_ids`") from error

@@ -24,6 +24,7 @@ from pipeline.recipe import TrainSection, load_recipe
 from pipeline.split import split_samples
 from pipeline.target import head_of, load_target, stop_tokens
 from pipeline.target_files import find_target, positions, target_digest, target_name
+from pipeline.target_weights import check_weights_if_kept, weights_digest
 from stages.evaluate.decode import Dice, decode_many, speculative_decode
 from stages.evaluate.figures import (
     agreement,
@@ -81,7 +82,7 @@ def run(
     stops = stop_tokens(target) if store is None else frozenset(store.tokens["eos"])
     replies = PlainReplies()
     if plain is not None:
-        replies = PlainReplies.open(Path(plain), deciding(target, target_digest(folder), max_new, stops))
+        replies = PlainReplies.open(Path(plain), deciding(target, weights_digest(folder), max_new, stops))
     batch = min(batch, len(asked))
     with memory_for(batch, target.device):
         together = partial(decode_many, target, drafter, [prompt.ids for prompt in asked], max_new, stops)
@@ -234,6 +235,7 @@ def find_model(model: str | None, store: HiddenCache | None) -> tuple[Path, str]
             f"{model or folder} has the digest {digest}, but {store.path} was made with {wanted['name']}, digest "
             f"{wanted['digest']}; pass --model with that target"
         )
+    check_weights_if_kept(store.path, folder)
     return folder, wanted["name"]
 
 

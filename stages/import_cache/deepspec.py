@@ -20,6 +20,7 @@ from torch import Tensor
 from pipeline.cache.disk import reading
 from pipeline.cache.manifest import has_form
 from pipeline.errors import DataError, UsageError
+from pipeline.limits import refuse_limit
 from stages.import_cache.foreign import Foreign, Place, Stated, broken, listing, loss_mask, tokens
 
 MANIFEST, INDEX = "manifest.json", "samples.idx"
@@ -112,6 +113,7 @@ def read_manifest(path: Path) -> dict:
             raise broken(path, f"{path.stat().st_size:,} bytes, which no manifest has")
         facts = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
+        refuse_limit(path, error)
         raise broken(path, f"cannot be read ({str(error)[:120]})") from error
     layers = facts.get("target_layer_ids") if isinstance(facts, dict) else None
     whole = isinstance(layers, list) and layers and all(type(layer) is int for layer in layers)

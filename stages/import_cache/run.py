@@ -35,6 +35,7 @@ from pipeline.target_files import (
     tokenizer_digest,
 )
 from pipeline.target_head import TargetHead
+from pipeline.target_weights import check_weights_if_kept
 from stages.import_cache.convert import Import, applied, fill, gauged, proven
 from stages.import_cache.foreign import STORED
 from stages.import_cache.planning import held_plan, make_plan
@@ -89,6 +90,7 @@ def run(
     planned = held_plan(out, source) or make_plan(out, work, identity, config["vocab_size"])
     missing = left(out, planned, work)
     if missing or not has_target(out):
+        check_weights_if_kept(out, target.folder)
         clean(out)
         write_record(out, identity, target)
         need_room(out, f"an import of {planned.samples:,} samples", bytes_of(missing))

@@ -9,8 +9,6 @@ Which layers, and whether the last state is normed, no file says.
 """
 
 import pickle
-import re
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,8 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import DataError, UsageError
+from pipeline.limits import refuse_limit
+from pipeline.pickles import RefusedPickle, check_pickle
 from stages.import_cache.foreign import (
     Foreign,
     Place,
@@ -35,7 +35,17 @@ SUFFIX = ".ckpt"
 KEYS = (("hidden_states", "target_last_hidden_states"), ("aux_hidden_state", "hidden_state"))
 MOST_PICKLE = 1 << 20  # bytes of what is not a tensor; a sample has a few hundred
 # What torch's restricted unpickler raises on bytes that were never written by torch.save.
-UNREADABLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError, MemoryError)
+UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    EOFError,
+    OSError,
+)
 
 
 class SpecForge:
@@ -96,26 +106,25 @@ def _flat(tensor: Tensor, name: str, where: str) -> Tensor:
 def load(path: Path) -> dict:
     """Map the tensors of a file of torch.save; no code in it is ever run. DataError for anything else.
 
-    The archive is looked at first: a compressed record, or a pickle of gigabytes, would be unpacked into memory.
+    It passes the guard of `pipeline/pickles.py` before torch opens it.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
-        raise broken(path, f"cut short, or nothing that torch.save wrote ({error})") from error
-    size = path.stat().st_size
-    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-    claimed = sum(entry.file_size for entry in entries)
-    pickled = sum(entry.file_size for entry in entries if "/data/" not in entry.filename)
-    if packed or claimed > size or pickled > MOST_PICKLE:
-        raise broken(path, f"not as torch.save writes: {claimed:,} bytes in {size:,}, {pickled:,} of them no tensor's")
+        check_pickle(path, MOST_PICKLE)
+    except RefusedPickle as refused:
+        what = {
+            "layout": f"not as torch.save writes: {refused}",
+            "names": f"holds more than tensors (it names {refused}); nothing in it was run",
+            "tensor": f"holds a tensor that is no plain tensor ({refused})",
+            "damaged": f"cut short, or nothing that torch.save wrote ({refused})",
+        }
+        raise broken(path, what[refused.kind]) from refused
+    except OSError as error:
+        refuse_limit(path, error)
+        raise broken(path, f"cannot be read ({error})") from error
     try:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it names {named[1]}" if named else "it is no pickle of tensors"
-        raise broken(path, f"holds more than tensors ({what}); nothing in it was run") from error
     except UNREADABLE as error:
+        refuse_limit(path, error)
         cause = str(error).strip().split("\n")[0][:120] or type(error).__name__
         raise broken(path, f"damaged ({cause})") from error
     if not isinstance(held, dict):

@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import DataError, UsageError
+from pipeline.limits import refuse_limit
 from stages.import_cache.foreign import (
     Foreign,
     Place,
@@ -61,6 +62,7 @@ class Speculators:
             rows = load_from_disk(str(self.masks)).with_format("numpy")
             lacks = {"input_ids", MASKS} - {*rows.column_names}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            refuse_limit(self.masks, error)
             cause = str(error).strip().split("\n")[0][:160]
             raise UsageError(f"{self.masks}: no saved data set ({cause}); name its folder with --masks") from error
         if lacks:
@@ -81,6 +83,7 @@ class Speculators:
             with safe_open(path, framework="pt") as opened:
                 held = {key: opened.get_tensor(key) for key in {*opened.keys()} & KEYS}
         except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError) as error:
+            refuse_limit(path, error)
             raise broken(where, f"cut short or damaged ({str(error)[:120]})") from error
         absent = KEYS - held.keys()
         if absent:

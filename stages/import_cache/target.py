@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipeline.errors import UsageError
-from pipeline.target import final_norm, head_of, load_target, stop_tokens
+from pipeline.limits import refuse_limit
+from pipeline.target import final_norm, head_of, load_config, load_target, stop_tokens
 from pipeline.target_copy import store_target
 from pipeline.target_files import CONFIG, read_json, text_config, weight_files
 from pipeline.target_head import TargetHead
@@ -52,7 +53,7 @@ class Target:
             head, config, stops = head_of(self.model), self.model.config, stop_tokens(self.model)
         else:
             head, stops = head_from_files(self.folder), stated_stops(self.folder)
-            config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
+            config = load_config(self.folder)
         store_target(out, self.folder, as_narrow(head), config, stops)
 
 
@@ -76,6 +77,7 @@ def head_from_files(folder: Path) -> TargetHead:
             with safe_open(path, framework="pt") as file:
                 names = [*file.keys()]
         except (SafetensorError, OSError) as error:
+            refuse_limit(path, error)
             raise UsageError(f"{path} cannot be read ({error}); fetch it again") from error
         for end, places in found.items():
             places += [(path, name) for name in names if name == end or name.endswith(f".{end}")]

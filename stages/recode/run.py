@@ -56,12 +56,13 @@ def run(cache: Path, codec: str) -> Done:
     """
     held, plan = HiddenCache.open(cache), load_plan(cache)
     work = _work(cache, plan, codec)
-    clean(cache)
-    for shard in plan.shards:
-        for name in shard_columns(cache, shard.number):
-            _tidy(cache, shard.number, name)
-    if work:
-        (cache / LOG).unlink(missing_ok=True)  # it says which codecs there were
+    with room(cache, "a recode"):
+        clean(cache)
+        for shard in plan.shards:
+            for name in shard_columns(cache, shard.number):
+                _tidy(cache, shard.number, name)
+        if work:
+            (cache / LOG).unlink(missing_ok=True)  # it says which codecs there were
     calibrations = _calibrations(held, plan, work)
     head = held.head() if "final" in calibrations else None
     before = after = 0

@@ -11,7 +11,7 @@ from pipeline import tensors
 from pipeline.cache import HiddenCache
 from pipeline.drafts import DRAFTS, Draft, init_weights, needs_teacher
 from pipeline.errors import RoomError
-from pipeline.held import how_to_add, logit_scale, text_config
+from pipeline.held import check_complete, how_to_add, logit_scale, partial_text, text_config
 from pipeline.published.start import Start, load_start
 from pipeline.published.writing import unservable
 from pipeline.recipe import Resolved, load_recipe, resolve
@@ -49,7 +49,9 @@ def run(
     """
     store = HiddenCache.open(cache)
     where = find_device(device)
-    resolved = resolve(load_recipe(recipe, tuple(sets)), store)
+    asked = load_recipe(recipe, tuple(sets))
+    check_complete(store, asked)
+    resolved = resolve(asked, store)
     split = split_for(resolved, store)
     resolved = resolved.lasting(len(split.train))
     start = None if init_from is None else load_start(init_from, resolved.draft, store.head(dtype=store.dtype))
@@ -108,6 +110,8 @@ def announced(path: Path, store: HiddenCache, split: Split, resolved: Resolved, 
     longer = int((store.samples.length[split.train] > context).sum())
     if longer:
         yield f"{longer} samples are longer than train.context = {context} rows: each gives one window an epoch"
+    if store.partial:
+        yield f"the cache is incomplete: {partial_text(store)}; layers {list(resolved.draft.target_layer_ids)} are read"
     if resolved.draft.gamma is None and resolved.draft.weighting == "decay":
         yield "gamma is 0, so late slots weigh as much as early ones; published recipes let the weight decay"
     yield from rotary_said(resolved, store)

@@ -24,6 +24,7 @@ from pipeline.accept import bootstrap
 from pipeline.cache import HiddenCache
 from pipeline.drafts import needs_teacher
 from pipeline.errors import ProofError, UsageError
+from pipeline.held import check_complete
 from pipeline.published.start import Start, load_start
 from pipeline.recipe import Recipe, Resolved, make_recipe, read_toml, resolve
 from pipeline.split import Split
@@ -141,6 +142,7 @@ def plan_runs(
     runs: dict[Path, Planned] = {}
     for setting, recipe in combinations:
         try:
+            check_complete(store, recipe)
             resolved = resolve(recipe, store)
             draft = resolved.draft
             rule = draft.mask_token_id, resolved.recipe.train.heldout, draft.target_layer_ids, needs_teacher(draft)

@@ -1,0 +1,240 @@
+"""The one guard before a file that torch.save wrote is opened: nothing in it can run, and nothing is allocated that its
+own bytes do not pay for.
+
+`weights_only=True` keeps code out, and would still make a `bytearray(10**12)`, resize a storage to what a tensor
+claims, or hash nested tuples for years. So the pickle is walked first, opcode by opcode, on a stack of stand-ins: plain
+values, containers, storages that lie in the archive, and tensors that fit into them. Anything else is refused before
+torch sees the file. The walk takes memory and time in proportion to the pickle, which is bounded.
+"""
+
+import pickletools
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+MOST_LISTING = 16 << 20  # bytes of an archive's list of entries; ten thousand tensors take 1 MiB
+MOST_DIMENSIONS = 64
+ORDERED, SIZE = "collections OrderedDict", "torch Size"
+REBUILT, REBUILT_TYPED = "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor_v3"
+PARAMETER = "torch._utils _rebuild_parameter"
+OTHER_TENSORS = "torch._utils _rebuild_", "torch.sparse", "torch.serialization _get_layout"
+ITEM_BYTES = {
+    "FloatStorage": 4,
+    "BFloat16Storage": 2,
+    "HalfStorage": 2,
+    "DoubleStorage": 8,
+    "LongStorage": 8,
+    "IntStorage": 4,
+    "ShortStorage": 2,
+    "CharStorage": 1,
+    "ByteStorage": 1,
+    "BoolStorage": 1,
+}
+UNTYPED = ("torch.storage UntypedStorage", "torch UntypedStorage")
+VALUES = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "SHORT_BINSTRING")
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+MARK = object()
+
+
+class RefusedPickle(Exception):
+    """Why a file is not opened.
+
+    `kind` is "layout", "names" (`what` it would call), "tensor" (one of another kind) or "damaged".
+    """
+
+    def __init__(self, kind: str, what: str):
+        super().__init__(what)
+        self.kind, self.what = kind, what
+
+
+class _Name(NamedTuple):
+    """A class or function that the pickle names."""
+
+    name: str
+
+
+class _Storage(NamedTuple):
+    """Memory that the archive holds: bytes, and of a value (None where a tensor of it says its own type)."""
+
+    size: int
+    item: int | None
+
+
+class _Tensor:
+    """A tensor that lies inside its storage."""
+
+
+def check_pickle(path: Path, most: int) -> int:
+    """Refuse a file that is not plain tensors, values, lists and dicts as torch.save writes them; run nothing of it.
+
+    `most` bytes may be no tensor's. Returns the bytes of all storages. Raises RefusedPickle, OSError.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        listing = zipfile._EndRecData(file)
+        if listing is None:
+            raise RefusedPickle("damaged", "no archive of torch.save")
+        if listing[zipfile._ECD_SIZE] > min(size, MOST_LISTING):
+            raise RefusedPickle("layout", f"{listing[zipfile._ECD_SIZE]:,} bytes of names in {size:,}")
+        try:
+            with zipfile.ZipFile(file) as archive:
+                entries = {entry.filename: entry for entry in archive.infolist()}
+                root = _checked_layout(archive.infolist(), entries, size, most)
+                code = archive.read(f"{root}/data.pkl")
+        except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, NotImplementedError, LookupError) as error:
+            raise RefusedPickle("damaged", str(error)) from error
+    prefix = f"{root}/data/"
+    stored = {name.removeprefix(prefix): entry.file_size for name, entry in entries.items() if name.startswith(prefix)}
+    _Walk(stored).walk(code)
+    return sum(stored.values())
+
+
+def _checked_layout(listed: list, entries: dict, size: int, most: int) -> str:
+    """Return the name of the archive's one folder. RefusedPickle where it would unpack to more than it is."""
+    packed = any(
+        entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in listed
+    )
+    claimed = sum(entry.file_size for entry in listed)
+    other = sum(entry.file_size for entry in listed if "/data/" not in entry.filename)
+    roots = [entry.filename.removesuffix("/data.pkl") for entry in listed if entry.filename.endswith("/data.pkl")]
+    if packed or claimed > size or other > most or len(entries) < len(listed) or len(roots) != 1:
+        raise RefusedPickle("layout", f"{claimed:,} bytes in {size:,}, {other:,} of them no tensor's")
+    return roots[0]
+
+
+class _Walk:
+    """One walk over a pickle; `stored` are the bytes of each storage of its archive, by key."""
+
+    def __init__(self, stored: dict[str, int]):
+        self.stored, self.stack, self.memo = stored, [], {}
+
+    def walk(self, code: bytes) -> None:
+        try:
+            for opcode, value, _ in pickletools.genops(code):
+                self._step(opcode.name, value)
+        except (ValueError, IndexError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise RefusedPickle("damaged", f"no pickle of tensors ({str(error)[:80]})") from error
+
+    def _step(self, name: str, value) -> None:
+        stack = self.stack
+        if name in VALUES:
+            stack.append(value)
+        elif name in CONSTANTS:
+            stack.append(CONSTANTS[name])
+        elif name == "MARK":
+            stack.append(MARK)
+        elif name in ("EMPTY_DICT", "EMPTY_LIST"):
+            stack.append({} if name == "EMPTY_DICT" else [])
+        elif name in ("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE"):
+            stack.append(self._tuple(name))
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            self.memo[value] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(self.memo[value])
+        elif name in ("SETITEM", "SETITEMS"):
+            self._set_items(self._marked() if name == "SETITEMS" else [stack.pop(), stack.pop()][::-1])
+        elif name in ("APPEND", "APPENDS"):
+            added = self._marked() if name == "APPENDS" else [stack.pop()]
+            self._of(list).extend(added)
+        elif name == "GLOBAL":
+            stack.append(_allowed(value))
+        elif name == "REDUCE":
+            arguments, called = stack.pop(), stack.pop()
+            stack.append(self._reduced(called, arguments))
+        elif name == "BINPERSID":
+            stack.append(self._storage(stack.pop()))
+        elif name == "BUILD":
+            state, _ = stack.pop(), self._of(dict)
+            if not isinstance(state, dict) or {*state} - {"_metadata"}:  # a state_dict's own attribute
+                raise RefusedPickle("names", "BUILD")
+        elif name != "STOP" and (name, value) != ("PROTO", 2):
+            raise RefusedPickle("names", name)
+
+    def _of(self, kind: type):
+        """The container on top of the stack. ValueError for anything else."""
+        if type(self.stack[-1]) is not kind:
+            raise ValueError(f"a {type(self.stack[-1]).__name__} where a {kind.__name__} is filled")
+        return self.stack[-1]
+
+    def _marked(self) -> list:
+        """Take what lies above the last mark, and the mark."""
+        at = len(self.stack) - 1
+        while self.stack[at] is not MARK:
+            at -= 1
+            if at < 0:
+                raise ValueError("a mark is missing")
+        found = self.stack[at + 1 :]
+        del self.stack[at:]
+        return found
+
+    def _tuple(self, name: str) -> tuple:
+        """A tuple of values, or of such tuples: what is nested deeper, shared, grows without end when it is hashed."""
+        if name == "TUPLE":
+            held = tuple(self._marked())
+        else:
+            count = 0 if name == "EMPTY_TUPLE" else int(name[-1])
+            held = tuple(self.stack[len(self.stack) - count :])
+            if len(held) != count:
+                raise ValueError("a tuple of what is not there")
+            del self.stack[len(self.stack) - count :]
+        if any(type(inner) is tuple and any(type(deep) is tuple for deep in inner) for inner in held):
+            raise RefusedPickle("names", "tuples in tuples")
+        return held
+
+    def _set_items(self, pairs: list) -> None:
+        held = self._of(dict)
+        if len(pairs) % 2 or not all(isinstance(key, str | int | float | None) for key in pairs[::2]):
+            raise ValueError("a key that is no text or number")
+        held.update(zip(pairs[::2], pairs[1::2], strict=True))
+
+    def _storage(self, named: object) -> _Storage:
+        kind, of, key, _, count = named
+        item = 1 if isinstance(of, _Name) and of.name in UNTYPED else ITEM_BYTES[of.name.removeprefix("torch ")]
+        if kind != "storage" or type(count) is not int or not 0 <= count * item <= self.stored[key]:
+            raise ValueError("a storage that the archive does not hold")
+        return _Storage(count * item, None if of.name in UNTYPED else item)
+
+    def _reduced(self, called: object, arguments: tuple) -> object:
+        name = called.name if isinstance(called, _Name) else type(called).__name__
+        if name == ORDERED and arguments == ():
+            return {}
+        if name == SIZE and _whole(*arguments):
+            return arguments[0]
+        if name == PARAMETER and isinstance(arguments[0], _Tensor) and arguments[2] == {}:
+            return arguments[0]
+        if name in (REBUILT, REBUILT_TYPED):
+            return _tensor(*arguments[:4], hooks=arguments[5], dtype=arguments[6] if name == REBUILT_TYPED else None)
+        raise RefusedPickle("names", name.replace(" ", "."))
+
+
+def _allowed(name: str) -> _Name:
+    """A name that may stand in such a file. RefusedPickle for any other."""
+    module, _, what = name.partition(" ")
+    known = name in (ORDERED, SIZE, REBUILT, REBUILT_TYPED, PARAMETER, *UNTYPED)
+    if known or (module == "torch" and (what in ITEM_BYTES or isinstance(getattr(torch, what, None), torch.dtype))):
+        return _Name(name)
+    kind = "tensor" if name.startswith(OTHER_TENSORS) else "names"
+    raise RefusedPickle(kind, name.replace(" ", "."))
+
+
+def _whole(*shapes: object) -> bool:
+    """Whether each is a list of counts, as sizes and strides are."""
+    return all(
+        isinstance(shape, tuple | list)
+        and len(shape) <= MOST_DIMENSIONS
+        and all(type(length) is int and 0 <= length < 1 << 62 for length in shape)
+        for shape in shapes
+    )
+
+
+def _tensor(storage: _Storage, offset: int, size: tuple, stride: tuple, *, hooks: object, dtype: object) -> _Tensor:
+    """A stand-in for a tensor. ValueError where it does not lie inside its storage, which torch would make larger."""
+    if not isinstance(storage, _Storage) or not _whole(size, stride, (offset,)) or len(size) != len(stride) or hooks:
+        raise ValueError("a tensor that is not laid out plainly")
+    item = storage.item or getattr(torch, dtype.name.removeprefix("torch ")).itemsize
+    last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+    if 0 not in size and (last + 1) * item > storage.size:
+        raise ValueError("a tensor larger than its storage")
+    return _Tensor()
