@@ -12,11 +12,11 @@ from pipeline import checkpoint
 from pipeline.accept import accept_spans, summarise
 from pipeline.cache import HiddenCache
 from pipeline.drafts import Draft
-from pipeline.errors import UsageError
+from pipeline.errors import CacheError, UsageError
 from pipeline.recipe import Resolved
 from pipeline.split import Split, spread
 from stages.train_draft.batches import Stream
-from stages.train_draft.folder import METRICS, TIMING, Journal
+from stages.train_draft.journal import METRICS, TIMING, Journal
 from stages.train_draft.optim import make_optimizer
 from stages.train_draft.progress import Clock, Display
 from stages.train_draft.trainer import Trainer
@@ -77,9 +77,15 @@ class Run:
                 )
             self.step = found.step
             device = str(self.device)
-            self.draft.load_state_dict(load_file(found.path / checkpoint.DRAFT, device=device))
-            self.optimizer.restore(load_file(found.path / checkpoint.OPTIMIZER, device=device), found.step)
-        self.metrics.rewind(self.step)
+            try:
+                self.draft.load_state_dict(load_file(found.path / checkpoint.DRAFT, device=device))
+                self.optimizer.restore(load_file(found.path / checkpoint.OPTIMIZER, device=device), found.step)
+            except (OSError, RuntimeError, KeyError) as error:  # its bytes were checked: written by another program
+                raise CacheError(
+                    f"{found.path}: not the weights and moments of this run's draft ({str(error).splitlines()[0]}); "
+                    "remove it to go on from the checkpoint before"
+                ) from error
+        self.metrics.rewind(self.step, found.state.get("metrics", "") if found else "")
         self.timing.rewind(self.step)
         return self.step
 
@@ -112,8 +118,8 @@ class Run:
         return self._evaluated()
 
     def save(self) -> None:
-        moments = self.optimizer.tensors()
-        checkpoint.save(self.path, self.step, self.draft, moments, self.contract, self.train.keep)
+        state = self.contract | {"metrics": self.metrics.last}
+        checkpoint.save(self.path, self.step, self.draft, self.optimizer.tensors(), state, self.train.keep)
 
     def _evaluated(self) -> dict | None:
         """The evaluation of this step, once it is in the metrics."""

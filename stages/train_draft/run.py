@@ -15,8 +15,9 @@ from pipeline.held import how_to_add, logit_scale, text_config
 from pipeline.published.start import Start, load_start
 from pipeline.published.writing import unservable
 from pipeline.recipe import Resolved, load_recipe, resolve
+from pipeline.run_folder import read_result, write_result
 from pipeline.split import Split, split_samples
-from stages.train_draft.folder import default_folder, enter, finish, finished, held
+from stages.train_draft.folder import default_folder, enter, held
 from stages.train_draft.loop import Run, Stop, deterministic, said
 from stages.train_draft.progress import Display, console
 
@@ -74,7 +75,7 @@ def carry_out(
     screen = console()
     with held(path):
         differs = enter(path, resolved, store, split, machine(where), start)
-        result = finished(path)
+        result = read_result(path)
         if result is not None:
             screen.print(f"{path} is finished: nothing to do", markup=False, soft_wrap=True)
         else:
@@ -88,7 +89,7 @@ def carry_out(
                     f"began with {began}: the run goes on, its last digits may differ", markup=False, soft_wrap=True
                 )
             result = train(path, store, split, resolved, where, screen, start)
-            finish(path, result)
+            write_result(path, result)
     screen.print(summary(path, store, result), markup=False, soft_wrap=True)
     return Done(path, result["steps"], result["accept_len"])
 

@@ -26,8 +26,9 @@ from pipeline.drafts import needs_teacher
 from pipeline.errors import ProofError, UsageError
 from pipeline.published.start import Start, load_start
 from pipeline.recipe import Recipe, Resolved, make_recipe, read_toml, resolve
+from pipeline.run_folder import read_result
 from pipeline.split import Split
-from stages.train_draft.folder import default_folder, finished
+from stages.train_draft.folder import default_folder
 from stages.train_draft.progress import console
 from stages.train_draft.run import carry_out, find_device, split_for
 
@@ -65,11 +66,11 @@ def sweep(
     """
     store, where, screen = HiddenCache.open(cache), find_device(device), console()
     runs = plan_runs(store, load_sweep(recipe, sets), out, init_from)
-    done = sum(finished(run.path) is not None for run in runs)
-    screen.print(f"{len(runs)} runs, {done} of them finished before", markup=False, soft_wrap=True)
+    done = {run.path for run in runs if read_result(run.path) is not None}
+    screen.print(f"{len(runs)} runs, {len(done)} of them finished before", markup=False, soft_wrap=True)
     failed = {}
     for number, run in enumerate(runs, 1):
-        if finished(run.path) is not None:
+        if run.path in done:
             continue
         screen.print(f"\nrun {number} of {len(runs)}: {named(run.setting)}", markup=False, soft_wrap=True)
         try:
@@ -169,7 +170,7 @@ def named(setting: Setting) -> str:
 
 def run_facts(run: Planned, failed: str | None) -> dict:
     """Return what a run of the sweep came to; `accept_len` is None where it failed or nothing could be measured."""
-    result = finished(run.path) or {}
+    result = read_result(run.path) or {}
     figures = result.get("eval") or {}
     measured = bool(figures.get("calls"))
     return {
