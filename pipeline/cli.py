@@ -319,5 +319,5 @@ def show(report: dict, as_json: bool, table) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command and exit: 0 done, 1 a bug or a failed proof, 2-5 typed errors, 130 / 143 interrupted."""
+    """Run a command and exit: 0 done, 1 a bug or a failed proof, 2-5 typed errors, 129 / 130 / 143 stopped."""
     run_and_exit(commands, sys.argv[1:] if arguments is None else arguments)

@@ -3,7 +3,6 @@
 The whole trace is shown with `--debug`.
 """
 
-import os
 import shlex
 import signal
 import sys
@@ -11,9 +10,11 @@ import traceback
 
 import click
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, RoomError
+from pipeline.streams import lost_output, outlive_readers
+from pipeline.terminal import say, visible
 
-TERMINATED = 128 + signal.SIGTERM
+ENDING = (signal.SIGTERM, signal.SIGHUP)  # exit codes 143, and 129 for a terminal that was closed
 GOES_ON = "what is finished is kept, and the same command goes on from there"
 NOTHING = "nothing was written, and the same command starts again"
 INTERRUPTED = dict.fromkeys(("inspect", "export", "check-export", "report"), NOTHING)  # done or not done; others go on
@@ -33,18 +34,23 @@ class OnACache(click.Command):
             raise
 
 
-def _stopped(signum, frame):
-    raise SystemExit(TERMINATED)
+def _stopped(number, frame):
+    raise SystemExit(128 + number)
 
 
 def run_and_exit(commands: click.Group, arguments: list[str]) -> None:
-    """Run a command line and exit: 0 done, 1 a bug or a failed proof, 2-5 typed errors, 130 / 143 interrupted."""
+    """Run a command line and exit: 0 done, 1 a bug or a failed proof, 2-5 typed errors, 129 / 130 / 143 stopped."""
     debug = "--debug" in arguments
-    signal.signal(signal.SIGTERM, _stopped)
+    outlive_readers()
+    for number in ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _stopped)
     sys.excepthook = sys.__excepthook__ if debug else _bug
     try:
         commands.main(arguments, prog_name="pipeline", standalone_mode=False)
         sys.stdout.flush()
+        if why := lost_output():
+            raise RoomError(f"standard output: {why}; all else is done: make room, or print it to another place")
     except (KeyboardInterrupt, click.exceptions.Abort):
         command = next((argument for argument in arguments if not argument.startswith("-")), "")
         sys.exit(_complain(f"interrupted; {INTERRUPTED.get(command, GOES_ON)}", 130, debug))
@@ -56,18 +62,15 @@ def run_and_exit(commands: click.Group, arguments: list[str]) -> None:
         sys.exit(_complain(f"error: {error.format_message()} (`{command} --help` lists what there is)", 2, debug))
     except PipelineError as error:
         sys.exit(_complain(f"error: {error}", error.code, debug))
-    except BrokenPipeError:  # the reader of our output, `head` say, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
 
 
 def _bug(kind, error, trace):
     """What nobody foresaw, in one line; Python then exits with 1."""
-    click.echo(f"bug: {kind.__name__}: {error} (the trace: `pipeline --debug ...`)", err=True)
+    say(f"bug: {kind.__name__}: {visible(error)} (the trace: `pipeline --debug ...`)", err=True)
 
 
 def _complain(line: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    click.echo(line, err=True)
+    say(visible(line), err=True)
     return code

@@ -22,10 +22,14 @@ from stages.train_draft.progress import Clock, Display
 from stages.train_draft.trainer import Trainer
 
 EVALUATED_AT_ONCE = 8  # samples; between them we look whether somebody wants us to stop
+STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 class Stop:
-    """Notes SIGTERM and Ctrl-C so that the loop can save first; a second one acts at once."""
+    """Notes SIGTERM, SIGHUP and Ctrl-C so that the loop can save first; a second one acts at once.
+
+    Those that are ignored, SIGHUP under nohup say, stay so.
+    """
 
     def __init__(self):
         self.received: int | None = None
@@ -33,7 +37,8 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+            heeded = [number for number in STOPPING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+            self.before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, *_) -> None:
@@ -46,7 +51,7 @@ class Stop:
         self.__exit__()
 
     def leave(self) -> None:
-        """Raise what ends the process as its signal would: exit code 143, or KeyboardInterrupt."""
+        """Raise what ends the process as its signal would: exit code 143 or 129, or KeyboardInterrupt."""
         raise KeyboardInterrupt if self.received == signal.SIGINT else SystemExit(128 + self.received)
 
 
