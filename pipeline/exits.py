@@ -3,16 +3,18 @@
 The whole trace is shown with `--debug`.
 """
 
+import logging
 import shlex
 import signal
 import sys
 import traceback
+import warnings
 
 import click
 
 from pipeline.errors import PipelineError, RoomError
 from pipeline.streams import lost_output, outlive_readers
-from pipeline.terminal import say, visible
+from pipeline.terminal import say, visible, visible_lines
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)  # exit codes 143, and 129 for a terminal that was closed
 GOES_ON = "what is finished is kept, and the same command goes on from there"
@@ -45,7 +47,8 @@ def run_and_exit(commands: click.Group, arguments: list[str]) -> None:
     for number in ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, _stopped)
-    sys.excepthook = sys.__excepthook__ if debug else _bug
+    sys.excepthook = _traced if debug else _bug
+    _show_what_others_say()
     try:
         commands.main(arguments, prog_name="pipeline", standalone_mode=False)
         sys.stdout.flush()
@@ -69,8 +72,31 @@ def _bug(kind, error, trace):
     say(f"bug: {kind.__name__}: {visible(error)} (the trace: `pipeline --debug ...`)", err=True)
 
 
+def _traced(kind, error, trace):
+    say("".join(traceback.format_exception(kind, error, trace)), err=True)
+
+
+def _show_what_others_say() -> None:
+    """Have the warnings and logs of libraries, which may quote a model's config, steer no terminal either."""
+    logging.setLogRecordFactory(_visible_record)
+    warnings.formatwarning = _visible_warning
+
+
+def _visible_record(*given, **named) -> logging.LogRecord:
+    record = logging.LogRecord(*given, **named)
+    record.msg, record.args = visible_lines(record.getMessage()), None
+    return record
+
+
+_format_warning = warnings.formatwarning
+
+
+def _visible_warning(*given, **named) -> str:
+    return visible_lines(_format_warning(*given, **named))
+
+
 def _complain(line: str, code: int, debug: bool) -> int:
     if debug:
-        traceback.print_exc()
+        say(traceback.format_exc(), err=True)
     say(visible(line), err=True)
     return code

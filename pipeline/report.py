@@ -8,19 +8,12 @@ from pathlib import Path
 from statistics import fmean
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from pipeline.cache.disk import size_text
+from pipeline.console import grid
 from pipeline.evaluations import cell, columns_of, drawn_at, load_reports, temperatures
-
-
-def grid(*heads: str, title: str | None = None) -> Table:
-    """Return an empty table; a head that begins with `>` is of numbers, to the right."""
-    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
-    for head in heads:
-        table.add_column(head.removeprefix(">"), justify="right" if head.startswith(">") else "left")
-    return table
+from pipeline.terminal import in_markdown, visible, visible_lines
 
 
 def cache_table(report: dict) -> Group:
@@ -77,13 +70,13 @@ def coloured_sample(cache: Path, view: dict) -> Group:
     for end in range(1, len(view["ids"]) + 1):
         if end == len(view["ids"]) or view["mask"][end] != view["mask"][start]:
             piece = tokenizer.decode(view["ids"][start:end], skip_special_tokens=False)
-            text.append(piece, style="green underline" if view["mask"][start] else "dim")
+            text.append(visible_lines(piece), style="green underline" if view["mask"][start] else "dim")
             start = end
     head = (
         f"sample {view['sample']} ({view['sample_id']}): {view['length']} tokens, {view['supervised']} supervised "
         f"(green); {view['domain'] or 'no domain'}, {view['split'] or 'no split'}; {view['source']}:{view['line']}"
     )
-    return Group(Text(head, style="bold"), text)
+    return Group(Text(visible(head), style="bold"), text)
 
 
 def verify_table(report: dict) -> Group:
@@ -97,7 +90,7 @@ def verify_table(report: dict) -> Group:
         found = report[kind]
         if found:
             lines.append(Text(f"{len(found)} {title}:", style=style))
-            lines += [Text(f"  {entry if kind == 'foreign' else finding(entry)}") for entry in found]
+            lines += [Text(f"  {visible(entry if kind == 'foreign' else finding(entry))}") for entry in found]
     if not report["damaged"]:
         lines.append(Text("no damage", style="green"))
     return Group(*lines)
@@ -122,8 +115,9 @@ def comparison(paths: Sequence[Path], markdown: bool = False, forced: bool = Fal
         figures |= _drawn_rows(*drawn)
     if forced:
         figures |= {f"{domain}, forced": lambda reports, name=domain: _forced(reports, name) for domain in domains}
-    rows = [["accept length", *columns]]
-    rows += [[title, *map(figure, columns.values())] for title, figure in (figures | FACTS).items()]
+    name = in_markdown if markdown else visible
+    rows = [["accept length", *map(name, columns)]]
+    rows += [[name(title), *map(figure, columns.values())] for title, figure in (figures | FACTS).items()]
     if markdown:
         return as_markdown(rows)
     table = grid(rows[0][0], *(f">{head}" for head in rows[0][1:]))
@@ -131,8 +125,8 @@ def comparison(paths: Sequence[Path], markdown: bool = False, forced: bool = Fal
         table.add_row(*row)
     first = next(iter(columns.values()))[0]
     note = (
-        f"{first['target']}, greedy where no T is named, replies of {first['settings']['max_new']} tokens at most; "
-        "tokens gained per target call, the target's own included; 95 % intervals over prompts"
+        f"{visible(first['target'])}, greedy where no T is named, replies of {first['settings']['max_new']} tokens at "
+        "most; tokens gained per target call, the target's own included; 95 % intervals over prompts"
     )
     forced_note = "\nforced: teacher-forced, on the cache's replies" if forced else ""
     return Group(table, "", Text(note + forced_note, style="dim"))
@@ -188,7 +182,7 @@ def sweep_table(report: dict) -> Group:
         "accept length on held-out samples, without the target: tokens gained per target call, the target's own "
         "included; 95 % intervals over replies, which say nothing of how far seeds differ"
     )
-    lines = [Text(f"{fact['run']}: {fact['failed']}", style="red") for fact in runs if fact["failed"]]
+    lines = [Text(visible(f"{fact['run']}: {fact['failed']}"), style="red") for fact in runs if fact["failed"]]
     return Group(*parts, table, "", *lines, Text(note, style="dim"))
 
 

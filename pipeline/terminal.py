@@ -35,3 +35,16 @@ def _escaped(found: re.Match) -> str:
 def say(text: object, err: bool = False) -> None:
     """Print lines of ours. A value of others in them goes through `visible` first, or its line ends stay."""
     click.echo(visible_lines(text), err=err)
+
+
+_MARKS = re.compile(r"[\\`*\[\]<>~|&#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=\bwww)\.")
+
+
+def in_markdown(text: object) -> str:
+    """Return text as one line of Markdown that shows it, and is neither a mark, a link, HTML nor a table's edge."""
+    return _MARKS.sub(lambda found: f"&#{ord(found[0])};", visible(text))
+
+
+def as_code(text: object) -> str:
+    """Return text as a code span of Markdown; a backtick in it, which would end the span, is shown as an apostrophe."""
+    return f"`{visible(text).replace('`', chr(39))}`"

@@ -8,7 +8,6 @@ other versions made them, it says so. Stop it whenever you like: the same comman
 
 import json
 import shlex
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from pipeline.cache.target_folder import WEIGHTS, has_target, target_json, targe
 from pipeline.cache.verify import Report, verify
 from pipeline.errors import CacheError, UsageError
 from pipeline.target_files import find_target
+from pipeline.terminal import say, visible
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.record import read_record
 from stages.cache_hidden.report import Lost, Work, work_bytes
@@ -124,7 +124,7 @@ def is_imported(out: Path) -> bool:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr)
+    say(visible(line), err=True)
 
 
 def _whole_plan(out: Path) -> Plan:

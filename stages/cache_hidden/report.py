@@ -133,10 +133,12 @@ def head_bytes(settings: Settings) -> int:
 
 def plan_table(report: dict):
     """Return the report as a table for people."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"plan of {report['cache']}", show_header=False, title_justify="left")
+    from pipeline.console import Grid
+    from pipeline.terminal import visible
+
+    table = Grid(title=f"plan of {visible(report['cache'])}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
     rows = [
@@ -163,7 +165,7 @@ def plan_table(report: dict):
         ("domains", ", ".join(f"{name} {count:,}" for name, count in report["domains"].items())),
         ("splits", ", ".join(f"{name} {count:,}" for name, count in report["splits"].items())),
     ]
-    rows += [("" if number else "budget", Text(step)) for number, step in enumerate(report["budget"])]
+    rows += [("" if number else "budget", Text(visible(step))) for number, step in enumerate(report["budget"])]
     for row in rows:
         table.add_row(*row)
     return table
@@ -173,7 +175,7 @@ def price_table(report: dict):
     """Return the bytes of every column in every codec, side by side; those chosen are marked."""
     from rich.text import Text
 
-    from pipeline.report import grid
+    from pipeline.console import grid
 
     table = grid("", *(f">{codec}" for codec in report["prices"]))
     for name in next(iter(report["prices"].values())):

@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedModel
 
 from pipeline.cache import HiddenCache
 from pipeline.cache.disk import room, write_file
 from pipeline.cache.layout import LOG
 from pipeline.checkpoint import CONFIG, DRAFT, find_checkpoint, load_draft, open_checkpoint
+from pipeline.console import VisibleConsole
 from pipeline.drafts import Draft
 from pipeline.errors import RoomError, UsageError
 from pipeline.published import load_draft_folder, recorded_share
@@ -153,7 +153,7 @@ def keep(report: dict, out: Path) -> None:
     try:
         write_file(out, as_json(report))
     except RoomError:
-        Console(stderr=True, highlight=False, markup=False).print(table(report))
+        VisibleConsole(stderr=True).print(table(report))
         raise
 
 

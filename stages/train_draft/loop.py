@@ -15,6 +15,7 @@ from pipeline.drafts import Draft
 from pipeline.errors import CacheError, UsageError
 from pipeline.recipe import Resolved
 from pipeline.split import Split, spread
+from pipeline.terminal import visible
 from stages.train_draft.batches import Stream
 from stages.train_draft.journal import METRICS, TIMING, Journal
 from stages.train_draft.optim import make_optimizer
@@ -143,7 +144,9 @@ class Run:
             self.draft.train()
         if stop.received:
             self.save()
-            display.say(f"stopped at step {self.step}, saved in {self.path}; the same command goes on from there")
+            display.say(
+                f"stopped at step {self.step}, saved in {visible(self.path)}; the same command goes on from there"
+            )
             stop.leave()
         if spans:
             # Reply by reply, so that runs can be pooled and compared on the same replies: sample, row, tokens, calls.
@@ -157,7 +160,7 @@ def said(figures: dict) -> str:
     """Return an evaluation in a few words."""
     if not figures["calls"]:
         return "no accept length: no held-out reply is the target's own"
-    named = {name: of["accept_len"] for name, of in figures["domains"].items() if of["calls"] and name}
+    named = {visible(name): of["accept_len"] for name, of in figures["domains"].items() if of["calls"] and name}
     domains = f" ({', '.join(f'{name} {length:.2f}' for name, length in named.items())})" if named else ""
     low, high = figures["interval"]
     return f"accept length {figures['accept_len']:.2f} [{low:.2f}, {high:.2f}] on held-out samples{domains}"

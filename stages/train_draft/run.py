@@ -1,6 +1,7 @@
 """`pipeline train-draft`: a draft from a cache. Nothing here, or in what it imports, can load a target."""
 
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 from pipeline import tensors
 from pipeline.cache import HiddenCache
+from pipeline.console import VisibleConsole
 from pipeline.drafts import DRAFTS, Draft, init_weights, needs_teacher
 from pipeline.errors import RoomError
 from pipeline.held import how_to_add, logit_scale, text_config
@@ -17,9 +19,10 @@ from pipeline.published.writing import unservable
 from pipeline.recipe import Resolved, load_recipe, resolve
 from pipeline.run_folder import read_result, write_result
 from pipeline.split import Split, split_samples
+from pipeline.terminal import visible
 from stages.train_draft.folder import default_folder, enter, held
 from stages.train_draft.loop import Run, Stop, deterministic, said
-from stages.train_draft.progress import Display, console
+from stages.train_draft.progress import Display
 
 
 @dataclass(frozen=True)
@@ -72,19 +75,19 @@ def carry_out(
     start: Start | None = None,
 ) -> Done:
     """Train one resolved recipe in the folder `path`, or go on there, and say how it went. Raises what `run` does."""
-    screen = console()
+    screen = VisibleConsole()
     with held(path):
         differs = enter(path, resolved, store, split, machine(where), start)
         result = read_result(path)
         if result is not None:
-            screen.print(f"{path} is finished: nothing to do", markup=False, soft_wrap=True)
+            screen.print(f"{visible(path)} is finished: nothing to do", markup=False, soft_wrap=True)
         else:
             for line in announced(path, store, split, resolved, where):
                 screen.print(line, markup=False, soft_wrap=True)
             if start is not None:
-                screen.print(start.said, markup=False, soft_wrap=True)
+                screen.print(visible(start.said), markup=False, soft_wrap=True)
             if differs:
-                began = "; ".join(differs)
+                began = visible("; ".join(differs))
                 screen.print(
                     f"began with {began}: the run goes on, its last digits may differ", markup=False, soft_wrap=True
                 )
@@ -99,7 +102,7 @@ def announced(path: Path, store: HiddenCache, split: Split, resolved: Resolved, 
     yield resolved.recipe.toml()
     yield (
         f"{len(split.train)} samples to train on, {len(split.heldout)} held out, {split.unusable} unusable; "
-        f"target {store.identity['target']['name']}, on {where}; run {path}"
+        f"target {visible(store.identity['target']['name'])}, on {where}; run {visible(path)}"
     )
     context = resolved.recipe.train.context
     longer = int((store.samples.length[split.train] > context).sum())
@@ -175,4 +178,5 @@ def summary(path: Path, store: HiddenCache, result: dict) -> str:
         measured = "no accept length: the corpus holds nothing out"
     else:
         measured = said(result["eval"])
-    return f"{path}: {result['steps']} steps, {measured}\nnext: pipeline evaluate --draft {path}"
+    where, next_one = visible(path), visible(shlex.join(["pipeline", "evaluate", "--draft", str(path)]))
+    return f"{where}: {result['steps']} steps, {measured}\nnext: {next_one}"

@@ -22,14 +22,15 @@ import numpy as np
 
 from pipeline.accept import bootstrap
 from pipeline.cache import HiddenCache
+from pipeline.console import VisibleConsole
 from pipeline.drafts import needs_teacher
 from pipeline.errors import ProofError, UsageError
 from pipeline.published.start import Start, load_start
 from pipeline.recipe import Recipe, Resolved, make_recipe, read_toml, resolve
 from pipeline.run_folder import read_result
 from pipeline.split import Split
+from pipeline.terminal import visible
 from stages.train_draft.folder import default_folder
-from stages.train_draft.progress import console
 from stages.train_draft.run import carry_out, find_device, split_for
 
 SEED = "train.seed"
@@ -64,7 +65,7 @@ def sweep(
     A run whose loss is not finite is noted under `failed` and the others go on. Raises what a run raises; UsageError,
     before the first run, for a combination that cannot be.
     """
-    store, where, screen = HiddenCache.open(cache), find_device(device), console()
+    store, where, screen = HiddenCache.open(cache), find_device(device), VisibleConsole()
     runs = plan_runs(store, load_sweep(recipe, sets), out, init_from)
     done = {run.path for run in runs if read_result(run.path) is not None}
     screen.print(f"{len(runs)} runs, {len(done)} of them finished before", markup=False, soft_wrap=True)
@@ -72,12 +73,12 @@ def sweep(
     for number, run in enumerate(runs, 1):
         if run.path in done:
             continue
-        screen.print(f"\nrun {number} of {len(runs)}: {named(run.setting)}", markup=False, soft_wrap=True)
+        screen.print(f"\nrun {number} of {len(runs)}: {visible(named(run.setting))}", markup=False, soft_wrap=True)
         try:
             carry_out(run.path, store, run.split, run.resolved, where, run.start)
         except ProofError as error:  # a rate too high, say: that is a result, too
             failed[run.path] = str(error)
-            screen.print(f"failed: {error}", markup=False, soft_wrap=True)
+            screen.print(f"failed: {visible(error)}", markup=False, soft_wrap=True)
     facts = [run_facts(run, failed.get(run.path)) for run in runs]
     public = [{key: fact[key] for key in fact if key != "replies"} for fact in ranked(facts)]
     made_of = {"cache": str(cache), "recipe": str(recipe), "init_from": init_from and str(init_from)}
