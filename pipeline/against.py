@@ -15,14 +15,15 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from pipeline.accept import resamples
+from pipeline.console import Grid, grid
 from pipeline.errors import UsageError
 from pipeline.evaluations import asked_in, cell, columns_of, drawn_at, load_reports, prompts_of, temperatures
 from pipeline.plot import lines_of, recipes_of
-from pipeline.report import as_markdown, grid
+from pipeline.report import as_markdown
+from pipeline.terminal import in_markdown, visible
 
 EDGES = (0.025, 0.975)
 
@@ -45,11 +46,17 @@ def against(paths: Sequence[Path], baseline: Sequence[Path], markdown: bool = Fa
     reports, base = loaded[: len(paths)], loaded[len(paths) :]
     if len(columns_of(base)) > 1:
         raise UsageError(f"--against: {' and '.join(columns_of(base))} are several drafts; name the seeds of one")
-    ((title, _),) = columns_of(base).items()
-    rows = [row for name, members in columns_of(reports).items() for row in _rows(name, members, base)]
+    shown = in_markdown if markdown else visible
+    (title,) = map(shown, columns_of(base))
+    rows = [row for name, members in columns_of(reports).items() for row in _rows(shown(name), members, base)]
     tables = [[["draft", "seeds", "T", "accept length", f"ratio to {title}", "by seed"], *rows]]
     if reached := _reached(reports, base):
-        tables.append([[f"as good as {title}", "measured after", "steps", "of its own"], *reached])
+        tables.append(
+            [
+                [f"as good as {title}", "measured after", "steps", "of its own"],
+                *([shown(kind), *rest] for kind, *rest in reached),
+            ]
+        )
     if markdown:
         return "\n\n".join(map(as_markdown, tables))
     note = (
@@ -64,7 +71,7 @@ def against(paths: Sequence[Path], baseline: Sequence[Path], markdown: bool = Fa
     return Group(*(part for table in tables for part in (_drawn_up(*table), "")), Text(note, style="dim"))
 
 
-def _drawn_up(heads: list[str], *rows: list[str]) -> Table:
+def _drawn_up(heads: list[str], *rows: list[str]) -> Grid:
     table = grid(heads[0], *(f">{head}" for head in heads[1:]))
     for row in rows:
         table.add_row(*row)

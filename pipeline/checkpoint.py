@@ -4,16 +4,18 @@
         draft.safetensors            weights, named as published checkpoints name them
         config.json                  DraftConfig
         optimizer.safetensors        float32 state of the optimiser, absent when none was given
-        state.json                   step, what the caller adds, and the size and xxh3-128 of the other files
+        state.json                   step, what the caller adds, and the size and xxh3-128 of the other files; a record
 
 Only safetensors and JSON; nothing that runs when it is read. A folder appears by rename after every byte is synced,
-so a kill at any moment leaves the checkpoint before.
+so a kill at any moment leaves the checkpoint before. A checkpoint is these files and no others, each lying in its
+folder; what another place is named in state.json, or led to by a link, is not followed.
 """
 
-import json
 import os
 import re
 import shutil
+import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,14 +23,21 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.cache.disk import need_room, room, sync_file, sync_folder, write_file
-from pipeline.cache.manifest import FileFact, has_form
+from pipeline.cache.manifest import FILES, FileFact
 from pipeline.drafts import DRAFTS, Draft, DraftConfig
 from pipeline.errors import CacheError, UsageError
+from pipeline.published.names import draft_tensors
+from pipeline.published.weights import open_safetensors
+from pipeline.records import as_record, damaged, read_record
 from pipeline.target_head import TargetHead
 from pipeline.tensors import save_tensors
+from pipeline.untrusted import parse_json, read_file
 
-FOLDER, RUN = "checkpoints", "run.json"
+FOLDER = "checkpoints"
 DRAFT, CONFIG, OPTIMIZER, STATE = "draft.safetensors", "config.json", "optimizer.safetensors", "state.json"
+NEEDED = {CONFIG, DRAFT}
+MOST_LAYERS = 1024
+MOST_JSON = 4 << 20  # bytes of config.json and of state.json, which have 1 KiB
 UNFINISHED = "tmp-"
 _NAME = re.compile(r"step-([0-9]{8,})")
 
@@ -48,8 +57,7 @@ def save(run: Path, step: int, draft: Draft, optimizer: dict[str, torch.Tensor],
     `optimizer` maps names to tensors. Raises RoomError when the disk is full or read-only; the checkpoint before
     stays as it was.
     """
-    folder = run / FOLDER
-    path = folder / f"step-{step:08d}"
+    folder, path = run / FOLDER, checkpoint_folder(run, step)
     if path.exists():
         return path
     weights = draft.state_dict()
@@ -78,11 +86,15 @@ def _write_files(folder: Path, weights: dict, config: DraftConfig, optimizer: di
     for file in files:
         sync_file(file)
     facts = {file.name: FileFact.of_file(file).as_dict() for file in files}
-    write_file(folder / STATE, (json.dumps({**state, "files": facts}, indent=1, sort_keys=True) + "\n").encode())
+    write_file(folder / STATE, as_record(dict(sorted({**state, "files": facts}.items()))))
 
 
 def _size(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    return run / FOLDER / f"step-{step:08d}"
 
 
 def steps(run: Path) -> list[int]:
@@ -95,24 +107,38 @@ def steps(run: Path) -> list[int]:
 def latest(run: Path) -> Checkpoint | None:
     """Return the newest checkpoint of a run, every byte checked; None when it has none. CacheError when damaged."""
     held = steps(run)
-    return open_checkpoint(run / FOLDER / f"step-{held[-1]:08d}") if held else None
+    return open_checkpoint(checkpoint_folder(run, held[-1])) if held else None
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Read state.json and check the files it names. Raises CacheError naming the one that is damaged."""
+def open_checkpoint(path: Path, checked: Iterable[str] = (CONFIG, DRAFT, OPTIMIZER)) -> Checkpoint:
+    """Read state.json, and check the files it names: all by size, those of `checked` byte by byte.
+
+    Raises CacheError naming the one that is damaged or is not where a checkpoint has it.
+    """
     remedy = f"remove {path} to go on from the checkpoint before"
-    try:
-        state = json.loads((path / STATE).read_text("utf-8"))
-        step, facts = state["step"], state["files"]
-        wrong = [name for name, fact in facts.items() if FileFact.of_file(path / name).as_dict() != fact]
-        if path.name.startswith("step-") and path.name != f"step-{step:08d}":
-            wrong.append(STATE)
-    except (OSError, CacheError, ValueError, KeyError, TypeError, AttributeError) as error:
-        said = str(error).removesuffix("; run `pipeline verify`")  # which is for caches
-        raise CacheError(f"{path}: damaged checkpoint ({said}); {remedy}") from None
-    if wrong:
-        raise CacheError(f"{path / wrong[0]}: damaged, it is not what {STATE} says; {remedy}")
+    state = read_record(path / STATE, {"step": int, "files": FILES}, remedy, MOST_JSON)
+    step, facts = state["step"], state["files"]
+    if not NEEDED <= facts.keys() <= {*NEEDED, OPTIMIZER}:
+        named = ", ".join(sorted(facts)) or "no files"
+        raise CacheError(f"{path / STATE}: it names {named} and a checkpoint has {CONFIG} and {DRAFT}; {remedy}")
+    if path.name.startswith("step-") and path.name != f"step-{step:08d}":
+        raise CacheError(f"{path / STATE}: damaged, it is of step {step}; {remedy}")
+    for name, fact in facts.items():
+        _check_file(path / name, fact, name in checked, remedy)
     return Checkpoint(path, step, state)
+
+
+def _check_file(path: Path, fact: dict, every_byte: bool, remedy: str) -> None:
+    """Refuse a file that is not what state.json says. Its size is looked at before it is opened."""
+    try:
+        found = os.lstat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise CacheError(f"{path}: a link or no file, and a checkpoint holds its own files; {remedy}")
+        same = found.st_size == fact["size"] and (not every_byte or FileFact.of_file(path).as_dict() == fact)
+    except OSError as error:
+        raise damaged(path, error, remedy) from None
+    if not same:
+        raise CacheError(f"{path}: damaged, it is not what {STATE} says; {remedy}")
 
 
 def find_checkpoint(place: Path) -> Path:
@@ -124,44 +150,37 @@ def find_checkpoint(place: Path) -> Path:
         raise UsageError(
             f"{place} is no run with a checkpoint and no checkpoint; train one with `pipeline train-draft`"
         )
-    return place / FOLDER / f"step-{held[-1]:08d}"
-
-
-def read_run(run: Path) -> dict:
-    """Return what a run's folder says the run is. CacheError when that is damaged."""
-    form = {"cache": {"path": str, "digest": str, "rounded": [str]}, "split": {"digest": str}, "target": str}
-    form["versions"] = {str: str}
-    return read_record(run / RUN, form, "put it back as it was, or train into another --out")
-
-
-def read_record(path: Path, form: dict, remedy: str) -> dict:
-    """Return JSON of this form that a run's folder keeps beside its checkpoints. CacheError when it is damaged."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CacheError(f"{path}: damaged ({error}); {remedy}") from None
-    if not has_form(found, form):
-        raise CacheError(f"{path}: damaged, or no record of a run; {remedy}")
-    return found
+    return checkpoint_folder(place, held[-1])
 
 
 def load_config(place: Path) -> DraftConfig:
-    """Return the DraftConfig of a run's newest checkpoint, or of the checkpoint `place`."""
-    path = find_checkpoint(Path(place)) / CONFIG
+    """Return the DraftConfig of a run's newest checkpoint, or of the checkpoint `place`. CacheError for damage."""
+    path = find_checkpoint(Path(place))
+    open_checkpoint(path, (CONFIG,))
+    return _config(path)
+
+
+def _config(path: Path) -> DraftConfig:
+    file, remedy = path / CONFIG, "use another checkpoint"
     try:
-        return DraftConfig(**json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError) as error:
-        raise CacheError(f"{path}: damaged ({error}); use another checkpoint") from None
+        fields = parse_json(read_file(file, MOST_JSON))
+        if fields["num_hidden_layers"] > MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers is {fields['num_hidden_layers']}")
+        return DraftConfig(**fields)
+    except (OSError, ValueError, TypeError, KeyError, UsageError) as error:
+        raise damaged(file, error, remedy) from None
 
 
 def load_draft(place: Path, head: TargetHead, device: str | torch.device = "cpu") -> Draft:
     """Return the draft of a run's newest checkpoint, or of the checkpoint `place`, in float32 and evaluation mode.
 
-    Every byte is checked. Raises UsageError when there is none, CacheError when it is damaged.
+    Every byte of it is checked. Raises UsageError when there is none, CacheError when it is damaged.
     """
     path = find_checkpoint(Path(place))
-    open_checkpoint(path)
-    config = load_config(path)
+    open_checkpoint(path, (CONFIG, DRAFT))
+    config = _config(path)
+    if open_safetensors([path / DRAFT]).shapes != draft_tensors(config):  # before anything of that size is made
+        raise CacheError(f"{path / DRAFT}: not the weights of the draft in its {CONFIG}; use another checkpoint")
     draft = DRAFTS[config.method](config, head).to(device)
     draft.load_state_dict(load_file(path / DRAFT, device=str(device)))
     return draft.eval()

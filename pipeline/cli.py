@@ -13,6 +13,7 @@ from pipeline import __version__
 from pipeline.errors import CacheError, ProofError, UsageError
 from pipeline.exits import OnACache, run_and_exit
 from pipeline.options import FOLDER, PATH, REPORT, capture_options
+from pipeline.terminal import say, visible
 from pipeline.threads import wait_briefly
 
 
@@ -54,7 +55,7 @@ def plan(model, corpus, out, probe, as_json, **chosen):
     show(report, as_json, plan_table)
     if not as_json:
         show(report, as_json, plan_samples)
-        click.echo(f"next: {report['command']}")
+        say(f"next: {visible(report['command'])}")
 
 
 @commands.command("cache-hidden")
@@ -260,7 +261,7 @@ def export(draft, out, form):
     from pipeline.export import export
 
     done = export(draft, out, form)
-    click.echo(f"{out}: {done['tensors']} tensors, {done['parameters']:,} parameters, {done['proof']}")
+    say(visible(f"{out}: {done['tensors']} tensors, {done['parameters']:,} parameters, {done['proof']}"))
 
 
 @commands.command("check-export")
@@ -306,26 +307,25 @@ def report(reports, markdown, forced, drawing, against):
         table = comparison(reports, markdown, forced)
     if drawing:
         plot(reports, drawing)
-    click.echo(table) if markdown else console().print(table)
+    say(table) if markdown else console().print(table)
 
 
 def console():
     """A rich console as wide as the terminal, at least 110 columns where there is none."""
-    from rich.console import Console
+    from pipeline.console import VisibleConsole
 
-    width = None if sys.stdout.isatty() else 110
-    return Console(width=width, highlight=False, markup=False, emoji=False)  # a corpus may say [/b], and means it
+    return VisibleConsole()
 
 
 def show(report: dict, as_json: bool, table) -> None:
     """Print a report: as JSON on one machine-readable page, or as the table that `table` makes of it."""
     if as_json:
-        click.echo(json.dumps(report, indent=2, default=str))
+        say(json.dumps(report, indent=2, default=str).replace("\x7f", "\\u007f"))  # what JSON would leave as it is
     else:
         console().print(table(report))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command and exit: 0 done, 1 a bug or a failed proof, 2-5 typed errors, 130 / 143 interrupted."""
+    """Run a command and exit: 0 done, 1 a bug or a failed proof, 2-5 typed errors, 129 / 130 / 143 stopped."""
     wait_briefly()
     run_and_exit(commands, sys.argv[1:] if arguments is None else arguments)

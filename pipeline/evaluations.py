@@ -1,6 +1,5 @@
 """What evaluations say: reading their reports, pooling seeds, accept lengths with their intervals."""
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,8 @@ import numpy as np
 
 from pipeline.cache.manifest import has_form
 from pipeline.errors import UsageError
+from pipeline.records import MOST_BYTES, damaged, scarred, unsealed
+from pipeline.untrusted import read_file
 
 DECODED = {"domains": {str: {"accept_len": float, "calls": int}}, "samples": [{"domain": str, "lengths": [int]}]}
 EVALUATION = {  # what is read of a report; more is in it
@@ -26,7 +27,7 @@ DRAWN = {"temperature": float, "draft_temperature": float, **DECODED}
 
 def load_reports(paths: Sequence[Path]) -> list[dict]:
     """Read what `pipeline evaluate --out` wrote, of one target and limit. UsageError for anything else."""
-    reports = [_load(Path(path)) for path in paths]
+    reports = [load_report(Path(path)) for path in paths]
     targets = {report["target"] for report in reports}
     limits = {report["settings"]["max_new"] for report in reports}
     for what, found in (("targets", targets), ("limits of a reply's tokens", limits)):
@@ -35,10 +36,17 @@ def load_reports(paths: Sequence[Path]) -> list[dict]:
     return reports
 
 
-def _load(path: Path) -> dict:
+def load_report(path: Path) -> dict:
+    """Read what `pipeline evaluate --out` wrote. UsageError for what is no report, CacheError for a damaged one."""
     try:
-        report = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
+        data = read_file(path, MOST_BYTES)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is no report of `pipeline evaluate --out FILE` ({_said(error)})") from None
+    try:
+        report, _ = unsealed(data)
+    except ValueError as error:
+        if scarred(data):
+            raise damaged(path, error, "put it back as it was, or evaluate that draft again") from None
         raise UsageError(f"{path} is no report of `pipeline evaluate --out FILE` ({error})") from None
     wrong = [key for key in EVALUATION if not has_form(report, {key: EVALUATION[key]})]
     if not wrong and report.get("sampled") is not None and not has_form(report["sampled"], DRAWN):
@@ -49,6 +57,10 @@ def _load(path: Path) -> dict:
             "absent or not as expected; evaluate that draft again"
         )
     return report
+
+
+def _said(error: Exception) -> object:
+    return getattr(error, "strerror", None) or error
 
 
 def columns_of(reports: list[dict]) -> dict[str, list[dict]]:

@@ -3,18 +3,21 @@
 The whole trace is shown with `--debug`.
 """
 
-import os
+import logging
 import shlex
 import signal
 import sys
 import traceback
+import warnings
 
 import click
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, RoomError
 from pipeline.limits import limit
+from pipeline.streams import lost_output, outlive_readers
+from pipeline.terminal import say, visible, visible_lines
 
-TERMINATED = 128 + signal.SIGTERM
+ENDING = (signal.SIGTERM, signal.SIGHUP)  # exit codes 143, and 129 for a terminal that was closed
 GOES_ON = "what is finished is kept, and the same command goes on from there"
 NOTHING = "nothing was written, and the same command starts again"
 INTERRUPTED = dict.fromkeys(("inspect", "export", "check-export", "report"), NOTHING)  # done or not done; others go on
@@ -34,18 +37,24 @@ class OnACache(click.Command):
             raise
 
 
-def _stopped(signum, frame):
-    raise SystemExit(TERMINATED)
+def _stopped(number, frame):
+    raise SystemExit(128 + number)
 
 
 def run_and_exit(commands: click.Group, arguments: list[str]) -> None:
-    """Run a command line and exit: 0 done, 1 a bug or a failed proof, 2-5 typed errors, 130 / 143 interrupted."""
+    """Run a command line and exit: 0 done, 1 a bug or a failed proof, 2-5 typed errors, 129 / 130 / 143 stopped."""
     debug = "--debug" in arguments
-    signal.signal(signal.SIGTERM, _stopped)
-    sys.excepthook = sys.__excepthook__ if debug else _bug
+    outlive_readers()
+    for number in ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _stopped)
+    sys.excepthook = _traced if debug else _bug
+    _show_what_others_say()
     try:
         commands.main(arguments, prog_name="pipeline", standalone_mode=False)
         sys.stdout.flush()
+        if why := lost_output():
+            raise RoomError(f"standard output: {why}; all else is done: make room, or print it to another place")
     except (KeyboardInterrupt, click.exceptions.Abort):
         command = next((argument for argument in arguments if not argument.startswith("-")), "")
         sys.exit(_complain(f"interrupted; {INTERRUPTED.get(command, GOES_ON)}", 130, debug))
@@ -57,9 +66,6 @@ def run_and_exit(commands: click.Group, arguments: list[str]) -> None:
         sys.exit(_complain(f"error: {error.format_message()} (`{command} --help` lists what there is)", 2, debug))
     except PipelineError as error:
         sys.exit(_complain(f"error: {error}", error.code, debug))
-    except BrokenPipeError:  # the reader of our output, `head` say, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except (OSError, MemoryError, RuntimeError) as error:  # a limit of the machine is no bug
         met = limit(getattr(error, "filename", None) or "the command stopped", error)
         if met is None:
@@ -69,11 +75,34 @@ def run_and_exit(commands: click.Group, arguments: list[str]) -> None:
 
 def _bug(kind, error, trace):
     """What nobody foresaw, in one line; Python then exits with 1."""
-    click.echo(f"bug: {kind.__name__}: {error} (the trace: `pipeline --debug ...`)", err=True)
+    say(f"bug: {kind.__name__}: {visible(error)} (the trace: `pipeline --debug ...`)", err=True)
+
+
+def _traced(kind, error, trace):
+    say("".join(traceback.format_exception(kind, error, trace)), err=True)
+
+
+def _show_what_others_say() -> None:
+    """Have the warnings and logs of libraries, which may quote a model's config, steer no terminal either."""
+    logging.setLogRecordFactory(_visible_record)
+    warnings.formatwarning = _visible_warning
+
+
+def _visible_record(*given, **named) -> logging.LogRecord:
+    record = logging.LogRecord(*given, **named)
+    record.msg, record.args = visible_lines(record.getMessage()), None
+    return record
+
+
+_format_warning = warnings.formatwarning
+
+
+def _visible_warning(*given, **named) -> str:
+    return visible_lines(_format_warning(*given, **named))
 
 
 def _complain(line: str, code: int, debug: bool) -> int:
     if debug:
-        traceback.print_exc()
-    click.echo(line, err=True)
+        say(traceback.format_exc(), err=True)
+    say(visible(line), err=True)
     return code

@@ -16,6 +16,7 @@ import numpy as np
 from pipeline.errors import RoomError, UsageError
 from pipeline.evaluations import accept_length, load_reports, variants
 from pipeline.published.card import TITLES
+from pipeline.terminal import visible
 
 # Okabe and Ito's colours, told apart with any kind of colour blindness; their yellow is too light for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -61,7 +62,7 @@ def plot(paths: Sequence[Path], out: Path) -> None:
     lines = lines_of(reports)
     for line in lines:
         _check_line(line)
-    title = f"{reports[0]['target']}: accept length by training steps"
+    title = f"{visible(reports[0]['target'])}: accept length by training steps"
     data = _rendered(lines, title, _note(reports), out.suffix.lower())
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -86,9 +87,9 @@ def lines_of(reports: list[dict]) -> list[Line]:
     found = defaultdict(lambda: defaultdict(list))
     for report in reports:
         draft, cache = report["draft"], report.get("cache") or "unknown"
-        name = ", ".join([TITLES.get(draft["method"], draft["method"]), *variants(report)])
+        name = visible(", ".join([TITLES.get(draft["method"], draft["method"]), *map(str, variants(report))]))
         parts = [f"block {draft['block_size']}", f"{draft['proposals']} proposals", _size(draft["parameters"])]
-        parts += [f"cache {cache[:8]}"] * (len(caches) > 1)
+        parts += [visible(f"cache {cache[:8]}")] * (len(caches) > 1)
         found[name, ", ".join(parts)][draft["steps"]].append(report)
     return [Line(*key, dict(sorted(by_steps.items()))) for key, by_steps in found.items()]
 

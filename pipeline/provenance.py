@@ -1,16 +1,19 @@
 """Where a draft comes from: what its run's folder tells, and the cache that it was trained on, where that still is."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.cache import HiddenCache
 from pipeline.cache.inspect import describe
-from pipeline.checkpoint import RUN, find_checkpoint, open_checkpoint, read_run
+from pipeline.cache.manifest import has_form
+from pipeline.checkpoint import find_checkpoint, open_checkpoint
 from pipeline.errors import CacheError, UsageError
+from pipeline.evaluations import load_report
 from pipeline.published.card import Facts
 from pipeline.published.writing import Origin
-from pipeline.recipe import load_recipe
+from pipeline.run_folder import DONE, FIGURES, RUN, read_recipe, read_result, read_run
+
+CARD_FIGURES = {"overall": FIGURES, "domains": {str: FIGURES}}
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,8 @@ def provenance(place: Path) -> Provenance:
     folder = checkpoint.resolve().parent.parent
     if not (folder / RUN).is_file():
         return Provenance(None, Origin("float32"), Facts())
-    recorded, recipe = read_run(folder), load_recipe(folder / "recipe.toml")
-    held, step = recorded["cache"], open_checkpoint(checkpoint).step
+    recorded, recipe = read_run(folder), read_recipe(folder)
+    held, step = recorded["cache"], open_checkpoint(checkpoint, ()).step
     origin = Origin(
         dtype=recipe.train.dtype,
         target=recorded["target"],
@@ -69,11 +72,12 @@ def _with_cache(cache: HiddenCache, origin: Origin, facts: Facts) -> Provenance:
 
 def evaluations(folder: Path, step: int) -> list[dict]:
     """Return what was measured of the checkpoint after `step`: reports of `evaluate` that lie in the run's folder or
-    beside it under its name, and the accept length that training measured itself."""
+    beside it under its name, and the accept length that training measured itself. CacheError for a damaged one."""
     found = []
-    for path in sorted([*folder.glob("*.json"), folder.parent / f"{folder.name}.json"]):
-        report = _json(path)
-        if not ({"overall", "domains", "settings", "draft"} <= report.keys() and report["draft"].get("steps") == step):
+    own = {folder / RUN, folder / DONE}
+    for path in sorted({*folder.glob("*.json"), folder.parent / f"{folder.name}.json"} - own):
+        report = _report(path)
+        if report is None or report["draft"].get("steps") != step:
             continue
         settings = report["settings"]
         cut = f", blocks cut at confidence {settings['threshold']:g}" if settings.get("threshold") else ""
@@ -83,8 +87,8 @@ def evaluations(folder: Path, step: int) -> list[dict]:
         if drawn:
             title = f"Replies drawn from the target at T = {drawn['temperature']:g}, {most}"
             found.append({"title": title, "figures": _figures(drawn)})
-    done = _json(folder / "done.json")
-    if done.get("steps") == step and done.get("eval") and done["eval"]["calls"]:
+    done = read_result(folder)
+    if done and done["steps"] == step and done["eval"] and done["eval"]["calls"]:
         title = "On held-out replies that are the target's own, greedy, without decoding"
         found.append({"title": title, "figures": done["eval"]})
     return found
@@ -94,9 +98,12 @@ def _figures(part: dict) -> dict:
     return part["overall"] | {"domains": part["domains"]}
 
 
-def _json(path: Path) -> dict:
+def _report(path: Path) -> dict | None:
+    """Return a report whose figures a card can show; None for any other file, or one of another version."""
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        report = load_report(path)
+    except UsageError:
+        return None
+    parts = [report, *([report["sampled"]] if report.get("sampled") else [])]
+    cut = report["settings"].get("threshold") or 0
+    return report if all(has_form(part, CARD_FIGURES) for part in parts) and has_form(cut, float) else None

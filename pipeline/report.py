@@ -9,22 +9,15 @@ from pathlib import Path
 from statistics import fmean
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from pipeline.cache.disk import size_text
 from pipeline.cache.layout import LOG, TARGET
 from pipeline.cache.manifest import read_canonical
+from pipeline.console import grid
 from pipeline.errors import CacheError, UsageError
 from pipeline.evaluations import cell, columns_of, drawn_at, load_reports, temperatures
-
-
-def grid(*heads: str, title: str | None = None) -> Table:
-    """Return an empty table; a head that begins with `>` is of numbers, to the right."""
-    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
-    for head in heads:
-        table.add_column(head.removeprefix(">"), justify="right" if head.startswith(">") else "left")
-    return table
+from pipeline.terminal import in_markdown, visible, visible_lines
 
 
 def cache_table(report: dict) -> Group:
@@ -77,7 +70,7 @@ def coloured_sample(cache: Path, view: dict) -> Group:
         f"sample {view['sample']} ({view['sample_id']}): {view['length']} tokens, {view['supervised']} supervised "
         f"(green); {view['domain'] or 'no domain'}, {view['split'] or 'no split'}; {view['source']}:{view['line']}"
     )
-    return Group(Text(head, style="bold"), coloured(tokenizer_of(cache), view["ids"], view["mask"]))
+    return Group(Text(visible(head), style="bold"), coloured(tokenizer_of(cache), view["ids"], view["mask"]))
 
 
 def tokenizer_of(cache: Path):
@@ -104,7 +97,7 @@ def coloured(tokenizer, ids: Sequence[int], mask: Sequence[bool], most: int | No
             piece = tokenizer.decode(list(ids[start:end]), skip_special_tokens=False)
             if most and len(piece) > most:
                 piece = f"{piece[: most // 2]} [...] {piece[-most // 2 :]}"
-            text.append(piece, style="green underline" if mask[start] else "dim")
+            text.append(visible_lines(piece), style="green underline" if mask[start] else "dim")
             start = end
     return text
 
@@ -120,7 +113,7 @@ def verify_table(report: dict) -> Group:
         found = report[kind]
         if found:
             lines.append(Text(f"{len(found)} {title}:", style=style))
-            lines += [Text(f"  {entry if kind == 'foreign' else finding(entry)}") for entry in found]
+            lines += [Text(f"  {visible(entry if kind == 'foreign' else finding(entry))}") for entry in found]
     if report["incomplete"]:
         lines.append(Text(f"incomplete: {', '.join(report['incomplete'])}", style="yellow"))
     if not report["damaged"]:
@@ -148,8 +141,9 @@ def comparison(paths: Sequence[Path], markdown: bool = False, forced: bool = Fal
         figures |= _drawn_rows(*drawn)
     if forced:
         figures |= {f"{domain}, forced": lambda reports, name=domain: _forced(reports, name) for domain in domains}
-    rows = [["accept length", *columns]]
-    rows += [[title, *map(figure, columns.values())] for title, figure in (figures | FACTS).items()]
+    name = in_markdown if markdown else visible
+    rows = [["accept length", *map(name, columns)]]
+    rows += [[name(title), *map(figure, columns.values())] for title, figure in (figures | FACTS).items()]
     if markdown:
         return as_markdown(rows)
     table = grid(rows[0][0], *(f">{head}" for head in rows[0][1:]))
@@ -157,8 +151,8 @@ def comparison(paths: Sequence[Path], markdown: bool = False, forced: bool = Fal
         table.add_row(*row)
     first = next(iter(columns.values()))[0]
     note = (
-        f"{first['target']}, greedy where no T is named, replies of {first['settings']['max_new']} tokens at most; "
-        "tokens gained per target call, the target's own included; 95 % intervals over prompts"
+        f"{visible(first['target'])}, greedy where no T is named, replies of {first['settings']['max_new']} tokens at "
+        "most; tokens gained per target call, the target's own included; 95 % intervals over prompts"
     )
     forced_note = "\nforced: teacher-forced, on the cache's replies" if forced else ""
     return Group(table, "", Text(note + forced_note, style="dim"))
@@ -214,7 +208,7 @@ def sweep_table(report: dict) -> Group:
         "accept length on held-out samples, without the target: tokens gained per target call, the target's own "
         "included; 95 % intervals over replies, which say nothing of how far seeds differ"
     )
-    lines = [Text(f"{fact['run']}: {fact['failed']}", style="red") for fact in runs if fact["failed"]]
+    lines = [Text(visible(f"{fact['run']}: {fact['failed']}"), style="red") for fact in runs if fact["failed"]]
     return Group(*parts, table, "", *lines, Text(note, style="dim"))
 
 

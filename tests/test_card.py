@@ -8,6 +8,7 @@ from forms import deepspec_dspark, target
 from pipeline import checkpoint
 from pipeline.cache.inspect import describe
 from pipeline.drafts import DRAFTS, DraftConfig, init_weights
+from pipeline.evaluations import load_report
 from pipeline.export import export
 from pipeline.provenance import evaluations
 from pipeline.published import read_published
@@ -69,7 +70,7 @@ def test_the_card_has_accept_lengths_by_domain_and_slot_however_they_were_measur
 
 
 def test_an_accept_length_of_cut_blocks_says_so(trained, tmp_path):
-    report = json.loads((trained / "evaluation.json").read_text())
+    report = load_report(trained / "evaluation.json")
     report["settings"]["threshold"] = 0.4
     (tmp_path / "cut.json").write_text(json.dumps(report))
     titles = [found["title"] for found in evaluations(tmp_path, 2)]

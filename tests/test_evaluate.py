@@ -1,7 +1,6 @@
 """Evaluation as a user meets it: a trained run in, a report out, and nothing believed that was not checked."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -9,12 +8,15 @@ import torch
 from click.testing import CliRunner
 from greedy import STOP, make_greedy_cache, save_stopping_target
 from rich.console import Console
+from run_folders import with_recipe
 from tiny import config, save_target, write_jsonl
 
 from pipeline import cli
 from pipeline.cache import HiddenCache
 from pipeline.errors import DataError, ProofError, RoomError, UsageError
+from pipeline.evaluations import load_report
 from pipeline.export import export
+from pipeline.records import unsealed
 from stages.evaluate import decode
 from stages.evaluate import run as evaluation
 from stages.evaluate.decode import Decoded, Dice
@@ -49,16 +51,14 @@ def trained(cache, tmp_path_factory):
 def report(trained, tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "report.json"
     found = run(trained, count=5, max_new=12, device="cpu", out=out, dice=Dice(1.0, 0.7, 3))
-    assert json.loads(out.read_text()) == found
+    assert load_report(out) == found
     return found
 
 
 def test_runs_of_one_recipe_and_other_seeds_are_known_as_such(report, trained, tmp_path):
-    text, found = (trained / "recipe.toml").read_text(), []
+    found = []
     for name, line, other in (("seed", "seed = 3", "seed = 4"), ("anchors", "anchors = ", "anchors = 1")):
-        assert line in text
-        copy = shutil.copytree(trained, tmp_path / name)
-        (copy / "recipe.toml").write_text(text.replace(line, other, 1))
+        copy = with_recipe(trained, tmp_path / name, line, other)
         found.append(evaluation.describe_draft(copy).recipe == report["draft"]["recipe"])
     assert found == [True, False]
 
@@ -208,7 +208,7 @@ def test_a_list_of_numbers_takes_one_line_of_the_report_and_texts_stay_as_they_a
 
     written = evaluation.as_json(report).decode()
 
-    assert json.loads(written) == report
+    assert unsealed(written.encode())[0] == report
     lines = [line.strip() for line in written.splitlines()]
     assert {'"lengths": [8,1,2]', '"interval": [1.5,-1e-09],', "[1,2],", "[3,null]"} <= {*lines}
 
@@ -265,10 +265,7 @@ def test_an_exported_folder_evaluates_as_its_run(report, trained, cache, tmp_pat
 
 
 def test_weights_stored_in_bfloat16_are_proven_against_the_rounded_ones(trained, tmp_path):
-    copy = shutil.copytree(trained, tmp_path / "copy")
-    recipe = (copy / "recipe.toml").read_text()
-    assert 'dtype = "float32"' in recipe
-    (copy / "recipe.toml").write_text(recipe.replace('dtype = "float32"', 'dtype = "bfloat16"'))
+    copy = with_recipe(trained, tmp_path / "copy", 'dtype = "float32"', 'dtype = "bfloat16"')
 
     done = export(copy, tmp_path / "out")
 
@@ -301,9 +298,7 @@ def test_a_published_draft_alone_needs_a_cache_or_prompts_and_a_model(trained, t
 
 
 def test_an_exported_draft_knows_what_was_held_out_from_it(trained, cache, tmp_path):
-    recipe = trained / "recipe.toml"
-    shutil.copytree(trained, tmp_path / "run")
-    (tmp_path / "run" / "recipe.toml").write_text(recipe.read_text().replace("heldout = 0.05", "heldout = 0.25"))
+    with_recipe(trained, tmp_path / "run", "heldout = 0.05", "heldout = 0.25")
     export(tmp_path / "run", tmp_path / "out")
     known = evaluation.describe_draft(tmp_path / "out")
     flat = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -30,6 +30,7 @@ from pipeline.drafts import DRAFTS, Knobs, lay_blocks
 from pipeline.drafts import draft as draft_module
 from pipeline.errors import CacheError, DataError, ProofError, RoomError, UsageError
 from pipeline.recipe import load_recipe, resolve
+from pipeline.records import as_record, unsealed
 from pipeline.split import prompt_hash, split_by_prompt, split_samples, spread
 from stages.recode.run import run as recode
 from stages.train_draft import folder as run_folder
@@ -712,9 +713,9 @@ def test_a_run_that_goes_on_elsewhere_says_what_differs(tiny_cache, tmp_path, mo
     with monkeypatch.context() as patch, pytest.raises(Killed):
         stopping(patch, 3, kill)
         trained(tiny_cache, tmp_path / "run", "train.save_every=2")
-    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    facts, _ = unsealed((tmp_path / "run" / "run.json").read_bytes())
     facts["machine"], facts["versions"]["torch"] = {"device": "cpu", "threads": "64"}, "2.9.0"
-    (tmp_path / "run" / "run.json").write_text(json.dumps(facts))
+    (tmp_path / "run" / "run.json").write_bytes(as_record(facts))
     assert "began with" not in capsys.readouterr().out
 
     trained(tiny_cache, tmp_path / "run", "train.save_every=2")

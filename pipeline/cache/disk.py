@@ -216,13 +216,13 @@ def _is_held(path: Path) -> bool:
 
 @contextlib.contextmanager
 def finishing() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM wait until the block is done: what takes milliseconds is not left half done.
+    """Let Ctrl-C, SIGTERM and SIGHUP wait until the block is done: what takes milliseconds is not left half done.
 
     Only the main thread gets signals, so elsewhere there is nothing to hold back.
     """
     before, waiting = {}, []
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         for number, handler in before.items():
             if handler is not None:  # None: not Python's to put back

@@ -9,7 +9,6 @@ on.
 
 import json
 import shlex
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +36,7 @@ from pipeline.cache.verify import Report, verify
 from pipeline.errors import CacheError, UsageError
 from pipeline.target_files import find_target
 from pipeline.target_weights import check_weights, check_weights_if_kept
+from pipeline.terminal import say, visible
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.record import read_record
 from stages.cache_hidden.report import Lost, Work, work_bytes
@@ -135,7 +135,7 @@ def is_imported(out: Path) -> bool:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr)
+    say(visible(line), err=True)
 
 
 def _whole_plan(out: Path) -> Plan:

@@ -16,7 +16,6 @@ from pipeline.cache.plan import Plan
 from pipeline.cache.samples import ShardPlan, numbers
 from pipeline.errors import UsageError
 from pipeline.target_files import read_json, text_config
-from pipeline.visible import visible
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.settings import Settings
 
@@ -179,10 +178,12 @@ def head_bytes(settings: Settings) -> int:
 
 def plan_table(report: dict):
     """Return the report as a table for people."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"plan of {report['cache']}", show_header=False, title_justify="left")
+    from pipeline.console import Grid
+    from pipeline.terminal import visible
+
+    table = Grid(title=f"plan of {visible(report['cache'])}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
     rows = [
@@ -241,7 +242,7 @@ def price_table(report: dict):
     """Return the bytes of every column in every codec, side by side; those chosen are marked."""
     from rich.text import Text
 
-    from pipeline.report import grid
+    from pipeline.console import grid
 
     table = grid("", *(f">{codec}" for codec in report["prices"]))
     for name in next(iter(report["prices"].values())):

@@ -22,6 +22,7 @@ from pipeline.cache.target_folder import has_target
 from pipeline.errors import DataError, UsageError
 from pipeline.gauge import Gauge
 from pipeline.target_weights import check_weights_if_kept
+from pipeline.terminal import say, visible
 from stages.cache_hidden.budget import chooser, is_planned, within_budget
 from stages.cache_hidden.corpus import corpus_files, file_sources, source_roles
 from stages.cache_hidden.options import CaptureOptions
@@ -172,14 +173,14 @@ def _make_plan(corpus: str | None, out: Path, settings: Settings, options: Captu
     spare, budget = capped and options.budget is None, chooser(settings, options)
     if budget and plan_numbers(out):
         check_unused(out)
-        print(f"{out}: nothing of its plan is captured, so this budget makes another", file=sys.stderr)
+        say(f"{visible(out)}: nothing of its plan is captured, so this budget makes another", err=True)
     before = load_plan(out).samples if options.append else 0
     most = HUB_SAMPLES if capped else options.max_samples
     plan = make_plan(named, out, settings, most, spare_disk=spare, budget=budget, roles=options.roles)
     if options.append:
         new = plan.samples - before
         told = f"{new:,} samples to the {before:,} there" if new else f"none, all are among the {before:,} there"
-        print(f"{named} adds {told}", file=sys.stderr)
+        say(visible(f"{named} adds {told}"), err=True)
     return plan
 
 
@@ -223,7 +224,7 @@ def _announce(planned: Plan, settings: Settings, work: Work, worker: Worker) -> 
         file=sys.stderr,
     )
     for line in [*budget_steps(planned), *left_out_lines(planned)]:
-        print(line, file=sys.stderr)
+        say(visible(line), err=True)
 
 
 def left_out_lines(planned: Plan) -> list[str]:
@@ -264,7 +265,8 @@ def _say(out: Path, done: Done, worker: Worker) -> Done:
     who = f" by {worker}" if worker.count > 1 else ""
     left = f", {done.left} left to the other workers" if done.left else ""
     left_out = f", {done.refused} refused" if done.refused else ""
-    print(f"{out}: {done.samples:,} samples{left_out} in {done.shards} shards, {done.gib:.2f} GiB; {now}{who}{left}")
+    where = visible(out)
+    say(f"{where}: {done.samples:,} samples{left_out} in {done.shards} shards, {done.gib:.2f} GiB; {now}{who}{left}")
     if done.gauge.rows:
         print(f"on-policy gauge: {done.gauge}")
         if done.gauge.warning:

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 from rich.console import Group
-from rich.table import Table
 
 from pipeline.accept import SLOTS_AT_ONCE, Span, accept_spans, cut_spans, summarise
 from pipeline.cache import HiddenCache
+from pipeline.console import Grid, grid
 from pipeline.drafts import Draft, Knobs, eligible_anchors, lay_blocks, metrics_of, needs_teacher, pack
-from pipeline.report import grid
 from pipeline.split import spread
+from pipeline.terminal import visible
 from stages.evaluate.decode import Decoded, Dice
 from stages.evaluate.prompts import Prompt
 from stages.evaluate.proof import BEYOND, NearTie, judge_places
@@ -166,8 +166,9 @@ def table(report: dict) -> Group:
     draft, settings = report["draft"], report["settings"]
     cut = f", blocks cut at confidence {settings['threshold']:g}" if settings["threshold"] else ""
     lines = [
-        f"{draft['label']}, {draft['proposals']} proposals a block{cut}, for {report['target']}; "
-        f"{settings['prompts']}, {settings['max_new']} tokens at most, {settings['device']}, {settings['dtype']}",
+        f"{visible(draft['label'])}, {draft['proposals']} proposals a block{cut}, for {visible(report['target'])}; "
+        f"{visible(settings['prompts'])}, {settings['max_new']} tokens at most, {settings['device']}, "
+        f"{settings['dtype']}",
         "accept length: tokens gained per target call, the target's own included; forced: teacher-forced, on the "
         "cache's replies; +k: share of calls that kept proposal k",
         _kept("T = 0", report),
@@ -181,9 +182,9 @@ def table(report: dict) -> Group:
     )  # fmt: skip
 
 
-def _figures(title: str, part: dict, proposals: int, forced: dict[str, float]) -> Table:
+def _figures(title: str, part: dict, proposals: int, forced: dict[str, float]) -> Grid:
     """Accept lengths of each domain and of all, decoded one way."""
-    figures = Table(box=None, header_style="bold", pad_edge=False)
+    figures = grid()
     heads = [title, "prompts", "accept length", "95 %", "calls saved", *["forced"] * bool(forced)]
     for head in [*heads, *(f"+{slot + 1}" for slot in range(proposals))]:
         figures.add_column(head, justify="left" if head == title else "right")

@@ -10,17 +10,19 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedModel
 
 from pipeline.cache import HiddenCache
 from pipeline.cache.disk import room, write_file
 from pipeline.cache.layout import LOG
-from pipeline.checkpoint import DRAFT, RUN, find_checkpoint, load_draft, open_checkpoint, read_run
+from pipeline.checkpoint import CONFIG, DRAFT, find_checkpoint, load_draft, open_checkpoint
+from pipeline.console import VisibleConsole
 from pipeline.drafts import Draft
 from pipeline.errors import RoomError, UsageError
-from pipeline.published import CONFIG, load_draft_folder, recorded_share
-from pipeline.recipe import TrainSection, load_recipe
+from pipeline.published import load_draft_folder, recorded_share
+from pipeline.recipe import TrainSection
+from pipeline.records import sealed
+from pipeline.run_folder import RUN, read_recipe, read_run
 from pipeline.split import split_samples
 from pipeline.target import head_of, load_target, stop_tokens
 from pipeline.target_files import find_target, positions, target_digest, target_name
@@ -152,14 +154,15 @@ def keep(report: dict, out: Path) -> None:
     try:
         write_file(out, as_json(report))
     except RoomError:
-        Console(stderr=True, highlight=False, markup=False).print(table(report))
+        VisibleConsole(stderr=True).print(table(report))
         raise
 
 
 def as_json(report: dict) -> bytes:
-    """Return a report as JSON, a list of numbers on one line: reports are kept in git, a line a number is no diff."""
+    """Return a report as a record, a list of numbers on one line: reports are kept in git, a line a number is no
+    diff."""
     text = json.dumps(report, indent=1)
-    return (PLAIN_LIST.sub(lambda found: re.sub(r"\s", "", found[0]), text) + "\n").encode()
+    return sealed(PLAIN_LIST.sub(lambda found: re.sub(r"\s", "", found[0]), text))
 
 
 @dataclass(frozen=True)
@@ -198,11 +201,11 @@ def describe_draft(path: Path) -> Trained:
     if (path / CONFIG).is_file() and not (path / DRAFT).is_file():
         return Trained(path, published=True, heldout=recorded_share(path))
     place = find_checkpoint(path)
-    steps, run_folder = open_checkpoint(place).step, place.resolve().parent.parent
+    steps, run_folder = open_checkpoint(place, ()).step, place.resolve().parent.parent
     if not (run_folder / RUN).is_file():
         return Trained(path, False, steps)
     trained_on = read_run(run_folder)["cache"]["path"]
-    recipe = load_recipe(run_folder / "recipe.toml")
+    recipe = read_recipe(run_folder)
     train, seedless = recipe.train, recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 0})})
     return Trained(path, False, steps, train.seed, train.heldout, Path(trained_on), seedless.digest())
 

@@ -36,6 +36,7 @@ from pipeline.target_files import (
 )
 from pipeline.target_head import TargetHead
 from pipeline.target_weights import check_weights_if_kept
+from pipeline.terminal import say, visible
 from stages.import_cache.convert import Import, applied, fill, gauged, proven
 from stages.import_cache.foreign import STORED
 from stages.import_cache.planning import held_plan, make_plan
@@ -97,7 +98,7 @@ def run(
         with working(out, planned):
             convert(out, planned, work, missing, target)
     derive(out)
-    return say(out, planned, work, len(missing), target)
+    return summary(out, planned, work, len(missing), target)
 
 
 def target_folder(model: str | None, folder: Path, unproven: bool) -> Path:
@@ -207,7 +208,7 @@ def refused_by_shard(out: Path, planned: Plan, work: Import) -> Iterator[dict]:
 def check_refused(refused: int, samples: int, reasons: dict[int, str]) -> None:
     """Name every sample refused; stop when there are more than bad luck explains."""
     for reason in reasons.values():
-        print(f"left out: {reason}", file=sys.stderr)
+        say(visible(f"left out: {reason}"), err=True)
     if refused > max(1, REFUSED_SHARE * samples):
         raise DataError(
             f"{refused} of {samples} samples hold states that cannot be kept, {next(reversed(reasons.values()))} for "
@@ -215,7 +216,7 @@ def check_refused(refused: int, samples: int, reasons: dict[int, str]) -> None:
         )
 
 
-def say(out: Path, planned: Plan, work: Import, new: int, target: Target) -> Done:
+def summary(out: Path, planned: Plan, work: Import, new: int, target: Target) -> Done:
     """Print what the cache holds now, what was left out, and what to do next."""
     gauge, refused = Gauge(), sum(map(len, refused_by_shard(out, planned, work)))
     for shard in planned.shards:
@@ -223,16 +224,16 @@ def say(out: Path, planned: Plan, work: Import, new: int, target: Target) -> Don
         gauge += Gauge.from_facts(facts["gauge"]) if "gauge" in facts else Gauge()
     now = f"{new} shards imported now" if new else "nothing to do"
     held = f"{planned.samples:,} samples" + (f", {refused} refused" if refused else "")
-    print(f"{out}: {held} in {len(planned.shards)} shards, from {work.source.form}; {now}")
+    say(visible(f"{out}: {held} in {len(planned.shards)} shards, from {work.source.form}; {now}"))
     for line in left_out(planned):
-        print(line, file=sys.stderr)
+        say(visible(line), err=True)
     if gauge.rows:
         print(f"on-policy gauge: {gauge}")
         if gauge.warning:
             print(gauge.warning, file=sys.stderr)
     if not target.proven:
         print("unproven: no state was compared with the target; an accept length of 1 would show the mistake late")
-    print(f"next: pipeline train-draft --cache {out}")
+    say(visible(f"next: pipeline train-draft --cache {out}"))
     return Done(planned.samples, planned.tokens, len(planned.shards), new, refused, gauge)
 
 

@@ -1,12 +1,12 @@
 """How the files are to be read: as a cache that is begun says, as was said, or as the target shows."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cache.layout import IDENTITY
 from pipeline.cache.manifest import read_canonical
 from pipeline.errors import UsageError
+from pipeline.terminal import say, visible
 from stages.import_cache.convert import Import
 from stages.import_cache.foreign import Foreign
 from stages.import_cache.proof import Way, settle
@@ -38,7 +38,7 @@ def settled(source: Source, out: Path, said: Said, target: Target) -> Import:
         at = {0, len(source.places) // 2, len(source.places) - 1}
         samples = [first, *(source.open(*source.places[number]) for number in sorted(at - {0}))][:PROBED]
         way, line = settle(target.model, samples, named, said.count_from, said.last)
-        print(f"{source.form}: {line}", file=sys.stderr)
+        say(visible(f"{source.form}: {line}"), err=True)
     else:
         way = stated_way(source, said, first)
     if way.last == "raw" and not target.proven:

@@ -32,6 +32,7 @@ from pipeline.cache.samples import ShardPlan
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import CacheError, DataError, ProofError, UsageError
 from pipeline.target_head import TargetHead
+from pipeline.terminal import visible
 
 BLOCKS = 16  # of a sample in memory at a time
 EVERY_S = 5.0  # between lines of progress
@@ -78,7 +79,8 @@ def run(cache: Path, codec: str) -> Done:
         if time.monotonic() > said + EVERY_S:
             said = time.monotonic()
             print(f"{number + 1} of {len(work)} columns of shards, {size_text(before)} read", file=sys.stderr)
-    print(f"{cache}: {len(work)} columns of shards written anew, {size_text(before)} are now {size_text(after)}")
+    where = visible(cache)
+    print(f"{where}: {len(work)} columns of shards written anew, {size_text(before)} are now {size_text(after)}")
     return Done(len(work), before, after)
 
 

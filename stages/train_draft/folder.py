@@ -1,16 +1,12 @@
 """A run's folder: one process at a time, one recipe and one cache for its whole life.
 
-recipe.toml      the resolved recipe; loads back equal
-run.json         cache, target, versions, command line, the rule by which logits are cut, scaled rotary positions
-metrics.jsonl    one line a logging step and evaluation; the same bytes whatever was killed when
-timing.jsonl     what differs from run to run: seconds, tokens a second
-checkpoints/     see pipeline/checkpoint.py
-done.json        the result; with it the run is finished
+run.json, recipe.toml, done.json     see pipeline/run_folder.py
+checkpoints/                         see pipeline/checkpoint.py
+metrics.jsonl, timing.jsonl          see journal.py
 """
 
 import contextlib
 import hashlib
-import json
 import os
 import platform
 import sys
@@ -21,18 +17,17 @@ from pathlib import Path
 
 from pipeline import __version__
 from pipeline.cache import HiddenCache
-from pipeline.cache.disk import lock, room, write_file
+from pipeline.cache.disk import lock, room
 from pipeline.cache.layout import FINAL
-from pipeline.checkpoint import RUN, read_record, read_run
 from pipeline.drafts import needs_teacher
 from pipeline.errors import CacheError, UsageError
 from pipeline.head_chunk import NEWEST, RULES
 from pipeline.published.start import Start
-from pipeline.recipe import Resolved, load_recipe
+from pipeline.recipe import Resolved
 from pipeline.rotary import RopeScaling
+from pipeline.run_folder import RECIPE, RUN, read_recipe, read_run, write_run
 from pipeline.split import Split
 
-RECIPE, METRICS, TIMING, DONE = "recipe.toml", "metrics.jsonl", "timing.jsonl", "done.json"
 OTHERS = {"config.json": "a model or a draft", "cache.json": "a cache"}  # whose folder is no place for a run
 RECORDED = ("torch", "numpy", "safetensors", "pydantic")
 
@@ -104,11 +99,10 @@ def enter(
             raise UsageError(
                 f"{run} holds {OTHERS[taken]} ({taken}), and a run in it would hide it; pass another --out"
             )
-        write_file(run / RUN, (json.dumps(facts, indent=1) + "\n").encode())
-        write_file(run / RECIPE, resolved.recipe.toml().encode())
+        write_run(run, facts, resolved.recipe.toml())
         return []
     there = read_run(run)
-    before = _flat(load_recipe(run / RECIPE).model_dump()) | _identity(there)
+    before = _flat(read_recipe(run).model_dump()) | _identity(there)
     now = _flat(resolved.recipe.model_dump()) | _identity(facts)
     for key in now:
         if before.get(key) != now[key]:
@@ -159,53 +153,3 @@ def _identity(facts: dict) -> dict:
 
 def _flat(recipe: dict) -> dict:
     return {f"{section}.{field}": value for section, fields in recipe.items() for field, value in fields.items()}
-
-
-def finished(run: Path) -> dict | None:
-    """Return the result of a finished run, None while it is not."""
-    path = run / DONE
-    remedy = "remove it: the same command makes it again from the newest checkpoint"
-    return read_record(path, {"steps": int, "parameters": int}, remedy) if path.exists() else None
-
-
-def finish(run: Path, result: dict) -> None:
-    write_file(run / DONE, (json.dumps(result, indent=1) + "\n").encode())
-
-
-class Journal:
-    """A file of JSON lines that a resumed run cuts back to its checkpoint, so that its bytes do not tell of kills."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.lines: list[dict] = []
-
-    def rewind(self, step: int) -> None:
-        """Keep the lines up to `step`; later ones will be written again, a torn one is dropped."""
-        kept = []
-        if self.path.exists():
-            for line in self.path.read_bytes().split(b"\n")[:-1]:
-                record = _parsed(line)
-                if record is None or record["step"] > step:
-                    break
-                kept.append(record)
-        self.lines = kept
-        write_file(self.path, b"".join(map(_line, kept)))
-
-    def write(self, record: dict) -> None:
-        """Append one line and sync it. RoomError when the disk is full."""
-        self.lines.append(record)
-        with room(self.path, "a line of metrics"), open(self.path, "ab") as file:
-            file.write(_line(record))
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _line(record: dict) -> bytes:
-    return json.dumps(record, allow_nan=False).encode() + b"\n"
-
-
-def _parsed(line: bytes) -> dict | None:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None

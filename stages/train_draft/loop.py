@@ -12,20 +12,25 @@ from pipeline import checkpoint
 from pipeline.accept import accept_spans, summarise
 from pipeline.cache import HiddenCache
 from pipeline.drafts import Draft
-from pipeline.errors import UsageError
+from pipeline.errors import CacheError, UsageError
 from pipeline.recipe import Resolved
 from pipeline.split import Split, spread
+from pipeline.terminal import visible
 from stages.train_draft.batches import Stream
-from stages.train_draft.folder import METRICS, TIMING, Journal
+from stages.train_draft.journal import METRICS, TIMING, Journal
 from stages.train_draft.optim import make_optimizer
 from stages.train_draft.progress import Clock, Display
 from stages.train_draft.trainer import Trainer
 
 EVALUATED_AT_ONCE = 8  # samples; between them we look whether somebody wants us to stop
+STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 class Stop:
-    """Notes SIGTERM and Ctrl-C so that the loop can save first; a second one acts at once."""
+    """Notes SIGTERM, SIGHUP and Ctrl-C so that the loop can save first; a second one acts at once.
+
+    Those that are ignored, SIGHUP under nohup say, stay so.
+    """
 
     def __init__(self):
         self.received: int | None = None
@@ -33,7 +38,8 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+            heeded = [number for number in STOPPING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+            self.before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, *_) -> None:
@@ -46,7 +52,7 @@ class Stop:
         self.__exit__()
 
     def leave(self) -> None:
-        """Raise what ends the process as its signal would: exit code 143, or KeyboardInterrupt."""
+        """Raise what ends the process as its signal would: exit code 143 or 129, or KeyboardInterrupt."""
         raise KeyboardInterrupt if self.received == signal.SIGINT else SystemExit(128 + self.received)
 
 
@@ -77,9 +83,15 @@ class Run:
                 )
             self.step = found.step
             device = str(self.device)
-            self.draft.load_state_dict(load_file(found.path / checkpoint.DRAFT, device=device))
-            self.optimizer.restore(load_file(found.path / checkpoint.OPTIMIZER, device=device), found.step)
-        self.metrics.rewind(self.step)
+            try:
+                self.draft.load_state_dict(load_file(found.path / checkpoint.DRAFT, device=device))
+                self.optimizer.restore(load_file(found.path / checkpoint.OPTIMIZER, device=device), found.step)
+            except (OSError, RuntimeError, KeyError) as error:  # its bytes were checked: written by another program
+                raise CacheError(
+                    f"{found.path}: not the weights and moments of this run's draft ({str(error).splitlines()[0]}); "
+                    "remove it to go on from the checkpoint before"
+                ) from error
+        self.metrics.rewind(self.step, found.state.get("metrics", "") if found else "")
         self.timing.rewind(self.step)
         return self.step
 
@@ -112,8 +124,8 @@ class Run:
         return self._evaluated()
 
     def save(self) -> None:
-        moments = self.optimizer.tensors()
-        checkpoint.save(self.path, self.step, self.draft, moments, self.contract, self.train.keep)
+        state = self.contract | {"metrics": self.metrics.last}
+        checkpoint.save(self.path, self.step, self.draft, self.optimizer.tensors(), state, self.train.keep)
 
     def _evaluated(self) -> dict | None:
         """The evaluation of this step, once it is in the metrics."""
@@ -132,7 +144,9 @@ class Run:
             self.draft.train()
         if stop.received:
             self.save()
-            display.say(f"stopped at step {self.step}, saved in {self.path}; the same command goes on from there")
+            display.say(
+                f"stopped at step {self.step}, saved in {visible(self.path)}; the same command goes on from there"
+            )
             stop.leave()
         if spans:
             # Reply by reply, so that runs can be pooled and compared on the same replies: sample, row, tokens, calls.
@@ -146,7 +160,7 @@ def said(figures: dict) -> str:
     """Return an evaluation in a few words."""
     if not figures["calls"]:
         return "no accept length: no held-out reply is the target's own"
-    named = {name: of["accept_len"] for name, of in figures["domains"].items() if of["calls"] and name}
+    named = {visible(name): of["accept_len"] for name, of in figures["domains"].items() if of["calls"] and name}
     domains = f" ({', '.join(f'{name} {length:.2f}' for name, length in named.items())})" if named else ""
     low, high = figures["interval"]
     return f"accept length {figures['accept_len']:.2f} [{low:.2f}, {high:.2f}] on held-out samples{domains}"

@@ -1,6 +1,5 @@
 """What people see of a run: a bar on a terminal, a line every few seconds elsewhere."""
 
-import sys
 import time
 
 from rich.console import Console
@@ -9,11 +8,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from stages.train_draft.batches import Batch
 
 LINE_EVERY = 5.0  # seconds
-WIDTH = 110  # where there is no terminal
-
-
-def console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
 
 
 class Clock:
@@ -57,7 +51,7 @@ class Display:
         columns = (
             MofNCompleteColumn(),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
             TimeElapsedColumn(),
         )
         self.bar = Progress(*columns, console=out, transient=True) if out.is_terminal else None

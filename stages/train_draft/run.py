@@ -1,6 +1,7 @@
 """`pipeline train-draft`: a draft from a cache. Nothing here, or in what it imports, can load a target."""
 
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 from pipeline import tensors
 from pipeline.cache import HiddenCache
+from pipeline.console import VisibleConsole
 from pipeline.drafts import DRAFTS, Draft, init_weights, needs_teacher
 from pipeline.errors import RoomError
 from pipeline.held import check_complete, how_to_add, logit_scale, partial_text, text_config
@@ -16,10 +18,12 @@ from pipeline.published.start import Start, load_start
 from pipeline.published.writing import unservable
 from pipeline.recipe import Resolved, load_recipe, resolve
 from pipeline.rotary import taken_over
+from pipeline.run_folder import read_result, write_result
 from pipeline.split import Split, split_samples
-from stages.train_draft.folder import as_begun, chunk_rule, default_folder, enter, finish, finished, held
+from pipeline.terminal import visible
+from stages.train_draft.folder import as_begun, chunk_rule, default_folder, enter, held
 from stages.train_draft.loop import Run, Stop, deterministic, said
-from stages.train_draft.progress import Display, console
+from stages.train_draft.progress import Display
 
 
 @dataclass(frozen=True)
@@ -76,25 +80,25 @@ def carry_out(
     start: Start | None = None,
 ) -> Done:
     """Train one resolved recipe in the folder `path`, or go on there, and say how it went. Raises what `run` does."""
-    screen = console()
+    screen = VisibleConsole()
     with held(path):
         differs = enter(path, resolved, store, split, machine(where), start)
         resolved = as_begun(path, resolved)
-        result = finished(path)
+        result = read_result(path)
         if result is not None:
-            screen.print(f"{path} is finished: nothing to do", markup=False, soft_wrap=True)
+            screen.print(f"{visible(path)} is finished: nothing to do", markup=False, soft_wrap=True)
         else:
             for line in announced(path, store, split, resolved, where):
                 screen.print(line, markup=False, soft_wrap=True)
             if start is not None:
-                screen.print(start.said, markup=False, soft_wrap=True)
+                screen.print(visible(start.said), markup=False, soft_wrap=True)
             if differs:
-                began = "; ".join(differs)
+                began = visible("; ".join(differs))
                 screen.print(
                     f"began with {began}: the run goes on, its last digits may differ", markup=False, soft_wrap=True
                 )
             result = train(path, store, split, resolved, where, screen, start)
-            finish(path, result)
+            write_result(path, result)
     screen.print(summary(path, store, result), markup=False, soft_wrap=True)
     return Done(path, result["steps"], result["accept_len"])
 
@@ -104,7 +108,7 @@ def announced(path: Path, store: HiddenCache, split: Split, resolved: Resolved, 
     yield resolved.recipe.toml()
     yield (
         f"{len(split.train)} samples to train on, {len(split.heldout)} held out, {split.unusable} unusable; "
-        f"target {store.identity['target']['name']}, on {where}; run {path}"
+        f"target {visible(store.identity['target']['name'])}, on {where}; run {visible(path)}"
     )
     context = resolved.recipe.train.context
     longer = int((store.samples.length[split.train] > context).sum())
@@ -199,4 +203,5 @@ def summary(path: Path, store: HiddenCache, result: dict) -> str:
         measured = "no accept length: the corpus holds nothing out"
     else:
         measured = said(result["eval"])
-    return f"{path}: {result['steps']} steps, {measured}\nnext: pipeline evaluate --draft {path}"
+    where, next_one = visible(path), visible(shlex.join(["pipeline", "evaluate", "--draft", str(path)]))
+    return f"{where}: {result['steps']} steps, {measured}\nnext: {next_one}"

@@ -22,14 +22,16 @@ import numpy as np
 
 from pipeline.accept import bootstrap
 from pipeline.cache import HiddenCache
+from pipeline.console import VisibleConsole
 from pipeline.drafts import needs_teacher
 from pipeline.errors import ProofError, UsageError
 from pipeline.held import check_complete
 from pipeline.published.start import Start, load_start
 from pipeline.recipe import Recipe, Resolved, make_recipe, read_toml, resolve
+from pipeline.run_folder import read_result
 from pipeline.split import Split
-from stages.train_draft.folder import default_folder, finished
-from stages.train_draft.progress import console
+from pipeline.terminal import visible
+from stages.train_draft.folder import default_folder
 from stages.train_draft.run import carry_out, find_device, split_for
 
 SEED = "train.seed"
@@ -64,20 +66,20 @@ def sweep(
     A run whose loss is not finite is noted under `failed` and the others go on. Raises what a run raises; UsageError,
     before the first run, for a combination that cannot be.
     """
-    store, where, screen = HiddenCache.open(cache), find_device(device), console()
+    store, where, screen = HiddenCache.open(cache), find_device(device), VisibleConsole()
     runs = plan_runs(store, load_sweep(recipe, sets), out, init_from)
-    done = sum(finished(run.path) is not None for run in runs)
-    screen.print(f"{len(runs)} runs, {done} of them finished before", markup=False, soft_wrap=True)
+    done = {run.path for run in runs if read_result(run.path) is not None}
+    screen.print(f"{len(runs)} runs, {len(done)} of them finished before", markup=False, soft_wrap=True)
     failed = {}
     for number, run in enumerate(runs, 1):
-        if finished(run.path) is not None:
+        if run.path in done:
             continue
-        screen.print(f"\nrun {number} of {len(runs)}: {named(run.setting)}", markup=False, soft_wrap=True)
+        screen.print(f"\nrun {number} of {len(runs)}: {visible(named(run.setting))}", markup=False, soft_wrap=True)
         try:
             carry_out(run.path, store, run.split, run.resolved, where, run.start)
         except ProofError as error:  # a rate too high, say: that is a result, too
             failed[run.path] = str(error)
-            screen.print(f"failed: {error}", markup=False, soft_wrap=True)
+            screen.print(f"failed: {visible(error)}", markup=False, soft_wrap=True)
     facts = [run_facts(run, failed.get(run.path)) for run in runs]
     public = [{key: fact[key] for key in fact if key != "replies"} for fact in ranked(facts)]
     made_of = {"cache": str(cache), "recipe": str(recipe), "init_from": init_from and str(init_from)}
@@ -172,7 +174,7 @@ def named(setting: Setting) -> str:
 
 def run_facts(run: Planned, failed: str | None) -> dict:
     """Return what a run of the sweep came to; `accept_len` is None where it failed or nothing could be measured."""
-    result = finished(run.path) or {}
+    result = read_result(run.path) or {}
     figures = result.get("eval") or {}
     measured = bool(figures.get("calls"))
     return {

@@ -1,0 +1,51 @@
+"""Tables and styles on a terminal, made of text that anyone may have written: it is shown, never interpreted."""
+
+import sys
+from collections.abc import Iterator
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.terminal import visible, visible_lines
+
+WIDTH = 110  # columns where there is no terminal
+
+
+class VisibleConsole(Console):
+    """A console on which only rich itself may steer the terminal. Neither [markup] nor :emoji: means anything."""
+
+    def __init__(self, stderr: bool = False):
+        width = None if (sys.stderr if stderr else sys.stdout).isatty() else WIDTH
+        super().__init__(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+
+    def render_str(self, text: str, **chosen) -> Text:
+        return super().render_str(visible_lines(text), **chosen)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            text, style, control = segment
+            yield segment if control else Segment(visible_lines(text), style)
+
+
+class Grid(Table):
+    """A table whose texts are one line each, every character visible."""
+
+    def add_column(self, header: RenderableType = "", **chosen) -> None:
+        super().add_column(_shown(header), **chosen)
+
+    def add_row(self, *cells: RenderableType | None, **chosen) -> None:
+        super().add_row(*map(_shown, cells), **chosen)
+
+
+def _shown(cell: RenderableType | None) -> RenderableType | None:
+    return visible(cell) if isinstance(cell, str) else cell
+
+
+def grid(*heads: str, title: str | None = None) -> Grid:
+    """Return an empty table; a head that begins with `>` is of numbers, to the right."""
+    table = Grid(title=title and visible(title), title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for head in heads:
+        table.add_column(head.removeprefix(">"), justify="right" if head.startswith(">") else "left")
+    return table
