@@ -22,10 +22,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -67,15 +65,6 @@ def load_target(
             "fetch its files again"
         )
     return target.eval().requires_grad_(False)
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the target's tokenizer. UsageError when its files are damaged or incomplete."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        cause = str(error).strip().split("\n")[0][:160]
-        raise UsageError(f"{folder}: its tokenizer cannot be loaded ({cause}); fetch its files again") from error
 
 
 def _check_size(folder: Path, loader: type, config: PreTrainedConfig) -> None:

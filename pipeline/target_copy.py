@@ -10,9 +10,9 @@ from transformers import PreTrainedConfig
 from pipeline.cache.disk import room, turn
 from pipeline.cache.manifest import FileFact
 from pipeline.cache.target_folder import CONFIG, HEAD, TOKENS, WEIGHTS, has_target, new_target
-from pipeline.target import load_tokenizer
 from pipeline.target_files import complete_config, tokenizer_files, weight_files
 from pipeline.target_head import TargetHead
+from pipeline.tokenizer import load_tokenizer
 
 
 def store_target(out: Path, folder: Path, head: TargetHead, config: PreTrainedConfig, stops: Iterable[int]) -> None:

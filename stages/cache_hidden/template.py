@@ -22,8 +22,8 @@ from transformers.utils.chat_template_utils import _compile_jinja_template, rend
 
 from pipeline.errors import UsageError
 from pipeline.intake import Unusable
-from pipeline.target import load_tokenizer
 from pipeline.target_files import chat_template
+from pipeline.tokenizer import load_tokenizer
 from stages.cache_hidden.settings import mask_rule
 
 TODAY = datetime(2024, 7, 26)  # in every rendering; the day Llama's templates take when they are told none
