@@ -18,8 +18,8 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from pipeline.errors import UsageError
 from pipeline.intake import Unusable
-from pipeline.target import load_tokenizer
 from pipeline.target_files import TEMPLATE_DATE, chat_templates, stop_ids
+from pipeline.tokenizer import load_tokenizer
 
 # Whatever a template does wrong is its row's fault. A template may also end in any of Python's own errors.
 RENDERING_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, NameError, TypeError)

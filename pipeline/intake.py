@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.visible import visible
+from pipeline.terminal import visible
 
 REFUSED_SHARE = 0.1  # of the rows; more is refused
 EXAMPLES = 3  # shown of each reason

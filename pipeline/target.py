@@ -22,10 +22,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -79,20 +77,6 @@ def check_known(model: str, folder: Path) -> None:
     """Refuse, before any work, a target that could not be loaded for what its config says. UsageError."""
     check_config(folder)
     _loader(model, folder)
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the target's tokenizer. UsageError when its files are damaged or incomplete."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        refuse_limit(folder, error)
-        if "trust_remote_code" in str(error):
-            raise UsageError(
-                f"{folder}: its tokenizer or config is code of its own, and code that comes with a model is never run; "
-                "take a target that transformers itself knows"
-            ) from error
-        raise UsageError(f"{folder}: its tokenizer cannot be loaded ({_line(error)}); fetch its files again") from error
 
 
 def _check_size(folder: Path, loader: type, config: PreTrainedConfig) -> None:

@@ -9,10 +9,10 @@ from transformers import PreTrainedConfig
 
 from pipeline.cache.disk import room, turn
 from pipeline.cache.target_folder import CONFIG, HEAD, TOKENS, WEIGHTS, has_target, new_target
-from pipeline.target import load_tokenizer
 from pipeline.target_files import complete_config, tokenizer_files
 from pipeline.target_head import TargetHead
 from pipeline.target_weights import check_weights_if_kept, weight_facts
+from pipeline.tokenizer import load_tokenizer
 
 
 def store_target(out: Path, folder: Path, head: TargetHead, config: PreTrainedConfig, stops: Iterable[int]) -> None:

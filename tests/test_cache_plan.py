@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.cache.batches import micro_batches
 from pipeline.cache.layout import PLAN
+from pipeline.cache.names import Names
 from pipeline.cache.plan import PlannedSample, load_plan, write_segment
 from pipeline.cache.samples import sample_id
 from pipeline.errors import CacheError, DataError, UsageError
@@ -110,6 +111,33 @@ def test_planning_a_corpus_needs_memory_for_a_shard_of_it(tmp_path):
 
     assert (tmp_path / PLAN / "000000.arrow").stat().st_size > 48_000_000
     assert peak < 24_000_000
+
+
+def test_names_are_told_apart_as_a_set_does(tmp_path):
+    names = [np.random.default_rng(at % 5000).bytes(16) for at in range(7000)]
+    seen, known = Names(), set()
+    for name in names:
+        assert seen.add(name) == (name not in known)
+        known.add(name)
+    assert len(seen) == len(known) == 5000
+
+
+def test_a_planned_sample_takes_less_than_a_hundred_bytes_of_memory(tmp_path):
+    """Also while the table grows, when the old one is there beside the new."""
+
+    def corpus(count):
+        for line in range(count):
+            ids = np.array([line, 1, 2], np.int32)
+            yield PlannedSample(ids, ids > 0, "d", "train", "big.jsonl", line)
+
+    planned(tmp_path / "first", corpus(10), row_bytes=1 << 20)  # what it imports is no sample's
+    peaks = []
+    for count in (20_000, 70_000):
+        tracemalloc.start()
+        planned(tmp_path / str(count), corpus(count), row_bytes=1 << 20)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 100 * 50_000
 
 
 def test_a_corpus_without_a_sample_is_refused_and_leaves_no_plan(tmp_path):

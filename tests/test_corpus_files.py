@@ -16,7 +16,6 @@ from tiny import write_jsonl
 
 import stages.cache_hidden.corpus_files as corpus_files_module
 from pipeline.errors import DataError, UsageError
-from pipeline.visible import visible
 from stages.cache_hidden.corpus import corpus_files, file_sources, passed_over, read_files, split_rows
 from stages.cache_hidden.corpus_files import read_chunks
 
@@ -244,8 +243,3 @@ def test_roles_are_part_of_what_a_corpus_is(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
     (plain,), (told,) = (file_sources(str(path), [path], roles) for roles in (None, "b=user,a=gpt"))
     assert told == {**plain, "roles": "a=gpt,b=user"}
-
-
-def test_text_that_would_act_on_a_terminal_is_written_out():
-    assert visible("a\x1b[31m\r\n\u202eb\u2028\x9b\ud800") == "a\\x1b[31m\\x0d\\x0a\\u202eb\\u2028\\x9b\\ud800"
-    assert visible("ä 語 🙂") == "ä 語 🙂"

@@ -22,6 +22,7 @@ from pipeline.cache.disk import Scratch, clean, committing, room, sync_file, syn
 from pipeline.cache.index import place_index
 from pipeline.cache.layout import NUMBER, PLAN, SCRATCH, SHARDS, numbered
 from pipeline.cache.manifest import FACT, FileFact, canonical, check_file, read_canonical
+from pipeline.cache.names import Names
 from pipeline.cache.samples import (
     SCHEMA,
     SPOOLED,
@@ -36,7 +37,7 @@ from pipeline.errors import CacheError, DataError, UsageError
 
 SHARD_BYTES = 4 << 30  # of raw states, over the columns first asked for
 SHARDS_AT_LEAST = 16  # so that a small plan, too, is kept as it goes
-_SPOOL_TOKENS = 1 << 20
+_SPOOL_TOKENS, _SPOOL_SAMPLES = 1 << 20, 4096  # held before they are written
 
 _PLACE, _COUNTS = ("segment", "first_shard", "shards", "row_bytes"), ("samples", "tokens", "supervised", "duplicates")
 FORM = {**dict.fromkeys((*_PLACE, *_COUNTS, "final_rows"), int), "sources": [dict], "notes": dict}
@@ -100,7 +101,7 @@ class _Counts:
     supervised: int = 0
     duplicates: int = 0
     final_rows: int = 0
-    seen: set[bytes] = field(default_factory=set)
+    seen: Names = field(default_factory=Names)
 
 
 def write_segment(
@@ -119,7 +120,7 @@ def write_segment(
     `notes` are read after the last sample, so a generator may fill them as it goes. `choose` sees every new sample once
     all have come, in parts without a place, and says which are planned, bool [n]. A sample already planned is
     counted as a duplicate; when all are, the plan stays as it is. `afresh` takes the place of the plan that is there,
-    once the new one is ready. In memory are the samples' 16-byte names and one shard's tokens, never the corpus.
+    once the new one is ready. In memory are the samples' names (see `Names`) and one shard's tokens, never the corpus.
     Raises DataError when no sample comes, RoomError, and UsageError when another process planned something else
     meanwhile, or is at work on the plan that should go.
     """
@@ -127,7 +128,10 @@ def write_segment(
     with room(cache, "a plan"):
         cache.mkdir(parents=True, exist_ok=True)
     earlier = load_plan(cache) if plan_numbers(cache) and not afresh else Plan([], [])
-    counts = _Counts(seen={name for shard in earlier.shards for name in shard.batch.column("sample_id").to_pylist()})
+    counts = _Counts()
+    for shard in earlier.shards:
+        for name in shard.batch.column("sample_id"):
+            counts.seen.add(name.as_py())
     with Scratch(cache, PLAN) as scratch, room(cache, "a plan"):
         spool = scratch.path / "spool.arrow"
         _spool(samples, spool, counts)
@@ -166,17 +170,16 @@ def _spool(samples: Iterable[PlannedSample], path: Path, counts: _Counts) -> Non
             T = len(sample.ids)
             assert T and np.shape(sample.mask) == (T,), f"{sample.file}:{sample.line}: {T} ids, another mask"
             name = sample.name or sample_id(sample.ids, sample.mask)
-            if name in counts.seen:
+            if not counts.seen.add(name):
                 counts.duplicates += 1
                 continue
-            counts.seen.add(name)
             counts.samples += 1
             counts.tokens += T
             counts.supervised += int(np.count_nonzero(sample.mask))
             waiting.append(sample)
             names.append(name)
             tokens += T
-            if tokens >= _SPOOL_TOKENS:
+            if tokens >= _SPOOL_TOKENS or len(waiting) >= _SPOOL_SAMPLES:
                 writer.write_batch(make_batch(waiting, names, SPOOLED))
                 waiting, names, tokens = [], [], 0
         if waiting:
@@ -193,7 +196,7 @@ def _choose(spool: Path, path: Path, choose: Callable[[list[ShardPlan]], np.ndar
     if kept_n.all():
         return spool
     counts.samples = counts.tokens = counts.supervised = 0
-    counts.seen -= {name for (_, name), kept in zip(_spooled(spool), kept_n, strict=True) if kept}
+    counts.seen = Names()  # what is spooled is told apart already
     _spool((sample for (sample, _), kept in zip(_spooled(spool), kept_n, strict=True) if kept), path, counts)
     return path
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipeline.cache.manifest import FileFact
 from pipeline.errors import DataError, UsageError
-from pipeline.visible import visible
+from pipeline.terminal import visible
 from stages.cache_hidden.conversation import Conversation, Fault, conversation, split_of
 from stages.cache_hidden.corpus_files import SUFFIXES, Chunk, read_chunks, without_absent
 from stages.cache_hidden.messages import ROLES

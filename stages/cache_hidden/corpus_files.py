@@ -19,7 +19,7 @@ import zstandard
 
 from pipeline.errors import DataError
 from pipeline.intake import Unusable
-from pipeline.visible import visible
+from pipeline.terminal import visible
 from stages.cache_hidden.conversation import COLUMNS, refused_columns
 from stages.cache_hidden.messages import parse_json
 

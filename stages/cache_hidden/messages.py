@@ -41,6 +41,7 @@ METADATA = (
 )
 REFUSED = ("refusal", "audio", "image", "images", "image_url", "video", "videos", "file", "files")
 TEXT_PARTS = (None, "text", "input_text", "output_text")
+_PLAIN = {"role", "content"}
 DEPTH = 64  # of objects and lists in each other: templates and JSON recurse over them
 _KNOWN = {*ROLE_KEYS, *TEXT_KEYS, *REASONING, *SUPERVISED, *IDS, *METADATA, "tool_calls", "function_call"}
 _KNOWN |= {"tool_call_id", "name"}
@@ -83,6 +84,8 @@ def message(entry: object, at: int, roles: dict[str, str], unknown: set[str]) ->
     if not isinstance(entry, dict):
         kind = type(entry).__name__
         raise Unusable("no messages", f"message {at} is a {kind}, wanted an object with role and content")
+    if entry.keys() == _PLAIN and (plain := _plain(entry, roles)):
+        return plain
     role = _role(entry, at, roles)
     made = {"role": "assistant" if role == CALL else role}
     text, thought = _content(entry, at)
@@ -109,6 +112,14 @@ def message(entry: object, at: int, roles: dict[str, str], unknown: set[str]) ->
     if made["role"] == "assistant" and not _is_supervised(entry, at):
         made["supervise"] = False
     return made
+
+
+def _plain(entry: dict, roles: dict[str, str]) -> dict | None:
+    """Return a message of role and text and nothing else, which nearly all are; None for any other."""
+    role, text = entry["role"], entry["content"]
+    if type(text) is str and type(role) is str and (known := roles.get(role)) is not None and known != CALL:
+        return {"role": known, "content": check_text(text)}
+    return None
 
 
 def _role(entry: dict, at: int, roles: dict[str, str]) -> str:

@@ -17,7 +17,7 @@ from pipeline.cache.plan import Plan, write_segment
 from pipeline.cache.samples import PlannedSample, ShardPlan
 from pipeline.intake import Tally
 from pipeline.target_files import text_config
-from pipeline.visible import visible
+from pipeline.terminal import visible
 from stages.cache_hidden.budget import Chooser
 from stages.cache_hidden.corpus import (
     Conversation,

@@ -100,7 +100,7 @@ def _ids(row: dict, kind: str, place: str, target: Path) -> Iterable[int]:
 
 @cache
 def _tokenizer(target: Path):
-    from pipeline.target import load_tokenizer
+    from pipeline.tokenizer import load_tokenizer
 
     try:
         return load_tokenizer(target)
