@@ -74,6 +74,7 @@ class Journal:
             write_all(self._fd, line)
         except OSError:
             os.ftruncate(self._fd, self._end)  # half a line would spoil the next one
+            os.lseek(self._fd, self._end, os.SEEK_SET)
             raise
         if time.monotonic() - self._synced > SYNC_S:
             self.sync()
