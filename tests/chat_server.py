@@ -21,7 +21,7 @@ def digest(messages: list[dict]) -> str:
 def reply_to(messages: list[dict]) -> str:
     """What the server says to a conversation: some words that depend on all of it."""
     said = [(message["role"], message["content"]) for message in messages]
-    return " ".join(["reply", *blake2b(json.dumps(said).encode(), digest_size=8).hexdigest()[: 2 + len(said)]])
+    return "reply " + blake2b(json.dumps(said).encode(), digest_size=8 + len(said)).hexdigest()
 
 
 class ChatServer(ThreadingHTTPServer):
