@@ -89,9 +89,9 @@ $(RESULTS)/%.json:
 	$(PIPELINE) evaluate --draft build/results/$* --count $(RESULT_PROMPTS) --temperature 1 \
 	  --plain build/plain.json --batch 16 --out $@
 
-# Minutes, on a machine that does nothing else: reading, codecs and capturing, each beside its reference.
+# Minutes, on a machine that does nothing else: reading, codecs, capturing and regenerating, each beside its reference.
 bench: install
-	for part in read codecs capture; do $(BIN)/python tests/bench/$$part.py || exit 1; done
+	for part in read codecs capture regenerate; do $(BIN)/python tests/bench/$$part.py || exit 1; done
 
 # An hour, resumable: whether drafts learn from recoded states what they learn from the states themselves.
 paired: install

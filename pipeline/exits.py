@@ -21,6 +21,7 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)  # exit codes 143, and 129 for a termin
 GOES_ON = "what is finished is kept, and the same command goes on from there"
 NOTHING = "nothing was written, and the same command starts again"
 INTERRUPTED = dict.fromkeys(("inspect", "export", "check-export", "report"), NOTHING)  # done or not done; others go on
+INTERRUPTED["regenerate"] = "every reply so far is kept, and the same command asks for the others"
 INTERRUPTED["evaluate"] = "no report was written, and the same command starts again"  # --plain may have its replies
 
 

@@ -1,12 +1,26 @@
 """What commands share of their options: kinds of paths, and everything that decides what a cache holds."""
 
+import json
 from pathlib import Path
 
 import click
 
+from pipeline.errors import UsageError
+
 PATH = click.Path(path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 REPORT = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+def json_object(option: str, given: str | None) -> dict:
+    """Return the object that an option states as JSON, an empty one where it is left out. UsageError for others."""
+    try:
+        found = json.loads(given) if given else {}
+    except ValueError as error:
+        raise UsageError(f"{option} {given}: no JSON ({error}); wanted an object, such as {{}}") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{option} {given}: no JSON object; wanted one such as {{}}")
+    return found
 
 
 def capture_options(command):

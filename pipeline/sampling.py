@@ -30,3 +30,22 @@ def prompt_generator(seed: int, prompt_ids: list[int]) -> torch.Generator:
     """Return a generator that depends on the seed and the prompt's tokens only: not on order, count or device."""
     digest = blake2b(np.array([seed, *prompt_ids], "<i8").tobytes(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def key_seed(seed: int, key: str, turn: int) -> int:
+    """Return a seed of 63 bits for one reply: it depends on the seed, the row's key and the turn only."""
+    return int.from_bytes(blake2b(f"{seed} {key} {turn}".encode(), digest_size=8).digest(), "little") >> 1
+
+
+def nucleus(weights_NV: Tensor, top_p: float) -> Tensor:
+    """Return the weights with all but the likeliest tokens at 0: the fewest whose share reaches top_p, equal ones too.
+
+    weights: not negative, not all 0 in a row. The likeliest token always stays.
+    """
+    if top_p >= 1:
+        return weights_NV
+    sorted_NV = weights_NV.double().sort(-1, descending=True).values
+    before_NV = sorted_NV.cumsum(-1) - sorted_NV
+    kept_N1 = (before_NV < top_p * sorted_NV.sum(-1, keepdim=True)).sum(-1, keepdim=True)
+    least_N1 = sorted_NV.gather(-1, kept_N1 - 1).to(weights_NV.dtype)
+    return weights_NV.where(weights_NV >= least_N1, 0)

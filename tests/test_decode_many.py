@@ -7,8 +7,8 @@ from test_decode import DRAFTED, PROMPT, make_draft
 from tiny import config, random_model
 from transformers import Gemma4TextConfig, MistralConfig
 
+from pipeline import kv as memory
 from pipeline.errors import ProofError, UsageError
-from stages.evaluate import memory
 from stages.evaluate.decode import Dice, decode_many, speculative_decode
 from stages.evaluate.proof import Judge, plain_decode
 

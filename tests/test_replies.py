@@ -161,7 +161,7 @@ def test_prompts_decoded_at_once_give_the_same_report_but_for_speed_and_rounding
 
 
 def test_a_difference_says_what_to_leave_out_first(file, trained, monkeypatch):
-    from stages.evaluate import memory
+    from pipeline import kv as memory
 
     masks = memory.ManyTexts._masks
     monkeypatch.setattr(memory.ManyTexts, "_masks", lambda self: torch.zeros_like(masks(self)))

@@ -20,9 +20,9 @@ from transformers import DynamicCache, PreTrainedModel
 from pipeline.accept import cut
 from pipeline.drafts import Ask, Draft, DraftKV, Proposal, Sampling
 from pipeline.errors import UsageError
+from pipeline.kv import ManyTexts, OneText, check_croppable, new_kv
 from pipeline.sampling import prompt_generator
 from pipeline.target import tap_layers
-from stages.evaluate.memory import ManyTexts, OneText, check_croppable, new_kv
 from stages.evaluate.rejection import keep_by_chance, keep_equal
 
 LOWEST = 1e-3  # the lowest temperature above 0

@@ -110,7 +110,8 @@ class _Rows(DynamicLayer):
 
 
 class ManyTexts:
-    """The memory of up to `texts` texts of `capacity` tokens, each in a row of its own; methods as `OneText`'s."""
+    """The memory of up to `texts` texts, each in a row of its own, of `capacity` tokens to begin with; methods as
+    `OneText`'s."""
 
     def __init__(self, target: PreTrainedModel, texts: int, capacity: int):
         check_together(target)
@@ -120,19 +121,43 @@ class ManyTexts:
         self.cache, self.at_BN, self.reach = None, None, 0
 
     def add(self, kv: DynamicCache) -> None:
-        row, length = len(self.lengths), kv.get_seq_length()
+        self.add_row(kv, 0, kv.get_seq_length())
+
+    def add_row(self, kv: DynamicCache, text: int, length: int) -> None:
+        """Take over what a prefill of several texts remembered of one: its first `length` tokens."""
+        row = len(self.lengths)
         if self.cache is None:
             self.cache = Cache(layers=[_Rows(self, layer) for layer in kv.layers])
+        self._reserve(length)
         for held, fresh in zip(self.cache.layers, kv.layers, strict=True):
-            held.keys[row, :, :length] = fresh.keys[0]
-            held.values[row, :, :length] = fresh.values[0]
+            held.keys[row, :, :length] = fresh.keys[text, :, :length]
+            held.values[row, :, :length] = fresh.values[text, :, :length]
         self.lengths.append(length)
+
+    def take(self, text: int, length: int) -> DynamicCache:
+        """Return what is remembered of a text's first `length` tokens, as a memory of its own."""
+        kv = new_kv()
+        for number, layer in enumerate(self.cache.layers):
+            kv.update(*(held[text : text + 1, :, :length].clone() for held in (layer.keys, layer.values)), number)
+        return kv
+
+    def _reserve(self, tokens: int) -> None:
+        """Make the rows long enough for so many tokens."""
+        if tokens <= self.capacity:
+            return
+        self.capacity = max(tokens, self.capacity + self.capacity // 2)
+        for layer in self.cache.layers:
+            layer.keys, layer.values = (
+                torch.cat([held, held.new_zeros(*held.shape[:2], self.capacity - held.shape[2], held.shape[3])], dim=2)
+                for held in (layer.keys, layer.values)
+            )
 
     def run(self, pieces: Sequence[Sequence[int]]) -> Tensor:
         device, width = self.target.device, max(map(len, pieces))
         filled = [[*piece, *[piece[-1]] * (width - len(piece))] for piece in pieces]  # what fills up is never kept
         self.at_BN = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(width, device=device)
         self.reach = max(self.lengths) + width
+        self._reserve(self.reach)
         return self.target(
             input_ids=torch.tensor(filled, device=device),
             attention_mask=self._masks(),

@@ -1,0 +1,1 @@
+"""`pipeline regenerate`: a corpus in which every reply is the target's own."""

@@ -1,0 +1,54 @@
+"""What `pipeline regenerate` is asked to do."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.errors import UsageError
+
+LOWEST = 1e-3  # the lowest temperature above 0
+
+
+@dataclass(frozen=True)
+class Options:
+    """A corpus of prompts, who answers them, and how.
+
+    model: the target's files, which decode here where there is no `endpoint`. max_new: tokens of a reply at most. rate:
+    requests a minute. batch: prompts decoded here at once. backoff_s: the pause before the first repetition.
+    """
+
+    corpus: Path
+    out: Path
+    endpoint: str | None = None
+    model: str | None = None
+    served_model: str | None = None
+    engine: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    max_new: int = 2048
+    template_kwargs: dict = field(default_factory=dict)
+    token_ids: bool = True
+    concurrency: int = 32
+    rate: float | None = None
+    retries: int = 8
+    timeout: float = 600.0
+    backoff_s: float = 0.5
+    batch: int = 64
+    device: str | None = None
+    max_samples: int | None = None
+
+    def check(self) -> None:
+        """UsageError for options that do not go together or that nothing can be asked with."""
+        if not (self.endpoint or self.model):
+            raise UsageError("nobody to ask: pass --endpoint with a server's address, or --model to decode here")
+        if not (self.temperature == 0 or LOWEST <= self.temperature < float("inf")):
+            raise UsageError(f"--temperature {self.temperature}: draws need {LOWEST} or more; 0 is for greedy replies")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"--top-p {self.top_p}: wanted more than 0, at most 1")
+        if self.out.suffix != ".jsonl":
+            raise UsageError(f"--out {self.out}: its name has to end with .jsonl, as a corpus' does")
+        if not self.corpus.is_file():
+            raise UsageError(f"--corpus {self.corpus}: no such file; name a JSONL file of prompts")
+        if self.out.exists() and self.out.samefile(self.corpus):
+            raise UsageError(f"--out {self.out} is the corpus itself; name another file")

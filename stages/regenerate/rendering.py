@@ -1,0 +1,62 @@
+"""The prompt as token ids, by the target's own chat template: to decode from, or to compare with a server's."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import TemplateError
+
+from pipeline.errors import UsageError
+from pipeline.intake import Unusable
+from pipeline.target import load_tokenizer
+from pipeline.target_files import chat_template
+
+RENDERING_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+AROUND = 4  # tokens shown before a difference, and after it
+
+
+class Renderer:
+    """The target's tokenizer with its chat template. template_kwargs: arguments of the template, for every prompt."""
+
+    def __init__(self, folder: Path, template_kwargs: dict):
+        self.tokenizer = load_tokenizer(folder)
+        self.template, self.template_kwargs = chat_template(folder), template_kwargs
+
+    def prompt_ids(self, messages: list[dict], tools: list[dict] | None, template_kwargs: dict | None) -> list[int]:
+        """Return what an engine would send to the target. Unusable when the template refuses the messages."""
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                chat_template=self.template,
+                add_generation_prompt=True,
+                return_dict=False,
+                **{**self.template_kwargs, **(template_kwargs or {})},
+            )
+        except RENDERING_ERRORS as error:
+            cause = str(error).strip().split("\n")[0][:120]
+            raise Unusable("template error", f"the chat template refuses it ({cause})") from error
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return a reply's text: without special tokens, as a server sends it."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def compare(self, theirs: Sequence[int], ours: Sequence[int], place: str) -> None:
+        """Refuse a server that asks with another prompt. UsageError with the tokens around where they part."""
+        if list(theirs) == list(ours):
+            return
+        pairs = zip(theirs, ours, strict=False)
+        at = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(theirs), len(ours)))
+        first = max(at - AROUND, 0)
+        shown = "; ".join(
+            f"{where}: {self._token(theirs, where)} {'is' if where < at else 'for'} {self._token(ours, where)}"
+            for where in range(first, min(at + AROUND + 1, max(len(theirs), len(ours))))
+        )
+        raise UsageError(
+            f"{place}: the server asked the target with {len(theirs)} tokens that differ from the {len(ours)} of our "
+            f"chat template from token {at} on (position: the server's for ours): {shown}; a draft trained on this "
+            "would be asked otherwise than it learned. Name the same target with --model and the server, the same "
+            "--template-kwargs and chat template"
+        )
+
+    def _token(self, ids: Sequence[int], at: int) -> str:
+        return f"{ids[at]} {self.tokenizer.decode([ids[at]])!r}" if at < len(ids) else "nothing"
