@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import DataError, UsageError
+from pipeline.target_files import TEMPLATE_DATE
 
 VERSION = 1
 UNCHECKED = "or remove `regenerated` from its rows to take them as anybody's replies"
@@ -19,8 +20,8 @@ class Regenerated(BaseModel):
     """Who said the replies of a row, and how they were asked for.
 
     model: the server's name for it, or the target's folder. target, tokenizer, chat_template: digests of its files,
-    None where no files were named. template_kwargs: arguments of the chat template, thinking mode among them. stops:
-    why each reply ended, one a turn; empty in the record of a whole corpus.
+    None where no files were named. template_kwargs: arguments of the chat template, thinking mode among them.
+    template_date: the day that it was told. stops: why each reply ended, one a turn; empty in that of a corpus.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -35,6 +36,7 @@ class Regenerated(BaseModel):
     top_p: float
     seed: int
     template_kwargs: dict
+    template_date: str = TEMPLATE_DATE
     max_tokens: int
     stops: list[str] = []
 
@@ -55,11 +57,12 @@ def read_record(record: object) -> Regenerated:
         raise DataError(f"`regenerated` is damaged at {where} ({first['msg']}); regenerate the corpus") from error
 
 
-def check(record: dict, identity: dict, template_kwargs: dict | None = None) -> None:
+def check(record: dict, identity: dict, template_kwargs: dict | None = None, template_date: str | None = None) -> None:
     """Refuse a row whose replies are another target's, or this one's in another mode.
 
     record: the row's `regenerated`. identity: the cache's, with `target` and `tokenizer`. template_kwargs: what the
-    capture gives the chat template. UsageError with both values; DataError where the record cannot be read.
+    capture gives the chat template, and template_date the day that it tells it (None: any). UsageError with both
+    values; DataError where the record cannot be read.
     """
     made = read_record(record)
     target, tokenizer = identity["target"], identity["tokenizer"]
@@ -83,6 +86,11 @@ def check(record: dict, identity: dict, template_kwargs: dict | None = None) -> 
             f"the corpus was regenerated with the template's arguments {_shown(made.template_kwargs)}, and this "
             f"capture has {_shown(template_kwargs or {})}; pass `--template-kwargs '{_shown(made.template_kwargs)}'`, "
             "or regenerate it in this mode"
+        )
+    if template_date is not None and made.template_date != template_date:
+        raise UsageError(
+            f"the corpus was regenerated with the template told {made.template_date}, and this capture tells it "
+            f"{template_date}; pass --template-date {made.template_date}"
         )
 
 

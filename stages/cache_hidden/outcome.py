@@ -36,6 +36,7 @@ class Outcome(NamedTuple):
 
     samples: (ids int32, mask in bits, name), each in bytes, and `kinds` of their turns. fault, notes, unproven:
     (reason, detail); of these a fault alone costs the row. turns: supervised, `last_turns` of them in the first sample.
+    regenerated: the row's record of who said its replies, as JSON without what differs from row to row.
     """
 
     file: str
@@ -52,6 +53,7 @@ class Outcome(NamedTuple):
     unproven: tuple[tuple[str, str], ...] = ()
     kinds: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
+    regenerated: str = ""
 
 
 def samples_of(outcome: Outcome, tally: Tally) -> Iterator[PlannedSample]:

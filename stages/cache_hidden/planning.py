@@ -4,6 +4,7 @@ What is left out is counted by reason and shown by file and line. A corpus of wh
 refused: it is another format than we think, and what is left would be a guess.
 """
 
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -16,6 +17,7 @@ from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import Plan, write_segment
 from pipeline.cache.samples import PlannedSample, ShardPlan
 from pipeline.intake import Tally
+from pipeline.regenerated import check
 from pipeline.target_files import text_config
 from pipeline.terminal import visible
 from stages.cache_hidden.budget import Chooser
@@ -97,7 +99,7 @@ def make_plan(
     with Pool(job) as pool:
         plan = write_segment(
             out,
-            checked(_counted(pool.outcomes(work), tally)),
+            checked(_counted(pool.outcomes(work), tally, settings.identity)),
             row_bytes=settings.row_bytes,
             sources=sources,
             notes=notes,
@@ -110,9 +112,14 @@ def make_plan(
     return plan
 
 
-def _counted(outcomes: Iterable[Outcome], tally: Tally) -> Iterator[PlannedSample]:
+def _counted(outcomes: Iterable[Outcome], tally: Tally, identity: dict) -> Iterator[PlannedSample]:
+    """Yield the samples of the rows. UsageError for a row that another target has said, or this one in another mode."""
+    rules, known = identity["samples"], {""}
     for outcome in outcomes:
         tally.rows += 1
+        if outcome.regenerated not in known:
+            check(json.loads(outcome.regenerated), identity, rules["template_kwargs"], rules["template_date"])
+            known.add(outcome.regenerated)
         yield from samples_of(outcome, tally)
 
 

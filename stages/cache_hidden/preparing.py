@@ -5,6 +5,7 @@ Rows are rendered and tokenised together; where that fails, each alone, so that 
     T tokens of a sample
 """
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -87,7 +88,13 @@ class Preparer:
             unproven=tuple(prepared.unproven),
             kinds=tuple(kinds),
             unknown=row.unknown,
+            regenerated=_record(row),
         )
+
+
+def _record(row: Conversation) -> str:
+    told = {key: value for key, value in (row.regenerated or {}).items() if key != "stops"}
+    return json.dumps(told, sort_keys=True) if row.regenerated else ""
 
 
 def planned(

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.errors import UsageError
+from pipeline.target_files import TEMPLATE_DATE
 
 LOWEST = 1e-3  # the lowest temperature above 0
 
@@ -28,6 +29,7 @@ class Options:
     seed: int = 0
     max_new: int = 2048
     template_kwargs: dict = field(default_factory=dict)
+    template_date: str = TEMPLATE_DATE
     token_ids: bool = True
     concurrency: int = 32
     rate: float | None = None

@@ -3,38 +3,22 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import TemplateError
-
+from pipeline.chat_template import ChatTemplate
 from pipeline.errors import UsageError
-from pipeline.intake import Unusable
-from pipeline.target import load_tokenizer
-from pipeline.target_files import chat_template
 
-RENDERING_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 AROUND = 4  # tokens shown before a difference, and after it
 
 
 class Renderer:
-    """The target's tokenizer with its chat template. template_kwargs: arguments of the template, for every prompt."""
+    """The target's tokenizer with its chat template, with the template's arguments and its date for every prompt."""
 
-    def __init__(self, folder: Path, template_kwargs: dict):
-        self.tokenizer = load_tokenizer(folder)
-        self.template, self.template_kwargs = chat_template(folder), template_kwargs
+    def __init__(self, folder: Path, template_kwargs: dict, date: str):
+        self.template = ChatTemplate(folder, template_kwargs, date)
+        self.tokenizer = self.template.tokenizer
 
     def prompt_ids(self, messages: list[dict], tools: list[dict] | None, template_kwargs: dict | None) -> list[int]:
         """Return what an engine would send to the target. Unusable when the template refuses the messages."""
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                chat_template=self.template,
-                add_generation_prompt=True,
-                return_dict=False,
-                **{**self.template_kwargs, **(template_kwargs or {})},
-            )
-        except RENDERING_ERRORS as error:
-            cause = str(error).strip().split("\n")[0][:120]
-            raise Unusable("template error", f"the chat template refuses it ({cause})") from error
+        return self.template.prompt_ids(messages, tools, template_kwargs)
 
     def text(self, ids: Sequence[int]) -> str:
         """Return a reply's text: without special tokens, as a server sends it."""
@@ -55,7 +39,7 @@ class Renderer:
             f"{place}: the server asked the target with {len(theirs)} tokens that differ from the {len(ours)} of our "
             f"chat template from token {at} on (position: the server's for ours): {shown}; a draft trained on this "
             "would be asked otherwise than it learned. Name the same target with --model and the server, the same "
-            "--template-kwargs and chat template"
+            "--template-kwargs and chat template, and with --template-date the day where the template shows one"
         )
 
     def _token(self, ids: Sequence[int], at: int) -> str:

@@ -99,6 +99,7 @@ def _record(options: Options, engine, folder: Path | None) -> Regenerated:
         top_p=float(options.top_p),
         seed=options.seed,
         template_kwargs=options.template_kwargs,
+        template_date=options.template_date,
         max_tokens=options.max_new,
     )
 
@@ -137,7 +138,7 @@ def _renderer(options: Options, folder: Path | None):
         return None
     from stages.regenerate.rendering import Renderer
 
-    return Renderer(folder, options.template_kwargs)
+    return Renderer(folder, options.template_kwargs, options.template_date)
 
 
 def _out_rows(options: Options, journal: Journal, record: Regenerated, figures: Figures) -> Iterator[dict]:
