@@ -5,9 +5,9 @@ Every chunk reads the whole head, V x D. Few rows, and reading it is most of the
 order in which sums are taken, so a run keeps the rule that it began with, to the bit.
 
 On a CPU more than 256 rows gain less than a tenth; 128 MB leave a vocabulary of 262,144 only 128 of them, which costs
-about as much (`tests/bench/head.py` has the figures). On CUDA, not measured: 256 MB give 256
-rows at 262,144 and 2,048 at 32,768; in bfloat16 X rows do X operations for every byte of the head read, and an H200
-needs about 206 for its multipliers to be what is waited for, an A100 153, so more rows would gain nothing there.
+about as much (`tests/bench/head.py` has the figures). On CUDA, not measured: 256 MB give 256 rows at 262,144 and 2,048
+at 32,768; in bfloat16 X rows do X operations for every byte of the head read, and an H200 needs about 206 for its
+multipliers to be what is waited for, an A100 153, so more rows would gain nothing there.
 
     X rows at once   V vocabulary   D hidden size
 """

@@ -87,13 +87,15 @@ def rope_parameters(config: dict) -> dict:
     """Return what a config states of its rotary positions, the older key first, as transformers reads them: of full
     attention, where kinds of layers differ."""
     stated = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(stated, dict):
+        return {"rope_type": stated}
     nested = stated.get("full_attention")
     return dict(nested if isinstance(nested, dict) else stated)
 
 
 def kind_of(parameters: dict) -> str:
     """Return the type of rotary positions, by its name of today."""
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
     return {"su": "longrope", "mrope": "default"}.get(kind, kind)
 
 
@@ -113,8 +115,8 @@ def taken_over(target: dict) -> tuple[RopeScaling | None, str | None]:
     except ValueError as error:
         return None, f"{kind}, but {error}"
     usual, stated = found.magnitude, parameters.get("attention_factor")
-    if kind == "yarn" and stated is not None and abs(stated - usual) > 1e-6:
-        return None, f"yarn with attention_factor {stated:g} where {usual:g} is usual, which SGLang does not read"
+    if kind == "yarn" and not (stated is None or (isinstance(stated, int | float) and abs(stated - usual) <= 1e-6)):
+        return None, f"yarn with attention_factor {stated} where {usual:g} is usual, which SGLang does not read"
     return found, None
 
 
@@ -129,8 +131,9 @@ def read_scaling(parameters: dict, config: dict) -> RopeScaling:
         original = config.get("original_max_position_embeddings") or fields["original_max_position_embeddings"]
         fields["original_max_position_embeddings"] = original or config.get("max_position_embeddings")
     if kind == "yarn":
-        if not fields["factor"] and fields["original_max_position_embeddings"]:
-            fields["factor"] = config["max_position_embeddings"] / fields["original_max_position_embeddings"]
+        lengths = config.get("max_position_embeddings"), fields["original_max_position_embeddings"]
+        if parameters.get("factor", 1) is None and all(type(length) is int and length > 0 for length in lengths):
+            fields["factor"] = lengths[0] / lengths[1]
         if not (fields["mscale"] and fields["mscale_all_dim"]):
             fields["mscale"] = fields["mscale_all_dim"] = None  # SGLang would read a zero where the others do not
         for key in ("beta_fast", "beta_slow"):

@@ -118,6 +118,12 @@ def test_plain_rotary_positions_stay_plain_and_nothing_is_said(stated):
         (QWEN3 | {"attention_factor": 1.5}, "yarn with attention_factor 1.5 where 1.13863 is usual, which SGLang"),
         ({"rope_type": "llama3", "factor": 8.0}, "llama3, but llama3 without low_freq_factor"),
         (LLAMA31 | {"high_freq_factor": 1.0}, "llama3, but high_freq_factor 1 is not above low_freq_factor"),
+        (QWEN3 | {"attention_factor": "1.0"}, "yarn with attention_factor 1.0 where"),
+        (
+            QWEN3 | {"factor": None, "original_max_position_embeddings": "4k"},
+            "yarn, but factor: .*found None|yarn, but",
+        ),
+        ({"rope_type": ["yarn"]}, r"\['yarn'\], which engines"),
         (LINEAR | {"factor": 0}, "linear, but factor: .*greater than 0, found 0"),
         (LINEAR | {"factor": "eight"}, "linear, but factor: .*found 'eight'"),
         (LINEAR | {"factor": float("inf")}, "linear, but factor: .*finite"),
@@ -156,6 +162,8 @@ def test_an_export_states_the_scaling_where_engines_look_and_reads_back(tmp_path
     [
         ({"rope_scaling": LINEAR, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}, "differ; state"),
         ({"rope_scaling": LINEAR, "rope_parameters": LLAMA31 | {"rope_theta": 1e4}}, "differ; state"),
+        ({"rope_scaling": "yarn"}, "scaled rotary positions: yarn, but factor: .*found None"),
+        ({"rope_parameters": ["yarn"], "rope_theta": 1e4}, "scaled rotary positions: "),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "scaled rotary positions: dynamic, which"),
         ({"rope_scaling": LLAMA31 | {"high_freq_factor": None}}, "scaled rotary positions: llama3, but"),
     ],

@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.drafts import DraftConfig
 from pipeline.errors import UsageError
 from pipeline.published.weights import CONFIG, read_json
-from pipeline.rotary import RopeScaling, kind_of, taken_over
+from pipeline.rotary import RopeScaling, kind_of, rope_parameters, taken_over
 
 # Architectures, and the method each can only be; None: the projector_type says.
 ARCHITECTURES = {
@@ -313,7 +313,7 @@ def _shift_label(stated: _Stated, method: str) -> bool:
 
 
 def _rope_theta(file: Path, flat: dict) -> float:
-    parameters = flat.get("rope_parameters") or {}
+    parameters = rope_parameters({"rope_scaling": flat.get("rope_parameters")})
     stated = {float(theta) for theta in (flat.get("rope_theta"), parameters.get("rope_theta")) if theta is not None}
     if len(stated) != 1:
         raise UsageError(f"{file}: rope_theta is {sorted(stated) or 'missing'}; state it once, or twice alike")
@@ -322,7 +322,7 @@ def _rope_theta(file: Path, flat: dict) -> float:
 
 def _rope_scaling(file: Path, flat: dict) -> RopeScaling | None:
     """The scaling that is stated, once or twice alike, and that engines compute as we do. UsageError for any other."""
-    places = [flat.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+    places = [rope_parameters({"rope_scaling": flat.get(key)}) for key in ("rope_scaling", "rope_parameters")]
     scaled = [stated for stated in places if kind_of(stated) != "default"]
     found = []
     for stated in scaled:
