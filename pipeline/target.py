@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from pipeline.errors import RoomError, UsageError
 from pipeline.held import logit_scale
 from pipeline.limits import refuse_limit
+from pipeline.quantised import check_quantised, missing_package, quantised_by
 from pipeline.target_files import check_config, find_target, weight_files, weight_shapes
 from pipeline.target_head import TargetHead
 from pipeline.tensors import find_device
@@ -46,6 +47,7 @@ def load_target(
     folder = find_target(model, revision)
     check_config(folder)
     loader, config = _loader(model, folder)
+    check_quantised(folder, config)
     weight_files(folder)  # refuses what would be loaded otherwise than it is digested
     _check_size(folder, loader, config)
     device = find_device(device)
@@ -54,16 +56,24 @@ def load_target(
     elif isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     transformers_logging.disable_progress_bar()
+    method = quantised_by(config)
+    place = {"device_map": {"": device}} if method and device.type != "cpu" else {}  # some cannot be moved afterwards
     try:
         target, report = loader.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=False
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=False, **place
         )
-        target = target.to(device)
+        target = target if place else target.to(device)
+    except ImportError as error:
+        if method is None:
+            raise
+        raise missing_package(model, method, error) from error
     except torch.OutOfMemoryError as error:
         raise RoomError(f"{model} does not fit on {device} ({_line(error)}); use a larger device") from error
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         refuse_limit(model, error)
-        raise UsageError(f"{model} cannot be loaded ({_line(error)}); fetch its files again") from error
+        remedy = "fetch its files again" if method is None else f"it is quantised ({method}): use a GPU that can, or "
+        remedy += "" if method is None else "name the model as it was before"
+        raise UsageError(f"{model} cannot be loaded ({_line(error)}); {remedy}") from error
     absent = sorted({*report["missing_keys"], *(str(entry[0]) for entry in report.get("mismatched_keys", ()))})
     if absent:
         raise UsageError(
@@ -76,7 +86,7 @@ def load_target(
 def check_known(model: str, folder: Path) -> None:
     """Refuse, before any work, a target that could not be loaded for what its config says. UsageError."""
     check_config(folder)
-    _loader(model, folder)
+    check_quantised(folder, _loader(model, folder)[1])
 
 
 def _check_size(folder: Path, loader: type, config: PreTrainedConfig) -> None:
@@ -233,6 +243,10 @@ def head_of(model: PreTrainedModel) -> TargetHead:
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise UsageError(f"{type(model).__name__}: its LM head is not one matrix without a bias; no draft can share it")
+    for what, module in (("embedding", embed), ("LM head", head)):
+        kind = getattr(getattr(module, "weight", None), "dtype", None)
+        if kind not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise UsageError(f"{type(model).__name__}: its {what} is quantised ({kind}); no draft can share it")
     scale = logit_scale(model.config.get_text_config().to_dict())
     embed_VD = embed.weight.detach()
     head_VD = embed_VD if head.weight.data_ptr() == embed_VD.data_ptr() else head.weight.detach()

@@ -21,6 +21,7 @@ TEMPLATE_DATE = "2024-07-26"  # what a template's clock shows unless told; the d
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PLAIN_WEIGHTS = re.compile(r"[\w.\-][\w.\- ]*\.safetensors")  # no path: it may lead to files that nobody digests
 ADAPTER = "adapter_config.json"
+OTHER_TOKENIZERS = "fast_tokenizer_files"
 ELSEWHERE = ("configuration_files", "transformers_weights")  # keys by which a config has other files read than its own
 KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 TOKENIZER_FILES = (
@@ -264,6 +265,9 @@ def tokenizer_files(folder: Path) -> list[Path]:
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for path in files):
         raise UsageError(f"{folder} holds no tokenizer; save the target's tokenizer beside its weights")
+    stated = folder / "tokenizer_config.json"
+    if stated.is_file() and read_json(stated).get(OTHER_TOKENIZERS) is not None:
+        raise UsageError(f"{stated} sends readers to other files ({OTHER_TOKENIZERS}); save it with `save_pretrained`")
     return files
 
 

@@ -258,3 +258,11 @@ def test_nothing_is_evaluated_with_changed_weights(captured, changed, large):
     assert find_model(str(large), store)[0] == large
     with pytest.raises(UsageError, match="is not the file that"):
         find_model(str(changed), store)
+
+
+def test_a_tokenizer_that_is_read_from_a_file_that_is_not_digested_is_refused(folder, tiny_corpus, tmp_path):
+    shutil.copyfile(folder / "tokenizer.json", folder / "tokenizer.4.0.0.json")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "fast_tokenizer_files": ["tokenizer.4.0.0.json"]}))
+    with pytest.raises(UsageError, match=r"sends readers to other files \(fast_tokenizer_files\)"):
+        plan(str(folder), str(tiny_corpus), tmp_path / "cache", options=CaptureOptions())

@@ -15,6 +15,7 @@ import numpy as np
 from pipeline.accept import reply_spans
 from pipeline.cache import HiddenCache
 from pipeline.errors import DataError, UsageError
+from pipeline.limits import refuse_limit
 from pipeline.split import spread
 
 KINDS = ("messages", "prompt", "input_ids")
@@ -57,6 +58,7 @@ def file_prompts(path: Path, target: Path, count: int) -> list[Prompt]:
     try:
         lines = Path(path).read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
+        refuse_limit(path, error)
         raise UsageError(f"{path} cannot be read ({error}); pass a JSONL file of prompts") from error
     found = []
     for number, line in enumerate(lines, 1):
