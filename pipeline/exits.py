@@ -12,6 +12,7 @@ import traceback
 import click
 
 from pipeline.errors import PipelineError
+from pipeline.visible import visible
 
 TERMINATED = 128 + signal.SIGTERM
 GOES_ON = "what is finished is kept, and the same command goes on from there"
@@ -63,11 +64,11 @@ def run_and_exit(commands: click.Group, arguments: list[str]) -> None:
 
 def _bug(kind, error, trace):
     """What nobody foresaw, in one line; Python then exits with 1."""
-    click.echo(f"bug: {kind.__name__}: {error} (the trace: `pipeline --debug ...`)", err=True)
+    click.echo(f"bug: {kind.__name__}: {visible(str(error))} (the trace: `pipeline --debug ...`)", err=True)
 
 
 def _complain(line: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    click.echo(line, err=True)
+    click.echo(visible(line), err=True)
     return code

@@ -160,11 +160,13 @@ class Pool:
     def __enter__(self) -> "Pool":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
         for worker in self.workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker.pid, signal.SIGKILL)
             worker.asked.close()
+        if kind is not None and not issubclass(kind, Exception):  # Ctrl-C, perhaps between a question and its answer
+            self.nursery.process.kill()
         try:
             for worker in self.workers:
                 self.nursery.ask(worker.pid)
