@@ -1,6 +1,7 @@
 """Rows prepared by worker processes: in order, the same for any number of them, and no row ends more than itself."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -108,6 +109,17 @@ def test_what_ends_a_worker_is_a_fault_of_its_row(job, tmp_path):
     corpus = write_jsonl(tmp_path / "a.jsonl", asks("fine", question, "fine"))
     made = outcomes(job(row_bytes=1 << 23), corpus)
     assert [bool(outcome.fault) for outcome in made] == [False, True, False]
+
+
+def test_a_worker_that_somebody_else_ends_costs_no_row(job, tmp_path):
+    corpus, made = write_jsonl(tmp_path / "a.jsonl", conversations(400)), job()
+    with Pool(made, 2) as workers:
+        outcomes_here = workers.outcomes(corpus_chunks(str(corpus), [corpus]))
+        found = [next(outcomes_here)]
+        for worker in list(workers.workers):
+            os.kill(worker.pid, signal.SIGKILL)
+        found += outcomes_here
+    assert found == outcomes(made, corpus) and not any(outcome.fault for outcome in found)
 
 
 def test_a_template_that_ends_every_worker_ends_the_plan(job, tmp_path):

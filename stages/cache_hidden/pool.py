@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -40,7 +40,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@dataclass
+@dataclass(eq=False)
 class _Task:
     """Some rows on their way: with a worker, or done (`made`), or to be done. `only`: the one row meant, of `work`."""
 
@@ -48,6 +48,7 @@ class _Task:
     only: int | None = None
     made: list | None = None
     given: bool = False
+    again: bool = False  # it ended a worker before, for a reason that need not be its own
 
     @property
     def rows(self) -> int:
@@ -58,7 +59,7 @@ class _Task:
         return self.work.size if isinstance(self.work, Chunk) else 2048 * len(self.work)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Worker:
     pid: int
     asked: Connection
@@ -160,11 +161,13 @@ class Pool:
     def __enter__(self) -> "Pool":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
         for worker in self.workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker.pid, signal.SIGKILL)
             worker.asked.close()
+        if kind is not None and not issubclass(kind, Exception):  # Ctrl-C, perhaps between a question and its answer
+            self.nursery.process.kill()
         try:
             for worker in self.workers:
                 self.nursery.ask(worker.pid)
@@ -187,6 +190,7 @@ class Pool:
                 task = self.tasks.pop(0)
                 self.seen += task.rows
                 yield from task.made
+            self._give()
             if any(worker.task for worker in self.workers):
                 self._take()
 
@@ -195,12 +199,10 @@ class Pool:
 
     def _give(self) -> None:
         """Give what waits to whoever is free, starting another worker where nobody is."""
-        for task in self.tasks:
-            if task.given:
-                continue
+        for task in [task for task in self.tasks if not task.given]:
             free = next((worker for worker in self.workers if worker.task is None), None)
             if free is None and len(self.workers) < self.most:
-                free = self.nursery.fork()
+                free = self._asked(self.nursery.fork)
                 self.workers.append(free)
             if free is None:
                 return
@@ -222,20 +224,19 @@ class Pool:
             if isinstance(made, str):
                 raise RuntimeError(made)
             worker.task.made, worker.task = made, None
-        self._give()
 
     def _died(self, worker: _Worker) -> None:
         """Give the rows over which a worker ended again, one by one, or name the one it was."""
         self.workers.remove(worker)
         worker.asked.close()
-        task = worker.task
-        try:
-            ended = self.nursery.ask(worker.pid)
-        except (EOFError, OSError) as error:
-            raise RoomError(KILLED) from error
+        task, ended = worker.task, self._asked(lambda: self.nursery.ask(worker.pid))
         if task.rows > 1:
             at = self.tasks.index(task)
             self.tasks[at : at + 1] = [_Task(task.work, only) for only in range(task.rows)]
+            return
+        of_itself = os.WIFSIGNALED(ended) and os.WTERMSIG(ended) in (signal.SIGPROF, signal.SIGUSR1)
+        if not task.again and not of_itself:  # somebody else may have ended it
+            task.again, task.given = True, False
             return
         self.deaths += 1
         task.made = [_ended(self.job, task, ended)]
@@ -245,6 +246,12 @@ class Pool:
                 f"{self.deaths} of the first {self.seen + len(self.tasks)} rows cannot be prepared, such as "
                 f"{last.file}:{last.line} ({last.fault[1]}); look at the target's chat template, or leave them out"
             )
+
+    def _asked(self, question: Callable[[], object]):
+        try:
+            return question()
+        except (EOFError, OSError) as error:
+            raise RoomError(KILLED) from error
 
 
 def _ended(job: Job, task: _Task, status: int) -> Outcome:

@@ -289,6 +289,7 @@ def capture_command(model: str, corpus: str | None, out: Path, options: CaptureO
     stated = {
         "--model": model,
         "--corpus": corpus,
+        "--roles": options.roles,
         "--out": str(out),
         "--layers": layers,
         "--final": final if final != "needed" else None,
