@@ -74,3 +74,68 @@ def capture_options(command):
     ):
         command = option(command)
     return command
+
+
+def regenerate_options(command):
+    """The options of `regenerate`: whose words, how they are asked for, and how fast."""
+    for option in reversed(
+        [
+            click.option("--corpus", type=PATH, required=True, help="JSONL of messages, conversations or prompts."),
+            click.option("--out", type=PATH, required=True, help="The corpus to write; its name ends with .jsonl."),
+            click.option("--endpoint", metavar="URL", help="An OpenAI-compatible server that runs the target."),
+            click.option("--model", help="The target's files: decodes here; with --endpoint, compares prompts."),
+            click.option("--served-model", help="The server's name of the target.  [default: the only one it lists]"),
+            click.option(
+                "--engine",
+                type=click.Choice(["vllm", "sglang", "openai"]),
+                help="The server's kind.  [default: as it says]",
+            ),
+            click.option(
+                "--api-key-env", default="OPENAI_API_KEY", show_default=True, help="The variable that holds the key."
+            ),
+            click.option(
+                "--temperature",
+                type=float,
+                default=0.0,
+                show_default=True,
+                help="Draw replies at this one; 0 is greedy.",
+            ),
+            click.option(
+                "--top-p",
+                type=float,
+                default=1.0,
+                show_default=True,
+                help="Draw from the likeliest tokens of this share.",
+            ),
+            click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Decides what is drawn."),
+            click.option(
+                "--max-new", type=click.IntRange(1), default=2048, show_default=True, help="Tokens a reply at most."
+            ),
+            click.option(
+                "--template-kwargs", metavar="JSON", help="For the template, such as '{\"enable_thinking\": false}'."
+            ),
+            click.option("--max-samples", type=click.IntRange(1), help="Stop reading the corpus there."),
+            click.option("--no-token-ids", is_flag=True, help="Leave the tokens' ids out of the corpus."),
+            click.option(
+                "--concurrency", type=click.IntRange(1), default=32, show_default=True, help="Requests at once."
+            ),
+            click.option("--rate", type=click.FloatRange(0, min_open=True), help="Requests a minute at most."),
+            click.option(
+                "--retries",
+                type=click.IntRange(0),
+                default=8,
+                show_default=True,
+                help="How often a prompt is asked again.",
+            ),
+            click.option(
+                "--timeout", type=click.FloatRange(0, min_open=True), default=600.0, show_default=True, help="Seconds."
+            ),
+            click.option(
+                "--batch", type=click.IntRange(1), default=64, show_default=True, help="Prompts decoded here at once."
+            ),
+            click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]"),
+            click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+        ]
+    ):
+        command = option(command)
+    return command

@@ -34,7 +34,7 @@ class Renderer:
             )
         except RENDERING_ERRORS as error:
             cause = str(error).strip().split("\n")[0][:120]
-            raise Unusable("template error", f"the chat template refuses it ({cause})") from error
+            raise Unusable("template error", f"is refused by the chat template ({cause})") from error
 
     def text(self, ids: Sequence[int]) -> str:
         """Return a reply's text: without special tokens, as a server sends it."""
