@@ -40,7 +40,6 @@ def commands(debug: bool):
 
 @commands.command()
 @regenerate_options
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def regenerate(template_kwargs, template_date, no_token_ids, as_json, **chosen):
     """Have the target answer a corpus' prompts in its own words.
 

@@ -86,7 +86,7 @@ def capture_options(command):
 
 
 def regenerate_options(command):
-    """The options of `regenerate`: who is asked, what, and how."""
+    """The options of `regenerate`: whose words, how they are asked for, and how fast."""
     for option in reversed(
         [
             click.option("--corpus", type=PATH, required=True, help="JSONL of messages, conversations or prompts."),
@@ -146,6 +146,7 @@ def regenerate_options(command):
                 "--batch", type=click.IntRange(1), default=64, show_default=True, help="Prompts decoded here at once."
             ),
             click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]"),
+            click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
         ]
     ):
         command = option(command)

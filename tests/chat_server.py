@@ -90,6 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
             server.faulted[fault] += fault is not None
         if fault == "429":
             return self._send(429, {"error": {"message": "slower"}}, {"Retry-After": "0.05"})
+        if fault and fault.startswith("\x1b"):
+            return self._send(400, {"error": {"message": f"{fault}red"}})
         if fault and fault.isdigit():
             return self._send(int(fault), {"error": {"message": "the server's own fault"}})
         if fault == "reset":

@@ -435,3 +435,25 @@ def test_kills_and_faults_in_a_short_form(tmp_path):
 
     killed, failed, prompts, rounds = kill_regenerations(3, 40, 0, tmp_path)
     assert killed >= 3 and failed >= 40 and prompts >= 60 * rounds
+
+
+def test_what_a_server_says_of_a_failure_colours_no_terminal(asked, server):
+    server.faults = ("\x1b[31m", *[None] * 99)
+    assert run(asked)["failed"]["prompts"] == 1
+    assert "\x1b" not in asked.out.with_name("chats.failed.jsonl").read_text()
+
+
+def test_numbers_that_json_does_not_have_are_no_row(asked, server, tmp_path):
+    rows = [*conversations(20), '{"messages": [{"role": "user", "content": "a"}], "id": NaN}']
+    report = run(replace(asked, corpus=write_jsonl(tmp_path / "nan.jsonl", rows)))
+    assert report["rows"]["left_out"] == {"broken line": 1} and "NaN" not in asked.out.read_text()
+
+
+def test_what_failed_is_a_corpus_itself(asked, server, tmp_path):
+    server.answer = lambda request: {"finish_reason": None} if len(request["messages"]) > 1 else {}
+    assert run(replace(asked, retries=0, concurrency=40))["failed"]["prompts"] == TURNS - 24
+    server.answer = None
+    again = replace(asked, corpus=asked.out.with_name("chats.failed.jsonl"), out=tmp_path / "again.jsonl")
+    run(again)
+    rows = [row for row in rows_of(asked.corpus) if len(row["messages"]) > 2]
+    assert [replies(row) for row in rows_of(again.out)] == [said_to(row) for row in rows]

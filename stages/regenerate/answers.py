@@ -16,7 +16,7 @@ class Malformed(Exception):
 def read_answer(body: bytes) -> Reply:
     """Return the reply in the body of a chat completion. Malformed for anything else."""
     try:
-        answer = json.loads(body)
+        answer = json.loads(body, parse_constant=no_number)
         json.dumps(answer, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise Malformed(f"an answer that is no JSON text: {body[:60]!r}") from error
@@ -25,7 +25,7 @@ def read_answer(body: bytes) -> Reply:
         raise Malformed(f"an answer without one choice: {body[:120]!r}")
     choice = choices[0]
     message, stop = choice.get("message"), choice.get("finish_reason")
-    if not isinstance(message, dict) or not isinstance(stop, str):
+    if not isinstance(message, dict) or not (isinstance(stop, str) and stop.isprintable()):
         raise Malformed(f"a choice without a message or without its end: {body[:120]!r}")
     ids, prompt_ids = _ids(choice, "token_ids"), _ids(choice, "prompt_token_ids") or _ids(answer, "prompt_token_ids")
     return Reply(
@@ -37,6 +37,11 @@ def read_answer(body: bytes) -> Reply:
         prompt_token_ids=prompt_ids,
         tokens=len(ids) if ids is not None else _count(answer.get("usage")),
     )
+
+
+def no_number(name: str):
+    """Refuse NaN and the infinities, which Python would read and write, and JSON does not have. ValueError."""
+    raise ValueError(f"{name} is no JSON")
 
 
 def _text(message: dict, key: str) -> str | None:

@@ -69,8 +69,9 @@ class Endpoint:
         return f"{self.shown} does not list its models ({cause}); check --endpoint, the server and the key in {key}"
 
     def without_key(self, text: str) -> str:
-        """Servers quote the key that they refuse; it is shown to nobody."""
-        return text if self._key == "none" else text.replace(self._key, "***")
+        """Return what a server said, fit to be shown: some quote the key that they refuse, others colour a terminal."""
+        text = text if self._key == "none" else text.replace(self._key, "***")
+        return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
     @contextlib.asynccontextmanager
     async def client(self):
@@ -183,7 +184,7 @@ class _Asking:
             ours = self.renderer.prompt_ids(job.messages(), job.row.tools, job.row.template_kwargs)
         except Unusable as refused:
             raise UsageError(
-                f"{job.row.place}: the server answered what {refused.args[0].removeprefix('the ')}; "
+                f"{job.row.place}: the server answered a prompt, and it {refused}; "
                 "name the same target with --model and the server"
             ) from refused
         self.renderer.compare(reply.prompt_token_ids, ours, job.row.place)

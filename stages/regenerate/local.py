@@ -87,7 +87,7 @@ class Local:
         try:
             prompt = self.renderer.prompt_ids(job.messages(), job.row.tools, job.row.template_kwargs)
         except Unusable as refused:
-            return self.on_failure(Failure(job.row, job.turn, str(refused)))
+            return self.on_failure(Failure(job.row, job.turn, f"it {refused}"))
         if self.most is not None and len(prompt) >= self.most:
             cause = f"a prompt of {len(prompt)} tokens, and the target has {self.most} positions"
             return self.on_failure(Failure(job.row, job.turn, cause))

@@ -36,9 +36,9 @@ def out_row(row: PromptRow, replies: list[Reply], record: Regenerated, token_ids
 
 
 def failed_row(failure: Failure) -> dict:
-    """Return what is written of a prompt that was given up; it can be asked again as it stands."""
+    """Return what is written of a prompt that was given up, itself a row of a corpus: replies stand empty in it."""
     row = failure.row
-    messages = [message for segment in row.segments[: failure.turn + 1] for message in segment]
+    messages = row.messages([{"role": "assistant", "content": ""}] * failure.turn)
     return {**row.kept, "messages": messages, "place": row.place, "turn": failure.turn, "failed": failure.cause}
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pipeline.errors import UsageError
 from pipeline.intake import Tally, Unusable
+from stages.regenerate.answers import no_number
 
 ROLES = {"system", "developer", "user", "assistant", "tool"}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}}
@@ -66,7 +67,7 @@ def read_prompts(corpus: Path, tally: Tally | None = None) -> Iterator[PromptRow
 
 def _parsed(line: bytes) -> dict:
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=no_number)
         json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is JSON, and no text
     except (ValueError, RecursionError) as error:
         raise Unusable("broken line", f"no JSON text ({str(error)[:80]})") from error
