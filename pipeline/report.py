@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.text import Text
 
 from pipeline.cache.disk import size_text
+from pipeline.cache.target_folder import target_file
 from pipeline.console import grid
 from pipeline.evaluations import cell, columns_of, drawn_at, load_reports, temperatures
 from pipeline.terminal import in_markdown, visible, visible_lines
@@ -64,7 +65,7 @@ def coloured_sample(cache: Path, view: dict) -> Group:
     """Return one sample as text, what is supervised in green and underlined."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(Path(cache) / "target" / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(target_file(Path(cache), "tokenizer.json")))
     text = Text()
     start = 0
     for end in range(1, len(view["ids"]) + 1):

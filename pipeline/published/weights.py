@@ -7,7 +7,6 @@ tensors of 10**12 elements that repeat one: so what the pickle names is looked a
 and every tensor must be laid out plainly.
 """
 
-import json
 import pickle
 import pickletools
 import zipfile
@@ -17,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.errors import UsageError
+from pipeline.errors import RoomError, UsageError
+from pipeline.untrusted import check_regular, parse_json, read_file
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX, PICKLES = "model.safetensors.index.json", ("pytorch_model.bin", "training_state.pt")
@@ -53,11 +53,10 @@ class Weights:
 def read_json(path: Path) -> dict:
     """Read a JSON object of a moderate size. UsageError."""
     try:
-        if not path.is_file() or path.stat().st_size > MOST_JSON:
-            raise OSError("no file, or far larger than such a file is")
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); name a folder that holds a published draft") from error
+        found = parse_json(read_file(path, MOST_JSON))
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise UsageError(f"{path} cannot be read ({said}); name a folder that holds a published draft") from error
     if not isinstance(found, dict):
         raise UsageError(f"{path} is no JSON object; name a folder that holds a published draft")
     return found
@@ -88,11 +87,14 @@ def open_safetensors(files: list[Path]) -> Weights:
     weights = Weights(files)
     for path in files:
         try:
+            check_regular(path)
             reader = safe_open(path, framework="pt")
             for name in reader.keys():  # noqa: SIM118 - it is no mapping
                 part = reader.get_slice(name)
                 weights._add(name, tuple(part.get_shape()), _DTYPES.get(part.get_dtype()), reader)
-        except (SafetensorError, OSError) as error:
+        except MemoryError as error:
+            raise RoomError(f"{path}: no room in memory to map it; give the process more, see `ulimit -v`") from error
+        except (SafetensorError, OSError, ValueError) as error:
             raise UsageError(f"{path} cannot be read ({error}); fetch the draft again") from error
     return weights
 
