@@ -5,7 +5,19 @@ from pathlib import Path
 import click
 
 PATH = click.Path(path_type=Path)
-FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+class FolderPath(click.Path):
+    """A path at which nothing lies, or a folder: a pipe is neither, and waits for whoever opens it."""
+
+    def convert(self, value, param, ctx) -> Path:
+        path = super().convert(value, param, ctx)
+        if (path.exists() or path.is_symlink()) and not path.is_dir():
+            self.fail(f"Directory {str(path)!r} is no folder.", param, ctx)
+        return path
+
+
+FOLDER = FolderPath(file_okay=False, path_type=Path)
 REPORT = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 

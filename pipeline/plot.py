@@ -56,6 +56,8 @@ def plot(paths: Sequence[Path], out: Path) -> None:
     """Draw the reports at `paths` into `out`, as SVG or PNG by its ending. UsageError, RoomError."""
     if out.suffix.lower() not in UNDATED:
         raise UsageError(f"--plot {out}: wanted a file that ends in .svg or .png")
+    if out.exists() and not (out.is_file() or out.is_dir()):
+        raise UsageError(f"--plot {out}: something that is no file has its name; name another file")
     reports = load_reports(paths)
     for path, report in zip(paths, reports, strict=True):
         _check(path, report)

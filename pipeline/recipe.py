@@ -31,6 +31,7 @@ from pydantic import (
 from pipeline.errors import UsageError
 from pipeline.held import check_final, check_held, resolve_mask_token, rope_theta, text_config
 from pipeline.rotary import taken_over
+from pipeline.untrusted import read_file
 
 if TYPE_CHECKING:
     from pipeline.drafts import DraftConfig
@@ -158,16 +159,19 @@ def make_recipe(stated: dict, sets: tuple[str, ...], source: str) -> Recipe:
     return recipe
 
 
+MOST_BYTES = 1 << 20  # of a recipe, which has 1 KiB
+
+
 def read_toml(path: Path) -> dict:
     """Return what a recipe's file states. UsageError when there is none, or it is no TOML."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; the recipe of a run is {path / 'recipe.toml'}")
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(read_file(path, MOST_BYTES).decode())
     except FileNotFoundError:
         raise UsageError(f"no recipe at {path}; recipes are TOML files such as configs/domino.toml") from None
-    except IsADirectoryError:
-        raise UsageError(f"{path} is a folder; the recipe of a run is {path / 'recipe.toml'}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not TOML: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:  # tomllib's own is a ValueError
+        raise UsageError(f"{path} is not TOML: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _set(stated: dict, entry: str) -> None:
@@ -178,7 +182,7 @@ def _set(stated: dict, entry: str) -> None:
         raise UsageError(f"--set {entry}: write section.field=value, such as --set train.lr=3e-4")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         value = text.strip()
     fields = stated.setdefault(section, {})
     if not isinstance(fields, dict):

@@ -16,7 +16,7 @@ import xxhash
 from pipeline.cache.disk import unreadable
 from pipeline.cache.manifest import has_form
 from pipeline.errors import CacheError, PipelineError
-from pipeline.untrusted import parse_json, read_file
+from pipeline.untrusted import parse_strict_json, read_file
 
 MOST_BYTES = 64 << 20
 _TAIL = re.compile(rb',\n? ?"xxh3": "([0-9a-f]{16})"\n?}\n?\Z')
@@ -40,7 +40,7 @@ def unsealed(data: bytes, before: str = "") -> tuple[dict, str]:
         raise ValueError("its checksum does not match")
     if not tail and scarred(data):
         raise ValueError("its checksum is damaged")
-    record = parse_json(data)
+    record = parse_strict_json(data)
     if not isinstance(record, dict):
         raise ValueError("no JSON object")
     if not tail:

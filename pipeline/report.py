@@ -3,7 +3,6 @@
 Everything here turns the plain dicts that other modules return, the same that `--json` prints, into rich renderables.
 """
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -12,12 +11,15 @@ from rich.console import Group
 from rich.text import Text
 
 from pipeline.cache.disk import size_text
-from pipeline.cache.layout import LOG, TARGET
+from pipeline.cache.layout import LOG
 from pipeline.cache.manifest import read_canonical
+from pipeline.cache.target_folder import has_target, target_file
 from pipeline.console import grid
 from pipeline.errors import CacheError, UsageError
 from pipeline.evaluations import cell, columns_of, drawn_at, load_reports, temperatures
 from pipeline.terminal import in_markdown, visible, visible_lines
+
+TOKENIZER = "tokenizer.json"
 
 
 def cache_table(report: dict) -> Group:
@@ -70,23 +72,25 @@ def coloured_sample(cache: Path, view: dict) -> Group:
         f"sample {view['sample']} ({view['sample_id']}): {view['length']} tokens, {view['supervised']} supervised "
         f"(green); {view['domain'] or 'no domain'}, {view['split'] or 'no split'}; {view['source']}:{view['line']}"
     )
-    return Group(Text(visible(head), style="bold"), coloured(tokenizer_of(cache), view["ids"], view["mask"]))
+    return Group(Text(visible(head), style="bold"), coloured(tokenizer_of(Path(cache)), view["ids"], view["mask"]))
 
 
 def tokenizer_of(cache: Path):
     """Return the tokenizer of a cache's target, while nothing is captured the one of the target it was planned with.
 
-    Raises UsageError where neither is there.
+    Raises UsageError where neither is there, CacheError where the cache's own is damaged.
     """
     from tokenizers import Tokenizer
 
-    folders = [Path(cache) / TARGET]
-    with contextlib.suppress(CacheError, KeyError, TypeError):
-        folders.append(Path(read_canonical(Path(cache) / LOG)["target"]["folder"]))
-    files = [folder / "tokenizer.json" for folder in folders if (folder / "tokenizer.json").is_file()]
-    if not files:
+    if has_target(cache):
+        return Tokenizer.from_file(str(target_file(cache, TOKENIZER)))
+    try:
+        planned = Path(read_canonical(cache / LOG)["target"]["folder"]) / TOKENIZER
+    except (CacheError, KeyError, TypeError):
+        planned = None
+    if planned is None or not planned.is_file():
         raise UsageError(f"{cache} holds no tokenizer yet to show text with; run `pipeline plan` or capture first")
-    return Tokenizer.from_file(str(files[0]))
+    return Tokenizer.from_file(str(planned))
 
 
 def coloured(tokenizer, ids: Sequence[int], mask: Sequence[bool], most: int | None = None) -> Text:

@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.errors import CacheError
 from pipeline.limits import refuse_limit
 from pipeline.tensors import save_tensors
+from pipeline.untrusted import parse_json
 
 EMBEDDING, HEAD, FACTS = "embed_tokens.weight", "lm_head.weight", "target_head"
 
@@ -92,7 +93,7 @@ class TargetHead:
         """Read what `save` wrote; dtype None keeps the stored one. CacheError when the file is not such a head."""
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
-                facts = json.loads((file.metadata() or {})[FACTS])
+                facts = parse_json((file.metadata() or {})[FACTS])
                 scale, cap = float(facts["embed_scale"]), facts["logit_softcap"]
                 embed_VD = file.get_tensor(EMBEDDING)
                 head_VD = embed_VD if facts["tied"] else file.get_tensor(HEAD)

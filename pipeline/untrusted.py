@@ -14,6 +14,13 @@ _DEEP = f"JSON nested deeper than {DEEPEST} levels"
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
+def _no_number(name: str):
+    raise ValueError(f"{name} is no number of JSON")
+
+
+_DECODER, _STRICT = json.JSONDecoder(), json.JSONDecoder(parse_constant=_no_number)
+
+
 def read_file(path: Path, most: int) -> bytes:
     """Return the bytes of a regular file. OSError as the system says it; ValueError for one of another kind, or of more
     than `most` bytes."""
@@ -34,11 +41,10 @@ def check_regular(path: Path) -> int:
     return found.st_size
 
 
-def parse_json(text: bytes | str):
-    """Return what strict JSON in UTF-8 says. ValueError, in one line, for anything else, and for more than DEEPEST
-    levels."""
+def parse_json(text: bytes | str, decoder: json.JSONDecoder = _DECODER):
+    """Return what JSON in UTF-8 says. ValueError, in one line, for anything else and for more than DEEPEST levels."""
     try:
-        found = _DECODER.decode(text.decode() if isinstance(text, bytes) else text)
+        found = decoder.decode(text.decode() if isinstance(text, bytes) else text)
     except UnicodeDecodeError as error:
         raise ValueError(f"no UTF-8 at byte {error.start}") from None
     except RecursionError:
@@ -46,6 +52,11 @@ def parse_json(text: bytes | str):
     if deeper(found):
         raise ValueError(_DEEP)
     return found
+
+
+def parse_strict_json(text: bytes | str):
+    """The same of files that we write: NaN and Infinity, which Python's JSON has and which configs hold, are none."""
+    return parse_json(text, _STRICT)
 
 
 def deeper(value, levels: int = DEEPEST) -> bool:
@@ -60,10 +71,3 @@ def deeper(value, levels: int = DEEPEST) -> bool:
 
 def _children(node: dict | list):
     return node.values() if isinstance(node, dict) else node
-
-
-def _no_number(name: str):
-    raise ValueError(f"{name} is no number of JSON")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_no_number)

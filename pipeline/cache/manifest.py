@@ -19,6 +19,7 @@ import xxhash
 from pipeline.cache.disk import committing, reading, room, write_file
 from pipeline.cache.layout import FORMAT, IDENTITY
 from pipeline.errors import CacheError, UsageError
+from pipeline.untrusted import parse_strict_json
 
 MAX_BYTES = 64 << 20  # a larger "manifest" is refused before it is read
 PIECE = 4 << 20
@@ -37,13 +38,6 @@ def canonical(facts: dict) -> bytes:
     text = json.dumps({"format": FORMAT, **facts}, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
     body = text.removesuffix("\n}").encode()
     return body + b',\n "hash": "' + _own_hash(body).encode() + b'"\n}\n'
-
-
-def _no_number(name: str):
-    raise ValueError(f"{name} is no number of JSON")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_no_number)
 
 
 def _is_whole(data: bytes, facts: dict) -> bool:
@@ -107,10 +101,10 @@ def has_form(value, form) -> bool:
 def parse_canonical(data: bytes, path: Path) -> dict:
     """What `read_canonical` returns, from the file's bytes; `path` is for messages."""
     try:
-        facts = _DECODER.decode(data.decode())
+        facts = parse_strict_json(data)
         named = facts if isinstance(facts, dict) else {}
         whole = _is_whole(data, named)
-    except (ValueError, RecursionError):
+    except ValueError:
         raise CacheError(f"{path}: damaged, it is no JSON any more; run `pipeline verify`") from None
     found = named.get("format")
     if isinstance(found, str) and found != FORMAT:

@@ -7,14 +7,14 @@ at all; `manifest.json` names every file's size and digest.
 
 import contextlib
 import errno
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.cache.disk import Scratch, committing, reading, room, sync_file, sync_folder
 from pipeline.cache.layout import IDENTITY, TARGET, TARGET_MANIFEST, inside
-from pipeline.cache.manifest import FILES, FileFact, canonical, check_file, check_size, read_canonical
+from pipeline.cache.manifest import FILES, MAX_BYTES, FileFact, canonical, check_file, check_size, read_canonical
 from pipeline.errors import CacheError
+from pipeline.untrusted import parse_json, read_file
 
 CONFIG = "config.json"
 TOKENS = "tokens.json"
@@ -99,8 +99,8 @@ def target_json(cache: Path, name: str) -> dict:
     path = target_file(cache, name)
     try:
         with reading(path):
-            facts = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
+            facts = parse_json(read_file(path, MAX_BYTES))
+    except ValueError:
         facts = None
     if not isinstance(facts, dict):
         raise CacheError(f"{path}: damaged, it is no JSON object; run `pipeline verify`")

@@ -26,9 +26,11 @@ from pipeline.published import arithmetic
 from pipeline.published.folder import Opened
 from pipeline.published.weights import CONFIG, WEIGHTS
 from pipeline.tensors import save_tensors
+from pipeline.untrusted import check_regular, parse_json
 
 PROBE, FACTS = "probe.tensors", "probe"
 COLUMNS = 64
+MOST_BYTES = 1 << 30
 # Two float32 implementations differ by 1e-6 or so; a wrong constant, order or name by far more.
 TOLERANCE = 1e-4
 _TENSORS = ("features_KTD", "anchors_N", "prev_NS", "ids_I", "embedded_ID", "columns_C", "head_CD", "logits_NSC")
@@ -110,8 +112,10 @@ def judge(opened: Opened) -> Judged | None:
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     try:
+        if check_regular(path) > MOST_BYTES:
+            raise ValueError("far larger than a probe is")
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})[FACTS])
+            facts = parse_json((file.metadata() or {})[FACTS])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
             facts["files"], facts["logit_softcap"], facts["source"], *(tensors[name] for name in _TENSORS)
             facts["files"][WEIGHTS], facts["files"][CONFIG]

@@ -6,7 +6,6 @@ pickle: it passes the guard of `pipeline/pickles.py` first, is then read by `wei
 is mapped, not read; every tensor must be laid out plainly.
 """
 
-import json
 import pickle
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from pipeline.errors import UsageError
 from pipeline.limits import refuse_limit
 from pipeline.pickles import RefusedPickle, check_pickle
+from pipeline.untrusted import check_regular, parse_json, read_file
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX, PICKLES = "model.safetensors.index.json", ("pytorch_model.bin", "training_state.pt")
@@ -48,12 +48,11 @@ class Weights:
 def read_json(path: Path) -> dict:
     """Read a JSON object of a moderate size. UsageError."""
     try:
-        if not path.is_file() or path.stat().st_size > MOST_JSON:
-            raise OSError("no file, or far larger than such a file is")
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = parse_json(read_file(path, MOST_JSON))
+    except (OSError, ValueError) as error:
         refuse_limit(path, error)
-        raise UsageError(f"{path} cannot be read ({error}); name a folder that holds a published draft") from error
+        said = getattr(error, "strerror", None) or error
+        raise UsageError(f"{path} cannot be read ({said}); name a folder that holds a published draft") from error
     if not isinstance(found, dict):
         raise UsageError(f"{path} is no JSON object; name a folder that holds a published draft")
     return found
@@ -84,11 +83,12 @@ def open_safetensors(files: list[Path]) -> Weights:
     weights = Weights(files)
     for path in files:
         try:
+            check_regular(path)
             reader = safe_open(path, framework="pt")
             for name in reader.keys():  # noqa: SIM118 - it is no mapping
                 part = reader.get_slice(name)
                 weights._add(name, tuple(part.get_shape()), _DTYPES.get(part.get_dtype()), reader)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError, MemoryError) as error:
             refuse_limit(path, error)
             raise UsageError(f"{path} cannot be read ({error}); fetch the draft again") from error
     return weights

@@ -4,7 +4,6 @@ A line of the file has `messages` (rendered with the target's chat template; a l
 as it stands) or `input_ids`, and may name its `domain`.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +16,9 @@ from pipeline.cache import HiddenCache
 from pipeline.errors import DataError, UsageError
 from pipeline.limits import refuse_limit
 from pipeline.split import spread
+from pipeline.untrusted import parse_json, read_file
 
+MOST_BYTES = 1 << 30
 KINDS = ("messages", "prompt", "input_ids")
 
 
@@ -56,10 +57,11 @@ def file_prompts(path: Path, target: Path, count: int) -> list[Prompt]:
     Raises UsageError when there is no such file, DataError naming file and line for what is no prompt.
     """
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_file(Path(path), MOST_BYTES).decode().split("\n")
+    except (OSError, ValueError) as error:
         refuse_limit(path, error)
-        raise UsageError(f"{path} cannot be read ({error}); pass a JSONL file of prompts") from error
+        said = getattr(error, "strerror", None) or error
+        raise UsageError(f"{path} cannot be read ({said}); pass a JSONL file of prompts") from error
     found = []
     for number, line in enumerate(lines, 1):
         if line.strip() and len(found) < count:
@@ -71,7 +73,7 @@ def file_prompts(path: Path, target: Path, count: int) -> list[Prompt]:
 
 def _parse(line: str, place: str, target: Path) -> Prompt:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise DataError(f"{place} is no JSON ({error}); correct or remove the line") from error
     kinds = [kind for kind in KINDS if isinstance(row, dict) and kind in row]

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 from pipeline.cache import HiddenCache
 from pipeline.cache.disk import room, write_file
 from pipeline.cache.layout import LOG
+from pipeline.cache.manifest import read_canonical
 from pipeline.checkpoint import CONFIG, DRAFT, find_checkpoint, load_draft, open_checkpoint
 from pipeline.console import VisibleConsole
 from pipeline.drafts import Draft
-from pipeline.errors import RoomError, UsageError
+from pipeline.errors import PipelineError, RoomError, UsageError
 from pipeline.published import load_draft_folder, recorded_share
 from pipeline.recipe import TrainSection
 from pipeline.records import sealed
@@ -27,6 +28,7 @@ from pipeline.split import split_samples
 from pipeline.target import head_of, load_target, stop_tokens
 from pipeline.target_files import find_target, positions, target_digest, target_name
 from pipeline.target_weights import check_weights_if_kept, weights_digest
+from pipeline.untrusted import check_regular
 from stages.evaluate.decode import Dice, decode_many, speculative_decode
 from stages.evaluate.figures import (
     agreement,
@@ -139,6 +141,13 @@ def check_place(option: str, path: Path) -> None:
     """Refuse, before anything runs, a file that cannot be written. UsageError, RoomError."""
     if path.is_dir():
         raise UsageError(f"{option} {path} is a folder; name a file in it, such as {path / option[2:]}.json")
+    try:
+        check_regular(path)
+    except ValueError as error:  # /dev/null, say, which a rename would replace for everybody
+        raise UsageError(f"{option} {path} cannot be a report ({error}); name another file") from error
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UsageError(f"{option} {path} is a link to itself; name another file") from error
     with room(path, f"the file of {option}"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -245,8 +254,8 @@ def find_model(model: str | None, store: HiddenCache | None) -> tuple[Path, str]
 def _recorded(store: HiddenCache) -> str:
     """Where the capture found the target, if that is still there, else its name."""
     try:
-        folder = json.loads((store.path / LOG).read_text("utf-8"))["target"]["folder"]
-    except (OSError, ValueError, KeyError, TypeError):
+        folder = read_canonical(store.path / LOG, {"target": {"folder": str}})["target"]["folder"]
+    except PipelineError:
         folder = None
     return folder if folder and Path(folder).is_dir() else store.identity["target"]["name"]
 

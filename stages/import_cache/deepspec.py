@@ -8,7 +8,6 @@ layer 0. The last state is after the norm. There is no checksum anywhere.
     T tokens   K layers   D hidden size
 """
 
-import json
 import struct
 from math import prod
 from pathlib import Path
@@ -21,6 +20,7 @@ from pipeline.cache.disk import reading
 from pipeline.cache.manifest import has_form
 from pipeline.errors import DataError, UsageError
 from pipeline.limits import refuse_limit
+from pipeline.untrusted import parse_json, read_file
 from stages.import_cache.foreign import Foreign, Place, Stated, broken, listing, loss_mask, tokens
 
 MANIFEST, INDEX = "manifest.json", "samples.idx"
@@ -109,10 +109,8 @@ def _states(path: Path, start: int, shape: tuple[int, ...]) -> Tensor:
 def read_manifest(path: Path) -> dict:
     """Return a manifest of the version and types that are read. DataError for any other, or a damaged one."""
     try:
-        if path.stat().st_size > MOST_MANIFEST:
-            raise broken(path, f"{path.stat().st_size:,} bytes, which no manifest has")
-        facts = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        facts = parse_json(read_file(path, MOST_MANIFEST))
+    except (OSError, ValueError) as error:
         refuse_limit(path, error)
         raise broken(path, f"cannot be read ({str(error)[:120]})") from error
     layers = facts.get("target_layer_ids") if isinstance(facts, dict) else None
