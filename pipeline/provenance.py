@@ -64,9 +64,10 @@ def _with_cache(cache: HiddenCache, origin: Origin, facts: Facts) -> Provenance:
         tokens=cache.tokens,
     )
     plan, gauge = told["plan"], told["gauge"]
-    facts = replace(
-        facts, sources=plan["sources"], samples=plan["samples"], gauge=gauge, target_digest=target["digest"]
-    )
+    rules = cache.identity["samples"]
+    told = {key: rules[key] for key in ("template_kwargs", "template_date") if rules.get("template_kwargs")}
+    facts = replace(facts, sources=plan["sources"], samples=plan["samples"], gauge=gauge, template=told)
+    facts = replace(facts, target_digest=target["digest"])
     return Provenance(cache, origin, facts)
 
 

@@ -24,6 +24,7 @@ class Facts:
     target_digest: str | None = None
     sources: list[dict] = field(default_factory=list)  # of the corpus, as the plan has them
     samples: int | None = None
+    template: dict = field(default_factory=dict)  # what the chat template was told: arguments, day
     gauge: dict | None = None  # rows, agreement, logprob
     evaluations: list[dict] = field(default_factory=list)  # title, and figures as `summarise` gives them
 
@@ -136,6 +137,7 @@ def _made_from(origin: Origin, facts: Facts) -> str:
         ("steps", None if facts.steps is None else f"{facts.steps:,}"),
         ("samples of the cache", None if facts.samples is None else f"{facts.samples:,}"),
         *(("corpus", _source(source)) for source in facts.sources),
+        ("chat template told", _told(facts.template)),
         ("on-policy gauge", _gauge(facts.gauge)),
     ]
     return _table(("", ""), [(name, value or "not recorded") for name, value in rows])
@@ -144,6 +146,14 @@ def _made_from(origin: Origin, facts: Facts) -> str:
 def _source(source: dict) -> str:
     """A data set of the hub, or a file by its name inside the corpus, and what says which one exactly."""
     return ", ".join(in_markdown(value) for key, value in source.items() if key != "size" and value)
+
+
+def _told(template: dict) -> str | None:
+    """Return what to serve the target with: another mode has other prompts than those the draft has learned."""
+    if not template:
+        return None
+    arguments = as_code(json.dumps(template["template_kwargs"], sort_keys=True))
+    return f"{arguments} and the day {template['template_date']}; serve the target in the same mode"
 
 
 def _gauge(gauge: dict | None) -> str | None:

@@ -89,7 +89,7 @@ def make_plan(
 
     def chosen(parts: list[ShardPlan]) -> np.ndarray:
         kept_n, turns = choose_turns(parts, rules["turns"])
-        notes.update(tally.as_notes(), turns=turns)
+        notes.update(tally.as_notes(), turns=turns, template={"kwargs": json.dumps(arguments[0]), "date": arguments[1]})
         if budget:
             of_kept_n, notes["budget"] = budget(kept_parts(parts, kept_n))
             kept_n[kept_n] = of_kept_n

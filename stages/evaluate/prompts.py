@@ -4,6 +4,7 @@ A line of the file has `messages` (rendered with the target's chat template; a l
 as it stands) or `input_ids`, and may name its `domain`.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -14,8 +15,10 @@ import numpy as np
 from pipeline.accept import reply_spans
 from pipeline.cache import HiddenCache
 from pipeline.errors import DataError, UsageError
+from pipeline.intake import Unusable
 from pipeline.limits import refuse_limit
 from pipeline.split import spread
+from pipeline.target_files import TEMPLATE_DATE
 from pipeline.untrusted import parse_json, read_file
 
 MOST_BYTES = 1 << 30
@@ -51,8 +54,10 @@ def cached_prompts(cache: HiddenCache, heldout: np.ndarray, count: int) -> list[
     ]
 
 
-def file_prompts(path: Path, target: Path, count: int) -> list[Prompt]:
+def file_prompts(path: Path, target: Path, count: int, rules: dict | None = None) -> list[Prompt]:
     """Return the first `count` prompts of a JSONL file; `target` is the folder of the target's tokenizer.
+
+    rules: how a cache made its samples, whose arguments and day the chat template is given.
 
     Raises UsageError when there is no such file, DataError naming file and line for what is no prompt.
     """
@@ -65,13 +70,18 @@ def file_prompts(path: Path, target: Path, count: int) -> list[Prompt]:
     found = []
     for number, line in enumerate(lines, 1):
         if line.strip() and len(found) < count:
-            found.append(_parse(line, f"{path}:{number}", target))
+            found.append(_parse(line, f"{path}:{number}", target, _told(rules)))
     if not found:
         raise DataError(f"{path} holds no prompt; write one JSON object a line, with {', '.join(KINDS)}")
     return found
 
 
-def _parse(line: str, place: str, target: Path) -> Prompt:
+def _told(rules: dict | None) -> tuple[str, str]:
+    rules = rules or {}
+    return json.dumps(rules.get("template_kwargs", {})), rules.get("template_date", TEMPLATE_DATE)
+
+
+def _parse(line: str, place: str, target: Path, told: tuple[str, str]) -> Prompt:
     try:
         row = parse_json(line)
     except ValueError as error:
@@ -79,27 +89,31 @@ def _parse(line: str, place: str, target: Path) -> Prompt:
     kinds = [kind for kind in KINDS if isinstance(row, dict) and kind in row]
     if len(kinds) != 1:
         raise DataError(f"{place} has {' and '.join(kinds) or 'none'} of {', '.join(KINDS)}; give exactly one")
-    ids = _ids(row, kinds[0], place, target)
+    ids = _ids(row, kinds[0], place, target, told)
     if not ids or not all(type(token) is int and token >= 0 for token in ids):
         raise DataError(f"{place}: `{kinds[0]}` gives no list of token ids; correct or remove the line")
     return Prompt(ids, str(row.get("domain", "")), place)
 
 
-def _ids(row: dict, kind: str, place: str, target: Path) -> Iterable[int]:
+def _ids(row: dict, kind: str, place: str, target: Path, told: tuple[str, str]) -> Iterable[int]:
     if kind == "input_ids":
         return row[kind] if isinstance(row[kind], list) else []
-    tokenizer = _tokenizer(target)
     if kind == "prompt":
-        return tokenizer(row[kind])["input_ids"] if isinstance(row[kind], str) else []
+        return _tokenizer(target)(row[kind])["input_ids"] if isinstance(row[kind], str) else []
     messages = row[kind]
-    from jinja2 import TemplateError
-
     try:
         if isinstance(messages, list) and messages and messages[-1].get("role") == "assistant":
             messages = messages[:-1]
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        return _template(target, *told).prompt_ids(messages)
+    except (Unusable, TypeError, AttributeError) as error:
         raise DataError(f"{place}: the chat template cannot render `messages` ({error}); correct the line") from error
+
+
+@cache
+def _template(target: Path, kwargs: str, date: str):
+    from pipeline.chat_template import ChatTemplate
+
+    return ChatTemplate(target, json.loads(kwargs), date)
 
 
 @cache

@@ -81,7 +81,8 @@ def run(
         share = trained.heldout if known else TrainSection().heldout
         heldout = split_samples(store, config.mask_token_id, share, config.target_layer_ids).heldout
         known = known or all(store.samples.split)
-    asked = cached_prompts(store, heldout, count) if prompts is None else file_prompts(prompts, folder, count)
+    rules = {} if store is None else store.identity["samples"]
+    asked = cached_prompts(store, heldout, count) if prompts is None else file_prompts(prompts, folder, count, rules)
     check_room(target, asked, max_new, config.proposals)
     stops = stop_tokens(target) if store is None else frozenset(store.tokens["eos"])
     replies = PlainReplies()
