@@ -65,7 +65,7 @@ def check_quantised(folder: Path, config: PreTrainedConfig) -> None:
     _check_shared(folder)
     stated = getattr(config, "quantization_config", None) or config.get_text_config().quantization_config
     try:
-        AutoHfQuantizer.from_config(stated, pre_quantized=True).validate_environment(
+        AutoHfQuantizer.from_config(stated, pre_quantized=True, trust_remote_code=False).validate_environment(
             device_map=None, weights_only=True, dtype=None
         )
     except (ImportError, NameError) as error:  # of a half that is there, a name that the other half has

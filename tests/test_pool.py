@@ -104,10 +104,10 @@ def test_a_rendering_that_fails_hangs_or_grows_costs_its_row(job, tmp_path, kind
 
 
 def test_what_ends_a_worker_is_a_fault_of_its_row(job, tmp_path):
-    """A row of which the system lets nothing be caught: it has less address space than one allocation of Rust takes."""
+    """A row of which the system lets nothing be caught: there is less address space than its rendering takes."""
     question = "x" * 30_000_000
     corpus = write_jsonl(tmp_path / "a.jsonl", asks("fine", question, "fine"))
-    made = outcomes(job(row_bytes=1 << 23), corpus)
+    made = outcomes(job(row_bytes=1 << 26), corpus)
     assert [bool(outcome.fault) for outcome in made] == [False, True, False]
 
 

@@ -740,9 +740,9 @@ def test_a_run_keeps_the_rule_of_chunks_that_it_began_with(tiny_cache, tmp_path,
         with pytest.raises(Killed):
             trained(tiny_cache, tmp_path / "old", *cells)
     record = tmp_path / "old" / "run.json"
-    facts = json.loads(record.read_text())
+    facts, _ = unsealed(record.read_bytes())
     del facts["head_chunk"]  # and they did not say so
-    record.write_text(json.dumps(facts))
+    record.write_bytes(as_record(facts))
     assert {rule for rule, _ in asked} == {1}
     of_old = {blocks for _, blocks in asked}
     asked.clear()
@@ -796,9 +796,9 @@ def test_a_run_begun_with_plain_rotary_positions_goes_on_with_them(scaled_cache,
         with pytest.raises(Killed):
             trained(scaled_cache, tmp_path / "old", "train.save_every=1")
     record = tmp_path / "old" / "run.json"
-    facts = json.loads(record.read_text())
+    facts, _ = unsealed(record.read_bytes())
     del facts["rope_scaling"]  # and they did not say so
-    record.write_text(json.dumps(facts))
+    record.write_bytes(as_record(facts))
     capsys.readouterr()
 
     old = trained(scaled_cache, tmp_path / "old", "train.save_every=1")
@@ -824,8 +824,8 @@ def test_a_damaged_record_of_rotary_positions_is_named(tiny_cache, tmp_path, mon
     with monkeypatch.context() as patch, pytest.raises(Killed):
         stopping(patch, 1, kill)
         trained(tiny_cache, tmp_path / "run")
-    facts = json.loads((tmp_path / "run" / "run.json").read_text())
-    (tmp_path / "run" / "run.json").write_text(json.dumps(facts | {"rope_scaling": record}))
+    facts, _ = unsealed((tmp_path / "run" / "run.json").read_bytes())
+    (tmp_path / "run" / "run.json").write_bytes(as_record(facts | {"rope_scaling": record}))
 
     with pytest.raises(CacheError, match=r"run\.json: damaged, no rope_scaling"):
         trained(tiny_cache, tmp_path / "run")
@@ -844,8 +844,8 @@ def test_a_rule_of_chunks_that_there_is_none_of_is_refused(tiny_cache, tmp_path,
     with monkeypatch.context() as patch, pytest.raises(Killed):
         stopping(patch, 1, kill)
         trained(tiny_cache, tmp_path / "run")
-    facts = json.loads((tmp_path / "run" / "run.json").read_text())
-    (tmp_path / "run" / "run.json").write_text(json.dumps(facts | {"head_chunk": rule}))
+    facts, _ = unsealed((tmp_path / "run" / "run.json").read_bytes())
+    (tmp_path / "run" / "run.json").write_bytes(as_record(facts | {"head_chunk": rule}))
 
     with pytest.raises(error, match=said):
         trained(tiny_cache, tmp_path / "run")

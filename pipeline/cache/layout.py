@@ -40,6 +40,7 @@ REFUSED = "samples.json"
 FOLDERS = (PLAN, TARGET, CALIBRATION, SHARDS, QUARANTINE)
 LOG = "capture.log"
 SCRATCH = "tmp-"
+LONGEST_PATH = 1024  # letters of a path inside a cache; its own have fewer than a hundred
 LONGEST_NAME = 255  # bytes of a file's name, on any disk
 
 BLOCK_ROWS = 256  # one checksum for so many rows of a sample
@@ -85,6 +86,8 @@ def inside(root: Path, relative: str) -> Path:
     parts = relative.split("/")
     if relative.startswith("/") or "\0" in relative or any(part in ("", ".", "..") for part in parts):
         raise CacheError(f"{root}: a manifest names {relative!r}; paths in a cache are relative and stay inside it")
+    if len(relative) > LONGEST_PATH:
+        raise CacheError(f"{root}: a manifest names {relative[:80]!r}, which no file can be called")
     path = root.joinpath(*parts)
     try:
         within = not _has_link(root, parts) or path.resolve().is_relative_to(root.resolve())
