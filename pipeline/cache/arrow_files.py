@@ -31,7 +31,8 @@ def parse_batches(data: pa.Buffer, schema: pa.Schema, path: Path) -> list[pa.Rec
         raise CacheError(f"{path}: damaged, no Arrow file any more; run `pipeline verify`")
     try:
         messages = pa.ipc.MessageReader.open_stream(pa.BufferReader(data.slice(len(MAGIC))))
-        if not pa.ipc.read_schema(messages.read_next_message()).equals(schema):
+        first = messages.read_next_message()
+        if not _has_header(first, "schema") or not pa.ipc.read_schema(first).equals(schema):
             raise CacheError(f"{path}: has other columns than such a file has; run `pipeline verify`")
         return [_checked_batch(message, schema, path) for message in messages]
     except (pa.ArrowException, ValueError, OSError, StopIteration) as error:
@@ -41,13 +42,19 @@ def parse_batches(data: pa.Buffer, schema: pa.Schema, path: Path) -> list[pa.Rec
 
 
 def _checked_batch(message: pa.ipc.Message, schema: pa.Schema, path: Path) -> pa.RecordBatch:
-    if message.type != "record batch" or _is_compressed(message.metadata.to_pybytes()):
+    if not _has_header(message, "record batch") or _is_compressed(message.metadata.to_pybytes()):
         raise CacheError(f"{path}: holds something else than plain record batches; run `pipeline verify`")
     batch = pa.ipc.read_record_batch(message, schema)
     batch.validate(full=True)
     if any(column.null_count for column in batch.columns):
         raise CacheError(f"{path}: lacks values; run `pipeline verify`")
     return batch
+
+
+def _has_header(message: pa.ipc.Message, kind: str) -> bool:
+    """Whether a message is of a kind and says so in full: Arrow follows a header that is absent to nowhere."""
+    metadata = message.metadata.to_pybytes()
+    return message.type == kind and _field(metadata, struct.unpack_from("<I", metadata)[0], _HEADER) != 0
 
 
 def _is_compressed(metadata: bytes) -> bool:
