@@ -128,9 +128,10 @@ def test_a_kernel_or_layers_without_such_masks_are_refused(target, monkeypatch):
 
 
 def prove(target, draft, batch=3):
-    judge = Judge(target, draft.config.proposals + 1, batch)
-    for index, fast in decode_many(target, draft, PROMPTS, 24, batch=batch):
-        judge.compare(f"prompt {index}", PROMPTS[index], fast, plain_decode(target, PROMPTS[index], 24))
+    """Judge all prompts decoded at once; the first ends first, so that another's row has to take its place."""
+    judge, stops = Judge(target, draft.config.proposals + 1, batch), {plain_decode(target, PROMPTS[0], 24).ids[3]}
+    for index, fast in decode_many(target, draft, PROMPTS, 24, stops, batch=batch):
+        judge.compare(f"prompt {index}", PROMPTS[index], fast, plain_decode(target, PROMPTS[index], 24, stops))
 
 
 def keep_one_too_few(monkeypatch):
@@ -168,9 +169,10 @@ def test_a_broken_memory_is_caught_and_a_sound_one_differs_by_near_ties_only(mon
 @pytest.mark.parametrize("dice", [None, Dice(1.0, 1.0, 3)], ids=["greedy", "drawn"])
 @broken_memories
 def test_rounding_is_no_excuse_for_a_broken_memory(rounds, target, monkeypatch, broken, dice):
+    stops = {plain_decode(target, PROMPTS[0], 24).ids[3]}
     broken(monkeypatch)
     with pytest.raises(AssertionError, match="rounding is at most"):
-        together_as_alone(rounds, target, make_draft(target), 20, batch=3, dice=dice)
+        together_as_alone(rounds, target, make_draft(target), 20, stops, batch=3, dice=dice)
 
 
 def test_a_difference_is_measured_over_as_many_copies_as_were_decoded(target, monkeypatch):
