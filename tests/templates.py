@@ -11,6 +11,10 @@ from stages.cache_hidden.conversation import conversation
 from stages.cache_hidden.template import Prepared, SampleMaker
 
 PLAIN = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+# A reply is asked for behind a question only (Apriel, DeepSeek V3.1).
+ASKS_USERS_ONLY = PLAIN.replace(
+    "{%- if add_generation_prompt -%}", "{%- if add_generation_prompt and messages[-1].role != 'assistant' -%}"
+)
 # The header and the newline behind the end are marked, too.
 WIDE_MARKS = (
     "{%- for m in messages -%}{%- if m.role == 'assistant' -%}"
@@ -38,6 +42,11 @@ OPENS_THOUGHT = (
     "{%- for m in messages -%}<|im_start|>{{ m.role + '\n' + m.content.split('</think>')[-1] }}<|im_end|>{%- endfor -%}"
     "{%- if add_generation_prompt -%}<|im_start|>assistant{{ '\n' }}<think>"
     "{%- if thinking is false -%}</think>{%- else -%}{{ '\n' }}{%- endif -%}{%- endif -%}"
+)
+# ... and shows calls behind the text.
+OPENS_AND_CALLS = OPENS_THOUGHT.replace("m.content.split", "(m.content or '').split").replace(
+    "<|im_end|>{%- endfor",
+    "{%- for call in m.tool_calls or [] -%}<call>{{ call.function | tojson }}</call>{%- endfor -%}<|im_end|>{%- endfor",
 )
 # Nothing ends a turn but the next role's marker (GLM).
 NEXT_MARKER = (

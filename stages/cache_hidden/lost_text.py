@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 
 from pipeline.intake import Unusable
-from stages.cache_hidden.turns import OPEN_THOUGHT
+from stages.cache_hidden.turn_refusals import OPEN_THOUGHT
 
 SPACE = re.compile(r"\s+")
 

@@ -19,7 +19,8 @@ from pipeline.intake import Unusable
 from stages.cache_hidden.corpus import Conversation
 from stages.cache_hidden.encoding import Encoded, encode_apart, encode_many, mask_of
 from stages.cache_hidden.lost_text import check_once_encoded, check_shown
-from stages.cache_hidden.turns import Chat, Turn, TurnEnds, Unproven, prove
+from stages.cache_hidden.turn_refusals import Unproven
+from stages.cache_hidden.turns import Chat, Turn, TurnEnds, prove
 
 
 @dataclass(frozen=True)
