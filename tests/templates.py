@@ -61,6 +61,8 @@ TOOL_CALLS = (
     "<call>{{ {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}</call>{%- endfor -%}"
     "<|im_end|>{{ '\n' }}{%- endfor -%}{%- if add_generation_prompt -%}<|im_start|>assistant{{ '\n' }}{%- endif -%}"
 )
+FIRST_CALL = TOOL_CALLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")  # no other is shown (gpt-oss)
+NO_SYSTEM = PLAIN.replace("- for message in messages -", "- for message in messages if message.role != 'system' -")
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 
 

@@ -6,8 +6,10 @@ import pytest
 from templates import (
     ASKS_USERS_ONLY,
     END_OF_TEXT,
+    FIRST_CALL,
     LAST_THOUGHT,
     NEXT_MARKER,
+    NO_SYSTEM,
     OPENS_AND_CALLS,
     OPENS_THOUGHT,
     PLAIN,
@@ -30,6 +32,8 @@ from pipeline.intake import Unusable
 from pipeline.target_files import chat_templates, template_arguments, template_digest
 from stages.cache_hidden.encoding import encode_many
 
+TWO_CALLS = call({"city": "Oslo"})
+TWO_CALLS["tool_calls"] *= 2
 TWO_TURNS = turns("one?", "One.", "two?", "Two, zwei, 二.")
 
 
@@ -208,6 +212,28 @@ def test_text_that_a_template_does_not_show_refuses_the_row(tmp_path, text, mess
     with pytest.raises(Unusable, match=what) as found:
         prepared(chat_template(tmp_path, text), messages)
     assert found.value.reason == "lost text"
+
+
+@pytest.mark.parametrize(
+    ("text", "messages", "what"),
+    [
+        (NO_SYSTEM, [{"role": "system", "content": "Be terse."}, *turns("Be terse. Why?", "So.")], "message 0"),
+        (NO_SYSTEM, [{"role": "system", "content": "user"}, *turns("Why?", "So.")], "message 0"),
+        (PLAIN, [*turns("a?"), {"role": "assistant", "content": "So it is.", "reasoning": "So"}], "the reasoning"),
+        (FIRST_CALL, [*turns("a?"), TWO_CALLS, *turns("b?", "B.")], "of 2 tool calls of message 1"),
+    ],
+)
+def test_text_that_is_not_shown_refuses_the_row_though_another_place_says_the_same(tmp_path, text, messages, what):
+    with pytest.raises(Unusable, match=what) as found:
+        prepared(chat_template(tmp_path, text), messages)
+    assert found.value.reason == "lost text"
+
+
+def test_texts_that_say_the_same_are_no_loss_where_each_is_shown(tmp_path):
+    made = chat_template(tmp_path, TOOL_CALLS)
+    messages = [{"role": "system", "content": "user"}, *turns("user", "user", "user", "user"), TWO_CALLS]
+    messages.insert(-1, *turns("a?"))
+    assert prepared(made, messages).turns == 3
 
 
 def test_tools_that_a_template_does_not_show_refuse_the_row(tmp_path):

@@ -34,12 +34,12 @@ def check_asked_for(chat: "Chat", at: int, prompt: str) -> None:
 
 def check_mode(chat: "Chat", at: int, prompt: str) -> None:
     """Refuse a reply that states a thought behind a prompt that has closed it: the target would not think again."""
-    closed = CLOSED_THOUGHT.search(prompt[-200:])
-    if not closed or not re.search("think|thought|reason", closed[0], re.IGNORECASE):
-        return
     message = chat.messages[at]
     began = STATED_THOUGHT.match(message["content"] or "")
-    if message.get("reasoning_content") or (began and began[1].strip()):
+    if not message.get("reasoning_content") and not (began and began[1].strip()):
+        return
+    closed = CLOSED_THOUGHT.search(prompt[-200:])
+    if closed and re.search("think|thought|reason", closed[0], re.IGNORECASE):
         switch = chat.template.switch()
         wanted = f" '{{\"{switch}\": true}}'" if switch else ""
         raise Unproven(

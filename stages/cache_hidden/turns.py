@@ -48,6 +48,7 @@ class Chat:
         self.template, self.messages, self.tools, self.kwargs = template, messages, tools, kwargs
         self._prompts: dict[int, str] = {}
         self._through: dict[int, str] = {}
+        self.checked: set[int] = set()  # messages whose texts were proven to come out by `lost_text.py`
 
     def prompt(self, at: int) -> str:
         """What an engine sends to have message `at`."""
@@ -168,11 +169,12 @@ def probe_first(message: dict) -> dict:
     if message.get("reasoning_content"):
         probed["reasoning_content"] = PROBE
     if message.get("tool_calls"):
-        probed["tool_calls"] = [_renamed(call) for call in message["tool_calls"]]
+        probed["tool_calls"] = [renamed(call) for call in message["tool_calls"]]
     return probed
 
 
-def _renamed(call: dict) -> dict:
+def renamed(call: dict) -> dict:
+    """Return a call of a tool whose name is the probe."""
     function = call.get("function")
     return {**call, "function": {**function, "name": PROBE}} if isinstance(function, dict) else {**call, "name": PROBE}
 
