@@ -11,6 +11,10 @@ from stages.cache_hidden.conversation import conversation
 from stages.cache_hidden.template import Prepared, SampleMaker
 
 PLAIN = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+# A reply is asked for behind a question only (Apriel, DeepSeek V3.1).
+ASKS_USERS_ONLY = PLAIN.replace(
+    "{%- if add_generation_prompt -%}", "{%- if add_generation_prompt and messages[-1].role != 'assistant' -%}"
+)
 # The header and the newline behind the end are marked, too.
 WIDE_MARKS = (
     "{%- for m in messages -%}{%- if m.role == 'assistant' -%}"
@@ -39,6 +43,11 @@ OPENS_THOUGHT = (
     "{%- if add_generation_prompt -%}<|im_start|>assistant{{ '\n' }}<think>"
     "{%- if thinking is false -%}</think>{%- else -%}{{ '\n' }}{%- endif -%}{%- endif -%}"
 )
+# ... and shows calls behind the text.
+OPENS_AND_CALLS = OPENS_THOUGHT.replace("m.content.split", "(m.content or '').split").replace(
+    "<|im_end|>{%- endfor",
+    "{%- for call in m.tool_calls or [] -%}<call>{{ call.function | tojson }}</call>{%- endfor -%}<|im_end|>{%- endfor",
+)
 # Nothing ends a turn but the next role's marker (GLM).
 NEXT_MARKER = (
     "{%- for m in messages -%}{{ '<|im_start|>' if m.role == 'user' else '<|mask|>' }}{{ m.content }}{%- endfor -%}"
@@ -52,6 +61,8 @@ TOOL_CALLS = (
     "<call>{{ {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}</call>{%- endfor -%}"
     "<|im_end|>{{ '\n' }}{%- endfor -%}{%- if add_generation_prompt -%}<|im_start|>assistant{{ '\n' }}{%- endif -%}"
 )
+FIRST_CALL = TOOL_CALLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")  # no other is shown (gpt-oss)
+NO_SYSTEM = PLAIN.replace("- for message in messages -", "- for message in messages if message.role != 'system' -")
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 
 

@@ -4,9 +4,13 @@ import json
 
 import pytest
 from templates import (
+    ASKS_USERS_ONLY,
     END_OF_TEXT,
+    FIRST_CALL,
     LAST_THOUGHT,
     NEXT_MARKER,
+    NO_SYSTEM,
+    OPENS_AND_CALLS,
     OPENS_THOUGHT,
     PLAIN,
     SYSTEM_LAST,
@@ -28,6 +32,8 @@ from pipeline.intake import Unusable
 from pipeline.target_files import chat_templates, template_arguments, template_digest
 from stages.cache_hidden.encoding import encode_many
 
+TWO_CALLS = call({"city": "Oslo"})
+TWO_CALLS["tool_calls"] *= 2
 TWO_TURNS = turns("one?", "One.", "two?", "Two, zwei, 二.")
 
 
@@ -89,6 +95,44 @@ def test_a_prompt_that_opens_a_thought_takes_what_the_target_said(tmp_path):
     with pytest.raises(Unusable, match="reasoning") as found:
         prepared(made, [turns("a?")[0], {"role": "assistant", "content": "A.", "reasoning_content": "Well."}])
     assert found.value.reason in ("no reasoning", "lost text")
+
+
+@pytest.mark.parametrize("arguments", [{}, {"city": "Oslo"}])
+def test_calls_behind_a_thought_that_the_prompt_opened_are_supervised_whole(tmp_path, arguments):
+    made = chat_template(tmp_path, OPENS_AND_CALLS)
+    said = "The weather of a city: Oslo.\n</think>\nLook."
+    (((before, reply),),) = supervised(made, prepared(made, [*turns("a?"), call(arguments, f"<think>\n{said}")]))
+    called = json.dumps({"name": "weather", "arguments": arguments})
+    assert before.endswith("<think>\n") and reply == f"{said}<call>{called}</call><|im_end|>"
+
+
+@pytest.mark.parametrize("said", ["One.<|im_end|>\n<|im_start|>user\nb?", "<|im_end|>One."])
+def test_a_reply_that_holds_an_end_is_context(tmp_path, said):
+    made = chat_template(tmp_path, PLAIN)
+    found = prepared(made, turns("a?", said, "b?", "Two."))
+    assert replies(made, found) == [["Two.<|im_end|>"]] and found.unproven[0][0] == "end inside"
+    found = prepared(made, turns(f"a {said}?", "Two."))
+    assert replies(made, found) == [["Two.<|im_end|>"]], "a question may hold one"
+
+
+def test_a_reply_behind_a_reply_is_context_where_the_template_asks_for_none_between_them(tmp_path):
+    """Else the end of the first and the header of the second would be supervised."""
+    made = chat_template(tmp_path, ASKS_USERS_ONLY)
+    messages = [*turns("a?", "One."), {"role": "assistant", "content": "Two."}, *turns("b?", "Three.")]
+    found = prepared(made, messages)
+    assert replies(made, found) == [["One.<|im_end|>", "Three.<|im_end|>"]]
+    assert [reason for reason, _ in found.unproven] == ["no prompt"]
+    made = chat_template(tmp_path, PLAIN)
+    assert replies(made, prepared(made, messages)) == [["One.<|im_end|>", "Two.<|im_end|>", "Three.<|im_end|>"]]
+
+
+@pytest.mark.parametrize("said", ["<think>\nWell.\n</think>\nA.", "\n<think>\nWell.\n</think>\nA."])
+def test_a_thought_behind_a_prompt_that_closed_it_was_made_in_another_mode(tmp_path, said):
+    made = chat_template(tmp_path, LAST_THOUGHT, kwargs={"enable_thinking": False})
+    with pytest.raises(Unusable, match=r"another mode.*\"enable_thinking\": true") as found:
+        prepared(made, turns("a?", said))
+    assert found.value.reason == "thought closed"
+    assert prepared(made, turns("a?", "A.")).turns == 1
 
 
 @pytest.mark.parametrize("of", ["run", "row"])
@@ -168,6 +212,28 @@ def test_text_that_a_template_does_not_show_refuses_the_row(tmp_path, text, mess
     with pytest.raises(Unusable, match=what) as found:
         prepared(chat_template(tmp_path, text), messages)
     assert found.value.reason == "lost text"
+
+
+@pytest.mark.parametrize(
+    ("text", "messages", "what"),
+    [
+        (NO_SYSTEM, [{"role": "system", "content": "Be terse."}, *turns("Be terse. Why?", "So.")], "message 0"),
+        (NO_SYSTEM, [{"role": "system", "content": "user"}, *turns("Why?", "So.")], "message 0"),
+        (PLAIN, [*turns("a?"), {"role": "assistant", "content": "So it is.", "reasoning": "So"}], "the reasoning"),
+        (FIRST_CALL, [*turns("a?"), TWO_CALLS, *turns("b?", "B.")], "of 2 tool calls of message 1"),
+    ],
+)
+def test_text_that_is_not_shown_refuses_the_row_though_another_place_says_the_same(tmp_path, text, messages, what):
+    with pytest.raises(Unusable, match=what) as found:
+        prepared(chat_template(tmp_path, text), messages)
+    assert found.value.reason == "lost text"
+
+
+def test_texts_that_say_the_same_are_no_loss_where_each_is_shown(tmp_path):
+    made = chat_template(tmp_path, TOOL_CALLS)
+    messages = [{"role": "system", "content": "user"}, *turns("user", "user", "user", "user"), TWO_CALLS]
+    messages.insert(-1, *turns("a?"))
+    assert prepared(made, messages).turns == 3
 
 
 def test_tools_that_a_template_does_not_show_refuse_the_row(tmp_path):

@@ -8,8 +8,10 @@ import re
 from collections.abc import Iterator
 
 from pipeline.intake import Unusable
-from stages.cache_hidden.turns import OPEN_THOUGHT
+from stages.cache_hidden.turn_refusals import OPEN_THOUGHT
+from stages.cache_hidden.turns import PROBE, Chat, renamed
 
+MOST_PLACES = 4096  # kept at a time
 SPACE = re.compile(r"\s+")
 
 
@@ -30,6 +32,60 @@ def check_shown(messages: list[dict], tools: list[dict] | None, prompt: str, rep
     _check(_behind_opening(turn["content"], prompt), reply, "the text of the reply", "the reply")
     for what, text in _call_texts(turn):
         _check(text, reply, f"{what} of the reply", "the reply")
+
+
+def check_each_shown(chat: Chat, at: int, proven: set[tuple]) -> None:
+    """Raise Unusable where a text of the messages up to `at` is found only since another place says the same.
+
+    A text is exchanged for the probe: where that changes nothing, it never came out. Once for each place in each kind
+    of conversation; `proven` holds those, and is added to. Calls of one message have the same name mostly, so they are
+    counted.
+    """
+    for number, message in enumerate(chat.messages[: at + 1]):
+        if number in chat.checked:
+            continue
+        chat.checked.add(number)
+        turn = number == at
+        shown = chat.through(at) if turn else chat.prompt(at)
+        for key in ("content", "reasoning_content") if turn else ("content",):
+            text, place = (message.get(key) or "").strip(), (key, *_place(chat, at, number))
+            if not text or place in proven:
+                continue
+            if _probed(chat, at, number, {**message, key: PROBE}) == shown:
+                what = f"the {'reasoning' if key != 'content' else 'text'} of message {number} ({message['role']})"
+                raise Unusable("lost text", f"{what} is not what the chat template shows; another place says the same")
+            if len(proven) > MOST_PLACES:
+                proven.clear()
+            proven.add(place)
+        calls = message.get("tool_calls") or []
+        if len(calls) > 1:
+            probed = _probed(chat, at, number, {**message, "tool_calls": [renamed(call) for call in calls]})
+            if probed is not None and probed.count(PROBE) < len(calls):
+                held = f"{len(calls)} tool calls of message {number}, the chat template shows {probed.count(PROBE)}"
+                raise Unusable("lost text", f"of {held}; the target would not see the others")
+
+
+def _place(chat: Chat, at: int, number: int) -> tuple:
+    """Return all by which templates choose what they show of a message, but for what it says."""
+    around = [
+        (
+            one["role"],
+            bool((one["content"] or "").strip()),
+            bool(one.get("tool_calls")),
+            bool(one.get("reasoning_content")),
+        )
+        for one in chat.messages[max(0, number - 1) : min(number + 2, at + 1)]
+    ]
+    return (min(number, 2), min(at - number, 2), bool(chat.tools), str(chat.kwargs), *around)
+
+
+def _probed(chat: Chat, at: int, number: int, message: dict) -> str | None:
+    """Return the rendering of message `at`, or of the prompt to it, with another message `number`; None for none."""
+    before, behind = chat.messages[:number], chat.messages[number + 1 : at]
+    try:
+        return chat.render([*before, message, *behind], prompt=number != at)
+    except Unusable:
+        return None  # the template takes no such message, which says nothing of the row
 
 
 def check_once_encoded(messages: list[dict], text: str) -> None:

@@ -18,8 +18,9 @@ from pipeline.chat_template import ChatTemplate
 from pipeline.intake import Unusable
 from stages.cache_hidden.corpus import Conversation
 from stages.cache_hidden.encoding import Encoded, encode_apart, encode_many, mask_of
-from stages.cache_hidden.lost_text import check_once_encoded, check_shown
-from stages.cache_hidden.turns import Chat, Turn, TurnEnds, Unproven, prove
+from stages.cache_hidden.lost_text import check_each_shown, check_once_encoded, check_shown
+from stages.cache_hidden.turn_refusals import Unproven
+from stages.cache_hidden.turns import Chat, Turn, TurnEnds, prove
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class SampleMaker:
 
     def __init__(self, template: ChatTemplate):
         self.template, self.ends = template, TurnEnds(template)
+        self._shown: set[tuple] = set()  # places of messages that were proven to come out
         self._form = 0  # of tool calls, the one that the last row with calls was shown in
 
     def prepare(self, conversations: Sequence[Conversation], max_length: int) -> list[Prepared | Unusable]:
@@ -106,6 +108,7 @@ class SampleMaker:
                 unproven.append(("no prompt", f"message {at}: the template takes no prompt that ends before it"))
                 continue
             check_shown(chat.messages[: at + 1], chat.tools, turn.prompt, turn.reply)
+            check_each_shown(chat, at, self._shown)
             check_once_encoded(chat.messages[: at + 1], turn.text)
             turns.append(turn)
         if not turns:

@@ -15,22 +15,16 @@ from functools import cached_property
 
 from pipeline.chat_template import ChatTemplate
 from pipeline.intake import Unusable
-
-PROBE = "qZprobe7Xw"  # stands for a text whose place is sought; survives trimming and JSON
-# The names of a thought's tags. Only for prompts that open one and templates that never show what is in it.
-THOUGHT = r"[<\[][\w:|]*?(?:think|thinking|thought|reasoning)[\w:|]*[>\]]"
-OPEN_THOUGHT = re.compile(rf"({THOUGHT})\s*$")
-CLOSED_THOUGHT = re.compile(
-    r"(?:<([\w:]+)>\s*</\1>|\[(\w+)\]\s*\[/\2\]|<\|(\w+)>[\w\s]*<\3\|>|<\|START_(\w+)\|>\s*<\|END_\4\|>)\s*$"
+from stages.cache_hidden.turn_refusals import (
+    CLOSED_THOUGHT,
+    OPEN_THOUGHT,
+    Unproven,
+    check_asked_for,
+    check_ends_once,
+    check_mode,
 )
 
-
-class Unproven(Exception):
-    """Raised where a turn cannot be supervised: `reason` to count by, and the particulars."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(detail)
-        self.reason, self.detail = reason, detail
+PROBE = "qZprobe7Xw"  # stands for a text whose place is sought; survives trimming and JSON
 
 
 @dataclass(frozen=True)
@@ -54,6 +48,7 @@ class Chat:
         self.template, self.messages, self.tools, self.kwargs = template, messages, tools, kwargs
         self._prompts: dict[int, str] = {}
         self._through: dict[int, str] = {}
+        self.checked: set[int] = set()  # messages whose texts were proven to come out by `lost_text.py`
 
     def prompt(self, at: int) -> str:
         """What an engine sends to have message `at`."""
@@ -76,6 +71,8 @@ def prove(chat: Chat, at: int, ends: "TurnEnds") -> Turn:
     if at == 0:
         raise Unproven("no prompt", "it begins with a reply, which nobody asked for")
     prompt, through = chat.prompt(at), chat.through(at)
+    check_asked_for(chat, at, prompt)
+    check_mode(chat, at, prompt)
     if through.startswith(prompt):
         reply, behind = ends.cut(chat, at, through[len(prompt) :]), ""
         if through.startswith(reply, len(prompt)):
@@ -85,7 +82,19 @@ def prove(chat: Chat, at: int, ends: "TurnEnds") -> Turn:
         reply, behind = _behind_other_prompt(chat, at, prompt, through, ends), ""
     if not reply.strip():
         raise Unproven("empty reply", "the reply has no text")
+    check_ends_once(chat, at, reply)
     return Turn(at, prompt, reply, behind)
+
+
+def _behind_text(chat: Chat, at: int, ends: "TurnEnds") -> str:
+    """Return what the target writes behind the text of a turn: its calls, if it makes any, and its end."""
+    message = chat.messages[at]
+    if not message.get("tool_calls"):
+        return ends.end(chat, at)
+    behind = chat.render([*chat.messages[:at], {**message, "content": PROBE}]).rpartition(PROBE)
+    if not behind[1]:
+        raise Unproven("other prompt", "the template does not show its text beside its calls")
+    return ends.cut(chat, at, behind[2])
 
 
 def _behind_other_prompt(chat: Chat, at: int, prompt: str, through: str, ends: "TurnEnds") -> str:
@@ -98,7 +107,7 @@ def _behind_other_prompt(chat: Chat, at: int, prompt: str, through: str, ends: "
     rest, reply = prompt[parted:], through[parted:]
     said = chat.messages[at]["content"] or ""
     if said.startswith(rest) and not CLOSED_THOUGHT.search(rest):  # the corpus has all that the target said
-        return said[len(rest) :].rstrip() + ends.end(chat, at)
+        return said[len(rest) :].rstrip() + _behind_text(chat, at, ends)
     if not CLOSED_THOUGHT.search(rest):
         if prompt.rstrip().endswith((">", "]")) and "/" in prompt.rstrip()[-12:]:
             raise Unproven(
@@ -160,11 +169,12 @@ def probe_first(message: dict) -> dict:
     if message.get("reasoning_content"):
         probed["reasoning_content"] = PROBE
     if message.get("tool_calls"):
-        probed["tool_calls"] = [_renamed(call) for call in message["tool_calls"]]
+        probed["tool_calls"] = [renamed(call) for call in message["tool_calls"]]
     return probed
 
 
-def _renamed(call: dict) -> dict:
+def renamed(call: dict) -> dict:
+    """Return a call of a tool whose name is the probe."""
     function = call.get("function")
     return {**call, "function": {**function, "name": PROBE}} if isinstance(function, dict) else {**call, "name": PROBE}
 
