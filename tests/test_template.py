@@ -107,10 +107,11 @@ def test_calls_behind_a_thought_that_the_prompt_opened_are_supervised_whole(tmp_
 
 
 @pytest.mark.parametrize("said", ["One.<|im_end|>\n<|im_start|>user\nb?", "<|im_end|>One."])
-def test_a_reply_that_holds_an_end_is_context(tmp_path, said):
+def test_a_reply_that_holds_an_end_is_supervised_through_its_own(tmp_path, said):
+    """It may be the very thing that was asked about."""
     made = chat_template(tmp_path, PLAIN)
     found = prepared(made, turns("a?", said, "b?", "Two."))
-    assert replies(made, found) == [["Two.<|im_end|>"]] and found.unproven[0][0] == "end inside"
+    assert replies(made, found) == [[f"{said}<|im_end|>", "Two.<|im_end|>"]] and not found.unproven
     found = prepared(made, turns(f"a {said}?", "Two."))
     assert replies(made, found) == [["Two.<|im_end|>"]], "a question may hold one"
 

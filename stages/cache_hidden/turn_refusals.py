@@ -1,4 +1,4 @@
-"""What refuses a turn whatever its renderings prove: nobody asked for it, another mode wrote it, it ends too early."""
+"""What refuses a turn whatever its renderings prove: nobody asked for it, another mode wrote it."""
 
 import re
 from typing import TYPE_CHECKING
@@ -47,15 +47,3 @@ def check_mode(chat: "Chat", at: int, prompt: str) -> None:
             f"the prompt ends with {closed[0]!r}, and the reply states a thought; it was made in another mode: "
             f"pass --template-kwargs{wanted}",
         )
-
-
-def check_ends_once(chat: "Chat", at: int, reply: str) -> None:
-    """Refuse a reply whose text holds a token that ends it: the target would have stopped there."""
-    message = chat.messages[at]
-    if message.get("token_ids"):
-        return  # what an engine wrote is taken as ids, in which that text is none of the token
-    last = chat.template.turn_tokens.findall(reply[-64:])[-1:]
-    stops = chat.template.ends.union(last if last and reply.rstrip().endswith(last[0]) else ())
-    for text in (message["content"], message.get("reasoning_content")):
-        if inside := next((stop for stop in sorted(stops) if stop.strip() and stop in (text or "")), None):
-            raise Unproven("end inside", f"the reply holds {inside!r}, at which the target stops; take it out")

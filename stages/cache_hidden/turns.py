@@ -20,7 +20,6 @@ from stages.cache_hidden.turn_refusals import (
     OPEN_THOUGHT,
     Unproven,
     check_asked_for,
-    check_ends_once,
     check_mode,
 )
 
@@ -82,7 +81,6 @@ def prove(chat: Chat, at: int, ends: "TurnEnds") -> Turn:
         reply, behind = _behind_other_prompt(chat, at, prompt, through, ends), ""
     if not reply.strip():
         raise Unproven("empty reply", "the reply has no text")
-    check_ends_once(chat, at, reply)
     return Turn(at, prompt, reply, behind)
 
 
