@@ -186,11 +186,12 @@ def plan_table(report: dict):
     table = Grid(title=f"plan of {visible(report['cache'])}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
+    masked = "proven turn by turn" if report["mask"] == "proven" else f"unproven, by {report['mask']}"
     rows = [
         ("target", f"{report['target']['name']} ({report['dtype']})"),
         ("corpus", ", ".join(str(source.get("file") or source.get("dataset")) for source in report["sources"])),
         ("samples", f"{report['samples']:,} of {report['rows']:,} rows, {report['duplicates']:,} duplicates"),
-        ("tokens", f"{report['tokens']:,}, {report['supervised_share']:.1%} supervised (mask by {report['mask']})"),
+        ("tokens", f"{report['tokens']:,}, {report['supervised_share']:.1%} supervised ({masked})"),
         ("cut", f"{report['truncated']:,} samples at {report['max_length']:,} tokens"),
     ]
     for why, found in report["dropped"].items():
@@ -234,7 +235,7 @@ def turn_rows(report: dict) -> list[tuple[str, str]]:
     for why, count in report["unproven_turns"].items():
         shown = "; ".join(report["examples"].get(why, []))
         rows.append((f"not supervised: {why}", f"{count:,} turns, such as {shown}"))
-    arguments = report["template"]["template_kwargs"]
+    arguments = report["template"]["template_kwargs"] or {}  # None: planned by an earlier version
     return rows + [("template", ", ".join(f"{key} = {value!r}" for key, value in arguments.items()))] * bool(arguments)
 
 
