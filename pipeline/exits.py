@@ -38,6 +38,12 @@ class OnACache(click.Command):
             raise
 
 
+def _kept(arguments: list[str]) -> str:
+    """Return what of a command that was stopped is there, and what the same command does then."""
+    command = next((argument for argument in arguments if not argument.startswith("-")), "")
+    return INTERRUPTED.get(command, GOES_ON)
+
+
 def _stopped(number, frame):
     raise SystemExit(128 + number)
 
@@ -57,8 +63,12 @@ def run_and_exit(commands: click.Group, arguments: list[str]) -> None:
         if why := lost_output():
             raise RoomError(f"standard output: {why}; all else is done: make room, or print it to another place")
     except (KeyboardInterrupt, click.exceptions.Abort):
-        command = next((argument for argument in arguments if not argument.startswith("-")), "")
-        sys.exit(_complain(f"interrupted; {INTERRUPTED.get(command, GOES_ON)}", 130, debug))
+        sys.exit(_complain(f"interrupted; {_kept(arguments)}", 130, debug))
+    except SystemExit as stop:
+        number = next((number for number in ENDING if stop.code == 128 + number), None)
+        if number is None:
+            raise
+        sys.exit(_complain(f"stopped by {number.name}; {_kept(arguments)}", stop.code, debug))
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         sys.exit(2)

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -219,6 +220,20 @@ def test_an_interrupted_command_says_what_is_kept(line, module, said, monkeypatc
     with pytest.raises(SystemExit) as stop:
         main(line.split())
     assert stop.value.code == 130 and f"interrupted; {said}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_command_that_a_signal_stops_says_which_and_what_is_kept(number, code, monkeypatch, capfd):
+    before = signal.getsignal(number)
+    monkeypatch.setattr("pipeline.cache.inspect.describe", lambda _: os.kill(os.getpid(), number))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main(["inspect", "somewhere"])
+    finally:
+        signal.signal(number, before)
+    assert stop.value.code == code
+    said = "nothing was written, and the same command starts again"
+    assert capfd.readouterr().err == f"stopped by {number.name}; {said}\n"
 
 
 def test_no_command_at_all_shows_what_there_is(capfd):
