@@ -29,6 +29,11 @@ class VisibleConsole(Console):
             yield segment if control else Segment(visible_lines(text), style)
 
 
+def shows_styles() -> bool:
+    """Return whether standard output is a terminal that shows colours or underlines."""
+    return VisibleConsole().color_system is not None
+
+
 class Grid(Table):
     """A table whose texts are one line each, every character visible."""
 

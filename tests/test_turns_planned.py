@@ -1,6 +1,7 @@
 """Plans of conversations of several turns: what is taken, what it costs, what a person sees before anything runs."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -127,6 +128,12 @@ def test_a_person_can_look_at_samples_after_the_plan_alone(made):
     assert planned.returncode == 0 and "reply: 18 turns, such as cache.jsonl:1" in planned.stdout
     seen = subprocess.run([*command, "inspect", out, "--sample", "0"], capture_output=True, text=True)
     assert seen.returncode == 0 and "<|im_start|>assistant" in seen.stdout and seen.stderr == ""
+    for shown in (planned.stdout, seen.stdout):  # a pipe has no colour
+        assert "supervised" in shown and "in [[ ]]" in shown and "[[" in shown.partition("assistant\n")[2]
+        assert shown.count("[[") == shown.count("]]") == 2
+    styled = {**os.environ, "FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    seen = subprocess.run([*command, "inspect", out, "--sample", "0"], capture_output=True, text=True, env=styled)
+    assert "(green, underlined)" in seen.stdout and "[[" not in seen.stdout and "\x1b[4;32m" in seen.stdout
 
 
 def test_a_plan_of_an_earlier_version_is_finished_by_its_own_rules(made, capsys):

@@ -148,18 +148,19 @@ def _places(plan: Plan, source: str, line: int) -> Iterator[tuple[ShardPlan, int
 
 
 def plan_samples(report: dict):
-    """Return one sample of each kind of turn as text, what is supervised in green, to be read in ten seconds."""
+    """Return one sample of each kind of turn as text, what is supervised marked, to be read in ten seconds."""
     from rich.console import Group
     from rich.text import Text
 
-    from pipeline.report import coloured, tokenizer_of
+    from pipeline.report import coloured, supervised_style, tokenizer_of
+    from pipeline.terminal import visible
 
     tokenizer, lines = tokenizer_of(Path(report["cache"])), []
     for kind, shown in report["kinds"].items():
         if "ids" in shown:
-            lines.append(
-                Text(f"\n{kind}: {shown['count']:,} turns, such as {shown['first']} (supervised: green)", "bold")
-            )
+            title = f"\n{kind}: {shown['count']:,} turns, such as {visible(shown['first'])} "
+            title += f"(supervised: {supervised_style()})"
+            lines.append(Text(title, "bold"))
             lines.append(coloured(tokenizer, shown["ids"], shown["mask"], SHOWN_CHARACTERS))
     return Group(*lines)
 
