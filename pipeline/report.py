@@ -20,6 +20,7 @@ from pipeline.evaluations import cell, columns_of, drawn_at, load_reports, tempe
 from pipeline.terminal import in_markdown, visible, visible_lines
 
 TOKENIZER = "tokenizer.json"
+LISTED = 20  # shards that are not captured yet, or foreign files, before the rest is only counted
 
 
 def cache_table(report: dict) -> Group:
@@ -63,7 +64,7 @@ def cache_table(report: dict) -> Group:
             entry["domain"] or "-", entry["split"] or "-", f"{entry['samples']:,}", f"{entry['tokens']:,}",
             f"{entry['supervised']:,}",
         )  # fmt: skip
-    return Group(whole, "", columns, "", domains)
+    return Group(whole, *(["", columns] if report["columns"] else ()), "", domains)
 
 
 def coloured_sample(cache: Path, view: dict) -> Group:
@@ -124,7 +125,9 @@ def verify_table(report: dict) -> Group:
         found = report[kind]
         if found:
             lines.append(Text(f"{len(found)} {title}:", style=style))
-            lines += [Text(f"  {visible(entry if kind == 'foreign' else finding(entry))}") for entry in found]
+            shown = found if kind == "damaged" else found[:LISTED]
+            lines += [Text(f"  {visible(entry if kind == 'foreign' else finding(entry))}") for entry in shown]
+            lines += [Text(f"  and {len(found) - len(shown):,} more; --json lists them")] * (len(found) > len(shown))
     if report["incomplete"]:
         lines.append(Text(f"incomplete: {', '.join(report['incomplete'])}", style="yellow"))
     if not report["damaged"]:
