@@ -26,7 +26,21 @@ INTERRUPTED["evaluate"] = "no report was written, and the same command starts ag
 
 
 class OnACache(click.Command):
-    """Names the cache in what an error says to run: what finds damage often knows no more than a file of it."""
+    """Names the cache in what an error says to run: what finds damage often knows no more than a file of it.
+
+    Refuses empty arguments: of a variable that is not set they would mean the default corpus, or this folder.
+    """
+
+    def parse_args(self, ctx, args):
+        before = ""
+        for argument in args:
+            name, is_empty, rest = argument.partition("=")
+            if not argument or (is_empty and not rest and name.startswith("--")):
+                named = name if argument else before
+                of_option = f" of {named}" if named.startswith("-") else ""
+                raise click.UsageError(f"the value{of_option} is empty; is the variable set that it comes from?", ctx)
+            before = argument
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx):
         try:

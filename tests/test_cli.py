@@ -54,6 +54,19 @@ def test_a_model_that_does_not_exist(ends, tiny_corpus, tmp_path):
     assert "no-such" in line
 
 
+@pytest.mark.parametrize("empty", ["--corpus", "--out", "--model"])
+def test_an_empty_value_is_neither_the_default_corpus_nor_this_folder(ends, tmp_path, monkeypatch, empty):
+    monkeypatch.chdir(tmp_path)
+    told = {"--model": "m", "--corpus": "c", "--out": "o", empty: ""}
+    apart, joined = [word for pair in told.items() for word in pair], [f"{name}={told[name]}" for name in told]
+    for words in (apart, joined):
+        code, line = ends("plan", *words)
+        assert code == 2 and f"the value of {empty} is empty" in line
+    code, line = ends("inspect", "")
+    assert code == 2 and "the value is empty" in line
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_corpus_that_does_not_exist(ends, tiny_target, tmp_path):
     code, line = ends("plan", "--model", tiny_target, "--corpus", tmp_path / "no.jsonl", "--out", tmp_path / "c")
     assert code == 2
