@@ -45,7 +45,8 @@ def regenerate(template_kwargs, template_date, no_token_ids, as_json, **chosen):
 
     Through a server with --endpoint, or decoded here with --model. What the assistant said in CORPUS is replaced, turn
     by turn. Stop it whenever you like: the same command asks only for what has no reply yet, and once all have one it
-    asks nothing. OUT.journal, which it goes on from, may be removed once OUT is there and complete.
+    asks nothing. It goes on from a journal beside OUT (chats.journal beside chats.jsonl), which may be removed once OUT
+    is complete.
     """
     from pipeline.target_files import template_arguments
     from stages.regenerate.figures import table
@@ -122,7 +123,7 @@ def inspect(cache, sample, as_json):
 @click.option("--repair", is_flag=True, help="Make again what is damaged, with --model where the target has to.")
 @click.option("--deep", is_flag=True, help="Check every byte of the files of --model, too, against those captured.")
 @click.option("--complete", is_flag=True, help="End with 4 unless every shard has every column.")
-@click.option("--model", default=None, help="The target: a hub name or a folder.")
+@click.option("--model", default=None, help="The target, for --repair and --deep.")
 @click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def verify(cache, repair, deep, complete, model, device, as_json):
@@ -152,8 +153,7 @@ def recode(cache, codec):
     """Write columns of a cache in another codec.
 
     From the states that are there, without the target. Stop it whenever you like: every shard stays readable, and the
-    same command goes on. No training may read CACHE
-    meanwhile.
+    same command goes on. No training may read CACHE meanwhile.
     """
     from stages.recode.run import run
 
@@ -239,8 +239,8 @@ def sweep(recipe, as_json, **chosen):
 @click.option("--prompts", type=PATH, default=None, help="JSONL of messages.  [default: the cache's held-out split]")
 @click.option("--count", type=click.IntRange(1), default=64, show_default=True, help="Prompts, spread over domains.")
 @click.option("--max-new", type=click.IntRange(1), default=64, show_default=True, help="Tokens a reply at most.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="Draw replies, too, at this one.")
-@click.option("--draft-temperature", type=float, default=None, help="The draft's; 0 is greedy.  [default: the same]")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="Also draw replies, at this one.")
+@click.option("--draft-temperature", type=float, default=None, help="Of the draft; 0 is greedy.  [default: the same]")
 @click.option("--seed", default=0, show_default=True, help="Decides what is drawn.")
 @click.option("--threshold", type=click.FloatRange(0, 1), default=0.0, help="Cut blocks below this confidence.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Prompts decoded at once.")

@@ -29,11 +29,16 @@ class VisibleConsole(Console):
             yield segment if control else Segment(visible_lines(text), style)
 
 
+def shows_styles() -> bool:
+    """Return whether standard output is a terminal that shows colours or underlines."""
+    return VisibleConsole().color_system is not None
+
+
 class Grid(Table):
-    """A table whose texts are one line each, every character visible."""
+    """A table whose texts are one line each, every character visible. What is too long is folded: none is cut off."""
 
     def add_column(self, header: RenderableType = "", **chosen) -> None:
-        super().add_column(_shown(header), **chosen)
+        super().add_column(_shown(header), **{"overflow": "fold", **chosen})
 
     def add_row(self, *cells: RenderableType | None, **chosen) -> None:
         super().add_row(*map(_shown, cells), **chosen)

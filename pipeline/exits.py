@@ -26,7 +26,21 @@ INTERRUPTED["evaluate"] = "no report was written, and the same command starts ag
 
 
 class OnACache(click.Command):
-    """Names the cache in what an error says to run: what finds damage often knows no more than a file of it."""
+    """Names the cache in what an error says to run: what finds damage often knows no more than a file of it.
+
+    Refuses empty arguments: of a variable that is not set they would mean the default corpus, or this folder.
+    """
+
+    def parse_args(self, ctx, args):
+        before = ""
+        for argument in args:
+            name, is_empty, rest = argument.partition("=")
+            if not argument or (is_empty and not rest and name.startswith("--")):
+                named = name if argument else before
+                of_option = f" of {named}" if named.startswith("-") else ""
+                raise click.UsageError(f"the value{of_option} is empty; is the variable set that it comes from?", ctx)
+            before = argument
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx):
         try:
@@ -36,6 +50,12 @@ class OnACache(click.Command):
             named = f"`{shlex.join(['pipeline', 'verify', str(cache)])}`"
             error.args = (str(error).replace("`pipeline verify`", named) if cache else str(error),)
             raise
+
+
+def _kept(arguments: list[str]) -> str:
+    """Return what of a command that was stopped is there, and what the same command does then."""
+    command = next((argument for argument in arguments if not argument.startswith("-")), "")
+    return INTERRUPTED.get(command, GOES_ON)
 
 
 def _stopped(number, frame):
@@ -57,8 +77,12 @@ def run_and_exit(commands: click.Group, arguments: list[str]) -> None:
         if why := lost_output():
             raise RoomError(f"standard output: {why}; all else is done: make room, or print it to another place")
     except (KeyboardInterrupt, click.exceptions.Abort):
-        command = next((argument for argument in arguments if not argument.startswith("-")), "")
-        sys.exit(_complain(f"interrupted; {INTERRUPTED.get(command, GOES_ON)}", 130, debug))
+        sys.exit(_complain(f"interrupted; {_kept(arguments)}", 130, debug))
+    except SystemExit as stop:
+        number = next((number for number in ENDING if stop.code == 128 + number), None)
+        if number is None:
+            raise
+        sys.exit(_complain(f"stopped by {number.name}; {_kept(arguments)}", stop.code, debug))
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         sys.exit(2)

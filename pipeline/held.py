@@ -72,12 +72,15 @@ def check_complete(cache: "HiddenCache", recipe: "Recipe") -> None:
     """Refuse a cache with columns that only some shards have: which layers it holds would be left to chance.
 
     With `draft.layers` stated it passes. UsageError while it is being captured, CacheError where nobody does,
-    and in any case where shards have lost their segment of the plan.
+    and in any case where shards have lost their segment of the plan or nothing is captured yet.
     """
     if cache.beyond and not in_use(cache.path):
         raise CacheError(
             f"{cache.path}: shard {cache.beyond[0]} is in no segment of the plan, so one is lost; run `pipeline verify`"
         )
+    if not (cache.whole or cache.partial):
+        finish = "the same `pipeline import-cache` goes on" if _imported(cache) else f"run {capture_command(cache)}"
+        raise CacheError(f"{cache.path}: nothing is captured yet; {finish}")
     if recipe.draft.layers is not None or not cache.partial:
         return
     read = f'`--set "draft.layers={[*cache.layers]}"` trains on what is whole'.replace(", ", ",")
@@ -133,15 +136,17 @@ def _imported(cache: "HiddenCache") -> bool:
     return cache.identity.get("capture", {}).get("engine") == "imported"
 
 
-def capture_command(cache: "HiddenCache", layers: Sequence[int], final: str | None = None) -> str:
-    """Return the command that captures these layers of the cache's own samples, in backquotes."""
+def capture_command(cache: "HiddenCache", layers: Sequence[int] = (), final: str | None = None) -> str:
+    """Return the command that captures these layers of the cache's own samples, in backquotes; without any, its own."""
     asked = _asked(cache)
+    options = asked.get("options", {})
     stated = {
         "--model": asked.get("model") or cache.identity.get("target", {}).get("name", "MODEL"),
         "--corpus": asked.get("corpus"),
-        "--max-samples": asked.get("options", {}).get("max_samples"),
+        "--max-samples": options.get("max_samples"),
         "--out": cache.path,
-        "--layers": ",".join(map(str, layers)),
+        "--layers": ",".join(map(str, layers)) or options.get("layers"),
+        "--codec": None if layers else options.get("codec"),
         "--final": final,
     }
     words = [str(word) for name, value in stated.items() if value not in (None, "") for word in (name, value)]

@@ -36,7 +36,7 @@ def capture_options(command):
                 multiple=True,
                 metavar="A=B",
                 callback=lambda ctx, option, pairs: ",".join(pairs) or None,
-                help="Who is called A in CORPUS speaks as B, such as bard=assistant. May be given again.",
+                help="Read the role A of CORPUS as B, such as bard=assistant; may be repeated.",
             ),
             click.option("--out", type=FOLDER, default="hs_cache", show_default=True, help="The cache's folder."),
             click.option("--layers", help="Layers to keep, such as 1,9,17 (0 is the first, -1 the input)."),
@@ -73,14 +73,17 @@ def capture_options(command):
                 "--max-samples", type=click.IntRange(1), help="Stop reading the corpus after so many conversations."
             ),
             click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a forward.  [default: 4096]"),
-            click.option("--budget", metavar="SIZE", help="Bytes it may take, such as 2TB or 1.5TiB."),
-            click.option("--methods", help="Whose drafts will be trained, for the budget.  [default: all]"),
+            click.option("--budget", metavar="SIZE", help="Bytes the cache may take, such as 2TB or 1.5TiB."),
+            click.option(
+                "--methods",
+                help="What will be trained, such as dflash,domino: a budget keeps what these read.  [default: all]",
+            ),
             click.option(
                 "--seed",
                 type=click.IntRange(0, 2**64 - 1),
                 default=0,
                 show_default=True,
-                help="Which samples a budget takes.",
+                help="Decides which samples a budget takes.",
             ),
             click.option("--codec", help="raw, zstd or int8, or such as aux=int8,final=zstd.  [default: raw]"),
             click.option("--device", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]"),
@@ -119,26 +122,28 @@ def regenerate_options(command):
                 type=float,
                 default=0.0,
                 show_default=True,
-                help="Draw replies at this one; 0 is greedy.",
+                help="At which replies are drawn; 0 is greedy.",
             ),
             click.option(
                 "--top-p",
                 type=float,
                 default=1.0,
                 show_default=True,
-                help="Draw from the likeliest tokens of this share.",
+                help="Draw only from the likeliest tokens, up to this share of probability.",
             ),
             click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Decides what is drawn."),
             click.option(
                 "--max-new", type=click.IntRange(1), default=2048, show_default=True, help="Tokens a reply at most."
             ),
             click.option(
-                "--template-kwargs", metavar="JSON", help="For the template, such as '{\"enable_thinking\": false}'."
+                "--template-kwargs",
+                metavar="JSON",
+                help="Arguments of the chat template, such as '{\"enable_thinking\": false}'.",
             ),
             click.option(
                 "--template-date", metavar="DAY", help="The day that the template is told.  [default: 2024-07-26]"
             ),
-            click.option("--max-samples", type=click.IntRange(1), help="Stop reading the corpus there."),
+            click.option("--max-samples", type=click.IntRange(1), help="Stop reading the corpus after so many rows."),
             click.option("--no-token-ids", is_flag=True, help="Leave the tokens' ids out of the corpus."),
             click.option(
                 "--concurrency", type=click.IntRange(1), default=32, show_default=True, help="Requests at once."
@@ -152,7 +157,11 @@ def regenerate_options(command):
                 help="How often a prompt is asked again.",
             ),
             click.option(
-                "--timeout", type=click.FloatRange(0, min_open=True), default=600.0, show_default=True, help="Seconds."
+                "--timeout",
+                type=click.FloatRange(0, min_open=True),
+                default=600.0,
+                show_default=True,
+                help="Seconds to wait for a reply.",
             ),
             click.option(
                 "--batch", type=click.IntRange(1), default=64, show_default=True, help="Prompts decoded here at once."

@@ -14,12 +14,13 @@ from pipeline.cache.disk import size_text
 from pipeline.cache.layout import LOG
 from pipeline.cache.manifest import read_canonical
 from pipeline.cache.target_folder import has_target, target_file
-from pipeline.console import grid
+from pipeline.console import grid, shows_styles
 from pipeline.errors import CacheError, UsageError
 from pipeline.evaluations import cell, columns_of, drawn_at, load_reports, temperatures
 from pipeline.terminal import in_markdown, visible, visible_lines
 
 TOKENIZER = "tokenizer.json"
+LISTED = 20  # shards that are not captured yet, or foreign files, before the rest is only counted
 
 
 def cache_table(report: dict) -> Group:
@@ -63,14 +64,15 @@ def cache_table(report: dict) -> Group:
             entry["domain"] or "-", entry["split"] or "-", f"{entry['samples']:,}", f"{entry['tokens']:,}",
             f"{entry['supervised']:,}",
         )  # fmt: skip
-    return Group(whole, "", columns, "", domains)
+    return Group(whole, *(["", columns] if report["columns"] else ()), "", domains)
 
 
 def coloured_sample(cache: Path, view: dict) -> Group:
-    """Return one sample as text, what is supervised in green and underlined."""
+    """Return one sample as text, what is supervised as `supervised_style` says."""
     head = (
         f"sample {view['sample']} ({view['sample_id']}): {view['length']} tokens, {view['supervised']} supervised "
-        f"(green); {view['domain'] or 'no domain'}, {view['split'] or 'no split'}; {view['source']}:{view['line']}"
+        f"({supervised_style()}); {view['domain'] or 'no domain'}, {view['split'] or 'no split'}; "
+        f"{view['source']}:{view['line']}"
     )
     return Group(Text(visible(head), style="bold"), coloured(tokenizer_of(Path(cache)), view["ids"], view["mask"]))
 
@@ -93,14 +95,20 @@ def tokenizer_of(cache: Path):
     return Tokenizer.from_file(str(planned))
 
 
+def supervised_style() -> str:
+    """Return how supervised tokens are shown, in words: in a file or a pipe there is no colour."""
+    return "green, underlined" if shows_styles() else "in [[ ]]"
+
+
 def coloured(tokenizer, ids: Sequence[int], mask: Sequence[bool], most: int | None = None) -> Text:
-    """Return tokens as text, the supervised ones in green and underlined; of a long stretch `most` characters."""
-    text, start = Text(), 0
+    """Return tokens as text, the supervised ones as `supervised_style` says; of a long stretch `most` characters."""
+    text, start, plain = Text(), 0, not shows_styles()
     for end in range(1, len(ids) + 1):
         if end == len(ids) or mask[end] != mask[start]:
             piece = tokenizer.decode(list(ids[start:end]), skip_special_tokens=False)
             if most and len(piece) > most:
                 piece = f"{piece[: most // 2]} [...] {piece[-most // 2 :]}"
+            piece = f"[[{piece}]]" if mask[start] and plain else piece
             text.append(visible_lines(piece), style="green underline" if mask[start] else "dim")
             start = end
     return text
@@ -117,7 +125,9 @@ def verify_table(report: dict) -> Group:
         found = report[kind]
         if found:
             lines.append(Text(f"{len(found)} {title}:", style=style))
-            lines += [Text(f"  {visible(entry if kind == 'foreign' else finding(entry))}") for entry in found]
+            shown = found if kind == "damaged" else found[:LISTED]
+            lines += [Text(f"  {visible(entry if kind == 'foreign' else finding(entry))}") for entry in shown]
+            lines += [Text(f"  and {len(found) - len(shown):,} more; --json lists them")] * (len(found) > len(shown))
     if report["incomplete"]:
         lines.append(Text(f"incomplete: {', '.join(report['incomplete'])}", style="yellow"))
     if not report["damaged"]:

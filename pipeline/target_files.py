@@ -343,13 +343,15 @@ def template_arguments(kwargs: str | None, day: str | None) -> dict:
     """
     example = '{"enable_thinking": false}'
     try:
-        found = json.loads(kwargs) if kwargs else {}
         date.fromisoformat(day or TEMPLATE_DATE)
+    except ValueError as error:
+        raise UsageError(f"--template-date {day}: no day; write it as {TEMPLATE_DATE}") from error
+    try:
+        found = json.loads(kwargs) if kwargs else {}
     except RecursionError as error:
         raise UsageError(f"--template-kwargs is nested too deeply; write such as '{example}'") from error
     except ValueError as error:
-        stated = f"--template-kwargs {kwargs}" if isinstance(error, json.JSONDecodeError) else f"--template-date {day}"
-        raise UsageError(f"{stated}: {error}; write such as '{example}', and days as {TEMPLATE_DATE}") from error
+        raise UsageError(f"--template-kwargs {kwargs}: no JSON ({error}); write such as '{example}'") from error
     if not isinstance(found, dict):
         raise UsageError(f"--template-kwargs {kwargs}: wanted a JSON object, such as '{example}'")
     own = sorted({"messages", "tools", "documents", "add_generation_prompt"} & found.keys())

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,19 @@ def test_a_model_that_does_not_exist(ends, tiny_corpus, tmp_path):
     code, line = ends("cache-hidden", "--model", tmp_path / "no-such", "--corpus", tiny_corpus, "--out", tmp_path / "c")
     assert code == 2
     assert "no-such" in line
+
+
+@pytest.mark.parametrize("empty", ["--corpus", "--out", "--model"])
+def test_an_empty_value_is_neither_the_default_corpus_nor_this_folder(ends, tmp_path, monkeypatch, empty):
+    monkeypatch.chdir(tmp_path)
+    told = {"--model": "m", "--corpus": "c", "--out": "o", empty: ""}
+    apart, joined = [word for pair in told.items() for word in pair], [f"{name}={told[name]}" for name in told]
+    for words in (apart, joined):
+        code, line = ends("plan", *words)
+        assert code == 2 and f"the value of {empty} is empty" in line
+    code, line = ends("inspect", "")
+    assert code == 2 and "the value is empty" in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_corpus_that_does_not_exist(ends, tiny_target, tmp_path):
@@ -219,6 +233,20 @@ def test_an_interrupted_command_says_what_is_kept(line, module, said, monkeypatc
     with pytest.raises(SystemExit) as stop:
         main(line.split())
     assert stop.value.code == 130 and f"interrupted; {said}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_command_that_a_signal_stops_says_which_and_what_is_kept(number, code, monkeypatch, capfd):
+    before = signal.getsignal(number)
+    monkeypatch.setattr("pipeline.cache.inspect.describe", lambda _: os.kill(os.getpid(), number))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main(["inspect", "somewhere"])
+    finally:
+        signal.signal(number, before)
+    assert stop.value.code == code
+    said = "nothing was written, and the same command starts again"
+    assert capfd.readouterr().err == f"stopped by {number.name}; {said}\n"
 
 
 def test_no_command_at_all_shows_what_there_is(capfd):

@@ -33,6 +33,7 @@ from pipeline.cache.zarr_shard import SHARD_FILE, read_index
 from pipeline.cache.zstd import ZstdReader, ZstdWriter, zstd_grid
 from pipeline.errors import CacheError, DataError, ProofError, UsageError
 from stages.cache_hidden.options import CaptureOptions
+from stages.cache_hidden.record import read_record
 from stages.cache_hidden.run import run as capture
 from stages.recode.run import run as recode
 
@@ -521,6 +522,18 @@ def test_a_recoded_cache_is_the_one_captured_in_that_codec(captured, tmp_path):
         assert done.columns == 3 * HiddenCache.open(cache).shards
         assert without_record(cache) == without_record(captured(codec))
         assert recode(cache, codec).columns == 0
+
+
+def test_a_recoded_cache_still_knows_where_its_target_and_corpus_lie(captured, tmp_path, tiny_target, capsys):
+    cache = shutil.copytree(captured("raw"), tmp_path / "cache")
+    held = read_record(cache)
+    recode(cache, "zstd")
+    left = read_record(cache)
+    assert left["target"]["folder"] == str(tiny_target.resolve())
+    assert {**left, "hash": None} == {key: None if key == "hash" else held[key] for key in held if key != "columns"}
+    capsys.readouterr()
+    recode(cache, "zstd")
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def test_a_cache_recoded_to_int8_keeps_its_promise_and_says_so(captured, tmp_path):

@@ -142,6 +142,10 @@ def test_a_plan_alone_is_sound_and_not_complete(tiny_target, tiny_corpus, tmp_pa
     assert ends("verify", tmp_path / "c")[0] == 0
     code, line, _ = ends("verify", tmp_path / "c", "--complete")
     assert code == 4 and "nothing is captured yet" in line
+    code, line, _ = ends("train-draft", "--cache", tmp_path / "c", "--out", tmp_path / "run")
+    assert code == 4 and "nothing is captured yet; run `pipeline cache-hidden --model" in line
+    code, line, _ = ends("recode", tmp_path / "c", "--codec", "zstd")
+    assert code == 2 and "nothing is captured yet" in line
     assert ends("cache-hidden", *arguments, "--layers", "1")[0] == 0
     assert ends("verify", tmp_path / "c", "--complete")[0] == 0
 

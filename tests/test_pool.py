@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +152,22 @@ def test_a_nursery_that_has_ended_is_followed_by_another(job, tmp_path):
     first = outcomes(made, corpus)
     pool._idle[-1][1].process.kill()
     assert outcomes(made, corpus) == first
+
+
+def test_a_nursery_whose_asker_left_before_the_answer_ends_without_a_word(job):
+    ours, theirs = socket.socketpair()
+    with theirs:
+        nursery = subprocess.Popen(
+            [sys.executable, "-c", f"from stages.cache_hidden.nursery import main; main({theirs.fileno()})"],
+            pass_fds=[theirs.fileno()],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    with Connection(ours.detach()) as connection:
+        connection.send(job())
+    _, said = nursery.communicate(timeout=60)
+    assert (nursery.returncode, said) == (0, "")
 
 
 def test_rows_in_flight_are_bounded(job, tmp_path, monkeypatch):

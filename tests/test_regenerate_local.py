@@ -1,6 +1,8 @@
 """`pipeline regenerate` without a server: the target's own words, however they are batched."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,6 +112,22 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_file(tiny, tmp_path):
     report = run(drawn)
     assert drawn.out.read_bytes() == whole
     assert report["replies"]["kept"] == len(lines) // 2 - 1
+
+
+def test_a_run_with_nothing_to_ask_loads_neither_torch_nor_the_target(tiny):
+    run(tiny)
+    written, stated = tiny.out.read_bytes(), ("--max-new", "24", "--batch", "5")
+    command = ["regenerate", "--corpus", str(tiny.corpus), "--out", str(tiny.out), "--model", tiny.model, *stated]
+    again = f"import sys; from pipeline.cli import main; main({command}); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", again], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "12: 0 asked, 12 from earlier runs" in done.stdout
+    assert tiny.out.read_bytes() == written
+
+
+def test_a_folder_of_prompts_is_told_from_a_file_that_is_not_there(tiny):
+    for corpus, says in ((tiny.out.parent, "is a folder; name one JSONL file"), (tiny.out, "no such file")):
+        with pytest.raises(UsageError, match=says):
+            run(replace(tiny, corpus=corpus, out=tiny.out.with_name("other.jsonl")))
 
 
 def test_a_target_that_cannot_decode_several_at_once_decodes_one(tiny, monkeypatch, tmp_path, capfd):

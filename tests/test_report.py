@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from pipeline.console import VisibleConsole, grid
 from pipeline.errors import UsageError
-from pipeline.report import comparison
+from pipeline.report import comparison, verify_table
 
 
 def evaluation(file, method="domino", seed=0, steps=700, samples=(), forced=None, drawn=None, speed=None, **draft):
@@ -173,3 +174,20 @@ def test_a_report_that_lacks_a_part_or_has_another_in_its_place_is_refused_in_on
     path.write_text(json.dumps(whole | {"sampled": {"temperature": 1.0}}))
     with pytest.raises(UsageError, match="its `sampled` is"):
         comparison((path,))
+
+
+def test_a_name_longer_than_its_column_is_shown_whole(capsys):
+    name = "corpus-" + "x" * 150 + ".jsonl:4711"
+    table = grid("row", "file")
+    table.add_row("1", name)
+    VisibleConsole().print(table)
+    assert name in "".join(capsys.readouterr().out.split())
+
+
+def test_of_many_shards_that_are_not_captured_the_first_are_listed_and_of_damage_all(capsys):
+    found = [{"file": f"shards/{at:06d}", "what": "not captured yet"} for at in range(5000)]
+    report = {"files": 3, "bytes": 9, "damaged": found[:30], "missing": found, "foreign": [], "incomplete": []}
+    VisibleConsole().print(verify_table(report))
+    lines = capsys.readouterr().out.splitlines()
+    assert "5000 not captured yet:" in lines and "  and 4,980 more; --json lists them" in lines
+    assert len(lines) == 1 + (1 + 30) + (1 + 20 + 1)

@@ -350,10 +350,11 @@ def test_a_text_too_long_is_cut_before_it_is_tokenised(tmp_path):
 @pytest.mark.parametrize(
     ("kwargs", "day", "says"),
     [
-        ("{thinking", None, "--template-kwargs {thinking"),
+        ("{thinking", None, "--template-kwargs {thinking: no JSON .*; write such as '.*'$"),
         ("[1]", None, "wanted a JSON object"),
         ('{"messages": []}', None, "every row states itself"),
-        (None, "tomorrow", "--template-date tomorrow"),
+        (None, "tomorrow", "--template-date tomorrow: no day; write it as 2024-07-26$"),
+        (None, "2024-02-31", "--template-date 2024-02-31: no day"),
     ],
 )
 def test_arguments_that_are_none_are_one_line(kwargs, day, says):

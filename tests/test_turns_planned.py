@@ -1,6 +1,7 @@
 """Plans of conversations of several turns: what is taken, what it costs, what a person sees before anything runs."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -9,10 +10,11 @@ from templates import LAST_THOUGHT, OPENS_THOUGHT, PLAIN, turns
 from tiny import save_target, write_jsonl
 
 from pipeline.cache.plan import load_plan
+from pipeline.console import VisibleConsole
 from pipeline.errors import DataError, UsageError
 from pipeline.target_files import TEMPLATE_DATE, target_digest, template_digest, tokenizer_digest
 from stages.cache_hidden.options import CaptureOptions
-from stages.cache_hidden.run import plan
+from stages.cache_hidden.run import plan, plan_samples, plan_table
 
 CHATS = [{"messages": turns("a?", f"A{at}.", "b?", f"B{at}.", "c?", f"C{at}.")} for at in range(6)]
 
@@ -126,6 +128,12 @@ def test_a_person_can_look_at_samples_after_the_plan_alone(made):
     assert planned.returncode == 0 and "reply: 18 turns, such as cache.jsonl:1" in planned.stdout
     seen = subprocess.run([*command, "inspect", out, "--sample", "0"], capture_output=True, text=True)
     assert seen.returncode == 0 and "<|im_start|>assistant" in seen.stdout and seen.stderr == ""
+    for shown in (planned.stdout, seen.stdout):  # a pipe has no colour
+        assert "supervised" in shown and "in [[ ]]" in shown and "[[" in shown.partition("assistant\n")[2]
+        assert shown.count("[[") == shown.count("]]") == 2
+    styled = {**os.environ, "FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    seen = subprocess.run([*command, "inspect", out, "--sample", "0"], capture_output=True, text=True, env=styled)
+    assert "(green, underlined)" in seen.stdout and "[[" not in seen.stdout and "\x1b[4;32m" in seen.stdout
 
 
 def test_a_plan_of_an_earlier_version_is_finished_by_its_own_rules(made, capsys):
@@ -136,9 +144,12 @@ def test_a_plan_of_an_earlier_version_is_finished_by_its_own_rules(made, capsys)
     identity = read_canonical(path)
     identity["samples"] = {"max_length": identity["samples"]["max_length"], "mask": "marks", "trimmed": True}
     write_canonical(path, {key: value for key, value in identity.items() if key != "hash"})
-    assert made(PLAIN, CHATS)["samples"] == 6
+    report = made(PLAIN, CHATS)
+    assert report["samples"] == 6
     assert "an earlier version planned this cache" in capsys.readouterr().err
-    with pytest.raises(UsageError, match=r"samples\.mask = 'marks'"):
+    VisibleConsole().print(plan_table(report), plan_samples(report))
+    assert "supervised (unproven, by marks)" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"planned by an earlier version.*nothing can be added to it; pass another"):
         made(PLAIN, CHATS, append=True)
 
 

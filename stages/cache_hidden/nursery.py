@@ -38,12 +38,10 @@ def main(control: int) -> None:
     from stages.cache_hidden.preparing import Preparer
 
     asked, preparer, workers = socket.socket(fileno=control), None, 0
-    with Connection(os.dup(control)) as answers:
+    # Whoever asks may leave between a question and its answer, too, as with Ctrl-C.
+    with contextlib.suppress(EOFError, ConnectionError), Connection(os.dup(control)) as answers:
         while answers.poll(None if workers else IDLE_SECONDS):
-            try:
-                wanted = answers.recv()
-            except (EOFError, ConnectionResetError):
-                break
+            wanted = answers.recv()
             if isinstance(wanted, int):
                 answers.send(os.waitpid(wanted, 0)[1])
                 workers -= 1

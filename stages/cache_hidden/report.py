@@ -148,18 +148,19 @@ def _places(plan: Plan, source: str, line: int) -> Iterator[tuple[ShardPlan, int
 
 
 def plan_samples(report: dict):
-    """Return one sample of each kind of turn as text, what is supervised in green, to be read in ten seconds."""
+    """Return one sample of each kind of turn as text, what is supervised marked, to be read in ten seconds."""
     from rich.console import Group
     from rich.text import Text
 
-    from pipeline.report import coloured, tokenizer_of
+    from pipeline.report import coloured, supervised_style, tokenizer_of
+    from pipeline.terminal import visible
 
     tokenizer, lines = tokenizer_of(Path(report["cache"])), []
     for kind, shown in report["kinds"].items():
         if "ids" in shown:
-            lines.append(
-                Text(f"\n{kind}: {shown['count']:,} turns, such as {shown['first']} (supervised: green)", "bold")
-            )
+            title = f"\n{kind}: {shown['count']:,} turns, such as {visible(shown['first'])} "
+            title += f"(supervised: {supervised_style()})"
+            lines.append(Text(title, "bold"))
             lines.append(coloured(tokenizer, shown["ids"], shown["mask"], SHOWN_CHARACTERS))
     return Group(*lines)
 
@@ -186,11 +187,12 @@ def plan_table(report: dict):
     table = Grid(title=f"plan of {visible(report['cache'])}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
+    masked = "proven turn by turn" if report["mask"] == "proven" else f"unproven, by {report['mask']}"
     rows = [
         ("target", f"{report['target']['name']} ({report['dtype']})"),
         ("corpus", ", ".join(str(source.get("file") or source.get("dataset")) for source in report["sources"])),
         ("samples", f"{report['samples']:,} of {report['rows']:,} rows, {report['duplicates']:,} duplicates"),
-        ("tokens", f"{report['tokens']:,}, {report['supervised_share']:.1%} supervised (mask by {report['mask']})"),
+        ("tokens", f"{report['tokens']:,}, {report['supervised_share']:.1%} supervised ({masked})"),
         ("cut", f"{report['truncated']:,} samples at {report['max_length']:,} tokens"),
     ]
     for why, found in report["dropped"].items():
@@ -234,7 +236,7 @@ def turn_rows(report: dict) -> list[tuple[str, str]]:
     for why, count in report["unproven_turns"].items():
         shown = "; ".join(report["examples"].get(why, []))
         rows.append((f"not supervised: {why}", f"{count:,} turns, such as {shown}"))
-    arguments = report["template"]["template_kwargs"]
+    arguments = report["template"]["template_kwargs"] or {}  # None: planned by an earlier version
     return rows + [("template", ", ".join(f"{key} = {value!r}" for key, value in arguments.items()))] * bool(arguments)
 
 

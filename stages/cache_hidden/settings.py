@@ -84,7 +84,7 @@ def settle(model: str, out: Path, options: CaptureOptions) -> Settings:
     identity = {
         "target": _target(model, folder, held.get("target", {})),
         "tokenizer": {"digest": tokenizer_digest(folder), "chat_template": template_digest(folder)},
-        "samples": {"max_length": max_length, **_sample_rules(folder, options, held.get("samples", {}))},
+        "samples": {"max_length": max_length, **_sample_rules(out, folder, options, held.get("samples", {}))},
         "capture": {
             "engine": "transformers",
             "dtype": dtype,
@@ -175,12 +175,17 @@ def _max_length(stated: int | None, kept: int | None, config: dict) -> int:
     return stated
 
 
-def _sample_rules(folder: Path, options: CaptureOptions, kept: dict) -> dict:
+def _sample_rules(out: Path, folder: Path, options: CaptureOptions, kept: dict) -> dict:
     """Return how conversations become samples, as an identity states it. `turns` is None until a corpus has decided.
 
-    A plan of an earlier version is finished by its own rules, which nothing can be added by.
+    A plan of an earlier version is finished by its own rules. UsageError where samples are to be added to it.
     """
-    if kept and "turns" not in kept and not options.append:
+    if kept and "turns" not in kept and kept.get("mask") != "imported":
+        if options.append:
+            raise UsageError(
+                f"{out} was planned by an earlier version, before loss masks were proven turn by turn, and nothing can "
+                "be added to it; pass another --out and leave out --append"
+            )
         print(
             "warning: an earlier version planned this cache, before loss masks were proven turn by turn; it is "
             "finished as planned, a plan in another --out has them proven",

@@ -27,6 +27,7 @@ from pipeline.cache.derived import shard_columns
 from pipeline.cache.disk import Scratch, clean, committing, room, size_text
 from pipeline.cache.int8 import as_states
 from pipeline.cache.layout import LOG, SAMPLES, numbered, shard_folder
+from pipeline.cache.manifest import read_canonical, write_canonical
 from pipeline.cache.plan import Plan, load_plan
 from pipeline.cache.samples import ShardPlan
 from pipeline.cache.writer import ShardWriter
@@ -63,7 +64,7 @@ def run(cache: Path, codec: str) -> Done:
             for name in shard_columns(cache, shard.number):
                 _tidy(cache, shard.number, name)
         if work:
-            (cache / LOG).unlink(missing_ok=True)  # it says which codecs there were
+            _forget_codecs(cache)
     calibrations = _calibrations(held, plan, work)
     head = held.head() if "final" in calibrations else None
     before = after = 0
@@ -80,8 +81,23 @@ def run(cache: Path, codec: str) -> Done:
             said = time.monotonic()
             print(f"{number + 1} of {len(work)} columns of shards, {size_text(before)} read", file=sys.stderr)
     where = visible(cache)
+    if not work:
+        print(f"{where}: nothing to do, every column that --codec {codec} names is in that codec")
+        return Done(0, 0, 0)
     print(f"{where}: {len(work)} columns of shards written anew, {size_text(before)} are now {size_text(after)}")
     return Done(len(work), before, after)
+
+
+def _forget_codecs(cache: Path) -> None:
+    """Take the codecs there were out of the capture's record; where target and corpus lie, others still read there."""
+    try:
+        record = read_canonical(cache / LOG)
+    except CacheError:
+        (cache / LOG).unlink(missing_ok=True)
+        return
+    for name in ("columns", "format", "hash"):  # the last two come anew as it is written
+        record.pop(name, None)
+    write_canonical(cache / LOG, record)
 
 
 def _work(cache: Path, plan: Plan, codec: str) -> Work:
@@ -100,9 +116,11 @@ def _work(cache: Path, plan: Plan, codec: str) -> Work:
                     "exact and not be; capture into another --out instead"
                 )
             work.append((shard, spec, wanted))
+    if not names:
+        raise UsageError(f"{cache}: nothing is captured yet; run `pipeline cache-hidden` with this --out")
     absent = [name for name in chosen if name and name not in names and not (name == "aux" and names - {"final"})]
-    if absent or not names:
-        raise UsageError(f"{cache} holds {', '.join(sorted(names)) or 'no column'}; --codec {codec} names {absent}")
+    if absent:
+        raise UsageError(f"{cache} holds {', '.join(sorted(names))}; --codec {codec} names {', '.join(absent)}")
     return work
 
 

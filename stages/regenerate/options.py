@@ -50,6 +50,8 @@ class Options:
             raise UsageError(f"--top-p {self.top_p}: wanted more than 0, at most 1")
         if self.out.suffix != ".jsonl":
             raise UsageError(f"--out {self.out}: its name has to end with .jsonl, as a corpus' does")
+        if self.corpus.is_dir():
+            raise UsageError(f"--corpus {self.corpus} is a folder; name one JSONL file of prompts in it")
         if not self.corpus.is_file():
             raise UsageError(f"--corpus {self.corpus}: no such file; name a JSONL file of prompts")
         if self.out.exists() and self.out.samefile(self.corpus):

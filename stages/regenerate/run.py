@@ -14,7 +14,6 @@ from pipeline.errors import DataError, UsageError
 from pipeline.intake import Tally
 from pipeline.regenerated import Regenerated
 from pipeline.target_files import find_target, target_digest, target_name, template_digest, tokenizer_digest
-from stages.regenerate.endpoint import Endpoint
 from stages.regenerate.figures import Figures, Progress
 from stages.regenerate.journal import Journal
 from stages.regenerate.options import Options
@@ -73,8 +72,24 @@ def _beside(out: Path, name: str) -> Path:
     return out.with_name(f"{out.stem}.{name}")
 
 
+class _Here:
+    """The target decoding here, not loaded before there is something to ask: often all have their reply."""
+
+    engine = "transformers"
+
+    def __init__(self, options: Options, folder: Path):
+        self.options, self.folder, self.model = options, folder, target_name(options.model)
+
+    def ask(self, *asked) -> None:
+        from stages.regenerate.local import Local
+
+        Local(self.options, self.folder, self.model).ask(*asked)
+
+
 def _engine(options: Options, folder: Path | None):
     if options.endpoint:
+        from stages.regenerate.endpoint import Endpoint
+
         engine = Endpoint(options)
         if folder is None:
             print(
@@ -83,9 +98,7 @@ def _engine(options: Options, folder: Path | None):
                 file=sys.stderr,
             )
         return engine
-    from stages.regenerate.local import Local
-
-    return Local(options, folder, target_name(options.model))
+    return _Here(options, folder)
 
 
 def _record(options: Options, engine, folder: Path | None) -> Regenerated:
