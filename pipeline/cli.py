@@ -14,7 +14,7 @@ from pipeline.errors import CacheError, ProofError, UsageError
 from pipeline.exits import OnACache, run_and_exit
 from pipeline.options import FOLDER, PATH, REPORT, capture_options, regenerate_options
 from pipeline.terminal import say, visible
-from pipeline.threads import wait_briefly
+from pipeline.threads import wait_asleep
 
 
 class InWorkflowOrder(click.Group):
@@ -348,5 +348,5 @@ def show(report: dict, as_json: bool, table) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 a bug or a failed proof, 2-5 typed errors, 129 / 130 / 143 stopped."""
-    wait_briefly()
+    wait_asleep()
     run_and_exit(commands, sys.argv[1:] if arguments is None else arguments)

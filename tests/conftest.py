@@ -5,10 +5,10 @@
 import os
 import signal
 
-from pipeline.threads import wait_briefly
+from pipeline.threads import wait_asleep
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub
-wait_briefly()
+wait_asleep()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with Ctrl-C ignored
 
 import hypothesis

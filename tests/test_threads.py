@@ -1,4 +1,4 @@
-"""Threads that wait sleep soon, in every command that computes, unless the user would have them wait otherwise."""
+"""Threads that wait sleep, in every command that computes, unless the user would have them wait otherwise."""
 
 import os
 import re
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from pipeline.threads import BRIEFLY, POLICIES, wait_briefly
+from pipeline.threads import POLICIES, SLEEPING, wait_asleep
 
 COMMANDS = [
     "train-draft --cache nowhere",
@@ -36,12 +36,12 @@ def policy(arguments: list[str], **chosen: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_runtime_hears_of_it_before_torch_loads_it(command):
-    assert policy(command.split())["GOMP_SPINCOUNT"] == "1000"
+    assert policy(command.split())["GOMP_SPINCOUNT"] == "0"
 
 
 def test_a_capture_hears_of_it_too(tiny_target, tiny_corpus, tmp_path):
     command = ["cache-hidden", "--model", str(tiny_target), "--corpus", str(tiny_corpus), "--out", str(tmp_path / "c")]
-    assert policy(command)["GOMP_SPINCOUNT"] == "1000"
+    assert policy(command)["GOMP_SPINCOUNT"] == "0"
 
 
 def test_what_the_user_chose_stands():
@@ -53,11 +53,11 @@ def test_what_the_user_chose_stands():
 @pytest.mark.parametrize("name", POLICIES)
 def test_any_choice_of_the_user_s_is_left_alone_and_none_is_made_up_for(name):
     chosen = {name: "what they say"}
-    wait_briefly(chosen)
+    wait_asleep(chosen)
     assert chosen == {name: "what they say"}
 
 
 def test_both_kinds_of_runtime_are_told():
     environment = {"OMP_NUM_THREADS": "2"}
-    wait_briefly(environment)
-    assert environment == {"OMP_NUM_THREADS": "2", **BRIEFLY} and {"GOMP_SPINCOUNT", "KMP_BLOCKTIME"} == set(BRIEFLY)
+    wait_asleep(environment)
+    assert environment == {"OMP_NUM_THREADS": "2", **SLEEPING} and {"GOMP_SPINCOUNT", "KMP_BLOCKTIME"} == set(SLEEPING)

@@ -1,7 +1,7 @@
 """What waiting threads cost: `python tests/bench/busy.py [--chats 300] [--rounds 3]`, in minutes, by hand.
 
 The bundled target captures the same chats with one thread, and with two whose waiting spins as the runtime would have
-it, briefly as `pipeline` sets it, or not at all; each on a quiet machine and beside one process that is always busy on
+it, not at all as `pipeline` sets it, or briefly; each on a quiet machine and beside one process that is always busy on
 the same two cores. What is compared runs in turns, so that whatever else the machine does falls on all of them; printed
 are median seconds of the whole command, and their ratio to one thread's of the same round.
 """
@@ -23,9 +23,9 @@ WAYS = {  # what the environment has
     ONE: {"OMP_NUM_THREADS": "1"},
     "spinning": {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"},  # GNU's and Intel's defaults
     "ours": {},
-    "passive": {"OMP_WAIT_POLICY": "passive"},
+    "1000 turns": {"GOMP_SPINCOUNT": "1000"},
 }
-OTHERS = {"10000 turns": {"GOMP_SPINCOUNT": "10000"}, "100 turns": {"GOMP_SPINCOUNT": "100"}}
+OTHERS = {f"{turns} turns": {"GOMP_SPINCOUNT": str(turns)} for turns in (100, 300)}
 
 
 def main() -> None:
