@@ -12,7 +12,9 @@ from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
-from jinja2 import Template, TemplateError
+import numpy as np
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension
 from jinja2.meta import find_undeclared_variables
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -24,7 +26,9 @@ from pipeline.tokenizer import load_tokenizer
 # Whatever a template does wrong is its row's fault. A template may also end in any of Python's own errors.
 RENDERING_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, NameError, TypeError)
 RENDERING_ERRORS += (ValueError, RecursionError, AssertionError, NotImplementedError)
-REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")  # what templates call a message's thought
+THOUGHT = "reasoning_content"
+OURS = frozenset(("supervise", "token_ids", "prompt_token_ids", THOUGHT))  # keys that a template is not shown as such
+REASONING_NAMES = (THOUGHT, "reasoning", "thinking")  # what templates call a message's thought
 THINKING_SWITCHES = ("enable_thinking", "thinking")  # variables by which templates turn thoughts on and off
 TOOL_USE = "tool_use"  # the name of the template for rows with tools, where a target has several
 
@@ -44,20 +48,48 @@ class ChatTemplate:
         self.backend = self.tokenizer.backend_tokenizer
         self._special = dict(self.tokenizer.special_tokens_map)
         self.known_ids: dict[str, list[int]] = {}  # of texts that come again and again, the ends of prompts
+        self._matchers: dict[frozenset[str], re.Pattern] = {}
+        self.needs_offsets = False  # whether the texts encoded last could not do without
         today = datetime.fromisoformat(date)
         self._texts = chat_templates(folder)
         self._compiled = {name: _compile(folder, text, today) for name, text in self._texts.items()}
 
     @cached_property
-    def added_ids(self) -> frozenset[int]:
-        """The ids of the tokens that text is split at before anything else: what is before one cannot change it."""
-        return frozenset(self.backend.get_added_tokens_decoder())
+    def added(self) -> dict[int, str]:
+        """The tokens that text is split at before anything else, by id: what is before one cannot change it."""
+        return {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}
+
+    @cached_property
+    def is_added(self) -> np.ndarray:
+        """Which ids are of added tokens, bool [V]."""
+        is_added_V = np.zeros(max(len(self), *self.added, 0) + 1, bool)
+        is_added_V[[*self.added]] = True
+        return is_added_V
+
+    @cached_property
+    def added_are_plain(self) -> bool:
+        """Whether no added token takes white space around it, or stands as a word only."""
+        tokens = self.backend.get_added_tokens_decoder().values()
+        return not any(token.lstrip or token.rstrip or token.single_word for token in tokens)
+
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """The id that stands for whatever has none of its own."""
+        return self.tokenizer.unk_token_id
 
     @cached_property
     def turn_tokens(self) -> re.Pattern:
         """Matches any added token that is more than white space, the longest first."""
-        found = [token.content for token in self.backend.get_added_tokens_decoder().values() if token.content.strip()]
-        return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))) or r"(?!)")
+        return self.matcher(frozenset(content for content in self.added.values() if content.strip()))
+
+    def matcher(self, texts: frozenset[str]) -> re.Pattern:
+        """Return what matches any of the texts, the longest first."""
+        if texts not in self._matchers:
+            if len(self._matchers) > 1024:
+                self._matchers.clear()
+            longest_first = sorted(texts, key=len, reverse=True)
+            self._matchers[texts] = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        return self._matchers[texts]
 
     @cached_property
     def ends(self) -> frozenset[str]:
@@ -118,16 +150,35 @@ class ChatTemplate:
 
 def _for_template(message: dict) -> dict:
     """Return a message as templates read it: its thought under every name they know, nothing of ours."""
-    kept = {key: value for key, value in message.items() if key not in ("supervise", "token_ids", "prompt_token_ids")}
-    thought = kept.get("reasoning_content")
+    if OURS.isdisjoint(message):
+        return message
+    kept = {key: value for key, value in message.items() if key not in OURS or key == THOUGHT}
+    thought = kept.get(THOUGHT)
     return kept | dict.fromkeys(REASONING_NAMES, thought) if thought else kept
+
+
+class Unmarked(Extension):
+    """Has a template render what it marks as the assistant's like anything else: marks do not count, and take time.
+
+    What is set between the marks stays there, as it does in transformers' own.
+    """
+
+    tags = frozenset(("generation",))
+    priority = 200  # after transformers' own, whose tag it takes over
+
+    def parse(self, parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line)
 
 
 def _compile(folder: Path, text: str, today: datetime) -> Template:
     """Compile a template with its clock stopped. UsageError when it is no Jinja."""
     try:
         environment = _compile_jinja_template(text).environment
-        return environment.from_string(text, globals={"strftime_now": today.strftime})
+        environment.add_extension(Unmarked)
+        template = environment.from_string(text, globals={"strftime_now": today.strftime})
+        template.globals = dict(template.globals)  # a chain of dicts, which every rendering would copy one by one
+        return template
     except (TemplateError, RecursionError) as error:
         raise UsageError(
             f"{folder}: its chat template is no Jinja ({error}); fetch the target's files again"

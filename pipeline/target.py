@@ -16,15 +16,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import RoomError, UsageError
@@ -33,6 +25,7 @@ from pipeline.limits import refuse_limit
 from pipeline.quantised import check_quantised, missing_package, quantised_by
 from pipeline.target_files import check_config, find_target, weight_files, weight_shapes
 from pipeline.target_head import TargetHead
+from pipeline.target_kind import load_config, loader_of
 from pipeline.tensors import find_device
 
 
@@ -46,7 +39,8 @@ def load_target(
     """
     folder = find_target(model, revision)
     check_config(folder)
-    loader, config = _loader(model, folder)
+    config = load_config(folder, model)
+    loader = getattr(transformers, loader_of(config, model))
     check_quantised(folder, config)
     weight_files(folder)  # refuses what would be loaded otherwise than it is digested
     _check_size(folder, loader, config)
@@ -83,12 +77,6 @@ def load_target(
     return target.eval().requires_grad_(False)
 
 
-def check_known(model: str, folder: Path) -> None:
-    """Refuse, before any work, a target that could not be loaded for what its config says. UsageError."""
-    check_config(folder)
-    check_quantised(folder, _loader(model, folder)[1])
-
-
 def _check_size(folder: Path, loader: type, config: PreTrainedConfig) -> None:
     """UsageError when config.json describes a much larger model than its files hold, before memory is taken for it.
 
@@ -105,31 +93,6 @@ def _check_size(folder: Path, loader: type, config: PreTrainedConfig) -> None:
             f"{folder}: config.json describes a model of {described:,} parameters, its files hold {held:,}; "
             "fetch its files again"
         )
-
-
-def load_config(folder: Path, model: str = "") -> PreTrainedConfig:
-    """Return the config of a target, which errors call `model`. UsageError where transformers does not know it."""
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        refuse_limit(folder, error)
-        raise UsageError(
-            f"{model or folder}: transformers {transformers.__version__} does not know this model ({_line(error)}); a "
-            "newer one may, and code that comes with a model is never run"
-        ) from error
-
-
-def _loader(model: str, folder: Path) -> tuple[type, PreTrainedConfig]:
-    """Return the transformers class that loads this target with its LM head, and its config. UsageError for none."""
-    config = load_config(folder, model)
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return AutoModelForCausalLM, config
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        return AutoModelForImageTextToText, config
-    raise UsageError(
-        f"{model} is a {config.model_type}, which transformers has no language model with an LM head for; "
-        "a target is a decoder that writes text"
-    )
 
 
 def _line(error: BaseException) -> str:

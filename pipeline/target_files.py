@@ -211,6 +211,13 @@ def check_config(folder: Path) -> None:
                 )
 
 
+def is_quantised(folder: Path) -> bool:
+    """Whether the target's config says that its weights are quantised."""
+    config = read_json(folder / CONFIG)
+    parts = (config, *(value for value in config.values() if isinstance(value, dict)))
+    return any(part.get("quantization_config") for part in parts)
+
+
 def _indexed(index: Path) -> list[str]:
     """Return the names of the files in an index, sorted. UsageError where one is no safetensors file of its folder."""
     found = read_json(index).get("weight_map")

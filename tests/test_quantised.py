@@ -11,7 +11,8 @@ from tiny import config, conversations, random_model, save_target, write_jsonl
 from pipeline.cli import main
 from pipeline.errors import UsageError
 from pipeline.quantised import PACKAGES, check_quantised, quantised_by
-from pipeline.target import load_config, load_target
+from pipeline.target import load_target
+from pipeline.target_kind import load_config
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.run import run
 

@@ -339,6 +339,16 @@ def test_a_template_of_a_processor_counts_where_no_other_is(tmp_path):
     assert chat_templates(tmp_path) == {"default": PLAIN}
 
 
+def test_marks_change_nothing_that_is_rendered(tmp_path):
+    marked = (
+        "{%- set said = 'outer' -%}{%- for m in messages -%}{% generation %}{%- set said = m.content -%}"
+        "<|im_start|>{{ m.role ~ said ~ loop.index }}<|im_end|>{% endgeneration %}{{ said }}{%- endfor -%}"
+    )
+    made = chat_template(tmp_path, marked)
+    own = made.tokenizer.apply_chat_template(TWO_TURNS, tokenize=False)
+    assert made.render(TWO_TURNS) == own and own.count("outer") == 4
+
+
 def test_a_text_too_long_is_cut_before_it_is_tokenised(tmp_path):
     made = chat_template(tmp_path, PLAIN)
     (encoded,) = encode_many(made, ["word " * 4_000_000], 100)

@@ -136,6 +136,15 @@ def test_a_person_can_look_at_samples_after_the_plan_alone(made):
     assert "(green, underlined)" in seen.stdout and "[[" not in seen.stdout and "\x1b[4;32m" in seen.stdout
 
 
+def test_a_plan_loads_no_torch(made, tiny_target, tmp_path):
+    write_jsonl(tmp_path / "c.jsonl", CHATS)
+    command = ["plan", "--model", str(tiny_target), "--corpus", str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "o")]
+    command += ["--device", "cpu"]
+    code = f"import sys; from pipeline.cli import main; main({command}); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_plan_of_an_earlier_version_is_finished_by_its_own_rules(made, capsys):
     made(PLAIN, CHATS)
     path = made.folder / "cache" / "cache.json"

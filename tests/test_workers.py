@@ -1,5 +1,6 @@
 """Workers: any number of them make the cache that one makes, byte for byte, whoever is killed or comes twice."""
 
+import importlib
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ from pipeline.cache.plan import load_plan
 from pipeline.errors import UsageError
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.run import run
-from stages.cache_hidden.worker import Worker, find_worker
+from stages.cache_hidden.worker import Worker, _built_for_gpus, find_worker
 
 ROOT = Path(__file__).parent.parent
 ARRAY = {"SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "5"}
@@ -70,6 +71,7 @@ def test_a_worker_that_cannot_be_is_a_typed_error(named, environment, says):
 
 
 def test_the_local_number_chooses_the_gpu(monkeypatch):
+    monkeypatch.setattr("stages.cache_hidden.worker._built_for_gpus", lambda: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert Worker(5, 8, local=5).device(None) == Worker(5, 8, local=1).device("cuda") == "cuda:1"
@@ -80,6 +82,18 @@ def test_the_local_number_chooses_the_gpu(monkeypatch):
     assert Worker(1, 2, local=1).device(None) == "cpu"
     with pytest.raises(UsageError, match="--device cuda:3: torch sees no CUDA device; use --device cpu"):
         Worker().device("cuda:3")
+
+
+@pytest.mark.parametrize(("of", "told"), [("cuda", "12.8"), ("hip", "6.4"), ("none", None)])
+def test_a_torch_that_was_built_for_gpus_is_told_by_its_version_file(of, told, monkeypatch, tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('it takes a second')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch")
+    importlib.invalidate_caches()
+    assert _built_for_gpus()  # there is no telling
+    (tmp_path / "torch" / "version.py").write_text(f"cuda = hip = None\n{of} = {told!r}")
+    assert _built_for_gpus() == (told is not None)
 
 
 @pytest.fixture

@@ -5,26 +5,39 @@ Templates trim texts and write some of them as JSON; neither counts as a loss.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pipeline.intake import Unusable
 from stages.cache_hidden.turn_refusals import OPEN_THOUGHT
-from stages.cache_hidden.turns import PROBE, Chat, renamed
+from stages.cache_hidden.turns import PROBE, Chat, Turn, renamed
 
 MOST_PLACES = 4096  # kept at a time
 SPACE = re.compile(r"\s+")
 
 
-def check_shown(messages: list[dict], tools: list[dict] | None, prompt: str, reply: str) -> None:
-    """Raise Unusable where the prompt lacks a text of the messages before the last, or the reply one of the last's.
+def check_all_shown(chat: Chat, turns: Sequence[Turn]) -> None:
+    """Raise Unusable where a turn's prompt lacks a text of the messages before it, or its reply one of its own.
+
+    turns: in their order; what stands in the text of one stands in every text that begins with it.
+    """
+    text, count = "", 0  # a text of a turn, and how many messages are shown in it
+    for turn in turns:
+        if not turn.prompt.startswith(text):
+            count = 0
+        _check_shown(chat, turn, count)
+        text, count = turn.text, turn.at + 1
+
+
+def _check_shown(chat: Chat, proven: Turn, first: int) -> None:
+    """Raise Unusable as `check_all_shown` does, for one turn, whose messages before `first` are known to be shown.
 
     Earlier thoughts may be absent: what a template drops of them, an engine does not send either.
     """
-    *before, turn = messages
-    for tool in tools or []:
+    prompt, reply, turn = proven.prompt, proven.reply, chat.messages[proven.at]
+    for tool in chat.tools or [] if not first else []:
         for what, text in _tool_texts(tool):
             _check(text, prompt, what, "the prompt")
-    for at, message in enumerate(before):
+    for at, message in enumerate(chat.messages[first : proven.at], first):
         _check(message["content"], prompt, f"the text of message {at} ({message['role']})", "the prompt", thought=True)
         for what, text in _call_texts(message):
             _check(text, prompt, f"{what} of message {at}", "the prompt")
@@ -67,16 +80,8 @@ def check_each_shown(chat: Chat, at: int, proven: set[tuple]) -> None:
 
 def _place(chat: Chat, at: int, number: int) -> tuple:
     """Return all by which templates choose what they show of a message, but for what it says."""
-    around = [
-        (
-            one["role"],
-            bool((one["content"] or "").strip()),
-            bool(one.get("tool_calls")),
-            bool(one.get("reasoning_content")),
-        )
-        for one in chat.messages[max(0, number - 1) : min(number + 2, at + 1)]
-    ]
-    return (min(number, 2), min(at - number, 2), bool(chat.tools), str(chat.kwargs), *around)
+    around = chat.kinds[max(0, number - 1) : min(number + 2, at + 1)]
+    return (min(number, 2), min(at - number, 2), bool(chat.tools), chat.stated, *around)
 
 
 def _probed(chat: Chat, at: int, number: int, message: dict) -> str | None:
@@ -121,7 +126,7 @@ def shows(rendered: str, text: str) -> bool:
 
 def _behind_opening(said: str | None, prompt: str) -> str | None:
     """Return a reply's text without the tag of a thought that its prompt ends with already."""
-    opened = OPEN_THOUGHT.search(prompt)
+    opened = OPEN_THOUGHT.search(prompt[-200:])
     return said.lstrip().removeprefix(opened[1]) if said and opened else said
 
 

@@ -2,6 +2,7 @@
 
 Forking a process that has run torch is not safe, and starting a worker afresh costs seconds of imports. So one process
 is started, imports what rows need, reads the target's tokenizer, runs no thread, and forks workers as it is asked to.
+To it torch is not there: tokenizers and configs do without, and importing it takes longer than all the rest.
 It ends when whoever asked is gone, or has not asked for a while. What a worker may take is in `limits.py`.
 """
 
@@ -14,6 +15,7 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -35,7 +37,15 @@ def main(control: int) -> None:
     """
     _die_with(os.getppid())
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    sys.modules["torch"] = None  # as Python has it: an import of it finds nothing
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # such as that it found none
+    from pipeline.target_kind import check_known
     from stages.cache_hidden.preparing import Preparer
+
+    def checked(job) -> Preparer:
+        if job.model is not None:
+            check_known(job.model, job.folder)
+        return Preparer(job)
 
     asked, preparer, workers = socket.socket(fileno=control), None, 0
     # Whoever asks may leave between a question and its answer, too, as with Ctrl-C.
@@ -51,11 +61,11 @@ def main(control: int) -> None:
                 os.close(socket_of_worker)
                 workers += 1
             else:
-                preparer, said = _made(Preparer, wanted)
+                preparer, said = _made(checked, wanted)
                 answers.send(said)
 
 
-def _made(make: type, job: object) -> tuple:
+def _made(make: Callable, job: object) -> tuple:
     signal.setitimer(signal.ITIMER_PROF, TEMPLATE_SECONDS)  # a template's constants are computed as it is compiled
     limits = _limit_memory(job.row_bytes)
     try:

@@ -18,6 +18,7 @@ class Job:
     """What decides how rows become samples: the target's folder, tokens a sample, its vocabulary, names of roles.
 
     template_kwargs, template_date: the arguments of its chat template, and the day that it is told.
+    model: how errors call the target, whose config is checked before any row; None checks nothing.
     row_seconds, row_bytes: what the rows that a worker is sent at once may take, see `limits.py`.
     """
 
@@ -29,6 +30,7 @@ class Job:
     template_date: str = TEMPLATE_DATE
     row_seconds: float = ROW_SECONDS
     row_bytes: int = ROW_BYTES
+    model: str | None = None
 
 
 class Outcome(NamedTuple):

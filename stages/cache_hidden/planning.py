@@ -18,7 +18,7 @@ from pipeline.cache.plan import Plan, write_segment
 from pipeline.cache.samples import PlannedSample, ShardPlan
 from pipeline.intake import Tally
 from pipeline.regenerated import check
-from pipeline.target_files import text_config
+from pipeline.target_files import is_quantised, text_config
 from pipeline.terminal import visible
 from stages.cache_hidden.budget import Chooser
 from stages.cache_hidden.corpus import (
@@ -58,10 +58,12 @@ def make_plan(
     disk; of these, what `budget` chooses, as a plan afresh.
     Raises DataError for a corpus that is not, UsageError when it or the target is not there.
     """
-    from pipeline.target import check_known  # brings torch
-
     files, known = corpus_files(corpus), with_roles(roles)
-    check_known(settings.model, settings.folder)
+    if is_quantised(settings.folder):
+        from pipeline.quantised import check_quantised  # brings torch
+        from pipeline.target_kind import load_config
+
+        check_quantised(settings.folder, load_config(settings.folder, settings.model))
     if files:
         work, sources = corpus_chunks(corpus, files), file_sources(corpus, files, roles)
         _say_passed_over(corpus)
@@ -71,7 +73,8 @@ def make_plan(
     max_bytes = int(FREE_SHARE * free_bytes(out)) if spare_disk else None
     tally, notes, rules = Tally(), {"max_samples": max_samples}, settings.identity["samples"]
     arguments = rules["template_kwargs"], rules["template_date"]
-    job = Job(settings.folder, settings.max_length, text_config(settings.folder)["vocab_size"], known, *arguments)
+    vocab_size = text_config(settings.folder)["vocab_size"]
+    job = Job(settings.folder, settings.max_length, vocab_size, known, *arguments, model=settings.model)
 
     def checked(samples: Iterator[PlannedSample]) -> Iterator[PlannedSample]:
         usable, room, row = 0, max_bytes, None

@@ -106,6 +106,12 @@ class _Nursery:
 _idle: list[tuple[int, _Nursery]] = []  # kept for the next plan of a process, by its id; each ends by itself in time
 
 
+def prepare() -> None:
+    """Start the process that workers are forked from, to import while other things are seen to, unless one waits."""
+    if all(of != os.getpid() for of, _ in _idle):
+        _idle.append((os.getpid(), _Nursery()))
+
+
 def _nursery_for(job: Job) -> _Nursery:
     """Return a nursery that has made what the job needs. Raises the error which that ended in."""
     while _idle:
@@ -142,6 +148,7 @@ def _answered(nursery: _Nursery, said: object) -> _Nursery:
 def _close_idle() -> None:
     for of, nursery in _idle:
         if of == os.getpid():
+            nursery.process.kill()
             nursery.close()
 
 

@@ -159,6 +159,9 @@ def _held_plan(corpus: str | None, out: Path, settings: Settings, options: Captu
 
 def _make_plan(corpus: str | None, out: Path, settings: Settings, options: CaptureOptions) -> Plan:
     """Tokenise the corpus into the cache's plan, or into one more segment of it."""
+    from stages.cache_hidden.pool import prepare
+
+    prepare()
     named = corpus or default_corpus(settings.folder)
     from_hub = corpus is None and named == HUB_CORPUS
     if from_hub:

@@ -18,7 +18,7 @@ from pipeline.chat_template import ChatTemplate
 from pipeline.intake import Unusable
 from stages.cache_hidden.corpus import Conversation
 from stages.cache_hidden.encoding import Encoded, encode_apart, encode_many, mask_of
-from stages.cache_hidden.lost_text import check_each_shown, check_once_encoded, check_shown
+from stages.cache_hidden.lost_text import check_all_shown, check_each_shown, check_once_encoded
 from stages.cache_hidden.turn_refusals import Unproven
 from stages.cache_hidden.turns import Chat, Turn, TurnEnds, prove
 
@@ -107,12 +107,13 @@ class SampleMaker:
                     raise
                 unproven.append(("no prompt", f"message {at}: the template takes no prompt that ends before it"))
                 continue
-            check_shown(chat.messages[: at + 1], chat.tools, turn.prompt, turn.reply)
-            check_each_shown(chat, at, self._shown)
-            check_once_encoded(chat.messages[: at + 1], turn.text)
             turns.append(turn)
         if not turns:
             raise Unusable(*unproven[0])
+        check_all_shown(chat, turns[::-1])
+        for turn in turns:
+            check_each_shown(chat, turn.at, self._shown)
+            check_once_encoded(chat.messages[: turn.at + 1], turn.text)
         return _Draft(conversation, chat, _shared(turns), unproven)
 
     def _finish(self, drafted: "_Draft", max_length: int) -> Prepared | Unusable:
@@ -158,12 +159,12 @@ class SampleMaker:
         for other in part.held:
             span = encoded.prompt_boundary(len(other.prompt)), encoded.boundary(len(other.text))
             written = drafted.chat.messages[other.at].get("token_ids")
-            if None in span or span[1] > start or (written and list(ids[slice(*span)]) != written):
+            if None in span or span[1] > start or (written and ids[slice(*span)].tolist() != written):
                 apart.append(other)
             else:
                 spans.append(span)
                 kinds.append(_kind(drafted.chat.messages, other.at))
-        ids_T = np.array(ids[: max_length + 1], np.int32)
+        ids_T = np.asarray(ids[: max_length + 1], np.int32)
         return Sample(ids_T, mask_of(spans, len(ids_T)), tuple(kinds)), apart
 
 
@@ -232,8 +233,9 @@ def _kind(messages: list[dict], at: int) -> str:
     return " ".join(words)
 
 
-def _check_prompt(template: ChatTemplate, ours: list[int], engine: list[int] | None, at: int) -> None:
+def _check_prompt(template: ChatTemplate, ours: np.ndarray, engine: list[int] | None, at: int) -> None:
     """Refuse a reply that an engine gave to another prompt than ours. Raises Unusable, naming the first difference."""
+    ours = ours.tolist()
     if engine is None or ours == engine:
         return
     first = next((k for k, (one, other) in enumerate(zip(ours, engine, strict=False)) if one != other), None)

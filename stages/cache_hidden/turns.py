@@ -47,7 +47,16 @@ class Chat:
         self.template, self.messages, self.tools, self.kwargs = template, messages, tools, kwargs
         self._prompts: dict[int, str] = {}
         self._through: dict[int, str] = {}
+        self.stated = str(kwargs)
         self.checked: set[int] = set()  # messages whose texts were proven to come out by `lost_text.py`
+
+    @cached_property
+    def kinds(self) -> list[tuple]:
+        """What each message is, but for what it says: who speaks, and whether it has text, calls, a thought."""
+        return [
+            (one["role"], bool((one["content"] or "").strip()), "tool_calls" in one, "reasoning_content" in one)
+            for one in self.messages
+        ]
 
     def prompt(self, at: int) -> str:
         """What an engine sends to have message `at`."""
@@ -242,7 +251,7 @@ class TurnEnds:
 
         By a turn with a thought, if the template shows it right behind the prompt; else by the name of the last tag.
         """
-        key = str(chat.kwargs)
+        key = chat.stated
         if key not in self._closing:
             self._closing[key] = self._find_closing(chat)
         return self._closing[key]
@@ -266,7 +275,7 @@ class TurnEnds:
     def _of(self, chat: Chat, at: int) -> tuple[str, str]:
         message = chat.messages[at]
         kind = (bool(message.get("tool_calls")), bool(chat.tools), bool(message.get("reasoning_content")))
-        kind += (str(chat.kwargs),)
+        kind += (chat.stated,)
         if kind not in self._found:
             self._found[kind] = self._search(chat, at)
         return self._found[kind]

@@ -5,8 +5,11 @@ missing and captures.
 """
 
 import re
+import runpy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
 from pipeline.errors import UsageError
 
@@ -32,19 +35,31 @@ class Worker:
         """
         if named is not None and not named.startswith("cuda"):
             return named
-        import torch
-
-        if not torch.cuda.is_available():
+        if not _built_for_gpus() or not _cuda().is_available():
             if named is not None:
                 raise UsageError(f"--device {named}: torch sees no CUDA device; use --device cpu")
             return "cpu"
         if named not in (None, "cuda"):
             return named
-        several = self.local is not None and torch.cuda.device_count() > 1
-        return f"cuda:{self.local % torch.cuda.device_count()}" if several else "cuda"
+        several = self.local is not None and _cuda().device_count() > 1
+        return f"cuda:{self.local % _cuda().device_count()}" if several else "cuda"
 
     def __str__(self) -> str:
         return f"worker {self.number}/{self.count}"
+
+
+def _built_for_gpus() -> bool:
+    """Whether the torch that is installed can have a GPU, by its version file: importing it takes a second."""
+    found = find_spec("torch")
+    version = Path(found.origin).with_name("version.py") if found and found.origin else None
+    built = runpy.run_path(str(version)) if version and version.is_file() else {}
+    return not built or any(built.get(name) for name in ("cuda", "hip"))
+
+
+def _cuda():
+    import torch
+
+    return torch.cuda
 
 
 def find_worker(named: str | None, environment: Mapping[str, str]) -> Worker:
