@@ -3,6 +3,7 @@
 T tokens of a sample
 """
 
+import sys
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -99,6 +100,13 @@ class Tally:
                 f"{corpus}: {faults} of {self.rows} rows cannot be used, at most {REFUSED_SHARE:.0%} are let go "
                 f"({shown}); repair or remove them"
             )
+
+
+def say_unknown_keys(tally: Tally) -> None:
+    """Say, to stderr, which keys of messages were passed over, in how many rows and where first."""
+    for key, (count, first) in sorted(tally.keys.items()):
+        told = f"`{visible(key)}`: {count:,} rows, the first {visible(first)}"
+        print(f"a key of messages that no template is shown, {told}", file=sys.stderr)
 
 
 def check_mask(mask_T: np.ndarray) -> None:

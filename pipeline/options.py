@@ -21,6 +21,16 @@ FOLDER = FolderPath(file_okay=False, path_type=Path)
 REPORT = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
+def roles_option():
+    return click.option(
+        "--roles",
+        multiple=True,
+        metavar="A=B",
+        callback=lambda ctx, option, pairs: ",".join(pairs) or None,
+        help="Read the role A of CORPUS as B, such as bard=assistant; may be repeated.",
+    )
+
+
 def capture_options(command):
     """The options that `plan` and `cache-hidden` share: everything that decides what a cache holds."""
     for option in reversed(
@@ -31,13 +41,7 @@ def capture_options(command):
                 help="JSON, JSONL, Parquet or Arrow, a folder of them, or a hub data set.  "
                 "[default: the chats beside a bundled target, else mlabonne/open-perfectblend]",
             ),
-            click.option(
-                "--roles",
-                multiple=True,
-                metavar="A=B",
-                callback=lambda ctx, option, pairs: ",".join(pairs) or None,
-                help="Read the role A of CORPUS as B, such as bard=assistant; may be repeated.",
-            ),
+            roles_option(),
             click.option("--out", type=FOLDER, default="hs_cache", show_default=True, help="The cache's folder."),
             click.option("--layers", help="Layers to keep, such as 1,9,17 (0 is the first, -1 the input)."),
             click.option(
@@ -104,7 +108,8 @@ def regenerate_options(command):
     """The options of `regenerate`: whose words, how they are asked for, and how fast."""
     for option in reversed(
         [
-            click.option("--corpus", type=PATH, required=True, help="JSONL of messages, conversations or prompts."),
+            click.option("--corpus", required=True, help="Conversations or prompts: files, a folder or a data set."),
+            roles_option(),
             click.option("--out", type=PATH, required=True, help="The corpus to write; its name ends with .jsonl."),
             click.option("--endpoint", metavar="URL", help="An OpenAI-compatible server that runs the target."),
             click.option("--model", help="The target's files: decodes here; with --endpoint, compares prompts."),

@@ -99,7 +99,9 @@ def kill_regenerations(kills: int, faults: int, seed: int, folder: Path) -> tupl
         place.mkdir()
         corpus = corpus_of(place, rng)
         with ChatServer([rng.choice(MIXED) if rng.random() < 0.5 else None for _ in range(997)]) as server:
-            options = Options(corpus, place / "chats.jsonl", server.url, concurrency=6, backoff_s=0.001, retries=50)
+            options = Options(
+                str(corpus), place / "chats.jsonl", server.url, concurrency=6, backoff_s=0.001, retries=50
+            )
             kept, through, asked_before = set(), False, 0
             while not through:
                 child = forked(options)

@@ -6,8 +6,8 @@ import numpy as np
 from tiny import CHAT_TEMPLATE, tokenizer
 
 from pipeline.chat_template import ChatTemplate
+from pipeline.corpus.conversation import conversation
 from pipeline.intake import Unusable
-from stages.cache_hidden.conversation import conversation
 from stages.cache_hidden.template import Prepared, SampleMaker
 
 PLAIN = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")

@@ -25,11 +25,11 @@ from pipeline.cache.manifest import read_canonical
 from pipeline.cache.plan import load_plan
 from pipeline.cache.verify import verify
 from pipeline.capture import final_rows
+from pipeline.corpus.sources import conversation
 from pipeline.errors import DataError, RoomError, UsageError
 from pipeline.gauge import Gauge, gauge_rows, gauge_share
 from pipeline.target import load_target
 from pipeline.target_head import TargetHead
-from stages.cache_hidden.corpus import conversation
 from stages.cache_hidden.drain import Drain
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.progress import Progress

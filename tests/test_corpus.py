@@ -12,9 +12,7 @@ from huggingface_hub.errors import HTTPError
 from tiny import CHAT_TEMPLATE, tokenizer, write_jsonl
 
 from pipeline.chat_template import ChatTemplate
-from pipeline.errors import DataError, UsageError
-from pipeline.intake import Tally, Unusable, check_mask, trim
-from stages.cache_hidden.corpus import (
+from pipeline.corpus.sources import (
     Conversation,
     Fault,
     corpus_files,
@@ -23,6 +21,8 @@ from stages.cache_hidden.corpus import (
     hub_rows,
     read_files,
 )
+from pipeline.errors import DataError, UsageError
+from pipeline.intake import Tally, Unusable, check_mask, trim
 from stages.cache_hidden.preparing import planned
 from stages.cache_hidden.settings import default_corpus
 

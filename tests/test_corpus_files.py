@@ -14,10 +14,10 @@ import zstandard
 from datasets import Dataset, DatasetDict
 from tiny import write_jsonl
 
-import stages.cache_hidden.corpus_files as corpus_files_module
+import pipeline.corpus.formats as corpus_files_module
+from pipeline.corpus.formats import read_chunks
+from pipeline.corpus.sources import corpus_files, file_sources, passed_over, read_files, split_rows
 from pipeline.errors import DataError, UsageError
-from stages.cache_hidden.corpus import corpus_files, file_sources, passed_over, read_files, split_rows
-from stages.cache_hidden.corpus_files import read_chunks
 
 HELLO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 ROWS = [{"messages": [HELLO[0], {"role": "assistant", "content": f"hello {at}"}]} for at in range(5)]

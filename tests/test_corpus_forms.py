@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from pipeline.corpus.conversation import Conversation, Fault, conversation, split_of
+from pipeline.corpus.messages import DEPTH
+from pipeline.corpus.sources import with_roles
 from pipeline.errors import UsageError
-from stages.cache_hidden.conversation import Conversation, Fault, conversation, split_of
-from stages.cache_hidden.corpus import with_roles
-from stages.cache_hidden.messages import DEPTH
 
 HELLO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 CALL = {"id": "1", "type": "function", "function": {"name": "w", "arguments": {"city": "Oslo"}}}

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from tiny import CHAT_TEMPLATE, config, conversations, tokenizer, write_jsonl
 
+from pipeline.corpus.sources import corpus_chunks, read_files
 from pipeline.errors import DataError, UsageError
 from pipeline.intake import Tally
 from stages.cache_hidden import pool
-from stages.cache_hidden.corpus import corpus_chunks, read_files
 from stages.cache_hidden.outcome import Job, samples_of
 from stages.cache_hidden.pool import Pool
 
@@ -192,7 +192,7 @@ PLAN_SLOWLY = """
 import signal
 import sys
 from pathlib import Path
-from stages.cache_hidden.corpus import corpus_chunks
+from pipeline.corpus.sources import corpus_chunks
 from stages.cache_hidden.outcome import Job
 from stages.cache_hidden.pool import Pool
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs this test may ignore it

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import conversations, write_jsonl
+from tiny import conversations, corpus_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import UsageError
@@ -45,7 +45,7 @@ def greedy(tmp_path_factory):
 
 @pytest.fixture
 def tiny(tiny_target, tmp_path):
-    corpus = write_jsonl(tmp_path / "prompts.jsonl", conversations(12))
+    corpus = corpus_of(tmp_path / "prompts.jsonl", conversations(12))
     return Options(corpus, tmp_path / "chats.jsonl", model=str(tiny_target), max_new=24, batch=5)
 
 
@@ -124,10 +124,11 @@ def test_a_run_with_nothing_to_ask_loads_neither_torch_nor_the_target(tiny):
     assert tiny.out.read_bytes() == written
 
 
-def test_a_folder_of_prompts_is_told_from_a_file_that_is_not_there(tiny):
-    for corpus, says in ((tiny.out.parent, "is a folder; name one JSONL file"), (tiny.out, "no such file")):
-        with pytest.raises(UsageError, match=says):
-            run(replace(tiny, corpus=corpus, out=tiny.out.with_name("other.jsonl")))
+def test_a_corpus_that_is_not_there_and_one_that_would_be_written_over(tiny):
+    with pytest.raises(UsageError, match="no such corpus; name a file, a folder"):
+        run(replace(tiny, corpus=str(tiny.out)))
+    with pytest.raises(UsageError, match="is the corpus itself, or a file of it"):
+        run(replace(tiny, corpus=str(tiny.out.parent), out=Path(tiny.corpus)))
 
 
 def test_a_target_that_cannot_decode_several_at_once_decodes_one(tiny, monkeypatch, tmp_path, capfd):
@@ -146,7 +147,7 @@ def test_a_target_that_cannot_decode_several_at_once_decodes_one(tiny, monkeypat
 
 def test_a_prompt_longer_than_the_target_s_positions_is_listed(tiny, tmp_path):
     rows = [*conversations(3), {"messages": [{"role": "user", "content": "x" * 600}]}]
-    report = run(replace(tiny, corpus=write_jsonl(tmp_path / "long.jsonl", rows)))
+    report = run(replace(tiny, corpus=corpus_of(tmp_path / "long.jsonl", rows)))
     assert report["failed"]["prompts"] == 1 and "and the target has 512 positions" in report["failed"]["examples"][0]
 
 

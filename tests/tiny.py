@@ -121,3 +121,8 @@ def write_jsonl(path: Path, rows: list) -> Path:
     lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
     path.write_text("".join(f"{line}\n" for line in lines))
     return path
+
+
+def corpus_of(path: Path, rows) -> str:
+    """Write rows, and return the file's name as a command takes it."""
+    return str(write_jsonl(path, rows))

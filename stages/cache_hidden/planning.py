@@ -5,10 +5,9 @@ refused: it is another format than we think, and what is left would be a guess.
 """
 
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import numpy as np
 
@@ -16,29 +15,27 @@ from pipeline.cache.disk import free_bytes
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import Plan, write_segment
 from pipeline.cache.samples import PlannedSample, ShardPlan
-from pipeline.intake import Tally
-from pipeline.regenerated import check
-from pipeline.target_files import is_quantised, text_config
-from pipeline.terminal import visible
-from stages.cache_hidden.budget import Chooser
-from stages.cache_hidden.corpus import (
+from pipeline.corpus.formats import CHUNK_ROWS
+from pipeline.corpus.sources import (
     Conversation,
     Fault,
     corpus_chunks,
     corpus_files,
     file_sources,
     hub_dataset,
-    passed_over,
+    say_passed_over,
     source_roles,
     with_roles,
 )
-from stages.cache_hidden.corpus_files import CHUNK_ROWS
+from pipeline.intake import Tally, say_unknown_keys
+from pipeline.regenerated import check
+from pipeline.target_files import is_quantised, text_config
+from stages.cache_hidden.budget import Chooser
 from stages.cache_hidden.outcome import Job, Outcome, samples_of
 from stages.cache_hidden.pool import Pool
 from stages.cache_hidden.settings import Settings
 from stages.cache_hidden.turn_choice import choose_turns, kept_parts
 
-SHOWN = 3  # names of each kind of what is passed over
 FREE_SHARE = 0.25  # of the disk, that a corpus nobody named may take
 
 
@@ -66,7 +63,7 @@ def make_plan(
         check_quantised(settings.folder, load_config(settings.folder, settings.model))
     if files:
         work, sources = corpus_chunks(corpus, files), file_sources(corpus, files, roles)
-        _say_passed_over(corpus)
+        say_passed_over(corpus)
     else:
         rows, source = hub_dataset(corpus, known)
         work, sources = _batches(rows), [{**source, **source_roles(roles)}]
@@ -109,9 +106,7 @@ def make_plan(
             choose=chosen,
             afresh=budget is not None,
         )
-    for key, (count, first) in sorted(tally.keys.items()):
-        told = f"`{visible(key)}`: {count:,} rows, the first {visible(first)}"
-        print(f"a key of messages that no template is shown, {told}", file=sys.stderr)
+    say_unknown_keys(tally)
     return plan
 
 
@@ -129,14 +124,3 @@ def _counted(outcomes: Iterable[Outcome], tally: Tally, identity: dict) -> Itera
 def _batches(rows: Iterator[Conversation | Fault]) -> Iterator[list[Conversation | Fault]]:
     while batch := list(islice(rows, CHUNK_ROWS)):
         yield batch
-
-
-def _say_passed_over(corpus: str) -> None:
-    """Say what of a folder is not read: how many by their endings, and some names of each."""
-    names: dict[str, list[str]] = {}
-    for name in passed_over(corpus):
-        kind = "folders" if name.endswith("/") else PurePath(name).suffix.lower() or "without an ending"
-        names.setdefault(kind, []).append(visible(name))
-    kinds = "; ".join(f"{len(found):,} {kind} ({', '.join(found[:SHOWN])})" for kind, found in sorted(names.items()))
-    if kinds:
-        print(f"not read in {visible(corpus)}: {kinds}", file=sys.stderr)

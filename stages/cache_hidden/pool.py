@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+from pipeline.corpus.conversation import Conversation, Fault
+from pipeline.corpus.formats import Chunk
 from pipeline.errors import DataError, RoomError, UsageError
 from pipeline.intake import REFUSED_SHARE
-from stages.cache_hidden.conversation import Conversation, Fault
-from stages.cache_hidden.corpus_files import Chunk
 from stages.cache_hidden.limits import TEMPLATE_SECONDS
 from stages.cache_hidden.nursery import ONE_THREAD
 from stages.cache_hidden.outcome import Job, Outcome

@@ -13,10 +13,10 @@ import numpy as np
 
 from pipeline.cache.samples import PlannedSample, sample_id
 from pipeline.chat_template import ChatTemplate
+from pipeline.corpus.conversation import Conversation, Fault
+from pipeline.corpus.formats import Chunk
+from pipeline.corpus.sources import chunk_rows
 from pipeline.intake import Tally, Unusable, check_ids, check_mask, trim
-from stages.cache_hidden.conversation import Conversation, Fault
-from stages.cache_hidden.corpus import chunk_rows
-from stages.cache_hidden.corpus_files import Chunk
 from stages.cache_hidden.outcome import Job, Outcome, samples_of
 from stages.cache_hidden.template import SampleMaker
 

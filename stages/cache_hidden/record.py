@@ -12,9 +12,9 @@ from pathlib import Path
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.layout import LOG
 from pipeline.cache.manifest import read_canonical, write_canonical
+from pipeline.corpus.sources import corpus_files
 from pipeline.errors import CacheError, DataError, RoomError, UsageError
 from pipeline.target_files import CONFIG, tokenizer_files, weight_files
-from stages.cache_hidden.corpus import corpus_files
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.settings import Settings, default_corpus
 

@@ -19,12 +19,12 @@ from pipeline.cache.layout import IDENTITY
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import Plan, check_unused, load_plan, plan_numbers, working
 from pipeline.cache.target_folder import has_target
+from pipeline.corpus.sources import corpus_files, file_sources, source_roles
 from pipeline.errors import DataError, UsageError
 from pipeline.gauge import Gauge
 from pipeline.target_weights import check_weights_if_kept
 from pipeline.terminal import say, visible
 from stages.cache_hidden.budget import chooser, is_planned, within_budget
-from stages.cache_hidden.corpus import corpus_files, file_sources, source_roles
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.record import corpus_unchanged, read_record, request_of, unchanged, write_record
 from stages.cache_hidden.report import (

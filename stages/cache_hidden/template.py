@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pipeline.chat_template import ChatTemplate
+from pipeline.corpus.sources import Conversation
 from pipeline.intake import Unusable
-from stages.cache_hidden.corpus import Conversation
 from stages.cache_hidden.encoding import Encoded, encode_apart, encode_many, mask_of
 from stages.cache_hidden.lost_text import check_all_shown, check_each_shown, check_once_encoded
 from stages.cache_hidden.turn_refusals import Unproven

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.corpus.sources import corpus_files
 from pipeline.errors import UsageError
 from pipeline.target_files import TEMPLATE_DATE
 
@@ -17,7 +18,7 @@ class Options:
     requests a minute. batch: prompts decoded here at once. backoff_s: the pause before the first repetition.
     """
 
-    corpus: Path
+    corpus: str
     out: Path
     endpoint: str | None = None
     model: str | None = None
@@ -39,6 +40,7 @@ class Options:
     batch: int = 64
     device: str | None = None
     max_samples: int | None = None
+    roles: str | None = None
 
     def check(self) -> None:
         """UsageError for options that do not go together or that nothing can be asked with."""
@@ -50,9 +52,5 @@ class Options:
             raise UsageError(f"--top-p {self.top_p}: wanted more than 0, at most 1")
         if self.out.suffix != ".jsonl":
             raise UsageError(f"--out {self.out}: its name has to end with .jsonl, as a corpus' does")
-        if self.corpus.is_dir():
-            raise UsageError(f"--corpus {self.corpus} is a folder; name one JSONL file of prompts in it")
-        if not self.corpus.is_file():
-            raise UsageError(f"--corpus {self.corpus}: no such file; name a JSONL file of prompts")
-        if self.out.exists() and self.out.samefile(self.corpus):
-            raise UsageError(f"--out {self.out} is the corpus itself; name another file")
+        if self.out.exists() and any(self.out.samefile(file) for file in corpus_files(self.corpus)):
+            raise UsageError(f"--out {self.out} is the corpus itself, or a file of it; name another file")

@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.cache.manifest import FileFact
+from pipeline.corpus.sources import corpus_files, file_sources, say_passed_over, source_roles
 from pipeline.errors import DataError, UsageError
-from pipeline.intake import Tally
+from pipeline.intake import Tally, say_unknown_keys
 from pipeline.regenerated import Regenerated
 from pipeline.target_files import find_target, target_digest, target_name, template_digest, tokenizer_digest
 from stages.regenerate.figures import Figures, Progress
@@ -33,12 +33,13 @@ def run(options: Options) -> dict:
     tally = Tally()
     prompts = sum(len(row.segments) for row in _rows(options, tally))
     usable = tally.rows - sum(tally.faults.values())
-    tally.check(str(options.corpus), usable)
+    tally.check(options.corpus, usable)
+    say_unknown_keys(tally)
+    say_passed_over(options.corpus)
     folder = find_target(options.model) if options.model else None
     engine = _engine(options, folder)
     record = _record(options, engine, folder)
-    corpus = {"file": options.corpus.name, **FileFact.of_file(options.corpus).as_dict()}
-    head = {"regenerated": record.model_dump(exclude={"stops"}), "corpus": corpus}
+    head = {"regenerated": record.model_dump(exclude={"stops"}), "corpus": _corpus(options)}
     figures, started = Figures(), time.monotonic()
     with Journal(_beside(options.out, "journal"), head) as journal:
         _check_out(options.out, journal)
@@ -64,7 +65,16 @@ def check_failed(report: dict, out: Path) -> None:
 
 
 def _rows(options: Options, tally: Tally | None = None) -> Iterator[PromptRow]:
-    return itertools.islice(read_prompts(options.corpus, tally), options.max_samples)
+    return itertools.islice(read_prompts(options.corpus, tally, options.roles), options.max_samples)
+
+
+def _corpus(options: Options) -> dict | list[dict]:
+    """Return what the journal keeps of the corpus: its one file, its files, or its name on the hub."""
+    files = corpus_files(options.corpus)
+    sources = file_sources(options.corpus, files, options.roles)
+    if not files:
+        return {"dataset": options.corpus, **source_roles(options.roles)}
+    return sources[0] if len(sources) == 1 else sources
 
 
 def _beside(out: Path, name: str) -> Path:
@@ -143,7 +153,12 @@ def _ask(
     first = next(jobs, None)
     if first is not None:
         engine.ask(itertools.chain([first], jobs), _renderer(options, folder), on_reply, failures.append)
-    return sorted(failures, key=lambda failure: int(failure.row.place.rpartition(":")[2]))
+    return sorted(failures, key=lambda failure: _order(failure.row.place))
+
+
+def _order(place: str) -> tuple[str, int]:
+    file, _, line = place.rpartition(":")
+    return file, int(line)
 
 
 def _renderer(options: Options, folder: Path | None):

@@ -82,7 +82,7 @@ def main() -> None:
     ratios = []
     with tempfile.TemporaryDirectory() as place:
         corpus = first_turns(chosen.corpus, chosen.prompts, Path(place))
-        options = Options(corpus, Path(place) / "out.jsonl", model=chosen.model, max_new=192, batch=chosen.batch)
+        options = Options(str(corpus), Path(place) / "out.jsonl", model=chosen.model, max_new=192, batch=chosen.batch)
         folder = find_target(chosen.model)
         engine, renderer = Local(options, folder, "target"), Renderer(folder, {})
         for number in range(chosen.rounds):

@@ -12,8 +12,10 @@ The first of these that a row holds is what it is (a column that is None or empt
 
 Columns beside it: `system` (or `system_prompt`) becomes the first message unless that is one already; `tools` (or
 `functions`), a list or its JSON; `chat_template_kwargs`, an object or its JSON; `domain`, a text or a number; `split`
-(see `split_of`); `regenerated`, as `pipeline regenerate` writes it; `status`: SpecForge and DeepSpec write `success`,
-a row with `error` or `skipped` is left out. All others are passed over.
+(see `split_of`); `regenerated`, as `pipeline regenerate` writes it; `id`, which that passes on; `status`: SpecForge and
+DeepSpec write `success`, a row with `error` or `skipped` is left out. All others are passed over.
+
+Where only prompts are wanted, replies are not read and need not be there: a question alone will do, or one message.
 
 The one rule: a row that is broken, or that says something we would have to guess at, is left out, counted and shown.
 """
@@ -21,8 +23,8 @@ The one rule: a row that is broken, or that says something we would have to gues
 import re
 from dataclasses import dataclass
 
+from pipeline.corpus.messages import ROLES, check_nested, check_text, message, parse_text, token_list
 from pipeline.intake import Unusable
-from stages.cache_hidden.messages import ROLES, check_nested, check_text, message, parse_text, token_list
 
 CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
 PAIRS = (  # question, what goes below it, reply
@@ -38,7 +40,18 @@ PAIRS = (  # question, what goes below it, reply
 MASKS = ("loss_mask", "assistant_masks", "assistant_mask")
 UNLEARNED = -100  # in `labels`
 SYSTEMS, TOOLS = ("system", "system_prompt"), ("tools", "functions")
-OTHERS = ("input_ids", "labels", "data", "history", "chat_template_kwargs", "domain", "split", "regenerated", "status")
+OTHERS = (
+    "input_ids",
+    "labels",
+    "data",
+    "history",
+    "chat_template_kwargs",
+    "domain",
+    "split",
+    "regenerated",
+    "status",
+    "id",
+)
 COLUMNS = {*CHATS, *MASKS, *SYSTEMS, *TOOLS, *OTHERS, *(name for pair in PAIRS for name in pair if name)}
 _FAILED = ("error", "skipped", "failed")
 _HELDOUT = ("heldout", "holdout", "validation", "valid", "val", "dev", "eval", "test")
@@ -51,7 +64,8 @@ class Conversation:
 
     tools: what the target may call, as the chat template takes it. template_kwargs: the row's own arguments of the
     template. tokens: ids and mask of a row that came as tokens, whose messages are []. regenerated: what `pipeline
-    regenerate` noted of it. unknown: keys of its messages that nobody knows. None where the row states none.
+    regenerate` noted of it. unknown: keys of its messages that nobody knows. id: the row's own, where prompts
+    are wanted. None where the row states none.
     """
 
     messages: list[dict]
@@ -64,6 +78,7 @@ class Conversation:
     tokens: tuple[list[int], list[bool]] | None = None
     regenerated: dict | None = None
     unknown: tuple[str, ...] = ()
+    id: object = None
 
 
 @dataclass(frozen=True)
@@ -80,14 +95,15 @@ class Fault:
 
 
 def conversation(
-    row: object, file: str, line: int, *, split: str = "", roles: dict[str, str] | None = None
+    row: object, file: str, line: int, *, split: str = "", roles: dict[str, str] | None = None, prompts: bool = False
 ) -> Conversation | Fault:
     """Return a row of a corpus as a Conversation, or as the Fault it is.
 
-    split: of the file, where the row states none. roles: names beyond ROLES, as `with_roles` returns them.
+    split: of the file, where the row states none. roles: names beyond ROLES, as `with_roles` returns them. prompts:
+    only what is asked is wanted; what the assistant and tools say is left out of their messages.
     """
     try:
-        return _conversation(row, file, line, split, roles or ROLES)
+        return _conversation(row, file, line, split, roles or ROLES, prompts)
     except Unusable as fault:
         return Fault(fault.reason, fault.detail, file, line)
 
@@ -101,31 +117,32 @@ def split_of(name: str) -> str | None:
     return SPLITS.get(re.sub(r"[^a-z]", "", whole)) or SPLITS.get(re.split(r"[^a-z]", whole)[0]) if whole else ""
 
 
-def _conversation(row: object, file: str, line: int, split: str, roles: dict[str, str]) -> Conversation:
+def _conversation(row: object, file: str, line: int, split: str, roles: dict[str, str], prompts: bool) -> Conversation:
     if isinstance(row, Unusable):
         raise row
     row = {"messages": row} if _is_list_of_messages(row) else row
     if not isinstance(row, dict):
         raise Unusable("broken line", f"holds a {type(row).__name__}, wanted an object with `messages`")
-    if row.get("status") in _FAILED:
+    if row.get("status") in _FAILED and not prompts:
         raise Unusable(
             "failed reply", f"has status {row['status']!r}: it was not regenerated; leave it out, or ask again"
         )
     unknown: set[str] = set()
-    tokens, messages = _tokens(row), []
+    tokens, messages = None if prompts else _tokens(row), []
     if tokens is None:
-        messages = _messages(row, roles, unknown)
+        messages = _messages(row, roles, unknown, prompts)
+    if tokens is None and not prompts:
         _check_replies(messages)
+        last = max(at for at, one in enumerate(messages) if one["role"] == "assistant")
+        messages = messages[: last + 1]
     said = {
         "tools": _tools(row),
         "template_kwargs": _object(row, "chat_template_kwargs"),
         "regenerated": _object(row, "regenerated"),
+        "id": row.get("id") if prompts else None,
     }
     domain, split = _domain(row.get("domain")), _split(row.get("split"), split)
-    last = max((at for at, one in enumerate(messages) if one["role"] == "assistant"), default=-1)
-    return Conversation(
-        messages[: last + 1], domain, split, file, line, tokens=tokens, unknown=tuple(sorted(unknown)), **said
-    )
+    return Conversation(messages, domain, split, file, line, tokens=tokens, unknown=tuple(sorted(unknown)), **said)
 
 
 def _is_list_of_messages(row: object) -> bool:
@@ -199,13 +216,13 @@ def _tokens(row: dict) -> tuple[list[int], list[bool]] | None:
     return ids, [bool(one) for one in mask]
 
 
-def _messages(row: dict, roles: dict[str, str], unknown: set[str]) -> list[dict]:
+def _messages(row: dict, roles: dict[str, str], unknown: set[str], prompts: bool) -> list[dict]:
     """Return the messages of a row, roles and keys by one name each. Unusable for a row of no known form."""
-    given = _chat(row)
+    given = _chat(row, prompts)
     if given is None:
         held = [str(name) for name, value in row.items() if value not in (None, "", [], {})]
         raise Unusable("no messages", _no_conversation(held))
-    messages = [message(entry, at, roles, unknown) for at, entry in enumerate(given)]
+    messages = [message(entry, at, roles, unknown, prompts) for at, entry in enumerate(given)]
     system = next((row[name] for name in SYSTEMS if row.get(name) is not None), None)
     if not isinstance(system, str | None):
         raise Unusable("no text", f"has `system` that is no text ({type(system).__name__})")
@@ -214,22 +231,24 @@ def _messages(row: dict, roles: dict[str, str], unknown: set[str]) -> list[dict]
     return messages
 
 
-def _chat(row: dict) -> list | None:
+def _chat(row: dict, prompts: bool) -> list | None:
     """Return the messages of a row as it has them, None where it is of no known form."""
     for name in CHATS:
         if row.get(name):
             return _listed(row[name], name)
     if isinstance(row.get("data"), list) and row["data"] and all(isinstance(text, str) for text in row["data"]):
         return [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(row["data"])]
-    for asked, below, replied in PAIRS:
-        if row.get(asked) and row.get(replied):
-            question = _said(row[asked], "user", asked)
-            if below and row.get(below):
-                if not isinstance(row[asked], str) or not isinstance(row[below], str):
-                    raise Unusable("no text", f"has `{asked}` and `{below}` that are not both text")
-                question = _said(f"{row[asked]}\n{row[below]}", "user", asked)
-            return [*_history(row), *question, *_said(row[replied], "assistant", replied)]
-    return None
+    pairs = [pair for pair in PAIRS if row.get(pair[0]) and (prompts or row.get(pair[2]))]
+    if not pairs:
+        return None
+    asked, below, replied = max(pairs, key=lambda pair: 2 if row.get(pair[2]) else bool(pair[1] and row.get(pair[1])))
+    question = _said(row[asked], "user", asked)
+    if below and row.get(below):
+        if not isinstance(row[asked], str) or not isinstance(row[below], str):
+            raise Unusable("no text", f"has `{asked}` and `{below}` that are not both text")
+        question = _said(f"{row[asked]}\n{row[below]}", "user", asked)
+    reply = _said(row[replied], "assistant", replied) if row.get(replied) else []
+    return [*_history(row), *question, *reply]
 
 
 def _listed(given: object, name: str) -> list:
@@ -268,10 +287,10 @@ def _history(row: dict) -> list:
     return [{"role": role, "content": text} for pair in history for role, text in zip(roles, pair, strict=True)]
 
 
-def refused_columns(columns: list[str]) -> str:
-    """Return why a table with these columns can hold no conversation, empty where it can."""
+def refused_columns(columns: list[str], prompts: bool = False) -> str:
+    """Return why a table with these columns can hold no conversation, or no prompts; empty where it can."""
     held = {*columns}
-    pairs = any(asked in held and replied in held for asked, _, replied in PAIRS)
+    pairs = any(asked in held and (prompts or replied in held) for asked, _, replied in PAIRS)
     if held & {*CHATS, "data"} or pairs or ("input_ids" in held and held & {*MASKS, "labels"}):
         return ""
     return _no_conversation(columns)

@@ -76,18 +76,21 @@ def parse_text(text: str, what: str) -> object:
         raise Unusable("broken line", f"has {what} that is no JSON ({str(error)[:80]})") from error
 
 
-def message(entry: object, at: int, roles: dict[str, str], unknown: set[str]) -> dict:
+def message(entry: object, at: int, roles: dict[str, str], unknown: set[str], prompts: bool = False) -> dict:
     """Return message `at` of a row under one name for each thing; keys nobody knows are added to `unknown`.
 
-    roles: names of roles as ROLES has them. Raises Unusable.
+    roles: names of roles as ROLES has them. prompts: of what the assistant and tools say, only that they do is kept.
+    Raises Unusable.
     """
     if not isinstance(entry, dict):
         kind = type(entry).__name__
         raise Unusable("no messages", f"message {at} is a {kind}, wanted an object with role and content")
-    if entry.keys() == _PLAIN and (plain := _plain(entry, roles)):
+    if not prompts and entry.keys() == _PLAIN and (plain := _plain(entry, roles)):
         return plain
     role = _role(entry, at, roles)
     made = {"role": "assistant" if role == CALL else role}
+    if prompts and made["role"] in ("assistant", "tool"):
+        return made
     text, thought = _content(entry, at)
     if not _KNOWN.issuperset(entry):
         _look_at_rest(entry, at, unknown)

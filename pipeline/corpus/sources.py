@@ -1,6 +1,6 @@
 """A corpus: conversations in files, in a folder of them, in a saved data set, or in one of the hub.
 
-What a file may be called is in `corpus_files.SUFFIXES`, what a row may be in `conversation.py` and `messages.py`. In a
+What a file may be called is in `formats.SUFFIXES`, what a row may be in `conversation.py` and `messages.py`. In a
 folder, hidden files and folders are not read, and whatever is passed over is named and counted. Nothing is ever held
 but the rows at hand, so a corpus may be larger than memory.
 """
@@ -8,20 +8,21 @@ but the rows at hand, so a corpus may be larger than memory.
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from pipeline.cache.manifest import FileFact
+from pipeline.corpus.conversation import Conversation, Fault, conversation, split_of
+from pipeline.corpus.formats import SUFFIXES, Chunk, read_chunks, without_absent
+from pipeline.corpus.messages import ROLES
 from pipeline.errors import DataError, UsageError
 from pipeline.terminal import visible
-from stages.cache_hidden.conversation import Conversation, Fault, conversation, split_of
-from stages.cache_hidden.corpus_files import SUFFIXES, Chunk, read_chunks, without_absent
-from stages.cache_hidden.messages import ROLES
-
-__all__ = ["Conversation", "Fault", "conversation", "corpus_files", "file_sources", "hub_dataset", "read_files"]
 
 ABOUT_SETS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # no rows in these
+SHOWN = 3  # names of each kind of what is passed over
+Row = Conversation | Fault
 _PART = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\..+")  # train-00000-of-00004.parquet, as the hub keeps them
 
 
@@ -53,6 +54,17 @@ def passed_over(corpus: str) -> list[str]:
     """Return what is not read of a corpus that is a folder, by name inside it; a folder's name ends with a slash."""
     path = Path(corpus).expanduser()
     return _folder(path)[1] if path.is_dir() else []
+
+
+def say_passed_over(corpus: str) -> None:
+    """Say what of a folder is not read: how many by their endings, and some names of each."""
+    names: dict[str, list[str]] = {}
+    for name in passed_over(corpus):
+        kind = "folders" if name.endswith("/") else PurePath(name).suffix.lower() or "without an ending"
+        names.setdefault(kind, []).append(visible(name))
+    kinds = "; ".join(f"{len(found):,} {kind} ({', '.join(found[:SHOWN])})" for kind, found in sorted(names.items()))
+    if kinds:
+        print(f"not read in {visible(corpus)}: {kinds}", file=sys.stderr)
 
 
 def _folder(root: Path) -> tuple[list[Path], list[str]]:
@@ -139,23 +151,28 @@ def with_roles(stated: str | None) -> dict[str, str]:
     return roles
 
 
-def corpus_chunks(corpus: str, files: list[Path]) -> Iterator[Chunk]:
+def corpus_chunks(corpus: str, files: list[Path], *, prompts: bool = False) -> Iterator[Chunk]:
     """Yield the rows of the files in order, unparsed, in chunks."""
-    return chain.from_iterable(read_chunks(file, name_of(corpus, file), file_split(corpus, file)) for file in files)
+    return chain.from_iterable(
+        read_chunks(file, name_of(corpus, file), file_split(corpus, file), prompts=prompts) for file in files
+    )
 
 
-def chunk_rows(chunk: Chunk, roles: dict[str, str] | None = None) -> Iterator[Conversation | Fault]:
+def chunk_rows(chunk: Chunk, roles: dict[str, str] | None = None, prompts: bool = False) -> Iterator[Row]:
     """Yield the rows of a chunk, parsed."""
     for line, row in chunk.rows():
-        yield conversation(row, chunk.file, line, split=chunk.split, roles=roles)
+        yield conversation(row, chunk.file, line, split=chunk.split, roles=roles, prompts=prompts)
 
 
-def read_files(corpus: str, files: list[Path], roles: dict[str, str] | None = None) -> Iterator[Conversation | Fault]:
-    """Yield every row of the files, in order. roles: see `with_roles`."""
-    return chain.from_iterable(chunk_rows(chunk, roles) for chunk in corpus_chunks(corpus, files))
+def read_files(
+    corpus: str, files: list[Path], roles: dict[str, str] | None = None, prompts: bool = False
+) -> Iterator[Row]:
+    """Yield every row of the files, in order. roles: see `with_roles`. prompts: replies are not read."""
+    chunks = corpus_chunks(corpus, files, prompts=prompts)
+    return chain.from_iterable(chunk_rows(chunk, roles, prompts) for chunk in chunks)
 
 
-def hub_dataset(corpus: str, roles: dict[str, str] | None = None) -> tuple[Iterator[Conversation | Fault], dict]:
+def hub_dataset(corpus: str, roles: dict[str, str] | None = None, prompts: bool = False) -> tuple[Iterator[Row], dict]:
     """Return the rows of a hub data set, streamed, and its source entry (name, revision).
 
     Its train splits come first, then those that are held out; a split by another name is passed over unless there is
@@ -172,29 +189,29 @@ def hub_dataset(corpus: str, roles: dict[str, str] | None = None) -> tuple[Itera
             f"{corpus}: no such file or folder here, and the hub gave no such data set ({_line(error)}); "
             "check the name and the network, or pass --corpus with a file of conversations"
         ) from error
-    return split_rows(corpus, splits, roles), {"dataset": corpus, "revision": revision}
+    return split_rows(corpus, splits, roles, prompts), {"dataset": corpus, "revision": revision}
 
 
 def split_rows(
-    corpus: str, splits: dict[str, Iterable[dict]], roles: dict[str, str] | None = None
-) -> Iterator[Conversation | Fault]:
+    corpus: str, splits: dict[str, Iterable[dict]], roles: dict[str, str] | None = None, prompts: bool = False
+) -> Iterator[Row]:
     """Yield the rows of a data set's splits, by name: train first, then heldout."""
     meant = {name: split_of(name) for name in splits}
     chosen = sorted((name for name in splits if meant[name]), key=lambda name: (meant[name] != "train", name))
     for name in chosen or sorted(splits):
         alone = len(splits) == 1
         split = "" if alone and meant[name] == "train" else meant[name] or ""
-        yield from hub_rows(corpus if alone else f"{corpus}/{name}", splits[name], split, roles)
+        yield from hub_rows(corpus if alone else f"{corpus}/{name}", splits[name], split, roles, prompts)
 
 
 def hub_rows(
-    corpus: str, rows: Iterable[dict], split: str = "", roles: dict[str, str] | None = None
-) -> Iterator[Conversation | Fault]:
+    corpus: str, rows: Iterable[dict], split: str = "", roles: dict[str, str] | None = None, prompts: bool = False
+) -> Iterator[Row]:
     """Yield the rows of a stream. DataError when the hub stops sending, or sends what is no row."""
     line = 0
     try:
         for line, row in enumerate(rows, 1):
-            yield conversation(without_absent(row), corpus, line, split=split, roles=roles)
+            yield conversation(without_absent(row), corpus, line, split=split, roles=roles, prompts=prompts)
     except _hub_errors() as error:
         raise DataError(
             f"{corpus}: the hub's rows end after {line:,} ({_line(error)}); run the same command again, or download "

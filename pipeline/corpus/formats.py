@@ -17,11 +17,11 @@ from pathlib import Path
 
 import zstandard
 
+from pipeline.corpus.conversation import COLUMNS, refused_columns
+from pipeline.corpus.messages import parse_json
 from pipeline.errors import DataError
 from pipeline.intake import Unusable
 from pipeline.terminal import visible
-from stages.cache_hidden.conversation import COLUMNS, refused_columns
-from stages.cache_hidden.messages import parse_json
 
 TEXTS, PACKED, TABLES = (".jsonl", ".ndjson", ".json"), (".gz", ".zst"), (".parquet", ".arrow")
 SUFFIXES = (*(text + packed for text in TEXTS for packed in ("", *PACKED)), *TABLES)
@@ -64,13 +64,13 @@ class Chunk:
         yield from zip(self.lines, made, strict=True)
 
 
-def read_chunks(file: Path, name: str, split: str = "") -> Iterator[Chunk]:
+def read_chunks(file: Path, name: str, split: str = "", *, prompts: bool = False) -> Iterator[Chunk]:
     """Yield the rows of a file in chunks. DataError for a file that is not what its name says, or is cut off.
 
-    name: of the file, as reports have it.
+    name: of the file, as reports have it. prompts: a table needs to hold no replies.
     """
     if file.name.lower().endswith(TABLES):
-        yield from _table_chunks(file, name, split)
+        yield from _table_chunks(file, name, split, prompts)
         return
     lines, texts, size = [], [], 0
     for line, text in _texts(file):
@@ -211,13 +211,13 @@ def _values(file: Path, stream: io.BufferedReader, array: bool) -> Iterator[tupl
         yield number + 1, ("broken line", f"no JSON ({rest[:40].decode(errors='replace')!r} {what})")
 
 
-def _table_chunks(file: Path, name: str, split: str) -> Iterator[Chunk]:
+def _table_chunks(file: Path, name: str, split: str, prompts: bool) -> Iterator[Chunk]:
     import pyarrow as pa
 
     parquet = file.name.lower().endswith(".parquet")
     line = 0
     try:
-        for batch in _parquet_batches(file) if parquet else _arrow_batches(file):
+        for batch in _parquet_batches(file, prompts) if parquet else _arrow_batches(file, prompts):
             for piece in _pieces(batch):
                 lines = list(range(line + 1, line + len(piece) + 1))
                 line += len(piece)
@@ -235,15 +235,15 @@ def _pieces(batch) -> Iterator:
         yield batch.slice(first, rows)
 
 
-def _parquet_batches(file: Path) -> Iterator:
+def _parquet_batches(file: Path, prompts: bool) -> Iterator:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(file) as table:
-        columns = _wanted(file, table.schema_arrow.names)
+        columns = _wanted(file, table.schema_arrow.names, prompts)
         yield from table.iter_batches(batch_size=CHUNK_ROWS, columns=columns)
 
 
-def _arrow_batches(file: Path) -> Iterator:
+def _arrow_batches(file: Path, prompts: bool) -> Iterator:
     """Yield the batches of an Arrow file: the format with a footer, or the stream that `datasets` writes."""
     import pyarrow as pa
 
@@ -254,13 +254,13 @@ def _arrow_batches(file: Path) -> Iterator:
         else:
             mapped.seek(0)
             batches = reader = pa.ipc.open_stream(mapped)
-        columns = _wanted(file, reader.schema.names)
+        columns = _wanted(file, reader.schema.names, prompts)
         yield from (batch.select(columns) for batch in batches)
 
 
-def _wanted(file: Path, columns: list[str]) -> list[str]:
+def _wanted(file: Path, columns: list[str], prompts: bool) -> list[str]:
     """Return the columns of a table that are read. DataError, with those found, where they are no conversations."""
-    refused = refused_columns(columns)
+    refused = refused_columns(columns, prompts)
     if refused:
         raise DataError(f"{file}: it {visible(refused)}")
     return [name for name in columns if name in COLUMNS]
