@@ -10,11 +10,11 @@ import sys
 import click
 
 from pipeline import __version__
+from pipeline.cli_options import FOLDER, PATH, REPORT, capture_options, regenerate_options
 from pipeline.errors import CacheError, ProofError, UsageError
-from pipeline.exits import OnACache, run_and_exit
-from pipeline.options import FOLDER, PATH, REPORT, capture_options, regenerate_options
-from pipeline.terminal import say, visible
-from pipeline.threads import wait_asleep
+from pipeline.exit_codes import OnACache, run_and_exit
+from pipeline.openmp import wait_asleep
+from pipeline.visible_text import say, visible
 
 
 class InWorkflowOrder(click.Group):
@@ -48,9 +48,9 @@ def regenerate(template_kwargs, template_date, no_token_ids, as_json, **chosen):
     asks nothing. It goes on from a journal beside OUT (chats.journal beside chats.jsonl), which may be removed once OUT
     is complete.
     """
-    from pipeline.target_files import template_arguments
-    from stages.regenerate.figures import table
+    from pipeline.target.files import template_arguments
     from stages.regenerate.options import Options
+    from stages.regenerate.report import table
     from stages.regenerate.run import check_failed, run
 
     arguments = template_arguments(template_kwargs, template_date)
@@ -107,7 +107,7 @@ def cache_hidden(model, corpus, out, **chosen):
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(cache, sample, as_json):
     """Say what a cache is and holds."""
-    from pipeline.report import cache_table, coloured_sample
+    from pipeline.evaluation.tables import cache_table, coloured_sample
 
     if sample is None:
         from pipeline.cache.inspect import describe
@@ -135,7 +135,7 @@ def verify(cache, repair, deep, complete, model, device, as_json):
     With --repair it captures exactly the damaged columns of the damaged shards again, and what follows from the rest
     it writes again; what is sound is not touched.
     """
-    from pipeline.report import verify_table
+    from pipeline.evaluation.tables import verify_table
     from stages.cache_hidden.repair import check_incomplete, checked, remedy
 
     report = checked(cache, repair, deep, model, device)
@@ -221,7 +221,7 @@ def sweep(recipe, as_json, **chosen):
     The lists are those of RECIPE's [sweep] table; the runs follow one another, and one table ends them. All are checked
     before the first begins. The same command goes on after any stop; finished runs stay as they are.
     """
-    from pipeline.report import sweep_table
+    from pipeline.evaluation.tables import sweep_table
     from stages.train_draft.sweep import sweep
 
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
@@ -279,7 +279,7 @@ def export(draft, out, form):
     What was written is opened again and has to compute the same. A probe for `check-export` and a model card go with
     it.
     """
-    from pipeline.export import export
+    from pipeline.published.export import export
 
     done = export(draft, out, form)
     say(visible(f"{out}: {done['tensors']} tensors, {done['parameters']:,} parameters, {done['proof']}"))
@@ -315,11 +315,11 @@ def report(reports, markdown, forced, drawing, against):
     Runs that differ only in their seed become one column, and one mark of a plot. With --against a draft is a row: how
     far it is ahead of that baseline over the same prompts, and after how many steps it would have reached it.
     """
-    from pipeline.plot import plot
-    from pipeline.report import comparison
+    from pipeline.evaluation.plot import plot
+    from pipeline.evaluation.tables import comparison
 
     if against:
-        from pipeline.against import against as compare
+        from pipeline.evaluation.compare import against as compare
 
         if forced:
             raise UsageError("--forced adds rows to the table of domains, which --against replaces; leave one out")

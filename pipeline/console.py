@@ -8,7 +8,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.terminal import visible, visible_lines
+from pipeline.visible_text import visible, visible_lines
 
 WIDTH = 110  # columns where there is no terminal
 

@@ -1,6 +1,6 @@
 """What a user can get wrong, and the exit code each kind ends with.
 
-`pipeline/exits.py` maps these to one line on standard error. A message states what was found, what was wanted and
+`pipeline/exit_codes.py` maps these to one line on standard error. A message states what was found, what was wanted and
 what to do.
 """
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.calibration import calibrate, keep_calibration, read_calibration
 from pipeline.cache.codecs import LOSSY
+from pipeline.cache.codecs.calibration import calibrate, keep_calibration, read_calibration
 from pipeline.cache.columns import ColumnSpec
-from pipeline.cache.derived import derive
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import PlannedSample, load_plan, plan_numbers, write_segment
+from pipeline.cache.rebuild import derive
 from pipeline.cache.samples import ShardPlan
 from pipeline.cache.target_folder import has_target, new_target
 from pipeline.cache.writer import ShardWriter

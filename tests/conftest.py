@@ -5,7 +5,7 @@
 import os
 import signal
 
-from pipeline.threads import wait_asleep
+from pipeline.openmp import wait_asleep
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub
 wait_asleep()
@@ -20,7 +20,7 @@ hypothesis.settings.register_profile("long", max_examples=10_000)  # --hypothesi
 
 
 def pytest_addoption(parser):
-    parser.addoption("--flips", type=int, default=40, help="bits that tests/test_damage.py flips (1000: all it can do)")
+    parser.addoption("--flips", type=int, default=40, help="bits that test_damage.py flips (1000: all it can do)")
     parser.addoption("--threads", type=int, default=1, help="of torch; results differ in rounding, no test may")
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.target import load_target, tap_layers
+from pipeline.target.model import load_target, tap_layers
 
 
 @dataclass

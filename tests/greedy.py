@@ -7,6 +7,7 @@ from tiny import config, random_model, tokenizer
 from pipeline.cache import HiddenCache
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import PlannedSample, write_segment
+from pipeline.corpus.tally import Tally
 from pipeline.drafts import (
     DRAFTS,
     Draft,
@@ -18,8 +19,7 @@ from pipeline.drafts import (
     needs_teacher,
     pack,
 )
-from pipeline.intake import Tally
-from pipeline.target import load_target
+from pipeline.target.model import load_target
 
 STOP, MASK = 258, 259
 OPTIONS = {

@@ -25,8 +25,6 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import torch
 from tiny import conversations, save_target, write_jsonl
 
-import stages.cache_hidden.planning
-import stages.cache_hidden.shards  # noqa: F401  everything is imported before the first fork
 from pipeline.cli import main
 
 os.fsync = lambda fd: None  # for power cuts; what a killed process wrote the system still has

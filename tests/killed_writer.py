@@ -28,11 +28,11 @@ import torch
 from cache_maker import COLUMNS, capture, contents, flip, make_cache, random_samples
 
 import stages.recode.run
+from pipeline.cache.atomic import clean
 from pipeline.cache.columns import column_manifest
-from pipeline.cache.derived import derive, restore_segments
-from pipeline.cache.disk import clean
 from pipeline.cache.layout import SAMPLES, shard_folder
 from pipeline.cache.plan import load_plan, plan_numbers, write_segment
+from pipeline.cache.rebuild import derive, restore_segments
 from pipeline.errors import PipelineError
 
 PAIR = [replace(COLUMNS[1], codec="int8"), COLUMNS[2]]  # a column of one file, and one of four and a calibration

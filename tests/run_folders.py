@@ -4,8 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
-from pipeline.records import unsealed
-from pipeline.run_folder import RECIPE, RUN, write_run
+from pipeline.checksummed_json import unsealed
+from pipeline.runs.folder import RECIPE, RUN, write_run
 
 
 def with_recipe(run: Path, out: Path, old: str, new: str) -> Path:

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 from tiny import CHAT_TEMPLATE, tokenizer
 
-from pipeline.chat_template import ChatTemplate
 from pipeline.corpus.conversation import conversation
-from pipeline.intake import Unusable
-from stages.cache_hidden.template import Prepared, SampleMaker
+from pipeline.corpus.tally import Unusable
+from pipeline.target.chat_template import ChatTemplate
+from stages.cache_hidden.tokenise import Prepared, SampleMaker
 
 PLAIN = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 # A reply is asked for behind a question only (Apriel, DeepSeek V3.1).

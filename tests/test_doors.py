@@ -37,7 +37,7 @@ KINDS = {
 @pytest.fixture(scope="module")
 def trained(tiny_cache, tmp_path_factory):
     """A run and its export."""
-    from pipeline.export import export
+    from pipeline.published.export import export
 
     folder = tmp_path_factory.mktemp("doors")
     train(tiny_cache, None, SETS, folder / "run", "cpu")
@@ -107,7 +107,7 @@ def test_a_path_that_is_something_else_ends_in_one_line(door, kind, ends, traine
 
 
 def write_report(folder: Path) -> Path:
-    from test_report import evaluation
+    from test_tables import evaluation
 
     return evaluation(folder / "report.json", "domino", 0, 600, [("sql", [2, 2])])
 

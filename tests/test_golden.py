@@ -19,8 +19,8 @@ from safetensors import safe_open
 
 from pipeline.drafts import DRAFTS, Blocks, Cell, Draft, DraftConfig, Knobs, Loss, lay_blocks, metrics_of, pack
 from pipeline.published import load_draft_folder
-from pipeline.target import head_of, load_target
-from pipeline.target_head import TargetHead
+from pipeline.target.head import TargetHead
+from pipeline.target.model import head_of, load_target
 from stages.evaluate.decode import speculative_decode
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden" / "reference"))

@@ -13,7 +13,7 @@ from greedy import make_greedy_cache, make_learned_draft, save_stopping_target
 from pipeline.cache import HiddenCache
 from pipeline.drafts import DRAFTS, Ask
 from pipeline.published.writing import Origin, published_config
-from pipeline.target import load_target
+from pipeline.target.model import load_target
 from pipeline.tensors import save_tensors
 
 FORMS = {

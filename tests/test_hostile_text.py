@@ -9,7 +9,7 @@ from tiny import conversations, save_target, write_jsonl
 
 from pipeline.cli import main
 from pipeline.console import VisibleConsole, grid
-from pipeline.terminal import as_code, in_markdown
+from pipeline.visible_text import as_code, in_markdown
 
 ESCAPES = "\x1b]0;pwned\x07\x1b[31m"
 DOMAINS = [

@@ -22,10 +22,10 @@ from torch import nn
 from pipeline.drafts import DRAFTS, DraftConfig, Proposal
 from pipeline.errors import ProofError, UsageError
 from pipeline.sampling import draw, prompt_generator, uniforms
-from pipeline.target import head_of
+from pipeline.target.model import head_of
 from stages.evaluate import decode, rejection
 from stages.evaluate.decode import Dice, speculative_decode
-from stages.evaluate.proof import judge_places, places, plain_decode
+from stages.evaluate.losslessness import judge_places, places, plain_decode
 from stages.evaluate.rejection import keep_by_chance
 
 V, MASK, STOP = 4, 2, 3

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from pipeline.records import as_record, scarred, sealed, unsealed
+from pipeline.checksummed_json import as_record, scarred, sealed, unsealed
 from pipeline.untrusted import DEEPEST, parse_json, parse_strict_json, read_file
 
 

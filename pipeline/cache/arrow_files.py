@@ -11,9 +11,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.ipc
 
-from pipeline.cache.disk import reading
+from pipeline.cache.atomic import reading
 from pipeline.errors import CacheError
-from pipeline.limits import refuse_limit
+from pipeline.os_errors import refuse_limit
 
 MAGIC = b"ARROW1\0\0"  # of an IPC file; a stream of messages follows, then a footer that repeats where they are
 _HEADER, _COMPRESSION = 2, 3  # fields of the tables Message and RecordBatch in Arrow's format/Message.fbs

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.cache.atomic import reading
 from pipeline.cache.columns import column_manifest
-from pipeline.cache.disk import reading
 from pipeline.cache.layout import COLUMN, NUMBER, SAMPLES, SHARDS, STEM, numbered, shard_folder
 from pipeline.errors import CacheError
 

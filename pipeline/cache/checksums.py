@@ -16,7 +16,7 @@ import pyarrow.ipc
 import xxhash
 
 from pipeline.cache.arrow_files import read_batches
-from pipeline.cache.int8_files import Encoded
+from pipeline.cache.codecs.int8_files import Encoded
 from pipeline.cache.layout import BLOCK_ROWS
 from pipeline.cache.samples import numbers
 from pipeline.errors import CacheError

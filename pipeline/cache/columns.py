@@ -13,16 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.cache.atomic import unreadable
 from pipeline.cache.checksums import BlockHasher, read_sums
 from pipeline.cache.codecs import CODECS, DTYPES, LOSSY, open_values
-from pipeline.cache.disk import unreadable
-from pipeline.cache.int8_files import CHANNELS, Encoded
+from pipeline.cache.codecs.int8_files import CHANNELS, Encoded
+from pipeline.cache.codecs.zarr_file import METADATA
 from pipeline.cache.layout import BLOCK_ROWS, COLUMN, IDENTITY, SAMPLES, inside, numbered, shard_folder
 from pipeline.cache.manifest import FILES, check_file, check_size, read_canonical
 from pipeline.cache.samples import ShardPlan
-from pipeline.cache.zarr_shard import METADATA
-from pipeline.capture import final_rows
 from pipeline.errors import CacheError
+from pipeline.target.layers import final_rows
 
 WIDEST = 1 << 17  # values of a row; a manifest that claims more is damaged
 DECODED = 1 << 20  # bytes decoded at a time, at least a block: what is read stays in the CPU's cache until then
@@ -210,7 +210,7 @@ def decode_into(held: Encoded, out: memoryview) -> None:
     """Decode int8 rows into flat bytes."""
     import torch
 
-    from pipeline.cache.int8 import decode
+    from pipeline.cache.codecs.int8 import decode
 
     values = torch.frombuffer(out, dtype=getattr(torch, held.dtype)).view(held.values.shape)
     decode(held, "cpu", values)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from pipeline.cache.arrow_files import parse_batches
-from pipeline.cache.disk import reading, write_file
+from pipeline.cache.atomic import reading, write_file
 from pipeline.cache.layout import INDEX, INDEX_MANIFEST
 from pipeline.cache.manifest import FACT, FileFact, canonical, check_size, read_canonical, write_canonical
 from pipeline.cache.samples import numbers

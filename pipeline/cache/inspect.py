@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.derived import refused_samples
 from pipeline.cache.layout import PLAN, SAMPLES, TARGET, layer_of
 from pipeline.cache.plan import Plan, load_plan
 from pipeline.cache.reader import HiddenCache
+from pipeline.cache.rebuild import refused_samples
 from pipeline.errors import UsageError
 
 

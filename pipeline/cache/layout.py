@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from pipeline.errors import CacheError, UsageError
-from pipeline.limits import number_of, refuse_limit
+from pipeline.os_errors import number_of, refuse_limit
 
 FORMAT = "1-rc2"
 

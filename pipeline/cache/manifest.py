@@ -16,7 +16,7 @@ from pathlib import Path
 
 import xxhash
 
-from pipeline.cache.disk import committing, reading, room, write_file
+from pipeline.cache.atomic import committing, reading, room, write_file
 from pipeline.cache.layout import FORMAT, IDENTITY
 from pipeline.errors import CacheError, UsageError
 from pipeline.untrusted import parse_strict_json

@@ -18,11 +18,11 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from pipeline.cache.arrow_files import read_batches
-from pipeline.cache.disk import Scratch, clean, committing, room, sync_file, sync_folder
+from pipeline.cache.atomic import Scratch, clean, committing, room, sync_file, sync_folder
 from pipeline.cache.index import place_index
 from pipeline.cache.layout import NUMBER, PLAN, SCRATCH, SHARDS, numbered
 from pipeline.cache.manifest import FACT, FileFact, canonical, check_file, read_canonical
-from pipeline.cache.names import Names
+from pipeline.cache.sample_ids import Names
 from pipeline.cache.samples import (
     SCHEMA,
     SPOOLED,

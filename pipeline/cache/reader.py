@@ -15,9 +15,8 @@ import pyarrow as pa
 
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import LOSSY, stored_bytes
-from pipeline.cache.in_flight import InFlight
+from pipeline.cache.codecs.int8_files import Encoded, laid_out
 from pipeline.cache.index import build_index, read_index
-from pipeline.cache.int8_files import Encoded, laid_out
 from pipeline.cache.layout import (
     FINAL,
     IDENTITY,
@@ -30,18 +29,19 @@ from pipeline.cache.layout import (
     shard_folder,
 )
 from pipeline.cache.manifest import check_file, read_canonical
-from pipeline.cache.opened import OpenColumns
+from pipeline.cache.open_columns import OpenColumns
+from pipeline.cache.parallel_reads import InFlight
 from pipeline.cache.plan import load_plan, read_manifests
+from pipeline.cache.sample_table import SampleTable
 from pipeline.cache.samples import ShardPlan, read_batch
-from pipeline.cache.table import SampleTable
 from pipeline.cache.target_folder import CONFIG, HEAD, TOKENS, target_file, target_json
-from pipeline.capture import final_rows
 from pipeline.errors import CacheError, DataError, UsageError
+from pipeline.target.layers import final_rows
 
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.target_head import TargetHead
+    from pipeline.target.head import TargetHead
 
 Part = tuple[int, int, int]  # sample, first row, stop
 Layer = int | str  # a layer's number, or FINAL, whose rows are counted among those that keep it: `final_rows`
@@ -181,7 +181,7 @@ class HiddenCache:
         """The target's frozen embedding and LM head, float32 unless `dtype` says otherwise; checked once."""
         import torch
 
-        from pipeline.target_head import TargetHead
+        from pipeline.target.head import TargetHead
 
         return TargetHead.load(self._head_file, device, dtype or torch.float32)
 

@@ -17,8 +17,8 @@ import pyarrow.ipc
 
 from pipeline.cache.arrow_files import read_batches
 from pipeline.cache.layout import numbered
-from pipeline.capture import final_rows
 from pipeline.errors import CacheError
+from pipeline.target.layers import final_rows
 
 SCHEMA = pa.schema(
     [

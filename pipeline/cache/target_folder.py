@@ -10,7 +10,7 @@ import errno
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.cache.disk import Scratch, committing, reading, room, sync_file, sync_folder
+from pipeline.cache.atomic import Scratch, committing, reading, room, sync_file, sync_folder
 from pipeline.cache.layout import IDENTITY, TARGET, TARGET_MANIFEST, inside
 from pipeline.cache.manifest import FILES, MAX_BYTES, FileFact, canonical, check_file, check_size, read_canonical
 from pipeline.errors import CacheError

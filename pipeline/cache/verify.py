@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from pipeline.cache import calibration, index
+from pipeline.cache import index
+from pipeline.cache.atomic import reading
 from pipeline.cache.catalog import held_by
-from pipeline.cache.codecs import LOSSY
+from pipeline.cache.codecs import LOSSY, calibration
+from pipeline.cache.codecs.zarr_file import METADATA
 from pipeline.cache.columns import Column, ColumnSpec, column_manifest
-from pipeline.cache.derived import refused_bytes, shard_columns
-from pipeline.cache.disk import reading
 from pipeline.cache.layout import (
     BLOCK_ROWS,
     CALIBRATION,
@@ -43,9 +43,9 @@ from pipeline.cache.layout import (
 )
 from pipeline.cache.manifest import FILES, PIECE, check_file, check_size, read_canonical
 from pipeline.cache.plan import Plan, load_plan
+from pipeline.cache.rebuild import refused_bytes, shard_columns
 from pipeline.cache.samples import ShardPlan, make_batch, read_batch, sample_id
 from pipeline.cache.target_folder import target_manifest
-from pipeline.cache.zarr_shard import METADATA
 from pipeline.errors import CacheError
 
 SHOWN = 8  # damaged samples named, of a column with more

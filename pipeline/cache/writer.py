@@ -12,16 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.calibration import Calibration, read_calibration
+from pipeline.cache.atomic import Scratch, committing, need_room, room, sync_file, sync_folder, write_file
 from pipeline.cache.checksums import BlockHasher, sums_bytes
 from pipeline.cache.codecs import CODECS, DTYPES, LOSSY, stored_bytes
+from pipeline.cache.codecs.calibration import Calibration, read_calibration
+from pipeline.cache.codecs.int8_files import Encoded, Int8Writer
+from pipeline.cache.codecs.zarr_file import PIECE
 from pipeline.cache.columns import Column, ColumnSpec, committed
-from pipeline.cache.disk import Scratch, committing, need_room, room, sync_file, sync_folder, write_file
-from pipeline.cache.int8_files import Encoded, Int8Writer
 from pipeline.cache.layout import IDENTITY, SAMPLES, SHARDS, numbered, shard_folder
 from pipeline.cache.manifest import FileFact, canonical, read_canonical
 from pipeline.cache.samples import ShardPlan, batch_bytes
-from pipeline.cache.zarr_shard import PIECE
 from pipeline.errors import RoomError
 
 
@@ -90,7 +90,7 @@ def needed_calibration(cache: Path, column: str, width: int) -> Calibration:
 
 def encode_bits(rows: np.ndarray, calibration: Calibration) -> Encoded:
     """Encode values as they are stored raw, on the CPU."""
-    from pipeline.cache.int8 import as_states, encoded
+    from pipeline.cache.codecs.int8 import as_states, encoded
 
     return encoded(as_states(rows), calibration)
 

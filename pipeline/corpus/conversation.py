@@ -24,7 +24,7 @@ import re
 from dataclasses import dataclass
 
 from pipeline.corpus.messages import ROLES, check_nested, check_text, message, parse_text, token_list
-from pipeline.intake import Unusable
+from pipeline.corpus.tally import Unusable
 
 CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
 PAIRS = (  # question, what goes below it, reply

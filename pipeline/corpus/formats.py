@@ -19,9 +19,9 @@ import zstandard
 
 from pipeline.corpus.conversation import COLUMNS, refused_columns
 from pipeline.corpus.messages import parse_json
+from pipeline.corpus.tally import Unusable
 from pipeline.errors import DataError
-from pipeline.intake import Unusable
-from pipeline.terminal import visible
+from pipeline.visible_text import visible
 
 TEXTS, PACKED, TABLES = (".jsonl", ".ndjson", ".json"), (".gz", ".zst"), (".parquet", ".arrow")
 SUFFIXES = (*(text + packed for text in TEXTS for packed in ("", *PACKED)), *TABLES)

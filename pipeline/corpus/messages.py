@@ -17,7 +17,7 @@ Any other key that holds something is counted by name and passed over. None, "" 
 
 import json
 
-from pipeline.intake import Unusable
+from pipeline.corpus.tally import Unusable
 
 SPEAKERS = ("system", "developer", "user", "assistant", "tool")
 CALL = "function_call"  # an assistant message whose text is the call

@@ -18,7 +18,7 @@ from pipeline.corpus.conversation import Conversation, Fault, conversation, spli
 from pipeline.corpus.formats import SUFFIXES, Chunk, read_chunks, without_absent
 from pipeline.corpus.messages import ROLES
 from pipeline.errors import DataError, UsageError
-from pipeline.terminal import visible
+from pipeline.visible_text import visible
 
 ABOUT_SETS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # no rows in these
 SHOWN = 3  # names of each kind of what is passed over

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.drafts.config import DraftConfig
-from pipeline.drafts.elementwise import RMSNorm, rope_tables, rotate
+from pipeline.drafts.norm_and_rope import RMSNorm, rope_tables, rotate
 
 
 class Attention(nn.Module):

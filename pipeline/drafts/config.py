@@ -9,8 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
+from pipeline.drafts.rope_scaling import RopeScaling
 from pipeline.errors import UsageError
-from pipeline.rotary import RopeScaling
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 OF_DSPARK = (

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline.drafts.config import OF_DSPARK, DraftConfig, refuse_options
 from pipeline.drafts.draft import Draft, Knobs
 from pipeline.errors import UsageError
-from pipeline.target_head import TargetHead
+from pipeline.target.head import TargetHead
 
 
 class Domino(Draft):

@@ -16,14 +16,14 @@ from pipeline.drafts.backbone import Backbone
 from pipeline.drafts.blocks import Blocks, Cell
 from pipeline.drafts.config import DraftConfig, needs_teacher
 from pipeline.drafts.decoding import Ask, DraftKV, Proposal, Sampling
-from pipeline.drafts.elementwise import wide
 from pipeline.drafts.losses import head_loss
 from pipeline.drafts.metrics import slot_sums
+from pipeline.drafts.norm_and_rope import wide
 from pipeline.drafts.objectives import Objective, Teacher, dpace_weights, parts_of, term
 from pipeline.errors import DataError, UsageError
-from pipeline.head_chunk import NEWEST, chunk_blocks
 from pipeline.sampling import draw, uniforms
-from pipeline.target_head import TargetHead
+from pipeline.target.head import TargetHead
+from pipeline.target.logit_chunks import NEWEST, chunk_blocks
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Draft(Backbone):
 
     The head is no part of the state_dict, whose keys are exactly those of published checkpoints. `reads_final` says
     whether the published loss reads the target's final state (`needs_teacher` knows of any); the accept length always
-    does. `chunk_rule` is the rule of `head_chunk.py` by which its logits are cut.
+    does. `chunk_rule` is the rule of `target/logit_chunks.py` by which its logits are cut.
     """
 
     reads_final = False

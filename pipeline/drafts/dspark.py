@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from pipeline.drafts.blocks import Blocks, Cell
 from pipeline.drafts.config import OF_DOMINO, DraftConfig, refuse_options
 from pipeline.drafts.draft import Draft, Knobs, Loss
-from pipeline.drafts.elementwise import wide
 from pipeline.drafts.metrics import confidence_sums, slot_sums
+from pipeline.drafts.norm_and_rope import wide
 from pipeline.errors import UsageError
-from pipeline.target_head import TargetHead
+from pipeline.target.head import TargetHead
 
 
 class MarkovHead(nn.Module):

@@ -3,7 +3,7 @@
 Logits over the vocabulary are the largest tensors of training: they exist for one chunk only, and are turned into
 their own gradient there. So the head costs two multiplications, where checkpointing costs three. Corrected logits are
 one concatenated linear, [W_head | W_out] [h ; z], whose losses share the chunk, as they share the target's own logits
-where an objective reads them. How large a chunk is says `head_chunk.py`.
+where an objective reads them. How large a chunk is says `target/logit_chunks.py`.
 
     N blocks   S slots   D hidden size   V vocabulary   U rank of the correction   X slots of a chunk
 """
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.drafts.elementwise import wide
+from pipeline.drafts.norm_and_rope import wide
 from pipeline.drafts.objectives import Objective
-from pipeline.target_head import TargetHead
+from pipeline.target.head import TargetHead
 
 
 class _ChunkedHead(torch.autograd.Function):

@@ -61,8 +61,8 @@ def metrics_of(
     """Divide summed figures: `<term>_loss`, `accuracy`, `accept_len_tf`, `slot_accuracy`, `slot_ce` and their `base_`
     twins; `tau_probabilistic`, `confidence_abs_error` and the figures of MEANS.
 
-    Teacher-forced: not the accept length of decoding, which `pipeline/accept.py` measures. A figure without a scored
-    slot is 0.
+    Teacher-forced: not the accept length of decoding, which `evaluation/accept_length.py` measures. A figure without a
+    scored slot is 0.
     """
     figures: dict[str, float | list[float]] = {f"{name}_loss": float(terms[name] / dens[name]) for name in terms}
     if not sums:

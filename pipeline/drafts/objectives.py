@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from pipeline.drafts.config import DraftConfig
-from pipeline.target_head import TargetHead
+from pipeline.target.head import TargetHead
 
 ETA = 3.0  # of lk-hybrid: the paper's best
 

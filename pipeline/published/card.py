@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from pipeline.drafts import DraftConfig
 from pipeline.published.writing import Origin
-from pipeline.terminal import as_code, in_markdown, visible
+from pipeline.visible_text import as_code, in_markdown, visible
 
 CARD = "README.md"
 TITLES = {"dflash": "DFlash", "domino": "Domino", "dspark": "DSpark"}

@@ -1,6 +1,6 @@
 """`pipeline check-export`: a published folder judged from its files alone, ours or anyone's.
 
-Names and shapes are written out from the publications (`names.py`), the arithmetic a second time (`arithmetic.py`): no
+Names and shapes are written out from the publications (`names.py`), the arithmetic a second time (`reference.py`): no
 module that trains is asked whether it likes its own work.
 """
 

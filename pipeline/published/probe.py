@@ -21,8 +21,8 @@ from torch import Tensor
 from pipeline.cache.manifest import FileFact
 from pipeline.drafts import Blocks, Cell, Draft
 from pipeline.errors import UsageError
-from pipeline.limits import refuse_limit
-from pipeline.published import arithmetic
+from pipeline.os_errors import refuse_limit
+from pipeline.published import reference as arithmetic
 from pipeline.published.folder import Opened
 from pipeline.published.weights import CONFIG, WEIGHTS
 from pipeline.tensors import save_tensors

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.drafts import DraftConfig
+from pipeline.drafts.rope_scaling import RopeScaling, kind_of, rope_parameters, taken_over
 from pipeline.errors import UsageError
 from pipeline.published.weights import CONFIG, read_json
-from pipeline.rotary import RopeScaling, kind_of, rope_parameters, taken_over
 
 # Architectures, and the method each can only be; None: the projector_type says.
 ARCHITECTURES = {

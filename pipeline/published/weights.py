@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.errors import UsageError
-from pipeline.limits import refuse_limit
+from pipeline.os_errors import refuse_limit
 from pipeline.pickles import RefusedPickle, check_pickle
 from pipeline.untrusted import check_regular, parse_json, read_file
 

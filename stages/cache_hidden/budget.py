@@ -19,16 +19,16 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.cache.atomic import size_text
 from pipeline.cache.codecs import codec_of, parse_codecs, stored_bytes
 from pipeline.cache.columns import ColumnSpec
-from pipeline.cache.disk import size_text
 from pipeline.cache.plan import SHARD_BYTES, SHARDS_AT_LEAST, captured, plan_numbers, read_manifests
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import UsageError
-from pipeline.split import HELDOUT, mix
-from pipeline.target_files import CONFIG, tokenizer_files
+from pipeline.runs.split import HELDOUT, mix
+from pipeline.target.files import CONFIG, tokenizer_files
 from stages.cache_hidden.options import CaptureOptions, size_bytes
-from stages.cache_hidden.report import head_bytes
+from stages.cache_hidden.plan_report import head_bytes
 from stages.cache_hidden.settings import Settings
 
 CODECS_TRIED = ("raw", "zstd", "aux=int8,final=zstd")  # in this order, until all samples fit

@@ -9,14 +9,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.cache.batches import micro_batches
-from pipeline.cache.calibration import TOKENS, Calibration, calibration_samples, keep_calibration, read_calibration
-from pipeline.cache.certificate import proven_calibration
 from pipeline.cache.codecs import LOSSY
+from pipeline.cache.codecs.calibration import (
+    TOKENS,
+    Calibration,
+    calibration_samples,
+    keep_calibration,
+    read_calibration,
+)
+from pipeline.cache.codecs.certificate import proven_calibration
 from pipeline.cache.columns import ColumnSpec
+from pipeline.cache.micro_batches import micro_batches
 from pipeline.cache.plan import Plan
 from pipeline.cache.samples import PlannedSample, ShardPlan, make_batch
-from stages.cache_hidden.engine import Engine
+from stages.cache_hidden.engine_hf import Engine
 
 ROOM = 1 << 30  # bytes of states held at a time; what does not fit takes another run over the samples
 

@@ -15,7 +15,7 @@ class CaptureOptions:
     """Everything of the command line but model, corpus and folder."""
 
     layers: str | None = None  # "1,9,17"; None: `taps` layers placed by rule, with `append` those there are
-    taps: int | None = None  # None: `pipeline.capture.default_taps`
+    taps: int | None = None  # None: `pipeline.target.layers.default_taps`
     final: str | None = None  # rows that keep it: needed (beside supervised ones), all, none. None: needed, or as it is
     max_length: int | None = None  # tokens a sample, cut behind. None: 3072, or the target's positions if fewer
     batch_tokens: int | None = None  # padded tokens a forward; part of the cache's identity. None: 4096

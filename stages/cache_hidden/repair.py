@@ -13,9 +13,8 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+from pipeline.cache.atomic import clean, in_use, need_room, room, size_text, turn
 from pipeline.cache.columns import ColumnSpec, column_manifest, committed
-from pipeline.cache.derived import derive, restore_segments, shard_columns
-from pipeline.cache.disk import clean, in_use, need_room, room, size_text, turn
 from pipeline.cache.layout import (
     CALIBRATION,
     IDENTITY,
@@ -30,18 +29,19 @@ from pipeline.cache.layout import (
 )
 from pipeline.cache.manifest import canonical, check_file, create_identity, read_canonical, write_canonical
 from pipeline.cache.plan import Plan, load_plan
+from pipeline.cache.rebuild import derive, restore_segments, shard_columns
 from pipeline.cache.samples import ShardPlan, read_batch
 from pipeline.cache.target_folder import has_target, target_manifest
 from pipeline.cache.verify import Report, verify
 from pipeline.errors import CacheError, UsageError
-from pipeline.target_files import find_target
-from pipeline.target_weights import check_weights, check_weights_if_kept
-from pipeline.terminal import say, visible
+from pipeline.target.files import find_target
+from pipeline.target.weights import check_weights, check_weights_if_kept
+from pipeline.visible_text import say, visible
+from stages.cache_hidden.capture_log import read_record
 from stages.cache_hidden.options import CaptureOptions
-from stages.cache_hidden.record import read_record
-from stages.cache_hidden.report import Lost, Work, work_bytes
+from stages.cache_hidden.plan_report import Lost, Work, work_bytes
 from stages.cache_hidden.settings import Settings, settle
-from stages.cache_hidden.worker import Worker
+from stages.cache_hidden.shard_assignment import Worker
 
 IMPORT_AGAIN = (
     "remove the shards that are damaged, their folders whole, and run the same `pipeline import-cache` again: it makes "
@@ -244,7 +244,7 @@ def _capture_again(out: Path, plan: Plan, lost: Lost, model: str | None, device:
     need_room(out, "what is repaired", work_bytes(work))
     what = f"{len(lost)} columns in {len(work)} shards are captured again: {size_text(work_bytes(work))}"
     _say(what if work else "what the cache holds of the target is made again")
-    from stages.cache_hidden.shards import capture_shards  # brings torch and transformers
+    from stages.cache_hidden.capture import capture_shards  # brings torch and transformers
 
     capture_shards(out, settings, plan, work, Worker().device(device), 0, lost)
     for (shard, name), had in lost.items():

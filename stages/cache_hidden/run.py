@@ -12,22 +12,22 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.cache.atomic import clean, need_room, room, size_text, turn
 from pipeline.cache.columns import ColumnSpec, committed
-from pipeline.cache.derived import derive
-from pipeline.cache.disk import clean, need_room, room, size_text, turn
 from pipeline.cache.layout import IDENTITY
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import Plan, check_unused, load_plan, plan_numbers, working
+from pipeline.cache.rebuild import derive
 from pipeline.cache.target_folder import has_target
 from pipeline.corpus.sources import corpus_files, file_sources, source_roles
 from pipeline.errors import DataError, UsageError
-from pipeline.gauge import Gauge
-from pipeline.target_weights import check_weights_if_kept
-from pipeline.terminal import say, visible
+from pipeline.target.on_policy import Gauge
+from pipeline.target.weights import check_weights_if_kept
+from pipeline.visible_text import say, visible
 from stages.cache_hidden.budget import chooser, is_planned, within_budget
+from stages.cache_hidden.capture_log import corpus_unchanged, read_record, request_of, unchanged, write_record
 from stages.cache_hidden.options import CaptureOptions
-from stages.cache_hidden.record import corpus_unchanged, read_record, request_of, unchanged, write_record
-from stages.cache_hidden.report import (
+from stages.cache_hidden.plan_report import (
     Work,
     budget_steps,
     capture_command,
@@ -38,7 +38,7 @@ from stages.cache_hidden.report import (
     work_bytes,
 )
 from stages.cache_hidden.settings import HUB_CORPUS, HUB_SAMPLES, Settings, default_corpus, settle
-from stages.cache_hidden.worker import Worker, find_worker
+from stages.cache_hidden.shard_assignment import Worker, find_worker
 
 __all__ = ["Done", "plan", "plan_samples", "plan_table", "run"]
 
@@ -69,7 +69,7 @@ def plan(model: str, corpus: str | None, out: Path, *, options: CaptureOptions, 
     report["command"] = capture_command(model, corpus, out, options, settings)
     work = missing(out, planned, settings.columns)
     if probe and work:
-        from stages.cache_hidden.speed import measure  # brings torch and transformers
+        from stages.cache_hidden.time_estimate import measure  # brings torch and transformers
 
         report["time"] = measure(out, work, settings, Worker().device(options.device)).as_dict(work)
     return report
@@ -100,7 +100,7 @@ def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -
     if mine or not has_target(out):
         need_room(out, f"a cache of {planned.samples:,} samples", work_bytes(work))
         _announce(planned, settings, mine, worker)
-        from stages.cache_hidden.shards import capture_shards  # brings torch and transformers
+        from stages.cache_hidden.capture import capture_shards  # brings torch and transformers
 
         refused = summary(out, planned, settings.columns, 0, 0).refused
         with working(out, planned):
@@ -159,7 +159,7 @@ def _held_plan(corpus: str | None, out: Path, settings: Settings, options: Captu
 
 def _make_plan(corpus: str | None, out: Path, settings: Settings, options: CaptureOptions) -> Plan:
     """Tokenise the corpus into the cache's plan, or into one more segment of it."""
-    from stages.cache_hidden.pool import prepare
+    from stages.cache_hidden.worker_pool import prepare
 
     prepare()
     named = corpus or default_corpus(settings.folder)
@@ -170,7 +170,7 @@ def _make_plan(corpus: str | None, out: Path, settings: Settings, options: Captu
             "and a draft learns the target's words: replies that the target wrote train a better one",
             file=sys.stderr,
         )
-    from stages.cache_hidden.planning import make_plan  # brings transformers
+    from stages.cache_hidden.make_plan import make_plan  # brings transformers
 
     capped = from_hub and options.max_samples is None
     spare, budget = capped and options.budget is None, chooser(settings, options)

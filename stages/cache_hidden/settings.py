@@ -8,17 +8,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.cache.atomic import in_use
 from pipeline.cache.catalog import held_by
 from pipeline.cache.codecs import codec_of, parse_codecs
 from pipeline.cache.columns import ColumnSpec, committed
-from pipeline.cache.derived import shard_columns
-from pipeline.cache.disk import in_use
 from pipeline.cache.layout import FINAL, IDENTITY, aux_column, layer_of, shard_folder
 from pipeline.cache.manifest import read_canonical
 from pipeline.cache.plan import plan_numbers, read_manifests
-from pipeline.capture import check_layers, default_layers, default_taps
+from pipeline.cache.rebuild import shard_columns
 from pipeline.errors import UsageError
-from pipeline.target_files import (
+from pipeline.target.files import (
     find_target,
     positions,
     read_json,
@@ -30,8 +29,9 @@ from pipeline.target_files import (
     text_config,
     tokenizer_digest,
 )
+from pipeline.target.layers import check_layers, default_layers, default_taps
 from stages.cache_hidden.options import CaptureOptions
-from stages.cache_hidden.worker import Worker
+from stages.cache_hidden.shard_assignment import Worker
 
 BATCH_TOKENS = 4096  # padded tokens a forward; pads 1 to 2.4 % in shards of 4 GiB of an 8B target
 MAX_LENGTH = 3072  # tokens a sample
@@ -39,7 +39,7 @@ DTYPES = ("bfloat16", "float32")
 HUB_CORPUS = "mlabonne/open-perfectblend"
 HUB_SAMPLES = 20_000  # of it, when nobody named a corpus
 BUNDLED_CORPUS = "chats.jsonl"
-MASK_RULE = "proven"  # every supervised turn by three renderings, `turns.py`
+MASK_RULE = "proven"  # every supervised turn by three renderings, `turn_proof.py`
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stages.cache_hidden.turns import Chat
+    from stages.cache_hidden.turn_proof import Chat
 
 # The names of a thought's tags. Only for prompts that open one and templates that never show what is in it.
 THOUGHT = r"[<\[][\w:|]*?(?:think|thinking|thought|reasoning)[\w:|]*[>\]]"

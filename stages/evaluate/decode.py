@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from pipeline.accept import cut
 from pipeline.drafts import Ask, Draft, DraftKV, Proposal, Sampling
 from pipeline.errors import UsageError
-from pipeline.kv import ManyTexts, OneText, check_croppable, new_kv
+from pipeline.evaluation.accept_length import cut
 from pipeline.sampling import prompt_generator
-from pipeline.target import tap_layers
+from pipeline.target.kv_cache import ManyTexts, OneText, check_croppable, new_kv
+from pipeline.target.model import tap_layers
 from stages.evaluate.rejection import keep_by_chance, keep_equal
 
 LOWEST = 1e-3  # the lowest temperature above 0

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.accept import reply_spans
 from pipeline.cache import HiddenCache
+from pipeline.corpus.tally import Unusable
 from pipeline.errors import DataError, UsageError
-from pipeline.intake import Unusable
-from pipeline.limits import refuse_limit
-from pipeline.split import spread
-from pipeline.target_files import TEMPLATE_DATE
+from pipeline.evaluation.accept_length import reply_spans
+from pipeline.os_errors import refuse_limit
+from pipeline.runs.split import spread
+from pipeline.target.files import TEMPLATE_DATE
 from pipeline.untrusted import parse_json, read_file
 
 MOST_BYTES = 1 << 30
@@ -111,14 +111,14 @@ def _ids(row: dict, kind: str, place: str, target: Path, told: tuple[str, str]) 
 
 @cache
 def _template(target: Path, kwargs: str, date: str):
-    from pipeline.chat_template import ChatTemplate
+    from pipeline.target.chat_template import ChatTemplate
 
     return ChatTemplate(target, json.loads(kwargs), date)
 
 
 @cache
 def _tokenizer(target: Path):
-    from pipeline.tokenizer import load_tokenizer
+    from pipeline.target.tokenizer import load_tokenizer
 
     try:
         return load_tokenizer(target)

@@ -12,8 +12,8 @@ a slot proposes anything at all depends on the tokens before it only, never on x
 import torch
 from torch import Tensor
 
-from pipeline.accept import agree
 from pipeline.drafts import Proposal
+from pipeline.evaluation.accept_length import agree
 from pipeline.sampling import draw, uniforms
 
 

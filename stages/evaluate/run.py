@@ -13,34 +13,34 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.cache import HiddenCache
-from pipeline.cache.disk import room, write_file
+from pipeline.cache.atomic import room, write_file
 from pipeline.cache.layout import LOG
 from pipeline.cache.manifest import read_canonical
-from pipeline.checkpoint import CONFIG, DRAFT, find_checkpoint, load_draft, open_checkpoint
+from pipeline.checksummed_json import sealed
 from pipeline.console import VisibleConsole
 from pipeline.drafts import Draft
 from pipeline.errors import PipelineError, RoomError, UsageError
 from pipeline.published import load_draft_folder, recorded_share
-from pipeline.recipe import TrainSection
-from pipeline.records import sealed
-from pipeline.run_folder import RUN, read_recipe, read_run
-from pipeline.split import split_samples
-from pipeline.target import head_of, load_target, stop_tokens
-from pipeline.target_files import find_target, positions, target_digest, target_name
-from pipeline.target_weights import check_weights_if_kept, weights_digest
+from pipeline.runs.checkpoint import CONFIG, DRAFT, find_checkpoint, load_draft, open_checkpoint
+from pipeline.runs.folder import RUN, read_recipe, read_run
+from pipeline.runs.recipe import TrainSection
+from pipeline.runs.split import split_samples
+from pipeline.target.files import find_target, positions, target_digest, target_name
+from pipeline.target.model import head_of, load_target, stop_tokens
+from pipeline.target.weights import check_weights_if_kept, weights_digest
 from pipeline.untrusted import check_regular
 from stages.evaluate.decode import Dice, decode_many, speculative_decode
-from stages.evaluate.figures import (
+from stages.evaluate.decode_prompts import decode_all, draw_all, memory_for
+from stages.evaluate.losslessness import Judge, plain_decode
+from stages.evaluate.plain_replies import PlainReplies, deciding
+from stages.evaluate.prompts import Prompt, cached_prompts, file_prompts
+from stages.evaluate.report import (
     agreement,
     confidence_figures,
     decoded_figures,
     table,
     teacher_forced,
 )
-from stages.evaluate.loops import decode_all, draw_all, memory_for
-from stages.evaluate.prompts import Prompt, cached_prompts, file_prompts
-from stages.evaluate.proof import Judge, plain_decode
-from stages.evaluate.replies import PlainReplies, deciding
 
 __all__ = ["Dice", "run", "table"]
 

@@ -11,18 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.cache.codecs.int8 import as_states, as_stored
 from pipeline.cache.columns import ColumnSpec, kept_rows
-from pipeline.cache.int8 import as_states, as_stored
 from pipeline.cache.layout import aux_column
 from pipeline.cache.samples import ShardPlan
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import ProofError
-from pipeline.gauge import Gauge, gauge_rows, measure, totals
-from pipeline.probe import probe, probe_rows
-from pipeline.target_head import TargetHead
-from stages.import_cache.foreign import STORED, Foreign, Place, broken
-from stages.import_cache.proof import SLACK, Way
-from stages.import_cache.sources import Source
+from pipeline.target.head import TargetHead
+from pipeline.target.on_policy import Gauge, gauge_rows, measure, totals
+from pipeline.target.probe import probe, probe_rows
+from stages.import_cache.find_convention import SLACK, Way
+from stages.import_cache.foreign_sample import STORED, Foreign, Place, broken
+from stages.import_cache.forms import Source
 from stages.import_cache.target import Target
 
 ROWS = 1024  # of a sample in memory at a time

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache.disk import reading
+from pipeline.cache.atomic import reading
 from pipeline.cache.manifest import has_form
 from pipeline.errors import DataError, UsageError
-from pipeline.limits import refuse_limit
+from pipeline.os_errors import refuse_limit
 from pipeline.untrusted import parse_json, read_file
-from stages.import_cache.foreign import Foreign, Place, Stated, broken, listing, loss_mask, tokens
+from stages.import_cache.foreign_sample import Foreign, Place, Stated, broken, listing, loss_mask, tokens
 
 MANIFEST, INDEX = "manifest.json", "samples.idx"
 VERSION = 2

@@ -12,20 +12,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.cache.atomic import clean, need_room, size_text
 from pipeline.cache.codecs import stored_bytes
 from pipeline.cache.columns import ColumnSpec, committed
-from pipeline.cache.derived import derive
-from pipeline.cache.disk import clean, need_room, size_text
 from pipeline.cache.layout import IDENTITY, LOG
 from pipeline.cache.manifest import create_identity, read_canonical, write_canonical
 from pipeline.cache.plan import Plan, working
+from pipeline.cache.rebuild import derive
 from pipeline.cache.samples import ShardPlan
 from pipeline.cache.target_folder import HEAD, has_target, target_file
 from pipeline.cache.writer import ShardWriter
-from pipeline.capture import check_layers
 from pipeline.errors import DataError, RoomError, UsageError
-from pipeline.gauge import Gauge, gauge_share
-from pipeline.target_files import (
+from pipeline.target.files import (
     CONFIG,
     find_target,
     target_digest,
@@ -34,15 +32,17 @@ from pipeline.target_files import (
     text_config,
     tokenizer_digest,
 )
-from pipeline.target_head import TargetHead
-from pipeline.target_weights import check_weights_if_kept
-from pipeline.terminal import say, visible
+from pipeline.target.head import TargetHead
+from pipeline.target.layers import check_layers
+from pipeline.target.on_policy import Gauge, gauge_share
+from pipeline.target.weights import check_weights_if_kept
+from pipeline.visible_text import say, visible
 from stages.import_cache.convert import Import, applied, fill, gauged, proven
-from stages.import_cache.foreign import STORED
-from stages.import_cache.planning import held_plan, make_plan
-from stages.import_cache.sources import find_source
+from stages.import_cache.foreign_sample import STORED
+from stages.import_cache.forms import find_source
+from stages.import_cache.layer_conventions import Said, settled
+from stages.import_cache.plan_samples import held_plan, make_plan
 from stages.import_cache.target import Target
-from stages.import_cache.ways import Said, settled
 
 REFUSED_SHARE = 0.01  # of the samples; more means that something is wrong with all of them
 EVERY_S = 5.0  # between lines of progress

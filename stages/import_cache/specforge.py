@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import DataError, UsageError
-from pipeline.limits import refuse_limit
+from pipeline.os_errors import refuse_limit
 from pipeline.pickles import RefusedPickle, check_pickle
-from stages.import_cache.foreign import (
+from stages.import_cache.foreign_sample import (
     Foreign,
     Place,
     Stated,

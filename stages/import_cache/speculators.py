@@ -15,8 +15,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import DataError, UsageError
-from pipeline.limits import refuse_limit
-from stages.import_cache.foreign import (
+from pipeline.os_errors import refuse_limit
+from stages.import_cache.foreign_sample import (
     Foreign,
     Place,
     Stated,

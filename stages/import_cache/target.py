@@ -9,12 +9,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import UsageError
-from pipeline.limits import refuse_limit
-from pipeline.target import final_norm, head_of, load_target, stop_tokens
-from pipeline.target_copy import store_target
-from pipeline.target_files import CONFIG, read_json, text_config, weight_files
-from pipeline.target_head import TargetHead
-from pipeline.target_kind import load_config
+from pipeline.os_errors import refuse_limit
+from pipeline.target.cached_copy import store_target
+from pipeline.target.config import load_config
+from pipeline.target.files import CONFIG, read_json, text_config, weight_files
+from pipeline.target.head import TargetHead
+from pipeline.target.model import final_norm, head_of, load_target, stop_tokens
 
 GENERATION = "generation_config.json"
 # Of a config: what stands between embedding, head and logits, and only the model's own code says how.

@@ -13,27 +13,27 @@ from pathlib import Path
 import torch
 
 from pipeline.cache import HiddenCache
-from pipeline.cache.calibration import (
+from pipeline.cache.atomic import Scratch, clean, committing, room, size_text
+from pipeline.cache.codecs import LOSSY, codec_of, parse_codecs
+from pipeline.cache.codecs.calibration import (
     TOKENS,
     Calibration,
     calibration_samples,
     keep_calibration,
     read_calibration,
 )
-from pipeline.cache.certificate import Certificate, proven_calibration, shadow_samples
-from pipeline.cache.codecs import LOSSY, codec_of, parse_codecs
+from pipeline.cache.codecs.certificate import Certificate, proven_calibration, shadow_samples
+from pipeline.cache.codecs.int8 import as_states
 from pipeline.cache.columns import Column, ColumnSpec, column_manifest, open_column
-from pipeline.cache.derived import shard_columns
-from pipeline.cache.disk import Scratch, clean, committing, room, size_text
-from pipeline.cache.int8 import as_states
 from pipeline.cache.layout import LOG, SAMPLES, numbered, shard_folder
 from pipeline.cache.manifest import read_canonical, write_canonical
 from pipeline.cache.plan import Plan, load_plan
+from pipeline.cache.rebuild import shard_columns
 from pipeline.cache.samples import ShardPlan
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import CacheError, DataError, ProofError, UsageError
-from pipeline.target_head import TargetHead
-from pipeline.terminal import visible
+from pipeline.target.head import TargetHead
+from pipeline.visible_text import visible
 
 BLOCKS = 16  # of a sample in memory at a time
 EVERY_S = 5.0  # between lines of progress

@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from urllib.parse import urlsplit, urlunsplit
 
+from pipeline.corpus.tally import Unusable
 from pipeline.errors import UsageError
-from pipeline.intake import Unusable
 from pipeline.sampling import key_seed
-from stages.regenerate.answers import Malformed, read_answer
 from stages.regenerate.options import Options
+from stages.regenerate.pending import Failure, Job
 from stages.regenerate.rendering import Renderer
 from stages.regenerate.replies import Reply
-from stages.regenerate.work import Failure, Job
+from stages.regenerate.responses import Malformed, read_answer
 
 AGAIN = {408, 409, 425, 429}  # and every 5xx
 OF_THE_RUN = {401, 403, 404, 405}

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
-from pipeline.cache.disk import finishing, lock, room, sync_folder, write_all
+from pipeline.cache.atomic import finishing, lock, room, sync_folder, write_all
 from pipeline.errors import UsageError
 from stages.regenerate.replies import Reply
 

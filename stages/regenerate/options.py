@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.corpus.sources import corpus_files
 from pipeline.errors import UsageError
-from pipeline.target_files import TEMPLATE_DATE
+from pipeline.target.files import TEMPLATE_DATE
 
 LOWEST = 1e-3  # the lowest temperature above 0
 

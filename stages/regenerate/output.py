@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pipeline.cache.disk import room, sync_folder
-from pipeline.regenerated import Regenerated
+from pipeline.cache.atomic import room, sync_folder
+from pipeline.corpus.regenerated import Regenerated
+from stages.regenerate.pending import Failure
 from stages.regenerate.prompts import PromptRow
 from stages.regenerate.replies import Reply
-from stages.regenerate.work import Failure
 
 
 def out_row(row: PromptRow, replies: list[Reply], record: Regenerated, token_ids: bool) -> dict:

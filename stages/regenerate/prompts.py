@@ -13,7 +13,7 @@ from hashlib import blake2b
 
 from pipeline.corpus.conversation import Conversation, Fault
 from pipeline.corpus.sources import corpus_files, hub_dataset, read_files, with_roles
-from pipeline.intake import Tally, Unusable
+from pipeline.corpus.tally import Tally, Unusable
 
 PASSED_ON = ("id", "domain", "split")
 AT_A_TOOL, AT_THE_START = "cut before a tool's result", "opening assistant turn left out"

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.chat_template import ChatTemplate
 from pipeline.errors import UsageError
+from pipeline.target.chat_template import ChatTemplate
 
 AROUND = 4  # tokens shown before a difference, and after it
 

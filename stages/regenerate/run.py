@@ -9,18 +9,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.corpus.regenerated import Regenerated
 from pipeline.corpus.sources import corpus_files, file_sources, say_passed_over, source_roles
+from pipeline.corpus.tally import Tally, say_unknown_keys
 from pipeline.errors import DataError, UsageError
-from pipeline.intake import Tally, say_unknown_keys
-from pipeline.regenerated import Regenerated
-from pipeline.target_files import find_target, target_digest, target_name, template_digest, tokenizer_digest
-from stages.regenerate.figures import Figures, Progress
+from pipeline.target.files import find_target, target_digest, target_name, template_digest, tokenizer_digest
 from stages.regenerate.journal import Journal
 from stages.regenerate.options import Options
 from stages.regenerate.output import failed_row, out_row, write_rows
+from stages.regenerate.pending import Failure, Job, open_jobs
 from stages.regenerate.prompts import PromptRow, read_prompts
 from stages.regenerate.replies import Reply
-from stages.regenerate.work import Failure, Job, open_jobs
+from stages.regenerate.report import Figures, Progress
 
 
 def run(options: Options) -> dict:
@@ -91,7 +91,7 @@ class _Here:
         self.options, self.folder, self.model = options, folder, target_name(options.model)
 
     def ask(self, *asked) -> None:
-        from stages.regenerate.local import Local
+        from stages.regenerate.local_engine import Local
 
         Local(self.options, self.folder, self.model).ask(*asked)
 

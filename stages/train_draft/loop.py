@@ -8,19 +8,19 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from pipeline import checkpoint
-from pipeline.accept import accept_spans, summarise
 from pipeline.cache import HiddenCache
 from pipeline.drafts import Draft
 from pipeline.errors import CacheError, UsageError
-from pipeline.recipe import Resolved
-from pipeline.split import Split, spread
-from pipeline.terminal import visible
-from stages.train_draft.batches import Stream
-from stages.train_draft.journal import METRICS, TIMING, Journal
-from stages.train_draft.optim import make_optimizer
+from pipeline.evaluation.accept_length import accept_spans, summarise
+from pipeline.runs import checkpoint
+from pipeline.runs.recipe import Resolved
+from pipeline.runs.split import Split, spread
+from pipeline.visible_text import visible
+from stages.train_draft.loader import Stream
+from stages.train_draft.metrics_log import METRICS, TIMING, Journal
+from stages.train_draft.optimizer import make_optimizer
 from stages.train_draft.progress import Clock, Display
-from stages.train_draft.trainer import Trainer
+from stages.train_draft.step import Trainer
 
 EVALUATED_AT_ONCE = 8  # samples; between them we look whether somebody wants us to stop
 STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)

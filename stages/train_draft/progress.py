@@ -5,7 +5,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from stages.train_draft.batches import Batch
+from stages.train_draft.loader import Batch
 
 LINE_EVERY = 5.0  # seconds
 

@@ -12,18 +12,18 @@ from pipeline import tensors
 from pipeline.cache import HiddenCache
 from pipeline.console import VisibleConsole
 from pipeline.drafts import DRAFTS, Draft, init_weights, needs_teacher
+from pipeline.drafts.rope_scaling import taken_over
 from pipeline.errors import RoomError
-from pipeline.held import check_complete, how_to_add, logit_scale, partial_text, text_config
-from pipeline.published.start import Start, load_start
+from pipeline.published.init_from import Start, load_start
 from pipeline.published.writing import unservable
-from pipeline.recipe import Resolved, load_recipe, resolve
-from pipeline.rotary import taken_over
-from pipeline.run_folder import read_result, write_result
-from pipeline.split import Split, split_samples
-from pipeline.terminal import visible
-from stages.train_draft.folder import as_begun, chunk_rule, default_folder, enter, held
+from pipeline.runs.cache_requirements import check_complete, how_to_add, logit_scale, partial_text, text_config
+from pipeline.runs.folder import read_result, write_result
+from pipeline.runs.recipe import Resolved, load_recipe, resolve
+from pipeline.runs.split import Split, split_samples
+from pipeline.visible_text import visible
 from stages.train_draft.loop import Run, Stop, deterministic, said
 from stages.train_draft.progress import Display
+from stages.train_draft.run_folder import as_begun, chunk_rule, default_folder, enter, held
 
 
 @dataclass(frozen=True)

@@ -20,19 +20,19 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.accept import bootstrap
 from pipeline.cache import HiddenCache
 from pipeline.console import VisibleConsole
 from pipeline.drafts import needs_teacher
 from pipeline.errors import ProofError, UsageError
-from pipeline.held import check_complete
-from pipeline.published.start import Start, load_start
-from pipeline.recipe import Recipe, Resolved, make_recipe, read_toml, resolve
-from pipeline.run_folder import read_result
-from pipeline.split import Split
-from pipeline.terminal import visible
-from stages.train_draft.folder import default_folder
+from pipeline.evaluation.accept_length import bootstrap
+from pipeline.published.init_from import Start, load_start
+from pipeline.runs.cache_requirements import check_complete
+from pipeline.runs.folder import read_result
+from pipeline.runs.recipe import Recipe, Resolved, make_recipe, read_toml, resolve
+from pipeline.runs.split import Split
+from pipeline.visible_text import visible
 from stages.train_draft.run import carry_out, find_device, split_for
+from stages.train_draft.run_folder import default_folder
 
 SEED = "train.seed"
 EXAMPLE = '"train.lr" = [1e-3, 3e-3]'

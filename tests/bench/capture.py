@@ -37,14 +37,14 @@ from rich.table import Table
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
-import stages.cache_hidden.engine as engine
-import stages.cache_hidden.shards as shards
-from pipeline.cache.batches import micro_batches
+import stages.cache_hidden.capture as shards
+import stages.cache_hidden.engine_hf as engine
 from pipeline.cache.manifest import create_identity
+from pipeline.cache.micro_batches import micro_batches
 from pipeline.cache.plan import SHARD_BYTES, Plan, write_segment
 from pipeline.cache.samples import PlannedSample, ShardPlan
-from pipeline.target import run_decoder
-from pipeline.target_files import TOKENIZER_FILES
+from pipeline.target.files import TOKENIZER_FILES
+from pipeline.target.model import run_decoder
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.settings import MAX_LENGTH, Settings, settle
 

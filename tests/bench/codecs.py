@@ -30,16 +30,16 @@ from numcodecs import blosc
 from torch import Tensor
 
 from pipeline.cache import plan
-from pipeline.cache.calibration import Calibration, calibrate, keep_calibration
 from pipeline.cache.codecs import CODECS
+from pipeline.cache.codecs.calibration import Calibration, calibrate, keep_calibration
+from pipeline.cache.codecs.int8 import as_states, as_stored, decode
+from pipeline.cache.codecs.zarr_file import read_index
 from pipeline.cache.columns import Column, ColumnSpec, column_manifest, open_column
-from pipeline.cache.int8 import as_states, as_stored, decode
 from pipeline.cache.layout import SAMPLES, SHARDS
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import PlannedSample, write_segment
 from pipeline.cache.writer import ShardWriter
-from pipeline.cache.zarr_shard import read_index
-from pipeline.target import load_target
+from pipeline.target.model import load_target
 
 ROOT = Path(__file__).parents[2]
 LAYERS = (1, 3, 5)
@@ -242,8 +242,8 @@ def made_states(mib: int, width: int = 4096) -> Tensor:
 @torch.no_grad()
 def real_states(mib: int) -> dict[str, Tensor]:
     """States of the bundled target over its chats, as many rows as make `mib` a column at most; bfloat16 [R, 256]."""
+    from stages.cache_hidden.make_plan import make_plan
     from stages.cache_hidden.options import CaptureOptions
-    from stages.cache_hidden.planning import make_plan
     from stages.cache_hidden.settings import settle
 
     folder = ROOT / "data" / "tiny-qwen3"

@@ -17,10 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from pipeline.accept import accept_spans, summarise
 from pipeline.cache import HiddenCache
-from pipeline.checkpoint import DRAFT, find_checkpoint, load_config, load_draft
-from pipeline.split import split_samples, spread
+from pipeline.evaluation.accept_length import accept_spans, summarise
+from pipeline.runs.checkpoint import DRAFT, find_checkpoint, load_config, load_draft
+from pipeline.runs.split import split_samples, spread
 
 ROOT = Path(__file__).parents[2]
 TARGET, RECIPE = ROOT / "data/tiny-qwen3", ROOT / "configs/demo.toml"

@@ -29,10 +29,10 @@ import torch
 
 from pipeline.cache import HiddenCache, plan
 from pipeline.cache.columns import ColumnSpec
-from pipeline.cache.derived import derive
-from pipeline.cache.in_flight import IN_FLIGHT
 from pipeline.cache.manifest import create_identity
+from pipeline.cache.parallel_reads import IN_FLIGHT
 from pipeline.cache.plan import PlannedSample, load_plan, write_segment
+from pipeline.cache.rebuild import derive
 from pipeline.cache.writer import ShardWriter
 
 WIDTH = 4096

@@ -20,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from pipeline.target_files import find_target
-from stages.regenerate.local import Local
+from pipeline.target.files import find_target
+from stages.regenerate.local_engine import Local
 from stages.regenerate.options import Options
+from stages.regenerate.pending import Job
 from stages.regenerate.prompts import read_prompts
 from stages.regenerate.rendering import Renderer
-from stages.regenerate.work import Job
 
 DATA = Path(__file__).parents[2] / "data"
 

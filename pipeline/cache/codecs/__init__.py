@@ -1,0 +1,103 @@
+"""Codecs: how a column's values become files. One entry in CODECS each, lossless but for int8.
+
+A codec is a pair of classes. The writer offers `write(rows)`, `finish()`, `facts()` (size and digest of each file, by
+path in the folder) and `close()`. The reader of a lossless one offers `pieces(first, count)`, what is best read at a
+time, and `read_into(first_row, out)` with values as flat bytes; int8's gives rows still `Encoded`, to be decoded where
+they are needed. Readers are safe for many threads. Checksums over blocks of 256 rows are the column's (`columns.py`).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.cache.codecs.int8_files import Int8Reader, Int8Writer, group_of
+from pipeline.cache.codecs.zarr_file import Grid, ShardFile, ShardFileWriter
+from pipeline.cache.codecs.zstd import ZstdReader, ZstdWriter, zstd_grid
+from pipeline.cache.layout import COLUMN
+from pipeline.errors import UsageError
+
+# How a column's dtype lies in memory and on disk; zarr knows no bfloat16, so its bits travel as uint16.
+DTYPES = {"bfloat16": np.dtype("<u2"), "float32": np.dtype("<f4")}
+
+
+def _raw_writer(folder: Path, rows: int, width: int, dtype: str) -> ShardFileWriter:
+    return ShardFileWriter(folder, Grid.of(rows, width, DTYPES[dtype]))
+
+
+def _zstd_writer(folder: Path, rows: int, width: int, dtype: str) -> ZstdWriter:
+    return ZstdWriter(folder, rows, width, DTYPES[dtype])
+
+
+class Codec(NamedTuple):
+    """Writers are made of (folder, rows, width, dtype), int8's also of a calibration.
+
+    grid: how the array of a codec that has but one is cut, and then readers are made of (folder, grid on disk).
+    """
+
+    writer: Callable
+    reader: Callable
+    grid: Callable[[int, int, np.dtype], Grid] | None = None
+
+
+CODECS = {
+    "raw": Codec(_raw_writer, ShardFile, Grid.of),  # the values as they are: a sample is one byte range
+    "zstd": Codec(_zstd_writer, ZstdReader, zstd_grid),
+    "int8": Codec(Int8Writer, Int8Reader),
+}
+
+
+def open_values(codec: str, folder: Path, rows: int, width: int, dtype: str, where: str):
+    """A reader of a column's values: the codec's or, for a form that this program does not write, zarr-python's.
+
+    `where` names the column in errors.
+    """
+    reader, wanted = CODECS[codec].reader, CODECS[codec].grid
+    if wanted is None:
+        return reader(folder, rows, width, dtype)
+    grid = Grid.on_disk(folder, rows, width, DTYPES[dtype])
+    if grid is not None and grid.compressor == wanted(rows, width, DTYPES[dtype]).compressor:
+        return reader(folder, grid)
+    from pipeline.cache.codecs.foreign_zarr import ForeignArray  # brings zarr-python
+
+    return ForeignArray(folder, rows, width, dtype, where)
+
+
+LOSSY = {"int8"}
+PROMISE = {"int8": 0.012}  # what the probe allows a sample's relative error beyond a forward's own; of the others none
+
+# What zstd leaves of the values: measured on residual states, whose mantissas hardly compress.
+ZSTD_SHARE = {"bfloat16": 0.72, "float32": 0.86}
+
+
+def stored_bytes(rows: int, width: int, dtype: str, codec: str) -> int:
+    """Bytes that `rows` rows of `width` values are expected to take on disk."""
+    raw = rows * width * DTYPES[dtype].itemsize
+    if codec == "zstd":
+        return round(raw * ZSTD_SHARE[dtype])
+    if codec == "int8":
+        return rows * (width + 2 * (width // group_of(width)))
+    return raw
+
+
+def parse_codecs(text: str) -> dict[str, str]:
+    """Read `--codec`: one name for all columns (under ""), or `aux=int8,final=raw`, where `aux.9=` names one layer.
+
+    Raises UsageError for a codec or a column there is none of.
+    """
+    chosen: dict[str, str] = {}
+    for part in text.split(","):
+        columns, _, codec = part.strip().rpartition("=")
+        known = not columns or columns == "aux" or COLUMN.fullmatch(columns)
+        if codec not in CODECS or not known or columns in chosen:
+            names = ", ".join(CODECS)
+            raise UsageError(f"--codec {text}: wanted one of {names} for all columns, or such as aux=int8,final=raw")
+        chosen[columns] = codec
+    return chosen
+
+
+def codec_of(chosen: dict[str, str], column: str) -> str | None:
+    """The codec chosen for a column, by the most particular name; None when nothing was said of it."""
+    names = [column, *(["aux"] if column.startswith("aux.") else []), ""]
+    return next((chosen[name] for name in names if name in chosen), None)

@@ -1,0 +1,196 @@
+"""Certificate: what an int8 column does to its states, measured on some that were kept as they were, and its bounds.
+
+A column that does worse than promised is refused: first on the samples it was calibrated with, before anything of it is
+written, then on every shard's shadow, the first block of some samples. The promises are in units of how far the states
+themselves vary, since a draft reads a linear map of them and any channel may carry what it needs. An error e of an
+entry x, in a channel of calibrated mean m and spread c, is f = e / c, and the entry's deviation z = (x - m) / c:
+
+    of_promise    of an entry: |e|, at most half a step of a full group, and the roundings (`int8.promised`)
+    of_token      of a row: rms of f over rms of z, at most half a step of a row whose groups are all full
+    of_channels   of a channel: rms of f over the range of z, the std over these rows, each row's f and z over its rms
+                  of z first, so that attention sinks do not count for more. Of nine channels in ten
+    kl            of `final`: mean KL(p || p') of what the head says of the state, and of the state as decoded
+
+`error` and `worst_token`, relative to the states' norm, are facts and no promise: a few massive channels hold the norm
+of most tokens and not of others, whose error then is large against what is left. `of_channels` does not believe the
+calibration: it is what catches states in the units of another layer. Seen of int8 (bfloat16; 2,000 tokens a column,
+the worst column's figure, and the head's for `final`; each deep target has 36 random layers of width 512):
+
+    target                                of_promise  of_token  of_channels  worst_token  error   final: KL    top-1
+    Gemma 3 270M, layers 1 4 8 12 15      0.56        0.0088    0.0076       0.0229       0.0062  4.9e-05      0.999
+    the bundled target, layers 1 3 5      0.94        0.0093    0.0087       0.0106       0.0067  2.8e-06      0.999
+    deep, weights of std 0.02             0.45        0.0089    0.0079       0.0076       0.0059  1.0e-06      0.996
+    deep, weights of std 0.05             0.38        0.0083    0.0071       0.0080       0.0064  2.5e-05      0.990
+
+A coarser encoder is refused at half the levels: it does worse on a token, 0.016 to 0.019. Whether a draft still learns
+is decided by paired training: the bundled target, Domino, 200 steps, accept length on 200 held-out samples' own states.
+
+    objective ce, three seeds: 4.073 4.023 4.049 from the states, 4.072 4.025 4.049 from int8 layers; ratio 1.000
+    [0.999, 1.001]. One seed from coarser layers: 4.031 with 31 levels (0.034 of a channel), 4.045 with 15 (0.07)
+    objective kl, one seed: 3.962 from the states, 4.009 from int8 `final`, 3.916 from one of 3 levels (KL 7.5e-3)
+
+Seeds differ by 0.05. So the bounds are where a codec that works does not come, and before a draft notices. fp8 with one
+scale a token, which others train with, has 0.03 of a channel and a KL of 4e-3 on Gemma.
+
+    R rows   D channels   V vocabulary
+"""
+
+import torch
+from torch import Tensor
+
+from pipeline.cache.codecs.calibration import Calibration, calibrate, calibration_samples
+from pipeline.cache.codecs.int8 import LEVELS, ROUNDING, as_stored, decode, encoded, promised
+from pipeline.cache.codecs.int8_files import ESCAPE_RMS, ESCAPE_SPREADS
+from pipeline.cache.layout import BLOCK_ROWS
+from pipeline.cache.samples import ShardPlan
+from pipeline.errors import DataError, ProofError
+from pipeline.target.head import TargetHead
+from pipeline.target.logit_chunks import chunk_rows
+
+SHADOW_ROWS = 2048  # of a shard
+MOST_OF_TOKEN = ESCAPE_RMS / (2 * LEVELS) * (1 + 2.0**-8)  # half a step of a row whose groups are all full: 0.0158
+MOST_OF_CHANNELS = 0.03  # three times what the codec does
+CHANNELS_SHARE = 0.9  # a channel that is live elsewhere and still in these rows says nothing
+CHANNELS_ROWS = 32  # fewer do not say how far a channel ranges
+MOST_KL = 5e-3
+SAYS = {
+    "of_promise": "an entry is off by so many times its bound:",
+    "of_token": "a token by so much of its own deviation:",
+    "of_channels": "a tenth of the channels by more of their range than",
+    "kl": "what the head makes of it differs by a KL of",
+}
+TINY = 1e-30
+
+
+def shadow_samples(shard: ShardPlan) -> list[int]:
+    """Return the samples of a shard whose first block is kept raw until the shard is proven, ascending."""
+    chosen, rows = [], 0
+    for _, row in calibration_samples([shard]):
+        chosen.append(row)
+        rows += min(BLOCK_ROWS, int(shard.lengths[row]))
+        if rows >= SHADOW_ROWS:
+            break
+    return sorted(chosen)
+
+
+class Certificate:
+    """Sums over rows of a column; `head`, for `final`, also compares what the target would say."""
+
+    def __init__(self, column: str, codec: str, calibration: Calibration, head: TargetHead | None = None):
+        self.column, self.codec = column, codec
+        self.calibration, self.head = calibration, head
+        self.rows = self.entries = 0
+        self.squares = self.norm = self.spreads = 0.0
+        self.worst = self.of_token = self.of_promise = 0.0
+        self.channels_3D: Tensor | None = None  # sums of y, y^2 and f^2 of each channel
+        self.agree = self.divergence = 0.0
+
+    def add(self, truth_RD: Tensor, found_RD: Tensor) -> None:
+        """Count rows as they were and as they are decoded."""
+        error_RD = found_RD.float() - truth_RD.float()
+        error_R, norm_R = error_RD.double().norm(dim=-1), truth_RD.double().norm(dim=-1)
+        self.rows += len(truth_RD)
+        self.entries += truth_RD.numel()
+        self.squares += float(error_R.square().sum())
+        self.norm += float(norm_R.square().sum())
+        self.worst = max(self.worst, float((error_R / norm_R.clamp_min(1e-30)).max()))
+        self._add_spreads(truth_RD, error_RD)
+        if self.head:
+            self._add_logits(truth_RD, found_RD)
+
+    def _add_spreads(self, truth_RD: Tensor, error_RD: Tensor) -> None:
+        mean_D, spread_D = self.calibration.on(truth_RD.device)
+        self.of_promise = _larger(self.of_promise, error_RD.abs() / promised(truth_RD, spread_D))
+        z_RD = ((truth_RD.float() - mean_D) / spread_D).clamp_(-ESCAPE_SPREADS, ESCAPE_SPREADS)
+        # What float32 itself rounds away is no error of states that lie on their channels' means.
+        rounding_RD = truth_RD.float().abs() * ROUNDING[torch.float32]
+        f_RD = (error_RD.abs() - rounding_RD).clamp_min_(0).div_(spread_D)
+        own_R1 = _rms(z_RD).clamp_min(TINY)
+        self.spreads += float(f_RD.square().sum(dtype=torch.float64))
+        self.of_token = _larger(self.of_token, _rms(f_RD) / own_R1)
+        z_RD, f_RD = z_RD.div_(own_R1), f_RD.div_(own_R1)
+        sums = [part_RD.sum(0, dtype=torch.float64) for part_RD in (z_RD, z_RD.square(), f_RD.square())]
+        self.channels_3D = torch.stack(sums) + (0 if self.channels_3D is None else self.channels_3D)
+
+    def _add_logits(self, truth_RD: Tensor, found_RD: Tensor) -> None:
+        step = chunk_rows(self.head.vocab_size, truth_RD.device.type)
+        for truth_rD, found_rD in zip(truth_RD.split(step), found_RD.split(step), strict=True):
+            truth_RV, found_RV = self.head.logits(truth_rD), self.head.logits(found_rD)
+            self.agree += int((truth_RV.argmax(-1) == found_RV.argmax(-1)).sum())
+            truth_RV, found_RV = truth_RV.log_softmax(-1), found_RV.log_softmax(-1)
+            self.divergence += float((truth_RV.exp() * (truth_RV - found_RV)).sum(dtype=torch.float64))
+
+    def of_channels(self) -> float:
+        """The error that nine channels of ten stay below, of how far each ranges in these rows; 0 with too few rows."""
+        if self.rows < CHANNELS_ROWS:
+            return 0.0
+        sum_D, square_D, error_D = self.channels_3D / self.rows
+        range_D = (square_D - sum_D.square()).clamp_min(0)
+        of_D = torch.where(error_D > 0, error_D / range_D.clamp_min(TINY), 0).sqrt()
+        return float(of_D.kthvalue(max(1, int(CHANNELS_SHARE * len(of_D)))).values)
+
+    def facts(self, escapes_a_row: float) -> dict:
+        """What the column's manifest says: errors relative, in spreads, and of what is promised.
+
+        Raises ProofError when a bound is passed.
+        """
+        found = {
+            "rows": self.rows,
+            "error": _short((self.squares / max(self.norm, 1e-60)) ** 0.5),
+            "worst_token": _short(self.worst),
+            "spread_error": _short((self.spreads / max(self.entries, 1)) ** 0.5),
+            "of_token": _short(self.of_token),
+            "of_channels": _short(self.of_channels()),
+            "of_promise": _short(self.of_promise),
+            "escapes_a_row": _short(escapes_a_row),
+        }
+        bounds = {"of_promise": 1.0, "of_token": MOST_OF_TOKEN, "of_channels": MOST_OF_CHANNELS}
+        if self.head:
+            found |= {"top1": _short(self.agree / self.rows), "kl": _short(self.divergence / self.rows)}
+            bounds["kl"] = MOST_KL
+        broken = [name for name, bound in bounds.items() if not found[name] <= bound]
+        if broken:
+            says = ", ".join(f"{SAYS[name]} {found[name]:.2e} where {bounds[name]:.2e} is promised" for name in broken)
+            raise ProofError(
+                f"{self.column} does not fit {self.codec}: {says}; keep this column whole: --codec {self.column}=zstd"
+            )
+        return found
+
+
+def _rms(values_RD: Tensor) -> Tensor:
+    return values_RD.square().mean(-1, keepdim=True).sqrt()
+
+
+def _larger(before: float, values: Tensor) -> float:
+    """The larger of a figure and the largest of some; not finite once one was not."""
+    largest = float(values.max())
+    return max(before, largest) if largest == largest else float("inf")
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.2e}")
+
+
+def proven_calibration(column: str, codec: str, states_RD: Tensor, device: str | torch.device) -> Calibration:
+    """Calibrate a column with states [R, D] on the host; ProofError where its codec breaks its promise on them.
+
+    Rows that a capture refuses, not finite or all zero, promise nothing; DataError where there are no others.
+    """
+    kept = [part_RD.isfinite().all(-1) & part_RD.any(-1) for part_RD in states_RD.split(2 * SHADOW_ROWS)]
+    if not any(kept_R.any() for kept_R in kept):
+        raise DataError(
+            f"{column}: no token that was looked at has a state that can be kept; the target's weights are damaged, or "
+            "its type is too narrow: try --dtype bfloat16 or float32"
+        )
+    calibration = calibrate(as_stored(states_RD))
+    certificate = Certificate(column, codec, calibration)
+    escapes = 0
+    for part_RD, kept_R in zip(states_RD.split(2 * SHADOW_ROWS), kept, strict=True):
+        if not kept_R.any():
+            continue
+        truth_RD = part_RD[kept_R].to(device)
+        held = encoded(truth_RD, calibration)
+        escapes += len(held.escapes)
+        certificate.add(truth_RD, decode(held, device))
+    certificate.facts(escapes / max(1, certificate.rows))
+    return calibration

@@ -1,0 +1,150 @@
+"""Columns in a form this program does not write, read through zarr-python: other chunks or codecs, another store.
+
+Slower, and the same values: every block is held to the column's checksums like any other. What a chunk decodes to is
+bounded before it is decoded, so that a small file cannot take the machine's memory.
+"""
+
+import functools
+import math
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+
+from pipeline.cache.codecs import DTYPES
+from pipeline.errors import CacheError
+from pipeline.os_errors import refuse_limit
+
+CHUNK_BYTES = 64 << 20  # an array with larger chunks is refused
+AT_ONCE = 4 << 20  # bytes read at a time, or a chunk
+PLAIN = {"bytes", "transpose", "crc32c", "sharding_indexed"}  # they decode to no more than the chunk's shape says
+SLACK = 64 << 10  # what an earlier compressor or a checksum may add to a chunk
+BAD_BYTES = (ValueError, RuntimeError, LookupError, TypeError, OSError, ArithmeticError, AttributeError)
+_OPENING = threading.Lock()  # zarr-python's settings are the process's: a thread that leaves would undo another's
+
+
+class ForeignArray:
+    """The values of a column as an array in a zarr `store` (a path or any of zarr-python's). For many threads."""
+
+    in_order = False  # its files' bytes are not the values
+
+    def __init__(self, store, rows: int, width: int, dtype: str, where: str):
+        """`where` names the column in errors. Raises CacheError for an array that is not this column's."""
+        import zarr
+
+        self.path, self.where, self.width, self.dtype = store, where, width, DTYPES[dtype]
+        with self._errors(), _OPENING, zarr.config.set(_bounded_codecs()):
+            self.array = array = zarr.open_array(store, mode="r")
+        if array.ndim != 2 or array.shape[0] < rows or array.shape[1] != width or array.dtype != self.dtype:
+            raise CacheError(
+                f"{where}: an array {array.shape} of {array.dtype}, wanted {(rows, width)} of {self.dtype}; "
+                "run `pipeline verify`"
+            )
+        self._check_codecs(array.metadata.codecs)
+        # zarr-python decodes a shard chunk by chunk, unless something comes before its codec
+        whole = array.chunks if len(array.metadata.codecs) == 1 or not array.shards else array.shards
+        size = math.prod(whole) * array.dtype.itemsize
+        if not 0 < size <= CHUNK_BYTES:
+            raise CacheError(f"{where}: chunks of {size} bytes, not 1 to {CHUNK_BYTES}; write others")
+        # as many whole chunks as fit, since a chunk is decoded whole
+        self._step = whole[0] * max(1, AT_ONCE // (whole[0] * width * self.dtype.itemsize))
+
+    def _check_codecs(self, codecs) -> None:
+        for codec in codecs:
+            name = codec.to_dict()["name"]
+            bounded = _bounded_classes().get(name)
+            assert bounded is None or type(codec) is bounded, f"{codec} would decode to any size"
+            if name not in PLAIN and not bounded:
+                raise CacheError(
+                    f"{self.where}: codec {name!r} decodes to any size; write it again with one of "
+                    f"{', '.join(sorted(PLAIN | {*_bounded_classes()}))}"
+                )
+            self._check_codecs(getattr(codec, "codecs", ()))
+
+    def pieces(self, first: int, count: int) -> Iterator[tuple[int, int]]:
+        """Cut `count` rows from `first` on at chunks' ends: zarr-python needs as much memory again for each piece."""
+        stop = first + count
+        while first < stop:
+            end = min((first // self._step + 1) * self._step, stop)
+            yield first, end
+            first = end
+
+    def read_into(self, first_row: int, out: memoryview) -> None:
+        """Fill `out`, whole rows as flat bytes, from `first_row` on."""
+        rows = np.frombuffer(out, self.dtype).reshape(-1, self.width)
+        with self._errors():
+            rows[:] = self.array[first_row : first_row + len(rows)]
+
+    def _errors(self):
+        return _Errors(self.where)
+
+
+class _Errors:
+    """Turns what zarr-python and its codecs raise about bad bytes into a CacheError."""
+
+    def __init__(self, where: str):
+        self.where = where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, BAD_BYTES):
+            refuse_limit(self.where, error)
+            if "decompress" in str(error):
+                from pipeline.cache.codecs.zstd import refuse_no_memory
+
+                refuse_no_memory(self.where)
+            said = str(error).split("\n")[0]
+            raise CacheError(f"{self.where}: zarr-python cannot read it: {said}; run `pipeline verify`") from error
+
+
+def _check_declared(declared: int | None, chunk_spec) -> None:
+    allowed = math.prod(chunk_spec.shape) * chunk_spec.dtype.to_native_dtype().itemsize + SLACK
+    if declared is None or declared > allowed:
+        raise ValueError(f"a chunk says that it decodes to {declared} bytes, and holds at most {allowed}")
+
+
+def _blosc_size(data: bytes) -> int | None:
+    """Bytes a blosc buffer decodes to, from its 16-byte header."""
+    return int.from_bytes(data[4:8], "little") if len(data) >= 16 else None
+
+
+def _zstd_size(data: bytes) -> int | None:
+    """Bytes a zstd frame decodes to, from its header (RFC 8878, 3.1.1.1); None where it does not say."""
+    if len(data) < 6 or data[:4] != b"\x28\xb5\x2f\xfd":
+        return None
+    single, flag = data[4] >> 5 & 1, data[4] >> 6
+    width = (single, 2, 4, 8)[flag]
+    at = 5 + (1 - single) + (0, 1, 2, 4)[data[4] & 3]
+    field = data[at : at + width]
+    return int.from_bytes(field, "little") + 256 * (flag == 1) if width and len(field) == width else None
+
+
+@functools.cache
+def _bounded_classes() -> dict[str, type]:
+    """zarr-python's compressors, each looking at what a chunk says of its size before decoding it."""
+    from zarr.codecs import BloscCodec, ZstdCodec
+
+    class BoundedBlosc(BloscCodec):
+        async def _decode_single(self, chunk_bytes, chunk_spec):
+            _check_declared(_blosc_size(chunk_bytes.to_bytes()), chunk_spec)
+            return await super()._decode_single(chunk_bytes, chunk_spec)
+
+    class BoundedZstd(ZstdCodec):
+        async def _decode_single(self, chunk_bytes, chunk_spec):
+            _check_declared(_zstd_size(chunk_bytes.to_bytes()), chunk_spec)
+            return await super()._decode_single(chunk_bytes, chunk_spec)
+
+    return {"blosc": BoundedBlosc, "zstd": BoundedZstd}
+
+
+@functools.cache
+def _bounded_codecs() -> dict[str, str]:
+    """The setting of zarr-python that names them."""
+    from zarr.registry import register_codec
+
+    names = {name: f"{__name__}.{bounded.__name__}" for name, bounded in _bounded_classes().items()}
+    for name, bounded in _bounded_classes().items():
+        register_codec(name, bounded, qualname=names[name])
+    return {f"codecs.{name}": qualname for name, qualname in names.items()}

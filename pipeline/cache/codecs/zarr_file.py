@@ -1,0 +1,261 @@
+"""The one file of a zarr v3 array: rows end to end in whole inner chunks, then an index of the chunks.
+
+    rows of chunk 0 | rows of chunk 1 | ... | zeros to the last chunk's end | (offset, nbytes) a chunk | crc32c
+
+zarr 3 core specification and its `sharding_indexed` codec: the index is uint64 pairs, little-endian, with a crc32c of
+them behind. Written directly because it is then one stream of bounded memory, and read directly because a sample is
+one byte range; any zarr v3 reader opens it. The array's shape is rounded up to whole chunks and has one shard.
+Chunks may be compressed each (`zstd.py`).
+"""
+
+import json
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import xxhash
+
+from pipeline.cache.atomic import begin_writing, reading, write_all
+from pipeline.cache.manifest import FileFact
+from pipeline.errors import CacheError
+from pipeline.os_errors import refuse_limit
+
+METADATA = "zarr.json"
+SHARD_FILE = "c/0/0"
+CHUNK_BYTES = 3 << 20  # aimed at; chunks of an array beyond 4 MiB come out at 2-4 MiB
+METADATA_BYTES = 64 << 10  # no `zarr.json` of ours has more
+PIECE = 512 << 10  # bytes read or written and hashed at a time: still in the CPU's own cache when they are hashed
+OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # the last, so that no pipe keeps us waiting
+WRITE_BACK = 8 << 20  # bytes on their way to the disk at a time, so that little is left to wait for at the end
+_ZEROS = bytes(1 << 20)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How an array of `rows` rows of `width` values is cut: `chunks` inner chunks of `chunk_rows` rows.
+
+    `compressor` is the codec, as zarr's metadata name it, that every chunk goes through; None: none.
+    """
+
+    rows: int
+    width: int
+    dtype: np.dtype
+    chunk_rows: int
+    compressor: dict | None = None
+
+    @staticmethod
+    def of(rows: int, width: int, dtype: np.dtype) -> "Grid":
+        """Chunks of about equal size, so that the last one wastes less than a row a chunk."""
+        chunks = max(1, round(rows * width * dtype.itemsize / CHUNK_BYTES))
+        return Grid(rows, width, dtype, max(1, -(-rows // chunks)))
+
+    @staticmethod
+    def on_disk(folder: Path, rows: int, width: int, dtype: np.dtype) -> "Grid | None":
+        """The grid of an array as this module writes it, whatever its chunks and what compresses them; None for others.
+
+        No chunk has more rows than the array.
+        """
+        try:
+            with open(folder / METADATA, "rb") as file:
+                facts = json.loads(file.read(METADATA_BYTES))
+            inner = facts["codecs"][0]["configuration"]
+            chunk_rows, compressor = inner["chunk_shape"][0], inner["codecs"][1] if len(inner["codecs"]) > 1 else None
+            grid = Grid(rows, width, dtype, chunk_rows, compressor)
+            known = type(chunk_rows) is int and 0 < chunk_rows <= max(1, rows) and facts == grid.facts()
+            return grid if known else None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            refuse_limit(folder / METADATA, error)
+            return None
+
+    @cached_property
+    def row_bytes(self) -> int:
+        return self.width * self.dtype.itemsize
+
+    @cached_property
+    def chunk_bytes(self) -> int:
+        return self.chunk_rows * self.row_bytes
+
+    @cached_property
+    def chunks(self) -> int:
+        return max(1, -(-self.rows // self.chunk_rows))
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        return self.chunks * self.chunk_rows, self.width
+
+    @cached_property
+    def data_bytes(self) -> int:
+        return self.chunks * self.chunk_bytes
+
+    @cached_property
+    def index_bytes(self) -> int:
+        return 16 * self.chunks + 4
+
+    @cached_property
+    def file_bytes(self) -> int:
+        return self.data_bytes + self.index_bytes
+
+    def index(self) -> bytes:
+        """The index of uncompressed chunks that lie in order, end to end."""
+        return index_of(np.full(self.chunks, self.chunk_bytes, "<u8"))
+
+    def metadata(self) -> bytes:
+        """The array's `zarr.json`."""
+        return (json.dumps(self.facts(), indent=1) + "\n").encode()
+
+    def facts(self) -> dict:
+        """What `zarr.json` says."""
+        shape = list(self.shape)
+        little = {"name": "bytes", "configuration": {"endian": "little"}}
+        sharding = {
+            "chunk_shape": [self.chunk_rows, self.width],
+            "codecs": [little] if self.compressor is None else [little, self.compressor],
+            "index_codecs": [little, {"name": "crc32c"}],
+            "index_location": "end",
+        }
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": shape,
+            "data_type": self.dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shape}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": 0,
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            "attributes": {},
+            "dimension_names": ["row", "channel"],
+        }
+
+
+def index_of(sizes: np.ndarray) -> bytes:
+    """The index of chunks of these sizes in bytes, in order, end to end."""
+    sizes = sizes.astype("<u8")
+    pairs = np.stack([np.cumsum(sizes, dtype="<u8") - sizes, sizes], axis=1).tobytes()
+    return pairs + struct.pack("<I", google_crc32c.value(pairs))
+
+
+def read_index(data: bytes, end: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """First byte and size of each chunk, int64, from the index of a file whose chunks end before byte `end`.
+
+    CacheError when its crc does not match, or a chunk is absent or lies outside.
+    """
+    pairs = data[:-4]
+    if struct.pack("<I", google_crc32c.value(pairs)) != data[-4:]:
+        raise CacheError(f"{path}: damaged, the chunk index does not match its crc32c; run `pipeline verify`")
+    starts, sizes = np.frombuffer(pairs, "<u8").reshape(-1, 2).T
+    # An absent chunk, (2^64 - 1, 2^64 - 1), reads as zeros elsewhere; here a hole is damage.
+    if (sizes > end).any() or (starts > end - np.minimum(sizes, end)).any():
+        raise CacheError(f"{path}: damaged, the chunk index has a hole; run `pipeline verify`")
+    return starts.astype(np.int64), sizes.astype(np.int64)
+
+
+class ShardFileWriter:
+    """Streams the rows of one array into `folder`, digesting as they go. `finish` must follow the last row."""
+
+    def __init__(self, folder: Path, grid: Grid):
+        self.grid = grid
+        self.folder = folder
+        (folder / SHARD_FILE).parent.mkdir(parents=True)
+        (folder / METADATA).write_bytes(grid.metadata())
+        self._fd = os.open(folder / SHARD_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._digest = xxhash.xxh3_128()
+        self._size = self._sent = 0
+
+    def write(self, rows: np.ndarray) -> None:
+        """Append rows, C-contiguous [n, width]."""
+        data = memoryview(rows).cast("B") if rows.size else b""
+        for first in range(0, len(data), PIECE):
+            self._append(data[first : first + PIECE])
+
+    def _append(self, data) -> None:
+        write_all(self._fd, data)
+        self._digest.update(data)
+        self._size += len(data)
+        if self._size - self._sent >= WRITE_BACK:
+            begin_writing(self._fd, self._sent, self._size - self._sent)
+            self._sent = self._size
+
+    def finish(self) -> None:
+        """Fill the last chunk with zeros, write the index and sync."""
+        written = self.grid.rows * self.grid.row_bytes
+        assert self._size == written, f"{self._size} bytes of rows written, {written} planned"
+        while rest := self.grid.data_bytes - self._size:
+            self._append(_ZEROS[:rest])
+        self._end(self.grid.index())
+
+    def _end(self, index: bytes) -> None:
+        self._append(index)
+        os.fsync(self._fd)
+        self.close()
+
+    def facts(self) -> dict[str, dict]:
+        """Size and digest of each file, by its path in the array's folder."""
+        metadata = FileFact.of_bytes(self.grid.metadata())
+        return {
+            METADATA: metadata.as_dict(),
+            SHARD_FILE: FileFact(self._size, self._digest.hexdigest()).as_dict(),
+        }
+
+    def close(self) -> None:
+        held, self._fd = self._fd, None  # first, so that an interrupt here cannot make us close it twice
+        if held is not None:
+            os.close(held)
+
+
+class ShardFile:
+    """An open shard file, for reading rows. Safe for many threads at once; closed when nobody holds it any more."""
+
+    def __init__(self, folder: Path, grid: Grid):
+        self.path = folder / SHARD_FILE
+        self.grid = grid
+        self._fd = os.open(self.path, OPEN)
+        self._chunks = None
+        size = os.fstat(self._fd).st_size
+        if size < grid.index_bytes:
+            raise CacheError(f"{self.path}: {size} bytes, less than its index; run `pipeline verify`")
+        with reading(self.path):
+            index = os.pread(self._fd, grid.index_bytes, size - grid.index_bytes)
+        self.in_order = size == grid.file_bytes and index == grid.index()
+        if not self.in_order:
+            self._check(index, size)
+
+    def _check(self, index: bytes, size: int) -> None:
+        """Where the chunks of a file in another order lie."""
+        self._chunks, sizes = read_index(index, size - self.grid.index_bytes, self.path)
+        if (sizes != self.grid.chunk_bytes).any():
+            raise CacheError(f"{self.path}: damaged, the chunk index has a hole; run `pipeline verify`")
+
+    def pieces(self, first: int, count: int) -> Iterator[tuple[int, int]]:
+        """Cut `count` rows from `first` on into what is best read at a time: (first, stop) each."""
+        step = max(1, PIECE // self.grid.row_bytes)
+        for start in range(first, first + count, step):
+            yield start, min(start + step, first + count)
+
+    def read_into(self, first_row: int, out: memoryview) -> None:
+        """Fill `out`, whole rows as flat bytes, from `first_row` on. CacheError when the file ends before."""
+        assert first_row * self.grid.row_bytes + len(out) <= self.grid.data_bytes, f"rows beyond {self.path}"
+        if self.in_order:
+            self._read_at(first_row * self.grid.row_bytes, out)
+            return
+        while out:
+            chunk, row = divmod(first_row, self.grid.chunk_rows)
+            count = min(len(out), self.grid.chunk_bytes - row * self.grid.row_bytes)
+            self._read_at(int(self._chunks[chunk]) + row * self.grid.row_bytes, out[:count])
+            first_row, out = first_row + count // self.grid.row_bytes, out[count:]
+
+    def _read_at(self, start: int, out: memoryview) -> None:
+        while out:
+            with reading(self.path):
+                count = os.preadv(self._fd, [out], start)
+            if not count:
+                raise CacheError(f"{self.path}: ends before byte {start}; run `pipeline verify`")
+            start, out = start + count, out[count:]
+
+    def __del__(self):
+        if getattr(self, "_fd", None) is not None:
+            os.close(self._fd)

@@ -1,0 +1,166 @@
+"""The columns of a cache that are being read: their checksums, which are kept, and their files, the last used open.
+
+Raw columns of local files are read directly (`codecs/raw.py`), others by what `codecs.open_values` finds for them. Safe for
+many threads; nothing on disk is locked.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.cache.catalog import Catalog
+from pipeline.cache.codecs.int8_files import Encoded
+from pipeline.cache.codecs.raw import DirectColumn, MappedColumns
+from pipeline.cache.columns import Column, open_column
+from pipeline.cache.layout import BLOCK_ROWS
+from pipeline.cache.samples import ShardPlan
+
+OPEN_FILES = 128  # files kept open: a small cache whole, and half of what macOS grants a process
+
+
+class CodedColumn:
+    """A column that has to be decoded, or gathered from chunks in another order. Every block read is checked."""
+
+    def __init__(self, column: Column):
+        self.column = column
+
+    def open(self):
+        return self.column.open()
+
+    def read(self, file, row: int, first: int, out: memoryview) -> None:
+        """Fill `out`, flat bytes, with the rows of sample `row` from `first` on, any row of it.
+
+        A block that is read only in part is read whole, aside, to be checked.
+        """
+        width, at = self.column.spec.row_bytes, 0
+        for begin, end, part in self._spans(row, first, first + len(out) // width):
+            here = out[at : at + (part.stop - part.start) * width]
+            if (part.start, part.stop) == (begin, end):
+                self.column.read_into(file, row, here, begin)
+            else:
+                whole = memoryview(bytearray((end - begin) * width))
+                self.column.read_into(file, row, whole, begin)
+                here[:] = whole[(part.start - begin) * width : (part.stop - begin) * width]
+            at += len(here)
+
+    def read_encoded(self, file, row: int, first: int, values: np.ndarray, scale: np.ndarray) -> Encoded:
+        """The same of an int8 column, into values int8 [R, D] and scale uint16 [R, G]; not decoded."""
+        escapes, at = self.column.escapes_of(file, row), 0
+        for begin, end, part in self._spans(row, first, first + len(values)):
+            to = slice(at, at + part.stop - part.start)
+            if (part.start, part.stop) == (begin, end):
+                self.column.read_encoded(file, row, begin, escapes, values[to], scale[to])
+            else:
+                whole = file.room(end - begin)
+                self.column.read_encoded(file, row, begin, escapes, *whole)
+                values[to], scale[to] = (held[part.start - begin : part.stop - begin] for held in whole)
+            at = to.stop
+        return file.encoded(int(self.column.bounds[row]) + first, escapes, values, scale)
+
+    def _spans(self, row: int, first: int, stop: int) -> Iterator[tuple[int, int, range]]:
+        """Cut rows [first, stop) of a sample into a first block in part, whole blocks, and a last one in part: where
+        their blocks begin and end, and which rows are wanted."""
+        rows = int(self.column.bounds[row + 1] - self.column.bounds[row])
+        whole = stop if stop == rows else stop - stop % BLOCK_ROWS
+        while first < stop:
+            begin = first - first % BLOCK_ROWS
+            end = whole if begin == first < whole else min(begin + BLOCK_ROWS, rows)
+            yield begin, end, range(first, min(end, stop))
+            first = end
+
+
+class OpenColumns:
+    """All columns of a cache by (shard, name), opened as they are touched. `plan_of` gives a shard's samples."""
+
+    def __init__(self, cache: Path, catalog: Catalog, plan_of: Callable[[int], ShardPlan]):
+        self._cache, self._catalog, self._plan_of = cache, catalog, plan_of
+        self._columns: dict[tuple[int, str], DirectColumn | CodedColumn] = {}
+        self._files = _Recent()
+        self._maps = _Recent()
+
+    def read(self, shard: int, name: str, row: int, first: int, out: memoryview, wait: bool = True) -> bool:
+        """Fill `out`, flat bytes, with rows of sample `row` of the shard from `first` on. CacheError for damage.
+
+        Unless told to `wait`, False where it takes the disk, or much computing.
+        """
+        column, file = self._open(shard, name)
+        if isinstance(column, DirectColumn):
+            return column.read(file, row, first, out, wait)
+        if wait:
+            column.read(file, row, first, out)
+        return wait
+
+    def are_near(self, places: Sequence[tuple[int, int, int, int]], names: Sequence[str]) -> bool:
+        """Whether rows (shard, row, first, stop) can be read without waiting for the disk, or computing much.
+
+        Judged by the last row of each in the first of the columns. If not, the disk is told to fetch them all: it then
+        works on all of them while they are read.
+        """
+        if all(self._is_near(shard, names[0], row, stop) for shard, row, _, stop in places):
+            return True
+        for shard, row, first, stop in places:
+            for name in names:
+                column, file = self._open(shard, name)
+                if isinstance(column, DirectColumn):
+                    column.announce(file, row, first, stop)
+        return False
+
+    def _is_near(self, shard: int, name: str, row: int, stop: int) -> bool:
+        column, file = self._open(shard, name)
+        return isinstance(column, DirectColumn) and column.is_near(file, row, stop - 1)
+
+    def check(self, shard: int, names: Sequence[str]) -> None:
+        """Open these columns, whose sizes are then known to be right. CacheError where they are not."""
+        for name in names:
+            self._open(shard, name)
+
+    def read_encoded(
+        self, shard: int, name: str, row: int, first: int, values: np.ndarray, scale: np.ndarray
+    ) -> Encoded:
+        """Fill `values` and `scale` with rows of a sample of an int8 column. CacheError for damage."""
+        column, file = self._open(shard, name)
+        return column.read_encoded(file, row, first, values, scale)
+
+    def mapped(self, shard: int, names: Sequence[str]) -> MappedColumns | None:
+        """These columns mapped as one array, or None where they cannot be: coded, or of different rows."""
+        opened = [self._open(shard, name) for name in names]
+        columns = [column for column, _ in opened if isinstance(column, DirectColumn)]
+        if not opened or len(columns) < len(opened) or any(column.grid != columns[0].grid for column in columns):
+            return None
+        key, files = (shard, *names), [file for _, file in opened]
+        return self._maps.get(key, lambda: MappedColumns(columns, files), max(1, OPEN_FILES // len(files)))
+
+    def _open(self, shard: int, name: str) -> tuple[DirectColumn | CodedColumn, object]:
+        key = (shard, name)
+        column = self._columns.get(key)
+        if column is None:
+            manifest, plan = self._catalog.manifest(shard, name), self._plan_of(shard)
+            bounds = plan.bounds if manifest["spec"]["keeps"] == "all" else plan.final_bounds
+            held = open_column(self._cache, manifest, bounds)
+            # setdefault: of two threads that come first, both go on with one memory of what was checked
+            column = self._columns.setdefault(key, DirectColumn.of(held) or CodedColumn(held))
+        return column, self._files.get(key, column.open, OPEN_FILES)
+
+
+class _Recent:
+    """What was used last, by key. What is put out is closed once no thread reads from it any more."""
+
+    def __init__(self):
+        self._held: OrderedDict[Hashable, object] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, make: Callable[[], object], most: int):
+        """The thing under `key`, made if need be; at most `most` are kept."""
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+                return self._held[key]
+        made = make()  # outside of the lock: opening waits for the disk
+        with self._lock:
+            made = self._held.setdefault(key, made)
+            while len(self._held) > most:
+                self._held.popitem(last=False)
+        return made

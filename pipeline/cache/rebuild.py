@@ -1,0 +1,131 @@
+"""What a cache can make again from the rest: the index, the list of refused samples, a shard's `samples.arrow`, and
+from all of these a segment of the plan."""
+
+from pathlib import Path
+
+from pipeline.cache.atomic import Scratch, committing, room, sync_file, sync_folder, write_file
+from pipeline.cache.columns import committed
+from pipeline.cache.index import place_index, read_index
+from pipeline.cache.layout import COLUMN, INDEX, PLAN, QUARANTINE, REFUSED, SAMPLES, numbered, shard_folder
+from pipeline.cache.manifest import FileFact, canonical
+from pipeline.cache.plan import Plan, load_plan, read_manifests
+from pipeline.cache.samples import batch_bytes, read_batch, write_batches
+from pipeline.errors import CacheError
+
+
+def derive(cache: Path) -> list[str]:
+    """Write what is missing or out of date of the derived files; returns their names. The cache must have a plan.
+
+    Nothing is written, and no right to write needed, when all is as it should be. Raises RoomError, CacheError.
+    """
+    plan = load_plan(cache)
+    columns = _columns(cache, plan)
+    stale = _stale_samples(cache, plan, columns)
+    lost_index = read_index(cache, plan.manifests) is None
+    path = cache / QUARANTINE / REFUSED
+    wrong_list = (path.read_bytes() if path.is_file() else b"") != refused_bytes(plan, columns)
+    if stale or wrong_list or lost_index:
+        with room(cache, "derived files"), committing(cache):
+            for samples, data in stale.items():
+                write_file(samples, data)
+            if wrong_list:  # with what is committed now: another worker may have been quicker, and known more
+                _write_list(path, refused_bytes(plan, _columns(cache, plan)))
+            if lost_index:
+                place_index(cache, plan)
+            sync_folder(cache)
+    written = [samples.relative_to(cache).as_posix() for samples in stale]
+    return written + [f"{QUARANTINE}/{REFUSED}"] * wrong_list + [INDEX] * lost_index
+
+
+def _columns(cache: Path, plan: Plan) -> dict[int, dict[str, dict]]:
+    return {shard.number: shard_columns(cache, shard.number) for shard in plan.shards}
+
+
+def _stale_samples(cache: Path, plan: Plan, columns: dict[int, dict[str, dict]]) -> dict[Path, bytes]:
+    """The `samples.arrow` that are not what their shard's columns vouch for, where the plan still gives that."""
+    stale = {}
+    for shard in plan.shards:
+        path = shard_folder(cache, shard.number) / SAMPLES
+        vouched = [manifest["files"][SAMPLES] for manifest in columns[shard.number].values()]
+        if vouched and (not path.is_file() or FileFact.of_file(path).as_dict() not in vouched):
+            data = batch_bytes(shard.batch)
+            if FileFact.of_bytes(data).as_dict() in vouched:
+                stale[path] = data
+    return stale
+
+
+def _write_list(path: Path, wanted: bytes) -> None:
+    """Write the list of refused samples; without any there is no such file."""
+    if wanted:
+        write_file(path, wanted)
+    elif path.is_file():
+        path.unlink()
+        path.parent.rmdir()
+
+
+def restore_segments(cache: Path) -> list[str]:
+    """Put damaged segments of the plan together again from the shards' `samples.arrow`; returns their names.
+
+    Only where a segment's manifest is whole, which has the digest that must come out. Raises RoomError.
+    """
+    restored = []
+    for number, manifest in enumerate(read_manifests(cache)):
+        name = f"{numbered(number)}.arrow"
+        path, fact = cache / PLAN / name, manifest["files"][name]
+        if path.is_file() and FileFact.of_file(path).as_dict() == fact:
+            continue
+        first = manifest["first_shard"]
+        with Scratch(cache, PLAN) as scratch, room(cache, "a segment of the plan", fact["size"]):
+            try:
+                parts = [shard_folder(cache, shard) / SAMPLES for shard in range(first, first + manifest["shards"])]
+                write_batches(scratch.path / name, map(read_batch, parts))
+            except CacheError:  # a shard that is not captured, or its samples are damaged, too
+                continue
+            if FileFact.of_file(scratch.path / name).as_dict() == fact:
+                sync_file(scratch.path / name)
+                with committing(cache):
+                    (scratch.path / name).replace(path)
+                    sync_folder(path.parent)
+                restored.append(f"{PLAN}/{name}")
+    return restored
+
+
+def shard_columns(cache: Path, shard: int) -> dict[str, dict]:
+    """Manifests of the columns of a shard that are whole but perhaps for its `samples.arrow`, by name."""
+    names = sorted(path.stem for path in shard_folder(cache, shard).glob("*.json"))
+    found = {name: committed(cache, shard, name, but=SAMPLES) for name in names if COLUMN.fullmatch(name)}
+    return {name: manifest for name, manifest in found.items() if manifest}
+
+
+def refused_samples(plan: Plan, columns: dict[int, dict[str, dict]]) -> list[dict]:
+    """The samples refused in any column, in order of samples: where they are, where they came from, and why."""
+    refused, before = [], 0
+    for shard in plan.shards:
+        reasons: dict[int, dict[str, list[str]]] = {}
+        for name, manifest in sorted(columns[shard.number].items()):
+            if manifest["samples"] != len(shard):
+                where = f"shard {numbered(shard.number)}, column {name}"
+                raise CacheError(f"{where}: of other samples than the plan's; run `pipeline verify`")
+            for row, reason in manifest["refused"].items():
+                reasons.setdefault(int(row), {}).setdefault(reason, []).append(name)
+        for row in sorted(reasons):
+            refused.append(
+                {
+                    "sample": before + row,
+                    "sample_id": shard.batch.column("sample_id")[row].as_py().hex(),
+                    "shard": shard.number,
+                    "row": row,
+                    "reason": "; ".join(sorted(reasons[row])),
+                    "columns": sorted({name for names in reasons[row].values() for name in names}),
+                    "source": shard.batch.column("source")[row].as_py(),
+                    "line": shard.line(row),
+                }
+            )
+        before += len(shard)
+    return refused
+
+
+def refused_bytes(plan: Plan, columns: dict[int, dict[str, dict]]) -> bytes:
+    """What `quarantine/samples.json` holds; empty when no sample was refused, and then there is no such file."""
+    refused = refused_samples(plan, columns)
+    return canonical({"samples": refused}) if refused else b""

@@ -1,0 +1,139 @@
+"""What is let into a plan: samples with something to learn in them; of the rest, how many, why, and an example.
+
+T tokens of a sample
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pipeline.errors import DataError
+from pipeline.visible_text import visible
+
+REFUSED_SHARE = 0.1  # of the rows; more is refused
+EXAMPLES = 3  # shown of each reason
+HARMLESS = ("no prompt", "empty reply")  # turns that nobody asked for, or without a word: context, and no fault
+
+
+class Unusable(Exception):
+    """Raised where a row is found unusable; counted by its `reason`."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass
+class Tally:
+    """What went by, and what was left out and why."""
+
+    rows: int = 0
+    truncated: int = 0
+    turns: int = 0  # supervised, in all samples
+    last_turns: int = 0  # of these, in the samples of last turns
+    unproven: dict[str, int] = field(default_factory=dict)  # turns left unsupervised, by reason
+    kinds: dict[str, dict] = field(default_factory=dict)  # of turns: how many, and where the first one is
+    faults: dict[str, int] = field(default_factory=dict)
+    short: int = 0  # samples with nothing to learn within max_length: no fault of theirs
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    keys: dict[str, tuple[int, str]] = field(default_factory=dict)  # of messages, that nobody knows: rows, the first
+
+    def fault(self, reason: str, example: str) -> None:
+        self.faults[reason] = self.faults.get(reason, 0) + 1
+        self.show(reason, example)
+
+    def show(self, reason: str, example: str) -> None:
+        shown = self.examples.setdefault(reason, [])
+        if len(shown) < EXAMPLES:
+            shown.append(visible(example))
+
+    def key(self, key: str, where: str) -> None:
+        """Count a row for a key of its messages that was passed over."""
+        count, first = self.keys.get(key, (0, where))
+        self.keys[key] = count + 1, first
+
+    def count_turns(self, turns: int, last: int, unproven: list[tuple[str, str]]) -> None:
+        """Count a row's supervised turns, those of its last sample, and the others with their reasons and examples."""
+        self.turns += turns
+        self.last_turns += last
+        for reason, example in unproven:
+            self.unproven[reason] = self.unproven.get(reason, 0) + 1
+            self.show(reason, example)
+
+    def count_kinds(self, kinds: tuple[str, ...], file: str, line: int) -> None:
+        for kind in kinds:
+            found = self.kinds.setdefault(kind, {"count": 0, "first": f"{file}:{line}"})
+            found["count"] += 1
+
+    def as_notes(self) -> dict:
+        """For the plan's manifest."""
+        keys = {key: count for key, (count, _) in sorted(self.keys.items())}
+        return {
+            **({"unknown_keys": keys} if keys else {}),
+            "rows": self.rows,
+            "truncated": self.truncated,
+            "supervised_turns": self.turns,
+            "rewritten_turns": self.turns - self.last_turns,
+            "unproven_turns": dict(sorted(self.unproven.items())),
+            "kinds": dict(sorted(self.kinds.items())),
+            "too_short": self.short,
+            "faults": dict(sorted(self.faults.items())),
+            "examples": dict(sorted(self.examples.items())),
+        }
+
+    def check(self, corpus: str, usable: int) -> None:
+        """Refuse a corpus with nothing usable in it, or with too little."""
+        faults = sum(self.faults.values())
+        shown = "; ".join(example for examples in self.examples.values() for example in examples[:1])
+        if not usable:
+            why = shown or "it is empty"
+            raise DataError(f"{corpus}: no usable sample in {self.rows} rows ({why}); name another corpus")
+        failed = sum(count for reason, count in self.unproven.items() if reason not in HARMLESS)
+        if failed > REFUSED_SHARE * (self.turns + failed):
+            raise DataError(
+                f"{corpus}: {failed} of {self.turns + failed} turns do not prove to be what the target would write "
+                f"behind an engine's prompt, at most {REFUSED_SHARE:.0%} are let go ({shown}); repair or remove them"
+            )
+        if faults > REFUSED_SHARE * self.rows:
+            raise DataError(
+                f"{corpus}: {faults} of {self.rows} rows cannot be used, at most {REFUSED_SHARE:.0%} are let go "
+                f"({shown}); repair or remove them"
+            )
+
+
+def say_unknown_keys(tally: Tally) -> None:
+    """Say, to stderr, which keys of messages were passed over, in how many rows and where first."""
+    for key, (count, first) in sorted(tally.keys.items()):
+        told = f"`{visible(key)}`: {count:,} rows, the first {visible(first)}"
+        print(f"a key of messages that no template is shown, {told}", file=sys.stderr)
+
+
+def check_mask(mask_T: np.ndarray) -> None:
+    """Refuse a mask that says nothing: Unusable when no token, or every token, is supervised."""
+    if not mask_T.any():
+        raise Unusable("nothing supervised", f"none of its {len(mask_T)} tokens is marked as the assistant's")
+    if mask_T.all():
+        raise Unusable(
+            "all supervised", f"all of its {len(mask_T)} tokens are marked as the assistant's, the prompt too"
+        )
+
+
+def check_ids(ids_T: np.ndarray, vocab_size: int) -> None:
+    """Refuse a token that the target has no embedding for: Unusable."""
+    if (largest := int(ids_T.max())) >= vocab_size:
+        raise Unusable(
+            "unknown token",
+            f"holds token {largest}, outside the target's {vocab_size}; is the tokenizer another one's?",
+        )
+
+
+def trim(ids_T: np.ndarray, mask_T: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Cut behind the last supervised row and the one after it; None without two supervised rows in a row.
+
+    A block is laid from a supervised token whose next is supervised, too, so with fewer there is nothing to learn.
+    """
+    if not (mask_T[:-1] & mask_T[1:]).any():
+        return None
+    end = int(np.flatnonzero(mask_T)[-1]) + 2
+    return ids_T[:end], mask_T[:end]

@@ -1,0 +1,1 @@
+"""What drafts are worth: the accept length, reports, and drafts compared."""

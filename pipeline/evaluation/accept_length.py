@@ -1,0 +1,289 @@
+"""The accept length: the mean number of tokens gained per target call, the target's own token included.
+
+Exact and without the target: the held-out replies are the target's own greedy ones, so what it
+would have accepted is in the cache. The draft's proposals are rolled out at every anchor of a reply, in parallel, and
+the walk a -> a + gained over them is the very walk that decoding makes. A reply that is not greedy is cut at its first
+token that differs from the greedy one of the stored `final`.
+
+    T rows of a sample   N blocks   S slots   P proposals   R rows that keep `final`   D hidden size
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from pipeline.drafts import Draft, lay_blocks, pack
+from pipeline.target.logit_chunks import chunk_rows
+
+if TYPE_CHECKING:
+    from pipeline.cache import HiddenCache, Sample
+
+SLOTS_AT_ONCE = 4096  # slots of one forward: bounds memory, changes nothing
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Span:
+    """One reply of a sample, walked. The three lists hold one entry a verification, as those of `Decoded` do.
+
+    start: the reply's first token; what stands before is the prompt. complete: False where the walk left what is known
+    of the target's own reply before it ended or reached the limit, so that decoding goes on beyond `lengths`.
+    """
+
+    sample: int
+    domain: str
+    start: int
+    lengths: list[int]
+    matched: list[int]
+    proposed: list[int]
+    complete: bool
+    proposals: int  # of an uncut block
+
+
+def agree(proposed: Sequence[int], chosen: Sequence[int | None]) -> list[int | None]:
+    """Return the proposals before the first that the target would not have chosen, and its own choice there.
+
+    chosen: the target's token at the place of each proposal and at the one after; None where it is not known.
+    """
+    assert len(chosen) == len(proposed) + 1, f"{len(proposed)} proposals verified by {len(chosen)} tokens"
+    matched = 0
+    while matched < len(proposed) and proposed[matched] == chosen[matched]:
+        matched += 1
+    return list(chosen[: matched + 1])
+
+
+def cut(tokens: Sequence[int | None], stop_ids: Collection[int]) -> tuple[int, int, bool]:
+    """Return proposals kept, tokens gained, and whether the reply ends, for the tokens of one verification.
+
+    tokens: the proposals kept and one of the target's own. A stop token ends the reply, also among the proposals, with
+    no token after it.
+    """
+    for count, token in enumerate(tokens, 1):
+        if token in stop_ids:
+            return min(len(tokens) - 1, count), count, True
+    return len(tokens) - 1, len(tokens), False
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the cache knows of the target's own reply from row `start` on.
+
+    tokens: its tokens as far as they are known. confirmed: how many of them the sample has too; blocks can be laid from
+    these only.
+    """
+
+    start: int
+    tokens: list[int]
+    confirmed: int
+
+    def anchors(self, stop_ids: Collection[int], max_new: int | None) -> int:
+        """How many tokens from the first on the walk may start a block from."""
+        live = self.confirmed - (self.confirmed > 0 and self.tokens[self.confirmed - 1] in stop_ids)
+        return live if max_new is None else min(live, max_new)
+
+
+def known_reply(ids_T: Sequence[int], greedy_T: Sequence[int], start: int, stop: int, stops: Collection[int]) -> Reply:
+    """Follow the reply ids[start:stop] for as long as it is greedy; greedy[t] is the target's choice after row t.
+
+    The first choice that differs, or the one after the reply's end, is known as well. A stop token ends it.
+    """
+    tokens = []
+    for row in range(start, stop + 1):
+        tokens.append(greedy_T[row - 1])
+        if row == stop or tokens[-1] != ids_T[row]:
+            return Reply(start, tokens, row - start)
+        if tokens[-1] in stops:
+            break
+    return Reply(start, tokens, len(tokens))
+
+
+def walk(
+    reply: Reply, proposed_NP: Sequence[Sequence[int]], stops: Collection[int], max_new: int | None
+) -> tuple[list[int], list[int], list[int], bool]:
+    """Return lengths, matched, proposed and complete of one reply; proposed[a]: those of the block at its token a."""
+    lengths, kept, counts, at = [], [], [], 0
+    ended = reply.tokens[0] in stops
+    while not ended and (max_new is None or at < max_new):
+        if at >= len(proposed_NP):
+            return lengths, kept, counts, False
+        proposed = proposed_NP[at]
+        known = reply.tokens[at + 1 : at + 2 + len(proposed)]
+        unknown = len(proposed) + 1 - len(known)
+        matched, gained, ended = cut(agree(proposed, known + [None] * unknown), stops)
+        if not ended and len(known) <= matched < len(proposed):
+            return lengths, kept, counts, False  # the target's verdict on the next proposal is not known
+        lengths.append(gained)
+        kept.append(matched)
+        counts.append(len(proposed))
+        at += gained
+    return lengths, kept, counts, True
+
+
+def reply_spans(mask_T: np.ndarray) -> list[tuple[int, int]]:
+    """Return the runs [start, stop) of supervised rows that have a prompt before them."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], np.asarray(mask_T, np.int8), [0]])))
+    return [(int(start), int(stop)) for start, stop in zip(edges[::2], edges[1::2], strict=True) if start > 0]
+
+
+def accept_spans(
+    draft: Draft,
+    cache: "HiddenCache",
+    indices: Iterable[int],
+    *,
+    max_new: int | None = None,
+    context: int = 3072,
+    threshold: float = 0.0,
+) -> list[Span]:
+    """Measure every reply of the samples `indices`, at most `max_new` tokens of each, in that order.
+
+    `threshold` cuts blocks as in decoding. Samples are packed into cells of about `context` rows. The draft is in
+    evaluation mode; its device decides where. Raises UsageError when the cache lacks the draft's layers or `final`.
+    """
+    return cut_spans(draft, cache, indices, (threshold,), max_new=max_new, context=context)[0]
+
+
+@torch.no_grad()
+def cut_spans(
+    draft: Draft,
+    cache: "HiddenCache",
+    indices: Iterable[int],
+    thresholds: Sequence[float],
+    *,
+    max_new: int | None = None,
+    context: int = 3072,
+) -> list[list[Span]]:
+    """Return what `accept_spans` does for each of `thresholds`; the blocks that they cut are computed once."""
+    stops = frozenset(cache.tokens["eos"])
+    layers, spans = draft.config.target_layer_ids, [[] for _ in thresholds]
+    for cell in _cells(cache, indices, layers, context):
+        samples = [sample for _, sample in cell]
+        replies = [
+            [known_reply(sample.ids.tolist(), greedy, *span, stops) for span in reply_spans(sample.mask.numpy())]
+            for sample, greedy in ((sample, greedy_tokens(draft, sample)) for sample in samples)
+        ]
+        proposed = _propose_all(draft, samples, replies, stops, max_new, thresholds)
+        for (index, _), of_sample in zip(cell, replies, strict=True):
+            for reply in of_sample:
+                place = index, cache.samples.domain[index], reply.start
+                for of_cut, blocks in zip(spans, next(proposed), strict=True):
+                    of_cut.append(Span(*place, *walk(reply, blocks, stops, max_new), draft.config.proposals))
+    return spans
+
+
+def _cells(
+    cache: "HiddenCache", indices: Iterable[int], layers: Sequence[int], context: int
+) -> Iterator[list[tuple[int, "Sample"]]]:
+    """Read samples and group consecutive ones into cells of at most `context` rows, or of one longer sample."""
+    cell, rows = [], 0
+    for index in map(int, indices):
+        sample = cache.read(index, layers=layers, final=True)
+        if cell and rows + len(sample.ids) > context:
+            yield cell
+            cell, rows = [], 0
+        cell.append((index, sample))
+        rows += len(sample.ids)
+    if cell:
+        yield cell
+
+
+def greedy_tokens(draft: Draft, sample: "Sample") -> list[int]:
+    """Return the target's greedy token after each row [T], -1 after rows that keep no `final`.
+
+    Logits are rounded to the target's compute type, as the target's own are: in bfloat16 that decides ties.
+    """
+    head, device = draft.target, draft.fc.weight.device
+    greedy_T = torch.full((len(sample.ids),), -1)
+    step = chunk_rows(head.vocab_size, device.type, draft.chunk_rule, greedy=True)
+    for rows, final_RD in zip(sample.final_rows.split(step), sample.final.split(step), strict=True):
+        greedy_T[rows] = head.raw_logits(final_RD.to(device)).to(final_RD.dtype).argmax(-1).cpu()
+    return greedy_T.tolist()
+
+
+def _propose_all(
+    draft: Draft,
+    samples: Sequence["Sample"],
+    replies: list[list[Reply]],
+    stops: Collection[int],
+    max_new: int | None,
+    thresholds: Sequence[float],
+) -> Iterator[list[list[list[int]]]]:
+    """Yield, for each reply in order and each threshold, the proposals [a][P] of the blocks at its first tokens."""
+    device, config = draft.fc.weight.device, draft.config
+    cell = pack(samples, [""] * len(samples))
+    counts = [[reply.anchors(stops, max_new) for reply in of_sample] for of_sample in replies]
+    rows = [
+        torch.arange(count) + first + reply.start
+        for first, of_sample, of_counts in zip(cell.starts_M.tolist(), replies, counts, strict=True)
+        for reply, count in zip(of_sample, of_counts, strict=True)
+    ]
+    anchors_N = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
+    there, proposed = cell.to(device), [[] for _ in thresholds]
+    for part_N in anchors_N.split(max(1, SLOTS_AT_ONCE // config.block_size)) if len(anchors_N) else ():
+        blocks = lay_blocks(cell, part_N, torch.ones_like(part_N, dtype=torch.bool), draft.config).to(device)
+        cuts = _proposals(draft, draft.hidden(there, blocks), there.ids_R[blocks.anchors_N], thresholds)
+        proposed = [so_far + fresh for so_far, fresh in zip(proposed, cuts, strict=True)]
+    at = 0
+    for part in rows:
+        yield [of_cut[at : at + len(part)] for of_cut in proposed]
+        at += len(part)
+
+
+def _proposals(
+    draft: Draft, hidden_NSD: torch.Tensor, anchor_ids_N: torch.Tensor, thresholds: Sequence[float]
+) -> list[list[list[int]]]:
+    ids_NP = draft.rollout(hidden_NSD, anchor_ids_N)
+    whole, cuts = ids_NP.tolist(), []
+    for threshold in thresholds:
+        kept = [draft.config.proposals] * len(whole)
+        if threshold > 0:
+            kept = draft.kept(hidden_NSD, anchor_ids_N, ids_NP, threshold).tolist()
+        cuts.append([ids[:count] for ids, count in zip(whole, kept, strict=True)])
+    return cuts
+
+
+def summarise(walks: Sequence[Span], seed: int = 0) -> dict:
+    """Return the figures of walked replies, JSON-ready. All 0 without a call.
+
+    prompts (with at least one call), accept_len = tokens / calls, interval (95 %, bootstrap by prompt), calls, tokens,
+    per_slot (share of calls that kept proposal 1, 2, ...), verified (proposals a call), verify_rate (share of them
+    kept), and the same for each of `domains`.
+    """
+    names = sorted({walked.domain for walked in walks})
+    domains = {name: _figures([walked for walked in walks if walked.domain == name], seed) for name in names}
+    return _figures(walks, seed) | {"domains": domains}
+
+
+def _figures(walks: Sequence[Span], seed: int) -> dict:
+    walks = [walked for walked in walks if walked.lengths]
+    tokens_n = np.array([sum(walked.lengths) for walked in walks], float)
+    calls_n = np.array([len(walked.lengths) for walked in walks], float)
+    kept = np.array([count for walked in walks for count in walked.matched])
+    proposed = sum(sum(walked.proposed) for walked in walks)
+    slots = max((walked.proposals for walked in walks), default=0)
+    calls = int(calls_n.sum())
+    return {
+        "prompts": len(walks),
+        "accept_len": float(tokens_n.sum() / max(calls, 1)),
+        "interval": bootstrap(tokens_n, calls_n, seed),
+        "calls": calls,
+        "tokens": int(tokens_n.sum()),
+        "per_slot": [float((kept > slot).mean()) for slot in range(slots)],
+        "verified": proposed / max(calls, 1),
+        "verify_rate": float(kept.sum() / max(proposed, 1)),
+    }
+
+
+def resamples(count: int, seed: int) -> np.ndarray:
+    """Return how often each of `count` prompts, at least one, is in each resample of as many [B, n]."""
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+
+
+def bootstrap(tokens_n: np.ndarray, calls_n: np.ndarray, seed: int) -> list[float]:
+    """Return the 95 % interval of sum(tokens) / sum(calls) over resampled prompts; [0, 0] without any."""
+    if not len(calls_n):
+        return [0.0, 0.0]
+    drawn_Bn = resamples(len(calls_n), seed)
+    return [float(edge) for edge in np.quantile((drawn_Bn @ tokens_n) / (drawn_Bn @ calls_n), [0.025, 0.975])]

@@ -1,0 +1,187 @@
+"""Export: a trained draft as serving engines load it, proven before it has its name.
+
+The folder is written aside and read back from its files alone. The draft that `load_draft_folder` makes of them must
+give the trainer's own logits and proposals to the bit, and `check_export`, which shares no code with the trainer, the
+same logits on the probe that is stored beside the weights; only then is it renamed.
+
+    R rows of a cell   K layers   D hidden size   N blocks   S slots   P proposals   V vocabulary
+"""
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.cache import HiddenCache
+from pipeline.cache.atomic import Scratch, clean_label, need_room, room, sync_file, sync_folder
+from pipeline.drafts import Blocks, Cell, Draft, DraftConfig, lay_blocks, pack
+from pipeline.errors import ProofError, UsageError
+from pipeline.published import CONFIG, WEIGHTS, load_draft_folder
+from pipeline.published.card import CARD, card
+from pipeline.published.check import check_export
+from pipeline.published.probe import PROBE, write_probe
+from pipeline.published.writing import check_servable, published_config
+from pipeline.runs.cache_requirements import logit_scale, text_config
+from pipeline.runs.checkpoint import load_config, load_draft
+from pipeline.runs.provenance import Provenance, provenance
+from pipeline.target.head import TargetHead
+from pipeline.tensors import save_tensors
+
+# What training alone reads: a published config does not hold it.
+UNPUBLISHED = {"gamma", "lambda_start", "lambda_decay", "weighting", "dpace_alpha"}
+UNPUBLISHED |= {"objective", "alpha_ce", "alpha_l1", "alpha_confidence"}
+PROBE_ROWS, PROBE_BLOCKS = 512, 16
+KEPT_ROWS, KEPT_BLOCKS = 24, 2  # of the probe that is stored with the export
+FILES = (CONFIG, WEIGHTS, PROBE, CARD)
+SCRATCH_LABEL, DRAFT = "export", "draft"  # where it is written until it is proven
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A cell and blocks to compare two drafts on, and where they come from."""
+
+    head: TargetHead
+    cell: Cell
+    blocks: Blocks
+    source: str
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A sample made of random states."""
+
+    ids: Tensor
+    mask: Tensor
+    aux: Tensor
+
+
+def export(run: Path, out: Path, format: str = "sglang") -> dict:
+    """Write a run's newest checkpoint, or the checkpoint `run`, to the new folder `out`, and prove it.
+
+    Weights are stored in the type the run computed in. Returns {"tensors", "parameters", "dtype", "proof"}. Raises
+    UsageError when the engine cannot serve the draft or `out` is there and differs, ProofError when what is read
+    back does not compute the same.
+    """
+    run, out = Path(run), Path(out)
+    config, known = load_config(run), provenance(run)
+    scale = 1.0 if known.cache is None else logit_scale(text_config(known.cache.target_config))
+    check_servable(config, format, known.origin.tokens, scale)
+    rows, head, source = make_rows(config, known.cache)
+    draft, dtype = load_draft(run, head), getattr(torch, known.origin.dtype)
+    clean_label(out.parent, SCRATCH_LABEL)  # of exports that were killed, of this draft or another
+    need_room(out.parent, "an exported draft", sum(weight.numel() * dtype.itemsize for weight in draft.parameters()))
+    with room(out.parent, "an exported draft"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with Scratch(out.parent, SCRATCH_LABEL) as scratch:
+            unfinished = scratch.path / DRAFT
+            _write(unfinished, published_config(config, format, known.origin), draft, dtype)
+            proof = prove(unfinished, draft, make_probe(config, rows, head, source), dtype)
+            proof += _prove_files(unfinished, draft, make_probe(config, shorter(rows), head, source, KEPT_BLOCKS))
+            _finish(unfinished, out.name, config, format, draft, known)
+            _put(unfinished, out)
+    weights = draft.state_dict().values()
+    count = sum(weight.numel() for weight in weights)
+    return {"tensors": len(weights), "parameters": count, "dtype": known.origin.dtype, "proof": proof}
+
+
+def make_rows(config: DraftConfig, cache: HiddenCache | None) -> tuple[Rows, TargetHead, str]:
+    """A cached sample, the target's head and where they are from; random states and a random head where the cache is
+    gone."""
+    if cache is None:
+        generator = torch.Generator().manual_seed(0)
+        random_VD = torch.randn(config.vocab_size, config.hidden_size, generator=generator)
+        shape = len(config.target_layer_ids), 64, config.hidden_size
+        ids_T = torch.randint(config.vocab_size, (64,), generator=generator)
+        rows = Rows(ids_T, torch.ones(64).bool(), torch.randn(shape, generator=generator))
+        return rows, TargetHead(random_VD, random_VD), "random states"
+    usable = cache.samples.usable(config.target_layer_ids)
+    index = next(i for i in range(len(cache)) if usable[i] and cache.samples.supervised[i])
+    sample = cache.read(index, layers=config.target_layer_ids)
+    rows = Rows(sample.ids[:PROBE_ROWS], sample.mask[:PROBE_ROWS], sample.aux[:, :PROBE_ROWS].float())
+    return rows, cache.head(), f"sample {cache.samples.hex(index)} of the cache"
+
+
+def shorter(rows: Rows) -> Rows:
+    return replace(rows, ids=rows.ids[:KEPT_ROWS], mask=rows.mask[:KEPT_ROWS], aux=rows.aux[:, :KEPT_ROWS])
+
+
+def make_probe(config: DraftConfig, rows: Rows, head: TargetHead, source: str, count: int = PROBE_BLOCKS) -> Probe:
+    """Lay blocks over rows, the last ones past their end."""
+    cell = pack([rows], ["probe"])
+    anchors_N = torch.linspace(0, len(rows.ids) - 1, min(count, len(rows.ids))).long()
+    if count == KEPT_BLOCKS:
+        anchors_N = anchors_N.clamp(min=len(rows.ids) // 2)  # a first block without context would show half as much
+    return Probe(head, cell, lay_blocks(cell, anchors_N, torch.ones_like(anchors_N).bool(), config), source)
+
+
+def _write(folder: Path, published: dict, draft: Draft, dtype: torch.dtype) -> None:
+    folder.mkdir()
+    (folder / CONFIG).write_text(json.dumps(published, indent=2, sort_keys=True) + "\n")
+    tensors = {name: tensor.to(dtype) for name, tensor in draft.state_dict().items()}
+    save_tensors(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _finish(folder: Path, name: str, config: DraftConfig, format: str, draft: Draft, known: Provenance) -> None:
+    """Write the card, and sync everything."""
+    parameters = sum(weight.numel() for weight in draft.parameters())
+    (folder / CARD).write_text(card(config, format, known.origin, known.facts, parameters, name), "utf-8")
+    for file in FILES:
+        sync_file(folder / file)
+    sync_folder(folder)
+
+
+def prove(folder: Path, draft: Draft, probe: Probe, dtype: torch.dtype) -> str:
+    """Read the folder back from its files alone and compare with the trainer's draft; return what was proven.
+
+    The trainer's weights are rounded to the stored type first; then logits and proposals must be equal to the bit.
+    ProofError otherwise.
+    """
+    try:
+        opened = load_draft_folder(folder, probe.head)
+    except UsageError as error:
+        raise ProofError(f"the exported draft cannot be read back: {error}") from error
+    hidden = DraftConfig.model_fields.keys() - UNPUBLISHED
+    changed = [key for key in sorted(hidden) if getattr(opened.config, key) != getattr(draft.config, key)]
+    if changed:
+        was, now = (getattr(which.config, changed[0]) for which in (draft, opened))
+        raise ProofError(f"the exported draft reads {changed[0]} = {now}, the trained one has {was}; please report it")
+    exact_NSV, _ = _compute(draft, probe)
+    for parameter in draft.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    wanted_NSV, wanted_NP = _compute(draft, probe)
+    found_NSV, found_NP = _compute(opened, probe)
+    if not (torch.equal(wanted_NSV, found_NSV) and torch.equal(wanted_NP, found_NP)):
+        off = float((wanted_NSV - found_NSV).abs().max() / wanted_NSV.abs().max())
+        raise ProofError(f"logits of the exported draft differ from the trainer's by {off:.3g}; please report it")
+    rounding = float((exact_NSV - found_NSV).norm() / exact_NSV.norm())
+    rounded = f", {rounding:.1e} off float32 by rounding" if rounding else ""
+    return f"logits and proposals equal on {len(found_NP)} blocks of {probe.source}{rounded}"
+
+
+@torch.no_grad()
+def _compute(draft: Draft, probe: Probe) -> tuple[Tensor, Tensor]:
+    """Teacher-forced logits [N, S, V] and proposals [N, P] on the probe."""
+    hidden_NSD = draft.hidden(probe.cell, probe.blocks)
+    anchor_ids_N = probe.cell.ids_R[probe.blocks.anchors_N]
+    return draft.logits(hidden_NSD, probe.blocks.prev_NS)["final"], draft.rollout(hidden_NSD, anchor_ids_N)
+
+
+def _prove_files(folder: Path, draft: Draft, probe: Probe) -> str:
+    """Store the probe, computed with the weights as they are stored, and have the files alone give it again."""
+    write_probe(folder, draft, probe.cell, probe.blocks, probe.source)
+    judged = check_export(folder).probe
+    return f"; plain arithmetic on the files gives the same within {judged.difference:.0e}"
+
+
+def _put(unfinished: Path, out: Path) -> None:
+    """Give the finished folder its name. UsageError when another one has it; the same one is left as it is."""
+    if not out.exists():
+        os.rename(unfinished, out)
+        return sync_folder(out.parent)
+    there = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if there == sorted(FILES) and all((out / name).read_bytes() == (unfinished / name).read_bytes() for name in FILES):
+        return None
+    raise UsageError(f"{out} is there already and differs from this draft; pass another --out, or remove it")

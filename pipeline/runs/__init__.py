@@ -1,0 +1,1 @@
+"""Training runs: recipes, checkpoints, which samples train, and where a draft comes from."""

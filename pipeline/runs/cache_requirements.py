@@ -1,0 +1,161 @@
+"""What a cache holds for a draft: the target's sizes, a mask token, layers and final states.
+
+What it lacks is refused, before any work, with the command that captures it.
+"""
+
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pipeline.cache.atomic import in_use
+from pipeline.cache.layout import FINAL, LOG, layer_of
+from pipeline.cache.manifest import read_canonical
+from pipeline.errors import CacheError, UsageError
+
+if TYPE_CHECKING:
+    from pipeline.cache import HiddenCache
+    from pipeline.runs.recipe import Recipe
+
+
+def text_config(config: dict) -> dict:
+    """Return the language model's part of a target's config; targets that also see keep it apart."""
+    text = config.get("text_config") or config
+    needed = ["hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"]
+    missing = [key for key in needed if key not in text]
+    if missing:
+        raise UsageError(f"the target's config.json in the cache lacks {', '.join(missing)}: not a decoder we know")
+    return text
+
+
+def rope_theta(target: dict) -> float:
+    """Return the target's rotary base: `rope_parameters` (transformers 5, maybe one for each kind of layer) or legacy.
+
+    UsageError where both are stated and differ: a draft trained with one and served with the other accepts nothing.
+    """
+    parameters = target.get("rope_parameters") or {}
+    new = parameters.get("rope_theta", (parameters.get("full_attention") or {}).get("rope_theta"))
+    legacy = target.get("rope_theta")
+    if new is not None and legacy is not None and float(new) != float(legacy):
+        raise UsageError(
+            f"the target's config states rope_theta {legacy:g} and rope_parameters.rope_theta {new:g}; "
+            "correct the target's config.json and capture again"
+        )
+    return float(next((theta for theta in (new, legacy) if theta is not None), 10_000.0))
+
+
+def logit_scale(target: dict) -> float:
+    """Return what the LM head's output is multiplied by: Granite divides, Cohere and Falcon-H1 multiply."""
+    if target.get("logits_scaling"):
+        return 1.0 / target["logits_scaling"]
+    return float(target.get("logit_scale") or target.get("lm_head_multiplier") or 1.0)
+
+
+def resolve_mask_token(stated: int | None, tokens: dict, vocab_size: int) -> int:
+    """Return the mask token's id: the recipe's, else the tokenizer's, else the first id no token has.
+
+    Never pad, eos or bos: a draft would learn that the end of a text means "guess here".
+    """
+    ways = {"draft.mask_token_id": stated, "the tokenizer's mask token": tokens.get("mask")}
+    ways["len(tokenizer)"] = tokens["length"]
+    how, mask = next((how, token) for how, token in ways.items() if token is not None)
+    remedy = "set draft.mask_token_id to an id that no text uses"
+    if mask >= vocab_size:
+        raise UsageError(f"{how} is {mask}, outside the target's vocabulary of {vocab_size}; {remedy}")
+    special = {"pad": [tokens.get("pad")], "bos": [tokens.get("bos")], "eos": tokens.get("eos") or []}
+    taken = [name for name, held in special.items() if mask in held]
+    if taken:
+        raise UsageError(f"{how} is {mask}, the tokenizer's {' and '.join(taken)} token; {remedy}")
+    return mask
+
+
+def check_complete(cache: "HiddenCache", recipe: "Recipe") -> None:
+    """Refuse a cache with columns that only some shards have: which layers it holds would be left to chance.
+
+    With `draft.layers` stated it passes. UsageError while it is being captured, CacheError where nobody does,
+    and in any case where shards have lost their segment of the plan or nothing is captured yet.
+    """
+    if cache.beyond and not in_use(cache.path):
+        raise CacheError(
+            f"{cache.path}: shard {cache.beyond[0]} is in no segment of the plan, so one is lost; run `pipeline verify`"
+        )
+    if not (cache.whole or cache.partial):
+        finish = "the same `pipeline import-cache` goes on" if _imported(cache) else f"run {capture_command(cache)}"
+        raise CacheError(f"{cache.path}: nothing is captured yet; {finish}")
+    if recipe.draft.layers is not None or not cache.partial:
+        return
+    read = f'`--set "draft.layers={[*cache.layers]}"` trains on what is whole'.replace(", ", ",")
+    read = f", or {read}" if cache.layers else ""
+    if in_use(cache.path):
+        raise UsageError(f"{cache.path} is being captured: {partial_text(cache)}; wait until it is done{read}")
+    layers = {*cache.layers, *(layer_of(name) for name in cache.partial)} - {None}
+    finish = how_to_add(cache, sorted(layers), "needed" if FINAL in cache.partial else None)
+    if _imported(cache):
+        finish = "finish the import with the same command"
+    raise CacheError(f"{cache.path} is incomplete, and nobody is capturing it: {partial_text(cache)}; {finish}{read}")
+
+
+def partial_text(cache: "HiddenCache") -> str:
+    """Return which columns only some shards have, such as "aux.3 in 15 of 16 shards"."""
+    return ", ".join(f"{name} in {count} of {cache.shards} shards" for name, count in cache.partial.items())
+
+
+def check_held(cache: "HiddenCache", wanted: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Return the layers to read, ascending: those wanted, or all that the cache holds. Refuse what it lacks."""
+    held = list(cache.layers)
+    missing = [layer for layer in wanted or () if layer not in held]
+    if not missing and held:
+        return tuple(sorted(set(wanted or held)))
+    wanted = sorted({*held, *missing})
+    if not held:
+        finish = (
+            "import with the same command" if _imported(cache) else f"capture with {capture_command(cache, wanted)}"
+        )
+        raise UsageError(f"{cache.path} holds no layer that is whole; finish the {finish}")
+    raise UsageError(
+        f"{cache.path} holds layers {held}; this draft also reads {missing}: {how_to_add(cache, wanted)}, or leave "
+        "`draft.layers` out of the recipe to read what is there"
+    )
+
+
+def check_final(cache: "HiddenCache", why: str, remedy: str) -> None:
+    """Refuse a cache without the target's final states. `why` they are read, and what to set to do without them."""
+    if not cache.has_final:
+        add = how_to_add(cache, cache.layers, "needed")
+        raise UsageError(f"{cache.path} holds no final states, which {why} learns from; {add}, or set {remedy}")
+
+
+def how_to_add(cache: "HiddenCache", layers: Sequence[int], final: str | None = None) -> str:
+    """Return what adds the columns that a cache lacks: a capture, which goes on with its own samples, or other files to
+    import, as nothing can be captured into an imported cache."""
+    if _imported(cache):
+        return "it was imported, so import files that hold them too into another --out"
+    return f"add them with {capture_command(cache, layers, final)}"
+
+
+def _imported(cache: "HiddenCache") -> bool:
+    return cache.identity.get("capture", {}).get("engine") == "imported"
+
+
+def capture_command(cache: "HiddenCache", layers: Sequence[int] = (), final: str | None = None) -> str:
+    """Return the command that captures these layers of the cache's own samples, in backquotes; without any, its own."""
+    asked = _asked(cache)
+    options = asked.get("options", {})
+    stated = {
+        "--model": asked.get("model") or cache.identity.get("target", {}).get("name", "MODEL"),
+        "--corpus": asked.get("corpus"),
+        "--max-samples": options.get("max_samples"),
+        "--out": cache.path,
+        "--layers": ",".join(map(str, layers)) or options.get("layers"),
+        "--codec": None if layers else options.get("codec"),
+        "--final": final,
+    }
+    words = [str(word) for name, value in stated.items() if value not in (None, "") for word in (name, value)]
+    return f"`{shlex.join(['pipeline', 'cache-hidden', *words])}`"
+
+
+def _asked(cache: "HiddenCache") -> dict:
+    """What the capture's record says it was asked for, where there is one: the corpus has its path nowhere else."""
+    try:
+        return read_canonical(cache.path / LOG).get("request", {})
+    except CacheError:
+        return {}

@@ -1,0 +1,186 @@
+"""Checkpoints of a run: complete or not there, checked before use, pruned only after the next one is safe.
+
+    RUN/checkpoints/step-00000500/   after 500 optimiser steps
+        draft.safetensors            weights, named as published checkpoints name them
+        config.json                  DraftConfig
+        optimizer.safetensors        float32 state of the optimiser, absent when none was given
+        state.json                   step, what the caller adds, and the size and xxh3-128 of the other files; a record
+
+Only safetensors and JSON; nothing that runs when it is read. A folder appears by rename after every byte is synced,
+so a kill at any moment leaves the checkpoint before. A checkpoint is these files and no others, each lying in its
+folder; what another place is named in state.json, or led to by a link, is not followed.
+"""
+
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from pipeline.cache.atomic import need_room, room, sync_file, sync_folder, write_file
+from pipeline.cache.manifest import FILES, FileFact
+from pipeline.checksummed_json import as_record, damaged, read_record
+from pipeline.drafts import DRAFTS, Draft, DraftConfig
+from pipeline.errors import CacheError, UsageError
+from pipeline.published.names import draft_tensors
+from pipeline.published.weights import open_safetensors
+from pipeline.target.head import TargetHead
+from pipeline.tensors import save_tensors
+from pipeline.untrusted import parse_json, read_file
+
+FOLDER = "checkpoints"
+DRAFT, CONFIG, OPTIMIZER, STATE = "draft.safetensors", "config.json", "optimizer.safetensors", "state.json"
+NEEDED = {CONFIG, DRAFT}
+MOST_LAYERS = 1024
+MOST_JSON = 4 << 20  # bytes of config.json and of state.json, which have 1 KiB
+UNFINISHED = "tmp-"
+_NAME = re.compile(r"step-([0-9]{8,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint on disk. `state` is what state.json says."""
+
+    path: Path
+    step: int
+    state: dict
+
+
+def save(run: Path, step: int, draft: Draft, optimizer: dict[str, torch.Tensor], state: dict, keep: int) -> Path:
+    """Write the checkpoint of `step`, then remove all but the `keep` newest. Does nothing if it is there already.
+
+    `optimizer` maps names to tensors. Raises RoomError when the disk is full or read-only; the checkpoint before
+    stays as it was.
+    """
+    folder, path = run / FOLDER, checkpoint_folder(run, step)
+    if path.exists():
+        return path
+    weights = draft.state_dict()
+    need_room(run, "a checkpoint", sum(map(_size, [*weights.values(), *optimizer.values()])))
+    unfinished = folder / f"{UNFINISHED}{path.name}"
+    with room(folder, "a checkpoint"):
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process: the run is locked, so nobody writes here
+        unfinished.mkdir(parents=True)
+        try:
+            _write_files(unfinished, weights, draft.config, optimizer, {**state, "step": step})
+            os.rename(unfinished, path)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        sync_folder(folder)
+        for old in steps(run)[:-keep]:
+            shutil.rmtree(folder / f"step-{old:08d}")
+    return path
+
+
+def _write_files(folder: Path, weights: dict, config: DraftConfig, optimizer: dict, state: dict) -> None:
+    (folder / CONFIG).write_text(config.model_dump_json(indent=1) + "\n")
+    save_tensors(weights, folder / DRAFT)
+    if optimizer:
+        save_tensors(optimizer, folder / OPTIMIZER)
+    files = sorted(folder.iterdir())
+    for file in files:
+        sync_file(file)
+    facts = {file.name: FileFact.of_file(file).as_dict() for file in files}
+    write_file(folder / STATE, as_record(dict(sorted({**state, "files": facts}.items()))))
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    return run / FOLDER / f"step-{step:08d}"
+
+
+def steps(run: Path) -> list[int]:
+    """Return the steps that have a checkpoint, ascending."""
+    folder = run / FOLDER
+    names = (_NAME.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(int(name[1]) for name in names if name)
+
+
+def latest(run: Path) -> Checkpoint | None:
+    """Return the newest checkpoint of a run, every byte checked; None when it has none. CacheError when damaged."""
+    held = steps(run)
+    return open_checkpoint(checkpoint_folder(run, held[-1])) if held else None
+
+
+def open_checkpoint(path: Path, checked: Iterable[str] = (CONFIG, DRAFT, OPTIMIZER)) -> Checkpoint:
+    """Read state.json, and check the files it names: all by size, those of `checked` byte by byte.
+
+    Raises CacheError naming the one that is damaged or is not where a checkpoint has it.
+    """
+    remedy = f"remove {path} to go on from the checkpoint before"
+    state = read_record(path / STATE, {"step": int, "files": FILES}, remedy, MOST_JSON)
+    step, facts = state["step"], state["files"]
+    if not NEEDED <= facts.keys() <= {*NEEDED, OPTIMIZER}:
+        named = ", ".join(sorted(facts)) or "no files"
+        raise CacheError(f"{path / STATE}: it names {named} and a checkpoint has {CONFIG} and {DRAFT}; {remedy}")
+    if path.name.startswith("step-") and path.name != f"step-{step:08d}":
+        raise CacheError(f"{path / STATE}: damaged, it is of step {step}; {remedy}")
+    for name, fact in facts.items():
+        _check_file(path / name, fact, name in checked, remedy)
+    return Checkpoint(path, step, state)
+
+
+def _check_file(path: Path, fact: dict, every_byte: bool, remedy: str) -> None:
+    """Refuse a file that is not what state.json says. Its size is looked at before it is opened."""
+    try:
+        found = os.lstat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise CacheError(f"{path}: a link or no file, and a checkpoint holds its own files; {remedy}")
+        same = found.st_size == fact["size"] and (not every_byte or FileFact.of_file(path).as_dict() == fact)
+    except OSError as error:
+        raise damaged(path, error, remedy) from None
+    if not same:
+        raise CacheError(f"{path}: damaged, it is not what {STATE} says; {remedy}")
+
+
+def find_checkpoint(place: Path) -> Path:
+    """Return the checkpoint's folder that `place` names: itself, or the newest one of a run. UsageError for neither."""
+    if (place / DRAFT).is_file() and (place / CONFIG).is_file():
+        return place
+    held = steps(place)
+    if not held:
+        raise UsageError(
+            f"{place} is no run with a checkpoint and no checkpoint; train one with `pipeline train-draft`"
+        )
+    return checkpoint_folder(place, held[-1])
+
+
+def load_config(place: Path) -> DraftConfig:
+    """Return the DraftConfig of a run's newest checkpoint, or of the checkpoint `place`. CacheError for damage."""
+    path = find_checkpoint(Path(place))
+    open_checkpoint(path, (CONFIG,))
+    return _config(path)
+
+
+def _config(path: Path) -> DraftConfig:
+    file, remedy = path / CONFIG, "use another checkpoint"
+    try:
+        fields = parse_json(read_file(file, MOST_JSON))
+        if fields["num_hidden_layers"] > MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers is {fields['num_hidden_layers']}")
+        return DraftConfig(**fields)
+    except (OSError, ValueError, TypeError, KeyError, UsageError) as error:
+        raise damaged(file, error, remedy) from None
+
+
+def load_draft(place: Path, head: TargetHead, device: str | torch.device = "cpu") -> Draft:
+    """Return the draft of a run's newest checkpoint, or of the checkpoint `place`, in float32 and evaluation mode.
+
+    Every byte of it is checked. Raises UsageError when there is none, CacheError when it is damaged.
+    """
+    path = find_checkpoint(Path(place))
+    open_checkpoint(path, (CONFIG, DRAFT))
+    config = _config(path)
+    if open_safetensors([path / DRAFT]).shapes != draft_tensors(config):  # before anything of that size is made
+        raise CacheError(f"{path / DRAFT}: not the weights of the draft in its {CONFIG}; use another checkpoint")
+    draft = DRAFTS[config.method](config, head).to(device)
+    draft.load_state_dict(load_file(path / DRAFT, device=str(device)))
+    return draft.eval()

@@ -1,0 +1,367 @@
+"""The target as files: where they are, whether they are whole, and what they digest to. Imports no torch.
+
+A target's digest says which weights made a cache. Reading 16 GB for it would take minutes, so it covers what tells
+targets apart: the config, and of each safetensors file the header, the size, the first and the last MiB.
+"""
+
+import hashlib
+import json
+import re
+from datetime import date
+from pathlib import Path
+
+from pipeline.errors import UsageError
+from pipeline.os_errors import refuse_limit
+
+MIB = 1 << 20
+CONFIG = "config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"
+TEMPLATE_DATE = "2024-07-26"  # what a template's clock shows unless told; the day of Llama's that have no clock
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+PLAIN_WEIGHTS = re.compile(r"[\w.\-][\w.\- ]*\.safetensors")  # no path: it may lead to files that nobody digests
+ADAPTER = "adapter_config.json"
+OTHER_TOKENIZERS = "fast_tokenizer_files"
+ELSEWHERE = ("configuration_files", "transformers_weights")  # keys by which a config has other files read than its own
+KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    CHAT_TEMPLATE,
+)
+SIZES = ("num_hidden_layers", "hidden_size", "vocab_size")  # what a capture reads of a config
+# What training reads besides; a config may leave any of them to the defaults of its class, as Gemma 3's do.
+MORE_SIZES = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "attention_bias",
+    "initializer_range",
+)
+HUB_FILES = [CONFIG, "generation_config.json", "model*.safetensors", WEIGHTS_INDEX, *TOKENIZER_FILES]
+HUB_FILES += ["chat_template.json", f"{MORE_TEMPLATES}/*.jinja"]
+
+
+def find_target(model: str, revision: str | None = None) -> Path:
+    """Return the folder of a target's files: the one named, or the hub's snapshot, fetched when it is not here yet.
+
+    Raises UsageError when there is no such folder, no config in it, or no such model on a hub in reach.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / CONFIG).is_file():
+            raise UsageError(f"{model} is a folder without {CONFIG}; name the folder that a model was saved to")
+        return folder
+    if folder.exists():
+        raise UsageError(f"{model} is a file; name the folder that holds {CONFIG}")
+    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise UsageError(f"{model}: no such folder; name a folder that holds {CONFIG}, or a hub model like org/name")
+    return _snapshot(model, revision)
+
+
+def _snapshot(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    try:
+        found = Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES))
+    except (OSError, HFValidationError) as error:  # every error of the hub's client, offline ones too, is an OSError
+        cause = str(error).strip().split("\n")[0][:160]
+        raise UsageError(
+            f"{model}: no such folder here, and the hub gave no such model ({cause}); check the name, "
+            "the network and the access to gated models, or name a folder"
+        ) from error
+    if not (found / CONFIG).is_file():
+        raise UsageError(f"{model}: the hub holds no {CONFIG} for it; name a transformers model")
+    return found
+
+
+def target_name(model: str) -> str:
+    """Return what a cache calls its target: the hub's name, or a folder's own (a cache holds no paths)."""
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() else model
+
+
+def read_json(path: Path) -> dict:
+    """Return the object a JSON file of the target holds; UsageError when it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        refuse_limit(path, error)
+        raise UsageError(f"{path} cannot be read ({error}); fetch the target's files again") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds no JSON object; fetch the target's files again")
+    return content
+
+
+def text_config(folder: Path) -> dict:
+    """Return the part of config.json that describes the decoder, which multi-modal targets nest.
+
+    Sizes that it leaves out or calls otherwise are those of its class, for which transformers is imported. UsageError
+    when it is not a decoder's.
+    """
+    config = read_json(folder / CONFIG)
+    if config.get("is_encoder_decoder"):
+        raise UsageError(f"{folder / CONFIG} is an encoder-decoder's; a target is a decoder alone, name another model")
+    nested = config.get("text_config")
+    text = nested if isinstance(nested, dict) else config
+    if not all(isinstance(text.get(key), int) for key in SIZES):
+        text = {**_sizes_by_class(folder), **text}
+    for key in SIZES:
+        if not isinstance(text.get(key), int):
+            raise UsageError(f"{folder / CONFIG} names no {key}; this is no decoder of the transformers library")
+    return text
+
+
+def positions(text: dict) -> tuple[int | None, str]:
+    """Return how many positions a decoder's config gives it, None where it does not say, and why, where that is odd."""
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    short = rope.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
+    if short and rope.get("rope_type", rope.get("type")) in ("longrope", "su"):
+        return short, ", beyond which its rotary scaling follows the longest sample of a batch"
+    most = text.get("max_position_embeddings")
+    return (most if isinstance(most, int) else None), ""
+
+
+def _sizes_by_class(folder: Path) -> dict:
+    from transformers import AutoConfig
+
+    try:
+        return _sizes(
+            AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # no model that transformers knows
+
+
+def _sizes(config: object) -> dict:
+    """Return the sizes that a transformers config has, whatever it calls them, as far as they are of a plain kind."""
+    found = {key: getattr(config, key, None) for key in (*SIZES, *MORE_SIZES)}
+    return {key: value for key, value in found.items() if isinstance(value, int | float | dict)}
+
+
+def complete_config(folder: Path, config: object) -> bytes:
+    """Return config.json with every size in it that training reads, taken from the loaded target's `config`.
+
+    As it stands where it lacks none. The decoder's part is nested under `text_config`, where it is a part.
+    """
+    stated, text = read_json(folder / CONFIG), config.get_text_config()
+    part = stated if text is config else stated.get("text_config") or {}
+    lacking = {key: value for key, value in _sizes(text).items() if part.get(key) is None}
+    if not lacking:
+        return (folder / CONFIG).read_bytes()
+    part = {**part, **lacking}
+    return (json.dumps(part if text is config else {**stated, "text_config": part}, indent=2) + "\n").encode()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that transformers loads from this folder, in order of name.
+
+    So what is digested is what is loaded. UsageError where a file is absent, and where which ones are loaded depends
+    on more than their names: two sets of weights, an index that leads out of the folder, an adapter beside them.
+    """
+    check_config(folder)
+    if (folder / ADAPTER).exists():
+        raise UsageError(
+            f"{folder} holds an adapter beside the weights ({ADAPTER}), and only some loaders add it to them; merge it "
+            "into the weights (`merge_and_unload` of PEFT) and save those, or move the adapter away"
+        )
+    single, index = folder / WEIGHTS, folder / WEIGHTS_INDEX
+    names = _indexed(index) if index.is_file() else [WEIGHTS]
+    if single.is_file() and names != [WEIGHTS]:
+        raise UsageError(
+            f"{folder} holds two sets of weights, {WEIGHTS} and what {WEIGHTS_INDEX} names; move away the one that is "
+            "not the target's"
+        )
+    files = [folder / name for name in names]
+    absent = [path.name for path in files if not path.is_file()]
+    if absent or not files:
+        raise UsageError(
+            f"{folder} lacks {', '.join(absent) or 'weights'}; only safetensors weights are read, "
+            "fetch them or save the model with `save_pretrained`"
+        )
+    return files
+
+
+def check_config(folder: Path) -> None:
+    """Refuse a config that has other files read, or code from a hub run, than what lies beside it. UsageError."""
+    config = read_json(folder / CONFIG)
+    for key in ELSEWHERE:
+        if config.get(key) is not None:
+            raise UsageError(
+                f"{folder / CONFIG} sends readers to other files ({key}); save the model with `save_pretrained`"
+            )
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in KERNELS:
+            if "/" in str(part.get(key)):
+                raise UsageError(
+                    f"{folder / CONFIG} names code on a hub ({key} = {str(part[key])[:80]!r}), and code that comes "
+                    "with a model is never run; take the key out"
+                )
+
+
+def is_quantised(folder: Path) -> bool:
+    """Whether the target's config says that its weights are quantised."""
+    config = read_json(folder / CONFIG)
+    parts = (config, *(value for value in config.values() if isinstance(value, dict)))
+    return any(part.get("quantization_config") for part in parts)
+
+
+def _indexed(index: Path) -> list[str]:
+    """Return the names of the files in an index, sorted. UsageError where one is no safetensors file of its folder."""
+    found = read_json(index).get("weight_map")
+    names = [*found.values()] if isinstance(found, dict) else [None]
+    odd = [name for name in names if not (isinstance(name, str) and PLAIN_WEIGHTS.fullmatch(name))]
+    if odd:
+        raise UsageError(
+            f"{index} names {str(odd[0])[:80]!r}, wanted safetensors files beside it; fetch the target's files again"
+        )
+    return sorted(set(names))
+
+
+def safetensors_header(path: Path) -> bytes:
+    """Return a safetensors file's header. UsageError when the file is cut short or none."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if length <= size - 8 else b""
+    try:
+        tensors = json.loads(header)
+        ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is damaged or no safetensors file; fetch it again") from error
+    wanted = 8 + length + max(ends, default=0)
+    if wanted != size:
+        raise UsageError(f"{path} is damaged: {size} bytes where its header promises {wanted}; fetch it again")
+    return header
+
+
+def weight_shapes(path: Path) -> list[list[int]]:
+    """Return the shapes of a safetensors file's tensors."""
+    tensors = json.loads(safetensors_header(path))
+    return [entry["shape"] for name, entry in tensors.items() if name != "__metadata__"]
+
+
+def target_digest(folder: Path) -> str:
+    """Return the target's digest: config, and of each weight file header, size, first and last MiB. 32 hex digits."""
+    digest = hashlib.blake2b((folder / CONFIG).read_bytes(), digest_size=16)
+    for path in weight_files(folder):
+        size = path.stat().st_size
+        digest.update(f"\n{path.name} {size}\n".encode())
+        digest.update(safetensors_header(path))
+        with path.open("rb") as file:
+            digest.update(file.read(MIB))
+            file.seek(max(0, size - MIB))
+            digest.update(file.read(MIB))
+    return digest.hexdigest()
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return the tokenizer's files; UsageError when the target has none."""
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for path in files):
+        raise UsageError(f"{folder} holds no tokenizer; save the target's tokenizer beside its weights")
+    stated = folder / "tokenizer_config.json"
+    if stated.is_file() and read_json(stated).get(OTHER_TOKENIZERS) is not None:
+        raise UsageError(f"{stated} sends readers to other files ({OTHER_TOKENIZERS}); save it with `save_pretrained`")
+    return files
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """Return the digest of every tokenizer file but the chat template, 32 hex digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in tokenizer_files(folder):
+        if path.name != CHAT_TEMPLATE:
+            content = path.read_bytes()
+            digest.update(f"\n{path.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def template_digest(folder: Path) -> str:
+    """Return the digest of the chat templates, 32 hex digits. UsageError when the tokenizer has none."""
+    texts = chat_templates(folder)
+    digest = hashlib.blake2b(texts.pop("default").encode(), digest_size=16)
+    for name, text in sorted(texts.items()):
+        digest.update(f"\n{name} {len(text)}\n{text}".encode())
+    return digest.hexdigest()
+
+
+def chat_templates(folder: Path) -> dict[str, str]:
+    """Return a target's chat templates by name, `default` and what stands beside it (`tool_use`).
+
+    Of several places the first that names one counts, as in transformers: chat_template.jinja and the folder
+    additional_chat_templates, the tokenizer's config, and last chat_template.json, which a processor keeps. UsageError
+    when there is no default.
+    """
+    found = {}
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if (folder / name).is_file():
+            found = {**_named_templates(read_json(folder / name).get("chat_template")), **found}
+    files = {path.stem: path for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
+    if (folder / CHAT_TEMPLATE).is_file():
+        files["default"] = folder / CHAT_TEMPLATE
+    found |= {name: _template_text(path) for name, path in files.items()}
+    if not found.get("default"):
+        raise UsageError(
+            f"{folder} has no chat template, so conversations cannot be rendered as the target knows them; "
+            f"add a {CHAT_TEMPLATE} beside its tokenizer"
+        )
+    return {name: text for name, text in found.items() if name in ("default", "tool_use")}
+
+
+def _named_templates(stated: object) -> dict[str, str]:
+    """Return the templates that a config states: one text, or a list of names and texts."""
+    if isinstance(stated, str):
+        return {"default": stated}
+    entries = [entry for entry in stated if isinstance(entry, dict)] if isinstance(stated, list) else []
+    pairs = [(entry.get("name"), entry.get("template")) for entry in entries]
+    return {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
+
+
+def _template_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); fetch the target's files again") from error
+
+
+def stop_ids(folder: Path) -> list[int]:
+    """Return the tokens at which generation_config.json says that the target stops, none where it does not say."""
+    path = folder / "generation_config.json"
+    stated = read_json(path).get("eos_token_id") if path.is_file() else None
+    return [token for token in (stated if isinstance(stated, list) else [stated]) if type(token) is int]
+
+
+def template_arguments(kwargs: str | None, day: str | None) -> dict:
+    """Return the chat template's arguments and date of a run as an identity states them.
+
+    UsageError for arguments that are no JSON object, or that every row states itself, and for a day that is none.
+    """
+    example = '{"enable_thinking": false}'
+    try:
+        date.fromisoformat(day or TEMPLATE_DATE)
+    except ValueError as error:
+        raise UsageError(f"--template-date {day}: no day; write it as {TEMPLATE_DATE}") from error
+    try:
+        found = json.loads(kwargs) if kwargs else {}
+    except RecursionError as error:
+        raise UsageError(f"--template-kwargs is nested too deeply; write such as '{example}'") from error
+    except ValueError as error:
+        raise UsageError(f"--template-kwargs {kwargs}: no JSON ({error}); write such as '{example}'") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"--template-kwargs {kwargs}: wanted a JSON object, such as '{example}'")
+    own = sorted({"messages", "tools", "documents", "add_generation_prompt"} & found.keys())
+    if own:
+        raise UsageError(f"--template-kwargs states {', '.join(own)}, which every row states itself; leave it out")
+    return {"template_kwargs": found, "template_date": day or TEMPLATE_DATE}

@@ -1,0 +1,109 @@
+"""The target's frozen embedding and LM head: all that training ever sees of the target's weights.
+
+D hidden size   V vocabulary, the head's padding rows included
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pipeline.errors import CacheError
+from pipeline.os_errors import refuse_limit
+from pipeline.tensors import save_tensors
+from pipeline.untrusted import parse_json
+
+EMBEDDING, HEAD, FACTS = "embed_tokens.weight", "lm_head.weight", "target_head"
+
+
+@dataclass(frozen=True)
+class TargetHead:
+    """Embedding and head of the target; neither has a gradient. Not a module: no draft's state_dict holds them.
+
+    embed_VD, head_VD: one and the same tensor when `tied`. `embed_scale` multiplies what is looked up (Gemma),
+    `logit_softcap` c makes logits c * tanh(logits / c).
+    """
+
+    embed_VD: Tensor
+    head_VD: Tensor
+    embed_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    def __post_init__(self):
+        assert self.embed_VD.ndim == 2 and self.embed_VD.shape == self.head_VD.shape, (
+            f"embedding {tuple(self.embed_VD.shape)} and head {tuple(self.head_VD.shape)}"
+        )
+        assert not self.embed_VD.requires_grad and not self.head_VD.requires_grad, "the target's weights are frozen"
+
+    @property
+    def tied(self) -> bool:
+        return self.head_VD is self.embed_VD
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head_VD.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.head_VD.shape[1]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings [..., D] of ids [...], scaled as the target scales them (the factor in the weights' own dtype)."""
+        found = F.embedding(ids, self.embed_VD)
+        if self.embed_scale == 1.0:
+            return found
+        return found * torch.tensor(self.embed_scale, dtype=found.dtype, device=found.device)
+
+    def raw_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] before the soft cap, in the head's dtype. The cap is monotonic, so their argmax is final."""
+        return F.linear(hidden.to(self.head_VD.dtype), self.head_VD)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of states [..., D] after the target's last norm; float32 at least, soft cap included."""
+        raw = self.raw_logits(hidden)
+        return self.cap(raw.to(torch.promote_types(raw.dtype, torch.float32)))
+
+    def cap(self, logits: Tensor) -> Tensor:
+        """Apply the soft cap, where the target has one."""
+        if self.logit_softcap is None:
+            return logits
+        return self.logit_softcap * torch.tanh(logits / self.logit_softcap)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "TargetHead":
+        """The same head elsewhere or in another dtype; it stays tied if it was."""
+        embed_VD = self.embed_VD.to(device=device, dtype=dtype)
+        head_VD = embed_VD if self.tied else self.head_VD.to(device=device, dtype=dtype)
+        return replace(self, embed_VD=embed_VD, head_VD=head_VD)
+
+    def save(self, path: Path) -> None:
+        """Write as safetensors: the same bytes for the same head. Not atomic: the caller renames."""
+        tensors = {EMBEDDING: self.embed_VD}
+        if not self.tied:
+            tensors[HEAD] = self.head_VD
+        facts = {"embed_scale": self.embed_scale, "logit_softcap": self.logit_softcap, "tied": self.tied}
+        # One key: safetensors writes several in the order of a randomly seeded map.
+        save_tensors(tensors, path, metadata={FACTS: json.dumps(facts, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> "TargetHead":
+        """Read what `save` wrote; dtype None keeps the stored one. CacheError when the file is not such a head."""
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                facts = parse_json((file.metadata() or {})[FACTS])
+                scale, cap = float(facts["embed_scale"]), facts["logit_softcap"]
+                embed_VD = file.get_tensor(EMBEDDING)
+                head_VD = embed_VD if facts["tied"] else file.get_tensor(HEAD)
+                if embed_VD.ndim != 2 or embed_VD.shape != head_VD.shape or not embed_VD.is_floating_point():
+                    raise ValueError(f"embedding {tuple(embed_VD.shape)} and head {tuple(head_VD.shape)}")
+                head = cls(embed_VD, head_VD, scale, None if cap is None else float(cap))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+            refuse_limit(path, error)
+            raise CacheError(
+                f"{path} is not a target's embedding and head ({type(error).__name__}: {error}); "
+                "run `pipeline verify` on its cache, and capture again what it names"
+            ) from error
+        return head.to(dtype=dtype)

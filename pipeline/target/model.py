@@ -1,0 +1,230 @@
+"""The live target: a Hugging Face decoder, found, loaded and read by the convention of `pipeline/target/layers.py`.
+
+Used by `cache-hidden` and `evaluate` only; `train-draft` has no way here. Any causal LM with one list of decoder layers
+will do, and the text part of a model that also sees: layers, norm and head are found by what they are, not by the
+model's name. `trust_remote_code` is never on.
+
+    B samples   T positions   D hidden size   V vocabulary
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from pipeline.errors import RoomError, UsageError
+from pipeline.os_errors import refuse_limit
+from pipeline.runs.cache_requirements import logit_scale
+from pipeline.target.config import load_config, loader_of
+from pipeline.target.files import check_config, find_target, weight_files, weight_shapes
+from pipeline.target.head import TargetHead
+from pipeline.target.quantised import check_quantised, missing_package, quantised_by
+from pipeline.tensors import find_device
+
+
+def load_target(
+    model: str, *, device: str = "cpu", dtype: str | torch.dtype | None = None, revision: str | None = None
+) -> PreTrainedModel:
+    """Load the target in eval mode, frozen. dtype None: float32 on a CPU, else the type its config names.
+
+    Raises UsageError when there is no such model, it is of no kind that can be a target, or its files are damaged or
+    incomplete, RoomError when the device is too small for it.
+    """
+    folder = find_target(model, revision)
+    check_config(folder)
+    config = load_config(folder, model)
+    loader = getattr(transformers, loader_of(config, model))
+    check_quantised(folder, config)
+    weight_files(folder)  # refuses what would be loaded otherwise than it is digested
+    _check_size(folder, loader, config)
+    device = find_device(device)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else "auto"
+    elif isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    transformers_logging.disable_progress_bar()
+    method = quantised_by(config)
+    place = {"device_map": {"": device}} if method and device.type != "cpu" else {}  # some cannot be moved afterwards
+    try:
+        target, report = loader.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=False, **place
+        )
+        target = target if place else target.to(device)
+    except ImportError as error:
+        if method is None:
+            raise
+        raise missing_package(model, method, error) from error
+    except torch.OutOfMemoryError as error:
+        raise RoomError(f"{model} does not fit on {device} ({_line(error)}); use a larger device") from error
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        refuse_limit(model, error)
+        remedy = "fetch its files again" if method is None else f"it is quantised ({method}): use a GPU that can, or "
+        remedy += "" if method is None else "name the model as it was before"
+        raise UsageError(f"{model} cannot be loaded ({_line(error)}); {remedy}") from error
+    absent = sorted({*report["missing_keys"], *(str(entry[0]) for entry in report.get("mismatched_keys", ()))})
+    if absent:
+        raise UsageError(
+            f"{model}: {len(absent)} weights are missing or of another shape, {absent[0]} for one; "
+            "fetch its files again"
+        )
+    return target.eval().requires_grad_(False)
+
+
+def _check_size(folder: Path, loader: type, config: PreTrainedConfig) -> None:
+    """UsageError when config.json describes a much larger model than its files hold, before memory is taken for it.
+
+    A config that leaves its sizes out has those of its class, often of a model of billions of parameters, and weights
+    that no file holds would be made up. Packed weights are counted otherwise, so quantised models are not.
+    """
+    if getattr(config, "quantization_config", None):
+        return
+    with torch.device("meta"):
+        described = sum(weight.numel() for weight in loader.from_config(config, trust_remote_code=False).parameters())
+    held = sum(math.prod(shape) for path in weight_files(folder) for shape in weight_shapes(path))
+    if described > 2 * held:
+        raise UsageError(
+            f"{folder}: config.json describes a model of {described:,} parameters, its files hold {held:,}; "
+            "fetch its files again"
+        )
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+
+
+def _decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    """Return the module that runs the decoder layers, and their list, first to last.
+
+    `get_decoder` of some models gives the module around it. UsageError when there is no one such list.
+    """
+    depth, outer = model.config.get_text_config().num_hidden_layers, model.get_decoder()
+    for modules in ([outer], list(outer.children())):
+        found = [
+            (module, child)
+            for module in modules
+            for child in module.children()
+            if isinstance(child, nn.ModuleList) and len(child) == depth
+        ]
+        if found:
+            break
+    if len(found) != 1:
+        raise UsageError(
+            f"{type(model).__name__} is no plain decoder: {len(found)} lists of {depth} layers in it, wanted one; "
+            "this target needs an engine of its own"
+        )
+    return found[0]
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the target's decoder layers, first to last. UsageError when there is no one such list."""
+    return _decoder(model)[1]
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module | None:
+    """Return the norm between the last layer and the LM head, or None where it does not show by its name."""
+    norms = [child for child in _decoder(model)[0].children() if "norm" in type(child).__name__.lower()]
+    return norms[-1] if norms else None
+
+
+@contextmanager
+def tap_layers(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+    """Yield a dict that every forward inside fills with {layer: raw residual [B, T, D]}, for the wanted layers only.
+
+    What it holds is the model's own memory: copy what has to outlive the forward, and clear it. A forward raises
+    UsageError where a layer gives no such state.
+    """
+    taken: dict[int, Tensor] = {}
+    modules = decoder_layers(model)
+    handles = [_tap(modules, layer, taken) for layer in layers]
+    try:
+        yield taken
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tap(modules: nn.ModuleList, layer: int, taken: dict[int, Tensor]):
+    def before(module, args, kwargs):
+        taken[layer] = _residual(module, args[0] if args else kwargs["hidden_states"])
+
+    def after(module, args, output):
+        taken[layer] = _residual(module, output[0] if isinstance(output, tuple) else output)
+
+    if layer == -1:
+        return modules[0].register_forward_pre_hook(before, with_kwargs=True)
+    return modules[layer].register_forward_hook(after)
+
+
+def _residual(module: nn.Module, state: Tensor) -> Tensor:
+    if state.ndim == 3:
+        return state
+    raise UsageError(
+        f"{type(module).__name__} passes on states of shape {list(state.shape)}, not one residual stream of samples, "
+        "positions and width; no draft here reads several streams, so this target cannot be captured"
+    )
+
+
+def run_decoder(model: PreTrainedModel, input_ids: Tensor, **kw):
+    """Run the target without its LM head; `last_hidden_state` [B, T, D] is after the last norm.
+
+    `kw` goes to the decoder as it is (attention_mask, position_ids, past_key_values, ...); no kv is kept unless asked.
+    """
+    kw.setdefault("use_cache", kw.get("past_key_values") is not None)
+    return _decoder(model)[0](input_ids=input_ids, **kw)
+
+
+def lm_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Return the target's own logits [..., V] in fp32 for post-norm states [..., D]: head, scale and soft-cap."""
+    logits = model.get_output_embeddings()(hidden).float() * logit_scale(model.config.get_text_config().to_dict())
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def stop_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """Return the tokens that end a reply, as the target's own configs name them; a model that also sees has several."""
+    found = (
+        model.config.get_text_config().eos_token_id,
+        getattr(model.config, "eos_token_id", None),
+        getattr(model.generation_config, "eos_token_id", None),
+    )
+    return frozenset(stop for stops in found for stop in ([stops] if type(stops) is int else stops or ()))
+
+
+def head_of(model: PreTrainedModel) -> TargetHead:
+    """Return the target's frozen embedding and LM head with embedding scale and soft-cap; a logit scale is folded in.
+
+    UsageError for a head that is not one matrix. The probe checks by value that nothing else stands between.
+    """
+    config = model.config.get_text_config()
+    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        raise UsageError(f"{type(model).__name__}: its LM head is not one matrix without a bias; no draft can share it")
+    for what, module in (("embedding", embed), ("LM head", head)):
+        kind = getattr(getattr(module, "weight", None), "dtype", None)
+        if kind not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise UsageError(f"{type(model).__name__}: its {what} is quantised ({kind}); no draft can share it")
+    scale = logit_scale(model.config.get_text_config().to_dict())
+    embed_VD = embed.weight.detach()
+    head_VD = embed_VD if head.weight.data_ptr() == embed_VD.data_ptr() else head.weight.detach()
+    if scale != 1.0:
+        head_VD = (head_VD.float() * scale).to(head_VD.dtype)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return TargetHead(embed_VD, head_VD, embed_scale=_embed_scale(model), logit_softcap=softcap)
+
+
+def _embed_scale(model: PreTrainedModel) -> float:
+    """What the embedding is multiplied by before layer 0: Gemma has it in the module, rounded; others in the config."""
+    embed = model.get_input_embeddings()
+    scale = getattr(embed, "embed_scale", None)
+    if scale is not None:
+        return float(torch.as_tensor(scale).to(embed.weight.dtype))
+    config = model.config.get_text_config()
+    named = (getattr(config, name, None) for name in ("embedding_multiplier", "scale_emb"))
+    return float(next((value for value in named if value is not None), 1.0))

@@ -1,0 +1,84 @@
+"""Every byte of the target's weights, against those that a cache was captured with. Imports no torch.
+
+The digest in a cache's identity tells targets apart, but leaves the middle of the files out. `target/weights.json`
+keeps each file's size and xxh3-128; whoever computes anything for a cache compares them first. That costs little:
+loading reads the same bytes a moment later, then from the page cache.
+"""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+from pipeline.cache.manifest import FILES, FileFact, has_form
+from pipeline.cache.target_folder import WEIGHTS, has_target, target_file, target_json, target_manifest
+from pipeline.errors import CacheError, UsageError
+from pipeline.os_errors import refuse_limit
+from pipeline.target.files import CONFIG, weight_files
+
+READERS = 4  # files digested at once; a large target has several
+
+
+def weight_facts(folder: Path) -> dict[str, dict]:
+    """Read every byte of the target's weights; return size and xxh3-128 of each file, by name.
+
+    UsageError where a file cannot be read, or `weight_files` refuses the folder.
+    """
+    files = weight_files(folder)
+    try:
+        looks = [(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
+        with ThreadPoolExecutor(min(READERS, len(files))) as pool:
+            facts = list(pool.map(_fact, files, looks))
+    except (CacheError, OSError) as error:  # a file of the target, not of a cache
+        refuse_limit(folder, error)
+        raise UsageError(f"{str(error).split('; ', 1)[0]}; fetch the target's files again") from error
+    return {path.name: fact.as_dict() for path, fact in zip(files, facts, strict=True)}
+
+
+@lru_cache(maxsize=1024)
+def _fact(path: Path, look: tuple) -> FileFact:
+    """Read a file, but one that looks as it did a moment ago only once a process."""
+    return FileFact.of_file(path)
+
+
+def weights_digest(folder: Path) -> str:
+    """Return a digest of the target's config and of every byte of its weights, 32 hex digits."""
+    facts = json.dumps(weight_facts(folder), sort_keys=True).encode()
+    return hashlib.blake2b((folder / CONFIG).read_bytes() + facts, digest_size=16).hexdigest()
+
+
+def check_weights(out: Path, folder: Path) -> None:
+    """Read every byte of the target's weights. UsageError when they are not those that the cache was captured with."""
+    held = target_json(out, WEIGHTS)
+    if not has_form(held, FILES):
+        raise CacheError(f"{out}: {WEIGHTS} of its target lists no files; run `pipeline verify`")
+    found = weight_facts(folder)
+    for name in sorted({*held, *found}):
+        if held.get(name) != found.get(name):
+            raise UsageError(
+                f"{folder / name} is not the file that {out} was captured with ({_difference(held, found, name)}); "
+                "fetch the target again, or pass another --out for a cache of this one"
+            )
+
+
+def check_weights_if_kept(out: Path, folder: Path) -> None:
+    """Do so where the cache keeps the digests of its target's files already; a first capture has none to compare."""
+    try:
+        kept = WEIGHTS in target_manifest(out)["files"] and target_file(out, WEIGHTS).is_file()
+    except CacheError:
+        if has_target(out):
+            raise
+        return  # `target/` is lost, at least in part, and will be stored again
+    if kept:
+        check_weights(out, folder)
+
+
+def _difference(held: dict, found: dict, name: str) -> str:
+    there, here = held.get(name), found.get(name)
+    if there is None or here is None:
+        return "the cache knows no such file" if there is None else "it is not among the target's weights"
+    if there["size"] != here["size"]:
+        return f"{here['size']} bytes where the cache's had {there['size']}"
+    return f"xxh3 {here['xxh3']} where the cache's had {there['xxh3']}"

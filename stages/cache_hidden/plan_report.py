@@ -1,0 +1,310 @@
+"""What a plan says before anything runs: samples, tokens, what was left out and why, bytes, and room for them."""
+
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.cache.atomic import free_bytes, size_text
+from pipeline.cache.codecs import CODECS, LOSSY, stored_bytes
+from pipeline.cache.columns import ColumnSpec, committed
+from pipeline.cache.layout import layer_of
+from pipeline.cache.plan import Plan
+from pipeline.cache.samples import ShardPlan, numbers
+from pipeline.errors import UsageError
+from pipeline.target.files import read_json, text_config
+from stages.cache_hidden.options import CaptureOptions
+from stages.cache_hidden.settings import Settings
+
+SHOWN_CHARACTERS = 240  # of each stretch of a sample that a plan shows
+Work = list[tuple[ShardPlan, list[ColumnSpec]]]
+Lost = Mapping[tuple[int, str], dict | None]  # (shard, column) -> the manifest it had, if that is known
+
+
+def missing(out: Path, plan: Plan, columns: tuple[ColumnSpec, ...]) -> Work:
+    """Return the shards with columns still to be captured, and which. UsageError where one holds other rows."""
+    work = []
+    for shard in plan.shards:
+        absent = []
+        for spec in columns:
+            manifest = committed(out, shard.number, spec.name)
+            if manifest is None:
+                absent.append(spec)
+            elif manifest["spec"]["keeps"] != spec.keeps:
+                raise UsageError(
+                    f"{out} holds {spec.name} on {manifest['spec']['keeps']} rows, this command asks for {spec.keeps}; "
+                    f"pass --final {manifest['spec']['keeps']}, or another --out"
+                )
+            elif manifest["spec"]["codec"] != spec.codec:
+                raise UsageError(other_codec(out, spec, manifest["spec"]["codec"]))
+        if absent:
+            work.append((shard, absent))
+    return work
+
+
+def other_codec(out: Path, spec: ColumnSpec, held: str) -> str:
+    """Return what to say where a column, or a part of it, is in another codec: one column has one."""
+    remedy = f"`pipeline recode {out} --codec {spec.name}={spec.codec}` makes it so without the target"
+    if held in LOSSY:
+        remedy = f"what {held} has rounded stays so: leave --codec out, or pass another --out"
+    return f"{out} holds {spec.name} in {held}, and {spec.codec} is asked for or in other shards; {remedy}"
+
+
+def column_bytes(shard: ShardPlan, spec: ColumnSpec) -> int:
+    """Bytes that a shard's column is expected to take, in its codec."""
+    rows = shard.rows if spec.keeps == "all" else shard.final_count
+    return stored_bytes(rows, spec.width, spec.dtype, spec.codec)
+
+
+def work_bytes(work: Work) -> int:
+    """Bytes expected still to be written."""
+    return sum(column_bytes(shard, spec) for shard, columns in work for spec in columns)
+
+
+def prices(plan: Plan, columns: tuple[ColumnSpec, ...]) -> dict[str, dict[str, int]]:
+    """Return what the columns would take in every codec there is: codec -> column, or `in all`, -> bytes."""
+    found = {}
+    for codec in CODECS:
+        encoded = [replace(spec, codec=codec) for spec in columns]
+        found[codec] = {spec.name: sum(column_bytes(shard, spec) for shard in plan.shards) for spec in encoded}
+        found[codec]["in all"] = sum(found[codec].values())
+    return found
+
+
+def budget_steps(plan: Plan) -> list[str]:
+    """Return what was decided to keep to a budget, in words; nothing where the plan was made without one."""
+    return [step for manifest in plan.manifests for step in manifest["notes"].get("budget", {}).get("steps", [])]
+
+
+def plan_report(out: Path, plan: Plan, settings: Settings) -> dict:
+    """Return everything `pipeline plan` prints, as JSON has it. Sizes in bytes, lengths in tokens.
+
+    `time` is None, not known; `budget` is what was decided to keep to one, step by step.
+    """
+    notes, work = plan.notes, missing(out, plan, settings.columns)
+    sizes = {spec.name: sum(column_bytes(shard, spec) for shard in plan.shards) for spec in settings.columns}
+    sizes["target"] = head_bytes(settings)
+    dropped = {**notes["faults"], **({"too short": notes["too_short"]} if notes["too_short"] else {})}
+    need, free = work_bytes(work), free_bytes(out)
+    return {
+        "cache": str(out),
+        "target": settings.identity["target"],
+        "sources": plan.sources,
+        "mask": settings.identity["samples"]["mask"],
+        "max_length": settings.max_length,
+        "dtype": settings.dtype,
+        "rows": notes["rows"],
+        "samples": plan.samples,
+        "tokens": plan.tokens,
+        "supervised": plan.supervised,
+        "supervised_share": plan.supervised / plan.tokens,
+        "duplicates": plan.duplicates,
+        "truncated": notes["truncated"],
+        "rewritten_turns": notes["rewritten_turns"],
+        "unproven_turns": notes.get("unproven_turns", {}),
+        "turns": notes.get("turns"),
+        "kinds": kinds_shown(plan),
+        "template": {
+            key: settings.identity["samples"].get(key) for key in ("template_kwargs", "template_date", "stops")
+        },
+        "dropped": {why: {"count": dropped[why], "examples": notes["examples"].get(why, [])} for why in dropped},
+        "examples": notes["examples"],
+        "prices": prices(plan, settings.columns),
+        "codecs": {spec.name: spec.codec for spec in settings.columns},
+        "bytes": sizes,
+        "bytes_in_all": sum(sizes.values()),
+        "bytes_to_write": need,
+        "free_bytes": free,
+        "fits": need < free,
+        "time": None,
+        "budget": budget_steps(plan),
+        "shards": len(plan.shards),
+        "shards_done": len(plan.shards) - len(work),
+        "domains": _counted(plan, "domain"),
+        "splits": _counted(plan, "split"),
+    }
+
+
+def kinds_shown(plan: Plan) -> dict[str, dict]:
+    """Return the kinds of turns there are: how many, and the first sample of each with its ids and mask, if planned."""
+    found = {}
+    for kind, noted in plan.notes.get("kinds", {}).items():
+        source, _, line = noted["first"].rpartition(":")
+        place = next(_places(plan, source, int(line)), None)
+        shown = {"ids": place[0].ids(place[1]).tolist(), "mask": place[0].mask(place[1]).tolist()} if place else {}
+        found[kind] = {**noted, **shown}
+    return found
+
+
+def _places(plan: Plan, source: str, line: int) -> Iterator[tuple[ShardPlan, int]]:
+    """Yield the samples of a row of the corpus, each as its shard and its number there."""
+    for shard in plan.shards:
+        for row in np.flatnonzero(numbers(shard.batch.column("line")) == line):
+            if shard.batch.column("source")[int(row)].as_py() == source:
+                yield shard, int(row)
+
+
+def plan_samples(report: dict):
+    """Return one sample of each kind of turn as text, what is supervised marked, to be read in ten seconds."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from pipeline.evaluation.tables import coloured, supervised_style, tokenizer_of
+    from pipeline.visible_text import visible
+
+    tokenizer, lines = tokenizer_of(Path(report["cache"])), []
+    for kind, shown in report["kinds"].items():
+        if "ids" in shown:
+            title = f"\n{kind}: {shown['count']:,} turns, such as {visible(shown['first'])} "
+            title += f"(supervised: {supervised_style()})"
+            lines.append(Text(title, "bold"))
+            lines.append(coloured(tokenizer, shown["ids"], shown["mask"], SHOWN_CHARACTERS))
+    return Group(*lines)
+
+
+def _counted(plan: Plan, column: str) -> dict[str, int]:
+    counts = Counter(text or "(none)" for shard in plan.shards for text in shard.text(column))
+    return dict(sorted(counts.items()))
+
+
+def head_bytes(settings: Settings) -> int:
+    """Bytes of the embedding and head that go into the cache."""
+    config, whole = text_config(settings.folder), read_json(settings.folder / "config.json")
+    tied = config.get("tie_word_embeddings", whole.get("tie_word_embeddings", False))
+    return config["vocab_size"] * settings.row_bytes // len(settings.columns) * (1 if tied else 2)
+
+
+def plan_table(report: dict):
+    """Return the report as a table for people."""
+    from rich.text import Text
+
+    from pipeline.console import Grid
+    from pipeline.visible_text import visible
+
+    table = Grid(title=f"plan of {visible(report['cache'])}", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    masked = "proven turn by turn" if report["mask"] == "proven" else f"unproven, by {report['mask']}"
+    rows = [
+        ("target", f"{report['target']['name']} ({report['dtype']})"),
+        ("corpus", ", ".join(str(source.get("file") or source.get("dataset")) for source in report["sources"])),
+        ("samples", f"{report['samples']:,} of {report['rows']:,} rows, {report['duplicates']:,} duplicates"),
+        ("tokens", f"{report['tokens']:,}, {report['supervised_share']:.1%} supervised ({masked})"),
+        ("cut", f"{report['truncated']:,} samples at {report['max_length']:,} tokens"),
+    ]
+    for why, found in report["dropped"].items():
+        rows.append((f"left out: {why}", f"{found['count']:,}, such as " + "; ".join(found["examples"])))
+    rows += turn_rows(report)
+    rows += [
+        ("prices", price_table(report)),
+        ("head", f"{size_text(report['bytes']['target'])}, the target's embedding and LM head"),
+    ]
+    room = "it fits" if report["fits"] else "IT DOES NOT FIT: --budget takes a part, --codec less for each"
+    rows += [
+        ("cache", f"{size_text(report['bytes_in_all'])} in {report['shards']} shards, {report['shards_done']} done"),
+        ("to write", f"{size_text(report['bytes_to_write'])}, {size_text(report['free_bytes'])} free: {room}"),
+        ("time", time_text(report["time"]) if report["bytes_to_write"] else "none, everything is captured"),
+        ("domains", ", ".join(f"{name} {count:,}" for name, count in report["domains"].items())),
+        ("splits", ", ".join(f"{name} {count:,}" for name, count in report["splits"].items())),
+    ]
+    rows += [("" if number else "budget", Text(step)) for number, step in enumerate(report["budget"])]
+    for row in rows:  # as Text: a name in brackets is no markup
+        table.add_row(*(Text(visible(cell)) if isinstance(cell, str) else cell for cell in row))
+    return table
+
+
+def turn_rows(report: dict) -> list[tuple[str, str]]:
+    """Return what the plan says of turns: the choice between one sample and all, both prices, and what is unproven."""
+    rows, turns = [], report["turns"]
+    if turns and turns["last"] != turns["each"]:
+        a_token = (report["bytes_in_all"] - report["bytes"]["target"]) / report["tokens"]
+        for name in ("last", "each"):
+            priced = turns[name]
+            taken = f", taken: {turns['why']}" if turns["chosen"] == name else ""
+            rows.append(
+                (
+                    f"--turns {name}",
+                    f"{priced['samples']:,} samples, {priced['tokens']:,} tokens, {priced['supervised']:,} supervised, "
+                    f"about {size_text(int(priced['tokens'] * a_token))}{taken}",
+                )
+            )
+        if turns["chosen"] == "last":
+            rows.append(("turns rewritten", f"{report['rewritten_turns']:,} by the template, not supervised"))
+    for why, count in report["unproven_turns"].items():
+        shown = "; ".join(report["examples"].get(why, []))
+        rows.append((f"not supervised: {why}", f"{count:,} turns, such as {shown}"))
+    arguments = report["template"]["template_kwargs"] or {}  # None: planned by an earlier version
+    return rows + [("template", ", ".join(f"{key} = {value!r}" for key, value in arguments.items()))] * bool(arguments)
+
+
+def price_table(report: dict):
+    """Return the bytes of every column in every codec, side by side; those chosen are marked."""
+    from rich.text import Text
+
+    from pipeline.console import grid
+
+    table = grid("", *(f">{codec}" for codec in report["prices"]))
+    for name in next(iter(report["prices"].values())):
+        chosen = report["codecs"].get(name)
+        sizes = {codec: size_text(found[name]) for codec, found in report["prices"].items()}
+        table.add_row(
+            name, *(Text(f"{size} *", "bold") if codec == chosen else f"{size}  " for codec, size in sizes.items())
+        )
+    return table
+
+
+def time_text(found: dict | None) -> str:
+    """Return how long the work takes, as far as it is known."""
+    if found is None:
+        return "unknown; --probe measures disk and target"
+    what = "computing" if found["compute_s"] >= found["write_s"] else "writing"
+    disk = f"{found['disk_bytes_s'] / 1e6:,.0f} MB/s"
+    return (
+        f"about {_clock(found['seconds'])} for one worker, that of {what}: computing {_clock(found['compute_s'])} at "
+        f"{found['tokens_s']:,.0f} tokens/s, writing {_clock(found['write_s'])} at {disk}"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def codec_text(columns: Sequence[ColumnSpec]) -> str | None:
+    """Return `--codec` as short as it says the same; None where every column is raw."""
+    of_aux = {spec.codec for spec in columns if spec.name != "final"}
+    if {spec.codec for spec in columns} == {"raw"}:
+        return None
+    if len(of_aux) > 1:
+        return ",".join(f"{spec.name}={spec.codec}" for spec in columns)
+    final = [f"final={spec.codec}" for spec in columns if spec.name == "final"]
+    return ",".join([*(f"aux={codec}" for codec in of_aux), *final])
+
+
+def capture_command(model: str, corpus: str | None, out: Path, options: CaptureOptions, settings: Settings) -> str:
+    """Return the `cache-hidden` command that captures a plan, columns and codecs written out."""
+    final = next((spec.keeps for spec in settings.columns if spec.name == "final"), "none")
+    layers = ",".join(str(layer_of(spec.name)) for spec in settings.columns if spec.name != "final")
+    stated = {
+        "--model": model,
+        "--corpus": corpus,
+        "--roles": options.roles,
+        "--out": str(out),
+        "--layers": layers,
+        "--final": final if final != "needed" else None,
+        "--codec": codec_text(settings.columns),
+        "--turns": options.turns,
+        "--template-kwargs": options.template_kwargs,
+        "--template-date": options.template_date,
+        "--max-length": options.max_length,
+        "--max-samples": options.max_samples,
+        "--batch-tokens": options.batch_tokens,
+        "--device": options.device,
+        "--dtype": options.dtype,
+        "--revision": options.revision,
+    }
+    words = [word for name, value in stated.items() if value is not None for word in (name, str(value))]
+    return shlex.join(["pipeline", "cache-hidden", *words, *["--append"] * options.append])

@@ -1,0 +1,108 @@
+"""From some rows to samples: what a worker of the pool does, and what planning does where there is no pool.
+
+Rows are rendered and tokenised together; where that fails, each alone, so that a template's failure costs its row only.
+
+    T tokens of a sample
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.cache.samples import PlannedSample, sample_id
+from pipeline.corpus.conversation import Conversation, Fault
+from pipeline.corpus.formats import Chunk
+from pipeline.corpus.sources import chunk_rows
+from pipeline.corpus.tally import Tally, Unusable, check_ids, check_mask, trim
+from pipeline.target.chat_template import ChatTemplate
+from stages.cache_hidden.row_outcome import Job, Outcome, samples_of
+from stages.cache_hidden.tokenise import SampleMaker
+
+
+class Preparer:
+    """Prepares rows as a job says."""
+
+    def __init__(self, job: Job, template: ChatTemplate | None = None):
+        self.job = job
+        self.maker = SampleMaker(template or ChatTemplate(job.folder, job.template_kwargs, job.template_date))
+
+    def outcomes(self, work: Chunk | Sequence[Conversation | Fault], only: int | None = None) -> list[Outcome]:
+        """Return what the rows of a chunk, or of a list, come to, in order; `only` names one of them."""
+        if isinstance(work, Chunk) and only is not None:
+            work = work.alone(only)
+        rows = list(chunk_rows(work, self.job.roles)) if isinstance(work, Chunk) else work
+        if only is not None and not isinstance(work, Chunk):
+            rows = [work[only]]
+        usable = [row for row in rows if isinstance(row, Conversation)]
+        prepared = iter(self._prepared(usable))
+        return [self._outcome(row, next(prepared) if isinstance(row, Conversation) else None) for row in rows]
+
+    def _prepared(self, rows: list[Conversation]) -> list:
+        try:
+            return self.maker.prepare(rows, self.job.max_length) if rows else []
+        except Exception:  # a template is a stranger's program, and may raise anything
+            return [self._alone(row) for row in rows]
+
+    def _alone(self, row: Conversation):
+        try:
+            return self.maker.prepare([row], self.job.max_length)[0]
+        except MemoryError:
+            return Unusable("too large", f"takes more than {self.job.row_bytes / 2**30:.1f} GiB to prepare")
+        except Exception as error:
+            said = str(error).strip().split("\n")[0][:120]
+            return Unusable("template error", f"the chat template fails on it ({type(error).__name__}: {said})")
+
+    def _outcome(self, row: Conversation | Fault, prepared) -> Outcome:
+        if isinstance(row, Fault):
+            return Outcome(row.file, row.line, fault=(row.reason, row.detail))
+        if isinstance(prepared, Unusable):
+            return Outcome(row.file, row.line, fault=(prepared.reason, prepared.detail), unknown=row.unknown)
+        kept, kinds, notes, truncated, short = [], [], [], 0, 0
+        try:
+            for sample in prepared.samples:
+                if len(sample.ids) <= self.job.max_length:  # what is cut may have lost its reply
+                    check_mask(sample.mask)
+                check_ids(sample.ids, self.job.vocab_size)
+                truncated += len(sample.ids) > self.job.max_length
+                cut = trim(sample.ids[: self.job.max_length], sample.mask[: self.job.max_length])
+                if cut is None:
+                    short += 1
+                    continue
+                packed = np.packbits(cut[1], bitorder="little").tobytes()
+                kept.append((cut[0].astype("<i4", copy=False).tobytes(), packed, sample_id(*cut)))
+                kinds += sample.kinds
+        except Unusable as fault:
+            return Outcome(row.file, row.line, fault=(fault.reason, fault.detail), unknown=row.unknown)
+        if short:
+            notes.append(("too short", f"no two supervised tokens in a row within {self.job.max_length}"))
+        return Outcome(
+            *(row.file, row.line, row.domain, row.split),
+            samples=tuple(kept),
+            notes=tuple(notes),
+            truncated=truncated,
+            short=short,
+            turns=prepared.turns,
+            last_turns=prepared.last,
+            unproven=tuple(prepared.unproven),
+            kinds=tuple(kinds),
+            unknown=row.unknown,
+            regenerated=_record(row),
+        )
+
+
+def _record(row: Conversation) -> str:
+    told = {key: value for key, value in (row.regenerated or {}).items() if key != "stops"}
+    return json.dumps(told, sort_keys=True) if row.regenerated else ""
+
+
+def planned(
+    rows: Iterable[Conversation | Fault], template: ChatTemplate, max_length: int, tally: Tally, vocab_size: int
+) -> Iterator[PlannedSample]:
+    """Yield the samples of rows, in order, in this process; whatever is left out goes into the tally."""
+    preparer = Preparer(Job(Path(), max_length, vocab_size), template)
+    for row in rows:
+        tally.rows += 1
+        for outcome in preparer.outcomes([row]):
+            yield from samples_of(outcome, tally)

@@ -1,0 +1,100 @@
+"""How long a capture will take: from a short probe of the disk and of the target, or not known.
+
+Computing and writing overlap, so the larger of the two is what a capture takes; encoding, which overlaps too, is not
+measured. Qwen3-8B at full speed on a large GPU writes more than 1 GB/s in bfloat16, so it often is the disk.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.cache.atomic import Scratch, room, write_all
+from pipeline.cache.micro_batches import micro_batches
+from pipeline.cache.samples import ShardPlan
+from stages.cache_hidden.plan_report import Work, work_bytes
+from stages.cache_hidden.settings import Settings
+
+DISK_BYTES = 256 << 20  # written, synced and removed
+BLOCK_BYTES = 8 << 20
+MICRO_BATCHES = 4  # timed, after one that is not
+AT_LEAST_S = 1e-9
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one worker does a second: bytes written, and tokens through the target."""
+
+    written: float
+    tokens: float
+
+    def as_dict(self, work: Work) -> dict:
+        """Return the seconds of the work still to be done, as the plan's report has them."""
+        compute = sum(shard.rows for shard, _ in work) / self.tokens
+        write = work_bytes(work) / self.written
+        return {
+            "disk_bytes_s": self.written,
+            "tokens_s": self.tokens,
+            "compute_s": compute,
+            "write_s": write,
+            "seconds": max(compute, write),
+        }
+
+
+def measure(out: Path, work: Work, settings: Settings, device: str) -> Speed:
+    """Probe disk and target for work that is left. Raises RoomError, and what loading a target raises."""
+    return Speed(disk_speed(out), target_speed(work, settings, device))
+
+
+def disk_speed(out: Path, size: int = DISK_BYTES) -> float:
+    """Write `size` bytes into the cache's folder, sync and remove them; return bytes a second. Raises RoomError."""
+    block = os.urandom(min(size, BLOCK_BYTES))  # nothing that a disk could compress
+    with Scratch(out, "speed") as scratch, room(out, "a probe of the disk", size):
+        began = time.perf_counter()
+        fd = os.open(scratch.path / "written", os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            for _ in range(max(1, size // len(block))):
+                write_all(fd, block)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        seconds = time.perf_counter() - began
+    return max(1, size // len(block)) * len(block) / max(seconds, AT_LEAST_S)
+
+
+def target_speed(work: Work, settings: Settings, device: str) -> float:
+    """Run a few micro-batches of the work, from all over it, through the engine; return tokens a second.
+
+    Its own tokens: padding takes time and does not count.
+    """
+    from pipeline.target.model import head_of, load_target
+    from pipeline.target.on_policy import SHARE
+    from stages.cache_hidden.engine_hf import Engine
+
+    model = load_target(str(settings.folder), device=device, dtype=settings.dtype)
+    engine = Engine(model, head_of(model), SHARE)
+    chosen = spread_batches([shard for shard, _ in work], settings.batch_tokens, MICRO_BATCHES)
+    columns = max((columns for _, columns in work), key=len)
+    tokens, began = 0, time.perf_counter()
+    for number, (shard, rows) in enumerate([chosen[0], *chosen]):
+        for piece in engine.pieces(shard, rows, columns):
+            piece.wait()
+        if number:
+            tokens += int(shard.lengths[rows].sum())
+        else:
+            began = time.perf_counter()  # the first forward allocates and compiles
+    return tokens / max(time.perf_counter() - began, AT_LEAST_S)
+
+
+def spread_batches(shards: Sequence[ShardPlan], batch_tokens: int, count: int) -> list[tuple[ShardPlan, range]]:
+    """Return up to `count` micro-batches: of shards evenly spread, each from another place in its shard.
+
+    Samples lie longest first, so the place decides how long they are.
+    """
+    chosen = []
+    for number in range(min(count, len(shards))):
+        shard = shards[number * len(shards) // min(count, len(shards))]
+        batches = micro_batches(shard.lengths, batch_tokens)
+        chosen.append((shard, batches[(2 * number + 1) * len(batches) // (2 * min(count, len(shards)))]))
+    return chosen

@@ -1,0 +1,62 @@
+"""How many logits exist at once: a function of shapes, within its bytes."""
+
+import pytest
+import torch
+from test_drafts import V, all_blocks, build, cell_of, every_method, loss_of
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipeline.target.logit_chunks import NEWEST, RULES, Chunk, chunk_blocks, chunk_rows
+
+
+class Logits(TorchDispatchMode):
+    """Records the most bytes of any tensor [..., V] that an operation returned, in float32."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if torch.is_tensor(tensor) and tensor.ndim and tensor.shape[-1] == V:
+                self.bytes = max(self.bytes, 4 * tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("vocabulary", [1000, 32_000, 152_000, 262_144, 1 << 20])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_chunk_is_as_many_rows_as_its_bytes_let_it_have(vocabulary, device):
+    bound = {"cpu": 128 << 20, "cuda": 256 << 20}[device]
+    most = {"cpu": 256, "cuda": bound}[device]
+    rows = chunk_rows(vocabulary, device)
+    assert 4 * vocabulary * rows <= bound
+    assert rows == most or 4 * vocabulary * (rows + 1) > bound
+    assert chunk_blocks(7, vocabulary, device) == rows // 7
+
+
+def test_a_block_is_never_cut():
+    assert chunk_rows(1 << 30, "cpu") == chunk_blocks(16, 1 << 30, "cpu") == 1
+
+
+def test_the_first_rule_is_that_of_version_0_5():
+    for vocabulary, slots in [(1024, 8), (32_768, 16), (151_936, 16), (262_144, 8)]:
+        for device, size in {"cpu": 4 << 20, "cuda": 256 << 20}.items():
+            assert chunk_blocks(slots, vocabulary, device, rule=1) == max(1, size // (4 * slots * vocabulary))
+            assert chunk_rows(vocabulary, device, rule=1, greedy=True) == max(1, (1 << 22) // vocabulary)
+            assert chunk_rows(vocabulary, device, greedy=True) == chunk_rows(vocabulary, device)
+
+
+@every_method
+@pytest.mark.parametrize("objective", ["ce", "lk-hybrid", "dspark"])
+def test_no_logits_of_a_loss_or_of_proposals_pass_the_bound(method, objective, monkeypatch):
+    bound = 45 * 4 * V  # more than a head of 32 channels takes, transposed; 9 blocks of 5 slots
+    monkeypatch.setitem(RULES[NEWEST], "cpu", Chunk(bound))
+    draft, cell = build(method, objective=objective), cell_of(40, 30)
+    blocks = all_blocks(draft, cell)
+    assert len(blocks.anchors_N) > 3 * 9
+
+    with Logits() as loss:
+        loss_of(draft, cell, blocks, metrics=True).total.backward()
+    with Logits() as proposals, torch.no_grad():
+        hidden = draft.hidden(cell, blocks)
+        draft.rollout(hidden, cell.ids_R[blocks.anchors_N])
+
+    assert bound / 2 < loss.bytes <= bound and bound / 2 < proposals.bytes <= bound

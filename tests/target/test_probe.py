@@ -1,0 +1,245 @@
+"""The probe: captures broken by hand, each caught before anything is kept.
+
+On a target whose norm weights are not 1, with as many tokens as it is wide, so that a transposed head has a shape.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny import config, random_model
+from transformers import Gemma2Config
+
+from pipeline.cache.codecs.int8 import as_stored
+from pipeline.cache.columns import ColumnSpec, kept_rows
+from pipeline.cache.plan import write_segment
+from pipeline.cache.samples import PlannedSample
+from pipeline.errors import ProofError
+from pipeline.target.model import decoder_layers, final_norm, head_of, run_decoder, tap_layers
+from pipeline.target.probe import ROWS, prefix_length, probe, probe_rows
+from stages.cache_hidden.engine_hf import Engine
+from stages.cache_hidden.options import CaptureOptions
+from stages.cache_hidden.run import run
+
+SQUARE = config(vocab_size=32, hidden_size=32, num_hidden_layers=5, pad_token_id=0, eos_token_id=1)
+LAYERS = (-1, 1, 3)
+
+
+def samples(lengths: list[int], prompt: int, vocab: int = 32) -> list[PlannedSample]:
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(2, vocab, length).astype(np.int32) for length in lengths]
+    masks = [np.arange(length) >= prompt for length in lengths]
+    return [PlannedSample(*pair) for pair in zip(ids, masks, strict=True)]
+
+
+class Stored:
+    """What a right capture of one shard of a target would have stored, and the probe on it."""
+
+    def __init__(self, model, folder, lengths=(40, 30, 24), prompt=9, dtype="float32"):
+        self.model = model
+        self.head = head_of(model)
+        everything = write_segment(folder, samples(list(lengths), prompt), row_bytes=1, sources=[])
+        self.shard = everything.shards[0]
+        width = model.config.hidden_size
+        self.columns = [ColumnSpec(f"aux.{layer}", dtype, width) for layer in LAYERS]
+        self.columns.append(ColumnSpec("final", dtype, width, keeps="needed"))
+        self.states = {}
+        for row in range(len(self.shard)):
+            ids = torch.from_numpy(self.shard.ids(row).astype(np.int64))[None]
+            every = range(-1, len(decoder_layers(model)))
+            with torch.no_grad(), tap_layers(model, every) as taken:
+                last = run_decoder(model, ids).last_hidden_state[0]
+            self.states[row] = {f"aux.{layer}": taken[layer][0] for layer in every} | {"final": last}
+
+    def read(self, column: str, row: int) -> np.ndarray:
+        spec = next(spec for spec in self.columns if spec.name == column)
+        return as_stored(self.states[row][column][kept_rows(self.shard, row, spec.keeps)])
+
+    def probe(self) -> dict:
+        return probe(self.model, self.head, self.shard, self.columns, set(), self.read)
+
+    def change(self, column: str, how) -> None:
+        """Replace a column's states in every sample by what `how(states of that sample)` gives."""
+        for row in self.states:
+            self.states[row] = {**self.states[row], column: how(self.states[row])}
+
+
+@pytest.fixture
+def stored(tmp_path):
+    return Stored(random_model(SQUARE), tmp_path)
+
+
+def test_a_right_capture_passes_and_says_how_well(stored):
+    facts = stored.probe()
+    assert set(facts) == {"aux.-1", "aux.1", "aux.3", "final"}
+    assert all(found["error"] < 1e-6 and len(found["samples"]) >= 1 for found in facts.values())
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_a_layer_off_by_one_is_caught_and_named(stored, layer, shift):
+    stored.change(f"aux.{layer}", lambda states: states[f"aux.{layer + shift}"])
+    # The raw last layer is no entry of `hidden_states`, so what is stored then resembles none.
+    better = "no other layer fits" if layer + shift == 4 else f"layer {layer + shift} fits better"
+    with pytest.raises(ProofError, match=rf"stored as layer {layer} .*{better}"):
+        stored.probe()
+
+
+def test_a_neighbour_within_the_bound_is_still_not_the_layer(tmp_path):
+    """Layers that hardly change the stream: the neighbour is within the bound, but nearer to another entry."""
+    model = random_model(SQUARE)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                weight.mul_(1e-6)
+    stored = Stored(model, tmp_path)
+    stored.probe()
+    stored.change("aux.1", lambda states: states["aux.2"])
+    with pytest.raises(ProofError, match="layer 2 fits better"):
+        stored.probe()
+
+
+def test_a_missing_norm_is_caught(stored):
+    stored.change("final", lambda states: states["aux.4"])
+    with pytest.raises(ProofError, match=r"`final` .*the last norm is missing"):
+        stored.probe()
+
+
+def test_a_norm_applied_twice_is_caught(stored):
+    norm = final_norm(stored.model)
+    stored.change("final", lambda states: norm(states["final"]))
+    with pytest.raises(ProofError, match=r"`final` .*the last norm is applied twice"):
+        stored.probe()
+
+
+def test_a_norm_on_a_layer_is_caught(stored):
+    norm = final_norm(stored.model)
+    stored.change("aux.3", lambda states: norm(states["aux.3"]))
+    with pytest.raises(ProofError, match="stored as layer 3"):
+        stored.probe()
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda head: head.T.contiguous(),
+        lambda head: head.roll(1, 0),
+        lambda head: head * 1.01,
+        lambda head: head[:, torch.randperm(32, generator=torch.Generator().manual_seed(0))],
+    ],
+    ids=["transposed", "permuted", "scaled", "columns permuted"],
+)
+def test_a_wrong_head_is_caught(stored, broken):
+    stored.head = replace(stored.head, head_VD=broken(stored.head.head_VD))
+    with pytest.raises(ProofError, match=r"LM head .*transposed, permuted, scaled or capped"):
+        stored.probe()
+
+
+def test_a_lost_soft_cap_or_embedding_scale_is_caught(tmp_path):
+    shape = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "final_logit_softcapping": 3.0}
+    stored = Stored(random_model(Gemma2Config(**shape, **heads, pad_token_id=0)), tmp_path)
+    stored.probe()
+    right = stored.head
+    stored.head = replace(right, logit_softcap=None)
+    with pytest.raises(ProofError, match="capped otherwise"):
+        stored.probe()
+    stored.head = replace(right, embed_scale=1.0)
+    with pytest.raises(ProofError, match=r"embedding .*5\.657 times it would fit"):
+        stored.probe()
+
+
+def test_a_target_that_sees_what_follows_is_caught(tmp_path):
+    """No padded batch and no draft can do with states that depend on later tokens."""
+    model = random_model(SQUARE)
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+    with pytest.raises(ProofError, match="no other layer fits"):
+        Stored(model, tmp_path).probe()
+
+
+def test_rows_in_another_order_are_caught(stored):
+    stored.change("aux.1", lambda states: states["aux.1"].flip(0))
+    with pytest.raises(ProofError, match="no other layer fits"):
+        stored.probe()
+
+
+def test_bfloat16_passes_within_its_bound_and_no_further(tmp_path):
+    stored = Stored(random_model(SQUARE).to(torch.bfloat16), tmp_path, dtype="bfloat16")
+    assert max(found["error"] for found in stored.probe().values()) < 1e-2
+    stored.change("final", lambda states: states["final"] * 1.05)
+    with pytest.raises(ProofError, match="at most 2e-02"):
+        stored.probe()
+
+
+def test_prefixes_are_short_but_never_without_final_rows(tmp_path):
+    model = random_model(SQUARE)
+    long_prompts = Stored(model, tmp_path, lengths=(200, 190), prompt=150)
+    (row, *_) = probe_rows(long_prompts.shard, set())
+    assert prefix_length(long_prompts.shard, row) == 166
+    assert kept_rows(long_prompts.shard, row, "needed")[0] == 149 < 166
+    assert long_prompts.probe()["final"]["error"] > 0
+    short_prompts = Stored(model, tmp_path / "short", lengths=(200, 190), prompt=9)
+    assert prefix_length(short_prompts.shard, 0) == ROWS
+
+
+def test_refused_samples_are_not_probed(stored):
+    assert probe_rows(stored.shard, set(range(len(stored.shard)))) == []
+    assert 0 not in probe_rows(stored.shard, {0})
+
+
+@pytest.mark.parametrize("broken", ["layers", "norm"])
+def test_a_broken_engine_commits_nothing(tiny_target, tiny_corpus, tmp_path, monkeypatch, broken):
+    """The real command with the engine's reading of the target wrong: exit code 1 and not a shard on disk."""
+    import stages.cache_hidden.engine_hf as engine
+
+    if broken == "layers":
+        right = engine.tap_layers
+        monkeypatch.setattr(
+            engine, "tap_layers", lambda model, layers: _Shifted(right(model, [at - 1 for at in layers]))
+        )
+    else:
+        monkeypatch.setattr(engine, "run_decoder", _without_norm(engine.run_decoder))
+    options = CaptureOptions(layers="1,3", max_length=256)
+    with pytest.raises(ProofError) as found:
+        run(str(tiny_target), str(tiny_corpus), tmp_path / "cache", options=options)
+    assert found.value.code == 1
+    assert not list(tmp_path.glob("cache/shards/*/*.json")) and not list(tmp_path.glob("cache/tmp-*"))
+
+
+class _Shifted:
+    """A `tap_layers` whose layers are called one too many."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __enter__(self):
+        self.taken = self.inner.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self.inner.__exit__(*error)
+
+    def pop(self, layer):
+        return self.taken.pop(layer - 1)
+
+
+def _without_norm(run_decoder):
+    def broken(model, ids):
+        with tap_layers(model, [len(decoder_layers(model)) - 1]) as taken:
+            output = run_decoder(model, ids)
+        output.last_hidden_state = taken.popitem()[1]
+        return output
+
+    return broken
+
+
+def test_the_engine_stores_what_an_ordinary_forward_gives(tmp_path):
+    stored = Stored(random_model(SQUARE), tmp_path)
+    engine = Engine(stored.model, stored.head, gauge_share=1.0)
+    (piece,) = engine.pieces(stored.shard, range(len(stored.shard)), stored.columns)
+    for spec in stored.columns:
+        alone = np.concatenate([stored.read(spec.name, row) for row in piece.rows])
+        np.testing.assert_allclose(as_stored(piece.states[spec.name]), alone, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,275 @@
+"""Reading ahead: the same batches in the same order, within so many bytes, whatever the caller does with them; and
+what a batch holds of the target's final states, which only some losses read."""
+
+import itertools
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from cache_maker import COLUMNS, make_cache, random_samples
+
+from pipeline.cache import HiddenCache
+from pipeline.cache import parallel_reads as in_flight
+from pipeline.cache.layout import FINAL, shard_folder
+from pipeline.drafts import DraftConfig
+from pipeline.errors import CacheError
+from pipeline.runs.recipe import TrainSection
+from pipeline.runs.split import split_samples
+from stages.train_draft import prefetch as ahead
+from stages.train_draft.loader import Stream
+from stages.train_draft.prefetch import Ahead
+
+CONFIG = DraftConfig(
+    method="dflash",
+    hidden_size=8,
+    vocab_size=1100,
+    rope_theta=1e4,
+    shift_label=False,
+    num_hidden_layers=1,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    head_dim=8,
+    intermediate_size=8,
+    block_size=4,
+    mask_token_id=1001,
+    target_layer_ids=(1, 10),
+    num_target_layers=12,
+    max_position_embeddings=4096,
+)
+
+
+SOFT = CONFIG.model_copy(update={"objective": "kl"})
+TRAIN = TrainSection(batch=3, context=300, anchors=5, cell_anchors=50)
+
+
+def opened(folder, config=SOFT, coded=False):
+    """A stream of batches of three samples of up to 600 rows, windows of 300, in cells of 300."""
+    cache = HiddenCache.open(folder)
+    return Stream(cache, split_samples(cache, 1001, 0.05, (1, 10)), config, TRAIN, coded)
+
+
+def made(folder, columns=COLUMNS, config=SOFT, coded=False):
+    """The same of a cache that is made first, unless it is there."""
+    return opened(make_cache(folder, random_samples(20), columns), config, coded)
+
+
+@pytest.fixture(scope="module", params=["ce", "kl"])
+def stream(tmp_path_factory, request):
+    """Batches for a loss that reads no final states, and for one that does."""
+    return made(tmp_path_factory.mktemp("ahead") / "cache", config=CONFIG if request.param == "ce" else SOFT)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Buffers of a kilobyte, so that small cells fill them."""
+    monkeypatch.setattr(ahead, "GRAIN", 1024)
+
+
+def copied(batch):
+    """What the cells hold: what is read into memory that is used again has to be kept."""
+    held = []
+    for cell, blocks in batch.cells:
+        final = [] if cell.final_FD is None else [cell.final_FD.clone(), cell.final_at_R]
+        held.append((cell.names, cell.pos_R.clone(), cell.aux_KRD.clone(), blocks.anchors_N, *final))
+    return held
+
+
+def same(one, other):
+    return all(
+        names == names2 and len(rest) == len(rest2) and all(map(torch.equal, rest, rest2))
+        for (names, *rest), (names2, *rest2) in zip(one, other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("limit", [0, 20_000, 1 << 30])
+def test_batches_are_those_of_the_stream_however_little_memory_there_is(stream, small, limit):
+    found = [(batch.step, batch.names, copied(batch)) for batch in Ahead(stream, 2, 12, limit=limit)]
+
+    assert [step for step, _, _ in found] == list(range(2, 12))
+    for step, names, cells in found:
+        batch = stream.batch(step)
+        assert names == batch.names and same(cells, copied(batch))
+
+
+@pytest.mark.parametrize("limit", [0, 20_000])
+def test_no_more_bytes_are_read_ahead_than_allowed(stream, small, limit):
+    largest = max(stream.size(laid) for step in range(12) for laid in stream.plan(step).cells)
+    batches, held, buffers = Ahead(stream, 0, 12, limit=limit), [], set()
+    for batch in batches:
+        for cell, _ in batch.cells:
+            buffers.add(cell.aux_KRD.data_ptr())
+            held.append(batches._held + sum(map(len, batches._free)))
+
+    assert max(held) <= max(limit, 2 * (largest + 1024)), "the one in use and one ahead, or as many as fit"
+    assert len(buffers) < len(held) / 2, "memory is used again"
+
+
+def test_blocks_are_known_before_any_state_is_read(stream):
+    for batch in Ahead(stream, 0, 3):
+        known = [blocks.anchors_N.tolist() for blocks in batch.blocks]
+        assert known == [blocks.anchors_N.tolist() for _, blocks in batch.cells]
+
+
+def test_cells_that_nobody_asked_for_are_passed_over(stream, small):
+    for batch in Ahead(stream, 0, 8, limit=20_000):
+        if batch.step % 3 == 0:
+            assert same(copied(batch), copied(stream.batch(batch.step)))
+        elif batch.step % 3 == 1:
+            next(iter(batch.cells))
+
+
+def test_closing_stops_the_thread(stream):
+    before = {*threading.enumerate()}
+    batches = Ahead(stream, 0, 12, limit=0)
+    next(iter(next(iter(batches)).cells))
+    batches.close()
+
+    left = {*threading.enumerate()} - before
+    assert not [thread for thread in left if not thread.name.startswith("read")], "the cache's own readers stay"
+
+
+def test_an_error_comes_at_the_cell_it_is_about(stream, monkeypatch):
+    fill = stream.cache.fill
+
+    def first_of(laid):
+        return laid.regions["aux_KRD"].parts[0][0]
+
+    wanted = first_of(stream.plan(2).cells[0])
+
+    def failing(out, parts, layers):
+        if parts[0][0] == wanted and layers != (FINAL,):
+            raise CacheError("damaged")
+        fill(out, parts, layers)
+
+    monkeypatch.setattr(stream.cache, "fill", failing)
+    seen = []
+    with pytest.raises(CacheError, match="damaged"):
+        for batch in Ahead(stream, 0, 8):
+            seen.append(batch.step)
+            list(batch.cells)
+    first = next(step for step in range(8) if wanted in map(first_of, stream.plan(step).cells))
+    assert seen == list(range(first + 1))
+
+
+@pytest.mark.parametrize("config", [CONFIG, SOFT], ids=["ce", "kl"])
+@pytest.mark.parametrize("coded", [*itertools.product(("raw", "int8"), repeat=2)], ids="-".join)
+def test_states_left_in_int8_are_the_same_once_they_are_moved(tmp_path, small, monkeypatch, coded, config):
+    monkeypatch.setattr(in_flight, "INLINE_BYTES", 0)
+    columns = [replace(spec, codec=coded[spec.name == FINAL]) for spec in COLUMNS]
+    plain, kept = made(tmp_path / "cache", columns, config), opened(tmp_path / "cache", config, coded=True)
+
+    for batch in Ahead(kept, 0, 12, limit=20_000):
+        right = plain.batch(batch.step)
+        for (cell, _), (wanted, _) in zip(batch.cells, right.cells, strict=True):
+            found = cell.to("cpu")
+            assert torch.equal(found.aux_KRD.view(torch.int16), wanted.aux_KRD.view(torch.int16))
+            assert found.names == wanted.names and torch.equal(found.pos_R, wanted.pos_R)
+            assert (found.final_FD is None) == (config is CONFIG)
+            if found.final_FD is not None:
+                assert torch.equal(found.final_FD.view(torch.int16), wanted.final_FD.view(torch.int16))
+            laid = next(laid for laid in kept.plan(batch.step).cells if laid.cell.names == wanted.names)
+            # int8: of eight values one byte each, and a scale of two; as they are, two bytes each
+            bytes_a_row = {"raw": 16, "int8": 10}
+            rows = 2 * len(wanted.pos_R), 0 if wanted.final_FD is None else len(wanted.final_FD)
+            size = sum(-(-bytes_a_row[how] * count // 4) * 4 for how, count in zip(coded, rows, strict=True))
+            assert kept.size(laid) == size
+    regions = [region for step in range(12) for laid in kept.plan(step).cells for region in laid.regions.values()]
+    starts = {start for region in regions for _, start, _ in region.parts}
+    assert any(start % 256 for start in starts), "windows begin inside of a block, too"
+
+
+def test_states_are_left_in_int8_only_where_all_are(tmp_path):
+    columns = [replace(COLUMNS[0], codec="int8"), *COLUMNS[1:]]
+    cache = HiddenCache.open(make_cache(tmp_path / "cache", random_samples(9), columns))
+    assert [cache.is_encoded(layers) for layers in ([1], [1, 10], [10], [], [FINAL])] == [True, *[False] * 4]
+
+
+def test_a_batch_is_read_a_cell_at_a_time(stream, monkeypatch):
+    read, held = [], stream.read
+    monkeypatch.setattr(stream, "read", lambda laid: read.append(laid) or held(laid))
+    batch = stream.batch(0, alone=True)
+    assert len(batch.cells) == 3 and not read
+    for number, _ in enumerate(batch.cells, 1):
+        assert len(read) == number
+
+
+def test_waiting_for_data_is_measured_and_nothing_else(stream, monkeypatch):
+    fill = stream.cache.fill
+
+    def slow(*wanted):
+        time.sleep(0.05)
+        fill(*wanted)
+
+    monkeypatch.setattr(stream.cache, "fill", slow)
+    cells, batches = 0, Ahead(stream, 0, 3)
+    began = time.perf_counter()
+    for batch in batches:
+        for _ in batch.cells:
+            cells += 1
+    took = time.perf_counter() - began
+    assert 0.05 * cells * 0.9 <= batches.waited <= took
+
+    patient = Ahead(stream, 0, 1)
+    batch = next(iter(patient))
+    list(batch.cells)
+    waited = patient.waited
+    time.sleep(0.1)
+    patient.close()
+    assert patient.waited == waited
+
+
+# The target's final states
+
+
+@pytest.mark.parametrize("keeps", ["needed", "all"])
+def test_the_final_states_of_a_cell_are_those_of_its_rows(tmp_path, keeps):
+    columns = [replace(spec, keeps=keeps if spec.name == FINAL else "all") for spec in COLUMNS]
+    stream, cut, rows = made(tmp_path / "cache", columns), 0, 0
+    cache = stream.cache
+    place = {cache.samples.hex(i): i for i in range(len(cache))}
+    for step in range(20 * stream.per_epoch):
+        for cell, blocks in stream.batch(step).cells:
+            assert cell.final_FD.shape == ((cell.final_at_R >= 0).sum(), 8)
+            for name, start, length in zip(cell.names, cell.starts_M.tolist(), cell.lengths_M.tolist(), strict=True):
+                here = slice(start, start + length)
+                whole = cache.read(place[name], final=True)
+                at_T = torch.full((len(whole.ids),), -1)
+                at_T[whole.final_rows] = torch.arange(len(whole.final_rows))
+                kept_T = at_T[cell.pos_R[here]]
+                assert torch.equal(cell.final_at_R[here] >= 0, kept_T >= 0)
+                found = cell.final_FD[cell.final_at_R[here][kept_T >= 0]]
+                assert torch.equal(found, whole.final[kept_T[kept_T >= 0]])
+                last = int(cell.pos_R[start + length - 1])
+                cut += last + 1 < len(whole.ids) and bool(whole.mask[last + 1])
+            teachers = cell.final_at_R[blocks.teacher_NS[blocks.scored_NS]]
+            assert (teachers >= 0).all()
+            rows += len(teachers)
+    assert rows and cut, "windows end before a token that is to be learned, too"
+
+
+def test_a_loss_of_tokens_alone_opens_no_byte_of_the_final_states(tmp_path):
+    hard = made(tmp_path / "cache", config=CONFIG)
+    wanted = [copied(hard.batch(step)) for step in range(hard.per_epoch)]
+    for shard in range(hard.cache.shards):
+        for file in shard_folder(hard.cache.path, shard).glob("final*/**/*"):
+            if file.is_file():
+                file.write_bytes(b"")
+        (shard_folder(hard.cache.path, shard) / "final.arrow").unlink()
+
+    hard, soft = (opened(tmp_path / "cache", config) for config in (CONFIG, SOFT))
+    assert all(same(copied(batch), wanted[batch.step]) for batch in hard.ahead(0, hard.per_epoch))
+    with pytest.raises(CacheError, match="final"):
+        soft.batch(0).cells[0]
+
+
+def test_samples_whose_final_states_were_refused_teach_no_loss_that_reads_them(tmp_path):
+    samples = [replace(sample, split="heldout" if at == 1 else "train") for at, sample in enumerate(random_samples(20))]
+    make_cache(tmp_path / "cache", samples, COLUMNS[:2])
+    cache = HiddenCache.open(make_cache(tmp_path / "cache", columns=COLUMNS[2:], refused={0: "not finite"}))
+    hard, soft = (split_samples(cache, 1001, 0.05, (1, 10), final) for final in (False, True))
+
+    assert set(hard.train) - set(soft.train) == {0} and set(soft.train) < set(hard.train)
+    assert hard.heldout.tolist() == soft.heldout.tolist()
+    assert hard.digest != soft.digest
