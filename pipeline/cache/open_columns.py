@@ -1,7 +1,7 @@
 """The columns of a cache that are being read: their checksums, which are kept, and their files, the last used open.
 
-Raw columns of local files are read directly (`codecs/raw.py`), others by what `codecs.open_values` finds for them. Safe for
-many threads; nothing on disk is locked.
+Raw columns of local files are read directly (`codecs/raw.py`), others by what `codecs.open_values` finds for them. Safe
+for many threads; nothing on disk is locked.
 """
 
 import threading

@@ -116,7 +116,7 @@ def enter(
 
 
 def chunk_rule(run: Path) -> int:
-    """Return the rule of `target/logit_chunks.py` that a run began with, and goes on with; those of 0.5 and before state none.
+    """Return the rule of `logit_chunks.py` that a run began with, and goes on with; those of 0.5 and before state none.
 
     Raises UsageError for a rule of a later version, CacheError for what is no rule.
     """
