@@ -958,7 +958,7 @@ for name in ("transformers", "datasets", "tokenizers"):
 from pathlib import Path
 from stages.train_draft.run import run
 run(Path(sys.argv[1]), None, tuple(sys.argv[3:]), Path(sys.argv[2]), "cpu")
-named = ("pipeline.target.model", "transformers.", "stages.")
+named = ("pipeline.target.", "transformers.", "stages.")
 loaded = [n for n in sys.modules if n.startswith(named) and n != "stages"]
 print("LOADED", sorted(loaded))
 """
