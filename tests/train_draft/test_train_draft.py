@@ -981,5 +981,5 @@ def test_it_trains_where_there_is_no_target_and_nothing_that_could_load_one(tiny
     assert done.returncode == 0, done.stderr
     loaded = done.stdout.split("LOADED")[1]
     assert "pipeline.target.head" in loaded
-    assert "'pipeline.target.model'" not in loaded and "target_files" not in loaded
+    assert "'pipeline.target.model'" not in loaded and "'pipeline.target.files'" not in loaded
     assert "stages.cache_hidden" not in loaded and "stages.evaluate" not in loaded
