@@ -24,7 +24,7 @@ from pipeline.errors import DataError
 from pipeline.target.cached_copy import store_target
 from pipeline.target.head import TargetHead
 from pipeline.target.model import head_of, load_target, stop_tokens
-from pipeline.target.on_policy import Gauge, gauge_column, gauge_share, totals
+from pipeline.target.on_policy import OnPolicyStats, on_policy_column, on_policy_share, sum_scores
 from pipeline.target.probe import probe
 from stages.cache_hidden.background_writer import Drain
 from stages.cache_hidden.calibrate import calibrations
@@ -51,7 +51,7 @@ def capture_shards(
     store_target(out, settings.folder, head_of(model), model.config, stop_tokens(model))
     head = TargetHead.load(target_file(out, HEAD), device, getattr(torch, settings.dtype))
     engine = Engine(model, head, 0.0)
-    gauged = gauged_columns(out, plan, settings.columns)
+    with_stats = on_policy_columns(out, plan, settings.columns)
     with room(out, "a calibration"), turn(out, "calibration"):  # by one process, for all
         engine.calibrations = calibrations(engine, out, plan, settings.columns, settings.batch_tokens)
     with Progress(sum(shard.rows for shard, _ in work), len(work)) as progress:
@@ -60,17 +60,17 @@ def capture_shards(
             if not columns:  # another worker has this share, too, and was quicker
                 progress.shard()
                 continue
-            engine.gauge_share = gauge_share(plan.segment(shard.number)["supervised"])
+            engine.on_policy_share = on_policy_share(plan.segment(shard.number)["supervised"])
             with ShardWriter(out, shard, columns) as writer:
                 earlier = refuse_again(out, writer, settings.columns)
                 shadow = Shadow(columns, shard)
-                gauge = fill(engine, writer, shadow, settings.batch_tokens, progress)
+                on_policy = fill(engine, writer, shadow, settings.batch_tokens, progress)
                 refused += len(writer.refused) - earlier
                 check_refused(refused, plan.samples, writer.refused)
                 writer.seal()
                 facts = proven_facts(engine, writer, shadow)
-                for name in gauged & facts.keys():
-                    facts[name]["gauge"] = gauge.as_facts()
+                for name in with_stats & facts.keys():
+                    facts[name]["gauge"] = on_policy.as_facts()
                 had = {name: lost[shard.number, name] for name in facts if (shard.number, name) in lost}
                 writer.commit(facts, had)
             progress.shard()
@@ -81,14 +81,14 @@ def still_wanted(out: Path, shard: int, column: str, lost: Lost) -> bool:
     return (shard, column) in lost or committed(out, shard, column) is None
 
 
-def gauged_columns(out: Path, plan: Plan, columns: Sequence[ColumnSpec]) -> set[str]:
-    """Return the columns whose manifests hold the gauge: those that do in the cache, else the one it belongs to."""
+def on_policy_columns(out: Path, plan: Plan, columns: Sequence[ColumnSpec]) -> set[str]:
+    """Return the columns whose manifests hold the on-policy figures: as the cache has it, else the default one."""
     for shard in plan.shards:
         held = [manifest for spec in columns if (manifest := committed(out, shard.number, spec.name))]
         found = {manifest["spec"]["name"] for manifest in held if "gauge" in manifest["facts"]}
         if found:
             return found
-    return {gauge_column(columns)}
+    return {on_policy_column(columns)}
 
 
 def refuse_again(out: Path, writer: ShardWriter, columns: Sequence[ColumnSpec]) -> int:
@@ -103,12 +103,12 @@ def refuse_again(out: Path, writer: ShardWriter, columns: Sequence[ColumnSpec]) 
     return len(writer.refused)
 
 
-def fill(engine: Engine, writer: ShardWriter, shadow: Shadow, batch_tokens: int, progress: Progress) -> Gauge:
-    """Write every row of a shard's columns; return the gauge over it. At most a few micro-batches are in memory."""
-    gauge, shard = Gauge(), writer.shard
+def fill(engine: Engine, writer: ShardWriter, shadow: Shadow, batch_tokens: int, progress: Progress) -> OnPolicyStats:
+    """Write every row of a shard's columns; return its on-policy figures. At most a few micro-batches are in memory."""
+    on_policy, shard = OnPolicyStats(), writer.shard
 
     def consume(piece: Piece) -> None:
-        nonlocal gauge
+        nonlocal on_policy
         piece.wait()
         for row, reason in unfit(piece):
             if row not in writer.refused:
@@ -119,7 +119,7 @@ def fill(engine: Engine, writer: ShardWriter, shadow: Shadow, batch_tokens: int,
             writer.write(name, rows)
             written += rows.nbytes
         shadow.take(piece)
-        gauge += totals(piece.gauge)
+        on_policy += sum_scores(piece.on_policy)
         progress.add(int(shard.lengths[piece.rows].sum()), written)
 
     engine.split, engine.shadow = False, frozenset(shadow.rows)
@@ -131,7 +131,7 @@ def fill(engine: Engine, writer: ShardWriter, shadow: Shadow, batch_tokens: int,
         drain.finish()
     finally:
         drain.stop()
-    return gauge
+    return on_policy
 
 
 def proven_facts(engine: Engine, writer: ShardWriter, shadow: Shadow) -> dict[str, dict]:

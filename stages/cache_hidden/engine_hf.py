@@ -22,7 +22,7 @@ from pipeline.cache.samples import ShardPlan
 from pipeline.errors import RoomError
 from pipeline.target.head import TargetHead
 from pipeline.target.model import run_decoder, tap_layers
-from pipeline.target.on_policy import gauge_rows, measure
+from pipeline.target.on_policy import on_policy_rows, score_tokens
 from pipeline.tensors import out_of_memory
 
 
@@ -39,7 +39,7 @@ class Piece:
     states: dict[str, Tensor | tuple[Tensor, ...]]
     worst: dict[str, Tensor]
     counts: dict[str, list[int]]
-    gauge: Tensor
+    on_policy: Tensor
     shadow: dict[str, Tensor]
     copied: torch.cuda.Event | None = None
 
@@ -56,10 +56,10 @@ class Engine:
     they were is kept beside.
     """
 
-    def __init__(self, model: PreTrainedModel, head: TargetHead, gauge_share: float):
+    def __init__(self, model: PreTrainedModel, head: TargetHead, on_policy_share: float):
         self.model = model
         self.head = head
-        self.gauge_share = gauge_share
+        self.on_policy_share = on_policy_share
         self.device = next(model.parameters()).device
         self.split = False
         self.calibrations: dict[str, Calibration] = {}
@@ -122,8 +122,8 @@ class Engine:
                 rows_RD = rows_RD.masked_fill_(~worst[spec.name].isfinite()[:, None], 0)
                 rows_RD = encode(rows_RD, self.calibrations[spec.name])
             states[spec.name] = rows_RD
-        gauge = self._gauge(shard, rows, longest, last_BTD)
-        return self._to_host(Piece(rows, states, worst, counts, gauge, shadow))
+        on_policy = self._score_on_policy(shard, rows, longest, last_BTD)
+        return self._to_host(Piece(rows, states, worst, counts, on_policy, shadow))
 
     def _shadowed(self, rows: range, counts: list[int]) -> np.ndarray:
         """Which of the packed rows are the first of the samples in the shadow."""
@@ -142,12 +142,12 @@ class Engine:
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def _gauge(self, shard: ShardPlan, rows: range, longest: int, last_BTD: Tensor) -> Tensor:
-        """Measure the gauge rows of these samples: [2, rows], agreement and log-probability of the data's token."""
-        chosen = [gauge_rows(shard, row, self.gauge_share) for row in rows]
+    def _score_on_policy(self, shard: ShardPlan, rows: range, longest: int, last_BTD: Tensor) -> Tensor:
+        """Score the on-policy rows of these samples, as `score_tokens` returns them."""
+        chosen = [on_policy_rows(shard, row, self.on_policy_share) for row in rows]
         tokens = np.concatenate([shard.ids(row)[at] for row, at in zip(rows, chosen, strict=True)])
         states_RD = last_BTD.flatten(0, 1)[self._send(_flat([at - 1 for at in chosen], longest))]
-        return measure(self.head, states_RD, self._send(tokens.astype(np.int64)))
+        return score_tokens(self.head, states_RD, self._send(tokens.astype(np.int64)))
 
     def _to_host(self, piece: Piece) -> Piece:
         """Start copying a piece to pinned memory on a stream of its own, so that the next forward need not wait."""
@@ -161,7 +161,7 @@ class Engine:
             }
             piece.shadow = {name: self._pinned(tensor) for name, tensor in piece.shadow.items()}
             piece.worst = {name: self._pinned(tensor) for name, tensor in piece.worst.items()}
-            piece.gauge = self._pinned(piece.gauge)
+            piece.on_policy = self._pinned(piece.on_policy)
             piece.copied = torch.cuda.Event()
             piece.copied.record(self._copying)
         return piece

@@ -21,7 +21,7 @@ from pipeline.cache.rebuild import derive
 from pipeline.cache.target_folder import has_target
 from pipeline.corpus.sources import corpus_files, file_sources, source_roles
 from pipeline.errors import DataError, UsageError
-from pipeline.target.on_policy import Gauge
+from pipeline.target.on_policy import OnPolicyStats
 from pipeline.target.weights import check_weights_if_kept
 from pipeline.visible_text import say, visible
 from stages.cache_hidden.budget import chooser, is_planned, within_budget
@@ -54,7 +54,7 @@ class Done:
     left: int
     gib: float
     refused: int
-    gauge: Gauge
+    on_policy: OnPolicyStats
 
 
 def plan(model: str, corpus: str | None, out: Path, *, options: CaptureOptions, probe: bool = False) -> dict:
@@ -251,15 +251,15 @@ def left_out_lines(planned: Plan) -> list[str]:
 
 def summary(out: Path, planned: Plan, columns: tuple[ColumnSpec, ...], new_shards: int, left: int) -> Done:
     """Return what the manifests of the captured columns say together."""
-    gauge, written, refused = Gauge(), 0, 0
+    on_policy, written, refused = OnPolicyStats(), 0, 0
     for shard in planned.shards:
         held = [manifest for spec in columns if (manifest := committed(out, shard.number, spec.name))]
         written += sum(fact["size"] for manifest in held for fact in manifest["files"].values())
         refused += len({row for manifest in held for row in manifest["refused"]})
         found = [manifest["facts"]["gauge"] for manifest in held if "gauge" in manifest["facts"]]
-        gauge += Gauge.from_facts(found[-1]) if found else Gauge()
+        on_policy += OnPolicyStats.from_facts(found[-1]) if found else OnPolicyStats()
     shards = len(planned.shards)
-    return Done(planned.samples, planned.tokens, shards, new_shards, left, written / 2**30, refused, gauge)
+    return Done(planned.samples, planned.tokens, shards, new_shards, left, written / 2**30, refused, on_policy)
 
 
 def _say(out: Path, done: Done, worker: Worker) -> Done:
@@ -270,8 +270,8 @@ def _say(out: Path, done: Done, worker: Worker) -> Done:
     left_out = f", {done.refused} refused" if done.refused else ""
     where = visible(out)
     say(f"{where}: {done.samples:,} samples{left_out} in {done.shards} shards, {done.gib:.2f} GiB; {now}{who}{left}")
-    if done.gauge.rows:
-        print(f"on-policy gauge: {done.gauge}")
-        if done.gauge.warning:
-            print(done.gauge.warning, file=sys.stderr)
+    if done.on_policy.rows:
+        print(f"on-policy gauge: {done.on_policy}")
+        if done.on_policy.warning:
+            print(done.on_policy.warning, file=sys.stderr)
     return done

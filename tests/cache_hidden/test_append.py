@@ -139,7 +139,7 @@ def test_a_layer_added_to_an_appended_cache_is_one_pass_that_writes_only_it(tiny
 
 
 def test_an_old_shard_captured_again_after_an_append_has_its_old_bytes(tiny_target, tiny_corpus, cache):
-    """Whatever is drawn from the plan, gauge rows say, is drawn from the segment that a shard is of."""
+    """Whatever is drawn from the plan, such as the on-policy rows, is drawn from the segment that a shard is of."""
     before = contents(cache)
     shutil.rmtree(cache / "shards/000002")
     options = CaptureOptions(layers="1,3,4", max_length=256)

@@ -29,7 +29,7 @@ from pipeline.errors import DataError, RoomError, UsageError
 from pipeline.target.head import TargetHead
 from pipeline.target.layers import final_rows
 from pipeline.target.model import load_target
-from pipeline.target.on_policy import Gauge, gauge_rows, gauge_share
+from pipeline.target.on_policy import OnPolicyStats, on_policy_rows, on_policy_share
 from stages.cache_hidden.background_writer import Drain
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.progress import Progress
@@ -109,7 +109,7 @@ def test_final_on_all_rows_or_none(capture, tmp_path):
     done = capture(final="none", out=tmp_path / "none")
     cache = HiddenCache.open(tmp_path / "none")
     assert cache.layers == (1, 3) and not cache.has_final
-    assert done.gauge.rows >= 256, "the gauge needs no stored final"
+    assert done.on_policy.rows >= 256, "the on-policy figures need no stored final"
 
 
 def test_bfloat16_is_kept_as_its_bits(capture, tmp_path, tiny_target):
@@ -264,7 +264,7 @@ def test_a_sample_whose_states_are_not_finite_is_refused(capture, nan_target, tm
     cache = HiddenCache.open(tmp_path / "cache")
     (bad,) = np.flatnonzero(~cache.samples.ok)
     assert tokenizer().encode("~")[0] in cache.tokens_of(bad)[0]
-    assert np.isfinite(done.gauge.logprob)
+    assert np.isfinite(done.on_policy.logprob)
     reason = json.loads((tmp_path / "cache/quarantine/samples.json").read_text())
     assert "aux.1 is not finite" in json.dumps(reason)
     assert not verify(tmp_path / "cache").damaged
@@ -484,7 +484,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes():
     assert "4 kills" in done.stdout
 
 
-# Plan and gauge
+# Plan and on-policy figures
 
 
 def test_a_plan_says_what_a_capture_will_hold(tiny_target, tmp_path):
@@ -592,19 +592,19 @@ def test_options_that_contradict_each_other():
 def test_the_gauge_counts_what_the_target_would_have_said(tiny_target, tiny_cache):
     """By hand, from stored final states: the row before a token predicts it."""
     cache, planned = HiddenCache.open(tiny_cache), load_plan(tiny_cache)
-    head, share, wanted = cache.head(), gauge_share(planned.supervised), Gauge()
+    head, share, wanted = cache.head(), on_policy_share(planned.supervised), OnPolicyStats()
     for shard in planned.shards:
         for row in range(len(shard)):
             i = int(np.flatnonzero((cache.samples.shard == shard.number) & (cache.samples.row == row))[0])
             sample = cache.read(i, final=True)
-            for at in gauge_rows(shard, row, share).tolist():
+            for at in on_policy_rows(shard, row, share).tolist():
                 assert sample.mask[at]
                 state = sample.final[sample.final_rows.tolist().index(at - 1)]
                 logits, token = head.logits(state), int(sample.ids[at])
-                wanted += Gauge(1, int(logits.argmax() == token), float(logits.log_softmax(-1)[token]))
-    found = Gauge()
+                wanted += OnPolicyStats(1, int(logits.argmax() == token), float(logits.log_softmax(-1)[token]))
+    found = OnPolicyStats()
     for manifest in manifests(tiny_cache, "final"):
-        found += Gauge.from_facts(manifest["facts"]["gauge"])
+        found += OnPolicyStats.from_facts(manifest["facts"]["gauge"])
     assert (found.rows, found.agree) == (wanted.rows, wanted.agree)
     assert found.rows >= 256
     assert found.logprob == pytest.approx(wanted.logprob, rel=1e-4)

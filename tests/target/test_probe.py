@@ -238,7 +238,7 @@ def _without_norm(run_decoder):
 
 def test_the_engine_stores_what_an_ordinary_forward_gives(tmp_path):
     stored = Stored(random_model(SQUARE), tmp_path)
-    engine = Engine(stored.model, stored.head, gauge_share=1.0)
+    engine = Engine(stored.model, stored.head, on_policy_share=1.0)
     (piece,) = engine.pieces(stored.shard, range(len(stored.shard)), stored.columns)
     for spec in stored.columns:
         alone = np.concatenate([stored.read(spec.name, row) for row in piece.rows])
