@@ -124,7 +124,7 @@ def text_config(folder: Path) -> dict:
     return text
 
 
-def positions(text: dict) -> tuple[int | None, str]:
+def max_positions(text: dict) -> tuple[int | None, str]:
     """Return how many positions a decoder's config gives it, None where it does not say, and why, where that is odd."""
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     short = rope.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")

@@ -32,14 +32,20 @@ from stages.cache_hidden.certificate_rows import Shadow
 from stages.cache_hidden.engine_hf import Engine, Piece
 from stages.cache_hidden.plan_report import Lost, Work
 from stages.cache_hidden.progress import Progress
-from stages.cache_hidden.settings import Settings
+from stages.cache_hidden.settings import CaptureSettings
 
 QUEUED = 2  # micro-batches that wait for the writer
 REFUSED_SHARE = 0.01  # of a plan's samples; more means that something is wrong with the target or its type
 
 
 def capture_shards(
-    out: Path, settings: Settings, plan: Plan, work: Work, device: str, refused: int, lost: Lost = MappingProxyType({})
+    out: Path,
+    settings: CaptureSettings,
+    plan: Plan,
+    work: Work,
+    device: str,
+    refused: int,
+    lost: Lost = MappingProxyType({}),
 ) -> None:
     """Run the target over every shard in `work` and commit each as it passes its probe.
 

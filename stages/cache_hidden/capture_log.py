@@ -16,7 +16,7 @@ from pipeline.corpus.sources import corpus_files
 from pipeline.errors import CacheError, DataError, RoomError, UsageError
 from pipeline.target.files import CONFIG, tokenizer_files, weight_files
 from stages.cache_hidden.options import CaptureOptions
-from stages.cache_hidden.settings import Settings, default_corpus
+from stages.cache_hidden.settings import CaptureSettings, default_corpus
 
 
 def request_of(model: str, corpus: str | None, options: CaptureOptions) -> dict:
@@ -40,7 +40,7 @@ def _target_files(folder: Path) -> list[Path]:
     return [folder / CONFIG, *tokenizer_files(folder), *weight_files(folder)]
 
 
-def write_record(out: Path, request: dict, settings: Settings, corpus: str) -> None:
+def write_record(out: Path, request: dict, settings: CaptureSettings, corpus: str) -> None:
     """Note a command whose corpus is planned. A cache that cannot be written to keeps the record it has."""
     folder = settings.folder.resolve()
     record = {

@@ -30,9 +30,9 @@ from pipeline.corpus.sources import (
 )
 from pipeline.corpus.tally import Tally, say_unknown_keys
 from pipeline.target.files import is_quantised, text_config
-from stages.cache_hidden.budget import Chooser
+from stages.cache_hidden.budget import SampleChooser
 from stages.cache_hidden.row_outcome import Job, Outcome, samples_of
-from stages.cache_hidden.settings import Settings
+from stages.cache_hidden.settings import CaptureSettings
 from stages.cache_hidden.turn_samples import choose_turns, kept_parts
 from stages.cache_hidden.worker_pool import Pool
 
@@ -42,11 +42,11 @@ FREE_SHARE = 0.25  # of the disk, that a corpus nobody named may take
 def make_plan(
     corpus: str,
     out: Path,
-    settings: Settings,
+    settings: CaptureSettings,
     max_samples: int | None,
     *,
     spare_disk: bool = False,
-    budget: Chooser | None = None,
+    budget: SampleChooser | None = None,
     roles: str | None = None,
 ) -> Plan:
     """Tokenise the corpus and write the plan; what the cache is, cache.json, comes when the corpus has proven usable.

@@ -17,7 +17,7 @@ from pipeline.cache.samples import ShardPlan, numbers
 from pipeline.errors import UsageError
 from pipeline.target.files import read_json, text_config
 from stages.cache_hidden.options import CaptureOptions
-from stages.cache_hidden.settings import Settings
+from stages.cache_hidden.settings import CaptureSettings
 
 SHOWN_CHARACTERS = 240  # of each stretch of a sample that a plan shows
 Work = list[tuple[ShardPlan, list[ColumnSpec]]]
@@ -39,13 +39,13 @@ def missing(out: Path, plan: Plan, columns: tuple[ColumnSpec, ...]) -> Work:
                     f"pass --final {manifest['spec']['keeps']}, or another --out"
                 )
             elif manifest["spec"]["codec"] != spec.codec:
-                raise UsageError(other_codec(out, spec, manifest["spec"]["codec"]))
+                raise UsageError(codec_mismatch(out, spec, manifest["spec"]["codec"]))
         if absent:
             work.append((shard, absent))
     return work
 
 
-def other_codec(out: Path, spec: ColumnSpec, held: str) -> str:
+def codec_mismatch(out: Path, spec: ColumnSpec, held: str) -> str:
     """Return what to say where a column, or a part of it, is in another codec: one column has one."""
     remedy = f"`pipeline recode {out} --codec {spec.name}={spec.codec}` makes it so without the target"
     if held in LOSSY:
@@ -79,7 +79,7 @@ def budget_steps(plan: Plan) -> list[str]:
     return [step for manifest in plan.manifests for step in manifest["notes"].get("budget", {}).get("steps", [])]
 
 
-def plan_report(out: Path, plan: Plan, settings: Settings) -> dict:
+def plan_report(out: Path, plan: Plan, settings: CaptureSettings) -> dict:
     """Return everything `pipeline plan` prints, as JSON has it. Sizes in bytes, lengths in tokens.
 
     `time` is None, not known; `budget` is what was decided to keep to one, step by step.
@@ -106,7 +106,7 @@ def plan_report(out: Path, plan: Plan, settings: Settings) -> dict:
         "rewritten_turns": notes["rewritten_turns"],
         "unproven_turns": notes.get("unproven_turns", {}),
         "turns": notes.get("turns"),
-        "kinds": kinds_shown(plan),
+        "kinds": turn_kind_examples(plan),
         "template": {
             key: settings.identity["samples"].get(key) for key in ("template_kwargs", "template_date", "stops")
         },
@@ -128,7 +128,7 @@ def plan_report(out: Path, plan: Plan, settings: Settings) -> dict:
     }
 
 
-def kinds_shown(plan: Plan) -> dict[str, dict]:
+def turn_kind_examples(plan: Plan) -> dict[str, dict]:
     """Return the kinds of turns there are: how many, and the first sample of each with its ids and mask, if planned."""
     found = {}
     for kind, noted in plan.notes.get("kinds", {}).items():
@@ -170,7 +170,7 @@ def _counted(plan: Plan, column: str) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def head_bytes(settings: Settings) -> int:
+def head_bytes(settings: CaptureSettings) -> int:
     """Bytes of the embedding and head that go into the cache."""
     config, whole = text_config(settings.folder), read_json(settings.folder / "config.json")
     tied = config.get("tie_word_embeddings", whole.get("tie_word_embeddings", False))
@@ -199,7 +199,7 @@ def plan_table(report: dict):
         rows.append((f"left out: {why}", f"{found['count']:,}, such as " + "; ".join(found["examples"])))
     rows += turn_rows(report)
     rows += [
-        ("prices", price_table(report)),
+        ("prices", codec_table(report)),
         ("head", f"{size_text(report['bytes']['target'])}, the target's embedding and LM head"),
     ]
     room = "it fits" if report["fits"] else "IT DOES NOT FIT: --budget takes a part, --codec less for each"
@@ -240,7 +240,7 @@ def turn_rows(report: dict) -> list[tuple[str, str]]:
     return rows + [("template", ", ".join(f"{key} = {value!r}" for key, value in arguments.items()))] * bool(arguments)
 
 
-def price_table(report: dict):
+def codec_table(report: dict):
     """Return the bytes of every column in every codec, side by side; those chosen are marked."""
     from rich.text import Text
 
@@ -284,7 +284,9 @@ def codec_text(columns: Sequence[ColumnSpec]) -> str | None:
     return ",".join([*(f"aux={codec}" for codec in of_aux), *final])
 
 
-def capture_command(model: str, corpus: str | None, out: Path, options: CaptureOptions, settings: Settings) -> str:
+def capture_command(
+    model: str, corpus: str | None, out: Path, options: CaptureOptions, settings: CaptureSettings
+) -> str:
     """Return the `cache-hidden` command that captures a plan, columns and codecs written out."""
     final = next((spec.keeps for spec in settings.columns if spec.name == "final"), "none")
     layers = ",".join(str(layer_of(spec.name)) for spec in settings.columns if spec.name != "final")

@@ -40,7 +40,7 @@ from pipeline.visible_text import say, visible
 from stages.cache_hidden.capture_log import read_record
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.plan_report import Lost, Work, work_bytes
-from stages.cache_hidden.settings import Settings, settle
+from stages.cache_hidden.settings import CaptureSettings, resolve_settings
 from stages.cache_hidden.shard_assignment import Worker
 
 IMPORT_AGAIN = (
@@ -260,7 +260,7 @@ def _versions(manifest: dict) -> str:
     return ", ".join(f"{name} {manifest['facts'].get(name)}" for name in ("torch", "transformers", "device"))
 
 
-def _settings(out: Path, plan: Plan, lost: Lost, model: str) -> Settings:
+def _settings(out: Path, plan: Plan, lost: Lost, model: str) -> CaptureSettings:
     """Settle the target as the cache has it, and for columns those of the cache, each as most shards keep it."""
     held = read_canonical(out / IDENTITY)
     options = CaptureOptions(
@@ -270,7 +270,7 @@ def _settings(out: Path, plan: Plan, lost: Lost, model: str) -> Settings:
         batch_tokens=held["capture"]["batch_tokens"],
         dtype=held["capture"]["dtype"],
     )
-    settings = settle(model, out, options)
+    settings = resolve_settings(model, out, options)
     create_identity(out, settings.identity)
     check_weights_if_kept(out, settings.folder)
     kept: dict[str, Counter] = {}

@@ -24,7 +24,7 @@ from pipeline.errors import DataError, UsageError
 from pipeline.target.on_policy import OnPolicyStats
 from pipeline.target.weights import check_weights_if_kept
 from pipeline.visible_text import say, visible
-from stages.cache_hidden.budget import chooser, is_planned, within_budget
+from stages.cache_hidden.budget import plan_matches_budget, sample_chooser, within_budget
 from stages.cache_hidden.capture_log import corpus_unchanged, read_record, request_of, unchanged, write_record
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.plan_report import (
@@ -37,7 +37,7 @@ from stages.cache_hidden.plan_report import (
     plan_table,
     work_bytes,
 )
-from stages.cache_hidden.settings import HUB_CORPUS, HUB_SAMPLES, Settings, default_corpus, settle
+from stages.cache_hidden.settings import HUB_CORPUS, HUB_SAMPLES, CaptureSettings, default_corpus, resolve_settings
 from stages.cache_hidden.shard_assignment import Worker, find_worker
 
 __all__ = ["Done", "plan", "plan_samples", "plan_table", "run"]
@@ -111,13 +111,13 @@ def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -
     return _say(out, summary(out, planned, settings.columns, len(mine), left), worker)
 
 
-def _planned(model: str, corpus: str | None, out: Path, options: CaptureOptions) -> tuple[Settings, Plan]:
+def _planned(model: str, corpus: str | None, out: Path, options: CaptureOptions) -> tuple[CaptureSettings, Plan]:
     """Return what is wanted and the cache's plan, in which the corpus is: now, or planned before by whoever it was."""
     if options.append and corpus is None:
         raise UsageError("--append adds a corpus; name it with --corpus")
     if options.append and not (out / IDENTITY).is_file():
         raise UsageError(f"--append adds to a cache, and there is none at {out}; leave it out to make one")
-    settings = settle(model, out, within_budget(out, options))
+    settings = resolve_settings(model, out, within_budget(out, options))
     held = _held_plan(corpus, out, settings, options)
     if held is None:
         check_weights_if_kept(out, settings.folder)
@@ -125,9 +125,11 @@ def _planned(model: str, corpus: str | None, out: Path, options: CaptureOptions)
             out.mkdir(parents=True, exist_ok=True)
         try:
             with room(out, "a plan"), turn(out, "plan"):
-                settings = settle(model, out, within_budget(out, options))  # we may have waited for who has planned
+                settings = resolve_settings(
+                    model, out, within_budget(out, options)
+                )  # we may have waited for who has planned
                 held = _held_plan(corpus, out, settings, options) or _make_plan(corpus, out, settings, options)
-            settings = settle(model, out, within_budget(out, options))  # with what the plan has decided
+            settings = resolve_settings(model, out, within_budget(out, options))  # with what the plan has decided
         except (DataError, UsageError):
             with contextlib.suppress(OSError):  # leave no empty folder behind
                 out.rmdir()
@@ -135,14 +137,14 @@ def _planned(model: str, corpus: str | None, out: Path, options: CaptureOptions)
     return settings, held
 
 
-def _held_plan(corpus: str | None, out: Path, settings: Settings, options: CaptureOptions) -> Plan | None:
+def _held_plan(corpus: str | None, out: Path, settings: CaptureSettings, options: CaptureOptions) -> Plan | None:
     """Return the cache's plan if the corpus is in it, None if it has to be planned.
 
     Raises UsageError for another identity, and for another corpus that nobody said to add.
     """
     if (out / IDENTITY).is_file():
         create_identity(out, settings.identity)
-    if not plan_numbers(out) or not is_planned(out, options):
+    if not plan_numbers(out) or not plan_matches_budget(out, options):
         return None
     held, named, max_samples = load_plan(out), corpus or default_corpus(settings.folder), options.max_samples
     from_hub = corpus is None and named == HUB_CORPUS  # nobody named it
@@ -157,7 +159,7 @@ def _held_plan(corpus: str | None, out: Path, settings: Settings, options: Captu
     return None if difference else held
 
 
-def _make_plan(corpus: str | None, out: Path, settings: Settings, options: CaptureOptions) -> Plan:
+def _make_plan(corpus: str | None, out: Path, settings: CaptureSettings, options: CaptureOptions) -> Plan:
     """Tokenise the corpus into the cache's plan, or into one more segment of it."""
     from stages.cache_hidden.worker_pool import prepare
 
@@ -173,7 +175,7 @@ def _make_plan(corpus: str | None, out: Path, settings: Settings, options: Captu
     from stages.cache_hidden.make_plan import make_plan  # brings transformers
 
     capped = from_hub and options.max_samples is None
-    spare, budget = capped and options.budget is None, chooser(settings, options)
+    spare, budget = capped and options.budget is None, sample_chooser(settings, options)
     if budget and plan_numbers(out):
         check_unused(out)
         say(f"{visible(out)}: nothing of its plan is captured, so this budget makes another", err=True)
@@ -218,7 +220,7 @@ def _source_text(source: dict) -> str:
     return f"{source['file']} ({source['size']} bytes, xxh3 {source['xxh3'][:12]}{roles})"
 
 
-def _announce(planned: Plan, settings: Settings, work: Work, worker: Worker) -> None:
+def _announce(planned: Plan, settings: CaptureSettings, work: Work, worker: Worker) -> None:
     names, share = ", ".join(spec.name for spec in settings.columns), planned.supervised / planned.tokens
     who = f" by {worker}" if worker.count > 1 else ""
     print(

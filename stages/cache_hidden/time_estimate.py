@@ -14,7 +14,7 @@ from pipeline.cache.atomic import Scratch, room, write_all
 from pipeline.cache.micro_batches import micro_batches
 from pipeline.cache.samples import ShardPlan
 from stages.cache_hidden.plan_report import Work, work_bytes
-from stages.cache_hidden.settings import Settings
+from stages.cache_hidden.settings import CaptureSettings
 
 DISK_BYTES = 256 << 20  # written, synced and removed
 BLOCK_BYTES = 8 << 20
@@ -42,7 +42,7 @@ class Speed:
         }
 
 
-def measure(out: Path, work: Work, settings: Settings, device: str) -> Speed:
+def measure(out: Path, work: Work, settings: CaptureSettings, device: str) -> Speed:
     """Probe disk and target for work that is left. Raises RoomError, and what loading a target raises."""
     return Speed(disk_speed(out), target_speed(work, settings, device))
 
@@ -63,7 +63,7 @@ def disk_speed(out: Path, size: int = DISK_BYTES) -> float:
     return max(1, size // len(block)) * len(block) / max(seconds, AT_LEAST_S)
 
 
-def target_speed(work: Work, settings: Settings, device: str) -> float:
+def target_speed(work: Work, settings: CaptureSettings, device: str) -> float:
     """Run a few micro-batches of the work, from all over it, through the engine; return tokens a second.
 
     Its own tokens: padding takes time and does not count.
@@ -74,7 +74,7 @@ def target_speed(work: Work, settings: Settings, device: str) -> float:
 
     model = load_target(str(settings.folder), device=device, dtype=settings.dtype)
     engine = Engine(model, head_of(model), SHARE)
-    chosen = spread_batches([shard for shard, _ in work], settings.batch_tokens, MICRO_BATCHES)
+    chosen = evenly_spaced_batches([shard for shard, _ in work], settings.batch_tokens, MICRO_BATCHES)
     columns = max((columns for _, columns in work), key=len)
     tokens, began = 0, time.perf_counter()
     for number, (shard, rows) in enumerate([chosen[0], *chosen]):
@@ -87,7 +87,7 @@ def target_speed(work: Work, settings: Settings, device: str) -> float:
     return tokens / max(time.perf_counter() - began, AT_LEAST_S)
 
 
-def spread_batches(shards: Sequence[ShardPlan], batch_tokens: int, count: int) -> list[tuple[ShardPlan, range]]:
+def evenly_spaced_batches(shards: Sequence[ShardPlan], batch_tokens: int, count: int) -> list[tuple[ShardPlan, range]]:
     """Return up to `count` micro-batches: of shards evenly spread, each from another place in its shard.
 
     Samples lie longest first, so the place decides how long they are.

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from pipeline.corpus.tally import Unusable
 from pipeline.errors import RoomError, UsageError
 from pipeline.sampling import draw, key_seed, nucleus, uniforms
-from pipeline.target.files import positions, text_config
+from pipeline.target.files import max_positions, text_config
 from pipeline.target.kv_cache import ManyTexts, check_together, new_kv
 from pipeline.target.model import lm_logits, load_target, run_decoder, stop_tokens
 from pipeline.tensors import out_of_memory
@@ -53,7 +53,7 @@ class Local:
     def __init__(self, options: Options, folder, model: str):
         self.options, self.model = options, model
         self.target = load_target(str(folder), device=options.device or _device())
-        self.most = positions(text_config(folder))[0]
+        self.most = max_positions(text_config(folder))[0]
         self.stops: frozenset[int] = frozenset()
         self.batch = options.batch
         try:

@@ -46,7 +46,7 @@ from pipeline.drafts import DRAFTS, init_weights
 from pipeline.errors import ProofError, UsageError
 from pipeline.runs.recipe import load_recipe, resolve, rope_theta
 from pipeline.runs.recipe import text_config as training_config
-from pipeline.target.files import complete_config, positions, text_config
+from pipeline.target.files import complete_config, max_positions, text_config
 from pipeline.target.layers import final_rows
 from pipeline.target.model import decoder_layers, final_norm, head_of, load_target, run_decoder, tap_layers
 from stages.cache_hidden.options import CaptureOptions
@@ -331,13 +331,13 @@ def test_more_tokens_than_the_target_has_positions(attempt, tmp_path):
 def test_positions_end_where_a_rotary_scaling_would_follow_the_batch():
     long = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
     for scaling in ({"rope_scaling": {"type": "longrope"}}, {"rope_parameters": {"rope_type": "longrope"}}):
-        most, why = positions({**long, **scaling})
+        most, why = max_positions({**long, **scaling})
         assert most == 4096 and "longest sample of a batch" in why
     assert (
-        positions({**long, "rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 4096}})[0]
+        max_positions({**long, "rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 4096}})[0]
         == 131072
     )
-    assert positions({}) == (None, "")
+    assert max_positions({}) == (None, "")
 
 
 # As google/gemma-3-4b-it states itself: the rest is left to the defaults of its class.
