@@ -15,7 +15,7 @@ MOST_PLACES = 4096  # kept at a time
 SPACE = re.compile(r"\s+")
 
 
-def check_all_shown(chat: Chat, turns: Sequence[Turn]) -> None:
+def check_texts_rendered(chat: Chat, turns: Sequence[Turn]) -> None:
     """Raise Unusable where a turn's prompt lacks a text of the messages before it, or its reply one of its own.
 
     turns: in their order; what stands in the text of one stands in every text that begins with it.
@@ -47,7 +47,7 @@ def _check_shown(chat: Chat, proven: Turn, first: int) -> None:
         _check(text, reply, f"{what} of the reply", "the reply")
 
 
-def check_each_shown(chat: Chat, at: int, proven: set[tuple]) -> None:
+def check_each_text_rendered(chat: Chat, at: int, proven: set[tuple]) -> None:
     """Raise Unusable where a text of the messages up to `at` is found only since another place says the same.
 
     A text is exchanged for the probe: where that changes nothing, it never came out. Once for each place in each kind
@@ -93,7 +93,7 @@ def _probed(chat: Chat, at: int, number: int, message: dict) -> str | None:
         return None  # the template takes no such message, which says nothing of the row
 
 
-def check_once_encoded(messages: list[dict], text: str) -> None:
+def check_not_encoded_twice(messages: list[dict], text: str) -> None:
     """Raise Unusable where arguments that are JSON already were written as a JSON text once more."""
     if not any(message.get("tool_calls") for message in messages):
         return

@@ -42,7 +42,7 @@ class Speed:
         }
 
 
-def measure(out: Path, work: Work, settings: CaptureSettings, device: str) -> Speed:
+def measure_speed(out: Path, work: Work, settings: CaptureSettings, device: str) -> Speed:
     """Probe disk and target for work that is left. Raises RoomError, and what loading a target raises."""
     return Speed(disk_speed(out), target_speed(work, settings, device))
 
@@ -78,8 +78,8 @@ def target_speed(work: Work, settings: CaptureSettings, device: str) -> float:
     columns = max((columns for _, columns in work), key=len)
     tokens, began = 0, time.perf_counter()
     for number, (shard, rows) in enumerate([chosen[0], *chosen]):
-        for piece in engine.pieces(shard, rows, columns):
-            piece.wait()
+        for output in engine.forward_outputs(shard, rows, columns):
+            output.wait()
         if number:
             tokens += int(shard.lengths[rows].sum())
         else:

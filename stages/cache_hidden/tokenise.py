@@ -17,7 +17,7 @@ import numpy as np
 from pipeline.corpus.sources import Conversation
 from pipeline.corpus.tally import Unusable
 from pipeline.target.chat_template import ChatTemplate
-from stages.cache_hidden.dropped_text import check_all_shown, check_each_shown, check_once_encoded
+from stages.cache_hidden.dropped_text import check_each_text_rendered, check_not_encoded_twice, check_texts_rendered
 from stages.cache_hidden.token_boundaries import Encoded, encode_apart, encode_many, mask_of
 from stages.cache_hidden.turn_proof import Chat, Turn, TurnEnds, prove
 from stages.cache_hidden.turn_refusals import Unproven
@@ -110,10 +110,10 @@ class SampleMaker:
             turns.append(turn)
         if not turns:
             raise Unusable(*unproven[0])
-        check_all_shown(chat, turns[::-1])
+        check_texts_rendered(chat, turns[::-1])
         for turn in turns:
-            check_each_shown(chat, turn.at, self._shown)
-            check_once_encoded(chat.messages[: turn.at + 1], turn.text)
+            check_each_text_rendered(chat, turn.at, self._shown)
+            check_not_encoded_twice(chat.messages[: turn.at + 1], turn.text)
         return _Draft(conversation, chat, _shared(turns), unproven)
 
     def _finish(self, drafted: "_Draft", max_length: int) -> Prepared | Unusable:

@@ -156,7 +156,7 @@ class Beside:
         self.seconds, self.put, self.done, self.turn = 0.0, 0, 0, 0
         beside = self
 
-        class Counted(shards.Drain):
+        class Counted(shards.BackgroundWriter):
             def __init__(self, consume, depth):
                 def counting(piece):
                     consume(piece)
@@ -164,7 +164,7 @@ class Beside:
 
                 super().__init__(counting, depth)
 
-        engine.run_decoder, shards.Drain = self.run, Counted
+        engine.run_decoder, shards.BackgroundWriter = self.run, Counted
 
     def run(self, model: PreTrainedModel, ids_BT: torch.Tensor):
         while self.done < self.put:  # the capture's time

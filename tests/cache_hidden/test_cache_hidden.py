@@ -30,7 +30,7 @@ from pipeline.target.head import TargetHead
 from pipeline.target.layers import final_rows
 from pipeline.target.model import load_target
 from pipeline.target.on_policy import OnPolicyStats, on_policy_rows, on_policy_share
-from stages.cache_hidden.background_writer import Drain
+from stages.cache_hidden.background_writer import BackgroundWriter
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.progress import Progress
 from stages.cache_hidden.run import plan, plan_table, run
@@ -195,7 +195,7 @@ def test_other_errors_of_the_target_are_not_taken_for_memory(capture, monkeypatc
 
 def test_the_drain_is_bounded_keeps_order_and_passes_errors_on():
     seen, go = [], threading.Event()
-    drain = Drain(lambda item: (go.wait(5), seen.append(item)), depth=2)
+    drain = BackgroundWriter(lambda item: (go.wait(5), seen.append(item)), depth=2)
     feeder = threading.Thread(target=lambda: [drain.put(item) for item in range(6)], daemon=True)
     feeder.start()
     time.sleep(0.1)
@@ -209,7 +209,7 @@ def test_the_drain_is_bounded_keeps_order_and_passes_errors_on():
     def fails(item):
         raise RoomError(f"no room for {item}")
 
-    drain = Drain(fails, depth=2)
+    drain = BackgroundWriter(fails, depth=2)
     with pytest.raises(RoomError, match="no room for first"):
         drain.put("first")
         drain.finish()

@@ -239,7 +239,7 @@ def _without_norm(run_decoder):
 def test_the_engine_stores_what_an_ordinary_forward_gives(tmp_path):
     stored = Stored(random_model(SQUARE), tmp_path)
     engine = Engine(stored.model, stored.head, on_policy_share=1.0)
-    (piece,) = engine.pieces(stored.shard, range(len(stored.shard)), stored.columns)
+    (output,) = engine.forward_outputs(stored.shard, range(len(stored.shard)), stored.columns)
     for spec in stored.columns:
-        alone = np.concatenate([stored.read(spec.name, row) for row in piece.rows])
-        np.testing.assert_allclose(as_stored(piece.states[spec.name]), alone, rtol=1e-4, atol=1e-5)
+        alone = np.concatenate([stored.read(spec.name, row) for row in output.rows])
+        np.testing.assert_allclose(as_stored(output.states[spec.name]), alone, rtol=1e-4, atol=1e-5)
