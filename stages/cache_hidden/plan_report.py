@@ -24,7 +24,7 @@ Work = list[tuple[ShardPlan, list[ColumnSpec]]]
 Lost = Mapping[tuple[int, str], dict | None]  # (shard, column) -> the manifest it had, if that is known
 
 
-def missing(out: Path, plan: Plan, columns: tuple[ColumnSpec, ...]) -> Work:
+def missing_columns(out: Path, plan: Plan, columns: tuple[ColumnSpec, ...]) -> Work:
     """Return the shards with columns still to be captured, and which. UsageError where one holds other rows."""
     work = []
     for shard in plan.shards:
@@ -45,12 +45,12 @@ def missing(out: Path, plan: Plan, columns: tuple[ColumnSpec, ...]) -> Work:
     return work
 
 
-def codec_mismatch(out: Path, spec: ColumnSpec, held: str) -> str:
+def codec_mismatch(out: Path, spec: ColumnSpec, current: str) -> str:
     """Return what to say where a column, or a part of it, is in another codec: one column has one."""
     remedy = f"`pipeline recode {out} --codec {spec.name}={spec.codec}` makes it so without the target"
-    if held in LOSSY:
-        remedy = f"what {held} has rounded stays so: leave --codec out, or pass another --out"
-    return f"{out} holds {spec.name} in {held}, and {spec.codec} is asked for or in other shards; {remedy}"
+    if current in LOSSY:
+        remedy = f"what {current} has rounded stays so: leave --codec out, or pass another --out"
+    return f"{out} holds {spec.name} in {current}, and {spec.codec} is asked for or in other shards; {remedy}"
 
 
 def column_bytes(shard: ShardPlan, spec: ColumnSpec) -> int:
@@ -64,7 +64,7 @@ def work_bytes(work: Work) -> int:
     return sum(column_bytes(shard, spec) for shard, columns in work for spec in columns)
 
 
-def prices(plan: Plan, columns: tuple[ColumnSpec, ...]) -> dict[str, dict[str, int]]:
+def bytes_by_codec(plan: Plan, columns: tuple[ColumnSpec, ...]) -> dict[str, dict[str, int]]:
     """Return what the columns would take in every codec there is: codec -> column, or `in all`, -> bytes."""
     found = {}
     for codec in CODECS:
@@ -84,7 +84,7 @@ def plan_report(out: Path, plan: Plan, settings: CaptureSettings) -> dict:
 
     `time` is None, not known; `budget` is what was decided to keep to one, step by step.
     """
-    notes, work = plan.notes, missing(out, plan, settings.columns)
+    notes, work = plan.notes, missing_columns(out, plan, settings.columns)
     sizes = {spec.name: sum(column_bytes(shard, spec) for shard in plan.shards) for spec in settings.columns}
     sizes["target"] = head_bytes(settings)
     dropped = {**notes["faults"], **({"too short": notes["too_short"]} if notes["too_short"] else {})}
@@ -112,7 +112,7 @@ def plan_report(out: Path, plan: Plan, settings: CaptureSettings) -> dict:
         },
         "dropped": {why: {"count": dropped[why], "examples": notes["examples"].get(why, [])} for why in dropped},
         "examples": notes["examples"],
-        "prices": prices(plan, settings.columns),
+        "prices": bytes_by_codec(plan, settings.columns),
         "codecs": {spec.name: spec.codec for spec in settings.columns},
         "bytes": sizes,
         "bytes_in_all": sum(sizes.values()),
@@ -123,8 +123,8 @@ def plan_report(out: Path, plan: Plan, settings: CaptureSettings) -> dict:
         "budget": budget_steps(plan),
         "shards": len(plan.shards),
         "shards_done": len(plan.shards) - len(work),
-        "domains": _counted(plan, "domain"),
-        "splits": _counted(plan, "split"),
+        "domains": _count_values(plan, "domain"),
+        "splits": _count_values(plan, "split"),
     }
 
 
@@ -133,13 +133,13 @@ def turn_kind_examples(plan: Plan) -> dict[str, dict]:
     found = {}
     for kind, noted in plan.notes.get("kinds", {}).items():
         source, _, line = noted["first"].rpartition(":")
-        place = next(_places(plan, source, int(line)), None)
-        shown = {"ids": place[0].ids(place[1]).tolist(), "mask": place[0].mask(place[1]).tolist()} if place else {}
+        sample = next(_samples_of_row(plan, source, int(line)), None)
+        shown = {"ids": sample[0].ids(sample[1]).tolist(), "mask": sample[0].mask(sample[1]).tolist()} if sample else {}
         found[kind] = {**noted, **shown}
     return found
 
 
-def _places(plan: Plan, source: str, line: int) -> Iterator[tuple[ShardPlan, int]]:
+def _samples_of_row(plan: Plan, source: str, line: int) -> Iterator[tuple[ShardPlan, int]]:
     """Yield the samples of a row of the corpus, each as its shard and its number there."""
     for shard in plan.shards:
         for row in np.flatnonzero(numbers(shard.batch.column("line")) == line):
@@ -165,7 +165,7 @@ def plan_samples(report: dict):
     return Group(*lines)
 
 
-def _counted(plan: Plan, column: str) -> dict[str, int]:
+def _count_values(plan: Plan, column: str) -> dict[str, int]:
     counts = Counter(text or "(none)" for shard in plan.shards for text in shard.text(column))
     return dict(sorted(counts.items()))
 
@@ -202,10 +202,10 @@ def plan_table(report: dict):
         ("prices", codec_table(report)),
         ("head", f"{size_text(report['bytes']['target'])}, the target's embedding and LM head"),
     ]
-    room = "it fits" if report["fits"] else "IT DOES NOT FIT: --budget takes a part, --codec less for each"
+    fits = "it fits" if report["fits"] else "IT DOES NOT FIT: --budget takes a part, --codec less for each"
     rows += [
         ("cache", f"{size_text(report['bytes_in_all'])} in {report['shards']} shards, {report['shards_done']} done"),
-        ("to write", f"{size_text(report['bytes_to_write'])}, {size_text(report['free_bytes'])} free: {room}"),
+        ("to write", f"{size_text(report['bytes_to_write'])}, {size_text(report['free_bytes'])} free: {fits}"),
         ("time", time_text(report["time"]) if report["bytes_to_write"] else "none, everything is captured"),
         ("domains", ", ".join(f"{name} {count:,}" for name, count in report["domains"].items())),
         ("splits", ", ".join(f"{name} {count:,}" for name, count in report["splits"].items())),
@@ -220,7 +220,7 @@ def turn_rows(report: dict) -> list[tuple[str, str]]:
     """Return what the plan says of turns: the choice between one sample and all, both prices, and what is unproven."""
     rows, turns = [], report["turns"]
     if turns and turns["last"] != turns["each"]:
-        a_token = (report["bytes_in_all"] - report["bytes"]["target"]) / report["tokens"]
+        bytes_a_token = (report["bytes_in_all"] - report["bytes"]["target"]) / report["tokens"]
         for name in ("last", "each"):
             priced = turns[name]
             taken = f", taken: {turns['why']}" if turns["chosen"] == name else ""
@@ -228,7 +228,7 @@ def turn_rows(report: dict) -> list[tuple[str, str]]:
                 (
                     f"--turns {name}",
                     f"{priced['samples']:,} samples, {priced['tokens']:,} tokens, {priced['supervised']:,} supervised, "
-                    f"about {size_text(int(priced['tokens'] * a_token))}{taken}",
+                    f"about {size_text(int(priced['tokens'] * bytes_a_token))}{taken}",
                 )
             )
         if turns["chosen"] == "last":

@@ -24,7 +24,7 @@ from pipeline.drafts import DFlash
 from pipeline.errors import UsageError
 from stages.cache_hidden.budget import SampleSizes, choose_samples, drop_unread_columns
 from stages.cache_hidden.options import CaptureOptions, size_bytes
-from stages.cache_hidden.plan_report import codec_text, missing, time_text
+from stages.cache_hidden.plan_report import codec_text, missing_columns, time_text
 from stages.cache_hidden.run import plan, plan_table, run
 from stages.cache_hidden.settings import resolve_settings
 from stages.cache_hidden.time_estimate import Speed, disk_speed, evenly_spaced_batches
@@ -355,7 +355,7 @@ def test_a_probe_says_the_larger_of_computing_and_writing(planned, tmp_path, mon
 def test_the_times_of_a_probe_are_read_by_hand(planned, tiny_target, tmp_path):
     report = planned()
     settings = resolve_settings(str(tiny_target), tmp_path / "cache", OPTIONS)
-    work = missing(tmp_path / "cache", load_plan(tmp_path / "cache"), settings.columns)
+    work = missing_columns(tmp_path / "cache", load_plan(tmp_path / "cache"), settings.columns)
     found = Speed(written=report["bytes_to_write"] / 7200, tokens=report["tokens"] / 3661).as_dict(work)
     assert time_text(found).startswith("about 2:00:00 for one worker, that of writing: computing 1:01:01 at ")
     assert time_text(None).startswith("unknown")
