@@ -35,7 +35,7 @@ class Tally:
     unproven: dict[str, int] = field(default_factory=dict)  # turns left unsupervised, by reason
     kinds: dict[str, dict] = field(default_factory=dict)  # of turns: how many, and where the first one is
     faults: dict[str, int] = field(default_factory=dict)
-    short: int = 0  # samples with nothing to learn within max_length: no fault of theirs
+    too_short: int = 0  # samples with nothing to learn within max_length: no fault of theirs
     examples: dict[str, list[str]] = field(default_factory=dict)
     keys: dict[str, tuple[int, str]] = field(default_factory=dict)  # of messages, that nobody knows: rows, the first
 
@@ -77,7 +77,7 @@ class Tally:
             "rewritten_turns": self.turns - self.last_turns,
             "unproven_turns": dict(sorted(self.unproven.items())),
             "kinds": dict(sorted(self.kinds.items())),
-            "too_short": self.short,
+            "too_short": self.too_short,
             "faults": dict(sorted(self.faults.items())),
             "examples": dict(sorted(self.examples.items())),
         }

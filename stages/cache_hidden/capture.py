@@ -64,7 +64,7 @@ def capture_shards(
         for shard, wanted in work:
             columns = [spec for spec in wanted if is_missing(out, shard.number, spec.name, lost)]
             if not columns:  # another worker has captured this shard since
-                progress.shard()
+                progress.add_shard()
                 continue
             engine.on_policy_share = on_policy_share(plan.segment(shard.number)["supervised"])
             with ShardWriter(out, shard, columns) as writer:
@@ -79,7 +79,7 @@ def capture_shards(
                     facts[name]["gauge"] = on_policy.as_facts()
                 previous = {name: lost[shard.number, name] for name in facts if (shard.number, name) in lost}
                 writer.commit(facts, previous)
-            progress.shard()
+            progress.add_shard()
 
 
 def is_missing(out: Path, shard: int, column: str, lost: Lost) -> bool:

@@ -1,4 +1,4 @@
-"""What a plan says before anything runs: samples, tokens, what was left out and why, bytes, and room for them."""
+"""The report of a plan, before anything is captured: samples, tokens, what was left out and why, bytes, free disk."""
 
 import shlex
 from collections import Counter
@@ -19,13 +19,13 @@ from pipeline.target.files import read_json, text_config
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.settings import CaptureSettings
 
-SHOWN_CHARACTERS = 240  # of each stretch of a sample that a plan shows
-Work = list[tuple[ShardPlan, list[ColumnSpec]]]
-Lost = Mapping[tuple[int, str], dict | None]  # (shard, column) -> the manifest it had, if that is known
+SHOWN_CHARACTERS = 240  # of each supervised or unsupervised span of a sample that a plan shows
+Work = list[tuple[ShardPlan, list[ColumnSpec]]]  # shards to capture, each with the columns that it lacks
+Lost = Mapping[tuple[int, str], dict | None]  # damaged (shard, column) -> its former manifest, None where unknown
 
 
 def missing_columns(out: Path, plan: Plan, columns: tuple[ColumnSpec, ...]) -> Work:
-    """Return the shards with columns still to be captured, and which. UsageError where one holds other rows."""
+    """Return the shards that lack columns, and which. UsageError where one is stored with other rows or codec."""
     work = []
     for shard in plan.shards:
         absent = []
@@ -46,7 +46,7 @@ def missing_columns(out: Path, plan: Plan, columns: tuple[ColumnSpec, ...]) -> W
 
 
 def codec_mismatch(out: Path, spec: ColumnSpec, current: str) -> str:
-    """Return what to say where a column, or a part of it, is in another codec: one column has one."""
+    """Return the error message for a column that some shards store in another codec than the one asked for."""
     remedy = f"`pipeline recode {out} --codec {spec.name}={spec.codec}` makes it so without the target"
     if current in LOSSY:
         remedy = f"what {current} has rounded stays so: leave --codec out, or pass another --out"
@@ -54,18 +54,18 @@ def codec_mismatch(out: Path, spec: ColumnSpec, current: str) -> str:
 
 
 def column_bytes(shard: ShardPlan, spec: ColumnSpec) -> int:
-    """Bytes that a shard's column is expected to take, in its codec."""
+    """Return the bytes that a shard's column is expected to take in its codec."""
     rows = shard.rows if spec.keeps == "all" else shard.final_count
     return stored_bytes(rows, spec.width, spec.dtype, spec.codec)
 
 
 def work_bytes(work: Work) -> int:
-    """Bytes expected still to be written."""
+    """Return the bytes expected to be written still."""
     return sum(column_bytes(shard, spec) for shard, columns in work for spec in columns)
 
 
 def bytes_by_codec(plan: Plan, columns: tuple[ColumnSpec, ...]) -> dict[str, dict[str, int]]:
-    """Return what the columns would take in every codec there is: codec -> column, or `in all`, -> bytes."""
+    """Return the expected bytes of the columns in every codec: codec -> column, or `in all` -> bytes."""
     found = {}
     for codec in CODECS:
         encoded = [replace(spec, codec=codec) for spec in columns]
@@ -75,15 +75,12 @@ def bytes_by_codec(plan: Plan, columns: tuple[ColumnSpec, ...]) -> dict[str, dic
 
 
 def budget_steps(plan: Plan) -> list[str]:
-    """Return what was decided to keep to a budget, in words; nothing where the plan was made without one."""
+    """Return the sentences in which a plan describes its budget decision; none for a plan without a budget."""
     return [step for manifest in plan.manifests for step in manifest["notes"].get("budget", {}).get("steps", [])]
 
 
 def plan_report(out: Path, plan: Plan, settings: CaptureSettings) -> dict:
-    """Return everything `pipeline plan` prints, as JSON has it. Sizes in bytes, lengths in tokens.
-
-    `time` is None, not known; `budget` is what was decided to keep to one, step by step.
-    """
+    """Return all that `pipeline plan --json` prints: sizes in bytes, lengths in tokens, `time` None (not measured)."""
     notes, work = plan.notes, missing_columns(out, plan, settings.columns)
     sizes = {spec.name: sum(column_bytes(shard, spec) for shard in plan.shards) for spec in settings.columns}
     sizes["target"] = head_bytes(settings)
@@ -129,7 +126,7 @@ def plan_report(out: Path, plan: Plan, settings: CaptureSettings) -> dict:
 
 
 def turn_kind_examples(plan: Plan) -> dict[str, dict]:
-    """Return the kinds of turns there are: how many, and the first sample of each with its ids and mask, if planned."""
+    """Return for each kind of turn: how many there are, and its first sample's source, ids and mask (if planned)."""
     found = {}
     for kind, noted in plan.notes.get("kinds", {}).items():
         source, _, line = noted["first"].rpartition(":")
@@ -140,7 +137,7 @@ def turn_kind_examples(plan: Plan) -> dict[str, dict]:
 
 
 def _samples_of_row(plan: Plan, source: str, line: int) -> Iterator[tuple[ShardPlan, int]]:
-    """Yield the samples of a row of the corpus, each as its shard and its number there."""
+    """Yield the samples made from a corpus row, each as its shard and its number in it."""
     for shard in plan.shards:
         for row in np.flatnonzero(numbers(shard.batch.column("line")) == line):
             if shard.batch.column("source")[int(row)].as_py() == source:
@@ -148,7 +145,7 @@ def _samples_of_row(plan: Plan, source: str, line: int) -> Iterator[tuple[ShardP
 
 
 def plan_samples(report: dict):
-    """Return one sample of each kind of turn as text, what is supervised marked, to be read in ten seconds."""
+    """Return one sample of each kind of turn as text for the terminal, supervised tokens highlighted."""
     from rich.console import Group
     from rich.text import Text
 
@@ -171,14 +168,14 @@ def _count_values(plan: Plan, column: str) -> dict[str, int]:
 
 
 def head_bytes(settings: CaptureSettings) -> int:
-    """Bytes of the embedding and head that go into the cache."""
+    """Return the bytes of the target's embedding and LM head, which go into the cache."""
     config, whole = text_config(settings.folder), read_json(settings.folder / "config.json")
     tied = config.get("tie_word_embeddings", whole.get("tie_word_embeddings", False))
     return config["vocab_size"] * settings.row_bytes // len(settings.columns) * (1 if tied else 2)
 
 
 def plan_table(report: dict):
-    """Return the report as a table for people."""
+    """Return the report as a table for the terminal."""
     from rich.text import Text
 
     from pipeline.console import Grid
@@ -217,7 +214,7 @@ def plan_table(report: dict):
 
 
 def turn_rows(report: dict) -> list[tuple[str, str]]:
-    """Return what the plan says of turns: the choice between one sample and all, both prices, and what is unproven."""
+    """Return the table's rows about turns: size with `--turns last` and `each`, the choice, and unsupervised turns."""
     rows, turns = [], report["turns"]
     if turns and turns["last"] != turns["each"]:
         bytes_a_token = (report["bytes_in_all"] - report["bytes"]["target"]) / report["tokens"]
@@ -241,7 +238,7 @@ def turn_rows(report: dict) -> list[tuple[str, str]]:
 
 
 def codec_table(report: dict):
-    """Return the bytes of every column in every codec, side by side; those chosen are marked."""
+    """Return a table of the bytes of every column in every codec; the chosen ones are marked."""
     from rich.text import Text
 
     from pipeline.console import grid
@@ -257,7 +254,7 @@ def codec_table(report: dict):
 
 
 def time_text(found: dict | None) -> str:
-    """Return how long the work takes, as far as it is known."""
+    """Return how long the work is expected to take, in words. found: see `Speed.as_dict`; None where not measured."""
     if found is None:
         return "unknown; --probe measures disk and target"
     what = "computing" if found["compute_s"] >= found["write_s"] else "writing"
@@ -274,7 +271,7 @@ def _clock(seconds: float) -> str:
 
 
 def codec_text(columns: Sequence[ColumnSpec]) -> str | None:
-    """Return `--codec` as short as it says the same; None where every column is raw."""
+    """Return the shortest `--codec` text for these columns; None where every one is raw."""
     of_aux = {spec.codec for spec in columns if spec.name != "final"}
     if {spec.codec for spec in columns} == {"raw"}:
         return None
@@ -287,7 +284,7 @@ def codec_text(columns: Sequence[ColumnSpec]) -> str | None:
 def capture_command(
     model: str, corpus: str | None, out: Path, options: CaptureOptions, settings: CaptureSettings
 ) -> str:
-    """Return the `cache-hidden` command that captures a plan, columns and codecs written out."""
+    """Return the `cache-hidden` command line that captures a plan, with columns and codecs written out."""
     final = next((spec.keeps for spec in settings.columns if spec.name == "final"), "none")
     layers = ",".join(str(layer_of(spec.name)) for spec in settings.columns if spec.name != "final")
     stated = {

@@ -75,9 +75,9 @@ def plan(model: str, corpus: str | None, out: Path, *, options: CaptureOptions, 
     report["command"] = capture_command(model, corpus, out, options, settings)
     work = missing_columns(out, planned, settings.columns)
     if probe and work:
-        from stages.cache_hidden.time_estimate import measure  # brings torch and transformers
+        from stages.cache_hidden.time_estimate import measure_speed  # brings torch and transformers
 
-        report["time"] = measure(out, work, settings, Worker().device(options.device)).as_dict(work)
+        report["time"] = measure_speed(out, work, settings, Worker().device(options.device)).as_dict(work)
     return report
 
 
@@ -167,9 +167,9 @@ def _existing_plan(corpus: str | None, out: Path, settings: CaptureSettings, opt
 
 def _make_plan(corpus: str | None, out: Path, settings: CaptureSettings, options: CaptureOptions) -> Plan:
     """Tokenise the corpus into the cache's plan, or into one more segment of it."""
-    from stages.cache_hidden.worker_pool import prepare
+    from stages.cache_hidden.worker_pool import start_fork_server
 
-    prepare()
+    start_fork_server()
     name = corpus or default_corpus(settings.folder)
     from_hub = corpus is None and name == HUB_CORPUS
     if from_hub:

@@ -1,7 +1,7 @@
-"""How long a capture will take: from a short probe of the disk and of the target, or not known.
+"""An estimate of how long a capture will take, from a short measurement of the disk and of the target.
 
-Computing and writing overlap, so the larger of the two is what a capture takes; encoding, which overlaps too, is not
-measured. Qwen3-8B at full speed on a large GPU writes more than 1 GB/s in bfloat16, so it often is the disk.
+Computing and writing overlap, so a capture takes the larger of the two times; encoding, which overlaps too, is not
+measured. Qwen3-8B at full speed on a large GPU writes more than 1 GB/s in bfloat16, so the disk is often the limit.
 """
 
 import os
@@ -24,13 +24,13 @@ AT_LEAST_S = 1e-9
 
 @dataclass(frozen=True)
 class Speed:
-    """What one worker does a second: bytes written, and tokens through the target."""
+    """One worker's rates: bytes written a second, tokens through the target a second."""
 
     written: float
     tokens: float
 
     def as_dict(self, work: Work) -> dict:
-        """Return the seconds of the work still to be done, as the plan's report has them."""
+        """Return the `time` entry of the plan's report: the rates, and the seconds that the work takes."""
         compute = sum(shard.rows for shard, _ in work) / self.tokens
         write = work_bytes(work) / self.written
         return {
@@ -43,13 +43,13 @@ class Speed:
 
 
 def measure_speed(out: Path, work: Work, settings: CaptureSettings, device: str) -> Speed:
-    """Probe disk and target for work that is left. Raises RoomError, and what loading a target raises."""
+    """Measure disk and target on some of the work. Raises RoomError, and what loading a target raises."""
     return Speed(disk_speed(out), target_speed(work, settings, device))
 
 
 def disk_speed(out: Path, size: int = DISK_BYTES) -> float:
     """Write `size` bytes into the cache's folder, sync and remove them; return bytes a second. Raises RoomError."""
-    block = os.urandom(min(size, BLOCK_BYTES))  # nothing that a disk could compress
+    block = os.urandom(min(size, BLOCK_BYTES))  # incompressible
     with Scratch(out, "speed") as scratch, room(out, "a probe of the disk", size):
         began = time.perf_counter()
         fd = os.open(scratch.path / "written", os.O_WRONLY | os.O_CREAT, 0o644)
@@ -64,10 +64,7 @@ def disk_speed(out: Path, size: int = DISK_BYTES) -> float:
 
 
 def target_speed(work: Work, settings: CaptureSettings, device: str) -> float:
-    """Run a few micro-batches of the work, from all over it, through the engine; return tokens a second.
-
-    Its own tokens: padding takes time and does not count.
-    """
+    """Run a few evenly spaced micro-batches through the engine; return tokens a second, padding not counted."""
     from pipeline.target.model import head_of, load_target
     from pipeline.target.on_policy import SHARE
     from stages.cache_hidden.engine_hf import Engine
@@ -88,9 +85,9 @@ def target_speed(work: Work, settings: CaptureSettings, device: str) -> float:
 
 
 def evenly_spaced_batches(shards: Sequence[ShardPlan], batch_tokens: int, count: int) -> list[tuple[ShardPlan, range]]:
-    """Return up to `count` micro-batches: of shards evenly spread, each from another place in its shard.
+    """Return up to `count` micro-batches as (shard, its samples), from evenly spaced shards.
 
-    Samples lie longest first, so the place decides how long they are.
+    Each comes from another part of its shard, since a shard's samples are ordered longest first.
     """
     chosen = []
     for number in range(min(count, len(shards))):

@@ -71,7 +71,7 @@ def usable_sample(sample: Foreign, file: str, line: int, vocab_size: int, tally:
         return None
     cut = trim(sample.ids_T, sample.mask_T)
     if cut is None:
-        tally.short += 1
+        tally.too_short += 1
         tally.show("too short", f"{sample.where}: no two supervised tokens in a row")
         return None
     return PlannedSample(*cut, file=file, line=line)

@@ -23,7 +23,7 @@ from pipeline.corpus.sources import (
 from pipeline.corpus.tally import Tally, Unusable, check_mask, trim
 from pipeline.errors import DataError, UsageError
 from pipeline.target.chat_template import ChatTemplate
-from stages.cache_hidden.prepare_rows import planned
+from stages.cache_hidden.prepare_rows import prepare_rows
 from stages.cache_hidden.settings import default_corpus
 
 HELLO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -255,10 +255,10 @@ def test_planning_counts_everything_it_leaves_out(template, tmp_path):
         {"messages": [*turns("x", "y"), {"role": "narrator", "content": "z"}]},
     ]
     corpus, tally = write_jsonl(tmp_path / "a.jsonl", rows), Tally()
-    samples = list(planned(read_files(str(corpus), [corpus]), template(CHAT_TEMPLATE), 80, tally, 264))
+    samples = list(prepare_rows(read_files(str(corpus), [corpus]), template(CHAT_TEMPLATE), 80, tally, 264))
     assert [sample.line for sample in samples] == [1, 4]
     assert tally.rows == 5 and tally.faults == {"broken line": 1, "unknown role": 1}
-    assert (tally.short, tally.truncated) == (1, 1), "the long question left nothing to learn within 80 tokens"
+    assert (tally.too_short, tally.truncated) == (1, 1), "the long question left nothing to learn within 80 tokens"
     assert tally.examples["unknown role"][0].startswith("a.jsonl:5: ")
     assert all(len(sample.ids) <= 80 for sample in samples)
 
@@ -266,8 +266,8 @@ def test_planning_counts_everything_it_leaves_out(template, tmp_path):
 def test_a_token_the_target_has_no_embedding_for_is_a_fault(template, tmp_path):
     corpus, tally = write_jsonl(tmp_path / "a.jsonl", [{"messages": HELLO}]), Tally()
     rows, made = list(read_files(str(corpus), [corpus])), template(CHAT_TEMPLATE)
-    assert len(list(planned(rows, made, 80, tally, 259))) == 1 and not tally.faults
-    assert list(planned(rows, made, 80, tally, 258)) == []
+    assert len(list(prepare_rows(rows, made, 80, tally, 259))) == 1 and not tally.faults
+    assert list(prepare_rows(rows, made, 80, tally, 258)) == []
     assert tally.faults == {"unknown token": 1}
     assert "a.jsonl:1: holds token 258, outside the target's 258" in tally.examples["unknown token"][0]
 
