@@ -27,7 +27,9 @@ from pipeline.target.tokenizer import load_tokenizer
 RENDERING_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, NameError, TypeError)
 RENDERING_ERRORS += (ValueError, RecursionError, AssertionError, NotImplementedError)
 THOUGHT = "reasoning_content"
-OURS = frozenset(("supervise", "token_ids", "prompt_token_ids", THOUGHT))  # keys that a template is not shown as such
+INTERNAL_KEYS = frozenset(
+    ("supervise", "token_ids", "prompt_token_ids", THOUGHT)
+)  # keys that a template is not shown as such
 REASONING_NAMES = (THOUGHT, "reasoning", "thinking")  # what templates call a message's thought
 THINKING_SWITCHES = ("enable_thinking", "thinking")  # variables by which templates turn thoughts on and off
 TOOL_USE = "tool_use"  # the name of the template for rows with tools, where a target has several
@@ -47,7 +49,7 @@ class ChatTemplate:
             raise UsageError(f"{folder}: its tokenizer cannot map tokens to characters; add a tokenizer.json")
         self.backend = self.tokenizer.backend_tokenizer
         self._special = dict(self.tokenizer.special_tokens_map)
-        self.known_ids: dict[str, list[int]] = {}  # of texts that come again and again, the ends of prompts
+        self.cached_ids: dict[str, list[int]] = {}  # of texts that come again and again, the ends of prompts
         self._matchers: dict[frozenset[str], re.Pattern] = {}
         self.needs_offsets = False  # whether the texts encoded last could not do without
         today = datetime.fromisoformat(date)
@@ -67,7 +69,7 @@ class ChatTemplate:
         return is_added_V
 
     @cached_property
-    def added_are_plain(self) -> bool:
+    def added_tokens_are_plain(self) -> bool:
         """Whether no added token takes white space around it, or stands as a word only."""
         tokens = self.backend.get_added_tokens_decoder().values()
         return not any(token.lstrip or token.rstrip or token.single_word for token in tokens)
@@ -78,7 +80,7 @@ class ChatTemplate:
         return self.tokenizer.unk_token_id
 
     @cached_property
-    def turn_tokens(self) -> re.Pattern:
+    def added_token_pattern(self) -> re.Pattern:
         """Matches any added token that is more than white space, the longest first."""
         return self.matcher(frozenset(content for content in self.added.values() if content.strip()))
 
@@ -92,29 +94,29 @@ class ChatTemplate:
         return self._matchers[texts]
 
     @cached_property
-    def ends(self) -> frozenset[str]:
+    def stop_tokens(self) -> frozenset[str]:
         """The tokens at which the target stops, as its generation config and its tokenizer name them."""
-        return frozenset(token for token in (self.tokenizer.eos_token, *self._stop_tokens) if token)
+        return frozenset(token for token in (self.tokenizer.eos_token, *self._generation_stops) if token)
 
     @cached_property
-    def _stop_tokens(self) -> list[str]:
+    def _generation_stops(self) -> list[str]:
         return [self.tokenizer.convert_ids_to_tokens(i) for i in stop_ids(self.folder) if 0 <= i < len(self)]
 
     @property
-    def names_stops(self) -> bool:
+    def has_stop_tokens(self) -> bool:
         """Whether the target's generation config says at which tokens it stops."""
-        return bool(self._stop_tokens)
+        return bool(self._generation_stops)
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
 
-    def reads(self, tools: bool = False) -> set[str]:
+    def variables(self, tools: bool = False) -> set[str]:
         """Return the names of the variables that a template reads."""
-        return _variables(self._compiled[self._chosen(tools)], self._texts[self._chosen(tools)])
+        return _variables(self._compiled[self._template_name(tools)], self._texts[self._template_name(tools)])
 
-    def switch(self) -> str | None:
+    def thinking_switch(self) -> str | None:
         """Return the argument by which this template turns thoughts off, None where it has none."""
-        return next((name for name in THINKING_SWITCHES if name in self.reads()), None)
+        return next((name for name in THINKING_SWITCHES if name in self.variables()), None)
 
     def render(
         self, messages: list[dict], tools: list[dict] | None = None, *, prompt: bool = False, kwargs: dict | None = None
@@ -124,7 +126,7 @@ class ChatTemplate:
         Raises Unusable where the template refuses, or fails.
         """
         try:
-            return self._compiled[self._chosen(bool(tools))].render(
+            return self._compiled[self._template_name(bool(tools))].render(
                 messages=[_for_template(message) for message in messages],
                 tools=tools or None,
                 documents=None,
@@ -144,20 +146,20 @@ class ChatTemplate:
         text = self.render(messages, tools, prompt=True, kwargs=kwargs)
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def _chosen(self, tools: bool) -> str:
+    def _template_name(self, tools: bool) -> str:
         return TOOL_USE if tools and TOOL_USE in self._compiled else "default"
 
 
 def _for_template(message: dict) -> dict:
     """Return a message as templates read it: its thought under every name they know, nothing of ours."""
-    if OURS.isdisjoint(message):
+    if INTERNAL_KEYS.isdisjoint(message):
         return message
-    kept = {key: value for key, value in message.items() if key not in OURS or key == THOUGHT}
+    kept = {key: value for key, value in message.items() if key not in INTERNAL_KEYS or key == THOUGHT}
     thought = kept.get(THOUGHT)
     return kept | dict.fromkeys(REASONING_NAMES, thought) if thought else kept
 
 
-class Unmarked(Extension):
+class IgnoreGenerationTag(Extension):
     """Has a template render what it marks as the assistant's like anything else: marks do not count, and take time.
 
     What is set between the marks stays there, as it does in transformers' own.
@@ -175,7 +177,7 @@ def _compile(folder: Path, text: str, today: datetime) -> Template:
     """Compile a template with its clock stopped. UsageError when it is no Jinja."""
     try:
         environment = _compile_jinja_template(text).environment
-        environment.add_extension(Unmarked)
+        environment.add_extension(IgnoreGenerationTag)
         template = environment.from_string(text, globals={"strftime_now": today.strftime})
         template.globals = dict(template.globals)  # a chain of dicts, which every rendering would copy one by one
         return template

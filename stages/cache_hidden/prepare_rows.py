@@ -84,7 +84,7 @@ class RowPreparer:
             truncated=truncated,
             too_short=too_short,
             turns=prepared.turns,
-            last_turns=prepared.last,
+            last_turns=prepared.last_turns,
             unproven=tuple(prepared.unproven),
             kinds=tuple(kinds),
             unknown=row.unknown,

@@ -10,7 +10,7 @@ from pipeline.target.chat_template import ChatTemplate
 CHARACTERS_A_TOKEN = 16  # tried first of a text that is cut; more are taken where that is too little
 
 
-class Encoded:
+class EncodedText:
     """A text's ids, int32 [T], as far as wanted, and where in them a character stands.
 
     Text is split at added tokens before anything else, so where they are shows where turns begin and end. Only where
@@ -21,49 +21,49 @@ class Encoded:
         self.template, self.text, self.cut = template, text, cut
         self.ids = np.array(encoding.ids, np.int32)
         self._with_offsets = encoding if offsets else None
-        self._added = None if offsets else added_places(template, text, self.ids)
+        self._added = None if offsets else added_token_spans(template, text, self.ids)
 
-    def boundary(self, place: int) -> int | None:
+    def boundary(self, character: int) -> int | None:
         """Return how many tokens end at or before a character, None where one goes across it.
 
         Beyond what was encoded of a text that is cut it is the number of all tokens.
         """
-        if place >= len(self.text):
+        if character >= len(self.text):
             return len(self.ids)
         for start, stop, token in self._added or ():
-            if place in (start, stop):
-                return token + (place == stop)
-        token = self._offsets.char_to_token(place)
-        while token is None and place < len(self.text) - 1:  # a space that a token leaves out of its range
-            place += 1
-            token = self._offsets.char_to_token(place)
+            if character in (start, stop):
+                return token + (character == stop)
+        token = self._offsets.char_to_token(character)
+        while token is None and character < len(self.text) - 1:  # a space that a token leaves out of its range
+            character += 1
+            token = self._offsets.char_to_token(character)
         if token is None:
             return len(self.ids)
         while token and self._offsets.token_to_chars(token - 1) == self._offsets.token_to_chars(token):
             token -= 1  # the first of the tokens that share one character
         began, _ = self._offsets.token_to_chars(token)
-        return token if began == place else None
+        return token if began == character else None
 
-    def prompt_boundary(self, place: int) -> int | None:
+    def prompt_boundary(self, character: int) -> int | None:
         """Return how many tokens the first `place` characters have, None if alone they have others.
 
         Only what follows the last added token in them can differ.
         """
-        if self.cut and place >= len(self.text):
-            return self.boundary(place)
+        if self.cut and character >= len(self.text):
+            return self.boundary(character)
         if self._added is not None:
-            before = [(start, token) for start, stop, token in self._added if stop <= place]
+            before = [(start, token) for start, stop, token in self._added if stop <= character]
             began, start = before[-1] if before else (0, 0)
-            alone = _alone(self.template, self.text[began:place])
+            alone = _encode_alone(self.template, self.text[began:character])
             stop = start + len(alone)
             if self.ids[start:stop].tolist() == alone and self.template.unknown_id not in alone:
                 return stop  # but for the unknown one, equal tokens stand for equal text
-        stop = self.boundary(place)
+        stop = self.boundary(character)
         if stop is None:
             return None
         start = max(np.flatnonzero(self.template.is_added[self.ids[:stop]]), default=-1)
         began = self._offsets.token_to_chars(start)[0] if start >= 0 else 0
-        alone = _alone(self.template, self.text[began:place])
+        alone = _encode_alone(self.template, self.text[began:character])
         return stop if alone == self.ids[max(start, 0) : stop].tolist() else None
 
     @property
@@ -75,12 +75,12 @@ class Encoded:
         return self._with_offsets
 
 
-def added_places(template: ChatTemplate, text: str, ids: np.ndarray) -> list[tuple[int, int, int]] | None:
+def added_token_spans(template: ChatTemplate, text: str, ids: np.ndarray) -> list[tuple[int, int, int]] | None:
     """Return where added tokens stand in a text and in its ids, as (first character, the one behind it, token).
 
     None where that is open: some take the white space around them, or match text that only looks alike.
     """
-    if not template.added_are_plain:
+    if not template.added_tokens_are_plain:
         return None
     at = np.flatnonzero(template.is_added[ids]).tolist()
     present = [template.added[i] for i in ids[at].tolist()]
@@ -90,48 +90,50 @@ def added_places(template: ChatTemplate, text: str, ids: np.ndarray) -> list[tup
     return [(*match.span(), token) for match, token in zip(found, at, strict=True)]
 
 
-def encode_many(template: ChatTemplate, texts: list[str], max_length: int) -> list[Encoded]:
+def encode_texts(template: ChatTemplate, texts: list[str], max_length: int) -> list[EncodedText]:
     """Encode the texts at once, each no further than `max_length` tokens need."""
-    most = CHARACTERS_A_TOKEN * max_length + 1024
+    limit = CHARACTERS_A_TOKEN * max_length + 1024
     offsets, template.needs_offsets = template.needs_offsets, False  # as the last ones needed them or did not
     encode = template.backend.encode_batch if offsets else template.backend.encode_batch_fast
-    encodings = encode([text[:most] for text in texts], add_special_tokens=False)
+    encodings = encode([text[:limit] for text in texts], add_special_tokens=False)
     return [
-        Encoded(template, text, encoding, cut=False, offsets=offsets)
-        if len(text) <= most
-        else _encode_long(template, text, most, len(encoding.ids), max_length)
+        EncodedText(template, text, encoding, cut=False, offsets=offsets)
+        if len(text) <= limit
+        else _encode_long(template, text, limit, len(encoding.ids), max_length)
         for text, encoding in zip(texts, encodings, strict=True)
     ]
 
 
-def _encode_long(template: ChatTemplate, text: str, most: int, count: int, max_length: int) -> Encoded:
+def _encode_long(template: ChatTemplate, text: str, limit: int, count: int, max_length: int) -> EncodedText:
     """Encode more of a text until there are enough tokens, of which the last ones, near the cut, do not count.
 
     count: of the tokens in its first `most` characters.
     """
-    while count < max_length + 64 and most < len(text):
-        most *= 4
-        count = len(template.backend.encode_batch_fast([text[:most]], add_special_tokens=False)[0].ids)
-    encoding = template.backend.encode(text[:most], add_special_tokens=False)
-    return Encoded(template, text[:most], encoding, cut=most < len(text), offsets=True)
+    while count < max_length + 64 and limit < len(text):
+        limit *= 4
+        count = len(template.backend.encode_batch_fast([text[:limit]], add_special_tokens=False)[0].ids)
+    encoding = template.backend.encode(text[:limit], add_special_tokens=False)
+    return EncodedText(template, text[:limit], encoding, cut=limit < len(text), offsets=True)
 
 
-def encode_apart(template: ChatTemplate, prompt: str, reply: str, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+def encode_separately(
+    template: ChatTemplate, prompt: str, reply: str, max_length: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the ids of a prompt and of the reply to it where the text of both is not cut between them.
 
     The reply is encoded behind an added token, as it is where it follows one; a tokenizer may put a space before the
     first word of a text.
     """
-    prompt_ids = encode_many(template, [prompt], max_length)[0].ids
-    last = next((found[0] for found in reversed(list(template.turn_tokens.finditer(prompt)))), None)
+    prompt_ids = encode_texts(template, [prompt], max_length)[0].ids
+    last = next((found[0] for found in reversed(list(template.added_token_pattern.finditer(prompt)))), None)
     if last is None:
-        return prompt_ids, encode_many(template, [reply], max_length)[0].ids
-    return prompt_ids, encode_many(template, [last + reply], max_length)[0].ids[1:]
+        return prompt_ids, encode_texts(template, [reply], max_length)[0].ids
+    return prompt_ids, encode_texts(template, [last + reply], max_length)[0].ids[1:]
 
 
-def _alone(template: ChatTemplate, text: str) -> list[int]:
+def _encode_alone(template: ChatTemplate, text: str) -> list[int]:
     """Return the ids of a text alone; the ends of prompts are few, so they are kept."""
-    known = template.known_ids
+    known = template.cached_ids
     if text not in known:
         if len(known) > 4096:
             known.clear()

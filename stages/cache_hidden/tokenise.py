@@ -18,8 +18,8 @@ from pipeline.corpus.sources import Conversation
 from pipeline.corpus.tally import Unusable
 from pipeline.target.chat_template import ChatTemplate
 from stages.cache_hidden.dropped_text import check_each_text_rendered, check_not_encoded_twice, check_texts_rendered
-from stages.cache_hidden.token_boundaries import Encoded, encode_apart, encode_many, mask_of
-from stages.cache_hidden.turn_proof import Chat, Turn, TurnEnds, prove
+from stages.cache_hidden.token_boundaries import EncodedText, encode_separately, encode_texts, mask_of
+from stages.cache_hidden.turn_proof import ProvenTurn, RenderedChat, TurnEnds, prove_turn
 from stages.cache_hidden.turn_refusals import Unproven
 
 
@@ -33,7 +33,7 @@ class Sample:
 
 
 @dataclass
-class Prepared:
+class PreparedConversation:
     """A conversation's samples, the one of its last turn first; the turns left unsupervised, each with its reason.
 
     `last` counts the turns that the first sample holds, `turns` all that the samples hold.
@@ -41,7 +41,7 @@ class Prepared:
 
     samples: list[Sample] = field(default_factory=list)
     unproven: list[tuple[str, str]] = field(default_factory=list)
-    last: int = 0
+    last_turns: int = 0
     turns: int = 0
 
 
@@ -50,31 +50,31 @@ class SampleMaker:
 
     def __init__(self, template: ChatTemplate):
         self.template, self.ends = template, TurnEnds(template)
-        self._shown: set[tuple] = set()  # places of messages that were proven to come out
-        self._form = 0  # of tool calls, the one that the last row with calls was shown in
+        self._verified: set[tuple] = set()  # places of messages that were proven to come out
+        self._last_form = 0  # of tool calls, the one that the last row with calls was shown in
 
-    def prepare(self, conversations: Sequence[Conversation], max_length: int) -> list[Prepared | Unusable]:
+    def prepare(self, conversations: Sequence[Conversation], max_length: int) -> list[PreparedConversation | Unusable]:
         """Return the samples of each conversation, or why it has none. Ids are not cut at `max_length` exactly."""
-        found: list[Prepared | Unusable] = []
-        texts, places = [], []
+        found: list[PreparedConversation | Unusable] = []
+        texts, pending = [], []
         for conversation in conversations:
             try:
-                drafted = self._draft(conversation)
+                proven = self._prove(conversation)
             except Unusable as fault:
                 found.append(fault)
                 continue
-            found.append(drafted)
-            for one in drafted.parts:
-                places.append(one)
-                texts.append(one.turn.text + one.turn.behind)
-        for one, encoded in zip(places, encode_many(self.template, texts, max_length) if texts else [], strict=True):
+            found.append(proven)
+            for group in proven.groups:
+                pending.append(group)
+                texts.append(group.turn.text + group.turn.suffix)
+        for one, encoded in zip(pending, encode_texts(self.template, texts, max_length) if texts else [], strict=True):
             one.encoded = encoded
-        return [one if isinstance(one, Unusable) else self._finish(one, max_length) for one in found]
+        return [one if isinstance(one, Unusable) else self._make_samples(one, max_length) for one in found]
 
-    def _draft(self, conversation: Conversation) -> "_Draft":
+    def _prove(self, conversation: Conversation) -> "_ProvenConversation":
         """Return the turns of a conversation and which share a sample. Raises Unusable when none proves."""
         if conversation.tokens is not None:
-            return _Draft(conversation, None, [], [])
+            return _ProvenConversation(conversation, None, [], [])
         wanted = [
             at
             for at, message in enumerate(conversation.messages)
@@ -83,22 +83,22 @@ class SampleMaker:
         if not wanted:
             raise Unusable("not to be learned", "marks every reply as not to be learned")
         fault = None
-        forms = _forms(conversation.messages)
-        for number in sorted(range(len(forms)), key=lambda number: number != self._form % len(forms)):
-            chat = Chat(self.template, forms[number], conversation.tools, conversation.template_kwargs)
+        forms = _tool_call_forms(conversation.messages)
+        for number in sorted(range(len(forms)), key=lambda number: number != self._last_form % len(forms)):
+            chat = RenderedChat(self.template, forms[number], conversation.tools, conversation.template_kwargs)
             try:
-                drafted = self._turns(conversation, chat, wanted)
-                self._form = number if len(forms) > 1 else self._form
-                return drafted
+                proven = self._prove_turns(conversation, chat, wanted)
+                self._last_form = number if len(forms) > 1 else self._last_form
+                return proven
             except Unusable as refused:
                 fault = fault or refused
         raise fault
 
-    def _turns(self, conversation: Conversation, chat: Chat, wanted: list[int]) -> "_Draft":
+    def _prove_turns(self, conversation: Conversation, chat: RenderedChat, wanted: list[int]) -> "_ProvenConversation":
         turns, unproven = [], []
         for at in reversed(wanted):
             try:
-                turn = prove(chat, at, self.ends)
+                turn = prove_turn(chat, at, self.ends)
             except Unproven as fault:
                 unproven.append((fault.reason, f"message {at}: {fault.detail}"))
                 continue
@@ -112,43 +112,46 @@ class SampleMaker:
             raise Unusable(*unproven[0])
         check_texts_rendered(chat, turns[::-1])
         for turn in turns:
-            check_each_text_rendered(chat, turn.at, self._shown)
+            check_each_text_rendered(chat, turn.at, self._verified)
             check_not_encoded_twice(chat.messages[: turn.at + 1], turn.text)
-        return _Draft(conversation, chat, _shared(turns), unproven)
+        return _ProvenConversation(conversation, chat, _group_turns(turns), unproven)
 
-    def _finish(self, drafted: "_Draft", max_length: int) -> Prepared | Unusable:
-        if drafted.chat is None:
-            ids, mask = drafted.conversation.tokens
-            return Prepared([Sample(np.array(ids, np.int32), np.array(mask, bool), ("tokens",))], [], 1, 1)
-        done, waiting = Prepared(unproven=drafted.unproven), list(drafted.parts)
+    def _make_samples(self, proven: "_ProvenConversation", max_length: int) -> PreparedConversation | Unusable:
+        if proven.chat is None:
+            ids, mask = proven.conversation.tokens
+            return PreparedConversation([Sample(np.array(ids, np.int32), np.array(mask, bool), ("tokens",))], [], 1, 1)
+        prepared, waiting = PreparedConversation(unproven=proven.unproven), list(proven.groups)
         while waiting:
-            part = waiting.pop(0)
+            group = waiting.pop(0)
             try:
-                sample, apart = self._sample(drafted, part, max_length)
+                sample, separate = self._make_sample(proven, group, max_length)
             except Unusable as fault:
                 return fault
-            held = len(sample.kinds)
-            done.last = done.last or held
-            done.turns += held
-            done.samples.append(sample)
+            turns = len(sample.kinds)
+            prepared.last_turns = prepared.last_turns or turns
+            prepared.turns += turns
+            prepared.samples.append(sample)
             waiting += [
-                _Part(turn, [], encode_many(self.template, [turn.text + turn.behind], max_length)[0]) for turn in apart
+                _TurnGroup(turn, [], encode_texts(self.template, [turn.text + turn.suffix], max_length)[0])
+                for turn in separate
             ]
-        return done
+        return prepared
 
-    def _sample(self, drafted: "_Draft", part: "_Part", max_length: int) -> tuple[Sample, list[Turn]]:
+    def _make_sample(
+        self, proven: "_ProvenConversation", group: "_TurnGroup", max_length: int
+    ) -> tuple[Sample, list[ProvenTurn]]:
         """Return a part as a sample, and the turns that it could not hold since a token goes across their bounds."""
-        turn, encoded, message = part.turn, part.encoded, drafted.chat.messages[part.turn.at]
-        kinds, apart, spans = [_kind(drafted.chat.messages, turn.at)], [], []
+        turn, encoded, message = group.turn, group.encoded, proven.chat.messages[group.turn.at]
+        kinds, separate, spans = [_turn_kind(proven.chat.messages, turn.at)], [], []
         start = encoded.prompt_boundary(len(turn.prompt))
         ids = encoded.ids
         if message.get("token_ids"):
-            prompt_ids = encode_many(self.template, [turn.prompt], max_length)[0].ids
+            prompt_ids = encode_texts(self.template, [turn.prompt], max_length)[0].ids
             _check_prompt(self.template, prompt_ids, message.get("prompt_token_ids"), turn.at)
             ids, start = [*prompt_ids, *message["token_ids"]], len(prompt_ids)
             stop = len(ids)
         elif start is None:
-            prompt_ids, reply_ids = encode_apart(self.template, turn.prompt, turn.reply, max_length)
+            prompt_ids, reply_ids = encode_separately(self.template, turn.prompt, turn.reply, max_length)
             ids, start = [*prompt_ids, *reply_ids], len(prompt_ids)
             stop = len(ids)
         else:
@@ -156,48 +159,48 @@ class SampleMaker:
             if stop is None:
                 raise Unusable("no end", f"message {turn.at}: a token goes on behind the end of the turn")
         spans.append((start, stop))
-        for other in part.held:
+        for other in group.earlier:
             span = encoded.prompt_boundary(len(other.prompt)), encoded.boundary(len(other.text))
-            written = drafted.chat.messages[other.at].get("token_ids")
+            written = proven.chat.messages[other.at].get("token_ids")
             if None in span or span[1] > start or (written and ids[slice(*span)].tolist() != written):
-                apart.append(other)
+                separate.append(other)
             else:
                 spans.append(span)
-                kinds.append(_kind(drafted.chat.messages, other.at))
+                kinds.append(_turn_kind(proven.chat.messages, other.at))
         ids_T = np.asarray(ids[: max_length + 1], np.int32)
-        return Sample(ids_T, mask_of(spans, len(ids_T)), tuple(kinds)), apart
+        return Sample(ids_T, mask_of(spans, len(ids_T)), tuple(kinds)), separate
 
 
 @dataclass
-class _Part:
+class _TurnGroup:
     """A turn, and the earlier ones that its prompt holds as the target wrote them."""
 
-    turn: Turn
-    held: list[Turn]
-    encoded: Encoded | None = None
+    turn: ProvenTurn
+    earlier: list[ProvenTurn]
+    encoded: EncodedText | None = None
 
 
 @dataclass
-class _Draft:
+class _ProvenConversation:
     conversation: Conversation
-    chat: Chat | None
-    parts: list[_Part]
+    chat: RenderedChat | None
+    groups: list[_TurnGroup]
     unproven: list[tuple[str, str]]
 
 
-def _shared(turns: list[Turn]) -> list[_Part]:
+def _group_turns(turns: list[ProvenTurn]) -> list[_TurnGroup]:
     """Return the turns, the last first, each with those that its text holds; none is held twice."""
-    parts: list[_Part] = []
+    groups: list[_TurnGroup] = []
     for turn in turns:
-        holder = next((part for part in parts if part.turn.text.startswith(turn.text)), None)
+        holder = next((group for group in groups if group.turn.text.startswith(turn.text)), None)
         if holder:
-            holder.held.append(turn)
+            holder.earlier.append(turn)
         else:
-            parts.append(_Part(turn, []))
-    return parts
+            groups.append(_TurnGroup(turn, []))
+    return groups
 
 
-def _forms(messages: list[dict]) -> list[list[dict]]:
+def _tool_call_forms(messages: list[dict]) -> list[list[dict]]:
     """Return the messages in the forms that templates take tool calls in: with no text or an empty one beside them,
     their arguments as an object or as its JSON. The first that a template shows whole is taken.
     """
@@ -222,7 +225,7 @@ def _with_arguments(call: dict, change) -> dict:
     return call
 
 
-def _kind(messages: list[dict], at: int) -> str:
+def _turn_kind(messages: list[dict], at: int) -> str:
     """Return what kind of turn a message is, for people."""
     turn = messages[at]
     words = (

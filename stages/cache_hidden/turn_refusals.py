@@ -4,7 +4,7 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stages.cache_hidden.turn_proof import Chat
+    from stages.cache_hidden.turn_proof import RenderedChat
 
 # The names of a thought's tags. Only for prompts that open one and templates that never show what is in it.
 THOUGHT = r"[<\[][\w:|]*?(?:think|thinking|thought|reasoning)[\w:|]*[>\]]"
@@ -26,13 +26,13 @@ class Unproven(Exception):
         self.reason, self.detail = reason, detail
 
 
-def check_asked_for(chat: "Chat", at: int, prompt: str) -> None:
+def check_asked_for(chat: "RenderedChat", at: int, prompt: str) -> None:
     """Refuse a reply behind another reply where the template asks for none between them: no engine would send that."""
     if chat.messages[at - 1]["role"] == "assistant" and prompt == chat.through(at - 1):
         raise Unproven("no prompt", "it follows another reply, and the template asks for none between them")
 
 
-def check_mode(chat: "Chat", at: int, prompt: str) -> None:
+def check_mode(chat: "RenderedChat", at: int, prompt: str) -> None:
     """Refuse a reply that states a thought behind a prompt that has closed it: the target would not think again."""
     message = chat.messages[at]
     began = STATED_THOUGHT.match(message["content"] or "")
@@ -40,7 +40,7 @@ def check_mode(chat: "Chat", at: int, prompt: str) -> None:
         return
     closed = CLOSED_THOUGHT.search(prompt[-200:])
     if closed and re.search("think|thought|reason", closed[0], re.IGNORECASE):
-        switch = chat.template.switch()
+        switch = chat.template.thinking_switch()
         wanted = f" '{{\"{switch}\": true}}'" if switch else ""
         raise Unproven(
             "thought closed",

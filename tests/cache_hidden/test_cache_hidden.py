@@ -253,8 +253,8 @@ def with_tildes(count: int) -> list[dict]:
 def test_whatever_is_not_finite_or_all_zero_shows_in_the_largest_of_a_row(dtype):
     nan, inf = float("nan"), float("inf")
     rows = torch.tensor([[1, -3], [-2, -1], [0, -0.0], [-inf, 5], [inf, nan], [nan, 0]], dtype=dtype)
-    assert str(engine_module.largest(rows).tolist()) == "[3.0, 2.0, 0.0, inf, nan, nan]"
-    assert engine_module.largest(rows[:0]).tolist() == []
+    assert str(engine_module.largest_magnitude(rows).tolist()) == "[3.0, 2.0, 0.0, inf, nan, nan]"
+    assert engine_module.largest_magnitude(rows[:0]).tolist() == []
 
 
 def test_a_sample_whose_states_are_not_finite_is_refused(capture, nan_target, tmp_path):

@@ -30,7 +30,7 @@ from pipeline.corpus.tally import Unusable
 from pipeline.errors import UsageError
 from pipeline.target.chat_template import ChatTemplate
 from pipeline.target.files import chat_templates, template_arguments, template_digest
-from stages.cache_hidden.token_boundaries import encode_many
+from stages.cache_hidden.token_boundaries import encode_texts
 
 TWO_CALLS = call({"city": "Oslo"})
 TWO_CALLS["tool_calls"] *= 2
@@ -42,7 +42,7 @@ def test_every_reply_is_supervised_through_what_ends_it_whatever_is_marked(tmp_p
     made = chat_template(tmp_path, text)
     found = prepared(made, TWO_TURNS)
     assert replies(made, found) == [["One.<|im_end|>", "Two, zwei, 二.<|im_end|>"]]
-    assert (found.turns, found.last, found.unproven) == (2, 2, [])
+    assert (found.turns, found.last_turns, found.unproven) == (2, 2, [])
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_turns_that_a_template_rewrites_have_samples_of_their_own(tmp_path):
     found = prepared(made, turns("a?", "A.", "b?", "B.", "c?", "C."))
     empty = "<think>\n\n</think>\n"
     assert replies(made, found) == [[f"{empty}{letter}.<|im_end|>"] for letter in "CBA"]
-    assert (found.turns, found.last) == (3, 1)
+    assert (found.turns, found.last_turns) == (3, 1)
 
 
 def test_a_prompt_that_opens_a_thought_takes_what_the_target_said(tmp_path):
@@ -162,7 +162,7 @@ def test_a_marker_at_which_the_target_does_not_stop_ends_nothing(tmp_path):
         prepared(made, TWO_TURNS)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [256, 257]}')
     made = chat_template(tmp_path, NEXT_MARKER)
-    assert made.ends >= {"<|endoftext|>", "<|im_start|>"} and prepared(made, TWO_TURNS).turns == 2
+    assert made.stop_tokens >= {"<|endoftext|>", "<|im_start|>"} and prepared(made, TWO_TURNS).turns == 2
 
 
 def test_a_greeting_that_nobody_asked_for_is_context(tmp_path):
@@ -351,7 +351,7 @@ def test_marks_change_nothing_that_is_rendered(tmp_path):
 
 def test_a_text_too_long_is_cut_before_it_is_tokenised(tmp_path):
     made = chat_template(tmp_path, PLAIN)
-    (encoded,) = encode_many(made, ["word " * 4_000_000], 100)
+    (encoded,) = encode_texts(made, ["word " * 4_000_000], 100)
     assert 100 < len(encoded.ids) < 10_000
     (sample,) = prepared(made, turns("a?", "word " * 1_000_000), max_length=100).samples
     assert len(sample.ids) == 101 and sample.mask[-1] and not sample.mask[:5].any()
