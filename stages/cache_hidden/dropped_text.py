@@ -1,6 +1,6 @@
-"""Whether a rendering shows all that its row states: a template that drops a text drops it without a word.
+"""Checks that the chat template renders every text of a row; a template may drop one (the fault "lost text") silently.
 
-Templates trim texts and write some of them as JSON; neither counts as a loss.
+Templates trim texts and write some of them as JSON; neither counts as dropped.
 """
 
 import json
@@ -11,27 +11,27 @@ from pipeline.corpus.tally import Unusable
 from stages.cache_hidden.turn_proof import PLACEHOLDER, ProvenTurn, RenderedChat, with_name_replaced
 from stages.cache_hidden.turn_refusals import OPEN_THOUGHT
 
-MAX_VERIFIED = 4096  # kept at a time
+MAX_VERIFIED = 4096  # entries of the set in `check_each_text_rendered`
 SPACE = re.compile(r"\s+")
 
 
 def check_texts_rendered(chat: RenderedChat, turns: Sequence[ProvenTurn]) -> None:
     """Raise Unusable where a turn's prompt lacks a text of the messages before it, or its reply one of its own.
 
-    turns: in their order; what stands in the text of one stands in every text that begins with it.
+    turns: in order, so that messages found in one turn's text need not be searched in a later one that starts with it.
     """
-    text, count = "", 0  # a text of a turn, and how many messages are shown in it
+    text, count = "", 0  # a turn's text, and how many messages it has been found to render
     for turn in turns:
         if not turn.prompt.startswith(text):
             count = 0
-        _check_shown(chat, turn, count)
+        _check_turn_rendered(chat, turn, count)
         text, count = turn.text, turn.at + 1
 
 
-def _check_shown(chat: RenderedChat, proven: ProvenTurn, first: int) -> None:
-    """Raise Unusable as `check_all_shown` does, for one turn, whose messages before `first` are known to be shown.
+def _check_turn_rendered(chat: RenderedChat, proven: ProvenTurn, first: int) -> None:
+    """Check one turn, whose messages before `first` are known to be rendered. Raises Unusable.
 
-    Earlier thoughts may be absent: what a template drops of them, an engine does not send either.
+    Earlier reasoning may be absent: where a template drops it, an engine does not send it either.
     """
     prompt, reply, turn = proven.prompt, proven.reply, chat.messages[proven.at]
     for tool in chat.tools or [] if not first else []:
@@ -50,11 +50,11 @@ def _check_shown(chat: RenderedChat, proven: ProvenTurn, first: int) -> None:
 
 
 def check_each_text_rendered(chat: RenderedChat, at: int, verified: set[tuple]) -> None:
-    """Raise Unusable where a text of the messages up to `at` is found only since another place says the same.
+    """Raise Unusable where a text of the messages up to `at` is found only because it also occurs elsewhere.
 
-    A text is exchanged for the probe: where that changes nothing, it never came out. Once for each place in each kind
-    of conversation; `proven` holds those, and is added to. Calls of one message have the same name mostly, so they are
-    counted.
+    A text is replaced by a placeholder: if the rendering stays the same, the text was not rendered. Checked once for
+    each field in each context (see `_render_context`); `verified` holds these and is added to. The tool calls of one
+    message often have the same name, so they are counted.
     """
     for number, message in enumerate(chat.messages[: at + 1]):
         if number in chat.rendered_messages:
@@ -84,22 +84,22 @@ def check_each_text_rendered(chat: RenderedChat, at: int, verified: set[tuple]) 
 
 
 def _render_context(chat: RenderedChat, at: int, number: int) -> tuple:
-    """Return all by which templates choose what they show of a message, but for what it says."""
+    """Return all that decides which fields of message `number` a template renders: its position, neighbours, tools."""
     around = chat.message_shapes[max(0, number - 1) : min(number + 2, at + 1)]
     return (min(number, 2), min(at - number, 2), bool(chat.tools), chat.kwargs_key, *around)
 
 
 def _render_with(chat: RenderedChat, at: int, number: int, message: dict) -> str | None:
-    """Return the rendering of message `at`, or of the prompt to it, with another message `number`; None for none."""
+    """Render the messages through `at`, or its prompt, with message `number` replaced; None where that is refused."""
     before, after = chat.messages[:number], chat.messages[number + 1 : at]
     try:
         return chat.render([*before, message, *after], prompt=number != at)
     except Unusable:
-        return None  # the template takes no such message, which says nothing of the row
+        return None  # the template refuses the replaced message, which is no fault of the row's
 
 
 def check_not_encoded_twice(messages: list[dict], text: str) -> None:
-    """Raise Unusable where arguments that are JSON already were written as a JSON text once more."""
+    """Raise Unusable where a tool call's arguments, JSON already, are rendered as a JSON string."""
     if not any(message.get("tool_calls") for message in messages):
         return
     squeezed = SPACE.sub("", text)
@@ -115,12 +115,12 @@ def _check_rendered(text: object, rendered: str, what: str, where: str, *, thoug
     if not isinstance(text, str) or not text.strip() or is_rendered(rendered, text):
         return
     if thought and (content := _after_thought(text)) and is_rendered(rendered, content):
-        return  # an earlier turn without the thought that its text began with
+        return  # an earlier turn, rendered without the thinking block at its start
     raise Unusable("lost text", f"{what} is not in {where} that the chat template makes; the target would not see it")
 
 
 def is_rendered(rendered: str, text: str) -> bool:
-    """Return whether a text stands in a rendering: as it is, trimmed, as JSON, or with other white space."""
+    """Return whether a rendering contains a text: as it is, trimmed, as JSON, or with other white space."""
     text = text.strip()
     if text in rendered:
         return True
@@ -130,7 +130,7 @@ def is_rendered(rendered: str, text: str) -> bool:
 
 
 def _without_opening_tag(content: str | None, prompt: str) -> str | None:
-    """Return a reply's text without the tag of a thought that its prompt ends with already."""
+    """Return a reply's text without the opening tag of a thinking block, where its prompt ends with that tag."""
     opened = OPEN_THOUGHT.search(prompt[-200:])
     return content.lstrip().removeprefix(opened[1]) if content and opened else content
 
@@ -140,14 +140,14 @@ def _after_thought(text: str) -> str:
 
 
 def _tool_texts(tool: dict) -> Iterator[tuple[str, str]]:
-    """Yield what the target must be shown of a tool: its name."""
+    """Yield (description, text) for each text of a tool that must be rendered: its name."""
     function = tool.get("function") if isinstance(tool.get("function"), dict) else tool
     if isinstance(function.get("name"), str):
         yield f"tool {function['name']}", function["name"]
 
 
 def _call_texts(message: dict) -> Iterator[tuple[str, str]]:
-    """Yield every text of a message's tool calls: names, and the texts in their arguments."""
+    """Yield (description, text) for each text of a message's tool calls: names, and the texts in their arguments."""
     for call in message.get("tool_calls") or []:
         function = call.get("function") if isinstance(call.get("function"), dict) else call
         if isinstance(function.get("name"), str):
@@ -158,7 +158,7 @@ def _call_texts(message: dict) -> Iterator[tuple[str, str]]:
 
 
 def _texts_in(value: object) -> Iterator[str]:
-    """Yield the texts in a JSON value, names of fields among them; one that is JSON itself by what it holds."""
+    """Yield the texts in a JSON value, field names among them; instead of a text that is JSON itself, those in it."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield str(name)

@@ -33,7 +33,7 @@ from pipeline.target.files import is_quantised, text_config
 from stages.cache_hidden.budget import SampleChooser
 from stages.cache_hidden.row_outcome import Job, RowOutcome, samples_of
 from stages.cache_hidden.settings import CaptureSettings
-from stages.cache_hidden.turn_samples import choose_turns, kept_parts
+from stages.cache_hidden.turn_samples import choose_turns, chosen_parts
 from stages.cache_hidden.worker_pool import WorkerPool
 
 FREE_SHARE = 0.25  # of the free disk that the default corpus may take
@@ -91,7 +91,7 @@ def make_plan(
         chosen_n, turns = choose_turns(parts, rules["turns"])
         notes.update(tally.as_notes(), turns=turns, template={"kwargs": json.dumps(arguments[0]), "date": arguments[1]})
         if budget:
-            within_budget_n, notes["budget"] = budget(kept_parts(parts, chosen_n))
+            within_budget_n, notes["budget"] = budget(chosen_parts(parts, chosen_n))
             chosen_n[chosen_n] = within_budget_n
         create_identity(out, {**settings.identity, "samples": {**rules, "turns": turns["chosen"]}})
         return chosen_n

@@ -1,4 +1,4 @@
-"""From a rendered turn to ids and a mask, by the boundaries of tokens.
+"""Tokenises rendered turns, and finds at which token a character position falls.
 
 T tokens of a sample
 """
@@ -7,14 +7,14 @@ import numpy as np
 
 from pipeline.target.chat_template import ChatTemplate
 
-CHARACTERS_A_TOKEN = 16  # tried first of a text that is cut; more are taken where that is too little
+CHARACTERS_A_TOKEN = 16  # of a long text so many are encoded first, and more where these give too few tokens
 
 
 class EncodedText:
-    """A text's ids, int32 [T], as far as wanted, and where in them a character stands.
+    """A text's ids, int32 [T], perhaps of its beginning only (`cut`), with a map from characters to tokens.
 
-    Text is split at added tokens before anything else, so where they are shows where turns begin and end. Only where
-    that is not enough are the tokenizer's own offsets computed, which takes a quarter as long again as encoding does.
+    Tokenizers split text at added tokens first, so these mostly show where turns begin and end. Only where they do not
+    are the tokenizer's own offsets computed, which adds a quarter to the time of encoding.
     """
 
     def __init__(self, template: ChatTemplate, text: str, encoding, *, cut: bool, offsets: bool):
@@ -24,9 +24,9 @@ class EncodedText:
         self._added = None if offsets else added_token_spans(template, text, self.ids)
 
     def boundary(self, character: int) -> int | None:
-        """Return how many tokens end at or before a character, None where one goes across it.
+        """Return how many tokens end at or before a character position, None where a token crosses it.
 
-        Beyond what was encoded of a text that is cut it is the number of all tokens.
+        Beyond the encoded part of a cut text, the number of all tokens.
         """
         if character >= len(self.text):
             return len(self.ids)
@@ -34,7 +34,7 @@ class EncodedText:
             if character in (start, stop):
                 return token + (character == stop)
         token = self._offsets.char_to_token(character)
-        while token is None and character < len(self.text) - 1:  # a space that a token leaves out of its range
+        while token is None and character < len(self.text) - 1:  # a space that belongs to no token's range
             character += 1
             token = self._offsets.char_to_token(character)
         if token is None:
@@ -45,9 +45,9 @@ class EncodedText:
         return token if began == character else None
 
     def prompt_boundary(self, character: int) -> int | None:
-        """Return how many tokens the first `place` characters have, None if alone they have others.
+        """Return how many tokens the first `character` characters have, None if encoded on their own they differ.
 
-        Only what follows the last added token in them can differ.
+        Only what follows the last added token among them can differ.
         """
         if self.cut and character >= len(self.text):
             return self.boundary(character)
@@ -57,7 +57,7 @@ class EncodedText:
             alone = _encode_alone(self.template, self.text[began:character])
             stop = start + len(alone)
             if self.ids[start:stop].tolist() == alone and self.template.unknown_id not in alone:
-                return stop  # but for the unknown one, equal tokens stand for equal text
+                return stop  # equal tokens mean equal text, except for the unknown token
         stop = self.boundary(character)
         if stop is None:
             return None
@@ -68,7 +68,7 @@ class EncodedText:
 
     @property
     def _offsets(self):
-        """The encoding that knows which characters each token stands for."""
+        """The encoding with character offsets, computed on first use."""
         if self._with_offsets is None:
             self._with_offsets = self.template.backend.encode(self.text, add_special_tokens=False)
             self.template.needs_offsets = True
@@ -76,9 +76,9 @@ class EncodedText:
 
 
 def added_token_spans(template: ChatTemplate, text: str, ids: np.ndarray) -> list[tuple[int, int, int]] | None:
-    """Return where added tokens stand in a text and in its ids, as (first character, the one behind it, token).
+    """Return the added tokens of a text as (first character, the one after the last, index into ids).
 
-    None where that is open: some take the white space around them, or match text that only looks alike.
+    None where that cannot be told: some take the white space around them, or match text that only looks alike.
     """
     if not template.added_tokens_are_plain:
         return None
@@ -91,9 +91,9 @@ def added_token_spans(template: ChatTemplate, text: str, ids: np.ndarray) -> lis
 
 
 def encode_texts(template: ChatTemplate, texts: list[str], max_length: int) -> list[EncodedText]:
-    """Encode the texts at once, each no further than `max_length` tokens need."""
+    """Encode the texts in one batch, each only as far as needed for `max_length` tokens."""
     limit = CHARACTERS_A_TOKEN * max_length + 1024
-    offsets, template.needs_offsets = template.needs_offsets, False  # as the last ones needed them or did not
+    offsets, template.needs_offsets = template.needs_offsets, False  # if the previous batch needed them
     encode = template.backend.encode_batch if offsets else template.backend.encode_batch_fast
     encodings = encode([text[:limit] for text in texts], add_special_tokens=False)
     return [
@@ -105,9 +105,9 @@ def encode_texts(template: ChatTemplate, texts: list[str], max_length: int) -> l
 
 
 def _encode_long(template: ChatTemplate, text: str, limit: int, count: int, max_length: int) -> EncodedText:
-    """Encode more of a text until there are enough tokens, of which the last ones, near the cut, do not count.
+    """Encode more of a text until there are enough tokens, not counting those near the cut, which may be wrong.
 
-    count: of the tokens in its first `most` characters.
+    count: how many tokens its first `limit` characters have.
     """
     while count < max_length + 64 and limit < len(text):
         limit *= 4
@@ -119,10 +119,9 @@ def _encode_long(template: ChatTemplate, text: str, limit: int, count: int, max_
 def encode_separately(
     template: ChatTemplate, prompt: str, reply: str, max_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids of a prompt and of the reply to it where the text of both is not cut between them.
+    """Return the ids of a prompt and of its reply, for texts that together have a token across their boundary.
 
-    The reply is encoded behind an added token, as it is where it follows one; a tokenizer may put a space before the
-    first word of a text.
+    The reply is encoded after an added token, since a tokenizer may put a space before the first word of a text.
     """
     prompt_ids = encode_texts(template, [prompt], max_length)[0].ids
     last = next((found[0] for found in reversed(list(template.added_token_pattern.finditer(prompt)))), None)
@@ -132,7 +131,7 @@ def encode_separately(
 
 
 def _encode_alone(template: ChatTemplate, text: str) -> list[int]:
-    """Return the ids of a text alone; the ends of prompts are few, so they are kept."""
+    """Return the ids of a text on its own; cached, since prompts have few different endings."""
     known = template.cached_ids
     if text not in known:
         if len(known) > 4096:

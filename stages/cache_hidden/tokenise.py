@@ -1,9 +1,9 @@
-"""From a conversation to samples, ids and a loss mask, by the target's own chat template.
+"""Turns a conversation into samples, ids and a loss mask, with the target's own chat template.
 
-What is supervised: the turns of the assistant that prove (`turn_proof.py`), each from the first token that the target
-itself would write to the one that ends it. One sample holds a turn behind the prompt it was answered to, and with it
-every earlier turn that stands in that prompt as the target wrote it. Templates that rewrite earlier turns (they drop
-thoughts, say) leave those to samples of their own.
+Supervised are the assistant turns that are proven (`turn_proof.py`), each from the first token that the target itself
+would generate through the one that ends it. A sample holds a turn after its prompt, and supervises every earlier turn
+that this prompt contains as the target wrote it. Earlier turns that the template rewrites (it drops their reasoning,
+say) get samples of their own.
 
     T tokens of a sample
 """
@@ -25,7 +25,7 @@ from stages.cache_hidden.turn_refusals import Unproven
 
 @dataclass(frozen=True)
 class Sample:
-    """Ids int32 [T] and loss mask bool [T] of one sample, and the kinds of its turns, the last one first."""
+    """Ids int32 [T] and loss mask bool [T] of one sample, and the kinds of its supervised turns, the last one first."""
 
     ids: np.ndarray
     mask: np.ndarray
@@ -34,9 +34,9 @@ class Sample:
 
 @dataclass
 class PreparedConversation:
-    """A conversation's samples, the one of its last turn first; the turns left unsupervised, each with its reason.
+    """A conversation's samples, the one of its last turn first, and its unproven turns as (reason, detail).
 
-    `last` counts the turns that the first sample holds, `turns` all that the samples hold.
+    turns: how many are supervised in all samples, last_turns: in the first one.
     """
 
     samples: list[Sample] = field(default_factory=list)
@@ -46,15 +46,15 @@ class PreparedConversation:
 
 
 class SampleMaker:
-    """Makes samples of conversations, a batch at a time."""
+    """Makes samples from conversations, a batch at a time."""
 
     def __init__(self, template: ChatTemplate):
         self.template, self.ends = template, TurnEnds(template)
-        self._verified: set[tuple] = set()  # places of messages that were proven to come out
-        self._last_form = 0  # of tool calls, the one that the last row with calls was shown in
+        self._verified: set[tuple] = set()  # see `check_each_text_rendered`
+        self._last_form = 0  # the form of `_tool_call_forms` that the last row with tool calls was rendered in
 
     def prepare(self, conversations: Sequence[Conversation], max_length: int) -> list[PreparedConversation | Unusable]:
-        """Return the samples of each conversation, or why it has none. Ids are not cut at `max_length` exactly."""
+        """Return the samples of each conversation, or why it has none. Ids may be longer than `max_length`."""
         found: list[PreparedConversation | Unusable] = []
         texts, pending = [], []
         for conversation in conversations:
@@ -67,12 +67,14 @@ class SampleMaker:
             for group in proven.groups:
                 pending.append(group)
                 texts.append(group.turn.text + group.turn.suffix)
-        for one, encoded in zip(pending, encode_texts(self.template, texts, max_length) if texts else [], strict=True):
-            one.encoded = encoded
-        return [one if isinstance(one, Unusable) else self._make_samples(one, max_length) for one in found]
+        for entry, encoded in zip(
+            pending, encode_texts(self.template, texts, max_length) if texts else [], strict=True
+        ):
+            entry.encoded = encoded
+        return [entry if isinstance(entry, Unusable) else self._make_samples(entry, max_length) for entry in found]
 
     def _prove(self, conversation: Conversation) -> "_ProvenConversation":
-        """Return the turns of a conversation and which share a sample. Raises Unusable when none proves."""
+        """Return the proven turns of a conversation and which share a sample. Raises Unusable when there is none."""
         if conversation.tokens is not None:
             return _ProvenConversation(conversation, None, [], [])
         wanted = [
@@ -140,7 +142,7 @@ class SampleMaker:
     def _make_sample(
         self, proven: "_ProvenConversation", group: "_TurnGroup", max_length: int
     ) -> tuple[Sample, list[ProvenTurn]]:
-        """Return a part as a sample, and the turns that it could not hold since a token goes across their bounds."""
+        """Return a group as a sample, and its turns that need another one since a token crosses their boundary."""
         turn, encoded, message = group.turn, group.encoded, proven.chat.messages[group.turn.at]
         kinds, separate, spans = [_turn_kind(proven.chat.messages, turn.at)], [], []
         start = encoded.prompt_boundary(len(turn.prompt))
@@ -161,8 +163,8 @@ class SampleMaker:
         spans.append((start, stop))
         for other in group.earlier:
             span = encoded.prompt_boundary(len(other.prompt)), encoded.boundary(len(other.text))
-            written = proven.chat.messages[other.at].get("token_ids")
-            if None in span or span[1] > start or (written and ids[slice(*span)].tolist() != written):
+            engine_ids = proven.chat.messages[other.at].get("token_ids")
+            if None in span or span[1] > start or (engine_ids and ids[slice(*span)].tolist() != engine_ids):
                 separate.append(other)
             else:
                 spans.append(span)
@@ -173,7 +175,7 @@ class SampleMaker:
 
 @dataclass
 class _TurnGroup:
-    """A turn, and the earlier ones that its prompt holds as the target wrote them."""
+    """The turns of one sample: the last one, and the earlier ones that its prompt contains as the target wrote them."""
 
     turn: ProvenTurn
     earlier: list[ProvenTurn]
@@ -182,6 +184,8 @@ class _TurnGroup:
 
 @dataclass
 class _ProvenConversation:
+    """A conversation with its proven turns, grouped by sample. chat: None for a row that came as tokens."""
+
     conversation: Conversation
     chat: RenderedChat | None
     groups: list[_TurnGroup]
@@ -189,7 +193,7 @@ class _ProvenConversation:
 
 
 def _group_turns(turns: list[ProvenTurn]) -> list[_TurnGroup]:
-    """Return the turns, the last first, each with those that its text holds; none is held twice."""
+    """Group turns, given last first, by sample: a turn joins the first group whose text starts with its own."""
     groups: list[_TurnGroup] = []
     for turn in turns:
         holder = next((group for group in groups if group.turn.text.startswith(turn.text)), None)
@@ -201,8 +205,9 @@ def _group_turns(turns: list[ProvenTurn]) -> list[_TurnGroup]:
 
 
 def _tool_call_forms(messages: list[dict]) -> list[list[dict]]:
-    """Return the messages in the forms that templates take tool calls in: with no text or an empty one beside them,
-    their arguments as an object or as its JSON. The first that a template shows whole is taken.
+    """Return the messages in the forms that templates expect tool calls in; the first that is rendered in full is used.
+
+    With "" or None as the text beside them, and their arguments as an object or as its JSON.
     """
     if not any(message.get("tool_calls") for message in messages):
         return [messages]
@@ -226,7 +231,7 @@ def _with_arguments(call: dict, change) -> dict:
 
 
 def _turn_kind(messages: list[dict], at: int) -> str:
-    """Return what kind of turn a message is, for people."""
+    """Return what kind of turn a message is, in words, for the plan's report."""
     turn = messages[at]
     words = (
         ["calls tools"] if turn.get("tool_calls") else ["answers a tool"] if messages[at - 1]["role"] == "tool" else []
@@ -237,11 +242,11 @@ def _turn_kind(messages: list[dict], at: int) -> str:
 
 
 def _check_prompt(template: ChatTemplate, ours: np.ndarray, engine: list[int] | None, at: int) -> None:
-    """Refuse a reply that an engine gave to another prompt than ours. Raises Unusable, naming the first difference."""
+    """Raise Unusable, naming the first difference, for a reply that an engine gave to another prompt than ours."""
     ours = ours.tolist()
     if engine is None or ours == engine:
         return
-    first = next((k for k, (one, other) in enumerate(zip(ours, engine, strict=False)) if one != other), None)
+    first = next((k for k, (entry, other) in enumerate(zip(ours, engine, strict=False)) if entry != other), None)
     first = min(len(ours), len(engine)) if first is None else first
     here, there = (template.tokenizer.decode(ids[max(0, first - 2) : first + 6]) for ids in (ours, engine))
     raise Unusable(

@@ -1,12 +1,13 @@
-"""The proof of a turn: what an engine would send before it, and what the target would write then.
+"""Proves an assistant turn: the prompt that an engine would send for it, and the reply that the target would write.
 
-Three renderings decide: the messages before the turn followed by the generation prompt (what an engine sends), and
-the turn included. Where the second goes on from the first, what follows is the reply. Where they part, the template
-changes the prompt once the reply stands there, and the sample is the engine's prompt and the reply, if the corpus has
-what the target said. What does not prove is not supervised.
+A turn is supervised only if its tokens are what the target would generate after an engine's prompt. Two renderings of
+the chat template decide: the messages before the turn with the generation prompt (what an engine sends), and the
+messages including the turn. If the second starts with the first, the rest is the reply. If not, the template renders
+the prompt differently once the reply is there, and the reply is taken out of the second rendering, if it can be. A turn
+for which this fails is not supervised (`Unproven`).
 
-Nothing is searched for by what it says. Where a text has to be found in a rendering, the turn is rendered once more
-with a text in its place that nothing else has.
+To find a text in a rendering, the turn is rendered once more with a unique placeholder instead of it; the text itself
+is never searched for, since it may occur elsewhere.
 """
 
 import re
@@ -19,21 +20,21 @@ from stages.cache_hidden.turn_refusals import (
     CLOSED_THOUGHT,
     OPEN_THOUGHT,
     Unproven,
-    check_asked_for,
-    check_mode,
+    check_prompted,
+    check_thinking_mode,
 )
 
-PLACEHOLDER = "qZprobe7Xw"  # stands for a text whose place is sought; survives trimming and JSON
+PLACEHOLDER = "qZprobe7Xw"  # rendered instead of a text to find its position; unchanged by trimming and JSON
 
 
 @dataclass(frozen=True)
 class ProvenTurn:
-    """A turn that proved, message `at`: the engine's prompt, and the target's reply with its end."""
+    """A proven turn, message `at`: the engine's prompt, and the target's reply through the token that ends it."""
 
     at: int
     prompt: str
     reply: str
-    suffix: str = ""  # what the template adds: a newline, an end of text: not the target's, and never supervised
+    suffix: str = ""  # what the template adds after the reply, such as a newline; not generated, so never supervised
 
     @property
     def text(self) -> str:
@@ -41,31 +42,31 @@ class ProvenTurn:
 
 
 class RenderedChat:
-    """One conversation and its renderings, each made once."""
+    """A conversation with its renderings by the chat template, each cached. `at` is the number of a message."""
 
     def __init__(self, template: ChatTemplate, messages: list[dict], tools: list[dict] | None, kwargs: dict | None):
         self.template, self.messages, self.tools, self.kwargs = template, messages, tools, kwargs
         self._prompts: dict[int, str] = {}
         self._through: dict[int, str] = {}
         self.kwargs_key = str(kwargs)
-        self.rendered_messages: set[int] = set()  # messages whose texts were proven to come out by `dropped_text.py`
+        self.rendered_messages: set[int] = set()  # messages that `dropped_text.py` has found to be rendered in full
 
     @cached_property
     def message_shapes(self) -> list[tuple]:
-        """What each message is, but for what it says: who speaks, and whether it has text, calls, a thought."""
+        """For each message: its role, and whether it has text, tool calls, reasoning."""
         return [
             (one["role"], bool((one["content"] or "").strip()), "tool_calls" in one, "reasoning_content" in one)
             for one in self.messages
         ]
 
     def prompt(self, at: int) -> str:
-        """What an engine sends to have message `at`."""
+        """Return the prompt that an engine sends to get message `at`."""
         if at not in self._prompts:
             self._prompts[at] = self.render(self.messages[:at], prompt=True)
         return self._prompts[at]
 
     def through(self, at: int) -> str:
-        """The messages up to `at`, that one included."""
+        """Return the messages up to and including `at`, rendered."""
         if at not in self._through:
             self._through[at] = self.render(self.messages[: at + 1])
         return self._through[at]
@@ -75,17 +76,20 @@ class RenderedChat:
 
 
 def prove_turn(chat: RenderedChat, at: int, ends: "TurnEnds") -> ProvenTurn:
-    """Return turn `at`. Raises Unproven, and Unusable where the template refuses the conversation."""
+    """Return message `at` as a ProvenTurn; `ends` finds where the target stops.
+
+    Raises Unproven for a turn that cannot be supervised, Unusable where the template refuses the conversation.
+    """
     if at == 0:
         raise Unproven("no prompt", "it begins with a reply, which nobody asked for")
     prompt, through = chat.prompt(at), chat.through(at)
-    check_asked_for(chat, at, prompt)
-    check_mode(chat, at, prompt)
+    check_prompted(chat, at, prompt)
+    check_thinking_mode(chat, at, prompt)
     if through.startswith(prompt):
         reply, suffix = ends.through_end(chat, at, through[len(prompt) :]), ""
         if through.startswith(reply, len(prompt)):
             suffix = through[len(prompt) + len(reply) :]
-        _check_thought(chat, at, prompt, reply, ends)
+        _check_reasoning(chat, at, prompt, reply, ends)
     else:
         reply, suffix = _reply_after_changed_prompt(chat, at, prompt, through, ends), ""
     if not reply.strip():
@@ -94,7 +98,7 @@ def prove_turn(chat: RenderedChat, at: int, ends: "TurnEnds") -> ProvenTurn:
 
 
 def _after_text(chat: RenderedChat, at: int, ends: "TurnEnds") -> str:
-    """Return what the target writes behind the text of a turn: its calls, if it makes any, and its end."""
+    """Return what the target writes after the text of a turn: its tool calls, if any, and the end token."""
     message = chat.messages[at]
     if not message.get("tool_calls"):
         return ends.end(chat, at)
@@ -105,15 +109,15 @@ def _after_text(chat: RenderedChat, at: int, ends: "TurnEnds") -> str:
 
 
 def _reply_after_changed_prompt(chat: RenderedChat, at: int, prompt: str, through: str, ends: "TurnEnds") -> str:
-    """Return the reply where the template writes another prompt once the reply stands there."""
+    """Return the reply where the rendering that includes it does not start with the engine's prompt."""
     header = _turn_header(chat, at)
-    split = len(common_prefix(prompt, through))
-    split = _before_open_tag(prompt, split, len(prompt) - len(header))
-    if split < len(prompt) - len(header):
+    diverged = len(common_prefix(prompt, through))
+    diverged = _before_open_tag(prompt, diverged, len(prompt) - len(header))
+    if diverged < len(prompt) - len(header):
         return _reply_after_header(chat, at, prompt, through, header, ends)
-    rest, reply = prompt[split:], through[split:]
+    rest, reply = prompt[diverged:], through[diverged:]
     content = chat.messages[at]["content"] or ""
-    if content.startswith(rest) and not CLOSED_THOUGHT.search(rest):  # the corpus has all that the target said
+    if content.startswith(rest) and not CLOSED_THOUGHT.search(rest):  # the text itself has the rest of the prompt
         return content[len(rest) :].rstrip() + _after_text(chat, at, ends)
     if not CLOSED_THOUGHT.search(rest):
         if prompt.rstrip().endswith((">", "]")) and "/" in prompt.rstrip()[-12:]:
@@ -133,24 +137,24 @@ def _reply_after_changed_prompt(chat: RenderedChat, at: int, prompt: str, throug
 
 
 def _turn_header(chat: RenderedChat, at: int) -> str:
-    """Return what stands between the text of the message before a turn and the first token of the turn."""
+    """Return what the template renders between the previous message's text and the turn's first token."""
     before = [*chat.messages[: at - 1], {**chat.messages[at - 1], "content": PLACEHOLDER}]
     return chat.render(before, prompt=True).rpartition(PLACEHOLDER)[2]
 
 
-def _before_open_tag(prompt: str, split: int, at_least: int) -> int:
-    """Return the place where two prompts part, before the tag that it may stand in."""
+def _before_open_tag(prompt: str, diverged: int, least: int) -> int:
+    """Return `diverged`, an index into the prompt, or the start of the unclosed tag that it lies in."""
     for opening, closing in ("<>", "[]"):
-        began = prompt.rfind(opening, max(at_least, 0), split)
-        if began >= 0 and closing not in prompt[began:split]:
+        began = prompt.rfind(opening, max(least, 0), diverged)
+        if began >= 0 and closing not in prompt[began:diverged]:
             return began
-    return split
+    return diverged
 
 
 def _reply_after_header(chat: RenderedChat, at: int, prompt: str, through: str, header: str, ends: "TurnEnds") -> str:
-    """Return the reply where what came before it is rendered otherwise, by what stands between question and reply.
+    """Return the reply where earlier messages are rendered differently, by finding the turn's header before it.
 
-    Mistral's templates show the system prompt and the tools before the last question only.
+    Mistral's templates render the system prompt and the tools before the last user message only.
     """
     head = chat.render([*chat.messages[:at], with_first_text_replaced(chat.messages[at])]).partition(PLACEHOLDER)[0]
     found = head.rfind(header) if header.strip() and through.startswith(head) else -1
@@ -159,16 +163,17 @@ def _reply_after_header(chat: RenderedChat, at: int, prompt: str, through: str, 
     if found < 0 or not _same_ending(prompt, head[:stop], len(header) + len(question)):
         raise Unproven("other prompt", "the template renders what comes before it otherwise once the reply is there")
     reply = ends.through_end(chat, at, through[stop:])
-    _check_thought(chat, at, prompt, reply, ends)
+    _check_reasoning(chat, at, prompt, reply, ends)
     return reply
 
 
 def _same_ending(one: str, other: str, count: int) -> bool:
+    """Return whether the last `count` characters of both texts are equal."""
     return len(one) >= count and one[len(one) - count :] == other[max(0, len(other) - count) :]
 
 
 def with_first_text_replaced(message: dict) -> dict:
-    """Return a turn whose first text, whichever it is, is the probe."""
+    """Return a turn with the placeholder for every text that a template may render first."""
     replaced = {
         **message,
         "content": PLACEHOLDER if message["content"] or not message.get("tool_calls") else message["content"],
@@ -181,7 +186,7 @@ def with_first_text_replaced(message: dict) -> dict:
 
 
 def with_name_replaced(call: dict) -> dict:
-    """Return a call of a tool whose name is the probe."""
+    """Return a tool call with the placeholder as its function's name."""
     function = call.get("function")
     return (
         {**call, "function": {**function, "name": PLACEHOLDER}}
@@ -190,8 +195,8 @@ def with_name_replaced(call: dict) -> dict:
     )
 
 
-def _check_thought(chat: RenderedChat, at: int, prompt: str, reply: str, ends: "TurnEnds") -> None:
-    """Refuse a reply without a thought where the prompt has opened one: the target would not have written it."""
+def _check_reasoning(chat: RenderedChat, at: int, prompt: str, reply: str, ends: "TurnEnds") -> None:
+    """Raise Unproven for a reply without reasoning after a prompt that opens a thinking block."""
     closing = ends.thought_closing(chat, at)
     if closing is None:
         return
@@ -211,7 +216,7 @@ def _no_reasoning_message(chat: RenderedChat, opened: str) -> str:
 
 
 def common_prefix(one: str, other: str) -> str:
-    """Return the start that two texts share."""
+    """Return the longest common prefix of two texts."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2
@@ -220,42 +225,44 @@ def common_prefix(one: str, other: str) -> str:
 
 
 class TurnEnds:
-    """Where the target stops in a rendered turn, by the template's own end, found once for each kind of turn.
+    """Finds the token that ends an assistant turn, by rendering; once for each kind of turn (calls, tools, reasoning).
 
-    A turn is rendered with the probe as its last text, alone and with a further message behind it. The end is the
-    token that stands behind the probe in both; where a template ends no turn by itself, the marker of the next one.
+    A turn is rendered with the placeholder as its last text, on its own and followed by another message. The end is the
+    token after the placeholder that both renderings have; where a template ends no turn, the next turn's role marker.
     """
 
     def __init__(self, template: ChatTemplate):
         self.template = template
-        self._ends: dict[tuple, tuple[str, str]] = {}  # kind of turn -> (behind the last text: all, what is written)
+        # By kind of turn: all that the template renders after the last text, and the part that the target generates.
+        self._ends: dict[tuple, tuple[str, str]] = {}
         self._thought_closings: dict[
             str, str | None
-        ] = {}  # arguments of the template -> what closes the thought of a prompt
+        ] = {}  # by template arguments: the tag that closes a thinking block
 
     def through_end(self, chat: RenderedChat, at: int, reply: str) -> str:
-        """Return a rendered turn through the token that ends it. Raises Unproven where none does."""
+        """Return a rendered turn cut after the token that ends it. Raises Unproven where none does."""
         tail, end = self._lookup(chat, at)
         if reply.endswith(tail):
             return reply[: len(reply) - len(tail)] + end
         tail, end = self._find(chat, at)
-        if not reply.endswith(tail):  # a call's closing brackets differ with its arguments, its end does not
+        if not reply.endswith(tail):  # closing brackets of a tool call depend on its arguments, its end token does not
             token = [found[0] for found in self.template.added_token_pattern.finditer(end)][-1:]
-            never_written = len(tail) - len(end)
+            added = len(tail) - len(end)
             shared = len(common_prefix(reply[::-1], tail[::-1]))
-            if not token or not tail.startswith(end) or shared < never_written + len(token[0]):
+            if not token or not tail.startswith(end) or shared < added + len(token[0]):
                 raise Unproven("no end", "the template does not end it as it ends other turns")
-            return reply[: len(reply) - never_written]
+            return reply[: len(reply) - added]
         return reply[: len(reply) - len(tail)] + end
 
     def end(self, chat: RenderedChat, at: int) -> str:
-        """Return what the target writes behind its last text."""
+        """Return what the target generates after the last text of turn `at`, through the end token."""
         return self._lookup(chat, at)[1]
 
     def thought_closing(self, chat: RenderedChat, at: int) -> str | None:
-        """Return what closes the thought that the prompt of a turn has opened, None where it has opened none.
+        """Return the tag that closes the thinking block which the prompt of a turn opens; None where it opens none.
 
-        By a turn with a thought, if the template shows it right behind the prompt; else by the name of the last tag.
+        Found by rendering a turn with reasoning, if the template shows it right after the prompt; else by the prompt's
+        last tag.
         """
         key = chat.kwargs_key
         if key not in self._thought_closings:
@@ -304,17 +311,20 @@ class TurnEnds:
         return tail, end
 
     def _written_by_target(self, tail: str, further: str | None, calls: bool) -> str | None:
-        """Return what the target writes of what stands behind a turn's last text, alone and with more to follow."""
+        """Return the part of `tail` that the target generates, None where no token ends the turn.
+
+        tail, further: what is rendered after the turn's last text, on its own and with another message following.
+        """
         stops, tokens = self.template.stop_tokens, self.template.added_token_pattern
         both = common_prefix(tail, further) if further is not None else tail
         shared = list(tokens.finditer(both))
-        if calls:  # brackets are tokens, too: only what ends a reply, or stops the target, ends a call
+        if calls:  # brackets may be added tokens, too; only a reply's end or a stop token ends a call
             stops |= self._reply_ends
             shared = [found for found in shared if found[0] in stops]
         stop = next((found for found in shared if found[0] in stops), None)
         if found := stop or (shared and shared[-1]) or (not calls and tokens.search(tail)):
             return tail[: found.end()]
-        # The next role's marker, or an end that stands between turns only; GLM stops at the former.
+        # The next role's marker, or an end token that is rendered between turns only; GLM stops at the former.
         begun = len(both) if calls else 0
         marker = tokens.search(further or "", begun)
         if marker and not further[begun : marker.start()].strip() and (not calls or not self._reply_ends):
@@ -324,7 +334,7 @@ class TurnEnds:
 
     @cached_property
     def _reply_ends(self) -> frozenset[str]:
-        """The token that the template itself writes behind a reply, empty where it writes none."""
+        """The token that the template renders after a reply; empty where it renders none."""
         question = [{"role": "user", "content": "first"}, {"role": "assistant", "content": PLACEHOLDER}]
         try:
             alone = self.template.render(question).rpartition(PLACEHOLDER)[2]
@@ -336,7 +346,7 @@ class TurnEnds:
 
 
 def _with_last_text_replaced(message: dict) -> dict:
-    """Return a turn whose last text, whichever the template puts last, is the probe."""
+    """Return a turn with the placeholder as its last text: the content, or the last call's arguments."""
     calls = message.get("tool_calls")
     if not calls:
         return {**message, "content": PLACEHOLDER}
@@ -353,7 +363,7 @@ def _placeholder_arguments(arguments: object) -> object:
 
 
 def _next_messages(turn: dict) -> list[dict]:
-    """Return what would follow a turn: the results of its calls, or a question."""
+    """Return messages that may follow a turn: the results of its tool calls, or a user message."""
     calls = turn.get("tool_calls")
     if not calls:
         return [{"role": "user", "content": "next"}]
