@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from tiny import CHAT_TEMPLATE, tokenizer
 
-from pipeline.corpus.conversation import conversation
+from pipeline.corpus.conversation import parse_row
 from pipeline.corpus.tally import Unusable
 from pipeline.target.chat_template import ChatTemplate
 from stages.cache_hidden.tokenise import PreparedConversation, SampleMaker
@@ -85,7 +85,7 @@ def chat_template(folder: Path, text: str, **options) -> ChatTemplate:
 
 def prepared(template: ChatTemplate, messages: list[dict], max_length: int = 4096, **row) -> PreparedConversation:
     """Return what a row becomes. Raises Unusable where it cannot be used."""
-    made = conversation({"messages": messages, **row}, "a.jsonl", 1)
+    made = parse_row({"messages": messages, **row}, "a.jsonl", 1)
     found = SampleMaker(template).prepare([made], max_length)[0]
     if isinstance(found, Unusable):
         raise found

@@ -14,15 +14,15 @@ from itertools import chain
 from pathlib import Path, PurePath
 
 from pipeline.cache.manifest import FileFact
-from pipeline.corpus.conversation import Conversation, Fault, conversation, split_of
-from pipeline.corpus.formats import SUFFIXES, Chunk, read_chunks, without_absent
+from pipeline.corpus.conversation import Conversation, RejectedRow, parse_row, split_of
+from pipeline.corpus.formats import SUFFIXES, Chunk, read_chunks, without_nulls
 from pipeline.corpus.messages import ROLES
 from pipeline.errors import DataError, UsageError
 from pipeline.visible_text import visible
 
-ABOUT_SETS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # no rows in these
+METADATA_FILES = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # no rows in these
 SHOWN = 3  # names of each kind of what is passed over
-Row = Conversation | Fault
+Row = Conversation | RejectedRow
 _PART = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\..+")  # train-00000-of-00004.parquet, as the hub keeps them
 
 
@@ -33,7 +33,7 @@ def corpus_files(corpus: str) -> list[Path]:
     """
     path = Path(corpus).expanduser()
     if path.is_dir():
-        files = _folder(path)[0]
+        files = _list_folder(path)[0]
         if not files:
             raise DataError(f"{corpus}: no file in it ends with {', '.join(SUFFIXES)}; name a folder of conversations")
         return files
@@ -50,16 +50,16 @@ def corpus_files(corpus: str) -> list[Path]:
     return []
 
 
-def passed_over(corpus: str) -> list[str]:
+def skipped_files(corpus: str) -> list[str]:
     """Return what is not read of a corpus that is a folder, by name inside it; a folder's name ends with a slash."""
     path = Path(corpus).expanduser()
-    return _folder(path)[1] if path.is_dir() else []
+    return _list_folder(path)[1] if path.is_dir() else []
 
 
-def say_passed_over(corpus: str) -> None:
+def report_skipped_files(corpus: str) -> None:
     """Say what of a folder is not read: how many by their endings, and some names of each."""
     names: dict[str, list[str]] = {}
-    for name in passed_over(corpus):
+    for name in skipped_files(corpus):
         kind = "folders" if name.endswith("/") else PurePath(name).suffix.lower() or "without an ending"
         names.setdefault(kind, []).append(visible(name))
     kinds = "; ".join(f"{len(found):,} {kind} ({', '.join(found[:SHOWN])})" for kind, found in sorted(names.items()))
@@ -67,29 +67,31 @@ def say_passed_over(corpus: str) -> None:
         print(f"not read in {visible(corpus)}: {kinds}", file=sys.stderr)
 
 
-def _folder(root: Path) -> tuple[list[Path], list[str]]:
+def _list_folder(root: Path) -> tuple[list[Path], list[str]]:
     """Return the files of a folder that are read, in order of name, and the names of what is passed over."""
-    files, passed = [], []
-    for place, folders, names in os.walk(root, onerror=_cannot_list):
-        here = Path(place)
-        skipped = [name for name in folders if name.startswith(".") or (here / name).is_symlink()]
-        folders[:] = sorted(set(folders) - set(skipped))
-        passed += [f"{(here / name).relative_to(root).as_posix()}/" for name in skipped]
-        listed = _saved_parts(here)
+    files, skipped = [], []
+    for directory, folders, names in os.walk(root, onerror=_cannot_list):
+        directory_path = Path(directory)
+        skipped_folders = [name for name in folders if name.startswith(".") or (directory_path / name).is_symlink()]
+        folders[:] = sorted(set(folders) - set(skipped_folders))
+        skipped += [f"{(directory_path / name).relative_to(root).as_posix()}/" for name in skipped_folders]
+        saved = _saved_parts(directory_path)
         for name in names:
-            file = here / name
-            known = name.lower().endswith(SUFFIXES) and not name.startswith(".") and name not in ABOUT_SETS
-            if not known or (listed and name not in listed):
-                passed.append(file.relative_to(root).as_posix())
+            file = directory_path / name
+            known = name.lower().endswith(SUFFIXES) and not name.startswith(".") and name not in METADATA_FILES
+            if not known or (saved and name not in saved):
+                skipped.append(file.relative_to(root).as_posix())
                 continue
             if not file.is_file():
                 raise DataError(
                     f"{file}: a pipe, or a link to a file that is not there; put the file there or remove it"
                 )
             files.append(file)
-        if absent := sorted(listed - set(names)):
-            raise DataError(f"{here}: its state.json names {visible(absent[0])}, which is not there; copy it again")
-    return sorted(files), sorted(passed)
+        if absent := sorted(saved - set(names)):
+            raise DataError(
+                f"{directory_path}: its state.json names {visible(absent[0])}, which is not there; copy it again"
+            )
+    return sorted(files), sorted(skipped)
 
 
 def _cannot_list(error: OSError) -> None:
@@ -123,8 +125,8 @@ def file_sources(corpus: str, files: list[Path], roles: str | None = None) -> li
 
     roles: as `--roles` gave them. They are part of it, since the same files read otherwise are another corpus.
     """
-    stated = source_roles(roles)
-    return [{"file": name_of(corpus, file), **FileFact.of_file(file).as_dict(), **stated} for file in files]
+    roles_entry = source_roles(roles)
+    return [{"file": relative_name(corpus, file), **FileFact.of_file(file).as_dict(), **roles_entry} for file in files]
 
 
 def source_roles(roles: str | None) -> dict[str, str]:
@@ -132,16 +134,16 @@ def source_roles(roles: str | None) -> dict[str, str]:
     return {"roles": ",".join(sorted(roles.split(",")))} if roles else {}
 
 
-def name_of(corpus: str, file: Path) -> str:
+def relative_name(corpus: str, file: Path) -> str:
     """Return a file's name as reports and the plan have it: relative to the corpus, since a cache holds no paths."""
     root = Path(corpus).expanduser()
     return file.relative_to(root).as_posix() if root.is_dir() else file.name
 
 
-def with_roles(stated: str | None) -> dict[str, str]:
+def parse_roles(text: str | None) -> dict[str, str]:
     """Return ROLES and what `--roles` adds (A=B, with commas): A speaks as B. UsageError for a B that is no role."""
     roles = dict(ROLES)
-    for pair in stated.split(",") if stated else []:
+    for pair in text.split(",") if text else []:
         name, equals, role = (part.strip().lower() for part in pair.partition("="))
         if not name or not equals or role not in roles:
             raise UsageError(
@@ -154,17 +156,17 @@ def with_roles(stated: str | None) -> dict[str, str]:
 def corpus_chunks(corpus: str, files: list[Path], *, prompts: bool = False) -> Iterator[Chunk]:
     """Yield the rows of the files in order, unparsed, in chunks."""
     return chain.from_iterable(
-        read_chunks(file, name_of(corpus, file), file_split(corpus, file), prompts=prompts) for file in files
+        read_chunks(file, relative_name(corpus, file), file_split(corpus, file), prompts=prompts) for file in files
     )
 
 
 def chunk_rows(chunk: Chunk, roles: dict[str, str] | None = None, prompts: bool = False) -> Iterator[Row]:
     """Yield the rows of a chunk, parsed."""
     for line, row in chunk.rows():
-        yield conversation(row, chunk.file, line, split=chunk.split, roles=roles, prompts=prompts)
+        yield parse_row(row, chunk.file, line, split=chunk.split, roles=roles, prompts=prompts)
 
 
-def read_files(
+def read_rows(
     corpus: str, files: list[Path], roles: dict[str, str] | None = None, prompts: bool = False
 ) -> Iterator[Row]:
     """Yield every row of the files, in order. roles: see `with_roles`. prompts: replies are not read."""
@@ -186,7 +188,7 @@ def hub_dataset(corpus: str, roles: dict[str, str] | None = None, prompts: bool 
         splits = load_dataset(corpus, streaming=True, revision=revision, trust_remote_code=False)
     except _hub_errors() as error:
         raise UsageError(
-            f"{corpus}: no such file or folder here, and the hub gave no such data set ({_line(error)}); "
+            f"{corpus}: no such file or folder here, and the hub gave no such data set ({_cause(error)}); "
             "check the name and the network, or pass --corpus with a file of conversations"
         ) from error
     return split_rows(corpus, splits, roles, prompts), {"dataset": corpus, "revision": revision}
@@ -196,11 +198,11 @@ def split_rows(
     corpus: str, splits: dict[str, Iterable[dict]], roles: dict[str, str] | None = None, prompts: bool = False
 ) -> Iterator[Row]:
     """Yield the rows of a data set's splits, by name: train first, then heldout."""
-    meant = {name: split_of(name) for name in splits}
-    chosen = sorted((name for name in splits if meant[name]), key=lambda name: (meant[name] != "train", name))
+    kinds = {name: split_of(name) for name in splits}
+    chosen = sorted((name for name in splits if kinds[name]), key=lambda name: (kinds[name] != "train", name))
     for name in chosen or sorted(splits):
         alone = len(splits) == 1
-        split = "" if alone and meant[name] == "train" else meant[name] or ""
+        split = "" if alone and kinds[name] == "train" else kinds[name] or ""
         yield from hub_rows(corpus if alone else f"{corpus}/{name}", splits[name], split, roles, prompts)
 
 
@@ -211,10 +213,10 @@ def hub_rows(
     line = 0
     try:
         for line, row in enumerate(rows, 1):
-            yield conversation(without_absent(row), corpus, line, split=split, roles=roles, prompts=prompts)
+            yield parse_row(without_nulls(row), corpus, line, split=split, roles=roles, prompts=prompts)
     except _hub_errors() as error:
         raise DataError(
-            f"{corpus}: the hub's rows end after {line:,} ({_line(error)}); run the same command again, or download "
+            f"{corpus}: the hub's rows end after {line:,} ({_cause(error)}); run the same command again, or download "
             "the data set and pass --corpus with its files"
         ) from error
 
@@ -227,5 +229,5 @@ def _hub_errors() -> tuple[type[Exception], ...]:
     return (OSError, HTTPError, DatasetsError, HFValidationError, ValueError)  # ValueError: pyarrow's, too
 
 
-def _line(error: Exception) -> str:
+def _cause(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:160] or type(error).__name__

@@ -34,24 +34,26 @@ class Tally:
     last_turns: int = 0  # of these, in the samples of last turns
     unproven: dict[str, int] = field(default_factory=dict)  # turns left unsupervised, by reason
     kinds: dict[str, dict] = field(default_factory=dict)  # of turns: how many, and where the first one is
-    faults: dict[str, int] = field(default_factory=dict)
+    rejected: dict[str, int] = field(default_factory=dict)
     too_short: int = 0  # samples with nothing to learn within max_length: no fault of theirs
     examples: dict[str, list[str]] = field(default_factory=dict)
-    keys: dict[str, tuple[int, str]] = field(default_factory=dict)  # of messages, that nobody knows: rows, the first
+    unknown_keys: dict[str, tuple[int, str]] = field(
+        default_factory=dict
+    )  # of messages, that nobody knows: rows, the first
 
-    def fault(self, reason: str, example: str) -> None:
-        self.faults[reason] = self.faults.get(reason, 0) + 1
-        self.show(reason, example)
+    def reject(self, reason: str, example: str) -> None:
+        self.rejected[reason] = self.rejected.get(reason, 0) + 1
+        self.add_example(reason, example)
 
-    def show(self, reason: str, example: str) -> None:
+    def add_example(self, reason: str, example: str) -> None:
         shown = self.examples.setdefault(reason, [])
         if len(shown) < EXAMPLES:
             shown.append(visible(example))
 
-    def key(self, key: str, where: str) -> None:
+    def add_unknown_key(self, key: str, where: str) -> None:
         """Count a row for a key of its messages that was passed over."""
-        count, first = self.keys.get(key, (0, where))
-        self.keys[key] = count + 1, first
+        count, first = self.unknown_keys.get(key, (0, where))
+        self.unknown_keys[key] = count + 1, first
 
     def count_turns(self, turns: int, last: int, unproven: list[tuple[str, str]]) -> None:
         """Count a row's supervised turns, those of its last sample, and the others with their reasons and examples."""
@@ -59,18 +61,18 @@ class Tally:
         self.last_turns += last
         for reason, example in unproven:
             self.unproven[reason] = self.unproven.get(reason, 0) + 1
-            self.show(reason, example)
+            self.add_example(reason, example)
 
-    def count_kinds(self, kinds: tuple[str, ...], file: str, line: int) -> None:
+    def count_turn_kinds(self, kinds: tuple[str, ...], file: str, line: int) -> None:
         for kind in kinds:
-            found = self.kinds.setdefault(kind, {"count": 0, "first": f"{file}:{line}"})
-            found["count"] += 1
+            entry = self.kinds.setdefault(kind, {"count": 0, "first": f"{file}:{line}"})
+            entry["count"] += 1
 
     def as_notes(self) -> dict:
         """For the plan's manifest."""
-        keys = {key: count for key, (count, _) in sorted(self.keys.items())}
+        unknown_keys = {key: count for key, (count, _) in sorted(self.unknown_keys.items())}
         return {
-            **({"unknown_keys": keys} if keys else {}),
+            **({"unknown_keys": unknown_keys} if unknown_keys else {}),
             "rows": self.rows,
             "truncated": self.truncated,
             "supervised_turns": self.turns,
@@ -78,35 +80,35 @@ class Tally:
             "unproven_turns": dict(sorted(self.unproven.items())),
             "kinds": dict(sorted(self.kinds.items())),
             "too_short": self.too_short,
-            "faults": dict(sorted(self.faults.items())),
+            "faults": dict(sorted(self.rejected.items())),
             "examples": dict(sorted(self.examples.items())),
         }
 
-    def check(self, corpus: str, usable: int) -> None:
+    def check_usable(self, corpus: str, usable: int) -> None:
         """Refuse a corpus with nothing usable in it, or with too little."""
-        faults = sum(self.faults.values())
+        rejected = sum(self.rejected.values())
         shown = "; ".join(example for examples in self.examples.values() for example in examples[:1])
         if not usable:
             why = shown or "it is empty"
             raise DataError(f"{corpus}: no usable sample in {self.rows} rows ({why}); name another corpus")
-        failed = sum(count for reason, count in self.unproven.items() if reason not in HARMLESS)
-        if failed > REFUSED_SHARE * (self.turns + failed):
+        unproven = sum(count for reason, count in self.unproven.items() if reason not in HARMLESS)
+        if unproven > REFUSED_SHARE * (self.turns + unproven):
             raise DataError(
-                f"{corpus}: {failed} of {self.turns + failed} turns do not prove to be what the target would write "
+                f"{corpus}: {unproven} of {self.turns + unproven} turns do not prove to be what the target would write "
                 f"behind an engine's prompt, at most {REFUSED_SHARE:.0%} are let go ({shown}); repair or remove them"
             )
-        if faults > REFUSED_SHARE * self.rows:
+        if rejected > REFUSED_SHARE * self.rows:
             raise DataError(
-                f"{corpus}: {faults} of {self.rows} rows cannot be used, at most {REFUSED_SHARE:.0%} are let go "
+                f"{corpus}: {rejected} of {self.rows} rows cannot be used, at most {REFUSED_SHARE:.0%} are let go "
                 f"({shown}); repair or remove them"
             )
 
 
-def say_unknown_keys(tally: Tally) -> None:
+def report_unknown_keys(tally: Tally) -> None:
     """Say, to stderr, which keys of messages were passed over, in how many rows and where first."""
-    for key, (count, first) in sorted(tally.keys.items()):
-        told = f"`{visible(key)}`: {count:,} rows, the first {visible(first)}"
-        print(f"a key of messages that no template is shown, {told}", file=sys.stderr)
+    for key, (count, first) in sorted(tally.unknown_keys.items()):
+        count_text = f"`{visible(key)}`: {count:,} rows, the first {visible(first)}"
+        print(f"a key of messages that no template is shown, {count_text}", file=sys.stderr)
 
 
 def check_mask(mask_T: np.ndarray) -> None:

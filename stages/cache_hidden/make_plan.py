@@ -19,16 +19,16 @@ from pipeline.corpus.formats import CHUNK_ROWS
 from pipeline.corpus.regenerated import check
 from pipeline.corpus.sources import (
     Conversation,
-    Fault,
+    RejectedRow,
     corpus_chunks,
     corpus_files,
     file_sources,
     hub_dataset,
-    say_passed_over,
+    parse_roles,
+    report_skipped_files,
     source_roles,
-    with_roles,
 )
-from pipeline.corpus.tally import Tally, say_unknown_keys
+from pipeline.corpus.tally import Tally, report_unknown_keys
 from pipeline.target.files import is_quantised, text_config
 from stages.cache_hidden.budget import SampleChooser
 from stages.cache_hidden.row_outcome import Job, RowOutcome, samples_of
@@ -55,7 +55,7 @@ def make_plan(
     disk. budget: chooses among these samples; the plan then replaces an existing one. roles: the text of `--roles`.
     Raises DataError for an unusable corpus, UsageError when corpus or target is not there.
     """
-    files, known_roles = corpus_files(corpus), with_roles(roles)
+    files, known_roles = corpus_files(corpus), parse_roles(roles)
     if is_quantised(settings.folder):
         from pipeline.target.config import load_config
         from pipeline.target.quantised import check_quantised  # brings torch
@@ -63,7 +63,7 @@ def make_plan(
         check_quantised(settings.folder, load_config(settings.folder, settings.model))
     if files:
         work, sources = corpus_chunks(corpus, files), file_sources(corpus, files, roles)
-        say_passed_over(corpus)
+        report_skipped_files(corpus)
     else:
         rows, source = hub_dataset(corpus, known_roles)
         work, sources = _batches(rows), [{**source, **source_roles(roles)}]
@@ -85,7 +85,7 @@ def make_plan(
                     break
                 usable += 1
             yield sample
-        tally.check(corpus, usable)
+        tally.check_usable(corpus, usable)
 
     def chosen(parts: list[ShardPlan]) -> np.ndarray:
         chosen_n, turns = choose_turns(parts, rules["turns"])
@@ -106,7 +106,7 @@ def make_plan(
             choose=chosen,
             afresh=budget is not None,
         )
-    say_unknown_keys(tally)
+    report_unknown_keys(tally)
     return plan
 
 
@@ -121,6 +121,6 @@ def _count_outcomes(outcomes: Iterable[RowOutcome], tally: Tally, identity: dict
         yield from samples_of(outcome, tally)
 
 
-def _batches(rows: Iterator[Conversation | Fault]) -> Iterator[list[Conversation | Fault]]:
+def _batches(rows: Iterator[Conversation | RejectedRow]) -> Iterator[list[Conversation | RejectedRow]]:
     while batch := list(islice(rows, CHUNK_ROWS)):
         yield batch

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache.samples import PlannedSample, sample_id
-from pipeline.corpus.conversation import Conversation, Fault
+from pipeline.corpus.conversation import Conversation, RejectedRow
 from pipeline.corpus.formats import Chunk
 from pipeline.corpus.sources import chunk_rows
 from pipeline.corpus.tally import Tally, Unusable, check_ids, check_mask, trim
@@ -28,10 +28,10 @@ class RowPreparer:
         self.job = job
         self.maker = SampleMaker(template or ChatTemplate(job.folder, job.template_kwargs, job.template_date))
 
-    def outcomes(self, work: Chunk | Sequence[Conversation | Fault], only: int | None = None) -> list[RowOutcome]:
+    def outcomes(self, work: Chunk | Sequence[Conversation | RejectedRow], only: int | None = None) -> list[RowOutcome]:
         """Return the outcomes of the rows of a chunk or list, in order; `only`: of the row with this number alone."""
         if isinstance(work, Chunk) and only is not None:
-            work = work.alone(only)
+            work = work.single_row(only)
         rows = list(chunk_rows(work, self.job.roles)) if isinstance(work, Chunk) else work
         if only is not None and not isinstance(work, Chunk):
             rows = [work[only]]
@@ -54,11 +54,11 @@ class RowPreparer:
             cause = str(error).strip().split("\n")[0][:120]
             return Unusable("template error", f"the chat template fails on it ({type(error).__name__}: {cause})")
 
-    def _outcome(self, row: Conversation | Fault, prepared) -> RowOutcome:
-        if isinstance(row, Fault):
-            return RowOutcome(row.file, row.line, fault=(row.reason, row.detail))
+    def _outcome(self, row: Conversation | RejectedRow, prepared) -> RowOutcome:
+        if isinstance(row, RejectedRow):
+            return RowOutcome(row.file, row.line, rejected=(row.reason, row.detail))
         if isinstance(prepared, Unusable):
-            return RowOutcome(row.file, row.line, fault=(prepared.reason, prepared.detail), unknown=row.unknown)
+            return RowOutcome(row.file, row.line, rejected=(prepared.reason, prepared.detail), unknown=row.unknown)
         packed, kinds, notes, truncated, too_short = [], [], [], 0, 0
         try:
             for sample in prepared.samples:
@@ -73,8 +73,8 @@ class RowPreparer:
                 mask_bits = np.packbits(cut[1], bitorder="little").tobytes()
                 packed.append((cut[0].astype("<i4", copy=False).tobytes(), mask_bits, sample_id(*cut)))
                 kinds += sample.kinds
-        except Unusable as fault:
-            return RowOutcome(row.file, row.line, fault=(fault.reason, fault.detail), unknown=row.unknown)
+        except Unusable as rejected:
+            return RowOutcome(row.file, row.line, rejected=(rejected.reason, rejected.detail), unknown=row.unknown)
         if too_short:
             notes.append(("too short", f"no two supervised tokens in a row within {self.job.max_length}"))
         return RowOutcome(
@@ -98,7 +98,7 @@ def _record(row: Conversation) -> str:
 
 
 def prepare_rows(
-    rows: Iterable[Conversation | Fault], template: ChatTemplate, max_length: int, tally: Tally, vocab_size: int
+    rows: Iterable[Conversation | RejectedRow], template: ChatTemplate, max_length: int, tally: Tally, vocab_size: int
 ) -> Iterator[PlannedSample]:
     """Yield the samples of rows, in order, without worker processes; whatever is left out goes into the tally."""
     preparer = RowPreparer(Job(Path(), max_length, vocab_size), template)

@@ -46,7 +46,7 @@ class RowOutcome(NamedTuple):
     domain: str = ""
     split: str = ""
     samples: tuple[tuple[bytes, bytes, bytes], ...] = ()
-    fault: tuple[str, str] | None = None
+    rejected: tuple[str, str] | None = None
     notes: tuple[tuple[str, str], ...] = ()
     truncated: int = 0
     too_short: int = 0
@@ -62,18 +62,18 @@ def samples_of(outcome: RowOutcome, tally: Tally) -> Iterator[PlannedSample]:
     """Yield the samples of a row, and count in the tally what was left out of it; the row itself is counted before."""
     where = f"{outcome.file}:{outcome.line}"
     for key in outcome.unknown:
-        tally.key(key, where)
-    if outcome.fault:
-        reason, detail = outcome.fault
-        tally.fault(reason, f"{where}: {detail}")
+        tally.add_unknown_key(key, where)
+    if outcome.rejected:
+        reason, detail = outcome.rejected
+        tally.reject(reason, f"{where}: {detail}")
         return
     for reason, detail in outcome.notes:
-        tally.show(reason, f"{where}: {detail}")
+        tally.add_example(reason, f"{where}: {detail}")
     tally.truncated += outcome.truncated
     tally.too_short += outcome.too_short
     unproven = [(reason, f"{where}: {detail}") for reason, detail in outcome.unproven]
     tally.count_turns(outcome.turns, outcome.last_turns, unproven)
-    tally.count_kinds(outcome.kinds, outcome.file, outcome.line)
+    tally.count_turn_kinds(outcome.kinds, outcome.file, outcome.line)
     for data, bits, name in outcome.samples:
         ids = np.frombuffer(data, "<i4")
         mask = np.unpackbits(np.frombuffer(bits, np.uint8), count=len(ids), bitorder="little").view(bool)

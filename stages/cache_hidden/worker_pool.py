@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from pipeline.corpus.conversation import Conversation, Fault
+from pipeline.corpus.conversation import Conversation, RejectedRow
 from pipeline.corpus.formats import Chunk
 from pipeline.corpus.tally import REFUSED_SHARE
 from pipeline.errors import DataError, RoomError, UsageError
@@ -32,7 +32,7 @@ KILLED_MESSAGE = (
 )
 ROOT = Path(__file__).resolve().parents[2]
 
-Work = Chunk | Sequence[Conversation | Fault]
+Work = Chunk | Sequence[Conversation | RejectedRow]
 
 
 def cores() -> int:
@@ -251,7 +251,7 @@ class WorkerPool:
             last = task.outcomes[0]
             raise DataError(
                 f"{self.deaths} of the first {self.yielded + len(self.tasks)} rows cannot be prepared, such as "
-                f"{last.file}:{last.line} ({last.fault[1]}); look at the target's chat template, or leave them out"
+                f"{last.file}:{last.line} ({last.rejected[1]}); look at the target's chat template, or leave them out"
             )
 
     def _call_server(self, call: Callable[[], object]):
@@ -270,10 +270,10 @@ def _outcome_of_death(job: Job, task: _Task, status: int) -> RowOutcome:
         file, line = task.work[row].file, task.work[row].line
     code = -os.waitstatus_to_exitcode(status)
     if code == signal.SIGPROF:
-        fault = "too slow", f"takes more than {job.row_seconds:.0f} s to prepare"
+        rejected = "too slow", f"takes more than {job.row_seconds:.0f} s to prepare"
     elif code == signal.SIGUSR1:
-        fault = "too large", f"takes more than {job.row_bytes / 2**30:.1f} GiB to prepare"
+        rejected = "too large", f"takes more than {job.row_bytes / 2**30:.1f} GiB to prepare"
     else:
         how = f"signal {code}, {signal.strsignal(code)}" if code > 0 else f"exit code {-code}"
-        fault = "ended its process", f"ends the process that prepares it ({how})"
-    return RowOutcome(file, line, fault=fault)
+        rejected = "ended its process", f"ends the process that prepares it ({how})"
+    return RowOutcome(file, line, rejected=rejected)

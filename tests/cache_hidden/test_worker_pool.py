@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tiny import CHAT_TEMPLATE, config, conversations, tokenizer, write_jsonl
 
-from pipeline.corpus.sources import corpus_chunks, read_files
+from pipeline.corpus.sources import corpus_chunks, read_rows
 from pipeline.corpus.tally import Tally
 from pipeline.errors import DataError, UsageError
 from stages.cache_hidden import worker_pool as pool
@@ -55,7 +55,7 @@ def test_any_number_of_workers_gives_the_same_in_the_corpuss_order(job, tmp_path
     one, two, five = (outcomes(made, corpus, workers) for workers in (1, 2, 5))
     assert one == two == five
     assert [outcome.line for outcome in one] == list(range(1, 1002))
-    assert one[700].fault[0] == "broken line"
+    assert one[700].rejected[0] == "broken line"
 
 
 def test_a_sample_travels_unchanged(job, tmp_path):
@@ -63,7 +63,7 @@ def test_a_sample_travels_unchanged(job, tmp_path):
     from stages.cache_hidden.tokenise import ChatTemplate
 
     corpus, made = write_jsonl(tmp_path / "a.jsonl", conversations(40)), job()
-    here = list(prepare_rows(read_files(str(corpus), [corpus]), ChatTemplate(made.folder), 512, Tally(), 264))
+    here = list(prepare_rows(read_rows(str(corpus), [corpus]), ChatTemplate(made.folder), 512, Tally(), 264))
     there = [sample for outcome in outcomes(made, corpus) for sample in samples_of(outcome, Tally())]
     for one, other in zip(here, there, strict=True):
         assert np.array_equal(one.ids, other.ids) and np.array_equal(one.mask, other.mask)
@@ -98,10 +98,10 @@ def test_a_rendering_that_fails_hangs_or_grows_costs_its_row(job, tmp_path, kind
     corpus = write_jsonl(tmp_path / "a.jsonl", asks(*fine, *kinds, *fine))
     bounds = {"row_seconds": 1.0, "row_bytes": (1 << 28) - (1 << 25)}
     made = outcomes(job(LOUD, **bounds), corpus)
-    faulty = [outcome for outcome in made if outcome.fault]
+    faulty = [outcome for outcome in made if outcome.rejected]
     assert [(outcome.file, outcome.line) for outcome in faulty] == [("a.jsonl", 10 + at) for at in range(len(kinds))]
     for outcome in faulty:
-        assert outcome.fault[0] == reason and says in outcome.fault[1]
+        assert outcome.rejected[0] == reason and says in outcome.rejected[1]
     assert sum(len(outcome.samples) for outcome in made) == 18
 
 
@@ -110,7 +110,7 @@ def test_what_ends_a_worker_is_a_fault_of_its_row(job, tmp_path):
     question = "x" * 30_000_000
     corpus = write_jsonl(tmp_path / "a.jsonl", asks("fine", question, "fine"))
     made = outcomes(job(row_bytes=1 << 26), corpus)
-    assert [bool(outcome.fault) for outcome in made] == [False, True, False]
+    assert [bool(outcome.rejected) for outcome in made] == [False, True, False]
 
 
 def test_a_worker_that_somebody_else_ends_costs_no_row(job, tmp_path):
@@ -121,7 +121,7 @@ def test_a_worker_that_somebody_else_ends_costs_no_row(job, tmp_path):
         for worker in list(workers.workers):
             os.kill(worker.pid, signal.SIGKILL)
         found += outcomes_here
-    assert found == outcomes(made, corpus) and not any(outcome.fault for outcome in found)
+    assert found == outcomes(made, corpus) and not any(outcome.rejected for outcome in found)
 
 
 def test_a_template_that_ends_every_worker_ends_the_plan(job, tmp_path):
@@ -184,7 +184,7 @@ def test_rows_in_flight_are_bounded(job, tmp_path, monkeypatch):
 
     with WorkerPool(job(LOUD, row_seconds=0.5), 2) as workers:
         made = workers.outcomes(counted())
-        assert next(made).fault[0] == "too slow" and read <= 2
+        assert next(made).rejected[0] == "too slow" and read <= 2
         assert sum(1 for _ in made) == 400
 
 

@@ -4,17 +4,17 @@ import json
 
 import pytest
 
-from pipeline.corpus.conversation import Conversation, Fault, conversation, split_of
-from pipeline.corpus.messages import DEPTH
-from pipeline.corpus.sources import with_roles
+from pipeline.corpus.conversation import Conversation, RejectedRow, parse_row, split_of
+from pipeline.corpus.messages import MAX_DEPTH
+from pipeline.corpus.sources import parse_roles
 from pipeline.errors import UsageError
 
 HELLO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 CALL = {"id": "1", "type": "function", "function": {"name": "w", "arguments": {"city": "Oslo"}}}
 
 
-def read(row, **told) -> Conversation | Fault:
-    return conversation(row, "a.jsonl", 1, **told)
+def read(row, **told) -> Conversation | RejectedRow:
+    return parse_row(row, "a.jsonl", 1, **told)
 
 
 def said(*messages: dict, **told) -> list[dict]:
@@ -103,10 +103,10 @@ def test_roles_by_other_names(role, known):
 def test_roles_may_be_named_on_the_command_line():
     row = {"conversations": [{"from": "Narrator", "value": "hi"}, {"from": "bard", "value": "hello"}]}
     assert "--roles A=B" in read(row).detail
-    assert read(row, roles=with_roles("narrator=user,Bard=gpt")).messages == HELLO
+    assert read(row, roles=parse_roles("narrator=user,Bard=gpt")).messages == HELLO
     for wrong in ("bard", "bard=poet", "=user"):
         with pytest.raises(UsageError, match="wanted A=B"):
-            with_roles(wrong)
+            parse_roles(wrong)
 
 
 @pytest.mark.parametrize("key", ["reasoning", "reasoning_content", "thinking", "thought"])
@@ -230,7 +230,7 @@ def test_what_is_nested_too_deep_costs_its_row(place):
     row |= {"tools": [nested]} if place == "tools" else {}
     row |= {"chat_template_kwargs": nested} if place == "chat_template_kwargs" else {}
     fault = read(row)
-    assert fault.reason == "too deep" and f"more than {DEPTH} deep" in fault.detail
+    assert fault.reason == "too deep" and f"more than {MAX_DEPTH} deep" in fault.detail
 
 
 @pytest.mark.parametrize(

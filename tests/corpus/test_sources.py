@@ -13,12 +13,12 @@ from tiny import CHAT_TEMPLATE, tokenizer, write_jsonl
 
 from pipeline.corpus.sources import (
     Conversation,
-    Fault,
+    RejectedRow,
     corpus_files,
     file_sources,
     hub_dataset,
     hub_rows,
-    read_files,
+    read_rows,
 )
 from pipeline.corpus.tally import Tally, Unusable, check_mask, trim
 from pipeline.errors import DataError, UsageError
@@ -30,8 +30,8 @@ HELLO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "he
 NO_MARKS = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 
 
-def rows_of(corpus: Path) -> list[Conversation | Fault]:
-    return list(read_files(str(corpus), corpus_files(str(corpus))))
+def rows_of(corpus: Path) -> list[Conversation | RejectedRow]:
+    return list(read_rows(str(corpus), corpus_files(str(corpus))))
 
 
 # Formats
@@ -255,9 +255,9 @@ def test_planning_counts_everything_it_leaves_out(template, tmp_path):
         {"messages": [*turns("x", "y"), {"role": "narrator", "content": "z"}]},
     ]
     corpus, tally = write_jsonl(tmp_path / "a.jsonl", rows), Tally()
-    samples = list(prepare_rows(read_files(str(corpus), [corpus]), template(CHAT_TEMPLATE), 80, tally, 264))
+    samples = list(prepare_rows(read_rows(str(corpus), [corpus]), template(CHAT_TEMPLATE), 80, tally, 264))
     assert [sample.line for sample in samples] == [1, 4]
-    assert tally.rows == 5 and tally.faults == {"broken line": 1, "unknown role": 1}
+    assert tally.rows == 5 and tally.rejected == {"broken line": 1, "unknown role": 1}
     assert (tally.too_short, tally.truncated) == (1, 1), "the long question left nothing to learn within 80 tokens"
     assert tally.examples["unknown role"][0].startswith("a.jsonl:5: ")
     assert all(len(sample.ids) <= 80 for sample in samples)
@@ -265,17 +265,17 @@ def test_planning_counts_everything_it_leaves_out(template, tmp_path):
 
 def test_a_token_the_target_has_no_embedding_for_is_a_fault(template, tmp_path):
     corpus, tally = write_jsonl(tmp_path / "a.jsonl", [{"messages": HELLO}]), Tally()
-    rows, made = list(read_files(str(corpus), [corpus])), template(CHAT_TEMPLATE)
-    assert len(list(prepare_rows(rows, made, 80, tally, 259))) == 1 and not tally.faults
+    rows, made = list(read_rows(str(corpus), [corpus])), template(CHAT_TEMPLATE)
+    assert len(list(prepare_rows(rows, made, 80, tally, 259))) == 1 and not tally.rejected
     assert list(prepare_rows(rows, made, 80, tally, 258)) == []
-    assert tally.faults == {"unknown token": 1}
+    assert tally.rejected == {"unknown token": 1}
     assert "a.jsonl:1: holds token 258, outside the target's 258" in tally.examples["unknown token"][0]
 
 
 def test_a_corpus_with_too_much_left_out_is_refused():
     tally = Tally(rows=20, faults={"broken line": 3}, examples={"broken line": ["a.jsonl:2: no JSON"]})
     with pytest.raises(DataError, match=r"3 of 20 rows .*a\.jsonl:2"):
-        tally.check("a.jsonl", usable=17)
+        tally.check_usable("a.jsonl", usable=17)
     Tally(rows=20, faults={"broken line": 2}).check("a.jsonl", usable=18)
     with pytest.raises(DataError, match="no usable sample"):
         Tally(rows=20).check("a.jsonl", usable=0)
