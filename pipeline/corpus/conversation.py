@@ -1,23 +1,23 @@
-"""One row of a corpus, in any form that is about, as a Conversation or as the Fault it is.
+"""Parses one row of a corpus, in any known form, into a Conversation or a RejectedRow.
 
-The first of these that a row holds is what it is (a column that is None or empty is not held):
+The first of these that a row has decides its form (a column that is None or empty counts as absent):
 
     input_ids + loss_mask           tokens, as speculators writes them after regenerating: taken as they are. The mask
                                     may also be `assistant_masks`, or `labels` with -100 where nothing is learned
-    messages, conversations ...     (CHATS) a list of messages (see `messages.py`), its JSON, or an object of lists
-    data                            texts in turn, the user's first, as UltraChat has them
-    prompt + completion ...         (PAIRS) a question and its reply, each a text or messages; what stands in the second
-                                    column, an input or a context, goes below the question. `history` comes before it
+    messages, conversations ...     (CHAT_COLUMNS) a list of messages (see `messages.py`), its JSON, an object of lists
+    data                            texts, user and assistant alternating, as in UltraChat
+    prompt + completion ...         (PAIR_COLUMNS) a question and its reply, each a text or messages; an input or
+                                    context column is appended to the question. `history` comes before it
     a list                          the messages themselves
 
-Columns beside it: `system` (or `system_prompt`) becomes the first message unless that is one already; `tools` (or
+Other columns: `system` (or `system_prompt`) becomes the first message unless that is one already; `tools` (or
 `functions`), a list or its JSON; `chat_template_kwargs`, an object or its JSON; `domain`, a text or a number; `split`
 (see `split_of`); `regenerated`, as `pipeline regenerate` writes it; `id`, which that passes on; `status`: SpecForge and
-DeepSpec write `success`, a row with `error` or `skipped` is left out. All others are passed over.
+DeepSpec write `success`, a row with `error` or `skipped` is rejected. All others are ignored.
 
-Where only prompts are wanted, replies are not read and need not be there: a question alone will do, or one message.
+For prompts only, replies are not read and may be absent: a question alone will do, or one message.
 
-The one rule: a row that is broken, or that says something we would have to guess at, is left out, counted and shown.
+A row that is broken, or whose meaning would have to be guessed, is rejected, counted and shown.
 """
 
 import re
@@ -27,7 +27,7 @@ from pipeline.corpus.messages import ROLES, check_depth, check_text, parse_messa
 from pipeline.corpus.tally import Unusable
 
 CHAT_COLUMNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
-PAIR_COLUMNS = (  # question, what goes below it, reply
+PAIR_COLUMNS = (  # question, context that is appended to it, reply
     ("prompt", None, "completion"),
     ("prompt", None, "response"),
     ("instruction", "input", "output"),  # Alpaca
@@ -67,12 +67,11 @@ SPLITS = {**dict.fromkeys(("train", "training"), "train"), **dict.fromkeys(_HELD
 
 @dataclass(frozen=True)
 class Conversation:
-    """One usable row: messages as `messages.py` makes them, the last one a reply, and where it stood (line, from 1).
+    """One usable row: its messages as of `parse_message`, the last one a reply, with its file and line (from 1).
 
-    tools: what the target may call, as the chat template takes it. template_kwargs: the row's own arguments of the
-    template. tokens: ids and mask of a row that came as tokens, whose messages are []. regenerated: what `pipeline
-    regenerate` noted of it. unknown: keys of its messages that nobody knows. id: the row's own, where prompts
-    are wanted. None where the row states none.
+    tools: tool definitions for the chat template. template_kwargs: the row's own arguments for the template. tokens:
+    ids and mask of a row that came as tokens, whose messages are []. regenerated: the record that `pipeline regenerate`
+    wrote. unknown: unknown keys of its messages. id: the row's own, for prompts only. None where the row has none.
     """
 
     messages: list[dict]
@@ -90,7 +89,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class RejectedRow:
-    """A row left out: a reason to count by, and the particulars."""
+    """A row that is left out. `reason`: the category it is counted under, `detail`: for people."""
 
     reason: str
     detail: str
@@ -104,10 +103,10 @@ class RejectedRow:
 def parse_row(
     row: object, file: str, line: int, *, split: str = "", roles: dict[str, str] | None = None, prompts: bool = False
 ) -> Conversation | RejectedRow:
-    """Return a row of a corpus as a Conversation, or as the Fault it is.
+    """Return a row of a corpus as a Conversation, or as a RejectedRow with the reason.
 
-    split: of the file, where the row states none. roles: names beyond ROLES, as `with_roles` returns them. prompts:
-    only what is asked is wanted; what the assistant and tools say is left out of their messages.
+    split: the file's, for a row without one. roles: names of roles, as `parse_roles` returns them (None: ROLES).
+    prompts: read prompts only; the messages of assistant and tools are left without content.
     """
     try:
         return _parse_row(row, file, line, split, roles or ROLES, prompts)
@@ -116,9 +115,9 @@ def parse_row(
 
 
 def split_of(name: str) -> str | None:
-    """Return "train", "heldout" or (for "") "" for a split's name, by its first word: `test_sft` is heldout.
+    """Return the split that a name means by its first word: "train", "heldout" (as does `test_sft`), or "" for "".
 
-    None for a name that says neither.
+    None for a name that means neither.
     """
     whole = name.strip().lower()
     return SPLITS.get(re.sub(r"[^a-z]", "", whole)) or SPLITS.get(re.split(r"[^a-z]", whole)[0]) if whole else ""
@@ -179,7 +178,7 @@ def _domain(value: object) -> str:
 
 
 def _object(row: dict, column: str) -> dict | None:
-    """Return a column that is an object or its JSON; None where there is none."""
+    """Return a column that is an object or its JSON as a dict; None where it is absent. Raises Unusable."""
     value = row.get(column)
     if isinstance(value, str):
         value = parse_text(value, f"`{column}`") if value.strip() else None
@@ -190,7 +189,7 @@ def _object(row: dict, column: str) -> dict | None:
 
 
 def _tools(row: dict) -> list[dict] | None:
-    """Return the tools of a row, a list of objects or its JSON, as None where there are none."""
+    """Return the tools of a row, a list of objects or its JSON; None where it has none. Raises Unusable."""
     value = next((row[name] for name in TOOL_COLUMNS if row.get(name)), None)
     tools = value
     if isinstance(value, str):
@@ -207,7 +206,7 @@ def _tools(row: dict) -> list[dict] | None:
 
 
 def _tokens(row: dict) -> tuple[list[int], list[bool]] | None:
-    """Return ids and mask of a row that was tokenised before; None for a row that was not."""
+    """Return ids and loss mask of a row that came as tokens; None for any other. Raises Unusable."""
     mask_name = next((name for name in (*MASK_COLUMNS, "labels") if row.get(name) is not None), None)
     if not row.get("input_ids") or mask_name is None:
         return None
@@ -224,7 +223,7 @@ def _tokens(row: dict) -> tuple[list[int], list[bool]] | None:
 
 
 def _messages(row: dict, roles: dict[str, str], unknown: set[str], prompts: bool) -> list[dict]:
-    """Return the messages of a row, roles and keys by one name each. Unusable for a row of no known form."""
+    """Return the messages of a row, parsed, the system prompt first. Raises Unusable for a row of no known form."""
     value = _chat(row, prompts)
     if value is None:
         names = [str(name) for name, value in row.items() if value not in (None, "", [], {})]
@@ -239,7 +238,7 @@ def _messages(row: dict, roles: dict[str, str], unknown: set[str], prompts: bool
 
 
 def _chat(row: dict, prompts: bool) -> list | None:
-    """Return the messages of a row as it has them, None where it is of no known form."""
+    """Return the messages of a row, not parsed; None for a row of no known form."""
     for name in CHAT_COLUMNS:
         if row.get(name):
             return _as_list(row[name], name)
@@ -261,7 +260,7 @@ def _chat(row: dict, prompts: bool) -> list | None:
 
 
 def _as_list(value: object, name: str) -> list:
-    """Return a column of messages as a list: it may be JSON text, or an object of lists, as Arrow may have it."""
+    """Return a column of messages as a list, from a list, its JSON, or an object of lists (as Arrow may store it)."""
     if isinstance(value, str):
         if not value.lstrip().startswith(("[", "{")):
             raise Unusable("no messages", f"has `{name}` that is one text ({value!r:.60}); wanted a list of messages")
@@ -276,7 +275,7 @@ def _as_list(value: object, name: str) -> list:
 
 
 def _as_messages(value: object, role: str, name: str) -> list:
-    """Return a question or a reply, a text or messages, as messages."""
+    """Return a question or a reply, given as a text or as messages, as a list of messages."""
     if isinstance(value, str) and not value.lstrip().startswith('[{"'):
         return [{"role": role, "content": value}]
     if isinstance(value, str):
@@ -288,7 +287,7 @@ def _as_messages(value: object, role: str, name: str) -> list:
 
 
 def _history(row: dict) -> list:
-    """Return what came before an Alpaca row's question: pairs of question and reply."""
+    """Return the `history` of an Alpaca row, pairs of question and reply, as messages."""
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise Unusable("no messages", "has `history` that is no list of pairs, a question and its reply")
@@ -297,7 +296,7 @@ def _history(row: dict) -> list:
 
 
 def columns_refusal(columns: list[str], prompts: bool = False) -> str:
-    """Return why a table with these columns can hold no conversation, or no prompts; empty where it can."""
+    """Return why a table with these columns can have no conversations, or no prompts; empty where it can."""
     names = {*columns}
     pairs = any(
         question_column in names and (prompts or reply_column in names)
@@ -309,7 +308,7 @@ def columns_refusal(columns: list[str], prompts: bool = False) -> str:
 
 
 def _no_conversation(names: list[str]) -> str:
-    """Return the refusal of a row of no known form: what columns it holds, and what to do."""
+    """Return the error message for a row of no known form: what columns it has, and what to do."""
     found = f"columns {', '.join(names)[:160]}" if names else "nothing in any column"
     if {"chosen", "rejected"} <= {*names}:
         what = "two replies to choose from; write the one that the target would give as `messages`"

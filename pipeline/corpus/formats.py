@@ -1,7 +1,7 @@
-"""The files of a corpus: which of a folder are read, what each holds, and its rows in chunks.
+"""Reads the files of a corpus in chunks of unparsed rows: JSON Lines, JSON arrays, Parquet and Arrow, also compressed.
 
-Rows are handed on as they lie in the file, bytes of JSON or a batch of Arrow, so that whoever takes a chunk, in this
-process or another, parses it. Memory is bounded by a chunk and one row.
+Rows are passed on as they are in the file, bytes of JSON or an Arrow batch, so that another process can parse them.
+Memory is bounded by a chunk and one row.
 """
 
 import gzip
@@ -26,7 +26,7 @@ from pipeline.visible_text import visible
 TEXT_SUFFIXES, COMPRESSED, TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json"), (".gz", ".zst"), (".parquet", ".arrow")
 SUFFIXES = (*(text + compressed for text in TEXT_SUFFIXES for compressed in ("", *COMPRESSED)), *TABLE_SUFFIXES)
 CHUNK_ROWS, CHUNK_BYTES = 128, 256 << 10
-LONGEST_ROW = 256 << 20  # bytes; a longer one is a fault, unread
+LONGEST_ROW = 256 << 20  # bytes; a longer one is rejected unread
 _READ = 1 << 20
 _MAGIC_NUMBERS = {
     b"PAR1": "Parquet",
@@ -42,9 +42,9 @@ _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{},"]', re.DOTALL)
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows of a file, unparsed: `texts`, the JSON of each or why it is none, or `batch`, an Arrow stream.
+    """Some rows of a file, unparsed: `texts`, each one's JSON or (reason, detail), or `batch`, an Arrow stream.
 
-    lines: where each row stands, from 1; in an array or a table, which row it is. split: the file's own, or "".
+    lines: the line of each row, from 1; in an array or a table, the row's number. split: the file's, or "".
     """
 
     file: str
@@ -65,15 +65,15 @@ class Chunk:
         return Chunk(self.file, self.split, lines, batch=_to_arrow_stream(_from_arrow_stream(self.batch).slice(row, 1)))
 
     def rows(self) -> Iterator[tuple[int, object]]:
-        """Yield (line, what stands there, or Unusable)."""
+        """Yield (line, the parsed row or an Unusable)."""
         made = map(_parsed, self.texts) if self.texts is not None else iter(_table_rows(self.batch))
         yield from zip(self.lines, made, strict=True)
 
 
 def read_chunks(file: Path, name: str, split: str = "", *, prompts: bool = False) -> Iterator[Chunk]:
-    """Yield the rows of a file in chunks. DataError for a file that is not what its name says, or is cut off.
+    """Yield the rows of a file in chunks. DataError for a file of another format than its name says, or truncated.
 
-    name: of the file, as reports have it. prompts: a table needs to hold no replies.
+    name: the file's, for reports. prompts: a table may lack replies.
     """
     if file.name.lower().endswith(TABLE_SUFFIXES):
         yield from _table_chunks(file, name, split, prompts)
@@ -102,7 +102,7 @@ def _parsed(text: bytes | tuple[str, str]) -> object:
 
 @contextmanager
 def _open_decompressed(file: Path) -> Iterator[io.BufferedReader]:
-    """Open a text file, unpacked. DataError where it cannot be read, or its packing is damaged or cut off."""
+    """Open a text file, decompressed. DataError where it cannot be read, or is damaged or truncated."""
     suffix = file.suffix.lower()
     try:
         with file.open("rb") as raw:
@@ -118,7 +118,7 @@ def _open_decompressed(file: Path) -> Iterator[io.BufferedReader]:
 
 
 class _Zstd(io.RawIOBase):
-    """What zstd packed, one frame or several. EOFError where the last is cut off; zstandard's own reader just ends."""
+    """Decompresses zstd frames. EOFError for a truncated frame, where zstandard's own reader just ends."""
 
     def __init__(self, compressed: io.BufferedIOBase):
         self.compressed, self.decoded, self.rest = compressed, memoryview(b""), b""
@@ -144,7 +144,7 @@ class _Zstd(io.RawIOBase):
 
 
 def _row_texts(file: Path) -> Iterator[tuple[int, bytes | tuple[str, str]]]:
-    """Yield (line or number, the JSON of a row, or why it cannot be read)."""
+    """Yield (line or row number, the JSON of a row or (reason, detail))."""
     with _open_decompressed(file) as stream:
         head = stream.peek(_READ)
         _check_head(file, head)
@@ -153,7 +153,7 @@ def _row_texts(file: Path) -> Iterator[tuple[int, bytes | tuple[str, str]]]:
 
 
 def _check_head(file: Path, head: bytes) -> None:
-    """Refuse by name what is no UTF-8 text: DataError."""
+    """Raise DataError for a file that is no UTF-8 text, naming what it is."""
     for magic, what in _MAGIC_NUMBERS.items():
         if head.startswith(magic):
             raise DataError(f"{file}: it is {what} by its content, whatever its name says; rename it, or unpack it")
@@ -162,7 +162,7 @@ def _check_head(file: Path, head: bytes) -> None:
 
 
 def _form(head: bytes) -> str:
-    """Return how rows follow each other, by a file's beginning: lines, an array, or objects over several lines each."""
+    """Return a text file's layout by its beginning: "lines", "array", or "objects" (over several lines each)."""
     text = head.removeprefix(_UTF8_BOM).lstrip()
     first, end, rest = text.partition(b"\n")
     try:
@@ -189,7 +189,7 @@ def _lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | tuple[str, 
 
 
 def _values(file: Path, stream: io.BufferedReader, array: bool) -> Iterator[tuple[int, bytes | tuple[str, str]]]:
-    """Yield (number from 1, JSON) of the values of an array, or of objects that follow each other."""
+    """Yield (number from 1, JSON) of the values of an array, or of concatenated objects."""
     number, depth, base, buffer, at, start = 0, 0, int(array), b"", 0, 0
     while read := stream.read(max(_READ, len(buffer))):
         buffer, at, start = buffer[start:] + read, at - start, 0
@@ -197,7 +197,7 @@ def _values(file: Path, stream: io.BufferedReader, array: bool) -> Iterator[tupl
             raise DataError(f"{file}: row {number + 1} has more than {LONGEST_ROW >> 20} MiB, or never ends; split it")
         for found in _TOKEN.finditer(buffer, at):
             byte = found[0][:1]
-            if byte == b'"' and found.end() == found.start() + 1:  # a text that goes on in the next piece
+            if byte == b'"' and found.end() == found.start() + 1:  # a string that continues in the next read
                 at = found.start()
                 break
             at, before = found.end(), depth
@@ -235,7 +235,7 @@ def _table_chunks(file: Path, name: str, split: str, prompts: bool) -> Iterator[
 
 
 def _slices(batch) -> Iterator:
-    """Yield a batch in pieces of the size of a chunk."""
+    """Yield a batch in slices of the size of a chunk."""
     rows = min(CHUNK_ROWS, max(1, CHUNK_BYTES * len(batch) // max(1, batch.nbytes)))
     for first in range(0, len(batch), rows):
         yield batch.slice(first, rows)
@@ -250,7 +250,7 @@ def _parquet_batches(file: Path, prompts: bool) -> Iterator:
 
 
 def _arrow_batches(file: Path, prompts: bool) -> Iterator:
-    """Yield the batches of an Arrow file: the format with a footer, or the stream that `datasets` writes."""
+    """Yield the batches of an Arrow file, in the file format or the stream format (which `datasets` writes)."""
     import pyarrow as pa
 
     with pa.memory_map(str(file)) as mapped:
@@ -265,7 +265,7 @@ def _arrow_batches(file: Path, prompts: bool) -> Iterator:
 
 
 def _columns_to_read(file: Path, columns: list[str], prompts: bool) -> list[str]:
-    """Return the columns of a table that are read. DataError, with those found, where they are no conversations."""
+    """Return the columns of a table that are read. DataError where these columns can be no conversations."""
     refused = columns_refusal(columns, prompts)
     if refused:
         raise DataError(f"{file}: it {visible(refused)}")
@@ -289,7 +289,7 @@ def _from_arrow_stream(data: bytes):
 
 
 def _table_rows(data: bytes) -> list[object]:
-    """Return the rows of an Arrow stream as objects; a row that Arrow cannot give is Unusable."""
+    """Return the rows of an Arrow stream as objects; an Unusable for a row that Arrow cannot convert."""
     import pyarrow as pa
 
     batch = _from_arrow_stream(data)
@@ -309,7 +309,7 @@ def _table_row(row) -> object:
 
 
 def without_nulls(value: object) -> object:
-    """Return a row of a table without the keys that others have: Arrow gives every object all of them, as None."""
+    """Return a row of a table without keys that are None: Arrow gives every object the keys of all others."""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value

@@ -1,18 +1,18 @@
-"""One message of a row, whoever wrote it, as the chat template takes it: the tables of roles and of keys.
+"""Parses one message of a row, in any known form, into the form that chat templates take.
 
-ROLES are the names that others give the roles; `--roles A=B` adds to them. Of a message's keys
+ROLES maps the names that corpora use to roles; `--roles A=B` adds to it. The keys of a message:
 
-    role, from                         say who speaks
+    role, from                         the role
     content, value, text               the text: a string, or parts of type text, input_text or output_text
-    reasoning_content, reasoning ...   (REASONING) what the target thought before it spoke
-    tool_calls, function_call          what it called, arguments as an object
-    tool_call_id, name                 whom a tool answers, who speaks
-    weight, train, training, loss ...  (SUPERVISED) whether the reply is to be learned
-    token_ids, prompt_token_ids        the ids that an engine wrote, and was asked with
-    id, timestamp, model ...           (METADATA) of no matter to the target: passed over
-    refusal, audio, images ...         (REFUSED) the row is left out
+    reasoning_content, reasoning ...   (REASONING_KEYS) the reasoning before the reply
+    tool_calls, function_call          the tool calls, arguments as an object
+    tool_call_id, name                 the call that a tool answers, the speaker's name
+    weight, train, training, loss ...  (SUPERVISED_KEYS) whether the reply is to be learned
+    token_ids, prompt_token_ids        the ids that an engine generated, and those of its prompt
+    id, timestamp, model ...           (METADATA_KEYS) irrelevant to the target: ignored
+    refusal, audio, images ...         (REFUSED_KEYS) the row is rejected
 
-Any other key that holds something is counted by name and passed over. None, "" and [] state nothing.
+Any other key with a value is counted by name and ignored. None, "", [] and {} are no values.
 """
 
 import json
@@ -20,7 +20,7 @@ import json
 from pipeline.corpus.tally import Unusable
 
 STANDARD_ROLES = ("system", "developer", "user", "assistant", "tool")
-CALL_ROLE = "function_call"  # an assistant message whose text is the call
+CALL_ROLE = "function_call"  # the role of an assistant message whose text is a tool call
 ROLES = {
     **{role: role for role in STANDARD_ROLES},
     **dict.fromkeys(("human", "prompter"), "user"),
@@ -42,7 +42,7 @@ METADATA_KEYS = (
 REFUSED_KEYS = ("refusal", "audio", "image", "images", "image_url", "video", "videos", "file", "files")
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 _PLAIN = {"role", "content"}
-MAX_DEPTH = 64  # of objects and lists in each other: templates and JSON recurse over them
+MAX_DEPTH = 64  # of nested objects and lists: templates and JSON recurse over them
 _KNOWN = {
     *ROLE_KEYS,
     *TEXT_KEYS,
@@ -57,7 +57,7 @@ _KNOWN |= {"tool_call_id", "name"}
 
 
 def parse_json(text: str) -> object:
-    """Return what JSON says. ValueError, by name, for a key stated twice, for NaN and infinities; RecursionError."""
+    """Return the value of a JSON text. ValueError for a duplicate key, NaN and infinities; RecursionError."""
     return _DECODER.decode(text)
 
 
@@ -78,7 +78,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number
 
 
 def parse_text(text: str, what: str) -> object:
-    """Return what a JSON text inside a row says, `what` naming it. Unusable where it is none."""
+    """Return the value of a JSON text inside a row; Unusable, naming it by `what`, where it is no JSON."""
     try:
         return parse_json(text)
     except (ValueError, RecursionError) as error:
@@ -86,9 +86,9 @@ def parse_text(text: str, what: str) -> object:
 
 
 def parse_message(entry: object, at: int, roles: dict[str, str], unknown: set[str], prompts: bool = False) -> dict:
-    """Return message `at` of a row under one name for each thing; keys nobody knows are added to `unknown`.
+    """Return message `at` of a row with standard role and keys; unknown keys are added to `unknown`.
 
-    roles: names of roles as ROLES has them. prompts: of what the assistant and tools say, only that they do is kept.
+    roles: maps names to roles, as ROLES. prompts: of messages of assistant and tools, only the role is returned.
     Raises Unusable.
     """
     if not isinstance(entry, dict):
@@ -127,7 +127,7 @@ def parse_message(entry: object, at: int, roles: dict[str, str], unknown: set[st
 
 
 def _plain_message(entry: dict, roles: dict[str, str]) -> dict | None:
-    """Return a message of role and text and nothing else, which nearly all are; None for any other."""
+    """Return a message that has only role and text, as nearly all do; None for any other. A fast path."""
     role, text = entry["role"], entry["content"]
     if type(text) is str and type(role) is str and (known := roles.get(role)) is not None and known != CALL_ROLE:
         return {"role": known, "content": check_text(text)}
@@ -149,7 +149,7 @@ def _role(entry: dict, at: int, roles: dict[str, str]) -> str:
 
 
 def _content(entry: dict, at: int) -> tuple[str | None, str | None]:
-    """Return a message's text, None where it states none, and what parts of it were thought."""
+    """Return a message's text, None where it has none, and the reasoning among its parts, None without any."""
     stated = [entry[key] for key in TEXT_KEYS if entry.get(key) is not None]
     if not stated:
         return None, None
@@ -166,7 +166,7 @@ def _content(entry: dict, at: int) -> tuple[str | None, str | None]:
 
 
 def _part(part: object, at: int) -> tuple[str, str]:
-    """Return a part of a content as (text or thinking, its text). Unusable, by its type, where it is neither."""
+    """Return a part of a content as ("text" or "thinking", its text). Unusable for a part of another type."""
     if isinstance(part, str):
         return "text", check_text(part)
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
@@ -190,7 +190,7 @@ def _check_other_keys(entry: dict, at: int, unknown: set[str]) -> None:
 
 
 def _thought(entry: dict, in_parts: str | None, at: int) -> str | None:
-    """Return what the target thought, under whatever names, None where nothing is stated."""
+    """Return the reasoning of a message, under any of its names; None without any. Unusable for two different ones."""
     stated = [text for text in [in_parts, *(entry.get(key) for key in REASONING_KEYS)] if text not in (None, "")]
     if any(other != stated[0] for other in stated[1:]):
         raise Unusable(
@@ -200,7 +200,7 @@ def _thought(entry: dict, in_parts: str | None, at: int) -> str | None:
 
 
 def _is_supervised(entry: dict, at: int) -> bool:
-    """Return whether a reply is to be learned: 0 and false say no. Unusable for anything but 0, 1, true and false."""
+    """Return whether a reply is to be learned; 0 and false mean no. Unusable for anything but 0, 1, true and false."""
     stated = {key: entry[key] for key in SUPERVISED_KEYS if entry.get(key) is not None}
     for key, value in stated.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
@@ -237,7 +237,7 @@ def _call(call: dict, at: int) -> dict:
 
 
 def _arguments(value: object) -> object:
-    """Return arguments as an object, also where they were its JSON; other text stays as it was written."""
+    """Return the arguments of a call as an object, parsed if they are its JSON; other text is returned unchanged."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return {}
     if not isinstance(value, str):
@@ -251,7 +251,7 @@ def _arguments(value: object) -> object:
 
 
 def _calls_in_text(text: str) -> list[dict]:
-    """Return the calls that a text of role `function_call` is the JSON of; none where it is other text."""
+    """Return the tool calls in a text of role `function_call`, which is their JSON; none where it is other text."""
     try:
         parsed = parse_json(text)
         calls = parsed if isinstance(parsed, list) else [parsed]
@@ -261,7 +261,7 @@ def _calls_in_text(text: str) -> list[dict]:
 
 
 def token_list(value: object, what: str) -> list[int]:
-    """Return a list of token ids. Unusable for anything else."""
+    """Return a list of token ids unchanged. Unusable for anything else; `what` names it."""
     if not isinstance(value, list) or not all(type(token) is int and 0 <= token < 2**31 for token in value):
         raise Unusable("no tokens", f"{what} that is no list of token ids")
     return value
@@ -274,7 +274,7 @@ def _checked_text(value: object, what: str) -> str:
 
 
 def check_text(text: str) -> str:
-    """Return a text that is one. Unusable for half a surrogate pair: JSON can say it, no tokenizer or file takes it."""
+    """Return a valid text unchanged. Unusable for a lone surrogate: JSON can have it, tokenizers and files cannot."""
     if not text.isascii():
         try:
             text.encode()
@@ -284,7 +284,7 @@ def check_text(text: str) -> str:
 
 
 def check_depth(value: object, what: str, depth: int = MAX_DEPTH) -> None:
-    """Refuse what is nested too deep for whoever recurses over it, and texts that are none: Unusable."""
+    """Raise Unusable for a value nested deeper than `depth`, since others recurse over it, and for invalid texts."""
     if isinstance(value, str):
         check_text(value)
     elif isinstance(value, dict | list):

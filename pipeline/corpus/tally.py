@@ -1,4 +1,4 @@
-"""What is let into a plan: samples with something to learn in them; of the rest, how many, why, and an example.
+"""Counts of a corpus's rows and turns, used and left out by reason, and the checks that a sample has to pass.
 
 T tokens of a sample
 """
@@ -11,13 +11,13 @@ import numpy as np
 from pipeline.errors import DataError
 from pipeline.visible_text import visible
 
-REFUSED_SHARE = 0.1  # of the rows; more is refused
-EXAMPLES = 3  # shown of each reason
-HARMLESS = ("no prompt", "empty reply")  # turns that nobody asked for, or without a word: context, and no fault
+REFUSED_SHARE = 0.1  # of the rows; a corpus with more rejected rows is refused
+EXAMPLES = 3  # stored for each reason
+HARMLESS = ("no prompt", "empty reply")  # unproven turns that are context only and do not count against a corpus
 
 
 class Unusable(Exception):
-    """Raised where a row is found unusable; counted by its `reason`."""
+    """Raised for a row that cannot be used. `reason`: the category it is counted under, `detail`: for people."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)
@@ -26,14 +26,14 @@ class Unusable(Exception):
 
 @dataclass
 class Tally:
-    """What went by, and what was left out and why."""
+    """Counts over the rows of a corpus: what was read, what was left out by reason, with some examples of each."""
 
     rows: int = 0
     truncated: int = 0
     turns: int = 0  # supervised, in all samples
     last_turns: int = 0  # of these, in the samples of last turns
     unproven: dict[str, int] = field(default_factory=dict)  # turns left unsupervised, by reason
-    kinds: dict[str, dict] = field(default_factory=dict)  # of turns: how many, and where the first one is
+    kinds: dict[str, dict] = field(default_factory=dict)  # by kind of turn: how many, and the first one's file:line
     rejected: dict[str, int] = field(default_factory=dict)
     too_short: int = 0  # samples with nothing to learn within max_length: no fault of theirs
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -51,12 +51,12 @@ class Tally:
             shown.append(visible(example))
 
     def add_unknown_key(self, key: str, where: str) -> None:
-        """Count a row for a key of its messages that was passed over."""
+        """Count a row that has this unknown key in its messages."""
         count, first = self.unknown_keys.get(key, (0, where))
         self.unknown_keys[key] = count + 1, first
 
     def count_turns(self, turns: int, last: int, unproven: list[tuple[str, str]]) -> None:
-        """Count a row's supervised turns, those of its last sample, and the others with their reasons and examples."""
+        """Count a row's supervised turns, those in its last turn's sample, and unproven ones: (reason, example)."""
         self.turns += turns
         self.last_turns += last
         for reason, example in unproven:
@@ -69,7 +69,7 @@ class Tally:
             entry["count"] += 1
 
     def as_notes(self) -> dict:
-        """For the plan's manifest."""
+        """Return the counts as the plan's manifest stores them."""
         unknown_keys = {key: count for key, (count, _) in sorted(self.unknown_keys.items())}
         return {
             **({"unknown_keys": unknown_keys} if unknown_keys else {}),
@@ -85,7 +85,7 @@ class Tally:
         }
 
     def check_usable(self, corpus: str, usable: int) -> None:
-        """Refuse a corpus with nothing usable in it, or with too little."""
+        """Raise DataError for a corpus with no usable sample, or with too many rejected rows or unproven turns."""
         rejected = sum(self.rejected.values())
         shown = "; ".join(example for examples in self.examples.values() for example in examples[:1])
         if not usable:
@@ -105,14 +105,14 @@ class Tally:
 
 
 def report_unknown_keys(tally: Tally) -> None:
-    """Say, to stderr, which keys of messages were passed over, in how many rows and where first."""
+    """Print to stderr which unknown keys of messages were ignored, in how many rows and where first."""
     for key, (count, first) in sorted(tally.unknown_keys.items()):
         count_text = f"`{visible(key)}`: {count:,} rows, the first {visible(first)}"
         print(f"a key of messages that no template is shown, {count_text}", file=sys.stderr)
 
 
 def check_mask(mask_T: np.ndarray) -> None:
-    """Refuse a mask that says nothing: Unusable when no token, or every token, is supervised."""
+    """Raise Unusable for a mask that supervises no token, or every token."""
     if not mask_T.any():
         raise Unusable("nothing supervised", f"none of its {len(mask_T)} tokens is marked as the assistant's")
     if mask_T.all():
@@ -122,7 +122,7 @@ def check_mask(mask_T: np.ndarray) -> None:
 
 
 def check_ids(ids_T: np.ndarray, vocab_size: int) -> None:
-    """Refuse a token that the target has no embedding for: Unusable."""
+    """Raise Unusable for a token id that the target has no embedding for."""
     if (largest := int(ids_T.max())) >= vocab_size:
         raise Unusable(
             "unknown token",
@@ -131,9 +131,9 @@ def check_ids(ids_T: np.ndarray, vocab_size: int) -> None:
 
 
 def trim(ids_T: np.ndarray, mask_T: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Cut behind the last supervised row and the one after it; None without two supervised rows in a row.
+    """Cut ids and mask one token after the last supervised one; None without two adjacent supervised tokens.
 
-    A block is laid from a supervised token whose next is supervised, too, so with fewer there is nothing to learn.
+    The anchor of a block is a supervised token followed by another, so without such a pair there is nothing to learn.
     """
     if not (mask_T[:-1] & mask_T[1:]).any():
         return None

@@ -16,7 +16,7 @@ from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import Plan, write_segment
 from pipeline.cache.samples import PlannedSample, ShardPlan
 from pipeline.corpus.formats import CHUNK_ROWS
-from pipeline.corpus.regenerated import check
+from pipeline.corpus.regenerated import check_regenerated
 from pipeline.corpus.sources import (
     Conversation,
     RejectedRow,
@@ -116,7 +116,9 @@ def _count_outcomes(outcomes: Iterable[RowOutcome], tally: Tally, identity: dict
     for outcome in outcomes:
         tally.rows += 1
         if outcome.regenerated not in checked_records:
-            check(json.loads(outcome.regenerated), identity, rules["template_kwargs"], rules["template_date"])
+            check_regenerated(
+                json.loads(outcome.regenerated), identity, rules["template_kwargs"], rules["template_date"]
+            )
             checked_records.add(outcome.regenerated)
         yield from samples_of(outcome, tally)
 

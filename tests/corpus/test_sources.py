@@ -273,10 +273,10 @@ def test_a_token_the_target_has_no_embedding_for_is_a_fault(template, tmp_path):
 
 
 def test_a_corpus_with_too_much_left_out_is_refused():
-    tally = Tally(rows=20, faults={"broken line": 3}, examples={"broken line": ["a.jsonl:2: no JSON"]})
+    tally = Tally(rows=20, rejected={"broken line": 3}, examples={"broken line": ["a.jsonl:2: no JSON"]})
     with pytest.raises(DataError, match=r"3 of 20 rows .*a\.jsonl:2"):
         tally.check_usable("a.jsonl", usable=17)
-    Tally(rows=20, faults={"broken line": 2}).check("a.jsonl", usable=18)
+    Tally(rows=20, rejected={"broken line": 2}).check("a.jsonl", usable=18)
     with pytest.raises(DataError, match="no usable sample"):
         Tally(rows=20).check("a.jsonl", usable=0)
 
