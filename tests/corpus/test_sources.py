@@ -276,9 +276,9 @@ def test_a_corpus_with_too_much_left_out_is_refused():
     tally = Tally(rows=20, rejected={"broken line": 3}, examples={"broken line": ["a.jsonl:2: no JSON"]})
     with pytest.raises(DataError, match=r"3 of 20 rows .*a\.jsonl:2"):
         tally.check_usable("a.jsonl", usable=17)
-    Tally(rows=20, rejected={"broken line": 2}).check("a.jsonl", usable=18)
+    Tally(rows=20, rejected={"broken line": 2}).check_usable("a.jsonl", usable=18)
     with pytest.raises(DataError, match="no usable sample"):
-        Tally(rows=20).check("a.jsonl", usable=0)
+        Tally(rows=20).check_usable("a.jsonl", usable=0)
 
 
 def test_a_data_set_of_the_hub_without_a_hub_is_one_line():
