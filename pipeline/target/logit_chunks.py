@@ -16,22 +16,22 @@ import sys
 from typing import NamedTuple
 
 
-class Chunk(NamedTuple):
+class ChunkLimit(NamedTuple):
     """At most so many bytes of one float32 [X, V], and no more rows than these."""
 
     bytes: int
     rows: int = sys.maxsize
 
-    def of(self, vocabulary: int) -> int:
+    def rows_for(self, vocabulary: int) -> int:
         """Rows of logits at once, at least one."""
         return max(1, min(self.rows, self.bytes // (4 * vocabulary)))
 
 
 # What a chunk is, by the number of the rule and the kind of device: "greedy" for the target's own tokens, where that
 # has its own. Rules stay as they are: runs are trained by them.
-RULES: dict[int, dict[str, Chunk]] = {
-    1: {"cpu": Chunk(4 << 20), "cuda": Chunk(256 << 20), "greedy": Chunk(16 << 20)},
-    2: {"cpu": Chunk(128 << 20, rows=256), "cuda": Chunk(256 << 20)},
+RULES: dict[int, dict[str, ChunkLimit]] = {
+    1: {"cpu": ChunkLimit(4 << 20), "cuda": ChunkLimit(256 << 20), "greedy": ChunkLimit(16 << 20)},
+    2: {"cpu": ChunkLimit(128 << 20, rows=256), "cuda": ChunkLimit(256 << 20)},
 }
 NEWEST = max(RULES)
 
@@ -43,7 +43,7 @@ def chunk_rows(vocabulary: int, device: str, rule: int = NEWEST, greedy: bool = 
     """
     chunks = RULES[rule]
     kind = "greedy" if greedy and "greedy" in chunks else device
-    return chunks.get(kind, chunks["cuda"]).of(vocabulary)
+    return chunks.get(kind, chunks["cuda"]).rows_for(vocabulary)
 
 
 def chunk_blocks(slots: int, vocabulary: int, device: str, rule: int = NEWEST) -> int:

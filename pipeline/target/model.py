@@ -51,27 +51,29 @@ def load_target(
         dtype = getattr(torch, dtype)
     transformers_logging.disable_progress_bar()
     method = quantised_by(config)
-    place = {"device_map": {"": device}} if method and device.type != "cpu" else {}  # some cannot be moved afterwards
+    device_map = (
+        {"device_map": {"": device}} if method and device.type != "cpu" else {}
+    )  # some cannot be moved afterwards
     try:
         target, report = loader.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=False, **place
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=False, **device_map
         )
-        target = target if place else target.to(device)
+        target = target if device_map else target.to(device)
     except ImportError as error:
         if method is None:
             raise
         raise missing_package(model, method, error) from error
     except torch.OutOfMemoryError as error:
-        raise RoomError(f"{model} does not fit on {device} ({_line(error)}); use a larger device") from error
+        raise RoomError(f"{model} does not fit on {device} ({_cause(error)}); use a larger device") from error
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         refuse_limit(model, error)
         remedy = "fetch its files again" if method is None else f"it is quantised ({method}): use a GPU that can, or "
         remedy += "" if method is None else "name the model as it was before"
-        raise UsageError(f"{model} cannot be loaded ({_line(error)}); {remedy}") from error
-    absent = sorted({*report["missing_keys"], *(str(entry[0]) for entry in report.get("mismatched_keys", ()))})
-    if absent:
+        raise UsageError(f"{model} cannot be loaded ({_cause(error)}); {remedy}") from error
+    missing_weights = sorted({*report["missing_keys"], *(str(entry[0]) for entry in report.get("mismatched_keys", ()))})
+    if missing_weights:
         raise UsageError(
-            f"{model}: {len(absent)} weights are missing or of another shape, {absent[0]} for one; "
+            f"{model}: {len(missing_weights)} weights are missing or of another shape, {missing_weights[0]} for one; "
             "fetch its files again"
         )
     return target.eval().requires_grad_(False)
@@ -87,15 +89,15 @@ def _check_size(folder: Path, loader: type, config: PreTrainedConfig) -> None:
         return
     with torch.device("meta"):
         described = sum(weight.numel() for weight in loader.from_config(config, trust_remote_code=False).parameters())
-    held = sum(math.prod(shape) for path in weight_files(folder) for shape in weight_shapes(path))
-    if described > 2 * held:
+    in_files = sum(math.prod(shape) for path in weight_files(folder) for shape in weight_shapes(path))
+    if described > 2 * in_files:
         raise UsageError(
-            f"{folder}: config.json describes a model of {described:,} parameters, its files hold {held:,}; "
+            f"{folder}: config.json describes a model of {described:,} parameters, its files hold {in_files:,}; "
             "fetch its files again"
         )
 
 
-def _line(error: BaseException) -> str:
+def _cause(error: BaseException) -> str:
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
@@ -140,22 +142,22 @@ def tap_layers(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[i
     What it holds is the model's own memory: copy what has to outlive the forward, and clear it. A forward raises
     UsageError where a layer gives no such state.
     """
-    taken: dict[int, Tensor] = {}
+    taps: dict[int, Tensor] = {}
     modules = decoder_layers(model)
-    handles = [_tap(modules, layer, taken) for layer in layers]
+    handles = [_tap(modules, layer, taps) for layer in layers]
     try:
-        yield taken
+        yield taps
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _tap(modules: nn.ModuleList, layer: int, taken: dict[int, Tensor]):
+def _tap(modules: nn.ModuleList, layer: int, taps: dict[int, Tensor]):
     def before(module, args, kwargs):
-        taken[layer] = _residual(module, args[0] if args else kwargs["hidden_states"])
+        taps[layer] = _residual(module, args[0] if args else kwargs["hidden_states"])
 
     def after(module, args, output):
-        taken[layer] = _residual(module, output[0] if isinstance(output, tuple) else output)
+        taps[layer] = _residual(module, output[0] if isinstance(output, tuple) else output)
 
     if layer == -1:
         return modules[0].register_forward_pre_hook(before, with_kwargs=True)

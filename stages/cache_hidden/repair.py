@@ -34,7 +34,7 @@ from pipeline.cache.target_folder import has_target, target_manifest
 from pipeline.cache.verify import Report, verify
 from pipeline.errors import CacheError, UsageError
 from pipeline.target.files import find_target
-from pipeline.target.weights import check_weights, check_weights_if_kept
+from pipeline.target.weights import check_weights, check_weights_if_recorded
 from pipeline.visible_text import say, visible
 from stages.cache_hidden.capture_log import read_record
 from stages.cache_hidden.options import CaptureOptions
@@ -279,7 +279,7 @@ def _recapture_settings(out: Path, plan: Plan, lost: Lost, model: str) -> Captur
     )
     settings = resolve_settings(model, out, options)
     create_identity(out, settings.identity)
-    check_weights_if_kept(out, settings.folder)
+    check_weights_if_recorded(out, settings.folder)
     specs: dict[str, Counter] = {}
     for shard in plan.shards:
         for name, manifest in shard_columns(out, shard.number).items():

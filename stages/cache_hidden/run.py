@@ -22,7 +22,7 @@ from pipeline.cache.target_folder import has_target
 from pipeline.corpus.sources import corpus_files, file_sources, source_roles
 from pipeline.errors import DataError, UsageError
 from pipeline.target.on_policy import OnPolicyStats
-from pipeline.target.weights import check_weights_if_kept
+from pipeline.target.weights import check_weights_if_recorded
 from pipeline.visible_text import say, visible
 from stages.cache_hidden.budget import plan_matches_budget, sample_chooser, within_budget
 from stages.cache_hidden.capture_log import (
@@ -99,7 +99,7 @@ def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -
     settings, planned = _resolve_plan(model, corpus, out, options)
     work = missing_columns(out, planned, settings.columns)
     if work:
-        check_weights_if_kept(out, settings.folder)
+        check_weights_if_recorded(out, settings.folder)
     write_record(out, request, settings, corpus or default_corpus(settings.folder))
     clean(out)
     mine = worker.share(work)
@@ -126,7 +126,7 @@ def _resolve_plan(model: str, corpus: str | None, out: Path, options: CaptureOpt
     settings = resolve_settings(model, out, within_budget(out, options))
     existing = _existing_plan(corpus, out, settings, options)
     if existing is None:
-        check_weights_if_kept(out, settings.folder)
+        check_weights_if_recorded(out, settings.folder)
         with room(out, "a plan"):
             out.mkdir(parents=True, exist_ok=True)
         try:

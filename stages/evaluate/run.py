@@ -27,7 +27,7 @@ from pipeline.runs.recipe import TrainSection
 from pipeline.runs.split import split_samples
 from pipeline.target.files import find_target, max_positions, target_digest, target_name
 from pipeline.target.model import head_of, load_target, stop_tokens
-from pipeline.target.weights import check_weights_if_kept, weights_digest
+from pipeline.target.weights import check_weights_if_recorded, weights_digest
 from pipeline.untrusted import check_regular
 from stages.evaluate.decode import Dice, decode_many, speculative_decode
 from stages.evaluate.decode_prompts import decode_all, draw_all, memory_for
@@ -248,7 +248,7 @@ def find_model(model: str | None, store: HiddenCache | None) -> tuple[Path, str]
             f"{model or folder} has the digest {digest}, but {store.path} was made with {wanted['name']}, digest "
             f"{wanted['digest']}; pass --model with that target"
         )
-    check_weights_if_kept(store.path, folder)
+    check_weights_if_recorded(store.path, folder)
     return folder, wanted["name"]
 
 

@@ -35,7 +35,7 @@ from pipeline.target.files import (
 from pipeline.target.head import TargetHead
 from pipeline.target.layers import check_layers
 from pipeline.target.on_policy import OnPolicyStats, on_policy_share
-from pipeline.target.weights import check_weights_if_kept
+from pipeline.target.weights import check_weights_if_recorded
 from pipeline.visible_text import say, visible
 from stages.import_cache.convert import Import, applied, fill, on_policy_stats, proven
 from stages.import_cache.foreign_sample import STORED
@@ -91,7 +91,7 @@ def run(
     planned = held_plan(out, source) or make_plan(out, work, identity, config["vocab_size"])
     missing = left(out, planned, work)
     if missing or not has_target(out):
-        check_weights_if_kept(out, target.folder)
+        check_weights_if_recorded(out, target.folder)
         clean(out)
         write_record(out, identity, target)
         need_room(out, f"an import of {planned.samples:,} samples", bytes_of(missing))

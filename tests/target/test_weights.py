@@ -213,7 +213,7 @@ def test_a_repair_of_half_a_target_folder_takes_nothing_from_changed_weights(cha
 
 def test_a_worker_that_loads_other_weights_than_those_stored_writes_nothing(changed, captured, tmp_path, monkeypatch):
     """It looked before they were stored, and they were when it had loaded its own."""
-    monkeypatch.setattr("stages.cache_hidden.run.check_weights_if_kept", lambda *_: None)
+    monkeypatch.setattr("stages.cache_hidden.run.check_weights_if_recorded", lambda *_: None)
     monkeypatch.setattr(shards, "ShardWriter", lambda *_: pytest.fail("a shard was begun"))
     with pytest.raises(UsageError, match="is not the file that"):
         LATER["another layer"](str(changed), str(captured / "chats.jsonl"), "", tmp_path / "cache")
