@@ -150,11 +150,11 @@ def _role(entry: dict, at: int, roles: dict[str, str]) -> str:
 
 def _content(entry: dict, at: int) -> tuple[str | None, str | None]:
     """Return a message's text, None where it has none, and the reasoning among its parts, None without any."""
-    stated = [entry[key] for key in TEXT_KEYS if entry.get(key) is not None]
-    if not stated:
+    values = [entry[key] for key in TEXT_KEYS if entry.get(key) is not None]
+    if not values:
         return None, None
-    content = stated[0]
-    if any(other != content for other in stated[1:]):
+    content = values[0]
+    if any(other != content for other in values[1:]):
         raise Unusable("no text", f"message {at} states two texts, under {' and '.join(TEXT_KEYS)}; keep one")
     if isinstance(content, str):
         return check_text(content), None
@@ -191,23 +191,23 @@ def _check_other_keys(entry: dict, at: int, unknown: set[str]) -> None:
 
 def _thought(entry: dict, in_parts: str | None, at: int) -> str | None:
     """Return the reasoning of a message, under any of its names; None without any. Unusable for two different ones."""
-    stated = [text for text in [in_parts, *(entry.get(key) for key in REASONING_KEYS)] if text not in (None, "")]
-    if any(other != stated[0] for other in stated[1:]):
+    values = [text for text in [in_parts, *(entry.get(key) for key in REASONING_KEYS)] if text not in (None, "")]
+    if any(other != values[0] for other in values[1:]):
         raise Unusable(
             "no text", f"message {at} states two thoughts, under two of {', '.join(REASONING_KEYS)}; keep one"
         )
-    return _checked_text(stated[0], f"message {at} has reasoning") if stated else None
+    return _checked_text(values[0], f"message {at} has reasoning") if values else None
 
 
 def _is_supervised(entry: dict, at: int) -> bool:
     """Return whether a reply is to be learned; 0 and false mean no. Unusable for anything but 0, 1, true and false."""
-    stated = {key: entry[key] for key in SUPERVISED_KEYS if entry.get(key) is not None}
-    for key, value in stated.items():
+    values = {key: entry[key] for key in SUPERVISED_KEYS if entry.get(key) is not None}
+    for key, value in values.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise Unusable("unknown weight", f"message {at} has {key} {value!r:.60}; wanted 0, 1, true or false")
-    if len({bool(value) for value in stated.values()}) > 1:
-        raise Unusable("unknown weight", f"message {at} is to be learned and is not: {stated}")
-    return all(stated.values())
+    if len({bool(value) for value in values.values()}) > 1:
+        raise Unusable("unknown weight", f"message {at} is to be learned and is not: {values}")
+    return all(values.values())
 
 
 def _calls(entry: dict, at: int) -> list[dict]:

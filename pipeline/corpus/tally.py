@@ -35,11 +35,9 @@ class Tally:
     unproven: dict[str, int] = field(default_factory=dict)  # turns left unsupervised, by reason
     kinds: dict[str, dict] = field(default_factory=dict)  # by kind of turn: how many, and the first one's file:line
     rejected: dict[str, int] = field(default_factory=dict)
-    too_short: int = 0  # samples with nothing to learn within max_length: no fault of theirs
+    too_short: int = 0  # samples with nothing to learn within max_length; not rejected
     examples: dict[str, list[str]] = field(default_factory=dict)
-    unknown_keys: dict[str, tuple[int, str]] = field(
-        default_factory=dict
-    )  # of messages, that nobody knows: rows, the first
+    unknown_keys: dict[str, tuple[int, str]] = field(default_factory=dict)  # of messages: rows, first file:line
 
     def reject(self, reason: str, example: str) -> None:
         self.rejected[reason] = self.rejected.get(reason, 0) + 1

@@ -160,13 +160,13 @@ def complete_config(folder: Path, config: object) -> bytes:
 
     Unchanged where it lacks none. They go into `text_config` where the decoder's part is nested there.
     """
-    stated, text = read_json(folder / CONFIG), config.get_text_config()
-    part = stated if text is config else stated.get("text_config") or {}
+    config_json, text = read_json(folder / CONFIG), config.get_text_config()
+    part = config_json if text is config else config_json.get("text_config") or {}
     missing_sizes = {key: value for key, value in _sizes(text).items() if part.get(key) is None}
     if not missing_sizes:
         return (folder / CONFIG).read_bytes()
     part = {**part, **missing_sizes}
-    return (json.dumps(part if text is config else {**stated, "text_config": part}, indent=2) + "\n").encode()
+    return (json.dumps(part if text is config else {**config_json, "text_config": part}, indent=2) + "\n").encode()
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -276,10 +276,10 @@ def tokenizer_files(folder: Path) -> list[Path]:
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for path in files):
         raise UsageError(f"{folder} holds no tokenizer; save the target's tokenizer beside its weights")
-    stated = folder / "tokenizer_config.json"
-    if stated.is_file() and read_json(stated).get(TOKENIZER_REDIRECT) is not None:
+    tokenizer_config = folder / "tokenizer_config.json"
+    if tokenizer_config.is_file() and read_json(tokenizer_config).get(TOKENIZER_REDIRECT) is not None:
         raise UsageError(
-            f"{stated} sends readers to other files ({TOKENIZER_REDIRECT}); save it with `save_pretrained`"
+            f"{tokenizer_config} sends readers to other files ({TOKENIZER_REDIRECT}); save it with `save_pretrained`"
         )
     return files
 
@@ -325,11 +325,11 @@ def chat_templates(folder: Path) -> dict[str, str]:
     return {name: text for name, text in found.items() if name in ("default", "tool_use")}
 
 
-def _named_templates(stated: object) -> dict[str, str]:
-    """Return the templates that a config states: one text, or a list of names and texts."""
-    if isinstance(stated, str):
-        return {"default": stated}
-    entries = [entry for entry in stated if isinstance(entry, dict)] if isinstance(stated, list) else []
+def _named_templates(templates: object) -> dict[str, str]:
+    """Return the templates in a config's `chat_template`: one text, or a list of names and texts."""
+    if isinstance(templates, str):
+        return {"default": templates}
+    entries = [entry for entry in templates if isinstance(entry, dict)] if isinstance(templates, list) else []
     pairs = [(entry.get("name"), entry.get("template")) for entry in entries]
     return {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
 
@@ -344,8 +344,8 @@ def _template_text(path: Path) -> str:
 def stop_ids(folder: Path) -> list[int]:
     """Return the stop tokens that generation_config.json names; none where it names none."""
     path = folder / "generation_config.json"
-    stated = read_json(path).get("eos_token_id") if path.is_file() else None
-    return [token for token in (stated if isinstance(stated, list) else [stated]) if type(token) is int]
+    ids = read_json(path).get("eos_token_id") if path.is_file() else None
+    return [token for token in (ids if isinstance(ids, list) else [ids]) if type(token) is int]
 
 
 def template_arguments(kwargs: str | None, day: str | None) -> dict:

@@ -1,7 +1,7 @@
-"""Quantised targets: what has to be there to load one, said before any work is done.
+"""Checks, before any work, that a quantised target can be loaded here, and names the packages to install.
 
-transformers loads them by packages of their own, and names one that is missing at a time, when it loads. Layers may be
-quantised in any way that it can compute with; embedding and LM head have to be dense, since a draft shares them.
+transformers needs a package for each method, and reports missing ones one at a time, when loading. Layers may be
+quantised in any way that it supports; embedding and LM head have to be dense, since a draft shares them.
 """
 
 import json
@@ -14,7 +14,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from pipeline.errors import UsageError
 from pipeline.target.files import safetensors_header, weight_files
 
-# What to install, by method: the names of the packages, and of the modules that show whether they are there.
+# By method: the packages to install, and the module of each, to look whether it is installed.
 PACKAGES: dict[str, dict[str, str]] = {
     "aqlm": {"aqlm[gpu,cpu]": "aqlm", "accelerate": "accelerate"},
     "auto-round": {"auto-round": "auto_round"},
@@ -35,12 +35,12 @@ PACKAGES: dict[str, dict[str, str]] = {
     "vptq": {"vptq": "vptq", "accelerate": "accelerate"},
 }
 DENSE = ("F32", "F16", "BF16")
-HEAD_NAMES = ("lm_head.", "embed_tokens.", "embed_in.", "wte.", "embed_out.")  # how heads and embeddings are called
+HEAD_NAMES = ("lm_head.", "embed_tokens.", "embed_in.", "wte.", "embed_out.")  # in the names of LM heads and embeddings
 USE_ORIGINAL = "or name the model as it was before it was quantised"
 
 
 def quantised_by(config: PreTrainedConfig) -> str | None:
-    """Return how a target is quantised, as its config calls it; None for one that is not. UsageError for an odd one."""
+    """Return a target's quantisation method, as its config names it; None for a target that is not quantised."""
     config_entry = getattr(config, "quantization_config", None) or getattr(
         config.get_text_config(), "quantization_config", None
     )
@@ -55,9 +55,9 @@ def quantised_by(config: PreTrainedConfig) -> str | None:
 
 
 def check_quantised(folder: Path, config: PreTrainedConfig) -> None:
-    """Refuse a quantised target that cannot be loaded here, naming what to install, or whose head is not dense.
+    """Raise UsageError for a quantised target that cannot be loaded here, or whose head or embedding is not dense.
 
-    UsageError. What only a GPU computes with is refused when it is loaded, for a plan may be made elsewhere.
+    A missing GPU is reported only when the target is loaded, since a plan may be made on another machine.
     """
     method = quantised_by(config)
     if method is None:
@@ -68,9 +68,9 @@ def check_quantised(folder: Path, config: PreTrainedConfig) -> None:
         AutoHfQuantizer.from_config(config_entry, pre_quantized=True, trust_remote_code=False).validate_environment(
             device_map=None, weights_only=True, dtype=None
         )
-    except (ImportError, NameError) as error:  # of a half that is there, a name that the other half has
+    except (ImportError, NameError) as error:  # NameError: from a package that is installed in part
         raise missing_package(folder, method, error) from error
-    except RuntimeError as error:  # no GPU, which is said by whoever loads it
+    except RuntimeError as error:  # no GPU, which is reported when the target is loaded
         if {*_missing_packages(method)} - {"accelerate"}:
             raise missing_package(folder, method, error) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -81,7 +81,7 @@ def check_quantised(folder: Path, config: PreTrainedConfig) -> None:
 
 
 def missing_package(folder: Path | str, method: str, error: Exception) -> UsageError:
-    """Return what to say of a package that is not here: all that the method needs, in one command."""
+    """Return the error for a missing package, with one command that installs all that the method needs."""
     needed = _missing_packages(method) or PACKAGES.get(method)
     install = f"`pip install {' '.join(needed)}`" if needed else "install what is named"
     return UsageError(
@@ -91,7 +91,7 @@ def missing_package(folder: Path | str, method: str, error: Exception) -> UsageE
 
 
 def _missing_packages(method: str) -> list[str]:
-    """The packages of a method that are not here."""
+    """Return the packages of a method that are not installed."""
     return [package for package, module in PACKAGES.get(method, {}).items() if not _is_installed(module)]
 
 
@@ -103,7 +103,7 @@ def _is_installed(module: str) -> bool:
 
 
 def _check_head_dense(folder: Path) -> None:
-    """Refuse a target whose embedding or LM head is quantised, as its files show. UsageError."""
+    """Raise UsageError for a target whose embedding or LM head is quantised, as its files show."""
     for path in weight_files(folder):
         for name, entry in json.loads(safetensors_header(path)).items():
             if name == "__metadata__" or not any(

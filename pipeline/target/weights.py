@@ -1,8 +1,8 @@
-"""Every byte of the target's weights, against those that a cache was captured with. Imports no torch.
+"""Compares every byte of the target's weights with those that a cache was captured with. Imports no torch.
 
-The digest in a cache's identity tells targets apart, but leaves the middle of the files out. `target/weights.json`
-keeps each file's size and xxh3-128; whoever computes anything for a cache compares them first. That costs little:
-loading reads the same bytes a moment later, then from the page cache.
+The digest in a cache's identity distinguishes targets, but skips the middle of the files. `target/weights.json` has
+each file's size and xxh3-128; every command that computes for a cache compares them first. That costs little, since
+loading the weights then reads the same bytes from the page cache.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ def weight_facts(folder: Path) -> dict[str, dict]:
 
 @lru_cache(maxsize=1024)
 def _fact(path: Path, stat: tuple) -> FileFact:
-    """Read a file, but one that looks as it did a moment ago only once a process."""
+    """Return a file's size and checksum; read again only when `stat` (device, inode, size, mtime) has changed."""
     return FileFact.of_file(path)
 
 
@@ -50,7 +50,7 @@ def weights_digest(folder: Path) -> str:
 
 
 def check_weights(out: Path, folder: Path) -> None:
-    """Read every byte of the target's weights. UsageError when they are not those that the cache was captured with."""
+    """Read every byte of the target's weights; raise UsageError when the cache was captured with others."""
     recorded = target_json(out, WEIGHTS)
     if not has_form(recorded, FILES):
         raise CacheError(f"{out}: {WEIGHTS} of its target lists no files; run `pipeline verify`")
@@ -64,7 +64,7 @@ def check_weights(out: Path, folder: Path) -> None:
 
 
 def check_weights_if_recorded(out: Path, folder: Path) -> None:
-    """Do so where the cache keeps the digests of its target's files already; a first capture has none to compare."""
+    """Call `check_weights` if the cache has recorded the target's checksums; before a first capture it has not."""
     try:
         is_recorded = WEIGHTS in target_manifest(out)["files"] and target_file(out, WEIGHTS).is_file()
     except CacheError:

@@ -233,8 +233,10 @@ def turn_rows(report: dict) -> list[tuple[str, str]]:
     for why, count in report["unproven_turns"].items():
         shown = "; ".join(report["examples"].get(why, []))
         rows.append((f"not supervised: {why}", f"{count:,} turns, such as {shown}"))
-    arguments = report["template"]["template_kwargs"] or {}  # None: planned by an earlier version
-    return rows + [("template", ", ".join(f"{key} = {value!r}" for key, value in arguments.items()))] * bool(arguments)
+    template_arguments = report["template"]["template_kwargs"] or {}  # None: planned by an earlier version
+    return rows + [("template", ", ".join(f"{key} = {value!r}" for key, value in template_arguments.items()))] * bool(
+        template_arguments
+    )
 
 
 def codec_table(report: dict):
@@ -287,7 +289,7 @@ def capture_command(
     """Return the `cache-hidden` command line that captures a plan, with columns and codecs written out."""
     final = next((spec.keeps for spec in settings.columns if spec.name == "final"), "none")
     layers = ",".join(str(layer_of(spec.name)) for spec in settings.columns if spec.name != "final")
-    stated = {
+    arguments = {
         "--model": model,
         "--corpus": corpus,
         "--roles": options.roles,
@@ -305,5 +307,5 @@ def capture_command(
         "--dtype": options.dtype,
         "--revision": options.revision,
     }
-    words = [word for name, value in stated.items() if value is not None for word in (name, str(value))]
+    words = [word for name, value in arguments.items() if value is not None for word in (name, str(value))]
     return shlex.join(["pipeline", "cache-hidden", *words, *["--append"] * options.append])

@@ -55,8 +55,13 @@ class RenderedChat:
     def message_shapes(self) -> list[tuple]:
         """For each message: its role, and whether it has text, tool calls, reasoning."""
         return [
-            (one["role"], bool((one["content"] or "").strip()), "tool_calls" in one, "reasoning_content" in one)
-            for one in self.messages
+            (
+                message["role"],
+                bool((message["content"] or "").strip()),
+                "tool_calls" in message,
+                "reasoning_content" in message,
+            )
+            for message in self.messages
         ]
 
     def prompt(self, at: int) -> str:
@@ -167,9 +172,9 @@ def _reply_after_header(chat: RenderedChat, at: int, prompt: str, through: str, 
     return reply
 
 
-def _same_ending(one: str, other: str, count: int) -> bool:
+def _same_ending(first: str, second: str, count: int) -> bool:
     """Return whether the last `count` characters of both texts are equal."""
-    return len(one) >= count and one[len(one) - count :] == other[max(0, len(other) - count) :]
+    return len(first) >= count and first[len(first) - count :] == second[max(0, len(second) - count) :]
 
 
 def with_first_text_replaced(message: dict) -> dict:
@@ -215,13 +220,13 @@ def _no_reasoning_message(chat: RenderedChat, opened: str) -> str:
     )
 
 
-def common_prefix(one: str, other: str) -> str:
+def common_prefix(first: str, second: str) -> str:
     """Return the longest common prefix of two texts."""
-    low, high = 0, min(len(one), len(other))
+    low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
-    return one[:low]
+        low, high = (middle, high) if first[low:middle] == second[low:middle] else (low, middle - 1)
+    return first[:low]
 
 
 class TurnEnds:
