@@ -52,14 +52,8 @@ OTHER_COLUMNS = (
     "status",
     "id",
 )
-KNOWN_COLUMNS = {
-    *CHAT_COLUMNS,
-    *MASK_COLUMNS,
-    *SYSTEM_COLUMNS,
-    *TOOL_COLUMNS,
-    *OTHER_COLUMNS,
-    *(name for pair in PAIR_COLUMNS for name in pair if name),
-}
+KNOWN_COLUMNS = {*CHAT_COLUMNS, *MASK_COLUMNS, *SYSTEM_COLUMNS, *TOOL_COLUMNS, *OTHER_COLUMNS}
+KNOWN_COLUMNS |= {name for pair in PAIR_COLUMNS for name in pair if name}
 _FAILED = ("error", "skipped", "failed")
 _HELDOUT = ("heldout", "holdout", "validation", "valid", "val", "dev", "eval", "test")
 SPLITS = {**dict.fromkeys(("train", "training"), "train"), **dict.fromkeys(_HELDOUT, "heldout")}

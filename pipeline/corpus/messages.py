@@ -43,17 +43,8 @@ REFUSED_KEYS = ("refusal", "audio", "image", "images", "image_url", "video", "vi
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 _PLAIN = {"role", "content"}
 MAX_DEPTH = 64  # of nested objects and lists: templates and JSON recurse over them
-_KNOWN = {
-    *ROLE_KEYS,
-    *TEXT_KEYS,
-    *REASONING_KEYS,
-    *SUPERVISED_KEYS,
-    *ID_KEYS,
-    *METADATA_KEYS,
-    "tool_calls",
-    "function_call",
-}
-_KNOWN |= {"tool_call_id", "name"}
+_KNOWN = {*ROLE_KEYS, *TEXT_KEYS, *REASONING_KEYS, *SUPERVISED_KEYS, *ID_KEYS, *METADATA_KEYS}
+_KNOWN |= {"tool_calls", "function_call", "tool_call_id", "name"}
 
 
 def parse_json(text: str) -> object:

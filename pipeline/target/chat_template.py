@@ -27,9 +27,7 @@ from pipeline.target.tokenizer import load_tokenizer
 RENDERING_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, NameError, TypeError)
 RENDERING_ERRORS += (ValueError, RecursionError, AssertionError, NotImplementedError)
 THOUGHT = "reasoning_content"
-INTERNAL_KEYS = frozenset(
-    ("supervise", "token_ids", "prompt_token_ids", THOUGHT)
-)  # keys of our own, not passed to templates
+INTERNAL_KEYS = frozenset(("supervise", "token_ids", "prompt_token_ids", THOUGHT))  # not passed to templates
 REASONING_NAMES = (THOUGHT, "reasoning", "thinking")  # the keys under which templates look for a message's reasoning
 THINKING_SWITCHES = ("enable_thinking", "thinking")  # template variables that turn thinking on and off
 TOOL_USE = "tool_use"  # the name of the template for rows with tools, where a target has several

@@ -24,10 +24,7 @@ WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PLAIN_WEIGHTS = re.compile(r"[\w.\-][\w.\- ]*\.safetensors")  # no path, which could lead to files that are not digested
 ADAPTER = "adapter_config.json"
 TOKENIZER_REDIRECT = "fast_tokenizer_files"
-REDIRECTING_KEYS = (
-    "configuration_files",
-    "transformers_weights",
-)  # keys that make loaders read other files
+REDIRECTING_KEYS = ("configuration_files", "transformers_weights")  # they make loaders read other files
 KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -50,9 +50,8 @@ def load_target(
         dtype = getattr(torch, dtype)
     transformers_logging.disable_progress_bar()
     method = quantised_by(config)
-    device_map = (
-        {"device_map": {"": device}} if method and device.type != "cpu" else {}
-    )  # some cannot be moved afterwards
+    # Some quantised models cannot be moved after loading.
+    device_map = {"device_map": {"": device}} if method and device.type != "cpu" else {}
     try:
         target, report = loader.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=False, **device_map

@@ -65,7 +65,7 @@ def read_record(out: Path) -> dict:
         return {}
 
 
-def columns_if_unchanged(record: dict, request: dict) -> tuple[ColumnSpec, ...] | None:
+def unchanged_columns(record: dict, request: dict) -> tuple[ColumnSpec, ...] | None:
     """Return the command's columns if it is the logged one and no file of target or corpus has changed; else None.
 
     The folders are listed again, so that an added file counts as a change.

@@ -25,13 +25,7 @@ from pipeline.target.on_policy import OnPolicyStats
 from pipeline.target.weights import check_weights_if_recorded
 from pipeline.visible_text import say, visible
 from stages.cache_hidden.budget import plan_matches_budget, sample_chooser, within_budget
-from stages.cache_hidden.capture_log import (
-    columns_if_unchanged,
-    corpus_unchanged,
-    read_record,
-    request_of,
-    write_record,
-)
+from stages.cache_hidden.capture_log import corpus_unchanged, read_record, request_of, unchanged_columns, write_record
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.plan_report import (
     Work,
@@ -88,7 +82,7 @@ def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -
     """
     worker = find_worker(options.worker, os.environ)
     request, record = request_of(model, corpus, options), read_record(out)
-    columns = columns_if_unchanged(record, request)
+    columns = unchanged_columns(record, request)
     if columns and plan_numbers(out) and has_target(out):
         planned = load_plan(out)
         if not missing_columns(out, planned, columns):
@@ -131,9 +125,8 @@ def _resolve_plan(model: str, corpus: str | None, out: Path, options: CaptureOpt
             out.mkdir(parents=True, exist_ok=True)
         try:
             with room(out, "a plan"), turn(out, "plan"):
-                settings = resolve_settings(
-                    model, out, within_budget(out, options)
-                )  # we may have waited for who has planned
+                # Again, since another run may have planned while this one waited.
+                settings = resolve_settings(model, out, within_budget(out, options))
                 existing = _existing_plan(corpus, out, settings, options) or _make_plan(corpus, out, settings, options)
             settings = resolve_settings(model, out, within_budget(out, options))  # with what the plan has decided
         except (DataError, UsageError):

@@ -3,8 +3,7 @@
 A turn is supervised only if its tokens are what the target would generate after an engine's prompt. Two renderings of
 the chat template decide: the messages before the turn with the generation prompt (what an engine sends), and the
 messages including the turn. If the second starts with the first, the rest is the reply. If not, the template renders
-the prompt differently once the reply is there, and the reply is taken out of the second rendering, if it can be. A turn
-for which this fails is not supervised (`Unproven`).
+the prompt differently once the reply is there; then the reply is taken out of the second, or the turn is Unproven.
 
 To find a text in a rendering, the turn is rendered once more with a unique placeholder instead of it; the text itself
 is never searched for, since it may occur elsewhere.
@@ -55,13 +54,8 @@ class RenderedChat:
     def message_shapes(self) -> list[tuple]:
         """For each message: its role, and whether it has text, tool calls, reasoning."""
         return [
-            (
-                message["role"],
-                bool((message["content"] or "").strip()),
-                "tool_calls" in message,
-                "reasoning_content" in message,
-            )
-            for message in self.messages
+            (m["role"], bool((m["content"] or "").strip()), "tool_calls" in m, "reasoning_content" in m)
+            for m in self.messages
         ]
 
     def prompt(self, at: int) -> str:
@@ -81,10 +75,7 @@ class RenderedChat:
 
 
 def prove_turn(chat: RenderedChat, at: int, ends: "TurnEnds") -> ProvenTurn:
-    """Return message `at` as a ProvenTurn; `ends` finds where the target stops.
-
-    Raises Unproven for a turn that cannot be supervised, Unusable where the template refuses the conversation.
-    """
+    """Return message `at` as a ProvenTurn. Unproven: it cannot be supervised; Unusable: the template refuses it."""
     if at == 0:
         raise Unproven("no prompt", "it begins with a reply, which nobody asked for")
     prompt, through = chat.prompt(at), chat.through(at)
@@ -192,12 +183,9 @@ def with_first_text_replaced(message: dict) -> dict:
 
 def with_name_replaced(call: dict) -> dict:
     """Return a tool call with the placeholder as its function's name."""
-    function = call.get("function")
-    return (
-        {**call, "function": {**function, "name": PLACEHOLDER}}
-        if isinstance(function, dict)
-        else {**call, "name": PLACEHOLDER}
-    )
+    if isinstance(function := call.get("function"), dict):
+        return {**call, "function": {**function, "name": PLACEHOLDER}}
+    return {**call, "name": PLACEHOLDER}
 
 
 def _check_reasoning(chat: RenderedChat, at: int, prompt: str, reply: str, ends: "TurnEnds") -> None:
@@ -240,9 +228,7 @@ class TurnEnds:
         self.template = template
         # By kind of turn: all that the template renders after the last text, and the part that the target generates.
         self._ends: dict[tuple, tuple[str, str]] = {}
-        self._thought_closings: dict[
-            str, str | None
-        ] = {}  # by template arguments: the tag that closes a thinking block
+        self._closings: dict[str, str | None] = {}  # by template arguments: the tag that closes a thinking block
 
     def through_end(self, chat: RenderedChat, at: int, reply: str) -> str:
         """Return a rendered turn cut after the token that ends it. Raises Unproven where none does."""
@@ -266,13 +252,12 @@ class TurnEnds:
     def thought_closing(self, chat: RenderedChat, at: int) -> str | None:
         """Return the tag that closes the thinking block which the prompt of a turn opens; None where it opens none.
 
-        Found by rendering a turn with reasoning, if the template shows it right after the prompt; else by the prompt's
-        last tag.
+        Found by rendering a turn with reasoning, if that comes right after the prompt; else by the last tag's name.
         """
         key = chat.kwargs_key
-        if key not in self._thought_closings:
-            self._thought_closings[key] = self._find_thought_closing(chat)
-        return self._thought_closings[key]
+        if key not in self._closings:
+            self._closings[key] = self._find_thought_closing(chat)
+        return self._closings[key]
 
     def _find_thought_closing(self, chat: RenderedChat) -> str | None:
         question = [{"role": "user", "content": "first"}]
