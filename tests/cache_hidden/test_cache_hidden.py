@@ -195,25 +195,25 @@ def test_other_errors_of_the_target_are_not_taken_for_memory(capture, monkeypatc
 
 def test_the_drain_is_bounded_keeps_order_and_passes_errors_on():
     seen, go = [], threading.Event()
-    drain = BackgroundWriter(lambda item: (go.wait(5), seen.append(item)), depth=2)
-    feeder = threading.Thread(target=lambda: [drain.put(item) for item in range(6)], daemon=True)
+    writer = BackgroundWriter(lambda item: (go.wait(5), seen.append(item)), depth=2)
+    feeder = threading.Thread(target=lambda: [writer.put(item) for item in range(6)], daemon=True)
     feeder.start()
     time.sleep(0.1)
     with pytest.raises(queue.Full):
-        drain._queue.put_nowait("one too many")
+        writer._queue.put_nowait("one too many")
     go.set()
     feeder.join()
-    drain.finish()
+    writer.finish()
     assert seen == list(range(6))
 
     def fails(item):
         raise RoomError(f"no room for {item}")
 
-    drain = BackgroundWriter(fails, depth=2)
+    writer = BackgroundWriter(fails, depth=2)
     with pytest.raises(RoomError, match="no room for first"):
-        drain.put("first")
-        drain.finish()
-    drain.stop()
+        writer.put("first")
+        writer.finish()
+    writer.stop()
 
 
 def test_an_error_while_writing_ends_the_capture(capture, tmp_path, monkeypatch):
