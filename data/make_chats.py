@@ -57,7 +57,7 @@ def answered(model: Path, conversations: list[Conversation], temperature: float,
             turns = [({"role": "user", "content": turn.user}, {"role": "assistant"}) for turn in conversation.turns]
             file.write(json.dumps({"id": place, "messages": [message for turn in turns for message in turn]}) + "\n")
     options = Options(
-        prompts,
+        str(prompts),
         work.with_suffix(".jsonl"),
         model=str(model),
         temperature=temperature,
