@@ -1,4 +1,4 @@
-"""More corpus onto a cache: what is there stays, what is new is captured once, and training is told."""
+"""Appending a corpus to a cache: existing samples stay, new ones are captured once, and training notices."""
 
 import shlex
 import shutil
@@ -69,7 +69,7 @@ def test_the_digest_changes_and_the_cache_knows_what_it_was(tiny_cache, appended
     assert (before.earlier, after.earlier) == ([], [before.digest])
 
 
-def test_a_training_run_of_the_smaller_cache_is_refused_and_told_why(tiny_cache, appended, tmp_path):
+def test_a_training_run_of_the_smaller_cache_is_refused_with_the_reason(tiny_cache, appended, tmp_path):
     from pipeline.runs.recipe import load_recipe, resolve
     from pipeline.runs.split import split_samples
     from stages.train_draft.run_folder import enter
@@ -111,7 +111,7 @@ def test_the_command_printed_for_an_append_works_though_it_adds_nothing(tiny_tar
     assert "nothing to do" in capsys.readouterr().out
 
 
-def test_another_corpus_is_not_added_unless_that_was_said(tiny_target, cache, tmp_path):
+def test_another_corpus_is_not_added_without_append(tiny_target, cache, tmp_path):
     before, other = contents(cache), write_jsonl(tmp_path / "other.jsonl", conversations(5, seed=9))
     for options, says in [
         ({}, r"was planned from chats\.jsonl .* and from more\.jsonl .*, this command names other\.jsonl .*--append"),
@@ -157,7 +157,7 @@ def test_more_of_the_same_corpus_is_an_append_too(tiny_target, tiny_corpus, tmp_
         assert run(str(tiny_target), str(tiny_corpus), out, options=again).new_shards == 0
 
 
-def test_an_append_stopped_after_its_plan_goes_on_with_the_same_command(
+def test_an_append_stopped_after_its_plan_continues_with_the_same_command(
     tiny_target, tiny_cache, more, appended, tmp_path, monkeypatch
 ):
     out = shutil.copytree(tiny_cache, tmp_path / "stopped")

@@ -1,4 +1,4 @@
-"""`--budget`: what is left out, in which order, and that the plan keeps to it; prices and times beside it."""
+"""`--budget`: what is left out, in which order, and that the plan keeps to it; also sizes and estimated times."""
 
 import json
 import os
@@ -206,7 +206,7 @@ def test_a_budget_too_small_for_a_sample_says_what_would_do(planned, tmp_path):
         ({"device": "gpu"}, "--device gpu: wanted cpu, cuda, or one of several such as cuda:1"),
     ],
 )
-def test_options_that_make_no_sense(planned, options, says):
+def test_invalid_options_are_refused(planned, options, says):
     with pytest.raises(UsageError, match=says):
         planned(**options)
 
@@ -293,7 +293,7 @@ def test_a_worker_that_has_opened_no_shard_yet_keeps_its_plan(planned, captured,
     assert held.is_set() and planned()["samples"] == 120
 
 
-def test_a_plan_made_afresh_meanwhile_is_not_captured_by_the_old_one(planned, tmp_path):
+def test_a_capture_by_a_plan_that_was_replaced_meanwhile_is_refused(planned, tmp_path):
     planned()
     old = load_plan(tmp_path / "cache")
     planned("2MB")

@@ -1,4 +1,4 @@
-"""`pipeline cache-hidden`: what it stores is right, what it made once it never makes again, and nothing stops it."""
+"""`pipeline cache-hidden`: correct states, nothing captured twice, and recovery from every interruption."""
 
 import json
 import queue
@@ -145,7 +145,9 @@ def few_shards(out: Path, target: Path, corpus: Path):
     return load_plan(out)
 
 
-def test_out_of_memory_goes_on_in_smaller_groups_at_the_same_padded_length(capture, tiny_target, tmp_path, monkeypatch):
+def test_out_of_memory_continues_in_smaller_groups_at_the_same_padded_length(
+    capture, tiny_target, tmp_path, monkeypatch
+):
     corpus = write_jsonl(tmp_path / "many.jsonl", conversations(40))
     planned = few_shards(tmp_path / "cache", tiny_target, corpus)
     shapes, right = [], engine_module.run_decoder
@@ -233,7 +235,7 @@ def test_an_error_while_writing_ends_the_capture(capture, tmp_path, monkeypatch)
 
 @pytest.fixture
 def nan_target(tiny_target, tmp_path):
-    """A target whose state is not finite wherever a `~` stands."""
+    """A target whose state is not finite at every `~`."""
     folder = shutil.copytree(tiny_target, tmp_path / "nan")
     model = load_target(str(folder))
     with torch.no_grad():
@@ -457,7 +459,7 @@ def test_nothing_to_do_ends_at_once_without_torch(tiny_target, tiny_corpus, cach
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_stops_it_cleanly_and_the_same_command_goes_on(tiny_target, tmp_path, number, code):
+def test_a_signal_stops_it_cleanly_and_the_same_command_continues(tiny_target, tmp_path, number, code):
     corpus = write_jsonl(tmp_path / "chats.jsonl", conversations(64))
     out = tmp_path / "cache"
     command = [sys.executable, "-m", "pipeline", "cache-hidden", "--model", str(tiny_target), "--corpus", str(corpus)]
@@ -563,7 +565,7 @@ def test_a_trial_of_few_samples_is_not_taken_for_the_whole(capture, tiny_corpus)
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_only_a_data_set_that_nobody_named_is_capped(tiny_target, tmp_path, monkeypatch, named):
+def test_only_the_default_data_set_is_capped(tiny_target, tmp_path, monkeypatch, named):
     """The hub cannot be reached from a test, so its rows come from here."""
     rows = [parse_row(row, HUB_CORPUS, line) for line, row in enumerate(conversations(), 1)]
     source = {"dataset": HUB_CORPUS, "revision": "1"}
@@ -589,7 +591,7 @@ def test_options_that_contradict_each_other():
         CaptureOptions(layers="one").layer_list()
 
 
-def test_the_gauge_counts_what_the_target_would_have_said(tiny_target, tiny_cache):
+def test_the_on_policy_figures_count_the_targets_greedy_tokens(tiny_target, tiny_cache):
     """By hand, from stored final states: the row before a token predicts it."""
     cache, planned = HiddenCache.open(tiny_cache), load_plan(tiny_cache)
     head, share, wanted = cache.head(), on_policy_share(planned.supervised), OnPolicyStats()

@@ -1,4 +1,4 @@
-"""Where turns begin and end in a text's tokens, by its added tokens: as the tokenizer's own offsets have it."""
+"""Token boundaries found by added tokens are equal to those by the tokenizer's own offsets."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def template(request, tmp_path_factory) -> ChatTemplate:
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=24).map("".join))
-def test_places_by_added_tokens_are_those_by_offsets(template, text):
+def test_boundaries_by_added_tokens_equal_those_by_offsets(template, text):
     template.needs_offsets = False
     (quick,) = encode_texts(template, [text], 4096)
     encoding = template.backend.encode(text, add_special_tokens=False)

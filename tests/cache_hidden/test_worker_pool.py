@@ -1,4 +1,4 @@
-"""Rows prepared by worker processes: in order, the same for any number of them, and no row ends more than itself."""
+"""Rows prepared by worker processes: in order, the same for any number of workers; a bad row costs only itself."""
 
 import json
 import os
@@ -132,7 +132,7 @@ def test_a_template_that_ends_every_worker_ends_the_plan(job, tmp_path):
         outcomes(job(LOUD, row_seconds=0.05), corpus)
 
 
-def test_a_template_that_is_none_is_one_line(job, tmp_path):
+def test_a_template_that_is_no_jinja_is_refused_in_one_line(job, tmp_path):
     for _ in range(2):  # by the same fork server
         with pytest.raises(UsageError, match="its chat template is no Jinja"):
             WorkerPool(job("{% for m in messages %}{{ m }"))
@@ -204,7 +204,7 @@ with WorkerPool(Job(Path(sys.argv[1]), 512, 264), 2) as workers:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_whoever_stops_a_plan_stops_its_workers_even_inside_one_call(job, tmp_path, sent):
+def test_stopping_a_plan_stops_its_workers_even_inside_one_call(job, tmp_path, sent):
     corpus = write_jsonl(tmp_path / "a.jsonl", asks(*["fine"] * 128, "power", *["fine"] * 127, "power"))
     command = [sys.executable, "-c", PLAN_SLOWLY, str(job(LOUD).folder), str(corpus)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

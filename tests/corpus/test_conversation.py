@@ -1,4 +1,4 @@
-"""Every form of row and message that is about becomes the same conversation, or is refused with what to do."""
+"""Every known form of row and message becomes the same conversation, or is rejected with what to do."""
 
 import json
 
@@ -57,7 +57,7 @@ def test_every_form_of_a_row_is_the_same_conversation(row):
     assert read(row) == Conversation(HELLO, "", "", "a.jsonl", 1)
 
 
-def test_what_an_instruction_is_about_goes_below_it_and_history_before():
+def test_an_instructions_input_is_appended_to_it_and_history_comes_before():
     row = {"instruction": "Add.", "input": "1 2", "output": "3", "history": [["hi", "hello"]], "system": "Be kind."}
     roles = ["system", "user", "assistant", "user", "assistant"]
     texts = ["Be kind.", "hi", "hello", "Add.\n1 2", "3"]
@@ -186,7 +186,7 @@ def test_what_a_text_model_cannot_read_is_refused_by_name(message, says):
     assert fault.reason == "no text" and says in fault.detail
 
 
-def test_keys_that_nobody_knows_are_named_unless_they_state_nothing():
+def test_unknown_keys_are_named_unless_they_have_no_value():
     row = read({"messages": [{**HELLO[0], "mood": "glad", "x": None, "y": []}, {**HELLO[1], "voice": 3}]})
     assert row.unknown == ("mood", "voice") and row.messages == HELLO
 
@@ -219,7 +219,7 @@ def test_a_row_whose_regeneration_failed_is_left_out():
 
 
 @pytest.mark.parametrize("place", ["tool_calls", "tools", "chat_template_kwargs"])
-def test_what_is_nested_too_deep_costs_its_row(place):
+def test_a_value_nested_too_deep_rejects_its_row(place):
     deep = []
     for _ in range(500):
         deep = [deep]

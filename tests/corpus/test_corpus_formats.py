@@ -1,4 +1,4 @@
-"""Every kind of file that holds conversations, and what a folder is read as."""
+"""Every kind of corpus file, and which files of a folder are read."""
 
 import gzip
 import io

@@ -1,4 +1,4 @@
-"""The record of a regenerated corpus, and what a capture refuses by it: always with both values."""
+"""The record of a regenerated corpus, and what a capture refuses because of it, with both values."""
 
 import pytest
 

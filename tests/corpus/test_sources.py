@@ -1,4 +1,4 @@
-"""Conversations in: formats, faults by file and line, and masks by the target's own template."""
+"""Reading a corpus: formats, rejected rows by file and line, and masks by the target's own template."""
 
 import json
 from pathlib import Path
@@ -109,7 +109,7 @@ def test_text_in_parts_is_joined_and_later_questions_are_dropped(tmp_path):
         ("{folder}/notes.txt", DataError, "rename or convert"),
     ],
 )
-def test_a_corpus_that_is_none(tmp_path, name, error, says):
+def test_a_file_that_is_no_corpus_is_refused(tmp_path, name, error, says):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("text")
     with pytest.raises(error, match=says):
@@ -240,7 +240,7 @@ def test_a_mask_that_says_nothing_is_refused(value):
         ([1], None),
     ],
 )
-def test_rows_behind_the_last_supervised_one_are_trimmed(mask, kept):
+def test_tokens_after_the_last_supervised_one_are_trimmed(mask, kept):
     ids = np.arange(len(mask), dtype=np.int32)
     cut = trim(ids, np.array(mask, bool))
     assert (cut is None) if kept is None else (cut[0].tolist() == ids[:kept].tolist() and len(cut[1]) == kept)
@@ -281,13 +281,13 @@ def test_a_corpus_with_too_much_left_out_is_refused():
         Tally(rows=20).check_usable("a.jsonl", usable=0)
 
 
-def test_a_data_set_of_the_hub_without_a_hub_is_one_line():
+def test_a_hub_data_set_without_a_hub_is_refused_in_one_line():
     with pytest.raises(UsageError, match=r"hub gave no such data set \(.*pass --corpus with a file") as found:
         hub_dataset("mlabonne/open-perfectblend")
     assert "\n" not in str(found.value)
 
 
-def test_a_hub_out_of_reach_is_one_line(monkeypatch):
+def test_an_unreachable_hub_is_reported_in_one_line(monkeypatch):
     """Not an OSError: the hub's client has errors of its own."""
 
     def refused(self, name):

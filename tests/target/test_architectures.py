@@ -171,7 +171,7 @@ def test_what_is_read_back_is_what_an_ordinary_forward_gives(captured):
         torch.testing.assert_close(head.embed(sample.ids), sample.aux[0], rtol=1e-5, atol=1e-5)
 
 
-def test_a_norm_lost_or_doubled_would_have_shown(captured):
+def test_a_missing_or_doubled_norm_would_have_been_noticed(captured):
     """What the comparison above rests on: the last norm is found, and applied again it changes the state."""
     norm, last = final_norm(captured.model), len(decoder_layers(captured.model)) - 1
     ids = torch.tensor([[1, 2, 3, 4]])

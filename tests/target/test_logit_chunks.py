@@ -1,4 +1,4 @@
-"""How many logits exist at once: a function of shapes, within its bytes."""
+"""The number of logits computed at once: a function of shapes, within its limit of bytes."""
 
 import pytest
 import torch

@@ -136,7 +136,7 @@ def test_a_wrong_head_is_caught(stored, broken):
         stored.probe()
 
 
-def test_a_lost_soft_cap_or_embedding_scale_is_caught(tmp_path):
+def test_a_missing_soft_cap_or_embedding_scale_is_caught(tmp_path):
     shape = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "head_dim": 8}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "final_logit_softcapping": 3.0}
     stored = Stored(random_model(Gemma2Config(**shape, **heads, pad_token_id=0)), tmp_path)

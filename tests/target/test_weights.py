@@ -1,4 +1,4 @@
-"""What is digested is what is loaded, and a cache takes states of the very weights that it began with."""
+"""The digest covers what is loaded, and a cache takes states only of the weights that it began with."""
 
 import json
 import shutil
@@ -128,7 +128,7 @@ def an_index_of_the_one(folder):
 
 
 @pytest.mark.parametrize("add", [left_over_shards, pickles, an_index_of_the_one])
-def test_files_that_nobody_loads_change_neither_states_nor_digest(folder, tiny_target, add):
+def test_files_that_are_not_loaded_change_neither_states_nor_digest(folder, tiny_target, add):
     add(folder)
     assert target_digest(folder) == target_digest(tiny_target)
     assert [path.name for path in weight_files(folder)] == ["model.safetensors"]
