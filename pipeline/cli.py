@@ -10,7 +10,7 @@ import sys
 import click
 
 from pipeline import __version__
-from pipeline.cli_options import FOLDER, PATH, REPORT, capture_options, regenerate_options
+from pipeline.options import FOLDER, PATH, REPORT, capture_options, regenerate_options
 from pipeline.errors import CacheError, ProofError, UsageError
 from pipeline.exit_codes import OnACache, run_and_exit
 from pipeline.openmp import wait_asleep
