@@ -1,3 +1,3 @@
-"""Nouns: what the stages share. Caches, drafts, recipes, and the command line that opens the stages."""
+"""What the stages share: corpora, targets, the hidden-state cache, drafts, runs, and the command line."""
 
 __version__ = "0.6.0"

@@ -1,4 +1,4 @@
-"""`python -m pipeline`, the same door as the console script."""
+"""`python -m pipeline`, the same entry point as the console script."""
 
 from pipeline.cli import main
 

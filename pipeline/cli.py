@@ -1,6 +1,6 @@
 """The command line: one command a stage, in workflow order.
 
-This is the only door: it imports the stages inside command bodies, so that `--help` stays quick and imports no torch.
+The only entry point: it imports the stages inside command bodies, so that `--help` is quick and imports no torch.
 """
 
 import contextlib
@@ -10,17 +10,17 @@ import sys
 import click
 
 from pipeline import __version__
-from pipeline.options import FOLDER, PATH, REPORT, capture_options, regenerate_options
 from pipeline.errors import CacheError, ProofError, UsageError
-from pipeline.exit_codes import OnACache, run_and_exit
-from pipeline.openmp import wait_asleep
+from pipeline.exit_codes import CacheCommand, run_and_exit
+from pipeline.openmp import disable_spin_waiting
+from pipeline.options import FOLDER, PATH, REPORT, capture_options, regenerate_options
 from pipeline.visible_text import say, visible
 
 
 class InWorkflowOrder(click.Group):
-    """Lists commands as they are used, not by the alphabet."""
+    """A group that lists its commands in workflow order, not alphabetically."""
 
-    command_class = OnACache
+    command_class = CacheCommand
 
     def list_commands(self, ctx):
         return list(self.commands)
@@ -332,21 +332,21 @@ def report(reports, markdown, forced, drawing, against):
 
 
 def console():
-    """A rich console as wide as the terminal, at least 110 columns where there is none."""
+    """Return a rich console as wide as the terminal, 110 columns where there is none."""
     from pipeline.console import VisibleConsole
 
     return VisibleConsole()
 
 
 def show(report: dict, as_json: bool, table) -> None:
-    """Print a report: as JSON on one machine-readable page, or as the table that `table` makes of it."""
+    """Print a report as JSON, or as the table that `table(report)` returns."""
     if as_json:
-        say(json.dumps(report, indent=2, default=str).replace("\x7f", "\\u007f"))  # what JSON would leave as it is
+        say(json.dumps(report, indent=2, default=str).replace("\x7f", "\\u007f"))  # JSON does not escape DEL
     else:
         console().print(table(report))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 a bug or a failed proof, 2-5 typed errors, 129 / 130 / 143 stopped."""
-    wait_asleep()
+    disable_spin_waiting()
     run_and_exit(commands, sys.argv[1:] if arguments is None else arguments)

@@ -1,4 +1,4 @@
-"""Tables and styles on a terminal, made of text that anyone may have written: it is shown, never interpreted."""
+"""Rich consoles and tables for untrusted text: markup and control characters in it are shown, never interpreted."""
 
 import sys
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ WIDTH = 110  # columns where there is no terminal
 
 
 class VisibleConsole(Console):
-    """A console on which only rich itself may steer the terminal. Neither [markup] nor :emoji: means anything."""
+    """A console that escapes control characters in all text, and interprets neither [markup] nor :emoji:."""
 
     def __init__(self, stderr: bool = False):
         width = None if (sys.stderr if stderr else sys.stdout).isatty() else WIDTH
@@ -35,22 +35,22 @@ def shows_styles() -> bool:
 
 
 class Grid(Table):
-    """A table whose texts are one line each, every character visible. What is too long is folded: none is cut off."""
+    """A table whose cells escape control characters and line ends. Long text is folded, never cut off."""
 
     def add_column(self, header: RenderableType = "", **chosen) -> None:
-        super().add_column(_shown(header), **{"overflow": "fold", **chosen})
+        super().add_column(_visible_cell(header), **{"overflow": "fold", **chosen})
 
     def add_row(self, *cells: RenderableType | None, **chosen) -> None:
-        super().add_row(*map(_shown, cells), **chosen)
+        super().add_row(*map(_visible_cell, cells), **chosen)
 
 
-def _shown(cell: RenderableType | None) -> RenderableType | None:
+def _visible_cell(cell: RenderableType | None) -> RenderableType | None:
     return visible(cell) if isinstance(cell, str) else cell
 
 
-def grid(*heads: str, title: str | None = None) -> Grid:
-    """Return an empty table; a head that begins with `>` is of numbers, to the right."""
+def grid(*headers: str, title: str | None = None) -> Grid:
+    """Return an empty table with these headers; the column of one that begins with `>` is right-aligned."""
     table = Grid(title=title and visible(title), title_justify="left", box=None, header_style="bold", pad_edge=False)
-    for head in heads:
-        table.add_column(head.removeprefix(">"), justify="right" if head.startswith(">") else "left")
+    for header in headers:
+        table.add_column(header.removeprefix(">"), justify="right" if header.startswith(">") else "left")
     return table

@@ -1,12 +1,12 @@
-"""What a user can get wrong, and the exit code each kind ends with.
+"""Typed errors for what a user can get wrong or the machine lacks, each with its exit code.
 
-`pipeline/exit_codes.py` maps these to one line on standard error. A message states what was found, what was wanted and
+`pipeline/exit_codes.py` prints each as one line on standard error. A message states what was found, what was wanted and
 what to do.
 """
 
 
 class PipelineError(Exception):
-    """Base of every error that is not a bug of ours."""
+    """Base of every error that is not a bug in this program."""
 
     code = 1
 
@@ -34,6 +34,6 @@ class CacheError(PipelineError):
 
 
 class RoomError(PipelineError):
-    """No room on disk or in memory, or nothing may be written there. Exit code 5."""
+    """Not enough disk or memory, or a read-only disk. Exit code 5."""
 
     code = 5

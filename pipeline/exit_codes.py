@@ -1,6 +1,6 @@
-"""How a command ends: with an exit code and, unless it is done, one line that says what was found and what to do.
+"""Run a command line and map errors and signals to an exit code and one line on standard error.
 
-The whole trace is shown with `--debug`.
+`--debug` also shows the traceback.
 """
 
 import logging
@@ -13,22 +13,23 @@ import warnings
 import click
 
 from pipeline.errors import PipelineError, RoomError
-from pipeline.os_errors import limit
-from pipeline.standard_streams import lost_output, outlive_readers
+from pipeline.os_errors import limit_error
+from pipeline.standard_streams import output_error, protect_standard_streams
 from pipeline.visible_text import say, visible, visible_lines
 
-ENDING = (signal.SIGTERM, signal.SIGHUP)  # exit codes 143, and 129 for a terminal that was closed
-GOES_ON = "what is finished is kept, and the same command goes on from there"
-NOTHING = "nothing was written, and the same command starts again"
-INTERRUPTED = dict.fromkeys(("inspect", "export", "check-export", "report"), NOTHING)  # done or not done; others go on
-INTERRUPTED["regenerate"] = "every reply so far is kept, and the same command asks for the others"
-INTERRUPTED["evaluate"] = "no report was written, and the same command starts again"  # --plain may have its replies
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # exit codes 143, and 129 for a terminal that was closed
+RESUMABLE = "what is finished is kept, and the same command goes on from there"
+NOTHING_WRITTEN = "nothing was written, and the same command starts again"
+# Commands that write all or nothing; the others resume.
+AFTER_INTERRUPT = dict.fromkeys(("inspect", "export", "check-export", "report"), NOTHING_WRITTEN)
+AFTER_INTERRUPT["regenerate"] = "every reply so far is kept, and the same command asks for the others"
+AFTER_INTERRUPT["evaluate"] = "no report was written, and the same command starts again"  # --plain may have its replies
 
 
-class OnACache(click.Command):
-    """Names the cache in what an error says to run: what finds damage often knows no more than a file of it.
+class CacheCommand(click.Command):
+    """A command whose errors name the cache in the `pipeline verify` they suggest: code below knows only a file of it.
 
-    Refuses empty arguments: of a variable that is not set they would mean the default corpus, or this folder.
+    Refuses empty arguments, as an unset shell variable gives: they would select the default corpus or this folder.
     """
 
     def parse_args(self, ctx, args):
@@ -52,63 +53,63 @@ class OnACache(click.Command):
             raise
 
 
-def _kept(arguments: list[str]) -> str:
-    """Return what of a command that was stopped is there, and what the same command does then."""
+def _after_interrupt(arguments: list[str]) -> str:
+    """Return what an interrupted command has left, and what running it again does."""
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
-    return INTERRUPTED.get(command, GOES_ON)
+    return AFTER_INTERRUPT.get(command, RESUMABLE)
 
 
-def _stopped(number, frame):
+def _exit_on_signal(number, frame):
     raise SystemExit(128 + number)
 
 
 def run_and_exit(commands: click.Group, arguments: list[str]) -> None:
     """Run a command line and exit: 0 done, 1 a bug or a failed proof, 2-5 typed errors, 129 / 130 / 143 stopped."""
     debug = "--debug" in arguments
-    outlive_readers()
-    for number in ENDING:
+    protect_standard_streams()
+    for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, _stopped)
-    sys.excepthook = _traced if debug else _bug
-    _show_what_others_say()
+            signal.signal(number, _exit_on_signal)
+    sys.excepthook = _print_traceback if debug else _print_bug
+    _escape_library_output()
     try:
         commands.main(arguments, prog_name="pipeline", standalone_mode=False)
         sys.stdout.flush()
-        if why := lost_output():
+        if why := output_error():
             raise RoomError(f"standard output: {why}; all else is done: make room, or print it to another place")
     except (KeyboardInterrupt, click.exceptions.Abort):
-        sys.exit(_complain(f"interrupted; {_kept(arguments)}", 130, debug))
+        sys.exit(_print_error(f"interrupted; {_after_interrupt(arguments)}", 130, debug))
     except SystemExit as stop:
-        number = next((number for number in ENDING if stop.code == 128 + number), None)
+        number = next((number for number in STOP_SIGNALS if stop.code == 128 + number), None)
         if number is None:
             raise
-        sys.exit(_complain(f"stopped by {number.name}; {_kept(arguments)}", stop.code, debug))
+        sys.exit(_print_error(f"stopped by {number.name}; {_after_interrupt(arguments)}", stop.code, debug))
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         sys.exit(2)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "pipeline"
-        sys.exit(_complain(f"error: {error.format_message()} (`{command} --help` lists what there is)", 2, debug))
+        sys.exit(_print_error(f"error: {error.format_message()} (`{command} --help` lists what there is)", 2, debug))
     except PipelineError as error:
-        sys.exit(_complain(f"error: {error}", error.code, debug))
-    except (OSError, MemoryError, RuntimeError) as error:  # a limit of the machine is no bug
-        met = limit(getattr(error, "filename", None) or "the command stopped", error)
-        if met is None:
+        sys.exit(_print_error(f"error: {error}", error.code, debug))
+    except (OSError, MemoryError, RuntimeError) as error:  # a limit of the machine is not a bug
+        known = limit_error(getattr(error, "filename", None) or "the command stopped", error)
+        if known is None:
             raise
-        sys.exit(_complain(f"error: {met}", met.code, debug))
+        sys.exit(_print_error(f"error: {known}", known.code, debug))
 
 
-def _bug(kind, error, trace):
-    """What nobody foresaw, in one line; Python then exits with 1."""
+def _print_bug(kind, error, trace):
+    """Print an unexpected error as one line; Python then exits with 1."""
     say(f"bug: {kind.__name__}: {visible(error)} (the trace: `pipeline --debug ...`)", err=True)
 
 
-def _traced(kind, error, trace):
+def _print_traceback(kind, error, trace):
     say("".join(traceback.format_exception(kind, error, trace)), err=True)
 
 
-def _show_what_others_say() -> None:
-    """Have the warnings and logs of libraries, which may quote a model's config, steer no terminal either."""
+def _escape_library_output() -> None:
+    """Escape control characters in warnings and logs of libraries too: they may quote a model's config."""
     logging.setLogRecordFactory(_visible_record)
     warnings.formatwarning = _visible_warning
 
@@ -126,7 +127,7 @@ def _visible_warning(*given, **named) -> str:
     return visible_lines(_format_warning(*given, **named))
 
 
-def _complain(line: str, code: int, debug: bool) -> int:
+def _print_error(line: str, code: int, debug: bool) -> int:
     if debug:
         say(traceback.format_exc(), err=True)
     say(visible(line), err=True)

@@ -1,4 +1,4 @@
-"""What commands share of their options: kinds of paths, and everything that decides what a cache holds."""
+"""Command-line options: path types, the capture options that commands share, and those of `regenerate`."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ PATH = click.Path(path_type=Path)
 
 
 class FolderPath(click.Path):
-    """A path at which nothing lies, or a folder: a pipe is neither, and waits for whoever opens it."""
+    """A folder, or a path that does not exist. Refuses pipes too, on which opening would block."""
 
     def convert(self, value, param, ctx) -> Path:
         path = super().convert(value, param, ctx)
@@ -32,7 +32,7 @@ def roles_option():
 
 
 def capture_options(command):
-    """The options that `plan` and `cache-hidden` share: everything that decides what a cache holds."""
+    """Decorate a command with the options of `plan` and `cache-hidden`: everything that decides what a cache holds."""
     for option in reversed(
         [
             click.option("--model", required=True, help="Target: a hub name or a folder."),
@@ -105,7 +105,7 @@ def capture_options(command):
 
 
 def regenerate_options(command):
-    """The options of `regenerate`: whose words, how they are asked for, and how fast."""
+    """Decorate a command with the options of `regenerate`: prompts, engine, sampling and request limits."""
     for option in reversed(
         [
             click.option("--corpus", required=True, help="Conversations or prompts: files, a folder or a data set."),

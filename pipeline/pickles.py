@@ -1,10 +1,10 @@
-"""The one guard before a file that torch.save wrote is opened: nothing in it can run, and nothing is allocated that its
-own bytes do not pay for.
+"""Check an untrusted file of torch.save before torch opens it: no code in it can run, and it cannot claim more memory
+than it has bytes.
 
 `weights_only=True` keeps code out, and would still make a `bytearray(10**12)`, resize a storage to what a tensor
-claims, or hash nested tuples for years. So the pickle is walked first, opcode by opcode, on a stack of stand-ins: plain
-values, containers, storages that lie in the archive, and tensors that fit into them. Anything else is refused before
-torch sees the file. The walk takes memory and time in proportion to the pickle, which is bounded.
+claims, or hash nested tuples for years. So the pickle is interpreted first, opcode by opcode, with stand-ins for plain
+values, containers, storages in the archive, and tensors that fit into them. Anything else is refused before torch sees
+the file. Time and memory are proportional to the pickle, whose size is bounded.
 """
 
 import pickletools
@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-MOST_LISTING = 16 << 20  # bytes of an archive's list of entries; ten thousand tensors take 1 MiB
-MOST_DIMENSIONS = 64
+MAX_LISTING = 16 << 20  # bytes of an archive's list of entries; ten thousand tensors take 1 MiB
+MAX_DIMENSIONS = 64
 ORDERED, SIZE = "collections OrderedDict", "torch Size"
 REBUILT, REBUILT_TYPED = "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor_v3"
 PARAMETER = "torch._utils _rebuild_parameter"
@@ -39,9 +39,9 @@ MARK = object()
 
 
 class RefusedPickle(Exception):
-    """Why a file is not opened.
+    """A file of torch.save that is refused.
 
-    `kind` is "layout", "names" (`what` it would call), "tensor" (one of another kind) or "damaged".
+    `kind` is "layout", "names" (`what` it would call), "tensor" (not a plain one) or "damaged".
     """
 
     def __init__(self, kind: str, what: str):
@@ -56,61 +56,61 @@ class _Name(NamedTuple):
 
 
 class _Storage(NamedTuple):
-    """Memory that the archive holds: bytes, and of a value (None where a tensor of it says its own type)."""
+    """A storage in the archive: its bytes, and the bytes of an item (None where each tensor states its dtype)."""
 
     size: int
     item: int | None
 
 
 class _Tensor:
-    """A tensor that lies inside its storage."""
+    """Stand-in for a tensor that lies inside its storage."""
 
 
-def check_pickle(path: Path, most: int) -> int:
-    """Refuse a file that is not plain tensors, values, lists and dicts as torch.save writes them; run nothing of it.
+def check_pickle(path: Path, max_other_bytes: int) -> int:
+    """Refuse a file that is not plain tensors, values, lists and dicts as torch.save writes them; nothing in it is run.
 
-    `most` bytes may be no tensor's. Returns the bytes of all storages. Raises RefusedPickle, OSError.
+    At most `max_other_bytes` may be outside of tensors. Returns the storages' bytes. Raises RefusedPickle, OSError.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
         listing = zipfile._EndRecData(file)
         if listing is None:
             raise RefusedPickle("damaged", "no archive of torch.save")
-        if listing[zipfile._ECD_SIZE] > min(size, MOST_LISTING):
+        if listing[zipfile._ECD_SIZE] > min(size, MAX_LISTING):
             raise RefusedPickle("layout", f"{listing[zipfile._ECD_SIZE]:,} bytes of names in {size:,}")
         try:
             with zipfile.ZipFile(file) as archive:
                 entries = {entry.filename: entry for entry in archive.infolist()}
-                root = _checked_layout(archive.infolist(), entries, size, most)
+                root = _check_layout(archive.infolist(), entries, size, max_other_bytes)
                 code = archive.read(f"{root}/data.pkl")
         except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, NotImplementedError, LookupError) as error:
             raise RefusedPickle("damaged", str(error)) from error
     prefix = f"{root}/data/"
     stored = {name.removeprefix(prefix): entry.file_size for name, entry in entries.items() if name.startswith(prefix)}
-    _Walk(stored).walk(code)
+    _Interpreter(stored).run(code)
     return sum(stored.values())
 
 
-def _checked_layout(listed: list, entries: dict, size: int, most: int) -> str:
-    """Return the name of the archive's one folder. RefusedPickle where it would unpack to more than it is."""
+def _check_layout(listed: list, entries: dict, size: int, max_other_bytes: int) -> str:
+    """Return the name of the archive's one folder. RefusedPickle where it would unpack to more than its size."""
     packed = any(
         entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in listed
     )
     claimed = sum(entry.file_size for entry in listed)
     other = sum(entry.file_size for entry in listed if "/data/" not in entry.filename)
     roots = [entry.filename.removesuffix("/data.pkl") for entry in listed if entry.filename.endswith("/data.pkl")]
-    if packed or claimed > size or other > most or len(entries) < len(listed) or len(roots) != 1:
+    if packed or claimed > size or other > max_other_bytes or len(entries) < len(listed) or len(roots) != 1:
         raise RefusedPickle("layout", f"{claimed:,} bytes in {size:,}, {other:,} of them no tensor's")
     return roots[0]
 
 
-class _Walk:
-    """One walk over a pickle; `stored` are the bytes of each storage of its archive, by key."""
+class _Interpreter:
+    """Interprets one pickle with stand-ins; `stored` has the bytes of each storage of its archive, by key."""
 
     def __init__(self, stored: dict[str, int]):
         self.stored, self.stack, self.memo = stored, [], {}
 
-    def walk(self, code: bytes) -> None:
+    def run(self, code: bytes) -> None:
         try:
             for opcode, value, _ in pickletools.genops(code):
                 self._step(opcode.name, value)
@@ -134,60 +134,60 @@ class _Walk:
         elif name in ("BINGET", "LONG_BINGET"):
             stack.append(self.memo[value])
         elif name in ("SETITEM", "SETITEMS"):
-            self._set_items(self._marked() if name == "SETITEMS" else [stack.pop(), stack.pop()][::-1])
+            self._set_items(self._pop_to_mark() if name == "SETITEMS" else [stack.pop(), stack.pop()][::-1])
         elif name in ("APPEND", "APPENDS"):
-            added = self._marked() if name == "APPENDS" else [stack.pop()]
-            self._of(list).extend(added)
+            added = self._pop_to_mark() if name == "APPENDS" else [stack.pop()]
+            self._top(list).extend(added)
         elif name == "GLOBAL":
-            stack.append(_allowed(value))
+            stack.append(_check_name(value))
         elif name == "REDUCE":
             arguments, called = stack.pop(), stack.pop()
-            stack.append(self._reduced(called, arguments))
+            stack.append(self._reduce(called, arguments))
         elif name == "BINPERSID":
             stack.append(self._storage(stack.pop()))
         elif name == "BUILD":
-            state, _ = stack.pop(), self._of(dict)
+            state, _ = stack.pop(), self._top(dict)
             if not isinstance(state, dict) or {*state} - {"_metadata"}:  # a state_dict's own attribute
                 raise RefusedPickle("names", "BUILD")
         elif name != "STOP" and (name, value) != ("PROTO", 2):
             raise RefusedPickle("names", name)
 
-    def _of(self, kind: type):
-        """The container on top of the stack. ValueError for anything else."""
+    def _top(self, kind: type):
+        """Return the container on top of the stack. ValueError for anything else."""
         if type(self.stack[-1]) is not kind:
             raise ValueError(f"a {type(self.stack[-1]).__name__} where a {kind.__name__} is filled")
         return self.stack[-1]
 
-    def _marked(self) -> list:
-        """Take what lies above the last mark, and the mark."""
+    def _pop_to_mark(self) -> list:
+        """Pop the items above the last mark, and the mark; return the items."""
         at = len(self.stack) - 1
         while self.stack[at] is not MARK:
             at -= 1
             if at < 0:
                 raise ValueError("a mark is missing")
-        found = self.stack[at + 1 :]
+        items = self.stack[at + 1 :]
         del self.stack[at:]
-        return found
+        return items
 
     def _tuple(self, name: str) -> tuple:
-        """A tuple of values, or of such tuples: what is nested deeper, shared, grows without end when it is hashed."""
+        """Pop a tuple, nested at most once: hashing shared tuples that are nested deeper takes exponential time."""
         if name == "TUPLE":
-            held = tuple(self._marked())
+            items = tuple(self._pop_to_mark())
         else:
             count = 0 if name == "EMPTY_TUPLE" else int(name[-1])
-            held = tuple(self.stack[len(self.stack) - count :])
-            if len(held) != count:
+            items = tuple(self.stack[len(self.stack) - count :])
+            if len(items) != count:
                 raise ValueError("a tuple of what is not there")
             del self.stack[len(self.stack) - count :]
-        if any(type(inner) is tuple and any(type(deep) is tuple for deep in inner) for inner in held):
+        if any(type(inner) is tuple and any(type(deep) is tuple for deep in inner) for inner in items):
             raise RefusedPickle("names", "tuples in tuples")
-        return held
+        return items
 
     def _set_items(self, pairs: list) -> None:
-        held = self._of(dict)
+        target = self._top(dict)
         if len(pairs) % 2 or not all(isinstance(key, str | int | float | None) for key in pairs[::2]):
             raise ValueError("a key that is no text or number")
-        held.update(zip(pairs[::2], pairs[1::2], strict=True))
+        target.update(zip(pairs[::2], pairs[1::2], strict=True))
 
     def _storage(self, named: object) -> _Storage:
         kind, of, key, _, count = named
@@ -196,21 +196,23 @@ class _Walk:
             raise ValueError("a storage that the archive does not hold")
         return _Storage(count * item, None if of.name in UNTYPED else item)
 
-    def _reduced(self, called: object, arguments: tuple) -> object:
+    def _reduce(self, called: object, arguments: tuple) -> object:
         name = called.name if isinstance(called, _Name) else type(called).__name__
         if name == ORDERED and arguments == ():
             return {}
-        if name == SIZE and _whole(*arguments):
+        if name == SIZE and _are_counts(*arguments):
             return arguments[0]
         if name == PARAMETER and isinstance(arguments[0], _Tensor) and arguments[2] == {}:
             return arguments[0]
         if name in (REBUILT, REBUILT_TYPED):
-            return _tensor(*arguments[:4], hooks=arguments[5], dtype=arguments[6] if name == REBUILT_TYPED else None)
+            return _check_tensor(
+                *arguments[:4], hooks=arguments[5], dtype=arguments[6] if name == REBUILT_TYPED else None
+            )
         raise RefusedPickle("names", name.replace(" ", "."))
 
 
-def _allowed(name: str) -> _Name:
-    """A name that may stand in such a file. RefusedPickle for any other."""
+def _check_name(name: str) -> _Name:
+    """Return a global name that such a file may use. RefusedPickle for any other."""
     module, _, what = name.partition(" ")
     known = name in (ORDERED, SIZE, REBUILT, REBUILT_TYPED, PARAMETER, *UNTYPED)
     if known or (module == "torch" and (what in ITEM_BYTES or isinstance(getattr(torch, what, None), torch.dtype))):
@@ -219,19 +221,26 @@ def _allowed(name: str) -> _Name:
     raise RefusedPickle(kind, name.replace(" ", "."))
 
 
-def _whole(*shapes: object) -> bool:
-    """Whether each is a list of counts, as sizes and strides are."""
+def _are_counts(*shapes: object) -> bool:
+    """Return whether each is a list of non-negative integers, as sizes and strides are."""
     return all(
         isinstance(shape, tuple | list)
-        and len(shape) <= MOST_DIMENSIONS
+        and len(shape) <= MAX_DIMENSIONS
         and all(type(length) is int and 0 <= length < 1 << 62 for length in shape)
         for shape in shapes
     )
 
 
-def _tensor(storage: _Storage, offset: int, size: tuple, stride: tuple, *, hooks: object, dtype: object) -> _Tensor:
-    """A stand-in for a tensor. ValueError where it does not lie inside its storage, which torch would make larger."""
-    if not isinstance(storage, _Storage) or not _whole(size, stride, (offset,)) or len(size) != len(stride) or hooks:
+def _check_tensor(
+    storage: _Storage, offset: int, size: tuple, stride: tuple, *, hooks: object, dtype: object
+) -> _Tensor:
+    """Return a stand-in for a tensor. ValueError where it does not fit its storage, which torch would enlarge."""
+    if (
+        not isinstance(storage, _Storage)
+        or not _are_counts(size, stride, (offset,))
+        or len(size) != len(stride)
+        or hooks
+    ):
         raise ValueError("a tensor that is not laid out plainly")
     item = storage.item or getattr(torch, dtype.name.removeprefix("torch ")).itemsize
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))

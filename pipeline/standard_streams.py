@@ -1,6 +1,6 @@
-"""Standard output and error that outlive whoever reads them: a command does its work and ends with its own exit code.
+"""Standard output and error that survive a closed reader, so that a command finishes with its own exit code.
 
-`head`, a closed terminal or a full disk under a log would else end a training, or hide that a cache is damaged.
+Otherwise `head`, a closed terminal or a full disk under a log would end a training, or hide that a cache is damaged.
 """
 
 import errno
@@ -8,11 +8,11 @@ import io
 import os
 import sys
 
-GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe has left, or a terminal was closed
+READER_GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe has left, or a terminal was closed
 
 
-class _Lasting(io.FileIO):
-    """A standard stream's descriptor. What cannot be written any more is dropped, and `failed` says why."""
+class _DroppingFile(io.FileIO):
+    """The raw file of a standard stream. After a failed write output is dropped; `failed` is the first error."""
 
     failed: OSError | None = None
 
@@ -21,21 +21,21 @@ class _Lasting(io.FileIO):
             return super().write(data)
         except OSError as error:
             self.failed = self.failed or error
-            _put_nothing(self.fileno(), os.O_WRONLY)
+            _open_devnull(self.fileno(), os.O_WRONLY)
             return len(data)
 
 
-def outlive_readers() -> None:
-    """Make the process's own standard streams last; open those that are closed, or other files would get their numbers.
+def protect_standard_streams() -> None:
+    """Protect the standard streams; point closed ones at /dev/null, or other files would get their descriptors.
 
-    Streams that somebody put in their place, as tests do, stay.
+    Streams that were replaced, as tests do, stay.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
-        here, first = getattr(sys, name), getattr(sys, f"__{name}__")
-        if here is None and not _is_open(number):
-            _put_nothing(number, os.O_WRONLY if number else os.O_RDONLY)
-        if number and here is first:
-            setattr(sys, name, _lasting(number, here))
+        current, original = getattr(sys, name), getattr(sys, f"__{name}__")
+        if current is None and not _is_open(number):
+            _open_devnull(number, os.O_WRONLY if number else os.O_RDONLY)
+        if number and current is original:
+            setattr(sys, name, _protected_stream(number, current))
 
 
 def _is_open(number: int) -> bool:
@@ -46,8 +46,8 @@ def _is_open(number: int) -> bool:
     return True
 
 
-def _put_nothing(number: int, flags: int) -> None:
-    """Make a descriptor lead nowhere."""
+def _open_devnull(number: int, flags: int) -> None:
+    """Point a descriptor at /dev/null."""
     null = os.open(os.devnull, flags)
     if null != number:
         os.dup2(null, number)
@@ -55,19 +55,19 @@ def _put_nothing(number: int, flags: int) -> None:
     os.set_inheritable(number, True)
 
 
-def _lasting(number: int, stream) -> io.TextIOWrapper:
-    """A text stream on a descriptor, which writes what it has whenever the one that it replaces would."""
+def _protected_stream(number: int, stream) -> io.TextIOWrapper:
+    """Return a text stream on a descriptor, buffered as the stream that it replaces."""
     if stream is not None:
         stream.flush()
-    raw = _Lasting(number, "w", closefd=False)
-    # What an encoding lacks is shown escaped: half a surrogate of a file's name, a letter on an ASCII terminal.
+    raw = _DroppingFile(number, "w", closefd=False)
+    # Escape what the encoding lacks: a lone surrogate of a file name, a letter on an ASCII terminal.
     encoding = getattr(stream, "encoding", None) or "utf-8"
     lines = raw.isatty() or number == 2
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=lines)
 
 
-def lost_output() -> str | None:
-    """Why not all that was printed was written, in words; None where it was, or where its reader had left."""
+def output_error() -> str | None:
+    """Return why standard output could not be written, None where it was or where its reader had closed it."""
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
-    failed = raw.failed if isinstance(raw, _Lasting) else None
-    return None if failed is None or failed.errno in GONE else failed.strerror
+    failed = raw.failed if isinstance(raw, _DroppingFile) else None
+    return None if failed is None or failed.errno in READER_GONE else failed.strerror

@@ -1,4 +1,4 @@
-"""Tensors into safetensors files, and errors of disk and memory told apart from bugs."""
+"""Write safetensors files, choose a device, recognise out-of-memory errors."""
 
 import os
 import re
@@ -14,13 +14,13 @@ from pipeline.errors import UsageError
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors of any device. Not atomic: the caller syncs and renames.
+    """Write tensors of any device to a safetensors file. Not atomic: the caller syncs and renames.
 
-    A full disk, a quota or a size limit, which the writer of safetensors only puts into words, is raised as OSError.
+    Raises OSError for a full disk, a quota or a size limit, which safetensors reports only in an error's text.
     """
-    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(held, path, metadata=metadata)
+        save_file(on_cpu, path, metadata=metadata)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
@@ -29,19 +29,19 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
 
 
 def find_device(named: str | torch.device | None) -> torch.device:
-    """Return the device asked for, or CUDA if there is one. UsageError when it is not there."""
+    """Return the named device, by default CUDA if there is one, else the CPU. UsageError when it is not available."""
     wanted = named or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(wanted)
-        torch.empty(1, device=found)
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         cause = str(error).split("\n")[0]
         raise UsageError(
             f"device {wanted}: {cause}; pass --device cpu, or leave it out to take what is there"
         ) from None
-    return found
+    return device
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device's memory was too small. CUDA has an exception for it, the CPU's allocator only a text."""
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether an error means that a device ran out of memory. For the CPU only the error's text shows it."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

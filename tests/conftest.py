@@ -5,10 +5,10 @@
 import os
 import signal
 
-from pipeline.openmp import wait_asleep
+from pipeline.openmp import disable_spin_waiting
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub
-wait_asleep()
+disable_spin_waiting()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with Ctrl-C ignored
 
 import hypothesis

@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from pipeline.checksummed_json import unsealed
+from pipeline.checksummed_json import parse_checksummed
 from pipeline.runs.folder import RECIPE, RUN, write_run
 
 
@@ -21,7 +21,7 @@ def without_checksums(run: Path) -> None:
     """Make a run's folder as version 0.5.0 wrote it: records that say nothing of themselves or of one another."""
     for path in (run / RUN, run / "done.json", *run.glob("checkpoints/*/state.json")):
         if path.exists():
-            facts, _ = unsealed(path.read_bytes())
+            facts, _ = parse_checksummed(path.read_bytes())
             for name in ("recipe",) if path.name == RUN else ("state", "metrics"):
                 facts.pop(name, None)
             path.write_text(json.dumps(facts, indent=1) + "\n")

@@ -9,7 +9,7 @@ from tiny import conversations, save_target, write_jsonl
 
 from pipeline.cli import main
 from pipeline.console import VisibleConsole, grid
-from pipeline.visible_text import as_code, in_markdown
+from pipeline.visible_text import escape_markdown, markdown_code
 
 ESCAPES = "\x1b]0;pwned\x07\x1b[31m"
 DOMAINS = [
@@ -109,9 +109,9 @@ def test_a_card_and_a_plot_of_it_hold_no_markup_of_its_names(folder, capfd):
 
 
 def test_markdown_of_names_shows_them_and_nothing_else():
-    assert in_markdown("open_perfectblend-1.5 (a, b)") == "open_perfectblend-1.5 (a, b)"
-    assert not re.search(r"[<>|`*\[\]\n]|://|www\.", in_markdown("<a>|`b` *c* [d](https://e) www.f \n _g_"))
-    assert as_code("a`b\n|") == "`a'b\\n|`"
+    assert escape_markdown("open_perfectblend-1.5 (a, b)") == "open_perfectblend-1.5 (a, b)"
+    assert not re.search(r"[<>|`*\[\]\n]|://|www\.", escape_markdown("<a>|`b` *c* [d](https://e) www.f \n _g_"))
+    assert markdown_code("a`b\n|") == "`a'b\\n|`"
 
 
 def test_a_console_shows_markup_emoji_and_control_characters_as_they_are(capsys):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from pipeline.openmp import POLICIES, SLEEPING, wait_asleep
+from pipeline.openmp import NO_SPINNING, WAIT_VARIABLES, disable_spin_waiting
 
 COMMANDS = [
     "train-draft --cache nowhere",
@@ -22,7 +22,7 @@ COMMANDS = [
 
 def policy(arguments: list[str], **chosen: str) -> dict[str, str]:
     """Run a command, and return what the OpenMP runtime says of itself when it is loaded."""
-    inherited = {name: value for name, value in os.environ.items() if name not in POLICIES}
+    inherited = {name: value for name, value in os.environ.items() if name not in WAIT_VARIABLES}
     done = subprocess.run(
         [sys.executable, "-m", "pipeline", *arguments],
         env=inherited | chosen | {"OMP_DISPLAY_ENV": "verbose"}, capture_output=True, text=True, timeout=300,
@@ -50,14 +50,16 @@ def test_what_the_user_chose_stands():
     assert found["OMP_WAIT_POLICY"] == "ACTIVE" and int(found["GOMP_SPINCOUNT"]) > 10**6
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", WAIT_VARIABLES)
 def test_any_choice_of_the_user_s_is_left_alone_and_none_is_made_up_for(name):
     chosen = {name: "what they say"}
-    wait_asleep(chosen)
+    disable_spin_waiting(chosen)
     assert chosen == {name: "what they say"}
 
 
 def test_both_kinds_of_runtime_are_told():
     environment = {"OMP_NUM_THREADS": "2"}
-    wait_asleep(environment)
-    assert environment == {"OMP_NUM_THREADS": "2", **SLEEPING} and {"GOMP_SPINCOUNT", "KMP_BLOCKTIME"} == set(SLEEPING)
+    disable_spin_waiting(environment)
+    assert environment == {"OMP_NUM_THREADS": "2", **NO_SPINNING} and {"GOMP_SPINCOUNT", "KMP_BLOCKTIME"} == set(
+        NO_SPINNING
+    )

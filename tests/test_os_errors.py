@@ -21,7 +21,7 @@ from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.layout import inside
 from pipeline.cache.verify import verify
 from pipeline.errors import CacheError, RoomError, UsageError
-from pipeline.os_errors import LIMITS, limit
+from pipeline.os_errors import LIMITS, limit_error
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
@@ -73,12 +73,12 @@ def test_each_limit_has_a_line_for_whoever_writes(number, tmp_path):
     ],
 )
 def test_little_memory_is_known_in_all_its_words(error):
-    assert isinstance(limit("here", error), RoomError)
+    assert isinstance(limit_error("here", error), RoomError)
 
 
 def test_an_error_of_the_content_is_no_limit():
     for error in (ValueError("bad magic"), OSError(errno.EISDIR, "a folder"), RuntimeError("invalid header")):
-        assert limit("here", error) is None
+        assert limit_error("here", error) is None
 
 
 def test_arrow_without_memory_is_not_called_damage(monkeypatch, tmp_path):
@@ -120,7 +120,7 @@ def test_a_cache_is_read_or_there_is_too_little_memory(tmp_path, codec, mapped):
                     held.read(i)
             outcomes.add("read")
         except (RoomError, MemoryError, RuntimeError) as error:
-            met = limit("cache", error) if not isinstance(error, RoomError) else error
+            met = limit_error("cache", error) if not isinstance(error, RoomError) else error
             assert isinstance(met, RoomError), error
             assert "verify" not in str(met)
             outcomes.add("refused")

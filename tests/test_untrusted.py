@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from pipeline.checksummed_json import as_record, scarred, sealed, unsealed
-from pipeline.untrusted import DEEPEST, parse_json, parse_strict_json, read_file
+from pipeline.checksummed_json import ends_with_checksum, parse_checksummed, record_bytes, with_checksum
+from pipeline.untrusted import MAX_DEPTH, parse_json, parse_strict_json, read_file
 
 
 def test_a_regular_file_is_read_up_to_a_size(tmp_path):
@@ -33,25 +33,27 @@ def test_what_is_no_json_or_too_deep_is_a_value_error_in_one_line(text):
 
 
 def test_json_is_followed_to_a_fixed_depth():
-    assert parse_json("[" * DEEPEST + "]" * DEEPEST)
+    assert parse_json("[" * MAX_DEPTH + "]" * MAX_DEPTH)
     with pytest.raises(ValueError, match="deeper than"):
-        parse_json("[" * (DEEPEST + 1) + "]" * (DEEPEST + 1))
+        parse_json("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1))
 
 
 @pytest.mark.parametrize("text", ['{"a": 1}', '{\n "a": [\n  1\n ]\n}', '{"digests": ["0123456789abcdef"]}'])
 def test_a_record_of_which_any_bit_changes_is_refused(text):
-    whole = sealed(text, "before")
-    assert unsealed(whole, "before")[0] == unsealed(text.encode())[0] and not scarred(text.encode())
+    whole = with_checksum(text, "before")
+    assert parse_checksummed(whole, "before")[0] == parse_checksummed(text.encode())[0] and not ends_with_checksum(
+        text.encode()
+    )
     for bit in range(8 * (len(whole) - 1)):  # what comes after its last brace is no part of it
         changed = bytearray(whole)
         changed[bit // 8] ^= 1 << bit % 8
         with pytest.raises(ValueError):
-            unsealed(bytes(changed), "before")
-        assert scarred(bytes(changed))
+            parse_checksummed(bytes(changed), "before")
+        assert ends_with_checksum(bytes(changed))
     with pytest.raises(ValueError):
-        unsealed(whole, "another line")
+        parse_checksummed(whole, "another line")
 
 
 def test_a_record_says_what_it_was_given():
     facts = {"a": "ü\x1b", "b": [1.5, None]}
-    assert unsealed(as_record(facts))[0] == facts
+    assert parse_checksummed(record_bytes(facts))[0] == facts

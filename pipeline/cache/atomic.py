@@ -24,7 +24,7 @@ from pathlib import Path
 
 from pipeline.cache.layout import FOLDERS, SCRATCH, SHARDS
 from pipeline.errors import CacheError, PipelineError, RoomError
-from pipeline.os_errors import MEMORY, limit, number_of
+from pipeline.os_errors import MEMORY, errno_of, limit_error
 
 PATIENCE_S = 3.0  # of silent waiting for another process
 POLL_S = 0.5
@@ -88,10 +88,10 @@ def reading(path: Path) -> Iterator[None]:
 
 def unreadable(path: Path, error: OSError) -> PipelineError:
     """What to say of a file that cannot be read: a limit and a missing right are no damage, and mend otherwise."""
-    met = limit(f"{path}: cannot be read", error)
+    met = limit_error(f"{path}: cannot be read", error)
     if met is not None:
         return met
-    number = number_of(error)
+    number = errno_of(error)
     if number in (errno.ENOENT, errno.ENOTDIR):
         return CacheError(f"{path}: missing; run `pipeline verify`")
     said = os.strerror(number) if number else str(error)

@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from pipeline.errors import CacheError, UsageError
-from pipeline.os_errors import number_of, refuse_limit
+from pipeline.os_errors import errno_of, refuse_limit
 
 FORMAT = "1-rc2"
 
@@ -92,7 +92,7 @@ def inside(root: Path, relative: str) -> Path:
     try:
         within = not _has_link(root, parts) or path.resolve().is_relative_to(root.resolve())
     except (OSError, RuntimeError) as error:  # too long a name; links in a circle
-        ours = isinstance(error, RuntimeError) or number_of(error) == errno.ELOOP
+        ours = isinstance(error, RuntimeError) or errno_of(error) == errno.ELOOP
         if not ours and max(len(os.fsencode(part)) for part in parts) <= LONGEST_NAME:
             refuse_limit(path, error)
         raise CacheError(f"{root}: a manifest names {relative[:80]!r}, which no file can be called") from error

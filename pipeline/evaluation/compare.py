@@ -23,7 +23,7 @@ from pipeline.evaluation.accept_length import resamples
 from pipeline.evaluation.plot import lines_of, recipes_of
 from pipeline.evaluation.reports import asked_in, cell, columns_of, drawn_at, load_reports, prompts_of, temperatures
 from pipeline.evaluation.tables import as_markdown
-from pipeline.visible_text import in_markdown, visible
+from pipeline.visible_text import escape_markdown, visible
 
 EDGES = (0.025, 0.975)
 
@@ -46,7 +46,7 @@ def against(paths: Sequence[Path], baseline: Sequence[Path], markdown: bool = Fa
     reports, base = loaded[: len(paths)], loaded[len(paths) :]
     if len(columns_of(base)) > 1:
         raise UsageError(f"--against: {' and '.join(columns_of(base))} are several drafts; name the seeds of one")
-    shown = in_markdown if markdown else visible
+    shown = escape_markdown if markdown else visible
     (title,) = map(shown, columns_of(base))
     rows = [row for name, members in columns_of(reports).items() for row in _rows(shown(name), members, base)]
     tables = [[["draft", "seeds", "T", "accept length", f"ratio to {title}", "by seed"], *rows]]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache.manifest import has_form
-from pipeline.checksummed_json import MOST_BYTES, damaged, scarred, unsealed
+from pipeline.checksummed_json import MAX_BYTES, damage_error, ends_with_checksum, parse_checksummed
 from pipeline.errors import UsageError
 from pipeline.untrusted import read_file
 
@@ -39,14 +39,14 @@ def load_reports(paths: Sequence[Path]) -> list[dict]:
 def load_report(path: Path) -> dict:
     """Read what `pipeline evaluate --out` wrote. UsageError for what is no report, CacheError for a damaged one."""
     try:
-        data = read_file(path, MOST_BYTES)
+        data = read_file(path, MAX_BYTES)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} is no report of `pipeline evaluate --out FILE` ({_said(error)})") from None
     try:
-        report, _ = unsealed(data)
+        report, _ = parse_checksummed(data)
     except ValueError as error:
-        if scarred(data):
-            raise damaged(path, error, "put it back as it was, or evaluate that draft again") from None
+        if ends_with_checksum(data):
+            raise damage_error(path, error, "put it back as it was, or evaluate that draft again") from None
         raise UsageError(f"{path} is no report of `pipeline evaluate --out FILE` ({error})") from None
     wrong = [key for key in EVALUATION if not has_form(report, {key: EVALUATION[key]})]
     if not wrong and report.get("sampled") is not None and not has_form(report["sampled"], DRAWN):

@@ -17,7 +17,7 @@ from pipeline.cache.target_folder import has_target, target_file
 from pipeline.console import grid, shows_styles
 from pipeline.errors import CacheError, UsageError
 from pipeline.evaluation.reports import cell, columns_of, drawn_at, load_reports, temperatures
-from pipeline.visible_text import in_markdown, visible, visible_lines
+from pipeline.visible_text import escape_markdown, visible, visible_lines
 
 TOKENIZER = "tokenizer.json"
 LISTED = 20  # shards that are not captured yet, or foreign files, before the rest is only counted
@@ -155,7 +155,7 @@ def comparison(paths: Sequence[Path], markdown: bool = False, forced: bool = Fal
         figures |= _drawn_rows(*drawn)
     if forced:
         figures |= {f"{domain}, forced": lambda reports, name=domain: _forced(reports, name) for domain in domains}
-    name = in_markdown if markdown else visible
+    name = escape_markdown if markdown else visible
     rows = [["accept length", *map(name, columns)]]
     rows += [[name(title), *map(figure, columns.values())] for title, figure in (figures | FACTS).items()]
     if markdown:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from pipeline.drafts import DraftConfig
 from pipeline.published.writing import Origin
-from pipeline.visible_text import as_code, in_markdown, visible
+from pipeline.visible_text import escape_markdown, markdown_code, visible
 
 CARD = "README.md"
 TITLES = {"dflash": "DFlash", "domino": "Domino", "dspark": "DSpark"}
@@ -31,7 +31,7 @@ class Facts:
 
 def card(config: DraftConfig, form: str, origin: Origin, facts: Facts, parameters: int, folder: str) -> str:
     """Return the card as Markdown. The same facts give the same bytes."""
-    target = in_markdown(origin.target or "the target")
+    target = escape_markdown(origin.target or "the target")
     front = [f"base_model: {json.dumps(origin.target)}"] if origin.target and "/" in origin.target else []
     front = ["---", *front, "tags:", "- speculative-decoding", f"- {config.method}", "---"]
     title = f"# {TITLES[config.method]} draft for {target}"
@@ -49,13 +49,13 @@ def card(config: DraftConfig, form: str, origin: Origin, facts: Facts, parameter
 
 def _what(config: DraftConfig, origin: Origin, parameters: int) -> str:
     slots = "anchor + k + 1" if config.shift_label else "anchor + k"
-    revision = f", revision {as_code(origin.revision)}" if origin.revision else ""
+    revision = f", revision {markdown_code(origin.revision)}" if origin.revision else ""
     rows = [
         (
             "method",
             f"{TITLES[config.method]} ([arXiv:{PAPERS[config.method]}](https://arxiv.org/abs/{PAPERS[config.method]}))",
         ),
-        ("target", f"{in_markdown(origin.target or 'not recorded')}{revision}"),
+        ("target", f"{escape_markdown(origin.target or 'not recorded')}{revision}"),
         ("parameters", f"{parameters:,}, {origin.dtype}"),
         ("block", f"{config.block_size} slots, {config.proposals} proposals; slot k guesses the token at {slots}"),
         ("target layers read", f"{', '.join(map(str, config.target_layer_ids))} (outputs of decoder layers, from 0)"),
@@ -84,7 +84,7 @@ def _serving(config: DraftConfig, form: str, origin: Origin, folder: str) -> str
         notes.append(f"and {config.proposals - 1} proposals a block, where the figures below have {config.proposals}.")
     if form == "sglang" and config.method == "dspark" and not config.enable_confidence_head:
         notes.append("Without a confidence head SGLang serves it in its default, static verify mode only.")
-    check = as_code(shlex.join(["pipeline", "check-export", folder]))
+    check = markdown_code(shlex.join(["pipeline", "check-export", folder]))
     return f"    {visible(command)}\n\n" + "\n".join(notes) + f"\n{check} proves the files themselves."
 
 
@@ -119,7 +119,7 @@ def _accept_table(found: dict) -> str:
             low, high = row["interval"]
             kept = [f"{share:.0%}" for share in row["per_slot"]] + [""] * (slots - len(row["per_slot"]))
             cells = (
-                in_markdown(name or "-"),
+                escape_markdown(name or "-"),
                 str(row["prompts"]),
                 f"{row['accept_len']:.2f}",
                 f"{low:.2f} - {high:.2f}",
@@ -131,9 +131,9 @@ def _accept_table(found: dict) -> str:
 
 def _made_from(origin: Origin, facts: Facts) -> str:
     rows = [
-        ("target's digest", facts.target_digest and in_markdown(facts.target_digest)),
-        ("cache's digest", facts.cache and in_markdown(facts.cache)),
-        *([("started from", in_markdown(facts.start))] if facts.start else []),
+        ("target's digest", facts.target_digest and escape_markdown(facts.target_digest)),
+        ("cache's digest", facts.cache and escape_markdown(facts.cache)),
+        *([("started from", escape_markdown(facts.start))] if facts.start else []),
         ("steps", None if facts.steps is None else f"{facts.steps:,}"),
         ("samples of the cache", None if facts.samples is None else f"{facts.samples:,}"),
         *(("corpus", _source(source)) for source in facts.sources),
@@ -145,14 +145,14 @@ def _made_from(origin: Origin, facts: Facts) -> str:
 
 def _source(source: dict) -> str:
     """A data set of the hub, or a file by its name inside the corpus, and what says which one exactly."""
-    return ", ".join(in_markdown(value) for key, value in source.items() if key != "size" and value)
+    return ", ".join(escape_markdown(value) for key, value in source.items() if key != "size" and value)
 
 
 def _told(template: dict) -> str | None:
     """Return what to serve the target with: another mode has other prompts than those the draft has learned."""
     if not template:
         return None
-    arguments = as_code(json.dumps(template["template_kwargs"], sort_keys=True))
+    arguments = markdown_code(json.dumps(template["template_kwargs"], sort_keys=True))
     return f"{arguments} and the day {template['template_date']}; serve the target in the same mode"
 
 

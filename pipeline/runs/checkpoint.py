@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from pipeline.cache.atomic import need_room, room, sync_file, sync_folder, write_file
 from pipeline.cache.manifest import FILES, FileFact
-from pipeline.checksummed_json import as_record, damaged, read_record
+from pipeline.checksummed_json import damage_error, read_record, record_bytes
 from pipeline.drafts import DRAFTS, Draft, DraftConfig
 from pipeline.errors import CacheError, UsageError
 from pipeline.published.names import draft_tensors
@@ -86,7 +86,7 @@ def _write_files(folder: Path, weights: dict, config: DraftConfig, optimizer: di
     for file in files:
         sync_file(file)
     facts = {file.name: FileFact.of_file(file).as_dict() for file in files}
-    write_file(folder / STATE, as_record(dict(sorted({**state, "files": facts}.items()))))
+    write_file(folder / STATE, record_bytes(dict(sorted({**state, "files": facts}.items()))))
 
 
 def _size(tensor: torch.Tensor) -> int:
@@ -136,7 +136,7 @@ def _check_file(path: Path, fact: dict, every_byte: bool, remedy: str) -> None:
             raise CacheError(f"{path}: a link or no file, and a checkpoint holds its own files; {remedy}")
         same = found.st_size == fact["size"] and (not every_byte or FileFact.of_file(path).as_dict() == fact)
     except OSError as error:
-        raise damaged(path, error, remedy) from None
+        raise damage_error(path, error, remedy) from None
     if not same:
         raise CacheError(f"{path}: damaged, it is not what {STATE} says; {remedy}")
 
@@ -168,7 +168,7 @@ def _config(path: Path) -> DraftConfig:
             raise ValueError(f"num_hidden_layers is {fields['num_hidden_layers']}")
         return DraftConfig(**fields)
     except (OSError, ValueError, TypeError, KeyError, UsageError) as error:
-        raise damaged(file, error, remedy) from None
+        raise damage_error(file, error, remedy) from None
 
 
 def load_draft(place: Path, head: TargetHead, device: str | torch.device = "cpu") -> Draft:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.cache.atomic import write_file
 from pipeline.cache.manifest import FileFact, has_form
-from pipeline.checksummed_json import as_record, damaged, read_record
+from pipeline.checksummed_json import damage_error, read_record, record_bytes
 from pipeline.errors import CacheError, UsageError
 from pipeline.runs.checkpoint import CONFIG, DRAFT, STATE, checkpoint_folder, open_checkpoint
 from pipeline.runs.recipe import Recipe, load_recipe
@@ -31,7 +31,7 @@ MAKE_AGAIN = "remove it: the same `pipeline train-draft` makes it again from the
 
 def write_run(run: Path, facts: dict, recipe: str) -> None:
     """Write what a run is. The recipe comes last: with it the folder is a run's."""
-    write_file(run / RUN, as_record(facts | {"recipe": FileFact.of_bytes(recipe.encode()).as_dict()}))
+    write_file(run / RUN, record_bytes(facts | {"recipe": FileFact.of_bytes(recipe.encode()).as_dict()}))
     write_file(run / RECIPE, recipe.encode())
 
 
@@ -46,7 +46,7 @@ def read_recipe(run: Path) -> Recipe:
     try:
         found = FileFact.of_bytes(read_file(path, MOST_RECIPE)).as_dict()
     except (OSError, ValueError) as error:
-        raise damaged(path, error, PUT_BACK) from None
+        raise damage_error(path, error, PUT_BACK) from None
     if wanted not in (None, found):
         raise CacheError(f"{path}: damaged, it is not what {RUN} says; {PUT_BACK}")
     try:
@@ -58,7 +58,7 @@ def read_recipe(run: Path) -> Recipe:
 def write_result(run: Path, result: dict) -> None:
     """Write the result of a run, whose last checkpoint is there: with it the run is finished."""
     state = FileFact.of_file(checkpoint_folder(run, result["steps"]) / STATE).as_dict()
-    write_file(run / DONE, as_record(result | {"state": state}))
+    write_file(run / DONE, record_bytes(result | {"state": state}))
 
 
 def read_result(run: Path) -> dict | None:

@@ -23,7 +23,7 @@ from pipeline.errors import RoomError
 from pipeline.target.head import TargetHead
 from pipeline.target.model import run_decoder, tap_layers
 from pipeline.target.on_policy import on_policy_rows, score_tokens
-from pipeline.tensors import out_of_memory
+from pipeline.tensors import is_out_of_memory
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Engine:
             try:
                 output = self._forward(shard, group, longest, columns)
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 output = None
                 cause = str(error).strip().split("\n")[0][:160]

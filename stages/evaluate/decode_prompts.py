@@ -14,7 +14,7 @@ from rich.progress import track
 from transformers import PreTrainedModel
 
 from pipeline.errors import ProofError, RoomError, UsageError
-from pipeline.tensors import out_of_memory
+from pipeline.tensors import is_out_of_memory
 from stages.evaluate.decode import Decoded, Dice
 from stages.evaluate.losslessness import Judge, places, plain_decode
 from stages.evaluate.plain_replies import PlainReplies
@@ -32,7 +32,7 @@ def memory_for(batch: int, device: torch.device) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         what, less = ("a prompt", "use a larger device, --device cpu, or shorter prompts")
         if batch > 1:

@@ -16,7 +16,7 @@ from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import room, write_file
 from pipeline.cache.layout import LOG
 from pipeline.cache.manifest import read_canonical
-from pipeline.checksummed_json import sealed
+from pipeline.checksummed_json import with_checksum
 from pipeline.console import VisibleConsole
 from pipeline.drafts import Draft
 from pipeline.errors import PipelineError, RoomError, UsageError
@@ -172,7 +172,7 @@ def as_json(report: dict) -> bytes:
     """Return a report as a record, a list of numbers on one line: reports are kept in git, a line a number is no
     diff."""
     text = json.dumps(report, indent=1)
-    return sealed(PLAIN_LIST.sub(lambda found: re.sub(r"\s", "", found[0]), text))
+    return with_checksum(PLAIN_LIST.sub(lambda found: re.sub(r"\s", "", found[0]), text))
 
 
 @dataclass(frozen=True)

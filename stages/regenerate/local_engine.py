@@ -21,7 +21,7 @@ from pipeline.sampling import draw, key_seed, nucleus, uniforms
 from pipeline.target.files import max_positions, text_config
 from pipeline.target.kv_cache import BatchedKV, check_batchable, new_kv
 from pipeline.target.model import lm_logits, load_target, run_decoder, stop_tokens
-from pipeline.tensors import out_of_memory
+from pipeline.tensors import is_out_of_memory
 from stages.regenerate.options import Options
 from stages.regenerate.pending import Failure, Job
 from stages.regenerate.rendering import Renderer
@@ -74,7 +74,7 @@ class Local:
                 texts.sort(key=lambda text: len(text.prompt))
                 (self._together if self.batch else self._one_by_one)(deque(texts))
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise RoomError(
                 f"no room on {self.target.device} for {self.batch} prompts at once; pass a smaller --batch or --max-new"

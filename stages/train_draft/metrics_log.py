@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from pipeline.cache.atomic import room, write_file
-from pipeline.checksummed_json import damaged, sealed, unsealed
+from pipeline.checksummed_json import damage_error, parse_checksummed, with_checksum
 from pipeline.errors import CacheError
 from pipeline.untrusted import read_file
 
@@ -53,11 +53,11 @@ class Journal:
         try:
             lines = read_file(self.path, MOST_BYTES).splitlines(keepends=True) if self.path.exists() else []
         except (OSError, ValueError) as error:
-            raise damaged(self.path, error, REMOVE) from None
+            raise damage_error(self.path, error, REMOVE) from None
         kept, last = [], ""
         for number, line in enumerate(lines, 1):
             try:
-                record, checksum = unsealed(line, last)
+                record, checksum = parse_checksummed(line, last)
                 if not line.endswith(b"\n") or type(record.get("step")) is not int or (last and not checksum):
                     raise ValueError("no line of a journal")
             except ValueError as error:
@@ -70,9 +70,9 @@ class Journal:
 
     def write(self, record: dict) -> None:
         """Append one line and sync it. RoomError when the disk is full."""
-        line = sealed(json.dumps(record, allow_nan=False), self.last)
+        line = with_checksum(json.dumps(record, allow_nan=False), self.last)
         self.lines.append(record)
-        self.last = unsealed(line, self.last)[1]
+        self.last = parse_checksummed(line, self.last)[1]
         with room(self.path, "a line of metrics"), open(self.path, "ab") as file:
             file.write(line)
             file.flush()

@@ -176,7 +176,7 @@ def make_draft(resolved: Resolved, store: HiddenCache, where: torch.device, star
             start.fill(draft)
         return draft.to(where).train()
     except RuntimeError as error:
-        if not tensors.out_of_memory(error):
+        if not tensors.is_out_of_memory(error):
             raise
         cause = str(error).strip().split("\n")[0][:160]
         raise RoomError(f"the draft does not fit into memory ({cause}); make its sizes in [draft] smaller") from error

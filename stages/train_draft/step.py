@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.drafts import Blocks, Draft, Knobs, metrics_of
 from pipeline.errors import ProofError, RoomError
 from pipeline.runs.recipe import TrainSection
-from pipeline.tensors import out_of_memory
+from pipeline.tensors import is_out_of_memory
 from stages.train_draft.loader import AnyCell, Batch, Stream
 from stages.train_draft.optimizer import AdamW, Muon, rate
 
@@ -127,7 +127,7 @@ class Trainer:
             try:
                 return backward(self.draft, cells, knobs, self.precision, logs, batch.blocks, self.at_once)
             except RuntimeError as error:
-                if not out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 cause = str(error).strip().split("\n")[0][:160]
             most = min(self.at_once or sys.maxsize, max(len(blocks.anchors_N) for blocks in batch.blocks))

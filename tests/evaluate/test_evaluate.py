@@ -13,7 +13,7 @@ from tiny import config, save_target, write_jsonl
 
 from pipeline import cli
 from pipeline.cache import HiddenCache
-from pipeline.checksummed_json import unsealed
+from pipeline.checksummed_json import parse_checksummed
 from pipeline.errors import DataError, ProofError, RoomError, UsageError
 from pipeline.evaluation.reports import load_report
 from pipeline.published.export import export
@@ -208,7 +208,7 @@ def test_a_list_of_numbers_takes_one_line_of_the_report_and_texts_stay_as_they_a
 
     written = evaluation.as_json(report).decode()
 
-    assert unsealed(written.encode())[0] == report
+    assert parse_checksummed(written.encode())[0] == report
     lines = [line.strip() for line in written.splitlines()]
     assert {'"lengths": [8,1,2]', '"interval": [1.5,-1e-09],', "[1,2],", "[3,null]"} <= {*lines}
 

@@ -16,7 +16,7 @@ from cache_maker import flip
 from run_folders import without_checksums
 
 from pipeline.cache import HiddenCache
-from pipeline.checksummed_json import as_record, unsealed
+from pipeline.checksummed_json import parse_checksummed, record_bytes
 from pipeline.errors import CacheError
 from pipeline.evaluation.reports import load_report
 from pipeline.runs import checkpoint
@@ -189,15 +189,15 @@ def test_runs_of_version_0_5_0_have_no_checksums_and_still_open(run, tiny_cache,
 
 
 def rewrite(path: Path, **changes) -> None:
-    facts, _ = unsealed(path.read_bytes())
-    path.write_bytes(as_record(facts | changes))
+    facts, _ = parse_checksummed(path.read_bytes())
+    path.write_bytes(record_bytes(facts | changes))
 
 
 def forged_files(**more):
     """What says of a checkpoint that it has these files, too, or others."""
 
     def forge(step: Path) -> None:
-        held = unsealed((step / "state.json").read_bytes())[0]["files"] if more else {}
+        held = parse_checksummed((step / "state.json").read_bytes())[0]["files"] if more else {}
         rewrite(step / "state.json", files=held | more)
 
     return forge

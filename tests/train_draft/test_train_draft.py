@@ -24,7 +24,7 @@ from pipeline.cache.plan import write_segment
 from pipeline.cache.samples import PlannedSample
 from pipeline.cache.target_folder import new_target
 from pipeline.cache.writer import ShardWriter
-from pipeline.checksummed_json import as_record, unsealed
+from pipeline.checksummed_json import parse_checksummed, record_bytes
 from pipeline.cli import commands
 from pipeline.drafts import DRAFTS, Knobs, lay_blocks
 from pipeline.drafts import draft as draft_module
@@ -713,9 +713,9 @@ def test_a_run_that_goes_on_elsewhere_says_what_differs(tiny_cache, tmp_path, mo
     with monkeypatch.context() as patch, pytest.raises(Killed):
         stopping(patch, 3, kill)
         trained(tiny_cache, tmp_path / "run", "train.save_every=2")
-    facts, _ = unsealed((tmp_path / "run" / "run.json").read_bytes())
+    facts, _ = parse_checksummed((tmp_path / "run" / "run.json").read_bytes())
     facts["machine"], facts["versions"]["torch"] = {"device": "cpu", "threads": "64"}, "2.9.0"
-    (tmp_path / "run" / "run.json").write_bytes(as_record(facts))
+    (tmp_path / "run" / "run.json").write_bytes(record_bytes(facts))
     assert "began with" not in capsys.readouterr().out
 
     trained(tiny_cache, tmp_path / "run", "train.save_every=2")
@@ -740,9 +740,9 @@ def test_a_run_keeps_the_rule_of_chunks_that_it_began_with(tiny_cache, tmp_path,
         with pytest.raises(Killed):
             trained(tiny_cache, tmp_path / "old", *cells)
     record = tmp_path / "old" / "run.json"
-    facts, _ = unsealed(record.read_bytes())
+    facts, _ = parse_checksummed(record.read_bytes())
     del facts["head_chunk"]  # and they did not say so
-    record.write_bytes(as_record(facts))
+    record.write_bytes(record_bytes(facts))
     assert {rule for rule, _ in asked} == {1}
     of_old = {blocks for _, blocks in asked}
     asked.clear()
@@ -796,9 +796,9 @@ def test_a_run_begun_with_plain_rotary_positions_goes_on_with_them(scaled_cache,
         with pytest.raises(Killed):
             trained(scaled_cache, tmp_path / "old", "train.save_every=1")
     record = tmp_path / "old" / "run.json"
-    facts, _ = unsealed(record.read_bytes())
+    facts, _ = parse_checksummed(record.read_bytes())
     del facts["rope_scaling"]  # and they did not say so
-    record.write_bytes(as_record(facts))
+    record.write_bytes(record_bytes(facts))
     capsys.readouterr()
 
     old = trained(scaled_cache, tmp_path / "old", "train.save_every=1")
@@ -824,8 +824,8 @@ def test_a_damaged_record_of_rotary_positions_is_named(tiny_cache, tmp_path, mon
     with monkeypatch.context() as patch, pytest.raises(Killed):
         stopping(patch, 1, kill)
         trained(tiny_cache, tmp_path / "run")
-    facts, _ = unsealed((tmp_path / "run" / "run.json").read_bytes())
-    (tmp_path / "run" / "run.json").write_bytes(as_record(facts | {"rope_scaling": record}))
+    facts, _ = parse_checksummed((tmp_path / "run" / "run.json").read_bytes())
+    (tmp_path / "run" / "run.json").write_bytes(record_bytes(facts | {"rope_scaling": record}))
 
     with pytest.raises(CacheError, match=r"run\.json: damaged, no rope_scaling"):
         trained(tiny_cache, tmp_path / "run")
@@ -844,8 +844,8 @@ def test_a_rule_of_chunks_that_there_is_none_of_is_refused(tiny_cache, tmp_path,
     with monkeypatch.context() as patch, pytest.raises(Killed):
         stopping(patch, 1, kill)
         trained(tiny_cache, tmp_path / "run")
-    facts, _ = unsealed((tmp_path / "run" / "run.json").read_bytes())
-    (tmp_path / "run" / "run.json").write_bytes(as_record(facts | {"head_chunk": rule}))
+    facts, _ = parse_checksummed((tmp_path / "run" / "run.json").read_bytes())
+    (tmp_path / "run" / "run.json").write_bytes(record_bytes(facts | {"head_chunk": rule}))
 
     with pytest.raises(error, match=said):
         trained(tiny_cache, tmp_path / "run")

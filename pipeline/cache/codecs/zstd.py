@@ -30,7 +30,7 @@ from zstandard import STRATEGY_FAST, ZstdCompressionParameters, ZstdCompressor
 from pipeline.cache.atomic import reading
 from pipeline.cache.codecs.zarr_file import OPEN, SHARD_FILE, Grid, ShardFileWriter, index_of, read_index
 from pipeline.errors import CacheError
-from pipeline.os_errors import limit
+from pipeline.os_errors import limit_error
 
 BLOCK = 1 << 20  # bytes; at most so much of whole rows is a chunk
 LARGEST = 8 << 20  # bytes of a chunk, whoever wrote it
@@ -117,7 +117,7 @@ def refuse_no_memory(where: Path | str) -> None:
     try:
         bytearray(MARGIN)
     except MemoryError as error:
-        raise limit(where, error) from None
+        raise limit_error(where, error) from None
 
 
 class ZstdReader:
