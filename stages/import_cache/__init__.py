@@ -1,1 +1,1 @@
-"""`pipeline import-cache`: caches that other trainers made, as ours."""
+"""`pipeline import-cache`: convert a cache of another trainer into one of this project."""

@@ -21,7 +21,15 @@ from pipeline.cache.manifest import has_form
 from pipeline.errors import DataError, UsageError
 from pipeline.os_errors import refuse_limit
 from pipeline.untrusted import parse_json, read_file
-from stages.import_cache.foreign_sample import Foreign, Place, Stated, broken, listing, loss_mask, tokens
+from stages.import_cache.foreign_sample import (
+    ForeignSample,
+    SampleLocation,
+    StatedConvention,
+    bad_file,
+    check_loss_mask,
+    check_token_ids,
+    source_facts,
+)
 
 MANIFEST, INDEX = "manifest.json", "samples.idx"
 VERSION = 2
@@ -32,7 +40,7 @@ MOST_MANIFEST = 64 << 20
 
 
 class DeepSpec:
-    """A folder with a manifest; its layers are those that the manifest names, of width `width`."""
+    """A DeepSpec folder. Its manifest names the layers; `width` is the hidden size D."""
 
     form = "deepspec"
 
@@ -45,52 +53,55 @@ class DeepSpec:
                 "--model it was made with"
             )
         self.layers = len(facts["target_layer_ids"])
-        self.stated = Stated(tuple(facts["target_layer_ids"]), count_from=0, last="normed")
+        self.stated = StatedConvention(tuple(facts["target_layer_ids"]), count_from=0, last="normed")
         self._shards = [folder / entry["file_name"] for entry in facts["shards"]]
         for path in self._shards:
             if not path.is_file():
-                raise broken(path, "missing, though the manifest names it")
+                raise bad_file(path, "missing, though the manifest names it")
         self._index = folder / INDEX
         samples = facts["num_samples"]
         if not self._index.is_file() or self._index.stat().st_size != samples * RECORD.size:
-            raise broken(self._index, f"missing or cut short: {samples} samples take {samples * RECORD.size} bytes")
-        self.places: list[Place] = [(INDEX, line) for line in range(1, samples + 1)]
+            raise bad_file(self._index, f"missing or cut short: {samples} samples take {samples * RECORD.size} bytes")
+        self.locations: list[SampleLocation] = [(INDEX, line) for line in range(1, samples + 1)]
 
-    def listing(self) -> dict:
-        """What the plan says of this source."""
-        return listing(self.folder, self.form, [self.folder / MANIFEST, self._index, *self._shards])
+    def source_facts(self) -> dict:
+        """Return this source's entry in the plan."""
+        return source_facts(self.folder, self.form, [self.folder / MANIFEST, self._index, *self._shards])
 
-    def open(self, file: str, line: int) -> Foreign:
-        """Read one sample's tokens. DataError for an index or a shard that is not whole."""
+    def open(self, file: str, line: int) -> ForeignSample:
+        """Read one sample's tokens and masks; its states on demand. DataError for a damaged index or shard."""
         with open(self._index, "rb") as index:
             index.seek((line - 1) * RECORD.size)
             data = index.read(RECORD.size)
         if len(data) != RECORD.size:
-            raise broken(self._index, "cut short")
+            raise bad_file(self._index, "cut short")
         sample, shard, T, *starts = RECORD.unpack(data)
         if sample != line - 1 or shard >= len(self._shards) or not T:
-            raise broken(self._index, f"its record {line} is of sample {sample}, shard {shard}, {T} tokens: damaged")
+            raise bad_file(self._index, f"its record {line} is of sample {sample}, shard {shard}, {T} tokens: damaged")
         path, where = self._shards[shard], f"{self._shards[shard]}, sample {line - 1}"
-        wide, row = 2 * self.layers * self.width, 2 * self.width  # bytes of a row's layers, and of its last state
+        layers_bytes, last_bytes = (
+            2 * self.layers * self.width,
+            2 * self.width,
+        )  # bytes a row: all layers, the last state
         limit = path.stat().st_size
-        for start, size in zip(starts, (4 * T, T, T, T * wide, T * row), strict=True):
+        for start, size in zip(starts, (4 * T, T, T, T * layers_bytes, T * last_bytes), strict=True):
             if start + size > limit:
-                raise broken(where, f"its bytes to {start + size:,} are not in the shard's {limit:,}: cut short")
+                raise bad_file(where, f"its bytes to {start + size:,} are not in the shard's {limit:,}: cut short")
         ids, attended, mask, layers, last = starts
-        if set(_bytes(path, attended, T)) != {1}:
-            raise broken(where, "has padding among its tokens")
-        ids_T = tokens(np.frombuffer(_bytes(path, ids, 4 * T), "<i4"), where)
-        mask_T = loss_mask(np.frombuffer(_bytes(path, mask, T), np.uint8), where)
+        if set(_read_bytes(path, attended, T)) != {1}:
+            raise bad_file(where, "has padding among its tokens")
+        ids_T = check_token_ids(np.frombuffer(_read_bytes(path, ids, 4 * T), "<i4"), where)
+        mask_T = check_loss_mask(np.frombuffer(_read_bytes(path, mask, T), np.uint8), where)
 
         def rows(first: int, end: int) -> tuple[Tensor, Tensor]:
-            layers_RKD = _states(path, layers + first * wide, (end - first, self.layers, self.width))
-            return layers_RKD, _states(path, last + first * row, (end - first, self.width))
+            layers_RKD = _read_states(path, layers + first * layers_bytes, (end - first, self.layers, self.width))
+            return layers_RKD, _read_states(path, last + first * last_bytes, (end - first, self.width))
 
-        return Foreign(where, ids_T, mask_T, torch.bfloat16, True, rows)
+        return ForeignSample(where, ids_T, mask_T, torch.bfloat16, True, rows)
 
 
-def _bytes(path: Path, start: int, count: int) -> bytearray:
-    """Bytes of a shard, read and not mapped: a shard may have 64 GB, and a failing disk ends no process."""
+def _read_bytes(path: Path, start: int, count: int) -> bytearray:
+    """Return bytes of a shard, read, not mapped: a disk error under a mapping would kill the process."""
     data = bytearray(count)
     with reading(path), open(path, "rb", buffering=0) as file:
         file.seek(start)
@@ -98,25 +109,25 @@ def _bytes(path: Path, start: int, count: int) -> bytearray:
         while rest and (got := file.readinto(rest)):
             rest = rest[got:]
     if rest:
-        raise broken(path, f"ends before byte {start + count:,}")
+        raise bad_file(path, f"ends before byte {start + count:,}")
     return data
 
 
-def _states(path: Path, start: int, shape: tuple[int, ...]) -> Tensor:
-    return torch.frombuffer(_bytes(path, start, 2 * prod(shape)), dtype=torch.bfloat16).view(shape)
+def _read_states(path: Path, start: int, shape: tuple[int, ...]) -> Tensor:
+    return torch.frombuffer(_read_bytes(path, start, 2 * prod(shape)), dtype=torch.bfloat16).view(shape)
 
 
 def read_manifest(path: Path) -> dict:
-    """Return a manifest of the version and types that are read. DataError for any other, or a damaged one."""
+    """Read the manifest. DataError for a version or dtype that is not supported, or for damage."""
     try:
         facts = parse_json(read_file(path, MOST_MANIFEST))
     except (OSError, ValueError) as error:
         refuse_limit(path, error)
-        raise broken(path, f"cannot be read ({str(error)[:120]})") from error
+        raise bad_file(path, f"cannot be read ({str(error)[:120]})") from error
     layers = facts.get("target_layer_ids") if isinstance(facts, dict) else None
     whole = isinstance(layers, list) and layers and all(type(layer) is int for layer in layers)
     if not whole or not has_form(facts, FORM) or not facts["num_samples"]:
-        raise broken(path, "damaged, or the manifest of something else")
+        raise bad_file(path, "damaged, or the manifest of something else")
     if facts["version"] != VERSION:
         raise DataError(f"{path}: version {facts['version']}, only {VERSION} is read; capture again with that")
     for key, wanted in KINDS.items():
@@ -127,5 +138,5 @@ def read_manifest(path: Path) -> dict:
             )
     for number, entry in enumerate(facts["shards"]):
         if entry["shard_id"] != number or Path(entry["file_name"]).name != entry["file_name"]:
-            raise broken(path, f"names {entry['file_name']!r} as shard {number}: out of order, or elsewhere")
+            raise bad_file(path, f"names {entry['file_name']!r} as shard {number}: out of order, or elsewhere")
     return facts

@@ -1,8 +1,8 @@
-"""Which of the ways a cache was made in, found by value: the target computes a few samples again.
+"""Find a cache's layer numbering and norm convention by value: the target computes the states of a few samples again.
 
 Two things no file says for certain: whether layers were counted from 0 (the first decoder layer's output is 0: z-lab,
 SpecForge, DeepSpec) or from 1 (it is 1, and 0 is what enters it: Hugging Face's tuple, vLLM, speculators), and whether
-the last state was taken after the norm or before it. Read the wrong way both train well, and nothing is accepted.
+the last state was taken after the norm or before it. With either wrong, training looks fine and no token is accepted.
 
     P rows of a prefix   K layers   D hidden size   L depth of the target
 """
@@ -18,54 +18,58 @@ from transformers import PreTrainedModel
 from pipeline.errors import DataError, ProofError
 from pipeline.target.model import tap_layers
 from pipeline.target.probe import BOUNDS, ROWS, relative_error
-from stages.import_cache.foreign_sample import Foreign, broken
+from stages.import_cache.foreign_sample import ForeignSample, bad_file
 
 # Added to the probe's bounds: other kernels round otherwise. Guesses: no foreign cache of a large target was measured.
-# Read the wrong way, the bundled target's layers differ by 0.7.
-SLACK = {torch.bfloat16: 3e-2, torch.float16: 3e-2, torch.float32: 1e-3}
+# With the wrong convention, the bundled target's layers differ by 0.7.
+EXTRA_TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 3e-2, torch.float32: 1e-3}
 
 
 @dataclass(frozen=True)
-class Way:
-    """`count_from` 0 or 1: what the first decoder layer's output is called. `last`: "normed", "raw", or "none" kept."""
+class Convention:
+    """`count_from`: the number of the first decoder layer's output, 0 or 1. `last`: "normed", "raw", or "none" kept."""
 
     count_from: int
     last: str
 
     def layers(self, named: tuple[int, ...]) -> list[int]:
-        """The layers by our convention, `pipeline/target/layers.py`."""
+        """Return the layers in this project's numbering, see `pipeline/target/layers.py`."""
         return [layer - self.count_from for layer in named]
 
 
 @dataclass(frozen=True)
 class Errors:
     """Relative errors, the worst of all samples: of each stored layer to each entry [K, L + 1], 0 being what enters
-    layer 0 and L the last layer before the norm; and of the last state, by way."""
+    layer 0 and L the last layer before the norm; and of the last state, "normed" and "raw"."""
 
     layers_KE: np.ndarray
     last: dict[str, float]
 
 
-def settle(
-    model: PreTrainedModel, samples: list[Foreign], named: tuple[int, ...], count_from: int | None, last: str | None
-) -> tuple[Way, str]:
-    """Return the way that fits, among those not excluded by what was said, and a line that gives the figures.
+def find_convention(
+    model: PreTrainedModel,
+    samples: list[ForeignSample],
+    named: tuple[int, ...],
+    count_from: int | None,
+    last: str | None,
+) -> tuple[Convention, str]:
+    """Return the convention that fits, among those that `count_from` and `last` allow, and a line with the errors.
 
-    Raises ProofError, with the figures, when none does.
+    Raises ProofError, with the errors, when none fits.
     """
     dtype = samples[0].dtype
-    bound = BOUNDS.get(dtype, BOUNDS[torch.float32]) + SLACK[dtype]
-    errors = measure(model, samples)
-    counted, line = _settle_count(errors, named, count_from, bound, samples[0].where)
+    bound = BOUNDS.get(dtype, BOUNDS[torch.float32]) + EXTRA_TOLERANCE[dtype]
+    errors = measure_errors(model, samples)
+    counted, line = _find_count_from(errors, named, count_from, bound, samples[0].where)
     if last == "none" or not samples[0].has_last:
-        return Way(counted, "none"), line
-    taken, more = _settle_last(errors, last, bound, samples[0].where)
-    return Way(counted, taken), f"{line}; {more}"
+        return Convention(counted, "none"), line
+    taken, more = _find_last(errors, last, bound, samples[0].where)
+    return Convention(counted, taken), f"{line}; {more}"
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, samples: list[Foreign]) -> Errors:
-    """Compute prefixes again and compare. DataError for tokens that the target does not know."""
+def measure_errors(model: PreTrainedModel, samples: list[ForeignSample]) -> Errors:
+    """Compute prefixes with the target and compare. DataError for tokens outside of its vocabulary."""
     depth, device = model.config.get_text_config().num_hidden_layers, next(model.parameters()).device
     vocab = model.get_input_embeddings().weight.shape[0]
     tables, last = [], {"normed": 0.0, "raw": 0.0}
@@ -86,10 +90,10 @@ def measure(model: PreTrainedModel, samples: list[Foreign]) -> Errors:
         layers_PKD, last_PD = layers_PKD.to(device), None if last_PD is None else last_PD.to(device)
         tables.append([[_error(stored, entry) for entry in entries] for stored in layers_PKD.unbind(1)])
         if last_PD is not None:
-            for way, wanted in (("normed", truth.hidden_states[-1][0]), ("raw", entries[-1])):
-                last[way] = max(last[way], _error(last_PD, wanted))
+            for name, wanted in (("normed", truth.hidden_states[-1][0]), ("raw", entries[-1])):
+                last[name] = max(last[name], _error(last_PD, wanted))
     if not tables:
-        raise broken(samples[0].where, "its states are not finite, nor are those of others looked at")
+        raise bad_file(samples[0].where, "its states are not finite, nor are those of others looked at")
     return Errors(np.max(tables, axis=0), last)
 
 
@@ -98,41 +102,41 @@ def _error(stored: Tensor, truth: Tensor) -> float:
     return error if np.isfinite(error) else float("inf")
 
 
-def _settle_count(
-    errors: Errors, named: tuple[int, ...], said: int | None, bound: float, where: str
+def _find_count_from(
+    errors: Errors, named: tuple[int, ...], given: int | None, bound: float, where: str
 ) -> tuple[int, str]:
-    """Return what the first layer is called, and a line. ProofError when neither way fits, or not the one `said`."""
+    """Return the first layer's number, and a line. ProofError when neither fits, or not the one `given`."""
     table, depth = errors.layers_KE, errors.layers_KE.shape[1] - 1
     worst, right = {}, []
     for count in (0, 1):
         at = [layer + 1 - count for layer in named]
         inside = all(0 <= entry < depth for entry in at)
-        found = [table[k, entry] for k, entry in enumerate(at)] if inside else [float("inf")]
-        worst[count] = max(found)
-        nearest = inside and all(error <= table[k].min() for k, error in enumerate(found))
-        right += [count] * (nearest and worst[count] <= bound and said in (None, count))
+        layer_errors = [table[k, entry] for k, entry in enumerate(at)] if inside else [float("inf")]
+        worst[count] = max(layer_errors)
+        nearest = inside and all(error <= table[k].min() for k, error in enumerate(layer_errors))
+        right += [count] * (nearest and worst[count] <= bound and given in (None, count))
     if right:
         count, other = right[0], worst[1 - right[0]]
         instead = f"the other way {other:.1e}" if np.isfinite(other) else "the other way names no such layer"
         figures = f"error {worst[count]:.1e}, {instead}"
-        return count, f"layers {_text(named)} are counted from {count} ({figures})"
+        return count, f"layers {_csv(named)} are counted from {count} ({figures})"
     best, closest = table.argmin(axis=1), table.min(axis=1).max()
     if closest <= bound and best.max() < depth:
-        hint = f"they are the layers {_text(best - 1)} counted from 0: pass --layers {_text(best - 1)} --count-from 0"
+        hint = f"they are the layers {_csv(best - 1)} counted from 0: pass --layers {_csv(best - 1)} --count-from 0"
     else:
         hint = f"none fits better than {closest:.1e}: name the --model that made them, or make them again"
-    both = " and ".join(f"{worst[count]:.1e} counted from {count}" for count in (0, 1) if said in (None, count))
+    both = " and ".join(f"{worst[count]:.1e} counted from {count}" for count in (0, 1) if given in (None, count))
     raise ProofError(
-        f"{where}: what is named as layers {_text(named)} differs from the target's by {both}, at most {bound:.1e} is "
+        f"{where}: what is named as layers {_csv(named)} differs from the target's by {both}, at most {bound:.1e} is "
         f"right; {hint}; nothing was imported"
     )
 
 
-def _settle_last(errors: Errors, said: str | None, bound: float, where: str) -> tuple[str, str]:
-    """Return whether the last state is "normed" or "raw", and a line. ProofError when neither fits, or not `said`."""
+def _find_last(errors: Errors, given: str | None, bound: float, where: str) -> tuple[str, str]:
+    """Return "normed" or "raw" for the last state, and a line. ProofError when neither fits, or not `given`."""
     taken, other = sorted(errors.last, key=errors.last.get)
     fits = errors.last[taken] <= bound
-    if fits and said in (None, taken):
+    if fits and given in (None, taken):
         place = {"normed": "after", "raw": "before"}[taken]
         figures = f"error {errors.last[taken]:.1e}, the other way {errors.last[other]:.1e}"
         return taken, f"the last state is that {place} the norm ({figures})"
@@ -144,5 +148,5 @@ def _settle_last(errors: Errors, said: str | None, bound: float, where: str) -> 
     )
 
 
-def _text(layers: Iterable[int]) -> str:
+def _csv(layers: Iterable[int]) -> str:
     return ",".join(str(int(layer)) for layer in layers)

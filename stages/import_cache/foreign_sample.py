@@ -1,7 +1,7 @@
-"""A sample of another trainer's cache, and what the files of every form are held to before a state is read.
+"""A sample of another trainer's cache, and the checks on files of every form before a state is read.
 
-Nothing of such a file is believed: it may be cut short, of another kind, or made to harm. Sizes are compared with the
-file's own before anything is allocated, and states are mapped, so that only what is looked at is read.
+The files are untrusted: cut short, of another kind, or malicious. Sizes are compared with the file's own before
+anything is allocated, and states are memory-mapped, so that only rows in use are read.
 
     T tokens   K layers   D hidden size
 """
@@ -17,18 +17,18 @@ from torch import Tensor
 
 from pipeline.errors import DataError
 
-STORED = {torch.bfloat16: "bfloat16", torch.float16: "float32", torch.float32: "float32"}  # exact in either
+STORED_DTYPE = {torch.bfloat16: "bfloat16", torch.float16: "float32", torch.float32: "float32"}  # exact in either
 REMEDY = "make that file again, or move it out of the folder and import into a fresh --out"
 
-Place = tuple[str, int]  # file, relative to the source, and line from 1
+SampleLocation = tuple[str, int]  # file, relative to the source, and line from 1
 
 
 @dataclass(frozen=True)
-class Foreign:
-    """One sample as its file holds it: ids int32 [T], mask bool [T], and its states, which are read when asked for.
+class ForeignSample:
+    """One sample of a file: ids int32 [T], loss mask bool [T], and its states, which are read on demand.
 
     `where` is the file, for messages; `rows(first, end)` gives layers [R, K, D] and the last state [R, D], or None
-    where there is none, good until the next sample is opened.
+    where there is none; valid until the next sample is opened.
     """
 
     where: str
@@ -39,82 +39,84 @@ class Foreign:
     rows: Callable[[int, int], tuple[Tensor, Tensor | None]]
 
 
-def mapped(where: str, ids_T: np.ndarray, mask_T: np.ndarray, layers_TKD: Tensor, last_TD: Tensor | None) -> Foreign:
-    """Return the sample of a file whose states are mapped. DataError where shapes or types disagree."""
+def mapped_sample(
+    where: str, ids_T: np.ndarray, mask_T: np.ndarray, layers_TKD: Tensor, last_TD: Tensor | None
+) -> ForeignSample:
+    """Return the sample of a file whose states are memory-mapped. DataError where shapes or types disagree."""
     T, dtype = len(ids_T), layers_TKD.dtype
-    for name, held in (("loss mask", mask_T), ("layers", layers_TKD), ("last state", last_TD)):
-        if held is not None and len(held) != T:
-            raise broken(where, f"has {T} tokens, and {len(held)} rows in its {name}")
+    for name, array in (("loss mask", mask_T), ("layers", layers_TKD), ("last state", last_TD)):
+        if array is not None and len(array) != T:
+            raise bad_file(where, f"has {T} tokens, and {len(array)} rows in its {name}")
     if last_TD is not None and (last_TD.dtype != dtype or last_TD.shape[1] != layers_TKD.shape[2]):
-        raise broken(where, f"its last state is {last_TD.dtype} {list(last_TD.shape)}, its layers {dtype}")
+        raise bad_file(where, f"its last state is {last_TD.dtype} {list(last_TD.shape)}, its layers {dtype}")
 
     def rows(first: int, end: int) -> tuple[Tensor, Tensor | None]:
         return layers_TKD[first:end], None if last_TD is None else last_TD[first:end]
 
-    return Foreign(where, ids_T, mask_T, dtype, last_TD is not None, rows)
+    return ForeignSample(where, ids_T, mask_T, dtype, last_TD is not None, rows)
 
 
 @dataclass(frozen=True)
-class Stated:
-    """What a form says of itself; None where its files leave it open."""
+class StatedConvention:
+    """The convention that a form's files state; None where they do not."""
 
-    layers: tuple[int, ...] | None = None  # in the counting of whoever made it
-    count_from: int | None = None  # what the first decoder layer's output is called: 0 or 1
+    layers: tuple[int, ...] | None = None  # in the source's numbering
+    count_from: int | None = None  # the number of the first decoder layer's output: 0 or 1
     last: str | None = None  # "normed" or "raw"
 
 
-def broken(where: Path | str, what: str) -> DataError:
-    """What to say of a file that is not what it should be."""
+def bad_file(where: Path | str, what: str) -> DataError:
+    """Return the error for a damaged or unexpected file."""
     return DataError(f"{where}: {what}; {REMEDY}")
 
 
-def tokens(ids: np.ndarray, where: str) -> np.ndarray:
-    """Return token ids, whole numbers [T], as int32. DataError for what are none."""
+def check_token_ids(ids: np.ndarray, where: str) -> np.ndarray:
+    """Return token ids, integers [T], as int32. DataError for anything else."""
     if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
-        raise broken(where, f"its token ids are {ids.dtype} {list(ids.shape)}, wanted whole numbers [tokens]")
+        raise bad_file(where, f"its token ids are {ids.dtype} {list(ids.shape)}, wanted whole numbers [tokens]")
     if int(ids.min()) < 0 or int(ids.max()) > np.iinfo(np.int32).max:
-        raise broken(where, f"holds the token ids {int(ids.min())} to {int(ids.max())}, which no vocabulary has")
+        raise bad_file(where, f"holds the token ids {int(ids.min())} to {int(ids.max())}, which no vocabulary has")
     return ids.astype(np.int32)
 
 
-def loss_mask(mask: np.ndarray, where: str) -> np.ndarray:
+def check_loss_mask(mask: np.ndarray, where: str) -> np.ndarray:
     """Return a loss mask as bool [T]. DataError for anything but zeros and ones."""
     if mask.ndim != 1 or mask.dtype.kind not in "biuf" or not np.isin(mask, (0, 1)).all():
-        raise broken(where, f"its loss mask ({mask.dtype} {list(mask.shape)}) is not of zeros and ones [tokens]")
+        raise bad_file(where, f"its loss mask ({mask.dtype} {list(mask.shape)}) is not of zeros and ones [tokens]")
     return mask.astype(bool)
 
 
-def plain(tensor: object, name: str, where: str, limit: int) -> Tensor:
-    """Return a tensor of memory that is there: dense, on the CPU, no larger than the `limit` bytes of its file.
+def check_plain(tensor: object, name: str, where: str, limit: int) -> Tensor:
+    """Return a dense CPU tensor that claims no more than the `limit` bytes of its file. DataError for any other.
 
-    A tensor may claim any shape over a few bytes (a stride of 0, or no memory at all); copying it would fill a machine.
+    A tensor may claim any shape over a few bytes (a stride of 0, no storage); copying it would exhaust the memory.
     """
     kind = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not kind or tensor.is_quantized:
-        raise broken(where, f"its {name} is no plain tensor")
+        raise bad_file(where, f"its {name} is no plain tensor")
     claimed = tensor.numel() * tensor.element_size()
     if claimed > limit:
-        raise broken(where, f"its {name} {list(tensor.shape)} claims {claimed:,} bytes, the file has {limit:,}")
+        raise bad_file(where, f"its {name} {list(tensor.shape)} claims {claimed:,} bytes, the file has {limit:,}")
     return tensor.detach()
 
 
-def states(tensor: object, name: str, where: str, limit: int) -> Tensor:
-    """Return a plain tensor of states. DataError for a type that is not read."""
-    held = plain(tensor, name, where, limit)
-    if held.dtype not in STORED:
-        kind = str(held.dtype).removeprefix("torch.")
+def check_states(tensor: object, name: str, where: str, limit: int) -> Tensor:
+    """Return a plain tensor of states. DataError for a dtype that is not supported."""
+    checked = check_plain(tensor, name, where, limit)
+    if checked.dtype not in STORED_DTYPE:
+        kind = str(checked.dtype).removeprefix("torch.")
         raise DataError(
             f"{where}: its {name} is {kind}; only bfloat16, float16 and float32 are read (fp8 has lost 2.5 % already): "
             "capture again with `pipeline cache-hidden`"
         )
-    return held
+    return checked
 
 
-def listing(folder: Path, form: str, files: Iterable[Path]) -> dict:
-    """Return what a plan says of its source: how many files, their bytes, and a digest of their names and sizes."""
+def source_facts(folder: Path, form: str, files: Iterable[Path]) -> dict:
+    """Return a source's entry in the plan: its number of files, their bytes, and a digest of names and sizes."""
     digest, count, size = xxhash.xxh3_128(), 0, 0
     for file in files:
-        held = file.stat().st_size
-        digest.update(f"{file.relative_to(folder).as_posix()}\0{held}\n".encode())
-        count, size = count + 1, size + held
+        file_size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{file_size}\n".encode())
+        count, size = count + 1, size + file_size
     return {"file": folder.resolve().name, "form": form, "files": count, "size": size, "xxh3": digest.hexdigest()}

@@ -1,4 +1,4 @@
-"""Which of the forms a folder has, and its samples."""
+"""Recognise the form of a folder: SpecForge, speculators or DeepSpec."""
 
 from pathlib import Path
 
@@ -13,15 +13,15 @@ WANTED = "SpecForge's *.ckpt, speculators' hs_<i>.safetensors, or DeepSpec's man
 
 
 def find_source(folder: Path, layers: tuple[int, ...] | None, width: int, masks: Path | None) -> Source:
-    """Return a cache by the files there are; `width` is the target's, `layers` are those named, None for none.
+    """Return the source that a folder's files form. `width`: the target's hidden size. `layers`: those of --layers.
 
-    Raises UsageError where there is no such cache, or its layers are to be named; DataError for a damaged one.
+    Raises UsageError where there is none or --layers is missing; DataError for a damaged one.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; name one that holds {WANTED}")
     inner = folder / "hidden_states" if (folder / "hidden_states").is_dir() else folder  # where speculators puts them
     deepspec = (folder / INDEX).exists()
-    speculators = next((place for place in (folder, inner) if any(map(_is_hidden, place.iterdir()))), None)
+    speculators = next((place for place in (folder, inner) if any(map(_is_hidden_states, place.iterdir()))), None)
     specforge = next(folder.rglob(f"*{SUFFIX}*"), None)
     if sum(map(bool, (deepspec, speculators, specforge))) != 1:
         raise UsageError(f"{folder}: holds {'none or several'} of these: {WANTED}; name a folder with one of them")
@@ -44,10 +44,10 @@ def find_source(folder: Path, layers: tuple[int, ...] | None, width: int, masks:
     source = (
         Speculators(speculators, len(layers), width, masks) if speculators else SpecForge(folder, len(layers), width)
     )
-    if not source.places:
+    if not source.locations:
         raise UsageError(f"{folder}: no sample in it; name a folder that holds {WANTED}")
     return source
 
 
-def _is_hidden(path: Path) -> bool:
+def _is_hidden_states(path: Path) -> bool:
     return NAME.fullmatch(path.name) is not None

@@ -1,4 +1,4 @@
-"""The first pass over the files: tokens and masks, which fix every sample's place before a state is read."""
+"""The first pass over the files: read tokens and loss masks, and plan every sample's shard before a state is read."""
 
 import sys
 import time
@@ -11,42 +11,42 @@ from pipeline.cache.plan import Plan, load_plan, plan_numbers, write_segment
 from pipeline.cache.samples import PlannedSample
 from pipeline.corpus.tally import Tally, Unusable, check_ids, check_mask, trim
 from pipeline.errors import UsageError
-from stages.import_cache.convert import Import
-from stages.import_cache.foreign_sample import Foreign
+from stages.import_cache.convert import ImportJob
+from stages.import_cache.foreign_sample import ForeignSample
 from stages.import_cache.forms import Source
 
 EVERY_S = 5.0  # between lines of progress
 
 
-def held_plan(out: Path, source: Source) -> Plan | None:
-    """Return the plan that is there, None where none is. UsageError where it is of other files."""
+def existing_plan(out: Path, source: Source) -> Plan | None:
+    """Return the plan at `out`, None where there is none. UsageError where it was made from other files."""
     if not plan_numbers(out):
         return None
-    held, here = load_plan(out), source.listing()
-    if held.sources != [here]:
-        there = held.sources[0]
+    plan, here = load_plan(out), source.source_facts()
+    if plan.sources != [here]:
+        there = plan.sources[0]
         raise UsageError(
             f"{out} was planned from {there.get('files')} files of {there.get('size')} bytes ({there.get('file')}); "
             f"{source.folder} now holds {here['files']} of {here['size']}, or under other names; pass another --out"
         )
-    return held
+    return plan
 
 
-def make_plan(out: Path, work: Import, identity: dict, vocab_size: int) -> Plan:
-    """Read every file's tokens and mask and fix every sample's place. Raises DataError, RoomError."""
-    tally, notes, source = Tally(), {"max_samples": None}, work.source
+def make_plan(out: Path, job: ImportJob, identity: dict, vocab_size: int) -> Plan:
+    """Read every file's tokens and loss mask and write the plan. Raises DataError, RoomError."""
+    tally, notes, source = Tally(), {"max_samples": None}, job.source
 
-    def checked() -> Iterator[PlannedSample]:
-        usable, said = 0, time.monotonic()
-        for number, (file, line) in enumerate(source.places):
+    def planned_samples() -> Iterator[PlannedSample]:
+        usable, reported_at = 0, time.monotonic()
+        for number, (file, line) in enumerate(source.locations):
             tally.rows += 1
-            sample = work.check(source.open(file, line))
-            planned = usable_sample(sample, file, line, vocab_size, tally)
+            sample = job.check(source.open(file, line))
+            planned = plan_sample(sample, file, line, vocab_size, tally)
             if planned:
                 usable += 1
                 yield planned
-            if time.monotonic() > said + EVERY_S:
-                said = time.monotonic()
+            if time.monotonic() > reported_at + EVERY_S:
+                reported_at = time.monotonic()
                 print(f"{number + 1:,} of {len(source.places):,} samples looked at", file=sys.stderr)
         tally.check_usable(str(source.folder), usable)
         notes.update(tally.as_notes())
@@ -54,15 +54,15 @@ def make_plan(out: Path, work: Import, identity: dict, vocab_size: int) -> Plan:
 
     with room(out, "a plan"):
         out.mkdir(parents=True, exist_ok=True)
-    row_bytes = sum(spec.row_bytes for spec in work.columns)
+    row_bytes = sum(spec.row_bytes for spec in job.columns)
     with room(out, "a plan"), turn(out, "plan"):
-        return held_plan(out, source) or write_segment(
-            out, checked(), row_bytes=row_bytes, sources=[source.listing()], notes=notes
+        return existing_plan(out, source) or write_segment(
+            out, planned_samples(), row_bytes=row_bytes, sources=[source.source_facts()], notes=notes
         )
 
 
-def usable_sample(sample: Foreign, file: str, line: int, vocab_size: int, tally: Tally) -> PlannedSample | None:
-    """Return what a capture of the same tokens would plan; None, with the reason in the tally, where it would not."""
+def plan_sample(sample: ForeignSample, file: str, line: int, vocab_size: int, tally: Tally) -> PlannedSample | None:
+    """Return the planned sample, as a capture would; None, with the reason in the tally, for an unusable one."""
     try:
         check_mask(sample.mask_T)
         check_ids(sample.ids_T, vocab_size)

@@ -1,8 +1,8 @@
-"""`pipeline import-cache`: another trainer's cache as one of ours, proven against the target by value.
+"""`pipeline import-cache`: convert another trainer's cache into one of ours, proven against the target by value.
 
-Two passes over the files: one for tokens and masks, which fixes the plan, and one for the states, shard by shard. What
-no file says is asked for, or found out by computing a few samples again; what was found stands in cache.json. Stop it
-whenever you like: the same command goes on with the shards that are missing, and the bytes come out the same.
+Two passes over the files: one for tokens and masks, which makes the plan, and one for the states, shard by shard. What
+no file states is an option, or found by computing a few samples again, and recorded in cache.json. After any stop the
+same command goes on with the missing shards, and gives the same bytes.
 """
 
 import contextlib
@@ -37,22 +37,22 @@ from pipeline.target.layers import check_layers
 from pipeline.target.on_policy import OnPolicyStats, on_policy_share
 from pipeline.target.weights import check_weights_if_recorded
 from pipeline.visible_text import say, visible
-from stages.import_cache.convert import Import, applied, fill, on_policy_stats, proven
-from stages.import_cache.foreign_sample import STORED
+from stages.import_cache.convert import ImportJob, norm_function, on_policy_stats, probe_shard, write_columns
+from stages.import_cache.foreign_sample import STORED_DTYPE
 from stages.import_cache.forms import find_source
-from stages.import_cache.layer_conventions import Said, settled
-from stages.import_cache.plan_samples import held_plan, make_plan
+from stages.import_cache.layer_conventions import RequestedConvention, make_import_job
+from stages.import_cache.plan_samples import existing_plan, make_plan
 from stages.import_cache.target import Target
 
-REFUSED_SHARE = 0.01  # of the samples; more means that something is wrong with all of them
+MAX_REFUSED_SHARE = 0.01  # of the samples; more means that all of them are suspect
 EVERY_S = 5.0  # between lines of progress
 
-Work = list[tuple[ShardPlan, list[ColumnSpec]]]
+MissingColumns = list[tuple[ShardPlan, list[ColumnSpec]]]
 
 
 @dataclass(frozen=True)
 class Done:
-    """An import, counted over the whole cache; `new_shards` over this run."""
+    """Totals of an import over the whole cache; `new_shards` counts this run only."""
 
     samples: int
     tokens: int
@@ -74,35 +74,35 @@ def run(
     unproven: bool = False,
     device: str | None = None,
 ) -> Done:
-    """Import the cache in `folder` into one of ours at `out`, and print what was found and done.
+    """Import the cache in `folder` into a cache at `out`, and print the convention found and the totals.
 
-    Raises UsageError (no such cache or target, something left open), DataError (a file that is damaged or hostile, too
-    many unusable samples), ProofError (states that are not this target's, in no way), RoomError.
+    Raises UsageError (no such cache or target, a missing option), DataError (a damaged or hostile file, too many
+    unusable samples), ProofError (states that are not this target's by any convention), RoomError.
     """
     target = Target(target_folder(model, folder, unproven), device, not unproven)
-    said = Said(parse_layers(layers), count_from, last)
+    requested = RequestedConvention(parse_layers(layers), count_from, last)
     config = text_config(target.folder)
-    source = find_source(folder, said.layers, config["hidden_size"], masks)
-    work = settled(source, out, said, target)
-    check_layers(work.way.layers(work.named), config["num_hidden_layers"])
-    identity = identity_of(target, model, work, out)
+    source = find_source(folder, requested.layers, config["hidden_size"], masks)
+    job = make_import_job(source, out, requested, target)
+    check_layers(job.convention.layers(job.named_layers), config["num_hidden_layers"])
+    identity = identity_of(target, model, job, out)
     if (out / IDENTITY).is_file():
         create_identity(out, identity)
-    planned = held_plan(out, source) or make_plan(out, work, identity, config["vocab_size"])
-    missing = left(out, planned, work)
+    planned = existing_plan(out, source) or make_plan(out, job, identity, config["vocab_size"])
+    missing = missing_columns(out, planned, job)
     if missing or not has_target(out):
         check_weights_if_recorded(out, target.folder)
         clean(out)
         write_record(out, identity, target)
-        need_room(out, f"an import of {planned.samples:,} samples", bytes_of(missing))
+        need_room(out, f"an import of {planned.samples:,} samples", total_bytes(missing))
         with working(out, planned):
-            convert(out, planned, work, missing, target)
+            convert(out, planned, job, missing, target)
     derive(out)
-    return summary(out, planned, work, len(missing), target)
+    return summary(out, planned, job, len(missing), target)
 
 
 def target_folder(model: str | None, folder: Path, unproven: bool) -> Path:
-    """Return where the target's files are. UsageError where they are missing, or nothing was said of the proof."""
+    """Return the folder of the target's files. UsageError without them, or with neither --model nor --unproven."""
     if model is None and not unproven:
         raise UsageError(
             "nothing proves these states without the target; name its folder with --model, or say --unproven, and with "
@@ -119,7 +119,7 @@ def target_folder(model: str | None, folder: Path, unproven: bool) -> Path:
 
 
 def parse_layers(layers: str | None) -> tuple[int, ...] | None:
-    """Return the layers of a list such as "1,9,17". UsageError when it is none."""
+    """Parse a list of layers such as "1,9,17". UsageError when it is none."""
     if layers is None:
         return None
     try:
@@ -128,43 +128,43 @@ def parse_layers(layers: str | None) -> tuple[int, ...] | None:
         raise UsageError(f"--layers {layers}: no list of layers; write it like 1,9,17") from None
 
 
-def identity_of(target: Target, model: str | None, work: Import, out: Path) -> dict:
-    """Return cache.json: of a capture's entries those that an import has, and how its files were read."""
+def identity_of(target: Target, model: str | None, job: ImportJob, out: Path) -> dict:
+    """Return the content of cache.json: as a capture's, with the source's form and convention."""
     digest = target_digest(target.folder)
-    held = read_canonical(out / IDENTITY).get("target", {}) if (out / IDENTITY).is_file() else {}
+    recorded = read_canonical(out / IDENTITY).get("target", {}) if (out / IDENTITY).is_file() else {}
     revision = target.folder.name if target.folder.parent.name == "snapshots" else ""
     name = {"name": target_name(model or str(target.folder)), "revision": revision, "digest": digest}
     imported = {
-        "form": work.source.form,
-        "layers": list(work.named),
-        "count_from": work.way.count_from,
-        "last": work.way.last,
+        "form": job.source.form,
+        "layers": list(job.named_layers),
+        "count_from": job.convention.count_from,
+        "last": job.convention.last,
         "proven": target.proven,
     }
     return {
-        "target": held if held.get("digest") == digest else name,  # a folder that was only moved keeps its name
+        "target": recorded if recorded.get("digest") == digest else name,  # a folder that was only moved keeps its name
         "tokenizer": {"digest": tokenizer_digest(target.folder), "chat_template": template_digest(target.folder)},
         "samples": {"max_length": None, "mask": "imported", "trimmed": True},
-        "capture": {"engine": "imported", "dtype": STORED[work.dtype], "imported": imported},
+        "capture": {"engine": "imported", "dtype": STORED_DTYPE[job.dtype], "imported": imported},
     }
 
 
 def write_record(out: Path, identity: dict, target: Target) -> None:
-    """Note where the target is, which `evaluate` asks for, and the identity, should cache.json be lost."""
+    """Record the target's folder, for `evaluate`, and the identity, in case cache.json is lost."""
     with contextlib.suppress(RoomError):
         write_canonical(out / LOG, {"identity": identity, "target": {"folder": str(target.folder.resolve())}})
 
 
-def left(out: Path, planned: Plan, work: Import) -> Work:
-    """Return the shards, and of each the columns, that are still to be written."""
-    found = [
-        (shard, [spec for spec in work.columns if committed(out, shard.number, spec.name) is None])
+def missing_columns(out: Path, planned: Plan, job: ImportJob) -> MissingColumns:
+    """Return the shards that lack columns, and which."""
+    by_shard = [
+        (shard, [spec for spec in job.columns if committed(out, shard.number, spec.name) is None])
         for shard in planned.shards
     ]
-    return [(shard, columns) for shard, columns in found if columns]
+    return [(shard, columns) for shard, columns in by_shard if columns]
 
 
-def bytes_of(missing: Work) -> int:
+def total_bytes(missing: MissingColumns) -> int:
     return sum(
         stored_bytes(int(spec.bounds(shard)[-1]), spec.width, spec.dtype, spec.codec)
         for shard, columns in missing
@@ -172,59 +172,63 @@ def bytes_of(missing: Work) -> int:
     )
 
 
-def convert(out: Path, planned: Plan, work: Import, missing: Work, target: Target) -> None:
-    """Write what the cache keeps of the target, and every missing column; each exists once it is proven."""
+def convert(out: Path, planned: Plan, job: ImportJob, missing: MissingColumns, target: Target) -> None:
+    """Write the cache's copy of the target, and every missing column; each is committed once it is proven."""
     target.store(out)
-    head = TargetHead.load(target_file(out, HEAD), *target.kind)
-    norm = applied(target) if work.way.last == "raw" else None
-    facts = {"engine": f"imported from {work.source.form}", "proven": target.proven}
-    total, refused, said = bytes_of(missing), sum(map(len, refused_by_shard(out, planned, work))), time.monotonic()
+    head = TargetHead.load(target_file(out, HEAD), *target.device_and_dtype)
+    norm = norm_function(target) if job.convention.last == "raw" else None
+    facts = {"engine": f"imported from {job.source.form}", "proven": target.proven}
+    total, refused, reported_at = (
+        total_bytes(missing),
+        sum(map(len, refused_by_shard(out, planned, job))),
+        time.monotonic(),
+    )
     for number, (shard, wanted) in enumerate(missing):
         with ShardWriter(out, shard, wanted) as writer:
-            reasons = fill(writer, work, {spec.name for spec in wanted}, norm)
+            reasons = write_columns(writer, job, {spec.name for spec in wanted}, norm)
             refused += len(reasons)
             check_refused(refused, planned.samples, reasons)
             writer.seal()
             made = {spec.name: dict(facts) for spec in wanted}
             if target.proven:
-                for name, found in proven(writer, work, wanted, target, head).items():
-                    made[name]["probe"] = found
+                for name, result in probe_shard(writer, job, wanted, target, head).items():
+                    made[name]["probe"] = result
             if "final" in made:
                 share = on_policy_share(planned.segment(shard.number)["supervised"])
                 made["final"]["gauge"] = on_policy_stats(writer, head, share).as_facts()
             writer.commit(made)
-        if time.monotonic() > said + EVERY_S:
-            said = time.monotonic()
+        if time.monotonic() > reported_at + EVERY_S:
+            reported_at = time.monotonic()
             print(f"{number + 1} of {len(missing)} shards of {size_text(total)} imported", file=sys.stderr)
 
 
-def refused_by_shard(out: Path, planned: Plan, work: Import) -> Iterator[dict]:
-    """Yield the refused samples of every shard that is there; one that is refused is so in every column."""
+def refused_by_shard(out: Path, planned: Plan, job: ImportJob) -> Iterator[dict]:
+    """Yield the refused samples of every written shard. A refused sample is refused in all columns."""
     for shard in planned.shards:
-        held = committed(out, shard.number, work.columns[-1].name)
-        yield held["refused"] if held else {}
+        manifest = committed(out, shard.number, job.columns[-1].name)
+        yield manifest["refused"] if manifest else {}
 
 
 def check_refused(refused: int, samples: int, reasons: dict[int, str]) -> None:
-    """Name every sample refused; stop when there are more than bad luck explains."""
+    """Print every refused sample; DataError when they are more than MAX_REFUSED_SHARE of all, and more than one."""
     for reason in reasons.values():
         say(visible(f"left out: {reason}"), err=True)
-    if refused > max(1, REFUSED_SHARE * samples):
+    if refused > max(1, MAX_REFUSED_SHARE * samples):
         raise DataError(
             f"{refused} of {samples} samples hold states that cannot be kept, {next(reversed(reasons.values()))} for "
             "one; make these files again and import into a fresh --out"
         )
 
 
-def summary(out: Path, planned: Plan, work: Import, new: int, target: Target) -> Done:
-    """Print what the cache holds now, what was left out, and what to do next."""
-    on_policy, refused = OnPolicyStats(), sum(map(len, refused_by_shard(out, planned, work)))
+def summary(out: Path, planned: Plan, job: ImportJob, new: int, target: Target) -> Done:
+    """Print the cache's totals, the samples left out, and the next command."""
+    on_policy, refused = OnPolicyStats(), sum(map(len, refused_by_shard(out, planned, job)))
     for shard in planned.shards:
-        facts = committed(out, shard.number, work.columns[-1].name)["facts"]
+        facts = committed(out, shard.number, job.columns[-1].name)["facts"]
         on_policy += OnPolicyStats.from_facts(facts["gauge"]) if "gauge" in facts else OnPolicyStats()
     now = f"{new} shards imported now" if new else "nothing to do"
-    held = f"{planned.samples:,} samples" + (f", {refused} refused" if refused else "")
-    say(visible(f"{out}: {held} in {len(planned.shards)} shards, from {work.source.form}; {now}"))
+    content = f"{planned.samples:,} samples" + (f", {refused} refused" if refused else "")
+    say(visible(f"{out}: {content} in {len(planned.shards)} shards, from {job.source.form}; {now}"))
     for line in left_out(planned):
         say(visible(line), err=True)
     if on_policy.rows:
@@ -238,7 +242,7 @@ def summary(out: Path, planned: Plan, work: Import, new: int, target: Target) ->
 
 
 def left_out(planned: Plan) -> Iterator[str]:
-    """Yield what planning left out, a line for each reason: the count, and an example by file."""
+    """Yield a line for each reason why planning left samples out: their count, and an example."""
     notes = planned.notes
     for why, count in {**notes["faults"], "too short": notes["too_short"], "duplicates": planned.duplicates}.items():
         if count:

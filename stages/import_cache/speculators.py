@@ -1,9 +1,9 @@
-"""speculators' offline hidden states: `hs_<i>.safetensors`, and beside them the prepared data set, which has the masks.
+"""speculators' offline hidden states: `hs_<i>.safetensors`, and the prepared data set, which has the loss masks.
 
 `token_ids` [T] and `hidden_states` [T, K + 1, D]: the layers asked for and, unless left out, the last one. File i
 belongs to row i of the data set (`input_ids`, `loss_mask`), a folder that `datasets` saved.
-vLLM counts layers as inputs, so that 1 is the first one's output, and gives the last state before the norm; but no
-file says so.
+vLLM numbers layers by their input, so that 1 is the first one's output, and gives the last state before the norm; the
+files do not state it.
 
     T tokens   K layers   D hidden size
 """
@@ -17,16 +17,16 @@ from safetensors import SafetensorError, safe_open
 from pipeline.errors import DataError, UsageError
 from pipeline.os_errors import refuse_limit
 from stages.import_cache.foreign_sample import (
-    Foreign,
-    Place,
-    Stated,
-    broken,
-    listing,
-    loss_mask,
-    mapped,
-    plain,
-    states,
-    tokens,
+    ForeignSample,
+    SampleLocation,
+    StatedConvention,
+    bad_file,
+    check_loss_mask,
+    check_plain,
+    check_states,
+    check_token_ids,
+    mapped_sample,
+    source_facts,
 )
 
 NAME = re.compile(r"hs_(0|[1-9][0-9]*)\.safetensors")
@@ -36,17 +36,17 @@ KEYS = frozenset({"token_ids", "hidden_states"})
 
 
 class Speculators:
-    """A folder of `hs_<i>.safetensors`. `masks` is the data set's folder, None for the one around or above."""
+    """A folder of `hs_<i>.safetensors`. `masks`: the data set's folder, by default this folder or its parent."""
 
     form = "speculators"
-    stated = Stated()
+    stated = StatedConvention()
 
     def __init__(self, folder: Path, layers: int, width: int, masks: Path | None):
         self.folder, self.layers, self.width = folder, layers, width
-        named = {int(found[1]): path for path in folder.iterdir() if (found := NAME.fullmatch(path.name))}
+        named = {int(match[1]): path for path in folder.iterdir() if (match := NAME.fullmatch(path.name))}
         self._numbers = {path.name: number for number, path in named.items()}
         self._files = [named[number] for number in sorted(named)]
-        self.places: list[Place] = [(path.name, 1) for path in self._files]
+        self.locations: list[SampleLocation] = [(path.name, 1) for path in self._files]
         self.masks = masks or next((place for place in (folder, folder.parent) if (place / SAVED).is_file()), None)
         if self.masks is None:
             raise UsageError(
@@ -69,34 +69,38 @@ class Speculators:
             raise UsageError(f"{self.masks}: its rows have no {sorted(lacks)[0]}; name another data set with --masks")
         return rows
 
-    def listing(self) -> dict:
-        """What the plan says of this source, the masks' folder included."""
+    def source_facts(self) -> dict:
+        """Return this source's entry in the plan, the masks' folder included."""
         masks = sorted(path for path in self.masks.iterdir() if path.suffix == ".arrow")
-        of_masks = listing(self.masks, "masks", masks)
-        return {**listing(self.folder, self.form, self._files), "masks": of_masks["xxh3"]}
+        of_masks = source_facts(self.masks, "masks", masks)
+        return {**source_facts(self.folder, self.form, self._files), "masks": of_masks["xxh3"]}
 
-    def open(self, file: str, line: int) -> Foreign:
-        """Map one sample. DataError for a file that is not one, or belongs to another data set."""
+    def open(self, file: str, line: int) -> ForeignSample:
+        """Memory-map one sample. DataError for a file that holds none, or belongs to another data set."""
         path = self.folder / file
         where, limit = str(path), path.stat().st_size
         try:
             with safe_open(path, framework="pt") as opened:
-                held = {key: opened.get_tensor(key) for key in {*opened.keys()} & KEYS}
+                tensors = {key: opened.get_tensor(key) for key in {*opened.keys()} & KEYS}
         except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError) as error:
             refuse_limit(path, error)
-            raise broken(where, f"cut short or damaged ({str(error)[:120]})") from error
-        absent = KEYS - held.keys()
+            raise bad_file(where, f"cut short or damaged ({str(error)[:120]})") from error
+        absent = KEYS - tensors.keys()
         if absent:
-            raise broken(where, f"has no {sorted(absent)[0]}")
-        ids_T = tokens(plain(held["token_ids"], "token_ids", where, limit).numpy(), where)
-        found = states(held["hidden_states"], "hidden_states", where, limit)
-        if found.ndim != 3 or found.shape[1] not in (self.layers, self.layers + 1) or found.shape[2] != self.width:
+            raise bad_file(where, f"has no {sorted(absent)[0]}")
+        ids_T = check_token_ids(check_plain(tensors["token_ids"], "token_ids", where, limit).numpy(), where)
+        states_TKD = check_states(tensors["hidden_states"], "hidden_states", where, limit)
+        if (
+            states_TKD.ndim != 3
+            or states_TKD.shape[1] not in (self.layers, self.layers + 1)
+            or states_TKD.shape[2] != self.width
+        ):
             raise DataError(
-                f"{where}: its hidden_states are {list(found.shape)}, wanted [tokens, {self.layers} and the last, "
+                f"{where}: its hidden_states are {list(states_TKD.shape)}, wanted [tokens, {self.layers} and the last, "
                 f"{self.width}]; name with --layers those it holds but the last, of the --model it was made with"
             )
-        last_TD = found[:, self.layers] if found.shape[1] > self.layers else None
-        return mapped(where, ids_T, self._mask(path, ids_T), found[:, : self.layers], last_TD)
+        last_TD = states_TKD[:, self.layers] if states_TKD.shape[1] > self.layers else None
+        return mapped_sample(where, ids_T, self._mask(path, ids_T), states_TKD[:, : self.layers], last_TD)
 
     def _mask(self, path: Path, ids_T: np.ndarray) -> np.ndarray:
         number = self._numbers[path.name]
@@ -109,4 +113,4 @@ class Speculators:
             raise DataError(
                 f"{path}: its tokens are not those of row {number} of {self.masks}; name its own data set with --masks"
             )
-        return loss_mask(np.asarray(row[MASKS]), str(path))
+        return check_loss_mask(np.asarray(row[MASKS]), str(path))

@@ -1,4 +1,4 @@
-"""The target that a cache of others is imported for: run, to prove what is imported, or only its files read."""
+"""The target of an import: loaded to prove the states, or with --unproven only read from its files."""
 
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +17,12 @@ from pipeline.target.head import TargetHead
 from pipeline.target.model import final_norm, head_of, load_target, stop_tokens
 
 GENERATION = "generation_config.json"
-# Of a config: what stands between embedding, head and logits, and only the model's own code says how.
+# Config keys that scale embedding, head or logits in a way that only the model's own code defines.
 SCALES = ("embedding_multiplier", "scale_emb", "logits_scaling", "logit_scale", "lm_head_multiplier")
 
 
 class Target:
-    """A target's folder, and, when something is to be computed, the target."""
+    """A target's folder, and the target itself, loaded on first use."""
 
     def __init__(self, folder: Path, device: str | None, proven: bool):
         self.folder, self.device, self.proven = folder, device, proven
@@ -35,14 +35,14 @@ class Target:
         return load_target(str(self.folder), device=device)
 
     @property
-    def kind(self) -> tuple[torch.device, torch.dtype]:
-        """Where and in which type the target computes; the CPU and float32 where it does not."""
+    def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
+        """The target's device and dtype; the CPU and float32 when it is not loaded."""
         weight = self.model.get_input_embeddings().weight if self.proven else torch.empty(0)
         return weight.device, weight.dtype
 
     @property
     def norm(self) -> nn.Module:
-        """What turns a raw last state into the one that the head reads. UsageError where the target shows none."""
+        """The final norm, between the last layer and the head. UsageError where the target has none that is known."""
         norm = final_norm(self.model)
         if norm is None:
             raise UsageError(f"{self.folder}: its last norm does not show; leave the last states out with --last none")
@@ -53,20 +53,20 @@ class Target:
         if self.proven:
             head, config, stops = head_of(self.model), self.model.config, stop_tokens(self.model)
         else:
-            head, stops = head_from_files(self.folder), stated_stops(self.folder)
+            head, stops = head_from_files(self.folder), stop_tokens_from_files(self.folder)
             config = load_config(self.folder)
-        store_target(out, self.folder, as_narrow(head), config, stops)
+        store_target(out, self.folder, narrow_head(head), config, stops)
 
 
-def as_narrow(head: TargetHead) -> TargetHead:
-    """Return the same values in bfloat16 where it has them all: a target's own type, whatever it is loaded as."""
+def narrow_head(head: TargetHead) -> TargetHead:
+    """Return the head in bfloat16 where that changes no value, whatever dtype it was loaded in."""
     narrow = head.to(dtype=torch.bfloat16)
     pairs = ((narrow.embed_VD, head.embed_VD), (narrow.head_VD, head.head_VD))
-    return narrow if all(torch.equal(one.to(other.dtype), other) for one, other in pairs) else head
+    return narrow if all(torch.equal(cast.to(original.dtype), original) for cast, original in pairs) else head
 
 
 def head_from_files(folder: Path) -> TargetHead:
-    """Read embedding and head, and nothing else, of a target that is not run. UsageError where they are not plain."""
+    """Read embedding and head only, of a target that is not loaded. UsageError where they are scaled or ambiguous."""
     config = text_config(folder)
     scaled = [name for name in SCALES if config.get(name) not in (None, 1, 1.0)]
     if scaled or str(config.get("model_type", "")).startswith("gemma"):
@@ -105,8 +105,8 @@ def _tensor(path: Path, name: str) -> torch.Tensor:
         return file.get_tensor(name)
 
 
-def stated_stops(folder: Path) -> frozenset[int]:
-    """Return the tokens that end a reply, as the folder's configs name them."""
+def stop_tokens_from_files(folder: Path) -> frozenset[int]:
+    """Return the stop tokens that the folder's configs name."""
     places = [read_json(folder / CONFIG), text_config(folder)]
     if (folder / GENERATION).is_file():
         places.append(read_json(folder / GENERATION))

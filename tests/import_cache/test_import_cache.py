@@ -249,7 +249,7 @@ def test_a_stopped_import_goes_on_and_ends_in_the_same_bytes(imported, target, t
 
 
 def test_pieces_of_any_size_give_the_same_bytes(imported, target, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "ROWS", 7)
+    monkeypatch.setattr(convert, "CHUNK_ROWS", 7)
     run(imported / "sf", tmp_path / "cache", model=str(target), layers="1,3,4")
     assert contents(tmp_path / "cache") == contents(imported / "cache")
 
