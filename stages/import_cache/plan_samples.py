@@ -47,7 +47,7 @@ def make_plan(out: Path, job: ImportJob, identity: dict, vocab_size: int) -> Pla
                 yield planned
             if time.monotonic() > reported_at + EVERY_S:
                 reported_at = time.monotonic()
-                print(f"{number + 1:,} of {len(source.places):,} samples looked at", file=sys.stderr)
+                print(f"{number + 1:,} of {len(source.locations):,} samples looked at", file=sys.stderr)
         tally.check_usable(str(source.folder), usable)
         notes.update(tally.as_notes())
         create_identity(out, identity)

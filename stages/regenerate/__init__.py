@@ -1,1 +1,1 @@
-"""`pipeline regenerate`: a corpus in which every reply is the target's own."""
+"""`pipeline regenerate`: rewrite a corpus with the target's own replies."""

@@ -1,9 +1,8 @@
-"""Asking a server that speaks OpenAI's protocol: so many requests at once, each again until it is answered or given up.
+"""Request replies from a server with the OpenAI API: concurrent requests with retries.
 
-What goes wrong is of three kinds. The server's moment (no connection, a cut one, 408, 429, 5xx, an answer that is
-none): asked again after a pause that doubles, with jitter; where the server says how long, everyone waits that long.
-The prompt's (other 4xx): that row is given up and listed. The run's (the key is refused, there is no such model): the
-end.
+Errors are of three kinds. Transient (no or a cut connection, 408, 409, 425, 429, 5xx, a malformed answer): retried with
+exponential backoff and jitter; a Retry-After pauses all requests. Of the prompt (other 4xx): that row is given up and
+listed. Of the run (the key is refused, there is no such model): UsageError.
 """
 
 import asyncio
@@ -25,28 +24,28 @@ from stages.regenerate.rendering import Renderer
 from stages.regenerate.replies import Reply
 from stages.regenerate.responses import Malformed, read_answer
 
-AGAIN = {408, 409, 425, 429}  # and every 5xx
-OF_THE_RUN = {401, 403, 404, 405}
-LONGEST_PAUSE_S = 60.0  # of our own; a server's Retry-After is honoured up to HONOURED_S
-HONOURED_S = 3600.0
-# Told to engines that would else take them from the model's generation_config.json: a greedy reply with a repetition
+RETRIED_STATUS = {408, 409, 425, 429}  # and every 5xx
+FATAL_STATUS = {401, 403, 404, 405}
+MAX_BACKOFF_S = 60.0  # between retries, without a Retry-After
+MAX_RETRY_AFTER_S = 3600.0
+# Sent to engines that would else take these from the model's generation_config.json: a greedy reply with a repetition
 # penalty is not greedy, and a draft is verified without one.
-PLAIN = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+NEUTRAL_SAMPLING = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 class Endpoint:
-    """A server and the one model of it that is asked. UsageError when it is not reached or has no such model."""
+    """A server and its model to use. UsageError when the server cannot be reached or has no such model."""
 
     def __init__(self, options: Options):
         self.options, self.url = options, _base_url(options.endpoint)
-        self.shown, self._key = _without_secrets(self.url), os.environ.get(options.api_key_env) or "none"
-        self.model, self.engine = asyncio.run(self._find())
+        self.shown_url, self._key = _without_secrets(self.url), os.environ.get(options.api_key_env) or "none"
+        self.model, self.engine = asyncio.run(self._find_model())
 
     def ask(self, jobs: Iterator[Job], renderer: Renderer | None, on_reply: Callable, on_failure: Callable) -> None:
-        """Ask all jobs turn by turn, and call `on_reply(job, reply)`, or `on_failure(failure)` once for a job."""
-        asyncio.run(_Asking(self, renderer, on_reply, on_failure).all(jobs))
+        """Request all replies turn by turn; call `on_reply(job, reply)`, or `on_failure(failure)` once a job."""
+        asyncio.run(_RequestPool(self, renderer, on_reply, on_failure).all(jobs))
 
-    async def _find(self) -> tuple[str, str]:
+    async def _find_model(self) -> tuple[str, str]:
         """Return the model's name on the server, and which engine that is."""
         async with self.client() as client:
             try:
@@ -54,30 +53,32 @@ class Endpoint:
             except Exception as error:
                 if self.options.served_model and getattr(error, "status_code", None) in (404, 405):
                     return self.options.served_model, self.options.engine or "openai"  # a server without that list
-                raise UsageError(self._unreached(error)) from error
+                raise UsageError(self._unreachable(error)) from error
         named = {model.id: model for model in listed}
         wanted = self.options.served_model or (next(iter(named)) if len(named) == 1 else None)
         if wanted not in named:
             asked = f"no model {wanted!r}" if wanted else "several models"
-            raise UsageError(f"{self.shown} has {asked}; pass --served-model with one of {', '.join(sorted(named))}")
+            raise UsageError(
+                f"{self.shown_url} has {asked}; pass --served-model with one of {', '.join(sorted(named))}"
+            )
         owner = str(getattr(named[wanted], "owned_by", ""))
         return wanted, self.options.engine or (owner if owner in ("vllm", "sglang") else "openai")
 
-    def _unreached(self, error: Exception) -> str:
+    def _unreachable(self, error: Exception) -> str:
         cause = self.without_key(f"{type(error).__name__}: {error}".split("\n")[0][:160])
         key = self.options.api_key_env
-        return f"{self.shown} does not list its models ({cause}); check --endpoint, the server and the key in {key}"
+        return f"{self.shown_url} does not list its models ({cause}); check --endpoint, the server and the key in {key}"
 
     def without_key(self, text: str) -> str:
-        """Return what a server said, fit to be shown: some quote the key that they refuse, others colour a terminal."""
+        """Return a server's message fit to print: without the API key, which some quote, or control characters."""
         text = text if self._key == "none" else text.replace(self._key, "***")
         return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
     @contextlib.asynccontextmanager
     async def client(self):
-        """Yield a client of the server. It retries nothing by itself: it would hide what was asked how often."""
+        """Yield a client of the server that does not retry by itself: `_answer` does, and counts."""
         openai = _openai()
-        direct = {"http_client": openai.DefaultAsyncHttpxClient(trust_env=False)} if _is_here(self.url) else {}
+        direct = {"http_client": openai.DefaultAsyncHttpxClient(trust_env=False)} if _is_local(self.url) else {}
         async with openai.AsyncOpenAI(
             base_url=self.url, api_key=self._key, max_retries=0, timeout=self.options.timeout, **direct
         ) as client:
@@ -87,7 +88,7 @@ class Endpoint:
         """Return the arguments of one chat completion."""
         options, more = self.options, {}
         if self.engine in ("vllm", "sglang"):
-            more = {"return_token_ids": True, **PLAIN}
+            more = {"return_token_ids": True, **NEUTRAL_SAMPLING}
         if kwargs := {**options.template_kwargs, **(job.row.template_kwargs or {})}:
             more["chat_template_kwargs"] = kwargs
         drawn = {"seed": key_seed(options.seed, job.row.key, job.turn) % 2**31} if options.temperature else {}
@@ -103,14 +104,14 @@ class Endpoint:
         }
 
 
-class _Asking:
-    """One run's requests: workers that share the jobs, one pace, and one count of how long nothing has come."""
+class _RequestPool:
+    """One run's requests: workers that share the jobs, a rate limiter and a count of rows given up in a row."""
 
     def __init__(self, endpoint: Endpoint, renderer: Renderer | None, on_reply: Callable, on_failure: Callable):
         self.endpoint, self.options, self.renderer = endpoint, endpoint.options, renderer
         self.on_reply, self.on_failure = on_reply, on_failure
-        self.pace = _Pace(self.options.rate)
-        self.silent = 0  # rows given up since the last answer
+        self.pace = _RateLimiter(self.options.rate)
+        self.unanswered = 0  # rows given up since the last reply
         self.openai = _openai()
 
     async def all(self, jobs: Iterator[Job]) -> None:
@@ -133,7 +134,7 @@ class _Asking:
                 self.on_reply(job, outcome)
 
     async def _answer(self, client, job: Job) -> Reply | Failure:
-        """Return the reply to a job's next prompt, however often it has to be asked."""
+        """Return the reply to a job's next prompt, retried as far as the options allow, or the failure."""
         request, cause = self.endpoint.request(job), ""
         for attempt in range(self.options.retries + 1):
             await self.pace.wait()
@@ -144,80 +145,80 @@ class _Asking:
                 cause = str(error)
             except self.openai.APIStatusError as error:
                 cause = self._status(error)
-                if not (error.status_code in AGAIN or error.status_code >= 500):
+                if not (error.status_code in RETRIED_STATUS or error.status_code >= 500):
                     return Failure(job.row, job.turn, cause)
                 self.pace.pause(_retry_after(error.response.headers))
             except self.openai.APIConnectionError as error:
                 cause = f"{type(error).__name__}: {error.__cause__ or error}"
             else:
-                self.silent = 0
-                self._compare(job, reply)
+                self.unanswered = 0
+                self._check_prompt(job, reply)
                 return reply
             await asyncio.sleep(_back_off(self.options.backoff_s, attempt))
-        return self._given_up(job, f"{self.options.retries + 1} times: {self.endpoint.without_key(cause)}")
+        return self._give_up(job, f"{self.options.retries + 1} times: {self.endpoint.without_key(cause)}")
 
     def _status(self, error) -> str:
-        """Return what a refusal says; UsageError where it would be said of every prompt."""
+        """Return the text of a status error; UsageError where it would meet every prompt."""
         text = self.endpoint.without_key(f"{error.status_code}: {error.message}".split("\n")[0][:200])
-        if error.status_code in OF_THE_RUN:
+        if error.status_code in FATAL_STATUS:
             raise UsageError(
-                f"{self.endpoint.shown} refuses every request ({text}); check the key in {self.options.api_key_env}, "
-                "--endpoint and --served-model"
+                f"{self.endpoint.shown_url} refuses every request ({text}); check the key in "
+                f"{self.options.api_key_env}, --endpoint and --served-model"
             ) from error
         return text
 
-    def _given_up(self, job: Job, cause: str) -> Failure:
-        """Return the failure; UsageError when so many rows in a row were given up that the server must be gone."""
-        self.silent += 1
-        if self.silent > max(8, self.options.concurrency):
+    def _give_up(self, job: Job, cause: str) -> Failure:
+        """Return the failure; UsageError when so many in a row failed that the server must be down."""
+        self.unanswered += 1
+        if self.unanswered > max(8, self.options.concurrency):
             raise UsageError(
-                f"{self.endpoint.shown} has not answered {self.silent} prompts in a row, the last one {cause}; "
+                f"{self.endpoint.shown_url} has not answered {self.unanswered} prompts in a row, the last one {cause}; "
                 "see to the server, then run the same command again: every answer so far is kept"
             )
         return Failure(job.row, job.turn, cause)
 
-    def _compare(self, job: Job, reply: Reply) -> None:
-        """Refuse a server whose prompt is not ours. UsageError; also where the template refuses what it answered."""
+    def _check_prompt(self, job: Job, reply: Reply) -> None:
+        """UsageError when the server's prompt ids differ from ours, or our template refuses the prompt."""
         if self.renderer is None or reply.prompt_token_ids is None:
             return
         try:
             ours = self.renderer.prompt_ids(job.messages(), job.row.tools, job.row.template_kwargs)
         except Unusable as refused:
             raise UsageError(
-                f"{job.row.place}: the server answered a prompt, and it {refused}; "
+                f"{job.row.location}: the server answered a prompt, and it {refused}; "
                 "name the same target with --model and the server"
             ) from refused
-        self.renderer.compare(reply.prompt_token_ids, ours, job.row.place)
+        self.renderer.compare(reply.prompt_token_ids, ours, job.row.location)
 
 
-class _Pace:
-    """When the next request may go: not before the server's pause is over, nor above `rate` requests a minute."""
+class _RateLimiter:
+    """Delays requests to at most `rate` a minute, and while a Retry-After lasts."""
 
     def __init__(self, rate: float | None):
-        self.apart = 60 / rate if rate else 0.0
-        self.next = self.until = 0.0
+        self.interval_s = 60 / rate if rate else 0.0
+        self.next_request_at = self.paused_until = 0.0
 
     async def wait(self) -> None:
         while True:
             now = time.monotonic()
-            at = max(self.next, self.until)
+            at = max(self.next_request_at, self.paused_until)
             if at <= now:
-                self.next = max(self.next, now) + self.apart if self.apart else 0.0
+                self.next_request_at = max(self.next_request_at, now) + self.interval_s if self.interval_s else 0.0
                 return
             await asyncio.sleep(at - now)
 
     def pause(self, seconds: float | None) -> None:
-        """Hold all requests for what a server asked."""
+        """Pause all requests for the seconds of a Retry-After."""
         if seconds:
-            self.until = max(self.until, time.monotonic() + min(seconds, HONOURED_S))
+            self.paused_until = max(self.paused_until, time.monotonic() + min(seconds, MAX_RETRY_AFTER_S))
 
 
 def _back_off(base: float, attempt: int) -> float:
-    return min(base * 2**attempt, LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)
+    return min(base * 2**attempt, MAX_BACKOFF_S) * random.uniform(0.5, 1.0)
 
 
 def _retry_after(headers) -> float | None:
-    """Return the seconds that a refusal asks for, stated as such or as a date."""
+    """Return the seconds of a Retry-After header, given as a number or a date."""
     stated = headers.get("retry-after")
     if not stated:
         return None
@@ -240,7 +241,7 @@ def _openai():
 
 
 def _base_url(given: str) -> str:
-    """Return the address that requests are made under: /v1 where none is named."""
+    """Return the base URL of requests; its path is /v1 where none is given."""
     parts = urlsplit(given)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UsageError(f"--endpoint {given}: no address of a server; wanted one like http://localhost:8000/v1")
@@ -253,8 +254,8 @@ def _without_secrets(url: str) -> str:
     return urlunsplit(parts._replace(netloc=where, query="", fragment=""))
 
 
-def _is_here(url: str) -> bool:
-    """Whether a server is on this machine, to which no proxy leads."""
+def _is_local(url: str) -> bool:
+    """Return whether a server is on this machine, so that no proxy is used."""
     host = urlsplit(url).hostname or ""
     with contextlib.suppress(ValueError):
         return ip_address(host).is_loopback

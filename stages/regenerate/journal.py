@@ -1,8 +1,8 @@
-"""The journal of a regeneration, `OUT.journal`: every reply as it came, one line each, so that none is asked for twice.
+"""The journal of a regeneration, `OUT.journal`: every reply as it arrives, one line each; none is requested twice.
 
-A line is JSON, a tab, and the digest of that JSON. The first one says what is being made: by whom, how, from which
-corpus. A line that a kill or a full disk left unfinished is cut off, its reply asked for again; so is a damaged one.
-The file is locked while a process writes, and only ever added to.
+A line is JSON, a tab, and the digest of that JSON. The first line is the header: target, engine, sampling,
+corpus. A line that a kill or a full disk left unfinished is cut off and its reply requested again, as is a damaged one.
+The file is locked while a process writes, and append-only.
 """
 
 import json
@@ -16,19 +16,19 @@ from pipeline.cache.atomic import finishing, lock, room, sync_folder, write_all
 from pipeline.errors import UsageError
 from stages.regenerate.replies import Reply
 
-SYNC_S = 2.0  # between syncs: what a lost power supply costs
+SYNC_S = 2.0  # between syncs: the most that a power failure loses
 SEPARATOR = b"\t"
 
 
 class Journal:
-    """Replies by the key of their row and their turn, on disk but for where they stand. Open it with `with`.
+    """Replies by corpus row key and turn; memory holds only their offsets. Open it with `with`.
 
-    head: what decides every reply, compared with what the file says. lost: lines that were damaged and are asked again.
+    header: what decides every reply, compared with the file's. damaged: lines whose replies are requested again.
     """
 
-    def __init__(self, path: Path, head: dict):
-        self.path, self.head, self.lost = path, head, 0
-        self._places: dict[bytes, list[tuple[int, int]]] = {}
+    def __init__(self, path: Path, header: dict):
+        self.path, self.header, self.damaged = path, header, 0
+        self._spans: dict[bytes, list[tuple[int, int]]] = {}
         self._fd, self._end, self._synced = -1, 0, time.monotonic()
 
     def __enter__(self) -> "Journal":
@@ -50,21 +50,21 @@ class Journal:
 
     def __len__(self) -> int:
         """The number of replies."""
-        return sum(map(len, self._places.values()))
+        return sum(map(len, self._spans.values()))
 
     def replies(self, key: str) -> list[Reply]:
         """Return the replies to a row, turn by turn, as far as there are any."""
-        return [Reply(**self._load(*place)["reply"]) for place in self._places.get(bytes.fromhex(key), ())]
+        return [Reply(**self._load(*span)["reply"]) for span in self._spans.get(bytes.fromhex(key), ())]
 
     def add(self, key: str, turn: int, reply: Reply) -> None:
-        """Write a reply down. RoomError when there is no room for it."""
+        """Append a reply. RoomError when the disk is full."""
         line = _line({"key": key, "turn": turn, "reply": reply.as_dict()})
         with room(self.path, "a reply", len(line)), finishing():
             self._append(line)
-        self._note(key, turn, len(line))
+        self._index(key, turn, len(line))
 
     def sync(self) -> None:
-        """Make what is written last."""
+        """Sync the file to disk."""
         with room(self.path, "the journal"):
             os.fsync(self._fd)
         self._synced = time.monotonic()
@@ -73,47 +73,47 @@ class Journal:
         try:
             write_all(self._fd, line)
         except OSError:
-            os.ftruncate(self._fd, self._end)  # half a line would spoil the next one
+            os.ftruncate(self._fd, self._end)  # half a line would damage the next one
             os.lseek(self._fd, self._end, os.SEEK_SET)
             raise
         if time.monotonic() - self._synced > SYNC_S:
             self.sync()
 
-    def _note(self, key: str, turn: int, size: int) -> None:
-        """Remember where a reply stands; one out of turn follows what was lost, and is asked again."""
-        places = self._places.setdefault(bytes.fromhex(key), [])
-        if turn == len(places):
-            places.append((self._end, size))
+    def _index(self, key: str, turn: int, size: int) -> None:
+        """Index a reply's offset and size. One out of order follows a lost reply, and is requested again."""
+        spans = self._spans.setdefault(bytes.fromhex(key), [])
+        if turn == len(spans):
+            spans.append((self._end, size))
         self._end += size
 
     def _load(self, start: int, size: int) -> dict:
-        return _parsed(os.pread(self._fd, size, start))
+        return _parse(os.pread(self._fd, size, start))
 
     def _read(self) -> None:
         with open(self.path, "rb") as file:
-            head = next(file, b"")
-            if not head.endswith(b"\n"):  # new, or killed within its first line
+            first_line = next(file, b"")
+            if not first_line.endswith(b"\n"):  # new, or killed within its first line
                 return self._begin()
-            found = _parsed(head)
-            if found is None or "head" not in found:
+            header = _parse(first_line)
+            if header is None or "head" not in header:
                 raise UsageError(f"{self.path} is no journal of `pipeline regenerate`; name another --out")
-            self._compare(found["head"])
-            self._end = len(head)
+            self._compare(header["head"])
+            self._end = len(first_line)
             for line in file:
                 if not line.endswith(b"\n"):
                     break
-                entry = _parsed(line)
+                entry = _parse(line)
                 if entry is None:
-                    self.lost += 1
+                    self.damaged += 1
                     self._end += len(line)
                 else:
-                    self._note(entry["key"], entry["turn"], len(line))
+                    self._index(entry["key"], entry["turn"], len(line))
         with room(self.path, "the journal"):
             os.ftruncate(self._fd, self._end)
             os.lseek(self._fd, self._end, os.SEEK_SET)
 
     def _begin(self) -> None:
-        line = _line({"head": self.head})
+        line = _line({"head": self.header})
         with room(self.path, "the journal", len(line)):
             os.ftruncate(self._fd, 0)
             os.lseek(self._fd, 0, os.SEEK_SET)
@@ -123,7 +123,7 @@ class Journal:
         self._end = len(line)
 
     def _compare(self, found: dict) -> None:
-        for name, there, here in _differences(found, self.head):
+        for name, there, here in _differences(found, self.header):
             raise UsageError(
                 f"{self.path} holds replies with {name} {there}, and here it is {here}; name another --out, "
                 "or remove that file to ask everything again"
@@ -131,7 +131,7 @@ class Journal:
 
 
 def _differences(found: dict, wanted: dict) -> Iterator[tuple[str, str, str]]:
-    """Yield what two heads differ in, outermost name first, with both values as JSON."""
+    """Yield each key in which two headers differ, with both values as JSON."""
     for name in dict.fromkeys([*wanted, *found]):
         there, here = found.get(name), wanted.get(name)
         if isinstance(there, dict) and isinstance(here, dict) and name == "regenerated":
@@ -149,7 +149,7 @@ def _digest(data: bytes) -> bytes:
     return blake2b(data, digest_size=8).hexdigest().encode()
 
 
-def _parsed(line: bytes) -> dict | None:
-    """Return what a line says, None when it is damaged."""
+def _parse(line: bytes) -> dict | None:
+    """Return the entry of a line, None when it is damaged."""
     data, _, digest = line.rstrip(b"\n").rpartition(SEPARATOR)
     return json.loads(data) if data and _digest(data) == digest else None

@@ -1,4 +1,4 @@
-"""What `pipeline regenerate` is asked to do."""
+"""The options of `pipeline regenerate`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +12,10 @@ LOWEST = 1e-3  # the lowest temperature above 0
 
 @dataclass(frozen=True)
 class Options:
-    """A corpus of prompts, who answers them, and how.
+    """The corpus, the engine, sampling and request limits.
 
-    model: the target's files, which decode here where there is no `endpoint`. max_new: tokens of a reply at most. rate:
-    requests a minute. batch: prompts decoded here at once. backoff_s: the pause before the first repetition.
+    model: the target's files; decodes here where there is no `endpoint`. max_new: tokens of a reply at most. rate:
+    requests a minute. batch: prompts decoded here at once. backoff_s: the pause before the first retry.
     """
 
     corpus: str
@@ -43,7 +43,7 @@ class Options:
     roles: str | None = None
 
     def check(self) -> None:
-        """UsageError for options that do not go together or that nothing can be asked with."""
+        """UsageError for missing, conflicting or out-of-range options."""
         if not (self.endpoint or self.model):
             raise UsageError("nobody to ask: pass --endpoint with a server's address, or --model to decode here")
         if not (self.temperature == 0 or LOWEST <= self.temperature < float("inf")):

@@ -1,4 +1,4 @@
-"""The finished corpus, in the order of the prompts, and beside it what failed: files that exist whole or not at all."""
+"""Write the finished corpus, in the order of the prompts, and the failed prompts: atomically, as JSON Lines."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from stages.regenerate.replies import Reply
 
 
 def out_row(row: PromptRow, replies: list[Reply], record: Regenerated, token_ids: bool) -> dict:
-    """Return a row of the corpus: its messages with the target's own replies, what it passes on, and the record."""
+    """Return a row of the output corpus: messages with the target's replies, fields passed on, generation record."""
     turns = []
     for reply in replies:
         message = reply.message()
@@ -28,7 +28,7 @@ def out_row(row: PromptRow, replies: list[Reply], record: Regenerated, token_ids
     more = {"tools": row.tools, "chat_template_kwargs": row.template_kwargs}
     stops = {"stops": [reply.stop for reply in replies]}
     return {
-        **row.kept,
+        **row.passed_on,
         "messages": messages[: last + 1],
         **{key: value for key, value in more.items() if value},
         "regenerated": record.model_dump() | stops,
@@ -36,15 +36,15 @@ def out_row(row: PromptRow, replies: list[Reply], record: Regenerated, token_ids
 
 
 def failed_row(failure: Failure) -> dict:
-    """Return what is written of a prompt that was given up, itself a row of a corpus: replies stand empty in it."""
+    """Return the row of a prompt that was given up; it can be read as a corpus row, with empty replies."""
     row = failure.row
     messages = row.messages([{"role": "assistant", "content": ""}] * failure.turn)
-    return {**row.kept, "messages": messages, "place": row.place, "turn": failure.turn, "failed": failure.cause}
+    return {**row.passed_on, "messages": messages, "place": row.location, "turn": failure.turn, "failed": failure.cause}
 
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator:
-    """Yield a file that takes the place of `path` when the block is done. RoomError where there is no room."""
+    """Yield a file that replaces `path` when the block ends. RoomError when the disk is full."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     with room(path, "the corpus"):
         try:
@@ -59,7 +59,7 @@ def _replacing(path: Path) -> Iterator:
 
 
 def write_rows(path: Path, rows: Iterable[dict]) -> int:
-    """Write rows as JSON lines, whole or not at all; return how many."""
+    """Write rows as JSON Lines, atomically; return how many."""
     count = 0
     with _replacing(path) as file:
         for row in rows:

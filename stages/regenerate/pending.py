@@ -1,4 +1,4 @@
-"""What is left to ask: the rows whose conversation is not through, each with the replies that it has."""
+"""The jobs that are left: rows whose conversation is unfinished, each with its replies so far."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -9,23 +9,23 @@ from stages.regenerate.replies import Reply
 
 @dataclass
 class Job:
-    """A row and its replies so far. The next turn is asked after the target's own earlier replies."""
+    """A row and its replies so far. The next turn's prompt holds the target's own earlier replies."""
 
     row: PromptRow
     replies: list[Reply] = field(default_factory=list)
 
     @property
     def turn(self) -> int:
-        """Which turn is asked next, from 0."""
+        """The next turn to generate, from 0."""
         return len(self.replies)
 
     @property
     def done(self) -> bool:
-        """Whether nothing is left to ask."""
-        return self.turn == len(self.row.segments) or bool(self.replies and self.replies[-1].ends_the_row)
+        """Whether all replies are there."""
+        return self.turn == len(self.row.segments) or bool(self.replies and self.replies[-1].ends_conversation)
 
     def messages(self) -> list[dict]:
-        """Return what is asked next."""
+        """Return the messages of the next prompt."""
         return self.row.messages([reply.message() for reply in self.replies])
 
 
@@ -38,8 +38,8 @@ class Failure:
     cause: str
 
 
-def open_jobs(rows: Iterable[PromptRow], replies) -> Iterator[Job]:
-    """Yield a job for each row that is not through. replies: a row's key to what it has."""
+def pending_jobs(rows: Iterable[PromptRow], replies) -> Iterator[Job]:
+    """Yield a job for each unfinished row. replies: returns the replies so far for a row's key."""
     for row in rows:
         job = Job(row, replies(row.key))
         if not job.done:

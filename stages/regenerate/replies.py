@@ -1,17 +1,17 @@
-"""What a target answered: one reply, as every engine gives it and as the journal and the corpus hold it."""
+"""One reply of the target, as engines return it and as the journal and the corpus store it."""
 
 from dataclasses import dataclass
 
-CUT, EMPTY = "length", "empty"  # stops after which a row is not asked on; others that end it are the engine's own
+CUT, EMPTY = "length", "empty"  # values of `stop` that end a conversation; engines have others
 
 
 @dataclass(frozen=True)
 class Reply:
     """One reply of the target.
 
-    stop: why it ended: "stop", "length" at the limit, "tool_calls", or what else a server says. token_ids: what the
-    target wrote, the token that ended it included; prompt_token_ids: what it was asked with; None where a server says
-    neither. tokens: how many were written, None where a server does not count.
+    stop: the finish reason: "stop", "length", "tool_calls", or another of the server. token_ids: the generated ids, the
+    stop token included; prompt_token_ids: the prompt's; None where a server returns none. tokens: how many were
+    generated, None where a server does not count.
     """
 
     content: str
@@ -27,15 +27,15 @@ class Reply:
         return not (self.content.strip() or self.reasoning_content or self.tool_calls)
 
     @property
-    def ends_the_row(self) -> bool:
-        """Whether no further turn is asked: a cut or an empty reply is nothing to go on from, a call wants a result."""
+    def ends_conversation(self) -> bool:
+        """Whether no further turn can follow: the reply is cut or empty, or calls a tool whose result is unknown."""
         return self.stop != "stop" or self.empty or bool(self.tool_calls)
 
     def message(self) -> dict:
-        """Return the reply as a message, as a server is asked with it in later turns."""
+        """Return the reply as a message for the prompts of later turns."""
         more = {"reasoning_content": self.reasoning_content, "tool_calls": self.tool_calls}
         return {"role": "assistant", "content": self.content, **{key: value for key, value in more.items() if value}}
 
     def as_dict(self) -> dict:
-        """Return what is not None, for the journal."""
+        """Return the fields that are not None, for the journal."""
         return {key: value for key, value in vars(self).items() if value is not None}

@@ -1,4 +1,4 @@
-"""What came out of a regeneration, as figures and as a table, and how far it is meanwhile."""
+"""The report of a regeneration, as figures and as a table, and its progress line."""
 
 import sys
 import time
@@ -14,11 +14,11 @@ LENGTHS = (16, 64, 256, 1024, 4096)  # tokens; the bounds of the report's groups
 EVERY_S = 5.0
 
 
-class Figures:
-    """Counts replies, those kept from earlier runs and those of this one."""
+class ReplyCounts:
+    """Counts of replies, from earlier runs and of this one."""
 
     def __init__(self):
-        self.kept = self.asked = self.tokens = self.uncounted = self.empty = 0
+        self.from_earlier_runs = self.asked = self.tokens = self.uncounted = self.empty = 0
         self.stops: Counter[str] = Counter()
         self.lengths: Counter[int] = Counter()
         self.failed: list[str] = []
@@ -39,19 +39,19 @@ class Figures:
             "rows": {"read": tally.rows, "usable": prompts, "written": rows, "left_out": tally.as_notes()["faults"]},
             "examples": tally.as_notes()["examples"],
             "cut_at_a_tool": tally.truncated,
-            "replies": {"all": replies, "asked_now": self.asked, "kept": self.kept},
+            "replies": {"all": replies, "asked_now": self.asked, "kept": self.from_earlier_runs},
             "tokens": self.tokens,
             "seconds": seconds,
             "tokens_per_second": self.tokens / seconds if self.asked and seconds else None,
             "stops": dict(self.stops.most_common()),
-            "lengths": {_group(place): self.lengths[place] for place in sorted(self.lengths)},
+            "lengths": {_bucket(place): self.lengths[place] for place in sorted(self.lengths)},
             "lengths_unknown": self.uncounted,
             "share": share,
             "failed": {"prompts": len(self.failed), "examples": self.failed[:3]},
         }
 
 
-def _group(place: int) -> str:
+def _bucket(place: int) -> str:
     low, high = (0, *LENGTHS)[place], (*LENGTHS, None)[place]
     return f"{low or 1} - {high - 1}" if high else f"{low} or more"
 
@@ -80,18 +80,18 @@ def table(report: dict) -> Table:
 
 
 class Progress:
-    """A line on standard error every few seconds: replies, tokens a second, and when it will be done."""
+    """Prints a progress line on standard error every few seconds: prompts, tokens a second, ETA."""
 
     def __init__(self, prompts: int, done: int):
         self.prompts, self.done, self.begun, self.tokens = prompts, done, done, 0
-        self.start = self.shown = time.monotonic()
+        self.start = self.shown_url = time.monotonic()
 
     def add(self, tokens: int | None) -> None:
         self.done += 1
         self.tokens += tokens or 0
         now = time.monotonic()
-        if now - self.shown >= EVERY_S:
-            self.shown = now
+        if now - self.shown_url >= EVERY_S:
+            self.shown_url = now
             print(self.line(now - self.start), file=sys.stderr, flush=True)
 
     def line(self, seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""What a server sends back, read strictly: one reply, or `Malformed`, after which it is asked again.
+"""Parse a server's response strictly: one reply, or `Malformed`, which is retried.
 
 Token ids stand where each server puts them: vLLM's prompt ids beside `choices`, SGLang's inside the choice, the reply's
 in the choice of both, as `token_ids` (`return_token_ids`).
@@ -10,13 +10,13 @@ from stages.regenerate.replies import Reply
 
 
 class Malformed(Exception):
-    """An answer that is none, of a server that may do better when asked again."""
+    """A malformed response; the request is retried."""
 
 
 def read_answer(body: bytes) -> Reply:
     """Return the reply in the body of a chat completion. Malformed for anything else."""
     try:
-        answer = json.loads(body, parse_constant=no_number)
+        answer = json.loads(body, parse_constant=refuse_constant)
         json.dumps(answer, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise Malformed(f"an answer that is no JSON text: {body[:60]!r}") from error
@@ -39,7 +39,7 @@ def read_answer(body: bytes) -> Reply:
     )
 
 
-def no_number(name: str):
+def refuse_constant(name: str):
     """Refuse NaN and the infinities, which Python would read and write, and JSON does not have. ValueError."""
     raise ValueError(f"{name} is no JSON")
 
@@ -66,7 +66,7 @@ def _count(usage: object) -> int | None:
 
 
 def _calls(calls: object) -> list[dict] | None:
-    """Return the tools a reply calls, their arguments as objects where they are JSON of one."""
+    """Return a reply's tool calls, their arguments parsed where they are a JSON object."""
     if not calls:
         return None
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):

@@ -1,6 +1,6 @@
-"""Regenerate a corpus: read its prompts, have the target answer those that have no reply yet, write the corpus.
+"""`pipeline regenerate`: read a corpus' prompts, generate the replies that are missing, write the corpus.
 
-Three passes over the prompts, none of which holds more than a few bytes of each: count them, ask, write.
+Three passes over the prompts, none of which keeps more than a few bytes of each: count, generate, write.
 """
 
 import itertools
@@ -17,17 +17,17 @@ from pipeline.target.files import find_target, target_digest, target_name, templ
 from stages.regenerate.journal import Journal
 from stages.regenerate.options import Options
 from stages.regenerate.output import failed_row, out_row, write_rows
-from stages.regenerate.pending import Failure, Job, open_jobs
+from stages.regenerate.pending import Failure, Job, pending_jobs
 from stages.regenerate.prompts import PromptRow, read_prompts
 from stages.regenerate.replies import Reply
-from stages.regenerate.report import Figures, Progress
+from stages.regenerate.report import Progress, ReplyCounts
 
 
 def run(options: Options) -> dict:
-    """Write what the target says to the prompts of a corpus, and return the report.
+    """Write a corpus with the target's replies, and return the report.
 
-    UsageError for options and servers that cannot be asked, DataError for an unusable corpus or prompts that failed,
-    RoomError for a full disk. Whatever ends it, every reply that came is kept, and the same command goes on.
+    UsageError for wrong options or an unusable server, DataError for an unusable corpus or prompts that failed,
+    RoomError for a full disk. Every reply so far is kept, and the same command resumes.
     """
     options.check()
     tally = Tally()
@@ -40,26 +40,28 @@ def run(options: Options) -> dict:
     engine = _engine(options, folder)
     record = _record(options, engine, folder)
     head = {"regenerated": record.model_dump(exclude={"stops"}), "corpus": _corpus(options)}
-    figures, started = Figures(), time.monotonic()
-    with Journal(_beside(options.out, "journal"), head) as journal:
+    counts, started = ReplyCounts(), time.monotonic()
+    with Journal(_sibling(options.out, "journal"), head) as journal:
         _check_out(options.out, journal)
-        figures.kept = len(journal)
-        if journal.lost:
-            print(f"{journal.path}: {journal.lost} damaged lines, whose replies are asked for again", file=sys.stderr)
-        failures = _ask(options, engine, folder, journal, figures, prompts)
+        counts.from_earlier_runs = len(journal)
+        if journal.damaged:
+            print(
+                f"{journal.path}: {journal.damaged} damaged lines, whose replies are asked for again", file=sys.stderr
+            )
+        failures = _ask(options, engine, folder, journal, counts, prompts)
         journal.sync()
         seconds = time.monotonic() - started
-        rows = write_rows(options.out, _out_rows(options, journal, record, figures))
+        rows = write_rows(options.out, _out_rows(options, journal, record, counts))
     _write_failures(options, failures)
-    figures.failed = [f"{failure.row.place}, turn {failure.turn}: {failure.cause}" for failure in failures]
-    return figures.as_dict(tally, usable, rows, seconds)
+    counts.failed = [f"{failure.row.location}, turn {failure.turn}: {failure.cause}" for failure in failures]
+    return counts.as_dict(tally, usable, rows, seconds)
 
 
 def check_failed(report: dict, out: Path) -> None:
     """DataError for a report with prompts that were given up."""
     if count := report["failed"]["prompts"]:
         raise DataError(
-            f"{count} prompts have no reply, {report['failed']['examples'][0]}; {_beside(out, 'failed.jsonl')} lists "
+            f"{count} prompts have no reply, {report['failed']['examples'][0]}; {_sibling(out, 'failed.jsonl')} lists "
             "them, and the same command asks them again"
         )
 
@@ -69,7 +71,7 @@ def _rows(options: Options, tally: Tally | None = None) -> Iterator[PromptRow]:
 
 
 def _corpus(options: Options) -> dict | list[dict]:
-    """Return what the journal keeps of the corpus: its one file, its files, or its name on the hub."""
+    """Return the journal's entry for the corpus: its one file, its files, or its name on the hub."""
     files = corpus_files(options.corpus)
     sources = file_sources(options.corpus, files, options.roles)
     if not files:
@@ -77,13 +79,13 @@ def _corpus(options: Options) -> dict | list[dict]:
     return sources[0] if len(sources) == 1 else sources
 
 
-def _beside(out: Path, name: str) -> Path:
-    """Return OUT.journal or OUT.failed.jsonl, without OUT's own ending in the middle."""
+def _sibling(out: Path, name: str) -> Path:
+    """Return OUT.journal or OUT.failed.jsonl, in which OUT has lost its own suffix."""
     return out.with_name(f"{out.stem}.{name}")
 
 
-class _Here:
-    """The target decoding here, not loaded before there is something to ask: often all have their reply."""
+class _LazyLocalEngine:
+    """A LocalEngine that loads the target only when there is something to generate."""
 
     engine = "transformers"
 
@@ -91,9 +93,9 @@ class _Here:
         self.options, self.folder, self.model = options, folder, target_name(options.model)
 
     def ask(self, *asked) -> None:
-        from stages.regenerate.local_engine import Local
+        from stages.regenerate.local_engine import LocalEngine
 
-        Local(self.options, self.folder, self.model).ask(*asked)
+        LocalEngine(self.options, self.folder, self.model).ask(*asked)
 
 
 def _engine(options: Options, folder: Path | None):
@@ -108,7 +110,7 @@ def _engine(options: Options, folder: Path | None):
                 file=sys.stderr,
             )
         return engine
-    return _Here(options, folder)
+    return _LazyLocalEngine(options, folder)
 
 
 def _record(options: Options, engine, folder: Path | None) -> Regenerated:
@@ -128,7 +130,7 @@ def _record(options: Options, engine, folder: Path | None) -> Regenerated:
 
 
 def _check_out(out: Path, journal: Journal) -> None:
-    """Refuse to write over what no journal speaks of."""
+    """UsageError where the output exists and the journal is empty: it is not ours to overwrite."""
     if out.exists() and not len(journal):
         raise UsageError(
             f"{out} is there, and {journal.path.name} knows nothing of it; name another --out or remove it"
@@ -136,27 +138,27 @@ def _check_out(out: Path, journal: Journal) -> None:
 
 
 def _ask(
-    options: Options, engine, folder: Path | None, journal: Journal, figures: Figures, prompts: int
+    options: Options, engine, folder: Path | None, journal: Journal, counts: ReplyCounts, prompts: int
 ) -> list[Failure]:
-    """Ask what has no reply yet; return the prompts that were given up."""
+    """Generate the missing replies; return the prompts that were given up."""
     failures: list[Failure] = []
     progress = Progress(prompts, len(journal))
 
     def on_reply(job: Job, reply: Reply) -> None:
         journal.add(job.row.key, job.turn, reply)
         job.replies.append(reply)
-        figures.asked += 1
-        figures.tokens += reply.tokens or 0
+        counts.asked += 1
+        counts.tokens += reply.tokens or 0
         progress.add(reply.tokens)
 
-    jobs = open_jobs(_rows(options), journal.replies)
+    jobs = pending_jobs(_rows(options), journal.replies)
     first = next(jobs, None)
     if first is not None:
         engine.ask(itertools.chain([first], jobs), _renderer(options, folder), on_reply, failures.append)
-    return sorted(failures, key=lambda failure: _order(failure.row.place))
+    return sorted(failures, key=lambda failure: _corpus_order(failure.row.location))
 
 
-def _order(place: str) -> tuple[str, int]:
+def _corpus_order(place: str) -> tuple[str, int]:
     file, _, line = place.rpartition(":")
     return file, int(line)
 
@@ -169,18 +171,18 @@ def _renderer(options: Options, folder: Path | None):
     return Renderer(folder, options.template_kwargs, options.template_date)
 
 
-def _out_rows(options: Options, journal: Journal, record: Regenerated, figures: Figures) -> Iterator[dict]:
-    """Yield the corpus: every row that has a reply and is not waiting for another."""
+def _out_rows(options: Options, journal: Journal, record: Regenerated, counts: ReplyCounts) -> Iterator[dict]:
+    """Yield the rows of the output corpus: those whose replies are complete."""
     for row in _rows(options):
         job = Job(row, journal.replies(row.key))
         if job.done:
             for reply in job.replies:
-                figures.count(reply)
+                counts.count(reply)
             yield out_row(row, job.replies, record, options.token_ids)
 
 
 def _write_failures(options: Options, failures: list[Failure]) -> None:
-    path = _beside(options.out, "failed.jsonl")
+    path = _sibling(options.out, "failed.jsonl")
     if failures:
         write_rows(path, map(failed_row, failures))
     else:

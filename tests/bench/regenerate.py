@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 from pipeline.target.files import find_target
-from stages.regenerate.local_engine import Local
+from stages.regenerate.local_engine import LocalEngine
 from stages.regenerate.options import Options
 from stages.regenerate.pending import Job
 from stages.regenerate.prompts import read_prompts
@@ -39,7 +39,7 @@ def first_turns(corpus: Path, count: int, folder: Path) -> Path:
     return path
 
 
-def ours(engine: Local, options: Options, renderer: Renderer) -> dict[str, list[int]]:
+def ours(engine: LocalEngine, options: Options, renderer: Renderer) -> dict[str, list[int]]:
     """Answer all prompts in batches."""
     found = {}
 
@@ -52,7 +52,7 @@ def ours(engine: Local, options: Options, renderer: Renderer) -> dict[str, list[
 
 
 @torch.inference_mode()
-def plain(engine: Local, options: Options, renderer: Renderer) -> dict[str, list[int]]:
+def plain(engine: LocalEngine, options: Options, renderer: Renderer) -> dict[str, list[int]]:
     """Answer all prompts one by one."""
     found = {}
     for row in read_prompts(options.corpus):
@@ -84,7 +84,7 @@ def main() -> None:
         corpus = first_turns(chosen.corpus, chosen.prompts, Path(place))
         options = Options(str(corpus), Path(place) / "out.jsonl", model=chosen.model, max_new=192, batch=chosen.batch)
         folder = find_target(chosen.model)
-        engine, renderer = Local(options, folder, "target"), Renderer(folder, {})
+        engine, renderer = LocalEngine(options, folder, "target"), Renderer(folder, {})
         for number in range(chosen.rounds):
             order = [ours, plain] if number % 2 == 0 else [plain, ours]
             taken = {work: timed(work, engine, options, renderer) for work in order}

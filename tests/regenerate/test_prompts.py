@@ -17,8 +17,8 @@ SYSTEM, ASKED, MORE = (
 )
 
 
-def prompts(corpus, **told) -> list[list[list[dict]]]:
-    return [row.segments for row in read_prompts(str(corpus), **told)]
+def prompts(corpus, **chosen) -> list[list[list[dict]]]:
+    return [row.segments for row in read_prompts(str(corpus), **chosen)]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_prompts_lie_in_files_of_any_form(tmp_path):
     (tmp_path / "readme.md").write_text("no prompts")
     assert prompts(tmp_path) == [[[ASKED]], [[MORE]], [[MORE]], [[ASKED]]]
     *_, last = read_prompts(str(tmp_path))
-    assert (last.place, last.kept) == ("c.parquet:1", {"id": 7, "split": "heldout"})
+    assert (last.location, last.passed_on) == ("c.parquet:1", {"id": 7, "split": "heldout"})
 
 
 def test_roles_of_others_are_read_as_told_and_else_refused(tmp_path):
