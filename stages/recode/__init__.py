@@ -1,1 +1,1 @@
-"""Write columns of a cache in another codec, without the target."""
+"""`pipeline recode`: rewrite columns of a cache in another codec, without the target."""

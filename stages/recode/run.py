@@ -1,8 +1,8 @@
-"""`pipeline recode`: columns in another codec, shard by shard, from the states that are there.
+"""`pipeline recode`: rewrite columns in another codec, shard by shard, from the stored states.
 
-The new column is written beside the old one, read back whole and compared, and then one rename makes it count; only
-after it the old one goes. So a recode may be stopped at any moment: every shard stays readable, in the codec that its
-own manifest names, and the same command goes on with the shards that are left.
+The new column is written beside the old one, read back whole and compared, and then committed by one rename; only then
+is the old one removed. So a recode may be stopped at any moment: every shard stays readable, in the codec that its own
+manifest names, and the same command resumes with the remaining shards.
 """
 
 import sys
@@ -35,15 +35,15 @@ from pipeline.errors import CacheError, DataError, ProofError, UsageError
 from pipeline.target.head import TargetHead
 from pipeline.visible_text import visible
 
-BLOCKS = 16  # of a sample in memory at a time
-EVERY_S = 5.0  # between lines of progress
+BLOCKS_AT_A_TIME = 16  # blocks of a sample in memory
+EVERY_S = 5.0  # between progress lines
 
-Work = list[tuple[ShardPlan, ColumnSpec, str]]
+ColumnsToRecode = list[tuple[ShardPlan, ColumnSpec, str]]
 
 
 @dataclass(frozen=True)
 class Done:
-    """How many (shard, column)s were written anew, and their bytes before and after."""
+    """How many (shard, column) pairs were rewritten, and their bytes before and after."""
 
     columns: int
     before: int
@@ -51,34 +51,34 @@ class Done:
 
 
 def run(cache: Path, codec: str) -> Done:
-    """Write the columns that `codec` names, such as "aux=int8,final=zstd", in the codec it gives them; print a line.
+    """Rewrite columns in the codecs that `codec` gives, such as "aux=int8,final=zstd"; print a summary.
 
-    Raises UsageError (no such codec, column or cache; states that a codec has rounded), DataError (no state to measure
-    in), ProofError when a codec breaks its promise on these states, CacheError for damage, RoomError.
+    Raises UsageError (no such codec, column or cache; states from a lossy codec), DataError (no states to calibrate
+    with), ProofError when a codec does not meet its bounds on these states, CacheError for damage, RoomError.
     """
-    held, plan = HiddenCache.open(cache), load_plan(cache)
-    work = _work(cache, plan, codec)
+    store, plan = HiddenCache.open(cache), load_plan(cache)
+    work = _columns_to_recode(cache, plan, codec)
     with room(cache, "a recode"):
         clean(cache)
         for shard in plan.shards:
             for name in shard_columns(cache, shard.number):
-                _tidy(cache, shard.number, name)
+                _remove_stale(cache, shard.number, name)
         if work:
-            _forget_codecs(cache)
-    calibrations = _calibrations(held, plan, work)
-    head = held.head() if "final" in calibrations else None
+            _drop_recorded_codecs(cache)
+    calibrations = _calibrations(store, plan, work)
+    head = store.head() if "final" in calibrations else None
     before = after = 0
-    said = time.monotonic()
+    printed_at = time.monotonic()
     for number, (shard, spec, wanted) in enumerate(work):
         before += _bytes(cache, shard.number, spec.name)
         try:
             _recode(cache, shard, spec, wanted, calibrations.get(spec.name), head)
-        except CacheError:  # the old values go when another process, which does the same, has put the new in place
+        except CacheError:  # another process that recodes the same column may have removed the old files
             if column_manifest(cache, shard.number, spec.name)["spec"]["codec"] != wanted:
                 raise
         after += _bytes(cache, shard.number, spec.name)
-        if time.monotonic() > said + EVERY_S:
-            said = time.monotonic()
+        if time.monotonic() > printed_at + EVERY_S:
+            printed_at = time.monotonic()
             print(f"{number + 1} of {len(work)} columns of shards, {size_text(before)} read", file=sys.stderr)
     where = visible(cache)
     if not work:
@@ -88,20 +88,20 @@ def run(cache: Path, codec: str) -> Done:
     return Done(len(work), before, after)
 
 
-def _forget_codecs(cache: Path) -> None:
-    """Take the codecs there were out of the capture's record; where target and corpus lie, others still read there."""
+def _drop_recorded_codecs(cache: Path) -> None:
+    """Remove the former codecs from the capture's record; the paths of target and corpus in it stay in use."""
     try:
         record = read_canonical(cache / LOG)
     except CacheError:
         (cache / LOG).unlink(missing_ok=True)
         return
-    for name in ("columns", "format", "hash"):  # the last two come anew as it is written
+    for name in ("columns", "format", "hash"):  # writing adds the last two again
         record.pop(name, None)
     write_canonical(cache / LOG, record)
 
 
-def _work(cache: Path, plan: Plan, codec: str) -> Work:
-    """What is not yet as asked for. UsageError for what cannot be."""
+def _columns_to_recode(cache: Path, plan: Plan, codec: str) -> ColumnsToRecode:
+    """Return the columns of shards not yet in their new codec. UsageError where that is impossible."""
     chosen = parse_codecs(codec)
     work, names = [], set()
     for shard in plan.shards:
@@ -124,26 +124,26 @@ def _work(cache: Path, plan: Plan, codec: str) -> Work:
     return work
 
 
-def _calibrations(held: HiddenCache, plan: Plan, work: Work) -> dict[str, Calibration]:
-    """The cache's calibration of each column to be encoded, made from its states where there is none."""
-    found = {}
+def _calibrations(store: HiddenCache, plan: Plan, work: ColumnsToRecode) -> dict[str, Calibration]:
+    """Return the calibration of each column for a lossy codec, made from its states where there is none."""
+    calibrations = {}
     for name, spec, codec in {spec.name: (spec.name, spec, codec) for _, spec, codec in work}.values():
         if codec in LOSSY:
-            found[name] = read_calibration(held.path, name, spec.width)
-            if found[name] is None:
-                states_RD = _calibration_states(held, plan, name)
+            calibrations[name] = read_calibration(store.path, name, spec.width)
+            if calibrations[name] is None:
+                states_RD = _calibration_states(store, plan, name)
                 made = proven_calibration(name, codec, states_RD, "cpu")
-                found[name] = keep_calibration(held.path, name, made, len(states_RD))
-    return found
+                calibrations[name] = keep_calibration(store.path, name, made, len(states_RD))
+    return calibrations
 
 
-def _calibration_states(held: HiddenCache, plan: Plan, name: str) -> torch.Tensor:
-    """States [R, D] of the samples that a calibration looks at, of those that are captured."""
+def _calibration_states(store: HiddenCache, plan: Plan, name: str) -> torch.Tensor:
+    """Return the states [R, D] of the captured calibration samples."""
     parts, tokens = [], 0
     columns: dict[int, Column | None] = {}
     for shard, row in calibration_samples(plan.shards):
         if shard.number not in columns:
-            columns[shard.number] = _opened(held.path, shard, name)
+            columns[shard.number] = _open_if_captured(store.path, shard, name)
         column = columns[shard.number]
         if column is not None and column.ok[row]:
             parts.append(as_states(column.read(row)))
@@ -151,12 +151,12 @@ def _calibration_states(held: HiddenCache, plan: Plan, name: str) -> torch.Tenso
         if tokens >= TOKENS:
             break
     if not parts:
-        raise DataError(f"{held.path}: every sample of {name} was refused, so there is nothing to calibrate int8 with")
+        raise DataError(f"{store.path}: every sample of {name} was refused, so there is nothing to calibrate int8 with")
     return torch.cat(parts)
 
 
-def _opened(cache: Path, shard: ShardPlan, name: str) -> Column | None:
-    """A column of a shard, None where it is not captured."""
+def _open_if_captured(cache: Path, shard: ShardPlan, name: str) -> Column | None:
+    """Open a column of a shard; None where it is not captured."""
     manifest = shard_columns(cache, shard.number).get(name)
     return manifest and open_column(cache, manifest, ColumnSpec(**manifest["spec"]).bounds(shard))
 
@@ -169,9 +169,9 @@ def _recode(
     calibration: Calibration | None,
     head: TargetHead | None,
 ) -> None:
-    """Write one column of one shard anew, prove it, and let it count."""
+    """Rewrite one column of one shard, verify it, and commit it."""
     manifest = column_manifest(cache, shard.number, spec.name)
-    if manifest["spec"]["codec"] == codec:  # another process was quicker
+    if manifest["spec"]["codec"] == codec:  # another process has done it
         return
     old = open_column(cache, manifest, spec.bounds(shard))
     with ShardWriter(cache, shard, [replace(spec, codec=codec)]) as writer:
@@ -179,17 +179,17 @@ def _recode(
             writer.refuse(int(row), reason)
         reader = old.open()
         for row in range(len(shard)):
-            for part in old.parts(reader, row, BLOCKS):
+            for part in old.parts(reader, row, BLOCKS_AT_A_TIME):
                 writer.write(spec.name, part)
         writer.seal()
-        facts = _proven(writer, old, codec, calibration, head)
+        facts = _verified_facts(writer, old, codec, calibration, head)
         writer.replace(spec.name, facts)
 
 
-def _proven(
+def _verified_facts(
     writer: ShardWriter, old: Column, codec: str, calibration: Calibration | None, head: TargetHead | None
 ) -> dict[str, dict]:
-    """Read what was written back from disk, all of it, and hold it to its codec's promise. Raises ProofError."""
+    """Read the new column back and compare it; return the facts for its manifest. ProofError where it differs."""
     name = old.spec.name
     damaged = writer.damaged_samples(name)
     same = calibration is not None or (writer.sums(name) == old.digests).all()
@@ -205,19 +205,19 @@ def _proven(
     return {"certificate": certificate.facts(writer.escapes(name) / rows)} if certificate.rows else {}
 
 
-def _tidy(cache: Path, shard: int, name: str) -> None:
-    """Remove what a stopped recode left of a column in codecs that do not count."""
-    if _left(cache, shard, name):
+def _remove_stale(cache: Path, shard: int, name: str) -> None:
+    """Remove the files that a stopped recode left of a column in other codecs than its manifest's."""
+    if _stale_files(cache, shard, name):
         with Scratch(cache, numbered(shard)) as scratch, room(cache, "a clean-up"), committing(cache):
-            for path in _left(cache, shard, name):  # anew: while we waited, a living one may have made it count
+            for path in _stale_files(cache, shard, name):  # again: meanwhile another process may have committed it
                 path.rename(scratch.path / path.name)
 
 
-def _left(cache: Path, shard: int, name: str) -> list[Path]:
-    """What there is of a column in codecs that do not count."""
+def _stale_files(cache: Path, shard: int, name: str) -> list[Path]:
+    """Return the files of a column in other codecs than its manifest names."""
     spec, folder = ColumnSpec(**column_manifest(cache, shard, name)["spec"]), shard_folder(cache, shard)
-    left = [folder / end for stem in spec.other_stems for end in (f"{stem}.arrow", stem)]
-    return [path for path in left if path.exists()]
+    stale = [folder / end for stem in spec.other_stems for end in (f"{stem}.arrow", stem)]
+    return [path for path in stale if path.exists()]
 
 
 def _bytes(cache: Path, shard: int, name: str) -> int:
