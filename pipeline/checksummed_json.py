@@ -13,7 +13,7 @@ from pathlib import Path
 
 import xxhash
 
-from pipeline.cache.atomic import unreadable
+from pipeline.cache.atomic import read_error
 from pipeline.cache.manifest import has_form
 from pipeline.errors import CacheError, PipelineError
 from pipeline.untrusted import parse_strict_json, read_file
@@ -75,7 +75,7 @@ def read_record(path: Path, form: dict, remedy: str, most: int = MOST_BYTES) -> 
 
 def damaged(path: Path, error: Exception, remedy: str) -> PipelineError:
     """Return what to raise for a file of a run that cannot be read: limits and missing rights are no damage."""
-    found = unreadable(path, error) if isinstance(error, OSError) else None
+    found = read_error(path, error) if isinstance(error, OSError) else None
     if found is not None and not isinstance(found, CacheError):
         return found
     said = error.strerror if isinstance(error, OSError) and error.strerror else error

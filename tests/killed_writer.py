@@ -28,7 +28,7 @@ import torch
 from cache_maker import COLUMNS, capture, contents, flip, make_cache, random_samples
 
 import stages.recode.run
-from pipeline.cache.atomic import clean
+from pipeline.cache.atomic import clean_scratch
 from pipeline.cache.columns import column_manifest
 from pipeline.cache.layout import SAMPLES, shard_folder
 from pipeline.cache.plan import load_plan, plan_numbers, write_segment
@@ -49,7 +49,7 @@ def make(cache: Path) -> None:
 
 def append(cache: Path) -> None:
     """Two samples more, of which one is new, on a cache that `make` made."""
-    clean(cache)
+    clean_scratch(cache)
     if len(plan_numbers(cache)) == 1:
         more = [*random_samples(1, longest=8), *random_samples(1, longest=8, seed=1)]
         write_segment(cache, more, row_bytes=48, sources=[{"file": "more.jsonl", "size": 1}])
@@ -68,7 +68,7 @@ def spoil(cache: Path) -> None:
 
 def repair(cache: Path) -> None:
     """What `pipeline verify --repair` does after it found what `spoil` did, random states in the target's place."""
-    clean(cache)
+    clean_scratch(cache)
     restore_segments(cache)
     derive(cache)
     shard = load_plan(cache).shards[0]

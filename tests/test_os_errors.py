@@ -15,7 +15,7 @@ from cache_maker import make_cache, random_samples
 
 from pipeline.cache import HiddenCache
 from pipeline.cache.arrow_files import parse_batches
-from pipeline.cache.atomic import REMEDIES, room, unreadable
+from pipeline.cache.atomic import REMEDIES, read_error, write_errors
 from pipeline.cache.checksums import SCHEMA
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.layout import inside
@@ -46,7 +46,7 @@ MIB = 1 << 20
     ],
 )
 def test_each_error_of_the_system_has_its_own_line(number, kind, says):
-    found = unreadable(Path("file"), OSError(number, os.strerror(number)))
+    found = read_error(Path("file"), OSError(number, os.strerror(number)))
     assert type(found) is kind
     with pytest.raises(kind, match=f"^file: .*{says}"):
         raise found
@@ -57,7 +57,7 @@ def test_each_error_of_the_system_has_its_own_line(number, kind, says):
 @pytest.mark.parametrize("number", sorted(LIMITS))
 def test_each_limit_has_a_line_for_whoever_writes(number, tmp_path):
     assert number in REMEDIES
-    with pytest.raises(RoomError, match=os.strerror(number)), room(tmp_path, "a file"):
+    with pytest.raises(RoomError, match=os.strerror(number)), write_errors(tmp_path, "a file"):
         raise OSError(number, os.strerror(number))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.atomic import reading
+from pipeline.cache.atomic import read_errors
 from pipeline.cache.columns import column_manifest
 from pipeline.cache.layout import COLUMN, NUMBER, SAMPLES, SHARDS, STEM, numbered, shard_folder
 from pipeline.errors import CacheError
@@ -59,7 +59,7 @@ class Catalog:
         folder = shard_folder(self.cache, shard)
         if not folder.exists():
             return []
-        with reading(folder):
+        with read_errors(folder):
             return os.listdir(folder)
 
     @cached_property
@@ -72,7 +72,7 @@ class Catalog:
         """Shards with columns that no segment of the plan knows: with them a segment was lost."""
         if not (self.cache / SHARDS).is_dir():
             return []
-        with reading(self.cache / SHARDS):
+        with read_errors(self.cache / SHARDS):
             numbers = sorted(int(name) for name in os.listdir(self.cache / SHARDS) if NUMBER.fullmatch(name))
         return [number for number in numbers if number >= self.shards and columns_of(self._listed(number))]
 

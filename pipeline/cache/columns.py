@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.atomic import unreadable
+from pipeline.cache.atomic import read_error
 from pipeline.cache.checksums import BlockHasher, read_sums
 from pipeline.cache.codecs import CODECS, DTYPES, LOSSY, open_values
 from pipeline.cache.codecs.int8_files import CHANNELS, Encoded
@@ -109,7 +109,7 @@ class Column:
             where = f"{self.where}, column {spec.name}"
             return open_values(spec.codec, self.folder, rows, spec.width, spec.dtype, where)
         except OSError as error:
-            raise unreadable(self.folder, error) from None
+            raise read_error(self.folder, error) from None
 
     def read_into(self, reader, row: int, out: memoryview, first: int = 0) -> None:
         """Fill `out`, flat bytes, with the rows of sample `row` from `first` on, a multiple of 256, each block checked.

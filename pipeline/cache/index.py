@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from pipeline.cache.arrow_files import parse_batches
-from pipeline.cache.atomic import reading, write_file
+from pipeline.cache.atomic import read_errors, write_file
 from pipeline.cache.layout import INDEX, INDEX_MANIFEST
 from pipeline.cache.manifest import FACT, FileFact, canonical, check_size, read_canonical, write_canonical
 from pipeline.cache.samples import numbers
@@ -85,7 +85,7 @@ def read_index(cache: Path, manifests: list[dict]) -> pa.Table | None:
         if facts["segments"] != segments_of(manifests):
             return None
         check_size(path, facts["files"][INDEX])
-        with reading(path), pa.memory_map(str(path)) as file:
+        with read_errors(path), pa.memory_map(str(path)) as file:
             data = file.read_buffer()
         if FileFact.of_bytes(data).as_dict() != facts["files"][INDEX]:
             return None

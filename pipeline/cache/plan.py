@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from pipeline.cache.arrow_files import read_batches
-from pipeline.cache.atomic import Scratch, clean, committing, room, sync_file, sync_folder
+from pipeline.cache.atomic import Scratch, clean_scratch, commit_lock, sync_file, sync_folder, write_errors
 from pipeline.cache.index import place_index
 from pipeline.cache.layout import NUMBER, PLAN, SCRATCH, SHARDS, numbered
 from pipeline.cache.manifest import FACT, FileFact, canonical, check_file, read_canonical
@@ -125,14 +125,14 @@ def write_segment(
     meanwhile, or is at work on the plan that should go.
     """
     assert row_bytes > 0, f"a row takes {row_bytes} bytes"
-    with room(cache, "a plan"):
+    with write_errors(cache, "a plan"):
         cache.mkdir(parents=True, exist_ok=True)
     earlier = load_plan(cache) if plan_numbers(cache) and not afresh else Plan([], [])
     counts = _Counts()
     for shard in earlier.shards:
         for name in shard.batch.column("sample_id"):
             counts.seen.add(name.as_py())
-    with Scratch(cache, PLAN) as scratch, room(cache, "a plan"):
+    with Scratch(cache, PLAN) as scratch, write_errors(cache, "a plan"):
         spool = scratch.path / "spool.arrow"
         _spool(samples, spool, counts)
         if not counts.samples and counts.duplicates:
@@ -238,7 +238,7 @@ def _commit(cache: Path, scratch: Scratch, segment: Path, manifest: dict, earlie
     ready.write_bytes(canonical(manifest))
     sync_file(segment)
     sync_file(ready)
-    with committing(cache):
+    with commit_lock(cache):
         if earlier is None:
             _forget(cache, scratch)
             earlier = Plan([], [])
@@ -277,7 +277,7 @@ def check_unused(cache: Path, own: Iterable[str] = ()) -> None:
 
     What a killed one left does not count, and is removed.
     """
-    clean(cache)
+    clean_scratch(cache)
     ours = {f"{SCRATCH}commit.lock", f"{SCRATCH}plan.lock", *own}
     if captured(cache) or any(path.name not in ours for path in cache.glob(f"{SCRATCH}*")):
         raise UsageError(f"{cache} is being captured by another process; wait for it, or pass another --out")
@@ -286,7 +286,7 @@ def check_unused(cache: Path, own: Iterable[str] = ()) -> None:
 @contextlib.contextmanager
 def working(cache: Path, plan: Plan) -> Iterator[None]:
     """Let nobody plan afresh while states are captured by `plan`. UsageError when somebody has, RoomError."""
-    with room(cache, "a scratch folder"), committing(cache):
+    with write_errors(cache, "a scratch folder"), commit_lock(cache):
         if read_manifests(cache)[: len(plan.manifests)] != plan.manifests:
             raise UsageError(f"{cache} was planned afresh meanwhile; run the command again, it uses that plan")
         scratch = Scratch(cache, "working")

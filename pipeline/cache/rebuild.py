@@ -3,7 +3,7 @@ from all of these a segment of the plan."""
 
 from pathlib import Path
 
-from pipeline.cache.atomic import Scratch, committing, room, sync_file, sync_folder, write_file
+from pipeline.cache.atomic import Scratch, commit_lock, sync_file, sync_folder, write_errors, write_file
 from pipeline.cache.columns import committed
 from pipeline.cache.index import place_index, read_index
 from pipeline.cache.layout import COLUMN, INDEX, PLAN, QUARANTINE, REFUSED, SAMPLES, numbered, shard_folder
@@ -25,7 +25,7 @@ def derive(cache: Path) -> list[str]:
     path = cache / QUARANTINE / REFUSED
     wrong_list = (path.read_bytes() if path.is_file() else b"") != refused_bytes(plan, columns)
     if stale or wrong_list or lost_index:
-        with room(cache, "derived files"), committing(cache):
+        with write_errors(cache, "derived files"), commit_lock(cache):
             for samples, data in stale.items():
                 write_file(samples, data)
             if wrong_list:  # with what is committed now: another worker may have been quicker, and known more
@@ -75,7 +75,7 @@ def restore_segments(cache: Path) -> list[str]:
         if path.is_file() and FileFact.of_file(path).as_dict() == fact:
             continue
         first = manifest["first_shard"]
-        with Scratch(cache, PLAN) as scratch, room(cache, "a segment of the plan", fact["size"]):
+        with Scratch(cache, PLAN) as scratch, write_errors(cache, "a segment of the plan", fact["size"]):
             try:
                 parts = [shard_folder(cache, shard) / SAMPLES for shard in range(first, first + manifest["shards"])]
                 write_batches(scratch.path / name, map(read_batch, parts))
@@ -83,7 +83,7 @@ def restore_segments(cache: Path) -> list[str]:
                 continue
             if FileFact.of_file(scratch.path / name).as_dict() == fact:
                 sync_file(scratch.path / name)
-                with committing(cache):
+                with commit_lock(cache):
                     (scratch.path / name).replace(path)
                     sync_folder(path.parent)
                 restored.append(f"{PLAN}/{name}")

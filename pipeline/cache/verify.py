@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from pipeline.cache import index
-from pipeline.cache.atomic import reading
+from pipeline.cache.atomic import read_errors
 from pipeline.cache.catalog import held_by
 from pipeline.cache.codecs import LOSSY, calibration
 from pipeline.cache.codecs.zarr_file import METADATA
@@ -122,7 +122,7 @@ class _Check:
         """Account for a file, and book what goes wrong with it as damage."""
         self.known.add(file)
         try:
-            with reading(self.path / file):
+            with read_errors(self.path / file):
                 yield
         except CacheError as error:
             what = str(error).removesuffix("; run `pipeline verify`").removeprefix(f"{self.path / file}: ")
@@ -304,7 +304,7 @@ class _Check:
                 shown = ", ".join(map(str, damaged[:SHOWN])) + (", ..." if len(damaged) > SHOWN else "")
                 self.damage(file, f"the values of samples {shown} of the shard", number, name)
             if fact:
-                with reading(reader.path), open(reader.path, "rb", buffering=0) as rest:
+                with read_errors(reader.path), open(reader.path, "rb", buffering=0) as rest:
                     rest.seek(int(column.bounds[-1]) * column.spec.row_bytes)
                     while piece := rest.read(PIECE):
                         digest.update(piece)

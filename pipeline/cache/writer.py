@@ -1,7 +1,7 @@
-"""Writing the columns of a shard: rows in order into a scratch folder, then names put in place, the manifest last.
+"""ShardWriter: writes columns of a shard into a scratch folder, then renames them into place, the manifest last.
 
-A killed writer leaves a scratch folder that `disk.clean` removes, and nothing else: what has no valid manifest does
-not exist and is replaced by the next writer.
+A killed writer leaves a scratch folder, which `atomic.clean_scratch` removes, and perhaps files without a valid
+manifest, which count as absent and are replaced by the next writer.
 """
 
 import contextlib
@@ -12,7 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.atomic import Scratch, committing, need_room, room, sync_file, sync_folder, write_file
+from pipeline.cache.atomic import (
+    Scratch,
+    check_free_space,
+    commit_lock,
+    sync_file,
+    sync_folder,
+    write_errors,
+    write_file,
+)
 from pipeline.cache.checksums import BlockHasher, sums_bytes
 from pipeline.cache.codecs import CODECS, DTYPES, LOSSY, stored_bytes
 from pipeline.cache.codecs.calibration import Calibration, read_calibration
@@ -108,12 +116,12 @@ class ShardWriter:
         self._identity = read_canonical(cache / IDENTITY)["hash"]
         rows = {spec.name: int(spec.bounds(shard)[-1]) for spec in columns}
         self._need = sum(stored_bytes(rows[spec.name], spec.width, spec.dtype, spec.codec) for spec in columns)
-        need_room(cache, self._what, self._need)
+        check_free_space(cache, self._what, self._need)
         self._scratch = Scratch(cache, numbered(shard.number))
         self._streams: dict[str, _Stream] = {}
         self._sealed: dict[str, Column] = {}
         try:
-            with room(cache, self._what, self._need):
+            with write_errors(cache, self._what, self._need):
                 for spec in columns:
                     self._streams[spec.name] = _Stream(cache, self._scratch.path, spec, shard)
         except BaseException:
@@ -138,7 +146,7 @@ class ShardWriter:
         values do not fit the codec.
         """
         try:
-            with room(self.cache, self._what, self._need):
+            with write_errors(self.cache, self._what, self._need):
                 self._streams[column].write(rows, self.refused)
         except RoomError:
             self.abort()
@@ -155,7 +163,7 @@ class ShardWriter:
     def seal(self) -> None:
         """Finish and sync every file, after the last row; from here on `read` works."""
         try:
-            with room(self.cache, self._what, self._need):
+            with write_errors(self.cache, self._what, self._need):
                 for stream in self._streams.values():
                     stream.values.finish()
                     path = self._scratch.path / f"{stream.spec.stem}.arrow"
@@ -193,7 +201,7 @@ class ShardWriter:
         """
         assert self._sealed.keys() == self._streams.keys(), "seal before commit"
         try:
-            with room(self.cache, self._what, self._need), committing(self.cache):
+            with write_errors(self.cache, self._what, self._need), commit_lock(self.cache):
                 samples = self._place_samples()
                 facts = {name: column_facts.get(name, {}) for name in self._streams}
                 done = {name: self._place(name, samples, facts[name], lost or {}) for name in self._streams}
@@ -235,7 +243,7 @@ class ShardWriter:
         assert self._sealed.keys() == self._streams.keys(), "seal before replace"
         spec = self._streams[name].spec
         try:
-            with room(self.cache, self._what, self._need), committing(self.cache):
+            with write_errors(self.cache, self._what, self._need), commit_lock(self.cache):
                 held = committed(self.cache, self.shard.number, name)
                 if held is None or held["spec"] == spec.as_dict():
                     return False

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from pipeline.cache.atomic import need_room, room, sync_file, sync_folder, write_file
+from pipeline.cache.atomic import check_free_space, sync_file, sync_folder, write_errors, write_file
 from pipeline.cache.manifest import FILES, FileFact
 from pipeline.checksummed_json import as_record, damaged, read_record
 from pipeline.drafts import DRAFTS, Draft, DraftConfig
@@ -61,9 +61,9 @@ def save(run: Path, step: int, draft: Draft, optimizer: dict[str, torch.Tensor],
     if path.exists():
         return path
     weights = draft.state_dict()
-    need_room(run, "a checkpoint", sum(map(_size, [*weights.values(), *optimizer.values()])))
+    check_free_space(run, "a checkpoint", sum(map(_size, [*weights.values(), *optimizer.values()])))
     unfinished = folder / f"{UNFINISHED}{path.name}"
-    with room(folder, "a checkpoint"):
+    with write_errors(folder, "a checkpoint"):
         shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process: the run is locked, so nobody writes here
         unfinished.mkdir(parents=True)
         try:

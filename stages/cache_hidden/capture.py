@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from pipeline.cache.atomic import room, turn
+from pipeline.cache.atomic import process_lock, write_errors
 from pipeline.cache.codecs.int8 import as_stored
 from pipeline.cache.columns import ColumnSpec, committed
 from pipeline.cache.micro_batches import micro_batches
@@ -52,7 +52,7 @@ def capture_shards(
     head = TargetHead.load(target_file(out, HEAD), device, getattr(torch, settings.dtype))
     engine = Engine(model, head, 0.0)
     gauged = gauged_columns(out, plan, settings.columns)
-    with room(out, "a calibration"), turn(out, "calibration"):  # by one process, for all
+    with write_errors(out, "a calibration"), process_lock(out, "calibration"):  # by one process, for all
         engine.calibrations = calibrations(engine, out, plan, settings.columns, settings.batch_tokens)
     with Progress(sum(shard.rows for shard, _ in work), len(work)) as progress:
         for shard, wanted in work:

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.cache.atomic import clean, in_use, need_room, room, size_text, turn
+from pipeline.cache.atomic import check_free_space, clean_scratch, in_use, process_lock, size_text, write_errors
 from pipeline.cache.columns import ColumnSpec, column_manifest, committed
 from pipeline.cache.layout import (
     CALIBRATION,
@@ -69,11 +69,11 @@ def repair(out: Path, model: str | None, device: str | None) -> Report:
 
     Raises what a capture raises; CacheError for damage that nothing can be made again from, with what to do.
     """
-    clean(out)
+    clean_scratch(out)
     before = verify(out)
     if not before.damaged and not before.missing:
         return before
-    with room(out, "what is repaired"), turn(out, "repair"):  # who waited looks again at what was damaged
+    with write_errors(out, "what is repaired"), process_lock(out, "repair"):  # verified again after a wait for it
         if any(finding.file == IDENTITY for finding in before.damaged):
             restore_identity(out)
         found = {finding.shard for finding in (*before.damaged, *before.missing)}
@@ -241,7 +241,7 @@ def _capture_again(out: Path, plan: Plan, lost: Lost, model: str | None, device:
         (shard, [spec for spec in settings.columns if (shard.number, spec.name) in lost]) for shard in plan.shards
     ]
     work: Work = [(shard, columns) for shard, columns in wanted if columns]
-    need_room(out, "what is repaired", work_bytes(work))
+    check_free_space(out, "what is repaired", work_bytes(work))
     what = f"{len(lost)} columns in {len(work)} shards are captured again: {size_text(work_bytes(work))}"
     _say(what if work else "what the cache holds of the target is made again")
     from stages.cache_hidden.capture import capture_shards  # brings torch and transformers

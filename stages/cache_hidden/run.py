@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cache.atomic import clean, need_room, room, size_text, turn
+from pipeline.cache.atomic import check_free_space, clean_scratch, process_lock, size_text, write_errors
 from pipeline.cache.columns import ColumnSpec, committed
 from pipeline.cache.layout import IDENTITY
 from pipeline.cache.manifest import create_identity
@@ -87,7 +87,7 @@ def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -
         planned = load_plan(out)
         if not missing(out, planned, columns):
             with contextlib.suppress(OSError):  # on a disk that is read-only now it does no harm
-                clean(out)  # what one left that was killed after its last commit
+                clean_scratch(out)  # what one left that was killed after its last commit
             derive(out)
             return _say(out, summary(out, planned, columns, 0, 0), worker)
     settings, planned = _planned(model, corpus, out, options)
@@ -95,10 +95,10 @@ def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -
     if work:
         check_weights_if_kept(out, settings.folder)
     write_record(out, request, settings, corpus or default_corpus(settings.folder))
-    clean(out)
+    clean_scratch(out)
     mine = worker.share(work)
     if mine or not has_target(out):
-        need_room(out, f"a cache of {planned.samples:,} samples", work_bytes(work))
+        check_free_space(out, f"a cache of {planned.samples:,} samples", work_bytes(work))
         _announce(planned, settings, mine, worker)
         from stages.cache_hidden.capture import capture_shards  # brings torch and transformers
 
@@ -121,10 +121,10 @@ def _planned(model: str, corpus: str | None, out: Path, options: CaptureOptions)
     held = _held_plan(corpus, out, settings, options)
     if held is None:
         check_weights_if_kept(out, settings.folder)
-        with room(out, "a plan"):
+        with write_errors(out, "a plan"):
             out.mkdir(parents=True, exist_ok=True)
         try:
-            with room(out, "a plan"), turn(out, "plan"):
+            with write_errors(out, "a plan"), process_lock(out, "plan"):
                 settings = settle(model, out, within_budget(out, options))  # we may have waited for who has planned
                 held = _held_plan(corpus, out, settings, options) or _make_plan(corpus, out, settings, options)
             settings = settle(model, out, within_budget(out, options))  # with what the plan has decided

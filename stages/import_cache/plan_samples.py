@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.cache.atomic import room, turn
+from pipeline.cache.atomic import process_lock, write_errors
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import Plan, load_plan, plan_numbers, write_segment
 from pipeline.cache.samples import PlannedSample
@@ -52,10 +52,10 @@ def make_plan(out: Path, work: Import, identity: dict, vocab_size: int) -> Plan:
         notes.update(tally.as_notes())
         create_identity(out, identity)
 
-    with room(out, "a plan"):
+    with write_errors(out, "a plan"):
         out.mkdir(parents=True, exist_ok=True)
     row_bytes = sum(spec.row_bytes for spec in work.columns)
-    with room(out, "a plan"), turn(out, "plan"):
+    with write_errors(out, "a plan"), process_lock(out, "plan"):
         return held_plan(out, source) or write_segment(
             out, checked(), row_bytes=row_bytes, sources=[source.listing()], notes=notes
         )

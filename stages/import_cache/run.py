@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cache.atomic import clean, need_room, size_text
+from pipeline.cache.atomic import check_free_space, clean_scratch, size_text
 from pipeline.cache.codecs import stored_bytes
 from pipeline.cache.columns import ColumnSpec, committed
 from pipeline.cache.layout import IDENTITY, LOG
@@ -92,9 +92,9 @@ def run(
     missing = left(out, planned, work)
     if missing or not has_target(out):
         check_weights_if_kept(out, target.folder)
-        clean(out)
+        clean_scratch(out)
         write_record(out, identity, target)
-        need_room(out, f"an import of {planned.samples:,} samples", bytes_of(missing))
+        check_free_space(out, f"an import of {planned.samples:,} samples", bytes_of(missing))
         with working(out, planned):
             convert(out, planned, work, missing, target)
     derive(out)

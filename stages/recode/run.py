@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from pipeline.cache import HiddenCache
-from pipeline.cache.atomic import Scratch, clean, committing, room, size_text
+from pipeline.cache.atomic import Scratch, clean_scratch, commit_lock, size_text, write_errors
 from pipeline.cache.codecs import LOSSY, codec_of, parse_codecs
 from pipeline.cache.codecs.calibration import (
     TOKENS,
@@ -58,8 +58,8 @@ def run(cache: Path, codec: str) -> Done:
     """
     held, plan = HiddenCache.open(cache), load_plan(cache)
     work = _work(cache, plan, codec)
-    with room(cache, "a recode"):
-        clean(cache)
+    with write_errors(cache, "a recode"):
+        clean_scratch(cache)
         for shard in plan.shards:
             for name in shard_columns(cache, shard.number):
                 _tidy(cache, shard.number, name)
@@ -208,7 +208,7 @@ def _proven(
 def _tidy(cache: Path, shard: int, name: str) -> None:
     """Remove what a stopped recode left of a column in codecs that do not count."""
     if _left(cache, shard, name):
-        with Scratch(cache, numbered(shard)) as scratch, room(cache, "a clean-up"), committing(cache):
+        with Scratch(cache, numbered(shard)) as scratch, write_errors(cache, "a clean-up"), commit_lock(cache):
             for path in _left(cache, shard, name):  # anew: while we waited, a living one may have made it count
                 path.rename(scratch.path / path.name)
 

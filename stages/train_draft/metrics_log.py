@@ -12,7 +12,7 @@ import json
 import os
 from pathlib import Path
 
-from pipeline.cache.atomic import room, write_file
+from pipeline.cache.atomic import write_errors, write_file
 from pipeline.checksummed_json import damaged, sealed, unsealed
 from pipeline.errors import CacheError
 from pipeline.untrusted import read_file
@@ -73,7 +73,7 @@ class Journal:
         line = sealed(json.dumps(record, allow_nan=False), self.last)
         self.lines.append(record)
         self.last = unsealed(line, self.last)[1]
-        with room(self.path, "a line of metrics"), open(self.path, "ab") as file:
+        with write_errors(self.path, "a line of metrics"), open(self.path, "ab") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pipeline import __version__
 from pipeline.cache import HiddenCache
-from pipeline.cache.atomic import lock, room
+from pipeline.cache.atomic import try_lock, write_errors
 from pipeline.cache.layout import FINAL
 from pipeline.drafts import needs_teacher
 from pipeline.drafts.rope_scaling import RopeScaling
@@ -53,9 +53,9 @@ def _short(*digests: str) -> str:
 @contextlib.contextmanager
 def held(run: Path) -> Iterator[None]:
     """Hold a run's folder, made if need be. UsageError when another process trains there; RoomError."""
-    with room(run, "a run"):
+    with write_errors(run, "a run"):
         run.mkdir(parents=True, exist_ok=True)
-        fd = lock(run / "lock")
+        fd = try_lock(run / "lock")
     if fd is None:
         raise UsageError(f"{run} is being trained by another process; wait for it, or pass another --out")
     try:

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.cache import HiddenCache
-from pipeline.cache.atomic import clean
+from pipeline.cache.atomic import clean_scratch
 from pipeline.cache.inspect import describe, sample_view
 from pipeline.cache.layout import FOLDERS, SAMPLES, SHARDS, TARGET, shard_folder
 from pipeline.cache.manifest import FileFact, canonical
@@ -441,7 +441,7 @@ def write_to(cache: Path) -> list[PipelineError]:
     """Do with a cache what writes to it; returns the typed errors."""
     refused = []
     mend, other = lambda cache: repair(cache, None, None), lambda cache: recode(cache, "aux.1=zstd")
-    for write in (clean, mend, other, make_cache):
+    for write in (clean_scratch, mend, other, make_cache):
         try:
             write(cache)
         except PipelineError as error:
@@ -476,9 +476,9 @@ def test_scratch_that_leads_out_is_not_followed(cache, tmp_path):
     before = tree(outside)
 
     with pytest.raises(CacheError, match=r"tmp-three/lock: a link or a folder, where a lock is a file; remove it"):
-        clean(cache)
+        clean_scratch(cache)
     (cache / "tmp-three/lock").unlink()
-    clean(cache)
+    clean_scratch(cache)
 
     assert tree(outside) == before and not list(cache.glob("tmp-*"))
     for held in ("commit", "plan"):

@@ -19,7 +19,7 @@ from tiny import CHAT_TEMPLATE, conversations, tokenizer, write_jsonl
 
 import stages.cache_hidden.engine_hf as engine_module
 from pipeline.cache import HiddenCache
-from pipeline.cache.atomic import room
+from pipeline.cache.atomic import write_errors
 from pipeline.cache.manifest import read_canonical
 from pipeline.cache.micro_batches import micro_batches
 from pipeline.cache.plan import load_plan
@@ -318,7 +318,7 @@ def test_a_limit_met_while_writing_the_head_is_an_error_of_room(tmp_path):
     """A limit on file sizes is the one disk a test can fill; safetensors reports it as it does a full one."""
     head = TargetHead(torch.zeros(1000, 64), torch.zeros(1000, 64))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(RoomError, match="cannot write a head: File too large; raise"), room(tmp_path, "a head"):
+    with pytest.raises(RoomError, match="cannot write a head: File too large; raise"), write_errors(tmp_path, "a head"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         try:
             head.save(tmp_path / "head.safetensors")

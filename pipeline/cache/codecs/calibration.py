@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from pipeline.cache.atomic import committing, room, write_file
+from pipeline.cache.atomic import commit_lock, write_errors, write_file
 from pipeline.cache.layout import CALIBRATION, IDENTITY
 from pipeline.cache.manifest import canonical, read_canonical
 from pipeline.cache.samples import ShardPlan
@@ -111,7 +111,7 @@ def keep_calibration(cache: Path, column: str, calibration: Calibration, rows: i
         "mean": _shortest(calibration.mean),
         "spread": _shortest(calibration.spread),
     }
-    with room(cache, "a calibration"), committing(cache):
+    with write_errors(cache, "a calibration"), commit_lock(cache):
         held = read_calibration(cache, column, width)
         if held is None:
             write_file(_path(cache, column), canonical(facts))

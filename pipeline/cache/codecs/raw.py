@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from pipeline.cache.atomic import reading, unreadable
+from pipeline.cache.atomic import read_error, read_errors
 from pipeline.cache.codecs import DTYPES
 from pipeline.cache.codecs.zarr_file import OPEN, SHARD_FILE, Grid
 from pipeline.cache.columns import Column
@@ -66,7 +66,7 @@ class StoredFile:
             except OSError as error:
                 if not wait and error.errno in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):
                     return False
-                raise unreadable(self.path, error) from error
+                raise read_error(self.path, error) from error
             if not count:
                 raise CacheError(f"{self.path}: ends before byte {start}; run `pipeline verify`")
             if count == len(out):
@@ -112,7 +112,7 @@ class DirectColumn:
         try:
             return StoredFile(self.column.folder / SHARD_FILE)
         except OSError as error:
-            raise unreadable(self.column.folder, error) from None
+            raise read_error(self.column.folder, error) from None
 
     def _in_order(self, file: StoredFile) -> bool:
         index = bytearray(self.grid.index_bytes)
@@ -219,7 +219,7 @@ class MappedColumns:
         stride = -(-grid.file_bytes // HUGE_PAGE) * HUGE_PAGE  # the kernel maps a huge page where one could begin only
         self._stride = stride
         room = stride * len(columns) + HUGE_PAGE
-        with reading(files[0].path):
+        with read_errors(files[0].path):
             self._held = mmap.mmap(-1, room, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # only address space
         base = np.frombuffer(self._held, np.uint8)
         self._base = -base.ctypes.data % HUGE_PAGE

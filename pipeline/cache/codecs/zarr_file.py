@@ -20,7 +20,7 @@ import google_crc32c
 import numpy as np
 import xxhash
 
-from pipeline.cache.atomic import begin_writing, reading, write_all
+from pipeline.cache.atomic import read_errors, start_writeback, write_all
 from pipeline.cache.manifest import FileFact
 from pipeline.errors import CacheError
 from pipeline.os_errors import refuse_limit
@@ -177,7 +177,7 @@ class ShardFileWriter:
         self._digest.update(data)
         self._size += len(data)
         if self._size - self._sent >= WRITE_BACK:
-            begin_writing(self._fd, self._sent, self._size - self._sent)
+            start_writeback(self._fd, self._sent, self._size - self._sent)
             self._sent = self._size
 
     def finish(self) -> None:
@@ -218,7 +218,7 @@ class ShardFile:
         size = os.fstat(self._fd).st_size
         if size < grid.index_bytes:
             raise CacheError(f"{self.path}: {size} bytes, less than its index; run `pipeline verify`")
-        with reading(self.path):
+        with read_errors(self.path):
             index = os.pread(self._fd, grid.index_bytes, size - grid.index_bytes)
         self.in_order = size == grid.file_bytes and index == grid.index()
         if not self.in_order:
@@ -250,7 +250,7 @@ class ShardFile:
 
     def _read_at(self, start: int, out: memoryview) -> None:
         while out:
-            with reading(self.path):
+            with read_errors(self.path):
                 count = os.preadv(self._fd, [out], start)
             if not count:
                 raise CacheError(f"{self.path}: ends before byte {start}; run `pipeline verify`")

@@ -27,7 +27,7 @@ import numpy as np
 from numcodecs import blosc
 from zstandard import STRATEGY_FAST, ZstdCompressionParameters, ZstdCompressor
 
-from pipeline.cache.atomic import reading
+from pipeline.cache.atomic import read_errors
 from pipeline.cache.codecs.zarr_file import OPEN, SHARD_FILE, Grid, ShardFileWriter, index_of, read_index
 from pipeline.errors import CacheError
 from pipeline.os_errors import limit
@@ -135,7 +135,7 @@ class ZstdReader:
         end = size - self.grid.index_bytes
         if end < 0:
             raise CacheError(f"{self.path}: {size} bytes, less than its index; run `pipeline verify`")
-        with reading(self.path):
+        with read_errors(self.path):
             index = os.pread(self._fd, self.grid.index_bytes, end)
         self._starts, self._sizes = read_index(index, end, self.path)
         if (self._sizes > self.grid.chunk_bytes + OVERHEAD).any() or (self._sizes < OVERHEAD).any():
@@ -171,7 +171,7 @@ class ZstdReader:
     def _decode(self, chunk: int, out: memoryview) -> None:
         size = int(self._sizes[chunk])
         packed = self._room("packed", self.grid.chunk_bytes + OVERHEAD)[:size]
-        with reading(self.path):
+        with read_errors(self.path):
             count = os.preadv(self._fd, [packed], int(self._starts[chunk]))
         if count < size or not self._honest(packed, len(out)):
             raise CacheError(f"{self.path}: chunk {chunk} is damaged or claims another size; run `pipeline verify`")
