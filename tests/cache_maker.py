@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache.codecs import LOSSY
-from pipeline.cache.codecs.calibration import calibrate, keep_calibration, read_calibration
+from pipeline.cache.codecs.calibration import calibrate, read_calibration, store_calibration
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import PlannedSample, load_plan, plan_numbers, write_segment
@@ -64,7 +64,7 @@ def calibrate_columns(cache: Path, columns: list[ColumnSpec]) -> None:
     for spec in columns:
         if spec.codec in LOSSY and read_calibration(cache, spec.name, spec.width) is None:
             every = np.concatenate([states(shard, spec) for shard in load_plan(cache).shards])
-            keep_calibration(cache, spec.name, calibrate(every), len(every))
+            store_calibration(cache, spec.name, calibrate(every), len(every))
 
 
 def make_cache(

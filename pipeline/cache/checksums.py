@@ -78,7 +78,7 @@ def block_counts(bounds: np.ndarray) -> np.ndarray:
     return -(-np.diff(bounds) // BLOCK_ROWS)
 
 
-def sums_bytes(bounds: np.ndarray, digests: list[int], refused: dict[int, str], escapes: np.ndarray) -> bytes:
+def sums_bytes(bounds: np.ndarray, digests: list[int], refused: dict[int, str], outliers: np.ndarray) -> bytes:
     """A column's `.arrow` file: for each sample ok, the digests of its blocks, why it was refused, and its escapes."""
     count = len(bounds) - 1
     ok = np.ones(count, bool)
@@ -90,7 +90,7 @@ def sums_bytes(bounds: np.ndarray, digests: list[int], refused: dict[int, str], 
         pa.Array.from_buffers(pa.bool_(), count, [None, bits]),
         pa.Array.from_buffers(SCHEMA.field("blocks").type, count, [None, pa.py_buffer(starts)], children=[items]),
         pa.array([refused.get(row, "") for row in range(count)], pa.string()),
-        pa.array(escapes.astype(np.int32)),
+        pa.array(outliers.astype(np.int32)),
     ]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, SCHEMA) as writer:

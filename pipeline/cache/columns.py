@@ -24,10 +24,10 @@ from pipeline.cache.samples import ShardPlan
 from pipeline.errors import CacheError
 from pipeline.target.layers import final_rows
 
-WIDEST = 1 << 17  # values of a row; a manifest that claims more is damaged
+MAX_WIDTH = 1 << 17  # values of a row; a manifest that claims more is damaged
 DECODED = 1 << 20  # bytes decoded at a time, at least a block: what is read stays in the CPU's cache until then
 
-LOOKED_AT = 16  # blocks of a sample in memory when all is checked
+VERIFY_BLOCKS = 16  # blocks of a sample in memory when all is checked
 
 FORM = {
     "cache": str,
@@ -55,7 +55,7 @@ class ColumnSpec:
     def is_valid(self) -> bool:
         """Whether every field has a value this program knows."""
         known = self.dtype in DTYPES and self.codec in CODECS and self.keeps in ("all", "needed")
-        return known and COLUMN.fullmatch(self.name) is not None and 0 < self.width <= WIDEST
+        return known and COLUMN.fullmatch(self.name) is not None and 0 < self.width <= MAX_WIDTH
 
     @property
     def stem(self) -> str:
@@ -100,7 +100,7 @@ class Column:
         self.bounds = bounds
         self.where = where
         self.folder = root / spec.stem
-        self.ok, self.digests, self.starts, self.escapes = read_sums(root / f"{spec.stem}.arrow", bounds)
+        self.ok, self.digests, self.starts, self.outliers = read_sums(root / f"{spec.stem}.arrow", bounds)
 
     def open(self):
         """A reader of the values, see `codecs.open_values`."""
@@ -135,17 +135,17 @@ class Column:
     def _encoded(self, reader, row: int, first: int, count: int) -> Iterator[Encoded]:
         """Yield rows of an int8 column as they are stored, some blocks at a time, each good until the next."""
         step = BLOCK_ROWS * max(1, DECODED // (BLOCK_ROWS * self.spec.row_bytes))
-        escapes, room = self.escapes_of(reader, row), reader.room(min(step, count))
+        outliers, room = self.outliers_of(reader, row), reader.buffers(min(step, count))
         for at in range(first, first + count, step):
             values, scale = (part[: first + count - at] for part in room)
-            yield self.read_encoded(reader, row, at, escapes, values, scale)
+            yield self.read_encoded(reader, row, at, outliers, values, scale)
 
-    def escapes_of(self, reader, row: int) -> np.ndarray:
+    def outliers_of(self, reader, row: int) -> np.ndarray:
         """The escapes of sample `row` of an int8 column, for `read_encoded`."""
-        return reader.escapes(range(*self.escapes[row : row + 2].tolist()))
+        return reader.outliers(range(*self.outliers[row : row + 2].tolist()))
 
     def read_encoded(
-        self, reader, row: int, first: int, escapes: np.ndarray, values: np.ndarray, scale: np.ndarray
+        self, reader, row: int, first: int, outliers: np.ndarray, values: np.ndarray, scale: np.ndarray
     ) -> Encoded:
         """Fill `values` and `scale` with rows of sample `row`, whose escapes are given, of an int8 column.
 
@@ -154,7 +154,7 @@ class Column:
         """
         start = int(self.bounds[row]) + first
         reader.read(start, values, scale)
-        held = reader.encoded(start, escapes, values, scale)
+        held = reader.encoded(start, outliers, values, scale)
         hasher = self._hasher(row, first)
         hasher.update(held)
         self._compare(hasher, row, first)
@@ -178,7 +178,7 @@ class Column:
             count = int(self.bounds[row + 1] - self.bounds[row])
             lossy = self.spec.codec in LOSSY
             try:
-                for _ in self._encoded(reader, row, 0, count) if lossy else self.parts(reader, row, LOOKED_AT):
+                for _ in self._encoded(reader, row, 0, count) if lossy else self.parts(reader, row, VERIFY_BLOCKS):
                     pass
             except CacheError:
                 damaged.append(row)

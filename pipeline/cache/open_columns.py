@@ -48,17 +48,17 @@ class CodedColumn:
 
     def read_encoded(self, file, row: int, first: int, values: np.ndarray, scale: np.ndarray) -> Encoded:
         """The same of an int8 column, into values int8 [R, D] and scale uint16 [R, G]; not decoded."""
-        escapes, at = self.column.escapes_of(file, row), 0
+        outliers, at = self.column.outliers_of(file, row), 0
         for begin, end, part in self._spans(row, first, first + len(values)):
             to = slice(at, at + part.stop - part.start)
             if (part.start, part.stop) == (begin, end):
-                self.column.read_encoded(file, row, begin, escapes, values[to], scale[to])
+                self.column.read_encoded(file, row, begin, outliers, values[to], scale[to])
             else:
-                whole = file.room(end - begin)
-                self.column.read_encoded(file, row, begin, escapes, *whole)
+                whole = file.buffers(end - begin)
+                self.column.read_encoded(file, row, begin, outliers, *whole)
                 values[to], scale[to] = (held[part.start - begin : part.stop - begin] for held in whole)
             at = to.stop
-        return file.encoded(int(self.column.bounds[row]) + first, escapes, values, scale)
+        return file.encoded(int(self.column.bounds[row]) + first, outliers, values, scale)
 
     def _spans(self, row: int, first: int, stop: int) -> Iterator[tuple[int, int, range]]:
         """Cut rows [first, stop) of a sample into a first block in part, whole blocks, and a last one in part: where
@@ -78,8 +78,8 @@ class OpenColumns:
     def __init__(self, cache: Path, catalog: Catalog, plan_of: Callable[[int], ShardPlan]):
         self._cache, self._catalog, self._plan_of = cache, catalog, plan_of
         self._columns: dict[tuple[int, str], DirectColumn | CodedColumn] = {}
-        self._files = _Recent()
-        self._maps = _Recent()
+        self._files = _RecentlyUsed()
+        self._maps = _RecentlyUsed()
 
     def read(self, shard: int, name: str, row: int, first: int, out: memoryview, wait: bool = True) -> bool:
         """Fill `out`, flat bytes, with rows of sample `row` of the shard from `first` on. CacheError for damage.
@@ -93,24 +93,24 @@ class OpenColumns:
             column.read(file, row, first, out)
         return wait
 
-    def are_near(self, places: Sequence[tuple[int, int, int, int]], names: Sequence[str]) -> bool:
+    def all_in_page_cache(self, places: Sequence[tuple[int, int, int, int]], names: Sequence[str]) -> bool:
         """Whether rows (shard, row, first, stop) can be read without waiting for the disk, or computing much.
 
         Judged by the last row of each in the first of the columns. If not, the disk is told to fetch them all: it then
         works on all of them while they are read.
         """
-        if all(self._is_near(shard, names[0], row, stop) for shard, row, _, stop in places):
+        if all(self._in_page_cache(shard, names[0], row, stop) for shard, row, _, stop in places):
             return True
         for shard, row, first, stop in places:
             for name in names:
                 column, file = self._open(shard, name)
                 if isinstance(column, DirectColumn):
-                    column.announce(file, row, first, stop)
+                    column.prefetch(file, row, first, stop)
         return False
 
-    def _is_near(self, shard: int, name: str, row: int, stop: int) -> bool:
+    def _in_page_cache(self, shard: int, name: str, row: int, stop: int) -> bool:
         column, file = self._open(shard, name)
-        return isinstance(column, DirectColumn) and column.is_near(file, row, stop - 1)
+        return isinstance(column, DirectColumn) and column.in_page_cache(file, row, stop - 1)
 
     def check(self, shard: int, names: Sequence[str]) -> None:
         """Open these columns, whose sizes are then known to be right. CacheError where they are not."""
@@ -145,7 +145,7 @@ class OpenColumns:
         return column, self._files.get(key, column.open, OPEN_FILES)
 
 
-class _Recent:
+class _RecentlyUsed:
     """What was used last, by key. What is put out is closed once no thread reads from it any more."""
 
     def __init__(self):

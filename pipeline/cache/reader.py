@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import LOSSY, stored_bytes
-from pipeline.cache.codecs.int8_files import Encoded, laid_out
+from pipeline.cache.codecs.int8_files import Encoded, int8_views
 from pipeline.cache.index import build_index, read_index
 from pipeline.cache.layout import (
     FINAL,
@@ -30,7 +30,7 @@ from pipeline.cache.layout import (
 )
 from pipeline.cache.manifest import check_file, read_canonical
 from pipeline.cache.open_columns import OpenColumns
-from pipeline.cache.parallel_reads import InFlight
+from pipeline.cache.parallel_reads import ReadPool
 from pipeline.cache.plan import load_plan, read_manifests
 from pipeline.cache.sample_table import SampleTable
 from pipeline.cache.samples import ShardPlan, read_batch
@@ -79,7 +79,7 @@ class HiddenCache:
         self.samples = SampleTable(index, self._catalog)
         self._shards: dict[int, ShardPlan] = {}
         self._columns = OpenColumns(path, self._catalog, self._shard)
-        self._reads = InFlight()
+        self._reads = ReadPool()
 
     @classmethod
     def open(cls, path: Path | str, mapped: bool = False) -> "HiddenCache":
@@ -253,7 +253,7 @@ class HiddenCache:
         """
         self._check_parts(parts, layers)
         shape = len(layers), sum(stop - start for _, start, stop in parts), self.hidden_size
-        values_KRD, scale_KRG = laid_out(memory_B.numpy(), shape)
+        values_KRD, scale_KRG = int8_views(memory_B.numpy(), shape)
         found: list[tuple[int, int, Encoded]] = []
 
         def read(k: int, at: int, shard: int, name: str, row: int, first: int, count: int, wait: bool) -> bool:
@@ -269,7 +269,7 @@ class HiddenCache:
             for k, layer in enumerate(layers if stop > start else ()):
                 jobs.append(partial(read, k, at, shard, column_of(layer), row, start, stop - start))
             at += stop - start
-        self._reads.do(jobs, values_KRD.nbytes, near=lambda: False)
+        self._reads.do(jobs, values_KRD.nbytes, in_page_cache=lambda: False)
         return found
 
     def _check_parts(self, parts: Sequence[Part], layers: Sequence[Layer]) -> None:
@@ -301,7 +301,7 @@ class HiddenCache:
                 rows = memoryview(out[k, at : at + stop - start]).cast("B")
                 jobs.append(partial(self._columns.read, shard, name, row, start, rows))
             at += stop - start
-        self._reads.do(jobs, out.nbytes, near=lambda: self._columns.are_near(places, names))
+        self._reads.do(jobs, out.nbytes, in_page_cache=lambda: self._columns.all_in_page_cache(places, names))
 
     def _states(self, i: int, names: tuple[str, ...], start: int, stop: int) -> "torch.Tensor":
         """Rows [start, stop) that columns keep of sample `i`, [K, stop - start, D]."""

@@ -164,7 +164,7 @@ class _Check:
         with self.guard(PLAN):
             plan = load_plan(self.path)
             for shard in plan.shards:
-                if not _remade(shard).equals(shard.batch):
+                if not _rebuilt_batch(shard).equals(shard.batch):
                     self.damage(PLAN, "not what its ids and masks give", shard.number)
             return plan
         return None
@@ -343,7 +343,7 @@ def _below(cache: Path, folder: str) -> set[str]:
     return {path.relative_to(cache).as_posix() for path in paths}
 
 
-def _remade(shard: ShardPlan):
+def _rebuilt_batch(shard: ShardPlan):
     """The shard's batch made once more from ids, masks and origins."""
     samples = [*shard.samples()]
     return make_batch(samples, [sample_id(sample.ids, sample.mask) for sample in samples], shard.number)

@@ -41,10 +41,10 @@ class _Stream:
         self.spec = spec
         self.bounds = spec.bounds(shard)
         self.hasher = BlockHasher(self.bounds)
-        self.escapes = np.zeros(len(shard), np.int64)
+        self.outliers = np.zeros(len(shard), np.int64)
         rows, place = int(self.bounds[-1]), folder / spec.stem
         if spec.codec in LOSSY:
-            self.calibration = needed_calibration(cache, spec.name, spec.width)
+            self.calibration = required_calibration(cache, spec.name, spec.width)
             self.values = Int8Writer(place, rows, spec.width, spec.dtype, self.calibration)
         else:
             self.values = CODECS[spec.codec].writer(place, rows, spec.width, spec.dtype)
@@ -68,8 +68,8 @@ class _Stream:
     def _write_encoded(self, rows: Encoded, refused: dict[int, str]) -> None:
         if spans := self._refused_spans(len(rows), refused):
             rows = rows.without(spans)
-        at = np.searchsorted(self.bounds, rows.escapes[:, 0] + self.hasher.position, side="right") - 1
-        np.add.at(self.escapes, at, 1)
+        at = np.searchsorted(self.bounds, rows.outliers[:, 0] + self.hasher.position, side="right") - 1
+        np.add.at(self.outliers, at, 1)
         self.hasher.update(rows)
         self.values.write(rows)
 
@@ -89,7 +89,7 @@ class _Stream:
         return [(first - start, end - start) for first, end in spans if first < end]
 
 
-def needed_calibration(cache: Path, column: str, width: int) -> Calibration:
+def required_calibration(cache: Path, column: str, width: int) -> Calibration:
     """The cache's calibration of a column, without which int8 cannot be written."""
     held = read_calibration(cache, column, width)
     assert held is not None, f"{column} is to be encoded and was not calibrated"
@@ -98,9 +98,9 @@ def needed_calibration(cache: Path, column: str, width: int) -> Calibration:
 
 def encode_bits(rows: np.ndarray, calibration: Calibration) -> Encoded:
     """Encode values as they are stored raw, on the CPU."""
-    from pipeline.cache.codecs.int8 import as_states, encoded
+    from pipeline.cache.codecs.int8 import as_states, encode_to_host
 
-    return encoded(as_states(rows), calibration)
+    return encode_to_host(as_states(rows), calibration)
 
 
 class ShardWriter:
@@ -167,7 +167,7 @@ class ShardWriter:
                 for stream in self._streams.values():
                     stream.values.finish()
                     path = self._scratch.path / f"{stream.spec.stem}.arrow"
-                    sums = sums_bytes(stream.bounds, stream.hasher.digests, self.refused, stream.escapes)
+                    sums = sums_bytes(stream.bounds, stream.hasher.digests, self.refused, stream.outliers)
                     path.write_bytes(sums)
                     sync_file(path)
         except RoomError:
@@ -184,9 +184,9 @@ class ShardWriter:
         """Samples that cannot be read back from disk as they were written; looks at every one."""
         return self._sealed[column].damaged_samples(self._sealed[column].open())
 
-    def escapes(self, column: str) -> int:
+    def outliers(self, column: str) -> int:
         """Entries of a column that int8 had to keep apart."""
-        return int(self._streams[column].escapes.sum())
+        return int(self._streams[column].outliers.sum())
 
     def sums(self, column: str) -> np.ndarray:
         """The checksums of a column's blocks."""

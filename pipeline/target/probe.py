@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.cache.codecs import PROMISE
+from pipeline.cache.codecs import PROBE_ALLOWANCE
 from pipeline.cache.codecs.int8 import as_states
 from pipeline.cache.columns import ColumnSpec, kept_rows
 from pipeline.cache.layout import layer_of
@@ -59,7 +59,7 @@ def probe(
             kept = kept_rows(shard, row, spec.keeps)
             inside = torch.from_numpy(kept[kept < prefix]).to(device)
             stored = as_states(read(spec.name, row))[: len(inside)].to(device)
-            promise = PROMISE.get(spec.codec, 0.0) + slack
+            promise = PROBE_ALLOWANCE.get(spec.codec, 0.0) + slack
             layer = layer_of(spec.name)
             if layer is not None:
                 error = check_layer(stored, entries, layer, promise)

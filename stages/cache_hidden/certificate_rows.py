@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pipeline.cache.codecs import LOSSY
 from pipeline.cache.codecs.certificate import Certificate, shadow_samples
-from pipeline.cache.codecs.int8 import as_states, on_host
+from pipeline.cache.codecs.int8 import as_states, pack_encoded
 from pipeline.cache.codecs.int8_files import Encoded
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.layout import BLOCK_ROWS
@@ -27,7 +27,7 @@ class Shadow:
 
     def encoded(self, engine: Engine, name: str, parts: Sequence[Tensor]) -> Encoded:
         """What the engine encoded of a column, as it is stored."""
-        return on_host(parts, engine.calibrations[name], self.lossy[name].dtype)
+        return pack_encoded(parts, engine.calibrations[name], self.lossy[name].dtype)
 
     def take(self, piece: Piece) -> None:
         """Keep what a piece holds of the shadow."""
@@ -52,5 +52,5 @@ class Shadow:
             if certificate.rows:
                 rows = int(spec.bounds(writer.shard)[-1])
                 with torch.no_grad():
-                    found[name] = {"certificate": certificate.facts(writer.escapes(name) / rows)}
+                    found[name] = {"certificate": certificate.facts(writer.outliers(name) / rows)}
         return found

@@ -19,10 +19,10 @@ from pipeline.cache.codecs.calibration import (
     TOKENS,
     Calibration,
     calibration_samples,
-    keep_calibration,
     read_calibration,
+    store_calibration,
 )
-from pipeline.cache.codecs.certificate import Certificate, proven_calibration, shadow_samples
+from pipeline.cache.codecs.certificate import Certificate, checked_calibration, shadow_samples
 from pipeline.cache.codecs.int8 import as_states
 from pipeline.cache.columns import Column, ColumnSpec, column_manifest, open_column
 from pipeline.cache.layout import LOG, SAMPLES, numbered, shard_folder
@@ -132,8 +132,8 @@ def _calibrations(held: HiddenCache, plan: Plan, work: Work) -> dict[str, Calibr
             found[name] = read_calibration(held.path, name, spec.width)
             if found[name] is None:
                 states_RD = _calibration_states(held, plan, name)
-                made = proven_calibration(name, codec, states_RD, "cpu")
-                found[name] = keep_calibration(held.path, name, made, len(states_RD))
+                made = checked_calibration(name, codec, states_RD, "cpu")
+                found[name] = store_calibration(held.path, name, made, len(states_RD))
     return found
 
 
@@ -202,7 +202,7 @@ def _proven(
         if old.ok[row]:
             certificate.add(as_states(old.read(row, 1)), as_states(writer.read(name, row, 1)))
     rows = max(1, int(old.bounds[-1]))
-    return {"certificate": certificate.facts(writer.escapes(name) / rows)} if certificate.rows else {}
+    return {"certificate": certificate.facts(writer.outliers(name) / rows)} if certificate.rows else {}
 
 
 def _tidy(cache: Path, shard: int, name: str) -> None:

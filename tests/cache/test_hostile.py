@@ -337,9 +337,9 @@ def test_escapes_that_lie_elsewhere_are_written_nowhere(tmp_path, escape):
         HiddenCache.open(cache).read(0)
     reader = Int8Reader(folder / "aux.1.int8", int(HiddenCache.open(cache).samples.length[0]), 128, "bfloat16")
     try:
-        held = reader.encoded(0, reader.escapes(range(0, 1)), *reader.room(4))
-        assert ((held.escapes[:, 0] >= 0) & (held.escapes[:, 0] < 4)).all()
-        assert ((held.escapes[:, 1] >= 0) & (held.escapes[:, 1] < 128)).all()
+        held = reader.encoded(0, reader.outliers(range(0, 1)), *reader.buffers(4))
+        assert ((held.outliers[:, 0] >= 0) & (held.outliers[:, 0] < 4)).all()
+        assert ((held.outliers[:, 1] >= 0) & (held.outliers[:, 1] < 128)).all()
     except CacheError:
         pass
     assert verify(cache).damaged
