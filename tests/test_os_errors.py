@@ -18,7 +18,7 @@ from pipeline.cache.arrow_files import parse_batches
 from pipeline.cache.atomic import REMEDIES, read_error, write_errors
 from pipeline.cache.checksums import SCHEMA
 from pipeline.cache.columns import ColumnSpec
-from pipeline.cache.layout import inside
+from pipeline.cache.layout import path_inside
 from pipeline.cache.verify import verify
 from pipeline.errors import CacheError, RoomError, UsageError
 from pipeline.os_errors import LIMITS, limit
@@ -146,9 +146,9 @@ def test_a_cache_moved_to_a_path_too_long_for_the_names_in_it_is_not_damaged(tmp
         root = root / ("d" * 200)
     root = Path(str(root) + "/" + "e" * (4090 - len(str(root))))
     with pytest.raises(UsageError, match="File name too long; the path is longer"):
-        inside(root, "shards/000000/aux.1/c/0/0")
+        path_inside(root, "shards/000000/aux.1/c/0/0")
     with pytest.raises(CacheError, match="which no file can be called"):
-        inside(tmp_path, "x" * 300)
+        path_inside(tmp_path, "x" * 300)
 
 
 def test_links_in_a_circle_on_the_way_are_said_to_be_that(tmp_path):

@@ -15,7 +15,7 @@ from pipeline.cache.arrow_files import parse_batches
 from pipeline.cache.atomic import read_errors, write_file
 from pipeline.cache.layout import INDEX, INDEX_MANIFEST
 from pipeline.cache.manifest import FACT, FileFact, canonical, check_size, read_canonical, write_canonical
-from pipeline.cache.samples import numbers
+from pipeline.cache.samples import to_numpy
 from pipeline.errors import CacheError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def segments_of(manifests: list[dict]) -> list[dict]:
     return [manifest["files"] for manifest in manifests]
 
 
-def place_index(cache: Path, plan: "Plan") -> None:
+def write_index(cache: Path, plan: "Plan") -> None:
     """Write the index of `plan`, its manifest last; that of another index goes before, since it would not fit."""
     sink = pa.BufferOutputStream()
     table = build_index(plan).combine_chunks()
@@ -98,7 +98,7 @@ def read_index(cache: Path, manifests: list[dict]) -> pa.Table | None:
 
 def _in_order(index: pa.RecordBatch, shards: int) -> bool:
     """Whether the samples of every shard from 0 on follow each other, row by row."""
-    shard, row = (numbers(index.column(name)) for name in ("shard", "row"))
+    shard, row = (to_numpy(index.column(name)) for name in ("shard", "row"))
     if not len(shard) or shard[0] or row[0] or shard[-1] != shards - 1:
         return False
     step, next_row = np.diff(shard), np.diff(row)

@@ -43,7 +43,7 @@ SCRATCH = "tmp-"
 LONGEST_PATH = 1024  # letters of a path inside a cache; its own have fewer than a hundred
 LONGEST_NAME = 255  # bytes of a file's name, on any disk
 
-BLOCK_ROWS = 256  # one checksum for so many rows of a sample
+CHECKSUM_ROWS = 256  # one checksum for so many rows of a sample
 
 FINAL = "final"
 COLUMN = re.compile(r"aux\.(?:-1|0|[1-9][0-9]*)|final")
@@ -51,7 +51,7 @@ STEM = re.compile(rf"({COLUMN.pattern})(?:\.zstd|\.int8)?")  # of a column's fil
 NUMBER = re.compile(r"[0-9]{6}")
 
 
-def check_there(cache: Path) -> None:
+def check_exists(cache: Path) -> None:
     """UsageError where no cache is, not even what is left of one."""
     if not any((cache / name).exists() for name in (IDENTITY, PLAN, SHARDS)):
         raise UsageError(f"{cache}: no cache there; make one with `pipeline cache-hidden --out {cache}`")
@@ -81,7 +81,7 @@ def layer_of(column: str) -> int | None:
     return int(column.removeprefix("aux.")) if column.startswith("aux.") else None
 
 
-def inside(root: Path, relative: str) -> Path:
+def path_inside(root: Path, relative: str) -> Path:
     """The path `relative` of a manifest under `root`; CacheError when it, or a link on its way, leads out of `root`."""
     parts = relative.split("/")
     if relative.startswith("/") or "\0" in relative or any(part in ("", ".", "..") for part in parts):

@@ -4,8 +4,8 @@ from all of these a segment of the plan."""
 from pathlib import Path
 
 from pipeline.cache.atomic import Scratch, commit_lock, sync_file, sync_folder, write_errors, write_file
-from pipeline.cache.columns import committed
-from pipeline.cache.index import place_index, read_index
+from pipeline.cache.columns import complete_manifest
+from pipeline.cache.index import read_index, write_index
 from pipeline.cache.layout import COLUMN, INDEX, PLAN, QUARANTINE, REFUSED, SAMPLES, numbered, shard_folder
 from pipeline.cache.manifest import FileFact, canonical
 from pipeline.cache.plan import Plan, load_plan, read_manifests
@@ -13,7 +13,7 @@ from pipeline.cache.samples import batch_bytes, read_batch, write_batches
 from pipeline.errors import CacheError
 
 
-def derive(cache: Path) -> list[str]:
+def rebuild_derived(cache: Path) -> list[str]:
     """Write what is missing or out of date of the derived files; returns their names. The cache must have a plan.
 
     Nothing is written, and no right to write needed, when all is as it should be. Raises RoomError, CacheError.
@@ -29,9 +29,9 @@ def derive(cache: Path) -> list[str]:
             for samples, data in stale.items():
                 write_file(samples, data)
             if wrong_list:  # with what is committed now: another worker may have been quicker, and known more
-                _write_list(path, refused_bytes(plan, _columns(cache, plan)))
+                _write_refused_list(path, refused_bytes(plan, _columns(cache, plan)))
             if lost_index:
-                place_index(cache, plan)
+                write_index(cache, plan)
             sync_folder(cache)
     written = [samples.relative_to(cache).as_posix() for samples in stale]
     return written + [f"{QUARANTINE}/{REFUSED}"] * wrong_list + [INDEX] * lost_index
@@ -54,7 +54,7 @@ def _stale_samples(cache: Path, plan: Plan, columns: dict[int, dict[str, dict]])
     return stale
 
 
-def _write_list(path: Path, wanted: bytes) -> None:
+def _write_refused_list(path: Path, wanted: bytes) -> None:
     """Write the list of refused samples; without any there is no such file."""
     if wanted:
         write_file(path, wanted)
@@ -93,7 +93,9 @@ def restore_segments(cache: Path) -> list[str]:
 def shard_columns(cache: Path, shard: int) -> dict[str, dict]:
     """Manifests of the columns of a shard that are whole but perhaps for its `samples.arrow`, by name."""
     names = sorted(path.stem for path in shard_folder(cache, shard).glob("*.json"))
-    found = {name: committed(cache, shard, name, but=SAMPLES) for name in names if COLUMN.fullmatch(name)}
+    found = {
+        name: complete_manifest(cache, shard, name, optional_file=SAMPLES) for name in names if COLUMN.fullmatch(name)
+    }
     return {name: manifest for name, manifest in found.items() if manifest}
 
 

@@ -4,7 +4,7 @@ _SIZE = 16
 _EMPTY = bytes(_SIZE)  # the name of no sample: a digest of 16 zeros is not to be met with
 
 
-class Names:
+class SampleIdSet:
     """Names seen so far. A table with open addresses: a name's own first bytes say where it is looked for."""
 
     def __init__(self):

@@ -15,13 +15,13 @@ import xxhash
 
 from pipeline.cache import index
 from pipeline.cache.atomic import read_errors
-from pipeline.cache.catalog import held_by
+from pipeline.cache.catalog import shards_per_column
 from pipeline.cache.codecs import LOSSY, calibration
 from pipeline.cache.codecs.zarr_file import METADATA
 from pipeline.cache.columns import Column, ColumnSpec, column_manifest
 from pipeline.cache.layout import (
-    BLOCK_ROWS,
     CALIBRATION,
+    CHECKSUM_ROWS,
     COLUMN,
     IDENTITY,
     INDEX,
@@ -37,9 +37,9 @@ from pipeline.cache.layout import (
     STEM,
     TARGET,
     TARGET_MANIFEST,
-    check_there,
-    inside,
+    check_exists,
     numbered,
+    path_inside,
 )
 from pipeline.cache.manifest import FILES, PIECE, check_file, check_size, read_canonical
 from pipeline.cache.plan import Plan, load_plan
@@ -90,7 +90,7 @@ def verify(path: Path | str, only: set[int] | None = None) -> Report:
     Raises UsageError where there is none; damage is in the report, never raised.
     """
     path = Path(path)
-    check_there(path)
+    check_exists(path)
     check = _Check(path)
     plan = check.plan()
     if plan:
@@ -138,7 +138,7 @@ class _Check:
         """Check a file's size and digest; whether they are right."""
         before = len(self.report.damaged)
         with self.guard(file, shard, column):
-            check_file(inside(self.path, file), fact)
+            check_file(path_inside(self.path, file), fact)
         return len(self.report.damaged) == before
 
     def plan(self) -> Plan | None:
@@ -216,7 +216,7 @@ class _Check:
                 self.damage(f"{SHARDS}/{numbered(number)}", "not in the plan", number)
             columns[number] = self.shard(number, planned.get(number))
         self.report.shards = len(planned)
-        self.report.columns = held_by([self.listed(number) for number in sorted(planned)])
+        self.report.columns = shards_per_column([self.listed(number) for number in sorted(planned)])
         names = sorted({name for found in columns.values() for name in found})
         for number, found in columns.items():
             damaged = {finding.column for finding in self.report.damaged if finding.shard == number}
@@ -298,7 +298,7 @@ class _Check:
         with self.guard(file, number, name):
             digest = xxhash.xxh3_128()
             if fact:
-                check_size(inside(self.path, file), fact)
+                check_size(path_inside(self.path, file), fact)
             damaged = _damaged_rows(column, reader, digest) if fact else column.damaged_samples(reader)
             if damaged:
                 shown = ", ".join(map(str, damaged[:SHOWN])) + (", ..." if len(damaged) > SHOWN else "")
@@ -352,11 +352,11 @@ def _rebuilt_batch(shard: ShardPlan):
 def _damaged_rows(column: Column, reader, digest) -> list[int]:
     """Samples with a block that is not what the column's `.arrow` says; `digest` takes all values in order."""
     damaged: list[int] = []
-    buffer = memoryview(bytearray(BLOCK_ROWS * column.spec.row_bytes))
+    buffer = memoryview(bytearray(CHECKSUM_ROWS * column.spec.row_bytes))
     for row in range(len(column.ok)):
         start, stop = int(column.bounds[row]), int(column.bounds[row + 1])
-        for number, first in enumerate(range(start, stop, BLOCK_ROWS)):
-            part = buffer[: min(BLOCK_ROWS, stop - first) * column.spec.row_bytes]
+        for number, first in enumerate(range(start, stop, CHECKSUM_ROWS)):
+            part = buffer[: min(CHECKSUM_ROWS, stop - first) * column.spec.row_bytes]
             reader.read_into(first, part)
             digest.update(part)
             right = xxhash.xxh3_64_intdigest(part) == column.digests[column.starts[row] + number]

@@ -74,9 +74,10 @@ def check_complete(cache: "HiddenCache", recipe: "Recipe") -> None:
     With `draft.layers` stated it passes. UsageError while it is being captured, CacheError where nobody does,
     and in any case where shards have lost their segment of the plan or nothing is captured yet.
     """
-    if cache.beyond and not in_use(cache.path):
+    if cache.unplanned_shards and not in_use(cache.path):
         raise CacheError(
-            f"{cache.path}: shard {cache.beyond[0]} is in no segment of the plan, so one is lost; run `pipeline verify`"
+            f"{cache.path}: shard {cache.unplanned_shards[0]} is in no segment of the plan, so one is lost; "
+            "run `pipeline verify`"
         )
     if not (cache.whole or cache.partial):
         finish = "the same `pipeline import-cache` goes on" if _imported(cache) else f"run {capture_command(cache)}"

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from pipeline.cache.codecs import PROBE_ALLOWANCE
 from pipeline.cache.codecs.int8 import as_states
-from pipeline.cache.columns import ColumnSpec, kept_rows
+from pipeline.cache.columns import ColumnSpec, stored_rows
 from pipeline.cache.layout import layer_of
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import ProofError
@@ -56,7 +56,7 @@ def probe(
         entries = [entry[0] for entry in truth.hidden_states]
         check_embedding(head, ids_P, entries[0])
         for spec in columns:
-            kept = kept_rows(shard, row, spec.keeps)
+            kept = stored_rows(shard, row, spec.keeps)
             inside = torch.from_numpy(kept[kept < prefix]).to(device)
             stored = as_states(read(spec.name, row))[: len(inside)].to(device)
             promise = PROBE_ALLOWANCE.get(spec.codec, 0.0) + slack

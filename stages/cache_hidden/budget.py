@@ -22,7 +22,7 @@ import numpy as np
 from pipeline.cache.atomic import size_text
 from pipeline.cache.codecs import codec_of, parse_codecs, stored_bytes
 from pipeline.cache.columns import ColumnSpec
-from pipeline.cache.plan import SHARD_BYTES, SHARDS_AT_LEAST, captured, plan_numbers, read_manifests
+from pipeline.cache.plan import MIN_SHARDS, SHARD_BYTES, has_columns, read_manifests, segment_numbers
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import UsageError
 from pipeline.runs.split import HELDOUT, mix
@@ -80,7 +80,7 @@ def wanted_methods(named: str | None) -> tuple[str, ...]:
 
 def held_budget(out: Path) -> dict | None:
     """Return what a budget decided when the cache was planned, None where it was planned without one, or not yet."""
-    manifests = read_manifests(out) if plan_numbers(out) else []
+    manifests = read_manifests(out) if segment_numbers(out) else []
     return next((manifest["notes"]["budget"] for manifest in manifests if "budget" in manifest["notes"]), None)
 
 
@@ -109,7 +109,7 @@ def is_planned(out: Path, options: CaptureOptions) -> bool:
     held, asked = held_budget(out), Asked.of(options).as_dict()
     if held is not None and held["asked"] == asked:
         return True
-    if captured(out):
+    if has_columns(out):
         key = next((key for key in asked if held and held["asked"][key] != asked[key]), "budget")
         there, here = held["asked"][key] if held else "none", asked[key]
         raise UsageError(
@@ -154,7 +154,7 @@ class Corpus:
 
 def fixed_bytes(settings: Settings, columns: Sequence[ColumnSpec], rows: int) -> int:
     """Bytes of a cache that are there however few its samples: the target's files, and what every shard has."""
-    shards = max(SHARDS_AT_LEAST, -(-rows * settings.row_bytes // SHARD_BYTES))
+    shards = max(MIN_SHARDS, -(-rows * settings.row_bytes // SHARD_BYTES))
     beside = sum(path.stat().st_size for path in (settings.folder / CONFIG, *tokenizer_files(settings.folder)))
     return head_bytes(settings) + beside + shards * (len(columns) + 1) * COLUMN_BYTES
 

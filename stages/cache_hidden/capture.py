@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.cache.atomic import process_lock, write_errors
 from pipeline.cache.codecs.int8 import as_stored
-from pipeline.cache.columns import ColumnSpec, committed
+from pipeline.cache.columns import ColumnSpec, complete_manifest
 from pipeline.cache.micro_batches import micro_batches
 from pipeline.cache.plan import Plan
 from pipeline.cache.target_folder import HEAD, target_file
@@ -78,13 +78,13 @@ def capture_shards(
 
 def still_wanted(out: Path, shard: int, column: str, lost: Lost) -> bool:
     """Whether a column of the plan of work is still to be captured, by whoever gets there first."""
-    return (shard, column) in lost or committed(out, shard, column) is None
+    return (shard, column) in lost or complete_manifest(out, shard, column) is None
 
 
 def gauged_columns(out: Path, plan: Plan, columns: Sequence[ColumnSpec]) -> set[str]:
     """Return the columns whose manifests hold the gauge: those that do in the cache, else the one it belongs to."""
     for shard in plan.shards:
-        held = [manifest for spec in columns if (manifest := committed(out, shard.number, spec.name))]
+        held = [manifest for spec in columns if (manifest := complete_manifest(out, shard.number, spec.name))]
         found = {manifest["spec"]["name"] for manifest in held if "gauge" in manifest["facts"]}
         if found:
             return found
@@ -97,7 +97,7 @@ def refuse_again(out: Path, writer: ShardWriter, columns: Sequence[ColumnSpec]) 
     So a shard whose commit was cut short ends up as if it had not been.
     """
     for spec in columns:
-        held = committed(out, writer.shard.number, spec.name) or {"refused": {}}
+        held = complete_manifest(out, writer.shard.number, spec.name) or {"refused": {}}
         for row, reason in held["refused"].items():
             writer.refuse(int(row), reason)
     return len(writer.refused)

@@ -10,7 +10,7 @@ from pipeline.cache.codecs.certificate import Certificate, shadow_samples
 from pipeline.cache.codecs.int8 import as_states, pack_encoded
 from pipeline.cache.codecs.int8_files import Encoded
 from pipeline.cache.columns import ColumnSpec
-from pipeline.cache.layout import BLOCK_ROWS
+from pipeline.cache.layout import CHECKSUM_ROWS
 from pipeline.cache.samples import ShardPlan
 from pipeline.cache.writer import ShardWriter
 from stages.cache_hidden.engine_hf import Engine, Piece
@@ -35,7 +35,7 @@ class Shadow:
             at = 0
             for row, count in zip(piece.rows, piece.counts[name], strict=True):
                 if row in self.rows:
-                    kept = min(BLOCK_ROWS, count)
+                    kept = min(CHECKSUM_ROWS, count)
                     self._held[name][row] = states_SD[at : at + kept]
                     at += kept
 

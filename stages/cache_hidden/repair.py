@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.cache.atomic import check_free_space, clean_scratch, in_use, process_lock, size_text, write_errors
-from pipeline.cache.columns import ColumnSpec, column_manifest, committed
+from pipeline.cache.columns import ColumnSpec, column_manifest, complete_manifest
 from pipeline.cache.layout import (
     CALIBRATION,
     IDENTITY,
@@ -24,12 +24,12 @@ from pipeline.cache.layout import (
     SHARDS,
     TARGET,
     TARGET_MANIFEST,
-    inside,
     numbered,
+    path_inside,
 )
 from pipeline.cache.manifest import canonical, check_file, create_identity, read_canonical, write_canonical
 from pipeline.cache.plan import Plan, load_plan
-from pipeline.cache.rebuild import derive, restore_segments, shard_columns
+from pipeline.cache.rebuild import rebuild_derived, restore_segments, shard_columns
 from pipeline.cache.samples import ShardPlan, read_batch
 from pipeline.cache.target_folder import has_target, target_manifest
 from pipeline.cache.verify import Report, verify
@@ -83,14 +83,14 @@ def repair(out: Path, model: str | None, device: str | None) -> Report:
 def _repaired(out: Path, before: Report, model: str | None, device: str | None) -> Report:
     """Repair what is `before` damaged, and look at that again."""
     plan = _whole_plan(out)
-    for name in derive(out):
+    for name in rebuild_derived(out):
         _say(f"{name}: made again")
     lost = lost_columns(out, plan, before)
     drop_damaged_target(out)
     target_lost = (out / SHARDS).is_dir() and not has_target(out)
     if drop_damaged_calibrations(out, before) or lost or target_lost:
         _capture_again(out, plan, lost, model, device)
-    derive(out)
+    rebuild_derived(out)
     return verify(out, {shard for shard, _ in lost} | {finding.shard for finding in before.damaged})
 
 
@@ -184,14 +184,14 @@ def lost_columns(out: Path, plan: Plan, report: Report) -> Lost:
     for shard in plan.shards:
         strangers = not _has_its_samples(out, shard)
         for name in names:
-            if strangers or (shard.number, name) in damaged or not committed(out, shard.number, name):
+            if strangers or (shard.number, name) in damaged or not complete_manifest(out, shard.number, name):
                 lost[shard.number, name] = None if strangers else _manifest_it_had(out, shard.number, name)
     return lost
 
 
 def _has_its_samples(out: Path, shard: ShardPlan) -> bool:
     """Whether a shard's `samples.arrow`, if it has one, is the plan's. One that is not is removed."""
-    path = inside(out, f"{SHARDS}/{numbered(shard.number)}/{SAMPLES}")
+    path = path_inside(out, f"{SHARDS}/{numbered(shard.number)}/{SAMPLES}")
     try:
         if not path.exists() or read_batch(path).equals(shard.batch):
             return True
@@ -218,16 +218,16 @@ def drop_damaged_target(out: Path) -> None:
         return
     for name, fact in files.items():
         try:
-            check_file(inside(out / TARGET, name), fact)
+            check_file(path_inside(out / TARGET, name), fact)
         except CacheError:
-            inside(out / TARGET, name).unlink(missing_ok=True)  # where a name leads out, this refuses
+            path_inside(out / TARGET, name).unlink(missing_ok=True)  # where a name leads out, this refuses
 
 
 def drop_damaged_calibrations(out: Path, report: Report) -> bool:
     """Remove calibrations that are damaged; whether any is lost. The next capture makes them again, as they were."""
     files = {finding.file for finding in report.damaged if finding.file.startswith(CALIBRATION)}
     for file in files:
-        inside(out, file).unlink(missing_ok=True)
+        path_inside(out, file).unlink(missing_ok=True)
     return bool(files)
 
 
@@ -248,7 +248,7 @@ def _capture_again(out: Path, plan: Plan, lost: Lost, model: str | None, device:
 
     capture_shards(out, settings, plan, work, Worker().device(device), 0, lost)
     for (shard, name), had in lost.items():
-        made = committed(out, shard, name)
+        made = complete_manifest(out, shard, name)
         if had and made and made["files"] != had["files"]:
             _say(
                 f"shard {numbered(shard)}, {name}: right by the probe, but not the bytes that were lost; made with "

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cache.atomic import check_free_space, clean_scratch, process_lock, size_text, write_errors
-from pipeline.cache.columns import ColumnSpec, committed
+from pipeline.cache.columns import ColumnSpec, complete_manifest
 from pipeline.cache.layout import IDENTITY
 from pipeline.cache.manifest import create_identity
-from pipeline.cache.plan import Plan, check_unused, load_plan, plan_numbers, working
-from pipeline.cache.rebuild import derive
+from pipeline.cache.plan import Plan, check_not_in_use, load_plan, plan_in_use, segment_numbers
+from pipeline.cache.rebuild import rebuild_derived
 from pipeline.cache.target_folder import has_target
 from pipeline.corpus.sources import corpus_files, file_sources, source_roles
 from pipeline.errors import DataError, UsageError
@@ -83,12 +83,12 @@ def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -
     worker = find_worker(options.worker, os.environ)
     request, record = request_of(model, corpus, options), read_record(out)
     columns = unchanged(record, request)
-    if columns and plan_numbers(out) and has_target(out):
+    if columns and segment_numbers(out) and has_target(out):
         planned = load_plan(out)
         if not missing(out, planned, columns):
             with contextlib.suppress(OSError):  # on a disk that is read-only now it does no harm
                 clean_scratch(out)  # what one left that was killed after its last commit
-            derive(out)
+            rebuild_derived(out)
             return _say(out, summary(out, planned, columns, 0, 0), worker)
     settings, planned = _planned(model, corpus, out, options)
     work = missing(out, planned, settings.columns)
@@ -103,11 +103,11 @@ def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -
         from stages.cache_hidden.capture import capture_shards  # brings torch and transformers
 
         refused = summary(out, planned, settings.columns, 0, 0).refused
-        with working(out, planned):
+        with plan_in_use(out, planned):
             capture_shards(out, settings, planned, mine, worker.device(options.device), refused)
     left = len(missing(out, planned, settings.columns)) if work else 0
     if not left:
-        derive(out)
+        rebuild_derived(out)
     return _say(out, summary(out, planned, settings.columns, len(mine), left), worker)
 
 
@@ -142,7 +142,7 @@ def _held_plan(corpus: str | None, out: Path, settings: Settings, options: Captu
     """
     if (out / IDENTITY).is_file():
         create_identity(out, settings.identity)
-    if not plan_numbers(out) or not is_planned(out, options):
+    if not segment_numbers(out) or not is_planned(out, options):
         return None
     held, named, max_samples = load_plan(out), corpus or default_corpus(settings.folder), options.max_samples
     from_hub = corpus is None and named == HUB_CORPUS  # nobody named it
@@ -174,8 +174,8 @@ def _make_plan(corpus: str | None, out: Path, settings: Settings, options: Captu
 
     capped = from_hub and options.max_samples is None
     spare, budget = capped and options.budget is None, chooser(settings, options)
-    if budget and plan_numbers(out):
-        check_unused(out)
+    if budget and segment_numbers(out):
+        check_not_in_use(out)
         say(f"{visible(out)}: nothing of its plan is captured, so this budget makes another", err=True)
     before = load_plan(out).samples if options.append else 0
     most = HUB_SAMPLES if capped else options.max_samples
@@ -253,7 +253,7 @@ def summary(out: Path, planned: Plan, columns: tuple[ColumnSpec, ...], new_shard
     """Return what the manifests of the captured columns say together."""
     gauge, written, refused = Gauge(), 0, 0
     for shard in planned.shards:
-        held = [manifest for spec in columns if (manifest := committed(out, shard.number, spec.name))]
+        held = [manifest for spec in columns if (manifest := complete_manifest(out, shard.number, spec.name))]
         written += sum(fact["size"] for manifest in held for fact in manifest["files"].values())
         refused += len({row for manifest in held for row in manifest["refused"]})
         found = [manifest["facts"]["gauge"] for manifest in held if "gauge" in manifest["facts"]]

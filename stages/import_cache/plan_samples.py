@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.cache.atomic import process_lock, write_errors
 from pipeline.cache.manifest import create_identity
-from pipeline.cache.plan import Plan, load_plan, plan_numbers, write_segment
+from pipeline.cache.plan import Plan, load_plan, segment_numbers, write_segment
 from pipeline.cache.samples import PlannedSample
 from pipeline.corpus.tally import Tally, Unusable, check_ids, check_mask, trim
 from pipeline.errors import UsageError
@@ -20,7 +20,7 @@ EVERY_S = 5.0  # between lines of progress
 
 def held_plan(out: Path, source: Source) -> Plan | None:
     """Return the plan that is there, None where none is. UsageError where it is of other files."""
-    if not plan_numbers(out):
+    if not segment_numbers(out):
         return None
     held, here = load_plan(out), source.listing()
     if held.sources != [here]:

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from pipeline.cache.atomic import check_free_space, clean_scratch, size_text
 from pipeline.cache.codecs import stored_bytes
-from pipeline.cache.columns import ColumnSpec, committed
+from pipeline.cache.columns import ColumnSpec, complete_manifest
 from pipeline.cache.layout import IDENTITY, LOG
 from pipeline.cache.manifest import create_identity, read_canonical, write_canonical
-from pipeline.cache.plan import Plan, working
-from pipeline.cache.rebuild import derive
+from pipeline.cache.plan import Plan, plan_in_use
+from pipeline.cache.rebuild import rebuild_derived
 from pipeline.cache.samples import ShardPlan
 from pipeline.cache.target_folder import HEAD, has_target, target_file
 from pipeline.cache.writer import ShardWriter
@@ -95,9 +95,9 @@ def run(
         clean_scratch(out)
         write_record(out, identity, target)
         check_free_space(out, f"an import of {planned.samples:,} samples", bytes_of(missing))
-        with working(out, planned):
+        with plan_in_use(out, planned):
             convert(out, planned, work, missing, target)
-    derive(out)
+    rebuild_derived(out)
     return summary(out, planned, work, len(missing), target)
 
 
@@ -158,7 +158,7 @@ def write_record(out: Path, identity: dict, target: Target) -> None:
 def left(out: Path, planned: Plan, work: Import) -> Work:
     """Return the shards, and of each the columns, that are still to be written."""
     found = [
-        (shard, [spec for spec in work.columns if committed(out, shard.number, spec.name) is None])
+        (shard, [spec for spec in work.columns if complete_manifest(out, shard.number, spec.name) is None])
         for shard in planned.shards
     ]
     return [(shard, columns) for shard, columns in found if columns]
@@ -201,7 +201,7 @@ def convert(out: Path, planned: Plan, work: Import, missing: Work, target: Targe
 def refused_by_shard(out: Path, planned: Plan, work: Import) -> Iterator[dict]:
     """Yield the refused samples of every shard that is there; one that is refused is so in every column."""
     for shard in planned.shards:
-        held = committed(out, shard.number, work.columns[-1].name)
+        held = complete_manifest(out, shard.number, work.columns[-1].name)
         yield held["refused"] if held else {}
 
 
@@ -220,7 +220,7 @@ def summary(out: Path, planned: Plan, work: Import, new: int, target: Target) ->
     """Print what the cache holds now, what was left out, and what to do next."""
     gauge, refused = Gauge(), sum(map(len, refused_by_shard(out, planned, work)))
     for shard in planned.shards:
-        facts = committed(out, shard.number, work.columns[-1].name)["facts"]
+        facts = complete_manifest(out, shard.number, work.columns[-1].name)["facts"]
         gauge += Gauge.from_facts(facts["gauge"]) if "gauge" in facts else Gauge()
     now = f"{new} shards imported now" if new else "nothing to do"
     held = f"{planned.samples:,} samples" + (f", {refused} refused" if refused else "")

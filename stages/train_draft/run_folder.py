@@ -106,7 +106,11 @@ def enter(
     now = _flat(resolved.recipe.model_dump()) | _identity(facts)
     for key in now:
         if before.get(key) != now[key]:
-            grown = f" ({cache.path} has grown by an append since)" if there["cache"]["digest"] in cache.earlier else ""
+            grown = (
+                f" ({cache.path} has grown by an append since)"
+                if there["cache"]["digest"] in cache.earlier_digests
+                else ""
+            )
             raise UsageError(
                 f"{run} was started with {key} = {before.get(key)}, this command asks for {now[key]}{grown}; "
                 "a run goes on with what it began with: pass another --out for another run"

@@ -65,7 +65,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     os.fsync = lambda fd: None  # a disk's speed is not what is measured
-    plan.SHARDS_AT_LEAST = 1
+    plan.MIN_SHARDS = 1
     found: dict[str, dict[str, float]] = {}
     columns = {"made, 4096": made_states(asked.mib)}
     columns |= {f"{name}, 256": states for name, states in real_states(asked.mib).items()}

@@ -32,7 +32,7 @@ from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.parallel_reads import READ_THREADS
 from pipeline.cache.plan import PlannedSample, load_plan, write_segment
-from pipeline.cache.rebuild import derive
+from pipeline.cache.rebuild import rebuild_derived
 from pipeline.cache.writer import ShardWriter
 
 WIDTH = 4096
@@ -60,7 +60,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="bench-read-", dir=asked.folder))
     os.fsync = lambda fd: None  # making the caches is not what is measured
     try:
-        plan.SHARDS_AT_LEAST = 1  # shards as large as those of a cache that is worth its disk
+        plan.MIN_SHARDS = 1  # shards as large as those of a cache that is worth its disk
         states = make_cache(folder / "cache", asked.gib, asked.width)
         size = sum(file.stat().st_size for file in (folder / "cache").rglob("*") if file.is_file())
         report(Reading(folder, asked.rounds).rows(), asked)
@@ -106,7 +106,7 @@ def write_cache(path: Path, lengths: list[int], columns: list[ColumnSpec], row_b
                     rest -= len(part)
             writer.seal()
             writer.commit({})
-    derive(path)
+    rebuild_derived(path)
 
 
 def make_cache(path: Path, gib: float, width: int) -> int:

@@ -21,7 +21,7 @@ from pipeline.cache import atomic as disk
 from pipeline.cache.atomic import Scratch, clean_scratch
 from pipeline.cache.codecs import zarr_file as zarr_shard
 from pipeline.cache.codecs.zarr_file import SHARD_FILE, Grid, ShardFileWriter
-from pipeline.cache.columns import ColumnSpec, committed
+from pipeline.cache.columns import ColumnSpec, complete_manifest
 from pipeline.cache.layout import shard_folder
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import load_plan, write_segment
@@ -144,7 +144,7 @@ def test_what_is_sealed_can_be_read_back_before_it_is_committed(planned):
             expected = states(shard, AUX)[shard.bounds[row] : shard.bounds[row + 1]]
             assert np.array_equal(writer.read("aux.1", row), expected)
 
-    assert not committed(planned, 0, "aux.1")
+    assert not complete_manifest(planned, 0, "aux.1")
     assert not list(planned.glob("tmp-*"))
 
 
@@ -164,7 +164,7 @@ def test_a_refused_sample_leaves_zeros_and_is_not_ok(planned):
     assert not held[hole].any() and values[hole].any()
     held[hole] = values[hole]
     assert np.array_equal(held, values)
-    assert committed(planned, 0, "aux.1")["refused"] == {"1": "not finite"}
+    assert complete_manifest(planned, 0, "aux.1")["refused"] == {"1": "not finite"}
     assert HiddenCache.open(planned).samples.ok.tolist() == [i != 1 for i in range(48)]
 
 
@@ -199,7 +199,7 @@ def test_what_has_no_valid_manifest_is_replaced(planned, tmp_path):
     (folder / "aux.10.arrow").unlink()
     (folder / "final" / "c" / "0" / "0").unlink()
 
-    assert [bool(committed(planned, 0, spec.name)) for spec in COLUMNS] == [False, False, False]
+    assert [bool(complete_manifest(planned, 0, spec.name)) for spec in COLUMNS] == [False, False, False]
     assert all(capture(planned, shard, COLUMNS).values())
 
     assert contents(planned) == whole
@@ -260,7 +260,7 @@ def test_a_disk_that_refuses_is_a_room_error_and_leaves_no_scratch(planned, monk
         writer.commit({})
 
     monkeypatch.undo()
-    assert not list(planned.glob("tmp-*")) and not committed(planned, 0, "aux.1")
+    assert not list(planned.glob("tmp-*")) and not complete_manifest(planned, 0, "aux.1")
     assert capture(planned, shard, [AUX]) == {"aux.1": True}
 
 

@@ -66,7 +66,7 @@ def test_the_new_samples_have_every_column_the_cache_has(appended):
 def test_the_digest_changes_and_the_cache_knows_what_it_was(tiny_cache, appended):
     before, after = HiddenCache.open(tiny_cache), HiddenCache.open(appended)
     assert after.digest != before.digest
-    assert (before.earlier, after.earlier) == ([], [before.digest])
+    assert (before.earlier_digests, after.earlier_digests) == ([], [before.digest])
 
 
 def test_a_training_run_of_the_smaller_cache_is_refused_and_told_why(tiny_cache, appended, tmp_path):

@@ -41,7 +41,7 @@ from torch import Tensor
 from pipeline.cache.codecs.calibration import Calibration, calibrate, calibration_samples
 from pipeline.cache.codecs.int8 import LEVELS, ROUNDING, as_stored, decode, encode_to_host, error_bound
 from pipeline.cache.codecs.int8_files import OUTLIER_RMS, OUTLIER_STDS
-from pipeline.cache.layout import BLOCK_ROWS
+from pipeline.cache.layout import CHECKSUM_ROWS
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import DataError, ProofError
 from pipeline.target.head import TargetHead
@@ -67,7 +67,7 @@ def shadow_samples(shard: ShardPlan) -> list[int]:
     chosen, rows = [], 0
     for _, row in calibration_samples([shard]):
         chosen.append(row)
-        rows += min(BLOCK_ROWS, int(shard.lengths[row]))
+        rows += min(CHECKSUM_ROWS, int(shard.lengths[row]))
         if rows >= SHADOW_ROWS:
             break
     return sorted(chosen)

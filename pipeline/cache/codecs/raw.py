@@ -29,7 +29,7 @@ from pipeline.cache.atomic import read_error, read_errors
 from pipeline.cache.codecs import DTYPES
 from pipeline.cache.codecs.zarr_file import OPEN, SHARD_FILE, Grid
 from pipeline.cache.columns import Column
-from pipeline.cache.layout import BLOCK_ROWS
+from pipeline.cache.layout import CHECKSUM_ROWS
 from pipeline.errors import CacheError
 from pipeline.os_errors import refuse_limit
 
@@ -146,16 +146,16 @@ class DirectColumn:
         """
         verified, start_block = self._verified_blocks(file), int(self.column.starts[row])
         base, stop, at = int(self.column.bounds[row]), first + len(out) // self.width, first
-        if verified.find(0, start_block + first // BLOCK_ROWS, start_block - (-stop // BLOCK_ROWS)) < 0:
+        if verified.find(0, start_block + first // CHECKSUM_ROWS, start_block - (-stop // CHECKSUM_ROWS)) < 0:
             return file.read((base + first) * self.width, out, wait)
         rows = int(self.column.bounds[row + 1]) - base
         while at < stop:
-            begin = at - at % BLOCK_ROWS
-            end = min(begin + BLOCK_ROWS, rows)
-            number = start_block + begin // BLOCK_ROWS
+            begin = at - at % CHECKSUM_ROWS
+            end = min(begin + CHECKSUM_ROWS, rows)
+            number = start_block + begin // CHECKSUM_ROWS
             if verified[number]:
                 while end < stop and verified[number + 1]:
-                    number, end = number + 1, min(end + BLOCK_ROWS, rows)
+                    number, end = number + 1, min(end + CHECKSUM_ROWS, rows)
                 end = min(end, stop)
                 to = out[(at - first) * self.width : (end - first) * self.width]
                 if not file.read((base + at) * self.width, to, wait):
@@ -190,17 +190,17 @@ class DirectColumn:
         return True
 
     def _compare(self, digest: int, row: int, begin: int) -> None:
-        if digest != self.column.digests[self.column.starts[row] + begin // BLOCK_ROWS]:
+        if digest != self.column.digests[self.column.starts[row] + begin // CHECKSUM_ROWS]:
             raise CacheError(self.column.damage(row, begin))
 
     def check_mapped(self, file: StoredFile, pages: memoryview, row: int, first: int, stop: int) -> None:
         """Verify the blocks with rows [first, stop) of sample `row` in the mapped file, without copying them."""
         verified, start_block = self._verified_blocks(file), int(self.column.starts[row])
         base, rows = int(self.column.bounds[row]), int(self.column.bounds[row + 1] - self.column.bounds[row])
-        for begin in range(first - first % BLOCK_ROWS, stop, BLOCK_ROWS):
-            number = start_block + begin // BLOCK_ROWS
+        for begin in range(first - first % CHECKSUM_ROWS, stop, CHECKSUM_ROWS):
+            number = start_block + begin // CHECKSUM_ROWS
             if not verified[number]:
-                end = min(begin + BLOCK_ROWS, rows)
+                end = min(begin + CHECKSUM_ROWS, rows)
                 digest = xxhash.xxh3_64(pages[(base + begin) * self.width : (base + end) * self.width])
                 self._compare(digest.intdigest(), row, begin)
                 verified[number] = 1
@@ -235,7 +235,7 @@ class MappedColumns:
     def rows(self, row: int, first: int, stop: int) -> np.ndarray:
         """Rows [first, stop) of sample `row` of the shard, [K, stop - first, D], every block of them checked."""
         base, end = map(int, self.columns[0].column.bounds[row : row + 2])
-        blocks = base + first - first % BLOCK_ROWS, min(base - (-stop // BLOCK_ROWS) * BLOCK_ROWS, end)
+        blocks = base + first - first % CHECKSUM_ROWS, min(base - (-stop // CHECKSUM_ROWS) * CHECKSUM_ROWS, end)
         for k, (column, file) in enumerate(zip(self.columns, self.files, strict=True)):
             self._load_pages(k, *blocks)
             column.check_mapped(file, self._pages[k], row, first, stop)
