@@ -1,7 +1,7 @@
-"""The index: for every sample of a plan its shard, rows, supervised count, domain and split, mapped at once.
+"""The index: for every sample of a plan its shard, rows, supervised count, domain and split, in one mapped file.
 
-Derived from the plan alone, so it can be made again at any time; a cache whose index is missing or of another plan
-still opens, more slowly. Order: shard by shard, in the order of the shard.
+Derived from the plan alone, so it can be rebuilt at any time; a cache whose index is missing or out of date still
+opens, more slowly. Order: by shard, in the order of the shard.
 """
 
 from pathlib import Path
@@ -56,12 +56,12 @@ def build_index(plan: "Plan") -> pa.Table:
 
 
 def segments_of(manifests: list[dict]) -> list[dict]:
-    """What tells plans apart: the digests of their segments."""
+    """The files of a plan's segments with their digests, which identify the plan."""
     return [manifest["files"] for manifest in manifests]
 
 
 def write_index(cache: Path, plan: "Plan") -> None:
-    """Write the index of `plan`, its manifest last; that of another index goes before, since it would not fit."""
+    """Write the index of `plan`, its manifest last; the manifest of an older index is removed first."""
     sink = pa.BufferOutputStream()
     table = build_index(plan).combine_chunks()
     with pa.ipc.new_file(sink, SCHEMA) as writer:
@@ -78,7 +78,7 @@ def write_index(cache: Path, plan: "Plan") -> None:
 
 
 def read_index(cache: Path, manifests: list[dict]) -> pa.Table | None:
-    """Map the index of the plan with these manifests; None when it has to be made again."""
+    """Map the index of the plan with these manifests; None when it has to be rebuilt."""
     path = cache / INDEX
     try:
         facts = read_canonical(cache / INDEX_MANIFEST, FORM)

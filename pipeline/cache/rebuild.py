@@ -1,5 +1,5 @@
-"""What a cache can make again from the rest: the index, the list of refused samples, a shard's `samples.arrow`, and
-from all of these a segment of the plan."""
+"""Rebuilds derived files from the rest of a cache: the index, the list of refused samples, a shard's `samples.arrow`;
+and, from all shards' `samples.arrow`, a segment of the plan."""
 
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from pipeline.errors import CacheError
 
 
 def rebuild_derived(cache: Path) -> list[str]:
-    """Write what is missing or out of date of the derived files; returns their names. The cache must have a plan.
+    """Write the derived files that are missing or out of date; returns their names. The cache must have a plan.
 
-    Nothing is written, and no right to write needed, when all is as it should be. Raises RoomError, CacheError.
+    Writes nothing, and needs no right to write, when all are up to date. Raises RoomError, CacheError.
     """
     plan = load_plan(cache)
     columns = _columns(cache, plan)
@@ -42,7 +42,7 @@ def _columns(cache: Path, plan: Plan) -> dict[int, dict[str, dict]]:
 
 
 def _stale_samples(cache: Path, plan: Plan, columns: dict[int, dict[str, dict]]) -> dict[Path, bytes]:
-    """The `samples.arrow` that are not what their shard's columns vouch for, where the plan still gives that."""
+    """The `samples.arrow` that do not match their shard's manifests, with the right content, if the plan has it."""
     stale = {}
     for shard in plan.shards:
         path = shard_folder(cache, shard.number) / SAMPLES
@@ -64,9 +64,9 @@ def _write_refused_list(path: Path, wanted: bytes) -> None:
 
 
 def restore_segments(cache: Path) -> list[str]:
-    """Put damaged segments of the plan together again from the shards' `samples.arrow`; returns their names.
+    """Rebuild damaged segments of the plan from the shards' `samples.arrow`; returns their names.
 
-    Only where a segment's manifest is whole, which has the digest that must come out. Raises RoomError.
+    Needs the segment's manifest, which has the digest that the result must have. Raises RoomError.
     """
     restored = []
     for number, manifest in enumerate(read_manifests(cache)):
@@ -91,7 +91,7 @@ def restore_segments(cache: Path) -> list[str]:
 
 
 def shard_columns(cache: Path, shard: int) -> dict[str, dict]:
-    """Manifests of the columns of a shard that are whole but perhaps for its `samples.arrow`, by name."""
+    """Manifests of the complete columns of a shard, by name; its `samples.arrow` may be missing or damaged."""
     names = sorted(path.stem for path in shard_folder(cache, shard).glob("*.json"))
     found = {
         name: complete_manifest(cache, shard, name, optional_file=SAMPLES) for name in names if COLUMN.fullmatch(name)
