@@ -85,7 +85,7 @@ class Run:
             device = str(self.device)
             try:
                 self.draft.load_state_dict(load_file(found.path / checkpoint.DRAFT, device=device))
-                self.optimizer.restore(load_file(found.path / checkpoint.OPTIMIZER, device=device), found.step)
+                self.optimizer.load_state_dict(load_file(found.path / checkpoint.OPTIMIZER, device=device), found.step)
             except (OSError, RuntimeError, KeyError) as error:  # its bytes were checked: written by another program
                 raise CacheError(
                     f"{found.path}: not the weights and moments of this run's draft ({str(error).splitlines()[0]}); "
@@ -125,7 +125,7 @@ class Run:
 
     def save(self) -> None:
         state = self.contract | {"metrics": self.metrics.last}
-        checkpoint.save(self.path, self.step, self.draft, self.optimizer.tensors(), state, self.train.keep)
+        checkpoint.save(self.path, self.step, self.draft, self.optimizer.state_dict(), state, self.train.keep)
 
     def _evaluated(self) -> dict | None:
         """The evaluation of this step, once it is in the metrics."""

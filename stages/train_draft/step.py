@@ -17,7 +17,7 @@ from pipeline.errors import ProofError, RoomError
 from pipeline.runs.recipe import TrainSection
 from pipeline.tensors import out_of_memory
 from stages.train_draft.loader import AnyCell, Batch, Stream
-from stages.train_draft.optimizer import AdamW, Muon, rate
+from stages.train_draft.optimizer import AdamW, Muon, lr_factor
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Trainer:
         train, done = self.train, batch.step + 1
         logs = done % train.log_every == 0 or done in (1, train.steps)
         knobs = self.draft.schedule(batch.step, train.steps)
-        lr = train.lr * rate(batch.step, train.steps, train.warmup, train.schedule)
+        lr = train.lr * lr_factor(batch.step, train.steps, train.warmup, train.schedule)
         shares = self._shares(batch, knobs, logs)
         norm = float(torch.nn.utils.clip_grad_norm_(self.draft.parameters(), train.clip))
         if not (math.isfinite(shares.loss) and math.isfinite(norm)):

@@ -36,7 +36,7 @@ from stages.recode.run import run as recode
 from stages.train_draft import run_folder as run_folder
 from stages.train_draft.loader import Stream
 from stages.train_draft.loop import said
-from stages.train_draft.optimizer import make_optimizer, matrices
+from stages.train_draft.optimizer import hidden_matrices, make_optimizer
 from stages.train_draft.run import announced, make_draft, run, split_for
 from stages.train_draft.step import Precision, Trainer, backward
 
@@ -172,7 +172,7 @@ def test_muon_moves_the_matrices_of_the_layers_and_adamw_the_rest(tiny_cache, se
 
     draft, by_muon = moved("muon")
     _, by_adamw = moved("adamw")
-    named = matrices(draft)
+    named = hidden_matrices(draft)
 
     assert {name for name in by_muon if not torch.equal(by_muon[name], by_adamw[name])} == named
     assert {"fc.weight", "layers.0.self_attn.q_proj.weight", "layers.0.mlp.down_proj.weight"} <= named
@@ -204,7 +204,7 @@ def test_a_restored_optimizer_makes_the_same_step_to_the_bit(tiny_cache, kind):
     stopped, trainer, stream = made()
     go(trainer, stream, range(2))
     again = make_optimizer(kind, stopped)
-    again.restore({name: tensor.clone() for name, tensor in trainer.optimizer.tensors().items()}, step=2)
+    again.load_state_dict({name: tensor.clone() for name, tensor in trainer.optimizer.state_dict().items()}, step=2)
     go(Trainer(stopped, again, stream, stream.train), stream, (2, 3))
 
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), stopped.parameters(), strict=True))
