@@ -47,14 +47,14 @@ class Domino(Draft):
         """The first slot whose logits are corrected."""
         return self.config.first_slot + self.config.pure_draft_prefix_len
 
-    def schedule(self, step: int, horizon: int) -> Knobs:
+    def schedule(self, step: int, total_steps: int) -> Knobs:
         """Lambda falls linearly from its start to 0 over its share of the horizon.
 
         step: optimizer steps completed. UsageError without a horizon: others then silently train with lambda 0.
         """
-        if not horizon or horizon < 1:
-            raise UsageError(f"lambda needs the number of steps of the whole run, found {horizon}; set train.steps")
-        span = max(1, int(horizon * self.config.lambda_decay))
+        if not total_steps or total_steps < 1:
+            raise UsageError(f"lambda needs the number of steps of the whole run, found {total_steps}; set train.steps")
+        span = max(1, int(total_steps * self.config.lambda_decay))
         value = self.config.lambda_start * (1 - min(step / span, 1))
         return Knobs(lambda_base=min(max(value, 0.0), 1.0))
 

@@ -84,8 +84,8 @@ class Draft(Backbone):
     def _noise(self, ids: Tensor) -> Tensor:
         return self.target.embed(ids).to(self.fc.weight.dtype)
 
-    def schedule(self, step: int, horizon: int) -> Knobs:
-        """What changes over a run: nothing. step: optimizer steps completed, of `horizon`."""
+    def schedule(self, step: int, total_steps: int) -> Knobs:
+        """What changes over a run: nothing. step: optimizer steps completed, of `total_steps`."""
         return Knobs()
 
     def kinds(self, knobs: Knobs) -> dict[str, float]:

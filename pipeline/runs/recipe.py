@@ -159,7 +159,7 @@ def make_recipe(stated: dict, sets: tuple[str, ...], source: str) -> Recipe:
     return recipe
 
 
-MOST_BYTES = 1 << 20  # of a recipe, which has 1 KiB
+MAX_BYTES = 1 << 20  # of a recipe, which has 1 KiB
 
 
 def read_toml(path: Path) -> dict:
@@ -167,7 +167,7 @@ def read_toml(path: Path) -> dict:
     if path.is_dir():
         raise UsageError(f"{path} is a folder; the recipe of a run is {path / 'recipe.toml'}")
     try:
-        return tomllib.loads(read_file(path, MOST_BYTES).decode())
+        return tomllib.loads(read_file(path, MAX_BYTES).decode())
     except FileNotFoundError:
         raise UsageError(f"no recipe at {path}; recipes are TOML files such as configs/domino.toml") from None
     except (OSError, ValueError, RecursionError) as error:  # tomllib's own is a ValueError
@@ -208,12 +208,12 @@ def _explain(error: ValidationError, source: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """A recipe with every field filled, and the draft it describes. `recipe.train.steps` is None until `lasting`."""
+    """A recipe with every field filled, and the draft it describes. `recipe.train.steps` is None until `with_steps`."""
 
     recipe: Recipe
     draft: "DraftConfig"
 
-    def lasting(self, samples: int) -> "Resolved":
+    def with_steps(self, samples: int) -> "Resolved":
         """Fill what follows from the number of training samples: the steps and how often to look and save.
 
         An epoch is samples // batch steps, at least one; what is left over waits for the next epoch's order.

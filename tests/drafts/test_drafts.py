@@ -439,10 +439,10 @@ def test_lambda_falls_as_published():
     assert build("dflash").schedule(0, 1000).lambda_base == 0
 
 
-@pytest.mark.parametrize("horizon", [None, 0])
-def test_lambda_needs_a_horizon(horizon):
+@pytest.mark.parametrize("total_steps", [None, 0])
+def test_lambda_needs_the_number_of_steps(total_steps):
     with pytest.raises(UsageError, match=r"train\.steps"):
-        domino().schedule(0, horizon)
+        domino().schedule(0, total_steps)
 
 
 # Positions

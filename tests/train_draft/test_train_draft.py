@@ -35,9 +35,9 @@ from pipeline.runs.split import prompt_hash, split_by_prompt, split_samples, spr
 from stages.recode.run import run as recode
 from stages.train_draft import run_folder as run_folder
 from stages.train_draft.loader import Stream
-from stages.train_draft.loop import said
+from stages.train_draft.loop import evaluation_text
 from stages.train_draft.optimizer import hidden_matrices, make_optimizer
-from stages.train_draft.run import announced, make_draft, run, split_for
+from stages.train_draft.run import make_draft, run, run_description, split_for
 from stages.train_draft.step import Precision, Trainer, backward
 
 SMALL = ("train.batch=4", "train.anchors=6", "train.log_every=1", "draft.block_size=4", "train.steps=8")
@@ -75,7 +75,7 @@ def prepared(cache, *sets):
     store = HiddenCache.open(cache)
     resolved = resolve(load_recipe(None, (*SMALL, *sets)), store)
     corpus = split_samples(store, resolved.draft.mask_token_id, resolved.recipe.train.heldout)
-    resolved = resolved.lasting(len(corpus.train))
+    resolved = resolved.with_steps(len(corpus.train))
     stream = Stream(store, corpus, resolved.draft, resolved.recipe.train)
     return make_draft(resolved, store, CPU), stream
 
@@ -274,8 +274,8 @@ def test_a_mask_token_that_the_corpus_uses_is_refused(tiny_cache):
 def test_an_evaluation_of_samples_without_a_domain_names_none():
     of = {"calls": 3, "accept_len": 1.5}
     figures = of | {"interval": [1.0, 2.0], "domains": {"": of}}
-    assert said(figures) == "accept length 1.50 [1.00, 2.00] on held-out samples"
-    assert said(figures | {"domains": {"": of, "sql": of}}).endswith("on held-out samples (sql 1.50)")
+    assert evaluation_text(figures) == "accept length 1.50 [1.00, 2.00] on held-out samples"
+    assert evaluation_text(figures | {"domains": {"": of, "sql": of}}).endswith("on held-out samples (sql 1.50)")
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[]"])
@@ -401,12 +401,12 @@ def test_a_small_device_computes_fewer_blocks_at_a_time_and_the_same_loss(tiny_c
 
         monkeypatch.setattr(draft, "hidden", small)
         trainer = Trainer(draft, make_optimizer("adamw", draft), stream, stream.train)
-        return [trainer.step(stream.batch(step)) for step in range(8)], trainer.at_once, seen
+        return [trainer.step(stream.batch(step)) for step in range(8)], trainer.blocks_per_pass, seen
 
-    whole, at_once, seen = losses(10**6)
+    whole, blocks_per_pass, seen = losses(10**6)
     parts, fewer, _ = losses(3)
 
-    assert at_once is None and max(seen) > 3 >= fewer > 1
+    assert blocks_per_pass is None and max(seen) > 3 >= fewer > 1
     assert [line["loss"] for line in parts] == pytest.approx([line["loss"] for line in whole], rel=1e-6)
     assert [line["accept_len_tf"] for line in parts] == pytest.approx([line["accept_len_tf"] for line in whole])
     with pytest.raises(RoomError, match=r"with a single block .*lower train.context"):
@@ -577,7 +577,7 @@ def test_the_end_says_where_the_run_is_and_what_to_do_next(greedy_cache, tmp_pat
 def test_what_no_engine_will_serve_is_said_before_it_is_trained(tiny_cache, tmp_path, sets, said):
     cache = HiddenCache.open(tiny_cache)
     resolved = resolve(load_recipe(None, sets), cache)
-    lines = announced(tmp_path, cache, split_for(resolved, cache), resolved, torch.device("cpu"))
+    lines = run_description(tmp_path, cache, split_for(resolved, cache), resolved, torch.device("cpu"))
     found = [line for line in lines if line.startswith("no engine will serve this draft")]
     assert len(found) == (said is not None) and all(said in line for line in found)
 
