@@ -958,7 +958,7 @@ for name in ("transformers", "datasets", "tokenizers"):
 from pathlib import Path
 from stages.train_draft.run import run
 run(Path(sys.argv[1]), None, tuple(sys.argv[3:]), Path(sys.argv[2]), "cpu")
-named = ("pipeline.target.model", "transformers.", "stages.")
+named = ("pipeline.target.", "transformers.", "stages.")
 loaded = [n for n in sys.modules if n.startswith(named) and n != "stages"]
 print("LOADED", sorted(loaded))
 """
@@ -981,5 +981,5 @@ def test_it_trains_where_there_is_no_target_and_nothing_that_could_load_one(tiny
     assert done.returncode == 0, done.stderr
     loaded = done.stdout.split("LOADED")[1]
     assert "pipeline.target.head" in loaded
-    assert "'pipeline.target.model'" not in loaded and "target_files" not in loaded
+    assert "'pipeline.target.model'" not in loaded and "'pipeline.target.files'" not in loaded
     assert "stages.cache_hidden" not in loaded and "stages.evaluate" not in loaded
