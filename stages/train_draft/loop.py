@@ -17,7 +17,7 @@ from pipeline.runs import checkpoint
 from pipeline.runs.recipe import Resolved
 from pipeline.runs.split import Split, spread
 from pipeline.visible_text import visible
-from stages.train_draft.loader import Stream
+from stages.train_draft.loader import BatchLoader
 from stages.train_draft.metrics_log import METRICS, TIMING, MetricsLog
 from stages.train_draft.optimizer import make_optimizer
 from stages.train_draft.progress import Display, Throughput
@@ -66,7 +66,7 @@ class TrainingRun:
         self.digests = {"recipe": resolved.recipe.digest(), "cache": cache.digest, "split": split.digest}
         self.optimizer = make_optimizer(self.train.optimizer, draft)
         self.device = draft.fc.weight.device
-        self.stream = Stream(cache, split, resolved.draft, self.train, coded=self.device.type != "cpu")
+        self.loader = BatchLoader(cache, split, resolved.draft, self.train, keep_encoded=self.device.type != "cpu")
         self.eval_samples = spread(cache, split.heldout, self.train.eval_samples) if cache.has_final else ()
         self.metrics, self.timing_log = MetricsLog(path / METRICS), MetricsLog(path / TIMING)
         self.step = 0
@@ -101,10 +101,10 @@ class TrainingRun:
 
     def fit(self, display: Display, stop: GracefulStop) -> dict | None:
         """Train to the last step; return the evaluation after it, None where nothing can be measured."""
-        trainer = Trainer(self.draft, self.optimizer, self.stream, self.train)
+        trainer = Trainer(self.draft, self.optimizer, self.loader, self.train)
         throughput = Throughput(self.step, self.train.steps)
         self._evaluate(display, stop)  # a checkpoint may have been saved between a step and its evaluation
-        batches = self.stream.ahead(self.step, self.train.steps, self.device)
+        batches = self.loader.prefetch(self.step, self.train.steps, self.device)
         try:
             for batch in batches:
                 before = trainer.blocks_per_pass
@@ -179,5 +179,4 @@ def use_deterministic_kernels(device: torch.device) -> None:
     if device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
         # cuDNN would otherwise compute a GRU in TF32, unlike every other product of a float32 draft.
-
         torch.backends.cudnn.allow_tf32 = False

@@ -72,7 +72,6 @@ class MetricsLog:
 
     def write(self, record: dict) -> None:
         """Append one line and fsync it. Raises RoomError when the disk is full."""
-
         line = sealed(json.dumps(record, allow_nan=False), self.last_checksum)
         self.lines.append(record)
         self.last_checksum = unsealed(line, self.last_checksum)[1]

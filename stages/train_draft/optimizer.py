@@ -159,5 +159,4 @@ def hidden_matrices(draft: Draft) -> set[str]:
 
 def make_optimizer(kind: str, draft: Draft) -> AdamW | Muon:
     """Return the optimiser that `train.optimizer` names ("adamw" or "muon") over all of a draft's parameters."""
-
     return Muon(draft) if kind == "muon" else AdamW(dict(draft.named_parameters()))

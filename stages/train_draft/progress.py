@@ -82,7 +82,6 @@ class Display:
 
 def metrics_text(metrics: dict, timing: dict) -> str:
     """Return the metrics and the speed of one step as text."""
-
     minutes, seconds = divmod(int(timing["eta"]), 60)
     lambda_text = f"lambda {metrics['lambda_base']:.2f}  " if "lambda_base" in metrics else ""
     return (

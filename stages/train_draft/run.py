@@ -87,7 +87,6 @@ def train_resolved(
     start: Start | None = None,
 ) -> TrainResult:
     """Train one resolved recipe in the folder `path`, or resume it there; print the result. Raises what `run` does."""
-
     screen = VisibleConsole()
     with run_lock(path):
         differs = create_or_check(path, resolved, store, split, machine_facts(device), start)

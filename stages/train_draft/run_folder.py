@@ -32,7 +32,6 @@ OTHER_FOLDERS = {
     "config.json": "a model or a draft",
     "cache.json": "a cache",
 }  # files of other kinds of folder
-
 RECORDED = ("torch", "numpy", "safetensors", "pydantic")
 
 

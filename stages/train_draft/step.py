@@ -16,7 +16,7 @@ from pipeline.drafts import Blocks, Draft, Knobs, metrics_of
 from pipeline.errors import ProofError, RoomError
 from pipeline.runs.recipe import TrainSection
 from pipeline.tensors import out_of_memory
-from stages.train_draft.loader import AnyCell, Batch, Stream
+from stages.train_draft.loader import AnyCell, Batch, BatchLoader
 from stages.train_draft.optimizer import AdamW, Muon, lr_factor
 
 
@@ -84,8 +84,8 @@ class Trainer:
     memory.
     """
 
-    def __init__(self, draft: Draft, optimizer: AdamW | Muon, stream: Stream, train: TrainSection):
-        self.draft, self.optimizer, self.stream, self.train = draft, optimizer, stream, train
+    def __init__(self, draft: Draft, optimizer: AdamW | Muon, loader: BatchLoader, train: TrainSection):
+        self.draft, self.optimizer, self.loader, self.train = draft, optimizer, loader, train
         self.precision = Precision(train.dtype, draft.fc.weight.device)
         self.blocks_per_pass: int | None = None
 
@@ -142,12 +142,12 @@ class Trainer:
             self.blocks_per_pass = -(-most // 2)
             if self.draft.fc.weight.device.type == "cuda":
                 torch.cuda.empty_cache()
-            cells = self.stream.batch(batch.step).cells  # prefetched cells can be iterated only once
+            cells = self.loader.batch(batch.step).cells  # prefetched cells can be iterated only once
 
     def _nonfinite_message(self, batch: Batch, knobs: Knobs, loss: float, norm: float) -> str:
         """Return the error message, naming the samples whose own loss or gradient is not finite."""
         culprits = []
-        for name, cell in zip(batch.names, self.stream.batch(batch.step, alone=True).cells, strict=True):
+        for name, cell in zip(batch.names, self.loader.batch(batch.step, alone=True).cells, strict=True):
             self.optimizer.zero_grad()
             sample_loss = backward(self.draft, [cell], knobs, self.precision, metrics=False).loss
             norms = sum(float(weight.grad.norm()) for weight in self.draft.parameters() if weight.grad is not None)
@@ -157,7 +157,6 @@ class Trainer:
             cause = "every sample of the batch does it alone, so the draft itself has diverged: lower train.lr"
         elif culprits:
             cause = f"alone, these samples do it: {', '.join(culprits)}; see `pipeline inspect` and `pipeline verify`"
-
         else:
             cause = f"no sample does it alone: lower train.lr; the batch was {', '.join(batch.names)}"
         return f"step {batch.step + 1}: loss {loss:g}, gradient norm {norm:g}; {cause}. The last checkpoint is intact."

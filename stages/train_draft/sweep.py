@@ -163,7 +163,6 @@ def plan_runs(
         if path in runs:
             first, second = setting_text(runs[path].setting), setting_text(setting)
             raise UsageError(f"{first} and {second} are the same recipe in the end; leave one out")
-
         runs[path] = PlannedRun(setting, path, resolved, splits[key], start)
     return list(runs.values())
 
@@ -221,5 +220,4 @@ def _pool(members: list[dict]) -> dict:
 
 def rank_by_accept_length(facts: list[dict]) -> list[dict]:
     """Return runs by accept length, best first; those without one come last. Ties keep the grid's order."""
-
     return sorted(facts, key=lambda fact: math.inf if fact["accept_len"] is None else -fact["accept_len"])

@@ -34,7 +34,7 @@ from pipeline.runs.recipe import load_recipe, resolve
 from pipeline.runs.split import prompt_hash, split_by_prompt, split_samples, spread
 from stages.recode.run import run as recode
 from stages.train_draft import run_folder as run_folder
-from stages.train_draft.loader import Stream
+from stages.train_draft.loader import BatchLoader
 from stages.train_draft.loop import evaluation_text
 from stages.train_draft.optimizer import hidden_matrices, make_optimizer
 from stages.train_draft.run import make_draft, run, run_description, split_for
@@ -76,8 +76,8 @@ def prepared(cache, *sets):
     resolved = resolve(load_recipe(None, (*SMALL, *sets)), store)
     corpus = split_samples(store, resolved.draft.mask_token_id, resolved.recipe.train.heldout)
     resolved = resolved.with_steps(len(corpus.train))
-    stream = Stream(store, corpus, resolved.draft, resolved.recipe.train)
-    return make_draft(resolved, store, CPU), stream
+    loader = BatchLoader(store, corpus, resolved.draft, resolved.recipe.train)
+    return make_draft(resolved, store, CPU), loader
 
 
 def gradients(draft) -> dict:
@@ -164,10 +164,10 @@ def test_muon_moves_the_matrices_of_the_layers_and_adamw_the_rest(tiny_cache, se
     sets = [*sets, *["draft.lambda_start=0.5"] * ("draft.method=domino" in sets)]
 
     def moved(kind):
-        draft, stream = prepared(tiny_cache, *sets)
+        draft, loader = prepared(tiny_cache, *sets)
         before = {name: weight.detach().clone() for name, weight in draft.named_parameters()}
         optimizer = make_optimizer(kind, draft)
-        Trainer(draft, optimizer, stream, stream.train).step(stream.batch(0))
+        Trainer(draft, optimizer, loader, loader.train).step(loader.batch(0))
         return draft, {name: weight.detach() - before[name] for name, weight in draft.named_parameters()}
 
     draft, by_muon = moved("muon")
@@ -191,21 +191,21 @@ def test_muon_moves_the_matrices_of_the_layers_and_adamw_the_rest(tiny_cache, se
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_restored_optimizer_makes_the_same_step_to_the_bit(tiny_cache, kind):
     def made():
-        draft, stream = prepared(tiny_cache)
+        draft, loader = prepared(tiny_cache)
         optimizer = make_optimizer(kind, draft)
-        return draft, Trainer(draft, optimizer, stream, stream.train), stream
+        return draft, Trainer(draft, optimizer, loader, loader.train), loader
 
-    def go(trainer, stream, steps):
+    def go(trainer, loader, steps):
         for step in steps:
-            trainer.step(stream.batch(step))
+            trainer.step(loader.batch(step))
 
-    straight, trainer, stream = made()
-    go(trainer, stream, range(4))
-    stopped, trainer, stream = made()
-    go(trainer, stream, range(2))
+    straight, trainer, loader = made()
+    go(trainer, loader, range(4))
+    stopped, trainer, loader = made()
+    go(trainer, loader, range(2))
     again = make_optimizer(kind, stopped)
     again.load_state_dict({name: tensor.clone() for name, tensor in trainer.optimizer.state_dict().items()}, step=2)
-    go(Trainer(stopped, again, stream, stream.train), stream, (2, 3))
+    go(Trainer(stopped, again, loader, loader.train), loader, (2, 3))
 
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), stopped.parameters(), strict=True))
 
@@ -317,10 +317,10 @@ def test_a_corpus_that_holds_everything_out_cannot_train(tiny_cache, tmp_path):
 
 
 def test_a_batch_is_the_same_whenever_it_is_made(tiny_cache):
-    _, stream = prepared(tiny_cache)
+    _, loader = prepared(tiny_cache)
     _, other = prepared(tiny_cache)
 
-    for step, batch in enumerate(stream.ahead(3, 8), 3):
+    for step, batch in enumerate(loader.prefetch(3, 8), 3):
         again = other.batch(step)
         assert again.names == batch.names
         for (cell, blocks), (cell2, blocks2) in zip(batch.cells, again.cells, strict=True):
@@ -328,24 +328,24 @@ def test_a_batch_is_the_same_whenever_it_is_made(tiny_cache):
 
 
 def test_every_sample_comes_once_an_epoch_with_fresh_anchors(tiny_cache):
-    _, stream = prepared(tiny_cache, "train.batch=1", "train.anchors=3")
-    epochs = [[stream.batch(epoch * stream.per_epoch + at) for at in range(stream.per_epoch)] for epoch in (0, 1)]
+    _, loader = prepared(tiny_cache, "train.batch=1", "train.anchors=3")
+    epochs = [[loader.batch(epoch * loader.per_epoch + at) for at in range(loader.per_epoch)] for epoch in (0, 1)]
     names = [[batch.names[0] for batch in epoch] for epoch in epochs]
 
-    assert len(set(names[0])) == stream.per_epoch == len(stream.indices)
+    assert len(set(names[0])) == loader.per_epoch == len(loader.indices)
     assert sorted(names[0]) == sorted(names[1]) and names[0] != names[1]
     anchors = [{batch.names[0]: batch.cells[0][1].anchors_N.tolist() for batch in epoch} for epoch in epochs]
     assert anchors[0] != anchors[1]
 
 
 def test_a_long_sample_gives_a_window_with_true_positions(tiny_cache):
-    _, stream = prepared(tiny_cache, "train.context=24", "train.batch=1")
-    store = stream.cache
-    for step in range(stream.per_epoch):
-        batch = stream.batch(step)
+    _, loader = prepared(tiny_cache, "train.context=24", "train.batch=1")
+    store = loader.cache
+    for step in range(loader.per_epoch):
+        batch = loader.batch(step)
         cell, blocks = batch.cells[0]
         index = next(i for i in range(len(store)) if store.samples.hex(i) == batch.names[0])
-        whole = store.read(index, layers=stream.config.target_layer_ids)
+        whole = store.read(index, layers=loader.config.target_layer_ids)
         assert len(cell.ids_R) <= 24
         assert torch.equal(cell.ids_R, whole.ids[cell.pos_R])
         assert torch.equal(cell.aux_KRD, whole.aux[:, cell.pos_R])
@@ -356,8 +356,8 @@ def test_a_long_sample_gives_a_window_with_true_positions(tiny_cache):
 def test_the_loss_and_its_gradient_do_not_depend_on_how_a_batch_is_cut(tiny_cache, sets):
     found = []
     for cut in ((), ("train.cells=3",), ("train.context=128",), ("train.cell_anchors=12",)):
-        draft, stream = prepared(tiny_cache, "train.batch=8", *sets, *cut)
-        cells = stream.batch(0).cells
+        draft, loader = prepared(tiny_cache, "train.batch=8", *sets, *cut)
+        cells = loader.batch(0).cells
         shares = backward(draft, cells, Knobs(0.4), Precision("float32", "cpu"), metrics=True)
         found.append((len(cells), shares, gradients(draft)))
 
@@ -379,9 +379,9 @@ def test_fifty_steps_do_not_depend_on_how_batches_are_cut(tiny_cache, method):
     recipe = (f"draft.method={method}", "train.steps=50", "train.lr=1e-4", "train.batch=8")
 
     def losses(*sets):
-        draft, stream = prepared(tiny_cache, *recipe, *sets)
-        trainer = Trainer(draft, make_optimizer("adamw", draft), stream, stream.train)
-        return [trainer.step(stream.batch(step))["loss"] for step in range(50)]
+        draft, loader = prepared(tiny_cache, *recipe, *sets)
+        trainer = Trainer(draft, make_optimizer("adamw", draft), loader, loader.train)
+        return [trainer.step(loader.batch(step))["loss"] for step in range(50)]
 
     assert losses("train.cells=3") == pytest.approx(losses(), rel=1e-6)
 
@@ -390,7 +390,7 @@ def test_fifty_steps_do_not_depend_on_how_batches_are_cut(tiny_cache, method):
 @pytest.mark.parametrize("text", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory: you tried"])
 def test_a_small_device_computes_fewer_blocks_at_a_time_and_the_same_loss(tiny_cache, monkeypatch, text, sets):
     def losses(most):
-        draft, stream = prepared(tiny_cache, "train.steps=8", "train.lr=1e-4", *sets)
+        draft, loader = prepared(tiny_cache, "train.steps=8", "train.lr=1e-4", *sets)
         hidden, seen = draft.hidden, []
 
         def small(cell, blocks):
@@ -400,8 +400,8 @@ def test_a_small_device_computes_fewer_blocks_at_a_time_and_the_same_loss(tiny_c
             return hidden(cell, blocks)
 
         monkeypatch.setattr(draft, "hidden", small)
-        trainer = Trainer(draft, make_optimizer("adamw", draft), stream, stream.train)
-        return [trainer.step(stream.batch(step)) for step in range(8)], trainer.blocks_per_pass, seen
+        trainer = Trainer(draft, make_optimizer("adamw", draft), loader, loader.train)
+        return [trainer.step(loader.batch(step)) for step in range(8)], trainer.blocks_per_pass, seen
 
     whole, blocks_per_pass, seen = losses(10**6)
     parts, fewer, _ = losses(3)
@@ -433,14 +433,14 @@ def live(target, cell, layers) -> dict:
 def test_the_cache_gives_the_loss_that_the_live_target_gives(tiny_cache, tiny_target, sets):
     from pipeline.target.model import load_target
 
-    draft, stream = prepared(tiny_cache, *sets)
+    draft, loader = prepared(tiny_cache, *sets)
     target, layers, precision = (
         load_target(str(tiny_target)),
         draft.config.target_layer_ids,
         Precision("float32", "cpu"),
     )
     for step in range(3):
-        cells = list(stream.batch(step).cells)
+        cells = list(loader.batch(step).cells)
         cached = backward(draft, cells, Knobs(0.3), precision, metrics=False)
         lively = [(replace(cell, **live(target, cell, layers)), blocks) for cell, blocks in cells]
         lively = [(cell, lay_blocks(cell, blocks.anchors_N, blocks.keep_N, draft.config)) for cell, blocks in lively]
@@ -452,11 +452,11 @@ def test_the_cache_gives_the_loss_that_the_live_target_gives(tiny_cache, tiny_ta
 
 def test_a_label_is_learned_from_the_state_before_it(tiny_cache):
     sets = ("draft.method=dflash", "draft.objective=kl", "train.context=24", "train.batch=1")
-    _, stream = prepared(tiny_cache, *sets)
-    store = stream.cache
+    _, loader = prepared(tiny_cache, *sets)
+    store = loader.cache
     place = {store.samples.hex(i): i for i in range(len(store))}
-    for step in range(stream.per_epoch):
-        for cell, blocks in stream.batch(step).cells:
+    for step in range(loader.per_epoch):
+        for cell, blocks in loader.batch(step).cells:
             whole = store.read(place[cell.names[0]], final=True)
             kept = {row: at for at, row in enumerate(whole.final_rows.tolist())}
             at = blocks.positions_NS[blocks.scored_NS]  # of the labels, which DFlash has at their own slots
@@ -469,7 +469,7 @@ def test_a_label_is_learned_from_the_state_before_it(tiny_cache):
 def test_an_error_while_reading_ahead_reaches_the_loop(tiny_cache, tmp_path):
     cache = tmp_path / "cache"
     shutil.copytree(tiny_cache, cache)
-    stream = prepared(cache)[1]
+    loader = prepared(cache)[1]
     for file in sorted(cache.glob("shards/*/aux.3/**/c/**/*")):
         if file.is_file():
             data = bytearray(file.read_bytes())
@@ -477,7 +477,7 @@ def test_an_error_while_reading_ahead_reaches_the_loop(tiny_cache, tmp_path):
             file.write_bytes(data)
 
     with pytest.raises(CacheError, match=r"aux\.3"):
-        for batch in stream.ahead(0, 8):
+        for batch in loader.prefetch(0, 8):
             list(batch.cells)
 
 
@@ -485,8 +485,8 @@ def test_an_error_while_reading_ahead_reaches_the_loop(tiny_cache, tmp_path):
 def test_bfloat16_arithmetic_stays_near_float32(tiny_cache, sets):
     losses = {}
     for dtype in ("float32", "bfloat16"):
-        draft, stream = prepared(tiny_cache, f"train.dtype={dtype}", *sets)
-        batch = stream.batch(0)
+        draft, loader = prepared(tiny_cache, f"train.dtype={dtype}", *sets)
+        batch = loader.batch(0)
         losses[dtype] = backward(draft, batch.cells, Knobs(0.5), Precision(dtype, "cpu"), metrics=False).loss
         assert all(weight.dtype == torch.float32 for weight in draft.parameters())
 
@@ -941,12 +941,12 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_samples(tiny_cache, tmp_p
 
 
 def test_a_draft_that_diverges_blames_itself(tiny_cache, tmp_path):
-    draft, stream = prepared(tiny_cache)
+    draft, loader = prepared(tiny_cache)
     with torch.no_grad():
         draft.norm.weight.fill_(float("inf"))
 
     with pytest.raises(ProofError, match=r"step 1: loss nan.*the draft itself has diverged: lower train\.lr"):
-        Trainer(draft, make_optimizer("adamw", draft), stream, stream.train).step(stream.batch(0))
+        Trainer(draft, make_optimizer("adamw", draft), loader, loader.train).step(loader.batch(0))
 
 
 # Without the target
