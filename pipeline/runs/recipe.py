@@ -28,7 +28,7 @@ from pydantic import (
     ValidationError,
 )
 
-from pipeline.drafts.rope_scaling import taken_over
+from pipeline.drafts.rope_scaling import draft_rope_scaling
 from pipeline.errors import UsageError
 from pipeline.runs.cache_requirements import check_final, check_held, resolve_mask_token, rope_theta, text_config
 from pipeline.untrusted import read_file
@@ -235,7 +235,7 @@ def resolve(recipe: Recipe, cache) -> Resolved:
     target = text_config(cache.target_config)
     draft = _resolve_draft(recipe.draft, target, cache)
     config = _draft_config(draft, target)
-    _check_teacher(config, cache)
+    _check_final_states(config, cache)
     train = recipe.train
     optimizer = train.optimizer or ("adamw" if config.hidden_size > SMALL_HIDDEN else "muon")
     filled = {
@@ -253,11 +253,11 @@ def resolve(recipe: Recipe, cache) -> Resolved:
     return Resolved(recipe.model_copy(update={"draft": draft, "train": train.model_copy(update=filled)}), config)
 
 
-def _check_teacher(config: "DraftConfig", cache) -> None:
+def _check_final_states(config: "DraftConfig", cache) -> None:
     """Refuse a loss that learns from final states which the cache lacks."""
-    from pipeline.drafts import needs_teacher
+    from pipeline.drafts import needs_final_states
 
-    if not needs_teacher(config):
+    if not needs_final_states(config):
         return
     if config.objective == "ce":
         check_final(cache, "the confidence head", "draft.enable_confidence_head = false")
@@ -321,7 +321,7 @@ def _draft_config(draft: DraftSection, target: dict) -> "DraftConfig":
         num_target_layers=target["num_hidden_layers"],
         rms_norm_eps=target.get("rms_norm_eps", 1e-6),
         rope_theta=rope_theta(target),
-        rope_scaling=taken_over(target)[0],
+        rope_scaling=draft_rope_scaling(target)[0],
         max_position_embeddings=target["max_position_embeddings"],
         attention_bias=bool(target.get("attention_bias", False)),
         initializer_range=target.get("initializer_range", 0.02),

@@ -11,8 +11,8 @@ import torch
 from pipeline import tensors
 from pipeline.cache import HiddenCache
 from pipeline.console import VisibleConsole
-from pipeline.drafts import DRAFTS, Draft, init_weights, needs_teacher
-from pipeline.drafts.rope_scaling import taken_over
+from pipeline.drafts import DRAFTS, Draft, init_weights, needs_final_states
+from pipeline.drafts.rope_scaling import draft_rope_scaling
 from pipeline.errors import RoomError
 from pipeline.published.init_from import Start, load_start
 from pipeline.published.writing import unservable
@@ -75,7 +75,7 @@ def run(
 def split_for(resolved: Resolved, store: HiddenCache) -> Split:
     """Return which samples train the draft and which are held out; it depends on the columns that the loss reads."""
     draft, heldout = resolved.draft, resolved.recipe.train.heldout
-    return split_samples(store, draft.mask_token_id, heldout, draft.target_layer_ids, needs_teacher(draft))
+    return split_samples(store, draft.mask_token_id, heldout, draft.target_layer_ids, needs_final_states(draft))
 
 
 def train_resolved(
@@ -135,7 +135,7 @@ def run_description(
 
 def rope_messages(resolved: Resolved, store: HiddenCache) -> Iterator[str]:
     """Yield how the draft's rotary positions relate to the target's scaled ones; nothing where both are plain."""
-    scaling, reason = taken_over(text_config(store.target_config))
+    scaling, reason = draft_rope_scaling(text_config(store.target_config))
     trained = resolved.draft.rope_scaling
     if trained is not None and trained == scaling:
         yield f"rotary positions are scaled as the target scales them: {trained}"

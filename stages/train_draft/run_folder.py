@@ -19,7 +19,7 @@ from pipeline import __version__
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import lock, room
 from pipeline.cache.layout import FINAL
-from pipeline.drafts import needs_teacher
+from pipeline.drafts import needs_final_states
 from pipeline.drafts.rope_scaling import RopeScaling
 from pipeline.errors import CacheError, UsageError
 from pipeline.published.init_from import Start
@@ -44,7 +44,7 @@ def default_folder(resolved: Resolved, cache: HiddenCache, split: Split, start: 
 
 def _lossy_states(resolved: Resolved, cache: HiddenCache) -> list[str]:
     """Return the columns trained on whose codec is lossy, with the codec: "aux.9 int8"."""
-    final = [FINAL] * needs_teacher(resolved.draft)
+    final = [FINAL] * needs_final_states(resolved.draft)
     rounded = cache.rounded([*resolved.draft.target_layer_ids, *final])
     return [f"{name} {'/'.join(codecs)}" for name, codecs in rounded.items()]
 
@@ -93,7 +93,7 @@ def create_or_check(
         "versions": {"pipeline": __version__, "python": platform.python_version()}
         | {name: metadata.version(name) for name in RECORDED},
         "head_chunk": NEWEST,
-        "rope_scaling": resolved.draft.rope_scaling and resolved.draft.rope_scaling.stated(),
+        "rope_scaling": resolved.draft.rope_scaling and resolved.draft.rope_scaling.as_config(),
         "machine": machine,
         "command": sys.argv,
     }

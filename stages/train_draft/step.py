@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.drafts import Blocks, Draft, Knobs, metrics_of
+from pipeline.drafts import Blocks, Draft, ScheduleValues, metrics_of
 from pipeline.errors import ProofError, RoomError
 from pipeline.runs.recipe import TrainSection
 from pipeline.tensors import out_of_memory
@@ -48,7 +48,7 @@ def add_into(sums: dict[str, Tensor], share: dict[str, Tensor]) -> None:
 def backward(
     draft: Draft,
     cells: Iterable[tuple[AnyCell, Blocks]],
-    knobs: Knobs,
+    scheduled: ScheduleValues,
     precision: Precision,
     metrics: bool,
     blocks: list[Blocks] | None = None,
@@ -69,7 +69,7 @@ def backward(
         on_device = cell.to(device)
         for part in [cell_blocks] if blocks_per_pass is None else cell_blocks.split(blocks_per_pass):
             with precision():
-                loss = draft.loss(on_device, part.to(device), knobs, dens, metrics)
+                loss = draft.loss(on_device, part.to(device), scheduled, dens, metrics)
             loss.total.backward()
             total += loss.total.detach()
             add_into(terms, loss.terms)
@@ -97,12 +97,12 @@ class Trainer:
         """
         train, done = self.train, batch.step + 1
         logs = done % train.log_every == 0 or done in (1, train.steps)
-        knobs = self.draft.schedule(batch.step, train.steps)
+        scheduled = self.draft.schedule(batch.step, train.steps)
         lr = train.lr * lr_factor(batch.step, train.steps, train.warmup, train.schedule)
-        result = self._backward(batch, knobs, logs)
+        result = self._backward(batch, scheduled, logs)
         norm = float(torch.nn.utils.clip_grad_norm_(self.draft.parameters(), train.clip))
         if not (math.isfinite(result.loss) and math.isfinite(norm)):
-            raise ProofError(self._nonfinite_message(batch, knobs, result.loss, norm))
+            raise ProofError(self._nonfinite_message(batch, scheduled, result.loss, norm))
         self.optimizer.step(lr)
         if not logs:
             return None
@@ -112,13 +112,13 @@ class Trainer:
             "step": done,
             "epoch": batch.epoch,
             "loss": result.loss,
-            **({"lambda_base": knobs.lambda_base} if "base" in self.draft.kinds(knobs) else {}),
+            **({"lambda_base": scheduled.lambda_base} if "base" in self.draft.logit_kinds(scheduled) else {}),
             "lr": lr,
             "grad_norm": norm,
             **figures,
         }
 
-    def _backward(self, batch: Batch, knobs: Knobs, logs: bool) -> BatchLoss:
+    def _backward(self, batch: Batch, scheduled: ScheduleValues, logs: bool) -> BatchLoss:
         """Compute the gradients of a batch. Out of memory halves `blocks_per_pass`, for the rest of the run.
 
         Raises RoomError when one block alone does not fit.
@@ -127,7 +127,7 @@ class Trainer:
         while True:
             self.optimizer.zero_grad()
             try:
-                return backward(self.draft, cells, knobs, self.precision, logs, batch.blocks, self.blocks_per_pass)
+                return backward(self.draft, cells, scheduled, self.precision, logs, batch.blocks, self.blocks_per_pass)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
@@ -144,12 +144,12 @@ class Trainer:
                 torch.cuda.empty_cache()
             cells = self.loader.batch(batch.step).cells  # prefetched cells can be iterated only once
 
-    def _nonfinite_message(self, batch: Batch, knobs: Knobs, loss: float, norm: float) -> str:
+    def _nonfinite_message(self, batch: Batch, scheduled: ScheduleValues, loss: float, norm: float) -> str:
         """Return the error message, naming the samples whose own loss or gradient is not finite."""
         culprits = []
         for name, cell in zip(batch.names, self.loader.batch(batch.step, alone=True).cells, strict=True):
             self.optimizer.zero_grad()
-            sample_loss = backward(self.draft, [cell], knobs, self.precision, metrics=False).loss
+            sample_loss = backward(self.draft, [cell], scheduled, self.precision, metrics=False).loss
             norms = sum(float(weight.grad.norm()) for weight in self.draft.parameters() if weight.grad is not None)
             if not (math.isfinite(sample_loss) and math.isfinite(norms)):
                 culprits.append(name)

@@ -22,7 +22,7 @@ import numpy as np
 
 from pipeline.cache import HiddenCache
 from pipeline.console import VisibleConsole
-from pipeline.drafts import needs_teacher
+from pipeline.drafts import needs_final_states
 from pipeline.errors import ProofError, UsageError
 from pipeline.evaluation.accept_length import bootstrap
 from pipeline.published.init_from import Start, load_start
@@ -148,7 +148,7 @@ def plan_runs(
             check_complete(store, recipe)
             resolved = resolve(recipe, store)
             draft = resolved.draft
-            key = draft.mask_token_id, resolved.recipe.train.heldout, draft.target_layer_ids, needs_teacher(draft)
+            key = draft.mask_token_id, resolved.recipe.train.heldout, draft.target_layer_ids, needs_final_states(draft)
             if key not in splits:
                 splits[key] = split_for(resolved, store)
             start = None if init_from is None else load_start(init_from, draft, head)

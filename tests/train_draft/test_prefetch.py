@@ -245,7 +245,7 @@ def test_the_final_states_of_a_cell_are_those_of_its_rows(tmp_path, keeps):
                 assert torch.equal(found, whole.final[kept_T[kept_T >= 0]])
                 last = int(cell.pos_R[start + length - 1])
                 cut += last + 1 < len(whole.ids) and bool(whole.mask[last + 1])
-            teachers = cell.final_at_R[blocks.teacher_NS[blocks.scored_NS]]
+            teachers = cell.final_at_R[blocks.final_row_NS[blocks.scored_NS]]
             assert (teachers >= 0).all()
             rows += len(teachers)
     assert rows and cut, "windows end before a token that is to be learned, too"

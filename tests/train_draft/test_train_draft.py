@@ -26,7 +26,7 @@ from pipeline.cache.target_folder import new_target
 from pipeline.cache.writer import ShardWriter
 from pipeline.checksummed_json import as_record, unsealed
 from pipeline.cli import commands
-from pipeline.drafts import DRAFTS, Knobs, lay_blocks
+from pipeline.drafts import DRAFTS, ScheduleValues, lay_blocks
 from pipeline.drafts import draft as draft_module
 from pipeline.errors import CacheError, DataError, ProofError, RoomError, UsageError
 from pipeline.runs import checkpoint
@@ -358,7 +358,7 @@ def test_the_loss_and_its_gradient_do_not_depend_on_how_a_batch_is_cut(tiny_cach
     for cut in ((), ("train.cells=3",), ("train.context=128",), ("train.cell_anchors=12",)):
         draft, loader = prepared(tiny_cache, "train.batch=8", *sets, *cut)
         cells = loader.batch(0).cells
-        shares = backward(draft, cells, Knobs(0.4), Precision("float32", "cpu"), metrics=True)
+        shares = backward(draft, cells, ScheduleValues(0.4), Precision("float32", "cpu"), metrics=True)
         found.append((len(cells), shares, gradients(draft)))
 
     (_, whole, gradient), *others = found
@@ -441,10 +441,10 @@ def test_the_cache_gives_the_loss_that_the_live_target_gives(tiny_cache, tiny_ta
     )
     for step in range(3):
         cells = list(loader.batch(step).cells)
-        cached = backward(draft, cells, Knobs(0.3), precision, metrics=False)
+        cached = backward(draft, cells, ScheduleValues(0.3), precision, metrics=False)
         lively = [(replace(cell, **live(target, cell, layers)), blocks) for cell, blocks in cells]
         lively = [(cell, lay_blocks(cell, blocks.anchors_N, blocks.keep_N, draft.config)) for cell, blocks in lively]
-        now = backward(draft, lively, Knobs(0.3), precision, metrics=False)
+        now = backward(draft, lively, ScheduleValues(0.3), precision, metrics=False)
         assert cached.loss == pytest.approx(now.loss, rel=1e-6)
         for name, value in now.terms.items():
             assert float(cached.terms[name]) == pytest.approx(float(value), rel=1e-6), name
@@ -461,7 +461,7 @@ def test_a_label_is_learned_from_the_state_before_it(tiny_cache):
             kept = {row: at for at, row in enumerate(whole.final_rows.tolist())}
             at = blocks.positions_NS[blocks.scored_NS]  # of the labels, which DFlash has at their own slots
             before = whole.final[[kept[row - 1] for row in at.tolist()]]
-            found = cell.final_FD[cell.final_at_R[blocks.teacher_NS[blocks.scored_NS]]]
+            found = cell.final_FD[cell.final_at_R[blocks.final_row_NS[blocks.scored_NS]]]
             assert torch.equal(found, before)
             assert torch.equal(whole.ids[at], blocks.labels_NS[blocks.scored_NS])
 
@@ -487,7 +487,7 @@ def test_bfloat16_arithmetic_stays_near_float32(tiny_cache, sets):
     for dtype in ("float32", "bfloat16"):
         draft, loader = prepared(tiny_cache, f"train.dtype={dtype}", *sets)
         batch = loader.batch(0)
-        losses[dtype] = backward(draft, batch.cells, Knobs(0.5), Precision(dtype, "cpu"), metrics=False).loss
+        losses[dtype] = backward(draft, batch.cells, ScheduleValues(0.5), Precision(dtype, "cpu"), metrics=False).loss
         assert all(weight.dtype == torch.float32 for weight in draft.parameters())
 
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=2e-2)
@@ -774,7 +774,7 @@ def test_a_targets_scaled_rotary_positions_are_taken_over_said_and_kept(scaled_c
     assert "rotary positions are scaled as the target scales them: llama3, factor 8" in capsys.readouterr().out
     assert json.loads((done.run / "run.json").read_text())["rope_scaling"] == LLAMA3
     config = checkpoint.load_config(done.run)
-    assert config.rope_scaling.stated() == LLAMA3
+    assert config.rope_scaling.as_config() == LLAMA3
     assert resolve(load_recipe(done.run / "recipe.toml"), HiddenCache.open(scaled_cache)).draft == config
 
 
@@ -790,7 +790,7 @@ def test_scaled_rotary_positions_that_no_engine_computes_alike_become_plain_ones
 
 def test_a_run_begun_with_plain_rotary_positions_goes_on_with_them(scaled_cache, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:  # what versions before did with such a target
-        patch.setattr("pipeline.runs.recipe.taken_over", lambda target: (None, None))
+        patch.setattr("pipeline.runs.recipe.draft_rope_scaling", lambda target: (None, None))
         straight = trained(scaled_cache, tmp_path / "straight", "train.save_every=1")
         stopping(patch, 3, kill)
         with pytest.raises(Killed):
