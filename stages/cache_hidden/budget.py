@@ -25,7 +25,7 @@ from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.plan import SHARD_BYTES, SHARDS_AT_LEAST, captured, plan_numbers, read_manifests
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import UsageError
-from pipeline.runs.split import HELDOUT, mix
+from pipeline.runs.split import HELDOUT, splitmix64
 from pipeline.target.files import CONFIG, tokenizer_files
 from stages.cache_hidden.options import CaptureOptions, size_bytes
 from stages.cache_hidden.plan_report import head_bytes
@@ -191,7 +191,7 @@ def decide(corpus: Corpus, settings: Settings, asked: Asked) -> tuple[np.ndarray
     columns = encoded(columns, codec)
     bytes_n = corpus.bytes(columns)
     room = asked.budget - fixed_bytes(settings, columns, total)
-    kept_n = subsample(bytes_n, corpus.groups, mix(corpus.words ^ mix(np.uint64(asked.seed))), room)
+    kept_n = subsample(bytes_n, corpus.groups, splitmix64(corpus.words ^ splitmix64(np.uint64(asked.seed))), room)
     if not kept_n.any():
         least = asked.budget - room + int(bytes_n.min())
         raise UsageError(

@@ -14,7 +14,7 @@ from pipeline.cache import HiddenCache
 from pipeline.console import Grid, grid
 from pipeline.drafts import Draft, ScheduleValues, eligible_anchors, lay_blocks, metrics_of, needs_final_states, pack
 from pipeline.evaluation.accept_length import SLOTS_AT_ONCE, Span, accept_spans, cut_spans, summarise
-from pipeline.runs.split import spread
+from pipeline.runs.split import stratified_subset
 from pipeline.visible_text import visible
 from stages.evaluate.decode import Decoded, Dice
 from stages.evaluate.losslessness import BEYOND, NearTie, judge_places
@@ -143,7 +143,7 @@ def teacher_forced(draft: Draft, cache: HiddenCache, heldout: np.ndarray) -> dic
         return {}  # its metrics come with its loss, which reads them
     sums: dict[str, dict] = {}
     domains = {cache.samples.domain[index] for index in heldout.tolist()}
-    for index in spread(cache, heldout, TEACHER_FORCED * len(domains)).tolist():
+    for index in stratified_subset(cache, heldout, TEACHER_FORCED * len(domains)).tolist():
         _add_sample(sums.setdefault(cache.samples.domain[index], {}), draft, cache, index)
     return {name: metrics_of(sums[name], {}, {})["accept_len_tf"] for name in sorted(sums)}
 

@@ -15,7 +15,7 @@ from pipeline.errors import CacheError, UsageError
 from pipeline.evaluation.accept_length import accept_spans, summarise
 from pipeline.runs import checkpoint
 from pipeline.runs.recipe import Resolved
-from pipeline.runs.split import Split, spread
+from pipeline.runs.split import Split, stratified_subset
 from pipeline.visible_text import visible
 from stages.train_draft.loader import BatchLoader
 from stages.train_draft.metrics_log import METRICS, TIMING, MetricsLog
@@ -67,7 +67,7 @@ class TrainingRun:
         self.optimizer = make_optimizer(self.train.optimizer, draft)
         self.device = draft.fc.weight.device
         self.loader = BatchLoader(cache, split, resolved.draft, self.train, keep_encoded=self.device.type != "cpu")
-        self.eval_samples = spread(cache, split.heldout, self.train.eval_samples) if cache.has_final else ()
+        self.eval_samples = stratified_subset(cache, split.heldout, self.train.eval_samples) if cache.has_final else ()
         self.metrics, self.timing_log = MetricsLog(path / METRICS), MetricsLog(path / TIMING)
         self.step = 0
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.drafts import needs_final_states
-from pipeline.runs.split import mix
+from pipeline.runs.split import splitmix64
 
 GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 WINDOW_STEP = 256  # rows: windows end at a multiple of it, as the cache's checksummed blocks do
@@ -20,8 +20,8 @@ WINDOW_STEP = 256  # rows: windows end at a multiple of it, as the cache's check
 
 def epoch_keys(low64_n: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """Return k_i, the pseudorandom key uint64 [n] of each sample in this epoch, from the low 64 bits of its id."""
-    epoch_key = mix(mix(np.uint64(seed)) ^ np.uint64(epoch))
-    return mix(np.asarray(low64_n, np.uint64) ^ epoch_key)
+    epoch_key = splitmix64(splitmix64(np.uint64(seed)) ^ np.uint64(epoch))
+    return splitmix64(np.asarray(low64_n, np.uint64) ^ epoch_key)
 
 
 def epoch_order(keys_n: np.ndarray, ids_n2: np.ndarray) -> np.ndarray:
@@ -42,7 +42,7 @@ def draw_anchors(valid_T: np.ndarray, key: int, count: int, first: int = 0) -> n
     rows = np.flatnonzero(valid_T)
     with np.errstate(over="ignore"):
         salt = (rows + first + 1).astype(np.uint64) * GOLDEN_RATIO
-        hashes = mix(np.uint64(key) + salt)
+        hashes = splitmix64(np.uint64(key) + salt)
     return np.sort(rows[np.argsort(hashes, kind="stable")[:count]])
 
 
@@ -65,7 +65,7 @@ def draw_window(valid_T: np.ndarray, key: int, context: int) -> tuple[int, int]:
         anchor = int(np.flatnonzero(valid_T)[0])
         start = min(max(0, anchor + 2 - context), T - context)
         return start, start + context
-    chosen = useful[int(mix(np.uint64(key) ^ np.uint64(1))) % len(useful)]
+    chosen = useful[int(splitmix64(np.uint64(key) ^ np.uint64(1))) % len(useful)]
     return int(starts[chosen]), int(stops[chosen])
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipeline.runs.split import mix
+from pipeline.runs.split import splitmix64
 from stages.train_draft.order import (
     SampleCost,
     draw_anchors,
@@ -29,7 +29,7 @@ def sample_ids(count: int) -> tuple[np.ndarray, np.ndarray]:
 def test_mix_is_the_finaliser_of_splitmix64():
     # the generator of that name returns finaliser(seed + golden); for seed 0 its first outputs are published
     golden = 0x9E3779B97F4A7C15
-    outputs = mix(np.array([golden, 2 * golden % 2**64, 3 * golden % 2**64], dtype=np.uint64))
+    outputs = splitmix64(np.array([golden, 2 * golden % 2**64, 3 * golden % 2**64], dtype=np.uint64))
 
     assert [int(word) for word in outputs] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
 
@@ -80,7 +80,7 @@ def test_anchors_are_the_valid_rows_of_smallest_hash():
     valid = np.zeros(40, bool)
     valid[[3, 4, 9, 20, 33]] = True
     key = 123456789
-    ranked = sorted((3, 4, 9, 20, 33), key=lambda p: int(mix((key + (p + 1) * 0x9E3779B97F4A7C15) % 2**64)))
+    ranked = sorted((3, 4, 9, 20, 33), key=lambda p: int(splitmix64((key + (p + 1) * 0x9E3779B97F4A7C15) % 2**64)))
 
     assert draw_anchors(valid, key, 2).tolist() == sorted(ranked[:2])
     assert draw_anchors(valid, key, 512).tolist() == [3, 4, 9, 20, 33]
@@ -95,7 +95,7 @@ def test_fewer_anchors_are_a_subset_and_a_window_keeps_their_rank():
     assert inside.tolist() == np.flatnonzero(valid)[np.flatnonzero(valid) >= 256].tolist()
     best = draw_anchors(valid[256:], 7, 1, first=256)[0] + 256
     order = np.arange(600)[valid]
-    words = mix((7 + (order.astype(object) + 1) * 0x9E3779B97F4A7C15) % 2**64)
+    words = splitmix64((7 + (order.astype(object) + 1) * 0x9E3779B97F4A7C15) % 2**64)
     assert best == min((word, p) for word, p in zip(words, order, strict=True) if p >= 256)[1]
 
 
@@ -126,7 +126,7 @@ def test_windows_end_at_a_block_and_hold_an_anchor(T, context):
 def test_every_window_of_the_grid_comes_up():
     valid = np.ones(1000, bool)
 
-    found = {draw_window(valid, int(key), 256) for key in mix(np.arange(200, dtype=np.uint64))}
+    found = {draw_window(valid, int(key), 256) for key in splitmix64(np.arange(200, dtype=np.uint64))}
 
     assert found == {(0, 256), (256, 512), (512, 768), (744, 1000)}
 

@@ -31,7 +31,7 @@ from pipeline.drafts import draft as draft_module
 from pipeline.errors import CacheError, DataError, ProofError, RoomError, UsageError
 from pipeline.runs import checkpoint
 from pipeline.runs.recipe import load_recipe, resolve
-from pipeline.runs.split import prompt_hash, split_by_prompt, split_samples, spread
+from pipeline.runs.split import prompt_hash, split_by_prompt, split_samples, stratified_subset
 from stages.recode.run import run as recode
 from stages.train_draft import run_folder as run_folder
 from stages.train_draft.loader import BatchLoader
@@ -257,10 +257,10 @@ def test_where_the_corpus_does_not_say_prompts_are_held_out_by_hash(tiny_cache, 
 
 def test_measured_samples_are_spread_over_domains(tiny_cache):
     store = HiddenCache.open(tiny_cache)
-    chosen = spread(store, np.arange(len(store)), 6)
+    chosen = stratified_subset(store, np.arange(len(store)), 6)
 
     assert sorted(store.samples.domain[i] for i in chosen) == sorted(["colours", "numbers", "places"] * 2)
-    assert len(spread(store, np.arange(len(store)), 1000)) == len(store)
+    assert len(stratified_subset(store, np.arange(len(store)), 1000)) == len(store)
 
 
 def test_a_mask_token_that_the_corpus_uses_is_refused(tiny_cache):
