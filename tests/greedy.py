@@ -63,7 +63,7 @@ def make_greedy_cache(model, out, count=12, most=20, seed=0):
     """Capture chats in the domains a, b and c, half of them held out; in `sampled` a reply leaves the greedy path."""
     from stages.cache_hidden.options import CaptureOptions
     from stages.cache_hidden.run import run
-    from stages.cache_hidden.settings import settle
+    from stages.cache_hidden.settings import resolve_settings
 
     target, rng, samples = load_target(str(model)), np.random.default_rng(seed), []
     for at in range(count):
@@ -74,7 +74,7 @@ def make_greedy_cache(model, out, count=12, most=20, seed=0):
         split = "heldout" if at % 2 else "train"
         samples.append(PlannedSample(np.array(ids, np.int32), np.array(mask), domain, split, "made", at + 1))
     options = CaptureOptions(layers="1,3,4", max_length=256)
-    settings = settle(str(model), out, options)
+    settings = resolve_settings(str(model), out, options)
     create_identity(out, settings.identity)
     write_segment(out, samples, row_bytes=1024, sources=[], notes={"max_samples": None, **Tally().as_notes()})
     run(str(model), None, out, options=options)

@@ -1,6 +1,7 @@
 """The import arrows: stages -> pipeline, never back, never stage -> stage; one door; a door without torch."""
 
 import ast
+import importlib
 import re
 import resource
 import subprocess
@@ -98,3 +99,11 @@ def test_the_map_beside_the_code_names_every_module_and_no_other(top):
     there = {path.relative_to(ROOT / top).as_posix() for path in (ROOT / top).rglob("*.py")}
     assert named - there == set()
     assert {path for path in there - named if not path.endswith(("__init__.py", "__main__.py"))} == set()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("data/**/*.py")), ids=lambda path: path.stem)
+def test_the_scripts_that_made_the_data_import_what_is_there(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("pipeline", "stages"):
+            module = importlib.import_module(node.module)
+            assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []

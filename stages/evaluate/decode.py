@@ -21,7 +21,7 @@ from pipeline.drafts import BlockRequest, Draft, DraftKV, Proposal, Sampling
 from pipeline.errors import UsageError
 from pipeline.evaluation.accept_length import cut
 from pipeline.sampling import prompt_generator
-from pipeline.target.kv_cache import ManyTexts, OneText, check_croppable, new_kv
+from pipeline.target.kv_cache import BatchedKV, SingleKV, check_croppable, new_kv
 from pipeline.target.model import tap_layers
 from stages.evaluate.rejection import keep_by_chance, keep_equal
 
@@ -130,9 +130,9 @@ def decode_many(
     """
     check_croppable(target)
     assert max_new > 0 and all(len(ids) > 0 for ids in prompts), f"{max_new} new tokens after {prompts}"
-    memory = OneText(target)
+    memory = SingleKV(target)
     if batch > 1:
-        memory = ManyTexts(target, batch, max(map(len, prompts)) + max_new + draft.config.proposals)
+        memory = BatchedKV(target, batch, max(map(len, prompts)) + max_new + draft.config.proposals)
     waiting, live, stops = deque(enumerate(prompts)), [], frozenset(stop_ids)
     while waiting or live:
         while waiting and len(live) < batch:
@@ -148,7 +148,7 @@ def decode_many(
             _round(target, draft, memory, live, stops, proposals, dice, threshold)
         for place in reversed(range(len(live))):
             if live[place].done(max_new):
-                memory.drop(place)
+                memory.remove(place)
                 text, live[place] = live[place], live[-1]
                 live.pop()
                 yield text.index, text.decoded(max_new)
@@ -174,7 +174,7 @@ def _prefill(target: PreTrainedModel, draft: Draft, text: _Text, stops: Collecti
 def _round(
     target: PreTrainedModel,
     draft: Draft,
-    memory: OneText | ManyTexts,
+    memory: SingleKV | BatchedKV,
     live: Sequence[_Text],
     stops: Collection[int],
     proposals: int | None,
@@ -193,7 +193,7 @@ def _round(
     with tap_layers(target, layers) as taken:
         logits_BNV = memory.run(pieces)
     features_BKND = torch.stack([taken[layer] for layer in layers], dim=1)
-    memory.keep(
+    memory.crop(
         [
             text.take(block, logits_NV[: len(piece)], features_KND, stops)
             for text, block, piece, logits_NV, features_KND in zip(

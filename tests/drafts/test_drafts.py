@@ -23,7 +23,7 @@ from pipeline.drafts.norm_and_rope import RMSNorm, rope_tables, rotate
 from pipeline.errors import UsageError
 from pipeline.target.head import TargetHead
 from pipeline.target.layers import final_rows
-from pipeline.target.logit_chunks import NEWEST, RULES, Chunk
+from pipeline.target.logit_chunks import NEWEST, RULES, ChunkLimit
 
 H, V, K, L = 32, 64, 3, 8
 SHAPE = {
@@ -295,7 +295,7 @@ def test_proposals_do_not_depend_on_the_chunk(method, monkeypatch):
     with torch.no_grad():
         hidden, anchors = draft.hidden(cell, blocks), cell.ids_R[blocks.anchors_N]
         whole = draft.rollout(hidden, anchors)
-        monkeypatch.setitem(RULES[NEWEST], "cpu", Chunk(3 * 4 * 5 * V))
+        monkeypatch.setitem(RULES[NEWEST], "cpu", ChunkLimit(3 * 4 * 5 * V))
         assert torch.equal(draft.rollout(hidden, anchors), whole)
 
 
