@@ -21,7 +21,7 @@ from conversation import Conversation
 from generate import DOMAINS, converse
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.target import load_tokenizer
+from pipeline.target.tokenizer import load_tokenizer
 from stages.regenerate.options import Options
 from stages.regenerate.run import run
 
@@ -57,7 +57,7 @@ def answered(model: Path, conversations: list[Conversation], temperature: float,
             turns = [({"role": "user", "content": turn.user}, {"role": "assistant"}) for turn in conversation.turns]
             file.write(json.dumps({"id": place, "messages": [message for turn in turns for message in turn]}) + "\n")
     options = Options(
-        prompts,
+        str(prompts),
         work.with_suffix(".jsonl"),
         model=str(model),
         temperature=temperature,

@@ -136,12 +136,12 @@ def verify(cache, repair, deep, complete, model, device, as_json):
     it writes again; what is sound is not touched.
     """
     from pipeline.evaluation.tables import verify_table
-    from stages.cache_hidden.repair import check_incomplete, checked, remedy
+    from stages.cache_hidden.repair import check_incomplete, suggest_repair, verify_and_repair
 
-    report = checked(cache, repair, deep, model, device)
+    report = verify_and_repair(cache, repair, deep, model, device)
     show(report.as_dict(), as_json, verify_table)
     if report.damaged:
-        first, what_to_do = report.damaged[0], remedy(cache, model, repair)
+        first, what_to_do = report.damaged[0], suggest_repair(cache, model, repair)
         raise CacheError(f"{cache}: {len(report.damaged)} damaged, the first {first.file} ({first.what}); {what_to_do}")
     check_incomplete(cache, report, model, complete)
 

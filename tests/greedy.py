@@ -12,11 +12,11 @@ from pipeline.drafts import (
     DRAFTS,
     Draft,
     DraftConfig,
-    Knobs,
+    ScheduleValues,
     eligible_anchors,
     init_weights,
     lay_blocks,
-    needs_teacher,
+    needs_final_states,
     pack,
 )
 from pipeline.target.model import load_target
@@ -63,7 +63,7 @@ def make_greedy_cache(model, out, count=12, most=20, seed=0):
     """Capture chats in the domains a, b and c, half of them held out; in `sampled` a reply leaves the greedy path."""
     from stages.cache_hidden.options import CaptureOptions
     from stages.cache_hidden.run import run
-    from stages.cache_hidden.settings import settle
+    from stages.cache_hidden.settings import resolve_settings
 
     target, rng, samples = load_target(str(model)), np.random.default_rng(seed), []
     for at in range(count):
@@ -74,7 +74,7 @@ def make_greedy_cache(model, out, count=12, most=20, seed=0):
         split = "heldout" if at % 2 else "train"
         samples.append(PlannedSample(np.array(ids, np.int32), np.array(mask), domain, split, "made", at + 1))
     options = CaptureOptions(layers="1,3,4", max_length=256)
-    settings = settle(str(model), out, options)
+    settings = resolve_settings(str(model), out, options)
     create_identity(out, settings.identity)
     write_segment(out, samples, row_bytes=1024, sources=[], notes={"max_samples": None, **Tally().as_notes()})
     run(str(model), None, out, options=options)
@@ -102,7 +102,7 @@ def make_learned_draft(cache_path, method="domino", steps=50, **options) -> Draf
     )
     draft = DRAFTS[method](draft_config, cache.head())
     init_weights(draft, 0)
-    soft = needs_teacher(draft_config)
+    soft = needs_final_states(draft_config)
     samples = [cache.read(index, final=soft) for index in range(len(cache))]
     cell = pack(samples, [cache.samples.hex(index) for index in range(len(cache))], final=soft)
     eligible = torch.cat([eligible_anchors(sample.mask) for sample in samples]).nonzero()[:, 0]
@@ -111,6 +111,6 @@ def make_learned_draft(cache_path, method="domino", steps=50, **options) -> Draf
     optimizer = torch.optim.Adam(draft.parameters(), lr=6e-3)
     for step in range(steps):
         optimizer.zero_grad()
-        draft.loss(cell, blocks, Knobs(1 - step / steps), dens).total.backward()
+        draft.loss(cell, blocks, ScheduleValues(1 - step / steps), dens).total.backward()
         optimizer.step()
     return draft.eval()

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 from tiny import CHAT_TEMPLATE, tokenizer
 
-from pipeline.corpus.conversation import conversation
+from pipeline.corpus.conversation import parse_row
 from pipeline.corpus.tally import Unusable
 from pipeline.target.chat_template import ChatTemplate
-from stages.cache_hidden.tokenise import Prepared, SampleMaker
+from stages.cache_hidden.tokenise import PreparedConversation, SampleMaker
 
 PLAIN = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 # A reply is asked for behind a question only (Apriel, DeepSeek V3.1).
@@ -83,16 +83,16 @@ def chat_template(folder: Path, text: str, **options) -> ChatTemplate:
     return ChatTemplate(folder, **options)
 
 
-def prepared(template: ChatTemplate, messages: list[dict], max_length: int = 4096, **row) -> Prepared:
+def prepared(template: ChatTemplate, messages: list[dict], max_length: int = 4096, **row) -> PreparedConversation:
     """Return what a row becomes. Raises Unusable where it cannot be used."""
-    made = conversation({"messages": messages, **row}, "a.jsonl", 1)
+    made = parse_row({"messages": messages, **row}, "a.jsonl", 1)
     found = SampleMaker(template).prepare([made], max_length)[0]
     if isinstance(found, Unusable):
         raise found
     return found
 
 
-def supervised(template: ChatTemplate, found: Prepared) -> list[list[tuple[str, str]]]:
+def supervised(template: ChatTemplate, found: PreparedConversation) -> list[list[tuple[str, str]]]:
     """Return of each sample the supervised stretches, each as the text before it and its own."""
     samples = []
     for sample in found.samples:
@@ -102,6 +102,6 @@ def supervised(template: ChatTemplate, found: Prepared) -> list[list[tuple[str, 
     return samples
 
 
-def replies(template: ChatTemplate, found: Prepared) -> list[list[str]]:
+def replies(template: ChatTemplate, found: PreparedConversation) -> list[list[str]]:
     """Return of each sample the supervised stretches."""
     return [[reply for _, reply in sample] for sample in supervised(template, found)]

@@ -1,6 +1,8 @@
 """The import arrows: stages -> pipeline, never back, never stage -> stage; one door; a door without torch."""
 
 import ast
+import importlib
+import re
 import resource
 import subprocess
 import sys
@@ -81,3 +83,27 @@ def test_help_is_quick():
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(seconds() for _ in range(3)) < 0.3
+
+
+@pytest.mark.parametrize("top", ["pipeline", "stages"])
+def test_the_map_beside_the_code_names_every_module_and_no_other(top):
+    """By its name under the heading of its folder, or by its path from the top."""
+    named, folder = set(), ""
+    for line in (ROOT / top / "README.md").read_text().splitlines():
+        if line.startswith("## "):
+            folder = line.split("`")[1] if line.count("`") == 2 or line.count("/`") == 1 else ""
+        for cell in line.split("|")[1:]:
+            for name in re.findall(r"`([\w/]+\.py)`", cell):
+                known = [folder + name, f"{folder}codecs/{name}", name]
+                named.add(next((each for each in known if (ROOT / top / each).is_file()), name))
+    there = {path.relative_to(ROOT / top).as_posix() for path in (ROOT / top).rglob("*.py")}
+    assert named - there == set()
+    assert {path for path in there - named if not path.endswith(("__init__.py", "__main__.py"))} == set()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("data/**/*.py")), ids=lambda path: path.stem)
+def test_the_scripts_that_made_the_data_import_what_is_there(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("pipeline", "stages"):
+            module = importlib.import_module(node.module)
+            assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []

@@ -1,1 +1,1 @@
-"""A corpus, whoever wrote it: where its rows are, what files they stand in, and what a row says."""
+"""Reading a corpus: its files and their formats, its rows and messages in any known form, and counts of both."""

@@ -1,7 +1,7 @@
-"""The files of a corpus: which of a folder are read, what each holds, and its rows in chunks.
+"""Reads the files of a corpus in chunks of unparsed rows: JSON Lines, JSON arrays, Parquet and Arrow, also compressed.
 
-Rows are handed on as they lie in the file, bytes of JSON or a batch of Arrow, so that whoever takes a chunk, in this
-process or another, parses it. Memory is bounded by a chunk and one row.
+Rows are passed on as they are in the file, bytes of JSON or an Arrow batch, so that another process can parse them.
+Memory is bounded by a chunk and one row.
 """
 
 import gzip
@@ -17,28 +17,34 @@ from pathlib import Path
 
 import zstandard
 
-from pipeline.corpus.conversation import COLUMNS, refused_columns
+from pipeline.corpus.conversation import KNOWN_COLUMNS, columns_refusal
 from pipeline.corpus.messages import parse_json
 from pipeline.corpus.tally import Unusable
 from pipeline.errors import DataError
 from pipeline.visible_text import visible
 
-TEXTS, PACKED, TABLES = (".jsonl", ".ndjson", ".json"), (".gz", ".zst"), (".parquet", ".arrow")
-SUFFIXES = (*(text + packed for text in TEXTS for packed in ("", *PACKED)), *TABLES)
+TEXT_SUFFIXES, COMPRESSED, TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json"), (".gz", ".zst"), (".parquet", ".arrow")
+SUFFIXES = (*(text + compressed for text in TEXT_SUFFIXES for compressed in ("", *COMPRESSED)), *TABLE_SUFFIXES)
 CHUNK_ROWS, CHUNK_BYTES = 128, 256 << 10
-LONGEST_ROW = 256 << 20  # bytes; a longer one is a fault, unread
+LONGEST_ROW = 256 << 20  # bytes; a longer one is rejected unread
 _READ = 1 << 20
-_OTHERS = {b"PAR1": "Parquet", b"ARROW1": "Arrow", b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
-_UTF8_MARK = b"\xef\xbb\xbf"
-_WIDE = (b"\xff\xfe", b"\xfe\xff", b"\0")
+_MAGIC_NUMBERS = {
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\3\4": "zip",
+}
+_UTF8_BOM = b"\xef\xbb\xbf"
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\0")
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{},"]', re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows of a file, unparsed: `texts`, the JSON of each or why it is none, or `batch`, an Arrow stream.
+    """Some rows of a file, unparsed: `texts`, each one's JSON or (reason, detail), or `batch`, an Arrow stream.
 
-    lines: where each row stands, from 1; in an array or a table, which row it is. split: the file's own, or "".
+    lines: the line of each row, from 1; in an array or a table, the row's number. split: the file's, or "".
     """
 
     file: str
@@ -51,29 +57,29 @@ class Chunk:
     def size(self) -> int:
         return len(self.batch) if self.texts is None else sum(map(len, self.texts))
 
-    def alone(self, row: int) -> "Chunk":
+    def single_row(self, row: int) -> "Chunk":
         """Return one row of the chunk as a chunk."""
         lines = [self.lines[row]]
         if self.texts is not None:
             return Chunk(self.file, self.split, lines, [self.texts[row]])
-        return Chunk(self.file, self.split, lines, batch=_packed(_unpacked(self.batch).slice(row, 1)))
+        return Chunk(self.file, self.split, lines, batch=_to_arrow_stream(_from_arrow_stream(self.batch).slice(row, 1)))
 
     def rows(self) -> Iterator[tuple[int, object]]:
-        """Yield (line, what stands there, or Unusable)."""
+        """Yield (line, the parsed row or an Unusable)."""
         made = map(_parsed, self.texts) if self.texts is not None else iter(_table_rows(self.batch))
         yield from zip(self.lines, made, strict=True)
 
 
 def read_chunks(file: Path, name: str, split: str = "", *, prompts: bool = False) -> Iterator[Chunk]:
-    """Yield the rows of a file in chunks. DataError for a file that is not what its name says, or is cut off.
+    """Yield the rows of a file in chunks. DataError for a file of another format than its name says, or truncated.
 
-    name: of the file, as reports have it. prompts: a table needs to hold no replies.
+    name: the file's, for reports. prompts: a table may lack replies.
     """
-    if file.name.lower().endswith(TABLES):
+    if file.name.lower().endswith(TABLE_SUFFIXES):
         yield from _table_chunks(file, name, split, prompts)
         return
     lines, texts, size = [], [], 0
-    for line, text in _texts(file):
+    for line, text in _row_texts(file):
         lines.append(line)
         texts.append(text)
         size += len(text)
@@ -88,15 +94,15 @@ def _parsed(text: bytes | tuple[str, str]) -> object:
     if isinstance(text, tuple):
         return Unusable(*text)
     try:
-        return parse_json(text.removeprefix(_UTF8_MARK).decode())
+        return parse_json(text.removeprefix(_UTF8_BOM).decode())
     except (ValueError, RecursionError) as error:  # broken JSON or UTF-8
         why = "it is nested too deep" if isinstance(error, RecursionError) else str(error)[:100]
         return Unusable("broken line", f"no JSON ({why})")
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[io.BufferedReader]:
-    """Open a text file, unpacked. DataError where it cannot be read, or its packing is damaged or cut off."""
+def _open_decompressed(file: Path) -> Iterator[io.BufferedReader]:
+    """Open a text file, decompressed. DataError where it cannot be read, or is damaged or truncated."""
     suffix = file.suffix.lower()
     try:
         with file.open("rb") as raw:
@@ -112,34 +118,34 @@ def _opened(file: Path) -> Iterator[io.BufferedReader]:
 
 
 class _Zstd(io.RawIOBase):
-    """What zstd packed, one frame or several. EOFError where the last is cut off; zstandard's own reader just ends."""
+    """Decompresses zstd frames. EOFError for a truncated frame, where zstandard's own reader just ends."""
 
-    def __init__(self, packed: io.BufferedIOBase):
-        self.packed, self.ready, self.rest = packed, memoryview(b""), b""
+    def __init__(self, compressed: io.BufferedIOBase):
+        self.compressed, self.decoded, self.rest = compressed, memoryview(b""), b""
         self.frame = None
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, room) -> int:
-        while not self.ready:
-            data = self.rest or self.packed.read(_READ // 8)
+    def readinto(self, out) -> int:
+        while not self.decoded:
+            data = self.rest or self.compressed.read(_READ // 8)
             if not data:
                 if self.frame is not None:
                     raise EOFError("it ends inside its data")
                 return 0
             self.frame = self.frame or zstandard.ZstdDecompressor().decompressobj()
-            self.ready, self.rest = memoryview(self.frame.decompress(data)), b""
+            self.decoded, self.rest = memoryview(self.frame.decompress(data)), b""
             if self.frame.eof:
                 self.rest, self.frame = self.frame.unused_data, None
-        size = min(len(room), len(self.ready))
-        room[:size], self.ready = self.ready[:size], self.ready[size:]
+        size = min(len(out), len(self.decoded))
+        out[:size], self.decoded = self.decoded[:size], self.decoded[size:]
         return size
 
 
-def _texts(file: Path) -> Iterator[tuple[int, bytes | tuple[str, str]]]:
-    """Yield (line or number, the JSON of a row, or why it cannot be read)."""
-    with _opened(file) as stream:
+def _row_texts(file: Path) -> Iterator[tuple[int, bytes | tuple[str, str]]]:
+    """Yield (line or row number, the JSON of a row or (reason, detail))."""
+    with _open_decompressed(file) as stream:
         head = stream.peek(_READ)
         _check_head(file, head)
         form = _form(head)
@@ -147,25 +153,25 @@ def _texts(file: Path) -> Iterator[tuple[int, bytes | tuple[str, str]]]:
 
 
 def _check_head(file: Path, head: bytes) -> None:
-    """Refuse by name what is no UTF-8 text: DataError."""
-    for magic, what in _OTHERS.items():
+    """Raise DataError for a file that is no UTF-8 text, naming what it is."""
+    for magic, what in _MAGIC_NUMBERS.items():
         if head.startswith(magic):
             raise DataError(f"{file}: it is {what} by its content, whatever its name says; rename it, or unpack it")
-    if head.startswith(_WIDE) or b"\0" in head[:4]:
+    if head.startswith(_UTF16_MARKS) or b"\0" in head[:4]:
         raise DataError(f"{file}: it is UTF-16 or UTF-32, not UTF-8; convert it, say with `iconv -f UTF-16 -t UTF-8`")
 
 
 def _form(head: bytes) -> str:
-    """Return how rows follow each other, by a file's beginning: lines, an array, or objects over several lines each."""
-    text = head.removeprefix(_UTF8_MARK).lstrip()
+    """Return a text file's layout by its beginning: "lines", "array", or "objects" (over several lines each)."""
+    text = head.removeprefix(_UTF8_BOM).lstrip()
     first, end, rest = text.partition(b"\n")
     try:
-        alone = bool(end) and isinstance(json.loads(first), list | dict)
+        first_is_json = bool(end) and isinstance(json.loads(first), list | dict)
     except (ValueError, RecursionError):
-        alone = False
+        first_is_json = False
     if text.startswith(b"["):
-        return "lines" if alone and rest.strip() else "array"
-    over_lines = not alone and first.rstrip() == b"{" and rest.lstrip().startswith((b'"', b"}"))
+        return "lines" if first_is_json and rest.strip() else "array"
+    over_lines = not first_is_json and first.rstrip() == b"{" and rest.lstrip().startswith((b'"', b"}"))
     return "objects" if over_lines else "lines"
 
 
@@ -178,35 +184,35 @@ def _lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | tuple[str, 
             while line and not line.endswith(b"\n"):
                 line = stream.readline(_READ)
             yield number, ("too long", f"is a line of more than {LONGEST_ROW >> 20} MiB")
-        elif not line.isspace() and line.strip() != _UTF8_MARK:
+        elif not line.isspace() and line.strip() != _UTF8_BOM:
             yield number, line
 
 
 def _values(file: Path, stream: io.BufferedReader, array: bool) -> Iterator[tuple[int, bytes | tuple[str, str]]]:
-    """Yield (number from 1, JSON) of the values of an array, or of objects that follow each other."""
-    number, depth, base, held, at, start = 0, 0, int(array), b"", 0, 0
-    while more := stream.read(max(_READ, len(held))):
-        held, at, start = held[start:] + more, at - start, 0
-        if len(held) > LONGEST_ROW:
+    """Yield (number from 1, JSON) of the values of an array, or of concatenated objects."""
+    number, depth, base, buffer, at, start = 0, 0, int(array), b"", 0, 0
+    while read := stream.read(max(_READ, len(buffer))):
+        buffer, at, start = buffer[start:] + read, at - start, 0
+        if len(buffer) > LONGEST_ROW:
             raise DataError(f"{file}: row {number + 1} has more than {LONGEST_ROW >> 20} MiB, or never ends; split it")
-        for found in _TOKEN.finditer(held, at):
-            letter = found[0][:1]
-            if letter == b'"' and found.end() == found.start() + 1:  # a text that goes on in the next piece
+        for found in _TOKEN.finditer(buffer, at):
+            byte = found[0][:1]
+            if byte == b'"' and found.end() == found.start() + 1:  # a string that continues in the next read
                 at = found.start()
                 break
             at, before = found.end(), depth
-            depth += (letter in b"[{") - (letter in b"]}")
+            depth += (byte in b"[{") - (byte in b"]}")
             if array and (before, depth) == (0, 1):
                 start = at
-            elif letter in (b",]" if array else b"}") and before == 1 and depth == base - (letter == b"]"):
-                value = held[start : at - int(array)].strip(b" \t\r\n," + _UTF8_MARK)
+            elif byte in (b",]" if array else b"}") and before == 1 and depth == base - (byte == b"]"):
+                value = buffer[start : at - int(array)].strip(b" \t\r\n," + _UTF8_BOM)
                 start = at
                 if value:
                     number += 1
                     yield number, value
         else:
-            at = len(held)
-    if rest := held[start:].strip():
+            at = len(buffer)
+    if rest := buffer[start:].strip():
         what = "stands behind the end of the array" if array and not depth else "does not end; the file is cut off"
         yield number + 1, ("broken line", f"no JSON ({rest[:40].decode(errors='replace')!r} {what})")
 
@@ -218,18 +224,18 @@ def _table_chunks(file: Path, name: str, split: str, prompts: bool) -> Iterator[
     line = 0
     try:
         for batch in _parquet_batches(file, prompts) if parquet else _arrow_batches(file, prompts):
-            for piece in _pieces(batch):
-                lines = list(range(line + 1, line + len(piece) + 1))
-                line += len(piece)
-                yield Chunk(name, split, lines, batch=_packed(piece))
+            for part in _slices(batch):
+                lines = list(range(line + 1, line + len(part) + 1))
+                line += len(part)
+                yield Chunk(name, split, lines, batch=_to_arrow_stream(part))
     except (pa.ArrowException, OSError, ValueError) as error:
         what = "Parquet" if parquet else "Arrow file"
-        said = str(error).strip().split("\n")[0][:160]
-        raise DataError(f"{file}: no readable {what} ({said}); write it again") from error
+        cause = str(error).strip().split("\n")[0][:160]
+        raise DataError(f"{file}: no readable {what} ({cause}); write it again") from error
 
 
-def _pieces(batch) -> Iterator:
-    """Yield a batch in pieces of the size of a chunk."""
+def _slices(batch) -> Iterator:
+    """Yield a batch in slices of the size of a chunk."""
     rows = min(CHUNK_ROWS, max(1, CHUNK_BYTES * len(batch) // max(1, batch.nbytes)))
     for first in range(0, len(batch), rows):
         yield batch.slice(first, rows)
@@ -239,12 +245,12 @@ def _parquet_batches(file: Path, prompts: bool) -> Iterator:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(file) as table:
-        columns = _wanted(file, table.schema_arrow.names, prompts)
+        columns = _columns_to_read(file, table.schema_arrow.names, prompts)
         yield from table.iter_batches(batch_size=CHUNK_ROWS, columns=columns)
 
 
 def _arrow_batches(file: Path, prompts: bool) -> Iterator:
-    """Yield the batches of an Arrow file: the format with a footer, or the stream that `datasets` writes."""
+    """Yield the batches of an Arrow file, in the file format or the stream format (which `datasets` writes)."""
     import pyarrow as pa
 
     with pa.memory_map(str(file)) as mapped:
@@ -254,19 +260,19 @@ def _arrow_batches(file: Path, prompts: bool) -> Iterator:
         else:
             mapped.seek(0)
             batches = reader = pa.ipc.open_stream(mapped)
-        columns = _wanted(file, reader.schema.names, prompts)
+        columns = _columns_to_read(file, reader.schema.names, prompts)
         yield from (batch.select(columns) for batch in batches)
 
 
-def _wanted(file: Path, columns: list[str], prompts: bool) -> list[str]:
-    """Return the columns of a table that are read. DataError, with those found, where they are no conversations."""
-    refused = refused_columns(columns, prompts)
+def _columns_to_read(file: Path, columns: list[str], prompts: bool) -> list[str]:
+    """Return the columns of a table that are read. DataError where these columns can be no conversations."""
+    refused = columns_refusal(columns, prompts)
     if refused:
         raise DataError(f"{file}: it {visible(refused)}")
-    return [name for name in columns if name in COLUMNS]
+    return [name for name in columns if name in KNOWN_COLUMNS]
 
 
-def _packed(batch) -> bytes:
+def _to_arrow_stream(batch) -> bytes:
     """Return a batch as an Arrow stream."""
     import pyarrow as pa
 
@@ -276,19 +282,19 @@ def _packed(batch) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _unpacked(data: bytes):
+def _from_arrow_stream(data: bytes):
     import pyarrow as pa
 
     return pa.ipc.open_stream(data).read_next_batch()
 
 
 def _table_rows(data: bytes) -> list[object]:
-    """Return the rows of an Arrow stream as objects; a row that Arrow cannot give is Unusable."""
+    """Return the rows of an Arrow stream as objects; an Unusable for a row that Arrow cannot convert."""
     import pyarrow as pa
 
-    batch = _unpacked(data)
+    batch = _from_arrow_stream(data)
     try:
-        return [without_absent(row) for row in batch.to_pylist(maps_as_pydicts="strict")]
+        return [without_nulls(row) for row in batch.to_pylist(maps_as_pydicts="strict")]
     except (KeyError, UnicodeDecodeError, pa.ArrowException):
         return [_table_row(batch.slice(at, 1)) for at in range(len(batch))]
 
@@ -297,13 +303,13 @@ def _table_row(row) -> object:
     import pyarrow as pa
 
     try:
-        return without_absent(row.to_pylist(maps_as_pydicts="strict")[0])
+        return without_nulls(row.to_pylist(maps_as_pydicts="strict")[0])
     except (KeyError, UnicodeDecodeError, pa.ArrowException) as error:
         return Unusable("broken line", f"is no row of text ({str(error)[:100]})")
 
 
-def without_absent(value: object) -> object:
-    """Return a row of a table without the keys that others have: Arrow gives every object all of them, as None."""
+def without_nulls(value: object) -> object:
+    """Return a row of a table without keys that are None: Arrow gives every object the keys of all others."""
     if isinstance(value, dict):
-        return {key: without_absent(inner) for key, inner in value.items() if inner is not None}
-    return [without_absent(inner) for inner in value] if isinstance(value, list) else value
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value

@@ -1,7 +1,7 @@
-"""The record of a regenerated row: which target said its replies, and how it was asked.
+"""The record of a regenerated row: which target wrote its replies, and with which settings.
 
 `pipeline regenerate` writes it into every row, `cache-hidden` checks it: a corpus made in another mode or by another
-model teaches a draft what this target would not say.
+model teaches a draft what this target would not generate.
 """
 
 import json
@@ -17,11 +17,11 @@ UNCHECKED = "or remove `regenerated` from its rows to take them as anybody's rep
 
 
 class Regenerated(BaseModel):
-    """Who said the replies of a row, and how they were asked for.
+    """The model that wrote a row's replies, and its settings.
 
     model: the server's name for it, or the target's folder. target, tokenizer, chat_template: digests of its files,
-    None where no files were named. template_kwargs: arguments of the chat template, thinking mode among them.
-    template_date: the day that it was told. stops: why each reply ended, one a turn; empty in that of a corpus.
+    None where no files were named. template_kwargs: the chat template's arguments, such as the thinking mode.
+    template_date: the date it got as today's. stops: why each reply ended, one a turn; empty in a corpus-wide record.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -41,7 +41,7 @@ class Regenerated(BaseModel):
     stops: list[str] = []
 
 
-def read_record(record: object) -> Regenerated:
+def read_regenerated(record: object) -> Regenerated:
     """Return the record of a row. DataError when it is of another version or holds something else."""
     version = record.get("version") if isinstance(record, dict) else None
     if version != VERSION:
@@ -57,14 +57,15 @@ def read_record(record: object) -> Regenerated:
         raise DataError(f"`regenerated` is damaged at {where} ({first['msg']}); regenerate the corpus") from error
 
 
-def check(record: dict, identity: dict, template_kwargs: dict | None = None, template_date: str | None = None) -> None:
-    """Refuse a row whose replies are another target's, or this one's in another mode.
+def check_regenerated(
+    record: dict, identity: dict, template_kwargs: dict | None = None, template_date: str | None = None
+) -> None:
+    """Raise UsageError for replies of another target, or of this one in another mode; the message has both values.
 
-    record: the row's `regenerated`. identity: the cache's, with `target` and `tokenizer`. template_kwargs: what the
-    capture gives the chat template, and template_date the day that it tells it (None: any). UsageError with both
-    values; DataError where the record cannot be read.
+    record: the row's `regenerated`. identity: the cache's, with `target` and `tokenizer`. template_kwargs,
+    template_date: what the capture gives the chat template (date None: any). DataError for an unreadable record.
     """
-    made = read_record(record)
+    made = read_regenerated(record)
     target, tokenizer = identity["target"], identity["tokenizer"]
     for what, there, here in (
         ("target", made.target, target["digest"]),
@@ -95,7 +96,7 @@ def check(record: dict, identity: dict, template_kwargs: dict | None = None, tem
 
 
 def _last(name: str) -> str:
-    """What is left of a model's name without its owner or folder."""
+    """Return a model's name without its owner or folder, in lower case."""
     return name.rstrip("/").rpartition("/")[2].lower()
 
 

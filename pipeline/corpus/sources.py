@@ -1,8 +1,7 @@
-"""A corpus: conversations in files, in a folder of them, in a saved data set, or in one of the hub.
+"""The sources of a corpus: a file, a folder of files, a saved data set, or a data set of the hub.
 
-What a file may be called is in `formats.SUFFIXES`, what a row may be in `conversation.py` and `messages.py`. In a
-folder, hidden files and folders are not read, and whatever is passed over is named and counted. Nothing is ever held
-but the rows at hand, so a corpus may be larger than memory.
+File names are in `formats.SUFFIXES`, forms of rows in `conversation.py` and `messages.py`. Hidden files and folders are
+not read, and what is skipped is reported. Rows are streamed, so a corpus may be larger than memory.
 """
 
 import json
@@ -14,26 +13,26 @@ from itertools import chain
 from pathlib import Path, PurePath
 
 from pipeline.cache.manifest import FileFact
-from pipeline.corpus.conversation import Conversation, Fault, conversation, split_of
-from pipeline.corpus.formats import SUFFIXES, Chunk, read_chunks, without_absent
+from pipeline.corpus.conversation import Conversation, RejectedRow, parse_row, split_of
+from pipeline.corpus.formats import SUFFIXES, Chunk, read_chunks, without_nulls
 from pipeline.corpus.messages import ROLES
 from pipeline.errors import DataError, UsageError
 from pipeline.visible_text import visible
 
-ABOUT_SETS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # no rows in these
-SHOWN = 3  # names of each kind of what is passed over
-Row = Conversation | Fault
-_PART = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\..+")  # train-00000-of-00004.parquet, as the hub keeps them
+METADATA_FILES = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # no rows in these
+SHOWN = 3  # names reported of each kind of skipped file
+Row = Conversation | RejectedRow
+_PART = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\..+")  # train-00000-of-00004.parquet, the hub's naming
 
 
 def corpus_files(corpus: str) -> list[Path]:
-    """Return the files of a corpus in order of name, none for a hub's data set.
+    """Return the files of a corpus sorted by name, none for a data set of the hub.
 
-    Raises UsageError when there is no such file, DataError when it is of another kind.
+    Raises UsageError when there is no such file, DataError when it is of a kind that is not read.
     """
     path = Path(corpus).expanduser()
     if path.is_dir():
-        files = _folder(path)[0]
+        files = _list_folder(path)[0]
         if not files:
             raise DataError(f"{corpus}: no file in it ends with {', '.join(SUFFIXES)}; name a folder of conversations")
         return files
@@ -50,16 +49,16 @@ def corpus_files(corpus: str) -> list[Path]:
     return []
 
 
-def passed_over(corpus: str) -> list[str]:
-    """Return what is not read of a corpus that is a folder, by name inside it; a folder's name ends with a slash."""
+def skipped_files(corpus: str) -> list[str]:
+    """Return what is not read of a corpus folder, as names relative to it; a folder's name ends with a slash."""
     path = Path(corpus).expanduser()
-    return _folder(path)[1] if path.is_dir() else []
+    return _list_folder(path)[1] if path.is_dir() else []
 
 
-def say_passed_over(corpus: str) -> None:
-    """Say what of a folder is not read: how many by their endings, and some names of each."""
+def report_skipped_files(corpus: str) -> None:
+    """Print to stderr what is not read of a corpus folder: counts by file suffix, and some names of each."""
     names: dict[str, list[str]] = {}
-    for name in passed_over(corpus):
+    for name in skipped_files(corpus):
         kind = "folders" if name.endswith("/") else PurePath(name).suffix.lower() or "without an ending"
         names.setdefault(kind, []).append(visible(name))
     kinds = "; ".join(f"{len(found):,} {kind} ({', '.join(found[:SHOWN])})" for kind, found in sorted(names.items()))
@@ -67,29 +66,31 @@ def say_passed_over(corpus: str) -> None:
         print(f"not read in {visible(corpus)}: {kinds}", file=sys.stderr)
 
 
-def _folder(root: Path) -> tuple[list[Path], list[str]]:
-    """Return the files of a folder that are read, in order of name, and the names of what is passed over."""
-    files, passed = [], []
-    for place, folders, names in os.walk(root, onerror=_cannot_list):
-        here = Path(place)
-        skipped = [name for name in folders if name.startswith(".") or (here / name).is_symlink()]
-        folders[:] = sorted(set(folders) - set(skipped))
-        passed += [f"{(here / name).relative_to(root).as_posix()}/" for name in skipped]
-        listed = _saved_parts(here)
+def _list_folder(root: Path) -> tuple[list[Path], list[str]]:
+    """Return the files of a folder that are read, sorted, and the names of those that are skipped, sorted."""
+    files, skipped = [], []
+    for directory, folders, names in os.walk(root, onerror=_cannot_list):
+        directory_path = Path(directory)
+        skipped_folders = [name for name in folders if name.startswith(".") or (directory_path / name).is_symlink()]
+        folders[:] = sorted(set(folders) - set(skipped_folders))
+        skipped += [f"{(directory_path / name).relative_to(root).as_posix()}/" for name in skipped_folders]
+        saved = _saved_parts(directory_path)
         for name in names:
-            file = here / name
-            known = name.lower().endswith(SUFFIXES) and not name.startswith(".") and name not in ABOUT_SETS
-            if not known or (listed and name not in listed):
-                passed.append(file.relative_to(root).as_posix())
+            file = directory_path / name
+            known = name.lower().endswith(SUFFIXES) and not name.startswith(".") and name not in METADATA_FILES
+            if not known or (saved and name not in saved):
+                skipped.append(file.relative_to(root).as_posix())
                 continue
             if not file.is_file():
                 raise DataError(
                     f"{file}: a pipe, or a link to a file that is not there; put the file there or remove it"
                 )
             files.append(file)
-        if absent := sorted(listed - set(names)):
-            raise DataError(f"{here}: its state.json names {visible(absent[0])}, which is not there; copy it again")
-    return sorted(files), sorted(passed)
+        if absent := sorted(saved - set(names)):
+            raise DataError(
+                f"{directory_path}: its state.json names {visible(absent[0])}, which is not there; copy it again"
+            )
+    return sorted(files), sorted(skipped)
 
 
 def _cannot_list(error: OSError) -> None:
@@ -97,7 +98,7 @@ def _cannot_list(error: OSError) -> None:
 
 
 def _saved_parts(folder: Path) -> set[str]:
-    """Return the files that a data set of `datasets`, saved in this folder, consists of; none where it is none."""
+    """Return the file names of a data set that `datasets` saved in this folder; none where it is no such folder."""
     try:
         state = json.loads((folder / "state.json").read_bytes())
         return {part["filename"] for part in state["_data_files"]}
@@ -106,9 +107,9 @@ def _saved_parts(folder: Path) -> set[str]:
 
 
 def file_split(corpus: str, file: Path) -> str:
-    """Return "train" or "heldout" where a file's place says so, else "": in a saved DatasetDict, or by the hub's names.
+    """Return the split ("train" or "heldout") that a file's path names, else "".
 
-    Those are test/data-00000-of-00001.arrow beside dataset_dict.json, and test-00000-of-00001.parquet.
+    Such as test/data-00000-of-00001.arrow beside dataset_dict.json, and test-00000-of-00001.parquet.
     """
     root = Path(corpus).expanduser()
     inside = file.relative_to(root).parts if root.is_dir() else (file.name,)
@@ -119,29 +120,29 @@ def file_split(corpus: str, file: Path) -> str:
 
 
 def file_sources(corpus: str, files: list[Path], roles: str | None = None) -> list[dict]:
-    """Return what the plan keeps of the files: name inside the corpus, size, digest. Reads every byte.
+    """Return the plan's source entry of every file: name inside the corpus, size, checksum. Reads every byte.
 
-    roles: as `--roles` gave them. They are part of it, since the same files read otherwise are another corpus.
+    roles: the text of `--roles`, part of the entry, since the same files with other roles are another corpus.
     """
-    stated = source_roles(roles)
-    return [{"file": name_of(corpus, file), **FileFact.of_file(file).as_dict(), **stated} for file in files]
+    roles_entry = source_roles(roles)
+    return [{"file": relative_name(corpus, file), **FileFact.of_file(file).as_dict(), **roles_entry} for file in files]
 
 
 def source_roles(roles: str | None) -> dict[str, str]:
-    """Return what a source entry says of `--roles`: nothing where none were given."""
+    """Return the part of a source entry for the text of `--roles`: empty where none were given."""
     return {"roles": ",".join(sorted(roles.split(",")))} if roles else {}
 
 
-def name_of(corpus: str, file: Path) -> str:
-    """Return a file's name as reports and the plan have it: relative to the corpus, since a cache holds no paths."""
+def relative_name(corpus: str, file: Path) -> str:
+    """Return a file's name for reports and the plan: relative to the corpus, since a cache holds no absolute paths."""
     root = Path(corpus).expanduser()
     return file.relative_to(root).as_posix() if root.is_dir() else file.name
 
 
-def with_roles(stated: str | None) -> dict[str, str]:
-    """Return ROLES and what `--roles` adds (A=B, with commas): A speaks as B. UsageError for a B that is no role."""
+def parse_roles(text: str | None) -> dict[str, str]:
+    """Return ROLES plus those of a `--roles` text ("A=B,..."): A is a name for role B. UsageError for an unknown B."""
     roles = dict(ROLES)
-    for pair in stated.split(",") if stated else []:
+    for pair in text.split(",") if text else []:
         name, equals, role = (part.strip().lower() for part in pair.partition("="))
         if not name or not equals or role not in roles:
             raise UsageError(
@@ -154,20 +155,20 @@ def with_roles(stated: str | None) -> dict[str, str]:
 def corpus_chunks(corpus: str, files: list[Path], *, prompts: bool = False) -> Iterator[Chunk]:
     """Yield the rows of the files in order, unparsed, in chunks."""
     return chain.from_iterable(
-        read_chunks(file, name_of(corpus, file), file_split(corpus, file), prompts=prompts) for file in files
+        read_chunks(file, relative_name(corpus, file), file_split(corpus, file), prompts=prompts) for file in files
     )
 
 
 def chunk_rows(chunk: Chunk, roles: dict[str, str] | None = None, prompts: bool = False) -> Iterator[Row]:
     """Yield the rows of a chunk, parsed."""
     for line, row in chunk.rows():
-        yield conversation(row, chunk.file, line, split=chunk.split, roles=roles, prompts=prompts)
+        yield parse_row(row, chunk.file, line, split=chunk.split, roles=roles, prompts=prompts)
 
 
-def read_files(
+def read_rows(
     corpus: str, files: list[Path], roles: dict[str, str] | None = None, prompts: bool = False
 ) -> Iterator[Row]:
-    """Yield every row of the files, in order. roles: see `with_roles`. prompts: replies are not read."""
+    """Yield every row of the files, in order. roles: see `parse_roles`. prompts: replies are not read."""
     chunks = corpus_chunks(corpus, files, prompts=prompts)
     return chain.from_iterable(chunk_rows(chunk, roles, prompts) for chunk in chunks)
 
@@ -175,8 +176,8 @@ def read_files(
 def hub_dataset(corpus: str, roles: dict[str, str] | None = None, prompts: bool = False) -> tuple[Iterator[Row], dict]:
     """Return the rows of a hub data set, streamed, and its source entry (name, revision).
 
-    Its train splits come first, then those that are held out; a split by another name is passed over unless there is
-    no other. Raises UsageError when there is no such set; the rows raise DataError when they end early.
+    Its train splits come first, then those that are held out; a split by another name is skipped unless there is no
+    other. Raises UsageError when there is no such data set; the rows raise DataError when they end early.
     """
     from datasets import load_dataset
     from huggingface_hub import HfApi
@@ -186,7 +187,7 @@ def hub_dataset(corpus: str, roles: dict[str, str] | None = None, prompts: bool 
         splits = load_dataset(corpus, streaming=True, revision=revision, trust_remote_code=False)
     except _hub_errors() as error:
         raise UsageError(
-            f"{corpus}: no such file or folder here, and the hub gave no such data set ({_line(error)}); "
+            f"{corpus}: no such file or folder here, and the hub gave no such data set ({_cause(error)}); "
             "check the name and the network, or pass --corpus with a file of conversations"
         ) from error
     return split_rows(corpus, splits, roles, prompts), {"dataset": corpus, "revision": revision}
@@ -196,36 +197,36 @@ def split_rows(
     corpus: str, splits: dict[str, Iterable[dict]], roles: dict[str, str] | None = None, prompts: bool = False
 ) -> Iterator[Row]:
     """Yield the rows of a data set's splits, by name: train first, then heldout."""
-    meant = {name: split_of(name) for name in splits}
-    chosen = sorted((name for name in splits if meant[name]), key=lambda name: (meant[name] != "train", name))
+    kinds = {name: split_of(name) for name in splits}
+    chosen = sorted((name for name in splits if kinds[name]), key=lambda name: (kinds[name] != "train", name))
     for name in chosen or sorted(splits):
         alone = len(splits) == 1
-        split = "" if alone and meant[name] == "train" else meant[name] or ""
+        split = "" if alone and kinds[name] == "train" else kinds[name] or ""
         yield from hub_rows(corpus if alone else f"{corpus}/{name}", splits[name], split, roles, prompts)
 
 
 def hub_rows(
     corpus: str, rows: Iterable[dict], split: str = "", roles: dict[str, str] | None = None, prompts: bool = False
 ) -> Iterator[Row]:
-    """Yield the rows of a stream. DataError when the hub stops sending, or sends what is no row."""
+    """Yield the rows of a hub stream. DataError when the hub stops sending, or sends something that is no row."""
     line = 0
     try:
         for line, row in enumerate(rows, 1):
-            yield conversation(without_absent(row), corpus, line, split=split, roles=roles, prompts=prompts)
+            yield parse_row(without_nulls(row), corpus, line, split=split, roles=roles, prompts=prompts)
     except _hub_errors() as error:
         raise DataError(
-            f"{corpus}: the hub's rows end after {line:,} ({_line(error)}); run the same command again, or download "
+            f"{corpus}: the hub's rows end after {line:,} ({_cause(error)}); run the same command again, or download "
             "the data set and pass --corpus with its files"
         ) from error
 
 
 def _hub_errors() -> tuple[type[Exception], ...]:
-    """Return what a data set of the hub can fail with: network, disk, its own files and its name."""
+    """Return the exceptions that reading a hub data set may raise: network, disk, its own files, its name."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HFValidationError, HTTPError  # HTTPError: of whichever client the hub uses
 
     return (OSError, HTTPError, DatasetsError, HFValidationError, ValueError)  # ValueError: pyarrow's, too
 
 
-def _line(error: Exception) -> str:
+def _cause(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:160] or type(error).__name__

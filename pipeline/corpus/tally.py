@@ -1,4 +1,4 @@
-"""What is let into a plan: samples with something to learn in them; of the rest, how many, why, and an example.
+"""Counts of a corpus's rows and turns, used and left out by reason, and the checks that a sample has to pass.
 
 T tokens of a sample
 """
@@ -11,13 +11,13 @@ import numpy as np
 from pipeline.errors import DataError
 from pipeline.visible_text import visible
 
-REFUSED_SHARE = 0.1  # of the rows; more is refused
-EXAMPLES = 3  # shown of each reason
-HARMLESS = ("no prompt", "empty reply")  # turns that nobody asked for, or without a word: context, and no fault
+REFUSED_SHARE = 0.1  # of the rows; a corpus with more rejected rows is refused
+EXAMPLES = 3  # stored for each reason
+HARMLESS = ("no prompt", "empty reply")  # unproven turns that are context only and do not count against a corpus
 
 
 class Unusable(Exception):
-    """Raised where a row is found unusable; counted by its `reason`."""
+    """Raised for a row that cannot be used. `reason`: the category it is counted under, `detail`: for people."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)
@@ -26,91 +26,91 @@ class Unusable(Exception):
 
 @dataclass
 class Tally:
-    """What went by, and what was left out and why."""
+    """Counts over the rows of a corpus: what was read, what was left out by reason, with some examples of each."""
 
     rows: int = 0
     truncated: int = 0
     turns: int = 0  # supervised, in all samples
     last_turns: int = 0  # of these, in the samples of last turns
     unproven: dict[str, int] = field(default_factory=dict)  # turns left unsupervised, by reason
-    kinds: dict[str, dict] = field(default_factory=dict)  # of turns: how many, and where the first one is
-    faults: dict[str, int] = field(default_factory=dict)
-    short: int = 0  # samples with nothing to learn within max_length: no fault of theirs
+    kinds: dict[str, dict] = field(default_factory=dict)  # by kind of turn: how many, and the first one's file:line
+    rejected: dict[str, int] = field(default_factory=dict)
+    too_short: int = 0  # samples with nothing to learn within max_length; not rejected
     examples: dict[str, list[str]] = field(default_factory=dict)
-    keys: dict[str, tuple[int, str]] = field(default_factory=dict)  # of messages, that nobody knows: rows, the first
+    unknown_keys: dict[str, tuple[int, str]] = field(default_factory=dict)  # of messages: rows, first file:line
 
-    def fault(self, reason: str, example: str) -> None:
-        self.faults[reason] = self.faults.get(reason, 0) + 1
-        self.show(reason, example)
+    def reject(self, reason: str, example: str) -> None:
+        self.rejected[reason] = self.rejected.get(reason, 0) + 1
+        self.add_example(reason, example)
 
-    def show(self, reason: str, example: str) -> None:
+    def add_example(self, reason: str, example: str) -> None:
         shown = self.examples.setdefault(reason, [])
         if len(shown) < EXAMPLES:
             shown.append(visible(example))
 
-    def key(self, key: str, where: str) -> None:
-        """Count a row for a key of its messages that was passed over."""
-        count, first = self.keys.get(key, (0, where))
-        self.keys[key] = count + 1, first
+    def add_unknown_key(self, key: str, where: str) -> None:
+        """Count a row that has this unknown key in its messages."""
+        count, first = self.unknown_keys.get(key, (0, where))
+        self.unknown_keys[key] = count + 1, first
 
     def count_turns(self, turns: int, last: int, unproven: list[tuple[str, str]]) -> None:
-        """Count a row's supervised turns, those of its last sample, and the others with their reasons and examples."""
+        """Count a row's supervised turns, those in its last turn's sample, and unproven ones: (reason, example)."""
         self.turns += turns
         self.last_turns += last
         for reason, example in unproven:
             self.unproven[reason] = self.unproven.get(reason, 0) + 1
-            self.show(reason, example)
+            self.add_example(reason, example)
 
-    def count_kinds(self, kinds: tuple[str, ...], file: str, line: int) -> None:
+    def count_turn_kinds(self, kinds: tuple[str, ...], file: str, line: int) -> None:
         for kind in kinds:
-            found = self.kinds.setdefault(kind, {"count": 0, "first": f"{file}:{line}"})
-            found["count"] += 1
+            entry = self.kinds.setdefault(kind, {"count": 0, "first": f"{file}:{line}"})
+            entry["count"] += 1
 
     def as_notes(self) -> dict:
-        """For the plan's manifest."""
-        keys = {key: count for key, (count, _) in sorted(self.keys.items())}
+        """Return the counts as the plan's manifest stores them."""
+        unknown_keys = {key: count for key, (count, _) in sorted(self.unknown_keys.items())}
         return {
-            **({"unknown_keys": keys} if keys else {}),
+            **({"unknown_keys": unknown_keys} if unknown_keys else {}),
             "rows": self.rows,
             "truncated": self.truncated,
             "supervised_turns": self.turns,
             "rewritten_turns": self.turns - self.last_turns,
             "unproven_turns": dict(sorted(self.unproven.items())),
             "kinds": dict(sorted(self.kinds.items())),
-            "too_short": self.short,
-            "faults": dict(sorted(self.faults.items())),
+            "too_short": self.too_short,
+            "faults": dict(sorted(self.rejected.items())),
             "examples": dict(sorted(self.examples.items())),
         }
 
-    def check(self, corpus: str, usable: int) -> None:
-        """Refuse a corpus with nothing usable in it, or with too little."""
-        faults = sum(self.faults.values())
+    def check_usable(self, corpus: str, usable: int) -> None:
+        """Raise DataError for a corpus with no usable sample, or with too many rejected rows or unproven turns."""
+        rejected = sum(self.rejected.values())
         shown = "; ".join(example for examples in self.examples.values() for example in examples[:1])
         if not usable:
             why = shown or "it is empty"
             raise DataError(f"{corpus}: no usable sample in {self.rows} rows ({why}); name another corpus")
-        failed = sum(count for reason, count in self.unproven.items() if reason not in HARMLESS)
-        if failed > REFUSED_SHARE * (self.turns + failed):
+        unproven = sum(count for reason, count in self.unproven.items() if reason not in HARMLESS)
+        if unproven > REFUSED_SHARE * (self.turns + unproven):
             raise DataError(
-                f"{corpus}: {failed} of {self.turns + failed} turns do not prove to be what the target would write "
+                f"{corpus}: {unproven} of {self.turns + unproven} turns do not prove to be what the target would write "
                 f"behind an engine's prompt, at most {REFUSED_SHARE:.0%} are let go ({shown}); repair or remove them"
             )
-        if faults > REFUSED_SHARE * self.rows:
+        if rejected > REFUSED_SHARE * self.rows:
             raise DataError(
-                f"{corpus}: {faults} of {self.rows} rows cannot be used, at most {REFUSED_SHARE:.0%} are let go "
+                f"{corpus}: {rejected} of {self.rows} rows cannot be used, at most {REFUSED_SHARE:.0%} are let go "
                 f"({shown}); repair or remove them"
             )
 
 
-def say_unknown_keys(tally: Tally) -> None:
-    """Say, to stderr, which keys of messages were passed over, in how many rows and where first."""
-    for key, (count, first) in sorted(tally.keys.items()):
-        told = f"`{visible(key)}`: {count:,} rows, the first {visible(first)}"
-        print(f"a key of messages that no template is shown, {told}", file=sys.stderr)
+def report_unknown_keys(tally: Tally) -> None:
+    """Print to stderr which unknown keys of messages were ignored, in how many rows and where first."""
+    for key, (count, first) in sorted(tally.unknown_keys.items()):
+        count_text = f"`{visible(key)}`: {count:,} rows, the first {visible(first)}"
+        print(f"a key of messages that no template is shown, {count_text}", file=sys.stderr)
 
 
 def check_mask(mask_T: np.ndarray) -> None:
-    """Refuse a mask that says nothing: Unusable when no token, or every token, is supervised."""
+    """Raise Unusable for a mask that supervises no token, or every token."""
     if not mask_T.any():
         raise Unusable("nothing supervised", f"none of its {len(mask_T)} tokens is marked as the assistant's")
     if mask_T.all():
@@ -120,7 +120,7 @@ def check_mask(mask_T: np.ndarray) -> None:
 
 
 def check_ids(ids_T: np.ndarray, vocab_size: int) -> None:
-    """Refuse a token that the target has no embedding for: Unusable."""
+    """Raise Unusable for a token id that the target has no embedding for."""
     if (largest := int(ids_T.max())) >= vocab_size:
         raise Unusable(
             "unknown token",
@@ -129,9 +129,9 @@ def check_ids(ids_T: np.ndarray, vocab_size: int) -> None:
 
 
 def trim(ids_T: np.ndarray, mask_T: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Cut behind the last supervised row and the one after it; None without two supervised rows in a row.
+    """Cut ids and mask one token after the last supervised one; None without two adjacent supervised tokens.
 
-    A block is laid from a supervised token whose next is supervised, too, so with fewer there is nothing to learn.
+    The anchor of a block is a supervised token followed by another, so without such a pair there is nothing to learn.
     """
     if not (mask_T[:-1] & mask_T[1:]).any():
         return None

@@ -168,5 +168,5 @@ def crossing(steps: Sequence[int], lengths: Sequence[float], wanted: float) -> f
         return float(steps[0])
     for (start, low), (stop, high) in pairwise(zip(steps, lengths, strict=True)):
         if low < wanted <= high:
-            return float(start * (stop / start) ** ((wanted - low) / (high - low)))
+            return min(float(start * (stop / start) ** ((wanted - low) / (high - low))), float(stop))  # rounding
     return np.inf

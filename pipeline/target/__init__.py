@@ -1,1 +1,1 @@
-"""The target: its files, the live model, its frozen head, THE layer convention, and what proves stored states."""
+"""The target: its files, the loaded model, its frozen head, the layer convention, and the probe of stored states."""

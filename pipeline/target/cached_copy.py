@@ -1,4 +1,4 @@
-"""What a cache keeps of its target, so that training needs nothing else: see `cache/target_folder.py` for the files."""
+"""Writes a cache's copy of what training needs of the target; the files are those of `cache/target_folder.py`."""
 
 import json
 import shutil
@@ -12,39 +12,39 @@ from pipeline.cache.target_folder import CONFIG, HEAD, TOKENS, WEIGHTS, has_targ
 from pipeline.target.files import complete_config, tokenizer_files
 from pipeline.target.head import TargetHead
 from pipeline.target.tokenizer import load_tokenizer
-from pipeline.target.weights import check_weights_if_kept, weight_facts
+from pipeline.target.weights import check_weights_if_recorded, weight_facts
 
 
 def store_target(out: Path, folder: Path, head: TargetHead, config: PreTrainedConfig, stops: Iterable[int]) -> None:
-    """Write the cache's `target/`, once: config, tokenizer, special tokens, embedding and LM head, digests of weights.
+    """Write the cache's `target/`, unless it exists: config, tokenizer, special tokens, head, checksums of the weights.
 
-    `stops` are the tokens that end a reply. One process does, others wait for it. UsageError when the cache has it and
-    these weights are not, to the byte, those that it was captured with.
+    stops: the tokens that end a reply. One process writes, others wait for it. UsageError when it exists and was made
+    from other weights.
     """
-    check_weights_if_kept(out, folder)
+    check_weights_if_recorded(out, folder)
     if has_target(out):
         return
     with write_errors(out, "the target's files"), process_lock(out, "target"):
         if not has_target(out):
-            with new_target(out) as place:
+            with new_target(out) as new_folder:
                 for path in tokenizer_files(folder):
-                    shutil.copyfile(path, place / path.name)
-                (place / CONFIG).write_bytes(complete_config(folder, config))
-                (place / TOKENS).write_text(special_tokens(folder, stops), encoding="utf-8")
-                (place / WEIGHTS).write_text(json.dumps(weight_facts(folder), indent=1, sort_keys=True) + "\n")
-                head.save(place / HEAD)
-    check_weights_if_kept(out, folder)  # another process may have stored them while we waited
+                    shutil.copyfile(path, new_folder / path.name)
+                (new_folder / CONFIG).write_bytes(complete_config(folder, config))
+                (new_folder / TOKENS).write_text(special_tokens(folder, stops), encoding="utf-8")
+                (new_folder / WEIGHTS).write_text(json.dumps(weight_facts(folder), indent=1, sort_keys=True) + "\n")
+                head.save(new_folder / HEAD)
+    check_weights_if_recorded(out, folder)  # another process may have stored them while we waited
 
 
 def special_tokens(folder: Path, stops: Iterable[int]) -> str:
-    """Return tokens.json: ids of mask, pad, bos, all that end a reply, and how many tokens the tokenizer knows."""
+    """Return the text of tokens.json: ids of mask, pad, bos, of all that end a reply, and the tokenizer's length."""
     tokenizer = load_tokenizer(folder)
-    own = {tokenizer.eos_token_id} - {None}
-    facts = {
+    tokenizer_eos = {tokenizer.eos_token_id} - {None}
+    tokens = {
         "bos": tokenizer.bos_token_id,
-        "eos": sorted(own | set(stops)),
+        "eos": sorted(tokenizer_eos | set(stops)),
         "length": len(tokenizer),
         "mask": tokenizer.mask_token_id,
         "pad": tokenizer.pad_token_id,
     }
-    return json.dumps(facts, indent=1, sort_keys=True) + "\n"
+    return json.dumps(tokens, indent=1, sort_keys=True) + "\n"

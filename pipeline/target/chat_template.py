@@ -1,7 +1,7 @@
-"""A target's chat template and tokenizer: from messages to the text and the ids that an engine would send.
+"""A target's chat template and tokenizer: render messages to the text and the ids that an engine would send.
 
-Templates are programs from strangers, run in a sandbox. Nothing that comes out of one may depend on the clock, or the
-same command gives other samples tomorrow: the template's clock stands at a stated date.
+Templates are untrusted programs, run in a sandbox. Their output must not depend on the clock, or the same command gives
+other samples tomorrow: they get a fixed date as today's.
 
     T tokens
 """
@@ -23,21 +23,21 @@ from pipeline.errors import UsageError
 from pipeline.target.files import TEMPLATE_DATE, chat_templates, stop_ids
 from pipeline.target.tokenizer import load_tokenizer
 
-# Whatever a template does wrong is its row's fault. A template may also end in any of Python's own errors.
+# What a template may raise while rendering; it rejects the row. Any of Python's own errors is possible.
 RENDERING_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, NameError, TypeError)
 RENDERING_ERRORS += (ValueError, RecursionError, AssertionError, NotImplementedError)
 THOUGHT = "reasoning_content"
-OURS = frozenset(("supervise", "token_ids", "prompt_token_ids", THOUGHT))  # keys that a template is not shown as such
-REASONING_NAMES = (THOUGHT, "reasoning", "thinking")  # what templates call a message's thought
-THINKING_SWITCHES = ("enable_thinking", "thinking")  # variables by which templates turn thoughts on and off
+INTERNAL_KEYS = frozenset(("supervise", "token_ids", "prompt_token_ids", THOUGHT))  # not passed to templates
+REASONING_NAMES = (THOUGHT, "reasoning", "thinking")  # the keys under which templates look for a message's reasoning
+THINKING_SWITCHES = ("enable_thinking", "thinking")  # template variables that turn thinking on and off
 TOOL_USE = "tool_use"  # the name of the template for rows with tools, where a target has several
 
 
 class ChatTemplate:
-    """The target's tokenizer with its chat templates, their arguments, and their clock.
+    """The target's tokenizer and chat templates, with their arguments and date.
 
-    `kwargs` are the template's arguments of the whole run, over which a row's own go. Raises UsageError for a
-    tokenizer that cannot map tokens to characters, and for a template that is no Jinja.
+    kwargs: the template's arguments for the whole run; a row's own take precedence. date: what the template gets as
+    today. Raises UsageError for a tokenizer that cannot map tokens to characters, and for a template that is no Jinja.
     """
 
     def __init__(self, folder: Path, kwargs: Mapping | None = None, date: str = TEMPLATE_DATE):
@@ -47,16 +47,16 @@ class ChatTemplate:
             raise UsageError(f"{folder}: its tokenizer cannot map tokens to characters; add a tokenizer.json")
         self.backend = self.tokenizer.backend_tokenizer
         self._special = dict(self.tokenizer.special_tokens_map)
-        self.known_ids: dict[str, list[int]] = {}  # of texts that come again and again, the ends of prompts
+        self.cached_ids: dict[str, list[int]] = {}  # of texts that recur often, the ends of prompts
         self._matchers: dict[frozenset[str], re.Pattern] = {}
-        self.needs_offsets = False  # whether the texts encoded last could not do without
+        self.needs_offsets = False  # whether the previous batch of texts needed character offsets
         today = datetime.fromisoformat(date)
         self._texts = chat_templates(folder)
         self._compiled = {name: _compile(folder, text, today) for name, text in self._texts.items()}
 
     @cached_property
     def added(self) -> dict[int, str]:
-        """The tokens that text is split at before anything else, by id: what is before one cannot change it."""
+        """The added tokens by id. Text is split at them first, so what precedes one does not affect its encoding."""
         return {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}
 
     @cached_property
@@ -67,23 +67,23 @@ class ChatTemplate:
         return is_added_V
 
     @cached_property
-    def added_are_plain(self) -> bool:
-        """Whether no added token takes white space around it, or stands as a word only."""
+    def added_tokens_are_plain(self) -> bool:
+        """Whether no added token takes in white space around it, or matches whole words only."""
         tokens = self.backend.get_added_tokens_decoder().values()
         return not any(token.lstrip or token.rstrip or token.single_word for token in tokens)
 
     @cached_property
     def unknown_id(self) -> int | None:
-        """The id that stands for whatever has none of its own."""
+        """The id of the unknown token, None where there is none."""
         return self.tokenizer.unk_token_id
 
     @cached_property
-    def turn_tokens(self) -> re.Pattern:
+    def added_token_pattern(self) -> re.Pattern:
         """Matches any added token that is more than white space, the longest first."""
         return self.matcher(frozenset(content for content in self.added.values() if content.strip()))
 
     def matcher(self, texts: frozenset[str]) -> re.Pattern:
-        """Return what matches any of the texts, the longest first."""
+        """Return a pattern that matches any of the texts, the longest first."""
         if texts not in self._matchers:
             if len(self._matchers) > 1024:
                 self._matchers.clear()
@@ -92,39 +92,39 @@ class ChatTemplate:
         return self._matchers[texts]
 
     @cached_property
-    def ends(self) -> frozenset[str]:
-        """The tokens at which the target stops, as its generation config and its tokenizer name them."""
-        return frozenset(token for token in (self.tokenizer.eos_token, *self._stop_tokens) if token)
+    def stop_tokens(self) -> frozenset[str]:
+        """The tokens at which the target stops: its generation config's, and the tokenizer's end of sequence."""
+        return frozenset(token for token in (self.tokenizer.eos_token, *self._generation_stops) if token)
 
     @cached_property
-    def _stop_tokens(self) -> list[str]:
+    def _generation_stops(self) -> list[str]:
         return [self.tokenizer.convert_ids_to_tokens(i) for i in stop_ids(self.folder) if 0 <= i < len(self)]
 
     @property
-    def names_stops(self) -> bool:
-        """Whether the target's generation config says at which tokens it stops."""
-        return bool(self._stop_tokens)
+    def has_stop_tokens(self) -> bool:
+        """Whether the target's generation config names stop tokens."""
+        return bool(self._generation_stops)
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
 
-    def reads(self, tools: bool = False) -> set[str]:
+    def variables(self, tools: bool = False) -> set[str]:
         """Return the names of the variables that a template reads."""
-        return _variables(self._compiled[self._chosen(tools)], self._texts[self._chosen(tools)])
+        return _variables(self._compiled[self._template_name(tools)], self._texts[self._template_name(tools)])
 
-    def switch(self) -> str | None:
-        """Return the argument by which this template turns thoughts off, None where it has none."""
-        return next((name for name in THINKING_SWITCHES if name in self.reads()), None)
+    def thinking_switch(self) -> str | None:
+        """Return the name of the template's argument that turns thinking on and off; None where it has none."""
+        return next((name for name in THINKING_SWITCHES if name in self.variables()), None)
 
     def render(
         self, messages: list[dict], tools: list[dict] | None = None, *, prompt: bool = False, kwargs: dict | None = None
     ) -> str:
-        """Return messages as text, with `prompt` followed by what asks the target to write.
+        """Return messages as text, with the generation prompt after them if `prompt`.
 
-        Raises Unusable where the template refuses, or fails.
+        Raises Unusable where the template refuses them, or fails.
         """
         try:
-            return self._compiled[self._chosen(bool(tools))].render(
+            return self._compiled[self._template_name(bool(tools))].render(
                 messages=[_for_template(message) for message in messages],
                 tools=tools or None,
                 documents=None,
@@ -140,31 +140,31 @@ class ChatTemplate:
     def prompt_ids(
         self, messages: list[dict], tools: list[dict] | None = None, kwargs: dict | None = None
     ) -> list[int]:
-        """Return the ids that an engine would send to have the next reply. Raises Unusable as `render` does."""
+        """Return the ids that an engine would send to get the next reply. Raises Unusable as `render` does."""
         text = self.render(messages, tools, prompt=True, kwargs=kwargs)
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def _chosen(self, tools: bool) -> str:
+    def _template_name(self, tools: bool) -> str:
         return TOOL_USE if tools and TOOL_USE in self._compiled else "default"
 
 
 def _for_template(message: dict) -> dict:
-    """Return a message as templates read it: its thought under every name they know, nothing of ours."""
-    if OURS.isdisjoint(message):
+    """Return a message for templates: its reasoning under every name they use, without our own keys."""
+    if INTERNAL_KEYS.isdisjoint(message):
         return message
-    kept = {key: value for key, value in message.items() if key not in OURS or key == THOUGHT}
-    thought = kept.get(THOUGHT)
-    return kept | dict.fromkeys(REASONING_NAMES, thought) if thought else kept
+    visible = {key: value for key, value in message.items() if key not in INTERNAL_KEYS or key == THOUGHT}
+    thought = visible.get(THOUGHT)
+    return visible | dict.fromkeys(REASONING_NAMES, thought) if thought else visible
 
 
-class Unmarked(Extension):
-    """Has a template render what it marks as the assistant's like anything else: marks do not count, and take time.
+class IgnoreGenerationTag(Extension):
+    """A Jinja extension that ignores `{% generation %}` tags, which are not needed here and take time.
 
-    What is set between the marks stays there, as it does in transformers' own.
+    Variables set inside the tag stay local to it, as with transformers' own extension.
     """
 
     tags = frozenset(("generation",))
-    priority = 200  # after transformers' own, whose tag it takes over
+    priority = 200  # after transformers' own, whose tag it overrides
 
     def parse(self, parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -172,12 +172,12 @@ class Unmarked(Extension):
 
 
 def _compile(folder: Path, text: str, today: datetime) -> Template:
-    """Compile a template with its clock stopped. UsageError when it is no Jinja."""
+    """Compile a template, with a fixed date for `strftime_now`. UsageError when it is no Jinja."""
     try:
         environment = _compile_jinja_template(text).environment
-        environment.add_extension(Unmarked)
+        environment.add_extension(IgnoreGenerationTag)
         template = environment.from_string(text, globals={"strftime_now": today.strftime})
-        template.globals = dict(template.globals)  # a chain of dicts, which every rendering would copy one by one
+        template.globals = dict(template.globals)  # was a ChainMap, which every rendering would copy item by item
         return template
     except (TemplateError, RecursionError) as error:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Which of transformers' classes load a target, as its config alone says: read without torch where there is none."""
+"""Chooses the transformers class that loads a target, by its config alone. Works where torch cannot be imported."""
 
 from pathlib import Path
 
@@ -45,9 +45,9 @@ def loader_of(config: PreTrainedConfig, model: str) -> str:
 
 
 def check_known(model: str, folder: Path) -> None:
-    """Refuse, before any work, a target that could not be loaded for what its config says. UsageError.
+    """Raise UsageError, before any work, for a target whose config shows that it cannot be loaded.
 
-    Whether a quantised one can is seen by `quantised.check_quantised`, which brings torch.
+    Quantised targets are checked further by `quantised.check_quantised`, which imports torch.
     """
     check_config(folder)
     loader_of(load_config(folder, model), model)

@@ -1,7 +1,7 @@
-"""The target as files: where they are, whether they are whole, and what they digest to. Imports no torch.
+"""The target's files: finding, checking and digesting them. Imports no torch.
 
-A target's digest says which weights made a cache. Reading 16 GB for it would take minutes, so it covers what tells
-targets apart: the config, and of each safetensors file the header, the size, the first and the last MiB.
+A target's digest identifies the weights that made a cache. Reading 16 GB for it would take minutes, so it covers what
+distinguishes targets: the config, and of each safetensors file the header, the size, the first and the last MiB.
 """
 
 import hashlib
@@ -17,13 +17,15 @@ MIB = 1 << 20
 CONFIG = "config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
-TEMPLATE_DATE = "2024-07-26"  # what a template's clock shows unless told; the day of Llama's that have no clock
+TEMPLATE_DATE = (
+    "2024-07-26"  # a template's default for today; the date that Llama's templates without `strftime_now` have
+)
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-PLAIN_WEIGHTS = re.compile(r"[\w.\-][\w.\- ]*\.safetensors")  # no path: it may lead to files that nobody digests
+PLAIN_WEIGHTS = re.compile(r"[\w.\-][\w.\- ]*\.safetensors")  # no path, which could lead to files that are not digested
 ADAPTER = "adapter_config.json"
-OTHER_TOKENIZERS = "fast_tokenizer_files"
-ELSEWHERE = ("configuration_files", "transformers_weights")  # keys by which a config has other files read than its own
-KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+TOKENIZER_REDIRECT = "fast_tokenizer_files"
+REDIRECTING_KEYS = ("configuration_files", "transformers_weights")  # they make loaders read other files
+KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -35,8 +37,8 @@ TOKENIZER_FILES = (
     CHAT_TEMPLATE,
 )
 SIZES = ("num_hidden_layers", "hidden_size", "vocab_size")  # what a capture reads of a config
-# What training reads besides; a config may leave any of them to the defaults of its class, as Gemma 3's do.
-MORE_SIZES = (
+# What training also reads; a config may leave any of them to the defaults of its class, as Gemma 3's do.
+TRAINING_SIZES = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
@@ -52,9 +54,9 @@ HUB_FILES += ["chat_template.json", f"{MORE_TEMPLATES}/*.jinja"]
 
 
 def find_target(model: str, revision: str | None = None) -> Path:
-    """Return the folder of a target's files: the one named, or the hub's snapshot, fetched when it is not here yet.
+    """Return the folder of a target's files: the one named, or the hub's snapshot, downloaded if needed.
 
-    Raises UsageError when there is no such folder, no config in it, or no such model on a hub in reach.
+    Raises UsageError when there is no such folder, no config in it, or no such model on the hub.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -88,7 +90,7 @@ def _snapshot(model: str, revision: str | None) -> Path:
 
 
 def target_name(model: str) -> str:
-    """Return what a cache calls its target: the hub's name, or a folder's own (a cache holds no paths)."""
+    """Return a target's name in a cache: the hub's name, or the folder's last part (a cache holds no paths)."""
     folder = Path(model).expanduser()
     return folder.resolve().name if folder.is_dir() else model
 
@@ -108,8 +110,7 @@ def read_json(path: Path) -> dict:
 def text_config(folder: Path) -> dict:
     """Return the part of config.json that describes the decoder, which multi-modal targets nest.
 
-    Sizes that it leaves out or calls otherwise are those of its class, for which transformers is imported. UsageError
-    when it is not a decoder's.
+    Sizes that it lacks, or has under other names, come from its transformers class. UsageError when it is no decoder's.
     """
     config = read_json(folder / CONFIG)
     if config.get("is_encoder_decoder"):
@@ -124,14 +125,14 @@ def text_config(folder: Path) -> dict:
     return text
 
 
-def positions(text: dict) -> tuple[int | None, str]:
-    """Return how many positions a decoder's config gives it, None where it does not say, and why, where that is odd."""
+def max_positions(text: dict) -> tuple[int | None, str]:
+    """Return (the longest sequence that a decoder's config allows, None where it does not say; a reason or "")."""
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     short = rope.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
     if short and rope.get("rope_type", rope.get("type")) in ("longrope", "su"):
         return short, ", beyond which its rotary scaling follows the longest sample of a batch"
-    most = text.get("max_position_embeddings")
-    return (most if isinstance(most, int) else None), ""
+    limit = text.get("max_position_embeddings")
+    return (limit if isinstance(limit, int) else None), ""
 
 
 def _sizes_by_class(folder: Path) -> dict:
@@ -146,30 +147,30 @@ def _sizes_by_class(folder: Path) -> dict:
 
 
 def _sizes(config: object) -> dict:
-    """Return the sizes that a transformers config has, whatever it calls them, as far as they are of a plain kind."""
-    found = {key: getattr(config, key, None) for key in (*SIZES, *MORE_SIZES)}
+    """Return the sizes of a transformers config under their standard names, as far as they are numbers or dicts."""
+    found = {key: getattr(config, key, None) for key in (*SIZES, *TRAINING_SIZES)}
     return {key: value for key, value in found.items() if isinstance(value, int | float | dict)}
 
 
 def complete_config(folder: Path, config: object) -> bytes:
-    """Return config.json with every size in it that training reads, taken from the loaded target's `config`.
+    """Return config.json completed with every size that training reads, taken from the loaded target's `config`.
 
-    As it stands where it lacks none. The decoder's part is nested under `text_config`, where it is a part.
+    Unchanged where it lacks none. They go into `text_config` where the decoder's part is nested there.
     """
-    stated, text = read_json(folder / CONFIG), config.get_text_config()
-    part = stated if text is config else stated.get("text_config") or {}
-    lacking = {key: value for key, value in _sizes(text).items() if part.get(key) is None}
-    if not lacking:
+    config_json, text = read_json(folder / CONFIG), config.get_text_config()
+    part = config_json if text is config else config_json.get("text_config") or {}
+    missing_sizes = {key: value for key, value in _sizes(text).items() if part.get(key) is None}
+    if not missing_sizes:
         return (folder / CONFIG).read_bytes()
-    part = {**part, **lacking}
-    return (json.dumps(part if text is config else {**stated, "text_config": part}, indent=2) + "\n").encode()
+    part = {**part, **missing_sizes}
+    return (json.dumps(part if text is config else {**config_json, "text_config": part}, indent=2) + "\n").encode()
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that transformers loads from this folder, in order of name.
+    """Return the safetensors files that transformers loads from this folder, sorted by name.
 
-    So what is digested is what is loaded. UsageError where a file is absent, and where which ones are loaded depends
-    on more than their names: two sets of weights, an index that leads out of the folder, an adapter beside them.
+    So the digest covers what is loaded. UsageError where a file is absent, and where it is ambiguous which ones are
+    loaded: two sets of weights, an index that leads out of the folder, an adapter beside them.
     """
     check_config(folder)
     if (folder / ADAPTER).exists():
@@ -178,32 +179,32 @@ def weight_files(folder: Path) -> list[Path]:
             "into the weights (`merge_and_unload` of PEFT) and save those, or move the adapter away"
         )
     single, index = folder / WEIGHTS, folder / WEIGHTS_INDEX
-    names = _indexed(index) if index.is_file() else [WEIGHTS]
+    names = _files_in_index(index) if index.is_file() else [WEIGHTS]
     if single.is_file() and names != [WEIGHTS]:
         raise UsageError(
             f"{folder} holds two sets of weights, {WEIGHTS} and what {WEIGHTS_INDEX} names; move away the one that is "
             "not the target's"
         )
     files = [folder / name for name in names]
-    absent = [path.name for path in files if not path.is_file()]
-    if absent or not files:
+    missing_files = [path.name for path in files if not path.is_file()]
+    if missing_files or not files:
         raise UsageError(
-            f"{folder} lacks {', '.join(absent) or 'weights'}; only safetensors weights are read, "
+            f"{folder} lacks {', '.join(missing_files) or 'weights'}; only safetensors weights are read, "
             "fetch them or save the model with `save_pretrained`"
         )
     return files
 
 
 def check_config(folder: Path) -> None:
-    """Refuse a config that has other files read, or code from a hub run, than what lies beside it. UsageError."""
+    """Raise UsageError for a config that makes loaders read files elsewhere, or run code from a hub."""
     config = read_json(folder / CONFIG)
-    for key in ELSEWHERE:
+    for key in REDIRECTING_KEYS:
         if config.get(key) is not None:
             raise UsageError(
                 f"{folder / CONFIG} sends readers to other files ({key}); save the model with `save_pretrained`"
             )
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for key in KERNELS:
+        for key in KERNEL_KEYS:
             if "/" in str(part.get(key)):
                 raise UsageError(
                     f"{folder / CONFIG} names code on a hub ({key} = {str(part[key])[:80]!r}), and code that comes "
@@ -212,20 +213,20 @@ def check_config(folder: Path) -> None:
 
 
 def is_quantised(folder: Path) -> bool:
-    """Whether the target's config says that its weights are quantised."""
+    """Return whether the target's config says that its weights are quantised."""
     config = read_json(folder / CONFIG)
     parts = (config, *(value for value in config.values() if isinstance(value, dict)))
     return any(part.get("quantization_config") for part in parts)
 
 
-def _indexed(index: Path) -> list[str]:
+def _files_in_index(index: Path) -> list[str]:
     """Return the names of the files in an index, sorted. UsageError where one is no safetensors file of its folder."""
     found = read_json(index).get("weight_map")
     names = [*found.values()] if isinstance(found, dict) else [None]
-    odd = [name for name in names if not (isinstance(name, str) and PLAIN_WEIGHTS.fullmatch(name))]
-    if odd:
+    bad = [name for name in names if not (isinstance(name, str) and PLAIN_WEIGHTS.fullmatch(name))]
+    if bad:
         raise UsageError(
-            f"{index} names {str(odd[0])[:80]!r}, wanted safetensors files beside it; fetch the target's files again"
+            f"{index} names {str(bad[0])[:80]!r}, wanted safetensors files beside it; fetch the target's files again"
         )
     return sorted(set(names))
 
@@ -272,9 +273,11 @@ def tokenizer_files(folder: Path) -> list[Path]:
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for path in files):
         raise UsageError(f"{folder} holds no tokenizer; save the target's tokenizer beside its weights")
-    stated = folder / "tokenizer_config.json"
-    if stated.is_file() and read_json(stated).get(OTHER_TOKENIZERS) is not None:
-        raise UsageError(f"{stated} sends readers to other files ({OTHER_TOKENIZERS}); save it with `save_pretrained`")
+    tokenizer_config = folder / "tokenizer_config.json"
+    if tokenizer_config.is_file() and read_json(tokenizer_config).get(TOKENIZER_REDIRECT) is not None:
+        raise UsageError(
+            f"{tokenizer_config} sends readers to other files ({TOKENIZER_REDIRECT}); save it with `save_pretrained`"
+        )
     return files
 
 
@@ -298,11 +301,10 @@ def template_digest(folder: Path) -> str:
 
 
 def chat_templates(folder: Path) -> dict[str, str]:
-    """Return a target's chat templates by name, `default` and what stands beside it (`tool_use`).
+    """Return a target's chat templates by name: `default` and, where there is one, `tool_use`.
 
-    Of several places the first that names one counts, as in transformers: chat_template.jinja and the folder
-    additional_chat_templates, the tokenizer's config, and last chat_template.json, which a processor keeps. UsageError
-    when there is no default.
+    Where several files have one, the order of precedence is transformers': chat_template.jinja and the folder
+    additional_chat_templates, the tokenizer's config, chat_template.json (a processor's). UsageError without a default.
     """
     found = {}
     for name in ("tokenizer_config.json", "chat_template.json"):
@@ -320,11 +322,11 @@ def chat_templates(folder: Path) -> dict[str, str]:
     return {name: text for name, text in found.items() if name in ("default", "tool_use")}
 
 
-def _named_templates(stated: object) -> dict[str, str]:
-    """Return the templates that a config states: one text, or a list of names and texts."""
-    if isinstance(stated, str):
-        return {"default": stated}
-    entries = [entry for entry in stated if isinstance(entry, dict)] if isinstance(stated, list) else []
+def _named_templates(templates: object) -> dict[str, str]:
+    """Return the templates in a config's `chat_template`: one text, or a list of names and texts."""
+    if isinstance(templates, str):
+        return {"default": templates}
+    entries = [entry for entry in templates if isinstance(entry, dict)] if isinstance(templates, list) else []
     pairs = [(entry.get("name"), entry.get("template")) for entry in entries]
     return {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
 
@@ -337,16 +339,16 @@ def _template_text(path: Path) -> str:
 
 
 def stop_ids(folder: Path) -> list[int]:
-    """Return the tokens at which generation_config.json says that the target stops, none where it does not say."""
+    """Return the stop tokens that generation_config.json names; none where it names none."""
     path = folder / "generation_config.json"
-    stated = read_json(path).get("eos_token_id") if path.is_file() else None
-    return [token for token in (stated if isinstance(stated, list) else [stated]) if type(token) is int]
+    ids = read_json(path).get("eos_token_id") if path.is_file() else None
+    return [token for token in (ids if isinstance(ids, list) else [ids]) if type(token) is int]
 
 
 def template_arguments(kwargs: str | None, day: str | None) -> dict:
-    """Return the chat template's arguments and date of a run as an identity states them.
+    """Return a run's `template_kwargs` and `template_date` as the identity stores them, from the options' texts.
 
-    UsageError for arguments that are no JSON object, or that every row states itself, and for a day that is none.
+    UsageError for arguments that are no JSON object, or that each row sets itself, and for an invalid date.
     """
     example = '{"enable_thinking": false}'
     try:

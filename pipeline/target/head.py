@@ -1,4 +1,4 @@
-"""The target's frozen embedding and LM head: all that training ever sees of the target's weights.
+"""The target's frozen embedding and LM head: the only weights of the target that training uses.
 
 D hidden size   V vocabulary, the head's padding rows included
 """
@@ -22,10 +22,10 @@ EMBEDDING, HEAD, FACTS = "embed_tokens.weight", "lm_head.weight", "target_head"
 
 @dataclass(frozen=True)
 class TargetHead:
-    """Embedding and head of the target; neither has a gradient. Not a module: no draft's state_dict holds them.
+    """Embedding and LM head of the target, without gradients. Not a module, so that no draft's state_dict has them.
 
-    embed_VD, head_VD: one and the same tensor when `tied`. `embed_scale` multiplies what is looked up (Gemma),
-    `logit_softcap` c makes logits c * tanh(logits / c).
+    embed_VD, head_VD: the same tensor when `tied`. embed_scale: multiplies the embeddings (Gemma). logit_softcap: c
+    makes logits c * tanh(logits / c), None leaves them.
     """
 
     embed_VD: Tensor
@@ -52,18 +52,18 @@ class TargetHead:
         return self.head_VD.shape[1]
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Embeddings [..., D] of ids [...], scaled as the target scales them (the factor in the weights' own dtype)."""
+        """Return the embeddings [..., D] of ids [...], scaled like the target's (the factor in the weights' dtype)."""
         found = F.embedding(ids, self.embed_VD)
         if self.embed_scale == 1.0:
             return found
         return found * torch.tensor(self.embed_scale, dtype=found.dtype, device=found.device)
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] before the soft cap, in the head's dtype. The cap is monotonic, so their argmax is final."""
+        """Return logits [..., V] before the soft cap, in the head's dtype. The cap does not change their argmax."""
         return F.linear(hidden.to(self.head_VD.dtype), self.head_VD)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of states [..., D] after the target's last norm; float32 at least, soft cap included."""
+        """Return logits [..., V] of states [..., D] after the last norm, soft cap applied, float32 at least."""
         raw = self.raw_logits(hidden)
         return self.cap(raw.to(torch.promote_types(raw.dtype, torch.float32)))
 
@@ -74,13 +74,13 @@ class TargetHead:
         return self.logit_softcap * torch.tanh(logits / self.logit_softcap)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "TargetHead":
-        """The same head elsewhere or in another dtype; it stays tied if it was."""
+        """Return the head on another device or in another dtype; a tied one stays tied."""
         embed_VD = self.embed_VD.to(device=device, dtype=dtype)
         head_VD = embed_VD if self.tied else self.head_VD.to(device=device, dtype=dtype)
         return replace(self, embed_VD=embed_VD, head_VD=head_VD)
 
     def save(self, path: Path) -> None:
-        """Write as safetensors: the same bytes for the same head. Not atomic: the caller renames."""
+        """Write as safetensors, the same bytes for the same head. Not atomic: the caller renames the file."""
         tensors = {EMBEDDING: self.embed_VD}
         if not self.tied:
             tensors[HEAD] = self.head_VD

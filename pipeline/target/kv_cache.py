@@ -1,10 +1,10 @@
-"""What the target remembers of the texts being decoded: transformers' own cache for one, rows of a shared one for many.
+"""The target's kv cache while decoding: transformers' own for one sequence, a shared one for a batch of sequences.
 
-Texts differ in length, so each row is written where its own text stands, and a mask says what its queries may see: the
-keys at their own and at earlier positions. Rejected tokens are not taken out; the next block overwrites them, and until
-then they lie at later positions.
+Sequences of a batch differ in length, so new keys and values are written at each one's own positions, and a mask limits
+its queries to keys at their own and earlier positions. Rejected tokens stay in place, at later positions, until the
+next block overwrites them.
 
-    B texts   N new rows of each   L keys   V vocabulary   G key/value heads   E head size
+    B sequences   N new rows of each   L keys   V vocabulary   G key/value heads   E head size
 """
 
 from collections.abc import Sequence
@@ -17,37 +17,37 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from pipeline.errors import UsageError
 
-# Layers that remember one entry a token. A linear attention's memory is a running sum, out of which rejected tokens
-# cannot be taken; other kinds keep more than keys and values.
+# Layers that store one entry a token. The state of linear attention is a running sum, from which rejected tokens cannot
+# be removed; other kinds store more than keys and values.
 CROPPABLE = {"full_attention", "sliding_attention", "chunked_attention"}
-MASKED = {"full_attention", "sliding_attention"}  # of these, those whose mask for several texts is made here
+MASKED = {"full_attention", "sliding_attention"}  # of these, those whose mask for a batch is made here
 TAKES_MASKS = {"sdpa", "eager"}
 
 
-def _kinds(target: PreTrainedModel) -> set[str]:
+def _layer_kinds(target: PreTrainedModel) -> set[str]:
     return set(getattr(target.config.get_text_config(), "layer_types", None) or ())
 
 
 def check_croppable(target: PreTrainedModel) -> None:
-    """Refuse a target from whose memory rejected tokens cannot be removed. UsageError."""
-    others = sorted(_kinds(target) - CROPPABLE)
-    if not others and any(getattr(module, "_is_stateful", False) for module in target.modules()):
-        others = ["recurrent"]  # transformers' own mark of models that cannot be rolled back
-    if others:
+    """Raise UsageError for a target from whose kv cache rejected tokens cannot be removed."""
+    refused = sorted(_layer_kinds(target) - CROPPABLE)
+    if not refused and any(getattr(module, "_is_stateful", False) for module in target.modules()):
+        refused = ["recurrent"]  # transformers' own mark of models that cannot be rolled back
+    if refused:
         raise UsageError(
-            f"{type(target).__name__} has {others[0]} layers, whose memory cannot be cropped after a rejected block; "
+            f"{type(target).__name__} has {refused[0]} layers, whose memory cannot be cropped after a rejected block; "
             "evaluate decodes targets with attention layers only, so judge this draft by the accept length that "
             "`pipeline train-draft` reports"
         )
 
 
-def check_together(target: PreTrainedModel) -> None:
-    """Refuse a target that cannot decode several texts at once. UsageError."""
+def check_batchable(target: PreTrainedModel) -> None:
+    """Raise UsageError for a target that cannot decode a batch of sequences of different lengths."""
     config = target.config.get_text_config()
-    others, kernel = sorted(_kinds(target) - MASKED), config._attn_implementation
+    refused, kernel = sorted(_layer_kinds(target) - MASKED), config._attn_implementation
     why = None
-    if others:
-        why = f"has {others[0]} layers, for which no masks of several texts are made here"
+    if refused:
+        why = f"has {refused[0]} layers, for which no masks of several texts are made here"
     elif kernel not in TAKES_MASKS:
         why = f"attends by {kernel!r}, which takes no masks of several texts"
     elif getattr(config, "alibi", False) or "position_ids" not in signature(target.forward).parameters:
@@ -57,109 +57,113 @@ def check_together(target: PreTrainedModel) -> None:
 
 
 def new_kv() -> DynamicCache:
-    """Memory of the target that can be cropped. Made without the config: sliding layers keep every row, masks rule."""
+    """Return an empty kv cache that can be cropped: made without the config, so that sliding layers keep every row."""
     return DynamicCache()
 
 
-class OneText:
-    """The memory of one text at a time."""
+class SingleKV:
+    """The kv cache of one sequence at a time."""
 
     def __init__(self, target: PreTrainedModel):
         self.target, self.kv, self.rows = target, None, 0
 
     def add(self, kv: DynamicCache) -> None:
-        """Take over what a prefill remembered."""
+        """Take over the kv cache of a prefill."""
         self.kv = kv
 
     def run(self, pieces: Sequence[Sequence[int]]) -> Tensor:
-        """Run the target on the next tokens of each text, and return its logits [B, N, V] after each."""
+        """Run the target on the next tokens of each sequence; return the logits [B, N, V] after each token."""
         self.rows = len(pieces[0])
         ids_1N = torch.tensor([list(pieces[0])], device=self.target.device)
         return self.target(input_ids=ids_1N, past_key_values=self.kv, use_cache=True).logits
 
-    def keep(self, counts: Sequence[int]) -> None:
-        """Forget all but the first so many of the tokens that each text was run on."""
+    def crop(self, counts: Sequence[int]) -> None:
+        """Keep the first `counts` of the tokens that each sequence was last run on, and drop the rest."""
         if counts[0] < self.rows:
             self.kv.crop(counts[0] - self.rows)  # negative: so many rows off the end
 
-    def drop(self, text: int) -> None:
-        """Forget a text; the last one takes its place."""
+    def remove(self, sequence: int) -> None:
+        """Remove a sequence; the last one takes its place."""
         self.kv = None
 
 
-class _Rows(DynamicLayer):
-    """One layer's keys and values of all texts [B, G, L, E]; a forward writes those of its tokens in place."""
+class _BatchedLayer(DynamicLayer):
+    """One layer's keys and values of all sequences [B, G, L, E]; a forward writes its tokens' in place."""
 
-    def __init__(self, owner: "ManyTexts", like: DynamicLayer):
+    def __init__(self, batched: "BatchedKV", prefilled_layer: DynamicLayer):
         super().__init__()
-        self.owner, self.is_initialized = owner, True
-        self.dtype, self.device = like.keys.dtype, like.keys.device
-        # Zeros: a masked key weighs nothing, but nothing times what uninitialised memory holds may be NaN. Values may
-        # have a head size of their own.
+        self.batched, self.is_initialized = batched, True
+        self.dtype, self.device = prefilled_layer.keys.dtype, prefilled_layer.keys.device
+        # Zeros: a masked key has weight 0, but 0 times uninitialised memory may be NaN. Values may have another head
+        # size than keys.
         self.keys, self.values = (
-            held.new_zeros(owner.texts, held.shape[1], owner.capacity, held.shape[3])
-            for held in (like.keys, like.values)
+            tensor.new_zeros(batched.max_sequences, tensor.shape[1], batched.capacity, tensor.shape[3])
+            for tensor in (prefilled_layer.keys, prefilled_layer.values)
         )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        at_BN = self.owner.at_BN
-        text_B1 = torch.arange(len(at_BN), device=at_BN.device)[:, None]
-        self.keys[text_B1, :, at_BN] = key_states.transpose(1, 2)
-        self.values[text_B1, :, at_BN] = value_states.transpose(1, 2)
-        return tuple(held[: len(at_BN), :, : self.owner.reach] for held in (self.keys, self.values))
+        at_BN = self.batched.at_BN
+        sequence_B1 = torch.arange(len(at_BN), device=at_BN.device)[:, None]
+        self.keys[sequence_B1, :, at_BN] = key_states.transpose(1, 2)
+        self.values[sequence_B1, :, at_BN] = value_states.transpose(1, 2)
+        return tuple(tensor[: len(at_BN), :, : self.batched.key_count] for tensor in (self.keys, self.values))
 
 
-class ManyTexts:
-    """The memory of up to `texts` texts, each in a row of its own, of `capacity` tokens to begin with; methods as
-    `OneText`'s."""
+class BatchedKV:
+    """The kv cache of up to `max_sequences` sequences, with `capacity` tokens each at first; methods as `SingleKV`."""
 
-    def __init__(self, target: PreTrainedModel, texts: int, capacity: int):
-        check_together(target)
-        self.target, self.texts, self.capacity = target, texts, capacity
-        self.kinds, self.window = _kinds(target), getattr(target.config.get_text_config(), "sliding_window", None)
+    def __init__(self, target: PreTrainedModel, max_sequences: int, capacity: int):
+        check_batchable(target)
+        self.target, self.max_sequences, self.capacity = target, max_sequences, capacity
+        self.kinds, self.window = _layer_kinds(target), getattr(target.config.get_text_config(), "sliding_window", None)
         self.lengths: list[int] = []
-        self.cache, self.at_BN, self.reach = None, None, 0
+        self.cache, self.at_BN, self.key_count = None, None, 0
 
     def add(self, kv: DynamicCache) -> None:
-        self.add_row(kv, 0, kv.get_seq_length())
+        self.add_from_batch(kv, 0, kv.get_seq_length())
 
-    def add_row(self, kv: DynamicCache, text: int, length: int) -> None:
-        """Take over what a prefill of several texts remembered of one: its first `length` tokens."""
+    def add_from_batch(self, kv: DynamicCache, sequence: int, length: int) -> None:
+        """Take over the first `length` tokens of one sequence from the kv cache of a batched prefill."""
         row = len(self.lengths)
         if self.cache is None:
-            self.cache = Cache(layers=[_Rows(self, layer) for layer in kv.layers])
+            self.cache = Cache(layers=[_BatchedLayer(self, layer) for layer in kv.layers])
         self._reserve(length)
-        for held, fresh in zip(self.cache.layers, kv.layers, strict=True):
-            held.keys[row, :, :length] = fresh.keys[text, :, :length]
-            held.values[row, :, :length] = fresh.values[text, :, :length]
+        for layer, prefilled in zip(self.cache.layers, kv.layers, strict=True):
+            layer.keys[row, :, :length] = prefilled.keys[sequence, :, :length]
+            layer.values[row, :, :length] = prefilled.values[sequence, :, :length]
         self.lengths.append(length)
 
-    def take(self, text: int, length: int) -> DynamicCache:
-        """Return what is remembered of a text's first `length` tokens, as a memory of its own."""
+    def extract(self, sequence: int, length: int) -> DynamicCache:
+        """Return a copy of a sequence's first `length` tokens as a kv cache of its own."""
         kv = new_kv()
         for number, layer in enumerate(self.cache.layers):
-            kv.update(*(held[text : text + 1, :, :length].clone() for held in (layer.keys, layer.values)), number)
+            kv.update(
+                *(tensor[sequence : sequence + 1, :, :length].clone() for tensor in (layer.keys, layer.values)), number
+            )
         return kv
 
     def _reserve(self, tokens: int) -> None:
-        """Make the rows long enough for so many tokens."""
+        """Grow the capacity to at least so many tokens."""
         if tokens <= self.capacity:
             return
         self.capacity = max(tokens, self.capacity + self.capacity // 2)
         for layer in self.cache.layers:
             layer.keys, layer.values = (
-                torch.cat([held, held.new_zeros(*held.shape[:2], self.capacity - held.shape[2], held.shape[3])], dim=2)
-                for held in (layer.keys, layer.values)
+                torch.cat(
+                    [tensor, tensor.new_zeros(*tensor.shape[:2], self.capacity - tensor.shape[2], tensor.shape[3])],
+                    dim=2,
+                )
+                for tensor in (layer.keys, layer.values)
             )
 
     def run(self, pieces: Sequence[Sequence[int]]) -> Tensor:
         device, width = self.target.device, max(map(len, pieces))
-        filled = [[*piece, *[piece[-1]] * (width - len(piece))] for piece in pieces]  # what fills up is never kept
+        padded = [[*piece, *[piece[-1]] * (width - len(piece))] for piece in pieces]  # padding is never kept
         self.at_BN = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(width, device=device)
-        self.reach = max(self.lengths) + width
-        self._reserve(self.reach)
+        self.key_count = max(self.lengths) + width
+        self._reserve(self.key_count)
         return self.target(
-            input_ids=torch.tensor(filled, device=device),
+            input_ids=torch.tensor(padded, device=device),
             attention_mask=self._masks(),
             position_ids=self.at_BN,
             past_key_values=self.cache,
@@ -167,8 +171,8 @@ class ManyTexts:
         ).logits
 
     def _masks(self) -> Tensor | dict[str, Tensor]:
-        """What is added to scores [B, 1, N, L]; one for each kind of layer where there are several."""
-        key_L, at_BN1 = torch.arange(self.reach, device=self.at_BN.device), self.at_BN[..., None]
+        """Return the additive attention mask [B, 1, N, L]; a dict by kind of layer where there are several."""
+        key_L, at_BN1 = torch.arange(self.key_count, device=self.at_BN.device), self.at_BN[..., None]
         seen = {"full_attention": key_L <= at_BN1}
         if self.window is not None:
             seen["sliding_attention"] = seen["full_attention"] & (key_L > at_BN1 - self.window)
@@ -183,13 +187,13 @@ class ManyTexts:
         }
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
-    def keep(self, counts: Sequence[int]) -> None:
+    def crop(self, counts: Sequence[int]) -> None:
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
-    def drop(self, text: int) -> None:
+    def remove(self, sequence: int) -> None:
         last = len(self.lengths) - 1
         for layer in self.cache.layers:
-            for held in (layer.keys, layer.values):
-                held[text] = held[last]
-        self.lengths[text] = self.lengths[last]
+            for tensor in (layer.keys, layer.values):
+                tensor[sequence] = tensor[last]
+        self.lengths[sequence] = self.lengths[last]
         self.lengths.pop()

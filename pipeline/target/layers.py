@@ -1,12 +1,12 @@
-"""Which hidden states are kept. THE layer convention; everyone who speaks of layers means this one.
+"""The layer convention: which hidden state a layer number means, everywhere in this project.
 
 **Layer i** is the raw residual output of decoder layer i, counted from 0: what enters layer i + 1. Layer -1 is what
 enters layer 0, after any embedding scale. In Hugging Face's `hidden_states` tuple that is entry i + 1.
 The last layer, L - 1, is never an auxiliary layer: serving engines cannot hook it, and Hugging Face's tuple has it
 normed. **final** is what the LM head reads, after the last norm.
-Each engine translates to this convention (serving engines count from 1, or hook inputs) and nobody else does.
+Engines that count otherwise (from 1, or by a layer's input) translate to this convention; no other code does.
 
-    L depth of the target   K taps, the layers kept   T rows of a sample
+    L depth of the target   K taps, the captured layers   T rows of a sample
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from pipeline.errors import UsageError
 
 
 def default_layers(depth: int, taps: int) -> list[int]:
-    """Return the K layers a draft reads when nobody chose: evenly spread from 1 to L - 3, fewer where they coincide.
+    """Return the K layers a draft reads by default: evenly spaced from 1 to L - 3, fewer where they coincide.
 
     The formula of z-lab's and SpecForge's `build_target_layer_ids`, with Python's rounding (ties to even; they occur),
     because served checkpoints were trained with exactly these. Raises UsageError below four layers.
@@ -36,12 +36,12 @@ def default_layers(depth: int, taps: int) -> list[int]:
 
 
 def default_taps(depth: int) -> int:
-    """Return how many layers are kept when nobody chose: five, or every second one of a shallow target (8: three)."""
+    """Return how many layers are captured by default: five, or every second one of a shallow target (8: three)."""
     return max(1, min(5, (depth - 2) // 2))
 
 
 def check_layers(layers: Sequence[int], depth: int) -> None:
-    """Refuse layers that are not strictly increasing or not within -1 .. depth - 2, with a UsageError."""
+    """Raise UsageError for layers that are not strictly increasing or not within -1 .. depth - 2."""
     layers = list(layers)
     if not layers:
         raise UsageError("no layer is named; a draft reads at least one")
@@ -56,10 +56,10 @@ def check_layers(layers: Sequence[int], depth: int) -> None:
 
 
 def final_rows(mask_T: np.ndarray) -> np.ndarray:
-    """Return which rows keep `final`, bool [T]: row r iff the loss mask holds at r-1, r or r+1 (outside: no).
+    """Return which rows of `final` are stored, bool [T]: row r iff the loss mask is set at r-1, r or r+1.
 
-    Enough for every method in view: the teacher for the label at t is row t - 1; EAGLE-family losses read the row
-    itself or the next.
+    Enough for every known method: the target's distribution for the label at t is at row t - 1; EAGLE-family losses
+    read the row itself or the next.
     """
     mask_T = np.asarray(mask_T, dtype=bool)
     kept_T = mask_T.copy()

@@ -1,8 +1,7 @@
-"""The live target: a Hugging Face decoder, found, loaded and read by the convention of `pipeline/target/layers.py`.
+"""Loads the target, a Hugging Face decoder, and reads its states by the convention of `pipeline/target/layers.py`.
 
-Used by `cache-hidden` and `evaluate` only; `train-draft` has no way here. Any causal LM with one list of decoder layers
-will do, and the text part of a model that also sees: layers, norm and head are found by what they are, not by the
-model's name. `trust_remote_code` is never on.
+Never used by `train-draft`. Any causal LM with one list of decoder layers will do, and the text part of a multi-modal
+model: layers, norm and head are found by their kind, not by the model's name. `trust_remote_code` is never on.
 
     B samples   T positions   D hidden size   V vocabulary
 """
@@ -32,17 +31,17 @@ from pipeline.tensors import find_device
 def load_target(
     model: str, *, device: str = "cpu", dtype: str | torch.dtype | None = None, revision: str | None = None
 ) -> PreTrainedModel:
-    """Load the target in eval mode, frozen. dtype None: float32 on a CPU, else the type its config names.
+    """Load the target in eval mode, frozen. dtype None: float32 on a CPU, else the one its config names.
 
-    Raises UsageError when there is no such model, it is of no kind that can be a target, or its files are damaged or
-    incomplete, RoomError when the device is too small for it.
+    Raises UsageError when there is no such model, it is no decoder, or its files are damaged or incomplete, RoomError
+    when the device has too little memory.
     """
     folder = find_target(model, revision)
     check_config(folder)
     config = load_config(folder, model)
     loader = getattr(transformers, loader_of(config, model))
     check_quantised(folder, config)
-    weight_files(folder)  # refuses what would be loaded otherwise than it is digested
+    weight_files(folder)  # raises where other files would be loaded than are digested
     _check_size(folder, loader, config)
     device = find_device(device)
     if dtype is None:
@@ -51,58 +50,59 @@ def load_target(
         dtype = getattr(torch, dtype)
     transformers_logging.disable_progress_bar()
     method = quantised_by(config)
-    place = {"device_map": {"": device}} if method and device.type != "cpu" else {}  # some cannot be moved afterwards
+    # Some quantised models cannot be moved after loading.
+    device_map = {"device_map": {"": device}} if method and device.type != "cpu" else {}
     try:
         target, report = loader.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=False, **place
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=False, **device_map
         )
-        target = target if place else target.to(device)
+        target = target if device_map else target.to(device)
     except ImportError as error:
         if method is None:
             raise
         raise missing_package(model, method, error) from error
     except torch.OutOfMemoryError as error:
-        raise RoomError(f"{model} does not fit on {device} ({_line(error)}); use a larger device") from error
+        raise RoomError(f"{model} does not fit on {device} ({_cause(error)}); use a larger device") from error
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         refuse_limit(model, error)
         remedy = "fetch its files again" if method is None else f"it is quantised ({method}): use a GPU that can, or "
         remedy += "" if method is None else "name the model as it was before"
-        raise UsageError(f"{model} cannot be loaded ({_line(error)}); {remedy}") from error
-    absent = sorted({*report["missing_keys"], *(str(entry[0]) for entry in report.get("mismatched_keys", ()))})
-    if absent:
+        raise UsageError(f"{model} cannot be loaded ({_cause(error)}); {remedy}") from error
+    missing_weights = sorted({*report["missing_keys"], *(str(entry[0]) for entry in report.get("mismatched_keys", ()))})
+    if missing_weights:
         raise UsageError(
-            f"{model}: {len(absent)} weights are missing or of another shape, {absent[0]} for one; "
+            f"{model}: {len(missing_weights)} weights are missing or of another shape, {missing_weights[0]} for one; "
             "fetch its files again"
         )
     return target.eval().requires_grad_(False)
 
 
 def _check_size(folder: Path, loader: type, config: PreTrainedConfig) -> None:
-    """UsageError when config.json describes a much larger model than its files hold, before memory is taken for it.
+    """Raise UsageError when config.json describes a much larger model than its files hold, before allocating it.
 
-    A config that leaves its sizes out has those of its class, often of a model of billions of parameters, and weights
-    that no file holds would be made up. Packed weights are counted otherwise, so quantised models are not.
+    A config without sizes gets the defaults of its class, often billions of parameters, and weights that no file holds
+    would be initialised at random. Quantised models are not checked, since their weights are packed.
     """
     if getattr(config, "quantization_config", None):
         return
     with torch.device("meta"):
         described = sum(weight.numel() for weight in loader.from_config(config, trust_remote_code=False).parameters())
-    held = sum(math.prod(shape) for path in weight_files(folder) for shape in weight_shapes(path))
-    if described > 2 * held:
+    in_files = sum(math.prod(shape) for path in weight_files(folder) for shape in weight_shapes(path))
+    if described > 2 * in_files:
         raise UsageError(
-            f"{folder}: config.json describes a model of {described:,} parameters, its files hold {held:,}; "
+            f"{folder}: config.json describes a model of {described:,} parameters, its files hold {in_files:,}; "
             "fetch its files again"
         )
 
 
-def _line(error: BaseException) -> str:
+def _cause(error: BaseException) -> str:
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
 def _decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     """Return the module that runs the decoder layers, and their list, first to last.
 
-    `get_decoder` of some models gives the module around it. UsageError when there is no one such list.
+    `get_decoder` of some models returns the module around it. UsageError unless there is exactly one such list.
     """
     depth, outer = model.config.get_text_config().num_hidden_layers, model.get_decoder()
     for modules in ([outer], list(outer.children())):
@@ -123,39 +123,39 @@ def _decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the target's decoder layers, first to last. UsageError when there is no one such list."""
+    """Return the target's decoder layers, first to last. UsageError unless there is exactly one such list."""
     return _decoder(model)[1]
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module | None:
-    """Return the norm between the last layer and the LM head, or None where it does not show by its name."""
+    """Return the norm between the last layer and the LM head, or None where no module's class name says "norm"."""
     norms = [child for child in _decoder(model)[0].children() if "norm" in type(child).__name__.lower()]
     return norms[-1] if norms else None
 
 
 @contextmanager
 def tap_layers(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
-    """Yield a dict that every forward inside fills with {layer: raw residual [B, T, D]}, for the wanted layers only.
+    """Yield a dict that every forward in the context fills with {layer: raw residual [B, T, D]}, for these layers.
 
-    What it holds is the model's own memory: copy what has to outlive the forward, and clear it. A forward raises
-    UsageError where a layer gives no such state.
+    The tensors are the model's own memory: copy what has to outlive the forward, and clear the dict. A forward raises
+    UsageError where a layer returns no such state.
     """
-    taken: dict[int, Tensor] = {}
+    taps: dict[int, Tensor] = {}
     modules = decoder_layers(model)
-    handles = [_tap(modules, layer, taken) for layer in layers]
+    handles = [_tap(modules, layer, taps) for layer in layers]
     try:
-        yield taken
+        yield taps
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _tap(modules: nn.ModuleList, layer: int, taken: dict[int, Tensor]):
+def _tap(modules: nn.ModuleList, layer: int, taps: dict[int, Tensor]):
     def before(module, args, kwargs):
-        taken[layer] = _residual(module, args[0] if args else kwargs["hidden_states"])
+        taps[layer] = _residual(module, args[0] if args else kwargs["hidden_states"])
 
     def after(module, args, output):
-        taken[layer] = _residual(module, output[0] if isinstance(output, tuple) else output)
+        taps[layer] = _residual(module, output[0] if isinstance(output, tuple) else output)
 
     if layer == -1:
         return modules[0].register_forward_pre_hook(before, with_kwargs=True)
@@ -174,21 +174,21 @@ def _residual(module: nn.Module, state: Tensor) -> Tensor:
 def run_decoder(model: PreTrainedModel, input_ids: Tensor, **kw):
     """Run the target without its LM head; `last_hidden_state` [B, T, D] is after the last norm.
 
-    `kw` goes to the decoder as it is (attention_mask, position_ids, past_key_values, ...); no kv is kept unless asked.
+    `kw` is passed to the decoder (attention_mask, position_ids, past_key_values, ...); no kv cache is used by default.
     """
     kw.setdefault("use_cache", kw.get("past_key_values") is not None)
     return _decoder(model)[0](input_ids=input_ids, **kw)
 
 
 def lm_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Return the target's own logits [..., V] in fp32 for post-norm states [..., D]: head, scale and soft-cap."""
+    """Return the target's own logits [..., V] in fp32 for states after the last norm [..., D]; scaled, capped."""
     logits = model.get_output_embeddings()(hidden).float() * logit_scale(model.config.get_text_config().to_dict())
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def stop_tokens(model: PreTrainedModel) -> frozenset[int]:
-    """Return the tokens that end a reply, as the target's own configs name them; a model that also sees has several."""
+    """Return the tokens that end a reply, from all of the target's configs; a multi-modal model has several."""
     found = (
         model.config.get_text_config().eos_token_id,
         getattr(model.config, "eos_token_id", None),
@@ -198,9 +198,9 @@ def stop_tokens(model: PreTrainedModel) -> frozenset[int]:
 
 
 def head_of(model: PreTrainedModel) -> TargetHead:
-    """Return the target's frozen embedding and LM head with embedding scale and soft-cap; a logit scale is folded in.
+    """Return the target's frozen embedding and LM head with embedding scale and soft cap; a logit scale is folded in.
 
-    UsageError for a head that is not one matrix. The probe checks by value that nothing else stands between.
+    UsageError for a head that is not one dense matrix. That nothing else changes the logits is checked by the probe.
     """
     config = model.config.get_text_config()
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -220,7 +220,7 @@ def head_of(model: PreTrainedModel) -> TargetHead:
 
 
 def _embed_scale(model: PreTrainedModel) -> float:
-    """What the embedding is multiplied by before layer 0: Gemma has it in the module, rounded; others in the config."""
+    """Return the embedding's factor before layer 0: Gemma has it in the module, rounded; others in the config."""
     embed = model.get_input_embeddings()
     scale = getattr(embed, "embed_scale", None)
     if scale is not None:

@@ -1,8 +1,8 @@
-"""The on-policy gauge: how often the corpus says what the target itself would have said.
+"""How on-policy a corpus is (the "on-policy gauge" of reports): how often its tokens are the target's greedy choice.
 
-A draft learns the target's words. Replies of another model are the largest loss of quality there is, and nothing else
-shows it before a draft is served, so it is measured on about 1 % of the supervised rows of every cache. No torch is
-imported: a run with nothing to do prints the gauge, too.
+A draft learns to imitate the target. Replies of another model are the largest loss of quality there is, and nothing
+else shows it before a draft is served, so it is measured on about 1 % of the supervised rows of every cache. No torch
+is imported at module level: a run with nothing to do prints the figures, too.
 
     R rows   D hidden size
 """
@@ -22,33 +22,33 @@ if TYPE_CHECKING:
 
     from pipeline.target.head import TargetHead
 
-SHARE = 0.01
+SHARE = 0.01  # of the supervised rows that are measured
 LEAST_ROWS = 256  # so that a small cache, too, gets a figure
-WARN_BELOW = 0.6
+WARN_BELOW = 0.6  # share of greedy tokens
 
 
 @dataclass(frozen=True)
-class Gauge:
-    """Sums over gauge rows: how many, where the data's token is the target's greedy one, and its log-probability."""
+class OnPolicyStats:
+    """Sums over the measured rows: how many, how many tokens are the target's greedy choice, their log-probability."""
 
     rows: int = 0
     agree: int = 0
     logprob: float = 0.0
 
-    def __add__(self, other: "Gauge") -> "Gauge":
-        return Gauge(self.rows + other.rows, self.agree + other.agree, self.logprob + other.logprob)
+    def __add__(self, other: "OnPolicyStats") -> "OnPolicyStats":
+        return OnPolicyStats(self.rows + other.rows, self.agree + other.agree, self.logprob + other.logprob)
 
     def as_facts(self) -> dict:
-        """For a column's manifest."""
+        """Return the entry `gauge` of a column's manifest."""
         return {"rows": self.rows, "agree": self.agree, "logprob": round(self.logprob, 4)}
 
     @classmethod
-    def from_facts(cls, facts: dict) -> "Gauge":
+    def from_facts(cls, facts: dict) -> "OnPolicyStats":
         return cls(facts["rows"], facts["agree"], facts["logprob"])
 
     @property
     def warning(self) -> str:
-        """What to say of a corpus in other words than the target's; nothing where it is in its own."""
+        """The warning about an off-policy corpus; empty where enough tokens are the target's greedy choice."""
         if self.agree >= WARN_BELOW * self.rows:
             return ""
         return (
@@ -63,28 +63,28 @@ class Gauge:
         )
 
 
-def gauge_column(columns: Sequence[ColumnSpec]) -> str:
-    """Return the column whose manifests hold the gauge: `final`, else the first layer."""
+def on_policy_column(columns: Sequence[ColumnSpec]) -> str:
+    """Return the column whose manifests hold the figures: `final`, else the first layer."""
     names = [spec.name for spec in columns]
     return "final" if "final" in names else names[0]
 
 
-def gauge_share(supervised: int) -> float:
-    """Return the share of supervised rows to look at, of so many that were planned together."""
-    least = 1.25 * LEAST_ROWS / max(1, supervised)  # a draw may give fewer than its mean
+def on_policy_share(supervised: int) -> float:
+    """Return the share of supervised rows to measure, given their number in the plan segment."""
+    least = 1.25 * LEAST_ROWS / max(1, supervised)  # a random draw may give fewer rows than its mean
     return min(1.0, max(SHARE, least))
 
 
-def gauge_rows(shard: ShardPlan, row: int, share: float) -> np.ndarray:
-    """Return the supervised rows of a sample that are looked at, chosen by its id alone."""
+def on_policy_rows(shard: ShardPlan, row: int, share: float) -> np.ndarray:
+    """Return which supervised rows of sample `row` are measured: a random draw seeded by the sample's id alone."""
     supervised = np.flatnonzero(shard.mask(row))
     supervised = supervised[supervised > 0]  # nothing predicts the first token
     draw = np.random.Generator(np.random.PCG64(shard.sample_ids[row].tolist()))
     return supervised[draw.random(len(supervised)) < share]
 
 
-def measure(head: "TargetHead", states_RD: "Tensor", tokens_R: "Tensor") -> "Tensor":
-    """Return [2, R]: whether each token is the greedy one after the state before it, and its log-probability."""
+def score_tokens(head: "TargetHead", states_RD: "Tensor", tokens_R: "Tensor") -> "Tensor":
+    """Return float32 [2, R]: whether each token is the greedy choice after the state before it, its log-probability."""
     found = states_RD.new_zeros(2, len(tokens_R)).float()
     step = chunk_rows(head.vocab_size, states_RD.device.type)
     for at in range(0, len(tokens_R), step):
@@ -95,8 +95,8 @@ def measure(head: "TargetHead", states_RD: "Tensor", tokens_R: "Tensor") -> "Ten
     return found
 
 
-def totals(gauge: "Tensor") -> Gauge:
-    """Sum what `measure` gave for some rows."""
-    usable = gauge[:, gauge[1].isfinite()].double()
+def sum_scores(scores_2R: "Tensor") -> OnPolicyStats:
+    """Sum the result of `score_tokens` over its rows, leaving out those that are not finite."""
+    usable = scores_2R[:, scores_2R[1].isfinite()].double()
     agree, logprob = usable.sum(-1).tolist()
-    return Gauge(usable.shape[-1], int(agree), logprob)
+    return OnPolicyStats(usable.shape[-1], int(agree), logprob)

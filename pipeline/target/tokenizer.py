@@ -1,4 +1,4 @@
-"""The target's tokenizer, without the target: importing the models' code takes longer than reading it."""
+"""Loads the target's tokenizer without importing any model code, which would take longer."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
-"""Every byte of the target's weights, against those that a cache was captured with. Imports no torch.
+"""Compares every byte of the target's weights with those that a cache was captured with. Imports no torch.
 
-The digest in a cache's identity tells targets apart, but leaves the middle of the files out. `target/weights.json`
-keeps each file's size and xxh3-128; whoever computes anything for a cache compares them first. That costs little:
-loading reads the same bytes a moment later, then from the page cache.
+The digest in a cache's identity distinguishes targets, but skips the middle of the files. `target/weights.json` has
+each file's size and xxh3-128; every command that computes for a cache compares them first. That costs little, since
+loading the weights then reads the same bytes from the page cache.
 """
 
 import hashlib
@@ -28,9 +28,9 @@ def weight_facts(folder: Path) -> dict[str, dict]:
     """
     files = weight_files(folder)
     try:
-        looks = [(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
+        stats = [(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
         with ThreadPoolExecutor(min(READERS, len(files))) as pool:
-            facts = list(pool.map(_fact, files, looks))
+            facts = list(pool.map(_fact, files, stats))
     except (CacheError, OSError) as error:  # a file of the target, not of a cache
         refuse_limit(folder, error)
         raise UsageError(f"{str(error).split('; ', 1)[0]}; fetch the target's files again") from error
@@ -38,8 +38,8 @@ def weight_facts(folder: Path) -> dict[str, dict]:
 
 
 @lru_cache(maxsize=1024)
-def _fact(path: Path, look: tuple) -> FileFact:
-    """Read a file, but one that looks as it did a moment ago only once a process."""
+def _fact(path: Path, stat: tuple) -> FileFact:
+    """Return a file's size and checksum; read again only when `stat` (device, inode, size, mtime) has changed."""
     return FileFact.of_file(path)
 
 
@@ -50,33 +50,33 @@ def weights_digest(folder: Path) -> str:
 
 
 def check_weights(out: Path, folder: Path) -> None:
-    """Read every byte of the target's weights. UsageError when they are not those that the cache was captured with."""
-    held = target_json(out, WEIGHTS)
-    if not has_form(held, FILES):
+    """Read every byte of the target's weights; raise UsageError when the cache was captured with others."""
+    recorded = target_json(out, WEIGHTS)
+    if not has_form(recorded, FILES):
         raise CacheError(f"{out}: {WEIGHTS} of its target lists no files; run `pipeline verify`")
     found = weight_facts(folder)
-    for name in sorted({*held, *found}):
-        if held.get(name) != found.get(name):
+    for name in sorted({*recorded, *found}):
+        if recorded.get(name) != found.get(name):
             raise UsageError(
-                f"{folder / name} is not the file that {out} was captured with ({_difference(held, found, name)}); "
+                f"{folder / name} is not the file that {out} was captured with ({_difference(recorded, found, name)}); "
                 "fetch the target again, or pass another --out for a cache of this one"
             )
 
 
-def check_weights_if_kept(out: Path, folder: Path) -> None:
-    """Do so where the cache keeps the digests of its target's files already; a first capture has none to compare."""
+def check_weights_if_recorded(out: Path, folder: Path) -> None:
+    """Call `check_weights` if the cache has recorded the target's checksums; before a first capture it has not."""
     try:
-        kept = WEIGHTS in target_manifest(out)["files"] and target_file(out, WEIGHTS).is_file()
+        is_recorded = WEIGHTS in target_manifest(out)["files"] and target_file(out, WEIGHTS).is_file()
     except CacheError:
         if has_target(out):
             raise
         return  # `target/` is lost, at least in part, and will be stored again
-    if kept:
+    if is_recorded:
         check_weights(out, folder)
 
 
-def _difference(held: dict, found: dict, name: str) -> str:
-    there, here = held.get(name), found.get(name)
+def _difference(recorded: dict, found: dict, name: str) -> str:
+    there, here = recorded.get(name), found.get(name)
     if there is None or here is None:
         return "the cache knows no such file" if there is None else "it is not among the target's weights"
     if there["size"] != here["size"]:

@@ -1,4 +1,4 @@
-"""A thread that takes work off the one that computes, through a queue so short that memory stays bounded."""
+"""A thread that writes what another computes, fed through a short queue so that memory stays bounded."""
 
 import queue
 import threading
@@ -9,22 +9,22 @@ _END = object()
 POLL_S = 0.2
 
 
-class Drain:
-    """Calls `consume` with every item put, in order, in a thread of its own.
+class BackgroundWriter:
+    """Calls `write` with every item put, in order, in a thread of its own; at most `depth` items wait.
 
-    An error in it is raised by the next `put` or `finish` of the thread that computes, as the same exception.
+    An exception in `write` is raised by the computing thread's next `put` or `finish`.
     """
 
-    def __init__(self, consume: Callable[[Any], None], depth: int):
-        self._consume = consume
+    def __init__(self, write: Callable[[Any], None], depth: int):
+        self._write = write
         self._queue: queue.Queue = queue.Queue(depth)
         self._error: BaseException | None = None
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="drain", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="background-writer", daemon=True)
         self._thread.start()
 
     def put(self, item: Any) -> None:
-        """Hand an item over; waits while the queue is full."""
+        """Queue an item; waits while the queue is full."""
         while True:
             self._check()
             try:
@@ -33,13 +33,13 @@ class Drain:
                 continue
 
     def finish(self) -> None:
-        """Wait until everything put is consumed."""
+        """Wait until everything queued is written."""
         self.put(_END)
         self._thread.join()
         self._check()
 
     def stop(self) -> None:
-        """End after the item in hand, leaving the rest; harmless after `finish`."""
+        """End after the current item and drop the rest; harmless after `finish`."""
         self._stopped.set()
         self._thread.join()
 
@@ -56,6 +56,6 @@ class Drain:
                     continue
                 if item is _END:
                     return
-                self._consume(item)
+                self._write(item)
         except BaseException as error:  # handed to the computing thread, which raises it
             self._error = error

@@ -1,13 +1,13 @@
-"""A budget: what of a corpus a cache of so many bytes holds, decided before the plan is written and frozen in it.
+"""`--budget`: fit the cache into a number of bytes. Decided before the plan is written, and stored in the plan.
 
-Three steps, each only as far as it has to go, each said in words:
+Three steps, each taken only as far as needed and described in the plan:
 
-1. what no wanted method reads is left out: rows of `final`, or all of it;
-2. the codec: lossless before lossy, and `final` lossless always, since the accept length is exact by its argmax;
-3. the samples: the same share of every domain and split, drawn by hash.
+1. leave out what no wanted method reads: rows of `final`, or all of it;
+2. choose the codec: lossless before lossy, and `final` always lossless, since its argmax gives the exact accept length;
+3. choose samples: the same share of every domain and split, drawn by hash.
 
-What is decided follows from the corpus, the target and the budget alone, never from the disk or the clock, and of two
-budgets the smaller one's samples are among the larger one's.
+The result depends on the corpus, the target and the budget alone, never on the disk or the clock, and the samples of a
+smaller budget are a subset of a larger one's.
 
     n samples
 """
@@ -25,26 +25,27 @@ from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.plan import MIN_SHARDS, SHARD_BYTES, has_columns, read_manifests, segment_numbers
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import UsageError
-from pipeline.runs.split import HELDOUT, mix
+from pipeline.runs.split import HELDOUT, splitmix64
 from pipeline.target.files import CONFIG, tokenizer_files
 from stages.cache_hidden.options import CaptureOptions, size_bytes
 from stages.cache_hidden.plan_report import head_bytes
-from stages.cache_hidden.settings import Settings
+from stages.cache_hidden.settings import CaptureSettings
 
 CODECS_TRIED = ("raw", "zstd", "aux=int8,final=zstd")  # in this order, until all samples fit
-FORMAT_SHARE = 0.005  # of a column: checksums, indices, the zeros behind its last chunk
-COLUMN_BYTES = 8 << 10  # of a column of a shard, however few its rows: manifest, sums, zarr.json
+FORMAT_SHARE = 0.005  # overhead as a share of a column: checksums, indices, the zeros after its last chunk
+COLUMN_BYTES = 8 << 10  # fixed overhead of a column of a shard: manifest, checksums, zarr.json
 TOKEN_BYTES, SAMPLE_BYTES = 10, 400  # in the plan, in samples.arrow and in the index
 
-Chooser = Callable[[Sequence[ShardPlan]], tuple[np.ndarray, dict]]  # which samples, bool [n], and what was decided
+# Takes the tokenised samples; returns which are planned, bool [n], and the plan's note of the decision.
+SampleChooser = Callable[[Sequence[ShardPlan]], tuple[np.ndarray, dict]]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a budget was asked with. It has to be the same for a plan to be this budget's."""
+class BudgetRequest:
+    """The options that decide a budget's result, as the plan's manifest stores them; equal requests, equal plans."""
 
-    budget: int
-    methods: str | None  # None: all there are, also where the next version has more
+    budget: int  # bytes
+    methods: str | None  # None: all methods, also those that a later version adds
     seed: int
     layers: str | None
     taps: int | None
@@ -52,7 +53,7 @@ class Asked:
     codec: str | None
 
     @classmethod
-    def of(cls, options: CaptureOptions) -> "Asked":
+    def of(cls, options: CaptureOptions) -> "BudgetRequest":
         """UsageError for a method that does not exist, and for a budget with --append."""
         if options.append:
             raise UsageError("--budget decides a cache's first plan; leave it out to append, or make a second cache")
@@ -61,7 +62,7 @@ class Asked:
         return cls(size_bytes(options.budget), methods, options.seed, *columns)
 
     def as_dict(self) -> dict:
-        """For the plan's manifest."""
+        """Return the entry `asked` of the plan's manifest."""
         return dict(vars(self))
 
 
@@ -72,46 +73,49 @@ def wanted_methods(named: str | None) -> tuple[str, ...]:
     names = tuple(sorted(DRAFTS if named is None else {name.strip() for name in named.split(",")}))
     for name in names:
         if name not in DRAFTS:
-            near, known = difflib.get_close_matches(name, DRAFTS, n=1, cutoff=0.0)[0], ", ".join(DRAFTS)
-            meant = f"no method `{name}`, did you mean `{near}`?" if name else "a comma too many."
+            closest, known = difflib.get_close_matches(name, DRAFTS, n=1, cutoff=0.0)[0], ", ".join(DRAFTS)
+            meant = f"no method `{name}`, did you mean `{closest}`?" if name else "a comma too many."
             raise UsageError(f"--methods {named}: {meant} There are {known}")
     return names
 
 
-def held_budget(out: Path) -> dict | None:
-    """Return what a budget decided when the cache was planned, None where it was planned without one, or not yet."""
+def planned_budget(out: Path) -> dict | None:
+    """Return the plan's note of its budget decision; None for a plan without a budget, or where there is no plan."""
     manifests = read_manifests(out) if segment_numbers(out) else []
     return next((manifest["notes"]["budget"] for manifest in manifests if "budget" in manifest["notes"]), None)
 
 
 def within_budget(out: Path, options: CaptureOptions) -> CaptureOptions:
-    """Return the options with what the plan's budget decided; what a command without a budget states goes before."""
-    held = held_budget(out)
-    if held is None:
+    """Return the options with layers, `final` and codec filled in from the plan's budget decision.
+
+    In a command without --budget, what it states itself takes precedence.
+    """
+    planned = planned_budget(out)
+    if planned is None:
         return options
     if options.budget is None:
-        layers = None if options.taps else options.layers or held["layers"]
+        layers = None if options.taps else options.layers or planned["layers"]
         return replace(
-            options, layers=layers, final=options.final or held["final"], codec=options.codec or held["codec"]
+            options, layers=layers, final=options.final or planned["final"], codec=options.codec or planned["codec"]
         )
-    if held["asked"] != Asked.of(options).as_dict():
+    if planned["asked"] != BudgetRequest.of(options).as_dict():
         return options  # to be planned again, or refused
-    return replace(options, layers=held["layers"], taps=None, final=held["final"], codec=held["codec"])
+    return replace(options, layers=planned["layers"], taps=None, final=planned["final"], codec=planned["codec"])
 
 
-def is_planned(out: Path, options: CaptureOptions) -> bool:
-    """Return whether the plan that is there is this budget's (any plan is, without a budget).
+def plan_matches_budget(out: Path, options: CaptureOptions) -> bool:
+    """Return whether the existing plan was made with this budget; any plan matches where none is asked for.
 
-    Raises UsageError where it is not and cannot be made again, since states were captured by it.
+    Raises UsageError where it was not and cannot be replaced, since states have been captured with it.
     """
     if options.budget is None or options.append:
         return True
-    held, asked = held_budget(out), Asked.of(options).as_dict()
-    if held is not None and held["asked"] == asked:
+    planned, request = planned_budget(out), BudgetRequest.of(options).as_dict()
+    if planned is not None and planned["asked"] == request:
         return True
     if has_columns(out):
-        key = next((key for key in asked if held and held["asked"][key] != asked[key]), "budget")
-        there, here = held["asked"][key] if held else "none", asked[key]
+        key = next((key for key in request if planned and planned["asked"][key] != request[key]), "budget")
+        there, here = planned["asked"][key] if planned else "none", request[key]
         raise UsageError(
             f"{out} was planned with {key} = {there}, this command asks for {here}, and states are captured already; "
             "leave --budget out to go on with that plan, or pass another --out for a second cache"
@@ -120,16 +124,16 @@ def is_planned(out: Path, options: CaptureOptions) -> bool:
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """What is known of the samples: rows, rows that keep `final`, group (domain and split) and hash of each, [n]."""
+class SampleSizes:
+    """Of each sample, [n]: its rows, its rows in `final`, its group (domain and split) and its hash."""
 
     rows: np.ndarray
     final_rows: np.ndarray
     groups: list[tuple[str, str]]
-    words: np.ndarray
+    hashes: np.ndarray
 
     @classmethod
-    def of(cls, parts: Sequence[ShardPlan]) -> "Corpus":
+    def of(cls, parts: Sequence[ShardPlan]) -> "SampleSizes":
         groups = [pair for part in parts for pair in zip(part.text("domain"), part.text("split"), strict=True)]
         return cls(
             np.concatenate([part.lengths for part in parts]),
@@ -138,37 +142,39 @@ class Corpus:
             np.concatenate([part.sample_ids[:, 1] for part in parts]),
         )
 
-    def kept(self, spec: ColumnSpec) -> np.ndarray:
-        """Rows of each sample in a column."""
+    def column_rows(self, spec: ColumnSpec) -> np.ndarray:
+        """Return the rows of each sample in a column, [n]."""
         return self.rows if spec.keeps == "all" else self.final_rows
 
     def bytes(self, columns: Sequence[ColumnSpec]) -> np.ndarray:
-        """Bytes that each sample is expected to add to a cache of these columns, float64 [n]."""
-        many = 1 << 20  # stored_bytes rounds
+        """Return the bytes that each sample is expected to add to a cache of these columns, float64 [n]."""
+        many = 1 << 20  # rows to average over, since stored_bytes rounds
         bytes_n = TOKEN_BYTES * self.rows + float(SAMPLE_BYTES)
         for spec in columns:
             row_bytes = stored_bytes(many, spec.width, spec.dtype, spec.codec) / many
-            bytes_n += (1 + FORMAT_SHARE) * row_bytes * self.kept(spec)
+            bytes_n += (1 + FORMAT_SHARE) * row_bytes * self.column_rows(spec)
         return bytes_n
 
 
-def fixed_bytes(settings: Settings, columns: Sequence[ColumnSpec], rows: int) -> int:
-    """Bytes of a cache that are there however few its samples: the target's files, and what every shard has."""
+def fixed_bytes(settings: CaptureSettings, columns: Sequence[ColumnSpec], rows: int) -> int:
+    """Return the bytes of a cache that do not depend on the samples: the target's files, each shard's overhead."""
     shards = max(MIN_SHARDS, -(-rows * settings.row_bytes // SHARD_BYTES))
     beside = sum(path.stat().st_size for path in (settings.folder / CONFIG, *tokenizer_files(settings.folder)))
     return head_bytes(settings) + beside + shards * (len(columns) + 1) * COLUMN_BYTES
 
 
-def chooser(settings: Settings, options: CaptureOptions) -> Chooser | None:
-    """Return what decides which of the tokenised samples are planned; None without a budget."""
+def sample_chooser(settings: CaptureSettings, options: CaptureOptions) -> SampleChooser | None:
+    """Return the function that chooses which tokenised samples are planned; None without a budget."""
     if options.budget is None:
         return None
-    asked = Asked.of(options)
-    return lambda parts: decide(Corpus.of(parts), settings, asked)
+    request = BudgetRequest.of(options)
+    return lambda parts: decide_within_budget(SampleSizes.of(parts), settings, request)
 
 
-def decide(corpus: Corpus, settings: Settings, asked: Asked) -> tuple[np.ndarray, dict]:
-    """Return which samples are planned, and the decision as the plan notes it: columns, codec, and every step in words.
+def decide_within_budget(
+    corpus: SampleSizes, settings: CaptureSettings, request: BudgetRequest
+) -> tuple[np.ndarray, dict]:
+    """Return which samples are planned, bool [n], and the plan's note: columns, codec, and a sentence for each step.
 
     Raises UsageError for a budget that holds no sample at all.
     """
@@ -177,49 +183,50 @@ def decide(corpus: Corpus, settings: Settings, asked: Asked) -> tuple[np.ndarray
     def size(columns: Sequence[ColumnSpec]) -> int:
         return int(corpus.bytes(columns).sum()) + fixed_bytes(settings, columns, total)
 
-    tried = [asked.codec] if asked.codec else list(CODECS_TRIED)
-    first = encoded(columns, tried[0])
+    tried = [request.codec] if request.codec else list(CODECS_TRIED)
+    first = with_codec(columns, tried[0])
     steps.append(
         f"asked for: {', '.join(spec.name for spec in columns)} of {len(corpus.rows):,} samples, {total:,} tokens, as "
-        f"{tried[0]}: {size_text(size(first))}; the budget is {size_text(asked.budget)}"
+        f"{tried[0]}: {size_text(size(first))}; the budget is {size_text(request.budget)}"
     )
-    if size(first) > asked.budget:
-        columns, told = read_columns(columns, corpus, wanted_methods(asked.methods))
-        steps.append(told)
-    codec = next((text for text in tried if size(encoded(columns, text)) <= asked.budget), tried[-1])
-    steps.append(codec_step(codec, {text: size(encoded(columns, text)) for text in tried}, asked))
-    columns = encoded(columns, codec)
+    if size(first) > request.budget:
+        columns, step = drop_unread_columns(columns, corpus, wanted_methods(request.methods))
+        steps.append(step)
+    codec = next((text for text in tried if size(with_codec(columns, text)) <= request.budget), tried[-1])
+    steps.append(codec_step(codec, {text: size(with_codec(columns, text)) for text in tried}, request))
+    columns = with_codec(columns, codec)
     bytes_n = corpus.bytes(columns)
-    room = asked.budget - fixed_bytes(settings, columns, total)
-    kept_n = subsample(bytes_n, corpus.groups, mix(corpus.words ^ mix(np.uint64(asked.seed))), room)
-    if not kept_n.any():
-        least = asked.budget - room + int(bytes_n.min())
+    available = request.budget - fixed_bytes(settings, columns, total)
+    keys_n = splitmix64(corpus.hashes ^ splitmix64(np.uint64(request.seed)))
+    chosen_n = choose_samples(bytes_n, corpus.groups, keys_n, available)
+    if not chosen_n.any():
+        least = request.budget - available + int(bytes_n.min())
         raise UsageError(
-            f"--budget: {size_text(asked.budget)} hold no sample; the target's own files and one sample as {codec} "
+            f"--budget: {size_text(request.budget)} hold no sample; the target's own files and one sample as {codec} "
             f"take {size_text(least)}, all samples {size_text(size(columns))}"
         )
-    steps.append(samples_step(kept_n, corpus, asked.seed))
-    steps.append(f"in all: {size_text(int(bytes_n[kept_n].sum()) + asked.budget - room)} expected")
+    steps.append(samples_step(chosen_n, corpus, request.seed))
+    steps.append(f"in all: {size_text(int(bytes_n[chosen_n].sum()) + request.budget - available)} expected")
     layers = ",".join(spec.name.removeprefix("aux.") for spec in columns if spec.name != "final")
     final = next((spec.keeps for spec in columns if spec.name == "final"), "none")
-    decision = {"asked": asked.as_dict(), "layers": layers, "final": final, "codec": codec, "steps": steps}
-    return kept_n, decision
+    decision = {"asked": request.as_dict(), "layers": layers, "final": final, "codec": codec, "steps": steps}
+    return chosen_n, decision
 
 
-def encoded(columns: Sequence[ColumnSpec], codec: str) -> tuple[ColumnSpec, ...]:
-    """Return columns in the codec that a `--codec` text chooses for each."""
+def with_codec(columns: Sequence[ColumnSpec], codec: str) -> tuple[ColumnSpec, ...]:
+    """Return the columns, each with the codec that a `--codec` text chooses for it."""
     chosen = parse_codecs(codec)
     return tuple(replace(spec, codec=codec_of(chosen, spec.name) or "raw") for spec in columns)
 
 
-def read_columns(
-    columns: Sequence[ColumnSpec], corpus: Corpus, methods: tuple[str, ...]
+def drop_unread_columns(
+    columns: Sequence[ColumnSpec], corpus: SampleSizes, methods: tuple[str, ...]
 ) -> tuple[tuple[ColumnSpec, ...], str]:
-    """Leave out what none of the methods reads, and say so.
+    """Return the columns that the methods read, and a sentence about what was left out.
 
-    A method reads every layer of a cache unless its recipe names some, so layers stay. `final` trains only methods
-    that say so; but it is by `final` that the accept length of a held-out sample is known without the target, the one
-    figure that tells drafts apart. So it goes only where nothing is held out; its rows beside no supervised token go.
+    A method reads every layer of a cache unless its recipe names some, so layers stay. Only methods with `reads_final`
+    train on `final`, but the accept length on held-out samples is measured with it. So it is dropped only where nothing
+    is held out; else only its rows away from supervised tokens are.
     """
     from pipeline.drafts import DRAFTS
 
@@ -243,42 +250,44 @@ def read_columns(
     ), f"columns: all stay; every layer is read by {named}; final, since {why} (--final none leaves it out)"
 
 
-def codec_step(codec: str, sizes: dict[str, int], asked: Asked) -> str:
-    """Say which codec it is and why; `sizes` are those of all samples in each that was tried."""
+def codec_step(codec: str, sizes: dict[str, int], request: BudgetRequest) -> str:
+    """Return a sentence: which codec was chosen and why. `sizes`: bytes of all samples in each codec tried."""
     tried = ", ".join(f"{text} {size_text(size)}" for text, size in sizes.items())
-    if asked.codec:
+    if request.codec:
         return f"codec: {codec}, as stated ({tried})"
-    why = "the first that holds all samples" if sizes[codec] <= asked.budget else "the smallest; none holds all samples"
+    why = (
+        "the first that holds all samples" if sizes[codec] <= request.budget else "the smallest; none holds all samples"
+    )
     lossy = "; int8 is lossy, within bounds the capture certifies: --codec zstd stays exact" if "int8" in codec else ""
     return f"codec: {codec}, {why} ({tried}){lossy}"
 
 
-def samples_step(kept_n: np.ndarray, corpus: Corpus, seed: int) -> str:
-    """Say how many samples are planned, and how they were chosen."""
-    if kept_n.all():
-        return f"samples: all {len(kept_n):,}"
-    share = corpus.rows[kept_n].sum() / corpus.rows.sum()
+def samples_step(chosen_n: np.ndarray, corpus: SampleSizes, seed: int) -> str:
+    """Return a sentence: how many samples are planned, and how they were chosen."""
+    if chosen_n.all():
+        return f"samples: all {len(chosen_n):,}"
+    share = corpus.rows[chosen_n].sum() / corpus.rows.sum()
     return (
-        f"samples: {int(kept_n.sum()):,} of {len(kept_n):,}, {share:.1%} of the tokens, the same share of each of "
+        f"samples: {int(chosen_n.sum()):,} of {len(chosen_n):,}, {share:.1%} of the tokens, the same share of each of "
         f"{len(set(corpus.groups))} groups of domain and split, by hash with seed {seed}"
     )
 
 
-def subsample(bytes_n: np.ndarray, groups: Sequence, words_n: np.ndarray, room: float) -> np.ndarray:
-    """Return which samples to keep, bool [n]: at most `room` bytes, of every group the same share to within a sample.
+def choose_samples(bytes_n: np.ndarray, groups: Sequence, hashes_n: np.ndarray, available: float) -> np.ndarray:
+    """Choose samples of at most `available` bytes, the same share of every group to within a sample; return bool [n].
 
-    In each group samples are ordered by their word; the middle of a sample's bytes in its group's, a number from 0 to
-    1, is its place; the samples of the lowest places are kept. So with less room fewer of the same are.
+    The samples of a group are ordered by hash; a sample's quantile (0 to 1) is where the middle of its bytes lies in
+    its group's. Those with the lowest quantiles are chosen, so fewer bytes give a subset.
     """
     names = {group: number for number, group in enumerate(sorted(set(groups)))}
     group_n = np.array([names[group] for group in groups])
-    order = np.lexsort((words_n, group_n))
+    order = np.lexsort((hashes_n, group_n))
     ends = np.cumsum(bytes_n[order])
     totals = np.bincount(group_n, weights=bytes_n)
     before = (np.cumsum(totals) - totals)[group_n[order]]
-    place_n = np.empty(len(order))
-    place_n[order] = (ends - bytes_n[order] / 2 - before) / totals[group_n[order]]
-    ranked = np.lexsort((words_n, place_n))
-    kept_n = np.zeros(len(order), bool)
-    kept_n[ranked[np.cumsum(bytes_n[ranked]) <= room]] = True
-    return kept_n
+    quantile_n = np.empty(len(order))
+    quantile_n[order] = (ends - bytes_n[order] / 2 - before) / totals[group_n[order]]
+    ranked = np.lexsort((hashes_n, quantile_n))
+    chosen_n = np.zeros(len(order), bool)
+    chosen_n[ranked[np.cumsum(bytes_n[ranked]) <= available]] = True
+    return chosen_n

@@ -1,8 +1,8 @@
-"""The capture's record, `capture.log`: what was asked for, and how the files it came from looked (size and time).
+"""The capture's log, `capture.log`: the last command, and size and modification time of the files it read.
 
-Derived, for speed and for people, and no part of the cache's promise: without it, or with a damaged one, the files are
-digested again. It is what lets a run with nothing to do end at once, and a stopped one go on without reading its
-corpus. It says what was planned, not what was captured: that the shards themselves say.
+Only for speed and for people to read: without it, or with a damaged one, the files are digested again. It lets a run
+with nothing to do end at once, and a stopped one continue without reading its corpus. It records what was planned, not
+what was captured: the shards themselves record that.
 """
 
 import contextlib
@@ -16,14 +16,14 @@ from pipeline.corpus.sources import corpus_files
 from pipeline.errors import CacheError, DataError, RoomError, UsageError
 from pipeline.target.files import CONFIG, tokenizer_files, weight_files
 from stages.cache_hidden.options import CaptureOptions
-from stages.cache_hidden.settings import Settings, default_corpus
+from stages.cache_hidden.settings import CaptureSettings, default_corpus
 
 
 def request_of(model: str, corpus: str | None, options: CaptureOptions) -> dict:
-    """Return a command as the record keeps it: without what only says who computes, or when the corpus came in."""
-    here = {"model": _absolute(model), "corpus": corpus and _absolute(corpus)}
-    told = {name: value for name, value in asdict(options).items() if name not in ("device", "worker", "append")}
-    return {**here, "options": told}
+    """Return a command as the log stores it: without device, worker and append, which do not change what is planned."""
+    request = {"model": _absolute(model), "corpus": corpus and _absolute(corpus)}
+    options = {name: value for name, value in asdict(options).items() if name not in ("device", "worker", "append")}
+    return {**request, "options": options}
 
 
 def _absolute(name: str) -> str:
@@ -31,8 +31,8 @@ def _absolute(name: str) -> str:
     return str(path.resolve()) if path.exists() else name
 
 
-def looks(files: list[Path]) -> dict[str, list[int]]:
-    """Return size and time of last change of every file, by absolute path."""
+def file_stats(files: list[Path]) -> dict[str, list[int]]:
+    """Return [size, mtime in ns] of every file, by absolute path."""
     return {str(file.resolve()): [(stat := file.stat()).st_size, stat.st_mtime_ns] for file in files}
 
 
@@ -40,43 +40,43 @@ def _target_files(folder: Path) -> list[Path]:
     return [folder / CONFIG, *tokenizer_files(folder), *weight_files(folder)]
 
 
-def write_record(out: Path, request: dict, settings: Settings, corpus: str) -> None:
-    """Note a command whose corpus is planned. A cache that cannot be written to keeps the record it has."""
+def write_record(out: Path, request: dict, settings: CaptureSettings, corpus: str) -> None:
+    """Log a command whose corpus is planned; does nothing where the cache cannot be written to."""
     folder = settings.folder.resolve()
     record = {
         "request": request,
         "identity": settings.identity,  # a second copy, should cache.json be lost
-        "target": {"folder": str(folder), "files": looks(_target_files(folder))},
-        "corpus": looks(corpus_files(corpus)),
+        "target": {"folder": str(folder), "files": file_stats(_target_files(folder))},
+        "corpus": file_stats(corpus_files(corpus)),
         "columns": [spec.as_dict() for spec in settings.columns],
     }
-    held = read_record(out)
-    if {key: held.get(key) for key in record} == record:
+    written = read_record(out)
+    if {key: written.get(key) for key in record} == record:
         return
     with contextlib.suppress(RoomError):
         write_canonical(out / LOG, record)
 
 
 def read_record(out: Path) -> dict:
-    """Return the record, empty when there is none to be read."""
+    """Return the log, empty where there is none or it cannot be read."""
     try:
         return read_canonical(out / LOG)
     except CacheError:
         return {}
 
 
-def unchanged(record: dict, request: dict) -> tuple[ColumnSpec, ...] | None:
-    """Return the columns wanted, when the command is the recorded one and every file looks as it did; else None.
+def unchanged_columns(record: dict, request: dict) -> tuple[ColumnSpec, ...] | None:
+    """Return the command's columns if it is the logged one and no file of target or corpus has changed; else None.
 
-    The folders are listed again, since a file that was added changes what they mean.
+    The folders are listed again, so that an added file counts as a change.
     """
     if record.get("request") != request:
         return None
     try:
         folder = Path(record["target"]["folder"])
-        if looks(_target_files(folder)) != record["target"]["files"]:
+        if file_stats(_target_files(folder)) != record["target"]["files"]:
             return None
-        if looks(corpus_files(request["corpus"] or default_corpus(folder))) != record["corpus"]:
+        if file_stats(corpus_files(request["corpus"] or default_corpus(folder))) != record["corpus"]:
             return None
         return tuple(ColumnSpec(**spec) for spec in record["columns"])
     except (OSError, KeyError, TypeError, DataError, UsageError):
@@ -84,12 +84,12 @@ def unchanged(record: dict, request: dict) -> tuple[ColumnSpec, ...] | None:
 
 
 def corpus_unchanged(record: dict, corpus: str, max_samples: int | None, roles: str | None) -> bool:
-    """Return whether so much of the corpus was planned so, and its files look as they did when that was last seen."""
-    told = record.get("request", {}).get("options", {})
-    if told.get("max_samples", -1) != max_samples or told.get("roles") != roles:
+    """Return whether the corpus was planned with these two options and its files have not changed since."""
+    options = record.get("request", {}).get("options", {})
+    if options.get("max_samples", -1) != max_samples or options.get("roles") != roles:
         return False
     try:
-        files = looks(corpus_files(corpus))
+        files = file_stats(corpus_files(corpus))
     except (OSError, DataError, UsageError):
         return False
     return bool(files) and files == record.get("corpus")

@@ -1,7 +1,7 @@
 """The Hugging Face engine: micro-batches of token ids in, packed rows of hidden states out.
 
-Batches are right-padded. A causal decoder's real rows never see what stands behind them, so no attention mask is
-needed, and the rows of padding are dropped on the device before anything is copied.
+Batches are right-padded. A causal decoder's rows never attend to the padding after them, so no attention mask is
+needed, and padding rows are dropped on the device before anything is copied.
 
     B samples of a micro-batch   T rows of the longest   R packed rows   D hidden size   V vocabulary
 """
@@ -22,52 +22,52 @@ from pipeline.cache.samples import ShardPlan
 from pipeline.errors import RoomError
 from pipeline.target.head import TargetHead
 from pipeline.target.model import run_decoder, tap_layers
-from pipeline.target.on_policy import gauge_rows, measure
+from pipeline.target.on_policy import on_policy_rows, score_tokens
 from pipeline.tensors import out_of_memory
 
 
 @dataclass
-class Piece:
-    """What one forward gave, on its way to the host: `wait` before reading.
+class ForwardOutput:
+    """The output of one forward, on its way to the host: call `wait` before reading.
 
-    states: column -> rows [R, D], or what `int8.encode` makes of them; worst: column -> the largest magnitude of each
-    row [R], fp32, not finite where the row is not; counts: column -> rows of each sample; gauge: agreement and
-    log-probability of each gauge row; shadow: encoded column -> the first rows of the samples in `Engine.shadow`.
+    states: column -> rows [R, D], or what `int8.encode` returns for them; largest: column -> the largest magnitude of
+    each row [R], fp32, not finite where the row is not; counts: column -> rows of each sample; on_policy: see
+    `score_tokens`; certificate_rows: encoded column -> exact first rows of the samples in `Engine.certified_samples`.
     """
 
     rows: range  # of the shard's samples
     states: dict[str, Tensor | tuple[Tensor, ...]]
-    worst: dict[str, Tensor]
+    largest: dict[str, Tensor]
     counts: dict[str, list[int]]
-    gauge: Tensor
-    shadow: dict[str, Tensor]
+    on_policy: Tensor
+    certificate_rows: dict[str, Tensor]
     copied: torch.cuda.Event | None = None
 
     def wait(self) -> None:
-        """Return when everything is on the host."""
+        """Block until everything is on the host."""
         if self.copied is not None:
             self.copied.synchronize()
 
 
 class Engine:
-    """Runs the target over micro-batches. `split` says whether memory ever forced a smaller group.
+    """Runs the target over micro-batches. `split`: whether memory forced any micro-batch to be halved.
 
-    Columns in `calibrations` are encoded on the device; of the samples in `shadow`, rows of the shard in hand, what
-    they were is kept beside.
+    Columns in `calibrations` are encoded on the device; for the samples in `certified_samples`, numbers of the current
+    shard's samples, the exact first rows are returned as well.
     """
 
-    def __init__(self, model: PreTrainedModel, head: TargetHead, gauge_share: float):
+    def __init__(self, model: PreTrainedModel, head: TargetHead, on_policy_share: float):
         self.model = model
         self.head = head
-        self.gauge_share = gauge_share
+        self.on_policy_share = on_policy_share
         self.device = next(model.parameters()).device
         self.split = False
         self.calibrations: dict[str, Calibration] = {}
-        self.shadow: frozenset[int] = frozenset()
+        self.certified_samples: frozenset[int] = frozenset()
         self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
-    def pieces(self, shard: ShardPlan, rows: range, columns: Sequence[ColumnSpec]) -> Iterator[Piece]:
-        """Yield the states of a micro-batch, whole or, where memory is short, in pieces at the same padded length.
+    def forward_outputs(self, shard: ShardPlan, rows: range, columns: Sequence[ColumnSpec]) -> Iterator[ForwardOutput]:
+        """Yield the states of a micro-batch, in one or, where memory is short, several forwards of equal padded length.
 
         Raises RoomError when one sample alone does not fit.
         """
@@ -76,14 +76,14 @@ class Engine:
         while waiting:
             group = waiting.pop(0)
             try:
-                piece = self._forward(shard, group, longest, columns)
+                output = self._forward(shard, group, longest, columns)
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
-                piece = None
+                output = None
                 cause = str(error).strip().split("\n")[0][:160]
-            if piece is not None:  # out of the handler: the failed forward's memory hangs on its exception
-                yield piece
+            if output is not None:  # outside the handler: the exception keeps the failed forward's memory alive
+                yield output
                 continue
             if len(group) == 1:
                 raise RoomError(
@@ -97,74 +97,74 @@ class Engine:
             waiting[:0] = [range(group.start, half), range(half, group.stop)]
 
     @torch.no_grad()
-    def _forward(self, shard: ShardPlan, rows: range, longest: int, columns: Sequence[ColumnSpec]) -> Piece:
+    def _forward(self, shard: ShardPlan, rows: range, longest: int, columns: Sequence[ColumnSpec]) -> ForwardOutput:
         ids_BT = np.zeros((len(rows), longest), np.int64)
         for at, row in enumerate(rows):
             ids_BT[at, : shard.lengths[row]] = shard.ids(row)
         layers = [layer for spec in columns if (layer := layer_of(spec.name)) is not None]
-        kept = {spec.keeps: [stored_rows(shard, row, spec.keeps) for row in rows] for spec in columns}
-        packed = {keeps: _runs(_flat(each, longest)) for keeps, each in kept.items()}
-        with tap_layers(self.model, layers) as taken:
-            output = run_decoder(self.model, self._send(ids_BT))
+        rows_of = {spec.keeps: [stored_rows(shard, row, spec.keeps) for row in rows] for spec in columns}
+        runs = {keeps: _contiguous_runs(_flat_index(each, longest)) for keeps, each in rows_of.items()}
+        with tap_layers(self.model, layers) as taps:
+            output = run_decoder(self.model, self._to_device(ids_BT))
         last_BTD = output.last_hidden_state
-        counts = {spec.name: [len(each) for each in kept[spec.keeps]] for spec in columns}
-        states, worst, shadow = {}, {}, {}
+        counts = {spec.name: [len(each) for each in rows_of[spec.keeps]] for spec in columns}
+        states, largest, certificate_rows = {}, {}, {}
         for spec in columns:
             layer = layer_of(spec.name)
-            full_BTD = last_BTD if layer is None else taken.pop(layer)
+            full_BTD = last_BTD if layer is None else taps.pop(layer)
             flat_ND = full_BTD.flatten(0, 1)
-            # Runs of rows are copied, not gathered by an index: on a CPU a quarter of the time.
-            rows_RD = torch.cat([flat_ND[start:stop] for start, stop in packed[spec.keeps]] or [flat_ND[:0]])
-            worst[spec.name] = largest(rows_RD)
+            # Contiguous runs of rows are copied, not gathered by an index: on a CPU in a quarter of the time.
+            rows_RD = torch.cat([flat_ND[start:stop] for start, stop in runs[spec.keeps]] or [flat_ND[:0]])
+            largest[spec.name] = largest_magnitude(rows_RD)
             if spec.name in self.calibrations:
-                shadow[spec.name] = rows_RD[self._send(self._shadowed(rows, counts[spec.name]))]
-                # A sample with such a row is refused; as it is, every value of the row would escape.
-                rows_RD = rows_RD.masked_fill_(~worst[spec.name].isfinite()[:, None], 0)
+                certificate_rows[spec.name] = rows_RD[self._to_device(self._certificate_rows(rows, counts[spec.name]))]
+                # A sample with such a row is refused anyway; encoded as is, every value of it would be an outlier.
+                rows_RD = rows_RD.masked_fill_(~largest[spec.name].isfinite()[:, None], 0)
                 rows_RD = encode(rows_RD, self.calibrations[spec.name])
             states[spec.name] = rows_RD
-        gauge = self._gauge(shard, rows, longest, last_BTD)
-        return self._to_host(Piece(rows, states, worst, counts, gauge, shadow))
+        on_policy = self._score_on_policy(shard, rows, longest, last_BTD)
+        return self._to_host(ForwardOutput(rows, states, largest, counts, on_policy, certificate_rows))
 
-    def _shadowed(self, rows: range, counts: list[int]) -> np.ndarray:
-        """Which of the packed rows are the first of the samples in the shadow."""
+    def _certificate_rows(self, rows: range, counts: list[int]) -> np.ndarray:
+        """Return which of the packed rows are the first block of a sample in `certified_samples`."""
         starts = np.cumsum([0, *counts])
         spans = [
             np.arange(start, start + min(CHECKSUM_ROWS, count))
             for row, start, count in zip(rows, starts, counts, strict=False)
-            if row in self.shadow
+            if row in self.certified_samples
         ]
         return np.concatenate(spans or [np.empty(0, np.int64)])
 
-    def _send(self, values: np.ndarray) -> Tensor:
-        """Numbers on the device, without waiting for what it is busy with."""
+    def _to_device(self, values: np.ndarray) -> Tensor:
+        """Copy an array to the device without waiting for its queued work."""
         tensor = torch.from_numpy(values)
         if self._copying is None:
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def _gauge(self, shard: ShardPlan, rows: range, longest: int, last_BTD: Tensor) -> Tensor:
-        """Measure the gauge rows of these samples: [2, rows], agreement and log-probability of the data's token."""
-        chosen = [gauge_rows(shard, row, self.gauge_share) for row in rows]
+    def _score_on_policy(self, shard: ShardPlan, rows: range, longest: int, last_BTD: Tensor) -> Tensor:
+        """Score the on-policy rows of these samples, as `score_tokens` returns them."""
+        chosen = [on_policy_rows(shard, row, self.on_policy_share) for row in rows]
         tokens = np.concatenate([shard.ids(row)[at] for row, at in zip(rows, chosen, strict=True)])
-        states_RD = last_BTD.flatten(0, 1)[self._send(_flat([at - 1 for at in chosen], longest))]
-        return measure(self.head, states_RD, self._send(tokens.astype(np.int64)))
+        states_RD = last_BTD.flatten(0, 1)[self._to_device(_flat_index([at - 1 for at in chosen], longest))]
+        return score_tokens(self.head, states_RD, self._to_device(tokens.astype(np.int64)))
 
-    def _to_host(self, piece: Piece) -> Piece:
-        """Start copying a piece to pinned memory on a stream of its own, so that the next forward need not wait."""
+    def _to_host(self, output: ForwardOutput) -> ForwardOutput:
+        """Start copying to pinned memory on a separate CUDA stream, so that the next forward need not wait."""
         if self._copying is None:
-            return piece
+            return output
         self._copying.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._copying):
-            piece.states = {
-                name: tuple(map(self._pinned, held)) if isinstance(held, tuple) else self._pinned(held)
-                for name, held in piece.states.items()
+            output.states = {
+                name: tuple(map(self._pinned, value)) if isinstance(value, tuple) else self._pinned(value)
+                for name, value in output.states.items()
             }
-            piece.shadow = {name: self._pinned(tensor) for name, tensor in piece.shadow.items()}
-            piece.worst = {name: self._pinned(tensor) for name, tensor in piece.worst.items()}
-            piece.gauge = self._pinned(piece.gauge)
-            piece.copied = torch.cuda.Event()
-            piece.copied.record(self._copying)
-        return piece
+            output.certificate_rows = {name: self._pinned(tensor) for name, tensor in output.certificate_rows.items()}
+            output.largest = {name: self._pinned(tensor) for name, tensor in output.largest.items()}
+            output.on_policy = self._pinned(output.on_policy)
+            output.copied = torch.cuda.Event()
+            output.copied.record(self._copying)
+        return output
 
     def _pinned(self, tensor: Tensor) -> Tensor:
         tensor.record_stream(self._copying)
@@ -172,17 +172,17 @@ class Engine:
         return host.copy_(tensor, non_blocking=True)
 
 
-def largest(rows_RD: Tensor) -> Tensor:
-    """Each row's largest magnitude, float32 [R]; NaN where the row has one. On a CPU far quicker than a norm."""
+def largest_magnitude(rows_RD: Tensor) -> Tensor:
+    """Return each row's largest magnitude, float32 [R]; NaN where the row has one. On a CPU much faster than a norm."""
     return torch.maximum(rows_RD.amax(-1), -rows_RD.amin(-1)).float()
 
 
-def _flat(rows_of_each: list[np.ndarray], longest: int) -> np.ndarray:
-    """Rows of each sample as one index into [B * T]."""
+def _flat_index(rows_of_each: list[np.ndarray], longest: int) -> np.ndarray:
+    """Return the rows of each sample as one index into [B * T]."""
     return np.concatenate([at * longest + rows for at, rows in enumerate(rows_of_each)])
 
 
-def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
+def _contiguous_runs(rows: np.ndarray) -> list[tuple[int, int]]:
     """Cut ascending rows into runs without a gap: (first, stop) each."""
     parts = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
     return [(int(part[0]), int(part[-1]) + 1) for part in parts if len(part)]

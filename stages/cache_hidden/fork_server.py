@@ -1,9 +1,9 @@
-"""The process that workers are forked from, and what a worker does.
+"""The fork server: a process that imports once and forks the workers that prepare rows; and the workers' loop.
 
-Forking a process that has run torch is not safe, and starting a worker afresh costs seconds of imports. So one process
-is started, imports what rows need, reads the target's tokenizer, runs no thread, and forks workers as it is asked to.
-To it torch is not there: tokenizers and configs do without, and importing it takes longer than all the rest.
-It ends when whoever asked is gone, or has not asked for a while. What a worker may take is in `row_limits.py`.
+Forking a process that has run torch is not safe, and a newly started worker spends seconds on imports. So one process
+is started, imports what rows need, reads the target's tokenizer, runs no thread, and forks workers on request. It hides
+torch: tokenizers and configs do without, and importing it takes longer than everything else.
+It ends when its client is gone, or has sent no request for a while. The workers' limits are in `row_limits.py`.
 """
 
 import contextlib
@@ -30,48 +30,49 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 def main(control: int) -> None:
-    """Answer what is asked through the socket `control`, until its other end is gone.
+    """Answer requests on the socket with file descriptor `control`, until its other end is gone.
 
-    A job: "ready", or the error that its template ends in. "fork", with a socket behind it: the worker's process id.
-    A process id: how that worker ended, as `os.waitpid` has it.
+    Requests and answers: a Job -> "ready", or the exception that loading its template raised; "fork", followed by the
+    worker's socket -> the worker's process id; a process id -> that worker's wait status, as of `os.waitpid`.
     """
-    _die_with(os.getppid())
+    _die_with_parent(os.getppid())
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    sys.modules["torch"] = None  # as Python has it: an import of it finds nothing
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # such as that it found none
+    sys.modules["torch"] = None  # importing it raises ImportError
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # such as the one about a missing torch
     from pipeline.target.config import check_known
-    from stages.cache_hidden.prepare_rows import Preparer
+    from stages.cache_hidden.prepare_rows import RowPreparer
 
-    def checked(job) -> Preparer:
+    def make_checked(job) -> RowPreparer:
         if job.model is not None:
             check_known(job.model, job.folder)
-        return Preparer(job)
+        return RowPreparer(job)
 
-    asked, preparer, workers = socket.socket(fileno=control), None, 0
-    # Whoever asks may leave between a question and its answer, too, as with Ctrl-C.
-    with contextlib.suppress(EOFError, ConnectionError), Connection(os.dup(control)) as answers:
-        while answers.poll(None if workers else IDLE_SECONDS):
-            wanted = answers.recv()
-            if isinstance(wanted, int):
-                answers.send(os.waitpid(wanted, 0)[1])
+    requests, preparer, workers = socket.socket(fileno=control), None, 0
+    # The client may leave between a request and its answer, as with Ctrl-C.
+    with contextlib.suppress(EOFError, ConnectionError), Connection(os.dup(control)) as connection:
+        while connection.poll(None if workers else IDLE_SECONDS):
+            request = connection.recv()
+            if isinstance(request, int):
+                connection.send(os.waitpid(request, 0)[1])
                 workers -= 1
-            elif wanted == "fork":
-                _, (socket_of_worker,), _, _ = socket.recv_fds(asked, 1, 1)
-                answers.send(_forked(socket_of_worker, preparer, (asked.fileno(), answers.fileno())))
+            elif request == "fork":
+                _, (socket_of_worker,), _, _ = socket.recv_fds(requests, 1, 1)
+                connection.send(_fork_worker(socket_of_worker, preparer, (requests.fileno(), connection.fileno())))
                 os.close(socket_of_worker)
                 workers += 1
             else:
-                preparer, said = _made(checked, wanted)
-                answers.send(said)
+                preparer, answer = _make_preparer(make_checked, request)
+                connection.send(answer)
 
 
-def _made(make: Callable, job: object) -> tuple:
+def _make_preparer(make: Callable, job: object) -> tuple:
+    """Return (preparer, "ready") for a job, or (None, the exception) where `make` fails, within the limits of CPU."""
     signal.setitimer(signal.ITIMER_PROF, TEMPLATE_SECONDS)  # a template's constants are computed as it is compiled
     limits = _limit_memory(job.row_bytes)
     try:
         preparer = make(job)
         gc.collect()
-        gc.freeze()  # else a worker's first collection copies everything that it shares with us
+        gc.freeze()  # else a worker's first collection writes to, and so copies, every page that it shares with us
         return preparer, "ready"
     except Exception as error:
         try:
@@ -84,61 +85,61 @@ def _made(make: Callable, job: object) -> tuple:
         _limit_memory(None, limits)
 
 
-def _forked(socket_of_worker: int, preparer, others: tuple[int, ...]) -> int:
+def _fork_worker(socket_of_worker: int, preparer, inherited: tuple[int, ...]) -> int:
     here = os.getpid()
     pid = os.fork()
     if pid:
         return pid
     try:
-        _die_with(here)
-        for other in others:
-            os.close(other)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what a dying allocator says is no row's
-        _work(Connection(socket_of_worker), preparer)
+        _die_with_parent(here)
+        for fd in inherited:
+            os.close(fd)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hides the last words of an allocator out of memory
+        _serve_rows(Connection(socket_of_worker), preparer)
     finally:
-        os._exit(1)  # whatever happened: nothing of the nursery is this process's to clean up
+        os._exit(1)  # whatever happened: this process must not clean up anything of the fork server's
 
 
-def _work(asked: Connection, preparer) -> None:
-    """Answer every (rows, which of them) with what they come to, until nobody asks."""
+def _serve_rows(requests: Connection, preparer) -> None:
+    """Answer every request (rows, number of one of them or None) with the rows' outcomes, until the client is gone."""
     job = preparer.job
     _limit_memory(job.row_bytes)
     while True:
         try:
-            work, only = asked.recv()
+            work, only = requests.recv()
         except EOFError:
             os._exit(0)
         signal.setitimer(signal.ITIMER_PROF, job.row_seconds)
         try:
             answer = preparer.outcomes(work, only)
         except MemoryError:
-            os.kill(os.getpid(), signal.SIGUSR1)  # as if the system had refused it
+            os.kill(os.getpid(), signal.SIGUSR1)  # tells the pool that memory was the cause
         except Exception:
             answer = traceback.format_exc()  # a bug of ours
         signal.setitimer(signal.ITIMER_PROF, 0)
-        asked.send(answer)
+        requests.send(answer)
 
 
-def _limit_memory(most: int | None, limits: tuple[int, int] | None = None) -> tuple[int, int] | None:
-    """Let this process take `most` bytes more than it has, where that can be told; or put back `limits`.
+def _limit_memory(max_bytes: int | None, limits: tuple[int, int] | None = None) -> tuple[int, int] | None:
+    """Limit this process to `max_bytes` of address space beyond what it has (on Linux), or restore `limits`.
 
-    Returns those there were.
+    Returns the limits before, None where there is no such limit.
     """
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
         before = resource.getrlimit(resource.RLIMIT_AS)
-        if most is not None:
+        if max_bytes is not None:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
-            limits = pages * os.sysconf("SC_PAGE_SIZE") + most, before[1]
+            limits = pages * os.sysconf("SC_PAGE_SIZE") + max_bytes, before[1]
         if limits:
             resource.setrlimit(resource.RLIMIT_AS, limits)
         return before
     return None
 
 
-def _die_with(parent: int) -> None:
-    """End this process when its parent ends, however that is; on Linux."""
+def _die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, however that happens; on Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
         if os.getppid() != parent:

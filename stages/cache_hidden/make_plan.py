@@ -1,7 +1,7 @@
-"""From a corpus to the plan of a cache: every sample tokenised, masked, cut and counted, before the target runs.
+"""Makes the plan of a cache from a corpus: every sample tokenised, masked, truncated and counted, without the target.
 
-What is left out is counted by reason and shown by file and line. A corpus of which more than a tenth cannot be used is
-refused: it is another format than we think, and what is left would be a guess.
+What is left out is counted by reason and reported by file and line. A corpus of which more than a tenth is unusable is
+refused: it is probably in another format than it seems, and what is left would be a guess.
 """
 
 import json
@@ -16,46 +16,46 @@ from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import Plan, write_segment
 from pipeline.cache.samples import PlannedSample, ShardPlan
 from pipeline.corpus.formats import CHUNK_ROWS
-from pipeline.corpus.regenerated import check
+from pipeline.corpus.regenerated import check_regenerated
 from pipeline.corpus.sources import (
     Conversation,
-    Fault,
+    RejectedRow,
     corpus_chunks,
     corpus_files,
     file_sources,
     hub_dataset,
-    say_passed_over,
+    parse_roles,
+    report_skipped_files,
     source_roles,
-    with_roles,
 )
-from pipeline.corpus.tally import Tally, say_unknown_keys
+from pipeline.corpus.tally import Tally, report_unknown_keys
 from pipeline.target.files import is_quantised, text_config
-from stages.cache_hidden.budget import Chooser
-from stages.cache_hidden.row_outcome import Job, Outcome, samples_of
-from stages.cache_hidden.settings import Settings
-from stages.cache_hidden.turn_samples import choose_turns, kept_parts
-from stages.cache_hidden.worker_pool import Pool
+from stages.cache_hidden.budget import SampleChooser
+from stages.cache_hidden.row_outcome import Job, RowOutcome, samples_of
+from stages.cache_hidden.settings import CaptureSettings
+from stages.cache_hidden.turn_samples import choose_turns, chosen_parts
+from stages.cache_hidden.worker_pool import WorkerPool
 
-FREE_SHARE = 0.25  # of the disk, that a corpus nobody named may take
+FREE_SHARE = 0.25  # of the free disk that the default corpus may take
 
 
 def make_plan(
     corpus: str,
     out: Path,
-    settings: Settings,
+    settings: CaptureSettings,
     max_samples: int | None,
     *,
     spare_disk: bool = False,
-    budget: Chooser | None = None,
+    budget: SampleChooser | None = None,
     roles: str | None = None,
 ) -> Plan:
-    """Tokenise the corpus and write the plan; what the cache is, cache.json, comes when the corpus has proven usable.
+    """Tokenise the corpus and write the plan, and cache.json once the corpus has turned out usable.
 
-    At most `max_samples` usable conversations (None: all) and, with `spare_disk`, no more than a share of the free
-    disk; of these, what `budget` chooses, as a plan afresh.
-    Raises DataError for a corpus that is not, UsageError when it or the target is not there.
+    max_samples: at most so many usable conversations (None: all). spare_disk: no more than FREE_SHARE of the free
+    disk. budget: chooses among these samples; the plan then replaces an existing one. roles: the text of `--roles`.
+    Raises DataError for an unusable corpus, UsageError when corpus or target is not there.
     """
-    files, known = corpus_files(corpus), with_roles(roles)
+    files, known_roles = corpus_files(corpus), parse_roles(roles)
     if is_quantised(settings.folder):
         from pipeline.target.config import load_config
         from pipeline.target.quantised import check_quantised  # brings torch
@@ -63,64 +63,66 @@ def make_plan(
         check_quantised(settings.folder, load_config(settings.folder, settings.model))
     if files:
         work, sources = corpus_chunks(corpus, files), file_sources(corpus, files, roles)
-        say_passed_over(corpus)
+        report_skipped_files(corpus)
     else:
-        rows, source = hub_dataset(corpus, known)
+        rows, source = hub_dataset(corpus, known_roles)
         work, sources = _batches(rows), [{**source, **source_roles(roles)}]
     max_bytes = int(FREE_SHARE * free_bytes(out)) if spare_disk else None
     tally, notes, rules = Tally(), {"max_samples": max_samples}, settings.identity["samples"]
     arguments = rules["template_kwargs"], rules["template_date"]
     vocab_size = text_config(settings.folder)["vocab_size"]
-    job = Job(settings.folder, settings.max_length, vocab_size, known, *arguments, model=settings.model)
+    job = Job(settings.folder, settings.max_length, vocab_size, known_roles, *arguments, model=settings.model)
 
     def checked(samples: Iterator[PlannedSample]) -> Iterator[PlannedSample]:
-        usable, room, row = 0, max_bytes, None
+        usable, bytes_left, row = 0, max_bytes, None
         for sample in samples:
-            if room is not None:
-                room -= len(sample.ids) * settings.row_bytes
-                if room < 0:
+            if bytes_left is not None:
+                bytes_left -= len(sample.ids) * settings.row_bytes
+                if bytes_left < 0:
                     break
             if row != (row := (sample.file, sample.line)):
                 if usable == max_samples:
                     break
                 usable += 1
             yield sample
-        tally.check(corpus, usable)
+        tally.check_usable(corpus, usable)
 
     def chosen(parts: list[ShardPlan]) -> np.ndarray:
-        kept_n, turns = choose_turns(parts, rules["turns"])
+        chosen_n, turns = choose_turns(parts, rules["turns"])
         notes.update(tally.as_notes(), turns=turns, template={"kwargs": json.dumps(arguments[0]), "date": arguments[1]})
         if budget:
-            of_kept_n, notes["budget"] = budget(kept_parts(parts, kept_n))
-            kept_n[kept_n] = of_kept_n
+            within_budget_n, notes["budget"] = budget(chosen_parts(parts, chosen_n))
+            chosen_n[chosen_n] = within_budget_n
         create_identity(out, {**settings.identity, "samples": {**rules, "turns": turns["chosen"]}})
-        return kept_n
+        return chosen_n
 
-    with Pool(job) as pool:
+    with WorkerPool(job) as pool:
         plan = write_segment(
             out,
-            checked(_counted(pool.outcomes(work), tally, settings.identity)),
+            checked(_count_outcomes(pool.outcomes(work), tally, settings.identity)),
             row_bytes=settings.row_bytes,
             sources=sources,
             notes=notes,
             choose=chosen,
             replace=budget is not None,
         )
-    say_unknown_keys(tally)
+    report_unknown_keys(tally)
     return plan
 
 
-def _counted(outcomes: Iterable[Outcome], tally: Tally, identity: dict) -> Iterator[PlannedSample]:
-    """Yield the samples of the rows. UsageError for a row that another target has said, or this one in another mode."""
-    rules, known = identity["samples"], {""}
+def _count_outcomes(outcomes: Iterable[RowOutcome], tally: Tally, identity: dict) -> Iterator[PlannedSample]:
+    """Yield the samples of the rows. UsageError for replies regenerated by another target, or in another mode."""
+    rules, checked_records = identity["samples"], {""}
     for outcome in outcomes:
         tally.rows += 1
-        if outcome.regenerated not in known:
-            check(json.loads(outcome.regenerated), identity, rules["template_kwargs"], rules["template_date"])
-            known.add(outcome.regenerated)
+        if outcome.regenerated not in checked_records:
+            check_regenerated(
+                json.loads(outcome.regenerated), identity, rules["template_kwargs"], rules["template_date"]
+            )
+            checked_records.add(outcome.regenerated)
         yield from samples_of(outcome, tally)
 
 
-def _batches(rows: Iterator[Conversation | Fault]) -> Iterator[list[Conversation | Fault]]:
+def _batches(rows: Iterator[Conversation | RejectedRow]) -> Iterator[list[Conversation | RejectedRow]]:
     while batch := list(islice(rows, CHUNK_ROWS)):
         yield batch

@@ -1,4 +1,4 @@
-"""What a user may choose about a capture. None means: what the cache already has, else the rule stated here."""
+"""The options of a capture. None means: as in the existing cache, else the default stated here."""
 
 import re
 import sys
@@ -12,12 +12,14 @@ SIZE = re.compile(r"(\d{1,15}(?:\.\d+)?)\s*([kmgtp]?)(i?)b?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class CaptureOptions:
-    """Everything of the command line but model, corpus and folder."""
+    """All options of the command line but model, corpus and output folder."""
 
-    layers: str | None = None  # "1,9,17"; None: `taps` layers placed by rule, with `append` those there are
+    layers: str | None = None  # "1,9,17"; None: `taps` evenly spaced layers, with `append` those of the cache
     taps: int | None = None  # None: `pipeline.target.layers.default_taps`
-    final: str | None = None  # rows that keep it: needed (beside supervised ones), all, none. None: needed, or as it is
-    max_length: int | None = None  # tokens a sample, cut behind. None: 3072, or the target's positions if fewer
+    final: str | None = (
+        None  # rows stored: needed (beside supervised ones), all, none. None: needed, or as in the cache
+    )
+    max_length: int | None = None  # tokens a sample, truncated at the end. None: 3072, or the target's maximum if less
     batch_tokens: int | None = None  # padded tokens a forward; part of the cache's identity. None: 4096
     max_samples: int | None = None  # stop reading the corpus after so many usable samples
     device: str | None = None  # None: cuda where there is one
@@ -28,7 +30,7 @@ class CaptureOptions:
     seed: int = 0  # which samples a budget takes
     turns: str | None = None  # "last": one sample a conversation; "each": all turns. None: as the cache, else by rule
     template_kwargs: str | None = None  # arguments of the chat template, a JSON object. None: as the cache, else none
-    template_date: str | None = None  # what the template's clock shows, "2024-07-26". None: as the cache, else that
+    template_date: str | None = None  # today's date for the template, "2024-07-26". None: as the cache, else that
     codec: str | None = None  # "int8", "aux=int8,final=zstd"; None: as it is in the cache, else raw
     roles: str | None = None  # "bard=assistant,narrator=user": who speaks, beside those in `messages.ROLES`
     append: bool = False  # add the corpus to those the cache has
@@ -55,7 +57,7 @@ class CaptureOptions:
             raise UsageError(f"--max-length {self.max_length}: a sample is two tokens at least")
 
     def layer_list(self) -> list[int] | None:
-        """Return the layers named, in order, or None when they are left to the rule."""
+        """Return the layers named, in order, or None for the default layers. UsageError for anything but numbers."""
         if self.layers is None:
             return None
         try:

@@ -1,4 +1,4 @@
-"""What a plan says before anything runs: samples, tokens, what was left out and why, bytes, and room for them."""
+"""The report of a plan, before anything is captured: samples, tokens, what was left out and why, bytes, free disk."""
 
 import shlex
 from collections import Counter
@@ -17,15 +17,15 @@ from pipeline.cache.samples import ShardPlan, to_numpy
 from pipeline.errors import UsageError
 from pipeline.target.files import read_json, text_config
 from stages.cache_hidden.options import CaptureOptions
-from stages.cache_hidden.settings import Settings
+from stages.cache_hidden.settings import CaptureSettings
 
-SHOWN_CHARACTERS = 240  # of each stretch of a sample that a plan shows
-Work = list[tuple[ShardPlan, list[ColumnSpec]]]
-Lost = Mapping[tuple[int, str], dict | None]  # (shard, column) -> the manifest it had, if that is known
+SHOWN_CHARACTERS = 240  # of each supervised or unsupervised span of a sample that a plan shows
+Work = list[tuple[ShardPlan, list[ColumnSpec]]]  # shards to capture, each with the columns that it lacks
+Lost = Mapping[tuple[int, str], dict | None]  # damaged (shard, column) -> its former manifest, None where unknown
 
 
-def missing(out: Path, plan: Plan, columns: tuple[ColumnSpec, ...]) -> Work:
-    """Return the shards with columns still to be captured, and which. UsageError where one holds other rows."""
+def missing_columns(out: Path, plan: Plan, columns: tuple[ColumnSpec, ...]) -> Work:
+    """Return the shards that lack columns, and which. UsageError where one is stored with other rows or codec."""
     work = []
     for shard in plan.shards:
         absent = []
@@ -39,33 +39,33 @@ def missing(out: Path, plan: Plan, columns: tuple[ColumnSpec, ...]) -> Work:
                     f"pass --final {manifest['spec']['keeps']}, or another --out"
                 )
             elif manifest["spec"]["codec"] != spec.codec:
-                raise UsageError(other_codec(out, spec, manifest["spec"]["codec"]))
+                raise UsageError(codec_mismatch(out, spec, manifest["spec"]["codec"]))
         if absent:
             work.append((shard, absent))
     return work
 
 
-def other_codec(out: Path, spec: ColumnSpec, held: str) -> str:
-    """Return what to say where a column, or a part of it, is in another codec: one column has one."""
+def codec_mismatch(out: Path, spec: ColumnSpec, current: str) -> str:
+    """Return the error message for a column that some shards store in another codec than the one asked for."""
     remedy = f"`pipeline recode {out} --codec {spec.name}={spec.codec}` makes it so without the target"
-    if held in LOSSY:
-        remedy = f"what {held} has rounded stays so: leave --codec out, or pass another --out"
-    return f"{out} holds {spec.name} in {held}, and {spec.codec} is asked for or in other shards; {remedy}"
+    if current in LOSSY:
+        remedy = f"what {current} has rounded stays so: leave --codec out, or pass another --out"
+    return f"{out} holds {spec.name} in {current}, and {spec.codec} is asked for or in other shards; {remedy}"
 
 
 def column_bytes(shard: ShardPlan, spec: ColumnSpec) -> int:
-    """Bytes that a shard's column is expected to take, in its codec."""
+    """Return the bytes that a shard's column is expected to take in its codec."""
     rows = shard.rows if spec.keeps == "all" else shard.final_count
     return stored_bytes(rows, spec.width, spec.dtype, spec.codec)
 
 
 def work_bytes(work: Work) -> int:
-    """Bytes expected still to be written."""
+    """Return the bytes expected to be written still."""
     return sum(column_bytes(shard, spec) for shard, columns in work for spec in columns)
 
 
-def prices(plan: Plan, columns: tuple[ColumnSpec, ...]) -> dict[str, dict[str, int]]:
-    """Return what the columns would take in every codec there is: codec -> column, or `in all`, -> bytes."""
+def bytes_by_codec(plan: Plan, columns: tuple[ColumnSpec, ...]) -> dict[str, dict[str, int]]:
+    """Return the expected bytes of the columns in every codec: codec -> column, or `in all` -> bytes."""
     found = {}
     for codec in CODECS:
         encoded = [replace(spec, codec=codec) for spec in columns]
@@ -75,16 +75,13 @@ def prices(plan: Plan, columns: tuple[ColumnSpec, ...]) -> dict[str, dict[str, i
 
 
 def budget_steps(plan: Plan) -> list[str]:
-    """Return what was decided to keep to a budget, in words; nothing where the plan was made without one."""
+    """Return the sentences in which a plan describes its budget decision; none for a plan without a budget."""
     return [step for manifest in plan.manifests for step in manifest["notes"].get("budget", {}).get("steps", [])]
 
 
-def plan_report(out: Path, plan: Plan, settings: Settings) -> dict:
-    """Return everything `pipeline plan` prints, as JSON has it. Sizes in bytes, lengths in tokens.
-
-    `time` is None, not known; `budget` is what was decided to keep to one, step by step.
-    """
-    notes, work = plan.notes, missing(out, plan, settings.columns)
+def plan_report(out: Path, plan: Plan, settings: CaptureSettings) -> dict:
+    """Return all that `pipeline plan --json` prints: sizes in bytes, lengths in tokens, `time` None (not measured)."""
+    notes, work = plan.notes, missing_columns(out, plan, settings.columns)
     sizes = {spec.name: sum(column_bytes(shard, spec) for shard in plan.shards) for spec in settings.columns}
     sizes["target"] = head_bytes(settings)
     dropped = {**notes["faults"], **({"too short": notes["too_short"]} if notes["too_short"] else {})}
@@ -106,13 +103,13 @@ def plan_report(out: Path, plan: Plan, settings: Settings) -> dict:
         "rewritten_turns": notes["rewritten_turns"],
         "unproven_turns": notes.get("unproven_turns", {}),
         "turns": notes.get("turns"),
-        "kinds": kinds_shown(plan),
+        "kinds": turn_kind_examples(plan),
         "template": {
             key: settings.identity["samples"].get(key) for key in ("template_kwargs", "template_date", "stops")
         },
         "dropped": {why: {"count": dropped[why], "examples": notes["examples"].get(why, [])} for why in dropped},
         "examples": notes["examples"],
-        "prices": prices(plan, settings.columns),
+        "prices": bytes_by_codec(plan, settings.columns),
         "codecs": {spec.name: spec.codec for spec in settings.columns},
         "bytes": sizes,
         "bytes_in_all": sum(sizes.values()),
@@ -123,24 +120,24 @@ def plan_report(out: Path, plan: Plan, settings: Settings) -> dict:
         "budget": budget_steps(plan),
         "shards": len(plan.shards),
         "shards_done": len(plan.shards) - len(work),
-        "domains": _counted(plan, "domain"),
-        "splits": _counted(plan, "split"),
+        "domains": _count_values(plan, "domain"),
+        "splits": _count_values(plan, "split"),
     }
 
 
-def kinds_shown(plan: Plan) -> dict[str, dict]:
-    """Return the kinds of turns there are: how many, and the first sample of each with its ids and mask, if planned."""
+def turn_kind_examples(plan: Plan) -> dict[str, dict]:
+    """Return for each kind of turn: how many there are, and its first sample's source, ids and mask (if planned)."""
     found = {}
     for kind, noted in plan.notes.get("kinds", {}).items():
         source, _, line = noted["first"].rpartition(":")
-        place = next(_places(plan, source, int(line)), None)
-        shown = {"ids": place[0].ids(place[1]).tolist(), "mask": place[0].mask(place[1]).tolist()} if place else {}
+        sample = next(_samples_of_row(plan, source, int(line)), None)
+        shown = {"ids": sample[0].ids(sample[1]).tolist(), "mask": sample[0].mask(sample[1]).tolist()} if sample else {}
         found[kind] = {**noted, **shown}
     return found
 
 
-def _places(plan: Plan, source: str, line: int) -> Iterator[tuple[ShardPlan, int]]:
-    """Yield the samples of a row of the corpus, each as its shard and its number there."""
+def _samples_of_row(plan: Plan, source: str, line: int) -> Iterator[tuple[ShardPlan, int]]:
+    """Yield the samples made from a corpus row, each as its shard and its number in it."""
     for shard in plan.shards:
         for row in np.flatnonzero(to_numpy(shard.batch.column("line")) == line):
             if shard.batch.column("source")[int(row)].as_py() == source:
@@ -148,7 +145,7 @@ def _places(plan: Plan, source: str, line: int) -> Iterator[tuple[ShardPlan, int
 
 
 def plan_samples(report: dict):
-    """Return one sample of each kind of turn as text, what is supervised marked, to be read in ten seconds."""
+    """Return one sample of each kind of turn as text for the terminal, supervised tokens highlighted."""
     from rich.console import Group
     from rich.text import Text
 
@@ -165,20 +162,20 @@ def plan_samples(report: dict):
     return Group(*lines)
 
 
-def _counted(plan: Plan, column: str) -> dict[str, int]:
+def _count_values(plan: Plan, column: str) -> dict[str, int]:
     counts = Counter(text or "(none)" for shard in plan.shards for text in shard.text(column))
     return dict(sorted(counts.items()))
 
 
-def head_bytes(settings: Settings) -> int:
-    """Bytes of the embedding and head that go into the cache."""
+def head_bytes(settings: CaptureSettings) -> int:
+    """Return the bytes of the target's embedding and LM head, which go into the cache."""
     config, whole = text_config(settings.folder), read_json(settings.folder / "config.json")
     tied = config.get("tie_word_embeddings", whole.get("tie_word_embeddings", False))
     return config["vocab_size"] * settings.row_bytes // len(settings.columns) * (1 if tied else 2)
 
 
 def plan_table(report: dict):
-    """Return the report as a table for people."""
+    """Return the report as a table for the terminal."""
     from rich.text import Text
 
     from pipeline.console import Grid
@@ -199,13 +196,13 @@ def plan_table(report: dict):
         rows.append((f"left out: {why}", f"{found['count']:,}, such as " + "; ".join(found["examples"])))
     rows += turn_rows(report)
     rows += [
-        ("prices", price_table(report)),
+        ("prices", codec_table(report)),
         ("head", f"{size_text(report['bytes']['target'])}, the target's embedding and LM head"),
     ]
-    room = "it fits" if report["fits"] else "IT DOES NOT FIT: --budget takes a part, --codec less for each"
+    fits = "it fits" if report["fits"] else "IT DOES NOT FIT: --budget takes a part, --codec less for each"
     rows += [
         ("cache", f"{size_text(report['bytes_in_all'])} in {report['shards']} shards, {report['shards_done']} done"),
-        ("to write", f"{size_text(report['bytes_to_write'])}, {size_text(report['free_bytes'])} free: {room}"),
+        ("to write", f"{size_text(report['bytes_to_write'])}, {size_text(report['free_bytes'])} free: {fits}"),
         ("time", time_text(report["time"]) if report["bytes_to_write"] else "none, everything is captured"),
         ("domains", ", ".join(f"{name} {count:,}" for name, count in report["domains"].items())),
         ("splits", ", ".join(f"{name} {count:,}" for name, count in report["splits"].items())),
@@ -217,10 +214,10 @@ def plan_table(report: dict):
 
 
 def turn_rows(report: dict) -> list[tuple[str, str]]:
-    """Return what the plan says of turns: the choice between one sample and all, both prices, and what is unproven."""
+    """Return the table's rows about turns: size with `--turns last` and `each`, the choice, and unsupervised turns."""
     rows, turns = [], report["turns"]
     if turns and turns["last"] != turns["each"]:
-        a_token = (report["bytes_in_all"] - report["bytes"]["target"]) / report["tokens"]
+        bytes_a_token = (report["bytes_in_all"] - report["bytes"]["target"]) / report["tokens"]
         for name in ("last", "each"):
             priced = turns[name]
             taken = f", taken: {turns['why']}" if turns["chosen"] == name else ""
@@ -228,7 +225,7 @@ def turn_rows(report: dict) -> list[tuple[str, str]]:
                 (
                     f"--turns {name}",
                     f"{priced['samples']:,} samples, {priced['tokens']:,} tokens, {priced['supervised']:,} supervised, "
-                    f"about {size_text(int(priced['tokens'] * a_token))}{taken}",
+                    f"about {size_text(int(priced['tokens'] * bytes_a_token))}{taken}",
                 )
             )
         if turns["chosen"] == "last":
@@ -236,12 +233,14 @@ def turn_rows(report: dict) -> list[tuple[str, str]]:
     for why, count in report["unproven_turns"].items():
         shown = "; ".join(report["examples"].get(why, []))
         rows.append((f"not supervised: {why}", f"{count:,} turns, such as {shown}"))
-    arguments = report["template"]["template_kwargs"] or {}  # None: planned by an earlier version
-    return rows + [("template", ", ".join(f"{key} = {value!r}" for key, value in arguments.items()))] * bool(arguments)
+    template_arguments = report["template"]["template_kwargs"] or {}  # None: planned by an earlier version
+    return rows + [("template", ", ".join(f"{key} = {value!r}" for key, value in template_arguments.items()))] * bool(
+        template_arguments
+    )
 
 
-def price_table(report: dict):
-    """Return the bytes of every column in every codec, side by side; those chosen are marked."""
+def codec_table(report: dict):
+    """Return a table of the bytes of every column in every codec; the chosen ones are marked."""
     from rich.text import Text
 
     from pipeline.console import grid
@@ -257,7 +256,7 @@ def price_table(report: dict):
 
 
 def time_text(found: dict | None) -> str:
-    """Return how long the work takes, as far as it is known."""
+    """Return how long the work is expected to take, in words. found: see `Speed.as_dict`; None where not measured."""
     if found is None:
         return "unknown; --probe measures disk and target"
     what = "computing" if found["compute_s"] >= found["write_s"] else "writing"
@@ -274,7 +273,7 @@ def _clock(seconds: float) -> str:
 
 
 def codec_text(columns: Sequence[ColumnSpec]) -> str | None:
-    """Return `--codec` as short as it says the same; None where every column is raw."""
+    """Return the shortest `--codec` text for these columns; None where every one is raw."""
     of_aux = {spec.codec for spec in columns if spec.name != "final"}
     if {spec.codec for spec in columns} == {"raw"}:
         return None
@@ -284,11 +283,13 @@ def codec_text(columns: Sequence[ColumnSpec]) -> str | None:
     return ",".join([*(f"aux={codec}" for codec in of_aux), *final])
 
 
-def capture_command(model: str, corpus: str | None, out: Path, options: CaptureOptions, settings: Settings) -> str:
-    """Return the `cache-hidden` command that captures a plan, columns and codecs written out."""
+def capture_command(
+    model: str, corpus: str | None, out: Path, options: CaptureOptions, settings: CaptureSettings
+) -> str:
+    """Return the `cache-hidden` command line that captures a plan, with columns and codecs written out."""
     final = next((spec.keeps for spec in settings.columns if spec.name == "final"), "none")
     layers = ",".join(str(layer_of(spec.name)) for spec in settings.columns if spec.name != "final")
-    stated = {
+    arguments = {
         "--model": model,
         "--corpus": corpus,
         "--roles": options.roles,
@@ -306,5 +307,5 @@ def capture_command(model: str, corpus: str | None, out: Path, options: CaptureO
         "--dtype": options.dtype,
         "--revision": options.revision,
     }
-    words = [word for name, value in stated.items() if value is not None for word in (name, str(value))]
+    words = [word for name, value in arguments.items() if value is not None for word in (name, str(value))]
     return shlex.join(["pipeline", "cache-hidden", *words, *["--append"] * options.append])

@@ -1,4 +1,4 @@
-"""From some rows to samples: what a worker of the pool does, and what planning does where there is no pool.
+"""Turns corpus rows into samples: rendered, tokenised, masked, truncated. Runs in the pool's workers.
 
 Rows are rendered and tokenised together; where that fails, each alone, so that a template's failure costs its row only.
 
@@ -12,26 +12,26 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache.samples import PlannedSample, sample_id
-from pipeline.corpus.conversation import Conversation, Fault
+from pipeline.corpus.conversation import Conversation, RejectedRow
 from pipeline.corpus.formats import Chunk
 from pipeline.corpus.sources import chunk_rows
 from pipeline.corpus.tally import Tally, Unusable, check_ids, check_mask, trim
 from pipeline.target.chat_template import ChatTemplate
-from stages.cache_hidden.row_outcome import Job, Outcome, samples_of
+from stages.cache_hidden.row_outcome import Job, RowOutcome, samples_of
 from stages.cache_hidden.tokenise import SampleMaker
 
 
-class Preparer:
-    """Prepares rows as a job says."""
+class RowPreparer:
+    """Turns corpus rows into samples with a job's settings."""
 
     def __init__(self, job: Job, template: ChatTemplate | None = None):
         self.job = job
         self.maker = SampleMaker(template or ChatTemplate(job.folder, job.template_kwargs, job.template_date))
 
-    def outcomes(self, work: Chunk | Sequence[Conversation | Fault], only: int | None = None) -> list[Outcome]:
-        """Return what the rows of a chunk, or of a list, come to, in order; `only` names one of them."""
+    def outcomes(self, work: Chunk | Sequence[Conversation | RejectedRow], only: int | None = None) -> list[RowOutcome]:
+        """Return the outcomes of the rows of a chunk or list, in order; `only`: of the row with this number alone."""
         if isinstance(work, Chunk) and only is not None:
-            work = work.alone(only)
+            work = work.single_row(only)
         rows = list(chunk_rows(work, self.job.roles)) if isinstance(work, Chunk) else work
         if only is not None and not isinstance(work, Chunk):
             rows = [work[only]]
@@ -51,40 +51,40 @@ class Preparer:
         except MemoryError:
             return Unusable("too large", f"takes more than {self.job.row_bytes / 2**30:.1f} GiB to prepare")
         except Exception as error:
-            said = str(error).strip().split("\n")[0][:120]
-            return Unusable("template error", f"the chat template fails on it ({type(error).__name__}: {said})")
+            cause = str(error).strip().split("\n")[0][:120]
+            return Unusable("template error", f"the chat template fails on it ({type(error).__name__}: {cause})")
 
-    def _outcome(self, row: Conversation | Fault, prepared) -> Outcome:
-        if isinstance(row, Fault):
-            return Outcome(row.file, row.line, fault=(row.reason, row.detail))
+    def _outcome(self, row: Conversation | RejectedRow, prepared) -> RowOutcome:
+        if isinstance(row, RejectedRow):
+            return RowOutcome(row.file, row.line, rejected=(row.reason, row.detail))
         if isinstance(prepared, Unusable):
-            return Outcome(row.file, row.line, fault=(prepared.reason, prepared.detail), unknown=row.unknown)
-        kept, kinds, notes, truncated, short = [], [], [], 0, 0
+            return RowOutcome(row.file, row.line, rejected=(prepared.reason, prepared.detail), unknown=row.unknown)
+        packed, kinds, notes, truncated, too_short = [], [], [], 0, 0
         try:
             for sample in prepared.samples:
-                if len(sample.ids) <= self.job.max_length:  # what is cut may have lost its reply
+                if len(sample.ids) <= self.job.max_length:  # a truncated sample may have lost its reply
                     check_mask(sample.mask)
                 check_ids(sample.ids, self.job.vocab_size)
                 truncated += len(sample.ids) > self.job.max_length
                 cut = trim(sample.ids[: self.job.max_length], sample.mask[: self.job.max_length])
                 if cut is None:
-                    short += 1
+                    too_short += 1
                     continue
-                packed = np.packbits(cut[1], bitorder="little").tobytes()
-                kept.append((cut[0].astype("<i4", copy=False).tobytes(), packed, sample_id(*cut)))
+                mask_bits = np.packbits(cut[1], bitorder="little").tobytes()
+                packed.append((cut[0].astype("<i4", copy=False).tobytes(), mask_bits, sample_id(*cut)))
                 kinds += sample.kinds
-        except Unusable as fault:
-            return Outcome(row.file, row.line, fault=(fault.reason, fault.detail), unknown=row.unknown)
-        if short:
+        except Unusable as rejected:
+            return RowOutcome(row.file, row.line, rejected=(rejected.reason, rejected.detail), unknown=row.unknown)
+        if too_short:
             notes.append(("too short", f"no two supervised tokens in a row within {self.job.max_length}"))
-        return Outcome(
+        return RowOutcome(
             *(row.file, row.line, row.domain, row.split),
-            samples=tuple(kept),
+            samples=tuple(packed),
             notes=tuple(notes),
             truncated=truncated,
-            short=short,
+            too_short=too_short,
             turns=prepared.turns,
-            last_turns=prepared.last,
+            last_turns=prepared.last_turns,
             unproven=tuple(prepared.unproven),
             kinds=tuple(kinds),
             unknown=row.unknown,
@@ -93,15 +93,15 @@ class Preparer:
 
 
 def _record(row: Conversation) -> str:
-    told = {key: value for key, value in (row.regenerated or {}).items() if key != "stops"}
-    return json.dumps(told, sort_keys=True) if row.regenerated else ""
+    record = {key: value for key, value in (row.regenerated or {}).items() if key != "stops"}
+    return json.dumps(record, sort_keys=True) if row.regenerated else ""
 
 
-def planned(
-    rows: Iterable[Conversation | Fault], template: ChatTemplate, max_length: int, tally: Tally, vocab_size: int
+def prepare_rows(
+    rows: Iterable[Conversation | RejectedRow], template: ChatTemplate, max_length: int, tally: Tally, vocab_size: int
 ) -> Iterator[PlannedSample]:
-    """Yield the samples of rows, in order, in this process; whatever is left out goes into the tally."""
-    preparer = Preparer(Job(Path(), max_length, vocab_size), template)
+    """Yield the samples of rows, in order, without worker processes; whatever is left out goes into the tally."""
+    preparer = RowPreparer(Job(Path(), max_length, vocab_size), template)
     for row in rows:
         tally.rows += 1
         for outcome in preparer.outcomes([row]):

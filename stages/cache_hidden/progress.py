@@ -1,4 +1,4 @@
-"""How far a capture is: a live line on a terminal, one line every few seconds elsewhere. Standard error."""
+"""The progress of a capture, on stderr: a live line on a terminal, else a line every few seconds."""
 
 import sys
 import threading
@@ -41,8 +41,8 @@ class Progress:
                 self._shown = now
                 print(self.line(), file=sys.stderr, flush=True)
 
-    def shard(self) -> None:
-        """Count a shard that exists now."""
+    def add_shard(self) -> None:
+        """Count a committed shard."""
         self.done_shards += 1
 
     def line(self) -> str:

@@ -1,10 +1,9 @@
-"""`pipeline verify`, with what it needs the target for: `--deep`, and `--repair`, which makes a cache whole again.
+"""The parts of `pipeline verify` that need the target: `--deep`, and `--repair`.
 
-Repair touches only what is damaged. What follows from the rest is written again: index, lists, `samples.arrow`,
-segments of the plan, cache.json. What only the target knows, columns and its own files, is captured again, exactly the
-damaged (shard, array)s. On one kind of processor bytes depend on nothing but plan, target and versions, and come out as
-they were; where another kind or other versions made them, it says so. Stop it whenever you like: the same command goes
-on.
+Repair touches only what is damaged. Derived files are rebuilt: index, checksum lists, `samples.arrow`, segments of the
+plan, cache.json. Columns and the target's own files are captured again, exactly the damaged (shard, column)s. On one
+kind of processor bytes depend on nothing but plan, target and versions, and come out as they were; where the captured
+bytes differ, a line says so. After any stop, the same command continues.
 """
 
 import json
@@ -35,12 +34,12 @@ from pipeline.cache.target_folder import has_target, target_manifest
 from pipeline.cache.verify import Report, verify
 from pipeline.errors import CacheError, UsageError
 from pipeline.target.files import find_target
-from pipeline.target.weights import check_weights, check_weights_if_kept
+from pipeline.target.weights import check_weights, check_weights_if_recorded
 from pipeline.visible_text import say, visible
 from stages.cache_hidden.capture_log import read_record
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.plan_report import Lost, Work, work_bytes
-from stages.cache_hidden.settings import Settings, settle
+from stages.cache_hidden.settings import CaptureSettings, resolve_settings
 from stages.cache_hidden.shard_assignment import Worker
 
 IMPORT_AGAIN = (
@@ -49,25 +48,25 @@ IMPORT_AGAIN = (
 )
 
 
-def checked(out: Path, mend: bool, deep: bool, model: str | None, device: str | None) -> Report:
-    """Verify a cache, repair it first if `mend`, and with `deep` hold every byte of the target's weights to it, too."""
+def verify_and_repair(out: Path, repair_first: bool, deep: bool, model: str | None, device: str | None) -> Report:
+    """Verify a cache, after a repair if `repair_first`; `deep` also compares every byte of the target's weights."""
     if deep and model is None:
         raise UsageError("--deep compares the target's files; name it with --model")
-    report = repair(out, model, device) if mend else verify(out)
+    report = repair(out, model, device) if repair_first else verify(out)
     if deep and not report.damaged:
         check_model(out, model)
     return report
 
 
 def check_model(out: Path, model: str) -> None:
-    """Hold every byte of a named target's weights to the cache, at the revision that it was captured at."""
+    """Compare every byte of a target's weights, at the cache's revision, with the cache's checksums. UsageError."""
     check_weights(out, find_target(model, revision_of(out)))
 
 
 def repair(out: Path, model: str | None, device: str | None) -> Report:
-    """Repair a cache and return what is wrong after it. `model` is needed when states or the target's files are lost.
+    """Repair a cache and return what is still wrong. `model` is needed when states or the target's files are lost.
 
-    Raises what a capture raises; CacheError for damage that nothing can be made again from, with what to do.
+    Raises what a capture raises; CacheError for damage that cannot be repaired, with what to do.
     """
     clean_scratch(out)
     before = verify(out)
@@ -77,31 +76,34 @@ def repair(out: Path, model: str | None, device: str | None) -> Report:
         if any(finding.file == IDENTITY for finding in before.damaged):
             restore_identity(out)
         found = {finding.shard for finding in (*before.damaged, *before.missing)}
-        return _repaired(out, verify(out, found), model, device)
+        return _repair_damaged(out, verify(out, found), model, device)
 
 
-def _repaired(out: Path, before: Report, model: str | None, device: str | None) -> Report:
-    """Repair what is `before` damaged, and look at that again."""
-    plan = _whole_plan(out)
+def _repair_damaged(out: Path, before: Report, model: str | None, device: str | None) -> Report:
+    """Repair what the report `before` lists, and verify that again."""
+    plan = _load_or_restore_plan(out)
     for name in rebuild_derived(out):
-        _say(f"{name}: made again")
+        _report(f"{name}: made again")
     lost = lost_columns(out, plan, before)
     drop_damaged_target(out)
     target_lost = (out / SHARDS).is_dir() and not has_target(out)
     if drop_damaged_calibrations(out, before) or lost or target_lost:
-        _capture_again(out, plan, lost, model, device)
+        _recapture(out, plan, lost, model, device)
     rebuild_derived(out)
     return verify(out, {shard for shard, _ in lost} | {finding.shard for finding in before.damaged})
 
 
 def revision_of(out: Path) -> str | None:
-    """Return the revision of the hub that a cache's target is of; None where it came from a folder."""
+    """Return the hub revision of a cache's target; None where it came from a folder."""
     return read_canonical(out / IDENTITY)["target"]["revision"] or None
 
 
-def remedy(out: Path, model: str | None, mended: bool) -> str:
-    """Return what to do about damage: a command to paste, with the target as the last capture named it."""
-    if mended:
+def suggest_repair(out: Path, model: str | None, repaired: bool) -> str:
+    """Return advice about damage, mostly a command to paste with the model as the last capture named it.
+
+    repaired: a repair has just been tried.
+    """
+    if repaired:
         return "no repair makes it right; move it out of the cache and repair again"
     if is_imported(out):
         return IMPORT_AGAIN
@@ -110,9 +112,9 @@ def remedy(out: Path, model: str | None, mended: bool) -> str:
 
 
 def check_incomplete(out: Path, report: Report, model: str | None, complete: bool) -> None:
-    """Refuse columns that only some shards have, unless somebody is capturing them. CacheError.
+    """Raise CacheError for columns that only some shards have, unless a capture is running.
 
-    Where they have to be `complete`, refuse them in any case, and a cache of which nothing is captured yet, too.
+    complete: raise in that case, too, and for a cache of which nothing is captured yet.
     """
     busy = in_use(out)
     if complete and not report.columns:
@@ -121,28 +123,28 @@ def check_incomplete(out: Path, report: Report, model: str | None, complete: boo
         what = ", ".join(report.incomplete)
         if busy:
             raise CacheError(f"{out} is still being captured: {what}; wait until it is done")
-        again = "the same `pipeline import-cache`" if is_imported(out) else "the same `pipeline cache-hidden`"
-        mend = "" if is_imported(out) else f", or {remedy(out, model, False)}"
-        raise CacheError(f"{out} is incomplete, and nobody is capturing it: {what}; {again} goes on{mend}")
+        command = "the same `pipeline import-cache`" if is_imported(out) else "the same `pipeline cache-hidden`"
+        or_repair = "" if is_imported(out) else f", or {suggest_repair(out, model, False)}"
+        raise CacheError(f"{out} is incomplete, and nobody is capturing it: {what}; {command} goes on{or_repair}")
 
 
 def is_imported(out: Path) -> bool:
-    """Whether another trainer's files are where a cache came from, as far as its cache.json is whole."""
+    """Return whether a cache was imported from another trainer's files, as far as its cache.json can be read."""
     try:
         return "imported" in read_canonical(out / IDENTITY, {"capture": dict})["capture"]
     except CacheError:
         return False
 
 
-def _say(line: str) -> None:
+def _report(line: str) -> None:
     say(visible(line), err=True)
 
 
-def _whole_plan(out: Path) -> Plan:
-    """The plan, put together from the shards where it is damaged."""
+def _load_or_restore_plan(out: Path) -> Plan:
+    """Return the plan, restored from the shards' samples where it is damaged. CacheError where it cannot be."""
     try:
         for name in restore_segments(out):
-            _say(f"{name}: put together again from the shards' samples")
+            _report(f"{name}: put together again from the shards' samples")
         return load_plan(out)
     except (CacheError, UsageError) as error:
         raise CacheError(
@@ -153,18 +155,18 @@ def _whole_plan(out: Path) -> Plan:
 
 
 def restore_identity(out: Path) -> None:
-    """Write cache.json again as the last capture recorded it, if its hash is the one that everything else names."""
+    """Rewrite cache.json from the last capture's log, if its hash is the one that the manifests name. CacheError."""
     identity = read_record(out).get("identity", {})
     if json.loads(canonical(identity))["hash"] not in {manifest["cache"] for manifest in _manifests(out)}:
         raise CacheError(
             f"{out / IDENTITY}: lost, and {out / LOG} does not say what was in it; put a copy of the file back"
         )
     write_canonical(out / IDENTITY, identity)
-    _say(f"{IDENTITY}: made again")
+    _report(f"{IDENTITY}: made again")
 
 
 def _manifests(out: Path) -> list[dict]:
-    """Every sound manifest that names the cache it belongs to."""
+    """Return every readable manifest that names the hash of its cache."""
     paths = [out / TARGET / TARGET_MANIFEST, *(out / SHARDS).glob("*/*.json")]
     found = []
     for path in paths:
@@ -176,21 +178,24 @@ def _manifests(out: Path) -> list[dict]:
 
 
 def lost_columns(out: Path, plan: Plan, report: Report) -> Lost:
-    """Return what has to be captured again: columns found damaged, and those that other shards have and these lack."""
+    """Return the (shard, column)s to capture again: damaged ones, and those that other shards have and this one lacks.
+
+    Each with the manifest that it had, None where that is unknown.
+    """
     damaged = {(finding.shard, finding.column) for finding in report.damaged}
     names = sorted({name for shard in plan.shards for name in shard_columns(out, shard.number)})
     names = sorted({*names, *(column for shard, column in damaged if column)})
     lost: dict[tuple[int, str], dict | None] = {}
     for shard in plan.shards:
-        strangers = not _has_its_samples(out, shard)
+        other_samples = not _has_its_samples(out, shard)
         for name in names:
-            if strangers or (shard.number, name) in damaged or not complete_manifest(out, shard.number, name):
-                lost[shard.number, name] = None if strangers else _manifest_it_had(out, shard.number, name)
+            if other_samples or (shard.number, name) in damaged or not complete_manifest(out, shard.number, name):
+                lost[shard.number, name] = None if other_samples else _former_manifest(out, shard.number, name)
     return lost
 
 
 def _has_its_samples(out: Path, shard: ShardPlan) -> bool:
-    """Whether a shard's `samples.arrow`, if it has one, is the plan's. One that is not is removed."""
+    """Return whether a shard's `samples.arrow`, if it has one, equals the plan's; remove one that does not."""
     path = path_inside(out, f"{SHARDS}/{numbered(shard.number)}/{SAMPLES}")
     try:
         if not path.exists() or read_batch(path).equals(shard.batch):
@@ -201,7 +206,7 @@ def _has_its_samples(out: Path, shard: ShardPlan) -> bool:
     return False
 
 
-def _manifest_it_had(out: Path, shard: int, column: str) -> dict | None:
+def _former_manifest(out: Path, shard: int, column: str) -> dict | None:
     try:
         manifest = column_manifest(out, shard, column)
     except CacheError:
@@ -210,7 +215,7 @@ def _manifest_it_had(out: Path, shard: int, column: str) -> dict | None:
 
 
 def drop_damaged_target(out: Path) -> None:
-    """Remove the files of `target/` that are not what its manifest says, so that they are stored anew."""
+    """Remove the files of `target/` that differ from its manifest, so that the next capture stores them again."""
     try:
         files = target_manifest(out)["files"]
     except CacheError:
@@ -220,39 +225,41 @@ def drop_damaged_target(out: Path) -> None:
         try:
             check_file(path_inside(out / TARGET, name), fact)
         except CacheError:
-            path_inside(out / TARGET, name).unlink(missing_ok=True)  # where a name leads out, this refuses
+            path_inside(out / TARGET, name).unlink(missing_ok=True)  # raises for a name that leads out of the folder
 
 
 def drop_damaged_calibrations(out: Path, report: Report) -> bool:
-    """Remove calibrations that are damaged; whether any is lost. The next capture makes them again, as they were."""
+    """Remove damaged calibrations; return whether there were any. The next capture computes the same again."""
     files = {finding.file for finding in report.damaged if finding.file.startswith(CALIBRATION)}
     for file in files:
         path_inside(out, file).unlink(missing_ok=True)
     return bool(files)
 
 
-def _capture_again(out: Path, plan: Plan, lost: Lost, model: str | None, device: str | None) -> None:
+def _recapture(out: Path, plan: Plan, lost: Lost, model: str | None, device: str | None) -> None:
     if is_imported(out):
         raise UsageError(f"{out} was imported, and what it lost is in the files it came from; {IMPORT_AGAIN}")
     if model is None:
-        raise UsageError(f"only the target can make again what {out} has lost or lacks; {remedy(out, model, False)}")
-    settings = _settings(out, plan, lost, model)
+        raise UsageError(
+            f"only the target can make again what {out} has lost or lacks; {suggest_repair(out, model, False)}"
+        )
+    settings = _recapture_settings(out, plan, lost, model)
     wanted = [
         (shard, [spec for spec in settings.columns if (shard.number, spec.name) in lost]) for shard in plan.shards
     ]
     work: Work = [(shard, columns) for shard, columns in wanted if columns]
     check_free_space(out, "what is repaired", work_bytes(work))
     what = f"{len(lost)} columns in {len(work)} shards are captured again: {size_text(work_bytes(work))}"
-    _say(what if work else "what the cache holds of the target is made again")
+    _report(what if work else "what the cache holds of the target is made again")
     from stages.cache_hidden.capture import capture_shards  # brings torch and transformers
 
     capture_shards(out, settings, plan, work, Worker().device(device), 0, lost)
-    for (shard, name), had in lost.items():
-        made = complete_manifest(out, shard, name)
-        if had and made and made["files"] != had["files"]:
-            _say(
+    for (shard, name), former in lost.items():
+        current = complete_manifest(out, shard, name)
+        if former and current and current["files"] != former["files"]:
+            _report(
                 f"shard {numbered(shard)}, {name}: right by the probe, but not the bytes that were lost; made with "
-                f"{_versions(had)} then, {_versions(made)} now, or by another kind of processor"
+                f"{_versions(former)} then, {_versions(current)} now, or by another kind of processor"
             )
 
 
@@ -260,30 +267,30 @@ def _versions(manifest: dict) -> str:
     return ", ".join(f"{name} {manifest['facts'].get(name)}" for name in ("torch", "transformers", "device"))
 
 
-def _settings(out: Path, plan: Plan, lost: Lost, model: str) -> Settings:
-    """Settle the target as the cache has it, and for columns those of the cache, each as most shards keep it."""
-    held = read_canonical(out / IDENTITY)
+def _recapture_settings(out: Path, plan: Plan, lost: Lost, model: str) -> CaptureSettings:
+    """Return the cache's own settings for this target; each column's spec is the one that most shards have."""
+    identity = read_canonical(out / IDENTITY)
     options = CaptureOptions(
         layers="-1",
         revision=revision_of(out),
-        max_length=held["samples"]["max_length"],
-        batch_tokens=held["capture"]["batch_tokens"],
-        dtype=held["capture"]["dtype"],
+        max_length=identity["samples"]["max_length"],
+        batch_tokens=identity["capture"]["batch_tokens"],
+        dtype=identity["capture"]["dtype"],
     )
-    settings = settle(model, out, options)
+    settings = resolve_settings(model, out, options)
     create_identity(out, settings.identity)
-    check_weights_if_kept(out, settings.folder)
-    kept: dict[str, Counter] = {}
+    check_weights_if_recorded(out, settings.folder)
+    specs: dict[str, Counter] = {}
     for shard in plan.shards:
         for name, manifest in shard_columns(out, shard.number).items():
-            kept.setdefault(name, Counter())[ColumnSpec(**manifest["spec"])] += 1
+            specs.setdefault(name, Counter())[ColumnSpec(**manifest["spec"])] += 1
     for (_, name), manifest in lost.items():
         if manifest:
-            kept.setdefault(name, Counter())[ColumnSpec(**manifest["spec"])] += 1
-    unknown = sorted({name for _, name in lost} - kept.keys())
+            specs.setdefault(name, Counter())[ColumnSpec(**manifest["spec"])] += 1
+    unknown = sorted({name for _, name in lost} - specs.keys())
     if unknown:
         raise CacheError(
             f"{out}: no shard has a whole manifest of {', '.join(unknown)} any more, so it is open what to make; "
             "`pipeline cache-hidden` with the layers named captures it again"
         )
-    return replace(settings, columns=tuple(found.most_common(1)[0][0] for _, found in sorted(kept.items())))
+    return replace(settings, columns=tuple(found.most_common(1)[0][0] for _, found in sorted(specs.items())))

@@ -1,4 +1,4 @@
-"""What a row comes to, as it travels from whoever prepared it to the plan; and what decides it."""
+"""The outcome of preparing a corpus row, as workers send it to the planner, and the job that they prepare rows for."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from stages.cache_hidden.row_limits import ROW_BYTES, ROW_SECONDS
 
 @dataclass(frozen=True)
 class Job:
-    """What decides how rows become samples: the target's folder, tokens a sample, its vocabulary, names of roles.
+    """The settings by which workers turn rows into samples: target folder, tokens a sample, vocabulary size, roles.
 
-    template_kwargs, template_date: the arguments of its chat template, and the day that it is told.
-    model: how errors call the target, whose config is checked before any row; None checks nothing.
-    row_seconds, row_bytes: what the rows that a worker is sent at once may take, see `row_limits.py`.
+    template_kwargs, template_date: the chat template's arguments, and the date it gets as today's.
+    model: the target's name in errors; its config is checked before any row. None: no check.
+    row_seconds, row_bytes: limits for the rows that a worker is sent at once, see `row_limits.py`.
     """
 
     folder: Path
@@ -33,12 +33,12 @@ class Job:
     model: str | None = None
 
 
-class Outcome(NamedTuple):
-    """What one row came to: its samples, or the fault it is.
+class RowOutcome(NamedTuple):
+    """The outcome of one row: its samples, or why it was rejected.
 
-    samples: (ids int32, mask in bits, name), each in bytes, and `kinds` of their turns. fault, notes, unproven:
-    (reason, detail); of these a fault alone costs the row. turns: supervised, `last_turns` of them in the first sample.
-    regenerated: the row's record of who said its replies, as JSON without what differs from row to row.
+    samples: (ids as int32, mask as packed bits, sample id), each in bytes; kinds: of their turns. fault, notes,
+    unproven: (reason, detail); only `fault` rejects the row. turns: how many are supervised, `last_turns` of them in
+    the first sample. regenerated: the row's record of which model wrote its replies, as JSON, without `stops`.
     """
 
     file: str
@@ -46,10 +46,10 @@ class Outcome(NamedTuple):
     domain: str = ""
     split: str = ""
     samples: tuple[tuple[bytes, bytes, bytes], ...] = ()
-    fault: tuple[str, str] | None = None
+    rejected: tuple[str, str] | None = None
     notes: tuple[tuple[str, str], ...] = ()
     truncated: int = 0
-    short: int = 0
+    too_short: int = 0
     turns: int = 0
     last_turns: int = 0
     unproven: tuple[tuple[str, str], ...] = ()
@@ -58,22 +58,22 @@ class Outcome(NamedTuple):
     regenerated: str = ""
 
 
-def samples_of(outcome: Outcome, tally: Tally) -> Iterator[PlannedSample]:
-    """Yield the samples of a row; what it lacks goes into the tally, which has counted it already."""
+def samples_of(outcome: RowOutcome, tally: Tally) -> Iterator[PlannedSample]:
+    """Yield the samples of a row, and count in the tally what was left out of it; the row itself is counted before."""
     where = f"{outcome.file}:{outcome.line}"
     for key in outcome.unknown:
-        tally.key(key, where)
-    if outcome.fault:
-        reason, detail = outcome.fault
-        tally.fault(reason, f"{where}: {detail}")
+        tally.add_unknown_key(key, where)
+    if outcome.rejected:
+        reason, detail = outcome.rejected
+        tally.reject(reason, f"{where}: {detail}")
         return
     for reason, detail in outcome.notes:
-        tally.show(reason, f"{where}: {detail}")
+        tally.add_example(reason, f"{where}: {detail}")
     tally.truncated += outcome.truncated
-    tally.short += outcome.short
+    tally.too_short += outcome.too_short
     unproven = [(reason, f"{where}: {detail}") for reason, detail in outcome.unproven]
     tally.count_turns(outcome.turns, outcome.last_turns, unproven)
-    tally.count_kinds(outcome.kinds, outcome.file, outcome.line)
+    tally.count_turn_kinds(outcome.kinds, outcome.file, outcome.line)
     for data, bits, name in outcome.samples:
         ids = np.frombuffer(data, "<i4")
         mask = np.unpackbits(np.frombuffer(bits, np.uint8), count=len(ids), bitorder="little").view(bool)

@@ -1,8 +1,8 @@
-"""`pipeline plan` and `pipeline cache-hidden`: settle what is wanted, plan it once, capture what is missing.
+"""`pipeline plan` and `pipeline cache-hidden`: resolve the settings, plan the corpus once, capture what is missing.
 
-Any number of workers may run the same command on one cache. Whoever comes first plans, and stores the target's files,
-while the others wait; whoever commits the last shard writes what is derived from all of them.
-A run with nothing to do says so within a second: torch, transformers and datasets are imported only to tokenise a new
+Any number of workers may run the same command on one cache. The first one plans and stores the target's files while
+the others wait; the one that commits the last shard writes the index and all else that is derived from the shards.
+A run with nothing to do ends within a second: torch, transformers and datasets are imported only to tokenise a new
 corpus or to capture.
 """
 
@@ -21,31 +21,31 @@ from pipeline.cache.rebuild import rebuild_derived
 from pipeline.cache.target_folder import has_target
 from pipeline.corpus.sources import corpus_files, file_sources, source_roles
 from pipeline.errors import DataError, UsageError
-from pipeline.target.on_policy import Gauge
-from pipeline.target.weights import check_weights_if_kept
+from pipeline.target.on_policy import OnPolicyStats
+from pipeline.target.weights import check_weights_if_recorded
 from pipeline.visible_text import say, visible
-from stages.cache_hidden.budget import chooser, is_planned, within_budget
-from stages.cache_hidden.capture_log import corpus_unchanged, read_record, request_of, unchanged, write_record
+from stages.cache_hidden.budget import plan_matches_budget, sample_chooser, within_budget
+from stages.cache_hidden.capture_log import corpus_unchanged, read_record, request_of, unchanged_columns, write_record
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.plan_report import (
     Work,
     budget_steps,
     capture_command,
-    missing,
+    missing_columns,
     plan_report,
     plan_samples,
     plan_table,
     work_bytes,
 )
-from stages.cache_hidden.settings import HUB_CORPUS, HUB_SAMPLES, Settings, default_corpus, settle
+from stages.cache_hidden.settings import HUB_CORPUS, HUB_SAMPLES, CaptureSettings, default_corpus, resolve_settings
 from stages.cache_hidden.shard_assignment import Worker, find_worker
 
-__all__ = ["Done", "plan", "plan_samples", "plan_table", "run"]
+__all__ = ["CaptureSummary", "plan", "plan_samples", "plan_table", "run"]
 
 
 @dataclass(frozen=True)
-class Done:
-    """A capture, counted over the whole cache; `new_shards` over this run, `left` those still to come from others."""
+class CaptureSummary:
+    """Counts over the whole cache; `new_shards`: captured by this run, `left`: still to come from other workers."""
 
     samples: int
     tokens: int
@@ -54,46 +54,46 @@ class Done:
     left: int
     gib: float
     refused: int
-    gauge: Gauge
+    on_policy: OnPolicyStats
 
 
 def plan(model: str, corpus: str | None, out: Path, *, options: CaptureOptions, probe: bool = False) -> dict:
-    """Tokenise the corpus into the plan of a cache at `out`, unless it is there, and return what it says.
+    """Write the plan of a cache at `out`, unless it exists, and return its report (see `plan_report`).
 
-    `probe` runs the target over a few micro-batches and writes to the disk, to say how long a capture takes. Raises
-    UsageError (no such model or corpus, another identity or budget), DataError (unusable corpus), RoomError.
+    `probe` measures target and disk on a few micro-batches, to estimate how long a capture takes. Raises UsageError (no
+    such model or corpus, another identity or budget), DataError (unusable corpus), RoomError.
     """
-    settings, planned = _planned(model, corpus, out, options)
+    settings, planned = _resolve_plan(model, corpus, out, options)
     write_record(out, request_of(model, corpus, options), settings, corpus or default_corpus(settings.folder))
     report = plan_report(out, planned, settings)
     report["command"] = capture_command(model, corpus, out, options, settings)
-    work = missing(out, planned, settings.columns)
+    work = missing_columns(out, planned, settings.columns)
     if probe and work:
-        from stages.cache_hidden.time_estimate import measure  # brings torch and transformers
+        from stages.cache_hidden.time_estimate import measure_speed  # brings torch and transformers
 
-        report["time"] = measure(out, work, settings, Worker().device(options.device)).as_dict(work)
+        report["time"] = measure_speed(out, work, settings, Worker().device(options.device)).as_dict(work)
     return report
 
 
-def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -> Done:
-    """Capture what is missing of a cache at `out` and print one line. The same command goes on after any stop.
+def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -> CaptureSummary:
+    """Capture what is missing of a cache at `out` and print a summary. After any stop, the same command continues.
 
     Besides what `plan` raises: ProofError when the probe fails, CacheError for a damaged cache.
     """
     worker = find_worker(options.worker, os.environ)
     request, record = request_of(model, corpus, options), read_record(out)
-    columns = unchanged(record, request)
+    columns = unchanged_columns(record, request)
     if columns and segment_numbers(out) and has_target(out):
         planned = load_plan(out)
-        if not missing(out, planned, columns):
-            with contextlib.suppress(OSError):  # on a disk that is read-only now it does no harm
-                clean_scratch(out)  # what one left that was killed after its last commit
+        if not missing_columns(out, planned, columns):
+            with contextlib.suppress(OSError):  # the disk may be read-only by now
+                clean_scratch(out)  # temporary files of a run that was killed after its last commit
             rebuild_derived(out)
-            return _say(out, summary(out, planned, columns, 0, 0), worker)
-    settings, planned = _planned(model, corpus, out, options)
-    work = missing(out, planned, settings.columns)
+            return _print_summary(out, summarise(out, planned, columns, 0, 0), worker)
+    settings, planned = _resolve_plan(model, corpus, out, options)
+    work = missing_columns(out, planned, settings.columns)
     if work:
-        check_weights_if_kept(out, settings.folder)
+        check_weights_if_recorded(out, settings.folder)
     write_record(out, request, settings, corpus or default_corpus(settings.folder))
     clean_scratch(out)
     mine = worker.share(work)
@@ -102,68 +102,69 @@ def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -
         _announce(planned, settings, mine, worker)
         from stages.cache_hidden.capture import capture_shards  # brings torch and transformers
 
-        refused = summary(out, planned, settings.columns, 0, 0).refused
+        refused = summarise(out, planned, settings.columns, 0, 0).refused
         with plan_in_use(out, planned):
             capture_shards(out, settings, planned, mine, worker.device(options.device), refused)
-    left = len(missing(out, planned, settings.columns)) if work else 0
+    left = len(missing_columns(out, planned, settings.columns)) if work else 0
     if not left:
         rebuild_derived(out)
-    return _say(out, summary(out, planned, settings.columns, len(mine), left), worker)
+    return _print_summary(out, summarise(out, planned, settings.columns, len(mine), left), worker)
 
 
-def _planned(model: str, corpus: str | None, out: Path, options: CaptureOptions) -> tuple[Settings, Plan]:
-    """Return what is wanted and the cache's plan, in which the corpus is: now, or planned before by whoever it was."""
+def _resolve_plan(model: str, corpus: str | None, out: Path, options: CaptureOptions) -> tuple[CaptureSettings, Plan]:
+    """Return the settings and the cache's plan with the corpus in it, made now unless this or another run made it."""
     if options.append and corpus is None:
         raise UsageError("--append adds a corpus; name it with --corpus")
     if options.append and not (out / IDENTITY).is_file():
         raise UsageError(f"--append adds to a cache, and there is none at {out}; leave it out to make one")
-    settings = settle(model, out, within_budget(out, options))
-    held = _held_plan(corpus, out, settings, options)
-    if held is None:
-        check_weights_if_kept(out, settings.folder)
+    settings = resolve_settings(model, out, within_budget(out, options))
+    existing = _existing_plan(corpus, out, settings, options)
+    if existing is None:
+        check_weights_if_recorded(out, settings.folder)
         with write_errors(out, "a plan"):
             out.mkdir(parents=True, exist_ok=True)
         try:
             with write_errors(out, "a plan"), process_lock(out, "plan"):
-                settings = settle(model, out, within_budget(out, options))  # we may have waited for who has planned
-                held = _held_plan(corpus, out, settings, options) or _make_plan(corpus, out, settings, options)
-            settings = settle(model, out, within_budget(out, options))  # with what the plan has decided
+                # Again, since another run may have planned while this one waited.
+                settings = resolve_settings(model, out, within_budget(out, options))
+                existing = _existing_plan(corpus, out, settings, options) or _make_plan(corpus, out, settings, options)
+            settings = resolve_settings(model, out, within_budget(out, options))  # with what the plan has decided
         except (DataError, UsageError):
             with contextlib.suppress(OSError):  # leave no empty folder behind
                 out.rmdir()
             raise
-    return settings, held
+    return settings, existing
 
 
-def _held_plan(corpus: str | None, out: Path, settings: Settings, options: CaptureOptions) -> Plan | None:
+def _existing_plan(corpus: str | None, out: Path, settings: CaptureSettings, options: CaptureOptions) -> Plan | None:
     """Return the cache's plan if the corpus is in it, None if it has to be planned.
 
-    Raises UsageError for another identity, and for another corpus that nobody said to add.
+    Raises UsageError for another identity, and for another corpus without --append.
     """
     if (out / IDENTITY).is_file():
         create_identity(out, settings.identity)
-    if not segment_numbers(out) or not is_planned(out, options):
+    if not segment_numbers(out) or not plan_matches_budget(out, options):
         return None
-    held, named, max_samples = load_plan(out), corpus or default_corpus(settings.folder), options.max_samples
-    from_hub = corpus is None and named == HUB_CORPUS  # nobody named it
-    if from_hub and max_samples is None and any(part.get("dataset") == HUB_CORPUS for part in held.sources):
+    existing, name, max_samples = load_plan(out), corpus or default_corpus(settings.folder), options.max_samples
+    from_hub = corpus is None and name == HUB_CORPUS  # by default
+    if from_hub and max_samples is None and any(part.get("dataset") == HUB_CORPUS for part in existing.sources):
         max_samples = HUB_SAMPLES
-    difference = _difference(held, None if from_hub else named, out, max_samples, options.roles)
+    difference = _corpus_difference(existing, None if from_hub else name, out, max_samples, options.roles)
     if difference and not options.append:
         raise UsageError(
             f"{out} was planned {difference}; pass the same, --append to add it to this cache, or another --out for a "
             "second one"
         )
-    return None if difference else held
+    return None if difference else existing
 
 
-def _make_plan(corpus: str | None, out: Path, settings: Settings, options: CaptureOptions) -> Plan:
+def _make_plan(corpus: str | None, out: Path, settings: CaptureSettings, options: CaptureOptions) -> Plan:
     """Tokenise the corpus into the cache's plan, or into one more segment of it."""
-    from stages.cache_hidden.worker_pool import prepare
+    from stages.cache_hidden.worker_pool import start_fork_server
 
-    prepare()
-    named = corpus or default_corpus(settings.folder)
-    from_hub = corpus is None and named == HUB_CORPUS
+    start_fork_server()
+    name = corpus or default_corpus(settings.folder)
+    from_hub = corpus is None and name == HUB_CORPUS
     if from_hub:
         print(
             f"warning: no --corpus given, so {HUB_CORPUS} is taken; its replies are not this target's own, "
@@ -173,30 +174,32 @@ def _make_plan(corpus: str | None, out: Path, settings: Settings, options: Captu
     from stages.cache_hidden.make_plan import make_plan  # brings transformers
 
     capped = from_hub and options.max_samples is None
-    spare, budget = capped and options.budget is None, chooser(settings, options)
+    spare_disk, budget = capped and options.budget is None, sample_chooser(settings, options)
     if budget and segment_numbers(out):
         check_not_in_use(out)
         say(f"{visible(out)}: nothing of its plan is captured, so this budget makes another", err=True)
     before = load_plan(out).samples if options.append else 0
-    most = HUB_SAMPLES if capped else options.max_samples
-    plan = make_plan(named, out, settings, most, spare_disk=spare, budget=budget, roles=options.roles)
+    limit = HUB_SAMPLES if capped else options.max_samples
+    plan = make_plan(name, out, settings, limit, spare_disk=spare_disk, budget=budget, roles=options.roles)
     if options.append:
         new = plan.samples - before
-        told = f"{new:,} samples to the {before:,} there" if new else f"none, all are among the {before:,} there"
-        say(visible(f"{named} adds {told}"), err=True)
+        added = f"{new:,} samples to the {before:,} there" if new else f"none, all are among the {before:,} there"
+        say(visible(f"{name} adds {added}"), err=True)
     return plan
 
 
-def _difference(held: Plan, corpus: str | None, out: Path, max_samples: int | None, roles: str | None) -> str:
-    """Return how a corpus, or the part of it (`max_samples` None: all), differs from those planned; empty: it is one.
+def _corpus_difference(
+    existing: Plan, corpus: str | None, out: Path, max_samples: int | None, roles: str | None
+) -> str:
+    """Return how a corpus, cut at `max_samples` (None: all), differs from those planned; empty where it is among them.
 
-    Without a corpus (none named, and no bundled chats that may have changed) the plan's own is meant.
+    corpus None (none named, and no bundled chats that may have changed): the plan's own, so only the cut may differ.
     """
     if corpus and corpus_unchanged(read_record(out), corpus, max_samples, roles):
         return ""
     files = corpus_files(corpus) if corpus else []
     wanted = file_sources(corpus, files, roles) if files else [{"dataset": corpus, **source_roles(roles)}]
-    planned = [(_without_revision(manifest["sources"]), manifest) for manifest in held.manifests]
+    planned = [(_without_revision(manifest["sources"]), manifest) for manifest in existing.manifests]
     caps = [manifest["notes"]["max_samples"] for sources, manifest in planned if not corpus or sources == wanted]
     if not caps:
         there = " and from ".join(", ".join(map(_source_text, sources)) for sources, _ in planned)
@@ -218,7 +221,7 @@ def _source_text(source: dict) -> str:
     return f"{source['file']} ({source['size']} bytes, xxh3 {source['xxh3'][:12]}{roles})"
 
 
-def _announce(planned: Plan, settings: Settings, work: Work, worker: Worker) -> None:
+def _announce(planned: Plan, settings: CaptureSettings, work: Work, worker: Worker) -> None:
     names, share = ", ".join(spec.name for spec in settings.columns), planned.supervised / planned.tokens
     who = f" by {worker}" if worker.count > 1 else ""
     print(
@@ -231,7 +234,7 @@ def _announce(planned: Plan, settings: Settings, work: Work, worker: Worker) -> 
 
 
 def left_out_lines(planned: Plan) -> list[str]:
-    """Return what planning left out or cut, a line for each reason: the count, and an example by file and line."""
+    """Return what planning left out or truncated, a line for each reason: the count, and an example's file and line."""
     notes = planned.notes
     counts = {f"left out, {why}": (count, why) for why, count in notes["faults"].items()}
     counts["left out, too short"] = (notes["too_short"], "too short")
@@ -249,29 +252,31 @@ def left_out_lines(planned: Plan) -> list[str]:
     ]
 
 
-def summary(out: Path, planned: Plan, columns: tuple[ColumnSpec, ...], new_shards: int, left: int) -> Done:
-    """Return what the manifests of the captured columns say together."""
-    gauge, written, refused = Gauge(), 0, 0
+def summarise(out: Path, planned: Plan, columns: tuple[ColumnSpec, ...], new_shards: int, left: int) -> CaptureSummary:
+    """Sum the manifests of the captured columns."""
+    on_policy, written, refused = OnPolicyStats(), 0, 0
     for shard in planned.shards:
-        held = [manifest for spec in columns if (manifest := complete_manifest(out, shard.number, spec.name))]
-        written += sum(fact["size"] for manifest in held for fact in manifest["files"].values())
-        refused += len({row for manifest in held for row in manifest["refused"]})
-        found = [manifest["facts"]["gauge"] for manifest in held if "gauge" in manifest["facts"]]
-        gauge += Gauge.from_facts(found[-1]) if found else Gauge()
+        manifests = [manifest for spec in columns if (manifest := complete_manifest(out, shard.number, spec.name))]
+        written += sum(fact["size"] for manifest in manifests for fact in manifest["files"].values())
+        refused += len({row for manifest in manifests for row in manifest["refused"]})
+        stats = [manifest["facts"]["gauge"] for manifest in manifests if "gauge" in manifest["facts"]]
+        on_policy += OnPolicyStats.from_facts(stats[-1]) if stats else OnPolicyStats()
     shards = len(planned.shards)
-    return Done(planned.samples, planned.tokens, shards, new_shards, left, written / 2**30, refused, gauge)
+    return CaptureSummary(
+        planned.samples, planned.tokens, shards, new_shards, left, written / 2**30, refused, on_policy
+    )
 
 
-def _say(out: Path, done: Done, worker: Worker) -> Done:
-    """Print the line a capture ends with, and warn of a corpus in other words than the target's."""
+def _print_summary(out: Path, done: CaptureSummary, worker: Worker) -> CaptureSummary:
+    """Print a capture's last line and its on-policy figures, with a warning for an off-policy corpus; return `done`."""
     now = f"{done.new_shards} captured now" if done.new_shards else "nothing to do"
     who = f" by {worker}" if worker.count > 1 else ""
     left = f", {done.left} left to the other workers" if done.left else ""
     left_out = f", {done.refused} refused" if done.refused else ""
     where = visible(out)
     say(f"{where}: {done.samples:,} samples{left_out} in {done.shards} shards, {done.gib:.2f} GiB; {now}{who}{left}")
-    if done.gauge.rows:
-        print(f"on-policy gauge: {done.gauge}")
-        if done.gauge.warning:
-            print(done.gauge.warning, file=sys.stderr)
+    if done.on_policy.rows:
+        print(f"on-policy gauge: {done.on_policy}")
+        if done.on_policy.warning:
+            print(done.on_policy.warning, file=sys.stderr)
     return done

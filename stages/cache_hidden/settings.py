@@ -1,4 +1,4 @@
-"""A capture's settings: what was asked for, completed from the target's files and from the cache that is there.
+"""The settings of a capture: the command's options, completed from the target's files and from the existing cache.
 
 Imports no torch unless the device has to be looked at, so that a run with nothing to do stays quick.
 """
@@ -19,7 +19,7 @@ from pipeline.cache.rebuild import shard_columns
 from pipeline.errors import UsageError
 from pipeline.target.files import (
     find_target,
-    positions,
+    max_positions,
     read_json,
     stop_ids,
     target_digest,
@@ -33,18 +33,18 @@ from pipeline.target.layers import check_layers, default_layers, default_taps
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.shard_assignment import Worker
 
-BATCH_TOKENS = 4096  # padded tokens a forward; pads 1 to 2.4 % in shards of 4 GiB of an 8B target
+BATCH_TOKENS = 4096  # padded tokens a micro-batch; padding is 1 to 2.4 % in shards of 4 GiB of an 8B target
 MAX_LENGTH = 3072  # tokens a sample
 DTYPES = ("bfloat16", "float32")
 HUB_CORPUS = "mlabonne/open-perfectblend"
-HUB_SAMPLES = 20_000  # of it, when nobody named a corpus
+HUB_SAMPLES = 20_000  # taken of it when no corpus is named
 BUNDLED_CORPUS = "chats.jsonl"
 MASK_RULE = "proven"  # every supervised turn by three renderings, `turn_proof.py`
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Everything decided: where the target is, what the cache is to be, which columns are wanted."""
+class CaptureSettings:
+    """The resolved settings: the target's name and folder, the identity for cache.json, and the columns to capture."""
 
     model: str
     folder: Path
@@ -65,67 +65,73 @@ class Settings:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row over all columns, were every row kept in each."""
+        """Bytes of one token's row summed over all columns, before encoding."""
         return sum(spec.row_bytes for spec in self.columns)
 
 
-def settle(model: str, out: Path, options: CaptureOptions) -> Settings:
-    """Complete the options. UsageError for a target that is not there, or layers and types that cannot be.
+def resolve_settings(model: str, out: Path, options: CaptureOptions) -> CaptureSettings:
+    """Return the settings that the options, the target's files and an existing cache at `out` give together.
 
-    Columns that are whole are wanted in every case, so that a corpus that is added takes none of them from training.
+    An option takes precedence over the cache, the cache over the defaults. Columns that the cache has in full are
+    always included, so that an appended corpus does not lose one for training. Raises UsageError for a target that is
+    not there, and for layers or dtypes that it does not have.
     """
     folder = find_target(model, options.revision)
     config = text_config(folder)
-    held = read_canonical(out / IDENTITY) if (out / IDENTITY).is_file() else {}
-    kept = held.get("capture", {})
-    max_length = _max_length(options.max_length, held.get("samples", {}).get("max_length"), config)
-    whole = whole_columns(out) if held else []
-    dtype = options.dtype or kept.get("dtype") or _default_dtype(folder, options.device)
+    cached = read_canonical(out / IDENTITY) if (out / IDENTITY).is_file() else {}
+    cached_capture = cached.get("capture", {})
+    max_length = _max_length(options.max_length, cached.get("samples", {}).get("max_length"), config)
+    complete = complete_columns(out) if cached else []
+    dtype = options.dtype or cached_capture.get("dtype") or _default_dtype(folder, options.device)
     identity = {
-        "target": _target(model, folder, held.get("target", {})),
+        "target": _target(model, folder, cached.get("target", {})),
         "tokenizer": {"digest": tokenizer_digest(folder), "chat_template": template_digest(folder)},
-        "samples": {"max_length": max_length, **_sample_rules(out, folder, options, held.get("samples", {}))},
+        "samples": {"max_length": max_length, **_sample_rules(out, folder, options, cached.get("samples", {}))},
         "capture": {
             "engine": "transformers",
             "dtype": dtype,
-            "batch_tokens": options.batch_tokens or kept.get("batch_tokens") or BATCH_TOKENS,
+            "batch_tokens": options.batch_tokens or cached_capture.get("batch_tokens") or BATCH_TOKENS,
         },
     }
-    asked = _asked_columns(options, config, dtype, whole, out)
-    columns = asked + [spec for spec in whole if spec.name not in {other.name for other in asked}]
+    requested = _requested_columns(options, config, dtype, complete, out)
+    columns = requested + [spec for spec in complete if spec.name not in {other.name for other in requested}]
     columns.sort(key=lambda spec: (spec.name == "final", layer_of(spec.name)))
-    if not (options.dtype or options.device or held):
+    if not (options.dtype or options.device or cached):
         _warn_of_float32(folder, dtype)
-    return Settings(model, folder, identity, tuple(columns))
+    return CaptureSettings(model, folder, identity, tuple(columns))
 
 
-def _asked_columns(
-    options: CaptureOptions, config: dict, dtype: str, whole: list[ColumnSpec], out: Path
+def _requested_columns(
+    options: CaptureOptions, config: dict, dtype: str, complete: list[ColumnSpec], out: Path
 ) -> list[ColumnSpec]:
-    """Return the columns the options name; what they leave open is by rule, or as it is where a corpus is added."""
+    """Return the columns the options name; what they leave open is by default, or as in the cache with --append."""
     depth, width = config["num_hidden_layers"], config["hidden_size"]
-    as_it_is = options.append and bool(whole)
+    keep_columns = options.append and bool(complete)
     layers = options.layer_list() or []
     if options.append:
-        named = bool(layers or options.taps)
-        check_partial(out, layers_left_open=not named, final_left_open=not options.final and (as_it_is or not named))
-    if options.taps or not (layers or as_it_is):
+        layers_named = bool(layers or options.taps)
+        check_no_partial_columns(
+            out,
+            layers_left_open=not layers_named,
+            final_left_open=not options.final and (keep_columns or not layers_named),
+        )
+    if options.taps or not (layers or keep_columns):
         layers = default_layers(depth, options.taps or default_taps(depth))
     if layers:
         check_layers(layers, depth)
     codecs = parse_codecs(options.codec) if options.codec else {}
-    held = held_codecs(out)
+    codecs_there = existing_codecs(out)
 
     def column(name: str, keeps: str = "all") -> ColumnSpec:
-        return ColumnSpec(name, dtype, width, codec_of(codecs, name) or held.get(name, "raw"), keeps)
+        return ColumnSpec(name, dtype, width, codec_of(codecs, name) or codecs_there.get(name, "raw"), keeps)
 
     columns = [column(aux_column(layer)) for layer in layers]
-    final = options.final or ("none" if as_it_is else "needed")
+    final = options.final or ("none" if keep_columns else "needed")
     return columns + [column("final", final)] * (final != "none")
 
 
-def held_codecs(out: Path) -> dict[str, str]:
-    """Return the codec of every column that a shard has, by name, as the first that has it keeps it."""
+def existing_codecs(out: Path) -> dict[str, str]:
+    """Return the codec of every captured column by name, as in the first shard that has the column."""
     found: dict[str, str] = {}
     for shard in range(sum(manifest["shards"] for manifest in read_manifests(out)) if segment_numbers(out) else 0):
         for name, manifest in shard_columns(out, shard).items():
@@ -133,28 +139,28 @@ def held_codecs(out: Path) -> dict[str, str]:
     return found
 
 
-def whole_columns(out: Path) -> list[ColumnSpec]:
-    """Return the columns that every shard of the first corpus has, in order of name; none where nothing is planned."""
+def complete_columns(out: Path) -> list[ColumnSpec]:
+    """Return the columns that every shard of the first corpus has, sorted by name; none where nothing is planned."""
     if not segment_numbers(out):
         return []
     shards = range(read_manifests(out)[0]["shards"])
     names = sorted(name for name in shard_columns(out, 0))
-    held = {name: [complete_manifest(out, shard, name) for shard in shards] for name in names}
-    return [ColumnSpec(**found[0]["spec"]) for found in held.values() if all(found)]
+    manifests = {name: [complete_manifest(out, shard, name) for shard in shards] for name in names}
+    return [ColumnSpec(**found[0]["spec"]) for found in manifests.values() if all(found)]
 
 
-def check_partial(out: Path, *, layers_left_open: bool, final_left_open: bool) -> None:
-    """Refuse to add samples "as the cache is" where some shards of its first corpus lack a column that others have.
+def check_no_partial_columns(out: Path, *, layers_left_open: bool, final_left_open: bool) -> None:
+    """Refuse to append with the cache's columns where only some shards of its first corpus have one. UsageError.
 
-    UsageError, unless somebody is capturing it: that column would be missing from what is added, and from training.
+    That column would be missing from the appended samples, and so from training. Passes while a capture is running.
     """
     if not segment_numbers(out):
         return
     shards = range(read_manifests(out)[0]["shards"])
-    held = shards_per_column([[path.name for path in shard_folder(out, shard).glob("*")] for shard in shards])
+    counts = shards_per_column([[path.name for path in shard_folder(out, shard).glob("*")] for shard in shards])
     partial = {
         name: count
-        for name, count in held.items()
+        for name, count in counts.items()
         if count < len(shards) and (final_left_open if name == FINAL else layers_left_open)
     }
     if partial and not in_use(out):
@@ -165,22 +171,22 @@ def check_partial(out: Path, *, layers_left_open: bool, final_left_open: bool) -
         )
 
 
-def _max_length(stated: int | None, kept: int | None, config: dict) -> int:
-    """Return the tokens a sample may have: as stated, as the cache has it, or by rule. UsageError for too many."""
-    most, why = positions(config)
-    if stated is None:
-        return kept or min(MAX_LENGTH, most or MAX_LENGTH)
-    if most is not None and stated > most:
-        raise UsageError(f"--max-length {stated}: this target has {most} positions{why}; pass {most} or less")
-    return stated
+def _max_length(requested: int | None, cached: int | None, config: dict) -> int:
+    """Return the tokens a sample may have: as requested, as in the cache, or the default. UsageError for too many."""
+    limit, why = max_positions(config)
+    if requested is None:
+        return cached or min(MAX_LENGTH, limit or MAX_LENGTH)
+    if limit is not None and requested > limit:
+        raise UsageError(f"--max-length {requested}: this target has {limit} positions{why}; pass {limit} or less")
+    return requested
 
 
-def _sample_rules(out: Path, folder: Path, options: CaptureOptions, kept: dict) -> dict:
-    """Return how conversations become samples, as an identity states it. `turns` is None until a corpus has decided.
+def _sample_rules(out: Path, folder: Path, options: CaptureOptions, cached: dict) -> dict:
+    """Return the identity's `samples` entry: how conversations become samples. `turns` is None until a plan decides.
 
-    A plan of an earlier version is finished by its own rules. UsageError where samples are to be added to it.
+    A plan of an earlier version is finished by its own rules; UsageError for --append to it.
     """
-    if kept and "turns" not in kept and kept.get("mask") != "imported":
+    if cached and "turns" not in cached and cached.get("mask") != "imported":
         if options.append:
             raise UsageError(
                 f"{out} was planned by an earlier version, before loss masks were proven turn by turn, and nothing can "
@@ -191,60 +197,62 @@ def _sample_rules(out: Path, folder: Path, options: CaptureOptions, kept: dict) 
             "finished as planned, a plan in another --out has them proven",
             file=sys.stderr,
         )
-        return {key: value for key, value in kept.items() if key != "max_length"}
+        return {key: value for key, value in cached.items() if key != "max_length"}
     kwargs = options.template_kwargs
-    if kwargs is None and "template_kwargs" in kept:
-        kwargs = json.dumps(kept["template_kwargs"])
+    if kwargs is None and "template_kwargs" in cached:
+        kwargs = json.dumps(cached["template_kwargs"])
     return {
         "mask": MASK_RULE,
         "trimmed": True,
-        "turns": options.turns or kept.get("turns"),
-        **template_arguments(kwargs, options.template_date or kept.get("template_date")),
+        "turns": options.turns or cached.get("turns"),
+        **template_arguments(kwargs, options.template_date or cached.get("template_date")),
         "stops": stop_ids(folder),
     }
 
 
-def _target(model: str, folder: Path, held: dict) -> dict:
-    """Name, revision and digest. A folder that was only moved keeps the name it has in the cache."""
+def _target(model: str, folder: Path, cached: dict) -> dict:
+    """Return name, revision and digest. A folder that was only moved keeps the name it has in the cache."""
     digest = target_digest(folder)
-    if held.get("digest") == digest:
-        return held
+    if cached.get("digest") == digest:
+        return cached
     revision = folder.name if folder.parent.name == "snapshots" else ""
     return {"name": target_name(model), "revision": revision, "digest": digest}
 
 
 def _default_dtype(folder: Path, device: str | None) -> str:
-    """Return float32 on a CPU, else the type the target's weights are meant for."""
+    """Return float32 on a CPU, else the dtype of the target's config. UsageError for one that captures cannot have."""
     if Worker().device(device) == "cpu":
         return "float32"
-    named = _named_dtype(folder)
-    if named not in DTYPES:
-        raise UsageError(f"the target's config names the type {named}; choose one with --dtype: {' or '.join(DTYPES)}")
-    return named
+    native = _config_dtype(folder)
+    if native not in DTYPES:
+        raise UsageError(f"the target's config names the type {native}; choose one with --dtype: {' or '.join(DTYPES)}")
+    return native
 
 
-def _named_dtype(folder: Path) -> str | None:
-    """Return the type that the target's config names for its weights."""
+def _config_dtype(folder: Path) -> str | None:
+    """Return the dtype that the target's config names for its weights."""
     config = read_json(folder / "config.json")
     nested = config.get("text_config") or {}
-    return next((place[key] for place in (config, nested) for key in ("dtype", "torch_dtype") if place.get(key)), None)
+    return next(
+        (section[key] for section in (config, nested) for key in ("dtype", "torch_dtype") if section.get(key)), None
+    )
 
 
 def _warn_of_float32(folder: Path, dtype: str) -> None:
-    """Warn where a machine without a GPU settles, for good, that a half-width target is computed in float32.
+    """Warn where planning without a GPU fixes float32 for a half-precision target, for the whole life of the cache.
 
     Not for the bundled target, which a CPU is meant to capture.
     """
-    named = _named_dtype(folder)
-    if dtype == "float32" and named in ("bfloat16", "float16") and default_corpus(folder) == HUB_CORPUS:
+    native = _config_dtype(folder)
+    if dtype == "float32" and native in ("bfloat16", "float16") and default_corpus(folder) == HUB_CORPUS:
         print(
-            f"warning: no GPU here, so this plan fixes float32 for the cache of a {named} target, at twice the bytes; "
+            f"warning: no GPU here, so this plan fixes float32 for the cache of a {native} target, at twice the bytes; "
             "if a GPU will capture it, plan with --dtype bfloat16",
             file=sys.stderr,
         )
 
 
 def default_corpus(folder: Path) -> str:
-    """Return the corpus when none is named: the chats beside a bundled target, else a data set of the hub."""
+    """Return the corpus when none is named: the chats beside a bundled target, else a hub data set."""
     bundled = folder.resolve().parent / BUNDLED_CORPUS
     return str(bundled) if bundled.is_file() else HUB_CORPUS

@@ -1,7 +1,7 @@
-"""Which shards a process captures, when several work on one cache: shard s belongs to worker s mod N.
+"""Which shards a process captures when several work on one cache: worker s mod N captures shard s.
 
-Workers share nothing but the cache's folder. Who none of them is (a killed one's share, another N) the next run finds
-missing and captures.
+Workers share nothing but the cache's folder. Shards that none of them captured (one was killed, or N changed) are
+missing to the next run, which captures them.
 """
 
 import re
@@ -18,18 +18,18 @@ NAMED = re.compile(r"([0-9]+)/([0-9]+)")
 
 @dataclass(frozen=True)
 class Worker:
-    """Worker `number` (from 0) of `count`. `local` is its number on this machine, None where nobody said."""
+    """Worker `number` (from 0) of `count`. `local`: its number on this machine, None where unknown."""
 
     number: int = 0
     count: int = 1
     local: int | None = None
 
     def share(self, work: list) -> list:
-        """Those entries of a list of (shard, columns) that are this worker's."""
+        """Return the entries of a list of (shard, columns) that are this worker's."""
         return [entry for entry in work if entry[0].number % self.count == self.number]
 
     def device(self, named: str | None) -> str:
-        """Return the device: the one named; where only "cuda" or nothing was, the GPU of the worker's local number.
+        """Return the device to use: the named one; for "cuda" or None, the GPU of the worker's local number, if any.
 
         UsageError where a GPU is named and there is none.
         """
@@ -49,7 +49,7 @@ class Worker:
 
 
 def _built_for_gpus() -> bool:
-    """Whether the torch that is installed can have a GPU, by its version file: importing it takes a second."""
+    """Return whether the installed torch is a GPU build, by its version file, since importing it takes a second."""
     found = find_spec("torch")
     version = Path(found.origin).with_name("version.py") if found and found.origin else None
     built = runpy.run_path(str(version)) if version and version.is_file() else {}
@@ -63,10 +63,10 @@ def _cuda():
 
 
 def find_worker(named: str | None, environment: Mapping[str, str]) -> Worker:
-    """Return who this process is: by --worker, else torchrun's variables, else SLURM's, else the only one.
+    """Return this process's worker number: from --worker, else torchrun's variables, else SLURM's, else 0 of 1.
 
-    torchrun: RANK and WORLD_SIZE. SLURM: the tasks of `srun` in each job of an array, or one of the two. The local
-    number, which only chooses the GPU, is LOCAL_RANK or SLURM_LOCALID. Raises UsageError for a value that is none.
+    torchrun: RANK and WORLD_SIZE. SLURM: the tasks of `srun`, the jobs of an array, or both. The local number, which
+    only chooses the GPU, is LOCAL_RANK or SLURM_LOCALID. Raises UsageError for a value that is no number or too large.
     """
     values = _Numbers(environment)
     local = values.first("LOCAL_RANK", "SLURM_LOCALID")
@@ -76,12 +76,12 @@ def find_worker(named: str | None, environment: Mapping[str, str]) -> Worker:
             raise UsageError(f"--worker {named}: wanted I/N with I from 0 to N-1, such as 0/4")
         return Worker(int(found[1]), int(found[2]), local)
     if "RANK" in environment or "WORLD_SIZE" in environment:
-        return _checked(values.get("RANK"), values.get("WORLD_SIZE"), local, "RANK and WORLD_SIZE")
+        return _make_worker(values.get("RANK"), values.get("WORLD_SIZE"), local, "RANK and WORLD_SIZE")
     return _slurm(environment, values, local)
 
 
 class _Numbers:
-    """Environment variables as numbers from 0."""
+    """Reads environment variables as non-negative numbers. UsageError for anything else."""
 
     def __init__(self, environment: Mapping[str, str]):
         self.environment = environment
@@ -97,8 +97,11 @@ class _Numbers:
 
 
 def _slurm(environment: Mapping[str, str], values: _Numbers, local: int | None) -> Worker:
-    """By place in the job array and, within it, in the step. A batch script of its own is no step: there, of the
-    step's variables, only SLURM_PROCID is set, and one process runs whatever --ntasks says."""
+    """Number the worker by its job in the array and its task in the job's step (`srun`).
+
+    A batch script without `srun` is no step: only SLURM_PROCID is set there, and one process runs whatever --ntasks
+    says.
+    """
     job, jobs, task, tasks = 0, 1, 0, 1
     if "SLURM_ARRAY_TASK_ID" in environment:
         jobs, first = values.get("SLURM_ARRAY_TASK_COUNT"), values.get("SLURM_ARRAY_TASK_MIN")
@@ -112,10 +115,10 @@ def _slurm(environment: Mapping[str, str], values: _Numbers, local: int | None) 
             )
     if "SLURM_STEP_NUM_TASKS" in environment:
         task, tasks = values.get("SLURM_PROCID"), values.get("SLURM_STEP_NUM_TASKS")
-    return _checked(job * tasks + task, jobs * tasks, local, "SLURM's array and task numbers")
+    return _make_worker(job * tasks + task, jobs * tasks, local, "SLURM's array and task numbers")
 
 
-def _checked(number: int, count: int, local: int | None, where: str) -> Worker:
+def _make_worker(number: int, count: int, local: int | None, where: str) -> Worker:
     if not 0 <= number < count:
         raise UsageError(f"{where} say worker {number} of {count}: wanted 0 to {count - 1}; pass --worker I/N")
     return Worker(number, count, local)

@@ -1,7 +1,7 @@
-"""How long a capture will take: from a short probe of the disk and of the target, or not known.
+"""An estimate of how long a capture will take, from a short measurement of the disk and of the target.
 
-Computing and writing overlap, so the larger of the two is what a capture takes; encoding, which overlaps too, is not
-measured. Qwen3-8B at full speed on a large GPU writes more than 1 GB/s in bfloat16, so it often is the disk.
+Computing and writing overlap, so a capture takes the larger of the two times; encoding, which overlaps too, is not
+measured. Qwen3-8B at full speed on a large GPU writes more than 1 GB/s in bfloat16, so the disk is often the limit.
 """
 
 import os
@@ -14,7 +14,7 @@ from pipeline.cache.atomic import Scratch, write_all, write_errors
 from pipeline.cache.micro_batches import micro_batches
 from pipeline.cache.samples import ShardPlan
 from stages.cache_hidden.plan_report import Work, work_bytes
-from stages.cache_hidden.settings import Settings
+from stages.cache_hidden.settings import CaptureSettings
 
 DISK_BYTES = 256 << 20  # written, synced and removed
 BLOCK_BYTES = 8 << 20
@@ -24,13 +24,13 @@ AT_LEAST_S = 1e-9
 
 @dataclass(frozen=True)
 class Speed:
-    """What one worker does a second: bytes written, and tokens through the target."""
+    """One worker's rates: bytes written a second, tokens through the target a second."""
 
     written: float
     tokens: float
 
     def as_dict(self, work: Work) -> dict:
-        """Return the seconds of the work still to be done, as the plan's report has them."""
+        """Return the `time` entry of the plan's report: the rates, and the seconds that the work takes."""
         compute = sum(shard.rows for shard, _ in work) / self.tokens
         write = work_bytes(work) / self.written
         return {
@@ -42,14 +42,14 @@ class Speed:
         }
 
 
-def measure(out: Path, work: Work, settings: Settings, device: str) -> Speed:
-    """Probe disk and target for work that is left. Raises RoomError, and what loading a target raises."""
+def measure_speed(out: Path, work: Work, settings: CaptureSettings, device: str) -> Speed:
+    """Measure disk and target on some of the work. Raises RoomError, and what loading a target raises."""
     return Speed(disk_speed(out), target_speed(work, settings, device))
 
 
 def disk_speed(out: Path, size: int = DISK_BYTES) -> float:
     """Write `size` bytes into the cache's folder, sync and remove them; return bytes a second. Raises RoomError."""
-    block = os.urandom(min(size, BLOCK_BYTES))  # nothing that a disk could compress
+    block = os.urandom(min(size, BLOCK_BYTES))  # incompressible
     with Scratch(out, "speed") as scratch, write_errors(out, "a probe of the disk", size):
         began = time.perf_counter()
         fd = os.open(scratch.path / "written", os.O_WRONLY | os.O_CREAT, 0o644)
@@ -63,23 +63,20 @@ def disk_speed(out: Path, size: int = DISK_BYTES) -> float:
     return max(1, size // len(block)) * len(block) / max(seconds, AT_LEAST_S)
 
 
-def target_speed(work: Work, settings: Settings, device: str) -> float:
-    """Run a few micro-batches of the work, from all over it, through the engine; return tokens a second.
-
-    Its own tokens: padding takes time and does not count.
-    """
+def target_speed(work: Work, settings: CaptureSettings, device: str) -> float:
+    """Run a few evenly spaced micro-batches through the engine; return tokens a second, padding not counted."""
     from pipeline.target.model import head_of, load_target
     from pipeline.target.on_policy import SHARE
     from stages.cache_hidden.engine_hf import Engine
 
     model = load_target(str(settings.folder), device=device, dtype=settings.dtype)
     engine = Engine(model, head_of(model), SHARE)
-    chosen = spread_batches([shard for shard, _ in work], settings.batch_tokens, MICRO_BATCHES)
+    chosen = evenly_spaced_batches([shard for shard, _ in work], settings.batch_tokens, MICRO_BATCHES)
     columns = max((columns for _, columns in work), key=len)
     tokens, began = 0, time.perf_counter()
     for number, (shard, rows) in enumerate([chosen[0], *chosen]):
-        for piece in engine.pieces(shard, rows, columns):
-            piece.wait()
+        for output in engine.forward_outputs(shard, rows, columns):
+            output.wait()
         if number:
             tokens += int(shard.lengths[rows].sum())
         else:
@@ -87,10 +84,10 @@ def target_speed(work: Work, settings: Settings, device: str) -> float:
     return tokens / max(time.perf_counter() - began, AT_LEAST_S)
 
 
-def spread_batches(shards: Sequence[ShardPlan], batch_tokens: int, count: int) -> list[tuple[ShardPlan, range]]:
-    """Return up to `count` micro-batches: of shards evenly spread, each from another place in its shard.
+def evenly_spaced_batches(shards: Sequence[ShardPlan], batch_tokens: int, count: int) -> list[tuple[ShardPlan, range]]:
+    """Return up to `count` micro-batches as (shard, its samples), from evenly spaced shards.
 
-    Samples lie longest first, so the place decides how long they are.
+    Each comes from another part of its shard, since a shard's samples are ordered longest first.
     """
     chosen = []
     for number in range(min(count, len(shards))):

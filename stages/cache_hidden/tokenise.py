@@ -1,9 +1,9 @@
-"""From a conversation to samples, ids and a loss mask, by the target's own chat template.
+"""Turns a conversation into samples, ids and a loss mask, with the target's own chat template.
 
-What is supervised: the turns of the assistant that prove (`turn_proof.py`), each from the first token that the target
-itself would write to the one that ends it. One sample holds a turn behind the prompt it was answered to, and with it
-every earlier turn that stands in that prompt as the target wrote it. Templates that rewrite earlier turns (they drop
-thoughts, say) leave those to samples of their own.
+Supervised are the assistant turns that are proven (`turn_proof.py`), each from the first token that the target itself
+would generate through the one that ends it. A sample holds a turn after its prompt, and supervises every earlier turn
+that this prompt contains as the target wrote it. Earlier turns that the template rewrites (it drops their reasoning,
+say) get samples of their own.
 
     T tokens of a sample
 """
@@ -17,15 +17,15 @@ import numpy as np
 from pipeline.corpus.sources import Conversation
 from pipeline.corpus.tally import Unusable
 from pipeline.target.chat_template import ChatTemplate
-from stages.cache_hidden.dropped_text import check_all_shown, check_each_shown, check_once_encoded
-from stages.cache_hidden.token_boundaries import Encoded, encode_apart, encode_many, mask_of
-from stages.cache_hidden.turn_proof import Chat, Turn, TurnEnds, prove
+from stages.cache_hidden.dropped_text import check_each_text_rendered, check_not_encoded_twice, check_texts_rendered
+from stages.cache_hidden.token_boundaries import EncodedText, encode_separately, encode_texts, mask_of
+from stages.cache_hidden.turn_proof import ProvenTurn, RenderedChat, TurnEnds, prove_turn
 from stages.cache_hidden.turn_refusals import Unproven
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Ids int32 [T] and loss mask bool [T] of one sample, and the kinds of its turns, the last one first."""
+    """Ids int32 [T] and loss mask bool [T] of one sample, and the kinds of its supervised turns, the last one first."""
 
     ids: np.ndarray
     mask: np.ndarray
@@ -33,48 +33,50 @@ class Sample:
 
 
 @dataclass
-class Prepared:
-    """A conversation's samples, the one of its last turn first; the turns left unsupervised, each with its reason.
+class PreparedConversation:
+    """A conversation's samples, the one of its last turn first, and its unproven turns as (reason, detail).
 
-    `last` counts the turns that the first sample holds, `turns` all that the samples hold.
+    turns: how many are supervised in all samples, last_turns: in the first one.
     """
 
     samples: list[Sample] = field(default_factory=list)
     unproven: list[tuple[str, str]] = field(default_factory=list)
-    last: int = 0
+    last_turns: int = 0
     turns: int = 0
 
 
 class SampleMaker:
-    """Makes samples of conversations, a batch at a time."""
+    """Makes samples from conversations, a batch at a time."""
 
     def __init__(self, template: ChatTemplate):
         self.template, self.ends = template, TurnEnds(template)
-        self._shown: set[tuple] = set()  # places of messages that were proven to come out
-        self._form = 0  # of tool calls, the one that the last row with calls was shown in
+        self._verified: set[tuple] = set()  # see `check_each_text_rendered`
+        self._last_form = 0  # the form of `_tool_call_forms` that the last row with tool calls was rendered in
 
-    def prepare(self, conversations: Sequence[Conversation], max_length: int) -> list[Prepared | Unusable]:
-        """Return the samples of each conversation, or why it has none. Ids are not cut at `max_length` exactly."""
-        found: list[Prepared | Unusable] = []
-        texts, places = [], []
+    def prepare(self, conversations: Sequence[Conversation], max_length: int) -> list[PreparedConversation | Unusable]:
+        """Return the samples of each conversation, or why it has none. Ids may be longer than `max_length`."""
+        found: list[PreparedConversation | Unusable] = []
+        texts, pending = [], []
         for conversation in conversations:
             try:
-                drafted = self._draft(conversation)
+                proven = self._prove(conversation)
             except Unusable as fault:
                 found.append(fault)
                 continue
-            found.append(drafted)
-            for one in drafted.parts:
-                places.append(one)
-                texts.append(one.turn.text + one.turn.behind)
-        for one, encoded in zip(places, encode_many(self.template, texts, max_length) if texts else [], strict=True):
-            one.encoded = encoded
-        return [one if isinstance(one, Unusable) else self._finish(one, max_length) for one in found]
+            found.append(proven)
+            for group in proven.groups:
+                pending.append(group)
+                texts.append(group.turn.text + group.turn.suffix)
+        for entry, encoded in zip(
+            pending, encode_texts(self.template, texts, max_length) if texts else [], strict=True
+        ):
+            entry.encoded = encoded
+        return [entry if isinstance(entry, Unusable) else self._make_samples(entry, max_length) for entry in found]
 
-    def _draft(self, conversation: Conversation) -> "_Draft":
-        """Return the turns of a conversation and which share a sample. Raises Unusable when none proves."""
+    def _prove(self, conversation: Conversation) -> "_ProvenConversation":
+        """Return the proven turns of a conversation and which share a sample. Raises Unusable when there is none."""
         if conversation.tokens is not None:
-            return _Draft(conversation, None, [], [])
+            return _ProvenConversation(conversation, None, [], [])
         wanted = [
             at
             for at, message in enumerate(conversation.messages)
@@ -83,22 +85,22 @@ class SampleMaker:
         if not wanted:
             raise Unusable("not to be learned", "marks every reply as not to be learned")
         fault = None
-        forms = _forms(conversation.messages)
-        for number in sorted(range(len(forms)), key=lambda number: number != self._form % len(forms)):
-            chat = Chat(self.template, forms[number], conversation.tools, conversation.template_kwargs)
+        forms = _tool_call_forms(conversation.messages)
+        for number in sorted(range(len(forms)), key=lambda number: number != self._last_form % len(forms)):
+            chat = RenderedChat(self.template, forms[number], conversation.tools, conversation.template_kwargs)
             try:
-                drafted = self._turns(conversation, chat, wanted)
-                self._form = number if len(forms) > 1 else self._form
-                return drafted
+                proven = self._prove_turns(conversation, chat, wanted)
+                self._last_form = number if len(forms) > 1 else self._last_form
+                return proven
             except Unusable as refused:
                 fault = fault or refused
         raise fault
 
-    def _turns(self, conversation: Conversation, chat: Chat, wanted: list[int]) -> "_Draft":
+    def _prove_turns(self, conversation: Conversation, chat: RenderedChat, wanted: list[int]) -> "_ProvenConversation":
         turns, unproven = [], []
         for at in reversed(wanted):
             try:
-                turn = prove(chat, at, self.ends)
+                turn = prove_turn(chat, at, self.ends)
             except Unproven as fault:
                 unproven.append((fault.reason, f"message {at}: {fault.detail}"))
                 continue
@@ -110,45 +112,48 @@ class SampleMaker:
             turns.append(turn)
         if not turns:
             raise Unusable(*unproven[0])
-        check_all_shown(chat, turns[::-1])
+        check_texts_rendered(chat, turns[::-1])
         for turn in turns:
-            check_each_shown(chat, turn.at, self._shown)
-            check_once_encoded(chat.messages[: turn.at + 1], turn.text)
-        return _Draft(conversation, chat, _shared(turns), unproven)
+            check_each_text_rendered(chat, turn.at, self._verified)
+            check_not_encoded_twice(chat.messages[: turn.at + 1], turn.text)
+        return _ProvenConversation(conversation, chat, _group_turns(turns), unproven)
 
-    def _finish(self, drafted: "_Draft", max_length: int) -> Prepared | Unusable:
-        if drafted.chat is None:
-            ids, mask = drafted.conversation.tokens
-            return Prepared([Sample(np.array(ids, np.int32), np.array(mask, bool), ("tokens",))], [], 1, 1)
-        done, waiting = Prepared(unproven=drafted.unproven), list(drafted.parts)
+    def _make_samples(self, proven: "_ProvenConversation", max_length: int) -> PreparedConversation | Unusable:
+        if proven.chat is None:
+            ids, mask = proven.conversation.tokens
+            return PreparedConversation([Sample(np.array(ids, np.int32), np.array(mask, bool), ("tokens",))], [], 1, 1)
+        prepared, waiting = PreparedConversation(unproven=proven.unproven), list(proven.groups)
         while waiting:
-            part = waiting.pop(0)
+            group = waiting.pop(0)
             try:
-                sample, apart = self._sample(drafted, part, max_length)
+                sample, separate = self._make_sample(proven, group, max_length)
             except Unusable as fault:
                 return fault
-            held = len(sample.kinds)
-            done.last = done.last or held
-            done.turns += held
-            done.samples.append(sample)
+            turns = len(sample.kinds)
+            prepared.last_turns = prepared.last_turns or turns
+            prepared.turns += turns
+            prepared.samples.append(sample)
             waiting += [
-                _Part(turn, [], encode_many(self.template, [turn.text + turn.behind], max_length)[0]) for turn in apart
+                _TurnGroup(turn, [], encode_texts(self.template, [turn.text + turn.suffix], max_length)[0])
+                for turn in separate
             ]
-        return done
+        return prepared
 
-    def _sample(self, drafted: "_Draft", part: "_Part", max_length: int) -> tuple[Sample, list[Turn]]:
-        """Return a part as a sample, and the turns that it could not hold since a token goes across their bounds."""
-        turn, encoded, message = part.turn, part.encoded, drafted.chat.messages[part.turn.at]
-        kinds, apart, spans = [_kind(drafted.chat.messages, turn.at)], [], []
+    def _make_sample(
+        self, proven: "_ProvenConversation", group: "_TurnGroup", max_length: int
+    ) -> tuple[Sample, list[ProvenTurn]]:
+        """Return a group as a sample, and its turns that need another one since a token crosses their boundary."""
+        turn, encoded, message = group.turn, group.encoded, proven.chat.messages[group.turn.at]
+        kinds, separate, spans = [_turn_kind(proven.chat.messages, turn.at)], [], []
         start = encoded.prompt_boundary(len(turn.prompt))
         ids = encoded.ids
         if message.get("token_ids"):
-            prompt_ids = encode_many(self.template, [turn.prompt], max_length)[0].ids
+            prompt_ids = encode_texts(self.template, [turn.prompt], max_length)[0].ids
             _check_prompt(self.template, prompt_ids, message.get("prompt_token_ids"), turn.at)
             ids, start = [*prompt_ids, *message["token_ids"]], len(prompt_ids)
             stop = len(ids)
         elif start is None:
-            prompt_ids, reply_ids = encode_apart(self.template, turn.prompt, turn.reply, max_length)
+            prompt_ids, reply_ids = encode_separately(self.template, turn.prompt, turn.reply, max_length)
             ids, start = [*prompt_ids, *reply_ids], len(prompt_ids)
             stop = len(ids)
         else:
@@ -156,50 +161,53 @@ class SampleMaker:
             if stop is None:
                 raise Unusable("no end", f"message {turn.at}: a token goes on behind the end of the turn")
         spans.append((start, stop))
-        for other in part.held:
+        for other in group.earlier:
             span = encoded.prompt_boundary(len(other.prompt)), encoded.boundary(len(other.text))
-            written = drafted.chat.messages[other.at].get("token_ids")
-            if None in span or span[1] > start or (written and ids[slice(*span)].tolist() != written):
-                apart.append(other)
+            engine_ids = proven.chat.messages[other.at].get("token_ids")
+            if None in span or span[1] > start or (engine_ids and ids[slice(*span)].tolist() != engine_ids):
+                separate.append(other)
             else:
                 spans.append(span)
-                kinds.append(_kind(drafted.chat.messages, other.at))
+                kinds.append(_turn_kind(proven.chat.messages, other.at))
         ids_T = np.asarray(ids[: max_length + 1], np.int32)
-        return Sample(ids_T, mask_of(spans, len(ids_T)), tuple(kinds)), apart
+        return Sample(ids_T, mask_of(spans, len(ids_T)), tuple(kinds)), separate
 
 
 @dataclass
-class _Part:
-    """A turn, and the earlier ones that its prompt holds as the target wrote them."""
+class _TurnGroup:
+    """The turns of one sample: the last one, and the earlier ones that its prompt contains as the target wrote them."""
 
-    turn: Turn
-    held: list[Turn]
-    encoded: Encoded | None = None
+    turn: ProvenTurn
+    earlier: list[ProvenTurn]
+    encoded: EncodedText | None = None
 
 
 @dataclass
-class _Draft:
+class _ProvenConversation:
+    """A conversation with its proven turns, grouped by sample. chat: None for a row that came as tokens."""
+
     conversation: Conversation
-    chat: Chat | None
-    parts: list[_Part]
+    chat: RenderedChat | None
+    groups: list[_TurnGroup]
     unproven: list[tuple[str, str]]
 
 
-def _shared(turns: list[Turn]) -> list[_Part]:
-    """Return the turns, the last first, each with those that its text holds; none is held twice."""
-    parts: list[_Part] = []
+def _group_turns(turns: list[ProvenTurn]) -> list[_TurnGroup]:
+    """Group turns, given last first, by sample: a turn joins the first group whose text starts with its own."""
+    groups: list[_TurnGroup] = []
     for turn in turns:
-        holder = next((part for part in parts if part.turn.text.startswith(turn.text)), None)
+        holder = next((group for group in groups if group.turn.text.startswith(turn.text)), None)
         if holder:
-            holder.held.append(turn)
+            holder.earlier.append(turn)
         else:
-            parts.append(_Part(turn, []))
-    return parts
+            groups.append(_TurnGroup(turn, []))
+    return groups
 
 
-def _forms(messages: list[dict]) -> list[list[dict]]:
-    """Return the messages in the forms that templates take tool calls in: with no text or an empty one beside them,
-    their arguments as an object or as its JSON. The first that a template shows whole is taken.
+def _tool_call_forms(messages: list[dict]) -> list[list[dict]]:
+    """Return the messages in the forms that templates expect tool calls in; the first that is rendered in full is used.
+
+    With "" or None as the text beside them, and their arguments as an object or as its JSON.
     """
     if not any(message.get("tool_calls") for message in messages):
         return [messages]
@@ -222,8 +230,8 @@ def _with_arguments(call: dict, change) -> dict:
     return call
 
 
-def _kind(messages: list[dict], at: int) -> str:
-    """Return what kind of turn a message is, for people."""
+def _turn_kind(messages: list[dict], at: int) -> str:
+    """Return what kind of turn a message is, in words, for the plan's report."""
     turn = messages[at]
     words = (
         ["calls tools"] if turn.get("tool_calls") else ["answers a tool"] if messages[at - 1]["role"] == "tool" else []
@@ -234,11 +242,11 @@ def _kind(messages: list[dict], at: int) -> str:
 
 
 def _check_prompt(template: ChatTemplate, ours: np.ndarray, engine: list[int] | None, at: int) -> None:
-    """Refuse a reply that an engine gave to another prompt than ours. Raises Unusable, naming the first difference."""
+    """Raise Unusable, naming the first difference, for a reply that an engine gave to another prompt than ours."""
     ours = ours.tolist()
     if engine is None or ours == engine:
         return
-    first = next((k for k, (one, other) in enumerate(zip(ours, engine, strict=False)) if one != other), None)
+    first = next((k for k, (entry, other) in enumerate(zip(ours, engine, strict=False)) if entry != other), None)
     first = min(len(ours), len(engine)) if first is None else first
     here, there = (template.tokenizer.decode(ids[max(0, first - 2) : first + 6]) for ids in (ours, engine))
     raise Unusable(

@@ -1,7 +1,7 @@
-"""Workers that prepare the rows of a corpus, as many as there are cores, and what they made, in the corpus's order.
+"""A pool of worker processes, one a core, that prepare the rows of a corpus; outcomes come in the corpus's order.
 
-A worker that ends over some rows is given them again one by one, so that the row to blame is known: it is a fault, and
-the others go on. Rows in flight are bounded in bytes.
+When a worker dies, its rows are sent again one by one to find the one that killed it, which is rejected while the
+others go on. Rows in flight are bounded in bytes.
 """
 
 import atexit
@@ -16,23 +16,23 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from pipeline.corpus.conversation import Conversation, Fault
+from pipeline.corpus.conversation import Conversation, RejectedRow
 from pipeline.corpus.formats import Chunk
 from pipeline.corpus.tally import REFUSED_SHARE
 from pipeline.errors import DataError, RoomError, UsageError
 from stages.cache_hidden.fork_server import ONE_THREAD
 from stages.cache_hidden.row_limits import TEMPLATE_SECONDS
-from stages.cache_hidden.row_outcome import Job, Outcome
+from stages.cache_hidden.row_outcome import Job, RowOutcome
 
-IN_FLIGHT = 32 << 20  # bytes of rows that are with workers, or done before their turn
-DEATHS = 16  # rows that ended a worker; beyond, and in more than REFUSED_SHARE of the rows, planning ends
-KILLED = (
+IN_FLIGHT = 32 << 20  # bytes of rows that are with workers, or done but behind one that is not
+MAX_DEATHS = 16  # rows that killed a worker; more of them, if also more than REFUSED_SHARE of the rows, end planning
+KILLED_MESSAGE = (
     "the process that prepares rows was killed, as a system does when memory runs out; free some, and run the same "
     "command again"
 )
 ROOT = Path(__file__).resolve().parents[2]
 
-Work = Chunk | Sequence[Conversation | Fault]
+Work = Chunk | Sequence[Conversation | RejectedRow]
 
 
 def cores() -> int:
@@ -42,13 +42,13 @@ def cores() -> int:
 
 @dataclass(eq=False)
 class _Task:
-    """Some rows on their way: with a worker, or done (`made`), or to be done. `only`: the one row meant, of `work`."""
+    """Rows in flight: waiting, with a worker, or done (`outcomes`). `only`: the number of a single row of `work`."""
 
     work: Work
     only: int | None = None
-    made: list | None = None
-    given: bool = False
-    again: bool = False  # it ended a worker before, for a reason that need not be its own
+    outcomes: list | None = None
+    assigned: bool = False
+    retried: bool = False  # a worker died over this row before, perhaps for another reason
 
     @property
     def rows(self) -> int:
@@ -62,18 +62,18 @@ class _Task:
 @dataclass(eq=False)
 class _Worker:
     pid: int
-    asked: Connection
+    connection: Connection
     task: _Task | None = None
 
 
-class _Nursery:
-    """The process that workers are forked from; see `fork_server.py`."""
+class _ForkServer:
+    """The client's end of the fork server, see `fork_server.py`."""
 
     def __init__(self):
         ours, theirs = socket.socketpair()
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         command = f"from stages.cache_hidden.fork_server import main; main({theirs.fileno()})"
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is ours alone, who end the others
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for us only; we end the others
         try:
             with theirs:
                 self.process = subprocess.Popen(
@@ -86,8 +86,8 @@ class _Nursery:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.socket, self.connection = ours, Connection(os.dup(ours.fileno()))
 
-    def ask(self, what: object) -> object:
-        self.connection.send(what)
+    def ask(self, request: object) -> object:
+        self.connection.send(request)
         return self.connection.recv()
 
     def fork(self) -> _Worker:
@@ -103,166 +103,166 @@ class _Nursery:
         self.process.wait()
 
 
-_idle: list[tuple[int, _Nursery]] = []  # kept for the next plan of a process, by its id; each ends by itself in time
+_idle: list[tuple[int, _ForkServer]] = []  # (our process id, server), for the next plan; each ends after some idle time
 
 
-def prepare() -> None:
-    """Start the process that workers are forked from, to import while other things are seen to, unless one waits."""
-    if all(of != os.getpid() for of, _ in _idle):
-        _idle.append((os.getpid(), _Nursery()))
+def start_fork_server() -> None:
+    """Start a fork server in advance, unless one is idle, so that its imports run while this process works on."""
+    if all(owner != os.getpid() for owner, _ in _idle):
+        _idle.append((os.getpid(), _ForkServer()))
 
 
-def _nursery_for(job: Job) -> _Nursery:
-    """Return a nursery that has made what the job needs. Raises the error which that ended in."""
+def _fork_server_for(job: Job) -> _ForkServer:
+    """Return a fork server that has loaded the job's tokenizer and template. Raises the error of loading them."""
     while _idle:
-        of, nursery = _idle.pop()
+        owner, fork_server = _idle.pop()
         try:
-            said = nursery.ask(job) if of == os.getpid() else None
+            answer = fork_server.ask(job) if owner == os.getpid() else None
         except (EOFError, OSError):  # it has ended since
-            nursery.close()
+            fork_server.close()
             continue
-        if said is not None:
-            return _answered(nursery, said)
-    nursery = _Nursery()
+        if answer is not None:
+            return _ready_or_raise(fork_server, answer)
+    fork_server = _ForkServer()
     try:
-        said = nursery.ask(job)
+        answer = fork_server.ask(job)
     except (EOFError, OSError) as error:
-        nursery.close()
-        if nursery.process.returncode == -signal.SIGPROF:
+        fork_server.close()
+        if fork_server.process.returncode == -signal.SIGPROF:
             raise UsageError(
                 f"{job.folder}: its tokenizer and chat template take more than {TEMPLATE_SECONDS:.0f} s to be read; "
                 "fetch the target's files again"
             ) from error
-        raise RoomError(KILLED) from error
-    return _answered(nursery, said)
+        raise RoomError(KILLED_MESSAGE) from error
+    return _ready_or_raise(fork_server, answer)
 
 
-def _answered(nursery: _Nursery, said: object) -> _Nursery:
-    if isinstance(said, Exception):
-        _idle.append((os.getpid(), nursery))
-        raise said
-    return nursery
+def _ready_or_raise(fork_server: _ForkServer, answer: object) -> _ForkServer:
+    if isinstance(answer, Exception):
+        _idle.append((os.getpid(), fork_server))
+        raise answer
+    return fork_server
 
 
 @atexit.register
 def _close_idle() -> None:
-    for of, nursery in _idle:
-        if of == os.getpid():
-            nursery.process.kill()
-            nursery.close()
+    for owner, fork_server in _idle:
+        if owner == os.getpid():
+            fork_server.process.kill()
+            fork_server.close()
 
 
 @dataclass
-class Pool:
-    """Workers for one job. To be closed: they are killed then, whatever they are at."""
+class WorkerPool:
+    """Workers for one job. A context manager: leaving it kills them, busy or not."""
 
     job: Job
-    most: int = field(default_factory=cores)  # workers; only as many are started as there is work for
+    max_workers: int = field(default_factory=cores)  # only as many are started as there is work for
 
     def __post_init__(self):
-        self.nursery = _nursery_for(self.job)
+        self.fork_server = _fork_server_for(self.job)
         self.workers: list[_Worker] = []
         self.tasks: list[_Task] = []  # in the corpus's order, done or not
-        self.seen, self.deaths = 0, 0  # rows handed on; rows that ended a worker
+        self.yielded, self.deaths = 0, 0  # rows yielded; rows that killed a worker
 
-    def __enter__(self) -> "Pool":
+    def __enter__(self) -> "WorkerPool":
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
         for worker in self.workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker.pid, signal.SIGKILL)
-            worker.asked.close()
-        if kind is not None and not issubclass(kind, Exception):  # Ctrl-C, perhaps between a question and its answer
-            self.nursery.process.kill()
+            worker.connection.close()
+        if kind is not None and not issubclass(kind, Exception):  # Ctrl-C, perhaps between a request and its answer
+            self.fork_server.process.kill()
         try:
             for worker in self.workers:
-                self.nursery.ask(worker.pid)
-            _idle.append((os.getpid(), self.nursery))
-        except (EOFError, OSError):  # the nursery is gone, and its workers with it
-            self.nursery.close()
+                self.fork_server.ask(worker.pid)
+            _idle.append((os.getpid(), self.fork_server))
+        except (EOFError, OSError):  # the fork server is gone, and its workers with it
+            self.fork_server.close()
         self.workers = []
 
-    def outcomes(self, work: Iterable[Work]) -> Iterator[Outcome]:
-        """Yield what the rows come to, in order. DataError when rows end workers all along."""
+    def outcomes(self, work: Iterable[Work]) -> Iterator[RowOutcome]:
+        """Yield the rows' outcomes in order. DataError when too many rows kill their worker."""
         source, more = iter(work), True
         while more or self.tasks:
-            while more and sum(task.size for task in self.tasks) < IN_FLIGHT and self._is_free():
+            while more and sum(task.size for task in self.tasks) < IN_FLIGHT and self._has_free_worker():
                 piece = next(source, None)
                 more = piece is not None
                 if more:
                     self.tasks.append(_Task(piece))
-                    self._give()
-            while self.tasks and self.tasks[0].made is not None:
+                    self._assign()
+            while self.tasks and self.tasks[0].outcomes is not None:
                 task = self.tasks.pop(0)
-                self.seen += task.rows
-                yield from task.made
-            self._give()
+                self.yielded += task.rows
+                yield from task.outcomes
+            self._assign()
             if any(worker.task for worker in self.workers):
-                self._take()
+                self._collect()
 
-    def _is_free(self) -> bool:
-        return len(self.workers) < self.most or any(worker.task is None for worker in self.workers)
+    def _has_free_worker(self) -> bool:
+        return len(self.workers) < self.max_workers or any(worker.task is None for worker in self.workers)
 
-    def _give(self) -> None:
-        """Give what waits to whoever is free, starting another worker where nobody is."""
-        for task in [task for task in self.tasks if not task.given]:
+    def _assign(self) -> None:
+        """Send waiting tasks to free workers, starting further workers where none is free."""
+        for task in [task for task in self.tasks if not task.assigned]:
             free = next((worker for worker in self.workers if worker.task is None), None)
-            if free is None and len(self.workers) < self.most:
-                free = self._asked(self.nursery.fork)
+            if free is None and len(self.workers) < self.max_workers:
+                free = self._call_server(self.fork_server.fork)
                 self.workers.append(free)
             if free is None:
                 return
-            free.task, task.given = task, True
+            free.task, task.assigned = task, True
             try:
-                free.asked.send((task.work, task.only))
+                free.connection.send((task.work, task.only))
             except OSError:
-                self._died(free)
+                self._handle_death(free)
 
-    def _take(self) -> None:
-        """Wait for a worker, and take what it made."""
-        ready = wait([worker.asked for worker in self.workers if worker.task])
-        for worker in [worker for worker in self.workers if worker.asked in ready]:
+    def _collect(self) -> None:
+        """Wait until a worker has finished its task, and store the outcomes."""
+        ready = wait([worker.connection for worker in self.workers if worker.task])
+        for worker in [worker for worker in self.workers if worker.connection in ready]:
             try:
-                made = worker.asked.recv()
+                outcomes = worker.connection.recv()
             except (EOFError, OSError):
-                self._died(worker)
+                self._handle_death(worker)
                 continue
-            if isinstance(made, str):
-                raise RuntimeError(made)
-            worker.task.made, worker.task = made, None
+            if isinstance(outcomes, str):
+                raise RuntimeError(outcomes)
+            worker.task.outcomes, worker.task = outcomes, None
 
-    def _died(self, worker: _Worker) -> None:
-        """Give the rows over which a worker ended again, one by one, or name the one it was."""
+    def _handle_death(self, worker: _Worker) -> None:
+        """Split the task of a dead worker into single rows; a single row is retried once, then rejected."""
         self.workers.remove(worker)
-        worker.asked.close()
-        task, ended = worker.task, self._asked(lambda: self.nursery.ask(worker.pid))
+        worker.connection.close()
+        task, ended = worker.task, self._call_server(lambda: self.fork_server.ask(worker.pid))
         if task.rows > 1:
             at = self.tasks.index(task)
             self.tasks[at : at + 1] = [_Task(task.work, only) for only in range(task.rows)]
             return
-        of_itself = os.WIFSIGNALED(ended) and os.WTERMSIG(ended) in (signal.SIGPROF, signal.SIGUSR1)
-        if not task.again and not of_itself:  # somebody else may have ended it
-            task.again, task.given = True, False
+        by_its_limits = os.WIFSIGNALED(ended) and os.WTERMSIG(ended) in (signal.SIGPROF, signal.SIGUSR1)
+        if not task.retried and not by_its_limits:  # another process may have killed it
+            task.retried, task.assigned = True, False
             return
         self.deaths += 1
-        task.made = [_ended(self.job, task, ended)]
-        if self.deaths > DEATHS and self.deaths > REFUSED_SHARE * (self.seen + len(self.tasks)):
-            last = task.made[0]
+        task.outcomes = [_outcome_of_death(self.job, task, ended)]
+        if self.deaths > MAX_DEATHS and self.deaths > REFUSED_SHARE * (self.yielded + len(self.tasks)):
+            last = task.outcomes[0]
             raise DataError(
-                f"{self.deaths} of the first {self.seen + len(self.tasks)} rows cannot be prepared, such as "
-                f"{last.file}:{last.line} ({last.fault[1]}); look at the target's chat template, or leave them out"
+                f"{self.deaths} of the first {self.yielded + len(self.tasks)} rows cannot be prepared, such as "
+                f"{last.file}:{last.line} ({last.rejected[1]}); look at the target's chat template, or leave them out"
             )
 
-    def _asked(self, question: Callable[[], object]):
+    def _call_server(self, call: Callable[[], object]):
         try:
-            return question()
+            return call()
         except (EOFError, OSError) as error:
-            raise RoomError(KILLED) from error
+            raise RoomError(KILLED_MESSAGE) from error
 
 
-def _ended(job: Job, task: _Task, status: int) -> Outcome:
-    """Return the outcome of the row over which a worker ended, `status` as `os.waitpid` has it."""
+def _outcome_of_death(job: Job, task: _Task, status: int) -> RowOutcome:
+    """Return the outcome of a row that killed its worker; `status` is the worker's, as of `os.waitpid`."""
     row = task.only or 0
     if isinstance(task.work, Chunk):
         file, line = task.work.file, task.work.lines[row]
@@ -270,10 +270,10 @@ def _ended(job: Job, task: _Task, status: int) -> Outcome:
         file, line = task.work[row].file, task.work[row].line
     code = -os.waitstatus_to_exitcode(status)
     if code == signal.SIGPROF:
-        fault = "too slow", f"takes more than {job.row_seconds:.0f} s to prepare"
+        rejected = "too slow", f"takes more than {job.row_seconds:.0f} s to prepare"
     elif code == signal.SIGUSR1:
-        fault = "too large", f"takes more than {job.row_bytes / 2**30:.1f} GiB to prepare"
+        rejected = "too large", f"takes more than {job.row_bytes / 2**30:.1f} GiB to prepare"
     else:
         how = f"signal {code}, {signal.strsignal(code)}" if code > 0 else f"exit code {-code}"
-        fault = "ended its process", f"ends the process that prepares it ({how})"
-    return Outcome(file, line, fault=fault)
+        rejected = "ended its process", f"ends the process that prepares it ({how})"
+    return RowOutcome(file, line, rejected=rejected)

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from pipeline.drafts import Ask, Draft, DraftKV, Proposal, Sampling
+from pipeline.drafts import BlockRequest, Draft, DraftKV, Proposal, Sampling
 from pipeline.errors import UsageError
 from pipeline.evaluation.accept_length import cut
 from pipeline.sampling import prompt_generator
-from pipeline.target.kv_cache import ManyTexts, OneText, check_croppable, new_kv
+from pipeline.target.kv_cache import BatchedKV, SingleKV, check_croppable, new_kv
 from pipeline.target.model import tap_layers
 from stages.evaluate.rejection import keep_by_chance, keep_equal
 
@@ -77,8 +77,8 @@ class _Text:
         self.features_KTD: Tensor | None = None
         self.start, self.ended, self.began = self.prompt, False, time.perf_counter()
 
-    def ask(self) -> Ask:
-        return Ask(self.features_KTD, self.ids[self.start], self.start, self.kv)
+    def block_request(self) -> BlockRequest:
+        return BlockRequest(self.features_KTD, self.ids[self.start], self.start, self.kv)
 
     def take(self, block: Proposal, logits_NV: Tensor, features_KND: Tensor, stops: Collection[int]) -> int:
         """Keep of a verified block what the target keeps, and return how many tokens were gained."""
@@ -130,9 +130,9 @@ def decode_many(
     """
     check_croppable(target)
     assert max_new > 0 and all(len(ids) > 0 for ids in prompts), f"{max_new} new tokens after {prompts}"
-    memory = OneText(target)
+    memory = SingleKV(target)
     if batch > 1:
-        memory = ManyTexts(target, batch, max(map(len, prompts)) + max_new + draft.config.proposals)
+        memory = BatchedKV(target, batch, max(map(len, prompts)) + max_new + draft.config.proposals)
     waiting, live, stops = deque(enumerate(prompts)), [], frozenset(stop_ids)
     while waiting or live:
         while waiting and len(live) < batch:
@@ -148,7 +148,7 @@ def decode_many(
             _round(target, draft, memory, live, stops, proposals, dice, threshold)
         for place in reversed(range(len(live))):
             if live[place].done(max_new):
-                memory.drop(place)
+                memory.remove(place)
                 text, live[place] = live[place], live[-1]
                 live.pop()
                 yield text.index, text.decoded(max_new)
@@ -174,7 +174,7 @@ def _prefill(target: PreTrainedModel, draft: Draft, text: _Text, stops: Collecti
 def _round(
     target: PreTrainedModel,
     draft: Draft,
-    memory: OneText | ManyTexts,
+    memory: SingleKV | BatchedKV,
     live: Sequence[_Text],
     stops: Collection[int],
     proposals: int | None,
@@ -185,12 +185,15 @@ def _round(
     layers, sampling = draft.config.target_layer_ids, None
     if dice is not None and dice.draft_temperature:
         sampling = Sampling(dice.draft_temperature, [text.generator for text in live])
-    blocks = [_first(block, proposals) for block in draft.propose([text.ask() for text in live], sampling, threshold)]
+    blocks = [
+        _first(block, proposals)
+        for block in draft.propose([text.block_request() for text in live], sampling, threshold)
+    ]
     pieces = [[text.ids[text.start], *block.ids_P.tolist()] for text, block in zip(live, blocks, strict=True)]
     with tap_layers(target, layers) as taken:
         logits_BNV = memory.run(pieces)
     features_BKND = torch.stack([taken[layer] for layer in layers], dim=1)
-    memory.keep(
+    memory.crop(
         [
             text.take(block, logits_NV[: len(piece)], features_KND, stops)
             for text, block, piece, logits_NV, features_KND in zip(

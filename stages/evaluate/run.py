@@ -25,9 +25,9 @@ from pipeline.runs.checkpoint import CONFIG, DRAFT, find_checkpoint, load_draft,
 from pipeline.runs.folder import RUN, read_recipe, read_run
 from pipeline.runs.recipe import TrainSection
 from pipeline.runs.split import split_samples
-from pipeline.target.files import find_target, positions, target_digest, target_name
+from pipeline.target.files import find_target, max_positions, target_digest, target_name
 from pipeline.target.model import head_of, load_target, stop_tokens
-from pipeline.target.weights import check_weights_if_kept, weights_digest
+from pipeline.target.weights import check_weights_if_recorded, weights_digest
 from pipeline.untrusted import check_regular
 from stages.evaluate.decode import Dice, decode_many, speculative_decode
 from stages.evaluate.decode_prompts import decode_all, draw_all, memory_for
@@ -248,7 +248,7 @@ def find_model(model: str | None, store: HiddenCache | None) -> tuple[Path, str]
             f"{model or folder} has the digest {digest}, but {store.path} was made with {wanted['name']}, digest "
             f"{wanted['digest']}; pass --model with that target"
         )
-    check_weights_if_kept(store.path, folder)
+    check_weights_if_recorded(store.path, folder)
     return folder, wanted["name"]
 
 
@@ -278,7 +278,7 @@ def open_draft(trained: Trained, target: PreTrainedModel) -> Draft:
 def check_room(target: PreTrainedModel, asked: Sequence[Prompt], max_new: int, proposals: int) -> None:
     """Refuse prompts that leave the target's context no room for the reply and a block past its end, or unknown ids."""
     config = target.config.get_text_config()
-    most, why = positions(config.to_dict())
+    most, why = max_positions(config.to_dict())
     for prompt in asked:
         if most is not None and len(prompt.ids) + max_new + proposals > most:
             raise UsageError(

@@ -18,7 +18,7 @@ from pipeline.cache.samples import ShardPlan
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import ProofError
 from pipeline.target.head import TargetHead
-from pipeline.target.on_policy import Gauge, gauge_rows, measure, totals
+from pipeline.target.on_policy import OnPolicyStats, on_policy_rows, score_tokens, sum_scores
 from pipeline.target.probe import probe, probe_rows
 from stages.import_cache.find_convention import SLACK, Way
 from stages.import_cache.foreign_sample import STORED, Foreign, Place, broken
@@ -117,17 +117,17 @@ def fill(writer: ShardWriter, work: Import, wanted: set[str], norm: Norm | None)
     return refused
 
 
-def gauged(writer: ShardWriter, head: TargetHead, share: float) -> Gauge:
+def on_policy_stats(writer: ShardWriter, head: TargetHead, share: float) -> OnPolicyStats:
     """Measure `share` of a sealed shard's replies: how often they are what the target itself would have said."""
-    gauge, shard, device = Gauge(), writer.shard, head.head_VD.device
+    on_policy, shard, device = OnPolicyStats(), writer.shard, head.head_VD.device
     for row in sorted({*range(len(shard))} - writer.refused.keys()):
-        at = gauge_rows(shard, row, share)
+        at = on_policy_rows(shard, row, share)
         if len(at):
             before = np.searchsorted(stored_rows(shard, row, "needed"), at - 1)  # the state that each token comes from
             states_RD = as_states(writer.read("final", row))[torch.from_numpy(before)].to(device)
             tokens_R = torch.from_numpy(shard.ids(row)[at].astype(np.int64)).to(device)
-            gauge += totals(measure(head, states_RD, tokens_R))
-    return gauge
+            on_policy += sum_scores(score_tokens(head, states_RD, tokens_R))
+    return on_policy
 
 
 def proven(

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from pipeline.errors import DataError, ProofError
 from pipeline.target.model import tap_layers
-from pipeline.target.probe import BOUNDS, ROWS, relative
+from pipeline.target.probe import BOUNDS, ROWS, relative_error
 from stages.import_cache.foreign_sample import Foreign, broken
 
 # Added to the probe's bounds: other kernels round otherwise. Guesses: no foreign cache of a large target was measured.
@@ -94,7 +94,7 @@ def measure(model: PreTrainedModel, samples: list[Foreign]) -> Errors:
 
 
 def _error(stored: Tensor, truth: Tensor) -> float:
-    error = relative(stored, truth)
+    error = relative_error(stored, truth)
     return error if np.isfinite(error) else float("inf")
 
 

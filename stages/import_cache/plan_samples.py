@@ -48,7 +48,7 @@ def make_plan(out: Path, work: Import, identity: dict, vocab_size: int) -> Plan:
             if time.monotonic() > said + EVERY_S:
                 said = time.monotonic()
                 print(f"{number + 1:,} of {len(source.places):,} samples looked at", file=sys.stderr)
-        tally.check(str(source.folder), usable)
+        tally.check_usable(str(source.folder), usable)
         notes.update(tally.as_notes())
         create_identity(out, identity)
 
@@ -67,11 +67,11 @@ def usable_sample(sample: Foreign, file: str, line: int, vocab_size: int, tally:
         check_mask(sample.mask_T)
         check_ids(sample.ids_T, vocab_size)
     except Unusable as fault:
-        tally.fault(fault.reason, f"{sample.where}: {fault}")
+        tally.reject(fault.reason, f"{sample.where}: {fault}")
         return None
     cut = trim(sample.ids_T, sample.mask_T)
     if cut is None:
-        tally.short += 1
-        tally.show("too short", f"{sample.where}: no two supervised tokens in a row")
+        tally.too_short += 1
+        tally.add_example("too short", f"{sample.where}: no two supervised tokens in a row")
         return None
     return PlannedSample(*cut, file=file, line=line)

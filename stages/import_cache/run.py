@@ -34,10 +34,10 @@ from pipeline.target.files import (
 )
 from pipeline.target.head import TargetHead
 from pipeline.target.layers import check_layers
-from pipeline.target.on_policy import Gauge, gauge_share
-from pipeline.target.weights import check_weights_if_kept
+from pipeline.target.on_policy import OnPolicyStats, on_policy_share
+from pipeline.target.weights import check_weights_if_recorded
 from pipeline.visible_text import say, visible
-from stages.import_cache.convert import Import, applied, fill, gauged, proven
+from stages.import_cache.convert import Import, applied, fill, on_policy_stats, proven
 from stages.import_cache.foreign_sample import STORED
 from stages.import_cache.forms import find_source
 from stages.import_cache.layer_conventions import Said, settled
@@ -59,7 +59,7 @@ class Done:
     shards: int
     new_shards: int
     refused: int
-    gauge: Gauge
+    on_policy: OnPolicyStats
 
 
 def run(
@@ -91,7 +91,7 @@ def run(
     planned = held_plan(out, source) or make_plan(out, work, identity, config["vocab_size"])
     missing = left(out, planned, work)
     if missing or not has_target(out):
-        check_weights_if_kept(out, target.folder)
+        check_weights_if_recorded(out, target.folder)
         clean_scratch(out)
         write_record(out, identity, target)
         check_free_space(out, f"an import of {planned.samples:,} samples", bytes_of(missing))
@@ -190,8 +190,8 @@ def convert(out: Path, planned: Plan, work: Import, missing: Work, target: Targe
                 for name, found in proven(writer, work, wanted, target, head).items():
                     made[name]["probe"] = found
             if "final" in made:
-                share = gauge_share(planned.segment(shard.number)["supervised"])
-                made["final"]["gauge"] = gauged(writer, head, share).as_facts()
+                share = on_policy_share(planned.segment(shard.number)["supervised"])
+                made["final"]["gauge"] = on_policy_stats(writer, head, share).as_facts()
             writer.commit(made)
         if time.monotonic() > said + EVERY_S:
             said = time.monotonic()
@@ -218,23 +218,23 @@ def check_refused(refused: int, samples: int, reasons: dict[int, str]) -> None:
 
 def summary(out: Path, planned: Plan, work: Import, new: int, target: Target) -> Done:
     """Print what the cache holds now, what was left out, and what to do next."""
-    gauge, refused = Gauge(), sum(map(len, refused_by_shard(out, planned, work)))
+    on_policy, refused = OnPolicyStats(), sum(map(len, refused_by_shard(out, planned, work)))
     for shard in planned.shards:
         facts = complete_manifest(out, shard.number, work.columns[-1].name)["facts"]
-        gauge += Gauge.from_facts(facts["gauge"]) if "gauge" in facts else Gauge()
+        on_policy += OnPolicyStats.from_facts(facts["gauge"]) if "gauge" in facts else OnPolicyStats()
     now = f"{new} shards imported now" if new else "nothing to do"
     held = f"{planned.samples:,} samples" + (f", {refused} refused" if refused else "")
     say(visible(f"{out}: {held} in {len(planned.shards)} shards, from {work.source.form}; {now}"))
     for line in left_out(planned):
         say(visible(line), err=True)
-    if gauge.rows:
-        print(f"on-policy gauge: {gauge}")
-        if gauge.warning:
-            print(gauge.warning, file=sys.stderr)
+    if on_policy.rows:
+        print(f"on-policy gauge: {on_policy}")
+        if on_policy.warning:
+            print(on_policy.warning, file=sys.stderr)
     if not target.proven:
         print("unproven: no state was compared with the target; an accept length of 1 would show the mistake late")
     say(visible(f"next: pipeline train-draft --cache {out}"))
-    return Done(planned.samples, planned.tokens, len(planned.shards), new, refused, gauge)
+    return Done(planned.samples, planned.tokens, len(planned.shards), new, refused, on_policy)
 
 
 def left_out(planned: Plan) -> Iterator[str]:

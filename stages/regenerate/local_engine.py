@@ -18,8 +18,8 @@ from transformers import DynamicCache
 from pipeline.corpus.tally import Unusable
 from pipeline.errors import RoomError, UsageError
 from pipeline.sampling import draw, key_seed, nucleus, uniforms
-from pipeline.target.files import positions, text_config
-from pipeline.target.kv_cache import ManyTexts, check_together, new_kv
+from pipeline.target.files import max_positions, text_config
+from pipeline.target.kv_cache import BatchedKV, check_batchable, new_kv
 from pipeline.target.model import lm_logits, load_target, run_decoder, stop_tokens
 from pipeline.tensors import out_of_memory
 from stages.regenerate.options import Options
@@ -53,11 +53,11 @@ class Local:
     def __init__(self, options: Options, folder, model: str):
         self.options, self.model = options, model
         self.target = load_target(str(folder), device=options.device or _device())
-        self.most = positions(text_config(folder))[0]
+        self.most = max_positions(text_config(folder))[0]
         self.stops: frozenset[int] = frozenset()
         self.batch = options.batch
         try:
-            check_together(self.target)
+            check_batchable(self.target)
         except UsageError as error:
             why = str(error).partition(";")[0]
             print(f"{why}: prompts are decoded one at a time", file=sys.stderr)
@@ -96,7 +96,7 @@ class Local:
     def _together(self, waiting: deque[_Text]) -> None:
         if not waiting:
             return
-        memory = ManyTexts(self.target, self.batch, len(waiting[-1].prompt) + min(self.options.max_new, HEADROOM))
+        memory = BatchedKV(self.target, self.batch, len(waiting[-1].prompt) + min(self.options.max_new, HEADROOM))
         live: list[_Text] = []
         while waiting or live:
             # A prefill costs about as much for a few prompts as for one, so it waits for an eighth of the rows.
@@ -104,11 +104,11 @@ class Local:
                 self._prefill(memory, live, waiting)
             else:
                 logits_BNV = memory.run([[text.ids[-1]] for text in live])
-                memory.keep([1] * len(live))
+                memory.crop([1] * len(live))
                 self._write(live, logits_BNV[:, -1])
             self._end(memory, live)
 
-    def _prefill(self, memory: ManyTexts, live: list[_Text], waiting: deque[_Text]) -> None:
+    def _prefill(self, memory: BatchedKV, live: list[_Text], waiting: deque[_Text]) -> None:
         """Run the next prompts at once, padded on the right, where no token of a prompt sees them."""
         group: list[_Text] = []
         while waiting and len(live) + len(group) < self.batch:
@@ -121,18 +121,18 @@ class Local:
         last_B = torch.tensor([len(text.prompt) - 1 for text in group], device=hidden_BTD.device)
         self._write(group, lm_logits(self.target, hidden_BTD[torch.arange(len(group), device=last_B.device), last_B]))
         for row, text in enumerate(group):
-            memory.add_row(kv, row, len(text.prompt))
+            memory.add_from_batch(kv, row, len(text.prompt))
         live += group
 
-    def _end(self, memory: ManyTexts, live: list[_Text]) -> None:
+    def _end(self, memory: BatchedKV, live: list[_Text]) -> None:
         """Hand out the replies that have ended; where another turn follows, its text takes the row's place."""
         for place in reversed(range(len(live))):
             text = live[place]
             while text is not None and self._ended(text):
                 following = self._reply(text)
                 kept = _common(text.ids[:-1], following.prompt[:-1]) if following else 0
-                kv = memory.take(place, kept) if following else None
-                memory.drop(place)
+                kv = memory.extract(place, kept) if following else None
+                memory.remove(place)
                 live[place] = live[-1]
                 live.pop()
                 if following:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from pipeline.corpus.conversation import Conversation, Fault
-from pipeline.corpus.sources import corpus_files, hub_dataset, read_files, with_roles
+from pipeline.corpus.conversation import Conversation, RejectedRow
+from pipeline.corpus.sources import corpus_files, hub_dataset, parse_roles, read_rows
 from pipeline.corpus.tally import Tally, Unusable
 
 PASSED_ON = ("id", "domain", "split")
@@ -50,19 +50,19 @@ def read_prompts(corpus: str, tally: Tally | None = None, roles: str | None = No
     """
     seen: Counter[str] = Counter()
     tally = Tally() if tally is None else tally
-    files, known = corpus_files(corpus), with_roles(roles)
-    rows = read_files(corpus, files, known, prompts=True) if files else hub_dataset(corpus, known, prompts=True)[0]
+    files, known = corpus_files(corpus), parse_roles(roles)
+    rows = read_rows(corpus, files, known, prompts=True) if files else hub_dataset(corpus, known, prompts=True)[0]
     for row in rows:
         tally.rows += 1
         place = f"{row.file}:{row.line}"
         try:
-            if isinstance(row, Fault):
+            if isinstance(row, RejectedRow):
                 raise Unusable(row.reason, row.detail)
             for key in row.unknown:
-                tally.key(key, place)
+                tally.add_unknown_key(key, place)
             yield _prompt_row(row, place, seen, tally)
         except Unusable as fault:
-            tally.fault(fault.reason, f"{place}: {fault.detail}")
+            tally.reject(fault.reason, f"{place}: {fault.detail}")
 
 
 def _prompt_row(row: Conversation, place: str, seen: Counter, tally: Tally) -> PromptRow:
@@ -72,7 +72,7 @@ def _prompt_row(row: Conversation, place: str, seen: Counter, tally: Tally) -> P
     key = blake2b(f"{same} {seen[same]}".encode(), digest_size=16).hexdigest()
     seen[same] += 1
     for cut in cuts:
-        tally.show(cut, f"{place}: {cut}")
+        tally.add_example(cut, f"{place}: {cut}")
         tally.truncated += cut == AT_A_TOOL
     kept = {name: getattr(row, name) for name in PASSED_ON if getattr(row, name) not in (None, "")}
     return PromptRow(key, place, segments, row.tools, row.template_kwargs, kept)

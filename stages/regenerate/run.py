@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.corpus.regenerated import Regenerated
-from pipeline.corpus.sources import corpus_files, file_sources, say_passed_over, source_roles
-from pipeline.corpus.tally import Tally, say_unknown_keys
+from pipeline.corpus.sources import corpus_files, file_sources, report_skipped_files, source_roles
+from pipeline.corpus.tally import Tally, report_unknown_keys
 from pipeline.errors import DataError, UsageError
 from pipeline.target.files import find_target, target_digest, target_name, template_digest, tokenizer_digest
 from stages.regenerate.journal import Journal
@@ -32,10 +32,10 @@ def run(options: Options) -> dict:
     options.check()
     tally = Tally()
     prompts = sum(len(row.segments) for row in _rows(options, tally))
-    usable = tally.rows - sum(tally.faults.values())
-    tally.check(options.corpus, usable)
-    say_unknown_keys(tally)
-    say_passed_over(options.corpus)
+    usable = tally.rows - sum(tally.rejected.values())
+    tally.check_usable(options.corpus, usable)
+    report_unknown_keys(tally)
+    report_skipped_files(options.corpus)
     folder = find_target(options.model) if options.model else None
     engine = _engine(options, folder)
     record = _record(options, engine, folder)

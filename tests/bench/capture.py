@@ -46,7 +46,7 @@ from pipeline.cache.samples import PlannedSample, ShardPlan
 from pipeline.target.files import TOKENIZER_FILES
 from pipeline.target.model import run_decoder
 from stages.cache_hidden.options import CaptureOptions
-from stages.cache_hidden.settings import MAX_LENGTH, Settings, settle
+from stages.cache_hidden.settings import MAX_LENGTH, CaptureSettings, resolve_settings
 
 BUNDLED = Path(__file__).parents[2] / "data" / "tiny-qwen3"
 QWEN3_8B = {
@@ -156,7 +156,7 @@ class Beside:
         self.seconds, self.put, self.done, self.turn = 0.0, 0, 0, 0
         beside = self
 
-        class Counted(shards.Drain):
+        class Counted(shards.BackgroundWriter):
             def __init__(self, consume, depth):
                 def counting(piece):
                     consume(piece)
@@ -164,7 +164,7 @@ class Beside:
 
                 super().__init__(counting, depth)
 
-        engine.run_decoder, shards.Drain = self.run, Counted
+        engine.run_decoder, shards.BackgroundWriter = self.run, Counted
 
     def run(self, model: PreTrainedModel, ids_BT: torch.Tensor):
         while self.done < self.put:  # the capture's time
@@ -182,7 +182,7 @@ class Beside:
             self.seconds += seconds(lambda: run_decoder(model, ids_BT), "cpu")
 
 
-def measure(model: PreTrainedModel, out: Path, settings: Settings, plan: Plan, device: str, rounds: int) -> dict:
+def measure(model: PreTrainedModel, out: Path, settings: CaptureSettings, plan: Plan, device: str, rounds: int) -> dict:
     """Time bare forward and capture of a shard a round, and return seconds and tokens of each round."""
     bare, whole, setup, tokens = [], [], [], []
 
@@ -264,7 +264,7 @@ def main() -> None:
         options = CaptureOptions(
             dtype=str(model.dtype).removeprefix("torch."), batch_tokens=asked.batch_tokens, device=asked.device, **codec
         )
-        settings = settle(str(Path(place, "target")), out, options)
+        settings = resolve_settings(str(Path(place, "target")), out, options)
         made = samples(SHARDS * tokens, config.vocab_size, min(settings.max_length, tokens // 4))
         plan = write_segment(out, made, row_bytes=settings.row_bytes, sources=[])
         create_identity(out, settings.identity)

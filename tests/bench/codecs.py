@@ -244,7 +244,7 @@ def real_states(mib: int) -> dict[str, Tensor]:
     """States of the bundled target over its chats, as many rows as make `mib` a column at most; bfloat16 [R, 256]."""
     from stages.cache_hidden.make_plan import make_plan
     from stages.cache_hidden.options import CaptureOptions
-    from stages.cache_hidden.settings import settle
+    from stages.cache_hidden.settings import resolve_settings
 
     folder = ROOT / "data" / "tiny-qwen3"
     model = load_target(str(folder))
@@ -253,7 +253,9 @@ def real_states(mib: int) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "cache"
         options = CaptureOptions(max_samples=4 + most // 60)
-        planned = make_plan(str(ROOT / "data" / "chats.jsonl"), out, settle(str(folder), out, options), 4 + most // 60)
+        planned = make_plan(
+            str(ROOT / "data" / "chats.jsonl"), out, resolve_settings(str(folder), out, options), 4 + most // 60
+        )
         samples = [(shard, row) for shard in planned.shards for row in range(len(shard))]
         for shard, row in samples:
             ids = torch.from_numpy(shard.ids(row).astype(np.int64))

@@ -17,8 +17,8 @@ from pipeline.cache.plan import load_plan
 from pipeline.cache.verify import verify
 from pipeline.errors import CacheError, UsageError
 from stages.cache_hidden.options import CaptureOptions
-from stages.cache_hidden.repair import _settings as repair_settings
-from stages.cache_hidden.repair import check_model, checked, repair
+from stages.cache_hidden.repair import _recapture_settings as repair_settings
+from stages.cache_hidden.repair import check_model, repair, verify_and_repair
 from stages.cache_hidden.run import run
 
 VALUES = "shards/000003/aux.3/c/0/0"
@@ -224,10 +224,10 @@ def test_an_appended_cache_is_repaired_to_its_bytes(tiny_target, cache, tmp_path
 
 
 def test_deep_reads_every_byte_of_the_target(tiny_target, cache, tmp_path):
-    assert not checked(cache, False, True, str(tiny_target), None).damaged
+    assert not verify_and_repair(cache, False, True, str(tiny_target), None).damaged
     other = shutil.copytree(tiny_target, tmp_path / "other")
     other_weights(other)
     with pytest.raises(UsageError, match=r"model\.safetensors is not the file that .* was captured with"):
-        checked(cache, False, True, str(other), None)
+        verify_and_repair(cache, False, True, str(other), None)
     with pytest.raises(UsageError, match="--deep compares"):
-        checked(cache, False, True, None, None)
+        verify_and_repair(cache, False, True, None, None)

@@ -1,4 +1,4 @@
-"""More corpus onto a cache: what is there stays, what is new is captured once, and training is told."""
+"""Appending a corpus to a cache: existing samples stay, new ones are captured once, and training notices."""
 
 import shlex
 import shutil
@@ -69,20 +69,20 @@ def test_the_digest_changes_and_the_cache_knows_what_it_was(tiny_cache, appended
     assert (before.earlier_digests, after.earlier_digests) == ([], [before.digest])
 
 
-def test_a_training_run_of_the_smaller_cache_is_refused_and_told_why(tiny_cache, appended, tmp_path):
+def test_a_training_run_of_the_smaller_cache_is_refused_with_the_reason(tiny_cache, appended, tmp_path):
     from pipeline.runs.recipe import load_recipe, resolve
     from pipeline.runs.split import split_samples
-    from stages.train_draft.run_folder import enter
+    from stages.train_draft.run_folder import create_or_check
 
     for cache in (tiny_cache, appended):
         opened = HiddenCache.open(cache)
-        resolved = resolve(load_recipe(None), opened).lasting(20)
+        resolved = resolve(load_recipe(None), opened).with_steps(20)
         split = split_samples(opened, resolved.draft.mask_token_id, 0.1)
         if cache is tiny_cache:
-            enter(tmp_path / "run", resolved, opened, split, {})
+            create_or_check(tmp_path / "run", resolved, opened, split, {})
             continue
         with pytest.raises(UsageError, match=r"has grown by an append since\); .*another --out"):
-            enter(tmp_path / "run", resolved, opened, split, {})
+            create_or_check(tmp_path / "run", resolved, opened, split, {})
 
 
 @pytest.mark.parametrize("append", [True, False])
@@ -111,7 +111,7 @@ def test_the_command_printed_for_an_append_works_though_it_adds_nothing(tiny_tar
     assert "nothing to do" in capsys.readouterr().out
 
 
-def test_another_corpus_is_not_added_unless_that_was_said(tiny_target, cache, tmp_path):
+def test_another_corpus_is_not_added_without_append(tiny_target, cache, tmp_path):
     before, other = contents(cache), write_jsonl(tmp_path / "other.jsonl", conversations(5, seed=9))
     for options, says in [
         ({}, r"was planned from chats\.jsonl .* and from more\.jsonl .*, this command names other\.jsonl .*--append"),
@@ -139,7 +139,7 @@ def test_a_layer_added_to_an_appended_cache_is_one_pass_that_writes_only_it(tiny
 
 
 def test_an_old_shard_captured_again_after_an_append_has_its_old_bytes(tiny_target, tiny_corpus, cache):
-    """Whatever is drawn from the plan, gauge rows say, is drawn from the segment that a shard is of."""
+    """Whatever is drawn from the plan, such as the on-policy rows, is drawn from the segment that a shard is of."""
     before = contents(cache)
     shutil.rmtree(cache / "shards/000002")
     options = CaptureOptions(layers="1,3,4", max_length=256)
@@ -157,7 +157,7 @@ def test_more_of_the_same_corpus_is_an_append_too(tiny_target, tiny_corpus, tmp_
         assert run(str(tiny_target), str(tiny_corpus), out, options=again).new_shards == 0
 
 
-def test_an_append_stopped_after_its_plan_goes_on_with_the_same_command(
+def test_an_append_stopped_after_its_plan_continues_with_the_same_command(
     tiny_target, tiny_cache, more, appended, tmp_path, monkeypatch
 ):
     out = shutil.copytree(tiny_cache, tmp_path / "stopped")

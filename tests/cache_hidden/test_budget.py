@@ -1,4 +1,4 @@
-"""`--budget`: what is left out, in which order, and that the plan keeps to it; prices and times beside it."""
+"""`--budget`: what is left out, in which order, and that the plan keeps to it; also sizes and estimated times."""
 
 import json
 import os
@@ -22,12 +22,12 @@ from pipeline.cache.plan import load_plan, plan_in_use
 from pipeline.cli import main
 from pipeline.drafts import DFlash
 from pipeline.errors import UsageError
-from stages.cache_hidden.budget import Corpus, read_columns, subsample
+from stages.cache_hidden.budget import SampleSizes, choose_samples, drop_unread_columns
 from stages.cache_hidden.options import CaptureOptions, size_bytes
-from stages.cache_hidden.plan_report import codec_text, missing, time_text
+from stages.cache_hidden.plan_report import codec_text, missing_columns, time_text
 from stages.cache_hidden.run import plan, plan_table, run
-from stages.cache_hidden.settings import settle
-from stages.cache_hidden.time_estimate import Speed, disk_speed, spread_batches
+from stages.cache_hidden.settings import resolve_settings
+from stages.cache_hidden.time_estimate import Speed, disk_speed, evenly_spaced_batches
 
 OPTIONS = CaptureOptions(layers="1,3,4", max_length=256)
 
@@ -85,32 +85,34 @@ def test_a_size_that_is_none_is_refused(text):
 @given(st.integers(0, 2**32), st.integers(1, 120), st.floats(0, 1))
 def test_every_group_keeps_the_same_share_to_within_a_sample(seed, count, share):
     rng = np.random.default_rng(seed)
-    bytes_n, words_n = rng.integers(1, 1000, count).astype(float), rng.integers(0, 2**63, count).astype(np.uint64)
+    bytes_n, hashes_n = rng.integers(1, 1000, count).astype(float), rng.integers(0, 2**63, count).astype(np.uint64)
     groups = [(f"domain {group}", "train") for group in rng.integers(0, 4, count)]
-    room = share * bytes_n.sum()
+    available = share * bytes_n.sum()
 
-    kept_n = subsample(bytes_n, groups, words_n, room)
+    kept_n = choose_samples(bytes_n, groups, hashes_n, available)
 
-    assert bytes_n[kept_n].sum() <= room
+    assert bytes_n[kept_n].sum() <= available
     reached = bytes_n[kept_n].sum() / bytes_n.sum()
     for group in set(groups):
         mine_n = np.array([other == group for other in groups])
         off = bytes_n[mine_n & kept_n].sum() - reached * bytes_n[mine_n].sum()
         assert abs(off) <= 2 * bytes_n.max(), "half a sample of the group's at the cut, and the cut's own"
-    assert kept_n.all() or bytes_n[kept_n].sum() + bytes_n.max() > room, "no room is left for one more"
+    assert kept_n.all() or bytes_n[kept_n].sum() + bytes_n.max() > available, "no room is left for one more"
 
 
 @given(st.integers(0, 2**32), st.floats(0, 1), st.floats(0, 1))
 def test_a_smaller_budget_keeps_fewer_of_the_same_whatever_the_order(seed, one, other):
     rng = np.random.default_rng(seed)
-    bytes_n, words_n = rng.integers(1, 1000, 60).astype(float), rng.permutation(60).astype(np.uint64)
+    bytes_n, hashes_n = rng.integers(1, 1000, 60).astype(float), rng.permutation(60).astype(np.uint64)
     groups = [("", "")] * 20 + [("a", "train")] * 30 + [("a", "heldout")] * 10
-    small_n, large_n = (subsample(bytes_n, groups, words_n, share * bytes_n.sum()) for share in sorted((one, other)))
+    small_n, large_n = (
+        choose_samples(bytes_n, groups, hashes_n, share * bytes_n.sum()) for share in sorted((one, other))
+    )
     assert not (small_n & ~large_n).any()
 
     order = rng.permutation(60)
-    moved_n = subsample(bytes_n[order], [groups[at] for at in order], words_n[order], one * bytes_n.sum())
-    assert np.array_equal(moved_n, subsample(bytes_n, groups, words_n, one * bytes_n.sum())[order])
+    moved_n = choose_samples(bytes_n[order], [groups[at] for at in order], hashes_n[order], one * bytes_n.sum())
+    assert np.array_equal(moved_n, choose_samples(bytes_n, groups, hashes_n, one * bytes_n.sum())[order])
 
 
 def test_a_seed_decides_which_and_not_how_many_of_each_domain(planned, tmp_path):
@@ -161,22 +163,22 @@ def columns_of(keeps: str) -> tuple[ColumnSpec, ...]:
     return ColumnSpec("aux.1", "bfloat16", 8), ColumnSpec("final", "bfloat16", 8, keeps=keeps)
 
 
-def corpus_of(*splits: str) -> Corpus:
+def sizes_of(*splits: str) -> SampleSizes:
     n = len(splits)
-    return Corpus(np.full(n, 10), np.full(n, 4), [("a", split) for split in splits], np.arange(n, dtype=np.uint64))
+    return SampleSizes(np.full(n, 10), np.full(n, 4), [("a", split) for split in splits], np.arange(n, dtype=np.uint64))
 
 
 def test_final_stays_while_anything_is_held_out_to_measure_by_it(monkeypatch):
     both = ("dflash", "domino")
-    kept, told = read_columns(columns_of("all"), corpus_of("train", "heldout"), both)
+    kept, told = drop_unread_columns(columns_of("all"), sizes_of("train", "heldout"), both)
     assert kept == columns_of("needed") and "8 of 20 rows" in told
-    kept, told = read_columns(columns_of("needed"), corpus_of("train", ""), both)
+    kept, told = drop_unread_columns(columns_of("needed"), sizes_of("train", ""), both)
     assert kept == columns_of("needed"), "where the corpus does not say, training holds some out"
     assert "read by dflash, domino; final, since the accept length" in told and "--final none" in told
-    kept, told = read_columns(columns_of("needed"), corpus_of("train", "train"), both)
+    kept, told = drop_unread_columns(columns_of("needed"), sizes_of("train", "train"), both)
     assert kept == columns_of("needed")[:1] and "final left out" in told
     monkeypatch.setattr(DFlash, "reads_final", True)
-    kept, told = read_columns(columns_of("needed"), corpus_of("train", "train"), both)
+    kept, told = drop_unread_columns(columns_of("needed"), sizes_of("train", "train"), both)
     assert kept == columns_of("needed") and "read by dflash, domino; final, since it trains dflash" in told
 
 
@@ -204,7 +206,7 @@ def test_a_budget_too_small_for_a_sample_says_what_would_do(planned, tmp_path):
         ({"device": "gpu"}, "--device gpu: wanted cpu, cuda, or one of several such as cuda:1"),
     ],
 )
-def test_options_that_make_no_sense(planned, options, says):
+def test_invalid_options_are_refused(planned, options, says):
     with pytest.raises(UsageError, match=says):
         planned(**options)
 
@@ -291,7 +293,7 @@ def test_a_worker_that_has_opened_no_shard_yet_keeps_its_plan(planned, captured,
     assert held.is_set() and planned()["samples"] == 120
 
 
-def test_a_plan_made_afresh_meanwhile_is_not_captured_by_the_old_one(planned, tmp_path):
+def test_a_capture_by_a_plan_that_was_replaced_meanwhile_is_refused(planned, tmp_path):
     planned()
     old = load_plan(tmp_path / "cache")
     planned("2MB")
@@ -352,8 +354,8 @@ def test_a_probe_says_the_larger_of_computing_and_writing(planned, tmp_path, mon
 
 def test_the_times_of_a_probe_are_read_by_hand(planned, tiny_target, tmp_path):
     report = planned()
-    settings = settle(str(tiny_target), tmp_path / "cache", OPTIONS)
-    work = missing(tmp_path / "cache", load_plan(tmp_path / "cache"), settings.columns)
+    settings = resolve_settings(str(tiny_target), tmp_path / "cache", OPTIONS)
+    work = missing_columns(tmp_path / "cache", load_plan(tmp_path / "cache"), settings.columns)
     found = Speed(written=report["bytes_to_write"] / 7200, tokens=report["tokens"] / 3661).as_dict(work)
     assert time_text(found).startswith("about 2:00:00 for one worker, that of writing: computing 1:01:01 at ")
     assert time_text(None).startswith("unknown")
@@ -362,9 +364,9 @@ def test_the_times_of_a_probe_are_read_by_hand(planned, tiny_target, tmp_path):
 def test_the_batches_timed_are_from_all_over_the_work(planned, tmp_path):
     planned()
     shards = load_plan(tmp_path / "cache").shards
-    chosen = spread_batches(shards, 256, 4)
+    chosen = evenly_spaced_batches(shards, 256, 4)
     assert len({shard.number for shard, _ in chosen}) == 4 and all(len(rows) for _, rows in chosen)
-    assert len(spread_batches(shards[:2], 256, 4)) == 2
+    assert len(evenly_spaced_batches(shards[:2], 256, 4)) == 2
 
 
 def test_a_disk_is_probed_with_all_that_is_written(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""`pipeline cache-hidden`: what it stores is right, what it made once it never makes again, and nothing stops it."""
+"""`pipeline cache-hidden`: correct states, nothing captured twice, and recovery from every interruption."""
 
 import json
 import queue
@@ -24,13 +24,13 @@ from pipeline.cache.manifest import read_canonical
 from pipeline.cache.micro_batches import micro_batches
 from pipeline.cache.plan import load_plan
 from pipeline.cache.verify import verify
-from pipeline.corpus.sources import conversation
+from pipeline.corpus.sources import parse_row
 from pipeline.errors import DataError, RoomError, UsageError
 from pipeline.target.head import TargetHead
 from pipeline.target.layers import final_rows
 from pipeline.target.model import load_target
-from pipeline.target.on_policy import Gauge, gauge_rows, gauge_share
-from stages.cache_hidden.background_writer import Drain
+from pipeline.target.on_policy import OnPolicyStats, on_policy_rows, on_policy_share
+from stages.cache_hidden.background_writer import BackgroundWriter
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.progress import Progress
 from stages.cache_hidden.run import plan, plan_table, run
@@ -109,7 +109,7 @@ def test_final_on_all_rows_or_none(capture, tmp_path):
     done = capture(final="none", out=tmp_path / "none")
     cache = HiddenCache.open(tmp_path / "none")
     assert cache.layers == (1, 3) and not cache.has_final
-    assert done.gauge.rows >= 256, "the gauge needs no stored final"
+    assert done.on_policy.rows >= 256, "the on-policy figures need no stored final"
 
 
 def test_bfloat16_is_kept_as_its_bits(capture, tmp_path, tiny_target):
@@ -145,7 +145,9 @@ def few_shards(out: Path, target: Path, corpus: Path):
     return load_plan(out)
 
 
-def test_out_of_memory_goes_on_in_smaller_groups_at_the_same_padded_length(capture, tiny_target, tmp_path, monkeypatch):
+def test_out_of_memory_continues_in_smaller_groups_at_the_same_padded_length(
+    capture, tiny_target, tmp_path, monkeypatch
+):
     corpus = write_jsonl(tmp_path / "many.jsonl", conversations(40))
     planned = few_shards(tmp_path / "cache", tiny_target, corpus)
     shapes, right = [], engine_module.run_decoder
@@ -195,25 +197,25 @@ def test_other_errors_of_the_target_are_not_taken_for_memory(capture, monkeypatc
 
 def test_the_drain_is_bounded_keeps_order_and_passes_errors_on():
     seen, go = [], threading.Event()
-    drain = Drain(lambda item: (go.wait(5), seen.append(item)), depth=2)
-    feeder = threading.Thread(target=lambda: [drain.put(item) for item in range(6)], daemon=True)
+    writer = BackgroundWriter(lambda item: (go.wait(5), seen.append(item)), depth=2)
+    feeder = threading.Thread(target=lambda: [writer.put(item) for item in range(6)], daemon=True)
     feeder.start()
     time.sleep(0.1)
     with pytest.raises(queue.Full):
-        drain._queue.put_nowait("one too many")
+        writer._queue.put_nowait("one too many")
     go.set()
     feeder.join()
-    drain.finish()
+    writer.finish()
     assert seen == list(range(6))
 
     def fails(item):
         raise RoomError(f"no room for {item}")
 
-    drain = Drain(fails, depth=2)
+    writer = BackgroundWriter(fails, depth=2)
     with pytest.raises(RoomError, match="no room for first"):
-        drain.put("first")
-        drain.finish()
-    drain.stop()
+        writer.put("first")
+        writer.finish()
+    writer.stop()
 
 
 def test_an_error_while_writing_ends_the_capture(capture, tmp_path, monkeypatch):
@@ -233,7 +235,7 @@ def test_an_error_while_writing_ends_the_capture(capture, tmp_path, monkeypatch)
 
 @pytest.fixture
 def nan_target(tiny_target, tmp_path):
-    """A target whose state is not finite wherever a `~` stands."""
+    """A target whose state is not finite at every `~`."""
     folder = shutil.copytree(tiny_target, tmp_path / "nan")
     model = load_target(str(folder))
     with torch.no_grad():
@@ -253,8 +255,8 @@ def with_tildes(count: int) -> list[dict]:
 def test_whatever_is_not_finite_or_all_zero_shows_in_the_largest_of_a_row(dtype):
     nan, inf = float("nan"), float("inf")
     rows = torch.tensor([[1, -3], [-2, -1], [0, -0.0], [-inf, 5], [inf, nan], [nan, 0]], dtype=dtype)
-    assert str(engine_module.largest(rows).tolist()) == "[3.0, 2.0, 0.0, inf, nan, nan]"
-    assert engine_module.largest(rows[:0]).tolist() == []
+    assert str(engine_module.largest_magnitude(rows).tolist()) == "[3.0, 2.0, 0.0, inf, nan, nan]"
+    assert engine_module.largest_magnitude(rows[:0]).tolist() == []
 
 
 def test_a_sample_whose_states_are_not_finite_is_refused(capture, nan_target, tmp_path):
@@ -264,7 +266,7 @@ def test_a_sample_whose_states_are_not_finite_is_refused(capture, nan_target, tm
     cache = HiddenCache.open(tmp_path / "cache")
     (bad,) = np.flatnonzero(~cache.samples.ok)
     assert tokenizer().encode("~")[0] in cache.tokens_of(bad)[0]
-    assert np.isfinite(done.gauge.logprob)
+    assert np.isfinite(done.on_policy.logprob)
     reason = json.loads((tmp_path / "cache/quarantine/samples.json").read_text())
     assert "aux.1 is not finite" in json.dumps(reason)
     assert not verify(tmp_path / "cache").damaged
@@ -457,7 +459,7 @@ def test_nothing_to_do_ends_at_once_without_torch(tiny_target, tiny_corpus, cach
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_stops_it_cleanly_and_the_same_command_goes_on(tiny_target, tmp_path, number, code):
+def test_a_signal_stops_it_cleanly_and_the_same_command_continues(tiny_target, tmp_path, number, code):
     corpus = write_jsonl(tmp_path / "chats.jsonl", conversations(64))
     out = tmp_path / "cache"
     command = [sys.executable, "-m", "pipeline", "cache-hidden", "--model", str(tiny_target), "--corpus", str(corpus)]
@@ -484,7 +486,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes():
     assert "4 kills" in done.stdout
 
 
-# Plan and gauge
+# Plan and on-policy figures
 
 
 def test_a_plan_says_what_a_capture_will_hold(tiny_target, tmp_path):
@@ -563,9 +565,9 @@ def test_a_trial_of_few_samples_is_not_taken_for_the_whole(capture, tiny_corpus)
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_only_a_data_set_that_nobody_named_is_capped(tiny_target, tmp_path, monkeypatch, named):
+def test_only_the_default_data_set_is_capped(tiny_target, tmp_path, monkeypatch, named):
     """The hub cannot be reached from a test, so its rows come from here."""
-    rows = [conversation(row, HUB_CORPUS, line) for line, row in enumerate(conversations(), 1)]
+    rows = [parse_row(row, HUB_CORPUS, line) for line, row in enumerate(conversations(), 1)]
     source = {"dataset": HUB_CORPUS, "revision": "1"}
     monkeypatch.setattr("stages.cache_hidden.make_plan.hub_dataset", lambda corpus, roles: (iter(rows), source))
     monkeypatch.setattr("stages.cache_hidden.run.HUB_SAMPLES", 5)
@@ -589,22 +591,22 @@ def test_options_that_contradict_each_other():
         CaptureOptions(layers="one").layer_list()
 
 
-def test_the_gauge_counts_what_the_target_would_have_said(tiny_target, tiny_cache):
+def test_the_on_policy_figures_count_the_targets_greedy_tokens(tiny_target, tiny_cache):
     """By hand, from stored final states: the row before a token predicts it."""
     cache, planned = HiddenCache.open(tiny_cache), load_plan(tiny_cache)
-    head, share, wanted = cache.head(), gauge_share(planned.supervised), Gauge()
+    head, share, wanted = cache.head(), on_policy_share(planned.supervised), OnPolicyStats()
     for shard in planned.shards:
         for row in range(len(shard)):
             i = int(np.flatnonzero((cache.samples.shard == shard.number) & (cache.samples.row == row))[0])
             sample = cache.read(i, final=True)
-            for at in gauge_rows(shard, row, share).tolist():
+            for at in on_policy_rows(shard, row, share).tolist():
                 assert sample.mask[at]
                 state = sample.final[sample.final_rows.tolist().index(at - 1)]
                 logits, token = head.logits(state), int(sample.ids[at])
-                wanted += Gauge(1, int(logits.argmax() == token), float(logits.log_softmax(-1)[token]))
-    found = Gauge()
+                wanted += OnPolicyStats(1, int(logits.argmax() == token), float(logits.log_softmax(-1)[token]))
+    found = OnPolicyStats()
     for manifest in manifests(tiny_cache, "final"):
-        found += Gauge.from_facts(manifest["facts"]["gauge"])
+        found += OnPolicyStats.from_facts(manifest["facts"]["gauge"])
     assert (found.rows, found.agree) == (wanted.rows, wanted.agree)
     assert found.rows >= 256
     assert found.logprob == pytest.approx(wanted.logprob, rel=1e-4)

@@ -1,4 +1,4 @@
-"""From a command line to a plan: what it says of a corpus, and what of it decides the plan."""
+"""From a command line to a plan: its report of a corpus, and which rows of the corpus decide the plan."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_one_deep_line_costs_itself(target, tmp_path):
     assert load_plan(tmp_path / "out").notes["faults"] == {"tools": 1}
 
 
-def test_what_is_not_read_and_keys_nobody_knows_are_named_once(target, tmp_path):
+def test_skipped_files_and_unknown_keys_are_named_once(target, tmp_path):
     rows = [{"messages": [{**HELLO[0], "mood": "glad", "content": str(at)}, HELLO[1]]} for at in range(5)]
     folder = tmp_path / "corpus"
     folder.mkdir()

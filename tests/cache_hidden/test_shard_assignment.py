@@ -1,4 +1,4 @@
-"""Workers: any number of them make the cache that one makes, byte for byte, whoever is killed or comes twice."""
+"""Several workers make the same cache as one, byte for byte, even if some are killed or run twice."""
 
 import importlib
 import os
@@ -85,7 +85,7 @@ def test_the_local_number_chooses_the_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(("of", "told"), [("cuda", "12.8"), ("hip", "6.4"), ("none", None)])
-def test_a_torch_that_was_built_for_gpus_is_told_by_its_version_file(of, told, monkeypatch, tmp_path):
+def test_a_torch_built_for_gpus_is_recognised_by_its_version_file(of, told, monkeypatch, tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('it takes a second')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -118,7 +118,7 @@ def test_three_workers_make_the_bytes_that_one_makes(work, tiny_cache, tmp_path,
     assert work("1/3").new_shards == 0 and work().new_shards == 0
 
 
-def test_another_number_of_workers_goes_on_without_holes_or_doubles(work, tiny_cache, tmp_path):
+def test_another_number_of_workers_continues_without_holes_or_duplicates(work, tiny_cache, tmp_path):
     before = work("0/2").new_shards
     between = work("2/5").new_shards
     last = work().new_shards
@@ -162,8 +162,8 @@ def test_workers_started_at_once_and_killed_at_random_end_with_the_same_bytes():
     assert "4 kills" in done.stdout
 
 
-def test_who_waits_for_another_says_so_and_goes_on(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(disk, "QUIET_WAIT_S", 0.02)
+def test_a_worker_that_waits_for_another_says_so_and_continues(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(disk, "PATIENCE_S", 0.02)
     inside, go = threading.Event(), threading.Event()
 
     def first():
@@ -185,7 +185,7 @@ def test_who_waits_for_another_says_so_and_goes_on(tmp_path, capsys, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_planner_holds_nobody_up(work, tiny_cache, tmp_path):
+def test_a_killed_planner_does_not_block_others(work, tiny_cache, tmp_path):
     (tmp_path / "cache").mkdir()
     child = os.fork()
     if not child:

@@ -1,4 +1,4 @@
-"""Where turns begin and end in a text's tokens, by its added tokens: as the tokenizer's own offsets have it."""
+"""Token boundaries found by added tokens are equal to those by the tokenizer's own offsets."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.target.chat_template import ChatTemplate
-from stages.cache_hidden.token_boundaries import Encoded, encode_many
+from stages.cache_hidden.token_boundaries import EncodedText, encode_texts
 
 BUNDLED = Path(__file__).parents[2] / "data" / "tiny-qwen3"
 PIECES = ("<|im_start|>", "<|im_end|>", "<|im", "|>", "user\n", "assistant\n", "word", " word", " ", "\n", "\n\n", "é")
@@ -47,11 +47,11 @@ def template(request, tmp_path_factory) -> ChatTemplate:
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=24).map("".join))
-def test_places_by_added_tokens_are_those_by_offsets(template, text):
+def test_boundaries_by_added_tokens_equal_those_by_offsets(template, text):
     template.needs_offsets = False
-    (quick,) = encode_many(template, [text], 4096)
+    (quick,) = encode_texts(template, [text], 4096)
     encoding = template.backend.encode(text, add_special_tokens=False)
-    exact = Encoded(template, text, encoding, cut=False, offsets=True)
+    exact = EncodedText(template, text, encoding, cut=False, offsets=True)
     assert quick.ids.tolist() == exact.ids.tolist() == encoding.ids
     places = range(len(text) + 1)
     assert [quick.prompt_boundary(at) for at in places] == [exact.prompt_boundary(at) for at in places]
@@ -62,7 +62,7 @@ def test_turns_between_added_tokens_need_no_offsets(tmp_path):
     of_bytes(PLAIN).save_pretrained(tmp_path)
     template = ChatTemplate(tmp_path)
     prompt = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
-    (encoded,) = encode_many(template, [f"{prompt}said<|im_end|>\n"], 4096)
+    (encoded,) = encode_texts(template, [f"{prompt}said<|im_end|>\n"], 4096)
     start, stop = encoded.prompt_boundary(len(prompt)), encoded.boundary(len(prompt) + len("said<|im_end|>"))
     assert template.tokenizer.decode(encoded.ids[start:stop]) == "said<|im_end|>"
     assert not template.needs_offsets

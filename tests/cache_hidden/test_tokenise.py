@@ -1,4 +1,4 @@
-"""Masks by the target's own template: what an engine would send stands before every supervised turn."""
+"""Samples and masks by the target's own template: every supervised turn follows the prompt an engine would send."""
 
 import json
 
@@ -30,7 +30,7 @@ from pipeline.corpus.tally import Unusable
 from pipeline.errors import UsageError
 from pipeline.target.chat_template import ChatTemplate
 from pipeline.target.files import chat_templates, template_arguments, template_digest
-from stages.cache_hidden.token_boundaries import encode_many
+from stages.cache_hidden.token_boundaries import encode_texts
 
 TWO_CALLS = call({"city": "Oslo"})
 TWO_CALLS["tool_calls"] *= 2
@@ -42,7 +42,7 @@ def test_every_reply_is_supervised_through_what_ends_it_whatever_is_marked(tmp_p
     made = chat_template(tmp_path, text)
     found = prepared(made, TWO_TURNS)
     assert replies(made, found) == [["One.<|im_end|>", "Two, zwei, 二.<|im_end|>"]]
-    assert (found.turns, found.last, found.unproven) == (2, 2, [])
+    assert (found.turns, found.last_turns, found.unproven) == (2, 2, [])
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_every_reply_is_supervised_through_what_ends_it_whatever_is_marked(tmp_p
         (NEXT_MARKER, TWO_TURNS),
     ],
 )
-def test_what_stands_before_a_turn_is_the_prompt_of_an_engine(tmp_path, text, messages):
+def test_the_tokens_before_a_turn_are_the_prompt_of_an_engine(tmp_path, text, messages):
     made = chat_template(tmp_path, text)
     asked = [made.prompt_ids(messages[:at]) for at, message in enumerate(messages) if message["role"] == "assistant"]
     found = prepared(made, messages)
@@ -82,10 +82,10 @@ def test_turns_that_a_template_rewrites_have_samples_of_their_own(tmp_path):
     found = prepared(made, turns("a?", "A.", "b?", "B.", "c?", "C."))
     empty = "<think>\n\n</think>\n"
     assert replies(made, found) == [[f"{empty}{letter}.<|im_end|>"] for letter in "CBA"]
-    assert (found.turns, found.last) == (3, 1)
+    assert (found.turns, found.last_turns) == (3, 1)
 
 
-def test_a_prompt_that_opens_a_thought_takes_what_the_target_said(tmp_path):
+def test_a_prompt_that_opens_a_thinking_block_is_followed_by_the_whole_reply(tmp_path):
     made = chat_template(tmp_path, OPENS_THOUGHT)
     (((before, reply),),) = supervised(made, prepared(made, turns("a?", "<think>\nWell.\n</think>\nA.")))
     assert before.endswith("assistant\n<think>\n") and reply == "Well.\n</think>\nA.<|im_end|>"
@@ -98,7 +98,7 @@ def test_a_prompt_that_opens_a_thought_takes_what_the_target_said(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [{}, {"city": "Oslo"}])
-def test_calls_behind_a_thought_that_the_prompt_opened_are_supervised_whole(tmp_path, arguments):
+def test_calls_after_a_thinking_block_that_the_prompt_opened_are_supervised_whole(tmp_path, arguments):
     made = chat_template(tmp_path, OPENS_AND_CALLS)
     said = "The weather of a city: Oslo.\n</think>\nLook."
     (((before, reply),),) = supervised(made, prepared(made, [*turns("a?"), call(arguments, f"<think>\n{said}")]))
@@ -116,7 +116,7 @@ def test_a_reply_that_holds_an_end_is_supervised_through_its_own(tmp_path, said)
     assert replies(made, found) == [["Two.<|im_end|>"]], "a question may hold one"
 
 
-def test_a_reply_behind_a_reply_is_context_where_the_template_asks_for_none_between_them(tmp_path):
+def test_a_reply_after_a_reply_is_context_where_the_template_adds_no_prompt_between_them(tmp_path):
     """Else the end of the first and the header of the second would be supervised."""
     made = chat_template(tmp_path, ASKS_USERS_ONLY)
     messages = [*turns("a?", "One."), {"role": "assistant", "content": "Two."}, *turns("b?", "Three.")]
@@ -128,7 +128,7 @@ def test_a_reply_behind_a_reply_is_context_where_the_template_asks_for_none_betw
 
 
 @pytest.mark.parametrize("said", ["<think>\nWell.\n</think>\nA.", "\n<think>\nWell.\n</think>\nA."])
-def test_a_thought_behind_a_prompt_that_closed_it_was_made_in_another_mode(tmp_path, said):
+def test_reasoning_after_a_prompt_that_closes_its_thinking_block_is_of_another_mode(tmp_path, said):
     made = chat_template(tmp_path, LAST_THOUGHT, kwargs={"enable_thinking": False})
     with pytest.raises(Unusable, match=r"another mode.*\"enable_thinking\": true") as found:
         prepared(made, turns("a?", said))
@@ -162,10 +162,10 @@ def test_a_marker_at_which_the_target_does_not_stop_ends_nothing(tmp_path):
         prepared(made, TWO_TURNS)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [256, 257]}')
     made = chat_template(tmp_path, NEXT_MARKER)
-    assert made.ends >= {"<|endoftext|>", "<|im_start|>"} and prepared(made, TWO_TURNS).turns == 2
+    assert made.stop_tokens >= {"<|endoftext|>", "<|im_start|>"} and prepared(made, TWO_TURNS).turns == 2
 
 
-def test_a_greeting_that_nobody_asked_for_is_context(tmp_path):
+def test_a_reply_without_a_prompt_is_context(tmp_path):
     made = chat_template(tmp_path, PLAIN)
     found = prepared(made, [{"role": "assistant", "content": "Hello."}, *turns("a?", "A.")])
     assert replies(made, found) == [["A.<|im_end|>"]] and found.unproven[0][0] == "no prompt"
@@ -224,7 +224,9 @@ def test_text_that_a_template_does_not_show_refuses_the_row(tmp_path, text, mess
         (FIRST_CALL, [*turns("a?"), TWO_CALLS, *turns("b?", "B.")], "of 2 tool calls of message 1"),
     ],
 )
-def test_text_that_is_not_shown_refuses_the_row_though_another_place_says_the_same(tmp_path, text, messages, what):
+def test_a_text_that_is_not_rendered_refuses_the_row_even_if_the_same_text_occurs_elsewhere(
+    tmp_path, text, messages, what
+):
     with pytest.raises(Unusable, match=what) as found:
         prepared(chat_template(tmp_path, text), messages)
     assert found.value.reason == "lost text"
@@ -314,7 +316,7 @@ def test_no_rendering_depends_on_the_clock(tmp_path):
     assert made.render(TWO_TURNS).startswith("26 July 2024|"), "two clocks do not mix"
 
 
-def test_a_template_that_is_none_is_one_line(tmp_path):
+def test_a_template_that_is_no_jinja_is_refused_in_one_line(tmp_path):
     with pytest.raises(UsageError, match="its chat template is no Jinja"):
         chat_template(tmp_path, "{% for m in messages %}{{ m }")
 
@@ -351,7 +353,7 @@ def test_marks_change_nothing_that_is_rendered(tmp_path):
 
 def test_a_text_too_long_is_cut_before_it_is_tokenised(tmp_path):
     made = chat_template(tmp_path, PLAIN)
-    (encoded,) = encode_many(made, ["word " * 4_000_000], 100)
+    (encoded,) = encode_texts(made, ["word " * 4_000_000], 100)
     assert 100 < len(encoded.ids) < 10_000
     (sample,) = prepared(made, turns("a?", "word " * 1_000_000), max_length=100).samples
     assert len(sample.ids) == 101 and sample.mask[-1] and not sample.mask[:5].any()
@@ -367,6 +369,6 @@ def test_a_text_too_long_is_cut_before_it_is_tokenised(tmp_path):
         (None, "2024-02-31", "--template-date 2024-02-31: no day"),
     ],
 )
-def test_arguments_that_are_none_are_one_line(kwargs, day, says):
+def test_invalid_template_arguments_are_refused_in_one_line(kwargs, day, says):
     with pytest.raises(UsageError, match=says.replace("{", r"\{")):
         template_arguments(kwargs, day)

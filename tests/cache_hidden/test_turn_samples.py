@@ -1,4 +1,4 @@
-"""Plans of conversations of several turns: what is taken, what it costs, what a person sees before anything runs."""
+"""Plans of conversations of several turns: which samples are planned, their sizes, and what the report shows."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def made(tmp_path):
     return planned
 
 
-def test_each_turn_has_a_sample_where_the_template_rewrites_and_both_prices_are_told(made):
+def test_each_turn_has_a_sample_where_the_template_rewrites_and_both_sizes_are_shown(made):
     report = made(LAST_THOUGHT, CHATS)
     assert (report["samples"], report["turns"]["chosen"]) == (18, "each")
     assert report["turns"]["last"]["samples"] == 6 and report["turns"]["each"]["samples"] == 18

@@ -1,4 +1,4 @@
-"""Rows prepared by worker processes: in order, the same for any number of them, and no row ends more than itself."""
+"""Rows prepared by worker processes: in order, the same for any number of workers; a bad row costs only itself."""
 
 import json
 import os
@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from tiny import CHAT_TEMPLATE, config, conversations, tokenizer, write_jsonl
 
-from pipeline.corpus.sources import corpus_chunks, read_files
+from pipeline.corpus.sources import corpus_chunks, read_rows
 from pipeline.corpus.tally import Tally
 from pipeline.errors import DataError, UsageError
 from stages.cache_hidden import worker_pool as pool
 from stages.cache_hidden.row_outcome import Job, samples_of
-from stages.cache_hidden.worker_pool import Pool
+from stages.cache_hidden.worker_pool import WorkerPool
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +38,7 @@ def job(tmp_path):
 
 
 def outcomes(job: Job, corpus: Path, workers: int = 2) -> list:
-    with Pool(job, workers) as workers:
+    with WorkerPool(job, workers) as workers:
         return list(workers.outcomes(corpus_chunks(str(corpus), [corpus])))
 
 
@@ -55,15 +55,15 @@ def test_any_number_of_workers_gives_the_same_in_the_corpuss_order(job, tmp_path
     one, two, five = (outcomes(made, corpus, workers) for workers in (1, 2, 5))
     assert one == two == five
     assert [outcome.line for outcome in one] == list(range(1, 1002))
-    assert one[700].fault[0] == "broken line"
+    assert one[700].rejected[0] == "broken line"
 
 
 def test_a_sample_travels_unchanged(job, tmp_path):
-    from stages.cache_hidden.prepare_rows import planned
+    from stages.cache_hidden.prepare_rows import prepare_rows
     from stages.cache_hidden.tokenise import ChatTemplate
 
     corpus, made = write_jsonl(tmp_path / "a.jsonl", conversations(40)), job()
-    here = list(planned(read_files(str(corpus), [corpus]), ChatTemplate(made.folder), 512, Tally(), 264))
+    here = list(prepare_rows(read_rows(str(corpus), [corpus]), ChatTemplate(made.folder), 512, Tally(), 264))
     there = [sample for outcome in outcomes(made, corpus) for sample in samples_of(outcome, Tally())]
     for one, other in zip(here, there, strict=True):
         assert np.array_equal(one.ids, other.ids) and np.array_equal(one.mask, other.mask)
@@ -98,10 +98,10 @@ def test_a_rendering_that_fails_hangs_or_grows_costs_its_row(job, tmp_path, kind
     corpus = write_jsonl(tmp_path / "a.jsonl", asks(*fine, *kinds, *fine))
     bounds = {"row_seconds": 1.0, "row_bytes": (1 << 28) - (1 << 25)}
     made = outcomes(job(LOUD, **bounds), corpus)
-    faulty = [outcome for outcome in made if outcome.fault]
+    faulty = [outcome for outcome in made if outcome.rejected]
     assert [(outcome.file, outcome.line) for outcome in faulty] == [("a.jsonl", 10 + at) for at in range(len(kinds))]
     for outcome in faulty:
-        assert outcome.fault[0] == reason and says in outcome.fault[1]
+        assert outcome.rejected[0] == reason and says in outcome.rejected[1]
     assert sum(len(outcome.samples) for outcome in made) == 18
 
 
@@ -110,18 +110,18 @@ def test_what_ends_a_worker_is_a_fault_of_its_row(job, tmp_path):
     question = "x" * 30_000_000
     corpus = write_jsonl(tmp_path / "a.jsonl", asks("fine", question, "fine"))
     made = outcomes(job(row_bytes=1 << 26), corpus)
-    assert [bool(outcome.fault) for outcome in made] == [False, True, False]
+    assert [bool(outcome.rejected) for outcome in made] == [False, True, False]
 
 
 def test_a_worker_that_somebody_else_ends_costs_no_row(job, tmp_path):
     corpus, made = write_jsonl(tmp_path / "a.jsonl", conversations(400)), job()
-    with Pool(made, 2) as workers:
+    with WorkerPool(made, 2) as workers:
         outcomes_here = workers.outcomes(corpus_chunks(str(corpus), [corpus]))
         found = [next(outcomes_here)]
         for worker in list(workers.workers):
             os.kill(worker.pid, signal.SIGKILL)
         found += outcomes_here
-    assert found == outcomes(made, corpus) and not any(outcome.fault for outcome in found)
+    assert found == outcomes(made, corpus) and not any(outcome.rejected for outcome in found)
 
 
 def test_a_template_that_ends_every_worker_ends_the_plan(job, tmp_path):
@@ -132,32 +132,32 @@ def test_a_template_that_ends_every_worker_ends_the_plan(job, tmp_path):
         outcomes(job(LOUD, row_seconds=0.05), corpus)
 
 
-def test_a_template_that_is_none_is_one_line(job, tmp_path):
-    for _ in range(2):  # by the same nursery
+def test_a_template_that_is_no_jinja_is_refused_in_one_line(job, tmp_path):
+    for _ in range(2):  # by the same fork server
         with pytest.raises(UsageError, match="its chat template is no Jinja"):
-            Pool(job("{% for m in messages %}{{ m }"))
+            WorkerPool(job("{% for m in messages %}{{ m }"))
 
 
 def test_a_plan_may_stop_at_any_sample_and_leaves_no_worker(job, tmp_path):
     corpus = write_jsonl(tmp_path / "a.jsonl", conversations(600))
-    with Pool(job(), 3) as workers:
+    with WorkerPool(job(), 3) as workers:
         made = workers.outcomes(corpus_chunks(str(corpus), [corpus]))
         assert [next(made).line for _ in range(7)] == list(range(1, 8))
         pids = [worker.pid for worker in workers.workers]
     assert len(pids) >= 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-def test_a_nursery_that_has_ended_is_followed_by_another(job, tmp_path):
+def test_a_fork_server_that_has_ended_is_replaced(job, tmp_path):
     corpus, made = write_jsonl(tmp_path / "a.jsonl", conversations(20)), job()
     first = outcomes(made, corpus)
     pool._idle[-1][1].process.kill()
     assert outcomes(made, corpus) == first
 
 
-def test_a_nursery_whose_asker_left_before_the_answer_ends_without_a_word(job):
+def test_a_fork_server_whose_client_left_before_the_answer_ends_silently(job):
     ours, theirs = socket.socketpair()
     with theirs:
-        nursery = subprocess.Popen(
+        fork_server = subprocess.Popen(
             [sys.executable, "-c", f"from stages.cache_hidden.fork_server import main; main({theirs.fileno()})"],
             pass_fds=[theirs.fileno()],
             cwd=ROOT,
@@ -166,8 +166,8 @@ def test_a_nursery_whose_asker_left_before_the_answer_ends_without_a_word(job):
         )
     with Connection(ours.detach()) as connection:
         connection.send(job())
-    _, said = nursery.communicate(timeout=60)
-    assert (nursery.returncode, said) == (0, "")
+    _, said = fork_server.communicate(timeout=60)
+    assert (fork_server.returncode, said) == (0, "")
 
 
 def test_rows_in_flight_are_bounded(job, tmp_path, monkeypatch):
@@ -182,9 +182,9 @@ def test_rows_in_flight_are_bounded(job, tmp_path, monkeypatch):
             read += 1
             yield chunk
 
-    with Pool(job(LOUD, row_seconds=0.5), 2) as workers:
+    with WorkerPool(job(LOUD, row_seconds=0.5), 2) as workers:
         made = workers.outcomes(counted())
-        assert next(made).fault[0] == "too slow" and read <= 2
+        assert next(made).rejected[0] == "too slow" and read <= 2
         assert sum(1 for _ in made) == 400
 
 
@@ -194,17 +194,17 @@ import sys
 from pathlib import Path
 from pipeline.corpus.sources import corpus_chunks
 from stages.cache_hidden.row_outcome import Job
-from stages.cache_hidden.worker_pool import Pool
+from stages.cache_hidden.worker_pool import WorkerPool
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs this test may ignore it
 corpus = Path(sys.argv[2])
-with Pool(Job(Path(sys.argv[1]), 512, 264), 2) as workers:
+with WorkerPool(Job(Path(sys.argv[1]), 512, 264), 2) as workers:
     for outcome in workers.outcomes(corpus_chunks(str(corpus), [corpus])):
-        print([worker.pid for worker in workers.workers] + [workers.nursery.process.pid], flush=True)
+        print([worker.pid for worker in workers.workers] + [workers.fork_server.process.pid], flush=True)
 """
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_whoever_stops_a_plan_stops_its_workers_even_inside_one_call(job, tmp_path, sent):
+def test_stopping_a_plan_stops_its_workers_even_inside_one_call(job, tmp_path, sent):
     corpus = write_jsonl(tmp_path / "a.jsonl", asks(*["fine"] * 128, "power", *["fine"] * 127, "power"))
     command = [sys.executable, "-c", PLAN_SLOWLY, str(job(LOUD).folder), str(corpus)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

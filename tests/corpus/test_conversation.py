@@ -1,20 +1,20 @@
-"""Every form of row and message that is about becomes the same conversation, or is refused with what to do."""
+"""Every known form of row and message becomes the same conversation, or is rejected with what to do."""
 
 import json
 
 import pytest
 
-from pipeline.corpus.conversation import Conversation, Fault, conversation, split_of
-from pipeline.corpus.messages import DEPTH
-from pipeline.corpus.sources import with_roles
+from pipeline.corpus.conversation import Conversation, RejectedRow, parse_row, split_of
+from pipeline.corpus.messages import MAX_DEPTH
+from pipeline.corpus.sources import parse_roles
 from pipeline.errors import UsageError
 
 HELLO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 CALL = {"id": "1", "type": "function", "function": {"name": "w", "arguments": {"city": "Oslo"}}}
 
 
-def read(row, **told) -> Conversation | Fault:
-    return conversation(row, "a.jsonl", 1, **told)
+def read(row, **told) -> Conversation | RejectedRow:
+    return parse_row(row, "a.jsonl", 1, **told)
 
 
 def said(*messages: dict, **told) -> list[dict]:
@@ -57,7 +57,7 @@ def test_every_form_of_a_row_is_the_same_conversation(row):
     assert read(row) == Conversation(HELLO, "", "", "a.jsonl", 1)
 
 
-def test_what_an_instruction_is_about_goes_below_it_and_history_before():
+def test_an_instructions_input_is_appended_to_it_and_history_comes_before():
     row = {"instruction": "Add.", "input": "1 2", "output": "3", "history": [["hi", "hello"]], "system": "Be kind."}
     roles = ["system", "user", "assistant", "user", "assistant"]
     texts = ["Be kind.", "hi", "hello", "Add.\n1 2", "3"]
@@ -103,10 +103,10 @@ def test_roles_by_other_names(role, known):
 def test_roles_may_be_named_on_the_command_line():
     row = {"conversations": [{"from": "Narrator", "value": "hi"}, {"from": "bard", "value": "hello"}]}
     assert "--roles A=B" in read(row).detail
-    assert read(row, roles=with_roles("narrator=user,Bard=gpt")).messages == HELLO
+    assert read(row, roles=parse_roles("narrator=user,Bard=gpt")).messages == HELLO
     for wrong in ("bard", "bard=poet", "=user"):
         with pytest.raises(UsageError, match="wanted A=B"):
-            with_roles(wrong)
+            parse_roles(wrong)
 
 
 @pytest.mark.parametrize("key", ["reasoning", "reasoning_content", "thinking", "thought"])
@@ -186,7 +186,7 @@ def test_what_a_text_model_cannot_read_is_refused_by_name(message, says):
     assert fault.reason == "no text" and says in fault.detail
 
 
-def test_keys_that_nobody_knows_are_named_unless_they_state_nothing():
+def test_unknown_keys_are_named_unless_they_have_no_value():
     row = read({"messages": [{**HELLO[0], "mood": "glad", "x": None, "y": []}, {**HELLO[1], "voice": 3}]})
     assert row.unknown == ("mood", "voice") and row.messages == HELLO
 
@@ -219,7 +219,7 @@ def test_a_row_whose_regeneration_failed_is_left_out():
 
 
 @pytest.mark.parametrize("place", ["tool_calls", "tools", "chat_template_kwargs"])
-def test_what_is_nested_too_deep_costs_its_row(place):
+def test_a_value_nested_too_deep_rejects_its_row(place):
     deep = []
     for _ in range(500):
         deep = [deep]
@@ -230,7 +230,7 @@ def test_what_is_nested_too_deep_costs_its_row(place):
     row |= {"tools": [nested]} if place == "tools" else {}
     row |= {"chat_template_kwargs": nested} if place == "chat_template_kwargs" else {}
     fault = read(row)
-    assert fault.reason == "too deep" and f"more than {DEPTH} deep" in fault.detail
+    assert fault.reason == "too deep" and f"more than {MAX_DEPTH} deep" in fault.detail
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every kind of file that holds conversations, and what a folder is read as."""
+"""Every kind of corpus file, and which files of a folder are read."""
 
 import gzip
 import io
@@ -16,7 +16,7 @@ from tiny import write_jsonl
 
 import pipeline.corpus.formats as corpus_files_module
 from pipeline.corpus.formats import read_chunks
-from pipeline.corpus.sources import corpus_files, file_sources, passed_over, read_files, split_rows
+from pipeline.corpus.sources import corpus_files, file_sources, read_rows, skipped_files, split_rows
 from pipeline.errors import DataError, UsageError
 
 HELLO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -27,11 +27,11 @@ PRETTY = "\n".join(json.dumps(row, indent=1) for row in ROWS).encode()
 
 def replies(corpus: Path) -> list[str]:
     """The replies of a corpus, all of whose rows are usable."""
-    return [row.messages[-1]["content"] for row in read_files(str(corpus), corpus_files(str(corpus)))]
+    return [row.messages[-1]["content"] for row in read_rows(str(corpus), corpus_files(str(corpus)))]
 
 
 def faults(corpus: Path) -> list[tuple[str, str]]:
-    rows = read_files(str(corpus), corpus_files(str(corpus)))
+    rows = read_rows(str(corpus), corpus_files(str(corpus)))
     return [(row.reason, row.detail) for row in rows if not hasattr(row, "messages")]
 
 
@@ -131,7 +131,7 @@ def test_a_line_of_lists_is_a_line_of_messages(tmp_path):
 )
 def test_a_line_that_is_no_json_says_why_and_the_others_are_read(tmp_path, line, says):
     path = write_jsonl(tmp_path / "a.jsonl", [ROWS[0], line, ROWS[1]])
-    rows = list(read_files(str(path), [path]))
+    rows = list(read_rows(str(path), [path]))
     assert rows[1].line == 2 and says in rows[1].detail
     assert [row.messages[-1]["content"] for row in rows[::2]] == ["hello 0", "hello 1"]
 
@@ -166,7 +166,7 @@ def test_a_line_longer_than_any_row_is_not_held(tmp_path, monkeypatch):
 def test_a_file_that_is_not_what_it_is_called_is_refused_by_name(tmp_path, name, data, says):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=says) as found:
-        list(read_files(str(tmp_path), [tmp_path / name]))
+        list(read_rows(str(tmp_path), [tmp_path / name]))
     assert name in str(found.value) and "\n" not in str(found.value)
 
 
@@ -186,7 +186,7 @@ def test_in_a_folder_whatever_is_passed_over_is_named(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
     assert [file.name for file in corpus_files(str(tmp_path))] == ["Z.JSONL", "x.jsonl"]
     others = [".git/", ".y.jsonl", "README.md", "dataset_infos.json", "loop/", "notes.TXT", "sub/.cache/"]
-    assert passed_over(str(tmp_path)) == others
+    assert skipped_files(str(tmp_path)) == others
 
 
 def test_a_part_of_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path):
@@ -208,12 +208,12 @@ def test_a_saved_data_set_is_read_split_by_split(tmp_path):
         tmp_path / "d"
     )
     (tmp_path / "d" / "train" / "cache-1234.arrow").write_bytes(stream(ROWS))  # left by datasets' own map
-    rows = list(read_files(str(tmp_path / "d"), corpus_files(str(tmp_path / "d"))))
+    rows = list(read_rows(str(tmp_path / "d"), corpus_files(str(tmp_path / "d"))))
     assert [(row.split, row.line, row.messages[-1]["content"][-1]) for row in rows] == [
         *(("heldout", 1, "3"), ("heldout", 2, "4")),
         *(("train", 1, "0"), ("train", 2, "1"), ("train", 3, "2")),
     ]
-    assert "train/cache-1234.arrow" in passed_over(str(tmp_path / "d"))
+    assert "train/cache-1234.arrow" in skipped_files(str(tmp_path / "d"))
     (tmp_path / "d" / "test" / "data-00000-of-00001.arrow").unlink()
     with pytest.raises(DataError, match=r"names data-00000-of-00001\.arrow, which is not there"):
         corpus_files(str(tmp_path / "d"))
@@ -222,7 +222,7 @@ def test_a_saved_data_set_is_read_split_by_split(tmp_path):
 def test_files_named_as_the_hub_names_them_say_their_split(tmp_path):
     for name in ("test-00000-of-00001.parquet", "train-00000-of-00001.parquet", "test.parquet"):
         pq.write_table(pa.Table.from_pylist(ROWS[:1]), tmp_path / name)
-    rows = list(read_files(str(tmp_path), corpus_files(str(tmp_path))))
+    rows = list(read_rows(str(tmp_path), corpus_files(str(tmp_path))))
     assert [(row.file, row.split) for row in rows] == [
         ("test-00000-of-00001.parquet", "heldout"),
         ("test.parquet", ""),

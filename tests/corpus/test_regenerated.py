@@ -1,8 +1,8 @@
-"""The record of a regenerated corpus, and what a capture refuses by it: always with both values."""
+"""The record of a regenerated corpus, and what a capture refuses because of it, with both values."""
 
 import pytest
 
-from pipeline.corpus.regenerated import Regenerated, check, read_record
+from pipeline.corpus.regenerated import Regenerated, check_regenerated, read_regenerated
 from pipeline.errors import DataError, UsageError
 
 IDENTITY = {
@@ -26,8 +26,10 @@ MODE = {"enable_thinking": False}
 
 
 def test_what_was_made_here_is_let_in():
-    check(RECORD, IDENTITY, MODE)
-    check({**RECORD, "target": None, "tokenizer": None, "chat_template": None}, IDENTITY, MODE)  # the same by its name
+    check_regenerated(RECORD, IDENTITY, MODE)
+    check_regenerated(
+        {**RECORD, "target": None, "tokenizer": None, "chat_template": None}, IDENTITY, MODE
+    )  # the same by its name
 
 
 @pytest.mark.parametrize(
@@ -43,13 +45,13 @@ def test_what_was_made_here_is_let_in():
 )
 def test_every_difference_is_refused_with_both_values(change, said):
     with pytest.raises(UsageError) as refused:
-        check({**RECORD, **change}, IDENTITY, MODE)
+        check_regenerated({**RECORD, **change}, IDENTITY, MODE)
     assert all(part in str(refused.value) for part in said)
 
 
 def test_another_mode_of_the_capture_is_refused_with_what_to_pass():
     with pytest.raises(UsageError, match=r"pass `--template-kwargs '.\"enable_thinking\": false.'`"):
-        check(RECORD, IDENTITY, None)
+        check_regenerated(RECORD, IDENTITY, None)
 
 
 @pytest.mark.parametrize(
@@ -64,4 +66,4 @@ def test_another_mode_of_the_capture_is_refused_with_what_to_pass():
 )
 def test_a_record_that_cannot_be_read_is_refused(record, said):
     with pytest.raises(DataError, match=said):
-        read_record(record)
+        read_regenerated(record)

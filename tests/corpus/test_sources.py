@@ -1,4 +1,4 @@
-"""Conversations in: formats, faults by file and line, and masks by the target's own template."""
+"""Reading a corpus: formats, rejected rows by file and line, and masks by the target's own template."""
 
 import json
 from pathlib import Path
@@ -13,25 +13,25 @@ from tiny import CHAT_TEMPLATE, tokenizer, write_jsonl
 
 from pipeline.corpus.sources import (
     Conversation,
-    Fault,
+    RejectedRow,
     corpus_files,
     file_sources,
     hub_dataset,
     hub_rows,
-    read_files,
+    read_rows,
 )
 from pipeline.corpus.tally import Tally, Unusable, check_mask, trim
 from pipeline.errors import DataError, UsageError
 from pipeline.target.chat_template import ChatTemplate
-from stages.cache_hidden.prepare_rows import planned
+from stages.cache_hidden.prepare_rows import prepare_rows
 from stages.cache_hidden.settings import default_corpus
 
 HELLO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 NO_MARKS = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 
 
-def rows_of(corpus: Path) -> list[Conversation | Fault]:
-    return list(read_files(str(corpus), corpus_files(str(corpus))))
+def rows_of(corpus: Path) -> list[Conversation | RejectedRow]:
+    return list(read_rows(str(corpus), corpus_files(str(corpus))))
 
 
 # Formats
@@ -109,7 +109,7 @@ def test_text_in_parts_is_joined_and_later_questions_are_dropped(tmp_path):
         ("{folder}/notes.txt", DataError, "rename or convert"),
     ],
 )
-def test_a_corpus_that_is_none(tmp_path, name, error, says):
+def test_a_file_that_is_no_corpus_is_refused(tmp_path, name, error, says):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("text")
     with pytest.raises(error, match=says):
@@ -240,7 +240,7 @@ def test_a_mask_that_says_nothing_is_refused(value):
         ([1], None),
     ],
 )
-def test_rows_behind_the_last_supervised_one_are_trimmed(mask, kept):
+def test_tokens_after_the_last_supervised_one_are_trimmed(mask, kept):
     ids = np.arange(len(mask), dtype=np.int32)
     cut = trim(ids, np.array(mask, bool))
     assert (cut is None) if kept is None else (cut[0].tolist() == ids[:kept].tolist() and len(cut[1]) == kept)
@@ -255,39 +255,39 @@ def test_planning_counts_everything_it_leaves_out(template, tmp_path):
         {"messages": [*turns("x", "y"), {"role": "narrator", "content": "z"}]},
     ]
     corpus, tally = write_jsonl(tmp_path / "a.jsonl", rows), Tally()
-    samples = list(planned(read_files(str(corpus), [corpus]), template(CHAT_TEMPLATE), 80, tally, 264))
+    samples = list(prepare_rows(read_rows(str(corpus), [corpus]), template(CHAT_TEMPLATE), 80, tally, 264))
     assert [sample.line for sample in samples] == [1, 4]
-    assert tally.rows == 5 and tally.faults == {"broken line": 1, "unknown role": 1}
-    assert (tally.short, tally.truncated) == (1, 1), "the long question left nothing to learn within 80 tokens"
+    assert tally.rows == 5 and tally.rejected == {"broken line": 1, "unknown role": 1}
+    assert (tally.too_short, tally.truncated) == (1, 1), "the long question left nothing to learn within 80 tokens"
     assert tally.examples["unknown role"][0].startswith("a.jsonl:5: ")
     assert all(len(sample.ids) <= 80 for sample in samples)
 
 
 def test_a_token_the_target_has_no_embedding_for_is_a_fault(template, tmp_path):
     corpus, tally = write_jsonl(tmp_path / "a.jsonl", [{"messages": HELLO}]), Tally()
-    rows, made = list(read_files(str(corpus), [corpus])), template(CHAT_TEMPLATE)
-    assert len(list(planned(rows, made, 80, tally, 259))) == 1 and not tally.faults
-    assert list(planned(rows, made, 80, tally, 258)) == []
-    assert tally.faults == {"unknown token": 1}
+    rows, made = list(read_rows(str(corpus), [corpus])), template(CHAT_TEMPLATE)
+    assert len(list(prepare_rows(rows, made, 80, tally, 259))) == 1 and not tally.rejected
+    assert list(prepare_rows(rows, made, 80, tally, 258)) == []
+    assert tally.rejected == {"unknown token": 1}
     assert "a.jsonl:1: holds token 258, outside the target's 258" in tally.examples["unknown token"][0]
 
 
 def test_a_corpus_with_too_much_left_out_is_refused():
-    tally = Tally(rows=20, faults={"broken line": 3}, examples={"broken line": ["a.jsonl:2: no JSON"]})
+    tally = Tally(rows=20, rejected={"broken line": 3}, examples={"broken line": ["a.jsonl:2: no JSON"]})
     with pytest.raises(DataError, match=r"3 of 20 rows .*a\.jsonl:2"):
-        tally.check("a.jsonl", usable=17)
-    Tally(rows=20, faults={"broken line": 2}).check("a.jsonl", usable=18)
+        tally.check_usable("a.jsonl", usable=17)
+    Tally(rows=20, rejected={"broken line": 2}).check_usable("a.jsonl", usable=18)
     with pytest.raises(DataError, match="no usable sample"):
-        Tally(rows=20).check("a.jsonl", usable=0)
+        Tally(rows=20).check_usable("a.jsonl", usable=0)
 
 
-def test_a_data_set_of_the_hub_without_a_hub_is_one_line():
+def test_a_hub_data_set_without_a_hub_is_refused_in_one_line():
     with pytest.raises(UsageError, match=r"hub gave no such data set \(.*pass --corpus with a file") as found:
         hub_dataset("mlabonne/open-perfectblend")
     assert "\n" not in str(found.value)
 
 
-def test_a_hub_out_of_reach_is_one_line(monkeypatch):
+def test_an_unreachable_hub_is_reported_in_one_line(monkeypatch):
     """Not an OSError: the hub's client has errors of its own."""
 
     def refused(self, name):

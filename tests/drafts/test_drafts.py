@@ -8,11 +8,11 @@ import torch.nn.functional as F
 
 from pipeline.drafts import (
     DRAFTS,
-    Ask,
+    BlockRequest,
     Draft,
     DraftConfig,
-    Knobs,
     Sampling,
+    ScheduleValues,
     eligible_anchors,
     init_weights,
     lay_blocks,
@@ -23,7 +23,7 @@ from pipeline.drafts.norm_and_rope import RMSNorm, rope_tables, rotate
 from pipeline.errors import UsageError
 from pipeline.target.head import TargetHead
 from pipeline.target.layers import final_rows
-from pipeline.target.logit_chunks import NEWEST, RULES, Chunk
+from pipeline.target.logit_chunks import NEWEST, RULES, ChunkLimit
 
 H, V, K, L = 32, 64, 3, 8
 SHAPE = {
@@ -107,7 +107,7 @@ def all_blocks(draft: Draft, cell, padding: int = 0):
 
 
 def loss_of(draft, cell, blocks, lambda_base=0.4, metrics=False):
-    return draft.loss(cell, blocks, Knobs(lambda_base), draft.denominators(blocks), metrics)
+    return draft.loss(cell, blocks, ScheduleValues(lambda_base), draft.denominators(blocks), metrics)
 
 
 def gradients(draft: Draft, total: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -255,9 +255,9 @@ def test_the_training_layout_is_the_decode_loop(method, shift, window):
     kv, other, held = draft.new_kv(), draft.new_kv(), 0
     for n, anchor in enumerate(anchors.tolist()):  # features arrive as verifications leave them, in pieces
         fresh = cell.aux_KRD[:, held:anchor]
-        ask = Ask(fresh, int(cell.ids_R[anchor]), anchor, kv)
-        assert_near(draft.block_hidden([ask])[0], training[n], 1e-5)
-        assert torch.equal(draft.propose([replace(ask, kv=other)])[0].ids_P, proposals[n])
+        request = BlockRequest(fresh, int(cell.ids_R[anchor]), anchor, kv)
+        assert_near(draft.block_hidden([request])[0], training[n], 1e-5)
+        assert torch.equal(draft.propose([replace(request, kv=other)])[0].ids_P, proposals[n])
         held = anchor
     assert proposals.shape == (5, draft.config.proposals) == (5, 5 if shift else 4)
 
@@ -266,11 +266,11 @@ def test_the_training_layout_is_the_decode_loop(method, shift, window):
 def test_a_drawn_proposal_says_what_each_token_was_drawn_from(method, shift):
     draft, cell, anchor = build(method, shift, softcap=4.0), cell_of(40), 17
 
-    def ask():
-        return Ask(cell.aux_KRD[:, :anchor], int(cell.ids_R[anchor]), anchor, draft.new_kv())
+    def request():
+        return BlockRequest(cell.aux_KRD[:, :anchor], int(cell.ids_R[anchor]), anchor, draft.new_kv())
 
     def drawn(seed):
-        return draft.propose([ask()], Sampling(0.7, [torch.Generator().manual_seed(seed)]))[0]
+        return draft.propose([request()], Sampling(0.7, [torch.Generator().manual_seed(seed)]))[0]
 
     found, again = drawn(0), drawn(0)
     assert torch.equal(found.ids_P, again.ids_P) and torch.equal(found.q_PV, again.q_PV)
@@ -278,14 +278,14 @@ def test_a_drawn_proposal_says_what_each_token_was_drawn_from(method, shift):
     anchors = cell.ids_R[anchor : anchor + 1]
     prev_NS = torch.cat([anchors, found.ids_P, found.ids_P[:1]])[None, : draft.config.block_size]
     with torch.no_grad():
-        logits = draft.logits(draft.block_hidden([ask()]), prev_NS)["final"][0, draft.config.first_slot :]
+        logits = draft.logits(draft.block_hidden([request()]), prev_NS)["final"][0, draft.config.first_slot :]
     assert_near(found.q_PV, (logits / 0.7).softmax(-1), 1e-5)
 
 
 def test_features_of_another_place_are_a_bug():
     draft = build("dflash")
     with pytest.raises(AssertionError, match="kv holds 0 positions and 4 came, for an anchor at 5"):
-        draft.propose([Ask(torch.zeros(K, 4, H), 1, 5, draft.new_kv())])
+        draft.propose([BlockRequest(torch.zeros(K, 4, H), 1, 5, draft.new_kv())])
 
 
 @every_method
@@ -295,7 +295,7 @@ def test_proposals_do_not_depend_on_the_chunk(method, monkeypatch):
     with torch.no_grad():
         hidden, anchors = draft.hidden(cell, blocks), cell.ids_R[blocks.anchors_N]
         whole = draft.rollout(hidden, anchors)
-        monkeypatch.setitem(RULES[NEWEST], "cpu", Chunk(3 * 4 * 5 * V))
+        monkeypatch.setitem(RULES[NEWEST], "cpu", ChunkLimit(3 * 4 * 5 * V))
         assert torch.equal(draft.rollout(hidden, anchors), whole)
 
 
@@ -310,8 +310,8 @@ def test_teacher_forced_logits_are_those_of_the_rollout_fed_the_same_tokens(shif
         hidden = draft.hidden(cell, blocks)
         forced = draft.logits(hidden, blocks.prev_NS)
         tokens = cell.ids_R[anchors[:, None] + 1 + torch.arange(most)]  # what the anchor is followed by
-        ids, rolled = draft.roll(hidden, cell.ids_R[anchors], forced_NP=tokens)
-        own, own_logits = draft.roll(hidden, cell.ids_R[anchors])
+        ids, rolled = draft.rollout_logits(hidden, cell.ids_R[anchors], forced_NP=tokens)
+        own, own_logits = draft.rollout_logits(hidden, cell.ids_R[anchors])
     assert_near(rolled, forced["final"][:, first:], 1e-5)
     assert torch.equal(ids, forced["final"][:, first:].argmax(-1))
     assert torch.equal(own, own_logits.argmax(-1))
@@ -381,10 +381,10 @@ def test_cells_add_up_to_the_global_batch(method):
     whole = cell_of(*lengths)
     everything = all_blocks(draft, whole)
     dens = draft.denominators(everything)
-    total = draft.loss(whole, everything, Knobs(0.3), dens).total
+    total = draft.loss(whole, everything, ScheduleValues(0.3), dens).total
     wanted = gradients(draft, total)
     parts = [pack([Sample(length, seed)], [f"s{seed}"], final=True) for seed, length in enumerate(lengths)]
-    shares = [draft.loss(part, all_blocks(draft, part), Knobs(0.3), dens).total for part in parts]
+    shares = [draft.loss(part, all_blocks(draft, part), ScheduleValues(0.3), dens).total for part in parts]
     found = gradients(draft, sum(shares))
     assert_near(sum(shares), total)
     for name, gradient in wanted.items():
@@ -439,10 +439,10 @@ def test_lambda_falls_as_published():
     assert build("dflash").schedule(0, 1000).lambda_base == 0
 
 
-@pytest.mark.parametrize("horizon", [None, 0])
-def test_lambda_needs_a_horizon(horizon):
+@pytest.mark.parametrize("total_steps", [None, 0])
+def test_lambda_needs_the_number_of_steps(total_steps):
     with pytest.raises(UsageError, match=r"train\.steps"):
-        domino().schedule(0, horizon)
+        domino().schedule(0, total_steps)
 
 
 # Positions

@@ -135,21 +135,21 @@ def prove(target, draft, batch=3):
 
 
 def keep_one_too_few(monkeypatch):
-    keep = memory.ManyTexts.keep
-    monkeypatch.setattr(memory.ManyTexts, "keep", lambda self, counts: keep(self, [count - 1 for count in counts]))
+    crop = memory.BatchedKV.crop
+    monkeypatch.setattr(memory.BatchedKV, "crop", lambda self, counts: crop(self, [count - 1 for count in counts]))
 
 
 def leave_a_row_where_it_was(monkeypatch):
-    def drop(self, text):
+    def remove(self, text):
         self.lengths[text] = self.lengths[-1]
         self.lengths.pop()
 
-    monkeypatch.setattr(memory.ManyTexts, "drop", drop)
+    monkeypatch.setattr(memory.BatchedKV, "remove", remove)
 
 
 def show_what_comes_later(monkeypatch):
-    masks = memory.ManyTexts._masks
-    monkeypatch.setattr(memory.ManyTexts, "_masks", lambda self: torch.zeros_like(masks(self)))
+    masks = memory.BatchedKV._masks
+    monkeypatch.setattr(memory.BatchedKV, "_masks", lambda self: torch.zeros_like(masks(self)))
 
 
 broken_memories = pytest.mark.parametrize("broken", [keep_one_too_few, leave_a_row_where_it_was, show_what_comes_later])
@@ -201,7 +201,7 @@ def test_a_target_that_is_told_no_positions_is_refused():
     sizes = {"vocab_size": 264, "hidden_size": 32, "num_attention_heads": 4}
     for shape in (BloomConfig(n_layer=6, **sizes), FalconConfig(num_hidden_layers=6, alibi=True, **sizes)):
         with pytest.raises(UsageError, match=r"is not told positions, .*; leave --batch out"):
-            memory.check_together(random_model(shape))
+            memory.check_batchable(random_model(shape))
 
 
 @pytest.mark.gpu

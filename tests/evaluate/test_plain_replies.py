@@ -163,8 +163,8 @@ def test_prompts_decoded_at_once_give_the_same_report_but_for_speed_and_rounding
 def test_a_difference_says_what_to_leave_out_first(file, trained, monkeypatch):
     from pipeline.target import kv_cache as memory
 
-    masks = memory.ManyTexts._masks
-    monkeypatch.setattr(memory.ManyTexts, "_masks", lambda self: torch.zeros_like(masks(self)))
+    masks = memory.BatchedKV._masks
+    monkeypatch.setattr(memory.BatchedKV, "_masks", lambda self: torch.zeros_like(masks(self)))
     with pytest.raises(ProofError, match=r"; first evaluate without --plain .* and without --batch$"):
         evaluate(trained, file, batch=4)
 

@@ -20,7 +20,7 @@ from pipeline.evaluation.accept_length import (
     summarise,
     walk,
 )
-from pipeline.target.logit_chunks import NEWEST, RULES, Chunk
+from pipeline.target.logit_chunks import NEWEST, RULES, ChunkLimit
 from pipeline.target.model import load_target
 from stages.evaluate.decode import speculative_decode
 
@@ -118,7 +118,7 @@ def test_cells_and_chunks_change_nothing(cache, draft, monkeypatch):
     wanted = accept_spans(draft, cache, range(len(cache)))
 
     monkeypatch.setattr(accept, "SLOTS_AT_ONCE", 1)
-    monkeypatch.setitem(RULES[NEWEST], "cpu", Chunk(1))
+    monkeypatch.setitem(RULES[NEWEST], "cpu", ChunkLimit(1))
 
     assert accept_spans(draft, cache, range(len(cache)), context=1) == wanted
     assert accept_spans(draft, cache, [5, 2], context=40) == [

@@ -286,15 +286,15 @@ def test_a_file_that_changed_since_it_was_planned_is_not_taken_for_what_it_was(i
 
 
 def test_damage_is_mended_by_importing_again(imported, target, tmp_path):
-    from stages.cache_hidden.repair import checked, remedy
+    from stages.cache_hidden.repair import suggest_repair, verify_and_repair
 
     out = tmp_path / "cache"
     shutil.copytree(imported / "cache", out)
     values = next((out / "shards" / "000002" / "aux.1").rglob("c/*/*"))
     values.write_bytes(bytes(values.stat().st_size))
-    assert verify(out).damaged and "run the same `pipeline import-cache` again" in remedy(out, None, False)
+    assert verify(out).damaged and "run the same `pipeline import-cache` again" in suggest_repair(out, None, False)
     with pytest.raises(UsageError, match="was imported, and what it lost"):
-        checked(out, True, False, str(target), "cpu")
+        verify_and_repair(out, True, False, str(target), "cpu")
 
     shutil.rmtree(out / "shards" / "000002")
     run(imported / "sf", out, model=str(target), layers="1,3,4")

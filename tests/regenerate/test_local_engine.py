@@ -139,7 +139,7 @@ def test_a_target_that_cannot_decode_several_at_once_decodes_one(tiny, monkeypat
     def refuse(target):
         raise UsageError("Odd has linear layers; leave --batch out")
 
-    monkeypatch.setattr(local, "check_together", refuse)
+    monkeypatch.setattr(local, "check_batchable", refuse)
     run(replace(tiny, out=tmp_path / "alone.jsonl"))
     assert "Odd has linear layers: prompts are decoded one at a time" in capfd.readouterr().err
     assert (tmp_path / "alone.jsonl").read_bytes() == tiny.out.read_bytes()

@@ -59,7 +59,7 @@ def test_roles_of_others_are_read_as_told_and_else_refused(tmp_path):
     row = {"messages": [{"role": "asker", "content": "a?"}, {"role": "bard", "content": "A."}]}
     corpus, tally = write_jsonl(tmp_path / "a.jsonl", [row]), Tally()
     assert prompts(corpus, roles="asker=user,bard=assistant") == [[[ASKED]]]
-    assert prompts(corpus, tally=tally) == [] and tally.faults == {"unknown role": 1}
+    assert prompts(corpus, tally=tally) == [] and tally.rejected == {"unknown role": 1}
 
 
 def test_a_table_without_a_question_is_refused_with_its_columns(tmp_path):

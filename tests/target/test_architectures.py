@@ -46,7 +46,7 @@ from pipeline.drafts import DRAFTS, init_weights
 from pipeline.errors import ProofError, UsageError
 from pipeline.runs.recipe import load_recipe, resolve, rope_theta
 from pipeline.runs.recipe import text_config as training_config
-from pipeline.target.files import complete_config, positions, text_config
+from pipeline.target.files import complete_config, max_positions, text_config
 from pipeline.target.layers import final_rows
 from pipeline.target.model import decoder_layers, final_norm, head_of, load_target, run_decoder, tap_layers
 from stages.cache_hidden.options import CaptureOptions
@@ -171,7 +171,7 @@ def test_what_is_read_back_is_what_an_ordinary_forward_gives(captured):
         torch.testing.assert_close(head.embed(sample.ids), sample.aux[0], rtol=1e-5, atol=1e-5)
 
 
-def test_a_norm_lost_or_doubled_would_have_shown(captured):
+def test_a_missing_or_doubled_norm_would_have_been_noticed(captured):
     """What the comparison above rests on: the last norm is found, and applied again it changes the state."""
     norm, last = final_norm(captured.model), len(decoder_layers(captured.model)) - 1
     ids = torch.tensor([[1, 2, 3, 4]])
@@ -331,13 +331,13 @@ def test_more_tokens_than_the_target_has_positions(attempt, tmp_path):
 def test_positions_end_where_a_rotary_scaling_would_follow_the_batch():
     long = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
     for scaling in ({"rope_scaling": {"type": "longrope"}}, {"rope_parameters": {"rope_type": "longrope"}}):
-        most, why = positions({**long, **scaling})
+        most, why = max_positions({**long, **scaling})
         assert most == 4096 and "longest sample of a batch" in why
     assert (
-        positions({**long, "rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 4096}})[0]
+        max_positions({**long, "rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 4096}})[0]
         == 131072
     )
-    assert positions({}) == (None, "")
+    assert max_positions({}) == (None, "")
 
 
 # As google/gemma-3-4b-it states itself: the rest is left to the defaults of its class.

@@ -1,4 +1,4 @@
-"""Which layers and rows are kept: the tables that published drafts were trained with."""
+"""Default layers and stored rows: the tables that published drafts were trained with."""
 
 import numpy as np
 import pytest

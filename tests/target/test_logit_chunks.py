@@ -1,11 +1,11 @@
-"""How many logits exist at once: a function of shapes, within its bytes."""
+"""The number of logits computed at once: a function of shapes, within its limit of bytes."""
 
 import pytest
 import torch
 from test_drafts import V, all_blocks, build, cell_of, every_method, loss_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.target.logit_chunks import NEWEST, RULES, Chunk, chunk_blocks, chunk_rows
+from pipeline.target.logit_chunks import NEWEST, RULES, ChunkLimit, chunk_blocks, chunk_rows
 
 
 class Logits(TorchDispatchMode):
@@ -48,7 +48,7 @@ def test_the_first_rule_is_that_of_version_0_5():
 @pytest.mark.parametrize("objective", ["ce", "lk-hybrid", "dspark"])
 def test_no_logits_of_a_loss_or_of_proposals_pass_the_bound(method, objective, monkeypatch):
     bound = 45 * 4 * V  # more than a head of 32 channels takes, transposed; 9 blocks of 5 slots
-    monkeypatch.setitem(RULES[NEWEST], "cpu", Chunk(bound))
+    monkeypatch.setitem(RULES[NEWEST], "cpu", ChunkLimit(bound))
     draft, cell = build(method, objective=objective), cell_of(40, 30)
     blocks = all_blocks(draft, cell)
     assert len(blocks.anchors_N) > 3 * 9

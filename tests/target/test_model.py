@@ -1,4 +1,4 @@
-"""The live target: any decoder read by the one convention, and one line for whatever is wrong with its files."""
+"""The loaded target: any decoder read by the layer convention, and a one-line error for damaged files."""
 
 import json
 import shutil
@@ -150,7 +150,7 @@ def test_a_damaged_target_is_refused_in_one_line(copy, kind, says):
         ("not a name!", "the hub gave no such model"),
     ],
 )
-def test_a_target_that_is_nowhere(name, says):
+def test_a_target_that_does_not_exist_is_refused(name, says):
     with pytest.raises(UsageError, match=says) as found:
         load_target(name)
     assert "\n" not in str(found.value)
@@ -161,7 +161,7 @@ def test_a_file_is_no_target(tiny_corpus):
         load_target(str(tiny_corpus))
 
 
-def test_cuda_asked_for_where_there_is_none(tiny_target):
+def test_cuda_is_refused_where_there_is_none(tiny_target):
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(UsageError, match="--device cpu"):

@@ -136,7 +136,7 @@ def test_a_wrong_head_is_caught(stored, broken):
         stored.probe()
 
 
-def test_a_lost_soft_cap_or_embedding_scale_is_caught(tmp_path):
+def test_a_missing_soft_cap_or_embedding_scale_is_caught(tmp_path):
     shape = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "head_dim": 8}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "final_logit_softcapping": 3.0}
     stored = Stored(random_model(Gemma2Config(**shape, **heads, pad_token_id=0)), tmp_path)
@@ -238,8 +238,8 @@ def _without_norm(run_decoder):
 
 def test_the_engine_stores_what_an_ordinary_forward_gives(tmp_path):
     stored = Stored(random_model(SQUARE), tmp_path)
-    engine = Engine(stored.model, stored.head, gauge_share=1.0)
-    (piece,) = engine.pieces(stored.shard, range(len(stored.shard)), stored.columns)
+    engine = Engine(stored.model, stored.head, on_policy_share=1.0)
+    (output,) = engine.forward_outputs(stored.shard, range(len(stored.shard)), stored.columns)
     for spec in stored.columns:
-        alone = np.concatenate([stored.read(spec.name, row) for row in piece.rows])
-        np.testing.assert_allclose(as_stored(piece.states[spec.name]), alone, rtol=1e-4, atol=1e-5)
+        alone = np.concatenate([stored.read(spec.name, row) for row in output.rows])
+        np.testing.assert_allclose(as_stored(output.states[spec.name]), alone, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Quantised targets: refused at plan with what to install, and captured where that is there."""
+"""Quantised targets: refused when planning, with what to install, and captured where that is installed."""
 
 import json
 from importlib.util import find_spec
@@ -65,7 +65,7 @@ def test_a_quantised_target_is_refused_at_plan_with_the_packages_to_install(meth
 
 
 @pytest.mark.parametrize("facts", [{"quant_method": "of tomorrow"}, {"bits": 4}])
-def test_a_quantisation_that_nobody_knows_is_refused_in_one_line(tmp_path, facts):
+def test_an_unknown_quantisation_is_refused_in_one_line(tmp_path, facts):
     folder = quantise(save_target(tmp_path / "target"), facts)
     with pytest.raises(UsageError, match="is quantised") as found:
         load_target(str(folder))

@@ -1,4 +1,4 @@
-"""What is digested is what is loaded, and a cache takes states of the very weights that it began with."""
+"""The digest covers what is loaded, and a cache takes states only of the weights that it began with."""
 
 import json
 import shutil
@@ -128,7 +128,7 @@ def an_index_of_the_one(folder):
 
 
 @pytest.mark.parametrize("add", [left_over_shards, pickles, an_index_of_the_one])
-def test_files_that_nobody_loads_change_neither_states_nor_digest(folder, tiny_target, add):
+def test_files_that_are_not_loaded_change_neither_states_nor_digest(folder, tiny_target, add):
     add(folder)
     assert target_digest(folder) == target_digest(tiny_target)
     assert [path.name for path in weight_files(folder)] == ["model.safetensors"]
@@ -213,7 +213,7 @@ def test_a_repair_of_half_a_target_folder_takes_nothing_from_changed_weights(cha
 
 def test_a_worker_that_loads_other_weights_than_those_stored_writes_nothing(changed, captured, tmp_path, monkeypatch):
     """It looked before they were stored, and they were when it had loaded its own."""
-    monkeypatch.setattr("stages.cache_hidden.run.check_weights_if_kept", lambda *_: None)
+    monkeypatch.setattr("stages.cache_hidden.run.check_weights_if_recorded", lambda *_: None)
     monkeypatch.setattr(shards, "ShardWriter", lambda *_: pytest.fail("a shard was begun"))
     with pytest.raises(UsageError, match="is not the file that"):
         LATER["another layer"](str(changed), str(captured / "chats.jsonl"), "", tmp_path / "cache")
