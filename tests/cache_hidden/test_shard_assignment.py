@@ -163,7 +163,7 @@ def test_workers_started_at_once_and_killed_at_random_end_with_the_same_bytes():
 
 
 def test_a_worker_that_waits_for_another_says_so_and_continues(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(disk, "PATIENCE_S", 0.02)
+    monkeypatch.setattr(disk, "QUIET_WAIT_S", 0.02)
     inside, go = threading.Event(), threading.Event()
 
     def first():
