@@ -110,7 +110,7 @@ def create_or_check(
     current = _flat(resolved.recipe.model_dump()) | _identity(facts)
     for key in current:
         if recorded.get(key) != current[key]:
-            appended = record["cache"]["digest"] in cache.earlier
+            appended = record["cache"]["digest"] in cache.earlier_digests
             grown = f" ({cache.path} has grown by an append since)" if appended else ""
             raise UsageError(
                 f"{run} was started with {key} = {recorded.get(key)}, this command asks for {current[key]}{grown}; "
