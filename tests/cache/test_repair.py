@@ -7,8 +7,7 @@ import threading
 import pytest
 from cache_maker import flip
 from kill_capture import contents
-from test_cache_hidden import other_weights
-from tiny import conversations, write_jsonl
+from tiny import conversations, other_weights, write_jsonl
 
 import pipeline.cache.atomic as disk
 from pipeline.cache.layout import IDENTITY, INDEX, PLAN, SAMPLES

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from kill_capture import contents
-from tiny import CHAT_TEMPLATE, conversations, tokenizer, write_jsonl
+from tiny import CHAT_TEMPLATE, conversations, other_weights, tokenizer, write_jsonl
 
 import stages.cache_hidden.engine_hf as engine_module
 from pipeline.cache import HiddenCache
@@ -333,12 +333,6 @@ def test_a_limit_met_while_writing_the_head_is_an_error_of_room(tmp_path):
 
 def other_template(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("user", "human") + " ")
-
-
-def other_weights(folder: Path) -> None:
-    weights = bytearray((folder / "model.safetensors").read_bytes())
-    weights[-2] ^= 64
-    (folder / "model.safetensors").write_bytes(weights)
 
 
 def other_tokenizer(folder: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_drafts import H, V, all_blocks, assert_near, build, cell_of, gradients, loss_of
+from draft_cases import H, V, all_blocks, assert_near, build, cell_of, gradients, loss_of
 
 from pipeline.drafts import BlockRequest, Sampling, init_weights, lay_blocks, metrics_of
 from pipeline.errors import UsageError

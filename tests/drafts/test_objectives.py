@@ -4,7 +4,7 @@ from typing import get_args
 
 import pytest
 import torch
-from test_drafts import all_blocks, build, cell_of, gradients, loss_of
+from draft_cases import all_blocks, build, cell_of, gradients, loss_of
 from test_losses import Largest
 
 from pipeline.drafts import DraftConfig, ScheduleValues, metrics_of, needs_final_states
