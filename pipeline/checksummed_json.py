@@ -13,7 +13,7 @@ from pathlib import Path
 
 import xxhash
 
-from pipeline.cache.atomic import unreadable
+from pipeline.cache.atomic import read_error
 from pipeline.cache.manifest import has_form
 from pipeline.errors import CacheError, PipelineError
 from pipeline.untrusted import parse_strict_json, read_file
@@ -75,7 +75,7 @@ def read_record(path: Path, form: dict, remedy: str, max_bytes: int = MAX_BYTES)
 
 def damage_error(path: Path, error: Exception, remedy: str) -> PipelineError:
     """Return the error to raise for an unreadable file of a run: limits and permissions are no damage."""
-    known = unreadable(path, error) if isinstance(error, OSError) else None
+    known = read_error(path, error) if isinstance(error, OSError) else None
     if known is not None and not isinstance(known, CacheError):
         return known
     cause = error.strerror if isinstance(error, OSError) and error.strerror else error

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache.codecs import LOSSY
-from pipeline.cache.codecs.calibration import calibrate, keep_calibration, read_calibration
+from pipeline.cache.codecs.calibration import calibrate, read_calibration, store_calibration
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.manifest import create_identity
-from pipeline.cache.plan import PlannedSample, load_plan, plan_numbers, write_segment
-from pipeline.cache.rebuild import derive
+from pipeline.cache.plan import PlannedSample, load_plan, segment_numbers, write_segment
+from pipeline.cache.rebuild import rebuild_derived
 from pipeline.cache.samples import ShardPlan
 from pipeline.cache.target_folder import has_target, new_target
 from pipeline.cache.writer import ShardWriter
@@ -64,7 +64,7 @@ def calibrate_columns(cache: Path, columns: list[ColumnSpec]) -> None:
     for spec in columns:
         if spec.codec in LOSSY and read_calibration(cache, spec.name, spec.width) is None:
             every = np.concatenate([states(shard, spec) for shard in load_plan(cache).shards])
-            keep_calibration(cache, spec.name, calibrate(every), len(every))
+            store_calibration(cache, spec.name, calibrate(every), len(every))
 
 
 def make_cache(
@@ -75,7 +75,7 @@ def make_cache(
 ) -> Path:
     """A whole cache; what a killed run left is kept. `refused` maps rows of shard 0 to reasons."""
     create_identity(cache, IDENTITY)
-    if not plan_numbers(cache):
+    if not segment_numbers(cache):
         samples = random_samples(24) if samples is None else samples
         write_segment(cache, samples, row_bytes=48, sources=[{"file": "chats.jsonl", "size": 1}])
     if not has_target(cache):
@@ -85,7 +85,7 @@ def make_cache(
     calibrate_columns(cache, columns)
     for shard in load_plan(cache).shards:
         capture(cache, shard, columns, refused if shard.number == 0 else None)
-    derive(cache)
+    rebuild_derived(cache)
     return cache
 
 

@@ -12,11 +12,11 @@ from pipeline.drafts import (
     DRAFTS,
     Draft,
     DraftConfig,
-    Knobs,
+    ScheduleValues,
     eligible_anchors,
     init_weights,
     lay_blocks,
-    needs_teacher,
+    needs_final_states,
     pack,
 )
 from pipeline.target.model import load_target
@@ -102,7 +102,7 @@ def make_learned_draft(cache_path, method="domino", steps=50, **options) -> Draf
     )
     draft = DRAFTS[method](draft_config, cache.head())
     init_weights(draft, 0)
-    soft = needs_teacher(draft_config)
+    soft = needs_final_states(draft_config)
     samples = [cache.read(index, final=soft) for index in range(len(cache))]
     cell = pack(samples, [cache.samples.hex(index) for index in range(len(cache))], final=soft)
     eligible = torch.cat([eligible_anchors(sample.mask) for sample in samples]).nonzero()[:, 0]
@@ -111,6 +111,6 @@ def make_learned_draft(cache_path, method="domino", steps=50, **options) -> Draf
     optimizer = torch.optim.Adam(draft.parameters(), lr=6e-3)
     for step in range(steps):
         optimizer.zero_grad()
-        draft.loss(cell, blocks, Knobs(1 - step / steps), dens).total.backward()
+        draft.loss(cell, blocks, ScheduleValues(1 - step / steps), dens).total.backward()
         optimizer.step()
     return draft.eval()

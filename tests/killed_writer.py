@@ -28,11 +28,11 @@ import torch
 from cache_maker import COLUMNS, capture, contents, flip, make_cache, random_samples
 
 import stages.recode.run
-from pipeline.cache.atomic import clean
+from pipeline.cache.atomic import clean_scratch
 from pipeline.cache.columns import column_manifest
 from pipeline.cache.layout import SAMPLES, shard_folder
-from pipeline.cache.plan import load_plan, plan_numbers, write_segment
-from pipeline.cache.rebuild import derive, restore_segments
+from pipeline.cache.plan import load_plan, segment_numbers, write_segment
+from pipeline.cache.rebuild import rebuild_derived, restore_segments
 from pipeline.errors import PipelineError
 
 PAIR = [replace(COLUMNS[1], codec="int8"), COLUMNS[2]]  # a column of one file, and one of four and a calibration
@@ -49,13 +49,13 @@ def make(cache: Path) -> None:
 
 def append(cache: Path) -> None:
     """Two samples more, of which one is new, on a cache that `make` made."""
-    clean(cache)
-    if len(plan_numbers(cache)) == 1:
+    clean_scratch(cache)
+    if len(segment_numbers(cache)) == 1:
         more = [*random_samples(1, longest=8), *random_samples(1, longest=8, seed=1)]
         write_segment(cache, more, row_bytes=48, sources=[{"file": "more.jsonl", "size": 1}])
     for shard in load_plan(cache).shards:
         capture(cache, shard, PAIR)
-    derive(cache)
+    rebuild_derived(cache)
 
 
 def spoil(cache: Path) -> None:
@@ -68,13 +68,13 @@ def spoil(cache: Path) -> None:
 
 def repair(cache: Path) -> None:
     """What `pipeline verify --repair` does after it found what `spoil` did, random states in the target's place."""
-    clean(cache)
+    clean_scratch(cache)
     restore_segments(cache)
-    derive(cache)
+    rebuild_derived(cache)
     shard = load_plan(cache).shards[0]
     known = (shard_folder(cache, 0) / "aux.10.json").exists()
     capture(cache, shard, PAIR[:1], lost={"aux.10": column_manifest(cache, 0, "aux.10") if known else None})
-    derive(cache)
+    rebuild_derived(cache)
 
 
 def recode(cache: Path) -> None:

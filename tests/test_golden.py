@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pipeline.drafts import DRAFTS, Blocks, Cell, Draft, DraftConfig, Knobs, Loss, lay_blocks, metrics_of, pack
+from pipeline.drafts import DRAFTS, Blocks, Cell, Draft, DraftConfig, Loss, ScheduleValues, lay_blocks, metrics_of, pack
 from pipeline.published import load_draft_folder
 from pipeline.target.head import TargetHead
 from pipeline.target.model import head_of, load_target
@@ -79,7 +79,7 @@ class Case:
         dens = self.draft.denominators(self.blocks)  # SpecForge's DSpark divides by the bare sum
         if self.facts["method"] == "domino":
             dens = {name: den + 1e-6 for name, den in dens.items()}
-        return self.draft.loss(self.cell, self.blocks, Knobs(lambda_base), dens, metrics)
+        return self.draft.loss(self.cell, self.blocks, ScheduleValues(lambda_base), dens, metrics)
 
 
 def draft_config(facts: dict, parameters: set[str]) -> DraftConfig:
@@ -197,7 +197,7 @@ def test_blocks(name):
         "target_ids": case.blocks.labels_NS,
         "eval_mask": case.blocks.scored_NS,
         "prev_ids": case.blocks.prev_NS,
-        "noise_ids": case.blocks.noise_ids_NS,
+        "noise_ids": case.blocks.input_ids_NS,
     }
     for key in ours.keys() & case.tensors.keys():
         wanted = case.by_block(key)
@@ -206,7 +206,7 @@ def test_blocks(name):
         assert_close(case.blocks.weights_NS[case.kept], case.by_block("weight_mask")[case.kept], "weight_mask")
     if "aligned_target_hidden" in case.tensors:
         scored = case.blocks.scored_NS
-        ours = case.cell.final_FD[case.cell.final_at_R[case.blocks.teacher_NS]]
+        ours = case.cell.final_FD[case.cell.final_at_R[case.blocks.final_row_NS]]
         assert torch.equal(ours[scored], case.by_block("aligned_target_hidden")[scored])
 
 

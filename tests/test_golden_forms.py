@@ -11,7 +11,7 @@ import torch
 from greedy import make_greedy_cache, make_learned_draft, save_stopping_target
 
 from pipeline.cache import HiddenCache
-from pipeline.drafts import DRAFTS, Ask
+from pipeline.drafts import DRAFTS, BlockRequest
 from pipeline.published.writing import Origin, published_config
 from pipeline.target.model import load_target
 from pipeline.tensors import save_tensors
@@ -62,8 +62,8 @@ def one_by_one(target, draft, prompt: list[int], max_new: int) -> tuple[list[int
     while start < len(prompt) + max_new:
         hidden = run(ids[:start]).hidden_states
         features_KTD = torch.cat([hidden[layer + 1] for layer in draft.config.target_layer_ids])
-        ask = Ask(features_KTD, ids[start], start, draft.new_kv())
-        proposed = draft.propose([ask])[0].ids_P.tolist()
+        request = BlockRequest(features_KTD, ids[start], start, draft.new_kv())
+        proposed = draft.propose([request])[0].ids_P.tolist()
         chosen = run([*ids[: start + 1], *proposed]).logits[0, start:].argmax(-1).tolist()
         kept = next((at for at, token in enumerate(proposed) if token != chosen[at]), len(proposed))
         ids += chosen[: kept + 1]

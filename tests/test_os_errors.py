@@ -15,10 +15,10 @@ from cache_maker import make_cache, random_samples
 
 from pipeline.cache import HiddenCache
 from pipeline.cache.arrow_files import parse_batches
-from pipeline.cache.atomic import REMEDIES, room, unreadable
+from pipeline.cache.atomic import REMEDIES, read_error, write_errors
 from pipeline.cache.checksums import SCHEMA
 from pipeline.cache.columns import ColumnSpec
-from pipeline.cache.layout import inside
+from pipeline.cache.layout import path_inside
 from pipeline.cache.verify import verify
 from pipeline.errors import CacheError, RoomError, UsageError
 from pipeline.os_errors import LIMITS, limit_error
@@ -46,7 +46,7 @@ MIB = 1 << 20
     ],
 )
 def test_each_error_of_the_system_has_its_own_line(number, kind, says):
-    found = unreadable(Path("file"), OSError(number, os.strerror(number)))
+    found = read_error(Path("file"), OSError(number, os.strerror(number)))
     assert type(found) is kind
     with pytest.raises(kind, match=f"^file: .*{says}"):
         raise found
@@ -57,7 +57,7 @@ def test_each_error_of_the_system_has_its_own_line(number, kind, says):
 @pytest.mark.parametrize("number", sorted(LIMITS))
 def test_each_limit_has_a_line_for_whoever_writes(number, tmp_path):
     assert number in REMEDIES
-    with pytest.raises(RoomError, match=os.strerror(number)), room(tmp_path, "a file"):
+    with pytest.raises(RoomError, match=os.strerror(number)), write_errors(tmp_path, "a file"):
         raise OSError(number, os.strerror(number))
 
 
@@ -146,9 +146,9 @@ def test_a_cache_moved_to_a_path_too_long_for_the_names_in_it_is_not_damaged(tmp
         root = root / ("d" * 200)
     root = Path(str(root) + "/" + "e" * (4090 - len(str(root))))
     with pytest.raises(UsageError, match="File name too long; the path is longer"):
-        inside(root, "shards/000000/aux.1/c/0/0")
+        path_inside(root, "shards/000000/aux.1/c/0/0")
     with pytest.raises(CacheError, match="which no file can be called"):
-        inside(tmp_path, "x" * 300)
+        path_inside(tmp_path, "x" * 300)
 
 
 def test_links_in_a_circle_on_the_way_are_said_to_be_that(tmp_path):

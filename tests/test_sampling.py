@@ -118,13 +118,13 @@ def make_draft(target, method):
         weight.data.normal_(0, spread, generator=generator)
     compute, known = draft.block_hidden, {}
 
-    def block_hidden(asks):
-        (ask,) = asks
-        new_KND = ask.features_KTD
-        ask.kv.seen_KND = torch.cat([getattr(ask.kv, "seen_KND", new_KND[:, :0]), new_KND], dim=1)
-        key = ask.kv.seen_KND.numpy().tobytes(), ask.anchor_id
+    def block_hidden(requests):
+        (request,) = requests
+        new_KND = request.features_KTD
+        request.kv.seen_KND = torch.cat([getattr(request.kv, "seen_KND", new_KND[:, :0]), new_KND], dim=1)
+        key = request.kv.seen_KND.numpy().tobytes(), request.anchor_id
         if key not in known:
-            known[key] = compute([replace(ask, features_KTD=ask.kv.seen_KND, kv=draft.new_kv())])
+            known[key] = compute([replace(request, features_KTD=request.kv.seen_KND, kv=draft.new_kv())])
         return known[key]
 
     draft.block_hidden = block_hidden
@@ -205,7 +205,9 @@ def draw_with_the_number_that_refused(monkeypatch):
 
 def cut_by_what_was_drawn(monkeypatch):
     """Leave proposals out for what they are: that is to refuse them, without a residual."""
-    monkeypatch.setattr(DRAFTS["dspark"], "kept", lambda self, h, a, ids_NP, t: (ids_NP < 2).long().cumprod(-1).sum(-1))
+    monkeypatch.setattr(
+        DRAFTS["dspark"], "confident_count", lambda self, h, a, ids_NP, t: (ids_NP < 2).long().cumprod(-1).sum(-1)
+    )
 
 
 @pytest.mark.parametrize(

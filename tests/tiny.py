@@ -126,3 +126,10 @@ def write_jsonl(path: Path, rows: list) -> Path:
 def corpus_of(path: Path, rows) -> str:
     """Write rows, and return the file's name as a command takes it."""
     return str(write_jsonl(path, rows))
+
+
+def other_weights(folder: Path) -> None:
+    """Change one bit of a target's weights."""
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-2] ^= 64
+    (folder / "model.safetensors").write_bytes(weights)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.ipc
 
-from pipeline.cache.atomic import reading
+from pipeline.cache.atomic import read_errors
 from pipeline.errors import CacheError
 from pipeline.os_errors import refuse_limit
 
@@ -21,7 +21,7 @@ _HEADER, _COMPRESSION = 2, 3  # fields of the tables Message and RecordBatch in 
 
 def read_batches(path: Path, schema: pa.Schema) -> list[pa.RecordBatch]:
     """Map the record batches of an Arrow IPC file. CacheError for any other file; its digest is the caller's."""
-    with reading(path), pa.memory_map(str(path)) as file:
+    with read_errors(path), pa.memory_map(str(path)) as file:
         return parse_batches(file.read_buffer(), schema, path)
 
 

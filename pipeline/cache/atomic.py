@@ -1,10 +1,10 @@
-"""Writing that survives a kill: scratch folders, locks, atomic renames, and errors that say what to do.
+"""Crash-safe writes: scratch folders, process locks, atomic renames, and typed errors for what the system refuses.
 
-What is unfinished is named `tmp-*` and stays locked (flock) while its process lives. A name without the prefix is
-complete: files are synced, renamed, and their folder synced. `clean` removes what nobody holds any more.
+Unfinished work is named `tmp-*` and stays locked (flock) while its process lives. A name without the prefix is
+complete: files are synced, renamed, and their folder synced. `clean_scratch` removes what dead processes left.
 
-Locks only save work: where a network file system has none that reach other machines, two processes may do the same
-twice, and the bytes, which depend on neither, come out the same.
+Correctness does not depend on the locks: where a network file system has none that reach other machines, two processes
+may do the same work twice, and both write the same bytes.
 """
 
 import contextlib
@@ -26,40 +26,40 @@ from pipeline.cache.layout import FOLDERS, SCRATCH, SHARDS
 from pipeline.errors import CacheError, PipelineError, RoomError
 from pipeline.os_errors import MEMORY, errno_of, limit_error
 
-PATIENCE_S = 3.0  # of silent waiting for another process
+QUIET_WAIT_S = 3.0  # a longer wait for another process is printed
 POLL_S = 0.5
 
-_GO_ON = "the same command goes on where this stopped"
-_FREE = "free {short} or pass --out on another disk; " + _GO_ON
-_MAY = "make it writable or pass another --out; " + _GO_ON
-_FEWER = "raise `ulimit -n` or close other programs; " + _GO_ON
-_LOCKS = "this disk has no file locks (a Lustre mount needs `-o flock`); pass --out on another disk"
-_BROKEN = "the disk or the way to it is failing: see the system's log, then pass --out on another; " + _GO_ON
+_RESUME = "the same command goes on where this stopped"
+_FREE_SPACE = "free {short} or pass --out on another disk; " + _RESUME
+_MAKE_WRITABLE = "make it writable or pass another --out; " + _RESUME
+_OPEN_FEWER = "raise `ulimit -n` or close other programs; " + _RESUME
+_NO_LOCKS = "this disk has no file locks (a Lustre mount needs `-o flock`); pass --out on another disk"
+_DISK_FAILING = "the disk or the way to it is failing: see the system's log, then pass --out on another; " + _RESUME
 
 REMEDIES = {
-    errno.ENOSPC: _FREE,
-    errno.EDQUOT: _FREE,
-    errno.EFBIG: "raise `ulimit -f`; " + _GO_ON,
-    errno.EROFS: _MAY,
-    errno.EACCES: _MAY,
-    errno.EPERM: _MAY,
-    errno.EMFILE: _FEWER,
-    errno.ENFILE: _FEWER,
-    errno.ENOLCK: _LOCKS,
-    errno.EOPNOTSUPP: _LOCKS,
-    errno.ENOSYS: _LOCKS,
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: _FREE_SPACE,
+    errno.EFBIG: "raise `ulimit -f`; " + _RESUME,
+    errno.EROFS: _MAKE_WRITABLE,
+    errno.EACCES: _MAKE_WRITABLE,
+    errno.EPERM: _MAKE_WRITABLE,
+    errno.EMFILE: _OPEN_FEWER,
+    errno.ENFILE: _OPEN_FEWER,
+    errno.ENOLCK: _NO_LOCKS,
+    errno.EOPNOTSUPP: _NO_LOCKS,
+    errno.ENOSYS: _NO_LOCKS,
     errno.ENOENT: "a folder on the way cannot be made, or was removed; pass another --out",
     errno.ENOTDIR: "a file stands where a folder on the way should; pass another --out",
     errno.ENAMETOOLONG: "the path is longer than this disk takes; pass a shorter --out",
     errno.ELOOP: "links on the way lead in a circle; pass another --out",
-    errno.ENOMEM: f"{MEMORY}; {_GO_ON}",
-    errno.EIO: _BROKEN,
-    errno.ESTALE: _BROKEN,
+    errno.ENOMEM: f"{MEMORY}; {_RESUME}",
+    errno.EIO: _DISK_FAILING,
+    errno.ESTALE: _DISK_FAILING,
 }
 
 
 def size_text(count: int) -> str:
-    """A number of bytes for people: `1.5 GiB`, `20.0 MiB`."""
+    """Format a number of bytes: `1.5 GiB`, `20.0 MiB`."""
     for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB")):
         if count >= unit:
             return f"{count / unit:.1f} {name}"
@@ -67,85 +67,88 @@ def size_text(count: int) -> str:
 
 
 @contextlib.contextmanager
-def room(where: Path, what: str, need: int = 0) -> Iterator[None]:
-    """Turn a full disk, a read-only folder or a used-up limit into a RoomError; `need` is in bytes."""
+def write_errors(where: Path, what: str, need: int = 0) -> Iterator[None]:
+    """Raise RoomError for an OSError of a full disk, a read-only folder or an exhausted limit.
+
+    where: the path written to   what: the thing written, for the message   need: its size in bytes, if known
+    """
     try:
         yield
     except OSError as error:
         if error.errno not in REMEDIES:
             raise
-        raise RoomError(_room_message(where, what, need, error)) from error
+        raise RoomError(_write_error_message(where, what, need, error)) from error
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn what the system says of a file of a cache that cannot be read into a typed error."""
+def read_errors(path: Path) -> Iterator[None]:
+    """Raise the error of `read_error` for an OSError met while a file of a cache is read."""
     try:
         yield
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise read_error(path, error) from error
 
 
-def unreadable(path: Path, error: OSError) -> PipelineError:
-    """What to say of a file that cannot be read: a limit and a missing right are no damage, and mend otherwise."""
-    met = limit_error(f"{path}: cannot be read", error)
-    if met is not None:
-        return met
+def read_error(path: Path, error: OSError) -> PipelineError:
+    """Return the typed error for a file that cannot be read: an exhausted limit or a missing right is no damage."""
+    exhausted = limit_error(f"{path}: cannot be read", error)
+    if exhausted is not None:
+        return exhausted
     number = errno_of(error)
     if number in (errno.ENOENT, errno.ENOTDIR):
         return CacheError(f"{path}: missing; run `pipeline verify`")
-    said = os.strerror(number) if number else str(error)
+    message = os.strerror(number) if number else str(error)
     if number in (None, errno.EISDIR, errno.EINVAL):
-        return CacheError(f"{path}: cannot be read: {said}; run `pipeline verify`")
-    return CacheError(f"{path}: cannot be read: {said}; the disk or the way to it is failing: see the system's log")
+        return CacheError(f"{path}: cannot be read: {message}; run `pipeline verify`")
+    return CacheError(f"{path}: cannot be read: {message}; the disk or the way to it is failing: see the system's log")
 
 
-def _room_message(where: Path, what: str, need: int, error: OSError) -> str:
+def _write_error_message(where: Path, what: str, need: int, error: OSError) -> str:
     free = free_bytes(where)
     short = f"at least {size_text(max(need - free, 1 << 20))}"
-    room = need and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    needs = f", which needs {size_text(need)} where {size_text(free)} are free" if room else ""
+    is_full = need and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    needs = f", which needs {size_text(need)} where {size_text(free)} are free" if is_full else ""
     remedy = REMEDIES[error.errno].format(short=short)
     return f"{where}: cannot write {what}{needs}: {os.strerror(error.errno)}; {remedy}"
 
 
 def free_bytes(where: Path) -> int:
-    """Bytes an ordinary user may still write at `where`, or at its nearest parent that exists."""
+    """Bytes that a user without special rights can still write at `where`, or at its nearest parent that exists."""
     where = where.absolute()
     while not where.exists():
         where = where.parent
     return shutil.disk_usage(where).free
 
 
-def need_room(where: Path, what: str, need: int) -> None:
-    """RoomError before the work when `need` bytes cannot fit."""
+def check_free_space(where: Path, what: str, need: int) -> None:
+    """Raise RoomError, before any work, when the disk of `where` has fewer than `need` bytes free."""
     if need > free_bytes(where):
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        raise RoomError(_room_message(where, what, need, full))
+        raise RoomError(_write_error_message(where, what, need, full))
 
 
 def write_all(fd: int, data) -> None:
-    """`os.write` until every byte of `data` (a contiguous buffer) is written."""
+    """Write all of `data`, a contiguous buffer, to a file descriptor."""
     rest = memoryview(data).cast("B")
     while rest:
         rest = rest[os.write(fd, rest) :]
 
 
-# Linux only. Python has no name for it; its POSIX_FADV_DONTNEED would also wait for every CPU of the machine.
+# Linux only, and not in Python's `os`; POSIX_FADV_DONTNEED, which is, would also wait for every CPU of the machine.
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 if _sync_file_range is not None:
     _sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin, and do not wait
 
 
-def begin_writing(fd: int, start: int, size: int) -> None:
-    """Have the system begin to write what it holds of a range of a file. No more than advice: it may not take it."""
+def start_writeback(fd: int, start: int, size: int) -> None:
+    """Ask the kernel to begin writing a range of a file's dirty pages to disk. Advice only; returns at once."""
     if _sync_file_range is not None:
         _sync_file_range(fd, start, size, _WRITE)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames into `folder` last."""
+    """Sync a folder, so that renames into it survive a power cut."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -154,6 +157,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
+    """Sync a file's content to disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -161,11 +165,11 @@ def sync_file(path: Path) -> None:
         os.close(fd)
 
 
-def lock(path: Path) -> int | None:
-    """Open (or make) `path` and lock it. None when it is held by another, or was removed meanwhile.
+def try_lock(path: Path) -> int | None:
+    """Open (or create) `path` and lock it without waiting. None when another process has the lock, or removed the file.
 
-    The descriptor is the lock: closing it, or dying, lets go. Holding the lock of a name that is gone protects
-    nothing, hence the comparison at the end.
+    The lock is the file descriptor returned: closing it, or the end of the process, releases it. The lock of a file
+    that was removed protects nothing, so the inode is compared with that of the path at the end.
     """
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -177,8 +181,8 @@ def lock(path: Path) -> int | None:
         raise CacheError(f"{path}: a link or a folder, where a lock is a file; remove it") from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held, there = os.fstat(fd), os.stat(path)
-        if (held.st_dev, held.st_ino) == (there.st_dev, there.st_ino):
+        locked, named = os.fstat(fd), os.stat(path)
+        if (locked.st_dev, locked.st_ino) == (named.st_dev, named.st_ino):
             return fd
     except (BlockingIOError, FileNotFoundError):
         pass
@@ -190,15 +194,15 @@ def lock(path: Path) -> int | None:
 
 
 def in_use(cache: Path) -> bool:
-    """Whether a process is at work on the cache, as far as locks reach. Writes nothing, and needs no right to."""
+    """Whether a process is writing to the cache, as far as locks tell. Writes nothing and needs no right to write."""
     try:
-        left = sorted(cache.glob(f"{SCRATCH}*"))
+        scratch = sorted(cache.glob(f"{SCRATCH}*"))
     except OSError:
         return False
-    return any(_is_held(path / "lock" if path.is_dir() else path) for path in left)
+    return any(_is_locked(path / "lock" if path.is_dir() else path) for path in scratch)
 
 
-def _is_held(path: Path) -> bool:
+def _is_locked(path: Path) -> bool:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -215,51 +219,51 @@ def _is_held(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def finishing() -> Iterator[None]:
-    """Let Ctrl-C, SIGTERM and SIGHUP wait until the block is done: what takes milliseconds is not left half done.
+def defer_signals() -> Iterator[None]:
+    """Defer SIGINT, SIGTERM and SIGHUP until the `with` block is done, which should take milliseconds.
 
-    Only the main thread gets signals, so elsewhere there is nothing to hold back.
+    Only the main thread gets signals, so in another thread this does nothing.
     """
-    before, waiting = {}, []
+    before, pending = {}, []
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         for number, handler in before.items():
-            if handler is not None:  # None: not Python's to put back
-                signal.signal(number, lambda number, frame: waiting.append(number))
+            if handler is not None:  # None: not set by Python, which could not restore it
+                signal.signal(number, lambda number, frame: pending.append(number))
         yield
     finally:
         for number, handler in before.items():
             if handler is not None:
                 signal.signal(number, handler)
-        if waiting:
-            signal.raise_signal(waiting[0])
+        if pending:
+            signal.raise_signal(pending[0])
 
 
 @contextlib.contextmanager
-def turn(cache: Path, step: str) -> Iterator[None]:
-    """Hold the cache's lock for `step`, alone of all processes; whoever waits for it long says so.
+def process_lock(cache: Path, step: str) -> Iterator[None]:
+    """Hold the cache's lock for `step` against all other processes; a wait of more than QUIET_WAIT_S is printed.
 
-    A holder that dies lets go, so nothing but a stopped process can keep others waiting.
+    The lock of a process that dies is released, so only a suspended process can block the others for good.
     """
     path = cache / f"{SCRATCH}{step}.lock"
-    fd = _lock_in_turn(path, step)
+    fd = _wait_for_lock(path, step)
     try:
         yield
     finally:
-        with finishing():
+        with defer_signals():
             path.unlink(missing_ok=True)
             os.close(fd)
 
 
-def _lock_in_turn(path: Path, step: str) -> int:
-    """Wait for a lock by asking again and again: a blocking wait on a network file system may not be interrupted."""
-    since, pause, said = time.monotonic(), 0.001, False
-    while (fd := lock(path)) is None:
+def _wait_for_lock(path: Path, step: str) -> int:
+    """Poll for a lock: a blocking wait on a network file system may not be interruptible. Returns its descriptor."""
+    since, pause, printed = time.monotonic(), 0.001, False
+    while (fd := try_lock(path)) is None:
         if not path.parent.is_dir():
             raise CacheError(f"{path.parent}: the cache was removed while a process worked on it")
-        if not said and time.monotonic() - since > PATIENCE_S:
-            said = True
+        if not printed and time.monotonic() - since > QUIET_WAIT_S:
+            printed = True
             print(
                 f"waiting for another process, which is at the {step} of this cache (it holds {path.name}; "
                 "remove that file if there is no such process)",
@@ -272,28 +276,29 @@ def _lock_in_turn(path: Path, step: str) -> int:
 
 
 @contextlib.contextmanager
-def committing(cache: Path) -> Iterator[None]:
-    """Hold the cache's commit lock, for the few milliseconds in which names are put in place."""
+def commit_lock(cache: Path) -> Iterator[None]:
+    """Hold the cache's commit lock, signals deferred, for the milliseconds in which files are renamed into place."""
     refuse_links(cache)
-    with turn(cache, "commit"), finishing():
+    with process_lock(cache, "commit"), defer_signals():
         yield
 
 
 class Scratch:
-    """A folder `tmp-<label>-<uuid>/` of a cache, locked while it is used and removed on `close`, at the latest when
-    the interpreter ends."""
+    """A temporary folder `tmp-<label>-<uuid>/` of a cache, locked while in use.
+
+    Removed by `close`, or when the interpreter ends."""
 
     def __init__(self, cache: Path, label: str):
-        with room(cache, "a scratch folder"), finishing():
-            held = None
-            while held is None:  # a cleaner may be quicker than our lock
+        with write_errors(cache, "a scratch folder"), defer_signals():
+            fd = None
+            while fd is None:  # `clean_scratch` of another process may remove the folder before it is locked
                 self.path = cache / f"{SCRATCH}{label}-{uuid.uuid4().hex}"
                 self.path.mkdir()
-                held = lock(self.path / "lock")
-            self._remove = weakref.finalize(self, _remove, self.path, held, os.getpid())
+                fd = try_lock(self.path / "lock")
+            self._remove = weakref.finalize(self, _remove, self.path, fd, os.getpid())
 
     def close(self) -> None:
-        with finishing():
+        with defer_signals():
             self._remove()
 
     def __enter__(self) -> "Scratch":
@@ -303,28 +308,28 @@ class Scratch:
         self.close()
 
 
-def _remove(path: Path, held: int, owner: int) -> None:
-    """Remove a scratch folder and let go of it; not in a forked child, whose parent still uses it."""
+def _remove(path: Path, lock: int, owner: int) -> None:
+    """Remove a scratch folder and release its lock; not in a forked child, whose parent still uses it."""
     if os.getpid() == owner:
-        _remove_folder(path, held)
+        _remove_folder(path, lock)
 
 
-def _remove_folder(path: Path, held: int) -> None:
-    """Remove a locked folder. A network file system keeps a trace of the lock in it until that is closed."""
+def _remove_folder(path: Path, lock: int) -> None:
+    """Remove a locked folder. NFS keeps a `.nfs*` file for the lock until that is closed, hence the `rmdir`."""
     shutil.rmtree(path, ignore_errors=True)
-    os.close(held)
+    os.close(lock)
     with contextlib.suppress(OSError):
         path.rmdir()
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, whole or not at all."""
-    with room(path, "a file", len(data)), finishing():
+    """Write `data` to `path` atomically: synced under a temporary name, then renamed. Raises RoomError."""
+    with write_errors(path, "a file", len(data)), defer_signals():
         path.parent.mkdir(parents=True, exist_ok=True)
         fd = None
         while fd is None:
             temporary = path.parent / f"{SCRATCH}{uuid.uuid4().hex}"
-            fd = lock(temporary)
+            fd = try_lock(temporary)
         try:
             write_all(fd, data)
             os.fsync(fd)
@@ -335,44 +340,44 @@ def write_file(path: Path, data: bytes) -> None:
             os.close(fd)
 
 
-def clean_label(folder: Path, label: str) -> None:
-    """Remove the scratch folders of this label whose process is gone, as far as rights allow."""
+def clean_scratch_of(folder: Path, label: str) -> None:
+    """Remove the scratch folders of this label whose process is gone; those that cannot be removed stay."""
     with contextlib.suppress(OSError, CacheError):
         for path in sorted(folder.glob(f"{SCRATCH}{label}-{'[0-9a-f]' * 32}")):
             if path.is_symlink() or not path.is_dir():
                 continue
-            held = lock(path / "lock")
-            if held is not None:
-                _remove_folder(path, held)
+            fd = try_lock(path / "lock")
+            if fd is not None:
+                _remove_folder(path, fd)
 
 
 def refuse_links(cache: Path) -> None:
-    """CacheError where a folder that is to be written to is a link, which may lead anywhere."""
+    """Raise CacheError where a folder of the cache is a symbolic link: writes might land anywhere."""
     links = [cache / name for name in FOLDERS if (cache / name).is_symlink()]
     if not links and (cache / SHARDS).is_dir():
-        with reading(cache / SHARDS), os.scandir(cache / SHARDS) as entries:
+        with read_errors(cache / SHARDS), os.scandir(cache / SHARDS) as entries:
             links = [Path(entry) for entry in entries if entry.is_symlink()]
     if links:
         raise CacheError(f"{links[0]}: a link, where only a folder is written to; replace it by what it points to")
 
 
-def clean(cache: Path) -> list[str]:
-    """Remove scratch folders and files whose process is gone. Returns their names, relative to the cache."""
+def clean_scratch(cache: Path) -> list[str]:
+    """Remove the scratch folders and files of dead processes. Returns their paths, relative to the cache."""
     refuse_links(cache)
     removed = []
-    with reading(cache):
-        own = [cache, *(cache / name for name in FOLDERS), *(cache / SHARDS).glob("*")]
-        left = sorted(path for folder in own for path in folder.glob(f"{SCRATCH}*"))
-    for path in left:
-        folder = path.is_dir() and not path.is_symlink()
-        if path.is_symlink():  # nobody's: what we make is no link
+    with read_errors(cache):
+        folders = [cache, *(cache / name for name in FOLDERS), *(cache / SHARDS).glob("*")]
+        scratch = sorted(path for folder in folders for path in folder.glob(f"{SCRATCH}*"))
+    for path in scratch:
+        is_folder = path.is_dir() and not path.is_symlink()
+        if path.is_symlink():  # never made by this program
             path.unlink()
-        if not folder and not path.is_file():
+        if not is_folder and not path.is_file():
             continue
-        fd = lock(path / "lock" if folder else path)
+        fd = try_lock(path / "lock" if is_folder else path)
         if fd is None:
             continue
-        if folder:
+        if is_folder:
             _remove_folder(path, fd)
         else:
             path.unlink(missing_ok=True)

@@ -1,8 +1,7 @@
-"""The catalog: which columns the shards of a cache have, and what their manifests say.
+"""The catalog: which columns the shards of a cache have, and their manifests.
 
-Opening a cache reads none of it. The names are listed when first asked for; a manifest is read, and held against the
-others, when its column is first touched. So a cache of a thousand shards opens as quickly as one of sixteen, and
-nothing is read by a manifest that was not checked.
+All of it is read lazily: the names when they are first needed; a manifest, validated against the others, when its
+column is first used. So a cache of a thousand shards opens as quickly as one of sixteen.
 """
 
 import os
@@ -13,22 +12,22 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.atomic import reading
+from pipeline.cache.atomic import read_errors
 from pipeline.cache.columns import column_manifest
 from pipeline.cache.layout import COLUMN, NUMBER, SAMPLES, SHARDS, STEM, numbered, shard_folder
 from pipeline.errors import CacheError
 
 
 def columns_of(entries: Iterable[str]) -> list[str]:
-    """The columns that a shard with these files has, sorted: those with a manifest."""
+    """The columns, sorted, of a shard with these file names: those with a manifest."""
     stems = (entry.removesuffix(".json") for entry in entries if entry.endswith(".json"))
     return sorted(stem for stem in stems if COLUMN.fullmatch(stem))
 
 
-def held_by(shards: Sequence[Iterable[str]]) -> dict[str, int]:
-    """How many shards have a column, by name, from the names of every shard's files.
+def shards_per_column(shards: Sequence[Iterable[str]]) -> dict[str, int]:
+    """How many shards have each column, by name, given the file names of every shard.
 
-    A column of which only values are left, without a manifest in any shard, is in none: 0.
+    A column with values but no manifest in any shard has the count 0.
     """
     counts = Counter(name for entries in shards for name in columns_of(entries))
     stems = {entry.removesuffix(".arrow") for entries in shards for entry in entries}
@@ -37,7 +36,7 @@ def held_by(shards: Sequence[Iterable[str]]) -> dict[str, int]:
 
 
 class Catalog:
-    """The columns of a cache with `shards` planned shards and this identity. Safe for many threads."""
+    """The columns of a cache with `shards` planned shards and this identity. Thread-safe."""
 
     def __init__(self, cache: Path, shards: int, identity: str):
         self.cache, self.shards, self._identity = cache, shards, identity
@@ -59,31 +58,31 @@ class Catalog:
         folder = shard_folder(self.cache, shard)
         if not folder.exists():
             return []
-        with reading(folder):
+        with read_errors(folder):
             return os.listdir(folder)
 
     @cached_property
     def partial(self) -> dict[str, int]:
-        """Columns that not every shard has, by name, and how many have it: see `held_by`."""
-        return {name: count for name, count in held_by(self._entries).items() if count < self.shards}
+        """How many shards have each column that some lack, by name: see `shards_per_column`."""
+        return {name: count for name, count in shards_per_column(self._entries).items() if count < self.shards}
 
     @cached_property
-    def beyond(self) -> list[int]:
-        """Shards with columns that no segment of the plan knows: with them a segment was lost."""
+    def unplanned_shards(self) -> list[int]:
+        """Shards with columns that no segment of the plan has: a segment was lost."""
         if not (self.cache / SHARDS).is_dir():
             return []
-        with reading(self.cache / SHARDS):
+        with read_errors(self.cache / SHARDS):
             numbers = sorted(int(name) for name in os.listdir(self.cache / SHARDS) if NUMBER.fullmatch(name))
         return [number for number in numbers if number >= self.shards and columns_of(self._listed(number))]
 
     def manifest(self, shard: int, name: str) -> dict:
-        """The manifest of a column. CacheError when it is damaged, another cache's, or at odds with the others."""
-        held = self._manifests.get((shard, name))
-        if held is None:
-            held = column_manifest(self.cache, shard, name)
-            self._check(shard, name, held)
-            self._manifests[shard, name] = held
-        return held
+        """The manifest of a column. CacheError when it is damaged, another cache's, or inconsistent with the others."""
+        manifest = self._manifests.get((shard, name))
+        if manifest is None:
+            manifest = column_manifest(self.cache, shard, name)
+            self._check(shard, name, manifest)
+            self._manifests[shard, name] = manifest
+        return manifest
 
     def _check(self, shard: int, name: str, manifest: dict) -> None:
         folder = shard_folder(self.cache, shard)
@@ -115,7 +114,7 @@ class Catalog:
         return spec and (spec["dtype"], spec["width"])
 
     def codecs(self, name: str) -> set[str]:
-        """The codecs of a whole column: several while a recode is under way, or stopped."""
+        """The codecs of a column over all shards: several during a recode, or after one was stopped."""
         return {self.manifest(shard, name)["spec"]["codec"] for shard in range(self.shards)}
 
     def refused(self, name: str) -> list[tuple[int, np.ndarray]]:

@@ -1,8 +1,8 @@
-"""Checksums of a column: one for each block of each sample, and the file that keeps them.
+"""Checksums of a column: one for each block of each sample, and the `.arrow` file that stores them.
 
-A block is 256 rows of a sample, counted from the sample's first row in the column; each has its own xxh3-64.
-It is taken over the values, but in an int8 column over what is stored of these rows: values, then scales, then escapes
-(row of the sample, channel, bits), so that rows can be checked here and decoded elsewhere.
+A (checksum) block is 256 rows of a sample, counted from the sample's first row in the column; each has an xxh3-64. It
+is taken over the values, but in an int8 column over the encoded rows: values, then scales, then outliers (row of the
+sample, channel, bits), so that rows can be verified on the CPU and decoded on another device.
 
     n samples of the shard   m rows given   D width
 """
@@ -17,8 +17,8 @@ import xxhash
 
 from pipeline.cache.arrow_files import read_batches
 from pipeline.cache.codecs.int8_files import Encoded
-from pipeline.cache.layout import BLOCK_ROWS
-from pipeline.cache.samples import numbers
+from pipeline.cache.layout import CHECKSUM_ROWS
+from pipeline.cache.samples import to_numpy
 from pipeline.errors import CacheError
 
 SCHEMA = pa.schema(
@@ -26,29 +26,29 @@ SCHEMA = pa.schema(
         pa.field("ok", pa.bool_(), nullable=False),
         pa.field("blocks", pa.list_(pa.field("item", pa.uint64(), nullable=False)), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
-        pa.field("escapes", pa.int32(), nullable=False),  # how many of the sample's entries int8 keeps apart
+        pa.field("escapes", pa.int32(), nullable=False),  # the sample's number of int8 outliers
     ]
 )
 
 
 class BlockHasher:
-    """Hashes rows as they stream by, in order: a digest whenever a block of a sample is full or the sample ends.
+    """Computes the checksums of rows given in order: a digest at the end of every block and of every sample.
 
-    `position` is the row to begin with, the first of a block.
+    `position` is the row of the column to begin with, the first of a block.
     """
 
     def __init__(self, bounds: np.ndarray, position: int = 0):
         self.blocks: list[tuple[int, int]] = []  # end of each block, and the first row of its sample
         for start, stop in pairwise(bounds.tolist()):
-            ends = range(start + BLOCK_ROWS, stop + BLOCK_ROWS, BLOCK_ROWS)
+            ends = range(start + CHECKSUM_ROWS, stop + CHECKSUM_ROWS, CHECKSUM_ROWS)
             self.blocks += [(min(end, stop), start) for end in ends if min(end, stop) > position]
         self.digests: list[int] = []
         self.position = position
         self._open = xxhash.xxh3_64()
-        self._behind: tuple[list, ...] = ([], [])  # scales and escapes of the open block, hashed after its values
+        self._behind: tuple[list, ...] = ([], [])  # scales and outliers of the open block, hashed after its values
 
     def update(self, rows: np.ndarray | Encoded) -> None:
-        """Take the next rows: C-contiguous [m, D], or encoded."""
+        """Hash the next rows: C-contiguous [m, D], or encoded."""
         taken = 0
         while taken < len(rows):
             end, origin = self.blocks[len(self.digests)]
@@ -75,11 +75,11 @@ class BlockHasher:
 
 def block_counts(bounds: np.ndarray) -> np.ndarray:
     """Blocks of each sample, int64 [n]."""
-    return -(-np.diff(bounds) // BLOCK_ROWS)
+    return -(-np.diff(bounds) // CHECKSUM_ROWS)
 
 
-def sums_bytes(bounds: np.ndarray, digests: list[int], refused: dict[int, str], escapes: np.ndarray) -> bytes:
-    """A column's `.arrow` file: for each sample ok, the digests of its blocks, why it was refused, and its escapes."""
+def sums_bytes(bounds: np.ndarray, digests: list[int], refused: dict[int, str], outliers: np.ndarray) -> bytes:
+    """Serialise a column's `.arrow` file: for each sample ok, block digests, refusal reason, number of outliers."""
     count = len(bounds) - 1
     ok = np.ones(count, bool)
     ok[list(refused)] = False
@@ -90,7 +90,7 @@ def sums_bytes(bounds: np.ndarray, digests: list[int], refused: dict[int, str], 
         pa.Array.from_buffers(pa.bool_(), count, [None, bits]),
         pa.Array.from_buffers(SCHEMA.field("blocks").type, count, [None, pa.py_buffer(starts)], children=[items]),
         pa.array([refused.get(row, "") for row in range(count)], pa.string()),
-        pa.array(escapes.astype(np.int32)),
+        pa.array(outliers.astype(np.int32)),
     ]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, SCHEMA) as writer:
@@ -99,14 +99,14 @@ def sums_bytes(bounds: np.ndarray, digests: list[int], refused: dict[int, str], 
 
 
 def read_sums(path: Path, bounds: np.ndarray) -> tuple[np.ndarray, ...]:
-    """What `sums_bytes` wrote: ok bool [n], digests uint64, and each sample's first digest and escape int64 [n + 1]."""
+    """Read a column's `.arrow`: ok bool [n], digests uint64, each sample's first digest and outlier, int64 [n + 1]."""
     batches = read_batches(path, SCHEMA)
     if len(batches) != 1 or len(batches[0]) != len(bounds) - 1:
         raise CacheError(f"{path}: made for other samples; run `pipeline verify`")
     ok = np.array(batches[0].column("ok").to_pylist(), bool)
     lists = batches[0].column("blocks")
-    digests, starts = numbers(lists.values).copy(), numbers(lists.offsets).astype(np.int64)
-    counts = numbers(batches[0].column("escapes")).astype(np.int64)
+    digests, starts = to_numpy(lists.values).copy(), to_numpy(lists.offsets).astype(np.int64)
+    counts = to_numpy(batches[0].column("escapes")).astype(np.int64)
     whole = np.array_equal(np.append(starts[0], np.diff(starts)), np.append(0, block_counts(bounds)))
     if not whole or len(digests) != starts[-1] or (counts < 0).any():
         raise CacheError(f"{path}: made for other samples; run `pipeline verify`")

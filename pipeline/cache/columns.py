@@ -1,6 +1,6 @@
-"""Columns: one array of one shard, with the manifest that makes it exist.
+"""Columns: one array of one shard. A column exists when its manifest does.
 
-Whoever reads a sample checks exactly what it reads, by the sums of its blocks: see `checksums.py`.
+A read verifies exactly the rows it returns, by the checksums of their blocks: see `checksums.py`.
 
     n samples of the shard   R rows of the column   D width
 """
@@ -13,21 +13,21 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.atomic import unreadable
+from pipeline.cache.atomic import read_error
 from pipeline.cache.checksums import BlockHasher, read_sums
 from pipeline.cache.codecs import CODECS, DTYPES, LOSSY, open_values
 from pipeline.cache.codecs.int8_files import CHANNELS, Encoded
 from pipeline.cache.codecs.zarr_file import METADATA
-from pipeline.cache.layout import BLOCK_ROWS, COLUMN, IDENTITY, SAMPLES, inside, numbered, shard_folder
+from pipeline.cache.layout import CHECKSUM_ROWS, COLUMN, IDENTITY, SAMPLES, numbered, path_inside, shard_folder
 from pipeline.cache.manifest import FILES, check_file, check_size, read_canonical
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import CacheError
 from pipeline.target.layers import final_rows
 
-WIDEST = 1 << 17  # values of a row; a manifest that claims more is damaged
-DECODED = 1 << 20  # bytes decoded at a time, at least a block: what is read stays in the CPU's cache until then
+MAX_WIDTH = 1 << 17  # values of a row; a manifest that claims more is damaged
+DECODED = 1 << 20  # bytes read and decoded at a time, at least a block, so that they stay in the CPU's cache
 
-LOOKED_AT = 16  # blocks of a sample in memory when all is checked
+VERIFY_BLOCKS = 16  # blocks read at a time when a whole column is verified
 
 FORM = {
     "cache": str,
@@ -44,7 +44,7 @@ ROW = re.compile(r"0|[1-9][0-9]{0,8}")  # a sample of the shard, in `refused`
 
 @dataclass(frozen=True)
 class ColumnSpec:
-    """What a column is: `aux.<layer>` or `final`, its values, and which rows it keeps ("all" or "needed")."""
+    """A column's name (`aux.<layer>` or `final`), dtype, width, codec, and which rows it keeps ("all" or "needed")."""
 
     name: str
     dtype: str
@@ -53,19 +53,19 @@ class ColumnSpec:
     keeps: str = "all"
 
     def is_valid(self) -> bool:
-        """Whether every field has a value this program knows."""
+        """Whether every field has a valid value."""
         known = self.dtype in DTYPES and self.codec in CODECS and self.keeps in ("all", "needed")
-        return known and COLUMN.fullmatch(self.name) is not None and 0 < self.width <= WIDEST
+        return known and COLUMN.fullmatch(self.name) is not None and 0 < self.width <= MAX_WIDTH
 
     @property
     def stem(self) -> str:
-        """Name of the folder of its values, and of its `.arrow`. By codec, so that a column can be written anew beside
-        the one that is there, and the manifest alone says which counts."""
+        """Name of the folder of its values, and of its `.arrow`. It names the codec, so that a recode can write the new
+        column beside the old one, and the manifest decides which of them is valid."""
         return self.name if self.codec == "raw" else f"{self.name}.{self.codec}"
 
     @property
     def other_stems(self) -> list[str]:
-        """What the stem would be in the other codecs."""
+        """The stems that the column would have in the other codecs."""
         stems = {replace(self, codec=codec).stem for codec in CODECS}
         return sorted(stems - {self.stem})
 
@@ -75,24 +75,24 @@ class ColumnSpec:
 
     @cached_property
     def row_bytes(self) -> int:
-        """Bytes of a row, before any codec."""
+        """Size of an unencoded row in bytes."""
         return self.width * DTYPES[self.dtype].itemsize
 
     def as_dict(self) -> dict:
         return {name: getattr(self, name) for name in FORM["spec"]}
 
 
-def kept_rows(shard: ShardPlan, row: int, keeps: str) -> np.ndarray:
-    """Which rows of a sample a column keeps that keeps "all" or those "needed", ascending."""
+def stored_rows(shard: ShardPlan, row: int, keeps: str) -> np.ndarray:
+    """The rows of sample `row` that a column stores, ascending; `keeps` is its spec's, "all" or "needed"."""
     if keeps == "all":
         return np.arange(shard.lengths[row])
     return np.flatnonzero(final_rows(shard.mask(row)))
 
 
 class Column:
-    """One column of one shard, open for checked reading. `root` holds its files, `folder` those of its values.
+    """One column of one shard, open for verified reading. `root` is the shard's folder, `folder` that of the values.
 
-    ok bool [n]; digests of its blocks, `starts` [n + 1] the first of each sample; escapes [n + 1] likewise (int8).
+    ok bool [n]; digests of its checksum blocks; starts, outliers int64 [n + 1]: first digest and outlier of each sample
     """
 
     def __init__(self, root: Path, spec: ColumnSpec, bounds: np.ndarray, where: str):
@@ -100,21 +100,21 @@ class Column:
         self.bounds = bounds
         self.where = where
         self.folder = root / spec.stem
-        self.ok, self.digests, self.starts, self.escapes = read_sums(root / f"{spec.stem}.arrow", bounds)
+        self.ok, self.digests, self.starts, self.outliers = read_sums(root / f"{spec.stem}.arrow", bounds)
 
     def open(self):
-        """A reader of the values, see `codecs.open_values`."""
+        """Open a reader of the values, see `codecs.open_values`."""
         try:
             spec, rows = self.spec, int(self.bounds[-1])
             where = f"{self.where}, column {spec.name}"
             return open_values(spec.codec, self.folder, rows, spec.width, spec.dtype, where)
         except OSError as error:
-            raise unreadable(self.folder, error) from None
+            raise read_error(self.folder, error) from None
 
     def read_into(self, reader, row: int, out: memoryview, first: int = 0) -> None:
-        """Fill `out`, flat bytes, with the rows of sample `row` from `first` on, a multiple of 256, each block checked.
+        """Fill `out`, flat bytes, with rows of sample `row` from `first` (a multiple of 256) on, each block verified.
 
-        `out` ends where a block or the sample ends. Raises CacheError naming shard, column and sample.
+        `out` must end where a block or the sample ends. Raises CacheError naming shard, column and sample.
         """
         count = len(out) // self.spec.row_bytes
         if self.spec.codec in LOSSY:
@@ -133,73 +133,73 @@ class Column:
         self._compare(hasher, row, first)
 
     def _encoded(self, reader, row: int, first: int, count: int) -> Iterator[Encoded]:
-        """Yield rows of an int8 column as they are stored, some blocks at a time, each good until the next."""
-        step = BLOCK_ROWS * max(1, DECODED // (BLOCK_ROWS * self.spec.row_bytes))
-        escapes, room = self.escapes_of(reader, row), reader.room(min(step, count))
+        """Yield encoded rows of an int8 column, some blocks at a time; they share one buffer, valid until the next."""
+        step = CHECKSUM_ROWS * max(1, DECODED // (CHECKSUM_ROWS * self.spec.row_bytes))
+        outliers, room = self.outliers_of(reader, row), reader.buffers(min(step, count))
         for at in range(first, first + count, step):
             values, scale = (part[: first + count - at] for part in room)
-            yield self.read_encoded(reader, row, at, escapes, values, scale)
+            yield self.read_encoded(reader, row, at, outliers, values, scale)
 
-    def escapes_of(self, reader, row: int) -> np.ndarray:
-        """The escapes of sample `row` of an int8 column, for `read_encoded`."""
-        return reader.escapes(range(*self.escapes[row : row + 2].tolist()))
+    def outliers_of(self, reader, row: int) -> np.ndarray:
+        """Read the outliers of sample `row` of an int8 column, for `read_encoded`."""
+        return reader.outliers(range(*self.outliers[row : row + 2].tolist()))
 
     def read_encoded(
-        self, reader, row: int, first: int, escapes: np.ndarray, values: np.ndarray, scale: np.ndarray
+        self, reader, row: int, first: int, outliers: np.ndarray, values: np.ndarray, scale: np.ndarray
     ) -> Encoded:
-        """Fill `values` and `scale` with rows of sample `row`, whose escapes are given, of an int8 column.
+        """Fill `values` and `scale` with rows of sample `row` of an int8 column, given its outliers, without decoding.
 
-        `first`, and that each block is checked, is as in `read_into`; nothing is decoded. Raises CacheError naming
-        shard, column and sample.
+        `first` is a multiple of 256, and each block is verified, as in `read_into`. Raises CacheError naming shard,
+        column and sample.
         """
         start = int(self.bounds[row]) + first
         reader.read(start, values, scale)
-        held = reader.encoded(start, escapes, values, scale)
+        held = reader.encoded(start, outliers, values, scale)
         hasher = self._hasher(row, first)
         hasher.update(held)
         self._compare(hasher, row, first)
         return held
 
     def _hasher(self, row: int, first: int) -> BlockHasher:
-        assert first % BLOCK_ROWS == 0, f"row {first} begins no block"
+        assert first % CHECKSUM_ROWS == 0, f"row {first} begins no block"
         return BlockHasher(self.bounds[row : row + 2] - self.bounds[row], first)
 
     def _compare(self, hasher: BlockHasher, row: int, first: int) -> None:
-        """CacheError where the blocks hashed, from row `first` on, are not those that were written."""
-        block = int(self.starts[row]) + first // BLOCK_ROWS
+        """Raise CacheError where a hashed block, from row `first` on, has another checksum than was written."""
+        block = int(self.starts[row]) + first // CHECKSUM_ROWS
         wrong = np.flatnonzero(np.array(hasher.digests, np.uint64) != self.digests[block : block + len(hasher.digests)])
         if len(wrong):
-            raise CacheError(self.damage(row, first + int(wrong[0]) * BLOCK_ROWS))
+            raise CacheError(self.damage(row, first + int(wrong[0]) * CHECKSUM_ROWS))
 
     def damaged_samples(self, reader) -> list[int]:
-        """Samples with a block that is not what was written, or cannot be read."""
+        """The samples with a block that fails its checksum or cannot be read."""
         damaged = []
         for row in range(len(self.ok)):
             count = int(self.bounds[row + 1] - self.bounds[row])
             lossy = self.spec.codec in LOSSY
             try:
-                for _ in self._encoded(reader, row, 0, count) if lossy else self.parts(reader, row, LOOKED_AT):
+                for _ in self._encoded(reader, row, 0, count) if lossy else self.parts(reader, row, VERIFY_BLOCKS):
                     pass
             except CacheError:
                 damaged.append(row)
         return damaged
 
     def damage(self, row: int, first: int) -> str:
-        """What to say of a block of sample `row` that is not what was written."""
+        """The error message for the block of sample `row` that begins at row `first`."""
         return (
             f"{self.where}, column {self.spec.name}, sample {row} of the shard: rows from {first} are damaged; "
             "run `pipeline verify`"
         )
 
     def read(self, row: int, blocks: int | None = None) -> np.ndarray:
-        """The rows of sample `row`, or of its first `blocks`: [rows, D] of the dtype that `codecs.DTYPES` names."""
+        """Read the rows of sample `row`, or its first `blocks` blocks: [rows, D], dtype as in `codecs.DTYPES`."""
         rows = int(self.bounds[row + 1] - self.bounds[row])
         none = np.empty((0, self.spec.width), DTYPES[self.spec.dtype])
         return next(self.parts(self.open(), row, blocks or rows), none) if rows else none
 
     def parts(self, reader, row: int, blocks: int) -> Iterator[np.ndarray]:
-        """Yield the rows of sample `row`, at most so many blocks at a time."""
-        rows, step = int(self.bounds[row + 1] - self.bounds[row]), blocks * BLOCK_ROWS
+        """Yield the rows of sample `row`, at most `blocks` blocks at a time."""
+        rows, step = int(self.bounds[row + 1] - self.bounds[row]), blocks * CHECKSUM_ROWS
         for first in range(0, rows, step):
             values = np.empty((min(step, rows - first), self.spec.width), DTYPES[self.spec.dtype])
             self.read_into(reader, row, memoryview(values).cast("B"), first)
@@ -217,7 +217,7 @@ def decode_into(held: Encoded, out: memoryview) -> None:
 
 
 def column_manifest(cache: Path, shard: int, column: str) -> dict:
-    """The manifest of a column that exists. CacheError when it is absent, damaged or another column's."""
+    """Read the manifest of a column. CacheError when it is absent, damaged or another column's."""
     path = shard_folder(cache, shard) / f"{column}.json"
     manifest = read_canonical(path, FORM)
     spec = ColumnSpec(**{name: manifest["spec"][name] for name in FORM["spec"]})
@@ -228,10 +228,10 @@ def column_manifest(cache: Path, shard: int, column: str) -> dict:
     return manifest
 
 
-def committed(cache: Path, shard: int, column: str, but: str = "") -> dict | None:
-    """The manifest of a column of this cache that exists whole, as far as sizes tell; None when it has to be captured.
+def complete_manifest(cache: Path, shard: int, column: str, optional_file: str = "") -> dict | None:
+    """The manifest of a column whose files all have the right size; None when the column has to be captured.
 
-    The file named `but` may be absent.
+    optional_file: the name of a file that may be absent
     """
     identity = read_canonical(cache / IDENTITY)["hash"]
     try:
@@ -239,19 +239,19 @@ def committed(cache: Path, shard: int, column: str, but: str = "") -> dict | Non
         if manifest.get("cache") != identity:  # left there from another cache
             return None
         for name, fact in manifest["files"].items():
-            if name != but:
-                check_size(inside(shard_folder(cache, shard), name), fact)
+            if name != optional_file:
+                check_size(path_inside(shard_folder(cache, shard), name), fact)
     except CacheError:
         return None
     return manifest
 
 
 def open_column(cache: Path, manifest: dict, bounds: np.ndarray) -> Column:
-    """A committed column: its files' sizes against the manifest, and whole those files that no block's sum covers."""
+    """Open a committed column, having checked its files' sizes, and the digests of those without block checksums."""
     spec, folder = ColumnSpec(**manifest["spec"]), shard_folder(cache, manifest["shard"])
     for name, fact in manifest["files"].items():
         if name == f"{spec.stem}.arrow" or name.startswith(f"{spec.stem}/{CHANNELS}/"):
-            check_file(inside(folder, name), fact)
+            check_file(path_inside(folder, name), fact)
         elif name != SAMPLES:
-            check_size(inside(folder, name), fact)
+            check_size(path_inside(folder, name), fact)
     return Column(folder, spec, bounds, f"{cache}, shard {numbered(manifest['shard'])}")

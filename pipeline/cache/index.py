@@ -1,7 +1,7 @@
-"""The index: for every sample of a plan its shard, rows, supervised count, domain and split, mapped at once.
+"""The index: for every sample of a plan its shard, rows, supervised count, domain and split, in one mapped file.
 
-Derived from the plan alone, so it can be made again at any time; a cache whose index is missing or of another plan
-still opens, more slowly. Order: shard by shard, in the order of the shard.
+Derived from the plan alone, so it can be rebuilt at any time; a cache whose index is missing or out of date still
+opens, more slowly. Order: by shard, in the order of the shard.
 """
 
 from pathlib import Path
@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from pipeline.cache.arrow_files import parse_batches
-from pipeline.cache.atomic import reading, write_file
+from pipeline.cache.atomic import read_errors, write_file
 from pipeline.cache.layout import INDEX, INDEX_MANIFEST
 from pipeline.cache.manifest import FACT, FileFact, canonical, check_size, read_canonical, write_canonical
-from pipeline.cache.samples import numbers
+from pipeline.cache.samples import to_numpy
 from pipeline.errors import CacheError
 
 if TYPE_CHECKING:
@@ -56,12 +56,12 @@ def build_index(plan: "Plan") -> pa.Table:
 
 
 def segments_of(manifests: list[dict]) -> list[dict]:
-    """What tells plans apart: the digests of their segments."""
+    """The files of a plan's segments with their digests, which identify the plan."""
     return [manifest["files"] for manifest in manifests]
 
 
-def place_index(cache: Path, plan: "Plan") -> None:
-    """Write the index of `plan`, its manifest last; that of another index goes before, since it would not fit."""
+def write_index(cache: Path, plan: "Plan") -> None:
+    """Write the index of `plan`, its manifest last; the manifest of an older index is removed first."""
     sink = pa.BufferOutputStream()
     table = build_index(plan).combine_chunks()
     with pa.ipc.new_file(sink, SCHEMA) as writer:
@@ -78,14 +78,14 @@ def place_index(cache: Path, plan: "Plan") -> None:
 
 
 def read_index(cache: Path, manifests: list[dict]) -> pa.Table | None:
-    """Map the index of the plan with these manifests; None when it has to be made again."""
+    """Map the index of the plan with these manifests; None when it has to be rebuilt."""
     path = cache / INDEX
     try:
         facts = read_canonical(cache / INDEX_MANIFEST, FORM)
         if facts["segments"] != segments_of(manifests):
             return None
         check_size(path, facts["files"][INDEX])
-        with reading(path), pa.memory_map(str(path)) as file:
+        with read_errors(path), pa.memory_map(str(path)) as file:
             data = file.read_buffer()
         if FileFact.of_bytes(data).as_dict() != facts["files"][INDEX]:
             return None
@@ -98,7 +98,7 @@ def read_index(cache: Path, manifests: list[dict]) -> pa.Table | None:
 
 def _in_order(index: pa.RecordBatch, shards: int) -> bool:
     """Whether the samples of every shard from 0 on follow each other, row by row."""
-    shard, row = (numbers(index.column(name)) for name in ("shard", "row"))
+    shard, row = (to_numpy(index.column(name)) for name in ("shard", "row"))
     if not len(shard) or shard[0] or row[0] or shard[-1] != shards - 1:
         return False
     step, next_row = np.diff(shard), np.diff(row)

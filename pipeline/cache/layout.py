@@ -1,13 +1,13 @@
-"""Names and places inside a cache: what lies where, and how nothing can point outside.
+"""The layout of a cache: the names of its files and folders, and paths that cannot lead outside.
 
 cache.json                     what the cache is; never edited
-plan/000000.{arrow,json}       one immutable segment per append: every sample's place, ids and mask
-index.{arrow,json}             derived from the plan, rebuildable
+plan/000000.{arrow,json}       one immutable segment per append: every sample's shard, row, ids and mask
+index.{arrow,json}             derived from the plan, can be rebuilt
 target/                        config, tokenizer, head; `manifest.json` names their digests
-calibration/aux.1.json         for int8: mean and spread of each of the column's channels
+calibration/aux.1.json         for int8: mean and std of each of the column's channels
 shards/000000/samples.arrow    the shard's rows of the plan
 shards/000000/aux.1/           one zarr v3 array, samples end to end; `aux.1.zstd/`, `aux.1.int8/` by codec
-shards/000000/aux.1.arrow      per sample: ok, a hash for every 256 rows, the reason of a refusal; named likewise
+shards/000000/aux.1.arrow      per sample: ok, a checksum for every 256 rows, the reason of a refusal
 shards/000000/aux.1.json       written last: with it the column exists
 quarantine/samples.json        refused samples with their reasons, derived from the columns
 capture.log                    times and hosts, for people; no other file has any
@@ -40,10 +40,10 @@ REFUSED = "samples.json"
 FOLDERS = (PLAN, TARGET, CALIBRATION, SHARDS, QUARANTINE)
 LOG = "capture.log"
 SCRATCH = "tmp-"
-LONGEST_PATH = 1024  # letters of a path inside a cache; its own have fewer than a hundred
+LONGEST_PATH = 1024  # characters of a path in a cache; those written here have fewer than a hundred
 LONGEST_NAME = 255  # bytes of a file's name, on any disk
 
-BLOCK_ROWS = 256  # one checksum for so many rows of a sample
+CHECKSUM_ROWS = 256  # rows of a sample that one checksum covers
 
 FINAL = "final"
 COLUMN = re.compile(r"aux\.(?:-1|0|[1-9][0-9]*)|final")
@@ -51,8 +51,8 @@ STEM = re.compile(rf"({COLUMN.pattern})(?:\.zstd|\.int8)?")  # of a column's fil
 NUMBER = re.compile(r"[0-9]{6}")
 
 
-def check_there(cache: Path) -> None:
-    """UsageError where no cache is, not even what is left of one."""
+def check_exists(cache: Path) -> None:
+    """Raise UsageError unless a cache, or what is left of one, is at this path."""
     if not any((cache / name).exists() for name in (IDENTITY, PLAN, SHARDS)):
         raise UsageError(f"{cache}: no cache there; make one with `pipeline cache-hidden --out {cache}`")
 
@@ -62,7 +62,7 @@ def numbered(number: int) -> str:
     return f"{number:06d}"
 
 
-@lru_cache(1024)  # asked for again and again as a shard's columns are opened
+@lru_cache(1024)  # called for every column that is opened
 def shard_folder(cache: Path, shard: int) -> Path:
     return cache / SHARDS / numbered(shard)
 
@@ -81,8 +81,8 @@ def layer_of(column: str) -> int | None:
     return int(column.removeprefix("aux.")) if column.startswith("aux.") else None
 
 
-def inside(root: Path, relative: str) -> Path:
-    """The path `relative` of a manifest under `root`; CacheError when it, or a link on its way, leads out of `root`."""
+def path_inside(root: Path, relative: str) -> Path:
+    """Resolve a manifest's `relative` path under `root`. CacheError when it, or a link in it, leads out of `root`."""
     parts = relative.split("/")
     if relative.startswith("/") or "\0" in relative or any(part in ("", ".", "..") for part in parts):
         raise CacheError(f"{root}: a manifest names {relative!r}; paths in a cache are relative and stay inside it")
@@ -102,7 +102,7 @@ def inside(root: Path, relative: str) -> Path:
 
 
 def _has_link(root: Path, parts: list[str]) -> bool:
-    """Whether a link is on the way from `root` to a file below it."""
+    """Whether a part of the path from `root` to a file below it is a symbolic link."""
     place = str(root)
     for part in parts:
         place = f"{place}/{part}"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import xxhash
 
-from pipeline.cache.atomic import committing, reading, room, write_file
+from pipeline.cache.atomic import commit_lock, read_errors, write_errors, write_file
 from pipeline.cache.layout import FORMAT, IDENTITY
 from pipeline.errors import CacheError, UsageError
 from pipeline.untrusted import parse_strict_json
@@ -66,7 +66,7 @@ def read_canonical(path: Path, form: dict | None = None) -> dict:
     size = file_size(path)
     if size > MAX_BYTES:
         raise CacheError(f"{path}: {size} bytes, and no manifest has more than {MAX_BYTES}; it is damaged")
-    with reading(path):
+    with read_errors(path):
         data = path.read_bytes()
     facts = parse_canonical(data, path)
     if form and not has_form(facts, form):
@@ -135,7 +135,7 @@ class FileFact:
     def of_file(path: Path) -> "FileFact":
         """Read the whole file, a piece at a time."""
         digest, size = xxhash.xxh3_128(), 0
-        with reading(path), open(path, "rb", buffering=0) as file:
+        with read_errors(path), open(path, "rb", buffering=0) as file:
             while piece := file.read(PIECE):
                 digest.update(piece)
                 size += len(piece)
@@ -144,7 +144,7 @@ class FileFact:
 
 def file_size(path: Path) -> int:
     """The size of a file. CacheError when it is missing or no plain file: reading a pipe might never end."""
-    with reading(path):
+    with read_errors(path):
         found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
         raise CacheError(f"{path}: missing; something that is no file has its name; run `pipeline verify`")
@@ -171,7 +171,7 @@ def create_identity(cache: Path, identity: dict) -> dict:
     Raises UsageError naming the first key that differs, with both values.
     """
     path = cache / IDENTITY
-    with room(cache, "a cache"):
+    with write_errors(cache, "a cache"):
         cache.mkdir(parents=True, exist_ok=True)
         if not path.exists():  # a finished cache may lie on a read-only disk
             taken = next((name for name in OTHERS if (cache / name).is_file()), None)
@@ -179,7 +179,7 @@ def create_identity(cache: Path, identity: dict) -> dict:
                 raise UsageError(
                     f"{cache} holds {OTHERS[taken]} ({taken}), which is no place for a cache; pass another --out"
                 )
-            with committing(cache):
+            with commit_lock(cache):
                 if not path.exists():
                     write_canonical(path, identity)
     held = read_canonical(path)

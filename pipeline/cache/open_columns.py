@@ -1,7 +1,7 @@
-"""The columns of a cache that are being read: their checksums, which are kept, and their files, the last used open.
+"""OpenColumns: the columns of a cache in use, with their checksums in memory and the last used files open.
 
-Raw columns of local files are read directly (`codecs/raw.py`), others by what `codecs.open_values` finds for them. Safe
-for many threads; nothing on disk is locked.
+Raw columns of local files are read directly (`codecs/raw.py`), others by the reader of `codecs.open_values`.
+Thread-safe; nothing on disk is locked.
 """
 
 import threading
@@ -15,14 +15,14 @@ from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs.int8_files import Encoded
 from pipeline.cache.codecs.raw import DirectColumn, MappedColumns
 from pipeline.cache.columns import Column, open_column
-from pipeline.cache.layout import BLOCK_ROWS
+from pipeline.cache.layout import CHECKSUM_ROWS
 from pipeline.cache.samples import ShardPlan
 
-OPEN_FILES = 128  # files kept open: a small cache whole, and half of what macOS grants a process
+OPEN_FILES = 128  # files kept open: all of a small cache, and half of a process's limit on macOS
 
 
 class CodedColumn:
-    """A column that has to be decoded, or gathered from chunks in another order. Every block read is checked."""
+    """A column to be decoded, or with its chunks in another order. Verifies every block it reads."""
 
     def __init__(self, column: Column):
         self.column = column
@@ -31,9 +31,9 @@ class CodedColumn:
         return self.column.open()
 
     def read(self, file, row: int, first: int, out: memoryview) -> None:
-        """Fill `out`, flat bytes, with the rows of sample `row` from `first` on, any row of it.
+        """Fill `out`, flat bytes, with the rows of sample `row` from `first`, any row, on.
 
-        A block that is read only in part is read whole, aside, to be checked.
+        A block needed only in part is read whole into a buffer of its own to verify it.
         """
         width, at = self.column.spec.row_bytes, 0
         for begin, end, part in self._spans(row, first, first + len(out) // width):
@@ -48,26 +48,26 @@ class CodedColumn:
 
     def read_encoded(self, file, row: int, first: int, values: np.ndarray, scale: np.ndarray) -> Encoded:
         """The same of an int8 column, into values int8 [R, D] and scale uint16 [R, G]; not decoded."""
-        escapes, at = self.column.escapes_of(file, row), 0
+        outliers, at = self.column.outliers_of(file, row), 0
         for begin, end, part in self._spans(row, first, first + len(values)):
             to = slice(at, at + part.stop - part.start)
             if (part.start, part.stop) == (begin, end):
-                self.column.read_encoded(file, row, begin, escapes, values[to], scale[to])
+                self.column.read_encoded(file, row, begin, outliers, values[to], scale[to])
             else:
-                whole = file.room(end - begin)
-                self.column.read_encoded(file, row, begin, escapes, *whole)
+                whole = file.buffers(end - begin)
+                self.column.read_encoded(file, row, begin, outliers, *whole)
                 values[to], scale[to] = (held[part.start - begin : part.stop - begin] for held in whole)
             at = to.stop
-        return file.encoded(int(self.column.bounds[row]) + first, escapes, values, scale)
+        return file.encoded(int(self.column.bounds[row]) + first, outliers, values, scale)
 
     def _spans(self, row: int, first: int, stop: int) -> Iterator[tuple[int, int, range]]:
         """Cut rows [first, stop) of a sample into a first block in part, whole blocks, and a last one in part: where
         their blocks begin and end, and which rows are wanted."""
         rows = int(self.column.bounds[row + 1] - self.column.bounds[row])
-        whole = stop if stop == rows else stop - stop % BLOCK_ROWS
+        whole = stop if stop == rows else stop - stop % CHECKSUM_ROWS
         while first < stop:
-            begin = first - first % BLOCK_ROWS
-            end = whole if begin == first < whole else min(begin + BLOCK_ROWS, rows)
+            begin = first - first % CHECKSUM_ROWS
+            end = whole if begin == first < whole else min(begin + CHECKSUM_ROWS, rows)
             yield begin, end, range(first, min(end, stop))
             first = end
 
@@ -78,13 +78,13 @@ class OpenColumns:
     def __init__(self, cache: Path, catalog: Catalog, plan_of: Callable[[int], ShardPlan]):
         self._cache, self._catalog, self._plan_of = cache, catalog, plan_of
         self._columns: dict[tuple[int, str], DirectColumn | CodedColumn] = {}
-        self._files = _Recent()
-        self._maps = _Recent()
+        self._files = _RecentlyUsed()
+        self._maps = _RecentlyUsed()
 
     def read(self, shard: int, name: str, row: int, first: int, out: memoryview, wait: bool = True) -> bool:
         """Fill `out`, flat bytes, with rows of sample `row` of the shard from `first` on. CacheError for damage.
 
-        Unless told to `wait`, False where it takes the disk, or much computing.
+        Without `wait`, return False unless the rows are in the page cache and need no decoding.
         """
         column, file = self._open(shard, name)
         if isinstance(column, DirectColumn):
@@ -93,27 +93,27 @@ class OpenColumns:
             column.read(file, row, first, out)
         return wait
 
-    def are_near(self, places: Sequence[tuple[int, int, int, int]], names: Sequence[str]) -> bool:
-        """Whether rows (shard, row, first, stop) can be read without waiting for the disk, or computing much.
+    def all_in_page_cache(self, places: Sequence[tuple[int, int, int, int]], names: Sequence[str]) -> bool:
+        """Whether rows (shard, row, first, stop) are in the page cache and need no decoding.
 
-        Judged by the last row of each in the first of the columns. If not, the disk is told to fetch them all: it then
-        works on all of them while they are read.
+        Judged by the last row of each in the first of the columns. If not, the kernel is asked to load them all, which
+        it does in parallel while they are read.
         """
-        if all(self._is_near(shard, names[0], row, stop) for shard, row, _, stop in places):
+        if all(self._in_page_cache(shard, names[0], row, stop) for shard, row, _, stop in places):
             return True
         for shard, row, first, stop in places:
             for name in names:
                 column, file = self._open(shard, name)
                 if isinstance(column, DirectColumn):
-                    column.announce(file, row, first, stop)
+                    column.prefetch(file, row, first, stop)
         return False
 
-    def _is_near(self, shard: int, name: str, row: int, stop: int) -> bool:
+    def _in_page_cache(self, shard: int, name: str, row: int, stop: int) -> bool:
         column, file = self._open(shard, name)
-        return isinstance(column, DirectColumn) and column.is_near(file, row, stop - 1)
+        return isinstance(column, DirectColumn) and column.in_page_cache(file, row, stop - 1)
 
     def check(self, shard: int, names: Sequence[str]) -> None:
-        """Open these columns, whose sizes are then known to be right. CacheError where they are not."""
+        """Open these columns, which checks their files' sizes. CacheError where one is wrong."""
         for name in names:
             self._open(shard, name)
 
@@ -125,7 +125,7 @@ class OpenColumns:
         return column.read_encoded(file, row, first, values, scale)
 
     def mapped(self, shard: int, names: Sequence[str]) -> MappedColumns | None:
-        """These columns mapped as one array, or None where they cannot be: coded, or of different rows."""
+        """Map these columns as one array; None where that is impossible: encoded, or of different rows."""
         opened = [self._open(shard, name) for name in names]
         columns = [column for column, _ in opened if isinstance(column, DirectColumn)]
         if not opened or len(columns) < len(opened) or any(column.grid != columns[0].grid for column in columns):
@@ -140,20 +140,20 @@ class OpenColumns:
             manifest, plan = self._catalog.manifest(shard, name), self._plan_of(shard)
             bounds = plan.bounds if manifest["spec"]["keeps"] == "all" else plan.final_bounds
             held = open_column(self._cache, manifest, bounds)
-            # setdefault: of two threads that come first, both go on with one memory of what was checked
+            # setdefault: two threads that open it at once must share one record of verified blocks
             column = self._columns.setdefault(key, DirectColumn.of(held) or CodedColumn(held))
         return column, self._files.get(key, column.open, OPEN_FILES)
 
 
-class _Recent:
-    """What was used last, by key. What is put out is closed once no thread reads from it any more."""
+class _RecentlyUsed:
+    """An LRU cache of open files. An evicted one is closed once no thread reads from it."""
 
     def __init__(self):
         self._held: OrderedDict[Hashable, object] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, make: Callable[[], object], most: int):
-        """The thing under `key`, made if need be; at most `most` are kept."""
+        """The entry of `key`, from `make` if absent; at most `most` entries are kept."""
         with self._lock:
             if key in self._held:
                 self._held.move_to_end(key)

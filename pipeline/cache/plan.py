@@ -1,8 +1,8 @@
-"""The plan: every sample's place, fixed before the target runs and never moved.
+"""The plan: the shard and row of every sample, fixed before the target runs and never changed.
 
-Because the plan knows all lengths, sizes are known before anything runs, workers need no coordination, and a stopped
-capture goes on. Shards are contiguous ranges of the corpus; inside a shard the longest samples come first, so that
-micro-batches of consecutive samples waste little and write their rows in order.
+Since it has all lengths, all sizes are known before the target runs, workers need no coordination, and a stopped
+capture can resume. Shards are contiguous ranges of the corpus; in a shard the longest samples come first, so that
+micro-batches of consecutive samples have little padding and write their rows in order.
 """
 
 import contextlib
@@ -18,26 +18,26 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from pipeline.cache.arrow_files import read_batches
-from pipeline.cache.atomic import Scratch, clean, committing, room, sync_file, sync_folder
-from pipeline.cache.index import place_index
+from pipeline.cache.atomic import Scratch, clean_scratch, commit_lock, sync_file, sync_folder, write_errors
+from pipeline.cache.index import write_index
 from pipeline.cache.layout import NUMBER, PLAN, SCRATCH, SHARDS, numbered
 from pipeline.cache.manifest import FACT, FileFact, canonical, check_file, read_canonical
-from pipeline.cache.sample_ids import Names
+from pipeline.cache.sample_ids import SampleIdSet
 from pipeline.cache.samples import (
     SCHEMA,
     SPOOLED,
     PlannedSample,
     ShardPlan,
+    checked_batch,
     make_batch,
-    placed,
     sample_id,
     write_batches,
 )
 from pipeline.errors import CacheError, DataError, UsageError
 
-SHARD_BYTES = 4 << 30  # of raw states, over the columns first asked for
-SHARDS_AT_LEAST = 16  # so that a small plan, too, is kept as it goes
-_SPOOL_TOKENS, _SPOOL_SAMPLES = 1 << 20, 4096  # held before they are written
+SHARD_BYTES = 4 << 30  # raw states per shard, over the columns of the first capture
+MIN_SHARDS = 16  # so that a small capture, too, can resume part-way
+_SPOOL_TOKENS, _SPOOL_SAMPLES = 1 << 20, 4096  # buffered in memory before they are written
 
 _PLACE, _COUNTS = ("segment", "first_shard", "shards", "row_bytes"), ("samples", "tokens", "supervised", "duplicates")
 FORM = {**dict.fromkeys((*_PLACE, *_COUNTS, "final_rows"), int), "sources": [dict], "notes": dict}
@@ -45,7 +45,7 @@ FORM = {**dict.fromkeys((*_PLACE, *_COUNTS, "final_rows"), int), "sources": [dic
 
 @dataclass(frozen=True)
 class Plan:
-    """A cache's plan, all segments together. `manifests` are those of the segments, in order."""
+    """A cache's plan: the shards of all segments, and the segments' manifests, in order."""
 
     shards: list[ShardPlan]
     manifests: list[dict]
@@ -75,33 +75,33 @@ class Plan:
 
     @property
     def notes(self) -> dict:
-        """What the planner noted, samples dropped and why say, all segments together."""
-        return reduce(_together, (manifest["notes"] for manifest in self.manifests))
+        """The planner's notes (which samples were dropped and why, for one), merged over all segments."""
+        return reduce(_merge_notes, (manifest["notes"] for manifest in self.manifests))
 
     def segment(self, shard: int) -> dict:
         """The manifest of the segment that planned a shard."""
         return next(manifest for manifest in reversed(self.manifests) if manifest["first_shard"] <= shard)
 
 
-def _together(one, other):
-    """Two planners' notes as one: numbers added, lists joined, by name; of anything else the newer counts."""
-    if isinstance(one, dict):
-        shared = {name: _together(one[name], other[name]) for name in one.keys() & other.keys()}
-        return {**one, **other, **shared}
-    alike = type(one) is type(other) and isinstance(one, int | float | list) and not isinstance(one, bool)
-    return one + other if alike else other
+def _merge_notes(old, new):
+    """Merge the notes of two segments by key: numbers added, lists joined; of anything else the newer."""
+    if isinstance(old, dict):
+        shared = {name: _merge_notes(old[name], new[name]) for name in old.keys() & new.keys()}
+        return {**old, **new, **shared}
+    addable = type(old) is type(new) and isinstance(old, int | float | list) and not isinstance(old, bool)
+    return old + new if addable else new
 
 
 @dataclass
 class _Counts:
-    """What is known once every sample has gone by."""
+    """Counts over the samples of a new segment, and the ids seen."""
 
     samples: int = 0
     tokens: int = 0
     supervised: int = 0
     duplicates: int = 0
     final_rows: int = 0
-    seen: Names = field(default_factory=Names)
+    seen: SampleIdSet = field(default_factory=SampleIdSet)
 
 
 def write_segment(
@@ -112,27 +112,27 @@ def write_segment(
     sources: list[dict],
     notes: dict | None = None,
     choose: Callable[[list[ShardPlan]], np.ndarray] | None = None,
-    afresh: bool = False,
+    replace: bool = False,
 ) -> Plan:
-    """Append a segment to the cache's plan (the first one makes it) and return the whole plan.
+    """Append a segment to the cache's plan, or make its first, and return the whole plan.
 
-    `row_bytes` is what one row takes over all columns asked for; it only decides the size of shards. `sources` and
-    `notes` are read after the last sample, so a generator may fill them as it goes. `choose` sees every new sample once
-    all have come, in parts without a place, and says which are planned, bool [n]. A sample already planned is
-    counted as a duplicate; when all are, the plan stays as it is. `afresh` takes the place of the plan that is there,
-    once the new one is ready. In memory are the samples' names (see `Names`) and one shard's tokens, never the corpus.
-    Raises DataError when no sample comes, RoomError, and UsageError when another process planned something else
-    meanwhile, or is at work on the plan that should go.
+    `row_bytes` is the size of a row over all columns requested; it only decides the size of shards. `sources` and
+    `notes` are read after the last sample, so a generator of `samples` may fill them. `choose` gets all new samples, in
+    parts, after the last and returns which to plan, bool [n]. A sample already planned is counted as a duplicate; when
+    all are, the plan is unchanged. `replace`: the new segment replaces the plan, once it is ready, rather than extends
+    it. Memory holds the sample ids (see `SampleIdSet`) and one shard's tokens, never the corpus.
+    Raises DataError when there is no sample, RoomError, and UsageError when another process has planned something else
+    meanwhile, or uses the plan to be replaced.
     """
     assert row_bytes > 0, f"a row takes {row_bytes} bytes"
-    with room(cache, "a plan"):
+    with write_errors(cache, "a plan"):
         cache.mkdir(parents=True, exist_ok=True)
-    earlier = load_plan(cache) if plan_numbers(cache) and not afresh else Plan([], [])
+    earlier = load_plan(cache) if segment_numbers(cache) and not replace else Plan([], [])
     counts = _Counts()
     for shard in earlier.shards:
         for name in shard.batch.column("sample_id"):
             counts.seen.add(name.as_py())
-    with Scratch(cache, PLAN) as scratch, room(cache, "a plan"):
+    with Scratch(cache, PLAN) as scratch, write_errors(cache, "a plan"):
         spool = scratch.path / "spool.arrow"
         _spool(samples, spool, counts)
         if not counts.samples and counts.duplicates:
@@ -158,12 +158,12 @@ def write_segment(
             "sources": sources,
             "notes": notes or {},
         }
-        _commit(cache, scratch, segment, manifest, None if afresh else earlier)
+        _commit(cache, scratch, segment, manifest, None if replace else earlier)
     return load_plan(cache)
 
 
 def _spool(samples: Iterable[PlannedSample], path: Path, counts: _Counts) -> None:
-    """Write the samples that are new to `path` as they come, and count."""
+    """Write the new samples to `path`, an Arrow stream, and count them and the duplicates."""
     waiting, names, tokens = [], [], 0
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
         for sample in samples:
@@ -187,30 +187,30 @@ def _spool(samples: Iterable[PlannedSample], path: Path, counts: _Counts) -> Non
 
 
 def _choose(spool: Path, path: Path, choose: Callable[[list[ShardPlan]], np.ndarray], counts: _Counts) -> Path:
-    """Write the chosen ones of the spooled samples to `path`, count these only, and return it."""
+    """Write the spooled samples that `choose` selects to `path`, count only these, and return the spool to use."""
     with pa.memory_map(str(spool)) as file:
         parts = [ShardPlan(batch, SPOOLED) for batch in pa.ipc.open_stream(file)]
-        kept_n = choose(parts)
-        assert len(kept_n) == counts.samples and kept_n.any(), f"{kept_n.sum()} chosen of {counts.samples}"
+        chosen_n = choose(parts)
+        assert len(chosen_n) == counts.samples and chosen_n.any(), f"{chosen_n.sum()} chosen of {counts.samples}"
         del parts
-    if kept_n.all():
+    if chosen_n.all():
         return spool
     counts.samples = counts.tokens = counts.supervised = 0
-    counts.seen = Names()  # what is spooled is told apart already
-    _spool((sample for (sample, _), kept in zip(_spooled(spool), kept_n, strict=True) if kept), path, counts)
+    counts.seen = SampleIdSet()  # the spool has no duplicates
+    _spool((sample for (sample, _), chosen in zip(_spooled(spool), chosen_n, strict=True) if chosen), path, counts)
     return path
 
 
 def _spooled(path: Path) -> Iterator[tuple[PlannedSample, bytes]]:
-    """Read back what `_spool` wrote, in order."""
+    """Yield (sample, sample id) from what `_spool` wrote, in order."""
     with pa.memory_map(str(path)) as file:
         for batch in pa.ipc.open_stream(file):
             yield from zip(ShardPlan(batch, SPOOLED).samples(), batch.column("sample_id").to_pylist(), strict=True)
 
 
 def _write_shards(spool: Path, segment: Path, counts: _Counts, row_bytes: int, first: int) -> int:
-    """Deal the spooled samples out to shards of about equal rows and write one batch each. Returns how many."""
-    wanted = max(SHARDS_AT_LEAST, -(-counts.tokens * row_bytes // SHARD_BYTES))
+    """Divide the spooled samples into shards of about equal rows and write a batch for each. Returns their number."""
+    wanted = max(MIN_SHARDS, -(-counts.tokens * row_bytes // SHARD_BYTES))
     before = 0
 
     def share(entry: tuple[PlannedSample, bytes]) -> int:
@@ -219,7 +219,7 @@ def _write_shards(spool: Path, segment: Path, counts: _Counts, row_bytes: int, f
         before += len(entry[0].ids)
         return part
 
-    def placed() -> Iterator[pa.RecordBatch]:
+    def shard_batches() -> Iterator[pa.RecordBatch]:
         for number, (_, group) in enumerate(groupby(_spooled(spool), key=share), first):
             entries = sorted(group, key=lambda entry: (-len(entry[0].ids), entry[1]))
             members, names = zip(*entries, strict=True)
@@ -227,22 +227,23 @@ def _write_shards(spool: Path, segment: Path, counts: _Counts, row_bytes: int, f
             counts.final_rows += ShardPlan(batch, number).final_count
             yield batch
 
-    return write_batches(segment, placed())
+    return write_batches(segment, shard_batches())
 
 
 def _commit(cache: Path, scratch: Scratch, segment: Path, manifest: dict, earlier: Plan | None) -> None:
-    """Put the segment in place, behind those `earlier` or (None) instead of what is there; its manifest last, after the
-    index of the plan it makes."""
+    """Rename the segment into place after those of `earlier`, or (None) instead of the present plan.
+
+    The index of the new plan is written before the segment's manifest, which comes last."""
     folder, name = cache / PLAN, numbered(manifest["segment"])
     ready = scratch.path / "segment.json"
     ready.write_bytes(canonical(manifest))
     sync_file(segment)
     sync_file(ready)
-    with committing(cache):
+    with commit_lock(cache):
         if earlier is None:
-            _forget(cache, scratch)
+            _remove_plan(cache, scratch)
             earlier = Plan([], [])
-        if len(plan_numbers(cache)) != len(earlier.manifests):
+        if len(segment_numbers(cache)) != len(earlier.manifests):
             if read_canonical(folder / f"{name}.json")["hash"] == json.loads(canonical(manifest))["hash"]:
                 return  # the same plan, made twice at a time
             raise UsageError(f"{cache}: another process planned meanwhile; run the command again, it uses that plan")
@@ -252,41 +253,41 @@ def _commit(cache: Path, scratch: Scratch, segment: Path, manifest: dict, earlie
             earlier.shards + _shards_of(folder / f"{name}.arrow", manifest),
             [*earlier.manifests, json.loads(canonical(manifest))],
         )
-        place_index(cache, plan)
+        write_index(cache, plan)
         sync_folder(folder)
         ready.replace(folder / f"{name}.json")
         sync_folder(folder)
         sync_folder(cache)
 
 
-def _forget(cache: Path, scratch: Scratch) -> None:
-    """Remove the plan, under the commit lock; the manifests first, the newest before others."""
-    check_unused(cache, {scratch.path.name})
-    for number in reversed(plan_numbers(cache)):
+def _remove_plan(cache: Path, scratch: Scratch) -> None:
+    """Remove the plan, under the commit lock: the newest segment first, its manifest before its samples."""
+    check_not_in_use(cache, {scratch.path.name})
+    for number in reversed(segment_numbers(cache)):
         for suffix in ("json", "arrow"):
             (cache / PLAN / f"{numbered(number)}.{suffix}").unlink(missing_ok=True)
 
 
-def captured(cache: Path) -> bool:
+def has_columns(cache: Path) -> bool:
     """Whether any column of the cache exists."""
     return any((cache / SHARDS).glob("*/*.json"))
 
 
-def check_unused(cache: Path, own: Iterable[str] = ()) -> None:
-    """UsageError where a process other than this one, whose scratch is `own`, is at work on the cache, or has been.
+def check_not_in_use(cache: Path, own: Iterable[str] = ()) -> None:
+    """Raise UsageError when the cache has columns, or scratch of another process; this one's is named in `own`.
 
-    What a killed one left does not count, and is removed.
+    The scratch of dead processes does not count, and is removed.
     """
-    clean(cache)
+    clean_scratch(cache)
     ours = {f"{SCRATCH}commit.lock", f"{SCRATCH}plan.lock", *own}
-    if captured(cache) or any(path.name not in ours for path in cache.glob(f"{SCRATCH}*")):
+    if has_columns(cache) or any(path.name not in ours for path in cache.glob(f"{SCRATCH}*")):
         raise UsageError(f"{cache} is being captured by another process; wait for it, or pass another --out")
 
 
 @contextlib.contextmanager
-def working(cache: Path, plan: Plan) -> Iterator[None]:
-    """Let nobody plan afresh while states are captured by `plan`. UsageError when somebody has, RoomError."""
-    with room(cache, "a scratch folder"), committing(cache):
+def plan_in_use(cache: Path, plan: Plan) -> Iterator[None]:
+    """Keep other processes from replacing `plan` during a capture. UsageError if one has already, RoomError."""
+    with write_errors(cache, "a scratch folder"), commit_lock(cache):
         if read_manifests(cache)[: len(plan.manifests)] != plan.manifests:
             raise UsageError(f"{cache} was planned afresh meanwhile; run the command again, it uses that plan")
         scratch = Scratch(cache, "working")
@@ -294,8 +295,8 @@ def working(cache: Path, plan: Plan) -> Iterator[None]:
         yield
 
 
-def plan_numbers(cache: Path) -> list[int]:
-    """Numbers of the segments that exist, from 0. CacheError when one in between is missing."""
+def segment_numbers(cache: Path) -> list[int]:
+    """The numbers of the plan's segments, from 0. CacheError when one in between is missing."""
     found = sorted(int(path.stem) for path in (cache / PLAN).glob("*.json") if NUMBER.fullmatch(path.stem))
     if found != list(range(len(found))):
         raise CacheError(f"{cache / PLAN}: segments {found}, one is missing; run `pipeline verify`")
@@ -304,7 +305,7 @@ def plan_numbers(cache: Path) -> list[int]:
 
 def read_manifests(cache: Path) -> list[dict]:
     """The manifests of the plan's segments. UsageError when there is no plan, CacheError for a damaged one."""
-    names = [numbered(number) for number in plan_numbers(cache)]
+    names = [numbered(number) for number in segment_numbers(cache)]
     forms = [{**FORM, "files": {f"{name}.arrow": FACT}} for name in names]
     manifests = [read_canonical(cache / PLAN / f"{name}.json", form) for name, form in zip(names, forms, strict=True)]
     if not manifests:
@@ -329,9 +330,11 @@ def load_plan(cache: Path) -> Plan:
 
 
 def _shards_of(path: Path, manifest: dict) -> list[ShardPlan]:
-    """The shards of one segment, mapped."""
+    """Map the shards of one segment. CacheError when they are not those its manifest counts."""
     batches = read_batches(path, SCHEMA)
-    shards = [ShardPlan(placed(batch, path), number) for number, batch in enumerate(batches, manifest["first_shard"])]
+    shards = [
+        ShardPlan(checked_batch(batch, path), number) for number, batch in enumerate(batches, manifest["first_shard"])
+    ]
     counts = len(shards), sum(map(len, shards)), sum(shard.rows for shard in shards)
     if not shards or counts != (manifest["shards"], manifest["samples"], manifest["tokens"]):
         raise CacheError(f"{path}: not the shards its manifest counts; run `pipeline verify`")

@@ -1,4 +1,4 @@
-"""HiddenCache: open a cache and read samples, every block of 256 rows checked before it is returned.
+"""HiddenCache: opens a cache and reads samples, verifying the checksum of every 256 rows it returns.
 
 K layers   T rows read of a sample   R rows among them that keep `final`   D hidden size   n samples of the cache
 """
@@ -15,22 +15,22 @@ import pyarrow as pa
 
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import LOSSY, stored_bytes
-from pipeline.cache.codecs.int8_files import Encoded, laid_out
+from pipeline.cache.codecs.int8_files import Encoded, int8_views
 from pipeline.cache.index import build_index, read_index
 from pipeline.cache.layout import (
     FINAL,
     IDENTITY,
     SAMPLES,
     aux_column,
-    check_there,
+    check_exists,
     column_of,
-    inside,
     layer_of,
+    path_inside,
     shard_folder,
 )
 from pipeline.cache.manifest import check_file, read_canonical
 from pipeline.cache.open_columns import OpenColumns
-from pipeline.cache.parallel_reads import InFlight
+from pipeline.cache.parallel_reads import ReadPool
 from pipeline.cache.plan import load_plan, read_manifests
 from pipeline.cache.sample_table import SampleTable
 from pipeline.cache.samples import ShardPlan, read_batch
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from pipeline.target.head import TargetHead
 
 Part = tuple[int, int, int]  # sample, first row, stop
-Layer = int | str  # a layer's number, or FINAL, whose rows are counted among those that keep it: `final_rows`
+Layer = int | str  # a layer's number, or FINAL, whose rows are counted among those stored: `final_rows`
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,10 @@ class Sample:
 
 
 class HiddenCache:
-    """A cache, open for reading; safe for many threads. `HiddenCache.open(path)` makes one.
+    """A cache open for reading, by `HiddenCache.open(path)`. Thread-safe.
 
-    path, identity (of cache.json), digest (of identity and plan: another corpus is another digest), samples
+    path; identity: the content of cache.json; digest: of identity and plan, so another corpus is another digest;
+    samples: the SampleTable
     """
 
     def __init__(self, path: Path, identity: dict, plans: list[dict], index: pa.Table, mapped: bool):
@@ -74,22 +75,24 @@ class HiddenCache:
         self.mapped = mapped
         hashes = [identity["hash"], *(manifest["hash"] for manifest in plans)]
         self.digest = _digest(hashes)
-        self.earlier = [_digest(hashes[:end]) for end in range(2, len(hashes))]  # what it was before each append
+        self.earlier_digests = [
+            _digest(hashes[:end]) for end in range(2, len(hashes))
+        ]  # what it was before each append
         self._catalog = Catalog(path, sum(manifest["shards"] for manifest in plans), identity["hash"])
         self.samples = SampleTable(index, self._catalog)
         self._shards: dict[int, ShardPlan] = {}
         self._columns = OpenColumns(path, self._catalog, self._shard)
-        self._reads = InFlight()
+        self._reads = ReadPool()
 
     @classmethod
     def open(cls, path: Path | str, mapped: bool = False) -> "HiddenCache":
         """Open a cache. UsageError when there is none; CacheError when it is damaged or of another format version.
 
-        `mapped`, for a cache that fits in memory: `read` returns its raw states where they lie, in memory that cannot
-        be written to (trying ends the process); a failing disk then ends the process, too, where it else is an error.
+        `mapped`, for a cache that fits in memory: `read` returns views of the mapped files for raw states. Writing to
+        them ends the process, and so may a failing disk, which is an error otherwise.
         """
         path = Path(path)
-        check_there(path)
+        check_exists(path)
         identity = read_canonical(path / IDENTITY)
         plans = read_manifests(path)
         index = read_index(path, plans)
@@ -114,23 +117,23 @@ class HiddenCache:
 
     @cached_property
     def missing(self) -> list[tuple[int, str]]:
-        """(shard, column) still to be captured: columns that only some shards have."""
+        """(shard, column) pairs still to be captured: columns that other shards have."""
         names = sorted({name for names in self._catalog.names for name in names})
         return [(n, name) for n, held in enumerate(self._catalog.names) for name in names if name not in held]
 
     @property
     def partial(self) -> dict[str, int]:
-        """Columns that only some of the shards have, by name, and how many: of a stopped capture or a lost file."""
+        """How many shards have each column that some lack (a stopped capture or a lost file), by name."""
         return self._catalog.partial
 
     @property
-    def beyond(self) -> list[int]:
-        """Shards with columns that are not in the plan."""
-        return self._catalog.beyond
+    def unplanned_shards(self) -> list[int]:
+        """Shards with columns that no segment of the plan has."""
+        return self._catalog.unplanned_shards
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
-        """Layers that are whole, ascending."""
+        """Layers that every planned shard has, ascending."""
         return tuple(sorted(layer for name in self.whole if (layer := layer_of(name)) is not None))
 
     @property
@@ -138,12 +141,12 @@ class HiddenCache:
         return FINAL in self.whole
 
     def rounded(self, layers: Iterable[Layer]) -> dict[str, list[str]]:
-        """Those of these whole columns that a codec has rounded, with their codecs.
+        """The columns of these layers that a lossy codec has rounded, with their codecs.
 
-        They hold other states than the cache of this digest was captured with, if only by a little.
+        Their states differ slightly from those that a cache of the same digest has in a lossless codec.
         """
         codecs = {name: self._catalog.codecs(name) for name in map(column_of, layers)}
-        return {name: sorted(held) for name, held in codecs.items() if held & LOSSY}
+        return {name: sorted(used) for name, used in codecs.items() if used & LOSSY}
 
     @property
     def _kind(self) -> tuple[str, int]:
@@ -186,74 +189,75 @@ class HiddenCache:
         return TargetHead.load(self._head_file, device, dtype or torch.float32)
 
     def tokens_of(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int32 [T] and loss mask bool [T] of sample `i`, checked."""
-        shard, row = self._place(i)
+        """Ids int32 [T] and loss mask bool [T] of sample `i`, verified."""
+        shard, row = self._locate(i)
         plan = self._shard(shard)
         return plan.ids(row), plan.mask(row)
 
     def read(
         self, i: int, layers: Sequence[int] | None = None, final: bool = False, rows: tuple[int, int] | None = None
     ) -> Sample:
-        """Sample `i` with the states of `layers` (None: all that are whole), and of `final` if asked.
+        """Read sample `i` with the states of `layers` (None: all of `self.layers`), and those of `final` if asked.
 
-        `rows` = (start, stop) gives only these rows, and reads and checks only their blocks. Raises UsageError for a
+        `rows` = (start, stop) limits it to these rows; only their blocks are read and verified. Raises UsageError for a
         column the cache lacks, DataError for a refused sample, CacheError naming shard, column and sample for damage.
         """
         import torch
 
         layers = self.layers if layers is None else tuple(layers)
-        self._check_wanted([i], layers, final)
+        self._check_available([i], layers, final)
         ids, mask = self.tokens_of(i)
         start, stop = rows or (0, len(ids))
         assert 0 <= start <= stop <= len(ids), f"rows {rows} of a sample of {len(ids)}"
-        last = kept = None
+        final_RD = final_rows_R = None
         if final:
-            kept, at = self.final_rows(i, mask, start, stop)
-            last = self._states(i, (FINAL,), at, at + len(kept))[0]
-            kept = torch.from_numpy(kept - start)
+            stored, at = self.final_rows(i, mask, start, stop)
+            final_RD = self._states(i, (FINAL,), at, at + len(stored))[0]
+            final_rows_R = torch.from_numpy(stored - start)
         return Sample(
             torch.from_numpy(ids[start:stop].astype(np.int64)),
             torch.from_numpy(mask[start:stop]),
             self._states(i, tuple(map(aux_column, layers)), start, stop),
-            last,
-            kept,
+            final_RD,
+            final_rows_R,
         )
 
     def final_rows(self, i: int, mask_T: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, int]:
-        """Which rows of [start, stop) of sample `i` keep `final`, and how many before them do. `mask`: the sample's."""
+        """The rows of [start, stop) of sample `i` with a `final` state, and how many before `start` have one.
+
+        mask_T: the sample's loss mask"""
         if self._keeps_all(i):
             return np.arange(start, stop), start
-        kept = np.flatnonzero(final_rows(mask_T))
-        first, end = np.searchsorted(kept, [start, stop])
-        return kept[first:end], int(first)
+        stored = np.flatnonzero(final_rows(mask_T))
+        first, end = np.searchsorted(stored, [start, stop])
+        return stored[first:end], int(first)
 
     def fill(self, out_KRD: "torch.Tensor", parts: Sequence[Part], layers: Sequence[Layer]) -> None:
-        """Fill `out` with rows of samples, end to end: of each part (sample, first row, stop). CPU, of `dtype`.
+        """Fill `out`, a CPU tensor of `dtype`, with the rows of the parts (sample, first row, stop), end to end.
 
-        Reads several at a time, straight into `out`; what it raises, it raises when no thread writes there any more.
-        The errors are those of `read`.
+        Reads several parts at a time, straight into `out`. Raises what `read` raises, once all its threads are done.
         """
         self._check_parts(parts, layers)
         self._fill(out_KRD, parts, tuple(map(column_of, layers)))
 
     def is_encoded(self, layers: Sequence[Layer]) -> bool:
-        """Whether all states of these layers are kept as int8, for `read_encoded`."""
+        """Whether all states of these layers are stored as int8, as `read_encoded` needs."""
         return bool(layers) and all(self._catalog.codecs(column_of(layer)) <= LOSSY for layer in layers)
 
     def encoded_bytes(self, rows: int, layers: Sequence[Layer]) -> int:
-        """Bytes that `read_encoded` needs for so many rows."""
+        """Size in bytes of the buffer that `read_encoded` needs for so many rows."""
         return len(layers) * stored_bytes(rows, self.hidden_size, self._kind[0], "int8")
 
     def read_encoded(
         self, memory_B: "torch.Tensor", parts: Sequence[Part], layers: Sequence[Layer]
     ) -> list[tuple[int, int, Encoded]]:
-        """Read what `fill` would, as int8 keeps it, into `memory`, to be decoded where it is needed.
+        """Read what `fill` would, but int8-encoded, into the buffer `memory`, to be decoded on another device.
 
-        Returns, in any order, (place in `layers`, row of the first, rows) of what lies in `memory`; else as `fill`.
+        Returns, in any order, (index into `layers`, first row in the buffer, encoded rows); raises what `fill` raises.
         """
         self._check_parts(parts, layers)
         shape = len(layers), sum(stop - start for _, start, stop in parts), self.hidden_size
-        values_KRD, scale_KRG = laid_out(memory_B.numpy(), shape)
+        values_KRD, scale_KRG = int8_views(memory_B.numpy(), shape)
         found: list[tuple[int, int, Encoded]] = []
 
         def read(k: int, at: int, shard: int, name: str, row: int, first: int, count: int, wait: bool) -> bool:
@@ -265,25 +269,25 @@ class HiddenCache:
 
         jobs, at = [], 0
         for i, start, stop in parts:
-            shard, row = self._place(i)
+            shard, row = self._locate(i)
             for k, layer in enumerate(layers if stop > start else ()):
                 jobs.append(partial(read, k, at, shard, column_of(layer), row, start, stop - start))
             at += stop - start
-        self._reads.do(jobs, values_KRD.nbytes, near=lambda: False)
+        self._reads.do(jobs, values_KRD.nbytes, in_page_cache=lambda: False)
         return found
 
     def _check_parts(self, parts: Sequence[Part], layers: Sequence[Layer]) -> None:
         final = FINAL in layers
         assert not final or len(layers) == 1, f"{layers}: other rows of `final` than of the layers"
-        self._check_wanted([i for i, _, _ in parts], () if final else layers, final)
+        self._check_available([i for i, _, _ in parts], () if final else layers, final)
         table = self.samples
         ends = [(table.final_length if final and not self._keeps_all(i) else table.length)[i] for i, _, _ in parts]
         within = all(0 <= start <= stop <= end for (_, start, stop), end in zip(parts, ends, strict=True))
         assert within, f"rows beyond their samples: {parts}"
 
     def _keeps_all(self, i: int) -> bool:
-        """Whether `final` is kept on all rows of sample `i`."""
-        return self._catalog.manifest(self._place(i)[0], FINAL)["spec"]["keeps"] == "all"
+        """Whether all rows of sample `i` have a `final` state."""
+        return self._catalog.manifest(self._locate(i)[0], FINAL)["spec"]["keeps"] == "all"
 
     def _fill(self, out_KRD: "torch.Tensor", parts: Sequence[Part], names: tuple[str, ...]) -> None:
         import torch
@@ -294,21 +298,21 @@ class HiddenCache:
         if not out_KRD.numel():
             return
         out = out_KRD.view(torch.uint8).numpy()
-        places = [(*self._place(i), start, stop) for i, start, stop in parts if stop > start]
+        places = [(*self._locate(i), start, stop) for i, start, stop in parts if stop > start]
         jobs, at = [], 0
         for shard, row, start, stop in places:
             for k, name in enumerate(names):
                 rows = memoryview(out[k, at : at + stop - start]).cast("B")
                 jobs.append(partial(self._columns.read, shard, name, row, start, rows))
             at += stop - start
-        self._reads.do(jobs, out.nbytes, near=lambda: self._columns.are_near(places, names))
+        self._reads.do(jobs, out.nbytes, in_page_cache=lambda: self._columns.all_in_page_cache(places, names))
 
     def _states(self, i: int, names: tuple[str, ...], start: int, stop: int) -> "torch.Tensor":
-        """Rows [start, stop) that columns keep of sample `i`, [K, stop - start, D]."""
+        """Read stored rows [start, stop) of sample `i` from these columns, [K, stop - start, D]."""
         import torch
 
-        shard, row = self._place(i)
-        self._columns.check(shard, names)  # before memory is taken for what they declare
+        shard, row = self._locate(i)
+        self._columns.check(shard, names)  # before memory is allocated for the size they declare
         region = self._columns.mapped(shard, names) if self.mapped and stop > start else None
         if region is not None:
             return torch.from_numpy(region.rows(row, start, stop)).view(self.dtype)
@@ -316,7 +320,7 @@ class HiddenCache:
         self._fill(out, [(i, start, stop)], names)
         return out
 
-    def _check_wanted(self, indices: Iterable[int], layers: Sequence[int], final: bool) -> None:
+    def _check_available(self, indices: Iterable[int], layers: Sequence[int], final: bool) -> None:
         absent = [layer for layer in layers if aux_column(layer) not in self.whole]
         if absent:
             every = ",".join(map(str, sorted({*self.layers, *layers})))
@@ -330,20 +334,20 @@ class HiddenCache:
             )
         names = [*map(aux_column, layers), *([FINAL] if final else [])]
         for i in indices:
-            shard, row = self._place(i)
+            shard, row = self._locate(i)
             if any(str(row) in self._catalog.manifest(shard, name)["refused"] for name in names):
                 raise DataError(
                     f"{self.path}: sample {i} was refused, see `pipeline inspect`; skip what `samples.usable` denies"
                 )
 
-    def _place(self, i: int) -> tuple[int, int]:
+    def _locate(self, i: int) -> tuple[int, int]:
         """Shard and row of sample `i`."""
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
         return int(self.samples.shard[i]), int(self.samples.row[i])
 
     def _shard(self, number: int) -> ShardPlan:
-        """Ids and masks of a shard, the whole file checked when it is first touched."""
+        """Ids and masks of a shard; its `samples.arrow` is verified when it is first used."""
         plan = self._shards.get(number)
         if plan is None:
             plan = self._shards[number] = self._open_shard(number)
@@ -351,9 +355,9 @@ class HiddenCache:
 
     def _open_shard(self, number: int) -> ShardPlan:
         columns = self.columns(number)
-        if not columns:  # planned, not captured: the plan itself knows
+        if not columns:  # planned, not captured: only the plan has its samples
             return load_plan(self.path).shards[number]
-        path = inside(shard_folder(self.path, number), SAMPLES)
+        path = path_inside(shard_folder(self.path, number), SAMPLES)
         for manifest in columns.values():
             check_file(path, manifest["files"][SAMPLES])
             break

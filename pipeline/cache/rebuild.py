@@ -1,11 +1,11 @@
-"""What a cache can make again from the rest: the index, the list of refused samples, a shard's `samples.arrow`, and
-from all of these a segment of the plan."""
+"""Rebuilds derived files from the rest of a cache: the index, the list of refused samples, a shard's `samples.arrow`;
+and, from all shards' `samples.arrow`, a segment of the plan."""
 
 from pathlib import Path
 
-from pipeline.cache.atomic import Scratch, committing, room, sync_file, sync_folder, write_file
-from pipeline.cache.columns import committed
-from pipeline.cache.index import place_index, read_index
+from pipeline.cache.atomic import Scratch, commit_lock, sync_file, sync_folder, write_errors, write_file
+from pipeline.cache.columns import complete_manifest
+from pipeline.cache.index import read_index, write_index
 from pipeline.cache.layout import COLUMN, INDEX, PLAN, QUARANTINE, REFUSED, SAMPLES, numbered, shard_folder
 from pipeline.cache.manifest import FileFact, canonical
 from pipeline.cache.plan import Plan, load_plan, read_manifests
@@ -13,10 +13,10 @@ from pipeline.cache.samples import batch_bytes, read_batch, write_batches
 from pipeline.errors import CacheError
 
 
-def derive(cache: Path) -> list[str]:
-    """Write what is missing or out of date of the derived files; returns their names. The cache must have a plan.
+def rebuild_derived(cache: Path) -> list[str]:
+    """Write the derived files that are missing or out of date; returns their names. The cache must have a plan.
 
-    Nothing is written, and no right to write needed, when all is as it should be. Raises RoomError, CacheError.
+    Writes nothing, and needs no right to write, when all are up to date. Raises RoomError, CacheError.
     """
     plan = load_plan(cache)
     columns = _columns(cache, plan)
@@ -25,13 +25,13 @@ def derive(cache: Path) -> list[str]:
     path = cache / QUARANTINE / REFUSED
     wrong_list = (path.read_bytes() if path.is_file() else b"") != refused_bytes(plan, columns)
     if stale or wrong_list or lost_index:
-        with room(cache, "derived files"), committing(cache):
+        with write_errors(cache, "derived files"), commit_lock(cache):
             for samples, data in stale.items():
                 write_file(samples, data)
             if wrong_list:  # with what is committed now: another worker may have been quicker, and known more
-                _write_list(path, refused_bytes(plan, _columns(cache, plan)))
+                _write_refused_list(path, refused_bytes(plan, _columns(cache, plan)))
             if lost_index:
-                place_index(cache, plan)
+                write_index(cache, plan)
             sync_folder(cache)
     written = [samples.relative_to(cache).as_posix() for samples in stale]
     return written + [f"{QUARANTINE}/{REFUSED}"] * wrong_list + [INDEX] * lost_index
@@ -42,7 +42,7 @@ def _columns(cache: Path, plan: Plan) -> dict[int, dict[str, dict]]:
 
 
 def _stale_samples(cache: Path, plan: Plan, columns: dict[int, dict[str, dict]]) -> dict[Path, bytes]:
-    """The `samples.arrow` that are not what their shard's columns vouch for, where the plan still gives that."""
+    """The `samples.arrow` that do not match their shard's manifests, with the right content, if the plan has it."""
     stale = {}
     for shard in plan.shards:
         path = shard_folder(cache, shard.number) / SAMPLES
@@ -54,7 +54,7 @@ def _stale_samples(cache: Path, plan: Plan, columns: dict[int, dict[str, dict]])
     return stale
 
 
-def _write_list(path: Path, wanted: bytes) -> None:
+def _write_refused_list(path: Path, wanted: bytes) -> None:
     """Write the list of refused samples; without any there is no such file."""
     if wanted:
         write_file(path, wanted)
@@ -64,9 +64,9 @@ def _write_list(path: Path, wanted: bytes) -> None:
 
 
 def restore_segments(cache: Path) -> list[str]:
-    """Put damaged segments of the plan together again from the shards' `samples.arrow`; returns their names.
+    """Rebuild damaged segments of the plan from the shards' `samples.arrow`; returns their names.
 
-    Only where a segment's manifest is whole, which has the digest that must come out. Raises RoomError.
+    Needs the segment's manifest, which has the digest that the result must have. Raises RoomError.
     """
     restored = []
     for number, manifest in enumerate(read_manifests(cache)):
@@ -75,7 +75,7 @@ def restore_segments(cache: Path) -> list[str]:
         if path.is_file() and FileFact.of_file(path).as_dict() == fact:
             continue
         first = manifest["first_shard"]
-        with Scratch(cache, PLAN) as scratch, room(cache, "a segment of the plan", fact["size"]):
+        with Scratch(cache, PLAN) as scratch, write_errors(cache, "a segment of the plan", fact["size"]):
             try:
                 parts = [shard_folder(cache, shard) / SAMPLES for shard in range(first, first + manifest["shards"])]
                 write_batches(scratch.path / name, map(read_batch, parts))
@@ -83,7 +83,7 @@ def restore_segments(cache: Path) -> list[str]:
                 continue
             if FileFact.of_file(scratch.path / name).as_dict() == fact:
                 sync_file(scratch.path / name)
-                with committing(cache):
+                with commit_lock(cache):
                     (scratch.path / name).replace(path)
                     sync_folder(path.parent)
                 restored.append(f"{PLAN}/{name}")
@@ -91,9 +91,11 @@ def restore_segments(cache: Path) -> list[str]:
 
 
 def shard_columns(cache: Path, shard: int) -> dict[str, dict]:
-    """Manifests of the columns of a shard that are whole but perhaps for its `samples.arrow`, by name."""
+    """Manifests of the complete columns of a shard, by name; its `samples.arrow` may be missing or damaged."""
     names = sorted(path.stem for path in shard_folder(cache, shard).glob("*.json"))
-    found = {name: committed(cache, shard, name, but=SAMPLES) for name in names if COLUMN.fullmatch(name)}
+    found = {
+        name: complete_manifest(cache, shard, name, optional_file=SAMPLES) for name in names if COLUMN.fullmatch(name)
+    }
     return {name: manifest for name, manifest in found.items() if manifest}
 
 

@@ -1,11 +1,11 @@
-"""A set of samples' names, 16 bytes each, in 22 to 43 bytes of memory a name; a Python set takes a hundred and more."""
+"""SampleIdSet: a set of 16-byte sample ids in 22 to 43 bytes of memory each; a Python set takes over a hundred."""
 
 _SIZE = 16
-_EMPTY = bytes(_SIZE)  # the name of no sample: a digest of 16 zeros is not to be met with
+_EMPTY = bytes(_SIZE)  # marks a free slot: no digest is 16 zeros in practice
 
 
-class Names:
-    """Names seen so far. A table with open addresses: a name's own first bytes say where it is looked for."""
+class SampleIdSet:
+    """A hash table with open addressing, keyed by the first bytes of an id, which is a digest already."""
 
     def __init__(self):
         self.count, self.slots = 0, 1024
@@ -15,7 +15,7 @@ class Names:
         return self.count
 
     def add(self, name: bytes) -> bool:
-        """Add a name of 16 bytes. Returns whether it is new."""
+        """Add an id of 16 bytes. Returns whether it is new."""
         assert len(name) == _SIZE and name != _EMPTY, f"{name!r} is no sample's name"
         if not self._put(name):
             return False

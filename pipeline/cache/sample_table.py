@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.layout import aux_column
-from pipeline.cache.samples import numbers
+from pipeline.cache.samples import to_numpy
 from pipeline.errors import CacheError
 
 
@@ -32,7 +32,7 @@ class SampleTable:
         self._ok: dict[tuple[str, ...], np.ndarray] = {}
 
     def _numbers(self, name: str) -> np.ndarray:
-        return numbers(self._whole(name))
+        return to_numpy(self._whole(name))
 
     def _whole(self, name: str) -> pa.Array:
         column = self._index.column(name)  # one piece where it is mapped, which pyarrow would copy

@@ -1,6 +1,6 @@
-"""Samples as the plan keeps them: ids, loss mask and where their rows go, one Arrow record batch a shard.
+"""Samples as the plan stores them: ids, loss mask and the offset of their rows, one Arrow record batch per shard.
 
-The same batch is a piece of a plan segment and, alone in a file, a shard's `samples.arrow`.
+The same batch is part of a plan segment and, alone in a file, a shard's `samples.arrow`.
 
     n samples of a shard   T rows of a sample
 """
@@ -35,7 +35,7 @@ SCHEMA = pa.schema(
         pa.field("line", pa.int64(), nullable=False),
     ]
 )
-SPOOLED = -1  # the shard of a sample that has no place yet
+SPOOLED = -1  # the shard number of samples that are not yet assigned to one
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class PlannedSample:
     split: str = ""  # "train", "heldout", or "" where the corpus does not say
     file: str = ""
     line: int = 0
-    name: bytes | None = None  # what `sample_id` gives, where somebody has asked it
+    name: bytes | None = None  # the sample's `sample_id`, where it has been computed
 
 
 def sample_id(ids_T: np.ndarray, mask_T: np.ndarray) -> bytes:
@@ -60,8 +60,8 @@ def sample_id(ids_T: np.ndarray, mask_T: np.ndarray) -> bytes:
     return hashlib.blake2b(np.asarray(ids_T, "<i4").tobytes() + packed.tobytes(), digest_size=16).digest()
 
 
-def numbers(array: pa.Array) -> np.ndarray:
-    """The values of an array of numbers without nulls, as they lie in memory. (`to_numpy` would import pandas: 1 s.)"""
+def to_numpy(array: pa.Array) -> np.ndarray:
+    """View an Arrow array of numbers without nulls as numpy. (Arrow's own `to_numpy` would import pandas: 1 s.)"""
     dtype = np.dtype(str(array.type))
     if not len(array):
         return np.empty(0, dtype)
@@ -69,13 +69,13 @@ def numbers(array: pa.Array) -> np.ndarray:
 
 
 def make_batch(samples: Sequence[PlannedSample], ids16: Sequence[bytes], shard: int) -> pa.RecordBatch:
-    """The record batch of one shard, samples in the order given. The same input gives the same bytes."""
+    """Build the record batch of one shard from samples and their ids, in this order. Deterministic in its bytes."""
     lengths = np.array([len(sample.ids) for sample in samples], np.int64)
     kept = np.array([int(final_rows(sample.mask).sum()) for sample in samples], np.int64)
     bounds = pa.py_buffer(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
     ids = np.concatenate([np.asarray(sample.ids, np.int32) for sample in samples])
     mask = np.concatenate([np.asarray(sample.mask, bool) for sample in samples])
-    # From our own buffers: Arrow promises nothing about the unused bits at the end of its own.
+    # From our own buffers: the unused bits at the end of Arrow's are undefined.
     bits = pa.py_buffer(np.packbits(mask, bitorder="little"))
     id_items = pa.Array.from_buffers(pa.int32(), len(ids), [None, pa.py_buffer(ids)])
     mask_items = pa.Array.from_buffers(pa.bool_(), len(mask), [None, bits])
@@ -97,7 +97,7 @@ def make_batch(samples: Sequence[PlannedSample], ids16: Sequence[bytes], shard: 
 
 
 def batch_bytes(batch: pa.RecordBatch) -> bytes:
-    """The batch alone as an Arrow IPC file: what `samples.arrow` holds."""
+    """Serialise a batch as an Arrow IPC file: the content of `samples.arrow`."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
@@ -105,7 +105,7 @@ def batch_bytes(batch: pa.RecordBatch) -> bytes:
 
 
 def write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> int:
-    """Write the batches of shards to one Arrow IPC file, as they come: a segment of the plan. Returns how many."""
+    """Write the batches of shards to one Arrow IPC file, a segment of the plan. Returns their number."""
     written = 0
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
         for batch in batches:
@@ -119,18 +119,18 @@ def read_batch(path: Path) -> pa.RecordBatch:
     batches = read_batches(path, SCHEMA)
     if len(batches) != 1:
         raise CacheError(f"{path}: {len(batches)} shards, where one is expected; run `pipeline verify`")
-    return placed(batches[0], path)
+    return checked_batch(batches[0], path)
 
 
-def placed(batch: pa.RecordBatch, path: Path) -> pa.RecordBatch:
-    """A shard's batch, if its samples lie end to end and are as long as it says; else CacheError for `path`."""
-    lengths, offsets = (numbers(batch.column(name)).astype(np.int64) for name in ("length", "offset"))
-    kept = np.diff(numbers(batch.column("final_offset")), prepend=0)
+def checked_batch(batch: pa.RecordBatch, path: Path) -> pa.RecordBatch:
+    """Return a shard's batch if its offsets and lengths are consistent; else raise CacheError for `path`."""
+    lengths, offsets = (to_numpy(batch.column(name)).astype(np.int64) for name in ("length", "offset"))
+    kept = np.diff(to_numpy(batch.column("final_offset")), prepend=0)
     right = len(batch) and (offsets == np.cumsum(lengths) - lengths).all() and not kept[0] and (kept >= 0).all()
     right = right and (kept[1:] <= lengths[:-1]).all() and (lengths > 0).all()
     for name in ("input_ids", "loss_mask"):
         lists = batch.column(name)
-        right = right and lists.offset == 0 and np.array_equal(np.diff(numbers(lists.offsets)), lengths)
+        right = right and lists.offset == 0 and np.array_equal(np.diff(to_numpy(lists.offsets)), lengths)
         right = right and not lists.values.null_count
     if not right:
         raise CacheError(f"{path}: damaged, its samples are not where it says; run `pipeline verify`")
@@ -138,7 +138,7 @@ def placed(batch: pa.RecordBatch, path: Path) -> pa.RecordBatch:
 
 
 class ShardPlan:
-    """What the plan says of one shard: its samples, longest first, and the place of their rows."""
+    """The plan of one shard: its samples, longest first, and the offsets of their rows."""
 
     def __init__(self, batch: pa.RecordBatch, number: int):
         self.batch = batch
@@ -155,7 +155,7 @@ class ShardPlan:
         return pa.Table.from_batches([self.batch])
 
     def _numbers(self, name: str) -> np.ndarray:
-        return numbers(self.batch.column(name))
+        return to_numpy(self.batch.column(name))
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -169,7 +169,7 @@ class ShardPlan:
 
     @cached_property
     def final_bounds(self) -> np.ndarray:
-        """The same for a column that keeps the rows `capture.final_rows` names."""
+        """The same for a column that keeps only the rows of `layers.final_rows`."""
         starts = self._numbers("final_offset")
         return np.append(starts, starts[-1] + int(final_rows(self.mask(len(self) - 1)).sum()))
 
@@ -185,14 +185,14 @@ class ShardPlan:
     @cached_property
     def _ids(self) -> tuple[np.ndarray, np.ndarray]:
         lists = self.batch.column("input_ids")
-        return numbers(lists.offsets), numbers(lists.values)
+        return to_numpy(lists.offsets), to_numpy(lists.values)
 
     @cached_property
     def _bits(self) -> tuple[np.ndarray, np.ndarray]:
         """For each sample the number of its first mask bit, and the bytes the bits are in."""
         lists = self.batch.column("loss_mask")
         items = lists.values
-        return numbers(lists.offsets) + items.offset, np.frombuffer(items.buffers()[1], np.uint8)
+        return to_numpy(lists.offsets) + items.offset, np.frombuffer(items.buffers()[1], np.uint8)
 
     def ids(self, row: int) -> np.ndarray:
         """Token ids of sample `row` of the shard, int32 [T], read-only."""
@@ -215,7 +215,7 @@ class ShardPlan:
 
     @cached_property
     def sample_ids(self) -> np.ndarray:
-        """The samples' names as 128-bit numbers, uint64 [n, 2] (high, low): rows sort as the 16 bytes do."""
+        """The sample ids as 128-bit numbers, uint64 [n, 2] (high, low), which sort as the 16 bytes do."""
         column = self.batch.column("sample_id")
         start = column.offset * 16
         data = np.frombuffer(column.buffers()[1], ">u8", count=2 * len(self), offset=start)

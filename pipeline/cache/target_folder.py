@@ -10,8 +10,8 @@ import errno
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.cache.atomic import Scratch, committing, reading, room, sync_file, sync_folder
-from pipeline.cache.layout import IDENTITY, TARGET, TARGET_MANIFEST, inside
+from pipeline.cache.atomic import Scratch, commit_lock, read_errors, sync_file, sync_folder, write_errors
+from pipeline.cache.layout import IDENTITY, TARGET, TARGET_MANIFEST, path_inside
 from pipeline.cache.manifest import FILES, MAX_BYTES, FileFact, canonical, check_file, check_size, read_canonical
 from pipeline.errors import CacheError
 from pipeline.untrusted import parse_json, read_file
@@ -28,7 +28,7 @@ def new_target(cache: Path) -> Iterator[Path]:
 
     If the cache has one already, that one stays; of one that lacks files, what is right stays. Raises RoomError.
     """
-    with Scratch(cache, TARGET) as scratch, room(cache, "the target's files"):
+    with Scratch(cache, TARGET) as scratch, write_errors(cache, "the target's files"):
         folder = scratch.path / TARGET
         folder.mkdir()
         yield folder
@@ -40,7 +40,7 @@ def new_target(cache: Path) -> Iterator[Path]:
         for path in (*paths, folder / TARGET_MANIFEST):
             sync_file(path)
         sync_folder(folder)
-        with committing(cache):
+        with commit_lock(cache):
             if has_target(cache):
                 return
             _put(folder, cache / TARGET, scratch.path / "old")
@@ -69,7 +69,7 @@ def has_target(cache: Path) -> bool:
     """Whether `target/` is there, as far as its manifest and sizes tell."""
     try:
         for name, fact in target_manifest(cache)["files"].items():
-            check_size(inside(cache / TARGET, name), fact)
+            check_size(path_inside(cache / TARGET, name), fact)
     except CacheError:
         return False
     return True
@@ -87,7 +87,7 @@ def target_manifest(cache: Path) -> dict:
 def target_file(cache: Path, name: str) -> Path:
     """The path of a file of the folder, its size and digest checked now. CacheError when it is absent or damaged."""
     files = target_manifest(cache)["files"]
-    path = inside(cache / TARGET, name)
+    path = path_inside(cache / TARGET, name)
     if name not in files:
         raise CacheError(f"{path}: not in the cache; run `pipeline cache-hidden` again with the same arguments")
     check_file(path, files[name])
@@ -98,7 +98,7 @@ def target_json(cache: Path, name: str) -> dict:
     """What a JSON file of the folder holds, checked: a dict."""
     path = target_file(cache, name)
     try:
-        with reading(path):
+        with read_errors(path):
             facts = parse_json(read_file(path, MAX_BYTES))
     except ValueError:
         facts = None

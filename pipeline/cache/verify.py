@@ -1,7 +1,6 @@
-"""Verify: every byte of a cache against what the manifests promise, and the manifests against each other.
+"""Verify: checks every byte of a cache against its manifests, and the manifests against each other.
 
-Damage is what a reader could trip over. What is not there yet (an unfinished capture) and what does not belong (files
-of others) are told apart from it.
+Reports damage separately from what is missing (an unfinished capture) and from foreign files.
 """
 
 import contextlib
@@ -14,14 +13,14 @@ import numpy as np
 import xxhash
 
 from pipeline.cache import index
-from pipeline.cache.atomic import reading
-from pipeline.cache.catalog import held_by
+from pipeline.cache.atomic import read_errors
+from pipeline.cache.catalog import shards_per_column
 from pipeline.cache.codecs import LOSSY, calibration
 from pipeline.cache.codecs.zarr_file import METADATA
 from pipeline.cache.columns import Column, ColumnSpec, column_manifest
 from pipeline.cache.layout import (
-    BLOCK_ROWS,
     CALIBRATION,
+    CHECKSUM_ROWS,
     COLUMN,
     IDENTITY,
     INDEX,
@@ -37,9 +36,9 @@ from pipeline.cache.layout import (
     STEM,
     TARGET,
     TARGET_MANIFEST,
-    check_there,
-    inside,
+    check_exists,
     numbered,
+    path_inside,
 )
 from pipeline.cache.manifest import FILES, PIECE, check_file, check_size, read_canonical
 from pipeline.cache.plan import Plan, load_plan
@@ -48,7 +47,7 @@ from pipeline.cache.samples import ShardPlan, make_batch, read_batch, sample_id
 from pipeline.cache.target_folder import target_manifest
 from pipeline.errors import CacheError
 
-SHOWN = 8  # damaged samples named, of a column with more
+SHOWN = 8  # the most damaged samples named per column
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Finding:
 
 @dataclass
 class Report:
-    """What `verify` found. `missing` is not there yet, `foreign` does not belong; neither is damage."""
+    """The result of `verify`. `missing`: not captured yet; `foreign`: unknown files; neither is damage."""
 
     path: str
     damaged: list[Finding] = field(default_factory=list)
@@ -90,7 +89,7 @@ def verify(path: Path | str, only: set[int] | None = None) -> Report:
     Raises UsageError where there is none; damage is in the report, never raised.
     """
     path = Path(path)
-    check_there(path)
+    check_exists(path)
     check = _Check(path)
     plan = check.plan()
     if plan:
@@ -119,10 +118,10 @@ class _Check:
 
     @contextlib.contextmanager
     def guard(self, file: str, shard: int | None = None, column: str | None = None) -> Iterator[None]:
-        """Account for a file, and book what goes wrong with it as damage."""
+        """Mark a file as known, and report a CacheError of the block as damage to it."""
         self.known.add(file)
         try:
-            with reading(self.path / file):
+            with read_errors(self.path / file):
                 yield
         except CacheError as error:
             what = str(error).removesuffix("; run `pipeline verify`").removeprefix(f"{self.path / file}: ")
@@ -135,14 +134,14 @@ class _Check:
         self.report.missing.append(Finding(file, what, shard, column))
 
     def file(self, file: str, fact: dict, shard: int | None = None, column: str | None = None) -> bool:
-        """Check a file's size and digest; whether they are right."""
+        """Check a file's size and digest. Returns whether they are right."""
         before = len(self.report.damaged)
         with self.guard(file, shard, column):
-            check_file(inside(self.path, file), fact)
+            check_file(path_inside(self.path, file), fact)
         return len(self.report.damaged) == before
 
     def plan(self) -> Plan | None:
-        """The plan, when it is whole. Its contents are made once more from ids and masks, and compared."""
+        """Check the plan, rebuilding its batches from ids and masks to compare them. Returns it if it is undamaged."""
         numbers = {path.stem for path in (self.path / PLAN).glob("*.*") if NUMBER.fullmatch(path.stem)}
         before, finished = len(self.report.damaged), 0
         for number in sorted(numbers):
@@ -164,7 +163,7 @@ class _Check:
         with self.guard(PLAN):
             plan = load_plan(self.path)
             for shard in plan.shards:
-                if not _remade(shard).equals(shard.batch):
+                if not _rebuilt_batch(shard).equals(shard.batch):
                     self.damage(PLAN, "not what its ids and masks give", shard.number)
             return plan
         return None
@@ -193,7 +192,7 @@ class _Check:
                 self.file(f"{TARGET}/{name}", fact)
 
     def calibration(self, columns: dict[int, dict[str, dict]]) -> None:
-        """Check the calibrations there are, and that the columns encoded with one have it."""
+        """Check the calibrations present, and that every column encoded with one has it."""
         there = {path.stem for path in (self.path / CALIBRATION).glob("*.json") if COLUMN.fullmatch(path.stem)}
         specs = [manifest["spec"] for found in columns.values() for manifest in found.values()]
         for name in sorted(there | {spec["name"] for spec in specs if spec["codec"] in LOSSY}):
@@ -204,7 +203,7 @@ class _Check:
                     self.damage(file, "belongs to another cache or column")
 
     def shards(self, plan: Plan | None, only: set[int] | None) -> dict[int, dict[str, dict]]:
-        """Check every shard planned or there, or only these; the manifests of all columns, by shard and name."""
+        """Check every shard planned or present, or only these. Returns all columns' manifests, by shard and name."""
         planned = {shard.number: shard for shard in plan.shards} if plan else {}
         there = {int(path.name) for path in (self.path / SHARDS).glob("*") if NUMBER.fullmatch(path.name)}
         columns = {}
@@ -216,7 +215,7 @@ class _Check:
                 self.damage(f"{SHARDS}/{numbered(number)}", "not in the plan", number)
             columns[number] = self.shard(number, planned.get(number))
         self.report.shards = len(planned)
-        self.report.columns = held_by([self.listed(number) for number in sorted(planned)])
+        self.report.columns = shards_per_column([self.listed(number) for number in sorted(planned)])
         names = sorted({name for found in columns.values() for name in found})
         for number, found in columns.items():
             damaged = {finding.column for finding in self.report.damaged if finding.shard == number}
@@ -232,7 +231,7 @@ class _Check:
         return {path.name for path in (self.path / SHARDS / numbered(number)).glob("*")}
 
     def shard(self, number: int, planned: ShardPlan | None) -> dict[str, dict]:
-        """Check one shard's columns and samples; the manifests of its columns by name."""
+        """Check one shard's columns and samples. Returns the manifests of its columns, by name."""
         here = f"{SHARDS}/{numbered(number)}"
         listed = self.listed(number)
         found = {}
@@ -257,7 +256,7 @@ class _Check:
         return found
 
     def samples(self, here: str, number: int, found: dict[str, dict], planned: ShardPlan | None) -> ShardPlan | None:
-        """Check a shard's `samples.arrow` against every column's manifest and the plan; the samples, if known."""
+        """Check a shard's `samples.arrow` against the manifests and the plan. Returns the samples, if known."""
         file, whole = f"{here}/{SAMPLES}", True
         facts = {str(manifest["files"][SAMPLES]): manifest["files"][SAMPLES] for manifest in found.values()}
         for fact in facts.values():
@@ -293,18 +292,18 @@ class _Check:
             self.file(f"{here}/{file}", fact, number, name)
 
     def values(self, file: str, column: Column, reader, fact: dict | None) -> None:
-        """Check blocks; and the digest of the file in the same pass where it holds the values as they are."""
+        """Check the blocks and, in the same pass, the file's digest where the file holds the values in order."""
         number, name = int(file.split("/")[1]), column.spec.name
         with self.guard(file, number, name):
             digest = xxhash.xxh3_128()
             if fact:
-                check_size(inside(self.path, file), fact)
+                check_size(path_inside(self.path, file), fact)
             damaged = _damaged_rows(column, reader, digest) if fact else column.damaged_samples(reader)
             if damaged:
                 shown = ", ".join(map(str, damaged[:SHOWN])) + (", ..." if len(damaged) > SHOWN else "")
                 self.damage(file, f"the values of samples {shown} of the shard", number, name)
             if fact:
-                with reading(reader.path), open(reader.path, "rb", buffering=0) as rest:
+                with read_errors(reader.path), open(reader.path, "rb", buffering=0) as rest:
                     rest.seek(int(column.bounds[-1]) * column.spec.row_bytes)
                     while piece := rest.read(PIECE):
                         digest.update(piece)
@@ -343,20 +342,20 @@ def _below(cache: Path, folder: str) -> set[str]:
     return {path.relative_to(cache).as_posix() for path in paths}
 
 
-def _remade(shard: ShardPlan):
-    """The shard's batch made once more from ids, masks and origins."""
+def _rebuilt_batch(shard: ShardPlan):
+    """Build the shard's batch again from ids, masks and origins."""
     samples = [*shard.samples()]
     return make_batch(samples, [sample_id(sample.ids, sample.mask) for sample in samples], shard.number)
 
 
 def _damaged_rows(column: Column, reader, digest) -> list[int]:
-    """Samples with a block that is not what the column's `.arrow` says; `digest` takes all values in order."""
+    """The samples with a block that fails its checksum. Updates `digest` with all values in order."""
     damaged: list[int] = []
-    buffer = memoryview(bytearray(BLOCK_ROWS * column.spec.row_bytes))
+    buffer = memoryview(bytearray(CHECKSUM_ROWS * column.spec.row_bytes))
     for row in range(len(column.ok)):
         start, stop = int(column.bounds[row]), int(column.bounds[row + 1])
-        for number, first in enumerate(range(start, stop, BLOCK_ROWS)):
-            part = buffer[: min(BLOCK_ROWS, stop - first) * column.spec.row_bytes]
+        for number, first in enumerate(range(start, stop, CHECKSUM_ROWS)):
+            part = buffer[: min(CHECKSUM_ROWS, stop - first) * column.spec.row_bytes]
             reader.read_into(first, part)
             digest.update(part)
             right = xxhash.xxh3_64_intdigest(part) == column.digests[column.starts[row] + number]

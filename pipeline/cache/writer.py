@@ -1,7 +1,7 @@
-"""Writing the columns of a shard: rows in order into a scratch folder, then names put in place, the manifest last.
+"""ShardWriter: writes columns of a shard into a scratch folder, then renames them into place, the manifest last.
 
-A killed writer leaves a scratch folder that `disk.clean` removes, and nothing else: what has no valid manifest does
-not exist and is replaced by the next writer.
+A killed writer leaves a scratch folder, which `atomic.clean_scratch` removes, and perhaps files without a valid
+manifest, which count as absent and are replaced by the next writer.
 """
 
 import contextlib
@@ -12,31 +12,39 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.atomic import Scratch, committing, need_room, room, sync_file, sync_folder, write_file
+from pipeline.cache.atomic import (
+    Scratch,
+    check_free_space,
+    commit_lock,
+    sync_file,
+    sync_folder,
+    write_errors,
+    write_file,
+)
 from pipeline.cache.checksums import BlockHasher, sums_bytes
 from pipeline.cache.codecs import CODECS, DTYPES, LOSSY, stored_bytes
 from pipeline.cache.codecs.calibration import Calibration, read_calibration
 from pipeline.cache.codecs.int8_files import Encoded, Int8Writer
 from pipeline.cache.codecs.zarr_file import PIECE
-from pipeline.cache.columns import Column, ColumnSpec, committed
+from pipeline.cache.columns import Column, ColumnSpec, complete_manifest
 from pipeline.cache.layout import IDENTITY, SAMPLES, SHARDS, numbered, shard_folder
 from pipeline.cache.manifest import FileFact, canonical, read_canonical
 from pipeline.cache.samples import ShardPlan, batch_bytes
 from pipeline.errors import RoomError
 
 
-class _Stream:
-    """One column on its way to disk."""
+class _ColumnWriter:
+    """Writes, hashes and encodes one column of the shard."""
 
     def __init__(self, cache: Path, folder: Path, spec: ColumnSpec, shard: ShardPlan):
         assert spec.is_valid(), f"{spec}"
         self.spec = spec
         self.bounds = spec.bounds(shard)
         self.hasher = BlockHasher(self.bounds)
-        self.escapes = np.zeros(len(shard), np.int64)
+        self.outliers = np.zeros(len(shard), np.int64)
         rows, place = int(self.bounds[-1]), folder / spec.stem
         if spec.codec in LOSSY:
-            self.calibration = needed_calibration(cache, spec.name, spec.width)
+            self.calibration = required_calibration(cache, spec.name, spec.width)
             self.values = Int8Writer(place, rows, spec.width, spec.dtype, self.calibration)
         else:
             self.values = CODECS[spec.codec].writer(place, rows, spec.width, spec.dtype)
@@ -60,8 +68,8 @@ class _Stream:
     def _write_encoded(self, rows: Encoded, refused: dict[int, str]) -> None:
         if spans := self._refused_spans(len(rows), refused):
             rows = rows.without(spans)
-        at = np.searchsorted(self.bounds, rows.escapes[:, 0] + self.hasher.position, side="right") - 1
-        np.add.at(self.escapes, at, 1)
+        at = np.searchsorted(self.bounds, rows.outliers[:, 0] + self.hasher.position, side="right") - 1
+        np.add.at(self.outliers, at, 1)
         self.hasher.update(rows)
         self.values.write(rows)
 
@@ -75,30 +83,30 @@ class _Stream:
         assert end <= self.bounds[-1], f"{spec.name}: row {end} of {self.bounds[-1]}"
 
     def _refused_spans(self, count: int, refused: dict[int, str]) -> list[tuple[int, int]]:
-        """Which of the next `count` rows are refused samples'."""
+        """The spans [first, end) of the next `count` rows that belong to refused samples."""
         start, stop = self.hasher.position, self.hasher.position + count
         spans = [(max(int(self.bounds[row]), start), min(int(self.bounds[row + 1]), stop)) for row in refused]
         return [(first - start, end - start) for first, end in spans if first < end]
 
 
-def needed_calibration(cache: Path, column: str, width: int) -> Calibration:
-    """The cache's calibration of a column, without which int8 cannot be written."""
-    held = read_calibration(cache, column, width)
-    assert held is not None, f"{column} is to be encoded and was not calibrated"
-    return held
+def required_calibration(cache: Path, column: str, width: int) -> Calibration:
+    """Read the cache's calibration of a column, which int8 needs; it must exist."""
+    calibration = read_calibration(cache, column, width)
+    assert calibration is not None, f"{column} is to be encoded and was not calibrated"
+    return calibration
 
 
 def encode_bits(rows: np.ndarray, calibration: Calibration) -> Encoded:
-    """Encode values as they are stored raw, on the CPU."""
-    from pipeline.cache.codecs.int8 import as_states, encoded
+    """Encode raw stored values (bfloat16 bits or float32) on the CPU."""
+    from pipeline.cache.codecs.int8 import as_states, encode_to_host
 
-    return encoded(as_states(rows), calibration)
+    return encode_to_host(as_states(rows), calibration)
 
 
 class ShardWriter:
-    """Writes columns of one shard. Use it from one thread, in this order: write / refuse, seal, (read), commit.
+    """Writes columns of one shard. Call, from one thread: write / refuse, then seal, then (read and) commit.
 
-    After `abort`, a RoomError or leaving the `with` block without a commit, nothing of it is left.
+    `abort`, a RoomError, or leaving the `with` block without a commit removes everything written.
     """
 
     def __init__(self, cache: Path, shard: ShardPlan, columns: list[ColumnSpec]):
@@ -108,14 +116,14 @@ class ShardWriter:
         self._identity = read_canonical(cache / IDENTITY)["hash"]
         rows = {spec.name: int(spec.bounds(shard)[-1]) for spec in columns}
         self._need = sum(stored_bytes(rows[spec.name], spec.width, spec.dtype, spec.codec) for spec in columns)
-        need_room(cache, self._what, self._need)
+        check_free_space(cache, self._what, self._need)
         self._scratch = Scratch(cache, numbered(shard.number))
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, _ColumnWriter] = {}
         self._sealed: dict[str, Column] = {}
         try:
-            with room(cache, self._what, self._need):
+            with write_errors(cache, self._what, self._need):
                 for spec in columns:
-                    self._streams[spec.name] = _Stream(cache, self._scratch.path, spec, shard)
+                    self._streams[spec.name] = _ColumnWriter(cache, self._scratch.path, spec, shard)
         except BaseException:
             self.abort()
             raise
@@ -134,18 +142,18 @@ class ShardWriter:
         """Append rows [m, D] to a column, in the plan's order: uint16 bits for bfloat16, or float32; for int8 also
         encoded already.
 
-        Rows of refused samples are needed to keep the place; whatever they hold, zeros are stored. ProofError when
-        values do not fit the codec.
+        Rows of refused samples must be written too; zeros are stored for them. ProofError when values do not fit the
+        codec.
         """
         try:
-            with room(self.cache, self._what, self._need):
+            with write_errors(self.cache, self._what, self._need):
                 self._streams[column].write(rows, self.refused)
         except RoomError:
             self.abort()
             raise
 
     def refuse(self, row: int, reason: str) -> None:
-        """Leave sample `row` of the shard out, before any of its rows is written."""
+        """Mark sample `row` of the shard as refused, before any of its rows is written."""
         assert 0 <= row < len(self.shard) and reason, f"sample {row}: {reason!r}"
         for stream in self._streams.values():
             first, end = stream.bounds[row : row + 2]
@@ -153,13 +161,13 @@ class ShardWriter:
         self.refused[row] = reason
 
     def seal(self) -> None:
-        """Finish and sync every file, after the last row; from here on `read` works."""
+        """Finish and sync every file, after the last row; after this `read` works."""
         try:
-            with room(self.cache, self._what, self._need):
+            with write_errors(self.cache, self._what, self._need):
                 for stream in self._streams.values():
                     stream.values.finish()
                     path = self._scratch.path / f"{stream.spec.stem}.arrow"
-                    sums = sums_bytes(stream.bounds, stream.hasher.digests, self.refused, stream.escapes)
+                    sums = sums_bytes(stream.bounds, stream.hasher.digests, self.refused, stream.outliers)
                     path.write_bytes(sums)
                     sync_file(path)
         except RoomError:
@@ -169,48 +177,50 @@ class ShardWriter:
             self._sealed[name] = Column(self._scratch.path, stream.spec, stream.bounds, f"{self.cache}, {self._what}")
 
     def read(self, column: str, row: int, blocks: int | None = None) -> np.ndarray:
-        """The rows of sample `row`, or of its first blocks, as a reader will get them from disk: decoded, checked."""
+        """Read back the rows of sample `row`, or its first `blocks` checksum blocks, decoded and verified."""
         return self._sealed[column].read(row, blocks)
 
     def damaged_samples(self, column: str) -> list[int]:
-        """Samples that cannot be read back from disk as they were written; looks at every one."""
+        """The samples whose rows on disk are not what was written; reads all of them."""
         return self._sealed[column].damaged_samples(self._sealed[column].open())
 
-    def escapes(self, column: str) -> int:
-        """Entries of a column that int8 had to keep apart."""
-        return int(self._streams[column].escapes.sum())
+    def outliers(self, column: str) -> int:
+        """The number of outliers of an int8 column."""
+        return int(self._streams[column].outliers.sum())
 
     def sums(self, column: str) -> np.ndarray:
         """The checksums of a column's blocks."""
         return self._sealed[column].digests
 
     def commit(self, column_facts: dict[str, dict], lost: Mapping[str, dict | None] | None = None) -> dict[str, bool]:
-        """Make the columns exist; `column_facts` (probe results, say) go into their manifests.
+        """Rename the columns into the shard; `column_facts` (such as probe results) go into their manifests.
 
-        Returns for each column whether it is ours: where one is there already, in whatever codec, it stays. Not so
-        one that is in `lost`, damaged though it may look whole: `lost` has the manifest it had, None if that is lost,
-        too, and where the same bytes came out the column gets the same manifest again.
+        Returns for each column whether this writer's was committed: one that exists already, in any codec, stays.
+        Columns in `lost` are damaged and replaced: its values are their former manifests, None if those are lost too;
+        where the same bytes came out, the column keeps its former facts.
         """
         assert self._sealed.keys() == self._streams.keys(), "seal before commit"
         try:
-            with room(self.cache, self._what, self._need), committing(self.cache):
-                samples = self._place_samples()
+            with write_errors(self.cache, self._what, self._need), commit_lock(self.cache):
+                samples = self._commit_samples()
                 facts = {name: column_facts.get(name, {}) for name in self._streams}
-                done = {name: self._place(name, samples, facts[name], lost or {}) for name in self._streams}
+                done = {name: self._commit_column(name, samples, facts[name], lost or {}) for name in self._streams}
         finally:
             self.abort()
         return done
 
-    def _place_samples(self) -> dict:
-        """Put the shard's `samples.arrow` in place and return its size and digest.
+    def _commit_samples(self) -> dict:
+        """Write the shard's `samples.arrow` and return its size and digest.
 
-        A file that committed columns vouch for stays as it is: another version of Arrow may write other bytes.
+        A file that matches the manifest of a committed column stays: another version of Arrow may write other bytes.
         """
         folder = shard_folder(self.cache, self.shard.number)
         folder.mkdir(parents=True, exist_ok=True)
         path, data = folder / SAMPLES, batch_bytes(self.shard.batch)
         names = [other.stem for other in folder.glob("*.json")]
-        vouched = [held["files"][SAMPLES] for name in names if (held := committed(self.cache, self.shard.number, name))]
+        vouched = [
+            held["files"][SAMPLES] for name in names if (held := complete_manifest(self.cache, self.shard.number, name))
+        ]
         if path.is_file() and (fact := FileFact.of_file(path).as_dict()) in vouched:
             return fact
         write_file(path, data)
@@ -218,29 +228,29 @@ class ShardWriter:
         sync_folder(self.cache)
         return FileFact.of_bytes(data).as_dict()
 
-    def _place(self, name: str, samples: dict, facts: dict, lost: Mapping[str, dict | None]) -> bool:
-        """Make one column exist that did not, under the commit lock."""
-        if name not in lost and committed(self.cache, self.shard.number, name):
+    def _commit_column(self, name: str, samples: dict, facts: dict, lost: Mapping[str, dict | None]) -> bool:
+        """Commit one column unless it exists; needs the commit lock. Returns whether it was committed."""
+        if name not in lost and complete_manifest(self.cache, self.shard.number, name):
             return False
-        self._put_away(f"{name}.json")  # the manifest first: without it nothing else counts
-        self._put(name, self._manifest(name, samples, facts, lost.get(name)))
+        self._move_to_scratch(f"{name}.json")  # the manifest first: without it nothing else counts
+        self._install(name, self._manifest(name, samples, facts, lost.get(name)))
         return True
 
     def replace(self, name: str, facts: dict) -> bool:
-        """Make a column count instead of the one in another codec, whose facts it takes over, `facts` added.
+        """Replace the column in another codec by this one, with its facts and `facts`.
 
-        One rename decides between them, so there is no moment without the column. False, with nothing changed, when
-        another process replaced it meanwhile.
+        One rename switches between them, so the column always exists. Returns False, with nothing changed, when another
+        process has replaced it meanwhile.
         """
         assert self._sealed.keys() == self._streams.keys(), "seal before replace"
         spec = self._streams[name].spec
         try:
-            with room(self.cache, self._what, self._need), committing(self.cache):
-                held = committed(self.cache, self.shard.number, name)
+            with write_errors(self.cache, self._what, self._need), commit_lock(self.cache):
+                held = complete_manifest(self.cache, self.shard.number, name)
                 if held is None or held["spec"] == spec.as_dict():
                     return False
                 samples = held["files"][SAMPLES]
-                self._put(name, self._manifest(name, samples, {**held["facts"], **facts}))
+                self._install(name, self._manifest(name, samples, {**held["facts"], **facts}))
         finally:
             self.abort()
         return True
@@ -264,8 +274,8 @@ class ShardWriter:
             }
         )
 
-    def _put(self, name: str, manifest: bytes) -> None:
-        """Rename one column's files into place, its manifest last; then put away what other codecs had."""
+    def _install(self, name: str, manifest: bytes) -> None:
+        """Rename one column's files into the shard, its manifest last; then remove those of other codecs."""
         folder, scratch = shard_folder(self.cache, self.shard.number), self._scratch.path
         spec = self._streams[name].spec
         ready = scratch / f"{name}.json"
@@ -275,20 +285,20 @@ class ShardWriter:
             sync_folder(below)
         sync_folder(scratch / spec.stem)
         for new in (spec.stem, f"{spec.stem}.arrow"):
-            self._move_in(new)
+            self._rename_into_shard(new)
         sync_folder(folder)
         ready.rename(folder / f"{name}.json")
         sync_folder(folder)
         for other in spec.other_stems:
-            self._put_away(f"{other}.arrow", other)
+            self._move_to_scratch(f"{other}.arrow", other)
 
-    def _move_in(self, name: str) -> None:
-        """Rename one of our files or folders into the shard's folder, in the place of what is there.
+    def _rename_into_shard(self, name: str) -> None:
+        """Rename one of our files or folders into the shard's folder, replacing what has its name.
 
-        Where locks reach nobody, or one was removed, another writer may come between, with the same bytes: then again.
+        Without working locks another writer, with the same bytes, may come between: then try again.
         """
         while True:
-            self._put_away(name)
+            self._move_to_scratch(name)
             try:
                 (self._scratch.path / name).rename(shard_folder(self.cache, self.shard.number) / name)
                 return
@@ -296,17 +306,17 @@ class ShardWriter:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
 
-    def _put_away(self, *names: str) -> None:
-        """Move what an earlier writer left from the shard's folder into scratch, where it goes with the rest."""
+    def _move_to_scratch(self, *names: str) -> None:
+        """Move files of an earlier writer from the shard's folder into scratch, which is removed at the end."""
         folder, scratch = shard_folder(self.cache, self.shard.number), self._scratch.path
         for name in names:
             if (folder / name).exists() or (folder / name).is_symlink():
-                with contextlib.suppress(FileNotFoundError):  # another did
+                with contextlib.suppress(FileNotFoundError):  # another process did it
                     (folder / name).rename(scratch / f"old-{len(os.listdir(scratch))}-{name}")
                 sync_folder(folder)
 
     def abort(self) -> None:
-        """Remove what was written and let go of the scratch folder. Harmless after a commit."""
+        """Remove the scratch folder and what was written there. Harmless after a commit."""
         for stream in self._streams.values():
             stream.values.close()
         self._scratch.close()

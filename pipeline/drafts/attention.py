@@ -1,9 +1,9 @@
-"""Which keys a slot may see, and attention over them: one dense mask for reference, groups of near blocks for speed.
+"""The attention mask of slots, and attention under it: dense as the reference, by groups of blocks for speed.
 
-A slot of a block at anchor a sees its document's context strictly before a, and its own block: all of it on a full
-layer; on a sliding layer of window W the context from a + slot - (W - 1) and the slots up to itself. This is
-SpecForge's rule, which the serving engines execute. A block that is padding sees itself only: no row is ever fully
-masked, so no kernel makes a NaN.
+A slot of a block at anchor a attends to its document's context strictly before a, and to its own block: all of it on a
+full layer; on a sliding layer of window W the context from a + slot - (W - 1) and the slots up to itself. This is
+SpecForge's rule, which the serving engines execute. A padding block attends to itself only: no row of the mask is
+empty, so no kernel makes a NaN.
 
     A query heads   G key/value heads   E head size   N blocks   S slots   Q = N * S queries   R context rows   L keys
 """
@@ -25,7 +25,7 @@ QUERIES_A_GROUP = 128
 
 @dataclass(frozen=True)
 class Group:
-    """Blocks first .. last - 1, consecutive and of one document, and the context that any of them sees: the
+    """Consecutive blocks first .. last - 1 of one document, and the context that any of them attends to: the
     document's rows 0 .. rows - 1. Padding blocks belong to document 0."""
 
     first: int
@@ -37,10 +37,9 @@ class Group:
 def group_blocks(
     anchors: Sequence[int], documents: Sequence[int], slots: int, queries: int = QUERIES_A_GROUP
 ) -> tuple[Group, ...]:
-    """Group consecutive blocks of one document, at most `queries` slots together. Right in any order of anchors,
-    and quick where they ascend, since a group then meets few keys that most of its blocks cannot see.
+    """Group consecutive blocks of one document, at most `queries` slots together.
 
-    anchors: rows within their documents.
+    anchors: rows within their documents, in any order; ascending is fastest, since then few keys are masked.
     """
     most = max(1, queries // slots)
     groups: list[Group] = []
@@ -54,19 +53,19 @@ def group_blocks(
 
 
 def attend(q_AQE: Tensor, k_GLE: Tensor, v_GLE: Tensor, allowed_QL: Tensor | None) -> Tensor:
-    """Attention [A, Q, E] of grouped queries: query head a reads key/value head a // (A / G). None: all allowed."""
+    """Return grouped-query attention [A, Q, E]: query head a reads key/value head a // (A / G). None: no mask."""
     A, Q, E = q_AQE.shape
     G = k_GLE.shape[0]
-    # Heads that share keys become more queries: no copy of the keys, and every kernel takes it.
+    # Query heads that share a key head are folded into the query axis: no copy of the keys, and any kernel can run it.
     folded_GQE = q_AQE.reshape(G, A // G * Q, E)
     mask = None if allowed_QL is None else allowed_QL.repeat(A // G, 1)
     out = F.scaled_dot_product_attention(folded_GQE[None], k_GLE[None], v_GLE[None], attn_mask=mask)
     return out[0].reshape(A, Q, E)
 
 
-def visible(blocks: "Blocks", rows: slice, first: int, last: int, window: int | None) -> Tensor:
-    """Whether each slot of blocks first .. last - 1 may see each context row of `rows`, then each slot of these
-    blocks: bool [(last - first) * S, rows + (last - first) * S]. `window`: the layer's, None on a full layer."""
+def visibility_mask(blocks: "Blocks", rows: slice, first: int, last: int, window: int | None) -> Tensor:
+    """Return the mask of blocks first .. last - 1: bool [(last - first) * S, rows + (last - first) * S], True where a
+    slot attends to a context row of `rows`, then to a slot of these blocks. window: None on a full layer."""
     device = blocks.anchors_N.device
     N, S = last - first, blocks.labels_NS.shape[1]
     anchors_N1 = blocks.anchors_N[first:last, None]
@@ -83,23 +82,23 @@ def visible(blocks: "Blocks", rows: slice, first: int, last: int, window: int | 
     return torch.cat([context_NSR.reshape(N * S, -1), inside_NSNS.reshape(N * S, N * S)], dim=1)
 
 
-class Dense:
-    """The reference: every query against every key, under one boolean mask a kind of layer."""
+class DenseAttention:
+    """Reference attention: every query against every key, under one boolean mask for each kind of layer."""
 
     def __init__(self, blocks: "Blocks", rows: int, windows: set[int | None]):
         N = len(blocks.anchors_N)
-        self.masks = {window: visible(blocks, slice(0, rows), 0, N, window) for window in windows}
+        self.masks = {window: visibility_mask(blocks, slice(0, rows), 0, N, window) for window in windows}
 
-    def __call__(self, q_AQE, context, own, window: int | None) -> Tensor:
-        """Attention [A, Q, E]; `context` and `own` are the keys and values of the rows and of the slots, [G, ., E]."""
-        k_GLE, v_GLE = (torch.cat(pair, dim=1) for pair in zip(context, own, strict=True))
+    def __call__(self, q_AQE, context, slots, window: int | None) -> Tensor:
+        """Return [A, Q, E]. context, slots: keys and values of the context rows and of the slots, [G, ., E] each."""
+        k_GLE, v_GLE = (torch.cat(pair, dim=1) for pair in zip(context, slots, strict=True))
         return attend(q_AQE, k_GLE, v_GLE, self.masks[window])
 
 
-class Grouped:
-    """The same, group by group: attention meets the context that a group can see and the group's own slots.
+class GroupedAttention:
+    """The same attention group by group, over the context and slots that the group can attend to.
 
-    Tensors are split, not sliced: the gradient of a slice is as large as what it was cut from.
+    Tensors are split, not sliced: the gradient of a slice is as large as the tensor it was sliced from.
     """
 
     def __init__(self, blocks: "Blocks", windows: set[int | None]):
@@ -112,38 +111,40 @@ class Grouped:
             window: [_group_mask(blocks, group, starts, window) for group in self.groups] for window in windows
         }
 
-    def __call__(self, q_AQE, context, own, window: int | None) -> Tensor:
-        """As `Dense.__call__`."""
-        far_k, far_v = (values.split(self.lengths, dim=1) for values in context)
-        near_k, near_v = (values.split(self.queries, dim=1) for values in own)
+    def __call__(self, q_AQE, context, slots, window: int | None) -> Tensor:
+        """As `DenseAttention.__call__`."""
+        context_k, context_v = (values.split(self.lengths, dim=1) for values in context)
+        slots_k, slots_v = (values.split(self.queries, dim=1) for values in slots)
         outs = []
         for index, (group, q_AqE) in enumerate(zip(self.groups, q_AQE.split(self.queries, dim=1), strict=True)):
-            k_GLE = torch.cat([far_k[group.document][:, : group.rows], near_k[index]], dim=1)
-            v_GLE = torch.cat([far_v[group.document][:, : group.rows], near_v[index]], dim=1)
+            k_GLE = torch.cat([context_k[group.document][:, : group.rows], slots_k[index]], dim=1)
+            v_GLE = torch.cat([context_v[group.document][:, : group.rows], slots_v[index]], dim=1)
             outs.append(attend(q_AqE, k_GLE, v_GLE, self.masks[window][index]))
         return torch.cat(outs, dim=1)
 
 
 def _group_mask(blocks: "Blocks", group: Group, starts: list[int], window: int | None) -> Tensor:
     first = starts[group.document]
-    return visible(blocks, slice(first, first + group.rows), group.first, group.last, window)
+    return visibility_mask(blocks, slice(first, first + group.rows), group.first, group.last, window)
 
 
-class Decode:
-    """One block of each text after its own committed prefix: all of it on a full layer, the window's share on a sliding
-    one. Prefixes differ in length, so texts attend one after the other; all else is done for all at once."""
+class DecodeAttention:
+    """Attention while decoding: one block of each text over the text's kv cache, or the window's part of it.
+
+    Prefixes differ in length, so texts attend one after the other; all else is batched.
+    """
 
     def __init__(self, slots: int, starts: Sequence[int], device: torch.device):
         self.slots, self.starts, self.device = slots, starts, device
 
-    def __call__(self, q_AQE, context, own, window: int | None) -> Tensor:
-        """As `Dense.__call__`, but `context` has keys and values for each text; row r of them is position r."""
-        near_k, near_v = (values.split(self.slots, dim=1) for values in own)
+    def __call__(self, q_AQE, context, slots, window: int | None) -> Tensor:
+        """As `DenseAttention.__call__`, but `context` has keys and values for each text; their row r is position r."""
+        slots_k, slots_v = (values.split(self.slots, dim=1) for values in slots)
         outs = []
-        for start, q_ASE, far, *near in zip(
-            self.starts, q_AQE.split(self.slots, dim=1), context, near_k, near_v, strict=True
+        for start, q_ASE, context_kv, *slots_kv in zip(
+            self.starts, q_AQE.split(self.slots, dim=1), context, slots_k, slots_v, strict=True
         ):
-            k_GLE, v_GLE = (torch.cat(pair, dim=1) for pair in zip(far, near, strict=True))
+            k_GLE, v_GLE = (torch.cat(pair, dim=1) for pair in zip(context_kv, slots_kv, strict=True))
             outs.append(attend(q_ASE, k_GLE, v_GLE, None if window is None else self._window(start, window)))
         return torch.cat(outs, dim=1)
 

@@ -1,9 +1,9 @@
-"""The one backbone of every method: a few decoder layers whose queries are the slots of blocks, and whose keys are
-the target's states before the anchor plus the block itself.
+"""The backbone of every method: a few decoder layers whose queries are the slots of blocks, and whose keys are the
+target's states before the anchor plus the block itself.
 
-The context is one projection of the captured layers, computed once and read unchanged by every layer; only the
-slots' stream is normed on the way in and updated. Parameter names are those of published checkpoints, all at the
-top level. RoPE tables are made in float32 for each forward: no buffer for a cast to bfloat16 to round.
+The context is one projection of the captured layers, computed once and read unchanged by every layer; only the slots'
+residual stream is normed and updated. Parameter names are those of published checkpoints, all at the top level. RoPE
+tables are computed in float32 in each forward, since a buffer would be rounded by a cast to bfloat16.
 
     R context rows   K captured layers   D hidden size   Q slots of all blocks, end to end
     A query heads   G key/value heads   E head size
@@ -32,23 +32,23 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def queries(self, x_QD: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        """Queries [A, Q, E] at the tables' positions."""
+        """Return queries [A, Q, E], rotated by `tables`."""
         q_QAE = self.q_norm(self.q_proj(x_QD).unflatten(-1, (-1, self.head_dim)))
         return rotate(q_QAE, tables).transpose(0, 1)
 
     def keys_values(self, x_TD: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Keys and values [G, T, E] at the tables' positions."""
+        """Return keys, rotated by `tables`, and values, [G, T, E] each."""
         k_TGE = self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim)))
         v_TGE = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         return rotate(k_TGE, tables).transpose(0, 1), v_TGE.transpose(0, 1)
 
     def merge(self, out_AQE: Tensor) -> Tensor:
-        """Heads back to [Q, D]."""
+        """Return the output projection [Q, D] of all heads."""
         return self.o_proj(out_AQE.transpose(0, 1).flatten(1))
 
 
 class MLP(nn.Module):
-    """down(silu(gate x) * up x)."""
+    """The gated MLP down(silu(gate x) * up x)."""
 
     def __init__(self, config: DraftConfig):
         super().__init__()
@@ -72,10 +72,14 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x_QD: Tensor, context: tuple[Tensor, Tensor], tables: tuple[Tensor, Tensor], attention) -> Tensor:
-        """context: this layer's keys and values of the rows. attention: one of the three of `attention.py`."""
+        """Return the slots' stream [Q, D] after this layer.
+
+        context: this layer's keys and values of the context rows. attention: an instance of a class in `attention.py`.
+        """
         y_QD = self.input_layernorm(x_QD)
-        own = self.self_attn.keys_values(y_QD, tables)
-        x_QD = x_QD + self.self_attn.merge(attention(self.self_attn.queries(y_QD, tables), context, own, self.window))
+        slots_kv = self.self_attn.keys_values(y_QD, tables)
+        q_AQE = self.self_attn.queries(y_QD, tables)
+        x_QD = x_QD + self.self_attn.merge(attention(q_AQE, context, slots_kv, self.window))
         return x_QD + self.mlp(self.post_attention_layernorm(x_QD))
 
 
@@ -85,33 +89,33 @@ class Backbone(nn.Module):
     def __init__(self, config: DraftConfig):
         super().__init__()
         self.config = config
-        taps = len(config.target_layer_ids)
-        self.fc = nn.Linear(taps * config.hidden_size, config.hidden_size, bias=False)
+        layer_count = len(config.target_layer_ids)
+        self.fc = nn.Linear(layer_count * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     @property
     def windows(self) -> set[int | None]:
-        """The kinds of layer there are."""
+        """The sliding windows of the layers; None stands for a full layer."""
         return {layer.window for layer in self.layers}
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return rope_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
 
     def context(self, aux_KRD: Tensor) -> Tensor:
-        """What every layer reads of the target: [R, D]. Layers in ascending order, as they were trained."""
+        """Return the context [R, D] that every layer reads; `aux_KRD` has the target's layers in ascending order."""
         flat_RF = aux_KRD.to(self.fc.weight.dtype).transpose(0, 1).flatten(1)
         return self.hidden_norm(self.fc(flat_RF))
 
     def context_keys_values(self, aux_KRD: Tensor, positions_R: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values [G, R, E] of the context, for each layer."""
+        """Return the context's keys and values [G, R, E] for each layer."""
         context_RD, tables = self.context(aux_KRD), self.tables(positions_R)
         return [layer.self_attn.keys_values(context_RD, tables) for layer in self.layers]
 
-    def slots(self, x_QD: Tensor, positions_Q: Tensor, memory: list[tuple[Tensor, Tensor]], attention) -> Tensor:
-        """Run the slots' stream through all layers, final norm included: [Q, D]."""
+    def slots(self, x_QD: Tensor, positions_Q: Tensor, context_kv: list[tuple[Tensor, Tensor]], attention) -> Tensor:
+        """Return the slots' states [Q, D] after all layers and the final norm."""
         tables = self.tables(positions_Q)
-        for layer, context in zip(self.layers, memory, strict=True):
+        for layer, context in zip(self.layers, context_kv, strict=True):
             x_QD = layer(x_QD, context, tables, attention)
         return self.norm(x_QD)

@@ -1,7 +1,7 @@
-"""Cells and blocks: what one forward computes, and the small problems a draft is trained on.
+"""Cells (packed micro-batches) and blocks (the prediction problems that a draft is trained on).
 
-A cell is a few samples end to end, without padding. A block is S slots laid from an anchor, a known token, to be
-guessed at once: one pass of the target pays for N such problems.
+A cell is one packed micro-batch: a few samples end to end, without padding. A block is S slots laid from an anchor, a
+known token, all predicted at once: one pass of the target pays for N such problems.
 
     M documents   R rows of a cell   T rows of a sample   K layers   D hidden size   N blocks   S slots
     F rows that keep the target's final state
@@ -19,18 +19,18 @@ from pipeline.drafts.config import DraftConfig
 from pipeline.errors import DataError
 
 
-class Rows(Protocol):
-    """What is read of a sample; `pipeline.cache.Sample` is one."""
+class PackableSample(Protocol):
+    """What `pack` reads of a sample; `pipeline.cache.Sample` has these attributes."""
 
     ids: Tensor  # [T]
     mask: Tensor  # [T] bool
     aux: Tensor  # [K, T, D]
-    final: Tensor | None  # [F, D]; read only if asked for, as is the next
+    final: Tensor | None  # [F, D]; like final_rows read only if `pack` is asked for final states
     final_rows: Tensor | None  # int64 [F]
 
 
-def _moved(record, device):
-    """The same dataclass with every tensor on `device`."""
+def _to_device(record, device):
+    """Return a copy of a dataclass with every tensor on `device`."""
     values = {field.name: getattr(record, field.name) for field in fields(record)}
     return replace(
         record,
@@ -40,49 +40,49 @@ def _moved(record, device):
 
 @dataclass(frozen=True)
 class Cell:
-    """Samples end to end. Rows of document m are starts_M[m] .. starts_M[m] + lengths_M[m] - 1.
+    """One packed micro-batch: samples end to end. Document m has rows starts_M[m] .. starts_M[m] + lengths_M[m] - 1.
 
-    The target's final states are here only for losses that read them (`needs_teacher`).
+    The target's final states are present only for losses that read them (`needs_final_states`).
     """
 
     ids_R: Tensor  # int64
     mask_R: Tensor  # bool: tokens to learn
-    pos_R: Tensor  # int64: the row's position in its sample, also where only a window of it is here
+    pos_R: Tensor  # int64: the row's position in its sample, also where the cell has only a window of it
     doc_R: Tensor  # int64: index of the document
     starts_M: Tensor  # int64
     lengths_M: Tensor  # int64
     aux_KRD: Tensor
     names: tuple[str, ...]  # sample ids in hex, for error messages
     final_FD: Tensor | None = None  # in the rows' order
-    final_at_R: Tensor | None = None  # int64: the row's place in F, -1 where none is kept
+    final_at_R: Tensor | None = None  # int64: the row's index in final_FD, -1 where it has none
 
     def to(self, device: torch.device | str) -> "Cell":
-        return _moved(self, device)
+        return _to_device(self, device)
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """N blocks over one cell. Everything is known before any forward, the loss's denominators included."""
+    """N blocks over one cell, all known before any forward, and so are the loss's denominators."""
 
     anchors_N: Tensor  # int64: rows of the cell
-    keep_N: Tensor  # bool: False is padding: it sees no context and weighs nothing
+    keep_N: Tensor  # bool: False is padding, which attends to no context and has weight 0
     starts_N: Tensor  # int64: first row of the anchor's document
     doc_N: Tensor  # int64
-    noise_ids_NS: Tensor  # int64: the anchor's token, then mask tokens
+    input_ids_NS: Tensor  # int64: the backbone's input, the anchor's token, then mask tokens
     positions_NS: Tensor  # int64: true positions, anchor + slot
     labels_NS: Tensor  # int64
-    prev_NS: Tensor  # int64: the token at anchor + slot, which a causal head reads
+    prev_NS: Tensor  # int64: the true token at anchor + slot, which a causal head reads
     scored_NS: Tensor  # bool
     weights_NS: Tensor  # float32: `scored` times the decay
-    teacher_NS: Tensor  # int64: the row whose final state predicts the label, the one before it; 0 if not scored
+    final_row_NS: Tensor  # int64: the row whose final state predicts the label, one before it; 0 if not scored
     groups: tuple[Group, ...]
     lengths: tuple[int, ...]  # rows of each document
 
     def to(self, device: torch.device | str) -> "Blocks":
-        return _moved(self, device)
+        return _to_device(self, device)
 
     def split(self, count: int) -> list["Blocks"]:
-        """The same blocks in parts of at most `count`. Blocks do not see one another, so losses of parts add up."""
+        """Split into parts of at most `count` blocks. Blocks do not attend to one another, so the losses add up."""
         of_blocks = [field.name for field in fields(self) if torch.is_tensor(getattr(self, field.name))]
         rows = zip(*(getattr(self, name).split(count) for name in of_blocks), strict=True)
         parts = [replace(self, **dict(zip(of_blocks, row, strict=True))) for row in rows]
@@ -94,11 +94,11 @@ class Blocks:
 
 
 def pack(
-    samples: Sequence[Rows], names: Sequence[str], offsets: Sequence[int] | None = None, final: bool = False
+    samples: Sequence[PackableSample], names: Sequence[str], offsets: Sequence[int] | None = None, final: bool = False
 ) -> Cell:
-    """Lay samples end to end, without padding, their final states too if asked for.
+    """Pack samples end to end into a cell, without padding, with their final states if `final`.
 
-    offsets: the true position of each one's first row (default 0).
+    offsets: the position in its sample of each one's first row (default 0).
     """
     offsets = [0] * len(samples) if offsets is None else offsets
     assert samples and len(samples) == len(names) == len(offsets), f"{len(samples)} samples, {len(names)} names"
@@ -113,23 +113,24 @@ def pack(
         aux_KRD=torch.cat([sample.aux for sample in samples], dim=1),
         names=tuple(names),
         final_FD=torch.cat([sample.final for sample in samples]) if final else None,
-        final_at_R=_places(samples) if final else None,
+        final_at_R=_final_indices(samples) if final else None,
     )
 
 
-def _places(samples: Sequence[Rows]) -> Tensor:
-    """Where each row's final state is [R], -1 where it has none."""
-    place, parts = 0, []
+def _final_indices(samples: Sequence[PackableSample]) -> Tensor:
+    """Return the index [R] of each row's final state, -1 where it has none."""
+    count, parts = 0, []
     for sample in samples:
         at_T = torch.full((len(sample.ids),), -1)
-        at_T[sample.final_rows.long()] = torch.arange(place, place + len(sample.final_rows))
-        place += len(sample.final_rows)
+        at_T[sample.final_rows.long()] = torch.arange(count, count + len(sample.final_rows))
+        count += len(sample.final_rows)
         parts.append(at_T)
     return torch.cat(parts)
 
 
 def eligible_anchors(mask_T: Tensor) -> Tensor:
-    """Rows [T] of one sample that may be anchors: supervised, and so is the next. The block may run past the end."""
+    """Return which rows of one sample may be anchors, bool [T]: supervised rows whose next row is supervised too. A
+    block may run past the sample's end."""
     mask_T = mask_T.bool()
     eligible_T = torch.zeros_like(mask_T)
     eligible_T[:-1] = mask_T[:-1] & mask_T[1:]
@@ -137,11 +138,11 @@ def eligible_anchors(mask_T: Tensor) -> Tensor:
 
 
 def lay_blocks(cell: Cell, anchors_N: Tensor, keep_N: Tensor, config: DraftConfig) -> Blocks:
-    """Lay a block from each anchor row. Labels and prefixes never leave the anchor's document.
+    """Return one block for each anchor row. Labels and prefixes never leave the anchor's document.
 
-    Same-position labels: slot k guesses token anchor + k, slot 0 (the anchor itself) is never scored. Next-position:
-    anchor + k + 1, all slots. A gap in the loss mask invalidates the slots after it for DSpark only. DataError where
-    the cell brings final states, but not the one that a scored slot is to learn from.
+    Same-position labels: slot k predicts token anchor + k, and slot 0 (the anchor itself) is never scored.
+    Next-position: anchor + k + 1, all slots. A gap in the loss mask unscores the slots after it for DSpark only. Raises
+    DataError where the cell has final states, but not the one that a scored slot is to learn from.
     """
     device = cell.ids_R.device
     anchors_N, keep_N = anchors_N.to(device).long(), keep_N.to(device).bool()
@@ -156,38 +157,38 @@ def lay_blocks(cell: Cell, anchors_N: Tensor, keep_N: Tensor, config: DraftConfi
     scored_NS = keep_N[:, None] & (label_NS <= last_N1) & cell.mask_R[safe_NS] & (slots_S >= config.first_slot)
     if config.method == "dspark":
         scored_NS = unbroken(scored_NS)
-    teacher_NS = torch.where(scored_NS, label_NS - 1, 0)
-    _check_teachers(cell, teacher_NS, scored_NS)
-    noise_ids_NS = torch.full_like(token_NS, config.mask_token_id)
-    noise_ids_NS[:, 0] = torch.where(keep_N, cell.ids_R[anchors_N], config.mask_token_id)
+    final_row_NS = torch.where(scored_NS, label_NS - 1, 0)
+    _check_final_rows(cell, final_row_NS, scored_NS)
+    input_ids_NS = torch.full_like(token_NS, config.mask_token_id)
+    input_ids_NS[:, 0] = torch.where(keep_N, cell.ids_R[anchors_N], config.mask_token_id)
     return Blocks(
         anchors_N=anchors_N,
         keep_N=keep_N,
         starts_N=starts_N,
         doc_N=doc_N,
-        noise_ids_NS=noise_ids_NS,
+        input_ids_NS=input_ids_NS,
         positions_NS=cell.pos_R[anchors_N][:, None] + slots_S,
         labels_NS=cell.ids_R[safe_NS],
         prev_NS=cell.ids_R[torch.minimum(token_NS, last_N1)],
         scored_NS=scored_NS,
         weights_NS=scored_NS * slot_decay(config).to(device),
-        teacher_NS=teacher_NS,
+        final_row_NS=final_row_NS,
         groups=group_blocks((anchors_N - starts_N).tolist(), doc_N.tolist(), config.block_size),
         lengths=tuple(cell.lengths_M.tolist()),
     )
 
 
 def unbroken(scored_NS: Tensor) -> Tensor:
-    """Score a slot only while every slot before it is scored: DSpark's rule (`build_eval_mask` of DeepSpec)."""
+    """Score a slot only if every slot before it is scored: DSpark's rule (DeepSpec's `build_eval_mask`)."""
     return scored_NS.long().cumprod(-1).bool()
 
 
-def _check_teachers(cell: Cell, teacher_NS: Tensor, scored_NS: Tensor) -> None:
+def _check_final_rows(cell: Cell, final_row_NS: Tensor, scored_NS: Tensor) -> None:
     if cell.final_at_R is None:
         return
-    missing_NS = scored_NS & (cell.final_at_R[teacher_NS] < 0)
+    missing_NS = scored_NS & (cell.final_at_R[final_row_NS] < 0)
     if missing_NS.any():
-        row = int(teacher_NS[missing_NS][0])
+        row = int(final_row_NS[missing_NS][0])
         document = int(cell.doc_R[row])
         raise DataError(
             f"sample {cell.names[document]} keeps no final state of row {row - int(cell.starts_M[document])}, though "
@@ -196,7 +197,7 @@ def _check_teachers(cell: Cell, teacher_NS: Tensor, scored_NS: Tensor) -> None:
 
 
 def slot_decay(config: DraftConfig) -> Tensor:
-    """Weight [S] by distance from the first proposal, exp(-distance / gamma); ones where there is no gamma.
+    """Return the weight [S] by distance from the first proposal, exp(-distance / gamma); ones without a gamma.
 
     D-PACE weights by the draft's own confidence instead (`objectives.py`) and ignores gamma.
     """

@@ -1,7 +1,7 @@
-"""What a draft is: its shapes, its target's layers, its labels and its loss weights. Everything checked at once.
+"""The configuration of a draft: shapes, the target's layers, label convention and loss weights, validated together.
 
-A wrong value must fail here, before any work: read the other way round, a label convention or a layer id runs
-without an error and accepts nothing.
+A wrong value must fail here, before any work: a draft trained with the wrong label convention or layer ids runs without
+an error, and no proposal of it is ever accepted.
 """
 
 from itertools import pairwise
@@ -13,27 +13,27 @@ from pipeline.drafts.rope_scaling import RopeScaling
 from pipeline.errors import UsageError
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
-OF_DSPARK = (
+DSPARK_OPTIONS = (
     "markov_rank",
     "markov_head_type",
     "enable_confidence_head",
     "confidence_head_with_markov",
     "alpha_confidence",
 )
-OF_DOMINO = ("pure_draft_prefix_len", "emb_dim", "gru_hidden_dim", "lambda_start", "lambda_decay")
+DOMINO_OPTIONS = ("pure_draft_prefix_len", "emb_dim", "gru_hidden_dim", "lambda_start", "lambda_decay")
 
 
 def default_gamma(block_size: int) -> float:
-    """Decay constant by block size: 7 for 16, 5 for 10, 4 for 8 (DFlash, appendix A.1) and for 7 (DeepSpec)."""
+    """Return the decay constant by block size: 7 for 16, 5 for 10, 4 for 8 (DFlash, appendix A.1) and 7 (DeepSpec)."""
     # Only these four are published; other sizes take the constant of the nearest one.
     known = {7: 4.0, 8: 4.0, 10: 5.0, 16: 7.0}
     return known[min(known, key=lambda size: (abs(size - block_size), size))]
 
 
 class DraftConfig(BaseModel):
-    """One draft, flat. UsageError with the remedy for every combination that could not work.
+    """The configuration of one draft. Raises UsageError, with a remedy, for every invalid combination.
 
-    `shift_label` is the label convention: slot k guesses the token at anchor + k (False) or anchor + k + 1 (True).
+    `shift_label` is the label convention: slot k predicts the token at anchor + k (False) or anchor + k + 1 (True).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,7 +66,7 @@ class DraftConfig(BaseModel):
     emb_dim: PositiveInt | None = None  # rank of the correction
     gru_hidden_dim: PositiveInt | None = None
     lambda_start: float | None = None
-    lambda_decay: float | None = None  # share of the horizon over which lambda falls to 0
+    lambda_decay: float | None = None  # fraction of the run's steps over which lambda falls to 0
 
     # Read by dspark only, None for the others.
     markov_rank: NonNegativeInt | None = None  # 0: no Markov head
@@ -75,7 +75,7 @@ class DraftConfig(BaseModel):
     confidence_head_with_markov: bool | None = None  # it reads the token before as well
     alpha_confidence: float | None = None  # weight of its loss; None without such a head
 
-    # What each slot's logits are pulled to; all but "ce" read the target's final state. See `objectives.py`.
+    # The loss of each slot's logits; all but "ce" read the target's final state. See `objectives.py`.
     objective: Literal["ce", "kl", "tv", "lk-alpha", "lk-hybrid", "dspark"] = "ce"
     alpha_ce: float | None = None  # of objective "dspark" only
     alpha_l1: float | None = None
@@ -95,7 +95,7 @@ class DraftConfig(BaseModel):
 
     @property
     def proposals(self) -> int:
-        """Tokens that a block proposes: b with next-position labels, b - 1 with same-position ones."""
+        """The number of tokens that a block proposes: b with next-position labels, b - 1 with same-position ones."""
         return self.block_size - (not self.shift_label)
 
     @property
@@ -106,7 +106,7 @@ class DraftConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, fields):
-        """Defaults that depend on other fields: all layers full, and those of `defaults`."""
+        """Fill in defaults that depend on other fields: all layers full, and those of `defaults`."""
         fields = dict(fields)
         if not fields.get("layer_types") and isinstance(fields.get("num_hidden_layers"), int):
             fields["layer_types"] = ("full_attention",) * fields["num_hidden_layers"]
@@ -128,7 +128,7 @@ class DraftConfig(BaseModel):
 
 
 def defaults(stated: dict) -> dict:
-    """Return what the method and the objective add where nothing is stated, as published."""
+    """Return the published defaults that depend on the method and the objective, for the fields in `stated`."""
     method = stated.get("method")
     if method == "domino":
         return {"lambda_start": 1.0, "lambda_decay": 1.0} | _alphas(stated)
@@ -146,14 +146,14 @@ def _alphas(stated: dict) -> dict:
     return {"alpha_ce": 0.1, "alpha_l1": 0.9} if stated.get("objective") == "dspark" else {}
 
 
-def needs_teacher(config: DraftConfig) -> bool:
-    """Whether the loss reads the target's final state."""
+def needs_final_states(config: DraftConfig) -> bool:
+    """Return whether the loss reads the target's final states."""
     soft = config.objective != "ce" and config.alpha_l1 != 0
     return soft or bool(config.enable_confidence_head)
 
 
 def refuse_options(config: DraftConfig, *names: str) -> None:
-    """Refuse options that the method would not read."""
+    """Raise UsageError for options that the method does not read."""
     for name in names:
         if getattr(config, name) is not None:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""What every method is: a backbone, the target's frozen head, and the two ways to run them, training and decoding.
+"""The base class of every method: a backbone and the target's frozen head, run in training and in decoding.
 
 N blocks   S slots   K layers   T new rows   R context rows   D hidden size   P proposals   V vocabulary
 U rank of a correction
@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pipeline.drafts.attention import Decode, Dense, Grouped
+from pipeline.drafts.attention import DecodeAttention, DenseAttention, GroupedAttention
 from pipeline.drafts.backbone import Backbone
 from pipeline.drafts.blocks import Blocks, Cell
-from pipeline.drafts.config import DraftConfig, needs_teacher
-from pipeline.drafts.decoding import Ask, DraftKV, Proposal, Sampling
+from pipeline.drafts.config import DraftConfig, needs_final_states
+from pipeline.drafts.decoding import BlockRequest, DraftKV, Proposal, Sampling
 from pipeline.drafts.losses import head_loss
 from pipeline.drafts.metrics import slot_sums
-from pipeline.drafts.norm_and_rope import wide
-from pipeline.drafts.objectives import Objective, Teacher, dpace_weights, parts_of, term
+from pipeline.drafts.norm_and_rope import at_least_float32
+from pipeline.drafts.objectives import Objective, TargetStates, dpace_weights, term_name, term_weights
 from pipeline.errors import DataError, UsageError
 from pipeline.sampling import draw, uniforms
 from pipeline.target.head import TargetHead
@@ -27,18 +27,18 @@ from pipeline.target.logit_chunks import NEWEST, chunk_blocks
 
 
 @dataclass(frozen=True)
-class Knobs:
-    """What a schedule turns from step to step."""
+class ScheduleValues:
+    """What a method's schedule changes from step to step."""
 
     lambda_base: float = 0.0  # weight of the base logits' loss
 
 
 @dataclass(frozen=True)
 class Loss:
-    """One cell's share of a global batch's loss.
+    """The part of a global batch's loss that one cell (packed micro-batch) contributes.
 
-    total: sum over terms of coefficient * numerator / global denominator; shares of cells add up. terms: the
-    numerators, detached. sums: additive metric sums (`metrics.py`), empty unless asked for.
+    total: sum over terms of coefficient * numerator / global denominator; cells add up to the batch's loss. terms: the
+    numerators, detached. sums: additive sums for `metrics.py`, empty unless asked for.
     """
 
     total: Tensor
@@ -47,12 +47,12 @@ class Loss:
 
 
 class Draft(Backbone):
-    """A backbone with the target's head. A method adds `check`; one that reads the tokens already chosen also
-    `correction` (all slots at once, in training) and `advance` (slot by slot).
+    """A backbone with the target's head. A method adds `check`; one whose logits depend on the tokens already chosen
+    also `correction` (all slots at once, in training) and `correction_step` (slot by slot, in decoding).
 
-    The head is no part of the state_dict, whose keys are exactly those of published checkpoints. `reads_final` says
-    whether the published loss reads the target's final state (`needs_teacher` knows of any); the accept length always
-    does. `chunk_rule` is the rule of `target/logit_chunks.py` by which its logits are cut.
+    The head is not in the state_dict, whose keys are exactly those of published checkpoints. reads_final: whether the
+    method's published loss reads the target's final states (`needs_final_states` answers for a config); measuring the
+    accept length always does. chunk_rule: the rule of `target/logit_chunks.py` that sizes the chunks of logits.
     """
 
     reads_final = False
@@ -68,84 +68,97 @@ class Draft(Backbone):
         self.target = head
 
     def hidden(self, cell: Cell, blocks: Blocks, dense: bool = False) -> Tensor:
-        """States [N, S, D] of every slot in the training layout, final norm applied.
+        """Return the states [N, S, D] of every slot in training, final norm applied.
 
-        `dense` takes the reference path, one mask over all keys; it is quadratic in the cell.
+        dense: use the reference attention, one mask over all keys, which is quadratic in the cell's rows.
         """
         if dense:
-            attention = Dense(blocks, len(cell.ids_R), self.windows)
+            attention = DenseAttention(blocks, len(cell.ids_R), self.windows)
         else:
-            attention = Grouped(blocks, self.windows)
-        memory = self.context_keys_values(cell.aux_KRD, cell.pos_R)
-        noise_QD = self._noise(blocks.noise_ids_NS.flatten())
-        out_QD = self.slots(noise_QD, blocks.positions_NS.flatten(), memory, attention)
-        return out_QD.unflatten(0, blocks.noise_ids_NS.shape)
+            attention = GroupedAttention(blocks, self.windows)
+        context_kv = self.context_keys_values(cell.aux_KRD, cell.pos_R)
+        embedded_QD = self._embed(blocks.input_ids_NS.flatten())
+        out_QD = self.slots(embedded_QD, blocks.positions_NS.flatten(), context_kv, attention)
+        return out_QD.unflatten(0, blocks.input_ids_NS.shape)
 
-    def _noise(self, ids: Tensor) -> Tensor:
+    def _embed(self, ids: Tensor) -> Tensor:
         return self.target.embed(ids).to(self.fc.weight.dtype)
 
-    def schedule(self, step: int, horizon: int) -> Knobs:
-        """What changes over a run: nothing. step: optimizer steps completed, of `horizon`."""
-        return Knobs()
+    def schedule(self, step: int, total_steps: int) -> ScheduleValues:
+        """Return the schedule's values after `step` of `total_steps` optimiser steps; here they are constant."""
+        return ScheduleValues()
 
-    def kinds(self, knobs: Knobs) -> dict[str, float]:
-        """The kinds of logits that are trained, with their weights."""
+    def logit_kinds(self, scheduled: ScheduleValues) -> dict[str, float]:
+        """Return the weight of each kind of logits in the loss: "final", and "base" where they are corrected."""
         return {"final": 1.0}
 
     def correction(self, hidden_NSD: Tensor, prev_NS: Tensor) -> tuple[Tensor, Tensor] | None:
-        """What is added to the head's logits: (z [N, S, U], W_out [V, U]), from the true token before each label."""
+        """Return the low-rank correction of the head's logits, (z [N, S, U], W_out [V, U]) for z W_out^T, or None.
+
+        prev_NS: the true token before each label.
+        """
         return None
 
     def denominators(self, blocks: Blocks) -> dict[str, Tensor]:
-        """This cell's share of each term's global denominator: the weights' sum, or the samples for D-PACE."""
-        share = blocks.weights_NS.double().sum()
+        """Return each term's denominator from one cell, to be summed: the weights' sum, or for D-PACE the samples."""
+        den = blocks.weights_NS.double().sum()
         if self.config.weighting != "decay":
-            share = torch.tensor(len(blocks.lengths), dtype=torch.float64, device=share.device)
-        return {term(kind, part): share for kind in self.kinds(Knobs()) for part in parts_of(self.config)}
+            den = torch.tensor(len(blocks.lengths), dtype=torch.float64, device=den.device)
+        kinds, terms = self.logit_kinds(ScheduleValues()), term_weights(self.config)
+        return {term_name(kind, term): den for kind in kinds for term in terms}
 
-    def loss(self, cell: Cell, blocks: Blocks, knobs: Knobs, dens: dict, metrics: bool = False) -> Loss:
-        """Every term of the objective over its global denominator. At lambda 1 a causal head's gradient is 0, not None.
+    def loss(self, cell: Cell, blocks: Blocks, scheduled: ScheduleValues, dens: dict, metrics: bool = False) -> Loss:
+        """Return one cell's part of the loss. dens: each term's global denominator, summed over all cells of the batch.
 
-        DataError when the objective reads final states and the cell has none.
+        At lambda 1 a causal head's gradient is 0, not None. Raises DataError when the objective reads final states and
+        the cell has none.
         """
-        objective = self.objective(cell, blocks, knobs, dens, metrics)
+        objective = self.objective(cell, blocks, scheduled, dens, metrics)
         hidden_NSD = self.hidden(cell, blocks)
         total = self.head_loss(hidden_NSD, blocks, objective)
-        return Loss(total, objective.numerators, slot_sums(objective.slots(), blocks.scored_NS) if metrics else {})
-
-    def head_loss(self, hidden_NSD: Tensor, blocks: Blocks, objective: Objective) -> Tensor:
-        """Total loss of the head's logits, corrected where the method corrects them, chunk by chunk."""
-        correction = self.correction(hidden_NSD, blocks.prev_NS)
-        return head_loss(hidden_NSD, self.target, objective, correction, self.blocks_at_once(hidden_NSD))
-
-    def blocks_at_once(self, hidden_NSD: Tensor) -> int:
-        """How many blocks of these have their logits at once."""
-        return chunk_blocks(hidden_NSD.shape[1], self.target.vocab_size, hidden_NSD.device.type, self.chunk_rule)
-
-    def objective(self, cell: Cell, blocks: Blocks, knobs: Knobs, dens: dict, metrics: bool) -> Objective:
-        """The configured objective on these blocks; nothing is computed yet."""
-        parts = parts_of(self.config)
-        scales = {
-            kind: {part: weight * share / dens[term(kind, part)] for part, share in parts.items()}
-            for kind, weight in self.kinds(knobs).items()
-        }
-        teacher = _teacher(cell, blocks, self.config) if needs_teacher(self.config) else None
-        confident = bool(self.config.enable_confidence_head)
-        return Objective(
-            blocks.labels_NS, self._weigh(blocks), scales, self.config.objective, teacher, confident, metrics
+        return Loss(
+            total, objective.numerators, slot_sums(objective.slot_values(), blocks.scored_NS) if metrics else {}
         )
 
-    def _weigh(self, blocks: Blocks):
+    def head_loss(self, hidden_NSD: Tensor, blocks: Blocks, objective: Objective) -> Tensor:
+        """Return the total loss of the head's logits, corrected where the method corrects them, chunk by chunk."""
+        correction = self.correction(hidden_NSD, blocks.prev_NS)
+        return head_loss(hidden_NSD, self.target, objective, correction, self.blocks_per_chunk(hidden_NSD))
+
+    def blocks_per_chunk(self, hidden_NSD: Tensor) -> int:
+        """Return how many of these blocks have their logits in memory at once."""
+        return chunk_blocks(hidden_NSD.shape[1], self.target.vocab_size, hidden_NSD.device.type, self.chunk_rule)
+
+    def objective(self, cell: Cell, blocks: Blocks, scheduled: ScheduleValues, dens: dict, metrics: bool) -> Objective:
+        """Return the configured objective on these blocks; nothing is computed yet."""
+        terms = term_weights(self.config)
+        scales = {
+            kind: {term: kind_weight * weight / dens[term_name(kind, term)] for term, weight in terms.items()}
+            for kind, kind_weight in self.logit_kinds(scheduled).items()
+        }
+        target_states = _target_states(cell, blocks, self.config) if needs_final_states(self.config) else None
+        confident = bool(self.config.enable_confidence_head)
+        return Objective(
+            blocks.labels_NS,
+            self._slot_weights(blocks),
+            scales,
+            self.config.objective,
+            target_states,
+            confident,
+            metrics,
+        )
+
+    def _slot_weights(self, blocks: Blocks):
         kind, alpha = self.config.weighting, self.config.dpace_alpha
         if kind == "decay":
             return lambda part, ce_NS: blocks.weights_NS[part]
         return lambda part, ce_NS: dpace_weights(ce_NS, blocks.scored_NS[part], alpha, kind)
 
     def logits(self, hidden_NSD: Tensor, prev_NS: Tensor) -> dict[str, Tensor]:
-        """All teacher-forced logits [N, S, V] at once, "final" and where they are corrected also "base": for probes
-        and tests of a few blocks."""
+        """Return all teacher-forced logits [N, S, V] at once, "final" and where they are corrected also "base". For
+        probes and tests: a few blocks only."""
         raw_NSV = self.target.raw_logits(hidden_NSD)
-        base_NSV = raw_NSV.to(wide(raw_NSV.dtype))
+        base_NSV = raw_NSV.to(at_least_float32(raw_NSV.dtype))
         correction = self.correction(hidden_NSD, prev_NS)
         if correction is None:
             return {"final": self.target.cap(base_NSV)}
@@ -156,141 +169,143 @@ class Draft(Backbone):
         return DraftKV()
 
     @torch.no_grad()
-    def block_hidden(self, asks: Sequence[Ask]) -> Tensor:
-        """States [N, S, D] of one block of each text at decode time.
+    def block_hidden(self, requests: Sequence[BlockRequest]) -> Tensor:
+        """Return the states [N, S, D] of the next block of each text. Slot k is at position start + k.
 
-        Slot k sits at start + k; the blocks' own keys are dropped afterwards.
+        The states in the requests enter the kv caches; the slots' own keys and values do not.
         """
         device, S = self.fc.weight.device, self.config.block_size
-        self._remember(asks, device)
-        ids_NS = torch.full((len(asks), S), self.config.mask_token_id, device=device)
-        ids_NS[:, 0] = torch.tensor([ask.anchor_id for ask in asks], device=device)
-        starts = [ask.start for ask in asks]
+        self._extend_kv(requests, device)
+        ids_NS = torch.full((len(requests), S), self.config.mask_token_id, device=device)
+        ids_NS[:, 0] = torch.tensor([request.anchor_id for request in requests], device=device)
+        starts = [request.start for request in requests]
         positions_NS = torch.tensor(starts, device=device)[:, None] + torch.arange(S, device=device)
-        memory = list(zip(*(ask.kv.layers() for ask in asks), strict=True))
-        attention = Decode(S, starts, device)
-        return self.slots(self._noise(ids_NS.flatten()), positions_NS.flatten(), memory, attention).unflatten(
+        context_kv = list(zip(*(request.kv.layers() for request in requests), strict=True))
+        attention = DecodeAttention(S, starts, device)
+        return self.slots(self._embed(ids_NS.flatten()), positions_NS.flatten(), context_kv, attention).unflatten(
             0, (-1, S)
         )
 
-    def _remember(self, asks: Sequence[Ask], device: torch.device) -> None:
-        """Add the keys and values of what was verified to each text's memory, computed for all at once."""
-        for ask in asks:
-            K, T, _ = ask.features_KTD.shape
-            held = ask.kv.length
-            assert held + T == ask.start, f"kv holds {held} positions and {T} came, for an anchor at {ask.start}"
+    def _extend_kv(self, requests: Sequence[BlockRequest], device: torch.device) -> None:
+        """Append the keys and values of the requests' states to each text's kv cache, computed for all at once."""
+        for request in requests:
+            K, T, _ = request.features_KTD.shape
+            length, start = request.kv.length, request.start
+            assert length + T == start, f"kv holds {length} positions and {T} came, for an anchor at {start}"
             assert len(self.config.target_layer_ids) == K, f"{K} layers for {self.config.target_layer_ids}"
-        fresh = [ask for ask in asks if ask.start > ask.kv.length]
+        fresh = [request for request in requests if request.start > request.kv.length]
         if not fresh:
             return
-        counts = [ask.start - ask.kv.length for ask in fresh]
-        positions_R = torch.cat([torch.arange(ask.kv.length, ask.start, device=device) for ask in fresh])
-        features_KRD = torch.cat([ask.features_KTD.to(device) for ask in fresh], dim=1)
+        counts = [request.start - request.kv.length for request in fresh]
+        positions_R = torch.cat([torch.arange(request.kv.length, request.start, device=device) for request in fresh])
+        features_KRD = torch.cat([request.features_KTD.to(device) for request in fresh], dim=1)
         layers = self.context_keys_values(features_KRD, positions_R)
         parts = [list(zip(k.split(counts, dim=1), v.split(counts, dim=1), strict=True)) for k, v in layers]
-        for ask, of_text in zip(fresh, zip(*parts, strict=True), strict=True):
-            ask.kv.append(of_text)
+        for request, of_text in zip(fresh, zip(*parts, strict=True), strict=True):
+            request.kv.append(of_text)
 
     @torch.no_grad()
-    def propose(self, asks: Sequence[Ask], sampling: Sampling | None = None, threshold: float = 0.0) -> list[Proposal]:
-        """Guess, for each text, the tokens at positions start + 1 .. start + P, greedily or drawn.
+    def propose(
+        self, requests: Sequence[BlockRequest], sampling: Sampling | None = None, threshold: float = 0.0
+    ) -> list[Proposal]:
+        """Propose, for each text, the tokens at positions start + 1 .. start + P, greedily or sampled.
 
         threshold: cut each block before the first token whose confidence is below it; 0 keeps all.
         """
-        hidden_NSD = self.block_hidden(asks)
-        anchors_N = torch.tensor([ask.anchor_id for ask in asks], device=hidden_NSD.device)
-        ids_NP, logits_NPV = self.roll(hidden_NSD, anchors_N, sampling)
-        kept = [ids_NP.shape[1]] * len(asks)
+        hidden_NSD = self.block_hidden(requests)
+        anchors_N = torch.tensor([request.anchor_id for request in requests], device=hidden_NSD.device)
+        ids_NP, logits_NPV = self.rollout_logits(hidden_NSD, anchors_N, sampling)
+        counts = [ids_NP.shape[1]] * len(requests)
         if threshold > 0:
-            kept = self.kept(hidden_NSD, anchors_N, ids_NP, threshold).tolist()
+            counts = self.confident_count(hidden_NSD, anchors_N, ids_NP, threshold).tolist()
         if sampling is None:
-            return [Proposal(ids_P[:count], None) for ids_P, count in zip(ids_NP, kept, strict=True)]
+            return [Proposal(ids_P[:count], None) for ids_P, count in zip(ids_NP, counts, strict=True)]
         return [
-            Proposal(ids_P[:count], self.chances(logits_PV[:count], sampling.temperature))
-            for ids_P, logits_PV, count in zip(ids_NP, logits_NPV, kept, strict=True)
+            Proposal(ids_P[:count], self.probabilities(logits_PV[:count], sampling.temperature))
+            for ids_P, logits_PV, count in zip(ids_NP, logits_NPV, counts, strict=True)
         ]
 
     @torch.no_grad()
     def rollout(self, hidden_NSD: Tensor, anchor_ids_N: Tensor) -> Tensor:
-        """Greedy proposals [N, P] in order, each corrected by those before it, exactly, over the whole vocabulary."""
-        blocks = self.blocks_at_once(hidden_NSD[:, self.config.first_slot :])
+        """Return greedy proposals [N, P], each corrected by those before it over the whole vocabulary, by chunks."""
+        blocks = self.blocks_per_chunk(hidden_NSD[:, self.config.first_slot :])
         parts = zip(hidden_NSD.split(blocks), anchor_ids_N.split(blocks), strict=True)
-        return torch.cat([self.roll(hidden, anchors)[0] for hidden, anchors in parts])
+        return torch.cat([self.rollout_logits(hidden, anchors)[0] for hidden, anchors in parts])
 
-    def roll(
+    def rollout_logits(
         self,
         hidden_NSD: Tensor,
         anchor_ids_N: Tensor,
         sampling: Sampling | None = None,
         forced_NP: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Proposals [N, P] one after the other and the uncapped logits [N, P, V] each was taken from.
+        """Return proposals [N, P], chosen one after the other, and the logits [N, P, V] before the soft cap.
 
-        forced_NP: tokens to go on from instead of the proposals, as teacher forcing does.
+        forced_NP: tokens to continue from instead of the proposals (teacher forcing).
         """
         guessing_NPD = hidden_NSD[:, self.config.first_slot :]
         logits_NPV = self.target.raw_logits(guessing_NPD)  # one multiplication for all proposals
         proposals_NP = torch.empty(guessing_NPD.shape[:2], dtype=torch.long, device=hidden_NSD.device)
         last_N, state = anchor_ids_N, None
         for k in range(self.config.proposals):
-            correction, state = self.advance(k, guessing_NPD[:, k], last_N, state)
+            correction, state = self.correction_step(k, guessing_NPD[:, k], last_N, state)
             if correction is not None:
                 z_NU, out_VU = (part.to(logits_NPV.dtype) for part in correction)
                 logits_NPV[:, k] = torch.addmm(logits_NPV[:, k], z_NU, out_VU.T)
-            proposals_NP[:, k] = self._pick(logits_NPV[:, k], sampling)
+            proposals_NP[:, k] = self._choose(logits_NPV[:, k], sampling)
             last_N = proposals_NP[:, k] if forced_NP is None else forced_NP[:, k]
         return proposals_NP, logits_NPV
 
-    def _pick(self, raw_NV: Tensor, sampling: Sampling | None) -> Tensor:
+    def _choose(self, raw_NV: Tensor, sampling: Sampling | None) -> Tensor:
         if sampling is None:
             return raw_NV.argmax(-1)
-        chances_NV = self.chances(raw_NV, sampling.temperature)
-        return draw(chances_NV, torch.cat([uniforms(1, generator) for generator in sampling.generators]))
+        probabilities_NV = self.probabilities(raw_NV, sampling.temperature)
+        return draw(probabilities_NV, torch.cat([uniforms(1, generator) for generator in sampling.generators]))
 
-    def chances(self, raw_NV: Tensor, temperature: float) -> Tensor:
-        """Probabilities [..., V] of uncapped logits at a temperature, in float32 at least."""
-        return (self.target.cap(raw_NV.to(wide(raw_NV.dtype))) / temperature).softmax(-1)
+    def probabilities(self, raw_NV: Tensor, temperature: float) -> Tensor:
+        """Return the probabilities [..., V] of uncapped logits at a temperature, in float32 or wider."""
+        return (self.target.cap(raw_NV.to(at_least_float32(raw_NV.dtype))) / temperature).softmax(-1)
 
-    def advance(self, k: int, hidden_ND: Tensor, last_N: Tensor, state):
-        """Return the correction (z [N, U], W_out [V, U]) of proposal k, None for no correction, and the next state.
+    def correction_step(self, k: int, hidden_ND: Tensor, last_N: Tensor, state):
+        """Return the correction (z [N, U], W_out [V, U]) of proposal k, or None, and the recurrent state after it.
 
-        last_N: the token before it; `state` is None for the first one.
+        last_N: the token before proposal k. state: None for the first proposal.
         """
         return None, None
 
-    def kept(self, hidden_NSD: Tensor, anchor_ids_N: Tensor, ids_NP: Tensor, threshold: float) -> Tensor:
-        """How many of the proposals [N] come before the first with a confidence below the threshold."""
+    def confident_count(self, hidden_NSD: Tensor, anchor_ids_N: Tensor, ids_NP: Tensor, threshold: float) -> Tensor:
+        """Return how many proposals of each block [N] come before the first whose confidence is below the threshold."""
         raise UsageError(
             f"a {self.config.method} draft without a confidence head cannot cut its blocks at {threshold}; "
             "leave the threshold out"
         )
 
 
-def _teacher(cell: Cell, blocks: Blocks, config: DraftConfig) -> Teacher:
+def _target_states(cell: Cell, blocks: Blocks, config: DraftConfig) -> TargetStates:
     if cell.final_FD is None or cell.final_at_R is None:
         raise DataError(
             f"objective {config.objective!r} of {config.method} learns from the target's final states, and "
             f'{cell.names[0]} came without them; read the cache\'s column `final`, or set draft.objective = "ce"'
         )
-    return Teacher(cell.final_FD, torch.where(blocks.scored_NS, cell.final_at_R[blocks.teacher_NS], 0))
+    return TargetStates(cell.final_FD, torch.where(blocks.scored_NS, cell.final_at_R[blocks.final_row_NS], 0))
 
 
 def init_weights(draft: Draft, seed: int) -> None:
-    """Fill all parameters as Hugging Face would: N(0, initializer_range), biases 0, norms 1; a GRU as PyTorch does.
+    """Initialise all parameters as Hugging Face: N(0, initializer_range), biases 0, norms 1; a GRU as PyTorch does.
 
-    Drawn on the CPU in the order of the parameters' names, so that every device starts alike.
+    Drawn on the CPU in the order of the modules' names, so that every device starts with the same weights.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, module in sorted(draft.named_modules(), key=lambda named: named[0]):
-            for kind, weight in module.named_parameters(recurse=False):
-                weight.copy_(_fresh(module, kind, weight.shape, draft.config.initializer_range, generator))
+            for name, weight in module.named_parameters(recurse=False):
+                weight.copy_(_initial_values(module, name, weight.shape, draft.config.initializer_range, generator))
 
 
-def _fresh(module: nn.Module, kind: str, shape: torch.Size, spread: float, generator: torch.Generator) -> Tensor:
+def _initial_values(module: nn.Module, name: str, shape: torch.Size, std: float, generator: torch.Generator) -> Tensor:
     if isinstance(module, nn.GRU):
         bound = 1 / math.sqrt(module.hidden_size)
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-    if isinstance(module, nn.Linear | nn.Embedding) and kind == "weight":
-        return torch.empty(shape).normal_(0, spread, generator=generator)
-    return torch.zeros(shape) if kind == "bias" else torch.ones(shape)
+    if isinstance(module, nn.Linear | nn.Embedding) and name == "weight":
+        return torch.empty(shape).normal_(0, std, generator=generator)
+    return torch.zeros(shape) if name == "bias" else torch.ones(shape)

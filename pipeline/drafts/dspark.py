@@ -1,15 +1,15 @@
 """DSpark (arXiv:2607.05147): DFlash's parallel backbone with next-position labels, corrected by a Markov head that
-reads the token before, and a head that says how likely each proposal is to be kept. A rank of 0 leaves the Markov head
-out.
+reads the previous token, and a confidence head that predicts how likely each proposal is to be accepted. A rank of 0
+leaves the Markov head out.
 
-e is a table's row for the token before, h the backbone's state; the corrected logits are head(h) + W2 z with
+e is the embedding of the previous token, h the backbone's state; the corrected logits are head(h) + W2 z with
 
     vanilla   z = e
     gated     z = sigmoid(G [h ; e]) * e
     rnn       z = tanh(o), (a, c, o) = J [s ; e ; h], s' = sigmoid(a) s + (1 - sigmoid(a)) tanh(c), s = 0 at first
 
-The confidence head learns `accept`, the probability that rejection sampling keeps a token drawn at the slot, as a
-constant; its own gradient reaches the backbone and the table (DeepSpec's `loss.py`). Names of parameters as published.
+The confidence head learns `accept`, the probability that rejection sampling accepts a token sampled at the slot, as a
+constant; its own gradient reaches the backbone and the embedding (DeepSpec's `loss.py`). Parameter names as published.
 
     N blocks   S slots   P proposals   D hidden size   U rank   V vocabulary
 """
@@ -19,16 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.drafts.blocks import Blocks, Cell
-from pipeline.drafts.config import OF_DOMINO, DraftConfig, refuse_options
-from pipeline.drafts.draft import Draft, Knobs, Loss
+from pipeline.drafts.config import DOMINO_OPTIONS, DraftConfig, refuse_options
+from pipeline.drafts.draft import Draft, Loss, ScheduleValues
 from pipeline.drafts.metrics import confidence_sums, slot_sums
-from pipeline.drafts.norm_and_rope import wide
+from pipeline.drafts.norm_and_rope import at_least_float32
 from pipeline.errors import UsageError
 from pipeline.target.head import TargetHead
 
 
 class MarkovHead(nn.Module):
-    """What the token before adds to a slot's logits: W2 z."""
+    """The correction of a slot's logits by the previous token: W2 z."""
 
     def __init__(self, config: DraftConfig):
         super().__init__()
@@ -50,7 +50,7 @@ class MarkovHead(nn.Module):
         return self._recur(hidden_NSD, e_NSU, state_NU)
 
     def _recur(self, hidden_NSD: Tensor, e_NSU: Tensor, state_NU: Tensor | None) -> tuple[Tensor, Tensor]:
-        # What does not depend on the state is one multiplication for all slots.
+        # The part that does not depend on the state is one matrix product for all slots.
         of_state, of_inputs = self.joint_proj.weight.split([e_NSU.shape[-1], e_NSU.shape[-1] + hidden_NSD.shape[-1]], 1)
         joint_NSJ = F.linear(torch.cat([e_NSU, hidden_NSD], dim=-1), of_inputs, self.joint_proj.bias)
         state_NU = torch.zeros_like(e_NSU[:, 0]) if state_NU is None else state_NU
@@ -64,7 +64,7 @@ class MarkovHead(nn.Module):
 
 
 class ConfidenceHead(nn.Module):
-    """One logit a slot, from the backbone's state and, where configured, the table's row of the token before."""
+    """One logit a slot, from the backbone's state and, where configured, the embedding of the previous token."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -72,11 +72,11 @@ class ConfidenceHead(nn.Module):
 
     def forward(self, features_NSF: Tensor) -> Tensor:
         logits_NS = self.proj(features_NSF)[..., 0]
-        return logits_NS.to(wide(logits_NS.dtype))
+        return logits_NS.to(at_least_float32(logits_NS.dtype))
 
 
 class DSpark(Draft):
-    """The backbone, its Markov correction and, where configured, its confidence."""
+    """The backbone, its Markov correction and, where configured, its confidence head."""
 
     reads_final = True
 
@@ -90,8 +90,8 @@ class DSpark(Draft):
 
     @staticmethod
     def check(config: DraftConfig) -> None:
-        """Refuse same-position labels, and a confidence head that nothing trains or a loss without the head."""
-        refuse_options(config, *OF_DOMINO)
+        """Raise UsageError for same-position labels, a confidence head without a loss, or a loss without the head."""
+        refuse_options(config, *DOMINO_OPTIONS)
         if not config.shift_label:
             raise UsageError("dspark guesses from the anchor on: its labels are next-position; set shift_label = true")
         if not config.markov_rank and config.markov_head_type != "vanilla":
@@ -123,46 +123,46 @@ class DSpark(Draft):
             return None
         return self.markov_head(hidden_NSD, prev_NS)[0], self.markov_head.markov_w2.weight
 
-    def advance(self, k: int, hidden_ND: Tensor, last_N: Tensor, state_NU: Tensor | None):
-        """As `Draft.advance`; only the rnn has a state."""
+    def correction_step(self, k: int, hidden_ND: Tensor, last_N: Tensor, state_NU: Tensor | None):
+        """As `Draft.correction_step`; only the rnn has a state."""
         if not self.config.markov_rank:
             return None, None
         z_N1U, state_NU = self.markov_head(hidden_ND[:, None], last_N[:, None], state_NU)
         return (z_N1U[:, 0], self.markov_head.markov_w2.weight), state_NU
 
     def confidence(self, hidden_NSD: Tensor, prev_NS: Tensor) -> Tensor:
-        """The confidence head's logits [N, S], in float32 at least."""
+        """Return the confidence head's logits [N, S], in float32 or wider."""
         if self.config.confidence_head_with_markov:
             hidden_NSD = torch.cat([hidden_NSD, self.markov_head.markov_w1(prev_NS)], dim=-1)
         return self.confidence_head(hidden_NSD)
 
-    def kept(self, hidden_NSD: Tensor, anchor_ids_N: Tensor, ids_NP: Tensor, threshold: float) -> Tensor:
-        """As `Draft.kept`."""
+    def confident_count(self, hidden_NSD: Tensor, anchor_ids_N: Tensor, ids_NP: Tensor, threshold: float) -> Tensor:
+        """As `Draft.confident_count`."""
         if not self.config.enable_confidence_head:
-            return super().kept(hidden_NSD, anchor_ids_N, ids_NP, threshold)
+            return super().confident_count(hidden_NSD, anchor_ids_N, ids_NP, threshold)
         prev_NP = torch.cat([anchor_ids_N[:, None], ids_NP[:, :-1]], dim=1)
-        sure_NP = self.confidence(hidden_NSD, prev_NP).sigmoid() >= threshold
-        return sure_NP.long().cumprod(-1).sum(-1)
+        confident_NP = self.confidence(hidden_NSD, prev_NP).sigmoid() >= threshold
+        return confident_NP.long().cumprod(-1).sum(-1)
 
     def denominators(self, blocks: Blocks) -> dict[str, Tensor]:
-        """As `Draft.denominators`, and the confidence's, which is the same."""
+        """As `Draft.denominators`, and the confidence loss's, which is the same."""
         dens = super().denominators(blocks)
         return dens | ({"confidence": next(iter(dens.values()))} if self.config.enable_confidence_head else {})
 
-    def loss(self, cell: Cell, blocks: Blocks, knobs: Knobs, dens: dict, metrics: bool = False) -> Loss:
-        """As `Draft.loss`, and the confidence's cross-entropy against `accept`, weighted as the other terms are."""
+    def loss(self, cell: Cell, blocks: Blocks, scheduled: ScheduleValues, dens: dict, metrics: bool = False) -> Loss:
+        """As `Draft.loss`, plus the confidence head's cross-entropy against `accept`, with the other terms' weights."""
         if not self.config.enable_confidence_head:
-            return super().loss(cell, blocks, knobs, dens, metrics)
-        objective = self.objective(cell, blocks, knobs, dens, metrics)
+            return super().loss(cell, blocks, scheduled, dens, metrics)
+        objective = self.objective(cell, blocks, scheduled, dens, metrics)
         hidden_NSD = self.hidden(cell, blocks)
         total = self.head_loss(hidden_NSD, blocks, objective)
-        noted = objective.slots()
+        per_slot = objective.slot_values()
         logits_NS = self.confidence(hidden_NSD, blocks.prev_NS)
-        bce_NS = F.binary_cross_entropy_with_logits(logits_NS, noted["accept"], reduction="none")
-        numerator = (noted["weights"] * bce_NS).sum()
+        bce_NS = F.binary_cross_entropy_with_logits(logits_NS, per_slot["accept"], reduction="none")
+        numerator = (per_slot["weights"] * bce_NS).sum()
         total = total + self.config.alpha_confidence / dens["confidence"] * numerator
         terms, sums = objective.numerators | {"confidence": numerator.detach()}, {}
         if metrics:
-            sums = slot_sums(noted, blocks.scored_NS)
-            sums |= confidence_sums(logits_NS.detach(), noted["accept"], noted["weights"])
+            sums = slot_sums(per_slot, blocks.scored_NS)
+            sums |= confidence_sums(logits_NS.detach(), per_slot["accept"], per_slot["weights"])
         return Loss(total, terms, sums)

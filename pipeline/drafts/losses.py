@@ -1,9 +1,9 @@
-"""The head and its loss in one step, a chunk of blocks at a time, the gradient made in the forward.
+"""The LM head fused with its loss, a chunk of blocks at a time, the gradient computed in the forward.
 
-Logits over the vocabulary are the largest tensors of training: they exist for one chunk only, and are turned into
-their own gradient there. So the head costs two multiplications, where checkpointing costs three. Corrected logits are
-one concatenated linear, [W_head | W_out] [h ; z], whose losses share the chunk, as they share the target's own logits
-where an objective reads them. How large a chunk is says `target/logit_chunks.py`.
+Logits over the vocabulary are the largest tensors of training: they exist for one chunk only, and are overwritten with
+their gradient there. So the head costs two matrix products, where checkpointing costs three. Corrected logits are one
+concatenated linear, [W_head | W_out] [h ; z]; base and corrected loss share the chunk's logits and the target's own.
+`target/logit_chunks.py` decides the size of a chunk.
 
     N blocks   S slots   D hidden size   V vocabulary   U rank of the correction   X slots of a chunk
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.drafts.norm_and_rope import wide
+from pipeline.drafts.norm_and_rope import at_least_float32
 from pipeline.drafts.objectives import Objective
 from pipeline.target.head import TargetHead
 
@@ -24,7 +24,7 @@ class _ChunkedHead(torch.autograd.Function):
     def forward(ctx, hidden_NSD, z_NSU, out_VU, target, objective, blocks, want_grad):
         d_hidden = torch.empty_like(hidden_NSD) if want_grad else None
         d_z = torch.empty_like(z_NSU) if want_grad and z_NSU is not None else None
-        d_out = torch.zeros_like(out_VU, dtype=wide(out_VU.dtype)) if d_z is not None else None
+        d_out = torch.zeros_like(out_VU, dtype=at_least_float32(out_VU.dtype)) if d_z is not None else None
         for first in range(0, len(hidden_NSD), blocks):
             part = slice(first, first + blocks)
             pair = None if z_NSU is None else (z_NSU[part], out_VU)
@@ -40,23 +40,23 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        made = (None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
-        return *made, None, None, None, None
+        grads = (None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
+        return *grads, None, None, None, None
 
 
 def _chunk(hidden_NSD, pair, target, objective, part, want_grad):
-    """Logits of one chunk, their losses, and the gradients of hidden, z and W_out."""
+    """Add one chunk's losses to `objective`; return the gradients of hidden, z and W_out, None without `want_grad`."""
     shape, dtype = hidden_NSD.shape[:2], target.head_VD.dtype
     h_XD = hidden_NSD.flatten(0, 1).to(dtype)
     final_XV = raw_XV = h_XD @ target.head_VD.T
     if pair is not None:
         z_XU, out_VU = pair[0].flatten(0, 1).to(dtype), pair[1].to(dtype)
         final_XV = torch.addmm(raw_XV, z_XU, out_VU.T)
-    soft = objective.soft(part, target)
-    given = {"base": raw_XV, "final": final_XV}
+    soft = objective.soft_labels(part, target)
+    logits = {"base": raw_XV, "final": final_XV}
     d_XV = {
         kind: _kind(kind, logits_XV.unflatten(0, shape), target, objective, part, soft, want_grad)
-        for kind, logits_XV in given.items()
+        for kind, logits_XV in logits.items()
         if kind in objective.scales
     }
     if not want_grad:
@@ -69,9 +69,9 @@ def _chunk(hidden_NSD, pair, target, objective, part, want_grad):
 
 
 def _kind(kind, raw_NSV, target, objective, part, soft, want_grad):
-    """Loss of one kind of logits; its gradient [X, V] with respect to the uncapped logits, in their dtype."""
-    logits_NSV = target.cap(raw_NSV.to(wide(raw_NSV.dtype)))
-    d_NSV = objective.chunk(kind, part, logits_NSV, want_grad, soft)
+    """Add the loss of one kind of logits; return its gradient [X, V] by the uncapped logits, in their dtype."""
+    logits_NSV = target.cap(raw_NSV.to(at_least_float32(raw_NSV.dtype)))
+    d_NSV = objective.add_chunk(kind, part, logits_NSV, want_grad, soft)
     if d_NSV is None:
         return None
     if target.logit_softcap is not None:
@@ -86,11 +86,11 @@ def head_loss(
     correction: tuple[Tensor, Tensor] | None,
     blocks: int,
 ) -> Tensor:
-    """Total loss (scalar) of the head's logits; its gradient is ready when this returns.
+    """Return the total loss (scalar) of the head's logits; its gradients are computed when this returns.
 
-    objective: given the logits "base" = head(hidden) and "final" = [head | W_out] [hidden ; z], as far as it scales
-    them, the soft cap on each sum. Without `correction` = (z [N, S, U], W_out [V, U]) final is head(hidden). The
-    target's weights get no gradient. blocks: how many have their logits at once.
+    The objective scores the kinds of logits that it has scales for, after the soft cap: "base" = head(hidden) and
+    "final" = [head | W_out] [hidden ; z]. Without `correction` = (z [N, S, U], W_out [V, U]) final is head(hidden). The
+    target's weights get no gradient. blocks: how many blocks have their logits in memory at once.
     """
     z_NSU, out_VU = correction or (None, None)
     inputs = [tensor for tensor in (hidden_NSD, z_NSU, out_VU) if tensor is not None]

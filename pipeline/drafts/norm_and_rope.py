@@ -1,5 +1,5 @@
-"""RMS norm and rotary positions. Their gradients are written out: half of autograd's passes over memory, which were
-a sixth of a training step on a CPU.
+"""RMS norm and rotary positions (RoPE), with hand-written gradients: half of autograd's passes over memory, which
+took a sixth of a training step on a CPU.
 
     T tokens   A heads   E head size
 """
@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 from pipeline.drafts.rope_scaling import RopeScaling
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The type that norms, angles, softmaxes and sums are computed in: float32 at least."""
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype for norms, angles, softmaxes and sums: float32, or `dtype` where that is wider."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -35,7 +35,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        x_wide = x.to(wide(x.dtype))
+        x_wide = x.to(at_least_float32(x.dtype))
         scale = x_wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         unit = (x_wide * scale).to(x.dtype)
         ctx.save_for_backward(unit, scale, weight)
@@ -55,18 +55,18 @@ class _Norm(torch.autograd.Function):
 def rope_tables(
     positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., E / 2] of positions [...], in float32 whatever the draft's dtype, scaled if need be.
+    """Return cos and sin [..., E / 2] of positions [...], in float32 whatever the draft's dtype.
 
-    Serving engines compute them so: tables rounded to bf16 in training drift from theirs with the position.
+    Serving engines compute them so: tables rounded to bfloat16 would drift from theirs with the position.
     """
     angles = positions.float()[..., None] * frequencies(head_dim, theta, scaling, positions.device)
-    if scaling is None or scaling.magnitude == 1.0:
+    if scaling is None or scaling.attention_factor == 1.0:
         return angles.cos(), angles.sin()
-    return angles.cos() * scaling.magnitude, angles.sin() * scaling.magnitude
+    return angles.cos() * scaling.attention_factor, angles.sin() * scaling.attention_factor
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device | str = "cpu") -> Tensor:
-    """Radians a token that each pair of channels turns by, float32 [E / 2]."""
+    """Return the angle per position of each pair of channels, radians, float32 [E / 2]."""
     exponent_F = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
     plain_F = 1.0 / theta**exponent_F
     if scaling is None:
@@ -78,14 +78,15 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device
 
 
 def _kept_llama3(plain_F: Tensor, scaling: RopeScaling) -> Tensor:
-    """How much of each frequency stays: all of those that turn often within the original length, none of the slow."""
+    """Return the fraction [E / 2] of each frequency that is not scaled: 1 for fast pairs, which turn often within the
+    original length, 0 for slow ones."""
     turns_F = scaling.original_max_position_embeddings * plain_F / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     return ((turns_F - low) / (high - low)).clamp(0, 1)
 
 
 def _kept_yarn(plain_F: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
-    """The same by a ramp over the pairs (arXiv:2309.00071, equation 18), its ends moved to whole pairs."""
+    """Return the same by a ramp over the pairs (arXiv:2309.00071, equation 18), its ends rounded to whole pairs."""
     width = 2 * len(plain_F)
 
     def pair_that_turns(times: float) -> float:
@@ -108,7 +109,7 @@ def rotate(x_TAE: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class _Rotation(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back."""
+    """Rotation; its gradient is the inverse rotation."""
 
     @staticmethod
     def forward(ctx, x_TAE, cos_T1E, sin_T1E):
@@ -123,7 +124,7 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turn(x_TAE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor) -> Tensor:
-    out_TAE = torch.empty_like(x_TAE, dtype=wide(x_TAE.dtype))
+    out_TAE = torch.empty_like(x_TAE, dtype=at_least_float32(x_TAE.dtype))
     (left, right), (out_left, out_right) = x_TAE.chunk(2, dim=-1), out_TAE.chunk(2, dim=-1)
     torch.mul(left, cos_T1E, out=out_left).addcmul_(right, sin_T1E, value=-1)
     torch.mul(right, cos_T1E, out=out_right).addcmul_(left, sin_T1E)

@@ -1,7 +1,7 @@
-"""What a draft's logits are pulled to: the label, the target's own distribution, or both.
+"""Objectives: losses of a draft's logits against the label, the target's own distribution, or both.
 
-q is the draft's softmax at a slot, y the label there, and p the target's softmax: its head on the final state it had at
-the row before the label. All in float32 at least. A slot has three distances:
+q is the draft's softmax at a slot, y the label there, and p the target's softmax, from its final state at the row
+before the label. All in float32 or wider. A slot has three distances:
 
     ce = -log q_y      kl = sum_v p_v log(p_v / q_v)      accept = sum_v min(p_v, q_v)
 
@@ -35,11 +35,15 @@ ETA = 3.0  # of lk-hybrid: the paper's best
 
 
 @dataclass(frozen=True)
-class Formula:
-    """One term of an objective: the distances it reads; from them its value [n, S] and its slope by each of them."""
+class LossTerm:
+    """One term of an objective, a function of a slot's distances.
+
+    reads: the distances it depends on. value_and_slopes: from the distances [n, S] to the term's value [n, S] and its
+    derivative with respect to each of them.
+    """
 
     reads: tuple[str, ...]
-    of: Callable[[dict[str, Tensor]], tuple[Tensor, dict[str, Tensor | float]]]
+    value_and_slopes: Callable[[dict[str, Tensor]], tuple[Tensor, dict[str, Tensor | float]]]
 
 
 def _negative_log(distances: dict[str, Tensor]) -> tuple[Tensor, dict]:
@@ -54,181 +58,184 @@ def _hybrid(distances: dict[str, Tensor]) -> tuple[Tensor, dict]:
     return value_NS, {"kl": share_NS, "accept": share_NS - 1}
 
 
-CE = Formula(("ce",), lambda distances: (distances["ce"], {"ce": 1.0}))
-L1 = Formula(("accept",), lambda distances: (2 * (1 - distances["accept"]), {"accept": -2.0}))
-OBJECTIVES: dict[str, dict[str, Formula]] = {
+CE = LossTerm(("ce",), lambda distances: (distances["ce"], {"ce": 1.0}))
+L1 = LossTerm(("accept",), lambda distances: (2 * (1 - distances["accept"]), {"accept": -2.0}))
+OBJECTIVES: dict[str, dict[str, LossTerm]] = {
     "ce": {"": CE},
-    "kl": {"": Formula(("kl",), lambda distances: (distances["kl"], {"kl": 1.0}))},
-    "tv": {"": Formula(("accept",), lambda distances: (1 - distances["accept"], {"accept": -1.0}))},
-    "lk-alpha": {"": Formula(("accept",), _negative_log)},
-    "lk-hybrid": {"": Formula(("kl", "accept"), _hybrid)},
+    "kl": {"": LossTerm(("kl",), lambda distances: (distances["kl"], {"kl": 1.0}))},
+    "tv": {"": LossTerm(("accept",), lambda distances: (1 - distances["accept"], {"accept": -1.0}))},
+    "lk-alpha": {"": LossTerm(("accept",), _negative_log)},
+    "lk-hybrid": {"": LossTerm(("kl", "accept"), _hybrid)},
     "dspark": {"ce": CE, "l1": L1},
 }
 
 
-def parts_of(config: DraftConfig) -> dict[str, float]:
-    """The terms of the configured objective that weigh something, with their weights."""
+def term_weights(config: DraftConfig) -> dict[str, float]:
+    """Return the weight of each term of the configured objective, without terms of weight 0; "" names a single term."""
     if config.objective != "dspark":
         return {"": 1.0}
     return {name: weight for name, weight in {"ce": config.alpha_ce, "l1": config.alpha_l1}.items() if weight}
 
 
-def term(kind: str, part: str) -> str:
-    """The name of a term in logs: the kind of logits where it has one term only, else the term, as metrics name it."""
+def term_name(kind: str, part: str) -> str:
+    """Return a term's name in the metrics: the kind of logits for a single term, else the term's own, prefixed."""
     if not part:
         return kind
     return part if kind == "final" else f"{kind}_{part}"
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """Where the target's final state of each slot is. at_NS: -1 where it is missing, which makes the loss NaN."""
+class TargetStates:
+    """The target's final states. at_NS: each slot's index in `final_FD`; -1 where it is missing, so the loss is NaN."""
 
     final_FD: Tensor
     at_NS: Tensor
 
     def states(self, part: slice) -> Tensor:
+        """Return the states [n, S, D] of a chunk's slots."""
         at_NS = self.at_NS[part]
         return self.final_FD[at_NS.clamp(min=0)].masked_fill((at_NS < 0)[..., None], float("nan"))
 
 
 @dataclass(frozen=True)
-class Soft:
-    """The target's distribution at the slots of one chunk."""
+class SoftLabels:
+    """The target's distribution (soft labels) at the slots of one chunk."""
 
     p_NSV: Tensor
-    negentropy_NS: Tensor | None  # sum of p log p, where kl is wanted
+    negentropy_NS: Tensor | None  # sum of p log p, where kl is computed
 
 
 @dataclass
 class Objective:
-    """The losses of one or more kinds of logits against the same labels and the same teacher, added up over chunks.
+    """The loss of one or more kinds of logits against the same labels and target states, accumulated over chunks.
 
-    weigh: (blocks of the chunk, ce) -> weights [n, S], from outside or by the draft's own confidence.
-    scales: for each kind of logits and each term of the objective, weight / global denominator. accepts: note
-    `accept` also where the objective does not read it. After the chunks, `numerators` holds sum(weight * value) for
-    each term, and `slots()` returns what was noted of every slot.
+    weigh: (slice of the blocks, ce [n, S]) -> weights [n, S], fixed or from the draft's own confidence. scales: for
+    each kind of logits and each term, weight / global denominator. record_accept: record `accept` also where the
+    objective does not read it. After the chunks, `numerators` holds sum(weight * value) of each term, and
+    `slot_values()` returns what was recorded for every slot.
     """
 
     labels_NS: Tensor
     weigh: Callable[[slice, Tensor], Tensor]
     scales: dict[str, dict[str, float | Tensor]]
     name: str = "ce"
-    teacher: Teacher | None = None
-    accepts: bool = False
+    target_states: TargetStates | None = None
+    record_accept: bool = False
     metrics: bool = False
     numerators: dict[str, Tensor] = field(default_factory=dict)
-    noted: dict[str, list[Tensor]] = field(default_factory=dict)
+    per_slot: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @property
     def reads(self) -> set[str]:
-        """The distances that are computed."""
+        """The distances that must be computed."""
         parts = {part for scales in self.scales.values() for part in scales}
         wanted = {distance for part in parts for distance in OBJECTIVES[self.name][part].reads}
-        soft = self.teacher is not None and (self.accepts or self.metrics)
+        soft = self.target_states is not None and (self.record_accept or self.metrics)
         return wanted | ({"accept"} if soft else set())
 
-    def slots(self) -> dict[str, Tensor]:
-        """What was noted of every slot, [N, S] each."""
-        return {name: torch.cat(parts) for name, parts in self.noted.items()}
+    def slot_values(self) -> dict[str, Tensor]:
+        """Return what was recorded for every slot, [N, S] each."""
+        return {name: torch.cat(parts) for name, parts in self.per_slot.items()}
 
-    def soft(self, part: slice, head: TargetHead) -> Soft | None:
-        """The target's distribution at a chunk's slots, where it is read."""
+    def soft_labels(self, part: slice, head: TargetHead) -> SoftLabels | None:
+        """Return the target's distribution at a chunk's slots, None where no distance reads it."""
         if not self.reads & {"kl", "accept"}:
             return None
-        log_p_NSV = head.logits(self.teacher.states(part)).log_softmax(-1)
+        log_p_NSV = head.logits(self.target_states.states(part)).log_softmax(-1)
         if "kl" not in self.reads:
-            return Soft(log_p_NSV.exp_(), None)
+            return SoftLabels(log_p_NSV.exp_(), None)
         p_NSV = log_p_NSV.exp()
-        return Soft(p_NSV, log_p_NSV.mul_(p_NSV).sum(-1))
+        return SoftLabels(p_NSV, log_p_NSV.mul_(p_NSV).sum(-1))
 
-    def chunk(
-        self, kind: str, part: slice, logits_NSV: Tensor, want_grad: bool, soft: Soft | None = None
+    def add_chunk(
+        self, kind: str, part: slice, logits_NSV: Tensor, want_grad: bool, soft: SoftLabels | None = None
     ) -> Tensor | None:
-        """Add one chunk; return the gradient of the scaled sum with respect to its logits."""
+        """Add one chunk's loss; return the gradient of `total()` with respect to its logits."""
         labels_NS = self.labels_NS[part]
         if self.metrics:
-            self._note_choices(kind, labels_NS, logits_NSV, soft)
+            self._record_predictions(kind, labels_NS, logits_NSV, soft)
         distances, q_NSV = self._measure(logits_NSV, labels_NS, soft)
         weights_NS = self.weigh(part, distances["ce"]).to(q_NSV.dtype)
-        self._note(kind, {"weights": weights_NS, **distances})
-        pulls: dict[str, Tensor] = {}
+        self._record(kind, {"weights": weights_NS, **distances})
+        distance_grads: dict[str, Tensor] = {}
         for name, scale in self.scales[kind].items():
-            value_NS, slopes = OBJECTIVES[self.name][name].of(distances)
-            key = term(kind, name)
+            value_NS, slopes = OBJECTIVES[self.name][name].value_and_slopes(distances)
+            key = term_name(kind, name)
             self.numerators[key] = self.numerators.get(key, 0) + (weights_NS * value_NS).sum()
             for distance, slope in slopes.items():
-                pulls[distance] = pulls.get(distance, 0) + weights_NS * scale * slope
+                distance_grads[distance] = distance_grads.get(distance, 0) + weights_NS * scale * slope
         if not want_grad:
             return None
         q_NSV = q_NSV.exp_() if soft is None else q_NSV
-        return _gradient(q_NSV, labels_NS, soft, pulls)
+        return _gradient(q_NSV, labels_NS, soft, distance_grads)
 
-    def _measure(self, logits_NSV: Tensor, labels_NS: Tensor, soft: Soft | None) -> tuple[dict[str, Tensor], Tensor]:
-        """The distances wanted; and log q, which with a teacher has become q."""
+    def _measure(
+        self, logits_NSV: Tensor, labels_NS: Tensor, soft: SoftLabels | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the distances [n, S] that are read, and log q [n, S, V] without soft labels, q with them."""
         log_q_NSV = logits_NSV.log_softmax(-1)
         distances = {"ce": -log_q_NSV.gather(-1, labels_NS[..., None])[..., 0]}
         if soft is None:
             return distances, log_q_NSV
         if "kl" in self.reads:
-            # No vecdot: autocast would take it in bfloat16.
+            # Not vecdot, which autocast would compute in bfloat16.
             distances["kl"] = soft.negentropy_NS - (soft.p_NSV * log_q_NSV).sum(-1)
         q_NSV = log_q_NSV.exp_()
         if "accept" in self.reads:
             distances["accept"] = torch.minimum(soft.p_NSV, q_NSV).sum(-1).clamp(max=1)
         return distances, q_NSV
 
-    def _note_choices(self, kind: str, labels_NS: Tensor, logits_NSV: Tensor, soft: Soft | None) -> None:
+    def _record_predictions(self, kind: str, labels_NS: Tensor, logits_NSV: Tensor, soft: SoftLabels | None) -> None:
         choice_NS = logits_NSV.argmax(-1)
-        found = {"correct": choice_NS == labels_NS}
+        values = {"correct": choice_NS == labels_NS}
         if soft is not None:
-            teacher = soft.p_NSV.max(-1)
-            found |= {"agree": choice_NS == teacher.indices, "teacher_top1": teacher.values}
-            found["draft_top1"] = torch.exp(logits_NSV.amax(-1) - logits_NSV.logsumexp(-1))
-        self._note(kind, found)
+            top = soft.p_NSV.max(-1)
+            values |= {"agree": choice_NS == top.indices, "teacher_top1": top.values}
+            values["draft_top1"] = torch.exp(logits_NSV.amax(-1) - logits_NSV.logsumexp(-1))
+        self._record(kind, values)
 
-    def _note(self, kind: str, found: dict[str, Tensor]) -> None:
-        for name, value_NS in found.items():
-            self.noted.setdefault(term(kind, name), []).append(value_NS)
+    def _record(self, kind: str, values: dict[str, Tensor]) -> None:
+        for name, value_NS in values.items():
+            self.per_slot.setdefault(term_name(kind, name), []).append(value_NS)
 
     def total(self) -> Tensor:
-        """Sum over kinds and terms of scale * numerator."""
-        scales = {term(kind, part): scale for kind, parts in self.scales.items() for part, scale in parts.items()}
+        """Return the loss so far: the sum over kinds and terms of scale * numerator."""
+        scales = {term_name(kind, part): scale for kind, parts in self.scales.items() for part, scale in parts.items()}
         return sum(scales[key] * numerator for key, numerator in self.numerators.items())
 
 
-def _gradient(q_NSV: Tensor, labels_NS: Tensor, soft: Soft | None, pulls: dict[str, Tensor]) -> Tensor:
-    """Sum of pull [n, S] * gradient of each distance with respect to the logits. Overwrites q."""
-    toward_q = [pulls[distance] for distance in ("ce", "kl") if distance in pulls]
-    if "accept" in pulls:
+def _gradient(q_NSV: Tensor, labels_NS: Tensor, soft: SoftLabels | None, distance_grads: dict[str, Tensor]) -> Tensor:
+    """Return the sum over distances of distance_grads [n, S] * gradient of the distance by the logits. Overwrites q."""
+    toward_q = [distance_grads[distance] for distance in ("ce", "kl") if distance in distance_grads]
+    if "accept" in distance_grads:
         # b from {0, 1}, not the sign from {-1, 1}: its mean under q is small at first and would cancel. Not
         # torch.heaviside: on a CPU it takes longer than the head's multiplication at width 256, this an eighth of that.
         gain_NSV = (soft.p_NSV - q_NSV).sign_().add_(1).mul_(0.5)
-        gain_NSV.sub_((q_NSV * gain_NSV).sum(-1, keepdim=True)).mul_(pulls["accept"][..., None])
+        gain_NSV.sub_((q_NSV * gain_NSV).sum(-1, keepdim=True)).mul_(distance_grads["accept"][..., None])
         if toward_q:
             gain_NSV.add_(sum(toward_q)[..., None])
         grad_NSV = gain_NSV.mul_(q_NSV)
     else:
         grad_NSV = q_NSV.mul_(sum(toward_q)[..., None])
-    if "kl" in pulls:
-        grad_NSV.addcmul_(soft.p_NSV, pulls["kl"][..., None], value=-1)
-    if "ce" in pulls:
-        grad_NSV.scatter_add_(-1, labels_NS[..., None], -pulls["ce"][..., None])
+    if "kl" in distance_grads:
+        grad_NSV.addcmul_(soft.p_NSV, distance_grads["kl"][..., None], value=-1)
+    if "ce" in distance_grads:
+        grad_NSV.scatter_add_(-1, labels_NS[..., None], -distance_grads["ce"][..., None])
     return grad_NSV
 
 
 def dpace_weights(ce_NS: Tensor, scored_NS: Tensor, alpha: float, kind: str) -> Tensor:
-    """Weights [N, S] by the draft's own confidence (D-PACE, arXiv:2605.18810), without gradient, for any objective.
+    """Return weights [N, S] by the draft's own confidence (D-PACE, arXiv:2605.18810), without gradient.
 
-    The chance P_k of reaching slot k is the product of the smoothed probabilities up to it; unscored slots are
-    neutral there and weigh nothing. kind: "dpace" (chance times continuation value), or either factor alone.
+    The probability P_k of reaching slot k is the product of the smoothed confidences up to it; unscored slots do not
+    change it and have weight 0. kind: "dpace" (P_k times continuation value), or either factor alone.
     """
     confidence_NS = (1 - alpha) * torch.exp(-ce_NS.detach()) + alpha
     reach_NS = torch.where(scored_NS, confidence_NS, 1.0).cumprod(-1)
-    ahead_NS = (reach_NS * scored_NS).flip(-1).cumsum(-1).flip(-1)
+    rest_NS = (reach_NS * scored_NS).flip(-1).cumsum(-1).flip(-1)
     if kind == "dpace":
-        return ahead_NS * scored_NS
+        return rest_NS * scored_NS
     if kind == "dpace-cumulative-confidence-only":
         return reach_NS * scored_NS
     assert kind == "dpace-continuation-value-only", kind
-    return ahead_NS / reach_NS.clamp(min=torch.finfo(reach_NS.dtype).tiny) * scored_NS
+    return rest_NS / reach_NS.clamp(min=torch.finfo(reach_NS.dtype).tiny) * scored_NS

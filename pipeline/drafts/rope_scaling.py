@@ -1,11 +1,12 @@
-"""Scaled rotary positions: which of a target's a draft takes over, and what they are.
+"""RoPE scaling: which of a target's kinds a draft uses too, and its parameters.
 
-A draft turns its own queries and keys, so it needs no scaling to be right; but what it is trained with it must be
-served with. Engines compute it from the draft's config.json, in code of their own. SGLang (0.5.23) and vLLM (0.32),
-read beside transformers: `linear`, `llama3` and `yarn` are the same in all three, as far as `taken_over` takes them.
-`dynamic` follows the longest text of a batch in transformers, and a fixed length in the engines, each by a formula of
-its own; `longrope` chooses between two sets of factors by the text there and by the model's length here; a yarn
-`attention_factor` other than the usual one is not read by SGLang. Then the draft has plain positions, which is said.
+A draft rotates its own queries and keys, so it works without scaling; but it must be served with the positions that it
+was trained with. Engines compute scaling from the draft's config.json, each in its own code. In transformers, SGLang
+(0.5.23) and vLLM (0.32), `linear`, `llama3` and `yarn` agree, within the limits of `draft_rope_scaling`. `dynamic`
+follows the longest text of a batch in transformers and a fixed length in the engines, each by a formula of its own;
+`longrope` chooses between two sets of factors by the text in transformers and by the model's length in the engines; and
+SGLang does not read a yarn `attention_factor` other than the default. In these cases the draft has plain RoPE, and the
+user is told.
 
     E head size   f frequencies of the pairs of channels, radians a token, [E / 2]
 """
@@ -23,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-KEYS = {  # (those that must be there, those that may)
+KEYS = {  # (required keys, optional keys)
     "linear": (("factor",), ()),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
     "yarn": (
@@ -34,7 +35,7 @@ KEYS = {  # (those that must be there, those that may)
 
 
 class RopeScaling(BaseModel):
-    """One scaling, its keys as config.json has them. ValueError for a key too few or too many."""
+    """One RoPE scaling, its fields named as in config.json. Raises ValueError for a missing or an unknown key."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -52,7 +53,7 @@ class RopeScaling(BaseModel):
     @model_validator(mode="after")
     def _check(self):
         must, may = KEYS[self.rope_type]
-        stated = self.stated().keys() - {"rope_type"}
+        stated = self.as_config().keys() - {"rope_type"}
         for key in must:
             if key not in stated:
                 raise ValueError(f"{self.rope_type} without {key}")
@@ -62,30 +63,30 @@ class RopeScaling(BaseModel):
             raise ValueError(f"high_freq_factor {self.high_freq_factor:g} is not above low_freq_factor")
         return self
 
-    def stated(self) -> dict:
-        """Return it as config.json says it."""
+    def as_config(self) -> dict:
+        """Return it as config.json has it."""
         return self.model_dump(exclude_none=True)
 
     @property
-    def magnitude(self) -> float:
-        """What cosine and sine are multiplied by."""
+    def attention_factor(self) -> float:
+        """The factor that cosine and sine are multiplied by; 1 for all but yarn."""
         if self.rope_type != "yarn":
             return 1.0
         if self.mscale and self.mscale_all_dim:
-            return _growth(self.factor, self.mscale) / _growth(self.factor, self.mscale_all_dim)
-        return _growth(self.factor)
+            return _mscale(self.factor, self.mscale) / _mscale(self.factor, self.mscale_all_dim)
+        return _mscale(self.factor)
 
     def __str__(self) -> str:
         return f"{self.rope_type}, factor {self.factor:g}"
 
 
-def _growth(factor: float, scale: float = 1.0) -> float:
+def _mscale(factor: float, scale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
 def rope_parameters(config: dict) -> dict:
-    """Return what a config states of its rotary positions, the older key first, as transformers reads them: of full
-    attention, where kinds of layers differ."""
+    """Return a config's RoPE parameters as transformers reads them: `rope_scaling` before `rope_parameters`, and those
+    of full attention where they differ between kinds of layers."""
     stated = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(stated, dict):
         return {"rope_type": stated}
@@ -93,41 +94,44 @@ def rope_parameters(config: dict) -> dict:
     return dict(nested if isinstance(nested, dict) else stated)
 
 
-def kind_of(parameters: dict) -> str:
-    """Return the type of rotary positions, by its name of today."""
+def rope_type_of(parameters: dict) -> str:
+    """Return the RoPE type under its current name: `su` is now `longrope`; a text-only `mrope` is the default."""
     kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
     return {"su": "longrope", "mrope": "default"}.get(kind, kind)
 
 
-def taken_over(target: dict) -> tuple[RopeScaling | None, str | None]:
-    """Return the scaling that a draft takes over from a target's text config, and why it takes none where there is one.
+def draft_rope_scaling(target: dict) -> tuple[RopeScaling | None, str | None]:
+    """Return the scaling that a draft uses, from its target's text config, or None and why the target's is not used.
 
-    (None, None) for a target with plain positions.
+    (None, None) for a target with plain RoPE.
     """
     parameters = rope_parameters(target)
-    kind = kind_of(parameters)
+    kind = rope_type_of(parameters)
     if kind == "default":
         return None, None
     if kind not in KEYS:
         return None, f"{kind}, which engines compute otherwise than transformers, or not at all"
     try:
-        found = read_scaling(parameters, target)
+        scaling = read_scaling(parameters, target)
     except ValueError as error:
         return None, f"{kind}, but {error}"
-    usual, stated = found.magnitude, parameters.get("attention_factor")
+    usual, stated = scaling.attention_factor, parameters.get("attention_factor")
     if kind == "yarn" and not (stated is None or (isinstance(stated, int | float) and abs(stated - usual) <= 1e-6)):
         return None, f"yarn with attention_factor {stated} where {usual:g} is usual, which SGLang does not read"
-    return found, None
+    return scaling, None
 
 
 def read_scaling(parameters: dict, config: dict) -> RopeScaling:
-    """Return the scaling that a config's rotary parameters state. ValueError, in words, for what is none we know."""
-    kind = kind_of(parameters)
+    """Return the scaling that RoPE parameters describe. Raises ValueError, with a message, for an unknown or wrong one.
+
+    config: the whole text config, which may hold lengths that the parameters lack.
+    """
+    kind = rope_type_of(parameters)
     if kind not in KEYS:
         raise ValueError(f"rope_type {kind!r} is none of {', '.join(KEYS)}")
     fields = {key: parameters.get(key) for key in (*KEYS[kind][0], *KEYS[kind][1])}
     if "original_max_position_embeddings" in fields:
-        # transformers gives the config's own key priority, and else takes the positions that the config has.
+        # As in transformers: the config's own key first, then the parameters', then max_position_embeddings.
         original = config.get("original_max_position_embeddings") or fields["original_max_position_embeddings"]
         fields["original_max_position_embeddings"] = original or config.get("max_position_embeddings")
     if kind == "yarn":
@@ -143,5 +147,5 @@ def read_scaling(parameters: dict, config: dict) -> RopeScaling:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        said = str(first["msg"]).removeprefix("Value error, ")
-        raise ValueError(f"{where}: {said}, found {first['input']!r}" if where else said) from None
+        message = str(first["msg"]).removeprefix("Value error, ")
+        raise ValueError(f"{where}: {message}, found {first['input']!r}" if where else message) from None

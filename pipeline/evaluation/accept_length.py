@@ -239,7 +239,7 @@ def _proposals(
     for threshold in thresholds:
         kept = [draft.config.proposals] * len(whole)
         if threshold > 0:
-            kept = draft.kept(hidden_NSD, anchor_ids_N, ids_NP, threshold).tolist()
+            kept = draft.confident_count(hidden_NSD, anchor_ids_N, ids_NP, threshold).tolist()
         cuts.append([ids[:count] for ids, count in zip(whole, kept, strict=True)])
     return cuts
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache import HiddenCache
-from pipeline.cache.atomic import Scratch, clean_label, need_room, room, sync_file, sync_folder
+from pipeline.cache.atomic import Scratch, check_free_space, clean_scratch_of, sync_file, sync_folder, write_errors
 from pipeline.drafts import Blocks, Cell, Draft, DraftConfig, lay_blocks, pack
 from pipeline.errors import ProofError, UsageError
 from pipeline.published import CONFIG, WEIGHTS, load_draft_folder
@@ -71,9 +71,11 @@ def export(run: Path, out: Path, format: str = "sglang") -> dict:
     check_servable(config, format, known.origin.tokens, scale)
     rows, head, source = make_rows(config, known.cache)
     draft, dtype = load_draft(run, head), getattr(torch, known.origin.dtype)
-    clean_label(out.parent, SCRATCH_LABEL)  # of exports that were killed, of this draft or another
-    need_room(out.parent, "an exported draft", sum(weight.numel() * dtype.itemsize for weight in draft.parameters()))
-    with room(out.parent, "an exported draft"):
+    clean_scratch_of(out.parent, SCRATCH_LABEL)  # of exports that were killed, of this draft or another
+    check_free_space(
+        out.parent, "an exported draft", sum(weight.numel() * dtype.itemsize for weight in draft.parameters())
+    )
+    with write_errors(out.parent, "an exported draft"):
         out.parent.mkdir(parents=True, exist_ok=True)
         with Scratch(out.parent, SCRATCH_LABEL) as scratch:
             unfinished = scratch.path / DRAFT

@@ -55,7 +55,7 @@ def write_probe(folder: Path, draft: Draft, cell: Cell, blocks: Blocks, source: 
         hidden_NSD = draft.hidden(cell, blocks)
         logits_NSV = draft.logits(hidden_NSD, blocks.prev_NS)["final"]
         confidence_NS = _confidence(draft, hidden_NSD, blocks.prev_NS)
-    ids_I = torch.cat([blocks.noise_ids_NS.flatten(), blocks.prev_NS.flatten()]).unique()
+    ids_I = torch.cat([blocks.input_ids_NS.flatten(), blocks.prev_NS.flatten()]).unique()
     spread_C = torch.linspace(0, head.vocab_size - 1, COLUMNS).long()
     columns_C = torch.cat([blocks.labels_NS.flatten(), spread_C]).unique()
     tensors = {

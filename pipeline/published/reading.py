@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.drafts import DraftConfig
-from pipeline.drafts.rope_scaling import RopeScaling, kind_of, rope_parameters, taken_over
+from pipeline.drafts.rope_scaling import RopeScaling, draft_rope_scaling, rope_parameters, rope_type_of
 from pipeline.errors import UsageError
 from pipeline.published.weights import CONFIG, read_json
 
@@ -323,14 +323,14 @@ def _rope_theta(file: Path, flat: dict) -> float:
 def _rope_scaling(file: Path, flat: dict) -> RopeScaling | None:
     """The scaling that is stated, once or twice alike, and that engines compute as we do. UsageError for any other."""
     places = [rope_parameters({"rope_scaling": flat.get(key)}) for key in ("rope_scaling", "rope_parameters")]
-    scaled = [stated for stated in places if kind_of(stated) != "default"]
+    scaled = [stated for stated in places if rope_type_of(stated) != "default"]
     found = []
     for stated in scaled:
-        scaling, reason = taken_over({**flat, "rope_scaling": stated})
+        scaling, reason = draft_rope_scaling({**flat, "rope_scaling": stated})
         if scaling is None:
             raise UsageError(f"{file}: scaled rotary positions: {reason}; a draft here has others")
         found.append(scaling)
-    plain = places[1] and kind_of(places[1]) == "default"
+    plain = places[1] and rope_type_of(places[1]) == "default"
     if len(set(found)) > 1 or (found and plain):
         raise UsageError(f"{file}: rope_scaling and rope_parameters differ; state scaled rotary positions twice alike")
     return found[0] if found else None

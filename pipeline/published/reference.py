@@ -92,7 +92,7 @@ def _turned(x_ALE: Tensor, first: int, config: DraftConfig) -> Tensor:
     angle = torch.arange(first, first + x_ALE.shape[1])[:, None] * speed
     left, right = x_ALE.split(half, -1)
     turned = torch.cat([left * angle.cos() - right * angle.sin(), right * angle.cos() + left * angle.sin()], -1)
-    return turned if config.rope_scaling is None else turned * config.rope_scaling.magnitude
+    return turned if config.rope_scaling is None else turned * config.rope_scaling.attention_factor
 
 
 def _speed(pair: int, half: int, config: DraftConfig) -> float:

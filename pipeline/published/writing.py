@@ -172,7 +172,7 @@ def _speculators(config: DraftConfig, origin: Origin) -> dict:
 def _qwen3(config: DraftConfig, origin: Origin) -> dict:
     """What both forms say of the decoder layers."""
     sliding, tokens = "sliding_attention" in config.layer_types, origin.tokens or {}
-    scaling = config.rope_scaling.stated() if config.rope_scaling else {}
+    scaling = config.rope_scaling.as_config() if config.rope_scaling else {}
     flat = {name: getattr(config, name) for name in (*SHARED, "head_dim", "rope_theta")} | {
         "model_type": "qwen3",
         "dtype": origin.dtype,

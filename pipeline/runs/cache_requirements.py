@@ -1,6 +1,6 @@
-"""What a cache holds for a draft: the target's sizes, a mask token, layers and final states.
+"""What a draft needs of a cache: the target's sizes, a mask token, layers and final states.
 
-What it lacks is refused, before any work, with the command that captures it.
+A cache that lacks one is refused before any work, with the command that captures it.
 """
 
 import shlex
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def text_config(config: dict) -> dict:
-    """Return the language model's part of a target's config; targets that also see keep it apart."""
+    """Return the language model's part of a target's config, which multimodal targets nest under `text_config`."""
     text = config.get("text_config") or config
     needed = ["hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"]
     missing = [key for key in needed if key not in text]
@@ -28,9 +28,11 @@ def text_config(config: dict) -> dict:
 
 
 def rope_theta(target: dict) -> float:
-    """Return the target's rotary base: `rope_parameters` (transformers 5, maybe one for each kind of layer) or legacy.
+    """Return the target's RoPE base, from `rope_parameters` (transformers 5, maybe for each kind of layer) or, before,
+    `rope_theta`.
 
-    UsageError where both are stated and differ: a draft trained with one and served with the other accepts nothing.
+    Raises UsageError where both are stated and differ: of a draft trained with one and served with the other, no
+    proposal would be accepted.
     """
     parameters = target.get("rope_parameters") or {}
     new = parameters.get("rope_theta", (parameters.get("full_attention") or {}).get("rope_theta"))
@@ -44,7 +46,7 @@ def rope_theta(target: dict) -> float:
 
 
 def logit_scale(target: dict) -> float:
-    """Return what the LM head's output is multiplied by: Granite divides, Cohere and Falcon-H1 multiply."""
+    """Return the factor of the LM head's output: Granite states a divisor, Cohere and Falcon-H1 a multiplier."""
     if target.get("logits_scaling"):
         return 1.0 / target["logits_scaling"]
     return float(target.get("logit_scale") or target.get("lm_head_multiplier") or 1.0)
@@ -55,28 +57,30 @@ def resolve_mask_token(stated: int | None, tokens: dict, vocab_size: int) -> int
 
     Never pad, eos or bos: a draft would learn that the end of a text means "guess here".
     """
-    ways = {"draft.mask_token_id": stated, "the tokenizer's mask token": tokens.get("mask")}
-    ways["len(tokenizer)"] = tokens["length"]
-    how, mask = next((how, token) for how, token in ways.items() if token is not None)
+    candidates = {"draft.mask_token_id": stated, "the tokenizer's mask token": tokens.get("mask")}
+    candidates["len(tokenizer)"] = tokens["length"]
+    source, mask = next((source, token) for source, token in candidates.items() if token is not None)
     remedy = "set draft.mask_token_id to an id that no text uses"
     if mask >= vocab_size:
-        raise UsageError(f"{how} is {mask}, outside the target's vocabulary of {vocab_size}; {remedy}")
+        raise UsageError(f"{source} is {mask}, outside the target's vocabulary of {vocab_size}; {remedy}")
     special = {"pad": [tokens.get("pad")], "bos": [tokens.get("bos")], "eos": tokens.get("eos") or []}
-    taken = [name for name, held in special.items() if mask in held]
-    if taken:
-        raise UsageError(f"{how} is {mask}, the tokenizer's {' and '.join(taken)} token; {remedy}")
+    equal = [name for name, ids in special.items() if mask in ids]
+    if equal:
+        raise UsageError(f"{source} is {mask}, the tokenizer's {' and '.join(equal)} token; {remedy}")
     return mask
 
 
 def check_complete(cache: "HiddenCache", recipe: "Recipe") -> None:
-    """Refuse a cache with columns that only some shards have: which layers it holds would be left to chance.
+    """Refuse a cache with columns that only some shards have, unless the recipe states `draft.layers`.
 
-    With `draft.layers` stated it passes. UsageError while it is being captured, CacheError where nobody does,
-    and in any case where shards have lost their segment of the plan or nothing is captured yet.
+    The layers that a draft reads by default would depend on how far the capture is. Raises UsageError while a capture
+    is running, else CacheError; and CacheError where shards have lost their segment of the plan, or nothing is captured
+    yet.
     """
-    if cache.beyond and not in_use(cache.path):
+    if cache.unplanned_shards and not in_use(cache.path):
         raise CacheError(
-            f"{cache.path}: shard {cache.beyond[0]} is in no segment of the plan, so one is lost; run `pipeline verify`"
+            f"{cache.path}: shard {cache.unplanned_shards[0]} is in no segment of the plan, so one is lost; "
+            "run `pipeline verify`"
         )
     if not (cache.whole or cache.partial):
         finish = "the same `pipeline import-cache` goes on" if _imported(cache) else f"run {capture_command(cache)}"
@@ -99,34 +103,40 @@ def partial_text(cache: "HiddenCache") -> str:
     return ", ".join(f"{name} in {count} of {cache.shards} shards" for name, count in cache.partial.items())
 
 
-def check_held(cache: "HiddenCache", wanted: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Return the layers to read, ascending: those wanted, or all that the cache holds. Refuse what it lacks."""
-    held = list(cache.layers)
-    missing = [layer for layer in wanted or () if layer not in held]
-    if not missing and held:
-        return tuple(sorted(set(wanted or held)))
-    wanted = sorted({*held, *missing})
-    if not held:
+def layers_to_read(cache: "HiddenCache", wanted: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Return the layers to read, ascending: those wanted, or all that the cache holds.
+
+    Raises UsageError for a layer that the cache lacks, naming the command that captures it.
+    """
+    present = list(cache.layers)
+    missing = [layer for layer in wanted or () if layer not in present]
+    if not missing and present:
+        return tuple(sorted(set(wanted or present)))
+    wanted = sorted({*present, *missing})
+    if not present:
         finish = (
             "import with the same command" if _imported(cache) else f"capture with {capture_command(cache, wanted)}"
         )
         raise UsageError(f"{cache.path} holds no layer that is whole; finish the {finish}")
     raise UsageError(
-        f"{cache.path} holds layers {held}; this draft also reads {missing}: {how_to_add(cache, wanted)}, or leave "
+        f"{cache.path} holds layers {present}; this draft also reads {missing}: {how_to_add(cache, wanted)}, or leave "
         "`draft.layers` out of the recipe to read what is there"
     )
 
 
 def check_final(cache: "HiddenCache", why: str, remedy: str) -> None:
-    """Refuse a cache without the target's final states. `why` they are read, and what to set to do without them."""
+    """Raise UsageError for a cache without the target's final states.
+
+    why: what reads them. remedy: the setting that does without them.
+    """
     if not cache.has_final:
         add = how_to_add(cache, cache.layers, "needed")
         raise UsageError(f"{cache.path} holds no final states, which {why} learns from; {add}, or set {remedy}")
 
 
 def how_to_add(cache: "HiddenCache", layers: Sequence[int], final: str | None = None) -> str:
-    """Return what adds the columns that a cache lacks: a capture, which goes on with its own samples, or other files to
-    import, as nothing can be captured into an imported cache."""
+    """Return, for an error message, how to add the columns that a cache lacks: by a capture of the same samples, or by
+    another import, as nothing can be captured into an imported cache."""
     if _imported(cache):
         return "it was imported, so import files that hold them too into another --out"
     return f"add them with {capture_command(cache, layers, final)}"
@@ -137,12 +147,12 @@ def _imported(cache: "HiddenCache") -> bool:
 
 
 def capture_command(cache: "HiddenCache", layers: Sequence[int] = (), final: str | None = None) -> str:
-    """Return the command that captures these layers of the cache's own samples, in backquotes; without any, its own."""
-    asked = _asked(cache)
-    options = asked.get("options", {})
+    """Return the command, in backquotes, that captures `layers` of the cache's samples; without any, the same ones."""
+    request = _recorded_request(cache)
+    options = request.get("options", {})
     stated = {
-        "--model": asked.get("model") or cache.identity.get("target", {}).get("name", "MODEL"),
-        "--corpus": asked.get("corpus"),
+        "--model": request.get("model") or cache.identity.get("target", {}).get("name", "MODEL"),
+        "--corpus": request.get("corpus"),
         "--max-samples": options.get("max_samples"),
         "--out": cache.path,
         "--layers": ",".join(map(str, layers)) or options.get("layers"),
@@ -153,8 +163,8 @@ def capture_command(cache: "HiddenCache", layers: Sequence[int] = (), final: str
     return f"`{shlex.join(['pipeline', 'cache-hidden', *words])}`"
 
 
-def _asked(cache: "HiddenCache") -> dict:
-    """What the capture's record says it was asked for, where there is one: the corpus has its path nowhere else."""
+def _recorded_request(cache: "HiddenCache") -> dict:
+    """Return the request that the capture's log records, {} without one; only there is the path of the corpus."""
     try:
         return read_canonical(cache.path / LOG).get("request", {})
     except CacheError:

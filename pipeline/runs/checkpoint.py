@@ -1,14 +1,15 @@
-"""Checkpoints of a run: complete or not there, checked before use, pruned only after the next one is safe.
+"""Checkpoints of a run: written atomically, verified before use, pruned only after the next one is on disk.
 
     RUN/checkpoints/step-00000500/   after 500 optimiser steps
         draft.safetensors            weights, named as published checkpoints name them
         config.json                  DraftConfig
         optimizer.safetensors        float32 state of the optimiser, absent when none was given
-        state.json                   step, what the caller adds, and the size and xxh3-128 of the other files; a record
+        state.json                   step, what the caller adds, and the size and xxh3-128 of the other files, with a
+                                     checksum of itself (checksummed_json.py)
 
-Only safetensors and JSON; nothing that runs when it is read. A folder appears by rename after every byte is synced,
-so a kill at any moment leaves the checkpoint before. A checkpoint is these files and no others, each lying in its
-folder; what another place is named in state.json, or led to by a link, is not followed.
+Only safetensors and JSON: loading one runs no code. A folder appears by rename after every byte is synced, so a kill at
+any moment leaves the previous checkpoint. A checkpoint has these files and no others; other paths in state.json, and
+symbolic links, are refused.
 """
 
 import os
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from pipeline.cache.atomic import need_room, room, sync_file, sync_folder, write_file
+from pipeline.cache.atomic import check_free_space, sync_file, sync_folder, write_errors, write_file
 from pipeline.cache.manifest import FILES, FileFact
 from pipeline.checksummed_json import damage_error, read_record, record_bytes
 from pipeline.drafts import DRAFTS, Draft, DraftConfig
@@ -35,9 +36,9 @@ from pipeline.untrusted import parse_json, read_file
 
 FOLDER = "checkpoints"
 DRAFT, CONFIG, OPTIMIZER, STATE = "draft.safetensors", "config.json", "optimizer.safetensors", "state.json"
-NEEDED = {CONFIG, DRAFT}
-MOST_LAYERS = 1024
-MOST_JSON = 4 << 20  # bytes of config.json and of state.json, which have 1 KiB
+REQUIRED = {CONFIG, DRAFT}
+MAX_LAYERS = 1024
+MAX_JSON = 4 << 20  # bytes of config.json and of state.json, which have 1 KiB
 UNFINISHED = "tmp-"
 _NAME = re.compile(r"step-([0-9]{8,})")
 
@@ -61,10 +62,10 @@ def save(run: Path, step: int, draft: Draft, optimizer: dict[str, torch.Tensor],
     if path.exists():
         return path
     weights = draft.state_dict()
-    need_room(run, "a checkpoint", sum(map(_size, [*weights.values(), *optimizer.values()])))
+    check_free_space(run, "a checkpoint", sum(map(_size, [*weights.values(), *optimizer.values()])))
     unfinished = folder / f"{UNFINISHED}{path.name}"
-    with room(folder, "a checkpoint"):
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process: the run is locked, so nobody writes here
+    with write_errors(folder, "a checkpoint"):
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process: the run is locked, nobody writes here
         unfinished.mkdir(parents=True)
         try:
             _write_files(unfinished, weights, draft.config, optimizer, {**state, "step": step})
@@ -106,19 +107,19 @@ def steps(run: Path) -> list[int]:
 
 def latest(run: Path) -> Checkpoint | None:
     """Return the newest checkpoint of a run, every byte checked; None when it has none. CacheError when damaged."""
-    held = steps(run)
-    return open_checkpoint(checkpoint_folder(run, held[-1])) if held else None
+    saved = steps(run)
+    return open_checkpoint(checkpoint_folder(run, saved[-1])) if saved else None
 
 
 def open_checkpoint(path: Path, checked: Iterable[str] = (CONFIG, DRAFT, OPTIMIZER)) -> Checkpoint:
-    """Read state.json, and check the files it names: all by size, those of `checked` byte by byte.
+    """Read state.json and check the files it names: all by size, those in `checked` by checksum.
 
-    Raises CacheError naming the one that is damaged or is not where a checkpoint has it.
+    Raises CacheError naming the file that is damaged, missing or no regular file.
     """
     remedy = f"remove {path} to go on from the checkpoint before"
-    state = read_record(path / STATE, {"step": int, "files": FILES}, remedy, MOST_JSON)
+    state = read_record(path / STATE, {"step": int, "files": FILES}, remedy, MAX_JSON)
     step, facts = state["step"], state["files"]
-    if not NEEDED <= facts.keys() <= {*NEEDED, OPTIMIZER}:
+    if not REQUIRED <= facts.keys() <= {*REQUIRED, OPTIMIZER}:
         named = ", ".join(sorted(facts)) or "no files"
         raise CacheError(f"{path / STATE}: it names {named} and a checkpoint has {CONFIG} and {DRAFT}; {remedy}")
     if path.name.startswith("step-") and path.name != f"step-{step:08d}":
@@ -129,7 +130,7 @@ def open_checkpoint(path: Path, checked: Iterable[str] = (CONFIG, DRAFT, OPTIMIZ
 
 
 def _check_file(path: Path, fact: dict, every_byte: bool, remedy: str) -> None:
-    """Refuse a file that is not what state.json says. Its size is looked at before it is opened."""
+    """Raise CacheError for a file that differs from what state.json records; its size is checked before opening it."""
     try:
         found = os.lstat(path)
         if not stat.S_ISREG(found.st_mode):
@@ -142,15 +143,15 @@ def _check_file(path: Path, fact: dict, every_byte: bool, remedy: str) -> None:
 
 
 def find_checkpoint(place: Path) -> Path:
-    """Return the checkpoint's folder that `place` names: itself, or the newest one of a run. UsageError for neither."""
+    """Return a checkpoint's folder: `place` itself, or the newest one of the run in `place`. UsageError for neither."""
     if (place / DRAFT).is_file() and (place / CONFIG).is_file():
         return place
-    held = steps(place)
-    if not held:
+    saved = steps(place)
+    if not saved:
         raise UsageError(
             f"{place} is no run with a checkpoint and no checkpoint; train one with `pipeline train-draft`"
         )
-    return checkpoint_folder(place, held[-1])
+    return checkpoint_folder(place, saved[-1])
 
 
 def load_config(place: Path) -> DraftConfig:
@@ -163,8 +164,8 @@ def load_config(place: Path) -> DraftConfig:
 def _config(path: Path) -> DraftConfig:
     file, remedy = path / CONFIG, "use another checkpoint"
     try:
-        fields = parse_json(read_file(file, MOST_JSON))
-        if fields["num_hidden_layers"] > MOST_LAYERS:
+        fields = parse_json(read_file(file, MAX_JSON))
+        if fields["num_hidden_layers"] > MAX_LAYERS:
             raise ValueError(f"num_hidden_layers is {fields['num_hidden_layers']}")
         return DraftConfig(**fields)
     except (OSError, ValueError, TypeError, KeyError, UsageError) as error:

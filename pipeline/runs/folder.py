@@ -1,11 +1,12 @@
-"""What the folder of a run says: what the run is, its recipe, its result. Read by training, `evaluate` and `export`.
+"""The files in a run's folder: what the run is, its recipe, its result. Read by training, `evaluate` and `export`.
 
-    RUN/run.json       cache, target, versions, command line, and size and digest of recipe.toml; a record
+    RUN/run.json       cache, target, versions, command line, and size and checksum of recipe.toml
         recipe.toml    the resolved recipe
-        done.json      the result, and the checkpoint it is the result of; a record
+        done.json      the result, and the checksum of the checkpoint it belongs to
         checkpoints/   see pipeline/runs/checkpoint.py
 
-Each is checked before it is believed. Those of version 0.5.0 and earlier have nothing to be checked by.
+The JSON files hold a checksum of themselves (checksummed_json.py), which is verified before use; those of version 0.5.0
+and earlier have none.
 """
 
 from pathlib import Path
@@ -19,32 +20,32 @@ from pipeline.runs.recipe import Recipe, load_recipe
 from pipeline.untrusted import read_file
 
 RUN, RECIPE, DONE = "run.json", "recipe.toml", "done.json"
-FACT = {"size": int, "xxh3": str}
-FORM = {"cache": {"path": str, "digest": str, "rounded": [str]}, "split": {"digest": str}, "target": str}
-FORM |= {"versions": {str: str}, "machine?": {str: str}, "recipe?": FACT}
-FIGURES = {"prompts": int, "accept_len": float, "interval": [float], "calls": int, "per_slot": [float]}
-RESULT = {"steps": int, "parameters": int, "accept_len": object, "eval": object, "state?": FACT}
-MOST_RECIPE = 1 << 20  # bytes
+FILE_SCHEMA = {"size": int, "xxh3": str}
+RUN_SCHEMA = {"cache": {"path": str, "digest": str, "rounded": [str]}, "split": {"digest": str}, "target": str}
+RUN_SCHEMA |= {"versions": {str: str}, "machine?": {str: str}, "recipe?": FILE_SCHEMA}
+FIGURES_SCHEMA = {"prompts": int, "accept_len": float, "interval": [float], "calls": int, "per_slot": [float]}
+RESULT_SCHEMA = {"steps": int, "parameters": int, "accept_len": object, "eval": object, "state?": FILE_SCHEMA}
+MAX_RECIPE = 1 << 20  # bytes
 PUT_BACK = "put it back as it was, or train into another --out"
 MAKE_AGAIN = "remove it: the same `pipeline train-draft` makes it again from the newest checkpoint"
 
 
 def write_run(run: Path, facts: dict, recipe: str) -> None:
-    """Write what a run is. The recipe comes last: with it the folder is a run's."""
+    """Write run.json, then recipe.toml: a folder with a recipe.toml is a run's."""
     write_file(run / RUN, record_bytes(facts | {"recipe": FileFact.of_bytes(recipe.encode()).as_dict()}))
     write_file(run / RECIPE, recipe.encode())
 
 
 def read_run(run: Path) -> dict:
-    """Return what a run's folder says the run is. CacheError when that is damaged."""
-    return read_record(run / RUN, FORM, PUT_BACK)
+    """Return the contents of a run's run.json. Raises CacheError when it is damaged."""
+    return read_record(run / RUN, RUN_SCHEMA, PUT_BACK)
 
 
 def read_recipe(run: Path) -> Recipe:
-    """Return a run's recipe. CacheError when it is not the one that the run began with."""
+    """Return a run's recipe. Raises CacheError when recipe.toml differs from what run.json records."""
     path, wanted = run / RECIPE, read_run(run).get("recipe")
     try:
-        found = FileFact.of_bytes(read_file(path, MOST_RECIPE)).as_dict()
+        found = FileFact.of_bytes(read_file(path, MAX_RECIPE)).as_dict()
     except (OSError, ValueError) as error:
         raise damage_error(path, error, PUT_BACK) from None
     if wanted not in (None, found):
@@ -56,22 +57,23 @@ def read_recipe(run: Path) -> Recipe:
 
 
 def write_result(run: Path, result: dict) -> None:
-    """Write the result of a run, whose last checkpoint is there: with it the run is finished."""
+    """Write done.json, which marks a run as finished. Its last checkpoint must be on disk."""
     state = FileFact.of_file(checkpoint_folder(run, result["steps"]) / STATE).as_dict()
     write_file(run / DONE, record_bytes(result | {"state": state}))
 
 
 def read_result(run: Path) -> dict | None:
-    """Return the result of a finished run; None while it is not finished, or without the checkpoint it is a result of.
+    """Return the result of a finished run; None while it is unfinished, or when the result's checkpoint is missing.
 
-    CacheError when the result or the draft in that checkpoint is damaged.
+    Raises CacheError when the result or the draft in that checkpoint is damaged.
     """
     path = run / DONE
     if not path.exists():
         return None
-    result = read_record(path, RESULT, MAKE_AGAIN)
+    result = read_record(path, RESULT_SCHEMA, MAKE_AGAIN)
     figures = result["eval"]
-    if figures is not None and not has_form(figures, FIGURES | {"domains": {str: FIGURES}, "replies?": [[int]]}):
+    schema = FIGURES_SCHEMA | {"domains": {str: FIGURES_SCHEMA}, "replies?": [[int]]}
+    if figures is not None and not has_form(figures, schema):
         raise CacheError(f"{path}: damaged, its figures are none; {MAKE_AGAIN}")
     folder = checkpoint_folder(run, result["steps"])
     if not folder.exists():

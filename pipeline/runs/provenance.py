@@ -1,4 +1,4 @@
-"""Where a draft comes from: what its run's folder tells, and the cache that it was trained on, where that still is."""
+"""The provenance of a draft: what its run's folder records, and the cache that it was trained on, if still there."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,14 +11,14 @@ from pipeline.evaluation.reports import load_report
 from pipeline.published.card import Facts
 from pipeline.published.writing import Origin
 from pipeline.runs.checkpoint import find_checkpoint, open_checkpoint
-from pipeline.runs.folder import DONE, FIGURES, RUN, read_recipe, read_result, read_run
+from pipeline.runs.folder import DONE, FIGURES_SCHEMA, RUN, read_recipe, read_result, read_run
 
-CARD_FIGURES = {"overall": FIGURES, "domains": {str: FIGURES}}
+CARD_SCHEMA = {"overall": FIGURES_SCHEMA, "domains": {str: FIGURES_SCHEMA}}
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What an export says of a draft beyond its weights."""
+    """What an export states about a draft besides its weights."""
 
     cache: HiddenCache | None
     origin: Origin
@@ -26,55 +26,59 @@ class Provenance:
 
 
 def provenance(place: Path) -> Provenance:
-    """Return what is known of a run, or of a checkpoint: little of one that stands alone."""
+    """Return the provenance of a run, or of a checkpoint: almost empty for a checkpoint outside a run's folder."""
     checkpoint = find_checkpoint(place)
     folder = checkpoint.resolve().parent.parent
     if not (folder / RUN).is_file():
         return Provenance(None, Origin("float32"), Facts())
     recorded, recipe = read_run(folder), read_recipe(folder)
-    held, step = recorded["cache"], open_checkpoint(checkpoint, ()).step
+    recorded_cache, step = recorded["cache"], open_checkpoint(checkpoint, ()).step
     origin = Origin(
         dtype=recipe.train.dtype,
         target=recorded["target"],
-        trained_on={"cache": held["digest"], "heldout": recipe.train.heldout},
+        trained_on={"cache": recorded_cache["digest"], "heldout": recipe.train.heldout},
     )
-    begun = recorded.get("start")
-    begun = begun and f"{Path(begun['place']).name}, {begun['digest']}"
+    initial = recorded.get("start")
+    initial = initial and f"{Path(initial['place']).name}, {initial['digest']}"
     facts = Facts(
-        start=begun, steps=step, recipe=recipe.toml(), cache=held["digest"], evaluations=evaluations(folder, step)
+        start=initial,
+        steps=step,
+        recipe=recipe.toml(),
+        cache=recorded_cache["digest"],
+        evaluations=evaluations(folder, step),
     )
-    cache = _same_cache(held)
+    cache = _same_cache(recorded_cache)
     return Provenance(cache, origin, facts) if cache is None else _with_cache(cache, origin, facts)
 
 
-def _same_cache(held: dict) -> HiddenCache | None:
+def _same_cache(recorded_cache: dict) -> HiddenCache | None:
     try:
-        found = HiddenCache.open(held["path"])
+        found = HiddenCache.open(recorded_cache["path"])
     except (UsageError, CacheError):  # moved, deleted or damaged since; the draft is none the worse for it
         return None
-    return found if found.digest == held["digest"] else None
+    return found if found.digest == recorded_cache["digest"] else None
 
 
 def _with_cache(cache: HiddenCache, origin: Origin, facts: Facts) -> Provenance:
-    target, told = cache.identity["target"], describe(cache.path)
+    target, description = cache.identity["target"], describe(cache.path)
     origin = replace(
         origin,
         revision=target.get("revision") or None,
         architectures=tuple(cache.target_config.get("architectures") or ()),
         tokens=cache.tokens,
     )
-    plan, gauge = told["plan"], told["gauge"]
+    plan, gauge = description["plan"], description["gauge"]
     rules = cache.identity["samples"]
-    told = {key: rules[key] for key in ("template_kwargs", "template_date") if rules.get("template_kwargs")}
-    facts = replace(facts, sources=plan["sources"], samples=plan["samples"], gauge=gauge, template=told)
+    template = {key: rules[key] for key in ("template_kwargs", "template_date") if rules.get("template_kwargs")}
+    facts = replace(facts, sources=plan["sources"], samples=plan["samples"], gauge=gauge, template=template)
     facts = replace(facts, target_digest=target["digest"])
     return Provenance(cache, origin, facts)
 
 
 def evaluations(folder: Path, step: int) -> list[dict]:
-    """Return what was measured of the checkpoint after `step`: reports of `evaluate` that lie in the run's folder or
-    beside it under its name, and the accept length that training measured itself. CacheError for a damaged one."""
-    found = []
+    """Return the measurements of the checkpoint after `step`: reports of `evaluate` in the run's folder or beside it
+    under its name, and the accept length that training measured. Raises CacheError for a damaged one."""
+    measured = []
     own = {folder / RUN, folder / DONE}
     for path in sorted({*folder.glob("*.json"), folder.parent / f"{folder.name}.json"} - own):
         report = _report(path)
@@ -83,16 +87,16 @@ def evaluations(folder: Path, step: int) -> list[dict]:
         settings = report["settings"]
         cut = f", blocks cut at confidence {settings['threshold']:g}" if settings.get("threshold") else ""
         most = f"{settings['max_new']} tokens at most{cut}"
-        found.append({"title": f"Decoded greedily with the target, {most}", "figures": _figures(report)})
+        measured.append({"title": f"Decoded greedily with the target, {most}", "figures": _figures(report)})
         drawn = report.get("sampled")
         if drawn:
             title = f"Replies drawn from the target at T = {drawn['temperature']:g}, {most}"
-            found.append({"title": title, "figures": _figures(drawn)})
+            measured.append({"title": title, "figures": _figures(drawn)})
     done = read_result(folder)
     if done and done["steps"] == step and done["eval"] and done["eval"]["calls"]:
         title = "On held-out replies that are the target's own, greedy, without decoding"
-        found.append({"title": title, "figures": done["eval"]})
-    return found
+        measured.append({"title": title, "figures": done["eval"]})
+    return measured
 
 
 def _figures(part: dict) -> dict:
@@ -107,4 +111,4 @@ def _report(path: Path) -> dict | None:
         return None
     parts = [report, *([report["sampled"]] if report.get("sampled") else [])]
     cut = report["settings"].get("threshold") or 0
-    return report if all(has_form(part, CARD_FIGURES) for part in parts) and has_form(cut, float) else None
+    return report if all(has_form(part, CARD_SCHEMA) for part in parts) and has_form(cut, float) else None

@@ -1,9 +1,9 @@
-"""Recipes: everything that decides how a draft comes out.
+"""Recipes: all settings that decide the trained draft, their defaults, and how they are resolved against a cache.
 
 A recipe is a TOML file with the sections [draft] and [train]; it states only what differs from the defaults, and
-`--set section.field=value` changes one field more. `resolve` fills the rest from a cache: sizes and layers from the
-target's config, the mask token from its tokenizer, the rates from the size. The resolved recipe is printed, kept in
-the run's folder, and loads back as the same recipe.
+`--set section.field=value` changes one more field. `resolve` fills the rest from a cache: sizes and layers from the
+target's config, the mask token from its tokenizer, the learning rate from the size. The resolved recipe is printed,
+saved in the run's folder, and loads back as the same recipe.
 
     H hidden size   L layers of the target   V vocabulary   b block size
 """
@@ -28,15 +28,15 @@ from pydantic import (
     ValidationError,
 )
 
-from pipeline.drafts.rope_scaling import taken_over
+from pipeline.drafts.rope_scaling import draft_rope_scaling
 from pipeline.errors import UsageError
-from pipeline.runs.cache_requirements import check_final, check_held, resolve_mask_token, rope_theta, text_config
+from pipeline.runs.cache_requirements import check_final, layers_to_read, resolve_mask_token, rope_theta, text_config
 from pipeline.untrusted import read_file
 
 if TYPE_CHECKING:
     from pipeline.drafts import DraftConfig
 
-# Targets up to this width are toys for a CPU: their drafts guess 8 tokens a block instead of 16.
+# Hidden size up to which a target counts as a toy for a CPU: its drafts have blocks of 8 slots instead of 16.
 SMALL_HIDDEN = 512
 
 # TOML has only lists; everything else keeps the type that was written.
@@ -46,7 +46,7 @@ STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=Fals
 
 
 class DraftSection(BaseModel):
-    """What the draft is. Fields left out follow from the method and the target; see `resolve`."""
+    """The draft's architecture and loss. Fields left out follow from the method and the target; see `resolve`."""
 
     model_config = STRICT
 
@@ -59,7 +59,7 @@ class DraftSection(BaseModel):
     block_size: int | None = Field(None, ge=2)  # 16, 8 when H <= SMALL_HIDDEN; dspark 7
     mask_token_id: int | None = Field(None, ge=0)
     shift_label: bool | None = None  # next-position labels: dflash no, the others yes, as published
-    gamma: NonNegativeFloat | None = None  # decay of the slots' weights; 0: none
+    gamma: NonNegativeFloat | None = None  # decay constant of the slots' weights; 0: no decay
     weighting: str | None = None  # "decay", or one of the D-PACE forms
     dpace_alpha: float | None = Field(None, ge=0, le=1)
     # Domino only
@@ -71,10 +71,10 @@ class DraftSection(BaseModel):
     # DSpark only
     markov_rank: NonNegativeInt | None = None  # min(256, H); 0: no Markov head
     markov_head_type: str | None = None  # "vanilla", "gated" or "rnn"; vanilla
-    enable_confidence_head: bool | None = None  # yes, but for objective ce, which has nothing to teach it
+    enable_confidence_head: bool | None = None  # yes, but for objective ce, which reads no final states
     confidence_head_with_markov: bool | None = None  # no
     alpha_confidence: NonNegativeFloat | None = None  # 1
-    # Left out: the target's own. Stated for targets whose own mean something else (experts, latent attention).
+    # Left out: the target's own. State them where the target's mean something else (experts, latent attention).
     intermediate_size: PositiveInt | None = None
     num_attention_heads: PositiveInt | None = None
     num_key_value_heads: PositiveInt | None = None
@@ -84,17 +84,17 @@ class DraftSection(BaseModel):
 
 
 class TrainSection(BaseModel):
-    """How long and how hard to train. `steps` and `epochs` are two ways to say the same, so only one is stated."""
+    """Training length, batch and optimiser. At most one of `steps` and `epochs` is stated. Cell: packed micro-batch."""
 
     model_config = STRICT
 
     steps: PositiveInt | None = None
     epochs: PositiveInt | None = None  # 6
     batch: PositiveInt = 16  # samples of a global batch
-    context: PositiveInt = 3072  # rows of a cell; a longer sample gives one window of so many
+    context: PositiveInt = 3072  # rows of a cell; of a longer sample one window of so many rows
     anchors: PositiveInt = 512  # blocks a sample and epoch, at most
     cell_anchors: PositiveInt | None = None  # blocks of a cell; max(512, anchors)
-    cells: PositiveInt = 1  # cells of a global batch, at least; more where they do not hold it
+    cells: PositiveInt = 1  # cells of a global batch, at least; more where the samples do not fit
     optimizer: Literal["adamw", "muon"] | None = None  # adamw, as published; toys: muon for the layers' matrices
     lr: PositiveFloat | None = None  # peak; see `default_lr`
     warmup: float = Field(0.04, ge=0, lt=1)  # share of the steps
@@ -119,7 +119,7 @@ class Recipe(BaseModel):
     train: TrainSection = TrainSection()
 
     def toml(self) -> str:
-        """Return the recipe as TOML, without what is None: values of these kinds read the same in TOML as in JSON."""
+        """Return the recipe as TOML, without fields that are None. These types are written alike in TOML and JSON."""
         sections = self.model_dump(exclude_none=True).items()
         tables = (
             [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in fields.items())]
@@ -128,7 +128,7 @@ class Recipe(BaseModel):
         return "\n\n".join("\n".join(lines) for lines in tables) + "\n"
 
     def digest(self) -> str:
-        """Return a hash of what it says, whatever the order it is said in."""
+        """Return a hash of all fields, independent of their order."""
         text = json.dumps(self.model_dump(exclude_none=True), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -136,13 +136,13 @@ class Recipe(BaseModel):
 def load_recipe(path: Path | None, sets: tuple[str, ...] = ()) -> Recipe:
     """Read a recipe and apply each `section.field=value` of `sets`.
 
-    Raises UsageError for a file that is not there or no TOML, an unknown key (naming the nearest), a wrong value.
+    Raises UsageError for a missing file, invalid TOML, an unknown key (naming the closest), or an invalid value.
     """
     return make_recipe(read_toml(Path(path)) if path else {}, sets, str(path or "the recipe"))
 
 
 def make_recipe(stated: dict, sets: tuple[str, ...], source: str) -> Recipe:
-    """Return the recipe that sections of fields state, each of `sets` applied; `source` names them in errors."""
+    """Return the recipe from sections of fields, with each of `sets` applied; `source` names it in errors."""
     if "sweep" in stated:
         raise UsageError(f"{source} holds a [sweep] table, so it is many recipes; run it with `pipeline sweep`")
     for entry in sets:
@@ -159,15 +159,15 @@ def make_recipe(stated: dict, sets: tuple[str, ...], source: str) -> Recipe:
     return recipe
 
 
-MOST_BYTES = 1 << 20  # of a recipe, which has 1 KiB
+MAX_BYTES = 1 << 20  # of a recipe, which has 1 KiB
 
 
 def read_toml(path: Path) -> dict:
-    """Return what a recipe's file states. UsageError when there is none, or it is no TOML."""
+    """Return the contents of a recipe file. Raises UsageError when it is missing or not TOML."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder; the recipe of a run is {path / 'recipe.toml'}")
     try:
-        return tomllib.loads(read_file(path, MOST_BYTES).decode())
+        return tomllib.loads(read_file(path, MAX_BYTES).decode())
     except FileNotFoundError:
         raise UsageError(f"no recipe at {path}; recipes are TOML files such as configs/domino.toml") from None
     except (OSError, ValueError, RecursionError) as error:  # tomllib's own is a ValueError
@@ -191,7 +191,7 @@ def _set(stated: dict, entry: str) -> None:
 
 
 def _explain(error: ValidationError, source: str) -> str:
-    """Return the first complaint in one line; an unknown key with the nearest one and the known list."""
+    """Return the first validation error in one line; for an unknown key, with the closest one and the known keys."""
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"][:2])
     if first["type"] != "extra_forbidden":
@@ -201,22 +201,22 @@ def _explain(error: ValidationError, source: str) -> str:
         known, where = list(sections), "sections"
     else:
         known, where = list(sections[first["loc"][0]].model_fields), f"keys of [{first['loc'][0]}]"
-    near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)[0]
-    nearest = ".".join([*map(str, first["loc"][:-1]), near])
-    return f"{source}: unknown key `{place}`; did you mean `{nearest}`? Known {where}: {', '.join(known)}"
+    closest = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)[0]
+    suggestion = ".".join([*map(str, first["loc"][:-1]), closest])
+    return f"{source}: unknown key `{place}`; did you mean `{suggestion}`? Known {where}: {', '.join(known)}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """A recipe with every field filled, and the draft it describes. `recipe.train.steps` is None until `lasting`."""
+    """A recipe with every field filled, and the draft it describes. `recipe.train.steps` is None until `with_steps`."""
 
     recipe: Recipe
     draft: "DraftConfig"
 
-    def lasting(self, samples: int) -> "Resolved":
-        """Fill what follows from the number of training samples: the steps and how often to look and save.
+    def with_steps(self, samples: int) -> "Resolved":
+        """Fill in what depends on the number of training samples: steps, and how often to evaluate and save.
 
-        An epoch is samples // batch steps, at least one; what is left over waits for the next epoch's order.
+        An epoch is samples // batch steps, at least one; the samples left over are not used in that epoch.
         """
         train = self.recipe.train
         steps = train.steps or train.epochs * max(1, samples // train.batch)
@@ -231,11 +231,11 @@ class Resolved:
 
 
 def resolve(recipe: Recipe, cache) -> Resolved:
-    """Fill a recipe from an open HiddenCache. UsageError for a method, layers, mask token or sizes that cannot be."""
+    """Fill a recipe from an open HiddenCache. Raises UsageError for an invalid method, layers, mask token or sizes."""
     target = text_config(cache.target_config)
     draft = _resolve_draft(recipe.draft, target, cache)
     config = _draft_config(draft, target)
-    _check_teacher(config, cache)
+    _check_final_states(config, cache)
     train = recipe.train
     optimizer = train.optimizer or ("adamw" if config.hidden_size > SMALL_HIDDEN else "muon")
     filled = {
@@ -253,11 +253,11 @@ def resolve(recipe: Recipe, cache) -> Resolved:
     return Resolved(recipe.model_copy(update={"draft": draft, "train": train.model_copy(update=filled)}), config)
 
 
-def _check_teacher(config: "DraftConfig", cache) -> None:
-    """Refuse a loss that learns from final states which the cache lacks."""
-    from pipeline.drafts import needs_teacher
+def _check_final_states(config: "DraftConfig", cache) -> None:
+    """Raise UsageError for a loss that reads final states which the cache lacks."""
+    from pipeline.drafts import needs_final_states
 
-    if not needs_teacher(config):
+    if not needs_final_states(config):
         return
     if config.objective == "ce":
         check_final(cache, "the confidence head", "draft.enable_confidence_head = false")
@@ -265,7 +265,7 @@ def _check_teacher(config: "DraftConfig", cache) -> None:
 
 
 def default_lr(hidden_size: int, optimizer: str) -> float:
-    """Return the peak rate: 6e-4, as published for targets from 0.6B to 8B, and more for toys."""
+    """Return the peak learning rate: 6e-4, as published for targets from 0.6B to 8B, and more for toys."""
     # Toys: see configs/demo.toml. With AdamW 3e-3 was the best of 1e-3, 3e-3, 6e-3 and 1e-2 on the bundled target;
     # widths between its 256 and 1024 were not tried, nor Muon on larger targets.
     toys = 5e-3 if optimizer == "muon" else 3e-3
@@ -283,7 +283,7 @@ def _resolve_draft(draft: DraftSection, target: dict, cache) -> DraftSection:
     block = draft.block_size or (7 if method == "dspark" else 8 if hidden <= SMALL_HIDDEN else 16)
     depth = draft.num_hidden_layers or min(5, max(1, target["num_hidden_layers"] // 3))
     filled = {
-        "layers": check_held(cache, draft.layers),
+        "layers": layers_to_read(cache, draft.layers),
         "num_hidden_layers": depth,
         "block_size": block,
         "mask_token_id": resolve_mask_token(draft.mask_token_id, cache.tokens, target["vocab_size"]),
@@ -308,7 +308,7 @@ def _resolve_draft(draft: DraftSection, target: dict, cache) -> DraftSection:
 
 
 def _draft_config(draft: DraftSection, target: dict) -> "DraftConfig":
-    """Build the checked config. Named one by one: nothing that only the target means may leak into the draft."""
+    """Return the validated config. The target's fields are named one by one, so that no other leaks into the draft."""
     from pipeline.drafts import DraftConfig
 
     fields = draft.model_dump(exclude_none=True)
@@ -321,7 +321,7 @@ def _draft_config(draft: DraftSection, target: dict) -> "DraftConfig":
         num_target_layers=target["num_hidden_layers"],
         rms_norm_eps=target.get("rms_norm_eps", 1e-6),
         rope_theta=rope_theta(target),
-        rope_scaling=taken_over(target)[0],
+        rope_scaling=draft_rope_scaling(target)[0],
         max_position_embeddings=target["max_position_embeddings"],
         attention_bias=bool(target.get("attention_bias", False)),
         initializer_range=target.get("initializer_range", 0.02),

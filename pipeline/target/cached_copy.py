@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from pipeline.cache.atomic import room, turn
+from pipeline.cache.atomic import process_lock, write_errors
 from pipeline.cache.target_folder import CONFIG, HEAD, TOKENS, WEIGHTS, has_target, new_target
 from pipeline.target.files import complete_config, tokenizer_files
 from pipeline.target.head import TargetHead
@@ -24,7 +24,7 @@ def store_target(out: Path, folder: Path, head: TargetHead, config: PreTrainedCo
     check_weights_if_recorded(out, folder)
     if has_target(out):
         return
-    with room(out, "the target's files"), turn(out, "target"):
+    with write_errors(out, "the target's files"), process_lock(out, "target"):
         if not has_target(out):
             with new_target(out) as new_folder:
                 for path in tokenizer_files(folder):

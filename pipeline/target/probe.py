@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.cache.codecs import PROMISE
+from pipeline.cache.codecs import PROBE_ALLOWANCE
 from pipeline.cache.codecs.int8 import as_states
-from pipeline.cache.columns import ColumnSpec, kept_rows
+from pipeline.cache.columns import ColumnSpec, stored_rows
 from pipeline.cache.layout import layer_of
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import ProofError
@@ -56,10 +56,10 @@ def probe(
         entries = [entry[0] for entry in truth.hidden_states]
         check_embedding(head, ids_P, entries[0])
         for spec in columns:
-            stored_rows = kept_rows(shard, row, spec.keeps)
-            inside = torch.from_numpy(stored_rows[stored_rows < prefix]).to(device)
+            kept = stored_rows(shard, row, spec.keeps)
+            inside = torch.from_numpy(kept[kept < prefix]).to(device)
             stored = as_states(read(spec.name, row))[: len(inside)].to(device)
-            tolerance = PROMISE.get(spec.codec, 0.0) + slack
+            tolerance = PROBE_ALLOWANCE.get(spec.codec, 0.0) + slack
             layer = layer_of(spec.name)
             if layer is not None:
                 error = check_layer(stored, entries, layer, tolerance)

@@ -22,10 +22,10 @@ import numpy as np
 from pipeline.cache.atomic import size_text
 from pipeline.cache.codecs import codec_of, parse_codecs, stored_bytes
 from pipeline.cache.columns import ColumnSpec
-from pipeline.cache.plan import SHARD_BYTES, SHARDS_AT_LEAST, captured, plan_numbers, read_manifests
+from pipeline.cache.plan import MIN_SHARDS, SHARD_BYTES, has_columns, read_manifests, segment_numbers
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import UsageError
-from pipeline.runs.split import HELDOUT, mix
+from pipeline.runs.split import HELDOUT, splitmix64
 from pipeline.target.files import CONFIG, tokenizer_files
 from stages.cache_hidden.options import CaptureOptions, size_bytes
 from stages.cache_hidden.plan_report import head_bytes
@@ -81,7 +81,7 @@ def wanted_methods(named: str | None) -> tuple[str, ...]:
 
 def planned_budget(out: Path) -> dict | None:
     """Return the plan's note of its budget decision; None for a plan without a budget, or where there is no plan."""
-    manifests = read_manifests(out) if plan_numbers(out) else []
+    manifests = read_manifests(out) if segment_numbers(out) else []
     return next((manifest["notes"]["budget"] for manifest in manifests if "budget" in manifest["notes"]), None)
 
 
@@ -113,7 +113,7 @@ def plan_matches_budget(out: Path, options: CaptureOptions) -> bool:
     planned, request = planned_budget(out), BudgetRequest.of(options).as_dict()
     if planned is not None and planned["asked"] == request:
         return True
-    if captured(out):
+    if has_columns(out):
         key = next((key for key in request if planned and planned["asked"][key] != request[key]), "budget")
         there, here = planned["asked"][key] if planned else "none", request[key]
         raise UsageError(
@@ -158,7 +158,7 @@ class SampleSizes:
 
 def fixed_bytes(settings: CaptureSettings, columns: Sequence[ColumnSpec], rows: int) -> int:
     """Return the bytes of a cache that do not depend on the samples: the target's files, each shard's overhead."""
-    shards = max(SHARDS_AT_LEAST, -(-rows * settings.row_bytes // SHARD_BYTES))
+    shards = max(MIN_SHARDS, -(-rows * settings.row_bytes // SHARD_BYTES))
     beside = sum(path.stat().st_size for path in (settings.folder / CONFIG, *tokenizer_files(settings.folder)))
     return head_bytes(settings) + beside + shards * (len(columns) + 1) * COLUMN_BYTES
 
@@ -197,7 +197,8 @@ def decide_within_budget(
     columns = with_codec(columns, codec)
     bytes_n = corpus.bytes(columns)
     available = request.budget - fixed_bytes(settings, columns, total)
-    chosen_n = choose_samples(bytes_n, corpus.groups, mix(corpus.hashes ^ mix(np.uint64(request.seed))), available)
+    keys_n = splitmix64(corpus.hashes ^ splitmix64(np.uint64(request.seed)))
+    chosen_n = choose_samples(bytes_n, corpus.groups, keys_n, available)
     if not chosen_n.any():
         least = request.budget - available + int(bytes_n.min())
         raise UsageError(

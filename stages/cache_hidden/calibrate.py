@@ -14,10 +14,10 @@ from pipeline.cache.codecs.calibration import (
     TOKENS,
     Calibration,
     calibration_samples,
-    keep_calibration,
     read_calibration,
+    store_calibration,
 )
-from pipeline.cache.codecs.certificate import proven_calibration
+from pipeline.cache.codecs.certificate import checked_calibration
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.micro_batches import micro_batches
 from pipeline.cache.plan import Plan
@@ -42,8 +42,8 @@ def load_or_make_calibrations(
         group = todo[first : first + step]
         for name, states_RD in _states(engine, _sampled(plan), group, batch_tokens).items():
             codec = next(spec.codec for spec in group if spec.name == name)
-            made = proven_calibration(name, codec, states_RD, engine.device)
-            by_column[name] = keep_calibration(out, name, made, len(states_RD))
+            made = checked_calibration(name, codec, states_RD, engine.device)
+            by_column[name] = store_calibration(out, name, made, len(states_RD))
     return by_column
 
 

@@ -13,9 +13,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from pipeline.cache.atomic import room, turn
+from pipeline.cache.atomic import process_lock, write_errors
 from pipeline.cache.codecs.int8 import as_stored
-from pipeline.cache.columns import ColumnSpec, committed
+from pipeline.cache.columns import ColumnSpec, complete_manifest
 from pipeline.cache.micro_batches import micro_batches
 from pipeline.cache.plan import Plan
 from pipeline.cache.target_folder import HEAD, target_file
@@ -58,7 +58,7 @@ def capture_shards(
     head = TargetHead.load(target_file(out, HEAD), device, getattr(torch, settings.dtype))
     engine = Engine(model, head, 0.0)
     with_stats = on_policy_columns(out, plan, settings.columns)
-    with room(out, "a calibration"), turn(out, "calibration"):  # by one process, for all
+    with write_errors(out, "a calibration"), process_lock(out, "calibration"):  # by one process, for all
         engine.calibrations = load_or_make_calibrations(engine, out, plan, settings.columns, settings.batch_tokens)
     with Progress(sum(shard.rows for shard, _ in work), len(work)) as progress:
         for shard, wanted in work:
@@ -84,13 +84,13 @@ def capture_shards(
 
 def is_missing(out: Path, shard: int, column: str, lost: Lost) -> bool:
     """Return whether a column is still to be captured; another worker may have done so since the work was listed."""
-    return (shard, column) in lost or committed(out, shard, column) is None
+    return (shard, column) in lost or complete_manifest(out, shard, column) is None
 
 
 def on_policy_columns(out: Path, plan: Plan, columns: Sequence[ColumnSpec]) -> set[str]:
     """Return the columns whose manifests hold the on-policy figures: as the cache has it, else the default one."""
     for shard in plan.shards:
-        manifests = [manifest for spec in columns if (manifest := committed(out, shard.number, spec.name))]
+        manifests = [manifest for spec in columns if (manifest := complete_manifest(out, shard.number, spec.name))]
         found = {manifest["spec"]["name"] for manifest in manifests if "gauge" in manifest["facts"]}
         if found:
             return found
@@ -103,7 +103,7 @@ def repeat_refusals(out: Path, writer: ShardWriter, columns: Sequence[ColumnSpec
     So a shard whose commit was interrupted ends up as if it had not been.
     """
     for spec in columns:
-        manifest = committed(out, writer.shard.number, spec.name) or {"refused": {}}
+        manifest = complete_manifest(out, writer.shard.number, spec.name) or {"refused": {}}
         for row, reason in manifest["refused"].items():
             writer.refuse(int(row), reason)
     return len(writer.refused)

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from pipeline.cache.codecs import LOSSY
 from pipeline.cache.codecs.certificate import Certificate, shadow_samples
-from pipeline.cache.codecs.int8 import as_states, on_host
+from pipeline.cache.codecs.int8 import as_states, pack_encoded
 from pipeline.cache.codecs.int8_files import Encoded
 from pipeline.cache.columns import ColumnSpec
-from pipeline.cache.layout import BLOCK_ROWS
+from pipeline.cache.layout import CHECKSUM_ROWS
 from pipeline.cache.samples import ShardPlan
 from pipeline.cache.writer import ShardWriter
 from stages.cache_hidden.engine_hf import Engine, ForwardOutput
@@ -27,7 +27,7 @@ class CertificateRows:
 
     def encoded(self, engine: Engine, name: str, parts: Sequence[Tensor]) -> Encoded:
         """Return the rows of a column that the engine encoded, in the form that is stored."""
-        return on_host(parts, engine.calibrations[name], self.lossy[name].dtype)
+        return pack_encoded(parts, engine.calibrations[name], self.lossy[name].dtype)
 
     def add(self, output: ForwardOutput) -> None:
         """Collect the exact rows that come with one forward's output."""
@@ -35,7 +35,7 @@ class CertificateRows:
             at = 0
             for row, count in zip(output.rows, output.counts[name], strict=True):
                 if row in self.samples:
-                    stored = min(BLOCK_ROWS, count)
+                    stored = min(CHECKSUM_ROWS, count)
                     self._states[name][row] = states_SD[at : at + stored]
                     at += stored
 
@@ -52,5 +52,5 @@ class CertificateRows:
             if certificate.rows:
                 rows = int(spec.bounds(writer.shard)[-1])
                 with torch.no_grad():
-                    found[name] = {"certificate": certificate.facts(writer.escapes(name) / rows)}
+                    found[name] = {"certificate": certificate.facts(writer.outliers(name) / rows)}
         return found

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from pipeline.cache.codecs.calibration import Calibration
 from pipeline.cache.codecs.int8 import encode
-from pipeline.cache.columns import ColumnSpec, kept_rows
-from pipeline.cache.layout import BLOCK_ROWS, layer_of
+from pipeline.cache.columns import ColumnSpec, stored_rows
+from pipeline.cache.layout import CHECKSUM_ROWS, layer_of
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import RoomError
 from pipeline.target.head import TargetHead
@@ -102,7 +102,7 @@ class Engine:
         for at, row in enumerate(rows):
             ids_BT[at, : shard.lengths[row]] = shard.ids(row)
         layers = [layer for spec in columns if (layer := layer_of(spec.name)) is not None]
-        rows_of = {spec.keeps: [kept_rows(shard, row, spec.keeps) for row in rows] for spec in columns}
+        rows_of = {spec.keeps: [stored_rows(shard, row, spec.keeps) for row in rows] for spec in columns}
         runs = {keeps: _contiguous_runs(_flat_index(each, longest)) for keeps, each in rows_of.items()}
         with tap_layers(self.model, layers) as taps:
             output = run_decoder(self.model, self._to_device(ids_BT))
@@ -129,7 +129,7 @@ class Engine:
         """Return which of the packed rows are the first block of a sample in `certified_samples`."""
         starts = np.cumsum([0, *counts])
         spans = [
-            np.arange(start, start + min(BLOCK_ROWS, count))
+            np.arange(start, start + min(CHECKSUM_ROWS, count))
             for row, start, count in zip(rows, starts, counts, strict=False)
             if row in self.certified_samples
         ]

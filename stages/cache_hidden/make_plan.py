@@ -104,7 +104,7 @@ def make_plan(
             sources=sources,
             notes=notes,
             choose=chosen,
-            afresh=budget is not None,
+            replace=budget is not None,
         )
     report_unknown_keys(tally)
     return plan

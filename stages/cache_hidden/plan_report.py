@@ -10,10 +10,10 @@ import numpy as np
 
 from pipeline.cache.atomic import free_bytes, size_text
 from pipeline.cache.codecs import CODECS, LOSSY, stored_bytes
-from pipeline.cache.columns import ColumnSpec, committed
+from pipeline.cache.columns import ColumnSpec, complete_manifest
 from pipeline.cache.layout import layer_of
 from pipeline.cache.plan import Plan
-from pipeline.cache.samples import ShardPlan, numbers
+from pipeline.cache.samples import ShardPlan, to_numpy
 from pipeline.errors import UsageError
 from pipeline.target.files import read_json, text_config
 from stages.cache_hidden.options import CaptureOptions
@@ -30,7 +30,7 @@ def missing_columns(out: Path, plan: Plan, columns: tuple[ColumnSpec, ...]) -> W
     for shard in plan.shards:
         absent = []
         for spec in columns:
-            manifest = committed(out, shard.number, spec.name)
+            manifest = complete_manifest(out, shard.number, spec.name)
             if manifest is None:
                 absent.append(spec)
             elif manifest["spec"]["keeps"] != spec.keeps:
@@ -139,7 +139,7 @@ def turn_kind_examples(plan: Plan) -> dict[str, dict]:
 def _samples_of_row(plan: Plan, source: str, line: int) -> Iterator[tuple[ShardPlan, int]]:
     """Yield the samples made from a corpus row, each as its shard and its number in it."""
     for shard in plan.shards:
-        for row in np.flatnonzero(numbers(shard.batch.column("line")) == line):
+        for row in np.flatnonzero(to_numpy(shard.batch.column("line")) == line):
             if shard.batch.column("source")[int(row)].as_py() == source:
                 yield shard, int(row)
 

@@ -12,8 +12,8 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.cache.atomic import clean, in_use, need_room, room, size_text, turn
-from pipeline.cache.columns import ColumnSpec, column_manifest, committed
+from pipeline.cache.atomic import check_free_space, clean_scratch, in_use, process_lock, size_text, write_errors
+from pipeline.cache.columns import ColumnSpec, column_manifest, complete_manifest
 from pipeline.cache.layout import (
     CALIBRATION,
     IDENTITY,
@@ -23,12 +23,12 @@ from pipeline.cache.layout import (
     SHARDS,
     TARGET,
     TARGET_MANIFEST,
-    inside,
     numbered,
+    path_inside,
 )
 from pipeline.cache.manifest import canonical, check_file, create_identity, read_canonical, write_canonical
 from pipeline.cache.plan import Plan, load_plan
-from pipeline.cache.rebuild import derive, restore_segments, shard_columns
+from pipeline.cache.rebuild import rebuild_derived, restore_segments, shard_columns
 from pipeline.cache.samples import ShardPlan, read_batch
 from pipeline.cache.target_folder import has_target, target_manifest
 from pipeline.cache.verify import Report, verify
@@ -68,11 +68,11 @@ def repair(out: Path, model: str | None, device: str | None) -> Report:
 
     Raises what a capture raises; CacheError for damage that cannot be repaired, with what to do.
     """
-    clean(out)
+    clean_scratch(out)
     before = verify(out)
     if not before.damaged and not before.missing:
         return before
-    with room(out, "what is repaired"), turn(out, "repair"):  # who waited looks again at what was damaged
+    with write_errors(out, "what is repaired"), process_lock(out, "repair"):  # verified again after a wait for it
         if any(finding.file == IDENTITY for finding in before.damaged):
             restore_identity(out)
         found = {finding.shard for finding in (*before.damaged, *before.missing)}
@@ -82,14 +82,14 @@ def repair(out: Path, model: str | None, device: str | None) -> Report:
 def _repair_damaged(out: Path, before: Report, model: str | None, device: str | None) -> Report:
     """Repair what the report `before` lists, and verify that again."""
     plan = _load_or_restore_plan(out)
-    for name in derive(out):
+    for name in rebuild_derived(out):
         _report(f"{name}: made again")
     lost = lost_columns(out, plan, before)
     drop_damaged_target(out)
     target_lost = (out / SHARDS).is_dir() and not has_target(out)
     if drop_damaged_calibrations(out, before) or lost or target_lost:
         _recapture(out, plan, lost, model, device)
-    derive(out)
+    rebuild_derived(out)
     return verify(out, {shard for shard, _ in lost} | {finding.shard for finding in before.damaged})
 
 
@@ -189,14 +189,14 @@ def lost_columns(out: Path, plan: Plan, report: Report) -> Lost:
     for shard in plan.shards:
         other_samples = not _has_its_samples(out, shard)
         for name in names:
-            if other_samples or (shard.number, name) in damaged or not committed(out, shard.number, name):
+            if other_samples or (shard.number, name) in damaged or not complete_manifest(out, shard.number, name):
                 lost[shard.number, name] = None if other_samples else _former_manifest(out, shard.number, name)
     return lost
 
 
 def _has_its_samples(out: Path, shard: ShardPlan) -> bool:
     """Return whether a shard's `samples.arrow`, if it has one, equals the plan's; remove one that does not."""
-    path = inside(out, f"{SHARDS}/{numbered(shard.number)}/{SAMPLES}")
+    path = path_inside(out, f"{SHARDS}/{numbered(shard.number)}/{SAMPLES}")
     try:
         if not path.exists() or read_batch(path).equals(shard.batch):
             return True
@@ -223,16 +223,16 @@ def drop_damaged_target(out: Path) -> None:
         return
     for name, fact in files.items():
         try:
-            check_file(inside(out / TARGET, name), fact)
+            check_file(path_inside(out / TARGET, name), fact)
         except CacheError:
-            inside(out / TARGET, name).unlink(missing_ok=True)  # raises for a name that leads out of the folder
+            path_inside(out / TARGET, name).unlink(missing_ok=True)  # raises for a name that leads out of the folder
 
 
 def drop_damaged_calibrations(out: Path, report: Report) -> bool:
     """Remove damaged calibrations; return whether there were any. The next capture computes the same again."""
     files = {finding.file for finding in report.damaged if finding.file.startswith(CALIBRATION)}
     for file in files:
-        inside(out, file).unlink(missing_ok=True)
+        path_inside(out, file).unlink(missing_ok=True)
     return bool(files)
 
 
@@ -248,14 +248,14 @@ def _recapture(out: Path, plan: Plan, lost: Lost, model: str | None, device: str
         (shard, [spec for spec in settings.columns if (shard.number, spec.name) in lost]) for shard in plan.shards
     ]
     work: Work = [(shard, columns) for shard, columns in wanted if columns]
-    need_room(out, "what is repaired", work_bytes(work))
+    check_free_space(out, "what is repaired", work_bytes(work))
     what = f"{len(lost)} columns in {len(work)} shards are captured again: {size_text(work_bytes(work))}"
     _report(what if work else "what the cache holds of the target is made again")
     from stages.cache_hidden.capture import capture_shards  # brings torch and transformers
 
     capture_shards(out, settings, plan, work, Worker().device(device), 0, lost)
     for (shard, name), former in lost.items():
-        current = committed(out, shard, name)
+        current = complete_manifest(out, shard, name)
         if former and current and current["files"] != former["files"]:
             _report(
                 f"shard {numbered(shard)}, {name}: right by the probe, but not the bytes that were lost; made with "

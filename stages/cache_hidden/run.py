@@ -12,12 +12,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cache.atomic import clean, need_room, room, size_text, turn
-from pipeline.cache.columns import ColumnSpec, committed
+from pipeline.cache.atomic import check_free_space, clean_scratch, process_lock, size_text, write_errors
+from pipeline.cache.columns import ColumnSpec, complete_manifest
 from pipeline.cache.layout import IDENTITY
 from pipeline.cache.manifest import create_identity
-from pipeline.cache.plan import Plan, check_unused, load_plan, plan_numbers, working
-from pipeline.cache.rebuild import derive
+from pipeline.cache.plan import Plan, check_not_in_use, load_plan, plan_in_use, segment_numbers
+from pipeline.cache.rebuild import rebuild_derived
 from pipeline.cache.target_folder import has_target
 from pipeline.corpus.sources import corpus_files, file_sources, source_roles
 from pipeline.errors import DataError, UsageError
@@ -83,31 +83,31 @@ def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -
     worker = find_worker(options.worker, os.environ)
     request, record = request_of(model, corpus, options), read_record(out)
     columns = unchanged_columns(record, request)
-    if columns and plan_numbers(out) and has_target(out):
+    if columns and segment_numbers(out) and has_target(out):
         planned = load_plan(out)
         if not missing_columns(out, planned, columns):
             with contextlib.suppress(OSError):  # the disk may be read-only by now
-                clean(out)  # temporary files of a run that was killed after its last commit
-            derive(out)
+                clean_scratch(out)  # temporary files of a run that was killed after its last commit
+            rebuild_derived(out)
             return _print_summary(out, summarise(out, planned, columns, 0, 0), worker)
     settings, planned = _resolve_plan(model, corpus, out, options)
     work = missing_columns(out, planned, settings.columns)
     if work:
         check_weights_if_recorded(out, settings.folder)
     write_record(out, request, settings, corpus or default_corpus(settings.folder))
-    clean(out)
+    clean_scratch(out)
     mine = worker.share(work)
     if mine or not has_target(out):
-        need_room(out, f"a cache of {planned.samples:,} samples", work_bytes(work))
+        check_free_space(out, f"a cache of {planned.samples:,} samples", work_bytes(work))
         _announce(planned, settings, mine, worker)
         from stages.cache_hidden.capture import capture_shards  # brings torch and transformers
 
         refused = summarise(out, planned, settings.columns, 0, 0).refused
-        with working(out, planned):
+        with plan_in_use(out, planned):
             capture_shards(out, settings, planned, mine, worker.device(options.device), refused)
     left = len(missing_columns(out, planned, settings.columns)) if work else 0
     if not left:
-        derive(out)
+        rebuild_derived(out)
     return _print_summary(out, summarise(out, planned, settings.columns, len(mine), left), worker)
 
 
@@ -121,10 +121,10 @@ def _resolve_plan(model: str, corpus: str | None, out: Path, options: CaptureOpt
     existing = _existing_plan(corpus, out, settings, options)
     if existing is None:
         check_weights_if_recorded(out, settings.folder)
-        with room(out, "a plan"):
+        with write_errors(out, "a plan"):
             out.mkdir(parents=True, exist_ok=True)
         try:
-            with room(out, "a plan"), turn(out, "plan"):
+            with write_errors(out, "a plan"), process_lock(out, "plan"):
                 # Again, since another run may have planned while this one waited.
                 settings = resolve_settings(model, out, within_budget(out, options))
                 existing = _existing_plan(corpus, out, settings, options) or _make_plan(corpus, out, settings, options)
@@ -143,7 +143,7 @@ def _existing_plan(corpus: str | None, out: Path, settings: CaptureSettings, opt
     """
     if (out / IDENTITY).is_file():
         create_identity(out, settings.identity)
-    if not plan_numbers(out) or not plan_matches_budget(out, options):
+    if not segment_numbers(out) or not plan_matches_budget(out, options):
         return None
     existing, name, max_samples = load_plan(out), corpus or default_corpus(settings.folder), options.max_samples
     from_hub = corpus is None and name == HUB_CORPUS  # by default
@@ -175,8 +175,8 @@ def _make_plan(corpus: str | None, out: Path, settings: CaptureSettings, options
 
     capped = from_hub and options.max_samples is None
     spare_disk, budget = capped and options.budget is None, sample_chooser(settings, options)
-    if budget and plan_numbers(out):
-        check_unused(out)
+    if budget and segment_numbers(out):
+        check_not_in_use(out)
         say(f"{visible(out)}: nothing of its plan is captured, so this budget makes another", err=True)
     before = load_plan(out).samples if options.append else 0
     limit = HUB_SAMPLES if capped else options.max_samples
@@ -256,7 +256,7 @@ def summarise(out: Path, planned: Plan, columns: tuple[ColumnSpec, ...], new_sha
     """Sum the manifests of the captured columns."""
     on_policy, written, refused = OnPolicyStats(), 0, 0
     for shard in planned.shards:
-        manifests = [manifest for spec in columns if (manifest := committed(out, shard.number, spec.name))]
+        manifests = [manifest for spec in columns if (manifest := complete_manifest(out, shard.number, spec.name))]
         written += sum(fact["size"] for manifest in manifests for fact in manifest["files"].values())
         refused += len({row for manifest in manifests for row in manifest["refused"]})
         stats = [manifest["facts"]["gauge"] for manifest in manifests if "gauge" in manifest["facts"]]

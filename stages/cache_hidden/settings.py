@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cache.atomic import in_use
-from pipeline.cache.catalog import held_by
+from pipeline.cache.catalog import shards_per_column
 from pipeline.cache.codecs import codec_of, parse_codecs
-from pipeline.cache.columns import ColumnSpec, committed
+from pipeline.cache.columns import ColumnSpec, complete_manifest
 from pipeline.cache.layout import FINAL, IDENTITY, aux_column, layer_of, shard_folder
 from pipeline.cache.manifest import read_canonical
-from pipeline.cache.plan import plan_numbers, read_manifests
+from pipeline.cache.plan import read_manifests, segment_numbers
 from pipeline.cache.rebuild import shard_columns
 from pipeline.errors import UsageError
 from pipeline.target.files import (
@@ -133,7 +133,7 @@ def _requested_columns(
 def existing_codecs(out: Path) -> dict[str, str]:
     """Return the codec of every captured column by name, as in the first shard that has the column."""
     found: dict[str, str] = {}
-    for shard in range(sum(manifest["shards"] for manifest in read_manifests(out)) if plan_numbers(out) else 0):
+    for shard in range(sum(manifest["shards"] for manifest in read_manifests(out)) if segment_numbers(out) else 0):
         for name, manifest in shard_columns(out, shard).items():
             found.setdefault(name, manifest["spec"]["codec"])
     return found
@@ -141,11 +141,11 @@ def existing_codecs(out: Path) -> dict[str, str]:
 
 def complete_columns(out: Path) -> list[ColumnSpec]:
     """Return the columns that every shard of the first corpus has, sorted by name; none where nothing is planned."""
-    if not plan_numbers(out):
+    if not segment_numbers(out):
         return []
     shards = range(read_manifests(out)[0]["shards"])
     names = sorted(name for name in shard_columns(out, 0))
-    manifests = {name: [committed(out, shard, name) for shard in shards] for name in names}
+    manifests = {name: [complete_manifest(out, shard, name) for shard in shards] for name in names}
     return [ColumnSpec(**found[0]["spec"]) for found in manifests.values() if all(found)]
 
 
@@ -154,10 +154,10 @@ def check_no_partial_columns(out: Path, *, layers_left_open: bool, final_left_op
 
     That column would be missing from the appended samples, and so from training. Passes while a capture is running.
     """
-    if not plan_numbers(out):
+    if not segment_numbers(out):
         return
     shards = range(read_manifests(out)[0]["shards"])
-    counts = held_by([[path.name for path in shard_folder(out, shard).glob("*")] for shard in shards])
+    counts = shards_per_column([[path.name for path in shard_folder(out, shard).glob("*")] for shard in shards])
     partial = {
         name: count
         for name, count in counts.items()

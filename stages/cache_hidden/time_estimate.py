@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cache.atomic import Scratch, room, write_all
+from pipeline.cache.atomic import Scratch, write_all, write_errors
 from pipeline.cache.micro_batches import micro_batches
 from pipeline.cache.samples import ShardPlan
 from stages.cache_hidden.plan_report import Work, work_bytes
@@ -50,7 +50,7 @@ def measure_speed(out: Path, work: Work, settings: CaptureSettings, device: str)
 def disk_speed(out: Path, size: int = DISK_BYTES) -> float:
     """Write `size` bytes into the cache's folder, sync and remove them; return bytes a second. Raises RoomError."""
     block = os.urandom(min(size, BLOCK_BYTES))  # incompressible
-    with Scratch(out, "speed") as scratch, room(out, "a probe of the disk", size):
+    with Scratch(out, "speed") as scratch, write_errors(out, "a probe of the disk", size):
         began = time.perf_counter()
         fd = os.open(scratch.path / "written", os.O_WRONLY | os.O_CREAT, 0o644)
         try:

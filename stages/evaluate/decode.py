@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from pipeline.drafts import Ask, Draft, DraftKV, Proposal, Sampling
+from pipeline.drafts import BlockRequest, Draft, DraftKV, Proposal, Sampling
 from pipeline.errors import UsageError
 from pipeline.evaluation.accept_length import cut
 from pipeline.sampling import prompt_generator
@@ -77,8 +77,8 @@ class _Text:
         self.features_KTD: Tensor | None = None
         self.start, self.ended, self.began = self.prompt, False, time.perf_counter()
 
-    def ask(self) -> Ask:
-        return Ask(self.features_KTD, self.ids[self.start], self.start, self.kv)
+    def block_request(self) -> BlockRequest:
+        return BlockRequest(self.features_KTD, self.ids[self.start], self.start, self.kv)
 
     def take(self, block: Proposal, logits_NV: Tensor, features_KND: Tensor, stops: Collection[int]) -> int:
         """Keep of a verified block what the target keeps, and return how many tokens were gained."""
@@ -185,7 +185,10 @@ def _round(
     layers, sampling = draft.config.target_layer_ids, None
     if dice is not None and dice.draft_temperature:
         sampling = Sampling(dice.draft_temperature, [text.generator for text in live])
-    blocks = [_first(block, proposals) for block in draft.propose([text.ask() for text in live], sampling, threshold)]
+    blocks = [
+        _first(block, proposals)
+        for block in draft.propose([text.block_request() for text in live], sampling, threshold)
+    ]
     pieces = [[text.ids[text.start], *block.ids_P.tolist()] for text, block in zip(live, blocks, strict=True)]
     with tap_layers(target, layers) as taken:
         logits_BNV = memory.run(pieces)

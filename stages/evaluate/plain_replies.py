@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from pipeline.cache.atomic import room, turn
+from pipeline.cache.atomic import process_lock, write_errors
 from pipeline.cache.manifest import read_canonical, write_canonical
 from pipeline.errors import CacheError, UsageError
 from stages.evaluate.decode import Decoded
@@ -90,7 +90,7 @@ class PlainReplies:
         if self.path is None or not self.made:
             return
         folder = self.path.absolute().parent
-        with room(self.path, "plain replies"), turn(folder, self.path.name):
+        with write_errors(self.path, "plain replies"), process_lock(folder, self.path.name):
             replies = _read(self.path, self.decided_by) | self.made
             write_canonical(self.path, {"decided_by": self.decided_by, "plain_replies": replies})
 

@@ -17,7 +17,7 @@ from pipeline.corpus.tally import Unusable
 from pipeline.errors import DataError, UsageError
 from pipeline.evaluation.accept_length import reply_spans
 from pipeline.os_errors import refuse_limit
-from pipeline.runs.split import spread
+from pipeline.runs.split import stratified_subset
 from pipeline.target.files import TEMPLATE_DATE
 from pipeline.untrusted import parse_json, read_file
 
@@ -50,7 +50,7 @@ def cached_prompts(cache: HiddenCache, heldout: np.ndarray, count: int) -> list[
     table = cache.samples
     return [
         Prompt(cache.tokens_of(index)[0][: starts[index]].tolist(), table.domain[index], table.hex(index), index)
-        for index in spread(cache, np.array(sorted(starts)), count).tolist()
+        for index in stratified_subset(cache, np.array(sorted(starts)), count).tolist()
     ]
 
 

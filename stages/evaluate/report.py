@@ -12,9 +12,9 @@ from rich.console import Group
 
 from pipeline.cache import HiddenCache
 from pipeline.console import Grid, grid
-from pipeline.drafts import Draft, Knobs, eligible_anchors, lay_blocks, metrics_of, needs_teacher, pack
+from pipeline.drafts import Draft, ScheduleValues, eligible_anchors, lay_blocks, metrics_of, needs_final_states, pack
 from pipeline.evaluation.accept_length import SLOTS_AT_ONCE, Span, accept_spans, cut_spans, summarise
-from pipeline.runs.split import spread
+from pipeline.runs.split import stratified_subset
 from pipeline.visible_text import visible
 from stages.evaluate.decode import Decoded, Dice
 from stages.evaluate.losslessness import BEYOND, NearTie, judge_places
@@ -139,24 +139,24 @@ def _mean(lists: Sequence[Sequence[int]]) -> float:
 @torch.no_grad()
 def teacher_forced(draft: Draft, cache: HiddenCache, heldout: np.ndarray) -> dict[str, float]:
     """Return accept_len_tf of each domain over held-out samples, whoever wrote their replies; no target runs."""
-    if needs_teacher(draft.config) and not cache.has_final:
+    if needs_final_states(draft.config) and not cache.has_final:
         return {}  # its metrics come with its loss, which reads them
     sums: dict[str, dict] = {}
     domains = {cache.samples.domain[index] for index in heldout.tolist()}
-    for index in spread(cache, heldout, TEACHER_FORCED * len(domains)).tolist():
+    for index in stratified_subset(cache, heldout, TEACHER_FORCED * len(domains)).tolist():
         _add_sample(sums.setdefault(cache.samples.domain[index], {}), draft, cache, index)
     return {name: metrics_of(sums[name], {}, {})["accept_len_tf"] for name in sorted(sums)}
 
 
 def _add_sample(sums: dict, draft: Draft, cache: HiddenCache, index: int) -> None:
-    final = needs_teacher(draft.config)
+    final = needs_final_states(draft.config)
     sample = cache.read(index, layers=draft.config.target_layer_ids, final=final)
     cell = pack([sample], [cache.samples.hex(index)], final=final)
     device = draft.fc.weight.device
     anchors_N = eligible_anchors(sample.mask).nonzero()[:, 0]
     for part_N in anchors_N.split(max(1, SLOTS_AT_ONCE // draft.config.block_size)) if len(anchors_N) else ():
         blocks = lay_blocks(cell, part_N, torch.ones_like(part_N, dtype=torch.bool), draft.config).to(device)
-        loss = draft.loss(cell.to(device), blocks, Knobs(), draft.denominators(blocks), metrics=True)
+        loss = draft.loss(cell.to(device), blocks, ScheduleValues(), draft.denominators(blocks), metrics=True)
         for name, value in loss.sums.items():
             sums[name] = sums.get(name, 0) + value
 

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.cache import HiddenCache
-from pipeline.cache.atomic import room, write_file
+from pipeline.cache.atomic import write_errors, write_file
 from pipeline.cache.layout import LOG
 from pipeline.cache.manifest import read_canonical
 from pipeline.checksummed_json import with_checksum
@@ -149,7 +149,7 @@ def check_place(option: str, path: Path) -> None:
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise UsageError(f"{option} {path} is a link to itself; name another file") from error
-    with room(path, f"the file of {option}"):
+    with write_errors(path, f"the file of {option}"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, FileNotFoundError) as error:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.codecs.int8 import as_states, as_stored
-from pipeline.cache.columns import ColumnSpec, kept_rows
+from pipeline.cache.columns import ColumnSpec, stored_rows
 from pipeline.cache.layout import aux_column
 from pipeline.cache.samples import ShardPlan
 from pipeline.cache.writer import ShardWriter
@@ -68,7 +68,7 @@ class ImportJob:
         self, sample: ForeignSample, shard: ShardPlan, row: int, norm: Norm | None
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield (column, states [R, D]) of a sample in chunks, each column's in order of rows."""
-        final, dtype = kept_rows(shard, row, "needed"), getattr(torch, STORED_DTYPE[self.dtype])
+        final, dtype = stored_rows(shard, row, "needed"), getattr(torch, STORED_DTYPE[self.dtype])
         for first in range(0, int(shard.lengths[row]), CHUNK_ROWS):
             end = min(first + CHUNK_ROWS, int(shard.lengths[row]))
             layers_RKD, last_RD = sample.rows(first, end)
@@ -128,7 +128,7 @@ def on_policy_stats(writer: ShardWriter, head: TargetHead, share: float) -> OnPo
     for row in sorted({*range(len(shard))} - writer.refused.keys()):
         at = on_policy_rows(shard, row, share)
         if len(at):
-            before = np.searchsorted(kept_rows(shard, row, "needed"), at - 1)  # the state that each token comes from
+            before = np.searchsorted(stored_rows(shard, row, "needed"), at - 1)  # the state that each token comes from
             states_RD = as_states(writer.read("final", row))[torch.from_numpy(before)].to(device)
             tokens_R = torch.from_numpy(shard.ids(row)[at].astype(np.int64)).to(device)
             on_policy += sum_scores(score_tokens(head, states_RD, tokens_R))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache.atomic import reading
+from pipeline.cache.atomic import read_errors
 from pipeline.cache.manifest import has_form
 from pipeline.errors import DataError, UsageError
 from pipeline.os_errors import refuse_limit
@@ -103,7 +103,7 @@ class DeepSpec:
 def _read_bytes(path: Path, start: int, count: int) -> bytearray:
     """Return bytes of a shard, read, not mapped: a disk error under a mapping would kill the process."""
     data = bytearray(count)
-    with reading(path), open(path, "rb", buffering=0) as file:
+    with read_errors(path), open(path, "rb", buffering=0) as file:
         file.seek(start)
         rest = memoryview(data)
         while rest and (got := file.readinto(rest)):

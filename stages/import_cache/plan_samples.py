@@ -5,9 +5,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.cache.atomic import room, turn
+from pipeline.cache.atomic import process_lock, write_errors
 from pipeline.cache.manifest import create_identity
-from pipeline.cache.plan import Plan, load_plan, plan_numbers, write_segment
+from pipeline.cache.plan import Plan, load_plan, segment_numbers, write_segment
 from pipeline.cache.samples import PlannedSample
 from pipeline.corpus.tally import Tally, Unusable, check_ids, check_mask, trim
 from pipeline.errors import UsageError
@@ -20,7 +20,7 @@ EVERY_S = 5.0  # between lines of progress
 
 def existing_plan(out: Path, source: Source) -> Plan | None:
     """Return the plan at `out`, None where there is none. UsageError where it was made from other files."""
-    if not plan_numbers(out):
+    if not segment_numbers(out):
         return None
     plan, here = load_plan(out), source.source_facts()
     if plan.sources != [here]:
@@ -52,10 +52,10 @@ def make_plan(out: Path, job: ImportJob, identity: dict, vocab_size: int) -> Pla
         notes.update(tally.as_notes())
         create_identity(out, identity)
 
-    with room(out, "a plan"):
+    with write_errors(out, "a plan"):
         out.mkdir(parents=True, exist_ok=True)
     row_bytes = sum(spec.row_bytes for spec in job.columns)
-    with room(out, "a plan"), turn(out, "plan"):
+    with write_errors(out, "a plan"), process_lock(out, "plan"):
         return existing_plan(out, source) or write_segment(
             out, planned_samples(), row_bytes=row_bytes, sources=[source.source_facts()], notes=notes
         )

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cache.atomic import clean, need_room, size_text
+from pipeline.cache.atomic import check_free_space, clean_scratch, size_text
 from pipeline.cache.codecs import stored_bytes
-from pipeline.cache.columns import ColumnSpec, committed
+from pipeline.cache.columns import ColumnSpec, complete_manifest
 from pipeline.cache.layout import IDENTITY, LOG
 from pipeline.cache.manifest import create_identity, read_canonical, write_canonical
-from pipeline.cache.plan import Plan, working
-from pipeline.cache.rebuild import derive
+from pipeline.cache.plan import Plan, plan_in_use
+from pipeline.cache.rebuild import rebuild_derived
 from pipeline.cache.samples import ShardPlan
 from pipeline.cache.target_folder import HEAD, has_target, target_file
 from pipeline.cache.writer import ShardWriter
@@ -92,12 +92,12 @@ def run(
     missing = missing_columns(out, planned, job)
     if missing or not has_target(out):
         check_weights_if_recorded(out, target.folder)
-        clean(out)
+        clean_scratch(out)
         write_record(out, identity, target)
-        need_room(out, f"an import of {planned.samples:,} samples", total_bytes(missing))
-        with working(out, planned):
+        check_free_space(out, f"an import of {planned.samples:,} samples", total_bytes(missing))
+        with plan_in_use(out, planned):
             convert(out, planned, job, missing, target)
-    derive(out)
+    rebuild_derived(out)
     return summary(out, planned, job, len(missing), target)
 
 
@@ -158,7 +158,7 @@ def write_record(out: Path, identity: dict, target: Target) -> None:
 def missing_columns(out: Path, planned: Plan, job: ImportJob) -> MissingColumns:
     """Return the shards that lack columns, and which."""
     by_shard = [
-        (shard, [spec for spec in job.columns if committed(out, shard.number, spec.name) is None])
+        (shard, [spec for spec in job.columns if complete_manifest(out, shard.number, spec.name) is None])
         for shard in planned.shards
     ]
     return [(shard, columns) for shard, columns in by_shard if columns]
@@ -205,7 +205,7 @@ def convert(out: Path, planned: Plan, job: ImportJob, missing: MissingColumns, t
 def refused_by_shard(out: Path, planned: Plan, job: ImportJob) -> Iterator[dict]:
     """Yield the refused samples of every written shard. A refused sample is refused in all columns."""
     for shard in planned.shards:
-        manifest = committed(out, shard.number, job.columns[-1].name)
+        manifest = complete_manifest(out, shard.number, job.columns[-1].name)
         yield manifest["refused"] if manifest else {}
 
 
@@ -224,7 +224,7 @@ def summary(out: Path, planned: Plan, job: ImportJob, new: int, target: Target) 
     """Print the cache's totals, the samples left out, and the next command."""
     on_policy, refused = OnPolicyStats(), sum(map(len, refused_by_shard(out, planned, job)))
     for shard in planned.shards:
-        facts = committed(out, shard.number, job.columns[-1].name)["facts"]
+        facts = complete_manifest(out, shard.number, job.columns[-1].name)["facts"]
         on_policy += OnPolicyStats.from_facts(facts["gauge"]) if "gauge" in facts else OnPolicyStats()
     now = f"{new} shards imported now" if new else "nothing to do"
     content = f"{planned.samples:,} samples" + (f", {refused} refused" if refused else "")

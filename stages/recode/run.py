@@ -13,16 +13,16 @@ from pathlib import Path
 import torch
 
 from pipeline.cache import HiddenCache
-from pipeline.cache.atomic import Scratch, clean, committing, room, size_text
+from pipeline.cache.atomic import Scratch, clean_scratch, commit_lock, size_text, write_errors
 from pipeline.cache.codecs import LOSSY, codec_of, parse_codecs
 from pipeline.cache.codecs.calibration import (
     TOKENS,
     Calibration,
     calibration_samples,
-    keep_calibration,
     read_calibration,
+    store_calibration,
 )
-from pipeline.cache.codecs.certificate import Certificate, proven_calibration, shadow_samples
+from pipeline.cache.codecs.certificate import Certificate, checked_calibration, shadow_samples
 from pipeline.cache.codecs.int8 import as_states
 from pipeline.cache.columns import Column, ColumnSpec, column_manifest, open_column
 from pipeline.cache.layout import LOG, SAMPLES, numbered, shard_folder
@@ -58,8 +58,8 @@ def run(cache: Path, codec: str) -> Done:
     """
     store, plan = HiddenCache.open(cache), load_plan(cache)
     work = _columns_to_recode(cache, plan, codec)
-    with room(cache, "a recode"):
-        clean(cache)
+    with write_errors(cache, "a recode"):
+        clean_scratch(cache)
         for shard in plan.shards:
             for name in shard_columns(cache, shard.number):
                 _remove_stale(cache, shard.number, name)
@@ -132,8 +132,8 @@ def _calibrations(store: HiddenCache, plan: Plan, work: ColumnsToRecode) -> dict
             calibrations[name] = read_calibration(store.path, name, spec.width)
             if calibrations[name] is None:
                 states_RD = _calibration_states(store, plan, name)
-                made = proven_calibration(name, codec, states_RD, "cpu")
-                calibrations[name] = keep_calibration(store.path, name, made, len(states_RD))
+                made = checked_calibration(name, codec, states_RD, "cpu")
+                calibrations[name] = store_calibration(store.path, name, made, len(states_RD))
     return calibrations
 
 
@@ -202,13 +202,13 @@ def _verified_facts(
         if old.ok[row]:
             certificate.add(as_states(old.read(row, 1)), as_states(writer.read(name, row, 1)))
     rows = max(1, int(old.bounds[-1]))
-    return {"certificate": certificate.facts(writer.escapes(name) / rows)} if certificate.rows else {}
+    return {"certificate": certificate.facts(writer.outliers(name) / rows)} if certificate.rows else {}
 
 
 def _remove_stale(cache: Path, shard: int, name: str) -> None:
     """Remove the files that a stopped recode left of a column in other codecs than its manifest's."""
     if _stale_files(cache, shard, name):
-        with Scratch(cache, numbered(shard)) as scratch, room(cache, "a clean-up"), committing(cache):
+        with Scratch(cache, numbered(shard)) as scratch, write_errors(cache, "a clean-up"), commit_lock(cache):
             for path in _stale_files(cache, shard, name):  # again: meanwhile another process may have committed it
                 path.rename(scratch.path / path.name)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
-from pipeline.cache.atomic import finishing, lock, room, sync_folder, write_all
+from pipeline.cache.atomic import defer_signals, sync_folder, try_lock, write_all, write_errors
 from pipeline.errors import UsageError
 from stages.regenerate.replies import Reply
 
@@ -32,9 +32,9 @@ class Journal:
         self._fd, self._end, self._synced = -1, 0, time.monotonic()
 
     def __enter__(self) -> "Journal":
-        with room(self.path, "the journal"):
+        with write_errors(self.path, "the journal"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            fd = lock(self.path)
+            fd = try_lock(self.path)
         if fd is None:
             raise UsageError(f"{self.path}: another process writes it; wait for it, or name another --out")
         self._fd = fd
@@ -59,13 +59,13 @@ class Journal:
     def add(self, key: str, turn: int, reply: Reply) -> None:
         """Append a reply. RoomError when the disk is full."""
         line = _line({"key": key, "turn": turn, "reply": reply.as_dict()})
-        with room(self.path, "a reply", len(line)), finishing():
+        with write_errors(self.path, "a reply", len(line)), defer_signals():
             self._append(line)
         self._index(key, turn, len(line))
 
     def sync(self) -> None:
         """Sync the file to disk."""
-        with room(self.path, "the journal"):
+        with write_errors(self.path, "the journal"):
             os.fsync(self._fd)
         self._synced = time.monotonic()
 
@@ -108,13 +108,13 @@ class Journal:
                     self._end += len(line)
                 else:
                     self._index(entry["key"], entry["turn"], len(line))
-        with room(self.path, "the journal"):
+        with write_errors(self.path, "the journal"):
             os.ftruncate(self._fd, self._end)
             os.lseek(self._fd, self._end, os.SEEK_SET)
 
     def _begin(self) -> None:
         line = _line({"head": self.header})
-        with room(self.path, "the journal", len(line)):
+        with write_errors(self.path, "the journal", len(line)):
             os.ftruncate(self._fd, 0)
             os.lseek(self._fd, 0, os.SEEK_SET)
             self._append(line)

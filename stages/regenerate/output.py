@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pipeline.cache.atomic import room, sync_folder
+from pipeline.cache.atomic import sync_folder, write_errors
 from pipeline.corpus.regenerated import Regenerated
 from stages.regenerate.pending import Failure
 from stages.regenerate.prompts import PromptRow
@@ -46,7 +46,7 @@ def failed_row(failure: Failure) -> dict:
 def _replacing(path: Path) -> Iterator:
     """Yield a file that replaces `path` when the block ends. RoomError when the disk is full."""
     unfinished = path.with_name(f"{path.name}.unfinished")
-    with room(path, "the corpus"):
+    with write_errors(path, "the corpus"):
         try:
             with unfinished.open("wb") as file:
                 yield file

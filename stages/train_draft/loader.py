@@ -1,8 +1,7 @@
-"""Global batches: what the stream names, laid out as cells with their blocks, and then read from the cache.
+"""The data loader: each step's samples packed into cells (micro-batches) with their blocks, and read from the cache.
 
-Only ids and masks decide how a batch is laid out. So the states are read last: of a window no more than its rows, and
-each straight to its place in the cell. The target's final states are read for losses that learn from them, and for no
-other.
+Only ids and masks decide a batch's layout, so the states are read last: only the rows of each sample's window, and
+straight to their place in the cell. The target's final states are read only for losses that learn from them.
 
 T rows of a sample   K layers   R rows of a cell   F of them that keep `final`   D hidden size
 """
@@ -19,27 +18,27 @@ from pipeline.cache.codecs.int8 import decode
 from pipeline.cache.codecs.int8_files import Encoded
 from pipeline.cache.layout import FINAL
 from pipeline.cache.reader import Layer, Part
-from pipeline.drafts import Blocks, Cell, DraftConfig, eligible_anchors, lay_blocks, needs_teacher, pack
+from pipeline.drafts import Blocks, Cell, DraftConfig, eligible_anchors, lay_blocks, needs_final_states, pack
 from pipeline.runs.recipe import TrainSection
 from pipeline.runs.split import Split
 from stages.train_draft.order import (
-    Piece,
+    SampleCost,
     draw_anchors,
     draw_window,
     epoch_keys,
     epoch_order,
+    forward_cost,
     global_batch,
     pack_cells,
-    piece_cost,
 )
-from stages.train_draft.prefetch import CPU, Ahead
+from stages.train_draft.prefetch import CPU, Prefetcher
 
-ALIGNED = 4  # bytes: where the next states may begin
+ALIGNMENT = 4  # bytes: of where a column's states begin in a buffer
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A sample, or a window of it, without its states. `first` is the true position of its first row."""
+class SampleWindow:
+    """A sample, or a window of it, without its states. `first` is the position in the sample of its first row."""
 
     index: int  # of the sample in the cache
     ids: Tensor  # [T]
@@ -52,98 +51,100 @@ class Rows:
 
     @property
     def final_part(self) -> Part:
-        """Where its rows lie among the sample's that keep `final`."""
+        """The window's range among the rows of the sample that keep `final`."""
         return self.index, self.final_first, self.final_first + len(self.final_rows)
 
     @property
     def aux(self) -> Tensor:
-        """No layer yet, [0, T, 0]: where the states go is known before they are read."""
+        """An empty [0, T, 0], which `pack` accepts: the states are read after the layout is known."""
         return torch.empty(0, len(self.ids), 0)
 
     @property
     def final(self) -> Tensor:
-        """Likewise, [0, 0]."""
+        """An empty [0, 0], likewise."""
         return torch.empty(0, 0)
 
 
 @dataclass(frozen=True)
-class Region:
-    """States that a cell has still to read: of each layer, `parts` of samples (which, first row, stop), end to end."""
+class StatesToRead:
+    """One column group of a cell, still to be read: for each layer, `parts` of samples (index, first row, stop) end to
+    end."""
 
     layers: tuple[Layer, ...]
     parts: list[Part]
 
     def shape(self, width: int) -> tuple[int, int, int]:
-        """[K, R, D], K being 1 for `final`."""
+        """Return [K, R, D] for a hidden size `width`; K is 1 for `final`."""
         return len(self.layers), sum(stop - start for _, start, stop in self.parts), width
 
     def in_cell(self, states_KRD: Tensor) -> Tensor:
-        """The states as a cell holds them: `final` as [F, D]."""
+        """Return the states in the shape that a cell has them: `final` as [F, D]."""
         return states_KRD[0] if FINAL in self.layers else states_KRD
 
 
 @dataclass(frozen=True)
-class Laid:
-    """A cell whose states are still to be read: `regions` by the cell's field, `final_FD` where the loss reads it."""
+class CellLayout:
+    """A cell and its blocks, its states still to be read: `to_read` maps the cell's fields `aux_KRD` and, where the
+    loss needs it, `final_FD`."""
 
     cell: Cell
     blocks: Blocks
-    regions: dict[str, Region]
+    to_read: dict[str, StatesToRead]
 
 
 @dataclass(frozen=True)
-class Coded:
-    """States of a region that are still int8: (layer's place, first row, rows) each."""
+class EncodedStates:
+    """States that were read but are still int8. pieces: (index of the layer, first row, encoded rows)."""
 
-    region: Region
+    states: StatesToRead
     pieces: list[tuple[int, int, Encoded]]
 
     def to(self, device: torch.device | str) -> Tensor:
-        """The states, decoded on a device."""
-        _, _, held = self.pieces[0]
-        shape = self.region.shape(held.values.shape[1])
-        states_KRD = torch.empty(shape, dtype=getattr(torch, held.dtype), device=device)
-        for k, at, held in self.pieces:
-            decode(held, device, states_KRD[k, at : at + len(held)])
-        return self.region.in_cell(states_KRD)
+        """Return the states, decoded on a device."""
+        _, _, encoded = self.pieces[0]
+        shape = self.states.shape(encoded.values.shape[1])
+        states_KRD = torch.empty(shape, dtype=getattr(torch, encoded.dtype), device=device)
+        for k, first, encoded in self.pieces:
+            decode(encoded, device, states_KRD[k, first : first + len(encoded)])
+        return self.states.in_cell(states_KRD)
 
 
 @dataclass(frozen=True)
-class CodedCell:
-    """A cell some of whose states, by field, are still int8. Moving it decodes them."""
+class EncodedCell:
+    """A cell some of whose states are still int8, by field name. `to` decodes them."""
 
     cell: Cell
-    coded: dict[str, Coded]
+    encoded: dict[str, EncodedStates]
 
     def to(self, device: torch.device | str) -> Cell:
-        """The cell on a device, its states decoded there: half the bytes to copy, and nothing for the host to do."""
-        return replace(self.cell.to(device), **{name: states.to(device) for name, states in self.coded.items()})
+        """Return the cell on a device, decoded there: half the bytes to copy, and no work for the host."""
+        return replace(self.cell.to(device), **{name: states.to(device) for name, states in self.encoded.items()})
 
 
-AnyCell = Cell | CodedCell
+AnyCell = Cell | EncodedCell
 
 
 @dataclass(frozen=True)
-class Cells(Sequence):
-    """The cells of a batch, each read when it is asked for, so that no more than one need be in memory."""
+class LazyCells(Sequence):
+    """The cells of a batch, each read when it is indexed, so that only one need be in memory."""
 
-    stream: "Stream"
-    laid: list[Laid]
+    loader: "BatchLoader"
+    layouts: list[CellLayout]
 
     def __len__(self) -> int:
-        return len(self.laid)
+        return len(self.layouts)
 
     def __getitem__(self, number: int) -> tuple[AnyCell, Blocks]:
-        laid = self.laid[number]
-        return self.stream.read(laid), laid.blocks
+        layout = self.layouts[number]
+        return self.loader.read(layout), layout.blocks
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One optimiser step's cells. `names` are sample ids in hex, `rows` context rows of all cells.
+    """One optimiser step's cells. names: sample ids in hex. rows: context rows of all cells.
 
-    Every cell's blocks are known from the start. `cells` of a batch that was read ahead come one by one, once, and each
-    is good until the next is asked for.
+    `blocks` are those of every cell, known before any is read. `cells` of a prefetched batch can be iterated once, and
+    each is valid only until the next is asked for.
     """
 
     step: int
@@ -155,30 +156,32 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A batch without states."""
+class BatchLayout:
+    """A batch whose states are not read yet."""
 
     step: int
     epoch: int
-    cells: list[Laid]
+    cells: list[CellLayout]
     names: list[str]
     rows: int
 
     def batch(self, cells: Iterable[tuple[AnyCell, Blocks]]) -> Batch:
-        return Batch(self.step, self.epoch, cells, [laid.blocks for laid in self.cells], self.names, self.rows)
+        return Batch(self.step, self.epoch, cells, [layout.blocks for layout in self.cells], self.names, self.rows)
 
 
-class Stream:
-    """All batches of a run by number of step; see `order.py` for what decides them.
+class BatchLoader:
+    """Makes the batch of any step of a run; `order.py` decides what is in it.
 
-    `coded` leaves states that are kept as int8 so, until their cell is moved to the device that trains.
+    keep_encoded: leave int8 states undecoded until their cell is moved to the device that trains.
     """
 
-    def __init__(self, cache: HiddenCache, split: Split, config: DraftConfig, train: TrainSection, coded: bool = False):
+    def __init__(
+        self, cache: HiddenCache, split: Split, config: DraftConfig, train: TrainSection, keep_encoded: bool = False
+    ):
         self.cache, self.config, self.train = cache, config, train
-        self.reads_final = needs_teacher(config)
-        regions = [config.target_layer_ids, *[(FINAL,)] * self.reads_final]
-        self._coded = {layers for layers in regions if coded and cache.is_encoded(layers)}
+        self.reads_final = needs_final_states(config)
+        groups = [config.target_layer_ids, *[(FINAL,)] * self.reads_final]
+        self._encoded = {layers for layers in groups if keep_encoded and cache.is_encoded(layers)}
         self.low64 = cache.samples.low64[split.train]
         self.ids = cache.samples.sample_id[split.train]
         self.indices = split.train
@@ -186,90 +189,90 @@ class Stream:
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def batch(self, step: int, alone: bool = False) -> Batch:
-        """Lay out the batch of `step`, its cells to be read one by one; `alone` gives every sample its own."""
-        plan = self.plan(step, alone)
-        return plan.batch(Cells(self, plan.cells))
+        """Return the batch of `step`, its cells read one by one; `alone` gives every sample a cell of its own."""
+        layout = self.lay_out(step, alone)
+        return layout.batch(LazyCells(self, layout.cells))
 
-    def ahead(self, start: int, stop: int, device: torch.device = CPU) -> Ahead:
-        """The batches of steps start to stop - 1 for a device, read while others are computed."""
-        return Ahead(self, start, stop, device)
+    def prefetch(self, start: int, stop: int, device: torch.device = CPU) -> Prefetcher:
+        """Return the batches of steps start to stop - 1 for a device, each read while the one before is computed."""
+        return Prefetcher(self, start, stop, device)
 
-    def plan(self, step: int, alone: bool = False) -> Plan:
-        """Lay out the batch of `step`. Safe for many threads."""
+    def lay_out(self, step: int, alone: bool = False) -> BatchLayout:
+        """Lay out the batch of `step` without reading a state. Thread-safe."""
         epoch, at = divmod(step, self.per_epoch)
         keys, order = self._order(epoch)
         chosen = global_batch(order, at, self.train.batch)
-        samples = [self._rows(int(self.indices[number]), int(keys[number])) for number in chosen]
+        samples = [self._window(int(self.indices[number]), int(keys[number])) for number in chosen]
         cells = [[number] for number in range(len(samples))] if alone else self._pack(samples)
-        return Plan(
+        return BatchLayout(
             step=step,
             epoch=epoch,
-            cells=[self._lay([samples[number] for number in numbers]) for numbers in cells],
+            cells=[self._lay_out_cell([samples[number] for number in numbers]) for numbers in cells],
             names=[sample.name for sample in samples],
             rows=sum(len(sample.ids) for sample in samples),
         )
 
-    def size(self, laid: Laid) -> int:
-        """Bytes of a cell's states, as they are read."""
-        return sum(map(self._bytes, laid.regions.values()))
+    def size(self, layout: CellLayout) -> int:
+        """Return the bytes of a cell's states, as `read` leaves them in memory."""
+        return sum(map(self._bytes, layout.to_read.values()))
 
-    def _bytes(self, region: Region) -> int:
-        K, R, D = region.shape(self.cache.hidden_size)
-        if region.layers in self._coded:
-            return -(-self.cache.encoded_bytes(R, region.layers) // ALIGNED) * ALIGNED
+    def _bytes(self, states: StatesToRead) -> int:
+        K, R, D = states.shape(self.cache.hidden_size)
+        if states.layers in self._encoded:
+            return -(-self.cache.encoded_bytes(R, states.layers) // ALIGNMENT) * ALIGNMENT
         return K * R * D * self.cache.dtype.itemsize
 
-    def read(self, laid: Laid, memory_B: Tensor | None = None) -> AnyCell:
-        """Read a cell's states, into the first bytes of `memory_B` if given. Raises what `HiddenCache.fill` does."""
+    def read(self, layout: CellLayout, memory_B: Tensor | None = None) -> AnyCell:
+        """Read a cell's states, into `memory_B` (uint8, `size` or more) if given; raises as `HiddenCache.fill`."""
         if memory_B is None:
-            memory_B = torch.empty(self.size(laid), dtype=torch.uint8)
-        plain, coded, at = {}, {}, 0
-        for name, region in laid.regions.items():
-            part_B = memory_B[at : at + self._bytes(region)]
+            memory_B = torch.empty(self.size(layout), dtype=torch.uint8)
+        decoded, encoded, at = {}, {}, 0
+        for name, states in layout.to_read.items():
+            part_B = memory_B[at : at + self._bytes(states)]
             at += len(part_B)
-            if region.layers in self._coded:
-                coded[name] = Coded(region, self.cache.read_encoded(part_B, region.parts, region.layers))
+            if states.layers in self._encoded:
+                encoded[name] = EncodedStates(states, self.cache.read_encoded(part_B, states.parts, states.layers))
             else:
-                states_KRD = part_B.view(self.cache.dtype).view(region.shape(self.cache.hidden_size))
-                self.cache.fill(states_KRD, region.parts, region.layers)
-                plain[name] = region.in_cell(states_KRD)
-        cell = replace(laid.cell, **plain)
-        return CodedCell(cell, coded) if coded else cell
+                states_KRD = part_B.view(self.cache.dtype).view(states.shape(self.cache.hidden_size))
+                self.cache.fill(states_KRD, states.parts, states.layers)
+                decoded[name] = states.in_cell(states_KRD)
+        cell = replace(layout.cell, **decoded)
+        return EncodedCell(cell, encoded) if encoded else cell
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and order of the samples in an epoch; the last one is kept."""
-        held = self._epoch
-        if held is None or held[0] != epoch:
+        """Return keys and order of the samples in an epoch; those of the last epoch asked for are cached."""
+        cached = self._epoch
+        if cached is None or cached[0] != epoch:
             keys = epoch_keys(self.low64, self.train.seed, epoch)
-            held = self._epoch = (epoch, keys, epoch_order(keys, self.ids))
-        return held[1:]
+            cached = self._epoch = (epoch, keys, epoch_order(keys, self.ids))
+        return cached[1:]
 
-    def _rows(self, index: int, key: int) -> Rows:
-        """Cut a sample's window and draw its anchors."""
+    def _window(self, index: int, key: int) -> SampleWindow:
+        """Choose a sample's window and its anchors."""
         ids, mask = self.cache.tokens_of(index)
         mask_T = torch.from_numpy(mask)
         start, stop = draw_window(eligible_anchors(mask_T).numpy(), key, self.train.context)
         valid_T = eligible_anchors(mask_T[start:stop]).numpy()
-        kept, before = self.cache.final_rows(index, mask, start, stop) if self.reads_final else (None, 0)
-        return Rows(
+        final_rows, final_first = self.cache.final_rows(index, mask, start, stop) if self.reads_final else (None, 0)
+        return SampleWindow(
             index=index,
             ids=torch.from_numpy(ids[start:stop].astype(np.int64)),
             mask=mask_T[start:stop],
             first=start,
             anchors=draw_anchors(valid_T, key, self.train.anchors, first=start),
             name=self.cache.samples.hex(index),
-            final_rows=None if kept is None else torch.from_numpy(kept - start),
-            final_first=before,
+            final_rows=None if final_rows is None else torch.from_numpy(final_rows - start),
+            final_first=final_first,
         )
 
-    def _pack(self, samples: list[Rows]) -> list[list[int]]:
-        pieces = [
-            Piece(len(sample.ids), len(sample.anchors), piece_cost(self.config, len(sample.ids), sample.anchors))
+    def _pack(self, samples: list[SampleWindow]) -> list[list[int]]:
+        costs = [
+            SampleCost(len(sample.ids), len(sample.anchors), forward_cost(self.config, len(sample.ids), sample.anchors))
             for sample in samples
         ]
-        return pack_cells(pieces, self.train.context, self.train.cell_anchors, self.train.cells)
+        return pack_cells(costs, self.train.context, self.train.cell_anchors, self.train.cells)
 
-    def _lay(self, samples: list[Rows]) -> Laid:
+    def _lay_out_cell(self, samples: list[SampleWindow]) -> CellLayout:
         firsts = [sample.first for sample in samples]
         cell = pack(samples, [sample.name for sample in samples], firsts, final=self.reads_final)
         starts = cell.starts_M.tolist()
@@ -277,7 +280,7 @@ class Stream:
         anchors_N = torch.cat(anchors)
         blocks = lay_blocks(cell, anchors_N, torch.ones_like(anchors_N, dtype=torch.bool), self.config)
         rows = [(sample.index, sample.first, sample.first + len(sample.ids)) for sample in samples]
-        regions = {"aux_KRD": Region(self.config.target_layer_ids, rows)}
+        to_read = {"aux_KRD": StatesToRead(self.config.target_layer_ids, rows)}
         if self.reads_final:
-            regions["final_FD"] = Region((FINAL,), [sample.final_part for sample in samples])
-        return Laid(cell, blocks, regions)
+            to_read["final_FD"] = StatesToRead((FINAL,), [sample.final_part for sample in samples])
+        return CellLayout(cell, blocks, to_read)

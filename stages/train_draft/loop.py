@@ -1,4 +1,5 @@
-"""The run from its checkpoint to its horizon: step, log, save, evaluate; stop when told to, losing nothing."""
+"""The training loop: from the newest checkpoint to the last step, with logs, checkpoints and evaluations; a signal
+saves first."""
 
 import signal
 import threading
@@ -14,150 +15,157 @@ from pipeline.errors import CacheError, UsageError
 from pipeline.evaluation.accept_length import accept_spans, summarise
 from pipeline.runs import checkpoint
 from pipeline.runs.recipe import Resolved
-from pipeline.runs.split import Split, spread
+from pipeline.runs.split import Split, stratified_subset
 from pipeline.visible_text import visible
-from stages.train_draft.loader import Stream
-from stages.train_draft.metrics_log import METRICS, TIMING, Journal
+from stages.train_draft.loader import BatchLoader
+from stages.train_draft.metrics_log import METRICS, TIMING, MetricsLog
 from stages.train_draft.optimizer import make_optimizer
-from stages.train_draft.progress import Clock, Display
+from stages.train_draft.progress import Display, Throughput
 from stages.train_draft.step import Trainer
 
-EVALUATED_AT_ONCE = 8  # samples; between them we look whether somebody wants us to stop
-STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+EVAL_BATCH = 8  # samples; a signal is noticed between two such batches
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
-class Stop:
-    """Notes SIGTERM, SIGHUP and Ctrl-C so that the loop can save first; a second one acts at once.
+class GracefulStop:
+    """Records SIGTERM, SIGHUP and Ctrl-C so that the loop can save before it ends; a second signal acts at once.
 
-    Those that are ignored, SIGHUP under nohup say, stay so.
+    Signals that were ignored (SIGHUP under nohup) stay ignored.
     """
 
     def __init__(self):
         self.received: int | None = None
-        self.before: dict = {}
+        self.previous_handlers: dict = {}
 
-    def __enter__(self) -> "Stop":
+    def __enter__(self) -> "GracefulStop":
         if threading.current_thread() is threading.main_thread():
-            heeded = [number for number in STOPPING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
-            self.before = {number: signal.signal(number, self._note) for number in heeded}
+            handled = [number for number in STOP_SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+            self.previous_handlers = {number: signal.signal(number, self._note) for number in handled}
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
-        self.before = {}
+        self.previous_handlers = {}
 
     def _note(self, number: int, frame) -> None:
         self.received = number
         self.__exit__()
 
-    def leave(self) -> None:
-        """Raise what ends the process as its signal would: exit code 143 or 129, or KeyboardInterrupt."""
+    def raise_signal(self) -> None:
+        """Raise what ends the process as the signal would: SystemExit(143), SystemExit(129) or KeyboardInterrupt."""
         raise KeyboardInterrupt if self.received == signal.SIGINT else SystemExit(128 + self.received)
 
 
-class Run:
-    """A run's folder, draft and data, at some step."""
+class TrainingRun:
+    """A run in progress: its folder, draft, optimiser and batches, after `step` steps."""
 
     def __init__(self, path: Path, cache: HiddenCache, split: Split, resolved: Resolved, draft: Draft):
         self.path, self.cache, self.draft = path, cache, draft
         self.train = resolved.recipe.train
-        self.contract = {"recipe": resolved.recipe.digest(), "cache": cache.digest, "split": split.digest}
+        self.digests = {"recipe": resolved.recipe.digest(), "cache": cache.digest, "split": split.digest}
         self.optimizer = make_optimizer(self.train.optimizer, draft)
         self.device = draft.fc.weight.device
-        self.stream = Stream(cache, split, resolved.draft, self.train, coded=self.device.type != "cpu")
-        self.probed = spread(cache, split.heldout, self.train.eval_samples) if cache.has_final else ()
-        self.metrics, self.timing = Journal(path / METRICS), Journal(path / TIMING)
+        self.loader = BatchLoader(cache, split, resolved.draft, self.train, keep_encoded=self.device.type != "cpu")
+        self.eval_samples = stratified_subset(cache, split.heldout, self.train.eval_samples) if cache.has_final else ()
+        self.metrics, self.timing_log = MetricsLog(path / METRICS), MetricsLog(path / TIMING)
         self.step = 0
 
     def resume(self) -> int:
-        """Go to the newest checkpoint and cut the metrics back to it; return its step, 0 without one."""
+        """Load the newest checkpoint and truncate the metrics to it; return its step, 0 without one.
+
+        Raises UsageError for a checkpoint of another recipe, cache or split; CacheError for a damaged one.
+        """
         found = checkpoint.latest(self.path)
         if found is not None:
-            differs = [key for key, value in self.contract.items() if found.state.get(key) != value]
+            differs = [key for key, value in self.digests.items() if found.state.get(key) != value]
             if differs:
-                key, there, here = differs[0], found.state.get(differs[0]), self.contract[differs[0]]
+                key, recorded, current = differs[0], found.state.get(differs[0]), self.digests[differs[0]]
                 raise UsageError(
-                    f"{found.path} was made with another {key}: digest {there}, this run has {here}; "
+                    f"{found.path} was made with another {key}: digest {recorded}, this run has {current}; "
                     "remove it to go on from the checkpoint before"
                 )
             self.step = found.step
             device = str(self.device)
             try:
                 self.draft.load_state_dict(load_file(found.path / checkpoint.DRAFT, device=device))
-                self.optimizer.restore(load_file(found.path / checkpoint.OPTIMIZER, device=device), found.step)
+                self.optimizer.load_state_dict(load_file(found.path / checkpoint.OPTIMIZER, device=device), found.step)
             except (OSError, RuntimeError, KeyError) as error:  # its bytes were checked: written by another program
                 raise CacheError(
                     f"{found.path}: not the weights and moments of this run's draft ({str(error).splitlines()[0]}); "
                     "remove it to go on from the checkpoint before"
                 ) from error
-        self.metrics.rewind(self.step, found.state.get("metrics", "") if found else "")
-        self.timing.rewind(self.step)
+        self.metrics.truncate(self.step, found.state.get("metrics", "") if found else "")
+        self.timing_log.truncate(self.step)
         return self.step
 
-    def go(self, display: Display, stop: Stop) -> dict | None:
-        """Train to the horizon; return the last evaluation."""
-        trainer = Trainer(self.draft, self.optimizer, self.stream, self.train)
-        clock = Clock(self.step, self.train.steps)
+    def fit(self, display: Display, stop: GracefulStop) -> dict | None:
+        """Train to the last step; return the evaluation after it, None where nothing can be measured."""
+        trainer = Trainer(self.draft, self.optimizer, self.loader, self.train)
+        throughput = Throughput(self.step, self.train.steps)
         self._evaluate(display, stop)  # a checkpoint may have been saved between a step and its evaluation
-        batches = self.stream.ahead(self.step, self.train.steps, self.device)
+        batches = self.loader.prefetch(self.step, self.train.steps, self.device)
         try:
             for batch in batches:
-                before = trainer.at_once
+                before = trainer.blocks_per_pass
                 metrics = trainer.step(batch)
-                if trainer.at_once != before:
-                    display.say(f"out of memory: from step {batch.step + 1} on {trainer.at_once} blocks at a time")
+                if trainer.blocks_per_pass != before:
+                    display.print_line(
+                        f"out of memory: from step {batch.step + 1} on {trainer.blocks_per_pass} blocks at a time"
+                    )
                 self.step = batch.step + 1
-                clock.done(batch)
-                facts = clock.facts(batches.waited)
+                throughput.count(batch)
+                timing = throughput.timing(batches.waited)
                 if metrics:
                     self.metrics.write(metrics)
-                    self.timing.write({"step": self.step, **facts})
-                display.step(self.step, metrics, facts)
-                asked = time.perf_counter()
+                    self.timing_log.write({"step": self.step, **timing})
+                display.step(self.step, metrics, timing)
+                began = time.perf_counter()
                 if self.step % self.train.save_every == 0 or self.step == self.train.steps:
                     self.save()
                 self._evaluate(display, stop)
-                clock.pause(time.perf_counter() - asked)
+                throughput.exclude(time.perf_counter() - began)
         finally:
             batches.close()
         return self._evaluated()
 
     def save(self) -> None:
-        state = self.contract | {"metrics": self.metrics.last}
-        checkpoint.save(self.path, self.step, self.draft, self.optimizer.tensors(), state, self.train.keep)
+        state = self.digests | {"metrics": self.metrics.last_checksum}
+        checkpoint.save(self.path, self.step, self.draft, self.optimizer.state_dict(), state, self.train.keep)
 
     def _evaluated(self) -> dict | None:
-        """The evaluation of this step, once it is in the metrics."""
+        """Return the evaluation of this step from the metrics log, None when there is none yet."""
         return next((line["eval"] for line in self.metrics.lines if line["step"] == self.step and "eval" in line), None)
 
-    def _evaluate(self, display: Display, stop: Stop) -> None:
-        """Measure the exact accept length on held-out samples, when it is time. Leave when told to, saved."""
+    def _evaluate(self, display: Display, stop: GracefulStop) -> None:
+        """Measure the exact accept length on held-out samples when one is due. On a signal: save and exit."""
         due = self.step > 0 and (self.step % self.train.eval_every == 0 or self.step == self.train.steps)
         spans = []
-        if due and len(self.probed) and self._evaluated() is None:
+        if due and len(self.eval_samples) and self._evaluated() is None:
             self.draft.eval()
-            for first in range(0, len(self.probed), EVALUATED_AT_ONCE):
+            for first in range(0, len(self.eval_samples), EVAL_BATCH):
                 if stop.received:
                     break
-                spans += accept_spans(self.draft, self.cache, self.probed[first : first + EVALUATED_AT_ONCE])
+                spans += accept_spans(self.draft, self.cache, self.eval_samples[first : first + EVAL_BATCH])
             self.draft.train()
         if stop.received:
             self.save()
-            display.say(
+            display.print_line(
                 f"stopped at step {self.step}, saved in {visible(self.path)}; the same command goes on from there"
             )
-            stop.leave()
+            stop.raise_signal()
         if spans:
             # Reply by reply, so that runs can be pooled and compared on the same replies: sample, row, tokens, calls.
-            walked = [[span.sample, span.start, sum(span.lengths), len(span.lengths)] for span in spans if span.lengths]
-            figures = summarise(spans) | {"replies": walked}
+            replies = [
+                [span.sample, span.start, sum(span.lengths), len(span.lengths)] for span in spans if span.lengths
+            ]
+            figures = summarise(spans) | {"replies": replies}
             self.metrics.write({"step": self.step, "eval": figures})
-            display.say(f"step {self.step}: {said(figures)}")
+            display.print_line(f"step {self.step}: {evaluation_text(figures)}")
 
 
-def said(figures: dict) -> str:
-    """Return an evaluation in a few words."""
+def evaluation_text(figures: dict) -> str:
+    """Return an evaluation as one line of text: accept length, its 95 % interval and that of each domain."""
     if not figures["calls"]:
         return "no accept length: no held-out reply is the target's own"
     named = {visible(name): of["accept_len"] for name, of in figures["domains"].items() if of["calls"] and name}
@@ -166,9 +174,9 @@ def said(figures: dict) -> str:
     return f"accept length {figures['accept_len']:.2f} [{low:.2f}, {high:.2f}] on held-out samples{domains}"
 
 
-def deterministic(device: torch.device) -> None:
-    """Ask for kernels that repeat to the bit. CPU kernels do, for a given number of threads."""
+def use_deterministic_kernels(device: torch.device) -> None:
+    """Make PyTorch use deterministic CUDA kernels. CPU kernels are deterministic for a given number of threads."""
     if device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # A GRU would else multiply in TF32, where every other product of a float32 draft does not.
+        # cuDNN would otherwise compute a GRU in TF32, unlike every other product of a float32 draft.
         torch.backends.cudnn.allow_tf32 = False

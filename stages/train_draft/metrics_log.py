@@ -1,79 +1,81 @@
-"""A run's journals: JSON lines that a resumed run cuts back to its checkpoint, so that they do not tell of kills.
+"""A run's logs: JSON lines that a resumed run truncates to its checkpoint, so that a kill leaves no trace in them.
 
-    metrics.jsonl    a line a logging step and evaluation; the same bytes whatever was killed when
-    timing.jsonl     what differs from run to run: seconds, tokens a second
+    metrics.jsonl    one line for each logged step and each evaluation; the same bytes however often a run was killed
+    timing.jsonl     what differs between runs of one recipe: seconds, tokens a second
 
 Each line ends with a checksum of itself and of the line before (see pipeline/checksummed_json.py), and a checkpoint
-keeps that of the last line before it: so a line that is changed, lost or of another run shows before a figure of it is
-used.
+records that of the last line before it. So a line that is changed, missing or from another run is found before its
+figures are used.
 """
 
 import json
 import os
 from pathlib import Path
 
-from pipeline.cache.atomic import room, write_file
+from pipeline.cache.atomic import write_errors, write_file
 from pipeline.checksummed_json import damage_error, parse_checksummed, with_checksum
 from pipeline.errors import CacheError
 from pipeline.untrusted import read_file
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
-MOST_BYTES = 4 << 30
+MAX_BYTES = 4 << 30
 REMOVE = "remove it to go on without the figures of earlier steps"
 
 
-class Journal:
-    """The lines of one journal. `last` is the checksum of the newest."""
+class MetricsLog:
+    """One append-only file of checksummed JSON lines. `last_checksum` is that of the newest line, "" without one."""
 
     def __init__(self, path: Path):
         self.path = path
         self.lines: list[dict] = []
-        self.last = ""
+        self.last_checksum = ""
 
-    def rewind(self, step: int, vouched: str = "") -> None:
-        """Keep the lines up to `step`; later ones will be written again, and a torn one is dropped.
+    def truncate(self, step: int, expected_checksum: str = "") -> None:
+        """Keep the lines up to `step`; later ones will be written again, and an incomplete last line is dropped.
 
-        vouched: the checksum of a line that has to be among them. CacheError where it is not, since then those before
-        it are not the ones that were written. A journal that was removed begins anew, and says so in its first line.
+        expected_checksum: of a line that must be among them, as the checkpoint recorded it. Raises CacheError where it
+        is not, since then the lines before it are not those that were written. A log that the user removed starts
+        again with a line that records this.
         """
-        self.lines, self.last = [], ""
-        if vouched and not self.path.exists():
-            return self.write({"step": step, "removed": vouched})
-        kept, wrong = self._read(step)
-        if vouched and not any(vouched in (checksum, record.get("removed")) for _, record, checksum in kept):
-            lost = wrong or f"the lines up to step {step} are not all there"
-            raise CacheError(f"{self.path}: damaged ({lost}); {REMOVE}")
-        self.lines = [record for _, record, _ in kept]
-        self.last = kept[-1][2] if kept else ""
-        write_file(self.path, b"".join(line for line, _, _ in kept))
+        self.lines, self.last_checksum = [], ""
+        if expected_checksum and not self.path.exists():
+            return self.write({"step": step, "removed": expected_checksum})
+        valid, reason = self._read(step)
+        checksums = [word for _, record, checksum in valid for word in (checksum, record.get("removed"))]
+        if expected_checksum and expected_checksum not in checksums:
+            reason = reason or f"the lines up to step {step} are not all there"
+            raise CacheError(f"{self.path}: damaged ({reason}); {REMOVE}")
+        self.lines = [record for _, record, _ in valid]
+        self.last_checksum = valid[-1][2] if valid else ""
+        write_file(self.path, b"".join(line for line, _, _ in valid))
 
     def _read(self, step: int) -> tuple[list[tuple[bytes, dict, str]], str]:
-        """Return the lines up to `step`, each with its record and checksum, as far as they are sound, and what is wrong
-        with the one after."""
+        """Return the valid lines up to `step` as (bytes, record, checksum), and what is wrong with the line after
+        them ("" for nothing)."""
         try:
-            lines = read_file(self.path, MOST_BYTES).splitlines(keepends=True) if self.path.exists() else []
+            lines = read_file(self.path, MAX_BYTES).splitlines(keepends=True) if self.path.exists() else []
         except (OSError, ValueError) as error:
             raise damage_error(self.path, error, REMOVE) from None
-        kept, last = [], ""
+        valid, last = [], ""
         for number, line in enumerate(lines, 1):
             try:
                 record, checksum = parse_checksummed(line, last)
                 if not line.endswith(b"\n") or type(record.get("step")) is not int or (last and not checksum):
                     raise ValueError("no line of a journal")
             except ValueError as error:
-                return kept, f"line {number}: {error}"
+                return valid, f"line {number}: {error}"
             if record["step"] > step:
                 break
-            kept.append((line, record, checksum))
+            valid.append((line, record, checksum))
             last = checksum
-        return kept, ""
+        return valid, ""
 
     def write(self, record: dict) -> None:
-        """Append one line and sync it. RoomError when the disk is full."""
-        line = with_checksum(json.dumps(record, allow_nan=False), self.last)
+        """Append one line and fsync it. Raises RoomError when the disk is full."""
+        line = with_checksum(json.dumps(record, allow_nan=False), self.last_checksum)
         self.lines.append(record)
-        self.last = parse_checksummed(line, self.last)[1]
-        with room(self.path, "a line of metrics"), open(self.path, "ab") as file:
+        self.last_checksum = parse_checksummed(line, self.last_checksum)[1]
+        with write_errors(self.path, "a line of metrics"), open(self.path, "ab") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())

@@ -1,7 +1,7 @@
-"""Cells read ahead of the one that is computed: in order, by another thread, within so many bytes.
+"""Prefetching: a background thread reads the next cells (packed micro-batches), in order, within a byte limit.
 
-A cell's states are read into memory that is used again and again, pinned where a CUDA device copies from it. So a cell
-is good until the next one is asked for.
+States are read into buffers that are reused, pinned where a CUDA device copies from them. So a cell is valid only
+until the next one is asked for.
 """
 
 import time
@@ -17,135 +17,138 @@ from torch import Tensor
 from pipeline.drafts import Blocks
 
 if TYPE_CHECKING:
-    from stages.train_draft.loader import AnyCell, Batch, Laid, Plan, Stream
+    from stages.train_draft.loader import AnyCell, Batch, BatchLayout, BatchLoader, CellLayout
 
-AHEAD_BYTES = 1 << 30  # of states: the cell in use and those that wait. At least one always waits, however large
-CELLS = 8  # that wait at most: a small cache is not to be held in memory a second time
-PLANS = 2  # batches laid out beyond the one whose cells are being read: ids, masks and blocks, but no states
+PREFETCH_BYTES = 1 << 30  # of states: the cell in use and those prefetched. At least one is prefetched, however large
+MAX_WAITING = 8  # cells prefetched at most: a small cache should not be in memory a second time
+LAYOUTS_AHEAD = 2  # batches laid out beyond the one whose cells are being read: ids, masks and blocks, but no states
 CPU = torch.device("cpu")
-GRAIN = 16 << 20  # buffers are multiples of this, so that one fits many cells
+BUFFER_STEP = 16 << 20  # buffers are multiples of this, so that one fits many cells
 
 
 @dataclass(eq=False)
 class Buffer:
-    """Memory for one cell's states. `busy`: what a CUDA device has still to do before it may be overwritten."""
+    """Memory for one cell's states. `copy_done`: the CUDA event after which it may be overwritten."""
 
     bytes_B: Tensor
-    busy: "torch.cuda.Event | None" = None
+    copy_done: "torch.cuda.Event | None" = None
 
     def __len__(self) -> int:
         return len(self.bytes_B)
 
 
-class Ahead:
-    """The batches of steps start to stop - 1, once, in order. Close it when done.
+class Prefetcher:
+    """Iterates once over the batches of steps start to stop - 1, in order. Call `close` at the end.
 
-    waited: seconds the caller has waited for data. What reading raises, the caller gets at the cell it was raised for.
+    limit: bytes of states in memory. waited: seconds the caller has waited for data. An error while reading a cell is
+    raised when the caller asks for that cell.
     """
 
-    def __init__(self, stream: "Stream", start: int, stop: int, device: torch.device = CPU, limit: int = AHEAD_BYTES):
-        self.stream, self.limit, self.device = stream, limit, device
+    def __init__(
+        self, loader: "BatchLoader", start: int, stop: int, device: torch.device = CPU, limit: int = PREFETCH_BYTES
+    ):
+        self.loader, self.limit, self.device = loader, limit, device
         self.pinned = device.type == "cuda"
         self.waited = 0.0
         self._steps = iter(range(start, stop))
-        self._plans: deque[Future[Plan]] = deque()  # being laid out
-        self._batches: deque[Plan] = deque()  # laid out, in turn
-        self._cells: deque[tuple[int, Laid]] = deque()  # theirs, to be read
+        self._layouts: deque[Future[BatchLayout]] = deque()  # being laid out
+        self._batches: deque[BatchLayout] = deque()  # laid out, not yet given out
+        self._cells: deque[tuple[int, CellLayout]] = deque()  # of these batches, to be read
         self._reads: deque[tuple[int, Future[AnyCell], Buffer]] = deque()
-        self._free: list[Buffer] = []
-        self._held = 0  # bytes of buffers in use
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        self._free_buffers: list[Buffer] = []
+        self._used_bytes = 0  # bytes of buffers in use
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
 
     def __iter__(self) -> Iterator["Batch"]:
         while self._next_batch():
-            plan = self._batches.popleft()
-            yield plan.batch(self._cells_of(plan))
-            self._pass_over(plan.step)
+            layout = self._batches.popleft()
+            yield layout.batch(self._cells_of(layout))
+            self._drop_rest(layout.step)
 
     def close(self) -> None:
-        """Stop reading; returns when no thread of ours reads any more."""
+        """Cancel what is not begun; return when the thread has ended."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _next_batch(self) -> bool:
-        self._read_on()
-        while not self._batches and self._plans:
-            self._take_plan()
-            self._read_on()
+        self._submit_work()
+        while not self._batches and self._layouts:
+            self._take_layout()
+            self._submit_work()
         return bool(self._batches)
 
-    def _take_plan(self) -> None:
-        plan = self._wait(self._plans.popleft())
-        self._batches.append(plan)
-        self._cells += ((plan.step, laid) for laid in plan.cells)
+    def _take_layout(self) -> None:
+        layout = self._wait(self._layouts.popleft())
+        self._batches.append(layout)
+        self._cells += ((layout.step, cell_layout) for cell_layout in layout.cells)
 
-    def _cells_of(self, plan: "Plan") -> Iterator["tuple[AnyCell, Blocks]"]:
-        for laid in plan.cells:
-            self._read_on()
+    def _cells_of(self, layout: "BatchLayout") -> Iterator["tuple[AnyCell, Blocks]"]:
+        for cell_layout in layout.cells:
+            self._submit_work()
             step, future, buffer = self._reads.popleft()
-            assert step == plan.step, f"cells of step {plan.step} are asked for after its batch"
+            assert step == layout.step, f"cells of step {layout.step} are asked for after its batch"
             try:
                 cell = self._wait(future)
-                self._read_on()
-                yield cell, laid.blocks
+                self._submit_work()
+                yield cell, cell_layout.blocks
             finally:
-                self._give(buffer)
+                self._return_buffer(buffer)
 
-    def _pass_over(self, step: int) -> None:
-        """Drop the cells that the caller left of a batch."""
+    def _drop_rest(self, step: int) -> None:
+        """Drop the cells of a batch that the caller did not ask for."""
         while self._cells and self._cells[0][0] == step:
             self._cells.popleft()
         while self._reads and self._reads[0][0] == step:
             _, future, buffer = self._reads.popleft()
             if not future.cancel():
                 self._wait(future)
-            self._give(buffer)
+            self._return_buffer(buffer)
 
-    def _read_on(self) -> None:
+    def _submit_work(self) -> None:
         """Have the next cells read, as many as there is room for, and the next batches laid out."""
         while True:
-            while len(self._plans) < PLANS and (step := next(self._steps, None)) is not None:
-                self._plans.append(self._thread.submit(self.stream.plan, step))
-            if not self._cells and self._plans and self._plans[0].done():
-                self._take_plan()
+            while len(self._layouts) < LAYOUTS_AHEAD and (step := next(self._steps, None)) is not None:
+                self._layouts.append(self._thread.submit(self.loader.lay_out, step))
+            if not self._cells and self._layouts and self._layouts[0].done():
+                self._take_layout()
                 continue
             if not self._cells:
                 return
-            step, laid = self._cells[0]
-            size = -(-self.stream.size(laid) // GRAIN) * GRAIN
-            if self._reads and (self._held + size > self.limit or len(self._reads) == CELLS):
+            step, cell_layout = self._cells[0]
+            size = -(-self.loader.size(cell_layout) // BUFFER_STEP) * BUFFER_STEP
+            if self._reads and (self._used_bytes + size > self.limit or len(self._reads) == MAX_WAITING):
                 return
             self._cells.popleft()
-            buffer = self._take(size)
-            self._reads.append((step, self._thread.submit(self._read, laid, buffer), buffer))
+            buffer = self._take_buffer(size)
+            self._reads.append((step, self._thread.submit(self._read, cell_layout, buffer), buffer))
 
-    def _read(self, laid: "Laid", buffer: Buffer) -> "AnyCell":
-        if buffer.busy is not None:
-            buffer.busy.synchronize()
-        return self.stream.read(laid, buffer.bytes_B)
+    def _read(self, cell_layout: "CellLayout", buffer: Buffer) -> "AnyCell":
+        if buffer.copy_done is not None:
+            buffer.copy_done.synchronize()
+        return self.loader.read(cell_layout, buffer.bytes_B)
 
     def _wait(self, future: Future):
-        asked = time.perf_counter()
+        began = time.perf_counter()
         try:
             return future.result()
         finally:
-            self.waited += time.perf_counter() - asked
+            self.waited += time.perf_counter() - began
 
-    def _take(self, size: int) -> Buffer:
-        fitting = [buffer for buffer in self._free if len(buffer) >= size]
+    def _take_buffer(self, size: int) -> Buffer:
+        fitting = [buffer for buffer in self._free_buffers if len(buffer) >= size]
         if fitting:
             buffer = min(fitting, key=len)
-            self._free.remove(buffer)
+            self._free_buffers.remove(buffer)
         else:
-            if self._held + sum(map(len, self._free)) + size > self.limit:
-                self._free.clear()  # they are too small
+            if self._used_bytes + sum(map(len, self._free_buffers)) + size > self.limit:
+                self._free_buffers.clear()  # all too small
             buffer = Buffer(torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned))
-        self._held += len(buffer)
+        self._used_bytes += len(buffer)
         return buffer
 
-    def _give(self, buffer: Buffer) -> None:
-        self._held -= len(buffer)
+    def _return_buffer(self, buffer: Buffer) -> None:
+        self._used_bytes -= len(buffer)
         if self.pinned:
-            buffer.busy = torch.cuda.Event()
-            # the copy was queued, and may not be done; on this device, which need not be the process' current one
-            buffer.busy.record(torch.cuda.current_stream(self.device))
-        self._free.append(buffer)
+            buffer.copy_done = torch.cuda.Event()
+            # the copy to the device may still be queued; `device` need not be the process' current one
+            buffer.copy_done.record(torch.cuda.current_stream(self.device))
+        self._free_buffers.append(buffer)

@@ -1,4 +1,4 @@
-"""`pipeline train-draft`: a draft from a cache. Nothing here, or in what it imports, can load a target."""
+"""`pipeline train-draft`: train a draft from a cache. Nothing here, or in what it imports, can load a target."""
 
 import os
 import shlex
@@ -11,8 +11,8 @@ import torch
 from pipeline import tensors
 from pipeline.cache import HiddenCache
 from pipeline.console import VisibleConsole
-from pipeline.drafts import DRAFTS, Draft, init_weights, needs_teacher
-from pipeline.drafts.rope_scaling import taken_over
+from pipeline.drafts import DRAFTS, Draft, init_weights, needs_final_states
+from pipeline.drafts.rope_scaling import draft_rope_scaling
 from pipeline.errors import RoomError
 from pipeline.published.init_from import Start, load_start
 from pipeline.published.writing import unservable
@@ -21,14 +21,21 @@ from pipeline.runs.folder import read_result, write_result
 from pipeline.runs.recipe import Resolved, load_recipe, resolve
 from pipeline.runs.split import Split, split_samples
 from pipeline.visible_text import visible
-from stages.train_draft.loop import Run, Stop, deterministic, said
+from stages.train_draft.loop import GracefulStop, TrainingRun, evaluation_text, use_deterministic_kernels
 from stages.train_draft.progress import Display
-from stages.train_draft.run_folder import as_begun, chunk_rule, default_folder, enter, held
+from stages.train_draft.run_folder import (
+    create_or_check,
+    default_folder,
+    recorded_chunk_rule,
+    run_lock,
+    with_recorded_rope,
+)
 
 
 @dataclass(frozen=True)
-class Done:
-    """A finished run. `accept_len` is None where no held-out reply is the target's own, or no `final` is cached."""
+class TrainResult:
+    """A finished run. `accept_len` is None where no held-out reply is the target's own greedy one, or the cache holds
+    no final states."""
 
     run: Path
     steps: int
@@ -42,53 +49,53 @@ def run(
     out: Path | None = None,
     device: str | None = None,
     init_from: Path | None = None,
-) -> Done:
+) -> TrainResult:
     """Train the draft that the recipe describes, from the newest checkpoint if there is one.
 
-    init_from: a draft whose weights it begins with, ours or anyone's.
+    init_from: a checkpoint, run or published draft whose weights are the initial ones.
 
     Raises UsageError for a recipe or run folder that does not fit, DataError when no sample can train, CacheError for
-    damage, RoomError, ProofError for a loss that is not finite; SystemExit(143) or KeyboardInterrupt, saved, when
-    stopped.
+    damage, RoomError, ProofError for a loss that is not finite; SystemExit(143) or KeyboardInterrupt when stopped,
+    after a checkpoint is saved.
     """
     store = HiddenCache.open(cache)
-    where = find_device(device)
-    asked = load_recipe(recipe, tuple(sets))
-    check_complete(store, asked)
-    resolved = resolve(asked, store)
+    torch_device = find_device(device)
+    stated = load_recipe(recipe, tuple(sets))
+    check_complete(store, stated)
+    resolved = resolve(stated, store)
     split = split_for(resolved, store)
-    resolved = resolved.lasting(len(split.train))
+    resolved = resolved.with_steps(len(split.train))
     start = None if init_from is None else load_start(init_from, resolved.draft, store.head(dtype=store.dtype))
     if start is not None:
         resolved = start.turned(resolved)
     folder = out or default_folder(resolved, store, split, start)
-    return carry_out(folder, store, split, resolved, where, start)
+    return train_resolved(folder, store, split, resolved, torch_device, start)
 
 
 def split_for(resolved: Resolved, store: HiddenCache) -> Split:
-    """Return which samples the draft is trained on and which are held out, by what its loss reads."""
+    """Return which samples train the draft and which are held out; it depends on the columns that the loss reads."""
     draft, heldout = resolved.draft, resolved.recipe.train.heldout
-    return split_samples(store, draft.mask_token_id, heldout, draft.target_layer_ids, needs_teacher(draft))
+    return split_samples(store, draft.mask_token_id, heldout, draft.target_layer_ids, needs_final_states(draft))
 
 
-def carry_out(
+def train_resolved(
     path: Path,
     store: HiddenCache,
     split: Split,
     resolved: Resolved,
-    where: torch.device,
+    device: torch.device,
     start: Start | None = None,
-) -> Done:
-    """Train one resolved recipe in the folder `path`, or go on there, and say how it went. Raises what `run` does."""
+) -> TrainResult:
+    """Train one resolved recipe in the folder `path`, or resume it there; print the result. Raises what `run` does."""
     screen = VisibleConsole()
-    with held(path):
-        differs = enter(path, resolved, store, split, machine(where), start)
-        resolved = as_begun(path, resolved)
+    with run_lock(path):
+        differs = create_or_check(path, resolved, store, split, machine_facts(device), start)
+        resolved = with_recorded_rope(path, resolved)
         result = read_result(path)
         if result is not None:
             screen.print(f"{visible(path)} is finished: nothing to do", markup=False, soft_wrap=True)
         else:
-            for line in announced(path, store, split, resolved, where):
+            for line in run_description(path, store, split, resolved, device):
                 screen.print(line, markup=False, soft_wrap=True)
             if start is not None:
                 screen.print(visible(start.said), markup=False, soft_wrap=True)
@@ -97,18 +104,20 @@ def carry_out(
                 screen.print(
                     f"began with {began}: the run goes on, its last digits may differ", markup=False, soft_wrap=True
                 )
-            result = train(path, store, split, resolved, where, screen, start)
+            result = train(path, store, split, resolved, device, screen, start)
             write_result(path, result)
     screen.print(summary(path, store, result), markup=False, soft_wrap=True)
-    return Done(path, result["steps"], result["accept_len"])
+    return TrainResult(path, result["steps"], result["accept_len"])
 
 
-def announced(path: Path, store: HiddenCache, split: Split, resolved: Resolved, where: torch.device) -> Iterator[str]:
-    """Yield what the run will do, the whole recipe first."""
+def run_description(
+    path: Path, store: HiddenCache, split: Split, resolved: Resolved, device: torch.device
+) -> Iterator[str]:
+    """Yield the lines printed before a run starts, the whole recipe first."""
     yield resolved.recipe.toml()
     yield (
         f"{len(split.train)} samples to train on, {len(split.heldout)} held out, {split.unusable} unusable; "
-        f"target {visible(store.identity['target']['name'])}, on {where}; run {visible(path)}"
+        f"target {visible(store.identity['target']['name'])}, on {device}; run {visible(path)}"
     )
     context = resolved.recipe.train.context
     longer = int((store.samples.length[split.train] > context).sum())
@@ -118,15 +127,15 @@ def announced(path: Path, store: HiddenCache, split: Split, resolved: Resolved, 
         yield f"the cache is incomplete: {partial_text(store)}; layers {list(resolved.draft.target_layer_ids)} are read"
     if resolved.draft.gamma is None and resolved.draft.weighting == "decay":
         yield "gamma is 0, so late slots weigh as much as early ones; published recipes let the weight decay"
-    yield from rotary_said(resolved, store)
+    yield from rope_messages(resolved, store)
     reason = unservable(resolved.draft, store.tokens, logit_scale(text_config(store.target_config)))
     if reason is not None:
         yield f"no engine will serve this draft, `pipeline export` refuses it: {reason}"
 
 
-def rotary_said(resolved: Resolved, store: HiddenCache) -> Iterator[str]:
-    """Say what became of a target's scaled rotary positions; nothing of plain ones that stay so."""
-    scaling, reason = taken_over(text_config(store.target_config))
+def rope_messages(resolved: Resolved, store: HiddenCache) -> Iterator[str]:
+    """Yield how the draft's rotary positions relate to the target's scaled ones; nothing where both are plain."""
+    scaling, reason = draft_rope_scaling(text_config(store.target_config))
     trained = resolved.draft.rope_scaling
     if trained is not None and trained == scaling:
         yield f"rotary positions are scaled as the target scales them: {trained}"
@@ -144,37 +153,37 @@ def train(
     store: HiddenCache,
     split: Split,
     resolved: Resolved,
-    where: torch.device,
+    device: torch.device,
     screen,
     start: Start | None = None,
 ) -> dict:
-    """Make the draft, train it to its horizon, return the result."""
-    deterministic(where)
-    draft = make_draft(resolved, store, where, start)
-    draft.chunk_rule = chunk_rule(path)
+    """Make the draft, train it to the last step and return the result that done.json records."""
+    use_deterministic_kernels(device)
+    draft = make_draft(resolved, store, device, start)
+    draft.chunk_rule = recorded_chunk_rule(path)
     parameters = sum(weight.numel() for weight in draft.parameters())
-    training = Run(path, store, split, resolved, draft)
+    training = TrainingRun(path, store, split, resolved, draft)
     first = training.resume()
     steps = resolved.recipe.train.steps
-    with Stop() as stop, Display(screen, first, steps) as display:
-        display.say(
+    with GracefulStop() as stop, Display(screen, first, steps) as display:
+        display.print_line(
             f"{parameters:,} parameters; {'going on after' if first else 'starting at'} step {first} of {steps}"
         )
-        figures = training.go(display, stop)
+        figures = training.fit(display, stop)
     accept_len = figures["accept_len"] if figures and figures["calls"] else None
     return {"steps": steps, "parameters": parameters, "accept_len": accept_len, "eval": figures}
 
 
-def make_draft(resolved: Resolved, store: HiddenCache, where: torch.device, start: Start | None = None) -> Draft:
-    """Return a draft on its device: float32 weights, fresh where `start` has none, the frozen head in the
-    arithmetic's dtype."""
+def make_draft(resolved: Resolved, store: HiddenCache, device: torch.device, start: Start | None = None) -> Draft:
+    """Return a draft in training mode on its device: float32 weights, random where `start` has none, and the
+    target's frozen head in the dtype of the arithmetic. Raises RoomError when memory is too small."""
     dtype = torch.bfloat16 if resolved.recipe.train.dtype == "bfloat16" else torch.float32
     try:
-        draft = DRAFTS[resolved.draft.method](resolved.draft, store.head(str(where), dtype))
+        draft = DRAFTS[resolved.draft.method](resolved.draft, store.head(str(device), dtype))
         init_weights(draft, resolved.recipe.train.seed)
         if start is not None:
             start.fill(draft)
-        return draft.to(where).train()
+        return draft.to(device).train()
     except RuntimeError as error:
         if not tensors.is_out_of_memory(error):
             raise
@@ -183,25 +192,25 @@ def make_draft(resolved: Resolved, store: HiddenCache, where: torch.device, star
 
 
 def find_device(device: str | None) -> torch.device:
-    """Return the device asked for, or CUDA if there is one, as repeatable as it gets. UsageError."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs in order to repeat to the bit
+    """Return the device asked for, else CUDA if there is one. Raises UsageError for one that is not there."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
     return tensors.find_device(device)
 
 
-def machine(where: torch.device) -> dict[str, str]:
-    """Return what the bits of a run depend on besides versions: the device, and on a CPU the threads."""
-    if where.type == "cuda":
-        return {"device": torch.cuda.get_device_name(where)}
-    return {"device": where.type, "threads": str(torch.get_num_threads())}
+def machine_facts(device: torch.device) -> dict[str, str]:
+    """Return what a run's exact bits depend on besides versions: the device, and on a CPU the number of threads."""
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device)}
+    return {"device": device.type, "threads": str(torch.get_num_threads())}
 
 
 def summary(path: Path, store: HiddenCache, result: dict) -> str:
-    """Return where the run is, how good it is, and what to do next."""
+    """Return the closing lines: where the run is, its accept length, and the command to run next."""
     if not store.has_final:
         measured = f"no accept length: the cache holds no final states; {how_to_add(store, store.layers, 'needed')}"
     elif result["eval"] is None:
         measured = "no accept length: the corpus holds nothing out"
     else:
-        measured = said(result["eval"])
-    where, next_one = visible(path), visible(shlex.join(["pipeline", "evaluate", "--draft", str(path)]))
-    return f"{where}: {result['steps']} steps, {measured}\nnext: {next_one}"
+        measured = evaluation_text(result["eval"])
+    command = visible(shlex.join(["pipeline", "evaluate", "--draft", str(path)]))
+    return f"{visible(path)}: {result['steps']} steps, {measured}\nnext: {command}"

@@ -1,8 +1,8 @@
-"""A run's folder: one process at a time, one recipe and one cache for its whole life.
+"""Opening the folder of a training run: one process at a time, one recipe and one cache for its whole life.
 
 run.json, recipe.toml, done.json     see pipeline/runs/folder.py
 checkpoints/                         see pipeline/runs/checkpoint.py
-metrics.jsonl, timing.jsonl          see journal.py
+metrics.jsonl, timing.jsonl          see metrics_log.py
 """
 
 import contextlib
@@ -17,9 +17,9 @@ from pathlib import Path
 
 from pipeline import __version__
 from pipeline.cache import HiddenCache
-from pipeline.cache.atomic import lock, room
+from pipeline.cache.atomic import try_lock, write_errors
 from pipeline.cache.layout import FINAL
-from pipeline.drafts import needs_teacher
+from pipeline.drafts import needs_final_states
 from pipeline.drafts.rope_scaling import RopeScaling
 from pipeline.errors import CacheError, UsageError
 from pipeline.published.init_from import Start
@@ -28,34 +28,37 @@ from pipeline.runs.recipe import Resolved
 from pipeline.runs.split import Split
 from pipeline.target.logit_chunks import NEWEST, RULES
 
-OTHERS = {"config.json": "a model or a draft", "cache.json": "a cache"}  # whose folder is no place for a run
+OTHER_FOLDERS = {
+    "config.json": "a model or a draft",
+    "cache.json": "a cache",
+}  # files of other kinds of folder
 RECORDED = ("torch", "numpy", "safetensors", "pydantic")
 
 
 def default_folder(resolved: Resolved, cache: HiddenCache, split: Split, start: Start | None = None) -> Path:
-    """Return where a run goes when nobody says: named by method, and by what decides how the draft comes out."""
-    begun = [] if start is None else [start.digest]
-    digests = (resolved.recipe.digest(), cache.digest, split.digest, *_states(resolved, cache), *begun)
-    return Path("runs") / f"{resolved.draft.method}-{_short(*digests)}"
+    """Return the folder of a run without --out: named by method and a digest of all that decides the draft."""
+    initial = [] if start is None else [start.digest]
+    digests = (resolved.recipe.digest(), cache.digest, split.digest, *_lossy_states(resolved, cache), *initial)
+    return Path("runs") / f"{resolved.draft.method}-{_short_digest(*digests)}"
 
 
-def _states(resolved: Resolved, cache: HiddenCache) -> list[str]:
-    """Return which of the states trained on are not as they were captured, such as "aux.9 int8"."""
-    final = [FINAL] * needs_teacher(resolved.draft)
+def _lossy_states(resolved: Resolved, cache: HiddenCache) -> list[str]:
+    """Return the columns trained on whose codec is lossy, with the codec: "aux.9 int8"."""
+    final = [FINAL] * needs_final_states(resolved.draft)
     rounded = cache.rounded([*resolved.draft.target_layer_ids, *final])
     return [f"{name} {'/'.join(codecs)}" for name, codecs in rounded.items()]
 
 
-def _short(*digests: str) -> str:
+def _short_digest(*digests: str) -> str:
     return hashlib.blake2b("".join(digests).encode(), digest_size=5).hexdigest()
 
 
 @contextlib.contextmanager
-def held(run: Path) -> Iterator[None]:
-    """Hold a run's folder, made if need be. UsageError when another process trains there; RoomError."""
-    with room(run, "a run"):
+def run_lock(run: Path) -> Iterator[None]:
+    """Lock a run's folder, which is made if need be. Raises UsageError when another process trains there; RoomError."""
+    with write_errors(run, "a run"):
         run.mkdir(parents=True, exist_ok=True)
-        fd = lock(run / "lock")
+        fd = try_lock(run / "lock")
     if fd is None:
         raise UsageError(f"{run} is being trained by another process; wait for it, or pass another --out")
     try:
@@ -64,7 +67,7 @@ def held(run: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def enter(
+def create_or_check(
     run: Path,
     resolved: Resolved,
     cache: HiddenCache,
@@ -72,16 +75,17 @@ def enter(
     machine: dict[str, str],
     start: Start | None = None,
 ) -> list[str]:
-    """Write what the run is, or check that the run already there is the same.
+    """Write run.json and recipe.toml of a new run, or check that the run already there is the same.
 
-    Returns what differs of `machine` and versions: that is no other run, but its bits are no longer promised. Raises
-    UsageError naming the first difference with both values: another recipe, horizon, cache, corpus or start.
+    Returns the differences in `machine` and package versions as text: the run may go on, but its exact bits are no
+    longer promised. Raises UsageError naming the first difference with both values: another recipe, number of steps,
+    cache, corpus or initial weights.
     """
     facts = {
         "cache": {
             "path": str(cache.path.resolve()),
             "digest": cache.digest,
-            "rounded": _states(resolved, cache),
+            "rounded": _lossy_states(resolved, cache),
         },
         "split": {"train": len(split.train), "heldout": len(split.heldout), "digest": split.digest},
         "target": cache.identity["target"]["name"],
@@ -89,36 +93,37 @@ def enter(
         "versions": {"pipeline": __version__, "python": platform.python_version()}
         | {name: metadata.version(name) for name in RECORDED},
         "head_chunk": NEWEST,
-        "rope_scaling": resolved.draft.rope_scaling and resolved.draft.rope_scaling.stated(),
+        "rope_scaling": resolved.draft.rope_scaling and resolved.draft.rope_scaling.as_config(),
         "machine": machine,
         "command": sys.argv,
     }
     if not (run / RECIPE).exists():
-        taken = next((name for name in OTHERS if (run / name).is_file()), None)
-        if taken:
+        marker = next((name for name in OTHER_FOLDERS if (run / name).is_file()), None)
+        if marker:
             raise UsageError(
-                f"{run} holds {OTHERS[taken]} ({taken}), and a run in it would hide it; pass another --out"
+                f"{run} holds {OTHER_FOLDERS[marker]} ({marker}), and a run in it would hide it; pass another --out"
             )
         write_run(run, facts, resolved.recipe.toml())
         return []
-    there = read_run(run)
-    before = _flat(read_recipe(run).model_dump()) | _identity(there)
-    now = _flat(resolved.recipe.model_dump()) | _identity(facts)
-    for key in now:
-        if before.get(key) != now[key]:
-            grown = f" ({cache.path} has grown by an append since)" if there["cache"]["digest"] in cache.earlier else ""
+    record = read_run(run)
+    recorded = _flat(read_recipe(run).model_dump()) | _identity(record)
+    current = _flat(resolved.recipe.model_dump()) | _identity(facts)
+    for key in current:
+        if recorded.get(key) != current[key]:
+            appended = record["cache"]["digest"] in cache.earlier_digests
+            grown = f" ({cache.path} has grown by an append since)" if appended else ""
             raise UsageError(
-                f"{run} was started with {key} = {before.get(key)}, this command asks for {now[key]}{grown}; "
+                f"{run} was started with {key} = {recorded.get(key)}, this command asks for {current[key]}{grown}; "
                 "a run goes on with what it began with: pass another --out for another run"
             )
-    began, here = ({**record.get("machine", {}), **record["versions"]} for record in (there, facts))
-    return [f"{key} {began[key]}, now {here[key]}" for key in here if began.get(key, here[key]) != here[key]]
+    before, now = ({**each.get("machine", {}), **each["versions"]} for each in (record, facts))
+    return [f"{key} {before[key]}, now {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
 
 
-def chunk_rule(run: Path) -> int:
-    """Return the rule of `logit_chunks.py` that a run began with, and goes on with; those of 0.5 and before state none.
+def recorded_chunk_rule(run: Path) -> int:
+    """Return the rule of `logit_chunks.py` that run.json records; runs of version 0.5 and before record none.
 
-    Raises UsageError for a rule of a later version, CacheError for what is no rule.
+    Raises UsageError for a rule of a later version, CacheError for a value that is no rule.
     """
     rule = read_run(run).get("head_chunk", min(RULES))
     if type(rule) is not int or rule < min(RULES):
@@ -131,17 +136,17 @@ def chunk_rule(run: Path) -> int:
     return rule
 
 
-def as_begun(run: Path, resolved: Resolved) -> Resolved:
-    """Return what a run trains, with the rotary positions that it began with: those of 0.5 and before are plain.
+def with_recorded_rope(run: Path, resolved: Resolved) -> Resolved:
+    """Return `resolved` with the rotary scaling that run.json records; runs of version 0.5 and before have none.
 
     Raises CacheError for a damaged record.
     """
-    stated = read_run(run).get("rope_scaling")
+    recorded = read_run(run).get("rope_scaling")
     try:
-        begun = None if stated is None else RopeScaling(**stated)
+        scaling = None if recorded is None else RopeScaling(**recorded)
     except (TypeError, ValueError) as error:
         raise CacheError(f"{run / RUN}: damaged, no rope_scaling ({error}); put it back as it was") from None
-    return replace(resolved, draft=resolved.draft.model_copy(update={"rope_scaling": begun}))
+    return replace(resolved, draft=resolved.draft.model_copy(update={"rope_scaling": scaling}))
 
 
 def _identity(facts: dict) -> dict:

@@ -1,14 +1,14 @@
-"""`pipeline sweep`: every combination of a few lists, one run after the other, on one cache.
+"""`pipeline sweep`: a grid search over recipe fields, one run after the other, on one cache.
 
-A sweep is a recipe with one table more, of fields and the values each is to take:
+A sweep is a recipe with one more table, of fields and the values that each takes:
 
     [sweep]
     "draft.method" = ["dflash", "domino"]
     "train.seed" = [0, 1, 2]
 
-The grid is in the order written, the last list running fastest. Every combination is an ordinary run in an ordinary
-folder, named by all that decides how its draft comes out, the weights it begins with included. So a stopped sweep goes
-on where it was, a list that grew adds only what is new, and what `train-draft` finished is not trained again.
+The last list varies fastest. Every combination is an ordinary run in an ordinary folder, named by a digest of all that
+decides its draft, the initial weights included. So a stopped sweep goes on where it was, a longer list adds only the
+new runs, and what `train-draft` finished is not trained again.
 """
 
 import copy
@@ -22,7 +22,7 @@ import numpy as np
 
 from pipeline.cache import HiddenCache
 from pipeline.console import VisibleConsole
-from pipeline.drafts import needs_teacher
+from pipeline.drafts import needs_final_states
 from pipeline.errors import ProofError, UsageError
 from pipeline.evaluation.accept_length import bootstrap
 from pipeline.published.init_from import Start, load_start
@@ -31,18 +31,18 @@ from pipeline.runs.folder import read_result
 from pipeline.runs.recipe import Recipe, Resolved, make_recipe, read_toml, resolve
 from pipeline.runs.split import Split
 from pipeline.visible_text import visible
-from stages.train_draft.run import carry_out, find_device, split_for
+from stages.train_draft.run import find_device, split_for, train_resolved
 from stages.train_draft.run_folder import default_folder
 
 SEED = "train.seed"
 EXAMPLE = '"train.lr" = [1e-3, 3e-3]'
 
-Setting = dict[str, object]  # what a combination states: "section.field" -> value
+Setting = dict[str, object]  # one combination: "section.field" -> value
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One run of a sweep, settled before any begins."""
+class PlannedRun:
+    """One run of a sweep, fully resolved before the first one starts."""
 
     setting: Setting
     path: Path
@@ -59,14 +59,14 @@ def sweep(
     device: str | None = None,
     init_from: Path | None = None,
 ) -> dict:
-    """Train every combination that is not finished yet; return all figures, best first, as JSON has them.
+    """Train every combination that is not finished yet; return all figures, best first, as --json prints them.
 
-    init_from: a draft whose weights every run begins with, ours or anyone's.
+    init_from: a checkpoint, run or published draft whose weights are the initial ones of every run.
 
-    A run whose loss is not finite is noted under `failed` and the others go on. Raises what a run raises; UsageError,
-    before the first run, for a combination that cannot be.
+    A run whose loss is not finite is recorded under `failed` and the others go on. Raises what a run raises, and
+    UsageError, before the first run, for an invalid combination.
     """
-    store, where, screen = HiddenCache.open(cache), find_device(device), VisibleConsole()
+    store, torch_device, screen = HiddenCache.open(cache), find_device(device), VisibleConsole()
     runs = plan_runs(store, load_sweep(recipe, sets), out, init_from)
     done = {run.path for run in runs if read_result(run.path) is not None}
     screen.print(f"{len(runs)} runs, {len(done)} of them finished before", markup=False, soft_wrap=True)
@@ -74,25 +74,27 @@ def sweep(
     for number, run in enumerate(runs, 1):
         if run.path in done:
             continue
-        screen.print(f"\nrun {number} of {len(runs)}: {visible(named(run.setting))}", markup=False, soft_wrap=True)
+        screen.print(
+            f"\nrun {number} of {len(runs)}: {visible(setting_text(run.setting))}", markup=False, soft_wrap=True
+        )
         try:
-            carry_out(run.path, store, run.split, run.resolved, where, run.start)
-        except ProofError as error:  # a rate too high, say: that is a result, too
+            train_resolved(run.path, store, run.split, run.resolved, torch_device, run.start)
+        except ProofError as error:  # a learning rate too high, say: that is a result, too
             failed[run.path] = str(error)
             screen.print(f"failed: {visible(error)}", markup=False, soft_wrap=True)
     facts = [run_facts(run, failed.get(run.path)) for run in runs]
-    public = [{key: fact[key] for key in fact if key != "replies"} for fact in ranked(facts)]
+    public = [{key: fact[key] for key in fact if key != "replies"} for fact in rank_by_accept_length(facts)]
     made_of = {"cache": str(cache), "recipe": str(recipe), "init_from": init_from and str(init_from)}
-    return made_of | {"runs": public, "pooled": ranked(pooled(facts))}
+    return made_of | {"runs": public, "pooled": rank_by_accept_length(pool_seeds(facts))}
 
 
 def load_sweep(path: Path, sets: tuple[str, ...] = ()) -> list[tuple[Setting, Recipe]]:
-    """Read a sweep and return its combinations in the grid's order, each a valid recipe; `sets` change its base.
+    """Read a sweep and return its combinations in grid order, each with a valid recipe; `sets` change the base recipe.
 
-    Raises UsageError for a table that is no grid, and for every recipe `load_recipe` refuses, naming the combination.
+    Raises UsageError for a table that is no grid, and for a recipe that `load_recipe` refuses, naming the combination.
     """
     base = read_toml(Path(path))
-    lists = _lists(base.pop("sweep", None), path)
+    lists = _grid(base.pop("sweep", None), path)
     make_recipe(copy.deepcopy(base), sets, str(path))
     for key in lists:
         if any(entry.partition("=")[0].strip() == key for entry in sets):
@@ -104,12 +106,12 @@ def load_sweep(path: Path, sets: tuple[str, ...] = ()) -> list[tuple[Setting, Re
         for key, value in setting.items():
             section, _, field = key.partition(".")
             stated.setdefault(section, {})[field] = value
-        combinations.append((setting, make_recipe(stated, sets, f"{path} with {named(setting)}")))
+        combinations.append((setting, make_recipe(stated, sets, f"{path} with {setting_text(setting)}")))
     return combinations
 
 
-def _lists(table: object, path: Path) -> dict[str, list]:
-    """Return the lists of a [sweep] table by "section.field", which may be written with or without quotes."""
+def _grid(table: object, path: Path) -> dict[str, list]:
+    """Return the lists of a [sweep] table by "section.field", a key that may be written with or without quotes."""
     lists = {}
     for key, value in table.items() if isinstance(table, dict) else ():
         unquoted = isinstance(value, dict)  # TOML reads train.lr without quotes as a table in a table
@@ -131,49 +133,47 @@ def plan_runs(
     combinations: list[tuple[Setting, Recipe]],
     out: Path | None,
     init_from: Path | None = None,
-) -> list[Planned]:
-    """Settle every combination on the cache: the whole recipe, the samples, the weights it begins with, the folder
-    (in `out`, else in `runs`).
+) -> list[PlannedRun]:
+    """Resolve every combination against the cache: recipe, samples, initial weights and folder (in `out`, else `runs`).
 
-    Raises UsageError naming the combination that the cache, a method or those weights refuse, or two that are the same
-    recipe.
+    Raises UsageError naming the combination that does not fit the cache, a method or those weights, or two that
+    resolve to the same recipe.
     """
     head = None if init_from is None else store.head(dtype=store.dtype)
     weights: dict[str, dict] = {}
     splits: dict[tuple, Split] = {}
-    runs: dict[Path, Planned] = {}
+    runs: dict[Path, PlannedRun] = {}
     for setting, recipe in combinations:
         try:
             check_complete(store, recipe)
             resolved = resolve(recipe, store)
             draft = resolved.draft
-            rule = draft.mask_token_id, resolved.recipe.train.heldout, draft.target_layer_ids, needs_teacher(draft)
-            if rule not in splits:
-                splits[rule] = split_for(resolved, store)
+            key = draft.mask_token_id, resolved.recipe.train.heldout, draft.target_layer_ids, needs_final_states(draft)
+            if key not in splits:
+                splits[key] = split_for(resolved, store)
             start = None if init_from is None else load_start(init_from, draft, head)
         except UsageError as error:
-            raise UsageError(f"with {named(setting)}: {error}") from None
-        resolved = resolved.lasting(len(splits[rule].train))
-        if start is not None:  # the same weights are in memory once, however many runs begin with them
+            raise UsageError(f"with {setting_text(setting)}: {error}") from None
+        resolved = resolved.with_steps(len(splits[key].train))
+        if start is not None:  # keep equal weights in memory once, however many runs begin with them
             start = replace(start, tensors=weights.setdefault(start.digest, start.tensors))
             resolved = start.turned(resolved)
-        path = default_folder(resolved, store, splits[rule], start)
+        path = default_folder(resolved, store, splits[key], start)
         path = path if out is None else out / path.name
         if path in runs:
-            raise UsageError(
-                f"{named(runs[path].setting)} and {named(setting)} are the same recipe in the end; leave one out"
-            )
-        runs[path] = Planned(setting, path, resolved, splits[rule], start)
+            first, second = setting_text(runs[path].setting), setting_text(setting)
+            raise UsageError(f"{first} and {second} are the same recipe in the end; leave one out")
+        runs[path] = PlannedRun(setting, path, resolved, splits[key], start)
     return list(runs.values())
 
 
-def named(setting: Setting) -> str:
-    """Return a combination in a few words: `method = domino, lr = 0.003`."""
+def setting_text(setting: Setting) -> str:
+    """Return a combination as text: "method = domino, lr = 0.003"."""
     return ", ".join(f"{key.partition('.')[2]} = {value}" for key, value in setting.items())
 
 
-def run_facts(run: Planned, failed: str | None) -> dict:
-    """Return what a run of the sweep came to; `accept_len` is None where it failed or nothing could be measured."""
+def run_facts(run: PlannedRun, failed: str | None) -> dict:
+    """Return the result of one run; `accept_len` is None where it failed or nothing could be measured."""
     result = read_result(run.path) or {}
     figures = result.get("eval") or {}
     measured = bool(figures.get("calls"))
@@ -190,15 +190,15 @@ def run_facts(run: Planned, failed: str | None) -> dict:
     }
 
 
-def pooled(facts: list[dict]) -> list[dict]:
-    """Return the runs that differ only in their seed as one: all tokens over all calls, and the seeds' own figures.
+def pool_seeds(facts: list[dict]) -> list[dict]:
+    """Return one entry for runs that differ only in their seed: accept length over all seeds, and that of each seed.
 
-    The 95 % interval is over replies. One that several seeds decoded is drawn as one, since it is no independent one,
-    so the interval says how sure the figure is of these seeds; how far seeds differ is for `seeds` to show.
+    The 95 % interval is a bootstrap over replies. The seeds' decodings of one reply are resampled together, since they
+    are not independent: the interval is that of these seeds' mean, and `seeds` shows how far seeds differ.
     """
     groups = defaultdict(list)
     for fact in facts:
-        groups[named({key: value for key, value in fact["setting"].items() if key != SEED})].append(fact)
+        groups[setting_text({key: value for key, value in fact["setting"].items() if key != SEED})].append(fact)
     return [_pool(members) for members in groups.values()]
 
 
@@ -218,6 +218,6 @@ def _pool(members: list[dict]) -> dict:
     }
 
 
-def ranked(facts: list[dict]) -> list[dict]:
-    """Return facts by accept length, best first; what has none comes last, otherwise in the grid's order."""
+def rank_by_accept_length(facts: list[dict]) -> list[dict]:
+    """Return runs by accept length, best first; those without one come last. Ties keep the grid's order."""
     return sorted(facts, key=lambda fact: math.inf if fact["accept_len"] is None else -fact["accept_len"])

@@ -31,9 +31,9 @@ from torch import Tensor
 
 from pipeline.cache import plan
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.codecs.calibration import Calibration, calibrate, keep_calibration
+from pipeline.cache.codecs.calibration import Calibration, calibrate, store_calibration
 from pipeline.cache.codecs.int8 import as_states, as_stored, decode
-from pipeline.cache.codecs.zarr_file import read_index
+from pipeline.cache.codecs.zarr_file import parse_chunk_index
 from pipeline.cache.columns import Column, ColumnSpec, column_manifest, open_column
 from pipeline.cache.layout import SAMPLES, SHARDS
 from pipeline.cache.manifest import create_identity
@@ -65,7 +65,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     os.fsync = lambda fd: None  # a disk's speed is not what is measured
-    plan.SHARDS_AT_LEAST = 1
+    plan.MIN_SHARDS = 1
     found: dict[str, dict[str, float]] = {}
     columns = {"made, 4096": made_states(asked.mib)}
     columns |= {f"{name}, 256": states for name, states in real_states(asked.mib).items()}
@@ -90,9 +90,9 @@ def show(name: str, codec: str, truth_RD: Tensor, found_RD: Tensor, size: float,
     truth_RD, found_RD = truth_RD.float(), found_RD.float()
     error_R = (found_RD - truth_RD).norm(dim=-1)
     whole, worst = error_R.norm() / truth_RD.norm(), (error_R / truth_RD.norm(dim=-1)).max()
-    escapes, write, read, decode = rest
+    outliers, write, read, decode = rest
     print(
-        f"{name:16} {codec:14}{size:8.3f}{whole:8.4f}{worst:8.4f}{escapes:8.3f}{write:8.2f}{read:8.2f}{decode:8.2f}",
+        f"{name:16} {codec:14}{size:8.3f}{whole:8.4f}{worst:8.4f}{outliers:8.3f}{write:8.2f}{read:8.2f}{decode:8.2f}",
         flush=True,
     )
     return {"size": size, "error": float(whole), "worst": float(worst), "write": write, "read": read, "decode": decode}
@@ -121,7 +121,7 @@ def stored(codec: str, bits: np.ndarray, calibration: Calibration, rounds: int) 
         cache = Path(folder)
         create_identity(cache, {})
         (shard,) = write_segment(cache, samples, row_bytes=1, sources=[]).shards
-        keep_calibration(cache, "aux.1", calibration, len(bits))
+        store_calibration(cache, "aux.1", calibration, len(bits))
 
         def write() -> None:
             shutil.rmtree(cache / SHARDS, ignore_errors=True)
@@ -145,7 +145,7 @@ def stored(codec: str, bits: np.ndarray, calibration: Calibration, rounds: int) 
         read_s = best(read, rounds, bits.nbytes)
         decode_s = best(decoding(column, np.empty_like(bits)), rounds, bits.nbytes)
     size = sum(fact["size"] for file, fact in manifest["files"].items() if file != SAMPLES) / bits.nbytes
-    return as_states(found), size, int(column.escapes[-1]) / len(bits), write_s, read_s, decode_s
+    return as_states(found), size, int(column.outliers[-1]) / len(bits), write_s, read_s, decode_s
 
 
 def decoding(column: Column, out: np.ndarray) -> Callable[[], object]:
@@ -153,7 +153,7 @@ def decoding(column: Column, out: np.ndarray) -> Callable[[], object]:
     reader, codec = column.open(), column.spec.codec
     if codec == "zstd":
         data = memoryview(reader.path.read_bytes())
-        starts, sizes = read_index(bytes(data[-reader.grid.index_bytes :]), len(data), reader.path)
+        starts, sizes = parse_chunk_index(bytes(data[-reader.grid.index_bytes :]), len(data), reader.path)
         chunks = [data[start : start + size] for start, size in zip(starts.tolist(), sizes.tolist(), strict=True)]
         last = np.empty((reader.grid.chunk_rows, out.shape[1]), out.dtype)
         rooms = [out[at : at + len(last)] for at in range(0, len(out), len(last))]
@@ -162,8 +162,8 @@ def decoding(column: Column, out: np.ndarray) -> Callable[[], object]:
     if codec == "int8":
         held = []
         for row, (first, stop) in enumerate(pairwise(column.bounds.tolist())):
-            room, escapes = reader.room(stop - first), column.escapes_of(reader, row)
-            held.append((column.read_encoded(reader, row, 0, escapes, *room), as_states(out[first:stop])))
+            room, outliers = reader.buffers(stop - first), column.outliers_of(reader, row)
+            held.append((column.read_encoded(reader, row, 0, outliers, *room), as_states(out[first:stop])))
         return lambda: [decode(rows, "cpu", room) for rows, room in held]
     return lambda: None
 
@@ -188,22 +188,22 @@ def plain(states_RD: Tensor, rounds: int) -> tuple[float, float]:
 
 def by_token(states_RD: Tensor, calibration: Calibration, d: int, rounds: int) -> tuple:
     """The candidate: z / step, step = bf16(rms of the token's z / d), beyond +-127 steps escapes; zstd in chunks."""
-    mean_D, spread_D = calibration.on(states_RD.device)
+    mean_D, std_D = calibration.on(states_RD.device)
     R, D = states_RD.shape
     rows = max(1, CHUNK // D)
-    packed, steps, escapes = [], [], []
+    packed, steps, outliers = [], [], []
 
     def encode() -> None:
-        for held in (packed, steps, escapes):
+        for held in (packed, steps, outliers):
             held.clear()
         for part_rD in states_RD.split(rows):
-            z_rD = (part_rD.float() - mean_D).div_(spread_D)
+            z_rD = (part_rD.float() - mean_D).div_(std_D)
             step_r1 = (z_rD.clamp(-16, 16).square().mean(-1, keepdim=True).sqrt() / d).bfloat16()
             q_rD = z_rD.div_(step_r1.float()).nan_to_num_(0).round_()
             out_rD = q_rD.abs() > 127
             q = q_rD.masked_fill_(out_rD, 0).to(torch.int8).numpy()
             at = out_rD.nonzero(as_tuple=True)
-            escapes.append((at, part_rD[at]))
+            outliers.append((at, part_rD[at]))
             packed.append(blosc.compress(q, b"zstd", 1, blosc.NOSHUFFLE, CHUNK, 1))
             steps.append(step_r1)
 
@@ -217,13 +217,13 @@ def by_token(states_RD: Tensor, calibration: Calibration, d: int, rounds: int) -
             for at in range(0, r, 16):
                 part = slice(at, min(at + 16, r))
                 x = x_rD[: part.stop - at].copy_(torch.from_numpy(q_rD[part]))
-                out_rD[part] = x.mul_(steps[k][part].float()).mul_(spread_D).add_(mean_D)
-            at, own = escapes[k]
+                out_rD[part] = x.mul_(steps[k][part].float()).mul_(std_D).add_(mean_D)
+            at, own = outliers[k]
             out_rD[at] = own
 
     write = best(encode, 1, states_RD.nbytes)
     read = best(undo, rounds, states_RD.nbytes)
-    apart = sum(len(own) for _, own in escapes)
+    apart = sum(len(own) for _, own in outliers)
     size = sum(map(len, packed)) + 2 * R + 10 * apart
     return found_RD, size / states_RD.nbytes, apart / R, write, read, read
 
@@ -232,10 +232,10 @@ def made_states(mib: int, width: int = 4096) -> Tensor:
     """Made states, bfloat16 [R, D]."""
     chance = torch.Generator().manual_seed(0)
     R = max(1, (mib << 20) // (2 * width))
-    spread_D = torch.randn(width, generator=chance).mul(0.6).exp()
-    mean_D = torch.randn(width, generator=chance) * spread_D
-    states = torch.randn(R, width, generator=chance) * spread_D + mean_D
-    states[::500, [7, 1999]] = 2000 * float(spread_D.mean())
+    std_D = torch.randn(width, generator=chance).mul(0.6).exp()
+    mean_D = torch.randn(width, generator=chance) * std_D
+    states = torch.randn(R, width, generator=chance) * std_D + mean_D
+    states[::500, [7, 1999]] = 2000 * float(std_D.mean())
     return states.bfloat16()
 
 

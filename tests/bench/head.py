@@ -51,7 +51,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 from pipeline.drafts.losses import head_loss
-from pipeline.drafts.objectives import Objective, Teacher
+from pipeline.drafts.objectives import Objective, TargetStates
 from pipeline.target.head import TargetHead
 from pipeline.target.logit_chunks import chunk_blocks
 
@@ -88,7 +88,7 @@ def seconds(V: int, D: int, slots: int, dtype: torch.dtype, loss: str, rounds: i
     hidden_NSD, final_FD = (torch.empty(*shape).normal_(generator=draw) for shape in ((N, S, D), (slots, D)))
     z_NSU, out_VU = (torch.empty(*shape).normal_(0, 0.02, generator=draw) for shape in ((N, S, U), (V, U)))
     labels_NS = torch.randint(V, (N, S), generator=draw)
-    teacher = Teacher(final_FD.to(dtype), torch.arange(slots).view(N, S)) if loss == "kl" else None
+    teacher = TargetStates(final_FD.to(dtype), torch.arange(slots).view(N, S)) if loss == "kl" else None
     kinds = ("final", "base") if loss == "domino" else ("final",)
     chunks = {rows: rows // S for rows in ROWS if rows <= slots}
     chunks |= {f"rule {rule}": min(N, chunk_blocks(S, V, "cpu", rule)) for rule in (1, 2)}

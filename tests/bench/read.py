@@ -30,9 +30,9 @@ import torch
 from pipeline.cache import HiddenCache, plan
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.manifest import create_identity
-from pipeline.cache.parallel_reads import IN_FLIGHT
+from pipeline.cache.parallel_reads import READ_THREADS
 from pipeline.cache.plan import PlannedSample, load_plan, write_segment
-from pipeline.cache.rebuild import derive
+from pipeline.cache.rebuild import rebuild_derived
 from pipeline.cache.writer import ShardWriter
 
 WIDTH = 4096
@@ -60,7 +60,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="bench-read-", dir=asked.folder))
     os.fsync = lambda fd: None  # making the caches is not what is measured
     try:
-        plan.SHARDS_AT_LEAST = 1  # shards as large as those of a cache that is worth its disk
+        plan.MIN_SHARDS = 1  # shards as large as those of a cache that is worth its disk
         states = make_cache(folder / "cache", asked.gib, asked.width)
         size = sum(file.stat().st_size for file in (folder / "cache").rglob("*") if file.is_file())
         report(Reading(folder, asked.rounds).rows(), asked)
@@ -106,7 +106,7 @@ def write_cache(path: Path, lengths: list[int], columns: list[ColumnSpec], row_b
                     rest -= len(part)
             writer.seal()
             writer.commit({})
-    derive(path)
+    rebuild_derived(path)
 
 
 def make_cache(path: Path, gib: float, width: int) -> int:
@@ -186,7 +186,7 @@ class Reading:
             "torch.load, one file a sample": self.torch_pass,
         }
         cold = {
-            f"cold, plain preadv, {IN_FLIGHT} in flight": self.cold_raw,
+            f"cold, plain preadv, {READ_THREADS} in flight": self.cold_raw,
             "cold, reader, first pass": self.cold_reader,
             "cold, mapped, first pass": lambda: self.mapped_pass(HiddenCache.open(self.path, mapped=True)),
         }
@@ -212,7 +212,7 @@ class Reading:
     def cold_raw(self) -> None:
         """As many plain reads in flight as the reader has, each a sample's layer, into memory of the thread's own."""
         longest = int(self.cache.samples.length.max()) * self.cache.hidden_size * 2
-        buffers = [memoryview(bytearray(longest)) for _ in range(IN_FLIGHT)]
+        buffers = [memoryview(bytearray(longest)) for _ in range(READ_THREADS)]
         jobs = iter(
             [(self.files[self.ranges[i][0], layer], *self.ranges[i][1:]) for i in self.order for layer in LAYERS]
         )
@@ -223,7 +223,7 @@ class Reading:
                 while done < size:
                     done += os.preadv(fd, [buffer[done:size]], start + done)
 
-        with ThreadPoolExecutor(IN_FLIGHT) as pool:
+        with ThreadPoolExecutor(READ_THREADS) as pool:
             list(pool.map(work, buffers))
 
     def cold_reader(self) -> None:

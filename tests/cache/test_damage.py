@@ -183,14 +183,14 @@ def test_a_plan_that_was_appended_to_and_put_back_is_found(made, tmp_path):
     from cache_maker import capture
 
     from pipeline.cache.plan import load_plan, write_segment
-    from pipeline.cache.rebuild import derive
+    from pipeline.cache.rebuild import rebuild_derived
 
     cache = Path(shutil.copytree(made, tmp_path / "cache"))
     old = contents(cache)
     write_segment(cache, random_samples(6, seed=5), row_bytes=48, sources=[{"file": "more.jsonl", "size": 1}])
     for shard in load_plan(cache).shards[load_plan(made).shards[-1].number + 1 :]:
         capture(cache, shard, IN_CODECS)
-    derive(cache)
+    rebuild_derived(cache)
     truth = read_all(cache)
 
     for name in (INDEX, INDEX_MANIFEST):

@@ -23,7 +23,7 @@ from tiny import config as tiny_config
 from tiny import conversations, random_model, save_model, tokenizer, write_jsonl
 
 from pipeline.cache import HiddenCache
-from pipeline.cache.atomic import clean
+from pipeline.cache.atomic import clean_scratch
 from pipeline.cache.manifest import read_canonical
 from pipeline.cache.verify import verify
 from pipeline.errors import DataError, PipelineError, RoomError
@@ -59,7 +59,7 @@ def fill(disk: Path, leave: int) -> Path:
 
 def test_a_disk_full_at_any_level_stops_in_one_line_and_more_room_lets_it_go_on(small_disk, columns, monkeypatch):
     """From no room at all to almost enough; what is known beforehand is not asked, as when others fill the disk."""
-    monkeypatch.setattr("pipeline.cache.writer.need_room", lambda *_: None)
+    monkeypatch.setattr("pipeline.cache.writer.check_free_space", lambda *_: None)
     samples, before = random_samples(3, longest=60), shutil.disk_usage(small_disk).used
     whole = contents(make_cache(small_disk / "whole", samples, columns))
     needed = shutil.disk_usage(small_disk).used - before
@@ -110,7 +110,7 @@ def test_too_few_files_stop_a_writer_in_one_line_and_more_let_it_go_on(tmp_path,
         except RoomError as error:
             stopped += 1
             assert "Too many open files; raise `ulimit -n`" in str(error) and "\n" not in str(error)
-        clean(cache)  # as every command does first: to remove a folder takes a file descriptor
+        clean_scratch(cache)  # as every command does first: to remove a folder takes a file descriptor
         make_cache(cache, samples, columns)
         assert contents(cache) == whole and not list(cache.rglob("tmp-*")), more
     assert stopped > 3

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.cache import HiddenCache
-from pipeline.cache.atomic import clean
+from pipeline.cache.atomic import clean_scratch
 from pipeline.cache.inspect import describe, sample_view
 from pipeline.cache.layout import FOLDERS, SAMPLES, SHARDS, TARGET, shard_folder
 from pipeline.cache.manifest import FileFact, canonical
@@ -337,9 +337,9 @@ def test_escapes_that_lie_elsewhere_are_written_nowhere(tmp_path, escape):
         HiddenCache.open(cache).read(0)
     reader = Int8Reader(folder / "aux.1.int8", int(HiddenCache.open(cache).samples.length[0]), 128, "bfloat16")
     try:
-        held = reader.encoded(0, reader.escapes(range(0, 1)), *reader.room(4))
-        assert ((held.escapes[:, 0] >= 0) & (held.escapes[:, 0] < 4)).all()
-        assert ((held.escapes[:, 1] >= 0) & (held.escapes[:, 1] < 128)).all()
+        held = reader.encoded(0, reader.outliers(range(0, 1)), *reader.buffers(4))
+        assert ((held.outliers[:, 0] >= 0) & (held.outliers[:, 0] < 4)).all()
+        assert ((held.outliers[:, 1] >= 0) & (held.outliers[:, 1] < 128)).all()
     except CacheError:
         pass
     assert verify(cache).damaged
@@ -441,7 +441,7 @@ def write_to(cache: Path) -> list[PipelineError]:
     """Do with a cache what writes to it; returns the typed errors."""
     refused = []
     mend, other = lambda cache: repair(cache, None, None), lambda cache: recode(cache, "aux.1=zstd")
-    for write in (clean, mend, other, make_cache):
+    for write in (clean_scratch, mend, other, make_cache):
         try:
             write(cache)
         except PipelineError as error:
@@ -476,9 +476,9 @@ def test_scratch_that_leads_out_is_not_followed(cache, tmp_path):
     before = tree(outside)
 
     with pytest.raises(CacheError, match=r"tmp-three/lock: a link or a folder, where a lock is a file; remove it"):
-        clean(cache)
+        clean_scratch(cache)
     (cache / "tmp-three/lock").unlink()
-    clean(cache)
+    clean_scratch(cache)
 
     assert tree(outside) == before and not list(cache.glob("tmp-*"))
     for held in ("commit", "plan"):

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from pipeline.cache.layout import IDENTITY, inside
+from pipeline.cache.layout import IDENTITY, path_inside
 from pipeline.cache.manifest import canonical, create_identity, parse_canonical, read_canonical, write_canonical
 from pipeline.errors import CacheError, UsageError
 
@@ -86,7 +86,7 @@ def test_a_cache_of_another_identity_is_refused_with_both_values(tmp_path):
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "a//b", "./a", "", "a/."])
 def test_a_name_that_could_lead_out_is_refused(tmp_path, name):
     with pytest.raises(CacheError, match="relative and stay inside"):
-        inside(tmp_path, name)
+        path_inside(tmp_path, name)
 
 
 @pytest.mark.parametrize("at", ["aux.1", "aux.1/c", "aux.1/c/0"])
@@ -99,8 +99,8 @@ def test_a_link_that_leads_out_is_refused_wherever_it_is_on_the_way(tmp_path, at
     (cache / "aux.2").symlink_to(cache / "aux.3")
 
     with pytest.raises(CacheError, match="leads out"):
-        inside(cache, "aux.1/c/0")
-    assert inside(cache, "aux.2/zarr.json") == cache / "aux.2" / "zarr.json"
+        path_inside(cache, "aux.1/c/0")
+    assert path_inside(cache, "aux.2/zarr.json") == cache / "aux.2" / "zarr.json"
 
 
 def test_a_folder_that_may_not_be_read_is_no_fault_of_the_name(tmp_path, monkeypatch):
@@ -108,4 +108,4 @@ def test_a_folder_that_may_not_be_read_is_no_fault_of_the_name(tmp_path, monkeyp
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(os, "lstat", denied)
-    assert inside(tmp_path, "aux.2/zarr.json") == tmp_path / "aux.2" / "zarr.json"
+    assert path_inside(tmp_path, "aux.2/zarr.json") == tmp_path / "aux.2" / "zarr.json"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipeline.cache.layout import PLAN
 from pipeline.cache.micro_batches import micro_batches
 from pipeline.cache.plan import PlannedSample, load_plan, write_segment
-from pipeline.cache.sample_ids import Names
+from pipeline.cache.sample_ids import SampleIdSet
 from pipeline.cache.samples import sample_id
 from pipeline.errors import CacheError, DataError, UsageError
 
@@ -115,7 +115,7 @@ def test_planning_a_corpus_needs_memory_for_a_shard_of_it(tmp_path):
 
 def test_names_are_told_apart_as_a_set_does(tmp_path):
     names = [np.random.default_rng(at % 5000).bytes(16) for at in range(7000)]
-    seen, known = Names(), set()
+    seen, known = SampleIdSet(), set()
     for name in names:
         assert seen.add(name) == (name not in known)
         known.add(name)

@@ -7,8 +7,7 @@ import threading
 import pytest
 from cache_maker import flip
 from kill_capture import contents
-from test_cache_hidden import other_weights
-from tiny import conversations, write_jsonl
+from tiny import conversations, other_weights, write_jsonl
 
 import pipeline.cache.atomic as disk
 from pipeline.cache.layout import IDENTITY, INDEX, PLAN, SAMPLES
@@ -175,7 +174,7 @@ def test_who_waited_for_another_repair_does_not_make_it_all_again(tiny_target, c
     monkeypatch.setattr(disk.time, "sleep", lambda seconds: (waits.set(), sleep(seconds)))
     found = []
     second = threading.Thread(target=lambda: found.append(repair(cache, str(tiny_target), "cpu")))
-    with disk.turn(cache, "repair"):
+    with disk.process_lock(cache, "repair"):
         second.start()
         assert waits.wait(60)
         (cache / VALUES).write_bytes(good)

@@ -11,7 +11,7 @@ from pipeline.cache.inspect import describe, sample_view
 from pipeline.cache.layout import INDEX, INDEX_MANIFEST, PLAN, SAMPLES, SHARDS, shard_folder
 from pipeline.cache.manifest import FileFact, canonical, create_identity, read_canonical
 from pipeline.cache.plan import load_plan, write_segment
-from pipeline.cache.rebuild import derive
+from pipeline.cache.rebuild import rebuild_derived
 from pipeline.cache.verify import verify
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import UsageError
@@ -182,16 +182,16 @@ def test_derive_makes_again_what_is_lost(cache):
     flip(shard_folder(cache, 2) / SAMPLES, 1000)
     shutil.rmtree(cache / "quarantine")
 
-    assert sorted(derive(cache)) == [
+    assert sorted(rebuild_derived(cache)) == [
         INDEX,
         "quarantine/samples.json",
         f"shards/000001/{SAMPLES}",
         f"shards/000002/{SAMPLES}",
     ]
 
-    assert contents(cache) == before and derive(cache) == []
+    assert contents(cache) == before and rebuild_derived(cache) == []
     (cache / INDEX_MANIFEST).unlink()
-    assert derive(cache) == [INDEX] and contents(cache) == before
+    assert rebuild_derived(cache) == [INDEX] and contents(cache) == before
 
 
 def test_describe_counts_what_is_there(whole):

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from pipeline.cache import HiddenCache
 from pipeline.cache import atomic as disk
-from pipeline.cache.atomic import Scratch, clean
+from pipeline.cache.atomic import Scratch, clean_scratch
 from pipeline.cache.codecs import zarr_file as zarr_shard
 from pipeline.cache.codecs.zarr_file import SHARD_FILE, Grid, ShardFileWriter
-from pipeline.cache.columns import ColumnSpec, committed
+from pipeline.cache.columns import ColumnSpec, complete_manifest
 from pipeline.cache.layout import shard_folder
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import load_plan, write_segment
@@ -83,7 +83,7 @@ def test_zarr_python_would_have_written_the_same_shard_file(tmp_path_factory, ro
 
 def test_every_byte_is_sent_on_its_way_once(tmp_path, monkeypatch):
     sent = []
-    monkeypatch.setattr(zarr_shard, "begin_writing", lambda _, start, size: sent.append((start, size)))
+    monkeypatch.setattr(zarr_shard, "start_writeback", lambda _, start, size: sent.append((start, size)))
     monkeypatch.setattr(zarr_shard, "WRITE_BACK", 64)
     writer, rows = ShardFileWriter(tmp_path / "array", Grid(20, 4, np.dtype("<u2"), 20)), np.ones((5, 4), "<u2")
     for _ in range(4):
@@ -144,7 +144,7 @@ def test_what_is_sealed_can_be_read_back_before_it_is_committed(planned):
             expected = states(shard, AUX)[shard.bounds[row] : shard.bounds[row + 1]]
             assert np.array_equal(writer.read("aux.1", row), expected)
 
-    assert not committed(planned, 0, "aux.1")
+    assert not complete_manifest(planned, 0, "aux.1")
     assert not list(planned.glob("tmp-*"))
 
 
@@ -164,7 +164,7 @@ def test_a_refused_sample_leaves_zeros_and_is_not_ok(planned):
     assert not held[hole].any() and values[hole].any()
     held[hole] = values[hole]
     assert np.array_equal(held, values)
-    assert committed(planned, 0, "aux.1")["refused"] == {"1": "not finite"}
+    assert complete_manifest(planned, 0, "aux.1")["refused"] == {"1": "not finite"}
     assert HiddenCache.open(planned).samples.ok.tolist() == [i != 1 for i in range(48)]
 
 
@@ -199,7 +199,7 @@ def test_what_has_no_valid_manifest_is_replaced(planned, tmp_path):
     (folder / "aux.10.arrow").unlink()
     (folder / "final" / "c" / "0" / "0").unlink()
 
-    assert [bool(committed(planned, 0, spec.name)) for spec in COLUMNS] == [False, False, False]
+    assert [bool(complete_manifest(planned, 0, spec.name)) for spec in COLUMNS] == [False, False, False]
     assert all(capture(planned, shard, COLUMNS).values())
 
     assert contents(planned) == whole
@@ -222,13 +222,13 @@ def test_the_cleaner_leaves_what_a_living_writer_holds(planned):
     (dead / "aux.1").mkdir(parents=True)
     (planned / "plan" / "tmp-dead").write_bytes(b"half")
     with ShardWriter(planned, shard, [AUX]) as writer, Scratch(planned, "plan") as scratch:
-        assert sorted(clean(planned)) == ["plan/tmp-dead", "tmp-000003-dead"]
+        assert sorted(clean_scratch(planned)) == ["plan/tmp-dead", "tmp-000003-dead"]
 
         assert scratch.path.is_dir()
         writer.write("aux.1", states(shard, AUX))
         writer.seal()
         assert writer.commit({}) == {"aux.1": True}
-    assert clean(planned) == []
+    assert clean_scratch(planned) == []
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_a_disk_that_refuses_is_a_room_error_and_leaves_no_scratch(planned, monk
         writer.commit({})
 
     monkeypatch.undo()
-    assert not list(planned.glob("tmp-*")) and not committed(planned, 0, "aux.1")
+    assert not list(planned.glob("tmp-*")) and not complete_manifest(planned, 0, "aux.1")
     assert capture(planned, shard, [AUX]) == {"aux.1": True}
 
 
@@ -309,7 +309,8 @@ def test_a_full_disk_stops_the_capture_and_more_room_lets_it_go_on(small_disk, m
         while True:
             file.write(bytes(1024))
 
-    monkeypatch.setattr("pipeline.cache.writer.need_room", lambda *_: None)  # as when others fill the disk meanwhile
+    # as when others fill the disk meanwhile
+    monkeypatch.setattr("pipeline.cache.writer.check_free_space", lambda *_: None)
     with pytest.raises(RoomError, match="No space left"):
         make_cache(small_disk / "cache", samples, COLUMNS)
     ballast.unlink()
@@ -359,6 +360,6 @@ def test_a_fault_at_any_step_leaves_a_cache_that_goes_on_to_the_same_bytes(tmp_p
         if (cache / "cache.json").exists():
             assert {finding.file for finding in verify(cache).damaged} <= damaged, cache
         killed_writer.JOBS[job](cache)
-        clean(cache)
+        clean_scratch(cache)
         assert contents(cache) == whole, cache
         assert not list(cache.rglob("tmp-*")), cache

@@ -66,23 +66,23 @@ def test_the_new_samples_have_every_column_the_cache_has(appended):
 def test_the_digest_changes_and_the_cache_knows_what_it_was(tiny_cache, appended):
     before, after = HiddenCache.open(tiny_cache), HiddenCache.open(appended)
     assert after.digest != before.digest
-    assert (before.earlier, after.earlier) == ([], [before.digest])
+    assert (before.earlier_digests, after.earlier_digests) == ([], [before.digest])
 
 
 def test_a_training_run_of_the_smaller_cache_is_refused_with_the_reason(tiny_cache, appended, tmp_path):
     from pipeline.runs.recipe import load_recipe, resolve
     from pipeline.runs.split import split_samples
-    from stages.train_draft.run_folder import enter
+    from stages.train_draft.run_folder import create_or_check
 
     for cache in (tiny_cache, appended):
         opened = HiddenCache.open(cache)
-        resolved = resolve(load_recipe(None), opened).lasting(20)
+        resolved = resolve(load_recipe(None), opened).with_steps(20)
         split = split_samples(opened, resolved.draft.mask_token_id, 0.1)
         if cache is tiny_cache:
-            enter(tmp_path / "run", resolved, opened, split, {})
+            create_or_check(tmp_path / "run", resolved, opened, split, {})
             continue
         with pytest.raises(UsageError, match=r"has grown by an append since\); .*another --out"):
-            enter(tmp_path / "run", resolved, opened, split, {})
+            create_or_check(tmp_path / "run", resolved, opened, split, {})
 
 
 @pytest.mark.parametrize("append", [True, False])

@@ -18,7 +18,7 @@ from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import Scratch
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.layout import numbered
-from pipeline.cache.plan import load_plan, working
+from pipeline.cache.plan import load_plan, plan_in_use
 from pipeline.cli import main
 from pipeline.drafts import DFlash
 from pipeline.errors import UsageError
@@ -299,7 +299,7 @@ def test_a_capture_by_a_plan_that_was_replaced_meanwhile_is_refused(planned, tmp
     planned("2MB")
     with (
         pytest.raises(UsageError, match="planned afresh meanwhile; run the command again"),
-        working(tmp_path / "cache", old),
+        plan_in_use(tmp_path / "cache", old),
     ):
         pass
     assert not list((tmp_path / "cache").glob("tmp-*"))

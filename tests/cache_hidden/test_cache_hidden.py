@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 from kill_capture import contents
-from tiny import CHAT_TEMPLATE, conversations, tokenizer, write_jsonl
+from tiny import CHAT_TEMPLATE, conversations, other_weights, tokenizer, write_jsonl
 
 import stages.cache_hidden.engine_hf as engine_module
 from pipeline.cache import HiddenCache
-from pipeline.cache.atomic import room
+from pipeline.cache.atomic import write_errors
 from pipeline.cache.manifest import read_canonical
 from pipeline.cache.micro_batches import micro_batches
 from pipeline.cache.plan import load_plan
@@ -320,7 +320,7 @@ def test_a_limit_met_while_writing_the_head_is_an_error_of_room(tmp_path):
     """A limit on file sizes is the one disk a test can fill; safetensors reports it as it does a full one."""
     head = TargetHead(torch.zeros(1000, 64), torch.zeros(1000, 64))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(RoomError, match="cannot write a head: File too large; raise"), room(tmp_path, "a head"):
+    with pytest.raises(RoomError, match="cannot write a head: File too large; raise"), write_errors(tmp_path, "a head"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         try:
             head.save(tmp_path / "head.safetensors")
@@ -333,12 +333,6 @@ def test_a_limit_met_while_writing_the_head_is_an_error_of_room(tmp_path):
 
 def other_template(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("user", "human") + " ")
-
-
-def other_weights(folder: Path) -> None:
-    weights = bytearray((folder / "model.safetensors").read_bytes())
-    weights[-2] ^= 64
-    (folder / "model.safetensors").write_bytes(weights)
 
 
 def other_tokenizer(folder: Path) -> None:

@@ -16,7 +16,7 @@ from kill_capture import contents
 
 import pipeline.cache.atomic as disk
 import stages.cache_hidden.make_plan as planning
-from pipeline.cache.atomic import turn
+from pipeline.cache.atomic import process_lock
 from pipeline.cache.plan import load_plan
 from pipeline.errors import UsageError
 from stages.cache_hidden.options import CaptureOptions
@@ -133,7 +133,7 @@ def test_who_waited_for_the_planner_uses_its_plan(work, tiny_cache, tmp_path, mo
     out.mkdir()
 
     def planner():
-        with turn(out, "plan"):
+        with process_lock(out, "plan"):
             held.set()
             waiting.wait(60)
             for name in ("plan", "cache.json", "index.arrow", "index.json"):
@@ -163,11 +163,11 @@ def test_workers_started_at_once_and_killed_at_random_end_with_the_same_bytes():
 
 
 def test_a_worker_that_waits_for_another_says_so_and_continues(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(disk, "PATIENCE_S", 0.02)
+    monkeypatch.setattr(disk, "QUIET_WAIT_S", 0.02)
     inside, go = threading.Event(), threading.Event()
 
     def first():
-        with turn(tmp_path, "plan"):
+        with process_lock(tmp_path, "plan"):
             inside.set()
             go.wait(10)
 
@@ -175,7 +175,7 @@ def test_a_worker_that_waits_for_another_says_so_and_continues(tmp_path, capsys,
     holder.start()
     inside.wait(10)
     threading.Timer(0.2, go.set).start()
-    with turn(tmp_path, "plan"):
+    with process_lock(tmp_path, "plan"):
         assert go.is_set()
     holder.join()
 
@@ -189,7 +189,7 @@ def test_a_killed_planner_does_not_block_others(work, tiny_cache, tmp_path):
     (tmp_path / "cache").mkdir()
     child = os.fork()
     if not child:
-        with turn(tmp_path / "cache", "plan"):
+        with process_lock(tmp_path / "cache", "plan"):
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     assert (tmp_path / "cache/tmp-plan.lock").exists()
@@ -212,7 +212,7 @@ def test_a_ctrl_c_in_the_clean_up_waits_until_it_is_done(tmp_path, monkeypatch):
         (scratch.path / "half").write_text("x")
     assert list(tmp_path.iterdir()) == []
 
-    with pytest.raises(KeyboardInterrupt), disk.committing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), disk.commit_lock(tmp_path):
         signal.raise_signal(signal.SIGINT)
         (tmp_path / "whole").write_text("x")
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]

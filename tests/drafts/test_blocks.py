@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.drafts import DraftConfig, eligible_anchors, lay_blocks, pack
-from pipeline.drafts.attention import Group, group_blocks, visible
+from pipeline.drafts.attention import Group, group_blocks, visibility_mask
 from pipeline.drafts.blocks import slot_decay
 from pipeline.drafts.metrics import metrics_of, slot_sums
 
@@ -70,13 +70,13 @@ def test_worked_example_labels_and_noise():
     assert same.labels_NS[0].tolist() == [15, 16, 17, 18]
     assert shifted.labels_NS[0].tolist() == [16, 17, 18, 19]
     assert same.prev_NS[0].tolist() == shifted.prev_NS[0].tolist() == [15, 16, 17, 18]
-    assert same.noise_ids_NS.tolist() == [[15, GUESS, GUESS, GUESS], [18, GUESS, GUESS, GUESS]]
+    assert same.input_ids_NS.tolist() == [[15, GUESS, GUESS, GUESS], [18, GUESS, GUESS, GUESS]]
     assert same.positions_NS.tolist() == [[5, 6, 7, 8], [8, 9, 10, 11]]
 
 
 def test_worked_example_mask():
     blocks = example("dflash", False)
-    allowed = visible(blocks, slice(0, 10), 0, 2, None)
+    allowed = visibility_mask(blocks, slice(0, 10), 0, 2, None)
     assert allowed.shape == (8, 18)
     for query in range(4):
         assert allowed[query].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 10, 11, 12, 13]
@@ -136,27 +136,27 @@ def test_final_states_are_found_by_row_in_every_document():
         lay_blocks(cell, torch.tensor([2, 8]), torch.tensor([True, True]), config(method, method == "domino"))
         for method in ("dflash", "domino")
     )
-    assert same.teacher_NS.tolist() == [[0, 2, 0, 0], [0, 8, 0, 0]]
-    assert shifted.teacher_NS.tolist() == [[2, 0, 0, 0], [8, 0, 0, 0]]
+    assert same.final_row_NS.tolist() == [[0, 2, 0, 0], [0, 8, 0, 0]]
+    assert shifted.final_row_NS.tolist() == [[2, 0, 0, 0], [8, 0, 0, 0]]
 
 
 def test_a_block_sees_its_own_document_only():
     on = torch.ones(4, dtype=torch.bool)
     cell = pack([sample(10, on), sample(20, on)], ["a", "b"])
     blocks = lay_blocks(cell, torch.tensor([6]), torch.tensor([True]), config())
-    assert visible(blocks, slice(0, 8), 0, 1, None)[0].nonzero().flatten().tolist() == [4, 5, 8, 9, 10, 11]
+    assert visibility_mask(blocks, slice(0, 8), 0, 1, None)[0].nonzero().flatten().tolist() == [4, 5, 8, 9, 10, 11]
 
 
 def test_a_padding_block_sees_itself_and_weighs_nothing():
     blocks = lay_blocks(pack([sample(10, MASK)], ["a"]), torch.tensor([5, 0]), torch.tensor([True, False]), config())
-    assert visible(blocks, slice(0, 10), 1, 2, None)[2].nonzero().flatten().tolist() == [10, 11, 12, 13]
+    assert visibility_mask(blocks, slice(0, 10), 1, 2, None)[2].nonzero().flatten().tolist() == [10, 11, 12, 13]
     assert not blocks.scored_NS[1].any() and not blocks.weights_NS[1].any()
-    assert blocks.noise_ids_NS[1].tolist() == [GUESS] * 4
+    assert blocks.input_ids_NS[1].tolist() == [GUESS] * 4
 
 
 def test_a_sliding_layer_sees_a_window_and_no_later_slot():
     blocks = lay_blocks(pack([sample(10, MASK)], ["a"]), torch.tensor([8]), torch.tensor([True]), config())
-    allowed = visible(blocks, slice(0, 10), 0, 1, window=4)
+    allowed = visibility_mask(blocks, slice(0, 10), 0, 1, window=4)
     assert [row.nonzero().flatten().tolist() for row in allowed] == [
         [5, 6, 7, 10],
         [6, 7, 10, 11],

@@ -1,7 +1,7 @@
 """A draft's configuration: what is filled in, and what is refused before any work."""
 
 import pytest
-from test_drafts import OWN, V, fields
+from draft_cases import OWN, V, fields
 
 from pipeline.drafts import DraftConfig, default_gamma
 from pipeline.errors import UsageError

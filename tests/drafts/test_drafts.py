@@ -5,15 +5,33 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from draft_cases import (
+    HEADS,
+    SLIDING,
+    H,
+    K,
+    Sample,
+    V,
+    all_blocks,
+    assert_near,
+    both_shifts,
+    both_windows,
+    build,
+    cell_of,
+    every_convention,
+    every_method,
+    fields,
+    gradients,
+    loss_of,
+)
 
 from pipeline.drafts import (
     DRAFTS,
-    Ask,
+    BlockRequest,
     Draft,
     DraftConfig,
-    Knobs,
     Sampling,
-    eligible_anchors,
+    ScheduleValues,
     init_weights,
     lay_blocks,
     metrics_of,
@@ -22,103 +40,7 @@ from pipeline.drafts import (
 from pipeline.drafts.norm_and_rope import RMSNorm, rope_tables, rotate
 from pipeline.errors import UsageError
 from pipeline.target.head import TargetHead
-from pipeline.target.layers import final_rows
 from pipeline.target.logit_chunks import NEWEST, RULES, ChunkLimit
-
-H, V, K, L = 32, 64, 3, 8
-SHAPE = {
-    "hidden_size": H,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,  # not H / 4
-    "vocab_size": V,
-    "rope_theta": 1e4,
-    "max_position_embeddings": 512,
-    "num_target_layers": L,
-    "target_layer_ids": (1, 3, 5),
-    "block_size": 5,
-    "mask_token_id": V - 1,
-    "gamma": 4.0,
-}
-OWN = {
-    "dflash": {},
-    "domino": {"pure_draft_prefix_len": 1, "emb_dim": 8, "gru_hidden_dim": 16},
-    "dspark": {"markov_rank": 8, "markov_head_type": "rnn"},
-}
-HEADS = ("prefix_gru", "embed_proj", "markov_head", "confidence_head")
-SLIDING = {"layer_types": ("sliding_attention", "full_attention"), "sliding_window": 6}
-every_method = pytest.mark.parametrize("method", DRAFTS)
-both_shifts = pytest.mark.parametrize("shift", [False, True], ids=["same", "shift"])
-every_convention = pytest.mark.parametrize(
-    ("method", "shift"),
-    [(method, shift) for method in DRAFTS for shift in (False, True) if shift or method != "dspark"],
-)
-YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}
-both_windows = pytest.mark.parametrize(
-    "window", [{}, SLIDING, {"rope_scaling": YARN}], ids=["full", "sliding", "full, scaled"]
-)
-
-
-def fields(method: str, shift: bool = True, **changes) -> dict:
-    return SHAPE | OWN[method] | {"method": method, "shift_label": shift} | changes
-
-
-def build(method: str, shift: bool = True, seed: int = 0, softcap: float | None = None, **changes) -> Draft:
-    """A draft whose parameters are all far from their start, norms included."""
-    generator = torch.Generator().manual_seed(seed)
-    embed_VD = torch.randn(V, H, generator=generator)
-    head = TargetHead(embed_VD, torch.randn(V, H, generator=generator) * 0.3, logit_softcap=softcap)
-    draft = DRAFTS[method](DraftConfig(**fields(method, shift, **changes)), head)
-    with torch.no_grad():
-        for name, parameter in sorted(draft.named_parameters()):
-            norm = parameter.ndim == 1 and "bias" not in name
-            parameter.copy_(norm + 0.25 * torch.randn(parameter.shape, generator=generator))
-    return draft
-
-
-class Sample:
-    def __init__(self, length: int, seed: int):
-        generator = torch.Generator().manual_seed(seed)
-        self.ids = torch.randint(0, V - 1, (length,), generator=generator, dtype=torch.int32)
-        self.mask = torch.rand(length, generator=generator) > 0.2
-        self.mask[:3] = False
-        self.aux = torch.randn(K, length, H, generator=generator)
-        self.final_rows = torch.from_numpy(final_rows(self.mask.numpy())).nonzero().flatten()
-        self.final = torch.randn(len(self.final_rows), H, generator=generator)
-
-
-def cell_of(*lengths: int):
-    names = [f"s{n}" for n in range(len(lengths))]
-    return pack([Sample(length, seed) for seed, length in enumerate(lengths)], names, final=True)
-
-
-def anchors_of(cell) -> torch.Tensor:
-    """Every eligible anchor of every document."""
-    spans = zip(cell.starts_M.tolist(), cell.lengths_M.tolist(), strict=True)
-    return torch.cat([eligible_anchors(cell.mask_R[s : s + n]).nonzero().flatten() + s for s, n in spans])
-
-
-def all_blocks(draft: Draft, cell, padding: int = 0):
-    anchors = torch.cat([anchors_of(cell), torch.zeros(padding, dtype=torch.long)])
-    keep = torch.arange(len(anchors)) < len(anchors) - padding
-    return lay_blocks(cell, anchors, keep, draft.config)
-
-
-def loss_of(draft, cell, blocks, lambda_base=0.4, metrics=False):
-    return draft.loss(cell, blocks, Knobs(lambda_base), draft.denominators(blocks), metrics)
-
-
-def gradients(draft: Draft, total: torch.Tensor) -> dict[str, torch.Tensor]:
-    draft.zero_grad()
-    total.backward()
-    return {name: parameter.grad.clone() for name, parameter in draft.named_parameters()}
-
-
-def assert_near(found, wanted, tolerance=1e-6):
-    assert (found - wanted).abs().max() <= tolerance * wanted.abs().max().clamp(min=1e-3)
-
 
 # What it is called
 
@@ -255,9 +177,9 @@ def test_the_training_layout_is_the_decode_loop(method, shift, window):
     kv, other, held = draft.new_kv(), draft.new_kv(), 0
     for n, anchor in enumerate(anchors.tolist()):  # features arrive as verifications leave them, in pieces
         fresh = cell.aux_KRD[:, held:anchor]
-        ask = Ask(fresh, int(cell.ids_R[anchor]), anchor, kv)
-        assert_near(draft.block_hidden([ask])[0], training[n], 1e-5)
-        assert torch.equal(draft.propose([replace(ask, kv=other)])[0].ids_P, proposals[n])
+        request = BlockRequest(fresh, int(cell.ids_R[anchor]), anchor, kv)
+        assert_near(draft.block_hidden([request])[0], training[n], 1e-5)
+        assert torch.equal(draft.propose([replace(request, kv=other)])[0].ids_P, proposals[n])
         held = anchor
     assert proposals.shape == (5, draft.config.proposals) == (5, 5 if shift else 4)
 
@@ -266,11 +188,11 @@ def test_the_training_layout_is_the_decode_loop(method, shift, window):
 def test_a_drawn_proposal_says_what_each_token_was_drawn_from(method, shift):
     draft, cell, anchor = build(method, shift, softcap=4.0), cell_of(40), 17
 
-    def ask():
-        return Ask(cell.aux_KRD[:, :anchor], int(cell.ids_R[anchor]), anchor, draft.new_kv())
+    def request():
+        return BlockRequest(cell.aux_KRD[:, :anchor], int(cell.ids_R[anchor]), anchor, draft.new_kv())
 
     def drawn(seed):
-        return draft.propose([ask()], Sampling(0.7, [torch.Generator().manual_seed(seed)]))[0]
+        return draft.propose([request()], Sampling(0.7, [torch.Generator().manual_seed(seed)]))[0]
 
     found, again = drawn(0), drawn(0)
     assert torch.equal(found.ids_P, again.ids_P) and torch.equal(found.q_PV, again.q_PV)
@@ -278,14 +200,14 @@ def test_a_drawn_proposal_says_what_each_token_was_drawn_from(method, shift):
     anchors = cell.ids_R[anchor : anchor + 1]
     prev_NS = torch.cat([anchors, found.ids_P, found.ids_P[:1]])[None, : draft.config.block_size]
     with torch.no_grad():
-        logits = draft.logits(draft.block_hidden([ask()]), prev_NS)["final"][0, draft.config.first_slot :]
+        logits = draft.logits(draft.block_hidden([request()]), prev_NS)["final"][0, draft.config.first_slot :]
     assert_near(found.q_PV, (logits / 0.7).softmax(-1), 1e-5)
 
 
 def test_features_of_another_place_are_a_bug():
     draft = build("dflash")
     with pytest.raises(AssertionError, match="kv holds 0 positions and 4 came, for an anchor at 5"):
-        draft.propose([Ask(torch.zeros(K, 4, H), 1, 5, draft.new_kv())])
+        draft.propose([BlockRequest(torch.zeros(K, 4, H), 1, 5, draft.new_kv())])
 
 
 @every_method
@@ -310,8 +232,8 @@ def test_teacher_forced_logits_are_those_of_the_rollout_fed_the_same_tokens(shif
         hidden = draft.hidden(cell, blocks)
         forced = draft.logits(hidden, blocks.prev_NS)
         tokens = cell.ids_R[anchors[:, None] + 1 + torch.arange(most)]  # what the anchor is followed by
-        ids, rolled = draft.roll(hidden, cell.ids_R[anchors], forced_NP=tokens)
-        own, own_logits = draft.roll(hidden, cell.ids_R[anchors])
+        ids, rolled = draft.rollout_logits(hidden, cell.ids_R[anchors], forced_NP=tokens)
+        own, own_logits = draft.rollout_logits(hidden, cell.ids_R[anchors])
     assert_near(rolled, forced["final"][:, first:], 1e-5)
     assert torch.equal(ids, forced["final"][:, first:].argmax(-1))
     assert torch.equal(own, own_logits.argmax(-1))
@@ -381,10 +303,10 @@ def test_cells_add_up_to_the_global_batch(method):
     whole = cell_of(*lengths)
     everything = all_blocks(draft, whole)
     dens = draft.denominators(everything)
-    total = draft.loss(whole, everything, Knobs(0.3), dens).total
+    total = draft.loss(whole, everything, ScheduleValues(0.3), dens).total
     wanted = gradients(draft, total)
     parts = [pack([Sample(length, seed)], [f"s{seed}"], final=True) for seed, length in enumerate(lengths)]
-    shares = [draft.loss(part, all_blocks(draft, part), Knobs(0.3), dens).total for part in parts]
+    shares = [draft.loss(part, all_blocks(draft, part), ScheduleValues(0.3), dens).total for part in parts]
     found = gradients(draft, sum(shares))
     assert_near(sum(shares), total)
     for name, gradient in wanted.items():
@@ -439,10 +361,10 @@ def test_lambda_falls_as_published():
     assert build("dflash").schedule(0, 1000).lambda_base == 0
 
 
-@pytest.mark.parametrize("horizon", [None, 0])
-def test_lambda_needs_a_horizon(horizon):
+@pytest.mark.parametrize("total_steps", [None, 0])
+def test_lambda_needs_the_number_of_steps(total_steps):
     with pytest.raises(UsageError, match=r"train\.steps"):
-        domino().schedule(0, horizon)
+        domino().schedule(0, total_steps)
 
 
 # Positions

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_drafts import H, V, all_blocks, assert_near, build, cell_of, gradients, loss_of
+from draft_cases import H, V, all_blocks, assert_near, build, cell_of, gradients, loss_of
 
-from pipeline.drafts import Ask, Sampling, init_weights, lay_blocks, metrics_of
+from pipeline.drafts import BlockRequest, Sampling, init_weights, lay_blocks, metrics_of
 from pipeline.errors import UsageError
 
 KINDS = ("vanilla", "gated", "rnn")
@@ -84,7 +84,7 @@ def test_teacher_forced_logits_are_those_of_the_rollout_fed_the_same_tokens(kind
     blocks = lay_blocks(cell, anchors, torch.ones(3, dtype=torch.bool), draft.config)
     with torch.no_grad():
         hidden = draft.hidden(cell, blocks)
-        _, rolled = draft.roll(
+        _, rolled = draft.rollout_logits(
             hidden, cell.ids_R[anchors], forced_NP=cell.ids_R[anchors[:, None] + 1 + torch.arange(5)]
         )
         assert_near(rolled, draft.logits(hidden, blocks.prev_NS)["final"], 1e-5)
@@ -103,7 +103,7 @@ def dense(draft, cell, blocks) -> torch.Tensor:
     hidden = draft.hidden(cell, blocks, dense=True)
     z, out = draft.correction(hidden, blocks.prev_NS)
     q = draft.target.cap(hidden @ draft.target.head_VD.T + z @ out.T).softmax(-1)
-    p = draft.target.logits(cell.final_FD[cell.final_at_R[blocks.teacher_NS].clamp(min=0)]).softmax(-1)
+    p = draft.target.logits(cell.final_FD[cell.final_at_R[blocks.final_row_NS].clamp(min=0)]).softmax(-1)
     ce, l1 = -q.gather(-1, labels[..., None])[..., 0].log(), (q - p).abs().sum(-1)
     features = hidden
     if config.confidence_head_with_markov:
@@ -152,7 +152,7 @@ def test_the_confidence_s_error_is_logged_by_the_loss_s_weights():
         blocks, hidden = states_of(draft, cell)
         loss = loss_of(draft, cell, blocks, metrics=True)
         sure = draft.confidence(hidden, blocks.prev_NS).sigmoid()
-        teacher = draft.target.logits(cell.final_FD[cell.final_at_R[blocks.teacher_NS]]).softmax(-1)
+        teacher = draft.target.logits(cell.final_FD[cell.final_at_R[blocks.final_row_NS]]).softmax(-1)
         kept = torch.minimum(draft.logits(hidden, blocks.prev_NS)["final"].softmax(-1), teacher).sum(-1)
     weights = blocks.weights_NS
     figures = metrics_of(loss.sums, loss.terms, draft.denominators(blocks))
@@ -183,12 +183,12 @@ def unsure(**options):
     return draft
 
 
-def ask(draft, cell, anchor: int):
-    return Ask(cell.aux_KRD[:, :anchor], int(cell.ids_R[anchor]), anchor, draft.new_kv())
+def request(draft, cell, anchor: int):
+    return BlockRequest(cell.aux_KRD[:, :anchor], int(cell.ids_R[anchor]), anchor, draft.new_kv())
 
 
 def proposed(draft, cell, anchor: int, **options):
-    return draft.propose([ask(draft, cell, anchor)], **options)[0]
+    return draft.propose([request(draft, cell, anchor)], **options)[0]
 
 
 @both_inputs
@@ -197,7 +197,7 @@ def test_a_block_is_cut_before_the_first_token_it_is_not_sure_of(with_markov):
     cuts = set()
     for anchor in range(3, 25):
         whole = proposed(draft, cell, anchor).ids_P
-        hidden = draft.block_hidden([ask(draft, cell, anchor)])
+        hidden = draft.block_hidden([request(draft, cell, anchor)])
         prev = torch.cat([cell.ids_R[anchor : anchor + 1], whole[:-1]])
         with torch.no_grad():
             sure = draft.confidence(hidden, prev[None])[0].sigmoid()

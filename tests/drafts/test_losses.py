@@ -92,7 +92,7 @@ def test_numerators_and_rightness_come_without_a_gradient():
     numerators = objective.numerators
     torch.testing.assert_close(total, 0.3 * numerators["final"] + 0.7 * numerators["base"])
     base_right = problem.target.logits(problem.hidden).argmax(-1) == problem.labels
-    assert torch.equal(objective.slots()["base_correct"], base_right)
+    assert torch.equal(objective.slot_values()["base_correct"], base_right)
 
 
 class Largest(TorchDispatchMode):

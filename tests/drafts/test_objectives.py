@@ -4,12 +4,12 @@ from typing import get_args
 
 import pytest
 import torch
-from test_drafts import all_blocks, build, cell_of, gradients, loss_of
+from draft_cases import all_blocks, build, cell_of, gradients, loss_of
 from test_losses import Largest
 
-from pipeline.drafts import DraftConfig, Knobs, metrics_of, needs_teacher
+from pipeline.drafts import DraftConfig, ScheduleValues, metrics_of, needs_final_states
 from pipeline.drafts.losses import head_loss
-from pipeline.drafts.objectives import OBJECTIVES, Objective, Teacher, dpace_weights
+from pipeline.drafts.objectives import OBJECTIVES, Objective, TargetStates, dpace_weights
 from pipeline.errors import DataError
 from pipeline.target.head import TargetHead
 
@@ -48,7 +48,7 @@ class Problem:
         self.target = TargetHead(draw(V, D), draw(V, D), logit_softcap=softcap)
         self.labels = torch.randint(0, V, (N, S), generator=generator)
         self.weights = torch.rand(N, S, generator=generator) * (torch.rand(N, S, generator=generator) > 0.3)
-        self.teacher = Teacher(draw(F, D), torch.randint(0, F, (N, S), generator=generator))
+        self.teacher = TargetStates(draw(F, D), torch.randint(0, F, (N, S), generator=generator))
         self.name = name
         self.scales = {kind: {part: 0.3 + 0.2 * at for at, part in enumerate(OBJECTIVES[name])} for kind in kinds}
         self.scales["final"] = {part: 2 * scale for part, scale in self.scales["final"].items()}
@@ -146,24 +146,24 @@ def test_float32_keeps_the_gradient_of_a_draft_that_knows_nothing_or_is_sure_of_
     values = values_of(name, exact, teacher.double(), torch.tensor([[7]]))
     wanted = torch.autograd.grad(sum(value.sum() for value in values.values()), exact)[0]
 
-    objective = every_slot(name, torch.tensor([[7]]), Teacher(teacher[0], torch.zeros(1, 1, dtype=torch.long)))
-    found = objective.chunk("final", slice(0, 1), logits, True, soft_of(objective, teacher))
+    objective = every_slot(name, torch.tensor([[7]]), TargetStates(teacher[0], torch.zeros(1, 1, dtype=torch.long)))
+    found = objective.add_chunk("final", slice(0, 1), logits, True, soft_of(objective, teacher))
     assert (found.double() - wanted).norm() < 1e-3 * wanted.norm()
 
 
-def every_slot(name: str, labels: torch.Tensor, teacher: Teacher, kinds=("final",), **options) -> Objective:
+def every_slot(name: str, labels: torch.Tensor, teacher: TargetStates, kinds=("final",), **options) -> Objective:
     """All weights and scales 1."""
     scales = {kind: dict.fromkeys(OBJECTIVES[name], 1.0) for kind in kinds}
     return Objective(labels, lambda part, ce_NS: torch.ones_like(ce_NS), scales, name, teacher, **options)
 
 
 def soft_of(objective: Objective, teacher_NSV: torch.Tensor):
-    """What `Objective.soft` makes of these logits: its head passes them on."""
+    """What `Objective.soft_labels` makes of these logits: its head passes them on."""
 
     class Same:
         logits = staticmethod(lambda states: teacher_NSV)
 
-    return objective.soft(slice(0, 1), Same())
+    return objective.soft_labels(slice(0, 1), Same())
 
 
 def test_identical_distributions_cost_nothing_and_pull_nowhere():
@@ -180,8 +180,8 @@ def test_a_target_that_is_certain_makes_lk_alpha_the_cross_entropy():
     draft = torch.randn(N, S, V, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     whole = slice(0, N)
     soft, hard = sure.objective(), hard.objective()
-    found = soft.chunk("final", whole, draft, True, soft_of(soft, logits))
-    wanted = hard.chunk("final", whole, draft, True)
+    found = soft.add_chunk("final", whole, draft, True, soft_of(soft, logits))
+    wanted = hard.add_chunk("final", whole, draft, True)
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(soft.numerators["final"], hard.numerators["final"])
 
@@ -193,9 +193,9 @@ def test_neither_the_draft_s_nor_the_teacher_s_logits_of_all_tokens_ever_exist(n
     hidden = torch.randn(n, S, D, generator=generator, requires_grad=True)
     z, out = (torch.randn(*shape, generator=generator, requires_grad=True) for shape in ((n, S, U), (v, U)))
     head = torch.randn(v, D, generator=generator)
-    teacher = Teacher(torch.randn(F, D, generator=generator), torch.randint(0, F, (n, S), generator=generator))
+    teacher = TargetStates(torch.randn(F, D, generator=generator), torch.randint(0, F, (n, S), generator=generator))
     labels = torch.zeros(n, S, dtype=torch.long)
-    objective = every_slot(name, labels, teacher, ("base", "final"), accepts=True, metrics=True)
+    objective = every_slot(name, labels, teacher, ("base", "final"), record_accept=True, metrics=True)
     with Largest() as largest:
         head_loss(hidden, TargetHead(head, head), objective, (z, out), blocks=2).backward()
     assert largest.elements == max(2 * S * v, v * D)
@@ -206,7 +206,7 @@ def test_softmaxes_are_float32_whatever_the_arithmetic(name):
     narrow, wide = (Problem(name, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     wide.leaves = [leaf.float() for leaf in narrow.leaves]
     wide.target = narrow.target.to(dtype=torch.float32)
-    wide.teacher = Teacher(narrow.teacher.final_FD.float(), narrow.teacher.at_NS)
+    wide.teacher = TargetStates(narrow.teacher.final_FD.float(), narrow.teacher.at_NS)
     found, grads = with_gradients(narrow.fused, narrow.leaves)
     wanted, wide_grads = with_gradients(wide.fused, wide.leaves)
     with torch.autocast("cpu", torch.bfloat16):
@@ -233,7 +233,7 @@ def test_every_method_learns_every_objective(method, name):
     loss = loss_of(draft, cell, blocks, 0.4, metrics=True)
     with torch.no_grad():
         logits = draft.logits(draft.hidden(cell, blocks), blocks.prev_NS)
-        teacher = draft.target.logits(cell.final_FD[cell.final_at_R[blocks.teacher_NS]])
+        teacher = draft.target.logits(cell.final_FD[cell.final_at_R[blocks.final_row_NS]])
     kinds = {"final": 0.6, "base": 0.4} if method == "domino" else {"final": 1.0}
     alphas = {"ce": 0.1, "l1": 0.9, "": 1.0}
     total = 0
@@ -264,11 +264,11 @@ def test_every_method_may_weigh_by_confidence(method, kind, name):
     blocks = all_blocks(draft, cell)
     assert {float(den) for den in draft.denominators(blocks).values()} == {2.0}  # samples
     loss = loss_of(draft, cell, blocks, 0.4)
-    parts = [draft.loss(cell, part, Knobs(0.4), draft.denominators(blocks)) for part in blocks.split(7)]
+    parts = [draft.loss(cell, part, ScheduleValues(0.4), draft.denominators(blocks)) for part in blocks.split(7)]
     torch.testing.assert_close(sum(part.total for part in parts), loss.total, rtol=1e-6, atol=0)
     found = gradients(draft, loss.total)
     wanted = gradients(
-        draft, sum(draft.loss(cell, p, Knobs(0.4), draft.denominators(blocks)).total for p in blocks.split(7))
+        draft, sum(draft.loss(cell, p, ScheduleValues(0.4), draft.denominators(blocks)).total for p in blocks.split(7))
     )
     for key, gradient in wanted.items():
         assert (found[key] - gradient).norm() <= 1e-5 * gradient.norm(), key
@@ -276,7 +276,7 @@ def test_every_method_may_weigh_by_confidence(method, kind, name):
 
 def test_only_soft_targets_need_the_teacher():
     def needs(method, **options):
-        return needs_teacher(build(method, **options).config)
+        return needs_final_states(build(method, **options).config)
 
     assert not needs("dflash") and not needs("domino") and needs("dspark")
     assert needs("dflash", objective="kl") and needs("domino", objective="dspark")
@@ -300,7 +300,7 @@ def test_a_cell_without_final_states_is_refused_and_plain_cross_entropy_does_not
 def test_a_missing_teacher_is_refused_when_blocks_are_laid_and_never_taken_for_zero(method):
     draft, cell = build(method, objective="kl"), cell_of(30, 12)
     blocks = all_blocks(draft, cell)
-    row = int(blocks.teacher_NS[blocks.scored_NS][3])
+    row = int(blocks.final_row_NS[blocks.scored_NS][3])
     lost = cell.final_at_R.clone()
     lost[row] = -1
     damaged = type(cell)(**(vars(cell) | {"final_at_R": lost}))
@@ -313,5 +313,5 @@ def test_the_teacher_of_a_label_is_the_row_before_it():
     for method, shift in (("dflash", False), ("dflash", True), ("dspark", True)):
         draft, cell = build(method, shift), cell_of(30, 12)
         blocks = all_blocks(draft, cell, padding=1)
-        assert torch.equal(cell.ids_R[blocks.teacher_NS + 1][blocks.scored_NS], blocks.labels_NS[blocks.scored_NS])
-        assert not blocks.teacher_NS[~blocks.scored_NS].any()
+        assert torch.equal(cell.ids_R[blocks.final_row_NS + 1][blocks.scored_NS], blocks.labels_NS[blocks.scored_NS])
+        assert not blocks.final_row_NS[~blocks.scored_NS].any()

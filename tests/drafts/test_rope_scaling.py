@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pipeline.drafts import DraftConfig
 from pipeline.drafts.norm_and_rope import frequencies, rope_tables
-from pipeline.drafts.rope_scaling import RopeScaling, taken_over
+from pipeline.drafts.rope_scaling import RopeScaling, draft_rope_scaling
 from pipeline.errors import UsageError
 from pipeline.published import export, load_draft_folder, read_published
 from pipeline.published import reference as arithmetic
@@ -57,29 +57,29 @@ def target(stated: dict, **others) -> dict:
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_frequencies_are_those_of_transformers(stated, head_dim):
     config = Qwen3Config(head_dim=head_dim, max_position_embeddings=40960, rope_parameters=dict(stated))
-    wanted_F, magnitude = ROPE_INIT_FUNCTIONS[stated["rope_type"]](config, "cpu")
-    scaling, reason = taken_over(target(stated))
+    wanted_F, attention_factor = ROPE_INIT_FUNCTIONS[stated["rope_type"]](config, "cpu")
+    scaling, reason = draft_rope_scaling(target(stated))
 
     assert reason is None
     found_F = frequencies(head_dim, rope_theta(target(stated)), scaling)
     torch.testing.assert_close(found_F, wanted_F, rtol=1e-6, atol=0)
-    assert scaling.magnitude == pytest.approx(magnitude, abs=1e-9)
+    assert scaling.attention_factor == pytest.approx(attention_factor, abs=1e-9)
     assert not torch.allclose(found_F, frequencies(head_dim, stated["rope_theta"], None), rtol=1e-3)
 
 
 def test_tables_are_the_angles_cosines_times_the_magnitude():
-    scaling, _ = taken_over(target(QWEN3))
+    scaling, _ = draft_rope_scaling(target(QWEN3))
     positions = torch.tensor([0, 1, 5000])
     cos, sin = rope_tables(positions, 64, 1e6, scaling)
     angles = positions[:, None] * frequencies(64, 1e6, scaling)
-    assert scaling.magnitude > 1.1
-    torch.testing.assert_close(cos, angles.cos() * scaling.magnitude)
-    torch.testing.assert_close(sin, angles.sin() * scaling.magnitude)
+    assert scaling.attention_factor > 1.1
+    torch.testing.assert_close(cos, angles.cos() * scaling.attention_factor)
+    torch.testing.assert_close(sin, angles.sin() * scaling.attention_factor)
 
 
 @every_scaling
 def test_the_second_arithmetic_turns_alike(stated):
-    scaling, _ = taken_over(target(stated))
+    scaling, _ = draft_rope_scaling(target(stated))
     theta = stated["rope_theta"]
     config = DraftConfig(method="domino", **{**SIZES, **OWN["domino"], "rope_theta": theta, "rope_scaling": scaling})
     half = config.head_dim // 2
@@ -88,24 +88,25 @@ def test_the_second_arithmetic_turns_alike(stated):
 
 
 def test_older_and_nested_ways_to_state_a_scaling_are_read_as_transformers_reads_them():
-    scaling, _ = taken_over(target(LLAMA31))
+    scaling, _ = draft_rope_scaling(target(LLAMA31))
     legacy = {"rope_theta": 5e5, "max_position_embeddings": 131072}
     older = {key: value for key, value in LLAMA31.items() if key not in ("rope_theta", "rope_type")}
-    assert taken_over({**legacy, "rope_scaling": {**older, "type": "llama3"}})[0] == scaling
+    assert draft_rope_scaling({**legacy, "rope_scaling": {**older, "type": "llama3"}})[0] == scaling
     assert (
-        taken_over({**legacy, "rope_parameters": None, "rope_scaling": {**older, "rope_type": "llama3"}})[0] == scaling
+        draft_rope_scaling({**legacy, "rope_parameters": None, "rope_scaling": {**older, "rope_type": "llama3"}})[0]
+        == scaling
     )
     by_kind = {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
-    assert taken_over({"rope_parameters": by_kind})[0] == RopeScaling(rope_type="linear", factor=8.0)
+    assert draft_rope_scaling({"rope_parameters": by_kind})[0] == RopeScaling(rope_type="linear", factor=8.0)
     outside = target(QWEN3 | {"original_max_position_embeddings": 999}, original_max_position_embeddings=32768)
-    assert taken_over(outside)[0] == taken_over(target(QWEN3))[0]
+    assert draft_rope_scaling(outside)[0] == draft_rope_scaling(target(QWEN3))[0]
     whole = target(QWEN3 | {"factor": None}, max_position_embeddings=131072)
-    assert taken_over(whole)[0].factor == 4.0
+    assert draft_rope_scaling(whole)[0].factor == 4.0
 
 
 @pytest.mark.parametrize("stated", [{}, {"rope_type": "default"}, {"type": "mrope", "mrope_section": [1, 2]}, None])
 def test_plain_rotary_positions_stay_plain_and_nothing_is_said(stated):
-    assert taken_over({"rope_parameters": stated, "rope_theta": 1e4}) == (None, None)
+    assert draft_rope_scaling({"rope_parameters": stated, "rope_theta": 1e4}) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_plain_rotary_positions_stay_plain_and_nothing_is_said(stated):
     ],
 )
 def test_what_is_not_taken_over_is_said_with_the_reason(stated, said):
-    scaling, reason = taken_over(target(stated))
+    scaling, reason = draft_rope_scaling(target(stated))
     assert scaling is None
     assert re.match(said, reason), reason
 
@@ -138,7 +139,7 @@ def test_what_is_not_taken_over_is_said_with_the_reason(stated, said):
 @every_scaling
 @pytest.mark.parametrize("form", ["sglang", "speculators"])
 def test_an_export_states_the_scaling_where_engines_look_and_reads_back(tmp_path, stated, form):
-    scaling, _ = taken_over(target(stated))
+    scaling, _ = draft_rope_scaling(target(stated))
     theta = stated["rope_theta"]
     draft = trained(tmp_path / "run", "dflash", rope_scaling=scaling, rope_theta=theta)
 
@@ -146,13 +147,13 @@ def test_an_export_states_the_scaling_where_engines_look_and_reads_back(tmp_path
 
     flat = json.loads((tmp_path / "out" / "config.json").read_text())
     layers = flat if form == "sglang" else flat["transformer_layer_config"]
-    assert layers["rope_parameters"] == {"rope_theta": theta, **scaling.stated()}
-    assert layers["rope_scaling"] == scaling.stated()
+    assert layers["rope_parameters"] == {"rope_theta": theta, **scaling.as_config()}
+    assert layers["rope_scaling"] == scaling.as_config()
     assert all(type(layers["rope_parameters"][key]) is float for key in ("factor", "rope_theta"))
     read = Qwen3Config(**layers)  # as SGLang and vLLM read it
-    wanted_F, magnitude = ROPE_INIT_FUNCTIONS[read.rope_parameters["rope_type"]](read, "cpu")
+    wanted_F, attention_factor = ROPE_INIT_FUNCTIONS[read.rope_parameters["rope_type"]](read, "cpu")
     torch.testing.assert_close(frequencies(12, theta, scaling), wanted_F, rtol=1e-6, atol=0)
-    assert magnitude == pytest.approx(scaling.magnitude)
+    assert attention_factor == pytest.approx(scaling.attention_factor)
     opened = load_draft_folder(tmp_path / "out", head(), target_layers=6)
     assert opened.config.rope_scaling == draft.config.rope_scaling
 
@@ -178,7 +179,7 @@ def test_a_published_draft_with_other_scaled_positions_is_refused(tmp_path, chan
 
 
 def test_a_published_draft_may_state_its_scaling_once(tmp_path):
-    scaling, _ = taken_over(target(LLAMA31))
+    scaling, _ = draft_rope_scaling(target(LLAMA31))
     trained(tmp_path / "run", "dflash", rope_scaling=scaling)
     export.export(tmp_path / "run", tmp_path / "out")
     file = tmp_path / "out" / "config.json"

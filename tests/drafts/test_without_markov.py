@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from draft_cases import all_blocks, assert_near, build, cell_of, gradients, loss_of
 from forms import PLACED, QWEN3, D, backbone, target, values, write
 from greedy import make_greedy_cache, save_stopping_target
-from test_drafts import all_blocks, assert_near, build, cell_of, gradients, loss_of
 
 from pipeline.errors import UsageError
 from pipeline.published import load_draft_folder, read_published

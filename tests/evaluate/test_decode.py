@@ -64,13 +64,13 @@ class Oracle:
         self.config, self.text, self.wrong, self.new_kv = like.config, text, wrong, like.new_kv
         self.features = []
 
-    def propose(self, asks, sampling, threshold):
-        return [self.guess(ask) for ask in asks]
+    def propose(self, requests, sampling, threshold):
+        return [self.guess(request) for request in requests]
 
-    def guess(self, ask):
-        self.features.append(ask.features_KTD)
-        right = [*self.text[ask.start + 1 :], *[0] * self.config.proposals][: self.config.proposals]
-        wrong = [token + (not (ask.start + at) % self.wrong) for at, token in enumerate(right)]
+    def guess(self, request):
+        self.features.append(request.features_KTD)
+        right = [*self.text[request.start + 1 :], *[0] * self.config.proposals][: self.config.proposals]
+        wrong = [token + (not (request.start + at) % self.wrong) for at, token in enumerate(right)]
         return Proposal(torch.tensor(wrong), None)
 
 

@@ -10,7 +10,7 @@ from forms import SIZES
 from safetensors.torch import load_file, save_file
 
 from pipeline.cache.atomic import Scratch
-from pipeline.drafts import DRAFTS, Ask, DraftConfig, init_weights
+from pipeline.drafts import DRAFTS, BlockRequest, DraftConfig, init_weights
 from pipeline.errors import ProofError, UsageError
 from pipeline.published import export, load_draft_folder, read_published
 from pipeline.runs import checkpoint
@@ -103,7 +103,7 @@ def test_an_export_reads_back_as_the_trained_draft(tmp_path, method):
     opened = load_draft_folder(tmp_path / "out", head())
     assert {name: getattr(opened.config, name) for name in [*SIZES, *OWN[method]]} == {**SIZES, **OWN[method]}
     features = torch.randn(2, 5, 16)
-    guesses = [one.propose([Ask(features, 3, 5, one.new_kv())])[0].ids_P.tolist() for one in (opened, draft)]
+    guesses = [one.propose([BlockRequest(features, 3, 5, one.new_kv())])[0].ids_P.tolist() for one in (opened, draft)]
     assert guesses[0] == guesses[1]
 
 

@@ -159,7 +159,7 @@ def test_plain_arithmetic_on_the_tensors_gives_what_the_modules_give(variant):
 
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == draft_tensors(config)
     for n, anchor in enumerate(anchors_N.tolist()):
-        noise_SD = target()[blocks.noise_ids_NS[n]]
+        noise_SD = target()[blocks.input_ids_NS[n]]
         hidden_SD = arithmetic.block_states(tensors.get, config, rows.aux[:, :anchor], noise_SD)
         prev_S, columns = blocks.prev_NS[n], torch.arange(40)
         added, confidence_S = arithmetic.correction(tensors.get, config, hidden_SD, prev_S, target()[prev_S], columns)

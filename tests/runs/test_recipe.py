@@ -116,7 +116,7 @@ def test_a_recipe_cannot_be_changed_by_accident():
 
 
 def test_defaults_on_an_8b_target_are_the_published_recipe():
-    resolved = resolve(Recipe(), cache_of()).lasting(20_000)
+    resolved = resolve(Recipe(), cache_of()).with_steps(20_000)
     draft, train = resolved.draft, resolved.recipe.train
 
     assert (draft.method, draft.block_size, draft.num_hidden_layers, draft.shift_label) == ("domino", 16, 5, True)
@@ -237,13 +237,13 @@ def test_no_key_that_only_the_target_means_reaches_the_draft():
 @pytest.mark.parametrize("method", DRAFTS)
 def test_a_resolved_recipe_loads_back_equal_and_resolves_to_itself(tmp_path, method):
     sets = (f"draft.method={method}", "train.lr=1e-3", "train.warmup=0.1", "draft.gamma=0")
-    resolved = resolve(load_recipe(None, sets), cache_of()).lasting(100)
+    resolved = resolve(load_recipe(None, sets), cache_of()).with_steps(100)
 
     again = load_recipe(write(tmp_path, resolved.recipe.toml()))
 
     assert again == resolved.recipe
     assert again.digest() == resolved.recipe.digest()
-    assert resolve(again, cache_of()).lasting(100) == resolved
+    assert resolve(again, cache_of()).with_steps(100) == resolved
     assert resolved.draft.gamma is None, "gamma 0 in a recipe means no decay"
     assert set(tomllib.loads(resolved.recipe.toml())) == {"draft", "train"}
 
@@ -254,7 +254,7 @@ def test_the_digest_tells_recipes_apart():
 
 def test_steps_and_epochs_are_two_ways_to_say_the_same():
     def steps(samples, *sets):
-        return resolve(load_recipe(None, sets), cache_of()).lasting(samples).recipe.train.steps
+        return resolve(load_recipe(None, sets), cache_of()).with_steps(samples).recipe.train.steps
 
     assert steps(1000, "train.epochs=2", "train.batch=300") == 6
     assert steps(5, "train.epochs=2") == 2, "fewer samples than a batch still make one"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_drafts import V, all_blocks, build, cell_of, every_method, loss_of
+from draft_cases import V, all_blocks, build, cell_of, every_method, loss_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.target.logit_chunks import NEWEST, RULES, ChunkLimit, chunk_blocks, chunk_rows

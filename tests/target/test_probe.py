@@ -12,7 +12,7 @@ from tiny import config, random_model
 from transformers import Gemma2Config
 
 from pipeline.cache.codecs.int8 import as_stored
-from pipeline.cache.columns import ColumnSpec, kept_rows
+from pipeline.cache.columns import ColumnSpec, stored_rows
 from pipeline.cache.plan import write_segment
 from pipeline.cache.samples import PlannedSample
 from pipeline.errors import ProofError
@@ -54,7 +54,7 @@ class Stored:
 
     def read(self, column: str, row: int) -> np.ndarray:
         spec = next(spec for spec in self.columns if spec.name == column)
-        return as_stored(self.states[row][column][kept_rows(self.shard, row, spec.keeps)])
+        return as_stored(self.states[row][column][stored_rows(self.shard, row, spec.keeps)])
 
     def probe(self) -> dict:
         return probe(self.model, self.head, self.shard, self.columns, set(), self.read)
@@ -179,7 +179,7 @@ def test_prefixes_are_short_but_never_without_final_rows(tmp_path):
     long_prompts = Stored(model, tmp_path, lengths=(200, 190), prompt=150)
     (row, *_) = probe_rows(long_prompts.shard, set())
     assert prefix_length(long_prompts.shard, row) == 166
-    assert kept_rows(long_prompts.shard, row, "needed")[0] == 149 < 166
+    assert stored_rows(long_prompts.shard, row, "needed")[0] == 149 < 166
     assert long_prompts.probe()["final"]["error"] > 0
     short_prompts = Stored(model, tmp_path / "short", lengths=(200, 190), prompt=9)
     assert prefix_length(short_prompts.shard, 0) == ROWS

@@ -8,19 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from stages.train_draft.optimizer import AdamW, Muon, orthogonal, rate
+from stages.train_draft.optimizer import AdamW, Muon, lr_factor, orthogonalize
 
 
 def test_the_rate_rises_over_the_warmup_and_falls_as_published():
-    assert [rate(s, 100, 0.04, "cosine") for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
-    assert rate(4, 100, 0.04, "cosine") == 1.0
-    assert rate(52, 100, 0.04, "cosine") == pytest.approx(0.5)
-    assert rate(99, 100, 0.04, "cosine") == pytest.approx(0.5 * (1 + np.cos(np.pi * 95 / 96)))
-    assert rate(0, 1, 0.04, "cosine") == 1.0
+    assert [lr_factor(s, 100, 0.04, "cosine") for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert lr_factor(4, 100, 0.04, "cosine") == 1.0
+    assert lr_factor(52, 100, 0.04, "cosine") == pytest.approx(0.5)
+    assert lr_factor(99, 100, 0.04, "cosine") == pytest.approx(0.5 * (1 + np.cos(np.pi * 95 / 96)))
+    assert lr_factor(0, 1, 0.04, "cosine") == 1.0
 
 
 def test_wsd_stays_and_falls_over_the_last_fifth():
-    table = [rate(s, 100, 0.04, "wsd") for s in range(100)]
+    table = [lr_factor(s, 100, 0.04, "wsd") for s in range(100)]
 
     assert table[:4] == [0.25, 0.5, 0.75, 1.0] and set(table[3:81]) == {1.0}
     assert table[90] == pytest.approx(0.55)
@@ -60,7 +60,7 @@ def test_orthogonal_is_five_steps_of_muons_quintic(shape, rank, dtype):
         gram = wanted @ wanted.T
         wanted = a * wanted + b * gram @ wanted + c * gram @ gram @ wanted
 
-    found = orthogonal(matrix.to(dtype))
+    found = orthogonalize(matrix.to(dtype))
     assert found.shape == matrix.shape and found.dtype == dtype
     # Five factors, each of a norm up to a, times a matrix of norm 1: what a product of them may be off by.
     bound = torch.finfo(dtype).eps * a**5
@@ -83,11 +83,11 @@ class OneLayer(nn.Module):
 
 def test_muon_makes_torchs_steps_but_for_their_bfloat16():
     torch.manual_seed(0)
-    model, rate = OneLayer(), 0.01
+    model, lr = OneLayer(), 0.01
     ours, theirs = Muon(model), copy.deepcopy(model)
     assert [*ours.weights] == ["wide.weight", "long.weight"]
     weights = [theirs.wide.weight, theirs.long.weight]
-    reference = torch.optim.Muon(weights, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    reference = torch.optim.Muon(weights, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     for _ in range(5):
         for weight in model.parameters():
             weight.grad = torch.randn_like(weight)
@@ -95,7 +95,7 @@ def test_muon_makes_torchs_steps_but_for_their_bfloat16():
         for weight, other in zip(ours.weights.values(), weights, strict=True):
             other.data.copy_(weight)
             other.grad = weight.grad.clone()
-        ours.step(rate)
+        ours.step(lr)
         reference.step()
         for weight, other, was in zip(ours.weights.values(), weights, before, strict=True):
             assert torch.dist(weight, other) < 0.05 * torch.dist(weight, was)

@@ -1,20 +1,20 @@
-"""The stream of batches: pure, independent of what else is in the cache, balanced."""
+"""The sampler: pure, independent of what else is in the cache, balanced."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from pipeline.runs.split import mix
+from pipeline.runs.split import splitmix64
 from stages.train_draft.order import (
-    Piece,
+    SampleCost,
     draw_anchors,
     draw_window,
     epoch_keys,
     epoch_order,
+    forward_cost,
     global_batch,
     pack_cells,
-    piece_cost,
 )
 
 RNG = np.random.default_rng(0)
@@ -29,7 +29,7 @@ def sample_ids(count: int) -> tuple[np.ndarray, np.ndarray]:
 def test_mix_is_the_finaliser_of_splitmix64():
     # the generator of that name returns finaliser(seed + golden); for seed 0 its first outputs are published
     golden = 0x9E3779B97F4A7C15
-    outputs = mix(np.array([golden, 2 * golden % 2**64, 3 * golden % 2**64], dtype=np.uint64))
+    outputs = splitmix64(np.array([golden, 2 * golden % 2**64, 3 * golden % 2**64], dtype=np.uint64))
 
     assert [int(word) for word in outputs] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
 
@@ -80,7 +80,7 @@ def test_anchors_are_the_valid_rows_of_smallest_hash():
     valid = np.zeros(40, bool)
     valid[[3, 4, 9, 20, 33]] = True
     key = 123456789
-    ranked = sorted((3, 4, 9, 20, 33), key=lambda p: int(mix((key + (p + 1) * 0x9E3779B97F4A7C15) % 2**64)))
+    ranked = sorted((3, 4, 9, 20, 33), key=lambda p: int(splitmix64((key + (p + 1) * 0x9E3779B97F4A7C15) % 2**64)))
 
     assert draw_anchors(valid, key, 2).tolist() == sorted(ranked[:2])
     assert draw_anchors(valid, key, 512).tolist() == [3, 4, 9, 20, 33]
@@ -95,7 +95,7 @@ def test_fewer_anchors_are_a_subset_and_a_window_keeps_their_rank():
     assert inside.tolist() == np.flatnonzero(valid)[np.flatnonzero(valid) >= 256].tolist()
     best = draw_anchors(valid[256:], 7, 1, first=256)[0] + 256
     order = np.arange(600)[valid]
-    words = mix((7 + (order.astype(object) + 1) * 0x9E3779B97F4A7C15) % 2**64)
+    words = splitmix64((7 + (order.astype(object) + 1) * 0x9E3779B97F4A7C15) % 2**64)
     assert best == min((word, p) for word, p in zip(words, order, strict=True) if p >= 256)[1]
 
 
@@ -126,7 +126,7 @@ def test_windows_end_at_a_block_and_hold_an_anchor(T, context):
 def test_every_window_of_the_grid_comes_up():
     valid = np.ones(1000, bool)
 
-    found = {draw_window(valid, int(key), 256) for key in mix(np.arange(200, dtype=np.uint64))}
+    found = {draw_window(valid, int(key), 256) for key in splitmix64(np.arange(200, dtype=np.uint64))}
 
     assert found == {(0, 256), (256, 512), (512, 768), (744, 1000)}
 
@@ -140,29 +140,29 @@ def test_an_anchor_on_the_edge_of_every_window_still_gets_one():
     assert start <= 255 and stop >= 257 and stop - start == 256
 
 
-def test_cells_hold_every_piece_once_within_their_bounds():
+def test_cells_hold_every_sample_once_within_their_bounds():
     for _ in range(20):
-        pieces = [Piece(int(r), int(a), int(r * a)) for r, a in RNG.integers(1, 100, size=(40, 2))]
-        cells = pack_cells(pieces, rows=300, anchors=200, cells=3)
+        costs = [SampleCost(int(r), int(a), int(r * a)) for r, a in RNG.integers(1, 100, size=(40, 2))]
+        cells = pack_cells(costs, rows=300, anchors=200, cells=3)
 
         assert sorted(number for cell in cells for number in cell) == list(range(40))
-        assert all(sum(pieces[number].rows for number in cell) <= 300 for cell in cells)
-        assert all(sum(pieces[number].anchors for number in cell) <= 200 for cell in cells)
+        assert all(sum(costs[number].rows for number in cell) <= 300 for cell in cells)
+        assert all(sum(costs[number].anchors for number in cell) <= 200 for cell in cells)
 
 
 def test_packing_fills_well_and_balances():
-    pieces = [Piece(int(rows), 8, int(rows)) for rows in RNG.integers(20, 400, size=400)]
-    total = sum(piece.rows for piece in pieces)
+    costs = [SampleCost(int(rows), 8, int(rows)) for rows in RNG.integers(20, 400, size=400)]
+    total = sum(cost.rows for cost in costs)
 
-    tight = pack_cells(pieces, rows=3072, anchors=4096)
-    even = [sum(pieces[number].cost for number in cell) for cell in pack_cells(pieces, 10**6, 10**6, cells=8)]
+    tight = pack_cells(costs, rows=3072, anchors=4096)
+    even = [sum(costs[number].cost for number in cell) for cell in pack_cells(costs, 10**6, 10**6, cells=8)]
 
     assert total / (3072 * len(tight)) > 0.9
     assert max(even) <= 1.05 * min(even)
 
 
 def test_no_cell_is_empty():
-    assert pack_cells([Piece(1, 1, 1)], rows=10, anchors=10, cells=4) == [[0]]
+    assert pack_cells([SampleCost(1, 1, 1)], rows=10, anchors=10, cells=4) == [[0]]
 
 
 def test_cost_counts_context_slots_and_attention_by_hand():
@@ -172,5 +172,7 @@ def test_cost_counts_context_slots_and_attention_by_hand():
 
     # fc 7 x 12 x 4, context k and v 7 x 4 x 6; slots 4 x (q, o 48, k, v 24, mlp 60, head 40);
     # scores and values: 6 x 2 for each of 2 slots and (1 + 2) + (5 + 2) keys
-    assert piece_cost(hard, 7, np.array([1, 5])) == 7 * 48 + 7 * 24 + 4 * (48 + 24 + 60 + 40) + 12 * 2 * 10
-    assert piece_cost(soft, 7, np.array([1, 5])) == piece_cost(hard, 7, np.array([1, 5])) + 4 * 40, "the head once more"
+    assert forward_cost(hard, 7, np.array([1, 5])) == 7 * 48 + 7 * 24 + 4 * (48 + 24 + 60 + 40) + 12 * 2 * 10
+    assert forward_cost(soft, 7, np.array([1, 5])) == forward_cost(hard, 7, np.array([1, 5])) + 4 * 40, (
+        "the head once more"
+    )

@@ -1,4 +1,4 @@
-"""Reading ahead: the same batches in the same order, within so many bytes, whatever the caller does with them; and
+"""Prefetching: the same batches in the same order, within so many bytes, whatever the caller does with them; and
 what a batch holds of the target's final states, which only some losses read."""
 
 import itertools
@@ -17,9 +17,9 @@ from pipeline.drafts import DraftConfig
 from pipeline.errors import CacheError
 from pipeline.runs.recipe import TrainSection
 from pipeline.runs.split import split_samples
-from stages.train_draft import prefetch as ahead
-from stages.train_draft.loader import Stream
-from stages.train_draft.prefetch import Ahead
+from stages.train_draft import prefetch
+from stages.train_draft.loader import BatchLoader
+from stages.train_draft.prefetch import Prefetcher
 
 CONFIG = DraftConfig(
     method="dflash",
@@ -44,27 +44,27 @@ SOFT = CONFIG.model_copy(update={"objective": "kl"})
 TRAIN = TrainSection(batch=3, context=300, anchors=5, cell_anchors=50)
 
 
-def opened(folder, config=SOFT, coded=False):
-    """A stream of batches of three samples of up to 600 rows, windows of 300, in cells of 300."""
+def opened(folder, config=SOFT, keep_encoded=False):
+    """A loader of batches of three samples of up to 600 rows, windows of 300, in cells of 300."""
     cache = HiddenCache.open(folder)
-    return Stream(cache, split_samples(cache, 1001, 0.05, (1, 10)), config, TRAIN, coded)
+    return BatchLoader(cache, split_samples(cache, 1001, 0.05, (1, 10)), config, TRAIN, keep_encoded)
 
 
-def made(folder, columns=COLUMNS, config=SOFT, coded=False):
+def made(folder, columns=COLUMNS, config=SOFT, keep_encoded=False):
     """The same of a cache that is made first, unless it is there."""
-    return opened(make_cache(folder, random_samples(20), columns), config, coded)
+    return opened(make_cache(folder, random_samples(20), columns), config, keep_encoded)
 
 
 @pytest.fixture(scope="module", params=["ce", "kl"])
-def stream(tmp_path_factory, request):
+def loader(tmp_path_factory, request):
     """Batches for a loss that reads no final states, and for one that does."""
-    return made(tmp_path_factory.mktemp("ahead") / "cache", config=CONFIG if request.param == "ce" else SOFT)
+    return made(tmp_path_factory.mktemp("prefetch") / "cache", config=CONFIG if request.param == "ce" else SOFT)
 
 
 @pytest.fixture
 def small(monkeypatch):
     """Buffers of a kilobyte, so that small cells fill them."""
-    monkeypatch.setattr(ahead, "GRAIN", 1024)
+    monkeypatch.setattr(prefetch, "BUFFER_STEP", 1024)
 
 
 def copied(batch):
@@ -84,45 +84,45 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("limit", [0, 20_000, 1 << 30])
-def test_batches_are_those_of_the_stream_however_little_memory_there_is(stream, small, limit):
-    found = [(batch.step, batch.names, copied(batch)) for batch in Ahead(stream, 2, 12, limit=limit)]
+def test_batches_are_those_of_the_loader_however_little_memory_there_is(loader, small, limit):
+    found = [(batch.step, batch.names, copied(batch)) for batch in Prefetcher(loader, 2, 12, limit=limit)]
 
     assert [step for step, _, _ in found] == list(range(2, 12))
     for step, names, cells in found:
-        batch = stream.batch(step)
+        batch = loader.batch(step)
         assert names == batch.names and same(cells, copied(batch))
 
 
 @pytest.mark.parametrize("limit", [0, 20_000])
-def test_no_more_bytes_are_read_ahead_than_allowed(stream, small, limit):
-    largest = max(stream.size(laid) for step in range(12) for laid in stream.plan(step).cells)
-    batches, held, buffers = Ahead(stream, 0, 12, limit=limit), [], set()
+def test_no_more_bytes_are_prefetched_than_allowed(loader, small, limit):
+    largest = max(loader.size(layout) for step in range(12) for layout in loader.lay_out(step).cells)
+    batches, held, buffers = Prefetcher(loader, 0, 12, limit=limit), [], set()
     for batch in batches:
         for cell, _ in batch.cells:
             buffers.add(cell.aux_KRD.data_ptr())
-            held.append(batches._held + sum(map(len, batches._free)))
+            held.append(batches._used_bytes + sum(map(len, batches._free_buffers)))
 
-    assert max(held) <= max(limit, 2 * (largest + 1024)), "the one in use and one ahead, or as many as fit"
+    assert max(held) <= max(limit, 2 * (largest + 1024)), "the one in use and one prefetched, or as many as fit"
     assert len(buffers) < len(held) / 2, "memory is used again"
 
 
-def test_blocks_are_known_before_any_state_is_read(stream):
-    for batch in Ahead(stream, 0, 3):
+def test_blocks_are_known_before_any_state_is_read(loader):
+    for batch in Prefetcher(loader, 0, 3):
         known = [blocks.anchors_N.tolist() for blocks in batch.blocks]
         assert known == [blocks.anchors_N.tolist() for _, blocks in batch.cells]
 
 
-def test_cells_that_nobody_asked_for_are_passed_over(stream, small):
-    for batch in Ahead(stream, 0, 8, limit=20_000):
+def test_cells_that_nobody_asked_for_are_dropped(loader, small):
+    for batch in Prefetcher(loader, 0, 8, limit=20_000):
         if batch.step % 3 == 0:
-            assert same(copied(batch), copied(stream.batch(batch.step)))
+            assert same(copied(batch), copied(loader.batch(batch.step)))
         elif batch.step % 3 == 1:
             next(iter(batch.cells))
 
 
-def test_closing_stops_the_thread(stream):
+def test_closing_stops_the_thread(loader):
     before = {*threading.enumerate()}
-    batches = Ahead(stream, 0, 12, limit=0)
+    batches = Prefetcher(loader, 0, 12, limit=0)
     next(iter(next(iter(batches)).cells))
     batches.close()
 
@@ -130,26 +130,26 @@ def test_closing_stops_the_thread(stream):
     assert not [thread for thread in left if not thread.name.startswith("read")], "the cache's own readers stay"
 
 
-def test_an_error_comes_at_the_cell_it_is_about(stream, monkeypatch):
-    fill = stream.cache.fill
+def test_an_error_comes_at_the_cell_it_is_about(loader, monkeypatch):
+    fill = loader.cache.fill
 
-    def first_of(laid):
-        return laid.regions["aux_KRD"].parts[0][0]
+    def first_of(layout):
+        return layout.to_read["aux_KRD"].parts[0][0]
 
-    wanted = first_of(stream.plan(2).cells[0])
+    wanted = first_of(loader.lay_out(2).cells[0])
 
     def failing(out, parts, layers):
         if parts[0][0] == wanted and layers != (FINAL,):
             raise CacheError("damaged")
         fill(out, parts, layers)
 
-    monkeypatch.setattr(stream.cache, "fill", failing)
+    monkeypatch.setattr(loader.cache, "fill", failing)
     seen = []
     with pytest.raises(CacheError, match="damaged"):
-        for batch in Ahead(stream, 0, 8):
+        for batch in Prefetcher(loader, 0, 8):
             seen.append(batch.step)
             list(batch.cells)
-    first = next(step for step in range(8) if wanted in map(first_of, stream.plan(step).cells))
+    first = next(step for step in range(8) if wanted in map(first_of, loader.lay_out(step).cells))
     assert seen == list(range(first + 1))
 
 
@@ -158,9 +158,9 @@ def test_an_error_comes_at_the_cell_it_is_about(stream, monkeypatch):
 def test_states_left_in_int8_are_the_same_once_they_are_moved(tmp_path, small, monkeypatch, coded, config):
     monkeypatch.setattr(in_flight, "INLINE_BYTES", 0)
     columns = [replace(spec, codec=coded[spec.name == FINAL]) for spec in COLUMNS]
-    plain, kept = made(tmp_path / "cache", columns, config), opened(tmp_path / "cache", config, coded=True)
+    plain, kept = made(tmp_path / "cache", columns, config), opened(tmp_path / "cache", config, keep_encoded=True)
 
-    for batch in Ahead(kept, 0, 12, limit=20_000):
+    for batch in Prefetcher(kept, 0, 12, limit=20_000):
         right = plain.batch(batch.step)
         for (cell, _), (wanted, _) in zip(batch.cells, right.cells, strict=True):
             found = cell.to("cpu")
@@ -169,14 +169,16 @@ def test_states_left_in_int8_are_the_same_once_they_are_moved(tmp_path, small, m
             assert (found.final_FD is None) == (config is CONFIG)
             if found.final_FD is not None:
                 assert torch.equal(found.final_FD.view(torch.int16), wanted.final_FD.view(torch.int16))
-            laid = next(laid for laid in kept.plan(batch.step).cells if laid.cell.names == wanted.names)
+            layout = next(layout for layout in kept.lay_out(batch.step).cells if layout.cell.names == wanted.names)
             # int8: of eight values one byte each, and a scale of two; as they are, two bytes each
             bytes_a_row = {"raw": 16, "int8": 10}
             rows = 2 * len(wanted.pos_R), 0 if wanted.final_FD is None else len(wanted.final_FD)
             size = sum(-(-bytes_a_row[how] * count // 4) * 4 for how, count in zip(coded, rows, strict=True))
-            assert kept.size(laid) == size
-    regions = [region for step in range(12) for laid in kept.plan(step).cells for region in laid.regions.values()]
-    starts = {start for region in regions for _, start, _ in region.parts}
+            assert kept.size(layout) == size
+    to_read = [
+        states for step in range(12) for layout in kept.lay_out(step).cells for states in layout.to_read.values()
+    ]
+    starts = {start for states in to_read for _, start, _ in states.parts}
     assert any(start % 256 for start in starts), "windows begin inside of a block, too"
 
 
@@ -186,24 +188,24 @@ def test_states_are_left_in_int8_only_where_all_are(tmp_path):
     assert [cache.is_encoded(layers) for layers in ([1], [1, 10], [10], [], [FINAL])] == [True, *[False] * 4]
 
 
-def test_a_batch_is_read_a_cell_at_a_time(stream, monkeypatch):
-    read, held = [], stream.read
-    monkeypatch.setattr(stream, "read", lambda laid: read.append(laid) or held(laid))
-    batch = stream.batch(0, alone=True)
+def test_a_batch_is_read_a_cell_at_a_time(loader, monkeypatch):
+    read, held = [], loader.read
+    monkeypatch.setattr(loader, "read", lambda layout: read.append(layout) or held(layout))
+    batch = loader.batch(0, alone=True)
     assert len(batch.cells) == 3 and not read
     for number, _ in enumerate(batch.cells, 1):
         assert len(read) == number
 
 
-def test_waiting_for_data_is_measured_and_nothing_else(stream, monkeypatch):
-    fill = stream.cache.fill
+def test_waiting_for_data_is_measured_and_nothing_else(loader, monkeypatch):
+    fill = loader.cache.fill
 
     def slow(*wanted):
         time.sleep(0.05)
         fill(*wanted)
 
-    monkeypatch.setattr(stream.cache, "fill", slow)
-    cells, batches = 0, Ahead(stream, 0, 3)
+    monkeypatch.setattr(loader.cache, "fill", slow)
+    cells, batches = 0, Prefetcher(loader, 0, 3)
     began = time.perf_counter()
     for batch in batches:
         for _ in batch.cells:
@@ -211,7 +213,7 @@ def test_waiting_for_data_is_measured_and_nothing_else(stream, monkeypatch):
     took = time.perf_counter() - began
     assert 0.05 * cells * 0.9 <= batches.waited <= took
 
-    patient = Ahead(stream, 0, 1)
+    patient = Prefetcher(loader, 0, 1)
     batch = next(iter(patient))
     list(batch.cells)
     waited = patient.waited
@@ -226,11 +228,11 @@ def test_waiting_for_data_is_measured_and_nothing_else(stream, monkeypatch):
 @pytest.mark.parametrize("keeps", ["needed", "all"])
 def test_the_final_states_of_a_cell_are_those_of_its_rows(tmp_path, keeps):
     columns = [replace(spec, keeps=keeps if spec.name == FINAL else "all") for spec in COLUMNS]
-    stream, cut, rows = made(tmp_path / "cache", columns), 0, 0
-    cache = stream.cache
+    loader, cut, rows = made(tmp_path / "cache", columns), 0, 0
+    cache = loader.cache
     place = {cache.samples.hex(i): i for i in range(len(cache))}
-    for step in range(20 * stream.per_epoch):
-        for cell, blocks in stream.batch(step).cells:
+    for step in range(20 * loader.per_epoch):
+        for cell, blocks in loader.batch(step).cells:
             assert cell.final_FD.shape == ((cell.final_at_R >= 0).sum(), 8)
             for name, start, length in zip(cell.names, cell.starts_M.tolist(), cell.lengths_M.tolist(), strict=True):
                 here = slice(start, start + length)
@@ -243,7 +245,7 @@ def test_the_final_states_of_a_cell_are_those_of_its_rows(tmp_path, keeps):
                 assert torch.equal(found, whole.final[kept_T[kept_T >= 0]])
                 last = int(cell.pos_R[start + length - 1])
                 cut += last + 1 < len(whole.ids) and bool(whole.mask[last + 1])
-            teachers = cell.final_at_R[blocks.teacher_NS[blocks.scored_NS]]
+            teachers = cell.final_at_R[blocks.final_row_NS[blocks.scored_NS]]
             assert (teachers >= 0).all()
             rows += len(teachers)
     assert rows and cut, "windows end before a token that is to be learned, too"
@@ -259,7 +261,7 @@ def test_a_loss_of_tokens_alone_opens_no_byte_of_the_final_states(tmp_path):
         (shard_folder(hard.cache.path, shard) / "final.arrow").unlink()
 
     hard, soft = (opened(tmp_path / "cache", config) for config in (CONFIG, SOFT))
-    assert all(same(copied(batch), wanted[batch.step]) for batch in hard.ahead(0, hard.per_epoch))
+    assert all(same(copied(batch), wanted[batch.step]) for batch in hard.prefetch(0, hard.per_epoch))
     with pytest.raises(CacheError, match="final"):
         soft.batch(0).cells[0]
 

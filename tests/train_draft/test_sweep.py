@@ -21,7 +21,7 @@ from pipeline.evaluation.accept_length import bootstrap
 from pipeline.evaluation.tables import sweep_table
 from pipeline.runs.recipe import load_recipe
 from stages.train_draft.run import run
-from stages.train_draft.sweep import load_sweep, pooled, ranked, sweep
+from stages.train_draft.sweep import load_sweep, pool_seeds, rank_by_accept_length, sweep
 
 ROOT = Path(__file__).parents[2]
 BASE = '[draft]\nmethod = "dflash"\nblock_size = 4\n[train]\nsteps = 4\nbatch = 4\nanchors = 6\nlog_every = 1\n'
@@ -173,8 +173,8 @@ def test_methods_and_objectives_make_one_grid(recipe, tiny_cache, tmp_path):
 
 
 def test_finished_runs_are_not_run_again_and_a_longer_list_adds_the_rest(recipe, tiny_cache, tmp_path, monkeypatch):
-    out, made, whole = tmp_path / "runs", [], sweep_module.carry_out
-    monkeypatch.setattr(sweep_module, "carry_out", lambda path, *rest: made.append(path) or whole(path, *rest))
+    out, made, whole = tmp_path / "runs", [], sweep_module.train_resolved
+    monkeypatch.setattr(sweep_module, "train_resolved", lambda path, *rest: made.append(path) or whole(path, *rest))
 
     first = sweep(tiny_cache, recipe('"train.seed" = [0, 1]'), out=out, device="cpu")
     before = contents(out)
@@ -250,7 +250,7 @@ def test_seeds_are_pooled_by_reply_and_settings_are_not():
         fact(0, [[7, 3, 5, 1], [9, 3, 5, 1]], **{lr: 3e-3}),
     ]
 
-    low, high = ranked(pooled(facts))[::-1]
+    low, high = rank_by_accept_length(pool_seeds(facts))[::-1]
 
     assert low["setting"] == {lr: 1e-3} and high["setting"] == {lr: 3e-3}, "best first"
     assert low["accept_len"] == (8 + 6 + 4 + 6) / (2 + 6 + 2 + 2)
@@ -269,10 +269,10 @@ def test_runs_of_one_seed_are_pooled_to_their_own_figures(recipe, greedy_cache, 
 
 def test_what_has_no_figure_comes_last_and_says_why():
     facts = [fact(0, []), fact(1, [[7, 3, 8, 2]]), fact(2, [[7, 3, 9, 2]])]
-    assert [one["setting"]["train.seed"] for one in ranked(facts)] == [2, 1, 0]
+    assert [one["setting"]["train.seed"] for one in rank_by_accept_length(facts)] == [2, 1, 0]
 
     console = Console(width=160, file=io.StringIO())
-    console.print(sweep_table({"runs": ranked(facts), "pooled": pooled(facts)}))
+    console.print(sweep_table({"runs": rank_by_accept_length(facts), "pooled": pool_seeds(facts)}))
     text = console.file.getvalue()
     assert "4.25" in text and "2 of 3" in text and "4.00 - 4.50" in text
     assert "runs/0: step 1: loss nan" in text

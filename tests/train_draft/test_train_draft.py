@@ -26,18 +26,18 @@ from pipeline.cache.target_folder import new_target
 from pipeline.cache.writer import ShardWriter
 from pipeline.checksummed_json import parse_checksummed, record_bytes
 from pipeline.cli import commands
-from pipeline.drafts import DRAFTS, Knobs, lay_blocks
+from pipeline.drafts import DRAFTS, ScheduleValues, lay_blocks
 from pipeline.drafts import draft as draft_module
 from pipeline.errors import CacheError, DataError, ProofError, RoomError, UsageError
 from pipeline.runs import checkpoint
 from pipeline.runs.recipe import load_recipe, resolve
-from pipeline.runs.split import prompt_hash, split_by_prompt, split_samples, spread
+from pipeline.runs.split import prompt_hash, split_by_prompt, split_samples, stratified_subset
 from stages.recode.run import run as recode
 from stages.train_draft import run_folder as run_folder
-from stages.train_draft.loader import Stream
-from stages.train_draft.loop import said
-from stages.train_draft.optimizer import make_optimizer, matrices
-from stages.train_draft.run import announced, make_draft, run, split_for
+from stages.train_draft.loader import BatchLoader
+from stages.train_draft.loop import evaluation_text
+from stages.train_draft.optimizer import hidden_matrices, make_optimizer
+from stages.train_draft.run import make_draft, run, run_description, split_for
 from stages.train_draft.step import Precision, Trainer, backward
 
 SMALL = ("train.batch=4", "train.anchors=6", "train.log_every=1", "draft.block_size=4", "train.steps=8")
@@ -75,9 +75,9 @@ def prepared(cache, *sets):
     store = HiddenCache.open(cache)
     resolved = resolve(load_recipe(None, (*SMALL, *sets)), store)
     corpus = split_samples(store, resolved.draft.mask_token_id, resolved.recipe.train.heldout)
-    resolved = resolved.lasting(len(corpus.train))
-    stream = Stream(store, corpus, resolved.draft, resolved.recipe.train)
-    return make_draft(resolved, store, CPU), stream
+    resolved = resolved.with_steps(len(corpus.train))
+    loader = BatchLoader(store, corpus, resolved.draft, resolved.recipe.train)
+    return make_draft(resolved, store, CPU), loader
 
 
 def gradients(draft) -> dict:
@@ -164,15 +164,15 @@ def test_muon_moves_the_matrices_of_the_layers_and_adamw_the_rest(tiny_cache, se
     sets = [*sets, *["draft.lambda_start=0.5"] * ("draft.method=domino" in sets)]
 
     def moved(kind):
-        draft, stream = prepared(tiny_cache, *sets)
+        draft, loader = prepared(tiny_cache, *sets)
         before = {name: weight.detach().clone() for name, weight in draft.named_parameters()}
         optimizer = make_optimizer(kind, draft)
-        Trainer(draft, optimizer, stream, stream.train).step(stream.batch(0))
+        Trainer(draft, optimizer, loader, loader.train).step(loader.batch(0))
         return draft, {name: weight.detach() - before[name] for name, weight in draft.named_parameters()}
 
     draft, by_muon = moved("muon")
     _, by_adamw = moved("adamw")
-    named = matrices(draft)
+    named = hidden_matrices(draft)
 
     assert {name for name in by_muon if not torch.equal(by_muon[name], by_adamw[name])} == named
     assert {"fc.weight", "layers.0.self_attn.q_proj.weight", "layers.0.mlp.down_proj.weight"} <= named
@@ -191,21 +191,21 @@ def test_muon_moves_the_matrices_of_the_layers_and_adamw_the_rest(tiny_cache, se
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_restored_optimizer_makes_the_same_step_to_the_bit(tiny_cache, kind):
     def made():
-        draft, stream = prepared(tiny_cache)
+        draft, loader = prepared(tiny_cache)
         optimizer = make_optimizer(kind, draft)
-        return draft, Trainer(draft, optimizer, stream, stream.train), stream
+        return draft, Trainer(draft, optimizer, loader, loader.train), loader
 
-    def go(trainer, stream, steps):
+    def go(trainer, loader, steps):
         for step in steps:
-            trainer.step(stream.batch(step))
+            trainer.step(loader.batch(step))
 
-    straight, trainer, stream = made()
-    go(trainer, stream, range(4))
-    stopped, trainer, stream = made()
-    go(trainer, stream, range(2))
+    straight, trainer, loader = made()
+    go(trainer, loader, range(4))
+    stopped, trainer, loader = made()
+    go(trainer, loader, range(2))
     again = make_optimizer(kind, stopped)
-    again.restore({name: tensor.clone() for name, tensor in trainer.optimizer.tensors().items()}, step=2)
-    go(Trainer(stopped, again, stream, stream.train), stream, (2, 3))
+    again.load_state_dict({name: tensor.clone() for name, tensor in trainer.optimizer.state_dict().items()}, step=2)
+    go(Trainer(stopped, again, loader, loader.train), loader, (2, 3))
 
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), stopped.parameters(), strict=True))
 
@@ -257,10 +257,10 @@ def test_where_the_corpus_does_not_say_prompts_are_held_out_by_hash(tiny_cache, 
 
 def test_measured_samples_are_spread_over_domains(tiny_cache):
     store = HiddenCache.open(tiny_cache)
-    chosen = spread(store, np.arange(len(store)), 6)
+    chosen = stratified_subset(store, np.arange(len(store)), 6)
 
     assert sorted(store.samples.domain[i] for i in chosen) == sorted(["colours", "numbers", "places"] * 2)
-    assert len(spread(store, np.arange(len(store)), 1000)) == len(store)
+    assert len(stratified_subset(store, np.arange(len(store)), 1000)) == len(store)
 
 
 def test_a_mask_token_that_the_corpus_uses_is_refused(tiny_cache):
@@ -274,8 +274,8 @@ def test_a_mask_token_that_the_corpus_uses_is_refused(tiny_cache):
 def test_an_evaluation_of_samples_without_a_domain_names_none():
     of = {"calls": 3, "accept_len": 1.5}
     figures = of | {"interval": [1.0, 2.0], "domains": {"": of}}
-    assert said(figures) == "accept length 1.50 [1.00, 2.00] on held-out samples"
-    assert said(figures | {"domains": {"": of, "sql": of}}).endswith("on held-out samples (sql 1.50)")
+    assert evaluation_text(figures) == "accept length 1.50 [1.00, 2.00] on held-out samples"
+    assert evaluation_text(figures | {"domains": {"": of, "sql": of}}).endswith("on held-out samples (sql 1.50)")
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[]"])
@@ -317,10 +317,10 @@ def test_a_corpus_that_holds_everything_out_cannot_train(tiny_cache, tmp_path):
 
 
 def test_a_batch_is_the_same_whenever_it_is_made(tiny_cache):
-    _, stream = prepared(tiny_cache)
+    _, loader = prepared(tiny_cache)
     _, other = prepared(tiny_cache)
 
-    for step, batch in enumerate(stream.ahead(3, 8), 3):
+    for step, batch in enumerate(loader.prefetch(3, 8), 3):
         again = other.batch(step)
         assert again.names == batch.names
         for (cell, blocks), (cell2, blocks2) in zip(batch.cells, again.cells, strict=True):
@@ -328,24 +328,24 @@ def test_a_batch_is_the_same_whenever_it_is_made(tiny_cache):
 
 
 def test_every_sample_comes_once_an_epoch_with_fresh_anchors(tiny_cache):
-    _, stream = prepared(tiny_cache, "train.batch=1", "train.anchors=3")
-    epochs = [[stream.batch(epoch * stream.per_epoch + at) for at in range(stream.per_epoch)] for epoch in (0, 1)]
+    _, loader = prepared(tiny_cache, "train.batch=1", "train.anchors=3")
+    epochs = [[loader.batch(epoch * loader.per_epoch + at) for at in range(loader.per_epoch)] for epoch in (0, 1)]
     names = [[batch.names[0] for batch in epoch] for epoch in epochs]
 
-    assert len(set(names[0])) == stream.per_epoch == len(stream.indices)
+    assert len(set(names[0])) == loader.per_epoch == len(loader.indices)
     assert sorted(names[0]) == sorted(names[1]) and names[0] != names[1]
     anchors = [{batch.names[0]: batch.cells[0][1].anchors_N.tolist() for batch in epoch} for epoch in epochs]
     assert anchors[0] != anchors[1]
 
 
 def test_a_long_sample_gives_a_window_with_true_positions(tiny_cache):
-    _, stream = prepared(tiny_cache, "train.context=24", "train.batch=1")
-    store = stream.cache
-    for step in range(stream.per_epoch):
-        batch = stream.batch(step)
+    _, loader = prepared(tiny_cache, "train.context=24", "train.batch=1")
+    store = loader.cache
+    for step in range(loader.per_epoch):
+        batch = loader.batch(step)
         cell, blocks = batch.cells[0]
         index = next(i for i in range(len(store)) if store.samples.hex(i) == batch.names[0])
-        whole = store.read(index, layers=stream.config.target_layer_ids)
+        whole = store.read(index, layers=loader.config.target_layer_ids)
         assert len(cell.ids_R) <= 24
         assert torch.equal(cell.ids_R, whole.ids[cell.pos_R])
         assert torch.equal(cell.aux_KRD, whole.aux[:, cell.pos_R])
@@ -356,9 +356,9 @@ def test_a_long_sample_gives_a_window_with_true_positions(tiny_cache):
 def test_the_loss_and_its_gradient_do_not_depend_on_how_a_batch_is_cut(tiny_cache, sets):
     found = []
     for cut in ((), ("train.cells=3",), ("train.context=128",), ("train.cell_anchors=12",)):
-        draft, stream = prepared(tiny_cache, "train.batch=8", *sets, *cut)
-        cells = stream.batch(0).cells
-        shares = backward(draft, cells, Knobs(0.4), Precision("float32", "cpu"), metrics=True)
+        draft, loader = prepared(tiny_cache, "train.batch=8", *sets, *cut)
+        cells = loader.batch(0).cells
+        shares = backward(draft, cells, ScheduleValues(0.4), Precision("float32", "cpu"), metrics=True)
         found.append((len(cells), shares, gradients(draft)))
 
     (_, whole, gradient), *others = found
@@ -379,9 +379,9 @@ def test_fifty_steps_do_not_depend_on_how_batches_are_cut(tiny_cache, method):
     recipe = (f"draft.method={method}", "train.steps=50", "train.lr=1e-4", "train.batch=8")
 
     def losses(*sets):
-        draft, stream = prepared(tiny_cache, *recipe, *sets)
-        trainer = Trainer(draft, make_optimizer("adamw", draft), stream, stream.train)
-        return [trainer.step(stream.batch(step))["loss"] for step in range(50)]
+        draft, loader = prepared(tiny_cache, *recipe, *sets)
+        trainer = Trainer(draft, make_optimizer("adamw", draft), loader, loader.train)
+        return [trainer.step(loader.batch(step))["loss"] for step in range(50)]
 
     assert losses("train.cells=3") == pytest.approx(losses(), rel=1e-6)
 
@@ -390,7 +390,7 @@ def test_fifty_steps_do_not_depend_on_how_batches_are_cut(tiny_cache, method):
 @pytest.mark.parametrize("text", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory: you tried"])
 def test_a_small_device_computes_fewer_blocks_at_a_time_and_the_same_loss(tiny_cache, monkeypatch, text, sets):
     def losses(most):
-        draft, stream = prepared(tiny_cache, "train.steps=8", "train.lr=1e-4", *sets)
+        draft, loader = prepared(tiny_cache, "train.steps=8", "train.lr=1e-4", *sets)
         hidden, seen = draft.hidden, []
 
         def small(cell, blocks):
@@ -400,13 +400,13 @@ def test_a_small_device_computes_fewer_blocks_at_a_time_and_the_same_loss(tiny_c
             return hidden(cell, blocks)
 
         monkeypatch.setattr(draft, "hidden", small)
-        trainer = Trainer(draft, make_optimizer("adamw", draft), stream, stream.train)
-        return [trainer.step(stream.batch(step)) for step in range(8)], trainer.at_once, seen
+        trainer = Trainer(draft, make_optimizer("adamw", draft), loader, loader.train)
+        return [trainer.step(loader.batch(step)) for step in range(8)], trainer.blocks_per_pass, seen
 
-    whole, at_once, seen = losses(10**6)
+    whole, blocks_per_pass, seen = losses(10**6)
     parts, fewer, _ = losses(3)
 
-    assert at_once is None and max(seen) > 3 >= fewer > 1
+    assert blocks_per_pass is None and max(seen) > 3 >= fewer > 1
     assert [line["loss"] for line in parts] == pytest.approx([line["loss"] for line in whole], rel=1e-6)
     assert [line["accept_len_tf"] for line in parts] == pytest.approx([line["accept_len_tf"] for line in whole])
     with pytest.raises(RoomError, match=r"with a single block .*lower train.context"):
@@ -433,18 +433,18 @@ def live(target, cell, layers) -> dict:
 def test_the_cache_gives_the_loss_that_the_live_target_gives(tiny_cache, tiny_target, sets):
     from pipeline.target.model import load_target
 
-    draft, stream = prepared(tiny_cache, *sets)
+    draft, loader = prepared(tiny_cache, *sets)
     target, layers, precision = (
         load_target(str(tiny_target)),
         draft.config.target_layer_ids,
         Precision("float32", "cpu"),
     )
     for step in range(3):
-        cells = list(stream.batch(step).cells)
-        cached = backward(draft, cells, Knobs(0.3), precision, metrics=False)
+        cells = list(loader.batch(step).cells)
+        cached = backward(draft, cells, ScheduleValues(0.3), precision, metrics=False)
         lively = [(replace(cell, **live(target, cell, layers)), blocks) for cell, blocks in cells]
         lively = [(cell, lay_blocks(cell, blocks.anchors_N, blocks.keep_N, draft.config)) for cell, blocks in lively]
-        now = backward(draft, lively, Knobs(0.3), precision, metrics=False)
+        now = backward(draft, lively, ScheduleValues(0.3), precision, metrics=False)
         assert cached.loss == pytest.approx(now.loss, rel=1e-6)
         for name, value in now.terms.items():
             assert float(cached.terms[name]) == pytest.approx(float(value), rel=1e-6), name
@@ -452,16 +452,16 @@ def test_the_cache_gives_the_loss_that_the_live_target_gives(tiny_cache, tiny_ta
 
 def test_a_label_is_learned_from_the_state_before_it(tiny_cache):
     sets = ("draft.method=dflash", "draft.objective=kl", "train.context=24", "train.batch=1")
-    _, stream = prepared(tiny_cache, *sets)
-    store = stream.cache
+    _, loader = prepared(tiny_cache, *sets)
+    store = loader.cache
     place = {store.samples.hex(i): i for i in range(len(store))}
-    for step in range(stream.per_epoch):
-        for cell, blocks in stream.batch(step).cells:
+    for step in range(loader.per_epoch):
+        for cell, blocks in loader.batch(step).cells:
             whole = store.read(place[cell.names[0]], final=True)
             kept = {row: at for at, row in enumerate(whole.final_rows.tolist())}
             at = blocks.positions_NS[blocks.scored_NS]  # of the labels, which DFlash has at their own slots
             before = whole.final[[kept[row - 1] for row in at.tolist()]]
-            found = cell.final_FD[cell.final_at_R[blocks.teacher_NS[blocks.scored_NS]]]
+            found = cell.final_FD[cell.final_at_R[blocks.final_row_NS[blocks.scored_NS]]]
             assert torch.equal(found, before)
             assert torch.equal(whole.ids[at], blocks.labels_NS[blocks.scored_NS])
 
@@ -469,7 +469,7 @@ def test_a_label_is_learned_from_the_state_before_it(tiny_cache):
 def test_an_error_while_reading_ahead_reaches_the_loop(tiny_cache, tmp_path):
     cache = tmp_path / "cache"
     shutil.copytree(tiny_cache, cache)
-    stream = prepared(cache)[1]
+    loader = prepared(cache)[1]
     for file in sorted(cache.glob("shards/*/aux.3/**/c/**/*")):
         if file.is_file():
             data = bytearray(file.read_bytes())
@@ -477,7 +477,7 @@ def test_an_error_while_reading_ahead_reaches_the_loop(tiny_cache, tmp_path):
             file.write_bytes(data)
 
     with pytest.raises(CacheError, match=r"aux\.3"):
-        for batch in stream.ahead(0, 8):
+        for batch in loader.prefetch(0, 8):
             list(batch.cells)
 
 
@@ -485,9 +485,9 @@ def test_an_error_while_reading_ahead_reaches_the_loop(tiny_cache, tmp_path):
 def test_bfloat16_arithmetic_stays_near_float32(tiny_cache, sets):
     losses = {}
     for dtype in ("float32", "bfloat16"):
-        draft, stream = prepared(tiny_cache, f"train.dtype={dtype}", *sets)
-        batch = stream.batch(0)
-        losses[dtype] = backward(draft, batch.cells, Knobs(0.5), Precision(dtype, "cpu"), metrics=False).loss
+        draft, loader = prepared(tiny_cache, f"train.dtype={dtype}", *sets)
+        batch = loader.batch(0)
+        losses[dtype] = backward(draft, batch.cells, ScheduleValues(0.5), Precision(dtype, "cpu"), metrics=False).loss
         assert all(weight.dtype == torch.float32 for weight in draft.parameters())
 
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=2e-2)
@@ -577,7 +577,7 @@ def test_the_end_says_where_the_run_is_and_what_to_do_next(greedy_cache, tmp_pat
 def test_what_no_engine_will_serve_is_said_before_it_is_trained(tiny_cache, tmp_path, sets, said):
     cache = HiddenCache.open(tiny_cache)
     resolved = resolve(load_recipe(None, sets), cache)
-    lines = announced(tmp_path, cache, split_for(resolved, cache), resolved, torch.device("cpu"))
+    lines = run_description(tmp_path, cache, split_for(resolved, cache), resolved, torch.device("cpu"))
     found = [line for line in lines if line.startswith("no engine will serve this draft")]
     assert len(found) == (said is not None) and all(said in line for line in found)
 
@@ -774,7 +774,7 @@ def test_a_targets_scaled_rotary_positions_are_taken_over_said_and_kept(scaled_c
     assert "rotary positions are scaled as the target scales them: llama3, factor 8" in capsys.readouterr().out
     assert json.loads((done.run / "run.json").read_text())["rope_scaling"] == LLAMA3
     config = checkpoint.load_config(done.run)
-    assert config.rope_scaling.stated() == LLAMA3
+    assert config.rope_scaling.as_config() == LLAMA3
     assert resolve(load_recipe(done.run / "recipe.toml"), HiddenCache.open(scaled_cache)).draft == config
 
 
@@ -790,7 +790,7 @@ def test_scaled_rotary_positions_that_no_engine_computes_alike_become_plain_ones
 
 def test_a_run_begun_with_plain_rotary_positions_goes_on_with_them(scaled_cache, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:  # what versions before did with such a target
-        patch.setattr("pipeline.runs.recipe.taken_over", lambda target: (None, None))
+        patch.setattr("pipeline.runs.recipe.draft_rope_scaling", lambda target: (None, None))
         straight = trained(scaled_cache, tmp_path / "straight", "train.save_every=1")
         stopping(patch, 3, kill)
         with pytest.raises(Killed):
@@ -941,12 +941,12 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_samples(tiny_cache, tmp_p
 
 
 def test_a_draft_that_diverges_blames_itself(tiny_cache, tmp_path):
-    draft, stream = prepared(tiny_cache)
+    draft, loader = prepared(tiny_cache)
     with torch.no_grad():
         draft.norm.weight.fill_(float("inf"))
 
     with pytest.raises(ProofError, match=r"step 1: loss nan.*the draft itself has diverged: lower train\.lr"):
-        Trainer(draft, make_optimizer("adamw", draft), stream, stream.train).step(stream.batch(0))
+        Trainer(draft, make_optimizer("adamw", draft), loader, loader.train).step(loader.batch(0))
 
 
 # Without the target

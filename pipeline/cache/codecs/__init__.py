@@ -1,9 +1,9 @@
-"""Codecs: how a column's values become files. One entry in CODECS each, lossless but for int8.
+"""Codecs: how a column's values are stored in files. Each has an entry in CODECS; all but int8 are lossless.
 
-A codec is a pair of classes. The writer offers `write(rows)`, `finish()`, `facts()` (size and digest of each file, by
-path in the folder) and `close()`. The reader of a lossless one offers `pieces(first, count)`, what is best read at a
-time, and `read_into(first_row, out)` with values as flat bytes; int8's gives rows still `Encoded`, to be decoded where
-they are needed. Readers are safe for many threads. Checksums over blocks of 256 rows are the column's (`columns.py`).
+A codec is a pair of classes. The writer has `write(rows)`, `finish()`, `facts()` (size and digest of each file, by
+path in the folder) and `close()`. The reader of a lossless codec has `pieces(first, count)`, the ranges best read at a
+time, and `read_into(first_row, out)`, which gives values as flat bytes; int8's gives rows still `Encoded`, to be
+decoded where they are needed. Readers are thread-safe. Checksums are the column's concern (`columns.py`).
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from pipeline.cache.codecs.zstd import ZstdReader, ZstdWriter, zstd_grid
 from pipeline.cache.layout import COLUMN
 from pipeline.errors import UsageError
 
-# How a column's dtype lies in memory and on disk; zarr knows no bfloat16, so its bits travel as uint16.
+# A column's dtype as numpy stores it; numpy and zarr have no bfloat16, so its bits are stored as uint16.
 DTYPES = {"bfloat16": np.dtype("<u2"), "float32": np.dtype("<f4")}
 
 
@@ -31,9 +31,9 @@ def _zstd_writer(folder: Path, rows: int, width: int, dtype: str) -> ZstdWriter:
 
 
 class Codec(NamedTuple):
-    """Writers are made of (folder, rows, width, dtype), int8's also of a calibration.
+    """writer takes (folder, rows, width, dtype), and for int8 also a calibration.
 
-    grid: how the array of a codec that has but one is cut, and then readers are made of (folder, grid on disk).
+    grid gives the chunking of a codec with a single array; its reader then takes (folder, grid on disk).
     """
 
     writer: Callable
@@ -49,30 +49,30 @@ CODECS = {
 
 
 def open_values(codec: str, folder: Path, rows: int, width: int, dtype: str, where: str):
-    """A reader of a column's values: the codec's or, for a form that this program does not write, zarr-python's.
+    """Open a reader of a column's values: the codec's own, or zarr-python's for a form this program does not write.
 
     `where` names the column in errors.
     """
-    reader, wanted = CODECS[codec].reader, CODECS[codec].grid
-    if wanted is None:
+    reader, make_grid = CODECS[codec].reader, CODECS[codec].grid
+    if make_grid is None:
         return reader(folder, rows, width, dtype)
     grid = Grid.on_disk(folder, rows, width, DTYPES[dtype])
-    if grid is not None and grid.compressor == wanted(rows, width, DTYPES[dtype]).compressor:
+    if grid is not None and grid.compressor == make_grid(rows, width, DTYPES[dtype]).compressor:
         return reader(folder, grid)
-    from pipeline.cache.codecs.foreign_zarr import ForeignArray  # brings zarr-python
+    from pipeline.cache.codecs.foreign_zarr import ForeignArray  # imports zarr-python
 
     return ForeignArray(folder, rows, width, dtype, where)
 
 
 LOSSY = {"int8"}
-PROMISE = {"int8": 0.012}  # what the probe allows a sample's relative error beyond a forward's own; of the others none
+PROBE_ALLOWANCE = {"int8": 0.012}  # of a sample: the relative error the probe allows beyond a forward's own
 
-# What zstd leaves of the values: measured on residual states, whose mantissas hardly compress.
+# Compressed size over raw size, measured on residual-stream states, whose mantissas hardly compress.
 ZSTD_SHARE = {"bfloat16": 0.72, "float32": 0.86}
 
 
 def stored_bytes(rows: int, width: int, dtype: str, codec: str) -> int:
-    """Bytes that `rows` rows of `width` values are expected to take on disk."""
+    """The expected size on disk, in bytes, of `rows` rows of `width` values."""
     raw = rows * width * DTYPES[dtype].itemsize
     if codec == "zstd":
         return round(raw * ZSTD_SHARE[dtype])
@@ -82,9 +82,9 @@ def stored_bytes(rows: int, width: int, dtype: str, codec: str) -> int:
 
 
 def parse_codecs(text: str) -> dict[str, str]:
-    """Read `--codec`: one name for all columns (under ""), or `aux=int8,final=raw`, where `aux.9=` names one layer.
+    """Parse `--codec`: one name for all columns (key ""), or `aux=int8,final=raw`, where `aux.9=` names one layer.
 
-    Raises UsageError for a codec or a column there is none of.
+    Raises UsageError for an unknown codec or column.
     """
     chosen: dict[str, str] = {}
     for part in text.split(","):
@@ -98,6 +98,6 @@ def parse_codecs(text: str) -> dict[str, str]:
 
 
 def codec_of(chosen: dict[str, str], column: str) -> str | None:
-    """The codec chosen for a column, by the most particular name; None when nothing was said of it."""
+    """The codec chosen for a column, by the most specific name; None when the option does not name it."""
     names = [column, *(["aux"] if column.startswith("aux.") else []), ""]
     return next((chosen[name] for name in names if name in chosen), None)

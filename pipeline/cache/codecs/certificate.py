@@ -1,19 +1,19 @@
-"""Certificate: what an int8 column does to its states, measured on some that were kept as they were, and its bounds.
+"""Certificate: the quantisation error of an int8 column, measured against exact states, and its bounds.
 
-A column that does worse than promised is refused: first on the samples it was calibrated with, before anything of it is
-written, then on every shard's shadow, the first block of some samples. The promises are in units of how far the states
+A column that exceeds a bound is refused: first on the samples it was calibrated with, before anything of it is written,
+then on every shard's shadow, the first block of some samples kept raw. Bounds are relative to how far the states
 themselves vary, since a draft reads a linear map of them and any channel may carry what it needs. An error e of an
-entry x, in a channel of calibrated mean m and spread c, is f = e / c, and the entry's deviation z = (x - m) / c:
+entry x, in a channel of mean m and std c (calibrated), is normalised f = e / c, and its deviation z = (x - m) / c:
 
-    of_promise    of an entry: |e|, at most half a step of a full group, and the roundings (`int8.promised`)
+    of_promise    of an entry: |e| over its largest possible error, `int8.error_bound`
     of_token      of a row: rms of f over rms of z, at most half a step of a row whose groups are all full
-    of_channels   of a channel: rms of f over the range of z, the std over these rows, each row's f and z over its rms
-                  of z first, so that attention sinks do not count for more. Of nine channels in ten
-    kl            of `final`: mean KL(p || p') of what the head says of the state, and of the state as decoded
+    of_channels   of a channel: rms of f over the std of z in these rows, each row's f and z over its rms of z first,
+                  so that attention sinks do not count for more. The 90 % quantile over channels
+    kl            of `final`: mean KL(p || p') of the head's distributions for the exact and the decoded state
 
-`error` and `worst_token`, relative to the states' norm, are facts and no promise: a few massive channels hold the norm
-of most tokens and not of others, whose error then is large against what is left. `of_channels` does not believe the
-calibration: it is what catches states in the units of another layer. Seen of int8 (bfloat16; 2,000 tokens a column,
+`error` and `worst_token`, relative to the states' norm, have no bound: a few massive channels make up the norm of most
+tokens, and tokens without them have a large error relative to the rest. `of_channels` does not rely on the calibration,
+so it catches states calibrated with another layer's. Measured of int8 (bfloat16; 2,000 tokens a column,
 the worst column's figure, and the head's for `final`; each deep target has 36 random layers of width 512):
 
     target                                of_promise  of_token  of_channels  worst_token  error   final: KL    top-1
@@ -39,21 +39,21 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.codecs.calibration import Calibration, calibrate, calibration_samples
-from pipeline.cache.codecs.int8 import LEVELS, ROUNDING, as_stored, decode, encoded, promised
-from pipeline.cache.codecs.int8_files import ESCAPE_RMS, ESCAPE_SPREADS
-from pipeline.cache.layout import BLOCK_ROWS
+from pipeline.cache.codecs.int8 import LEVELS, ROUNDING, as_stored, decode, encode_to_host, error_bound
+from pipeline.cache.codecs.int8_files import OUTLIER_RMS, OUTLIER_STDS
+from pipeline.cache.layout import CHECKSUM_ROWS
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import DataError, ProofError
 from pipeline.target.head import TargetHead
 from pipeline.target.logit_chunks import chunk_rows
 
-SHADOW_ROWS = 2048  # of a shard
-MOST_OF_TOKEN = ESCAPE_RMS / (2 * LEVELS) * (1 + 2.0**-8)  # half a step of a row whose groups are all full: 0.0158
-MOST_OF_CHANNELS = 0.03  # three times what the codec does
-CHANNELS_SHARE = 0.9  # a channel that is live elsewhere and still in these rows says nothing
-CHANNELS_ROWS = 32  # fewer do not say how far a channel ranges
-MOST_KL = 5e-3
-SAYS = {
+SHADOW_ROWS = 2048  # rows kept raw per shard
+MAX_OF_TOKEN = OUTLIER_RMS / (2 * LEVELS) * (1 + 2.0**-8)  # half a step of a row whose groups are all full: 0.0158
+MAX_OF_CHANNELS = 0.03  # three times what the codec does
+CHANNELS_SHARE = 0.9  # the rest may be constant in these rows only
+CHANNELS_ROWS = 32  # with fewer, a channel's std in them means nothing
+MAX_KL = 5e-3
+BOUND_TEXTS = {
     "of_promise": "an entry is off by so many times its bound:",
     "of_token": "a token by so much of its own deviation:",
     "of_channels": "a tenth of the channels by more of their range than",
@@ -63,30 +63,30 @@ TINY = 1e-30
 
 
 def shadow_samples(shard: ShardPlan) -> list[int]:
-    """Return the samples of a shard whose first block is kept raw until the shard is proven, ascending."""
+    """Return the samples of a shard whose first block is kept raw until the shard's error is measured, ascending."""
     chosen, rows = [], 0
     for _, row in calibration_samples([shard]):
         chosen.append(row)
-        rows += min(BLOCK_ROWS, int(shard.lengths[row]))
+        rows += min(CHECKSUM_ROWS, int(shard.lengths[row]))
         if rows >= SHADOW_ROWS:
             break
     return sorted(chosen)
 
 
 class Certificate:
-    """Sums over rows of a column; `head`, for `final`, also compares what the target would say."""
+    """Error sums over rows of a column; with `head`, for `final`, also of the target's next-token distributions."""
 
     def __init__(self, column: str, codec: str, calibration: Calibration, head: TargetHead | None = None):
         self.column, self.codec = column, codec
         self.calibration, self.head = calibration, head
         self.rows = self.entries = 0
-        self.squares = self.norm = self.spreads = 0.0
+        self.squares = self.norm = self.normalised_squares = 0.0
         self.worst = self.of_token = self.of_promise = 0.0
         self.channels_3D: Tensor | None = None  # sums of y, y^2 and f^2 of each channel
         self.agree = self.divergence = 0.0
 
     def add(self, truth_RD: Tensor, found_RD: Tensor) -> None:
-        """Count rows as they were and as they are decoded."""
+        """Add rows: exact states [R, D] and the same decoded."""
         error_RD = found_RD.float() - truth_RD.float()
         error_R, norm_R = error_RD.double().norm(dim=-1), truth_RD.double().norm(dim=-1)
         self.rows += len(truth_RD)
@@ -94,21 +94,21 @@ class Certificate:
         self.squares += float(error_R.square().sum())
         self.norm += float(norm_R.square().sum())
         self.worst = max(self.worst, float((error_R / norm_R.clamp_min(1e-30)).max()))
-        self._add_spreads(truth_RD, error_RD)
+        self._add_normalised(truth_RD, error_RD)
         if self.head:
             self._add_logits(truth_RD, found_RD)
 
-    def _add_spreads(self, truth_RD: Tensor, error_RD: Tensor) -> None:
-        mean_D, spread_D = self.calibration.on(truth_RD.device)
-        self.of_promise = _larger(self.of_promise, error_RD.abs() / promised(truth_RD, spread_D))
-        z_RD = ((truth_RD.float() - mean_D) / spread_D).clamp_(-ESCAPE_SPREADS, ESCAPE_SPREADS)
-        # What float32 itself rounds away is no error of states that lie on their channels' means.
+    def _add_normalised(self, truth_RD: Tensor, error_RD: Tensor) -> None:
+        mean_D, std_D = self.calibration.on(truth_RD.device)
+        self.of_promise = _larger(self.of_promise, error_RD.abs() / error_bound(truth_RD, std_D))
+        z_RD = ((truth_RD.float() - mean_D) / std_D).clamp_(-OUTLIER_STDS, OUTLIER_STDS)
+        # Not counted: the rounding of float32 itself, which is all that states equal to their channel's mean have.
         rounding_RD = truth_RD.float().abs() * ROUNDING[torch.float32]
-        f_RD = (error_RD.abs() - rounding_RD).clamp_min_(0).div_(spread_D)
-        own_R1 = _rms(z_RD).clamp_min(TINY)
-        self.spreads += float(f_RD.square().sum(dtype=torch.float64))
-        self.of_token = _larger(self.of_token, _rms(f_RD) / own_R1)
-        z_RD, f_RD = z_RD.div_(own_R1), f_RD.div_(own_R1)
+        f_RD = (error_RD.abs() - rounding_RD).clamp_min_(0).div_(std_D)
+        rms_R1 = _rms(z_RD).clamp_min(TINY)
+        self.normalised_squares += float(f_RD.square().sum(dtype=torch.float64))
+        self.of_token = _larger(self.of_token, _rms(f_RD) / rms_R1)
+        z_RD, f_RD = z_RD.div_(rms_R1), f_RD.div_(rms_R1)
         sums = [part_RD.sum(0, dtype=torch.float64) for part_RD in (z_RD, z_RD.square(), f_RD.square())]
         self.channels_3D = torch.stack(sums) + (0 if self.channels_3D is None else self.channels_3D)
 
@@ -121,36 +121,38 @@ class Certificate:
             self.divergence += float((truth_RV.exp() * (truth_RV - found_RV)).sum(dtype=torch.float64))
 
     def of_channels(self) -> float:
-        """The error that nine channels of ten stay below, of how far each ranges in these rows; 0 with too few rows."""
+        """The 90 % quantile over channels of error relative to the channel's std in these rows; 0 with too few rows."""
         if self.rows < CHANNELS_ROWS:
             return 0.0
         sum_D, square_D, error_D = self.channels_3D / self.rows
-        range_D = (square_D - sum_D.square()).clamp_min(0)
-        of_D = torch.where(error_D > 0, error_D / range_D.clamp_min(TINY), 0).sqrt()
+        variance_D = (square_D - sum_D.square()).clamp_min(0)
+        of_D = torch.where(error_D > 0, error_D / variance_D.clamp_min(TINY), 0).sqrt()
         return float(of_D.kthvalue(max(1, int(CHANNELS_SHARE * len(of_D)))).values)
 
-    def facts(self, escapes_a_row: float) -> dict:
-        """What the column's manifest says: errors relative, in spreads, and of what is promised.
+    def facts(self, outliers_per_row: float) -> dict:
+        """The certificate in the column's manifest: relative errors, `spread_error` in stds, and figures with bounds.
 
-        Raises ProofError when a bound is passed.
+        Raises ProofError when a bound is exceeded.
         """
         found = {
             "rows": self.rows,
             "error": _short((self.squares / max(self.norm, 1e-60)) ** 0.5),
             "worst_token": _short(self.worst),
-            "spread_error": _short((self.spreads / max(self.entries, 1)) ** 0.5),
+            "spread_error": _short((self.normalised_squares / max(self.entries, 1)) ** 0.5),
             "of_token": _short(self.of_token),
             "of_channels": _short(self.of_channels()),
             "of_promise": _short(self.of_promise),
-            "escapes_a_row": _short(escapes_a_row),
+            "escapes_a_row": _short(outliers_per_row),
         }
-        bounds = {"of_promise": 1.0, "of_token": MOST_OF_TOKEN, "of_channels": MOST_OF_CHANNELS}
+        bounds = {"of_promise": 1.0, "of_token": MAX_OF_TOKEN, "of_channels": MAX_OF_CHANNELS}
         if self.head:
             found |= {"top1": _short(self.agree / self.rows), "kl": _short(self.divergence / self.rows)}
-            bounds["kl"] = MOST_KL
+            bounds["kl"] = MAX_KL
         broken = [name for name, bound in bounds.items() if not found[name] <= bound]
         if broken:
-            says = ", ".join(f"{SAYS[name]} {found[name]:.2e} where {bounds[name]:.2e} is promised" for name in broken)
+            says = ", ".join(
+                f"{BOUND_TEXTS[name]} {found[name]:.2e} where {bounds[name]:.2e} is promised" for name in broken
+            )
             raise ProofError(
                 f"{self.column} does not fit {self.codec}: {says}; keep this column whole: --codec {self.column}=zstd"
             )
@@ -162,7 +164,7 @@ def _rms(values_RD: Tensor) -> Tensor:
 
 
 def _larger(before: float, values: Tensor) -> float:
-    """The larger of a figure and the largest of some; not finite once one was not."""
+    """The maximum of a figure and of a tensor's values; infinite as soon as one is NaN."""
     largest = float(values.max())
     return max(before, largest) if largest == largest else float("inf")
 
@@ -171,26 +173,26 @@ def _short(value: float) -> float:
     return float(f"{value:.2e}")
 
 
-def proven_calibration(column: str, codec: str, states_RD: Tensor, device: str | torch.device) -> Calibration:
-    """Calibrate a column with states [R, D] on the host; ProofError where its codec breaks its promise on them.
+def checked_calibration(column: str, codec: str, states_RD: Tensor, device: str | torch.device) -> Calibration:
+    """Calibrate a column with states [R, D] on the host; ProofError where its codec exceeds a bound on them.
 
-    Rows that a capture refuses, not finite or all zero, promise nothing; DataError where there are no others.
+    Rows that a capture refuses, not finite or all zero, are not measured; DataError where there are no others.
     """
-    kept = [part_RD.isfinite().all(-1) & part_RD.any(-1) for part_RD in states_RD.split(2 * SHADOW_ROWS)]
-    if not any(kept_R.any() for kept_R in kept):
+    measured = [part_RD.isfinite().all(-1) & part_RD.any(-1) for part_RD in states_RD.split(2 * SHADOW_ROWS)]
+    if not any(rows_R.any() for rows_R in measured):
         raise DataError(
             f"{column}: no token that was looked at has a state that can be kept; the target's weights are damaged, or "
             "its type is too narrow: try --dtype bfloat16 or float32"
         )
     calibration = calibrate(as_stored(states_RD))
     certificate = Certificate(column, codec, calibration)
-    escapes = 0
-    for part_RD, kept_R in zip(states_RD.split(2 * SHADOW_ROWS), kept, strict=True):
-        if not kept_R.any():
+    outliers = 0
+    for part_RD, rows_R in zip(states_RD.split(2 * SHADOW_ROWS), measured, strict=True):
+        if not rows_R.any():
             continue
-        truth_RD = part_RD[kept_R].to(device)
-        held = encoded(truth_RD, calibration)
-        escapes += len(held.escapes)
-        certificate.add(truth_RD, decode(held, device))
-    certificate.facts(escapes / max(1, certificate.rows))
+        truth_RD = part_RD[rows_R].to(device)
+        rows = encode_to_host(truth_RD, calibration)
+        outliers += len(rows.outliers)
+        certificate.add(truth_RD, decode(rows, device))
+    certificate.facts(outliers / max(1, certificate.rows))
     return calibration

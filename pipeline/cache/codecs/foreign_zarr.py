@@ -1,7 +1,7 @@
-"""Columns in a form this program does not write, read through zarr-python: other chunks or codecs, another store.
+"""ForeignArray: reads columns that other software wrote (other chunks, codecs or stores) through zarr-python.
 
-Slower, and the same values: every block is held to the column's checksums like any other. What a chunk decodes to is
-bounded before it is decoded, so that a small file cannot take the machine's memory.
+Slower, with the same values: every block is checked against the column's checksums. The decoded size of a chunk is
+bounded before it is decoded, so that a small file cannot exhaust the machine's memory.
 """
 
 import functools
@@ -16,17 +16,17 @@ from pipeline.errors import CacheError
 from pipeline.os_errors import refuse_limit
 
 CHUNK_BYTES = 64 << 20  # an array with larger chunks is refused
-AT_ONCE = 4 << 20  # bytes read at a time, or a chunk
-PLAIN = {"bytes", "transpose", "crc32c", "sharding_indexed"}  # they decode to no more than the chunk's shape says
-SLACK = 64 << 10  # what an earlier compressor or a checksum may add to a chunk
+READ_BYTES = 4 << 20  # bytes read at a time, or a chunk
+PLAIN = {"bytes", "transpose", "crc32c", "sharding_indexed"}  # codecs that never decode to more than the chunk's shape
+MAX_OVERHEAD = 64 << 10  # bytes that a nested compressor or a checksum may add to a chunk
 BAD_BYTES = (ValueError, RuntimeError, LookupError, TypeError, OSError, ArithmeticError, AttributeError)
-_OPENING = threading.Lock()  # zarr-python's settings are the process's: a thread that leaves would undo another's
+_OPENING = threading.Lock()  # zarr-python's settings are global: one thread would reset another's
 
 
 class ForeignArray:
-    """The values of a column as an array in a zarr `store` (a path or any of zarr-python's). For many threads."""
+    """The values of a column as an array in a zarr `store` (a path or any of zarr-python's). Thread-safe."""
 
-    in_order = False  # its files' bytes are not the values
+    in_order = False  # the files' bytes are not the values in order
 
     def __init__(self, store, rows: int, width: int, dtype: str, where: str):
         """`where` names the column in errors. Raises CacheError for an array that is not this column's."""
@@ -47,7 +47,7 @@ class ForeignArray:
         if not 0 < size <= CHUNK_BYTES:
             raise CacheError(f"{where}: chunks of {size} bytes, not 1 to {CHUNK_BYTES}; write others")
         # as many whole chunks as fit, since a chunk is decoded whole
-        self._step = whole[0] * max(1, AT_ONCE // (whole[0] * width * self.dtype.itemsize))
+        self._step = whole[0] * max(1, READ_BYTES // (whole[0] * width * self.dtype.itemsize))
 
     def _check_codecs(self, codecs) -> None:
         for codec in codecs:
@@ -62,7 +62,7 @@ class ForeignArray:
             self._check_codecs(getattr(codec, "codecs", ()))
 
     def pieces(self, first: int, count: int) -> Iterator[tuple[int, int]]:
-        """Cut `count` rows from `first` on at chunks' ends: zarr-python needs as much memory again for each piece."""
+        """Split `count` rows from `first` on at chunks' ends: zarr-python copies each piece in memory once more."""
         stop = first + count
         while first < stop:
             end = min((first // self._step + 1) * self._step, stop)
@@ -80,7 +80,7 @@ class ForeignArray:
 
 
 class _Errors:
-    """Turns what zarr-python and its codecs raise about bad bytes into a CacheError."""
+    """Raises CacheError for the errors of zarr-python and its codecs about bad bytes."""
 
     def __init__(self, where: str):
         self.where = where
@@ -92,15 +92,15 @@ class _Errors:
         if isinstance(error, BAD_BYTES):
             refuse_limit(self.where, error)
             if "decompress" in str(error):
-                from pipeline.cache.codecs.zstd import refuse_no_memory
+                from pipeline.cache.codecs.zstd import check_memory
 
-                refuse_no_memory(self.where)
-            said = str(error).split("\n")[0]
-            raise CacheError(f"{self.where}: zarr-python cannot read it: {said}; run `pipeline verify`") from error
+                check_memory(self.where)
+            message = str(error).split("\n")[0]
+            raise CacheError(f"{self.where}: zarr-python cannot read it: {message}; run `pipeline verify`") from error
 
 
 def _check_declared(declared: int | None, chunk_spec) -> None:
-    allowed = math.prod(chunk_spec.shape) * chunk_spec.dtype.to_native_dtype().itemsize + SLACK
+    allowed = math.prod(chunk_spec.shape) * chunk_spec.dtype.to_native_dtype().itemsize + MAX_OVERHEAD
     if declared is None or declared > allowed:
         raise ValueError(f"a chunk says that it decodes to {declared} bytes, and holds at most {allowed}")
 
@@ -123,7 +123,7 @@ def _zstd_size(data: bytes) -> int | None:
 
 @functools.cache
 def _bounded_classes() -> dict[str, type]:
-    """zarr-python's compressors, each looking at what a chunk says of its size before decoding it."""
+    """zarr-python's compressors, each checking the decoded size a chunk declares before decoding it."""
     from zarr.codecs import BloscCodec, ZstdCodec
 
     class BoundedBlosc(BloscCodec):
@@ -141,7 +141,7 @@ def _bounded_classes() -> dict[str, type]:
 
 @functools.cache
 def _bounded_codecs() -> dict[str, str]:
-    """The setting of zarr-python that names them."""
+    """The zarr-python setting that selects the bounded compressors."""
     from zarr.registry import register_codec
 
     names = {name: f"{__name__}.{bounded.__name__}" for name, bounded in _bounded_classes().items()}

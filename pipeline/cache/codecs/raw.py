@@ -1,15 +1,15 @@
 """Raw columns read straight from their files: chunks lie end to end, so a sample is one byte range, read or mapped.
 
-**Checked once a process.** A block (256 rows of a sample) is hashed when it is first read, in pieces that are still in
-the CPU's own cache; later reads of it are not hashed, and then a sample is one `preadv`. What vouches for a block is
-the file it was read from: its device, inode, size and times. Those are compared at every read, so a file that was
-replaced or written to is checked anew from its first block on. What remains unseen is damage that leaves the times
-alone, to a block that was right when this process first read it: in the machine's memory, or on a disk that returns
-other bytes without an error. `pipeline verify`, or a new process, finds that.
+**Verified once per process.** A checksum block (256 rows of a sample) is hashed when it is first read, in pieces that
+are still in the CPU's cache; later reads skip the hash, and then a sample is one `preadv`. The result is remembered for
+that state of the file: its device, inode, size and times. Those are compared at every read, so a file that was replaced
+or written to is verified again from its first block. What this misses is damage that leaves the times unchanged, to a
+block that was right when this process first read it: in memory, or on a disk that returns other bytes without an error.
+`pipeline verify`, or a new process, finds that.
 
-Mapped samples are checked in place. The kernel is asked to bring their pages first, which names a failing disk or a
-file cut short; what is later dropped from memory and then fails ends the process (SIGBUS), where `preadv` would raise
-an error.
+Mapped samples are verified in place. The kernel is asked to load their pages first, which reports a failing disk or a
+truncated file as an error; a page that is evicted later and then fails to load ends the process (SIGBUS), where
+`preadv` would raise an error.
 
     K layers   R rows of a column   D width
 """
@@ -25,11 +25,11 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from pipeline.cache.atomic import reading, unreadable
+from pipeline.cache.atomic import read_error, read_errors
 from pipeline.cache.codecs import DTYPES
 from pipeline.cache.codecs.zarr_file import OPEN, SHARD_FILE, Grid
 from pipeline.cache.columns import Column
-from pipeline.cache.layout import BLOCK_ROWS
+from pipeline.cache.layout import CHECKSUM_ROWS
 from pipeline.errors import CacheError
 from pipeline.os_errors import refuse_limit
 
@@ -44,19 +44,19 @@ POPULATE_READ = None if HUGE_PAGES is None else 22  # since 5.14; Python has no 
 
 
 class StoredFile:
-    """A values file, open for reading. Safe for many threads; closed when nobody holds it any more."""
+    """A values file, open for reading. Thread-safe; closed when it is garbage-collected."""
 
     def __init__(self, path: Path):
         self.path = path
         self.fd = os.open(path, OPEN)
 
     def stamp(self) -> tuple[int, ...]:
-        """What tells this file, and this state of it, from any other."""
+        """Identity and state of the file: device, inode, size, mtime and ctime."""
         stat = os.fstat(self.fd)
         return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
     def read(self, start: int, out: memoryview, wait: bool = True) -> bool:
-        """Fill `out` from byte `start` on. Unless told to `wait`, False where the disk would have to be asked.
+        """Fill `out` from byte `start` on. Without `wait`, return False unless the bytes are in the page cache.
 
         CacheError when the file ends before, or the disk fails.
         """
@@ -66,7 +66,7 @@ class StoredFile:
             except OSError as error:
                 if not wait and error.errno in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):
                     return False
-                raise unreadable(self.path, error) from error
+                raise read_error(self.path, error) from error
             if not count:
                 raise CacheError(f"{self.path}: ends before byte {start}; run `pipeline verify`")
             if count == len(out):
@@ -74,8 +74,8 @@ class StoredFile:
             start, out = start + count, out[count:]
         return True
 
-    def announce(self, start: int, size: int) -> None:
-        """Have the disk fetch bytes that are about to be read, without waiting for them."""
+    def prefetch(self, start: int, size: int) -> None:
+        """Ask the kernel to load bytes into the page cache, without waiting for them."""
         if ADVISE is not None:
             ADVISE(self.fd, start, size, os.POSIX_FADV_WILLNEED)
 
@@ -85,13 +85,13 @@ class StoredFile:
 
 
 class DirectColumn:
-    """A raw column of one shard whose chunks are in order, and which of its blocks are known to be right."""
+    """A raw column of one shard whose chunks are in order, and which of its checksum blocks are verified."""
 
     def __init__(self, column: Column, grid: Grid):
         self.column, self.grid = column, grid
         self.width = column.spec.row_bytes
-        # One byte a block, 0.5 MB for a terabyte of states: a byte is set by one thread without undoing another's.
-        self._known: tuple[tuple[int, ...], bytearray] = ((), bytearray())
+        # One byte per block, 0.5 MB for a terabyte of states: threads may set bytes, but not bits, without a lock.
+        self._verified: tuple[tuple[int, ...], bytearray] = ((), bytearray())
 
     @classmethod
     def of(cls, column: Column) -> "DirectColumn | None":
@@ -105,14 +105,14 @@ class DirectColumn:
         direct = cls(column, grid)
         file = direct.open()
         stamp = file.stamp()
-        direct._known = (stamp, bytearray(len(column.digests)))
+        direct._verified = (stamp, bytearray(len(column.digests)))
         return direct if direct._in_order(file) else None
 
     def open(self) -> StoredFile:
         try:
             return StoredFile(self.column.folder / SHARD_FILE)
         except OSError as error:
-            raise unreadable(self.column.folder, error) from None
+            raise read_error(self.column.folder, error) from None
 
     def _in_order(self, file: StoredFile) -> bool:
         index = bytearray(self.grid.index_bytes)
@@ -120,42 +120,42 @@ class DirectColumn:
             file.read(self.grid.data_bytes, memoryview(index))
         return index == self.grid.index() and os.fstat(file.fd).st_size == self.grid.file_bytes
 
-    def announce(self, file: StoredFile, row: int, first: int, stop: int) -> None:
-        """Have the disk fetch rows of sample `row` that are about to be read."""
-        file.announce((int(self.column.bounds[row]) + first) * self.width, (stop - first) * self.width)
+    def prefetch(self, file: StoredFile, row: int, first: int, stop: int) -> None:
+        """Ask the kernel to load rows [first, stop) of sample `row` into the page cache."""
+        file.prefetch((int(self.column.bounds[row]) + first) * self.width, (stop - first) * self.width)
 
-    def is_near(self, file: StoredFile, row: int, at: int) -> bool:
-        """Whether row `at` of sample `row` is in memory. CacheError as `read`."""
+    def in_page_cache(self, file: StoredFile, row: int, at: int) -> bool:
+        """Whether row `at` of sample `row` is in the page cache. Raises what `read` raises."""
         start = (int(self.column.bounds[row]) + at) * self.width
         return file.read(start, memoryview(bytearray(self.width)), wait=False)
 
-    def _known_in(self, file: StoredFile) -> bytearray:
-        """The blocks of this very file that are known to be right."""
-        stamp, held = file.stamp(), self._known
-        if held[0] != stamp:
+    def _verified_blocks(self, file: StoredFile) -> bytearray:
+        """Which blocks of this state of the file are verified, a byte per block; none after the file changed."""
+        stamp, verified = file.stamp(), self._verified
+        if verified[0] != stamp:
             if not self._in_order(file):
                 raise CacheError(f"{file.path}: changed while it was read; run `pipeline verify`")
-            held = self._known = (stamp, bytearray(len(self.column.digests)))
-        return held[1]
+            verified = self._verified = (stamp, bytearray(len(self.column.digests)))
+        return verified[1]
 
     def read(self, file: StoredFile, row: int, first: int, out: memoryview, wait: bool = True) -> bool:
-        """Fill `out`, flat bytes, with the rows of sample `row` from `first` on, any row of it.
+        """Fill `out`, flat bytes, with the rows of sample `row` from `first`, any row, on.
 
-        Unless told to `wait`, False where the disk would have to be asked. A block that is read only in part is read
-        whole once, aside, to be checked. Raises CacheError naming shard, column and sample.
+        Without `wait`, return False unless they are in the page cache. A block needed only in part is first read whole
+        into a buffer of its own to verify it. Raises CacheError naming shard, column and sample.
         """
-        known, start_block = self._known_in(file), int(self.column.starts[row])
+        verified, start_block = self._verified_blocks(file), int(self.column.starts[row])
         base, stop, at = int(self.column.bounds[row]), first + len(out) // self.width, first
-        if known.find(0, start_block + first // BLOCK_ROWS, start_block - (-stop // BLOCK_ROWS)) < 0:
+        if verified.find(0, start_block + first // CHECKSUM_ROWS, start_block - (-stop // CHECKSUM_ROWS)) < 0:
             return file.read((base + first) * self.width, out, wait)
         rows = int(self.column.bounds[row + 1]) - base
         while at < stop:
-            begin = at - at % BLOCK_ROWS
-            end = min(begin + BLOCK_ROWS, rows)
-            number = start_block + begin // BLOCK_ROWS
-            if known[number]:
-                while end < stop and known[number + 1]:
-                    number, end = number + 1, min(end + BLOCK_ROWS, rows)
+            begin = at - at % CHECKSUM_ROWS
+            end = min(begin + CHECKSUM_ROWS, rows)
+            number = start_block + begin // CHECKSUM_ROWS
+            if verified[number]:
+                while end < stop and verified[number + 1]:
+                    number, end = number + 1, min(end + CHECKSUM_ROWS, rows)
                 end = min(end, stop)
                 to = out[(at - first) * self.width : (end - first) * self.width]
                 if not file.read((base + at) * self.width, to, wait):
@@ -165,12 +165,12 @@ class DirectColumn:
                     file, row, begin, out[(at - first) * self.width : (end - first) * self.width], wait
                 ):
                     return False
-                known[number] = 1
+                verified[number] = 1
             else:
                 whole = memoryview(bytearray((end - begin) * self.width))
                 if not self._read_block(file, row, begin, whole, wait):
                     return False
-                known[number] = 1
+                verified[number] = 1
                 end = min(end, stop)
                 part = whole[(at - begin) * self.width : (end - begin) * self.width]
                 out[(at - first) * self.width : (end - first) * self.width] = part
@@ -180,7 +180,7 @@ class DirectColumn:
     def _read_block(self, file: StoredFile, row: int, begin: int, out: memoryview, wait: bool) -> bool:
         start = (int(self.column.bounds[row]) + begin) * self.width
         digest = xxhash.xxh3_64()
-        step = len(out) if wait else PIECE  # a thread among others takes few turns, and long ones
+        step = len(out) if wait else PIECE  # with reader threads, few long reads: each call takes the GIL
         for at in range(0, len(out), step):
             piece = out[at : at + step]
             if not file.read(start + at, piece, wait):
@@ -190,43 +190,43 @@ class DirectColumn:
         return True
 
     def _compare(self, digest: int, row: int, begin: int) -> None:
-        if digest != self.column.digests[self.column.starts[row] + begin // BLOCK_ROWS]:
+        if digest != self.column.digests[self.column.starts[row] + begin // CHECKSUM_ROWS]:
             raise CacheError(self.column.damage(row, begin))
 
     def check_mapped(self, file: StoredFile, pages: memoryview, row: int, first: int, stop: int) -> None:
-        """Check the blocks of sample `row` that hold its rows [first, stop) where they lie in the mapped file."""
-        known, start_block = self._known_in(file), int(self.column.starts[row])
+        """Verify the blocks with rows [first, stop) of sample `row` in the mapped file, without copying them."""
+        verified, start_block = self._verified_blocks(file), int(self.column.starts[row])
         base, rows = int(self.column.bounds[row]), int(self.column.bounds[row + 1] - self.column.bounds[row])
-        for begin in range(first - first % BLOCK_ROWS, stop, BLOCK_ROWS):
-            number = start_block + begin // BLOCK_ROWS
-            if not known[number]:
-                end = min(begin + BLOCK_ROWS, rows)
+        for begin in range(first - first % CHECKSUM_ROWS, stop, CHECKSUM_ROWS):
+            number = start_block + begin // CHECKSUM_ROWS
+            if not verified[number]:
+                end = min(begin + CHECKSUM_ROWS, rows)
                 digest = xxhash.xxh3_64(pages[(base + begin) * self.width : (base + end) * self.width])
                 self._compare(digest.intdigest(), row, begin)
-                known[number] = 1
+                verified[number] = 1
 
 
 class MappedColumns:
-    """Columns of one shard and one grid, mapped at equal distances: one array `values` [K, R, D], never copied.
+    """Columns of one shard and one grid, mapped at equal distances as one array `values` [K, R, D], without a copy.
 
-    Its memory is read-only: writing into it ends the process. It is unmapped when no array refers to it any more.
+    The memory is read-only: writing to it ends the process. It is unmapped when no array refers to it any more.
     """
 
     def __init__(self, columns: Sequence[DirectColumn], files: Sequence[StoredFile]):
         self.columns, self.files = columns, files
         grid = columns[0].grid
         assert all(column.grid == grid for column in columns), "columns of different rows"
-        stride = -(-grid.file_bytes // HUGE_PAGE) * HUGE_PAGE  # the kernel maps a huge page where one could begin only
+        stride = -(-grid.file_bytes // HUGE_PAGE) * HUGE_PAGE  # huge pages need aligned addresses
         self._stride = stride
-        room = stride * len(columns) + HUGE_PAGE
-        with reading(files[0].path):
-            self._held = mmap.mmap(-1, room, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # only address space
+        reserved = stride * len(columns) + HUGE_PAGE
+        with read_errors(files[0].path):
+            self._held = mmap.mmap(-1, reserved, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # only address space
         base = np.frombuffer(self._held, np.uint8)
         self._base = -base.ctypes.data % HUGE_PAGE
         base = base[self._base :]
         for k, file in enumerate(files):
             _map_at(base.ctypes.data + k * stride, grid.file_bytes, file)
-        # Pages that are read from disk for us come as 2 MiB each where the kernel can: a third of the work.
+        # Pages loaded from disk are 2 MiB each where the kernel can do that: a third of the CPU time.
         _advise(self._held, HUGE_PAGES, 0, len(self._held))
         shape = len(columns), grid.rows, grid.width
         self.values = np.ndarray(shape, grid.dtype, base, strides=(stride, grid.row_bytes, grid.dtype.itemsize))
@@ -235,14 +235,14 @@ class MappedColumns:
     def rows(self, row: int, first: int, stop: int) -> np.ndarray:
         """Rows [first, stop) of sample `row` of the shard, [K, stop - first, D], every block of them checked."""
         base, end = map(int, self.columns[0].column.bounds[row : row + 2])
-        blocks = base + first - first % BLOCK_ROWS, min(base - (-stop // BLOCK_ROWS) * BLOCK_ROWS, end)
+        blocks = base + first - first % CHECKSUM_ROWS, min(base - (-stop // CHECKSUM_ROWS) * CHECKSUM_ROWS, end)
         for k, (column, file) in enumerate(zip(self.columns, self.files, strict=True)):
-            self._bring(k, *blocks)
+            self._load_pages(k, *blocks)
             column.check_mapped(file, self._pages[k], row, first, stop)
         return self.values[:, base + first : base + stop]
 
-    def _bring(self, k: int, first: int, stop: int) -> None:
-        """Have rows [first, stop) of column `k` in memory. CacheError where the disk does not give them."""
+    def _load_pages(self, k: int, first: int, stop: int) -> None:
+        """Load rows [first, stop) of column `k` into memory. CacheError where the disk cannot read them."""
         width = self.columns[k].width
         start = self._base + k * self._stride
         start, end = start + first * width, start + stop * width
@@ -252,7 +252,7 @@ class MappedColumns:
 
 
 def _advise(memory: mmap.mmap, advice: int | None, start: int, size: int) -> int:
-    """0, or the error's number; a system that does not know the advice does without it."""
+    """Call madvise; returns 0 or the error's number. Does nothing where the system lacks the advice."""
     try:
         if advice is not None:
             memory.madvise(advice, start, size)
@@ -262,7 +262,7 @@ def _advise(memory: mmap.mmap, advice: int | None, start: int, size: int) -> int
 
 
 def _map_at(address: int, size: int, file: StoredFile) -> None:
-    """Map a file over address space that `mmap.mmap` reserved, which also unmaps it: mapping there is all we add."""
+    """Map a file over address space that `mmap.mmap` reserved, and will unmap; Python's mmap has no MAP_FIXED."""
     call = ctypes.CDLL(None, use_errno=True).mmap
     call.restype = ctypes.c_void_p
     call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_ssize_t]

@@ -20,26 +20,26 @@ import google_crc32c
 import numpy as np
 import xxhash
 
-from pipeline.cache.atomic import begin_writing, reading, write_all
+from pipeline.cache.atomic import read_errors, start_writeback, write_all
 from pipeline.cache.manifest import FileFact
 from pipeline.errors import CacheError
 from pipeline.os_errors import refuse_limit
 
 METADATA = "zarr.json"
 SHARD_FILE = "c/0/0"
-CHUNK_BYTES = 3 << 20  # aimed at; chunks of an array beyond 4 MiB come out at 2-4 MiB
-METADATA_BYTES = 64 << 10  # no `zarr.json` of ours has more
+CHUNK_BYTES = 3 << 20  # the size aimed at; chunks of an array beyond 4 MiB come out at 2-4 MiB
+METADATA_BYTES = 64 << 10  # a `zarr.json` written here is shorter
 PIECE = 512 << 10  # bytes read or written and hashed at a time: still in the CPU's own cache when they are hashed
-OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # the last, so that no pipe keeps us waiting
-WRITE_BACK = 8 << 20  # bytes on their way to the disk at a time, so that little is left to wait for at the end
+OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # O_NONBLOCK: opening a pipe must not hang
+WRITE_BACK = 8 << 20  # bytes between calls of `start_writeback`, so that the last sync has little left to wait for
 _ZEROS = bytes(1 << 20)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How an array of `rows` rows of `width` values is cut: `chunks` inner chunks of `chunk_rows` rows.
+    """The chunking of an array [rows, width]: `chunks` inner chunks of `chunk_rows` rows.
 
-    `compressor` is the codec, as zarr's metadata name it, that every chunk goes through; None: none.
+    `compressor` is the codec of every chunk as zarr's metadata has it; None for uncompressed chunks.
     """
 
     rows: int
@@ -50,16 +50,13 @@ class Grid:
 
     @staticmethod
     def of(rows: int, width: int, dtype: np.dtype) -> "Grid":
-        """Chunks of about equal size, so that the last one wastes less than a row a chunk."""
+        """The grid of chunks of about CHUNK_BYTES, equal in size so that the padding is less than a row per chunk."""
         chunks = max(1, round(rows * width * dtype.itemsize / CHUNK_BYTES))
         return Grid(rows, width, dtype, max(1, -(-rows // chunks)))
 
     @staticmethod
     def on_disk(folder: Path, rows: int, width: int, dtype: np.dtype) -> "Grid | None":
-        """The grid of an array as this module writes it, whatever its chunks and what compresses them; None for others.
-
-        No chunk has more rows than the array.
-        """
+        """Read the grid of an array in this module's form, of any chunk size and compressor; None for other forms."""
         try:
             with open(folder / METADATA, "rb") as file:
                 facts = json.loads(file.read(METADATA_BYTES))
@@ -102,14 +99,14 @@ class Grid:
 
     def index(self) -> bytes:
         """The index of uncompressed chunks that lie in order, end to end."""
-        return index_of(np.full(self.chunks, self.chunk_bytes, "<u8"))
+        return chunk_index(np.full(self.chunks, self.chunk_bytes, "<u8"))
 
     def metadata(self) -> bytes:
         """The array's `zarr.json`."""
         return (json.dumps(self.facts(), indent=1) + "\n").encode()
 
     def facts(self) -> dict:
-        """What `zarr.json` says."""
+        """The content of `zarr.json`."""
         shape = list(self.shape)
         little = {"name": "bytes", "configuration": {"endian": "little"}}
         sharding = {
@@ -132,14 +129,14 @@ class Grid:
         }
 
 
-def index_of(sizes: np.ndarray) -> bytes:
+def chunk_index(sizes: np.ndarray) -> bytes:
     """The index of chunks of these sizes in bytes, in order, end to end."""
     sizes = sizes.astype("<u8")
     pairs = np.stack([np.cumsum(sizes, dtype="<u8") - sizes, sizes], axis=1).tobytes()
     return pairs + struct.pack("<I", google_crc32c.value(pairs))
 
 
-def read_index(data: bytes, end: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
+def parse_chunk_index(data: bytes, end: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """First byte and size of each chunk, int64, from the index of a file whose chunks end before byte `end`.
 
     CacheError when its crc does not match, or a chunk is absent or lies outside.
@@ -155,7 +152,7 @@ def read_index(data: bytes, end: int, path: Path) -> tuple[np.ndarray, np.ndarra
 
 
 class ShardFileWriter:
-    """Streams the rows of one array into `folder`, digesting as they go. `finish` must follow the last row."""
+    """Streams the rows of one array into `folder` and computes its checksum. Call `finish` after the last row."""
 
     def __init__(self, folder: Path, grid: Grid):
         self.grid = grid
@@ -177,7 +174,7 @@ class ShardFileWriter:
         self._digest.update(data)
         self._size += len(data)
         if self._size - self._sent >= WRITE_BACK:
-            begin_writing(self._fd, self._sent, self._size - self._sent)
+            start_writeback(self._fd, self._sent, self._size - self._sent)
             self._sent = self._size
 
     def finish(self) -> None:
@@ -202,13 +199,13 @@ class ShardFileWriter:
         }
 
     def close(self) -> None:
-        held, self._fd = self._fd, None  # first, so that an interrupt here cannot make us close it twice
-        if held is not None:
-            os.close(held)
+        fd, self._fd = self._fd, None  # cleared first, so that an interrupt cannot make us close it twice
+        if fd is not None:
+            os.close(fd)
 
 
 class ShardFile:
-    """An open shard file, for reading rows. Safe for many threads at once; closed when nobody holds it any more."""
+    """An open shard file, for reading rows. Thread-safe; closed when it is garbage-collected."""
 
     def __init__(self, folder: Path, grid: Grid):
         self.path = folder / SHARD_FILE
@@ -218,20 +215,20 @@ class ShardFile:
         size = os.fstat(self._fd).st_size
         if size < grid.index_bytes:
             raise CacheError(f"{self.path}: {size} bytes, less than its index; run `pipeline verify`")
-        with reading(self.path):
+        with read_errors(self.path):
             index = os.pread(self._fd, grid.index_bytes, size - grid.index_bytes)
         self.in_order = size == grid.file_bytes and index == grid.index()
         if not self.in_order:
             self._check(index, size)
 
     def _check(self, index: bytes, size: int) -> None:
-        """Where the chunks of a file in another order lie."""
-        self._chunks, sizes = read_index(index, size - self.grid.index_bytes, self.path)
+        """Read where the chunks lie in a file that has them in another order."""
+        self._chunks, sizes = parse_chunk_index(index, size - self.grid.index_bytes, self.path)
         if (sizes != self.grid.chunk_bytes).any():
             raise CacheError(f"{self.path}: damaged, the chunk index has a hole; run `pipeline verify`")
 
     def pieces(self, first: int, count: int) -> Iterator[tuple[int, int]]:
-        """Cut `count` rows from `first` on into what is best read at a time: (first, stop) each."""
+        """Split `count` rows from `first` on into ranges (first, stop) of the best size to read at a time."""
         step = max(1, PIECE // self.grid.row_bytes)
         for start in range(first, first + count, step):
             yield start, min(start + step, first + count)
@@ -250,7 +247,7 @@ class ShardFile:
 
     def _read_at(self, start: int, out: memoryview) -> None:
         while out:
-            with reading(self.path):
+            with read_errors(self.path):
                 count = os.preadv(self._fd, [out], start)
             if not count:
                 raise CacheError(f"{self.path}: ends before byte {start}; run `pipeline verify`")

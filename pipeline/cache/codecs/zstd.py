@@ -1,4 +1,4 @@
-"""zstd: the values as they are, each chunk of at most 1 MiB compressed; plain zarr, lossless.
+"""The zstd codec: lossless, in plain zarr; each chunk of at most 1 MiB is compressed.
 
 The chunks are blosc's, byte shuffle and one block of zstd's fast strategy: the low bytes of bfloat16 hardly compress
 and the high ones do, so their separation is all there is to gain, and a block of the whole chunk makes it three times
@@ -27,16 +27,16 @@ import numpy as np
 from numcodecs import blosc
 from zstandard import STRATEGY_FAST, ZstdCompressionParameters, ZstdCompressor
 
-from pipeline.cache.atomic import reading
-from pipeline.cache.codecs.zarr_file import OPEN, SHARD_FILE, Grid, ShardFileWriter, index_of, read_index
+from pipeline.cache.atomic import read_errors
+from pipeline.cache.codecs.zarr_file import OPEN, SHARD_FILE, Grid, ShardFileWriter, chunk_index, parse_chunk_index
 from pipeline.errors import CacheError
 from pipeline.os_errors import limit_error
 
-BLOCK = 1 << 20  # bytes; at most so much of whole rows is a chunk
-LARGEST = 8 << 20  # bytes of a chunk, whoever wrote it
+BLOCK = 1 << 20  # bytes; the most that a chunk of whole rows has
+MAX_CHUNK_BYTES = 8 << 20  # the largest chunk that is read, whoever wrote it
 ZSTD_BLOCK = 128 << 10  # bytes that zstd compresses at a time
 CHUNK_ROWS = 64
-MARGIN = 256 << 20  # bytes of address space; with less left, a failure to decode is not called damage
+MEMORY_MARGIN = 256 << 20  # bytes of address space; with less left, a failure to decode is not called damage
 OVERHEAD = 16  # bytes that blosc adds to what does not compress
 _HEADER = struct.Struct("<4B3I")
 _ZSTD_SHUFFLED, _ZSTD_COPIED = 0x81, 0x83  # flags: inner format 4 (bits 5-7), shuffled (bit 0), not compressed (bit 1)
@@ -47,7 +47,7 @@ _FAST = ZstdCompressionParameters(
     window_log=20, hash_log=10, chain_log=6, search_log=1, min_match=7, strategy=STRATEGY_FAST
 )
 
-blosc.use_threads = False  # its own threads keep a lock that all decoding would wait for; ours decode a chunk each
+blosc.use_threads = False  # its thread pool has one lock for all callers; each reader thread decodes a chunk of its own
 
 
 def zstd_grid(rows: int, width: int, dtype: np.dtype) -> Grid:
@@ -60,7 +60,7 @@ def zstd_grid(rows: int, width: int, dtype: np.dtype) -> Grid:
 
 
 class ZstdWriter(ShardFileWriter):
-    """Collects rows to whole chunks and writes each compressed."""
+    """Buffers rows to whole chunks and writes each compressed."""
 
     def __init__(self, folder: Path, rows: int, width: int, dtype: np.dtype):
         super().__init__(folder, zstd_grid(rows, width, dtype))
@@ -87,7 +87,7 @@ class ZstdWriter(ShardFileWriter):
         self._filled = 0
 
     def _packed(self) -> bytes:
-        """The chunk as blosc would write it: shuffled and compressed, or, where that is larger, as it is."""
+        """Encode the chunk in blosc's format: shuffled and compressed, or, where that is larger, uncompressed."""
         size, content = self.grid.dtype.itemsize, self.grid.chunk_bytes
         values = self._chunk.view(f"u{size}").ravel()
         for place in range(size):
@@ -106,43 +106,43 @@ class ZstdWriter(ShardFileWriter):
         if len(self._sizes) < self.grid.chunks:
             self._chunk[self._filled :] = 0
             self._compress()
-        self._end(index_of(np.array(self._sizes)))
+        self._end(chunk_index(np.array(self._sizes)))
 
 
-def refuse_no_memory(where: Path | str) -> None:
-    """RoomError where hardly any memory is left: blosc then fails as it does on a damaged chunk.
+def check_memory(where: Path | str) -> None:
+    """Raise RoomError when memory is nearly exhausted: blosc then fails just as it does on a damaged chunk.
 
-    Other threads may take and free some meanwhile, so much more is asked for than a chunk needs, and not touched.
+    Tries to allocate far more than a chunk needs, since other threads take and free memory meanwhile.
     """
     try:
-        bytearray(MARGIN)
+        bytearray(MEMORY_MARGIN)
     except MemoryError as error:
         raise limit_error(where, error) from None
 
 
 class ZstdReader:
-    """An open compressed shard file. Safe for many threads at once; closed when nobody holds it any more."""
+    """An open compressed shard file. Thread-safe; closed when it is garbage-collected."""
 
-    in_order = False  # its bytes are not the values
+    in_order = False  # the file's bytes are not the values in order
 
     def __init__(self, folder: Path, grid: Grid):
         self.path, self.grid = folder / SHARD_FILE, grid
-        if grid.chunk_bytes > max(LARGEST, grid.row_bytes):
-            raise CacheError(f"{self.path}: chunks of {grid.chunk_bytes} bytes, more than {LARGEST}")
+        if grid.chunk_bytes > max(MAX_CHUNK_BYTES, grid.row_bytes):
+            raise CacheError(f"{self.path}: chunks of {grid.chunk_bytes} bytes, more than {MAX_CHUNK_BYTES}")
         self._fd = os.open(self.path, OPEN)
         self._own = threading.local()
         size = os.fstat(self._fd).st_size
         end = size - self.grid.index_bytes
         if end < 0:
             raise CacheError(f"{self.path}: {size} bytes, less than its index; run `pipeline verify`")
-        with reading(self.path):
+        with read_errors(self.path):
             index = os.pread(self._fd, self.grid.index_bytes, end)
-        self._starts, self._sizes = read_index(index, end, self.path)
+        self._starts, self._sizes = parse_chunk_index(index, end, self.path)
         if (self._sizes > self.grid.chunk_bytes + OVERHEAD).any() or (self._sizes < OVERHEAD).any():
             raise CacheError(f"{self.path}: damaged, a chunk larger than its content; run `pipeline verify`")
 
     def pieces(self, first: int, count: int) -> Iterator[tuple[int, int]]:
-        """Cut `count` rows from `first` on at the chunks' ends, so that none is decoded twice."""
+        """Split `count` rows from `first` on at the chunks' ends, so that none is decoded twice."""
         stop = first + count
         while first < stop:
             end = min((first // self.grid.chunk_rows + 1) * self.grid.chunk_rows, stop)
@@ -158,31 +158,31 @@ class ZstdReader:
             if len(part) == self.grid.chunk_bytes:
                 self._decode(chunk, part)
             else:
-                held = self._room("content", self.grid.chunk_bytes)
+                held = self._buffer("content", self.grid.chunk_bytes)
                 self._decode(chunk, held)
                 part[:] = held[row * self.grid.row_bytes :][: len(part)]
 
-    def _room(self, name: str, size: int) -> memoryview:
-        """Memory of this thread's own, used again and again."""
+    def _buffer(self, name: str, size: int) -> memoryview:
+        """A reusable buffer of this thread."""
         if not hasattr(self._own, name):
             setattr(self._own, name, memoryview(bytearray(size)))
         return getattr(self._own, name)
 
     def _decode(self, chunk: int, out: memoryview) -> None:
         size = int(self._sizes[chunk])
-        packed = self._room("packed", self.grid.chunk_bytes + OVERHEAD)[:size]
-        with reading(self.path):
+        packed = self._buffer("packed", self.grid.chunk_bytes + OVERHEAD)[:size]
+        with read_errors(self.path):
             count = os.preadv(self._fd, [packed], int(self._starts[chunk]))
-        if count < size or not self._honest(packed, len(out)):
+        if count < size or not self._is_well_formed(packed, len(out)):
             raise CacheError(f"{self.path}: chunk {chunk} is damaged or claims another size; run `pipeline verify`")
         try:
             blosc.decompress(packed, out)
         except (RuntimeError, ValueError) as error:
-            refuse_no_memory(self.path)
+            check_memory(self.path)
             raise CacheError(f"{self.path}: chunk {chunk} cannot be decoded: {error}; run `pipeline verify`") from error
 
-    def _honest(self, packed: memoryview, content: int) -> bool:
-        """Whether a chunk is one of ours: nothing else is given to the decoder."""
+    def _is_well_formed(self, packed: memoryview, content: int) -> bool:
+        """Whether a chunk has the header this module writes: the decoder gets no other."""
         _, _, flags, value, nbytes, block, cbytes = _HEADER.unpack_from(packed)
         known = flags & ~_UNSPLIT in (_ZSTD_SHUFFLED, _ZSTD_COPIED) and value == self.grid.dtype.itemsize
         return known and nbytes == content and 0 < block <= nbytes and cbytes == len(packed)

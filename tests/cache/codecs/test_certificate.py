@@ -9,8 +9,8 @@ import torch
 
 from pipeline.cache.codecs import int8
 from pipeline.cache.codecs.calibration import Calibration, calibrate
-from pipeline.cache.codecs.certificate import Certificate, proven_calibration
-from pipeline.cache.codecs.int8 import as_stored, decode, encoded
+from pipeline.cache.codecs.certificate import Certificate, checked_calibration
+from pipeline.cache.codecs.int8 import as_stored, decode, encode_to_host
 from pipeline.cache.codecs.int8_files import Encoded
 from pipeline.errors import ProofError
 from pipeline.target.head import TargetHead
@@ -22,18 +22,18 @@ def states(kind: str, seed: int = 0) -> torch.Tensor:
     """States [R, D] in bfloat16, as layers of targets are. In order of how much of the norm a few channels hold."""
     rng = np.random.default_rng(seed)
     z = rng.standard_normal((ROWS, WIDTH))
-    spread, mean = np.exp(rng.standard_normal(WIDTH) * 0.5), rng.standard_normal(WIDTH)
+    std, mean = np.exp(rng.standard_normal(WIDTH) * 0.5), rng.standard_normal(WIDTH)
     if kind == "massive":
         # Three channels hold nearly all of the norm of most tokens and none of some: what is left of those is small
         # against the step of a channel that is wide.
-        spread[:3], mean[:3] = (300, 500, 800), (-600, 900, 2500)
-        z[::7, :3] = -mean[:3] / spread[:3]
+        std[:3], mean[:3] = (300, 500, 800), (-600, 900, 2500)
+        z[::7, :3] = -mean[:3] / std[:3]
     if kind == "sinks":
         z[::50] *= 12
         z[::50, :2] = 2000
     if kind == "heavy tails":
         z = rng.standard_t(3, z.shape)
-    return torch.from_numpy((z * spread + mean).astype(np.float32)).bfloat16()
+    return torch.from_numpy((z * std + mean).astype(np.float32)).bfloat16()
 
 
 KINDS = ("ordinary", "massive", "sinks", "heavy tails")
@@ -53,13 +53,13 @@ def test_states_of_every_kind_pass(kind, dtype, rows):
     calibration = calibrate(as_stored(truth_RD))
     part_RD = truth_RD[7 : 7 + rows]
     found = Certificate("aux.9", "int8", calibration)
-    found.add(part_RD, decode(encoded(part_RD, calibration)))
+    found.add(part_RD, decode(encode_to_host(part_RD, calibration)))
     says = found.facts(0.0)
     assert says["of_token"] < 0.012 and says["of_channels"] < 0.015 and says["of_promise"] < 1
 
 
 def test_a_token_whose_norm_lies_in_other_channels_is_judged_in_their_spread():
-    says = measured(truth_RD := states("massive"), encoded(truth_RD, calibrate(as_stored(truth_RD))))
+    says = measured(truth_RD := states("massive"), encode_to_host(truth_RD, calibrate(as_stored(truth_RD))))
     assert says["worst_token"] > 0.2 > 0.005 > says["error"], "relative to its norm such a token seems lost"
     assert says["of_token"] < 0.0095
 
@@ -87,9 +87,9 @@ def with_channels(change: Callable[[np.ndarray, np.ndarray], None]) -> Callable[
     """`change` is given mean and spread [D]."""
 
     def broken(held: Encoded) -> Encoded:
-        mean, spread = held.calibration.mean.copy(), held.calibration.spread.copy()
-        change(mean, spread)
-        return replace(held, calibration=Calibration(mean, spread))
+        mean, std = held.calibration.mean.copy(), held.calibration.std.copy()
+        change(mean, std)
+        return replace(held, calibration=Calibration(mean, std))
 
     return broken
 
@@ -112,9 +112,9 @@ def put(values: np.ndarray, others: np.ndarray) -> None:
 
 def moved(held: Encoded, row: int, column: int) -> Encoded:
     """Its escapes moved by so many rows and channels."""
-    escapes = held.escapes.copy()
-    escapes[:, 0], escapes[:, 1] = (escapes[:, 0] + row) % ROWS, (escapes[:, 1] + column) % WIDTH
-    return replace(held, escapes=escapes)
+    outliers = held.outliers.copy()
+    outliers[:, 0], outliers[:, 1] = (outliers[:, 0] + row) % ROWS, (outliers[:, 1] + column) % WIDTH
+    return replace(held, outliers=outliers)
 
 
 # What a codec may get wrong, and the bounds that then are passed, on states some of whose channels are massive.
@@ -135,17 +135,17 @@ BROKEN: dict[str, tuple[Callable[[Encoded], Encoded], tuple[str, ...]]] = {
         with_scale(lambda scale_RG: np.full_like(scale_RG, scale_RG.mean())),
         (ENTRY, TOKEN, CHANNELS),
     ),
-    "mean dropped": (with_channels(lambda mean, spread: mean.fill(0)), (ENTRY, TOKEN, CHANNELS)),
+    "mean dropped": (with_channels(lambda mean, std: mean.fill(0)), (ENTRY, TOKEN, CHANNELS)),
     "mean dropped of one channel": (
-        with_channels(lambda mean, spread: times(np.abs(mean).argmax(), 0)(mean[None])),
+        with_channels(lambda mean, std: times(np.abs(mean).argmax(), 0)(mean[None])),
         (ENTRY, TOKEN),
     ),
-    "spread dropped": (with_channels(lambda mean, spread: spread.fill(1)), (ENTRY, TOKEN, CHANNELS)),
+    "spread dropped": (with_channels(lambda mean, std: std.fill(1)), (ENTRY, TOKEN, CHANNELS)),
     "spread of one channel doubled": (
-        with_channels(lambda mean, spread: times(77, 2.0)(spread[None])),
+        with_channels(lambda mean, std: times(77, 2.0)(std[None])),
         (ENTRY, TOKEN),
     ),
-    "means of two channels exchanged": (with_channels(lambda mean, spread: swapped(mean[None])), (ENTRY, TOKEN)),
+    "means of two channels exchanged": (with_channels(lambda mean, std: swapped(mean[None])), (ENTRY, TOKEN)),
     "decoded with another layer's calibration": (
         lambda held: replace(held, calibration=calibrate(as_stored(states("ordinary", seed=5)))),
         (ENTRY, TOKEN, CHANNELS),
@@ -162,8 +162,8 @@ BROKEN: dict[str, tuple[Callable[[Encoded], Encoded], tuple[str, ...]]] = {
         with_values(lambda q: put(q, np.sign(q) * np.maximum(np.abs(q) - 2, 0))),
         (ENTRY, TOKEN, CHANNELS),
     ),
-    "escapes dropped": (lambda held: replace(held, escapes=held.escapes[:0]), (ENTRY, TOKEN)),
-    "one escape dropped": (lambda held: replace(held, escapes=held.escapes[1:]), (ENTRY, TOKEN)),
+    "escapes dropped": (lambda held: replace(held, outliers=held.outliers[:0]), (ENTRY, TOKEN)),
+    "one escape dropped": (lambda held: replace(held, outliers=held.outliers[1:]), (ENTRY, TOKEN)),
     "escapes a channel further": (lambda held: moved(held, row=0, column=1), (ENTRY, TOKEN)),
     "escapes a row further": (lambda held: moved(held, row=1, column=0), (ENTRY, TOKEN)),
 }
@@ -172,7 +172,7 @@ BROKEN: dict[str, tuple[Callable[[Encoded], Encoded], tuple[str, ...]]] = {
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_codec_broken_by_hand_is_refused_by_these_bounds(how):
     truth_RD = states("massive")
-    held, (broken, bounds) = encoded(truth_RD, calibrate(as_stored(truth_RD))), BROKEN[how]
+    held, (broken, bounds) = encode_to_host(truth_RD, calibrate(as_stored(truth_RD))), BROKEN[how]
     with pytest.raises(ProofError, match=r"aux\.9 does not fit int8: .*; keep this column whole: --codec") as refused:
         measured(truth_RD, broken(held))
     assert tuple(bound for bound in (ENTRY, TOKEN, CHANNELS) if bound in str(refused.value)) == bounds
@@ -183,27 +183,27 @@ def test_a_codec_broken_by_hand_is_refused_by_these_bounds(how):
 def test_a_codec_broken_by_hand_is_refused_on_states_of_every_kind(how, kind):
     truth_RD = states(kind)
     with pytest.raises(ProofError, match="does not fit int8"):
-        measured(truth_RD, BROKEN[how][0](encoded(truth_RD, calibrate(as_stored(truth_RD)))))
+        measured(truth_RD, BROKEN[how][0](encode_to_host(truth_RD, calibrate(as_stored(truth_RD)))))
 
 
 @pytest.mark.parametrize("levels", [63, 31, 15])
 def test_a_coarser_encoder_is_refused_as_it_does_worse_on_a_token(levels, monkeypatch):
     monkeypatch.setattr(int8, "LEVELS", levels)
     with pytest.raises(ProofError, match=r"aux\.9 does not fit int8: a token by so much of its own deviation: "):
-        proven_calibration("aux.9", "int8", states("massive"), "cpu")
+        checked_calibration("aux.9", "int8", states("massive"), "cpu")
 
 
 def test_one_token_that_its_group_cannot_hold_is_refused_without_the_second_rule_of_escapes(monkeypatch):
     truth_RD = states("ordinary")
     calibration = calibrate(as_stored(truth_RD))
-    mean_D, spread_D = calibration.on("cpu")
-    truth_RD[5, ::128] = (mean_D + 15.5 * spread_D)[::128].bfloat16()  # one channel of each group
+    mean_D, std_D = calibration.on("cpu")
+    truth_RD[5, ::128] = (mean_D + 15.5 * std_D)[::128].bfloat16()  # one channel of each group
     found = Certificate("aux.9", "int8", calibration)
-    found.add(truth_RD, decode(encoded(truth_RD, calibration)))
+    found.add(truth_RD, decode(encode_to_host(truth_RD, calibration)))
     found.facts(0.0)
-    monkeypatch.setattr(int8, "ESCAPE_RMS", 1e9)
+    monkeypatch.setattr(int8, "OUTLIER_RMS", 1e9)
     found = Certificate("aux.9", "int8", calibration)
-    found.add(truth_RD, decode(encoded(truth_RD, calibration)))
+    found.add(truth_RD, decode(encode_to_host(truth_RD, calibration)))
     with pytest.raises(ProofError, match="a token by so much of its own deviation"):
         found.facts(0.0)
 
@@ -216,17 +216,17 @@ def test_states_in_the_spreads_of_another_layer_are_judged_by_how_far_they_range
     narrow_RD = narrow_RD.bfloat16()
     wrong = Calibration(np.zeros(WIDTH, np.float32), np.ones(WIDTH, np.float32))
     found = Certificate("aux.9", "int8", wrong)
-    found.add(narrow_RD, decode(encoded(narrow_RD, wrong)))
+    found.add(narrow_RD, decode(encode_to_host(narrow_RD, wrong)))
     with pytest.raises(ProofError, match=r"does not fit int8: a tenth of the channels by more of their range"):
         found.facts(0.0)
-    proven_calibration("aux.9", "int8", narrow_RD, "cpu")
+    checked_calibration("aux.9", "int8", narrow_RD, "cpu")
 
 
 def test_a_final_state_is_judged_by_what_the_head_makes_of_it():
     truth_RD = states("ordinary")
     head_VD = torch.from_numpy(np.random.default_rng(2).standard_normal((V, WIDTH)).astype(np.float32)).bfloat16()
     calm, sharp = (TargetHead(weight_VD, weight_VD) for weight_VD in (0.02 * head_VD, 2 * head_VD))
-    held = encoded(truth_RD, calibrate(as_stored(truth_RD)))
+    held = encode_to_host(truth_RD, calibrate(as_stored(truth_RD)))
 
     says = measured(truth_RD, held, calm)
     assert 0 < says["kl"] < 1e-4 and says["top1"] > 0.95

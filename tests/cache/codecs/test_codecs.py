@@ -22,9 +22,9 @@ import pipeline.cache.codecs.certificate as certificate
 from pipeline.cache import HiddenCache
 from pipeline.cache.codecs import CODECS, LOSSY, codec_of, parse_codecs, stored_bytes
 from pipeline.cache.codecs.calibration import Calibration, calibrate, calibration_samples, read_calibration
-from pipeline.cache.codecs.int8 import as_states, as_stored, decode, encoded, promised
-from pipeline.cache.codecs.int8_files import ESCAPE_RMS, ESCAPE_SPREADS, group_of
-from pipeline.cache.codecs.zarr_file import SHARD_FILE, read_index
+from pipeline.cache.codecs.int8 import as_states, as_stored, decode, encode_to_host, error_bound
+from pipeline.cache.codecs.int8_files import OUTLIER_RMS, OUTLIER_STDS, group_of
+from pipeline.cache.codecs.zarr_file import SHARD_FILE, parse_chunk_index
 from pipeline.cache.codecs.zstd import ZstdReader, ZstdWriter, zstd_grid
 from pipeline.cache.columns import Column, ColumnSpec, column_manifest, open_column
 from pipeline.cache.layout import shard_folder
@@ -68,8 +68,8 @@ def test_a_cache_in_any_codec_reads_back_within_its_promise_and_verifies(tmp_pat
             truth = as_states(states(shard, spec)[bounds[row] : bounds[row + 1]])
             assert found.dtype == truth.dtype == held.dtype
             if codec in LOSSY:
-                spread = torch.from_numpy(read_calibration(cache, spec.name, spec.width).spread)
-                assert ((found.float() - truth.float()).abs() <= promised(truth, spread)).all()
+                std = torch.from_numpy(read_calibration(cache, spec.name, spec.width).std)
+                assert ((found.float() - truth.float()).abs() <= error_bound(truth, std)).all()
             else:
                 assert np.array_equal(bits(found), bits(truth))
 
@@ -261,15 +261,15 @@ def test_damaged_chunks_give_typed_errors_or_other_values(zstd_file):
 
 
 def test_an_index_that_points_outside_is_refused():
-    from pipeline.cache.codecs.zarr_file import index_of
+    from pipeline.cache.codecs.zarr_file import chunk_index
 
-    good = index_of(np.array([100, 50]))
-    assert read_index(good, 150, Path("x"))[0].tolist() == [0, 100]
+    good = chunk_index(np.array([100, 50]))
+    assert parse_chunk_index(good, 150, Path("x"))[0].tolist() == [0, 100]
     for sizes in ([100, 51], [2**64 - 1, 2**64 - 1], [2**63, 2**63]):
         with pytest.raises(CacheError, match="hole"):
-            read_index(index_of(np.array(sizes, np.uint64)), 150, Path("x"))
+            parse_chunk_index(chunk_index(np.array(sizes, np.uint64)), 150, Path("x"))
     with pytest.raises(CacheError, match="crc32c"):
-        read_index(good[:-1] + b"\0", 150, Path("x"))
+        parse_chunk_index(good[:-1] + b"\0", 150, Path("x"))
 
 
 # int8
@@ -286,10 +286,10 @@ def decoded_by_numpy(held) -> np.ndarray:
     rows, width = held.values.shape
     scale = (held.scale.astype(np.uint32) << 16).view(np.float32)
     values = held.values.astype(np.float32).reshape(rows, -1, group_of(width)) * scale[..., None]
-    values = values.reshape(rows, width) * held.calibration.spread + held.calibration.mean
+    values = values.reshape(rows, width) * held.calibration.std + held.calibration.mean
     whole = held.dtype == "float32"
     found = values.view(np.uint32) if whole else (rounded(values).view(np.uint32) >> 16).astype(np.uint16)
-    found[held.escapes[:, 0], held.escapes[:, 1]] = held.escapes[:, 2].astype(np.int64) & (
+    found[held.outliers[:, 0], held.outliers[:, 1]] = held.outliers[:, 2].astype(np.int64) & (
         2 ** (32 if whole else 16) - 1
     )
     return found
@@ -298,11 +298,11 @@ def decoded_by_numpy(held) -> np.ndarray:
 def made_states(seed: int, rows: int, width: int, kind: str) -> tuple[torch.Tensor, Calibration]:
     """States of one kind of trouble, with the calibration of ordinary ones."""
     rng = np.random.default_rng(seed)
-    spread, mean = np.exp(rng.standard_normal(width) * 2), rng.standard_normal(width) * 10
-    values = rng.standard_normal((rows, width)) * spread + mean
-    usual = rng.standard_normal((300, width)) * spread + mean
+    std, mean = np.exp(rng.standard_normal(width) * 2), rng.standard_normal(width) * 10
+    values = rng.standard_normal((rows, width)) * std + mean
+    usual = rng.standard_normal((300, width)) * std + mean
     if kind == "sinks":
-        values[:: max(1, rows // 2), rng.integers(0, width, 2)] = 2000 * spread.max()
+        values[:: max(1, rows // 2), rng.integers(0, width, 2)] = 2000 * std.max()
     elif kind == "zero groups":
         values[rng.random(rows) < 0.5] = mean
         values[:, : width // 2] = mean[: width // 2]
@@ -313,7 +313,7 @@ def made_states(seed: int, rows: int, width: int, kind: str) -> tuple[torch.Tens
     elif kind == "constant channels":
         usual[:, ::2] = values[:, ::2] = 3.0
     elif kind == "heavy tails":
-        values = rng.standard_cauchy((rows, width)) * spread + mean
+        values = rng.standard_cauchy((rows, width)) * std + mean
     elif kind == "huge":
         values, usual = values * 1e32, usual * 1e32
     usual = torch.from_numpy(usual.astype(np.float32)).bfloat16()
@@ -335,13 +335,13 @@ def test_every_entry_is_within_its_promise_and_numpy_decodes_the_same_bits(kind,
     states_RD, calibration = made_states(seed, rows, width, kind)
     states_RD = states_RD.to(getattr(torch, dtype))
     before = states_RD.clone()
-    held = encoded(states_RD, calibration)
+    held = encode_to_host(states_RD, calibration)
     found_RD = decode(held)
     assert torch.equal(states_RD, before), "encoding left the caller's states alone"
     error_RD = (found_RD.double() - states_RD.double()).abs()
-    assert (error_RD <= promised(states_RD, torch.from_numpy(calibration.spread)).double()).all()
+    assert (error_RD <= error_bound(states_RD, torch.from_numpy(calibration.std)).double()).all()
     assert np.array_equal(as_stored(found_RD).view(decoded_by_numpy(held).dtype), decoded_by_numpy(held))
-    at = tuple(held.escapes[:, :2].T)
+    at = tuple(held.outliers[:, :2].T)
     assert np.array_equal(as_stored(found_RD)[at], as_stored(states_RD)[at]), "escapes are exact"
 
 
@@ -351,8 +351,8 @@ def test_what_escapes_is_what_lies_beyond_16_spreads_or_4_rms_of_its_row():
     z[3, 7], z[4, 100], z[5] = 17, -5.5, 30
     calibration = Calibration(np.zeros(256, np.float32), np.ones(256, np.float32))
     rms = np.sqrt(np.square(np.clip(z, -16, 16)).mean(axis=1, keepdims=True))
-    expected = np.argwhere(np.abs(z) > np.minimum(ESCAPE_SPREADS, ESCAPE_RMS * rms))
-    found = encoded(torch.from_numpy(z), calibration).escapes
+    expected = np.argwhere(np.abs(z) > np.minimum(OUTLIER_STDS, OUTLIER_RMS * rms))
+    found = encode_to_host(torch.from_numpy(z), calibration).outliers
     assert found[:, :2].tolist() == expected.tolist() and [4, 100] in expected.tolist()
     assert np.array_equal(found[:, 2].astype(np.int32).view(np.float32), z[tuple(expected.T)])
 
@@ -362,7 +362,7 @@ def test_what_is_not_finite_comes_back_as_itself(dtype):
     states_RD, calibration = made_states(0, 6, 128, "ordinary")
     states_RD[1, 3], states_RD[2, 5], states_RD[4, :] = float("nan"), float("-inf"), float("inf")
     states_RD = states_RD.to(getattr(torch, dtype))
-    found_RD = decode(encoded(states_RD, calibration))
+    found_RD = decode(encode_to_host(states_RD, calibration))
     bad_RD = ~states_RD.isfinite()
     assert np.array_equal(bits(found_RD[bad_RD]), bits(states_RD[bad_RD])) and found_RD[~bad_RD].isfinite().all()
 
@@ -370,7 +370,7 @@ def test_what_is_not_finite_comes_back_as_itself(dtype):
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux")
 def test_decoding_in_a_thread_starts_no_others():
     states_RD, calibration = made_states(0, 2048, 256, "ordinary")
-    held = encoded(states_RD.bfloat16(), calibration)
+    held = encode_to_host(states_RD.bfloat16(), calibration)
     torch.set_num_threads(2)
     try:
         threads = []
@@ -389,7 +389,7 @@ def test_decoding_in_a_thread_starts_no_others():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_gpu_decodes_the_same_bits(kind, dtype):
     states_RD, calibration = made_states(1, 300, 256, kind)
-    held = encoded(states_RD.to(getattr(torch, dtype)).cuda(), calibration)
+    held = encode_to_host(states_RD.to(getattr(torch, dtype)).cuda(), calibration)
     assert np.array_equal(bits(decode(held, "cuda").cpu()), bits(decode(held)))
 
 
@@ -398,11 +398,11 @@ def test_a_zarr_reader_and_the_groups_own_words_are_enough_to_decode(tmp_path):
     cache = make_cache(tmp_path / "cache", random_samples(1, longest=600, seed=2), [spec])
     group = zarr.open_group(shard_folder(cache, 0) / "aux.1.int8", mode="r")
     rows, count = group.attrs["rows"], group.attrs["escapes"]
-    mean, spread = group["channels"][:]
+    mean, std = group["channels"][:]
     scale = (group["scale"][:rows].astype(np.uint32) << 16).view(np.float32).repeat(128, axis=1)
-    values = rounded(group["values"][:rows].astype(np.float32) * scale * spread + mean).view(np.uint32) >> 16
-    escapes = group["escapes"][:count]
-    values[escapes[:, 0], escapes[:, 1]] = escapes[:, 2] & 0xFFFF
+    values = rounded(group["values"][:rows].astype(np.float32) * scale * std + mean).view(np.uint32) >> 16
+    outliers = group["escapes"][:count]
+    values[outliers[:, 0], outliers[:, 1]] = outliers[:, 2] & 0xFFFF
     assert count and np.array_equal(values, bits(HiddenCache.open(cache).read(0).aux[0]))
 
 
@@ -411,8 +411,8 @@ def test_the_calibration_leaves_out_what_lies_at_either_end():
     values[:4, 0], values[4, 1], values[:, 2] = 1e6, np.nan, 5.0
     found = calibrate(values)
     inner = np.sort(values[np.isfinite(values).all(axis=1), 0].astype(np.float64))[4:-4]
-    assert np.isclose(found.mean[0], inner.mean()) and np.isclose(found.spread[0], inner.std())
-    assert found.mean[2] == 5 and found.spread[2] == np.float32(np.median(np.r_[found.spread[:2], 0]) * 2.0**-20)
+    assert np.isclose(found.mean[0], inner.mean()) and np.isclose(found.std[0], inner.std())
+    assert found.mean[2] == 5 and found.std[2] == np.float32(np.median(np.r_[found.std[:2], 0]) * 2.0**-20)
 
 
 def test_a_calibration_looks_at_samples_in_an_order_of_their_own(tmp_path):
@@ -497,7 +497,7 @@ def test_the_same_capture_in_int8_gives_the_same_bytes_also_when_it_goes_on(
 def test_states_that_int8_would_spoil_are_refused_before_anything_is_written(
     tiny_target, tiny_corpus, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(certificate, "MOST_OF_TOKEN", 1e-4)
+    monkeypatch.setattr(certificate, "MAX_OF_TOKEN", 1e-4)
     options = CaptureOptions(layers="1,3", max_length=256, max_samples=4, codec="int8")
     with pytest.raises(ProofError, match=r"aux\.1 does not fit int8: a token .* --codec aux\.1=zstd"):
         capture(str(tiny_target), str(tiny_corpus), tmp_path / "cache", options=options)
@@ -546,7 +546,7 @@ def test_a_cache_recoded_to_int8_keeps_its_promise_and_says_so(captured, tmp_pat
         assert ((found.aux - right.aux).norm() / right.aux.norm()) < 0.008
         assert torch.equal(found.final, right.final)
     facts = coarse.columns(0)["aux.1"]["facts"]
-    assert facts["certificate"]["of_token"] < certificate.MOST_OF_TOKEN and "probe" in facts
+    assert facts["certificate"]["of_token"] < certificate.MAX_OF_TOKEN and "probe" in facts
     with pytest.raises(UsageError, match=r"holds aux.1 in int8, and what that has rounded stays so"):
         recode(cache, "raw")
 

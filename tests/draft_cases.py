@@ -1,0 +1,102 @@
+"""Small drafts of every method with random weights, packed samples for them, and what their tests compare."""
+
+import pytest
+import torch
+
+from pipeline.drafts import DRAFTS, Draft, DraftConfig, ScheduleValues, eligible_anchors, lay_blocks, pack
+from pipeline.target.head import TargetHead
+from pipeline.target.layers import final_rows
+
+H, V, K, L = 32, 64, 3, 8
+SHAPE = {
+    "hidden_size": H,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,  # not H / 4
+    "vocab_size": V,
+    "rope_theta": 1e4,
+    "max_position_embeddings": 512,
+    "num_target_layers": L,
+    "target_layer_ids": (1, 3, 5),
+    "block_size": 5,
+    "mask_token_id": V - 1,
+    "gamma": 4.0,
+}
+OWN = {
+    "dflash": {},
+    "domino": {"pure_draft_prefix_len": 1, "emb_dim": 8, "gru_hidden_dim": 16},
+    "dspark": {"markov_rank": 8, "markov_head_type": "rnn"},
+}
+HEADS = ("prefix_gru", "embed_proj", "markov_head", "confidence_head")
+SLIDING = {"layer_types": ("sliding_attention", "full_attention"), "sliding_window": 6}
+every_method = pytest.mark.parametrize("method", DRAFTS)
+both_shifts = pytest.mark.parametrize("shift", [False, True], ids=["same", "shift"])
+every_convention = pytest.mark.parametrize(
+    ("method", "shift"),
+    [(method, shift) for method in DRAFTS for shift in (False, True) if shift or method != "dspark"],
+)
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}
+both_windows = pytest.mark.parametrize(
+    "window", [{}, SLIDING, {"rope_scaling": YARN}], ids=["full", "sliding", "full, scaled"]
+)
+
+
+def fields(method: str, shift: bool = True, **changes) -> dict:
+    return SHAPE | OWN[method] | {"method": method, "shift_label": shift} | changes
+
+
+def build(method: str, shift: bool = True, seed: int = 0, softcap: float | None = None, **changes) -> Draft:
+    """A draft whose parameters are all far from their start, norms included."""
+    generator = torch.Generator().manual_seed(seed)
+    embed_VD = torch.randn(V, H, generator=generator)
+    head = TargetHead(embed_VD, torch.randn(V, H, generator=generator) * 0.3, logit_softcap=softcap)
+    draft = DRAFTS[method](DraftConfig(**fields(method, shift, **changes)), head)
+    with torch.no_grad():
+        for name, parameter in sorted(draft.named_parameters()):
+            norm = parameter.ndim == 1 and "bias" not in name
+            parameter.copy_(norm + 0.25 * torch.randn(parameter.shape, generator=generator))
+    return draft
+
+
+class Sample:
+    def __init__(self, length: int, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        self.ids = torch.randint(0, V - 1, (length,), generator=generator, dtype=torch.int32)
+        self.mask = torch.rand(length, generator=generator) > 0.2
+        self.mask[:3] = False
+        self.aux = torch.randn(K, length, H, generator=generator)
+        self.final_rows = torch.from_numpy(final_rows(self.mask.numpy())).nonzero().flatten()
+        self.final = torch.randn(len(self.final_rows), H, generator=generator)
+
+
+def cell_of(*lengths: int):
+    names = [f"s{n}" for n in range(len(lengths))]
+    return pack([Sample(length, seed) for seed, length in enumerate(lengths)], names, final=True)
+
+
+def anchors_of(cell) -> torch.Tensor:
+    """Every eligible anchor of every document."""
+    spans = zip(cell.starts_M.tolist(), cell.lengths_M.tolist(), strict=True)
+    return torch.cat([eligible_anchors(cell.mask_R[s : s + n]).nonzero().flatten() + s for s, n in spans])
+
+
+def all_blocks(draft: Draft, cell, padding: int = 0):
+    anchors = torch.cat([anchors_of(cell), torch.zeros(padding, dtype=torch.long)])
+    keep = torch.arange(len(anchors)) < len(anchors) - padding
+    return lay_blocks(cell, anchors, keep, draft.config)
+
+
+def loss_of(draft, cell, blocks, lambda_base=0.4, metrics=False):
+    return draft.loss(cell, blocks, ScheduleValues(lambda_base), draft.denominators(blocks), metrics)
+
+
+def gradients(draft: Draft, total: torch.Tensor) -> dict[str, torch.Tensor]:
+    draft.zero_grad()
+    total.backward()
+    return {name: parameter.grad.clone() for name, parameter in draft.named_parameters()}
+
+
+def assert_near(found, wanted, tolerance=1e-6):
+    assert (found - wanted).abs().max() <= tolerance * wanted.abs().max().clamp(min=1e-3)
