@@ -33,7 +33,7 @@ DECIDED_BY = {
 FORM = {"decided_by": DECIDED_BY, "plain_replies": {str: [int]}}
 
 
-def deciding(target: PreTrainedModel, digest: str, max_new: int, stops: Collection[int]) -> dict:
+def reply_settings(target: PreTrainedModel, digest: str, max_new: int, stops: Collection[int]) -> dict:
     """Return what decides a plain reply besides the prompt. Threads, device and versions do so where two logits tie."""
     return {
         "target": digest,

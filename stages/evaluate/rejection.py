@@ -17,12 +17,14 @@ from pipeline.evaluation.accept_length import agree
 from pipeline.sampling import draw, uniforms
 
 
-def keep_equal(proposal: Proposal, logits_NV: Tensor) -> list[int]:
+def accept_greedy(proposal: Proposal, logits_NV: Tensor) -> list[int]:
     """Return the proposals before the first that is not the target's likeliest token, and that token."""
     return agree(proposal.ids_P.tolist(), logits_NV.argmax(-1).tolist())
 
 
-def keep_by_chance(proposal: Proposal, logits_NV: Tensor, temperature: float, generator: torch.Generator) -> list[int]:
+def rejection_sample(
+    proposal: Proposal, logits_NV: Tensor, temperature: float, generator: torch.Generator
+) -> list[int]:
     """Return the proposals kept and one token of the target's own, together distributed as softmax(logits / T) says.
 
     A proposal without q is that of a greedy draft: one-hot, so it is kept with probability p(x), and a replacement is

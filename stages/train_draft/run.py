@@ -14,7 +14,7 @@ from pipeline.console import VisibleConsole
 from pipeline.drafts import DRAFTS, Draft, init_weights, needs_teacher
 from pipeline.drafts.rope_scaling import taken_over
 from pipeline.errors import RoomError
-from pipeline.published.init_from import Start, load_start
+from pipeline.published.init_from import InitialWeights, load_initial_weights
 from pipeline.published.writing import unservable
 from pipeline.runs.cache_requirements import check_complete, how_to_add, logit_scale, partial_text, text_config
 from pipeline.runs.folder import read_result, write_result
@@ -58,9 +58,11 @@ def run(
     resolved = resolve(asked, store)
     split = split_for(resolved, store)
     resolved = resolved.lasting(len(split.train))
-    start = None if init_from is None else load_start(init_from, resolved.draft, store.head(dtype=store.dtype))
+    start = (
+        None if init_from is None else load_initial_weights(init_from, resolved.draft, store.head(dtype=store.dtype))
+    )
     if start is not None:
-        resolved = start.turned(resolved)
+        resolved = start.with_rope_scaling(resolved)
     folder = out or default_folder(resolved, store, split, start)
     return carry_out(folder, store, split, resolved, where, start)
 
@@ -77,7 +79,7 @@ def carry_out(
     split: Split,
     resolved: Resolved,
     where: torch.device,
-    start: Start | None = None,
+    start: InitialWeights | None = None,
 ) -> Done:
     """Train one resolved recipe in the folder `path`, or go on there, and say how it went. Raises what `run` does."""
     screen = VisibleConsole()
@@ -91,7 +93,7 @@ def carry_out(
             for line in announced(path, store, split, resolved, where):
                 screen.print(line, markup=False, soft_wrap=True)
             if start is not None:
-                screen.print(visible(start.said), markup=False, soft_wrap=True)
+                screen.print(visible(start.summary), markup=False, soft_wrap=True)
             if differs:
                 began = visible("; ".join(differs))
                 screen.print(
@@ -146,7 +148,7 @@ def train(
     resolved: Resolved,
     where: torch.device,
     screen,
-    start: Start | None = None,
+    start: InitialWeights | None = None,
 ) -> dict:
     """Make the draft, train it to its horizon, return the result."""
     deterministic(where)
@@ -165,7 +167,9 @@ def train(
     return {"steps": steps, "parameters": parameters, "accept_len": accept_len, "eval": figures}
 
 
-def make_draft(resolved: Resolved, store: HiddenCache, where: torch.device, start: Start | None = None) -> Draft:
+def make_draft(
+    resolved: Resolved, store: HiddenCache, where: torch.device, start: InitialWeights | None = None
+) -> Draft:
     """Return a draft on its device: float32 weights, fresh where `start` has none, the frozen head in the
     arithmetic's dtype."""
     dtype = torch.bfloat16 if resolved.recipe.train.dtype == "bfloat16" else torch.float32
@@ -173,7 +177,7 @@ def make_draft(resolved: Resolved, store: HiddenCache, where: torch.device, star
         draft = DRAFTS[resolved.draft.method](resolved.draft, store.head(str(where), dtype))
         init_weights(draft, resolved.recipe.train.seed)
         if start is not None:
-            start.fill(draft)
+            start.load_into(draft)
         return draft.to(where).train()
     except RuntimeError as error:
         if not tensors.out_of_memory(error):

@@ -22,7 +22,7 @@ from pipeline.cache.layout import FINAL
 from pipeline.drafts import needs_teacher
 from pipeline.drafts.rope_scaling import RopeScaling
 from pipeline.errors import CacheError, UsageError
-from pipeline.published.init_from import Start
+from pipeline.published.init_from import InitialWeights
 from pipeline.runs.folder import RECIPE, RUN, read_recipe, read_run, write_run
 from pipeline.runs.recipe import Resolved
 from pipeline.runs.split import Split
@@ -32,7 +32,7 @@ OTHERS = {"config.json": "a model or a draft", "cache.json": "a cache"}  # whose
 RECORDED = ("torch", "numpy", "safetensors", "pydantic")
 
 
-def default_folder(resolved: Resolved, cache: HiddenCache, split: Split, start: Start | None = None) -> Path:
+def default_folder(resolved: Resolved, cache: HiddenCache, split: Split, start: InitialWeights | None = None) -> Path:
     """Return where a run goes when nobody says: named by method, and by what decides how the draft comes out."""
     begun = [] if start is None else [start.digest]
     digests = (resolved.recipe.digest(), cache.digest, split.digest, *_states(resolved, cache), *begun)
@@ -70,7 +70,7 @@ def enter(
     cache: HiddenCache,
     split: Split,
     machine: dict[str, str],
-    start: Start | None = None,
+    start: InitialWeights | None = None,
 ) -> list[str]:
     """Write what the run is, or check that the run already there is the same.
 
