@@ -1,4 +1,4 @@
-"""Where a training starts instead of at random: the weights of a published draft, a trainer's checkpoint, or a run.
+"""Initial weights for a training run: from a published draft, a trainer's checkpoint, or a run.
 
 Only what fits is taken: a draft that reads other layers, another mask token or other positions would load, and have to
 unlearn. A DFlash draft starts a Domino or DSpark one, whose own head begins fresh.
@@ -47,7 +47,7 @@ HEADS += ("enable_confidence_head", "confidence_head_with_markov")
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Weights to begin with. `fresh`: names that they do not hold. `summary`: one line for people."""
+    """Initial weights of a draft. `fresh`: tensors still initialised at random. `summary`: one line."""
 
     place: Path
     tensors: dict[str, Tensor]
@@ -57,11 +57,11 @@ class InitialWeights:
     digest: str  # of names, types and values: what a run is recorded to have started with
 
     def with_rope_scaling(self, resolved: Resolved) -> Resolved:
-        """The recipe with the rotary positions that these weights were trained with, scaled or plain: they go on so."""
+        """Return the recipe with the RoPE scaling (or none) that these weights were trained with."""
         return replace(resolved, draft=resolved.draft.model_copy(update={"rope_scaling": self.rope_scaling}))
 
     def load_into(self, draft: Draft) -> None:
-        """Put the weights into a draft, whose others stay as they are."""
+        """Load the weights into a draft; its other tensors stay as they are."""
         missing, surplus = draft.load_state_dict(self.tensors, strict=False)
         assert not surplus and set(missing) == set(self.fresh), f"{missing} and {surplus}, expected {self.fresh}"
 

@@ -38,7 +38,7 @@ _TENSORS = ("features_KTD", "anchors_N", "prev_NS", "ids_I", "embedded_ID", "col
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What a folder's probe says: how far the logits recomputed are from those stored, relative to their largest."""
+    """Result of a probe check: the largest difference of recomputed from stored logits, relative to the largest."""
 
     blocks: int
     difference: float

@@ -1,4 +1,4 @@
-"""Losslessness, proven: an independent plain loop, and a judge of every difference from it.
+"""The losslessness check: an independent plain decoding loop, and a verdict on every difference from it.
 
 Two forwards of one model over the same tokens, one with a block at once and one a token at a time, round differently,
 and both round more than float32 does. Where two tokens' logits are closer than that, either is the target's choice: a
@@ -25,7 +25,7 @@ from pipeline.errors import ProofError, RoomError
 from stages.evaluate.decode import Decoded
 
 FACTOR = 4  # a near tie's gap is at most so many times the measured difference
-BEYOND = 6.0  # spreads that drawn tokens' token_quantiles may be off: by chance at most 2 exp(-18) = 3e-8
+BEYOND = 6.0  # std that sampled tokens' quantile sum may be off: by chance at most 2 exp(-18) = 3e-8
 ENTRIES_AT_ONCE = 1 << 24  # of one [T, V] tensor in float64
 
 
@@ -51,7 +51,7 @@ def plain_decode(
 
 @dataclass(frozen=True)
 class NearTie:
-    """Two tokens the target cannot tell apart: where, which, their fp32 logits, and how far right forwards differ."""
+    """Two tokens with logits closer than rounding: where, which, float32 logits, and how far valid forwards differ."""
 
     prompt: str
     position: int  # in the reply
@@ -61,7 +61,7 @@ class NearTie:
 
 
 class Judge:
-    """Compares replies. A first difference is scored again without kv in float32.
+    """Compares speculative and plain replies; their first difference is scored again in float32 without a kv cache.
 
     block: tokens verified at once, of each of `batch` prompts.
     """
@@ -183,7 +183,7 @@ def _fault(prompt: str, position: int, tokens: tuple, logits: tuple, cause: str)
 def token_quantiles(
     target: PreTrainedModel, prompt_ids: Sequence[int], ids: Sequence[int], temperature: float
 ) -> list[float]:
-    """Return where each token of a reply stands in the target's own distribution, likeliest first.
+    """Return the quantile of each token of a reply in the target's own distribution, likeliest first.
 
     That is the chance of a likelier token, and half of that of an equally likely one. One ordinary forward over the
     whole text, without kv: it shares nothing with `speculative_decode`.
@@ -199,11 +199,11 @@ def token_quantiles(
 
 
 def check_quantiles(found: Sequence[float]) -> dict:
-    """Return how many tokens were drawn, the mean of their token_quantiles, and how many spreads it is off 1/2.
+    """Return how many tokens were drawn, their mean quantile, and how many std it is off 1/2.
 
-    A token drawn from the target has a place of mean 1/2, whatever came before it, and its place is the mean of a
+    A token drawn from the target has a quantile of mean 1/2, whatever came before it, and it is the mean of a
     uniform number given the token. So the sum of n of them stays at least as close to n/2 as that of n uniform
-    numbers: z spreads of sqrt(n/12) off has a chance of at most 2 exp(-z^2 / 2). ProofError beyond `BEYOND`: tokens
+    numbers: z std of sqrt(n/12) off has a chance of at most 2 exp(-z^2 / 2). ProofError beyond `BEYOND`: tokens
     likelier than the target's (a mean below 1/2), or less likely.
     """
     count = len(found)

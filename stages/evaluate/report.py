@@ -55,7 +55,7 @@ def decoded_figures(outcomes: Sequence[Outcome], proposals: int, batch: int) -> 
 def drawn_figures(
     drawn: Sequence[tuple[Prompt, Decoded]], found: Sequence[float], sampling: SamplingOptions, proposals: int
 ) -> dict:
-    """Return the report's part on replies drawn at a temperature. `found`: the places of their tokens. ProofError."""
+    """Return the report's part on sampled replies. `found`: their tokens' quantiles. ProofError where biased."""
     return {**asdict(sampling), **accept_figures(drawn, proposals), "lossless": check_quantiles(found)}
 
 
