@@ -66,7 +66,7 @@ def test_dflash_weights_start_another_method_whose_head_is_fresh_and_this_is_sai
     start.load_into(draft)
 
     assert set(start.fresh) == fresh.keys()
-    assert f"{heads} fresh" in start.summary and "guessed anchor + k, now learns anchor + k + 1" in start.said
+    assert f"{heads} fresh" in start.summary and "guessed anchor + k, now learns anchor + k + 1" in start.summary
     assert all(torch.equal(tensor, (backbone() | fresh)[name]) for name, tensor in draft.state_dict().items())
 
 
