@@ -255,11 +255,11 @@ def evaluate(draft, as_json, temperature, draft_temperature, seed, **chosen):
     drawing, reported apart. With --plain the target's own replies are decoded once for all drafts: where the file has
     them they are taken from it, and no speeds are compared. With --batch it is sooner done, and no speeds are measured.
     """
-    from stages.evaluate.run import Dice, run, table
+    from stages.evaluate.run import SamplingOptions, run, table
 
     of_draft = temperature if draft_temperature is None else draft_temperature
-    dice = Dice(temperature, of_draft, seed) if temperature or of_draft else None
-    show(run(draft, dice=dice, **chosen), as_json, table)
+    sampling = SamplingOptions(temperature, of_draft, seed) if temperature or of_draft else None
+    show(run(draft, sampling=sampling, **chosen), as_json, table)
 
 
 @commands.command()

@@ -20,12 +20,12 @@ ROUNDING = 2**10  # steps of a type at the largest logit; 8 were measured, a fau
 
 @dataclass(frozen=True)
 class Round:
-    """One verification of one text; the first is the prefill's. dice: the generator's state before it."""
+    """One verification of one text; the first is the prefill's. generator_state: before it."""
 
     ids: list[int]
     q_PV: Tensor | None
     logits_NV: Tensor
-    dice: list[int] | None
+    generator_state: list[int] | None
     kept: list[int]
 
 
@@ -34,11 +34,11 @@ class Rounds:
 
     def __init__(self, monkeypatch):
         self.texts: dict[tuple, list[Round]] = {}
-        rule = decode._rule
+        rule = decode._acceptance_rule
 
-        def heard(dice, prompt_ids):
-            keep, generator = rule(dice, prompt_ids)
-            rounds = self.texts[tuple(prompt_ids), dice is not None] = []
+        def heard(sampling, prompt_ids):
+            keep, generator = rule(sampling, prompt_ids)
+            rounds = self.texts[tuple(prompt_ids), sampling is not None] = []
 
             def listen(proposal, logits_NV):
                 state = None if generator is None else generator.get_state().tolist()
@@ -49,7 +49,7 @@ class Rounds:
 
             return listen, generator
 
-        monkeypatch.setattr(decode, "_rule", heard)
+        monkeypatch.setattr(decode, "_acceptance_rule", heard)
 
     def take(self) -> dict[tuple, list[Round]]:
         """Return what was heard, and forget it."""
@@ -68,7 +68,7 @@ def parted(one: dict[tuple, list[Round]], other: dict[tuple, list[Round]]) -> se
 def _parted(one: list[Round], other: list[Round], text: tuple) -> bool:
     for number, (mine, theirs) in enumerate(zip(one, other, strict=False)):
         where = f"round {number} of {text}"
-        assert mine.dice == theirs.dice, f"{where}: other numbers are drawn"
+        assert mine.generator_state == theirs.generator_state, f"{where}: other numbers are drawn"
         pairs = zip(mine.ids, theirs.ids, strict=False)
         same = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(mine.ids), len(theirs.ids)))
         _assert_near(mine.logits_NV[: same + 1], theirs.logits_NV[: same + 1], where)

@@ -24,9 +24,9 @@ from pipeline.errors import ProofError, UsageError
 from pipeline.sampling import draw, prompt_generator, uniforms
 from pipeline.target.model import head_of
 from stages.evaluate import decode, rejection
-from stages.evaluate.decode import Dice, speculative_decode
-from stages.evaluate.losslessness import judge_places, places, plain_decode
-from stages.evaluate.rejection import keep_by_chance
+from stages.evaluate.decode import SamplingOptions, speculative_decode
+from stages.evaluate.losslessness import check_quantiles, plain_decode, token_quantiles
+from stages.evaluate.rejection import rejection_sample
 
 V, MASK, STOP = 4, 2, 3
 PROMPT, NEW, BLOCK = [0, 2, 1], 4, 3
@@ -135,8 +135,8 @@ def p_value(target, draft, draft_temperature=1.0, threshold=0.0):
     """The chance that replies drawn from the target differ from what is expected by more than these do."""
     drawn, blocks = Counter(), Counter()
     for seed in range(REPLIES):
-        dice = Dice(1.0, draft_temperature, seed)
-        reply = speculative_decode(target, draft, PROMPT, NEW, {STOP}, dice=dice, threshold=threshold)
+        sampling = SamplingOptions(1.0, draft_temperature, seed)
+        reply = speculative_decode(target, draft, PROMPT, NEW, {STOP}, sampling=sampling, threshold=threshold)
         drawn[tuple(reply.ids)] += 1
         blocks.update(zip(reply.proposed, reply.matched, strict=True))
     expected = {reply: REPLIES * chance for reply, chance in target.chances().items()}
@@ -175,12 +175,12 @@ def accept_the_likeliest(monkeypatch):
     """Keep what is the target's likeliest token, always; draw from p in place of anything else."""
 
     def keep(proposal, logits_NV, temperature, generator):
-        tokens = rejection.keep_equal(proposal, logits_NV)
+        tokens = rejection.accept_greedy(proposal, logits_NV)
         p_NV = (logits_NV.double() / temperature).softmax(-1)
         own = draw(p_NV[len(tokens) - 1][None], uniforms(1, generator))
         return [*tokens[:-1], int(own)]
 
-    monkeypatch.setattr(decode, "keep_by_chance", keep)
+    monkeypatch.setattr(decode, "rejection_sample", keep)
 
 
 def leave_the_residual_whole(monkeypatch):
@@ -233,7 +233,7 @@ def test_replies_depend_on_seed_and_prompt_only(target):
     draft = make_draft(target, "dspark")
 
     def reply(seed):
-        return speculative_decode(target, draft, PROMPT, NEW, {STOP}, dice=Dice(1.0, 1.0, seed))
+        return speculative_decode(target, draft, PROMPT, NEW, {STOP}, sampling=SamplingOptions(1.0, 1.0, seed))
 
     first = [reply(seed) for seed in range(20)]
     torch.manual_seed(1)
@@ -246,17 +246,17 @@ def test_replies_depend_on_seed_and_prompt_only(target):
 
 def test_near_to_zero_a_temperature_is_greedy_and_zero_is_refused(target):
     draft, greedy = make_draft(target, "domino"), plain_greedy(target)
-    cold = speculative_decode(target, draft, PROMPT, NEW, {STOP}, dice=Dice(1e-3, 1e-3, 7))
+    cold = speculative_decode(target, draft, PROMPT, NEW, {STOP}, sampling=SamplingOptions(1e-3, 1e-3, 7))
     plain = speculative_decode(target, draft, PROMPT, NEW, {STOP})
     assert cold.ids == plain.ids == greedy
     assert (cold.lengths, cold.matched, cold.proposed) == (plain.lengths, plain.matched, plain.proposed)
     for temperature, of_draft in ((0.0, 0.0), (-1.0, 1.0), (float("nan"), 1.0), (1.0, -0.5), (1e-9, 1.0)):
         with pytest.raises(UsageError, match="0 is for greedy"):
-            Dice(temperature, of_draft)
+            SamplingOptions(temperature, of_draft)
     with pytest.raises(UsageError, match="add --temperature"):
-        Dice(0.0, 1.0)
+        SamplingOptions(0.0, 1.0)
     with pytest.raises(UsageError, match="wanted one of 64 bits"):
-        Dice(1.0, 1.0, 2**63)
+        SamplingOptions(1.0, 1.0, 2**63)
 
 
 def plain_greedy(target):
@@ -272,7 +272,7 @@ def plain_greedy(target):
 def verify(p_NV, ids_P, q_PV, seed=0):
     logits_NV, ids_P = torch.tensor(p_NV, dtype=torch.float64).log(), torch.tensor(ids_P, dtype=torch.long)
     q_PV = None if q_PV is None else torch.tensor(q_PV)
-    return keep_by_chance(Proposal(ids_P, q_PV), logits_NV, 1.0, torch.Generator().manual_seed(seed))
+    return rejection_sample(Proposal(ids_P, q_PV), logits_NV, 1.0, torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -314,7 +314,9 @@ def test_greedy_text_is_no_drawn_text():
     prompts = [[104, 105, first] for first in range(8)]
 
     def judged(ids_of):
-        return judge_places([place for prompt in prompts for place in places(model, prompt, ids_of(prompt), 1.0)])
+        return check_quantiles(
+            [place for prompt in prompts for place in token_quantiles(model, prompt, ids_of(prompt), 1.0)]
+        )
 
     def drawn(prompt):
         text, generator = list(prompt), prompt_generator(3, prompt)
@@ -334,8 +336,8 @@ def test_places_by_hand():
     model = random_model(config())
     p_V = model(torch.tensor([[5, 6, 7]])).logits[0, -1].double().div(0.8).softmax(-1)
     likeliest, least = int(p_V.argmax()), int(p_V.argmin())
-    assert places(model, [5, 6, 7], [likeliest], 0.8) == [pytest.approx(float(p_V.max()) / 2)]
-    assert places(model, [5, 6, 7], [least], 0.8) == [pytest.approx(1 - float(p_V.min()) / 2)]
-    every = [places(model, [5, 6, 7], [token], 0.8)[0] for token in range(264)]
+    assert token_quantiles(model, [5, 6, 7], [likeliest], 0.8) == [pytest.approx(float(p_V.max()) / 2)]
+    assert token_quantiles(model, [5, 6, 7], [least], 0.8) == [pytest.approx(1 - float(p_V.min()) / 2)]
+    every = [token_quantiles(model, [5, 6, 7], [token], 0.8)[0] for token in range(264)]
     assert float(p_V @ torch.tensor(every, dtype=torch.float64)) == pytest.approx(0.5)
-    assert judge_places([]) == {"tokens": 0, "place": 0.5, "spreads": 0.0}
+    assert check_quantiles([]) == {"tokens": 0, "place": 0.5, "spreads": 0.0}

@@ -21,7 +21,15 @@ from pipeline.console import Grid, grid
 from pipeline.errors import UsageError
 from pipeline.evaluation.accept_length import resamples
 from pipeline.evaluation.plot import lines_of, recipes_of
-from pipeline.evaluation.reports import asked_in, cell, columns_of, drawn_at, load_reports, prompts_of, temperatures
+from pipeline.evaluation.reports import (
+    cell,
+    columns_of,
+    load_reports,
+    prompt_set,
+    prompts_of,
+    sampling_temperatures,
+    temperatures,
+)
 from pipeline.evaluation.tables import as_markdown
 from pipeline.visible_text import escape_markdown, visible
 
@@ -82,9 +90,13 @@ def _rows(name: str, members: list[dict], base: list[dict]) -> Iterator[list[str
     """A draft's rows: of greedy replies, and of those drawn at each temperature."""
     seeds = str(len({report["draft"].get("seed") for report in members}))
     yield [name, seeds, "0", cell(members, None), *_ahead(members, base)]
-    for of in sorted({drawn_at(report) for report in members} - {None}):
+    for of in sorted({sampling_temperatures(report) for report in members} - {None}):
         ours, theirs = (
-            [report | {"samples": report["sampled"]["samples"]} for report in reports if drawn_at(report) == of]
+            [
+                report | {"samples": report["sampled"]["samples"]}
+                for report in reports
+                if sampling_temperatures(report) == of
+            ]
             for reports in (members, base)
         )
         yield ["", "", temperatures(*of), cell(ours, None), *_ahead(ours, theirs)]
@@ -94,19 +106,19 @@ def _ahead(members: list[dict], base: list[dict]) -> tuple[str, str]:
     """The ratio with its interval, and the seeds' lowest and highest; a seed is compared with the baseline's own."""
     if not prompts_of(members) or not prompts_of(base):
         return "-", "-"
-    one, other = lengths_of(members, base)
+    one, other = accept_lengths_of(members, base)
     low, high = np.quantile(one.drawn_B / other.drawn_B, EDGES)
     pairs = [one.seeds[seed] / other.seeds[seed] for seed in one.seeds.keys() & other.seeds.keys()]
     spread = f"{min(pairs):.3f} - {max(pairs):.3f}" if len(pairs) > 1 else "-"
     return f"{one.whole / other.whole:.3f} [{low:.3f}, {high:.3f}]", spread
 
 
-def lengths_of(*drafts: list[dict]) -> list[Lengths]:
+def accept_lengths_of(*drafts: list[dict]) -> list[Lengths]:
     """Return the accept lengths of drafts that decoded the same prompts, all over the same resamples. UsageError.
 
     Prompts that took no call of any are left out.
     """
-    asked = {asked_in(report) for reports in drafts for report in reports}
+    asked = {prompt_set(report) for reports in drafts for report in reports}
     if len(asked) > 1:
         counts = ", ".join(str(len(prompts)) for prompts in asked)
         raise UsageError(
@@ -142,7 +154,7 @@ def _reached(reports: list[dict], base: list[dict]) -> list[list[str]]:
         if len(line.reports) < 2 or several or not prompts_of(base):
             continue
         steps = list(line.reports)
-        *curve, wanted = lengths_of(*line.reports.values(), base)
+        *curve, wanted = accept_lengths_of(*line.reports.values(), base)
         whole = crossing(steps, [of.whole for of in curve], wanted.whole)
         points_BC = np.stack([of.drawn_B for of in curve], axis=1)
         drawn = [crossing(steps, lengths, goal) for lengths, goal in zip(points_BC, wanted.drawn_B, strict=True)]

@@ -94,7 +94,7 @@ def variants(report: dict) -> list[str]:
     return [part for part in parts if part]
 
 
-def drawn_at(report: dict) -> tuple[float, float] | None:
+def sampling_temperatures(report: dict) -> tuple[float, float] | None:
     """The temperatures of target and draft that replies were drawn at."""
     sampled = report.get("sampled")
     return (sampled["temperature"], sampled["draft_temperature"]) if sampled else None
@@ -122,7 +122,7 @@ def accept_length(reports: list[dict], domain: str | None = None) -> tuple[float
         bootstrap,  # here, not above: torch takes seconds that not every table needs
     )
 
-    if len(set(map(asked_in, reports))) > 1:
+    if len(set(map(prompt_set, reports))) > 1:
         counts = ", ".join(str(len(report["samples"])) for report in reports)
         raise UsageError(
             f"seeds of one recipe were evaluated on other prompts ({counts} of them), which cannot be "
@@ -135,7 +135,7 @@ def accept_length(reports: list[dict], domain: str | None = None) -> tuple[float
     return (tokens_n.sum() / calls_n.sum(), *bootstrap(tokens_n, calls_n, seed=0))
 
 
-def asked_in(report: dict) -> tuple:
+def prompt_set(report: dict) -> tuple:
     """Return what tells its prompts from another report's. Reports of earlier versions name domains and cache only."""
     known = report.get("cache")
     return tuple((sample["domain"], sample.get("prompt", known)) for sample in report["samples"])

@@ -16,7 +16,7 @@ from pipeline.cache.manifest import read_canonical
 from pipeline.cache.target_folder import has_target, target_file
 from pipeline.console import grid, shows_styles
 from pipeline.errors import CacheError, UsageError
-from pipeline.evaluation.reports import cell, columns_of, drawn_at, load_reports, temperatures
+from pipeline.evaluation.reports import cell, columns_of, load_reports, sampling_temperatures, temperatures
 from pipeline.visible_text import escape_markdown, visible, visible_lines
 
 TOKENIZER = "tokenizer.json"
@@ -151,7 +151,9 @@ def comparison(paths: Sequence[Path], markdown: bool = False, forced: bool = Fal
     domains = sorted({domain for reports in columns.values() for report in reports for domain in report["domains"]})
     figures = {domain: lambda reports, domain=domain: cell(reports, domain) for domain in domains}
     figures |= {"all": lambda reports: cell(reports, None), "mean of domains": _mean_of_domains}
-    for drawn in sorted({drawn for reports in columns.values() for drawn in map(drawn_at, reports)} - {None}):
+    for drawn in sorted(
+        {drawn for reports in columns.values() for drawn in map(sampling_temperatures, reports)} - {None}
+    ):
         figures |= _drawn_rows(*drawn)
     if forced:
         figures |= {f"{domain}, forced": lambda reports, name=domain: _forced(reports, name) for domain in domains}
@@ -177,7 +179,7 @@ def _drawn_rows(temperature: float, of_draft: float) -> dict:
     title = f"T = {temperatures(temperature, of_draft)}"
 
     def parts(reports: list[dict]) -> list[dict]:
-        return [report["sampled"] for report in reports if drawn_at(report) == (temperature, of_draft)]
+        return [report["sampled"] for report in reports if sampling_temperatures(report) == (temperature, of_draft)]
 
     return {
         f"all, {title}": lambda reports: cell(parts(reports), None),

@@ -12,7 +12,7 @@ import torch
 from pipeline.errors import ProofError, UsageError
 from pipeline.published.folder import Opened, open_folder
 from pipeline.published.names import draft_tensors
-from pipeline.published.probe import Judged, judge
+from pipeline.published.probe import ProbeResult, check_probe
 from pipeline.published.weights import WEIGHTS
 
 # What engines load as weights, whatever it is called (vLLM and SGLang glob these).
@@ -27,7 +27,7 @@ class Checked:
     tensors: int
     parameters: int
     dtypes: tuple[str, ...]
-    probe: Judged | None
+    probe: ProbeResult | None
 
     def as_dict(self) -> dict:
         config, described = self.opened.config, self.opened.described
@@ -64,7 +64,7 @@ def check_export(path: Path, target_layers: int | None = None) -> Checked:
             _check_map(opened, name) if name in ("d2t", "t2d") else opened[name]
         shapes = draft_tensors(opened.config, opened.described.proposed)
         count = sum(int(torch.Size(shape).numel()) for shape in shapes.values())
-        return Checked(opened, len(shapes), count, tuple(sorted(dtypes)), judge(opened))
+        return Checked(opened, len(shapes), count, tuple(sorted(dtypes)), check_probe(opened))
     except UsageError as error:
         raise ProofError(f"check-export: {error}") from error
 

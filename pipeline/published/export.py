@@ -83,7 +83,7 @@ def export(run: Path, out: Path, format: str = "sglang") -> dict:
             proof = prove(unfinished, draft, make_probe(config, rows, head, source), dtype)
             proof += _prove_files(unfinished, draft, make_probe(config, shorter(rows), head, source, KEPT_BLOCKS))
             _finish(unfinished, out.name, config, format, draft, known)
-            _put(unfinished, out)
+            _rename_into_place(unfinished, out)
     weights = draft.state_dict().values()
     count = sum(weight.numel() for weight in weights)
     return {"tensors": len(weights), "parameters": count, "dtype": known.origin.dtype, "proof": proof}
@@ -178,7 +178,7 @@ def _prove_files(folder: Path, draft: Draft, probe: Probe) -> str:
     return f"; plain arithmetic on the files gives the same within {judged.difference:.0e}"
 
 
-def _put(unfinished: Path, out: Path) -> None:
+def _rename_into_place(unfinished: Path, out: Path) -> None:
     """Give the finished folder its name. UsageError when another one has it; the same one is left as it is."""
     if not out.exists():
         os.rename(unfinished, out)

@@ -1,4 +1,4 @@
-"""Where a training starts instead of at random: the weights of a published draft, a trainer's checkpoint, or a run.
+"""Initial weights for a training run: from a published draft, a trainer's checkpoint, or a run.
 
 Only what fits is taken: a draft that reads other layers, another mask token or other positions would load, and have to
 unlearn. A DFlash draft starts a Domino or DSpark one, whose own head begins fresh.
@@ -46,27 +46,27 @@ HEADS += ("enable_confidence_head", "confidence_head_with_markov")
 
 
 @dataclass(frozen=True)
-class Start:
-    """Weights to begin with. `fresh`: names that they do not hold. `said`: one line for people."""
+class InitialWeights:
+    """Initial weights of a draft. `fresh`: tensors still initialised at random. `summary`: one line."""
 
     place: Path
     tensors: dict[str, Tensor]
     fresh: tuple[str, ...]
-    said: str
+    summary: str
     rope_scaling: RopeScaling | None  # what they were trained with, which training goes on with
     digest: str  # of names, types and values: what a run is recorded to have started with
 
-    def turned(self, resolved: Resolved) -> Resolved:
-        """The recipe with the rotary positions that these weights were trained with, scaled or plain: they go on so."""
+    def with_rope_scaling(self, resolved: Resolved) -> Resolved:
+        """Return the recipe with the RoPE scaling (or none) that these weights were trained with."""
         return replace(resolved, draft=resolved.draft.model_copy(update={"rope_scaling": self.rope_scaling}))
 
-    def fill(self, draft: Draft) -> None:
-        """Put the weights into a draft, whose others stay as they are."""
+    def load_into(self, draft: Draft) -> None:
+        """Load the weights into a draft; its other tensors stay as they are."""
         missing, surplus = draft.load_state_dict(self.tensors, strict=False)
         assert not surplus and set(missing) == set(self.fresh), f"{missing} and {surplus}, expected {self.fresh}"
 
 
-def load_start(place: Path, wanted: DraftConfig, head: TargetHead | None = None) -> Start:
+def load_initial_weights(place: Path, wanted: DraftConfig, head: TargetHead | None = None) -> InitialWeights:
     """Return the weights at `place` for a draft of the config `wanted`.
 
     place: a published folder of any form, SpecForge's training checkpoint with the draft's config.json beside it, or a
@@ -74,7 +74,7 @@ def load_start(place: Path, wanted: DraftConfig, head: TargetHead | None = None)
     naming the first thing that does not fit, with both values.
     """
     place = Path(place)
-    config, tensors, proposed = _of_run(place) if _is_run(place) else _of_folder(place, wanted, head)
+    config, tensors, proposed = _read_run(place) if _is_run(place) else _read_published(place, wanted, head)
     _check_fits(place, config, wanted)
     same = config.method == wanted.method
     if proposed < wanted.vocab_size and head_tensors(config):
@@ -84,21 +84,23 @@ def load_start(place: Path, wanted: DraftConfig, head: TargetHead | None = None)
         )
     taken = {name: tensors[name] for name in (draft_tensors(wanted) if same else backbone_tensors(wanted))}
     fresh = tuple(sorted(draft_tensors(wanted).keys() - taken.keys()))
-    return Start(place, taken, fresh, _said(place, config, wanted, fresh), config.rope_scaling, _digest(taken))
+    return InitialWeights(
+        place, taken, fresh, _summary(place, config, wanted, fresh), config.rope_scaling, _digest(taken)
+    )
 
 
 def _is_run(place: Path) -> bool:
     return (place / DRAFT).is_file() or bool(steps(place))
 
 
-def _of_run(place: Path) -> tuple[DraftConfig, dict[str, Tensor], int]:
+def _read_run(place: Path) -> tuple[DraftConfig, dict[str, Tensor], int]:
     checkpoint, config = find_checkpoint(place), load_config(place)
     open_checkpoint(checkpoint)
     weights = open_safetensors([checkpoint / DRAFT])
     return config, {name: weights[name] for name in weights.shapes}, config.vocab_size
 
 
-def _of_folder(place: Path, wanted: DraftConfig, head: TargetHead | None):
+def _read_published(place: Path, wanted: DraftConfig, head: TargetHead | None):
     opened = open_folder(place, wanted.num_target_layers)
     if head is not None:
         opened.check_copies(head.embed_VD, head.head_VD)
@@ -126,7 +128,7 @@ def _plain(value):
     return list(value) if isinstance(value, tuple) else value
 
 
-def _said(place: Path, config: DraftConfig, wanted: DraftConfig, fresh: tuple[str, ...]) -> str:
+def _summary(place: Path, config: DraftConfig, wanted: DraftConfig, fresh: tuple[str, ...]) -> str:
     parts = [f"starting from the {config.method} draft {place}"]
     if fresh:
         heads = sorted({name.partition(".")[0] for name in fresh})

@@ -37,8 +37,8 @@ _TENSORS = ("features_KTD", "anchors_N", "prev_NS", "ids_I", "embedded_ID", "col
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What a folder's probe says: how far the logits recomputed are from those stored, relative to their largest."""
+class ProbeResult:
+    """Result of a probe check: the largest difference of recomputed from stored logits, relative to the largest."""
 
     blocks: int
     difference: float
@@ -81,7 +81,7 @@ def _confidence(draft: Draft, hidden_NSD: Tensor, prev_NS: Tensor) -> Tensor | N
     return draft.confidence(hidden_NSD, prev_NS)
 
 
-def judge(opened: Opened) -> Judged | None:
+def check_probe(opened: Opened) -> ProbeResult | None:
     """Recompute the probe of a folder by `arithmetic`, which shares no code with the trainer. None without a probe.
 
     UsageError when config or weights are not those it was made with, or the logits differ.
@@ -107,7 +107,7 @@ def judge(opened: Opened) -> Judged | None:
             f"{opened.path}: logits recomputed from its files differ from those stored at export by {wrong[0]:.2g}, "
             f"more than {TOLERANCE:g}; export it again"
         )
-    return Judged(len(tensors["anchors_N"]), max(differences), str(facts["source"]))
+    return ProbeResult(len(tensors["anchors_N"]), max(differences), str(facts["source"]))
 
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:

@@ -76,8 +76,8 @@ def _attention(get: Get, config: DraftConfig, y_SD: Tensor, context_TD: Tensor, 
         out = out.unflatten(-1, (-1, E)).transpose(0, 1)
         return _norm(get(f"{name}_norm.weight"), out, config) if normed else out
 
-    q = _turned(heads("q", y_SD, True), T, config)
-    k, v = _turned(heads("k", keys_LD, True), 0, config), heads("v", keys_LD, False)
+    q = _rotate(heads("q", y_SD, True), T, config)
+    k, v = _rotate(heads("k", keys_LD, True), 0, config), heads("v", keys_LD, False)
     shared = len(q) // len(k)  # query heads that read the same keys
     k, v = k.repeat_interleave(shared, 0), v.repeat_interleave(shared, 0)
     scores = (q @ k.mT / E**0.5).masked_fill(~visible, -torch.inf)
@@ -85,17 +85,17 @@ def _attention(get: Get, config: DraftConfig, y_SD: Tensor, context_TD: Tensor, 
     return out_SA @ get("o_proj.weight").T + (get("o_proj.bias") if config.attention_bias else 0)
 
 
-def _turned(x_ALE: Tensor, first: int, config: DraftConfig) -> Tensor:
+def _rotate(x_ALE: Tensor, first: int, config: DraftConfig) -> Tensor:
     """Rotary positions first, first + 1, ...: each half of a head with the other, at that position's angles."""
     half = x_ALE.shape[-1] // 2
-    speed = torch.tensor([_speed(index, half, config) for index in range(half)])
+    speed = torch.tensor([_rotary_frequency(index, half, config) for index in range(half)])
     angle = torch.arange(first, first + x_ALE.shape[1])[:, None] * speed
     left, right = x_ALE.split(half, -1)
-    turned = torch.cat([left * angle.cos() - right * angle.sin(), right * angle.cos() + left * angle.sin()], -1)
-    return turned if config.rope_scaling is None else turned * config.rope_scaling.attention_factor
+    rotated = torch.cat([left * angle.cos() - right * angle.sin(), right * angle.cos() + left * angle.sin()], -1)
+    return rotated if config.rope_scaling is None else rotated * config.rope_scaling.attention_factor
 
 
-def _speed(pair: int, half: int, config: DraftConfig) -> float:
+def _rotary_frequency(pair: int, half: int, config: DraftConfig) -> float:
     """Radians a token of one pair of channels, slowed down where the config scales them: fast pairs not, slow ones by
     the factor, those between in part."""
     theta, scaling = config.rope_theta, config.rope_scaling

@@ -1,10 +1,10 @@
-"""Speculative decoding: the draft guesses a block, the target checks it in one forward.
+"""Speculative decoding: the draft proposes a block of tokens, the target verifies it in one forward.
 
 The anchor is the last known token, which the target has not processed yet. A verification runs the target on the
-anchor and the draft's proposals; those it keeps are gained, and one token of its own after them. So the output is the
-target's, whatever the draft says: its likeliest tokens, or as likely as its own when they are drawn (`rejection.py`).
+anchor and the draft's proposals; the accepted ones are gained, and one token of the target's own. So the output is the
+target's, whatever the draft proposes: its greedy tokens, or samples of its own distribution (`rejection.py`).
 
-    B texts   K layers   N new rows   D hidden size   P proposals   V vocabulary
+    B sequences   K layers   N new rows   D hidden size   P proposals   V vocabulary
 """
 
 import time
@@ -23,14 +23,14 @@ from pipeline.evaluation.accept_length import cut
 from pipeline.sampling import prompt_generator
 from pipeline.target.kv_cache import BatchedKV, SingleKV, check_croppable, new_kv
 from pipeline.target.model import tap_layers
-from stages.evaluate.rejection import keep_by_chance, keep_equal
+from stages.evaluate.rejection import accept_greedy, rejection_sample
 
-LOWEST = 1e-3  # the lowest temperature above 0
+MIN_TEMPERATURE = 1e-3  # the lowest temperature above 0
 
 
 @dataclass(frozen=True)
-class Dice:
-    """What a reply is drawn with: from the target at one temperature, proposals from the draft at another, its own.
+class SamplingOptions:
+    """How replies are sampled: the target's temperature, the draft's temperature for proposals, and the seed.
 
     draft_temperature: 0 for the draft's likeliest tokens. seed: with the prompt's tokens, decides every draw.
     """
@@ -47,13 +47,13 @@ class Dice:
         if not -(2**63) <= self.seed < 2**63:
             raise UsageError(f"seed {self.seed}: wanted one of 64 bits, such as 0")
         for name, given in (("temperature", self.temperature), ("draft temperature", self.draft_temperature)):
-            if not (LOWEST <= given < float("inf") or (given == 0 and name != "temperature")):
-                raise UsageError(f"{name} {given}: draws need {LOWEST} or more; 0 is for greedy decoding")
+            if not (MIN_TEMPERATURE <= given < float("inf") or (given == 0 and name != "temperature")):
+                raise UsageError(f"{name} {given}: draws need {MIN_TEMPERATURE} or more; 0 is for greedy decoding")
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A reply and what it took. `ids` is cut to the limit; the lists hold one entry a verification.
+    """A decoded reply and its statistics. `ids` is cut to the limit; the lists hold one entry a verification.
 
     lengths: tokens gained, the target's own included; the last one uncut by the limit, but never past a stop token.
     matched: proposals kept. proposed: proposals verified. target_calls: the prefill and every verification.
@@ -67,22 +67,22 @@ class Decoded:
     seconds: float
 
 
-class _Text:
-    """A prompt, its reply so far, and what its next block is made from."""
+class _Sequence:
+    """A prompt being decoded: its reply so far and the target features that the next block is drafted from."""
 
-    def __init__(self, index: int, prompt_ids: Sequence[int], kv: DraftKV, dice: Dice | None):
+    def __init__(self, index: int, prompt_ids: Sequence[int], kv: DraftKV, sampling: SamplingOptions | None):
         self.index, self.prompt, self.ids, self.kv = index, len(prompt_ids), list(prompt_ids), kv
-        self.keep, self.generator = _rule(dice, prompt_ids)
+        self.accept_rule, self.generator = _acceptance_rule(sampling, prompt_ids)
         self.lengths, self.matched, self.proposed = [], [], []
         self.features_KTD: Tensor | None = None
-        self.start, self.ended, self.began = self.prompt, False, time.perf_counter()
+        self.start, self.ended, self.start_time = self.prompt, False, time.perf_counter()
 
-    def block_request(self) -> BlockRequest:
+    def draft_request(self) -> BlockRequest:
         return BlockRequest(self.features_KTD, self.ids[self.start], self.start, self.kv)
 
-    def take(self, block: Proposal, logits_NV: Tensor, features_KND: Tensor, stops: Collection[int]) -> int:
-        """Keep of a verified block what the target keeps, and return how many tokens were gained."""
-        tokens = self.keep(block, logits_NV)
+    def accept(self, block: Proposal, logits_NV: Tensor, features_KND: Tensor, stops: Collection[int]) -> int:
+        """Append the accepted tokens of a verified block; return how many tokens were gained."""
+        tokens = self.accept_rule(block, logits_NV)
         matched, gained, self.ended = cut(tokens, stops)
         self.ids += tokens[:gained]
         self.start += gained
@@ -92,11 +92,11 @@ class _Text:
         self.proposed.append(len(block.ids_P))
         return gained
 
-    def done(self, max_new: int) -> bool:
+    def finished(self, max_new: int) -> bool:
         return self.ended or self.start >= self.prompt + max_new
 
     def decoded(self, max_new: int) -> Decoded:
-        new, seconds = self.ids[self.prompt : self.prompt + max_new], time.perf_counter() - self.began
+        new, seconds = self.ids[self.prompt : self.prompt + max_new], time.perf_counter() - self.start_time
         return Decoded(new, self.lengths, self.matched, self.proposed, 1 + len(self.lengths), seconds)
 
 
@@ -116,48 +116,48 @@ def decode_many(
     stop_ids: Collection[int] = (),
     *,
     proposals: int | None = None,
-    dice: Dice | None = None,
+    sampling: SamplingOptions | None = None,
     threshold: float = 0.0,
     batch: int = 1,
 ) -> Iterator[tuple[int, Decoded]]:
     """Yield each prompt's index and its decoded reply, in the order they end; `batch` prompts are decoded at once.
 
-    At most `max_new` tokens after a prompt of at least one: the target's likeliest, or drawn with `dice`. A stop token
-    ends the reply and belongs to it. `proposals` verifies only the first so many of each block; later ones never change
-    them. `threshold` cuts each block where the draft's confidence falls below it; where nothing is left, a verification
-    is a plain step. Target and draft are in evaluation mode on one device. Where a prompt ends the next one begins, so
-    one round's forwards serve prompts at different places; with several at once, the seconds of each are not its own.
+    Each prompt has at least one token and gets at most `max_new`: the target's likeliest, or drawn as `sampling` says.
+    A stop token ends the reply and belongs to it. `proposals` verifies only the first so many of each block; later ones
+    never change them. `threshold` cuts each block where the draft's confidence falls below it; an empty block makes the
+    verification a plain step. Target and draft are in evaluation mode on one device. A finished prompt is replaced by
+    the next (continuous batching), so with `batch` > 1 the seconds of a prompt include work on others.
     """
     check_croppable(target)
     assert max_new > 0 and all(len(ids) > 0 for ids in prompts), f"{max_new} new tokens after {prompts}"
-    memory = SingleKV(target)
+    kv_cache = SingleKV(target)
     if batch > 1:
-        memory = BatchedKV(target, batch, max(map(len, prompts)) + max_new + draft.config.proposals)
+        kv_cache = BatchedKV(target, batch, max(map(len, prompts)) + max_new + draft.config.proposals)
     waiting, live, stops = deque(enumerate(prompts)), [], frozenset(stop_ids)
     while waiting or live:
         while waiting and len(live) < batch:
             index, ids = waiting.popleft()
-            text = _Text(index, ids, draft.new_kv(), dice)
-            kv = _prefill(target, draft, text, stops)
-            if text.done(max_new):
-                yield index, text.decoded(max_new)
+            sequence = _Sequence(index, ids, draft.new_kv(), sampling)
+            kv = _prefill(target, draft, sequence, stops)
+            if sequence.finished(max_new):
+                yield index, sequence.decoded(max_new)
             else:
-                memory.add(kv)
-                live.append(text)
+                kv_cache.add(kv)
+                live.append(sequence)
         if live:
-            _round(target, draft, memory, live, stops, proposals, dice, threshold)
-        for place in reversed(range(len(live))):
-            if live[place].done(max_new):
-                memory.remove(place)
-                text, live[place] = live[place], live[-1]
+            _verify_round(target, draft, kv_cache, live, stops, proposals, sampling, threshold)
+        for position in reversed(range(len(live))):
+            if live[position].finished(max_new):
+                kv_cache.remove(position)
+                sequence, live[position] = live[position], live[-1]
                 live.pop()
-                yield text.index, text.decoded(max_new)
+                yield sequence.index, sequence.decoded(max_new)
 
 
-def _prefill(target: PreTrainedModel, draft: Draft, text: _Text, stops: Collection[int]) -> DynamicCache:
-    """Run the target over a prompt, take its first token, and return what the target remembers."""
-    layers, count = draft.config.target_layer_ids, len(text.ids)
-    input_1N = torch.tensor([text.ids], device=target.device)
+def _prefill(target: PreTrainedModel, draft: Draft, sequence: _Sequence, stops: Collection[int]) -> DynamicCache:
+    """Run the target over a prompt, append its first token, and return the target's kv cache."""
+    layers, count = draft.config.target_layer_ids, len(sequence.ids)
+    input_1N = torch.tensor([sequence.ids], device=target.device)
     for wanted in (1, 0):  # 0: all. Where layers share keys, one row of logits may be one row of their states as well
         kv = new_kv()
         with tap_layers(target, layers) as taken:
@@ -165,54 +165,58 @@ def _prefill(target: PreTrainedModel, draft: Draft, text: _Text, stops: Collecti
         if all(taken[layer].shape[1] == count for layer in layers):
             break
     logits_1V = output.logits[0, -1:]
-    text.ids += text.keep(nothing(logits_1V.device), logits_1V)
-    text.ended = text.ids[-1] in stops
-    text.features_KTD = torch.cat([taken[layer] for layer in layers])
+    sequence.ids += sequence.accept_rule(empty_proposal(logits_1V.device), logits_1V)
+    sequence.ended = sequence.ids[-1] in stops
+    sequence.features_KTD = torch.cat([taken[layer] for layer in layers])
     return kv
 
 
-def _round(
+def _verify_round(
     target: PreTrainedModel,
     draft: Draft,
-    memory: SingleKV | BatchedKV,
-    live: Sequence[_Text],
+    kv_cache: SingleKV | BatchedKV,
+    live: Sequence[_Sequence],
     stops: Collection[int],
     proposals: int | None,
-    dice: Dice | None,
+    sampling: SamplingOptions | None,
     threshold: float,
 ) -> None:
-    """Propose a block for every text, verify them in one forward, and keep what the target keeps."""
-    layers, sampling = draft.config.target_layer_ids, None
-    if dice is not None and dice.draft_temperature:
-        sampling = Sampling(dice.draft_temperature, [text.generator for text in live])
+    """Propose a block for every sequence, verify them in one forward, and append what the target accepts."""
+    layers, draft_sampling = draft.config.target_layer_ids, None
+    if sampling is not None and sampling.draft_temperature:
+        draft_sampling = Sampling(sampling.draft_temperature, [sequence.generator for sequence in live])
     blocks = [
         _first(block, proposals)
-        for block in draft.propose([text.block_request() for text in live], sampling, threshold)
+        for block in draft.propose([sequence.draft_request() for sequence in live], draft_sampling, threshold)
     ]
-    pieces = [[text.ids[text.start], *block.ids_P.tolist()] for text, block in zip(live, blocks, strict=True)]
+    pieces = [
+        [sequence.ids[sequence.start], *block.ids_P.tolist()] for sequence, block in zip(live, blocks, strict=True)
+    ]
     with tap_layers(target, layers) as taken:
-        logits_BNV = memory.run(pieces)
+        logits_BNV = kv_cache.run(pieces)
     features_BKND = torch.stack([taken[layer] for layer in layers], dim=1)
-    memory.crop(
+    kv_cache.crop(
         [
-            text.take(block, logits_NV[: len(piece)], features_KND, stops)
-            for text, block, piece, logits_NV, features_KND in zip(
+            sequence.accept(block, logits_NV[: len(piece)], features_KND, stops)
+            for sequence, block, piece, logits_NV, features_KND in zip(
                 live, blocks, pieces, logits_BNV, features_BKND, strict=True
             )
         ]
     )
 
 
-def _rule(dice: Dice | None, prompt_ids: Sequence[int]) -> tuple[Callable, torch.Generator | None]:
-    """Return how the target keeps proposals of a text, and the generator that both it and the draft draw from."""
-    if dice is None:
-        return keep_equal, None
-    generator = prompt_generator(dice.seed, prompt_ids)
-    return partial(keep_by_chance, temperature=dice.temperature, generator=generator), generator
+def _acceptance_rule(
+    sampling: SamplingOptions | None, prompt_ids: Sequence[int]
+) -> tuple[Callable, torch.Generator | None]:
+    """Return the acceptance rule of a sequence, and the generator that both it and the draft sample from."""
+    if sampling is None:
+        return accept_greedy, None
+    generator = prompt_generator(sampling.seed, prompt_ids)
+    return partial(rejection_sample, temperature=sampling.temperature, generator=generator), generator
 
 
-def nothing(device: torch.device) -> Proposal:
-    """What the prefill verifies."""
+def empty_proposal(device: torch.device) -> Proposal:
+    """Return a block without proposals, which the prefill verifies."""
     return Proposal(torch.zeros(0, dtype=torch.long, device=device), None)
 
 

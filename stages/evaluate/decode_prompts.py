@@ -1,4 +1,4 @@
-"""Every prompt decoded with the draft and without it, and judged."""
+"""Decode every prompt with and without the draft, and check that the replies agree."""
 
 import contextlib
 import sys
@@ -15,20 +15,20 @@ from transformers import PreTrainedModel
 
 from pipeline.errors import ProofError, RoomError, UsageError
 from pipeline.tensors import is_out_of_memory
-from stages.evaluate.decode import Decoded, Dice
-from stages.evaluate.losslessness import Judge, places, plain_decode
+from stages.evaluate.decode import Decoded, SamplingOptions
+from stages.evaluate.losslessness import Judge, plain_decode, token_quantiles
 from stages.evaluate.plain_replies import PlainReplies
 from stages.evaluate.prompts import Prompt
 from stages.evaluate.report import Outcome, drawn_figures
 
-SAY_EVERY = 5.0  # seconds between lines where there is no terminal
+PROGRESS_SECONDS = 5.0  # seconds between lines where there is no terminal
 T = TypeVar("T")
-Together = Callable[..., Iterator[tuple[int, Decoded]]]  # `decode_many` of all prompts: yields them as they end
+DecodeAll = Callable[..., Iterator[tuple[int, Decoded]]]  # `decode_many` of all prompts: yields them as they end
 
 
 @contextlib.contextmanager
-def memory_for(batch: int, device: torch.device) -> Iterator[None]:
-    """Say what to do where decoding does not fit the device. RoomError."""
+def refuse_out_of_memory(batch: int, device: torch.device) -> Iterator[None]:
+    """Turn an out-of-memory error of decoding into a RoomError that says what to do."""
     try:
         yield
     except RuntimeError as error:
@@ -43,7 +43,7 @@ def memory_for(batch: int, device: torch.device) -> Iterator[None]:
 def decode_all(
     judge: Judge,
     asked: Sequence[Prompt],
-    together: Together,
+    decode: DecodeAll,
     max_new: int,
     stops: frozenset[int],
     replies: PlainReplies,
@@ -53,19 +53,19 @@ def decode_all(
     Without it only those are decoded whose plain reply is not among `replies`, and added to them, whatever ends it.
     """
     outcomes: list[Outcome | None] = [None] * len(asked)
-    held = [replies.find(prompt.ids) for prompt in asked]
+    stored_replies = [replies.find(prompt.ids) for prompt in asked]
     try:
-        for index, fast in shown(together(), len(asked), "decoding"):
-            prompt, plain = asked[index], held[index]
+        for index, fast in with_progress(decode(), len(asked), "decoding"):
+            prompt, plain = asked[index], stored_replies[index]
             if plain is None:
                 plain = plain_decode(judge.target, prompt.ids, max_new, stops)
                 replies.add(prompt.ids, plain)
             try:
                 tie = judge.compare(prompt.name, prompt.ids, fast, plain)
             except ProofError as error:
-                stored = None if held[index] is None else replies.path
+                stored = None if stored_replies[index] is None else replies.path
                 raise ProofError(f"{error}{_doubt(stored, judge.batch)}") from error
-            outcomes[index] = Outcome(prompt, fast, plain, tie, held[index] is not None)
+            outcomes[index] = Outcome(prompt, fast, plain, tie, stored_replies[index] is not None)
     except BaseException:
         with contextlib.suppress(RoomError, UsageError):  # what ended it is what has to be said
             replies.write()
@@ -80,25 +80,31 @@ def _doubt(stored: Path | None, batch: int) -> str:
     return f"; first evaluate without {' and without '.join(without)}" if without else ""
 
 
-def draw_all(target: PreTrainedModel, asked: Sequence[Prompt], together: Together, dice: Dice, proposals: int) -> dict:
+def draw_all(
+    target: PreTrainedModel,
+    asked: Sequence[Prompt],
+    decode: DecodeAll,
+    sampling: SamplingOptions,
+    proposals: int,
+) -> dict:
     """Draw a reply to every prompt with target and draft; return the report's part. ProofError for biased ones."""
     replies: list[Decoded | None] = [None] * len(asked)
     found: list[list[float]] = [[] for _ in asked]  # in the order of the prompts, not that in which they end
-    for index, fast in shown(together(dice=dice), len(asked), "drawing"):
+    for index, fast in with_progress(decode(sampling=sampling), len(asked), "drawing"):
         replies[index] = fast
-        found[index] = places(target, asked[index].ids, fast.ids, dice.temperature)
-    return drawn_figures(list(zip(asked, replies, strict=True)), [*chain(*found)], dice, proposals)
+        found[index] = token_quantiles(target, asked[index].ids, fast.ids, sampling.temperature)
+    return drawn_figures(list(zip(asked, replies, strict=True)), [*chain(*found)], sampling, proposals)
 
 
-def shown(ended: Iterable[T], count: int, doing: str) -> Iterator[T]:
-    """Yield what has ended and say how far we are: a bar on a terminal, a line every few seconds elsewhere."""
+def with_progress(ended: Iterable[T], count: int, doing: str) -> Iterator[T]:
+    """Yield finished items and report progress: a bar on a terminal, a line every few seconds elsewhere."""
     console = Console(stderr=True)
     if console.is_terminal:
         yield from track(ended, doing, total=count, console=console, transient=True)
         return
-    said = time.monotonic()
-    for number, one in enumerate(ended, 1):
-        yield one
-        if time.monotonic() - said > SAY_EVERY:
-            said = time.monotonic()
+    last_report = time.monotonic()
+    for number, item in enumerate(ended, 1):
+        yield item
+        if time.monotonic() - last_report > PROGRESS_SECONDS:
+            last_report = time.monotonic()
             print(f"{doing}: {number} of {count} prompts", file=sys.stderr)

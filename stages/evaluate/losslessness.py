@@ -1,4 +1,4 @@
-"""Losslessness, proven: an independent plain loop, and a judge of every difference from it.
+"""The losslessness check: an independent plain decoding loop, and a verdict on every difference from it.
 
 Two forwards of one model over the same tokens, one with a block at once and one a token at a time, round differently,
 and both round more than float32 does. Where two tokens' logits are closer than that, either is the target's choice: a
@@ -25,7 +25,7 @@ from pipeline.errors import ProofError, RoomError
 from stages.evaluate.decode import Decoded
 
 FACTOR = 4  # a near tie's gap is at most so many times the measured difference
-BEYOND = 6.0  # spreads that drawn tokens' places may be off: by chance at most 2 exp(-18) = 3e-8
+BEYOND = 6.0  # std that sampled tokens' quantile sum may be off: by chance at most 2 exp(-18) = 3e-8
 ENTRIES_AT_ONCE = 1 << 24  # of one [T, V] tensor in float64
 
 
@@ -51,7 +51,7 @@ def plain_decode(
 
 @dataclass(frozen=True)
 class NearTie:
-    """Two tokens the target cannot tell apart: where, which, their fp32 logits, and how far right forwards differ."""
+    """Two tokens with logits closer than rounding: where, which, float32 logits, and how far valid forwards differ."""
 
     prompt: str
     position: int  # in the reply
@@ -61,7 +61,7 @@ class NearTie:
 
 
 class Judge:
-    """Compares replies. A first difference is scored again without kv in float32.
+    """Compares speculative and plain replies; their first difference is scored again in float32 without a kv cache.
 
     block: tokens verified at once, of each of `batch` prompts.
     """
@@ -125,7 +125,7 @@ class Judge:
         single = [list(prefix[:first])] * (first > 0) + [[token] for token in prefix[first:]]
         single_V = self._replay(single, 1, 1)
         pairs = combinations((by_block_V, single_V, exact_V.float()), 2)
-        return max(step_of(exact_V, self.target.dtype), *(float((one - other).abs().max()) for one, other in pairs))
+        return max(float_step(exact_V, self.target.dtype), *(float((one - other).abs().max()) for one, other in pairs))
 
     def _replay(self, pieces: Sequence[list[int]], width: int, batch: int) -> Tensor:
         """Prefill the target with a text's first piece, run `batch` copies over the others, each filled up to `width`;
@@ -145,7 +145,7 @@ class Judge:
         return logits_BTV[0, -1 if len(pieces) == 1 else len(pieces[-1]) - 1].float()
 
 
-def step_of(logits_V: Tensor, dtype: torch.dtype) -> float:
+def float_step(logits_V: Tensor, dtype: torch.dtype) -> float:
     """Return the distance from one number of a type to the next, at the largest of some logits."""
     _, exponent = math.frexp(float(logits_V.abs().max()))  # 2^(exponent - 1) <= it < 2^exponent
     return math.ldexp(torch.finfo(dtype).eps, exponent - 1)
@@ -180,8 +180,10 @@ def _fault(prompt: str, position: int, tokens: tuple, logits: tuple, cause: str)
 
 
 @torch.no_grad()
-def places(target: PreTrainedModel, prompt_ids: Sequence[int], ids: Sequence[int], temperature: float) -> list[float]:
-    """Return where each token of a reply stands in the target's own distribution, likeliest first.
+def token_quantiles(
+    target: PreTrainedModel, prompt_ids: Sequence[int], ids: Sequence[int], temperature: float
+) -> list[float]:
+    """Return the quantile of each token of a reply in the target's own distribution, likeliest first.
 
     That is the chance of a likelier token, and half of that of an equally likely one. One ordinary forward over the
     whole text, without kv: it shares nothing with `speculative_decode`.
@@ -196,12 +198,12 @@ def places(target: PreTrainedModel, prompt_ids: Sequence[int], ids: Sequence[int
     return found
 
 
-def judge_places(found: Sequence[float]) -> dict:
-    """Return how many tokens were drawn, the mean of their places, and how many spreads it is off 1/2.
+def check_quantiles(found: Sequence[float]) -> dict:
+    """Return how many tokens were drawn, their mean quantile, and how many std it is off 1/2.
 
-    A token drawn from the target has a place of mean 1/2, whatever came before it, and its place is the mean of a
+    A token drawn from the target has a quantile of mean 1/2, whatever came before it, and it is the mean of a
     uniform number given the token. So the sum of n of them stays at least as close to n/2 as that of n uniform
-    numbers: z spreads of sqrt(n/12) off has a chance of at most 2 exp(-z^2 / 2). ProofError beyond `BEYOND`: tokens
+    numbers: z std of sqrt(n/12) off has a chance of at most 2 exp(-z^2 / 2). ProofError beyond `BEYOND`: tokens
     likelier than the target's (a mean below 1/2), or less likely.
     """
     count = len(found)

@@ -33,8 +33,8 @@ DECIDED_BY = {
 FORM = {"decided_by": DECIDED_BY, "plain_replies": {str: [int]}}
 
 
-def deciding(target: PreTrainedModel, digest: str, max_new: int, stops: Collection[int]) -> dict:
-    """Return what decides a plain reply besides the prompt. Threads, device and versions do so where two logits tie."""
+def reply_settings(target: PreTrainedModel, digest: str, max_new: int, stops: Collection[int]) -> dict:
+    """Return what a plain reply depends on besides the prompt; threads, device and versions where two logits tie."""
     return {
         "target": digest,
         "dtype": str(target.dtype).removeprefix("torch."),
@@ -55,13 +55,13 @@ def _device(device: torch.device) -> str:
 
 
 def digest_of(prompt_ids: Sequence[int]) -> str:
-    """Return what a prompt's reply is found by."""
+    """Return the digest of a prompt's ids, the key of its reply in the file."""
     return blake2b(np.array(prompt_ids, "<i8").tobytes(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
 class PlainReplies:
-    """The replies of a file, as it was when opened, and those that were decoded since. Without a path: no replies."""
+    """A file of plain replies as it was when opened, and those decoded since. Without a path: no replies."""
 
     path: Path | None = None
     decided_by: dict = field(default_factory=dict)

@@ -1,10 +1,10 @@
-"""Which proposals of a block the target keeps, and the token it adds: greedily, or by chance and yet without loss.
+"""The acceptance rules of speculative decoding: greedy comparison, and lossless rejection sampling.
 
-By chance, proposal x of a slot is kept with probability min(1, p(x) / q(x)), p being the target's distribution there
-and q the one that x was drawn from. The first one refused is replaced by a draw from max(p - q, 0), normalised; after
-a block kept whole comes a draw from p (Leviathan et al., arXiv:2211.17192, algorithm 1 and appendix A.1). The tokens
-are then distributed as the target's own, whatever q is, on two conditions: x was drawn from this very q, and whether
-a slot proposes anything at all depends on the tokens before it only, never on x.
+Rejection sampling keeps proposal x of a slot with probability min(1, p(x) / q(x)), p being the target's distribution
+there and q the one that x was drawn from. The first one rejected is replaced by a draw from max(p - q, 0), normalised;
+after a block kept whole comes a draw from p (Leviathan et al., arXiv:2211.17192, algorithm 1 and appendix A.1). The
+tokens are then distributed as the target's own, whatever q is, on two conditions: x was drawn from this very q, and
+whether a slot proposes anything at all depends on the tokens before it only, never on x.
 
     P proposals   N = P + 1 rows, after the anchor and after each proposal   V vocabulary
 """
@@ -17,12 +17,14 @@ from pipeline.evaluation.accept_length import agree
 from pipeline.sampling import draw, uniforms
 
 
-def keep_equal(proposal: Proposal, logits_NV: Tensor) -> list[int]:
+def accept_greedy(proposal: Proposal, logits_NV: Tensor) -> list[int]:
     """Return the proposals before the first that is not the target's likeliest token, and that token."""
     return agree(proposal.ids_P.tolist(), logits_NV.argmax(-1).tolist())
 
 
-def keep_by_chance(proposal: Proposal, logits_NV: Tensor, temperature: float, generator: torch.Generator) -> list[int]:
+def rejection_sample(
+    proposal: Proposal, logits_NV: Tensor, temperature: float, generator: torch.Generator
+) -> list[int]:
     """Return the proposals kept and one token of the target's own, together distributed as softmax(logits / T) says.
 
     A proposal without q is that of a greedy draft: one-hot, so it is kept with probability p(x), and a replacement is

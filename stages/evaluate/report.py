@@ -16,8 +16,8 @@ from pipeline.drafts import Draft, ScheduleValues, eligible_anchors, lay_blocks,
 from pipeline.evaluation.accept_length import SLOTS_AT_ONCE, Span, accept_spans, cut_spans, summarise
 from pipeline.runs.split import stratified_subset
 from pipeline.visible_text import visible
-from stages.evaluate.decode import Decoded, Dice
-from stages.evaluate.losslessness import BEYOND, NearTie, judge_places
+from stages.evaluate.decode import Decoded, SamplingOptions
+from stages.evaluate.losslessness import BEYOND, NearTie, check_quantiles
 from stages.evaluate.plain_replies import digest_of
 from stages.evaluate.prompts import Prompt
 
@@ -52,9 +52,11 @@ def decoded_figures(outcomes: Sequence[Outcome], proposals: int, batch: int) -> 
     }
 
 
-def drawn_figures(drawn: Sequence[tuple[Prompt, Decoded]], found: Sequence[float], dice: Dice, proposals: int) -> dict:
-    """Return the report's part on replies drawn at a temperature. `found`: the places of their tokens. ProofError."""
-    return {**asdict(dice), **accept_figures(drawn, proposals), "lossless": judge_places(found)}
+def drawn_figures(
+    drawn: Sequence[tuple[Prompt, Decoded]], found: Sequence[float], sampling: SamplingOptions, proposals: int
+) -> dict:
+    """Return the report's part on sampled replies. `found`: their tokens' quantiles. ProofError where biased."""
+    return {**asdict(sampling), **accept_figures(drawn, proposals), "lossless": check_quantiles(found)}
 
 
 def accept_figures(decoded: Sequence[tuple[Prompt, Decoded]], proposals: int) -> dict:

@@ -1,4 +1,4 @@
-"""`pipeline evaluate`: decode with target and draft, measure what is gained, prove that nothing is changed."""
+"""`pipeline evaluate`: speculative decoding measured (accept length, speed) and proven lossless."""
 
 import errno
 import json
@@ -29,10 +29,10 @@ from pipeline.target.files import find_target, max_positions, target_digest, tar
 from pipeline.target.model import head_of, load_target, stop_tokens
 from pipeline.target.weights import check_weights_if_recorded, weights_digest
 from pipeline.untrusted import check_regular
-from stages.evaluate.decode import Dice, decode_many, speculative_decode
-from stages.evaluate.decode_prompts import decode_all, draw_all, memory_for
+from stages.evaluate.decode import SamplingOptions, decode_many, speculative_decode
+from stages.evaluate.decode_prompts import decode_all, draw_all, refuse_out_of_memory
 from stages.evaluate.losslessness import Judge, plain_decode
-from stages.evaluate.plain_replies import PlainReplies, deciding
+from stages.evaluate.plain_replies import PlainReplies, reply_settings
 from stages.evaluate.prompts import Prompt, cached_prompts, file_prompts
 from stages.evaluate.report import (
     agreement,
@@ -42,7 +42,7 @@ from stages.evaluate.report import (
     teacher_forced,
 )
 
-__all__ = ["Dice", "run", "table"]
+__all__ = ["SamplingOptions", "run", "table"]
 
 PLAIN_LIST = re.compile(r'\[\n[^][{}"]*\]')  # of numbers; JSON's texts hold no bare newline, so it is in none of them
 
@@ -57,14 +57,14 @@ def run(
     max_new: int = 64,
     device: str | None = None,
     out: Path | None = None,
-    dice: Dice | None = None,
+    sampling: SamplingOptions | None = None,
     threshold: float = 0.0,
     plain: Path | None = None,
     batch: int = 1,
 ) -> dict:
     """Evaluate a run's newest checkpoint, a checkpoint or a published folder; return the report, kept at `out` too.
 
-    Greedily, and with `dice` once more with replies that are drawn. `threshold` cuts blocks by the draft's confidence.
+    Greedily, and once more with sampled replies where `sampling` is given. `threshold` cuts blocks by confidence.
     `plain` is a file that keeps plain replies from one evaluation to the next. `batch` prompts are decoded at once: far
     sooner done, but no speeds are measured. Raises UsageError for what does not fit together, DataError for unusable
     prompts, CacheError for a damaged cache, RoomError, ProofError when an output differs from plain decoding by more
@@ -83,20 +83,20 @@ def run(
         known = known or all(store.samples.split)
     rules = {} if store is None else store.identity["samples"]
     asked = cached_prompts(store, heldout, count) if prompts is None else file_prompts(prompts, folder, count, rules)
-    check_room(target, asked, max_new, config.proposals)
+    check_context_length(target, asked, max_new, config.proposals)
     stops = stop_tokens(target) if store is None else frozenset(store.tokens["eos"])
     replies = PlainReplies()
     if plain is not None:
-        replies = PlainReplies.open(Path(plain), deciding(target, weights_digest(folder), max_new, stops))
+        replies = PlainReplies.open(Path(plain), reply_settings(target, weights_digest(folder), max_new, stops))
     batch = min(batch, len(asked))
-    with memory_for(batch, target.device):
+    with refuse_out_of_memory(batch, target.device):
         together = partial(decode_many, target, drafter, [prompt.ids for prompt in asked], max_new, stops)
         together = partial(together, threshold=threshold, batch=batch)
         if batch == 1:  # first calls are slow, and seconds are compared
             speculative_decode(target, drafter, asked[0].ids, 2, threshold=threshold)
             plain_decode(target, asked[0].ids, 2)
         outcomes = decode_all(Judge(target, config.proposals + 1, batch), asked, together, max_new, stops, replies)
-        sampled = None if dice is None else draw_all(target, asked, together, dice, config.proposals)
+        sampled = None if sampling is None else draw_all(target, asked, together, sampling, config.proposals)
     doubt = "" if known else ", if the draft never saw them"
     report = {
         "draft": trained.facts(drafter),
@@ -122,24 +122,24 @@ def run(
         if config.enable_confidence_head:
             report["confidence"] = confidence_figures(drafter, store, asked, max_new)
     if out is not None:
-        keep(report, Path(out))
+        write_report(report, Path(out))
     return report
 
 
 def check_options(threshold: float, out: Path | None, plain: Path | None, prompts: Path | None) -> None:
-    """Refuse, before anything runs, a threshold that is none and files that cannot all be. UsageError, RoomError."""
+    """Check the threshold and the output files before anything runs. UsageError, RoomError."""
     if not 0 <= threshold <= 1:
         raise UsageError(f"--threshold {threshold:g}: a confidence lies in 0..1; 0 cuts nothing")
     for option, path in (("--out", out), ("--plain", plain)):
         if path is not None:
-            check_place(option, Path(path))
+            check_output_file(option, Path(path))
     for option, path in (("--plain", plain), ("--prompts", prompts)):
         if None not in (out, path) and Path(out).resolve() == Path(path).resolve():
             raise UsageError(f"--out {out} is the file of {option}, which the report would replace; name another file")
 
 
-def check_place(option: str, path: Path) -> None:
-    """Refuse, before anything runs, a file that cannot be written. UsageError, RoomError."""
+def check_output_file(option: str, path: Path) -> None:
+    """Check, before anything runs, that a file can be written. UsageError, RoomError."""
     if path.is_dir():
         raise UsageError(f"{option} {path} is a folder; name a file in it, such as {path / option[2:]}.json")
     try:
@@ -153,31 +153,30 @@ def check_place(option: str, path: Path) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, FileNotFoundError) as error:
-            said = f"its folder cannot be made ({error.strerror}); name another file"
-            raise UsageError(f"{option} {path}: {said}") from error
+            reason = f"its folder cannot be made ({error.strerror}); name another file"
+            raise UsageError(f"{option} {path}: {reason}") from error
         if not os.access(path.parent, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
 
 
-def keep(report: dict, out: Path) -> None:
-    """Write a report; where the disk is full by now, show it first, since it took the target to make."""
+def write_report(report: dict, out: Path) -> None:
+    """Write a report; where the disk is full, print it before raising RoomError, since it was costly to make."""
     try:
-        write_file(out, as_json(report))
+        write_file(out, report_bytes(report))
     except RoomError:
         VisibleConsole(stderr=True).print(table(report))
         raise
 
 
-def as_json(report: dict) -> bytes:
-    """Return a report as a record, a list of numbers on one line: reports are kept in git, a line a number is no
-    diff."""
+def report_bytes(report: dict) -> bytes:
+    """Return a report as checksummed JSON, with each list of numbers on one line, so that git diffs stay readable."""
     text = json.dumps(report, indent=1)
     return with_checksum(PLAIN_LIST.sub(lambda found: re.sub(r"\s", "", found[0]), text))
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Where a draft is and what its run's folder says of it, or a published folder of ours."""
+    """A trained draft to evaluate: its path, and what its run folder or published folder records of its training."""
 
     path: Path
     published: bool
@@ -275,7 +274,7 @@ def open_draft(trained: Trained, target: PreTrainedModel) -> Draft:
     return draft.to(target.dtype)
 
 
-def check_room(target: PreTrainedModel, asked: Sequence[Prompt], max_new: int, proposals: int) -> None:
+def check_context_length(target: PreTrainedModel, asked: Sequence[Prompt], max_new: int, proposals: int) -> None:
     """Refuse prompts that leave the target's context no room for the reply and a block past its end, or unknown ids."""
     config = target.config.get_text_config()
     most, why = max_positions(config.to_dict())

@@ -14,7 +14,7 @@ from pipeline.console import VisibleConsole
 from pipeline.drafts import DRAFTS, Draft, init_weights, needs_final_states
 from pipeline.drafts.rope_scaling import draft_rope_scaling
 from pipeline.errors import RoomError
-from pipeline.published.init_from import Start, load_start
+from pipeline.published.init_from import InitialWeights, load_initial_weights
 from pipeline.published.writing import unservable
 from pipeline.runs.cache_requirements import check_complete, how_to_add, logit_scale, partial_text, text_config
 from pipeline.runs.folder import read_result, write_result
@@ -65,9 +65,11 @@ def run(
     resolved = resolve(stated, store)
     split = split_for(resolved, store)
     resolved = resolved.with_steps(len(split.train))
-    start = None if init_from is None else load_start(init_from, resolved.draft, store.head(dtype=store.dtype))
+    start = (
+        None if init_from is None else load_initial_weights(init_from, resolved.draft, store.head(dtype=store.dtype))
+    )
     if start is not None:
-        resolved = start.turned(resolved)
+        resolved = start.with_rope_scaling(resolved)
     folder = out or default_folder(resolved, store, split, start)
     return train_resolved(folder, store, split, resolved, torch_device, start)
 
@@ -84,7 +86,7 @@ def train_resolved(
     split: Split,
     resolved: Resolved,
     device: torch.device,
-    start: Start | None = None,
+    start: InitialWeights | None = None,
 ) -> TrainResult:
     """Train one resolved recipe in the folder `path`, or resume it there; print the result. Raises what `run` does."""
     screen = VisibleConsole()
@@ -98,7 +100,7 @@ def train_resolved(
             for line in run_description(path, store, split, resolved, device):
                 screen.print(line, markup=False, soft_wrap=True)
             if start is not None:
-                screen.print(visible(start.said), markup=False, soft_wrap=True)
+                screen.print(visible(start.summary), markup=False, soft_wrap=True)
             if differs:
                 began = visible("; ".join(differs))
                 screen.print(
@@ -155,7 +157,7 @@ def train(
     resolved: Resolved,
     device: torch.device,
     screen,
-    start: Start | None = None,
+    start: InitialWeights | None = None,
 ) -> dict:
     """Make the draft, train it to the last step and return the result that done.json records."""
     use_deterministic_kernels(device)
@@ -174,7 +176,9 @@ def train(
     return {"steps": steps, "parameters": parameters, "accept_len": accept_len, "eval": figures}
 
 
-def make_draft(resolved: Resolved, store: HiddenCache, device: torch.device, start: Start | None = None) -> Draft:
+def make_draft(
+    resolved: Resolved, store: HiddenCache, device: torch.device, start: InitialWeights | None = None
+) -> Draft:
     """Return a draft in training mode on its device: float32 weights, random where `start` has none, and the
     target's frozen head in the dtype of the arithmetic. Raises RoomError when memory is too small."""
     dtype = torch.bfloat16 if resolved.recipe.train.dtype == "bfloat16" else torch.float32
@@ -182,7 +186,7 @@ def make_draft(resolved: Resolved, store: HiddenCache, device: torch.device, sta
         draft = DRAFTS[resolved.draft.method](resolved.draft, store.head(str(device), dtype))
         init_weights(draft, resolved.recipe.train.seed)
         if start is not None:
-            start.fill(draft)
+            start.load_into(draft)
         return draft.to(device).train()
     except RuntimeError as error:
         if not tensors.is_out_of_memory(error):

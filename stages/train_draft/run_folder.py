@@ -22,7 +22,7 @@ from pipeline.cache.layout import FINAL
 from pipeline.drafts import needs_final_states
 from pipeline.drafts.rope_scaling import RopeScaling
 from pipeline.errors import CacheError, UsageError
-from pipeline.published.init_from import Start
+from pipeline.published.init_from import InitialWeights
 from pipeline.runs.folder import RECIPE, RUN, read_recipe, read_run, write_run
 from pipeline.runs.recipe import Resolved
 from pipeline.runs.split import Split
@@ -35,7 +35,7 @@ OTHER_FOLDERS = {
 RECORDED = ("torch", "numpy", "safetensors", "pydantic")
 
 
-def default_folder(resolved: Resolved, cache: HiddenCache, split: Split, start: Start | None = None) -> Path:
+def default_folder(resolved: Resolved, cache: HiddenCache, split: Split, start: InitialWeights | None = None) -> Path:
     """Return the folder of a run without --out: named by method and a digest of all that decides the draft."""
     initial = [] if start is None else [start.digest]
     digests = (resolved.recipe.digest(), cache.digest, split.digest, *_lossy_states(resolved, cache), *initial)
@@ -73,7 +73,7 @@ def create_or_check(
     cache: HiddenCache,
     split: Split,
     machine: dict[str, str],
-    start: Start | None = None,
+    start: InitialWeights | None = None,
 ) -> list[str]:
     """Write run.json and recipe.toml of a new run, or check that the run already there is the same.
 

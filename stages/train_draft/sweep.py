@@ -25,7 +25,7 @@ from pipeline.console import VisibleConsole
 from pipeline.drafts import needs_final_states
 from pipeline.errors import ProofError, UsageError
 from pipeline.evaluation.accept_length import bootstrap
-from pipeline.published.init_from import Start, load_start
+from pipeline.published.init_from import InitialWeights, load_initial_weights
 from pipeline.runs.cache_requirements import check_complete
 from pipeline.runs.folder import read_result
 from pipeline.runs.recipe import Recipe, Resolved, make_recipe, read_toml, resolve
@@ -48,7 +48,7 @@ class PlannedRun:
     path: Path
     resolved: Resolved
     split: Split
-    start: Start | None
+    start: InitialWeights | None
 
 
 def sweep(
@@ -151,13 +151,13 @@ def plan_runs(
             key = draft.mask_token_id, resolved.recipe.train.heldout, draft.target_layer_ids, needs_final_states(draft)
             if key not in splits:
                 splits[key] = split_for(resolved, store)
-            start = None if init_from is None else load_start(init_from, draft, head)
+            start = None if init_from is None else load_initial_weights(init_from, draft, head)
         except UsageError as error:
             raise UsageError(f"with {setting_text(setting)}: {error}") from None
         resolved = resolved.with_steps(len(splits[key].train))
         if start is not None:  # keep equal weights in memory once, however many runs begin with them
             start = replace(start, tensors=weights.setdefault(start.digest, start.tensors))
-            resolved = start.turned(resolved)
+            resolved = start.with_rope_scaling(resolved)
         path = default_folder(resolved, store, splits[key], start)
         path = path if out is None else out / path.name
         if path in runs:

@@ -88,7 +88,7 @@ def random_target(folder: Path, config: Qwen3Config, device: str) -> PreTrainedM
     return model.eval().requires_grad_(False)
 
 
-def lengths_of(tokens: int, longest: int, seed: int = 0) -> list[int]:
+def accept_lengths_of(tokens: int, longest: int, seed: int = 0) -> list[int]:
     """Return log-normal lengths, about `tokens` together, their median a quarter of the longest."""
     rng, lengths = np.random.default_rng(seed), []
     while sum(lengths) < tokens:
@@ -98,7 +98,7 @@ def lengths_of(tokens: int, longest: int, seed: int = 0) -> list[int]:
 
 def samples(tokens: int, vocab: int, longest: int) -> list[PlannedSample]:
     """Return random samples, the last two thirds of each supervised."""
-    rng, lengths = np.random.default_rng(0), lengths_of(tokens, longest)
+    rng, lengths = np.random.default_rng(0), accept_lengths_of(tokens, longest)
     return [
         PlannedSample(rng.integers(0, vocab, length).astype(np.int32), np.arange(length) >= length // 3)
         for length in lengths
@@ -110,7 +110,7 @@ def padded_share(batch_tokens: int) -> float:
     tokens = SHARD_BYTES // (6 * 2 * QWEN3_8B["hidden_size"])
     real = padded = 0
     for seed in range(10):
-        lengths = sorted(lengths_of(tokens, MAX_LENGTH, seed), reverse=True)  # as a plan has them
+        lengths = sorted(accept_lengths_of(tokens, MAX_LENGTH, seed), reverse=True)  # as a plan has them
         real += sum(lengths)
         padded += sum(len(rows) * lengths[rows.start] for rows in micro_batches(lengths, batch_tokens))
     return 1 - real / padded

@@ -77,7 +77,7 @@ def main() -> None:
 # The caches
 
 
-def lengths_of(tokens: int, rng: np.random.Generator) -> list[int]:
+def accept_lengths_of(tokens: int, rng: np.random.Generator) -> list[int]:
     lengths = []
     while sum(lengths) < tokens:
         lengths.append(int(np.clip(rng.lognormal(np.log(600), 0.8), 32, 8192)))
@@ -114,7 +114,9 @@ def make_cache(path: Path, gib: float, width: int) -> int:
     columns = [ColumnSpec(f"aux.{layer}", "bfloat16", width) for layer in LAYERS]
     columns.append(ColumnSpec("final", "bfloat16", width, keeps="needed"))
     row_bytes = 2 * width * len(columns)
-    write_cache(path, lengths_of(int(gib * 2**30 / (5.5 * 2 * width)), np.random.default_rng(0)), columns, row_bytes, 1)
+    write_cache(
+        path, accept_lengths_of(int(gib * 2**30 / (5.5 * 2 * width)), np.random.default_rng(0)), columns, row_bytes, 1
+    )
     return sum(int(spec.bounds(shard)[-1]) * spec.row_bytes for shard in load_plan(path).shards for spec in columns)
 
 

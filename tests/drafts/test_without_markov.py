@@ -11,7 +11,7 @@ from pipeline.published import load_draft_folder, read_published
 from pipeline.published.check import check_export
 from pipeline.published.export import export
 from pipeline.target.head import TargetHead
-from stages.evaluate.run import Dice
+from stages.evaluate.run import SamplingOptions
 from stages.evaluate.run import run as evaluate
 from stages.train_draft.run import run as train
 
@@ -41,7 +41,9 @@ def test_a_run_is_trained_decoded_exported_and_checked(tmp_path, confident):
     train(cache, None, (*small, head, "train.steps=10", "train.batch=6", "train.save_every=10"), run, "cpu")
 
     threshold = 0.4 if confident else 0.0
-    report = evaluate(run, count=3, max_new=8, device="cpu", dice=Dice(1.0, 1.0), threshold=threshold, batch=2)
+    report = evaluate(
+        run, count=3, max_new=8, device="cpu", sampling=SamplingOptions(1.0, 1.0), threshold=threshold, batch=2
+    )
     assert report["lossless"]["prompts"] == 3 and report["draft"]["proposals"] == 4
 
     for form in ("sglang", "speculators"):

@@ -14,7 +14,7 @@ from pipeline.evaluation.accept_length import agree, cut
 from pipeline.target.model import head_of
 from stages.evaluate import decode
 from stages.evaluate.decode import speculative_decode
-from stages.evaluate.losslessness import Judge, first_difference, plain_decode, step_of
+from stages.evaluate.losslessness import Judge, first_difference, float_step, plain_decode
 
 MASK, PROMPT = 259, [104, 105, 10, 257, 33]
 SIZES = {
@@ -200,8 +200,8 @@ def test_a_proposal_accepted_too_many_is_caught(target, text, monkeypatch):
         tokens, proposed = decode_keep(proposal, logits_NV), proposal.ids_P.tolist()
         return proposed[: len(tokens)] if len(tokens) <= len(proposed) else tokens
 
-    decode_keep = decode.keep_equal
-    monkeypatch.setattr(decode, "keep_equal", generous)
+    decode_keep = decode.accept_greedy
+    monkeypatch.setattr(decode, "accept_greedy", generous)
     with pytest.raises(ProofError, match="is not the target's"):
         prove(target, Oracle(make_draft(target), text, 3))
 
@@ -215,14 +215,14 @@ def test_a_stop_token_overlooked_is_caught(target, text, monkeypatch):
 
 def choose(monkeypatch, instead):
     """Have the target choose other tokens than its likeliest ones."""
-    keep = decode.keep_equal
+    keep = decode.accept_greedy
 
     def other(proposal, logits_NV):
         for token, chosen in instead.items():
             logits_NV[logits_NV.argmax(-1) == token, chosen] = torch.inf
         return keep(proposal, logits_NV)
 
-    monkeypatch.setattr(decode, "keep_equal", other)
+    monkeypatch.setattr(decode, "accept_greedy", other)
 
 
 def with_a_twin(monkeypatch, dtype, weaker):
@@ -271,7 +271,7 @@ def test_what_bfloat16_rounds_away_is_a_near_tie_even_where_block_and_single_for
 
     tie = judge.compare("prompt 7", PROMPT, fast, plain)
 
-    assert abs(tie.logits[0] - tie.logits[1]) < step == step_of(exact_V, torch.bfloat16)
+    assert abs(tie.logits[0] - tie.logits[1]) < step == float_step(exact_V, torch.bfloat16)
     assert step <= tie.difference < 16 * step
     monkeypatch.setattr(judge, "_replay", lambda *_: exact_V)  # the very best forwards there can be
     assert judge.difference(prefix, len(PROMPT), [1] * at, exact_V) == step

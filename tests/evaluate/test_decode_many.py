@@ -9,7 +9,7 @@ from transformers import Gemma4TextConfig, MistralConfig
 
 from pipeline.errors import ProofError, UsageError
 from pipeline.target import kv_cache as memory
-from stages.evaluate.decode import Dice, decode_many, speculative_decode
+from stages.evaluate.decode import SamplingOptions, decode_many, speculative_decode
 from stages.evaluate.losslessness import Judge, plain_decode
 
 PROMPTS = [PROMPT, PROMPT[:1], PROMPT * 9, [7, *PROMPT], [9, 8], PROMPT * 3, [200, 201, 202]]
@@ -71,10 +71,14 @@ def together_as_alone(rounds, target, draft, new, stops=(), like=None, **options
     return found
 
 
-@pytest.mark.parametrize("dice", [None, Dice(1.0, 1.0, 3), Dice(0.8, 0.0, 4)], ids=["greedy", "drawn", "one-hot"])
+@pytest.mark.parametrize(
+    "sampling",
+    [None, SamplingOptions(1.0, 1.0, 3), SamplingOptions(0.8, 0.0, 4)],
+    ids=["greedy", "drawn", "one-hot"],
+)
 @pytest.mark.parametrize(("method", "options"), DRAFTED)
-def test_texts_decoded_at_once_are_what_each_is_alone(rounds, target, method, options, dice):
-    together_as_alone(rounds, target, make_draft(target, method, **options), 20, batch=3, dice=dice)
+def test_texts_decoded_at_once_are_what_each_is_alone(rounds, target, method, options, sampling):
+    together_as_alone(rounds, target, make_draft(target, method, **options), 20, batch=3, sampling=sampling)
 
 
 @pytest.mark.parametrize("batch", [2, 5, 7, 50])
@@ -166,13 +170,13 @@ def test_a_broken_memory_is_caught_and_a_sound_one_differs_by_near_ties_only(mon
         prove(target, draft)
 
 
-@pytest.mark.parametrize("dice", [None, Dice(1.0, 1.0, 3)], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("sampling", [None, SamplingOptions(1.0, 1.0, 3)], ids=["greedy", "drawn"])
 @broken_memories
-def test_rounding_is_no_excuse_for_a_broken_memory(rounds, target, monkeypatch, broken, dice):
+def test_rounding_is_no_excuse_for_a_broken_memory(rounds, target, monkeypatch, broken, sampling):
     stops = {plain_decode(target, PROMPTS[0], 24).ids[3]}
     broken(monkeypatch)
     with pytest.raises(AssertionError, match="rounding is at most"):
-        together_as_alone(rounds, target, make_draft(target), 20, stops, batch=3, dice=dice)
+        together_as_alone(rounds, target, make_draft(target), 20, stops, batch=3, sampling=sampling)
 
 
 def test_a_difference_is_measured_over_as_many_copies_as_were_decoded(target, monkeypatch):

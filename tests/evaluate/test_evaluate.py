@@ -19,9 +19,9 @@ from pipeline.evaluation.reports import load_report
 from pipeline.published.export import export
 from stages.evaluate import decode
 from stages.evaluate import run as evaluation
-from stages.evaluate.decode import Decoded, Dice
+from stages.evaluate.decode import Decoded, SamplingOptions
 from stages.evaluate.prompts import Prompt
-from stages.evaluate.rejection import keep_equal
+from stages.evaluate.rejection import accept_greedy
 from stages.evaluate.report import accept_figures
 from stages.evaluate.run import run, table
 
@@ -50,7 +50,7 @@ def trained(cache, tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(trained, tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "report.json"
-    found = run(trained, count=5, max_new=12, device="cpu", out=out, dice=Dice(1.0, 0.7, 3))
+    found = run(trained, count=5, max_new=12, device="cpu", out=out, sampling=SamplingOptions(1.0, 0.7, 3))
     assert load_report(out) == found
     return found
 
@@ -106,7 +106,7 @@ def test_a_reply_that_is_drawn_does_not_depend_on_the_other_prompts(trained, tmp
 
     def lengths(rows):
         path = write_jsonl(tmp_path / "prompts.jsonl", rows)
-        drawn = run(trained, prompts=path, max_new=9, device="cpu", dice=Dice(1.0, 1.0))["sampled"]
+        drawn = run(trained, prompts=path, max_new=9, device="cpu", sampling=SamplingOptions(1.0, 1.0))["sampled"]
         return [of["lengths"] for of in drawn["samples"]]
 
     whole = lengths(rows)
@@ -115,9 +115,11 @@ def test_a_reply_that_is_drawn_does_not_depend_on_the_other_prompts(trained, tmp
 
 
 def test_replies_that_are_not_drawn_are_a_failed_proof(trained, monkeypatch):
-    monkeypatch.setattr(decode, "keep_by_chance", lambda proposal, logits_NV, **how: keep_equal(proposal, logits_NV))
+    monkeypatch.setattr(
+        decode, "rejection_sample", lambda proposal, logits_NV, **how: accept_greedy(proposal, logits_NV)
+    )
     with pytest.raises(ProofError, match=r"tokens drawn are not the target's own: their mean place .* is 0\.[0-3]"):
-        run(trained, count=6, max_new=25, device="cpu", dice=Dice(1.0, 1.0))
+        run(trained, count=6, max_new=25, device="cpu", sampling=SamplingOptions(1.0, 1.0))
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +154,7 @@ def test_a_confidence_head_is_judged_by_the_blocks_it_cuts(confident):
 
 def test_cut_blocks_are_lossless_and_agree_with_the_walk(confident):
     middle = 0.35
-    found = run(confident, count=4, max_new=12, device="cpu", threshold=middle, dice=Dice(0.8, 0.0))
+    found = run(confident, count=4, max_new=12, device="cpu", threshold=middle, sampling=SamplingOptions(0.8, 0.0))
     assert found["settings"]["threshold"] == middle
     assert found["lossless"]["identical"] == 4
     assert found["agreement"]["equal"] == found["agreement"]["prompts"] > 0
@@ -197,7 +199,7 @@ def test_a_report_that_the_disk_has_no_room_for_is_shown(report, tmp_path, monke
 
     monkeypatch.setattr(evaluation, "write_file", full)
     with pytest.raises(RoomError):
-        evaluation.keep(report, tmp_path / "report.json")
+        evaluation.write_report(report, tmp_path / "report.json")
     assert "accept length" in capsys.readouterr().err
 
 
@@ -206,7 +208,7 @@ def test_a_list_of_numbers_takes_one_line_of_the_report_and_texts_stay_as_they_a
     report = {"samples": [{"domain": "[\n1, 2]", "lengths": [8, 1, 2]}, {"lengths": []}], "texts": texts}
     report |= {"interval": [1.5, -1e-9], "confidence": None, "nested": [[1, 2], [3, None]]}
 
-    written = evaluation.as_json(report).decode()
+    written = evaluation.report_bytes(report).decode()
 
     assert parse_checksummed(written.encode())[0] == report
     lines = [line.strip() for line in written.splitlines()]
@@ -375,8 +377,8 @@ def test_stop_tokens_come_from_the_target_where_there_is_no_cache(target):
 
 
 def test_a_difference_is_a_failed_proof_of_exit_code_1(trained, monkeypatch):
-    keep = decode.keep_equal
-    monkeypatch.setattr(decode, "keep_equal", lambda block, logits_NV: keep(block, logits_NV.roll(1, -1)))
+    keep = decode.accept_greedy
+    monkeypatch.setattr(decode, "accept_greedy", lambda block, logits_NV: keep(block, logits_NV.roll(1, -1)))
     with pytest.raises(ProofError, match="is not the target's") as failure:
         run(trained, count=1, max_new=4, device="cpu")
     assert failure.value.code == 1
@@ -386,11 +388,11 @@ def test_a_prompt_past_what_the_target_s_scaling_holds_for_is_refused(target, mo
     from pipeline.target.model import load_target
 
     model, prompt = load_target(str(target)), evaluation.Prompt([7] * 20, "sql", "prompt 3")
-    evaluation.check_room(model, [prompt], 8, 4)
+    evaluation.check_context_length(model, [prompt], 8, 4)
     scaling = {"rope_type": "longrope", "original_max_position_embeddings": 31}
     monkeypatch.setattr(model.config, "rope_parameters", model.config.rope_parameters | scaling)
     with pytest.raises(UsageError, match=r"prompt 3: 20 tokens, 8 new .* exceed the target's 31, beyond which"):
-        evaluation.check_room(model, [prompt], 8, 4)
+        evaluation.check_context_length(model, [prompt], 8, 4)
 
 
 def test_the_command_prints_the_report_as_json(trained):

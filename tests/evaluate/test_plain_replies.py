@@ -17,7 +17,7 @@ from pipeline.target.model import load_target
 from stages.evaluate import decode_prompts as loops
 from stages.evaluate import run as evaluation
 from stages.evaluate.losslessness import plain_decode
-from stages.evaluate.plain_replies import DECIDED_BY, PlainReplies, deciding, digest_of
+from stages.evaluate.plain_replies import DECIDED_BY, PlainReplies, digest_of, reply_settings
 from stages.evaluate.run import run, table
 
 
@@ -139,7 +139,7 @@ def test_a_device_too_small_is_no_bug(trained, monkeypatch, batch, remedy):
 def test_prompts_decoded_at_once_give_the_same_report_but_for_speed_and_rounding(trained, monkeypatch, batch):
     rounds, reports, heard = Rounds(monkeypatch), [], []
     for size in (1, batch):
-        reports.append(evaluate(trained, None, count=6, dice=evaluation.Dice(1.0, 1.0), batch=size))
+        reports.append(evaluate(trained, None, count=6, sampling=evaluation.SamplingOptions(1.0, 1.0), batch=size))
         heard.append(rounds.take())
     one, many = reports
     by_rounding = {(digest_of(prompt), drawn) for prompt, drawn in parted(*heard)}
@@ -204,7 +204,7 @@ def test_replies_under_another_limit_are_refused_before_anything_is_decoded(file
 def test_whatever_else_decided_a_reply_has_to_agree(file, target, key):
     decided_by = read_canonical(file)["decided_by"]
     model = load_target(str(target))
-    assert deciding(model, decided_by["target"], 12, decided_by["stops"]) == decided_by
+    assert reply_settings(model, decided_by["target"], 12, decided_by["stops"]) == decided_by
     assert PlainReplies.open(file, decided_by).held
 
     other = "other" if DECIDED_BY[key] is str else 77 if DECIDED_BY[key] is int else [3]
@@ -216,7 +216,7 @@ def test_threads_and_compute_type_are_those_in_use(target):
     model, threads = load_target(str(target)), torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
-        found = deciding(model.to(torch.bfloat16), "digest", 9, {7, 3})
+        found = reply_settings(model.to(torch.bfloat16), "digest", 9, {7, 3})
     finally:
         torch.set_num_threads(threads)
     assert (found["threads"], found["dtype"], found["stops"]) == (threads + 1, "bfloat16", [3, 7])

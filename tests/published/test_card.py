@@ -12,12 +12,12 @@ from pipeline.published import read_published
 from pipeline.published.card import Facts, card, serve_command
 from pipeline.published.check import check_export
 from pipeline.published.export import export
-from pipeline.published.init_from import load_start
+from pipeline.published.init_from import load_initial_weights
 from pipeline.published.writing import Origin
 from pipeline.runs import checkpoint
 from pipeline.runs.provenance import evaluations
 from pipeline.target.head import TargetHead
-from stages.evaluate.decode import Dice
+from stages.evaluate.decode import SamplingOptions
 from stages.evaluate.run import run as evaluate
 from stages.train_draft.run import run as train
 
@@ -28,7 +28,14 @@ SETS = ("train.batch=4", "train.anchors=6", "draft.block_size=4", "train.steps=2
 def trained(tiny_cache, tmp_path_factory):
     """A finished run of DSpark, evaluated greedily and by drawing."""
     run = train(tiny_cache, None, SETS, tmp_path_factory.mktemp("card") / "run", "cpu").run
-    evaluate(run, count=3, max_new=6, device="cpu", out=run / "evaluation.json", dice=Dice(1.0, 1.0, 0))
+    evaluate(
+        run,
+        count=3,
+        max_new=6,
+        device="cpu",
+        out=run / "evaluation.json",
+        sampling=SamplingOptions(1.0, 1.0, 0),
+    )
     return run
 
 
@@ -131,7 +138,7 @@ def test_a_checkpoint_alone_says_what_is_not_known(tmp_path):
     config = read_published(folder)
     draft = DRAFTS[config.method](config, TargetHead(target(), target()))
     init_weights(draft, 0)
-    load_start(folder, config).fill(draft)
+    load_initial_weights(folder, config).load_into(draft)
     checkpoint.save(tmp_path / "run", 1, draft, {}, {}, 1)
     export(tmp_path / "run", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()

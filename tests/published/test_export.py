@@ -286,7 +286,7 @@ def killed_export(run, out, monkeypatch):
     """An export that is killed when all its files are written, in a process of its own."""
     child = os.fork()
     if child == 0:
-        monkeypatch.setattr(export, "_put", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        monkeypatch.setattr(export, "_rename_into_place", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         export.export(run, out)
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL

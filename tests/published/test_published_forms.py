@@ -14,7 +14,7 @@ from pipeline.errors import ProofError, UsageError
 from pipeline.published import export, load_draft_folder, read_published
 from pipeline.published import reference as arithmetic
 from pipeline.published.check import check_export
-from pipeline.published.init_from import load_start
+from pipeline.published.init_from import load_initial_weights
 from pipeline.published.names import draft_tensors, published_names
 from pipeline.runs import checkpoint
 from pipeline.target.head import TargetHead
@@ -88,7 +88,7 @@ def imported(folder, run):
     wanted = read_published(folder, 6)
     draft = DRAFTS[wanted.method](wanted, head())
     init_weights(draft, 0)
-    load_start(folder, wanted, head()).fill(draft)
+    load_initial_weights(folder, wanted, head()).load_into(draft)
     checkpoint.save(run, 1, draft, {}, {}, 1)
 
 
