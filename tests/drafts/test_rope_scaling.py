@@ -83,7 +83,7 @@ def test_the_second_arithmetic_turns_alike(stated):
     theta = stated["rope_theta"]
     config = DraftConfig(method="domino", **{**SIZES, **OWN["domino"], "rope_theta": theta, "rope_scaling": scaling})
     half = config.head_dim // 2
-    found = torch.tensor([arithmetic._speed(pair, half, config) for pair in range(half)])
+    found = torch.tensor([arithmetic._rotary_frequency(pair, half, config) for pair in range(half)])
     torch.testing.assert_close(found, frequencies(config.head_dim, theta, scaling), rtol=1e-5, atol=0)
 
 
