@@ -12,7 +12,7 @@ from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import PlannedSample, load_plan, segment_numbers, write_segment
 from pipeline.cache.rebuild import rebuild_derived
 from pipeline.cache.samples import ShardPlan
-from pipeline.cache.target_folder import has_target, new_target
+from pipeline.cache.target_files import has_target, new_target
 from pipeline.cache.writer import ShardWriter
 
 IDENTITY = {"target": {"name": "tiny", "digest": "00ff"}, "samples": {"max_length": 600}}

@@ -7,7 +7,7 @@ from tiny import config, random_model, tokenizer
 from pipeline.cache import HiddenCache
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import PlannedSample, write_segment
-from pipeline.corpus.tally import Tally
+from pipeline.corpus.rejections import Tally
 from pipeline.drafts import (
     DRAFTS,
     Draft,

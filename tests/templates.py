@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from tiny import CHAT_TEMPLATE, tokenizer
 
-from pipeline.corpus.conversation import parse_row
-from pipeline.corpus.tally import Unusable
+from pipeline.corpus.record_formats import parse_row
+from pipeline.corpus.rejections import Unusable
 from pipeline.target.chat_template import ChatTemplate
 from stages.cache_hidden.tokenise import PreparedConversation, SampleMaker
 

@@ -34,7 +34,7 @@ from pipeline.cache.parallel_reads import ReadPool
 from pipeline.cache.plan import load_plan, read_manifests
 from pipeline.cache.sample_table import SampleTable
 from pipeline.cache.samples import ShardPlan, read_batch
-from pipeline.cache.target_folder import CONFIG, HEAD, TOKENS, target_file, target_json
+from pipeline.cache.target_files import CONFIG, HEAD, TOKENS, target_file, target_json
 from pipeline.errors import CacheError, DataError, UsageError
 from pipeline.target.layers import final_rows
 

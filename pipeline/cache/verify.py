@@ -44,7 +44,7 @@ from pipeline.cache.manifest import FILES, PIECE, check_file, check_size, read_c
 from pipeline.cache.plan import Plan, load_plan
 from pipeline.cache.rebuild import refused_bytes, shard_columns
 from pipeline.cache.samples import ShardPlan, make_batch, read_batch, sample_id
-from pipeline.cache.target_folder import target_manifest
+from pipeline.cache.target_files import target_manifest
 from pipeline.errors import CacheError
 
 SHOWN = 8  # the most damaged samples named per column

@@ -17,7 +17,7 @@ Any other key with a value is counted by name and ignored. None, "", [] and {} a
 
 import json
 
-from pipeline.corpus.tally import Unusable
+from pipeline.corpus.rejections import Unusable
 
 STANDARD_ROLES = ("system", "developer", "user", "assistant", "tool")
 CALL_ROLE = "function_call"  # the role of an assistant message whose text is a tool call

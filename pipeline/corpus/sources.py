@@ -1,7 +1,7 @@
 """The sources of a corpus: a file, a folder of files, a saved data set, or a data set of the hub.
 
-File names are in `formats.SUFFIXES`, forms of rows in `conversation.py` and `messages.py`. Hidden files and folders are
-not read, and what is skipped is reported. Rows are streamed, so a corpus may be larger than memory.
+File names are in `file_formats.SUFFIXES`, forms of records in `record_formats.py` and `messages.py`. Hidden files and
+folders are not read, and what is skipped is reported. Rows are streamed, so a corpus may be larger than memory.
 """
 
 import json
@@ -13,9 +13,9 @@ from itertools import chain
 from pathlib import Path, PurePath
 
 from pipeline.cache.manifest import FileFact
-from pipeline.corpus.conversation import Conversation, RejectedRow, parse_row, split_of
-from pipeline.corpus.formats import SUFFIXES, Chunk, read_chunks, without_nulls
+from pipeline.corpus.file_formats import SUFFIXES, Chunk, read_chunks, without_nulls
 from pipeline.corpus.messages import ROLES
+from pipeline.corpus.record_formats import Conversation, RejectedRow, parse_row, split_of
 from pipeline.errors import DataError, UsageError
 from pipeline.visible_text import visible
 

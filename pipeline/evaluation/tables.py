@@ -13,7 +13,7 @@ from rich.text import Text
 from pipeline.cache.atomic import size_text
 from pipeline.cache.layout import LOG
 from pipeline.cache.manifest import read_canonical
-from pipeline.cache.target_folder import has_target, target_file
+from pipeline.cache.target_files import has_target, target_file
 from pipeline.console import grid, shows_styles
 from pipeline.errors import CacheError, UsageError
 from pipeline.evaluation.reports import cell, columns_of, load_reports, sampling_temperatures, temperatures

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import ProofError, UsageError
+from pipeline.published.export_probe import ProbeResult, check_probe
 from pipeline.published.folder import Opened, open_folder
 from pipeline.published.names import draft_tensors
-from pipeline.published.probe import ProbeResult, check_probe
 from pipeline.published.weights import WEIGHTS
 
 # What engines load as weights, whatever it is called (vLLM and SGLang glob these).

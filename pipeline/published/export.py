@@ -22,7 +22,7 @@ from pipeline.errors import ProofError, UsageError
 from pipeline.published import CONFIG, WEIGHTS, load_draft_folder
 from pipeline.published.card import CARD, card
 from pipeline.published.check import check_export
-from pipeline.published.probe import PROBE, write_probe
+from pipeline.published.export_probe import PROBE, write_probe
 from pipeline.published.writing import check_servable, published_config
 from pipeline.runs.cache_requirements import logit_scale, text_config
 from pipeline.runs.checkpoint import load_config, load_draft

@@ -18,7 +18,7 @@ from jinja2.ext import Extension
 from jinja2.meta import find_undeclared_variables
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from pipeline.corpus.tally import Unusable
+from pipeline.corpus.rejections import Unusable
 from pipeline.errors import UsageError
 from pipeline.target.files import TEMPLATE_DATE, chat_templates, stop_ids
 from pipeline.target.tokenizer import load_tokenizer

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from pipeline.cache.manifest import FILES, FileFact, has_form
-from pipeline.cache.target_folder import WEIGHTS, has_target, target_file, target_json, target_manifest
+from pipeline.cache.target_files import WEIGHTS, has_target, target_file, target_json, target_manifest
 from pipeline.errors import CacheError, UsageError
 from pipeline.os_errors import refuse_limit
 from pipeline.target.files import CONFIG, weight_files

@@ -17,7 +17,7 @@ from pipeline.cache.codecs.calibration import (
     read_calibration,
     store_calibration,
 )
-from pipeline.cache.codecs.certificate import checked_calibration
+from pipeline.cache.codecs.error_certificate import checked_calibration
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.micro_batches import micro_batches
 from pipeline.cache.plan import Plan

@@ -18,10 +18,10 @@ from pipeline.cache.codecs.int8 import as_stored
 from pipeline.cache.columns import ColumnSpec, complete_manifest
 from pipeline.cache.micro_batches import micro_batches
 from pipeline.cache.plan import Plan
-from pipeline.cache.target_folder import HEAD, target_file
+from pipeline.cache.target_files import HEAD, target_file
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import DataError
-from pipeline.target.cached_copy import store_target
+from pipeline.target.copy_to_cache import store_target
 from pipeline.target.head import TargetHead
 from pipeline.target.model import head_of, load_target, stop_tokens
 from pipeline.target.on_policy import OnPolicyStats, on_policy_column, on_policy_share, sum_scores

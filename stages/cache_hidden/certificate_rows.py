@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.codecs import LOSSY
-from pipeline.cache.codecs.certificate import Certificate, shadow_samples
+from pipeline.cache.codecs.error_certificate import Certificate, shadow_samples
 from pipeline.cache.codecs.int8 import as_states, pack_encoded
 from pipeline.cache.codecs.int8_files import Encoded
 from pipeline.cache.columns import ColumnSpec

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 
-from pipeline.corpus.tally import Unusable
+from pipeline.corpus.rejections import Unusable
 from stages.cache_hidden.turn_proof import PLACEHOLDER, ProvenTurn, RenderedChat, with_name_replaced
 from stages.cache_hidden.turn_refusals import OPEN_THOUGHT
 

@@ -15,8 +15,9 @@ from pipeline.cache.atomic import free_bytes
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import Plan, write_segment
 from pipeline.cache.samples import PlannedSample, ShardPlan
-from pipeline.corpus.formats import CHUNK_ROWS
+from pipeline.corpus.file_formats import CHUNK_ROWS
 from pipeline.corpus.regenerated import check_regenerated
+from pipeline.corpus.rejections import Tally, report_unknown_keys
 from pipeline.corpus.sources import (
     Conversation,
     RejectedRow,
@@ -28,7 +29,6 @@ from pipeline.corpus.sources import (
     report_skipped_files,
     source_roles,
 )
-from pipeline.corpus.tally import Tally, report_unknown_keys
 from pipeline.target.files import is_quantised, text_config
 from stages.cache_hidden.budget import SampleChooser
 from stages.cache_hidden.row_outcome import Job, RowOutcome, samples_of

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache.samples import PlannedSample, sample_id
-from pipeline.corpus.conversation import Conversation, RejectedRow
-from pipeline.corpus.formats import Chunk
+from pipeline.corpus.file_formats import Chunk
+from pipeline.corpus.record_formats import Conversation, RejectedRow
+from pipeline.corpus.rejections import Tally, Unusable, check_ids, check_mask, trim
 from pipeline.corpus.sources import chunk_rows
-from pipeline.corpus.tally import Tally, Unusable, check_ids, check_mask, trim
 from pipeline.target.chat_template import ChatTemplate
 from stages.cache_hidden.row_outcome import Job, RowOutcome, samples_of
 from stages.cache_hidden.tokenise import SampleMaker

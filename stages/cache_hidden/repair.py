@@ -30,7 +30,7 @@ from pipeline.cache.manifest import canonical, check_file, create_identity, read
 from pipeline.cache.plan import Plan, load_plan
 from pipeline.cache.rebuild import rebuild_derived, restore_segments, shard_columns
 from pipeline.cache.samples import ShardPlan, read_batch
-from pipeline.cache.target_folder import has_target, target_manifest
+from pipeline.cache.target_files import has_target, target_manifest
 from pipeline.cache.verify import Report, verify
 from pipeline.errors import CacheError, UsageError
 from pipeline.target.files import find_target

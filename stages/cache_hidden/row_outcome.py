@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.cache.samples import PlannedSample
-from pipeline.corpus.tally import Tally
+from pipeline.corpus.rejections import Tally
 from pipeline.target.files import TEMPLATE_DATE
 from stages.cache_hidden.row_limits import ROW_BYTES, ROW_SECONDS
 

@@ -18,7 +18,7 @@ from pipeline.cache.layout import IDENTITY
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import Plan, check_not_in_use, load_plan, plan_in_use, segment_numbers
 from pipeline.cache.rebuild import rebuild_derived
-from pipeline.cache.target_folder import has_target
+from pipeline.cache.target_files import has_target
 from pipeline.corpus.sources import corpus_files, file_sources, source_roles
 from pipeline.errors import DataError, UsageError
 from pipeline.target.on_policy import OnPolicyStats

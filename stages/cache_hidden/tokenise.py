@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pipeline.corpus.rejections import Unusable
 from pipeline.corpus.sources import Conversation
-from pipeline.corpus.tally import Unusable
 from pipeline.target.chat_template import ChatTemplate
 from stages.cache_hidden.dropped_text import check_each_text_rendered, check_not_encoded_twice, check_texts_rendered
 from stages.cache_hidden.token_boundaries import EncodedText, encode_separately, encode_texts, mask_of

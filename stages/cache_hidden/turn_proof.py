@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from pipeline.corpus.tally import Unusable
+from pipeline.corpus.rejections import Unusable
 from pipeline.target.chat_template import ChatTemplate
 from stages.cache_hidden.turn_refusals import (
     CLOSED_THOUGHT,

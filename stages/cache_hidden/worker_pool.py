@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from pipeline.corpus.conversation import Conversation, RejectedRow
-from pipeline.corpus.formats import Chunk
-from pipeline.corpus.tally import REFUSED_SHARE
+from pipeline.corpus.file_formats import Chunk
+from pipeline.corpus.record_formats import Conversation, RejectedRow
+from pipeline.corpus.rejections import REFUSED_SHARE
 from pipeline.errors import DataError, RoomError, UsageError
 from stages.cache_hidden.fork_server import ONE_THREAD
 from stages.cache_hidden.row_limits import TEMPLATE_SECONDS

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache import HiddenCache
-from pipeline.corpus.tally import Unusable
+from pipeline.corpus.rejections import Unusable
 from pipeline.errors import DataError, UsageError
 from pipeline.evaluation.accept_length import reply_spans
 from pipeline.os_errors import refuse_limit

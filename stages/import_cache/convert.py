@@ -20,9 +20,9 @@ from pipeline.errors import ProofError
 from pipeline.target.head import TargetHead
 from pipeline.target.on_policy import OnPolicyStats, on_policy_rows, score_tokens, sum_scores
 from pipeline.target.probe import probe, probe_rows
+from stages.import_cache.detect_format import Source
 from stages.import_cache.find_convention import EXTRA_TOLERANCE, Convention
 from stages.import_cache.foreign_sample import STORED_DTYPE, ForeignSample, SampleLocation, bad_file
-from stages.import_cache.forms import Source
 from stages.import_cache.target import Target
 
 CHUNK_ROWS = 1024  # rows of a sample in memory at a time

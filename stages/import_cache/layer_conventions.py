@@ -8,9 +8,9 @@ from pipeline.cache.manifest import read_canonical
 from pipeline.errors import UsageError
 from pipeline.visible_text import say, visible
 from stages.import_cache.convert import ImportJob
+from stages.import_cache.detect_format import Source
 from stages.import_cache.find_convention import Convention, find_convention
 from stages.import_cache.foreign_sample import ForeignSample
-from stages.import_cache.forms import Source
 from stages.import_cache.target import Target
 
 PROBE_SAMPLES = 3  # samples that the target computes again before anything is written

@@ -9,11 +9,11 @@ from pipeline.cache.atomic import process_lock, write_errors
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import Plan, load_plan, segment_numbers, write_segment
 from pipeline.cache.samples import PlannedSample
-from pipeline.corpus.tally import Tally, Unusable, check_ids, check_mask, trim
+from pipeline.corpus.rejections import Tally, Unusable, check_ids, check_mask, trim
 from pipeline.errors import UsageError
 from stages.import_cache.convert import ImportJob
+from stages.import_cache.detect_format import Source
 from stages.import_cache.foreign_sample import ForeignSample
-from stages.import_cache.forms import Source
 
 EVERY_S = 5.0  # between lines of progress
 

@@ -20,7 +20,7 @@ from pipeline.cache.manifest import create_identity, read_canonical, write_canon
 from pipeline.cache.plan import Plan, plan_in_use
 from pipeline.cache.rebuild import rebuild_derived
 from pipeline.cache.samples import ShardPlan
-from pipeline.cache.target_folder import HEAD, has_target, target_file
+from pipeline.cache.target_files import HEAD, has_target, target_file
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import DataError, RoomError, UsageError
 from pipeline.target.files import (
@@ -38,8 +38,8 @@ from pipeline.target.on_policy import OnPolicyStats, on_policy_share
 from pipeline.target.weights import check_weights_if_recorded
 from pipeline.visible_text import say, visible
 from stages.import_cache.convert import ImportJob, norm_function, on_policy_stats, probe_shard, write_columns
+from stages.import_cache.detect_format import find_source
 from stages.import_cache.foreign_sample import STORED_DTYPE
-from stages.import_cache.forms import find_source
 from stages.import_cache.layer_conventions import RequestedConvention, make_import_job
 from stages.import_cache.plan_samples import existing_plan, make_plan
 from stages.import_cache.target import Target

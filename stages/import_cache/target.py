@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from pipeline.errors import UsageError
 from pipeline.os_errors import refuse_limit
-from pipeline.target.cached_copy import store_target
 from pipeline.target.config import load_config
+from pipeline.target.copy_to_cache import store_target
 from pipeline.target.files import CONFIG, read_json, text_config, weight_files
 from pipeline.target.head import TargetHead
 from pipeline.target.model import final_norm, head_of, load_target, stop_tokens

@@ -22,7 +22,7 @@ from pipeline.cache.codecs.calibration import (
     read_calibration,
     store_calibration,
 )
-from pipeline.cache.codecs.certificate import Certificate, checked_calibration, shadow_samples
+from pipeline.cache.codecs.error_certificate import Certificate, checked_calibration, shadow_samples
 from pipeline.cache.codecs.int8 import as_states
 from pipeline.cache.columns import Column, ColumnSpec, column_manifest, open_column
 from pipeline.cache.layout import LOG, SAMPLES, numbered, shard_folder

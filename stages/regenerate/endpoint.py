@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from urllib.parse import urlsplit, urlunsplit
 
-from pipeline.corpus.tally import Unusable
+from pipeline.corpus.rejections import Unusable
 from pipeline.errors import UsageError
 from pipeline.sampling import key_seed
 from stages.regenerate.options import Options

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from pipeline.corpus.tally import Unusable
+from pipeline.corpus.rejections import Unusable
 from pipeline.errors import RoomError, UsageError
 from pipeline.sampling import draw, key_seed, nucleus, uniforms
 from pipeline.target.files import max_positions, text_config

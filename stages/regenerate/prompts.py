@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from pipeline.corpus.conversation import Conversation, RejectedRow
+from pipeline.corpus.record_formats import Conversation, RejectedRow
+from pipeline.corpus.rejections import Tally, Unusable
 from pipeline.corpus.sources import corpus_files, hub_dataset, parse_roles, read_rows
-from pipeline.corpus.tally import Tally, Unusable
 
 PASSED_ON_KEYS = ("id", "domain", "split")
 CUT_AT_TOOL, CUT_AT_START = "cut before a tool's result", "opening assistant turn left out"

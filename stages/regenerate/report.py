@@ -7,7 +7,7 @@ from collections import Counter
 
 from rich.table import Table
 
-from pipeline.corpus.tally import Tally
+from pipeline.corpus.rejections import Tally
 from stages.regenerate.replies import CUT, Reply
 
 LENGTHS = (16, 64, 256, 1024, 4096)  # tokens; the bounds of the report's groups

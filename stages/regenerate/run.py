@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.corpus.regenerated import Regenerated
+from pipeline.corpus.rejections import Tally, report_unknown_keys
 from pipeline.corpus.sources import corpus_files, file_sources, report_skipped_files, source_roles
-from pipeline.corpus.tally import Tally, report_unknown_keys
 from pipeline.errors import DataError, UsageError
 from pipeline.target.files import find_target, target_digest, target_name, template_digest, tokenizer_digest
 from stages.regenerate.journal import Journal

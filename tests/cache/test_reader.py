@@ -35,7 +35,7 @@ from pipeline.cache.columns import ColumnSpec, open_column
 from pipeline.cache.layout import INDEX, INDEX_MANIFEST, SAMPLES, shard_folder
 from pipeline.cache.manifest import FileFact, canonical, create_identity, read_canonical
 from pipeline.cache.plan import load_plan, write_segment
-from pipeline.cache.target_folder import HEAD, new_target
+from pipeline.cache.target_files import HEAD, new_target
 from pipeline.cache.verify import verify
 from pipeline.errors import CacheError, DataError, UsageError
 from pipeline.target.head import TargetHead

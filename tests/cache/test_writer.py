@@ -25,7 +25,7 @@ from pipeline.cache.columns import ColumnSpec, complete_manifest
 from pipeline.cache.layout import shard_folder
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import load_plan, write_segment
-from pipeline.cache.target_folder import has_target, new_target
+from pipeline.cache.target_files import has_target, new_target
 from pipeline.cache.verify import verify
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import RoomError

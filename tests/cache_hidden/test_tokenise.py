@@ -26,7 +26,7 @@ from templates import (
 )
 from tiny import CHAT_TEMPLATE, tokenizer
 
-from pipeline.corpus.tally import Unusable
+from pipeline.corpus.rejections import Unusable
 from pipeline.errors import UsageError
 from pipeline.target.chat_template import ChatTemplate
 from pipeline.target.files import chat_templates, template_arguments, template_digest

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from tiny import CHAT_TEMPLATE, config, conversations, tokenizer, write_jsonl
 
+from pipeline.corpus.rejections import Tally
 from pipeline.corpus.sources import corpus_chunks, read_rows
-from pipeline.corpus.tally import Tally
 from pipeline.errors import DataError, UsageError
 from stages.cache_hidden import worker_pool as pool
 from stages.cache_hidden.row_outcome import Job, samples_of

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from tiny import CHAT_TEMPLATE, tokenizer, write_jsonl
 
+from pipeline.corpus.rejections import Tally, Unusable, check_mask, trim
 from pipeline.corpus.sources import (
     Conversation,
     RejectedRow,
@@ -20,7 +21,6 @@ from pipeline.corpus.sources import (
     hub_rows,
     read_rows,
 )
-from pipeline.corpus.tally import Tally, Unusable, check_mask, trim
 from pipeline.errors import DataError, UsageError
 from pipeline.target.chat_template import ChatTemplate
 from stages.cache_hidden.prepare_rows import prepare_rows

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import write_jsonl
 
-from pipeline.corpus.tally import Tally
+from pipeline.corpus.rejections import Tally
 from pipeline.errors import DataError
 from stages.regenerate.prompts import read_prompts
 

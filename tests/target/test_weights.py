@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import config, conversations, random_model, save_target, write_jsonl
 
-from pipeline.cache.target_folder import WEIGHTS, target_json
+from pipeline.cache.target_files import WEIGHTS, target_json
 from pipeline.errors import UsageError
 from pipeline.target.files import WEIGHTS_INDEX, target_digest, weight_files
 from pipeline.target.model import load_target

@@ -22,7 +22,7 @@ from pipeline.cache.layout import layer_of
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import write_segment
 from pipeline.cache.samples import PlannedSample
-from pipeline.cache.target_folder import new_target
+from pipeline.cache.target_files import new_target
 from pipeline.cache.writer import ShardWriter
 from pipeline.checksummed_json import parse_checksummed, record_bytes
 from pipeline.cli import commands

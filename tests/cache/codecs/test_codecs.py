@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline.cache.atomic as disk
-import pipeline.cache.codecs.certificate as certificate
+import pipeline.cache.codecs.error_certificate as certificate
 from pipeline.cache import HiddenCache
 from pipeline.cache.codecs import CODECS, LOSSY, codec_of, parse_codecs, stored_bytes
 from pipeline.cache.codecs.calibration import Calibration, calibrate, calibration_samples, read_calibration

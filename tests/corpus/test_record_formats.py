@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from pipeline.corpus.conversation import Conversation, RejectedRow, parse_row, split_of
 from pipeline.corpus.messages import MAX_DEPTH
+from pipeline.corpus.record_formats import Conversation, RejectedRow, parse_row, split_of
 from pipeline.corpus.sources import parse_roles
 from pipeline.errors import UsageError
 

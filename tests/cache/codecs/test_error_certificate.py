@@ -9,7 +9,7 @@ import torch
 
 from pipeline.cache.codecs import int8
 from pipeline.cache.codecs.calibration import Calibration, calibrate
-from pipeline.cache.codecs.certificate import Certificate, checked_calibration
+from pipeline.cache.codecs.error_certificate import Certificate, checked_calibration
 from pipeline.cache.codecs.int8 import as_stored, decode, encode_to_host
 from pipeline.cache.codecs.int8_files import Encoded
 from pipeline.errors import ProofError

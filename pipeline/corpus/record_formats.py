@@ -24,7 +24,7 @@ import re
 from dataclasses import dataclass
 
 from pipeline.corpus.messages import ROLES, check_depth, check_text, parse_message, parse_text, token_list
-from pipeline.corpus.tally import Unusable
+from pipeline.corpus.rejections import Unusable
 
 CHAT_COLUMNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
 PAIR_COLUMNS = (  # question, context that is appended to it, reply

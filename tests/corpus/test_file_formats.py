@@ -14,8 +14,8 @@ import zstandard
 from datasets import Dataset, DatasetDict
 from tiny import write_jsonl
 
-import pipeline.corpus.formats as corpus_files_module
-from pipeline.corpus.formats import read_chunks
+import pipeline.corpus.file_formats as corpus_files_module
+from pipeline.corpus.file_formats import read_chunks
 from pipeline.corpus.sources import corpus_files, file_sources, read_rows, skipped_files, split_rows
 from pipeline.errors import DataError, UsageError
 

@@ -1,4 +1,4 @@
-"""Writes a cache's copy of what training needs of the target; the files are those of `cache/target_folder.py`."""
+"""Writes a cache's copy of what training needs of the target; the files are those of `cache/target_files.py`."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from pipeline.cache.atomic import process_lock, write_errors
-from pipeline.cache.target_folder import CONFIG, HEAD, TOKENS, WEIGHTS, has_target, new_target
+from pipeline.cache.target_files import CONFIG, HEAD, TOKENS, WEIGHTS, has_target, new_target
 from pipeline.target.files import complete_config, tokenizer_files
 from pipeline.target.head import TargetHead
 from pipeline.target.tokenizer import load_tokenizer

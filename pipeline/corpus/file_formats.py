@@ -17,9 +17,9 @@ from pathlib import Path
 
 import zstandard
 
-from pipeline.corpus.conversation import KNOWN_COLUMNS, columns_refusal
 from pipeline.corpus.messages import parse_json
-from pipeline.corpus.tally import Unusable
+from pipeline.corpus.record_formats import KNOWN_COLUMNS, columns_refusal
+from pipeline.corpus.rejections import Unusable
 from pipeline.errors import DataError
 from pipeline.visible_text import visible
 
