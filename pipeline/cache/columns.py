@@ -15,9 +15,9 @@ import numpy as np
 
 from pipeline.cache.atomic import read_error
 from pipeline.cache.checksums import BlockHasher, read_sums
-from pipeline.cache.codecs import CODECS, DTYPES, LOSSY, open_values
+from pipeline.cache.codecs import CODECS, LOSSY, open_values
 from pipeline.cache.codecs.int8_files import CHANNELS, Encoded
-from pipeline.cache.codecs.zarr_file import METADATA
+from pipeline.cache.codecs.zarr_file import DTYPES, METADATA
 from pipeline.cache.layout import CHECKSUM_ROWS, COLUMN, IDENTITY, SAMPLES, numbered, path_inside, shard_folder
 from pipeline.cache.manifest import FILES, check_file, check_size, read_canonical
 from pipeline.cache.samples import ShardPlan
@@ -192,7 +192,7 @@ class Column:
         )
 
     def read(self, row: int, blocks: int | None = None) -> np.ndarray:
-        """Read the rows of sample `row`, or its first `blocks` blocks: [rows, D], dtype as in `codecs.DTYPES`."""
+        """Read the rows of sample `row`, or its first `blocks` blocks: [rows, D], dtype as in `zarr_file.DTYPES`."""
         rows = int(self.bounds[row + 1] - self.bounds[row])
         none = np.empty((0, self.spec.width), DTYPES[self.spec.dtype])
         return next(self.parts(self.open(), row, blocks or rows), none) if rows else none

@@ -22,10 +22,10 @@ from pipeline.cache.atomic import (
     write_file,
 )
 from pipeline.cache.checksums import BlockHasher, sums_bytes
-from pipeline.cache.codecs import CODECS, DTYPES, LOSSY, stored_bytes
+from pipeline.cache.codecs import CODECS, LOSSY, stored_bytes
 from pipeline.cache.codecs.calibration import Calibration, read_calibration
 from pipeline.cache.codecs.int8_files import Encoded, Int8Writer
-from pipeline.cache.codecs.zarr_file import PIECE
+from pipeline.cache.codecs.zarr_file import DTYPES, PIECE
 from pipeline.cache.columns import Column, ColumnSpec, complete_manifest
 from pipeline.cache.layout import IDENTITY, SAMPLES, SHARDS, numbered, shard_folder
 from pipeline.cache.manifest import FileFact, canonical, read_canonical

@@ -13,13 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.cache.codecs.int8_files import Int8Reader, Int8Writer, group_of
-from pipeline.cache.codecs.zarr_file import Grid, ShardFile, ShardFileWriter
+from pipeline.cache.codecs.zarr_file import DTYPES, Grid, ShardFile, ShardFileWriter
 from pipeline.cache.codecs.zstd import ZstdReader, ZstdWriter, zstd_grid
 from pipeline.cache.layout import COLUMN
 from pipeline.errors import UsageError
-
-# A column's dtype as numpy stores it; numpy and zarr have no bfloat16, so its bits are stored as uint16.
-DTYPES = {"bfloat16": np.dtype("<u2"), "float32": np.dtype("<f4")}
 
 
 def _raw_writer(folder: Path, rows: int, width: int, dtype: str) -> ShardFileWriter:

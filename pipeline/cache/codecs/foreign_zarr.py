@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pipeline.cache.codecs import DTYPES
+from pipeline.cache.codecs.zarr_file import DTYPES
 from pipeline.errors import CacheError
 from pipeline.os_errors import refuse_limit
 

@@ -26,8 +26,7 @@ import numpy as np
 import xxhash
 
 from pipeline.cache.atomic import read_error, read_errors
-from pipeline.cache.codecs import DTYPES
-from pipeline.cache.codecs.zarr_file import OPEN, SHARD_FILE, Grid
+from pipeline.cache.codecs.zarr_file import DTYPES, OPEN, SHARD_FILE, Grid
 from pipeline.cache.columns import Column
 from pipeline.cache.layout import CHECKSUM_ROWS
 from pipeline.errors import CacheError

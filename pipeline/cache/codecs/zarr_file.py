@@ -25,6 +25,8 @@ from pipeline.cache.manifest import FileFact
 from pipeline.errors import CacheError
 from pipeline.os_errors import refuse_limit
 
+# A column's dtype as numpy stores it; numpy and zarr have no bfloat16, so its bits are stored as uint16.
+DTYPES = {"bfloat16": np.dtype("<u2"), "float32": np.dtype("<f4")}
 METADATA = "zarr.json"
 SHARD_FILE = "c/0/0"
 CHUNK_BYTES = 3 << 20  # the size aimed at; chunks of an array beyond 4 MiB come out at 2-4 MiB
