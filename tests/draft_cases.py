@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.drafts import DRAFTS, Draft, DraftConfig, ScheduleValues, eligible_anchors, lay_blocks, pack
 from pipeline.target.head import TargetHead
@@ -100,3 +101,16 @@ def gradients(draft: Draft, total: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def assert_near(found, wanted, tolerance=1e-6):
     assert (found - wanted).abs().max() <= tolerance * wanted.abs().max().clamp(min=1e-3)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the most elements of any tensor that an operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if torch.is_tensor(tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result

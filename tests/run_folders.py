@@ -4,8 +4,36 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
+from forms import SIZES
+
 from pipeline.checksummed_json import parse_checksummed
+from pipeline.drafts import DRAFTS, Draft, DraftConfig, init_weights
+from pipeline.runs import checkpoint
 from pipeline.runs.folder import RECIPE, RUN, write_run
+from pipeline.target.head import TargetHead
+
+METHOD_FIELDS = {
+    "dflash": {"shift_label": False},
+    "domino": {"shift_label": True, "pure_draft_prefix_len": 1, "emb_dim": 4, "gru_hidden_dim": 8},
+}
+
+
+def small_head() -> TargetHead:
+    """The head [V 40, D 16] of a target that the drafts of `save_draft_run` belong to."""
+    weight = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    return TargetHead(weight, weight)
+
+
+def save_draft_run(run: Path, method: str = "domino", **changes) -> Draft:
+    """Write a random draft to the folder of a run as its checkpoint of step 7, and return the draft."""
+    draft = DRAFTS[method](DraftConfig(method=method, **{**SIZES, **METHOD_FIELDS[method], **changes}), small_head())
+    init_weights(draft, 5)
+    with torch.no_grad():  # norms of 1 would hide a lost one
+        for weight in draft.parameters():
+            weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel()))
+    checkpoint.save(run, 7, draft, {}, {}, 1)
+    return draft.eval()
 
 
 def with_recipe(run: Path, out: Path, old: str, new: str) -> Path:

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from reports import evaluation
 
 from pipeline.cli import main
 from stages.train_draft.run import run as train
@@ -107,8 +108,6 @@ def test_a_path_that_is_something_else_ends_in_one_line(door, kind, ends, traine
 
 
 def write_report(folder: Path) -> Path:
-    from test_tables import evaluation
-
     return evaluation(folder / "report.json", "domino", 0, 600, [("sql", [2, 2])])
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from draft_cases import LargestTensor
 
 from pipeline.drafts.losses import head_loss
 from pipeline.drafts.objectives import Objective, dpace_weights
@@ -95,19 +95,6 @@ def test_numerators_and_rightness_come_without_a_gradient():
     assert torch.equal(objective.slot_values()["base_correct"], base_right)
 
 
-class Largest(TorchDispatchMode):
-    """Records the most elements of any tensor that an operation returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if torch.is_tensor(tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
-
-
 def test_logits_of_all_tokens_never_exist():
     generator = torch.Generator().manual_seed(0)
     n, v = 40, 1000
@@ -119,7 +106,7 @@ def test_logits_of_all_tokens_never_exist():
         lambda part, ce: torch.ones_like(ce),
         {"final": {"": 1.0}, "base": {"": 1.0}},
     )
-    with Largest() as largest:
+    with LargestTensor() as largest:
         head_loss(hidden, TargetHead(head, head), objective, (z, out), blocks=2).backward()
     assert largest.elements == max(2 * S * v, v * D)
 

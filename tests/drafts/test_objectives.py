@@ -4,8 +4,7 @@ from typing import get_args
 
 import pytest
 import torch
-from draft_cases import all_blocks, build, cell_of, gradients, loss_of
-from test_losses import Largest
+from draft_cases import LargestTensor, all_blocks, build, cell_of, gradients, loss_of
 
 from pipeline.drafts import DraftConfig, ScheduleValues, metrics_of, needs_final_states
 from pipeline.drafts.losses import head_loss
@@ -196,7 +195,7 @@ def test_neither_the_draft_s_nor_the_teacher_s_logits_of_all_tokens_ever_exist(n
     teacher = TargetStates(torch.randn(F, D, generator=generator), torch.randint(0, F, (n, S), generator=generator))
     labels = torch.zeros(n, S, dtype=torch.long)
     objective = every_slot(name, labels, teacher, ("base", "final"), record_accept=True, metrics=True)
-    with Largest() as largest:
+    with LargestTensor() as largest:
         head_loss(hidden, TargetHead(head, head), objective, (z, out), blocks=2).backward()
     assert largest.elements == max(2 * S * v, v * D)
 

@@ -5,7 +5,8 @@ import re
 
 import pytest
 import torch
-from test_export import OWN, SIZES, head, trained
+from forms import SIZES
+from run_folders import METHOD_FIELDS, save_draft_run, small_head
 from transformers import AutoConfig, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -81,7 +82,9 @@ def test_tables_are_the_angles_cosines_times_the_magnitude():
 def test_the_second_arithmetic_turns_alike(stated):
     scaling, _ = draft_rope_scaling(target(stated))
     theta = stated["rope_theta"]
-    config = DraftConfig(method="domino", **{**SIZES, **OWN["domino"], "rope_theta": theta, "rope_scaling": scaling})
+    config = DraftConfig(
+        method="domino", **{**SIZES, **METHOD_FIELDS["domino"], "rope_theta": theta, "rope_scaling": scaling}
+    )
     half = config.head_dim // 2
     found = torch.tensor([arithmetic._rotary_frequency(pair, half, config) for pair in range(half)])
     torch.testing.assert_close(found, frequencies(config.head_dim, theta, scaling), rtol=1e-5, atol=0)
@@ -141,7 +144,7 @@ def test_what_is_not_taken_over_is_said_with_the_reason(stated, said):
 def test_an_export_states_the_scaling_where_engines_look_and_reads_back(tmp_path, stated, form):
     scaling, _ = draft_rope_scaling(target(stated))
     theta = stated["rope_theta"]
-    draft = trained(tmp_path / "run", "dflash", rope_scaling=scaling, rope_theta=theta)
+    draft = save_draft_run(tmp_path / "run", "dflash", rope_scaling=scaling, rope_theta=theta)
 
     export.export(tmp_path / "run", tmp_path / "out", form)
 
@@ -154,7 +157,7 @@ def test_an_export_states_the_scaling_where_engines_look_and_reads_back(tmp_path
     wanted_F, attention_factor = ROPE_INIT_FUNCTIONS[read.rope_parameters["rope_type"]](read, "cpu")
     torch.testing.assert_close(frequencies(12, theta, scaling), wanted_F, rtol=1e-6, atol=0)
     assert attention_factor == pytest.approx(scaling.attention_factor)
-    opened = load_draft_folder(tmp_path / "out", head(), target_layers=6)
+    opened = load_draft_folder(tmp_path / "out", small_head(), target_layers=6)
     assert opened.config.rope_scaling == draft.config.rope_scaling
 
 
@@ -170,7 +173,7 @@ def test_an_export_states_the_scaling_where_engines_look_and_reads_back(tmp_path
     ],
 )
 def test_a_published_draft_with_other_scaled_positions_is_refused(tmp_path, change, said):
-    trained(tmp_path / "run", "dflash")
+    save_draft_run(tmp_path / "run", "dflash")
     export.export(tmp_path / "run", tmp_path / "out")
     file = tmp_path / "out" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
@@ -180,7 +183,7 @@ def test_a_published_draft_with_other_scaled_positions_is_refused(tmp_path, chan
 
 def test_a_published_draft_may_state_its_scaling_once(tmp_path):
     scaling, _ = draft_rope_scaling(target(LLAMA31))
-    trained(tmp_path / "run", "dflash", rope_scaling=scaling)
+    save_draft_run(tmp_path / "run", "dflash", rope_scaling=scaling)
     export.export(tmp_path / "run", tmp_path / "out")
     file = tmp_path / "out" / "config.json"
     flat = json.loads(file.read_text())

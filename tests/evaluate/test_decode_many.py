@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from decode_cases import DRAFTED, PROMPT, make_draft
 from rounds import Rounds, parted
-from test_decode import DRAFTED, PROMPT, make_draft
 from tiny import config, random_model
 from transformers import Gemma4TextConfig, MistralConfig
 

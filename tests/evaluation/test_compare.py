@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from test_tables import evaluation
+from reports import evaluation
 
 from pipeline import cli
 from pipeline.errors import UsageError

@@ -5,7 +5,7 @@ import sys
 from xml.etree import ElementTree
 
 import pytest
-from test_tables import evaluation
+from reports import evaluation
 
 from pipeline.cli import commands
 from pipeline.errors import RoomError, UsageError

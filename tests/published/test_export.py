@@ -7,19 +7,14 @@ import signal
 import pytest
 import torch
 from forms import SIZES
+from run_folders import METHOD_FIELDS, save_draft_run, small_head
 from safetensors.torch import load_file, save_file
 
 from pipeline.cache.atomic import Scratch
-from pipeline.drafts import DRAFTS, BlockRequest, DraftConfig, init_weights
+from pipeline.drafts import BlockRequest
 from pipeline.errors import ProofError, UsageError
 from pipeline.published import export, load_draft_folder, read_published
-from pipeline.runs import checkpoint
-from pipeline.target.head import TargetHead
 
-OWN = {
-    "dflash": {"shift_label": False},
-    "domino": {"shift_label": True, "pure_draft_prefix_len": 1, "emb_dim": 4, "gru_hidden_dim": 8},
-}
 BACKBONE = {"fc.weight", "hidden_norm.weight", "norm.weight"} | {
     f"layers.{layer}.{name}.weight"
     for layer in range(2)
@@ -33,28 +28,13 @@ BACKBONE = {"fc.weight", "hidden_norm.weight", "norm.weight"} | {
 DOMINO = {"prefix_gru.weight_ih_l0", "prefix_gru.weight_hh_l0", "embed_proj.0.weight", "embed_proj.2.weight"}
 
 
-def head() -> TargetHead:
-    weight = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
-    return TargetHead(weight, weight)
-
-
-def trained(run, method="domino", **changes):
-    draft = DRAFTS[method](DraftConfig(method=method, **{**SIZES, **OWN[method], **changes}), head())
-    init_weights(draft, 5)
-    with torch.no_grad():  # norms of 1 would hide a lost one
-        for weight in draft.parameters():
-            weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel()))
-    checkpoint.save(run, 7, draft, {}, {}, 1)
-    return draft.eval()
-
-
-@pytest.fixture(params=sorted(OWN))
+@pytest.fixture(params=sorted(METHOD_FIELDS))
 def method(request):
     return request.param
 
 
 def test_an_export_holds_exactly_the_published_tensors_and_keys(tmp_path, method):
-    trained(tmp_path / "run", method)
+    save_draft_run(tmp_path / "run", method)
 
     done = export.export(tmp_path / "run", tmp_path / "out")
 
@@ -96,12 +76,15 @@ def test_an_export_holds_exactly_the_published_tensors_and_keys(tmp_path, method
 
 
 def test_an_export_reads_back_as_the_trained_draft(tmp_path, method):
-    draft = trained(tmp_path / "run", method)
+    draft = save_draft_run(tmp_path / "run", method)
 
     export.export(tmp_path / "run", tmp_path / "out")
 
-    opened = load_draft_folder(tmp_path / "out", head())
-    assert {name: getattr(opened.config, name) for name in [*SIZES, *OWN[method]]} == {**SIZES, **OWN[method]}
+    opened = load_draft_folder(tmp_path / "out", small_head())
+    assert {name: getattr(opened.config, name) for name in [*SIZES, *METHOD_FIELDS[method]]} == {
+        **SIZES,
+        **METHOD_FIELDS[method],
+    }
     features = torch.randn(2, 5, 16)
     guesses = [one.propose([BlockRequest(features, 3, 5, one.new_kv())])[0].ids_P.tolist() for one in (opened, draft)]
     assert guesses[0] == guesses[1]
@@ -110,7 +93,7 @@ def test_an_export_reads_back_as_the_trained_draft(tmp_path, method):
 def test_transformers_reads_the_config(tmp_path):
     from transformers import AutoConfig
 
-    trained(tmp_path / "run")
+    save_draft_run(tmp_path / "run")
     export.export(tmp_path / "run", tmp_path / "out")
 
     config = AutoConfig.from_pretrained(tmp_path / "out")
@@ -120,7 +103,7 @@ def test_transformers_reads_the_config(tmp_path):
 
 def test_sliding_layers_are_exported_and_read_back(tmp_path):
     kinds = ("full_attention", "sliding_attention")
-    trained(tmp_path / "run", layer_types=kinds, sliding_window=8)
+    save_draft_run(tmp_path / "run", layer_types=kinds, sliding_window=8)
 
     export.export(tmp_path / "run", tmp_path / "out")
 
@@ -131,8 +114,8 @@ def test_sliding_layers_are_exported_and_read_back(tmp_path):
 
 
 def test_the_same_export_again_is_left_alone_and_another_is_refused(tmp_path):
-    trained(tmp_path / "run")
-    trained(tmp_path / "other", "dflash")
+    save_draft_run(tmp_path / "run")
+    save_draft_run(tmp_path / "other", "dflash")
     export.export(tmp_path / "run", tmp_path / "out")
     before = (tmp_path / "out" / "config.json").stat().st_mtime_ns
 
@@ -153,7 +136,7 @@ def test_the_same_export_again_is_left_alone_and_another_is_refused(tmp_path):
     ],
 )
 def test_what_sglang_cannot_serve_is_refused_with_the_reason(tmp_path, method, changes, reason):
-    trained(tmp_path / "run", method, **changes)
+    save_draft_run(tmp_path / "run", method, **changes)
     with pytest.raises(UsageError, match=reason):
         export.export(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -182,7 +165,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_faulty_export_is_caught_and_leaves_nothing(tmp_path, monkeypatch, fault):
-    trained(tmp_path / "run")
+    save_draft_run(tmp_path / "run")
     change, message = FAULTS[fault]
     write = export._write
 
@@ -198,7 +181,7 @@ def test_a_faulty_export_is_caught_and_leaves_nothing(tmp_path, monkeypatch, fau
 
 @pytest.mark.parametrize("key", ["rope_theta", "rms_norm_eps", "block_size", "shift_label"])
 def test_a_wrong_value_in_the_config_is_caught(tmp_path, monkeypatch, key):
-    trained(tmp_path / "run", "dflash")
+    save_draft_run(tmp_path / "run", "dflash")
     right = export.published_config
 
     def wrong(config, *rest):
@@ -212,7 +195,7 @@ def test_a_wrong_value_in_the_config_is_caught(tmp_path, monkeypatch, key):
 
 @pytest.fixture
 def folder(tmp_path):
-    trained(tmp_path / "run")
+    save_draft_run(tmp_path / "run")
     export.export(tmp_path / "run", tmp_path / "out")
     return tmp_path / "out"
 
@@ -266,17 +249,17 @@ def test_the_block_size_may_stand_in_either_place(folder):
 def test_a_config_that_leaves_something_open_is_refused(folder, change, message):
     edit(folder, change)
     with pytest.raises(UsageError, match=message):
-        load_draft_folder(folder, head())
+        load_draft_folder(folder, small_head())
 
 
 def test_a_config_that_is_no_json_is_refused(folder):
     (folder / "config.json").write_text("{")
     with pytest.raises(UsageError, match="cannot be read"):
-        load_draft_folder(folder, head())
+        load_draft_folder(folder, small_head())
 
 
 def test_an_absent_convention_means_same_position_for_plain_dflash_only(tmp_path):
-    trained(tmp_path / "run", "dflash")
+    save_draft_run(tmp_path / "run", "dflash")
     export.export(tmp_path / "run", tmp_path / "out")
     edit(tmp_path / "out", lambda flat, nested: drop(flat, nested, "shift_label", "sample_from_anchor"))
     assert read_published(tmp_path / "out").shift_label is False
@@ -298,7 +281,7 @@ def unfinished(folder):
 
 @pytest.mark.parametrize("name", ["out", "another"])
 def test_what_a_killed_export_left_goes_with_the_next(tmp_path, monkeypatch, name):
-    trained(tmp_path / "run", "domino")
+    save_draft_run(tmp_path / "run", "domino")
     killed_export(tmp_path / "run", tmp_path / "out", monkeypatch)
     [left] = unfinished(tmp_path)
     assert (left / "draft" / "model.safetensors").is_file() and not (tmp_path / "out").exists()
@@ -310,7 +293,7 @@ def test_what_a_killed_export_left_goes_with_the_next(tmp_path, monkeypatch, nam
 
 
 def test_an_export_removes_nothing_of_one_that_is_running_nor_of_others(tmp_path):
-    trained(tmp_path / "run", "domino")
+    save_draft_run(tmp_path / "run", "domino")
     theirs = [tmp_path / "tmp-export-notes", tmp_path / f"tmp-other-{'a' * 32}", tmp_path / "tmp-export-file"]
     for path in theirs[:2]:
         path.mkdir()

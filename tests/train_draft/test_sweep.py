@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rewritten_caches import with_greedy_replies
 from rich.console import Console
-from test_train_draft import greedy_cache  # noqa: F401 (a fixture)
 
 import stages.train_draft.sweep as sweep_module
 from pipeline.cli import main
@@ -26,6 +26,11 @@ from stages.train_draft.sweep import load_sweep, pool_seeds, rank_by_accept_leng
 ROOT = Path(__file__).parents[2]
 BASE = '[draft]\nmethod = "dflash"\nblock_size = 4\n[train]\nsteps = 4\nbatch = 4\nanchors = 6\nlog_every = 1\n'
 SMALL = ("train.batch=4", "train.anchors=6", "train.log_every=1", "draft.block_size=4", "draft.method=dflash")
+
+
+@pytest.fixture(scope="module")
+def greedy_cache(tiny_cache, tiny_target, tmp_path_factory):
+    return with_greedy_replies(tiny_cache, tiny_target, tmp_path_factory.mktemp("greedy") / "cache")
 
 
 @pytest.fixture
@@ -258,7 +263,7 @@ def test_seeds_are_pooled_by_reply_and_settings_are_not():
     assert low["seeds"] == [14 / 8, 10 / 4] and high["seeds"] == [5.0]
 
 
-def test_runs_of_one_seed_are_pooled_to_their_own_figures(recipe, greedy_cache, tmp_path):  # noqa: F811
+def test_runs_of_one_seed_are_pooled_to_their_own_figures(recipe, greedy_cache, tmp_path):
     path = recipe('"draft.method" = ["dflash", "domino"]')
     report = sweep(greedy_cache, path, ("draft.mask_token_id=260",), tmp_path, "cpu")
     assert len(report["runs"]) == 2 and all(one["accept_len"] >= 1 for one in report["runs"])
