@@ -52,5 +52,10 @@ class Options:
             raise UsageError(f"--top-p {self.top_p}: wanted more than 0, at most 1")
         if self.out.suffix != ".jsonl":
             raise UsageError(f"--out {self.out}: its name has to end with .jsonl, as a corpus' does")
+        folder = Path(self.corpus).expanduser()
+        if folder.is_dir() and self.out.resolve().is_relative_to(folder.resolve()):
+            raise UsageError(
+                f"--out {self.out} lies in the corpus {self.corpus} and would be read with it; name a place outside"
+            )
         if self.out.exists() and any(self.out.samefile(file) for file in corpus_files(self.corpus)):
             raise UsageError(f"--out {self.out} is the corpus itself, or a file of it; name another file")

@@ -128,7 +128,10 @@ def test_a_corpus_that_is_not_there_and_one_that_would_be_written_over(tiny):
     with pytest.raises(UsageError, match="no such corpus; name a file, a folder"):
         run(replace(tiny, corpus=str(tiny.out)))
     with pytest.raises(UsageError, match="is the corpus itself, or a file of it"):
-        run(replace(tiny, corpus=str(tiny.out.parent), out=Path(tiny.corpus)))
+        run(replace(tiny, out=Path(tiny.corpus)))
+    with pytest.raises(UsageError, match=r"lies in the corpus .* name a place outside"):
+        run(replace(tiny, corpus=str(tiny.out.parent)))
+    assert not tiny.out.exists()
 
 
 def test_a_target_that_cannot_decode_several_at_once_decodes_one(tiny, monkeypatch, tmp_path, capfd):
