@@ -1,4 +1,4 @@
-"""Raw columns read straight from their files: chunks lie end to end, so a sample is one byte range, read or mapped.
+"""The raw codec: values as they are. Chunks lie end to end, so a sample is one byte range, read or mapped.
 
 **Verified once per process.** A checksum block (256 rows of a sample) is hashed when it is first read, in pieces that
 are still in the CPU's cache; later reads skip the hash, and then a sample is one `preadv`. The result is remembered for
@@ -21,16 +21,20 @@ import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 
 from pipeline.cache.atomic import read_error, read_errors
-from pipeline.cache.codecs.zarr_file import DTYPES, OPEN, SHARD_FILE, Grid
-from pipeline.cache.columns import Column
+from pipeline.cache.codecs.codec import ArrayCodec
+from pipeline.cache.codecs.zarr_file import DTYPES, OPEN, SHARD_FILE, Grid, ShardFile, ShardFileWriter
 from pipeline.cache.layout import CHECKSUM_ROWS
 from pipeline.errors import CacheError
 from pipeline.os_errors import refuse_limit
+
+if TYPE_CHECKING:
+    from pipeline.cache.columns import Column
 
 PIECE = 256 << 10  # bytes read and hashed at a time where one thread does it: they are still in its core's cache
 NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # preadv fails rather than wait for the disk; Linux
@@ -40,6 +44,28 @@ MAP_FIXED = 0x10  # Linux and macOS
 HUGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
 HUGE_PAGE = 2 << 20
 POPULATE_READ = None if HUGE_PAGES is None else 22  # since 5.14; Python has no name for it
+
+
+class Raw(ArrayCodec):
+    """The codec."""
+
+    name = "raw"
+    suffix = ""
+
+    def row_bytes(self, width: int, dtype: str) -> int:
+        return width * DTYPES[dtype].itemsize
+
+    def grid(self, rows: int, width: int, dtype: np.dtype) -> Grid:
+        return Grid.of(rows, width, dtype)
+
+    def writer(self, folder: Path, rows: int, width: int, dtype: str, calibration: None = None) -> ShardFileWriter:
+        return ShardFileWriter(folder, Grid.of(rows, width, DTYPES[dtype]))
+
+    def open(self, folder: Path, grid: Grid) -> ShardFile:
+        return ShardFile(folder, grid)
+
+    def direct(self, column: "Column") -> "DirectColumn | None":
+        return DirectColumn.of(column)
 
 
 class StoredFile:
@@ -86,17 +112,17 @@ class StoredFile:
 class DirectColumn:
     """A raw column of one shard whose chunks are in order, and which of its checksum blocks are verified."""
 
-    def __init__(self, column: Column, grid: Grid):
+    def __init__(self, column: "Column", grid: Grid):
         self.column, self.grid = column, grid
         self.width = column.spec.row_bytes
         # One byte per block, 0.5 MB for a terabyte of states: threads may set bytes, but not bits, without a lock.
         self._verified: tuple[tuple[int, ...], bytearray] = ((), bytearray())
 
     @classmethod
-    def of(cls, column: Column) -> "DirectColumn | None":
+    def of(cls, column: "Column") -> "DirectColumn | None":
         """The column, if its values can be read directly; None when another reader has to."""
         spec, rows = column.spec, int(column.bounds[-1])
-        if spec.codec != "raw" or not rows:
+        if not rows:
             return None
         grid = Grid.on_disk(column.folder, rows, spec.width, DTYPES[spec.dtype])
         if grid is None or grid.compressor is not None:
