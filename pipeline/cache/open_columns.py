@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.lossy import Encoded
-from pipeline.cache.codecs.raw import DirectColumn, MappedColumns
+from pipeline.cache.codecs.raw import DirectColumn
 from pipeline.cache.columns import Column, open_column
 from pipeline.cache.layout import CHECKSUM_ROWS
 from pipeline.cache.samples import ShardPlan
@@ -81,7 +81,6 @@ class OpenColumns:
         self._cache, self._catalog, self._plan_of = cache, catalog, plan_of
         self._columns: dict[tuple[int, str], DirectColumn | CodedColumn] = {}
         self._files = _RecentlyUsed()
-        self._maps = _RecentlyUsed()
 
     def read(self, shard: int, name: str, row: int, first: int, out: memoryview, wait: bool = True) -> bool:
         """Fill `out`, flat bytes, with rows of sample `row` of the shard from `first` on. CacheError for damage.
@@ -124,15 +123,6 @@ class OpenColumns:
         column, file = self._open(shard, name)
         return column.read_encoded(file, row, first, arrays)
 
-    def mapped(self, shard: int, names: Sequence[str]) -> MappedColumns | None:
-        """Map these columns as one array; None where that is impossible: encoded, or of different rows."""
-        opened = [self._open(shard, name) for name in names]
-        columns = [column for column, _ in opened if isinstance(column, DirectColumn)]
-        if not opened or len(columns) < len(opened) or any(column.grid != columns[0].grid for column in columns):
-            return None
-        key, files = (shard, *names), [file for _, file in opened]
-        return self._maps.get(key, lambda: MappedColumns(columns, files), max(1, OPEN_FILES // len(files)))
-
     def _open(self, shard: int, name: str) -> tuple[DirectColumn | CodedColumn, object]:
         key = (shard, name)
         column = self._columns.get(key)
@@ -142,7 +132,7 @@ class OpenColumns:
             held = open_column(self._cache, manifest, bounds)
             # setdefault: two threads that open it at once must share one record of verified blocks
             column = self._columns.setdefault(key, CODECS[held.spec.codec].direct(held) or CodedColumn(held))
-        return column, self._files.get(key, column.open, OPEN_FILES)
+        return column, self._files.get(key, column.open)
 
 
 class _RecentlyUsed:
@@ -152,8 +142,8 @@ class _RecentlyUsed:
         self._held: OrderedDict[Hashable, object] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: Hashable, make: Callable[[], object], most: int):
-        """The entry of `key`, from `make` if absent; at most `most` entries are kept."""
+    def get(self, key: Hashable, make: Callable[[], object]):
+        """The entry of `key`, from `make` if absent; at most OPEN_FILES entries are kept."""
         with self._lock:
             if key in self._held:
                 self._held.move_to_end(key)
@@ -161,6 +151,6 @@ class _RecentlyUsed:
         made = make()  # outside of the lock: opening waits for the disk
         with self._lock:
             made = self._held.setdefault(key, made)
-            while len(self._held) > most:
+            while len(self._held) > OPEN_FILES:
                 self._held.popitem(last=False)
         return made

@@ -69,10 +69,9 @@ class HiddenCache:
     samples: the SampleTable
     """
 
-    def __init__(self, path: Path, identity: dict, plans: list[dict], index: pa.Table, mapped: bool):
+    def __init__(self, path: Path, identity: dict, plans: list[dict], index: pa.Table):
         self.path = path
         self.identity = identity
-        self.mapped = mapped
         hashes = [identity["hash"], *(manifest["hash"] for manifest in plans)]
         self.digest = _digest(hashes)
         self.earlier_digests = [
@@ -85,18 +84,14 @@ class HiddenCache:
         self._reads = ReadPool()
 
     @classmethod
-    def open(cls, path: Path | str, mapped: bool = False) -> "HiddenCache":
-        """Open a cache. UsageError when there is none; CacheError when it is damaged or of another format version.
-
-        `mapped`, for a cache that fits in memory: `read` returns views of the mapped files for raw states. Writing to
-        them ends the process, and so may a failing disk, which is an error otherwise.
-        """
+    def open(cls, path: Path | str) -> "HiddenCache":
+        """Open a cache. UsageError when there is none; CacheError when it is damaged or of another format version."""
         path = Path(path)
         check_exists(path)
         identity = read_canonical(path / IDENTITY)
         plans = read_manifests(path)
         index = read_index(path, plans)
-        return cls(path, identity, plans, build_index(load_plan(path)) if index is None else index, mapped)
+        return cls(path, identity, plans, build_index(load_plan(path)) if index is None else index)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -316,11 +311,8 @@ class HiddenCache:
         """Read stored rows [start, stop) of sample `i` from these columns, [K, stop - start, D]."""
         import torch
 
-        shard, row = self._locate(i)
+        shard, _ = self._locate(i)
         self._columns.check(shard, names)  # before memory is allocated for the size they declare
-        region = self._columns.mapped(shard, names) if self.mapped and stop > start else None
-        if region is not None:
-            return torch.from_numpy(region.rows(row, start, stop)).view(self.dtype)
         out = torch.empty(len(names), stop - start, self.hidden_size, dtype=self.dtype)
         self._fill(out, [(i, start, stop)], names)
         return out

@@ -75,8 +75,8 @@ def fit(cache: Path) -> None:
         write_manifest(path, facts)
 
 
-def read_all(cache: Path, mapped: bool = False) -> None:
-    held = HiddenCache.open(cache, mapped=mapped)
+def read_all(cache: Path) -> None:
+    held = HiddenCache.open(cache)
     assert isinstance(held.tokens, dict) and isinstance(held.target_config, dict) and held.head()
     for i in np.flatnonzero(held.samples.usable(held.layers, held.has_final)):
         held.read(int(i), final=held.has_final)
@@ -87,7 +87,6 @@ USES = {
     "inspect": describe,
     "one sample": lambda cache: sample_view(cache, 0),
     "read": read_all,
-    "read mapped": lambda cache: read_all(cache, mapped=True),
 }
 
 
