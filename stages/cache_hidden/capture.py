@@ -14,7 +14,6 @@ import transformers
 from torch import Tensor
 
 from pipeline.cache.atomic import process_lock, write_errors
-from pipeline.cache.codecs.int8 import as_stored
 from pipeline.cache.columns import ColumnSpec, complete_manifest
 from pipeline.cache.micro_batches import micro_batches
 from pipeline.cache.plan import Plan
@@ -26,6 +25,7 @@ from pipeline.target.head import TargetHead
 from pipeline.target.model import head_of, load_target, stop_tokens
 from pipeline.target.on_policy import OnPolicyStats, on_policy_column, on_policy_share, sum_scores
 from pipeline.target.probe import probe
+from pipeline.tensors import as_stored
 from stages.cache_hidden.background_writer import BackgroundWriter
 from stages.cache_hidden.calibrate import load_or_make_calibrations
 from stages.cache_hidden.certificate_rows import CertificateRows

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.cache.codecs import LOSSY
+from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.error_certificate import Certificate, shadow_samples
-from pipeline.cache.codecs.int8 import as_states, pack_encoded
-from pipeline.cache.codecs.int8_files import Encoded
+from pipeline.cache.codecs.lossy import Encoded
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.layout import CHECKSUM_ROWS
 from pipeline.cache.samples import ShardPlan
 from pipeline.cache.writer import ShardWriter
+from pipeline.tensors import as_states
 from stages.cache_hidden.engine_hf import Engine, ForwardOutput
 
 
@@ -21,13 +21,13 @@ class CertificateRows:
 
     def __init__(self, columns: Sequence[ColumnSpec], shard: ShardPlan):
         self.columns = columns
-        self.lossy = {spec.name: spec for spec in columns if spec.codec in LOSSY}
+        self.lossy = {spec.name: spec for spec in columns if CODECS[spec.codec].lossy}
         self.samples = shadow_samples(shard) if self.lossy else []
         self._states: dict[str, dict[int, Tensor]] = {name: {} for name in self.lossy}
 
     def encoded(self, engine: Engine, name: str, parts: Sequence[Tensor]) -> Encoded:
         """Return the rows of a column that the engine encoded, in the form that is stored."""
-        return pack_encoded(parts, engine.calibrations[name], self.lossy[name].dtype)
+        return CODECS[self.lossy[name].codec].pack(parts, engine.calibrations[name], self.lossy[name].dtype)
 
     def add(self, output: ForwardOutput) -> None:
         """Collect the exact rows that come with one forward's output."""

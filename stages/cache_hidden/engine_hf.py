@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.calibration import Calibration
-from pipeline.cache.codecs.int8 import encode
 from pipeline.cache.columns import ColumnSpec, stored_rows
 from pipeline.cache.layout import CHECKSUM_ROWS, layer_of
 from pipeline.cache.samples import ShardPlan
@@ -30,7 +30,7 @@ from pipeline.tensors import is_out_of_memory
 class ForwardOutput:
     """The output of one forward, on its way to the host: call `wait` before reading.
 
-    states: column -> rows [R, D], or what `int8.encode` returns for them; largest: column -> the largest magnitude of
+    states: column -> rows [R, D], or what its codec's `encode` returns; largest: column -> the largest magnitude of
     each row [R], fp32, not finite where the row is not; counts: column -> rows of each sample; on_policy: see
     `score_tokens`; certificate_rows: encoded column -> exact first rows of the samples in `Engine.certified_samples`.
     """
@@ -120,7 +120,7 @@ class Engine:
                 certificate_rows[spec.name] = rows_RD[self._to_device(self._certificate_rows(rows, counts[spec.name]))]
                 # A sample with such a row is refused anyway; encoded as is, every value of it would be an outlier.
                 rows_RD = rows_RD.masked_fill_(~largest[spec.name].isfinite()[:, None], 0)
-                rows_RD = encode(rows_RD, self.calibrations[spec.name])
+                rows_RD = CODECS[spec.codec].encode(rows_RD, self.calibrations[spec.name])
             states[spec.name] = rows_RD
         on_policy = self._score_on_policy(shard, rows, longest, last_BTD)
         return self._to_host(ForwardOutput(rows, states, largest, counts, on_policy, certificate_rows))
