@@ -6,7 +6,7 @@ from pathlib import Path
 from pipeline.cache.layout import IDENTITY
 from pipeline.cache.manifest import read_canonical
 from pipeline.errors import UsageError
-from pipeline.visible_text import say, visible
+from pipeline.visible_text import print_visible, visible
 from stages.import_cache.convert import ImportJob
 from stages.import_cache.detect_format import Source
 from stages.import_cache.find_convention import Convention, find_convention
@@ -43,7 +43,7 @@ def make_import_job(source: Source, out: Path, requested: RequestedConvention, t
         at = {0, len(source.locations) // 2, len(source.locations) - 1}
         samples = [first, *(source.open(*source.locations[number]) for number in sorted(at - {0}))][:PROBE_SAMPLES]
         convention, line = find_convention(target.model, samples, named, requested.count_from, requested.last)
-        say(visible(f"{source.form}: {line}"), err=True)
+        print_visible(visible(f"{source.form}: {line}"), err=True)
     else:
         convention = stated_convention(source, requested, first)
     if convention.last == "raw" and not target.proven:
