@@ -27,7 +27,7 @@ from pipeline.cache.atomic import clean_scratch
 from pipeline.cache.manifest import read_canonical
 from pipeline.cache.verify import verify
 from pipeline.errors import DataError, PipelineError, RoomError
-from stages.cache_hidden import engine_hf as engine
+from stages.cache_hidden import pack
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.repair import repair
 from stages.cache_hidden.run import run
@@ -214,10 +214,8 @@ REFUSED = {"NaN": "is not finite", "Inf": "is not finite", "zero": "has a row of
     ("kind", "codec"), [("NaN", "int8"), ("Inf", "zstd"), ("zero", "int8"), ("passing", "raw"), ("constant", "int8")]
 )
 def test_states_that_cannot_be_kept_are_refused_by_name_and_all_others_kept(tmp_path, monkeypatch, kind, codec):
-    encode, finite = engine.encode, []
-    monkeypatch.setattr(
-        engine, "encode", lambda rows, *rest: finite.append(rows.isfinite().all()) or encode(rows, *rest)
-    )
+    encode, finite = pack.encode, []
+    monkeypatch.setattr(pack, "encode", lambda rows, *rest: finite.append(rows.isfinite().all()) or encode(rows, *rest))
     chats = conversations(8)
     chats[3]["messages"][-1]["content"] += " ~"
     target, corpus = strange_target(tmp_path / "target", kind), write_jsonl(tmp_path / "chats.jsonl", chats)
