@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.cache.codecs import PROBE_ALLOWANCE
-from pipeline.cache.codecs.int8 import as_states
+from pipeline.cache.codecs import CODECS
 from pipeline.cache.columns import ColumnSpec, stored_rows
 from pipeline.cache.layout import layer_of
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import ProofError
 from pipeline.target.head import TargetHead
 from pipeline.target.model import final_norm
+from pipeline.tensors import as_states
 
 ROWS = 128  # of a prefix, mostly
 SAMPLES = 2
@@ -75,7 +75,7 @@ def probe(
             kept = stored_rows(shard, row, spec.keeps)
             inside = torch.from_numpy(kept[kept < prefix]).to(reference.device)
             stored = as_states(read(spec.name, row))[: len(inside)].to(reference.device)
-            tolerance = PROBE_ALLOWANCE.get(spec.codec, 0.0) + slack
+            tolerance = CODECS[spec.codec].probe_allowance + slack
             layer = layer_of(spec.name)
             if layer is not None:
                 error = check_layer(stored, entries, layer, tolerance)

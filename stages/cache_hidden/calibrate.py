@@ -1,4 +1,4 @@
-"""Calibration of int8 columns before the first shard is captured: the target runs over the first samples by hash.
+"""Calibration of lossy columns before the first shard is captured: the target runs over the first samples by hash.
 
 R rows   D hidden size
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.cache.codecs import LOSSY
+from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.calibration import (
     TOKENS,
     Calibration,
@@ -35,7 +35,7 @@ def load_or_make_calibrations(
 
     Raises ProofError for states that the codec cannot store within its error bounds, before any of them is written.
     """
-    lossy = [spec for spec in columns if spec.codec in LOSSY]
+    lossy = [spec for spec in columns if CODECS[spec.codec].lossy]
     by_column = {spec.name: read_calibration(out, spec.name, spec.width) for spec in lossy}
     todo = [spec for spec in lossy if by_column[spec.name] is None]
     step = max(1, STATES_BYTES // (TOKENS * max((spec.row_bytes for spec in todo), default=1)))

@@ -1,6 +1,6 @@
 """Packing: from an engine's states to what a shard stores, for every engine alike.
 
-Rows that a column does not store are dropped on the device, and int8 columns are encoded there, before anything is
+Rows that a column does not store are dropped on the device, and lossy columns are encoded there, before anything is
 copied to the host.
 
     B samples of a micro-batch   T tokens each, padding included   R packed rows   D hidden size
@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache.codecs import LOSSY
+from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.calibration import Calibration
 from pipeline.cache.codecs.error_certificate import Certificate, shadow_samples
-from pipeline.cache.codecs.int8 import as_states, as_stored, encode, pack_encoded
-from pipeline.cache.codecs.int8_files import Encoded
+from pipeline.cache.codecs.lossy import Encoded
 from pipeline.cache.columns import ColumnSpec, stored_rows
 from pipeline.cache.layout import CHECKSUM_ROWS, layer_of
 from pipeline.cache.samples import ShardPlan
@@ -26,7 +25,7 @@ from pipeline.cache.writer import ShardWriter
 from pipeline.errors import RoomError
 from pipeline.target.head import TargetHead
 from pipeline.target.on_policy import on_policy_rows, score_tokens
-from pipeline.tensors import is_out_of_memory
+from pipeline.tensors import as_states, as_stored, is_out_of_memory
 from stages.cache_hidden.engine import Engine
 
 
@@ -34,7 +33,7 @@ from stages.cache_hidden.engine import Engine
 class PackedStates:
     """The states of some samples, packed, on their way to the host: call `wait` before reading.
 
-    rows: column -> rows [R, D], or what `int8.encode` returns for them; largest: column -> the largest magnitude of
+    rows: column -> rows [R, D], or what their codec's `encode` returns; largest: column -> the largest magnitude of
     each row [R], fp32, not finite where the row is not; counts: column -> rows of each sample; on_policy: see
     `score_tokens`; exact: encoded column -> exact first rows of the samples in `Packer.certified`.
     """
@@ -140,12 +139,13 @@ class Packer:
             flat_ND = full_BTD.flatten(0, 1)
             # Contiguous runs of rows are copied, not gathered by an index: on a CPU in a quarter of the time.
             rows_RD = torch.cat([flat_ND[start:stop] for start, stop in runs[spec.keeps]] or [flat_ND[:0]])
-            self._encode_into(packed, spec.name, rows_RD)
+            self._encode_into(packed, spec, rows_RD)
         packed.on_policy = self._score_on_policy(samples, longest, final_BTD)
         return self._to_host(packed)
 
-    def _encode_into(self, packed: PackedStates, name: str, rows_RD: Tensor) -> None:
+    def _encode_into(self, packed: PackedStates, spec: ColumnSpec, rows_RD: Tensor) -> None:
         """Add a column's rows to what is packed, encoded where the column has a calibration."""
+        name = spec.name
         packed.largest[name] = largest_magnitude(rows_RD)
         if name not in self.calibrations:
             packed.rows[name] = rows_RD
@@ -153,14 +153,14 @@ class Packer:
         packed.exact[name] = rows_RD[self._to_device(self._certified_rows(packed.samples, packed.counts[name]))]
         # A sample with such a row is refused anyway; encoded as is, every value of it would be an outlier.
         rows_RD = rows_RD.masked_fill_(~packed.largest[name].isfinite()[:, None], 0)
-        packed.rows[name] = encode(rows_RD, self.calibrations[name])
+        packed.rows[name] = CODECS[spec.codec].encode(rows_RD, self.calibrations[name])
 
     def as_written(self, packed: PackedStates, spec: ColumnSpec) -> np.ndarray | Encoded:
         """Return a column's rows, once they are on the host, in the form that a `ShardWriter` takes."""
         rows = packed.rows[spec.name]
         if isinstance(rows, Tensor):
             return as_stored(rows)
-        return pack_encoded(rows, self.calibrations[spec.name], spec.dtype)
+        return CODECS[spec.codec].pack(rows, self.calibrations[spec.name], spec.dtype)
 
     def _certified_rows(self, samples: range, counts: list[int]) -> np.ndarray:
         """Return which of the packed rows are the first block of a sample in `certified`."""
@@ -232,7 +232,7 @@ class ExactRows:
         """Compare with what is read back from disk; return each encoded column's facts. ProofError past a bound."""
         found, device = {}, self.packer.engine.device
         for spec in self.packer.columns:
-            if spec.codec not in LOSSY:
+            if not CODECS[spec.codec].lossy:
                 continue
             head = self.packer.head if spec.name == "final" else None
             certificate = Certificate(spec.name, spec.codec, self.packer.calibrations[spec.name], head)

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache.codecs.int8 import as_states, as_stored
 from pipeline.cache.columns import ColumnSpec, stored_rows
 from pipeline.cache.layout import aux_column
 from pipeline.cache.samples import ShardPlan
@@ -20,6 +19,7 @@ from pipeline.errors import ProofError
 from pipeline.target.head import TargetHead
 from pipeline.target.on_policy import OnPolicyStats, on_policy_rows, score_tokens, sum_scores
 from pipeline.target.probe import ReferenceTarget, probe, probe_rows
+from pipeline.tensors import as_states, as_stored
 from stages.import_cache.detect_format import Source
 from stages.import_cache.find_convention import EXTRA_TOLERANCE, Convention
 from stages.import_cache.foreign_sample import STORED_DTYPE, ForeignSample, SampleLocation, bad_file

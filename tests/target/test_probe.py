@@ -11,13 +11,13 @@ import torch
 from tiny import config, random_model
 from transformers import Gemma2Config
 
-from pipeline.cache.codecs.int8 import as_stored
 from pipeline.cache.columns import ColumnSpec, stored_rows
 from pipeline.cache.plan import write_segment
 from pipeline.cache.samples import PlannedSample
 from pipeline.errors import ProofError
 from pipeline.target.model import decoder_layers, final_norm, head_of, run_decoder, tap_layers
 from pipeline.target.probe import ROWS, ReferenceTarget, prefix_length, probe, probe_rows
+from pipeline.tensors import as_stored
 from stages.cache_hidden.engine import HfEngine
 from stages.cache_hidden.pack import Packer
 
