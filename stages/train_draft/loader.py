@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache import HiddenCache
-from pipeline.cache.codecs.int8 import decode
-from pipeline.cache.codecs.int8_files import Encoded
+from pipeline.cache.codecs.lossy import Encoded
 from pipeline.cache.layout import FINAL
 from pipeline.cache.reader import Layer, Part
 from pipeline.drafts import Blocks, Cell, DraftConfig, eligible_anchors, lay_blocks, needs_final_states, pack
@@ -100,7 +99,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class EncodedStates:
-    """States [K, R, D] that were read but are still int8: half the bytes to copy, and no work for the host.
+    """States [K, R, D] that were read but are still encoded: fewer bytes to copy, and no work for the host.
 
     pieces: (index of the layer, first row, encoded rows).
     """
@@ -114,14 +113,14 @@ class EncodedStates:
         dtype = getattr(torch, self.pieces[0][2].dtype)
         states_KRD = torch.empty(self.shape, dtype=dtype, device=device)
         for k, first, encoded in self.pieces:
-            decode(encoded, device, states_KRD[k, first : first + len(encoded)])
+            encoded.decode(device, states_KRD[k, first : first + len(encoded)])
         return states_KRD[0] if self.final else states_KRD
 
 
 class BatchLoader:
     """Makes the batch of any step of a run.
 
-    keep_encoded: leave int8 states undecoded until their cell is moved to the device that trains.
+    keep_encoded: leave the states of lossy codecs undecoded until their cell is moved to the device that trains.
     """
 
     def __init__(
