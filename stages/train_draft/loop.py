@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from pipeline.cache import HiddenCache
 from pipeline.drafts import Draft
 from pipeline.errors import CacheError, UsageError
-from pipeline.evaluation.accept_length import accept_spans, summarise
+from pipeline.evaluation.accept_length import accept_spans
+from pipeline.evaluation.figures import summarise
 from pipeline.runs import checkpoint
 from pipeline.runs.recipe import Resolved
 from pipeline.runs.split import Split, stratified_subset
