@@ -11,7 +11,7 @@ import click
 
 from pipeline import __version__
 from pipeline.errors import CacheError, ProofError, UsageError
-from pipeline.options import FOLDER, PATH, REPORT, capture_options, regenerate_options
+from pipeline.options import FOLDER, PATH, REPORT, CodecOption, capture_options, regenerate_options
 from pipeline.process import CacheCommand, disable_spin_waiting, run_and_exit
 from pipeline.visible_text import print_visible, visible
 
@@ -147,7 +147,7 @@ def verify(cache, repair, deep, complete, model, device, as_json):
 
 @commands.command()
 @click.argument("cache", type=FOLDER, default="hs_cache")
-@click.option("--codec", required=True, help="raw, zstd or int8, or such as aux=int8,final=zstd.")
+@click.option("--codec", required=True, cls=CodecOption, help="or such as aux=int8,final=zstd.")
 def recode(cache, codec):
     """Write columns of a cache in another codec.
 

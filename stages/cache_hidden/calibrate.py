@@ -22,7 +22,8 @@ from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.micro_batches import micro_batches
 from pipeline.cache.plan import Plan
 from pipeline.cache.samples import PlannedSample, ShardPlan, make_batch
-from stages.cache_hidden.engine_hf import Engine
+from stages.cache_hidden.engine import Engine
+from stages.cache_hidden.pack import Packer
 
 STATES_BYTES = 1 << 30  # bytes of states in memory at a time; further columns take another run over the samples
 
@@ -65,9 +66,10 @@ def _sampled(plan: Plan) -> ShardPlan:
 def _states(engine: Engine, samples: ShardPlan, columns: Sequence[ColumnSpec], batch_tokens: int) -> dict[str, Tensor]:
     """Return the states of all samples on the host, [R, D] by column."""
     states: dict[str, list[Tensor]] = {spec.name: [] for spec in columns}
-    for rows in micro_batches(samples.lengths, batch_tokens):
-        for output in engine.forward_outputs(samples, rows, columns):
-            output.wait()
-            for name, states_RD in output.states.items():
+    packer = Packer(engine, samples, columns)
+    for batch in micro_batches(samples.lengths, batch_tokens):
+        for packed in packer.pack(batch):
+            packed.wait()
+            for name, states_RD in packed.rows.items():
                 states[name].append(states_RD)
     return {name: torch.cat(states.pop(name)) for name in [*states]}

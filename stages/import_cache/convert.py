@@ -18,7 +18,7 @@ from pipeline.cache.writer import ShardWriter
 from pipeline.errors import ProofError
 from pipeline.target.head import TargetHead
 from pipeline.target.on_policy import OnPolicyStats, on_policy_rows, score_tokens, sum_scores
-from pipeline.target.probe import probe, probe_rows
+from pipeline.target.probe import ReferenceTarget, probe, probe_rows
 from pipeline.tensors import as_states, as_stored
 from stages.import_cache.detect_format import Source
 from stages.import_cache.find_convention import EXTRA_TOLERANCE, Convention
@@ -139,9 +139,9 @@ def probe_shard(
     writer: ShardWriter, job: ImportJob, wanted: list[ColumnSpec], target: Target, head: TargetHead
 ) -> dict[str, dict]:
     """Probe a sealed shard as a capture is probed, with tolerance for another engine's rounding. Raises ProofError."""
-    model, refused = target.model, {*writer.refused}
+    reference, refused = ReferenceTarget(target.model), {*writer.refused}
     try:
-        return probe(model, head, writer.shard, wanted, refused, writer.read, EXTRA_TOLERANCE[job.dtype])
+        return probe(reference, head, writer.shard, wanted, refused, writer.read, EXTRA_TOLERANCE[job.dtype])
     except ProofError as error:
         probed = ", ".join(location_of(writer.shard, row)[0] for row in probe_rows(writer.shard, refused))
         raise ProofError(f"{Path(job.source.folder)}, {probed}: {error}; these files are of another run") from error
