@@ -49,7 +49,7 @@ def regenerate(template_kwargs, template_date, no_token_ids, as_json, **chosen):
     """
     from pipeline.target.files import template_arguments
     from stages.regenerate.options import Options
-    from stages.regenerate.report import table
+    from stages.regenerate.output import table
     from stages.regenerate.run import check_failed, run
 
     arguments = template_arguments(template_kwargs, template_date)
@@ -316,7 +316,6 @@ def report(reports, markdown, forced, drawing, against):
     Runs that differ only in their seed become one column, and one mark of a plot. With --against a draft is a row: how
     far it is ahead of that baseline over the same prompts, and after how many steps it would have reached it.
     """
-    from pipeline.evaluation.plot import plot
     from pipeline.evaluation.tables import comparison
 
     if against:
@@ -328,6 +327,8 @@ def report(reports, markdown, forced, drawing, against):
     else:
         table = comparison(reports, markdown, forced)
     if drawing:
+        from pipeline.evaluation.plot import plot
+
         plot(reports, drawing)
     print_visible(table) if markdown else console().print(table)
 

@@ -19,7 +19,7 @@ from jinja2.meta import find_undeclared_variables
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from pipeline.corpus.rejections import Unusable
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, first_line
 from pipeline.target.files import TEMPLATE_DATE, chat_templates, stop_ids
 from pipeline.target.tokenizer import load_tokenizer
 
@@ -132,7 +132,7 @@ class ChatTemplate:
                 **{**self._special, **self.kwargs, **(kwargs or {})},
             )
         except RENDERING_ERRORS as error:
-            cause = str(error).strip().split("\n")[0][:120]
+            cause = first_line(error, 120)
             if not isinstance(error, TemplateError):
                 cause = f"{type(error).__name__}: {cause}"
             raise Unusable("template error", f"the chat template refuses it ({cause})") from error

@@ -9,7 +9,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, first_line
 from pipeline.os_errors import refuse_limit
 from pipeline.target.files import check_config
 
@@ -26,7 +26,7 @@ def load_config(folder: Path, model: str = "") -> PreTrainedConfig:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         refuse_limit(folder, error)
-        cause = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        cause = first_line(error, 200)
         raise UsageError(
             f"{model or folder}: transformers {transformers.__version__} does not know this model ({cause}); a "
             "newer one may, and code that comes with a model is never run"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from pipeline.errors import RoomError, UsageError
+from pipeline.errors import RoomError, UsageError, first_line
 from pipeline.os_errors import refuse_limit
 from pipeline.runs.cache_requirements import logit_scale
 from pipeline.target.config import load_config, loader_of
@@ -62,12 +62,12 @@ def load_target(
             raise
         raise missing_package(model, method, error) from error
     except torch.OutOfMemoryError as error:
-        raise RoomError(f"{model} does not fit on {device} ({_cause(error)}); use a larger device") from error
+        raise RoomError(f"{model} does not fit on {device} ({first_line(error, 200)}); use a larger device") from error
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         refuse_limit(model, error)
         remedy = "fetch its files again" if method is None else f"it is quantised ({method}): use a GPU that can, or "
         remedy += "" if method is None else "name the model as it was before"
-        raise UsageError(f"{model} cannot be loaded ({_cause(error)}); {remedy}") from error
+        raise UsageError(f"{model} cannot be loaded ({first_line(error, 200)}); {remedy}") from error
     missing_weights = sorted({*report["missing_keys"], *(str(entry[0]) for entry in report.get("mismatched_keys", ()))})
     if missing_weights:
         raise UsageError(
@@ -93,10 +93,6 @@ def _check_size(folder: Path, loader: type, config: PreTrainedConfig) -> None:
             f"{folder}: config.json describes a model of {described:,} parameters, its files hold {in_files:,}; "
             "fetch its files again"
         )
-
-
-def _cause(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
 def _decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:

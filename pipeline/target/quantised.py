@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, first_line
 from pipeline.target.files import safetensors_header, weight_files
 
 # By method: the packages to install, and the module of each, to look whether it is installed.
@@ -75,8 +75,8 @@ def check_quantised(folder: Path, config: PreTrainedConfig) -> None:
             raise missing_package(folder, method, error) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(
-            f"{folder} is quantised ({method[:40]}) in a way that this transformers cannot load ({_cause(error)}); "
-            f"take a newer one, {USE_ORIGINAL}"
+            f"{folder} is quantised ({method[:40]}) in a way that this transformers cannot load "
+            f"({first_line(error, 200)}); take a newer one, {USE_ORIGINAL}"
         ) from error
 
 
@@ -85,7 +85,7 @@ def missing_package(folder: Path | str, method: str, error: Exception) -> UsageE
     needed = _missing_packages(method) or PACKAGES.get(method)
     install = f"`pip install {' '.join(needed)}`" if needed else "install what is named"
     return UsageError(
-        f"{folder} is quantised ({method[:40]}), and what loads it is not here ({_cause(error)}); {install}, "
+        f"{folder} is quantised ({method[:40]}), and what loads it is not here ({first_line(error, 200)}); {install}, "
         f"{USE_ORIGINAL}"
     )
 
@@ -115,7 +115,3 @@ def _check_head_dense(folder: Path) -> None:
                     f"{folder}: its embedding or LM head is quantised ({name}, {entry['dtype']}), and a draft shares "
                     f"them as they are; take a target that leaves them dense, {USE_ORIGINAL}"
                 )
-
-
-def _cause(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, first_line
 from pipeline.os_errors import refuse_limit
 
 
@@ -14,7 +14,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         refuse_limit(folder, error)
-        cause = str(error).strip().split("\n")[0][:160]
+        cause = first_line(error)
         if "trust_remote_code" in cause:
             raise UsageError(
                 f"{folder}: its tokenizer or config is code of its own, and code that comes with a model is never run; "

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from pipeline.cache.codecs.zarr_file import DTYPES
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, first_line
 from pipeline.os_errors import refuse_limit
 
 CHUNK_BYTES = 64 << 20  # an array with larger chunks is refused
@@ -95,7 +95,7 @@ class _Errors:
                 from pipeline.cache.codecs.zstd import check_memory
 
                 check_memory(self.where)
-            message = str(error).split("\n")[0]
+            message = first_line(error, None)
             raise CacheError(f"{self.where}: zarr-python cannot read it: {message}; run `pipeline verify`") from error
 
 
