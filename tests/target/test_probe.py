@@ -13,7 +13,7 @@ from transformers import Gemma2Config
 
 from pipeline.cache.codecs.int8 import as_stored
 from pipeline.cache.columns import ColumnSpec, stored_rows
-from pipeline.cache.plan import write_segment
+from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.samples import PlannedSample
 from pipeline.errors import ProofError
 from pipeline.target.model import decoder_layers, final_norm, head_of, run_decoder, tap_layers
