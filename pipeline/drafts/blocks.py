@@ -14,9 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pipeline.drafts.attention import Group, group_blocks
 from pipeline.drafts.config import DraftConfig
 from pipeline.errors import DataError
+
+QUERIES_A_GROUP = 128
 
 
 class PackableSample(Protocol):
@@ -30,11 +31,11 @@ class PackableSample(Protocol):
 
 
 def _to_device(record, device):
-    """Return a copy of a dataclass with every tensor on `device`."""
+    """Return a copy of a dataclass with every tensor, and every other value that has a method `to`, on `device`."""
     values = {field.name: getattr(record, field.name) for field in fields(record)}
     return replace(
         record,
-        **{name: value.to(device, non_blocking=True) for name, value in values.items() if torch.is_tensor(value)},
+        **{name: value.to(device, non_blocking=True) for name, value in values.items() if hasattr(value, "to")},
     )
 
 
@@ -61,6 +62,17 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Consecutive blocks first .. last - 1 of one document, and the context that any of them attends to: the
+    document's rows 0 .. rows - 1. Padding blocks belong to document 0."""
+
+    first: int
+    last: int
+    document: int
+    rows: int
+
+
+@dataclass(frozen=True)
 class Blocks:
     """N blocks over one cell, all known before any forward, and so are the loss's denominators."""
 
@@ -81,8 +93,11 @@ class Blocks:
     def to(self, device: torch.device | str) -> "Blocks":
         return _to_device(self, device)
 
-    def split(self, count: int) -> list["Blocks"]:
-        """Split into parts of at most `count` blocks. Blocks do not attend to one another, so the losses add up."""
+    def split(self, count: int | None) -> list["Blocks"]:
+        """Split into parts of at most `count` blocks (None: one part). Blocks do not attend to one another, so the
+        losses add up."""
+        if count is None:
+            return [self]
         of_blocks = [field.name for field in fields(self) if torch.is_tensor(getattr(self, field.name))]
         rows = zip(*(getattr(self, name).split(count) for name in of_blocks), strict=True)
         parts = [replace(self, **dict(zip(of_blocks, row, strict=True))) for row in rows]
@@ -176,6 +191,24 @@ def lay_blocks(cell: Cell, anchors_N: Tensor, keep_N: Tensor, config: DraftConfi
         groups=group_blocks((anchors_N - starts_N).tolist(), doc_N.tolist(), config.block_size),
         lengths=tuple(cell.lengths_M.tolist()),
     )
+
+
+def group_blocks(
+    anchors: Sequence[int], documents: Sequence[int], slots: int, queries: int = QUERIES_A_GROUP
+) -> tuple[Group, ...]:
+    """Group consecutive blocks of one document, at most `queries` slots together.
+
+    anchors: rows within their documents, in any order; ascending is fastest, since then few keys are masked.
+    """
+    most = max(1, queries // slots)
+    groups: list[Group] = []
+    for block, (anchor, document) in enumerate(zip(anchors, documents, strict=True)):
+        last = groups[-1] if groups else None
+        if last and last.document == document and last.last - last.first < most:
+            groups[-1] = Group(last.first, block + 1, document, max(last.rows, anchor))
+        else:
+            groups.append(Group(block, block + 1, document, anchor))
+    return tuple(groups)
 
 
 def unbroken(scored_NS: Tensor) -> Tensor:

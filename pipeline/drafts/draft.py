@@ -16,7 +16,7 @@ from pipeline.drafts.backbone import Backbone
 from pipeline.drafts.blocks import Blocks, Cell
 from pipeline.drafts.config import DraftConfig, needs_final_states
 from pipeline.drafts.decoding import BlockRequest, DraftKV, Proposal, Sampling
-from pipeline.drafts.losses import head_loss
+from pipeline.drafts.losses import HeadLoss
 from pipeline.drafts.metrics import slot_sums
 from pipeline.drafts.norm_and_rope import at_least_float32
 from pipeline.drafts.objectives import Objective, TargetStates, dpace_weights, term_name, term_weights
@@ -76,9 +76,9 @@ class Draft(Backbone):
             attention = DenseAttention(blocks, len(cell.ids_R), self.windows)
         else:
             attention = GroupedAttention(blocks, self.windows)
-        context_kv = self.context_keys_values(cell.aux_KRD, cell.pos_R)
         embedded_QD = self._embed(blocks.input_ids_NS.flatten())
-        out_QD = self.slots(embedded_QD, blocks.positions_NS.flatten(), context_kv, attention)
+        positions_Q = blocks.positions_NS.flatten()
+        out_QD = self.slot_states(embedded_QD, positions_Q, cell.aux_KRD, cell.pos_R, attention)
         return out_QD.unflatten(0, blocks.input_ids_NS.shape)
 
     def _embed(self, ids: Tensor) -> Tensor:
@@ -115,15 +115,12 @@ class Draft(Backbone):
         """
         objective = self.objective(cell, blocks, scheduled, dens, metrics)
         hidden_NSD = self.hidden(cell, blocks)
-        total = self.head_loss(hidden_NSD, blocks, objective)
+        z_NSU, out_VU = self.correction(hidden_NSD, blocks.prev_NS) or (None, None)
+        chunk = self.blocks_per_chunk(hidden_NSD)
+        total = HeadLoss.apply(hidden_NSD, z_NSU, out_VU, self.target, objective, chunk)
         return Loss(
             total, objective.numerators, slot_sums(objective.slot_values(), blocks.scored_NS) if metrics else {}
         )
-
-    def head_loss(self, hidden_NSD: Tensor, blocks: Blocks, objective: Objective) -> Tensor:
-        """Return the total loss of the head's logits, corrected where the method corrects them, chunk by chunk."""
-        correction = self.correction(hidden_NSD, blocks.prev_NS)
-        return head_loss(hidden_NSD, self.target, objective, correction, self.blocks_per_chunk(hidden_NSD))
 
     def blocks_per_chunk(self, hidden_NSD: Tensor) -> int:
         """Return how many of these blocks have their logits in memory at once."""
@@ -174,35 +171,25 @@ class Draft(Backbone):
 
         The states in the requests enter the kv caches; the slots' own keys and values do not.
         """
-        device, S = self.fc.weight.device, self.config.block_size
-        self._extend_kv(requests, device)
-        ids_NS = torch.full((len(requests), S), self.config.mask_token_id, device=device)
-        ids_NS[:, 0] = torch.tensor([request.anchor_id for request in requests], device=device)
-        starts = [request.start for request in requests]
-        positions_NS = torch.tensor(starts, device=device)[:, None] + torch.arange(S, device=device)
-        context_kv = list(zip(*(request.kv.layers() for request in requests), strict=True))
-        attention = DecodeAttention(S, starts, device)
-        return self.slots(self._embed(ids_NS.flatten()), positions_NS.flatten(), context_kv, attention).unflatten(
-            0, (-1, S)
-        )
-
-    def _extend_kv(self, requests: Sequence[BlockRequest], device: torch.device) -> None:
-        """Append the keys and values of the requests' states to each text's kv cache, computed for all at once."""
         for request in requests:
             K, T, _ = request.features_KTD.shape
             length, start = request.kv.length, request.start
             assert length + T == start, f"kv holds {length} positions and {T} came, for an anchor at {start}"
             assert len(self.config.target_layer_ids) == K, f"{K} layers for {self.config.target_layer_ids}"
-        fresh = [request for request in requests if request.start > request.kv.length]
-        if not fresh:
-            return
-        counts = [request.start - request.kv.length for request in fresh]
-        positions_R = torch.cat([torch.arange(request.kv.length, request.start, device=device) for request in fresh])
-        features_KRD = torch.cat([request.features_KTD.to(device) for request in fresh], dim=1)
-        layers = self.context_keys_values(features_KRD, positions_R)
-        parts = [list(zip(k.split(counts, dim=1), v.split(counts, dim=1), strict=True)) for k, v in layers]
-        for request, of_text in zip(fresh, zip(*parts, strict=True), strict=True):
-            request.kv.append(of_text)
+        device, S = self.fc.weight.device, self.config.block_size
+        ids_NS = torch.full((len(requests), S), self.config.mask_token_id, device=device)
+        ids_NS[:, 0] = torch.tensor([request.anchor_id for request in requests], device=device)
+        starts_N = torch.tensor([request.start for request in requests], device=device)
+        positions_NS = starts_N[:, None] + torch.arange(S, device=device)
+        new_rows = [range(request.kv.length, request.start) for request in requests]
+        positions_R = torch.tensor([row for rows in new_rows for row in rows], dtype=torch.long, device=device)
+        features_KRD = torch.cat([request.features_KTD.to(device) for request in requests], dim=1)
+        attention = DecodeAttention(S, [request.kv for request in requests], list(map(len, new_rows)), device)
+        embedded_QD = self._embed(ids_NS.flatten())
+        out_QD = self.slot_states(embedded_QD, positions_NS.flatten(), features_KRD, positions_R, attention)
+        for request in requests:
+            request.kv.length = request.start
+        return out_QD.unflatten(0, (-1, S))
 
     @torch.no_grad()
     def propose(

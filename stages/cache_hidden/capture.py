@@ -4,17 +4,19 @@ Shards are independent and their bytes depend on nothing but the plan, so a stop
 missing shard, and every worker computes the same bytes.
 """
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
 from types import MappingProxyType
+from typing import Any
 
-import numpy as np
 import torch
-import transformers
-from torch import Tensor
 
 from pipeline.cache.atomic import process_lock, write_errors
 from pipeline.cache.catalog import Catalog, Work
-from pipeline.cache.codecs.int8 import as_stored
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.micro_batches import micro_batches
 from pipeline.cache.target_files import HEAD, target_file
@@ -24,16 +26,16 @@ from pipeline.target.copy_to_cache import store_target
 from pipeline.target.head import TargetHead
 from pipeline.target.model import head_of, load_target, stop_tokens
 from pipeline.target.on_policy import OnPolicyStats, on_policy_column, on_policy_share, sum_scores
-from pipeline.target.probe import probe
-from stages.cache_hidden.background_writer import BackgroundWriter
+from pipeline.target.probe import ReferenceTarget, probe
 from stages.cache_hidden.calibrate import load_or_make_calibrations
-from stages.cache_hidden.certificate_rows import CertificateRows
-from stages.cache_hidden.engine_hf import Engine, ForwardOutput
+from stages.cache_hidden.engine import make_engine
+from stages.cache_hidden.pack import ExactRows, PackedStates, Packer
 from stages.cache_hidden.plan_report import Lost
-from stages.cache_hidden.progress import Progress
 from stages.cache_hidden.settings import CaptureSettings
 
 QUEUED = 2  # micro-batches that wait for the writer
+POLL_S = 0.2  # how often the writer and the engine look whether the other has stopped
+SHOWN_EVERY_S = 5.0  # where stderr is no terminal
 REFUSED_SHARE = 0.01  # of a plan's samples; more means that something is wrong with the target or its dtype
 
 
@@ -52,35 +54,36 @@ def capture_shards(
     Raises ProofError, DataError (too many refused), RoomError, UsageError.
     """
     out, plan = catalog.path, catalog.plan
-    model = load_target(str(settings.folder), device=device, dtype=settings.dtype)
-    store_target(catalog, settings.folder, head_of(model), model.config, stop_tokens(model))
+    target = load_target(str(settings.folder), device=device, dtype=settings.dtype)
+    store_target(catalog, settings.folder, head_of(target), target.config, stop_tokens(target))
     head = TargetHead.load(target_file(catalog, HEAD), device, getattr(torch, settings.dtype))
-    engine = Engine(model, head, 0.0)
+    reference = ReferenceTarget(target)
     with_stats = on_policy_columns(catalog, settings.columns)
-    with write_errors(out, "a calibration"), process_lock(out, "calibration"):  # by one process, for all
-        engine.calibrations = load_or_make_calibrations(engine, out, plan, settings.columns, settings.batch_tokens)
-    with Progress(sum(shard.rows for shard, _ in work), len(work)) as progress:
-        for shard, wanted in work:
-            catalog.refresh(shard.number)  # another worker may have captured this shard since the work was listed
-            key = shard.number
-            columns = [spec for spec in wanted if (key, spec.name) in lost or not catalog.captured(key, spec.name)]
-            if not columns:
+    with contextlib.closing(make_engine(settings, target)) as engine:
+        with write_errors(out, "a calibration"), process_lock(out, "calibration"):  # by one process, for all
+            calibrations = load_or_make_calibrations(engine, out, plan, settings.columns, settings.batch_tokens)
+        with Progress(sum(shard.rows for shard, _ in work), len(work)) as progress:
+            for shard, wanted in work:
+                catalog.refresh(shard.number)  # another worker may have captured it since the work was listed
+                key = shard.number
+                columns = [spec for spec in wanted if (key, spec.name) in lost or not catalog.captured(key, spec.name)]
+                if not columns:
+                    progress.add_shard()
+                    continue
+                share = on_policy_share(plan.segment(shard.number)["supervised"])
+                packer = Packer(engine, shard, columns, head, share, calibrations)
+                with ShardWriter(catalog, shard, columns) as writer:
+                    earlier = repeat_refusals(writer, settings.columns)
+                    exact_rows, on_policy = write_states(packer, writer, settings.batch_tokens, progress)
+                    refused += len(writer.refused) - earlier
+                    check_refused(refused, plan.samples, writer.refused)
+                    writer.seal()
+                    facts = probe_and_certify(packer, writer, reference, exact_rows)
+                    for name in with_stats & facts.keys():
+                        facts[name]["gauge"] = on_policy.as_facts()
+                    previous = {name: lost[shard.number, name] for name in facts if (shard.number, name) in lost}
+                    writer.commit(facts, previous)
                 progress.add_shard()
-                continue
-            engine.on_policy_share = on_policy_share(plan.segment(shard.number)["supervised"])
-            with ShardWriter(catalog, shard, columns) as writer:
-                earlier = repeat_refusals(writer, settings.columns)
-                certificate_rows = CertificateRows(columns, shard)
-                on_policy = write_states(engine, writer, certificate_rows, settings.batch_tokens, progress)
-                refused += len(writer.refused) - earlier
-                check_refused(refused, plan.samples, writer.refused)
-                writer.seal()
-                facts = probe_and_certify(engine, writer, certificate_rows)
-                for name in with_stats & facts.keys():
-                    facts[name]["gauge"] = on_policy.as_facts()
-                previous = {name: lost[shard.number, name] for name in facts if (shard.number, name) in lost}
-                writer.commit(facts, previous)
-            progress.add_shard()
 
 
 def on_policy_columns(catalog: Catalog, columns: Sequence[ColumnSpec]) -> set[str]:
@@ -106,65 +109,48 @@ def repeat_refusals(writer: ShardWriter, columns: Sequence[ColumnSpec]) -> int:
 
 
 def write_states(
-    engine: Engine, writer: ShardWriter, certificate_rows: CertificateRows, batch_tokens: int, progress: Progress
-) -> OnPolicyStats:
-    """Write every row of a shard's columns; return its on-policy figures. At most a few micro-batches are in memory."""
-    on_policy, shard = OnPolicyStats(), writer.shard
+    packer: Packer, writer: ShardWriter, batch_tokens: int, progress: "Progress"
+) -> tuple[ExactRows, OnPolicyStats]:
+    """Write every row of a shard's columns; return the rows that certify them, and the shard's on-policy figures.
 
-    def write_output(output: ForwardOutput) -> None:
+    At most a few micro-batches are in memory.
+    """
+    exact_rows, on_policy = ExactRows(packer), OnPolicyStats()
+
+    def write_packed(packed: PackedStates) -> None:
         nonlocal on_policy
-        output.wait()
-        for row, reason in unusable_samples(output):
-            if row not in writer.refused:
-                writer.refuse(row, reason)
+        packed.wait()
+        for sample, reason in packed.unusable():
+            if sample not in writer.refused:
+                writer.refuse(sample, reason)
         written = 0
-        for name, states in output.states.items():
-            rows = as_stored(states) if isinstance(states, Tensor) else certificate_rows.encoded(engine, name, states)
-            writer.write(name, rows)
+        for spec in packer.columns:
+            rows = packer.as_written(packed, spec)
+            writer.write(spec.name, rows)
             written += rows.nbytes
-        certificate_rows.add(output)
-        on_policy += sum_scores(output.on_policy)
-        progress.add(int(shard.lengths[output.rows].sum()), written)
+        exact_rows.add(packed)
+        on_policy += sum_scores(packed.on_policy)
+        progress.add(int(packer.shard.lengths[packed.samples].sum()), written)
 
-    engine.split, engine.certified_samples = False, frozenset(certificate_rows.samples)
-    background = BackgroundWriter(write_output, QUEUED)
+    background = BackgroundWriter(write_packed, QUEUED)
     try:
-        for rows in micro_batches(shard.lengths, batch_tokens):
-            for output in engine.forward_outputs(shard, rows, certificate_rows.columns):
-                background.put(output)
+        for samples in micro_batches(packer.shard.lengths, batch_tokens):
+            for packed in packer.pack(samples):
+                background.put(packed)
         background.finish()
     finally:
         background.stop()
-    return on_policy
+    return exact_rows, on_policy
 
 
-def probe_and_certify(engine: Engine, writer: ShardWriter, certificate_rows: CertificateRows) -> dict[str, dict]:
+def probe_and_certify(
+    packer: Packer, writer: ShardWriter, reference: ReferenceTarget, exact_rows: ExactRows
+) -> dict[str, dict]:
     """Probe a sealed shard; return the facts for each column's manifest. Raises ProofError."""
-    certified = certificate_rows.certify(engine, writer)
-    probed = probe(engine.model, engine.head, writer.shard, certificate_rows.columns, {*writer.refused}, writer.read)
-    made_by = {
-        "engine": "transformers",
-        "attention": engine.model.config._attn_implementation,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-        "device": engine.device.type,
-        "split": engine.split,
-    }
+    certified = exact_rows.certify(writer)
+    probed = probe(reference, packer.head, writer.shard, packer.columns, {*writer.refused}, writer.read)
+    made_by = {**packer.engine.facts, "split": packer.split}
     return {name: {**made_by, "probe": found, **certified.get(name, {})} for name, found in probed.items()}
-
-
-def unusable_samples(output: ForwardOutput) -> Iterator[tuple[int, str]]:
-    """Yield the samples of a forward's output whose states are not finite or all zero in a row, with the reason."""
-    reasons: dict[int, str] = {}
-    for name, largest_R in output.largest.items():
-        starts = np.cumsum([0, *output.counts[name]])
-        for row, start, stop in zip(output.rows, starts, starts[1:], strict=False):
-            rows = largest_R[start:stop].numpy()
-            if not np.isfinite(rows).all():
-                reasons.setdefault(row, f"{name} is not finite")
-            elif (rows == 0).any():
-                reasons.setdefault(row, f"{name} has a row of zeros")
-    yield from sorted(reasons.items())
 
 
 def check_refused(refused: int, samples: int, newest: dict[int, str]) -> None:
@@ -174,4 +160,112 @@ def check_refused(refused: int, samples: int, newest: dict[int, str]) -> None:
         raise DataError(
             f"{refused} of {samples} samples gave states that cannot be kept ({reason}); "
             "the target's weights are damaged, or its type is too narrow: try --dtype bfloat16 or float32"
+        )
+
+
+_LAST = object()
+
+
+class BackgroundWriter:
+    """Calls `write` with every item put, in order, in a thread of its own; at most `depth` items wait.
+
+    An exception in `write` is raised by the computing thread's next `put` or `finish`.
+    """
+
+    def __init__(self, write: Callable[[Any], None], depth: int):
+        self._write = write
+        self._queue: queue.Queue = queue.Queue(depth)
+        self._error: BaseException | None = None
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="background-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, item: Any) -> None:
+        """Queue an item; waits while the queue is full."""
+        while True:
+            self._check()
+            try:
+                return self._queue.put(item, timeout=POLL_S)
+            except queue.Full:
+                continue
+
+    def finish(self) -> None:
+        """Wait until everything queued is written."""
+        self.put(_LAST)
+        self._thread.join()
+        self._check()
+
+    def stop(self) -> None:
+        """End after the current item and drop the rest; harmless after `finish`."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            while not self._stopped.is_set():
+                try:
+                    item = self._queue.get(timeout=POLL_S)
+                except queue.Empty:
+                    continue
+                if item is _LAST:
+                    return
+                self._write(item)
+        except BaseException as error:  # handed to the computing thread, which raises it
+            self._error = error
+
+
+class Progress:
+    """Counts tokens and bytes, from any thread, and shows them on stderr while it is open.
+
+    On a terminal as a line that is kept up to date, else as a new line every few seconds.
+    """
+
+    def __init__(self, tokens: int, shards: int):
+        self.tokens, self.shards = tokens, shards
+        self.done_tokens = self.done_bytes = self.done_shards = 0
+        self._lock = threading.Lock()
+        self._start = time.monotonic()
+        self._shown = self._start
+        self._live = None
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live(console=Console(stderr=True), get_renderable=self.line, refresh_per_second=4)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def add(self, tokens: int, written: int) -> None:
+        """Count tokens computed and bytes written."""
+        with self._lock:
+            self.done_tokens += tokens
+            self.done_bytes += written
+            now = time.monotonic()
+            if self._live is None and now - self._shown >= SHOWN_EVERY_S:
+                self._shown = now
+                print(self.line(), file=sys.stderr, flush=True)
+
+    def add_shard(self) -> None:
+        """Count a committed shard."""
+        self.done_shards += 1
+
+    def line(self) -> str:
+        seconds = max(time.monotonic() - self._start, 1e-3)
+        rate = self.done_tokens / seconds
+        left = int((self.tokens - self.done_tokens) / rate) if rate else None
+        eta = "unknown" if left is None else f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        return (
+            f"shard {self.done_shards}/{self.shards} · {self.done_tokens:,} of {self.tokens:,} tokens · "
+            f"{rate:,.0f} tokens/s · {self.done_bytes / seconds / 1e6:,.1f} MB/s written · "
+            f"ETA {eta}"
         )

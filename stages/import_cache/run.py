@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipeline.cache.atomic import check_free_space, clean_scratch, size_text
 from pipeline.cache.catalog import Catalog, Work
-from pipeline.cache.codecs import stored_bytes
+from pipeline.cache.codecs import CODECS
 from pipeline.cache.layout import LOG
 from pipeline.cache.manifest import create_identity, write_canonical
 from pipeline.cache.plan import Plan, plan_in_use
@@ -157,7 +157,7 @@ def write_record(out: Path, identity: dict, target: Target) -> None:
 
 def total_bytes(missing: Work) -> int:
     return sum(
-        stored_bytes(int(spec.bounds(shard)[-1]), spec.width, spec.dtype, spec.codec)
+        CODECS[spec.codec].stored_bytes(int(spec.bounds(shard)[-1]), spec.width, spec.dtype)
         for shard, columns in missing
         for spec in columns
     )

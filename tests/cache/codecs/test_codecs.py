@@ -16,14 +16,14 @@ import zarr
 from cache_maker import COLUMNS, contents, make_cache, random_samples, states
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_codec import Fixed16
 
 import pipeline.cache.atomic as disk
-import pipeline.cache.codecs.error_certificate as certificate
 from pipeline.cache import HiddenCache
-from pipeline.cache.codecs import CODECS, LOSSY, codec_of, parse_codecs, stored_bytes
+from pipeline.cache.codecs import CODECS, codec_of, parse_codecs
 from pipeline.cache.codecs.calibration import Calibration, calibrate, calibration_samples, read_calibration
-from pipeline.cache.codecs.int8 import as_states, as_stored, decode, encode_to_host, error_bound
-from pipeline.cache.codecs.int8_files import OUTLIER_RMS, OUTLIER_STDS, group_of
+from pipeline.cache.codecs.error_certificate import largest_errors
+from pipeline.cache.codecs.int8 import OUTLIER_RMS, OUTLIER_STDS, group_of
 from pipeline.cache.codecs.zarr_file import SHARD_FILE, parse_chunk_index
 from pipeline.cache.codecs.zstd import ZstdReader, ZstdWriter, zstd_grid
 from pipeline.cache.columns import Column, ColumnSpec, column_manifest, open_column
@@ -32,13 +32,23 @@ from pipeline.cache.manifest import read_canonical
 from pipeline.cache.plan import load_plan
 from pipeline.cache.verify import verify
 from pipeline.errors import CacheError, DataError, ProofError, UsageError
+from pipeline.tensors import as_states, as_stored
 from stages.cache_hidden.capture_log import read_record
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.run import run as capture
 from stages.recode.run import run as recode
 
 HERE = Path(__file__).parents[2]
+INT8 = CODECS["int8"]
+NAMES = [*CODECS, "fixed16"]  # with one that only tests have
 DTYPES = ["bfloat16", "float32"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fixed16():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CODECS, "fixed16", Fixed16())
+        yield
 
 
 def in_codec(codec: str, dtype: str = "bfloat16", width: int = 8) -> list[ColumnSpec]:
@@ -54,7 +64,7 @@ def bits(states_RD: torch.Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", NAMES)
 def test_a_cache_in_any_codec_reads_back_within_its_promise_and_verifies(tmp_path, codec, dtype):
     columns = in_codec(codec, dtype, 12)
     cache = make_cache(tmp_path / "cache", random_samples(5), columns, refused={0: "not finite"})
@@ -67,14 +77,14 @@ def test_a_cache_in_any_codec_reads_back_within_its_promise_and_verifies(tmp_pat
             bounds = spec.bounds(shard)
             truth = as_states(states(shard, spec)[bounds[row] : bounds[row + 1]])
             assert found.dtype == truth.dtype == held.dtype
-            if codec in LOSSY:
-                std = torch.from_numpy(read_calibration(cache, spec.name, spec.width).std)
-                assert ((found.float() - truth.float()).abs() <= error_bound(truth, std)).all()
+            if CODECS[codec].lossy:
+                bound = largest_errors(CODECS[codec], truth, read_calibration(cache, spec.name, spec.width))
+                assert ((found.float() - truth.float()).abs() <= bound).all()
             else:
                 assert np.array_equal(bits(found), bits(truth))
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", NAMES)
 def test_rows_from_any_block_on_are_those_of_the_whole(tmp_path, codec):
     cache = make_cache(tmp_path / "cache", random_samples(2, longest=1500, seed=4), in_codec(codec))
     shard = max(load_plan(cache).shards, key=lambda shard: shard.lengths[0])
@@ -95,7 +105,7 @@ def long_cache(path: Path, codec: str, T: int, width: int) -> Path:
     return make_cache(path, [long], in_codec(codec, "bfloat16", width)[:1])
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", NAMES)
 def test_any_window_is_the_slice_of_the_whole(tmp_path, codec):
     held = HiddenCache.open(long_cache(tmp_path / "cache", codec, 900, 8))
     whole = held.read(0).aux
@@ -106,7 +116,7 @@ def test_any_window_is_the_slice_of_the_whole(tmp_path, codec):
                 assert np.array_equal(bits(found), bits(whole[:, first:stop])), (first, stop)
 
 
-@pytest.mark.parametrize("codec", ["zstd", "int8"])
+@pytest.mark.parametrize("codec", ["zstd", "int8", "fixed16"])
 def test_a_window_takes_no_memory_but_for_its_ends(tmp_path, codec):
     held = HiddenCache.open(long_cache(tmp_path / "cache", codec, 9000, 256))
     out = torch.empty(1, 8000, 256, dtype=torch.bfloat16)
@@ -118,7 +128,7 @@ def test_a_window_takes_no_memory_but_for_its_ends(tmp_path, codec):
     assert most < 2 << 20 < out.nbytes / 1.9
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", NAMES)
 def test_checking_a_long_sample_takes_little_memory(tmp_path, codec):
     cache = long_cache(tmp_path / "cache", codec, 12_000, 256)
     column = open_column(cache, column_manifest(cache, 0, "aux.1"), load_plan(cache).shards[0].bounds)
@@ -130,7 +140,7 @@ def test_checking_a_long_sample_takes_little_memory(tmp_path, codec):
     assert most < 5 << 20 < column.spec.row_bytes * 12_000
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", NAMES)
 def test_the_bytes_do_not_depend_on_the_pieces_rows_come_in(tmp_path, codec, monkeypatch):
     columns, samples = in_codec(codec), random_samples(3)
     whole = contents(make_cache(tmp_path / "a", samples, columns))
@@ -140,7 +150,7 @@ def test_the_bytes_do_not_depend_on_the_pieces_rows_come_in(tmp_path, codec, mon
     assert contents(make_cache(tmp_path / "b", samples, columns)) == whole
 
 
-@pytest.mark.parametrize("codec", ["zstd", "int8"])
+@pytest.mark.parametrize("codec", ["zstd", "int8", "fixed16"])
 def test_a_flipped_bit_of_any_file_is_found_or_changes_nothing_read(tmp_path, codec):
     cache = make_cache(tmp_path / "cache", random_samples(1, longest=300), in_codec(codec)[:1])
     right = bits(HiddenCache.open(cache).read(0).aux)
@@ -283,9 +293,10 @@ def rounded(values: np.ndarray) -> np.ndarray:
 
 def decoded_by_numpy(held) -> np.ndarray:
     """The decoder as the format states it, each step rounded in float32."""
-    rows, width = held.values.shape
-    scale = (held.scale.astype(np.uint32) << 16).view(np.float32)
-    values = held.values.astype(np.float32).reshape(rows, -1, group_of(width)) * scale[..., None]
+    q, scale = held.arrays
+    rows, width = q.shape
+    scale = (scale.astype(np.uint32) << 16).view(np.float32)
+    values = q.astype(np.float32).reshape(rows, -1, group_of(width)) * scale[..., None]
     values = values.reshape(rows, width) * held.calibration.std + held.calibration.mean
     whole = held.dtype == "float32"
     found = values.view(np.uint32) if whole else (rounded(values).view(np.uint32) >> 16).astype(np.uint16)
@@ -335,11 +346,11 @@ def test_every_entry_is_within_its_promise_and_numpy_decodes_the_same_bits(kind,
     states_RD, calibration = made_states(seed, rows, width, kind)
     states_RD = states_RD.to(getattr(torch, dtype))
     before = states_RD.clone()
-    held = encode_to_host(states_RD, calibration)
-    found_RD = decode(held)
+    held = INT8.encode_to_host(states_RD, calibration)
+    found_RD = held.decode()
     assert torch.equal(states_RD, before), "encoding left the caller's states alone"
     error_RD = (found_RD.double() - states_RD.double()).abs()
-    assert (error_RD <= error_bound(states_RD, torch.from_numpy(calibration.std)).double()).all()
+    assert (error_RD <= largest_errors(INT8, states_RD, calibration).double()).all()
     assert np.array_equal(as_stored(found_RD).view(decoded_by_numpy(held).dtype), decoded_by_numpy(held))
     at = tuple(held.outliers[:, :2].T)
     assert np.array_equal(as_stored(found_RD)[at], as_stored(states_RD)[at]), "escapes are exact"
@@ -352,7 +363,7 @@ def test_what_escapes_is_what_lies_beyond_16_spreads_or_4_rms_of_its_row():
     calibration = Calibration(np.zeros(256, np.float32), np.ones(256, np.float32))
     rms = np.sqrt(np.square(np.clip(z, -16, 16)).mean(axis=1, keepdims=True))
     expected = np.argwhere(np.abs(z) > np.minimum(OUTLIER_STDS, OUTLIER_RMS * rms))
-    found = encode_to_host(torch.from_numpy(z), calibration).outliers
+    found = INT8.encode_to_host(torch.from_numpy(z), calibration).outliers
     assert found[:, :2].tolist() == expected.tolist() and [4, 100] in expected.tolist()
     assert np.array_equal(found[:, 2].astype(np.int32).view(np.float32), z[tuple(expected.T)])
 
@@ -362,7 +373,7 @@ def test_what_is_not_finite_comes_back_as_itself(dtype):
     states_RD, calibration = made_states(0, 6, 128, "ordinary")
     states_RD[1, 3], states_RD[2, 5], states_RD[4, :] = float("nan"), float("-inf"), float("inf")
     states_RD = states_RD.to(getattr(torch, dtype))
-    found_RD = decode(encode_to_host(states_RD, calibration))
+    found_RD = INT8.encode_to_host(states_RD, calibration).decode()
     bad_RD = ~states_RD.isfinite()
     assert np.array_equal(bits(found_RD[bad_RD]), bits(states_RD[bad_RD])) and found_RD[~bad_RD].isfinite().all()
 
@@ -370,11 +381,11 @@ def test_what_is_not_finite_comes_back_as_itself(dtype):
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux")
 def test_decoding_in_a_thread_starts_no_others():
     states_RD, calibration = made_states(0, 2048, 256, "ordinary")
-    held = encode_to_host(states_RD.bfloat16(), calibration)
+    held = INT8.encode_to_host(states_RD.bfloat16(), calibration)
     torch.set_num_threads(2)
     try:
         threads = []
-        thread = threading.Thread(target=lambda: (decode(held), threads.append(len(os.listdir("/proc/self/task")))))
+        thread = threading.Thread(target=lambda: (held.decode(), threads.append(len(os.listdir("/proc/self/task")))))
         before = len(os.listdir("/proc/self/task"))
         thread.start()
         thread.join()
@@ -384,13 +395,14 @@ def test_decoding_in_a_thread_starts_no_others():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("codec", ["int8", "fixed16"])
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_gpu_decodes_the_same_bits(kind, dtype):
+def test_a_gpu_decodes_the_same_bits(kind, dtype, codec):
     states_RD, calibration = made_states(1, 300, 256, kind)
-    held = encode_to_host(states_RD.to(getattr(torch, dtype)).cuda(), calibration)
-    assert np.array_equal(bits(decode(held, "cuda").cpu()), bits(decode(held)))
+    held = CODECS[codec].encode_to_host(states_RD.to(getattr(torch, dtype)).cuda(), calibration)
+    assert np.array_equal(bits(held.decode("cuda").cpu()), bits(held.decode()))
 
 
 def test_a_zarr_reader_and_the_groups_own_words_are_enough_to_decode(tmp_path):
@@ -497,7 +509,7 @@ def test_the_same_capture_in_int8_gives_the_same_bytes_also_when_it_goes_on(
 def test_states_that_int8_would_spoil_are_refused_before_anything_is_written(
     tiny_target, tiny_corpus, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(certificate, "MAX_OF_TOKEN", 1e-4)
+    monkeypatch.setattr(INT8, "max_of_token", 1e-4)
     options = CaptureOptions(layers="1,3", max_length=256, max_samples=4, codec="int8")
     with pytest.raises(ProofError, match=r"aux\.1 does not fit int8: a token .* --codec aux\.1=zstd"):
         capture(str(tiny_target), str(tiny_corpus), tmp_path / "cache", options=options)
@@ -546,7 +558,7 @@ def test_a_cache_recoded_to_int8_keeps_its_promise_and_says_so(captured, tmp_pat
         assert ((found.aux - right.aux).norm() / right.aux.norm()) < 0.008
         assert torch.equal(found.final, right.final)
     facts = coarse.columns(0)["aux.1"]["facts"]
-    assert facts["certificate"]["of_token"] < certificate.MAX_OF_TOKEN and "probe" in facts
+    assert facts["certificate"]["of_token"] < INT8.max_of_token and "probe" in facts
     with pytest.raises(UsageError, match=r"holds aux.1 in int8, and what that has rounded stays so"):
         recode(cache, "raw")
 
@@ -607,7 +619,7 @@ def test_a_recode_loads_the_head_once(captured, tmp_path, monkeypatch):
 def test_what_cannot_be_recoded_is_said(tmp_path):
     cache = make_cache(tmp_path / "cache", random_samples(2, longest=9), COLUMNS[:2])
     for codec, says in (
-        ("gzip", "wanted one of raw, zstd, int8"),
+        ("gzip", "wanted one of raw, zstd, int8, fixed16 for all"),
         ("aux.7=zstd", "holds aux.1, aux.10"),
         ("a=raw", "wanted"),
     ):
@@ -627,13 +639,13 @@ def test_a_codec_is_chosen_by_the_most_particular_name():
             parse_codecs(text)
 
 
-@pytest.mark.parametrize("codec", ["raw", "int8"])
+@pytest.mark.parametrize("codec", ["raw", "int8", "fixed16"])
 def test_the_bytes_stated_are_those_written(tmp_path, codec):
     spec = ColumnSpec("aux.1", "bfloat16", 512, codec)
     cache = make_cache(tmp_path / "cache", random_samples(1, longest=600, seed=2), [spec])
     files = read_canonical(cache / "shards/000000/aux.1.json")["files"]
     written = sum(fact["size"] for name, fact in files.items() if name.endswith(SHARD_FILE))
-    stated = stored_bytes(load_plan(cache).shards[0].rows, 512, "bfloat16", codec)
+    stated = CODECS[codec].stored_bytes(load_plan(cache).shards[0].rows, 512, "bfloat16")
     assert abs(written - stated) < 0.02 * stated + 2000
 
 
