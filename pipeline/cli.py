@@ -254,11 +254,13 @@ def evaluate(draft, as_json, temperature, draft_temperature, seed, **chosen):
     drawing, reported apart. With --plain the target's own replies are decoded once for all drafts: where the file has
     them they are taken from it, and no speeds are compared. With --batch it is sooner done, and no speeds are measured.
     """
-    from stages.evaluate.run import SamplingOptions, run, table
+    from pipeline.evaluation.tables import evaluation_table
+    from stages.evaluate.run import SamplingOptions, run
 
     of_draft = temperature if draft_temperature is None else draft_temperature
     sampling = SamplingOptions(temperature, of_draft, seed) if temperature or of_draft else None
-    show(run(draft, sampling=sampling, **chosen), as_json, table)
+    report = run(draft, sampling=sampling, **chosen)
+    show(report.as_dict(), as_json, lambda _: evaluation_table(report))
 
 
 @commands.command()
@@ -318,7 +320,7 @@ def report(reports, markdown, forced, drawing, against):
     from pipeline.evaluation.tables import comparison
 
     if against:
-        from pipeline.evaluation.compare import against as compare
+        from pipeline.evaluation.compare import compare
 
         if forced:
             raise UsageError("--forced adds rows to the table of domains, which --against replaces; leave one out")
