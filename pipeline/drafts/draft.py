@@ -22,8 +22,7 @@ from pipeline.drafts.norm_and_rope import at_least_float32
 from pipeline.drafts.objectives import Objective, TargetStates, dpace_weights, term_name, term_weights
 from pipeline.errors import DataError, UsageError
 from pipeline.sampling import draw, uniforms
-from pipeline.target.head import TargetHead
-from pipeline.target.logit_chunks import NEWEST, chunk_blocks
+from pipeline.target.head import NEWEST, TargetHead, chunk_blocks
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Draft(Backbone):
 
     The head is not in the state_dict, whose keys are exactly those of published checkpoints. reads_final: whether the
     method's published loss reads the target's final states (`needs_final_states` answers for a config); measuring the
-    accept length always does. chunk_rule: the rule of `target/logit_chunks.py` that sizes the chunks of logits.
+    accept length always does. chunk_rule: the rule of `target/head.py` that sizes the chunks of logits.
     """
 
     reads_final = False

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from pipeline.drafts import Draft, lay_blocks, pack
-from pipeline.target.logit_chunks import chunk_rows
+from pipeline.target.head import chunk_rows
 
 if TYPE_CHECKING:
     from pipeline.cache import HiddenCache, Sample

@@ -22,9 +22,8 @@ from pipeline.cache.micro_batches import micro_batches
 from pipeline.cache.target_files import HEAD, target_file
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import DataError
-from pipeline.target.copy_to_cache import store_target
 from pipeline.target.head import TargetHead
-from pipeline.target.model import head_of, load_target, stop_tokens
+from pipeline.target.model import head_of, load_target, stop_tokens, store_target
 from pipeline.target.on_policy import OnPolicyStats, on_policy_column, on_policy_share, sum_scores
 from pipeline.target.probe import ReferenceTarget, probe
 from stages.cache_hidden.calibrate import load_or_make_calibrations

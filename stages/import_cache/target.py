@@ -12,10 +12,9 @@ from pipeline.cache.catalog import Catalog
 from pipeline.errors import UsageError
 from pipeline.os_errors import refuse_limit
 from pipeline.target.config import load_config
-from pipeline.target.copy_to_cache import store_target
 from pipeline.target.files import CONFIG, read_json, text_config, weight_files
 from pipeline.target.head import TargetHead
-from pipeline.target.model import final_norm, head_of, load_target, stop_tokens
+from pipeline.target.model import final_norm, head_of, load_target, stop_tokens, store_target
 
 GENERATION = "generation_config.json"
 # Config keys that scale embedding, head or logits in a way that only the model's own code defines.
