@@ -25,11 +25,11 @@ from transformers.utils import logging as transformers_logging
 from pipeline.cache.atomic import process_lock, write_errors
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.target_files import CONFIG, HEAD, TOKENS, WEIGHTS, has_target, new_target
-from pipeline.errors import RoomError, UsageError
+from pipeline.errors import RoomError, UsageError, first_line
 from pipeline.os_errors import refuse_limit
 from pipeline.runs.cache_requirements import logit_scale
 from pipeline.target.chat_template import load_tokenizer
-from pipeline.target.config import cause_of, check_quantised, load_config, loader_of, missing_package, quantised_by
+from pipeline.target.config import check_quantised, load_config, loader_of, missing_package, quantised_by
 from pipeline.target.files import (
     check_config,
     complete_config,
@@ -77,12 +77,12 @@ def load_target(
             raise
         raise missing_package(model, method, error) from error
     except torch.OutOfMemoryError as error:
-        raise RoomError(f"{model} does not fit on {device} ({cause_of(error)}); use a larger device") from error
+        raise RoomError(f"{model} does not fit on {device} ({first_line(error, 200)}); use a larger device") from error
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         refuse_limit(model, error)
         remedy = "fetch its files again" if method is None else f"it is quantised ({method}): use a GPU that can, or "
         remedy += "" if method is None else "name the model as it was before"
-        raise UsageError(f"{model} cannot be loaded ({cause_of(error)}); {remedy}") from error
+        raise UsageError(f"{model} cannot be loaded ({first_line(error, 200)}); {remedy}") from error
     missing_weights = sorted({*report["missing_keys"], *(str(entry[0]) for entry in report.get("mismatched_keys", ()))})
     if missing_weights:
         raise UsageError(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from pipeline.cache.catalog import Catalog
 from pipeline.errors import UsageError
-from pipeline.visible_text import say, visible
+from pipeline.visible_text import print_visible, visible
 from stages.import_cache.convert import ImportJob
 from stages.import_cache.detect_format import Source
 from stages.import_cache.find_convention import Convention, find_convention
@@ -41,7 +41,7 @@ def make_import_job(source: Source, catalog: Catalog, requested: RequestedConven
         at = {0, len(source.locations) // 2, len(source.locations) - 1}
         samples = [first, *(source.open(*source.locations[number]) for number in sorted(at - {0}))][:PROBE_SAMPLES]
         convention, line = find_convention(target.model, samples, named, requested.count_from, requested.last)
-        say(visible(f"{source.form}: {line}"), err=True)
+        print_visible(visible(f"{source.form}: {line}"), err=True)
     else:
         convention = stated_convention(source, requested, first)
     if convention.last == "raw" and not target.proven:

@@ -35,7 +35,7 @@ from pipeline.target.head import TargetHead
 from pipeline.target.layers import check_layers
 from pipeline.target.on_policy import OnPolicyStats, on_policy_share
 from pipeline.target.weights import check_weights_if_recorded
-from pipeline.visible_text import say, visible
+from pipeline.visible_text import print_visible, visible
 from stages.import_cache.convert import ImportJob, norm_function, on_policy_stats, probe_shard, write_columns
 from stages.import_cache.detect_format import find_source
 from stages.import_cache.foreign_sample import STORED_DTYPE
@@ -48,7 +48,7 @@ EVERY_S = 5.0  # between lines of progress
 
 
 @dataclass(frozen=True)
-class Done:
+class ImportSummary:
     """Totals of an import over the whole cache; `new_shards` counts this run only."""
 
     samples: int
@@ -70,7 +70,7 @@ def run(
     masks: Path | None = None,
     unproven: bool = False,
     device: str | None = None,
-) -> Done:
+) -> ImportSummary:
     """Import the cache in `folder` into a cache at `out`, and print the convention found and the totals.
 
     Raises UsageError (no such cache or target, a missing option), DataError (a damaged or hostile file, too many
@@ -203,7 +203,7 @@ def refused_by_shard(catalog: Catalog, job: ImportJob) -> Iterator[dict]:
 def check_refused(refused: int, samples: int, reasons: dict[int, str]) -> None:
     """Print every refused sample; DataError when they are more than MAX_REFUSED_SHARE of all, and more than one."""
     for reason in reasons.values():
-        say(visible(f"left out: {reason}"), err=True)
+        print_visible(visible(f"left out: {reason}"), err=True)
     if refused > max(1, MAX_REFUSED_SHARE * samples):
         raise DataError(
             f"{refused} of {samples} samples hold states that cannot be kept, {next(reversed(reasons.values()))} for "
@@ -211,7 +211,7 @@ def check_refused(refused: int, samples: int, reasons: dict[int, str]) -> None:
         )
 
 
-def summary(catalog: Catalog, job: ImportJob, new: int, target: Target) -> Done:
+def summary(catalog: Catalog, job: ImportJob, new: int, target: Target) -> ImportSummary:
     """Print the cache's totals, the samples left out, and the next command."""
     out, planned = catalog.path, catalog.plan
     on_policy, refused = OnPolicyStats(), sum(map(len, refused_by_shard(catalog, job)))
@@ -220,17 +220,17 @@ def summary(catalog: Catalog, job: ImportJob, new: int, target: Target) -> Done:
         on_policy += OnPolicyStats.from_facts(facts["gauge"]) if "gauge" in facts else OnPolicyStats()
     now = f"{new} shards imported now" if new else "nothing to do"
     content = f"{planned.samples:,} samples" + (f", {refused} refused" if refused else "")
-    say(visible(f"{out}: {content} in {catalog.shards} shards, from {job.source.form}; {now}"))
+    print_visible(visible(f"{out}: {content} in {catalog.shards} shards, from {job.source.form}; {now}"))
     for line in left_out(planned):
-        say(visible(line), err=True)
+        print_visible(visible(line), err=True)
     if on_policy.rows:
         print(f"on-policy gauge: {on_policy}")
         if on_policy.warning:
             print(on_policy.warning, file=sys.stderr)
     if not target.proven:
         print("unproven: no state was compared with the target; an accept length of 1 would show the mistake late")
-    say(visible(f"next: pipeline train-draft --cache {out}"))
-    return Done(planned.samples, planned.tokens, catalog.shards, new, refused, on_policy)
+    print_visible(visible(f"next: pipeline train-draft --cache {out}"))
+    return ImportSummary(planned.samples, planned.tokens, catalog.shards, new, refused, on_policy)
 
 
 def left_out(planned: Plan) -> Iterator[str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from pipeline.cache.codecs.zarr_file import DTYPES
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, first_line
 from pipeline.os_errors import check_memory, refuse_limit
 
 CHUNK_BYTES = 64 << 20  # an array with larger chunks is refused
@@ -93,7 +93,7 @@ class _Errors:
             refuse_limit(self.where, error)
             if "decompress" in str(error):
                 check_memory(self.where)
-            message = str(error).split("\n")[0]
+            message = first_line(error, None)
             raise CacheError(f"{self.where}: zarr-python cannot read it: {message}; run `pipeline verify`") from error
 
 
