@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.drafts import DRAFTS
 from pipeline.errors import RoomError, UsageError
 from pipeline.evaluation.reports import accept_length, load_reports, variants
-from pipeline.published.card import TITLES
 from pipeline.visible_text import visible
 
 # Okabe and Ito's colours, told apart with any kind of colour blindness; their yellow is too light for lines on white.
@@ -89,11 +89,15 @@ def lines_of(reports: list[dict]) -> list[Line]:
     found = defaultdict(lambda: defaultdict(list))
     for report in reports:
         draft, cache = report["draft"], report.get("cache") or "unknown"
-        name = visible(", ".join([TITLES.get(draft["method"], draft["method"]), *map(str, variants(report))]))
+        name = visible(", ".join([_title(draft["method"]), *map(str, variants(report))]))
         parts = [f"block {draft['block_size']}", f"{draft['proposals']} proposals", _size(draft["parameters"])]
         parts += [visible(f"cache {cache[:8]}")] * (len(caches) > 1)
         found[name, ", ".join(parts)][draft["steps"]].append(report)
     return [Line(*key, dict(sorted(by_steps.items()))) for key, by_steps in found.items()]
+
+
+def _title(method: str) -> str:
+    return DRAFTS[method].title if method in DRAFTS else method
 
 
 def recipes_of(reports: list[dict]) -> dict:

@@ -88,10 +88,16 @@ def variants(report: dict) -> list[str]:
     """What sets a draft apart from others of its method: what it learned from, where that is not as published, and
     where its blocks were cut."""
     draft, threshold = report["draft"], report["settings"].get("threshold")
-    published = {"objective": "dspark" if draft["method"] == "dspark" else "ce", "weighting": "decay"}
+    published = {"objective": _published_objective(draft["method"]), "weighting": "decay"}
     parts = [draft.get(key) for key, value in published.items() if draft.get(key) != value]
     parts.append(f"cut at {threshold:g}" if threshold else None)
     return [part for part in parts if part]
+
+
+def _published_objective(method: str) -> str:
+    from pipeline.drafts import DRAFTS  # here, not above: it brings torch
+
+    return DRAFTS[method].Config.defaults({}).get("objective", "ce") if method in DRAFTS else "ce"
 
 
 def sampling_temperatures(report: dict) -> tuple[float, float] | None:

@@ -119,7 +119,7 @@ def run(
     }
     if prompts is None and store.has_final:
         report["agreement"] = agreement(outcomes, drafter, store, max_new, threshold)
-        if config.enable_confidence_head:
+        if config.has_confidence:
             report["confidence"] = confidence_figures(drafter, store, asked, max_new)
     if out is not None:
         write_report(report, Path(out))

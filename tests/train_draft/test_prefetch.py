@@ -13,7 +13,7 @@ from cache_maker import COLUMNS, make_cache, random_samples
 from pipeline.cache import HiddenCache
 from pipeline.cache import parallel_reads as in_flight
 from pipeline.cache.layout import FINAL, shard_folder
-from pipeline.drafts import DraftConfig
+from pipeline.drafts import draft_config
 from pipeline.errors import CacheError
 from pipeline.runs.recipe import TrainSection
 from pipeline.runs.split import split_samples
@@ -21,7 +21,7 @@ from stages.train_draft import prefetch
 from stages.train_draft.loader import BatchLoader
 from stages.train_draft.prefetch import Prefetcher
 
-CONFIG = DraftConfig(
+CONFIG = draft_config(
     method="dflash",
     hidden_size=8,
     vocab_size=1100,
