@@ -11,9 +11,8 @@ import click
 
 from pipeline import __version__
 from pipeline.errors import CacheError, ProofError, UsageError
-from pipeline.exit_codes import CacheCommand, run_and_exit
-from pipeline.openmp import disable_spin_waiting
 from pipeline.options import FOLDER, PATH, REPORT, capture_options, regenerate_options
+from pipeline.process import CacheCommand, disable_spin_waiting, run_and_exit
 from pipeline.visible_text import say, visible
 
 

@@ -1,6 +1,6 @@
 """Typed errors for what a user can get wrong or the machine lacks, each with its exit code.
 
-`pipeline/exit_codes.py` prints each as one line on standard error. A message states what was found, what was wanted and
+`pipeline/process.py` prints each as one line on standard error. A message states what was found, what was wanted and
 what to do.
 """
 

@@ -1,10 +1,11 @@
-"""Write safetensors files, choose a device, recognise out-of-memory errors."""
+"""Write safetensors files, view states as they are stored, choose a device, recognise out-of-memory errors."""
 
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -26,6 +27,18 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def as_stored(states: Tensor) -> np.ndarray:
+    """View a CPU tensor of states as the stored array: uint16 bits of bfloat16, or float32."""
+    return states.view(torch.int16).numpy().view(np.uint16) if states.dtype == torch.bfloat16 else states.numpy()
+
+
+def as_states(stored: np.ndarray) -> Tensor:
+    """View a stored array as a tensor again; the inverse of `as_stored`."""
+    if stored.dtype == np.uint16:
+        return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(stored)
 
 
 def find_device(named: str | torch.device | None) -> torch.device:

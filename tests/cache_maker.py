@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.codecs import LOSSY
+from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.calibration import calibrate, read_calibration, store_calibration
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.manifest import create_identity
@@ -62,7 +62,7 @@ def capture(
 def calibrate_columns(cache: Path, columns: list[ColumnSpec]) -> None:
     """Calibrate, with all their states, the columns that have to be."""
     for spec in columns:
-        if spec.codec in LOSSY and read_calibration(cache, spec.name, spec.width) is None:
+        if CODECS[spec.codec].lossy and read_calibration(cache, spec.name, spec.width) is None:
             every = np.concatenate([states(shard, spec) for shard in load_plan(cache).shards])
             store_calibration(cache, spec.name, calibrate(every), len(every))
 

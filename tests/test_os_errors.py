@@ -107,15 +107,14 @@ def little_memory(more: int):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc what is mapped")
 @pytest.mark.parametrize("codec", ["raw", "zstd", "int8"])
-@pytest.mark.parametrize("mapped", [False, True])
-def test_a_cache_is_read_or_there_is_too_little_memory(tmp_path, codec, mapped):
+def test_a_cache_is_read_or_there_is_too_little_memory(tmp_path, codec):
     columns = [ColumnSpec(name, "bfloat16", 2048, codec) for name in ("aux.1", "aux.3")]
     cache, outcomes = make_cache(tmp_path / "cache", random_samples(8, longest=900), columns), set()
     HiddenCache.open(cache).read(0)  # what is imported late is now
     for more in (0, 1, 2, 4, 8, 16, 32, 64, 512):
         try:
             with little_memory(more * MIB):
-                held = HiddenCache.open(cache, mapped=mapped)
+                held = HiddenCache.open(cache)
                 for i in range(len(held)):
                     held.read(i)
             outcomes.add("read")

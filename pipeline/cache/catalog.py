@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache.atomic import read_errors
+from pipeline.cache.codecs import column_of_files
 from pipeline.cache.columns import column_manifest
-from pipeline.cache.layout import COLUMN, NUMBER, SAMPLES, SHARDS, STEM, numbered, shard_folder
+from pipeline.cache.layout import COLUMN, NUMBER, SAMPLES, SHARDS, numbered, shard_folder
 from pipeline.errors import CacheError
 
 
@@ -31,7 +32,7 @@ def shards_per_column(shards: Sequence[Iterable[str]]) -> dict[str, int]:
     """
     counts = Counter(name for entries in shards for name in columns_of(entries))
     stems = {entry.removesuffix(".arrow") for entries in shards for entry in entries}
-    counts.update(dict.fromkeys((match[1] for stem in stems if (match := STEM.fullmatch(stem))), 0))
+    counts.update(dict.fromkeys((column for stem in stems if (column := column_of_files(stem))), 0))
     return dict(sorted(counts.items()))
 
 

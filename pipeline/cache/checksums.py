@@ -1,8 +1,8 @@
 """Checksums of a column: one for each block of each sample, and the `.arrow` file that stores them.
 
 A (checksum) block is 256 rows of a sample, counted from the sample's first row in the column; each has an xxh3-64. It
-is taken over the values, but in an int8 column over the encoded rows: values, then scales, then outliers (row of the
-sample, channel, bits), so that rows can be verified on the CPU and decoded on another device.
+is taken over the values, but in a lossy codec's column over the encoded rows: the codec's arrays one after the other,
+then outliers (row of the sample, channel, bits), so that rows can be verified on the CPU and decoded on another device.
 
     n samples of the shard   m rows given   D width
 """
@@ -16,7 +16,7 @@ import pyarrow.ipc
 import xxhash
 
 from pipeline.cache.arrow_files import read_batches
-from pipeline.cache.codecs.int8_files import Encoded
+from pipeline.cache.codecs.lossy import Encoded
 from pipeline.cache.layout import CHECKSUM_ROWS
 from pipeline.cache.samples import to_numpy
 from pipeline.errors import CacheError
@@ -26,7 +26,7 @@ SCHEMA = pa.schema(
         pa.field("ok", pa.bool_(), nullable=False),
         pa.field("blocks", pa.list_(pa.field("item", pa.uint64(), nullable=False)), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
-        pa.field("escapes", pa.int32(), nullable=False),  # the sample's number of int8 outliers
+        pa.field("escapes", pa.int32(), nullable=False),  # the sample's number of outliers, see `codecs/lossy.py`
     ]
 )
 
@@ -45,7 +45,7 @@ class BlockHasher:
         self.digests: list[int] = []
         self.position = position
         self._open = xxhash.xxh3_64()
-        self._behind: tuple[list, ...] = ([], [])  # scales and outliers of the open block, hashed after its values
+        self._behind: list[list] = []  # further arrays and outliers of the open block, hashed after its first array
 
     def update(self, rows: np.ndarray | Encoded) -> None:
         """Hash the next rows: C-contiguous [m, D], or encoded."""
@@ -55,6 +55,7 @@ class BlockHasher:
             count = min(end - self.position, len(rows) - taken)
             if isinstance(rows, Encoded):
                 values, *behind = rows.span(taken, taken + count, taken - self.position + origin)
+                self._behind = self._behind or [[] for _ in behind]
                 for held, part in zip(self._behind, behind, strict=True):
                     held.append(part)
             else:

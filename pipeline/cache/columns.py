@@ -15,8 +15,8 @@ import numpy as np
 
 from pipeline.cache.atomic import read_error
 from pipeline.cache.checksums import BlockHasher, read_sums
-from pipeline.cache.codecs import CODECS, LOSSY, open_values
-from pipeline.cache.codecs.int8_files import CHANNELS, Encoded
+from pipeline.cache.codecs import CODECS
+from pipeline.cache.codecs.lossy import CHANNELS, Encoded
 from pipeline.cache.codecs.zarr_file import DTYPES, METADATA
 from pipeline.cache.layout import CHECKSUM_ROWS, COLUMN, IDENTITY, SAMPLES, numbered, path_inside, shard_folder
 from pipeline.cache.manifest import FILES, check_file, check_size, read_canonical
@@ -61,7 +61,7 @@ class ColumnSpec:
     def stem(self) -> str:
         """Name of the folder of its values, and of its `.arrow`. It names the codec, so that a recode can write the new
         column beside the old one, and the manifest decides which of them is valid."""
-        return self.name if self.codec == "raw" else f"{self.name}.{self.codec}"
+        return self.name + CODECS[self.codec].suffix
 
     @property
     def other_stems(self) -> list[str]:
@@ -103,11 +103,11 @@ class Column:
         self.ok, self.digests, self.starts, self.outliers = read_sums(root / f"{spec.stem}.arrow", bounds)
 
     def open(self):
-        """Open a reader of the values, see `codecs.open_values`."""
+        """Open a reader of the values, see `Codec.reader`."""
         try:
             spec, rows = self.spec, int(self.bounds[-1])
             where = f"{self.where}, column {spec.name}"
-            return open_values(spec.codec, self.folder, rows, spec.width, spec.dtype, where)
+            return CODECS[spec.codec].reader(self.folder, rows, spec.width, spec.dtype, where)
         except OSError as error:
             raise read_error(self.folder, error) from None
 
@@ -117,10 +117,10 @@ class Column:
         `out` must end where a block or the sample ends. Raises CacheError naming shard, column and sample.
         """
         count = len(out) // self.spec.row_bytes
-        if self.spec.codec in LOSSY:
+        if CODECS[self.spec.codec].lossy:
             at = 0
             for held in self._encoded(reader, row, first, count):
-                decode_into(held, out[at : at + len(held) * self.spec.row_bytes])
+                held.decode_bytes(out[at : at + len(held) * self.spec.row_bytes])
                 at += len(held) * self.spec.row_bytes
             return
         start = int(self.bounds[row]) + first
@@ -133,28 +133,27 @@ class Column:
         self._compare(hasher, row, first)
 
     def _encoded(self, reader, row: int, first: int, count: int) -> Iterator[Encoded]:
-        """Yield encoded rows of an int8 column, some blocks at a time; they share one buffer, valid until the next."""
+        """Yield encoded rows of a lossy codec's column, some blocks at a time, valid until the next."""
         step = CHECKSUM_ROWS * max(1, DECODED // (CHECKSUM_ROWS * self.spec.row_bytes))
         outliers, room = self.outliers_of(reader, row), reader.buffers(min(step, count))
         for at in range(first, first + count, step):
-            values, scale = (part[: first + count - at] for part in room)
-            yield self.read_encoded(reader, row, at, outliers, values, scale)
+            yield self.read_encoded(reader, row, at, outliers, tuple(part[: first + count - at] for part in room))
 
     def outliers_of(self, reader, row: int) -> np.ndarray:
-        """Read the outliers of sample `row` of an int8 column, for `read_encoded`."""
+        """Read the outliers of sample `row` of a lossy codec's column, for `read_encoded`."""
         return reader.outliers(range(*self.outliers[row : row + 2].tolist()))
 
     def read_encoded(
-        self, reader, row: int, first: int, outliers: np.ndarray, values: np.ndarray, scale: np.ndarray
+        self, reader, row: int, first: int, outliers: np.ndarray, arrays: tuple[np.ndarray, ...]
     ) -> Encoded:
-        """Fill `values` and `scale` with rows of sample `row` of an int8 column, given its outliers, without decoding.
+        """Fill a lossy codec's arrays with rows of sample `row`, given its outliers, without decoding.
 
         `first` is a multiple of 256, and each block is verified, as in `read_into`. Raises CacheError naming shard,
         column and sample.
         """
         start = int(self.bounds[row]) + first
-        reader.read(start, values, scale)
-        held = reader.encoded(start, outliers, values, scale)
+        reader.read(start, arrays)
+        held = reader.encoded(start, outliers, arrays)
         hasher = self._hasher(row, first)
         hasher.update(held)
         self._compare(hasher, row, first)
@@ -176,7 +175,7 @@ class Column:
         damaged = []
         for row in range(len(self.ok)):
             count = int(self.bounds[row + 1] - self.bounds[row])
-            lossy = self.spec.codec in LOSSY
+            lossy = CODECS[self.spec.codec].lossy
             try:
                 for _ in self._encoded(reader, row, 0, count) if lossy else self.parts(reader, row, VERIFY_BLOCKS):
                     pass
@@ -204,16 +203,6 @@ class Column:
             values = np.empty((min(step, rows - first), self.spec.width), DTYPES[self.spec.dtype])
             self.read_into(reader, row, memoryview(values).cast("B"), first)
             yield values
-
-
-def decode_into(held: Encoded, out: memoryview) -> None:
-    """Decode int8 rows into flat bytes."""
-    import torch
-
-    from pipeline.cache.codecs.int8 import decode
-
-    values = torch.frombuffer(out, dtype=getattr(torch, held.dtype)).view(held.values.shape)
-    decode(held, "cpu", values)
 
 
 def column_manifest(cache: Path, shard: int, column: str) -> dict:

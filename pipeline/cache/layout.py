@@ -4,9 +4,9 @@ cache.json                     what the cache is; never edited
 plan/000000.{arrow,json}       one immutable segment per append: every sample's shard, row, ids and mask
 index.{arrow,json}             derived from the plan, can be rebuilt
 target/                        config, tokenizer, head; `manifest.json` names their digests
-calibration/aux.1.json         for int8: mean and std of each of the column's channels
+calibration/aux.1.json         for lossy codecs: mean and std of each of the column's channels
 shards/000000/samples.arrow    the shard's rows of the plan
-shards/000000/aux.1/           one zarr v3 array, samples end to end; `aux.1.zstd/`, `aux.1.int8/` by codec
+shards/000000/aux.1/           one zarr v3 array, samples end to end; `aux.1.zstd/` and so on by codec
 shards/000000/aux.1.arrow      per sample: ok, a checksum for every 256 rows, the reason of a refusal
 shards/000000/aux.1.json       written last: with it the column exists
 quarantine/samples.json        refused samples with their reasons, derived from the columns
@@ -47,7 +47,6 @@ CHECKSUM_ROWS = 256  # rows of a sample that one checksum covers
 
 FINAL = "final"
 COLUMN = re.compile(r"aux\.(?:-1|0|[1-9][0-9]*)|final")
-STEM = re.compile(rf"({COLUMN.pattern})(?:\.zstd|\.int8)?")  # of a column's files, by codec
 NUMBER = re.compile(r"[0-9]{6}")
 
 

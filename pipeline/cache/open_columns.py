@@ -1,6 +1,6 @@
 """OpenColumns: the columns of a cache in use, with their checksums in memory and the last used files open.
 
-Raw columns of local files are read directly (`codecs/raw.py`), others by the reader of `codecs.open_values`.
+Columns are read straight from their files where the codec can (`Codec.direct`), else by its reader.
 Thread-safe; nothing on disk is locked.
 """
 
@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache.catalog import Catalog
-from pipeline.cache.codecs.int8_files import Encoded
-from pipeline.cache.codecs.raw import DirectColumn, MappedColumns
+from pipeline.cache.codecs import CODECS
+from pipeline.cache.codecs.lossy import Encoded
+from pipeline.cache.codecs.raw import DirectColumn
 from pipeline.cache.columns import Column, open_column
 from pipeline.cache.layout import CHECKSUM_ROWS
 from pipeline.cache.samples import ShardPlan
@@ -46,19 +47,20 @@ class CodedColumn:
                 here[:] = whole[(part.start - begin) * width : (part.stop - begin) * width]
             at += len(here)
 
-    def read_encoded(self, file, row: int, first: int, values: np.ndarray, scale: np.ndarray) -> Encoded:
-        """The same of an int8 column, into values int8 [R, D] and scale uint16 [R, G]; not decoded."""
+    def read_encoded(self, file, row: int, first: int, arrays: tuple[np.ndarray, ...]) -> Encoded:
+        """The same of a lossy codec's column, into the codec's arrays; not decoded."""
         outliers, at = self.column.outliers_of(file, row), 0
-        for begin, end, part in self._spans(row, first, first + len(values)):
+        for begin, end, part in self._spans(row, first, first + len(arrays[0])):
             to = slice(at, at + part.stop - part.start)
             if (part.start, part.stop) == (begin, end):
-                self.column.read_encoded(file, row, begin, outliers, values[to], scale[to])
+                self.column.read_encoded(file, row, begin, outliers, tuple(array[to] for array in arrays))
             else:
                 whole = file.buffers(end - begin)
-                self.column.read_encoded(file, row, begin, outliers, *whole)
-                values[to], scale[to] = (held[part.start - begin : part.stop - begin] for held in whole)
+                self.column.read_encoded(file, row, begin, outliers, whole)
+                for array, held in zip(arrays, whole, strict=True):
+                    array[to] = held[part.start - begin : part.stop - begin]
             at = to.stop
-        return file.encoded(int(self.column.bounds[row]) + first, outliers, values, scale)
+        return file.encoded(int(self.column.bounds[row]) + first, outliers, arrays)
 
     def _spans(self, row: int, first: int, stop: int) -> Iterator[tuple[int, int, range]]:
         """Cut rows [first, stop) of a sample into a first block in part, whole blocks, and a last one in part: where
@@ -79,7 +81,6 @@ class OpenColumns:
         self._cache, self._catalog, self._plan_of = cache, catalog, plan_of
         self._columns: dict[tuple[int, str], DirectColumn | CodedColumn] = {}
         self._files = _RecentlyUsed()
-        self._maps = _RecentlyUsed()
 
     def read(self, shard: int, name: str, row: int, first: int, out: memoryview, wait: bool = True) -> bool:
         """Fill `out`, flat bytes, with rows of sample `row` of the shard from `first` on. CacheError for damage.
@@ -117,21 +118,10 @@ class OpenColumns:
         for name in names:
             self._open(shard, name)
 
-    def read_encoded(
-        self, shard: int, name: str, row: int, first: int, values: np.ndarray, scale: np.ndarray
-    ) -> Encoded:
-        """Fill `values` and `scale` with rows of a sample of an int8 column. CacheError for damage."""
+    def read_encoded(self, shard: int, name: str, row: int, first: int, arrays: tuple[np.ndarray, ...]) -> Encoded:
+        """Fill a lossy codec's arrays with rows of a sample. CacheError for damage."""
         column, file = self._open(shard, name)
-        return column.read_encoded(file, row, first, values, scale)
-
-    def mapped(self, shard: int, names: Sequence[str]) -> MappedColumns | None:
-        """Map these columns as one array; None where that is impossible: encoded, or of different rows."""
-        opened = [self._open(shard, name) for name in names]
-        columns = [column for column, _ in opened if isinstance(column, DirectColumn)]
-        if not opened or len(columns) < len(opened) or any(column.grid != columns[0].grid for column in columns):
-            return None
-        key, files = (shard, *names), [file for _, file in opened]
-        return self._maps.get(key, lambda: MappedColumns(columns, files), max(1, OPEN_FILES // len(files)))
+        return column.read_encoded(file, row, first, arrays)
 
     def _open(self, shard: int, name: str) -> tuple[DirectColumn | CodedColumn, object]:
         key = (shard, name)
@@ -141,8 +131,8 @@ class OpenColumns:
             bounds = plan.bounds if manifest["spec"]["keeps"] == "all" else plan.final_bounds
             held = open_column(self._cache, manifest, bounds)
             # setdefault: two threads that open it at once must share one record of verified blocks
-            column = self._columns.setdefault(key, DirectColumn.of(held) or CodedColumn(held))
-        return column, self._files.get(key, column.open, OPEN_FILES)
+            column = self._columns.setdefault(key, CODECS[held.spec.codec].direct(held) or CodedColumn(held))
+        return column, self._files.get(key, column.open)
 
 
 class _RecentlyUsed:
@@ -152,8 +142,8 @@ class _RecentlyUsed:
         self._held: OrderedDict[Hashable, object] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: Hashable, make: Callable[[], object], most: int):
-        """The entry of `key`, from `make` if absent; at most `most` entries are kept."""
+    def get(self, key: Hashable, make: Callable[[], object]):
+        """The entry of `key`, from `make` if absent; at most OPEN_FILES entries are kept."""
         with self._lock:
             if key in self._held:
                 self._held.move_to_end(key)
@@ -161,6 +151,6 @@ class _RecentlyUsed:
         made = make()  # outside of the lock: opening waits for the disk
         with self._lock:
             made = self._held.setdefault(key, made)
-            while len(self._held) > most:
+            while len(self._held) > OPEN_FILES:
                 self._held.popitem(last=False)
         return made

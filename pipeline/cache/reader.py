@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.cache.catalog import Catalog
-from pipeline.cache.codecs import LOSSY, stored_bytes
-from pipeline.cache.codecs.int8_files import Encoded, int8_views
+from pipeline.cache.codecs import CODECS
+from pipeline.cache.codecs.lossy import Encoded, LossyCodec
 from pipeline.cache.index import build_index, read_index
 from pipeline.cache.layout import (
     FINAL,
@@ -69,10 +69,9 @@ class HiddenCache:
     samples: the SampleTable
     """
 
-    def __init__(self, path: Path, identity: dict, plans: list[dict], index: pa.Table, mapped: bool):
+    def __init__(self, path: Path, identity: dict, plans: list[dict], index: pa.Table):
         self.path = path
         self.identity = identity
-        self.mapped = mapped
         hashes = [identity["hash"], *(manifest["hash"] for manifest in plans)]
         self.digest = _digest(hashes)
         self.earlier_digests = [
@@ -85,18 +84,14 @@ class HiddenCache:
         self._reads = ReadPool()
 
     @classmethod
-    def open(cls, path: Path | str, mapped: bool = False) -> "HiddenCache":
-        """Open a cache. UsageError when there is none; CacheError when it is damaged or of another format version.
-
-        `mapped`, for a cache that fits in memory: `read` returns views of the mapped files for raw states. Writing to
-        them ends the process, and so may a failing disk, which is an error otherwise.
-        """
+    def open(cls, path: Path | str) -> "HiddenCache":
+        """Open a cache. UsageError when there is none; CacheError when it is damaged or of another format version."""
         path = Path(path)
         check_exists(path)
         identity = read_canonical(path / IDENTITY)
         plans = read_manifests(path)
         index = read_index(path, plans)
-        return cls(path, identity, plans, build_index(load_plan(path)) if index is None else index, mapped)
+        return cls(path, identity, plans, build_index(load_plan(path)) if index is None else index)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -146,7 +141,7 @@ class HiddenCache:
         Their states differ slightly from those that a cache of the same digest has in a lossless codec.
         """
         codecs = {name: self._catalog.codecs(name) for name in map(column_of, layers)}
-        return {name: sorted(used) for name, used in codecs.items() if used & LOSSY}
+        return {name: sorted(used) for name, used in codecs.items() if any(CODECS[codec].lossy for codec in used)}
 
     @property
     def _kind(self) -> tuple[str, int]:
@@ -241,30 +236,35 @@ class HiddenCache:
         self._fill(out_KRD, parts, tuple(map(column_of, layers)))
 
     def is_encoded(self, layers: Sequence[Layer]) -> bool:
-        """Whether all states of these layers are stored as int8, as `read_encoded` needs."""
-        return bool(layers) and all(self._catalog.codecs(column_of(layer)) <= LOSSY for layer in layers)
+        """Whether all states of these layers are stored in one lossy codec, as `read_encoded` needs."""
+        return self._lossy_codec(layers) is not None
+
+    def _lossy_codec(self, layers: Sequence[Layer]) -> LossyCodec | None:
+        used = set().union(*(self._catalog.codecs(column_of(layer)) for layer in layers))
+        codec = CODECS[used.pop()] if len(used) == 1 else None
+        return codec if codec and codec.lossy else None
 
     def encoded_bytes(self, rows: int, layers: Sequence[Layer]) -> int:
         """Size in bytes of the buffer that `read_encoded` needs for so many rows."""
-        return len(layers) * stored_bytes(rows, self.hidden_size, self._kind[0], "int8")
+        return len(layers) * self._lossy_codec(layers).stored_bytes(rows, self.hidden_size, self._kind[0])
 
     def read_encoded(
         self, memory_B: "torch.Tensor", parts: Sequence[Part], layers: Sequence[Layer]
     ) -> list[tuple[int, int, Encoded]]:
-        """Read what `fill` would, but int8-encoded, into the buffer `memory`, to be decoded on another device.
+        """Read what `fill` would, but still encoded, into the buffer `memory`, to be decoded on another device.
 
         Returns, in any order, (index into `layers`, first row in the buffer, encoded rows); raises what `fill` raises.
         """
         self._check_parts(parts, layers)
         shape = len(layers), sum(stop - start for _, start, stop in parts), self.hidden_size
-        values_KRD, scale_KRG = int8_views(memory_B.numpy(), shape)
+        arrays = self._lossy_codec(layers).views(memory_B.numpy(), shape)
         found: list[tuple[int, int, Encoded]] = []
 
         def read(k: int, at: int, shard: int, name: str, row: int, first: int, count: int, wait: bool) -> bool:
             to = k, slice(at, at + count)
             if wait:
-                held = self._columns.read_encoded(shard, name, row, first, values_KRD[to], scale_KRG[to])
-                found.append((k, at, held))
+                part = tuple(array_KRw[to] for array_KRw in arrays)
+                found.append((k, at, self._columns.read_encoded(shard, name, row, first, part)))
             return wait
 
         jobs, at = [], 0
@@ -273,7 +273,7 @@ class HiddenCache:
             for k, layer in enumerate(layers if stop > start else ()):
                 jobs.append(partial(read, k, at, shard, column_of(layer), row, start, stop - start))
             at += stop - start
-        self._reads.do(jobs, values_KRD.nbytes, in_page_cache=lambda: False)
+        self._reads.do(jobs, arrays[0].nbytes, in_page_cache=lambda: False)
         return found
 
     def _check_parts(self, parts: Sequence[Part], layers: Sequence[Layer]) -> None:
@@ -311,11 +311,8 @@ class HiddenCache:
         """Read stored rows [start, stop) of sample `i` from these columns, [K, stop - start, D]."""
         import torch
 
-        shard, row = self._locate(i)
+        shard, _ = self._locate(i)
         self._columns.check(shard, names)  # before memory is allocated for the size they declare
-        region = self._columns.mapped(shard, names) if self.mapped and stop > start else None
-        if region is not None:
-            return torch.from_numpy(region.rows(row, start, stop)).view(self.dtype)
         out = torch.empty(len(names), stop - start, self.hidden_size, dtype=self.dtype)
         self._fill(out, [(i, start, stop)], names)
         return out

@@ -15,7 +15,7 @@ import xxhash
 from pipeline.cache import index
 from pipeline.cache.atomic import read_errors
 from pipeline.cache.catalog import shards_per_column
-from pipeline.cache.codecs import LOSSY, calibration
+from pipeline.cache.codecs import CODECS, calibration, column_of_files
 from pipeline.cache.codecs.zarr_file import METADATA
 from pipeline.cache.columns import Column, ColumnSpec, column_manifest
 from pipeline.cache.layout import (
@@ -33,7 +33,6 @@ from pipeline.cache.layout import (
     SAMPLES,
     SCRATCH,
     SHARDS,
-    STEM,
     TARGET,
     TARGET_MANIFEST,
     check_exists,
@@ -195,7 +194,7 @@ class _Check:
         """Check the calibrations present, and that every column encoded with one has it."""
         there = {path.stem for path in (self.path / CALIBRATION).glob("*.json") if COLUMN.fullmatch(path.stem)}
         specs = [manifest["spec"] for found in columns.values() for manifest in found.values()]
-        for name in sorted(there | {spec["name"] for spec in specs if spec["codec"] in LOSSY}):
+        for name in sorted(there | {spec["name"] for spec in specs if CODECS[spec["codec"]].lossy}):
             file = f"{CALIBRATION}/{name}.json"
             with self.guard(file):
                 held = read_canonical(self.path / file, calibration.FORM)
@@ -243,8 +242,7 @@ class _Check:
                         self.damage(f"{here}/{name}.json", "belongs to another cache", number, name)
         counted = {ColumnSpec(**manifest["spec"]).stem for manifest in found.values()}
         for stem in sorted({entry.removesuffix(".arrow") for entry in listed} - counted):
-            if match := STEM.fullmatch(stem):  # a writer was killed before or after its manifest; the next tidies up
-                name = match[1]
+            if name := column_of_files(stem):  # a writer was killed before or after its manifest; the next tidies up
                 self.known |= {f"{here}/{stem}.arrow"} | _below(self.path, f"{here}/{stem}")
                 if name in found:
                     self.unfinished(f"{here}/{stem}", "left from a recode that was stopped; run it again", number, name)

@@ -22,9 +22,9 @@ from pipeline.cache.atomic import (
     write_file,
 )
 from pipeline.cache.checksums import BlockHasher, sums_bytes
-from pipeline.cache.codecs import CODECS, LOSSY, stored_bytes
+from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.calibration import Calibration, read_calibration
-from pipeline.cache.codecs.int8_files import Encoded, Int8Writer
+from pipeline.cache.codecs.lossy import Encoded
 from pipeline.cache.codecs.zarr_file import DTYPES, PIECE
 from pipeline.cache.columns import Column, ColumnSpec, complete_manifest
 from pipeline.cache.layout import IDENTITY, SAMPLES, SHARDS, numbered, shard_folder
@@ -43,16 +43,14 @@ class _ColumnWriter:
         self.hasher = BlockHasher(self.bounds)
         self.outliers = np.zeros(len(shard), np.int64)
         rows, place = int(self.bounds[-1]), folder / spec.stem
-        if spec.codec in LOSSY:
-            self.calibration = required_calibration(cache, spec.name, spec.width)
-            self.values = Int8Writer(place, rows, spec.width, spec.dtype, self.calibration)
-        else:
-            self.values = CODECS[spec.codec].writer(place, rows, spec.width, spec.dtype)
+        self.codec = CODECS[spec.codec]
+        self.calibration = required_calibration(cache, spec.name, spec.width) if self.codec.lossy else None
+        self.values = self.codec.writer(place, rows, spec.width, spec.dtype, self.calibration)
 
     def write(self, rows: np.ndarray | Encoded, refused: dict[int, str]) -> None:
         self._check(rows)
-        if self.spec.codec in LOSSY:
-            self._write_encoded(rows if isinstance(rows, Encoded) else encode_bits(rows, self.calibration), refused)
+        if self.codec.lossy:
+            self._write_encoded(rows if isinstance(rows, Encoded) else self._encode(rows), refused)
             return
         rows = np.ascontiguousarray(rows)
         spans = self._refused_spans(len(rows), refused)
@@ -65,6 +63,12 @@ class _ColumnWriter:
             self.hasher.update(rows[first : first + step])
             self.values.write(rows[first : first + step])
 
+    def _encode(self, rows: np.ndarray) -> Encoded:
+        """Encode stored values (bfloat16 bits or float32) on the CPU."""
+        from pipeline.tensors import as_states
+
+        return self.codec.encode_to_host(as_states(rows), self.calibration)
+
     def _write_encoded(self, rows: Encoded, refused: dict[int, str]) -> None:
         if spans := self._refused_spans(len(rows), refused):
             rows = rows.without(spans)
@@ -76,7 +80,7 @@ class _ColumnWriter:
     def _check(self, rows: np.ndarray | Encoded) -> None:
         spec, end = self.spec, self.hasher.position + len(rows)
         if isinstance(rows, Encoded):
-            assert spec.codec in LOSSY and rows.dtype == spec.dtype, f"{spec.name}: {spec.codec} {rows.dtype}"
+            assert (rows.codec, rows.dtype) == (self.codec, spec.dtype), f"{spec.name}: {rows.codec} {rows.dtype}"
         else:
             wanted = DTYPES[spec.dtype]
             assert rows.dtype == wanted and rows.shape[1:] == (spec.width,), f"{spec.name}: {rows.dtype} {rows.shape}"
@@ -90,17 +94,10 @@ class _ColumnWriter:
 
 
 def required_calibration(cache: Path, column: str, width: int) -> Calibration:
-    """Read the cache's calibration of a column, which int8 needs; it must exist."""
+    """Read the cache's calibration of a column, which a lossy codec needs; it must exist."""
     calibration = read_calibration(cache, column, width)
     assert calibration is not None, f"{column} is to be encoded and was not calibrated"
     return calibration
-
-
-def encode_bits(rows: np.ndarray, calibration: Calibration) -> Encoded:
-    """Encode raw stored values (bfloat16 bits or float32) on the CPU."""
-    from pipeline.cache.codecs.int8 import as_states, encode_to_host
-
-    return encode_to_host(as_states(rows), calibration)
 
 
 class ShardWriter:
@@ -115,7 +112,7 @@ class ShardWriter:
         self.refused: dict[int, str] = {}
         self._identity = read_canonical(cache / IDENTITY)["hash"]
         rows = {spec.name: int(spec.bounds(shard)[-1]) for spec in columns}
-        self._need = sum(stored_bytes(rows[spec.name], spec.width, spec.dtype, spec.codec) for spec in columns)
+        self._need = sum(CODECS[spec.codec].stored_bytes(rows[spec.name], spec.width, spec.dtype) for spec in columns)
         check_free_space(cache, self._what, self._need)
         self._scratch = Scratch(cache, numbered(shard.number))
         self._streams: dict[str, _ColumnWriter] = {}
@@ -139,8 +136,8 @@ class ShardWriter:
         self.abort()
 
     def write(self, column: str, rows: np.ndarray | Encoded) -> None:
-        """Append rows [m, D] to a column, in the plan's order: uint16 bits for bfloat16, or float32; for int8 also
-        encoded already.
+        """Append rows [m, D] to a column, in the plan's order: uint16 bits for bfloat16, or float32; for a
+        lossy codec also encoded already.
 
         Rows of refused samples must be written too; zeros are stored for them. ProofError when values do not fit the
         codec.
@@ -185,7 +182,7 @@ class ShardWriter:
         return self._sealed[column].damaged_samples(self._sealed[column].open())
 
     def outliers(self, column: str) -> int:
-        """The number of outliers of an int8 column."""
+        """The number of outliers of a column; 0 in a lossless codec."""
         return int(self._streams[column].outliers.sum())
 
     def sums(self, column: str) -> np.ndarray:

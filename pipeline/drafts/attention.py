@@ -9,47 +9,16 @@ empty, so no kernel makes a NaN.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from pipeline.drafts.blocks import Blocks
+from pipeline.drafts.blocks import Blocks, Group
+from pipeline.drafts.decoding import DraftKV
 
-QUERIES_A_GROUP = 128
-
-
-@dataclass(frozen=True)
-class Group:
-    """Consecutive blocks first .. last - 1 of one document, and the context that any of them attends to: the
-    document's rows 0 .. rows - 1. Padding blocks belong to document 0."""
-
-    first: int
-    last: int
-    document: int
-    rows: int
-
-
-def group_blocks(
-    anchors: Sequence[int], documents: Sequence[int], slots: int, queries: int = QUERIES_A_GROUP
-) -> tuple[Group, ...]:
-    """Group consecutive blocks of one document, at most `queries` slots together.
-
-    anchors: rows within their documents, in any order; ascending is fastest, since then few keys are masked.
-    """
-    most = max(1, queries // slots)
-    groups: list[Group] = []
-    for block, (anchor, document) in enumerate(zip(anchors, documents, strict=True)):
-        last = groups[-1] if groups else None
-        if last and last.document == document and last.last - last.first < most:
-            groups[-1] = Group(last.first, block + 1, document, max(last.rows, anchor))
-        else:
-            groups.append(Group(block, block + 1, document, anchor))
-    return tuple(groups)
+KV = tuple[Tensor, Tensor]  # keys and values [G, tokens, E]
 
 
 def attend(q_AQE: Tensor, k_GLE: Tensor, v_GLE: Tensor, allowed_QL: Tensor | None) -> Tensor:
@@ -63,7 +32,7 @@ def attend(q_AQE: Tensor, k_GLE: Tensor, v_GLE: Tensor, allowed_QL: Tensor | Non
     return out[0].reshape(A, Q, E)
 
 
-def visibility_mask(blocks: "Blocks", rows: slice, first: int, last: int, window: int | None) -> Tensor:
+def visibility_mask(blocks: Blocks, rows: slice, first: int, last: int, window: int | None) -> Tensor:
     """Return the mask of blocks first .. last - 1: bool [(last - first) * S, rows + (last - first) * S], True where a
     slot attends to a context row of `rows`, then to a slot of these blocks. window: None on a full layer."""
     device = blocks.anchors_N.device
@@ -85,12 +54,13 @@ def visibility_mask(blocks: "Blocks", rows: slice, first: int, last: int, window
 class DenseAttention:
     """Reference attention: every query against every key, under one boolean mask for each kind of layer."""
 
-    def __init__(self, blocks: "Blocks", rows: int, windows: set[int | None]):
+    def __init__(self, blocks: Blocks, rows: int, windows: set[int | None]):
         N = len(blocks.anchors_N)
         self.masks = {window: visibility_mask(blocks, slice(0, rows), 0, N, window) for window in windows}
 
-    def __call__(self, q_AQE, context, slots, window: int | None) -> Tensor:
-        """Return [A, Q, E]. context, slots: keys and values of the context rows and of the slots, [G, ., E] each."""
+    def __call__(self, q_AQE: Tensor, context: KV, slots: KV, window: int | None, layer: int) -> Tensor:
+        """Return the heads' outputs [A, Q, E] of layer number `layer`, from the context's and the slots' keys and
+        values."""
         k_GLE, v_GLE = (torch.cat(pair, dim=1) for pair in zip(context, slots, strict=True))
         return attend(q_AQE, k_GLE, v_GLE, self.masks[window])
 
@@ -101,7 +71,7 @@ class GroupedAttention:
     Tensors are split, not sliced: the gradient of a slice is as large as the tensor it was sliced from.
     """
 
-    def __init__(self, blocks: "Blocks", windows: set[int | None]):
+    def __init__(self, blocks: Blocks, windows: set[int | None]):
         slots = blocks.labels_NS.shape[1]
         self.groups = blocks.groups
         self.queries = [(group.last - group.first) * slots for group in self.groups]
@@ -111,7 +81,7 @@ class GroupedAttention:
             window: [_group_mask(blocks, group, starts, window) for group in self.groups] for window in windows
         }
 
-    def __call__(self, q_AQE, context, slots, window: int | None) -> Tensor:
+    def __call__(self, q_AQE: Tensor, context: KV, slots: KV, window: int | None, layer: int) -> Tensor:
         """As `DenseAttention.__call__`."""
         context_k, context_v = (values.split(self.lengths, dim=1) for values in context)
         slots_k, slots_v = (values.split(self.queries, dim=1) for values in slots)
@@ -123,7 +93,7 @@ class GroupedAttention:
         return torch.cat(outs, dim=1)
 
 
-def _group_mask(blocks: "Blocks", group: Group, starts: list[int], window: int | None) -> Tensor:
+def _group_mask(blocks: Blocks, group: Group, starts: list[int], window: int | None) -> Tensor:
     first = starts[group.document]
     return visibility_mask(blocks, slice(first, first + group.rows), group.first, group.last, window)
 
@@ -131,21 +101,24 @@ def _group_mask(blocks: "Blocks", group: Group, starts: list[int], window: int |
 class DecodeAttention:
     """Attention while decoding: one block of each text over the text's kv cache, or the window's part of it.
 
+    The context rows are each text's new ones, end to end: every layer adds their keys and values to the text's cache.
     Prefixes differ in length, so texts attend one after the other; all else is batched.
     """
 
-    def __init__(self, slots: int, starts: Sequence[int], device: torch.device):
-        self.slots, self.starts, self.device = slots, starts, device
+    def __init__(self, slots: int, caches: Sequence[DraftKV], new_rows: Sequence[int], device: torch.device):
+        self.slots, self.caches, self.new_rows, self.device = slots, caches, new_rows, device
 
-    def __call__(self, q_AQE, context, slots, window: int | None) -> Tensor:
-        """As `DenseAttention.__call__`, but `context` has keys and values for each text; their row r is position r."""
+    def __call__(self, q_AQE: Tensor, context: KV, slots: KV, window: int | None, layer: int) -> Tensor:
+        """As `DenseAttention.__call__`."""
+        new_k, new_v = (values.split(self.new_rows, dim=1) for values in context)
         slots_k, slots_v = (values.split(self.slots, dim=1) for values in slots)
         outs = []
-        for start, q_ASE, context_kv, *slots_kv in zip(
-            self.starts, q_AQE.split(self.slots, dim=1), context, slots_k, slots_v, strict=True
-        ):
-            k_GLE, v_GLE = (torch.cat(pair, dim=1) for pair in zip(context_kv, slots_kv, strict=True))
-            outs.append(attend(q_ASE, k_GLE, v_GLE, None if window is None else self._window(start, window)))
+        for text, q_ASE in enumerate(q_AQE.split(self.slots, dim=1)):
+            context_kv = self.caches[text].extend(layer, new_k[text], new_v[text])
+            allowed = None if window is None else self._window(context_kv[0].shape[1], window)
+            k_GLE = torch.cat([context_kv[0], slots_k[text]], dim=1)
+            v_GLE = torch.cat([context_kv[1], slots_v[text]], dim=1)
+            outs.append(attend(q_ASE, k_GLE, v_GLE, allowed))
         return torch.cat(outs, dim=1)
 
     def _window(self, start: int, window: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.drafts.config import DraftConfig
-from pipeline.drafts.norm_and_rope import RMSNorm, rope_tables, rotate
+from pipeline.drafts.norm_and_rope import RMSNorm, Tables, rope_tables, rotate
 
 
 class Attention(nn.Module):
@@ -31,12 +31,12 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def queries(self, x_QD: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    def queries(self, x_QD: Tensor, tables: Tables) -> Tensor:
         """Return queries [A, Q, E], rotated by `tables`."""
         q_QAE = self.q_norm(self.q_proj(x_QD).unflatten(-1, (-1, self.head_dim)))
         return rotate(q_QAE, tables).transpose(0, 1)
 
-    def keys_values(self, x_TD: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x_TD: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
         """Return keys, rotated by `tables`, and values, [G, T, E] each."""
         k_TGE = self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim)))
         v_TGE = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
@@ -61,25 +61,31 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer. `window` is None on a full layer."""
+    """One decoder layer, number `index`. `window` is None on a full layer."""
 
     def __init__(self, config: DraftConfig, index: int):
         super().__init__()
+        self.index = index
         self.window = config.sliding_window if config.layer_types[index] == "sliding_attention" else None
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_QD: Tensor, context: tuple[Tensor, Tensor], tables: tuple[Tensor, Tensor], attention) -> Tensor:
+    def forward(
+        self, x_QD: Tensor, context_RD: Tensor, slot_tables: Tables, context_tables: Tables, attention
+    ) -> Tensor:
         """Return the slots' stream [Q, D] after this layer.
 
-        context: this layer's keys and values of the context rows. attention: an instance of a class in `attention.py`.
+        All of the layer's weights are used in here, the context's keys and values included, so that it can be sharded
+        by itself (FSDP2) and its keys and values need not outlive it. attention: an instance of a class in
+        `attention.py`.
         """
+        context_kv = self.self_attn.keys_values(context_RD, context_tables)
         y_QD = self.input_layernorm(x_QD)
-        slots_kv = self.self_attn.keys_values(y_QD, tables)
-        q_AQE = self.self_attn.queries(y_QD, tables)
-        x_QD = x_QD + self.self_attn.merge(attention(q_AQE, context, slots_kv, self.window))
+        slots_kv = self.self_attn.keys_values(y_QD, slot_tables)
+        q_AQE = self.self_attn.queries(y_QD, slot_tables)
+        x_QD = x_QD + self.self_attn.merge(attention(q_AQE, context_kv, slots_kv, self.window, self.index))
         return x_QD + self.mlp(self.post_attention_layernorm(x_QD))
 
 
@@ -102,22 +108,18 @@ class Backbone(nn.Module):
         """The sliding windows of the layers; None stands for a full layer."""
         return {layer.window for layer in self.layers}
 
-    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return rope_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+    def slot_states(self, x_QD: Tensor, positions_Q: Tensor, aux_KRD: Tensor, positions_R: Tensor, attention) -> Tensor:
+        """Return the slots' states [Q, D] after all layers and the final norm.
 
-    def context(self, aux_KRD: Tensor) -> Tensor:
-        """Return the context [R, D] that every layer reads; `aux_KRD` has the target's layers in ascending order."""
+        x_QD: the slots' embeddings. aux_KRD: the target's states of the context rows, its layers in ascending order.
+        attention: an instance of a class in `attention.py`.
+        """
         flat_RF = aux_KRD.to(self.fc.weight.dtype).transpose(0, 1).flatten(1)
-        return self.hidden_norm(self.fc(flat_RF))
-
-    def context_keys_values(self, aux_KRD: Tensor, positions_R: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return the context's keys and values [G, R, E] for each layer."""
-        context_RD, tables = self.context(aux_KRD), self.tables(positions_R)
-        return [layer.self_attn.keys_values(context_RD, tables) for layer in self.layers]
-
-    def slots(self, x_QD: Tensor, positions_Q: Tensor, context_kv: list[tuple[Tensor, Tensor]], attention) -> Tensor:
-        """Return the slots' states [Q, D] after all layers and the final norm."""
-        tables = self.tables(positions_Q)
-        for layer, context in zip(self.layers, context_kv, strict=True):
-            x_QD = layer(x_QD, context, tables, attention)
+        context_RD = self.hidden_norm(self.fc(flat_RF))
+        slot_tables, context_tables = self.tables(positions_Q), self.tables(positions_R)
+        for layer in self.layers:
+            x_QD = layer(x_QD, context_RD, slot_tables, context_tables, attention)
         return self.norm(x_QD)
+
+    def tables(self, positions: Tensor) -> Tables:
+        return rope_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)

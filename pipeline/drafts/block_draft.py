@@ -53,9 +53,9 @@ class BlockDraft(Backbone, Draft):
             attention = DenseAttention(blocks, len(cell.ids_R), self.windows)
         else:
             attention = GroupedAttention(blocks, self.windows)
-        context_kv = self.context_keys_values(cell.aux_KRD, cell.pos_R)
         embedded_QD = self._embed(blocks.input_ids_NS.flatten())
-        out_QD = self.slots(embedded_QD, blocks.positions_NS.flatten(), context_kv, attention)
+        positions_Q = blocks.positions_NS.flatten()
+        out_QD = self.slot_states(embedded_QD, positions_Q, cell.aux_KRD, cell.pos_R, attention)
         return out_QD.unflatten(0, blocks.input_ids_NS.shape)
 
     def _embed(self, ids: Tensor) -> Tensor:
@@ -152,35 +152,25 @@ class BlockDraft(Backbone, Draft):
 
         The states in the requests enter the kv caches; the slots' own keys and values do not.
         """
-        device, S = self.fc.weight.device, self.config.block_size
-        self._extend_kv(requests, device)
-        ids_NS = torch.full((len(requests), S), self.config.mask_token_id, device=device)
-        ids_NS[:, 0] = torch.tensor([request.anchor_id for request in requests], device=device)
-        starts = [request.start for request in requests]
-        positions_NS = torch.tensor(starts, device=device)[:, None] + torch.arange(S, device=device)
-        context_kv = list(zip(*(request.kv.layers() for request in requests), strict=True))
-        attention = DecodeAttention(S, starts, device)
-        return self.slots(self._embed(ids_NS.flatten()), positions_NS.flatten(), context_kv, attention).unflatten(
-            0, (-1, S)
-        )
-
-    def _extend_kv(self, requests: Sequence[BlockRequest], device: torch.device) -> None:
-        """Append the keys and values of the requests' states to each text's kv cache, computed for all at once."""
         for request in requests:
             K, T, _ = request.features_KTD.shape
             length, start = request.kv.length, request.start
             assert length + T == start, f"kv holds {length} positions and {T} came, for an anchor at {start}"
             assert len(self.config.target_layer_ids) == K, f"{K} layers for {self.config.target_layer_ids}"
-        fresh = [request for request in requests if request.start > request.kv.length]
-        if not fresh:
-            return
-        counts = [request.start - request.kv.length for request in fresh]
-        positions_R = torch.cat([torch.arange(request.kv.length, request.start, device=device) for request in fresh])
-        features_KRD = torch.cat([request.features_KTD.to(device) for request in fresh], dim=1)
-        layers = self.context_keys_values(features_KRD, positions_R)
-        parts = [list(zip(k.split(counts, dim=1), v.split(counts, dim=1), strict=True)) for k, v in layers]
-        for request, of_text in zip(fresh, zip(*parts, strict=True), strict=True):
-            request.kv.append(of_text)
+        device, S = self.fc.weight.device, self.config.block_size
+        ids_NS = torch.full((len(requests), S), self.config.mask_token_id, device=device)
+        ids_NS[:, 0] = torch.tensor([request.anchor_id for request in requests], device=device)
+        starts_N = torch.tensor([request.start for request in requests], device=device)
+        positions_NS = starts_N[:, None] + torch.arange(S, device=device)
+        new_rows = [range(request.kv.length, request.start) for request in requests]
+        positions_R = torch.tensor([row for rows in new_rows for row in rows], dtype=torch.long, device=device)
+        features_KRD = torch.cat([request.features_KTD.to(device) for request in requests], dim=1)
+        attention = DecodeAttention(S, [request.kv for request in requests], list(map(len, new_rows)), device)
+        embedded_QD = self._embed(ids_NS.flatten())
+        out_QD = self.slot_states(embedded_QD, positions_NS.flatten(), features_KRD, positions_R, attention)
+        for request in requests:
+            request.kv.length = request.start
+        return out_QD.unflatten(0, (-1, S))
 
     @torch.no_grad()
     def propose(

@@ -14,9 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pipeline.drafts.attention import Group, group_blocks
 from pipeline.drafts.config import DraftConfig
 from pipeline.errors import DataError
+
+QUERIES_A_GROUP = 128
 
 
 class PackableSample(Protocol):
@@ -58,6 +59,17 @@ class Cell:
 
     def to(self, device: torch.device | str) -> "Cell":
         return _to_device(self, device)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Consecutive blocks first .. last - 1 of one document, and the context that any of them attends to: the
+    document's rows 0 .. rows - 1. Padding blocks belong to document 0."""
+
+    first: int
+    last: int
+    document: int
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -177,6 +189,24 @@ def lay_blocks(cell: Cell, anchors_N: Tensor, keep_N: Tensor, config: DraftConfi
         groups=group_blocks((anchors_N - starts_N).tolist(), doc_N.tolist(), config.block_size),
         lengths=tuple(cell.lengths_M.tolist()),
     )
+
+
+def group_blocks(
+    anchors: Sequence[int], documents: Sequence[int], slots: int, queries: int = QUERIES_A_GROUP
+) -> tuple[Group, ...]:
+    """Group consecutive blocks of one document, at most `queries` slots together.
+
+    anchors: rows within their documents, in any order; ascending is fastest, since then few keys are masked.
+    """
+    most = max(1, queries // slots)
+    groups: list[Group] = []
+    for block, (anchor, document) in enumerate(zip(anchors, documents, strict=True)):
+        last = groups[-1] if groups else None
+        if last and last.document == document and last.last - last.first < most:
+            groups[-1] = Group(last.first, block + 1, document, max(last.rows, anchor))
+        else:
+            groups.append(Group(block, block + 1, document, anchor))
+    return tuple(groups)
 
 
 def unbroken(scored_NS: Tensor) -> Tensor:

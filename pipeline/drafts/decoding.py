@@ -31,29 +31,24 @@ class DraftKV:
     """A draft's kv cache of one text: keys and values of the context only, each computed once."""
 
     def __init__(self):
-        self.length = 0  # positions 0 .. length - 1 are cached
-        self._layers: list[tuple[Tensor, Tensor]] = []  # [G, capacity, E]
+        self.length = 0  # positions 0 .. length - 1 are cached, in every layer
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # [G, capacity, E]
 
-    def append(self, fresh: list[tuple[Tensor, Tensor]]) -> None:
-        """Add the keys and values [G, T, E] of the next T positions, for each layer."""
-        start, stop = self.length, self.length + fresh[0][0].shape[1]
-        if not self._layers or stop > self._layers[0][0].shape[1]:
-            self._layers = [self._grown(index, pair, 2 * stop) for index, pair in enumerate(fresh)]
-        for layer, new in zip(self._layers, fresh, strict=True):
-            for buffer, values in zip(layer, new, strict=True):
-                buffer[:, start:stop] = values
-        self.length = stop
+    def extend(self, layer: int, *new: Tensor) -> tuple[Tensor, Tensor]:
+        """Add one layer's keys and values [G, T, E] of the next T positions; return those of all positions so far.
 
-    def _grown(self, index: int, pair: tuple[Tensor, Tensor], capacity: int) -> tuple[Tensor, Tensor]:
-        grown = tuple(values.new_empty(values.shape[0], capacity, values.shape[2]) for values in pair)
-        if self._layers:
-            for buffer, old in zip(grown, self._layers[index], strict=True):
-                buffer[:, : self.length] = old[:, : self.length]
-        return grown
-
-    def layers(self) -> list[tuple[Tensor, Tensor]]:
-        """Return keys and values [G, length, E] of each layer."""
-        return [(k[:, : self.length], v[:, : self.length]) for k, v in self._layers]
+        `length` stays as it is: the caller raises it once every layer was extended.
+        """
+        stop = self.length + new[0].shape[1]
+        buffers = self._layers.get(layer)
+        if buffers is None or stop > buffers[0].shape[1]:
+            grown = tuple(values.new_empty(values.shape[0], 2 * stop, values.shape[2]) for values in new)
+            for larger, old in zip(grown, buffers or (), strict=False):
+                larger[:, : self.length] = old[:, : self.length]
+            buffers = self._layers[layer] = grown
+        for buffer, values in zip(buffers, new, strict=True):
+            buffer[:, self.length : stop] = values
+        return buffers[0][:, :stop], buffers[1][:, :stop]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from pipeline.drafts.rope_scaling import RopeScaling
 
+Tables = tuple[Tensor, Tensor]  # cos and sin [T, E / 2] of some positions
+
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype for norms, angles, softmaxes and sums: float32, or `dtype` where that is wider."""
@@ -52,9 +54,7 @@ class _Norm(torch.autograd.Function):
         return d_x.to(grad.dtype), product.flatten(0, -2).sum(0).to(weight.dtype), None
 
 
-def rope_tables(
-    positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
-) -> tuple[Tensor, Tensor]:
+def rope_tables(positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tables:
     """Return cos and sin [..., E / 2] of positions [...], in float32 whatever the draft's dtype.
 
     Serving engines compute them so: tables rounded to bfloat16 would drift from theirs with the position.
@@ -102,7 +102,7 @@ def _kept_yarn(plain_F: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
     return 1 - ((pairs_F - first) / (last - first)).clamp(0, 1)
 
 
-def rotate(x_TAE: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x_TAE: Tensor, tables: Tables) -> Tensor:
     """Rotate the halves of each head by its token's angles [T, E / 2] (NeoX style), in float32 at least."""
     cos_TE, sin_TE = tables
     return _Rotation.apply(x_TAE, cos_TE[:, None], sin_TE[:, None])

@@ -1,5 +1,7 @@
 """The probe: before a shard is committed, its stored states are compared with an ordinary forward of the target.
 
+Whatever engine computed them, the truth is a reference: the target as Hugging Face runs it, a sample at a time.
+
 With wrong layers, a missing or doubled norm, a wrong head or stale buffers, training runs well, and only serving shows
 an accept length of 1. Compared by value, not by argmax: an RMS norm is a positive scale, so the argmax is often right
 without it, and no argmax detects an auxiliary layer that is off by one.
@@ -14,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.cache.codecs import PROBE_ALLOWANCE
-from pipeline.cache.codecs.int8 import as_states
+from pipeline.cache.codecs import CODECS
 from pipeline.cache.columns import ColumnSpec, stored_rows
 from pipeline.cache.layout import layer_of
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import ProofError
 from pipeline.target.head import TargetHead
 from pipeline.target.model import final_norm
+from pipeline.tensors import as_states
 
 ROWS = 128  # of a prefix, mostly
 SAMPLES = 2
@@ -31,8 +33,25 @@ BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative Frobenius error
 ReadRows = Callable[[str, int], np.ndarray]
 
 
+class ReferenceTarget:
+    """The target as Hugging Face runs it: one sample, no padding, no hooks but those of its own `hidden_states`."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model, self.norm = model, final_norm(model)
+        self.device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def run(self, ids_P: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the entries of `hidden_states`, [P, D] each, and the logits [P, V] of the first tokens of a sample.
+
+        Entry i + 1 is layer i; the last entry is `final`, after the norm.
+        """
+        output = self.model(ids_P[None], output_hidden_states=True, use_cache=False)
+        return [entry_1PD[0] for entry_1PD in output.hidden_states], output.logits[0]
+
+
 def probe(
-    model: PreTrainedModel,
+    reference: ReferenceTarget,
     head: TargetHead,
     shard: ShardPlan,
     columns: Sequence[ColumnSpec],
@@ -40,32 +59,29 @@ def probe(
     read: ReadRows,
     slack: float = 0.0,
 ) -> dict[str, dict]:
-    """Compare two samples' prefixes as stored (`read(column, row)`) with `model(ids)`; return facts for each column.
+    """Compare two samples' prefixes as stored (`read(column, row)`) with the reference; return facts for each column.
 
     head: the stored one. refused: samples to skip. slack: is added to every bound, for states of another engine.
     Raises ProofError naming what does not fit and what would fit better.
     """
-    device = next(model.parameters()).device
     worst = dict.fromkeys((spec.name for spec in columns), 0.0)
     rows = probe_rows(shard, refused)
     for row in rows:
         prefix = prefix_length(shard, row)
-        ids_P = torch.from_numpy(shard.ids(row)[:prefix].astype(np.int64)).to(device)
-        with torch.no_grad():
-            truth = model(ids_P[None], output_hidden_states=True, use_cache=False)
-        entries = [entry[0] for entry in truth.hidden_states]
+        ids_P = torch.from_numpy(shard.ids(row)[:prefix].astype(np.int64)).to(reference.device)
+        entries, logits_PV = reference.run(ids_P)
         check_embedding(head, ids_P, entries[0])
         for spec in columns:
             kept = stored_rows(shard, row, spec.keeps)
-            inside = torch.from_numpy(kept[kept < prefix]).to(device)
-            stored = as_states(read(spec.name, row))[: len(inside)].to(device)
-            tolerance = PROBE_ALLOWANCE.get(spec.codec, 0.0) + slack
+            inside = torch.from_numpy(kept[kept < prefix]).to(reference.device)
+            stored = as_states(read(spec.name, row))[: len(inside)].to(reference.device)
+            tolerance = CODECS[spec.codec].probe_allowance + slack
             layer = layer_of(spec.name)
             if layer is not None:
                 error = check_layer(stored, entries, layer, tolerance)
             else:
-                error = check_final(stored, entries[-1][inside], final_norm(model), tolerance)
-                error = max(error, check_logits(stored, head, truth.logits[0, inside], tolerance))
+                error = check_final(stored, entries[-1][inside], reference.norm, tolerance)
+                error = max(error, check_logits(stored, head, logits_PV[inside], tolerance))
             worst[spec.name] = max(worst[spec.name], error)
     return {name: {"samples": rows, "error": float(f"{error:.2e}")} for name, error in worst.items()}
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache.atomic import size_text
-from pipeline.cache.codecs import codec_of, parse_codecs, stored_bytes
+from pipeline.cache.codecs import CODECS, codec_of, parse_codecs
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.plan import MIN_SHARDS, SHARD_BYTES, has_columns, read_manifests, segment_numbers
 from pipeline.cache.samples import ShardPlan
@@ -31,7 +31,6 @@ from stages.cache_hidden.options import CaptureOptions, size_bytes
 from stages.cache_hidden.plan_report import head_bytes
 from stages.cache_hidden.settings import CaptureSettings
 
-CODECS_TRIED = ("raw", "zstd", "aux=int8,final=zstd")  # in this order, until all samples fit
 FORMAT_SHARE = 0.005  # overhead as a share of a column: checksums, indices, the zeros after its last chunk
 COLUMN_BYTES = 8 << 10  # fixed overhead of a column of a shard: manifest, checksums, zarr.json
 TOKEN_BYTES, SAMPLE_BYTES = 10, 400  # in the plan, in samples.arrow and in the index
@@ -148,10 +147,10 @@ class SampleSizes:
 
     def bytes(self, columns: Sequence[ColumnSpec]) -> np.ndarray:
         """Return the bytes that each sample is expected to add to a cache of these columns, float64 [n]."""
-        many = 1 << 20  # rows to average over, since stored_bytes rounds
+        many = 1 << 20  # rows to average over, since `stored_bytes` rounds
         bytes_n = TOKEN_BYTES * self.rows + float(SAMPLE_BYTES)
         for spec in columns:
-            row_bytes = stored_bytes(many, spec.width, spec.dtype, spec.codec) / many
+            row_bytes = CODECS[spec.codec].stored_bytes(many, spec.width, spec.dtype) / many
             bytes_n += (1 + FORMAT_SHARE) * row_bytes * self.column_rows(spec)
         return bytes_n
 
@@ -183,7 +182,7 @@ def decide_within_budget(
     def size(columns: Sequence[ColumnSpec]) -> int:
         return int(corpus.bytes(columns).sum()) + fixed_bytes(settings, columns, total)
 
-    tried = [request.codec] if request.codec else list(CODECS_TRIED)
+    tried = [request.codec] if request.codec else codecs_tried(columns)
     first = with_codec(columns, tried[0])
     steps.append(
         f"asked for: {', '.join(spec.name for spec in columns)} of {len(corpus.rows):,} samples, {total:,} tokens, as "
@@ -211,6 +210,18 @@ def decide_within_budget(
     final = next((spec.keeps for spec in columns if spec.name == "final"), "none")
     decision = {"asked": request.as_dict(), "layers": layers, "final": final, "codec": codec, "steps": steps}
     return chosen_n, decision
+
+
+def codecs_tried(columns: Sequence[ColumnSpec]) -> list[str]:
+    """Return the `--codec` texts that a budget tries, in order, until all samples fit.
+
+    The lossless codecs, the smallest last; then each lossy one, the smallest last, with `final` in the smallest
+    lossless one.
+    """
+    width, dtype = columns[0].width, columns[0].dtype
+    by_size = sorted(CODECS.values(), key=lambda codec: -codec.row_bytes(width, dtype))
+    lossless = [codec.name for codec in by_size if not codec.lossy]
+    return lossless + [f"aux={codec.name},final={lossless[-1]}" for codec in by_size if codec.lossy]
 
 
 def with_codec(columns: Sequence[ColumnSpec], codec: str) -> tuple[ColumnSpec, ...]:
@@ -258,8 +269,10 @@ def codec_step(codec: str, sizes: dict[str, int], request: BudgetRequest) -> str
     why = (
         "the first that holds all samples" if sizes[codec] <= request.budget else "the smallest; none holds all samples"
     )
-    lossy = "; int8 is lossy, within bounds the capture certifies: --codec zstd stays exact" if "int8" in codec else ""
-    return f"codec: {codec}, {why} ({tried}){lossy}"
+    chosen, warning = parse_codecs(codec), ""
+    if lossy := next((name for name in chosen.values() if CODECS[name].lossy), None):
+        warning = f"; {lossy} is lossy, within bounds the capture certifies: --codec {chosen['final']} stays exact"
+    return f"codec: {codec}, {why} ({tried}){warning}"
 
 
 def samples_step(chosen_n: np.ndarray, corpus: SampleSizes, seed: int) -> str:

@@ -1,4 +1,4 @@
-"""Calibration of int8 columns before the first shard is captured: the target runs over the first samples by hash.
+"""Calibration of lossy columns before the first shard is captured: the target runs over the first samples by hash.
 
 R rows   D hidden size
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.cache.codecs import LOSSY
+from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.calibration import (
     TOKENS,
     Calibration,
@@ -22,7 +22,8 @@ from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.micro_batches import micro_batches
 from pipeline.cache.plan import Plan
 from pipeline.cache.samples import PlannedSample, ShardPlan, make_batch
-from stages.cache_hidden.engine_hf import Engine
+from stages.cache_hidden.engine import Engine
+from stages.cache_hidden.pack import Packer
 
 STATES_BYTES = 1 << 30  # bytes of states in memory at a time; further columns take another run over the samples
 
@@ -34,7 +35,7 @@ def load_or_make_calibrations(
 
     Raises ProofError for states that the codec cannot store within its error bounds, before any of them is written.
     """
-    lossy = [spec for spec in columns if spec.codec in LOSSY]
+    lossy = [spec for spec in columns if CODECS[spec.codec].lossy]
     by_column = {spec.name: read_calibration(out, spec.name, spec.width) for spec in lossy}
     todo = [spec for spec in lossy if by_column[spec.name] is None]
     step = max(1, STATES_BYTES // (TOKENS * max((spec.row_bytes for spec in todo), default=1)))
@@ -65,9 +66,10 @@ def _sampled(plan: Plan) -> ShardPlan:
 def _states(engine: Engine, samples: ShardPlan, columns: Sequence[ColumnSpec], batch_tokens: int) -> dict[str, Tensor]:
     """Return the states of all samples on the host, [R, D] by column."""
     states: dict[str, list[Tensor]] = {spec.name: [] for spec in columns}
-    for rows in micro_batches(samples.lengths, batch_tokens):
-        for output in engine.forward_outputs(samples, rows, columns):
-            output.wait()
-            for name, states_RD in output.states.items():
+    packer = Packer(engine, samples, columns)
+    for batch in micro_batches(samples.lengths, batch_tokens):
+        for packed in packer.pack(batch):
+            packed.wait()
+            for name, states_RD in packed.rows.items():
                 states[name].append(states_RD)
     return {name: torch.cat(states.pop(name)) for name in [*states]}

@@ -4,17 +4,14 @@ Shards are independent and their bytes depend on nothing but the plan, so a stop
 missing shard, and every worker computes the same bytes.
 """
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-import numpy as np
 import torch
-import transformers
-from torch import Tensor
 
 from pipeline.cache.atomic import process_lock, write_errors
-from pipeline.cache.codecs.int8 import as_stored
 from pipeline.cache.columns import ColumnSpec, complete_manifest
 from pipeline.cache.micro_batches import micro_batches
 from pipeline.cache.plan import Plan
@@ -25,11 +22,11 @@ from pipeline.target.copy_to_cache import store_target
 from pipeline.target.head import TargetHead
 from pipeline.target.model import head_of, load_target, stop_tokens
 from pipeline.target.on_policy import OnPolicyStats, on_policy_column, on_policy_share, sum_scores
-from pipeline.target.probe import probe
+from pipeline.target.probe import ReferenceTarget, probe
 from stages.cache_hidden.background_writer import BackgroundWriter
 from stages.cache_hidden.calibrate import load_or_make_calibrations
-from stages.cache_hidden.certificate_rows import CertificateRows
-from stages.cache_hidden.engine_hf import Engine, ForwardOutput
+from stages.cache_hidden.engine import make_engine
+from stages.cache_hidden.pack import ExactRows, PackedStates, Packer
 from stages.cache_hidden.plan_report import Lost, Work
 from stages.cache_hidden.progress import Progress
 from stages.cache_hidden.settings import CaptureSettings
@@ -53,33 +50,34 @@ def capture_shards(
     former manifest if known, which is written again where the same bytes come out.
     Raises ProofError, DataError (too many refused), RoomError, UsageError.
     """
-    model = load_target(str(settings.folder), device=device, dtype=settings.dtype)
-    store_target(out, settings.folder, head_of(model), model.config, stop_tokens(model))
+    target = load_target(str(settings.folder), device=device, dtype=settings.dtype)
+    store_target(out, settings.folder, head_of(target), target.config, stop_tokens(target))
     head = TargetHead.load(target_file(out, HEAD), device, getattr(torch, settings.dtype))
-    engine = Engine(model, head, 0.0)
+    reference = ReferenceTarget(target)
     with_stats = on_policy_columns(out, plan, settings.columns)
-    with write_errors(out, "a calibration"), process_lock(out, "calibration"):  # by one process, for all
-        engine.calibrations = load_or_make_calibrations(engine, out, plan, settings.columns, settings.batch_tokens)
-    with Progress(sum(shard.rows for shard, _ in work), len(work)) as progress:
-        for shard, wanted in work:
-            columns = [spec for spec in wanted if is_missing(out, shard.number, spec.name, lost)]
-            if not columns:  # another worker has captured this shard since
+    with contextlib.closing(make_engine(settings, target)) as engine:
+        with write_errors(out, "a calibration"), process_lock(out, "calibration"):  # by one process, for all
+            calibrations = load_or_make_calibrations(engine, out, plan, settings.columns, settings.batch_tokens)
+        with Progress(sum(shard.rows for shard, _ in work), len(work)) as progress:
+            for shard, wanted in work:
+                columns = [spec for spec in wanted if is_missing(out, shard.number, spec.name, lost)]
+                if not columns:  # another worker has captured this shard since
+                    progress.add_shard()
+                    continue
+                share = on_policy_share(plan.segment(shard.number)["supervised"])
+                packer = Packer(engine, shard, columns, head, share, calibrations)
+                with ShardWriter(out, shard, columns) as writer:
+                    earlier = repeat_refusals(out, writer, settings.columns)
+                    exact_rows, on_policy = write_states(packer, writer, settings.batch_tokens, progress)
+                    refused += len(writer.refused) - earlier
+                    check_refused(refused, plan.samples, writer.refused)
+                    writer.seal()
+                    facts = probe_and_certify(packer, writer, reference, exact_rows)
+                    for name in with_stats & facts.keys():
+                        facts[name]["gauge"] = on_policy.as_facts()
+                    previous = {name: lost[shard.number, name] for name in facts if (shard.number, name) in lost}
+                    writer.commit(facts, previous)
                 progress.add_shard()
-                continue
-            engine.on_policy_share = on_policy_share(plan.segment(shard.number)["supervised"])
-            with ShardWriter(out, shard, columns) as writer:
-                earlier = repeat_refusals(out, writer, settings.columns)
-                certificate_rows = CertificateRows(columns, shard)
-                on_policy = write_states(engine, writer, certificate_rows, settings.batch_tokens, progress)
-                refused += len(writer.refused) - earlier
-                check_refused(refused, plan.samples, writer.refused)
-                writer.seal()
-                facts = probe_and_certify(engine, writer, certificate_rows)
-                for name in with_stats & facts.keys():
-                    facts[name]["gauge"] = on_policy.as_facts()
-                previous = {name: lost[shard.number, name] for name in facts if (shard.number, name) in lost}
-                writer.commit(facts, previous)
-            progress.add_shard()
 
 
 def is_missing(out: Path, shard: int, column: str, lost: Lost) -> bool:
@@ -110,65 +108,48 @@ def repeat_refusals(out: Path, writer: ShardWriter, columns: Sequence[ColumnSpec
 
 
 def write_states(
-    engine: Engine, writer: ShardWriter, certificate_rows: CertificateRows, batch_tokens: int, progress: Progress
-) -> OnPolicyStats:
-    """Write every row of a shard's columns; return its on-policy figures. At most a few micro-batches are in memory."""
-    on_policy, shard = OnPolicyStats(), writer.shard
+    packer: Packer, writer: ShardWriter, batch_tokens: int, progress: Progress
+) -> tuple[ExactRows, OnPolicyStats]:
+    """Write every row of a shard's columns; return the rows that certify them, and the shard's on-policy figures.
 
-    def write_output(output: ForwardOutput) -> None:
+    At most a few micro-batches are in memory.
+    """
+    exact_rows, on_policy = ExactRows(packer), OnPolicyStats()
+
+    def write_packed(packed: PackedStates) -> None:
         nonlocal on_policy
-        output.wait()
-        for row, reason in unusable_samples(output):
-            if row not in writer.refused:
-                writer.refuse(row, reason)
+        packed.wait()
+        for sample, reason in packed.unusable():
+            if sample not in writer.refused:
+                writer.refuse(sample, reason)
         written = 0
-        for name, states in output.states.items():
-            rows = as_stored(states) if isinstance(states, Tensor) else certificate_rows.encoded(engine, name, states)
-            writer.write(name, rows)
+        for spec in packer.columns:
+            rows = packer.as_written(packed, spec)
+            writer.write(spec.name, rows)
             written += rows.nbytes
-        certificate_rows.add(output)
-        on_policy += sum_scores(output.on_policy)
-        progress.add(int(shard.lengths[output.rows].sum()), written)
+        exact_rows.add(packed)
+        on_policy += sum_scores(packed.on_policy)
+        progress.add(int(packer.shard.lengths[packed.samples].sum()), written)
 
-    engine.split, engine.certified_samples = False, frozenset(certificate_rows.samples)
-    background = BackgroundWriter(write_output, QUEUED)
+    background = BackgroundWriter(write_packed, QUEUED)
     try:
-        for rows in micro_batches(shard.lengths, batch_tokens):
-            for output in engine.forward_outputs(shard, rows, certificate_rows.columns):
-                background.put(output)
+        for samples in micro_batches(packer.shard.lengths, batch_tokens):
+            for packed in packer.pack(samples):
+                background.put(packed)
         background.finish()
     finally:
         background.stop()
-    return on_policy
+    return exact_rows, on_policy
 
 
-def probe_and_certify(engine: Engine, writer: ShardWriter, certificate_rows: CertificateRows) -> dict[str, dict]:
+def probe_and_certify(
+    packer: Packer, writer: ShardWriter, reference: ReferenceTarget, exact_rows: ExactRows
+) -> dict[str, dict]:
     """Probe a sealed shard; return the facts for each column's manifest. Raises ProofError."""
-    certified = certificate_rows.certify(engine, writer)
-    probed = probe(engine.model, engine.head, writer.shard, certificate_rows.columns, {*writer.refused}, writer.read)
-    made_by = {
-        "engine": "transformers",
-        "attention": engine.model.config._attn_implementation,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-        "device": engine.device.type,
-        "split": engine.split,
-    }
+    certified = exact_rows.certify(writer)
+    probed = probe(reference, packer.head, writer.shard, packer.columns, {*writer.refused}, writer.read)
+    made_by = {**packer.engine.facts, "split": packer.split}
     return {name: {**made_by, "probe": found, **certified.get(name, {})} for name, found in probed.items()}
-
-
-def unusable_samples(output: ForwardOutput) -> Iterator[tuple[int, str]]:
-    """Yield the samples of a forward's output whose states are not finite or all zero in a row, with the reason."""
-    reasons: dict[int, str] = {}
-    for name, largest_R in output.largest.items():
-        starts = np.cumsum([0, *output.counts[name]])
-        for row, start, stop in zip(output.rows, starts, starts[1:], strict=False):
-            rows = largest_R[start:stop].numpy()
-            if not np.isfinite(rows).all():
-                reasons.setdefault(row, f"{name} is not finite")
-            elif (rows == 0).any():
-                reasons.setdefault(row, f"{name} has a row of zeros")
-    yield from sorted(reasons.items())
 
 
 def check_refused(refused: int, samples: int, newest: dict[int, str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache.atomic import free_bytes, size_text
-from pipeline.cache.codecs import CODECS, LOSSY, stored_bytes
+from pipeline.cache.codecs import CODECS
 from pipeline.cache.columns import ColumnSpec, complete_manifest
 from pipeline.cache.layout import layer_of
 from pipeline.cache.plan import Plan
@@ -48,7 +48,7 @@ def missing_columns(out: Path, plan: Plan, columns: tuple[ColumnSpec, ...]) -> W
 def codec_mismatch(out: Path, spec: ColumnSpec, current: str) -> str:
     """Return the error message for a column that some shards store in another codec than the one asked for."""
     remedy = f"`pipeline recode {out} --codec {spec.name}={spec.codec}` makes it so without the target"
-    if current in LOSSY:
+    if CODECS[current].lossy:
         remedy = f"what {current} has rounded stays so: leave --codec out, or pass another --out"
     return f"{out} holds {spec.name} in {current}, and {spec.codec} is asked for or in other shards; {remedy}"
 
@@ -56,7 +56,7 @@ def codec_mismatch(out: Path, spec: ColumnSpec, current: str) -> str:
 def column_bytes(shard: ShardPlan, spec: ColumnSpec) -> int:
     """Return the bytes that a shard's column is expected to take in its codec."""
     rows = shard.rows if spec.keeps == "all" else shard.final_count
-    return stored_bytes(rows, spec.width, spec.dtype, spec.codec)
+    return CODECS[spec.codec].stored_bytes(rows, spec.width, spec.dtype)
 
 
 def work_bytes(work: Work) -> int:

@@ -4,6 +4,7 @@ Computing and writing overlap, so a capture takes the larger of the two times; e
 measured. Qwen3-8B at full speed on a large GPU writes more than 1 GB/s in bfloat16, so the disk is often the limit.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -67,20 +68,22 @@ def target_speed(work: Work, settings: CaptureSettings, device: str) -> float:
     """Run a few evenly spaced micro-batches through the engine; return tokens a second, padding not counted."""
     from pipeline.target.model import head_of, load_target
     from pipeline.target.on_policy import SHARE
-    from stages.cache_hidden.engine_hf import Engine
+    from stages.cache_hidden.engine import make_engine
+    from stages.cache_hidden.pack import Packer
 
-    model = load_target(str(settings.folder), device=device, dtype=settings.dtype)
-    engine = Engine(model, head_of(model), SHARE)
+    target = load_target(str(settings.folder), device=device, dtype=settings.dtype)
+    head = head_of(target)
     chosen = evenly_spaced_batches([shard for shard, _ in work], settings.batch_tokens, MICRO_BATCHES)
     columns = max((columns for _, columns in work), key=len)
     tokens, began = 0, time.perf_counter()
-    for number, (shard, rows) in enumerate([chosen[0], *chosen]):
-        for output in engine.forward_outputs(shard, rows, columns):
-            output.wait()
-        if number:
-            tokens += int(shard.lengths[rows].sum())
-        else:
-            began = time.perf_counter()  # the first forward allocates and compiles
+    with contextlib.closing(make_engine(settings, target)) as engine:
+        for number, (shard, samples) in enumerate([chosen[0], *chosen]):
+            for packed in Packer(engine, shard, columns, head, SHARE).pack(samples):
+                packed.wait()
+            if number:
+                tokens += int(shard.lengths[samples].sum())
+            else:
+                began = time.perf_counter()  # the first forward allocates and compiles
     return tokens / max(time.perf_counter() - began, AT_LEAST_S)
 
 

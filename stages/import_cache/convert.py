@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache.codecs.int8 import as_states, as_stored
 from pipeline.cache.columns import ColumnSpec, stored_rows
 from pipeline.cache.layout import aux_column
 from pipeline.cache.samples import ShardPlan
@@ -19,7 +18,8 @@ from pipeline.cache.writer import ShardWriter
 from pipeline.errors import ProofError
 from pipeline.target.head import TargetHead
 from pipeline.target.on_policy import OnPolicyStats, on_policy_rows, score_tokens, sum_scores
-from pipeline.target.probe import probe, probe_rows
+from pipeline.target.probe import ReferenceTarget, probe, probe_rows
+from pipeline.tensors import as_states, as_stored
 from stages.import_cache.detect_format import Source
 from stages.import_cache.find_convention import EXTRA_TOLERANCE, Convention
 from stages.import_cache.foreign_sample import STORED_DTYPE, ForeignSample, SampleLocation, bad_file
@@ -139,9 +139,9 @@ def probe_shard(
     writer: ShardWriter, job: ImportJob, wanted: list[ColumnSpec], target: Target, head: TargetHead
 ) -> dict[str, dict]:
     """Probe a sealed shard as a capture is probed, with tolerance for another engine's rounding. Raises ProofError."""
-    model, refused = target.model, {*writer.refused}
+    reference, refused = ReferenceTarget(target.model), {*writer.refused}
     try:
-        return probe(model, head, writer.shard, wanted, refused, writer.read, EXTRA_TOLERANCE[job.dtype])
+        return probe(reference, head, writer.shard, wanted, refused, writer.read, EXTRA_TOLERANCE[job.dtype])
     except ProofError as error:
         probed = ", ".join(location_of(writer.shard, row)[0] for row in probe_rows(writer.shard, refused))
         raise ProofError(f"{Path(job.source.folder)}, {probed}: {error}; these files are of another run") from error

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cache.atomic import check_free_space, clean_scratch, size_text
-from pipeline.cache.codecs import stored_bytes
+from pipeline.cache.codecs import CODECS
 from pipeline.cache.columns import ColumnSpec, complete_manifest
 from pipeline.cache.layout import IDENTITY, LOG
 from pipeline.cache.manifest import create_identity, read_canonical, write_canonical
@@ -166,7 +166,7 @@ def missing_columns(out: Path, planned: Plan, job: ImportJob) -> MissingColumns:
 
 def total_bytes(missing: MissingColumns) -> int:
     return sum(
-        stored_bytes(int(spec.bounds(shard)[-1]), spec.width, spec.dtype, spec.codec)
+        CODECS[spec.codec].stored_bytes(int(spec.bounds(shard)[-1]), spec.width, spec.dtype)
         for shard, columns in missing
         for spec in columns
     )

@@ -14,7 +14,7 @@ import torch
 
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import Scratch, clean_scratch, commit_lock, size_text, write_errors
-from pipeline.cache.codecs import LOSSY, codec_of, parse_codecs
+from pipeline.cache.codecs import CODECS, codec_of, parse_codecs
 from pipeline.cache.codecs.calibration import (
     TOKENS,
     Calibration,
@@ -23,7 +23,6 @@ from pipeline.cache.codecs.calibration import (
     store_calibration,
 )
 from pipeline.cache.codecs.error_certificate import Certificate, checked_calibration, shadow_samples
-from pipeline.cache.codecs.int8 import as_states
 from pipeline.cache.columns import Column, ColumnSpec, column_manifest, open_column
 from pipeline.cache.layout import LOG, SAMPLES, numbered, shard_folder
 from pipeline.cache.manifest import read_canonical, write_canonical
@@ -33,6 +32,7 @@ from pipeline.cache.samples import ShardPlan
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import CacheError, DataError, ProofError, UsageError
 from pipeline.target.head import TargetHead
+from pipeline.tensors import as_states
 from pipeline.visible_text import visible
 
 BLOCKS_AT_A_TIME = 16  # blocks of a sample in memory
@@ -110,7 +110,7 @@ def _columns_to_recode(cache: Path, plan: Plan, codec: str) -> ColumnsToRecode:
             names.add(name)
             if wanted in (None, spec.codec):
                 continue
-            if spec.codec in LOSSY:
+            if CODECS[spec.codec].lossy:
                 raise UsageError(
                     f"{cache} holds {name} in {spec.codec}, and what that has rounded stays so: {wanted} would look "
                     "exact and not be; capture into another --out instead"
@@ -128,16 +128,16 @@ def _calibrations(store: HiddenCache, plan: Plan, work: ColumnsToRecode) -> dict
     """Return the calibration of each column for a lossy codec, made from its states where there is none."""
     calibrations = {}
     for name, spec, codec in {spec.name: (spec.name, spec, codec) for _, spec, codec in work}.values():
-        if codec in LOSSY:
+        if CODECS[codec].lossy:
             calibrations[name] = read_calibration(store.path, name, spec.width)
             if calibrations[name] is None:
-                states_RD = _calibration_states(store, plan, name)
+                states_RD = _calibration_states(store, plan, name, codec)
                 made = checked_calibration(name, codec, states_RD, "cpu")
                 calibrations[name] = store_calibration(store.path, name, made, len(states_RD))
     return calibrations
 
 
-def _calibration_states(store: HiddenCache, plan: Plan, name: str) -> torch.Tensor:
+def _calibration_states(store: HiddenCache, plan: Plan, name: str, codec: str) -> torch.Tensor:
     """Return the states [R, D] of the captured calibration samples."""
     parts, tokens = [], 0
     columns: dict[int, Column | None] = {}
@@ -151,7 +151,9 @@ def _calibration_states(store: HiddenCache, plan: Plan, name: str) -> torch.Tens
         if tokens >= TOKENS:
             break
     if not parts:
-        raise DataError(f"{store.path}: every sample of {name} was refused, so there is nothing to calibrate int8 with")
+        raise DataError(
+            f"{store.path}: every sample of {name} was refused, so there is nothing to calibrate {codec} with"
+        )
     return torch.cat(parts)
 
 

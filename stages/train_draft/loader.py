@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache import HiddenCache
-from pipeline.cache.codecs.int8 import decode
-from pipeline.cache.codecs.int8_files import Encoded
+from pipeline.cache.codecs.lossy import Encoded
 from pipeline.cache.layout import FINAL
 from pipeline.cache.reader import Layer, Part
 from pipeline.drafts import Blocks, Cell, DraftConfig, eligible_anchors, lay_blocks, needs_final_states, pack
@@ -94,7 +93,7 @@ class CellLayout:
 
 @dataclass(frozen=True)
 class EncodedStates:
-    """States that were read but are still int8. pieces: (index of the layer, first row, encoded rows)."""
+    """States that were read but are still encoded. pieces: (index of the layer, first row, encoded rows)."""
 
     states: StatesToRead
     pieces: list[tuple[int, int, Encoded]]
@@ -102,16 +101,16 @@ class EncodedStates:
     def to(self, device: torch.device | str) -> Tensor:
         """Return the states, decoded on a device."""
         _, _, encoded = self.pieces[0]
-        shape = self.states.shape(encoded.values.shape[1])
+        shape = self.states.shape(encoded.width)
         states_KRD = torch.empty(shape, dtype=getattr(torch, encoded.dtype), device=device)
         for k, first, encoded in self.pieces:
-            decode(encoded, device, states_KRD[k, first : first + len(encoded)])
+            encoded.decode(device, states_KRD[k, first : first + len(encoded)])
         return self.states.in_cell(states_KRD)
 
 
 @dataclass(frozen=True)
 class EncodedCell:
-    """A cell some of whose states are still int8, by field name. `to` decodes them."""
+    """A cell some of whose states are still encoded, by field name. `to` decodes them."""
 
     cell: Cell
     encoded: dict[str, EncodedStates]
@@ -172,7 +171,7 @@ class BatchLayout:
 class BatchLoader:
     """Makes the batch of any step of a run; `order.py` decides what is in it.
 
-    keep_encoded: leave int8 states undecoded until their cell is moved to the device that trains.
+    keep_encoded: leave the states of lossy codecs undecoded until their cell is moved to the device that trains.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 import stages.cache_hidden.capture as shards
-import stages.cache_hidden.engine_hf as engine
+import stages.cache_hidden.engine as engine
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.micro_batches import micro_batches
 from pipeline.cache.plan import SHARD_BYTES, Plan, write_segment

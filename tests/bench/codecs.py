@@ -32,7 +32,6 @@ from torch import Tensor
 from pipeline.cache import plan
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.calibration import Calibration, calibrate, store_calibration
-from pipeline.cache.codecs.int8 import as_states, as_stored, decode
 from pipeline.cache.codecs.zarr_file import parse_chunk_index
 from pipeline.cache.columns import Column, ColumnSpec, column_manifest, open_column
 from pipeline.cache.layout import SAMPLES, SHARDS
@@ -40,6 +39,7 @@ from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import PlannedSample, write_segment
 from pipeline.cache.writer import ShardWriter
 from pipeline.target.model import load_target
+from pipeline.tensors import as_states, as_stored
 
 ROOT = Path(__file__).parents[2]
 LAYERS = (1, 3, 5)
@@ -163,8 +163,8 @@ def decoding(column: Column, out: np.ndarray) -> Callable[[], object]:
         held = []
         for row, (first, stop) in enumerate(pairwise(column.bounds.tolist())):
             room, outliers = reader.buffers(stop - first), column.outliers_of(reader, row)
-            held.append((column.read_encoded(reader, row, 0, outliers, *room), as_states(out[first:stop])))
-        return lambda: [decode(rows, "cpu", room) for rows, room in held]
+            held.append((column.read_encoded(reader, row, 0, outliers, room), as_states(out[first:stop])))
+        return lambda: [rows.decode("cpu", room) for rows, room in held]
     return lambda: None
 
 

@@ -165,35 +165,26 @@ class Reading:
             T = int(cache.samples.length[i])
             cache.fill(self.buffer[: len(layers), :T], [(i, 0, T)], layers)
 
-    def mapped_pass(self, cache: HiddenCache) -> None:
-        for i in self.order:
-            cache.read(i, LAYERS)
-
     def torch_pass(self) -> None:
         for i in self.order:
             torch.load(self.tensors / f"{i}.pt")
 
     def rows(self) -> list[tuple]:
         """(what, seconds a round, bytes, must, aim) of each way; `raw` first."""
-        warm, known = HiddenCache.open(self.path), HiddenCache.open(self.path, mapped=True)
+        warm = HiddenCache.open(self.path)
         ways: dict[str, Callable[[], None]] = {
             "plain preadv": self.raw_pass,
             "reader, first pass (every block hashed)": lambda: self.fill_pass(HiddenCache.open(self.path)),
             "reader, later passes": lambda: self.fill_pass(warm),
             "reader, later passes, 3 of 5 layers": lambda: self.fill_pass(warm, FEWER),
-            "mapped, first pass (every block hashed)": lambda: self.mapped_pass(
-                HiddenCache.open(self.path, mapped=True)
-            ),
-            "mapped, later passes (nothing is touched)": lambda: self.mapped_pass(known),
             "torch.load, one file a sample": self.torch_pass,
         }
         cold = {
             f"cold, plain preadv, {READ_THREADS} in flight": self.cold_raw,
             "cold, reader, first pass": self.cold_reader,
-            "cold, mapped, first pass": lambda: self.mapped_pass(HiddenCache.open(self.path, mapped=True)),
         }
         took: dict[str, list[tuple[float, float]]] = {name: [] for name in [*ways, *cold]}
-        for _ in range(self.rounds):  # first: the kernel drops no page that is mapped
+        for _ in range(self.rounds):
             for name, way in cold.items():
                 self.forget()
                 took[name].append(timed(way))
@@ -206,7 +197,7 @@ class Reading:
 
     def forget(self) -> None:
         """Have the kernel drop the files' pages, which it does not as long as they are to be written."""
-        gc.collect()  # an open cache holds its mappings
+        gc.collect()
         for fd in self.files.values():
             SYNC(fd)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -265,16 +256,13 @@ def report(rows: list[tuple], asked: argparse.Namespace) -> None:
         cpu["reader, first pass (every block hashed)"],
         cpu["reader, later passes"],
     )
-    cold_plain, cold, cold_mapped = (found[name][1] for name in found if "cold" in name)
-    mapped, loaded = cpu["mapped, first pass (every block hashed)"], cpu["torch.load, one file a sample"]
+    cold_plain, cold = (found[name][1] for name in found if "cold" in name)
+    loaded = cpu["torch.load, one file a sample"]
     run = (first + (EPOCHS - 1) * later) / EPOCHS
     judged = [
         ("reader, a run of six epochs, against preadv", plain / run, "0.85", "0.95"),
-        ("mapped, first pass, against preadv", plain / mapped, "1.3", "1.7"),
         ("cold, wall, against preadv", cold_plain / cold, "0.85", "0.95"),
-        ("cold, wall, mapped, against preadv", cold_plain / cold_mapped, "", ""),
         ("3 of 5 layers, time of 5", cpu["reader, later passes, 3 of 5 layers"] / later, "<= 0.65", "0.60"),
-        ("mapped, first pass, against torch.load", loaded / mapped, "1.7", "3"),
         ("reader, six epochs, against torch.load", loaded / run, "", ""),
         ("plain preadv, against torch.load", loaded / plain, "", ""),
     ]

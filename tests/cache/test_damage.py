@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 from dataclasses import astuple, replace
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,6 @@ from pipeline.cache.verify import verify
 from pipeline.errors import PipelineError
 
 PARTS = 64
-TURN = count()  # every other time the states are mapped
 # Wide enough that int8 has escapes. Of int8 that is four arrays and a calibration beside.
 IN_CODECS = [
     replace(spec, codec=codec, width=128) for spec, codec in zip(COLUMNS, ("int8", "raw", "zstd"), strict=True)
@@ -51,9 +49,9 @@ def truth(cache):
     return read_all(cache)
 
 
-def read_all(cache: Path, mapped: bool = False) -> list:
+def read_all(cache: Path) -> list:
     """Everything training reads of a cache, in order: the layers that a draft asks for are there, or it is told."""
-    opened = HiddenCache.open(cache, mapped=mapped)
+    opened = HiddenCache.open(cache)
     table = opened.samples
     layers = (1, 10) if opened.hidden_size == 128 else (1, 3, 4)  # of the cache of random states, and of the captured
     read = [opened.identity, opened.digest, opened.tokens, opened.target_config]
@@ -81,7 +79,7 @@ def check_found(cache: Path, file: Path, truth: list, what: str) -> None:
     stem = name.removesuffix(".json")
     assert name in NO_PROMISE or any(stem.startswith(one.removesuffix(".json")) for one in found), (name, what, found)
     try:
-        read = read_all(cache, mapped=next(TURN) % 2 == 1)
+        read = read_all(cache)
     except PipelineError as error:
         assert str(cache) in str(error) and "\n" not in str(error), (name, what, error)
         return

@@ -24,21 +24,21 @@ from tiny import conversations, random_model, save_model, tokenizer, write_jsonl
 
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import clean_scratch
+from pipeline.cache.codecs import CODECS
 from pipeline.cache.manifest import read_canonical
 from pipeline.cache.verify import verify
 from pipeline.errors import DataError, PipelineError, RoomError
-from stages.cache_hidden import engine_hf as engine
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.repair import repair
 from stages.cache_hidden.run import run
 
 LEVELS = 20
-CODECS = ("int8", "raw", "zstd")
+COLUMN_CODECS = ("int8", "raw", "zstd")
 
 
 @pytest.fixture(scope="module")
 def columns():
-    return [replace(spec, codec=codec, width=128) for spec, codec in zip(COLUMNS, CODECS, strict=True)]
+    return [replace(spec, codec=codec, width=128) for spec, codec in zip(COLUMNS, COLUMN_CODECS, strict=True)]
 
 
 # Disks
@@ -165,7 +165,7 @@ def in_child(work) -> str:
 
 
 @pytest.mark.skipif(not killed_writer.CAN_FAIL, reason="only Linux on x86-64 can be told to fail a call")
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", COLUMN_CODECS)
 def test_a_disk_that_fails_to_read_is_a_typed_error(tmp_path, codec):
     """The kernel answers with EIO, whichever library asks."""
     columns = [replace(COLUMNS[0], codec=codec, width=128)]
@@ -214,9 +214,9 @@ REFUSED = {"NaN": "is not finite", "Inf": "is not finite", "zero": "has a row of
     ("kind", "codec"), [("NaN", "int8"), ("Inf", "zstd"), ("zero", "int8"), ("passing", "raw"), ("constant", "int8")]
 )
 def test_states_that_cannot_be_kept_are_refused_by_name_and_all_others_kept(tmp_path, monkeypatch, kind, codec):
-    encode, finite = engine.encode, []
+    encode, finite = CODECS["int8"].encode, []
     monkeypatch.setattr(
-        engine, "encode", lambda rows, *rest: finite.append(rows.isfinite().all()) or encode(rows, *rest)
+        CODECS["int8"], "encode", lambda rows, *rest: finite.append(rows.isfinite().all()) or encode(rows, *rest)
     )
     chats = conversations(8)
     chats[3]["messages"][-1]["content"] += " ~"

@@ -75,8 +75,8 @@ def fit(cache: Path) -> None:
         write_manifest(path, facts)
 
 
-def read_all(cache: Path, mapped: bool = False) -> None:
-    held = HiddenCache.open(cache, mapped=mapped)
+def read_all(cache: Path) -> None:
+    held = HiddenCache.open(cache)
     assert isinstance(held.tokens, dict) and isinstance(held.target_config, dict) and held.head()
     for i in np.flatnonzero(held.samples.usable(held.layers, held.has_final)):
         held.read(int(i), final=held.has_final)
@@ -87,7 +87,6 @@ USES = {
     "inspect": describe,
     "one sample": lambda cache: sample_view(cache, 0),
     "read": read_all,
-    "read mapped": lambda cache: read_all(cache, mapped=True),
 }
 
 
@@ -323,7 +322,7 @@ ESCAPES = {
 
 @pytest.mark.parametrize("escape", ESCAPES)
 def test_escapes_that_lie_elsewhere_are_written_nowhere(tmp_path, escape):
-    from pipeline.cache.codecs.int8_files import Int8Reader
+    from pipeline.cache.codecs import CODECS
 
     columns = [replace(COLUMNS[0], codec="int8", width=128)]
     cache = make_cache(tmp_path / "cache", random_samples(1, longest=600, seed=8), columns)
@@ -335,9 +334,10 @@ def test_escapes_that_lie_elsewhere_are_written_nowhere(tmp_path, escape):
     fit(cache)
     with pytest.raises(CacheError, match=r"damaged"):
         HiddenCache.open(cache).read(0)
-    reader = Int8Reader(folder / "aux.1.int8", int(HiddenCache.open(cache).samples.length[0]), 128, "bfloat16")
+    rows = int(HiddenCache.open(cache).samples.length[0])
+    reader = CODECS["int8"].reader(folder / "aux.1.int8", rows, 128, "bfloat16")
     try:
-        held = reader.encoded(0, reader.outliers(range(0, 1)), *reader.buffers(4))
+        held = reader.encoded(0, reader.outliers(range(0, 1)), reader.buffers(4))
         assert ((held.outliers[:, 0] >= 0) & (held.outliers[:, 0] < 4)).all()
         assert ((held.outliers[:, 1] >= 0) & (held.outliers[:, 1] < 128)).all()
     except CacheError:

@@ -1,7 +1,6 @@
 """What the cache returns is what was written, or an error: never other values."""
 
 import errno
-import gc
 import itertools
 import json
 import os
@@ -154,24 +153,22 @@ WINDOWS = [(0, 900), (0, 256), (256, 512), (100, 101), (250, 600), (700, 900), (
 
 def test_a_window_is_the_slice_of_the_whole(tmp_path):
     path = long_cache(tmp_path / "cache")
-    for mapped in (False, True):
-        for first, stop in WINDOWS:
-            held = HiddenCache.open(path, mapped=mapped)  # nothing of it is checked yet
-            for _ in range(2):
-                whole = HiddenCache.open(path).read(0, final=True)
-                part = held.read(0, final=True, rows=(first, stop))
-                assert torch.equal(part.ids, whole.ids[first:stop]) and torch.equal(part.mask, whole.mask[first:stop])
-                assert np.array_equal(bits(part.aux.contiguous()), bits(whole.aux[:, first:stop].contiguous()))
-                inside = (whole.final_rows >= first) & (whole.final_rows < stop)
-                assert torch.equal(part.final_rows, whole.final_rows[inside] - first)
-                assert np.array_equal(bits(part.final.contiguous()), bits(whole.final[inside]))
+    for first, stop in WINDOWS:
+        held = HiddenCache.open(path)  # nothing of it is checked yet
+        for _ in range(2):
+            whole = HiddenCache.open(path).read(0, final=True)
+            part = held.read(0, final=True, rows=(first, stop))
+            assert torch.equal(part.ids, whole.ids[first:stop]) and torch.equal(part.mask, whole.mask[first:stop])
+            assert np.array_equal(bits(part.aux.contiguous()), bits(whole.aux[:, first:stop].contiguous()))
+            inside = (whole.final_rows >= first) & (whole.final_rows < stop)
+            assert torch.equal(part.final_rows, whole.final_rows[inside] - first)
+            assert np.array_equal(bits(part.final.contiguous()), bits(whole.final[inside]))
 
 
-@pytest.mark.parametrize("mapped", [False, True])
-def test_a_window_reads_and_checks_its_own_blocks_only(tmp_path, mapped):
+def test_a_window_reads_and_checks_its_own_blocks_only(tmp_path):
     path = long_cache(tmp_path / "cache", columns=COLUMNS[:1])
     flip(shard_folder(path, 0) / "aux.1" / SHARD_FILE, 8 * 16 * 300)  # row 300, of the second block
-    held = HiddenCache.open(path, mapped=mapped)
+    held = HiddenCache.open(path)
 
     for rows in ((0, 256), (100, 200), (512, 900), (600, 601)):
         held.read(0, rows=rows)
@@ -180,11 +177,10 @@ def test_a_window_reads_and_checks_its_own_blocks_only(tmp_path, mapped):
             held.read(0, rows=rows)
 
 
-@pytest.mark.parametrize("mapped", [False, True])
-def test_a_block_is_hashed_once_while_its_file_stays_the_same(tmp_path, monkeypatch, mapped):
+def test_a_block_is_hashed_once_while_its_file_stays_the_same(tmp_path, monkeypatch):
     path = long_cache(tmp_path / "cache", columns=COLUMNS[:1])
     file = shard_folder(path, 0) / "aux.1" / SHARD_FILE
-    held, hashed = HiddenCache.open(path, mapped=mapped), []
+    held, hashed = HiddenCache.open(path), []
     xxh3 = direct.xxhash.xxh3_64
     monkeypatch.setattr(direct.xxhash, "xxh3_64", lambda *data: hashed.append(1) or xxh3(*data))
 
@@ -258,33 +254,15 @@ def test_what_a_thread_finds_damaged_reaches_the_caller_when_all_are_done(tmp_pa
         refusing.fill(torch.empty(1, 1, 8, dtype=torch.bfloat16), [(0, 0, 1)], [1])
 
 
-def test_mapped_states_are_the_same_and_outlive_the_cache(cache, monkeypatch):
+def test_few_open_files_give_the_same_states(cache, monkeypatch):
+    whole = HiddenCache.open(cache)
+    expected = [whole.read(i, [10, 1], final=True) for i in range(len(whole))]
     monkeypatch.setattr(opened, "OPEN_FILES", 2)
-    held, mapped = HiddenCache.open(cache), HiddenCache.open(cache, mapped=True)
+    held = HiddenCache.open(cache)
 
-    samples = [mapped.read(i, [10, 1], final=True) for i in range(len(held))]
-    del mapped
-    gc.collect()
-
-    for i, sample in enumerate(samples):
-        whole = held.read(i, [10, 1], final=True)
-        assert np.array_equal(bits(sample.aux.contiguous()), bits(whole.aux))
-        assert np.array_equal(bits(sample.final.contiguous()), bits(whole.final))
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for the pages")
-def test_a_mapped_file_cut_short_is_an_error_and_not_the_end_of_the_process(tmp_path, monkeypatch):
-    path = make_cache(tmp_path / "cache", random_samples(1, longest=4000), COLUMNS[:2])
-    mapped = HiddenCache.open(path, mapped=True)
-    assert len(mapped.tokens_of(0)[0]) > 2300
-    mapped.read(0, rows=(0, 1))
-    monkeypatch.setattr(direct.StoredFile, "stamp", lambda file: ())  # as where only the disk is failing
-    mapped.read(0, rows=(0, 1))
-    os.truncate(shard_folder(path, 0) / "aux.10" / SHARD_FILE, 8192)
-
-    assert mapped.read(0, [10], rows=(0, 256)).aux.shape == (1, 256, 8)
-    with pytest.raises(CacheError, match=r"aux\.10/.*: cut short, or its disk is failing; run `pipeline verify`"):
-        mapped.read(0, rows=(2000, 2300))
+    for i, sample in enumerate(expected):
+        read = held.read(i, [10, 1], final=True)
+        assert np.array_equal(bits(read.aux), bits(sample.aux)) and np.array_equal(bits(read.final), bits(sample.final))
 
 
 def rewritten(path, name, shard=0, **form):
@@ -322,12 +300,11 @@ def test_arrays_in_a_form_of_others_give_the_same_values(tmp_path, form):
     sizes = {key: (min(form[key][0], shape[0]), form[key][1]) for key in ("chunks",) if key in form}
     rewritten(path, "aux.1", **{**form, **sizes})
 
-    for mapped in (False, True):
-        held = HiddenCache.open(path, mapped=mapped)
-        assert np.array_equal(bits(held.read(0).aux), bits(right.aux))
-        T = len(right.ids)
-        part = held.read(0, rows=(T // 3, T // 2)).aux
-        assert np.array_equal(bits(part), bits(right.aux[:, T // 3 : T // 2].contiguous()))
+    held = HiddenCache.open(path)
+    assert np.array_equal(bits(held.read(0).aux), bits(right.aux))
+    T = len(right.ids)
+    part = held.read(0, rows=(T // 3, T // 2)).aux
+    assert np.array_equal(bits(part), bits(right.aux[:, T // 3 : T // 2].contiguous()))
 
     assert not verify(path).damaged
     chunk = next(file for file in (shard_folder(path, 0) / "aux.1" / "c").rglob("*") if file.is_file())

@@ -17,7 +17,7 @@ import torch
 from kill_capture import contents
 from tiny import CHAT_TEMPLATE, conversations, other_weights, tokenizer, write_jsonl
 
-import stages.cache_hidden.engine_hf as engine_module
+import stages.cache_hidden.engine as engine_module
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import write_errors
 from pipeline.cache.manifest import read_canonical
@@ -32,6 +32,7 @@ from pipeline.target.model import load_target
 from pipeline.target.on_policy import OnPolicyStats, on_policy_rows, on_policy_share
 from stages.cache_hidden.background_writer import BackgroundWriter
 from stages.cache_hidden.options import CaptureOptions
+from stages.cache_hidden.pack import largest_magnitude
 from stages.cache_hidden.progress import Progress
 from stages.cache_hidden.run import plan, plan_table, run
 from stages.cache_hidden.settings import HUB_CORPUS
@@ -255,8 +256,8 @@ def with_tildes(count: int) -> list[dict]:
 def test_whatever_is_not_finite_or_all_zero_shows_in_the_largest_of_a_row(dtype):
     nan, inf = float("nan"), float("inf")
     rows = torch.tensor([[1, -3], [-2, -1], [0, -0.0], [-inf, 5], [inf, nan], [nan, 0]], dtype=dtype)
-    assert str(engine_module.largest_magnitude(rows).tolist()) == "[3.0, 2.0, 0.0, inf, nan, nan]"
-    assert engine_module.largest_magnitude(rows[:0]).tolist() == []
+    assert str(largest_magnitude(rows).tolist()) == "[3.0, 2.0, 0.0, inf, nan, nan]"
+    assert largest_magnitude(rows[:0]).tolist() == []
 
 
 def test_a_sample_whose_states_are_not_finite_is_refused(capture, nan_target, tmp_path):

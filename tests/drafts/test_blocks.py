@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pipeline.drafts import DraftConfig, draft_config, eligible_anchors, lay_blocks, pack
-from pipeline.drafts.attention import Group, group_blocks, visibility_mask
-from pipeline.drafts.blocks import slot_decay
+from pipeline.drafts.attention import visibility_mask
+from pipeline.drafts.blocks import Group, group_blocks, slot_decay
 from pipeline.drafts.metrics import metrics_of, slot_sums
 
 MASK = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0, 1, 1]).bool()

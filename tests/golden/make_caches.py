@@ -19,7 +19,7 @@ from cache_maker import COLUMNS, make_cache, random_samples
 
 from pipeline.cache import HiddenCache
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.codecs.int8 import as_stored
+from pipeline.tensors import as_stored
 
 
 def main() -> None:

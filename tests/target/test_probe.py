@@ -11,16 +11,15 @@ import torch
 from tiny import config, random_model
 from transformers import Gemma2Config
 
-from pipeline.cache.codecs.int8 import as_stored
 from pipeline.cache.columns import ColumnSpec, stored_rows
 from pipeline.cache.plan import write_segment
 from pipeline.cache.samples import PlannedSample
 from pipeline.errors import ProofError
 from pipeline.target.model import decoder_layers, final_norm, head_of, run_decoder, tap_layers
-from pipeline.target.probe import ROWS, prefix_length, probe, probe_rows
-from stages.cache_hidden.engine_hf import Engine
-from stages.cache_hidden.options import CaptureOptions
-from stages.cache_hidden.run import run
+from pipeline.target.probe import ROWS, ReferenceTarget, prefix_length, probe, probe_rows
+from pipeline.tensors import as_stored
+from stages.cache_hidden.engine import HfEngine
+from stages.cache_hidden.pack import Packer
 
 SQUARE = config(vocab_size=32, hidden_size=32, num_hidden_layers=5, pad_token_id=0, eos_token_id=1)
 LAYERS = (-1, 1, 3)
@@ -57,7 +56,7 @@ class Stored:
         return as_stored(self.states[row][column][stored_rows(self.shard, row, spec.keeps)])
 
     def probe(self) -> dict:
-        return probe(self.model, self.head, self.shard, self.columns, set(), self.read)
+        return probe(ReferenceTarget(self.model), self.head, self.shard, self.columns, set(), self.read)
 
     def change(self, column: str, how) -> None:
         """Replace a column's states in every sample by what `how(states of that sample)` gives."""
@@ -190,56 +189,10 @@ def test_refused_samples_are_not_probed(stored):
     assert 0 not in probe_rows(stored.shard, {0})
 
 
-@pytest.mark.parametrize("broken", ["layers", "norm"])
-def test_a_broken_engine_commits_nothing(tiny_target, tiny_corpus, tmp_path, monkeypatch, broken):
-    """The real command with the engine's reading of the target wrong: exit code 1 and not a shard on disk."""
-    import stages.cache_hidden.engine_hf as engine
-
-    if broken == "layers":
-        right = engine.tap_layers
-        monkeypatch.setattr(
-            engine, "tap_layers", lambda model, layers: _Shifted(right(model, [at - 1 for at in layers]))
-        )
-    else:
-        monkeypatch.setattr(engine, "run_decoder", _without_norm(engine.run_decoder))
-    options = CaptureOptions(layers="1,3", max_length=256)
-    with pytest.raises(ProofError) as found:
-        run(str(tiny_target), str(tiny_corpus), tmp_path / "cache", options=options)
-    assert found.value.code == 1
-    assert not list(tmp_path.glob("cache/shards/*/*.json")) and not list(tmp_path.glob("cache/tmp-*"))
-
-
-class _Shifted:
-    """A `tap_layers` whose layers are called one too many."""
-
-    def __init__(self, inner):
-        self.inner = inner
-
-    def __enter__(self):
-        self.taken = self.inner.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        return self.inner.__exit__(*error)
-
-    def pop(self, layer):
-        return self.taken.pop(layer - 1)
-
-
-def _without_norm(run_decoder):
-    def broken(model, ids):
-        with tap_layers(model, [len(decoder_layers(model)) - 1]) as taken:
-            output = run_decoder(model, ids)
-        output.last_hidden_state = taken.popitem()[1]
-        return output
-
-    return broken
-
-
 def test_the_engine_stores_what_an_ordinary_forward_gives(tmp_path):
     stored = Stored(random_model(SQUARE), tmp_path)
-    engine = Engine(stored.model, stored.head, on_policy_share=1.0)
-    (output,) = engine.forward_outputs(stored.shard, range(len(stored.shard)), stored.columns)
+    packer = Packer(HfEngine(stored.model), stored.shard, stored.columns, stored.head, on_policy_share=1.0)
+    (packed,) = packer.pack(range(len(stored.shard)))
     for spec in stored.columns:
-        alone = np.concatenate([stored.read(spec.name, row) for row in output.rows])
-        np.testing.assert_allclose(as_stored(output.states[spec.name]), alone, rtol=1e-4, atol=1e-5)
+        alone = np.concatenate([stored.read(spec.name, row) for row in packed.samples])
+        np.testing.assert_allclose(packer.as_written(packed, spec), alone, rtol=1e-4, atol=1e-5)

@@ -1,12 +1,12 @@
-"""Certificate: the quantisation error of an int8 column, measured against exact states, and its bounds.
+"""Certificate: the error of a lossy codec's column, measured against exact states, and its bounds.
 
 A column that exceeds a bound is refused: first on the samples it was calibrated with, before anything of it is written,
 then on every shard's shadow, the first block of some samples kept raw. Bounds are relative to how far the states
 themselves vary, since a draft reads a linear map of them and any channel may carry what it needs. An error e of an
 entry x, in a channel of mean m and std c (calibrated), is normalised f = e / c, and its deviation z = (x - m) / c:
 
-    of_promise    of an entry: |e| over its largest possible error, `int8.error_bound`
-    of_token      of a row: rms of f over rms of z, at most half a step of a row whose groups are all full
+    of_promise    of an entry: |e| over the largest error that the codec promises, its `error_bound`
+    of_token      of a row: rms of f over rms of z; bounded by the codec's `max_of_token`
     of_channels   of a channel: rms of f over the std of z in these rows, each row's f and z over its rms of z first,
                   so that attention sinks do not count for more. The 90 % quantile over channels
     kl            of `final`: mean KL(p || p') of the head's distributions for the exact and the decoded state
@@ -38,18 +38,18 @@ scale a token, which others train with, has 0.03 of a channel and a KL of 4e-3 o
 import torch
 from torch import Tensor
 
+from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.calibration import Calibration, calibrate, calibration_samples
-from pipeline.cache.codecs.int8 import LEVELS, ROUNDING, as_stored, decode, encode_to_host, error_bound
-from pipeline.cache.codecs.int8_files import OUTLIER_RMS, OUTLIER_STDS
+from pipeline.cache.codecs.lossy import LossyCodec
 from pipeline.cache.layout import CHECKSUM_ROWS
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import DataError, ProofError
 from pipeline.target.head import TargetHead
 from pipeline.target.logit_chunks import chunk_rows
+from pipeline.tensors import as_stored
 
 SHADOW_ROWS = 2048  # rows kept raw per shard
-MAX_OF_TOKEN = OUTLIER_RMS / (2 * LEVELS) * (1 + 2.0**-8)  # half a step of a row whose groups are all full: 0.0158
-MAX_OF_CHANNELS = 0.03  # three times what the codec does
+MAX_OF_CHANNELS = 0.03  # three times what int8 does
 CHANNELS_SHARE = 0.9  # the rest may be constant in these rows only
 CHANNELS_ROWS = 32  # with fewer, a channel's std in them means nothing
 MAX_KL = 5e-3
@@ -59,7 +59,9 @@ BOUND_TEXTS = {
     "of_channels": "a tenth of the channels by more of their range than",
     "kl": "what the head makes of it differs by a KL of",
 }
+CLAMP_STDS = 16.0  # a deviation counts for no more
 TINY = 1e-30
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-22}  # largest relative error of rounding to the dtype
 
 
 def shadow_samples(shard: ShardPlan) -> list[int]:
@@ -77,7 +79,7 @@ class Certificate:
     """Error sums over rows of a column; with `head`, for `final`, also of the target's next-token distributions."""
 
     def __init__(self, column: str, codec: str, calibration: Calibration, head: TargetHead | None = None):
-        self.column, self.codec = column, codec
+        self.column, self.codec = column, CODECS[codec]
         self.calibration, self.head = calibration, head
         self.rows = self.entries = 0
         self.squares = self.norm = self.normalised_squares = 0.0
@@ -100,8 +102,9 @@ class Certificate:
 
     def _add_normalised(self, truth_RD: Tensor, error_RD: Tensor) -> None:
         mean_D, std_D = self.calibration.on(truth_RD.device)
-        self.of_promise = _larger(self.of_promise, error_RD.abs() / error_bound(truth_RD, std_D))
-        z_RD = ((truth_RD.float() - mean_D) / std_D).clamp_(-OUTLIER_STDS, OUTLIER_STDS)
+        bound_RD = largest_errors(self.codec, truth_RD, self.calibration)
+        self.of_promise = _larger(self.of_promise, error_RD.abs() / bound_RD)
+        z_RD = ((truth_RD.float() - mean_D) / std_D).clamp_(-CLAMP_STDS, CLAMP_STDS)
         # Not counted: the rounding of float32 itself, which is all that states equal to their channel's mean have.
         rounding_RD = truth_RD.float().abs() * ROUNDING[torch.float32]
         f_RD = (error_RD.abs() - rounding_RD).clamp_min_(0).div_(std_D)
@@ -144,7 +147,7 @@ class Certificate:
             "of_promise": _short(self.of_promise),
             "escapes_a_row": _short(outliers_per_row),
         }
-        bounds = {"of_promise": 1.0, "of_token": MAX_OF_TOKEN, "of_channels": MAX_OF_CHANNELS}
+        bounds = {"of_promise": 1.0, "of_token": self.codec.max_of_token, "of_channels": MAX_OF_CHANNELS}
         if self.head:
             found |= {"top1": _short(self.agree / self.rows), "kl": _short(self.divergence / self.rows)}
             bounds["kl"] = MAX_KL
@@ -154,9 +157,15 @@ class Certificate:
                 f"{BOUND_TEXTS[name]} {found[name]:.2e} where {bounds[name]:.2e} is promised" for name in broken
             )
             raise ProofError(
-                f"{self.column} does not fit {self.codec}: {says}; keep this column whole: --codec {self.column}=zstd"
+                f"{self.column} does not fit {self.codec.name}: {says}; keep this column whole: "
+                f"--codec {self.column}=zstd"
             )
         return found
+
+
+def largest_errors(codec: LossyCodec, states_RD: Tensor, calibration: Calibration) -> Tensor:
+    """The largest error of each entry [R, D] that a codec promises, with the rounding to the states' dtype."""
+    return codec.error_bound(states_RD, calibration) + ROUNDING[states_RD.dtype] * states_RD.float().abs()
 
 
 def _rms(values_RD: Tensor) -> Tensor:
@@ -191,8 +200,8 @@ def checked_calibration(column: str, codec: str, states_RD: Tensor, device: str 
         if not rows_R.any():
             continue
         truth_RD = part_RD[rows_R].to(device)
-        rows = encode_to_host(truth_RD, calibration)
+        rows = CODECS[codec].encode_to_host(truth_RD, calibration)
         outliers += len(rows.outliers)
-        certificate.add(truth_RD, decode(rows, device))
+        certificate.add(truth_RD, rows.decode(device))
     certificate.facts(outliers / max(1, certificate.rows))
     return calibration

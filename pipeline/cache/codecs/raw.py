@@ -1,4 +1,4 @@
-"""Raw columns read straight from their files: chunks lie end to end, so a sample is one byte range, read or mapped.
+"""The raw codec: values as they are. Chunks lie end to end, so a sample is one byte range, read without a decoder.
 
 **Verified once per process.** A checksum block (256 rows of a sample) is hashed when it is first read, in pieces that
 are still in the CPU's cache; later reads skip the hash, and then a sample is one `preadv`. The result is remembered for
@@ -6,40 +6,51 @@ that state of the file: its device, inode, size and times. Those are compared at
 or written to is verified again from its first block. What this misses is damage that leaves the times unchanged, to a
 block that was right when this process first read it: in memory, or on a disk that returns other bytes without an error.
 `pipeline verify`, or a new process, finds that.
-
-Mapped samples are verified in place. The kernel is asked to load their pages first, which reports a failing disk or a
-truncated file as an error; a page that is evicted later and then fails to load ends the process (SIGBUS), where
-`preadv` would raise an error.
-
-    K layers   R rows of a column   D width
 """
 
 import contextlib
-import ctypes
 import errno
-import mmap
 import os
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 
-from pipeline.cache.atomic import read_error, read_errors
-from pipeline.cache.codecs.zarr_file import DTYPES, OPEN, SHARD_FILE, Grid
-from pipeline.cache.columns import Column
+from pipeline.cache.atomic import read_error
+from pipeline.cache.codecs.codec import ArrayCodec
+from pipeline.cache.codecs.zarr_file import DTYPES, OPEN, SHARD_FILE, Grid, ShardFile, ShardFileWriter
 from pipeline.cache.layout import CHECKSUM_ROWS
 from pipeline.errors import CacheError
-from pipeline.os_errors import refuse_limit
+
+if TYPE_CHECKING:
+    from pipeline.cache.columns import Column
 
 PIECE = 256 << 10  # bytes read and hashed at a time where one thread does it: they are still in its core's cache
 NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # preadv fails rather than wait for the disk; Linux
 ADVISE = getattr(os, "posix_fadvise", None)  # macOS has none
 
-MAP_FIXED = 0x10  # Linux and macOS
-HUGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
-HUGE_PAGE = 2 << 20
-POPULATE_READ = None if HUGE_PAGES is None else 22  # since 5.14; Python has no name for it
+
+class Raw(ArrayCodec):
+    """The codec."""
+
+    name = "raw"
+    suffix = ""
+
+    def row_bytes(self, width: int, dtype: str) -> int:
+        return width * DTYPES[dtype].itemsize
+
+    def grid(self, rows: int, width: int, dtype: np.dtype) -> Grid:
+        return Grid.of(rows, width, dtype)
+
+    def writer(self, folder: Path, rows: int, width: int, dtype: str, calibration: None = None) -> ShardFileWriter:
+        return ShardFileWriter(folder, Grid.of(rows, width, DTYPES[dtype]))
+
+    def open(self, folder: Path, grid: Grid) -> ShardFile:
+        return ShardFile(folder, grid)
+
+    def direct(self, column: "Column") -> "DirectColumn | None":
+        return DirectColumn.of(column)
 
 
 class StoredFile:
@@ -86,17 +97,17 @@ class StoredFile:
 class DirectColumn:
     """A raw column of one shard whose chunks are in order, and which of its checksum blocks are verified."""
 
-    def __init__(self, column: Column, grid: Grid):
+    def __init__(self, column: "Column", grid: Grid):
         self.column, self.grid = column, grid
         self.width = column.spec.row_bytes
         # One byte per block, 0.5 MB for a terabyte of states: threads may set bytes, but not bits, without a lock.
         self._verified: tuple[tuple[int, ...], bytearray] = ((), bytearray())
 
     @classmethod
-    def of(cls, column: Column) -> "DirectColumn | None":
+    def of(cls, column: "Column") -> "DirectColumn | None":
         """The column, if its values can be read directly; None when another reader has to."""
         spec, rows = column.spec, int(column.bounds[-1])
-        if spec.codec != "raw" or not rows:
+        if not rows:
             return None
         grid = Grid.on_disk(column.folder, rows, spec.width, DTYPES[spec.dtype])
         if grid is None or grid.compressor is not None:
@@ -191,81 +202,3 @@ class DirectColumn:
     def _compare(self, digest: int, row: int, begin: int) -> None:
         if digest != self.column.digests[self.column.starts[row] + begin // CHECKSUM_ROWS]:
             raise CacheError(self.column.damage(row, begin))
-
-    def check_mapped(self, file: StoredFile, pages: memoryview, row: int, first: int, stop: int) -> None:
-        """Verify the blocks with rows [first, stop) of sample `row` in the mapped file, without copying them."""
-        verified, start_block = self._verified_blocks(file), int(self.column.starts[row])
-        base, rows = int(self.column.bounds[row]), int(self.column.bounds[row + 1] - self.column.bounds[row])
-        for begin in range(first - first % CHECKSUM_ROWS, stop, CHECKSUM_ROWS):
-            number = start_block + begin // CHECKSUM_ROWS
-            if not verified[number]:
-                end = min(begin + CHECKSUM_ROWS, rows)
-                digest = xxhash.xxh3_64(pages[(base + begin) * self.width : (base + end) * self.width])
-                self._compare(digest.intdigest(), row, begin)
-                verified[number] = 1
-
-
-class MappedColumns:
-    """Columns of one shard and one grid, mapped at equal distances as one array `values` [K, R, D], without a copy.
-
-    The memory is read-only: writing to it ends the process. It is unmapped when no array refers to it any more.
-    """
-
-    def __init__(self, columns: Sequence[DirectColumn], files: Sequence[StoredFile]):
-        self.columns, self.files = columns, files
-        grid = columns[0].grid
-        assert all(column.grid == grid for column in columns), "columns of different rows"
-        stride = -(-grid.file_bytes // HUGE_PAGE) * HUGE_PAGE  # huge pages need aligned addresses
-        self._stride = stride
-        reserved = stride * len(columns) + HUGE_PAGE
-        with read_errors(files[0].path):
-            self._held = mmap.mmap(-1, reserved, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # only address space
-        base = np.frombuffer(self._held, np.uint8)
-        self._base = -base.ctypes.data % HUGE_PAGE
-        base = base[self._base :]
-        for k, file in enumerate(files):
-            _map_at(base.ctypes.data + k * stride, grid.file_bytes, file)
-        # Pages loaded from disk are 2 MiB each where the kernel can do that: a third of the CPU time.
-        _advise(self._held, HUGE_PAGES, 0, len(self._held))
-        shape = len(columns), grid.rows, grid.width
-        self.values = np.ndarray(shape, grid.dtype, base, strides=(stride, grid.row_bytes, grid.dtype.itemsize))
-        self._pages = [memoryview(base)[k * stride : k * stride + grid.file_bytes] for k in range(len(columns))]
-
-    def rows(self, row: int, first: int, stop: int) -> np.ndarray:
-        """Rows [first, stop) of sample `row` of the shard, [K, stop - first, D], every block of them checked."""
-        base, end = map(int, self.columns[0].column.bounds[row : row + 2])
-        blocks = base + first - first % CHECKSUM_ROWS, min(base - (-stop // CHECKSUM_ROWS) * CHECKSUM_ROWS, end)
-        for k, (column, file) in enumerate(zip(self.columns, self.files, strict=True)):
-            self._load_pages(k, *blocks)
-            column.check_mapped(file, self._pages[k], row, first, stop)
-        return self.values[:, base + first : base + stop]
-
-    def _load_pages(self, k: int, first: int, stop: int) -> None:
-        """Load rows [first, stop) of column `k` into memory. CacheError where the disk cannot read them."""
-        width = self.columns[k].width
-        start = self._base + k * self._stride
-        start, end = start + first * width, start + stop * width
-        start -= start % mmap.PAGESIZE
-        if _advise(self._held, POPULATE_READ, start, end - start) == errno.EFAULT:
-            raise CacheError(f"{self.files[k].path}: cut short, or its disk is failing; run `pipeline verify`")
-
-
-def _advise(memory: mmap.mmap, advice: int | None, start: int, size: int) -> int:
-    """Call madvise; returns 0 or the error's number. Does nothing where the system lacks the advice."""
-    try:
-        if advice is not None:
-            memory.madvise(advice, start, size)
-    except OSError as error:
-        return error.errno
-    return 0
-
-
-def _map_at(address: int, size: int, file: StoredFile) -> None:
-    """Map a file over address space that `mmap.mmap` reserved, and will unmap; Python's mmap has no MAP_FIXED."""
-    call = ctypes.CDLL(None, use_errno=True).mmap
-    call.restype = ctypes.c_void_p
-    call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_ssize_t]
-    if call(address, size, mmap.PROT_READ, mmap.MAP_SHARED | MAP_FIXED, file.fd, 0) != address:
-        number = ctypes.get_errno()
-        refuse_limit(file.path, OSError(number, os.strerror(number)))
-        raise CacheError(f"{file.path}: cannot be mapped: {os.strerror(number)}; open the cache without mapping")

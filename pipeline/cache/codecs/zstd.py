@@ -28,7 +28,16 @@ from numcodecs import blosc
 from zstandard import STRATEGY_FAST, ZstdCompressionParameters, ZstdCompressor
 
 from pipeline.cache.atomic import read_errors
-from pipeline.cache.codecs.zarr_file import OPEN, SHARD_FILE, Grid, ShardFileWriter, chunk_index, parse_chunk_index
+from pipeline.cache.codecs.codec import ArrayCodec
+from pipeline.cache.codecs.zarr_file import (
+    DTYPES,
+    OPEN,
+    SHARD_FILE,
+    Grid,
+    ShardFileWriter,
+    chunk_index,
+    parse_chunk_index,
+)
 from pipeline.errors import CacheError
 from pipeline.os_errors import limit_error
 
@@ -47,7 +56,28 @@ _FAST = ZstdCompressionParameters(
     window_log=20, hash_log=10, chain_log=6, search_log=1, min_match=7, strategy=STRATEGY_FAST
 )
 
+# Compressed size over raw size, measured on residual-stream states, whose mantissas hardly compress.
+SHARE = {"bfloat16": 0.72, "float32": 0.86}
+
 blosc.use_threads = False  # its thread pool has one lock for all callers; each reader thread decodes a chunk of its own
+
+
+class Zstd(ArrayCodec):
+    """The codec."""
+
+    name = "zstd"
+
+    def row_bytes(self, width: int, dtype: str) -> float:
+        return width * DTYPES[dtype].itemsize * SHARE[dtype]
+
+    def grid(self, rows: int, width: int, dtype: np.dtype) -> Grid:
+        return zstd_grid(rows, width, dtype)
+
+    def writer(self, folder: Path, rows: int, width: int, dtype: str, calibration: None = None) -> "ZstdWriter":
+        return ZstdWriter(folder, rows, width, DTYPES[dtype])
+
+    def open(self, folder: Path, grid: Grid) -> "ZstdReader":
+        return ZstdReader(folder, grid)
 
 
 def zstd_grid(rows: int, width: int, dtype: np.dtype) -> Grid:

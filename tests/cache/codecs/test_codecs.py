@@ -18,12 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline.cache.atomic as disk
-import pipeline.cache.codecs.error_certificate as certificate
 from pipeline.cache import HiddenCache
-from pipeline.cache.codecs import CODECS, LOSSY, codec_of, parse_codecs, stored_bytes
+from pipeline.cache.codecs import CODECS, codec_of, parse_codecs
 from pipeline.cache.codecs.calibration import Calibration, calibrate, calibration_samples, read_calibration
-from pipeline.cache.codecs.int8 import as_states, as_stored, decode, encode_to_host, error_bound
-from pipeline.cache.codecs.int8_files import OUTLIER_RMS, OUTLIER_STDS, group_of
+from pipeline.cache.codecs.error_certificate import largest_errors
+from pipeline.cache.codecs.int8 import OUTLIER_RMS, OUTLIER_STDS, group_of
 from pipeline.cache.codecs.zarr_file import SHARD_FILE, parse_chunk_index
 from pipeline.cache.codecs.zstd import ZstdReader, ZstdWriter, zstd_grid
 from pipeline.cache.columns import Column, ColumnSpec, column_manifest, open_column
@@ -32,12 +31,14 @@ from pipeline.cache.manifest import read_canonical
 from pipeline.cache.plan import load_plan
 from pipeline.cache.verify import verify
 from pipeline.errors import CacheError, DataError, ProofError, UsageError
+from pipeline.tensors import as_states, as_stored
 from stages.cache_hidden.capture_log import read_record
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.run import run as capture
 from stages.recode.run import run as recode
 
 HERE = Path(__file__).parents[2]
+INT8 = CODECS["int8"]
 DTYPES = ["bfloat16", "float32"]
 
 
@@ -67,9 +68,9 @@ def test_a_cache_in_any_codec_reads_back_within_its_promise_and_verifies(tmp_pat
             bounds = spec.bounds(shard)
             truth = as_states(states(shard, spec)[bounds[row] : bounds[row + 1]])
             assert found.dtype == truth.dtype == held.dtype
-            if codec in LOSSY:
-                std = torch.from_numpy(read_calibration(cache, spec.name, spec.width).std)
-                assert ((found.float() - truth.float()).abs() <= error_bound(truth, std)).all()
+            if CODECS[codec].lossy:
+                bound = largest_errors(CODECS[codec], truth, read_calibration(cache, spec.name, spec.width))
+                assert ((found.float() - truth.float()).abs() <= bound).all()
             else:
                 assert np.array_equal(bits(found), bits(truth))
 
@@ -283,9 +284,10 @@ def rounded(values: np.ndarray) -> np.ndarray:
 
 def decoded_by_numpy(held) -> np.ndarray:
     """The decoder as the format states it, each step rounded in float32."""
-    rows, width = held.values.shape
-    scale = (held.scale.astype(np.uint32) << 16).view(np.float32)
-    values = held.values.astype(np.float32).reshape(rows, -1, group_of(width)) * scale[..., None]
+    q, scale = held.arrays
+    rows, width = q.shape
+    scale = (scale.astype(np.uint32) << 16).view(np.float32)
+    values = q.astype(np.float32).reshape(rows, -1, group_of(width)) * scale[..., None]
     values = values.reshape(rows, width) * held.calibration.std + held.calibration.mean
     whole = held.dtype == "float32"
     found = values.view(np.uint32) if whole else (rounded(values).view(np.uint32) >> 16).astype(np.uint16)
@@ -335,11 +337,11 @@ def test_every_entry_is_within_its_promise_and_numpy_decodes_the_same_bits(kind,
     states_RD, calibration = made_states(seed, rows, width, kind)
     states_RD = states_RD.to(getattr(torch, dtype))
     before = states_RD.clone()
-    held = encode_to_host(states_RD, calibration)
-    found_RD = decode(held)
+    held = INT8.encode_to_host(states_RD, calibration)
+    found_RD = held.decode()
     assert torch.equal(states_RD, before), "encoding left the caller's states alone"
     error_RD = (found_RD.double() - states_RD.double()).abs()
-    assert (error_RD <= error_bound(states_RD, torch.from_numpy(calibration.std)).double()).all()
+    assert (error_RD <= largest_errors(INT8, states_RD, calibration).double()).all()
     assert np.array_equal(as_stored(found_RD).view(decoded_by_numpy(held).dtype), decoded_by_numpy(held))
     at = tuple(held.outliers[:, :2].T)
     assert np.array_equal(as_stored(found_RD)[at], as_stored(states_RD)[at]), "escapes are exact"
@@ -352,7 +354,7 @@ def test_what_escapes_is_what_lies_beyond_16_spreads_or_4_rms_of_its_row():
     calibration = Calibration(np.zeros(256, np.float32), np.ones(256, np.float32))
     rms = np.sqrt(np.square(np.clip(z, -16, 16)).mean(axis=1, keepdims=True))
     expected = np.argwhere(np.abs(z) > np.minimum(OUTLIER_STDS, OUTLIER_RMS * rms))
-    found = encode_to_host(torch.from_numpy(z), calibration).outliers
+    found = INT8.encode_to_host(torch.from_numpy(z), calibration).outliers
     assert found[:, :2].tolist() == expected.tolist() and [4, 100] in expected.tolist()
     assert np.array_equal(found[:, 2].astype(np.int32).view(np.float32), z[tuple(expected.T)])
 
@@ -362,7 +364,7 @@ def test_what_is_not_finite_comes_back_as_itself(dtype):
     states_RD, calibration = made_states(0, 6, 128, "ordinary")
     states_RD[1, 3], states_RD[2, 5], states_RD[4, :] = float("nan"), float("-inf"), float("inf")
     states_RD = states_RD.to(getattr(torch, dtype))
-    found_RD = decode(encode_to_host(states_RD, calibration))
+    found_RD = INT8.encode_to_host(states_RD, calibration).decode()
     bad_RD = ~states_RD.isfinite()
     assert np.array_equal(bits(found_RD[bad_RD]), bits(states_RD[bad_RD])) and found_RD[~bad_RD].isfinite().all()
 
@@ -370,11 +372,11 @@ def test_what_is_not_finite_comes_back_as_itself(dtype):
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux")
 def test_decoding_in_a_thread_starts_no_others():
     states_RD, calibration = made_states(0, 2048, 256, "ordinary")
-    held = encode_to_host(states_RD.bfloat16(), calibration)
+    held = INT8.encode_to_host(states_RD.bfloat16(), calibration)
     torch.set_num_threads(2)
     try:
         threads = []
-        thread = threading.Thread(target=lambda: (decode(held), threads.append(len(os.listdir("/proc/self/task")))))
+        thread = threading.Thread(target=lambda: (held.decode(), threads.append(len(os.listdir("/proc/self/task")))))
         before = len(os.listdir("/proc/self/task"))
         thread.start()
         thread.join()
@@ -389,8 +391,8 @@ def test_decoding_in_a_thread_starts_no_others():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_gpu_decodes_the_same_bits(kind, dtype):
     states_RD, calibration = made_states(1, 300, 256, kind)
-    held = encode_to_host(states_RD.to(getattr(torch, dtype)).cuda(), calibration)
-    assert np.array_equal(bits(decode(held, "cuda").cpu()), bits(decode(held)))
+    held = INT8.encode_to_host(states_RD.to(getattr(torch, dtype)).cuda(), calibration)
+    assert np.array_equal(bits(held.decode("cuda").cpu()), bits(held.decode()))
 
 
 def test_a_zarr_reader_and_the_groups_own_words_are_enough_to_decode(tmp_path):
@@ -497,7 +499,7 @@ def test_the_same_capture_in_int8_gives_the_same_bytes_also_when_it_goes_on(
 def test_states_that_int8_would_spoil_are_refused_before_anything_is_written(
     tiny_target, tiny_corpus, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(certificate, "MAX_OF_TOKEN", 1e-4)
+    monkeypatch.setattr(INT8, "max_of_token", 1e-4)
     options = CaptureOptions(layers="1,3", max_length=256, max_samples=4, codec="int8")
     with pytest.raises(ProofError, match=r"aux\.1 does not fit int8: a token .* --codec aux\.1=zstd"):
         capture(str(tiny_target), str(tiny_corpus), tmp_path / "cache", options=options)
@@ -546,7 +548,7 @@ def test_a_cache_recoded_to_int8_keeps_its_promise_and_says_so(captured, tmp_pat
         assert ((found.aux - right.aux).norm() / right.aux.norm()) < 0.008
         assert torch.equal(found.final, right.final)
     facts = coarse.columns(0)["aux.1"]["facts"]
-    assert facts["certificate"]["of_token"] < certificate.MAX_OF_TOKEN and "probe" in facts
+    assert facts["certificate"]["of_token"] < INT8.max_of_token and "probe" in facts
     with pytest.raises(UsageError, match=r"holds aux.1 in int8, and what that has rounded stays so"):
         recode(cache, "raw")
 
@@ -633,7 +635,7 @@ def test_the_bytes_stated_are_those_written(tmp_path, codec):
     cache = make_cache(tmp_path / "cache", random_samples(1, longest=600, seed=2), [spec])
     files = read_canonical(cache / "shards/000000/aux.1.json")["files"]
     written = sum(fact["size"] for name, fact in files.items() if name.endswith(SHARD_FILE))
-    stated = stored_bytes(load_plan(cache).shards[0].rows, 512, "bfloat16", codec)
+    stated = CODECS[codec].stored_bytes(load_plan(cache).shards[0].rows, 512, "bfloat16")
     assert abs(written - stated) < 0.02 * stated + 2000
 
 

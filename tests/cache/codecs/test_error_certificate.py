@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cache.codecs import int8
+from pipeline.cache.codecs import CODECS, int8
 from pipeline.cache.codecs.calibration import Calibration, calibrate
 from pipeline.cache.codecs.error_certificate import Certificate, checked_calibration
-from pipeline.cache.codecs.int8 import as_stored, decode, encode_to_host
-from pipeline.cache.codecs.int8_files import Encoded
+from pipeline.cache.codecs.lossy import Encoded
 from pipeline.errors import ProofError
 from pipeline.target.head import TargetHead
+from pipeline.tensors import as_stored
 
+INT8 = CODECS["int8"]
 ROWS, WIDTH, V = 400, 256, 512
 
 
@@ -41,7 +42,7 @@ KINDS = ("ordinary", "massive", "sinks", "heavy tails")
 
 def measured(truth_RD: torch.Tensor, held: Encoded, head: TargetHead | None = None) -> dict:
     found = Certificate("final" if head else "aux.9", "int8", calibrate(as_stored(truth_RD)), head)
-    found.add(truth_RD, decode(held))
+    found.add(truth_RD, held.decode())
     return found.facts(0.0)
 
 
@@ -53,22 +54,22 @@ def test_states_of_every_kind_pass(kind, dtype, rows):
     calibration = calibrate(as_stored(truth_RD))
     part_RD = truth_RD[7 : 7 + rows]
     found = Certificate("aux.9", "int8", calibration)
-    found.add(part_RD, decode(encode_to_host(part_RD, calibration)))
+    found.add(part_RD, INT8.encode_to_host(part_RD, calibration).decode())
     says = found.facts(0.0)
     assert says["of_token"] < 0.012 and says["of_channels"] < 0.015 and says["of_promise"] < 1
 
 
 def test_a_token_whose_norm_lies_in_other_channels_is_judged_in_their_spread():
-    says = measured(truth_RD := states("massive"), encode_to_host(truth_RD, calibrate(as_stored(truth_RD))))
+    says = measured(truth_RD := states("massive"), INT8.encode_to_host(truth_RD, calibrate(as_stored(truth_RD))))
     assert says["worst_token"] > 0.2 > 0.005 > says["error"], "relative to its norm such a token seems lost"
     assert says["of_token"] < 0.0095
 
 
 def with_values(change: Callable[[np.ndarray], None]) -> Callable[[Encoded], Encoded]:
     def broken(held: Encoded) -> Encoded:
-        values = held.values.copy()
+        values, scale = held.arrays[0].copy(), held.arrays[1]
         change(values)
-        return replace(held, values=values)
+        return replace(held, arrays=(values, scale))
 
     return broken
 
@@ -77,8 +78,9 @@ def with_scale(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Encoded]
     """`change` is given the scales as float32 [R, G]."""
 
     def broken(held: Encoded) -> Encoded:
-        scale_RG = change((held.scale.astype(np.uint32) << 16).view(np.float32).copy())
-        return replace(held, scale=(scale_RG.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16))
+        scale_RG = change((held.arrays[1].astype(np.uint32) << 16).view(np.float32).copy())
+        scale = (scale_RG.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        return replace(held, arrays=(held.arrays[0], scale))
 
     return broken
 
@@ -172,7 +174,7 @@ BROKEN: dict[str, tuple[Callable[[Encoded], Encoded], tuple[str, ...]]] = {
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_codec_broken_by_hand_is_refused_by_these_bounds(how):
     truth_RD = states("massive")
-    held, (broken, bounds) = encode_to_host(truth_RD, calibrate(as_stored(truth_RD))), BROKEN[how]
+    held, (broken, bounds) = INT8.encode_to_host(truth_RD, calibrate(as_stored(truth_RD))), BROKEN[how]
     with pytest.raises(ProofError, match=r"aux\.9 does not fit int8: .*; keep this column whole: --codec") as refused:
         measured(truth_RD, broken(held))
     assert tuple(bound for bound in (ENTRY, TOKEN, CHANNELS) if bound in str(refused.value)) == bounds
@@ -183,7 +185,7 @@ def test_a_codec_broken_by_hand_is_refused_by_these_bounds(how):
 def test_a_codec_broken_by_hand_is_refused_on_states_of_every_kind(how, kind):
     truth_RD = states(kind)
     with pytest.raises(ProofError, match="does not fit int8"):
-        measured(truth_RD, BROKEN[how][0](encode_to_host(truth_RD, calibrate(as_stored(truth_RD)))))
+        measured(truth_RD, BROKEN[how][0](INT8.encode_to_host(truth_RD, calibrate(as_stored(truth_RD)))))
 
 
 @pytest.mark.parametrize("levels", [63, 31, 15])
@@ -199,11 +201,11 @@ def test_one_token_that_its_group_cannot_hold_is_refused_without_the_second_rule
     mean_D, std_D = calibration.on("cpu")
     truth_RD[5, ::128] = (mean_D + 15.5 * std_D)[::128].bfloat16()  # one channel of each group
     found = Certificate("aux.9", "int8", calibration)
-    found.add(truth_RD, decode(encode_to_host(truth_RD, calibration)))
+    found.add(truth_RD, INT8.encode_to_host(truth_RD, calibration).decode())
     found.facts(0.0)
     monkeypatch.setattr(int8, "OUTLIER_RMS", 1e9)
     found = Certificate("aux.9", "int8", calibration)
-    found.add(truth_RD, decode(encode_to_host(truth_RD, calibration)))
+    found.add(truth_RD, INT8.encode_to_host(truth_RD, calibration).decode())
     with pytest.raises(ProofError, match="a token by so much of its own deviation"):
         found.facts(0.0)
 
@@ -216,7 +218,7 @@ def test_states_in_the_spreads_of_another_layer_are_judged_by_how_far_they_range
     narrow_RD = narrow_RD.bfloat16()
     wrong = Calibration(np.zeros(WIDTH, np.float32), np.ones(WIDTH, np.float32))
     found = Certificate("aux.9", "int8", wrong)
-    found.add(narrow_RD, decode(encode_to_host(narrow_RD, wrong)))
+    found.add(narrow_RD, INT8.encode_to_host(narrow_RD, wrong).decode())
     with pytest.raises(ProofError, match=r"does not fit int8: a tenth of the channels by more of their range"):
         found.facts(0.0)
     checked_calibration("aux.9", "int8", narrow_RD, "cpu")
@@ -226,7 +228,7 @@ def test_a_final_state_is_judged_by_what_the_head_makes_of_it():
     truth_RD = states("ordinary")
     head_VD = torch.from_numpy(np.random.default_rng(2).standard_normal((V, WIDTH)).astype(np.float32)).bfloat16()
     calm, sharp = (TargetHead(weight_VD, weight_VD) for weight_VD in (0.02 * head_VD, 2 * head_VD))
-    held = encode_to_host(truth_RD, calibrate(as_stored(truth_RD)))
+    held = INT8.encode_to_host(truth_RD, calibrate(as_stored(truth_RD)))
 
     says = measured(truth_RD, held, calm)
     assert 0 < says["kl"] < 1e-4 and says["top1"] > 0.95

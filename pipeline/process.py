@@ -1,20 +1,26 @@
-"""Run a command line and map errors and signals to an exit code and one line on standard error.
+"""The process of a command: its standard streams, signals, exit codes, and how waiting threads wait.
 
-`--debug` also shows the traceback.
+An error becomes one line on standard error and an exit code; `--debug` also shows the traceback.
+
+Standard output and error survive a closed reader, so that a command finishes with its own exit code: otherwise `head`,
+a closed terminal or a full disk under a log would end a training, or hide that a cache is damaged.
 """
 
+import errno
+import io
 import logging
+import os
 import shlex
 import signal
 import sys
 import traceback
 import warnings
+from collections.abc import MutableMapping
 
 import click
 
 from pipeline.errors import PipelineError, RoomError
 from pipeline.os_errors import limit_error
-from pipeline.standard_streams import output_error, protect_standard_streams
 from pipeline.visible_text import say, visible, visible_lines
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # exit codes 143, and 129 for a terminal that was closed
@@ -24,6 +30,14 @@ NOTHING_WRITTEN = "nothing was written, and the same command starts again"
 AFTER_INTERRUPT = dict.fromkeys(("inspect", "export", "check-export", "report"), NOTHING_WRITTEN)
 AFTER_INTERRUPT["regenerate"] = "every reply so far is kept, and the same command asks for the others"
 AFTER_INTERRUPT["evaluate"] = "no report was written, and the same command starts again"  # --plain may have its replies
+READER_GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe has left, or a terminal was closed
+
+# OpenMP's runtimes let a waiting thread spin for milliseconds. On a shared core it then displaces the very thread that
+# it waits for: a capture on two cores beside one busy process took several times as long as with one thread. Measured
+# by `tests/bench/busy.py`: on two quiet cores a spin count of 1,000 saves a few percent, beside a busy process it costs
+# 10 to 20 %. GNU's runtime counts iterations, Intel's and LLVM's milliseconds.
+NO_SPINNING = {"GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+WAIT_VARIABLES = ("OMP_WAIT_POLICY", *NO_SPINNING, "KMP_LIBRARY")
 
 
 class CacheCommand(click.Command):
@@ -132,3 +146,74 @@ def _print_error(line: str, code: int, debug: bool) -> int:
         say(traceback.format_exc(), err=True)
     say(visible(line), err=True)
     return code
+
+
+class _DroppingFile(io.FileIO):
+    """The raw file of a standard stream. After a failed write output is dropped; `failed` is the first error."""
+
+    failed: OSError | None = None
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failed = self.failed or error
+            _open_devnull(self.fileno(), os.O_WRONLY)
+            return len(data)
+
+
+def protect_standard_streams() -> None:
+    """Protect the standard streams; point closed ones at /dev/null, or other files would get their descriptors.
+
+    Streams that were replaced, as tests do, stay.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        current, original = getattr(sys, name), getattr(sys, f"__{name}__")
+        if current is None and not _is_open(number):
+            _open_devnull(number, os.O_WRONLY if number else os.O_RDONLY)
+        if number and current is original:
+            setattr(sys, name, _protected_stream(number, current))
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
+def _open_devnull(number: int, flags: int) -> None:
+    """Point a descriptor at /dev/null."""
+    null = os.open(os.devnull, flags)
+    if null != number:
+        os.dup2(null, number)
+        os.close(null)
+    os.set_inheritable(number, True)
+
+
+def _protected_stream(number: int, stream) -> io.TextIOWrapper:
+    """Return a text stream on a descriptor, buffered as the stream that it replaces."""
+    if stream is not None:
+        stream.flush()
+    raw = _DroppingFile(number, "w", closefd=False)
+    # Escape what the encoding lacks: a lone surrogate of a file name, a letter on an ASCII terminal.
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    lines = raw.isatty() or number == 2
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=lines)
+
+
+def output_error() -> str | None:
+    """Return why standard output could not be written, None where it was or where its reader had closed it."""
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    failed = raw.failed if isinstance(raw, _DroppingFile) else None
+    return None if failed is None or failed.errno in READER_GONE else failed.strerror
+
+
+def disable_spin_waiting(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Make waiting threads sleep, here and in child processes, unless the environment already sets a wait policy.
+
+    Call it before torch is imported: the runtime reads the environment once, when it is loaded.
+    """
+    if not any(name in environment for name in WAIT_VARIABLES):
+        environment.update(NO_SPINNING)

@@ -1,0 +1,263 @@
+"""Packing: from an engine's states to what a shard stores, for every engine alike.
+
+Rows that a column does not store are dropped on the device, and lossy columns are encoded there, before anything is
+copied to the host.
+
+    B samples of a micro-batch   T tokens each, padding included   R packed rows   D hidden size
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.cache.codecs import CODECS
+from pipeline.cache.codecs.calibration import Calibration
+from pipeline.cache.codecs.error_certificate import Certificate, shadow_samples
+from pipeline.cache.codecs.lossy import Encoded
+from pipeline.cache.columns import ColumnSpec, stored_rows
+from pipeline.cache.layout import CHECKSUM_ROWS, layer_of
+from pipeline.cache.samples import ShardPlan
+from pipeline.cache.writer import ShardWriter
+from pipeline.errors import RoomError
+from pipeline.target.head import TargetHead
+from pipeline.target.on_policy import on_policy_rows, score_tokens
+from pipeline.tensors import as_states, as_stored, is_out_of_memory
+from stages.cache_hidden.engine import Engine
+
+
+@dataclass
+class PackedStates:
+    """The states of some samples, packed, on their way to the host: call `wait` before reading.
+
+    rows: column -> rows [R, D], or what their codec's `encode` returns; largest: column -> the largest magnitude of
+    each row [R], fp32, not finite where the row is not; counts: column -> rows of each sample; on_policy: see
+    `score_tokens`; exact: encoded column -> exact first rows of the samples in `Packer.certified`.
+    """
+
+    samples: range  # of the shard
+    rows: dict[str, Tensor | tuple[Tensor, ...]]
+    largest: dict[str, Tensor]
+    counts: dict[str, list[int]]
+    exact: dict[str, Tensor]
+    on_policy: Tensor | None
+    copied: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """Block until everything is on the host."""
+        if self.copied is not None:
+            self.copied.synchronize()
+
+    def unusable(self) -> Iterator[tuple[int, str]]:
+        """Yield the samples whose states are not finite or all zero in a row, with the reason."""
+        reasons: dict[int, str] = {}
+        for name, largest_R in self.largest.items():
+            for sample, rows in zip(self.samples, np.split(largest_R.numpy(), self._ends(name)), strict=True):
+                if not np.isfinite(rows).all():
+                    reasons.setdefault(sample, f"{name} is not finite")
+                elif (rows == 0).any():
+                    reasons.setdefault(sample, f"{name} has a row of zeros")
+        yield from sorted(reasons.items())
+
+    def _ends(self, name: str) -> np.ndarray:
+        """Return where each sample but the last ends in a column's rows."""
+        return np.cumsum(self.counts[name])[:-1]
+
+
+class Packer:
+    """Runs an engine on samples of one shard and packs their states.
+
+    Columns in `calibrations` are encoded, and of the `certified` samples, the first block's exact rows are packed, too.
+    With a `head`, `on_policy_share` of the supervised rows are scored. split: whether memory forced any micro-batch to
+    be halved.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        shard: ShardPlan,
+        columns: Sequence[ColumnSpec],
+        head: TargetHead | None = None,
+        on_policy_share: float = 0.0,
+        calibrations: Mapping[str, Calibration] = MappingProxyType({}),
+    ):
+        self.engine, self.shard, self.columns = engine, shard, columns
+        self.head, self.on_policy_share = head, on_policy_share
+        self.calibrations = {spec.name: calibrations[spec.name] for spec in columns if spec.name in calibrations}
+        self.certified = frozenset(shadow_samples(shard) if self.calibrations else ())
+        self.split = False
+        self._layers = [layer for spec in columns if (layer := layer_of(spec.name)) is not None]
+        self._copying = torch.cuda.Stream(engine.device) if engine.device.type == "cuda" else None
+
+    def pack(self, samples: range) -> Iterator[PackedStates]:
+        """Yield the states of a micro-batch, in one or, where memory is short, several forwards of equal padded length.
+
+        Raises RoomError when one sample alone does not fit.
+        """
+        longest = int(self.shard.lengths[samples].max())
+        waiting = [samples]
+        while waiting:
+            group = waiting.pop(0)
+            try:
+                packed = self._forward(group, longest)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                packed = None
+                cause = str(error).strip().split("\n")[0][:160]
+            if packed is not None:  # outside the handler: the exception keeps the failed forward's memory alive
+                yield packed
+                continue
+            if len(group) == 1:
+                raise RoomError(
+                    f"{self.engine.device} has no memory for one sample of {longest} tokens ({cause}); "
+                    "lower --max-length, or use a larger device"
+                )
+            self.split = True
+            if self.engine.device.type == "cuda":
+                torch.cuda.empty_cache()
+            half = group.start + len(group) // 2
+            waiting[:0] = [range(group.start, half), range(half, group.stop)]
+
+    @torch.no_grad()
+    def _forward(self, samples: range, longest: int) -> PackedStates:
+        ids_BT = np.zeros((len(samples), longest), np.int64)
+        for at, sample in enumerate(samples):
+            ids_BT[at, : self.shard.lengths[sample]] = self.shard.ids(sample)
+        lengths_B = self.shard.lengths[samples].tolist()
+        layer_states, final_BTD = self.engine.forward(self._pinned(torch.from_numpy(ids_BT)), lengths_B, self._layers)
+        rows_of = {spec.keeps: [stored_rows(self.shard, each, spec.keeps) for each in samples] for spec in self.columns}
+        runs = {keeps: _contiguous_runs(_flat_index(each, longest)) for keeps, each in rows_of.items()}
+        counts = {spec.name: [len(each) for each in rows_of[spec.keeps]] for spec in self.columns}
+        packed = PackedStates(samples, {}, {}, counts, {}, None)
+        for spec in self.columns:
+            layer = layer_of(spec.name)
+            full_BTD = final_BTD if layer is None else layer_states.pop(layer)
+            flat_ND = full_BTD.flatten(0, 1)
+            # Contiguous runs of rows are copied, not gathered by an index: on a CPU in a quarter of the time.
+            rows_RD = torch.cat([flat_ND[start:stop] for start, stop in runs[spec.keeps]] or [flat_ND[:0]])
+            self._encode_into(packed, spec, rows_RD)
+        packed.on_policy = self._score_on_policy(samples, longest, final_BTD)
+        return self._to_host(packed)
+
+    def _encode_into(self, packed: PackedStates, spec: ColumnSpec, rows_RD: Tensor) -> None:
+        """Add a column's rows to what is packed, encoded where the column has a calibration."""
+        name = spec.name
+        packed.largest[name] = largest_magnitude(rows_RD)
+        if name not in self.calibrations:
+            packed.rows[name] = rows_RD
+            return
+        packed.exact[name] = rows_RD[self._to_device(self._certified_rows(packed.samples, packed.counts[name]))]
+        # A sample with such a row is refused anyway; encoded as is, every value of it would be an outlier.
+        rows_RD = rows_RD.masked_fill_(~packed.largest[name].isfinite()[:, None], 0)
+        packed.rows[name] = CODECS[spec.codec].encode(rows_RD, self.calibrations[name])
+
+    def as_written(self, packed: PackedStates, spec: ColumnSpec) -> np.ndarray | Encoded:
+        """Return a column's rows, once they are on the host, in the form that a `ShardWriter` takes."""
+        rows = packed.rows[spec.name]
+        if isinstance(rows, Tensor):
+            return as_stored(rows)
+        return CODECS[spec.codec].pack(rows, self.calibrations[spec.name], spec.dtype)
+
+    def _certified_rows(self, samples: range, counts: list[int]) -> np.ndarray:
+        """Return which of the packed rows are the first block of a sample in `certified`."""
+        starts = np.cumsum([0, *counts[:-1]])
+        spans = [
+            np.arange(start, start + min(CHECKSUM_ROWS, count))
+            for sample, start, count in zip(samples, starts, counts, strict=True)
+            if sample in self.certified
+        ]
+        return np.concatenate(spans or [np.empty(0, np.int64)])
+
+    def _score_on_policy(self, samples: range, longest: int, final_BTD: Tensor) -> Tensor | None:
+        """Score the on-policy rows of these samples, as `score_tokens` returns them; None without a head."""
+        if self.head is None:
+            return None
+        chosen = [on_policy_rows(self.shard, sample, self.on_policy_share) for sample in samples]
+        tokens = np.concatenate([self.shard.ids(sample)[at] for sample, at in zip(samples, chosen, strict=True)])
+        states_RD = final_BTD.flatten(0, 1)[self._to_device(_flat_index([at - 1 for at in chosen], longest))]
+        return score_tokens(self.head, states_RD, self._to_device(tokens.astype(np.int64)))
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        """Return a CPU tensor that can be copied to the device without waiting for the device's queued work."""
+        return tensor if self._copying is None else tensor.pin_memory()
+
+    def _to_device(self, values: np.ndarray) -> Tensor:
+        return self._pinned(torch.from_numpy(values)).to(self.engine.device, non_blocking=True)
+
+    def _to_host(self, packed: PackedStates) -> PackedStates:
+        """Start copying to pinned memory on a separate CUDA stream, so that the next forward need not wait."""
+        if self._copying is None:
+            return packed
+        self._copying.wait_stream(torch.cuda.current_stream(self.engine.device))
+        with torch.cuda.stream(self._copying):
+            packed.rows = {
+                name: tuple(map(self._copied, rows)) if isinstance(rows, tuple) else self._copied(rows)
+                for name, rows in packed.rows.items()
+            }
+            packed.exact = {name: self._copied(tensor) for name, tensor in packed.exact.items()}
+            packed.largest = {name: self._copied(tensor) for name, tensor in packed.largest.items()}
+            packed.on_policy = None if packed.on_policy is None else self._copied(packed.on_policy)
+            packed.copied = torch.cuda.Event()
+            packed.copied.record(self._copying)
+        return packed
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        tensor.record_stream(self._copying)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+
+class ExactRows:
+    """The exact rows that certify a shard's encoded columns: those of the certified samples' first blocks."""
+
+    def __init__(self, packer: Packer):
+        self.packer = packer
+        self._states: dict[str, dict[int, Tensor]] = {name: {} for name in packer.calibrations}
+
+    def add(self, packed: PackedStates) -> None:
+        """Collect the exact rows that were packed, once they are on the host."""
+        for name, states_SD in packed.exact.items():
+            at = 0
+            for sample, count in zip(packed.samples, packed.counts[name], strict=True):
+                if sample in self.packer.certified:
+                    stored = min(CHECKSUM_ROWS, count)
+                    self._states[name][sample] = states_SD[at : at + stored]
+                    at += stored
+
+    def certify(self, writer: ShardWriter) -> dict[str, dict]:
+        """Compare with what is read back from disk; return each encoded column's facts. ProofError past a bound."""
+        found, device = {}, self.packer.engine.device
+        for spec in self.packer.columns:
+            if not CODECS[spec.codec].lossy:
+                continue
+            head = self.packer.head if spec.name == "final" else None
+            certificate = Certificate(spec.name, spec.codec, self.packer.calibrations[spec.name], head)
+            for sample, truth_RD in self._states[spec.name].items():
+                if sample not in writer.refused:
+                    stored_RD = as_states(writer.read(spec.name, sample, blocks=1)).to(device)
+                    certificate.add(truth_RD.to(device), stored_RD)
+            if certificate.rows:
+                rows = int(spec.bounds(writer.shard)[-1])
+                with torch.no_grad():
+                    found[spec.name] = {"certificate": certificate.facts(writer.outliers(spec.name) / rows)}
+        return found
+
+
+def largest_magnitude(rows_RD: Tensor) -> Tensor:
+    """Return each row's largest magnitude, float32 [R]; NaN where the row has one. On a CPU much faster than a norm."""
+    return torch.maximum(rows_RD.amax(-1), -rows_RD.amin(-1)).float()
+
+
+def _flat_index(rows_of_each: list[np.ndarray], longest: int) -> np.ndarray:
+    """Return the rows of each sample as one index into [B * T]."""
+    return np.concatenate([at * longest + rows for at, rows in enumerate(rows_of_each)])
+
+
+def _contiguous_runs(rows: np.ndarray) -> list[tuple[int, int]]:
+    """Cut ascending rows into runs without a gap: (first, stop) each."""
+    parts = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
+    return [(int(part[0]), int(part[-1]) + 1) for part in parts if len(part)]

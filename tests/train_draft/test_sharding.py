@@ -1,0 +1,51 @@
+"""A draft whose layers are sharded by FSDP2 takes the same step as a whole one."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from draft_cases import all_blocks, assert_near, build, cell_of, every_method, loss_of
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+from stages.train_draft.optimizer import make_optimizer
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    """A mesh of one process, on the CPU."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def shard(draft, mesh):
+    """Shard every layer by itself, and what is left by the draft."""
+    for layer in draft.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(draft, mesh=mesh)
+    register_fsdp_forward_method(draft, "loss")
+    return draft
+
+
+def weights_after_a_step(draft, optimizer: str) -> dict[str, torch.Tensor]:
+    cell = cell_of(20, 37, 9)
+    update = make_optimizer(optimizer, draft)
+    update.zero_grad()
+    loss_of(draft, cell, all_blocks(draft, cell, padding=3)).total.backward()
+    torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
+    update.step(1e-2)
+    named = draft.state_dict().items()
+    return {name: weight.full_tensor() if hasattr(weight, "full_tensor") else weight for name, weight in named}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@every_method
+def test_a_draft_sharded_layer_by_layer_takes_the_step_of_a_whole_one(method, optimizer, one_rank):
+    whole = weights_after_a_step(build(method), optimizer)
+    sharded = weights_after_a_step(shard(build(method), one_rank), optimizer)
+    before = build(method).state_dict()
+
+    assert sharded.keys() == whole.keys()
+    for name in whole:
+        assert not torch.equal(whole[name], before[name])
+        assert_near(sharded[name], whole[name])
