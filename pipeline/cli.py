@@ -11,7 +11,7 @@ import click
 
 from pipeline import __version__
 from pipeline.errors import CacheError, ProofError, UsageError
-from pipeline.options import FOLDER, PATH, REPORT, capture_options, regenerate_options
+from pipeline.options import FOLDER, PATH, REPORT, CodecOption, capture_options, regenerate_options
 from pipeline.process import CacheCommand, disable_spin_waiting, run_and_exit
 from pipeline.visible_text import say, visible
 
@@ -147,7 +147,7 @@ def verify(cache, repair, deep, complete, model, device, as_json):
 
 @commands.command()
 @click.argument("cache", type=FOLDER, default="hs_cache")
-@click.option("--codec", required=True, help="raw, zstd or int8, or such as aux=int8,final=zstd.")
+@click.option("--codec", required=True, cls=CodecOption, help="or such as aux=int8,final=zstd.")
 def recode(cache, codec):
     """Write columns of a cache in another codec.
 
@@ -254,11 +254,13 @@ def evaluate(draft, as_json, temperature, draft_temperature, seed, **chosen):
     drawing, reported apart. With --plain the target's own replies are decoded once for all drafts: where the file has
     them they are taken from it, and no speeds are compared. With --batch it is sooner done, and no speeds are measured.
     """
-    from stages.evaluate.run import SamplingOptions, run, table
+    from pipeline.evaluation.tables import evaluation_table
+    from stages.evaluate.run import SamplingOptions, run
 
     of_draft = temperature if draft_temperature is None else draft_temperature
     sampling = SamplingOptions(temperature, of_draft, seed) if temperature or of_draft else None
-    show(run(draft, sampling=sampling, **chosen), as_json, table)
+    report = run(draft, sampling=sampling, **chosen)
+    show(report.as_dict(), as_json, lambda _: evaluation_table(report))
 
 
 @commands.command()
@@ -318,7 +320,7 @@ def report(reports, markdown, forced, drawing, against):
     from pipeline.evaluation.tables import comparison
 
     if against:
-        from pipeline.evaluation.compare import against as compare
+        from pipeline.evaluation.compare import compare
 
         if forced:
             raise UsageError("--forced adds rows to the table of domains, which --against replaces; leave one out")

@@ -21,6 +21,17 @@ FOLDER = FolderPath(file_okay=False, path_type=Path)
 REPORT = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
+class CodecOption(click.Option):
+    """`--codec`, whose help names the codecs there are: they are imported where it is shown."""
+
+    def get_help_record(self, ctx) -> tuple[str, str]:
+        from pipeline.cache.codecs import CODECS
+
+        *names, last = CODECS
+        option, text = super().get_help_record(ctx)
+        return option, f"{', '.join(names)} or {last}, {text}"
+
+
 def roles_option():
     return click.option(
         "--roles",
@@ -89,7 +100,7 @@ def capture_options(command):
                 show_default=True,
                 help="Decides which samples a budget takes.",
             ),
-            click.option("--codec", help="raw, zstd or int8, or such as aux=int8,final=zstd.  [default: raw]"),
+            click.option("--codec", cls=CodecOption, help="or such as aux=int8,final=zstd.  [default: raw]"),
             click.option("--device", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]"),
             click.option(
                 "--dtype",

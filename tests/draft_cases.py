@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.drafts import DRAFTS, Draft, ScheduleValues, draft_config, eligible_anchors, lay_blocks, pack
+from pipeline.drafts.losses import HeadLoss
 from pipeline.target.head import TargetHead
 from pipeline.target.layers import final_rows
 
@@ -87,6 +88,11 @@ def all_blocks(draft: Draft, cell, padding: int = 0):
     anchors = torch.cat([anchors_of(cell), torch.zeros(padding, dtype=torch.long)])
     keep = torch.arange(len(anchors)) < len(anchors) - padding
     return lay_blocks(cell, anchors, keep, draft.config)
+
+
+def head_loss(hidden_NSD, target, objective, correction, blocks):
+    """The total loss of the head's logits, corrected by (z, W_out) where there is a correction."""
+    return HeadLoss.apply(hidden_NSD, *(correction or (None, None)), target, objective, blocks)
 
 
 def loss_of(draft, cell, blocks, lambda_base=0.4, metrics=False):

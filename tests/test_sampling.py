@@ -23,10 +23,9 @@ from pipeline.drafts import DRAFTS, Proposal, draft_config
 from pipeline.errors import ProofError, UsageError
 from pipeline.sampling import draw, prompt_generator, uniforms
 from pipeline.target.model import head_of
-from stages.evaluate import decode, rejection
-from stages.evaluate.decode import SamplingOptions, speculative_decode
-from stages.evaluate.losslessness import check_quantiles, plain_decode, token_quantiles
-from stages.evaluate.rejection import rejection_sample
+from stages.evaluate import decode
+from stages.evaluate.decode import SamplingOptions, rejection_sample, speculative_decode
+from stages.evaluate.lossless import check_quantiles, plain_decode, token_quantiles
 
 V, MASK, STOP = 4, 2, 3
 PROMPT, NEW, BLOCK = [0, 2, 1], 4, 3
@@ -175,7 +174,7 @@ def accept_the_likeliest(monkeypatch):
     """Keep what is the target's likeliest token, always; draw from p in place of anything else."""
 
     def keep(proposal, logits_NV, temperature, generator):
-        tokens = rejection.accept_greedy(proposal, logits_NV)
+        tokens = decode.accept_greedy(proposal, logits_NV)
         p_NV = (logits_NV.double() / temperature).softmax(-1)
         own = draw(p_NV[len(tokens) - 1][None], uniforms(1, generator))
         return [*tokens[:-1], int(own)]
@@ -185,7 +184,7 @@ def accept_the_likeliest(monkeypatch):
 
 def leave_the_residual_whole(monkeypatch):
     """Draw what replaces a refused proposal from p."""
-    monkeypatch.setattr(rejection, "residual", lambda p_V, q_V: p_V)
+    monkeypatch.setattr(decode, "residual", lambda p_V, q_V: p_V)
 
 
 def take_q_of_the_next_slot(monkeypatch):
@@ -200,7 +199,7 @@ def take_q_of_the_next_slot(monkeypatch):
 
 def draw_with_the_number_that_refused(monkeypatch):
     """Take a replacement with the very number that refused the proposal, which is no longer uniform."""
-    monkeypatch.setattr(rejection, "uniforms", lambda count, generator: uniforms(1, generator).expand(count))
+    monkeypatch.setattr(decode, "uniforms", lambda count, generator: uniforms(1, generator).expand(count))
 
 
 def cut_by_what_was_drawn(monkeypatch):
@@ -288,10 +287,10 @@ def test_certain_cases(seed):
 
 def test_a_residual_of_nothing_is_the_target_s_own():
     p_V = torch.tensor([0.1, 0.9, 0.0], dtype=torch.float64)
-    assert rejection.residual(p_V, p_V).equal(p_V)
-    assert rejection.residual(p_V, p_V + 1e-17).equal(p_V)  # rounded away
-    assert rejection.residual(p_V, torch.tensor([0.1 + 1e-12, 0.9 - 1e-12, 0.0])).argmax() == 1
-    assert rejection.residual(p_V, torch.tensor([0.2, 0.1, 0.7])).tolist() == [0.0, pytest.approx(0.8), 0.0]
+    assert decode.residual(p_V, p_V).equal(p_V)
+    assert decode.residual(p_V, p_V + 1e-17).equal(p_V)  # rounded away
+    assert decode.residual(p_V, torch.tensor([0.1 + 1e-12, 0.9 - 1e-12, 0.0])).argmax() == 1
+    assert decode.residual(p_V, torch.tensor([0.2, 0.1, 0.7])).tolist() == [0.0, pytest.approx(0.8), 0.0]
 
 
 @given(st.lists(st.sampled_from([0.0, 1e-30, 1e-9, 0.3, 1.0, 7.0]), min_size=1, max_size=9), st.integers(0, 2**53 - 1))
@@ -326,8 +325,8 @@ def test_greedy_text_is_no_drawn_text():
         return text[len(prompt) :]
 
     found = judged(drawn)
-    assert found["tokens"] == 240
-    assert abs(found["spreads"]) < 4 and abs(found["place"] - 0.5) < 0.1
+    assert found.tokens == 240
+    assert abs(found.spreads) < 4 and abs(found.place - 0.5) < 0.1
     with pytest.raises(ProofError, match=r"the 240 tokens drawn are not .* spreads off 1/2"):
         judged(lambda prompt: plain_decode(model, prompt, 30).ids)
 
@@ -340,4 +339,4 @@ def test_places_by_hand():
     assert token_quantiles(model, [5, 6, 7], [least], 0.8) == [pytest.approx(1 - float(p_V.min()) / 2)]
     every = [token_quantiles(model, [5, 6, 7], [token], 0.8)[0] for token in range(264)]
     assert float(p_V @ torch.tensor(every, dtype=torch.float64)) == pytest.approx(0.5)
-    assert check_quantiles([]) == {"tokens": 0, "place": 0.5, "spreads": 0.0}
+    assert check_quantiles([]).model_dump() == {"tokens": 0, "place": 0.5, "spreads": 0.0}

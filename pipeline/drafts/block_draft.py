@@ -15,7 +15,7 @@ from pipeline.drafts.backbone import Backbone
 from pipeline.drafts.blocks import Blocks, Cell
 from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.decoding import BlockRequest, DraftKV, Proposal, Sampling
-from pipeline.drafts.losses import head_loss
+from pipeline.drafts.losses import HeadLoss
 from pipeline.drafts.metrics import slot_sums
 from pipeline.drafts.norm_and_rope import at_least_float32
 from pipeline.drafts.objectives import Objective, TargetStates, dpace_weights, term_name
@@ -88,15 +88,12 @@ class BlockDraft(Backbone, Draft):
         """
         objective = self.objective(cell, blocks, scheduled, dens, metrics)
         hidden_NSD = self.hidden(cell, blocks)
-        total = self.head_loss(hidden_NSD, blocks, objective)
+        z_NSU, out_VU = self.correction(hidden_NSD, blocks.prev_NS) or (None, None)
+        chunk = self.blocks_per_chunk(hidden_NSD)
+        total = HeadLoss.apply(hidden_NSD, z_NSU, out_VU, self.target, objective, chunk)
         return Loss(
             total, objective.numerators, slot_sums(objective.slot_values(), blocks.scored_NS) if metrics else {}
         )
-
-    def head_loss(self, hidden_NSD: Tensor, blocks: Blocks, objective: Objective) -> Tensor:
-        """Return the total loss of the head's logits, corrected where the method corrects them, chunk by chunk."""
-        correction = self.correction(hidden_NSD, blocks.prev_NS)
-        return head_loss(hidden_NSD, self.target, objective, correction, self.blocks_per_chunk(hidden_NSD))
 
     def blocks_per_chunk(self, hidden_NSD: Tensor) -> int:
         """Return how many of these blocks have their logits in memory at once."""

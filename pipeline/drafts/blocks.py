@@ -31,11 +31,11 @@ class PackableSample(Protocol):
 
 
 def _to_device(record, device):
-    """Return a copy of a dataclass with every tensor on `device`."""
+    """Return a copy of a dataclass with every tensor, and every other value that has a method `to`, on `device`."""
     values = {field.name: getattr(record, field.name) for field in fields(record)}
     return replace(
         record,
-        **{name: value.to(device, non_blocking=True) for name, value in values.items() if torch.is_tensor(value)},
+        **{name: value.to(device, non_blocking=True) for name, value in values.items() if hasattr(value, "to")},
     )
 
 
@@ -93,8 +93,11 @@ class Blocks:
     def to(self, device: torch.device | str) -> "Blocks":
         return _to_device(self, device)
 
-    def split(self, count: int) -> list["Blocks"]:
-        """Split into parts of at most `count` blocks. Blocks do not attend to one another, so the losses add up."""
+    def split(self, count: int | None) -> list["Blocks"]:
+        """Split into parts of at most `count` blocks (None: one part). Blocks do not attend to one another, so the
+        losses add up."""
+        if count is None:
+            return [self]
         of_blocks = [field.name for field in fields(self) if torch.is_tensor(getattr(self, field.name))]
         rows = zip(*(getattr(self, name).split(count) for name in of_blocks), strict=True)
         parts = [replace(self, **dict(zip(of_blocks, row, strict=True))) for row in rows]

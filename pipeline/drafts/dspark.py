@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from pipeline.drafts.block_draft import BlockDraft
 from pipeline.drafts.blocks import Blocks, Cell
 from pipeline.drafts.config import DraftConfig
+from pipeline.drafts.losses import HeadLoss
 from pipeline.drafts.metrics import confidence_sums, slot_sums
 from pipeline.drafts.norm_and_rope import at_least_float32
 from pipeline.drafts.protocol import Loss, ProbeBlock, PublishedKeys, ScheduleValues, Shapes
@@ -209,7 +210,9 @@ class DSpark(BlockDraft):
             return super().loss(cell, blocks, scheduled, dens, metrics)
         objective = self.objective(cell, blocks, scheduled, dens, metrics)
         hidden_NSD = self.hidden(cell, blocks)
-        total = self.head_loss(hidden_NSD, blocks, objective)
+        z_NSU, out_VU = self.correction(hidden_NSD, blocks.prev_NS) or (None, None)
+        chunk = self.blocks_per_chunk(hidden_NSD)
+        total = HeadLoss.apply(hidden_NSD, z_NSU, out_VU, self.target, objective, chunk)
         per_slot = objective.slot_values()
         logits_NS = self.confidence(hidden_NSD, blocks.prev_NS)
         bce_NS = F.binary_cross_entropy_with_logits(logits_NS, per_slot["accept"], reduction="none")

@@ -148,7 +148,7 @@ class Objective:
         labels_NS = self.labels_NS[part]
         if self.metrics:
             self._record_predictions(kind, labels_NS, logits_NSV, soft)
-        distances, q_NSV = self._measure(logits_NSV, labels_NS, soft)
+        distances, q_NSV = self._measure(logits_NSV.log_softmax(-1), labels_NS, soft)
         weights_NS = self.weigh(part, distances["ce"]).to(q_NSV.dtype)
         self._record(kind, {"weights": weights_NS, **distances})
         distance_grads: dict[str, Tensor] = {}
@@ -164,10 +164,10 @@ class Objective:
         return _gradient(q_NSV, labels_NS, soft, distance_grads)
 
     def _measure(
-        self, logits_NSV: Tensor, labels_NS: Tensor, soft: SoftLabels | None
+        self, log_q_NSV: Tensor, labels_NS: Tensor, soft: SoftLabels | None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the distances [n, S] that are read, and log q [n, S, V] without soft labels, q with them."""
-        log_q_NSV = logits_NSV.log_softmax(-1)
+        """Return the distances [n, S] that are read, and log q [n, S, V] without soft labels, q in its place with
+        them."""
         distances = {"ce": -log_q_NSV.gather(-1, labels_NS[..., None])[..., 0]}
         if soft is None:
             return distances, log_q_NSV

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from pipeline.cache import HiddenCache, Sample
 
 SLOTS_AT_ONCE = 4096  # slots of one forward: bounds memory, changes nothing
-RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Span:
     proposals: int  # of an uncut block
 
 
-def agree(proposed: Sequence[int], chosen: Sequence[int | None]) -> list[int | None]:
+def accepted_tokens(proposed: Sequence[int], chosen: Sequence[int | None]) -> list[int | None]:
     """Return the proposals before the first that the target would not have chosen, and its own choice there.
 
     chosen: the target's token at the place of each proposal and at the one after; None where it is not known.
@@ -55,7 +54,7 @@ def agree(proposed: Sequence[int], chosen: Sequence[int | None]) -> list[int | N
     return list(chosen[: matched + 1])
 
 
-def cut(tokens: Sequence[int | None], stop_ids: Collection[int]) -> tuple[int, int, bool]:
+def cut_at_stop(tokens: Sequence[int | None], stop_ids: Collection[int]) -> tuple[int, int, bool]:
     """Return proposals kept, tokens gained, and whether the reply ends, for the tokens of one verification.
 
     tokens: the proposals kept and one of the target's own. A stop token ends the reply, also among the proposals, with
@@ -112,7 +111,7 @@ def walk(
         proposed = proposed_NP[at]
         known = reply.tokens[at + 1 : at + 2 + len(proposed)]
         unknown = len(proposed) + 1 - len(known)
-        matched, gained, ended = cut(agree(proposed, known + [None] * unknown), stops)
+        matched, gained, ended = cut_at_stop(accepted_tokens(proposed, known + [None] * unknown), stops)
         if not ended and len(known) <= matched < len(proposed):
             return lengths, kept, counts, False  # the target's verdict on the next proposal is not known
         lengths.append(gained)
@@ -142,11 +141,11 @@ def accept_spans(
     `threshold` cuts blocks as in decoding. Samples are packed into cells of about `context` rows. The draft is in
     evaluation mode; its device decides where. Raises UsageError when the cache lacks the draft's layers or `final`.
     """
-    return cut_spans(draft, cache, indices, (threshold,), max_new=max_new, context=context)[0]
+    return accept_spans_by_threshold(draft, cache, indices, (threshold,), max_new=max_new, context=context)[0]
 
 
 @torch.no_grad()
-def cut_spans(
+def accept_spans_by_threshold(
     draft: Draft,
     cache: "HiddenCache",
     indices: Iterable[int],
@@ -229,48 +228,3 @@ def _propose_all(
     for part in rows:
         yield [of_cut[at : at + len(part)] for of_cut in proposed]
         at += len(part)
-
-
-def summarise(walks: Sequence[Span], seed: int = 0) -> dict:
-    """Return the figures of walked replies, JSON-ready. All 0 without a call.
-
-    prompts (with at least one call), accept_len = tokens / calls, interval (95 %, bootstrap by prompt), calls, tokens,
-    per_slot (share of calls that kept proposal 1, 2, ...), verified (proposals a call), verify_rate (share of them
-    kept), and the same for each of `domains`.
-    """
-    names = sorted({walked.domain for walked in walks})
-    domains = {name: _figures([walked for walked in walks if walked.domain == name], seed) for name in names}
-    return _figures(walks, seed) | {"domains": domains}
-
-
-def _figures(walks: Sequence[Span], seed: int) -> dict:
-    walks = [walked for walked in walks if walked.lengths]
-    tokens_n = np.array([sum(walked.lengths) for walked in walks], float)
-    calls_n = np.array([len(walked.lengths) for walked in walks], float)
-    kept = np.array([count for walked in walks for count in walked.matched])
-    proposed = sum(sum(walked.proposed) for walked in walks)
-    slots = max((walked.proposals for walked in walks), default=0)
-    calls = int(calls_n.sum())
-    return {
-        "prompts": len(walks),
-        "accept_len": float(tokens_n.sum() / max(calls, 1)),
-        "interval": bootstrap(tokens_n, calls_n, seed),
-        "calls": calls,
-        "tokens": int(tokens_n.sum()),
-        "per_slot": [float((kept > slot).mean()) for slot in range(slots)],
-        "verified": proposed / max(calls, 1),
-        "verify_rate": float(kept.sum() / max(proposed, 1)),
-    }
-
-
-def resamples(count: int, seed: int) -> np.ndarray:
-    """Return how often each of `count` prompts, at least one, is in each resample of as many [B, n]."""
-    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-
-
-def bootstrap(tokens_n: np.ndarray, calls_n: np.ndarray, seed: int) -> list[float]:
-    """Return the 95 % interval of sum(tokens) / sum(calls) over resampled prompts; [0, 0] without any."""
-    if not len(calls_n):
-        return [0.0, 0.0]
-    drawn_Bn = resamples(len(calls_n), seed)
-    return [float(edge) for edge in np.quantile((drawn_Bn @ tokens_n) / (drawn_Bn @ calls_n), [0.025, 0.975])]

@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.drafts import DRAFTS
 from pipeline.errors import RoomError, UsageError
-from pipeline.evaluation.reports import accept_length, load_reports, variants
+from pipeline.evaluation.reports import Report, accept_length, load_reports, variants
 from pipeline.visible_text import visible
 
 # Okabe and Ito's colours, told apart with any kind of colour blindness; their yellow is too light for lines on white.
@@ -44,12 +44,11 @@ PLOT_INCHES, LABEL_INCHES, NARROWEST = 4.8, 0.36, 3.4
 
 @dataclass(frozen=True)
 class Line:
-    """Drafts that differ only in steps and seed: their name, how they cut blocks and how large they are, their
-    reports by steps."""
+    """Drafts that differ only in steps and seed: their name, block and size in words, and their reports by steps."""
 
     name: str
     conventions: str
-    reports: dict[int, list[dict]]
+    reports: dict[int, list[Report]]
 
 
 def plot(paths: Sequence[Path], out: Path) -> None:
@@ -61,10 +60,10 @@ def plot(paths: Sequence[Path], out: Path) -> None:
     reports = load_reports(paths)
     for path, report in zip(paths, reports, strict=True):
         _check(path, report)
-    lines = lines_of(reports)
+    lines = plot_lines(reports)
     for line in lines:
         _check_line(line)
-    title = f"{visible(reports[0]['target'])}: accept length by training steps"
+    title = f"{visible(reports[0].target)}: accept length by training steps"
     data = _rendered(lines, title, _note(reports), out.suffix.lower())
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -73,8 +72,8 @@ def plot(paths: Sequence[Path], out: Path) -> None:
         raise RoomError(f"--plot {out}: cannot be written ({error.strerror}); name another file") from error
 
 
-def _check(path: Path, report: dict) -> None:
-    if not report["draft"].get("steps"):
+def _check(path: Path, report: Report) -> None:
+    if not report.draft.steps:
         raise UsageError(
             f"{path} does not say how long its draft was trained, as of an exported folder; evaluate the run itself "
             "(`pipeline evaluate --draft RUN`), or leave this report out of --plot"
@@ -83,33 +82,33 @@ def _check(path: Path, report: dict) -> None:
         raise UsageError(f"{path}: no reply took a target call, so there is no accept length; leave it out of --plot")
 
 
-def lines_of(reports: list[dict]) -> list[Line]:
+def plot_lines(reports: list[Report]) -> list[Line]:
     """Return the lines of a plot in the order their drafts come in. Every report says how many steps those took."""
-    caches = {report.get("cache") for report in reports}
-    found = defaultdict(lambda: defaultdict(list))
+    caches = {report.cache for report in reports}
+    lines = defaultdict(lambda: defaultdict(list))
     for report in reports:
-        draft, cache = report["draft"], report.get("cache") or "unknown"
-        name = visible(", ".join([_title(draft["method"]), *map(str, variants(report))]))
-        parts = [f"block {draft['block_size']}", f"{draft['proposals']} proposals", _size(draft["parameters"])]
+        draft, cache = report.draft, report.cache or "unknown"
+        name = visible(", ".join([_title(draft.method), *variants(report)]))
+        parts = [f"block {draft.block_size}", f"{draft.proposals} proposals", _size(draft.parameters)]
         parts += [visible(f"cache {cache[:8]}")] * (len(caches) > 1)
-        found[name, ", ".join(parts)][draft["steps"]].append(report)
-    return [Line(*key, dict(sorted(by_steps.items()))) for key, by_steps in found.items()]
+        lines[name, ", ".join(parts)][draft.steps].append(report)
+    return [Line(*key, dict(sorted(by_steps.items()))) for key, by_steps in lines.items()]
 
 
 def _title(method: str) -> str:
     return DRAFTS[method].title if method in DRAFTS else method
 
 
-def recipes_of(reports: list[dict]) -> dict:
-    """Return the recipes that reports of one line and number of steps were trained by, and a draft's path for each."""
-    return {report["draft"].get("recipe"): report["draft"].get("path") for report in reports}
+def recipes_of(reports: list[Report]) -> dict[str | None, str]:
+    """Return the recipes of reports, which are of one line and number of steps, and a draft's path for each."""
+    return {report.draft.recipe: report.draft.path for report in reports}
 
 
 def _check_line(line: Line) -> None:
-    """Refuse two values at one place: another recipe, and no longer training. UsageError."""
+    """Refuse two recipes of as many steps: a line has one value there. UsageError."""
     for steps, members in line.reports.items():
         if len(recipes := recipes_of(members)) > 1:
-            several = " and ".join(map(str, [*recipes.values()][:2]))
+            several = " and ".join([*recipes.values()][:2])
             raise UsageError(
                 f"{line.name} of {steps:,} steps was trained by several recipes ({several}), and a line has one value "
                 "at a place; plot the reports of one of them"
@@ -120,11 +119,11 @@ def _size(parameters: int) -> str:
     return f"{parameters / 1e6:.1f} M parameters" if parameters >= 1e5 else f"{parameters:,} parameters"
 
 
-def _note(reports: list[dict]) -> str:
-    counts = sorted({len(report["samples"]) for report in reports})
+def _note(reports: list[Report]) -> str:
+    counts = sorted({len(report.samples) for report in reports})
     prompts = f"{counts[0]} prompts" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} prompts"
     return (
-        f"greedy, replies of {reports[0]['settings']['max_new']} tokens at most, {prompts}\n"
+        f"greedy, replies of {reports[0].settings.max_new} tokens at most, {prompts}\n"
         "bars: 95 % intervals over prompts, seeds pooled; rings: single seeds"
     )
 
@@ -154,10 +153,10 @@ def _rendered(lines: list[Line], title: str, note: str, ending: str) -> bytes:
 def _draw(axes, lines: list[Line], gap: float) -> None:
     """Draw lines, axes and names; `gap` is a name's height as a share of the plot's."""
     budgets = sorted({steps for line in lines for steps in line.reports})
-    places = places_of(budgets, len(lines))
+    positions = mark_positions(budgets, len(lines))
     ends = []
     for number, line in enumerate(lines):
-        x = [places[steps][number] for steps in line.reports]
+        x = [positions[steps][number] for steps in line.reports]
         mark = MARKS[(number + number // len(COLOURS)) % len(MARKS)]  # a colour comes again with another one
         ends.append(_draw_line(axes, line, x, COLOURS[number % len(COLOURS)], mark))
     axes.margins(x=0.08, y=0.07)
@@ -181,8 +180,8 @@ def _draw_line(axes, line: Line, x: list[float], colour: str, mark: str) -> tupl
     return x[-1], y[-1], colour
 
 
-def places_of(budgets: list[int], lines: int) -> dict[int, list[float]]:
-    """Return where each line's mark stands at each budget: beside one another, so that no bar hides another."""
+def mark_positions(budgets: list[int], lines: int) -> dict[int, list[float]]:
+    """Return where to draw each line's mark for each budget, in steps: side by side, so that no bar hides another."""
     logs = np.log10(budgets)
     gaps = np.diff(logs)
     step = min(0.018 * gaps.sum(), 0.5 * gaps.min() / lines) if len(gaps) else 0.02
@@ -191,11 +190,11 @@ def places_of(budgets: list[int], lines: int) -> dict[int, list[float]]:
 
 
 def _tick_labels(budgets: list[int]) -> list[str]:
-    """A label for every budget that has room for one."""
-    labels, room = [], 0.1 * math.log10(budgets[-1] / budgets[0])
+    """A label for every budget that is far enough from the last one with a label."""
+    labels, distance = [], 0.1 * math.log10(budgets[-1] / budgets[0])
     last = -math.inf
     for budget in budgets:
-        fits = math.log10(budget) - last >= room
+        fits = math.log10(budget) - last >= distance
         last = math.log10(budget) if fits else last
         labels.append(f"{budget:,}" if fits else "")
     return labels
@@ -204,7 +203,7 @@ def _tick_labels(budgets: list[int]) -> list[str]:
 def _name(axes, lines: list[Line], ends: list[tuple[float, float, str]], gap: float) -> None:
     """Name each line at the right, near its end, which a thin line joins to the name."""
     low, high = axes.get_ylim()
-    heights = apart([(y - low) / (high - low) for _, y, _ in ends], gap)
+    heights = space_labels([(y - low) / (high - low) for _, y, _ in ends], gap)
     beside = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
     for line, (x, y, colour), height in zip(lines, ends, heights, strict=True):
         joint = {"arrowstyle": "-", "color": PALE, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 5}
@@ -213,8 +212,8 @@ def _name(axes, lines: list[Line], ends: list[tuple[float, float, str]], gap: fl
         axes.annotate(line.conventions, (1.02, height), (4, -1), color=GREY, size=7.5, va="top", **beside)
 
 
-def apart(wanted: Iterable[float], gap: float) -> list[float]:
-    """Return places in 0..1 near those wanted, in their order, no two nearer than `gap` if all find room so."""
+def space_labels(wanted: Iterable[float], gap: float) -> list[float]:
+    """Return heights in 0..1 close to those wanted, in their order, at least `gap` from one another if all fit so."""
     wanted = np.array([*wanted])
     order = wanted.argsort(kind="stable")
     steps = gap * np.arange(len(wanted))

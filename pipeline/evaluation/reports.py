@@ -1,97 +1,258 @@
-"""What evaluations say: reading their reports, pooling seeds, accept lengths with their intervals."""
+"""Evaluation reports: what `pipeline evaluate --out` writes, read strictly, and the seeds of one draft pooled.
 
+The models are the format: their fields are a report's JSON keys, in the order they are written. Fields that have a
+default are absent from reports of earlier versions.
+"""
+
+import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
-from pipeline.cache.manifest import has_form
-from pipeline.checksummed_json import MAX_BYTES, damage_error, ends_with_checksum, parse_checksummed
+from pipeline.checksummed_json import MAX_BYTES, damage_error, ends_with_checksum, parse_checksummed, with_checksum
 from pipeline.errors import UsageError
+from pipeline.evaluation.figures import bootstrap
 from pipeline.untrusted import read_file
 
-DECODED = {"domains": {str: {"accept_len": float, "calls": int}}, "samples": [{"domain": str, "lengths": [int]}]}
-EVALUATION = {  # what is read of a report; more is in it
-    "target": str,
-    "draft": {"method": str, "block_size": int, "proposals": int, "parameters": int},
-    "settings": {"max_new": int},
-    **DECODED,
-    "overall": {"calls_saved": float},
-    "teacher_forced": {str: float},
-    "speed": {str: float},
-    "lossless": {"prompts": int, "identical": int, "near_ties": int},
-}
-DRAWN = {"temperature": float, "draft_temperature": float, **DECODED}
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Counts = Annotated[list[Count], FailFast()]
+Numbers = Annotated[list[Number], FailFast()]
+NUMBER_LIST = re.compile(r'\[\n[^][{}"]*\]')  # over several lines; JSON strings hold no bare newline, so none matches
+MAX_SPREADS = 6.0  # for `SampledLossless.spreads`: by chance it is further off with probability 2 exp(-18) = 3e-8
 
 
-def load_reports(paths: Sequence[Path]) -> list[dict]:
+class Record(BaseModel):
+    """A part of a report. Keys of later versions are ignored."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class Figures(Record):
+    """What replies to some prompts say of the draft, pooled over their target calls (the prefill left out)."""
+
+    prompts: Count = Field(description="prompts with at least one call")
+    accept_len: Number = Field(description="tokens / calls; 0 without calls")
+    interval: Numbers = Field(description="95 % bootstrap interval of accept_len over prompts, low and high")
+    calls: Count = Field(description="target calls: verifications of a block")
+    tokens: Count = Field(description="tokens gained, the target's own included")
+    per_slot: Numbers = Field(description="acceptance by slot: share of calls that kept proposal 1, 2, ...")
+    verified: Number | None = Field(None, description="proposals verified a call")
+    verify_rate: Number | None = Field(None, description="share of the verified proposals that were kept")
+    calls_saved: Number = Field(description="1 - calls / tokens: plain decoding needs a call a token")
+
+
+class Sample(Record):
+    """One prompt's reply: the lists have an entry a target call."""
+
+    domain: str
+    prompt: str | None = Field(None, description="digest of the prompt's token ids")
+    lengths: Counts = Field(description="tokens gained, the target's own included")
+    matched: Counts = Field([], description="proposals kept")
+    proposed: Counts = Field([], description="proposals verified")
+
+
+class DraftFacts(Record):
+    """What was evaluated. Steps, seed and recipe are known of runs only, not of exported folders."""
+
+    path: str = ""
+    method: str
+    block_size: Count
+    proposals: Count = Field(description="proposals of a whole block")
+    objective: str | None = None
+    weighting: str | None = None
+    steps: Count | None = None
+    seed: int | None = None
+    recipe: str | None = Field(None, description="digest of the recipe, its seed left out")
+    parameters: Count
+    label: str = ""
+
+
+class Settings(Record):
+    prompts: str = Field("", description="the file of prompts, or words for the cache's held-out samples")
+    max_new: Count = Field(description="tokens of a reply at most")
+    temperature: Count = Field(0, description="0: greedy; sampled replies have a part of their own")
+    threshold: Number = Field(0.0, description="confidence below which blocks are cut; 0 cuts nothing")
+    batch: Count = Field(1, description="prompts decoded at once")
+    device: str = ""
+    dtype: str = ""
+
+
+class Speed(Record):
+    """Tokens a second on one machine, prefill included; only what was measured is there."""
+
+    plain_tokens_s: Number | None = None
+    speculative_tokens_s: Number | None = None
+    speedup: Number | None = None
+
+
+class Lossless(Record):
+    """Greedy replies compared with plain decoding; whatever else differs is an error and makes no report."""
+
+    prompts: Count
+    identical: Count
+    near_ties: Count = Field(description="equal up to two tokens whose logits are closer than rounding")
+    from_file: Count = Field(0, description="plain replies that were read from the file of --plain")
+
+
+class NearTie(Record):
+    """Two tokens with logits closer than rounding, where the comparison of two replies ends."""
+
+    prompt: str
+    position: int = Field(description="index in the reply")
+    tokens: list[int] = Field(description="of speculative and of plain decoding")
+    logits: list[float] = Field(description="theirs, in float32 without a kv cache")
+    difference: float = Field(description="how far valid forwards differ in a logit there")
+
+
+class SampledLossless(Record):
+    """How the tokens of sampled replies are distributed in the target's own distribution."""
+
+    tokens: Count
+    place: Number = Field(description="mean quantile of the tokens, likeliest first; 1/2 in expectation")
+    spreads: Number = Field(description="standard deviations that it is off 1/2, at most MAX_SPREADS")
+
+
+class SampledReplies(Record):
+    """Replies drawn from the target, and how they were drawn."""
+
+    temperature: Number
+    draft_temperature: Number = Field(description="of the proposals; 0: the draft's likeliest tokens")
+    seed: int = 0
+    overall: Figures
+    domains: dict[str, Figures]
+    samples: Annotated[list[Sample], FailFast()]
+    lossless: SampledLossless
+
+    @property
+    def temperatures(self) -> tuple[float, float]:
+        """Of the target and of the draft."""
+        return self.temperature, self.draft_temperature
+
+
+class Agreement(Record):
+    """Decoding compared with the accept length that needs no target, over the same prompts and calls."""
+
+    prompts: Count
+    equal: Count = Field(description="prompts that agree call by call")
+    accept_len: Number = Field(description="decoded with the target")
+    accept_len_target_free: Number
+
+
+class ConfidenceCut(Record):
+    """Greedy decoding with blocks cut at one confidence, measured on the cache's replies without the target."""
+
+    threshold: Number
+    calls_saved: Number | None = None
+    accept_len: Number
+    interval: Numbers = []
+    calls: Count | None = None
+    verified: Number
+    verify_rate: Number
+
+
+class Report(Record):
+    """What one evaluation says of one draft: greedy replies, and sampled ones where they were asked for."""
+
+    draft: DraftFacts
+    target: str
+    cache: str | None = Field(None, description="digest of the cache that the prompts are from")
+    settings: Settings
+    overall: Figures
+    domains: dict[str, Figures]
+    samples: Annotated[list[Sample], FailFast()]
+    speed: Speed
+    lossless: Lossless
+    near_ties: list[NearTie] = []
+    sampled: SampledReplies | None = None
+    agreement: Agreement | None = None
+    confidence: list[ConfidenceCut] | None = None
+    teacher_forced: dict[str, Number] = Field(description="teacher-forced accept length by domain")
+
+    def as_dict(self) -> dict:
+        """Return the report as JSON values; what is not known of it has no key."""
+        return self.model_dump(exclude_unset=True)
+
+    def with_sampled_replies(self) -> "Report":
+        """Return the report with its sampled replies in place of the greedy ones."""
+        drawn = self.sampled
+        return self.model_copy(update={"overall": drawn.overall, "domains": drawn.domains, "samples": drawn.samples})
+
+
+def report_bytes(report: dict) -> bytes:
+    """Return a report as checksummed JSON, with each list of numbers on one line, so that git diffs stay readable."""
+    text = json.dumps(report, indent=1)
+    return with_checksum(NUMBER_LIST.sub(lambda found: re.sub(r"\s", "", found[0]), text))
+
+
+def load_reports(paths: Sequence[Path]) -> list[Report]:
     """Read what `pipeline evaluate --out` wrote, of one target and limit. UsageError for anything else."""
     reports = [load_report(Path(path)) for path in paths]
-    targets = {report["target"] for report in reports}
-    limits = {report["settings"]["max_new"] for report in reports}
+    targets = {report.target for report in reports}
+    limits = {report.settings.max_new for report in reports}
     for what, found in (("targets", targets), ("limits of a reply's tokens", limits)):
         if len(found) > 1:  # a table and a plot state one
             raise UsageError(f"the reports are of several {what}, {sorted(found)}; compare those of one")
     return reports
 
 
-def load_report(path: Path) -> dict:
+def load_report(path: Path) -> Report:
     """Read what `pipeline evaluate --out` wrote. UsageError for what is no report, CacheError for a damaged one."""
     try:
         data = read_file(path, MAX_BYTES)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is no report of `pipeline evaluate --out FILE` ({_said(error)})") from None
+        cause = getattr(error, "strerror", None) or error
+        raise UsageError(f"{path} is no report of `pipeline evaluate --out FILE` ({cause})") from None
     try:
-        report, _ = parse_checksummed(data)
+        record, _ = parse_checksummed(data)
     except ValueError as error:
         if ends_with_checksum(data):
             raise damage_error(path, error, "put it back as it was, or evaluate that draft again") from None
         raise UsageError(f"{path} is no report of `pipeline evaluate --out FILE` ({error})") from None
-    wrong = [key for key in EVALUATION if not has_form(report, {key: EVALUATION[key]})]
-    if not wrong and report.get("sampled") is not None and not has_form(report["sampled"], DRAWN):
-        wrong = ["sampled"]
-    if wrong:
+    try:
+        return Report.model_validate(record)
+    except ValidationError as error:
         raise UsageError(
-            f"{path} is no report of `pipeline evaluate --out FILE`, or one of another version: its `{wrong[0]}` is "
-            "absent or not as expected; evaluate that draft again"
-        )
-    return report
+            f"{path} is no report of `pipeline evaluate --out FILE`, or one of another version: its "
+            f"`{error.errors()[0]['loc'][0]}` is absent or not as expected; evaluate that draft again"
+        ) from None
 
 
-def _said(error: Exception) -> object:
-    return getattr(error, "strerror", None) or error
+def pool_seeds(reports: Sequence[Report]) -> dict[str, list[Report]]:
+    """Return the reports of each draft by its name; those that differ only in their seed are of one draft.
 
-
-def columns_of(reports: list[dict]) -> dict[str, list[dict]]:
-    """Pool the reports of drafts that differ only in their seed. Others of one name are told apart by a folder's."""
+    Drafts of one name are told apart by a run folder's.
+    """
     pooled = defaultdict(list)
     for report in reports:
-        draft = report["draft"]
-        conventions = draft.get("block_size"), draft.get("proposals"), draft.get("parameters")
-        pooled[name_of(report), draft.get("recipe"), report.get("cache"), *conventions].append(report)
-    names, columns = Counter(name for name, *_ in pooled), {}
+        draft = report.draft
+        conventions = draft.block_size, draft.proposals, draft.parameters
+        pooled[draft_name(report), draft.recipe, report.cache, *conventions].append(report)
+    names, drafts = Counter(name for name, *_ in pooled), {}
     for (name, *_), members in pooled.items():
-        head = name if names[name] == 1 else f"{name} ({Path(members[0]['draft'].get('path', '')).name})"
-        columns[head if head not in columns else f"{head} {len(columns) + 1}"] = members
-    return columns
+        title = name if names[name] == 1 else f"{name} ({Path(members[0].draft.path).name})"
+        drafts[title if title not in drafts else f"{title} {len(drafts) + 1}"] = members
+    return drafts
 
 
-def name_of(report: dict) -> str:
-    """What a column is called: what is most compared of a draft, and how its blocks were cut."""
-    draft = report["draft"]
-    steps = [f"{draft['steps']:,} steps"] if draft.get("steps") else []
-    return ", ".join([draft["method"], *variants(report), *steps])
+def draft_name(report: Report) -> str:
+    """Return a draft's name in tables: method, variants, and training steps."""
+    steps = [f"{report.draft.steps:,} steps"] if report.draft.steps else []
+    return ", ".join([report.draft.method, *variants(report), *steps])
 
 
-def variants(report: dict) -> list[str]:
-    """What sets a draft apart from others of its method: what it learned from, where that is not as published, and
-    where its blocks were cut."""
-    draft, threshold = report["draft"], report["settings"].get("threshold")
-    published = {"objective": _published_objective(draft["method"]), "weighting": "decay"}
-    parts = [draft.get(key) for key, value in published.items() if draft.get(key) != value]
-    parts.append(f"cut at {threshold:g}" if threshold else None)
-    return [part for part in parts if part]
+def variants(report: Report) -> list[str]:
+    """Return what sets a draft apart from others of its method: objective and weighting where they are not as
+    published, and the confidence that its blocks were cut at."""
+    draft, threshold = report.draft, report.settings.threshold
+    objective = draft.objective if draft.objective != _published_objective(draft.method) else None
+    weighting = draft.weighting if draft.weighting != "decay" else None
+    return [part for part in (objective, weighting, f"cut at {threshold:g}" if threshold else None) if part]
 
 
 def _published_objective(method: str) -> str:
@@ -100,58 +261,66 @@ def _published_objective(method: str) -> str:
     return DRAFTS[method].Config.defaults({}).get("objective", "ce") if method in DRAFTS else "ce"
 
 
-def sampling_temperatures(report: dict) -> tuple[float, float] | None:
-    """The temperatures of target and draft that replies were drawn at."""
-    sampled = report.get("sampled")
-    return (sampled["temperature"], sampled["draft_temperature"]) if sampled else None
+def seed_count(reports: Sequence[Report]) -> str:
+    """Return how many seeds reports are of, as text."""
+    return str(len({report.draft.seed for report in reports}))
 
 
-def temperatures(temperature: float, of_draft: float) -> str:
-    """Return how a row names them: the draft's only where it is another."""
+def sampled_at(reports: Sequence[Report], temperatures: tuple[float, float]) -> list[Report]:
+    """Return the reports with replies sampled at these temperatures of target and draft, in place of greedy ones."""
+    return [
+        report.with_sampled_replies()
+        for report in reports
+        if report.sampled and report.sampled.temperatures == temperatures
+    ]
+
+
+def temperatures_of(reports: Sequence[Report]) -> list[tuple[float, float]]:
+    """Return the temperatures of target and draft that any of the reports sampled at, ascending."""
+    return sorted({report.sampled.temperatures for report in reports if report.sampled})
+
+
+def temperature_text(temperature: float, of_draft: float) -> str:
+    """Return how a row names two temperatures: the draft's only where it is another."""
     drafts = "" if of_draft == temperature else f", drafts at {of_draft:g}" if of_draft else ", greedy drafts"
     return f"{temperature:g}{drafts}"
 
 
-def cell(reports: list[dict], domain: str | None) -> str:
-    """Return one figure of the table, over one domain or all: the accept length and its interval."""
+def accept_length_text(reports: Sequence[Report], domain: str | None = None) -> str:
+    """Return the accept length over one domain or all, with its interval, as a table shows it."""
     found = accept_length(reports, domain)
     return "{:.2f} [{:.2f}, {:.2f}]".format(*found) if found else "-"
 
 
-def accept_length(reports: list[dict], domain: str | None = None) -> tuple[float, float, float] | None:
+def accept_length(reports: Sequence[Report], domain: str | None = None) -> tuple[float, float, float] | None:
     """Return the accept length over all prompts of all seeds, and the ends of its 95 % interval; None without calls.
 
-    A prompt that several seeds decoded is drawn as one: its replies are no independent ones. UsageError where seeds
+    A prompt that several seeds decoded is resampled as one: its replies are not independent. UsageError where seeds
     decoded other prompts.
     """
-    from pipeline.evaluation.accept_length import (
-        bootstrap,  # here, not above: torch takes seconds that not every table needs
-    )
-
     if len(set(map(prompt_set, reports))) > 1:
-        counts = ", ".join(str(len(report["samples"])) for report in reports)
+        counts = ", ".join(str(len(report.samples)) for report in reports)
         raise UsageError(
             f"seeds of one recipe were evaluated on other prompts ({counts} of them), which cannot be "
             "pooled; evaluate each with the same --count, --prompts and cache"
         )
-    prompts = prompts_of(reports, domain)
+    prompts = tokens_and_calls(reports, domain)
     if not prompts:
         return None
     tokens_n, calls_n = np.stack(list(prompts.values())).T
     return (tokens_n.sum() / calls_n.sum(), *bootstrap(tokens_n, calls_n, seed=0))
 
 
-def prompt_set(report: dict) -> tuple:
-    """Return what tells its prompts from another report's. Reports of earlier versions name domains and cache only."""
-    known = report.get("cache")
-    return tuple((sample["domain"], sample.get("prompt", known)) for sample in report["samples"])
+def prompt_set(report: Report) -> tuple:
+    """Return what identifies a report's prompts: of each its domain and digest, or the cache in reports without one."""
+    return tuple((sample.domain, report.cache if sample.prompt is None else sample.prompt) for sample in report.samples)
 
 
-def prompts_of(reports: list[dict], domain: str | None = None) -> dict[tuple[int, str], np.ndarray]:
-    """Return tokens and calls of every prompt that took a call, by its place and domain, seeds added up."""
+def tokens_and_calls(reports: Sequence[Report], domain: str | None = None) -> dict[tuple[int, str], np.ndarray]:
+    """Return tokens and calls [2] of every prompt with a call, by its index and domain, summed over seeds."""
     prompts = defaultdict(lambda: np.zeros(2))
     for report in reports:
-        for number, sample in enumerate(report["samples"]):
-            if sample["lengths"] and domain in (None, sample["domain"]):
-                prompts[number, sample["domain"]] += (sum(sample["lengths"]), len(sample["lengths"]))
+        for number, sample in enumerate(report.samples):
+            if sample.lengths and domain in (None, sample.domain):
+                prompts[number, sample.domain] += (sum(sample.lengths), len(sample.lengths))
     return prompts

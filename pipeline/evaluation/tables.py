@@ -3,7 +3,8 @@
 Everything here turns the plain dicts that other modules return, the same that `--json` prints, into rich renderables.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -14,9 +15,24 @@ from pipeline.cache.atomic import size_text
 from pipeline.cache.layout import LOG
 from pipeline.cache.manifest import read_canonical
 from pipeline.cache.target_files import has_target, target_file
-from pipeline.console import grid, shows_styles
+from pipeline.console import Grid, grid, shows_styles
 from pipeline.errors import CacheError, UsageError
-from pipeline.evaluation.reports import cell, columns_of, load_reports, sampling_temperatures, temperatures
+from pipeline.evaluation.reports import (
+    MAX_SPREADS,
+    ConfidenceCut,
+    Figures,
+    Lossless,
+    Report,
+    SampledReplies,
+    Speed,
+    accept_length_text,
+    load_reports,
+    pool_seeds,
+    sampled_at,
+    seed_count,
+    temperature_text,
+    temperatures_of,
+)
 from pipeline.visible_text import escape_markdown, visible, visible_lines
 
 TOKENIZER = "tokenizer.json"
@@ -147,16 +163,15 @@ def comparison(paths: Sequence[Path], markdown: bool = False, forced: bool = Fal
     Reports that differ only in their seed are pooled into one column. Figures of drawn replies have rows of their own.
     `forced` adds the teacher-forced figures.
     """
-    columns = columns_of(load_reports(paths))
-    domains = sorted({domain for reports in columns.values() for report in reports for domain in report["domains"]})
-    figures = {domain: lambda reports, domain=domain: cell(reports, domain) for domain in domains}
-    figures |= {"all": lambda reports: cell(reports, None), "mean of domains": _mean_of_domains}
-    for drawn in sorted(
-        {drawn for reports in columns.values() for drawn in map(sampling_temperatures, reports)} - {None}
-    ):
-        figures |= _drawn_rows(*drawn)
+    columns = pool_seeds(load_reports(paths))
+    reports = [report for members in columns.values() for report in members]
+    domains = sorted({domain for report in reports for domain in report.domains})
+    figures = {domain: partial(accept_length_text, domain=domain) for domain in domains}
+    figures |= {"all": accept_length_text, "mean of domains": _mean_of_domains}
+    for temperatures in temperatures_of(reports):
+        figures |= _sampled_rows(temperatures)
     if forced:
-        figures |= {f"{domain}, forced": lambda reports, name=domain: _forced(reports, name) for domain in domains}
+        figures |= {f"{domain}, forced": partial(_forced, domain=domain) for domain in domains}
     name = escape_markdown if markdown else visible
     rows = [["accept length", *map(name, columns)]]
     rows += [[name(title), *map(figure, columns.values())] for title, figure in (figures | FACTS).items()]
@@ -167,35 +182,31 @@ def comparison(paths: Sequence[Path], markdown: bool = False, forced: bool = Fal
         table.add_row(*row)
     first = next(iter(columns.values()))[0]
     note = (
-        f"{visible(first['target'])}, greedy where no T is named, replies of {first['settings']['max_new']} tokens at "
+        f"{visible(first.target)}, greedy where no T is named, replies of {first.settings.max_new} tokens at "
         "most; tokens gained per target call, the target's own included; 95 % intervals over prompts"
     )
     forced_note = "\nforced: teacher-forced, on the cache's replies" if forced else ""
     return Group(table, "", Text(note + forced_note, style="dim"))
 
 
-def _drawn_rows(temperature: float, of_draft: float) -> dict:
-    """Rows of drawn replies: over all prompts, and over domains."""
-    title = f"T = {temperatures(temperature, of_draft)}"
-
-    def parts(reports: list[dict]) -> list[dict]:
-        return [report["sampled"] for report in reports if sampling_temperatures(report) == (temperature, of_draft)]
-
+def _sampled_rows(temperatures: tuple[float, float]) -> dict[str, Callable[[list[Report]], str]]:
+    """Rows of sampled replies: over all prompts, and over domains."""
+    title = f"T = {temperature_text(*temperatures)}"
     return {
-        f"all, {title}": lambda reports: cell(parts(reports), None),
-        f"mean of domains, {title}": lambda reports: _mean_of_domains(parts(reports)),
+        f"all, {title}": lambda reports: accept_length_text(sampled_at(reports, temperatures)),
+        f"mean of domains, {title}": lambda reports: _mean_of_domains(sampled_at(reports, temperatures)),
     }
 
 
-def _mean_of_domains(reports: list[dict]) -> str:
+def _mean_of_domains(reports: list[Report]) -> str:
     """Each domain counts the same, as benchmarks average their sets; in "all" one counts as often as it needs calls."""
-    found = [of["accept_len"] for report in reports for of in report["domains"].values() if of["calls"]]
-    return f"{fmean(found):.2f}" if found else "-"
+    lengths = [figures.accept_len for report in reports for figures in report.domains.values() if figures.calls]
+    return f"{fmean(lengths):.2f}" if lengths else "-"
 
 
-def _forced(reports: list[dict], domain: str) -> str:
-    found = [report["teacher_forced"][domain] for report in reports if domain in report["teacher_forced"]]
-    return f"{fmean(found):.2f}" if found else "-"
+def _forced(reports: list[Report], domain: str) -> str:
+    lengths = [report.teacher_forced[domain] for report in reports if domain in report.teacher_forced]
+    return f"{fmean(lengths):.2f}" if lengths else "-"
 
 
 def as_markdown(rows: list[list[str]]) -> str:
@@ -240,28 +251,121 @@ def _measured(fact: dict) -> tuple[str, str]:
     return f"{fact['accept_len']:.2f}", f"{low:.2f} - {high:.2f}"
 
 
-def _speedup(reports: list[dict]) -> str:
+def _speedup(reports: list[Report]) -> str:
     """The mean, where every report measured both loops side by side: with plain replies from a file none did."""
-    found = [report["speed"].get("speedup") for report in reports]
-    return "-" if None in found else f"{fmean(found):.2f}x"
+    speedups = [report.speed.speedup for report in reports]
+    return "-" if None in speedups else f"{fmean(speedups):.2f}x"
 
 
-def _lossless(reports: list[dict]) -> str:
-    total = {key: sum(report["lossless"][key] for report in reports) for key in ("prompts", "identical", "near_ties")}
-    ties = f", {total['near_ties']} near ties" if total["near_ties"] else ""
-    return f"{total['identical']} of {total['prompts']} identical{ties}"
+def _lossless(reports: list[Report]) -> str:
+    prompts, identical, near_ties = (
+        sum(getattr(report.lossless, count) for report in reports) for count in ("prompts", "identical", "near_ties")
+    )
+    ties = f", {near_ties} near ties" if near_ties else ""
+    return f"{identical} of {prompts} identical{ties}"
 
 
-def _conventions(reports: list[dict]) -> str:
-    draft = reports[0]["draft"]
-    return f"{draft['block_size']}, {draft['proposals']}"
-
-
-FACTS = {
-    "block, proposals": _conventions,
-    "target calls saved": lambda reports: f"{fmean(report['overall']['calls_saved'] for report in reports):.0%}",
+FACTS: dict[str, Callable[[list[Report]], str]] = {
+    "block, proposals": lambda reports: f"{reports[0].draft.block_size}, {reports[0].draft.proposals}",
+    "target calls saved": lambda reports: f"{fmean(report.overall.calls_saved for report in reports):.0%}",
     "speed-up on this machine": _speedup,
     "output against plain decoding": _lossless,
-    "draft parameters": lambda reports: f"{reports[0]['draft']['parameters']:,}",
-    "seeds": lambda reports: str(len({report["draft"].get("seed") for report in reports})),
+    "draft parameters": lambda reports: f"{reports[0].draft.parameters:,}",
+    "seeds": seed_count,
 }
+
+
+def evaluation_table(report: Report) -> Group:
+    """Return one evaluation: its figures by domain, greedy and sampled, its speed, and what proves it lossless."""
+    draft, settings = report.draft, report.settings
+    cut = f", blocks cut at confidence {settings.threshold:g}" if settings.threshold else ""
+    agreement = report.agreement
+    lines = [
+        "accept length: tokens gained per target call, the target's own included; forced: teacher-forced, on the "
+        "cache's replies; +k: share of calls that kept proposal k",
+        _verify_rate_text("T = 0", report.overall),
+        _speed_text(report.speed),
+        _lossless_text(report.lossless),
+    ]
+    if agreement is not None:
+        lines.append(
+            f"without the target: {agreement.accept_len_target_free:.2f} where decoding has "
+            f"{agreement.accept_len:.2f}; {agreement.equal} of {agreement.prompts} prompts agree call by call"
+        )
+    head = (
+        f"{visible(draft.label)}, {draft.proposals} proposals a block{cut}, for {visible(report.target)}; "
+        f"{visible(settings.prompts)}, {settings.max_new} tokens at most, {settings.device}, {settings.dtype}"
+    )
+    greedy = _figures_grid("T = 0", report, draft.proposals, report.teacher_forced)
+    sampled = _sampled_parts(report.sampled, draft.proposals) if report.sampled else ()
+    return Group(head, "", greedy, *sampled, "", *lines, *_confidence_parts(report.confidence or ()))
+
+
+def _figures_grid(title: str, part: Report | SampledReplies, proposals: int, forced: dict[str, float]) -> Grid:
+    """Accept lengths of each domain and of all, greedy or sampled."""
+    figures = grid()
+    heads = [title, "prompts", "accept length", "95 %", "calls saved", *["forced"] * bool(forced)]
+    for head in [*heads, *(f"+{slot + 1}" for slot in range(proposals))]:
+        figures.add_column(head, justify="left" if head == title else "right")
+    for name, row in [*part.domains.items(), ("all", part.overall)]:
+        figures.add_row(
+            name or "-",
+            str(row.prompts),
+            *_accept_length_cells(row),
+            *[f"{forced[name]:.2f}" if name in forced else ""] * bool(forced),
+            *(f"{share:.0%}" for share in row.per_slot),
+            style="bold" if name == "all" else None,
+        )
+    return figures
+
+
+def _accept_length_cells(row: Figures | ConfidenceCut) -> tuple[str, str, str]:
+    low, high = row.interval
+    return f"{row.accept_len:.2f}", f"{low:.2f} - {high:.2f}", f"{row.calls_saved:.0%}"
+
+
+def _verify_rate_text(title: str, overall: Figures) -> str:
+    return f"{title}: {overall.verify_rate:.0%} of {overall.verified:.2f} proposals a call kept"
+
+
+def _sampled_parts(sampled: SampledReplies, proposals: int) -> list:
+    """The same for replies sampled at a temperature, and what shows that they are the target's."""
+    lossless, draft = sampled.lossless, sampled.draft_temperature
+    drawn = f"drawn at T = {draft:g}" if draft else "the draft's likeliest tokens"
+    title = f"T = {sampled.temperature:g}"
+    note = (
+        f"{_verify_rate_text(title, sampled.overall)}; replies drawn from the target with seed {sampled.seed}, "
+        f"proposals {drawn}; the {lossless.tokens:,} tokens' mean place in the target's distribution is "
+        f"{lossless.place:.3f}, {abs(lossless.spreads):.1f} spreads off 1/2 (lossless: beyond {MAX_SPREADS:g} is an "
+        "error)"
+    )
+    return ["", _figures_grid(title, sampled, proposals, {}), "", note]
+
+
+def _confidence_parts(cuts: Sequence[ConfidenceCut]) -> list:
+    """What blocks cut by confidence gain, as a table."""
+    if not cuts:
+        return []
+    table = grid("T = 0, cut below", ">verified a call", ">kept", ">accept length", ">95 %", ">calls saved")
+    for cut in cuts:
+        threshold = f"{cut.threshold:g}" if cut.threshold else "uncut"
+        table.add_row(threshold, f"{cut.verified:.2f}", f"{cut.verify_rate:.0%}", *_accept_length_cells(cut))
+    note = "cut below: a block ends before a proposal of less confidence; on the cache's replies, without the target"
+    return ["", table, "", note]
+
+
+def _speed_text(speed: Speed) -> str:
+    if speed.speculative_tokens_s is None:
+        return "tokens a second: only measured with one prompt at a time"
+    if speed.speedup is None:
+        return f"tokens a second: {speed.speculative_tokens_s:.0f} speculative"
+    return (
+        f"tokens a second: {speed.plain_tokens_s:.0f} plain, {speed.speculative_tokens_s:.0f} speculative, "
+        f"{speed.speedup:.2f} times as fast"
+    )
+
+
+def _lossless_text(counts: Lossless) -> str:
+    ties = f", {counts.near_ties} up to a near tie of the target's own" if counts.near_ties else ""
+    stored = f"; {counts.from_file} plain replies from a file" if counts.from_file else ""
+    return f"lossless: {counts.identical} of {counts.prompts} replies identical to plain decoding{ties}{stored}"

@@ -5,15 +5,12 @@ from pathlib import Path
 
 from pipeline.cache import HiddenCache
 from pipeline.cache.inspect import describe
-from pipeline.cache.manifest import has_form
 from pipeline.errors import CacheError, UsageError
-from pipeline.evaluation.reports import load_report
+from pipeline.evaluation.reports import Report, SampledReplies, load_report
 from pipeline.published.card import Facts
 from pipeline.published.writing import Origin
 from pipeline.runs.checkpoint import find_checkpoint, open_checkpoint
-from pipeline.runs.folder import DONE, FIGURES_SCHEMA, RUN, read_recipe, read_result, read_run
-
-CARD_SCHEMA = {"overall": FIGURES_SCHEMA, "domains": {str: FIGURES_SCHEMA}}
+from pipeline.runs.folder import DONE, RUN, read_recipe, read_result, read_run
 
 
 @dataclass(frozen=True)
@@ -81,16 +78,18 @@ def evaluations(folder: Path, step: int) -> list[dict]:
     measured = []
     own = {folder / RUN, folder / DONE}
     for path in sorted({*folder.glob("*.json"), folder.parent / f"{folder.name}.json"} - own):
-        report = _report(path)
-        if report is None or report["draft"].get("steps") != step:
+        try:
+            report = load_report(path)
+        except UsageError:  # another file, or a report of another version
             continue
-        settings = report["settings"]
-        cut = f", blocks cut at confidence {settings['threshold']:g}" if settings.get("threshold") else ""
-        most = f"{settings['max_new']} tokens at most{cut}"
+        if report.draft.steps != step:
+            continue
+        threshold, drawn = report.settings.threshold, report.sampled
+        cut = f", blocks cut at confidence {threshold:g}" if threshold else ""
+        most = f"{report.settings.max_new} tokens at most{cut}"
         measured.append({"title": f"Decoded greedily with the target, {most}", "figures": _figures(report)})
-        drawn = report.get("sampled")
         if drawn:
-            title = f"Replies drawn from the target at T = {drawn['temperature']:g}, {most}"
+            title = f"Replies drawn from the target at T = {drawn.temperature:g}, {most}"
             measured.append({"title": title, "figures": _figures(drawn)})
     done = read_result(folder)
     if done and done["steps"] == step and done["eval"] and done["eval"]["calls"]:
@@ -99,16 +98,5 @@ def evaluations(folder: Path, step: int) -> list[dict]:
     return measured
 
 
-def _figures(part: dict) -> dict:
-    return part["overall"] | {"domains": part["domains"]}
-
-
-def _report(path: Path) -> dict | None:
-    """Return a report whose figures a card can show; None for any other file, or one of another version."""
-    try:
-        report = load_report(path)
-    except UsageError:
-        return None
-    parts = [report, *([report["sampled"]] if report.get("sampled") else [])]
-    cut = report["settings"].get("threshold") or 0
-    return report if all(has_form(part, CARD_SCHEMA) for part in parts) and has_form(cut, float) else None
+def _figures(part: Report | SampledReplies) -> dict:
+    return part.overall.model_dump() | {"domains": {name: each.model_dump() for name, each in part.domains.items()}}

@@ -5,9 +5,14 @@ missing shard, and every worker computes the same bytes.
 """
 
 import contextlib
-from collections.abc import Sequence
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -23,15 +28,15 @@ from pipeline.target.head import TargetHead
 from pipeline.target.model import head_of, load_target, stop_tokens
 from pipeline.target.on_policy import OnPolicyStats, on_policy_column, on_policy_share, sum_scores
 from pipeline.target.probe import ReferenceTarget, probe
-from stages.cache_hidden.background_writer import BackgroundWriter
 from stages.cache_hidden.calibrate import load_or_make_calibrations
 from stages.cache_hidden.engine import make_engine
 from stages.cache_hidden.pack import ExactRows, PackedStates, Packer
 from stages.cache_hidden.plan_report import Lost, Work
-from stages.cache_hidden.progress import Progress
 from stages.cache_hidden.settings import CaptureSettings
 
 QUEUED = 2  # micro-batches that wait for the writer
+POLL_S = 0.2  # how often the writer and the engine look whether the other has stopped
+SHOWN_EVERY_S = 5.0  # where stderr is no terminal
 REFUSED_SHARE = 0.01  # of a plan's samples; more means that something is wrong with the target or its dtype
 
 
@@ -108,7 +113,7 @@ def repeat_refusals(out: Path, writer: ShardWriter, columns: Sequence[ColumnSpec
 
 
 def write_states(
-    packer: Packer, writer: ShardWriter, batch_tokens: int, progress: Progress
+    packer: Packer, writer: ShardWriter, batch_tokens: int, progress: "Progress"
 ) -> tuple[ExactRows, OnPolicyStats]:
     """Write every row of a shard's columns; return the rows that certify them, and the shard's on-policy figures.
 
@@ -159,4 +164,112 @@ def check_refused(refused: int, samples: int, newest: dict[int, str]) -> None:
         raise DataError(
             f"{refused} of {samples} samples gave states that cannot be kept ({reason}); "
             "the target's weights are damaged, or its type is too narrow: try --dtype bfloat16 or float32"
+        )
+
+
+_LAST = object()
+
+
+class BackgroundWriter:
+    """Calls `write` with every item put, in order, in a thread of its own; at most `depth` items wait.
+
+    An exception in `write` is raised by the computing thread's next `put` or `finish`.
+    """
+
+    def __init__(self, write: Callable[[Any], None], depth: int):
+        self._write = write
+        self._queue: queue.Queue = queue.Queue(depth)
+        self._error: BaseException | None = None
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="background-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, item: Any) -> None:
+        """Queue an item; waits while the queue is full."""
+        while True:
+            self._check()
+            try:
+                return self._queue.put(item, timeout=POLL_S)
+            except queue.Full:
+                continue
+
+    def finish(self) -> None:
+        """Wait until everything queued is written."""
+        self.put(_LAST)
+        self._thread.join()
+        self._check()
+
+    def stop(self) -> None:
+        """End after the current item and drop the rest; harmless after `finish`."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            while not self._stopped.is_set():
+                try:
+                    item = self._queue.get(timeout=POLL_S)
+                except queue.Empty:
+                    continue
+                if item is _LAST:
+                    return
+                self._write(item)
+        except BaseException as error:  # handed to the computing thread, which raises it
+            self._error = error
+
+
+class Progress:
+    """Counts tokens and bytes, from any thread, and shows them on stderr while it is open.
+
+    On a terminal as a line that is kept up to date, else as a new line every few seconds.
+    """
+
+    def __init__(self, tokens: int, shards: int):
+        self.tokens, self.shards = tokens, shards
+        self.done_tokens = self.done_bytes = self.done_shards = 0
+        self._lock = threading.Lock()
+        self._start = time.monotonic()
+        self._shown = self._start
+        self._live = None
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live(console=Console(stderr=True), get_renderable=self.line, refresh_per_second=4)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def add(self, tokens: int, written: int) -> None:
+        """Count tokens computed and bytes written."""
+        with self._lock:
+            self.done_tokens += tokens
+            self.done_bytes += written
+            now = time.monotonic()
+            if self._live is None and now - self._shown >= SHOWN_EVERY_S:
+                self._shown = now
+                print(self.line(), file=sys.stderr, flush=True)
+
+    def add_shard(self) -> None:
+        """Count a committed shard."""
+        self.done_shards += 1
+
+    def line(self) -> str:
+        seconds = max(time.monotonic() - self._start, 1e-3)
+        rate = self.done_tokens / seconds
+        left = int((self.tokens - self.done_tokens) / rate) if rate else None
+        eta = "unknown" if left is None else f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        return (
+            f"shard {self.done_shards}/{self.shards} · {self.done_tokens:,} of {self.tokens:,} tokens · "
+            f"{rate:,.0f} tokens/s · {self.done_bytes / seconds / 1e6:,.1f} MB/s written · "
+            f"ETA {eta}"
         )

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator, Sequence
 
 from pipeline.corpus.rejections import Unusable
-from stages.cache_hidden.turn_proof import PLACEHOLDER, ProvenTurn, RenderedChat, with_name_replaced
-from stages.cache_hidden.turn_refusals import OPEN_THOUGHT
+from stages.cache_hidden.rendered_chat import OPEN_THOUGHT, PLACEHOLDER, RenderedChat, with_name_replaced
+from stages.cache_hidden.turn_proof import ProvenTurn
 
 MAX_VERIFIED = 4096  # entries of the set in `check_each_text_rendered`
 SPACE = re.compile(r"\s+")

@@ -3,7 +3,7 @@
 Forking a process that has run torch is not safe, and a newly started worker spends seconds on imports. So one process
 is started, imports what rows need, reads the target's tokenizer, runs no thread, and forks workers on request. It hides
 torch: tokenizers and configs do without, and importing it takes longer than everything else.
-It ends when its client is gone, or has sent no request for a while. The workers' limits are in `row_limits.py`.
+It ends when its client is gone, or has sent no request for a while. The workers' limits are in `prepare_rows.py`.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from stages.cache_hidden.row_limits import TEMPLATE_SECONDS
+from stages.cache_hidden.prepare_rows import TEMPLATE_SECONDS, RowPreparer
 
 IDLE_SECONDS = 60.0
 # Each worker is one thread, or N workers on N cores would be N * N.
@@ -39,8 +39,8 @@ def main(control: int) -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     sys.modules["torch"] = None  # importing it raises ImportError
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # such as the one about a missing torch
+    import stages.cache_hidden.tokenise  # noqa: F401  brings transformers, while no limit of time runs
     from pipeline.target.config import check_known
-    from stages.cache_hidden.prepare_rows import RowPreparer
 
     def make_checked(job) -> RowPreparer:
         if job.model is not None:

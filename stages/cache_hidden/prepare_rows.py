@@ -1,13 +1,18 @@
 """Turns corpus rows into samples: rendered, tokenised, masked, truncated. Runs in the pool's workers.
 
 Rows are rendered and tokenised together; where that fails, each alone, so that a template's failure costs its row only.
+Chat templates are untrusted programs and a corpus is untrusted data, so a worker has limits of CPU time and memory; the
+system ends one that takes more, even inside one call of C.
+The planner, too, imports this module, for the job and the outcomes; only a `RowPreparer` imports transformers.
 
     T tokens of a sample
 """
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -16,15 +21,68 @@ from pipeline.corpus.file_formats import Chunk
 from pipeline.corpus.record_formats import Conversation, RejectedRow
 from pipeline.corpus.rejections import Tally, Unusable, check_ids, check_mask, trim
 from pipeline.corpus.sources import chunk_rows
-from pipeline.target.chat_template import ChatTemplate
-from stages.cache_hidden.row_outcome import Job, RowOutcome, samples_of
-from stages.cache_hidden.tokenise import SampleMaker
+from pipeline.target.files import TEMPLATE_DATE
+
+if TYPE_CHECKING:
+    from pipeline.target.chat_template import ChatTemplate
+
+ROW_SECONDS = 10.0  # of CPU, for the rows that a worker is sent at once: a batch, or one row on its own
+ROW_BYTES = 2 << 30  # of address space, beyond what a worker started with, for these rows
+TEMPLATE_SECONDS = 120.0  # of CPU, to read a tokenizer and compile a chat template, constants and all
+
+
+@dataclass(frozen=True)
+class Job:
+    """The settings by which workers turn rows into samples: target folder, tokens a sample, vocabulary size, roles.
+
+    template_kwargs, template_date: the chat template's arguments, and the date it gets as today's.
+    model: the target's name in errors; its config is checked before any row. None: no check.
+    row_seconds, row_bytes: limits for the rows that a worker is sent at once.
+    """
+
+    folder: Path
+    max_length: int
+    vocab_size: int
+    roles: dict[str, str] | None = None
+    template_kwargs: dict | None = None
+    template_date: str = TEMPLATE_DATE
+    row_seconds: float = ROW_SECONDS
+    row_bytes: int = ROW_BYTES
+    model: str | None = None
+
+
+class RowOutcome(NamedTuple):
+    """The outcome of one row: its samples, or why it was rejected.
+
+    samples: (ids as int32, mask as packed bits, sample id), each in bytes; kinds: of their turns. fault, notes,
+    unproven: (reason, detail); only `fault` rejects the row. turns: how many are supervised, `last_turns` of them in
+    the first sample. regenerated: the row's record of which model wrote its replies, as JSON, without `stops`.
+    """
+
+    file: str
+    line: int
+    domain: str = ""
+    split: str = ""
+    samples: tuple[tuple[bytes, bytes, bytes], ...] = ()
+    rejected: tuple[str, str] | None = None
+    notes: tuple[tuple[str, str], ...] = ()
+    truncated: int = 0
+    too_short: int = 0
+    turns: int = 0
+    last_turns: int = 0
+    unproven: tuple[tuple[str, str], ...] = ()
+    kinds: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+    regenerated: str = ""
 
 
 class RowPreparer:
     """Turns corpus rows into samples with a job's settings."""
 
-    def __init__(self, job: Job, template: ChatTemplate | None = None):
+    def __init__(self, job: Job, template: "ChatTemplate | None" = None):
+        from pipeline.target.chat_template import ChatTemplate
+        from stages.cache_hidden.tokenise import SampleMaker
+
         self.job = job
         self.maker = SampleMaker(template or ChatTemplate(job.folder, job.template_kwargs, job.template_date))
 
@@ -97,8 +155,30 @@ def _record(row: Conversation) -> str:
     return json.dumps(record, sort_keys=True) if row.regenerated else ""
 
 
+def samples_of(outcome: RowOutcome, tally: Tally) -> Iterator[PlannedSample]:
+    """Yield the samples of a row, and count in the tally what was left out of it; the row itself is counted before."""
+    where = f"{outcome.file}:{outcome.line}"
+    for key in outcome.unknown:
+        tally.add_unknown_key(key, where)
+    if outcome.rejected:
+        reason, detail = outcome.rejected
+        tally.reject(reason, f"{where}: {detail}")
+        return
+    for reason, detail in outcome.notes:
+        tally.add_example(reason, f"{where}: {detail}")
+    tally.truncated += outcome.truncated
+    tally.too_short += outcome.too_short
+    unproven = [(reason, f"{where}: {detail}") for reason, detail in outcome.unproven]
+    tally.count_turns(outcome.turns, outcome.last_turns, unproven)
+    tally.count_turn_kinds(outcome.kinds, outcome.file, outcome.line)
+    for data, bits, name in outcome.samples:
+        ids = np.frombuffer(data, "<i4")
+        mask = np.unpackbits(np.frombuffer(bits, np.uint8), count=len(ids), bitorder="little").view(bool)
+        yield PlannedSample(ids, mask, outcome.domain, outcome.split, outcome.file, outcome.line, name)
+
+
 def prepare_rows(
-    rows: Iterable[Conversation | RejectedRow], template: ChatTemplate, max_length: int, tally: Tally, vocab_size: int
+    rows: Iterable[Conversation | RejectedRow], template: "ChatTemplate", max_length: int, tally: Tally, vocab_size: int
 ) -> Iterator[PlannedSample]:
     """Yield the samples of rows, in order, without worker processes; whatever is left out goes into the tally."""
     preparer = RowPreparer(Job(Path(), max_length, vocab_size), template)

@@ -21,8 +21,7 @@ from pipeline.corpus.record_formats import Conversation, RejectedRow
 from pipeline.corpus.rejections import REFUSED_SHARE
 from pipeline.errors import DataError, RoomError, UsageError
 from stages.cache_hidden.fork_server import ONE_THREAD
-from stages.cache_hidden.row_limits import TEMPLATE_SECONDS
-from stages.cache_hidden.row_outcome import Job, RowOutcome
+from stages.cache_hidden.prepare_rows import TEMPLATE_SECONDS, Job, RowOutcome
 
 IN_FLIGHT = 32 << 20  # bytes of rows that are with workers, or done but behind one that is not
 MAX_DEATHS = 16  # rows that killed a worker; more of them, if also more than REFUSED_SHARE of the rows, end planning

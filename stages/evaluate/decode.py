@@ -1,8 +1,13 @@
 """Speculative decoding: the draft proposes a block of tokens, the target verifies it in one forward.
 
-The anchor is the last known token, which the target has not processed yet. A verification runs the target on the
-anchor and the draft's proposals; the accepted ones are gained, and one token of the target's own. So the output is the
-target's, whatever the draft proposes: its greedy tokens, or samples of its own distribution (`rejection.py`).
+The anchor is the last known token, which the target has not processed yet. A step, from top to bottom of this file:
+
+1. The draft proposes up to P tokens after the anchor.
+2. The target runs on the anchor and the proposals: N = P + 1 rows.
+3. The accepted proposals are gained, and one token of the target's own, the next anchor.
+4. The target's kv cache is rolled back to the tokens before that anchor. The draft's never holds any other.
+
+So the output is the target's, whatever the draft proposes: its greedy tokens, or samples of its own distribution.
 
     B sequences   K layers   N new rows   D hidden size   P proposals   V vocabulary
 """
@@ -19,11 +24,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pipeline.drafts import BlockRequest, Draft, DraftKV, Proposal, Sampling
 from pipeline.errors import UsageError
-from pipeline.evaluation.accept_length import cut
-from pipeline.sampling import prompt_generator
+from pipeline.evaluation.accept_length import accepted_tokens, cut_at_stop
+from pipeline.sampling import draw, prompt_generator, uniforms
 from pipeline.target.kv_cache import BatchedKV, SingleKV, check_croppable, new_kv
 from pipeline.target.model import tap_layers
-from stages.evaluate.rejection import accept_greedy, rejection_sample
 
 MIN_TEMPERATURE = 1e-3  # the lowest temperature above 0
 
@@ -65,39 +69,6 @@ class Decoded:
     proposed: list[int]
     target_calls: int
     seconds: float
-
-
-class _Sequence:
-    """A prompt being decoded: its reply so far and the target features that the next block is drafted from."""
-
-    def __init__(self, index: int, prompt_ids: Sequence[int], kv: DraftKV, sampling: SamplingOptions | None):
-        self.index, self.prompt, self.ids, self.kv = index, len(prompt_ids), list(prompt_ids), kv
-        self.accept_rule, self.generator = _acceptance_rule(sampling, prompt_ids)
-        self.lengths, self.matched, self.proposed = [], [], []
-        self.features_KTD: Tensor | None = None
-        self.start, self.ended, self.start_time = self.prompt, False, time.perf_counter()
-
-    def draft_request(self) -> BlockRequest:
-        return BlockRequest(self.features_KTD, self.ids[self.start], self.start, self.kv)
-
-    def accept(self, block: Proposal, logits_NV: Tensor, features_KND: Tensor, stops: Collection[int]) -> int:
-        """Append the accepted tokens of a verified block; return how many tokens were gained."""
-        tokens = self.accept_rule(block, logits_NV)
-        matched, gained, self.ended = cut(tokens, stops)
-        self.ids += tokens[:gained]
-        self.start += gained
-        self.features_KTD = features_KND[:, :gained]
-        self.lengths.append(gained)
-        self.matched.append(matched)
-        self.proposed.append(len(block.ids_P))
-        return gained
-
-    def finished(self, max_new: int) -> bool:
-        return self.ended or self.start >= self.prompt + max_new
-
-    def decoded(self, max_new: int) -> Decoded:
-        new, seconds = self.ids[self.prompt : self.prompt + max_new], time.perf_counter() - self.start_time
-        return Decoded(new, self.lengths, self.matched, self.proposed, 1 + len(self.lengths), seconds)
 
 
 def speculative_decode(
@@ -145,7 +116,7 @@ def decode_many(
                 kv_cache.add(kv)
                 live.append(sequence)
         if live:
-            _verify_round(target, draft, kv_cache, live, stops, proposals, sampling, threshold)
+            _decode_step(target, draft, kv_cache, live, stops, proposals, sampling, threshold)
         for position in reversed(range(len(live))):
             if live[position].finished(max_new):
                 kv_cache.remove(position)
@@ -154,7 +125,7 @@ def decode_many(
                 yield sequence.index, sequence.decoded(max_new)
 
 
-def _prefill(target: PreTrainedModel, draft: Draft, sequence: _Sequence, stops: Collection[int]) -> DynamicCache:
+def _prefill(target: PreTrainedModel, draft: Draft, sequence: "_Sequence", stops: Collection[int]) -> DynamicCache:
     """Run the target over a prompt, append its first token, and return the target's kv cache."""
     layers, count = draft.config.target_layer_ids, len(sequence.ids)
     input_1N = torch.tensor([sequence.ids], device=target.device)
@@ -171,38 +142,77 @@ def _prefill(target: PreTrainedModel, draft: Draft, sequence: _Sequence, stops: 
     return kv
 
 
-def _verify_round(
+def _decode_step(
     target: PreTrainedModel,
     draft: Draft,
     kv_cache: SingleKV | BatchedKV,
-    live: Sequence[_Sequence],
+    live: Sequence["_Sequence"],
     stops: Collection[int],
     proposals: int | None,
     sampling: SamplingOptions | None,
     threshold: float,
 ) -> None:
-    """Propose a block for every sequence, verify them in one forward, and append what the target accepts."""
+    """Propose a block for every sequence, verify all in one forward, append what is accepted, roll the rest back."""
     layers, draft_sampling = draft.config.target_layer_ids, None
     if sampling is not None and sampling.draft_temperature:
         draft_sampling = Sampling(sampling.draft_temperature, [sequence.generator for sequence in live])
-    blocks = [
-        _first(block, proposals)
-        for block in draft.propose([sequence.draft_request() for sequence in live], draft_sampling, threshold)
-    ]
-    pieces = [
+    requests = [sequence.draft_request() for sequence in live]
+    blocks = [_first(block, proposals) for block in draft.propose(requests, draft_sampling, threshold)]
+    inputs = [
         [sequence.ids[sequence.start], *block.ids_P.tolist()] for sequence, block in zip(live, blocks, strict=True)
     ]
     with tap_layers(target, layers) as taken:
-        logits_BNV = kv_cache.run(pieces)
+        logits_BNV = kv_cache.run(inputs)
     features_BKND = torch.stack([taken[layer] for layer in layers], dim=1)
-    kv_cache.crop(
-        [
-            sequence.accept(block, logits_NV[: len(piece)], features_KND, stops)
-            for sequence, block, piece, logits_NV, features_KND in zip(
-                live, blocks, pieces, logits_BNV, features_BKND, strict=True
-            )
-        ]
-    )
+    gained = [
+        sequence.accept(block, logits_NV[: len(ids)], features_KND, stops)
+        for sequence, block, ids, logits_NV, features_KND in zip(
+            live, blocks, inputs, logits_BNV, features_BKND, strict=True
+        )
+    ]
+    kv_cache.crop(gained)
+
+
+def _first(block: Proposal, count: int | None) -> Proposal:
+    return Proposal(block.ids_P[:count], None if block.q_PV is None else block.q_PV[:count])
+
+
+def empty_proposal(device: torch.device) -> Proposal:
+    """Return a block without proposals, which the prefill verifies."""
+    return Proposal(torch.zeros(0, dtype=torch.long, device=device), None)
+
+
+class _Sequence:
+    """A prompt being decoded: its reply so far and the target features that the next block is drafted from."""
+
+    def __init__(self, index: int, prompt_ids: Sequence[int], kv: DraftKV, sampling: SamplingOptions | None):
+        self.index, self.prompt, self.ids, self.kv = index, len(prompt_ids), list(prompt_ids), kv
+        self.accept_rule, self.generator = _acceptance_rule(sampling, prompt_ids)
+        self.lengths, self.matched, self.proposed = [], [], []
+        self.features_KTD: Tensor | None = None
+        self.start, self.ended, self.start_time = self.prompt, False, time.perf_counter()
+
+    def draft_request(self) -> BlockRequest:
+        return BlockRequest(self.features_KTD, self.ids[self.start], self.start, self.kv)
+
+    def accept(self, block: Proposal, logits_NV: Tensor, features_KND: Tensor, stops: Collection[int]) -> int:
+        """Append the accepted tokens of a verified block; return how many tokens were gained."""
+        tokens = self.accept_rule(block, logits_NV)
+        matched, gained, self.ended = cut_at_stop(tokens, stops)
+        self.ids += tokens[:gained]
+        self.start += gained
+        self.features_KTD = features_KND[:, :gained]
+        self.lengths.append(gained)
+        self.matched.append(matched)
+        self.proposed.append(len(block.ids_P))
+        return gained
+
+    def finished(self, max_new: int) -> bool:
+        return self.ended or self.start >= self.prompt + max_new
+
+    def decoded(self, max_new: int) -> Decoded:
+        new, seconds = self.ids[self.prompt : self.prompt + max_new], time.perf_counter() - self.start_time
+        return Decoded(new, self.lengths, self.matched, self.proposed, 1 + len(self.lengths), seconds)
 
 
 def _acceptance_rule(
@@ -215,10 +225,46 @@ def _acceptance_rule(
     return partial(rejection_sample, temperature=sampling.temperature, generator=generator), generator
 
 
-def empty_proposal(device: torch.device) -> Proposal:
-    """Return a block without proposals, which the prefill verifies."""
-    return Proposal(torch.zeros(0, dtype=torch.long, device=device), None)
+def accept_greedy(proposal: Proposal, logits_NV: Tensor) -> list[int]:
+    """Return the proposals before the first that is not the target's likeliest token, and that token."""
+    return accepted_tokens(proposal.ids_P.tolist(), logits_NV.argmax(-1).tolist())
 
 
-def _first(block: Proposal, count: int | None) -> Proposal:
-    return Proposal(block.ids_P[:count], None if block.q_PV is None else block.q_PV[:count])
+def rejection_sample(
+    proposal: Proposal, logits_NV: Tensor, temperature: float, generator: torch.Generator
+) -> list[int]:
+    """Return the proposals kept and one token of the target's own, together distributed as softmax(logits / T) says.
+
+    Lossless rejection sampling (Leviathan et al., arXiv:2211.17192, algorithm 1 and appendix A.1) keeps proposal x of a
+    slot with probability min(1, p(x) / q(x)), p being the target's distribution there and q the one that x was drawn
+    from. The first one rejected is replaced by a draw from max(p - q, 0), normalised; after a block kept whole comes a
+    draw from p. That holds for any q, on two conditions: x was drawn from this very q, and whether a slot proposes
+    anything at all depends on the tokens before it only, never on x.
+
+    A proposal without q is that of a greedy draft: one-hot, so it is kept with probability p(x), and a replacement is
+    drawn from p without x. Takes P + 1 numbers off the generator, whatever is kept: the last one is for the draw, since
+    a number that has refused a proposal is no longer uniform.
+    """
+    p_NV = (logits_NV.double() / temperature).softmax(-1)
+    count, uniform_N = len(proposal.ids_P), uniforms(len(p_NV), generator)
+    q_PV = one_hot(proposal.ids_P, p_NV) if proposal.q_PV is None else proposal.q_PV.to(p_NV)
+    p_P, q_P = (rows_PV.gather(-1, proposal.ids_P[:, None])[:, 0] for rows_PV in (p_NV[:count], q_PV))
+    kept_P = uniform_N[:count].to(p_P) * q_P < p_P  # without a division: q may be next to 0, and p exactly 0
+    kept = int(kept_P.long().cumprod(0).sum())
+    weights_V = p_NV[kept] if kept == count else residual(p_NV[kept], q_PV[kept])
+    return [*proposal.ids_P[:kept].tolist(), int(draw(weights_V[None], uniform_N[-1:]))]
+
+
+def residual(p_V: Tensor, q_V: Tensor) -> Tensor:
+    """Return the weights [V] that a replacement is drawn from: what p has over q.
+
+    Where rounding leaves nothing, p and q are equal but for it, and p itself serves: a refusal there has a chance of
+    about 1e-16, or 1e-7 where q is float32.
+    """
+    left_V = (p_V - q_V).clamp(min=0)
+    return left_V if left_V.any() else p_V
+
+
+def one_hot(ids_P: Tensor, p_NV: Tensor) -> Tensor:
+    """Return the distribution [P, V] that a greedy draft's proposals are drawn from."""
+    return torch.zeros_like(p_NV[: len(ids_P)]).scatter_(-1, ids_P[:, None], 1.0)

@@ -1,9 +1,7 @@
 """`pipeline evaluate`: speculative decoding measured (accept length, speed) and proven lossless."""
 
 import errno
-import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +14,11 @@ from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import write_errors, write_file
 from pipeline.cache.layout import LOG
 from pipeline.cache.manifest import read_canonical
-from pipeline.checksummed_json import with_checksum
 from pipeline.console import VisibleConsole
 from pipeline.drafts import Draft
 from pipeline.errors import PipelineError, RoomError, UsageError
+from pipeline.evaluation.reports import DraftFacts, Report, Settings, Speed, report_bytes
+from pipeline.evaluation.tables import evaluation_table
 from pipeline.published import load_draft_folder, recorded_share
 from pipeline.runs.checkpoint import CONFIG, DRAFT, find_checkpoint, load_draft, open_checkpoint
 from pipeline.runs.folder import RUN, read_recipe, read_run
@@ -30,21 +29,22 @@ from pipeline.target.model import head_of, load_target, stop_tokens
 from pipeline.target.weights import check_weights_if_recorded, weights_digest
 from pipeline.untrusted import check_regular
 from stages.evaluate.decode import SamplingOptions, decode_many, speculative_decode
-from stages.evaluate.decode_prompts import decode_all, draw_all, refuse_out_of_memory
-from stages.evaluate.losslessness import Judge, plain_decode
-from stages.evaluate.plain_replies import PlainReplies, reply_settings
-from stages.evaluate.prompts import Prompt, cached_prompts, file_prompts
-from stages.evaluate.report import (
-    agreement,
-    confidence_figures,
-    decoded_figures,
-    table,
+from stages.evaluate.lossless import LosslessCheck, plain_decode
+from stages.evaluate.measure import (
+    accept_figures,
+    confidence_cuts,
+    decode_greedily,
+    decode_sampled,
+    lossless_counts,
+    refuse_out_of_memory,
+    speeds,
+    target_free_agreement,
     teacher_forced,
 )
+from stages.evaluate.plain_replies import PlainReplies, reply_settings
+from stages.evaluate.prompts import Prompt, cached_prompts, file_prompts
 
-__all__ = ["SamplingOptions", "run", "table"]
-
-PLAIN_LIST = re.compile(r'\[\n[^][{}"]*\]')  # of numbers; JSON's texts hold no bare newline, so it is in none of them
+__all__ = ["SamplingOptions", "run"]
 
 
 def run(
@@ -61,14 +61,14 @@ def run(
     threshold: float = 0.0,
     plain: Path | None = None,
     batch: int = 1,
-) -> dict:
-    """Evaluate a run's newest checkpoint, a checkpoint or a published folder; return the report, kept at `out` too.
+) -> Report:
+    """Evaluate a run's newest checkpoint, a checkpoint or a published folder; return the report, written to `out` too.
 
     Greedily, and once more with sampled replies where `sampling` is given. `threshold` cuts blocks by confidence.
-    `plain` is a file that keeps plain replies from one evaluation to the next. `batch` prompts are decoded at once: far
-    sooner done, but no speeds are measured. Raises UsageError for what does not fit together, DataError for unusable
-    prompts, CacheError for a damaged cache, RoomError, ProofError when an output differs from plain decoding by more
-    than a near tie.
+    `plain` is a file that keeps plain replies from one evaluation to the next. `batch` prompts are decoded at once,
+    which is faster, but no speeds are measured. Raises UsageError for what does not fit together, DataError for
+    unusable prompts, CacheError for a damaged cache, RoomError, ProofError when an output differs from plain decoding
+    by more than a near tie.
     """
     check_options(threshold, out, plain, prompts)
     trained = describe_draft(Path(draft))
@@ -90,37 +90,37 @@ def run(
         replies = PlainReplies.open(Path(plain), reply_settings(target, weights_digest(folder), max_new, stops))
     batch = min(batch, len(asked))
     with refuse_out_of_memory(batch, target.device):
-        together = partial(decode_many, target, drafter, [prompt.ids for prompt in asked], max_new, stops)
-        together = partial(together, threshold=threshold, batch=batch)
+        decode = partial(decode_many, target, drafter, [prompt.ids for prompt in asked], max_new, stops)
+        decode = partial(decode, threshold=threshold, batch=batch)
         if batch == 1:  # first calls are slow, and seconds are compared
             speculative_decode(target, drafter, asked[0].ids, 2, threshold=threshold)
             plain_decode(target, asked[0].ids, 2)
-        outcomes = decode_all(Judge(target, config.proposals + 1, batch), asked, together, max_new, stops, replies)
-        sampled = None if sampling is None else draw_all(target, asked, together, sampling, config.proposals)
-    doubt = "" if known else ", if the draft never saw them"
-    report = {
-        "draft": trained.facts(drafter),
-        "target": name,
-        "cache": None if store is None else store.digest,
-        "settings": {
-            "prompts": str(prompts or f"held-out samples of the cache{doubt}"),
-            "max_new": max_new,
-            "temperature": 0,
-            "threshold": threshold,
-            "batch": batch,
-            "device": str(target.device),
-            "dtype": str(target.dtype).removeprefix("torch."),
-        },
-        **decoded_figures(outcomes, config.proposals, batch),
-        "sampled": sampled,
-        "agreement": None,
-        "confidence": None,
-        "teacher_forced": {} if store is None else teacher_forced(drafter, store, heldout),
-    }
-    if prompts is None and store.has_final:
-        report["agreement"] = agreement(outcomes, drafter, store, max_new, threshold)
-        if config.has_confidence:
-            report["confidence"] = confidence_figures(drafter, store, asked, max_new)
+        check = LosslessCheck(target, config.proposals + 1, batch)
+        outcomes = decode_greedily(check, asked, decode, max_new, stops, replies)
+        sampled = None if sampling is None else decode_sampled(target, asked, decode, sampling, config.proposals)
+    target_free = prompts is None and store.has_final
+    report = Report(
+        draft=trained.facts(drafter),
+        target=name,
+        cache=None if store is None else store.digest,
+        settings=Settings(
+            prompts=str(prompts or f"held-out samples of the cache{'' if known else ', if the draft never saw them'}"),
+            max_new=max_new,
+            temperature=0,
+            threshold=threshold,
+            batch=batch,
+            device=str(target.device),
+            dtype=str(target.dtype).removeprefix("torch."),
+        ),
+        **accept_figures([(outcome.prompt, outcome.fast) for outcome in outcomes], config.proposals),
+        speed=speeds(outcomes) if batch == 1 else Speed(),
+        lossless=lossless_counts(outcomes),
+        near_ties=[outcome.near_tie for outcome in outcomes if outcome.near_tie is not None],
+        sampled=sampled,
+        agreement=target_free_agreement(outcomes, drafter, store, max_new, threshold) if target_free else None,
+        confidence=confidence_cuts(drafter, store, asked, max_new) if target_free and config.has_confidence else None,
+        teacher_forced={} if store is None else teacher_forced(drafter, store, heldout),
+    )
     if out is not None:
         write_report(report, Path(out))
     return report
@@ -159,19 +159,13 @@ def check_output_file(option: str, path: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
 
 
-def write_report(report: dict, out: Path) -> None:
+def write_report(report: Report, out: Path) -> None:
     """Write a report; where the disk is full, print it before raising RoomError, since it was costly to make."""
     try:
-        write_file(out, report_bytes(report))
+        write_file(out, report_bytes(report.as_dict()))
     except RoomError:
-        VisibleConsole(stderr=True).print(table(report))
+        VisibleConsole(stderr=True).print(evaluation_table(report))
         raise
-
-
-def report_bytes(report: dict) -> bytes:
-    """Return a report as checksummed JSON, with each list of numbers on one line, so that git diffs stay readable."""
-    text = json.dumps(report, indent=1)
-    return with_checksum(PLAIN_LIST.sub(lambda found: re.sub(r"\s", "", found[0]), text))
 
 
 @dataclass(frozen=True)
@@ -186,23 +180,23 @@ class Trained:
     cache: Path | None = None
     recipe: str | None = None  # digest of all that it says but the seed
 
-    def facts(self, draft: Draft) -> dict:
-        """What the report says of the draft."""
+    def facts(self, draft: Draft) -> DraftFacts:
+        """Return what the report says of the draft."""
         config = draft.config
         trained = f", {self.steps} steps" if self.steps is not None else ""
-        return {
-            "path": str(self.path),
-            "method": config.method,
-            "block_size": config.block_size,
-            "proposals": config.proposals,
-            "objective": config.objective,
-            "weighting": config.weighting,
-            "steps": self.steps,
-            "seed": self.seed,
-            "recipe": self.recipe,
-            "parameters": sum(weight.numel() for weight in draft.parameters()),
-            "label": f"{config.method} ({config.objective}), block {config.block_size}{trained}",
-        }
+        return DraftFacts(
+            path=str(self.path),
+            method=config.method,
+            block_size=config.block_size,
+            proposals=config.proposals,
+            objective=config.objective,
+            weighting=config.weighting,
+            steps=self.steps,
+            seed=self.seed,
+            recipe=self.recipe,
+            parameters=sum(weight.numel() for weight in draft.parameters()),
+            label=f"{config.method} ({config.objective}), block {config.block_size}{trained}",
+        )
 
 
 def describe_draft(path: Path) -> Trained:

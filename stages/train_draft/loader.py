@@ -1,12 +1,17 @@
 """The data loader: each step's samples packed into cells (micro-batches) with their blocks, and read from the cache.
 
 Only ids and masks decide a batch's layout, so the states are read last: only the rows of each sample's window, and
-straight to their place in the cell. The target's final states are read only for losses that learn from them.
+straight to their place in the cell. The target's final states are read only for losses that learn from them. A
+background thread does both, in order, within a limit of bytes. `order.py` decides what is in a batch.
 
 T rows of a sample   K layers   R rows of a cell   F of them that keep `final`   D hidden size
 """
 
-from collections.abc import Iterable, Sequence
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,9 +35,12 @@ from stages.train_draft.order import (
     global_batch,
     pack_cells,
 )
-from stages.train_draft.prefetch import CPU, Prefetcher
 
 ALIGNMENT = 4  # bytes: of where a column's states begin in a buffer
+PREFETCH_BYTES = 1 << 30  # of states: the cell in use and those prefetched. At least one is prefetched, however large
+MAX_WAITING = 8  # cells prefetched at most: a small cache should not be in memory a second time
+BUFFER_STEP = 16 << 20  # buffers are multiples of this, so that one fits many cells
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -49,11 +57,6 @@ class SampleWindow:
     final_first: int = 0  # how many rows of the sample before this window keep it
 
     @property
-    def final_part(self) -> Part:
-        """The window's range among the rows of the sample that keep `final`."""
-        return self.index, self.final_first, self.final_first + len(self.final_rows)
-
-    @property
     def aux(self) -> Tensor:
         """An empty [0, T, 0], which `pack` accepts: the states are read after the layout is known."""
         return torch.empty(0, len(self.ids), 0)
@@ -63,113 +66,59 @@ class SampleWindow:
         """An empty [0, 0], likewise."""
         return torch.empty(0, 0)
 
+    @property
+    def part(self) -> Part:
+        """The window's range among the rows of the sample."""
+        return self.index, self.first, self.first + len(self.ids)
 
-@dataclass(frozen=True)
-class StatesToRead:
-    """One column group of a cell, still to be read: for each layer, `parts` of samples (index, first row, stop) end to
-    end."""
-
-    layers: tuple[Layer, ...]
-    parts: list[Part]
-
-    def shape(self, width: int) -> tuple[int, int, int]:
-        """Return [K, R, D] for a hidden size `width`; K is 1 for `final`."""
-        return len(self.layers), sum(stop - start for _, start, stop in self.parts), width
-
-    def in_cell(self, states_KRD: Tensor) -> Tensor:
-        """Return the states in the shape that a cell has them: `final` as [F, D]."""
-        return states_KRD[0] if FINAL in self.layers else states_KRD
-
-
-@dataclass(frozen=True)
-class CellLayout:
-    """A cell and its blocks, its states still to be read: `to_read` maps the cell's fields `aux_KRD` and, where the
-    loss needs it, `final_FD`."""
-
-    cell: Cell
-    blocks: Blocks
-    to_read: dict[str, StatesToRead]
-
-
-@dataclass(frozen=True)
-class EncodedStates:
-    """States that were read but are still encoded. pieces: (index of the layer, first row, encoded rows)."""
-
-    states: StatesToRead
-    pieces: list[tuple[int, int, Encoded]]
-
-    def to(self, device: torch.device | str) -> Tensor:
-        """Return the states, decoded on a device."""
-        _, _, encoded = self.pieces[0]
-        shape = self.states.shape(encoded.width)
-        states_KRD = torch.empty(shape, dtype=getattr(torch, encoded.dtype), device=device)
-        for k, first, encoded in self.pieces:
-            encoded.decode(device, states_KRD[k, first : first + len(encoded)])
-        return self.states.in_cell(states_KRD)
-
-
-@dataclass(frozen=True)
-class EncodedCell:
-    """A cell some of whose states are still encoded, by field name. `to` decodes them."""
-
-    cell: Cell
-    encoded: dict[str, EncodedStates]
-
-    def to(self, device: torch.device | str) -> Cell:
-        """Return the cell on a device, decoded there: half the bytes to copy, and no work for the host."""
-        return replace(self.cell.to(device), **{name: states.to(device) for name, states in self.encoded.items()})
-
-
-AnyCell = Cell | EncodedCell
-
-
-@dataclass(frozen=True)
-class LazyCells(Sequence):
-    """The cells of a batch, each read when it is indexed, so that only one need be in memory."""
-
-    loader: "BatchLoader"
-    layouts: list[CellLayout]
-
-    def __len__(self) -> int:
-        return len(self.layouts)
-
-    def __getitem__(self, number: int) -> tuple[AnyCell, Blocks]:
-        layout = self.layouts[number]
-        return self.loader.read(layout), layout.blocks
+    @property
+    def final_part(self) -> Part:
+        """The window's range among the rows of the sample that keep `final`."""
+        return self.index, self.final_first, self.final_first + len(self.final_rows)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One optimiser step's cells. names: sample ids in hex. rows: context rows of all cells.
+    """One optimiser step's samples, laid out in cells before any state is read.
 
-    `blocks` are those of every cell, known before any is read. `cells` of a prefetched batch can be iterated once, and
-    each is valid only until the next is asked for.
+    cells: without states, which `BatchLoader.read` adds. blocks, windows: those of each cell. names: sample ids in hex.
     """
 
     step: int
     epoch: int
-    cells: Iterable[tuple[AnyCell, Blocks]]
+    cells: list[Cell]
     blocks: list[Blocks]
+    windows: list[list[SampleWindow]]
     names: list[str]
-    rows: int
+
+    @property
+    def rows(self) -> int:
+        """Context rows of all cells."""
+        return sum(len(cell.ids_R) for cell in self.cells)
 
 
 @dataclass(frozen=True)
-class BatchLayout:
-    """A batch whose states are not read yet."""
+class EncodedStates:
+    """States [K, R, D] that were read but are still encoded: fewer bytes to copy, and no work for the host.
 
-    step: int
-    epoch: int
-    cells: list[CellLayout]
-    names: list[str]
-    rows: int
+    pieces: (index of the layer, first row, encoded rows).
+    """
 
-    def batch(self, cells: Iterable[tuple[AnyCell, Blocks]]) -> Batch:
-        return Batch(self.step, self.epoch, cells, [layout.blocks for layout in self.cells], self.names, self.rows)
+    shape: tuple[int, int, int]
+    final: bool
+    pieces: list[tuple[int, int, Encoded]]
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Tensor:
+        """Return the states as a cell has them, decoded on a device."""
+        dtype = getattr(torch, self.pieces[0][2].dtype)
+        states_KRD = torch.empty(self.shape, dtype=dtype, device=device)
+        for k, first, encoded in self.pieces:
+            encoded.decode(device, states_KRD[k, first : first + len(encoded)])
+        return states_KRD[0] if self.final else states_KRD
 
 
 class BatchLoader:
-    """Makes the batch of any step of a run; `order.py` decides what is in it.
+    """Makes the batch of any step of a run.
 
     keep_encoded: leave the states of lossy codecs undecoded until their cell is moved to the device that trains.
     """
@@ -188,55 +137,59 @@ class BatchLoader:
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def batch(self, step: int, alone: bool = False) -> Batch:
-        """Return the batch of `step`, its cells read one by one; `alone` gives every sample a cell of its own."""
-        layout = self.lay_out(step, alone)
-        return layout.batch(LazyCells(self, layout.cells))
-
-    def prefetch(self, start: int, stop: int, device: torch.device = CPU) -> Prefetcher:
-        """Return the batches of steps start to stop - 1 for a device, each read while the one before is computed."""
-        return Prefetcher(self, start, stop, device)
-
-    def lay_out(self, step: int, alone: bool = False) -> BatchLayout:
-        """Lay out the batch of `step` without reading a state. Thread-safe."""
+        """Lay out the batch of `step` without reading a state; `alone` gives every sample a cell of its own.
+        Thread-safe."""
         epoch, at = divmod(step, self.per_epoch)
         keys, order = self._order(epoch)
         chosen = global_batch(order, at, self.train.batch)
         samples = [self._window(int(self.indices[number]), int(keys[number])) for number in chosen]
-        cells = [[number] for number in range(len(samples))] if alone else self._pack(samples)
-        return BatchLayout(
-            step=step,
-            epoch=epoch,
-            cells=[self._lay_out_cell([samples[number] for number in numbers]) for numbers in cells],
-            names=[sample.name for sample in samples],
-            rows=sum(len(sample.ids) for sample in samples),
-        )
+        numbers = [[number] for number in range(len(samples))] if alone else self._pack(samples)
+        windows = [[samples[number] for number in of_cell] for of_cell in numbers]
+        cells, blocks = zip(*map(self._lay_out, windows), strict=True)
+        return Batch(step, epoch, list(cells), list(blocks), windows, [sample.name for sample in samples])
 
-    def size(self, layout: CellLayout) -> int:
-        """Return the bytes of a cell's states, as `read` leaves them in memory."""
-        return sum(map(self._bytes, layout.to_read.values()))
+    def read_all(self, batch: Batch) -> Iterator[Cell]:
+        """Yield a batch's cells with their states, each read when it is asked for."""
+        return (self.read(batch, number) for number in range(len(batch.cells)))
 
-    def _bytes(self, states: StatesToRead) -> int:
-        K, R, D = states.shape(self.cache.hidden_size)
-        if states.layers in self._encoded:
-            return -(-self.cache.encoded_bytes(R, states.layers) // ALIGNMENT) * ALIGNMENT
-        return K * R * D * self.cache.dtype.itemsize
-
-    def read(self, layout: CellLayout, memory_B: Tensor | None = None) -> AnyCell:
-        """Read a cell's states, into `memory_B` (uint8, `size` or more) if given; raises as `HiddenCache.fill`."""
+    def read(self, batch: Batch, number: int, memory_B: Tensor | None = None) -> Cell:
+        """Return a cell of a batch with its states, read into `memory_B` (uint8, `size` or more) if given; raises as
+        `HiddenCache.fill`."""
+        cell, windows, states, at = batch.cells[number], batch.windows[number], {}, 0
         if memory_B is None:
-            memory_B = torch.empty(self.size(layout), dtype=torch.uint8)
-        decoded, encoded, at = {}, {}, 0
-        for name, states in layout.to_read.items():
-            part_B = memory_B[at : at + self._bytes(states)]
+            memory_B = torch.empty(self.size(windows), dtype=torch.uint8)
+        for name, layers, parts in self._to_read(windows):
+            shape = self._shape(layers, parts)
+            part_B = memory_B[at : at + self._bytes(layers, shape)]
             at += len(part_B)
-            if states.layers in self._encoded:
-                encoded[name] = EncodedStates(states, self.cache.read_encoded(part_B, states.parts, states.layers))
+            final = FINAL in layers
+            if layers in self._encoded:
+                states[name] = EncodedStates(shape, final, self.cache.read_encoded(part_B, parts, layers))
             else:
-                states_KRD = part_B.view(self.cache.dtype).view(states.shape(self.cache.hidden_size))
-                self.cache.fill(states_KRD, states.parts, states.layers)
-                decoded[name] = states.in_cell(states_KRD)
-        cell = replace(layout.cell, **decoded)
-        return EncodedCell(cell, encoded) if encoded else cell
+                states_KRD = part_B.view(self.cache.dtype).view(shape)
+                self.cache.fill(states_KRD, parts, layers)
+                states[name] = states_KRD[0] if final else states_KRD
+        return replace(cell, **states)
+
+    def size(self, windows: list[SampleWindow]) -> int:
+        """Return the bytes of a cell's states, as `read` leaves them in memory."""
+        return sum(self._bytes(layers, self._shape(layers, parts)) for _, layers, parts in self._to_read(windows))
+
+    def _to_read(self, windows: list[SampleWindow]) -> Iterator[tuple[str, tuple[Layer, ...], list[Part]]]:
+        """Yield what a cell's states are read from: the cell's field, the layers, and for each window the sample's
+        index, first row and stop."""
+        yield "aux_KRD", self.config.target_layer_ids, [window.part for window in windows]
+        if self.reads_final:
+            yield "final_FD", (FINAL,), [window.final_part for window in windows]
+
+    def _shape(self, layers: tuple[Layer, ...], parts: list[Part]) -> tuple[int, int, int]:
+        return len(layers), sum(stop - start for _, start, stop in parts), self.cache.hidden_size
+
+    def _bytes(self, layers: tuple[Layer, ...], shape: tuple[int, int, int]) -> int:
+        K, R, D = shape
+        if layers in self._encoded:
+            return -(-self.cache.encoded_bytes(R, layers) // ALIGNMENT) * ALIGNMENT
+        return K * R * D * self.cache.dtype.itemsize
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return keys and order of the samples in an epoch; those of the last epoch asked for are cached."""
@@ -271,15 +224,143 @@ class BatchLoader:
         ]
         return pack_cells(costs, self.train.context, self.train.cell_anchors, self.train.cells)
 
-    def _lay_out_cell(self, samples: list[SampleWindow]) -> CellLayout:
-        firsts = [sample.first for sample in samples]
-        cell = pack(samples, [sample.name for sample in samples], firsts, final=self.reads_final)
+    def _lay_out(self, windows: list[SampleWindow]) -> tuple[Cell, Blocks]:
+        """Return the cell of these windows, its states still to be read, and its blocks."""
+        names, firsts = [window.name for window in windows], [window.first for window in windows]
+        cell = pack(windows, names, firsts, final=self.reads_final)
         starts = cell.starts_M.tolist()
-        anchors = [torch.from_numpy(sample.anchors + start) for sample, start in zip(samples, starts, strict=True)]
+        anchors = [torch.from_numpy(window.anchors + start) for window, start in zip(windows, starts, strict=True)]
         anchors_N = torch.cat(anchors)
-        blocks = lay_blocks(cell, anchors_N, torch.ones_like(anchors_N, dtype=torch.bool), self.config)
-        rows = [(sample.index, sample.first, sample.first + len(sample.ids)) for sample in samples]
-        to_read = {"aux_KRD": StatesToRead(self.config.target_layer_ids, rows)}
-        if self.reads_final:
-            to_read["final_FD"] = StatesToRead((FINAL,), [sample.final_part for sample in samples])
-        return CellLayout(cell, blocks, to_read)
+        return cell, lay_blocks(cell, anchors_N, torch.ones_like(anchors_N, dtype=torch.bool), self.config)
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Memory for one cell's states. `copy_done`: the CUDA event after which it may be overwritten."""
+
+    bytes_B: Tensor
+    copy_done: "torch.cuda.Event | None" = None
+
+    def __len__(self) -> int:
+        return len(self.bytes_B)
+
+
+class Prefetcher:
+    """Iterates once over the batches of steps start to stop - 1, in order, as (batch, its cells with their states).
+
+    A cell is valid only until the next one is asked for: its memory is used again, pinned where a CUDA device copies
+    from it. limit: bytes of states in memory. waited: seconds the caller has waited for data. An error while reading a
+    cell is raised when the caller asks for that cell. Call `close` at the end.
+    """
+
+    def __init__(
+        self, loader: BatchLoader, start: int, stop: int, device: torch.device = CPU, limit: int = PREFETCH_BYTES
+    ):
+        self.loader, self.limit, self.device = loader, limit, device
+        self.pinned = device.type == "cuda"
+        self.waited = 0.0
+        self._changed = threading.Condition()  # guards all that follows
+        self._ready: deque = deque()  # in order: a batch, then (cell, buffer) of each of its cells; None at the end
+        self._free_buffers: list[Buffer] = []
+        self._used_bytes = 0  # bytes of buffers in use
+        self._left = start - 1  # the newest step of which no more cells are wanted
+        self._thread = threading.Thread(target=self._run, args=(range(start, stop),), name="prefetch", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[tuple[Batch, Iterator[Cell]]]:
+        while (batch := self._next_batch()) is not None:
+            yield batch, self._cells(batch)
+            self._leave(batch.step)
+
+    def close(self) -> None:
+        """Return when the thread has ended; it begins nothing more."""
+        self._leave(math.inf)
+        self._thread.join()
+
+    def _next_batch(self) -> Batch | None:
+        while isinstance(found := self._take(), tuple):  # a cell that nobody asked for
+            self._return_buffer(found[1])
+        return found
+
+    def _cells(self, batch: Batch) -> Iterator[Cell]:
+        for _ in batch.cells:
+            assert self._left < batch.step, f"cells of step {batch.step} are asked for after its batch"
+            cell, buffer = self._take()
+            try:
+                yield cell
+            finally:
+                self._return_buffer(buffer)
+
+    def _leave(self, step: float) -> None:
+        """Have no more cells read of the steps up to `step`."""
+        with self._changed:
+            self._left = step
+            self._changed.notify_all()
+
+    def _take(self):
+        """Return what comes next, once it is there; raise the error that came instead."""
+        began = time.perf_counter()
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready)
+            found = self._ready.popleft()
+            self._changed.notify_all()
+        self.waited += time.perf_counter() - began
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def _return_buffer(self, buffer: Buffer) -> None:
+        if self.pinned:
+            buffer.copy_done = torch.cuda.Event()
+            # the copy to the device may still be queued; `device` need not be the process' current one
+            buffer.copy_done.record(torch.cuda.current_stream(self.device))
+        with self._changed:
+            self._used_bytes -= len(buffer)
+            self._free_buffers.append(buffer)
+            self._changed.notify_all()
+
+    def _run(self, steps: range) -> None:
+        """In the thread: lay out each batch, then read its cells."""
+        try:
+            for step in steps:
+                if self._left > step:
+                    return
+                batch = self.loader.batch(step)
+                self._put(batch)
+                for number, windows in enumerate(batch.windows):
+                    buffer = self._take_buffer(step, self.loader.size(windows))
+                    if buffer is None:
+                        break
+                    self._put((self.loader.read(batch, number, buffer.bytes_B), buffer))
+            self._put(None)
+        except BaseException as error:  # the caller raises it
+            self._put(error)
+
+    def _put(self, found) -> None:
+        with self._changed:
+            self._ready.append(found)
+            self._changed.notify_all()
+
+    def _take_buffer(self, step: int, size: int) -> Buffer | None:
+        """Return memory for a cell of `step`, once there may be one more; None when none is wanted any more."""
+        size = -(-size // BUFFER_STEP) * BUFFER_STEP
+        with self._changed:
+            self._changed.wait_for(lambda: self._left >= step or self._may_use(size))
+            if self._left >= step:
+                return None
+            fitting = [buffer for buffer in self._free_buffers if len(buffer) >= size]
+            if fitting:
+                buffer = min(fitting, key=len)
+                self._free_buffers.remove(buffer)
+            else:
+                if self._used_bytes + sum(map(len, self._free_buffers)) + size > self.limit:
+                    self._free_buffers.clear()  # all too small
+                buffer = Buffer(torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned))
+            self._used_bytes += len(buffer)
+        if buffer.copy_done is not None:
+            buffer.copy_done.synchronize()
+        return buffer
+
+    def _may_use(self, size: int) -> bool:
+        waiting = sum(isinstance(found, tuple) for found in self._ready)
+        return not waiting or (waiting < MAX_WAITING and self._used_bytes + size <= self.limit)

@@ -12,14 +12,15 @@ from safetensors.torch import load_file
 from pipeline.cache import HiddenCache
 from pipeline.drafts import Draft
 from pipeline.errors import CacheError, UsageError
-from pipeline.evaluation.accept_length import accept_spans, summarise
+from pipeline.evaluation.accept_length import accept_spans
+from pipeline.evaluation.figures import summarise
 from pipeline.runs import checkpoint
 from pipeline.runs.recipe import Resolved
 from pipeline.runs.split import Split, stratified_subset
 from pipeline.visible_text import visible
-from stages.train_draft.loader import BatchLoader
+from stages.train_draft.loader import BatchLoader, Prefetcher
 from stages.train_draft.metrics_log import METRICS, TIMING, MetricsLog
-from stages.train_draft.optimizer import make_optimizer
+from stages.train_draft.optimizer import load_state_tensors, make_optimizer, state_tensors
 from stages.train_draft.progress import Display, Throughput
 from stages.train_draft.step import Trainer
 
@@ -89,7 +90,8 @@ class TrainingRun:
             device = str(self.device)
             try:
                 self.draft.load_state_dict(load_file(found.path / checkpoint.DRAFT, device=device))
-                self.optimizer.load_state_dict(load_file(found.path / checkpoint.OPTIMIZER, device=device), found.step)
+                moments = load_file(found.path / checkpoint.OPTIMIZER, device=device)
+                load_state_tensors(self.optimizer, moments, found.step)
             except (OSError, RuntimeError, KeyError) as error:  # its bytes were checked: written by another program
                 raise CacheError(
                     f"{found.path}: not the weights and moments of this run's draft ({str(error).splitlines()[0]}); "
@@ -104,11 +106,11 @@ class TrainingRun:
         trainer = Trainer(self.draft, self.optimizer, self.loader, self.train)
         throughput = Throughput(self.step, self.train.steps)
         self._evaluate(display, stop)  # a checkpoint may have been saved between a step and its evaluation
-        batches = self.loader.prefetch(self.step, self.train.steps, self.device)
+        batches = Prefetcher(self.loader, self.step, self.train.steps, self.device)
         try:
-            for batch in batches:
+            for batch, cells in batches:
                 before = trainer.blocks_per_pass
-                metrics = trainer.step(batch)
+                metrics = trainer.step(batch, cells)
                 if trainer.blocks_per_pass != before:
                     display.print_line(
                         f"out of memory: from step {batch.step + 1} on {trainer.blocks_per_pass} blocks at a time"
@@ -131,7 +133,7 @@ class TrainingRun:
 
     def save(self) -> None:
         state = self.digests | {"metrics": self.metrics.last_checksum}
-        checkpoint.save(self.path, self.step, self.draft, self.optimizer.state_dict(), state, self.train.keep)
+        checkpoint.save(self.path, self.step, self.draft, state_tensors(self.optimizer), state, self.train.keep)
 
     def _evaluated(self) -> dict | None:
         """Return the evaluation of this step from the metrics log, None when there is none yet."""

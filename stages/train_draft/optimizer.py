@@ -1,4 +1,4 @@
-"""The optimisers AdamW and Muon over a draft's named weights, and the learning rate's schedule."""
+"""The optimisers AdamW and Muon over a draft's named weights."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,6 @@ from torch.optim.adamw import adamw
 from pipeline.drafts import Draft
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # no weight decay; no published recipe of these methods needs other values
-WSD_TAIL, WSD_FLOOR = 0.2, 0.1
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MOMENTUM = 0.95
 QUINTIC = 3.4445, -4.7750, 2.0315  # steepest at 0
@@ -18,34 +17,20 @@ MUON_RMS = 0.2  # root mean square of a step's entries, about that of AdamW's
 FUSED = ("joint_proj",)  # three matrices stored as one, as a GRU's weights are
 
 
-def lr_factor(step: int, total_steps: int, warmup: float, schedule: str) -> float:
-    """Return the learning rate of `step` (0 to total_steps - 1) as a fraction of its peak.
-
-    Linear warmup over W = int(warmup * total_steps) steps, (step + 1) / W; then `cosine` decays to 0, and `wsd`
-    (warmup-stable-decay) stays at 1 until the last fifth, which decays linearly to a tenth.
-    """
-    rise = int(warmup * total_steps)
-    if step < rise:
-        return (step + 1) / rise
-    if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (step - rise) / (total_steps - rise)))
-    tail = int(WSD_TAIL * total_steps)
-    into = step - (total_steps - tail)
-    return 1.0 if into < 0 else 1 - (1 - WSD_FLOOR) * into / tail
-
-
 class AdamW:
     """torch's fused AdamW over named float32 parameters, without weight decay.
 
-    The functional form: the class of the same kernel imports the compiler, 1.5 s at every start of a run.
+    The functional form, and no `torch.optim.Optimizer`: making one imports the compiler, which takes as long as torch
+    itself at every start of a run. state: of each weight by its name, as torch's optimisers have it.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]):
         self.weights = dict(weights)
-        self.moments = {
-            moment: {name: torch.zeros_like(weight) for name, weight in self.weights.items()} for moment in MOMENTS
+        self.state: dict[str, dict[str, Tensor]] = {
+            name: {"step": torch.zeros((), device=weight.device)}
+            | {moment: torch.zeros_like(weight) for moment in MOMENTS}
+            for name, weight in self.weights.items()
         }
-        self.step_counts = [torch.zeros((), device=weight.device) for weight in self.weights.values()]
 
     def zero_grad(self) -> None:
         for weight in self.weights.values():
@@ -54,12 +39,13 @@ class AdamW:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Update every parameter from its gradient."""
+        states = [self.state[name] for name in self.weights]
         adamw(
             list(self.weights.values()),
             [weight.grad for weight in self.weights.values()],
-            *(list(self.moments[moment].values()) for moment in MOMENTS),
+            *([state[moment] for state in states] for moment in MOMENTS),
             [],
-            self.step_counts,
+            [state["step"] for state in states],
             fused=True,
             amsgrad=False,
             beta1=BETAS[0],
@@ -70,20 +56,19 @@ class AdamW:
             maximize=False,
         )
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return both moments of every parameter, `exp_avg.<name>` and `exp_avg_sq.<name>`."""
-        return {f"{moment}.{name}": value for moment, values in self.moments.items() for name, value in values.items()}
+    def state_dict(self) -> dict:
+        """Return the state in torch's form, with names for numbers: {"state": {name: {kind: tensor}},
+        "param_groups": [{"params": names}]}."""
+        return {"state": self.state, "param_groups": [{"params": list(self.state)}]}
 
-    def load_state_dict(self, state: dict[str, Tensor], step: int) -> None:
-        """Load what `state_dict` returned after `step` steps; the next step is then the same to the bit."""
-        for moment, values in self.moments.items():
-            for name, value in values.items():
-                value.copy_(state[f"{moment}.{name}"])
-        for count in self.step_counts:
-            count.fill_(step)
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load what `state_dict` returned; the next step is then the same to the bit. KeyError for a name it lacks."""
+        for name, values in self.state.items():
+            for kind, value in values.items():
+                value.copy_(state_dict["state"][name][kind])
 
 
-class Muon:
+class Muon(AdamW):
     """Muon (K. Jordan 2024) over the matrices of a draft's layers, AdamW over everything else.
 
     Nesterov momentum, orthogonalized. Its steps are scaled to AdamW's size (arXiv:2502.16982, section 2.2), so both
@@ -92,34 +77,40 @@ class Muon:
     """
 
     def __init__(self, draft: Draft):
-        names = hidden_matrices(draft)
-        named = dict(draft.named_parameters())
-        self.weights = {name: weight for name, weight in named.items() if name in names}
-        self.adamw = AdamW({name: weight for name, weight in named.items() if name not in names})
-        self.momentum = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        names, named = hidden_matrices(draft), dict(draft.named_parameters())
+        super().__init__({name: weight for name, weight in named.items() if name not in names})
+        self.matrices = {name: weight for name, weight in named.items() if name in names}
+        self.state |= {name: {"momentum": torch.zeros_like(weight)} for name, weight in self.matrices.items()}
 
     def zero_grad(self) -> None:
-        for weight in self.weights.values():
+        for weight in self.matrices.values():
             weight.grad = None
-        self.adamw.zero_grad()
+        super().zero_grad()
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Update every parameter from its gradient."""
-        for name, weight in self.weights.items():
-            nesterov = weight.grad.lerp(self.momentum[name].lerp_(weight.grad, 1 - MOMENTUM), MOMENTUM)
+        for name, weight in self.matrices.items():
+            momentum = self.state[name]["momentum"].lerp_(weight.grad, 1 - MOMENTUM)
+            nesterov = weight.grad.lerp(momentum, MOMENTUM)
             weight.add_(orthogonalize(nesterov), alpha=-lr * MUON_RMS * math.sqrt(max(weight.shape)))
-        self.adamw.step(lr)
+        super().step(lr)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return `momentum.<name>` of every matrix and AdamW's state of the rest."""
-        return {f"momentum.{name}": value for name, value in self.momentum.items()} | self.adamw.state_dict()
 
-    def load_state_dict(self, state: dict[str, Tensor], step: int) -> None:
-        """Load what `state_dict` returned after `step` steps; the next step is then the same to the bit."""
-        for name, value in self.momentum.items():
-            value.copy_(state[f"momentum.{name}"])
-        self.adamw.load_state_dict(state, step)
+def state_tensors(optimizer: AdamW) -> dict[str, Tensor]:
+    """Return an optimiser's state as a checkpoint holds it: each tensor by its kind and the weight's name, such as
+    "exp_avg.fc.weight". The number of steps is left out: a checkpoint states it once."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{kind}.{name}": value for name, values in state.items() for kind, value in values.items() if kind != "step"
+    }
+
+
+def load_state_tensors(optimizer: AdamW, tensors: Mapping[str, Tensor], step: int) -> None:
+    """Load what `state_tensors` returned after `step` steps. KeyError for a tensor that is missing."""
+    tensors = {f"step.{name}": torch.tensor(float(step)) for name in optimizer.state} | dict(tensors)
+    state = {name: {kind: tensors[f"{kind}.{name}"] for kind in kinds} for name, kinds in optimizer.state.items()}
+    optimizer.load_state_dict({"state": state})
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
@@ -129,6 +120,11 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     Every step multiplies x from the left by a polynomial of x x' alone, so all five are gathered in m x m, where m is
     the shorter side, and x is multiplied once. At least in float32: bfloat16 would lose what the powers of x x' cancel.
     """
+    if hasattr(matrix, "full_tensor"):  # sharded over ranks: each computes the whole matrix and keeps its part
+        from torch.distributed.tensor import distribute_tensor  # here: half a second, which other runs need not wait
+
+        whole = orthogonalize(matrix.full_tensor())
+        return distribute_tensor(whole, matrix.device_mesh, matrix.placements, src_data_rank=None)
     m, n = matrix.shape
     if m > n:
         return orthogonalize(matrix.T).T
@@ -157,6 +153,6 @@ def hidden_matrices(draft: Draft) -> set[str]:
     }
 
 
-def make_optimizer(kind: str, draft: Draft) -> AdamW | Muon:
+def make_optimizer(kind: str, draft: Draft) -> AdamW:
     """Return the optimiser that `train.optimizer` names ("adamw" or "muon") over all of a draft's parameters."""
     return Muon(draft) if kind == "muon" else AdamW(dict(draft.named_parameters()))

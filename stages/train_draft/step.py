@@ -1,4 +1,5 @@
-"""One optimiser step: gradients accumulated over the cells (packed micro-batches) of a global batch, then an update.
+"""One optimiser step, from top to bottom: schedule, denominators, forward and backward of each cell (packed
+micro-batch), clipping, update.
 
 Anchors, labels and weights are known before any forward, so the loss's denominators are summed over the whole batch
 first. Every cell divides by them and the losses add up to that of the batch, however it is cut into cells.
@@ -6,152 +7,143 @@ first. Every cell divides by them and the losses add up to that of the batch, ho
 
 import math
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from pipeline.drafts import Blocks, Draft, ScheduleValues, metrics_of
+from pipeline.drafts import Blocks, Cell, Draft, ScheduleValues, metrics_of
 from pipeline.errors import ProofError, RoomError
 from pipeline.runs.recipe import TrainSection
 from pipeline.tensors import is_out_of_memory
-from stages.train_draft.loader import AnyCell, Batch, BatchLoader
-from stages.train_draft.optimizer import AdamW, Muon, lr_factor
+from stages.train_draft.loader import Batch, BatchLoader
+from stages.train_draft.optimizer import AdamW
+
+WSD_TAIL, WSD_FLOOR = 0.2, 0.1
 
 
-@dataclass(frozen=True)
+def lr_factor(step: int, total_steps: int, warmup: float, schedule: str) -> float:
+    """Return the learning rate of `step` (0 to total_steps - 1) as a fraction of its peak.
+
+    Linear warmup over W = int(warmup * total_steps) steps, (step + 1) / W; then `cosine` decays to 0, and `wsd`
+    (warmup-stable-decay) stays at 1 until the last fifth, which decays linearly to a tenth.
+    """
+    rise = int(warmup * total_steps)
+    if step < rise:
+        return (step + 1) / rise
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * (step - rise) / (total_steps - rise)))
+    tail = int(WSD_TAIL * total_steps)
+    into = step - (total_steps - tail)
+    return 1.0 if into < 0 else 1 - (1 - WSD_FLOOR) * into / tail
+
+
+@dataclass
 class BatchLoss:
     """Sums over the cells of a batch: the loss, each term's numerator and denominator, and the metrics' sums."""
 
-    loss: float
-    terms: dict[str, Tensor]
+    total: Tensor
     dens: dict[str, Tensor]
-    sums: dict[str, Tensor]
-
-
-class Precision:
-    """A context manager for the forward's precision: float32, or bfloat16 by autocast over float32 weights."""
-
-    def __init__(self, dtype: str, device: str | torch.device):
-        self.kind, self.wanted = torch.device(device).type, dtype == "bfloat16"
-
-    def __call__(self):
-        return torch.autocast(self.kind, torch.bfloat16, enabled=self.wanted)
-
-
-def add_into(sums: dict[str, Tensor], share: dict[str, Tensor]) -> None:
-    for name, value in share.items():
-        sums[name] = sums[name] + value if name in sums else value
-
-
-def backward(
-    draft: Draft,
-    cells: Iterable[tuple[AnyCell, Blocks]],
-    scheduled: ScheduleValues,
-    precision: Precision,
-    metrics: bool,
-    blocks: list[Blocks] | None = None,
-    blocks_per_pass: int | None = None,
-) -> BatchLoss:
-    """Add the gradient of a global batch's loss to the draft's weights, one cell after the other.
-
-    blocks: those of all cells, needed where `cells` can be iterated only once. blocks_per_pass: how many blocks of a
-    cell go through forward and backward together (None: all).
-    """
-    device = draft.fc.weight.device
-    dens, terms, sums = {}, {}, {}
-    for cell_blocks in [cell_blocks for _, cell_blocks in cells] if blocks is None else blocks:
-        add_into(dens, draft.denominators(cell_blocks))
-    dens = {name: value.to(device) for name, value in dens.items()}
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for cell, cell_blocks in cells:
-        on_device = cell.to(device)
-        for part in [cell_blocks] if blocks_per_pass is None else cell_blocks.split(blocks_per_pass):
-            with precision():
-                loss = draft.loss(on_device, part.to(device), scheduled, dens, metrics)
-            loss.total.backward()
-            total += loss.total.detach()
-            add_into(terms, loss.terms)
-            add_into(sums, loss.sums)
-    return BatchLoss(float(total), terms, dens, sums)
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Trainer:
-    """Updates a draft by one global batch: `step(batch)`.
+    """Updates a draft by one global batch: `step(batch, cells)`.
 
     blocks_per_pass: blocks of a cell that are computed together; None: all of them, until the device runs out of
     memory.
     """
 
-    def __init__(self, draft: Draft, optimizer: AdamW | Muon, loader: BatchLoader, train: TrainSection):
+    def __init__(self, draft: Draft, optimizer: AdamW, loader: BatchLoader, train: TrainSection):
         self.draft, self.optimizer, self.loader, self.train = draft, optimizer, loader, train
-        self.precision = Precision(train.dtype, draft.fc.weight.device)
+        self.device = draft.fc.weight.device
         self.blocks_per_pass: int | None = None
 
-    def step(self, batch: Batch) -> dict | None:
+    def step(self, batch: Batch, cells: Iterable[Cell]) -> dict | None:
         """Update the draft by one batch; return its metrics when this step is to be logged, else None.
 
-        Raises ProofError naming step and samples when the loss or its gradient is not finite; the weights are then
-        still those of the step before. Raises RoomError when a single block does not fit on the device.
+        cells: the batch's, with their states. Raises ProofError naming step and samples when the loss or its gradient
+        is not finite; the weights are then still those of the step before. Raises RoomError when a single block does
+        not fit on the device.
         """
-        train, done = self.train, batch.step + 1
+        train, draft, done = self.train, self.draft, batch.step + 1
         logs = done % train.log_every == 0 or done in (1, train.steps)
-        scheduled = self.draft.schedule(batch.step, train.steps)
+        scheduled = draft.schedule(batch.step, train.steps)
         lr = train.lr * lr_factor(batch.step, train.steps, train.warmup, train.schedule)
-        result = self._backward(batch, scheduled, logs)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.draft.parameters(), train.clip))
-        if not (math.isfinite(result.loss) and math.isfinite(norm)):
-            raise ProofError(self._nonfinite_message(batch, scheduled, result.loss, norm))
+
+        loss = None
+        while loss is None:
+            self.optimizer.zero_grad()
+            try:
+                loss = self.add_gradients(cells, batch.blocks, scheduled, logs)
+            except RuntimeError as error:
+                cause = _out_of_memory(error)
+            if loss is None:  # outside the except clause: the exception keeps the failed forward's tensors alive
+                self._halve_blocks(batch, cause)
+                cells = self.loader.read_all(batch)
+
+        norm = float(torch.nn.utils.clip_grad_norm_(draft.parameters(), train.clip))
+        if not (math.isfinite(loss.total) and math.isfinite(norm)):
+            raise ProofError(self._nonfinite_message(batch, scheduled, float(loss.total), norm))
         self.optimizer.step(lr)
         if not logs:
             return None
-        # accept_len_tf is teacher-forced: it is not the accept length of decoding.
-        figures = metrics_of(result.sums, result.terms, result.dens)
         return {
             "step": done,
             "epoch": batch.epoch,
-            "loss": result.loss,
-            **({"lambda_base": scheduled.lambda_base} if "base" in self.draft.logit_kinds(scheduled) else {}),
+            "loss": float(loss.total),
+            **({"lambda_base": scheduled.lambda_base} if "base" in draft.logit_kinds(scheduled) else {}),
             "lr": lr,
             "grad_norm": norm,
-            **figures,
+            # accept_len_tf is teacher-forced: it is not the accept length of decoding.
+            **metrics_of(loss.sums, loss.terms, loss.dens),
         }
 
-    def _backward(self, batch: Batch, scheduled: ScheduleValues, logs: bool) -> BatchLoss:
-        """Compute the gradients of a batch. Out of memory halves `blocks_per_pass`, for the rest of the run.
+    def add_gradients(
+        self, cells: Iterable[Cell], blocks: Sequence[Blocks], scheduled: ScheduleValues, metrics: bool
+    ) -> BatchLoss:
+        """Add the gradient of a global batch's loss to the weights' gradients, one cell after the other.
 
-        Raises RoomError when one block alone does not fit.
+        blocks: those of each cell, all known before any cell is read.
         """
-        cells = batch.cells
-        while True:
-            self.optimizer.zero_grad()
-            try:
-                return backward(self.draft, cells, scheduled, self.precision, logs, batch.blocks, self.blocks_per_pass)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                cause = str(error).strip().split("\n")[0][:160]
-            most = min(self.blocks_per_pass or sys.maxsize, max(len(blocks.anchors_N) for blocks in batch.blocks))
-            if most == 1:
-                raise RoomError(
-                    f"a cell of {self.train.context} rows does not fit on the device with a single block ({cause}); "
-                    "lower train.context, or use a larger device"
-                )
-            # Outside the except clause: the exception keeps the failed forward's tensors alive.
-            self.blocks_per_pass = -(-most // 2)
-            if self.draft.fc.weight.device.type == "cuda":
-                torch.cuda.empty_cache()
-            cells = self.loader.batch(batch.step).cells  # prefetched cells can be iterated only once
+        dens = {}
+        for of_cell in blocks:
+            _add_into(dens, self.draft.denominators(of_cell))
+        dens = {name: value.to(self.device) for name, value in dens.items()}
+        batch = BatchLoss(torch.zeros((), dtype=torch.float64, device=self.device), dens)
+        for cell, of_cell in zip(cells, blocks, strict=True):
+            on_device = cell.to(self.device)
+            for part in of_cell.split(self.blocks_per_pass):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.dtype == "bfloat16"):
+                    loss = self.draft.loss(on_device, part.to(self.device), scheduled, dens, metrics)
+                loss.total.backward()
+                batch.total += loss.total.detach()
+                _add_into(batch.terms, loss.terms)
+                _add_into(batch.sums, loss.sums)
+        return batch
+
+    def _halve_blocks(self, batch: Batch, cause: str) -> None:
+        """Have half as many blocks of a cell computed together, for the rest of the run. RoomError when it was one."""
+        most = min(self.blocks_per_pass or sys.maxsize, max(len(blocks.anchors_N) for blocks in batch.blocks))
+        if most == 1:
+            raise RoomError(
+                f"a cell of {self.train.context} rows does not fit on the device with a single block ({cause}); "
+                "lower train.context, or use a larger device"
+            )
+        self.blocks_per_pass = -(-most // 2)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _nonfinite_message(self, batch: Batch, scheduled: ScheduleValues, loss: float, norm: float) -> str:
         """Return the error message, naming the samples whose own loss or gradient is not finite."""
-        culprits = []
-        for name, cell in zip(batch.names, self.loader.batch(batch.step, alone=True).cells, strict=True):
+        culprits, alone = [], self.loader.batch(batch.step, alone=True)
+        for name, cell, blocks in zip(batch.names, self.loader.read_all(alone), alone.blocks, strict=True):
             self.optimizer.zero_grad()
-            sample_loss = backward(self.draft, [cell], scheduled, self.precision, metrics=False).loss
+            total = self.add_gradients([cell], [blocks], scheduled, metrics=False).total
             norms = sum(float(weight.grad.norm()) for weight in self.draft.parameters() if weight.grad is not None)
-            if not (math.isfinite(sample_loss) and math.isfinite(norms)):
+            if not (math.isfinite(total) and math.isfinite(norms)):
                 culprits.append(name)
         if len(culprits) == len(batch.names) > 1:
             cause = "every sample of the batch does it alone, so the draft itself has diverged: lower train.lr"
@@ -160,3 +152,15 @@ class Trainer:
         else:
             cause = f"no sample does it alone: lower train.lr; the batch was {', '.join(batch.names)}"
         return f"step {batch.step + 1}: loss {loss:g}, gradient norm {norm:g}; {cause}. The last checkpoint is intact."
+
+
+def _add_into(sums: dict[str, Tensor], share: dict[str, Tensor]) -> None:
+    for name, value in share.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def _out_of_memory(error: RuntimeError) -> str:
+    """Return the text of an out-of-memory error; any other is raised again."""
+    if not is_out_of_memory(error):
+        raise error
+    return str(error).strip().split("\n")[0][:160]

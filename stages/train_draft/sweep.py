@@ -24,7 +24,7 @@ from pipeline.cache import HiddenCache
 from pipeline.console import VisibleConsole
 from pipeline.drafts import needs_final_states
 from pipeline.errors import ProofError, UsageError
-from pipeline.evaluation.accept_length import bootstrap
+from pipeline.evaluation.figures import bootstrap
 from pipeline.published.init_from import InitialWeights, load_initial_weights
 from pipeline.runs.cache_requirements import check_complete
 from pipeline.runs.folder import read_result

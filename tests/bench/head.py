@@ -1,6 +1,6 @@
 """How many rows of logits should exist at once on a CPU: `python tests/bench/head.py`.
 
-Times `head_loss` with its gradient, one thread, random weights, at four vocabularies in float32 and bfloat16: with the
+Times `HeadLoss` with its gradient, one thread, random weights, at four vocabularies in float32 and bfloat16: with the
 label alone (`ce`), with the target's own distribution beside it (`kl`), and corrected, as Domino's logits are, with a
 correction of rank 256 (`domino`). Rows of a chunk take turns within a round; shown are the rounds' median CPU seconds,
 and last those of the rules of `pipeline/target/logit_chunks.py`: rule 1, of version 0.5 (4 MB of logits), and rule 2.
@@ -50,7 +50,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from pipeline.drafts.losses import head_loss
+from pipeline.drafts.losses import HeadLoss
 from pipeline.drafts.objectives import Objective, TargetStates
 from pipeline.target.head import TargetHead
 from pipeline.target.logit_chunks import chunk_blocks
@@ -104,7 +104,8 @@ def seconds(V: int, D: int, slots: int, dtype: torch.dtype, loss: str, rounds: i
             )
             leaves = [leaf.clone().requires_grad_() for leaf in (hidden_NSD, z_NSU, out_VU)]
             started = time.process_time()
-            head_loss(leaves[0], target, objective, tuple(leaves[1:]) if loss == "domino" else None, blocks).backward()
+            hidden, z, out = leaves if loss == "domino" else (leaves[0], None, None)
+            HeadLoss.apply(hidden, z, out, target, objective, blocks).backward()
             taken.append(time.process_time() - started)
     shown = [f"{median(found[chunks[rows]]):8.2f}" if rows in chunks else f"{'-':>8}" for rows in ROWS]
     return "".join(shown) + "".join(f"{median(found[chunks[f'rule {rule}']]):9.2f}" for rule in (1, 2))

@@ -30,10 +30,9 @@ from pipeline.target.head import TargetHead
 from pipeline.target.layers import final_rows
 from pipeline.target.model import load_target
 from pipeline.target.on_policy import OnPolicyStats, on_policy_rows, on_policy_share
-from stages.cache_hidden.background_writer import BackgroundWriter
+from stages.cache_hidden.capture import BackgroundWriter, Progress
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.pack import largest_magnitude
-from stages.cache_hidden.progress import Progress
 from stages.cache_hidden.run import plan, plan_table, run
 from stages.cache_hidden.settings import HUB_CORPUS
 
@@ -615,7 +614,7 @@ def test_a_corpus_in_other_words_than_the_targets_is_warned_about(capture, capsy
 
 def test_progress_says_how_fast_and_how_long(monkeypatch):
     clock = iter([0.0, 0.0, 10.0])
-    monkeypatch.setattr("stages.cache_hidden.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("stages.cache_hidden.capture.time.monotonic", lambda: next(clock))
     progress = Progress(tokens=40_000, shards=4)
     assert progress.line().endswith("ETA unknown")
     progress.done_tokens, progress.done_bytes = 1000, 5_000_000

@@ -18,7 +18,7 @@ from pipeline.corpus.rejections import Tally
 from pipeline.corpus.sources import corpus_chunks, read_rows
 from pipeline.errors import DataError, UsageError
 from stages.cache_hidden import worker_pool as pool
-from stages.cache_hidden.row_outcome import Job, samples_of
+from stages.cache_hidden.prepare_rows import Job, samples_of
 from stages.cache_hidden.worker_pool import WorkerPool
 
 ROOT = Path(__file__).parents[2]
@@ -193,7 +193,7 @@ import signal
 import sys
 from pathlib import Path
 from pipeline.corpus.sources import corpus_chunks
-from stages.cache_hidden.row_outcome import Job
+from stages.cache_hidden.prepare_rows import Job
 from stages.cache_hidden.worker_pool import WorkerPool
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs this test may ignore it
 corpus = Path(sys.argv[2])

@@ -3,9 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from draft_cases import LargestTensor
+from draft_cases import LargestTensor, head_loss
 
-from pipeline.drafts.losses import head_loss
 from pipeline.drafts.objectives import Objective, dpace_weights
 from pipeline.target.head import TargetHead
 

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from draft_cases import LargestTensor, all_blocks, build, cell_of, gradients, loss_of
+from draft_cases import LargestTensor, all_blocks, build, cell_of, gradients, head_loss, loss_of
 
 from pipeline.drafts import ScheduleValues, metrics_of, needs_final_states
-from pipeline.drafts.losses import head_loss
 from pipeline.drafts.objectives import OBJECTIVES, Objective, TargetStates, dpace_weights
 from pipeline.errors import DataError
 from pipeline.target.head import TargetHead

@@ -44,7 +44,7 @@ def test_a_run_is_trained_decoded_exported_and_checked(tmp_path, confident):
     report = evaluate(
         run, count=3, max_new=8, device="cpu", sampling=SamplingOptions(1.0, 1.0), threshold=threshold, batch=2
     )
-    assert report["lossless"]["prompts"] == 3 and report["draft"]["proposals"] == 4
+    assert report.lossless.prompts == 3 and report.draft.proposals == 4
 
     for form in ("sglang", "speculators"):
         done = export(run, tmp_path / form, form)

@@ -11,10 +11,10 @@ from transformers import DynamicCache
 
 from pipeline.drafts import Proposal
 from pipeline.errors import ProofError, UsageError
-from pipeline.evaluation.accept_length import agree, cut
+from pipeline.evaluation.accept_length import accepted_tokens, cut_at_stop
 from stages.evaluate import decode
 from stages.evaluate.decode import speculative_decode
-from stages.evaluate.losslessness import Judge, first_difference, float_step, plain_decode
+from stages.evaluate.lossless import LosslessCheck, first_difference, float_step, plain_decode
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,9 @@ def text(target):
 def test_every_draft_gives_the_target_s_own_text_at_any_length(target, method, options, prompt, new):
     fast = speculative_decode(target, make_draft(target, method, **options), prompt, new)
 
-    Judge(target, 5).compare("a prompt", prompt, fast, plain_decode(target, prompt, new))  # raises but for near ties
+    LosslessCheck(target, 5).compare(
+        "a prompt", prompt, fast, plain_decode(target, prompt, new)
+    )  # raises but for near ties
     assert len(fast.ids) == new
     assert sum(fast.lengths) >= new  # the prefill's token, then verifications until start reaches the limit
     assert sum(fast.lengths[:-1]) < new
@@ -114,7 +116,7 @@ def test_a_stop_token_ends_the_reply_wherever_it_falls(target, text, stop_at):
 
 def test_gains_of_one_verification():
     def gain(proposed, chosen, stops):
-        return cut(agree(proposed, chosen), stops)
+        return cut_at_stop(accepted_tokens(proposed, chosen), stops)
 
     assert gain([5, 6, 7], [5, 6, 9, 1], ()) == (2, 3, False)
     assert gain([5, 6, 7], [5, 6, 7, 8], ()) == (3, 4, False)
@@ -135,7 +137,7 @@ def test_a_sliding_window_target_is_decoded_past_its_window():
         speculative_decode(sliding, make_draft(sliding), PROMPT * 4, 30),
         plain_decode(sliding, PROMPT * 4, 30),
     )
-    Judge(sliding, 5).compare("a prompt", PROMPT * 4, fast, plain)  # raises but for near ties
+    LosslessCheck(sliding, 5).compare("a prompt", PROMPT * 4, fast, plain)  # raises but for near ties
 
 
 def test_a_target_with_a_running_state_is_refused(target, monkeypatch):
@@ -150,7 +152,7 @@ def prove(target, draft, new=24, stops=()):
         speculative_decode(target, draft, PROMPT, new, stops),
         plain_decode(target, PROMPT, new, stops),
     )
-    return Judge(target, draft.config.proposals + 1).compare("prompt 7", PROMPT, fast, plain)
+    return LosslessCheck(target, draft.config.proposals + 1).compare("prompt 7", PROMPT, fast, plain)
 
 
 def test_a_kv_cropped_one_row_short_is_caught(target, text, monkeypatch):
@@ -173,7 +175,7 @@ def test_a_proposal_accepted_too_many_is_caught(target, text, monkeypatch):
 
 def test_a_stop_token_overlooked_is_caught(target, text, monkeypatch):
     stop = text[len(PROMPT) + 7]
-    monkeypatch.setattr(decode, "cut", lambda tokens, stops: cut(tokens, ()))
+    monkeypatch.setattr(decode, "cut_at_stop", lambda tokens, stops: cut_at_stop(tokens, ()))
     with pytest.raises(ProofError, match=r"plain decoding the end"):
         prove(target, Oracle(make_draft(target), text, 1000), stops={stop})
 
@@ -218,9 +220,9 @@ def test_two_tokens_the_target_cannot_tell_apart_are_a_near_tie(monkeypatch, dty
     if first_difference(fast.ids, plain.ids) < at:  # in bfloat16 there may be others before it
         fast = replace(fast, ids=[*plain.ids[:at], twin], lengths=[1] * at)
 
-    tie = Judge(target, 5).compare("prompt 7", PROMPT, fast, plain)
+    tie = LosslessCheck(target, 5).compare("prompt 7", PROMPT, fast, plain)
 
-    assert tie.tokens == (twin, plain.ids[at])
+    assert tie.tokens == [twin, plain.ids[at]]
     assert tie.position == at
     assert abs(tie.logits[0] - tie.logits[1]) <= 4 * tie.difference < 1e5 * torch.finfo(dtype).eps
     assert target.dtype == dtype  # the float32 copy is one
@@ -229,17 +231,17 @@ def test_two_tokens_the_target_cannot_tell_apart_are_a_near_tie(monkeypatch, dty
 def test_what_bfloat16_rounds_away_is_a_near_tie_even_where_block_and_single_forward_agree(monkeypatch):
     target, plain, at, twin = with_a_twin(monkeypatch, torch.bfloat16, move_one_entry)
     fast = replace(plain, ids=[*plain.ids[:at], twin])
-    judge = Judge(target, 1)  # blocks of one token: the very same forwards
+    check = LosslessCheck(target, 1)  # blocks of one token: the very same forwards
     prefix = [*PROMPT, *plain.ids[:at]]
-    exact_V = judge.exact_logits(prefix)
+    exact_V = check.float32_logits(prefix)
     step = 2**-7 * 2 ** math.floor(math.log2(float(exact_V.abs().max())))
 
-    tie = judge.compare("prompt 7", PROMPT, fast, plain)
+    tie = check.compare("prompt 7", PROMPT, fast, plain)
 
     assert abs(tie.logits[0] - tie.logits[1]) < step == float_step(exact_V, torch.bfloat16)
     assert step <= tie.difference < 16 * step
-    monkeypatch.setattr(judge, "_replay", lambda *_: exact_V)  # the very best forwards there can be
-    assert judge.difference(prefix, len(PROMPT), [1] * at, exact_V) == step
+    monkeypatch.setattr(check, "_replay", lambda *_: exact_V)  # the very best forwards there can be
+    assert check.difference(prefix, len(PROMPT), [1] * at, exact_V) == step
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -248,14 +250,14 @@ def test_a_gap_beyond_rounding_is_no_near_tie(monkeypatch, dtype):
     target, plain, at, twin = with_a_twin(monkeypatch, dtype, lambda row_D: share * row_D)
     fast = replace(plain, ids=[*plain.ids[:at], twin])
     with pytest.raises(ProofError, match=rf"token {twin} \(logit"):
-        Judge(target, 5).compare("prompt 7", PROMPT, fast, plain)
+        LosslessCheck(target, 5).compare("prompt 7", PROMPT, fast, plain)
 
 
 def test_in_bfloat16_replies_differ_by_near_ties_only():
     target = random_model(config()).to(torch.bfloat16)
-    draft, judge = make_draft(target).to(torch.bfloat16), Judge(target, 5)
+    draft, check = make_draft(target).to(torch.bfloat16), LosslessCheck(target, 5)
     for first in range(6):
         prompt = [first, *PROMPT]
         fast, plain = speculative_decode(target, draft, prompt, 24), plain_decode(target, prompt, 24)
-        tie = judge.compare("prompt", prompt, fast, plain)  # raises for anything else
+        tie = check.compare("prompt", prompt, fast, plain)  # raises for anything else
         assert tie is None or 0 < tie.difference < 0.5

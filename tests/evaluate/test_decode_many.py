@@ -10,7 +10,7 @@ from transformers import Gemma4TextConfig, MistralConfig
 from pipeline.errors import ProofError, UsageError
 from pipeline.target import kv_cache as memory
 from stages.evaluate.decode import SamplingOptions, decode_many, speculative_decode
-from stages.evaluate.losslessness import Judge, plain_decode
+from stages.evaluate.lossless import LosslessCheck, plain_decode
 
 PROMPTS = [PROMPT, PROMPT[:1], PROMPT * 9, [7, *PROMPT], [9, 8], PROMPT * 3, [200, 201, 202]]
 MIXED = {"use_sliding_window": True, "sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"] * 3}
@@ -132,10 +132,13 @@ def test_a_kernel_or_layers_without_such_masks_are_refused(target, monkeypatch):
 
 
 def prove(target, draft, batch=3):
-    """Judge all prompts decoded at once; the first ends first, so that another's row has to take its place."""
-    judge, stops = Judge(target, draft.config.proposals + 1, batch), {plain_decode(target, PROMPTS[0], 24).ids[3]}
+    """Check all prompts decoded at once; the first ends first, so that another's row has to take its place."""
+    check, stops = (
+        LosslessCheck(target, draft.config.proposals + 1, batch),
+        {plain_decode(target, PROMPTS[0], 24).ids[3]},
+    )
     for index, fast in decode_many(target, draft, PROMPTS, 24, stops, batch=batch):
-        judge.compare(f"prompt {index}", PROMPTS[index], fast, plain_decode(target, PROMPTS[index], 24, stops))
+        check.compare(f"prompt {index}", PROMPTS[index], fast, plain_decode(target, PROMPTS[index], 24, stops))
 
 
 def keep_one_too_few(monkeypatch):
@@ -189,11 +192,11 @@ def test_a_difference_is_measured_over_as_many_copies_as_were_decoded(target, mo
         return output
 
     monkeypatch.setattr(type(target), "forward", seen)
-    judge = Judge(target, 5, 3)
-    exact_V = judge.exact_logits(prefix)
+    check = LosslessCheck(target, 5, 3)
+    exact_V = check.float32_logits(prefix)
     shapes.clear()
 
-    difference = judge.difference(prefix, len(PROMPT), [4, 2, 6], exact_V)
+    difference = check.difference(prefix, len(PROMPT), [4, 2, 6], exact_V)
 
     assert shapes[:4] == [(1, 5, 1), (3, 5, 5), (3, 5, 5), (3, 6, 6)]
     assert set(shapes[5:]) == {(1, 1, 1)} and 0 < difference < 1e-4

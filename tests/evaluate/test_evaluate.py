@@ -15,15 +15,15 @@ from pipeline import cli
 from pipeline.cache import HiddenCache
 from pipeline.checksummed_json import parse_checksummed
 from pipeline.errors import DataError, ProofError, RoomError, UsageError
-from pipeline.evaluation.reports import load_report
+from pipeline.evaluation.reports import Lossless, load_report, report_bytes
+from pipeline.evaluation.tables import evaluation_table
 from pipeline.published.export import export
 from stages.evaluate import decode
 from stages.evaluate import run as evaluation
-from stages.evaluate.decode import Decoded, SamplingOptions
+from stages.evaluate.decode import Decoded, SamplingOptions, accept_greedy
+from stages.evaluate.measure import accept_figures
 from stages.evaluate.prompts import Prompt
-from stages.evaluate.rejection import accept_greedy
-from stages.evaluate.report import accept_figures
-from stages.evaluate.run import run, table
+from stages.evaluate.run import run
 
 
 @pytest.fixture(scope="module")
@@ -59,46 +59,46 @@ def test_runs_of_one_recipe_and_other_seeds_are_known_as_such(report, trained, t
     found = []
     for name, line, other in (("seed", "seed = 3", "seed = 4"), ("anchors", "anchors = ", "anchors = 1")):
         copy = with_recipe(trained, tmp_path / name, line, other)
-        found.append(evaluation.describe_draft(copy).recipe == report["draft"]["recipe"])
+        found.append(evaluation.describe_draft(copy).recipe == report.draft.recipe)
     assert found == [True, False]
 
 
 def test_a_report_says_what_was_measured_and_how(report, trained, cache):
     store = HiddenCache.open(cache)
-    draft, settings = report["draft"], report["settings"]
-    assert (draft["method"], draft["block_size"], draft["proposals"]) == ("domino", 4, 4)
-    assert (draft["steps"], draft["seed"]) == (40, 3)
-    assert (report["target"], report["cache"]) == ("stopping", store.digest)
-    assert (settings["temperature"], settings["max_new"], settings["dtype"]) == (0, 12, "float32")
-    assert report["overall"]["prompts"] <= len(report["samples"]) == 5
-    gained = [length for sample in report["samples"] for length in sample["lengths"]]
-    assert report["overall"]["accept_len"] == sum(gained) / len(gained)
-    assert report["overall"]["calls"] == len(gained)
-    assert sum(report["overall"]["per_slot"]) == pytest.approx(sum(gained) / len(gained) - 1, abs=1)
-    low, high = report["overall"]["interval"]
-    assert low <= report["overall"]["accept_len"] <= high
-    assert set(report["domains"]) == {sample["domain"] for sample in report["samples"]} == {"a", "b", "sampled"}
-    assert sum(of["tokens"] for of in report["domains"].values()) == report["overall"]["tokens"]
-    assert report["lossless"] == {"prompts": 5, "identical": 5, "near_ties": 0, "from_file": 0}
-    assert report["agreement"]["equal"] == report["agreement"]["prompts"] > 0
-    assert report["agreement"]["accept_len"] == report["agreement"]["accept_len_target_free"]
-    assert set(report["teacher_forced"]) == {"a", "b", "sampled"}
-    assert all(1 <= forced <= 5 for forced in report["teacher_forced"].values())
-    assert report["speed"]["speedup"] > 0
+    draft, settings = report.draft, report.settings
+    assert (draft.method, draft.block_size, draft.proposals) == ("domino", 4, 4)
+    assert (draft.steps, draft.seed) == (40, 3)
+    assert (report.target, report.cache) == ("stopping", store.digest)
+    assert (settings.temperature, settings.max_new, settings.dtype) == (0, 12, "float32")
+    assert report.overall.prompts <= len(report.samples) == 5
+    gained = [length for sample in report.samples for length in sample.lengths]
+    assert report.overall.accept_len == sum(gained) / len(gained)
+    assert report.overall.calls == len(gained)
+    assert sum(report.overall.per_slot) == pytest.approx(sum(gained) / len(gained) - 1, abs=1)
+    low, high = report.overall.interval
+    assert low <= report.overall.accept_len <= high
+    assert set(report.domains) == {sample.domain for sample in report.samples} == {"a", "b", "sampled"}
+    assert sum(of.tokens for of in report.domains.values()) == report.overall.tokens
+    assert report.lossless == Lossless(prompts=5, identical=5, near_ties=0, from_file=0)
+    assert report.agreement.equal == report.agreement.prompts > 0
+    assert report.agreement.accept_len == report.agreement.accept_len_target_free
+    assert set(report.teacher_forced) == {"a", "b", "sampled"}
+    assert all(1 <= forced <= 5 for forced in report.teacher_forced.values())
+    assert report.speed.speedup > 0
 
 
 def test_drawn_replies_are_reported_apart_with_what_they_were_drawn_with(report):
-    drawn = report["sampled"]
-    assert (drawn["temperature"], drawn["draft_temperature"], drawn["seed"]) == (1.0, 0.7, 3)
-    gained = [length for sample in drawn["samples"] for length in sample["lengths"]]
-    assert drawn["overall"]["accept_len"] == sum(gained) / len(gained) != report["overall"]["accept_len"]
-    low, high = drawn["overall"]["interval"]
-    assert low <= drawn["overall"]["accept_len"] <= high
-    assert set(drawn["domains"]) == {"a", "b", "sampled"}
-    matched, proposed = (sum(sum(of[key]) for of in drawn["samples"]) for key in ("matched", "proposed"))
-    assert drawn["overall"]["verify_rate"] == matched / proposed
-    assert drawn["overall"]["verified"] == proposed / len(gained) == report["draft"]["proposals"]
-    assert 5 <= drawn["lossless"]["tokens"] <= 60 and abs(drawn["lossless"]["spreads"]) < 6
+    drawn = report.sampled
+    assert (drawn.temperature, drawn.draft_temperature, drawn.seed) == (1.0, 0.7, 3)
+    gained = [length for sample in drawn.samples for length in sample.lengths]
+    assert drawn.overall.accept_len == sum(gained) / len(gained) != report.overall.accept_len
+    low, high = drawn.overall.interval
+    assert low <= drawn.overall.accept_len <= high
+    assert set(drawn.domains) == {"a", "b", "sampled"}
+    matched, proposed = (sum(sum(getattr(of, key)) for of in drawn.samples) for key in ("matched", "proposed"))
+    assert drawn.overall.verify_rate == matched / proposed
+    assert drawn.overall.verified == proposed / len(gained) == report.draft.proposals
+    assert 5 <= drawn.lossless.tokens <= 60 and abs(drawn.lossless.spreads) < 6
 
 
 def test_a_reply_that_is_drawn_does_not_depend_on_the_other_prompts(trained, tmp_path):
@@ -106,8 +106,8 @@ def test_a_reply_that_is_drawn_does_not_depend_on_the_other_prompts(trained, tmp
 
     def lengths(rows):
         path = write_jsonl(tmp_path / "prompts.jsonl", rows)
-        drawn = run(trained, prompts=path, max_new=9, device="cpu", sampling=SamplingOptions(1.0, 1.0))["sampled"]
-        return [of["lengths"] for of in drawn["samples"]]
+        drawn = run(trained, prompts=path, max_new=9, device="cpu", sampling=SamplingOptions(1.0, 1.0)).sampled
+        return [of.lengths for of in drawn.samples]
 
     whole = lengths(rows)
     assert lengths(rows[:1:-1]) == whole[:1:-1]
@@ -136,29 +136,29 @@ def confident(cache, tmp_path_factory):
 def test_a_confidence_head_is_judged_by_the_blocks_it_cuts(confident):
     found = run(confident, count=4, max_new=12, device="cpu")
 
-    cuts = found["confidence"]
-    assert [of["threshold"] for of in cuts] == [0.0, 0.2, 0.4, 0.6, 0.8]
-    assert cuts[0]["verified"] == found["draft"]["proposals"] == 4
-    assert cuts[0]["accept_len"] == found["agreement"]["accept_len"]
-    assert [of["verified"] for of in cuts] == sorted((of["verified"] for of in cuts), reverse=True)
-    assert cuts[-1]["verified"] < 4
+    cuts = found.confidence
+    assert [of.threshold for of in cuts] == [0.0, 0.2, 0.4, 0.6, 0.8]
+    assert cuts[0].verified == found.draft.proposals == 4
+    assert cuts[0].accept_len == found.agreement.accept_len
+    assert [of.verified for of in cuts] == sorted((of.verified for of in cuts), reverse=True)
+    assert cuts[-1].verified < 4
     console = Console(width=200)
     with console.capture() as shown:
-        console.print(table(found))
+        console.print(evaluation_table(found))
     _, *lines = (line.split() for line in shown.get().partition("cut below")[2].split("\n", 6)[:6])
     assert [line[0] for line in lines] == ["uncut", "0.2", "0.4", "0.6", "0.8"]
-    cut, (low, high) = cuts[2], cuts[2]["interval"]
-    assert lines[2][1:4] == [f"{cut['verified']:.2f}", f"{cut['verify_rate']:.0%}", f"{cut['accept_len']:.2f}"]
-    assert lines[2][4:] == [f"{low:.2f}", "-", f"{high:.2f}", f"{1 - 1 / cut['accept_len']:.0%}"]
+    cut, (low, high) = cuts[2], cuts[2].interval
+    assert lines[2][1:4] == [f"{cut.verified:.2f}", f"{cut.verify_rate:.0%}", f"{cut.accept_len:.2f}"]
+    assert lines[2][4:] == [f"{low:.2f}", "-", f"{high:.2f}", f"{1 - 1 / cut.accept_len:.0%}"]
 
 
 def test_cut_blocks_are_lossless_and_agree_with_the_walk(confident):
     middle = 0.35
     found = run(confident, count=4, max_new=12, device="cpu", threshold=middle, sampling=SamplingOptions(0.8, 0.0))
-    assert found["settings"]["threshold"] == middle
-    assert found["lossless"]["identical"] == 4
-    assert found["agreement"]["equal"] == found["agreement"]["prompts"] > 0
-    assert found["overall"]["verified"] < 4
+    assert found.settings.threshold == middle
+    assert found.lossless.identical == 4
+    assert found.agreement.equal == found.agreement.prompts > 0
+    assert found.overall.verified < 4
 
 
 def test_a_draft_without_confidence_is_not_cut(trained):
@@ -208,7 +208,7 @@ def test_a_list_of_numbers_takes_one_line_of_the_report_and_texts_stay_as_they_a
     report = {"samples": [{"domain": "[\n1, 2]", "lengths": [8, 1, 2]}, {"lengths": []}], "texts": texts}
     report |= {"interval": [1.5, -1e-9], "confidence": None, "nested": [[1, 2], [3, None]]}
 
-    written = evaluation.report_bytes(report).decode()
+    written = report_bytes(report).decode()
 
     assert parse_checksummed(written.encode())[0] == report
     lines = [line.strip() for line in written.splitlines()]
@@ -223,10 +223,10 @@ def test_calls_saved_are_those_of_a_plain_loop_over_the_same_tokens():
     found = accept_figures(done, 3)
     overall, domains = found["overall"], found["domains"]
 
-    assert (overall["verified"], overall["verify_rate"]) == (2, 4 / 6)
-    assert (overall["calls"], overall["tokens"], overall["calls_saved"]) == (6, 14, 1 - 6 / 14)
-    assert domains["a"]["calls_saved"] == 1 - 3 / 7
-    assert domains["c"]["calls_saved"] == 0
+    assert (overall.verified, overall.verify_rate) == (2, 4 / 6)
+    assert (overall.calls, overall.tokens, overall.calls_saved) == (6, 14, 1 - 6 / 14)
+    assert domains["a"].calls_saved == 1 - 3 / 7
+    assert domains["c"].calls_saved == 0
 
 
 def test_prompts_end_where_the_last_reply_begins(cache, trained):
@@ -241,7 +241,7 @@ def test_prompts_end_where_the_last_reply_begins(cache, trained):
 def test_the_table_shows_every_domain_and_the_proof(report):
     console = Console(width=150)
     with console.capture() as shown:
-        console.print(table(report))
+        console.print(evaluation_table(report))
     text = shown.get()
     wanted_all = [
         "domino (ce), block 4, 40 steps",
@@ -262,8 +262,8 @@ def test_an_exported_folder_evaluates_as_its_run(report, trained, cache, tmp_pat
     again = run(tmp_path / "out", cache=cache, count=5, max_new=12, device="cpu")
 
     for same in ("target", "cache", "overall", "domains", "samples", "agreement", "teacher_forced"):
-        assert again[same] == report[same]
-    assert again["draft"]["steps"] is None
+        assert getattr(again, same) == getattr(report, same)
+    assert again.draft.steps is None
 
 
 def test_weights_stored_in_bfloat16_are_proven_against_the_rounded_ones(trained, tmp_path):
@@ -310,7 +310,7 @@ def test_an_exported_draft_knows_what_was_held_out_from_it(trained, cache, tmp_p
     (tmp_path / "out" / "config.json").write_text(json.dumps(flat))
     assert evaluation.describe_draft(tmp_path / "out").heldout is None, "another trainer's says nothing"
     found = run(tmp_path / "out", cache=cache, count=2, max_new=4, device="cpu")
-    assert found["settings"]["prompts"] == "held-out samples of the cache", "here the corpus says which"
+    assert found.settings.prompts == "held-out samples of the cache", "here the corpus says which"
 
 
 def test_prompts_may_be_messages_text_or_ids(trained, target, tmp_path):
@@ -333,8 +333,8 @@ def test_prompts_may_be_messages_text_or_ids(trained, target, tmp_path):
     assert [prompt.ids for prompt in asked] == [chat, chat, known("one two")["input_ids"], [104, 105]]
     assert [prompt.domain for prompt in asked] == ["chat", "", "", ""]
     found = run(trained, prompts=path, count=4, max_new=5, device="cpu")
-    assert found["lossless"] == {"prompts": 4, "identical": 4, "near_ties": 0, "from_file": 0}
-    assert found["agreement"] is None
+    assert found.lossless == Lossless(prompts=4, identical=4, near_ties=0, from_file=0)
+    assert found.agreement is None
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,14 @@ from rounds import Rounds, parted
 from pipeline import cli
 from pipeline.cache.manifest import read_canonical, write_canonical
 from pipeline.errors import ProofError, RoomError, UsageError
+from pipeline.evaluation.reports import Speed
+from pipeline.evaluation.tables import evaluation_table
 from pipeline.target.model import load_target
-from stages.evaluate import decode_prompts as loops
+from stages.evaluate import measure
 from stages.evaluate import run as evaluation
-from stages.evaluate.losslessness import plain_decode
-from stages.evaluate.plain_replies import DECIDED_BY, PlainReplies, digest_of, reply_settings
-from stages.evaluate.run import run, table
+from stages.evaluate.lossless import plain_decode
+from stages.evaluate.plain_replies import DecidedBy, PlainReplies, digest_of, reply_settings
+from stages.evaluate.run import run
 
 
 @pytest.fixture(scope="module")
@@ -64,21 +66,22 @@ def counted(monkeypatch):
         seen.append(prompt_ids)
         return plain_decode(target, prompt_ids, *rest)
 
-    monkeypatch.setattr(loops, "plain_decode", decode)
+    monkeypatch.setattr(measure, "plain_decode", decode)
     return seen
 
 
 def test_a_second_evaluation_runs_no_plain_loop_and_reports_the_same_but_for_speed(kept, trained, monkeypatch):
     path, first = kept
     before = path.read_bytes()
-    monkeypatch.setattr(loops, "plain_decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(measure, "plain_decode", lambda *_: pytest.fail("decoded again"))
 
     again = evaluate(trained, path)
 
-    assert set(first["speed"]) == {"plain_tokens_s", "speculative_tokens_s", "speedup"}
-    assert set(again["speed"]) == {"speculative_tokens_s"} and again["speed"]["speculative_tokens_s"] > 0
-    assert (first["lossless"]["from_file"], again["lossless"]["from_file"]) == (0, 4)
-    assert again == {**first, "speed": again["speed"], "lossless": {**first["lossless"], "from_file": 4}}
+    assert set(first.as_dict()["speed"]) == {"plain_tokens_s", "speculative_tokens_s", "speedup"}
+    assert set(again.as_dict()["speed"]) == {"speculative_tokens_s"} and again.speed.speculative_tokens_s > 0
+    assert (first.lossless.from_file, again.lossless.from_file) == (0, 4)
+    lossless = first.lossless.model_copy(update={"from_file": 4})
+    assert again == first.model_copy(update={"speed": again.speed, "lossless": lossless})
     assert path.read_bytes() == before
 
 
@@ -89,7 +92,7 @@ def test_a_prompt_that_the_file_lacks_is_decoded_and_added_and_no_ratio_is_claim
     more = evaluate(trained, file, count=6)
 
     after = read_canonical(file)["plain_replies"]
-    assert len(seen) == 2 and more["lossless"]["from_file"] == 4 and "speedup" not in more["speed"]
+    assert len(seen) == 2 and more.lossless.from_file == 4 and more.speed.speedup is None
     assert after == before | {digest_of(ids): after[digest_of(ids)] for ids in seen} and len(after) == 6
     model = load_target(str(target))
     assert all(plain_decode(model, ids, 12, evaluation.stop_tokens(model)).ids == after[digest_of(ids)] for ids in seen)
@@ -102,8 +105,8 @@ def test_what_was_decoded_before_an_interruption_is_kept(kept, trained, tmp_path
         return decode(*args)
 
     seen = counted(monkeypatch)
-    decode, path = loops.plain_decode, tmp_path / "plain.json"
-    monkeypatch.setattr(loops, "plain_decode", until_the_third)
+    decode, path = measure.plain_decode, tmp_path / "plain.json"
+    monkeypatch.setattr(measure, "plain_decode", until_the_third)
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(trained, path)
@@ -119,7 +122,7 @@ def test_what_ends_it_is_said_even_where_replies_cannot_be_kept(trained, tmp_pat
     def full(*_):
         raise RoomError("no room for plain replies")
 
-    monkeypatch.setattr(loops.Judge, "compare", refuse)
+    monkeypatch.setattr(measure.LosslessCheck, "compare", refuse)
     monkeypatch.setattr(PlainReplies, "write", full)
     with pytest.raises(ProofError, match="the proof failed"):
         evaluate(trained, tmp_path / "plain.json")
@@ -130,7 +133,7 @@ def test_a_device_too_small_is_no_bug(trained, monkeypatch, batch, remedy):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(loops.Judge, "compare", full)
+    monkeypatch.setattr(measure.LosslessCheck, "compare", full)
     with pytest.raises(RoomError, match=f"no room on cpu to decode .*{remedy}"):
         evaluate(trained, None, batch=batch)
 
@@ -144,19 +147,18 @@ def test_prompts_decoded_at_once_give_the_same_report_but_for_speed_and_rounding
     one, many = reports
     by_rounding = {(digest_of(prompt), drawn) for prompt, drawn in parted(*heard)}
 
-    assert len(heard[0]) == 12 and many["speed"] == {}
-    assert many["settings"] == one["settings"] | {"batch": min(batch, 6)}
-    for drawn, here, there in ((False, one, many), (True, one["sampled"], many["sampled"])):
+    assert len(heard[0]) == 12 and many.speed == Speed()
+    assert many.settings == one.settings.model_copy(update={"batch": min(batch, 6)})
+    for drawn, here, there in ((False, one, many), (True, one.sampled, many.sampled)):
         whole = not any(of_drawn == drawn for _, of_drawn in by_rounding)
-        for sample, other in zip(here["samples"], there["samples"], strict=True):
-            assert sample == other or (sample["prompt"], drawn) in by_rounding
-        for key in here.keys() - {"speed", "settings", "sampled", "lossless", "agreement"}:
-            assert here[key] == there[key] or (key in ("samples", "overall", "domains") and not whole)
-        assert here["lossless"].keys() == there["lossless"].keys()
-    assert one["lossless"]["prompts"] == many["lossless"]["prompts"] == 6
+        for sample, other in zip(here.samples, there.samples, strict=True):
+            assert sample == other or (sample.prompt, drawn) in by_rounding
+        for key in type(here).model_fields.keys() - {"speed", "settings", "sampled", "lossless", "agreement"}:
+            assert getattr(here, key) == getattr(there, key) or (key in ("samples", "overall", "domains") and not whole)
+    assert one.lossless.prompts == many.lossless.prompts == 6
     console = Console(width=200)
     with console.capture() as text:
-        console.print(table(many))
+        console.print(evaluation_table(many))
     assert "tokens a second: only measured with one prompt at a time" in text.get()
 
 
@@ -174,7 +176,7 @@ def test_the_table_claims_no_speed_up_and_says_whence_the_replies_are(kept, trai
     for report in (kept[1], evaluate(trained, kept[0])):
         console = Console(width=200)
         with console.capture() as text:
-            console.print(table(report))
+            console.print(evaluation_table(report))
         shown.append(text.get())
     assert "times as fast" in shown[0] and "from a file" not in shown[0]
     assert "times as fast" not in shown[1] and " plain," not in shown[1] and " speculative" in shown[1]
@@ -193,23 +195,24 @@ def test_a_stored_reply_that_was_tampered_with_is_a_difference(file, trained):
 
 
 def test_replies_under_another_limit_are_refused_before_anything_is_decoded(file, trained, monkeypatch):
-    monkeypatch.setattr(evaluation, "decode_all", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(evaluation, "decode_greedily", lambda *_: pytest.fail("decoded"))
     before = file.read_bytes()
     with pytest.raises(UsageError, match=r"decoded with max_new 12, and here it is 13; name another file"):
         evaluate(trained, file, max_new=13)
     assert file.read_bytes() == before
 
 
-@pytest.mark.parametrize("key", DECIDED_BY)
+@pytest.mark.parametrize("key", DecidedBy.model_fields)
 def test_whatever_else_decided_a_reply_has_to_agree(file, target, key):
     decided_by = read_canonical(file)["decided_by"]
     model = load_target(str(target))
-    assert reply_settings(model, decided_by["target"], 12, decided_by["stops"]) == decided_by
-    assert PlainReplies.open(file, decided_by).held
+    here = reply_settings(model, decided_by["target"], 12, decided_by["stops"])
+    assert here.model_dump() == decided_by
+    assert PlainReplies.open(file, here).stored
 
-    other = "other" if DECIDED_BY[key] is str else 77 if DECIDED_BY[key] is int else [3]
+    other = {str: "other", int: 77, list: [3]}[type(decided_by[key])]
     with pytest.raises(UsageError, match=f"decoded with {key} .* and here it is .*; name another file"):
-        PlainReplies.open(file, decided_by | {key: other})
+        PlainReplies.open(file, here.model_copy(update={key: other}))
 
 
 def test_threads_and_compute_type_are_those_in_use(target):
@@ -219,8 +222,8 @@ def test_threads_and_compute_type_are_those_in_use(target):
         found = reply_settings(model.to(torch.bfloat16), "digest", 9, {7, 3})
     finally:
         torch.set_num_threads(threads)
-    assert (found["threads"], found["dtype"], found["stops"]) == (threads + 1, "bfloat16", [3, 7])
-    assert found["device"].startswith("cpu")
+    assert (found.threads, found.dtype, found.stops) == (threads + 1, "bfloat16", [3, 7])
+    assert found.device.startswith("cpu")
 
 
 def test_a_damaged_or_foreign_file_is_refused_in_one_line_and_stays(file, trained):
@@ -241,14 +244,14 @@ def test_a_damaged_or_foreign_file_is_refused_in_one_line_and_stays(file, traine
 
 
 def test_evaluations_at_once_lose_none_of_each_other_s_replies(file):
-    decided_by = read_canonical(file)["decided_by"]
-    before = PlainReplies.open(file, decided_by).held
+    decided_by = DecidedBy(**read_canonical(file)["decided_by"])
+    before = PlainReplies.open(file, decided_by).stored
     reply = next(iter(before.values()))
 
     def add(worker):
         for number in range(6):
             replies = PlainReplies(file, decided_by, before)  # opened before any other wrote
-            replies.made[digest_of([worker, number])] = reply
+            replies.new[digest_of([worker, number])] = reply
             replies.write()
 
     workers = [threading.Thread(target=add, args=(worker,)) for worker in range(4)]
@@ -258,7 +261,7 @@ def test_evaluations_at_once_lose_none_of_each_other_s_replies(file):
         worker.join()
 
     added = {digest_of([worker, number]): reply for worker in range(4) for number in range(6)}
-    assert PlainReplies.open(file, decided_by).held == before | added
+    assert PlainReplies.open(file, decided_by).stored == before | added
     assert [path.name for path in file.parent.iterdir()] == ["plain.json"]
 
 

@@ -13,13 +13,12 @@ from pipeline.drafts import DRAFTS
 from pipeline.evaluation import accept_length as accept
 from pipeline.evaluation.accept_length import (
     accept_spans,
-    bootstrap,
-    cut_spans,
+    accept_spans_by_threshold,
     known_reply,
     reply_spans,
-    summarise,
     walk,
 )
+from pipeline.evaluation.figures import bootstrap, summarise
 from pipeline.target.logit_chunks import NEWEST, RULES, ChunkLimit
 from pipeline.target.model import load_target
 from stages.evaluate.decode import speculative_decode
@@ -101,7 +100,7 @@ def test_several_cuts_of_the_same_blocks_are_what_each_gives_and_computed_once(c
     accept_spans(draft, cache, range(len(cache)), max_new=16)
     once = len(calls)
 
-    found = cut_spans(draft, cache, range(len(cache)), thresholds, max_new=16)
+    found = accept_spans_by_threshold(draft, cache, range(len(cache)), thresholds, max_new=16)
 
     assert found == wanted and wanted[0] != wanted[1] != wanted[2]
     assert len(calls) == 2 * once > 0

@@ -11,7 +11,7 @@ from reports import evaluation
 
 from pipeline import cli
 from pipeline.errors import UsageError
-from pipeline.evaluation.compare import against, crossing
+from pipeline.evaluation.compare import compare, steps_to_reach
 
 SAMPLES = [("sql", [2, 4]), ("sql", [1]), ("copy", [8, 8, 8]), ("copy", [3, 1]), ("noise", [1, 1, 1, 2])]
 
@@ -21,7 +21,7 @@ def times(factor, samples=SAMPLES):
 
 
 def table(paths, *baseline):
-    parts = against(paths, baseline, markdown=True).split("\n\n")
+    parts = compare(paths, baseline, markdown=True).split("\n\n")
     return [[[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines()[2:]] for part in parts]
 
 
@@ -70,8 +70,8 @@ def test_seeds_are_pooled_and_their_spread_is_of_equal_seeds(tmp_path):
 
 
 def test_drawn_replies_have_a_row_of_their_own(tmp_path):
-    base = evaluation(tmp_path / "base.json", samples=SAMPLES, drawn=(SAMPLES, 1.0, 1.0))
-    ours = evaluation(tmp_path / "ours.json", method="dflash", samples=times(2), drawn=(times(3), 1.0, 1.0))
+    base = evaluation(tmp_path / "base.json", samples=SAMPLES, sampled=(SAMPLES, 1.0, 1.0))
+    ours = evaluation(tmp_path / "ours.json", method="dflash", samples=times(2), sampled=(times(3), 1.0, 1.0))
     greedy = evaluation(tmp_path / "greedy.json", method="dspark", objective="dspark", samples=times(4))
 
     ((first, second, third),) = table([ours, greedy], base)
@@ -161,7 +161,7 @@ def test_prompts_are_told_apart_by_their_tokens(tmp_path):
 def test_a_crossing_lies_between_the_points_around_it(lengths, wanted, data):
     steps = sorted(data.draw(st.sets(st.integers(1, 10_000), min_size=len(lengths), max_size=len(lengths))))
 
-    found = crossing(steps, lengths, wanted)
+    found = steps_to_reach(steps, lengths, wanted)
 
     if max(lengths) < wanted:
         assert found == np.inf

@@ -9,7 +9,7 @@ from reports import evaluation
 
 from pipeline.cli import commands
 from pipeline.errors import RoomError, UsageError
-from pipeline.evaluation.plot import apart, lines_of, places_of, plot
+from pipeline.evaluation.plot import mark_positions, plot, plot_lines, space_labels
 from pipeline.evaluation.reports import accept_length, load_reports
 
 SAMPLES = [("sql", [8, 8]), ("sql", [2, 2]), ("copy", [4])]
@@ -40,7 +40,7 @@ def test_a_line_holds_every_budget_of_a_kind_and_a_mark_every_seed(tmp_path):
         *reports(tmp_path, "dspark", objective="dspark", block_size=7, proposals=7, parameters=2_361_088),
         *reports(tmp_path, "domino", budgets=(600,), objective="tv", weighting="dpace"),
     ]
-    lines = lines_of(load_reports(paths))
+    lines = plot_lines(load_reports(paths))
 
     assert [(line.name, line.conventions) for line in lines] == [
         ("DFlash", "block 8, 8 proposals, 1,000 parameters"),
@@ -53,9 +53,9 @@ def test_a_line_holds_every_budget_of_a_kind_and_a_mark_every_seed(tmp_path):
     assert accept_length(lines[0].reports[600])[0] == 24 / 5
 
 
-def test_lines_of_several_caches_are_told_apart(tmp_path):
+def test_plot_lines_several_caches_are_told_space_labels(tmp_path):
     paths = reports(tmp_path, seeds=(0,))
-    lines = lines_of(load_reports([paths[0], changed(paths[0], cache="0123456789")]))
+    lines = plot_lines(load_reports([paths[0], changed(paths[0], cache="0123456789")]))
     assert [line.conventions.partition("parameters, ")[2] for line in lines] == ["cache unknown", "cache 01234567"]
 
 
@@ -121,14 +121,14 @@ def test_without_matplotlib_it_is_said_how_to_get_it(tmp_path, monkeypatch):
         plot(reports(tmp_path), tmp_path / "plot.svg")
 
 
-def test_names_keep_apart_and_near_their_lines():
-    assert apart([0.9, 0.1, 0.5], gap=0.2) == [0.9, 0.1, 0.5]
-    assert apart([0.5, 0.5], gap=0.2) == pytest.approx([0.4, 0.6])
-    assert apart([1.0, 0.99, 0.0, 0.01], gap=0.25) == pytest.approx([1.0, 0.75, 0.0, 0.25])
+def test_labels_keep_their_distance_and_stay_close_to_their_lines():
+    assert space_labels([0.9, 0.1, 0.5], gap=0.2) == [0.9, 0.1, 0.5]
+    assert space_labels([0.5, 0.5], gap=0.2) == pytest.approx([0.4, 0.6])
+    assert space_labels([1.0, 0.99, 0.0, 0.01], gap=0.25) == pytest.approx([1.0, 0.75, 0.0, 0.25])
 
 
 def test_marks_of_one_budget_stand_beside_one_another_and_nearer_than_the_next_budgets():
-    places = places_of([600, 640, 6000], lines=3)
+    places = mark_positions([600, 640, 6000], lines=3)
     assert all(marks == sorted(set(marks)) for marks in places.values())
     assert places[600][1] == pytest.approx(600) and places[600][-1] < places[640][0]
-    assert places_of([600], lines=1) == {600: [pytest.approx(600)]}
+    assert mark_positions([600], lines=1) == {600: [pytest.approx(600)]}

@@ -63,9 +63,9 @@ def test_seeds_that_decoded_other_prompts_are_not_pooled(tmp_path):
 def test_drawn_replies_have_rows_of_their_own_for_each_pair_of_temperatures(tmp_path):
     samples = [("sql", [4])]
     paths = [
-        evaluation(tmp_path / "0.json", samples=samples, drawn=([("sql", [2, 2])], 1.0, 1.0)),
-        evaluation(tmp_path / "1.json", samples=samples, seed=1, drawn=([("sql", [4, 4])], 1.0, 1.0)),
-        evaluation(tmp_path / "2.json", method="dflash", samples=samples, drawn=([("sql", [1])], 1.0, 0.0)),
+        evaluation(tmp_path / "0.json", samples=samples, sampled=([("sql", [2, 2])], 1.0, 1.0)),
+        evaluation(tmp_path / "1.json", samples=samples, seed=1, sampled=([("sql", [4, 4])], 1.0, 1.0)),
+        evaluation(tmp_path / "2.json", method="dflash", samples=samples, sampled=([("sql", [1])], 1.0, 0.0)),
         evaluation(tmp_path / "3.json", method="dspark", samples=samples),
     ]
     table = rows(*paths)

@@ -6,8 +6,8 @@ import pytest
 from forms import deepspec_dspark, target
 
 from pipeline.cache.inspect import describe
+from pipeline.checksummed_json import parse_checksummed
 from pipeline.drafts import DRAFTS, DraftConfig, draft_config, init_weights
-from pipeline.evaluation.reports import load_report
 from pipeline.published import read_published
 from pipeline.published.card import Facts, card, serve_command
 from pipeline.published.check import check_export
@@ -77,7 +77,7 @@ def test_the_card_has_accept_lengths_by_domain_and_slot_however_they_were_measur
 
 
 def test_an_accept_length_of_cut_blocks_says_so(trained, tmp_path):
-    report = load_report(trained / "evaluation.json")
+    report, _ = parse_checksummed((trained / "evaluation.json").read_bytes())
     report["settings"]["threshold"] = 0.4
     (tmp_path / "cut.json").write_text(json.dumps(report))
     titles = [found["title"] for found in evaluations(tmp_path, 2)]

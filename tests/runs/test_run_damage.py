@@ -53,7 +53,7 @@ def served(run: Path, cache: Path) -> dict:
         "result": (done.steps, done.accept_len),
         "weights": {name: weight.clone() for name, weight in draft.state_dict().items()},
         "config": draft.config,
-        "described": describe_draft(run).facts(draft) | {"path": None},
+        "described": describe_draft(run).facts(draft).model_copy(update={"path": ""}),
         "export": (known.origin, known.facts),
         "report": load_report(run / "evaluation.json"),
     }

@@ -52,7 +52,7 @@ from pipeline.target.model import decoder_layers, final_norm, head_of, load_targ
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.run import plan, run
 from stages.evaluate.decode import decode_many, speculative_decode
-from stages.evaluate.losslessness import plain_decode
+from stages.evaluate.lossless import plain_decode
 
 SIZES = {
     "vocab_size": 264,

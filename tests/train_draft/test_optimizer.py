@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from stages.train_draft.optimizer import AdamW, Muon, lr_factor, orthogonalize
+from stages.train_draft.optimizer import AdamW, Muon, orthogonalize
+from stages.train_draft.step import lr_factor
 
 
 def test_the_rate_rises_over_the_warmup_and_falls_as_published():
@@ -85,17 +86,17 @@ def test_muon_makes_torchs_steps_but_for_their_bfloat16():
     torch.manual_seed(0)
     model, lr = OneLayer(), 0.01
     ours, theirs = Muon(model), copy.deepcopy(model)
-    assert [*ours.weights] == ["wide.weight", "long.weight"]
+    assert [*ours.matrices] == ["wide.weight", "long.weight"]
     weights = [theirs.wide.weight, theirs.long.weight]
     reference = torch.optim.Muon(weights, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     for _ in range(5):
         for weight in model.parameters():
             weight.grad = torch.randn_like(weight)
-        before = [weight.detach().clone() for weight in ours.weights.values()]
-        for weight, other in zip(ours.weights.values(), weights, strict=True):
+        before = [weight.detach().clone() for weight in ours.matrices.values()]
+        for weight, other in zip(ours.matrices.values(), weights, strict=True):
             other.data.copy_(weight)
             other.grad = weight.grad.clone()
         ours.step(lr)
         reference.step()
-        for weight, other, was in zip(ours.weights.values(), weights, before, strict=True):
+        for weight, other, was in zip(ours.matrices.values(), weights, before, strict=True):
             assert torch.dist(weight, other) < 0.05 * torch.dist(weight, was)

@@ -17,9 +17,8 @@ from pipeline.drafts import draft_config
 from pipeline.errors import CacheError
 from pipeline.runs.recipe import TrainSection
 from pipeline.runs.split import split_samples
-from stages.train_draft import prefetch
-from stages.train_draft.loader import BatchLoader
-from stages.train_draft.prefetch import Prefetcher
+from stages.train_draft import loader as loader_module
+from stages.train_draft.loader import BatchLoader, Prefetcher
 
 CONFIG = draft_config(
     method="dflash",
@@ -64,13 +63,13 @@ def loader(tmp_path_factory, request):
 @pytest.fixture
 def small(monkeypatch):
     """Buffers of a kilobyte, so that small cells fill them."""
-    monkeypatch.setattr(prefetch, "BUFFER_STEP", 1024)
+    monkeypatch.setattr(loader_module, "BUFFER_STEP", 1024)
 
 
-def copied(batch):
+def copied(batch, cells):
     """What the cells hold: what is read into memory that is used again has to be kept."""
     held = []
-    for cell, blocks in batch.cells:
+    for cell, blocks in zip(cells, batch.blocks, strict=True):
         final = [] if cell.final_FD is None else [cell.final_FD.clone(), cell.final_at_R]
         held.append((cell.names, cell.pos_R.clone(), cell.aux_KRD.clone(), blocks.anchors_N, *final))
     return held
@@ -85,20 +84,20 @@ def same(one, other):
 
 @pytest.mark.parametrize("limit", [0, 20_000, 1 << 30])
 def test_batches_are_those_of_the_loader_however_little_memory_there_is(loader, small, limit):
-    found = [(batch.step, batch.names, copied(batch)) for batch in Prefetcher(loader, 2, 12, limit=limit)]
+    found = [(batch.step, batch.names, copied(batch, cells)) for batch, cells in Prefetcher(loader, 2, 12, limit=limit)]
 
     assert [step for step, _, _ in found] == list(range(2, 12))
     for step, names, cells in found:
         batch = loader.batch(step)
-        assert names == batch.names and same(cells, copied(batch))
+        assert names == batch.names and same(cells, copied(batch, loader.read_all(batch)))
 
 
 @pytest.mark.parametrize("limit", [0, 20_000])
 def test_no_more_bytes_are_prefetched_than_allowed(loader, small, limit):
-    largest = max(loader.size(layout) for step in range(12) for layout in loader.lay_out(step).cells)
+    largest = max(loader.size(windows) for step in range(12) for windows in loader.batch(step).windows)
     batches, held, buffers = Prefetcher(loader, 0, 12, limit=limit), [], set()
-    for batch in batches:
-        for cell, _ in batch.cells:
+    for _, cells in batches:
+        for cell in cells:
             buffers.add(cell.aux_KRD.data_ptr())
             held.append(batches._used_bytes + sum(map(len, batches._free_buffers)))
 
@@ -107,23 +106,23 @@ def test_no_more_bytes_are_prefetched_than_allowed(loader, small, limit):
 
 
 def test_blocks_are_known_before_any_state_is_read(loader):
-    for batch in Prefetcher(loader, 0, 3):
-        known = [blocks.anchors_N.tolist() for blocks in batch.blocks]
-        assert known == [blocks.anchors_N.tolist() for _, blocks in batch.cells]
+    for batch, _ in Prefetcher(loader, 0, 3):
+        assert all(len(blocks.anchors_N) for blocks in batch.blocks)
+        assert all(cell.aux_KRD.numel() == 0 for cell in batch.cells)
 
 
 def test_cells_that_nobody_asked_for_are_dropped(loader, small):
-    for batch in Prefetcher(loader, 0, 8, limit=20_000):
+    for batch, cells in Prefetcher(loader, 0, 8, limit=20_000):
         if batch.step % 3 == 0:
-            assert same(copied(batch), copied(loader.batch(batch.step)))
+            assert same(copied(batch, cells), copied(batch, loader.read_all(batch)))
         elif batch.step % 3 == 1:
-            next(iter(batch.cells))
+            next(cells)
 
 
 def test_closing_stops_the_thread(loader):
     before = {*threading.enumerate()}
     batches = Prefetcher(loader, 0, 12, limit=0)
-    next(iter(next(iter(batches)).cells))
+    next(next(iter(batches))[1])
     batches.close()
 
     left = {*threading.enumerate()} - before
@@ -133,10 +132,10 @@ def test_closing_stops_the_thread(loader):
 def test_an_error_comes_at_the_cell_it_is_about(loader, monkeypatch):
     fill = loader.cache.fill
 
-    def first_of(layout):
-        return layout.to_read["aux_KRD"].parts[0][0]
+    def first_of(windows):
+        return windows[0].index
 
-    wanted = first_of(loader.lay_out(2).cells[0])
+    wanted = first_of(loader.batch(2).windows[0])
 
     def failing(out, parts, layers):
         if parts[0][0] == wanted and layers != (FINAL,):
@@ -146,10 +145,10 @@ def test_an_error_comes_at_the_cell_it_is_about(loader, monkeypatch):
     monkeypatch.setattr(loader.cache, "fill", failing)
     seen = []
     with pytest.raises(CacheError, match="damaged"):
-        for batch in Prefetcher(loader, 0, 8):
+        for batch, cells in Prefetcher(loader, 0, 8):
             seen.append(batch.step)
-            list(batch.cells)
-    first = next(step for step in range(8) if wanted in map(first_of, loader.lay_out(step).cells))
+            list(cells)
+    first = next(step for step in range(8) if wanted in map(first_of, loader.batch(step).windows))
     assert seen == list(range(first + 1))
 
 
@@ -160,25 +159,22 @@ def test_states_left_in_int8_are_the_same_once_they_are_moved(tmp_path, small, m
     columns = [replace(spec, codec=coded[spec.name == FINAL]) for spec in COLUMNS]
     plain, kept = made(tmp_path / "cache", columns, config), opened(tmp_path / "cache", config, keep_encoded=True)
 
-    for batch in Prefetcher(kept, 0, 12, limit=20_000):
-        right = plain.batch(batch.step)
-        for (cell, _), (wanted, _) in zip(batch.cells, right.cells, strict=True):
+    for batch, cells in Prefetcher(kept, 0, 12, limit=20_000):
+        right = plain.read_all(plain.batch(batch.step))
+        for cell, wanted, windows in zip(cells, right, batch.windows, strict=True):
             found = cell.to("cpu")
             assert torch.equal(found.aux_KRD.view(torch.int16), wanted.aux_KRD.view(torch.int16))
             assert found.names == wanted.names and torch.equal(found.pos_R, wanted.pos_R)
             assert (found.final_FD is None) == (config is CONFIG)
             if found.final_FD is not None:
                 assert torch.equal(found.final_FD.view(torch.int16), wanted.final_FD.view(torch.int16))
-            layout = next(layout for layout in kept.lay_out(batch.step).cells if layout.cell.names == wanted.names)
             # int8: of eight values one byte each, and a scale of two; as they are, two bytes each
             bytes_a_row = {"raw": 16, "int8": 10}
             rows = 2 * len(wanted.pos_R), 0 if wanted.final_FD is None else len(wanted.final_FD)
             size = sum(-(-bytes_a_row[how] * count // 4) * 4 for how, count in zip(coded, rows, strict=True))
-            assert kept.size(layout) == size
-    to_read = [
-        states for step in range(12) for layout in kept.lay_out(step).cells for states in layout.to_read.values()
-    ]
-    starts = {start for states in to_read for _, start, _ in states.parts}
+            assert kept.size(windows) == size
+    windows = [window for step in range(12) for of_cell in kept.batch(step).windows for window in of_cell]
+    starts = {window.first for window in windows}
     assert any(start % 256 for start in starts), "windows begin inside of a block, too"
 
 
@@ -190,10 +186,10 @@ def test_states_are_left_in_int8_only_where_all_are(tmp_path):
 
 def test_a_batch_is_read_a_cell_at_a_time(loader, monkeypatch):
     read, held = [], loader.read
-    monkeypatch.setattr(loader, "read", lambda layout: read.append(layout) or held(layout))
+    monkeypatch.setattr(loader, "read", lambda batch, number: read.append(number) or held(batch, number))
     batch = loader.batch(0, alone=True)
     assert len(batch.cells) == 3 and not read
-    for number, _ in enumerate(batch.cells, 1):
+    for number, _ in enumerate(loader.read_all(batch), 1):
         assert len(read) == number
 
 
@@ -205,17 +201,13 @@ def test_waiting_for_data_is_measured_and_nothing_else(loader, monkeypatch):
         fill(*wanted)
 
     monkeypatch.setattr(loader.cache, "fill", slow)
-    cells, batches = 0, Prefetcher(loader, 0, 3)
-    began = time.perf_counter()
-    for batch in batches:
-        for _ in batch.cells:
-            cells += 1
+    batches, began = Prefetcher(loader, 0, 3), time.perf_counter()
+    read = sum(1 for _, cells in batches for _ in cells)
     took = time.perf_counter() - began
-    assert 0.05 * cells * 0.9 <= batches.waited <= took
+    assert 0.05 * read * 0.9 <= batches.waited <= took
 
     patient = Prefetcher(loader, 0, 1)
-    batch = next(iter(patient))
-    list(batch.cells)
+    list(next(iter(patient))[1])
     waited = patient.waited
     time.sleep(0.1)
     patient.close()
@@ -232,7 +224,8 @@ def test_the_final_states_of_a_cell_are_those_of_its_rows(tmp_path, keeps):
     cache = loader.cache
     place = {cache.samples.hex(i): i for i in range(len(cache))}
     for step in range(20 * loader.per_epoch):
-        for cell, blocks in loader.batch(step).cells:
+        batch = loader.batch(step)
+        for cell, blocks in zip(loader.read_all(batch), batch.blocks, strict=True):
             assert cell.final_FD.shape == ((cell.final_at_R >= 0).sum(), 8)
             for name, start, length in zip(cell.names, cell.starts_M.tolist(), cell.lengths_M.tolist(), strict=True):
                 here = slice(start, start + length)
@@ -253,7 +246,7 @@ def test_the_final_states_of_a_cell_are_those_of_its_rows(tmp_path, keeps):
 
 def test_a_loss_of_tokens_alone_opens_no_byte_of_the_final_states(tmp_path):
     hard = made(tmp_path / "cache", config=CONFIG)
-    wanted = [copied(hard.batch(step)) for step in range(hard.per_epoch)]
+    wanted = [copied(batch, hard.read_all(batch)) for batch in map(hard.batch, range(hard.per_epoch))]
     for shard in range(hard.cache.shards):
         for file in shard_folder(hard.cache.path, shard).glob("final*/**/*"):
             if file.is_file():
@@ -261,9 +254,9 @@ def test_a_loss_of_tokens_alone_opens_no_byte_of_the_final_states(tmp_path):
         (shard_folder(hard.cache.path, shard) / "final.arrow").unlink()
 
     hard, soft = (opened(tmp_path / "cache", config) for config in (CONFIG, SOFT))
-    assert all(same(copied(batch), wanted[batch.step]) for batch in hard.prefetch(0, hard.per_epoch))
+    assert all(same(copied(batch, cells), wanted[batch.step]) for batch, cells in Prefetcher(hard, 0, hard.per_epoch))
     with pytest.raises(CacheError, match="final"):
-        soft.batch(0).cells[0]
+        soft.read(soft.batch(0), 0)
 
 
 def test_samples_whose_final_states_were_refused_teach_no_loss_that_reads_them(tmp_path):

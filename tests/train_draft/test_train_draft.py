@@ -1,5 +1,6 @@
 """`train-draft`: from a cache alone, exact whatever is killed when, and refusing what cannot be right."""
 
+import copy
 import fcntl
 import json
 import os
@@ -29,11 +30,11 @@ from pipeline.runs.recipe import load_recipe, resolve
 from pipeline.runs.split import prompt_hash, split_by_prompt, split_samples, stratified_subset
 from stages.recode.run import run as recode
 from stages.train_draft import run_folder as run_folder
-from stages.train_draft.loader import BatchLoader
+from stages.train_draft.loader import BatchLoader, Prefetcher
 from stages.train_draft.loop import evaluation_text
-from stages.train_draft.optimizer import hidden_matrices, make_optimizer
+from stages.train_draft.optimizer import hidden_matrices, load_state_tensors, make_optimizer, state_tensors
 from stages.train_draft.run import make_draft, run, run_description, split_for
-from stages.train_draft.step import Precision, Trainer, backward
+from stages.train_draft.step import Trainer
 
 SMALL = ("train.batch=4", "train.anchors=6", "train.log_every=1", "draft.block_size=4", "train.steps=8")
 CPU = torch.device("cpu")
@@ -75,6 +76,17 @@ def prepared(cache, *sets):
     return make_draft(resolved, store, CPU), loader
 
 
+def take_step(trainer: Trainer, number: int) -> dict | None:
+    """Train on the batch of a step, read as it is needed."""
+    batch = trainer.loader.batch(number)
+    return trainer.step(batch, trainer.loader.read_all(batch))
+
+
+def add_gradients(draft, loader, cells, blocks, lambda_base: float, metrics: bool = False):
+    trainer = Trainer(draft, make_optimizer("adamw", draft), loader, loader.train)
+    return trainer.add_gradients(cells, blocks, ScheduleValues(lambda_base), metrics)
+
+
 def gradients(draft) -> dict:
     return {name: weight.grad.clone() for name, weight in draft.named_parameters() if weight.grad is not None}
 
@@ -102,7 +114,7 @@ def test_muon_moves_the_matrices_of_the_layers_and_adamw_the_rest(tiny_cache, se
         draft, loader = prepared(tiny_cache, *sets)
         before = {name: weight.detach().clone() for name, weight in draft.named_parameters()}
         optimizer = make_optimizer(kind, draft)
-        Trainer(draft, optimizer, loader, loader.train).step(loader.batch(0))
+        take_step(Trainer(draft, optimizer, loader, loader.train), 0)
         return draft, {name: weight.detach() - before[name] for name, weight in draft.named_parameters()}
 
     draft, by_muon = moved("muon")
@@ -123,24 +135,28 @@ def test_muon_moves_the_matrices_of_the_layers_and_adamw_the_rest(tiny_cache, se
         assert along.max() < 0 and along.min() > 2 * along.max(), f"{name}: {along}"
 
 
+@pytest.mark.parametrize("form", ["torch", "checkpoint"])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_restored_optimizer_makes_the_same_step_to_the_bit(tiny_cache, kind):
+def test_a_restored_optimizer_makes_the_same_step_to_the_bit(tiny_cache, kind, form):
     def made():
         draft, loader = prepared(tiny_cache)
         optimizer = make_optimizer(kind, draft)
-        return draft, Trainer(draft, optimizer, loader, loader.train), loader
+        return draft, Trainer(draft, optimizer, loader, loader.train)
 
-    def go(trainer, loader, steps):
-        for step in steps:
-            trainer.step(loader.batch(step))
-
-    straight, trainer, loader = made()
-    go(trainer, loader, range(4))
-    stopped, trainer, loader = made()
-    go(trainer, loader, range(2))
+    straight, trainer = made()
+    for step in range(4):
+        take_step(trainer, step)
+    stopped, trainer = made()
+    for step in range(2):
+        take_step(trainer, step)
     again = make_optimizer(kind, stopped)
-    again.load_state_dict({name: tensor.clone() for name, tensor in trainer.optimizer.state_dict().items()}, step=2)
-    go(Trainer(stopped, again, loader, loader.train), loader, (2, 3))
+    if form == "torch":
+        again.load_state_dict(copy.deepcopy(trainer.optimizer.state_dict()))
+    else:
+        saved = {name: tensor.clone() for name, tensor in state_tensors(trainer.optimizer).items()}
+        load_state_tensors(again, saved, step=2)
+    for step in (2, 3):
+        take_step(Trainer(stopped, again, trainer.loader, trainer.train), step)
 
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), stopped.parameters(), strict=True))
 
@@ -255,11 +271,13 @@ def test_a_batch_is_the_same_whenever_it_is_made(tiny_cache):
     _, loader = prepared(tiny_cache)
     _, other = prepared(tiny_cache)
 
-    for step, batch in enumerate(loader.prefetch(3, 8), 3):
+    for step, (batch, cells) in enumerate(Prefetcher(loader, 3, 8), 3):
         again = other.batch(step)
         assert again.names == batch.names
-        for (cell, blocks), (cell2, blocks2) in zip(batch.cells, again.cells, strict=True):
-            assert torch.equal(cell.aux_KRD, cell2.aux_KRD) and torch.equal(blocks.anchors_N, blocks2.anchors_N)
+        for cell, cell2 in zip(cells, other.read_all(again), strict=True):
+            assert torch.equal(cell.aux_KRD, cell2.aux_KRD)
+        for blocks, blocks2 in zip(batch.blocks, again.blocks, strict=True):
+            assert torch.equal(blocks.anchors_N, blocks2.anchors_N)
 
 
 def test_every_sample_comes_once_an_epoch_with_fresh_anchors(tiny_cache):
@@ -269,7 +287,7 @@ def test_every_sample_comes_once_an_epoch_with_fresh_anchors(tiny_cache):
 
     assert len(set(names[0])) == loader.per_epoch == len(loader.indices)
     assert sorted(names[0]) == sorted(names[1]) and names[0] != names[1]
-    anchors = [{batch.names[0]: batch.cells[0][1].anchors_N.tolist() for batch in epoch} for epoch in epochs]
+    anchors = [{batch.names[0]: batch.blocks[0].anchors_N.tolist() for batch in epoch} for epoch in epochs]
     assert anchors[0] != anchors[1]
 
 
@@ -278,7 +296,7 @@ def test_a_long_sample_gives_a_window_with_true_positions(tiny_cache):
     store = loader.cache
     for step in range(loader.per_epoch):
         batch = loader.batch(step)
-        cell, blocks = batch.cells[0]
+        cell, blocks = loader.read(batch, 0), batch.blocks[0]
         index = next(i for i in range(len(store)) if store.samples.hex(i) == batch.names[0])
         whole = store.read(index, layers=loader.config.target_layer_ids)
         assert len(cell.ids_R) <= 24
@@ -292,14 +310,14 @@ def test_the_loss_and_its_gradient_do_not_depend_on_how_a_batch_is_cut(tiny_cach
     found = []
     for cut in ((), ("train.cells=3",), ("train.context=128",), ("train.cell_anchors=12",)):
         draft, loader = prepared(tiny_cache, "train.batch=8", *sets, *cut)
-        cells = loader.batch(0).cells
-        shares = backward(draft, cells, ScheduleValues(0.4), Precision("float32", "cpu"), metrics=True)
-        found.append((len(cells), shares, gradients(draft)))
+        batch = loader.batch(0)
+        shares = add_gradients(draft, loader, loader.read_all(batch), batch.blocks, 0.4, metrics=True)
+        found.append((len(batch.cells), shares, gradients(draft)))
 
     (_, whole, gradient), *others = found
     assert found[0][0] == 1 and all(count > 1 for count, _, _ in others)
     for _, shares, other in others:
-        assert shares.loss == pytest.approx(whole.loss, rel=1e-6)
+        assert float(shares.total) == pytest.approx(float(whole.total), rel=1e-6)
         assert shares.terms.keys() == shares.dens.keys() == whole.terms.keys()
         for name in whole.terms:
             assert float(shares.dens[name]) == pytest.approx(float(whole.dens[name]), rel=1e-9)
@@ -316,7 +334,7 @@ def test_fifty_steps_do_not_depend_on_how_batches_are_cut(tiny_cache, method):
     def losses(*sets):
         draft, loader = prepared(tiny_cache, *recipe, *sets)
         trainer = Trainer(draft, make_optimizer("adamw", draft), loader, loader.train)
-        return [trainer.step(loader.batch(step))["loss"] for step in range(50)]
+        return [take_step(trainer, step)["loss"] for step in range(50)]
 
     assert losses("train.cells=3") == pytest.approx(losses(), rel=1e-6)
 
@@ -336,7 +354,7 @@ def test_a_small_device_computes_fewer_blocks_at_a_time_and_the_same_loss(tiny_c
 
         monkeypatch.setattr(draft, "hidden", small)
         trainer = Trainer(draft, make_optimizer("adamw", draft), loader, loader.train)
-        return [trainer.step(loader.batch(step)) for step in range(8)], trainer.blocks_per_pass, seen
+        return [take_step(trainer, step) for step in range(8)], trainer.blocks_per_pass, seen
 
     whole, blocks_per_pass, seen = losses(10**6)
     parts, fewer, _ = losses(3)
@@ -369,18 +387,18 @@ def test_the_cache_gives_the_loss_that_the_live_target_gives(tiny_cache, tiny_ta
     from pipeline.target.model import load_target
 
     draft, loader = prepared(tiny_cache, *sets)
-    target, layers, precision = (
-        load_target(str(tiny_target)),
-        draft.config.target_layer_ids,
-        Precision("float32", "cpu"),
-    )
+    target, layers = load_target(str(tiny_target)), draft.config.target_layer_ids
     for step in range(3):
-        cells = list(loader.batch(step).cells)
-        cached = backward(draft, cells, ScheduleValues(0.3), precision, metrics=False)
-        lively = [(replace(cell, **live(target, cell, layers)), blocks) for cell, blocks in cells]
-        lively = [(cell, lay_blocks(cell, blocks.anchors_N, blocks.keep_N, draft.config)) for cell, blocks in lively]
-        now = backward(draft, lively, ScheduleValues(0.3), precision, metrics=False)
-        assert cached.loss == pytest.approx(now.loss, rel=1e-6)
+        batch = loader.batch(step)
+        cells = list(loader.read_all(batch))
+        cached = add_gradients(draft, loader, cells, batch.blocks, 0.3)
+        lively = [replace(cell, **live(target, cell, layers)) for cell in cells]
+        blocks = [
+            lay_blocks(cell, blocks.anchors_N, blocks.keep_N, draft.config)
+            for cell, blocks in zip(lively, batch.blocks, strict=True)
+        ]
+        now = add_gradients(draft, loader, lively, blocks, 0.3)
+        assert float(cached.total) == pytest.approx(float(now.total), rel=1e-6)
         for name, value in now.terms.items():
             assert float(cached.terms[name]) == pytest.approx(float(value), rel=1e-6), name
 
@@ -391,7 +409,8 @@ def test_a_label_is_learned_from_the_state_before_it(tiny_cache):
     store = loader.cache
     place = {store.samples.hex(i): i for i in range(len(store))}
     for step in range(loader.per_epoch):
-        for cell, blocks in loader.batch(step).cells:
+        batch = loader.batch(step)
+        for cell, blocks in zip(loader.read_all(batch), batch.blocks, strict=True):
             whole = store.read(place[cell.names[0]], final=True)
             kept = {row: at for at, row in enumerate(whole.final_rows.tolist())}
             at = blocks.positions_NS[blocks.scored_NS]  # of the labels, which DFlash has at their own slots
@@ -412,8 +431,8 @@ def test_an_error_while_reading_ahead_reaches_the_loop(tiny_cache, tmp_path):
             file.write_bytes(data)
 
     with pytest.raises(CacheError, match=r"aux\.3"):
-        for batch in loader.prefetch(0, 8):
-            list(batch.cells)
+        for _, cells in Prefetcher(loader, 0, 8):
+            list(cells)
 
 
 @every_loss
@@ -422,7 +441,7 @@ def test_bfloat16_arithmetic_stays_near_float32(tiny_cache, sets):
     for dtype in ("float32", "bfloat16"):
         draft, loader = prepared(tiny_cache, f"train.dtype={dtype}", *sets)
         batch = loader.batch(0)
-        losses[dtype] = backward(draft, batch.cells, ScheduleValues(0.5), Precision(dtype, "cpu"), metrics=False).loss
+        losses[dtype] = float(add_gradients(draft, loader, loader.read_all(batch), batch.blocks, 0.5).total)
         assert all(weight.dtype == torch.float32 for weight in draft.parameters())
 
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=2e-2)
@@ -595,8 +614,8 @@ def stopping(monkeypatch, at: int, how) -> None:
     """Let something happen to the process while it computes step `at`."""
     step = Trainer.step
 
-    def stopped(trainer, batch):
-        metrics = step(trainer, batch)
+    def stopped(trainer, batch, cells):
+        metrics = step(trainer, batch, cells)
         if batch.step + 1 == at:
             how()
         return metrics
@@ -881,7 +900,7 @@ def test_a_draft_that_diverges_blames_itself(tiny_cache, tmp_path):
         draft.norm.weight.fill_(float("inf"))
 
     with pytest.raises(ProofError, match=r"step 1: loss nan.*the draft itself has diverged: lower train\.lr"):
-        Trainer(draft, make_optimizer("adamw", draft), loader, loader.train).step(loader.batch(0))
+        take_step(Trainer(draft, make_optimizer("adamw", draft), loader, loader.train), 0)
 
 
 # Without the target

@@ -16,6 +16,7 @@ import zarr
 from cache_maker import COLUMNS, contents, make_cache, random_samples, states
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_codec import Fixed16
 
 import pipeline.cache.atomic as disk
 from pipeline.cache import HiddenCache
@@ -39,7 +40,15 @@ from stages.recode.run import run as recode
 
 HERE = Path(__file__).parents[2]
 INT8 = CODECS["int8"]
+NAMES = [*CODECS, "fixed16"]  # with one that only tests have
 DTYPES = ["bfloat16", "float32"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fixed16():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CODECS, "fixed16", Fixed16())
+        yield
 
 
 def in_codec(codec: str, dtype: str = "bfloat16", width: int = 8) -> list[ColumnSpec]:
@@ -55,7 +64,7 @@ def bits(states_RD: torch.Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", NAMES)
 def test_a_cache_in_any_codec_reads_back_within_its_promise_and_verifies(tmp_path, codec, dtype):
     columns = in_codec(codec, dtype, 12)
     cache = make_cache(tmp_path / "cache", random_samples(5), columns, refused={0: "not finite"})
@@ -75,7 +84,7 @@ def test_a_cache_in_any_codec_reads_back_within_its_promise_and_verifies(tmp_pat
                 assert np.array_equal(bits(found), bits(truth))
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", NAMES)
 def test_rows_from_any_block_on_are_those_of_the_whole(tmp_path, codec):
     cache = make_cache(tmp_path / "cache", random_samples(2, longest=1500, seed=4), in_codec(codec))
     shard = max(load_plan(cache).shards, key=lambda shard: shard.lengths[0])
@@ -96,7 +105,7 @@ def long_cache(path: Path, codec: str, T: int, width: int) -> Path:
     return make_cache(path, [long], in_codec(codec, "bfloat16", width)[:1])
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", NAMES)
 def test_any_window_is_the_slice_of_the_whole(tmp_path, codec):
     held = HiddenCache.open(long_cache(tmp_path / "cache", codec, 900, 8))
     whole = held.read(0).aux
@@ -107,7 +116,7 @@ def test_any_window_is_the_slice_of_the_whole(tmp_path, codec):
                 assert np.array_equal(bits(found), bits(whole[:, first:stop])), (first, stop)
 
 
-@pytest.mark.parametrize("codec", ["zstd", "int8"])
+@pytest.mark.parametrize("codec", ["zstd", "int8", "fixed16"])
 def test_a_window_takes_no_memory_but_for_its_ends(tmp_path, codec):
     held = HiddenCache.open(long_cache(tmp_path / "cache", codec, 9000, 256))
     out = torch.empty(1, 8000, 256, dtype=torch.bfloat16)
@@ -119,7 +128,7 @@ def test_a_window_takes_no_memory_but_for_its_ends(tmp_path, codec):
     assert most < 2 << 20 < out.nbytes / 1.9
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", NAMES)
 def test_checking_a_long_sample_takes_little_memory(tmp_path, codec):
     cache = long_cache(tmp_path / "cache", codec, 12_000, 256)
     column = open_column(cache, column_manifest(cache, 0, "aux.1"), load_plan(cache).shards[0].bounds)
@@ -131,7 +140,7 @@ def test_checking_a_long_sample_takes_little_memory(tmp_path, codec):
     assert most < 5 << 20 < column.spec.row_bytes * 12_000
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", NAMES)
 def test_the_bytes_do_not_depend_on_the_pieces_rows_come_in(tmp_path, codec, monkeypatch):
     columns, samples = in_codec(codec), random_samples(3)
     whole = contents(make_cache(tmp_path / "a", samples, columns))
@@ -141,7 +150,7 @@ def test_the_bytes_do_not_depend_on_the_pieces_rows_come_in(tmp_path, codec, mon
     assert contents(make_cache(tmp_path / "b", samples, columns)) == whole
 
 
-@pytest.mark.parametrize("codec", ["zstd", "int8"])
+@pytest.mark.parametrize("codec", ["zstd", "int8", "fixed16"])
 def test_a_flipped_bit_of_any_file_is_found_or_changes_nothing_read(tmp_path, codec):
     cache = make_cache(tmp_path / "cache", random_samples(1, longest=300), in_codec(codec)[:1])
     right = bits(HiddenCache.open(cache).read(0).aux)
@@ -386,12 +395,13 @@ def test_decoding_in_a_thread_starts_no_others():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("codec", ["int8", "fixed16"])
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_gpu_decodes_the_same_bits(kind, dtype):
+def test_a_gpu_decodes_the_same_bits(kind, dtype, codec):
     states_RD, calibration = made_states(1, 300, 256, kind)
-    held = INT8.encode_to_host(states_RD.to(getattr(torch, dtype)).cuda(), calibration)
+    held = CODECS[codec].encode_to_host(states_RD.to(getattr(torch, dtype)).cuda(), calibration)
     assert np.array_equal(bits(held.decode("cuda").cpu()), bits(held.decode()))
 
 
@@ -609,7 +619,7 @@ def test_a_recode_loads_the_head_once(captured, tmp_path, monkeypatch):
 def test_what_cannot_be_recoded_is_said(tmp_path):
     cache = make_cache(tmp_path / "cache", random_samples(2, longest=9), COLUMNS[:2])
     for codec, says in (
-        ("gzip", "wanted one of raw, zstd, int8"),
+        ("gzip", "wanted one of raw, zstd, int8, fixed16 for all"),
         ("aux.7=zstd", "holds aux.1, aux.10"),
         ("a=raw", "wanted"),
     ):
@@ -629,7 +639,7 @@ def test_a_codec_is_chosen_by_the_most_particular_name():
             parse_codecs(text)
 
 
-@pytest.mark.parametrize("codec", ["raw", "int8"])
+@pytest.mark.parametrize("codec", ["raw", "int8", "fixed16"])
 def test_the_bytes_stated_are_those_written(tmp_path, codec):
     spec = ColumnSpec("aux.1", "bfloat16", 512, codec)
     cache = make_cache(tmp_path / "cache", random_samples(1, longest=600, seed=2), [spec])

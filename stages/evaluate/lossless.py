@@ -1,10 +1,10 @@
-"""The losslessness check: an independent plain decoding loop, and a verdict on every difference from it.
+"""The proof that decoding is lossless: an independent plain loop, and a verdict on every difference from it.
 
 Two forwards of one model over the same tokens, one with a block at once and one a token at a time, round differently,
 and both round more than float32 does. Where two tokens' logits are closer than that, either is the target's choice: a
 near tie. Anything else is a fault.
 
-Drawn replies cannot be compared; they are judged by where their tokens stand in the target's own distribution.
+Sampled replies cannot be compared; their tokens' quantiles in the target's own distribution are tested instead.
 
     T tokens of a reply   V vocabulary
 """
@@ -13,7 +13,6 @@ import copy
 import math
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, zip_longest
 
@@ -22,10 +21,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from pipeline.errors import ProofError, RoomError
+from pipeline.evaluation.reports import MAX_SPREADS, NearTie, SampledLossless
 from stages.evaluate.decode import Decoded
 
-FACTOR = 4  # a near tie's gap is at most so many times the measured difference
-BEYOND = 6.0  # std that sampled tokens' quantile sum may be off: by chance at most 2 exp(-18) = 3e-8
+NEAR_TIE_FACTOR = 4  # a near tie's gap in logits is at most so many times the difference between valid forwards
 ENTRIES_AT_ONCE = 1 << 24  # of one [T, V] tensor in float64
 
 
@@ -34,33 +33,22 @@ def plain_decode(
     target: PreTrainedModel, prompt_ids: Sequence[int], max_new: int, stop_ids: Collection[int] = ()
 ) -> Decoded:
     """Decode greedily, one token a forward, as anyone would write it. Shares nothing with `speculative_decode`."""
-    began = time.perf_counter()
-    memory, new = None, []
-    fresh = torch.tensor([list(prompt_ids)], device=target.device)
+    start_time = time.perf_counter()
+    kv, new = None, []
+    input_1N = torch.tensor([list(prompt_ids)], device=target.device)
     while len(new) < max_new:
-        output = target(input_ids=fresh, past_key_values=memory, use_cache=True, logits_to_keep=1)
-        memory = output.past_key_values
+        output = target(input_ids=input_1N, past_key_values=kv, use_cache=True, logits_to_keep=1)
+        kv = output.past_key_values
         token = int(output.logits[0, -1].argmax())
         new.append(token)
         if token in stop_ids:
             break
-        fresh = torch.tensor([[token]], device=target.device)
+        input_1N = torch.tensor([[token]], device=target.device)
     none = [0] * (len(new) - 1)
-    return Decoded(new, [1] * len(none), none, none, len(new), time.perf_counter() - began)
+    return Decoded(new, [1] * len(none), none, none, len(new), time.perf_counter() - start_time)
 
 
-@dataclass(frozen=True)
-class NearTie:
-    """Two tokens with logits closer than rounding: where, which, float32 logits, and how far valid forwards differ."""
-
-    prompt: str
-    position: int  # in the reply
-    tokens: tuple[int, int]  # speculative, plain
-    logits: tuple[float, float]
-    difference: float
-
-
-class Judge:
+class LosslessCheck:
     """Compares speculative and plain replies; their first difference is scored again in float32 without a kv cache.
 
     block: tokens verified at once, of each of `batch` prompts.
@@ -70,7 +58,7 @@ class Judge:
         self.target, self.block, self.batch = target, block, batch
 
     @cached_property
-    def _exact(self) -> PreTrainedModel:
+    def _float32_target(self) -> PreTrainedModel:
         """The target in float32; a copy only where it is not already, and only once there is a difference."""
         if self.target.dtype == torch.float32:
             return self.target
@@ -83,41 +71,41 @@ class Judge:
             ) from error
 
     def compare(self, prompt: str, prompt_ids: Sequence[int], fast: Decoded, plain: Decoded) -> NearTie | None:
-        """Return None for identical replies, or the near tie at which the comparison ends.
+        """Compare the replies to `prompt_ids`; None for identical ones, or the near tie at which the comparison ends.
 
-        Raises ProofError for any other difference.
+        prompt: its name in messages. Raises ProofError for any other difference.
         """
         position = first_difference(fast.ids, plain.ids)
         if position is None:
             return None
-        tokens = tuple(reply[position] if position < len(reply) else None for reply in (fast.ids, plain.ids))
+        tokens = [reply[position] if position < len(reply) else None for reply in (fast.ids, plain.ids)]
         prefix = [*prompt_ids, *plain.ids[:position]]
-        exact_V = self.exact_logits(prefix)
-        logits = tuple(None if token is None else float(exact_V[token]) for token in tokens)
+        exact_V = self.float32_logits(prefix)
+        logits = [None if token is None else float(exact_V[token]) for token in tokens]
         if None in tokens:  # equal so far, and only one goes on: a stop token or the limit is mishandled
             raise ProofError(_fault(prompt, position, tokens, logits, "only one of the two goes on"))
         difference = self.difference(prefix, len(prompt_ids), fast.lengths, exact_V)
-        if abs(logits[0] - logits[1]) > FACTOR * difference:
+        if abs(logits[0] - logits[1]) > NEAR_TIE_FACTOR * difference:
             cause = f"right forwards differ by {difference:.3g} there"
             raise ProofError(_fault(prompt, position, tokens, logits, cause))
-        return NearTie(prompt, position, tokens, logits, difference)
+        return NearTie(prompt=prompt, position=position, tokens=tokens, logits=logits, difference=difference)
 
     @torch.no_grad()
-    def exact_logits(self, prefix: Sequence[int]) -> Tensor:
+    def float32_logits(self, prefix: Sequence[int]) -> Tensor:
         """Logits [V] after `prefix`: one forward in float32, no kv."""
         ids_1T = torch.tensor([list(prefix)], device=self.target.device)
-        return self._exact(input_ids=ids_1T, use_cache=False, logits_to_keep=1).logits[0, -1]
+        return self._float32_target(input_ids=ids_1T, use_cache=False, logits_to_keep=1).logits[0, -1]
 
     @torch.no_grad()
     def difference(self, prefix: Sequence[int], prompt: int, lengths: Sequence[int], exact_V: Tensor) -> float:
-        """Return how far right forwards are apart in a logit after `prefix`: the most between any two of three.
+        """Return how much valid forwards differ in a logit after `prefix`: the largest difference between two of three.
 
-        Two replay the true tokens after a prefill of the prompt: the one in the blocks that were accepted, each filled
-        up to a block and as many times as when verified (shapes decide rounding, what fills them does not), the other a
-        token at a time. No draft, no verification and no crop of theirs: a fault there must not widen the measure that
-        is to find it. The third is `exact_V` [V], of float32: on some processors the two agree by chance, and then only
-        it shows what the target's type rounds away. At least a step of that type at the largest logit, since forwards
-        that round to different numbers are a step apart.
+        Two replay the true tokens after a prefill of the prompt, a number of tokens: one in blocks of the accepted
+        `lengths`, each padded to a whole block and to `batch` copies as when it was verified (shapes decide rounding,
+        what fills them does not), the other a token at a time. They use no draft, no verification and no crop: a fault
+        there must not widen the measure that is to find it. The third is `exact_V` [V], of float32: on some processors
+        the two agree by chance, and then only it shows what the target's type rounds away. At least a step of that
+        type at the largest logit, since forwards that round to different numbers are a step apart.
         """
         pieces = _in_blocks(list(prefix), prompt, lengths)
         by_block_V = self._replay(pieces, self.block, self.batch)
@@ -125,16 +113,18 @@ class Judge:
         single = [list(prefix[:first])] * (first > 0) + [[token] for token in prefix[first:]]
         single_V = self._replay(single, 1, 1)
         pairs = combinations((by_block_V, single_V, exact_V.float()), 2)
-        return max(float_step(exact_V, self.target.dtype), *(float((one - other).abs().max()) for one, other in pairs))
+        return max(float_step(exact_V, self.target.dtype), *(float((a_V - b_V).abs().max()) for a_V, b_V in pairs))
 
     def _replay(self, pieces: Sequence[list[int]], width: int, batch: int) -> Tensor:
-        """Prefill the target with a text's first piece, run `batch` copies over the others, each filled up to `width`;
-        return one's last logits [V]."""
+        """Prefill the target with a text's first piece, run `batch` copies over the others, each padded to `width`.
+
+        Returns the last logits [V] of one copy.
+        """
         kv, rows = DynamicCache(), 0
         for number, piece in enumerate(pieces):
             first = number == 0
-            filled = piece if first else piece + piece[-1:] * (width - len(piece))
-            ids_BT = torch.tensor([filled] * (1 if first else batch), device=self.target.device)
+            padded = piece if first else piece + piece[-1:] * (width - len(piece))
+            ids_BT = torch.tensor([padded] * (1 if first else batch), device=self.target.device)
             kept = 1 if first else 0
             logits_BTV = self.target(input_ids=ids_BT, past_key_values=kv, use_cache=True, logits_to_keep=kept).logits
             rows += len(piece)
@@ -152,30 +142,30 @@ def float_step(logits_V: Tensor, dtype: torch.dtype) -> float:
 
 
 def first_difference(fast: Sequence[int], plain: Sequence[int]) -> int | None:
-    """Return the first place where two replies differ, or where one ends; None when they are equal."""
+    """Return the first index at which two replies differ, or one ends; None when they are equal."""
     pairs = enumerate(zip_longest(fast, plain))
-    return next((place for place, (one, other) in pairs if one != other), None)
+    return next((index for index, (token, plain_token) in pairs if token != plain_token), None)
 
 
 def _in_blocks(prefix: list[int], prompt: int, lengths: Sequence[int]) -> list[list[int]]:
-    """Cut a text into its prompt, the blocks that were accepted whole, and what of the last one it holds."""
-    pieces, at = [prefix[:prompt]], prompt
+    """Cut a text into its prompt, the accepted blocks that it has whole, and its part of the next one."""
+    pieces, start = [prefix[:prompt]], prompt
     for length in lengths:
-        if at + length >= len(prefix):
+        if start + length >= len(prefix):
             break
-        pieces.append(prefix[at : at + length])
-        at += length
-    return pieces + [prefix[at:]] * (at < len(prefix))
+        pieces.append(prefix[start : start + length])
+        start += length
+    return pieces + [prefix[start:]] * (start < len(prefix))
 
 
-def _fault(prompt: str, position: int, tokens: tuple, logits: tuple, cause: str) -> str:
-    said = [
+def _fault(prompt: str, position: int, tokens: list, logits: list, cause: str) -> str:
+    texts = [
         "the end" if token is None else f"token {token} (logit {logit:.6g})"
         for token, logit in zip(tokens, logits, strict=True)
     ]
     return (
         f"{prompt}: the output is not the target's. At token {position} of the reply speculative decoding gives "
-        f"{said[0]}, plain decoding {said[1]}, and {cause}; verification, kv or stops are broken, please report it"
+        f"{texts[0]}, plain decoding {texts[1]}, and {cause}; verification, kv or stops are broken, please report it"
     )
 
 
@@ -190,29 +180,29 @@ def token_quantiles(
     """
     text_1T = torch.tensor([[*prompt_ids, *ids[:-1]]], device=target.device)
     logits_TV = target(input_ids=text_1T, use_cache=False, logits_to_keep=len(ids)).logits[0]
-    rows, found = max(1, ENTRIES_AT_ONCE // logits_TV.shape[-1]), []
+    rows, quantiles = max(1, ENTRIES_AT_ONCE // logits_TV.shape[-1]), []
     for some_TV, own_T in zip(logits_TV.split(rows), torch.tensor(ids, device=target.device).split(rows), strict=True):
         p_TV = (some_TV.double() / temperature).softmax(-1)
         own_T1 = p_TV.gather(-1, own_T[:, None])
-        found += (p_TV * ((p_TV > own_T1) + 0.5 * (p_TV == own_T1))).sum(-1).tolist()
-    return found
+        quantiles += (p_TV * ((p_TV > own_T1) + 0.5 * (p_TV == own_T1))).sum(-1).tolist()
+    return quantiles
 
 
-def check_quantiles(found: Sequence[float]) -> dict:
-    """Return how many tokens were drawn, their mean quantile, and how many std it is off 1/2.
+def check_quantiles(quantiles: Sequence[float]) -> SampledLossless:
+    """Return the mean quantile of sampled tokens, and how many std it is off 1/2. ProofError beyond MAX_SPREADS.
 
     A token drawn from the target has a quantile of mean 1/2, whatever came before it, and it is the mean of a
     uniform number given the token. So the sum of n of them stays at least as close to n/2 as that of n uniform
-    numbers: z std of sqrt(n/12) off has a chance of at most 2 exp(-z^2 / 2). ProofError beyond `BEYOND`: tokens
-    likelier than the target's (a mean below 1/2), or less likely.
+    numbers: z std of sqrt(n/12) off has a chance of at most 2 exp(-z^2 / 2). A mean below 1/2 is of tokens likelier
+    than the target's, one above of less likely ones.
     """
-    count = len(found)
-    off = sum(place - 0.5 for place in found)
-    spreads = off / (count / 12) ** 0.5 if count else 0.0
-    if abs(spreads) > BEYOND:
+    count = len(quantiles)
+    excess = sum(quantile - 0.5 for quantile in quantiles)
+    spreads = excess / (count / 12) ** 0.5 if count else 0.0
+    if abs(spreads) > MAX_SPREADS:
         raise ProofError(
             f"the {count} tokens drawn are not the target's own: their mean place in its distribution is "
-            f"{0.5 + off / count:.3f}, {abs(spreads):.1f} spreads off 1/2; the rule of acceptance or a draft's q is "
+            f"{0.5 + excess / count:.3f}, {abs(spreads):.1f} spreads off 1/2; the rule of acceptance or a draft's q is "
             "wrong, please report it"
         )
-    return {"tokens": count, "place": 0.5 + off / max(count, 1), "spreads": spreads}
+    return SampledLossless(tokens=count, place=0.5 + excess / max(count, 1), spreads=spreads)
