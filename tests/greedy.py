@@ -16,7 +16,6 @@ from pipeline.drafts import (
     eligible_anchors,
     init_weights,
     lay_blocks,
-    needs_final_states,
     pack,
 )
 from pipeline.target.model import load_target
@@ -102,7 +101,7 @@ def make_learned_draft(cache_path, method="domino", steps=50, **options) -> Draf
     )
     draft = DRAFTS[method](config, cache.head())
     init_weights(draft, 0)
-    soft = needs_final_states(config)
+    soft = config.needs_final_states
     samples = [cache.read(index, final=soft) for index in range(len(cache))]
     cell = pack(samples, [cache.samples.hex(index) for index in range(len(cache))], final=soft)
     eligible = torch.cat([eligible_anchors(sample.mask) for sample in samples]).nonzero()[:, 0]

@@ -2,7 +2,7 @@
 
 from pipeline.drafts.block_draft import BlockDraft, init_weights
 from pipeline.drafts.blocks import Blocks, Cell, eligible_anchors, lay_blocks, pack
-from pipeline.drafts.config import DraftConfig, default_gamma, needs_final_states
+from pipeline.drafts.config import DraftConfig, default_gamma
 from pipeline.drafts.decoding import BlockRequest, DraftKV, Proposal, Sampling
 from pipeline.drafts.dflash import DFlash
 from pipeline.drafts.domino import Domino
@@ -54,6 +54,5 @@ __all__ = [
     "init_weights",
     "lay_blocks",
     "metrics_of",
-    "needs_final_states",
     "pack",
 ]

@@ -33,6 +33,7 @@ class BlockDraft(Backbone, Draft):
     `head_tensors` and `reference_correction`.
     """
 
+    architectures = ("DFlashDraftModel",)  # of every method that SGLang reads by its projector_type
     forms = ("sglang",)
 
     def __init__(self, config: DraftConfig, head: TargetHead):

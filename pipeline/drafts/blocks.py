@@ -43,7 +43,7 @@ def _to_device(record, device):
 class Cell:
     """One packed micro-batch: samples end to end. Document m has rows starts_M[m] .. starts_M[m] + lengths_M[m] - 1.
 
-    The target's final states are present only for losses that read them (`needs_final_states`).
+    The target's final states are present only for losses that read them (`DraftConfig.needs_final_states`).
     """
 
     ids_R: Tensor  # int64

@@ -127,6 +127,11 @@ class DraftConfig(BaseModel):
         return f'objective "{self.objective}"', 'draft.objective = "ce"'
 
     @property
+    def needs_final_states(self) -> bool:
+        """Whether the loss reads the target's final states."""
+        return self.final_reader is not None
+
+    @property
     def has_confidence(self) -> bool:
         """Whether the draft predicts for each proposal how likely it is to be accepted."""
         return False
@@ -148,11 +153,6 @@ class DraftConfig(BaseModel):
         _check_target(self)
         _check_loss(self)
         return self
-
-
-def needs_final_states(config: DraftConfig) -> bool:
-    """Return whether the loss reads the target's final states."""
-    return config.final_reader is not None
 
 
 def _check_heads(config: DraftConfig) -> None:

@@ -65,8 +65,7 @@ class Domino(BlockDraft):
     @classmethod
     def recipe_defaults(cls, stated: dict, hidden_size: int) -> dict:
         sizes = {"emb_dim": min(256, hidden_size), "gru_hidden_dim": min(1024, hidden_size)}
-        lambdas = {"lambda_start": 1.0, "lambda_decay": 1.0}
-        return super().recipe_defaults(stated, hidden_size) | sizes | lambdas | {"pure_draft_prefix_len": 1}
+        return super().recipe_defaults(stated, hidden_size) | sizes | {"pure_draft_prefix_len": 1}
 
     @property
     def suffix_start(self) -> int:

@@ -148,7 +148,8 @@ class DSpark(BlockDraft):
     title = "DSpark"
     paper = "2607.05147"
     reads_final = True
-    architectures = ("DFlashDraftModel", "DSparkDraftModel", "Qwen3DSparkModel", "DSparkSpeculator")
+    fused_matrices = ("joint_proj",)
+    architectures = ("Qwen3DSparkModel", "DSparkDraftModel", "DFlashDraftModel", "DSparkSpeculator")
     forms = ("sglang", "speculators")
     # Model-Optimizer has the head's parts at the top level; SpecForge's training checkpoints once nested them.
     renamed_tensors: ClassVar = {
@@ -168,9 +169,7 @@ class DSpark(BlockDraft):
 
     @classmethod
     def recipe_defaults(cls, stated: dict, hidden_size: int) -> dict:
-        head = {"markov_rank": min(256, hidden_size), "markov_head_type": "vanilla"}
-        head |= {"confidence_head_with_markov": False}
-        return super().recipe_defaults({"block_size": 7} | stated, hidden_size) | head
+        return super().recipe_defaults({"block_size": 7} | stated, hidden_size) | {"markov_rank": min(256, hidden_size)}
 
     def correction(self, hidden_NSD: Tensor, prev_NS: Tensor) -> tuple[Tensor, Tensor] | None:
         """As `BlockDraft.correction`, on every slot."""
@@ -303,8 +302,7 @@ class DSpark(BlockDraft):
         head = {name: nested[name] for name in cls.Config.published_options()}
         ids = {"mask_token_id": config.mask_token_id, "target_layer_ids": list(config.target_layer_ids)}
         grouped = config.num_key_value_heads < config.num_attention_heads
-        flat = head | ids | {"architectures": ["Qwen3DSparkModel"]}
-        return flat, nested | {"attention_mode": "gqa" if grouped else "mha"}
+        return head | ids, nested | {"attention_mode": "gqa" if grouped else "mha"}
 
     @classmethod
     def refusal(cls, config: DSparkConfig, form: str) -> str | None:

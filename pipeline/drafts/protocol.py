@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import numpy as np
 from torch import Tensor, nn
 
 from pipeline.drafts.blocks import Blocks, Cell
@@ -118,6 +119,7 @@ class Draft(nn.Module, ABC):
     title: ClassVar[str]
     paper: ClassVar[str | None] = None  # its number on arXiv
     reads_final: ClassVar[bool] = False  # whether its published loss reads the target's final states
+    fused_matrices: ClassVar[tuple[str, ...]] = ()  # linear modules that are several matrices in one, as a GRU's are
     chunk_rule: int = NEWEST  # the rule of `target/logit_chunks.py` that sizes the chunks of logits
     config: DraftConfig
     target: TargetHead
@@ -127,11 +129,14 @@ class Draft(nn.Module, ABC):
         """Return what a recipe leaves open. stated: the fields of [draft] that it states."""
         block = stated.get("block_size") or (8 if hidden_size <= SMALL_HIDDEN else 16)
         filled = {"block_size": block, "shift_label": True, "objective": "ce", "weighting": "decay"}
-        return filled | {"gamma": default_gamma(block)} | cls.Config.defaults(stated)
+        options = {name: option.default for name, option in cls.Config.options().items() if not option.is_required()}
+        return filled | {"gamma": default_gamma(block)} | options | cls.Config.defaults(stated)
 
-    def before_training(self, samples: Iterable[Tensor]) -> None:
-        """Prepare buffers from the ids [T] of each training sample, read as they are asked for. Called once in a run,
-        before its first step."""
+    def before_training(self, samples: Iterable[np.ndarray]) -> None:
+        """Prepare buffers from the ids [T] of each training sample, which are read as they are asked for.
+
+        Called when a run makes its draft, before initial weights or a checkpoint are loaded.
+        """
 
     def schedule(self, step: int, total_steps: int) -> ScheduleValues:
         """Return the schedule's values after `step` of `total_steps` optimiser steps; here they are constant."""
@@ -174,7 +179,7 @@ class Draft(nn.Module, ABC):
 
     # Published: names, shapes and keys in the forms of others, arithmetic, and what the card says.
 
-    architectures: ClassVar[tuple[str, ...]] = ()  # classes of other trainers that hold drafts of this method
+    architectures: ClassVar[tuple[str, ...]] = ()  # classes that hold drafts of this method; an export names the first
     forms: ClassVar[tuple[str, ...]] = ()  # those of ENGINES that have a place for it
     renamed_tensors: ClassVar[dict[str, str]] = {}  # regular expressions of others' names -> ours
     ignored_keys: ClassVar[frozenset[str]] = frozenset()  # nested keys of its files besides its options

@@ -151,8 +151,9 @@ def prove(folder: Path, draft: Draft, probe: Probe, dtype: torch.dtype) -> str:
         was, now = (getattr(which.config, changed[0]) for which in (draft, opened))
         raise ProofError(f"the exported draft reads {changed[0]} = {now}, the trained one has {was}; please report it")
     exact_NSV, _ = draft.teacher_forced(probe.cell, probe.blocks)
-    for parameter in draft.parameters():
-        parameter.data = parameter.data.to(dtype).float()
+    for weight in draft.state_dict().values():
+        if weight.is_floating_point():
+            weight.copy_(weight.to(dtype))
     (wanted_NSV, _), (read_NSV, _) = (each.teacher_forced(probe.cell, probe.blocks) for each in (draft, opened))
     wanted, read = (each.greedy_proposals(probe.cell, probe.blocks) for each in (draft, opened))
     if not torch.equal(wanted_NSV, read_NSV) or wanted != read:

@@ -101,7 +101,7 @@ def _sglang(config: DraftConfig, common: dict) -> dict:
         "shift_label": config.shift_label,
     }
     top = {
-        "architectures": ["DFlashDraftModel"],
+        "architectures": [DRAFTS[config.method].architectures[0]],
         "num_target_layers": config.num_target_layers,
         "block_size": config.block_size,
         "sample_from_anchor": config.shift_label,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from draft_cases import LargestTensor, all_blocks, build, cell_of, gradients, head_loss, loss_of
 
-from pipeline.drafts import ScheduleValues, metrics_of, needs_final_states
+from pipeline.drafts import ScheduleValues, metrics_of
 from pipeline.drafts.objectives import OBJECTIVES, Objective, TargetStates, dpace_weights
 from pipeline.errors import DataError
 from pipeline.target.head import TargetHead
@@ -268,7 +268,7 @@ def test_every_method_may_weigh_by_confidence(method, kind, name):
 
 def test_only_soft_targets_need_the_teacher():
     def needs(method, **options):
-        return needs_final_states(build(method, **options).config)
+        return build(method, **options).config.needs_final_states
 
     assert not needs("dflash") and not needs("domino") and needs("dspark")
     assert needs("dflash", objective="kl") and needs("domino", objective="dspark")
