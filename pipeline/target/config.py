@@ -117,8 +117,8 @@ def check_quantised(folder: Path, config: PreTrainedConfig) -> None:
             raise missing_package(folder, method, error) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(
-            f"{folder} is quantised ({method[:40]}) in a way that this transformers cannot load ({first_line(error, 200)}); "
-            f"take a newer one, {USE_ORIGINAL}"
+            f"{folder} is quantised ({method[:40]}) in a way that this transformers cannot load "
+            f"({first_line(error, 200)}); take a newer one, {USE_ORIGINAL}"
         ) from error
 
 
