@@ -272,7 +272,7 @@ def evaluate(draft, as_json, temperature, draft_temperature, seed, **chosen):
     type=click.Choice(["sglang", "speculators"]),
     default="sglang",
     show_default=True,
-    help="sglang: DFlash, Domino, DSpark; speculators, which vLLM reads: DFlash, and DSpark with the vanilla head.",
+    help="sglang, or speculators, which vLLM reads; a draft that the engine has no method for is refused.",
 )
 def export(draft, out, form):
     """Write a draft as serving engines load it, and prove it.

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from pipeline.drafts import Draft, lay_blocks, pack
-from pipeline.target.logit_chunks import chunk_rows
+from pipeline.target.head import chunk_rows
 
 if TYPE_CHECKING:
     from pipeline.cache import HiddenCache, Sample
@@ -229,22 +229,9 @@ def _propose_all(
     on_device, proposed = cell.to(device), [[] for _ in thresholds]
     for part_N in anchors_N.split(max(1, SLOTS_AT_ONCE // config.block_size)) if len(anchors_N) else ():
         blocks = lay_blocks(cell, part_N, torch.ones_like(part_N, dtype=torch.bool), draft.config).to(device)
-        cuts = _proposals(draft, draft.hidden(on_device, blocks), on_device.ids_R[blocks.anchors_N], thresholds)
+        cuts = draft.greedy_proposals(on_device, blocks, thresholds)
         proposed = [earlier + new for earlier, new in zip(proposed, cuts, strict=True)]
     at = 0
     for part in rows:
         yield [of_threshold[at : at + len(part)] for of_threshold in proposed]
         at += len(part)
-
-
-def _proposals(
-    draft: Draft, hidden_NSD: torch.Tensor, anchor_ids_N: torch.Tensor, thresholds: Sequence[float]
-) -> list[list[list[int]]]:
-    ids_NP = draft.rollout(hidden_NSD, anchor_ids_N)
-    whole, cuts = ids_NP.tolist(), []
-    for threshold in thresholds:
-        kept = [draft.config.proposals] * len(whole)
-        if threshold > 0:
-            kept = draft.confident_count(hidden_NSD, anchor_ids_N, ids_NP, threshold).tolist()
-        cuts.append([ids[:count] for ids, count in zip(whole, kept, strict=True)])
-    return cuts

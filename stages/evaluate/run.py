@@ -99,7 +99,6 @@ def run(
         outcomes = decode_greedily(check, asked, decode, max_new, stops, replies)
         sampled = None if sampling is None else decode_sampled(target, asked, decode, sampling, config.proposals)
     target_free = prompts is None and store.has_final
-    confident = target_free and config.enable_confidence_head
     report = Report(
         draft=trained.facts(drafter),
         target=name,
@@ -119,7 +118,7 @@ def run(
         near_ties=[outcome.near_tie for outcome in outcomes if outcome.near_tie is not None],
         sampled=sampled,
         agreement=target_free_agreement(outcomes, drafter, store, max_new, threshold) if target_free else None,
-        confidence=confidence_cuts(drafter, store, asked, max_new) if confident else None,
+        confidence=confidence_cuts(drafter, store, asked, max_new) if target_free and config.has_confidence else None,
         teacher_forced={} if store is None else teacher_forced(drafter, store, heldout),
     )
     if out is not None:
@@ -238,7 +237,7 @@ def find_model(model: str | None, store: HiddenCache | None) -> tuple[Path, str]
             f"{model or folder} has the digest {digest}, but {store.path} was made with {wanted['name']}, digest "
             f"{wanted['digest']}; pass --model with that target"
         )
-    check_weights_if_recorded(store.path, folder)
+    check_weights_if_recorded(store.catalog, folder)
     return folder, wanted["name"]
 
 

@@ -19,7 +19,7 @@ from pipeline.evaluation.accept_length import (
     reply_spans,
 )
 from pipeline.evaluation.figures import bootstrap, summarise
-from pipeline.target.logit_chunks import NEWEST, RULES, ChunkLimit
+from pipeline.target.head import NEWEST, RULES, ChunkLimit
 from pipeline.target.model import load_target
 from stages.evaluate.decode import speculative_decode
 
