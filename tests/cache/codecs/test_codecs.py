@@ -25,7 +25,7 @@ from pipeline.cache.codecs.calibration import Calibration, calibrate, calibratio
 from pipeline.cache.codecs.error_certificate import largest_errors
 from pipeline.cache.codecs.int8 import OUTLIER_RMS, OUTLIER_STDS, group_of
 from pipeline.cache.codecs.zarr_file import SHARD_FILE, parse_chunk_index
-from pipeline.cache.codecs.zstd import ZstdReader, ZstdWriter, zstd_grid
+from pipeline.cache.codecs.zstd import ZstdReader, ZstdWriter
 from pipeline.cache.columns import Column, ColumnSpec, column_manifest, open_column
 from pipeline.cache.layout import shard_folder
 from pipeline.cache.manifest import read_canonical
@@ -39,7 +39,7 @@ from stages.cache_hidden.run import run as capture
 from stages.recode.run import run as recode
 
 HERE = Path(__file__).parents[2]
-INT8 = CODECS["int8"]
+ZSTD, INT8 = CODECS["zstd"], CODECS["int8"]
 NAMES = [*CODECS, "fixed16"]  # with one that only tests have
 DTYPES = ["bfloat16", "float32"]
 
@@ -185,12 +185,12 @@ def test_a_flipped_bit_of_any_file_is_found_or_changes_nothing_read(tmp_path, co
 def test_zarr_python_reads_what_zstd_wrote(tmp_path_factory, rows, width, dtype, noise, seed):
     folder, rng = tmp_path_factory.mktemp("zstd"), np.random.default_rng(seed)
     values = (rng.standard_normal((rows, width)) * (1e4 if noise else 0)).astype(dtype)
-    writer = ZstdWriter(folder / "a", rows, width, np.dtype(dtype))
+    writer = ZstdWriter(folder / "a", ZSTD.grid(rows, width, np.dtype(dtype)))
     for part in np.array_split(values, 3):
         writer.write(part)
     writer.finish()
     assert np.array_equal(zarr.open_array(folder / "a", mode="r")[:rows], values)
-    reader, found = ZstdReader(folder / "a", zstd_grid(rows, width, np.dtype(dtype))), np.empty_like(values)
+    reader, found = ZstdReader(folder / "a", ZSTD.grid(rows, width, np.dtype(dtype))), np.empty_like(values)
     reader.read_into(0, memoryview(found).cast("B"))
     assert np.array_equal(found, values)
 
@@ -209,16 +209,16 @@ def test_zarr_python_reads_what_zstd_wrote(tmp_path_factory, rows, width, dtype,
     ],
 )
 def test_a_chunk_has_whole_blocks_of_zstd_for_each_byte_and_few_rows(width, dtype, rows):
-    grid = zstd_grid(70_000, width, np.dtype(dtype))
+    grid = ZSTD.grid(70_000, width, np.dtype(dtype))
     assert grid.chunk_rows == rows and (grid.chunk_bytes <= 1 << 20 or rows == 1)
-    assert [zstd_grid(few, width, np.dtype(dtype)).chunk_rows for few in (0, 1, 5)] == [1, 1, min(5, rows)]
+    assert [ZSTD.grid(few, width, np.dtype(dtype)).chunk_rows for few in (0, 1, 5)] == [1, 1, min(5, rows)]
 
 
 @pytest.fixture
 def zstd_file(tmp_path):
     """A compressed array of two chunks, and its path."""
     values = np.random.default_rng(0).standard_normal((600, 512)).astype("<f4")
-    writer = ZstdWriter(tmp_path / "a", 600, 512, np.dtype("<f4"))
+    writer = ZstdWriter(tmp_path / "a", ZSTD.grid(600, 512, np.dtype("<f4")))
     writer.write(values)
     writer.finish()
     return tmp_path / "a"
@@ -226,7 +226,7 @@ def zstd_file(tmp_path):
 
 def read_all(folder: Path) -> None:
     values = np.empty((600, 512), "<f4")
-    ZstdReader(folder, zstd_grid(600, 512, np.dtype("<f4"))).read_into(0, memoryview(values).cast("B"))
+    ZstdReader(folder, ZSTD.grid(600, 512, np.dtype("<f4"))).read_into(0, memoryview(values).cast("B"))
 
 
 @pytest.mark.parametrize(
