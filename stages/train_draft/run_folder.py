@@ -19,14 +19,13 @@ from pipeline import __version__
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import try_lock, write_errors
 from pipeline.cache.layout import FINAL
-from pipeline.drafts import needs_final_states
 from pipeline.drafts.rope_scaling import RopeScaling
 from pipeline.errors import CacheError, UsageError
 from pipeline.published.init_from import InitialWeights
 from pipeline.runs.folder import RECIPE, RUN, read_recipe, read_run, write_run
 from pipeline.runs.recipe import Resolved
 from pipeline.runs.split import Split
-from pipeline.target.logit_chunks import NEWEST, RULES
+from pipeline.target.head import NEWEST, RULES
 
 OTHER_FOLDERS = {
     "config.json": "a model or a draft",
@@ -44,7 +43,7 @@ def default_folder(resolved: Resolved, cache: HiddenCache, split: Split, start: 
 
 def _lossy_states(resolved: Resolved, cache: HiddenCache) -> list[str]:
     """Return the columns trained on whose codec is lossy, with the codec: "aux.9 int8"."""
-    final = [FINAL] * needs_final_states(resolved.draft)
+    final = [FINAL] * resolved.draft.needs_final_states
     rounded = cache.rounded([*resolved.draft.target_layer_ids, *final])
     return [f"{name} {'/'.join(codecs)}" for name, codecs in rounded.items()]
 
@@ -121,7 +120,7 @@ def create_or_check(
 
 
 def recorded_chunk_rule(run: Path) -> int:
-    """Return the rule of `logit_chunks.py` that run.json records; runs of version 0.5 and before record none.
+    """Return the rule of `target/head.py` that run.json records; runs of version 0.5 and before record none.
 
     Raises UsageError for a rule of a later version, CacheError for a value that is no rule.
     """

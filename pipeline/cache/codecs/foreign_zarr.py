@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from pipeline.cache.codecs.zarr_file import DTYPES
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, first_line
 from pipeline.os_errors import check_memory, refuse_limit
 
 CHUNK_BYTES = 64 << 20  # an array with larger chunks is refused
@@ -86,8 +86,9 @@ def _errors(where: str) -> Iterator[None]:
         refuse_limit(where, error)
         if "decompress" in str(error):
             check_memory(where)
-        message = str(error).split("\n")[0]
-        raise CacheError(f"{where}: zarr-python cannot read it: {message}; run `pipeline verify`") from error
+        raise CacheError(
+            f"{where}: zarr-python cannot read it: {first_line(error, None)}; run `pipeline verify`"
+        ) from error
 
 
 def _check_declared(declared: int | None, chunk_spec) -> None:
