@@ -5,8 +5,10 @@ import torch
 from tiny import config, random_model, tokenizer
 
 from pipeline.cache import HiddenCache
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.manifest import create_identity
-from pipeline.cache.plan import PlannedSample, write_segment
+from pipeline.cache.plan_writer import write_segment
+from pipeline.cache.samples import PlannedSample
 from pipeline.corpus.rejections import Tally
 from pipeline.drafts import (
     DRAFTS,
@@ -73,7 +75,7 @@ def make_greedy_cache(model, out, count=12, most=20, seed=0):
         split = "heldout" if at % 2 else "train"
         samples.append(PlannedSample(np.array(ids, np.int32), np.array(mask), domain, split, "made", at + 1))
     options = CaptureOptions(layers="1,3,4", max_length=256)
-    settings = resolve_settings(str(model), out, options)
+    settings = resolve_settings(str(model), Catalog(out), options)
     create_identity(out, settings.identity)
     write_segment(out, samples, row_bytes=1024, sources=[], notes={"max_samples": None, **Tally().as_notes()})
     run(str(model), None, out, options=options)

@@ -23,8 +23,7 @@ from pipeline.drafts.protocol import Draft, Loss, ProbeBlock, ScheduleValues, Sh
 from pipeline.drafts.reference import backbone_shapes, block_states
 from pipeline.errors import DataError, UsageError
 from pipeline.sampling import draw, uniforms
-from pipeline.target.head import TargetHead
-from pipeline.target.logit_chunks import chunk_blocks
+from pipeline.target.head import TargetHead, chunk_blocks
 
 
 class BlockDraft(Backbone, Draft):

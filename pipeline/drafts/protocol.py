@@ -15,8 +15,7 @@ from pipeline.drafts.blocks import Blocks, Cell
 from pipeline.drafts.config import DraftConfig, default_gamma
 from pipeline.drafts.decoding import BlockRequest, Proposal, Sampling
 from pipeline.errors import UsageError
-from pipeline.target.head import TargetHead
-from pipeline.target.logit_chunks import NEWEST
+from pipeline.target.head import NEWEST, TargetHead
 
 # Hidden size up to which a target counts as a toy for a CPU: its drafts have blocks of 8 slots instead of 16.
 SMALL_HIDDEN = 512
@@ -120,7 +119,7 @@ class Draft(nn.Module, ABC):
     paper: ClassVar[str | None] = None  # its number on arXiv
     reads_final: ClassVar[bool] = False  # whether its published loss reads the target's final states
     fused_matrices: ClassVar[tuple[str, ...]] = ()  # linear modules that are several matrices in one, as a GRU's are
-    chunk_rule: int = NEWEST  # the rule of `target/logit_chunks.py` that sizes the chunks of logits
+    chunk_rule: int = NEWEST  # the rule of `target/head.py` that sizes the chunks of logits
     config: DraftConfig
     target: TargetHead
 

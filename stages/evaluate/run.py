@@ -241,7 +241,7 @@ def find_model(model: str | None, store: HiddenCache | None) -> tuple[Path, str]
             f"{model or folder} has the digest {digest}, but {store.path} was made with {wanted['name']}, digest "
             f"{wanted['digest']}; pass --model with that target"
         )
-    check_weights_if_recorded(store.path, folder)
+    check_weights_if_recorded(store.catalog, folder)
     return folder, wanted["name"]
 
 

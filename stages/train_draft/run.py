@@ -14,7 +14,7 @@ from pipeline.cache import HiddenCache
 from pipeline.console import VisibleConsole
 from pipeline.drafts import DRAFTS, Draft, init_weights
 from pipeline.drafts.rope_scaling import draft_rope_scaling
-from pipeline.errors import RoomError
+from pipeline.errors import RoomError, first_line
 from pipeline.published.init_from import InitialWeights, load_initial_weights
 from pipeline.published.writing import unservable
 from pipeline.runs.cache_requirements import check_complete, how_to_add, logit_scale, partial_text, text_config
@@ -201,7 +201,7 @@ def make_draft(
     except RuntimeError as error:
         if not tensors.is_out_of_memory(error):
             raise
-        cause = str(error).strip().split("\n")[0][:160]
+        cause = first_line(error)
         raise RoomError(f"the draft does not fit into memory ({cause}); make its sizes in [draft] smaller") from error
 
 

@@ -25,7 +25,7 @@ from pipeline.published.init_from import InitialWeights
 from pipeline.runs.folder import RECIPE, RUN, read_recipe, read_run, write_run
 from pipeline.runs.recipe import Resolved
 from pipeline.runs.split import Split
-from pipeline.target.logit_chunks import NEWEST, RULES
+from pipeline.target.head import NEWEST, RULES
 
 OTHER_FOLDERS = {
     "config.json": "a model or a draft",
@@ -120,7 +120,7 @@ def create_or_check(
 
 
 def recorded_chunk_rule(run: Path) -> int:
-    """Return the rule of `logit_chunks.py` that run.json records; runs of version 0.5 and before record none.
+    """Return the rule of `target/head.py` that run.json records; runs of version 0.5 and before record none.
 
     Raises UsageError for a rule of a later version, CacheError for a value that is no rule.
     """

@@ -39,8 +39,7 @@ from pipeline.drafts import (
 )
 from pipeline.drafts.norm_and_rope import RMSNorm, rope_tables, rotate
 from pipeline.errors import UsageError
-from pipeline.target.head import TargetHead
-from pipeline.target.logit_chunks import NEWEST, RULES, ChunkLimit
+from pipeline.target.head import NEWEST, RULES, ChunkLimit, TargetHead
 
 # What it is called
 
