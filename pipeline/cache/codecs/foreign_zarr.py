@@ -86,9 +86,8 @@ def _errors(where: str) -> Iterator[None]:
         refuse_limit(where, error)
         if "decompress" in str(error):
             check_memory(where)
-        raise CacheError(
-            f"{where}: zarr-python cannot read it: {first_line(error, None)}; run `pipeline verify`"
-        ) from error
+        message = first_line(error, None)
+        raise CacheError(f"{where}: zarr-python cannot read it: {message}; run `pipeline verify`") from error
 
 
 def _check_declared(declared: int | None, chunk_spec) -> None:
