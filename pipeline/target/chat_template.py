@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from pipeline.corpus.rejections import Unusable
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, first_line
 from pipeline.os_errors import refuse_limit
 from pipeline.target.files import TEMPLATE_DATE, chat_templates, stop_ids
 
@@ -40,7 +40,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         refuse_limit(folder, error)
-        cause = str(error).strip().split("\n")[0][:160]
+        cause = first_line(error)
         if "trust_remote_code" in cause:
             raise UsageError(
                 f"{folder}: its tokenizer or config is code of its own, and code that comes with a model is never run; "
@@ -148,7 +148,7 @@ class ChatTemplate:
                 **{**self._special, **self.kwargs, **(kwargs or {})},
             )
         except RENDERING_ERRORS as error:
-            cause = str(error).strip().split("\n")[0][:120]
+            cause = first_line(error, 120)
             if not isinstance(error, TemplateError):
                 cause = f"{type(error).__name__}: {cause}"
             raise Unusable("template error", f"the chat template refuses it ({cause})") from error

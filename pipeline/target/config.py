@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, first_line
 from pipeline.os_errors import refuse_limit
 from pipeline.target.files import check_config, safetensors_header, weight_files
 
@@ -58,7 +58,7 @@ def load_config(folder: Path, model: str = "") -> PreTrainedConfig:
         refuse_limit(folder, error)
         raise UsageError(
             f"{model or folder}: transformers {transformers.__version__} does not know this model "
-            f"({cause_of(error)}); a newer one may, and code that comes with a model is never run"
+            f"({first_line(error, 200)}); a newer one may, and code that comes with a model is never run"
         ) from error
 
 
@@ -117,8 +117,8 @@ def check_quantised(folder: Path, config: PreTrainedConfig) -> None:
             raise missing_package(folder, method, error) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(
-            f"{folder} is quantised ({method[:40]}) in a way that this transformers cannot load ({cause_of(error)}); "
-            f"take a newer one, {USE_ORIGINAL}"
+            f"{folder} is quantised ({method[:40]}) in a way that this transformers cannot load "
+            f"({first_line(error, 200)}); take a newer one, {USE_ORIGINAL}"
         ) from error
 
 
@@ -127,7 +127,7 @@ def missing_package(folder: Path | str, method: str, error: Exception) -> UsageE
     needed = _missing_packages(method) or PACKAGES.get(method)
     install = f"`pip install {' '.join(needed)}`" if needed else "install what is named"
     return UsageError(
-        f"{folder} is quantised ({method[:40]}), and what loads it is not here ({cause_of(error)}); {install}, "
+        f"{folder} is quantised ({method[:40]}), and what loads it is not here ({first_line(error, 200)}); {install}, "
         f"{USE_ORIGINAL}"
     )
 
@@ -157,8 +157,3 @@ def _check_head_dense(folder: Path) -> None:
                     f"{folder}: its embedding or LM head is quantised ({name}, {entry['dtype']}), and a draft shares "
                     f"them as they are; take a target that leaves them dense, {USE_ORIGINAL}"
                 )
-
-
-def cause_of(error: BaseException) -> str:
-    """Return the first line of an error's text, else the name of its type."""
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__

@@ -23,12 +23,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from pipeline.cache.atomic import process_lock, write_errors
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.target_files import CONFIG, HEAD, TOKENS, WEIGHTS, has_target, new_target
-from pipeline.errors import RoomError, UsageError
+from pipeline.errors import RoomError, UsageError, first_line
 from pipeline.os_errors import refuse_limit
 from pipeline.runs.cache_requirements import logit_scale
 from pipeline.target.chat_template import load_tokenizer
-from pipeline.target.config import cause_of, check_quantised, load_config, loader_of, missing_package, quantised_by
+from pipeline.target.config import check_quantised, load_config, loader_of, missing_package, quantised_by
 from pipeline.target.files import (
     check_config,
     complete_config,
@@ -76,12 +77,12 @@ def load_target(
             raise
         raise missing_package(model, method, error) from error
     except torch.OutOfMemoryError as error:
-        raise RoomError(f"{model} does not fit on {device} ({cause_of(error)}); use a larger device") from error
+        raise RoomError(f"{model} does not fit on {device} ({first_line(error, 200)}); use a larger device") from error
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         refuse_limit(model, error)
         remedy = "fetch its files again" if method is None else f"it is quantised ({method}): use a GPU that can, or "
         remedy += "" if method is None else "name the model as it was before"
-        raise UsageError(f"{model} cannot be loaded ({cause_of(error)}); {remedy}") from error
+        raise UsageError(f"{model} cannot be loaded ({first_line(error, 200)}); {remedy}") from error
     missing_weights = sorted({*report["missing_keys"], *(str(entry[0]) for entry in report.get("mismatched_keys", ()))})
     if missing_weights:
         raise UsageError(
@@ -240,25 +241,27 @@ def _embed_scale(model: PreTrainedModel) -> float:
     return float(next((value for value in named if value is not None), 1.0))
 
 
-def store_target(out: Path, folder: Path, head: TargetHead, config: PreTrainedConfig, stops: Iterable[int]) -> None:
+def store_target(
+    catalog: Catalog, folder: Path, head: TargetHead, config: PreTrainedConfig, stops: Iterable[int]
+) -> None:
     """Write the cache's `target/`, unless it exists: config, tokenizer, special tokens, head, checksums of the weights.
 
     stops: the tokens that end a reply. One process writes, others wait for it. UsageError when it exists and was made
     from other weights.
     """
-    check_weights_if_recorded(out, folder)
-    if has_target(out):
+    check_weights_if_recorded(catalog, folder)
+    if has_target(catalog):
         return
-    with write_errors(out, "the target's files"), process_lock(out, "target"):
-        if not has_target(out):
-            with new_target(out) as new_folder:
+    with write_errors(catalog.path, "the target's files"), process_lock(catalog.path, "target"):
+        if not has_target(catalog):
+            with new_target(catalog) as new_folder:
                 for path in tokenizer_files(folder):
                     shutil.copyfile(path, new_folder / path.name)
                 (new_folder / CONFIG).write_bytes(complete_config(folder, config))
                 (new_folder / TOKENS).write_text(special_tokens(folder, stops), encoding="utf-8")
                 (new_folder / WEIGHTS).write_text(json.dumps(weight_facts(folder), indent=1, sort_keys=True) + "\n")
                 head.save(new_folder / HEAD)
-    check_weights_if_recorded(out, folder)  # another process may have stored them while we waited
+    check_weights_if_recorded(catalog, folder)  # another process may have stored them while we waited
 
 
 def special_tokens(folder: Path, stops: Iterable[int]) -> str:

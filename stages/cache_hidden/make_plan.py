@@ -14,7 +14,8 @@ import pyarrow as pa
 
 from pipeline.cache.atomic import free_bytes
 from pipeline.cache.manifest import create_identity
-from pipeline.cache.plan import Plan, write_segment
+from pipeline.cache.plan import Plan
+from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.samples import PlannedSample, ShardPlan
 from pipeline.corpus.file_formats import CHUNK_ROWS
 from pipeline.corpus.regenerated import check_regenerated

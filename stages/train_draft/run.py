@@ -2,18 +2,19 @@
 
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pipeline import tensors
 from pipeline.cache import HiddenCache
 from pipeline.console import VisibleConsole
-from pipeline.drafts import DRAFTS, Draft, init_weights, needs_final_states
+from pipeline.drafts import DRAFTS, Draft, init_weights
 from pipeline.drafts.rope_scaling import draft_rope_scaling
-from pipeline.errors import RoomError
+from pipeline.errors import RoomError, first_line
 from pipeline.published.init_from import InitialWeights, load_initial_weights
 from pipeline.published.writing import unservable
 from pipeline.runs.cache_requirements import check_complete, how_to_add, logit_scale, partial_text, text_config
@@ -77,7 +78,7 @@ def run(
 def split_for(resolved: Resolved, store: HiddenCache) -> Split:
     """Return which samples train the draft and which are held out; it depends on the columns that the loss reads."""
     draft, heldout = resolved.draft, resolved.recipe.train.heldout
-    return split_samples(store, draft.mask_token_id, heldout, draft.target_layer_ids, needs_final_states(draft))
+    return split_samples(store, draft.mask_token_id, heldout, draft.target_layer_ids, draft.needs_final_states)
 
 
 def train_resolved(
@@ -161,7 +162,8 @@ def train(
 ) -> dict:
     """Make the draft, train it to the last step and return the result that done.json records."""
     use_deterministic_kernels(device)
-    draft = make_draft(resolved, store, device, start)
+    samples = (store.tokens_of(int(index))[0] for index in split.train)
+    draft = make_draft(resolved, store, device, start, samples)
     draft.chunk_rule = recorded_chunk_rule(path)
     parameters = sum(weight.numel() for weight in draft.parameters())
     training = TrainingRun(path, store, split, resolved, draft)
@@ -177,21 +179,29 @@ def train(
 
 
 def make_draft(
-    resolved: Resolved, store: HiddenCache, device: torch.device, start: InitialWeights | None = None
+    resolved: Resolved,
+    store: HiddenCache,
+    device: torch.device,
+    start: InitialWeights | None = None,
+    samples: Iterable[np.ndarray] = (),
 ) -> Draft:
     """Return a draft in training mode on its device: float32 weights, random where `start` has none, and the
-    target's frozen head in the dtype of the arithmetic. Raises RoomError when memory is too small."""
+    target's frozen head in the dtype of the arithmetic. samples: ids of the training samples, which a method may count.
+
+    Raises RoomError when memory is too small.
+    """
     dtype = torch.bfloat16 if resolved.recipe.train.dtype == "bfloat16" else torch.float32
     try:
         draft = DRAFTS[resolved.draft.method](resolved.draft, store.head(str(device), dtype))
         init_weights(draft, resolved.recipe.train.seed)
+        draft.before_training(samples)
         if start is not None:
             start.load_into(draft)
         return draft.to(device).train()
     except RuntimeError as error:
         if not tensors.is_out_of_memory(error):
             raise
-        cause = str(error).strip().split("\n")[0][:160]
+        cause = first_line(error)
         raise RoomError(f"the draft does not fit into memory ({cause}); make its sizes in [draft] smaller") from error
 
 

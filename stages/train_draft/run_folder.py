@@ -19,7 +19,6 @@ from pipeline import __version__
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import try_lock, write_errors
 from pipeline.cache.layout import FINAL
-from pipeline.drafts import needs_final_states
 from pipeline.drafts.rope_scaling import RopeScaling
 from pipeline.errors import CacheError, UsageError
 from pipeline.published.init_from import InitialWeights
@@ -44,7 +43,7 @@ def default_folder(resolved: Resolved, cache: HiddenCache, split: Split, start: 
 
 def _lossy_states(resolved: Resolved, cache: HiddenCache) -> list[str]:
     """Return the columns trained on whose codec is lossy, with the codec: "aux.9 int8"."""
-    final = [FINAL] * needs_final_states(resolved.draft)
+    final = [FINAL] * resolved.draft.needs_final_states
     rounded = cache.rounded([*resolved.draft.target_layer_ids, *final])
     return [f"{name} {'/'.join(codecs)}" for name, codecs in rounded.items()]
 

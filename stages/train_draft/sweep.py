@@ -22,7 +22,6 @@ import numpy as np
 
 from pipeline.cache import HiddenCache
 from pipeline.console import VisibleConsole
-from pipeline.drafts import needs_final_states
 from pipeline.errors import ProofError, UsageError
 from pipeline.evaluation.figures import bootstrap
 from pipeline.published.init_from import InitialWeights, load_initial_weights
@@ -148,7 +147,7 @@ def plan_runs(
             check_complete(store, recipe)
             resolved = resolve(recipe, store)
             draft = resolved.draft
-            key = draft.mask_token_id, resolved.recipe.train.heldout, draft.target_layer_ids, needs_final_states(draft)
+            key = draft.mask_token_id, resolved.recipe.train.heldout, draft.target_layer_ids, draft.needs_final_states
             if key not in splits:
                 splits[key] = split_for(resolved, store)
             start = None if init_from is None else load_initial_weights(init_from, draft, head)
