@@ -300,8 +300,9 @@ class Draft(nn.Module, ABC):
         """Return why the engine of that form cannot serve this draft, and what to do; None: it can."""
         if form in cls.forms:
             return None
-        others = f"export it with --format {cls.forms[0]}" if cls.forms else "train a draft of another method"
-        return f"{ENGINES[form]} have no {cls.title}: its {cls.head_name} would be dropped and the backbone alone served; {others}"
+        remedy = f"export it with --format {cls.forms[0]}" if cls.forms else "train a draft of another method"
+        lost = f"its {cls.head_name} would be dropped and the backbone alone served"
+        return f"{ENGINES[form]} have no {cls.title}: {lost}; {remedy}"
 
     @classmethod
     def card_rows(cls, config: DraftConfig) -> list[tuple[str, str]]:
