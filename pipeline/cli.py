@@ -13,7 +13,7 @@ from pipeline import __version__
 from pipeline.errors import CacheError, ProofError, UsageError
 from pipeline.options import FOLDER, PATH, REPORT, CodecOption, capture_options, regenerate_options
 from pipeline.process import CacheCommand, disable_spin_waiting, run_and_exit
-from pipeline.visible_text import say, visible
+from pipeline.visible_text import print_visible, visible
 
 
 class InWorkflowOrder(click.Group):
@@ -49,7 +49,7 @@ def regenerate(template_kwargs, template_date, no_token_ids, as_json, **chosen):
     """
     from pipeline.target.files import template_arguments
     from stages.regenerate.options import Options
-    from stages.regenerate.report import table
+    from stages.regenerate.output import table
     from stages.regenerate.run import check_failed, run
 
     arguments = template_arguments(template_kwargs, template_date)
@@ -76,7 +76,7 @@ def plan(model, corpus, out, probe, as_json, **chosen):
     show(report, as_json, plan_table)
     if not as_json:
         show(report, as_json, plan_samples)
-        say(f"next: {visible(report['command'])}")
+        print_visible(f"next: {visible(report['command'])}")
 
 
 @commands.command("cache-hidden")
@@ -272,7 +272,7 @@ def evaluate(draft, as_json, temperature, draft_temperature, seed, **chosen):
     type=click.Choice(["sglang", "speculators"]),
     default="sglang",
     show_default=True,
-    help="sglang: DFlash, Domino, DSpark; speculators, which vLLM reads: DFlash, and DSpark with the vanilla head.",
+    help="sglang, or speculators, which vLLM reads; a draft that the engine has no method for is refused.",
 )
 def export(draft, out, form):
     """Write a draft as serving engines load it, and prove it.
@@ -283,7 +283,7 @@ def export(draft, out, form):
     from pipeline.published.export import export
 
     done = export(draft, out, form)
-    say(visible(f"{out}: {done['tensors']} tensors, {done['parameters']:,} parameters, {done['proof']}"))
+    print_visible(visible(f"{out}: {done['tensors']} tensors, {done['parameters']:,} parameters, {done['proof']}"))
 
 
 @commands.command("check-export")
@@ -316,7 +316,6 @@ def report(reports, markdown, forced, drawing, against):
     Runs that differ only in their seed become one column, and one mark of a plot. With --against a draft is a row: how
     far it is ahead of that baseline over the same prompts, and after how many steps it would have reached it.
     """
-    from pipeline.evaluation.plot import plot
     from pipeline.evaluation.tables import comparison
 
     if against:
@@ -328,8 +327,10 @@ def report(reports, markdown, forced, drawing, against):
     else:
         table = comparison(reports, markdown, forced)
     if drawing:
+        from pipeline.evaluation.plot import plot
+
         plot(reports, drawing)
-    say(table) if markdown else console().print(table)
+    print_visible(table) if markdown else console().print(table)
 
 
 def initial_draft(place):
@@ -351,7 +352,7 @@ def console():
 def show(report: dict, as_json: bool, table) -> None:
     """Print a report as JSON, or as the table that `table(report)` returns."""
     if as_json:
-        say(json.dumps(report, indent=2, default=str).replace("\x7f", "\\u007f"))  # JSON does not escape DEL
+        print_visible(json.dumps(report, indent=2, default=str).replace("\x7f", "\\u007f"))  # JSON does not escape DEL
     else:
         console().print(table(report))
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, first_line
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -48,7 +48,7 @@ def find_device(named: str | torch.device | None) -> torch.device:
         device = torch.device(wanted)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        cause = str(error).split("\n")[0]
+        cause = first_line(error, None)
         raise UsageError(
             f"device {wanted}: {cause}; pass --device cpu, or leave it out to take what is there"
         ) from None

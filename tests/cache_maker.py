@@ -5,13 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.calibration import calibrate, read_calibration, store_calibration
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.manifest import create_identity
-from pipeline.cache.plan import PlannedSample, load_plan, segment_numbers, write_segment
+from pipeline.cache.plan import load_plan, segment_numbers
+from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.rebuild import rebuild_derived
-from pipeline.cache.samples import ShardPlan
+from pipeline.cache.samples import PlannedSample, ShardPlan
 from pipeline.cache.target_files import has_target, new_target
 from pipeline.cache.writer import ShardWriter
 
@@ -48,7 +50,7 @@ def capture(
     cache: Path, shard: ShardPlan, columns: list[ColumnSpec], refused: dict[int, str] | None = None, lost=None
 ) -> dict:
     """Write columns of one shard, as a capture would; returns what `commit` does."""
-    with ShardWriter(cache, shard, columns) as writer:
+    with ShardWriter(Catalog(cache), shard, columns) as writer:
         for row, reason in (refused or {}).items():
             writer.refuse(row, reason)
         for spec in columns:
@@ -78,14 +80,14 @@ def make_cache(
     if not segment_numbers(cache):
         samples = random_samples(24) if samples is None else samples
         write_segment(cache, samples, row_bytes=48, sources=[{"file": "chats.jsonl", "size": 1}])
-    if not has_target(cache):
-        with new_target(cache) as folder:
+    if not has_target(Catalog(cache)):
+        with new_target(Catalog(cache)) as folder:
             (folder / "config.json").write_text(json.dumps({"hidden_size": 8, "model_type": "qwen3"}))
             (folder / "tokens.json").write_text(json.dumps({"mask": 999, "eos": [1], "length": 1000}))
     calibrate_columns(cache, columns)
     for shard in load_plan(cache).shards:
         capture(cache, shard, columns, refused if shard.number == 0 else None)
-    rebuild_derived(cache)
+    rebuild_derived(Catalog(cache))
     return cache
 
 

@@ -5,18 +5,19 @@ import torch
 from tiny import config, random_model, tokenizer
 
 from pipeline.cache import HiddenCache
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.manifest import create_identity
-from pipeline.cache.plan import PlannedSample, write_segment
+from pipeline.cache.plan_writer import write_segment
+from pipeline.cache.samples import PlannedSample
 from pipeline.corpus.rejections import Tally
 from pipeline.drafts import (
     DRAFTS,
     Draft,
-    DraftConfig,
     ScheduleValues,
+    draft_config,
     eligible_anchors,
     init_weights,
     lay_blocks,
-    needs_final_states,
     pack,
 )
 from pipeline.target.model import load_target
@@ -74,7 +75,7 @@ def make_greedy_cache(model, out, count=12, most=20, seed=0):
         split = "heldout" if at % 2 else "train"
         samples.append(PlannedSample(np.array(ids, np.int32), np.array(mask), domain, split, "made", at + 1))
     options = CaptureOptions(layers="1,3,4", max_length=256)
-    settings = resolve_settings(str(model), out, options)
+    settings = resolve_settings(str(model), Catalog(out), options)
     create_identity(out, settings.identity)
     write_segment(out, samples, row_bytes=1024, sources=[], notes={"max_samples": None, **Tally().as_notes()})
     run(str(model), None, out, options=options)
@@ -84,7 +85,7 @@ def make_greedy_cache(model, out, count=12, most=20, seed=0):
 def make_learned_draft(cache_path, method="domino", steps=50, **options) -> Draft:
     """Overfit a draft to a cache, so that it accepts some and rejects some."""
     cache = HiddenCache.open(cache_path)
-    draft_config = DraftConfig(
+    config = draft_config(
         method=method,
         hidden_size=32,
         intermediate_size=48,
@@ -100,13 +101,13 @@ def make_learned_draft(cache_path, method="domino", steps=50, **options) -> Draf
         mask_token_id=MASK,
         **{"block_size": 4, **OPTIONS[method], **options},
     )
-    draft = DRAFTS[method](draft_config, cache.head())
+    draft = DRAFTS[method](config, cache.head())
     init_weights(draft, 0)
-    soft = needs_final_states(draft_config)
+    soft = config.needs_final_states
     samples = [cache.read(index, final=soft) for index in range(len(cache))]
     cell = pack(samples, [cache.samples.hex(index) for index in range(len(cache))], final=soft)
     eligible = torch.cat([eligible_anchors(sample.mask) for sample in samples]).nonzero()[:, 0]
-    blocks = lay_blocks(cell, eligible, torch.ones_like(eligible).bool(), draft_config)
+    blocks = lay_blocks(cell, eligible, torch.ones_like(eligible).bool(), config)
     dens = draft.denominators(blocks)
     optimizer = torch.optim.Adam(draft.parameters(), lr=6e-3)
     for step in range(steps):

@@ -29,9 +29,11 @@ from cache_maker import COLUMNS, capture, contents, flip, make_cache, random_sam
 
 import stages.recode.run
 from pipeline.cache.atomic import clean_scratch
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.columns import column_manifest
 from pipeline.cache.layout import SAMPLES, shard_folder
-from pipeline.cache.plan import load_plan, segment_numbers, write_segment
+from pipeline.cache.plan import load_plan, segment_numbers
+from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.rebuild import rebuild_derived, restore_segments
 from pipeline.errors import PipelineError
 
@@ -55,7 +57,7 @@ def append(cache: Path) -> None:
         write_segment(cache, more, row_bytes=48, sources=[{"file": "more.jsonl", "size": 1}])
     for shard in load_plan(cache).shards:
         capture(cache, shard, PAIR)
-    rebuild_derived(cache)
+    rebuild_derived(Catalog(cache))
 
 
 def spoil(cache: Path) -> None:
@@ -69,12 +71,12 @@ def spoil(cache: Path) -> None:
 def repair(cache: Path) -> None:
     """What `pipeline verify --repair` does after it found what `spoil` did, random states in the target's place."""
     clean_scratch(cache)
-    restore_segments(cache)
-    rebuild_derived(cache)
+    restore_segments(Catalog(cache))
+    rebuild_derived(Catalog(cache))
     shard = load_plan(cache).shards[0]
     known = (shard_folder(cache, 0) / "aux.10.json").exists()
     capture(cache, shard, PAIR[:1], lost={"aux.10": column_manifest(cache, 0, "aux.10") if known else None})
-    rebuild_derived(cache)
+    rebuild_derived(Catalog(cache))
 
 
 def recode(cache: Path) -> None:

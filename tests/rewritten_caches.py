@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from pipeline.cache import HiddenCache
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.layout import layer_of
 from pipeline.cache.manifest import create_identity
-from pipeline.cache.plan import write_segment
+from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.samples import PlannedSample
 from pipeline.cache.target_files import new_target
 from pipeline.cache.writer import ShardWriter
@@ -25,7 +26,7 @@ def rewrite(cache, out, *, samples=None, states=None, final=True, config=None):
     """
     store = HiddenCache.open(cache)
     create_identity(out, {key: value for key, value in store.identity.items() if key not in ("format", "hash")})
-    with new_target(out) as folder:
+    with new_target(Catalog(out)) as folder:
         for file in (store.path / "target").iterdir():
             if file.name != "manifest.json":
                 shutil.copy(file, folder)
@@ -42,7 +43,7 @@ def rewrite(cache, out, *, samples=None, states=None, final=True, config=None):
     columns = [ColumnSpec(f"aux.{layer}", "float32", store.hidden_size) for layer in store.layers]
     columns += [ColumnSpec("final", "float32", store.hidden_size, keeps="needed")] * final
     for shard in write_segment(out, planned, row_bytes=4 * store.hidden_size * len(columns), sources=[]).shards:
-        with ShardWriter(out, shard, columns) as writer:
+        with ShardWriter(Catalog(out), shard, columns) as writer:
             for row in range(len(shard)):
                 index = by_ids[shard.ids(row).tobytes() + shard.mask(row).tobytes()]
                 held = dict(zip(store.layers, read[index].aux, strict=True)) | {None: read[index].final}

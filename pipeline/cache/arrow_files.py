@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from pipeline.cache.atomic import read_errors
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, first_line
 from pipeline.os_errors import refuse_limit
 
 MAGIC = b"ARROW1\0\0"  # of an IPC file; a stream of messages follows, then a footer that repeats where they are
@@ -37,7 +37,7 @@ def parse_batches(data: pa.Buffer, schema: pa.Schema, path: Path) -> list[pa.Rec
         return [_checked_batch(message, schema, path) for message in messages]
     except (pa.ArrowException, ValueError, OSError, StopIteration) as error:
         refuse_limit(path, error)
-        said = str(error).split("\n")[0]
+        said = first_line(error, None)
         raise CacheError(f"{path}: damaged, it cannot be read: {said}; run `pipeline verify`") from error
 
 

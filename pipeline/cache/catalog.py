@@ -1,7 +1,9 @@
-"""The catalog: which columns the shards of a cache have, and their manifests.
+"""The catalog: what a cache is and which columns it has, as one command knows it.
 
-All of it is read lazily: the names when they are first needed; a manifest, validated against the others, when its
-column is first used. So a cache of a thousand shards opens as quickly as one of sixteen.
+Readers, writers, verify, repair and reports ask one Catalog, opened once for the command. Everything in it is read when
+it is first needed, so a cache of a thousand shards opens as quickly as one of sixteen, and a manifest is parsed once.
+Other processes may commit meanwhile: after `refresh`, the folders are listed again, and only manifests whose file is
+another one are read again.
 """
 
 import os
@@ -14,9 +16,25 @@ import numpy as np
 
 from pipeline.cache.atomic import read_errors
 from pipeline.cache.codecs import column_of_files
-from pipeline.cache.columns import column_manifest
-from pipeline.cache.layout import COLUMN, NUMBER, SAMPLES, SHARDS, numbered, shard_folder
-from pipeline.errors import CacheError
+from pipeline.cache.columns import ColumnSpec, column_manifest
+from pipeline.cache.index import Refused, SampleTable, build_index, read_index
+from pipeline.cache.layout import (
+    COLUMN,
+    IDENTITY,
+    NUMBER,
+    SAMPLES,
+    SHARDS,
+    checked_path,
+    numbered,
+    shard_folder,
+)
+from pipeline.cache.manifest import check_size, file_size, read_canonical
+from pipeline.cache.plan import Plan, load_plan, read_manifests, segment_numbers
+from pipeline.cache.samples import ShardPlan
+from pipeline.errors import CacheError, PipelineError
+
+Work = list[tuple[ShardPlan, list[ColumnSpec]]]  # shards to write, each with the columns that it lacks
+FileVersion = tuple[int, int, int]  # inode, size and modification time, by which a replaced file is recognised
 
 
 def columns_of(entries: Iterable[str]) -> list[str]:
@@ -36,70 +54,183 @@ def shards_per_column(shards: Sequence[Iterable[str]]) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-class Catalog:
-    """The columns of a cache with `shards` planned shards and this identity. Thread-safe."""
+class _Shard:
+    """A shard's folder as it was listed: the version of each column's manifest, None for other entries."""
 
-    def __init__(self, cache: Path, shards: int, identity: str):
-        self.cache, self.shards, self._identity = cache, shards, identity
-        self._manifests: dict[tuple[int, str], dict] = {}
-        self._samples: dict[int, dict] = {}
-        self._kinds: dict[tuple, str] = {}
-        self._refused: dict[str, list[tuple[int, np.ndarray]]] = {}
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.entries: dict[str, FileVersion | None] = {}
+        self.manifests: dict[str, dict] = {}  # of columns that agree with the others
+        self.captured: dict[str, dict | None] = {}
+        self.samples_size: int | None = None  # of samples.arrow, -1 where it is missing or a link out of the cache
+        self.error: PipelineError | None = None
+        try:
+            with read_errors(folder), os.scandir(folder) as entries:
+                self.entries = {entry.name: _version(entry) for entry in entries}
+        except PipelineError as error:
+            self.error = error if folder.exists() else None
+        self.columns = columns_of(self.entries)
+
+    def readable(self) -> "_Shard":
+        """The shard itself; raises the typed error of a folder that cannot be listed."""
+        if self.error is not None:
+            raise self.error
+        return self
+
+
+def _version(entry: os.DirEntry) -> FileVersion | None:
+    if not (entry.name.endswith(".json") and COLUMN.fullmatch(entry.name.removesuffix(".json"))):
+        return None
+    try:
+        found = entry.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+class Catalog:
+    """The cache at `path`: identity, plan, samples, columns and their manifests. Thread-safe but for `refresh`."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self._parsed: dict[tuple[int, str], tuple[FileVersion | None, dict]] = {}
+        self.refresh()
+
+    def refresh(self, shard: int | None = None) -> None:
+        """List a shard again when it is next asked about, or (None) everything, the plan included."""
+        if shard is None:
+            self._shards: dict[int, _Shard] = {}
+            self._kinds: set[tuple[str, int]] = set()
+        else:
+            self._shards.pop(shard, None)
+        planned = ("segments", "plan", "shards", "index", "samples") if shard is None else ()
+        for name in (*planned, "names", "partial", "whole", "kind"):
+            self.__dict__.pop(name, None)
+
+    # What the cache is
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a cache.json."""
+        return (self.path / IDENTITY).is_file()
+
+    @cached_property
+    def identity(self) -> dict:
+        """The content of cache.json. CacheError when it is missing or damaged."""
+        return read_canonical(self.path / IDENTITY)
+
+    @property
+    def hash(self) -> str:
+        """The hash of cache.json, by which every manifest names its cache."""
+        return self.identity["hash"]
+
+    # The plan
+
+    @property
+    def planned(self) -> bool:
+        """Whether there is a plan. CacheError when a segment of it is missing."""
+        return bool(segment_numbers(self.path))
+
+    @cached_property
+    def segments(self) -> list[dict]:
+        """The manifests of the plan's segments. UsageError when there is no plan, CacheError when it is damaged."""
+        return read_manifests(self.path)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan, every byte checked; its samples are parsed when they are needed. UsageError, CacheError."""
+        return load_plan(self.path, self.segments)
+
+    @cached_property
+    def shards(self) -> int:
+        """How many shards are planned."""
+        return sum(manifest["shards"] for manifest in self.segments)
+
+    @cached_property
+    def index(self):
+        """The index of the plan, None where it is missing or out of date."""
+        return read_index(self.path, self.segments)
+
+    @cached_property
+    def samples(self) -> SampleTable:
+        """The table of all planned samples: from the index, else from the plan."""
+        index = build_index(self.plan) if self.index is None else self.index
+        return SampleTable(index, self.shards, lambda: {name for names in self.names for name in names}, self.refused)
+
+    # Columns
+
+    def _shard(self, shard: int) -> _Shard:
+        found = self._shards.get(shard)
+        if found is None:
+            found = self._shards.setdefault(shard, _Shard(shard_folder(self.path, shard)))
+        return found
+
+    def entries(self, shard: int) -> Iterable[str]:
+        """The names of a shard's files and folders; none where it cannot be listed."""
+        return self._shard(shard).entries.keys()
+
+    def columns_of(self, shard: int) -> list[str]:
+        """The columns that a shard has, sorted."""
+        return self._shard(shard).columns
 
     @cached_property
     def names(self) -> list[list[str]]:
-        """The columns of each shard, sorted."""
-        return [columns_of(entries) for entries in self._entries]
-
-    @cached_property
-    def _entries(self) -> list[list[str]]:
-        return [self._listed(shard) for shard in range(self.shards)]
-
-    def _listed(self, shard: int) -> list[str]:
-        folder = shard_folder(self.cache, shard)
-        if not folder.exists():
-            return []
-        with read_errors(folder):
-            return os.listdir(folder)
+        """The columns of each planned shard, sorted."""
+        return [self._shard(shard).readable().columns for shard in range(self.shards)]
 
     @cached_property
     def partial(self) -> dict[str, int]:
         """How many shards have each column that some lack, by name: see `shards_per_column`."""
-        return {name: count for name, count in shards_per_column(self._entries).items() if count < self.shards}
+        counts = shards_per_column([self._shard(shard).readable().entries for shard in range(self.shards)])
+        return {name: count for name, count in counts.items() if count < self.shards}
 
-    @cached_property
+    @property
     def unplanned_shards(self) -> list[int]:
         """Shards with columns that no segment of the plan has: a segment was lost."""
-        if not (self.cache / SHARDS).is_dir():
+        beyond = [number for number in self.shard_numbers() if number >= self.shards]
+        return [number for number in beyond if self._shard(number).readable().columns]
+
+    def shard_numbers(self) -> list[int]:
+        """The numbers of the shards that have a folder, ascending."""
+        if not (self.path / SHARDS).is_dir():
             return []
-        with read_errors(self.cache / SHARDS):
-            numbers = sorted(int(name) for name in os.listdir(self.cache / SHARDS) if NUMBER.fullmatch(name))
-        return [number for number in numbers if number >= self.shards and columns_of(self._listed(number))]
+        with read_errors(self.path / SHARDS):
+            return sorted(int(name) for name in os.listdir(self.path / SHARDS) if NUMBER.fullmatch(name))
+
+    def read(self, shard: int, name: str) -> dict:
+        """The manifest of a column by itself. CacheError when it is absent, damaged or another column's."""
+        version = self._shard(shard).entries.get(f"{name}.json")
+        known = self._parsed.get((shard, name))
+        if known is None or known[0] != version:
+            known = self._parsed[shard, name] = version, column_manifest(self.path, shard, name)
+        return known[1]
 
     def manifest(self, shard: int, name: str) -> dict:
         """The manifest of a column. CacheError when it is damaged, another cache's, or inconsistent with the others."""
-        manifest = self._manifests.get((shard, name))
+        checked = self._shard(shard).manifests
+        manifest = checked.get(name)
         if manifest is None:
-            manifest = column_manifest(self.cache, shard, name)
+            manifest = self.read(shard, name)
             self._check(shard, name, manifest)
-            self._manifests[shard, name] = manifest
+            checked[name] = manifest
         return manifest
 
     def _check(self, shard: int, name: str, manifest: dict) -> None:
-        folder = shard_folder(self.cache, shard)
-        if manifest["cache"] != self._identity:
+        if manifest["cache"] != self.hash:
+            folder = shard_folder(self.path, shard)
             raise CacheError(f"{folder}, column {name}: belongs to another cache; run `pipeline verify`")
-        if self._samples.setdefault(shard, manifest["files"][SAMPLES]) != manifest["files"][SAMPLES]:
-            where = f"{self.cache}, shard {numbered(shard)}"
+        other = next(iter(self._shard(shard).manifests.values()), manifest)
+        if other["files"][SAMPLES] != manifest["files"][SAMPLES]:
+            where = f"{self.path}, shard {numbered(shard)}"
             raise CacheError(f"{where}: columns of different samples; run `pipeline verify`")
         kind = manifest["spec"]["dtype"], manifest["spec"]["width"]
-        self._kinds.setdefault(kind, name)
+        self._kinds.add(kind)
         if len(self._kinds) > 1:
-            raise CacheError(f"{self.cache}: columns of several kinds, {sorted(self._kinds)}; run `pipeline verify`")
+            raise CacheError(f"{self.path}: columns of several kinds, {sorted(self._kinds)}; run `pipeline verify`")
 
     def columns(self, shard: int) -> dict[str, dict]:
         """Manifests of the columns that a shard has, by name."""
-        return {name: self.manifest(shard, name) for name in self.names[shard]}
+        return {name: self.manifest(shard, name) for name in self.columns_of(shard)}
 
     @cached_property
     def whole(self) -> dict[str, dict]:
@@ -118,12 +249,56 @@ class Catalog:
         """The codecs of a column over all shards: several during a recode, or after one was stopped."""
         return {self.manifest(shard, name)["spec"]["codec"] for shard in range(self.shards)}
 
-    def refused(self, name: str) -> list[tuple[int, np.ndarray]]:
+    def refused(self, name: str) -> Refused:
         """Where samples were refused in a column: (shard, rows of the shard)."""
-        found = self._refused.get(name)
-        if found is None:
-            shards = [shard for shard, names in enumerate(self.names) if name in names]
-            refused = [(shard, self.manifest(shard, name)["refused"]) for shard in shards]
-            found = [(shard, np.array([*map(int, rows)])) for shard, rows in refused if rows]
-            self._refused[name] = found
-        return found
+        shards = [shard for shard, names in enumerate(self.names) if name in names]
+        refused = [(shard, self.manifest(shard, name)["refused"]) for shard in shards]
+        return [(shard, np.array([*map(int, rows)])) for shard, rows in refused if rows]
+
+    # What a capture has finished
+
+    def captured(self, shard: int, name: str) -> dict | None:
+        """The manifest of a column whose files all have the right size; None when it has to be captured."""
+        manifest = self._captured(shard, name)
+        return manifest if manifest and self._samples_size(shard) == manifest["files"][SAMPLES]["size"] else None
+
+    def captured_columns(self, shard: int) -> dict[str, dict]:
+        """Manifests of a shard's captured columns, by name; its `samples.arrow` may be missing or damaged."""
+        return {name: manifest for name in self.columns_of(shard) if (manifest := self._captured(shard, name))}
+
+    def _captured(self, shard: int, name: str) -> dict | None:
+        """The manifest of a column whose own files have the right size, looked at once."""
+        captured = self._shard(shard).captured
+        if name not in captured:
+            captured[name] = self._of_right_size(shard, name)
+        return captured[name]
+
+    def _of_right_size(self, shard: int, name: str) -> dict | None:
+        owner, found = self.hash, self._shard(shard)
+        if f"{name}.json" not in found.entries and found.error is None:
+            return None
+        try:
+            manifest = self.read(shard, name)
+            if manifest["cache"] != owner:  # left there from another cache
+                return None
+            folder = str(found.folder)
+            for file, fact in manifest["files"].items():
+                if file != SAMPLES:
+                    check_size(checked_path(folder, file), fact)
+        except CacheError:
+            return None
+        return manifest
+
+    def _samples_size(self, shard: int) -> int:
+        found = self._shard(shard)
+        if found.samples_size is None:
+            try:
+                found.samples_size = file_size(checked_path(str(found.folder), SAMPLES))
+            except CacheError:
+                found.samples_size = -1
+        return found.samples_size
+
+    def missing(self, columns: Sequence[ColumnSpec]) -> Work:
+        """The shards that lack columns, and which."""
+        absent = [[spec for spec in columns if not self.captured(n, spec.name)] for n in range(self.shards)]
+        return [(self.plan.shards[shard], specs) for shard, specs in enumerate(absent) if specs]

@@ -18,7 +18,7 @@ from pipeline.cache.checksums import BlockHasher, read_sums
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.lossy import CHANNELS, Encoded
 from pipeline.cache.codecs.zarr_file import DTYPES, METADATA
-from pipeline.cache.layout import CHECKSUM_ROWS, COLUMN, IDENTITY, SAMPLES, numbered, path_inside, shard_folder
+from pipeline.cache.layout import CHECKSUM_ROWS, COLUMN, SAMPLES, numbered, path_inside, shard_folder
 from pipeline.cache.manifest import FILES, check_file, check_size, read_canonical
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import CacheError
@@ -214,24 +214,6 @@ def column_manifest(cache: Path, shard: int, column: str) -> dict:
     right = right and {SAMPLES, f"{spec.stem}.arrow", f"{spec.stem}/{METADATA}"} <= {*manifest["files"]}
     if not right or not all(ROW.fullmatch(row) and int(row) < manifest["samples"] for row in manifest["refused"]):
         raise CacheError(f"{path}: the manifest of another column or shard; run `pipeline verify`")
-    return manifest
-
-
-def complete_manifest(cache: Path, shard: int, column: str, optional_file: str = "") -> dict | None:
-    """The manifest of a column whose files all have the right size; None when the column has to be captured.
-
-    optional_file: the name of a file that may be absent
-    """
-    identity = read_canonical(cache / IDENTITY)["hash"]
-    try:
-        manifest = column_manifest(cache, shard, column)
-        if manifest.get("cache") != identity:  # left there from another cache
-            return None
-        for name, fact in manifest["files"].items():
-            if name != optional_file:
-                check_size(path_inside(shard_folder(cache, shard), name), fact)
-    except CacheError:
-        return None
     return manifest
 
 

@@ -1,11 +1,14 @@
 """The index: for every sample of a plan its shard, rows, supervised count, domain and split, in one mapped file.
 
 Derived from the plan alone, so it can be rebuilt at any time; a cache whose index is missing or out of date still
-opens, more slowly. Order: by shard, in the order of the shard.
+opens, more slowly. Order: by shard, in the order of the shard. `SampleTable` is the index in memory.
+
+    n samples of the cache
 """
 
+from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -13,13 +16,13 @@ import pyarrow.ipc
 
 from pipeline.cache.arrow_files import parse_batches
 from pipeline.cache.atomic import read_errors, write_file
-from pipeline.cache.layout import INDEX, INDEX_MANIFEST
+from pipeline.cache.layout import FINAL, INDEX, INDEX_MANIFEST, aux_column
 from pipeline.cache.manifest import FACT, FileFact, canonical, check_size, read_canonical, write_canonical
+from pipeline.cache.plan import Plan
 from pipeline.cache.samples import to_numpy
 from pipeline.errors import CacheError
 
-if TYPE_CHECKING:
-    from pipeline.cache.plan import Plan
+Refused = list[tuple[int, np.ndarray]]  # of one column: shards, and the rows of samples refused in them
 
 SCHEMA = pa.schema(
     [
@@ -39,7 +42,7 @@ SCHEMA = pa.schema(
 FORM = {"files": {INDEX: FACT}, "segments": [dict]}
 
 
-def build_index(plan: "Plan") -> pa.Table:
+def build_index(plan: Plan) -> pa.Table:
     """The index of a plan, one record batch a shard."""
     batches = []
     for shard in plan.shards:
@@ -60,7 +63,7 @@ def segments_of(manifests: list[dict]) -> list[dict]:
     return [manifest["files"] for manifest in manifests]
 
 
-def write_index(cache: Path, plan: "Plan") -> None:
+def write_index(cache: Path, plan: Plan) -> None:
     """Write the index of `plan`, its manifest last; the manifest of an older index is removed first."""
     sink = pa.BufferOutputStream()
     table = build_index(plan).combine_chunks()
@@ -103,3 +106,80 @@ def _in_order(index: pa.RecordBatch, shards: int) -> bool:
         return False
     step, next_row = np.diff(shard), np.diff(row)
     return bool((((step == 0) & (next_row == 1)) | ((step == 1) & (row[1:] == 0))).all())
+
+
+class SampleTable:
+    """All planned samples as numpy columns [n]. Order: by shard, in the order of the shard."""
+
+    def __init__(
+        self, index: pa.Table, shards: int, columns: Callable[[], Iterable[str]], refused: Callable[[str], Refused]
+    ):
+        """columns() gives the names of all columns of the cache; refused(name) where samples are refused in one."""
+        self._index, self._columns, self._refused = index, columns, refused
+        self.shard = self._numbers("shard")
+        self.row = self._numbers("row")  # in the shard
+        self.offset = self._numbers("offset")
+        self.length = self._numbers("length")
+        self.final_offset = self._numbers("final_offset")
+        self.final_length = self._numbers("final_length")
+        self.supervised = self._numbers("supervised")
+        self.starts = np.searchsorted(self.shard, np.arange(shards + 1))  # first sample of each shard
+        self._ok: dict[tuple[str, ...], np.ndarray] = {}
+
+    def _numbers(self, name: str) -> np.ndarray:
+        return to_numpy(self._whole(name))
+
+    def _whole(self, name: str) -> pa.Array:
+        column = self._index.column(name)  # one piece where it is mapped, which pyarrow would copy
+        return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    @cached_property
+    def sample_id(self) -> np.ndarray:
+        """The sample ids as numbers, uint64 [n, 2], high and low: rows sort as the 16 bytes do."""
+        column = self._whole("sample_id")
+        names = np.frombuffer(column.buffers()[1], ">u8", 2 * len(self), 16 * column.offset)
+        return names.reshape(-1, 2).astype(np.uint64)
+
+    @property
+    def low64(self) -> np.ndarray:
+        """The low 64 bits of the sample ids, uint64 [n]."""
+        return self.sample_id[:, 1]
+
+    def hex(self, i: int) -> str:
+        """The sample id in hex, 32 digits."""
+        return f"{self.sample_id[i, 0]:016x}{self.sample_id[i, 1]:016x}"
+
+    @cached_property
+    def domain(self) -> list[str]:
+        return self._index.column("domain").to_pylist()
+
+    @cached_property
+    def split(self) -> list[str]:
+        """`train`, `heldout`, or empty where the corpus does not say."""
+        return self._index.column("split").to_pylist()
+
+    @property
+    def ok(self) -> np.ndarray:
+        """Samples that no column at all refused, bool [n]."""
+        return self._accepted(self._columns())
+
+    def usable(self, layers: Iterable[int], final: bool = False) -> np.ndarray:
+        """Samples that none of a view's own columns refused, bool [n]: what `HiddenCache.read` gives for this view."""
+        return self._accepted([*map(aux_column, layers), *[FINAL] * final])
+
+    def _accepted(self, columns: Iterable[str]) -> np.ndarray:
+        key = tuple(sorted(set(columns)))
+        held = self._ok.get(key)
+        if held is None:
+            held = np.ones(len(self), bool)
+            for name in key:
+                for shard, rows in self._refused(name):
+                    if rows.max() >= self.starts[shard + 1] - self.starts[shard]:
+                        raise CacheError(f"{name} of shard {shard}: refuses samples that are not there")
+                    held[self.starts[shard] + rows] = False
+            held.flags.writeable = False
+            self._ok[key] = held
+        return held

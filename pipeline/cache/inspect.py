@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache.layout import PLAN, SAMPLES, TARGET, layer_of
-from pipeline.cache.plan import Plan, load_plan
+from pipeline.cache.plan import Plan
 from pipeline.cache.reader import HiddenCache
 from pipeline.cache.rebuild import refused_samples
 from pipeline.errors import UsageError
@@ -17,7 +17,8 @@ def describe(path: Path) -> dict:
     Raises UsageError when there is no cache or no plan, CacheError for damage.
     """
     path = Path(path)
-    cache, plan = HiddenCache.open(path), load_plan(path)
+    cache = HiddenCache.open(path)
+    plan = cache.catalog.plan
     shards = [cache.columns(shard) for shard in range(cache.shards)]
     columns = _columns(shards, plan)
     sizes = {
@@ -47,7 +48,7 @@ def describe(path: Path) -> dict:
         "bytes": sizes,
         "domains": _domains(cache),
         "gauge": _gauge(shards),
-        "refused": refused_samples(plan, dict(enumerate(shards))),
+        "refused": refused_samples(plan, dict(enumerate(shards)), np.diff(cache.samples.starts)),
     }
 
 
@@ -116,7 +117,7 @@ def sample_view(path: Path, i: int) -> dict:
         raise UsageError(f"{path} has samples 0 to {len(cache) - 1}; there is no sample {i}")
     ids, mask = cache.tokens_of(i)
     shard, row = int(table.shard[i]), int(table.row[i])
-    plan = load_plan(Path(path)).shards[shard]
+    plan = cache.catalog.plan.shards[shard]
     refused_in = [name for name, manifest in cache.columns(shard).items() if str(row) in manifest["refused"]]
     return {
         "sample": i,

@@ -82,27 +82,32 @@ def layer_of(column: str) -> int | None:
 
 def path_inside(root: Path, relative: str) -> Path:
     """Resolve a manifest's `relative` path under `root`. CacheError when it, or a link in it, leads out of `root`."""
+    return Path(checked_path(str(root), relative))
+
+
+def checked_path(root: str, relative: str) -> str:
+    """What `path_inside` returns, as text: quicker by far where there are many."""
     parts = relative.split("/")
-    if relative.startswith("/") or "\0" in relative or any(part in ("", ".", "..") for part in parts):
+    if "\0" in relative or not {"", ".", ".."}.isdisjoint(parts):
         raise CacheError(f"{root}: a manifest names {relative!r}; paths in a cache are relative and stay inside it")
     if len(relative) > LONGEST_PATH:
         raise CacheError(f"{root}: a manifest names {relative[:80]!r}, which no file can be called")
-    path = root.joinpath(*parts)
+    path = f"{root}/{relative}"
     try:
-        within = not _has_link(root, parts) or path.resolve().is_relative_to(root.resolve())
+        within = not _has_link(root, parts) or Path(path).resolve().is_relative_to(Path(root).resolve())
     except (OSError, RuntimeError) as error:  # too long a name; links in a circle
         ours = isinstance(error, RuntimeError) or errno_of(error) == errno.ELOOP
         if not ours and max(len(os.fsencode(part)) for part in parts) <= LONGEST_NAME:
-            refuse_limit(path, error)
+            refuse_limit(Path(path), error)
         raise CacheError(f"{root}: a manifest names {relative[:80]!r}, which no file can be called") from error
     if not within:
         raise CacheError(f"{path}: a link that leads out of the cache; replace it by the file it points to")
     return path
 
 
-def _has_link(root: Path, parts: list[str]) -> bool:
+def _has_link(root: str, parts: list[str]) -> bool:
     """Whether a part of the path from `root` to a file below it is a symbolic link."""
-    place = str(root)
+    place = root
     for part in parts:
         place = f"{place}/{part}"
         try:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import xxhash
 
-from pipeline.cache.atomic import commit_lock, read_errors, write_errors, write_file
+from pipeline.cache.atomic import commit_lock, read_error, read_errors, write_errors, write_file
 from pipeline.cache.layout import FORMAT, IDENTITY
 from pipeline.errors import CacheError, UsageError
 from pipeline.untrusted import parse_strict_json
@@ -142,16 +142,18 @@ class FileFact:
         return FileFact(size, digest.hexdigest())
 
 
-def file_size(path: Path) -> int:
+def file_size(path: Path | str) -> int:
     """The size of a file. CacheError when it is missing or no plain file: reading a pipe might never end."""
-    with read_errors(path):
+    try:
         found = os.stat(path)
+    except OSError as error:
+        raise read_error(Path(path), error) from error
     if not stat.S_ISREG(found.st_mode):
         raise CacheError(f"{path}: missing; something that is no file has its name; run `pipeline verify`")
     return found.st_size
 
 
-def check_size(path: Path, fact: dict) -> None:
+def check_size(path: Path | str, fact: dict) -> None:
     """Refuse a file whose size is not the manifest's, before a byte of it is read or anything allocated for it."""
     size = file_size(path)
     if size != fact["size"]:

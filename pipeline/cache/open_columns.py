@@ -7,7 +7,6 @@ Thread-safe; nothing on disk is locked.
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -77,8 +76,8 @@ class CodedColumn:
 class OpenColumns:
     """All columns of a cache by (shard, name), opened as they are touched. `plan_of` gives a shard's samples."""
 
-    def __init__(self, cache: Path, catalog: Catalog, plan_of: Callable[[int], ShardPlan]):
-        self._cache, self._catalog, self._plan_of = cache, catalog, plan_of
+    def __init__(self, catalog: Catalog, plan_of: Callable[[int], ShardPlan]):
+        self._catalog, self._plan_of = catalog, plan_of
         self._columns: dict[tuple[int, str], DirectColumn | CodedColumn] = {}
         self._files = _RecentlyUsed()
 
@@ -129,7 +128,7 @@ class OpenColumns:
         if column is None:
             manifest, plan = self._catalog.manifest(shard, name), self._plan_of(shard)
             bounds = plan.bounds if manifest["spec"]["keeps"] == "all" else plan.final_bounds
-            held = open_column(self._cache, manifest, bounds)
+            held = open_column(self._catalog.path, manifest, bounds)
             # setdefault: two threads that open it at once must share one record of verified blocks
             column = self._columns.setdefault(key, CODECS[held.spec.codec].direct(held) or CodedColumn(held))
         return column, self._files.get(key, column.open)

@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.lossy import Encoded, LossyCodec
-from pipeline.cache.index import build_index, read_index
 from pipeline.cache.layout import (
     FINAL,
-    IDENTITY,
     SAMPLES,
     aux_column,
     check_exists,
@@ -28,11 +25,9 @@ from pipeline.cache.layout import (
     path_inside,
     shard_folder,
 )
-from pipeline.cache.manifest import check_file, read_canonical
+from pipeline.cache.manifest import check_file
 from pipeline.cache.open_columns import OpenColumns
 from pipeline.cache.parallel_reads import ReadPool
-from pipeline.cache.plan import load_plan, read_manifests
-from pipeline.cache.sample_table import SampleTable
 from pipeline.cache.samples import ShardPlan, read_batch
 from pipeline.cache.target_files import CONFIG, HEAD, TOKENS, target_file, target_json
 from pipeline.errors import CacheError, DataError, UsageError
@@ -65,33 +60,27 @@ class Sample:
 class HiddenCache:
     """A cache open for reading, by `HiddenCache.open(path)`. Thread-safe.
 
-    path; identity: the content of cache.json; digest: of identity and plan, so another corpus is another digest;
-    samples: the SampleTable
+    catalog; path; identity: the content of cache.json; digest: of identity and plan, so another corpus is another
+    digest; samples: the SampleTable
     """
 
-    def __init__(self, path: Path, identity: dict, plans: list[dict], index: pa.Table):
-        self.path = path
-        self.identity = identity
-        hashes = [identity["hash"], *(manifest["hash"] for manifest in plans)]
+    def __init__(self, catalog: Catalog):
+        self.catalog, self.path, self.identity = catalog, catalog.path, catalog.identity
+        hashes = [catalog.hash, *(manifest["hash"] for manifest in catalog.segments)]
         self.digest = _digest(hashes)
         self.earlier_digests = [
             _digest(hashes[:end]) for end in range(2, len(hashes))
         ]  # what it was before each append
-        self._catalog = Catalog(path, sum(manifest["shards"] for manifest in plans), identity["hash"])
-        self.samples = SampleTable(index, self._catalog)
+        self.samples = catalog.samples
         self._shards: dict[int, ShardPlan] = {}
-        self._columns = OpenColumns(path, self._catalog, self._shard)
+        self._columns = OpenColumns(catalog, self._shard)
         self._reads = ReadPool()
 
     @classmethod
     def open(cls, path: Path | str) -> "HiddenCache":
         """Open a cache. UsageError when there is none; CacheError when it is damaged or of another format version."""
-        path = Path(path)
-        check_exists(path)
-        identity = read_canonical(path / IDENTITY)
-        plans = read_manifests(path)
-        index = read_index(path, plans)
-        return cls(path, identity, plans, build_index(load_plan(path)) if index is None else index)
+        check_exists(Path(path))
+        return cls(Catalog(path))
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -99,32 +88,32 @@ class HiddenCache:
     @property
     def shards(self) -> int:
         """Planned shards."""
-        return self._catalog.shards
+        return self.catalog.shards
 
     def columns(self, shard: int) -> dict[str, dict]:
         """Manifests of the columns that a shard has, by name."""
-        return self._catalog.columns(shard)
+        return self.catalog.columns(shard)
 
     @property
     def whole(self) -> dict[str, dict]:
         """Columns that every planned shard has, by name, each with its spec."""
-        return self._catalog.whole
+        return self.catalog.whole
 
     @cached_property
     def missing(self) -> list[tuple[int, str]]:
         """(shard, column) pairs still to be captured: columns that other shards have."""
-        names = sorted({name for names in self._catalog.names for name in names})
-        return [(n, name) for n, held in enumerate(self._catalog.names) for name in names if name not in held]
+        names = sorted({name for names in self.catalog.names for name in names})
+        return [(n, name) for n, held in enumerate(self.catalog.names) for name in names if name not in held]
 
     @property
     def partial(self) -> dict[str, int]:
         """How many shards have each column that some lack (a stopped capture or a lost file), by name."""
-        return self._catalog.partial
+        return self.catalog.partial
 
     @property
     def unplanned_shards(self) -> list[int]:
         """Shards with columns that no segment of the plan has."""
-        return self._catalog.unplanned_shards
+        return self.catalog.unplanned_shards
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
@@ -140,15 +129,15 @@ class HiddenCache:
 
         Their states differ slightly from those that a cache of the same digest has in a lossless codec.
         """
-        codecs = {name: self._catalog.codecs(name) for name in map(column_of, layers)}
+        codecs = {name: self.catalog.codecs(name) for name in map(column_of, layers)}
         return {name: sorted(used) for name, used in codecs.items() if any(CODECS[codec].lossy for codec in used)}
 
     @property
     def _kind(self) -> tuple[str, int]:
         """The dtype and width that all columns share."""
-        if self._catalog.kind is None:
+        if self.catalog.kind is None:
             raise UsageError(f"{self.path}: nothing is captured yet; run `pipeline cache-hidden` with this --out")
-        return self._catalog.kind
+        return self.catalog.kind
 
     @cached_property
     def dtype(self) -> "torch.dtype":
@@ -164,16 +153,16 @@ class HiddenCache:
     @cached_property
     def target_config(self) -> dict:
         """The target's config.json."""
-        return target_json(self.path, CONFIG)
+        return target_json(self.catalog, CONFIG)
 
     @cached_property
     def tokens(self) -> dict:
         """Special token ids and `length`, the number of tokens the tokenizer knows."""
-        return target_json(self.path, TOKENS)
+        return target_json(self.catalog, TOKENS)
 
     @cached_property
     def _head_file(self) -> Path:
-        return target_file(self.path, HEAD)
+        return target_file(self.catalog, HEAD)
 
     def head(self, device: str = "cpu", dtype: "torch.dtype | None" = None) -> "TargetHead":
         """The target's frozen embedding and LM head, float32 unless `dtype` says otherwise; checked once."""
@@ -240,7 +229,7 @@ class HiddenCache:
         return self._lossy_codec(layers) is not None
 
     def _lossy_codec(self, layers: Sequence[Layer]) -> LossyCodec | None:
-        used = set().union(*(self._catalog.codecs(column_of(layer)) for layer in layers))
+        used = set().union(*(self.catalog.codecs(column_of(layer)) for layer in layers))
         codec = CODECS[used.pop()] if len(used) == 1 else None
         return codec if codec and codec.lossy else None
 
@@ -287,7 +276,7 @@ class HiddenCache:
 
     def _keeps_all(self, i: int) -> bool:
         """Whether all rows of sample `i` have a `final` state."""
-        return self._catalog.manifest(self._locate(i)[0], FINAL)["spec"]["keeps"] == "all"
+        return self.catalog.manifest(self._locate(i)[0], FINAL)["spec"]["keeps"] == "all"
 
     def _fill(self, out_KRD: "torch.Tensor", parts: Sequence[Part], names: tuple[str, ...]) -> None:
         import torch
@@ -332,7 +321,7 @@ class HiddenCache:
         names = [*map(aux_column, layers), *([FINAL] if final else [])]
         for i in indices:
             shard, row = self._locate(i)
-            if any(str(row) in self._catalog.manifest(shard, name)["refused"] for name in names):
+            if any(str(row) in self.catalog.manifest(shard, name)["refused"] for name in names):
                 raise DataError(
                     f"{self.path}: sample {i} was refused, see `pipeline inspect`; skip what `samples.usable` denies"
                 )
@@ -353,7 +342,7 @@ class HiddenCache:
     def _open_shard(self, number: int) -> ShardPlan:
         columns = self.columns(number)
         if not columns:  # planned, not captured: only the plan has its samples
-            return load_plan(self.path).shards[number]
+            return self.catalog.plan.shards[number]
         path = path_inside(shard_folder(self.path, number), SAMPLES)
         for manifest in columns.values():
             check_file(path, manifest["files"][SAMPLES])

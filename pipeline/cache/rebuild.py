@@ -1,57 +1,62 @@
 """Rebuilds derived files from the rest of a cache: the index, the list of refused samples, a shard's `samples.arrow`;
 and, from all shards' `samples.arrow`, a segment of the plan."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.cache.atomic import Scratch, commit_lock, sync_file, sync_folder, write_errors, write_file
-from pipeline.cache.columns import complete_manifest
-from pipeline.cache.index import read_index, write_index
-from pipeline.cache.layout import COLUMN, INDEX, PLAN, QUARANTINE, REFUSED, SAMPLES, numbered, shard_folder
+from pipeline.cache.catalog import Catalog
+from pipeline.cache.index import write_index
+from pipeline.cache.layout import INDEX, PLAN, QUARANTINE, REFUSED, SAMPLES, numbered, shard_folder
 from pipeline.cache.manifest import FileFact, canonical
-from pipeline.cache.plan import Plan, load_plan, read_manifests
+from pipeline.cache.plan import Plan
 from pipeline.cache.samples import batch_bytes, read_batch, write_batches
 from pipeline.errors import CacheError
 
 
-def rebuild_derived(cache: Path) -> list[str]:
+def rebuild_derived(catalog: Catalog) -> list[str]:
     """Write the derived files that are missing or out of date; returns their names. The cache must have a plan.
 
     Writes nothing, and needs no right to write, when all are up to date. Raises RoomError, CacheError.
     """
-    plan = load_plan(cache)
-    columns = _columns(cache, plan)
-    stale = _stale_samples(cache, plan, columns)
-    lost_index = read_index(cache, plan.manifests) is None
+    cache, plan = catalog.path, catalog.plan
+    stale = _stale_samples(catalog)
     path = cache / QUARANTINE / REFUSED
-    wrong_list = (path.read_bytes() if path.is_file() else b"") != refused_bytes(plan, columns)
+    wrong_list = (path.read_bytes() if path.is_file() else b"") != _refused_list(catalog)
+    lost_index = catalog.index is None
     if stale or wrong_list or lost_index:
         with write_errors(cache, "derived files"), commit_lock(cache):
             for samples, data in stale.items():
                 write_file(samples, data)
-            if wrong_list:  # with what is committed now: another worker may have been quicker, and known more
-                _write_refused_list(path, refused_bytes(plan, _columns(cache, plan)))
+            catalog.refresh()  # another worker may have been quicker, and known more
+            if wrong_list:
+                _write_refused_list(path, _refused_list(catalog))
             if lost_index:
                 write_index(cache, plan)
             sync_folder(cache)
+        catalog.refresh()
     written = [samples.relative_to(cache).as_posix() for samples in stale]
     return written + [f"{QUARANTINE}/{REFUSED}"] * wrong_list + [INDEX] * lost_index
 
 
-def _columns(cache: Path, plan: Plan) -> dict[int, dict[str, dict]]:
-    return {shard.number: shard_columns(cache, shard.number) for shard in plan.shards}
-
-
-def _stale_samples(cache: Path, plan: Plan, columns: dict[int, dict[str, dict]]) -> dict[Path, bytes]:
+def _stale_samples(catalog: Catalog) -> dict[Path, bytes]:
     """The `samples.arrow` that do not match their shard's manifests, with the right content, if the plan has it."""
     stale = {}
-    for shard in plan.shards:
-        path = shard_folder(cache, shard.number) / SAMPLES
-        vouched = [manifest["files"][SAMPLES] for manifest in columns[shard.number].values()]
+    for shard in range(catalog.shards):
+        path = shard_folder(catalog.path, shard) / SAMPLES
+        vouched = [manifest["files"][SAMPLES] for manifest in catalog.captured_columns(shard).values()]
         if vouched and (not path.is_file() or FileFact.of_file(path).as_dict() not in vouched):
-            data = batch_bytes(shard.batch)
+            data = batch_bytes(catalog.plan.shards[shard].batch)
             if FileFact.of_bytes(data).as_dict() in vouched:
                 stale[path] = data
     return stale
+
+
+def _refused_list(catalog: Catalog) -> bytes:
+    columns = {shard: catalog.captured_columns(shard) for shard in range(catalog.shards)}
+    return refused_bytes(catalog.plan, columns, np.diff(catalog.samples.starts))
 
 
 def _write_refused_list(path: Path, wanted: bytes) -> None:
@@ -63,13 +68,14 @@ def _write_refused_list(path: Path, wanted: bytes) -> None:
         path.parent.rmdir()
 
 
-def restore_segments(cache: Path) -> list[str]:
+def restore_segments(catalog: Catalog) -> list[str]:
     """Rebuild damaged segments of the plan from the shards' `samples.arrow`; returns their names.
 
     Needs the segment's manifest, which has the digest that the result must have. Raises RoomError.
     """
     restored = []
-    for number, manifest in enumerate(read_manifests(cache)):
+    cache = catalog.path
+    for number, manifest in enumerate(catalog.segments):
         name = f"{numbered(number)}.arrow"
         path, fact = cache / PLAN / name, manifest["files"][name]
         if path.is_file() and FileFact.of_file(path).as_dict() == fact:
@@ -90,32 +96,27 @@ def restore_segments(cache: Path) -> list[str]:
     return restored
 
 
-def shard_columns(cache: Path, shard: int) -> dict[str, dict]:
-    """Manifests of the complete columns of a shard, by name; its `samples.arrow` may be missing or damaged."""
-    names = sorted(path.stem for path in shard_folder(cache, shard).glob("*.json"))
-    found = {
-        name: complete_manifest(cache, shard, name, optional_file=SAMPLES) for name in names if COLUMN.fullmatch(name)
-    }
-    return {name: manifest for name, manifest in found.items() if manifest}
+def refused_samples(plan: Plan, columns: dict[int, dict[str, dict]], counts: Sequence[int]) -> list[dict]:
+    """The samples refused in any column, in order of samples: where they are, where they came from, and why.
 
-
-def refused_samples(plan: Plan, columns: dict[int, dict[str, dict]]) -> list[dict]:
-    """The samples refused in any column, in order of samples: where they are, where they came from, and why."""
+    columns: manifests by shard and name. counts: samples of each shard.
+    """
     refused, before = [], 0
-    for shard in plan.shards:
+    for number, count in enumerate(counts):
         reasons: dict[int, dict[str, list[str]]] = {}
-        for name, manifest in sorted(columns[shard.number].items()):
-            if manifest["samples"] != len(shard):
-                where = f"shard {numbered(shard.number)}, column {name}"
+        for name, manifest in sorted(columns[number].items()):
+            if manifest["samples"] != count:
+                where = f"shard {numbered(number)}, column {name}"
                 raise CacheError(f"{where}: of other samples than the plan's; run `pipeline verify`")
             for row, reason in manifest["refused"].items():
                 reasons.setdefault(int(row), {}).setdefault(reason, []).append(name)
         for row in sorted(reasons):
+            shard = plan.shards[number]
             refused.append(
                 {
                     "sample": before + row,
                     "sample_id": shard.batch.column("sample_id")[row].as_py().hex(),
-                    "shard": shard.number,
+                    "shard": number,
                     "row": row,
                     "reason": "; ".join(sorted(reasons[row])),
                     "columns": sorted({name for names in reasons[row].values() for name in names}),
@@ -123,11 +124,11 @@ def refused_samples(plan: Plan, columns: dict[int, dict[str, dict]]) -> list[dic
                     "line": shard.line(row),
                 }
             )
-        before += len(shard)
+        before += int(count)
     return refused
 
 
-def refused_bytes(plan: Plan, columns: dict[int, dict[str, dict]]) -> bytes:
+def refused_bytes(plan: Plan, columns: dict[int, dict[str, dict]], counts: Sequence[int]) -> bytes:
     """What `quarantine/samples.json` holds; empty when no sample was refused, and then there is no such file."""
-    refused = refused_samples(plan, columns)
+    refused = refused_samples(plan, columns, counts)
     return canonical({"samples": refused}) if refused else b""

@@ -48,7 +48,7 @@ class PlannedSample:
     split: str = ""  # "train", "heldout", or "" where the corpus does not say
     file: str = ""
     line: int = 0
-    name: bytes | None = None  # the sample's `sample_id`, where it has been computed
+    digest: bytes | None = None  # its `sample_id`, where it has been computed
 
 
 def sample_id(ids_T: np.ndarray, mask_T: np.ndarray) -> bytes:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.cache.atomic import Scratch, commit_lock, read_errors, sync_file, sync_folder, write_errors
-from pipeline.cache.layout import IDENTITY, TARGET, TARGET_MANIFEST, path_inside
+from pipeline.cache.catalog import Catalog
+from pipeline.cache.layout import TARGET, TARGET_MANIFEST, path_inside
 from pipeline.cache.manifest import FILES, MAX_BYTES, FileFact, canonical, check_file, check_size, read_canonical
 from pipeline.errors import CacheError
 from pipeline.untrusted import parse_json, read_file
@@ -23,11 +24,12 @@ WEIGHTS = "weights.json"
 
 
 @contextlib.contextmanager
-def new_target(cache: Path) -> Iterator[Path]:
+def new_target(catalog: Catalog) -> Iterator[Path]:
     """Yield an empty folder; the plain files put there become the cache's `target/` when the block ends well.
 
     If the cache has one already, that one stays; of one that lacks files, what is right stays. Raises RoomError.
     """
+    cache = catalog.path
     with Scratch(cache, TARGET) as scratch, write_errors(cache, "the target's files"):
         folder = scratch.path / TARGET
         folder.mkdir()
@@ -35,13 +37,12 @@ def new_target(cache: Path) -> Iterator[Path]:
         paths = sorted(folder.iterdir())
         assert all(path.is_file() and not path.is_symlink() for path in paths), f"not all plain files: {paths}"
         files = {path.name: FileFact.of_file(path).as_dict() for path in paths}
-        identity = read_canonical(cache / IDENTITY)["hash"]
-        (folder / TARGET_MANIFEST).write_bytes(canonical({"cache": identity, "files": files}))
+        (folder / TARGET_MANIFEST).write_bytes(canonical({"cache": catalog.hash, "files": files}))
         for path in (*paths, folder / TARGET_MANIFEST):
             sync_file(path)
         sync_folder(folder)
         with commit_lock(cache):
-            if has_target(cache):
+            if has_target(catalog):
                 return
             _put(folder, cache / TARGET, scratch.path / "old")
             sync_folder(cache)
@@ -65,38 +66,38 @@ def _put(folder: Path, place: Path, aside: Path) -> None:
     sync_folder(place)
 
 
-def has_target(cache: Path) -> bool:
+def has_target(catalog: Catalog) -> bool:
     """Whether `target/` is there, as far as its manifest and sizes tell."""
     try:
-        for name, fact in target_manifest(cache)["files"].items():
-            check_size(path_inside(cache / TARGET, name), fact)
+        for name, fact in target_manifest(catalog)["files"].items():
+            check_size(path_inside(catalog.path / TARGET, name), fact)
     except CacheError:
         return False
     return True
 
 
-def target_manifest(cache: Path) -> dict:
+def target_manifest(catalog: Catalog) -> dict:
     """The folder's manifest. CacheError when it is absent, damaged or of another cache."""
-    path = cache / TARGET / TARGET_MANIFEST
+    path = catalog.path / TARGET / TARGET_MANIFEST
     manifest = read_canonical(path, {"cache": str, "files": FILES})
-    if manifest["cache"] != read_canonical(cache / IDENTITY)["hash"]:
+    if manifest["cache"] != catalog.hash:
         raise CacheError(f"{path}: belongs to another cache; run `pipeline verify`")
     return manifest
 
 
-def target_file(cache: Path, name: str) -> Path:
+def target_file(catalog: Catalog, name: str) -> Path:
     """The path of a file of the folder, its size and digest checked now. CacheError when it is absent or damaged."""
-    files = target_manifest(cache)["files"]
-    path = path_inside(cache / TARGET, name)
+    files = target_manifest(catalog)["files"]
+    path = path_inside(catalog.path / TARGET, name)
     if name not in files:
         raise CacheError(f"{path}: not in the cache; run `pipeline cache-hidden` again with the same arguments")
     check_file(path, files[name])
     return path
 
 
-def target_json(cache: Path, name: str) -> dict:
+def target_json(catalog: Catalog, name: str) -> dict:
     """What a JSON file of the folder holds, checked: a dict."""
-    path = target_file(cache, name)
+    path = target_file(catalog, name)
     try:
         with read_errors(path):
             facts = parse_json(read_file(path, MAX_BYTES))

@@ -14,10 +14,10 @@ import xxhash
 
 from pipeline.cache import index
 from pipeline.cache.atomic import read_errors
-from pipeline.cache.catalog import shards_per_column
+from pipeline.cache.catalog import Catalog, shards_per_column
 from pipeline.cache.codecs import CODECS, calibration, column_of_files
 from pipeline.cache.codecs.zarr_file import METADATA
-from pipeline.cache.columns import Column, ColumnSpec, column_manifest
+from pipeline.cache.columns import Column, ColumnSpec
 from pipeline.cache.layout import (
     CALIBRATION,
     CHECKSUM_ROWS,
@@ -40,8 +40,8 @@ from pipeline.cache.layout import (
     path_inside,
 )
 from pipeline.cache.manifest import FILES, PIECE, check_file, check_size, read_canonical
-from pipeline.cache.plan import Plan, load_plan
-from pipeline.cache.rebuild import refused_bytes, shard_columns
+from pipeline.cache.plan import Plan
+from pipeline.cache.rebuild import refused_bytes
 from pipeline.cache.samples import ShardPlan, make_batch, read_batch, sample_id
 from pipeline.cache.target_files import target_manifest
 from pipeline.errors import CacheError
@@ -108,12 +108,12 @@ class _Check:
     """One verification: the report so far, and the files accounted for."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.catalog = path, Catalog(path)
         self.report = Report(str(path))
         self.known = {LOG, INDEX, INDEX_MANIFEST}
         self.identity: str | None = None
         with self.guard(IDENTITY):
-            self.identity = read_canonical(path / IDENTITY)["hash"]
+            self.identity = self.catalog.hash
 
     @contextlib.contextmanager
     def guard(self, file: str, shard: int | None = None, column: str | None = None) -> Iterator[None]:
@@ -160,7 +160,7 @@ class _Check:
         if not finished or len(self.report.damaged) > before:
             return None
         with self.guard(PLAN):
-            plan = load_plan(self.path)
+            plan = self.catalog.plan
             for shard in plan.shards:
                 if not _rebuilt_batch(shard).equals(shard.batch):
                     self.damage(PLAN, "not what its ids and masks give", shard.number)
@@ -187,7 +187,7 @@ class _Check:
             self.unfinished(TARGET, "not captured yet")
             return
         with self.guard(f"{TARGET}/{TARGET_MANIFEST}"):
-            for name, fact in target_manifest(self.path)["files"].items():
+            for name, fact in target_manifest(self.catalog)["files"].items():
                 self.file(f"{TARGET}/{name}", fact)
 
     def calibration(self, columns: dict[int, dict[str, dict]]) -> None:
@@ -204,17 +204,16 @@ class _Check:
     def shards(self, plan: Plan | None, only: set[int] | None) -> dict[int, dict[str, dict]]:
         """Check every shard planned or present, or only these. Returns all columns' manifests, by shard and name."""
         planned = {shard.number: shard for shard in plan.shards} if plan else {}
-        there = {int(path.name) for path in (self.path / SHARDS).glob("*") if NUMBER.fullmatch(path.name)}
         columns = {}
-        for number in sorted({*planned, *there}):
+        for number in sorted({*planned, *self.catalog.shard_numbers()}):
             if only is not None and number not in only:
-                columns[number] = shard_columns(self.path, number)
+                columns[number] = self.catalog.captured_columns(number)
                 continue
             if plan and number not in planned:
                 self.damage(f"{SHARDS}/{numbered(number)}", "not in the plan", number)
             columns[number] = self.shard(number, planned.get(number))
         self.report.shards = len(planned)
-        self.report.columns = shards_per_column([self.listed(number) for number in sorted(planned)])
+        self.report.columns = shards_per_column([self.catalog.entries(number) for number in sorted(planned)])
         names = sorted({name for found in columns.values() for name in found})
         for number, found in columns.items():
             damaged = {finding.column for finding in self.report.damaged if finding.shard == number}
@@ -225,21 +224,16 @@ class _Check:
                     self.unfinished(f"{SHARDS}/{numbered(number)}/{name}.json", "not captured yet", number, name)
         return columns
 
-    def listed(self, number: int) -> set[str]:
-        """The names of a shard's files and folders."""
-        return {path.name for path in (self.path / SHARDS / numbered(number)).glob("*")}
-
     def shard(self, number: int, planned: ShardPlan | None) -> dict[str, dict]:
         """Check one shard's columns and samples. Returns the manifests of its columns, by name."""
         here = f"{SHARDS}/{numbered(number)}"
-        listed = self.listed(number)
+        listed = self.catalog.entries(number)
         found = {}
-        for name in sorted(entry.removesuffix(".json") for entry in listed if entry.endswith(".json")):
-            if COLUMN.fullmatch(name):
-                with self.guard(f"{here}/{name}.json", number, name):
-                    found[name] = column_manifest(self.path, number, name)
-                    if self.identity and found[name]["cache"] != self.identity:
-                        self.damage(f"{here}/{name}.json", "belongs to another cache", number, name)
+        for name in self.catalog.columns_of(number):
+            with self.guard(f"{here}/{name}.json", number, name):
+                found[name] = self.catalog.read(number, name)
+                if self.identity and found[name]["cache"] != self.identity:
+                    self.damage(f"{here}/{name}.json", "belongs to another cache", number, name)
         counted = {ColumnSpec(**manifest["spec"]).stem for manifest in found.values()}
         for stem in sorted({entry.removesuffix(".arrow") for entry in listed} - counted):
             if name := column_of_files(stem):  # a writer was killed before or after its manifest; the next tidies up
@@ -315,7 +309,7 @@ class _Check:
         with self.guard(file):
             if there:
                 read_canonical(self.path / file)
-            wanted = refused_bytes(plan, columns) if plan else b""
+            wanted = refused_bytes(plan, columns, [*map(len, plan.shards)]) if plan else b""
             if plan and wanted != ((self.path / file).read_bytes() if there else b""):
                 self.unfinished(file, "not of the columns there are; the next `pipeline cache-hidden` makes it again")
 

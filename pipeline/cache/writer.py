@@ -21,14 +21,15 @@ from pipeline.cache.atomic import (
     write_errors,
     write_file,
 )
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.checksums import BlockHasher, sums_bytes
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.calibration import Calibration, read_calibration
 from pipeline.cache.codecs.lossy import Encoded
 from pipeline.cache.codecs.zarr_file import DTYPES, PIECE
-from pipeline.cache.columns import Column, ColumnSpec, complete_manifest
-from pipeline.cache.layout import IDENTITY, SAMPLES, SHARDS, numbered, shard_folder
-from pipeline.cache.manifest import FileFact, canonical, read_canonical
+from pipeline.cache.columns import Column, ColumnSpec
+from pipeline.cache.layout import SAMPLES, SHARDS, numbered, shard_folder
+from pipeline.cache.manifest import FileFact, canonical
 from pipeline.cache.samples import ShardPlan, batch_bytes
 from pipeline.errors import RoomError
 
@@ -106,11 +107,11 @@ class ShardWriter:
     `abort`, a RoomError, or leaving the `with` block without a commit removes everything written.
     """
 
-    def __init__(self, cache: Path, shard: ShardPlan, columns: list[ColumnSpec]):
-        self.cache = cache
-        self.shard = shard
+    def __init__(self, catalog: Catalog, shard: ShardPlan, columns: list[ColumnSpec]):
+        self.catalog, self.shard = catalog, shard
+        self.cache = cache = catalog.path
         self.refused: dict[int, str] = {}
-        self._identity = read_canonical(cache / IDENTITY)["hash"]
+        self._identity = catalog.hash
         rows = {spec.name: int(spec.bounds(shard)[-1]) for spec in columns}
         self._need = sum(CODECS[spec.codec].stored_bytes(rows[spec.name], spec.width, spec.dtype) for spec in columns)
         check_free_space(cache, self._what, self._need)
@@ -199,10 +200,12 @@ class ShardWriter:
         assert self._sealed.keys() == self._streams.keys(), "seal before commit"
         try:
             with write_errors(self.cache, self._what, self._need), commit_lock(self.cache):
+                self.catalog.refresh(self.shard.number)
                 samples = self._commit_samples()
                 facts = {name: column_facts.get(name, {}) for name in self._streams}
                 done = {name: self._commit_column(name, samples, facts[name], lost or {}) for name in self._streams}
         finally:
+            self.catalog.refresh(self.shard.number)
             self.abort()
         return done
 
@@ -214,20 +217,20 @@ class ShardWriter:
         folder = shard_folder(self.cache, self.shard.number)
         folder.mkdir(parents=True, exist_ok=True)
         path, data = folder / SAMPLES, batch_bytes(self.shard.batch)
-        names = [other.stem for other in folder.glob("*.json")]
-        vouched = [
-            held["files"][SAMPLES] for name in names if (held := complete_manifest(self.cache, self.shard.number, name))
-        ]
+        names = self.catalog.columns_of(self.shard.number)
+        captured = [manifest for name in names if (manifest := self.catalog.captured(self.shard.number, name))]
+        vouched = [manifest["files"][SAMPLES] for manifest in captured]
         if path.is_file() and (fact := FileFact.of_file(path).as_dict()) in vouched:
             return fact
         write_file(path, data)
+        self.catalog.refresh(self.shard.number)
         sync_folder(self.cache / SHARDS)
         sync_folder(self.cache)
         return FileFact.of_bytes(data).as_dict()
 
     def _commit_column(self, name: str, samples: dict, facts: dict, lost: Mapping[str, dict | None]) -> bool:
         """Commit one column unless it exists; needs the commit lock. Returns whether it was committed."""
-        if name not in lost and complete_manifest(self.cache, self.shard.number, name):
+        if name not in lost and self.catalog.captured(self.shard.number, name):
             return False
         self._move_to_scratch(f"{name}.json")  # the manifest first: without it nothing else counts
         self._install(name, self._manifest(name, samples, facts, lost.get(name)))
@@ -243,12 +246,14 @@ class ShardWriter:
         spec = self._streams[name].spec
         try:
             with write_errors(self.cache, self._what, self._need), commit_lock(self.cache):
-                held = complete_manifest(self.cache, self.shard.number, name)
-                if held is None or held["spec"] == spec.as_dict():
+                self.catalog.refresh(self.shard.number)
+                former = self.catalog.captured(self.shard.number, name)
+                if former is None or former["spec"] == spec.as_dict():
                     return False
-                samples = held["files"][SAMPLES]
-                self._install(name, self._manifest(name, samples, {**held["facts"], **facts}))
+                samples = former["files"][SAMPLES]
+                self._install(name, self._manifest(name, samples, {**former["facts"], **facts}))
         finally:
+            self.catalog.refresh(self.shard.number)
             self.abort()
         return True
 

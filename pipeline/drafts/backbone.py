@@ -92,13 +92,15 @@ class Layer(nn.Module):
 class Backbone(nn.Module):
     """Projection of the captured layers, decoder layers, final norm."""
 
+    layer_class = Layer
+
     def __init__(self, config: DraftConfig):
         super().__init__()
         self.config = config
         layer_count = len(config.target_layer_ids)
         self.fc = nn.Linear(layer_count * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.layer_class(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     @property

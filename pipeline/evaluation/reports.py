@@ -247,9 +247,15 @@ def variants(report: Report) -> list[str]:
     """Return what sets a draft apart from others of its method: objective and weighting where they are not as
     published, and the confidence that its blocks were cut at."""
     draft, threshold = report.draft, report.settings.threshold
-    objective = draft.objective if draft.objective != ("dspark" if draft.method == "dspark" else "ce") else None
+    objective = draft.objective if draft.objective != _published_objective(draft.method) else None
     weighting = draft.weighting if draft.weighting != "decay" else None
     return [part for part in (objective, weighting, f"cut at {threshold:g}" if threshold else None) if part]
+
+
+def _published_objective(method: str) -> str:
+    from pipeline.drafts import DRAFTS  # here, not above: it brings torch
+
+    return DRAFTS[method].Config.defaults({}).get("objective", "ce") if method in DRAFTS else "ce"
 
 
 def seed_count(reports: Sequence[Report]) -> str:

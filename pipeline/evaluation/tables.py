@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.text import Text
 
 from pipeline.cache.atomic import size_text
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.layout import LOG
 from pipeline.cache.manifest import read_canonical
 from pipeline.cache.target_files import has_target, target_file
@@ -100,8 +101,9 @@ def tokenizer_of(cache: Path):
     """
     from tokenizers import Tokenizer
 
-    if has_target(cache):
-        return Tokenizer.from_file(str(target_file(cache, TOKENIZER)))
+    catalog = Catalog(cache)
+    if has_target(catalog):
+        return Tokenizer.from_file(str(target_file(catalog, TOKENIZER)))
     try:
         planned = Path(read_canonical(cache / LOG)["target"]["folder"]) / TOKENIZER
     except (CacheError, KeyError, TypeError):

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from pipeline.cache.atomic import check_free_space, sync_file, sync_folder, write_errors, write_file
 from pipeline.cache.manifest import FileFact
 from pipeline.checksummed_json import Count, FileRecord, Record, damage_error, read_record, record_bytes
-from pipeline.drafts import DRAFTS, Draft, DraftConfig
+from pipeline.drafts import DRAFTS, Draft, DraftConfig, draft_config
 from pipeline.errors import CacheError, UsageError
 from pipeline.target.head import TargetHead
 from pipeline.tensors import save_tensors
@@ -186,7 +186,7 @@ def _config(path: Path) -> DraftConfig:
         fields = parse_json(read_file(file, MAX_JSON))
         if fields["num_hidden_layers"] > MAX_LAYERS:
             raise ValueError(f"num_hidden_layers is {fields['num_hidden_layers']}")
-        return DraftConfig(**fields)
+        return draft_config(**fields)
     except (OSError, ValueError, TypeError, KeyError, UsageError) as error:
         raise damage_error(file, error, remedy) from None
 
@@ -199,11 +199,7 @@ def load_draft(place: Path, head: TargetHead, device: str | torch.device = "cpu"
     path = find_checkpoint(Path(place))
     open_checkpoint(path, (CONFIG, DRAFT))
     config = _config(path)
-    with torch.device("meta"):
-        wanted = {
-            name: tuple(weight.shape) for name, weight in DRAFTS[config.method](config, head).state_dict().items()
-        }
-    if _shapes(path / DRAFT) != wanted:  # before anything of that size is made
+    if _shapes(path / DRAFT) != DRAFTS[config.method].tensors(config):  # before anything of that size is made
         raise CacheError(f"{path / DRAFT}: not the weights of the draft in its {CONFIG}; use another checkpoint")
     draft = DRAFTS[config.method](config, head).to(device)
     draft.load_state_dict(load_file(path / DRAFT, device=str(device)))

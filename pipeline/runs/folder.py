@@ -29,13 +29,12 @@ from pipeline.cache.atomic import try_lock, write_errors, write_file
 from pipeline.cache.layout import FINAL
 from pipeline.cache.manifest import FileFact
 from pipeline.checksummed_json import Count, FileRecord, Number, Record, damage_error, read_record, record_bytes
-from pipeline.drafts import needs_final_states
 from pipeline.drafts.rope_scaling import RopeScaling
 from pipeline.errors import CacheError, UsageError
 from pipeline.runs.checkpoint import CONFIG, DRAFT, STATE, checkpoint_folder, file_record, open_checkpoint
 from pipeline.runs.recipe import Recipe, Resolved, load_recipe
 from pipeline.runs.split import Split
-from pipeline.target.logit_chunks import NEWEST, RULES
+from pipeline.target.head import NEWEST, RULES
 from pipeline.untrusted import read_file
 
 if TYPE_CHECKING:
@@ -135,7 +134,7 @@ def default_folder(resolved: Resolved, cache: HiddenCache, split: Split, start: 
 
 def _lossy_states(resolved: Resolved, cache: HiddenCache) -> list[str]:
     """Return the columns trained on whose codec is lossy, with the codec: "aux.9 int8"."""
-    final = [FINAL] * needs_final_states(resolved.draft)
+    final = [FINAL] * resolved.draft.needs_final_states
     rounded = cache.rounded([*resolved.draft.target_layer_ids, *final])
     return [f"{name} {'/'.join(codecs)}" for name, codecs in rounded.items()]
 
@@ -217,7 +216,7 @@ def describe(
 
 
 def chunk_rule(run: Path) -> int:
-    """Return the rule of `logit_chunks.py` that run.json records; runs of version 0.5 and before record none.
+    """Return the rule of `target/head.py` that run.json records; runs of version 0.5 and before record none.
 
     Raises UsageError for a rule of a later version, CacheError for a value that is no rule.
     """

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.manifest import FILES, FileFact, has_form
 from pipeline.cache.target_files import WEIGHTS, has_target, target_file, target_json, target_manifest
 from pipeline.errors import CacheError, UsageError
@@ -49,30 +50,31 @@ def weights_digest(folder: Path) -> str:
     return hashlib.blake2b((folder / CONFIG).read_bytes() + facts, digest_size=16).hexdigest()
 
 
-def check_weights(out: Path, folder: Path) -> None:
+def check_weights(catalog: Catalog, folder: Path) -> None:
     """Read every byte of the target's weights; raise UsageError when the cache was captured with others."""
-    recorded = target_json(out, WEIGHTS)
+    recorded = target_json(catalog, WEIGHTS)
     if not has_form(recorded, FILES):
-        raise CacheError(f"{out}: {WEIGHTS} of its target lists no files; run `pipeline verify`")
+        raise CacheError(f"{catalog.path}: {WEIGHTS} of its target lists no files; run `pipeline verify`")
     found = weight_facts(folder)
     for name in sorted({*recorded, *found}):
         if recorded.get(name) != found.get(name):
             raise UsageError(
-                f"{folder / name} is not the file that {out} was captured with ({_difference(recorded, found, name)}); "
-                "fetch the target again, or pass another --out for a cache of this one"
+                f"{folder / name} is not the file that {catalog.path} was captured with "
+                f"({_difference(recorded, found, name)}); fetch the target again, or pass another --out "
+                "for a cache of this one"
             )
 
 
-def check_weights_if_recorded(out: Path, folder: Path) -> None:
+def check_weights_if_recorded(catalog: Catalog, folder: Path) -> None:
     """Call `check_weights` if the cache has recorded the target's checksums; before a first capture it has not."""
     try:
-        is_recorded = WEIGHTS in target_manifest(out)["files"] and target_file(out, WEIGHTS).is_file()
+        is_recorded = WEIGHTS in target_manifest(catalog)["files"] and target_file(catalog, WEIGHTS).is_file()
     except CacheError:
-        if has_target(out):
+        if has_target(catalog):
             raise
         return  # `target/` is lost, at least in part, and will be stored again
     if is_recorded:
-        check_weights(out, folder)
+        check_weights(catalog, folder)
 
 
 def _difference(recorded: dict, found: dict, name: str) -> str:

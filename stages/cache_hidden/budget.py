@@ -15,14 +15,15 @@ smaller budget are a subset of a larger one's.
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
 from pipeline.cache.atomic import size_text
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS, codec_of, parse_codecs
 from pipeline.cache.columns import ColumnSpec
-from pipeline.cache.plan import MIN_SHARDS, SHARD_BYTES, has_columns, read_manifests, segment_numbers
+from pipeline.cache.plan import has_columns
+from pipeline.cache.plan_writer import MIN_SHARDS, SHARD_BYTES
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import UsageError
 from pipeline.runs.split import HELDOUT, splitmix64
@@ -78,18 +79,18 @@ def wanted_methods(named: str | None) -> tuple[str, ...]:
     return names
 
 
-def planned_budget(out: Path) -> dict | None:
+def planned_budget(catalog: Catalog) -> dict | None:
     """Return the plan's note of its budget decision; None for a plan without a budget, or where there is no plan."""
-    manifests = read_manifests(out) if segment_numbers(out) else []
+    manifests = catalog.segments if catalog.planned else []
     return next((manifest["notes"]["budget"] for manifest in manifests if "budget" in manifest["notes"]), None)
 
 
-def within_budget(out: Path, options: CaptureOptions) -> CaptureOptions:
+def within_budget(catalog: Catalog, options: CaptureOptions) -> CaptureOptions:
     """Return the options with layers, `final` and codec filled in from the plan's budget decision.
 
     In a command without --budget, what it states itself takes precedence.
     """
-    planned = planned_budget(out)
+    planned = planned_budget(catalog)
     if planned is None:
         return options
     if options.budget is None:
@@ -102,22 +103,22 @@ def within_budget(out: Path, options: CaptureOptions) -> CaptureOptions:
     return replace(options, layers=planned["layers"], taps=None, final=planned["final"], codec=planned["codec"])
 
 
-def plan_matches_budget(out: Path, options: CaptureOptions) -> bool:
+def plan_matches_budget(catalog: Catalog, options: CaptureOptions) -> bool:
     """Return whether the existing plan was made with this budget; any plan matches where none is asked for.
 
     Raises UsageError where it was not and cannot be replaced, since states have been captured with it.
     """
     if options.budget is None or options.append:
         return True
-    planned, request = planned_budget(out), BudgetRequest.of(options).as_dict()
+    planned, request = planned_budget(catalog), BudgetRequest.of(options).as_dict()
     if planned is not None and planned["asked"] == request:
         return True
-    if has_columns(out):
+    if has_columns(catalog.path):
         key = next((key for key in request if planned and planned["asked"][key] != request[key]), "budget")
         there, here = planned["asked"][key] if planned else "none", request[key]
         raise UsageError(
-            f"{out} was planned with {key} = {there}, this command asks for {here}, and states are captured already; "
-            "leave --budget out to go on with that plan, or pass another --out for a second cache"
+            f"{catalog.path} was planned with {key} = {there}, this command asks for {here}, and states are captured "
+            "already; leave --budget out to go on with that plan, or pass another --out for a second cache"
         )
     return False
 

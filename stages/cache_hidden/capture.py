@@ -10,28 +10,26 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from pipeline.cache.atomic import process_lock, write_errors
-from pipeline.cache.columns import ColumnSpec, complete_manifest
+from pipeline.cache.catalog import Catalog, Work
+from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.micro_batches import micro_batches
-from pipeline.cache.plan import Plan
 from pipeline.cache.target_files import HEAD, target_file
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import DataError
-from pipeline.target.copy_to_cache import store_target
 from pipeline.target.head import TargetHead
-from pipeline.target.model import head_of, load_target, stop_tokens
+from pipeline.target.model import head_of, load_target, stop_tokens, store_target
 from pipeline.target.on_policy import OnPolicyStats, on_policy_column, on_policy_share, sum_scores
 from pipeline.target.probe import ReferenceTarget, probe
 from stages.cache_hidden.calibrate import load_or_make_calibrations
 from stages.cache_hidden.engine import make_engine
 from stages.cache_hidden.pack import ExactRows, PackedStates, Packer
-from stages.cache_hidden.plan_report import Lost, Work
+from stages.cache_hidden.plan_report import Lost
 from stages.cache_hidden.settings import CaptureSettings
 
 QUEUED = 2  # micro-batches that wait for the writer
@@ -41,9 +39,8 @@ REFUSED_SHARE = 0.01  # of a plan's samples; more means that something is wrong 
 
 
 def capture_shards(
-    out: Path,
+    catalog: Catalog,
     settings: CaptureSettings,
-    plan: Plan,
     work: Work,
     device: str,
     refused: int,
@@ -55,24 +52,27 @@ def capture_shards(
     former manifest if known, which is written again where the same bytes come out.
     Raises ProofError, DataError (too many refused), RoomError, UsageError.
     """
+    out, plan = catalog.path, catalog.plan
     target = load_target(str(settings.folder), device=device, dtype=settings.dtype)
-    store_target(out, settings.folder, head_of(target), target.config, stop_tokens(target))
-    head = TargetHead.load(target_file(out, HEAD), device, getattr(torch, settings.dtype))
+    store_target(catalog, settings.folder, head_of(target), target.config, stop_tokens(target))
+    head = TargetHead.load(target_file(catalog, HEAD), device, getattr(torch, settings.dtype))
     reference = ReferenceTarget(target)
-    with_stats = on_policy_columns(out, plan, settings.columns)
+    with_stats = on_policy_columns(catalog, settings.columns)
     with contextlib.closing(make_engine(settings, target)) as engine:
         with write_errors(out, "a calibration"), process_lock(out, "calibration"):  # by one process, for all
             calibrations = load_or_make_calibrations(engine, out, plan, settings.columns, settings.batch_tokens)
         with Progress(sum(shard.rows for shard, _ in work), len(work)) as progress:
             for shard, wanted in work:
-                columns = [spec for spec in wanted if is_missing(out, shard.number, spec.name, lost)]
-                if not columns:  # another worker has captured this shard since
+                catalog.refresh(shard.number)  # another worker may have captured it since the work was listed
+                key = shard.number
+                columns = [spec for spec in wanted if (key, spec.name) in lost or not catalog.captured(key, spec.name)]
+                if not columns:
                     progress.add_shard()
                     continue
                 share = on_policy_share(plan.segment(shard.number)["supervised"])
                 packer = Packer(engine, shard, columns, head, share, calibrations)
-                with ShardWriter(out, shard, columns) as writer:
-                    earlier = repeat_refusals(out, writer, settings.columns)
+                with ShardWriter(catalog, shard, columns) as writer:
+                    earlier = repeat_refusals(writer, settings.columns)
                     exact_rows, on_policy = write_states(packer, writer, settings.batch_tokens, progress)
                     refused += len(writer.refused) - earlier
                     check_refused(refused, plan.samples, writer.refused)
@@ -85,28 +85,23 @@ def capture_shards(
                 progress.add_shard()
 
 
-def is_missing(out: Path, shard: int, column: str, lost: Lost) -> bool:
-    """Return whether a column is still to be captured; another worker may have done so since the work was listed."""
-    return (shard, column) in lost or complete_manifest(out, shard, column) is None
-
-
-def on_policy_columns(out: Path, plan: Plan, columns: Sequence[ColumnSpec]) -> set[str]:
+def on_policy_columns(catalog: Catalog, columns: Sequence[ColumnSpec]) -> set[str]:
     """Return the columns whose manifests hold the on-policy figures: as the cache has it, else the default one."""
-    for shard in plan.shards:
-        manifests = [manifest for spec in columns if (manifest := complete_manifest(out, shard.number, spec.name))]
+    for shard in range(catalog.shards):
+        manifests = [manifest for spec in columns if (manifest := catalog.captured(shard, spec.name))]
         found = {manifest["spec"]["name"] for manifest in manifests if "gauge" in manifest["facts"]}
         if found:
             return found
     return {on_policy_column(columns)}
 
 
-def repeat_refusals(out: Path, writer: ShardWriter, columns: Sequence[ColumnSpec]) -> int:
+def repeat_refusals(writer: ShardWriter, columns: Sequence[ColumnSpec]) -> int:
     """Refuse the samples that this shard's committed columns refuse, with their reasons; return how many.
 
     So a shard whose commit was interrupted ends up as if it had not been.
     """
     for spec in columns:
-        manifest = complete_manifest(out, writer.shard.number, spec.name) or {"refused": {}}
+        manifest = writer.catalog.captured(writer.shard.number, spec.name) or {"refused": {}}
         for row, reason in manifest["refused"].items():
             writer.refuse(int(row), reason)
     return len(writer.refused)

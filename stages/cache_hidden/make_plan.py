@@ -14,7 +14,8 @@ import pyarrow as pa
 
 from pipeline.cache.atomic import free_bytes
 from pipeline.cache.manifest import create_identity
-from pipeline.cache.plan import Plan, write_segment
+from pipeline.cache.plan import Plan
+from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.samples import PlannedSample, ShardPlan
 from pipeline.corpus.file_formats import CHUNK_ROWS
 from pipeline.corpus.regenerated import check_regenerated
@@ -58,8 +59,7 @@ def make_plan(
     """
     files, known_roles = corpus_files(corpus), parse_roles(roles)
     if is_quantised(settings.folder):
-        from pipeline.target.config import load_config
-        from pipeline.target.quantised import check_quantised  # brings torch
+        from pipeline.target.config import check_quantised, load_config  # brings torch
 
         check_quantised(settings.folder, load_config(settings.folder, settings.model))
     if files:

@@ -22,7 +22,7 @@ from pipeline.cache.columns import ColumnSpec, stored_rows
 from pipeline.cache.layout import CHECKSUM_ROWS, layer_of
 from pipeline.cache.samples import ShardPlan
 from pipeline.cache.writer import ShardWriter
-from pipeline.errors import RoomError
+from pipeline.errors import RoomError, first_line
 from pipeline.target.head import TargetHead
 from pipeline.target.on_policy import on_policy_rows, score_tokens
 from pipeline.tensors import as_states, as_stored, is_out_of_memory
@@ -107,7 +107,7 @@ class Packer:
                 if not is_out_of_memory(error):
                     raise
                 packed = None
-                cause = str(error).strip().split("\n")[0][:160]
+                cause = first_line(error)
             if packed is not None:  # outside the handler: the exception keeps the failed forward's memory alive
                 yield packed
                 continue

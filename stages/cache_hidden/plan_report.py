@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache.atomic import free_bytes, size_text
+from pipeline.cache.catalog import Catalog, Work
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.columns import ColumnSpec, complete_manifest
+from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.layout import layer_of
 from pipeline.cache.plan import Plan
 from pipeline.cache.samples import ShardPlan, to_numpy
@@ -20,29 +21,22 @@ from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.settings import CaptureSettings
 
 SHOWN_CHARACTERS = 240  # of each supervised or unsupervised span of a sample that a plan shows
-Work = list[tuple[ShardPlan, list[ColumnSpec]]]  # shards to capture, each with the columns that it lacks
 Lost = Mapping[tuple[int, str], dict | None]  # damaged (shard, column) -> its former manifest, None where unknown
 
 
-def missing_columns(out: Path, plan: Plan, columns: tuple[ColumnSpec, ...]) -> Work:
+def missing_columns(catalog: Catalog, columns: tuple[ColumnSpec, ...]) -> Work:
     """Return the shards that lack columns, and which. UsageError where one is stored with other rows or codec."""
-    work = []
-    for shard in plan.shards:
-        absent = []
+    for shard in range(catalog.shards):
         for spec in columns:
-            manifest = complete_manifest(out, shard.number, spec.name)
-            if manifest is None:
-                absent.append(spec)
-            elif manifest["spec"]["keeps"] != spec.keeps:
+            stored = (catalog.captured(shard, spec.name) or {"spec": spec.as_dict()})["spec"]
+            if stored["keeps"] != spec.keeps:
                 raise UsageError(
-                    f"{out} holds {spec.name} on {manifest['spec']['keeps']} rows, this command asks for {spec.keeps}; "
-                    f"pass --final {manifest['spec']['keeps']}, or another --out"
+                    f"{catalog.path} holds {spec.name} on {stored['keeps']} rows, this command asks for {spec.keeps}; "
+                    f"pass --final {stored['keeps']}, or another --out"
                 )
-            elif manifest["spec"]["codec"] != spec.codec:
-                raise UsageError(codec_mismatch(out, spec, manifest["spec"]["codec"]))
-        if absent:
-            work.append((shard, absent))
-    return work
+            if stored["codec"] != spec.codec:
+                raise UsageError(codec_mismatch(catalog.path, spec, stored["codec"]))
+    return catalog.missing(columns)
 
 
 def codec_mismatch(out: Path, spec: ColumnSpec, current: str) -> str:
@@ -79,15 +73,16 @@ def budget_steps(plan: Plan) -> list[str]:
     return [step for manifest in plan.manifests for step in manifest["notes"].get("budget", {}).get("steps", [])]
 
 
-def plan_report(out: Path, plan: Plan, settings: CaptureSettings) -> dict:
+def plan_report(catalog: Catalog, settings: CaptureSettings) -> dict:
     """Return all that `pipeline plan --json` prints: sizes in bytes, lengths in tokens, `time` None (not measured)."""
-    notes, work = plan.notes, missing_columns(out, plan, settings.columns)
+    plan = catalog.plan
+    notes, work = plan.notes, missing_columns(catalog, settings.columns)
     sizes = {spec.name: sum(column_bytes(shard, spec) for shard in plan.shards) for spec in settings.columns}
     sizes["target"] = head_bytes(settings)
     dropped = {**notes["faults"], **({"too short": notes["too_short"]} if notes["too_short"] else {})}
-    need, free = work_bytes(work), free_bytes(out)
+    need, free = work_bytes(work), free_bytes(catalog.path)
     return {
-        "cache": str(out),
+        "cache": str(catalog.path),
         "target": settings.identity["target"],
         "sources": plan.sources,
         "mask": settings.identity["samples"]["mask"],

@@ -21,6 +21,7 @@ from pipeline.corpus.file_formats import Chunk
 from pipeline.corpus.record_formats import Conversation, RejectedRow
 from pipeline.corpus.rejections import Tally, Unusable, check_ids, check_mask, trim
 from pipeline.corpus.sources import chunk_rows
+from pipeline.errors import first_line
 from pipeline.target.files import TEMPLATE_DATE
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class RowPreparer:
         except MemoryError:
             return Unusable("too large", f"takes more than {self.job.row_bytes / 2**30:.1f} GiB to prepare")
         except Exception as error:
-            cause = str(error).strip().split("\n")[0][:120]
+            cause = first_line(error, 120)
             return Unusable("template error", f"the chat template fails on it ({type(error).__name__}: {cause})")
 
     def _outcome(self, row: Conversation | RejectedRow, prepared) -> RowOutcome:

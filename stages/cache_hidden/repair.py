@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.cache.atomic import check_free_space, clean_scratch, in_use, process_lock, size_text, write_errors
-from pipeline.cache.columns import ColumnSpec, column_manifest, complete_manifest
+from pipeline.cache.catalog import Catalog, Work
+from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.layout import (
     CALIBRATION,
     IDENTITY,
@@ -27,18 +28,17 @@ from pipeline.cache.layout import (
     path_inside,
 )
 from pipeline.cache.manifest import canonical, check_file, create_identity, read_canonical, write_canonical
-from pipeline.cache.plan import Plan, load_plan
-from pipeline.cache.rebuild import rebuild_derived, restore_segments, shard_columns
+from pipeline.cache.rebuild import rebuild_derived, restore_segments
 from pipeline.cache.samples import ShardPlan, read_batch
 from pipeline.cache.target_files import has_target, target_manifest
 from pipeline.cache.verify import Report, verify
 from pipeline.errors import CacheError, UsageError
 from pipeline.target.files import find_target
 from pipeline.target.weights import check_weights, check_weights_if_recorded
-from pipeline.visible_text import say, visible
+from pipeline.visible_text import print_visible, visible
 from stages.cache_hidden.capture_log import read_record
 from stages.cache_hidden.options import CaptureOptions
-from stages.cache_hidden.plan_report import Lost, Work, work_bytes
+from stages.cache_hidden.plan_report import Lost, work_bytes
 from stages.cache_hidden.settings import CaptureSettings, resolve_settings
 from stages.cache_hidden.shard_assignment import Worker
 
@@ -60,7 +60,8 @@ def verify_and_repair(out: Path, repair_first: bool, deep: bool, model: str | No
 
 def check_model(out: Path, model: str) -> None:
     """Compare every byte of a target's weights, at the cache's revision, with the cache's checksums. UsageError."""
-    check_weights(out, find_target(model, revision_of(out)))
+    catalog = Catalog(out)
+    check_weights(catalog, find_target(model, revision_of(catalog)))
 
 
 def repair(out: Path, model: str | None, device: str | None) -> Report:
@@ -81,21 +82,23 @@ def repair(out: Path, model: str | None, device: str | None) -> Report:
 
 def _repair_damaged(out: Path, before: Report, model: str | None, device: str | None) -> Report:
     """Repair what the report `before` lists, and verify that again."""
-    plan = _load_or_restore_plan(out)
-    for name in rebuild_derived(out):
+    catalog = Catalog(out)
+    restore_plan(catalog)
+    for name in rebuild_derived(catalog):
         _report(f"{name}: made again")
-    lost = lost_columns(out, plan, before)
-    drop_damaged_target(out)
-    target_lost = (out / SHARDS).is_dir() and not has_target(out)
+    lost = lost_columns(catalog, before)
+    drop_damaged_target(catalog)
+    target_lost = (out / SHARDS).is_dir() and not has_target(catalog)
     if drop_damaged_calibrations(out, before) or lost or target_lost:
-        _recapture(out, plan, lost, model, device)
-    rebuild_derived(out)
+        _recapture(catalog, lost, model, device)
+    catalog.refresh()
+    rebuild_derived(catalog)
     return verify(out, {shard for shard, _ in lost} | {finding.shard for finding in before.damaged})
 
 
-def revision_of(out: Path) -> str | None:
+def revision_of(catalog: Catalog) -> str | None:
     """Return the hub revision of a cache's target; None where it came from a folder."""
-    return read_canonical(out / IDENTITY)["target"]["revision"] or None
+    return catalog.identity["target"]["revision"] or None
 
 
 def suggest_repair(out: Path, model: str | None, repaired: bool) -> str:
@@ -137,15 +140,16 @@ def is_imported(out: Path) -> bool:
 
 
 def _report(line: str) -> None:
-    say(visible(line), err=True)
+    print_visible(visible(line), err=True)
 
 
-def _load_or_restore_plan(out: Path) -> Plan:
-    """Return the plan, restored from the shards' samples where it is damaged. CacheError where it cannot be."""
+def restore_plan(catalog: Catalog) -> None:
+    """Restore the plan from the shards' samples where it is damaged. CacheError where it cannot be."""
+    out = catalog.path
     try:
-        for name in restore_segments(out):
+        for name in restore_segments(catalog):
             _report(f"{name}: put together again from the shards' samples")
-        return load_plan(out)
+        assert catalog.plan.shards, "a plan has shards"
     except (CacheError, UsageError) as error:
         raise CacheError(
             f"{out}: the plan is lost and cannot be put together from the shards ({error}); move {out / PLAN} away and "
@@ -177,55 +181,57 @@ def _manifests(out: Path) -> list[dict]:
     return found
 
 
-def lost_columns(out: Path, plan: Plan, report: Report) -> Lost:
+def lost_columns(catalog: Catalog, report: Report) -> Lost:
     """Return the (shard, column)s to capture again: damaged ones, and those that other shards have and this one lacks.
 
     Each with the manifest that it had, None where that is unknown.
     """
     damaged = {(finding.shard, finding.column) for finding in report.damaged}
-    names = sorted({name for shard in plan.shards for name in shard_columns(out, shard.number)})
+    names = {name for shard in range(catalog.shards) for name in catalog.captured_columns(shard)}
     names = sorted({*names, *(column for shard, column in damaged if column)})
     lost: dict[tuple[int, str], dict | None] = {}
-    for shard in plan.shards:
-        other_samples = not _has_its_samples(out, shard)
+    for shard in catalog.plan.shards:
+        other_samples = not _has_its_samples(catalog, shard)
         for name in names:
-            if other_samples or (shard.number, name) in damaged or not complete_manifest(out, shard.number, name):
-                lost[shard.number, name] = None if other_samples else _former_manifest(out, shard.number, name)
+            if other_samples or (shard.number, name) in damaged or not catalog.captured(shard.number, name):
+                lost[shard.number, name] = None if other_samples else _former_manifest(catalog, shard.number, name)
     return lost
 
 
-def _has_its_samples(out: Path, shard: ShardPlan) -> bool:
+def _has_its_samples(catalog: Catalog, shard: ShardPlan) -> bool:
     """Return whether a shard's `samples.arrow`, if it has one, equals the plan's; remove one that does not."""
-    path = path_inside(out, f"{SHARDS}/{numbered(shard.number)}/{SAMPLES}")
+    path = path_inside(catalog.path, f"{SHARDS}/{numbered(shard.number)}/{SAMPLES}")
     try:
         if not path.exists() or read_batch(path).equals(shard.batch):
             return True
     except CacheError:
         pass
     path.unlink(missing_ok=True)
+    catalog.refresh(shard.number)
     return False
 
 
-def _former_manifest(out: Path, shard: int, column: str) -> dict | None:
+def _former_manifest(catalog: Catalog, shard: int, column: str) -> dict | None:
     try:
-        manifest = column_manifest(out, shard, column)
+        manifest = catalog.read(shard, column)
     except CacheError:
         return None
-    return manifest if manifest.get("cache") == read_canonical(out / IDENTITY)["hash"] else None
+    return manifest if manifest["cache"] == catalog.hash else None
 
 
-def drop_damaged_target(out: Path) -> None:
+def drop_damaged_target(catalog: Catalog) -> None:
     """Remove the files of `target/` that differ from its manifest, so that the next capture stores them again."""
+    folder = catalog.path / TARGET
     try:
-        files = target_manifest(out)["files"]
+        files = target_manifest(catalog)["files"]
     except CacheError:
-        (out / TARGET / TARGET_MANIFEST).unlink(missing_ok=True)
+        (folder / TARGET_MANIFEST).unlink(missing_ok=True)
         return
     for name, fact in files.items():
         try:
-            check_file(path_inside(out / TARGET, name), fact)
+            check_file(path_inside(folder, name), fact)
         except CacheError:
-            path_inside(out / TARGET, name).unlink(missing_ok=True)  # raises for a name that leads out of the folder
+            path_inside(folder, name).unlink(missing_ok=True)  # raises for a name that leads out of the folder
 
 
 def drop_damaged_calibrations(out: Path, report: Report) -> bool:
@@ -236,14 +242,15 @@ def drop_damaged_calibrations(out: Path, report: Report) -> bool:
     return bool(files)
 
 
-def _recapture(out: Path, plan: Plan, lost: Lost, model: str | None, device: str | None) -> None:
+def _recapture(catalog: Catalog, lost: Lost, model: str | None, device: str | None) -> None:
+    out, plan = catalog.path, catalog.plan
     if is_imported(out):
         raise UsageError(f"{out} was imported, and what it lost is in the files it came from; {IMPORT_AGAIN}")
     if model is None:
         raise UsageError(
             f"only the target can make again what {out} has lost or lacks; {suggest_repair(out, model, False)}"
         )
-    settings = _recapture_settings(out, plan, lost, model)
+    settings = _recapture_settings(catalog, lost, model)
     wanted = [
         (shard, [spec for spec in settings.columns if (shard.number, spec.name) in lost]) for shard in plan.shards
     ]
@@ -253,9 +260,9 @@ def _recapture(out: Path, plan: Plan, lost: Lost, model: str | None, device: str
     _report(what if work else "what the cache holds of the target is made again")
     from stages.cache_hidden.capture import capture_shards  # brings torch and transformers
 
-    capture_shards(out, settings, plan, work, Worker().device(device), 0, lost)
+    capture_shards(catalog, settings, work, Worker().device(device), 0, lost)
     for (shard, name), former in lost.items():
-        current = complete_manifest(out, shard, name)
+        current = catalog.captured(shard, name)
         if former and current and current["files"] != former["files"]:
             _report(
                 f"shard {numbered(shard)}, {name}: right by the probe, but not the bytes that were lost; made with "
@@ -267,22 +274,22 @@ def _versions(manifest: dict) -> str:
     return ", ".join(f"{name} {manifest['facts'].get(name)}" for name in ("torch", "transformers", "device"))
 
 
-def _recapture_settings(out: Path, plan: Plan, lost: Lost, model: str) -> CaptureSettings:
+def _recapture_settings(catalog: Catalog, lost: Lost, model: str) -> CaptureSettings:
     """Return the cache's own settings for this target; each column's spec is the one that most shards have."""
-    identity = read_canonical(out / IDENTITY)
+    identity = catalog.identity
     options = CaptureOptions(
         layers="-1",
-        revision=revision_of(out),
+        revision=revision_of(catalog),
         max_length=identity["samples"]["max_length"],
         batch_tokens=identity["capture"]["batch_tokens"],
         dtype=identity["capture"]["dtype"],
     )
-    settings = resolve_settings(model, out, options)
-    create_identity(out, settings.identity)
-    check_weights_if_recorded(out, settings.folder)
+    settings = resolve_settings(model, catalog, options)
+    create_identity(catalog.path, settings.identity)
+    check_weights_if_recorded(catalog, settings.folder)
     specs: dict[str, Counter] = {}
-    for shard in plan.shards:
-        for name, manifest in shard_columns(out, shard.number).items():
+    for shard in range(catalog.shards):
+        for name, manifest in catalog.captured_columns(shard).items():
             specs.setdefault(name, Counter())[ColumnSpec(**manifest["spec"])] += 1
     for (_, name), manifest in lost.items():
         if manifest:
@@ -290,7 +297,7 @@ def _recapture_settings(out: Path, plan: Plan, lost: Lost, model: str) -> Captur
     unknown = sorted({name for _, name in lost} - specs.keys())
     if unknown:
         raise CacheError(
-            f"{out}: no shard has a whole manifest of {', '.join(unknown)} any more, so it is open what to make; "
-            "`pipeline cache-hidden` with the layers named captures it again"
+            f"{catalog.path}: no shard has a whole manifest of {', '.join(unknown)} any more, so it is open what to "
+            "make; `pipeline cache-hidden` with the layers named captures it again"
         )
     return replace(settings, columns=tuple(found.most_common(1)[0][0] for _, found in sorted(specs.items())))

@@ -13,22 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cache.atomic import check_free_space, clean_scratch, process_lock, size_text, write_errors
-from pipeline.cache.columns import ColumnSpec, complete_manifest
-from pipeline.cache.layout import IDENTITY
+from pipeline.cache.catalog import Catalog, Work
+from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.manifest import create_identity
-from pipeline.cache.plan import Plan, check_not_in_use, load_plan, plan_in_use, segment_numbers
+from pipeline.cache.plan import Plan, check_not_in_use, plan_in_use
 from pipeline.cache.rebuild import rebuild_derived
 from pipeline.cache.target_files import has_target
 from pipeline.corpus.sources import corpus_files, file_sources, source_roles
 from pipeline.errors import DataError, UsageError
 from pipeline.target.on_policy import OnPolicyStats
 from pipeline.target.weights import check_weights_if_recorded
-from pipeline.visible_text import say, visible
+from pipeline.visible_text import print_visible, visible
 from stages.cache_hidden.budget import plan_matches_budget, sample_chooser, within_budget
 from stages.cache_hidden.capture_log import corpus_unchanged, read_record, request_of, unchanged_columns, write_record
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.plan_report import (
-    Work,
     budget_steps,
     capture_command,
     missing_columns,
@@ -63,11 +62,12 @@ def plan(model: str, corpus: str | None, out: Path, *, options: CaptureOptions, 
     `probe` measures target and disk on a few micro-batches, to estimate how long a capture takes. Raises UsageError (no
     such model or corpus, another identity or budget), DataError (unusable corpus), RoomError.
     """
-    settings, planned = _resolve_plan(model, corpus, out, options)
+    catalog = Catalog(out)
+    settings = _settings_of_plan(model, corpus, catalog, options)
     write_record(out, request_of(model, corpus, options), settings, corpus or default_corpus(settings.folder))
-    report = plan_report(out, planned, settings)
+    report = plan_report(catalog, settings)
     report["command"] = capture_command(model, corpus, out, options, settings)
-    work = missing_columns(out, planned, settings.columns)
+    work = missing_columns(catalog, settings.columns)
     if probe and work:
         from stages.cache_hidden.time_estimate import measure_speed  # brings torch and transformers
 
@@ -80,90 +80,91 @@ def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -
 
     Besides what `plan` raises: ProofError when the probe fails, CacheError for a damaged cache.
     """
-    worker = find_worker(options.worker, os.environ)
+    catalog, worker = Catalog(out), find_worker(options.worker, os.environ)
     request, record = request_of(model, corpus, options), read_record(out)
     columns = unchanged_columns(record, request)
-    if columns and segment_numbers(out) and has_target(out):
-        planned = load_plan(out)
-        if not missing_columns(out, planned, columns):
-            with contextlib.suppress(OSError):  # the disk may be read-only by now
-                clean_scratch(out)  # temporary files of a run that was killed after its last commit
-            rebuild_derived(out)
-            return _print_summary(out, summarise(out, planned, columns, 0, 0), worker)
-    settings, planned = _resolve_plan(model, corpus, out, options)
-    work = missing_columns(out, planned, settings.columns)
+    if columns and catalog.planned and has_target(catalog) and catalog.plan and not missing_columns(catalog, columns):
+        with contextlib.suppress(OSError):  # the disk may be read-only by now
+            clean_scratch(out)  # temporary files of a run that was killed after its last commit
+        rebuild_derived(catalog)
+        return _print_summary(out, summarise(catalog, columns, 0, 0), worker)
+    settings = _settings_of_plan(model, corpus, catalog, options)
+    work, planned = missing_columns(catalog, settings.columns), catalog.plan
     if work:
-        check_weights_if_recorded(out, settings.folder)
+        check_weights_if_recorded(catalog, settings.folder)
     write_record(out, request, settings, corpus or default_corpus(settings.folder))
     clean_scratch(out)
     mine = worker.share(work)
-    if mine or not has_target(out):
+    if mine or not has_target(catalog):
         check_free_space(out, f"a cache of {planned.samples:,} samples", work_bytes(work))
         _announce(planned, settings, mine, worker)
         from stages.cache_hidden.capture import capture_shards  # brings torch and transformers
 
-        refused = summarise(out, planned, settings.columns, 0, 0).refused
-        with plan_in_use(out, planned):
-            capture_shards(out, settings, planned, mine, worker.device(options.device), refused)
-    left = len(missing_columns(out, planned, settings.columns)) if work else 0
+        refused = summarise(catalog, settings.columns, 0, 0).refused
+        with plan_in_use(planned):
+            capture_shards(catalog, settings, mine, worker.device(options.device), refused)
+        catalog.refresh()  # with what other workers have committed
+    left = len(missing_columns(catalog, settings.columns)) if work else 0
     if not left:
-        rebuild_derived(out)
-    return _print_summary(out, summarise(out, planned, settings.columns, len(mine), left), worker)
+        rebuild_derived(catalog)
+    return _print_summary(out, summarise(catalog, settings.columns, len(mine), left), worker)
 
 
-def _resolve_plan(model: str, corpus: str | None, out: Path, options: CaptureOptions) -> tuple[CaptureSettings, Plan]:
-    """Return the settings and the cache's plan with the corpus in it, made now unless this or another run made it."""
+def _settings_of_plan(model: str, corpus: str | None, catalog: Catalog, options: CaptureOptions) -> CaptureSettings:
+    """Return the settings; the cache's plan then has the corpus in it, made now unless this or another run made it."""
+    out = catalog.path
     if options.append and corpus is None:
         raise UsageError("--append adds a corpus; name it with --corpus")
-    if options.append and not (out / IDENTITY).is_file():
+    if options.append and not catalog.exists:
         raise UsageError(f"--append adds to a cache, and there is none at {out}; leave it out to make one")
-    settings = resolve_settings(model, out, within_budget(out, options))
-    existing = _existing_plan(corpus, out, settings, options)
-    if existing is None:
-        check_weights_if_recorded(out, settings.folder)
+    settings = resolve_settings(model, catalog, within_budget(catalog, options))
+    if not _is_planned(corpus, catalog, settings, options):
+        check_weights_if_recorded(catalog, settings.folder)
         with write_errors(out, "a plan"):
             out.mkdir(parents=True, exist_ok=True)
         try:
             with write_errors(out, "a plan"), process_lock(out, "plan"):
-                # Again, since another run may have planned while this one waited.
-                settings = resolve_settings(model, out, within_budget(out, options))
-                existing = _existing_plan(corpus, out, settings, options) or _make_plan(corpus, out, settings, options)
-            settings = resolve_settings(model, out, within_budget(out, options))  # with what the plan has decided
+                catalog.refresh()  # another run may have planned while this one waited
+                settings = resolve_settings(model, catalog, within_budget(catalog, options))
+                if not _is_planned(corpus, catalog, settings, options):
+                    _make_plan(corpus, catalog, settings, options)
+            catalog.refresh()
+            settings = resolve_settings(model, catalog, within_budget(catalog, options))  # as the plan has decided
         except (DataError, UsageError):
             with contextlib.suppress(OSError):  # leave no empty folder behind
                 out.rmdir()
             raise
-    return settings, existing
+    return settings
 
 
-def _existing_plan(corpus: str | None, out: Path, settings: CaptureSettings, options: CaptureOptions) -> Plan | None:
-    """Return the cache's plan if the corpus is in it, None if it has to be planned.
+def _is_planned(corpus: str | None, catalog: Catalog, settings: CaptureSettings, options: CaptureOptions) -> bool:
+    """Return whether the corpus is in the cache's plan.
 
     Raises UsageError for another identity, and for another corpus without --append.
     """
-    if (out / IDENTITY).is_file():
-        create_identity(out, settings.identity)
-    if not segment_numbers(out) or not plan_matches_budget(out, options):
-        return None
-    existing, name, max_samples = load_plan(out), corpus or default_corpus(settings.folder), options.max_samples
+    if catalog.exists:
+        create_identity(catalog.path, settings.identity)
+    if not catalog.planned or not plan_matches_budget(catalog, options):
+        return False
+    existing, name, max_samples = catalog.plan, corpus or default_corpus(settings.folder), options.max_samples
     from_hub = corpus is None and name == HUB_CORPUS  # by default
     if from_hub and max_samples is None and any(part.get("dataset") == HUB_CORPUS for part in existing.sources):
         max_samples = HUB_SAMPLES
-    difference = _corpus_difference(existing, None if from_hub else name, out, max_samples, options.roles)
+    difference = _corpus_difference(existing, None if from_hub else name, max_samples, options.roles)
     if difference and not options.append:
         raise UsageError(
-            f"{out} was planned {difference}; pass the same, --append to add it to this cache, or another --out for a "
-            "second one"
+            f"{catalog.path} was planned {difference}; pass the same, --append to add it to this cache, or another "
+            "--out for a second one"
         )
-    return None if difference else existing
+    return not difference
 
 
-def _make_plan(corpus: str | None, out: Path, settings: CaptureSettings, options: CaptureOptions) -> Plan:
+def _make_plan(corpus: str | None, catalog: Catalog, settings: CaptureSettings, options: CaptureOptions) -> None:
     """Tokenise the corpus into the cache's plan, or into one more segment of it."""
     from stages.cache_hidden.worker_pool import start_fork_server
 
     start_fork_server()
-    name = corpus or default_corpus(settings.folder)
+    out, name = catalog.path, corpus or default_corpus(settings.folder)
     from_hub = corpus is None and name == HUB_CORPUS
     if from_hub:
         print(
@@ -175,27 +176,24 @@ def _make_plan(corpus: str | None, out: Path, settings: CaptureSettings, options
 
     capped = from_hub and options.max_samples is None
     spare_disk, budget = capped and options.budget is None, sample_chooser(settings, options)
-    if budget and segment_numbers(out):
+    if budget and catalog.planned:
         check_not_in_use(out)
-        say(f"{visible(out)}: nothing of its plan is captured, so this budget makes another", err=True)
-    before = load_plan(out).samples if options.append else 0
+        print_visible(f"{visible(out)}: nothing of its plan is captured, so this budget makes another", err=True)
+    before = catalog.plan.samples if options.append else 0
     limit = HUB_SAMPLES if capped else options.max_samples
     plan = make_plan(name, out, settings, limit, spare_disk=spare_disk, budget=budget, roles=options.roles)
     if options.append:
         new = plan.samples - before
         added = f"{new:,} samples to the {before:,} there" if new else f"none, all are among the {before:,} there"
-        say(visible(f"{name} adds {added}"), err=True)
-    return plan
+        print_visible(visible(f"{name} adds {added}"), err=True)
 
 
-def _corpus_difference(
-    existing: Plan, corpus: str | None, out: Path, max_samples: int | None, roles: str | None
-) -> str:
+def _corpus_difference(existing: Plan, corpus: str | None, max_samples: int | None, roles: str | None) -> str:
     """Return how a corpus, cut at `max_samples` (None: all), differs from those planned; empty where it is among them.
 
     corpus None (none named, and no bundled chats that may have changed): the plan's own, so only the cut may differ.
     """
-    if corpus and corpus_unchanged(read_record(out), corpus, max_samples, roles):
+    if corpus and corpus_unchanged(read_record(existing.path), corpus, max_samples, roles):
         return ""
     files = corpus_files(corpus) if corpus else []
     wanted = file_sources(corpus, files, roles) if files else [{"dataset": corpus, **source_roles(roles)}]
@@ -230,7 +228,7 @@ def _announce(planned: Plan, settings: CaptureSettings, work: Work, worker: Work
         file=sys.stderr,
     )
     for line in [*budget_steps(planned), *left_out_lines(planned)]:
-        say(visible(line), err=True)
+        print_visible(visible(line), err=True)
 
 
 def left_out_lines(planned: Plan) -> list[str]:
@@ -252,19 +250,17 @@ def left_out_lines(planned: Plan) -> list[str]:
     ]
 
 
-def summarise(out: Path, planned: Plan, columns: tuple[ColumnSpec, ...], new_shards: int, left: int) -> CaptureSummary:
+def summarise(catalog: Catalog, columns: tuple[ColumnSpec, ...], new_shards: int, left: int) -> CaptureSummary:
     """Sum the manifests of the captured columns."""
     on_policy, written, refused = OnPolicyStats(), 0, 0
-    for shard in planned.shards:
-        manifests = [manifest for spec in columns if (manifest := complete_manifest(out, shard.number, spec.name))]
+    for shard in range(catalog.shards):
+        manifests = [manifest for spec in columns if (manifest := catalog.captured(shard, spec.name))]
         written += sum(fact["size"] for manifest in manifests for fact in manifest["files"].values())
         refused += len({row for manifest in manifests for row in manifest["refused"]})
         stats = [manifest["facts"]["gauge"] for manifest in manifests if "gauge" in manifest["facts"]]
         on_policy += OnPolicyStats.from_facts(stats[-1]) if stats else OnPolicyStats()
-    shards = len(planned.shards)
-    return CaptureSummary(
-        planned.samples, planned.tokens, shards, new_shards, left, written / 2**30, refused, on_policy
-    )
+    planned, gib = catalog.plan, written / 2**30
+    return CaptureSummary(planned.samples, planned.tokens, catalog.shards, new_shards, left, gib, refused, on_policy)
 
 
 def _print_summary(out: Path, done: CaptureSummary, worker: Worker) -> CaptureSummary:
@@ -274,7 +270,9 @@ def _print_summary(out: Path, done: CaptureSummary, worker: Worker) -> CaptureSu
     left = f", {done.left} left to the other workers" if done.left else ""
     left_out = f", {done.refused} refused" if done.refused else ""
     where = visible(out)
-    say(f"{where}: {done.samples:,} samples{left_out} in {done.shards} shards, {done.gib:.2f} GiB; {now}{who}{left}")
+    print_visible(
+        f"{where}: {done.samples:,} samples{left_out} in {done.shards} shards, {done.gib:.2f} GiB; {now}{who}{left}"
+    )
     if done.on_policy.rows:
         print(f"on-policy gauge: {done.on_policy}")
         if done.on_policy.warning:

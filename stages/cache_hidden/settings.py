@@ -9,13 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cache.atomic import in_use
-from pipeline.cache.catalog import shards_per_column
+from pipeline.cache.catalog import Catalog, shards_per_column
 from pipeline.cache.codecs import codec_of, parse_codecs
-from pipeline.cache.columns import ColumnSpec, complete_manifest
-from pipeline.cache.layout import FINAL, IDENTITY, aux_column, layer_of, shard_folder
-from pipeline.cache.manifest import read_canonical
-from pipeline.cache.plan import read_manifests, segment_numbers
-from pipeline.cache.rebuild import shard_columns
+from pipeline.cache.columns import ColumnSpec
+from pipeline.cache.layout import FINAL, aux_column, layer_of
 from pipeline.errors import UsageError
 from pipeline.target.files import (
     find_target,
@@ -74,8 +71,8 @@ class CaptureSettings:
         return sum(spec.row_bytes for spec in self.columns)
 
 
-def resolve_settings(model: str, out: Path, options: CaptureOptions) -> CaptureSettings:
-    """Return the settings that the options, the target's files and an existing cache at `out` give together.
+def resolve_settings(model: str, catalog: Catalog, options: CaptureOptions) -> CaptureSettings:
+    """Return the settings that the options, the target's files and the cache, if there is one, give together.
 
     An option takes precedence over the cache, the cache over the defaults. Columns that the cache has in full are
     always included, so that an appended corpus does not lose one for training. Raises UsageError for a target that is
@@ -83,22 +80,22 @@ def resolve_settings(model: str, out: Path, options: CaptureOptions) -> CaptureS
     """
     folder = find_target(model, options.revision)
     config = text_config(folder)
-    cached = read_canonical(out / IDENTITY) if (out / IDENTITY).is_file() else {}
+    cached = catalog.identity if catalog.exists else {}
     cached_capture = cached.get("capture", {})
     max_length = _max_length(options.max_length, cached.get("samples", {}).get("max_length"), config)
-    complete = complete_columns(out) if cached else []
+    complete = complete_columns(catalog) if cached else []
     dtype = options.dtype or cached_capture.get("dtype") or _default_dtype(folder, options.device)
     identity = {
         "target": _target(model, folder, cached.get("target", {})),
         "tokenizer": {"digest": tokenizer_digest(folder), "chat_template": template_digest(folder)},
-        "samples": {"max_length": max_length, **_sample_rules(out, folder, options, cached.get("samples", {}))},
+        "samples": {"max_length": max_length, **_sample_rules(catalog, folder, options)},
         "capture": {
             "engine": "transformers",
             "dtype": dtype,
             "batch_tokens": options.batch_tokens or cached_capture.get("batch_tokens") or BATCH_TOKENS,
         },
     }
-    requested = _requested_columns(options, config, dtype, complete, out)
+    requested = _requested_columns(options, config, dtype, complete, catalog)
     columns = requested + [spec for spec in complete if spec.name not in {other.name for other in requested}]
     columns.sort(key=lambda spec: (spec.name == "final", layer_of(spec.name)))
     if not (options.dtype or options.device or cached):
@@ -107,7 +104,7 @@ def resolve_settings(model: str, out: Path, options: CaptureOptions) -> CaptureS
 
 
 def _requested_columns(
-    options: CaptureOptions, config: dict, dtype: str, complete: list[ColumnSpec], out: Path
+    options: CaptureOptions, config: dict, dtype: str, complete: list[ColumnSpec], catalog: Catalog
 ) -> list[ColumnSpec]:
     """Return the columns the options name; what they leave open is by default, or as in the cache with --append."""
     depth, width = config["num_hidden_layers"], config["hidden_size"]
@@ -116,7 +113,7 @@ def _requested_columns(
     if options.append:
         layers_named = bool(layers or options.taps)
         check_no_partial_columns(
-            out,
+            catalog,
             layers_left_open=not layers_named,
             final_left_open=not options.final and (keep_columns or not layers_named),
         )
@@ -125,7 +122,7 @@ def _requested_columns(
     if layers:
         check_layers(layers, depth)
     codecs = parse_codecs(options.codec) if options.codec else {}
-    codecs_there = existing_codecs(out)
+    codecs_there = existing_codecs(catalog)
 
     def column(name: str, keeps: str = "all") -> ColumnSpec:
         return ColumnSpec(name, dtype, width, codec_of(codecs, name) or codecs_there.get(name, "raw"), keeps)
@@ -135,44 +132,44 @@ def _requested_columns(
     return columns + [column("final", final)] * (final != "none")
 
 
-def existing_codecs(out: Path) -> dict[str, str]:
+def existing_codecs(catalog: Catalog) -> dict[str, str]:
     """Return the codec of every captured column by name, as in the first shard that has the column."""
     found: dict[str, str] = {}
-    for shard in range(sum(manifest["shards"] for manifest in read_manifests(out)) if segment_numbers(out) else 0):
-        for name, manifest in shard_columns(out, shard).items():
+    for shard in range(catalog.shards if catalog.planned else 0):
+        for name, manifest in catalog.captured_columns(shard).items():
             found.setdefault(name, manifest["spec"]["codec"])
     return found
 
 
-def complete_columns(out: Path) -> list[ColumnSpec]:
+def complete_columns(catalog: Catalog) -> list[ColumnSpec]:
     """Return the columns that every shard of the first corpus has, sorted by name; none where nothing is planned."""
-    if not segment_numbers(out):
+    if not catalog.planned:
         return []
-    shards = range(read_manifests(out)[0]["shards"])
-    names = sorted(name for name in shard_columns(out, 0))
-    manifests = {name: [complete_manifest(out, shard, name) for shard in shards] for name in names}
+    shards = range(catalog.segments[0]["shards"])
+    names = sorted(catalog.captured_columns(0))
+    manifests = {name: [catalog.captured(shard, name) for shard in shards] for name in names}
     return [ColumnSpec(**found[0]["spec"]) for found in manifests.values() if all(found)]
 
 
-def check_no_partial_columns(out: Path, *, layers_left_open: bool, final_left_open: bool) -> None:
+def check_no_partial_columns(catalog: Catalog, *, layers_left_open: bool, final_left_open: bool) -> None:
     """Refuse to append with the cache's columns where only some shards of its first corpus have one. UsageError.
 
     That column would be missing from the appended samples, and so from training. Passes while a capture is running.
     """
-    if not segment_numbers(out):
+    if not catalog.planned:
         return
-    shards = range(read_manifests(out)[0]["shards"])
-    counts = shards_per_column([[path.name for path in shard_folder(out, shard).glob("*")] for shard in shards])
+    shards = range(catalog.segments[0]["shards"])
+    counts = shards_per_column([catalog.entries(shard) for shard in shards])
     partial = {
         name: count
         for name, count in counts.items()
         if count < len(shards) and (final_left_open if name == FINAL else layers_left_open)
     }
-    if partial and not in_use(out):
+    if partial and not in_use(catalog.path):
         what = ", ".join(f"{name} in {count} of {len(shards)} shards" for name, count in partial.items())
         raise UsageError(
-            f"{out} is incomplete, and nobody is capturing it: {what}; finish it with the command that began it, or "
-            "name with --layers and --final what the added samples get"
+            f"{catalog.path} is incomplete, and nobody is capturing it: {what}; finish it with the command that began "
+            "it, or name with --layers and --final what the added samples get"
         )
 
 
@@ -186,16 +183,17 @@ def _max_length(requested: int | None, cached: int | None, config: dict) -> int:
     return requested
 
 
-def _sample_rules(out: Path, folder: Path, options: CaptureOptions, cached: dict) -> dict:
+def _sample_rules(catalog: Catalog, folder: Path, options: CaptureOptions) -> dict:
     """Return the identity's `samples` entry: how conversations become samples. `turns` is None until a plan decides.
 
     A plan of an earlier version is finished by its own rules; UsageError for --append to it.
     """
+    cached = catalog.identity.get("samples", {}) if catalog.exists else {}
     if cached and "turns" not in cached and cached.get("mask") != "imported":
         if options.append:
             raise UsageError(
-                f"{out} was planned by an earlier version, before loss masks were proven turn by turn, and nothing can "
-                "be added to it; pass another --out and leave out --append"
+                f"{catalog.path} was planned by an earlier version, before loss masks were proven turn by turn, and "
+                "nothing can be added to it; pass another --out and leave out --append"
             )
         print(
             "warning: an earlier version planned this cache, before loss masks were proven turn by turn; it is "

@@ -19,7 +19,7 @@ from rich.progress import track
 from transformers import PreTrainedModel
 
 from pipeline.cache import HiddenCache
-from pipeline.drafts import Draft, ScheduleValues, eligible_anchors, lay_blocks, metrics_of, needs_final_states, pack
+from pipeline.drafts import Draft, ScheduleValues, eligible_anchors, lay_blocks, metrics_of, pack
 from pipeline.errors import ProofError, RoomError, UsageError
 from pipeline.evaluation.accept_length import SLOTS_AT_ONCE, Span, accept_spans, accept_spans_by_threshold
 from pipeline.evaluation.figures import summarise
@@ -251,7 +251,7 @@ def _mean(lists: Sequence[Sequence[int]]) -> float:
 @torch.no_grad()
 def teacher_forced(draft: Draft, cache: HiddenCache, heldout: np.ndarray) -> dict[str, float]:
     """Return accept_len_tf of each domain over held-out samples, whoever wrote their replies; no target runs."""
-    if needs_final_states(draft.config) and not cache.has_final:
+    if draft.config.needs_final_states and not cache.has_final:
         return {}  # its metrics come with its loss, which reads them
     sums: dict[str, dict] = {}
     domains = {cache.samples.domain[index] for index in heldout.tolist()}
@@ -262,7 +262,7 @@ def teacher_forced(draft: Draft, cache: HiddenCache, heldout: np.ndarray) -> dic
 
 def _add_sample(sums: dict, draft: Draft, cache: HiddenCache, index: int) -> None:
     """Add the metric sums of a loss over every eligible anchor of one sample to `sums`."""
-    final = needs_final_states(draft.config)
+    final = draft.config.needs_final_states
     sample = cache.read(index, layers=draft.config.target_layer_ids, final=final)
     cell = pack([sample], [cache.samples.hex(index)], final=final)
     device = draft.fc.weight.device

@@ -118,7 +118,7 @@ def _template(target: Path, kwargs: str, date: str):
 
 @cache
 def _tokenizer(target: Path):
-    from pipeline.target.tokenizer import load_tokenizer
+    from pipeline.target.chat_template import load_tokenizer
 
     try:
         return load_tokenizer(target)

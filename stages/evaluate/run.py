@@ -118,9 +118,7 @@ def run(
         near_ties=[outcome.near_tie for outcome in outcomes if outcome.near_tie is not None],
         sampled=sampled,
         agreement=target_free_agreement(outcomes, drafter, store, max_new, threshold) if target_free else None,
-        confidence=confidence_cuts(drafter, store, asked, max_new)
-        if target_free and config.enable_confidence_head
-        else None,
+        confidence=confidence_cuts(drafter, store, asked, max_new) if target_free and config.has_confidence else None,
         teacher_forced={} if store is None else teacher_forced(drafter, store, heldout),
     )
     if out is not None:
@@ -243,7 +241,7 @@ def find_model(model: str | None, store: HiddenCache | None) -> tuple[Path, str]
             f"{model or folder} has the digest {digest}, but {store.path} was made with {wanted['name']}, digest "
             f"{wanted['digest']}; pass --model with that target"
         )
-    check_weights_if_recorded(store.path, folder)
+    check_weights_if_recorded(store.catalog, folder)
     return folder, wanted["name"]
 
 

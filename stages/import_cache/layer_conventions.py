@@ -1,12 +1,10 @@
 """Decide the layer convention: from an unfinished import, the options, the files, or the target's own states."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from pipeline.cache.layout import IDENTITY
-from pipeline.cache.manifest import read_canonical
+from pipeline.cache.catalog import Catalog
 from pipeline.errors import UsageError
-from pipeline.visible_text import say, visible
+from pipeline.visible_text import print_visible, visible
 from stages.import_cache.convert import ImportJob
 from stages.import_cache.detect_format import Source
 from stages.import_cache.find_convention import Convention, find_convention
@@ -25,13 +23,13 @@ class RequestedConvention:
     last: str | None
 
 
-def make_import_job(source: Source, out: Path, requested: RequestedConvention, target: Target) -> ImportJob:
+def make_import_job(source: Source, catalog: Catalog, requested: RequestedConvention, target: Target) -> ImportJob:
     """Return the import job. UsageError where the options do not fit, ProofError as `find_convention`."""
     first = source.open(*source.locations[0])
     if not first.has_last and requested.last not in (None, "none"):
         raise UsageError(f"{first.where}: holds no last state, so it is not {requested.last}; leave out --last")
     named = requested.layers or source.stated.layers
-    recorded = recorded_convention(out)
+    recorded = recorded_convention(catalog)
     if recorded:
         convention = Convention(
             *(
@@ -43,7 +41,7 @@ def make_import_job(source: Source, out: Path, requested: RequestedConvention, t
         at = {0, len(source.locations) // 2, len(source.locations) - 1}
         samples = [first, *(source.open(*source.locations[number]) for number in sorted(at - {0}))][:PROBE_SAMPLES]
         convention, line = find_convention(target.model, samples, named, requested.count_from, requested.last)
-        say(visible(f"{source.form}: {line}"), err=True)
+        print_visible(visible(f"{source.form}: {line}"), err=True)
     else:
         convention = stated_convention(source, requested, first)
     if convention.last == "raw" and not target.proven:
@@ -51,11 +49,11 @@ def make_import_job(source: Source, out: Path, requested: RequestedConvention, t
     return ImportJob(source, named, convention, first.dtype)
 
 
-def recorded_convention(out: Path) -> tuple[int, str] | None:
-    """Return (count_from, last) as recorded in the cache at `out`, None where there is none."""
-    if not (out / IDENTITY).is_file():
+def recorded_convention(catalog: Catalog) -> tuple[int, str] | None:
+    """Return (count_from, last) as recorded in the cache, None where there is none."""
+    if not catalog.exists:
         return None
-    imported = read_canonical(out / IDENTITY).get("capture", {}).get("imported")
+    imported = catalog.identity.get("capture", {}).get("imported")
     return imported and (imported["count_from"], imported["last"])
 
 

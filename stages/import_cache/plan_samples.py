@@ -3,11 +3,11 @@
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from pipeline.cache.atomic import process_lock, write_errors
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.manifest import create_identity
-from pipeline.cache.plan import Plan, load_plan, segment_numbers, write_segment
+from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.samples import PlannedSample
 from pipeline.corpus.rejections import Tally, Unusable, check_ids, check_mask, trim
 from pipeline.errors import UsageError
@@ -18,22 +18,24 @@ from stages.import_cache.foreign_sample import ForeignSample
 EVERY_S = 5.0  # between lines of progress
 
 
-def existing_plan(out: Path, source: Source) -> Plan | None:
-    """Return the plan at `out`, None where there is none. UsageError where it was made from other files."""
-    if not segment_numbers(out):
-        return None
-    plan, here = load_plan(out), source.source_facts()
+def is_planned(catalog: Catalog, source: Source) -> bool:
+    """Return whether the cache has a plan. UsageError where it was made from other files."""
+    if not catalog.planned:
+        return False
+    plan, here = catalog.plan, source.source_facts()
     if plan.sources != [here]:
         there = plan.sources[0]
         raise UsageError(
-            f"{out} was planned from {there.get('files')} files of {there.get('size')} bytes ({there.get('file')}); "
-            f"{source.folder} now holds {here['files']} of {here['size']}, or under other names; pass another --out"
+            f"{catalog.path} was planned from {there.get('files')} files of {there.get('size')} bytes "
+            f"({there.get('file')}); {source.folder} now holds {here['files']} of {here['size']}, or under other "
+            "names; pass another --out"
         )
-    return plan
+    return True
 
 
-def make_plan(out: Path, job: ImportJob, identity: dict, vocab_size: int) -> Plan:
+def make_plan(catalog: Catalog, job: ImportJob, identity: dict, vocab_size: int) -> None:
     """Read every file's tokens and loss mask and write the plan. Raises DataError, RoomError."""
+    out = catalog.path
     tally, notes, source = Tally(), {"max_samples": None}, job.source
 
     def planned_samples() -> Iterator[PlannedSample]:
@@ -56,9 +58,11 @@ def make_plan(out: Path, job: ImportJob, identity: dict, vocab_size: int) -> Pla
         out.mkdir(parents=True, exist_ok=True)
     row_bytes = sum(spec.row_bytes for spec in job.columns)
     with write_errors(out, "a plan"), process_lock(out, "plan"):
-        return existing_plan(out, source) or write_segment(
-            out, planned_samples(), row_bytes=row_bytes, sources=[source.source_facts()], notes=notes
-        )
+        catalog.refresh()
+        if not is_planned(catalog, source):
+            sources = [source.source_facts()]
+            write_segment(out, planned_samples(), row_bytes=row_bytes, sources=sources, notes=notes)
+    catalog.refresh()
 
 
 def plan_sample(sample: ForeignSample, file: str, line: int, vocab_size: int, tally: Tally) -> PlannedSample | None:

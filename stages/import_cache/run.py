@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cache.atomic import check_free_space, clean_scratch, size_text
+from pipeline.cache.catalog import Catalog, Work
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.columns import ColumnSpec, complete_manifest
-from pipeline.cache.layout import IDENTITY, LOG
-from pipeline.cache.manifest import create_identity, read_canonical, write_canonical
+from pipeline.cache.layout import LOG
+from pipeline.cache.manifest import create_identity, write_canonical
 from pipeline.cache.plan import Plan, plan_in_use
 from pipeline.cache.rebuild import rebuild_derived
-from pipeline.cache.samples import ShardPlan
 from pipeline.cache.target_files import HEAD, has_target, target_file
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import DataError, RoomError, UsageError
@@ -36,22 +35,20 @@ from pipeline.target.head import TargetHead
 from pipeline.target.layers import check_layers
 from pipeline.target.on_policy import OnPolicyStats, on_policy_share
 from pipeline.target.weights import check_weights_if_recorded
-from pipeline.visible_text import say, visible
+from pipeline.visible_text import print_visible, visible
 from stages.import_cache.convert import ImportJob, norm_function, on_policy_stats, probe_shard, write_columns
 from stages.import_cache.detect_format import find_source
 from stages.import_cache.foreign_sample import STORED_DTYPE
 from stages.import_cache.layer_conventions import RequestedConvention, make_import_job
-from stages.import_cache.plan_samples import existing_plan, make_plan
+from stages.import_cache.plan_samples import is_planned, make_plan
 from stages.import_cache.target import Target
 
 MAX_REFUSED_SHARE = 0.01  # of the samples; more means that all of them are suspect
 EVERY_S = 5.0  # between lines of progress
 
-MissingColumns = list[tuple[ShardPlan, list[ColumnSpec]]]
-
 
 @dataclass(frozen=True)
-class Done:
+class ImportSummary:
     """Totals of an import over the whole cache; `new_shards` counts this run only."""
 
     samples: int
@@ -73,7 +70,7 @@ def run(
     masks: Path | None = None,
     unproven: bool = False,
     device: str | None = None,
-) -> Done:
+) -> ImportSummary:
     """Import the cache in `folder` into a cache at `out`, and print the convention found and the totals.
 
     Raises UsageError (no such cache or target, a missing option), DataError (a damaged or hostile file, too many
@@ -83,22 +80,25 @@ def run(
     requested = RequestedConvention(parse_layers(layers), count_from, last)
     config = text_config(target.folder)
     source = find_source(folder, requested.layers, config["hidden_size"], masks)
-    job = make_import_job(source, out, requested, target)
+    catalog = Catalog(out)
+    job = make_import_job(source, catalog, requested, target)
     check_layers(job.convention.layers(job.named_layers), config["num_hidden_layers"])
-    identity = identity_of(target, model, job, out)
-    if (out / IDENTITY).is_file():
+    identity = identity_of(target, model, job, catalog)
+    if catalog.exists:
         create_identity(out, identity)
-    planned = existing_plan(out, source) or make_plan(out, job, identity, config["vocab_size"])
-    missing = missing_columns(out, planned, job)
-    if missing or not has_target(out):
-        check_weights_if_recorded(out, target.folder)
+    if not is_planned(catalog, source):
+        make_plan(catalog, job, identity, config["vocab_size"])
+    planned, missing = catalog.plan, catalog.missing(job.columns)
+    if missing or not has_target(catalog):
+        check_weights_if_recorded(catalog, target.folder)
         clean_scratch(out)
         write_record(out, identity, target)
         check_free_space(out, f"an import of {planned.samples:,} samples", total_bytes(missing))
-        with plan_in_use(out, planned):
-            convert(out, planned, job, missing, target)
-    rebuild_derived(out)
-    return summary(out, planned, job, len(missing), target)
+        with plan_in_use(planned):
+            convert(catalog, job, missing, target)
+        catalog.refresh()
+    rebuild_derived(catalog)
+    return summary(catalog, job, len(missing), target)
 
 
 def target_folder(model: str | None, folder: Path, unproven: bool) -> Path:
@@ -128,10 +128,10 @@ def parse_layers(layers: str | None) -> tuple[int, ...] | None:
         raise UsageError(f"--layers {layers}: no list of layers; write it like 1,9,17") from None
 
 
-def identity_of(target: Target, model: str | None, job: ImportJob, out: Path) -> dict:
+def identity_of(target: Target, model: str | None, job: ImportJob, catalog: Catalog) -> dict:
     """Return the content of cache.json: as a capture's, with the source's form and convention."""
     digest = target_digest(target.folder)
-    recorded = read_canonical(out / IDENTITY).get("target", {}) if (out / IDENTITY).is_file() else {}
+    recorded = catalog.identity.get("target", {}) if catalog.exists else {}
     revision = target.folder.name if target.folder.parent.name == "snapshots" else ""
     name = {"name": target_name(model or str(target.folder)), "revision": revision, "digest": digest}
     imported = {
@@ -155,16 +155,7 @@ def write_record(out: Path, identity: dict, target: Target) -> None:
         write_canonical(out / LOG, {"identity": identity, "target": {"folder": str(target.folder.resolve())}})
 
 
-def missing_columns(out: Path, planned: Plan, job: ImportJob) -> MissingColumns:
-    """Return the shards that lack columns, and which."""
-    by_shard = [
-        (shard, [spec for spec in job.columns if complete_manifest(out, shard.number, spec.name) is None])
-        for shard in planned.shards
-    ]
-    return [(shard, columns) for shard, columns in by_shard if columns]
-
-
-def total_bytes(missing: MissingColumns) -> int:
+def total_bytes(missing: Work) -> int:
     return sum(
         CODECS[spec.codec].stored_bytes(int(spec.bounds(shard)[-1]), spec.width, spec.dtype)
         for shard, columns in missing
@@ -172,19 +163,19 @@ def total_bytes(missing: MissingColumns) -> int:
     )
 
 
-def convert(out: Path, planned: Plan, job: ImportJob, missing: MissingColumns, target: Target) -> None:
+def convert(catalog: Catalog, job: ImportJob, missing: Work, target: Target) -> None:
     """Write the cache's copy of the target, and every missing column; each is committed once it is proven."""
-    target.store(out)
-    head = TargetHead.load(target_file(out, HEAD), *target.device_and_dtype)
+    target.store(catalog)
+    planned, head = catalog.plan, TargetHead.load(target_file(catalog, HEAD), *target.device_and_dtype)
     norm = norm_function(target) if job.convention.last == "raw" else None
     facts = {"engine": f"imported from {job.source.form}", "proven": target.proven}
     total, refused, reported_at = (
         total_bytes(missing),
-        sum(map(len, refused_by_shard(out, planned, job))),
+        sum(map(len, refused_by_shard(catalog, job))),
         time.monotonic(),
     )
     for number, (shard, wanted) in enumerate(missing):
-        with ShardWriter(out, shard, wanted) as writer:
+        with ShardWriter(catalog, shard, wanted) as writer:
             reasons = write_columns(writer, job, {spec.name for spec in wanted}, norm)
             refused += len(reasons)
             check_refused(refused, planned.samples, reasons)
@@ -202,17 +193,17 @@ def convert(out: Path, planned: Plan, job: ImportJob, missing: MissingColumns, t
             print(f"{number + 1} of {len(missing)} shards of {size_text(total)} imported", file=sys.stderr)
 
 
-def refused_by_shard(out: Path, planned: Plan, job: ImportJob) -> Iterator[dict]:
+def refused_by_shard(catalog: Catalog, job: ImportJob) -> Iterator[dict]:
     """Yield the refused samples of every written shard. A refused sample is refused in all columns."""
-    for shard in planned.shards:
-        manifest = complete_manifest(out, shard.number, job.columns[-1].name)
+    for shard in range(catalog.shards):
+        manifest = catalog.captured(shard, job.columns[-1].name)
         yield manifest["refused"] if manifest else {}
 
 
 def check_refused(refused: int, samples: int, reasons: dict[int, str]) -> None:
     """Print every refused sample; DataError when they are more than MAX_REFUSED_SHARE of all, and more than one."""
     for reason in reasons.values():
-        say(visible(f"left out: {reason}"), err=True)
+        print_visible(visible(f"left out: {reason}"), err=True)
     if refused > max(1, MAX_REFUSED_SHARE * samples):
         raise DataError(
             f"{refused} of {samples} samples hold states that cannot be kept, {next(reversed(reasons.values()))} for "
@@ -220,25 +211,26 @@ def check_refused(refused: int, samples: int, reasons: dict[int, str]) -> None:
         )
 
 
-def summary(out: Path, planned: Plan, job: ImportJob, new: int, target: Target) -> Done:
+def summary(catalog: Catalog, job: ImportJob, new: int, target: Target) -> ImportSummary:
     """Print the cache's totals, the samples left out, and the next command."""
-    on_policy, refused = OnPolicyStats(), sum(map(len, refused_by_shard(out, planned, job)))
-    for shard in planned.shards:
-        facts = complete_manifest(out, shard.number, job.columns[-1].name)["facts"]
+    out, planned = catalog.path, catalog.plan
+    on_policy, refused = OnPolicyStats(), sum(map(len, refused_by_shard(catalog, job)))
+    for shard in range(catalog.shards):
+        facts = catalog.captured(shard, job.columns[-1].name)["facts"]
         on_policy += OnPolicyStats.from_facts(facts["gauge"]) if "gauge" in facts else OnPolicyStats()
     now = f"{new} shards imported now" if new else "nothing to do"
     content = f"{planned.samples:,} samples" + (f", {refused} refused" if refused else "")
-    say(visible(f"{out}: {content} in {len(planned.shards)} shards, from {job.source.form}; {now}"))
+    print_visible(visible(f"{out}: {content} in {catalog.shards} shards, from {job.source.form}; {now}"))
     for line in left_out(planned):
-        say(visible(line), err=True)
+        print_visible(visible(line), err=True)
     if on_policy.rows:
         print(f"on-policy gauge: {on_policy}")
         if on_policy.warning:
             print(on_policy.warning, file=sys.stderr)
     if not target.proven:
         print("unproven: no state was compared with the target; an accept length of 1 would show the mistake late")
-    say(visible(f"next: pipeline train-draft --cache {out}"))
-    return Done(planned.samples, planned.tokens, len(planned.shards), new, refused, on_policy)
+    print_visible(visible(f"next: pipeline train-draft --cache {out}"))
+    return ImportSummary(planned.samples, planned.tokens, catalog.shards, new, refused, on_policy)
 
 
 def left_out(planned: Plan) -> Iterator[str]:

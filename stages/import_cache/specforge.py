@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import DataError, UsageError, first_line
 from pipeline.os_errors import refuse_limit
 from pipeline.pickles import RefusedPickle, check_pickle
 from stages.import_cache.foreign_sample import (
@@ -127,7 +127,7 @@ def load(path: Path) -> dict:
         record = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UNREADABLE as error:
         refuse_limit(path, error)
-        cause = str(error).strip().split("\n")[0][:120] or type(error).__name__
+        cause = first_line(error, 120)
         raise bad_file(path, f"damaged ({cause})") from error
     if not isinstance(record, dict):
         raise bad_file(path, f"holds a {type(record).__name__}, wanted a dict of tensors")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import DataError, UsageError, first_line
 from pipeline.os_errors import refuse_limit
 from stages.import_cache.foreign_sample import (
     ForeignSample,
@@ -63,7 +63,7 @@ class Speculators:
             lacks = {"input_ids", MASKS} - {*rows.column_names}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             refuse_limit(self.masks, error)
-            cause = str(error).strip().split("\n")[0][:160]
+            cause = first_line(error)
             raise UsageError(f"{self.masks}: no saved data set ({cause}); name its folder with --masks") from error
         if lacks:
             raise UsageError(f"{self.masks}: its rows have no {sorted(lacks)[0]}; name another data set with --masks")

@@ -8,13 +8,13 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from pipeline.cache.catalog import Catalog
 from pipeline.errors import UsageError
 from pipeline.os_errors import refuse_limit
 from pipeline.target.config import load_config
-from pipeline.target.copy_to_cache import store_target
 from pipeline.target.files import CONFIG, read_json, text_config, weight_files
 from pipeline.target.head import TargetHead
-from pipeline.target.model import final_norm, head_of, load_target, stop_tokens
+from pipeline.target.model import final_norm, head_of, load_target, stop_tokens, store_target
 
 GENERATION = "generation_config.json"
 # Config keys that scale embedding, head or logits in a way that only the model's own code defines.
@@ -48,14 +48,14 @@ class Target:
             raise UsageError(f"{self.folder}: its last norm does not show; leave the last states out with --last none")
         return norm
 
-    def store(self, out: Path) -> None:
+    def store(self, catalog: Catalog) -> None:
         """Write the cache's `target/`, once."""
         if self.proven:
             head, config, stops = head_of(self.model), self.model.config, stop_tokens(self.model)
         else:
             head, stops = head_from_files(self.folder), stop_tokens_from_files(self.folder)
             config = load_config(self.folder)
-        store_target(out, self.folder, narrow_head(head), config, stops)
+        store_target(catalog, self.folder, narrow_head(head), config, stops)
 
 
 def narrow_head(head: TargetHead) -> TargetHead:

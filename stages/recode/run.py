@@ -14,6 +14,7 @@ import torch
 
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import Scratch, clean_scratch, commit_lock, size_text, write_errors
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS, codec_of, parse_codecs
 from pipeline.cache.codecs.calibration import (
     TOKENS,
@@ -23,11 +24,10 @@ from pipeline.cache.codecs.calibration import (
     store_calibration,
 )
 from pipeline.cache.codecs.error_certificate import Certificate, checked_calibration, shadow_samples
-from pipeline.cache.columns import Column, ColumnSpec, column_manifest, open_column
+from pipeline.cache.columns import Column, ColumnSpec, open_column
 from pipeline.cache.layout import LOG, SAMPLES, numbered, shard_folder
 from pipeline.cache.manifest import read_canonical, write_canonical
-from pipeline.cache.plan import Plan, load_plan
-from pipeline.cache.rebuild import shard_columns
+from pipeline.cache.plan import Plan
 from pipeline.cache.samples import ShardPlan
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import CacheError, DataError, ProofError, UsageError
@@ -42,7 +42,7 @@ ColumnsToRecode = list[tuple[ShardPlan, ColumnSpec, str]]
 
 
 @dataclass(frozen=True)
-class Done:
+class RecodeSummary:
     """How many (shard, column) pairs were rewritten, and their bytes before and after."""
 
     columns: int
@@ -50,19 +50,20 @@ class Done:
     after: int
 
 
-def run(cache: Path, codec: str) -> Done:
+def run(cache: Path, codec: str) -> RecodeSummary:
     """Rewrite columns in the codecs that `codec` gives, such as "aux=int8,final=zstd"; print a summary.
 
     Raises UsageError (no such codec, column or cache; states from a lossy codec), DataError (no states to calibrate
     with), ProofError when a codec does not meet its bounds on these states, CacheError for damage, RoomError.
     """
-    store, plan = HiddenCache.open(cache), load_plan(cache)
-    work = _columns_to_recode(cache, plan, codec)
+    store = HiddenCache.open(cache)
+    catalog, plan = store.catalog, store.catalog.plan
+    work = _columns_to_recode(catalog, codec)
     with write_errors(cache, "a recode"):
         clean_scratch(cache)
         for shard in plan.shards:
-            for name in shard_columns(cache, shard.number):
-                _remove_stale(cache, shard.number, name)
+            for name in catalog.captured_columns(shard.number):
+                _remove_stale(catalog, shard.number, name)
         if work:
             _drop_recorded_codecs(cache)
     calibrations = _calibrations(store, plan, work)
@@ -70,22 +71,23 @@ def run(cache: Path, codec: str) -> Done:
     before = after = 0
     printed_at = time.monotonic()
     for number, (shard, spec, wanted) in enumerate(work):
-        before += _bytes(cache, shard.number, spec.name)
+        before += _bytes(catalog, shard.number, spec.name)
         try:
-            _recode(cache, shard, spec, wanted, calibrations.get(spec.name), head)
+            _recode(catalog, shard, spec, wanted, calibrations.get(spec.name), head)
         except CacheError:  # another process that recodes the same column may have removed the old files
-            if column_manifest(cache, shard.number, spec.name)["spec"]["codec"] != wanted:
+            catalog.refresh(shard.number)
+            if catalog.read(shard.number, spec.name)["spec"]["codec"] != wanted:
                 raise
-        after += _bytes(cache, shard.number, spec.name)
+        after += _bytes(catalog, shard.number, spec.name)
         if time.monotonic() > printed_at + EVERY_S:
             printed_at = time.monotonic()
             print(f"{number + 1} of {len(work)} columns of shards, {size_text(before)} read", file=sys.stderr)
     where = visible(cache)
     if not work:
         print(f"{where}: nothing to do, every column that --codec {codec} names is in that codec")
-        return Done(0, 0, 0)
+        return RecodeSummary(0, 0, 0)
     print(f"{where}: {len(work)} columns of shards written anew, {size_text(before)} are now {size_text(after)}")
-    return Done(len(work), before, after)
+    return RecodeSummary(len(work), before, after)
 
 
 def _drop_recorded_codecs(cache: Path) -> None:
@@ -100,12 +102,12 @@ def _drop_recorded_codecs(cache: Path) -> None:
     write_canonical(cache / LOG, record)
 
 
-def _columns_to_recode(cache: Path, plan: Plan, codec: str) -> ColumnsToRecode:
+def _columns_to_recode(catalog: Catalog, codec: str) -> ColumnsToRecode:
     """Return the columns of shards not yet in their new codec. UsageError where that is impossible."""
-    chosen = parse_codecs(codec)
+    cache, chosen = catalog.path, parse_codecs(codec)
     work, names = [], set()
-    for shard in plan.shards:
-        for name, manifest in sorted(shard_columns(cache, shard.number).items()):
+    for shard in catalog.plan.shards:
+        for name, manifest in sorted(catalog.captured_columns(shard.number).items()):
             spec, wanted = ColumnSpec(**manifest["spec"]), codec_of(chosen, name)
             names.add(name)
             if wanted in (None, spec.codec):
@@ -143,7 +145,7 @@ def _calibration_states(store: HiddenCache, plan: Plan, name: str, codec: str) -
     columns: dict[int, Column | None] = {}
     for shard, row in calibration_samples(plan.shards):
         if shard.number not in columns:
-            columns[shard.number] = _open_if_captured(store.path, shard, name)
+            columns[shard.number] = _open_if_captured(store.catalog, shard, name)
         column = columns[shard.number]
         if column is not None and column.ok[row]:
             parts.append(as_states(column.read(row)))
@@ -157,14 +159,14 @@ def _calibration_states(store: HiddenCache, plan: Plan, name: str, codec: str) -
     return torch.cat(parts)
 
 
-def _open_if_captured(cache: Path, shard: ShardPlan, name: str) -> Column | None:
+def _open_if_captured(catalog: Catalog, shard: ShardPlan, name: str) -> Column | None:
     """Open a column of a shard; None where it is not captured."""
-    manifest = shard_columns(cache, shard.number).get(name)
-    return manifest and open_column(cache, manifest, ColumnSpec(**manifest["spec"]).bounds(shard))
+    manifest = catalog.captured_columns(shard.number).get(name)
+    return manifest and open_column(catalog.path, manifest, ColumnSpec(**manifest["spec"]).bounds(shard))
 
 
 def _recode(
-    cache: Path,
+    catalog: Catalog,
     shard: ShardPlan,
     spec: ColumnSpec,
     codec: str,
@@ -172,11 +174,12 @@ def _recode(
     head: TargetHead | None,
 ) -> None:
     """Rewrite one column of one shard, verify it, and commit it."""
-    manifest = column_manifest(cache, shard.number, spec.name)
+    catalog.refresh(shard.number)
+    manifest = catalog.read(shard.number, spec.name)
     if manifest["spec"]["codec"] == codec:  # another process has done it
         return
-    old = open_column(cache, manifest, spec.bounds(shard))
-    with ShardWriter(cache, shard, [replace(spec, codec=codec)]) as writer:
+    old = open_column(catalog.path, manifest, spec.bounds(shard))
+    with ShardWriter(catalog, shard, [replace(spec, codec=codec)]) as writer:
         for row, reason in manifest["refused"].items():
             writer.refuse(int(row), reason)
         reader = old.open()
@@ -207,21 +210,23 @@ def _verified_facts(
     return {"certificate": certificate.facts(writer.outliers(name) / rows)} if certificate.rows else {}
 
 
-def _remove_stale(cache: Path, shard: int, name: str) -> None:
+def _remove_stale(catalog: Catalog, shard: int, name: str) -> None:
     """Remove the files that a stopped recode left of a column in other codecs than its manifest's."""
-    if _stale_files(cache, shard, name):
+    cache = catalog.path
+    if _stale_files(catalog, shard, name):
         with Scratch(cache, numbered(shard)) as scratch, write_errors(cache, "a clean-up"), commit_lock(cache):
-            for path in _stale_files(cache, shard, name):  # again: meanwhile another process may have committed it
+            catalog.refresh(shard)
+            for path in _stale_files(catalog, shard, name):  # again: meanwhile another process may have committed it
                 path.rename(scratch.path / path.name)
 
 
-def _stale_files(cache: Path, shard: int, name: str) -> list[Path]:
+def _stale_files(catalog: Catalog, shard: int, name: str) -> list[Path]:
     """Return the files of a column in other codecs than its manifest names."""
-    spec, folder = ColumnSpec(**column_manifest(cache, shard, name)["spec"]), shard_folder(cache, shard)
+    spec, folder = ColumnSpec(**catalog.read(shard, name)["spec"]), shard_folder(catalog.path, shard)
     stale = [folder / end for stem in spec.other_stems for end in (f"{stem}.arrow", stem)]
     return [path for path in stale if path.exists()]
 
 
-def _bytes(cache: Path, shard: int, name: str) -> int:
-    files = column_manifest(cache, shard, name)["files"]
+def _bytes(catalog: Catalog, shard: int, name: str) -> int:
+    files = catalog.read(shard, name)["files"]
     return sum(fact["size"] for file, fact in files.items() if file != SAMPLES)

@@ -23,7 +23,7 @@ from pipeline.target.kv_cache import BatchedKV, check_batchable, new_kv
 from pipeline.target.model import lm_logits, load_target, run_decoder, stop_tokens
 from pipeline.tensors import is_out_of_memory
 from stages.regenerate.options import Options
-from stages.regenerate.pending import Failure, Job
+from stages.regenerate.prompts import Failure, Job
 from stages.regenerate.rendering import Renderer
 from stages.regenerate.replies import CUT, Reply
 

@@ -1,19 +1,20 @@
-"""Read the prompts of a corpus: its conversations turn by turn, without their replies.
+"""Read the prompts of a corpus, its conversations turn by turn without their replies, and the jobs that they make.
 
-Rows are read as `pipeline/corpus/` reads them, or hold a question alone. Of a row with what a tool returned only the
-turns before it are asked: what comes after answers a call that the target may not make. `id`, `domain` and `split` are
-passed on.
+Rows are read as `pipeline/corpus/` reads them, or hold a question alone. Of a row with a tool's result only the turns
+before it are prompts: what comes after answers a call that the target may not make. `id`, `domain` and `split` are
+passed on. A job is such a row with its replies so far.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from pipeline.corpus.record_formats import Conversation, RejectedRow
 from pipeline.corpus.rejections import Tally, Unusable
 from pipeline.corpus.sources import corpus_files, hub_dataset, parse_roles, read_rows
+from stages.regenerate.replies import Reply
 
 PASSED_ON_KEYS = ("id", "domain", "split")
 CUT_AT_TOOL, CUT_AT_START = "cut before a tool's result", "opening assistant turn left out"
@@ -98,3 +99,42 @@ def _segments(messages: list[dict]) -> tuple[list[list[dict]], list[str]]:
     if not segments:
         raise Unusable("no prompt", "has no message of a user to answer")
     return segments, sorted(set(cuts))
+
+
+@dataclass
+class Job:
+    """A row and its replies so far. The next turn's prompt holds the target's own earlier replies."""
+
+    row: PromptRow
+    replies: list[Reply] = field(default_factory=list)
+
+    @property
+    def turn(self) -> int:
+        """The next turn to generate, from 0."""
+        return len(self.replies)
+
+    @property
+    def done(self) -> bool:
+        """Whether all replies are there."""
+        return self.turn == len(self.row.segments) or bool(self.replies and self.replies[-1].ends_conversation)
+
+    def messages(self) -> list[dict]:
+        """Return the messages of the next prompt."""
+        return self.row.messages([reply.message() for reply in self.replies])
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A prompt that was given up."""
+
+    row: PromptRow
+    turn: int
+    cause: str
+
+
+def pending_jobs(rows: Iterable[PromptRow], replies) -> Iterator[Job]:
+    """Yield a job for each unfinished row. replies: returns the replies so far for a row's key."""
+    for row in rows:
+        job = Job(row, replies(row.key))
+        if not job.done:
+            yield job

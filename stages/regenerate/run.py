@@ -16,11 +16,9 @@ from pipeline.errors import DataError, UsageError
 from pipeline.target.files import find_target, target_digest, target_name, template_digest, tokenizer_digest
 from stages.regenerate.journal import Journal
 from stages.regenerate.options import Options
-from stages.regenerate.output import failed_row, out_row, write_rows
-from stages.regenerate.pending import Failure, Job, pending_jobs
-from stages.regenerate.prompts import PromptRow, read_prompts
+from stages.regenerate.output import Progress, ReplyCounts, failed_row, out_row, write_rows
+from stages.regenerate.prompts import Failure, Job, PromptRow, pending_jobs, read_prompts
 from stages.regenerate.replies import Reply
-from stages.regenerate.report import Progress, ReplyCounts
 
 
 def run(options: Options) -> dict:

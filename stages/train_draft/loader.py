@@ -22,7 +22,7 @@ from pipeline.cache import HiddenCache
 from pipeline.cache.codecs.lossy import Encoded
 from pipeline.cache.layout import FINAL
 from pipeline.cache.reader import Layer, Part
-from pipeline.drafts import Blocks, Cell, DraftConfig, eligible_anchors, lay_blocks, needs_final_states, pack
+from pipeline.drafts import Blocks, Cell, DraftConfig, eligible_anchors, lay_blocks, pack
 from pipeline.runs.recipe import TrainSection
 from pipeline.runs.split import Split
 from stages.train_draft.order import (
@@ -127,7 +127,7 @@ class BatchLoader:
         self, cache: HiddenCache, split: Split, config: DraftConfig, train: TrainSection, keep_encoded: bool = False
     ):
         self.cache, self.config, self.train = cache, config, train
-        self.reads_final = needs_final_states(config)
+        self.reads_final = config.needs_final_states
         groups = [config.target_layer_ids, *[(FINAL,)] * self.reads_final]
         self._encoded = {layers for layers in groups if keep_encoded and cache.is_encoded(layers)}
         self.low64 = cache.samples.low64[split.train]

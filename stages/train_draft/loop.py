@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from pipeline.cache import HiddenCache
 from pipeline.drafts import Draft
-from pipeline.errors import CacheError, UsageError
+from pipeline.errors import CacheError, UsageError, first_line
 from pipeline.evaluation.accept_length import accept_spans
 from pipeline.evaluation.figures import summarise
 from pipeline.runs import checkpoint
@@ -94,7 +94,7 @@ class TrainingRun:
                 load_state_tensors(self.optimizer, moments, found.step)
             except (OSError, RuntimeError, KeyError) as error:  # its bytes were checked: written by another program
                 raise CacheError(
-                    f"{found.path}: not the weights and moments of this run's draft ({str(error).splitlines()[0]}); "
+                    f"{found.path}: not the weights and moments of this run's draft ({first_line(error, None)}); "
                     "remove it to go on from the checkpoint before"
                 ) from error
         self.metrics.truncate(self.step, found.state.metrics if found else "")

@@ -2,19 +2,20 @@
 
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from pipeline import tensors
 from pipeline.cache import HiddenCache
 from pipeline.console import VisibleConsole
-from pipeline.drafts import DRAFTS, Draft, init_weights, needs_final_states
+from pipeline.drafts import DRAFTS, Draft, init_weights
 from pipeline.drafts.rope_scaling import draft_rope_scaling
-from pipeline.errors import RoomError
+from pipeline.errors import RoomError, first_line
 from pipeline.published.writing import unservable
 from pipeline.runs.cache_requirements import check_complete, how_to_add, logit_scale, partial_text, text_config
 from pipeline.runs.folder import (
@@ -80,7 +81,7 @@ def run(
 def split_for(resolved: Resolved, store: HiddenCache) -> Split:
     """Return which samples train the draft and which are held out; it depends on the columns that the loss reads."""
     draft, heldout = resolved.draft, resolved.recipe.train.heldout
-    return split_samples(store, draft.mask_token_id, heldout, draft.target_layer_ids, needs_final_states(draft))
+    return split_samples(store, draft.mask_token_id, heldout, draft.target_layer_ids, draft.needs_final_states)
 
 
 def train_resolved(
@@ -112,7 +113,8 @@ def train_resolved(
                 began = visible("; ".join(differs))
                 say(f"began with {began}: the run goes on, its last digits may differ")
             use_deterministic_kernels(device)
-            draft = make_draft(resolved, store, device, start)
+            samples = (store.tokens_of(int(index))[0] for index in split.train)
+            draft = make_draft(resolved, store, device, start, samples)
             draft.chunk_rule = chunk_rule(path)
             parameters, steps = sum(weight.numel() for weight in draft.parameters()), resolved.recipe.train.steps
             training = TrainingRun(path, store, split, resolved, draft)
@@ -167,21 +169,29 @@ def rope_messages(resolved: Resolved, store: HiddenCache) -> Iterator[str]:
 
 
 def make_draft(
-    resolved: Resolved, store: HiddenCache, device: torch.device, start: "InitialWeights | None" = None
+    resolved: Resolved,
+    store: HiddenCache,
+    device: torch.device,
+    start: "InitialWeights | None" = None,
+    samples: Iterable[np.ndarray] = (),
 ) -> Draft:
     """Return a draft in training mode on its device: float32 weights, random where `start` has none, and the
-    target's frozen head in the dtype of the arithmetic. Raises RoomError when memory is too small."""
+    target's frozen head in the dtype of the arithmetic. samples: ids of the training samples, which a method may count.
+
+    Raises RoomError when memory is too small.
+    """
     dtype = torch.bfloat16 if resolved.recipe.train.dtype == "bfloat16" else torch.float32
     try:
         draft = DRAFTS[resolved.draft.method](resolved.draft, store.head(str(device), dtype))
         init_weights(draft, resolved.recipe.train.seed)
+        draft.before_training(samples)
         if start is not None:
             start.load_into(draft)
         return draft.to(device).train()
     except RuntimeError as error:
         if not tensors.is_out_of_memory(error):
             raise
-        cause = str(error).strip().split("\n")[0][:160]
+        cause = first_line(error)
         raise RoomError(f"the draft does not fit into memory ({cause}); make its sizes in [draft] smaller") from error
 
 

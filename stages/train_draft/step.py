@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.drafts import Blocks, Cell, Draft, ScheduleValues, metrics_of
-from pipeline.errors import ProofError, RoomError
+from pipeline.errors import ProofError, RoomError, first_line
 from pipeline.runs.recipe import TrainSection
 from pipeline.tensors import is_out_of_memory
 from stages.train_draft.loader import Batch, BatchLoader
@@ -163,4 +163,4 @@ def _out_of_memory(error: RuntimeError) -> str:
     """Return the text of an out-of-memory error; any other is raised again."""
     if not is_out_of_memory(error):
         raise error
-    return str(error).strip().split("\n")[0][:160]
+    return first_line(error)

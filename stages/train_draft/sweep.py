@@ -23,7 +23,6 @@ import numpy as np
 
 from pipeline.cache import HiddenCache
 from pipeline.console import VisibleConsole
-from pipeline.drafts import needs_final_states
 from pipeline.errors import ProofError, UsageError
 from pipeline.evaluation.figures import bootstrap
 from pipeline.runs.cache_requirements import check_complete
@@ -150,7 +149,7 @@ def plan_runs(
             check_complete(store, recipe)
             resolved = resolve(recipe, store)
             draft = resolved.draft
-            key = draft.mask_token_id, resolved.recipe.train.heldout, draft.target_layer_ids, needs_final_states(draft)
+            key = draft.mask_token_id, resolved.recipe.train.heldout, draft.target_layer_ids, draft.needs_final_states
             if key not in splits:
                 splits[key] = split_for(resolved, store)
             start = init_from and init_from.weights_for(draft, head)

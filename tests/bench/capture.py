@@ -39,9 +39,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 import stages.cache_hidden.capture as shards
 import stages.cache_hidden.engine as engine
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.micro_batches import micro_batches
-from pipeline.cache.plan import SHARD_BYTES, Plan, write_segment
+from pipeline.cache.plan import Plan
+from pipeline.cache.plan_writer import SHARD_BYTES, write_segment
 from pipeline.cache.samples import PlannedSample, ShardPlan
 from pipeline.target.files import TOKENIZER_FILES
 from pipeline.target.model import run_decoder
@@ -192,7 +194,7 @@ def measure(model: PreTrainedModel, out: Path, settings: CaptureSettings, plan: 
         return seconds(lambda: [run_decoder(model, torch.from_numpy(ids_BT).to(device)) for ids_BT in batches], device)
 
     def capture(work: list) -> float:
-        return seconds(lambda: shards.capture_shards(out, settings, plan, work, device, 0), device)
+        return seconds(lambda: shards.capture_shards(Catalog(out), settings, work, device, 0), device)
 
     last, columns = plan.shards[-1], list(settings.columns)
     forward(last)  # first calls are slow
@@ -264,7 +266,7 @@ def main() -> None:
         options = CaptureOptions(
             dtype=str(model.dtype).removeprefix("torch."), batch_tokens=asked.batch_tokens, device=asked.device, **codec
         )
-        settings = resolve_settings(str(Path(place, "target")), out, options)
+        settings = resolve_settings(str(Path(place, "target")), Catalog(out), options)
         made = samples(SHARDS * tokens, config.vocab_size, min(settings.max_length, tokens // 4))
         plan = write_segment(out, made, row_bytes=settings.row_bytes, sources=[])
         create_identity(out, settings.identity)

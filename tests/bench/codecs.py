@@ -29,14 +29,16 @@ import torch
 from numcodecs import blosc
 from torch import Tensor
 
-from pipeline.cache import plan
+from pipeline.cache import plan_writer
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.calibration import Calibration, calibrate, store_calibration
 from pipeline.cache.codecs.zarr_file import parse_chunk_index
 from pipeline.cache.columns import Column, ColumnSpec, column_manifest, open_column
 from pipeline.cache.layout import SAMPLES, SHARDS
 from pipeline.cache.manifest import create_identity
-from pipeline.cache.plan import PlannedSample, write_segment
+from pipeline.cache.plan_writer import write_segment
+from pipeline.cache.samples import PlannedSample
 from pipeline.cache.writer import ShardWriter
 from pipeline.target.model import load_target
 from pipeline.tensors import as_states, as_stored
@@ -65,7 +67,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     os.fsync = lambda fd: None  # a disk's speed is not what is measured
-    plan.MIN_SHARDS = 1
+    plan_writer.MIN_SHARDS = 1
     found: dict[str, dict[str, float]] = {}
     columns = {"made, 4096": made_states(asked.mib)}
     columns |= {f"{name}, 256": states for name, states in real_states(asked.mib).items()}
@@ -125,7 +127,7 @@ def stored(codec: str, bits: np.ndarray, calibration: Calibration, rounds: int) 
 
         def write() -> None:
             shutil.rmtree(cache / SHARDS, ignore_errors=True)
-            with ShardWriter(cache, shard, [spec]) as writer:
+            with ShardWriter(Catalog(cache), shard, [spec]) as writer:
                 for first in range(0, len(bits), PIECE):
                     writer.write("aux.1", bits[first : first + PIECE])
                 writer.seal()
@@ -253,9 +255,8 @@ def real_states(mib: int) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "cache"
         options = CaptureOptions(max_samples=4 + most // 60)
-        planned = make_plan(
-            str(ROOT / "data" / "chats.jsonl"), out, resolve_settings(str(folder), out, options), 4 + most // 60
-        )
+        settings = resolve_settings(str(folder), Catalog(out), options)
+        planned = make_plan(str(ROOT / "data" / "chats.jsonl"), out, settings, 4 + most // 60)
         samples = [(shard, row) for shard in planned.shards for row in range(len(shard))]
         for shard, row in samples:
             ids = torch.from_numpy(shard.ids(row).astype(np.int64))

@@ -27,12 +27,15 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import numpy as np
 import torch
 
-from pipeline.cache import HiddenCache, plan
+from pipeline.cache import HiddenCache, plan_writer
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.parallel_reads import READ_THREADS
-from pipeline.cache.plan import PlannedSample, load_plan, write_segment
+from pipeline.cache.plan import load_plan
+from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.rebuild import rebuild_derived
+from pipeline.cache.samples import PlannedSample
 from pipeline.cache.writer import ShardWriter
 
 WIDTH = 4096
@@ -60,7 +63,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="bench-read-", dir=asked.folder))
     os.fsync = lambda fd: None  # making the caches is not what is measured
     try:
-        plan.MIN_SHARDS = 1  # shards as large as those of a cache that is worth its disk
+        plan_writer.MIN_SHARDS = 1  # shards as large as those of a cache that is worth its disk
         states = make_cache(folder / "cache", asked.gib, asked.width)
         size = sum(file.stat().st_size for file in (folder / "cache").rglob("*") if file.is_file())
         report(Reading(folder, asked.rounds).rows(), asked)
@@ -97,7 +100,7 @@ def write_cache(path: Path, lengths: list[int], columns: list[ColumnSpec], row_b
     width = columns[0].width
     pool = (rng.standard_normal((4096, width), np.float32).view(np.uint32) >> 16).astype(np.uint16)
     for shard in load_plan(path).shards:
-        with ShardWriter(path, shard, columns) as writer:
+        with ShardWriter(Catalog(path), shard, columns) as writer:
             for number, spec in enumerate(columns):
                 rest = int(spec.bounds(shard)[-1])
                 while rest:
@@ -106,7 +109,7 @@ def write_cache(path: Path, lengths: list[int], columns: list[ColumnSpec], row_b
                     rest -= len(part)
             writer.seal()
             writer.commit({})
-    rebuild_derived(path)
+    rebuild_derived(Catalog(path))
 
 
 def make_cache(path: Path, gib: float, width: int) -> int:

@@ -15,6 +15,7 @@ import torch
 from cache_maker import COLUMNS, contents, flip, make_cache, random_samples
 
 from pipeline.cache import HiddenCache
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.layout import IDENTITY, INDEX, INDEX_MANIFEST, PLAN, shard_folder
 from pipeline.cache.verify import verify
 from pipeline.errors import PipelineError
@@ -180,7 +181,8 @@ def test_a_plan_that_was_appended_to_and_put_back_is_found(made, tmp_path):
     """A stale plan: the segment that was added is lost, its shards are there; and an index of the other plan."""
     from cache_maker import capture
 
-    from pipeline.cache.plan import load_plan, write_segment
+    from pipeline.cache.plan import load_plan
+    from pipeline.cache.plan_writer import write_segment
     from pipeline.cache.rebuild import rebuild_derived
 
     cache = Path(shutil.copytree(made, tmp_path / "cache"))
@@ -188,7 +190,7 @@ def test_a_plan_that_was_appended_to_and_put_back_is_found(made, tmp_path):
     write_segment(cache, random_samples(6, seed=5), row_bytes=48, sources=[{"file": "more.jsonl", "size": 1}])
     for shard in load_plan(cache).shards[load_plan(made).shards[-1].number + 1 :]:
         capture(cache, shard, IN_CODECS)
-    rebuild_derived(cache)
+    rebuild_derived(Catalog(cache))
     truth = read_all(cache)
 
     for name in (INDEX, INDEX_MANIFEST):

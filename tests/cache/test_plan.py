@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from pipeline.cache.layout import PLAN
 from pipeline.cache.micro_batches import micro_batches
-from pipeline.cache.plan import PlannedSample, load_plan, write_segment
-from pipeline.cache.sample_ids import SampleIdSet
-from pipeline.cache.samples import sample_id
+from pipeline.cache.plan import load_plan
+from pipeline.cache.plan_writer import SampleIdSet, write_segment
+from pipeline.cache.samples import PlannedSample, sample_id
 from pipeline.errors import CacheError, DataError, UsageError
 
 

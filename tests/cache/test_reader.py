@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from pipeline.cache import HiddenCache
 from pipeline.cache import open_columns as opened
 from pipeline.cache import parallel_reads as in_flight
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import raw as direct
 from pipeline.cache.codecs import zarr_file as zarr_shard
 from pipeline.cache.codecs.foreign_zarr import ForeignArray
@@ -33,7 +34,8 @@ from pipeline.cache.codecs.zarr_file import SHARD_FILE
 from pipeline.cache.columns import ColumnSpec, open_column
 from pipeline.cache.layout import INDEX, INDEX_MANIFEST, SAMPLES, shard_folder
 from pipeline.cache.manifest import FileFact, canonical, create_identity, read_canonical
-from pipeline.cache.plan import load_plan, write_segment
+from pipeline.cache.plan import load_plan
+from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.target_files import HEAD, new_target
 from pipeline.cache.verify import verify
 from pipeline.errors import CacheError, DataError, UsageError
@@ -595,11 +597,11 @@ def test_the_head_comes_back_and_is_checked(tmp_path):
     create_identity(tmp_path, {})
     write_segment(tmp_path, random_samples(1), row_bytes=48, sources=[])
     head = TargetHead(torch.randn(11, 8), torch.randn(11, 8))
-    with new_target(tmp_path) as folder:
+    with new_target(Catalog(tmp_path)) as folder:
         head.save(folder / HEAD)
         (folder / "config.json").write_text(json.dumps({"hidden_size": 8}))
         (folder / "tokens.json").write_text(json.dumps({"mask": 3}))
-    with new_target(tmp_path) as folder:  # the first one stays
+    with new_target(Catalog(tmp_path)) as folder:  # the first one stays
         (folder / "config.json").write_text("other")
 
     held = HiddenCache.open(tmp_path)

@@ -10,9 +10,9 @@ from kill_capture import contents
 from tiny import conversations, other_weights, write_jsonl
 
 import pipeline.cache.atomic as disk
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.layout import IDENTITY, INDEX, PLAN, SAMPLES
 from pipeline.cache.manifest import canonical, read_canonical
-from pipeline.cache.plan import load_plan
 from pipeline.cache.verify import verify
 from pipeline.errors import CacheError, UsageError
 from stages.cache_hidden.options import CaptureOptions
@@ -206,7 +206,7 @@ def test_the_target_of_a_repair_is_of_the_revision_that_was_captured(tiny_target
     monkeypatch.setattr("stages.cache_hidden.repair.find_target", find)
     (cache / IDENTITY).write_bytes(canonical(identity))
 
-    repair_settings(cache, load_plan(cache), {}, "org/name")
+    repair_settings(Catalog(cache), {}, "org/name")
     with pytest.raises(CacheError, match="belongs to another cache"):
         check_model(cache, "org/name")
     assert asked == ["abc", "abc"]

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from cache_maker import COLUMNS, capture, contents, flip, make_cache, random_samples
 
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.inspect import describe, sample_view
 from pipeline.cache.layout import INDEX, INDEX_MANIFEST, PLAN, SAMPLES, SHARDS, shard_folder
 from pipeline.cache.manifest import FileFact, canonical, create_identity, read_canonical
-from pipeline.cache.plan import load_plan, write_segment
+from pipeline.cache.plan import load_plan
+from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.rebuild import rebuild_derived
 from pipeline.cache.verify import verify
 from pipeline.cache.writer import ShardWriter
@@ -182,16 +184,16 @@ def test_derive_makes_again_what_is_lost(cache):
     flip(shard_folder(cache, 2) / SAMPLES, 1000)
     shutil.rmtree(cache / "quarantine")
 
-    assert sorted(rebuild_derived(cache)) == [
+    assert sorted(rebuild_derived(Catalog(cache))) == [
         INDEX,
         "quarantine/samples.json",
         f"shards/000001/{SAMPLES}",
         f"shards/000002/{SAMPLES}",
     ]
 
-    assert contents(cache) == before and rebuild_derived(cache) == []
+    assert contents(cache) == before and rebuild_derived(Catalog(cache)) == []
     (cache / INDEX_MANIFEST).unlink()
-    assert rebuild_derived(cache) == [INDEX] and contents(cache) == before
+    assert rebuild_derived(Catalog(cache)) == [INDEX] and contents(cache) == before
 
 
 def test_describe_counts_what_is_there(whole):
@@ -217,7 +219,7 @@ def test_the_gauge_is_pooled_over_shards(tmp_path):
     create_identity(tmp_path, {})
     plan = write_segment(tmp_path, random_samples(8), row_bytes=48, sources=[])
     for shard, gauge in zip(plan.shards, [(10, 9, -2.0), (30, 3, -6.0)], strict=False):
-        with ShardWriter(tmp_path, shard, COLUMNS[:1]) as writer:
+        with ShardWriter(Catalog(tmp_path), shard, COLUMNS[:1]) as writer:
             writer.write("aux.1", np.zeros((shard.rows, 8), np.uint16))
             writer.seal()
             writer.commit({"aux.1": {"gauge": dict(zip(("rows", "agree", "logprob"), gauge, strict=True))}})

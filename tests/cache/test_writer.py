@@ -19,12 +19,14 @@ from hypothesis import strategies as st
 from pipeline.cache import HiddenCache
 from pipeline.cache import atomic as disk
 from pipeline.cache.atomic import Scratch, clean_scratch
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import zarr_file as zarr_shard
 from pipeline.cache.codecs.zarr_file import SHARD_FILE, Grid, ShardFileWriter
-from pipeline.cache.columns import ColumnSpec, complete_manifest
+from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.layout import shard_folder
 from pipeline.cache.manifest import create_identity
-from pipeline.cache.plan import load_plan, write_segment
+from pipeline.cache.plan import load_plan
+from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.target_files import has_target, new_target
 from pipeline.cache.verify import verify
 from pipeline.cache.writer import ShardWriter
@@ -78,7 +80,10 @@ def test_zarr_python_would_have_written_the_same_shard_file(tmp_path_factory, ro
 
     assert (folder / "ours" / SHARD_FILE).read_bytes() == (folder / "theirs" / SHARD_FILE).read_bytes()
     assert np.array_equal(zarr.open_array(folder / "ours", mode="r")[:rows], values)
-    assert grid.shape[0] - rows <= grid.chunks and grid.file_bytes == (folder / "ours" / SHARD_FILE).stat().st_size
+    assert (
+        grid.shape[0] - rows <= grid.chunks
+        and grid.data_bytes + grid.index_bytes == (folder / "ours" / SHARD_FILE).stat().st_size
+    )
 
 
 def test_every_byte_is_sent_on_its_way_once(tmp_path, monkeypatch):
@@ -123,7 +128,7 @@ def test_the_bytes_do_not_depend_on_the_pieces_rows_come_in(tmp_path_factory, cu
     shard = load_plan(cache / "a").shards[0]
     capture(cache / "a", shard, [AUX])
     values = states(shard, AUX)
-    with ShardWriter(cache / "b", shard, [AUX]) as writer:
+    with ShardWriter(Catalog(cache / "b"), shard, [AUX]) as writer:
         first = 0
         while first < len(values):
             count = cuts[first % len(cuts)]
@@ -137,21 +142,21 @@ def test_the_bytes_do_not_depend_on_the_pieces_rows_come_in(tmp_path_factory, cu
 
 def test_what_is_sealed_can_be_read_back_before_it_is_committed(planned):
     shard = load_plan(planned).shards[0]
-    with ShardWriter(planned, shard, [AUX]) as writer:
+    with ShardWriter(Catalog(planned), shard, [AUX]) as writer:
         writer.write("aux.1", states(shard, AUX))
         writer.seal()
         for row in range(len(shard)):
             expected = states(shard, AUX)[shard.bounds[row] : shard.bounds[row + 1]]
             assert np.array_equal(writer.read("aux.1", row), expected)
 
-    assert not complete_manifest(planned, 0, "aux.1")
+    assert not Catalog(planned).captured(0, "aux.1")
     assert not list(planned.glob("tmp-*"))
 
 
 def test_a_refused_sample_leaves_zeros_and_is_not_ok(planned):
     shard = load_plan(planned).shards[0]
     values = states(shard, AUX)
-    with ShardWriter(planned, shard, [AUX]) as writer:
+    with ShardWriter(Catalog(planned), shard, [AUX]) as writer:
         writer.write("aux.1", values[: shard.bounds[1]])
         writer.refuse(1, "not finite")
         for first in range(int(shard.bounds[1]), len(values), 7):
@@ -164,13 +169,13 @@ def test_a_refused_sample_leaves_zeros_and_is_not_ok(planned):
     assert not held[hole].any() and values[hole].any()
     held[hole] = values[hole]
     assert np.array_equal(held, values)
-    assert complete_manifest(planned, 0, "aux.1")["refused"] == {"1": "not finite"}
+    assert Catalog(planned).captured(0, "aux.1")["refused"] == {"1": "not finite"}
     assert HiddenCache.open(planned).samples.ok.tolist() == [i != 1 for i in range(48)]
 
 
 def test_a_sample_cannot_be_refused_once_its_rows_are_written(planned):
     shard = load_plan(planned).shards[0]
-    with ShardWriter(planned, shard, [AUX]) as writer:
+    with ShardWriter(Catalog(planned), shard, [AUX]) as writer:
         writer.write("aux.1", states(shard, AUX)[:1])
         with pytest.raises(AssertionError, match="already written"):
             writer.refuse(0, "late")
@@ -178,7 +183,7 @@ def test_a_sample_cannot_be_refused_once_its_rows_are_written(planned):
 
 def test_who_finds_the_column_there_discards_its_own(planned):
     shard = load_plan(planned).shards[0]
-    with ShardWriter(planned, shard, [AUX]) as slow:
+    with ShardWriter(Catalog(planned), shard, [AUX]) as slow:
         slow.write("aux.1", np.zeros((shard.rows, 8), np.uint16))
         slow.seal()
         capture(planned, shard, [AUX])
@@ -199,7 +204,7 @@ def test_what_has_no_valid_manifest_is_replaced(planned, tmp_path):
     (folder / "aux.10.arrow").unlink()
     (folder / "final" / "c" / "0" / "0").unlink()
 
-    assert [bool(complete_manifest(planned, 0, spec.name)) for spec in COLUMNS] == [False, False, False]
+    assert [bool(Catalog(planned).captured(0, spec.name)) for spec in COLUMNS] == [False, False, False]
     assert all(capture(planned, shard, COLUMNS).values())
 
     assert contents(planned) == whole
@@ -221,7 +226,7 @@ def test_the_cleaner_leaves_what_a_living_writer_holds(planned):
     dead = planned / "tmp-000003-dead"
     (dead / "aux.1").mkdir(parents=True)
     (planned / "plan" / "tmp-dead").write_bytes(b"half")
-    with ShardWriter(planned, shard, [AUX]) as writer, Scratch(planned, "plan") as scratch:
+    with ShardWriter(Catalog(planned), shard, [AUX]) as writer, Scratch(planned, "plan") as scratch:
         assert sorted(clean_scratch(planned)) == ["plan/tmp-dead", "tmp-000003-dead"]
 
         assert scratch.path.is_dir()
@@ -252,7 +257,7 @@ def test_a_disk_that_refuses_is_a_room_error_and_leaves_no_scratch(planned, monk
             raise OSError(number, os.strerror(number))
         return real(fd, data)
 
-    with pytest.raises(RoomError, match=says), ShardWriter(planned, shard, [AUX]) as writer:
+    with pytest.raises(RoomError, match=says), ShardWriter(Catalog(planned), shard, [AUX]) as writer:
         monkeypatch.setattr(os, "write", failing)
         writer.write("aux.1", states(shard, AUX)[:50])
         writer.write("aux.1", states(shard, AUX)[50:])
@@ -260,7 +265,7 @@ def test_a_disk_that_refuses_is_a_room_error_and_leaves_no_scratch(planned, monk
         writer.commit({})
 
     monkeypatch.undo()
-    assert not list(planned.glob("tmp-*")) and not complete_manifest(planned, 0, "aux.1")
+    assert not list(planned.glob("tmp-*")) and not Catalog(planned).captured(0, "aux.1")
     assert capture(planned, shard, [AUX]) == {"aux.1": True}
 
 
@@ -268,7 +273,7 @@ def test_a_shard_that_cannot_fit_is_refused_before_the_work(planned, monkeypatch
     monkeypatch.setattr(disk, "free_bytes", lambda where: 1000)
 
     with pytest.raises(RoomError, match=r"shard 000000, which needs .* where 1.0 KiB are free"):
-        ShardWriter(planned, load_plan(planned).shards[0], [AUX])
+        ShardWriter(Catalog(planned), load_plan(planned).shards[0], [AUX])
     assert not list(planned.glob("tmp-*"))
 
 
@@ -277,7 +282,7 @@ def test_a_target_that_was_put_there_while_we_were_stopped_stays(planned, monkey
     place, exists, looks = planned / "target", Path.exists, []
 
     def put(tokens):
-        with new_target(planned) as folder:
+        with new_target(Catalog(planned)) as folder:
             (folder / "tokens.json").write_text(tokens)
 
     def blind(path):
@@ -292,7 +297,7 @@ def test_a_target_that_was_put_there_while_we_were_stopped_stays(planned, monkey
 
     monkeypatch.setattr(Path, "exists", blind)
     put('{"mask": 3}')
-    assert has_target(planned) and (place / "tokens.json").read_text() == '{"mask": 3}'
+    assert has_target(Catalog(planned)) and (place / "tokens.json").read_text() == '{"mask": 3}'
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from tiny import conversations, write_jsonl
 
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import Scratch
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.layout import numbered
 from pipeline.cache.plan import load_plan, plan_in_use
@@ -299,7 +300,7 @@ def test_a_capture_by_a_plan_that_was_replaced_meanwhile_is_refused(planned, tmp
     planned("2MB")
     with (
         pytest.raises(UsageError, match="planned afresh meanwhile; run the command again"),
-        plan_in_use(tmp_path / "cache", old),
+        plan_in_use(old),
     ):
         pass
     assert not list((tmp_path / "cache").glob("tmp-*"))
@@ -354,8 +355,8 @@ def test_a_probe_says_the_larger_of_computing_and_writing(planned, tmp_path, mon
 
 def test_the_times_of_a_probe_are_read_by_hand(planned, tiny_target, tmp_path):
     report = planned()
-    settings = resolve_settings(str(tiny_target), tmp_path / "cache", OPTIONS)
-    work = missing_columns(tmp_path / "cache", load_plan(tmp_path / "cache"), settings.columns)
+    settings = resolve_settings(str(tiny_target), Catalog(tmp_path / "cache"), OPTIONS)
+    work = missing_columns(Catalog(tmp_path / "cache"), settings.columns)
     found = Speed(written=report["bytes_to_write"] / 7200, tokens=report["tokens"] / 3661).as_dict(work)
     assert time_text(found).startswith("about 2:00:00 for one worker, that of writing: computing 1:01:01 at ")
     assert time_text(None).startswith("unknown")

@@ -29,9 +29,9 @@ from pipeline.drafts import (
     DRAFTS,
     BlockRequest,
     Draft,
-    DraftConfig,
     Sampling,
     ScheduleValues,
+    draft_config,
     init_weights,
     lay_blocks,
     metrics_of,
@@ -39,8 +39,7 @@ from pipeline.drafts import (
 )
 from pipeline.drafts.norm_and_rope import RMSNorm, rope_tables, rotate
 from pipeline.errors import UsageError
-from pipeline.target.head import TargetHead
-from pipeline.target.logit_chunks import NEWEST, RULES, ChunkLimit
+from pipeline.target.head import NEWEST, RULES, ChunkLimit, TargetHead
 
 # What it is called
 
@@ -86,7 +85,7 @@ def test_weights_start_as_published_and_by_seed_alone(method):
 
 def test_a_head_of_another_target_is_refused():
     with pytest.raises(UsageError, match="vocabulary 64 and width 32, the target's head 60 and 32"):
-        DRAFTS["dflash"](DraftConfig(**fields("dflash")), TargetHead(torch.zeros(60, H), torch.zeros(60, H)))
+        DRAFTS["dflash"](draft_config(**fields("dflash")), TargetHead(torch.zeros(60, H), torch.zeros(60, H)))
 
 
 # What it sees

@@ -1,12 +1,10 @@
 """Objectives: each is its formula, its gradient is autograd's, and no chunk or kind of logits changes that."""
 
-from typing import get_args
-
 import pytest
 import torch
 from draft_cases import LargestTensor, all_blocks, build, cell_of, gradients, head_loss, loss_of
 
-from pipeline.drafts import DraftConfig, ScheduleValues, metrics_of, needs_final_states
+from pipeline.drafts import ScheduleValues, metrics_of
 from pipeline.drafts.objectives import OBJECTIVES, Objective, TargetStates, dpace_weights
 from pipeline.errors import DataError
 from pipeline.target.head import TargetHead
@@ -73,10 +71,6 @@ def with_gradients(function, leaves):
     fresh = [leaf.clone().requires_grad_() for leaf in leaves]
     value = function(*fresh)
     return value.detach(), torch.autograd.grad(value, fresh)
-
-
-def test_a_recipe_can_name_exactly_these():
-    assert set(get_args(DraftConfig.model_fields["objective"].annotation)) == set(OBJECTIVES)
 
 
 @every_objective
@@ -274,7 +268,7 @@ def test_every_method_may_weigh_by_confidence(method, kind, name):
 
 def test_only_soft_targets_need_the_teacher():
     def needs(method, **options):
-        return needs_final_states(build(method, **options).config)
+        return build(method, **options).config.needs_final_states
 
     assert not needs("dflash") and not needs("domino") and needs("dspark")
     assert needs("dflash", objective="kl") and needs("domino", objective="dspark")

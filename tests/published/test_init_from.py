@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from pipeline.cache import HiddenCache
 from pipeline.cli import commands
-from pipeline.drafts import DRAFTS, DraftConfig, init_weights
+from pipeline.drafts import DRAFTS, DraftConfig, draft_config, init_weights
 from pipeline.errors import UsageError
 from pipeline.published import read_published
 from pipeline.published.check import check_export
@@ -31,7 +31,7 @@ def head() -> TargetHead:
 def wanted(folder, **changes) -> DraftConfig:
     """The draft that a folder describes, but for what changes."""
     fields = read_published(folder, 6).model_dump()
-    return DraftConfig(**{**fields, **changes})
+    return draft_config(**{**fields, **changes})
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -106,7 +106,7 @@ def test_another_head_of_the_same_method_is_refused(tmp_path, change, message):
 
 def test_a_head_is_not_taken_off_for_another_method(tmp_path):
     folder = FORMS["published domino"](tmp_path / "folder")
-    config = DraftConfig(**wanted(zlab_dflash(tmp_path / "dflash")).model_dump() | OF_DSPARK)
+    config = draft_config(**wanted(zlab_dflash(tmp_path / "dflash")).model_dump() | OF_DSPARK)
     with pytest.raises(UsageError, match=r"a domino draft, wanted is dspark: .* start from a dspark or dflash draft"):
         load_initial_weights(folder, config)
     with pytest.raises(UsageError, match=r"a domino draft, wanted is dflash: .* start from a dflash draft, or set"):

@@ -143,7 +143,7 @@ def captured(request, tmp_path_factory):
     corpus = write_jsonl(folder / "chats.jsonl", conversations(8))
     options = CaptureOptions(layers="-1,0,1,2", max_length=256)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.cache.plan.MIN_SHARDS", 2)  # four samples in each, and so in a batch
+        patch.setattr("pipeline.cache.plan_writer.MIN_SHARDS", 2)  # four samples in each, and so in a batch
         planned = plan(str(folder / "target"), str(corpus), folder / "cache", options=options)
     done = run(str(folder / "target"), str(corpus), folder / "cache", options=options)
     assert planned["samples"] == done.samples == 8 and done.refused == 0

@@ -12,7 +12,7 @@ from tiny import config, random_model
 from transformers import Gemma2Config
 
 from pipeline.cache.columns import ColumnSpec, stored_rows
-from pipeline.cache.plan import write_segment
+from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.samples import PlannedSample
 from pipeline.errors import ProofError
 from pipeline.target.model import decoder_layers, final_norm, head_of, run_decoder, tap_layers

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import config, conversations, random_model, save_target, write_jsonl
 
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.target_files import WEIGHTS, target_json
 from pipeline.errors import UsageError
 from pipeline.target.files import WEIGHTS_INDEX, target_digest, weight_files
@@ -230,14 +231,14 @@ def test_unchanged_weights_are_captured_from_and_read_once(captured, large, tmp_
     done = run(str(large), str(captured / "chats.jsonl"), out, options=CaptureOptions(layers="1,3"))
     assert done.new_shards == done.shards
     assert read.count("model.safetensors") == 1
-    check_weights(out, large)
+    check_weights(Catalog(out), large)
 
 
 def test_a_file_more_or_less_is_named(captured, changed, tmp_path):
     random_model(config(vocab_size=20_000, hidden_size=32)).save_pretrained(changed, max_shard_size="3MB")
     (changed / "model.safetensors").unlink()
     with pytest.raises(UsageError, match=r"model-00001-of-0000\d\.safetensors .*the cache knows no such file"):
-        check_weights(tmp_path / "cache", changed)
+        check_weights(Catalog(tmp_path / "cache"), changed)
 
 
 def test_the_weights_digest_sees_every_byte(large, changed):
@@ -245,7 +246,7 @@ def test_the_weights_digest_sees_every_byte(large, changed):
 
 
 def test_the_digests_kept_are_of_the_files_themselves(captured, large):
-    kept = target_json(captured / "cache", WEIGHTS)
+    kept = target_json(Catalog(captured / "cache"), WEIGHTS)
     assert kept == weight_facts(large)
     assert kept["model.safetensors"]["size"] == (large / "model.safetensors").stat().st_size
 

@@ -13,14 +13,14 @@ from cache_maker import COLUMNS, make_cache, random_samples
 from pipeline.cache import HiddenCache
 from pipeline.cache import parallel_reads as in_flight
 from pipeline.cache.layout import FINAL, shard_folder
-from pipeline.drafts import DraftConfig
+from pipeline.drafts import draft_config
 from pipeline.errors import CacheError
 from pipeline.runs.recipe import TrainSection
 from pipeline.runs.split import split_samples
 from stages.train_draft import loader as loader_module
 from stages.train_draft.loader import BatchLoader, Prefetcher
 
-CONFIG = DraftConfig(
+CONFIG = draft_config(
     method="dflash",
     hidden_size=8,
     vocab_size=1100,

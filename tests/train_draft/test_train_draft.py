@@ -23,7 +23,7 @@ from pipeline.cache.samples import PlannedSample
 from pipeline.checksummed_json import parse_checksummed, record_bytes
 from pipeline.cli import commands
 from pipeline.drafts import DRAFTS, ScheduleValues, lay_blocks
-from pipeline.drafts import draft as draft_module
+from pipeline.drafts import block_draft as draft_module
 from pipeline.errors import CacheError, DataError, ProofError, RoomError, UsageError
 from pipeline.published.init_from import InitialDraft
 from pipeline.runs import checkpoint

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from pipeline.cache.codecs.zarr_file import DTYPES
-from pipeline.errors import CacheError
-from pipeline.os_errors import refuse_limit
+from pipeline.errors import CacheError, first_line
+from pipeline.os_errors import check_memory, refuse_limit
 
 CHUNK_BYTES = 64 << 20  # an array with larger chunks is refused
 READ_BYTES = 4 << 20  # bytes read at a time, or a chunk
@@ -92,10 +92,8 @@ class _Errors:
         if isinstance(error, BAD_BYTES):
             refuse_limit(self.where, error)
             if "decompress" in str(error):
-                from pipeline.cache.codecs.zstd import check_memory
-
                 check_memory(self.where)
-            message = str(error).split("\n")[0]
+            message = first_line(error, None)
             raise CacheError(f"{self.where}: zarr-python cannot read it: {message}; run `pipeline verify`") from error
 
 

@@ -11,6 +11,7 @@ from cache_maker import COLUMNS, contents, flip, make_cache, random_samples
 from toy_codec import LEVELS, Fixed16
 
 from pipeline.cache import HiddenCache
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.zstd import Zstd
 from pipeline.cache.layout import FINAL
@@ -72,7 +73,7 @@ def test_a_plan_prices_it_beside_the_others(tiny_target, tiny_corpus, tmp_path):
 
 def test_a_budget_tries_it_before_a_smaller_lossy_codec_and_after_every_lossless_one(captured, tiny_target):
     corpus = SampleSizes.of(load_plan(captured("raw")).shards)
-    settings = resolve_settings(str(tiny_target), captured("raw"), CaptureOptions(**COMMON))
+    settings = resolve_settings(str(tiny_target), Catalog(captured("raw")), CaptureOptions(**COMMON))
     steps = {}
     for budget in range(700_000, 1_000_000, 1000):
         request = BudgetRequest.of(CaptureOptions(budget=str(budget), methods="dflash"))

@@ -1,4 +1,4 @@
-"""The base class of every method: a backbone and the target's frozen head, run in training and in decoding.
+"""The base of methods that predict blocks: the backbone and the target's frozen head, in training and in decoding.
 
 N blocks   S slots   K layers   T new rows   R context rows   D hidden size   P proposals   V vocabulary
 U rank of a correction
@@ -6,7 +6,6 @@ U rank of a correction
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -14,49 +13,27 @@ from torch import Tensor, nn
 from pipeline.drafts.attention import DecodeAttention, DenseAttention, GroupedAttention
 from pipeline.drafts.backbone import Backbone
 from pipeline.drafts.blocks import Blocks, Cell
-from pipeline.drafts.config import DraftConfig, needs_final_states
+from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.decoding import BlockRequest, DraftKV, Proposal, Sampling
 from pipeline.drafts.losses import HeadLoss
 from pipeline.drafts.metrics import slot_sums
 from pipeline.drafts.norm_and_rope import at_least_float32
-from pipeline.drafts.objectives import Objective, TargetStates, dpace_weights, term_name, term_weights
+from pipeline.drafts.objectives import Objective, TargetStates, dpace_weights, term_name
+from pipeline.drafts.protocol import Draft, Loss, ProbeBlock, ScheduleValues, Shapes
+from pipeline.drafts.reference import backbone_shapes, block_states
 from pipeline.errors import DataError, UsageError
 from pipeline.sampling import draw, uniforms
-from pipeline.target.head import TargetHead
-from pipeline.target.logit_chunks import NEWEST, chunk_blocks
+from pipeline.target.head import TargetHead, chunk_blocks
 
 
-@dataclass(frozen=True)
-class ScheduleValues:
-    """What a method's schedule changes from step to step."""
-
-    lambda_base: float = 0.0  # weight of the base logits' loss
-
-
-@dataclass(frozen=True)
-class Loss:
-    """The part of a global batch's loss that one cell (packed micro-batch) contributes.
-
-    total: sum over terms of coefficient * numerator / global denominator; cells add up to the batch's loss. terms: the
-    numerators, detached. sums: additive sums for `metrics.py`, empty unless asked for.
+class BlockDraft(Backbone, Draft):
+    """The backbone with the target's head. One whose logits depend on the tokens already chosen adds `correction` (all
+    slots at once, in training) and `correction_step` (slot by slot, in decoding), and for its published form
+    `head_tensors` and `reference_correction`.
     """
 
-    total: Tensor
-    terms: dict[str, Tensor]
-    sums: dict[str, Tensor] = field(default_factory=dict)
-
-
-class Draft(Backbone):
-    """A backbone with the target's head. A method adds `check`; one whose logits depend on the tokens already chosen
-    also `correction` (all slots at once, in training) and `correction_step` (slot by slot, in decoding).
-
-    The head is not in the state_dict, whose keys are exactly those of published checkpoints. reads_final: whether the
-    method's published loss reads the target's final states (`needs_final_states` answers for a config); measuring the
-    accept length always does. chunk_rule: the rule of `target/logit_chunks.py` that sizes the chunks of logits.
-    """
-
-    reads_final = False
-    chunk_rule = NEWEST
+    architectures = ("DFlashDraftModel",)  # of every method that SGLang reads by its projector_type
+    forms = ("sglang",)
 
     def __init__(self, config: DraftConfig, head: TargetHead):
         if (config.vocab_size, config.hidden_size) != (head.vocab_size, head.hidden_size):
@@ -84,10 +61,6 @@ class Draft(Backbone):
     def _embed(self, ids: Tensor) -> Tensor:
         return self.target.embed(ids).to(self.fc.weight.dtype)
 
-    def schedule(self, step: int, total_steps: int) -> ScheduleValues:
-        """Return the schedule's values after `step` of `total_steps` optimiser steps; here they are constant."""
-        return ScheduleValues()
-
     def logit_kinds(self, scheduled: ScheduleValues) -> dict[str, float]:
         """Return the weight of each kind of logits in the loss: "final", and "base" where they are corrected."""
         return {"final": 1.0}
@@ -104,7 +77,7 @@ class Draft(Backbone):
         den = blocks.weights_NS.double().sum()
         if self.config.weighting != "decay":
             den = torch.tensor(len(blocks.lengths), dtype=torch.float64, device=den.device)
-        kinds, terms = self.logit_kinds(ScheduleValues()), term_weights(self.config)
+        kinds, terms = self.logit_kinds(ScheduleValues()), self.config.term_weights
         return {term_name(kind, term): den for kind in kinds for term in terms}
 
     def loss(self, cell: Cell, blocks: Blocks, scheduled: ScheduleValues, dens: dict, metrics: bool = False) -> Loss:
@@ -128,20 +101,19 @@ class Draft(Backbone):
 
     def objective(self, cell: Cell, blocks: Blocks, scheduled: ScheduleValues, dens: dict, metrics: bool) -> Objective:
         """Return the configured objective on these blocks; nothing is computed yet."""
-        terms = term_weights(self.config)
+        terms = self.config.term_weights
         scales = {
             kind: {term: kind_weight * weight / dens[term_name(kind, term)] for term, weight in terms.items()}
             for kind, kind_weight in self.logit_kinds(scheduled).items()
         }
-        target_states = _target_states(cell, blocks, self.config) if needs_final_states(self.config) else None
-        confident = bool(self.config.enable_confidence_head)
+        target_states = None if self.config.final_reader is None else _target_states(cell, blocks, self.config)
         return Objective(
             blocks.labels_NS,
             self._slot_weights(blocks),
             scales,
             self.config.objective,
             target_states,
-            confident,
+            self.config.has_confidence,
             metrics,
         )
 
@@ -161,6 +133,12 @@ class Draft(Backbone):
             return {"final": self.target.cap(base_NSV)}
         added_NSV = nn.functional.linear(*correction).to(base_NSV.dtype)
         return {"base": self.target.cap(base_NSV), "final": self.target.cap(base_NSV + added_NSV)}
+
+    @torch.no_grad()
+    def teacher_forced(self, cell: Cell, blocks: Blocks) -> tuple[Tensor, Tensor | None]:
+        hidden_NSD = self.hidden(cell, blocks)
+        confidence_NS = self.confidence(hidden_NSD, blocks.prev_NS) if self.config.has_confidence else None
+        return self.logits(hidden_NSD, blocks.prev_NS)["final"], confidence_NS
 
     def new_kv(self) -> DraftKV:
         return DraftKV()
@@ -195,10 +173,6 @@ class Draft(Backbone):
     def propose(
         self, requests: Sequence[BlockRequest], sampling: Sampling | None = None, threshold: float = 0.0
     ) -> list[Proposal]:
-        """Propose, for each text, the tokens at positions start + 1 .. start + P, greedily or sampled.
-
-        threshold: cut each block before the first token whose confidence is below it; 0 keeps all.
-        """
         hidden_NSD = self.block_hidden(requests)
         anchors_N = torch.tensor([request.anchor_id for request in requests], device=hidden_NSD.device)
         ids_NP, logits_NPV = self.rollout_logits(hidden_NSD, anchors_N, sampling)
@@ -211,6 +185,20 @@ class Draft(Backbone):
             Proposal(ids_P[:count], self.probabilities(logits_PV[:count], sampling.temperature))
             for ids_P, logits_PV, count in zip(ids_NP, logits_NPV, counts, strict=True)
         ]
+
+    @torch.no_grad()
+    def greedy_proposals(
+        self, cell: Cell, blocks: Blocks, thresholds: Sequence[float] = (0.0,)
+    ) -> list[list[list[int]]]:
+        hidden_NSD, anchor_ids_N = self.hidden(cell, blocks), cell.ids_R[blocks.anchors_N]
+        ids_NP = self.rollout(hidden_NSD, anchor_ids_N)
+        whole, proposed = ids_NP.tolist(), []
+        for threshold in thresholds:
+            counts = [self.config.proposals] * len(whole)
+            if threshold > 0:
+                counts = self.confident_count(hidden_NSD, anchor_ids_N, ids_NP, threshold).tolist()
+            proposed.append([ids[:count] for ids, count in zip(whole, counts, strict=True)])
+        return proposed
 
     @torch.no_grad()
     def rollout(self, hidden_NSD: Tensor, anchor_ids_N: Tensor) -> Tensor:
@@ -266,6 +254,33 @@ class Draft(Backbone):
             f"a {self.config.method} draft without a confidence head cannot cut its blocks at {threshold}; "
             "leave the threshold out"
         )
+
+    @classmethod
+    def tensors(cls, config: DraftConfig, proposed: int | None = None) -> Shapes:
+        return backbone_shapes(config) | cls.head_tensors(config, proposed)
+
+    @classmethod
+    def head_tensors(cls, config: DraftConfig, proposed: int | None = None) -> Shapes:
+        """Return name and shape of what the method adds to the backbone; as `tensors`."""
+        return {}
+
+    @classmethod
+    def starting_tensors(cls, config: DraftConfig, source: type[Draft]) -> Shapes | None:
+        """As `Draft.starting_tensors`; the bare backbone starts any other draft, whose head is then random."""
+        return backbone_shapes(config) if source.only_backbone else super().starting_tensors(config, source)
+
+    @classmethod
+    def reference(cls, config: DraftConfig, block: ProbeBlock) -> tuple[Tensor, Tensor | None]:
+        hidden_SD = block_states(block.get, config, block.features_KTD, block.slots_SD)
+        added_SC, confidence_S = cls.reference_correction(config, block, hidden_SD)
+        return hidden_SD @ block.head_CD.T + added_SC, confidence_S
+
+    @classmethod
+    def reference_correction(
+        cls, config: DraftConfig, block: ProbeBlock, hidden_SD: Tensor
+    ) -> tuple[Tensor | float, Tensor | None]:
+        """Return what the method adds to the head's logits [S, C], and confidence logits [S] or None."""
+        return 0.0, None
 
 
 def _target_states(cell: Cell, blocks: Blocks, config: DraftConfig) -> TargetStates:

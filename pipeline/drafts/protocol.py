@@ -1,0 +1,265 @@
+"""What a method of drafting is to the rest of the project: `Draft`. A method is one file and one line in `DRAFTS`.
+
+N blocks   S slots   D hidden size   P proposals   V vocabulary   C columns: ids whose logits are computed
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from pipeline.drafts.blocks import Blocks, Cell
+from pipeline.drafts.config import DraftConfig, default_gamma
+from pipeline.drafts.decoding import BlockRequest, Proposal, Sampling
+from pipeline.errors import UsageError
+from pipeline.target.head import NEWEST, TargetHead
+
+# Hidden size up to which a target counts as a toy for a CPU: its drafts have blocks of 8 slots instead of 16.
+SMALL_HIDDEN = 512
+ENGINES = {"sglang": "SGLang", "speculators": "speculators and vLLM"}  # who reads each published form
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class ScheduleValues:
+    """What a method's schedule changes from step to step."""
+
+    lambda_base: float = 0.0  # weight of the base logits' loss
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The part of a global batch's loss that one cell (packed micro-batch) contributes.
+
+    total: sum over terms of coefficient * numerator / global denominator; cells add up to the batch's loss. terms: the
+    numerators, detached. sums: additive sums for `metrics.py`, empty unless asked for.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ProbeBlock:
+    """One block for `Draft.reference`: what an engine has when it runs the published tensors.
+
+    get: a tensor by its published name, in float32. The anchor is at position T, after T context rows.
+    """
+
+    get: Callable[[str], Tensor]
+    features_KTD: Tensor  # the target's states of the context
+    slots_SD: Tensor  # the target's embeddings of the anchor and the mask tokens
+    prev_S: Tensor  # the token before each slot's guess
+    prev_SD: Tensor  # the target's embeddings of these
+    columns_C: Tensor
+    head_CD: Tensor  # the target's head at these ids
+
+
+@dataclass(frozen=True)
+class PublishedKeys:
+    """A published config.json taken apart: its top level, and the keys that its form nests. file: for messages."""
+
+    file: object
+    flat: dict
+    nested: dict
+    deepspec: bool = False  # DeepSpec's form: flat, and its drafts guess from the anchor on
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        return tuple(self.flat.get("architectures") or ())
+
+    def find(self, key: str, *otherwise):
+        """Return the value of a key that releases keep in one of two places. KeyError, or `otherwise`, for neither."""
+        flat, nested = self.flat, self.nested
+        if key in flat and key in nested and flat[key] != nested[key]:
+            raise UsageError(
+                f"{self.file}: {key} is {flat[key]} and, in dflash_config, {nested[key]}; correct the wrong one"
+            )
+        value = nested.get(key, flat.get(key))
+        if value is not None:
+            return value
+        if otherwise:
+            return otherwise[0]
+        raise KeyError(key)
+
+
+class Draft(nn.Module, ABC):
+    """One method of drafting: how it learns, how it proposes, and how it is published.
+
+    Training knows a method by `denominators`, `loss` and `schedule`; exact measurement by `greedy_proposals`; decoding
+    by `new_kv` and `propose`; recipes and configs by `Config` and `recipe_defaults`; everything published by the class
+    attributes and methods below `published`. Nothing else in the project names a method. The state_dict has exactly the
+    names of published checkpoints; the target's frozen embedding and head (`target`) are not in it.
+
+    `BlockDraft` is the base of methods on the block backbone with the target's head, which add a correction of its
+    logits at most (DFlash, Domino, DSpark). Methods of other kinds fit as follows.
+
+    EAGLE-3 derives from this class. A block is a chain: slot k is its step k, which reads the embedding of token
+    anchor + k and the state before it (the fused target states at first, then its own), so `Config` fixes
+    shift_label = true and `block_size` is the number of steps. `loss` unrolls them over the cell's rows. Its reduced
+    vocabulary is an option `draft_vocab_size` and the buffers d2t and t2d: `before_training` counts the ids of the
+    training samples and fills them, `denominators` and `loss` leave out labels that it cannot propose, `propose` and
+    `greedy_proposals` map what they choose to the target's ids, `tensors` names the two maps, and `reduces_vocabulary`
+    lets a folder with fewer ids be opened. `new_kv` gives its own cache; its config.json is a form of its own, written
+    by `own_config` and read by `read_own_config`; `reference` is its step in plain torch.
+
+    DFlash-2 derives from `BlockDraft`. Its convolutions are inside the layer: `layer_class` is a layer that has them,
+    `tensors` adds their names, `reference` computes them. Its selector scores candidates by A[prev] * (W h) against
+    B, which is `correction` and `correction_step` (z, B); `rollout_logits` keeps the head's best candidates only, and
+    `loss` adds the term over them, as DSpark's adds the confidence's. `conv_kernel_size`, `selector_rank` and
+    `selector_top_k` are its options, under these names in every published form.
+    """
+
+    Config: ClassVar[type[DraftConfig]] = DraftConfig
+    title: ClassVar[str]
+    paper: ClassVar[str | None] = None  # its number on arXiv
+    reads_final: ClassVar[bool] = False  # whether its published loss reads the target's final states
+    fused_matrices: ClassVar[tuple[str, ...]] = ()  # linear modules that are several matrices in one, as a GRU's are
+    chunk_rule: int = NEWEST  # the rule of `target/head.py` that sizes the chunks of logits
+    config: DraftConfig
+    target: TargetHead
+
+    @classmethod
+    def recipe_defaults(cls, stated: dict, hidden_size: int) -> dict:
+        """Return what a recipe leaves open. stated: the fields of [draft] that it states."""
+        block = stated.get("block_size") or (8 if hidden_size <= SMALL_HIDDEN else 16)
+        filled = {"block_size": block, "shift_label": True, "objective": "ce", "weighting": "decay"}
+        options = {name: option.default for name, option in cls.Config.options().items() if not option.is_required()}
+        return filled | {"gamma": default_gamma(block)} | options | cls.Config.defaults(stated)
+
+    def before_training(self, samples: Iterable[np.ndarray]) -> None:
+        """Prepare buffers from the ids [T] of each training sample, which are read as they are asked for.
+
+        Called when a run makes its draft, before initial weights or a checkpoint are loaded.
+        """
+
+    def schedule(self, step: int, total_steps: int) -> ScheduleValues:
+        """Return the schedule's values after `step` of `total_steps` optimiser steps; here they are constant."""
+        return ScheduleValues()
+
+    @abstractmethod
+    def denominators(self, blocks: Blocks) -> dict[str, Tensor]:
+        """Return each loss term's denominator from one cell; the sum over the batch's cells is given to `loss`."""
+
+    @abstractmethod
+    def loss(self, cell: Cell, blocks: Blocks, scheduled: ScheduleValues, dens: dict, metrics: bool = False) -> Loss:
+        """Return one cell's part of the loss. dens: each term's denominator, summed over all cells of the batch.
+
+        Raises DataError when the loss reads the target's final states and the cell has none.
+        """
+
+    @abstractmethod
+    def teacher_forced(self, cell: Cell, blocks: Blocks) -> tuple[Tensor, Tensor | None]:
+        """Return the logits [N, S, V] after the true tokens, and the confidence's logits [N, S] or None; for probes."""
+
+    @abstractmethod
+    def greedy_proposals(
+        self, cell: Cell, blocks: Blocks, thresholds: Sequence[float] = (0.0,)
+    ) -> list[list[list[int]]]:
+        """Return, for each threshold as of `propose` and each block, the ids that decoding would propose from the
+        cell's states."""
+
+    @abstractmethod
+    def new_kv(self):
+        """Return an empty kv cache of one text, with `length`, the number of positions in it."""
+
+    @abstractmethod
+    def propose(
+        self, requests: Sequence[BlockRequest], sampling: Sampling | None = None, threshold: float = 0.0
+    ) -> list[Proposal]:
+        """Propose, for each text, the tokens at positions start + 1 .. start + P, greedily or sampled.
+
+        threshold: cut each block before the first token whose confidence is below it; 0 keeps all.
+        """
+
+    # Published: names, shapes and keys in the forms of others, arithmetic, and what the card says.
+
+    architectures: ClassVar[tuple[str, ...]] = ()  # classes that hold drafts of this method; an export names the first
+    forms: ClassVar[tuple[str, ...]] = ()  # those of ENGINES that have a place for it
+    renamed_tensors: ClassVar[dict[str, str]] = {}  # regular expressions of others' names -> ours
+    ignored_keys: ClassVar[frozenset[str]] = frozenset()  # nested keys of its files besides its options
+    only_backbone: ClassVar[bool] = False  # the bare backbone, from which any draft on it can start
+    reduces_vocabulary: ClassVar[bool] = False  # whether it proposes fewer ids than the target has
+
+    @classmethod
+    @abstractmethod
+    def tensors(cls, config: DraftConfig, proposed: int | None = None) -> Shapes:
+        """Return name and shape of every tensor, written out from the publication, not asked of the module.
+
+        proposed: the number of ids that may be proposed, where it is not the whole vocabulary.
+        """
+
+    @classmethod
+    @abstractmethod
+    def reference(cls, config: DraftConfig, block: ProbeBlock) -> tuple[Tensor, Tensor | None]:
+        """Return logits [S, C], before the soft cap, and confidence logits [S] or None, in plain torch.
+
+        Written a second time from the publication: what the two computations agree on is no mistake of one of them.
+        """
+
+    @classmethod
+    def starting_tensors(cls, config: DraftConfig, source: type["Draft"]) -> Shapes | None:
+        """Return the tensors that a draft of the method `source` can start this one with; None: it cannot."""
+        return cls.tensors(config) if source is cls else None
+
+    @classmethod
+    def publishes(cls, keys: PublishedKeys) -> bool:
+        """Return whether a file without a projector_type, of an architecture of several methods, holds this one."""
+        return False
+
+    @classmethod
+    def absent_shift_label(cls, keys: PublishedKeys) -> bool | None:
+        """Return the label convention of a file that does not state it; None: it must."""
+        return None if cls.Config.may_keep_position else True
+
+    @classmethod
+    def read_options(cls, keys: PublishedKeys) -> dict:
+        """Return the options that a published config states. KeyError for one that is missing."""
+        return {name: keys.find(name) for name in cls.Config.published_options()}
+
+    @classmethod
+    def write_options(cls, config: DraftConfig, form: str) -> tuple[dict, dict]:
+        """Return the keys that a config of this form has besides those of every method: at the top level, and nested
+        (which speculators has no place for)."""
+        options = {name: getattr(config, name) for name in cls.Config.published_options()}
+        return (options, {}) if form == "speculators" else ({}, {"projector_type": config.method} | options)
+
+    @classmethod
+    def own_config(cls, config: DraftConfig, form: str, common: dict) -> dict | None:
+        """Return the whole config.json where the form is the method's own; None: one of the shared forms.
+
+        common: the keys that every Qwen3-like config has.
+        """
+        return None
+
+    @classmethod
+    def read_own_config(cls, flat: dict) -> dict | None:
+        """Return the fields of `Config` where config.json is of the method's own form; None: it is not."""
+        return None
+
+    @classmethod
+    def refusal(cls, config: DraftConfig, form: str) -> str | None:
+        """Return why the engine of that form cannot serve this draft, and what to do; None: it can."""
+        if form in cls.forms:
+            return None
+        others = f"export it with --format {cls.forms[0]}" if cls.forms else "train a draft of another method"
+        return f"{ENGINES[form]} have no {cls.title}: its head would be dropped and the rest served; {others}"
+
+    @classmethod
+    def sglang_serving(cls, config: DraftConfig) -> tuple[str, int]:
+        """Return SGLang's name of the algorithm, and how many tokens of a block it verifies."""
+        raise NotImplementedError(f"SGLang has no {cls.title}")
+
+    @classmethod
+    def card_rows(cls, config: DraftConfig) -> list[tuple[str, str]]:
+        """Return further rows of the card's first table."""
+        return []
+
+    @classmethod
+    def card_notes(cls, config: DraftConfig, form: str) -> list[str]:
+        """Return lines of the card on how the engine of that form serves it otherwise than it was measured."""
+        return []
