@@ -125,8 +125,9 @@ class LosslessCheck:
             first = number == 0
             padded = piece if first else piece + piece[-1:] * (width - len(piece))
             ids_BT = torch.tensor([padded] * (1 if first else batch), device=self.target.device)
-            kept = 1 if first else 0
-            logits_BTV = self.target(input_ids=ids_BT, past_key_values=kv, use_cache=True, logits_to_keep=kept).logits
+            logits_BTV = self.target(
+                input_ids=ids_BT, past_key_values=kv, use_cache=True, logits_to_keep=int(first)
+            ).logits
             rows += len(piece)
             if first:
                 kv.batch_repeat_interleave(batch)

@@ -156,8 +156,8 @@ def _ask(
     return sorted(failures, key=lambda failure: _corpus_order(failure.row.location))
 
 
-def _corpus_order(place: str) -> tuple[str, int]:
-    file, _, line = place.rpartition(":")
+def _corpus_order(location: str) -> tuple[str, int]:
+    file, _, line = location.rpartition(":")
     return file, int(line)
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.cache.atomic import sync_file
 from pipeline.cache.codecs.calibration import Calibration
 from pipeline.cache.codecs.codec import Codec
 from pipeline.cache.codecs.zarr_file import METADATA, SHARD_FILE, Grid, ShardFile, ShardFileWriter
@@ -220,11 +221,7 @@ class EncodedWriter:
             stream.finish()
         self._metadata = self._group_metadata()
         (self.folder / METADATA).write_bytes(self._metadata)
-        fd = os.open(self.folder / METADATA, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync_file(self.folder / METADATA)
 
     def _group_metadata(self) -> bytes:
         """The group's `zarr.json`: how to decode, and how many rows and outliers there are in the whole chunks."""
@@ -256,7 +253,7 @@ class EncodedReader:
     in_order = False  # the file's bytes are not the values in order
 
     def __init__(self, codec: LossyCodec, folder: Path, rows: int, width: int, dtype: str):
-        self.codec, self.folder, self.dtype = codec, folder, dtype
+        self.codec, self.folder, self.dtype, self._width = codec, folder, dtype, width
         self._arrays = [*codec.arrays(width)]
         self.path = folder / self._arrays[0] / SHARD_FILE
         index = _grids(codec, rows, width, 0)[OUTLIERS].index_bytes
@@ -271,26 +268,26 @@ class EncodedReader:
         self.calibration = Calibration(*self._read(CHANNELS, 0, 2))
 
     def _read(self, name: str, first: int, count: int) -> np.ndarray:
-        file = self._files[name]
-        return self._fill(name, first, np.empty((count, file.grid.width), file.grid.dtype))
+        grid = self._files[name].grid
+        out = np.empty((count, grid.width), grid.dtype)
+        self._fill(name, first, out)
+        return out
 
-    def _fill(self, name: str, first: int, out: np.ndarray) -> np.ndarray:
+    def _fill(self, name: str, first: int, out: np.ndarray) -> None:
         if out.size:
             self._files[name].read_into(first, memoryview(out).cast("B"))
-        return out
 
     def buffers(self, rows: int) -> tuple[np.ndarray, ...]:
         """Allocate the codec's arrays for so many rows."""
-        grids = [self._files[name].grid for name in self._arrays]
-        return tuple(np.empty((rows, grid.width), grid.dtype) for grid in grids)
+        return tuple(np.empty((rows, count), kind) for count, kind in self.codec.arrays(self._width).values())
 
     def outliers(self, kept: range) -> np.ndarray:
         """Outliers `kept` of the column, [e, 3], rows counted in the column. CacheError where they cannot be valid."""
         if kept.stop > self._outlier_count:
             raise CacheError(f"{self.folder}: has fewer escapes than are counted; run `pipeline verify`")
         outliers = self._read(OUTLIERS, kept.start, len(kept))
-        width = self._files[CHANNELS].grid.width
-        if ((outliers[:, 1] < 0) | (outliers[:, 1] >= width)).any() or (outliers[1:, 0] < outliers[:-1, 0]).any():
+        channels, rows = outliers[:, 1], outliers[:, 0]
+        if ((channels < 0) | (channels >= self._width)).any() or (rows[1:] < rows[:-1]).any():
             raise CacheError(f"{self.folder}: its escapes are damaged; run `pipeline verify`")
         return outliers
 

@@ -9,7 +9,6 @@ block that was right when this process first read it: in memory, or on a disk th
 """
 
 import contextlib
-from pathlib import Path
 
 import numpy as np
 import xxhash
@@ -28,18 +27,10 @@ class Raw(ArrayCodec):
 
     name = "raw"
     suffix = ""
-
-    def row_bytes(self, width: int, dtype: str) -> int:
-        return width * DTYPES[dtype].itemsize
+    array_writer, array_reader = ShardFileWriter, ShardFile
 
     def grid(self, rows: int, width: int, dtype: np.dtype) -> Grid:
         return Grid.of(rows, width, dtype)
-
-    def writer(self, folder: Path, rows: int, width: int, dtype: str, calibration: None = None) -> ShardFileWriter:
-        return ShardFileWriter(folder, Grid.of(rows, width, DTYPES[dtype]))
-
-    def open(self, folder: Path, grid: Grid) -> ShardFile:
-        return ShardFile(folder, grid)
 
     def direct(self, column) -> "DirectColumn | None":
         return DirectColumn.of(column)
