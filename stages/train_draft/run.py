@@ -15,8 +15,8 @@ from pipeline.cache import HiddenCache
 from pipeline.console import VisibleConsole
 from pipeline.drafts import DRAFTS, Draft, init_weights
 from pipeline.drafts.rope_scaling import draft_rope_scaling
+from pipeline.drafts.serving import unservable
 from pipeline.errors import RoomError, first_line
-from pipeline.published.writing import unservable
 from pipeline.runs.cache_requirements import check_complete, how_to_add, logit_scale, partial_text, text_config
 from pipeline.runs.folder import (
     Result,
@@ -67,7 +67,7 @@ def run(
     store = HiddenCache.open(cache)
     torch_device = find_device(device)
     stated = load_recipe(recipe, tuple(sets))
-    check_complete(store, stated)
+    check_complete(store, stated.draft.layers)
     resolved = resolve(stated, store)
     split = split_for(resolved, store)
     resolved = resolved.with_steps(len(split.train))

@@ -146,7 +146,7 @@ def plan_runs(
     runs: dict[Path, PlannedRun] = {}
     for setting, recipe in combinations:
         try:
-            check_complete(store, recipe)
+            check_complete(store, recipe.draft.layers)
             resolved = resolve(recipe, store)
             draft = resolved.draft
             key = draft.mask_token_id, resolved.recipe.train.heldout, draft.target_layer_ids, draft.needs_final_states
