@@ -202,7 +202,7 @@ def describe_draft(path: Path) -> Trained:
     steps, run_folder = open_checkpoint(checkpoint, ()).step, checkpoint.resolve().parent.parent
     if not (run_folder / RUN).is_file():
         return Trained(path, False, steps)
-    trained_on = read_run(run_folder)["cache"]["path"]
+    trained_on = read_run(run_folder).cache.path
     recipe = read_recipe(run_folder)
     train, seedless = recipe.train, recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 0})})
     return Trained(path, False, steps, train.seed, train.heldout, Path(trained_on), seedless.digest())
