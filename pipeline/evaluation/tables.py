@@ -12,7 +12,7 @@ from pipeline.console import Grid, grid
 from pipeline.evaluation.reports import (
     MAX_SPREADS,
     ConfidenceCut,
-    Figures,
+    DecodedFigures,
     Lossless,
     Report,
     SampledReplies,
@@ -31,7 +31,7 @@ from pipeline.visible_text import escape_markdown, visible
 def comparison(paths: Sequence[Path], markdown: bool = False, forced: bool = False) -> Group | str:
     """Return evaluations side by side: a column a draft, a row a domain, accept length with its 95 % interval.
 
-    Reports that differ only in their seed are pooled into one column. Figures of drawn replies have rows of their own.
+    Reports that differ only in their seed are pooled into one column. Sampled replies have rows of their own.
     `forced` adds the teacher-forced figures.
     """
     columns = pool_seeds(load_reports(paths))
@@ -190,12 +190,12 @@ def _figures_grid(title: str, part: Report | SampledReplies, proposals: int, for
     return figures
 
 
-def _accept_length_cells(row: Figures | ConfidenceCut) -> tuple[str, str, str]:
+def _accept_length_cells(row: DecodedFigures | ConfidenceCut) -> tuple[str, str, str]:
     low, high = row.interval
     return f"{row.accept_len:.2f}", f"{low:.2f} - {high:.2f}", f"{row.calls_saved:.0%}"
 
 
-def _verify_rate_text(title: str, overall: Figures) -> str:
+def _verify_rate_text(title: str, overall: DecodedFigures) -> str:
     return f"{title}: {overall.verify_rate:.0%} of {overall.verified:.2f} proposals a call kept"
 
 

@@ -33,8 +33,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pipeline.cache.atomic import process_lock, write_errors
 from pipeline.cache.manifest import read_canonical, write_canonical
+from pipeline.checksummed_json import Count, Counts, Record
 from pipeline.errors import CacheError, ProofError, RoomError, UsageError
-from pipeline.evaluation.reports import MAX_SPREADS, Count, Counts, NearTie, Record, SampledLossless
+from pipeline.evaluation.reports import MAX_SPREADS, NearTie, SampledLossless
 from stages.evaluate.decode import Decoded
 
 NEAR_TIE_FACTOR = 4  # a near tie's gap in logits is at most so many times the difference between valid forwards
