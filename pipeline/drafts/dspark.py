@@ -26,10 +26,10 @@ from pipeline.drafts.blocks import Blocks, Cell
 from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.losses import HeadLoss
 from pipeline.drafts.metrics import confidence_sums, slot_sums
-from pipeline.drafts.norm_and_rope import at_least_float32
 from pipeline.drafts.protocol import Loss, ProbeBlock, PublishedKeys, ScheduleValues, Shapes
 from pipeline.errors import UsageError
 from pipeline.target.head import TargetHead
+from pipeline.tensors import at_least_float32
 
 
 class DSparkConfig(DraftConfig):
