@@ -200,7 +200,7 @@ def greedy_tokens(draft: Draft, sample: "Sample") -> list[int]:
 
     Logits are rounded to the target's compute type, as the target's own are: in bfloat16 that decides ties.
     """
-    head, device = draft.target, draft.fc.weight.device
+    head, device = draft.target, draft.device
     greedy_T = torch.full((len(sample.ids),), -1)
     step = chunk_rows(head.vocab_size, device.type, draft.chunk_rule, greedy=True)
     for rows, final_RD in zip(sample.final_rows.split(step), sample.final.split(step), strict=True):
@@ -217,7 +217,7 @@ def _propose_all(
     thresholds: Sequence[float],
 ) -> Iterator[list[list[list[int]]]]:
     """Yield, for each reply in order and each threshold, the proposals [a][P] of the blocks at its first tokens."""
-    device, config = draft.fc.weight.device, draft.config
+    device, config = draft.device, draft.config
     cell = pack(samples, [""] * len(samples))
     counts = [[reply.anchor_count(stops, max_new) for reply in of_sample] for of_sample in replies]
     rows = [

@@ -66,7 +66,7 @@ class TrainingRun:
         self.train = resolved.recipe.train
         self.digests = {"recipe": resolved.recipe.digest(), "cache": cache.digest, "split": split.digest}
         self.optimizer = make_optimizer(self.train.optimizer, draft)
-        self.device = draft.fc.weight.device
+        self.device = draft.device
         self.loader = BatchLoader(cache, split, resolved.draft, self.train, keep_encoded=self.device.type != "cpu")
         self.eval_samples = stratified_subset(cache, split.heldout, self.train.eval_samples) if cache.has_final else ()
         self.metrics, self.timing_log = MetricsLog(path / METRICS), MetricsLog(path / TIMING)

@@ -32,6 +32,7 @@ class Toy(BlockDraft):
 
     Config = ToyConfig
     title = "Toy"
+    sglang = ("TOY", 0)
 
     def __init__(self, config, head):
         super().__init__(config, head)
@@ -61,10 +62,6 @@ class Toy(BlockDraft):
     def reference_correction(cls, config, block, hidden_SD):
         columns_CU = block.get("score.weight")[block.columns_C]
         return block.prev_SD @ block.get("read.weight").T @ columns_CU.T + block.get("frequency")[block.columns_C], None
-
-    @classmethod
-    def sglang_serving(cls, config):
-        return "TOY", config.block_size
 
     @classmethod
     def card_rows(cls, config):

@@ -22,7 +22,7 @@ from pipeline.cache import HiddenCache
 from pipeline.cache.samples import PlannedSample
 from pipeline.checksummed_json import parse_checksummed, record_bytes
 from pipeline.cli import commands
-from pipeline.drafts import DRAFTS, ScheduleValues, lay_blocks
+from pipeline.drafts import DRAFTS, lay_blocks
 from pipeline.drafts import block_draft as draft_module
 from pipeline.errors import CacheError, DataError, ProofError, RoomError, UsageError
 from pipeline.published.init_from import InitialDraft
@@ -86,7 +86,7 @@ def take_step(trainer: Trainer, number: int) -> dict | None:
 
 def add_gradients(draft, loader, cells, blocks, lambda_base: float, metrics: bool = False):
     trainer = Trainer(draft, make_optimizer("adamw", draft), loader, loader.train)
-    return trainer.add_gradients(cells, blocks, ScheduleValues(lambda_base), metrics)
+    return trainer.add_gradients(cells, blocks, {"lambda_base": lambda_base}, metrics)
 
 
 def gradients(draft) -> dict:

@@ -37,11 +37,11 @@ OUTLIER_SHARE = 64  # at most one entry of a column in so many may be an outlier
 
 
 class LossyCodec(Codec):
-    """What a lossy codec answers beyond `Codec`. Its promise: `error_bound` and `max_of_token`, `probe_allowance`.
+    """What a lossy codec answers beyond `Codec`. Its promise: `error_bound`, `max_of_token`, `probe_allowance`.
 
-    The certificate (`error_certificate.py`) holds a column to the promise before anything of it is kept, and to limits
+    Before a shard is kept, its certificate (`error_certificate.py`) is checked against the promise, and against limits
     that all codecs share. max_of_token: the largest rms error of a row, relative to the row's rms deviation, both in
-    stds of the channels. formula: for people who read the files, how a value is decoded.
+    stds of the channels.
 
     Every column in a lossy codec is calibrated first: the certificate measures errors in its channels' stds, and an
     encoder may normalise by them.
@@ -64,14 +64,15 @@ class LossyCodec(Codec):
 
     @abstractmethod
     def decode(self, arrays: tuple["Tensor", ...], calibration: Calibration, out_RD: "Tensor") -> None:
-        """Fill `out_RD` with states, rounded to its dtype, given `arrays` on its device, with their dtypes on disk."""
+        """Fill `out_RD` with states, rounded to its dtype, from the arrays on its device: uint16 there is int16."""
 
     @abstractmethod
     def error_bound(self, states_RD: "Tensor", calibration: Calibration) -> "Tensor":
         """The largest error of each entry, as [R, D], [R, 1] or [D], but for the last rounding to the states' dtype."""
 
     @abstractmethod
-    def formula(self, width: int, dtype: str) -> str: ...
+    def formula(self, width: int, dtype: str) -> str:
+        """How a value is decoded, for people who read the files."""
 
     def row_bytes(self, width: int, dtype: str) -> int:
         return sum(count * kind.itemsize for count, kind in self.arrays(width).values())
@@ -89,7 +90,7 @@ class LossyCodec(Codec):
         return self.pack(parts, calibration, str(states_RD.dtype).removeprefix("torch."))
 
     def views(self, memory: np.ndarray, shape: tuple[int, int, int]) -> tuple[np.ndarray, ...]:
-        """View the begin of a buffer as the arrays of K columns of R rows; those of larger numbers first in memory."""
+        """View the start of a buffer as the arrays of K columns of R rows, those with larger items first in memory."""
         K, R, D = shape
         arrays, views, at = self.arrays(D), {}, 0
         for name, (count, kind) in sorted(arrays.items(), key=lambda item: -item[1][1].itemsize):
@@ -167,7 +168,9 @@ class Encoded:
 def _to_device(values: np.ndarray, device: "torch.device") -> "Tensor":
     import torch
 
-    return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
+    values = np.ascontiguousarray(values)
+    signed = values.view(np.int16) if values.dtype == np.uint16 else values  # not every device has uint16
+    return torch.from_numpy(signed).to(device, non_blocking=True)
 
 
 def _grids(codec: LossyCodec, rows: int, width: int, outliers: int) -> dict[str, Grid]:

@@ -104,27 +104,20 @@ class DirectColumn:
             begin = at - at % CHECKSUM_ROWS
             end = min(begin + CHECKSUM_ROWS, rows)
             number = start_block + begin // CHECKSUM_ROWS
+            while end < stop and verified[number] and verified[number + 1]:
+                number, end = number + 1, min(end + CHECKSUM_ROWS, rows)
+            wanted = out[(at - first) * self.width : (min(end, stop) - first) * self.width]
             if verified[number]:
-                while end < stop and verified[number + 1]:
-                    number, end = number + 1, min(end + CHECKSUM_ROWS, rows)
-                end = min(end, stop)
-                to = out[(at - first) * self.width : (end - first) * self.width]
-                if not file.read((base + at) * self.width, to, wait):
+                if not file.read((base + at) * self.width, wanted, wait):
                     return False
-            elif begin == at and end <= stop:
-                if not self._read_block(
-                    file, row, begin, out[(at - first) * self.width : (end - first) * self.width], wait
-                ):
-                    return False
-                verified[number] = 1
             else:
-                whole = memoryview(bytearray((end - begin) * self.width))
-                if not self._read_block(file, row, begin, whole, wait):
+                whole = (begin, end) == (at, min(end, stop))
+                block = wanted if whole else memoryview(bytearray((end - begin) * self.width))
+                if not self._read_block(file, row, begin, block, wait):
                     return False
                 verified[number] = 1
-                end = min(end, stop)
-                part = whole[(at - begin) * self.width : (end - begin) * self.width]
-                out[(at - first) * self.width : (end - first) * self.width] = part
+                if not whole:
+                    wanted[:] = block[(at - begin) * self.width :][: len(wanted)]
             at = end
         return True
 
