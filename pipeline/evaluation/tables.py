@@ -48,16 +48,13 @@ def comparison(paths: Sequence[Path], markdown: bool = False, forced: bool = Fal
     rows += [[name(title), *map(figure, columns.values())] for title, figure in (figures | FACTS).items()]
     if markdown:
         return as_markdown(rows)
-    table = grid(rows[0][0], *(f">{head}" for head in rows[0][1:]))
-    for row in rows[1:]:
-        table.add_row(*row)
     first = next(iter(columns.values()))[0]
     note = (
         f"{visible(first.target)}, greedy where no T is named, replies of {first.settings.max_new} tokens at "
         "most; tokens gained per target call, the target's own included; 95 % intervals over prompts"
     )
     forced_note = "\nforced: teacher-forced, on the cache's replies" if forced else ""
-    return Group(table, "", Text(note + forced_note, style="dim"))
+    return Group(as_grid(rows), "", Text(note + forced_note, style="dim"))
 
 
 def _sampled_rows(temperatures: tuple[float, float]) -> dict[str, Callable[[list[Report]], str]]:
@@ -78,6 +75,14 @@ def _mean_of_domains(reports: list[Report]) -> str:
 def _forced(reports: list[Report], domain: str) -> str:
     lengths = [report.teacher_forced[domain] for report in reports if domain in report.teacher_forced]
     return f"{fmean(lengths):.2f}" if lengths else "-"
+
+
+def as_grid(rows: list[list[str]]) -> Grid:
+    """Return rows, the first of them heads, as a table for a terminal."""
+    table = grid(rows[0][0], *(f">{head}" for head in rows[0][1:]))
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
 
 
 def as_markdown(rows: list[list[str]]) -> str:
