@@ -26,9 +26,9 @@ from pipeline.drafts.blocks import Blocks
 from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.draft import Loss, ProbeBlock, PublishedKeys, Shapes
 from pipeline.drafts.metrics import confidence_sums
-from pipeline.drafts.norm_and_rope import at_least_float32
 from pipeline.errors import UsageError
 from pipeline.target.head import TargetHead
+from pipeline.tensors import at_least_float32
 
 
 class DSparkConfig(DraftConfig):

@@ -36,7 +36,8 @@ from pipeline.drafts import (
     metrics_of,
     pack,
 )
-from pipeline.drafts.norm_and_rope import RMSNorm, rope_tables, rotate
+from pipeline.drafts.backbone import RMSNorm
+from pipeline.drafts.rope import rope_tables, rotate
 from pipeline.errors import UsageError
 from pipeline.target.head import NEWEST, RULES, ChunkLimit, TargetHead
 
