@@ -106,14 +106,10 @@ def cache_hidden(model, corpus, out, **chosen):
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(cache, sample, as_json):
     """Say what a cache is and holds."""
-    from pipeline.evaluation.tables import cache_table, coloured_sample
+    from pipeline.cache.inspect import cache_table, coloured_sample, describe, sample_view
 
     if sample is None:
-        from pipeline.cache.inspect import describe
-
         return show(describe(cache), as_json, cache_table)
-    from pipeline.cache.inspect import sample_view
-
     show(sample_view(cache, sample), as_json, lambda view: coloured_sample(cache, view))
 
 
@@ -134,7 +130,7 @@ def verify(cache, repair, deep, complete, model, device, as_json):
     With --repair it captures exactly the damaged columns of the damaged shards again, and what follows from the rest
     it writes again; what is sound is not touched.
     """
-    from pipeline.evaluation.tables import verify_table
+    from pipeline.cache.inspect import verify_table
     from stages.cache_hidden.repair import check_incomplete, suggest_repair, verify_and_repair
 
     report = verify_and_repair(cache, repair, deep, model, device)
@@ -203,7 +199,7 @@ def train_draft(recipe, cache, sets, out, device, init_from):
     """
     from stages.train_draft.run import run
 
-    run(cache, recipe, sets, out, device, init_from)
+    run(cache, recipe, sets, out, device, initial_draft(init_from))
 
 
 @commands.command()
@@ -214,7 +210,7 @@ def train_draft(recipe, cache, sets, out, device, init_from):
 @click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
 @click.option("--init-from", type=FOLDER, help="Begin every run with the weights of this draft.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def sweep(recipe, as_json, **chosen):
+def sweep(recipe, as_json, init_from, **chosen):
     """Train every combination of a recipe's lists.
 
     The lists are those of RECIPE's [sweep] table; the runs follow one another, and one table ends them. All are checked
@@ -224,7 +220,7 @@ def sweep(recipe, as_json, **chosen):
     from stages.train_draft.sweep import sweep
 
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
-        report = sweep(recipe=recipe, **chosen)
+        report = sweep(recipe=recipe, init_from=initial_draft(init_from), **chosen)
     show(report, as_json, sweep_table)
     failed = [run for run in report["runs"] if run["failed"]]
     if failed:
@@ -331,6 +327,15 @@ def report(reports, markdown, forced, drawing, against):
 
         plot(reports, drawing)
     print_visible(table) if markdown else console().print(table)
+
+
+def initial_draft(place):
+    """Return the draft that --init-from names, None without one. Training knows of no published form."""
+    if place is None:
+        return None
+    from pipeline.published.init_from import InitialDraft
+
+    return InitialDraft(place)
 
 
 def console():

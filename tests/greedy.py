@@ -13,7 +13,6 @@ from pipeline.corpus.rejections import Tally
 from pipeline.drafts import (
     DRAFTS,
     Draft,
-    ScheduleValues,
     draft_config,
     eligible_anchors,
     init_weights,
@@ -112,6 +111,6 @@ def make_learned_draft(cache_path, method="domino", steps=50, **options) -> Draf
     optimizer = torch.optim.Adam(draft.parameters(), lr=6e-3)
     for step in range(steps):
         optimizer.zero_grad()
-        draft.loss(cell, blocks, ScheduleValues(1 - step / steps), dens).total.backward()
+        draft.loss(cell, blocks, {"lambda_base": 1 - step / steps}, dens).total.backward()
         optimizer.step()
     return draft.eval()

@@ -24,7 +24,6 @@ from pipeline.drafts import (
     Draft,
     DraftConfig,
     Loss,
-    ScheduleValues,
     draft_config,
     lay_blocks,
     metrics_of,
@@ -91,7 +90,7 @@ class Case:
         dens = self.draft.denominators(self.blocks)  # SpecForge's DSpark divides by the bare sum
         if self.facts["method"] == "domino":
             dens = {name: den + 1e-6 for name, den in dens.items()}
-        return self.draft.loss(self.cell, self.blocks, ScheduleValues(lambda_base), dens, metrics)
+        return self.draft.loss(self.cell, self.blocks, {"lambda_base": lambda_base}, dens, metrics)
 
 
 def case_config(facts: dict, parameters: set[str]) -> DraftConfig:

@@ -3,12 +3,22 @@
 from pipeline.drafts.block_draft import BlockDraft, init_weights
 from pipeline.drafts.blocks import Blocks, Cell, eligible_anchors, lay_blocks, pack
 from pipeline.drafts.config import DraftConfig, default_gamma
-from pipeline.drafts.decoding import BlockRequest, DraftKV, Proposal, Sampling
 from pipeline.drafts.dflash import DFlash
 from pipeline.drafts.domino import Domino
+from pipeline.drafts.draft import (
+    SMALL_HIDDEN,
+    BlockRequest,
+    Draft,
+    DraftKV,
+    Loss,
+    ProbeBlock,
+    Proposal,
+    PublishedKeys,
+    Sampling,
+    Shapes,
+)
 from pipeline.drafts.dspark import DSpark
 from pipeline.drafts.metrics import metrics_of
-from pipeline.drafts.protocol import SMALL_HIDDEN, Draft, Loss, ProbeBlock, PublishedKeys, ScheduleValues, Shapes
 from pipeline.errors import UsageError
 
 DRAFTS: dict[str, type[Draft]] = {"dflash": DFlash, "domino": Domino, "dspark": DSpark}
@@ -46,7 +56,6 @@ __all__ = [
     "Proposal",
     "PublishedKeys",
     "Sampling",
-    "ScheduleValues",
     "Shapes",
     "default_gamma",
     "draft_config",

@@ -14,16 +14,15 @@ from pipeline.drafts.attention import DecodeAttention, DenseAttention, GroupedAt
 from pipeline.drafts.backbone import Backbone
 from pipeline.drafts.blocks import Blocks, Cell
 from pipeline.drafts.config import DraftConfig
-from pipeline.drafts.decoding import BlockRequest, DraftKV, Proposal, Sampling
+from pipeline.drafts.draft import BlockRequest, Draft, DraftKV, Loss, ProbeBlock, Proposal, Sampling, Shapes
 from pipeline.drafts.losses import HeadLoss
 from pipeline.drafts.metrics import slot_sums
-from pipeline.drafts.norm_and_rope import at_least_float32
 from pipeline.drafts.objectives import Objective, TargetStates, dpace_weights, term_name
-from pipeline.drafts.protocol import Draft, Loss, ProbeBlock, ScheduleValues, Shapes
 from pipeline.drafts.reference import backbone_shapes, block_states
 from pipeline.errors import DataError, UsageError
 from pipeline.sampling import draw, uniforms
 from pipeline.target.head import TargetHead, chunk_blocks
+from pipeline.tensors import at_least_float32
 
 
 class BlockDraft(Backbone, Draft):
@@ -61,7 +60,7 @@ class BlockDraft(Backbone, Draft):
     def _embed(self, ids: Tensor) -> Tensor:
         return self.target.embed(ids).to(self.fc.weight.dtype)
 
-    def logit_kinds(self, scheduled: ScheduleValues) -> dict[str, float]:
+    def logit_kinds(self, scheduled: dict[str, float]) -> dict[str, float]:
         """Return the weight of each kind of logits in the loss: "final", and "base" where they are corrected."""
         return {"final": 1.0}
 
@@ -77,10 +76,10 @@ class BlockDraft(Backbone, Draft):
         den = blocks.weights_NS.double().sum()
         if self.config.weighting != "decay":
             den = torch.tensor(len(blocks.lengths), dtype=torch.float64, device=den.device)
-        kinds, terms = self.logit_kinds(ScheduleValues()), self.config.term_weights
+        kinds, terms = self.logit_kinds({}), self.config.term_weights
         return {term_name(kind, term): den for kind in kinds for term in terms}
 
-    def loss(self, cell: Cell, blocks: Blocks, scheduled: ScheduleValues, dens: dict, metrics: bool = False) -> Loss:
+    def loss(self, cell: Cell, blocks: Blocks, scheduled: dict[str, float], dens: dict, metrics: bool = False) -> Loss:
         """Return one cell's part of the loss. dens: each term's global denominator, summed over all cells of the batch.
 
         At lambda 1 a causal head's gradient is 0, not None. Raises DataError when the objective reads final states and
@@ -91,15 +90,27 @@ class BlockDraft(Backbone, Draft):
         z_NSU, out_VU = self.correction(hidden_NSD, blocks.prev_NS) or (None, None)
         chunk = self.blocks_per_chunk(hidden_NSD)
         total = HeadLoss.apply(hidden_NSD, z_NSU, out_VU, self.target, objective, chunk)
-        return Loss(
-            total, objective.numerators, slot_sums(objective.slot_values(), blocks.scored_NS) if metrics else {}
-        )
+        terms, per_slot = objective.numerators, objective.slot_values()
+        sums = slot_sums(per_slot, blocks.scored_NS) if metrics else {}
+        own = self.own_loss(hidden_NSD, blocks, per_slot, dens)
+        if own is None:
+            return Loss(total, terms, sums)
+        return Loss(total + own.total, terms | own.terms, sums | own.sums if metrics else {})
+
+    def own_loss(self, hidden_NSD: Tensor, blocks: Blocks, per_slot: dict[str, Tensor], dens: dict) -> Loss | None:
+        """Return the loss of the method's own modules beside the logits', None without any.
+
+        per_slot: what the objective recorded for every slot. dens: as of `loss`.
+        """
+        return None
 
     def blocks_per_chunk(self, hidden_NSD: Tensor) -> int:
         """Return how many of these blocks have their logits in memory at once."""
         return chunk_blocks(hidden_NSD.shape[1], self.target.vocab_size, hidden_NSD.device.type, self.chunk_rule)
 
-    def objective(self, cell: Cell, blocks: Blocks, scheduled: ScheduleValues, dens: dict, metrics: bool) -> Objective:
+    def objective(
+        self, cell: Cell, blocks: Blocks, scheduled: dict[str, float], dens: dict, metrics: bool
+    ) -> Objective:
         """Return the configured objective on these blocks; nothing is computed yet."""
         terms = self.config.term_weights
         scales = {
@@ -154,7 +165,7 @@ class BlockDraft(Backbone, Draft):
             length, start = request.kv.length, request.start
             assert length + T == start, f"kv holds {length} positions and {T} came, for an anchor at {start}"
             assert len(self.config.target_layer_ids) == K, f"{K} layers for {self.config.target_layer_ids}"
-        device, S = self.fc.weight.device, self.config.block_size
+        device, S = self.device, self.config.block_size
         ids_NS = torch.full((len(requests), S), self.config.mask_token_id, device=device)
         ids_NS[:, 0] = torch.tensor([request.anchor_id for request in requests], device=device)
         starts_N = torch.tensor([request.start for request in requests], device=device)

@@ -2,7 +2,7 @@
 
 from pipeline.drafts.block_draft import BlockDraft
 from pipeline.drafts.config import DraftConfig
-from pipeline.drafts.protocol import PublishedKeys
+from pipeline.drafts.draft import PublishedKeys
 
 
 class DFlash(BlockDraft):
@@ -12,6 +12,7 @@ class DFlash(BlockDraft):
     paper = "2602.06036"
     architectures = ("DFlashDraftModel", "DFlashSpeculator", "Qwen3DSparkModel")  # the last: DeepSpec's, without heads
     forms = ("sglang", "speculators")
+    sglang = ("DFLASH", 0)
     only_backbone = True
 
     @classmethod
@@ -19,9 +20,9 @@ class DFlash(BlockDraft):
         return super().recipe_defaults(stated, hidden_size) | {"shift_label": False}
 
     @classmethod
-    def absent_shift_label(cls, keys: PublishedKeys) -> bool:
-        """Same-position labels, which alone may be left unsaid; DeepSpec's baseline has next-position ones."""
-        return keys.deepspec
+    def absent(cls, keys: PublishedKeys) -> dict:
+        """As `Draft.absent`: only same-position labels are left out; DeepSpec's baseline has next-position ones."""
+        return {"shift_label": keys.deepspec}
 
     @classmethod
     def write_options(cls, config: DraftConfig, form: str) -> tuple[dict, dict]:
@@ -35,7 +36,3 @@ class DFlash(BlockDraft):
                 "shift_label is true; train one with draft.shift_label = false"
             )
         return super().refusal(config, form)
-
-    @classmethod
-    def sglang_serving(cls, config: DraftConfig) -> tuple[str, int]:
-        return "DFLASH", config.block_size  # the anchor is counted among the tokens to verify

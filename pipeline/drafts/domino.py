@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.drafts.block_draft import BlockDraft
 from pipeline.drafts.config import DraftConfig
-from pipeline.drafts.protocol import ProbeBlock, PublishedKeys, ScheduleValues, Shapes
+from pipeline.drafts.draft import ProbeBlock, PublishedKeys, Shapes
 from pipeline.errors import UsageError
 from pipeline.target.head import TargetHead
 
@@ -51,6 +51,8 @@ class Domino(BlockDraft):
     title = "Domino"
     paper = "2605.29707"
     architectures = ("DFlashDraftModel", "DominoDraftModel")
+    sglang = ("DFLASH", 0)
+    head_name = "causal head"
     # SpecForge's training checkpoints once nested the head's parts.
     renamed_tensors: ClassVar = {r"^logit_head\.(?=(prefix_gru|embed_proj)\.)": ""}
 
@@ -72,7 +74,7 @@ class Domino(BlockDraft):
         """The first slot whose logits are corrected."""
         return self.config.first_slot + self.config.pure_draft_prefix_len
 
-    def schedule(self, step: int, total_steps: int) -> ScheduleValues:
+    def schedule(self, step: int, total_steps: int) -> dict[str, float]:
         """Return lambda, which decays linearly from its start to 0 over `lambda_decay` of the run's steps.
 
         step: optimizer steps completed. Raises UsageError without `total_steps`, where lambda would silently be 0.
@@ -81,11 +83,12 @@ class Domino(BlockDraft):
             raise UsageError(f"lambda needs the number of steps of the whole run, found {total_steps}; set train.steps")
         span = max(1, int(total_steps * self.config.lambda_decay))
         value = self.config.lambda_start * (1 - min(step / span, 1))
-        return ScheduleValues(lambda_base=min(max(value, 0.0), 1.0))
+        return {"lambda_base": min(max(value, 0.0), 1.0)}
 
-    def logit_kinds(self, scheduled: ScheduleValues) -> dict[str, float]:
+    def logit_kinds(self, scheduled: dict[str, float]) -> dict[str, float]:
         """Return the weights of the corrected and the base logits: 1 - lambda and lambda."""
-        return {"final": 1 - scheduled.lambda_base, "base": scheduled.lambda_base}
+        base = scheduled.get("lambda_base", 0.0)
+        return {"final": 1 - base, "base": base}
 
     def correction(self, hidden_NSD: Tensor, prev_NS: Tensor) -> tuple[Tensor, Tensor]:
         """As `BlockDraft.correction`; 0 on the slots that are not corrected."""
@@ -145,20 +148,11 @@ class Domino(BlockDraft):
         out_SC[:first] = 0
         return out_SC, None
 
-    @staticmethod
-    def _by_specforge(keys: PublishedKeys) -> bool:
-        """Return whether the file is of SpecForge's own class, whose defaults for left-out keys are known."""
-        return keys.architectures == ("DominoDraftModel",)
-
     @classmethod
-    def absent_shift_label(cls, keys: PublishedKeys) -> bool | None:
-        return False if cls._by_specforge(keys) else None
-
-    @classmethod
-    def read_options(cls, keys: PublishedKeys) -> dict:
-        default = (0,) if cls._by_specforge(keys) else ()
-        sizes = {name: keys.find(name) for name in ("emb_dim", "gru_hidden_dim")}
-        return sizes | {"pure_draft_prefix_len": keys.find("pure_draft_prefix_len", *default)}
+    def absent(cls, keys: PublishedKeys) -> dict:
+        """As `Draft.absent`: SpecForge's own class, with its defaults."""
+        specforge = keys.architectures == ("DominoDraftModel",)
+        return {"shift_label": False, "pure_draft_prefix_len": 0} if specforge else {}
 
     @classmethod
     def write_options(cls, config: DominoConfig, form: str) -> tuple[dict, dict]:
@@ -168,25 +162,16 @@ class Domino(BlockDraft):
 
     @classmethod
     def refusal(cls, config: DominoConfig, form: str) -> str | None:
-        if form == "speculators":
-            return (
-                "speculators and vLLM have no Domino: its causal head would be dropped and the backbone alone served; "
-                "export it with --format sglang"
-            )
-        if not (config.shift_label and config.pure_draft_prefix_len == 1):
+        if form == "sglang" and not (config.shift_label and config.pure_draft_prefix_len == 1):
             return (
                 f"SGLang serves Domino with shift_label true and pure_draft_prefix_len 1 only, this draft has "
                 f"{str(config.shift_label).lower()} and {config.pure_draft_prefix_len}; train one with these"
             )
-        return None
-
-    @classmethod
-    def sglang_serving(cls, config: DominoConfig) -> tuple[str, int]:
-        return "DFLASH", config.block_size
+        return super().refusal(config, form)
 
     @classmethod
     def card_rows(cls, config: DominoConfig) -> list[tuple[str, str]]:
-        return [("causal head", f"GRU of {config.gru_hidden_dim}, rank {config.emb_dim}")]
+        return [(cls.head_name, f"GRU of {config.gru_hidden_dim}, rank {config.emb_dim}")]
 
     @classmethod
     def card_notes(cls, config: DominoConfig, form: str) -> list[str]:

@@ -22,14 +22,13 @@ from pydantic import NonNegativeInt, model_validator
 from torch import Tensor, nn
 
 from pipeline.drafts.block_draft import BlockDraft
-from pipeline.drafts.blocks import Blocks, Cell
+from pipeline.drafts.blocks import Blocks
 from pipeline.drafts.config import DraftConfig
-from pipeline.drafts.losses import HeadLoss
-from pipeline.drafts.metrics import confidence_sums, slot_sums
-from pipeline.drafts.norm_and_rope import at_least_float32
-from pipeline.drafts.protocol import Loss, ProbeBlock, PublishedKeys, ScheduleValues, Shapes
+from pipeline.drafts.draft import Loss, ProbeBlock, PublishedKeys, Shapes
+from pipeline.drafts.metrics import confidence_sums
 from pipeline.errors import UsageError
 from pipeline.target.head import TargetHead
+from pipeline.tensors import at_least_float32
 
 
 class DSparkConfig(DraftConfig):
@@ -151,6 +150,7 @@ class DSpark(BlockDraft):
     fused_matrices = ("joint_proj",)
     architectures = ("Qwen3DSparkModel", "DSparkDraftModel", "DFlashDraftModel", "DSparkSpeculator")
     forms = ("sglang", "speculators")
+    sglang = ("DSPARK", 1)  # its block holds proposals only, and the anchor is verified, too
     # Model-Optimizer has the head's parts at the top level; SpecForge's training checkpoints once nested them.
     renamed_tensors: ClassVar = {
         r"^logit_head\.(?=(markov_head|confidence_head)\.)": "",
@@ -203,25 +203,17 @@ class DSpark(BlockDraft):
         dens = super().denominators(blocks)
         return dens | ({"confidence": next(iter(dens.values()))} if self.config.enable_confidence_head else {})
 
-    def loss(self, cell: Cell, blocks: Blocks, scheduled: ScheduleValues, dens: dict, metrics: bool = False) -> Loss:
-        """As `BlockDraft.loss`, plus the confidence head's cross-entropy against `accept`, weighted as the others."""
+    def own_loss(self, hidden_NSD: Tensor, blocks: Blocks, per_slot: dict[str, Tensor], dens: dict) -> Loss | None:
+        """Return the confidence head's cross-entropy against `accept`, with the other terms' weights."""
         if not self.config.enable_confidence_head:
-            return super().loss(cell, blocks, scheduled, dens, metrics)
-        objective = self.objective(cell, blocks, scheduled, dens, metrics)
-        hidden_NSD = self.hidden(cell, blocks)
-        z_NSU, out_VU = self.correction(hidden_NSD, blocks.prev_NS) or (None, None)
-        chunk = self.blocks_per_chunk(hidden_NSD)
-        total = HeadLoss.apply(hidden_NSD, z_NSU, out_VU, self.target, objective, chunk)
-        per_slot = objective.slot_values()
+            return None
+        weights_NS, accept_NS = per_slot["weights"], per_slot["accept"]
         logits_NS = self.confidence(hidden_NSD, blocks.prev_NS)
-        bce_NS = F.binary_cross_entropy_with_logits(logits_NS, per_slot["accept"], reduction="none")
-        numerator = (per_slot["weights"] * bce_NS).sum()
-        total = total + self.config.alpha_confidence / dens["confidence"] * numerator
-        terms, sums = objective.numerators | {"confidence": numerator.detach()}, {}
-        if metrics:
-            sums = slot_sums(per_slot, blocks.scored_NS)
-            sums |= confidence_sums(logits_NS.detach(), per_slot["accept"], per_slot["weights"])
-        return Loss(total, terms, sums)
+        bce_NS = F.binary_cross_entropy_with_logits(logits_NS, accept_NS, reduction="none")
+        numerator = (weights_NS * bce_NS).sum()
+        total = self.config.alpha_confidence / dens["confidence"] * numerator
+        sums = confidence_sums(logits_NS.detach(), accept_NS, weights_NS)
+        return Loss(total, {"confidence": numerator.detach()}, sums)
 
     @classmethod
     def head_tensors(cls, config: DSparkConfig, proposed: int | None = None) -> Shapes:
@@ -273,25 +265,29 @@ class DSpark(BlockDraft):
     @classmethod
     def publishes(cls, keys: PublishedKeys) -> bool:
         """As `Draft.publishes`; without any head DeepSpec's class holds its baseline, the bare backbone."""
-        return keys.deepspec and bool(keys.find("markov_rank", 1) or cls._stated_confidence(keys))
+        confidence = keys.find("enable_confidence_head", cls.absent(keys)["enable_confidence_head"])
+        return keys.deepspec and bool(keys.find("markov_rank", 1) or confidence)
 
-    @staticmethod
-    def _stated_confidence(keys: PublishedKeys) -> bool:
-        """Return whether there is a confidence head; SpecForge once let the weight of its loss say so."""
-        alpha = keys.find("confidence_head_alpha", 0)
-        return keys.find("enable_confidence_head", keys.find("use_confidence_head", bool(alpha)))
+    @classmethod
+    def absent(cls, keys: PublishedKeys) -> dict:
+        """As `Draft.absent`: SpecForge once let the weight of its loss say whether there is a confidence head;
+        Model-Optimizer's always reads the token before, and has no key that says so."""
+        weighted = bool(keys.find("confidence_head_alpha", 0))
+        confidence = keys.find("use_confidence_head", None)
+        return {
+            "shift_label": True,
+            "enable_confidence_head": weighted if confidence is None else confidence,
+            "confidence_head_with_markov": bool(confidence),
+        } | ({"markov_head_type": "vanilla"} if keys.find("markov_rank", 1) == 0 else {})
 
     @classmethod
     def read_options(cls, keys: PublishedKeys) -> dict:
-        confidence, rank = cls._stated_confidence(keys), keys.find("markov_rank")
-        # Model-Optimizer's confidence head always reads the token before, and has no key that says so.
-        with_markov = bool(keys.find("use_confidence_head", False))
-        return {
-            "markov_rank": rank,
-            "markov_head_type": "vanilla" if rank == 0 else keys.find("markov_head_type"),  # of no head: nothing
-            "enable_confidence_head": confidence,
-            "confidence_head_with_markov": keys.find("confidence_head_with_markov", with_markov) and confidence,
-        }
+        """As `Draft.read_options`; the kind of a head that is not there means nothing."""
+        options = super().read_options(keys)
+        if options["markov_rank"] == 0:
+            options["markov_head_type"] = "vanilla"
+        options["confidence_head_with_markov"] &= options["enable_confidence_head"]
+        return options
 
     @classmethod
     def write_options(cls, config: DSparkConfig, form: str) -> tuple[dict, dict]:
@@ -312,10 +308,6 @@ class DSpark(BlockDraft):
                 f'"{config.markov_head_type}"; export it with --format sglang, or train one with "vanilla"'
             )
         return super().refusal(config, form)
-
-    @classmethod
-    def sglang_serving(cls, config: DSparkConfig) -> tuple[str, int]:
-        return "DSPARK", config.block_size + 1  # the block holds proposals only, and the anchor is verified, too
 
     @classmethod
     def card_rows(cls, config: DSparkConfig) -> list[tuple[str, str]]:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.drafts.norm_and_rope import at_least_float32
 from pipeline.drafts.objectives import Objective
 from pipeline.target.head import TargetHead
+from pipeline.tensors import at_least_float32
 
 
 class HeadLoss(torch.autograd.Function):

@@ -108,22 +108,22 @@ def replay_decoding(
 
     proposed_NP: the proposals of the blocks at its first N tokens.
     """
-    lengths, kept, counts, at = [], [], [], 0
+    lengths, matched, proposed, at = [], [], [], 0
     ended = reply.tokens[0] in stops
     while not ended and (max_new is None or at < max_new):
         if at >= len(proposed_NP):
-            return lengths, kept, counts, False
-        proposed = proposed_NP[at]
-        known = reply.tokens[at + 1 : at + 2 + len(proposed)]
-        unknown = len(proposed) + 1 - len(known)
-        matched, gained, ended = cut_at_stop(accepted_tokens(proposed, known + [None] * unknown), stops)
-        if not ended and len(known) <= matched < len(proposed):
-            return lengths, kept, counts, False  # whether the target accepts the next proposal is not known
+            return lengths, matched, proposed, False
+        block = proposed_NP[at]
+        known = reply.tokens[at + 1 : at + 2 + len(block)]
+        unknown = len(block) + 1 - len(known)
+        kept, gained, ended = cut_at_stop(accepted_tokens(block, known + [None] * unknown), stops)
+        if not ended and len(known) <= kept < len(block):
+            return lengths, matched, proposed, False  # whether the target accepts the next proposal is not known
         lengths.append(gained)
-        kept.append(matched)
-        counts.append(len(proposed))
+        matched.append(kept)
+        proposed.append(len(block))
         at += gained
-    return lengths, kept, counts, True
+    return lengths, matched, proposed, True
 
 
 def reply_spans(mask_T: np.ndarray) -> list[tuple[int, int]]:
@@ -200,7 +200,7 @@ def greedy_tokens(draft: Draft, sample: "Sample") -> list[int]:
 
     Logits are rounded to the target's compute type, as the target's own are: in bfloat16 that decides ties.
     """
-    head, device = draft.target, draft.fc.weight.device
+    head, device = draft.target, draft.device
     greedy_T = torch.full((len(sample.ids),), -1)
     step = chunk_rows(head.vocab_size, device.type, draft.chunk_rule, greedy=True)
     for rows, final_RD in zip(sample.final_rows.split(step), sample.final.split(step), strict=True):
@@ -217,7 +217,7 @@ def _propose_all(
     thresholds: Sequence[float],
 ) -> Iterator[list[list[list[int]]]]:
     """Yield, for each reply in order and each threshold, the proposals [a][P] of the blocks at its first tokens."""
-    device, config = draft.fc.weight.device, draft.config
+    device, config = draft.device, draft.config
     cell = pack(samples, [""] * len(samples))
     counts = [[reply.anchor_count(stops, max_new) for reply in of_sample] for of_sample in replies]
     rows = [

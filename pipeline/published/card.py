@@ -78,10 +78,10 @@ def serve_command(config: DraftConfig, form: str, origin: Origin, folder: str) -
     if form == "speculators":
         chosen = {"method": config.method, "model": path, "num_speculative_tokens": config.proposals}
         return shlex.join(["vllm", "serve", target, *revision, "--speculative-config", json.dumps(chosen)])
-    algorithm, verified = DRAFTS[config.method].sglang_serving(config)
+    algorithm, beside = DRAFTS[config.method].sglang
     words = ["python", "-m", "sglang.launch_server", "--model-path", target, *revision]
     words += ["--speculative-algorithm", algorithm, "--speculative-draft-model-path", path]
-    return shlex.join([*words, "--speculative-num-draft-tokens", str(verified)])
+    return shlex.join([*words, "--speculative-num-draft-tokens", str(config.block_size + beside)])
 
 
 def _accept_lengths(facts: Facts, config: DraftConfig) -> str:

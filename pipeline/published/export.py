@@ -18,11 +18,12 @@ from torch import Tensor
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import Scratch, check_free_space, clean_scratch_of, sync_file, sync_folder, write_errors
 from pipeline.drafts import Blocks, Cell, Draft, DraftConfig, lay_blocks, pack
+from pipeline.drafts.serving import check_servable
 from pipeline.errors import ProofError, UsageError
 from pipeline.published import CONFIG, WEIGHTS, load_draft_folder
 from pipeline.published.card import CARD, card
 from pipeline.published.check import PROBE, check_export, write_probe
-from pipeline.published.writing import check_servable, published_config
+from pipeline.published.writing import published_config
 from pipeline.runs.cache_requirements import logit_scale, text_config
 from pipeline.runs.checkpoint import load_config, load_draft
 from pipeline.runs.provenance import Provenance, provenance

@@ -5,7 +5,7 @@ unlearn. The bare backbone starts a draft of any method on it, whose own head be
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,12 +13,11 @@ import xxhash
 from torch import Tensor
 
 from pipeline.drafts import DRAFTS, Draft, DraftConfig
-from pipeline.drafts.rope_scaling import RopeScaling
+from pipeline.drafts.rope import RopeScaling
 from pipeline.errors import UsageError
 from pipeline.published.folder import open_folder
 from pipeline.published.weights import open_safetensors
 from pipeline.runs.checkpoint import DRAFT, find_checkpoint, load_config, open_checkpoint, steps
-from pipeline.runs.recipe import Resolved
 from pipeline.target.head import TargetHead
 
 # What the backbone's weights were trained to: with another value they compute something else, or do not fit.
@@ -52,14 +51,21 @@ class InitialWeights:
     rope_scaling: RopeScaling | None  # what they were trained with, which training goes on with
     digest: str  # of names, types and values: what a run is recorded to have started with
 
-    def with_rope_scaling(self, resolved: Resolved) -> Resolved:
-        """Return the recipe with the RoPE scaling (or none) that these weights were trained with."""
-        return replace(resolved, draft=resolved.draft.model_copy(update={"rope_scaling": self.rope_scaling}))
-
     def load_into(self, draft: Draft) -> None:
         """Load the weights into a draft; its other tensors stay as they are."""
         missing, surplus = draft.load_state_dict(self.tensors, strict=False)
         assert not surplus and set(missing) == set(self.fresh), f"{missing} and {surplus}, expected {self.fresh}"
+
+
+@dataclass(frozen=True)
+class InitialDraft:
+    """The draft that --init-from names. Commands that train are given it: they know of no published form."""
+
+    place: Path
+
+    def weights_for(self, wanted: DraftConfig, head: TargetHead | None = None) -> InitialWeights:
+        """As `load_initial_weights`."""
+        return load_initial_weights(self.place, wanted, head)
 
 
 def load_initial_weights(place: Path, wanted: DraftConfig, head: TargetHead | None = None) -> InitialWeights:

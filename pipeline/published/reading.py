@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.drafts import DRAFTS, DraftConfig, PublishedKeys, draft_config
-from pipeline.drafts.rope_scaling import RopeScaling, draft_rope_scaling, rope_parameters, rope_type_of
+from pipeline.drafts.rope import RopeScaling, draft_rope_scaling, rope_parameters, rope_type_of
 from pipeline.errors import UsageError
 from pipeline.published.weights import CONFIG, read_json
 
@@ -262,7 +262,7 @@ def _shift_label(keys: PublishedKeys, method: str) -> bool:
         raise UsageError(
             f"{keys.file}: shift_label and sample_from_anchor contradict each other or {method}; correct one"
         )
-    shift = stated.pop() if stated else draft.absent_shift_label(keys)
+    shift = stated.pop() if stated else draft.absent(keys).get("shift_label")
     if shift is None:
         raise UsageError(
             f"{keys.file}: shift_label is missing; state whether slot k guesses anchor + k + 1 or anchor + k"

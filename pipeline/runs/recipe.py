@@ -30,7 +30,7 @@ from pydantic import (
 )
 
 from pipeline.drafts import DRAFTS, SMALL_HIDDEN, DraftConfig, draft_config
-from pipeline.drafts.rope_scaling import draft_rope_scaling
+from pipeline.drafts.rope import RopeScaling, draft_rope_scaling
 from pipeline.errors import UsageError
 from pipeline.runs.cache_requirements import check_final, layers_to_read, resolve_mask_token, rope_theta, text_config
 from pipeline.untrusted import read_file
@@ -236,6 +236,10 @@ class Resolved:
         }
         recipe = self.recipe.model_copy(update={"train": train.model_copy(update=filled)})
         return dataclasses.replace(self, recipe=recipe)
+
+    def with_rope_scaling(self, scaling: RopeScaling | None) -> "Resolved":
+        """Return the same with the rotary scaling (or none) of weights that are there already."""
+        return dataclasses.replace(self, draft=self.draft.model_copy(update={"rope_scaling": scaling}))
 
 
 def resolve(recipe: Recipe, cache) -> Resolved:

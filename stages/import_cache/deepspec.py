@@ -23,8 +23,8 @@ from pipeline.os_errors import refuse_limit
 from pipeline.untrusted import parse_json, read_file
 from stages.import_cache.foreign_sample import (
     ForeignSample,
+    PartialConvention,
     SampleLocation,
-    StatedConvention,
     bad_file,
     check_loss_mask,
     check_token_ids,
@@ -53,7 +53,7 @@ class DeepSpec:
                 "--model it was made with"
             )
         self.layers = len(facts["target_layer_ids"])
-        self.stated = StatedConvention(tuple(facts["target_layer_ids"]), count_from=0, last="normed")
+        self.stated = PartialConvention(tuple(facts["target_layer_ids"]), count_from=0, last="normed")
         self._shards = [folder / entry["file_name"] for entry in facts["shards"]]
         for path in self._shards:
             if not path.is_file():

@@ -20,8 +20,8 @@ from pipeline.os_errors import refuse_limit
 from pipeline.pickles import RefusedPickle, check_pickle
 from stages.import_cache.foreign_sample import (
     ForeignSample,
+    PartialConvention,
     SampleLocation,
-    StatedConvention,
     bad_file,
     check_loss_mask,
     check_plain,
@@ -52,7 +52,7 @@ class SpecForge:
     """A folder of `.ckpt` files, at any depth. Each holds `layers` layers of hidden size `width`, side by side."""
 
     form = "specforge"
-    stated = StatedConvention()
+    stated = PartialConvention()
 
     def __init__(self, folder: Path, layers: int, width: int):
         self.folder, self.layers, self.width = folder, layers, width

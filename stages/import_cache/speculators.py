@@ -18,8 +18,8 @@ from pipeline.errors import DataError, UsageError, first_line
 from pipeline.os_errors import refuse_limit
 from stages.import_cache.foreign_sample import (
     ForeignSample,
+    PartialConvention,
     SampleLocation,
-    StatedConvention,
     bad_file,
     check_loss_mask,
     check_plain,
@@ -39,7 +39,7 @@ class Speculators:
     """A folder of `hs_<i>.safetensors`. `masks`: the data set's folder, by default this folder or its parent."""
 
     form = "speculators"
-    stated = StatedConvention()
+    stated = PartialConvention()
 
     def __init__(self, folder: Path, layers: int, width: int, masks: Path | None):
         self.folder, self.layers, self.width = folder, layers, width

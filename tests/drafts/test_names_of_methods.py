@@ -13,7 +13,7 @@ ALLOWED = {
     "pipeline/drafts/__init__.py": {"pipeline.drafts.dflash", "pipeline.drafts.domino", "pipeline.drafts.dspark"}
     | {"dflash", "domino", "dspark", "DFlash", "Domino", "DSpark"},  # imports, and the lines of DRAFTS
     "pipeline/drafts/block_draft.py": {"DFlashDraftModel"},
-    "pipeline/drafts/protocol.py": {"dflash_config"},
+    "pipeline/drafts/draft.py": {"dflash_config"},
     "pipeline/drafts/objectives.py": {"dspark"},  # an objective, which any method may have
     "pipeline/published/reading.py": {"dflash_config", "Qwen3DSparkModel"},
     "pipeline/published/writing.py": {"dflash_config"},

@@ -14,6 +14,7 @@ from pipeline.errors import UsageError
 from pipeline.published import load_draft_folder
 from pipeline.published.check import check_export
 from pipeline.published.export import export
+from pipeline.published.init_from import InitialDraft
 from pipeline.runs import checkpoint
 from stages.evaluate.run import run as evaluate
 from stages.train_draft.run import run as train
@@ -31,6 +32,7 @@ class Toy(BlockDraft):
 
     Config = ToyConfig
     title = "Toy"
+    sglang = ("TOY", 0)
 
     def __init__(self, config, head):
         super().__init__(config, head)
@@ -60,10 +62,6 @@ class Toy(BlockDraft):
     def reference_correction(cls, config, block, hidden_SD):
         columns_CU = block.get("score.weight")[block.columns_C]
         return block.prev_SD @ block.get("read.weight").T @ columns_CU.T + block.get("frequency")[block.columns_C], None
-
-    @classmethod
-    def sglang_serving(cls, config):
-        return "TOY", config.block_size
 
     @classmethod
     def card_rows(cls, config):
@@ -153,9 +151,9 @@ def test_it_is_evaluated_exported_read_back_and_checked(trained, tiny_cache, tmp
 def test_it_starts_from_the_bare_backbone_and_nothing_else_starts_from_it(trained, tiny_cache, tmp_path):
     bare = ("train.steps=1", "draft.method=dflash", *SMALL[1:4])
     backbone = train(tiny_cache, None, bare, tmp_path / "backbone", "cpu").run
-    train(tiny_cache, None, SMALL, tmp_path / "run", "cpu", init_from=backbone)
+    train(tiny_cache, None, SMALL, tmp_path / "run", "cpu", init_from=InitialDraft(backbone))
     with pytest.raises(UsageError, match=r"a toy draft, wanted is dflash: .* start from a dflash draft"):
-        train(tiny_cache, None, bare, tmp_path / "other", "cpu", init_from=trained)
+        train(tiny_cache, None, bare, tmp_path / "other", "cpu", init_from=InitialDraft(trained))
 
 
 def test_a_form_of_its_own_is_written_and_read(trained, tmp_path, monkeypatch):

@@ -51,7 +51,7 @@ def moments(draft) -> dict:
 
 def save(run, step, draft=None, keep=2):
     draft = draft or fresh()
-    return checkpoint.save(run, step, draft, moments(draft), {"horizon": 9}, keep)
+    return checkpoint.save(run, step, draft, moments(draft), {"metrics": "9"}, keep)
 
 
 @pytest.mark.parametrize("method", DRAFTS)
@@ -74,7 +74,7 @@ def test_the_newest_checkpoint_is_found_with_its_state(tmp_path):
 
     found = checkpoint.latest(tmp_path)
 
-    assert (found.step, found.state["horizon"], found.path.name) == (12, 9, "step-00000012")
+    assert (found.step, found.state.metrics, found.path.name) == (12, "9", "step-00000012")
 
 
 def test_older_checkpoints_go_only_once_the_new_one_is_there(tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ block that was right when this process first read it: in memory, or on a disk th
 """
 
 import contextlib
-from pathlib import Path
 
 import numpy as np
 import xxhash
@@ -28,18 +27,10 @@ class Raw(ArrayCodec):
 
     name = "raw"
     suffix = ""
-
-    def row_bytes(self, width: int, dtype: str) -> int:
-        return width * DTYPES[dtype].itemsize
+    array_writer, array_reader = ShardFileWriter, ShardFile
 
     def grid(self, rows: int, width: int, dtype: np.dtype) -> Grid:
         return Grid.of(rows, width, dtype)
-
-    def writer(self, folder: Path, rows: int, width: int, dtype: str, calibration: None = None) -> ShardFileWriter:
-        return ShardFileWriter(folder, Grid.of(rows, width, DTYPES[dtype]))
-
-    def open(self, folder: Path, grid: Grid) -> ShardFile:
-        return ShardFile(folder, grid)
 
     def direct(self, column) -> "DirectColumn | None":
         return DirectColumn.of(column)
@@ -113,27 +104,20 @@ class DirectColumn:
             begin = at - at % CHECKSUM_ROWS
             end = min(begin + CHECKSUM_ROWS, rows)
             number = start_block + begin // CHECKSUM_ROWS
+            while end < stop and verified[number] and verified[number + 1]:
+                number, end = number + 1, min(end + CHECKSUM_ROWS, rows)
+            wanted = out[(at - first) * self.width : (min(end, stop) - first) * self.width]
             if verified[number]:
-                while end < stop and verified[number + 1]:
-                    number, end = number + 1, min(end + CHECKSUM_ROWS, rows)
-                end = min(end, stop)
-                to = out[(at - first) * self.width : (end - first) * self.width]
-                if not file.read((base + at) * self.width, to, wait):
+                if not file.read((base + at) * self.width, wanted, wait):
                     return False
-            elif begin == at and end <= stop:
-                if not self._read_block(
-                    file, row, begin, out[(at - first) * self.width : (end - first) * self.width], wait
-                ):
-                    return False
-                verified[number] = 1
             else:
-                whole = memoryview(bytearray((end - begin) * self.width))
-                if not self._read_block(file, row, begin, whole, wait):
+                whole = (begin, end) == (at, min(end, stop))
+                block = wanted if whole else memoryview(bytearray((end - begin) * self.width))
+                if not self._read_block(file, row, begin, block, wait):
                     return False
                 verified[number] = 1
-                end = min(end, stop)
-                part = whole[(at - begin) * self.width : (end - begin) * self.width]
-                out[(at - first) * self.width : (end - first) * self.width] = part
+                if not whole:
+                    wanted[:] = block[(at - begin) * self.width :][: len(wanted)]
             at = end
         return True
 

@@ -28,7 +28,6 @@ from zstandard import STRATEGY_FAST, ZstdCompressionParameters, ZstdCompressor
 
 from pipeline.cache.codecs.codec import ArrayCodec
 from pipeline.cache.codecs.zarr_file import (
-    DTYPES,
     SHARD_FILE,
     Grid,
     OpenFile,
@@ -53,46 +52,16 @@ _FAST = ZstdCompressionParameters(
     window_log=20, hash_log=10, chain_log=6, search_log=1, min_match=7, strategy=STRATEGY_FAST
 )
 
-# Compressed size over raw size, measured on residual-stream states, whose mantissas hardly compress.
-SHARE = {"bfloat16": 0.72, "float32": 0.86}
-
 blosc.use_threads = False  # its thread pool has one lock for all callers; each reader thread decodes a chunk of its own
-
-
-class Zstd(ArrayCodec):
-    """The codec."""
-
-    name = "zstd"
-
-    def row_bytes(self, width: int, dtype: str) -> float:
-        return width * DTYPES[dtype].itemsize * SHARE[dtype]
-
-    def grid(self, rows: int, width: int, dtype: np.dtype) -> Grid:
-        return zstd_grid(rows, width, dtype)
-
-    def writer(self, folder: Path, rows: int, width: int, dtype: str, calibration: None = None) -> "ZstdWriter":
-        return ZstdWriter(folder, rows, width, DTYPES[dtype])
-
-    def open(self, folder: Path, grid: Grid) -> "ZstdReader":
-        return ZstdReader(folder, grid)
-
-
-def zstd_grid(rows: int, width: int, dtype: np.dtype) -> Grid:
-    """Chunks of 64 rows, or of a block of zstd for each byte of a value, none above 1 MiB; zeros behind the last."""
-    settings = {"typesize": dtype.itemsize, "cname": "zstd", "clevel": 1, "shuffle": "shuffle", "blocksize": BLOCK}
-    compressor = {"name": "blosc", "configuration": settings}
-    row, kinds = width * dtype.itemsize, dtype.itemsize * ZSTD_BLOCK
-    size = min(BLOCK, -(-CHUNK_ROWS * row // kinds) * kinds)
-    return Grid(rows, width, dtype, max(1, min(size // row, rows)), compressor)
 
 
 class ZstdWriter(ShardFileWriter):
     """Buffers rows to whole chunks and writes each compressed."""
 
-    def __init__(self, folder: Path, rows: int, width: int, dtype: np.dtype):
-        super().__init__(folder, zstd_grid(rows, width, dtype))
-        self._chunk = np.zeros((self.grid.chunk_rows, width), dtype)
-        self._shuffled = np.empty((dtype.itemsize, self._chunk.size), np.uint8)
+    def __init__(self, folder: Path, grid: Grid):
+        super().__init__(folder, grid)
+        self._chunk = np.zeros((grid.chunk_rows, grid.width), grid.dtype)
+        self._shuffled = np.empty((grid.dtype.itemsize, self._chunk.size), np.uint8)
         self._zstd = ZstdCompressor(compression_params=_FAST)
         self._filled = self._taken = 0
         self._sizes: list[int] = []
@@ -196,3 +165,22 @@ class ZstdReader(OpenFile):
         _, _, flags, value, nbytes, block, cbytes = _HEADER.unpack_from(packed)
         known = flags & ~_UNSPLIT in (_ZSTD_SHUFFLED, _ZSTD_COPIED) and value == self.grid.dtype.itemsize
         return known and nbytes == content and 0 < block <= nbytes and cbytes == len(packed)
+
+
+class Zstd(ArrayCodec):
+    """The codec."""
+
+    name = "zstd"
+    array_writer, array_reader = ZstdWriter, ZstdReader
+
+    def row_bytes(self, width: int, dtype: str) -> float:
+        """As measured on residual-stream states, whose mantissas hardly compress."""
+        return super().row_bytes(width, dtype) * {"bfloat16": 0.72, "float32": 0.86}[dtype]
+
+    def grid(self, rows: int, width: int, dtype: np.dtype) -> Grid:
+        """Chunks of 64 rows, or of a block of zstd for each byte of a value, none above 1 MiB."""
+        settings = {"typesize": dtype.itemsize, "cname": "zstd", "clevel": 1, "shuffle": "shuffle", "blocksize": BLOCK}
+        compressor = {"name": "blosc", "configuration": settings}
+        row, kinds = width * dtype.itemsize, dtype.itemsize * ZSTD_BLOCK
+        size = min(BLOCK, -(-CHUNK_ROWS * row // kinds) * kinds)
+        return Grid(rows, width, dtype, max(1, min(size // row, rows)), compressor)

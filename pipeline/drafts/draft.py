@@ -1,6 +1,7 @@
 """What a method of drafting is to the rest of the project: `Draft`. A method is one file and one line in `DRAFTS`.
 
-N blocks   S slots   D hidden size   P proposals   V vocabulary   C columns: ids whose logits are computed
+K layers   T rows   D hidden size   N blocks   S slots   P proposals   V vocabulary   G key/value heads   E head size
+C columns: ids whose logits are computed
 """
 
 from abc import ABC, abstractmethod
@@ -9,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from pipeline.drafts.blocks import Blocks, Cell
 from pipeline.drafts.config import DraftConfig, default_gamma
-from pipeline.drafts.decoding import BlockRequest, Proposal, Sampling
 from pipeline.errors import UsageError
 from pipeline.target.head import NEWEST, TargetHead
 
@@ -24,10 +25,54 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class ScheduleValues:
-    """What a method's schedule changes from step to step."""
+class Sampling:
+    """Sample proposals from softmax(logits / temperature) instead of taking the most likely token."""
 
-    lambda_base: float = 0.0  # weight of the base logits' loss
+    temperature: float  # above 0
+    generators: Sequence[torch.Generator]  # one a block, of any device: no text depends on the others in its batch
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The proposed tokens of one block, in order. q_PV: the distribution each was sampled from, float32 or wider; None
+    if greedy."""
+
+    ids_P: Tensor  # int64; P is `config.proposals`, or fewer where the confidence head cuts; 0 is a step without draft
+    q_PV: Tensor | None
+
+
+class DraftKV:
+    """A draft's kv cache of one text: keys and values of the context only, each computed once."""
+
+    def __init__(self):
+        self.length = 0  # positions 0 .. length - 1 are cached, in every layer
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # [G, capacity, E]
+
+    def extend(self, layer: int, *new: Tensor) -> tuple[Tensor, Tensor]:
+        """Add one layer's keys and values [G, T, E] of the next T positions; return those of all positions so far.
+
+        `length` stays as it is: the caller raises it once every layer was extended.
+        """
+        stop = self.length + new[0].shape[1]
+        buffers = self._layers.get(layer)
+        if buffers is None or stop > buffers[0].shape[1]:
+            grown = tuple(values.new_empty(values.shape[0], 2 * stop, values.shape[2]) for values in new)
+            for larger, old in zip(grown, buffers or (), strict=False):
+                larger[:, : self.length] = old[:, : self.length]
+            buffers = self._layers[layer] = grown
+        for buffer, values in zip(buffers, new, strict=True):
+            buffer[:, self.length : stop] = values
+        return buffers[0][:, :stop], buffers[1][:, :stop]
+
+
+@dataclass(frozen=True)
+class BlockRequest:
+    """A request for the next block of one text: its anchor, and the target's states that the kv cache lacks."""
+
+    features_KTD: Tensor  # the target's states at positions kv.length .. start - 1: those verified since the last block
+    anchor_id: int
+    start: int  # the anchor's true position
+    kv: DraftKV
 
 
 @dataclass(frozen=True)
@@ -123,6 +168,10 @@ class Draft(nn.Module, ABC):
     config: DraftConfig
     target: TargetHead
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
     @classmethod
     def recipe_defaults(cls, stated: dict, hidden_size: int) -> dict:
         """Return what a recipe leaves open. stated: the fields of [draft] that it states."""
@@ -137,16 +186,17 @@ class Draft(nn.Module, ABC):
         Called when a run makes its draft, before initial weights or a checkpoint are loaded.
         """
 
-    def schedule(self, step: int, total_steps: int) -> ScheduleValues:
-        """Return the schedule's values after `step` of `total_steps` optimiser steps; here they are constant."""
-        return ScheduleValues()
+    def schedule(self, step: int, total_steps: int) -> dict[str, float]:
+        """Return what changes in the loss after `step` of `total_steps` optimiser steps, by the names it is logged
+        under."""
+        return {}
 
     @abstractmethod
     def denominators(self, blocks: Blocks) -> dict[str, Tensor]:
         """Return each loss term's denominator from one cell; the sum over the batch's cells is given to `loss`."""
 
     @abstractmethod
-    def loss(self, cell: Cell, blocks: Blocks, scheduled: ScheduleValues, dens: dict, metrics: bool = False) -> Loss:
+    def loss(self, cell: Cell, blocks: Blocks, scheduled: dict[str, float], dens: dict, metrics: bool = False) -> Loss:
         """Return one cell's part of the loss. dens: each term's denominator, summed over all cells of the batch.
 
         Raises DataError when the loss reads the target's final states and the cell has none.
@@ -179,7 +229,9 @@ class Draft(nn.Module, ABC):
     # Published: names, shapes and keys in the forms of others, arithmetic, and what the card says.
 
     architectures: ClassVar[tuple[str, ...]] = ()  # classes that hold drafts of this method; an export names the first
+    head_name: ClassVar[str] = "head"  # what messages call its own part
     forms: ClassVar[tuple[str, ...]] = ()  # those of ENGINES that have a place for it
+    sglang: ClassVar[tuple[str, int]]  # its algorithm there, and how many tokens are verified beside a block's slots
     renamed_tensors: ClassVar[dict[str, str]] = {}  # regular expressions of others' names -> ours
     ignored_keys: ClassVar[frozenset[str]] = frozenset()  # nested keys of its files besides its options
     only_backbone: ClassVar[bool] = False  # the bare backbone, from which any draft on it can start
@@ -212,14 +264,16 @@ class Draft(nn.Module, ABC):
         return False
 
     @classmethod
-    def absent_shift_label(cls, keys: PublishedKeys) -> bool | None:
-        """Return the label convention of a file that does not state it; None: it must."""
-        return None if cls.Config.may_keep_position else True
+    def absent(cls, keys: PublishedKeys) -> dict:
+        """Return the options, and `shift_label`, that a file may leave out, with the values that it then means."""
+        return {}
 
     @classmethod
     def read_options(cls, keys: PublishedKeys) -> dict:
         """Return the options that a published config states. KeyError for one that is missing."""
-        return {name: keys.find(name) for name in cls.Config.published_options()}
+        absent = cls.absent(keys)
+        names = cls.Config.published_options()
+        return {name: keys.find(name, *([absent[name]] if name in absent else [])) for name in names}
 
     @classmethod
     def write_options(cls, config: DraftConfig, form: str) -> tuple[dict, dict]:
@@ -246,13 +300,9 @@ class Draft(nn.Module, ABC):
         """Return why the engine of that form cannot serve this draft, and what to do; None: it can."""
         if form in cls.forms:
             return None
-        others = f"export it with --format {cls.forms[0]}" if cls.forms else "train a draft of another method"
-        return f"{ENGINES[form]} have no {cls.title}: its head would be dropped and the rest served; {others}"
-
-    @classmethod
-    def sglang_serving(cls, config: DraftConfig) -> tuple[str, int]:
-        """Return SGLang's name of the algorithm, and how many tokens of a block it verifies."""
-        raise NotImplementedError(f"SGLang has no {cls.title}")
+        remedy = f"export it with --format {cls.forms[0]}" if cls.forms else "train a draft of another method"
+        lost = f"its {cls.head_name} would be dropped and the backbone alone served"
+        return f"{ENGINES[form]} have no {cls.title}: {lost}; {remedy}"
 
     @classmethod
     def card_rows(cls, config: DraftConfig) -> list[tuple[str, str]]:
