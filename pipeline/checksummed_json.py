@@ -17,7 +17,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, WrapValidator
 
 from pipeline.cache.atomic import read_error
-from pipeline.errors import CacheError, PipelineError
+from pipeline.errors import CacheError, PipelineError, cause_of
 from pipeline.untrusted import parse_strict_json, read_file
 
 MAX_BYTES = 64 << 20
@@ -115,5 +115,4 @@ def damage_error(path: Path, error: Exception, remedy: str) -> PipelineError:
     known = read_error(path, error) if isinstance(error, OSError) else None
     if known is not None and not isinstance(known, CacheError):
         return known
-    cause = error.strerror if isinstance(error, OSError) and error.strerror else error
-    return CacheError(f"{path}: damaged ({cause}); {remedy}")
+    return CacheError(f"{path}: damaged ({cause_of(error)}); {remedy}")

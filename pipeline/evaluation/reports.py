@@ -27,7 +27,7 @@ from pipeline.checksummed_json import (
     parse_checksummed,
     with_checksum,
 )
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, cause_of
 from pipeline.evaluation.figures import Figures, bootstrap
 from pipeline.untrusted import read_file
 
@@ -198,8 +198,7 @@ def load_report(path: Path) -> Report:
     try:
         data = read_file(path, MAX_BYTES)
     except (OSError, ValueError) as error:
-        cause = getattr(error, "strerror", None) or error
-        raise UsageError(f"{path} is no report of `pipeline evaluate --out FILE` ({cause})") from None
+        raise UsageError(f"{path} is no report of `pipeline evaluate --out FILE` ({cause_of(error)})") from None
     try:
         record, _ = parse_checksummed(data)
     except ValueError as error:
