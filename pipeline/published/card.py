@@ -6,10 +6,21 @@ from dataclasses import dataclass, field
 
 from pipeline.drafts import DRAFTS, DraftConfig
 from pipeline.evaluation.figures import Figures
-from pipeline.published.writing import Origin
 from pipeline.visible_text import escape_markdown, markdown_code, visible
 
 CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is known of a draft besides its config and weights."""
+
+    dtype: str  # of the stored weights, "float32" or "bfloat16"
+    target: str | None = None
+    revision: str | None = None
+    architectures: tuple[str, ...] = ()  # the target's
+    tokens: dict | None = None  # the target's special ids: bos, pad, a list of eos
+    trained_on: dict | None = None  # the cache's digest and the share of prompts held out, which `evaluate` reads
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from pipeline.cache import HiddenCache
 from pipeline.cache.inspect import describe
 from pipeline.errors import CacheError, UsageError
 from pipeline.evaluation.reports import load_report
-from pipeline.published.card import Facts, Measurement
-from pipeline.published.writing import Origin
+from pipeline.published.card import Facts, Measurement, Origin
 from pipeline.runs.checkpoint import find_checkpoint, open_checkpoint
 from pipeline.runs.folder import DONE, RUN, CacheRecord, read_recipe, read_result, read_run
 

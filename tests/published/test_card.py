@@ -9,11 +9,10 @@ from pipeline.cache.inspect import describe
 from pipeline.checksummed_json import parse_checksummed
 from pipeline.drafts import DRAFTS, DraftConfig, draft_config, init_weights
 from pipeline.published import read_published
-from pipeline.published.card import Facts, card, serve_command
+from pipeline.published.card import Facts, Origin, card, serve_command
 from pipeline.published.check import check_export
 from pipeline.published.export import export
 from pipeline.published.init_from import load_initial_weights
-from pipeline.published.writing import Origin
 from pipeline.runs import checkpoint
 from pipeline.runs.provenance import evaluations
 from pipeline.target.head import TargetHead
