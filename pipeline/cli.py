@@ -106,14 +106,10 @@ def cache_hidden(model, corpus, out, **chosen):
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(cache, sample, as_json):
     """Say what a cache is and holds."""
-    from pipeline.evaluation.tables import cache_table, coloured_sample
+    from pipeline.cache.inspect import cache_table, coloured_sample, describe, sample_view
 
     if sample is None:
-        from pipeline.cache.inspect import describe
-
         return show(describe(cache), as_json, cache_table)
-    from pipeline.cache.inspect import sample_view
-
     show(sample_view(cache, sample), as_json, lambda view: coloured_sample(cache, view))
 
 
@@ -134,7 +130,7 @@ def verify(cache, repair, deep, complete, model, device, as_json):
     With --repair it captures exactly the damaged columns of the damaged shards again, and what follows from the rest
     it writes again; what is sound is not touched.
     """
-    from pipeline.evaluation.tables import verify_table
+    from pipeline.cache.inspect import verify_table
     from stages.cache_hidden.repair import check_incomplete, suggest_repair, verify_and_repair
 
     report = verify_and_repair(cache, repair, deep, model, device)

@@ -1,4 +1,4 @@
-"""Write safetensors files, view states as they are stored, choose a device, recognise out-of-memory errors."""
+"""Write safetensors files, view states as stored, choose a dtype or a device, recognise out-of-memory errors."""
 
 import os
 import re
@@ -39,6 +39,11 @@ def as_states(stored: np.ndarray) -> Tensor:
     if stored.dtype == np.uint16:
         return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(stored)
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype for norms, angles, softmaxes and sums: float32, or `dtype` where that is wider."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def find_device(named: str | torch.device | None) -> torch.device:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, Posit
 from pydantic.fields import FieldInfo
 
 from pipeline.drafts.objectives import OBJECTIVES
-from pipeline.drafts.rope_scaling import RopeScaling
+from pipeline.drafts.rope import RopeScaling
 from pipeline.errors import UsageError
 
 LAYER_TYPES = ("full_attention", "sliding_attention")

@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.drafts.norm_and_rope import at_least_float32
 from pipeline.target.head import TargetHead
+from pipeline.tensors import at_least_float32
 
 ETA = 3.0  # of lk-hybrid: the paper's best
 

@@ -13,7 +13,7 @@ import xxhash
 from torch import Tensor
 
 from pipeline.drafts import DRAFTS, Draft, DraftConfig
-from pipeline.drafts.rope_scaling import RopeScaling
+from pipeline.drafts.rope import RopeScaling
 from pipeline.errors import UsageError
 from pipeline.published.folder import open_folder
 from pipeline.published.weights import open_safetensors

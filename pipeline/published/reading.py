@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.drafts import DRAFTS, DraftConfig, draft_config
 from pipeline.drafts.draft import PublishedKeys
-from pipeline.drafts.rope_scaling import RopeScaling, draft_rope_scaling, rope_parameters, rope_type_of
+from pipeline.drafts.rope import RopeScaling, draft_rope_scaling, rope_parameters, rope_type_of
 from pipeline.errors import UsageError
 from pipeline.published.weights import CONFIG, read_json
 

@@ -29,7 +29,7 @@ from pipeline.cache.atomic import try_lock, write_errors, write_file
 from pipeline.cache.layout import FINAL
 from pipeline.cache.manifest import FileFact
 from pipeline.checksummed_json import Count, FileRecord, Number, Record, damage_error, read_record, record_bytes
-from pipeline.drafts.rope_scaling import RopeScaling
+from pipeline.drafts.rope import RopeScaling
 from pipeline.errors import CacheError, UsageError
 from pipeline.runs.checkpoint import CONFIG, DRAFT, STATE, checkpoint_folder, file_record, open_checkpoint
 from pipeline.runs.recipe import Recipe, Resolved, load_recipe

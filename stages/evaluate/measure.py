@@ -36,8 +36,14 @@ from pipeline.evaluation.reports import (
 from pipeline.runs.split import stratified_subset
 from pipeline.tensors import is_out_of_memory
 from stages.evaluate.decode import Decoded, SamplingOptions
-from stages.evaluate.lossless import LosslessCheck, check_quantiles, plain_decode, token_quantiles
-from stages.evaluate.plain_replies import PlainReplies, digest_of
+from stages.evaluate.lossless import (
+    LosslessCheck,
+    PlainReplies,
+    check_quantiles,
+    digest_of,
+    plain_decode,
+    token_quantiles,
+)
 from stages.evaluate.prompts import Prompt
 
 PROGRESS_SECONDS = 5.0  # seconds between lines where there is no terminal

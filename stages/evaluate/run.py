@@ -29,7 +29,7 @@ from pipeline.target.weights import check_weights_if_recorded, weights_digest
 from pipeline.tensors import find_device
 from pipeline.untrusted import check_regular
 from stages.evaluate.decode import SamplingOptions, decode_many, speculative_decode
-from stages.evaluate.lossless import LosslessCheck, plain_decode
+from stages.evaluate.lossless import LosslessCheck, PlainReplies, plain_decode, reply_settings
 from stages.evaluate.measure import (
     accept_figures,
     confidence_cuts,
@@ -41,7 +41,6 @@ from stages.evaluate.measure import (
     target_free_agreement,
     teacher_forced,
 )
-from stages.evaluate.plain_replies import PlainReplies, reply_settings
 from stages.evaluate.prompts import Prompt, cached_prompts, file_prompts
 
 __all__ = ["SamplingOptions", "run"]

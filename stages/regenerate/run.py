@@ -14,11 +14,10 @@ from pipeline.corpus.rejections import Tally, report_unknown_keys
 from pipeline.corpus.sources import corpus_files, file_sources, report_skipped_files, source_roles
 from pipeline.errors import DataError, UsageError
 from pipeline.target.files import find_target, target_digest, target_name, template_digest, tokenizer_digest
-from stages.regenerate.journal import Journal
 from stages.regenerate.options import Options
 from stages.regenerate.output import Progress, ReplyCounts, failed_row, out_row, write_rows
 from stages.regenerate.prompts import Failure, Job, PromptRow, pending_jobs, read_prompts
-from stages.regenerate.replies import Reply
+from stages.regenerate.replies import Journal, Reply
 
 
 def run(options: Options) -> dict:
@@ -164,7 +163,7 @@ def _corpus_order(location: str) -> tuple[str, int]:
 def _renderer(options: Options, folder: Path | None):
     if folder is None:
         return None
-    from stages.regenerate.rendering import Renderer
+    from stages.regenerate.prompts import Renderer
 
     return Renderer(folder, options.template_kwargs, options.template_date)
 

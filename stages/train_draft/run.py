@@ -14,7 +14,7 @@ from pipeline import tensors
 from pipeline.cache import HiddenCache
 from pipeline.console import VisibleConsole
 from pipeline.drafts import DRAFTS, Draft, init_weights
-from pipeline.drafts.rope_scaling import draft_rope_scaling
+from pipeline.drafts.rope import draft_rope_scaling
 from pipeline.drafts.serving import unservable
 from pipeline.errors import RoomError, first_line
 from pipeline.runs.cache_requirements import check_complete, how_to_add, logit_scale, partial_text, text_config

@@ -65,7 +65,7 @@ def test_a_sample_travels_unchanged(job, tmp_path):
     there = [sample for outcome in outcomes(made, corpus) for sample in samples_of(outcome, Tally())]
     for one, other in zip(here, there, strict=True):
         assert np.array_equal(one.ids, other.ids) and np.array_equal(one.mask, other.mask)
-        assert (one.name, one.domain, one.split, one.line) == (other.name, other.domain, other.split, other.line)
+        assert (one.digest, one.domain, one.split, one.line) == (other.digest, other.domain, other.split, other.line)
 
 
 HOSTILE = (

@@ -18,8 +18,7 @@ from pipeline.evaluation.tables import evaluation_table
 from pipeline.target.model import load_target
 from stages.evaluate import measure
 from stages.evaluate import run as evaluation
-from stages.evaluate.lossless import plain_decode
-from stages.evaluate.plain_replies import DecidedBy, PlainReplies, digest_of, reply_settings
+from stages.evaluate.lossless import DecidedBy, PlainReplies, digest_of, plain_decode, reply_settings
 from stages.evaluate.run import run
 
 

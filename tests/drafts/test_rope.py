@@ -12,8 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pipeline.drafts import draft_config
 from pipeline.drafts import reference as arithmetic
-from pipeline.drafts.norm_and_rope import frequencies, rope_tables
-from pipeline.drafts.rope_scaling import RopeScaling, draft_rope_scaling
+from pipeline.drafts.rope import RopeScaling, draft_rope_scaling, frequencies, rope_tables
 from pipeline.errors import UsageError
 from pipeline.published import export, load_draft_folder, read_published
 from pipeline.runs.cache_requirements import rope_theta
