@@ -5,6 +5,7 @@ import shlex
 from dataclasses import dataclass, field
 
 from pipeline.drafts import DRAFTS, DraftConfig
+from pipeline.evaluation.figures import Figures
 from pipeline.visible_text import escape_markdown, markdown_code, visible
 
 CARD = "README.md"
@@ -23,6 +24,15 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """Accept lengths of a draft, over all prompts and by domain; title: how they were measured."""
+
+    title: str
+    overall: Figures
+    domains: dict[str, Figures]
+
+
+@dataclass(frozen=True)
 class Facts:
     """What a run's folder and its cache record about a draft; None or empty where they are not there any more."""
 
@@ -35,7 +45,7 @@ class Facts:
     samples: int | None = None
     template: dict = field(default_factory=dict)  # arguments and day that the chat template was given
     gauge: dict | None = None  # rows, agreement, logprob
-    evaluations: list[dict] = field(default_factory=list)  # title, and figures as `summarise` gives them
+    evaluations: list[Measurement] = field(default_factory=list)
 
 
 def card(config: DraftConfig, form: str, origin: Origin, facts: Facts, parameters: int, folder: str) -> str:
@@ -102,23 +112,16 @@ def _accept_lengths(facts: Facts, config: DraftConfig) -> str:
     return "\n\n".join([legend, *map(_accept_table, facts.evaluations)])
 
 
-def _accept_table(evaluation: dict) -> str:
-    figures = evaluation["figures"]
-    slots = len(figures["per_slot"])
-    rows = []
-    for name, row in [*sorted(figures["domains"].items()), ("all", figures)]:
-        if row["calls"]:
-            low, high = row["interval"]
-            kept = [f"{share:.0%}" for share in row["per_slot"]] + [""] * (slots - len(row["per_slot"]))
-            cells = (
-                escape_markdown(name or "-"),
-                str(row["prompts"]),
-                f"{row['accept_len']:.2f}",
-                f"{low:.2f} - {high:.2f}",
-            )
-            rows.append((*cells, *kept))
+def _accept_table(measured: Measurement) -> str:
+    slots, rows = len(measured.overall.per_slot), []
+    for name, row in [*sorted(measured.domains.items()), ("all", measured.overall)]:
+        if row.calls:
+            low, high = row.interval
+            kept = [f"{share:.0%}" for share in row.per_slot] + [""] * (slots - len(row.per_slot))
+            length = (f"{row.accept_len:.2f}", f"{low:.2f} - {high:.2f}")
+            rows.append((escape_markdown(name or "-"), str(row.prompts), *length, *kept))
     head = ("domain", "prompts", "accept length", "95 %", *(f"+{slot + 1}" for slot in range(slots)))
-    return f"{evaluation['title']}:\n\n{_table(head, rows)}"
+    return f"{measured.title}:\n\n{_table(head, rows)}"
 
 
 def _made_from(origin: Origin, facts: Facts) -> str:

@@ -14,7 +14,8 @@ from pipeline.cache.layout import LOG
 from pipeline.cache.manifest import read_canonical, write_canonical
 from pipeline.corpus.sources import corpus_files
 from pipeline.errors import CacheError, DataError, RoomError, UsageError
-from pipeline.target.files import CONFIG, tokenizer_files, weight_files
+from pipeline.target.files import CONFIG, tokenizer_files
+from pipeline.target.weights import weight_files
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.settings import CaptureSettings, default_corpus
 

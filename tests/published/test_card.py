@@ -79,7 +79,7 @@ def test_an_accept_length_of_cut_blocks_says_so(trained, tmp_path):
     report, _ = parse_checksummed((trained / "evaluation.json").read_bytes())
     report["settings"]["threshold"] = 0.4
     (tmp_path / "cut.json").write_text(json.dumps(report))
-    titles = [found["title"] for found in evaluations(tmp_path, 2)]
+    titles = [found.title for found in evaluations(tmp_path, 2)]
     assert len(titles) == 2 and all(
         title.endswith("6 tokens at most, blocks cut at confidence 0.4") for title in titles
     )
