@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.drafts.attention import DecodeAttention, DenseAttention, GroupedAttention
+from pipeline.drafts.attention import DecodeAttention, GroupedAttention
 from pipeline.drafts.backbone import Backbone, backbone_shapes
 from pipeline.drafts.blocks import Blocks, Cell
 from pipeline.drafts.config import DraftConfig
@@ -31,6 +31,7 @@ class BlockDraft(Backbone, Draft):
 
     architectures = ("DFlashDraftModel",)  # of every method that SGLang reads by its projector_type
     forms = ("sglang",)
+    attention = GroupedAttention  # in training
 
     def __init__(self, config: DraftConfig, head: TargetHead):
         if (config.vocab_size, config.hidden_size) != (head.vocab_size, head.hidden_size):
@@ -41,17 +42,10 @@ class BlockDraft(Backbone, Draft):
         super().__init__(config)
         self.target = head
 
-    def hidden(self, cell: Cell, blocks: Blocks, dense: bool = False) -> Tensor:
-        """Return the states [N, S, D] of every slot in training, final norm applied.
-
-        dense: use the reference attention, one mask over all keys, which is quadratic in the cell's rows.
-        """
-        if dense:
-            attention = DenseAttention(blocks, len(cell.ids_R), self.windows)
-        else:
-            attention = GroupedAttention(blocks, self.windows)
-        embedded_QD = self._embed(blocks.input_ids_NS.flatten())
-        positions_Q = blocks.positions_NS.flatten()
+    def hidden(self, cell: Cell, blocks: Blocks) -> Tensor:
+        """Return the states [N, S, D] of every slot in training, final norm applied."""
+        embedded_QD, positions_Q = self._embed(blocks.input_ids_NS.flatten()), blocks.positions_NS.flatten()
+        attention = self.attention(blocks, self.windows)
         out_QD = self.slot_states(embedded_QD, positions_Q, cell.aux_KRD, cell.pos_R, attention)
         return out_QD.unflatten(0, blocks.input_ids_NS.shape)
 

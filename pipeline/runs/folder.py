@@ -197,7 +197,7 @@ def describe(
     start: "InitialWeights | None" = None,
 ) -> RunRecord:
     """Return the record of a run that this process would begin; `write_run` adds the recipe's checksum."""
-    initial = start and StartRecord(place=str(start.place), digest=start.digest, fresh=list(start.fresh))
+    initial = start and StartRecord(place=str(start.path), digest=start.digest, fresh=list(start.fresh))
     scaling = resolved.draft.rope_scaling
     return RunRecord(
         cache=CacheRecord(path=str(cache.path.resolve()), digest=cache.digest, rounded=_lossy_states(resolved, cache)),
