@@ -13,13 +13,18 @@ import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, TypeVar
 
 import xxhash
+from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.cache.atomic import commit_lock, read_error, read_errors, write_errors, write_file
 from pipeline.cache.layout import FORMAT, IDENTITY
 from pipeline.errors import CacheError, UsageError
-from pipeline.untrusted import parse_strict_json
+from pipeline.untrusted import MAX_DEPTH, parse_strict_json
+
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Model = TypeVar("Model", bound=BaseModel)
 
 MAX_BYTES = 64 << 20  # a larger "manifest" is refused before it is read
 PIECE = 4 << 20
@@ -58,20 +63,49 @@ def write_canonical(path: Path, facts: dict) -> None:
     write_file(path, canonical(facts))
 
 
+def read_record(path: Path, model: type[Model]) -> Model:
+    """Read a manifest as the record it must be. CacheError as `read_canonical`, and for any other record."""
+    return parse_record(_read_manifest(path), path, model)
+
+
+def parse_record(data: bytes, path: Path, model: type[Model]) -> Model:
+    """What `read_record` returns, from the file's bytes; `path` is for messages.
+
+    Parsed and validated in one step where nothing is unusual; else `parse_canonical` says what is wrong.
+    """
+    try:
+        record = model.model_validate_json(data)
+    except ValidationError:
+        record = None
+    tail = _TAIL.search(data)
+    plain = b"\\u" not in data and data.count(b"{") + data.count(b"[") < MAX_DEPTH
+    if record is None or not plain or not tail or tail[1].decode() != _own_hash(data[: tail.start()]):
+        parse_canonical(data, path)
+        if record is None:
+            raise CacheError(f"{path}: the manifest of something else; run `pipeline verify`")
+    return record
+
+
 def read_canonical(path: Path, form: dict | None = None) -> dict:
     """Read a manifest written by `write_canonical`, its hash under `hash`; it must have a form (see `has_form`).
 
     Raises CacheError for a missing or oversized file, another format version (naming both) and any damage.
     """
-    size = file_size(path)
-    if size > MAX_BYTES:
-        raise CacheError(f"{path}: {size} bytes, and no manifest has more than {MAX_BYTES}; it is damaged")
-    with read_errors(path):
-        data = path.read_bytes()
-    facts = parse_canonical(data, path)
+    facts = parse_canonical(_read_manifest(path), path)
     if form and not has_form(facts, form):
         raise CacheError(f"{path}: the manifest of something else; run `pipeline verify`")
     return facts
+
+
+def _read_manifest(path: Path) -> bytes:
+    size = file_size(path)
+    if size > MAX_BYTES:
+        raise CacheError(f"{path}: {size} bytes, and no manifest has more than {MAX_BYTES}; it is damaged")
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
+    except OSError as error:
+        raise read_error(path, error) from error
 
 
 def has_form(value, form) -> bool:
@@ -117,11 +151,11 @@ def parse_canonical(data: bytes, path: Path) -> dict:
     return facts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileFact:
     """What a manifest says of another file: its size in bytes and its xxh3-128, in hex."""
 
-    size: int
+    size: Count
     xxh3: str
 
     def as_dict(self) -> dict:
@@ -153,17 +187,17 @@ def file_size(path: Path | str) -> int:
     return found.st_size
 
 
-def check_size(path: Path | str, fact: dict) -> None:
+def check_size(path: Path | str, fact: FileFact) -> None:
     """Refuse a file whose size is not the manifest's, before a byte of it is read or anything allocated for it."""
     size = file_size(path)
-    if size != fact["size"]:
-        raise CacheError(f"{path}: {size} bytes, its manifest says {fact['size']}; run `pipeline verify`")
+    if size != fact.size:
+        raise CacheError(f"{path}: {size} bytes, its manifest says {fact.size}; run `pipeline verify`")
 
 
-def check_file(path: Path, fact: dict) -> None:
+def check_file(path: Path, fact: FileFact) -> None:
     """Refuse a file whose size or digest is not the manifest's."""
     check_size(path, fact)
-    if FileFact.of_file(path).as_dict() != fact:
+    if FileFact.of_file(path) != fact:
         raise CacheError(f"{path}: damaged, its digest is not its manifest's; run `pipeline verify`")
 
 

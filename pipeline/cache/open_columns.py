@@ -127,7 +127,7 @@ class OpenColumns:
         column = self._columns.get(key)
         if column is None:
             manifest, plan = self._catalog.manifest(shard, name), self._plan_of(shard)
-            bounds = plan.bounds if manifest["spec"]["keeps"] == "all" else plan.final_bounds
+            bounds = plan.bounds if manifest.spec.keeps == "all" else plan.final_bounds
             held = open_column(self._catalog.path, manifest, bounds)
             # setdefault: two threads that open it at once must share one record of verified blocks
             column = self._columns.setdefault(key, CODECS[held.spec.codec].direct(held) or CodedColumn(held))

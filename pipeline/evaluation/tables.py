@@ -13,11 +13,10 @@ from rich.text import Text
 
 from pipeline.cache.atomic import size_text
 from pipeline.cache.catalog import Catalog
-from pipeline.cache.layout import LOG
-from pipeline.cache.manifest import read_canonical
+from pipeline.cache.records import read_log
 from pipeline.cache.target_files import has_target, target_file
 from pipeline.console import Grid, grid, shows_styles
-from pipeline.errors import CacheError, UsageError
+from pipeline.errors import UsageError
 from pipeline.evaluation.reports import (
     MAX_SPREADS,
     ConfidenceCut,
@@ -104,10 +103,8 @@ def tokenizer_of(cache: Path):
     catalog = Catalog(cache)
     if has_target(catalog):
         return Tokenizer.from_file(str(target_file(catalog, TOKENIZER)))
-    try:
-        planned = Path(read_canonical(cache / LOG)["target"]["folder"]) / TOKENIZER
-    except (CacheError, KeyError, TypeError):
-        planned = None
+    planned_with = read_log(cache).target
+    planned = planned_with and Path(planned_with.folder) / TOKENIZER
     if planned is None or not planned.is_file():
         raise UsageError(f"{cache} holds no tokenizer yet to show text with; run `pipeline plan` or capture first")
     return Tokenizer.from_file(str(planned))

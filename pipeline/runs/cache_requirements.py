@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pipeline.cache.atomic import in_use
-from pipeline.cache.layout import FINAL, LOG, layer_of
-from pipeline.cache.manifest import read_canonical
+from pipeline.cache.layout import FINAL, layer_of
+from pipeline.cache.records import CaptureRequest, read_log
 from pipeline.errors import CacheError, UsageError
 
 if TYPE_CHECKING:
@@ -143,16 +143,16 @@ def how_to_add(cache: "HiddenCache", layers: Sequence[int], final: str | None = 
 
 
 def _imported(cache: "HiddenCache") -> bool:
-    return cache.identity.get("capture", {}).get("engine") == "imported"
+    return cache.identity.capture.engine == "imported"
 
 
 def capture_command(cache: "HiddenCache", layers: Sequence[int] = (), final: str | None = None) -> str:
     """Return the command, in backquotes, that captures `layers` of the cache's samples; without any, the same ones."""
-    request = _recorded_request(cache)
-    options = request.get("options", {})
+    request = read_log(cache.path).request or CaptureRequest()  # only there is the path of the corpus
+    options = request.options
     stated = {
-        "--model": request.get("model") or cache.identity.get("target", {}).get("name", "MODEL"),
-        "--corpus": request.get("corpus"),
+        "--model": request.model or cache.identity.target.name or "MODEL",
+        "--corpus": request.corpus,
         "--max-samples": options.get("max_samples"),
         "--out": cache.path,
         "--layers": ",".join(map(str, layers)) or options.get("layers"),
@@ -161,11 +161,3 @@ def capture_command(cache: "HiddenCache", layers: Sequence[int] = (), final: str
     }
     words = [str(word) for name, value in stated.items() if value not in (None, "") for word in (name, value)]
     return f"`{shlex.join(['pipeline', 'cache-hidden', *words])}`"
-
-
-def _recorded_request(cache: "HiddenCache") -> dict:
-    """Return the request that the capture's log records, {} without one; only there is the path of the corpus."""
-    try:
-        return read_canonical(cache.path / LOG).get("request", {})
-    except CacheError:
-        return {}

@@ -68,7 +68,7 @@ def check_weights(catalog: Catalog, folder: Path) -> None:
 def check_weights_if_recorded(catalog: Catalog, folder: Path) -> None:
     """Call `check_weights` if the cache has recorded the target's checksums; before a first capture it has not."""
     try:
-        is_recorded = WEIGHTS in target_manifest(catalog)["files"] and target_file(catalog, WEIGHTS).is_file()
+        is_recorded = WEIGHTS in target_manifest(catalog).files and target_file(catalog, WEIGHTS).is_file()
     except CacheError:
         if has_target(catalog):
             raise

@@ -131,7 +131,7 @@ def parse_layers(layers: str | None) -> tuple[int, ...] | None:
 def identity_of(target: Target, model: str | None, job: ImportJob, catalog: Catalog) -> dict:
     """Return the content of cache.json: as a capture's, with the source's form and convention."""
     digest = target_digest(target.folder)
-    recorded = catalog.identity.get("target", {}) if catalog.exists else {}
+    recorded = catalog.identity.target.as_dict() if catalog.exists else {}
     revision = target.folder.name if target.folder.parent.name == "snapshots" else ""
     name = {"name": target_name(model or str(target.folder)), "revision": revision, "digest": digest}
     imported = {
@@ -185,7 +185,7 @@ def convert(catalog: Catalog, job: ImportJob, missing: Work, target: Target) -> 
                 for name, result in probe_shard(writer, job, wanted, target, head).items():
                     made[name]["probe"] = result
             if "final" in made:
-                share = on_policy_share(planned.segment(shard.number)["supervised"])
+                share = on_policy_share(planned.segment(shard.number).supervised)
                 made["final"]["gauge"] = on_policy_stats(writer, head, share).as_facts()
             writer.commit(made)
         if time.monotonic() > reported_at + EVERY_S:
@@ -197,7 +197,7 @@ def refused_by_shard(catalog: Catalog, job: ImportJob) -> Iterator[dict]:
     """Yield the refused samples of every written shard. A refused sample is refused in all columns."""
     for shard in range(catalog.shards):
         manifest = catalog.captured(shard, job.columns[-1].name)
-        yield manifest["refused"] if manifest else {}
+        yield manifest.refused if manifest else {}
 
 
 def check_refused(refused: int, samples: int, reasons: dict[int, str]) -> None:
@@ -216,8 +216,8 @@ def summary(catalog: Catalog, job: ImportJob, new: int, target: Target) -> Done:
     out, planned = catalog.path, catalog.plan
     on_policy, refused = OnPolicyStats(), sum(map(len, refused_by_shard(catalog, job)))
     for shard in range(catalog.shards):
-        facts = catalog.captured(shard, job.columns[-1].name)["facts"]
-        on_policy += OnPolicyStats.from_facts(facts["gauge"]) if "gauge" in facts else OnPolicyStats()
+        gauge = catalog.captured(shard, job.columns[-1].name).facts.gauge
+        on_policy += OnPolicyStats.from_facts(gauge) if gauge else OnPolicyStats()
     now = f"{new} shards imported now" if new else "nothing to do"
     content = f"{planned.samples:,} samples" + (f", {refused} refused" if refused else "")
     say(visible(f"{out}: {content} in {catalog.shards} shards, from {job.source.form}; {now}"))

@@ -119,7 +119,7 @@ def run_description(
     yield resolved.recipe.toml()
     yield (
         f"{len(split.train)} samples to train on, {len(split.heldout)} held out, {split.unusable} unusable; "
-        f"target {visible(store.identity['target']['name'])}, on {device}; run {visible(path)}"
+        f"target {visible(store.identity.target.name)}, on {device}; run {visible(path)}"
     )
     context = resolved.recipe.train.context
     longer = int((store.samples.length[split.train] > context).sum())

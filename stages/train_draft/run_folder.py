@@ -88,7 +88,7 @@ def create_or_check(
             "rounded": _lossy_states(resolved, cache),
         },
         "split": {"train": len(split.train), "heldout": len(split.heldout), "digest": split.digest},
-        "target": cache.identity["target"]["name"],
+        "target": cache.identity.target.name,
         "start": None if start is None else {"place": str(start.place), "digest": start.digest, "fresh": start.fresh},
         "versions": {"pipeline": __version__, "python": platform.python_version()}
         | {name: metadata.version(name) for name in RECORDED},

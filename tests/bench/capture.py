@@ -269,7 +269,7 @@ def main() -> None:
         settings = resolve_settings(str(Path(place, "target")), Catalog(out), options)
         made = samples(SHARDS * tokens, config.vocab_size, min(settings.max_length, tokens // 4))
         plan = write_segment(out, made, row_bytes=settings.row_bytes, sources=[])
-        create_identity(out, settings.identity)
+        create_identity(out, settings.identity.as_dict())
         found = measure(model, out, settings, plan, asked.device, asked.rounds)
     result = {**figures(found), "padded share": padded_share(settings.batch_tokens)}
     result |= {"parameters": sum(weight.numel() for weight in model.parameters())}

@@ -134,7 +134,7 @@ def test_the_same_capture_gives_the_same_bytes(capture, tiny_cache, tmp_path):
 def test_batch_tokens_change_batches_and_hardly_the_states(capture, tiny_cache, tmp_path):
     capture(layers="1,3,4", batch_tokens=1)
     one, many = HiddenCache.open(tmp_path / "cache"), HiddenCache.open(tiny_cache)
-    assert one.identity["capture"]["batch_tokens"] == 1
+    assert one.identity.capture.batch_tokens == 1
     for i in range(len(many)):
         torch.testing.assert_close(one.read(i).aux, many.read(i).aux, rtol=1e-4, atol=1e-4)
 

@@ -20,8 +20,10 @@ from toy_codec import Fixed16
 
 import pipeline.cache.atomic as disk
 from pipeline.cache import HiddenCache
+from pipeline.cache.calibrations import read_calibration
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS, codec_of, parse_codecs
-from pipeline.cache.codecs.calibration import Calibration, calibrate, calibration_samples, read_calibration
+from pipeline.cache.codecs.calibration import Calibration, calibrate, calibration_samples
 from pipeline.cache.codecs.error_certificate import largest_errors
 from pipeline.cache.codecs.int8 import OUTLIER_RMS, OUTLIER_STDS, group_of
 from pipeline.cache.codecs.zarr_file import SHARD_FILE, parse_chunk_index
@@ -30,10 +32,10 @@ from pipeline.cache.columns import Column, ColumnSpec, column_manifest, open_col
 from pipeline.cache.layout import shard_folder
 from pipeline.cache.manifest import read_canonical
 from pipeline.cache.plan import load_plan
+from pipeline.cache.records import read_log
 from pipeline.cache.verify import verify
 from pipeline.errors import CacheError, DataError, ProofError, UsageError
 from pipeline.tensors import as_states, as_stored
-from stages.cache_hidden.capture_log import read_record
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.run import run as capture
 from stages.recode.run import run as recode
@@ -78,7 +80,7 @@ def test_a_cache_in_any_codec_reads_back_within_its_promise_and_verifies(tmp_pat
             truth = as_states(states(shard, spec)[bounds[row] : bounds[row + 1]])
             assert found.dtype == truth.dtype == held.dtype
             if CODECS[codec].lossy:
-                bound = largest_errors(CODECS[codec], truth, read_calibration(cache, spec.name, spec.width))
+                bound = largest_errors(CODECS[codec], truth, read_calibration(Catalog(cache), spec.name, spec.width))
                 assert ((found.float() - truth.float()).abs() <= bound).all()
             else:
                 assert np.array_equal(bits(found), bits(truth))
@@ -477,7 +479,7 @@ def test_a_capture_in_int8_certifies_what_it_did(captured):
         assert ((found.aux - right.aux).norm() / right.aux.norm()) < 0.008
     for shard in range(coarse.shards):
         for name, manifest in coarse.columns(shard).items():
-            says = manifest["facts"]["certificate"]
+            says = manifest.facts.certificate.as_dict()
             assert 0 < says["error"] <= says["worst_token"] < 0.012 and 0 < says["of_promise"] <= 1
             assert 0 < says["of_token"] < 0.0158 and 0 < says["of_channels"] < 0.03
             assert ("top1" in says) == ("kl" in says) == (name == "final")
@@ -486,7 +488,7 @@ def test_a_capture_in_int8_certifies_what_it_did(captured):
 
 def test_codecs_of_one_cache_may_differ_by_column(captured):
     columns = HiddenCache.open(captured("aux=int8,final=zstd")).columns(0)
-    assert {name: manifest["spec"]["codec"] for name, manifest in columns.items()} == {
+    assert {name: manifest.spec.codec for name, manifest in columns.items()} == {
         "aux.1": "int8",
         "aux.3": "int8",
         "final": "zstd",
@@ -538,11 +540,11 @@ def test_a_recoded_cache_is_the_one_captured_in_that_codec(captured, tmp_path):
 
 def test_a_recoded_cache_still_knows_where_its_target_and_corpus_lie(captured, tmp_path, tiny_target, capsys):
     cache = shutil.copytree(captured("raw"), tmp_path / "cache")
-    held = read_record(cache)
+    before = read_log(cache)
     recode(cache, "zstd")
-    left = read_record(cache)
-    assert left["target"]["folder"] == str(tiny_target.resolve())
-    assert {**left, "hash": None} == {key: None if key == "hash" else held[key] for key in held if key != "columns"}
+    left = read_log(cache)
+    assert before.columns and left.target.folder == str(tiny_target.resolve())
+    assert left.as_dict() == {key: value for key, value in before.as_dict().items() if key != "columns"}
     capsys.readouterr()
     recode(cache, "zstd")
     assert "nothing to do" in capsys.readouterr().out
@@ -557,7 +559,7 @@ def test_a_cache_recoded_to_int8_keeps_its_promise_and_says_so(captured, tmp_pat
         right, found = raw.read(i, final=True), coarse.read(i, final=True)
         assert ((found.aux - right.aux).norm() / right.aux.norm()) < 0.008
         assert torch.equal(found.final, right.final)
-    facts = coarse.columns(0)["aux.1"]["facts"]
+    facts = coarse.columns(0)["aux.1"].facts.as_dict()
     assert facts["certificate"]["of_token"] < INT8.max_of_token and "probe" in facts
     with pytest.raises(UsageError, match=r"holds aux.1 in int8, and what that has rounded stays so"):
         recode(cache, "raw")
@@ -613,7 +615,7 @@ def test_a_recode_loads_the_head_once(captured, tmp_path, monkeypatch):
     cache, loaded, load = shutil.copytree(captured("raw"), tmp_path / "cache"), [], HiddenCache.head
     monkeypatch.setattr(HiddenCache, "head", lambda self: loaded.append(1) or load(self))
     assert recode(cache, "final=int8").columns > 1 and len(loaded) == 1
-    assert "top1" in HiddenCache.open(cache).columns(0)["final"]["facts"]["certificate"]
+    assert "top1" in HiddenCache.open(cache).columns(0)["final"].facts.certificate.as_dict()
 
 
 def test_what_cannot_be_recoded_is_said(tmp_path):
