@@ -6,9 +6,11 @@ Other processes may commit meanwhile: after `refresh`, the folders are listed ag
 another one are read again.
 """
 
+import contextlib
+import gc
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -87,6 +89,22 @@ def _version(entry: os.DirEntry) -> FileVersion | None:
     except OSError:
         return None
     return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _collection_paused() -> Iterator[None]:
+    """Keep Python's cyclic collector from going through all manifests again for every few that are read.
+
+    Manifests are in no cycle. Half of the time of reading 60,000 was the collector's.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()  # nor later
+        if was_enabled:
+            gc.enable()
 
 
 class Catalog:
@@ -301,5 +319,6 @@ class Catalog:
 
     def missing(self, columns: Sequence[ColumnSpec]) -> Work:
         """The shards that lack columns, and which."""
-        absent = [[spec for spec in columns if not self.captured(n, spec.name)] for n in range(self.shards)]
+        with _collection_paused():
+            absent = [[spec for spec in columns if not self.captured(n, spec.name)] for n in range(self.shards)]
         return [(self.plan.shards[shard], specs) for shard, specs in enumerate(absent) if specs]

@@ -27,6 +27,7 @@ Lost = Mapping[tuple[int, str], ColumnManifest | None]  # damaged (shard, column
 
 def missing_columns(catalog: Catalog, columns: tuple[ColumnSpec, ...]) -> Work:
     """Return the shards that lack columns, and which. UsageError where one is stored with other rows or codec."""
+    work = catalog.missing(columns)
     for shard in range(catalog.shards):
         for spec in columns:
             manifest = catalog.captured(shard, spec.name)
@@ -38,7 +39,7 @@ def missing_columns(catalog: Catalog, columns: tuple[ColumnSpec, ...]) -> Work:
                 )
             if stored.codec != spec.codec:
                 raise UsageError(codec_mismatch(catalog.path, spec, stored.codec))
-    return catalog.missing(columns)
+    return work
 
 
 def codec_mismatch(out: Path, spec: ColumnSpec, current: str) -> str:
