@@ -14,13 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
-from pipeline.cache.arrow_files import parse_batches
 from pipeline.cache.atomic import read_errors, write_file
 from pipeline.cache.layout import FINAL, INDEX, INDEX_MANIFEST, aux_column
 from pipeline.cache.manifest import FileFact, canonical, check_size, read_record, write_canonical
 from pipeline.cache.plan import Plan
 from pipeline.cache.records import Files, IndexManifest, SegmentManifest
-from pipeline.cache.samples import to_numpy
+from pipeline.cache.samples import parse_batches, to_numpy
 from pipeline.errors import CacheError
 
 Refused = list[tuple[int, np.ndarray]]  # of one column: shards, and the rows of samples refused in them

@@ -2,22 +2,26 @@
 
 Since it has all lengths, all sizes are known before the target runs, workers need no coordination, and a stopped
 capture can resume. Shards are contiguous ranges of the corpus; in a shard the longest samples come first, so that
-micro-batches of consecutive samples have little padding and write their rows in order.
+micro-batches of consecutive samples have little padding and write their rows in order. Which samples are computed
+together is part of what a cache is, too (`batch_tokens`).
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
 
-from pipeline.cache.arrow_files import read_batches
+import numpy as np
+
 from pipeline.cache.atomic import Scratch, clean_scratch, commit_lock, write_errors
 from pipeline.cache.layout import NUMBER, PLAN, SCRATCH, SHARDS, numbered
 from pipeline.cache.manifest import check_file, read_record
 from pipeline.cache.records import SegmentManifest
-from pipeline.cache.samples import SCHEMA, ShardPlan, checked_batch
+from pipeline.cache.samples import SCHEMA, ShardPlan, checked_batch, read_batches
 from pipeline.errors import CacheError, UsageError
+
+FORWARD_TOKENS = 128  # what a forward costs besides its tokens: about what an H100 computes while it reads the weights
 
 
 @dataclass(frozen=True)
@@ -146,3 +150,30 @@ def _shards_of(path: Path, manifest: SegmentManifest) -> list[ShardPlan]:
     if not shards or counts != (manifest.shards, manifest.samples, manifest.tokens):
         raise CacheError(f"{path}: not the shards its manifest counts; run `pipeline verify`")
     return shards
+
+
+def micro_batches(lengths: Sequence[int] | np.ndarray, batch_tokens: int) -> list[range]:
+    """Cut a shard's samples, in their order, into batches of at most `batch_tokens` padded tokens (at least a sample).
+
+    Of all cuts the cheapest, padding and forwards counted in tokens. A pure function of the lengths, so that a capture
+    computes the same batches whoever runs it and however often it was stopped.
+    """
+    lengths = [int(length) for length in lengths]
+    least, begins = [0], [0]  # for the samples before each end: what they cost, where their last batch begins
+    for end in range(1, len(lengths) + 1):
+        longest = tokens = 0
+        found = None
+        for first in range(end - 1, -1, -1):
+            longest, tokens = max(longest, lengths[first]), tokens + lengths[first]
+            padded = longest * (end - first)
+            cost = padded - tokens + FORWARD_TOKENS
+            if found and (padded > batch_tokens or cost > found[0]):  # and every longer batch costs more still
+                break
+            found = min(found or (least[first] + cost, first), (least[first] + cost, first))
+        least.append(found[0])
+        begins.append(found[1])
+    batches, end = [], len(lengths)
+    while end:
+        batches.append(range(begins[end], end))
+        end = begins[end]
+    return batches[::-1]

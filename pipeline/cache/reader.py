@@ -26,8 +26,7 @@ from pipeline.cache.layout import (
     shard_folder,
 )
 from pipeline.cache.manifest import check_file
-from pipeline.cache.open_columns import OpenColumns
-from pipeline.cache.parallel_reads import ReadPool
+from pipeline.cache.open_columns import OpenColumns, ReadPool
 from pipeline.cache.records import ColumnManifest, ColumnSpec
 from pipeline.cache.samples import ShardPlan, read_batch
 from pipeline.cache.target_files import CONFIG, HEAD, TOKENS, target_file, target_json
@@ -99,22 +98,6 @@ class HiddenCache:
     def whole(self) -> dict[str, ColumnSpec]:
         """Columns that every planned shard has, by name, each with its spec."""
         return self.catalog.whole
-
-    @cached_property
-    def missing(self) -> list[tuple[int, str]]:
-        """(shard, column) pairs still to be captured: columns that other shards have."""
-        names = sorted({name for names in self.catalog.names for name in names})
-        return [(n, name) for n, held in enumerate(self.catalog.names) for name in names if name not in held]
-
-    @property
-    def partial(self) -> dict[str, int]:
-        """How many shards have each column that some lack (a stopped capture or a lost file), by name."""
-        return self.catalog.partial
-
-    @property
-    def unplanned_shards(self) -> list[int]:
-        """Shards with columns that no segment of the plan has."""
-        return self.catalog.unplanned_shards
 
     @cached_property
     def layers(self) -> tuple[int, ...]:

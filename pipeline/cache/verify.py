@@ -43,7 +43,7 @@ from pipeline.cache.manifest import PIECE, FileFact, check_file, check_size, rea
 from pipeline.cache.plan import Plan
 from pipeline.cache.rebuild import Columns, refused_bytes
 from pipeline.cache.records import CalibrationManifest, ColumnManifest, IndexManifest, SegmentManifest
-from pipeline.cache.samples import ShardPlan, make_batch, read_batch, sample_id
+from pipeline.cache.samples import ShardPlan, read_batch
 from pipeline.cache.target_files import target_manifest
 from pipeline.errors import CacheError
 
@@ -163,7 +163,7 @@ class _Check:
         with self.guard(PLAN):
             plan = self.catalog.plan
             for shard in plan.shards:
-                if not _rebuilt_batch(shard).equals(shard.batch):
+                if not shard.rebuilt_batch().equals(shard.batch):
                     self.damage(PLAN, "not what its ids and masks give", shard.number)
             return plan
         return None
@@ -335,12 +335,6 @@ def _below(cache: Path, folder: str) -> set[str]:
     """Files under a folder of the cache, relative to the cache; none where it is a link, to wherever."""
     paths = [] if (cache / folder).is_symlink() else (cache / folder).rglob("*")
     return {path.relative_to(cache).as_posix() for path in paths}
-
-
-def _rebuilt_batch(shard: ShardPlan):
-    """Build the shard's batch again from ids, masks and origins."""
-    samples = [*shard.samples()]
-    return make_batch(samples, [sample_id(sample.ids, sample.mask) for sample in samples], shard.number)
 
 
 def _damaged_rows(column: Column, reader, digest) -> list[int]:

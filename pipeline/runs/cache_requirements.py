@@ -77,22 +77,22 @@ def check_complete(cache: "HiddenCache", recipe: "Recipe") -> None:
     is running, else CacheError; and CacheError where shards have lost their segment of the plan, or nothing is captured
     yet.
     """
-    if cache.unplanned_shards and not in_use(cache.path):
+    if cache.catalog.unplanned_shards and not in_use(cache.path):
         raise CacheError(
-            f"{cache.path}: shard {cache.unplanned_shards[0]} is in no segment of the plan, so one is lost; "
+            f"{cache.path}: shard {cache.catalog.unplanned_shards[0]} is in no segment of the plan, so one is lost; "
             "run `pipeline verify`"
         )
-    if not (cache.whole or cache.partial):
+    if not (cache.whole or cache.catalog.partial):
         finish = "the same `pipeline import-cache` goes on" if _imported(cache) else f"run {capture_command(cache)}"
         raise CacheError(f"{cache.path}: nothing is captured yet; {finish}")
-    if recipe.draft.layers is not None or not cache.partial:
+    if recipe.draft.layers is not None or not cache.catalog.partial:
         return
     read = f'`--set "draft.layers={[*cache.layers]}"` trains on what is whole'.replace(", ", ",")
     read = f", or {read}" if cache.layers else ""
     if in_use(cache.path):
         raise UsageError(f"{cache.path} is being captured: {partial_text(cache)}; wait until it is done{read}")
-    layers = {*cache.layers, *(layer_of(name) for name in cache.partial)} - {None}
-    finish = how_to_add(cache, sorted(layers), "needed" if FINAL in cache.partial else None)
+    layers = {*cache.layers, *(layer_of(name) for name in cache.catalog.partial)} - {None}
+    finish = how_to_add(cache, sorted(layers), "needed" if FINAL in cache.catalog.partial else None)
     if _imported(cache):
         finish = "finish the import with the same command"
     raise CacheError(f"{cache.path} is incomplete, and nobody is capturing it: {partial_text(cache)}; {finish}{read}")
@@ -100,7 +100,7 @@ def check_complete(cache: "HiddenCache", recipe: "Recipe") -> None:
 
 def partial_text(cache: "HiddenCache") -> str:
     """Return which columns only some shards have, such as "aux.3 in 15 of 16 shards"."""
-    return ", ".join(f"{name} in {count} of {cache.shards} shards" for name, count in cache.partial.items())
+    return ", ".join(f"{name} in {count} of {cache.shards} shards" for name, count in cache.catalog.partial.items())
 
 
 def layers_to_read(cache: "HiddenCache", wanted: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -18,8 +18,7 @@ from pipeline.cache.codecs.calibration import (
 )
 from pipeline.cache.codecs.error_certificate import checked_calibration
 from pipeline.cache.columns import ColumnSpec
-from pipeline.cache.micro_batches import micro_batches
-from pipeline.cache.plan import Plan
+from pipeline.cache.plan import Plan, micro_batches
 from pipeline.cache.samples import PlannedSample, ShardPlan, make_batch
 from stages.cache_hidden.engine import Engine
 from stages.cache_hidden.pack import Packer

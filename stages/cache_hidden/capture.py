@@ -18,7 +18,7 @@ import torch
 from pipeline.cache.atomic import process_lock, write_errors
 from pipeline.cache.catalog import Catalog, Work
 from pipeline.cache.columns import ColumnSpec
-from pipeline.cache.micro_batches import micro_batches
+from pipeline.cache.plan import micro_batches
 from pipeline.cache.target_files import HEAD, target_file
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import DataError

@@ -125,7 +125,7 @@ def run_description(
     longer = int((store.samples.length[split.train] > context).sum())
     if longer:
         yield f"{longer} samples are longer than train.context = {context} rows: each gives one window an epoch"
-    if store.partial:
+    if store.catalog.partial:
         yield f"the cache is incomplete: {partial_text(store)}; layers {list(resolved.draft.target_layer_ids)} are read"
     if resolved.draft.gamma is None and resolved.draft.weighting == "decay":
         yield "gamma is 0, so late slots weigh as much as early ones; published recipes let the weight decay"

@@ -21,8 +21,7 @@ import stages.cache_hidden.engine as engine_module
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import write_errors
 from pipeline.cache.manifest import read_canonical
-from pipeline.cache.micro_batches import micro_batches
-from pipeline.cache.plan import load_plan
+from pipeline.cache.plan import load_plan, micro_batches
 from pipeline.cache.verify import verify
 from pipeline.corpus.sources import parse_row
 from pipeline.errors import DataError, RoomError, UsageError

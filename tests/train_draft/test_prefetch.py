@@ -11,7 +11,7 @@ import torch
 from cache_maker import COLUMNS, make_cache, random_samples
 
 from pipeline.cache import HiddenCache
-from pipeline.cache import parallel_reads as in_flight
+from pipeline.cache import open_columns as in_flight
 from pipeline.cache.layout import FINAL, shard_folder
 from pipeline.drafts import DraftConfig
 from pipeline.errors import CacheError

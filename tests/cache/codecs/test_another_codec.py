@@ -175,7 +175,7 @@ def test_a_column_without_its_manifest_is_not_captured_yet_and_nothing_is_foreig
         "shards/000000/aux.1.json": "not captured yet",
     }
     assert not report.damaged and not report.foreign
-    assert HiddenCache.open(cache).partial["aux.1"] == load_plan(cache).shards[-1].number
+    assert HiddenCache.open(cache).catalog.partial["aux.1"] == load_plan(cache).shards[-1].number
 
 
 def test_a_lossless_codec_is_priced_and_read_as_its_class_says(tmp_path, monkeypatch):
