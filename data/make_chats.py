@@ -21,7 +21,7 @@ from conversation import Conversation
 from generate import DOMAINS, converse
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.target.tokenizer import load_tokenizer
+from pipeline.target.chat_template import load_tokenizer
 from stages.regenerate.options import Options
 from stages.regenerate.run import run
 

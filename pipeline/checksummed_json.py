@@ -10,11 +10,12 @@ no checksum and are accepted without.
 import json
 import re
 from pathlib import Path
+from typing import Annotated, TypeVar
 
 import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.cache.atomic import read_error
-from pipeline.cache.manifest import has_form
 from pipeline.errors import CacheError, PipelineError
 from pipeline.untrusted import parse_strict_json, read_file
 
@@ -23,6 +24,30 @@ _TAIL = re.compile(rb',\n? ?"xxh3": "([0-9a-f]{16})"\n?}\n?\Z')
 # Matches what is left of that tail after any one bit of it was flipped.
 _TAIL_REMAINS = re.compile(rb'xxh3|"[0-9a-f]{16}"\n?}\n?\Z')
 _MAX_TAIL = 40
+
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Record(BaseModel):
+    """A typed record: its fields are the JSON's keys, in the order they are written. Keys of later versions are
+    ignored; fields that have a default are absent from records of earlier ones."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    def as_dict(self) -> dict:
+        """Return the record as JSON values, without what was never set."""
+        return self.model_dump(exclude_unset=True)
+
+
+class FileRecord(Record):
+    """What a record says of another file: its size in bytes and its xxh3-128, in hex."""
+
+    size: Count
+    xxh3: str
+
+
+Kind = TypeVar("Kind", bound=Record)
 
 
 def with_checksum(text: str, before: str = "") -> bytes:
@@ -62,15 +87,15 @@ def record_bytes(facts: dict) -> bytes:
     return with_checksum(json.dumps(facts, indent=1, allow_nan=False))
 
 
-def read_record(path: Path, form: dict, remedy: str, max_bytes: int = MAX_BYTES) -> dict:
-    """Read a record of the given form (see `has_form`). CacheError, ending with the remedy, for damage."""
+def read_record(path: Path, kind: type[Kind], remedy: str, max_bytes: int = MAX_BYTES) -> Kind:
+    """Read a record of a kind. CacheError, ending with the remedy, for damage."""
     try:
         record, _ = parse_checksummed(read_file(path, max_bytes))
+        return kind.model_validate(record)
+    except ValidationError:
+        raise CacheError(f"{path}: damaged, or no record of a run; {remedy}") from None
     except (OSError, ValueError) as error:
         raise damage_error(path, error, remedy) from None
-    if not has_form(record, form):
-        raise CacheError(f"{path}: damaged, or no record of a run; {remedy}")
-    return record
 
 
 def damage_error(path: Path, error: Exception, remedy: str) -> PipelineError:

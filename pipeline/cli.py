@@ -13,7 +13,7 @@ from pipeline import __version__
 from pipeline.errors import CacheError, ProofError, UsageError
 from pipeline.options import FOLDER, PATH, REPORT, CodecOption, capture_options, regenerate_options
 from pipeline.process import CacheCommand, disable_spin_waiting, run_and_exit
-from pipeline.visible_text import say, visible
+from pipeline.visible_text import print_visible, visible
 
 
 class InWorkflowOrder(click.Group):
@@ -49,7 +49,7 @@ def regenerate(template_kwargs, template_date, no_token_ids, as_json, **chosen):
     """
     from pipeline.target.files import template_arguments
     from stages.regenerate.options import Options
-    from stages.regenerate.report import table
+    from stages.regenerate.output import table
     from stages.regenerate.run import check_failed, run
 
     arguments = template_arguments(template_kwargs, template_date)
@@ -76,7 +76,7 @@ def plan(model, corpus, out, probe, as_json, **chosen):
     show(report, as_json, plan_table)
     if not as_json:
         show(report, as_json, plan_samples)
-        say(f"next: {visible(report['command'])}")
+        print_visible(f"next: {visible(report['command'])}")
 
 
 @commands.command("cache-hidden")
@@ -106,14 +106,10 @@ def cache_hidden(model, corpus, out, **chosen):
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(cache, sample, as_json):
     """Say what a cache is and holds."""
-    from pipeline.evaluation.tables import cache_table, coloured_sample
+    from pipeline.cache.inspect import cache_table, coloured_sample, describe, sample_view
 
     if sample is None:
-        from pipeline.cache.inspect import describe
-
         return show(describe(cache), as_json, cache_table)
-    from pipeline.cache.inspect import sample_view
-
     show(sample_view(cache, sample), as_json, lambda view: coloured_sample(cache, view))
 
 
@@ -134,7 +130,7 @@ def verify(cache, repair, deep, complete, model, device, as_json):
     With --repair it captures exactly the damaged columns of the damaged shards again, and what follows from the rest
     it writes again; what is sound is not touched.
     """
-    from pipeline.evaluation.tables import verify_table
+    from pipeline.cache.inspect import verify_table
     from stages.cache_hidden.repair import check_incomplete, suggest_repair, verify_and_repair
 
     report = verify_and_repair(cache, repair, deep, model, device)
@@ -203,7 +199,7 @@ def train_draft(recipe, cache, sets, out, device, init_from):
     """
     from stages.train_draft.run import run
 
-    run(cache, recipe, sets, out, device, init_from)
+    run(cache, recipe, sets, out, device, initial_draft(init_from))
 
 
 @commands.command()
@@ -214,7 +210,7 @@ def train_draft(recipe, cache, sets, out, device, init_from):
 @click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
 @click.option("--init-from", type=FOLDER, help="Begin every run with the weights of this draft.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def sweep(recipe, as_json, **chosen):
+def sweep(recipe, as_json, init_from, **chosen):
     """Train every combination of a recipe's lists.
 
     The lists are those of RECIPE's [sweep] table; the runs follow one another, and one table ends them. All are checked
@@ -224,7 +220,7 @@ def sweep(recipe, as_json, **chosen):
     from stages.train_draft.sweep import sweep
 
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
-        report = sweep(recipe=recipe, **chosen)
+        report = sweep(recipe=recipe, init_from=initial_draft(init_from), **chosen)
     show(report, as_json, sweep_table)
     failed = [run for run in report["runs"] if run["failed"]]
     if failed:
@@ -272,7 +268,7 @@ def evaluate(draft, as_json, temperature, draft_temperature, seed, **chosen):
     type=click.Choice(["sglang", "speculators"]),
     default="sglang",
     show_default=True,
-    help="sglang: DFlash, Domino, DSpark; speculators, which vLLM reads: DFlash, and DSpark with the vanilla head.",
+    help="sglang, or speculators, which vLLM reads; a draft that the engine has no method for is refused.",
 )
 def export(draft, out, form):
     """Write a draft as serving engines load it, and prove it.
@@ -283,7 +279,7 @@ def export(draft, out, form):
     from pipeline.published.export import export
 
     done = export(draft, out, form)
-    say(visible(f"{out}: {done['tensors']} tensors, {done['parameters']:,} parameters, {done['proof']}"))
+    print_visible(visible(f"{out}: {done['tensors']} tensors, {done['parameters']:,} parameters, {done['proof']}"))
 
 
 @commands.command("check-export")
@@ -316,7 +312,6 @@ def report(reports, markdown, forced, drawing, against):
     Runs that differ only in their seed become one column, and one mark of a plot. With --against a draft is a row: how
     far it is ahead of that baseline over the same prompts, and after how many steps it would have reached it.
     """
-    from pipeline.evaluation.plot import plot
     from pipeline.evaluation.tables import comparison
 
     if against:
@@ -328,8 +323,19 @@ def report(reports, markdown, forced, drawing, against):
     else:
         table = comparison(reports, markdown, forced)
     if drawing:
+        from pipeline.evaluation.plot import plot
+
         plot(reports, drawing)
-    say(table) if markdown else console().print(table)
+    print_visible(table) if markdown else console().print(table)
+
+
+def initial_draft(place):
+    """Return the draft that --init-from names, None without one. Training knows of no published form."""
+    if place is None:
+        return None
+    from pipeline.published.init_from import InitialDraft
+
+    return InitialDraft(place)
 
 
 def console():
@@ -342,7 +348,7 @@ def console():
 def show(report: dict, as_json: bool, table) -> None:
     """Print a report as JSON, or as the table that `table(report)` returns."""
     if as_json:
-        say(json.dumps(report, indent=2, default=str).replace("\x7f", "\\u007f"))  # JSON does not escape DEL
+        print_visible(json.dumps(report, indent=2, default=str).replace("\x7f", "\\u007f"))  # JSON does not escape DEL
     else:
         console().print(table(report))
 

@@ -37,3 +37,8 @@ class RoomError(PipelineError):
     """Not enough disk or memory, or a read-only disk. Exit code 5."""
 
     code = 5
+
+
+def first_line(error: object, most: int | None = 160) -> str:
+    """Return the first line of an error's message, `most` characters of it; its type's name where it says nothing."""
+    return str(error).strip().split("\n")[0][:most] or type(error).__name__

@@ -33,6 +33,7 @@ LIMITS: dict[int, tuple[type[PipelineError], str]] = {
     errno.ELOOP: (UsageError, LINK_LOOP),
 }
 NUMBERED = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]")  # as safetensors and Arrow put it into words
+MEMORY_MARGIN = 256 << 20  # bytes of address space; with less left, a failure to decode is not called damage
 NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "out of memory")
 
 
@@ -63,3 +64,14 @@ def refuse_limit(where: Path | str, error: BaseException) -> None:
     known = limit_error(where, error)
     if known is not None:
         raise known from error
+
+
+def check_memory(where: Path | str) -> None:
+    """Raise RoomError when memory is nearly exhausted: a decoder may then fail just as on damaged bytes.
+
+    Tries to allocate far more than a chunk needs, since other threads take and free memory meanwhile.
+    """
+    try:
+        bytearray(MEMORY_MARGIN)
+    except MemoryError as error:
+        raise limit_error(where, error) from None

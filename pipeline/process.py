@@ -21,7 +21,7 @@ import click
 
 from pipeline.errors import PipelineError, RoomError
 from pipeline.os_errors import limit_error
-from pipeline.visible_text import say, visible, visible_lines
+from pipeline.visible_text import print_visible, visible, visible_lines
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # exit codes 143, and 129 for a terminal that was closed
 RESUMABLE = "what is finished is kept, and the same command goes on from there"
@@ -115,11 +115,11 @@ def run_and_exit(commands: click.Group, arguments: list[str]) -> None:
 
 def _print_bug(kind, error, trace):
     """Print an unexpected error as one line; Python then exits with 1."""
-    say(f"bug: {kind.__name__}: {visible(error)} (the trace: `pipeline --debug ...`)", err=True)
+    print_visible(f"bug: {kind.__name__}: {visible(error)} (the trace: `pipeline --debug ...`)", err=True)
 
 
 def _print_traceback(kind, error, trace):
-    say("".join(traceback.format_exception(kind, error, trace)), err=True)
+    print_visible("".join(traceback.format_exception(kind, error, trace)), err=True)
 
 
 def _escape_library_output() -> None:
@@ -143,8 +143,8 @@ def _visible_warning(*given, **named) -> str:
 
 def _print_error(line: str, code: int, debug: bool) -> int:
     if debug:
-        say(traceback.format_exc(), err=True)
-    say(visible(line), err=True)
+        print_visible(traceback.format_exc(), err=True)
+    print_visible(visible(line), err=True)
     return code
 
 

@@ -1,4 +1,4 @@
-"""Write safetensors files, view states as they are stored, choose a device, recognise out-of-memory errors."""
+"""Write safetensors files, view states as stored, choose a dtype or a device, recognise out-of-memory errors."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, first_line
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -41,6 +41,11 @@ def as_states(stored: np.ndarray) -> Tensor:
     return torch.from_numpy(stored)
 
 
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype for norms, angles, softmaxes and sums: float32, or `dtype` where that is wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def find_device(named: str | torch.device | None) -> torch.device:
     """Return the named device, by default CUDA if there is one, else the CPU. UsageError when it is not available."""
     wanted = named or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,7 +53,7 @@ def find_device(named: str | torch.device | None) -> torch.device:
         device = torch.device(wanted)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        cause = str(error).split("\n")[0]
+        cause = first_line(error, None)
         raise UsageError(
             f"device {wanted}: {cause}; pass --device cpu, or leave it out to take what is there"
         ) from None

@@ -14,11 +14,12 @@ _TOO_DEEP = f"JSON nested deeper than {MAX_DEPTH} levels"
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
-def _refuse_constant(name: str):
-    raise ValueError(f"{name} is no number of JSON")
+def refuse_constant(name: str):
+    """Refuse NaN and Infinity, which Python's JSON reads and writes: `parse_constant` of a decoder. ValueError."""
+    raise ValueError(f"{name} is no number of JSON; write null")
 
 
-_DECODER, _STRICT = json.JSONDecoder(), json.JSONDecoder(parse_constant=_refuse_constant)
+_DECODER, _STRICT = json.JSONDecoder(), json.JSONDecoder(parse_constant=refuse_constant)
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:

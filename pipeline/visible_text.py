@@ -32,8 +32,8 @@ def _escaped(found: re.Match) -> str:
     return found[0].encode("unicode_escape").decode()
 
 
-def say(text: object, err: bool = False) -> None:
-    """Print our own lines; pass an untrusted value in them through `visible` first, or its line ends stay."""
+def print_visible(text: object, err: bool = False) -> None:
+    """Print text, control characters escaped but line ends kept: pass untrusted values in it through `visible`."""
     click.echo(visible_lines(text), err=err)
 
 

@@ -25,6 +25,8 @@ COLUMNS = [
     ColumnSpec("final", "bfloat16", 8, keeps="needed"),
 ]
 
+CAPTURE = {"layers": "1,3", "max_length": 256, "max_samples": 8}  # options of the fixture `captured`
+
 
 def random_samples(count: int, longest: int = 600, seed: int = 0) -> list[PlannedSample]:
     """Samples of 2 to `longest` tokens, a third supervised, in three domains."""
@@ -97,6 +99,11 @@ def contents(cache: Path) -> dict[str, bytes]:
     files = sorted(path for path in cache.rglob("*") if path.is_file())
     named = {path.relative_to(cache).as_posix(): path.read_bytes() for path in files}
     return {name: data for name, data in named.items() if not any(part.startswith("tmp-") for part in name.split("/"))}
+
+
+def without_record(cache: Path) -> dict[str, bytes]:
+    """The content of every file but `capture.log`, which has times and paths."""
+    return {name: data for name, data in contents(cache).items() if name != "capture.log"}
 
 
 def flip(path: Path, bit: int) -> None:

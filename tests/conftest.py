@@ -14,6 +14,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 import hypothesis
 import pytest
 import torch
+from cache_maker import CAPTURE
 from tiny import conversations, save_target, write_jsonl
 
 hypothesis.settings.register_profile("long", max_examples=10_000)  # --hypothesis-profile long
@@ -58,3 +59,20 @@ def tiny_cache(tiny_target, tiny_corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache") / "hs_cache"
     run(str(tiny_target), str(tiny_corpus), folder, options=CaptureOptions(layers="1,3,4", max_length=256))
     return folder
+
+
+@pytest.fixture(scope="session")
+def captured(tiny_target, tiny_corpus, tmp_path_factory):
+    """Return a function that captures layers 1 and 3 and `final` of eight chats with a codec, once each."""
+    from stages.cache_hidden.options import CaptureOptions
+    from stages.cache_hidden.run import run
+
+    folder, caches = tmp_path_factory.mktemp("captured"), {}
+
+    def capturing(codec: str):
+        if codec not in caches:
+            caches[codec] = folder / codec
+            run(str(tiny_target), str(tiny_corpus), caches[codec], options=CaptureOptions(codec=codec, **CAPTURE))
+        return caches[codec]
+
+    return capturing

@@ -1,6 +1,6 @@
 """Drafts that tests decode with, one of each form, for the tiny target."""
 
-from pipeline.drafts import DRAFTS, DraftConfig, init_weights
+from pipeline.drafts import DRAFTS, draft_config, init_weights
 from pipeline.target.model import head_of
 
 MASK, PROMPT = 259, [104, 105, 10, 257, 33]
@@ -35,6 +35,6 @@ DRAFTED = [
 def make_draft(target, method="domino", **options):
     """A draft with seeded weights for the tiny target; without options a Domino draft of next-position labels."""
     options = options or {"shift_label": True, **DOMINO}
-    draft = DRAFTS[method](DraftConfig(method=method, **SIZES, **options), head_of(target))
+    draft = DRAFTS[method](draft_config(method=method, **SIZES, **options), head_of(target))
     init_weights(draft, 0)
     return draft.eval()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.drafts import DRAFTS, Draft, DraftConfig, ScheduleValues, eligible_anchors, lay_blocks, pack
+from pipeline.drafts import DRAFTS, Draft, draft_config, eligible_anchors, lay_blocks, pack
 from pipeline.drafts.losses import HeadLoss
 from pipeline.target.head import TargetHead
 from pipeline.target.layers import final_rows
@@ -54,7 +54,7 @@ def build(method: str, shift: bool = True, seed: int = 0, softcap: float | None 
     generator = torch.Generator().manual_seed(seed)
     embed_VD = torch.randn(V, H, generator=generator)
     head = TargetHead(embed_VD, torch.randn(V, H, generator=generator) * 0.3, logit_softcap=softcap)
-    draft = DRAFTS[method](DraftConfig(**fields(method, shift, **changes)), head)
+    draft = DRAFTS[method](draft_config(**fields(method, shift, **changes)), head)
     with torch.no_grad():
         for name, parameter in sorted(draft.named_parameters()):
             norm = parameter.ndim == 1 and "bias" not in name
@@ -96,7 +96,7 @@ def head_loss(hidden_NSD, target, objective, correction, blocks):
 
 
 def loss_of(draft, cell, blocks, lambda_base=0.4, metrics=False):
-    return draft.loss(cell, blocks, ScheduleValues(lambda_base), draft.denominators(blocks), metrics)
+    return draft.loss(cell, blocks, {"lambda_base": lambda_base}, draft.denominators(blocks), metrics)
 
 
 def gradients(draft: Draft, total: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -13,12 +13,10 @@ from pipeline.corpus.rejections import Tally
 from pipeline.drafts import (
     DRAFTS,
     Draft,
-    DraftConfig,
-    ScheduleValues,
+    draft_config,
     eligible_anchors,
     init_weights,
     lay_blocks,
-    needs_final_states,
     pack,
 )
 from pipeline.target.model import load_target
@@ -86,7 +84,7 @@ def make_greedy_cache(model, out, count=12, most=20, seed=0):
 def make_learned_draft(cache_path, method="domino", steps=50, **options) -> Draft:
     """Overfit a draft to a cache, so that it accepts some and rejects some."""
     cache = HiddenCache.open(cache_path)
-    draft_config = DraftConfig(
+    config = draft_config(
         method=method,
         hidden_size=32,
         intermediate_size=48,
@@ -102,17 +100,17 @@ def make_learned_draft(cache_path, method="domino", steps=50, **options) -> Draf
         mask_token_id=MASK,
         **{"block_size": 4, **OPTIONS[method], **options},
     )
-    draft = DRAFTS[method](draft_config, cache.head())
+    draft = DRAFTS[method](config, cache.head())
     init_weights(draft, 0)
-    soft = needs_final_states(draft_config)
+    soft = config.needs_final_states
     samples = [cache.read(index, final=soft) for index in range(len(cache))]
     cell = pack(samples, [cache.samples.hex(index) for index in range(len(cache))], final=soft)
     eligible = torch.cat([eligible_anchors(sample.mask) for sample in samples]).nonzero()[:, 0]
-    blocks = lay_blocks(cell, eligible, torch.ones_like(eligible).bool(), draft_config)
+    blocks = lay_blocks(cell, eligible, torch.ones_like(eligible).bool(), config)
     dens = draft.denominators(blocks)
     optimizer = torch.optim.Adam(draft.parameters(), lr=6e-3)
     for step in range(steps):
         optimizer.zero_grad()
-        draft.loss(cell, blocks, ScheduleValues(1 - step / steps), dens).total.backward()
+        draft.loss(cell, blocks, {"lambda_base": 1 - step / steps}, dens).total.backward()
         optimizer.step()
     return draft.eval()

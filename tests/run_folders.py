@@ -8,9 +8,9 @@ import torch
 from forms import SIZES
 
 from pipeline.checksummed_json import parse_checksummed
-from pipeline.drafts import DRAFTS, Draft, DraftConfig, init_weights
+from pipeline.drafts import DRAFTS, Draft, draft_config, init_weights
 from pipeline.runs import checkpoint
-from pipeline.runs.folder import RECIPE, RUN, write_run
+from pipeline.runs.folder import RECIPE, RUN, read_run, write_run
 from pipeline.target.head import TargetHead
 
 METHOD_FIELDS = {
@@ -27,7 +27,7 @@ def small_head() -> TargetHead:
 
 def save_draft_run(run: Path, method: str = "domino", **changes) -> Draft:
     """Write a random draft to the folder of a run as its checkpoint of step 7, and return the draft."""
-    draft = DRAFTS[method](DraftConfig(method=method, **{**SIZES, **METHOD_FIELDS[method], **changes}), small_head())
+    draft = DRAFTS[method](draft_config(method=method, **{**SIZES, **METHOD_FIELDS[method], **changes}), small_head())
     init_weights(draft, 5)
     with torch.no_grad():  # norms of 1 would hide a lost one
         for weight in draft.parameters():
@@ -39,9 +39,9 @@ def save_draft_run(run: Path, method: str = "domino", **changes) -> Draft:
 def with_recipe(run: Path, out: Path, old: str, new: str) -> Path:
     """Copy a run as if its recipe had said `new` where it says `old`."""
     shutil.copytree(run, out)
-    text, facts = (run / RECIPE).read_text(), json.loads((run / RUN).read_text())
+    text = (run / RECIPE).read_text()
     assert old in text
-    write_run(out, {key: value for key, value in facts.items() if key != "xxh3"}, text.replace(old, new, 1))
+    write_run(out, read_run(run), text.replace(old, new, 1))
     return out
 
 

@@ -1,13 +1,16 @@
 """Chat templates of our own, each with one trait of templates that the world uses, and what makes samples by them."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from tiny import CHAT_TEMPLATE, tokenizer
 
-from pipeline.corpus.record_formats import parse_row
-from pipeline.corpus.rejections import Unusable
+from pipeline.cache.samples import PlannedSample
+from pipeline.corpus.record_formats import Conversation, RejectedRow, parse_row
+from pipeline.corpus.rejections import Tally, Unusable
 from pipeline.target.chat_template import ChatTemplate
+from stages.cache_hidden.prepare_rows import Job, RowPreparer, samples_of
 from stages.cache_hidden.tokenise import PreparedConversation, SampleMaker
 
 PLAIN = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
@@ -105,3 +108,14 @@ def supervised(template: ChatTemplate, found: PreparedConversation) -> list[list
 def replies(template: ChatTemplate, found: PreparedConversation) -> list[list[str]]:
     """Return of each sample the supervised stretches."""
     return [[reply for _, reply in sample] for sample in supervised(template, found)]
+
+
+def prepared_here(
+    rows: Iterable[Conversation | RejectedRow], target: Path, max_length: int, tally: Tally, vocab_size: int
+) -> Iterator[PlannedSample]:
+    """Yield the samples of rows, in order, without worker processes; whatever is left out goes into the tally."""
+    preparer = RowPreparer(Job(target, max_length, vocab_size))
+    for row in rows:
+        tally.rows += 1
+        for outcome in preparer.outcomes([row]):
+            yield from samples_of(outcome, tally)

@@ -17,7 +17,18 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pipeline.drafts import DRAFTS, Blocks, Cell, Draft, DraftConfig, Loss, ScheduleValues, lay_blocks, metrics_of, pack
+from pipeline.drafts import (
+    DRAFTS,
+    Blocks,
+    Cell,
+    Draft,
+    DraftConfig,
+    Loss,
+    draft_config,
+    lay_blocks,
+    metrics_of,
+    pack,
+)
 from pipeline.published import load_draft_folder
 from pipeline.target.head import TargetHead
 from pipeline.target.model import head_of, load_target
@@ -79,10 +90,10 @@ class Case:
         dens = self.draft.denominators(self.blocks)  # SpecForge's DSpark divides by the bare sum
         if self.facts["method"] == "domino":
             dens = {name: den + 1e-6 for name, den in dens.items()}
-        return self.draft.loss(self.cell, self.blocks, ScheduleValues(lambda_base), dens, metrics)
+        return self.draft.loss(self.cell, self.blocks, {"lambda_base": lambda_base}, dens, metrics)
 
 
-def draft_config(facts: dict, parameters: set[str]) -> DraftConfig:
+def case_config(facts: dict, parameters: set[str]) -> DraftConfig:
     """Every `config` there carries all methods' keys: only those of the case's method are taken."""
     given, method = facts["config"], facts["method"]
     fields = {
@@ -127,7 +138,7 @@ def draft_config(facts: dict, parameters: set[str]) -> DraftConfig:
     kind = facts["scalars"].get("loss_type", "")
     if kind.startswith("dpace"):
         fields |= {"weighting": kind, "dpace_alpha": 0.5}
-    return DraftConfig(**fields)
+    return draft_config(**fields)
 
 
 @cache
@@ -138,7 +149,7 @@ def load(name: str) -> Case:
     with safe_open(GOLDEN / f"{name}.safetensors", framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
     parameters = {key.removeprefix("param."): value for key, value in tensors.items() if key.startswith("param.")}
-    config = draft_config(facts, set(parameters))
+    config = case_config(facts, set(parameters))
     draft = DRAFTS[config.method](config, TargetHead(tensors["embed_tokens.weight"], tensors["lm_head.weight"]))
     draft.load_state_dict(parameters, strict=True)
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tiny import config, random_model
 from torch import nn
 
-from pipeline.drafts import DRAFTS, DraftConfig, Proposal
+from pipeline.drafts import DRAFTS, Proposal, draft_config
 from pipeline.errors import ProofError, UsageError
 from pipeline.sampling import draw, prompt_generator, uniforms
 from pipeline.target.model import head_of
@@ -110,7 +110,7 @@ def make_draft(target, method):
     """
     fields = {"block_size": BLOCK, "mask_token_id": MASK, "rope_theta": 1e4, "max_position_embeddings": 64}
     fields |= {"num_target_layers": 2, "target_layer_ids": (-1, 0)} | SIZES | OPTIONS[method]
-    draft = DRAFTS[method](DraftConfig(method=method, **fields), target.head).eval()
+    draft = DRAFTS[method](draft_config(method=method, **fields), target.head).eval()
     generator = torch.Generator().manual_seed(1)
     for name, weight in sorted(draft.named_parameters()):
         spread = 1.0 if "w1" in name or weight.ndim < 2 else 2.0 / weight.shape[-1] ** 0.5

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from pipeline.checksummed_json import ends_with_checksum, parse_checksummed, record_bytes, with_checksum
+from pipeline.errors import first_line
 from pipeline.untrusted import MAX_DEPTH, parse_json, parse_strict_json, read_file
 
 
@@ -57,3 +58,15 @@ def test_a_record_of_which_any_bit_changes_is_refused(text):
 def test_a_record_says_what_it_was_given():
     facts = {"a": "ü\x1b", "b": [1.5, None]}
     assert parse_checksummed(record_bytes(facts))[0] == facts
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("\n one\n two"), "one"),
+        (ValueError(), "ValueError"),
+        (ValueError("x" * 500), "x" * 160),
+    ],
+)
+def test_an_error_of_another_library_is_quoted_by_its_first_line(error, line):
+    assert first_line(error) == line

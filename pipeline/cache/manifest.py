@@ -7,7 +7,6 @@ manifest by size and xxh3-128.
 
 import hashlib
 import json
-import math
 import os
 import re
 import stat
@@ -33,8 +32,6 @@ _TAIL = re.compile(rb',\n "hash": "([0-9a-f]{32})"\n}\n\Z')
 
 # In a folder of which no cache is made: it would be taken for two things.
 OTHERS = {"run.json": "a training run", "config.json": "a model or a draft"}
-FACT = {"size": int, "xxh3": str}
-FILES = {str: FACT}  # the form of a manifest's "files": what they are, by path
 
 
 def canonical(facts: dict) -> bytes:
@@ -86,15 +83,12 @@ def parse_record(data: bytes, path: Path, model: type[Model]) -> Model:
     return record
 
 
-def read_canonical(path: Path, form: dict | None = None) -> dict:
-    """Read a manifest written by `write_canonical`, its hash under `hash`; it must have a form (see `has_form`).
+def read_canonical(path: Path) -> dict:
+    """Read a manifest written by `write_canonical`, its hash under `hash`.
 
     Raises CacheError for a missing or oversized file, another format version (naming both) and any damage.
     """
-    facts = parse_canonical(_read_manifest(path), path)
-    if form and not has_form(facts, form):
-        raise CacheError(f"{path}: the manifest of something else; run `pipeline verify`")
-    return facts
+    return parse_canonical(_read_manifest(path), path)
 
 
 def _read_manifest(path: Path) -> bytes:
@@ -106,30 +100,6 @@ def _read_manifest(path: Path) -> bytes:
             return file.read()
     except OSError as error:
         raise read_error(path, error) from error
-
-
-def has_form(value, form) -> bool:
-    """Whether what JSON gave has a form, so that whoever uses it need not look again.
-
-    A type; `int` is a count, from 0 to 2^63 - 1, and `float` that or a decimal number. `[form]` is a list of such.
-    `{str: form}` has any names, `{"name": form}` at least these; those that end with a question mark may be absent.
-    """
-    if isinstance(form, list):
-        return isinstance(value, list) and all(has_form(entry, form[0]) for entry in value)
-    if isinstance(form, dict):
-        if not isinstance(value, dict):
-            return False
-        if str in form:
-            return all(has_form(entry, form[str]) for entry in value.values())
-        for name, wanted in form.items():
-            key = name.removesuffix("?")
-            if not (has_form(value[key], wanted) if key in value else key != name):
-                return False
-        return True
-    if form in (int, float):
-        count = type(value) is int and 0 <= value < 1 << 63
-        return count or (form is float and isinstance(value, float) and math.isfinite(value))
-    return isinstance(value, form)
 
 
 def parse_canonical(data: bytes, path: Path) -> dict:

@@ -157,7 +157,7 @@ def _spool(samples: Iterable[PlannedSample], path: Path, counts: _Counts) -> Non
         for sample in samples:
             T = len(sample.ids)
             assert T and np.shape(sample.mask) == (T,), f"{sample.file}:{sample.line}: {T} ids, another mask"
-            name = sample.name or sample_id(sample.ids, sample.mask)
+            name = sample.digest or sample_id(sample.ids, sample.mask)
             if not counts.seen.add(name):
                 counts.duplicates += 1
                 continue

@@ -13,7 +13,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.zarr_file import DTYPES
@@ -247,6 +247,16 @@ class TargetManifest(Manifest):
     FILE = "target/manifest.json"
     cache: str = _field("the hash of cache.json")
     files: Files = _field("all other files of the folder")
+
+
+class WeightFile(Record):
+    model_config = ConfigDict(extra="ignore")
+    size: Count
+    xxh3: str
+
+
+class WeightsRecord(RootModel[dict[str, WeightFile]]):
+    """`target/weights.json`, no manifest: the files of the target's weights."""
 
 
 # capture.log

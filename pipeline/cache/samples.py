@@ -22,7 +22,7 @@ import pyarrow.ipc
 
 from pipeline.cache.atomic import read_errors
 from pipeline.cache.layout import numbered
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, first_line
 from pipeline.os_errors import refuse_limit
 from pipeline.target.layers import final_rows
 
@@ -56,7 +56,7 @@ class PlannedSample:
     split: str = ""  # "train", "heldout", or "" where the corpus does not say
     file: str = ""
     line: int = 0
-    name: bytes | None = None  # the sample's `sample_id`, where it has been computed
+    digest: bytes | None = None  # its `sample_id`, where it has been computed
 
 
 def sample_id(ids_T: np.ndarray, mask_T: np.ndarray) -> bytes:
@@ -269,7 +269,7 @@ def parse_batches(data: pa.Buffer, schema: pa.Schema, path: Path) -> list[pa.Rec
         return [_checked_batch(message, schema, path) for message in messages]
     except (pa.ArrowException, ValueError, OSError, StopIteration) as error:
         refuse_limit(path, error)
-        said = str(error).split("\n")[0]
+        said = first_line(error, None)
         raise CacheError(f"{path}: damaged, it cannot be read: {said}; run `pipeline verify`") from error
 
 

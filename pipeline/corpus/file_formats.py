@@ -20,7 +20,7 @@ import zstandard
 from pipeline.corpus.messages import parse_json
 from pipeline.corpus.record_formats import KNOWN_COLUMNS, columns_refusal
 from pipeline.corpus.rejections import Unusable
-from pipeline.errors import DataError
+from pipeline.errors import DataError, first_line
 from pipeline.visible_text import visible
 
 TEXT_SUFFIXES, COMPRESSED, TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json"), (".gz", ".zst"), (".parquet", ".arrow")
@@ -230,7 +230,7 @@ def _table_chunks(file: Path, name: str, split: str, prompts: bool) -> Iterator[
                 yield Chunk(name, split, lines, batch=_to_arrow_stream(part))
     except (pa.ArrowException, OSError, ValueError) as error:
         what = "Parquet" if parquet else "Arrow file"
-        cause = str(error).strip().split("\n")[0][:160]
+        cause = first_line(error)
         raise DataError(f"{file}: no readable {what} ({cause}); write it again") from error
 
 

@@ -18,6 +18,7 @@ Any other key with a value is counted by name and ignored. None, "", [] and {} a
 import json
 
 from pipeline.corpus.rejections import Unusable
+from pipeline.untrusted import refuse_constant
 
 STANDARD_ROLES = ("system", "developer", "user", "assistant", "tool")
 CALL_ROLE = "function_call"  # the role of an assistant message whose text is a tool call
@@ -61,11 +62,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
     return found
 
 
-def _no_number(name: str):
-    raise ValueError(f"{name} is no number of JSON; write null")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number)
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=refuse_constant)
 
 
 def parse_text(text: str, what: str) -> object:

@@ -16,7 +16,7 @@ from pipeline.cache.manifest import FileFact
 from pipeline.corpus.file_formats import SUFFIXES, Chunk, read_chunks, without_nulls
 from pipeline.corpus.messages import ROLES
 from pipeline.corpus.record_formats import Conversation, RejectedRow, parse_row, split_of
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import DataError, UsageError, first_line
 from pipeline.visible_text import visible
 
 METADATA_FILES = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # no rows in these
@@ -187,7 +187,7 @@ def hub_dataset(corpus: str, roles: dict[str, str] | None = None, prompts: bool 
         splits = load_dataset(corpus, streaming=True, revision=revision, trust_remote_code=False)
     except _hub_errors() as error:
         raise UsageError(
-            f"{corpus}: no such file or folder here, and the hub gave no such data set ({_cause(error)}); "
+            f"{corpus}: no such file or folder here, and the hub gave no such data set ({first_line(error)}); "
             "check the name and the network, or pass --corpus with a file of conversations"
         ) from error
     return split_rows(corpus, splits, roles, prompts), {"dataset": corpus, "revision": revision}
@@ -215,8 +215,8 @@ def hub_rows(
             yield parse_row(without_nulls(row), corpus, line, split=split, roles=roles, prompts=prompts)
     except _hub_errors() as error:
         raise DataError(
-            f"{corpus}: the hub's rows end after {line:,} ({_cause(error)}); run the same command again, or download "
-            "the data set and pass --corpus with its files"
+            f"{corpus}: the hub's rows end after {line:,} ({first_line(error)}); run the same command again, or "
+            "download the data set and pass --corpus with its files"
         ) from error
 
 
@@ -226,7 +226,3 @@ def _hub_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import HFValidationError, HTTPError  # HTTPError: of whichever client the hub uses
 
     return (OSError, HTTPError, DatasetsError, HFValidationError, ValueError)  # ValueError: pyarrow's, too
-
-
-def _cause(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:160] or type(error).__name__

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.drafts.blocks import Blocks, Group
-from pipeline.drafts.decoding import DraftKV
+from pipeline.drafts.draft import DraftKV
 
 KV = tuple[Tensor, Tensor]  # keys and values [G, tokens, E]
 

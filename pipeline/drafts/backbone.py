@@ -3,17 +3,55 @@ target's states before the anchor plus the block itself.
 
 The context is one projection of the captured layers, computed once and read unchanged by every layer; only the slots'
 residual stream is normed and updated. Parameter names are those of published checkpoints, all at the top level. RoPE
-tables are computed in float32 in each forward, since a buffer would be rounded by a cast to bfloat16.
+tables are computed in float32 in each forward, since a buffer would be rounded by a cast to bfloat16. The norm's
+gradient is hand-written, as the rotation's is: autograd's took a sixth of a training step on a CPU.
 
     R context rows   K captured layers   D hidden size   Q slots of all blocks, end to end
     A query heads   G key/value heads   E head size
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from pipeline.drafts.config import DraftConfig
-from pipeline.drafts.norm_and_rope import RMSNorm, Tables, rope_tables, rotate
+from pipeline.drafts.rope import Tables, rope_tables, rotate
+from pipeline.tensors import at_least_float32
+
+
+class RMSNorm(nn.Module):
+    """Hugging Face's Qwen3 norm: variance and scaling in float32, back to the input's dtype, then the weight."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Norm.apply(x, self.weight, self.eps)
+
+
+class _Norm(torch.autograd.Function):
+    """weight * (x / rms(x))."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        x_wide = x.to(at_least_float32(x.dtype))
+        scale = x_wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        unit = (x_wide * scale).to(x.dtype)
+        ctx.save_for_backward(unit, scale, weight)
+        return weight * unit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        unit, scale, weight = ctx.saved_tensors
+        grad_wide, unit, weight_wide = grad.to(scale.dtype), unit.to(scale.dtype), weight.to(scale.dtype)
+        product = grad_wide * unit
+        along = (product @ weight_wide / len(weight))[..., None]
+        d_x = (grad_wide * weight_wide).addcmul_(unit, along, value=-1).mul_(scale)
+        return d_x.to(grad.dtype), product.flatten(0, -2).sum(0).to(weight.dtype), None
 
 
 class Attention(nn.Module):
@@ -92,13 +130,15 @@ class Layer(nn.Module):
 class Backbone(nn.Module):
     """Projection of the captured layers, decoder layers, final norm."""
 
+    layer_class = Layer
+
     def __init__(self, config: DraftConfig):
         super().__init__()
         self.config = config
         layer_count = len(config.target_layer_ids)
         self.fc = nn.Linear(layer_count * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.layer_class(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     @property

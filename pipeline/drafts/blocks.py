@@ -43,7 +43,7 @@ def _to_device(record, device):
 class Cell:
     """One packed micro-batch: samples end to end. Document m has rows starts_M[m] .. starts_M[m] + lengths_M[m] - 1.
 
-    The target's final states are present only for losses that read them (`needs_final_states`).
+    The target's final states are present only for losses that read them (`DraftConfig.needs_final_states`).
     """
 
     ids_R: Tensor  # int64
@@ -156,7 +156,8 @@ def lay_blocks(cell: Cell, anchors_N: Tensor, keep_N: Tensor, config: DraftConfi
     """Return one block for each anchor row. Labels and prefixes never leave the anchor's document.
 
     Same-position labels: slot k predicts token anchor + k, and slot 0 (the anchor itself) is never scored.
-    Next-position: anchor + k + 1, all slots. A gap in the loss mask unscores the slots after it for DSpark only. Raises
+    Next-position: anchor + k + 1, all slots. A gap in the loss mask unscores the slots after it where the
+    method says so. Raises
     DataError where the cell has final states, but not the one that a scored slot is to learn from.
     """
     device = cell.ids_R.device
@@ -170,7 +171,7 @@ def lay_blocks(cell: Cell, anchors_N: Tensor, keep_N: Tensor, config: DraftConfi
     safe_NS = torch.minimum(label_NS, last_N1)
 
     scored_NS = keep_N[:, None] & (label_NS <= last_N1) & cell.mask_R[safe_NS] & (slots_S >= config.first_slot)
-    if config.method == "dspark":
+    if config.scores_up_to_gap:
         scored_NS = unbroken(scored_NS)
     final_row_NS = torch.where(scored_NS, label_NS - 1, 0)
     _check_final_rows(cell, final_row_NS, scored_NS)

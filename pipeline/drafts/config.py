@@ -1,26 +1,21 @@
 """The configuration of a draft: shapes, the target's layers, label convention and loss weights, validated together.
 
-A wrong value must fail here, before any work: a draft trained with the wrong label convention or layer ids runs without
-an error, and no proposal of it is ever accepted.
+`DraftConfig` has what every method reads; a method's own class adds its options. A wrong value must fail here, before
+any work: a draft trained with the wrong label convention or layer ids runs without an error, and no proposal of it is
+ever accepted.
 """
 
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
-from pipeline.drafts.rope_scaling import RopeScaling
+from pipeline.drafts.objectives import OBJECTIVES
+from pipeline.drafts.rope import RopeScaling
 from pipeline.errors import UsageError
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
-DSPARK_OPTIONS = (
-    "markov_rank",
-    "markov_head_type",
-    "enable_confidence_head",
-    "confidence_head_with_markov",
-    "alpha_confidence",
-)
-DOMINO_OPTIONS = ("pure_draft_prefix_len", "emb_dim", "gru_hidden_dim", "lambda_start", "lambda_decay")
 
 
 def default_gamma(block_size: int) -> float:
@@ -34,9 +29,19 @@ class DraftConfig(BaseModel):
     """The configuration of one draft. Raises UsageError, with a remedy, for every invalid combination.
 
     `shift_label` is the label convention: slot k predicts the token at anchor + k (False) or anchor + k + 1 (True).
+    A subclass states a method's options as further fields, with bounds and defaults; `draft_config` finds the class by
+    the method's name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # Whether slots behind a gap in the loss mask are left out, and whether slot k may predict the token at anchor + k.
+    scores_up_to_gap: ClassVar[bool] = False
+    may_keep_position: ClassVar[bool] = True
+    # What training alone reads, so that a published folder does not hold it.
+    training_only: ClassVar[frozenset[str]] = frozenset(
+        ("objective", "alpha_ce", "alpha_l1", "gamma", "weighting", "dpace_alpha")
+    )
 
     method: str
     hidden_size: PositiveInt
@@ -61,23 +66,9 @@ class DraftConfig(BaseModel):
     mask_token_id: NonNegativeInt
     shift_label: bool
 
-    # Read by domino only, None for the others.
-    pure_draft_prefix_len: NonNegativeInt | None = None
-    emb_dim: PositiveInt | None = None  # rank of the correction
-    gru_hidden_dim: PositiveInt | None = None
-    lambda_start: float | None = None
-    lambda_decay: float | None = None  # fraction of the run's steps over which lambda falls to 0
-
-    # Read by dspark only, None for the others.
-    markov_rank: NonNegativeInt | None = None  # 0: no Markov head
-    markov_head_type: Literal["vanilla", "gated", "rnn"] | None = None
-    enable_confidence_head: bool | None = None
-    confidence_head_with_markov: bool | None = None  # it reads the token before as well
-    alpha_confidence: float | None = None  # weight of its loss; None without such a head
-
-    # The loss of each slot's logits; all but "ce" read the target's final state. See `objectives.py`.
-    objective: Literal["ce", "kl", "tv", "lk-alpha", "lk-hybrid", "dspark"] = "ce"
-    alpha_ce: float | None = None  # of objective "dspark" only
+    # The loss of each slot's logits, an entry of OBJECTIVES.
+    objective: str = "ce"
+    alpha_ce: float | None = None  # weights of the objective's terms of these names
     alpha_l1: float | None = None
 
     gamma: float | None = None  # None: no decay
@@ -90,8 +81,26 @@ class DraftConfig(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "config"
-            found = "" if first["type"] == "missing" else f", found {first['input']!r}"
-            raise UsageError(f"draft {where}: {first['msg']}{found}; correct that field") from None
+            if first["type"] == "missing":
+                raise UsageError(f"a {fields['method']} draft needs {where}; state it") from None
+            raise UsageError(f"draft {where}: {first['msg']}, found {first['input']!r}; correct that field") from None
+
+    @classmethod
+    def options(cls) -> dict[str, FieldInfo]:
+        """Return the fields that only this method has, by name."""
+        return {name: field for name, field in cls.model_fields.items() if name not in DraftConfig.model_fields}
+
+    @classmethod
+    def published_options(cls) -> list[str]:
+        """Return the options that decide what a trained draft computes."""
+        return [name for name in cls.options() if name not in cls.training_only]
+
+    @classmethod
+    def defaults(cls, stated: dict) -> dict:
+        """Return the published defaults that depend on the fields in `stated`: weights of the objective's terms."""
+        terms = OBJECTIVES.get(stated.get("objective", "ce"), {})
+        weights = {f"alpha_{name}": term.weight for name, term in terms.items()}
+        return {name: weight for name, weight in weights.items() if name in cls.model_fields}
 
     @property
     def proposals(self) -> int:
@@ -103,6 +112,30 @@ class DraftConfig(BaseModel):
         """The slot of the first proposal."""
         return int(not self.shift_label)
 
+    @property
+    def term_weights(self) -> dict[str, float]:
+        """The weight of each term of the objective, without terms of weight 0; "" names a single term."""
+        terms = OBJECTIVES[self.objective]
+        weights = {name: getattr(self, f"alpha_{name}", term.weight) for name, term in terms.items()}
+        return {name: weight for name, weight in weights.items() if weight}
+
+    @property
+    def final_reader(self) -> tuple[str, str] | None:
+        """What in the loss reads the target's final states, and the setting that does without; None: nothing does."""
+        if all(OBJECTIVES[self.objective][name].reads == ("ce",) for name in self.term_weights):
+            return None
+        return f'objective "{self.objective}"', 'draft.objective = "ce"'
+
+    @property
+    def needs_final_states(self) -> bool:
+        """Whether the loss reads the target's final states."""
+        return self.final_reader is not None
+
+    @property
+    def has_confidence(self) -> bool:
+        """Whether the draft predicts for each proposal how likely it is to be accepted."""
+        return False
+
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, fields):
@@ -111,7 +144,7 @@ class DraftConfig(BaseModel):
         if not fields.get("layer_types") and isinstance(fields.get("num_hidden_layers"), int):
             fields["layer_types"] = ("full_attention",) * fields["num_hidden_layers"]
         stated = {key: value for key, value in fields.items() if value is not None}
-        return fields | defaults(stated) | stated
+        return cls.defaults(stated) | stated
 
     @model_validator(mode="after")
     def _check(self):
@@ -119,46 +152,7 @@ class DraftConfig(BaseModel):
         _check_window(self)
         _check_target(self)
         _check_loss(self)
-        from pipeline.drafts import DRAFTS  # here: the methods' files import this one
-
-        if self.method not in DRAFTS:
-            raise UsageError(f"no method {self.method!r}; there are {', '.join(sorted(DRAFTS))}")
-        DRAFTS[self.method].check(self)
         return self
-
-
-def defaults(stated: dict) -> dict:
-    """Return the published defaults that depend on the method and the objective, for the fields in `stated`."""
-    method = stated.get("method")
-    if method == "domino":
-        return {"lambda_start": 1.0, "lambda_decay": 1.0} | _alphas(stated)
-    if method != "dspark":
-        return _alphas(stated)
-    objective = stated.get("objective", "dspark")
-    # A confidence head learns from the target's final state, which plain cross-entropy has no need of.
-    head = stated.get("enable_confidence_head", objective != "ce")
-    filled = {"objective": objective, "markov_rank": 256, "markov_head_type": "vanilla", "enable_confidence_head": head}
-    filled |= {"confidence_head_with_markov": False} | ({"alpha_confidence": 1.0} if head else {})
-    return filled | _alphas(stated | filled)
-
-
-def _alphas(stated: dict) -> dict:
-    return {"alpha_ce": 0.1, "alpha_l1": 0.9} if stated.get("objective") == "dspark" else {}
-
-
-def needs_final_states(config: DraftConfig) -> bool:
-    """Return whether the loss reads the target's final states."""
-    soft = config.objective != "ce" and config.alpha_l1 != 0
-    return soft or bool(config.enable_confidence_head)
-
-
-def refuse_options(config: DraftConfig, *names: str) -> None:
-    """Raise UsageError for options that the method does not read."""
-    for name in names:
-        if getattr(config, name) is not None:
-            raise UsageError(
-                f"{name} = {getattr(config, name)} means nothing to {config.method}; leave it out or change the method"
-            )
 
 
 def _check_heads(config: DraftConfig) -> None:
@@ -208,21 +202,24 @@ def _check_target(config: DraftConfig) -> None:
 
 
 def _check_loss(config: DraftConfig) -> None:
+    if config.objective not in OBJECTIVES:
+        *names, last = map(repr, OBJECTIVES)
+        raise UsageError(
+            f"draft objective: Input should be {', '.join(names)} or {last}, found {config.objective!r}; "
+            "correct that field"
+        )
     if config.gamma is not None and config.gamma <= 0:
         raise UsageError(f"gamma {config.gamma} must be above 0; leave it out for no decay")
     if not 0 <= config.dpace_alpha <= 1:
         raise UsageError(f"dpace_alpha {config.dpace_alpha} must lie in 0..1; 0.5 is the published value")
     for name in ("alpha_ce", "alpha_l1"):
-        value = getattr(config, name)
-        if value is not None and config.objective != "dspark":
+        value, term = getattr(config, name), name.removeprefix("alpha_")
+        if value is not None and term not in OBJECTIVES[config.objective]:
+            weighted = " and ".join(f'"{key}"' for key, terms in OBJECTIVES.items() if term in terms)
             raise UsageError(
-                f'{name} = {value} is a weight of objective "dspark"; leave it out of {config.objective!r}'
+                f"{name} = {value} is a weight of objective {weighted}; leave it out of {config.objective!r}"
             )
         if value is not None and value < 0:
             raise UsageError(f"{name} {value} must be 0 or more; published are 0.1 for alpha_ce and 0.9 for alpha_l1")
-    if config.objective == "dspark" and config.alpha_ce == config.alpha_l1 == 0:
+    if not config.term_weights:
         raise UsageError("alpha_ce and alpha_l1 are both 0, so nothing is learned; published are 0.1 and 0.9")
-    for name in ("lambda_start", "lambda_decay"):
-        value = getattr(config, name)
-        if value is not None and not 0 <= value <= 1:
-            raise UsageError(f"{name} {value} must lie in 0..1; published recipes use 1.0")

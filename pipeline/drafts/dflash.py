@@ -1,13 +1,38 @@
 """DFlash (arXiv:2602.06036): all slots of a block predicted at once by the backbone and the target's own head."""
 
-from pipeline.drafts.config import DOMINO_OPTIONS, DSPARK_OPTIONS, DraftConfig, refuse_options
-from pipeline.drafts.draft import Draft
+from pipeline.drafts.block_draft import BlockDraft
+from pipeline.drafts.config import DraftConfig
+from pipeline.drafts.draft import PublishedKeys
 
 
-class DFlash(Draft):
+class DFlash(BlockDraft):
     """The backbone without a correction."""
 
-    @staticmethod
-    def check(config: DraftConfig) -> None:
-        """Raise UsageError for options of other methods."""
-        refuse_options(config, *DOMINO_OPTIONS, *DSPARK_OPTIONS)
+    title = "DFlash"
+    paper = "2602.06036"
+    architectures = ("DFlashDraftModel", "DFlashSpeculator", "Qwen3DSparkModel")  # the last: DeepSpec's, without heads
+    forms = ("sglang", "speculators")
+    sglang = ("DFLASH", 0)
+    only_backbone = True
+
+    @classmethod
+    def recipe_defaults(cls, stated: dict, hidden_size: int) -> dict:
+        return super().recipe_defaults(stated, hidden_size) | {"shift_label": False}
+
+    @classmethod
+    def absent(cls, keys: PublishedKeys) -> dict:
+        """As `Draft.absent`: only same-position labels are left out; DeepSpec's baseline has next-position ones."""
+        return {"shift_label": keys.deepspec}
+
+    @classmethod
+    def write_options(cls, config: DraftConfig, form: str) -> tuple[dict, dict]:
+        return {}, {}
+
+    @classmethod
+    def refusal(cls, config: DraftConfig, form: str) -> str | None:
+        if config.shift_label:
+            return (
+                "engines read DFlash with same-position labels only and would accept nothing from this draft, whose "
+                "shift_label is true; train one with draft.shift_label = false"
+            )
+        return super().refusal(config, form)

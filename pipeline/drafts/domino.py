@@ -8,17 +8,53 @@ bottleneck of rank U gives z = SiLU(W1 [h ; g]), and the corrected logits are he
     N blocks   S slots   D hidden size   H width of the GRU   U rank   V vocabulary
 """
 
+from typing import ClassVar
+
 import torch
+import torch.nn.functional as F
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from pipeline.drafts.config import DSPARK_OPTIONS, DraftConfig, refuse_options
-from pipeline.drafts.draft import Draft, ScheduleValues
+from pipeline.drafts.block_draft import BlockDraft
+from pipeline.drafts.config import DraftConfig
+from pipeline.drafts.draft import ProbeBlock, PublishedKeys, Shapes
 from pipeline.errors import UsageError
 from pipeline.target.head import TargetHead
 
 
-class Domino(Draft):
+class DominoConfig(DraftConfig):
+    """The options of Domino. Raises UsageError for a causal head that would have no proposal to correct."""
+
+    training_only = DraftConfig.training_only | {"lambda_start", "lambda_decay"}
+
+    pure_draft_prefix_len: NonNegativeInt  # proposals left to the backbone
+    emb_dim: PositiveInt  # rank of the correction
+    gru_hidden_dim: PositiveInt
+    lambda_start: float = Field(1.0, ge=0, le=1)
+    lambda_decay: float = Field(1.0, ge=0, le=1)  # share of the run's steps over which lambda falls to 0
+
+    @model_validator(mode="after")
+    def _check_prefix(self):
+        most = self.proposals - 1
+        if self.pure_draft_prefix_len > most:
+            raise UsageError(
+                f"pure_draft_prefix_len {self.pure_draft_prefix_len} leaves the causal head nothing to correct; "
+                f"use 0..{most} with blocks of {self.block_size} and shift_label {self.shift_label}"
+            )
+        return self
+
+
+class Domino(BlockDraft):
     """The backbone and its causal correction."""
+
+    Config = DominoConfig
+    title = "Domino"
+    paper = "2605.29707"
+    architectures = ("DFlashDraftModel", "DominoDraftModel")
+    sglang = ("DFLASH", 0)
+    head_name = "causal head"
+    # SpecForge's training checkpoints once nested the head's parts.
+    renamed_tensors: ClassVar = {r"^logit_head\.(?=(prefix_gru|embed_proj)\.)": ""}
 
     def __init__(self, config: DraftConfig, head: TargetHead):
         super().__init__(config, head)
@@ -28,26 +64,17 @@ class Domino(Draft):
             nn.Linear(width + gru, rank, bias=False), nn.SiLU(), nn.Linear(rank, config.vocab_size, bias=False)
         )
 
-    @staticmethod
-    def check(config: DraftConfig) -> None:
-        """Raise UsageError for a causal head without sizes, or one with no proposal to correct."""
-        refuse_options(config, *DSPARK_OPTIONS)
-        for name in ("emb_dim", "gru_hidden_dim", "pure_draft_prefix_len"):
-            if getattr(config, name) is None:
-                raise UsageError(f"domino needs {name}; published recipes use 256, 1024 and 1 for rank, GRU and prefix")
-        most = config.proposals - 1
-        if config.pure_draft_prefix_len > most:
-            raise UsageError(
-                f"pure_draft_prefix_len {config.pure_draft_prefix_len} leaves the causal head nothing to correct; "
-                f"use 0..{most} with blocks of {config.block_size} and shift_label {config.shift_label}"
-            )
+    @classmethod
+    def recipe_defaults(cls, stated: dict, hidden_size: int) -> dict:
+        sizes = {"emb_dim": min(256, hidden_size), "gru_hidden_dim": min(1024, hidden_size)}
+        return super().recipe_defaults(stated, hidden_size) | sizes | {"pure_draft_prefix_len": 1}
 
     @property
     def suffix_start(self) -> int:
         """The first slot whose logits are corrected."""
         return self.config.first_slot + self.config.pure_draft_prefix_len
 
-    def schedule(self, step: int, total_steps: int) -> ScheduleValues:
+    def schedule(self, step: int, total_steps: int) -> dict[str, float]:
         """Return lambda, which decays linearly from its start to 0 over `lambda_decay` of the run's steps.
 
         step: optimizer steps completed. Raises UsageError without `total_steps`, where lambda would silently be 0.
@@ -56,14 +83,15 @@ class Domino(Draft):
             raise UsageError(f"lambda needs the number of steps of the whole run, found {total_steps}; set train.steps")
         span = max(1, int(total_steps * self.config.lambda_decay))
         value = self.config.lambda_start * (1 - min(step / span, 1))
-        return ScheduleValues(lambda_base=min(max(value, 0.0), 1.0))
+        return {"lambda_base": min(max(value, 0.0), 1.0)}
 
-    def logit_kinds(self, scheduled: ScheduleValues) -> dict[str, float]:
+    def logit_kinds(self, scheduled: dict[str, float]) -> dict[str, float]:
         """Return the weights of the corrected and the base logits: 1 - lambda and lambda."""
-        return {"final": 1 - scheduled.lambda_base, "base": scheduled.lambda_base}
+        base = scheduled.get("lambda_base", 0.0)
+        return {"final": 1 - base, "base": base}
 
     def correction(self, hidden_NSD: Tensor, prev_NS: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Draft.correction`; 0 on the slots that are not corrected."""
+        """As `BlockDraft.correction`; 0 on the slots that are not corrected."""
         return self._bottleneck(hidden_NSD, prev_NS), self.embed_proj[2].weight
 
     def _bottleneck(self, hidden_NSD: Tensor, prev_NS: Tensor) -> Tensor:
@@ -80,8 +108,74 @@ class Domino(Draft):
         return self.embed_proj[1](self.embed_proj[0](torch.cat([hidden, state], dim=-1)))
 
     def correction_step(self, k: int, hidden_ND: Tensor, last_N: Tensor, state_1NH: Tensor | None):
-        """As `Draft.correction_step`; the state is the GRU's, and the first proposals are not corrected."""
+        """As `BlockDraft.correction_step`; the state is the GRU's, and the first proposals are not corrected."""
         states_N1H, state_1NH = self.prefix_gru(self._embed(last_N)[:, None], state_1NH)
         if k < self.config.pure_draft_prefix_len:
             return None, state_1NH
         return (self._mix(hidden_ND, states_N1H[:, 0]), self.embed_proj[2].weight), state_1NH
+
+    @classmethod
+    def head_tensors(cls, config: DominoConfig, proposed: int | None = None) -> Shapes:
+        D, gru, rank = config.hidden_size, config.gru_hidden_dim, config.emb_dim
+        return {
+            "prefix_gru.weight_ih_l0": (3 * gru, D),
+            "prefix_gru.weight_hh_l0": (3 * gru, gru),
+            "embed_proj.0.weight": (rank, D + gru),
+            "embed_proj.2.weight": (proposed or config.vocab_size, rank),
+        }
+
+    @classmethod
+    def reference_correction(
+        cls, config: DominoConfig, block: ProbeBlock, hidden_SD: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return W2 silu(W1 [h ; g]), g the GRU's state after the tokens up to the one before the slot's guess.
+
+        Labels at their own position have slot 0 as the anchor: slot k then reads the state that slot k - 1 would else.
+        """
+        w_in, w_state = block.get("prefix_gru.weight_ih_l0"), block.get("prefix_gru.weight_hh_l0")
+        first = config.pure_draft_prefix_len + (0 if config.shift_label else 1)
+        states, state = [], torch.zeros(config.gru_hidden_dim)
+        for embedded_D in block.prev_SD:
+            r_in, z_in, n_in = (w_in @ embedded_D).chunk(3)
+            r_old, z_old, n_old = (w_state @ state).chunk(3)
+            z = torch.sigmoid(z_in + z_old)
+            state = (1 - z) * torch.tanh(n_in + torch.sigmoid(r_in + r_old) * n_old) + z * state
+            states.append(state)
+        if not config.shift_label:
+            states = [torch.zeros_like(state), *states[:-1]]
+        mixed = F.silu(torch.cat([hidden_SD, torch.stack(states)], -1) @ block.get("embed_proj.0.weight").T)
+        out_SC = mixed @ block.get("embed_proj.2.weight")[block.columns_C].T
+        out_SC[:first] = 0
+        return out_SC, None
+
+    @classmethod
+    def absent(cls, keys: PublishedKeys) -> dict:
+        """As `Draft.absent`: SpecForge's own class, with its defaults."""
+        specforge = keys.architectures == ("DominoDraftModel",)
+        return {"shift_label": False, "pure_draft_prefix_len": 0} if specforge else {}
+
+    @classmethod
+    def write_options(cls, config: DominoConfig, form: str) -> tuple[dict, dict]:
+        """As `Draft.write_options`; SGLang seeks the rank at the top level, too."""
+        flat, nested = super().write_options(config, form)
+        return flat | {"emb_dim": config.emb_dim}, nested
+
+    @classmethod
+    def refusal(cls, config: DominoConfig, form: str) -> str | None:
+        if form == "sglang" and not (config.shift_label and config.pure_draft_prefix_len == 1):
+            return (
+                f"SGLang serves Domino with shift_label true and pure_draft_prefix_len 1 only, this draft has "
+                f"{str(config.shift_label).lower()} and {config.pure_draft_prefix_len}; train one with these"
+            )
+        return super().refusal(config, form)
+
+    @classmethod
+    def card_rows(cls, config: DominoConfig) -> list[tuple[str, str]]:
+        return [(cls.head_name, f"GRU of {config.gru_hidden_dim}, rank {config.emb_dim}")]
+
+    @classmethod
+    def card_notes(cls, config: DominoConfig, form: str) -> list[str]:
+        return [
+            "SGLang has to know Domino; older builds pass over its head without a word. Greedy drafts only,",
+            f"and {config.proposals - 1} proposals a block, where the figures below have {config.proposals}.",
+        ]

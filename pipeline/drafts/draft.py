@@ -1,36 +1,78 @@
-"""The base class of every method: a backbone and the target's frozen head, run in training and in decoding.
+"""What a method of drafting is to the rest of the project: `Draft`. A method is one file and one line in `DRAFTS`.
 
-N blocks   S slots   K layers   T new rows   R context rows   D hidden size   P proposals   V vocabulary
-U rank of a correction
+K layers   T rows   D hidden size   N blocks   S slots   P proposals   V vocabulary   G key/value heads   E head size
+C columns: ids whose logits are computed
 """
 
-import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.drafts.attention import DecodeAttention, DenseAttention, GroupedAttention
-from pipeline.drafts.backbone import Backbone
 from pipeline.drafts.blocks import Blocks, Cell
-from pipeline.drafts.config import DraftConfig, needs_final_states
-from pipeline.drafts.decoding import BlockRequest, DraftKV, Proposal, Sampling
-from pipeline.drafts.losses import HeadLoss
-from pipeline.drafts.metrics import slot_sums
-from pipeline.drafts.norm_and_rope import at_least_float32
-from pipeline.drafts.objectives import Objective, TargetStates, dpace_weights, term_name, term_weights
-from pipeline.errors import DataError, UsageError
-from pipeline.sampling import draw, uniforms
-from pipeline.target.head import TargetHead
-from pipeline.target.logit_chunks import NEWEST, chunk_blocks
+from pipeline.drafts.config import DraftConfig, default_gamma
+from pipeline.errors import UsageError
+from pipeline.target.head import NEWEST, TargetHead
+
+# Hidden size up to which a target counts as a toy for a CPU: its drafts have blocks of 8 slots instead of 16.
+SMALL_HIDDEN = 512
+ENGINES = {"sglang": "SGLang", "speculators": "speculators and vLLM"}  # who reads each published form
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class ScheduleValues:
-    """What a method's schedule changes from step to step."""
+class Sampling:
+    """Sample proposals from softmax(logits / temperature) instead of taking the most likely token."""
 
-    lambda_base: float = 0.0  # weight of the base logits' loss
+    temperature: float  # above 0
+    generators: Sequence[torch.Generator]  # one a block, of any device: no text depends on the others in its batch
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The proposed tokens of one block, in order. q_PV: the distribution each was sampled from, float32 or wider; None
+    if greedy."""
+
+    ids_P: Tensor  # int64; P is `config.proposals`, or fewer where the confidence head cuts; 0 is a step without draft
+    q_PV: Tensor | None
+
+
+class DraftKV:
+    """A draft's kv cache of one text: keys and values of the context only, each computed once."""
+
+    def __init__(self):
+        self.length = 0  # positions 0 .. length - 1 are cached, in every layer
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # [G, capacity, E]
+
+    def extend(self, layer: int, *new: Tensor) -> tuple[Tensor, Tensor]:
+        """Add one layer's keys and values [G, T, E] of the next T positions; return those of all positions so far.
+
+        `length` stays as it is: the caller raises it once every layer was extended.
+        """
+        stop = self.length + new[0].shape[1]
+        buffers = self._layers.get(layer)
+        if buffers is None or stop > buffers[0].shape[1]:
+            grown = tuple(values.new_empty(values.shape[0], 2 * stop, values.shape[2]) for values in new)
+            for larger, old in zip(grown, buffers or (), strict=False):
+                larger[:, : self.length] = old[:, : self.length]
+            buffers = self._layers[layer] = grown
+        for buffer, values in zip(buffers, new, strict=True):
+            buffer[:, self.length : stop] = values
+        return buffers[0][:, :stop], buffers[1][:, :stop]
+
+
+@dataclass(frozen=True)
+class BlockRequest:
+    """A request for the next block of one text: its anchor, and the target's states that the kv cache lacks."""
+
+    features_KTD: Tensor  # the target's states at positions kv.length .. start - 1: those verified since the last block
+    anchor_id: int
+    start: int  # the anchor's true position
+    kv: DraftKV
 
 
 @dataclass(frozen=True)
@@ -46,152 +88,136 @@ class Loss:
     sums: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Draft(Backbone):
-    """A backbone with the target's head. A method adds `check`; one whose logits depend on the tokens already chosen
-    also `correction` (all slots at once, in training) and `correction_step` (slot by slot, in decoding).
+@dataclass(frozen=True)
+class ProbeBlock:
+    """One block for `Draft.reference`: what an engine has when it runs the published tensors.
 
-    The head is not in the state_dict, whose keys are exactly those of published checkpoints. reads_final: whether the
-    method's published loss reads the target's final states (`needs_final_states` answers for a config); measuring the
-    accept length always does. chunk_rule: the rule of `target/logit_chunks.py` that sizes the chunks of logits.
+    get: a tensor by its published name, in float32. The anchor is at position T, after T context rows.
     """
 
-    reads_final = False
-    chunk_rule = NEWEST
+    get: Callable[[str], Tensor]
+    features_KTD: Tensor  # the target's states of the context
+    slots_SD: Tensor  # the target's embeddings of the anchor and the mask tokens
+    prev_S: Tensor  # the token before each slot's guess
+    prev_SD: Tensor  # the target's embeddings of these
+    columns_C: Tensor
+    head_CD: Tensor  # the target's head at these ids
 
-    def __init__(self, config: DraftConfig, head: TargetHead):
-        if (config.vocab_size, config.hidden_size) != (head.vocab_size, head.hidden_size):
+
+@dataclass(frozen=True)
+class PublishedKeys:
+    """A published config.json taken apart: its top level, and the keys that its form nests. file: for messages."""
+
+    file: object
+    flat: dict
+    nested: dict
+    deepspec: bool = False  # DeepSpec's form: flat, and its drafts guess from the anchor on
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        return tuple(self.flat.get("architectures") or ())
+
+    def find(self, key: str, *otherwise):
+        """Return the value of a key that releases keep in one of two places. KeyError, or `otherwise`, for neither."""
+        flat, nested = self.flat, self.nested
+        if key in flat and key in nested and flat[key] != nested[key]:
             raise UsageError(
-                f"the draft has vocabulary {config.vocab_size} and width {config.hidden_size}, the target's head "
-                f"{head.vocab_size} and {head.hidden_size}; take both from the cache the draft is trained on"
+                f"{self.file}: {key} is {flat[key]} and, in dflash_config, {nested[key]}; correct the wrong one"
             )
-        super().__init__(config)
-        self.target = head
+        value = nested.get(key, flat.get(key))
+        if value is not None:
+            return value
+        if otherwise:
+            return otherwise[0]
+        raise KeyError(key)
 
-    def hidden(self, cell: Cell, blocks: Blocks, dense: bool = False) -> Tensor:
-        """Return the states [N, S, D] of every slot in training, final norm applied.
 
-        dense: use the reference attention, one mask over all keys, which is quadratic in the cell's rows.
+class Draft(nn.Module, ABC):
+    """One method of drafting: how it learns, how it proposes, and how it is published.
+
+    Training knows a method by `denominators`, `loss` and `schedule`; exact measurement by `greedy_proposals`; decoding
+    by `new_kv` and `propose`; recipes and configs by `Config` and `recipe_defaults`; everything published by the class
+    attributes and methods below `published`. Nothing else in the project names a method. The state_dict has exactly the
+    names of published checkpoints; the target's frozen embedding and head (`target`) are not in it.
+
+    `BlockDraft` is the base of methods on the block backbone with the target's head, which add a correction of its
+    logits at most (DFlash, Domino, DSpark). Methods of other kinds fit as follows.
+
+    EAGLE-3 derives from this class. A block is a chain: slot k is its step k, which reads the embedding of token
+    anchor + k and the state before it (the fused target states at first, then its own), so `Config` fixes
+    shift_label = true and `block_size` is the number of steps. `loss` unrolls them over the cell's rows. Its reduced
+    vocabulary is an option `draft_vocab_size` and the buffers d2t and t2d: `before_training` counts the ids of the
+    training samples and fills them, `denominators` and `loss` leave out labels that it cannot propose, `propose` and
+    `greedy_proposals` map what they choose to the target's ids, `tensors` names the two maps, and `reduces_vocabulary`
+    lets a folder with fewer ids be opened. `new_kv` gives its own cache; its config.json is a form of its own, written
+    by `own_config` and read by `read_own_config`; `reference` is its step in plain torch.
+
+    DFlash-2 derives from `BlockDraft`. Its convolutions are inside the layer: `layer_class` is a layer that has them,
+    `tensors` adds their names, `reference` computes them. Its selector scores candidates by A[prev] * (W h) against
+    B, which is `correction` and `correction_step` (z, B); `rollout_logits` keeps the head's best candidates only, and
+    `loss` adds the term over them, as DSpark's adds the confidence's. `conv_kernel_size`, `selector_rank` and
+    `selector_top_k` are its options, under these names in every published form.
+    """
+
+    Config: ClassVar[type[DraftConfig]] = DraftConfig
+    title: ClassVar[str]
+    paper: ClassVar[str | None] = None  # its number on arXiv
+    reads_final: ClassVar[bool] = False  # whether its published loss reads the target's final states
+    fused_matrices: ClassVar[tuple[str, ...]] = ()  # linear modules that are several matrices in one, as a GRU's are
+    chunk_rule: int = NEWEST  # the rule of `target/head.py` that sizes the chunks of logits
+    config: DraftConfig
+    target: TargetHead
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @classmethod
+    def recipe_defaults(cls, stated: dict, hidden_size: int) -> dict:
+        """Return what a recipe leaves open. stated: the fields of [draft] that it states."""
+        block = stated.get("block_size") or (8 if hidden_size <= SMALL_HIDDEN else 16)
+        filled = {"block_size": block, "shift_label": True, "objective": "ce", "weighting": "decay"}
+        options = {name: option.default for name, option in cls.Config.options().items() if not option.is_required()}
+        return filled | {"gamma": default_gamma(block)} | options | cls.Config.defaults(stated)
+
+    def before_training(self, samples: Iterable[np.ndarray]) -> None:
+        """Prepare buffers from the ids [T] of each training sample, which are read as they are asked for.
+
+        Called when a run makes its draft, before initial weights or a checkpoint are loaded.
         """
-        if dense:
-            attention = DenseAttention(blocks, len(cell.ids_R), self.windows)
-        else:
-            attention = GroupedAttention(blocks, self.windows)
-        embedded_QD = self._embed(blocks.input_ids_NS.flatten())
-        positions_Q = blocks.positions_NS.flatten()
-        out_QD = self.slot_states(embedded_QD, positions_Q, cell.aux_KRD, cell.pos_R, attention)
-        return out_QD.unflatten(0, blocks.input_ids_NS.shape)
 
-    def _embed(self, ids: Tensor) -> Tensor:
-        return self.target.embed(ids).to(self.fc.weight.dtype)
+    def schedule(self, step: int, total_steps: int) -> dict[str, float]:
+        """Return what changes in the loss after `step` of `total_steps` optimiser steps, by the names it is logged
+        under."""
+        return {}
 
-    def schedule(self, step: int, total_steps: int) -> ScheduleValues:
-        """Return the schedule's values after `step` of `total_steps` optimiser steps; here they are constant."""
-        return ScheduleValues()
-
-    def logit_kinds(self, scheduled: ScheduleValues) -> dict[str, float]:
-        """Return the weight of each kind of logits in the loss: "final", and "base" where they are corrected."""
-        return {"final": 1.0}
-
-    def correction(self, hidden_NSD: Tensor, prev_NS: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the low-rank correction of the head's logits, (z [N, S, U], W_out [V, U]) for z W_out^T, or None.
-
-        prev_NS: the true token before each label.
-        """
-        return None
-
+    @abstractmethod
     def denominators(self, blocks: Blocks) -> dict[str, Tensor]:
-        """Return each term's denominator from one cell, to be summed: the weights' sum, or for D-PACE the samples."""
-        den = blocks.weights_NS.double().sum()
-        if self.config.weighting != "decay":
-            den = torch.tensor(len(blocks.lengths), dtype=torch.float64, device=den.device)
-        kinds, terms = self.logit_kinds(ScheduleValues()), term_weights(self.config)
-        return {term_name(kind, term): den for kind in kinds for term in terms}
+        """Return each loss term's denominator from one cell; the sum over the batch's cells is given to `loss`."""
 
-    def loss(self, cell: Cell, blocks: Blocks, scheduled: ScheduleValues, dens: dict, metrics: bool = False) -> Loss:
-        """Return one cell's part of the loss. dens: each term's global denominator, summed over all cells of the batch.
+    @abstractmethod
+    def loss(self, cell: Cell, blocks: Blocks, scheduled: dict[str, float], dens: dict, metrics: bool = False) -> Loss:
+        """Return one cell's part of the loss. dens: each term's denominator, summed over all cells of the batch.
 
-        At lambda 1 a causal head's gradient is 0, not None. Raises DataError when the objective reads final states and
-        the cell has none.
+        Raises DataError when the loss reads the target's final states and the cell has none.
         """
-        objective = self.objective(cell, blocks, scheduled, dens, metrics)
-        hidden_NSD = self.hidden(cell, blocks)
-        z_NSU, out_VU = self.correction(hidden_NSD, blocks.prev_NS) or (None, None)
-        chunk = self.blocks_per_chunk(hidden_NSD)
-        total = HeadLoss.apply(hidden_NSD, z_NSU, out_VU, self.target, objective, chunk)
-        return Loss(
-            total, objective.numerators, slot_sums(objective.slot_values(), blocks.scored_NS) if metrics else {}
-        )
 
-    def blocks_per_chunk(self, hidden_NSD: Tensor) -> int:
-        """Return how many of these blocks have their logits in memory at once."""
-        return chunk_blocks(hidden_NSD.shape[1], self.target.vocab_size, hidden_NSD.device.type, self.chunk_rule)
+    @abstractmethod
+    def teacher_forced(self, cell: Cell, blocks: Blocks) -> tuple[Tensor, Tensor | None]:
+        """Return the logits [N, S, V] after the true tokens, and the confidence's logits [N, S] or None; for probes."""
 
-    def objective(self, cell: Cell, blocks: Blocks, scheduled: ScheduleValues, dens: dict, metrics: bool) -> Objective:
-        """Return the configured objective on these blocks; nothing is computed yet."""
-        terms = term_weights(self.config)
-        scales = {
-            kind: {term: kind_weight * weight / dens[term_name(kind, term)] for term, weight in terms.items()}
-            for kind, kind_weight in self.logit_kinds(scheduled).items()
-        }
-        target_states = _target_states(cell, blocks, self.config) if needs_final_states(self.config) else None
-        confident = bool(self.config.enable_confidence_head)
-        return Objective(
-            blocks.labels_NS,
-            self._slot_weights(blocks),
-            scales,
-            self.config.objective,
-            target_states,
-            confident,
-            metrics,
-        )
+    @abstractmethod
+    def greedy_proposals(
+        self, cell: Cell, blocks: Blocks, thresholds: Sequence[float] = (0.0,)
+    ) -> list[list[list[int]]]:
+        """Return, for each threshold as of `propose` and each block, the ids that decoding would propose from the
+        cell's states."""
 
-    def _slot_weights(self, blocks: Blocks):
-        kind, alpha = self.config.weighting, self.config.dpace_alpha
-        if kind == "decay":
-            return lambda part, ce_NS: blocks.weights_NS[part]
-        return lambda part, ce_NS: dpace_weights(ce_NS, blocks.scored_NS[part], alpha, kind)
+    @abstractmethod
+    def new_kv(self):
+        """Return an empty kv cache of one text, with `length`, the number of positions in it."""
 
-    def logits(self, hidden_NSD: Tensor, prev_NS: Tensor) -> dict[str, Tensor]:
-        """Return all teacher-forced logits [N, S, V] at once, "final" and where they are corrected also "base". For
-        probes and tests: a few blocks only."""
-        raw_NSV = self.target.raw_logits(hidden_NSD)
-        base_NSV = raw_NSV.to(at_least_float32(raw_NSV.dtype))
-        correction = self.correction(hidden_NSD, prev_NS)
-        if correction is None:
-            return {"final": self.target.cap(base_NSV)}
-        added_NSV = nn.functional.linear(*correction).to(base_NSV.dtype)
-        return {"base": self.target.cap(base_NSV), "final": self.target.cap(base_NSV + added_NSV)}
-
-    def new_kv(self) -> DraftKV:
-        return DraftKV()
-
-    @torch.no_grad()
-    def block_hidden(self, requests: Sequence[BlockRequest]) -> Tensor:
-        """Return the states [N, S, D] of the next block of each text. Slot k is at position start + k.
-
-        The states in the requests enter the kv caches; the slots' own keys and values do not.
-        """
-        for request in requests:
-            K, T, _ = request.features_KTD.shape
-            length, start = request.kv.length, request.start
-            assert length + T == start, f"kv holds {length} positions and {T} came, for an anchor at {start}"
-            assert len(self.config.target_layer_ids) == K, f"{K} layers for {self.config.target_layer_ids}"
-        device, S = self.fc.weight.device, self.config.block_size
-        ids_NS = torch.full((len(requests), S), self.config.mask_token_id, device=device)
-        ids_NS[:, 0] = torch.tensor([request.anchor_id for request in requests], device=device)
-        starts_N = torch.tensor([request.start for request in requests], device=device)
-        positions_NS = starts_N[:, None] + torch.arange(S, device=device)
-        new_rows = [range(request.kv.length, request.start) for request in requests]
-        positions_R = torch.tensor([row for rows in new_rows for row in rows], dtype=torch.long, device=device)
-        features_KRD = torch.cat([request.features_KTD.to(device) for request in requests], dim=1)
-        attention = DecodeAttention(S, [request.kv for request in requests], list(map(len, new_rows)), device)
-        embedded_QD = self._embed(ids_NS.flatten())
-        out_QD = self.slot_states(embedded_QD, positions_NS.flatten(), features_KRD, positions_R, attention)
-        for request in requests:
-            request.kv.length = request.start
-        return out_QD.unflatten(0, (-1, S))
-
-    @torch.no_grad()
+    @abstractmethod
     def propose(
         self, requests: Sequence[BlockRequest], sampling: Sampling | None = None, threshold: float = 0.0
     ) -> list[Proposal]:
@@ -199,100 +225,91 @@ class Draft(Backbone):
 
         threshold: cut each block before the first token whose confidence is below it; 0 keeps all.
         """
-        hidden_NSD = self.block_hidden(requests)
-        anchors_N = torch.tensor([request.anchor_id for request in requests], device=hidden_NSD.device)
-        ids_NP, logits_NPV = self.rollout_logits(hidden_NSD, anchors_N, sampling)
-        counts = [ids_NP.shape[1]] * len(requests)
-        if threshold > 0:
-            counts = self.confident_count(hidden_NSD, anchors_N, ids_NP, threshold).tolist()
-        if sampling is None:
-            return [Proposal(ids_P[:count], None) for ids_P, count in zip(ids_NP, counts, strict=True)]
-        return [
-            Proposal(ids_P[:count], self.probabilities(logits_PV[:count], sampling.temperature))
-            for ids_P, logits_PV, count in zip(ids_NP, logits_NPV, counts, strict=True)
-        ]
 
-    @torch.no_grad()
-    def rollout(self, hidden_NSD: Tensor, anchor_ids_N: Tensor) -> Tensor:
-        """Return greedy proposals [N, P], each corrected by those before it over the whole vocabulary, by chunks."""
-        blocks = self.blocks_per_chunk(hidden_NSD[:, self.config.first_slot :])
-        parts = zip(hidden_NSD.split(blocks), anchor_ids_N.split(blocks), strict=True)
-        return torch.cat([self.rollout_logits(hidden, anchors)[0] for hidden, anchors in parts])
+    # Published: names, shapes and keys in the forms of others, arithmetic, and what the card says.
 
-    def rollout_logits(
-        self,
-        hidden_NSD: Tensor,
-        anchor_ids_N: Tensor,
-        sampling: Sampling | None = None,
-        forced_NP: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return proposals [N, P], chosen one after the other, and the logits [N, P, V] before the soft cap.
+    architectures: ClassVar[tuple[str, ...]] = ()  # classes that hold drafts of this method; an export names the first
+    head_name: ClassVar[str] = "head"  # what messages call its own part
+    forms: ClassVar[tuple[str, ...]] = ()  # those of ENGINES that have a place for it
+    sglang: ClassVar[tuple[str, int]]  # its algorithm there, and how many tokens are verified beside a block's slots
+    renamed_tensors: ClassVar[dict[str, str]] = {}  # regular expressions of others' names -> ours
+    ignored_keys: ClassVar[frozenset[str]] = frozenset()  # nested keys of its files besides its options
+    only_backbone: ClassVar[bool] = False  # the bare backbone, from which any draft on it can start
+    reduces_vocabulary: ClassVar[bool] = False  # whether it proposes fewer ids than the target has
 
-        forced_NP: tokens to continue from instead of the proposals (teacher forcing).
+    @classmethod
+    @abstractmethod
+    def tensors(cls, config: DraftConfig, proposed: int | None = None) -> Shapes:
+        """Return name and shape of every tensor, written out from the publication, not asked of the module.
+
+        proposed: the number of ids that may be proposed, where it is not the whole vocabulary.
         """
-        guessing_NPD = hidden_NSD[:, self.config.first_slot :]
-        logits_NPV = self.target.raw_logits(guessing_NPD)  # one multiplication for all proposals
-        proposals_NP = torch.empty(guessing_NPD.shape[:2], dtype=torch.long, device=hidden_NSD.device)
-        last_N, state = anchor_ids_N, None
-        for k in range(self.config.proposals):
-            correction, state = self.correction_step(k, guessing_NPD[:, k], last_N, state)
-            if correction is not None:
-                z_NU, out_VU = (part.to(logits_NPV.dtype) for part in correction)
-                logits_NPV[:, k] = torch.addmm(logits_NPV[:, k], z_NU, out_VU.T)
-            proposals_NP[:, k] = self._choose(logits_NPV[:, k], sampling)
-            last_N = proposals_NP[:, k] if forced_NP is None else forced_NP[:, k]
-        return proposals_NP, logits_NPV
 
-    def _choose(self, raw_NV: Tensor, sampling: Sampling | None) -> Tensor:
-        if sampling is None:
-            return raw_NV.argmax(-1)
-        probabilities_NV = self.probabilities(raw_NV, sampling.temperature)
-        return draw(probabilities_NV, torch.cat([uniforms(1, generator) for generator in sampling.generators]))
+    @classmethod
+    @abstractmethod
+    def reference(cls, config: DraftConfig, block: ProbeBlock) -> tuple[Tensor, Tensor | None]:
+        """Return logits [S, C], before the soft cap, and confidence logits [S] or None, in plain torch.
 
-    def probabilities(self, raw_NV: Tensor, temperature: float) -> Tensor:
-        """Return the probabilities [..., V] of uncapped logits at a temperature, in float32 or wider."""
-        return (self.target.cap(raw_NV.to(at_least_float32(raw_NV.dtype))) / temperature).softmax(-1)
-
-    def correction_step(self, k: int, hidden_ND: Tensor, last_N: Tensor, state):
-        """Return the correction (z [N, U], W_out [V, U]) of proposal k, or None, and the recurrent state after it.
-
-        last_N: the token before proposal k. state: None for the first proposal.
+        Written a second time from the publication: what the two computations agree on is no mistake of one of them.
         """
-        return None, None
 
-    def confident_count(self, hidden_NSD: Tensor, anchor_ids_N: Tensor, ids_NP: Tensor, threshold: float) -> Tensor:
-        """Return how many proposals of each block [N] come before the first whose confidence is below the threshold."""
-        raise UsageError(
-            f"a {self.config.method} draft without a confidence head cannot cut its blocks at {threshold}; "
-            "leave the threshold out"
-        )
+    @classmethod
+    def starting_tensors(cls, config: DraftConfig, source: type["Draft"]) -> Shapes | None:
+        """Return the tensors that a draft of the method `source` can start this one with; None: it cannot."""
+        return cls.tensors(config) if source is cls else None
 
+    @classmethod
+    def publishes(cls, keys: PublishedKeys) -> bool:
+        """Return whether a file without a projector_type, of an architecture of several methods, holds this one."""
+        return False
 
-def _target_states(cell: Cell, blocks: Blocks, config: DraftConfig) -> TargetStates:
-    if cell.final_FD is None or cell.final_at_R is None:
-        raise DataError(
-            f"objective {config.objective!r} of {config.method} learns from the target's final states, and "
-            f'{cell.names[0]} came without them; read the cache\'s column `final`, or set draft.objective = "ce"'
-        )
-    return TargetStates(cell.final_FD, torch.where(blocks.scored_NS, cell.final_at_R[blocks.final_row_NS], 0))
+    @classmethod
+    def absent(cls, keys: PublishedKeys) -> dict:
+        """Return the options, and `shift_label`, that a file may leave out, with the values that it then means."""
+        return {}
 
+    @classmethod
+    def read_options(cls, keys: PublishedKeys) -> dict:
+        """Return the options that a published config states. KeyError for one that is missing."""
+        absent = cls.absent(keys)
+        names = cls.Config.published_options()
+        return {name: keys.find(name, *([absent[name]] if name in absent else [])) for name in names}
 
-def init_weights(draft: Draft, seed: int) -> None:
-    """Initialise all parameters as Hugging Face: N(0, initializer_range), biases 0, norms 1; a GRU as PyTorch does.
+    @classmethod
+    def write_options(cls, config: DraftConfig, form: str) -> tuple[dict, dict]:
+        """Return the keys that a config of this form has besides those of every method: at the top level, and nested
+        (which speculators has no place for)."""
+        options = {name: getattr(config, name) for name in cls.Config.published_options()}
+        return (options, {}) if form == "speculators" else ({}, {"projector_type": config.method} | options)
 
-    Drawn on the CPU in the order of the modules' names, so that every device starts with the same weights.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, module in sorted(draft.named_modules(), key=lambda named: named[0]):
-            for name, weight in module.named_parameters(recurse=False):
-                weight.copy_(_initial_values(module, name, weight.shape, draft.config.initializer_range, generator))
+    @classmethod
+    def own_config(cls, config: DraftConfig, form: str, common: dict) -> dict | None:
+        """Return the whole config.json where the form is the method's own; None: one of the shared forms.
 
+        common: the keys that every Qwen3-like config has.
+        """
+        return None
 
-def _initial_values(module: nn.Module, name: str, shape: torch.Size, std: float, generator: torch.Generator) -> Tensor:
-    if isinstance(module, nn.GRU):
-        bound = 1 / math.sqrt(module.hidden_size)
-        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-    if isinstance(module, nn.Linear | nn.Embedding) and name == "weight":
-        return torch.empty(shape).normal_(0, std, generator=generator)
-    return torch.zeros(shape) if name == "bias" else torch.ones(shape)
+    @classmethod
+    def read_own_config(cls, flat: dict) -> dict | None:
+        """Return the fields of `Config` where config.json is of the method's own form; None: it is not."""
+        return None
+
+    @classmethod
+    def refusal(cls, config: DraftConfig, form: str) -> str | None:
+        """Return why the engine of that form cannot serve this draft, and what to do; None: it can."""
+        if form in cls.forms:
+            return None
+        remedy = f"export it with --format {cls.forms[0]}" if cls.forms else "train a draft of another method"
+        lost = f"its {cls.head_name} would be dropped and the backbone alone served"
+        return f"{ENGINES[form]} have no {cls.title}: {lost}; {remedy}"
+
+    @classmethod
+    def card_rows(cls, config: DraftConfig) -> list[tuple[str, str]]:
+        """Return further rows of the card's first table."""
+        return []
+
+    @classmethod
+    def card_notes(cls, config: DraftConfig, form: str) -> list[str]:
+        """Return lines of the card on how the engine of that form serves it otherwise than it was measured."""
+        return []

@@ -14,24 +14,88 @@ constant; its own gradient reaches the backbone and the embedding (DeepSpec's `l
     N blocks   S slots   P proposals   D hidden size   U rank   V vocabulary
 """
 
+from typing import ClassVar, Literal
+
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeInt, model_validator
 from torch import Tensor, nn
 
-from pipeline.drafts.blocks import Blocks, Cell
-from pipeline.drafts.config import DOMINO_OPTIONS, DraftConfig, refuse_options
-from pipeline.drafts.draft import Draft, Loss, ScheduleValues
-from pipeline.drafts.losses import HeadLoss
-from pipeline.drafts.metrics import confidence_sums, slot_sums
-from pipeline.drafts.norm_and_rope import at_least_float32
+from pipeline.drafts.block_draft import BlockDraft
+from pipeline.drafts.blocks import Blocks
+from pipeline.drafts.config import DraftConfig
+from pipeline.drafts.draft import Loss, ProbeBlock, PublishedKeys, Shapes
+from pipeline.drafts.metrics import confidence_sums
 from pipeline.errors import UsageError
 from pipeline.target.head import TargetHead
+from pipeline.tensors import at_least_float32
+
+
+class DSparkConfig(DraftConfig):
+    """The options of DSpark. Raises UsageError for same-position labels, a confidence head without a loss, or a loss
+    without the head."""
+
+    scores_up_to_gap = True  # DeepSpec's `build_eval_mask`
+    may_keep_position = False
+    training_only = DraftConfig.training_only | {"alpha_confidence"}
+
+    objective: str = "dspark"
+    markov_rank: NonNegativeInt = 256  # 0: no Markov head
+    markov_head_type: Literal["vanilla", "gated", "rnn"] = "vanilla"
+    enable_confidence_head: bool
+    confidence_head_with_markov: bool = False  # whether it reads the token before as well
+    alpha_confidence: float | None = None  # weight of its loss; None without such a head
+
+    @classmethod
+    def defaults(cls, stated: dict) -> dict:
+        objective = stated.get("objective", "dspark")
+        # A confidence head learns from the target's final state, which plain cross-entropy has no need of.
+        head = stated.get("enable_confidence_head", objective != "ce")
+        own = {"objective": objective, "enable_confidence_head": head} | ({"alpha_confidence": 1.0} if head else {})
+        return super().defaults(own) | own
+
+    @property
+    def final_reader(self) -> tuple[str, str] | None:
+        head = ("the confidence head", "draft.enable_confidence_head = false") if self.has_confidence else None
+        return super().final_reader or head
+
+    @property
+    def has_confidence(self) -> bool:
+        return self.enable_confidence_head
+
+    @model_validator(mode="after")
+    def _check_heads(self):
+        if not self.shift_label:
+            raise UsageError("dspark guesses from the anchor on: its labels are next-position; set shift_label = true")
+        if not self.markov_rank and self.markov_head_type != "vanilla":
+            raise UsageError(
+                f'markov_head_type "{self.markov_head_type}" means nothing with markov_rank 0, which leaves the head '
+                "out; leave one of the two out"
+            )
+        if not self.markov_rank and self.confidence_head_with_markov:
+            raise UsageError(
+                "a confidence head with markov_rank 0 has no table to read; set confidence_head_with_markov = false, "
+                "or a rank above 0"
+            )
+        if not self.enable_confidence_head:
+            for name in ("alpha_confidence", "confidence_head_with_markov"):
+                if getattr(self, name):
+                    raise UsageError(
+                        f"{name} = {getattr(self, name)} means nothing without a confidence head; "
+                        "leave it out or set enable_confidence_head = true"
+                    )
+        elif not self.alpha_confidence or self.alpha_confidence < 0:
+            raise UsageError(
+                f"alpha_confidence {self.alpha_confidence} would leave the confidence head untrained; "
+                "published is 1.0, or set enable_confidence_head = false"
+            )
+        return self
 
 
 class MarkovHead(nn.Module):
     """The correction of a slot's logits by the previous token: W2 z."""
 
-    def __init__(self, config: DraftConfig):
+    def __init__(self, config: DSparkConfig):
         super().__init__()
         self.kind, rank, width = config.markov_head_type, config.markov_rank, config.hidden_size
         self.markov_w1 = nn.Embedding(config.vocab_size, rank)
@@ -76,12 +140,26 @@ class ConfidenceHead(nn.Module):
         return logits_NS.to(at_least_float32(logits_NS.dtype))
 
 
-class DSpark(Draft):
+class DSpark(BlockDraft):
     """The backbone, its Markov correction and, where configured, its confidence head."""
 
+    Config = DSparkConfig
+    title = "DSpark"
+    paper = "2607.05147"
     reads_final = True
+    fused_matrices = ("joint_proj",)
+    architectures = ("Qwen3DSparkModel", "DSparkDraftModel", "DFlashDraftModel", "DSparkSpeculator")
+    forms = ("sglang", "speculators")
+    sglang = ("DSPARK", 1)  # its block holds proposals only, and the anchor is verified, too
+    # Model-Optimizer has the head's parts at the top level; SpecForge's training checkpoints once nested them.
+    renamed_tensors: ClassVar = {
+        r"^logit_head\.(?=(markov_head|confidence_head)\.)": "",
+        r"^(?=(markov_w1|markov_w2|gate_proj|joint_proj)\.)": "markov_head.",
+        r"^confidence_proj\.": "confidence_head.proj.",
+    }
+    ignored_keys = frozenset(("confidence_head_alpha", "use_confidence_head"))
 
-    def __init__(self, config: DraftConfig, head: TargetHead):
+    def __init__(self, config: DSparkConfig, head: TargetHead):
         super().__init__(config, head)
         if config.markov_rank:
             self.markov_head = MarkovHead(config)
@@ -89,43 +167,18 @@ class DSpark(Draft):
             rank = config.markov_rank if config.confidence_head_with_markov else 0
             self.confidence_head = ConfidenceHead(config.hidden_size + rank)
 
-    @staticmethod
-    def check(config: DraftConfig) -> None:
-        """Raise UsageError for same-position labels, a confidence head without a loss, or a loss without the head."""
-        refuse_options(config, *DOMINO_OPTIONS)
-        if not config.shift_label:
-            raise UsageError("dspark guesses from the anchor on: its labels are next-position; set shift_label = true")
-        if not config.markov_rank and config.markov_head_type != "vanilla":
-            raise UsageError(
-                f'markov_head_type "{config.markov_head_type}" means nothing with markov_rank 0, which leaves the head '
-                "out; leave one of the two out"
-            )
-        if not config.markov_rank and config.confidence_head_with_markov:
-            raise UsageError(
-                "a confidence head with markov_rank 0 has no table to read; set confidence_head_with_markov = false, "
-                "or a rank above 0"
-            )
-        if not config.enable_confidence_head:
-            for name in ("alpha_confidence", "confidence_head_with_markov"):
-                if getattr(config, name):
-                    raise UsageError(
-                        f"{name} = {getattr(config, name)} means nothing without a confidence head; "
-                        "leave it out or set enable_confidence_head = true"
-                    )
-        elif not config.alpha_confidence or config.alpha_confidence < 0:
-            raise UsageError(
-                f"alpha_confidence {config.alpha_confidence} would leave the confidence head untrained; "
-                "published is 1.0, or set enable_confidence_head = false"
-            )
+    @classmethod
+    def recipe_defaults(cls, stated: dict, hidden_size: int) -> dict:
+        return super().recipe_defaults({"block_size": 7} | stated, hidden_size) | {"markov_rank": min(256, hidden_size)}
 
     def correction(self, hidden_NSD: Tensor, prev_NS: Tensor) -> tuple[Tensor, Tensor] | None:
-        """As `Draft.correction`, on every slot."""
+        """As `BlockDraft.correction`, on every slot."""
         if not self.config.markov_rank:
             return None
         return self.markov_head(hidden_NSD, prev_NS)[0], self.markov_head.markov_w2.weight
 
     def correction_step(self, k: int, hidden_ND: Tensor, last_N: Tensor, state_NU: Tensor | None):
-        """As `Draft.correction_step`; only the rnn has a state."""
+        """As `BlockDraft.correction_step`; only the rnn has a state."""
         if not self.config.markov_rank:
             return None, None
         z_N1U, state_NU = self.markov_head(hidden_ND[:, None], last_N[:, None], state_NU)
@@ -138,7 +191,7 @@ class DSpark(Draft):
         return self.confidence_head(hidden_NSD)
 
     def confident_count(self, hidden_NSD: Tensor, anchor_ids_N: Tensor, ids_NP: Tensor, threshold: float) -> Tensor:
-        """As `Draft.confident_count`."""
+        """As `BlockDraft.confident_count`."""
         if not self.config.enable_confidence_head:
             return super().confident_count(hidden_NSD, anchor_ids_N, ids_NP, threshold)
         prev_NP = torch.cat([anchor_ids_N[:, None], ids_NP[:, :-1]], dim=1)
@@ -146,26 +199,134 @@ class DSpark(Draft):
         return confident_NP.long().cumprod(-1).sum(-1)
 
     def denominators(self, blocks: Blocks) -> dict[str, Tensor]:
-        """As `Draft.denominators`, and the confidence loss's, which is the same."""
+        """As `BlockDraft.denominators`, and the confidence loss's, which is the same."""
         dens = super().denominators(blocks)
         return dens | ({"confidence": next(iter(dens.values()))} if self.config.enable_confidence_head else {})
 
-    def loss(self, cell: Cell, blocks: Blocks, scheduled: ScheduleValues, dens: dict, metrics: bool = False) -> Loss:
-        """As `Draft.loss`, plus the confidence head's cross-entropy against `accept`, with the other terms' weights."""
+    def own_loss(self, hidden_NSD: Tensor, blocks: Blocks, per_slot: dict[str, Tensor], dens: dict) -> Loss | None:
+        """Return the confidence head's cross-entropy against `accept`, with the other terms' weights."""
         if not self.config.enable_confidence_head:
-            return super().loss(cell, blocks, scheduled, dens, metrics)
-        objective = self.objective(cell, blocks, scheduled, dens, metrics)
-        hidden_NSD = self.hidden(cell, blocks)
-        z_NSU, out_VU = self.correction(hidden_NSD, blocks.prev_NS) or (None, None)
-        chunk = self.blocks_per_chunk(hidden_NSD)
-        total = HeadLoss.apply(hidden_NSD, z_NSU, out_VU, self.target, objective, chunk)
-        per_slot = objective.slot_values()
+            return None
+        weights_NS, accept_NS = per_slot["weights"], per_slot["accept"]
         logits_NS = self.confidence(hidden_NSD, blocks.prev_NS)
-        bce_NS = F.binary_cross_entropy_with_logits(logits_NS, per_slot["accept"], reduction="none")
-        numerator = (per_slot["weights"] * bce_NS).sum()
-        total = total + self.config.alpha_confidence / dens["confidence"] * numerator
-        terms, sums = objective.numerators | {"confidence": numerator.detach()}, {}
-        if metrics:
-            sums = slot_sums(per_slot, blocks.scored_NS)
-            sums |= confidence_sums(logits_NS.detach(), per_slot["accept"], per_slot["weights"])
-        return Loss(total, terms, sums)
+        bce_NS = F.binary_cross_entropy_with_logits(logits_NS, accept_NS, reduction="none")
+        numerator = (weights_NS * bce_NS).sum()
+        total = self.config.alpha_confidence / dens["confidence"] * numerator
+        sums = confidence_sums(logits_NS.detach(), accept_NS, weights_NS)
+        return Loss(total, {"confidence": numerator.detach()}, sums)
+
+    @classmethod
+    def head_tensors(cls, config: DSparkConfig, proposed: int | None = None) -> Shapes:
+        D, V, W = config.hidden_size, config.vocab_size, proposed or config.vocab_size
+        rank, kind, shapes = config.markov_rank, config.markov_head_type, {}
+        if rank:
+            shapes |= {"markov_head.markov_w1.weight": (V, rank), "markov_head.markov_w2.weight": (W, rank)}
+        if kind == "gated":
+            shapes |= {"markov_head.gate_proj.weight": (rank, D + rank), "markov_head.gate_proj.bias": (rank,)}
+        if kind == "rnn":
+            shapes |= {
+                "markov_head.joint_proj.weight": (3 * rank, 2 * rank + D),
+                "markov_head.joint_proj.bias": (3 * rank,),
+            }
+        if config.enable_confidence_head:
+            width = D + rank if config.confidence_head_with_markov else D
+            shapes |= {"confidence_head.proj.weight": (1, width), "confidence_head.proj.bias": (1,)}
+        return shapes
+
+    @classmethod
+    def reference_correction(
+        cls, config: DSparkConfig, block: ProbeBlock, hidden_SD: Tensor
+    ) -> tuple[Tensor | float, Tensor | None]:
+        get, e_SU, bias_SC = block.get, None, 0.0
+        if config.markov_rank:
+            e_SU = get("markov_head.markov_w1.weight")[block.prev_S]
+            read_SU = cls._reference_states(get, config.markov_head_type, hidden_SD, e_SU)
+            bias_SC = read_SU @ get("markov_head.markov_w2.weight")[block.columns_C].T
+        if not config.enable_confidence_head:
+            return bias_SC, None
+        seen = torch.cat([hidden_SD, e_SU], -1) if config.confidence_head_with_markov else hidden_SD
+        return bias_SC, (seen @ get("confidence_head.proj.weight").T + get("confidence_head.proj.bias"))[:, 0]
+
+    @staticmethod
+    def _reference_states(get, kind: str, hidden_SD: Tensor, e_SU: Tensor) -> Tensor:
+        if kind == "gated":
+            weight, bias = get("markov_head.gate_proj.weight"), get("markov_head.gate_proj.bias")
+            return torch.sigmoid(torch.cat([hidden_SD, e_SU], -1) @ weight.T + bias) * e_SU
+        if kind != "rnn":
+            return e_SU
+        weight, bias = get("markov_head.joint_proj.weight"), get("markov_head.joint_proj.bias")
+        outs, state = [], torch.zeros_like(e_SU[0])
+        for hidden_D, e_U in zip(hidden_SD, e_SU, strict=True):
+            forget, new, out = (weight @ torch.cat([state, e_U, hidden_D]) + bias).chunk(3)
+            outs.append(torch.tanh(out))
+            state = torch.sigmoid(forget) * state + (1 - torch.sigmoid(forget)) * torch.tanh(new)
+        return torch.stack(outs)
+
+    @classmethod
+    def publishes(cls, keys: PublishedKeys) -> bool:
+        """As `Draft.publishes`; without any head DeepSpec's class holds its baseline, the bare backbone."""
+        confidence = keys.find("enable_confidence_head", cls.absent(keys)["enable_confidence_head"])
+        return keys.deepspec and bool(keys.find("markov_rank", 1) or confidence)
+
+    @classmethod
+    def absent(cls, keys: PublishedKeys) -> dict:
+        """As `Draft.absent`: SpecForge once let the weight of its loss say whether there is a confidence head;
+        Model-Optimizer's always reads the token before, and has no key that says so."""
+        weighted = bool(keys.find("confidence_head_alpha", 0))
+        confidence = keys.find("use_confidence_head", None)
+        return {
+            "shift_label": True,
+            "enable_confidence_head": weighted if confidence is None else confidence,
+            "confidence_head_with_markov": bool(confidence),
+        } | ({"markov_head_type": "vanilla"} if keys.find("markov_rank", 1) == 0 else {})
+
+    @classmethod
+    def read_options(cls, keys: PublishedKeys) -> dict:
+        """As `Draft.read_options`; the kind of a head that is not there means nothing."""
+        options = super().read_options(keys)
+        if options["markov_rank"] == 0:
+            options["markov_head_type"] = "vanilla"
+        options["confidence_head_with_markov"] &= options["enable_confidence_head"]
+        return options
+
+    @classmethod
+    def write_options(cls, config: DSparkConfig, form: str) -> tuple[dict, dict]:
+        """As `Draft.write_options`; SGLang seeks the head's keys at the top level, vLLM also the ids there."""
+        flat, nested = super().write_options(config, form)
+        if form == "speculators":
+            return flat, nested
+        head = {name: nested[name] for name in cls.Config.published_options()}
+        ids = {"mask_token_id": config.mask_token_id, "target_layer_ids": list(config.target_layer_ids)}
+        grouped = config.num_key_value_heads < config.num_attention_heads
+        return head | ids, nested | {"attention_mode": "gqa" if grouped else "mha"}
+
+    @classmethod
+    def refusal(cls, config: DSparkConfig, form: str) -> str | None:
+        if form == "speculators" and config.markov_head_type != "vanilla":
+            return (
+                f"vLLM computes the vanilla Markov head only, this draft has markov_head_type "
+                f'"{config.markov_head_type}"; export it with --format sglang, or train one with "vanilla"'
+            )
+        return super().refusal(config, form)
+
+    @classmethod
+    def card_rows(cls, config: DSparkConfig) -> list[tuple[str, str]]:
+        confidence = "with" if config.enable_confidence_head else "without"
+        markov = f"{config.markov_head_type}, rank {config.markov_rank}" if config.markov_rank else "none"
+        return [("Markov head", f"{markov}, {confidence} confidence head")]
+
+    @classmethod
+    def card_notes(cls, config: DSparkConfig, form: str) -> list[str]:
+        if form == "speculators":
+            return [
+                "vLLM has to heed `sample_from_anchor`; builds that take it for false accept nothing, and serve",
+                "the same draft exported with `--format sglang`.",
+            ]
+        notes = []
+        if config.markov_rank == 0:
+            notes.append(
+                "SGLang has so far refused `markov_rank` 0, which DeepSpec's and SpecForge's own decoding takes."
+            )
+        if not config.enable_confidence_head:
+            notes.append("Without a confidence head SGLang serves it in its default, static verify mode only.")
+        return notes

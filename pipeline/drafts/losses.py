@@ -3,7 +3,7 @@
 Logits over the vocabulary are the largest tensors of training: they exist for one chunk only, and are overwritten with
 their gradient there. So the head costs two matrix products, where checkpointing costs three. Corrected logits are one
 concatenated linear, [W_head | W_out] [h ; z]; base and corrected loss share the chunk's logits and the target's own.
-`target/logit_chunks.py` decides the size of a chunk.
+`target/head.py` decides the size of a chunk.
 
     N blocks   S slots   D hidden size   V vocabulary   U rank of the correction   X slots of a chunk
 """
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.drafts.norm_and_rope import at_least_float32
 from pipeline.drafts.objectives import Objective
 from pipeline.target.head import TargetHead
+from pipeline.tensors import at_least_float32
 
 
 class HeadLoss(torch.autograd.Function):

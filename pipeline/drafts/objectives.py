@@ -23,12 +23,11 @@ respect to the logits x follows from theirs:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from pipeline.drafts.config import DraftConfig
 from pipeline.target.head import TargetHead
 
 ETA = 3.0  # of lk-hybrid: the paper's best
@@ -39,11 +38,12 @@ class LossTerm:
     """One term of an objective, a function of a slot's distances.
 
     reads: the distances it depends on. value_and_slopes: from the distances [n, S] to the term's value [n, S] and its
-    derivative with respect to each of them.
+    derivative with respect to each of them. weight: its weight, unless the config has a field alpha_NAME for it.
     """
 
     reads: tuple[str, ...]
     value_and_slopes: Callable[[dict[str, Tensor]], tuple[Tensor, dict[str, Tensor | float]]]
+    weight: float = 1.0
 
 
 def _negative_log(distances: dict[str, Tensor]) -> tuple[Tensor, dict]:
@@ -59,22 +59,16 @@ def _hybrid(distances: dict[str, Tensor]) -> tuple[Tensor, dict]:
 
 
 CE = LossTerm(("ce",), lambda distances: (distances["ce"], {"ce": 1.0}))
-L1 = LossTerm(("accept",), lambda distances: (2 * (1 - distances["accept"]), {"accept": -2.0}))
+L1 = LossTerm(("accept",), lambda distances: (2 * (1 - distances["accept"]), {"accept": -2.0}), weight=0.9)
+# Adding an objective is one entry: its terms by name, "" where there is only one.
 OBJECTIVES: dict[str, dict[str, LossTerm]] = {
     "ce": {"": CE},
     "kl": {"": LossTerm(("kl",), lambda distances: (distances["kl"], {"kl": 1.0}))},
     "tv": {"": LossTerm(("accept",), lambda distances: (1 - distances["accept"], {"accept": -1.0}))},
     "lk-alpha": {"": LossTerm(("accept",), _negative_log)},
     "lk-hybrid": {"": LossTerm(("kl", "accept"), _hybrid)},
-    "dspark": {"ce": CE, "l1": L1},
+    "dspark": {"ce": replace(CE, weight=0.1), "l1": L1},
 }
-
-
-def term_weights(config: DraftConfig) -> dict[str, float]:
-    """Return the weight of each term of the configured objective, without terms of weight 0; "" names a single term."""
-    if config.objective != "dspark":
-        return {"": 1.0}
-    return {name: weight for name, weight in {"ce": config.alpha_ce, "l1": config.alpha_l1}.items() if weight}
 
 
 def term_name(kind: str, part: str) -> str:

@@ -1,9 +1,9 @@
 """The accept length: the mean number of tokens gained per target call, the target's own token included.
 
-Exact and without the target: the held-out replies are the target's own greedy ones, so what it
-would have accepted is in the cache. The draft's proposals are rolled out at every anchor of a reply, in parallel, and
-the walk a -> a + gained over them is the very walk that decoding makes. A reply that is not greedy is cut at its first
-token that differs from the greedy one of the stored `final`.
+Exact and without the target: the held-out replies are the target's own greedy ones, so what it would have accepted is
+in the cache. The draft's proposals are rolled out at every anchor of a reply, in parallel, and decoding is replayed
+over them: from anchor a to a + gained, and so on. A reply that is not greedy is followed up to its first token that
+differs from the greedy one of the stored `final`.
 
     T rows of a sample   N blocks   S slots   P proposals   R rows that keep `final`   D hidden size
 """
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from pipeline.drafts import Draft, lay_blocks, pack
-from pipeline.target.logit_chunks import chunk_rows
+from pipeline.target.head import chunk_rows
 
 if TYPE_CHECKING:
     from pipeline.cache import HiddenCache, Sample
@@ -26,10 +26,11 @@ SLOTS_AT_ONCE = 4096  # slots of one forward: bounds memory, changes nothing
 
 @dataclass(frozen=True)
 class Span:
-    """One reply of a sample, walked. The three lists hold one entry a verification, as those of `Decoded` do.
+    """One decoded reply of a sample. The three lists have an entry for each verify step, as those of `Decoded`.
 
-    start: the reply's first token; what stands before is the prompt. complete: False where the walk left what is known
-    of the target's own reply before it ended or reached the limit, so that decoding goes on beyond `lengths`.
+    start: index of the reply's first token; the prompt is before it. lengths: tokens gained. matched: proposals kept.
+    proposed: proposals verified. complete: False where the target's own reply is not known to its end or to the limit,
+    so that decoding would go on beyond `lengths`. proposals: of a whole block.
     """
 
     sample: int
@@ -39,13 +40,13 @@ class Span:
     matched: list[int]
     proposed: list[int]
     complete: bool
-    proposals: int  # of an uncut block
+    proposals: int
 
 
 def accepted_tokens(proposed: Sequence[int], chosen: Sequence[int | None]) -> list[int | None]:
-    """Return the proposals before the first that the target would not have chosen, and its own choice there.
+    """Return the proposals before the first that the target would not have chosen, and its own token there.
 
-    chosen: the target's token at the place of each proposal and at the one after; None where it is not known.
+    chosen: the target's token at each proposal's position and at the next one; None where it is not known.
     """
     assert len(chosen) == len(proposed) + 1, f"{len(proposed)} proposals verified by {len(chosen)} tokens"
     matched = 0
@@ -55,7 +56,7 @@ def accepted_tokens(proposed: Sequence[int], chosen: Sequence[int | None]) -> li
 
 
 def cut_at_stop(tokens: Sequence[int | None], stop_ids: Collection[int]) -> tuple[int, int, bool]:
-    """Return proposals kept, tokens gained, and whether the reply ends, for the tokens of one verification.
+    """Return proposals kept, tokens gained, and whether the reply ends, for the accepted tokens of one verify step.
 
     tokens: the proposals kept and one of the target's own. A stop token ends the reply, also among the proposals, with
     no token after it.
@@ -67,24 +68,25 @@ def cut_at_stop(tokens: Sequence[int | None], stop_ids: Collection[int]) -> tupl
 
 
 @dataclass(frozen=True)
-class Reply:
-    """What the cache knows of the target's own reply from row `start` on.
+class KnownReply:
+    """The target's own greedy reply from row `start` on, as far as the cache knows it.
 
-    tokens: its tokens as far as they are known. confirmed: how many of them the sample has too; blocks can be laid from
-    these only.
+    tokens: its known tokens. confirmed: how many of them the sample has too; blocks can be laid from these only.
     """
 
     start: int
     tokens: list[int]
     confirmed: int
 
-    def anchors(self, stop_ids: Collection[int], max_new: int | None) -> int:
-        """How many tokens from the first on the walk may start a block from."""
+    def anchor_count(self, stop_ids: Collection[int], max_new: int | None) -> int:
+        """How many tokens, from the first on, decoding may start a block from."""
         live = self.confirmed - (self.confirmed > 0 and self.tokens[self.confirmed - 1] in stop_ids)
         return live if max_new is None else min(live, max_new)
 
 
-def known_reply(ids_T: Sequence[int], greedy_T: Sequence[int], start: int, stop: int, stops: Collection[int]) -> Reply:
+def known_reply(
+    ids_T: Sequence[int], greedy_T: Sequence[int], start: int, stop: int, stops: Collection[int]
+) -> KnownReply:
     """Follow the reply ids[start:stop] for as long as it is greedy; greedy[t] is the target's choice after row t.
 
     The first choice that differs, or the one after the reply's end, is known as well. A stop token ends it.
@@ -93,32 +95,35 @@ def known_reply(ids_T: Sequence[int], greedy_T: Sequence[int], start: int, stop:
     for row in range(start, stop + 1):
         tokens.append(greedy_T[row - 1])
         if row == stop or tokens[-1] != ids_T[row]:
-            return Reply(start, tokens, row - start)
+            return KnownReply(start, tokens, row - start)
         if tokens[-1] in stops:
             break
-    return Reply(start, tokens, len(tokens))
+    return KnownReply(start, tokens, len(tokens))
 
 
-def walk(
-    reply: Reply, proposed_NP: Sequence[Sequence[int]], stops: Collection[int], max_new: int | None
+def replay_decoding(
+    reply: KnownReply, proposed_NP: Sequence[Sequence[int]], stops: Collection[int], max_new: int | None
 ) -> tuple[list[int], list[int], list[int], bool]:
-    """Return lengths, matched, proposed and complete of one reply; proposed[a]: those of the block at its token a."""
-    lengths, kept, counts, at = [], [], [], 0
+    """Return `lengths`, `matched`, `proposed` and `complete` of the reply's span.
+
+    proposed_NP: the proposals of the blocks at its first N tokens.
+    """
+    lengths, matched, proposed, at = [], [], [], 0
     ended = reply.tokens[0] in stops
     while not ended and (max_new is None or at < max_new):
         if at >= len(proposed_NP):
-            return lengths, kept, counts, False
-        proposed = proposed_NP[at]
-        known = reply.tokens[at + 1 : at + 2 + len(proposed)]
-        unknown = len(proposed) + 1 - len(known)
-        matched, gained, ended = cut_at_stop(accepted_tokens(proposed, known + [None] * unknown), stops)
-        if not ended and len(known) <= matched < len(proposed):
-            return lengths, kept, counts, False  # the target's verdict on the next proposal is not known
+            return lengths, matched, proposed, False
+        block = proposed_NP[at]
+        known = reply.tokens[at + 1 : at + 2 + len(block)]
+        unknown = len(block) + 1 - len(known)
+        kept, gained, ended = cut_at_stop(accepted_tokens(block, known + [None] * unknown), stops)
+        if not ended and len(known) <= kept < len(block):
+            return lengths, matched, proposed, False  # whether the target accepts the next proposal is not known
         lengths.append(gained)
-        kept.append(matched)
-        counts.append(len(proposed))
+        matched.append(kept)
+        proposed.append(len(block))
         at += gained
-    return lengths, kept, counts, True
+    return lengths, matched, proposed, True
 
 
 def reply_spans(mask_T: np.ndarray) -> list[tuple[int, int]]:
@@ -138,8 +143,8 @@ def accept_spans(
 ) -> list[Span]:
     """Measure every reply of the samples `indices`, at most `max_new` tokens of each, in that order.
 
-    `threshold` cuts blocks as in decoding. Samples are packed into cells of about `context` rows. The draft is in
-    evaluation mode; its device decides where. Raises UsageError when the cache lacks the draft's layers or `final`.
+    `threshold` cuts blocks as in decoding. Samples are packed into micro-batches of about `context` rows. The draft is
+    in evaluation mode, and computes on its own device. UsageError when the cache lacks the draft's layers or `final`.
     """
     return accept_spans_by_threshold(draft, cache, indices, (threshold,), max_new=max_new, context=context)[0]
 
@@ -157,7 +162,7 @@ def accept_spans_by_threshold(
     """Return what `accept_spans` does for each of `thresholds`; the blocks that they cut are computed once."""
     stops = frozenset(cache.tokens["eos"])
     layers, spans = draft.config.target_layer_ids, [[] for _ in thresholds]
-    for cell in _cells(cache, indices, layers, context):
+    for cell in _packed_samples(cache, indices, layers, context):
         samples = [sample for _, sample in cell]
         replies = [
             [known_reply(sample.ids.tolist(), greedy, *span, stops) for span in reply_spans(sample.mask.numpy())]
@@ -166,16 +171,18 @@ def accept_spans_by_threshold(
         proposed = _propose_all(draft, samples, replies, stops, max_new, thresholds)
         for (index, _), of_sample in zip(cell, replies, strict=True):
             for reply in of_sample:
-                place = index, cache.samples.domain[index], reply.start
-                for of_cut, blocks in zip(spans, next(proposed), strict=True):
-                    of_cut.append(Span(*place, *walk(reply, blocks, stops, max_new), draft.config.proposals))
+                where = index, cache.samples.domain[index], reply.start
+                for of_threshold, blocks in zip(spans, next(proposed), strict=True):
+                    of_threshold.append(
+                        Span(*where, *replay_decoding(reply, blocks, stops, max_new), draft.config.proposals)
+                    )
     return spans
 
 
-def _cells(
+def _packed_samples(
     cache: "HiddenCache", indices: Iterable[int], layers: Sequence[int], context: int
 ) -> Iterator[list[tuple[int, "Sample"]]]:
-    """Read samples and group consecutive ones into cells of at most `context` rows, or of one longer sample."""
+    """Read samples and group consecutive ones into micro-batches of at most `context` rows, or of one longer sample."""
     cell, rows = [], 0
     for index in map(int, indices):
         sample = cache.read(index, layers=layers, final=True)
@@ -193,7 +200,7 @@ def greedy_tokens(draft: Draft, sample: "Sample") -> list[int]:
 
     Logits are rounded to the target's compute type, as the target's own are: in bfloat16 that decides ties.
     """
-    head, device = draft.target, draft.fc.weight.device
+    head, device = draft.target, draft.device
     greedy_T = torch.full((len(sample.ids),), -1)
     step = chunk_rows(head.vocab_size, device.type, draft.chunk_rule, greedy=True)
     for rows, final_RD in zip(sample.final_rows.split(step), sample.final.split(step), strict=True):
@@ -204,40 +211,27 @@ def greedy_tokens(draft: Draft, sample: "Sample") -> list[int]:
 def _propose_all(
     draft: Draft,
     samples: Sequence["Sample"],
-    replies: list[list[Reply]],
+    replies: list[list[KnownReply]],
     stops: Collection[int],
     max_new: int | None,
     thresholds: Sequence[float],
 ) -> Iterator[list[list[list[int]]]]:
     """Yield, for each reply in order and each threshold, the proposals [a][P] of the blocks at its first tokens."""
-    device, config = draft.fc.weight.device, draft.config
+    device, config = draft.device, draft.config
     cell = pack(samples, [""] * len(samples))
-    counts = [[reply.anchors(stops, max_new) for reply in of_sample] for of_sample in replies]
+    counts = [[reply.anchor_count(stops, max_new) for reply in of_sample] for of_sample in replies]
     rows = [
         torch.arange(count) + first + reply.start
         for first, of_sample, of_counts in zip(cell.starts_M.tolist(), replies, counts, strict=True)
         for reply, count in zip(of_sample, of_counts, strict=True)
     ]
     anchors_N = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
-    there, proposed = cell.to(device), [[] for _ in thresholds]
+    on_device, proposed = cell.to(device), [[] for _ in thresholds]
     for part_N in anchors_N.split(max(1, SLOTS_AT_ONCE // config.block_size)) if len(anchors_N) else ():
         blocks = lay_blocks(cell, part_N, torch.ones_like(part_N, dtype=torch.bool), draft.config).to(device)
-        cuts = _proposals(draft, draft.hidden(there, blocks), there.ids_R[blocks.anchors_N], thresholds)
-        proposed = [so_far + fresh for so_far, fresh in zip(proposed, cuts, strict=True)]
+        cuts = draft.greedy_proposals(on_device, blocks, thresholds)
+        proposed = [earlier + new for earlier, new in zip(proposed, cuts, strict=True)]
     at = 0
     for part in rows:
-        yield [of_cut[at : at + len(part)] for of_cut in proposed]
+        yield [of_threshold[at : at + len(part)] for of_threshold in proposed]
         at += len(part)
-
-
-def _proposals(
-    draft: Draft, hidden_NSD: torch.Tensor, anchor_ids_N: torch.Tensor, thresholds: Sequence[float]
-) -> list[list[list[int]]]:
-    ids_NP = draft.rollout(hidden_NSD, anchor_ids_N)
-    whole, cuts = ids_NP.tolist(), []
-    for threshold in thresholds:
-        kept = [draft.config.proposals] * len(whole)
-        if threshold > 0:
-            kept = draft.confident_count(hidden_NSD, anchor_ids_N, ids_NP, threshold).tolist()
-        cuts.append([ids[:count] for ids, count in zip(whole, kept, strict=True)])
-    return cuts

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.drafts import DRAFTS
 from pipeline.errors import RoomError, UsageError
 from pipeline.evaluation.reports import Report, accept_length, load_reports, variants
-from pipeline.published.card import TITLES
 from pipeline.visible_text import visible
 
 # Okabe and Ito's colours, told apart with any kind of colour blindness; their yellow is too light for lines on white.
@@ -88,11 +88,15 @@ def plot_lines(reports: list[Report]) -> list[Line]:
     lines = defaultdict(lambda: defaultdict(list))
     for report in reports:
         draft, cache = report.draft, report.cache or "unknown"
-        name = visible(", ".join([TITLES.get(draft.method, draft.method), *variants(report)]))
+        name = visible(", ".join([_title(draft.method), *variants(report)]))
         parts = [f"block {draft.block_size}", f"{draft.proposals} proposals", _size(draft.parameters)]
         parts += [visible(f"cache {cache[:8]}")] * (len(caches) > 1)
         lines[name, ", ".join(parts)][draft.steps].append(report)
     return [Line(*key, dict(sorted(by_steps.items()))) for key, by_steps in lines.items()]
+
+
+def _title(method: str) -> str:
+    return DRAFTS[method].title if method in DRAFTS else method
 
 
 def recipes_of(reports: list[Report]) -> dict[str | None, str]:

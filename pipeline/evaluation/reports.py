@@ -12,25 +12,26 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import FailFast, Field, ValidationError
 
-from pipeline.checksummed_json import MAX_BYTES, damage_error, ends_with_checksum, parse_checksummed, with_checksum
+from pipeline.checksummed_json import (
+    MAX_BYTES,
+    Count,
+    Number,
+    Record,
+    damage_error,
+    ends_with_checksum,
+    parse_checksummed,
+    with_checksum,
+)
 from pipeline.errors import UsageError
 from pipeline.evaluation.figures import bootstrap
 from pipeline.untrusted import read_file
 
-Count = Annotated[int, Field(ge=0, lt=1 << 63)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
 Counts = Annotated[list[Count], FailFast()]
 Numbers = Annotated[list[Number], FailFast()]
 NUMBER_LIST = re.compile(r'\[\n[^][{}"]*\]')  # over several lines; JSON strings hold no bare newline, so none matches
 MAX_SPREADS = 6.0  # for `SampledLossless.spreads`: by chance it is further off with probability 2 exp(-18) = 3e-8
-
-
-class Record(BaseModel):
-    """A part of a report. Keys of later versions are ignored."""
-
-    model_config = ConfigDict(strict=True, frozen=True)
 
 
 class Figures(Record):
@@ -150,7 +151,7 @@ class ConfidenceCut(Record):
     threshold: Number
     calls_saved: Number | None = None
     accept_len: Number
-    interval: Numbers = []
+    interval: Numbers = Field(default_factory=list)
     calls: Count | None = None
     verified: Number
     verify_rate: Number
@@ -168,15 +169,11 @@ class Report(Record):
     samples: Annotated[list[Sample], FailFast()]
     speed: Speed
     lossless: Lossless
-    near_ties: list[NearTie] = []
+    near_ties: list[NearTie] = Field(default_factory=list)
     sampled: SampledReplies | None = None
     agreement: Agreement | None = None
     confidence: list[ConfidenceCut] | None = None
     teacher_forced: dict[str, Number] = Field(description="teacher-forced accept length by domain")
-
-    def as_dict(self) -> dict:
-        """Return the report as JSON values; what is not known of it has no key."""
-        return self.model_dump(exclude_unset=True)
 
     def with_sampled_replies(self) -> "Report":
         """Return the report with its sampled replies in place of the greedy ones."""
@@ -250,9 +247,15 @@ def variants(report: Report) -> list[str]:
     """Return what sets a draft apart from others of its method: objective and weighting where they are not as
     published, and the confidence that its blocks were cut at."""
     draft, threshold = report.draft, report.settings.threshold
-    objective = draft.objective if draft.objective != ("dspark" if draft.method == "dspark" else "ce") else None
+    objective = draft.objective if draft.objective != _published_objective(draft.method) else None
     weighting = draft.weighting if draft.weighting != "decay" else None
     return [part for part in (objective, weighting, f"cut at {threshold:g}" if threshold else None) if part]
+
+
+def _published_objective(method: str) -> str:
+    from pipeline.drafts import DRAFTS  # here, not above: it brings torch
+
+    return DRAFTS[method].Config.defaults({}).get("objective", "ce") if method in DRAFTS else "ce"
 
 
 def seed_count(reports: Sequence[Report]) -> str:

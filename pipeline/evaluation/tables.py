@@ -1,7 +1,4 @@
-"""What people read: tables of a cache, of its verification, of a sweep, and of evaluations side by side.
-
-Everything here turns the plain dicts that other modules return, the same that `--json` prints, into rich renderables.
-"""
+"""Tables of evaluations: several side by side, one alone, and a sweep's runs, as rich renderables or Markdown."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,12 +8,7 @@ from statistics import fmean
 from rich.console import Group
 from rich.text import Text
 
-from pipeline.cache.atomic import size_text
-from pipeline.cache.catalog import Catalog
-from pipeline.cache.records import read_log
-from pipeline.cache.target_files import has_target, target_file
-from pipeline.console import Grid, grid, shows_styles
-from pipeline.errors import UsageError
+from pipeline.console import Grid, grid
 from pipeline.evaluation.reports import (
     MAX_SPREADS,
     ConfidenceCut,
@@ -33,127 +25,7 @@ from pipeline.evaluation.reports import (
     temperature_text,
     temperatures_of,
 )
-from pipeline.visible_text import escape_markdown, visible, visible_lines
-
-TOKENIZER = "tokenizer.json"
-LISTED = 20  # shards that are not captured yet, or foreign files, before the rest is only counted
-
-
-def cache_table(report: dict) -> Group:
-    """Return `describe`'s report as tables: the whole, its columns, its domains."""
-    plan, shards, identity = report["plan"], report["shards"], report["identity"]
-    whole = grid("", "")
-    rows = {
-        "target": f"{identity['target']['name']} ({identity['target']['digest'][:12]})",
-        "format": f"{report['format']}, identity {report['digest'][:12]}",
-        "samples": f"{plan['samples']:,}; {plan['duplicates']:,} duplicates left out",
-        "tokens": f"{plan['tokens']:,}, {report['supervised_share']:.0%} supervised",
-        "shards": f"{shards['whole']} of {shards['planned']} whole",
-        "size": f"{size_text(report['bytes']['total'])}, of which states {size_text(report['bytes']['columns'])}",
-    }
-    if imported := identity.get("capture", {}).get("imported"):
-        proof = "proven against the target" if imported["proven"] else "NOT proven: compared with no target"
-        rows["imported"] = (
-            f"from {imported['form']}, layers {','.join(map(str, imported['layers']))} counted from "
-            f"{imported['count_from']}, last state {imported['last']}; {proof}"
-        )
-    if report["gauge"]:
-        gauge = report["gauge"]
-        rows["on-policy"] = (
-            f"{gauge['agreement']:.1%} of {gauge['rows']:,} replies' tokens are the target's own greedy choice, "
-            f"mean log-probability {gauge['logprob']:.2f}"
-        )
-    if report["refused"]:
-        rows["refused"] = f"{len(report['refused'])} samples, listed by --json"
-    for name, value in rows.items():
-        whole.add_row(name, value)
-    columns = grid("column", "dtype", "codec", ">rows", ">size", ">bytes a token", ">shards", ">probe error")
-    for column in report["columns"]:
-        probe = "-" if column["probe"] is None else f"{column['probe']:.1e}"
-        columns.add_row(
-            column["name"], column["dtype"], column["codec"], f"{column['rows']:,}", size_text(column["bytes"]),
-            f"{column['token_bytes']:,.0f}", str(column["shards"]), probe,
-        )  # fmt: skip
-    domains = grid("domain", "split", ">samples", ">tokens", ">supervised")
-    for entry in report["domains"]:
-        domains.add_row(
-            entry["domain"] or "-", entry["split"] or "-", f"{entry['samples']:,}", f"{entry['tokens']:,}",
-            f"{entry['supervised']:,}",
-        )  # fmt: skip
-    return Group(whole, *(["", columns] if report["columns"] else ()), "", domains)
-
-
-def coloured_sample(cache: Path, view: dict) -> Group:
-    """Return one sample as text, what is supervised as `supervised_style` says."""
-    head = (
-        f"sample {view['sample']} ({view['sample_id']}): {view['length']} tokens, {view['supervised']} supervised "
-        f"({supervised_style()}); {view['domain'] or 'no domain'}, {view['split'] or 'no split'}; "
-        f"{view['source']}:{view['line']}"
-    )
-    return Group(Text(visible(head), style="bold"), coloured(tokenizer_of(Path(cache)), view["ids"], view["mask"]))
-
-
-def tokenizer_of(cache: Path):
-    """Return the tokenizer of a cache's target, while nothing is captured the one of the target it was planned with.
-
-    Raises UsageError where neither is there, CacheError where the cache's own is damaged.
-    """
-    from tokenizers import Tokenizer
-
-    catalog = Catalog(cache)
-    if has_target(catalog):
-        return Tokenizer.from_file(str(target_file(catalog, TOKENIZER)))
-    planned_with = read_log(cache).target
-    planned = planned_with and Path(planned_with.folder) / TOKENIZER
-    if planned is None or not planned.is_file():
-        raise UsageError(f"{cache} holds no tokenizer yet to show text with; run `pipeline plan` or capture first")
-    return Tokenizer.from_file(str(planned))
-
-
-def supervised_style() -> str:
-    """Return how supervised tokens are shown, in words: in a file or a pipe there is no colour."""
-    return "green, underlined" if shows_styles() else "in [[ ]]"
-
-
-def coloured(tokenizer, ids: Sequence[int], mask: Sequence[bool], most: int | None = None) -> Text:
-    """Return tokens as text, the supervised ones as `supervised_style` says; of a long stretch `most` characters."""
-    text, start, plain = Text(), 0, not shows_styles()
-    for end in range(1, len(ids) + 1):
-        if end == len(ids) or mask[end] != mask[start]:
-            piece = tokenizer.decode(list(ids[start:end]), skip_special_tokens=False)
-            if most and len(piece) > most:
-                piece = f"{piece[: most // 2]} [...] {piece[-most // 2 :]}"
-            piece = f"[[{piece}]]" if mask[start] and plain else piece
-            text.append(visible_lines(piece), style="green underline" if mask[start] else "dim")
-            start = end
-    return text
-
-
-def verify_table(report: dict) -> Group:
-    """Return `verify`'s report: what is damaged, not captured yet, or foreign."""
-    lines = [Text(f"{report['files']:,} files, {size_text(report['bytes'])} checked")]
-    for kind, title, style in (
-        ("damaged", "damaged", "bold red"),
-        ("missing", "not captured yet", "yellow"),
-        ("foreign", "not of this cache", "yellow"),
-    ):
-        found = report[kind]
-        if found:
-            lines.append(Text(f"{len(found)} {title}:", style=style))
-            shown = found if kind == "damaged" else found[:LISTED]
-            lines += [Text(f"  {visible(entry if kind == 'foreign' else finding(entry))}") for entry in shown]
-            lines += [Text(f"  and {len(found) - len(shown):,} more; --json lists them")] * (len(found) > len(shown))
-    if report["incomplete"]:
-        lines.append(Text(f"incomplete: {', '.join(report['incomplete'])}", style="yellow"))
-    if not report["damaged"]:
-        whole = not report["incomplete"]
-        lines.append(Text("no damage" if whole else "no damage in what is there", style="green" if whole else "yellow"))
-    return Group(*lines)
-
-
-def finding(entry: dict) -> str:
-    """Return one finding in a line: the file, and what is wrong with it."""
-    return f"{entry['file']}: {entry['what']}"
+from pipeline.visible_text import escape_markdown, visible
 
 
 def comparison(paths: Sequence[Path], markdown: bool = False, forced: bool = False) -> Group | str:

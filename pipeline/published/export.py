@@ -18,21 +18,18 @@ from torch import Tensor
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import Scratch, check_free_space, clean_scratch_of, sync_file, sync_folder, write_errors
 from pipeline.drafts import Blocks, Cell, Draft, DraftConfig, lay_blocks, pack
+from pipeline.drafts.serving import check_servable
 from pipeline.errors import ProofError, UsageError
 from pipeline.published import CONFIG, WEIGHTS, load_draft_folder
 from pipeline.published.card import CARD, card
-from pipeline.published.check import check_export
-from pipeline.published.export_probe import PROBE, write_probe
-from pipeline.published.writing import check_servable, published_config
+from pipeline.published.check import PROBE, check_export, write_probe
+from pipeline.published.writing import published_config
 from pipeline.runs.cache_requirements import logit_scale, text_config
 from pipeline.runs.checkpoint import load_config, load_draft
 from pipeline.runs.provenance import Provenance, provenance
 from pipeline.target.head import TargetHead
 from pipeline.tensors import save_tensors
 
-# What training alone reads: a published config does not hold it.
-UNPUBLISHED = {"gamma", "lambda_start", "lambda_decay", "weighting", "dpace_alpha"}
-UNPUBLISHED |= {"objective", "alpha_ce", "alpha_l1", "alpha_confidence"}
 PROBE_ROWS, PROBE_BLOCKS = 512, 16
 KEPT_ROWS, KEPT_BLOCKS = 24, 2  # of the probe that is stored with the export
 FILES = (CONFIG, WEIGHTS, PROBE, CARD)
@@ -122,7 +119,9 @@ def make_probe(config: DraftConfig, rows: Rows, head: TargetHead, source: str, c
 def _write(folder: Path, published: dict, draft: Draft, dtype: torch.dtype) -> None:
     folder.mkdir()
     (folder / CONFIG).write_text(json.dumps(published, indent=2, sort_keys=True) + "\n")
-    tensors = {name: tensor.to(dtype) for name, tensor in draft.state_dict().items()}
+    tensors = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in draft.state_dict().items()
+    }
     save_tensors(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
@@ -145,37 +144,31 @@ def prove(folder: Path, draft: Draft, probe: Probe, dtype: torch.dtype) -> str:
         opened = load_draft_folder(folder, probe.head)
     except UsageError as error:
         raise ProofError(f"the exported draft cannot be read back: {error}") from error
-    hidden = DraftConfig.model_fields.keys() - UNPUBLISHED
-    changed = [key for key in sorted(hidden) if getattr(opened.config, key) != getattr(draft.config, key)]
+    if type(opened) is not type(draft):
+        raise ProofError(f"the exported draft reads as {type(opened).title}, not {draft.title}; please report it")
+    published = type(draft.config).model_fields.keys() - draft.config.training_only
+    changed = [key for key in sorted(published) if getattr(opened.config, key) != getattr(draft.config, key)]
     if changed:
         was, now = (getattr(which.config, changed[0]) for which in (draft, opened))
         raise ProofError(f"the exported draft reads {changed[0]} = {now}, the trained one has {was}; please report it")
-    exact_NSV, _ = _compute(draft, probe)
-    for parameter in draft.parameters():
-        parameter.data = parameter.data.to(dtype).float()
-    wanted_NSV, wanted_NP = _compute(draft, probe)
-    found_NSV, found_NP = _compute(opened, probe)
-    if not (torch.equal(wanted_NSV, found_NSV) and torch.equal(wanted_NP, found_NP)):
-        off = float((wanted_NSV - found_NSV).abs().max() / wanted_NSV.abs().max())
+    exact_NSV, _ = draft.teacher_forced(probe.cell, probe.blocks)
+    for weight in draft.state_dict().values():
+        if weight.is_floating_point():
+            weight.copy_(weight.to(dtype))
+    (wanted_NSV, _), (read_NSV, _) = (each.teacher_forced(probe.cell, probe.blocks) for each in (draft, opened))
+    wanted, read = (each.greedy_proposals(probe.cell, probe.blocks) for each in (draft, opened))
+    if not torch.equal(wanted_NSV, read_NSV) or wanted != read:
+        off = float((wanted_NSV - read_NSV).abs().max() / wanted_NSV.abs().max())
         raise ProofError(f"logits of the exported draft differ from the trainer's by {off:.3g}; please report it")
-    rounding = float((exact_NSV - found_NSV).norm() / exact_NSV.norm())
+    rounding = float((exact_NSV - read_NSV).norm() / exact_NSV.norm())
     rounded = f", {rounding:.1e} off float32 by rounding" if rounding else ""
-    return f"logits and proposals equal on {len(found_NP)} blocks of {probe.source}{rounded}"
-
-
-@torch.no_grad()
-def _compute(draft: Draft, probe: Probe) -> tuple[Tensor, Tensor]:
-    """Teacher-forced logits [N, S, V] and proposals [N, P] on the probe."""
-    hidden_NSD = draft.hidden(probe.cell, probe.blocks)
-    anchor_ids_N = probe.cell.ids_R[probe.blocks.anchors_N]
-    return draft.logits(hidden_NSD, probe.blocks.prev_NS)["final"], draft.rollout(hidden_NSD, anchor_ids_N)
+    return f"logits and proposals equal on {len(read_NSV)} blocks of {probe.source}{rounded}"
 
 
 def _prove_files(folder: Path, draft: Draft, probe: Probe) -> str:
-    """Store the probe, computed with the weights as they are stored, and have the files alone give it again."""
+    """Store the probe, computed with the weights as they are stored, and check it against the files alone."""
     write_probe(folder, draft, probe.cell, probe.blocks, probe.source)
-    judged = check_export(folder).probe
-    return f"; plain arithmetic on the files gives the same within {judged.difference:.0e}"
+    return f"; plain arithmetic on the files gives the same within {check_export(folder).probe.difference:.0e}"
 
 
 def _rename_into_place(unfinished: Path, out: Path) -> None:

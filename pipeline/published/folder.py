@@ -4,22 +4,25 @@ Engines pass over names that they do not know and serve random weights in their 
 a tensor is read.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pipeline.drafts import DRAFTS, Draft, DraftConfig
+from pipeline.drafts import DRAFTS, Draft, DraftConfig, Shapes
 from pipeline.errors import UsageError
-from pipeline.published.names import EMBEDDING, HEAD, Shapes, draft_tensors, published_names, target_copies
 from pipeline.published.reading import Published, read_description
 from pipeline.published.weights import CONFIG, Weights, open_weights
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MASK_VECTOR = "mask_embedding.pt"  # vLLM puts it in the place of the mask token's embedding
 ROWS_AT_ONCE = 1 << 14
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+# A trainer's whole state: only what is below this is the draft.
+_WRAPPERS = ("draft_model.", "dflash_module.")
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,14 @@ class Opened:
             raise UsageError(f"{self.path}: {name} holds values that are not finite; train or fetch it again")
         return tensor
 
+    @property
+    def shapes(self) -> Shapes:
+        """Name and shape of the draft's own tensors."""
+        return DRAFTS[self.config.method].tensors(self.config, self.described.proposed)
+
     def own(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the draft's own tensors, by published name and as stored."""
-        for name in draft_tensors(self.config, self.described.proposed):
+        for name in self.shapes:
             yield name, self[name]
 
     def check_copies(self, embed_VD: Tensor, head_VD: Tensor) -> None:
@@ -78,15 +86,13 @@ def open_folder(path: Path, target_layers: int | None = None) -> Opened:
 def _check_shapes(opened: Opened) -> None:
     config, proposed, weights = opened.config, opened.described.proposed, opened.weights
     file = weights.files[0] if len(weights.files) == 1 else opened.path
-    wanted = draft_tensors(config, proposed)
+    wanted = opened.shapes
     beside: Shapes = {}
     if opened.described.owns_copies:
         beside = target_copies(config, proposed, opened.described.speculators)
     reduced = {"d2t", "t2d", HEAD} if proposed < config.vocab_size else set()
-    lacking, surplus = (
-        (wanted.keys() | reduced) - opened.names.keys(),
-        opened.names.keys() - wanted.keys() - beside.keys(),
-    )
+    lacking = (wanted.keys() | reduced) - opened.names.keys()
+    surplus = opened.names.keys() - wanted.keys() - beside.keys()
     for what, names in (("lacks", lacking), ("has surplus", surplus)):
         if names:
             raise UsageError(
@@ -105,6 +111,39 @@ def _check_shapes(opened: Opened) -> None:
             raise UsageError(f"{opened.path}: {name} is stored as {weights.dtypes[stored]}; export it as bfloat16")
 
 
+def target_copies(config: DraftConfig, proposed: int, speculators: bool) -> Shapes:
+    """Return the copies of the target's own tensors that some projects publish with a draft, and their maps of reduced
+    ids."""
+    D, V = config.hidden_size, config.vocab_size
+    copies = {EMBEDDING: (V, D), HEAD: (proposed, D)}
+    if not speculators:
+        return copies
+    # d2t: id of the target minus id of the draft, for each id that may be proposed; t2d: whether an id may be.
+    maps = {"d2t": (proposed,), "t2d": (V,)}
+    return copies | maps | {"verifier_norm.weight": (D,), "verifier_lm_head.weight": (proposed, D)}
+
+
+def published_names(stored: Iterable[str]) -> dict[str, str]:
+    """Map published names to the names that a file has them under; what is not the draft's own is left out.
+
+    Other people's prefixes and names are undone, rotary buffers dropped. UsageError for two of one name.
+    """
+    stored = list(stored)
+    renamed = {pattern: ours for draft in DRAFTS.values() for pattern, ours in draft.renamed_tensors.items()}
+    wrapper = next((prefix for prefix in _WRAPPERS if any(prefix in name for name in stored)), "")
+    names: dict[str, str] = {}
+    for file_name in stored:
+        if wrapper not in file_name or file_name.endswith("rotary_emb.inv_freq"):
+            continue
+        name = file_name.partition(wrapper)[2] if wrapper else file_name
+        for pattern, ours in renamed.items():
+            name = re.sub(pattern, ours, name)
+        if name in names:
+            raise UsageError(f"{names[name]} and {file_name} are both {name}; remove the one that is not the draft's")
+        names[name] = file_name
+    return names
+
+
 def load_draft_folder(path: Path, head, device: str | torch.device = "cpu", target_layers: int | None = None) -> Draft:
     """Open a published draft, in float32 and evaluation mode. Nothing is guessed and nothing is left over.
 
@@ -113,12 +152,13 @@ def load_draft_folder(path: Path, head, device: str | torch.device = "cpu", targ
     another shape or not finite.
     """
     opened = open_folder(path, target_layers)
-    if opened.described.proposed < opened.config.vocab_size:
+    method = DRAFTS[opened.config.method]
+    if opened.described.proposed < opened.config.vocab_size and not method.reduces_vocabulary:
         raise UsageError(
             f"{path} proposes {opened.described.proposed} of {opened.config.vocab_size} ids; a draft here proposes "
             "all: train one from it with `pipeline train-draft --init-from`"
         )
-    draft = DRAFTS[opened.config.method](opened.config, head)
+    draft = method(opened.config, head)
     opened.check_copies(head.embed_VD, head.head_VD)
     draft.load_state_dict(dict(opened.own()))
     return draft.to(device).eval()

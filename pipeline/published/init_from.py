@@ -1,25 +1,23 @@
 """Initial weights for a training run: from a published draft, a trainer's checkpoint, or a run.
 
 Only what fits is taken: a draft that reads other layers, another mask token or other positions would load, and have to
-unlearn. A DFlash draft starts a Domino or DSpark one, whose own head begins fresh.
+unlearn. The bare backbone starts a draft of any method on it, whose own head begins random.
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import xxhash
 from torch import Tensor
 
-from pipeline.drafts import Draft, DraftConfig
-from pipeline.drafts.rope_scaling import RopeScaling
+from pipeline.drafts import DRAFTS, Draft, DraftConfig
+from pipeline.drafts.rope import RopeScaling
 from pipeline.errors import UsageError
 from pipeline.published.folder import open_folder
-from pipeline.published.names import backbone_tensors, draft_tensors, head_tensors
 from pipeline.published.weights import open_safetensors
 from pipeline.runs.checkpoint import DRAFT, find_checkpoint, load_config, open_checkpoint, steps
-from pipeline.runs.recipe import Resolved
 from pipeline.target.head import TargetHead
 
 # What the backbone's weights were trained to: with another value they compute something else, or do not fit.
@@ -40,9 +38,6 @@ BACKBONE = (
     "target_layer_ids",
     "mask_token_id",
 )
-# The same for a whole draft of one method.
-HEADS = ("shift_label", "pure_draft_prefix_len", "emb_dim", "gru_hidden_dim", "markov_rank", "markov_head_type")
-HEADS += ("enable_confidence_head", "confidence_head_with_markov")
 
 
 @dataclass(frozen=True)
@@ -56,14 +51,21 @@ class InitialWeights:
     rope_scaling: RopeScaling | None  # what they were trained with, which training goes on with
     digest: str  # of names, types and values: what a run is recorded to have started with
 
-    def with_rope_scaling(self, resolved: Resolved) -> Resolved:
-        """Return the recipe with the RoPE scaling (or none) that these weights were trained with."""
-        return replace(resolved, draft=resolved.draft.model_copy(update={"rope_scaling": self.rope_scaling}))
-
     def load_into(self, draft: Draft) -> None:
         """Load the weights into a draft; its other tensors stay as they are."""
         missing, surplus = draft.load_state_dict(self.tensors, strict=False)
         assert not surplus and set(missing) == set(self.fresh), f"{missing} and {surplus}, expected {self.fresh}"
+
+
+@dataclass(frozen=True)
+class InitialDraft:
+    """The draft that --init-from names. Commands that train are given it: they know of no published form."""
+
+    place: Path
+
+    def weights_for(self, wanted: DraftConfig, head: TargetHead | None = None) -> InitialWeights:
+        """As `load_initial_weights`."""
+        return load_initial_weights(self.place, wanted, head)
 
 
 def load_initial_weights(place: Path, wanted: DraftConfig, head: TargetHead | None = None) -> InitialWeights:
@@ -76,17 +78,21 @@ def load_initial_weights(place: Path, wanted: DraftConfig, head: TargetHead | No
     place = Path(place)
     config, tensors, proposed = _read_run(place) if _is_run(place) else _read_published(place, wanted, head)
     _check_fits(place, config, wanted)
-    same = config.method == wanted.method
-    if proposed < wanted.vocab_size and head_tensors(config):
+    method, source = DRAFTS[wanted.method], DRAFTS[config.method]
+    if proposed < wanted.vocab_size and not (source.only_backbone or source.reduces_vocabulary):
         raise UsageError(
             f"{place} proposes {proposed} of {wanted.vocab_size} ids, and its {config.method} head knows no others; "
-            "start from a draft of the whole vocabulary, or from a DFlash one"
+            f"start from a draft of the whole vocabulary, or from a {' or '.join(_backbone_titles())} one"
         )
-    taken = {name: tensors[name] for name in (draft_tensors(wanted) if same else backbone_tensors(wanted))}
-    fresh = tuple(sorted(draft_tensors(wanted).keys() - taken.keys()))
+    taken = {name: tensors[name] for name in method.starting_tensors(wanted, source)}
+    fresh = tuple(sorted(method.tensors(wanted).keys() - taken.keys()))
     return InitialWeights(
         place, taken, fresh, _summary(place, config, wanted, fresh), config.rope_scaling, _digest(taken)
     )
+
+
+def _backbone_titles() -> list[str]:
+    return [draft.title for draft in DRAFTS.values() if draft.only_backbone]
 
 
 def _is_run(place: Path) -> bool:
@@ -108,13 +114,20 @@ def _read_published(place: Path, wanted: DraftConfig, head: TargetHead | None):
 
 
 def _check_fits(place: Path, config: DraftConfig, wanted: DraftConfig) -> None:
-    if config.method not in (wanted.method, "dflash"):
-        others = "dflash" if wanted.method == "dflash" else f"{wanted.method} or dflash"
+    method = DRAFTS[wanted.method]
+    if method.starting_tensors(wanted, DRAFTS[config.method]) is None:
+        able = [
+            name for name, draft in DRAFTS.items() if draft is not method and method.starting_tensors(wanted, draft)
+        ]
+        others = " or ".join([wanted.method, *able])
         raise UsageError(
             f"{place} is a {config.method} draft, wanted is {wanted.method}: its backbone leans on its own head; start "
             f"from a {others} draft, or set draft.method = {json.dumps(config.method)}"
         )
-    keys = BACKBONE + HEADS if config.method == wanted.method else BACKBONE
+    # The backbone's weights were trained to the first; those of a whole draft of one method to all of them.
+    keys = BACKBONE
+    if config.method == wanted.method:
+        keys += ("shift_label", *wanted.published_options())
     for key in keys:
         there, here = getattr(config, key), getattr(wanted, key)
         if there != here:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, first_line
 from pipeline.os_errors import refuse_limit
 from pipeline.pickles import RefusedPickle, check_pickle
 from pipeline.untrusted import check_regular, parse_json, read_file
@@ -100,9 +100,7 @@ def _pickled(path: Path) -> Weights:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, ValueError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
         refuse_limit(path, error)
-        raise UsageError(
-            f"{path} cannot be read ({str(error).splitlines()[0][:120]}); fetch the draft again"
-        ) from error
+        raise UsageError(f"{path} cannot be read ({first_line(error, 120)}); fetch the draft again") from error
     if isinstance(found, dict):
         found = next((found[key] for key in STATES if isinstance(found.get(key), dict)), found)
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):

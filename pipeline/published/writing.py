@@ -7,17 +7,13 @@ two places stand in both, and what an engine cannot serve is refused, with the r
 
 from dataclasses import dataclass
 
-from pipeline.drafts import DraftConfig
-from pipeline.errors import UsageError
-from pipeline.published.reading import DSPARK_KEYS, FLAT, SHARED, TRAINED_ON
-
-FORMATS = ("sglang", "speculators")
-DOMINO_KEYS = ("emb_dim", "gru_hidden_dim", "pure_draft_prefix_len")
+from pipeline.drafts import DRAFTS, DraftConfig
+from pipeline.published.reading import SHARED, TRAINED_ON
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What of a draft its weights do not tell."""
+    """What is known of a draft besides its config and weights."""
 
     dtype: str  # of the stored weights, "float32" or "bfloat16"
     target: str | None = None
@@ -27,123 +23,41 @@ class Origin:
     trained_on: dict | None = None  # the cache's digest and the share of prompts held out, which `evaluate` reads
 
 
-def check_servable(config: DraftConfig, form: str, tokens: dict | None = None, scale: float = 1.0) -> None:
-    """Refuse a draft that the engine of that form cannot serve, with the reason. UsageError.
-
-    tokens: the target's special ids. scale: what the target multiplies its head's output by.
-    """
-    if form not in FORMATS:
-        raise UsageError(f"unknown format {form!r}; there are {', '.join(FORMATS)}")
-    _check_everywhere(config, tokens or {})
-    if scale != 1.0 and config.method != "dflash":
-        raise UsageError(
-            f"engines add {config.method}'s correction to the target's head without the target's factor of {scale:g}, "
-            "which was trained with it, so it would outweigh or drown; train a dflash draft for this target"
-        )
-    if form == "sglang":
-        _check_sglang(config)
-    elif config.method == "domino":
-        raise UsageError(
-            "speculators and vLLM have no Domino: its causal head would be dropped and the backbone alone served; "
-            "export it with --format sglang"
-        )
-    elif config.markov_head_type not in (None, "vanilla"):
-        raise UsageError(
-            f"vLLM computes the vanilla Markov head only, this draft has markov_head_type "
-            f'"{config.markov_head_type}"; export it with --format sglang, or train one with "vanilla"'
-        )
-    elif len(set(config.layer_types)) > 1:
-        raise UsageError(
-            "vLLM takes one flag for all layers of a draft in this form, and this one is causal inside a block on its "
-            "sliding layers only; export it with --format sglang, which vLLM reads, too"
-        )
-
-
-def unservable(config: DraftConfig, tokens: dict | None = None, scale: float = 1.0) -> str | None:
-    """Return why no engine serves such a draft, None where one does. Arguments as of `check_servable`."""
-    reasons = []
-    for form in FORMATS:
-        try:
-            check_servable(config, form, tokens, scale)
-        except UsageError as error:
-            reasons.append(str(error))
-    return reasons[0] if len(reasons) == len(FORMATS) else None
-
-
-def _check_everywhere(config: DraftConfig, tokens: dict) -> None:
-    if config.method == "dflash" and config.shift_label:
-        raise UsageError(
-            "engines read DFlash with same-position labels only and would accept nothing from this draft, whose "
-            "shift_label is true; train one with draft.shift_label = false"
-        )
-    if config.sliding_window is not None and config.sliding_window < config.block_size:
-        raise UsageError(
-            f"sliding_window {config.sliding_window} is below block_size {config.block_size}: engines hide the block's "
-            "first slots from its last ones then, training does not; train one with a window of a block at least"
-        )
-    reserved = {"bos": [tokens.get("bos")], "pad": [tokens.get("pad")], "eos": tokens.get("eos") or []}
-    taken = [name for name, ids in reserved.items() if config.mask_token_id in ids]
-    if taken:
-        raise UsageError(
-            f"mask_token_id {config.mask_token_id} is the target's {taken[0]} token, which real text holds; train a "
-            "draft with another draft.mask_token_id"
-        )
-
-
-def _check_sglang(config: DraftConfig) -> None:
-    if config.target_layer_ids[0] < 0:
-        raise UsageError(
-            f"SGLang reads outputs of decoder layers only, this draft reads {list(config.target_layer_ids)} (-1 is the "
-            "embedding); train one with other draft.layers, or export it with --format speculators"
-        )
-    if config.method == "domino" and not (config.shift_label and config.pure_draft_prefix_len == 1):
-        raise UsageError(
-            f"SGLang serves Domino with shift_label true and pure_draft_prefix_len 1 only, this draft has "
-            f"{str(config.shift_label).lower()} and {config.pure_draft_prefix_len}; train one with these"
-        )
-
-
 def published_config(config: DraftConfig, form: str, origin: Origin) -> dict:
     """Return config.json for that form."""
-    flat = _speculators(config, origin) if form == "speculators" else _sglang(config, origin)
+    common = _qwen3(config, origin)
+    flat = DRAFTS[config.method].own_config(config, form, common)
+    if flat is None:
+        flat = _speculators(config, origin, common) if form == "speculators" else _sglang(config, common)
     if origin.trained_on is not None:
         flat[TRAINED_ON] = origin.trained_on
     return flat
 
 
-def _sglang(config: DraftConfig, origin: Origin) -> dict:
-    """A Qwen3 config with `dflash_config`, as z-lab and SpecForge publish it."""
+def _sglang(config: DraftConfig, common: dict) -> dict:
+    """Return a Qwen3 config with `dflash_config`, as z-lab and SpecForge publish it."""
     nested = {
         "block_size": config.block_size,
         "mask_token_id": config.mask_token_id,
         "target_layer_ids": list(config.target_layer_ids),
         "shift_label": config.shift_label,
     }
-    flat = _qwen3(config, origin) | {
-        "architectures": ["DFlashDraftModel"],
+    top = {
+        "architectures": [DRAFTS[config.method].architectures[0]],
         "num_target_layers": config.num_target_layers,
         "block_size": config.block_size,
         "sample_from_anchor": config.shift_label,
         "shift_label": config.shift_label,
-        "dflash_config": nested,
     }
-    if config.method == "domino":
-        nested |= {"projector_type": "domino"} | {key: getattr(config, key) for key in DOMINO_KEYS}
-        flat["emb_dim"] = config.emb_dim
-    if config.method == "dspark":
-        head = {key: getattr(config, key) for key in DSPARK_KEYS}
-        grouped = config.num_key_value_heads < config.num_attention_heads
-        nested |= {"projector_type": "dspark", "attention_mode": "gqa" if grouped else "mha"} | head
-        # SGLang seeks the head's keys at the top level and never in dflash_config; vLLM there the ids, too.
-        flat |= head | {key: nested[key] for key in ("mask_token_id", "target_layer_ids")} | {"architectures": [FLAT]}
-    return flat
+    own, own_nested = DRAFTS[config.method].write_options(config, "sglang")
+    return common | top | own | {"dflash_config": nested | own_nested}
 
 
-def _speculators(config: DraftConfig, origin: Origin) -> dict:
-    """The form of the speculators library, which vLLM reads: layer ids count from the embedding, 0."""
-    names = {"dflash": "DFlashSpeculator", "dspark": "DSparkSpeculator"}
+def _speculators(config: DraftConfig, origin: Origin, common: dict) -> dict:
+    """Return the form of the speculators library, which vLLM reads: layer ids count from the embedding, 0."""
+    draft = DRAFTS[config.method]
     flat = {
-        "architectures": [names[config.method]],
+        "architectures": [f"{draft.title}Speculator"],
         "speculators_model_type": config.method,
         "dtype": origin.dtype,
         "tie_word_embeddings": False,
@@ -156,7 +70,7 @@ def _speculators(config: DraftConfig, origin: Origin) -> dict:
         "sample_from_anchor": config.shift_label,
         # speculators reads it for sliding layers only, but vLLM makes every layer causal where it is false.
         "sliding_window_non_causal": "sliding_attention" not in config.layer_types,
-        "transformer_layer_config": _qwen3(config, origin),
+        "transformer_layer_config": common,
         "speculators_config": {
             "algorithm": config.method,
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": config.proposals}],
@@ -164,13 +78,11 @@ def _speculators(config: DraftConfig, origin: Origin) -> dict:
             "verifier": {"name_or_path": origin.target, "architectures": list(origin.architectures)},
         },
     }
-    if config.method == "dspark":
-        flat |= {key: getattr(config, key) for key in DSPARK_KEYS}
-    return flat
+    return flat | draft.write_options(config, "speculators")[0]
 
 
 def _qwen3(config: DraftConfig, origin: Origin) -> dict:
-    """What both forms say of the decoder layers."""
+    """Return what both forms state about the decoder layers."""
     sliding, tokens = "sliding_attention" in config.layer_types, origin.tokens or {}
     scaling = config.rope_scaling.as_config() if config.rope_scaling else {}
     flat = {name: getattr(config, name) for name in (*SHARED, "head_dim", "rope_theta")} | {

@@ -14,7 +14,6 @@ from pipeline.errors import CacheError, UsageError
 
 if TYPE_CHECKING:
     from pipeline.cache import HiddenCache
-    from pipeline.runs.recipe import Recipe
 
 
 def text_config(config: dict) -> dict:
@@ -70,8 +69,8 @@ def resolve_mask_token(stated: int | None, tokens: dict, vocab_size: int) -> int
     return mask
 
 
-def check_complete(cache: "HiddenCache", recipe: "Recipe") -> None:
-    """Refuse a cache with columns that only some shards have, unless the recipe states `draft.layers`.
+def check_complete(cache: "HiddenCache", layers: Sequence[int] | None) -> None:
+    """Refuse a cache with columns that only some shards have, unless the recipe states the `layers` it reads.
 
     The layers that a draft reads by default would depend on how far the capture is. Raises UsageError while a capture
     is running, else CacheError; and CacheError where shards have lost their segment of the plan, or nothing is captured
@@ -85,14 +84,14 @@ def check_complete(cache: "HiddenCache", recipe: "Recipe") -> None:
     if not (cache.whole or cache.catalog.partial):
         finish = "the same `pipeline import-cache` goes on" if _imported(cache) else f"run {capture_command(cache)}"
         raise CacheError(f"{cache.path}: nothing is captured yet; {finish}")
-    if recipe.draft.layers is not None or not cache.catalog.partial:
+    if layers is not None or not cache.catalog.partial:
         return
     read = f'`--set "draft.layers={[*cache.layers]}"` trains on what is whole'.replace(", ", ",")
     read = f", or {read}" if cache.layers else ""
     if in_use(cache.path):
         raise UsageError(f"{cache.path} is being captured: {partial_text(cache)}; wait until it is done{read}")
-    layers = {*cache.layers, *(layer_of(name) for name in cache.catalog.partial)} - {None}
-    finish = how_to_add(cache, sorted(layers), "needed" if FINAL in cache.catalog.partial else None)
+    every = {*cache.layers, *(layer_of(name) for name in cache.catalog.partial)} - {None}
+    finish = how_to_add(cache, sorted(every), "needed" if FINAL in cache.catalog.partial else None)
     if _imported(cache):
         finish = "finish the import with the same command"
     raise CacheError(f"{cache.path} is incomplete, and nobody is capturing it: {partial_text(cache)}; {finish}{read}")

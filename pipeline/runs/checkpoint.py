@@ -21,15 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from pipeline.cache.atomic import check_free_space, sync_file, sync_folder, write_errors, write_file
-from pipeline.cache.manifest import FILES, FileFact
-from pipeline.checksummed_json import damage_error, read_record, record_bytes
-from pipeline.drafts import DRAFTS, Draft, DraftConfig
+from pipeline.cache.manifest import FileFact
+from pipeline.checksummed_json import Count, FileRecord, Record, damage_error, read_record, record_bytes
+from pipeline.drafts import DRAFTS, Draft, DraftConfig, draft_config
 from pipeline.errors import CacheError, UsageError
-from pipeline.published.names import draft_tensors
-from pipeline.published.weights import open_safetensors
 from pipeline.target.head import TargetHead
 from pipeline.tensors import save_tensors
 from pipeline.untrusted import parse_json, read_file
@@ -43,20 +42,36 @@ UNFINISHED = "tmp-"
 _NAME = re.compile(r"step-([0-9]{8,})")
 
 
+class CheckpointState(Record):
+    """state.json: the step, the other files, and the digests of what the run must be to go on from here."""
+
+    step: Count
+    files: dict[str, FileRecord]
+    recipe: str | None = None
+    cache: str | None = None
+    split: str | None = None
+    metrics: str = ""  # the checksum of the last line of metrics.jsonl
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """One checkpoint on disk. `state` is what state.json says."""
 
     path: Path
-    step: int
-    state: dict
+    state: CheckpointState
+
+    @property
+    def step(self) -> int:
+        return self.state.step
 
 
-def save(run: Path, step: int, draft: Draft, optimizer: dict[str, torch.Tensor], state: dict, keep: int) -> Path:
+def save(
+    run: Path, step: int, draft: Draft, optimizer: dict[str, torch.Tensor], digests: dict[str, str], keep: int
+) -> Path:
     """Write the checkpoint of `step`, then remove all but the `keep` newest. Does nothing if it is there already.
 
-    `optimizer` maps names to tensors. Raises RoomError when the disk is full or read-only; the checkpoint before
-    stays as it was.
+    optimizer: tensors by name. digests: those of `CheckpointState`. Raises RoomError when the disk is full or
+    read-only; the checkpoint before stays as it was.
     """
     folder, path = run / FOLDER, checkpoint_folder(run, step)
     if path.exists():
@@ -68,7 +83,7 @@ def save(run: Path, step: int, draft: Draft, optimizer: dict[str, torch.Tensor],
         shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process: the run is locked, nobody writes here
         unfinished.mkdir(parents=True)
         try:
-            _write_files(unfinished, weights, draft.config, optimizer, {**state, "step": step})
+            _write_files(unfinished, weights, draft.config, optimizer, {**digests, "step": step})
             os.rename(unfinished, path)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -86,8 +101,13 @@ def _write_files(folder: Path, weights: dict, config: DraftConfig, optimizer: di
     files = sorted(folder.iterdir())
     for file in files:
         sync_file(file)
-    facts = {file.name: FileFact.of_file(file).as_dict() for file in files}
-    write_file(folder / STATE, record_bytes(dict(sorted({**state, "files": facts}.items()))))
+    facts = CheckpointState(**state, files={file.name: file_record(file) for file in files}).as_dict()
+    write_file(folder / STATE, record_bytes(dict(sorted(facts.items()))))
+
+
+def file_record(path: Path) -> FileRecord:
+    """Return size and checksum of a file, all of which is read."""
+    return FileRecord(**FileFact.of_file(path).as_dict())
 
 
 def _size(tensor: torch.Tensor) -> int:
@@ -117,25 +137,24 @@ def open_checkpoint(path: Path, checked: Iterable[str] = (CONFIG, DRAFT, OPTIMIZ
     Raises CacheError naming the file that is damaged, missing or no regular file.
     """
     remedy = f"remove {path} to go on from the checkpoint before"
-    state = read_record(path / STATE, {"step": int, "files": FILES}, remedy, MAX_JSON)
-    step, facts = state["step"], state["files"]
-    if not REQUIRED <= facts.keys() <= {*REQUIRED, OPTIMIZER}:
-        named = ", ".join(sorted(facts)) or "no files"
+    state = read_record(path / STATE, CheckpointState, remedy, MAX_JSON)
+    if not REQUIRED <= state.files.keys() <= {*REQUIRED, OPTIMIZER}:
+        named = ", ".join(sorted(state.files)) or "no files"
         raise CacheError(f"{path / STATE}: it names {named} and a checkpoint has {CONFIG} and {DRAFT}; {remedy}")
-    if path.name.startswith("step-") and path.name != f"step-{step:08d}":
-        raise CacheError(f"{path / STATE}: damaged, it is of step {step}; {remedy}")
-    for name, fact in facts.items():
-        _check_file(path / name, fact, name in checked, remedy)
-    return Checkpoint(path, step, state)
+    if path.name.startswith("step-") and path.name != f"step-{state.step:08d}":
+        raise CacheError(f"{path / STATE}: damaged, it is of step {state.step}; {remedy}")
+    for name, record in state.files.items():
+        _check_file(path / name, record, name in checked, remedy)
+    return Checkpoint(path, state)
 
 
-def _check_file(path: Path, fact: dict, every_byte: bool, remedy: str) -> None:
+def _check_file(path: Path, record: FileRecord, every_byte: bool, remedy: str) -> None:
     """Raise CacheError for a file that differs from what state.json records; its size is checked before opening it."""
     try:
         found = os.lstat(path)
         if not stat.S_ISREG(found.st_mode):
             raise CacheError(f"{path}: a link or no file, and a checkpoint holds its own files; {remedy}")
-        same = found.st_size == fact["size"] and (not every_byte or FileFact.of_file(path).as_dict() == fact)
+        same = found.st_size == record.size and (not every_byte or file_record(path) == record)
     except OSError as error:
         raise damage_error(path, error, remedy) from None
     if not same:
@@ -167,7 +186,7 @@ def _config(path: Path) -> DraftConfig:
         fields = parse_json(read_file(file, MAX_JSON))
         if fields["num_hidden_layers"] > MAX_LAYERS:
             raise ValueError(f"num_hidden_layers is {fields['num_hidden_layers']}")
-        return DraftConfig(**fields)
+        return draft_config(**fields)
     except (OSError, ValueError, TypeError, KeyError, UsageError) as error:
         raise damage_error(file, error, remedy) from None
 
@@ -180,8 +199,17 @@ def load_draft(place: Path, head: TargetHead, device: str | torch.device = "cpu"
     path = find_checkpoint(Path(place))
     open_checkpoint(path, (CONFIG, DRAFT))
     config = _config(path)
-    if open_safetensors([path / DRAFT]).shapes != draft_tensors(config):  # before anything of that size is made
+    if _shapes(path / DRAFT) != DRAFTS[config.method].tensors(config):  # before anything of that size is made
         raise CacheError(f"{path / DRAFT}: not the weights of the draft in its {CONFIG}; use another checkpoint")
     draft = DRAFTS[config.method](config, head).to(device)
     draft.load_state_dict(load_file(path / DRAFT, device=str(device)))
     return draft.eval()
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor in a safetensors file, reading its header only. CacheError for damage."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError, ValueError) as error:
+        raise damage_error(path, error, "use another checkpoint") from None

@@ -1,51 +1,269 @@
-"""The files in a run's folder: what the run is, its recipe, its result. Read by training, `evaluate` and `export`.
+"""A run's folder: its records, read strictly, and one recipe and one cache for its whole life.
 
-    RUN/run.json       cache, target, versions, command line, and size and checksum of recipe.toml
+    RUN/run.json       `RunRecord`: cache, target, versions, command line, and size and checksum of recipe.toml
         recipe.toml    the resolved recipe
-        done.json      the result, and the checksum of the checkpoint it belongs to
+        done.json      `Result`, with the checksum of the checkpoint that it belongs to
+        lock           held by the process that trains
         checkpoints/   see pipeline/runs/checkpoint.py
+        metrics.jsonl, timing.jsonl    see stages/train_draft/logs.py
 
 The JSON files hold a checksum of themselves (checksummed_json.py), which is verified before use; those of version 0.5.0
-and earlier have none.
+and earlier have none. Read by training, `evaluate` and `export`.
 """
 
+import contextlib
+import hashlib
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from pipeline.cache.atomic import write_file
-from pipeline.cache.manifest import FileFact, has_form
-from pipeline.checksummed_json import damage_error, read_record, record_bytes
+from pydantic import FailFast, Field
+
+from pipeline import __version__
+from pipeline.cache import HiddenCache
+from pipeline.cache.atomic import try_lock, write_errors, write_file
+from pipeline.cache.layout import FINAL
+from pipeline.cache.manifest import FileFact
+from pipeline.checksummed_json import Count, FileRecord, Number, Record, damage_error, read_record, record_bytes
+from pipeline.drafts.rope import RopeScaling
 from pipeline.errors import CacheError, UsageError
-from pipeline.runs.checkpoint import CONFIG, DRAFT, STATE, checkpoint_folder, open_checkpoint
-from pipeline.runs.recipe import Recipe, load_recipe
+from pipeline.runs.checkpoint import CONFIG, DRAFT, STATE, checkpoint_folder, file_record, open_checkpoint
+from pipeline.runs.recipe import Recipe, Resolved, load_recipe
+from pipeline.runs.split import Split
+from pipeline.target.head import NEWEST, RULES
 from pipeline.untrusted import read_file
 
+if TYPE_CHECKING:
+    from pipeline.published.init_from import InitialWeights
+
 RUN, RECIPE, DONE = "run.json", "recipe.toml", "done.json"
-FILE_SCHEMA = {"size": int, "xxh3": str}
-RUN_SCHEMA = {"cache": {"path": str, "digest": str, "rounded": [str]}, "split": {"digest": str}, "target": str}
-RUN_SCHEMA |= {"versions": {str: str}, "machine?": {str: str}, "recipe?": FILE_SCHEMA}
-FIGURES_SCHEMA = {"prompts": int, "accept_len": float, "interval": [float], "calls": int, "per_slot": [float]}
-RESULT_SCHEMA = {"steps": int, "parameters": int, "accept_len": object, "eval": object, "state?": FILE_SCHEMA}
+OTHER_FOLDERS = {"config.json": "a model or a draft", "cache.json": "a cache"}  # files of other kinds of folder
+PACKAGES = ("torch", "numpy", "safetensors", "pydantic")  # whose versions are recorded
 MAX_RECIPE = 1 << 20  # bytes
 PUT_BACK = "put it back as it was, or train into another --out"
 MAKE_AGAIN = "remove it: the same `pipeline train-draft` makes it again from the newest checkpoint"
 
 
-def write_run(run: Path, facts: dict, recipe: str) -> None:
+class CacheRecord(Record):
+    path: str
+    digest: str
+    rounded: list[str]  # columns read whose codec is lossy, such as "aux.9 int8"
+
+
+class SplitRecord(Record):
+    """How many samples train and are held out, and a digest of which."""
+
+    train: Count = 0
+    heldout: Count = 0
+    digest: str
+
+
+class StartRecord(Record):
+    """The initial weights: where they were, a digest of them, and the tensors that were random instead."""
+
+    place: str = ""
+    digest: str = ""
+    fresh: list[str] = Field(default_factory=list)
+
+
+class RunRecord(Record):
+    """run.json: what a run is."""
+
+    cache: CacheRecord
+    split: SplitRecord
+    target: str  # its name
+    start: StartRecord | None = None  # None: random weights
+    versions: dict[str, str]  # of this program, Python and PACKAGES
+    head_chunk: object = min(RULES)  # see `chunk_rule`
+    rope_scaling: object = None  # see `with_recorded_rope`
+    machine: dict[str, str] = Field(default_factory=dict)  # what a run's exact bits depend on besides versions
+    command: list[str] = Field(default_factory=list)
+    recipe: FileRecord | None = None
+
+    def identity(self) -> dict[str, str]:
+        """Return what must stay the same for the run to go on, by its name in messages."""
+        return {
+            "cache digest": self.cache.digest,
+            "split digest": self.split.digest,
+            "states": ", ".join(self.cache.rounded) or "as captured",
+            "initial weights": "fresh" if self.start is None else self.start.digest,
+        }
+
+
+class DomainFigures(Record):
+    """The accept length on held-out replies, pooled over their target calls; without calls all 0."""
+
+    prompts: Count  # with at least one call
+    accept_len: Number
+    interval: Annotated[list[Number], FailFast()]  # 95 %, by bootstrap over prompts
+    calls: Count
+    tokens: Count | None = None
+    per_slot: Annotated[list[Number], FailFast()]  # share of calls that kept proposal 1, 2, ...
+    verified: Number | None = None  # proposals a call
+    verify_rate: Number | None = None  # share of them that were kept
+
+
+class Evaluation(DomainFigures):
+    """The same of all replies, of each domain, and of each reply: sample, first row, tokens, calls."""
+
+    domains: dict[str, DomainFigures]
+    replies: Annotated[list[Annotated[list[Count], FailFast()]], FailFast()] = Field(default_factory=list)
+
+
+class Result(Record):
+    """done.json: a finished run."""
+
+    steps: Count
+    parameters: Count
+    accept_len: Number | None = None
+    eval: Evaluation | None = None  # of the last step; None where nothing can be measured
+    state: FileRecord | None = None  # of the last checkpoint's state.json
+
+
+def default_folder(resolved: Resolved, cache: HiddenCache, split: Split, start: "InitialWeights | None" = None) -> Path:
+    """Return the folder of a run without --out: named by method and a digest of all that decides the draft."""
+    initial = [] if start is None else [start.digest]
+    digests = (resolved.recipe.digest(), cache.digest, split.digest, *_lossy_states(resolved, cache), *initial)
+    name = hashlib.blake2b("".join(digests).encode(), digest_size=5).hexdigest()
+    return Path("runs") / f"{resolved.draft.method}-{name}"
+
+
+def _lossy_states(resolved: Resolved, cache: HiddenCache) -> list[str]:
+    """Return the columns trained on whose codec is lossy, with the codec: "aux.9 int8"."""
+    final = [FINAL] * resolved.draft.needs_final_states
+    rounded = cache.rounded([*resolved.draft.target_layer_ids, *final])
+    return [f"{name} {'/'.join(codecs)}" for name, codecs in rounded.items()]
+
+
+@contextlib.contextmanager
+def run_lock(run: Path) -> Iterator[None]:
+    """Lock a run's folder, which is made if need be. Raises UsageError when another process trains there; RoomError."""
+    with write_errors(run, "a run"):
+        run.mkdir(parents=True, exist_ok=True)
+        fd = try_lock(run / "lock")
+    if fd is None:
+        raise UsageError(f"{run} is being trained by another process; wait for it, or pass another --out")
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def create_or_check(
+    run: Path,
+    resolved: Resolved,
+    cache: HiddenCache,
+    split: Split,
+    machine: dict[str, str],
+    start: "InitialWeights | None" = None,
+) -> list[str]:
+    """Write run.json and recipe.toml of a new run, or check that the run already there is the same.
+
+    Returns the differences in `machine` and package versions as text: the run may go on, but its exact bits are no
+    longer promised. Raises UsageError naming the first difference with both values: another recipe, number of steps,
+    cache, corpus or initial weights.
+    """
+    now = describe(resolved, cache, split, machine, start)
+    if not (run / RECIPE).exists():
+        marker = next((name for name in OTHER_FOLDERS if (run / name).is_file()), None)
+        if marker:
+            raise UsageError(
+                f"{run} holds {OTHER_FOLDERS[marker]} ({marker}), and a run in it would hide it; pass another --out"
+            )
+        write_run(run, now, resolved.recipe.toml())
+        return []
+    then = read_run(run)
+    recorded = _flat(read_recipe(run).model_dump()) | then.identity()
+    current = _flat(resolved.recipe.model_dump()) | now.identity()
+    for key in current:
+        if recorded.get(key) != current[key]:
+            appended = then.cache.digest in cache.earlier_digests
+            grown = f" ({cache.path} has grown by an append since)" if appended else ""
+            raise UsageError(
+                f"{run} was started with {key} = {recorded.get(key)}, this command asks for {current[key]}{grown}; "
+                "a run goes on with what it began with: pass another --out for another run"
+            )
+    before, after = (record.machine | record.versions for record in (then, now))
+    return [f"{key} {before[key]}, now {after[key]}" for key in after if before.get(key, after[key]) != after[key]]
+
+
+def describe(
+    resolved: Resolved,
+    cache: HiddenCache,
+    split: Split,
+    machine: dict[str, str],
+    start: "InitialWeights | None" = None,
+) -> RunRecord:
+    """Return the record of a run that this process would begin; `write_run` adds the recipe's checksum."""
+    initial = start and StartRecord(place=str(start.place), digest=start.digest, fresh=list(start.fresh))
+    scaling = resolved.draft.rope_scaling
+    return RunRecord(
+        cache=CacheRecord(path=str(cache.path.resolve()), digest=cache.digest, rounded=_lossy_states(resolved, cache)),
+        split=SplitRecord(train=len(split.train), heldout=len(split.heldout), digest=split.digest),
+        target=cache.identity.target.name,
+        start=initial,
+        versions={"pipeline": __version__, "python": platform.python_version()}
+        | {name: metadata.version(name) for name in PACKAGES},
+        head_chunk=NEWEST,
+        rope_scaling=scaling and scaling.as_config(),
+        machine=machine,
+        command=sys.argv,
+    )
+
+
+def chunk_rule(run: Path) -> int:
+    """Return the rule of `target/head.py` that run.json records; runs of version 0.5 and before record none.
+
+    Raises UsageError for a rule of a later version, CacheError for a value that is no rule.
+    """
+    rule = read_run(run).head_chunk
+    if type(rule) is not int or rule < min(RULES):
+        raise CacheError(f"{run / RUN}: damaged, head_chunk {rule!r} is no rule; put it back as it was")
+    if rule not in RULES:
+        raise UsageError(
+            f"{run} was begun by a later version: its logits are cut by rule {rule}, this version knows "
+            f"{', '.join(map(str, RULES))}; go on with that version, or pass another --out"
+        )
+    return rule
+
+
+def with_recorded_rope(run: Path, resolved: Resolved) -> Resolved:
+    """Return `resolved` with the rotary scaling that run.json records; runs of version 0.5 and before have none.
+
+    Raises CacheError for a damaged record.
+    """
+    recorded = read_run(run).rope_scaling
+    try:
+        return resolved.with_rope_scaling(None if recorded is None else RopeScaling(**recorded))
+    except (TypeError, ValueError) as error:
+        raise CacheError(f"{run / RUN}: damaged, no rope_scaling ({error}); put it back as it was") from None
+
+
+def _flat(recipe: dict) -> dict:
+    return {f"{section}.{field}": value for section, fields in recipe.items() for field, value in fields.items()}
+
+
+def write_run(run: Path, record: RunRecord, recipe: str) -> None:
     """Write run.json, then recipe.toml: a folder with a recipe.toml is a run's."""
-    write_file(run / RUN, record_bytes(facts | {"recipe": FileFact.of_bytes(recipe.encode()).as_dict()}))
+    facts = record.as_dict() | {"recipe": FileFact.of_bytes(recipe.encode()).as_dict()}
+    write_file(run / RUN, record_bytes(facts))
     write_file(run / RECIPE, recipe.encode())
 
 
-def read_run(run: Path) -> dict:
+def read_run(run: Path) -> RunRecord:
     """Return the contents of a run's run.json. Raises CacheError when it is damaged."""
-    return read_record(run / RUN, RUN_SCHEMA, PUT_BACK)
+    return read_record(run / RUN, RunRecord, PUT_BACK)
 
 
 def read_recipe(run: Path) -> Recipe:
     """Return a run's recipe. Raises CacheError when recipe.toml differs from what run.json records."""
-    path, wanted = run / RECIPE, read_run(run).get("recipe")
+    path, wanted = run / RECIPE, read_run(run).recipe
     try:
-        found = FileFact.of_bytes(read_file(path, MAX_RECIPE)).as_dict()
+        found = FileRecord(**FileFact.of_bytes(read_file(path, MAX_RECIPE)).as_dict())
     except (OSError, ValueError) as error:
         raise damage_error(path, error, PUT_BACK) from None
     if wanted not in (None, found):
@@ -56,13 +274,13 @@ def read_recipe(run: Path) -> Recipe:
         raise CacheError(f"{error}, and a run's own recipe is as it was written; {PUT_BACK}") from None
 
 
-def write_result(run: Path, result: dict) -> None:
+def write_result(run: Path, result: Result) -> None:
     """Write done.json, which marks a run as finished. Its last checkpoint must be on disk."""
-    state = FileFact.of_file(checkpoint_folder(run, result["steps"]) / STATE).as_dict()
-    write_file(run / DONE, record_bytes(result | {"state": state}))
+    state = file_record(checkpoint_folder(run, result.steps) / STATE)
+    write_file(run / DONE, record_bytes(result.model_copy(update={"state": state}).as_dict()))
 
 
-def read_result(run: Path) -> dict | None:
+def read_result(run: Path) -> Result | None:
     """Return the result of a finished run; None while it is unfinished, or when the result's checkpoint is missing.
 
     Raises CacheError when the result or the draft in that checkpoint is damaged.
@@ -70,15 +288,11 @@ def read_result(run: Path) -> dict | None:
     path = run / DONE
     if not path.exists():
         return None
-    result = read_record(path, RESULT_SCHEMA, MAKE_AGAIN)
-    figures = result["eval"]
-    schema = FIGURES_SCHEMA | {"domains": {str: FIGURES_SCHEMA}, "replies?": [[int]]}
-    if figures is not None and not has_form(figures, schema):
-        raise CacheError(f"{path}: damaged, its figures are none; {MAKE_AGAIN}")
-    folder = checkpoint_folder(run, result["steps"])
+    result = read_record(path, Result, MAKE_AGAIN)
+    folder = checkpoint_folder(run, result.steps)
     if not folder.exists():
         return None
     open_checkpoint(folder, (CONFIG, DRAFT))
-    if result.pop("state", None) not in (None, FileFact.of_file(folder / STATE).as_dict()):
+    if result.state not in (None, file_record(folder / STATE)):
         raise CacheError(f"{path}: the result of another checkpoint than {folder.name}; {MAKE_AGAIN}")
     return result

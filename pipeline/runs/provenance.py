@@ -10,7 +10,7 @@ from pipeline.evaluation.reports import Report, SampledReplies, load_report
 from pipeline.published.card import Facts
 from pipeline.published.writing import Origin
 from pipeline.runs.checkpoint import find_checkpoint, open_checkpoint
-from pipeline.runs.folder import DONE, RUN, read_recipe, read_result, read_run
+from pipeline.runs.folder import DONE, RUN, CacheRecord, read_recipe, read_result, read_run
 
 
 @dataclass(frozen=True)
@@ -29,31 +29,29 @@ def provenance(place: Path) -> Provenance:
     if not (folder / RUN).is_file():
         return Provenance(None, Origin("float32"), Facts())
     recorded, recipe = read_run(folder), read_recipe(folder)
-    recorded_cache, step = recorded["cache"], open_checkpoint(checkpoint, ()).step
+    step, start = open_checkpoint(checkpoint, ()).step, recorded.start
     origin = Origin(
         dtype=recipe.train.dtype,
-        target=recorded["target"],
-        trained_on={"cache": recorded_cache["digest"], "heldout": recipe.train.heldout},
+        target=recorded.target,
+        trained_on={"cache": recorded.cache.digest, "heldout": recipe.train.heldout},
     )
-    initial = recorded.get("start")
-    initial = initial and f"{Path(initial['place']).name}, {initial['digest']}"
     facts = Facts(
-        start=initial,
+        start=start and f"{Path(start.place).name}, {start.digest}",
         steps=step,
         recipe=recipe.toml(),
-        cache=recorded_cache["digest"],
+        cache=recorded.cache.digest,
         evaluations=evaluations(folder, step),
     )
-    cache = _same_cache(recorded_cache)
+    cache = _same_cache(recorded.cache)
     return Provenance(cache, origin, facts) if cache is None else _with_cache(cache, origin, facts)
 
 
-def _same_cache(recorded_cache: dict) -> HiddenCache | None:
+def _same_cache(recorded: CacheRecord) -> HiddenCache | None:
     try:
-        found = HiddenCache.open(recorded_cache["path"])
+        found = HiddenCache.open(recorded.path)
     except (UsageError, CacheError):  # moved, deleted or damaged since; the draft is none the worse for it
         return None
-    return found if found.digest == recorded_cache["digest"] else None
+    return found if found.digest == recorded.digest else None
 
 
 def _with_cache(cache: HiddenCache, origin: Origin, facts: Facts) -> Provenance:
@@ -92,9 +90,9 @@ def evaluations(folder: Path, step: int) -> list[dict]:
             title = f"Replies drawn from the target at T = {drawn.temperature:g}, {most}"
             measured.append({"title": title, "figures": _figures(drawn)})
     done = read_result(folder)
-    if done and done["steps"] == step and done["eval"] and done["eval"]["calls"]:
+    if done and done.steps == step and done.eval and done.eval.calls:
         title = "On held-out replies that are the target's own, greedy, without decoding"
-        measured.append({"title": title, "figures": done["eval"]})
+        measured.append({"title": title, "figures": done.eval.as_dict()})
     return measured
 
 

@@ -15,29 +15,25 @@ import json
 import math
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    create_model,
+    model_validator,
 )
 
-from pipeline.drafts.rope_scaling import draft_rope_scaling
+from pipeline.drafts import DRAFTS, SMALL_HIDDEN, DraftConfig, draft_config
+from pipeline.drafts.rope import RopeScaling, draft_rope_scaling
 from pipeline.errors import UsageError
 from pipeline.runs.cache_requirements import check_final, layers_to_read, resolve_mask_token, rope_theta, text_config
 from pipeline.untrusted import read_file
-
-if TYPE_CHECKING:
-    from pipeline.drafts import DraftConfig
-
-# Hidden size up to which a target counts as a toy for a CPU: its drafts have blocks of 8 slots instead of 16.
-SMALL_HIDDEN = 512
 
 # TOML has only lists; everything else keeps the type that was written.
 Layers = Annotated[tuple[int, ...], Field(strict=False, min_length=1)]
@@ -45,35 +41,36 @@ LayerTypes = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class DraftSection(BaseModel):
-    """The draft's architecture and loss. Fields left out follow from the method and the target; see `resolve`."""
+def options_model() -> type[BaseModel]:
+    """Return a model of the options of all methods, each of which a recipe may leave out."""
+    fields = {name: option for draft in DRAFTS.values() for name, option in draft.Config.options().items()}
+    kinds = {
+        name: Annotated[option.annotation, *option.metadata] if option.metadata else option.annotation
+        for name, option in fields.items()
+    }
+    return create_model("Options", __config__=STRICT, **{name: (kind | None, None) for name, kind in kinds.items()})
 
-    model_config = STRICT
+
+class DraftSection(BaseModel):
+    """The draft's architecture and loss. Fields left out follow from the method and the target; see `resolve`.
+
+    The options of methods are further keys beside these, which `Draft.Config` of each defines with their bounds.
+    """
+
+    model_config = STRICT | {"extra": "allow"}
 
     method: str = "domino"
-    objective: str | None = None  # "ce", "kl", "tv", "lk-alpha", "lk-hybrid" or "dspark"; dspark dspark, others ce
-    alpha_ce: NonNegativeFloat | None = None  # of objective dspark: 0.1
-    alpha_l1: NonNegativeFloat | None = None  # 0.9
+    objective: str | None = None  # a key of OBJECTIVES; the published one of the method
+    alpha_ce: NonNegativeFloat | None = None  # weights of the objective's terms of these names
+    alpha_l1: NonNegativeFloat | None = None
     layers: Layers | None = None  # target layers read; left out: all that the cache holds
     num_hidden_layers: PositiveInt | None = None  # min(5, L // 3)
-    block_size: int | None = Field(None, ge=2)  # 16, 8 when H <= SMALL_HIDDEN; dspark 7
+    block_size: int | None = Field(None, ge=2)  # 16, 8 when H <= SMALL_HIDDEN, unless the method has its own
     mask_token_id: int | None = Field(None, ge=0)
-    shift_label: bool | None = None  # next-position labels: dflash no, the others yes, as published
+    shift_label: bool | None = None  # next-position labels: as the method is published
     gamma: NonNegativeFloat | None = None  # decay constant of the slots' weights; 0: no decay
     weighting: str | None = None  # "decay", or one of the D-PACE forms
     dpace_alpha: float | None = Field(None, ge=0, le=1)
-    # Domino only
-    pure_draft_prefix_len: int | None = Field(None, ge=0)  # 1
-    emb_dim: PositiveInt | None = None  # min(256, H)
-    gru_hidden_dim: PositiveInt | None = None  # min(1024, H)
-    lambda_start: float | None = Field(None, ge=0, le=1)  # 1
-    lambda_decay: PositiveFloat | None = None  # share of the steps until lambda is 0: 1
-    # DSpark only
-    markov_rank: NonNegativeInt | None = None  # min(256, H); 0: no Markov head
-    markov_head_type: str | None = None  # "vanilla", "gated" or "rnn"; vanilla
-    enable_confidence_head: bool | None = None  # yes, but for objective ce, which reads no final states
-    confidence_head_with_markov: bool | None = None  # no
-    alpha_confidence: NonNegativeFloat | None = None  # 1
     # Left out: the target's own. State them where the target's mean something else (experts, latent attention).
     intermediate_size: PositiveInt | None = None
     num_attention_heads: PositiveInt | None = None
@@ -81,6 +78,15 @@ class DraftSection(BaseModel):
     head_dim: PositiveInt | None = None
     layer_types: LayerTypes | None = None  # all full_attention
     sliding_window: PositiveInt | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_options(cls, fields):
+        """Check the keys that are no fields: options of methods, and keys that nobody knows."""
+        if not isinstance(fields, dict):
+            return fields
+        options = {name: value for name, value in fields.items() if name not in cls.model_fields}
+        return fields | options_model().model_validate(options).model_dump(exclude_unset=True)
 
 
 class TrainSection(BaseModel):
@@ -200,7 +206,9 @@ def _explain(error: ValidationError, source: str) -> str:
     if len(first["loc"]) == 1:
         known, where = list(sections), "sections"
     else:
-        known, where = list(sections[first["loc"][0]].model_fields), f"keys of [{first['loc'][0]}]"
+        section = first["loc"][0]
+        options = options_model().model_fields if section == "draft" else ()
+        known, where = [*sections[section].model_fields, *options], f"keys of [{section}]"
     closest = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)[0]
     suggestion = ".".join([*map(str, first["loc"][:-1]), closest])
     return f"{source}: unknown key `{place}`; did you mean `{suggestion}`? Known {where}: {', '.join(known)}"
@@ -211,7 +219,7 @@ class Resolved:
     """A recipe with every field filled, and the draft it describes. `recipe.train.steps` is None until `with_steps`."""
 
     recipe: Recipe
-    draft: "DraftConfig"
+    draft: DraftConfig
 
     def with_steps(self, samples: int) -> "Resolved":
         """Fill in what depends on the number of training samples: steps, and how often to evaluate and save.
@@ -228,6 +236,10 @@ class Resolved:
         }
         recipe = self.recipe.model_copy(update={"train": train.model_copy(update=filled)})
         return dataclasses.replace(self, recipe=recipe)
+
+    def with_rope_scaling(self, scaling: RopeScaling | None) -> "Resolved":
+        """Return the same with the rotary scaling (or none) of weights that are there already."""
+        return dataclasses.replace(self, draft=self.draft.model_copy(update={"rope_scaling": scaling}))
 
 
 def resolve(recipe: Recipe, cache) -> Resolved:
@@ -253,15 +265,10 @@ def resolve(recipe: Recipe, cache) -> Resolved:
     return Resolved(recipe.model_copy(update={"draft": draft, "train": train.model_copy(update=filled)}), config)
 
 
-def _check_final_states(config: "DraftConfig", cache) -> None:
+def _check_final_states(config: DraftConfig, cache) -> None:
     """Raise UsageError for a loss that reads final states which the cache lacks."""
-    from pipeline.drafts import needs_final_states
-
-    if not needs_final_states(config):
-        return
-    if config.objective == "ce":
-        check_final(cache, "the confidence head", "draft.enable_confidence_head = false")
-    check_final(cache, f'objective "{config.objective}"', 'draft.objective = "ce"')
+    if config.final_reader is not None:
+        check_final(cache, *config.final_reader)
 
 
 def default_lr(hidden_size: int, optimizer: str) -> float:
@@ -273,24 +280,14 @@ def default_lr(hidden_size: int, optimizer: str) -> float:
 
 
 def _resolve_draft(draft: DraftSection, target: dict, cache) -> DraftSection:
-    from pipeline.drafts import DRAFTS, default_gamma
-    from pipeline.drafts.config import defaults
-
     if draft.method not in DRAFTS:
         raise UsageError(f"unknown draft.method `{draft.method}`; there are {', '.join(DRAFTS)}")
-    hidden, method = target["hidden_size"], draft.method
-    stated = draft.model_dump(exclude_none=True)
-    block = draft.block_size or (7 if method == "dspark" else 8 if hidden <= SMALL_HIDDEN else 16)
+    hidden, stated = target["hidden_size"], draft.model_dump(exclude_none=True)
     depth = draft.num_hidden_layers or min(5, max(1, target["num_hidden_layers"] // 3))
     filled = {
         "layers": layers_to_read(cache, draft.layers),
         "num_hidden_layers": depth,
-        "block_size": block,
         "mask_token_id": resolve_mask_token(draft.mask_token_id, cache.tokens, target["vocab_size"]),
-        "shift_label": method != "dflash",
-        "objective": "ce",
-        "gamma": float(default_gamma(block)),
-        "weighting": "decay",
         "intermediate_size": target.get("intermediate_size") or 4 * hidden,  # Falcon, say, states none
         "num_attention_heads": target["num_attention_heads"],
         "num_key_value_heads": target.get("num_key_value_heads") or target["num_attention_heads"],
@@ -299,22 +296,16 @@ def _resolve_draft(draft: DraftSection, target: dict, cache) -> DraftSection:
     }
     if (draft.weighting or "decay") != "decay":
         filled["dpace_alpha"] = 0.5
-    filled |= defaults(stated)
-    if method == "domino":
-        filled |= {"pure_draft_prefix_len": 1, "emb_dim": min(256, hidden), "gru_hidden_dim": min(1024, hidden)}
-    if method == "dspark":
-        filled["markov_rank"] = min(256, hidden)
+    filled |= DRAFTS[draft.method].recipe_defaults(stated, hidden)
     return draft.model_copy(update=filled | stated | {"layers": filled["layers"]})
 
 
-def _draft_config(draft: DraftSection, target: dict) -> "DraftConfig":
+def _draft_config(draft: DraftSection, target: dict) -> DraftConfig:
     """Return the validated config. The target's fields are named one by one, so that no other leaks into the draft."""
-    from pipeline.drafts import DraftConfig
-
     fields = draft.model_dump(exclude_none=True)
     fields["target_layer_ids"] = fields.pop("layers")
     fields["gamma"] = fields["gamma"] or None
-    return DraftConfig(
+    return draft_config(
         **fields,
         hidden_size=target["hidden_size"],
         vocab_size=target["vocab_size"],

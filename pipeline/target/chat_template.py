@@ -16,12 +16,13 @@ import numpy as np
 from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.meta import find_undeclared_variables
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from pipeline.corpus.rejections import Unusable
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, first_line
+from pipeline.os_errors import refuse_limit
 from pipeline.target.files import TEMPLATE_DATE, chat_templates, stop_ids
-from pipeline.target.tokenizer import load_tokenizer
 
 # What a template may raise while rendering; it rejects the row. Any of Python's own errors is possible.
 RENDERING_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, NameError, TypeError)
@@ -31,6 +32,21 @@ INTERNAL_KEYS = frozenset(("supervise", "token_ids", "prompt_token_ids", THOUGHT
 REASONING_NAMES = (THOUGHT, "reasoning", "thinking")  # the keys under which templates look for a message's reasoning
 THINKING_SWITCHES = ("enable_thinking", "thinking")  # template variables that turn thinking on and off
 TOOL_USE = "tool_use"  # the name of the template for rows with tools, where a target has several
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the target's tokenizer, without any model code. UsageError when its files are damaged or incomplete."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        refuse_limit(folder, error)
+        cause = first_line(error)
+        if "trust_remote_code" in cause:
+            raise UsageError(
+                f"{folder}: its tokenizer or config is code of its own, and code that comes with a model is never run; "
+                "take a target that transformers itself knows"
+            ) from error
+        raise UsageError(f"{folder}: its tokenizer cannot be loaded ({cause}); fetch its files again") from error
 
 
 class ChatTemplate:
@@ -132,7 +148,7 @@ class ChatTemplate:
                 **{**self._special, **self.kwargs, **(kwargs or {})},
             )
         except RENDERING_ERRORS as error:
-            cause = str(error).strip().split("\n")[0][:120]
+            cause = first_line(error, 120)
             if not isinstance(error, TemplateError):
                 cause = f"{type(error).__name__}: {cause}"
             raise Unusable("template error", f"the chat template refuses it ({cause})") from error

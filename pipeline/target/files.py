@@ -10,7 +10,7 @@ import re
 from datetime import date
 from pathlib import Path
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, first_line
 from pipeline.os_errors import refuse_limit
 
 MIB = 1 << 20
@@ -79,7 +79,7 @@ def _snapshot(model: str, revision: str | None) -> Path:
     try:
         found = Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES))
     except (OSError, HFValidationError) as error:  # every error of the hub's client, offline ones too, is an OSError
-        cause = str(error).strip().split("\n")[0][:160]
+        cause = first_line(error)
         raise UsageError(
             f"{model}: no such folder here, and the hub gave no such model ({cause}); check the name, "
             "the network and the access to gated models, or name a folder"

@@ -1,4 +1,6 @@
-"""Loads the target, a Hugging Face decoder, and reads its states by the convention of `pipeline/target/layers.py`.
+"""Loads the target, a Hugging Face decoder, reads its states, and writes a cache's copy of what training needs of it.
+
+States are counted by the convention of `pipeline/target/layers.py`.
 
 Never used by `train-draft`. Any causal LM with one list of decoder layers will do, and the text part of a multi-modal
 model: layers, norm and head are found by their kind, not by the model's name. `trust_remote_code` is never on.
@@ -6,7 +8,9 @@ model: layers, norm and head are found by their kind, not by the model's name. `
     B samples   T positions   D hidden size   V vocabulary
 """
 
+import json
 import math
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +22,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from pipeline.errors import RoomError, UsageError
+from pipeline.cache.atomic import process_lock, write_errors
+from pipeline.cache.catalog import Catalog
+from pipeline.cache.target_files import CONFIG, HEAD, TOKENS, WEIGHTS, has_target, new_target
+from pipeline.errors import RoomError, UsageError, first_line
 from pipeline.os_errors import refuse_limit
 from pipeline.runs.cache_requirements import logit_scale
-from pipeline.target.config import load_config, loader_of
-from pipeline.target.files import check_config, find_target, weight_files, weight_shapes
+from pipeline.target.chat_template import load_tokenizer
+from pipeline.target.config import check_quantised, load_config, loader_of, missing_package, quantised_by
+from pipeline.target.files import (
+    check_config,
+    complete_config,
+    find_target,
+    tokenizer_files,
+    weight_files,
+    weight_shapes,
+)
 from pipeline.target.head import TargetHead
-from pipeline.target.quantised import check_quantised, missing_package, quantised_by
+from pipeline.target.weights import check_weights_if_recorded, weight_facts
 from pipeline.tensors import find_device
 
 
@@ -62,12 +77,12 @@ def load_target(
             raise
         raise missing_package(model, method, error) from error
     except torch.OutOfMemoryError as error:
-        raise RoomError(f"{model} does not fit on {device} ({_cause(error)}); use a larger device") from error
+        raise RoomError(f"{model} does not fit on {device} ({first_line(error, 200)}); use a larger device") from error
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         refuse_limit(model, error)
         remedy = "fetch its files again" if method is None else f"it is quantised ({method}): use a GPU that can, or "
         remedy += "" if method is None else "name the model as it was before"
-        raise UsageError(f"{model} cannot be loaded ({_cause(error)}); {remedy}") from error
+        raise UsageError(f"{model} cannot be loaded ({first_line(error, 200)}); {remedy}") from error
     missing_weights = sorted({*report["missing_keys"], *(str(entry[0]) for entry in report.get("mismatched_keys", ()))})
     if missing_weights:
         raise UsageError(
@@ -93,10 +108,6 @@ def _check_size(folder: Path, loader: type, config: PreTrainedConfig) -> None:
             f"{folder}: config.json describes a model of {described:,} parameters, its files hold {in_files:,}; "
             "fetch its files again"
         )
-
-
-def _cause(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
 def _decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
@@ -228,3 +239,40 @@ def _embed_scale(model: PreTrainedModel) -> float:
     config = model.config.get_text_config()
     named = (getattr(config, name, None) for name in ("embedding_multiplier", "scale_emb"))
     return float(next((value for value in named if value is not None), 1.0))
+
+
+def store_target(
+    catalog: Catalog, folder: Path, head: TargetHead, config: PreTrainedConfig, stops: Iterable[int]
+) -> None:
+    """Write the cache's `target/`, unless it exists: config, tokenizer, special tokens, head, checksums of the weights.
+
+    stops: the tokens that end a reply. One process writes, others wait for it. UsageError when it exists and was made
+    from other weights.
+    """
+    check_weights_if_recorded(catalog, folder)
+    if has_target(catalog):
+        return
+    with write_errors(catalog.path, "the target's files"), process_lock(catalog.path, "target"):
+        if not has_target(catalog):
+            with new_target(catalog) as new_folder:
+                for path in tokenizer_files(folder):
+                    shutil.copyfile(path, new_folder / path.name)
+                (new_folder / CONFIG).write_bytes(complete_config(folder, config))
+                (new_folder / TOKENS).write_text(special_tokens(folder, stops), encoding="utf-8")
+                (new_folder / WEIGHTS).write_text(json.dumps(weight_facts(folder), indent=1, sort_keys=True) + "\n")
+                head.save(new_folder / HEAD)
+    check_weights_if_recorded(catalog, folder)  # another process may have stored them while we waited
+
+
+def special_tokens(folder: Path, stops: Iterable[int]) -> str:
+    """Return the text of tokens.json: ids of mask, pad, bos, of all that end a reply, and the tokenizer's length."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer_eos = {tokenizer.eos_token_id} - {None}
+    tokens = {
+        "bos": tokenizer.bos_token_id,
+        "eos": sorted(tokenizer_eos | set(stops)),
+        "length": len(tokenizer),
+        "mask": tokenizer.mask_token_id,
+        "pad": tokenizer.pad_token_id,
+    }
+    return json.dumps(tokens, indent=1, sort_keys=True) + "\n"

@@ -15,7 +15,6 @@ import numpy as np
 
 from pipeline.cache.records import ColumnSpec, GaugeFacts
 from pipeline.cache.samples import ShardPlan
-from pipeline.target.logit_chunks import chunk_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,6 +84,8 @@ def on_policy_rows(shard: ShardPlan, row: int, share: float) -> np.ndarray:
 
 def score_tokens(head: "TargetHead", states_RD: "Tensor", tokens_R: "Tensor") -> "Tensor":
     """Return float32 [2, R]: whether each token is the greedy choice after the state before it, its log-probability."""
+    from pipeline.target.head import chunk_rows
+
     found = states_RD.new_zeros(2, len(tokens_R)).float()
     step = chunk_rows(head.vocab_size, states_RD.device.type)
     for at in range(0, len(tokens_R), step):

@@ -12,8 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from pipeline.cache.catalog import Catalog
-from pipeline.cache.manifest import FILES, FileFact, has_form
+from pipeline.cache.manifest import FileFact
+from pipeline.cache.records import WeightsRecord
 from pipeline.cache.target_files import WEIGHTS, has_target, target_file, target_json, target_manifest
 from pipeline.errors import CacheError, UsageError
 from pipeline.os_errors import refuse_limit
@@ -53,8 +56,10 @@ def weights_digest(folder: Path) -> str:
 def check_weights(catalog: Catalog, folder: Path) -> None:
     """Read every byte of the target's weights; raise UsageError when the cache was captured with others."""
     recorded = target_json(catalog, WEIGHTS)
-    if not has_form(recorded, FILES):
-        raise CacheError(f"{catalog.path}: {WEIGHTS} of its target lists no files; run `pipeline verify`")
+    try:
+        WeightsRecord.model_validate(recorded)
+    except ValidationError:
+        raise CacheError(f"{catalog.path}: {WEIGHTS} of its target lists no files; run `pipeline verify`") from None
     found = weight_facts(folder)
     for name in sorted({*recorded, *found}):
         if recorded.get(name) != found.get(name):

@@ -5,11 +5,12 @@ missing shard, and every worker computes the same bytes.
 """
 
 import contextlib
-import queue
 import sys
 import threading
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any
 
@@ -22,19 +23,17 @@ from pipeline.cache.plan import micro_batches
 from pipeline.cache.target_files import HEAD, target_file
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import DataError
-from pipeline.target.copy_to_cache import store_target
 from pipeline.target.head import TargetHead
-from pipeline.target.model import head_of, load_target, stop_tokens
+from pipeline.target.model import head_of, load_target, stop_tokens, store_target
 from pipeline.target.on_policy import OnPolicyStats, on_policy_column, on_policy_share, sum_scores
 from pipeline.target.probe import ReferenceTarget, probe
 from stages.cache_hidden.calibrate import load_or_make_calibrations
 from stages.cache_hidden.engine import make_engine
-from stages.cache_hidden.pack import ExactRows, PackedStates, Packer
+from stages.cache_hidden.pack import ExactRows, PackedStates, Packer, certify
 from stages.cache_hidden.plan_report import Lost
 from stages.cache_hidden.settings import CaptureSettings
 
 QUEUED = 2  # micro-batches that wait for the writer
-POLL_S = 0.2  # how often the writer and the engine look whether the other has stopped
 SHOWN_EVERY_S = 5.0  # where stderr is no terminal
 REFUSED_SHARE = 0.01  # of a plan's samples; more means that something is wrong with the target or its dtype
 
@@ -115,7 +114,8 @@ def write_states(
 
     At most a few micro-batches are in memory.
     """
-    exact_rows, on_policy = ExactRows(packer), OnPolicyStats()
+    exact_rows: ExactRows = defaultdict(dict)
+    on_policy = OnPolicyStats()
 
     def write_packed(packed: PackedStates) -> None:
         nonlocal on_policy
@@ -128,18 +128,15 @@ def write_states(
             rows = packer.as_written(packed, spec)
             writer.write(spec.name, rows)
             written += rows.nbytes
-        exact_rows.add(packed)
+        for name, rows_by_sample in packed.exact.items():
+            exact_rows[name] |= rows_by_sample
         on_policy += sum_scores(packed.on_policy)
         progress.add(int(packer.shard.lengths[packed.samples].sum()), written)
 
-    background = BackgroundWriter(write_packed, QUEUED)
-    try:
+    with BackgroundWriter(write_packed, QUEUED) as background:
         for samples in micro_batches(packer.shard.lengths, batch_tokens):
             for packed in packer.pack(samples):
                 background.put(packed)
-        background.finish()
-    finally:
-        background.stop()
     return exact_rows, on_policy
 
 
@@ -147,7 +144,7 @@ def probe_and_certify(
     packer: Packer, writer: ShardWriter, reference: ReferenceTarget, exact_rows: ExactRows
 ) -> dict[str, dict]:
     """Probe a sealed shard; return the facts for each column's manifest. Raises ProofError."""
-    certified = exact_rows.certify(writer)
+    certified = certify(packer, writer, exact_rows)
     probed = probe(reference, packer.head, writer.shard, packer.columns, {*writer.refused}, writer.read)
     made_by = {**packer.engine.facts, "split": packer.split}
     return {name: {**made_by, "probe": found, **certified.get(name, {})} for name, found in probed.items()}
@@ -163,59 +160,42 @@ def check_refused(refused: int, samples: int, newest: dict[int, str]) -> None:
         )
 
 
-_LAST = object()
-
-
 class BackgroundWriter:
-    """Calls `write` with every item put, in order, in a thread of its own; at most `depth` items wait.
+    """Calls `write` with every item put, in order, in a thread of its own, while the caller computes the next one.
 
-    An exception in `write` is raised by the computing thread's next `put` or `finish`.
+    A context manager. An exception in `write` is raised by the next `put`, or on leaving, and nothing is written after
+    it. Where the caller raises, what waits is dropped.
     """
 
     def __init__(self, write: Callable[[Any], None], depth: int):
-        self._write = write
-        self._queue: queue.Queue = queue.Queue(depth)
-        self._error: BaseException | None = None
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="background-writer", daemon=True)
-        self._thread.start()
+        """depth: how many items may wait beside the one that is written; `put` blocks beyond that."""
+        self._write, self._depth, self._failed = write, depth, False
+        self._pool = ThreadPoolExecutor(1, "background-writer")
+        self._unfinished: deque[Future] = deque()
 
     def put(self, item: Any) -> None:
-        """Queue an item; waits while the queue is full."""
-        while True:
-            self._check()
-            try:
-                return self._queue.put(item, timeout=POLL_S)
-            except queue.Full:
-                continue
+        self._unfinished.append(self._pool.submit(self._run, item))
+        while self._unfinished and (self._unfinished[0].done() or len(self._unfinished) > self._depth + 1):
+            self._unfinished.popleft().result()
 
-    def finish(self) -> None:
-        """Wait until everything queued is written."""
-        self.put(_LAST)
-        self._thread.join()
-        self._check()
-
-    def stop(self) -> None:
-        """End after the current item and drop the rest; harmless after `finish`."""
-        self._stopped.set()
-        self._thread.join()
-
-    def _check(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
+    def _run(self, item: Any) -> None:
+        if self._failed:
+            return
         try:
-            while not self._stopped.is_set():
-                try:
-                    item = self._queue.get(timeout=POLL_S)
-                except queue.Empty:
-                    continue
-                if item is _LAST:
-                    return
-                self._write(item)
-        except BaseException as error:  # handed to the computing thread, which raises it
-            self._error = error
+            self._write(item)
+        except BaseException:
+            self._failed = True
+            raise
+
+    def __enter__(self) -> "BackgroundWriter":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        try:
+            while self._unfinished and kind is None:
+                self._unfinished.popleft().result()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
 
 
 class Progress:

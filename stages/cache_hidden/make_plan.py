@@ -60,8 +60,7 @@ def make_plan(
     """
     files, known_roles = corpus_files(corpus), parse_roles(roles)
     if is_quantised(settings.folder):
-        from pipeline.target.config import load_config
-        from pipeline.target.quantised import check_quantised  # brings torch
+        from pipeline.target.config import check_quantised, load_config  # brings torch
 
         check_quantised(settings.folder, load_config(settings.folder, settings.model))
     if files:

@@ -22,11 +22,13 @@ from pipeline.cache.columns import ColumnSpec, stored_rows
 from pipeline.cache.layout import CHECKSUM_ROWS, layer_of
 from pipeline.cache.samples import ShardPlan
 from pipeline.cache.writer import ShardWriter
-from pipeline.errors import RoomError
+from pipeline.errors import RoomError, first_line
 from pipeline.target.head import TargetHead
 from pipeline.target.on_policy import on_policy_rows, score_tokens
 from pipeline.tensors import as_states, as_stored, is_out_of_memory
 from stages.cache_hidden.engine import Engine
+
+ExactRows = dict[str, dict[int, Tensor]]  # column -> sample of the shard -> rows of its first block, as computed
 
 
 @dataclass
@@ -34,15 +36,15 @@ class PackedStates:
     """The states of some samples, packed, on their way to the host: call `wait` before reading.
 
     rows: column -> rows [R, D], or what their codec's `encode` returns; largest: column -> the largest magnitude of
-    each row [R], fp32, not finite where the row is not; counts: column -> rows of each sample; on_policy: see
-    `score_tokens`; exact: encoded column -> exact first rows of the samples in `Packer.certified`.
+    each row [R], fp32, not finite where the row is not; counts: column -> rows of each sample; exact: of the samples in
+    `Packer.certified`, before encoding; on_policy: see `score_tokens`.
     """
 
     samples: range  # of the shard
     rows: dict[str, Tensor | tuple[Tensor, ...]]
     largest: dict[str, Tensor]
     counts: dict[str, list[int]]
-    exact: dict[str, Tensor]
+    exact: ExactRows
     on_policy: Tensor | None
     copied: torch.cuda.Event | None = None
 
@@ -55,16 +57,12 @@ class PackedStates:
         """Yield the samples whose states are not finite or all zero in a row, with the reason."""
         reasons: dict[int, str] = {}
         for name, largest_R in self.largest.items():
-            for sample, rows in zip(self.samples, np.split(largest_R.numpy(), self._ends(name)), strict=True):
-                if not np.isfinite(rows).all():
+            for sample, rows in zip(self.samples, largest_R.split(self.counts[name]), strict=True):
+                if not rows.isfinite().all():
                     reasons.setdefault(sample, f"{name} is not finite")
                 elif (rows == 0).any():
                     reasons.setdefault(sample, f"{name} has a row of zeros")
         yield from sorted(reasons.items())
-
-    def _ends(self, name: str) -> np.ndarray:
-        """Return where each sample but the last ends in a column's rows."""
-        return np.cumsum(self.counts[name])[:-1]
 
 
 class Packer:
@@ -107,7 +105,7 @@ class Packer:
                 if not is_out_of_memory(error):
                     raise
                 packed = None
-                cause = str(error).strip().split("\n")[0][:160]
+                cause = first_line(error)
             if packed is not None:  # outside the handler: the exception keeps the failed forward's memory alive
                 yield packed
                 continue
@@ -150,7 +148,8 @@ class Packer:
         if name not in self.calibrations:
             packed.rows[name] = rows_RD
             return
-        packed.exact[name] = rows_RD[self._to_device(self._certified_rows(packed.samples, packed.counts[name]))]
+        parts = zip(packed.samples, rows_RD.split(packed.counts[name]), strict=True)
+        packed.exact[name] = {i: part_RD[:CHECKSUM_ROWS].clone() for i, part_RD in parts if i in self.certified}
         # A sample with such a row is refused anyway; encoded as is, every value of it would be an outlier.
         rows_RD = rows_RD.masked_fill_(~packed.largest[name].isfinite()[:, None], 0)
         packed.rows[name] = CODECS[spec.codec].encode(rows_RD, self.calibrations[name])
@@ -161,16 +160,6 @@ class Packer:
         if isinstance(rows, Tensor):
             return as_stored(rows)
         return CODECS[spec.codec].pack(rows, self.calibrations[spec.name], spec.dtype)
-
-    def _certified_rows(self, samples: range, counts: list[int]) -> np.ndarray:
-        """Return which of the packed rows are the first block of a sample in `certified`."""
-        starts = np.cumsum([0, *counts[:-1]])
-        spans = [
-            np.arange(start, start + min(CHECKSUM_ROWS, count))
-            for sample, start, count in zip(samples, starts, counts, strict=True)
-            if sample in self.certified
-        ]
-        return np.concatenate(spans or [np.empty(0, np.int64)])
 
     def _score_on_policy(self, samples: range, longest: int, final_BTD: Tensor) -> Tensor | None:
         """Score the on-policy rows of these samples, as `score_tokens` returns them; None without a head."""
@@ -194,57 +183,43 @@ class Packer:
             return packed
         self._copying.wait_stream(torch.cuda.current_stream(self.engine.device))
         with torch.cuda.stream(self._copying):
-            packed.rows = {
-                name: tuple(map(self._copied, rows)) if isinstance(rows, tuple) else self._copied(rows)
-                for name, rows in packed.rows.items()
-            }
-            packed.exact = {name: self._copied(tensor) for name, tensor in packed.exact.items()}
-            packed.largest = {name: self._copied(tensor) for name, tensor in packed.largest.items()}
-            packed.on_policy = None if packed.on_policy is None else self._copied(packed.on_policy)
+            for field in ("rows", "largest", "exact", "on_policy"):
+                setattr(packed, field, self._copied(getattr(packed, field)))
             packed.copied = torch.cuda.Event()
             packed.copied.record(self._copying)
         return packed
 
-    def _copied(self, tensor: Tensor) -> Tensor:
-        tensor.record_stream(self._copying)
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return host.copy_(tensor, non_blocking=True)
+    def _copied(self, value: Tensor | tuple | dict | None) -> Tensor | tuple | dict | None:
+        """Return a tensor's copy on the host, or the same collection of copies."""
+        if isinstance(value, dict):
+            return {name: self._copied(inner) for name, inner in value.items()}
+        if isinstance(value, tuple):
+            return tuple(map(self._copied, value))
+        if value is None:
+            return None
+        value.record_stream(self._copying)
+        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        return host.copy_(value, non_blocking=True)
 
 
-class ExactRows:
-    """The exact rows that certify a shard's encoded columns: those of the certified samples' first blocks."""
+def certify(packer: Packer, writer: ShardWriter, exact_rows: ExactRows) -> dict[str, dict]:
+    """Compare exact rows with what is read back from disk; return each encoded column's facts.
 
-    def __init__(self, packer: Packer):
-        self.packer = packer
-        self._states: dict[str, dict[int, Tensor]] = {name: {} for name in packer.calibrations}
-
-    def add(self, packed: PackedStates) -> None:
-        """Collect the exact rows that were packed, once they are on the host."""
-        for name, states_SD in packed.exact.items():
-            at = 0
-            for sample, count in zip(packed.samples, packed.counts[name], strict=True):
-                if sample in self.packer.certified:
-                    stored = min(CHECKSUM_ROWS, count)
-                    self._states[name][sample] = states_SD[at : at + stored]
-                    at += stored
-
-    def certify(self, writer: ShardWriter) -> dict[str, dict]:
-        """Compare with what is read back from disk; return each encoded column's facts. ProofError past a bound."""
-        found, device = {}, self.packer.engine.device
-        for spec in self.packer.columns:
-            if not CODECS[spec.codec].lossy:
-                continue
-            head = self.packer.head if spec.name == "final" else None
-            certificate = Certificate(spec.name, spec.codec, self.packer.calibrations[spec.name], head)
-            for sample, truth_RD in self._states[spec.name].items():
-                if sample not in writer.refused:
-                    stored_RD = as_states(writer.read(spec.name, sample, blocks=1)).to(device)
-                    certificate.add(truth_RD.to(device), stored_RD)
-            if certificate.rows:
-                rows = int(spec.bounds(writer.shard)[-1])
-                with torch.no_grad():
-                    found[spec.name] = {"certificate": certificate.facts(writer.outliers(spec.name) / rows)}
-        return found
+    Raises ProofError where an error is beyond a bound.
+    """
+    found, device = {}, packer.engine.device
+    for spec in (spec for spec in packer.columns if spec.name in packer.calibrations):
+        head = packer.head if spec.name == "final" else None
+        certificate = Certificate(spec.name, spec.codec, packer.calibrations[spec.name], head)
+        for sample, exact_RD in exact_rows[spec.name].items():
+            if sample not in writer.refused:
+                stored_RD = as_states(writer.read(spec.name, sample, blocks=1)).to(device)
+                certificate.add(exact_RD.to(device), stored_RD)
+        if certificate.rows:
+            rows = int(spec.bounds(writer.shard)[-1])
+            with torch.no_grad():
+                found[spec.name] = {"certificate": certificate.facts(writer.outliers(spec.name) / rows)}
+    return found
 
 
 def largest_magnitude(rows_RD: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ def plan_samples(report: dict):
     from rich.console import Group
     from rich.text import Text
 
-    from pipeline.evaluation.tables import coloured, supervised_style, tokenizer_of
+    from pipeline.cache.inspect import coloured, supervised_style, tokenizer_of
     from pipeline.visible_text import visible
 
     tokenizer, lines = tokenizer_of(Path(report["cache"])), []

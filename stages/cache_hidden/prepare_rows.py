@@ -9,10 +9,10 @@ The planner, too, imports this module, for the job and the outcomes; only a `Row
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,10 +21,8 @@ from pipeline.corpus.file_formats import Chunk
 from pipeline.corpus.record_formats import Conversation, RejectedRow
 from pipeline.corpus.rejections import Tally, Unusable, check_ids, check_mask, trim
 from pipeline.corpus.sources import chunk_rows
+from pipeline.errors import first_line
 from pipeline.target.files import TEMPLATE_DATE
-
-if TYPE_CHECKING:
-    from pipeline.target.chat_template import ChatTemplate
 
 ROW_SECONDS = 10.0  # of CPU, for the rows that a worker is sent at once: a batch, or one row on its own
 ROW_BYTES = 2 << 30  # of address space, beyond what a worker started with, for these rows
@@ -79,12 +77,12 @@ class RowOutcome(NamedTuple):
 class RowPreparer:
     """Turns corpus rows into samples with a job's settings."""
 
-    def __init__(self, job: Job, template: "ChatTemplate | None" = None):
+    def __init__(self, job: Job):
         from pipeline.target.chat_template import ChatTemplate
         from stages.cache_hidden.tokenise import SampleMaker
 
         self.job = job
-        self.maker = SampleMaker(template or ChatTemplate(job.folder, job.template_kwargs, job.template_date))
+        self.maker = SampleMaker(ChatTemplate(job.folder, job.template_kwargs, job.template_date))
 
     def outcomes(self, work: Chunk | Sequence[Conversation | RejectedRow], only: int | None = None) -> list[RowOutcome]:
         """Return the outcomes of the rows of a chunk or list, in order; `only`: of the row with this number alone."""
@@ -109,7 +107,7 @@ class RowPreparer:
         except MemoryError:
             return Unusable("too large", f"takes more than {self.job.row_bytes / 2**30:.1f} GiB to prepare")
         except Exception as error:
-            cause = str(error).strip().split("\n")[0][:120]
+            cause = first_line(error, 120)
             return Unusable("template error", f"the chat template fails on it ({type(error).__name__}: {cause})")
 
     def _outcome(self, row: Conversation | RejectedRow, prepared) -> RowOutcome:
@@ -175,14 +173,3 @@ def samples_of(outcome: RowOutcome, tally: Tally) -> Iterator[PlannedSample]:
         ids = np.frombuffer(data, "<i4")
         mask = np.unpackbits(np.frombuffer(bits, np.uint8), count=len(ids), bitorder="little").view(bool)
         yield PlannedSample(ids, mask, outcome.domain, outcome.split, outcome.file, outcome.line, name)
-
-
-def prepare_rows(
-    rows: Iterable[Conversation | RejectedRow], template: "ChatTemplate", max_length: int, tally: Tally, vocab_size: int
-) -> Iterator[PlannedSample]:
-    """Yield the samples of rows, in order, without worker processes; whatever is left out goes into the tally."""
-    preparer = RowPreparer(Job(Path(), max_length, vocab_size), template)
-    for row in rows:
-        tally.rows += 1
-        for outcome in preparer.outcomes([row]):
-            yield from samples_of(outcome, tally)

@@ -1,28 +1,26 @@
-"""What the chat template renders of a conversation, and where in it an assistant turn ends.
+"""What the chat template renders of a conversation, and the check that it renders every text of it.
 
-To find a text in a rendering, the turn is rendered once more with a unique placeholder instead of it; the text itself
-is never searched for, since it may occur elsewhere.
+A template may drop a text silently (the fault "lost text"). Templates trim texts and write some of them as JSON;
+neither counts as dropped. Where a text may occur twice, the conversation is rendered once more with a unique
+placeholder instead of it.
 """
 
+import json
 import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 from pipeline.corpus.rejections import Unusable
 from pipeline.target.chat_template import ChatTemplate
 
 PLACEHOLDER = "qZprobe7Xw"  # rendered instead of a text to find its position; unchanged by trimming and JSON
+MAX_VERIFIED = 4096  # entries of the set in `check_each_text_rendered`
+SPACE = re.compile(r"\s+")
 
 # Tags of a thinking block. Used only for prompts that open one and for templates that never render what is in it.
 THOUGHT = r"[<\[][\w:|]*?(?:think|thinking|thought|reasoning)[\w:|]*[>\]]"
 OPEN_THOUGHT = re.compile(rf"({THOUGHT})\s*$")
-
-
-class Unproven(Exception):
-    """Raised for a turn that cannot be supervised. `reason`: the category it is counted under, `detail`: for people."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(detail)
-        self.reason, self.detail = reason, detail
 
 
 class RenderedChat:
@@ -33,7 +31,7 @@ class RenderedChat:
         self._prompts: dict[int, str] = {}
         self._through: dict[int, str] = {}
         self.kwargs_key = str(kwargs)
-        self.rendered_messages: set[int] = set()  # messages that `dropped_text.py` has found to be rendered in full
+        self.rendered_messages: set[int] = set()  # messages that have been found to be rendered in full
 
     @cached_property
     def message_shapes(self) -> list[tuple]:
@@ -59,151 +57,18 @@ class RenderedChat:
         return self.template.render(messages, self.tools, prompt=prompt, kwargs=self.kwargs)
 
 
-class TurnEnds:
-    """Finds the token that ends an assistant turn, by rendering; once for each kind of turn (calls, tools, reasoning).
+@dataclass(frozen=True)
+class ProvenTurn:
+    """A proven turn, message `at`: the engine's prompt, and the target's reply through the token that ends it."""
 
-    A turn is rendered with the placeholder as its last text, on its own and followed by another message. The end is the
-    token after the placeholder that both renderings have; where a template ends no turn, the next turn's role marker.
-    """
+    at: int
+    prompt: str
+    reply: str
+    suffix: str = ""  # what the template adds after the reply, such as a newline; not generated, so never supervised
 
-    def __init__(self, template: ChatTemplate):
-        self.template = template
-        # By kind of turn: all that the template renders after the last text, and the part that the target generates.
-        self._ends: dict[tuple, tuple[str, str]] = {}
-        self._closings: dict[str, str | None] = {}  # by template arguments: the tag that closes a thinking block
-
-    def through_end(self, chat: RenderedChat, at: int, reply: str) -> str:
-        """Return a rendered turn cut after the token that ends it. Raises Unproven where none does."""
-        tail, end = self._lookup(chat, at)
-        if reply.endswith(tail):
-            return reply[: len(reply) - len(tail)] + end
-        tail, end = self._find(chat, at)
-        if not reply.endswith(tail):  # closing brackets of a tool call depend on its arguments, its end token does not
-            token = [found[0] for found in self.template.added_token_pattern.finditer(end)][-1:]
-            added = len(tail) - len(end)
-            shared = len(common_prefix(reply[::-1], tail[::-1]))
-            if not token or not tail.startswith(end) or shared < added + len(token[0]):
-                raise Unproven("no end", "the template does not end it as it ends other turns")
-            return reply[: len(reply) - added]
-        return reply[: len(reply) - len(tail)] + end
-
-    def end(self, chat: RenderedChat, at: int) -> str:
-        """Return what the target generates after the last text of turn `at`, through the end token."""
-        return self._lookup(chat, at)[1]
-
-    def thought_closing(self, chat: RenderedChat, at: int) -> str | None:
-        """Return the tag that closes the thinking block which the prompt of a turn opens; None where it opens none.
-
-        Found by rendering a turn with reasoning, if that comes right after the prompt; else by the last tag's name.
-        """
-        key = chat.kwargs_key
-        if key not in self._closings:
-            self._closings[key] = self._find_thought_closing(chat)
-        return self._closings[key]
-
-    def _find_thought_closing(self, chat: RenderedChat) -> str | None:
-        question = [{"role": "user", "content": "first"}]
-        turn = {"role": "assistant", "content": f"{PLACEHOLDER}said", "reasoning_content": f"{PLACEHOLDER}thought"}
-        try:
-            prompt = self.template.render(question, chat.tools, prompt=True, kwargs=chat.kwargs)
-            through = self.template.render([*question, turn], chat.tools, kwargs=chat.kwargs)
-        except Unusable:
-            return None
-        opened = OPEN_THOUGHT.search(prompt)
-        before, thought, suffix = through.partition(f"{PLACEHOLDER}thought")
-        if thought and before.rstrip() == prompt.rstrip():
-            closing = suffix.partition(f"{PLACEHOLDER}said")[0].strip()
-            tags = re.match(r"<[^<>]*>|\[[^\[\]]*\]", closing)
-            return tags[0] if tags else closing or None
-        return f"{opened[1][0]}/{opened[1][1:]}" if opened and opened[1][1] != "/" else None
-
-    def _lookup(self, chat: RenderedChat, at: int) -> tuple[str, str]:
-        message = chat.messages[at]
-        kind = (bool(message.get("tool_calls")), bool(chat.tools), bool(message.get("reasoning_content")))
-        kind += (chat.kwargs_key,)
-        if kind not in self._ends:
-            self._ends[kind] = self._find(chat, at)
-        return self._ends[kind]
-
-    def _find(self, chat: RenderedChat, at: int) -> tuple[str, str]:
-        turn = _with_last_text_replaced(chat.messages[at])
-        alone = chat.render([*chat.messages[:at], turn])
-        if PLACEHOLDER not in alone:
-            what = "tool calls" if turn.get("tool_calls") else "text"
-            raise Unusable("lost text", f"the chat template does not show the {what} of message {at}")
-        tail = alone.rpartition(PLACEHOLDER)[2]
-        try:
-            further = chat.render([*chat.messages[:at], turn, *_next_messages(turn)])
-        except Unusable:  # nothing may follow it
-            further = ""
-        suffix = further.rpartition(PLACEHOLDER)[2] if PLACEHOLDER in further else None
-        end = self._written_by_target(tail, suffix, bool(turn.get("tool_calls")))
-        if end is None:
-            raise Unproven("no end", "no token ends the turn, which the template or generation_config.json would name")
-        return tail, end
-
-    def _written_by_target(self, tail: str, further: str | None, calls: bool) -> str | None:
-        """Return the part of `tail` that the target generates, None where no token ends the turn.
-
-        tail, further: what is rendered after the turn's last text, on its own and with another message following.
-        """
-        stops, tokens = self.template.stop_tokens, self.template.added_token_pattern
-        both = common_prefix(tail, further) if further is not None else tail
-        shared = list(tokens.finditer(both))
-        if calls:  # brackets may be added tokens, too; only a reply's end or a stop token ends a call
-            stops |= self._reply_ends
-            shared = [found for found in shared if found[0] in stops]
-        stop = next((found for found in shared if found[0] in stops), None)
-        if found := stop or (shared and shared[-1]) or (not calls and tokens.search(tail)):
-            return tail[: found.end()]
-        # The next role's marker, or an end token that is rendered between turns only; GLM stops at the former.
-        begun = len(both) if calls else 0
-        marker = tokens.search(further or "", begun)
-        if marker and not further[begun : marker.start()].strip() and (not calls or not self._reply_ends):
-            known = not self.template.has_stop_tokens or marker[0] in stops
-            return further[: marker.end()] if known else None
-        return both if both.isspace() and not calls else None
-
-    @cached_property
-    def _reply_ends(self) -> frozenset[str]:
-        """The token that the template renders after a reply; empty where it renders none."""
-        question = [{"role": "user", "content": "first"}, {"role": "assistant", "content": PLACEHOLDER}]
-        try:
-            alone = self.template.render(question).rpartition(PLACEHOLDER)[2]
-            further = self.template.render([*question, {"role": "user", "content": "next"}]).rpartition(PLACEHOLDER)[2]
-        except Unusable:
-            return frozenset()
-        found = self.template.added_token_pattern.findall(common_prefix(alone, further))
-        return frozenset(found[-1:] or self.template.added_token_pattern.findall(alone)[:1])
-
-
-def _with_last_text_replaced(message: dict) -> dict:
-    """Return a turn with the placeholder as its last text: the content, or the last call's arguments."""
-    calls = message.get("tool_calls")
-    if not calls:
-        return {**message, "content": PLACEHOLDER}
-    last = calls[-1]
-    if isinstance(function := last.get("function"), dict):
-        last = {**last, "function": {**function, "arguments": _placeholder_arguments(function.get("arguments"))}}
-    else:
-        last = {**last, "arguments": _placeholder_arguments(last.get("arguments"))}
-    return {**message, "tool_calls": [*calls[:-1], last]}
-
-
-def _placeholder_arguments(arguments: object) -> object:
-    return f'{{"value": "{PLACEHOLDER}"}}' if isinstance(arguments, str) else {"value": PLACEHOLDER}
-
-
-def _next_messages(turn: dict) -> list[dict]:
-    """Return messages that may follow a turn: the results of its tool calls, or a user message."""
-    calls = turn.get("tool_calls")
-    if not calls:
-        return [{"role": "user", "content": "next"}]
-    found = []
-    for call in calls:
-        function = call.get("function") if isinstance(call.get("function"), dict) else call
-        found.append({"role": "tool", "tool_call_id": call.get("id"), "name": function.get("name"), "content": "next"})
-    return found
+    @property
+    def text(self) -> str:
+        return self.prompt + self.reply
 
 
 def with_name_replaced(call: dict) -> dict:
@@ -213,10 +78,163 @@ def with_name_replaced(call: dict) -> dict:
     return {**call, "name": PLACEHOLDER}
 
 
-def common_prefix(first: str, second: str) -> str:
-    """Return the longest common prefix of two texts."""
-    low, high = 0, min(len(first), len(second))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if first[low:middle] == second[low:middle] else (low, middle - 1)
-    return first[:low]
+def check_texts_rendered(chat: RenderedChat, turns: Sequence[ProvenTurn]) -> None:
+    """Raise Unusable where a turn's prompt lacks a text of the messages before it, or its reply one of its own.
+
+    turns: in order, so that messages found in one turn's text need not be searched in a later one that starts with it.
+    """
+    text, count = "", 0  # a turn's text, and how many messages it has been found to render
+    for turn in turns:
+        if not turn.prompt.startswith(text):
+            count = 0
+        _check_turn_rendered(chat, turn, count)
+        text, count = turn.text, turn.at + 1
+
+
+def _check_turn_rendered(chat: RenderedChat, proven: ProvenTurn, first: int) -> None:
+    """Check one turn, whose messages before `first` are known to be rendered. Raises Unusable.
+
+    Earlier reasoning may be absent: where a template drops it, an engine does not send it either.
+    """
+    prompt, reply, turn = proven.prompt, proven.reply, chat.messages[proven.at]
+    for tool in chat.tools or [] if not first else []:
+        for what, text in _tool_texts(tool):
+            _check_rendered(text, prompt, what, "the prompt")
+    for at, message in enumerate(chat.messages[first : proven.at], first):
+        _check_rendered(
+            message["content"], prompt, f"the text of message {at} ({message['role']})", "the prompt", thought=True
+        )
+        for what, text in _call_texts(message):
+            _check_rendered(text, prompt, f"{what} of message {at}", "the prompt")
+    _check_rendered(turn.get("reasoning_content"), reply, "the reasoning of the reply", "the reply")
+    _check_rendered(_without_opening_tag(turn["content"], prompt), reply, "the text of the reply", "the reply")
+    for what, text in _call_texts(turn):
+        _check_rendered(text, reply, f"{what} of the reply", "the reply")
+
+
+def check_each_text_rendered(chat: RenderedChat, at: int, verified: set[tuple]) -> None:
+    """Raise Unusable where a text of the messages up to `at` is found only because it also occurs elsewhere.
+
+    A text is replaced by a placeholder: if the rendering stays the same, the text was not rendered. Checked once for
+    each field in each context (see `_render_context`); `verified` holds these and is added to. The tool calls of one
+    message often have the same name, so they are counted.
+    """
+    for number, message in enumerate(chat.messages[: at + 1]):
+        if number in chat.rendered_messages:
+            continue
+        chat.rendered_messages.add(number)
+        turn = number == at
+        shown = chat.through(at) if turn else chat.prompt(at)
+        for key in ("content", "reasoning_content") if turn else ("content",):
+            text, context = (message.get(key) or "").strip(), (key, *_render_context(chat, at, number))
+            if not text or context in verified:
+                continue
+            if _render_with(chat, at, number, {**message, key: PLACEHOLDER}) == shown:
+                what = f"the {'reasoning' if key != 'content' else 'text'} of message {number} ({message['role']})"
+                raise Unusable("lost text", f"{what} is not what the chat template shows; another place says the same")
+            if len(verified) > MAX_VERIFIED:
+                verified.clear()
+            verified.add(context)
+        calls = message.get("tool_calls") or []
+        if len(calls) > 1:
+            replaced = _render_with(
+                chat, at, number, {**message, "tool_calls": [with_name_replaced(call) for call in calls]}
+            )
+            if replaced is not None and replaced.count(PLACEHOLDER) < len(calls):
+                counts = f"of {len(calls)} tool calls of message {number}, the chat template shows "
+                counts += f"{replaced.count(PLACEHOLDER)}"
+                raise Unusable("lost text", f"{counts}; the target would not see the others")
+
+
+def _render_context(chat: RenderedChat, at: int, number: int) -> tuple:
+    """Return all that decides which fields of message `number` a template renders: its position, neighbours, tools."""
+    around = chat.message_shapes[max(0, number - 1) : min(number + 2, at + 1)]
+    return (min(number, 2), min(at - number, 2), bool(chat.tools), chat.kwargs_key, *around)
+
+
+def _render_with(chat: RenderedChat, at: int, number: int, message: dict) -> str | None:
+    """Render the messages through `at`, or its prompt, with message `number` replaced; None where that is refused."""
+    before, after = chat.messages[:number], chat.messages[number + 1 : at]
+    try:
+        return chat.render([*before, message, *after], prompt=number != at)
+    except Unusable:
+        return None  # the template refuses the replaced message, which is no fault of the row's
+
+
+def check_not_encoded_twice(messages: list[dict], text: str) -> None:
+    """Raise Unusable where a tool call's arguments, JSON already, are rendered as a JSON string."""
+    if not any(message.get("tool_calls") for message in messages):
+        return
+    squeezed = SPACE.sub("", text)
+    for message in messages:
+        for call in message.get("tool_calls") or []:
+            function = call.get("function") if isinstance(call.get("function"), dict) else call
+            arguments = function.get("arguments")
+            if isinstance(arguments, str) and SPACE.sub("", arguments) not in squeezed:
+                raise Unusable("lost text", f"the arguments of tool call {function.get('name')} are encoded twice")
+
+
+def _check_rendered(text: object, rendered: str, what: str, where: str, *, thought: bool = False) -> None:
+    if not isinstance(text, str) or not text.strip() or is_rendered(rendered, text):
+        return
+    if thought and (content := _after_thought(text)) and is_rendered(rendered, content):
+        return  # an earlier turn, rendered without the thinking block at its start
+    raise Unusable("lost text", f"{what} is not in {where} that the chat template makes; the target would not see it")
+
+
+def is_rendered(rendered: str, text: str) -> bool:
+    """Return whether a rendering contains a text: as it is, trimmed, as JSON, or with other white space."""
+    text = text.strip()
+    if text in rendered:
+        return True
+    forms = [text, *(json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (False, True))]
+    squeezed = SPACE.sub("", rendered)
+    return any(SPACE.sub("", form) in squeezed for form in forms)
+
+
+def _without_opening_tag(content: str | None, prompt: str) -> str | None:
+    """Return a reply's text without the opening tag of a thinking block, where its prompt ends with that tag."""
+    opened = OPEN_THOUGHT.search(prompt[-200:])
+    return content.lstrip().removeprefix(opened[1]) if content and opened else content
+
+
+def _after_thought(text: str) -> str:
+    return re.split(r"</(?:\w+:)?think(?:ing)?>|\[/THINK\]|<channel\|>", text)[-1]
+
+
+def _tool_texts(tool: dict) -> Iterator[tuple[str, str]]:
+    """Yield (description, text) for each text of a tool that must be rendered: its name."""
+    function = tool.get("function") if isinstance(tool.get("function"), dict) else tool
+    if isinstance(function.get("name"), str):
+        yield f"tool {function['name']}", function["name"]
+
+
+def _call_texts(message: dict) -> Iterator[tuple[str, str]]:
+    """Yield (description, text) for each text of a message's tool calls: names, and the texts in their arguments."""
+    for call in message.get("tool_calls") or []:
+        function = call.get("function") if isinstance(call.get("function"), dict) else call
+        if isinstance(function.get("name"), str):
+            yield f"tool call {function['name']}", function["name"]
+        arguments = function.get("arguments")
+        for text in [arguments] if isinstance(arguments, str) else _texts_in(arguments):
+            yield f"an argument of tool call {function.get('name')}", text
+
+
+def _texts_in(value: object) -> Iterator[str]:
+    """Yield the texts in a JSON value, field names among them; instead of a text that is JSON itself, those in it."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield str(name)
+            yield from _texts_in(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts_in(inner)
+    elif isinstance(value, str):
+        try:
+            parsed = json.loads(value)
+        except (ValueError, RecursionError):
+            parsed = None
+        if isinstance(parsed, dict | list):
+            yield from _texts_in(parsed)
+        else:
+            yield value

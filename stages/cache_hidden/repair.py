@@ -36,7 +36,7 @@ from pipeline.cache.verify import Report, verify
 from pipeline.errors import CacheError, UsageError
 from pipeline.target.files import find_target
 from pipeline.target.weights import check_weights, check_weights_if_recorded
-from pipeline.visible_text import say, visible
+from pipeline.visible_text import print_visible, visible
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.plan_report import Lost, work_bytes
 from stages.cache_hidden.settings import CaptureSettings, resolve_settings
@@ -141,7 +141,7 @@ def is_imported(out: Path) -> bool:
 
 
 def _report(line: str) -> None:
-    say(visible(line), err=True)
+    print_visible(visible(line), err=True)
 
 
 def restore_plan(catalog: Catalog) -> None:

@@ -24,7 +24,7 @@ from pipeline.corpus.sources import corpus_files, file_sources, source_roles
 from pipeline.errors import DataError, UsageError
 from pipeline.target.on_policy import OnPolicyStats
 from pipeline.target.weights import check_weights_if_recorded
-from pipeline.visible_text import say, visible
+from pipeline.visible_text import print_visible, visible
 from stages.cache_hidden.budget import plan_matches_budget, sample_chooser, within_budget
 from stages.cache_hidden.capture_log import corpus_unchanged, request_of, unchanged_columns, write_record
 from stages.cache_hidden.options import CaptureOptions
@@ -179,14 +179,14 @@ def _make_plan(corpus: str | None, catalog: Catalog, settings: CaptureSettings, 
     spare_disk, budget = capped and options.budget is None, sample_chooser(settings, options)
     if budget and catalog.planned:
         check_not_in_use(out)
-        say(f"{visible(out)}: nothing of its plan is captured, so this budget makes another", err=True)
+        print_visible(f"{visible(out)}: nothing of its plan is captured, so this budget makes another", err=True)
     before = catalog.plan.samples if options.append else 0
     limit = HUB_SAMPLES if capped else options.max_samples
     plan = make_plan(name, out, settings, limit, spare_disk=spare_disk, budget=budget, roles=options.roles)
     if options.append:
         new = plan.samples - before
         added = f"{new:,} samples to the {before:,} there" if new else f"none, all are among the {before:,} there"
-        say(visible(f"{name} adds {added}"), err=True)
+        print_visible(visible(f"{name} adds {added}"), err=True)
 
 
 def _corpus_difference(existing: Plan, corpus: str | None, max_samples: int | None, roles: str | None) -> str:
@@ -229,7 +229,7 @@ def _announce(planned: Plan, settings: CaptureSettings, work: Work, worker: Work
         file=sys.stderr,
     )
     for line in [*budget_steps(planned), *left_out_lines(planned)]:
-        say(visible(line), err=True)
+        print_visible(visible(line), err=True)
 
 
 def left_out_lines(planned: Plan) -> list[str]:
@@ -271,7 +271,9 @@ def _print_summary(out: Path, done: CaptureSummary, worker: Worker) -> CaptureSu
     left = f", {done.left} left to the other workers" if done.left else ""
     left_out = f", {done.refused} refused" if done.refused else ""
     where = visible(out)
-    say(f"{where}: {done.samples:,} samples{left_out} in {done.shards} shards, {done.gib:.2f} GiB; {now}{who}{left}")
+    print_visible(
+        f"{where}: {done.samples:,} samples{left_out} in {done.shards} shards, {done.gib:.2f} GiB; {now}{who}{left}"
+    )
     if done.on_policy.rows:
         print(f"on-policy gauge: {done.on_policy}")
         if done.on_policy.warning:

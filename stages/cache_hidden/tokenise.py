@@ -17,10 +17,15 @@ import numpy as np
 from pipeline.corpus.rejections import Unusable
 from pipeline.corpus.sources import Conversation
 from pipeline.target.chat_template import ChatTemplate
-from stages.cache_hidden.dropped_text import check_each_text_rendered, check_not_encoded_twice, check_texts_rendered
-from stages.cache_hidden.rendered_chat import RenderedChat, TurnEnds, Unproven
+from stages.cache_hidden.rendered_chat import (
+    ProvenTurn,
+    RenderedChat,
+    check_each_text_rendered,
+    check_not_encoded_twice,
+    check_texts_rendered,
+)
 from stages.cache_hidden.token_boundaries import EncodedText, encode_separately, encode_texts, mask_of
-from stages.cache_hidden.turn_proof import ProvenTurn, prove_turn
+from stages.cache_hidden.turn_proof import TurnEnds, Unproven, prove_turn
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from rich.progress import track
 from transformers import PreTrainedModel
 
 from pipeline.cache import HiddenCache
-from pipeline.drafts import Draft, ScheduleValues, eligible_anchors, lay_blocks, metrics_of, needs_final_states, pack
+from pipeline.drafts import Draft, eligible_anchors, lay_blocks, metrics_of, pack
 from pipeline.errors import ProofError, RoomError, UsageError
 from pipeline.evaluation.accept_length import SLOTS_AT_ONCE, Span, accept_spans, accept_spans_by_threshold
 from pipeline.evaluation.figures import summarise
@@ -36,8 +36,14 @@ from pipeline.evaluation.reports import (
 from pipeline.runs.split import stratified_subset
 from pipeline.tensors import is_out_of_memory
 from stages.evaluate.decode import Decoded, SamplingOptions
-from stages.evaluate.lossless import LosslessCheck, check_quantiles, plain_decode, token_quantiles
-from stages.evaluate.plain_replies import PlainReplies, digest_of
+from stages.evaluate.lossless import (
+    LosslessCheck,
+    PlainReplies,
+    check_quantiles,
+    digest_of,
+    plain_decode,
+    token_quantiles,
+)
 from stages.evaluate.prompts import Prompt
 
 PROGRESS_SECONDS = 5.0  # seconds between lines where there is no terminal
@@ -251,7 +257,7 @@ def _mean(lists: Sequence[Sequence[int]]) -> float:
 @torch.no_grad()
 def teacher_forced(draft: Draft, cache: HiddenCache, heldout: np.ndarray) -> dict[str, float]:
     """Return accept_len_tf of each domain over held-out samples, whoever wrote their replies; no target runs."""
-    if needs_final_states(draft.config) and not cache.has_final:
+    if draft.config.needs_final_states and not cache.has_final:
         return {}  # its metrics come with its loss, which reads them
     sums: dict[str, dict] = {}
     domains = {cache.samples.domain[index] for index in heldout.tolist()}
@@ -262,13 +268,13 @@ def teacher_forced(draft: Draft, cache: HiddenCache, heldout: np.ndarray) -> dic
 
 def _add_sample(sums: dict, draft: Draft, cache: HiddenCache, index: int) -> None:
     """Add the metric sums of a loss over every eligible anchor of one sample to `sums`."""
-    final = needs_final_states(draft.config)
+    final = draft.config.needs_final_states
     sample = cache.read(index, layers=draft.config.target_layer_ids, final=final)
     cell = pack([sample], [cache.samples.hex(index)], final=final)
-    device = draft.fc.weight.device
+    device = draft.device
     anchors_N = eligible_anchors(sample.mask).nonzero()[:, 0]
     for part_N in anchors_N.split(max(1, SLOTS_AT_ONCE // draft.config.block_size)) if len(anchors_N) else ():
         blocks = lay_blocks(cell, part_N, torch.ones_like(part_N, dtype=torch.bool), draft.config).to(device)
-        loss = draft.loss(cell.to(device), blocks, ScheduleValues(), draft.denominators(blocks), metrics=True)
+        loss = draft.loss(cell.to(device), blocks, {}, draft.denominators(blocks), metrics=True)
         for name, value in loss.sums.items():
             sums[name] = sums.get(name, 0) + value

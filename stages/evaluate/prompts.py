@@ -27,7 +27,7 @@ KINDS = ("messages", "prompt", "input_ids")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the target is asked. `sample` is its index in the cache, where it comes from one."""
+    """Token ids to decode from. name: for messages. sample: its index in the cache, where it comes from one."""
 
     ids: list[int]
     domain: str
@@ -57,7 +57,7 @@ def cached_prompts(cache: HiddenCache, heldout: np.ndarray, count: int) -> list[
 def file_prompts(path: Path, target: Path, count: int, rules: dict | None = None) -> list[Prompt]:
     """Return the first `count` prompts of a JSONL file; `target` is the folder of the target's tokenizer.
 
-    rules: how a cache made its samples, whose arguments and day the chat template is given.
+    rules: how a cache made its samples, with the chat template's arguments and date.
 
     Raises UsageError when there is no such file, DataError naming file and line for what is no prompt.
     """
@@ -65,37 +65,33 @@ def file_prompts(path: Path, target: Path, count: int, rules: dict | None = None
         lines = read_file(Path(path), MOST_BYTES).decode().split("\n")
     except (OSError, ValueError) as error:
         refuse_limit(path, error)
-        said = getattr(error, "strerror", None) or error
-        raise UsageError(f"{path} cannot be read ({said}); pass a JSONL file of prompts") from error
-    found = []
+        cause = getattr(error, "strerror", None) or error
+        raise UsageError(f"{path} cannot be read ({cause}); pass a JSONL file of prompts") from error
+    rules, prompts = rules or {}, []
+    template = json.dumps(rules.get("template_kwargs", {})), rules.get("template_date", TEMPLATE_DATE)
     for number, line in enumerate(lines, 1):
-        if line.strip() and len(found) < count:
-            found.append(_parse(line, f"{path}:{number}", target, _told(rules)))
-    if not found:
+        if line.strip() and len(prompts) < count:
+            prompts.append(_parse(line, f"{path}:{number}", target, template))
+    if not prompts:
         raise DataError(f"{path} holds no prompt; write one JSON object a line, with {', '.join(KINDS)}")
-    return found
+    return prompts
 
 
-def _told(rules: dict | None) -> tuple[str, str]:
-    rules = rules or {}
-    return json.dumps(rules.get("template_kwargs", {})), rules.get("template_date", TEMPLATE_DATE)
-
-
-def _parse(line: str, place: str, target: Path, told: tuple[str, str]) -> Prompt:
+def _parse(line: str, location: str, target: Path, template: tuple[str, str]) -> Prompt:
     try:
         row = parse_json(line)
     except ValueError as error:
-        raise DataError(f"{place} is no JSON ({error}); correct or remove the line") from error
+        raise DataError(f"{location} is no JSON ({error}); correct or remove the line") from error
     kinds = [kind for kind in KINDS if isinstance(row, dict) and kind in row]
     if len(kinds) != 1:
-        raise DataError(f"{place} has {' and '.join(kinds) or 'none'} of {', '.join(KINDS)}; give exactly one")
-    ids = _ids(row, kinds[0], place, target, told)
+        raise DataError(f"{location} has {' and '.join(kinds) or 'none'} of {', '.join(KINDS)}; give exactly one")
+    ids = _ids(row, kinds[0], location, target, template)
     if not ids or not all(type(token) is int and token >= 0 for token in ids):
-        raise DataError(f"{place}: `{kinds[0]}` gives no list of token ids; correct or remove the line")
-    return Prompt(ids, str(row.get("domain", "")), place)
+        raise DataError(f"{location}: `{kinds[0]}` gives no list of token ids; correct or remove the line")
+    return Prompt(ids, str(row.get("domain", "")), location)
 
 
-def _ids(row: dict, kind: str, place: str, target: Path, told: tuple[str, str]) -> Iterable[int]:
+def _ids(row: dict, kind: str, location: str, target: Path, template: tuple[str, str]) -> Iterable[int]:
     if kind == "input_ids":
         return row[kind] if isinstance(row[kind], list) else []
     if kind == "prompt":
@@ -104,13 +100,15 @@ def _ids(row: dict, kind: str, place: str, target: Path, told: tuple[str, str]) 
     try:
         if isinstance(messages, list) and messages and messages[-1].get("role") == "assistant":
             messages = messages[:-1]
-        return _template(target, *told).prompt_ids(messages)
+        return _chat_template(target, *template).prompt_ids(messages)
     except (Unusable, TypeError, AttributeError) as error:
-        raise DataError(f"{place}: the chat template cannot render `messages` ({error}); correct the line") from error
+        raise DataError(
+            f"{location}: the chat template cannot render `messages` ({error}); correct the line"
+        ) from error
 
 
 @cache
-def _template(target: Path, kwargs: str, date: str):
+def _chat_template(target: Path, kwargs: str, date: str):
     from pipeline.target.chat_template import ChatTemplate
 
     return ChatTemplate(target, json.loads(kwargs), date)
@@ -118,7 +116,7 @@ def _template(target: Path, kwargs: str, date: str):
 
 @cache
 def _tokenizer(target: Path):
-    from pipeline.target.tokenizer import load_tokenizer
+    from pipeline.target.chat_template import load_tokenizer
 
     try:
         return load_tokenizer(target)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
 from pipeline.cache import HiddenCache
@@ -26,9 +25,10 @@ from pipeline.runs.split import split_samples
 from pipeline.target.files import find_target, max_positions, target_digest, target_name
 from pipeline.target.model import head_of, load_target, stop_tokens
 from pipeline.target.weights import check_weights_if_recorded, weights_digest
+from pipeline.tensors import find_device
 from pipeline.untrusted import check_regular
 from stages.evaluate.decode import SamplingOptions, decode_many, speculative_decode
-from stages.evaluate.lossless import LosslessCheck, plain_decode
+from stages.evaluate.lossless import LosslessCheck, PlainReplies, plain_decode, reply_settings
 from stages.evaluate.measure import (
     accept_figures,
     confidence_cuts,
@@ -40,7 +40,6 @@ from stages.evaluate.measure import (
     target_free_agreement,
     teacher_forced,
 )
-from stages.evaluate.plain_replies import PlainReplies, reply_settings
 from stages.evaluate.prompts import Prompt, cached_prompts, file_prompts
 
 __all__ = ["SamplingOptions", "run"]
@@ -73,7 +72,7 @@ def run(
     trained = describe_draft(Path(draft))
     store = open_cache(trained, cache, prompts)
     folder, name = find_model(model, store)
-    target = load_target(str(folder), device=device or _device(), dtype=None if store is None else store.dtype)
+    target = load_target(str(folder), device=find_device(device), dtype=None if store is None else store.dtype)
     drafter = open_draft(trained, target)
     heldout, known, config = None, trained.heldout is not None, drafter.config
     if store is not None:
@@ -117,9 +116,7 @@ def run(
         near_ties=[outcome.near_tie for outcome in outcomes if outcome.near_tie is not None],
         sampled=sampled,
         agreement=target_free_agreement(outcomes, drafter, store, max_new, threshold) if target_free else None,
-        confidence=confidence_cuts(drafter, store, asked, max_new)
-        if target_free and config.enable_confidence_head
-        else None,
+        confidence=confidence_cuts(drafter, store, asked, max_new) if target_free and config.has_confidence else None,
         teacher_forced={} if store is None else teacher_forced(drafter, store, heldout),
     )
     if out is not None:
@@ -187,11 +184,7 @@ class Trained:
         trained = f", {self.steps} steps" if self.steps is not None else ""
         return DraftFacts(
             path=str(self.path),
-            method=config.method,
-            block_size=config.block_size,
-            proposals=config.proposals,
-            objective=config.objective,
-            weighting=config.weighting,
+            **{key: getattr(config, key) for key in ("method", "block_size", "proposals", "objective", "weighting")},
             steps=self.steps,
             seed=self.seed,
             recipe=self.recipe,
@@ -204,11 +197,11 @@ def describe_draft(path: Path) -> Trained:
     """Return what is at `path`: a run, a checkpoint, or a published folder. UsageError for anything else."""
     if (path / CONFIG).is_file() and not (path / DRAFT).is_file():
         return Trained(path, published=True, heldout=recorded_share(path))
-    place = find_checkpoint(path)
-    steps, run_folder = open_checkpoint(place, ()).step, place.resolve().parent.parent
+    checkpoint = find_checkpoint(path)
+    steps, run_folder = open_checkpoint(checkpoint, ()).step, checkpoint.resolve().parent.parent
     if not (run_folder / RUN).is_file():
         return Trained(path, False, steps)
-    trained_on = read_run(run_folder)["cache"]["path"]
+    trained_on = read_run(run_folder).cache.path
     recipe = read_recipe(run_folder)
     train, seedless = recipe.train, recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 0})})
     return Trained(path, False, steps, train.seed, train.heldout, Path(trained_on), seedless.digest())
@@ -235,7 +228,7 @@ def find_model(model: str | None, store: HiddenCache | None) -> tuple[Path, str]
             raise UsageError("no cache says which target this draft is for; pass --model")
         return find_target(model), target_name(model)
     wanted = store.identity.target
-    folder = find_target(model or _recorded(store), None if model else wanted.revision or None)
+    folder = find_target(model or _recorded_target(store), None if model else wanted.revision or None)
     digest = target_digest(folder)
     if digest != wanted.digest:
         raise UsageError(
@@ -246,8 +239,8 @@ def find_model(model: str | None, store: HiddenCache | None) -> tuple[Path, str]
     return folder, wanted.name
 
 
-def _recorded(store: HiddenCache) -> str:
-    """Where the capture found the target, if that is still there, else its name."""
+def _recorded_target(store: HiddenCache) -> str:
+    """Return the folder of the target that was captured, if it is still there, else its name."""
     recorded = read_log(store.path).target
     return recorded.folder if recorded and Path(recorded.folder).is_dir() else store.identity.target.name
 
@@ -267,7 +260,7 @@ def open_draft(trained: Trained, target: PreTrainedModel) -> Draft:
 
 
 def check_context_length(target: PreTrainedModel, asked: Sequence[Prompt], max_new: int, proposals: int) -> None:
-    """Refuse prompts that leave the target's context no room for the reply and a block past its end, or unknown ids."""
+    """Refuse prompts that, with a reply and a block past its end, exceed the target's context, and unknown ids."""
     config = target.config.get_text_config()
     most, why = max_positions(config.to_dict())
     for prompt in asked:
@@ -278,7 +271,3 @@ def check_context_length(target: PreTrainedModel, asked: Sequence[Prompt], max_n
             )
         if max(prompt.ids) >= config.vocab_size:
             raise UsageError(f"{prompt.name}: token {max(prompt.ids)} is outside the target's {config.vocab_size}")
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

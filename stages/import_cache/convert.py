@@ -1,8 +1,10 @@
-"""Convert samples of another trainer's cache to the columns of a shard: read, check, write, probe against the target.
+"""The two passes over another trainer's files: tokens and masks into a plan, then states into shards, proven by value.
 
 T rows of a sample   R rows of a chunk   K layers   D hidden size
 """
 
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,21 +13,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.cache.atomic import process_lock, size_text, write_errors
+from pipeline.cache.catalog import Catalog, Work
+from pipeline.cache.codecs import CODECS
 from pipeline.cache.columns import ColumnSpec, stored_rows
 from pipeline.cache.layout import aux_column
-from pipeline.cache.samples import ShardPlan
+from pipeline.cache.manifest import create_identity
+from pipeline.cache.plan_writer import write_segment
+from pipeline.cache.samples import PlannedSample, ShardPlan
+from pipeline.cache.target_files import HEAD, target_file
 from pipeline.cache.writer import ShardWriter
-from pipeline.errors import ProofError
+from pipeline.corpus.rejections import Tally, Unusable, check_ids, check_mask, trim
+from pipeline.errors import DataError, ProofError, UsageError
 from pipeline.target.head import TargetHead
-from pipeline.target.on_policy import OnPolicyStats, on_policy_rows, score_tokens, sum_scores
+from pipeline.target.on_policy import OnPolicyStats, on_policy_rows, on_policy_share, score_tokens, sum_scores
 from pipeline.target.probe import ReferenceTarget, probe, probe_rows
 from pipeline.tensors import as_states, as_stored
-from stages.import_cache.detect_format import Source
-from stages.import_cache.find_convention import EXTRA_TOLERANCE, Convention
-from stages.import_cache.foreign_sample import STORED_DTYPE, ForeignSample, SampleLocation, bad_file
+from pipeline.visible_text import print_visible, visible
+from stages.import_cache.conventions import EXTRA_TOLERANCE, Convention
+from stages.import_cache.foreign_sample import STORED_DTYPE, ForeignSample, SampleLocation, Source, bad_file
 from stages.import_cache.target import Target
 
 CHUNK_ROWS = 1024  # rows of a sample in memory at a time
+MAX_REFUSED_SHARE = 0.01  # of the samples; more means that all of them are suspect
+EVERY_S = 5.0  # between lines of progress
 
 Norm = Callable[[Tensor], Tensor]
 
@@ -83,6 +94,125 @@ class ImportJob:
 def location_of(shard: ShardPlan, row: int) -> SampleLocation:
     """Return the source file and line of a planned sample."""
     return shard.batch.column("source")[row].as_py(), shard.line(row)
+
+
+def is_planned(catalog: Catalog, source: Source) -> bool:
+    """Return whether the cache has a plan. UsageError where it was made from other files."""
+    if not catalog.planned:
+        return False
+    plan, here = catalog.plan, source.source_facts()
+    if plan.sources != [here]:
+        there = plan.sources[0]
+        raise UsageError(
+            f"{catalog.path} was planned from {there.get('files')} files of {there.get('size')} bytes "
+            f"({there.get('file')}); {source.folder} now holds {here['files']} of {here['size']}, or under other "
+            "names; pass another --out"
+        )
+    return True
+
+
+def make_plan(catalog: Catalog, job: ImportJob, identity: dict, vocab_size: int) -> None:
+    """Read every file's tokens and loss mask and write the plan. Raises DataError, RoomError."""
+    out = catalog.path
+    tally, notes, source = Tally(), {"max_samples": None}, job.source
+
+    def planned_samples() -> Iterator[PlannedSample]:
+        usable, reported_at = 0, time.monotonic()
+        for number, (file, line) in enumerate(source.locations):
+            tally.rows += 1
+            sample = job.check(source.open(file, line))
+            planned = plan_sample(sample, file, line, vocab_size, tally)
+            if planned:
+                usable += 1
+                yield planned
+            if time.monotonic() > reported_at + EVERY_S:
+                reported_at = time.monotonic()
+                print(f"{number + 1:,} of {len(source.locations):,} samples looked at", file=sys.stderr)
+        tally.check_usable(str(source.folder), usable)
+        notes.update(tally.as_notes())
+        create_identity(out, identity)
+
+    with write_errors(out, "a plan"):
+        out.mkdir(parents=True, exist_ok=True)
+    row_bytes = sum(spec.row_bytes for spec in job.columns)
+    with write_errors(out, "a plan"), process_lock(out, "plan"):
+        catalog.refresh()
+        if not is_planned(catalog, source):
+            sources = [source.source_facts()]
+            write_segment(out, planned_samples(), row_bytes=row_bytes, sources=sources, notes=notes)
+    catalog.refresh()
+
+
+def plan_sample(sample: ForeignSample, file: str, line: int, vocab_size: int, tally: Tally) -> PlannedSample | None:
+    """Return the planned sample, as a capture would; None, with the reason in the tally, for an unusable one."""
+    try:
+        check_mask(sample.mask_T)
+        check_ids(sample.ids_T, vocab_size)
+    except Unusable as fault:
+        tally.reject(fault.reason, f"{sample.where}: {fault}")
+        return None
+    cut = trim(sample.ids_T, sample.mask_T)
+    if cut is None:
+        tally.too_short += 1
+        tally.add_example("too short", f"{sample.where}: no two supervised tokens in a row")
+        return None
+    return PlannedSample(*cut, file=file, line=line)
+
+
+def convert(catalog: Catalog, job: ImportJob, missing: Work, target: Target) -> None:
+    """Write the cache's copy of the target, and every missing column; each is committed once it is proven."""
+    target.store(catalog)
+    planned, head = catalog.plan, TargetHead.load(target_file(catalog, HEAD), *target.device_and_dtype)
+    norm = norm_function(target) if job.convention.last == "raw" else None
+    facts = {"engine": f"imported from {job.source.form}", "proven": target.proven}
+    total, refused, reported_at = (
+        total_bytes(missing),
+        sum(map(len, refused_by_shard(catalog, job))),
+        time.monotonic(),
+    )
+    for number, (shard, wanted) in enumerate(missing):
+        with ShardWriter(catalog, shard, wanted) as writer:
+            reasons = write_columns(writer, job, {spec.name for spec in wanted}, norm)
+            refused += len(reasons)
+            check_refused(refused, planned.samples, reasons)
+            writer.seal()
+            made = {spec.name: dict(facts) for spec in wanted}
+            if target.proven:
+                for name, result in probe_shard(writer, job, wanted, target, head).items():
+                    made[name]["probe"] = result
+            if "final" in made:
+                share = on_policy_share(planned.segment(shard.number).supervised)
+                made["final"]["gauge"] = on_policy_stats(writer, head, share).as_facts()
+            writer.commit(made)
+        if time.monotonic() > reported_at + EVERY_S:
+            reported_at = time.monotonic()
+            print(f"{number + 1} of {len(missing)} shards of {size_text(total)} imported", file=sys.stderr)
+
+
+def total_bytes(missing: Work) -> int:
+    return sum(
+        CODECS[spec.codec].stored_bytes(int(spec.bounds(shard)[-1]), spec.width, spec.dtype)
+        for shard, columns in missing
+        for spec in columns
+    )
+
+
+def refused_by_shard(catalog: Catalog, job: ImportJob) -> Iterator[dict]:
+    """Yield the refused samples of every written shard. A refused sample is refused in all columns."""
+    for shard in range(catalog.shards):
+        manifest = catalog.captured(shard, job.columns[-1].name)
+        yield manifest.refused if manifest else {}
+
+
+def check_refused(refused: int, samples: int, reasons: dict[int, str]) -> None:
+    """Print every refused sample; DataError when they are more than MAX_REFUSED_SHARE of all, and more than one."""
+    for reason in reasons.values():
+        print_visible(visible(f"left out: {reason}"), err=True)
+    if refused > max(1, MAX_REFUSED_SHARE * samples):
+        raise DataError(
+            f"{refused} of {samples} samples hold states that cannot be kept, {next(reversed(reasons.values()))} for "
+            "one; make these files again and import into a fresh --out"
+        )
 
 
 def refusal_reason(chunks: Iterator[tuple[str, Tensor]]) -> str | None:

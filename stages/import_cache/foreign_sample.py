@@ -9,6 +9,7 @@ anything is allocated, and states are memory-mapped, so that only rows in use ar
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -57,12 +58,28 @@ def mapped_sample(
 
 
 @dataclass(frozen=True)
-class StatedConvention:
-    """The convention that a form's files state; None where they do not."""
+class PartialConvention:
+    """What a form's files, or the command line, state of the layer convention; None where they do not."""
 
     layers: tuple[int, ...] | None = None  # in the source's numbering
     count_from: int | None = None  # the number of the first decoder layer's output: 0 or 1
-    last: str | None = None  # "normed" or "raw"
+    last: str | None = None  # "normed" or "raw"; on the command line also "none"
+
+
+class Source(Protocol):
+    """A folder of another trainer's files, of one form; `width` is the hidden size D."""
+
+    form: str
+    folder: Path
+    width: int
+    stated: PartialConvention
+    locations: list[SampleLocation]
+
+    def open(self, file: str, line: int) -> ForeignSample:
+        """Read one sample's tokens and mask; its states on demand. DataError for a damaged or hostile file."""
+
+    def source_facts(self) -> dict:
+        """Return this source's entry in the plan."""
 
 
 def bad_file(where: Path | str, what: str) -> DataError:

@@ -7,21 +7,18 @@ same command goes on with the missing shards, and gives the same bytes.
 
 import contextlib
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cache.atomic import check_free_space, clean_scratch, size_text
-from pipeline.cache.catalog import Catalog, Work
-from pipeline.cache.codecs import CODECS
+from pipeline.cache.atomic import check_free_space, clean_scratch
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.layout import LOG
 from pipeline.cache.manifest import create_identity, write_canonical
 from pipeline.cache.plan import Plan, plan_in_use
 from pipeline.cache.rebuild import rebuild_derived
-from pipeline.cache.target_files import HEAD, has_target, target_file
-from pipeline.cache.writer import ShardWriter
-from pipeline.errors import DataError, RoomError, UsageError
+from pipeline.cache.target_files import has_target
+from pipeline.errors import RoomError, UsageError
 from pipeline.target.files import (
     CONFIG,
     find_target,
@@ -31,24 +28,23 @@ from pipeline.target.files import (
     text_config,
     tokenizer_digest,
 )
-from pipeline.target.head import TargetHead
 from pipeline.target.layers import check_layers
-from pipeline.target.on_policy import OnPolicyStats, on_policy_share
+from pipeline.target.on_policy import OnPolicyStats
 from pipeline.target.weights import check_weights_if_recorded
-from pipeline.visible_text import say, visible
-from stages.import_cache.convert import ImportJob, norm_function, on_policy_stats, probe_shard, write_columns
-from stages.import_cache.detect_format import find_source
-from stages.import_cache.foreign_sample import STORED_DTYPE
-from stages.import_cache.layer_conventions import RequestedConvention, make_import_job
-from stages.import_cache.plan_samples import is_planned, make_plan
+from pipeline.visible_text import print_visible, visible
+from stages.import_cache.conventions import choose_convention
+from stages.import_cache.convert import ImportJob, convert, is_planned, make_plan, refused_by_shard, total_bytes
+from stages.import_cache.deepspec import INDEX, DeepSpec
+from stages.import_cache.foreign_sample import STORED_DTYPE, PartialConvention, Source
+from stages.import_cache.specforge import SUFFIX, SpecForge
+from stages.import_cache.speculators import NAME, Speculators
 from stages.import_cache.target import Target
 
-MAX_REFUSED_SHARE = 0.01  # of the samples; more means that all of them are suspect
-EVERY_S = 5.0  # between lines of progress
+WANTED = "SpecForge's *.ckpt, speculators' hs_<i>.safetensors, or DeepSpec's manifest.json and samples.idx"
 
 
 @dataclass(frozen=True)
-class Done:
+class ImportSummary:
     """Totals of an import over the whole cache; `new_shards` counts this run only."""
 
     samples: int
@@ -70,18 +66,19 @@ def run(
     masks: Path | None = None,
     unproven: bool = False,
     device: str | None = None,
-) -> Done:
+) -> ImportSummary:
     """Import the cache in `folder` into a cache at `out`, and print the convention found and the totals.
 
     Raises UsageError (no such cache or target, a missing option), DataError (a damaged or hostile file, too many
     unusable samples), ProofError (states that are not this target's by any convention), RoomError.
     """
     target = Target(target_folder(model, folder, unproven), device, not unproven)
-    requested = RequestedConvention(parse_layers(layers), count_from, last)
-    config = text_config(target.folder)
+    requested = PartialConvention(parse_layers(layers), count_from, last)
+    config, catalog = text_config(target.folder), Catalog(out)
     source = find_source(folder, requested.layers, config["hidden_size"], masks)
-    catalog = Catalog(out)
-    job = make_import_job(source, catalog, requested, target)
+    first, named = source.open(*source.locations[0]), requested.layers or source.stated.layers
+    convention = choose_convention(source, first, named, requested, catalog, target)
+    job = ImportJob(source, named, convention, first.dtype)
     check_layers(job.convention.layers(job.named_layers), config["num_hidden_layers"])
     identity = identity_of(target, model, job, catalog)
     if catalog.exists:
@@ -116,6 +113,45 @@ def target_folder(model: str | None, folder: Path, unproven: bool) -> Path:
             "training needs; name with --model a folder that does (its other weights are not read with --unproven)"
         )
     return folder
+
+
+def find_source(folder: Path, layers: tuple[int, ...] | None, width: int, masks: Path | None) -> Source:
+    """Return the source that a folder's files form. `width`: the target's hidden size. `layers`: those of --layers.
+
+    Raises UsageError where there is none or --layers is missing; DataError for a damaged one.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; name one that holds {WANTED}")
+    inner = folder / "hidden_states" if (folder / "hidden_states").is_dir() else folder  # where speculators puts them
+    deepspec = (folder / INDEX).exists()
+    speculators = next(
+        (place for place in (folder, inner) if any(NAME.fullmatch(path.name) for path in place.iterdir())), None
+    )
+    specforge = next(folder.rglob(f"*{SUFFIX}*"), None)
+    if sum(map(bool, (deepspec, speculators, specforge))) != 1:
+        raise UsageError(f"{folder}: holds {'none or several'} of these: {WANTED}; name a folder with one of them")
+    if masks is not None and not speculators:
+        raise UsageError(
+            f"{folder}: its files hold each sample's loss mask, and --masks is for speculators' hs_<i>.safetensors, "
+            "which have none; leave it out"
+        )
+    if deepspec:
+        source = DeepSpec(folder, width)
+        if layers not in (None, source.stated.layers):
+            stated = ",".join(map(str, source.stated.layers))
+            raise UsageError(f"{folder}: its manifest names the layers {stated}; pass the same, or leave out --layers")
+        return source
+    if layers is None:
+        raise UsageError(
+            f"{folder}: no file of it says which layers it holds; name them in their order with --layers, such as "
+            "--layers 1,9,17,25,33"
+        )
+    source = (
+        Speculators(speculators, len(layers), width, masks) if speculators else SpecForge(folder, len(layers), width)
+    )
+    if not source.locations:
+        raise UsageError(f"{folder}: no sample in it; name a folder that holds {WANTED}")
+    return source
 
 
 def parse_layers(layers: str | None) -> tuple[int, ...] | None:
@@ -155,63 +191,7 @@ def write_record(out: Path, identity: dict, target: Target) -> None:
         write_canonical(out / LOG, {"identity": identity, "target": {"folder": str(target.folder.resolve())}})
 
 
-def total_bytes(missing: Work) -> int:
-    return sum(
-        CODECS[spec.codec].stored_bytes(int(spec.bounds(shard)[-1]), spec.width, spec.dtype)
-        for shard, columns in missing
-        for spec in columns
-    )
-
-
-def convert(catalog: Catalog, job: ImportJob, missing: Work, target: Target) -> None:
-    """Write the cache's copy of the target, and every missing column; each is committed once it is proven."""
-    target.store(catalog)
-    planned, head = catalog.plan, TargetHead.load(target_file(catalog, HEAD), *target.device_and_dtype)
-    norm = norm_function(target) if job.convention.last == "raw" else None
-    facts = {"engine": f"imported from {job.source.form}", "proven": target.proven}
-    total, refused, reported_at = (
-        total_bytes(missing),
-        sum(map(len, refused_by_shard(catalog, job))),
-        time.monotonic(),
-    )
-    for number, (shard, wanted) in enumerate(missing):
-        with ShardWriter(catalog, shard, wanted) as writer:
-            reasons = write_columns(writer, job, {spec.name for spec in wanted}, norm)
-            refused += len(reasons)
-            check_refused(refused, planned.samples, reasons)
-            writer.seal()
-            made = {spec.name: dict(facts) for spec in wanted}
-            if target.proven:
-                for name, result in probe_shard(writer, job, wanted, target, head).items():
-                    made[name]["probe"] = result
-            if "final" in made:
-                share = on_policy_share(planned.segment(shard.number).supervised)
-                made["final"]["gauge"] = on_policy_stats(writer, head, share).as_facts()
-            writer.commit(made)
-        if time.monotonic() > reported_at + EVERY_S:
-            reported_at = time.monotonic()
-            print(f"{number + 1} of {len(missing)} shards of {size_text(total)} imported", file=sys.stderr)
-
-
-def refused_by_shard(catalog: Catalog, job: ImportJob) -> Iterator[dict]:
-    """Yield the refused samples of every written shard. A refused sample is refused in all columns."""
-    for shard in range(catalog.shards):
-        manifest = catalog.captured(shard, job.columns[-1].name)
-        yield manifest.refused if manifest else {}
-
-
-def check_refused(refused: int, samples: int, reasons: dict[int, str]) -> None:
-    """Print every refused sample; DataError when they are more than MAX_REFUSED_SHARE of all, and more than one."""
-    for reason in reasons.values():
-        say(visible(f"left out: {reason}"), err=True)
-    if refused > max(1, MAX_REFUSED_SHARE * samples):
-        raise DataError(
-            f"{refused} of {samples} samples hold states that cannot be kept, {next(reversed(reasons.values()))} for "
-            "one; make these files again and import into a fresh --out"
-        )
-
-
-def summary(catalog: Catalog, job: ImportJob, new: int, target: Target) -> Done:
+def summary(catalog: Catalog, job: ImportJob, new: int, target: Target) -> ImportSummary:
     """Print the cache's totals, the samples left out, and the next command."""
     out, planned = catalog.path, catalog.plan
     on_policy, refused = OnPolicyStats(), sum(map(len, refused_by_shard(catalog, job)))
@@ -220,17 +200,17 @@ def summary(catalog: Catalog, job: ImportJob, new: int, target: Target) -> Done:
         on_policy += OnPolicyStats.from_facts(gauge) if gauge else OnPolicyStats()
     now = f"{new} shards imported now" if new else "nothing to do"
     content = f"{planned.samples:,} samples" + (f", {refused} refused" if refused else "")
-    say(visible(f"{out}: {content} in {catalog.shards} shards, from {job.source.form}; {now}"))
+    print_visible(visible(f"{out}: {content} in {catalog.shards} shards, from {job.source.form}; {now}"))
     for line in left_out(planned):
-        say(visible(line), err=True)
+        print_visible(visible(line), err=True)
     if on_policy.rows:
         print(f"on-policy gauge: {on_policy}")
         if on_policy.warning:
             print(on_policy.warning, file=sys.stderr)
     if not target.proven:
         print("unproven: no state was compared with the target; an accept length of 1 would show the mistake late")
-    say(visible(f"next: pipeline train-draft --cache {out}"))
-    return Done(planned.samples, planned.tokens, catalog.shards, new, refused, on_policy)
+    print_visible(visible(f"next: pipeline train-draft --cache {out}"))
+    return ImportSummary(planned.samples, planned.tokens, catalog.shards, new, refused, on_policy)
 
 
 def left_out(planned: Plan) -> Iterator[str]:

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import DataError, UsageError, first_line
 from pipeline.os_errors import refuse_limit
 from pipeline.pickles import RefusedPickle, check_pickle
 from stages.import_cache.foreign_sample import (
     ForeignSample,
+    PartialConvention,
     SampleLocation,
-    StatedConvention,
     bad_file,
     check_loss_mask,
     check_plain,
@@ -52,7 +52,7 @@ class SpecForge:
     """A folder of `.ckpt` files, at any depth. Each holds `layers` layers of hidden size `width`, side by side."""
 
     form = "specforge"
-    stated = StatedConvention()
+    stated = PartialConvention()
 
     def __init__(self, folder: Path, layers: int, width: int):
         self.folder, self.layers, self.width = folder, layers, width
@@ -127,7 +127,7 @@ def load(path: Path) -> dict:
         record = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UNREADABLE as error:
         refuse_limit(path, error)
-        cause = str(error).strip().split("\n")[0][:120] or type(error).__name__
+        cause = first_line(error, 120)
         raise bad_file(path, f"damaged ({cause})") from error
     if not isinstance(record, dict):
         raise bad_file(path, f"holds a {type(record).__name__}, wanted a dict of tensors")

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import DataError, UsageError, first_line
 from pipeline.os_errors import refuse_limit
 from stages.import_cache.foreign_sample import (
     ForeignSample,
+    PartialConvention,
     SampleLocation,
-    StatedConvention,
     bad_file,
     check_loss_mask,
     check_plain,
@@ -39,7 +39,7 @@ class Speculators:
     """A folder of `hs_<i>.safetensors`. `masks`: the data set's folder, by default this folder or its parent."""
 
     form = "speculators"
-    stated = StatedConvention()
+    stated = PartialConvention()
 
     def __init__(self, folder: Path, layers: int, width: int, masks: Path | None):
         self.folder, self.layers, self.width = folder, layers, width
@@ -63,7 +63,7 @@ class Speculators:
             lacks = {"input_ids", MASKS} - {*rows.column_names}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             refuse_limit(self.masks, error)
-            cause = str(error).strip().split("\n")[0][:160]
+            cause = first_line(error)
             raise UsageError(f"{self.masks}: no saved data set ({cause}); name its folder with --masks") from error
         if lacks:
             raise UsageError(f"{self.masks}: its rows have no {sorted(lacks)[0]}; name another data set with --masks")

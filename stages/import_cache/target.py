@@ -12,10 +12,10 @@ from pipeline.cache.catalog import Catalog
 from pipeline.errors import UsageError
 from pipeline.os_errors import refuse_limit
 from pipeline.target.config import load_config
-from pipeline.target.copy_to_cache import store_target
 from pipeline.target.files import CONFIG, read_json, text_config, weight_files
 from pipeline.target.head import TargetHead
-from pipeline.target.model import final_norm, head_of, load_target, stop_tokens
+from pipeline.target.model import final_norm, head_of, load_target, stop_tokens, store_target
+from pipeline.tensors import find_device
 
 GENERATION = "generation_config.json"
 # Config keys that scale embedding, head or logits in a way that only the model's own code defines.
@@ -32,8 +32,7 @@ class Target:
     def model(self) -> PreTrainedModel:
         """The target, loaded now. Raises what `load_target` does."""
         assert self.proven, "nothing is computed of a cache that is imported unproven"
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return load_target(str(self.folder), device=device)
+        return load_target(str(self.folder), device=find_device(self.device))
 
     @property
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
@@ -81,8 +80,8 @@ def head_from_files(folder: Path) -> TargetHead:
         except (SafetensorError, OSError) as error:
             refuse_limit(path, error)
             raise UsageError(f"{path} cannot be read ({error}); fetch it again") from error
-        for end, places in found.items():
-            places += [(path, name) for name in names if name == end or name.endswith(f".{end}")]
+        for end, holders in found.items():
+            holders += [(path, name) for name in names if name == end or name.endswith(f".{end}")]
     embeds, heads, biases = found.values()
     tied = bool(read_json(folder / CONFIG).get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
     if len(embeds) != 1 or biases or len(heads) > 1 or not (heads or tied):
@@ -108,8 +107,8 @@ def _tensor(path: Path, name: str) -> torch.Tensor:
 
 def stop_tokens_from_files(folder: Path) -> frozenset[int]:
     """Return the stop tokens that the folder's configs name."""
-    places = [read_json(folder / CONFIG), text_config(folder)]
+    configs = [read_json(folder / CONFIG), text_config(folder)]
     if (folder / GENERATION).is_file():
-        places.append(read_json(folder / GENERATION))
-    stated = [place.get("eos_token_id") for place in places]
+        configs.append(read_json(folder / GENERATION))
+    stated = [config.get("eos_token_id") for config in configs]
     return frozenset(stop for stops in stated for stop in ([stops] if type(stops) is int else stops or ()))

@@ -42,7 +42,7 @@ ColumnsToRecode = list[tuple[ShardPlan, ColumnSpec, str]]
 
 
 @dataclass(frozen=True)
-class Done:
+class RecodeSummary:
     """How many (shard, column) pairs were rewritten, and their bytes before and after."""
 
     columns: int
@@ -50,7 +50,7 @@ class Done:
     after: int
 
 
-def run(cache: Path, codec: str) -> Done:
+def run(cache: Path, codec: str) -> RecodeSummary:
     """Rewrite columns in the codecs that `codec` gives, such as "aux=int8,final=zstd"; print a summary.
 
     Raises UsageError (no such codec, column or cache; states from a lossy codec), DataError (no states to calibrate
@@ -85,9 +85,9 @@ def run(cache: Path, codec: str) -> Done:
     where = visible(cache)
     if not work:
         print(f"{where}: nothing to do, every column that --codec {codec} names is in that codec")
-        return Done(0, 0, 0)
+        return RecodeSummary(0, 0, 0)
     print(f"{where}: {len(work)} columns of shards written anew, {size_text(before)} are now {size_text(after)}")
-    return Done(len(work), before, after)
+    return RecodeSummary(len(work), before, after)
 
 
 def _drop_recorded_codecs(cache: Path) -> None:

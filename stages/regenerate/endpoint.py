@@ -16,13 +16,11 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit, urlunsplit
 
 from pipeline.corpus.rejections import Unusable
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, first_line
 from pipeline.sampling import key_seed
 from stages.regenerate.options import Options
-from stages.regenerate.pending import Failure, Job
-from stages.regenerate.rendering import Renderer
-from stages.regenerate.replies import Reply
-from stages.regenerate.responses import Malformed, read_answer
+from stages.regenerate.prompts import Failure, Job, Renderer
+from stages.regenerate.replies import Malformed, Reply, read_answer
 
 RETRIED_STATUS = {408, 409, 425, 429}  # and every 5xx
 FATAL_STATUS = {401, 403, 404, 405}
@@ -65,7 +63,7 @@ class Endpoint:
         return wanted, self.options.engine or (owner if owner in ("vllm", "sglang") else "openai")
 
     def _unreachable(self, error: Exception) -> str:
-        cause = self.without_key(f"{type(error).__name__}: {error}".split("\n")[0][:160])
+        cause = self.without_key(first_line(f"{type(error).__name__}: {error}"))
         key = self.options.api_key_env
         return f"{self.shown_url} does not list its models ({cause}); check --endpoint, the server and the key in {key}"
 
@@ -159,7 +157,7 @@ class _RequestPool:
 
     def _status(self, error) -> str:
         """Return the text of a status error; UsageError where it would meet every prompt."""
-        text = self.endpoint.without_key(f"{error.status_code}: {error.message}".split("\n")[0][:200])
+        text = self.endpoint.without_key(first_line(f"{error.status_code}: {error.message}", 200))
         if error.status_code in FATAL_STATUS:
             raise UsageError(
                 f"{self.endpoint.shown_url} refuses every request ({text}); check the key in "

@@ -21,10 +21,9 @@ from pipeline.sampling import draw, key_seed, nucleus, uniforms
 from pipeline.target.files import max_positions, text_config
 from pipeline.target.kv_cache import BatchedKV, check_batchable, new_kv
 from pipeline.target.model import lm_logits, load_target, run_decoder, stop_tokens
-from pipeline.tensors import is_out_of_memory
+from pipeline.tensors import find_device, is_out_of_memory
 from stages.regenerate.options import Options
-from stages.regenerate.pending import Failure, Job
-from stages.regenerate.rendering import Renderer
+from stages.regenerate.prompts import Failure, Job, Renderer
 from stages.regenerate.replies import CUT, Reply
 
 WINDOW = 4096  # prompts sorted by length at a time
@@ -52,7 +51,7 @@ class LocalEngine:
 
     def __init__(self, options: Options, folder, model: str):
         self.options, self.model = options, model
-        self.target = load_target(str(folder), device=options.device or _device())
+        self.target = load_target(str(folder), device=find_device(options.device))
         self.max_positions = max_positions(text_config(folder))[0]
         self.stops: frozenset[int] = frozenset()
         self.batch = options.batch
@@ -193,10 +192,6 @@ class LocalEngine:
 
     def _tensor(self, rows: list[list[int]]) -> Tensor:
         return torch.tensor(rows, device=self.target.device)
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _common_prefix(a_ids: Sequence[int], b_ids: Sequence[int]) -> int:

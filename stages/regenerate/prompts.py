@@ -1,20 +1,24 @@
-"""Read the prompts of a corpus: its conversations turn by turn, without their replies.
+"""The prompts of a corpus: its conversations turn by turn without their replies, as jobs and as token ids.
 
-Rows are read as `pipeline/corpus/` reads them, or hold a question alone. Of a row with what a tool returned only the
-turns before it are asked: what comes after answers a call that the target may not make. `id`, `domain` and `split` are
-passed on.
+Rows are read as `pipeline/corpus/` reads them, or hold a question alone. Of a row with a tool's result only the turns
+before it are prompts: what comes after answers a call that the target may not make. `id`, `domain` and `split` are
+passed on. A job is such a row with its replies so far.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b
+from pathlib import Path
 
 from pipeline.corpus.record_formats import Conversation, RejectedRow
 from pipeline.corpus.rejections import Tally, Unusable
 from pipeline.corpus.sources import corpus_files, hub_dataset, parse_roles, read_rows
+from pipeline.errors import UsageError
+from stages.regenerate.replies import Reply
 
+CONTEXT_TOKENS = 4  # tokens shown before a difference, and after it
 PASSED_ON_KEYS = ("id", "domain", "split")
 CUT_AT_TOOL, CUT_AT_START = "cut before a tool's result", "opening assistant turn left out"
 
@@ -98,3 +102,81 @@ def _segments(messages: list[dict]) -> tuple[list[list[dict]], list[str]]:
     if not segments:
         raise Unusable("no prompt", "has no message of a user to answer")
     return segments, sorted(set(cuts))
+
+
+@dataclass
+class Job:
+    """A row and its replies so far. The next turn's prompt holds the target's own earlier replies."""
+
+    row: PromptRow
+    replies: list[Reply] = field(default_factory=list)
+
+    @property
+    def turn(self) -> int:
+        """The next turn to generate, from 0."""
+        return len(self.replies)
+
+    @property
+    def done(self) -> bool:
+        """Whether all replies are there."""
+        return self.turn == len(self.row.segments) or bool(self.replies and self.replies[-1].ends_conversation)
+
+    def messages(self) -> list[dict]:
+        """Return the messages of the next prompt."""
+        return self.row.messages([reply.message() for reply in self.replies])
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A prompt that was given up."""
+
+    row: PromptRow
+    turn: int
+    cause: str
+
+
+def pending_jobs(rows: Iterable[PromptRow], replies) -> Iterator[Job]:
+    """Yield a job for each unfinished row. replies: returns the replies so far for a row's key."""
+    for row in rows:
+        job = Job(row, replies(row.key))
+        if not job.done:
+            yield job
+
+
+class Renderer:
+    """The target's tokenizer and chat template, with the arguments and the date for every prompt."""
+
+    def __init__(self, folder: Path, template_kwargs: dict, date: str):
+        from pipeline.target.chat_template import ChatTemplate  # transformers takes seconds that not every run needs
+
+        self.template = ChatTemplate(folder, template_kwargs, date)
+        self.tokenizer = self.template.tokenizer
+
+    def prompt_ids(self, messages: list[dict], tools: list[dict] | None, template_kwargs: dict | None) -> list[int]:
+        """Return the ids that an engine would send to the target. Unusable when the template refuses the messages."""
+        return self.template.prompt_ids(messages, tools, template_kwargs)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return a reply's text: without special tokens, as a server sends it."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def compare(self, theirs: Sequence[int], ours: Sequence[int], location: str) -> None:
+        """UsageError, with the tokens around the first difference, when the server's prompt ids differ from ours."""
+        if list(theirs) == list(ours):
+            return
+        pairs = zip(theirs, ours, strict=False)
+        at = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(theirs), len(ours)))
+        first = max(at - CONTEXT_TOKENS, 0)
+        shown = "; ".join(
+            f"{where}: {self._token(theirs, where)} {'is' if where < at else 'for'} {self._token(ours, where)}"
+            for where in range(first, min(at + CONTEXT_TOKENS + 1, max(len(theirs), len(ours))))
+        )
+        raise UsageError(
+            f"{location}: the server asked the target with {len(theirs)} tokens that differ from the {len(ours)} of "
+            f"our chat template from token {at} on (position: the server's for ours): {shown}; a draft trained on this "
+            "would be asked otherwise than it learned. Name the same target with --model and the server, the same "
+            "--template-kwargs and chat template, and with --template-date the day where the template shows one"
+        )
+
+    def _token(self, ids: Sequence[int], at: int) -> str:
+        return f"{ids[at]} {self.tokenizer.decode([ids[at]])!r}" if at < len(ids) else "nothing"

@@ -14,13 +14,10 @@ from pipeline.corpus.rejections import Tally, report_unknown_keys
 from pipeline.corpus.sources import corpus_files, file_sources, report_skipped_files, source_roles
 from pipeline.errors import DataError, UsageError
 from pipeline.target.files import find_target, target_digest, target_name, template_digest, tokenizer_digest
-from stages.regenerate.journal import Journal
 from stages.regenerate.options import Options
-from stages.regenerate.output import failed_row, out_row, write_rows
-from stages.regenerate.pending import Failure, Job, pending_jobs
-from stages.regenerate.prompts import PromptRow, read_prompts
-from stages.regenerate.replies import Reply
-from stages.regenerate.report import Progress, ReplyCounts
+from stages.regenerate.output import Progress, ReplyCounts, failed_row, out_row, write_rows
+from stages.regenerate.prompts import Failure, Job, PromptRow, pending_jobs, read_prompts
+from stages.regenerate.replies import Journal, Reply
 
 
 def run(options: Options) -> dict:
@@ -158,15 +155,15 @@ def _ask(
     return sorted(failures, key=lambda failure: _corpus_order(failure.row.location))
 
 
-def _corpus_order(place: str) -> tuple[str, int]:
-    file, _, line = place.rpartition(":")
+def _corpus_order(location: str) -> tuple[str, int]:
+    file, _, line = location.rpartition(":")
     return file, int(line)
 
 
 def _renderer(options: Options, folder: Path | None):
     if folder is None:
         return None
-    from stages.regenerate.rendering import Renderer
+    from stages.regenerate.prompts import Renderer
 
     return Renderer(folder, options.template_kwargs, options.template_date)
 

@@ -22,19 +22,10 @@ from pipeline.cache import HiddenCache
 from pipeline.cache.codecs.lossy import Encoded
 from pipeline.cache.layout import FINAL
 from pipeline.cache.reader import Layer, Part
-from pipeline.drafts import Blocks, Cell, DraftConfig, eligible_anchors, lay_blocks, needs_final_states, pack
+from pipeline.drafts import Blocks, Cell, DraftConfig, eligible_anchors, lay_blocks, pack
 from pipeline.runs.recipe import TrainSection
 from pipeline.runs.split import Split
-from stages.train_draft.order import (
-    SampleCost,
-    draw_anchors,
-    draw_window,
-    epoch_keys,
-    epoch_order,
-    forward_cost,
-    global_batch,
-    pack_cells,
-)
+from stages.train_draft import order
 
 ALIGNMENT = 4  # bytes: of where a column's states begin in a buffer
 PREFETCH_BYTES = 1 << 30  # of states: the cell in use and those prefetched. At least one is prefetched, however large
@@ -56,15 +47,12 @@ class SampleWindow:
     final_rows: Tensor | None = None  # int64: rows that keep `final`; None where the loss reads none
     final_first: int = 0  # how many rows of the sample before this window keep it
 
-    @property
-    def aux(self) -> Tensor:
-        """An empty [0, T, 0], which `pack` accepts: the states are read after the layout is known."""
-        return torch.empty(0, len(self.ids), 0)
+    aux, final = torch.empty(0, 0, 0), torch.empty(0, 0)  # for `pack`: the states are read after the layout is known
 
-    @property
-    def final(self) -> Tensor:
-        """An empty [0, 0], likewise."""
-        return torch.empty(0, 0)
+    def cost(self, config: DraftConfig) -> order.SampleCost:
+        """Return what the window adds to a cell."""
+        rows = len(self.ids)
+        return order.SampleCost(rows, len(self.anchors), order.forward_cost(config, rows, self.anchors))
 
     @property
     def part(self) -> Part:
@@ -127,7 +115,7 @@ class BatchLoader:
         self, cache: HiddenCache, split: Split, config: DraftConfig, train: TrainSection, keep_encoded: bool = False
     ):
         self.cache, self.config, self.train = cache, config, train
-        self.reads_final = needs_final_states(config)
+        self.reads_final = config.needs_final_states
         groups = [config.target_layer_ids, *[(FINAL,)] * self.reads_final]
         self._encoded = {layers for layers in groups if keep_encoded and cache.is_encoded(layers)}
         self.low64 = cache.samples.low64[split.train]
@@ -140,11 +128,14 @@ class BatchLoader:
         """Lay out the batch of `step` without reading a state; `alone` gives every sample a cell of its own.
         Thread-safe."""
         epoch, at = divmod(step, self.per_epoch)
-        keys, order = self._order(epoch)
-        chosen = global_batch(order, at, self.train.batch)
+        keys, samples_n = self._order(epoch)
+        chosen = order.global_batch(samples_n, at, self.train.batch)
         samples = [self._window(int(self.indices[number]), int(keys[number])) for number in chosen]
-        numbers = [[number] for number in range(len(samples))] if alone else self._pack(samples)
-        windows = [[samples[number] for number in of_cell] for of_cell in numbers]
+        train, packed = self.train, [[number] for number in range(len(samples))]
+        if not alone:
+            costs = [sample.cost(self.config) for sample in samples]
+            packed = order.pack_cells(costs, train.context, train.cell_anchors, train.cells)
+        windows = [[samples[number] for number in of_cell] for of_cell in packed]
         cells, blocks = zip(*map(self._lay_out, windows), strict=True)
         return Batch(step, epoch, list(cells), list(blocks), windows, [sample.name for sample in samples])
 
@@ -195,15 +186,15 @@ class BatchLoader:
         """Return keys and order of the samples in an epoch; those of the last epoch asked for are cached."""
         cached = self._epoch
         if cached is None or cached[0] != epoch:
-            keys = epoch_keys(self.low64, self.train.seed, epoch)
-            cached = self._epoch = (epoch, keys, epoch_order(keys, self.ids))
+            keys = order.epoch_keys(self.low64, self.train.seed, epoch)
+            cached = self._epoch = (epoch, keys, order.epoch_order(keys, self.ids))
         return cached[1:]
 
     def _window(self, index: int, key: int) -> SampleWindow:
         """Choose a sample's window and its anchors."""
         ids, mask = self.cache.tokens_of(index)
         mask_T = torch.from_numpy(mask)
-        start, stop = draw_window(eligible_anchors(mask_T).numpy(), key, self.train.context)
+        start, stop = order.draw_window(eligible_anchors(mask_T).numpy(), key, self.train.context)
         valid_T = eligible_anchors(mask_T[start:stop]).numpy()
         final_rows, final_first = self.cache.final_rows(index, mask, start, stop) if self.reads_final else (None, 0)
         return SampleWindow(
@@ -211,18 +202,11 @@ class BatchLoader:
             ids=torch.from_numpy(ids[start:stop].astype(np.int64)),
             mask=mask_T[start:stop],
             first=start,
-            anchors=draw_anchors(valid_T, key, self.train.anchors, first=start),
+            anchors=order.draw_anchors(valid_T, key, self.train.anchors, first=start),
             name=self.cache.samples.hex(index),
             final_rows=None if final_rows is None else torch.from_numpy(final_rows - start),
             final_first=final_first,
         )
-
-    def _pack(self, samples: list[SampleWindow]) -> list[list[int]]:
-        costs = [
-            SampleCost(len(sample.ids), len(sample.anchors), forward_cost(self.config, len(sample.ids), sample.anchors))
-            for sample in samples
-        ]
-        return pack_cells(costs, self.train.context, self.train.cell_anchors, self.train.cells)
 
     def _lay_out(self, windows: list[SampleWindow]) -> tuple[Cell, Blocks]:
         """Return the cell of these windows, its states still to be read, and its blocks."""

@@ -11,17 +11,17 @@ from safetensors.torch import load_file
 
 from pipeline.cache import HiddenCache
 from pipeline.drafts import Draft
-from pipeline.errors import CacheError, UsageError
+from pipeline.errors import CacheError, UsageError, first_line
 from pipeline.evaluation.accept_length import accept_spans
 from pipeline.evaluation.figures import summarise
 from pipeline.runs import checkpoint
+from pipeline.runs.folder import Evaluation
 from pipeline.runs.recipe import Resolved
 from pipeline.runs.split import Split, stratified_subset
 from pipeline.visible_text import visible
 from stages.train_draft.loader import BatchLoader, Prefetcher
-from stages.train_draft.metrics_log import METRICS, TIMING, MetricsLog
+from stages.train_draft.logs import METRICS, TIMING, Display, MetricsLog, Throughput
 from stages.train_draft.optimizer import load_state_tensors, make_optimizer, state_tensors
-from stages.train_draft.progress import Display, Throughput
 from stages.train_draft.step import Trainer
 
 EVAL_BATCH = 8  # samples; a signal is noticed between two such batches
@@ -66,7 +66,7 @@ class TrainingRun:
         self.train = resolved.recipe.train
         self.digests = {"recipe": resolved.recipe.digest(), "cache": cache.digest, "split": split.digest}
         self.optimizer = make_optimizer(self.train.optimizer, draft)
-        self.device = draft.fc.weight.device
+        self.device = draft.device
         self.loader = BatchLoader(cache, split, resolved.draft, self.train, keep_encoded=self.device.type != "cpu")
         self.eval_samples = stratified_subset(cache, split.heldout, self.train.eval_samples) if cache.has_final else ()
         self.metrics, self.timing_log = MetricsLog(path / METRICS), MetricsLog(path / TIMING)
@@ -79,13 +79,13 @@ class TrainingRun:
         """
         found = checkpoint.latest(self.path)
         if found is not None:
-            differs = [key for key, value in self.digests.items() if found.state.get(key) != value]
-            if differs:
-                key, recorded, current = differs[0], found.state.get(differs[0]), self.digests[differs[0]]
-                raise UsageError(
-                    f"{found.path} was made with another {key}: digest {recorded}, this run has {current}; "
-                    "remove it to go on from the checkpoint before"
-                )
+            for key, digest in self.digests.items():
+                recorded = getattr(found.state, key)
+                if recorded != digest:
+                    raise UsageError(
+                        f"{found.path} was made with another {key}: digest {recorded}, this run has {digest}; "
+                        "remove it to go on from the checkpoint before"
+                    )
             self.step = found.step
             device = str(self.device)
             try:
@@ -94,14 +94,14 @@ class TrainingRun:
                 load_state_tensors(self.optimizer, moments, found.step)
             except (OSError, RuntimeError, KeyError) as error:  # its bytes were checked: written by another program
                 raise CacheError(
-                    f"{found.path}: not the weights and moments of this run's draft ({str(error).splitlines()[0]}); "
+                    f"{found.path}: not the weights and moments of this run's draft ({first_line(error, None)}); "
                     "remove it to go on from the checkpoint before"
                 ) from error
-        self.metrics.truncate(self.step, found.state.get("metrics", "") if found else "")
+        self.metrics.truncate(self.step, found.state.metrics if found else "")
         self.timing_log.truncate(self.step)
         return self.step
 
-    def fit(self, display: Display, stop: GracefulStop) -> dict | None:
+    def fit(self, display: Display, stop: GracefulStop) -> Evaluation | None:
         """Train to the last step; return the evaluation after it, None where nothing can be measured."""
         trainer = Trainer(self.draft, self.optimizer, self.loader, self.train)
         throughput = Throughput(self.step, self.train.steps)
@@ -132,12 +132,12 @@ class TrainingRun:
         return self._evaluated()
 
     def save(self) -> None:
-        state = self.digests | {"metrics": self.metrics.last_checksum}
-        checkpoint.save(self.path, self.step, self.draft, state_tensors(self.optimizer), state, self.train.keep)
+        digests = self.digests | {"metrics": self.metrics.last_checksum}
+        checkpoint.save(self.path, self.step, self.draft, state_tensors(self.optimizer), digests, self.train.keep)
 
-    def _evaluated(self) -> dict | None:
+    def _evaluated(self) -> Evaluation | None:
         """Return the evaluation of this step from the metrics log, None when there is none yet."""
-        return next((line["eval"] for line in self.metrics.lines if line["step"] == self.step and "eval" in line), None)
+        return next((line.eval for line in self.metrics.lines if line.step == self.step and line.eval), None)
 
     def _evaluate(self, display: Display, stop: GracefulStop) -> None:
         """Measure the exact accept length on held-out samples when one is due. On a signal: save and exit."""
@@ -161,19 +161,18 @@ class TrainingRun:
             replies = [
                 [span.sample, span.start, sum(span.lengths), len(span.lengths)] for span in spans if span.lengths
             ]
-            figures = summarise(spans) | {"replies": replies}
-            self.metrics.write({"step": self.step, "eval": figures})
-            display.print_line(f"step {self.step}: {evaluation_text(figures)}")
+            self.metrics.write({"step": self.step, "eval": summarise(spans) | {"replies": replies}})
+            display.print_line(f"step {self.step}: {evaluation_text(self._evaluated())}")
 
 
-def evaluation_text(figures: dict) -> str:
+def evaluation_text(figures: Evaluation) -> str:
     """Return an evaluation as one line of text: accept length, its 95 % interval and that of each domain."""
-    if not figures["calls"]:
+    if not figures.calls:
         return "no accept length: no held-out reply is the target's own"
-    named = {visible(name): of["accept_len"] for name, of in figures["domains"].items() if of["calls"] and name}
-    domains = f" ({', '.join(f'{name} {length:.2f}' for name, length in named.items())})" if named else ""
-    low, high = figures["interval"]
-    return f"accept length {figures['accept_len']:.2f} [{low:.2f}, {high:.2f}] on held-out samples{domains}"
+    named = [f"{visible(name)} {of.accept_len:.2f}" for name, of in figures.domains.items() if of.calls and name]
+    domains = f" ({', '.join(named)})" if named else ""
+    low, high = figures.interval
+    return f"accept length {figures.accept_len:.2f} [{low:.2f}, {high:.2f}] on held-out samples{domains}"
 
 
 def use_deterministic_kernels(device: torch.device) -> None:

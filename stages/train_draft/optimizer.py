@@ -14,7 +14,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 MOMENTUM = 0.95
 QUINTIC = 3.4445, -4.7750, 2.0315  # steepest at 0
 MUON_RMS = 0.2  # root mean square of a step's entries, about that of AdamW's
-FUSED = ("joint_proj",)  # three matrices stored as one, as a GRU's weights are
 
 
 class AdamW:
@@ -145,11 +144,11 @@ def hidden_matrices(draft: Draft) -> set[str]:
 
     Projections onto the vocabulary or onto one number are left out, and so are fused matrices.
     """
-    others = (draft.config.vocab_size, 1)
+    others, fused = (draft.config.vocab_size, 1), draft.fused_matrices
     return {
         f"{name}.weight"
         for name, module in draft.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features not in others and not name.endswith(FUSED)
+        if isinstance(module, nn.Linear) and module.out_features not in others and not name.endswith(fused)
     }
 
 

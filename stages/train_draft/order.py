@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.drafts import needs_final_states
 from pipeline.runs.split import splitmix64
 
 GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
@@ -87,7 +86,7 @@ def forward_cost(config, rows: int, anchors_N: np.ndarray) -> int:
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     slots = len(anchors_N) * b
     context = rows * H * (len(config.target_layer_ids) * H + depth * 2 * kv)
-    logits = H * V * (1 + needs_final_states(config))  # the draft's own, and the target's
+    logits = H * V * (1 + config.needs_final_states)  # the draft's own, and the target's
     slot = depth * H * (2 * heads + 2 * kv + 3 * config.intermediate_size) + logits
     attention = depth * 2 * heads * b * int((np.asarray(anchors_N, np.int64) + b).sum())
     return context + slots * slot + attention

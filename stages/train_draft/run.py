@@ -2,34 +2,40 @@
 
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from pipeline import tensors
 from pipeline.cache import HiddenCache
 from pipeline.console import VisibleConsole
-from pipeline.drafts import DRAFTS, Draft, init_weights, needs_final_states
-from pipeline.drafts.rope_scaling import draft_rope_scaling
-from pipeline.errors import RoomError
-from pipeline.published.init_from import InitialWeights, load_initial_weights
-from pipeline.published.writing import unservable
+from pipeline.drafts import DRAFTS, Draft, init_weights
+from pipeline.drafts.rope import draft_rope_scaling
+from pipeline.drafts.serving import unservable
+from pipeline.errors import RoomError, first_line
 from pipeline.runs.cache_requirements import check_complete, how_to_add, logit_scale, partial_text, text_config
-from pipeline.runs.folder import read_result, write_result
+from pipeline.runs.folder import (
+    Result,
+    chunk_rule,
+    create_or_check,
+    default_folder,
+    read_result,
+    run_lock,
+    with_recorded_rope,
+    write_result,
+)
 from pipeline.runs.recipe import Resolved, load_recipe, resolve
 from pipeline.runs.split import Split, split_samples
 from pipeline.visible_text import visible
+from stages.train_draft.logs import Display
 from stages.train_draft.loop import GracefulStop, TrainingRun, evaluation_text, use_deterministic_kernels
-from stages.train_draft.progress import Display
-from stages.train_draft.run_folder import (
-    create_or_check,
-    default_folder,
-    recorded_chunk_rule,
-    run_lock,
-    with_recorded_rope,
-)
+
+if TYPE_CHECKING:
+    from pipeline.published.init_from import InitialDraft, InitialWeights
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ def run(
     sets: tuple[str, ...] = (),
     out: Path | None = None,
     device: str | None = None,
-    init_from: Path | None = None,
+    init_from: "InitialDraft | None" = None,
 ) -> TrainResult:
     """Train the draft that the recipe describes, from the newest checkpoint if there is one.
 
@@ -61,15 +67,13 @@ def run(
     store = HiddenCache.open(cache)
     torch_device = find_device(device)
     stated = load_recipe(recipe, tuple(sets))
-    check_complete(store, stated)
+    check_complete(store, stated.draft.layers)
     resolved = resolve(stated, store)
     split = split_for(resolved, store)
     resolved = resolved.with_steps(len(split.train))
-    start = (
-        None if init_from is None else load_initial_weights(init_from, resolved.draft, store.head(dtype=store.dtype))
-    )
+    start = init_from and init_from.weights_for(resolved.draft, store.head(dtype=store.dtype))
     if start is not None:
-        resolved = start.with_rope_scaling(resolved)
+        resolved = resolved.with_rope_scaling(start.rope_scaling)
     folder = out or default_folder(resolved, store, split, start)
     return train_resolved(folder, store, split, resolved, torch_device, start)
 
@@ -77,7 +81,7 @@ def run(
 def split_for(resolved: Resolved, store: HiddenCache) -> Split:
     """Return which samples train the draft and which are held out; it depends on the columns that the loss reads."""
     draft, heldout = resolved.draft, resolved.recipe.train.heldout
-    return split_samples(store, draft.mask_token_id, heldout, draft.target_layer_ids, needs_final_states(draft))
+    return split_samples(store, draft.mask_token_id, heldout, draft.target_layer_ids, draft.needs_final_states)
 
 
 def train_resolved(
@@ -86,30 +90,44 @@ def train_resolved(
     split: Split,
     resolved: Resolved,
     device: torch.device,
-    start: InitialWeights | None = None,
+    start: "InitialWeights | None" = None,
 ) -> TrainResult:
     """Train one resolved recipe in the folder `path`, or resume it there; print the result. Raises what `run` does."""
     screen = VisibleConsole()
+
+    def say(line: str) -> None:
+        screen.print(line, markup=False, soft_wrap=True)
+
     with run_lock(path):
         differs = create_or_check(path, resolved, store, split, machine_facts(device), start)
         resolved = with_recorded_rope(path, resolved)
         result = read_result(path)
         if result is not None:
-            screen.print(f"{visible(path)} is finished: nothing to do", markup=False, soft_wrap=True)
+            say(f"{visible(path)} is finished: nothing to do")
         else:
             for line in run_description(path, store, split, resolved, device):
-                screen.print(line, markup=False, soft_wrap=True)
+                say(line)
             if start is not None:
-                screen.print(visible(start.summary), markup=False, soft_wrap=True)
+                say(visible(start.summary))
             if differs:
                 began = visible("; ".join(differs))
-                screen.print(
-                    f"began with {began}: the run goes on, its last digits may differ", markup=False, soft_wrap=True
-                )
-            result = train(path, store, split, resolved, device, screen, start)
+                say(f"began with {began}: the run goes on, its last digits may differ")
+            use_deterministic_kernels(device)
+            samples = (store.tokens_of(int(index))[0] for index in split.train)
+            draft = make_draft(resolved, store, device, start, samples)
+            draft.chunk_rule = chunk_rule(path)
+            parameters, steps = sum(weight.numel() for weight in draft.parameters()), resolved.recipe.train.steps
+            training = TrainingRun(path, store, split, resolved, draft)
+            first = training.resume()
+            with GracefulStop() as stop, Display(screen, first, steps) as display:
+                begun = f"going on after step {first}" if first else "starting at step 0"
+                display.print_line(f"{parameters:,} parameters; {begun} of {steps}")
+                figures = training.fit(display, stop)
+            accept_len = figures.accept_len if figures and figures.calls else None
+            result = Result(steps=steps, parameters=parameters, accept_len=accept_len, eval=figures)
             write_result(path, result)
-    screen.print(summary(path, store, result), markup=False, soft_wrap=True)
-    return TrainResult(path, result["steps"], result["accept_len"])
+    say(summary(path, store, result))
+    return TrainResult(path, result.steps, result.accept_len)
 
 
 def run_description(
@@ -150,48 +168,30 @@ def rope_messages(resolved: Resolved, store: HiddenCache) -> Iterator[str]:
         yield f"the target scales its rotary positions by {reason}: the draft is trained, and served, with plain ones"
 
 
-def train(
-    path: Path,
-    store: HiddenCache,
-    split: Split,
-    resolved: Resolved,
-    device: torch.device,
-    screen,
-    start: InitialWeights | None = None,
-) -> dict:
-    """Make the draft, train it to the last step and return the result that done.json records."""
-    use_deterministic_kernels(device)
-    draft = make_draft(resolved, store, device, start)
-    draft.chunk_rule = recorded_chunk_rule(path)
-    parameters = sum(weight.numel() for weight in draft.parameters())
-    training = TrainingRun(path, store, split, resolved, draft)
-    first = training.resume()
-    steps = resolved.recipe.train.steps
-    with GracefulStop() as stop, Display(screen, first, steps) as display:
-        display.print_line(
-            f"{parameters:,} parameters; {'going on after' if first else 'starting at'} step {first} of {steps}"
-        )
-        figures = training.fit(display, stop)
-    accept_len = figures["accept_len"] if figures and figures["calls"] else None
-    return {"steps": steps, "parameters": parameters, "accept_len": accept_len, "eval": figures}
-
-
 def make_draft(
-    resolved: Resolved, store: HiddenCache, device: torch.device, start: InitialWeights | None = None
+    resolved: Resolved,
+    store: HiddenCache,
+    device: torch.device,
+    start: "InitialWeights | None" = None,
+    samples: Iterable[np.ndarray] = (),
 ) -> Draft:
     """Return a draft in training mode on its device: float32 weights, random where `start` has none, and the
-    target's frozen head in the dtype of the arithmetic. Raises RoomError when memory is too small."""
+    target's frozen head in the dtype of the arithmetic. samples: ids of the training samples, which a method may count.
+
+    Raises RoomError when memory is too small.
+    """
     dtype = torch.bfloat16 if resolved.recipe.train.dtype == "bfloat16" else torch.float32
     try:
         draft = DRAFTS[resolved.draft.method](resolved.draft, store.head(str(device), dtype))
         init_weights(draft, resolved.recipe.train.seed)
+        draft.before_training(samples)
         if start is not None:
             start.load_into(draft)
         return draft.to(device).train()
     except RuntimeError as error:
         if not tensors.is_out_of_memory(error):
             raise
-        cause = str(error).strip().split("\n")[0][:160]
+        cause = first_line(error)
         raise RoomError(f"the draft does not fit into memory ({cause}); make its sizes in [draft] smaller") from error
 
 
@@ -208,13 +208,13 @@ def machine_facts(device: torch.device) -> dict[str, str]:
     return {"device": device.type, "threads": str(torch.get_num_threads())}
 
 
-def summary(path: Path, store: HiddenCache, result: dict) -> str:
+def summary(path: Path, store: HiddenCache, result: Result) -> str:
     """Return the closing lines: where the run is, its accept length, and the command to run next."""
     if not store.has_final:
         measured = f"no accept length: the cache holds no final states; {how_to_add(store, store.layers, 'needed')}"
-    elif result["eval"] is None:
+    elif result.eval is None:
         measured = "no accept length: the corpus holds nothing out"
     else:
-        measured = evaluation_text(result["eval"])
+        measured = evaluation_text(result.eval)
     command = visible(shlex.join(["pipeline", "evaluate", "--draft", str(path)]))
-    return f"{visible(path)}: {result['steps']} steps, {measured}\nnext: {command}"
+    return f"{visible(path)}: {result.steps} steps, {measured}\nnext: {command}"

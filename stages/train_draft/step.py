@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipeline.drafts import Blocks, Cell, Draft, ScheduleValues, metrics_of
-from pipeline.errors import ProofError, RoomError
+from pipeline.drafts import Blocks, Cell, Draft, metrics_of
+from pipeline.errors import ProofError, RoomError, first_line
 from pipeline.runs.recipe import TrainSection
 from pipeline.tensors import is_out_of_memory
 from stages.train_draft.loader import Batch, BatchLoader
@@ -58,7 +58,7 @@ class Trainer:
 
     def __init__(self, draft: Draft, optimizer: AdamW, loader: BatchLoader, train: TrainSection):
         self.draft, self.optimizer, self.loader, self.train = draft, optimizer, loader, train
-        self.device = draft.fc.weight.device
+        self.device = draft.device
         self.blocks_per_pass: int | None = None
 
     def step(self, batch: Batch, cells: Iterable[Cell]) -> dict | None:
@@ -94,7 +94,7 @@ class Trainer:
             "step": done,
             "epoch": batch.epoch,
             "loss": float(loss.total),
-            **({"lambda_base": scheduled.lambda_base} if "base" in draft.logit_kinds(scheduled) else {}),
+            **scheduled,
             "lr": lr,
             "grad_norm": norm,
             # accept_len_tf is teacher-forced: it is not the accept length of decoding.
@@ -102,7 +102,7 @@ class Trainer:
         }
 
     def add_gradients(
-        self, cells: Iterable[Cell], blocks: Sequence[Blocks], scheduled: ScheduleValues, metrics: bool
+        self, cells: Iterable[Cell], blocks: Sequence[Blocks], scheduled: dict[str, float], metrics: bool
     ) -> BatchLoss:
         """Add the gradient of a global batch's loss to the weights' gradients, one cell after the other.
 
@@ -136,7 +136,7 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _nonfinite_message(self, batch: Batch, scheduled: ScheduleValues, loss: float, norm: float) -> str:
+    def _nonfinite_message(self, batch: Batch, scheduled: dict[str, float], loss: float, norm: float) -> str:
         """Return the error message, naming the samples whose own loss or gradient is not finite."""
         culprits, alone = [], self.loader.batch(batch.step, alone=True)
         for name, cell, blocks in zip(batch.names, self.loader.read_all(alone), alone.blocks, strict=True):
@@ -163,4 +163,4 @@ def _out_of_memory(error: RuntimeError) -> str:
     """Return the text of an out-of-memory error; any other is raised again."""
     if not is_out_of_memory(error):
         raise error
-    return str(error).strip().split("\n")[0][:160]
+    return first_line(error)

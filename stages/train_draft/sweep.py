@@ -17,22 +17,23 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.cache import HiddenCache
 from pipeline.console import VisibleConsole
-from pipeline.drafts import needs_final_states
 from pipeline.errors import ProofError, UsageError
 from pipeline.evaluation.figures import bootstrap
-from pipeline.published.init_from import InitialWeights, load_initial_weights
 from pipeline.runs.cache_requirements import check_complete
-from pipeline.runs.folder import read_result
+from pipeline.runs.folder import default_folder, read_result
 from pipeline.runs.recipe import Recipe, Resolved, make_recipe, read_toml, resolve
 from pipeline.runs.split import Split
 from pipeline.visible_text import visible
 from stages.train_draft.run import find_device, split_for, train_resolved
-from stages.train_draft.run_folder import default_folder
+
+if TYPE_CHECKING:
+    from pipeline.published.init_from import InitialDraft, InitialWeights
 
 SEED = "train.seed"
 EXAMPLE = '"train.lr" = [1e-3, 3e-3]'
@@ -48,7 +49,7 @@ class PlannedRun:
     path: Path
     resolved: Resolved
     split: Split
-    start: InitialWeights | None
+    start: "InitialWeights | None"
 
 
 def sweep(
@@ -57,7 +58,7 @@ def sweep(
     sets: tuple[str, ...] = (),
     out: Path | None = None,
     device: str | None = None,
-    init_from: Path | None = None,
+    init_from: "InitialDraft | None" = None,
 ) -> dict:
     """Train every combination that is not finished yet; return all figures, best first, as --json prints them.
 
@@ -84,7 +85,7 @@ def sweep(
             screen.print(f"failed: {visible(error)}", markup=False, soft_wrap=True)
     facts = [run_facts(run, failed.get(run.path)) for run in runs]
     public = [{key: fact[key] for key in fact if key != "replies"} for fact in rank_by_accept_length(facts)]
-    made_of = {"cache": str(cache), "recipe": str(recipe), "init_from": init_from and str(init_from)}
+    made_of = {"cache": str(cache), "recipe": str(recipe), "init_from": init_from and str(init_from.place)}
     return made_of | {"runs": public, "pooled": rank_by_accept_length(pool_seeds(facts))}
 
 
@@ -132,7 +133,7 @@ def plan_runs(
     store: HiddenCache,
     combinations: list[tuple[Setting, Recipe]],
     out: Path | None,
-    init_from: Path | None = None,
+    init_from: "InitialDraft | None" = None,
 ) -> list[PlannedRun]:
     """Resolve every combination against the cache: recipe, samples, initial weights and folder (in `out`, else `runs`).
 
@@ -145,19 +146,19 @@ def plan_runs(
     runs: dict[Path, PlannedRun] = {}
     for setting, recipe in combinations:
         try:
-            check_complete(store, recipe)
+            check_complete(store, recipe.draft.layers)
             resolved = resolve(recipe, store)
             draft = resolved.draft
-            key = draft.mask_token_id, resolved.recipe.train.heldout, draft.target_layer_ids, needs_final_states(draft)
+            key = draft.mask_token_id, resolved.recipe.train.heldout, draft.target_layer_ids, draft.needs_final_states
             if key not in splits:
                 splits[key] = split_for(resolved, store)
-            start = None if init_from is None else load_initial_weights(init_from, draft, head)
+            start = init_from and init_from.weights_for(draft, head)
         except UsageError as error:
             raise UsageError(f"with {setting_text(setting)}: {error}") from None
         resolved = resolved.with_steps(len(splits[key].train))
         if start is not None:  # keep equal weights in memory once, however many runs begin with them
             start = replace(start, tensors=weights.setdefault(start.digest, start.tensors))
-            resolved = start.with_rope_scaling(resolved)
+            resolved = resolved.with_rope_scaling(start.rope_scaling)
         path = default_folder(resolved, store, splits[key], start)
         path = path if out is None else out / path.name
         if path in runs:
@@ -174,18 +175,18 @@ def setting_text(setting: Setting) -> str:
 
 def run_facts(run: PlannedRun, failed: str | None) -> dict:
     """Return the result of one run; `accept_len` is None where it failed or nothing could be measured."""
-    result = read_result(run.path) or {}
-    figures = result.get("eval") or {}
-    measured = bool(figures.get("calls"))
+    result = read_result(run.path)
+    figures = result and result.eval
+    measured = bool(figures and figures.calls)
     return {
         "setting": run.setting,
         "run": str(run.path),
         "steps": run.resolved.recipe.train.steps,
-        "parameters": result.get("parameters"),
-        "accept_len": figures["accept_len"] if measured else None,
-        "interval": figures["interval"] if measured else None,
-        "calls": figures.get("calls", 0),
-        "replies": figures.get("replies", []),
+        "parameters": result and result.parameters,
+        "accept_len": figures.accept_len if measured else None,
+        "interval": figures.interval if measured else None,
+        "calls": figures.calls if figures else 0,
+        "replies": figures.replies if figures else [],
         "failed": failed,
     }
 

@@ -147,7 +147,7 @@ def stored(codec: str, bits: np.ndarray, calibration: Calibration, rounds: int) 
 
         read_s = best(read, rounds, bits.nbytes)
         decode_s = best(decoding(column, np.empty_like(bits)), rounds, bits.nbytes)
-    size = sum(fact["size"] for file, fact in manifest["files"].items() if file != SAMPLES) / bits.nbytes
+    size = sum(fact.size for file, fact in manifest.files.items() if file != SAMPLES) / bits.nbytes
     return as_states(found), size, int(column.outliers[-1]) / len(bits), write_s, read_s, decode_s
 
 

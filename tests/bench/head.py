@@ -3,7 +3,7 @@
 Times `HeadLoss` with its gradient, one thread, random weights, at four vocabularies in float32 and bfloat16: with the
 label alone (`ce`), with the target's own distribution beside it (`kl`), and corrected, as Domino's logits are, with a
 correction of rank 256 (`domino`). Rows of a chunk take turns within a round; shown are the rounds' median CPU seconds,
-and last those of the rules of `pipeline/target/logit_chunks.py`: rule 1, of version 0.5 (4 MB of logits), and rule 2.
+and last those of the rules of `pipeline/target/head.py`: rule 1, of version 0.5 (4 MB of logits), and rule 2.
 
 Chosen: 256 rows within 128 MB of logits. Seen on a core of a Xeon with AVX-512 and without AMX, others working beside
 it (medians of two or three rounds):
@@ -52,8 +52,7 @@ import torch
 
 from pipeline.drafts.losses import HeadLoss
 from pipeline.drafts.objectives import Objective, TargetStates
-from pipeline.target.head import TargetHead
-from pipeline.target.logit_chunks import chunk_blocks
+from pipeline.target.head import TargetHead, chunk_blocks
 
 SHAPES = ((1024, 256, 4096), (32_768, 1024, 1024), (151_936, 1024, 256), (262_144, 640, 256))  # V, D, slots
 ROWS = (8, 32, 64, 128, 256, 512, 1024)

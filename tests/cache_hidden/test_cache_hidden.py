@@ -1,7 +1,6 @@
 """`pipeline cache-hidden`: correct states, nothing captured twice, and recovery from every interruption."""
 
 import json
-import queue
 import resource
 import shutil
 import signal
@@ -22,6 +21,7 @@ from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import write_errors
 from pipeline.cache.manifest import read_canonical
 from pipeline.cache.plan import load_plan, micro_batches
+from pipeline.cache.records import GaugeFacts
 from pipeline.cache.verify import verify
 from pipeline.corpus.sources import parse_row
 from pipeline.errors import DataError, RoomError, UsageError
@@ -194,27 +194,46 @@ def test_other_errors_of_the_target_are_not_taken_for_memory(capture, monkeypatc
         capture()
 
 
-def test_the_drain_is_bounded_keeps_order_and_passes_errors_on():
-    seen, go = [], threading.Event()
-    writer = BackgroundWriter(lambda item: (go.wait(5), seen.append(item)), depth=2)
-    feeder = threading.Thread(target=lambda: [writer.put(item) for item in range(6)], daemon=True)
-    feeder.start()
-    time.sleep(0.1)
-    with pytest.raises(queue.Full):
-        writer._queue.put_nowait("one too many")
-    go.set()
-    feeder.join()
-    writer.finish()
-    assert seen == list(range(6))
+def test_writing_in_the_background_is_bounded_and_keeps_order():
+    put, written, go = [], [], threading.Event()
+    with BackgroundWriter(lambda item: (go.wait(5), written.append(item)), depth=2) as writer:
+        feeder = threading.Thread(target=lambda: [(writer.put(item), put.append(item)) for item in range(6)])
+        feeder.start()
+        time.sleep(0.1)
+        assert (put, written) == ([0, 1, 2], []), "one is being written, two wait"
+        go.set()
+        feeder.join()
+    assert written == list(range(6))
+
+
+def test_nothing_is_written_behind_what_cannot_be():
+    begun = []
 
     def fails(item):
-        raise RoomError(f"no room for {item}")
+        begun.append(item)
+        raise RoomError(f"no space for {item}")
 
-    writer = BackgroundWriter(fails, depth=2)
-    with pytest.raises(RoomError, match="no room for first"):
-        writer.put("first")
-        writer.finish()
-    writer.stop()
+    with pytest.raises(RoomError, match="no space for first"), BackgroundWriter(fails, depth=2) as writer:
+        for item in ("first", "second", "third"):
+            writer.put(item)
+    assert begun == ["first"]
+
+
+def test_what_waits_to_be_written_is_dropped_where_the_computing_fails():
+    written, begun, go = [], threading.Event(), threading.Event()
+
+    def write(item):
+        begun.set()
+        go.wait(5)
+        written.append(item)
+
+    with pytest.raises(KeyboardInterrupt), BackgroundWriter(write, depth=2) as writer:
+        for item in ("first", "second", "third"):
+            writer.put(item)
+        begun.wait(5)
+        threading.Timer(0.1, go.set).start()
+        raise KeyboardInterrupt
+    assert written == ["first"]
 
 
 def test_an_error_while_writing_ends_the_capture(capture, tmp_path, monkeypatch):
@@ -599,7 +618,7 @@ def test_the_on_policy_figures_count_the_targets_greedy_tokens(tiny_target, tiny
                 wanted += OnPolicyStats(1, int(logits.argmax() == token), float(logits.log_softmax(-1)[token]))
     found = OnPolicyStats()
     for manifest in manifests(tiny_cache, "final"):
-        found += OnPolicyStats.from_facts(manifest["facts"]["gauge"])
+        found += OnPolicyStats.from_facts(GaugeFacts.model_validate(manifest["facts"]["gauge"]))
     assert (found.rows, found.agree) == (wanted.rows, wanted.agree)
     assert found.rows >= 256
     assert found.logprob == pytest.approx(wanted.logprob, rel=1e-4)

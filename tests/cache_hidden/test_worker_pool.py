@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from templates import prepared_here
 from tiny import CHAT_TEMPLATE, config, conversations, tokenizer, write_jsonl
 
 from pipeline.corpus.rejections import Tally
@@ -59,15 +60,12 @@ def test_any_number_of_workers_gives_the_same_in_the_corpuss_order(job, tmp_path
 
 
 def test_a_sample_travels_unchanged(job, tmp_path):
-    from stages.cache_hidden.prepare_rows import prepare_rows
-    from stages.cache_hidden.tokenise import ChatTemplate
-
     corpus, made = write_jsonl(tmp_path / "a.jsonl", conversations(40)), job()
-    here = list(prepare_rows(read_rows(str(corpus), [corpus]), ChatTemplate(made.folder), 512, Tally(), 264))
+    here = list(prepared_here(read_rows(str(corpus), [corpus]), made.folder, 512, Tally(), 264))
     there = [sample for outcome in outcomes(made, corpus) for sample in samples_of(outcome, Tally())]
     for one, other in zip(here, there, strict=True):
         assert np.array_equal(one.ids, other.ids) and np.array_equal(one.mask, other.mask)
-        assert (one.name, one.domain, one.split, one.line) == (other.name, other.domain, other.split, other.line)
+        assert (one.digest, one.domain, one.split, one.line) == (other.digest, other.domain, other.split, other.line)
 
 
 HOSTILE = (

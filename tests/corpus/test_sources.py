@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
+from templates import prepared_here
 from tiny import CHAT_TEMPLATE, tokenizer, write_jsonl
 
 from pipeline.corpus.rejections import Tally, Unusable, check_mask, trim
@@ -23,7 +24,6 @@ from pipeline.corpus.sources import (
 )
 from pipeline.errors import DataError, UsageError
 from pipeline.target.chat_template import ChatTemplate
-from stages.cache_hidden.prepare_rows import prepare_rows
 from stages.cache_hidden.settings import default_corpus
 
 HELLO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -255,7 +255,7 @@ def test_planning_counts_everything_it_leaves_out(template, tmp_path):
         {"messages": [*turns("x", "y"), {"role": "narrator", "content": "z"}]},
     ]
     corpus, tally = write_jsonl(tmp_path / "a.jsonl", rows), Tally()
-    samples = list(prepare_rows(read_rows(str(corpus), [corpus]), template(CHAT_TEMPLATE), 80, tally, 264))
+    samples = list(prepared_here(read_rows(str(corpus), [corpus]), template(CHAT_TEMPLATE).folder, 80, tally, 264))
     assert [sample.line for sample in samples] == [1, 4]
     assert tally.rows == 5 and tally.rejected == {"broken line": 1, "unknown role": 1}
     assert (tally.too_short, tally.truncated) == (1, 1), "the long question left nothing to learn within 80 tokens"
@@ -265,9 +265,9 @@ def test_planning_counts_everything_it_leaves_out(template, tmp_path):
 
 def test_a_token_the_target_has_no_embedding_for_is_a_fault(template, tmp_path):
     corpus, tally = write_jsonl(tmp_path / "a.jsonl", [{"messages": HELLO}]), Tally()
-    rows, made = list(read_rows(str(corpus), [corpus])), template(CHAT_TEMPLATE)
-    assert len(list(prepare_rows(rows, made, 80, tally, 259))) == 1 and not tally.rejected
-    assert list(prepare_rows(rows, made, 80, tally, 258)) == []
+    rows, made = list(read_rows(str(corpus), [corpus])), template(CHAT_TEMPLATE).folder
+    assert len(list(prepared_here(rows, made, 80, tally, 259))) == 1 and not tally.rejected
+    assert list(prepared_here(rows, made, 80, tally, 258)) == []
     assert tally.rejected == {"unknown token": 1}
     assert "a.jsonl:1: holds token 258, outside the target's 258" in tally.examples["unknown token"][0]
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline.drafts import DraftConfig, eligible_anchors, lay_blocks, pack
+from pipeline.drafts import DraftConfig, draft_config, eligible_anchors, lay_blocks, pack
 from pipeline.drafts.attention import visibility_mask
 from pipeline.drafts.blocks import Group, group_blocks, slot_decay
 from pipeline.drafts.metrics import metrics_of, slot_sums
@@ -32,7 +32,7 @@ def config(method: str = "dflash", shift: bool = False, block: int = 4, **more) 
         "mask_token_id": GUESS,
         "gamma": 2.0,
     }
-    return DraftConfig(**{"method": method, "shift_label": shift, "block_size": block, **shape, **domino, **more})
+    return draft_config(**{"method": method, "shift_label": shift, "block_size": block, **shape, **domino, **more})
 
 
 def sample(first: int, mask: torch.Tensor):

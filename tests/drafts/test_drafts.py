@@ -29,18 +29,17 @@ from pipeline.drafts import (
     DRAFTS,
     BlockRequest,
     Draft,
-    DraftConfig,
     Sampling,
-    ScheduleValues,
+    draft_config,
     init_weights,
     lay_blocks,
     metrics_of,
     pack,
 )
-from pipeline.drafts.norm_and_rope import RMSNorm, rope_tables, rotate
+from pipeline.drafts.backbone import RMSNorm
+from pipeline.drafts.rope import rope_tables, rotate
 from pipeline.errors import UsageError
-from pipeline.target.head import TargetHead
-from pipeline.target.logit_chunks import NEWEST, RULES, ChunkLimit
+from pipeline.target.head import NEWEST, RULES, ChunkLimit, TargetHead
 
 # What it is called
 
@@ -86,7 +85,7 @@ def test_weights_start_as_published_and_by_seed_alone(method):
 
 def test_a_head_of_another_target_is_refused():
     with pytest.raises(UsageError, match="vocabulary 64 and width 32, the target's head 60 and 32"):
-        DRAFTS["dflash"](DraftConfig(**fields("dflash")), TargetHead(torch.zeros(60, H), torch.zeros(60, H)))
+        DRAFTS["dflash"](draft_config(**fields("dflash")), TargetHead(torch.zeros(60, H), torch.zeros(60, H)))
 
 
 # What it sees
@@ -303,10 +302,10 @@ def test_cells_add_up_to_the_global_batch(method):
     whole = cell_of(*lengths)
     everything = all_blocks(draft, whole)
     dens = draft.denominators(everything)
-    total = draft.loss(whole, everything, ScheduleValues(0.3), dens).total
+    total = draft.loss(whole, everything, {"lambda_base": 0.3}, dens).total
     wanted = gradients(draft, total)
     parts = [pack([Sample(length, seed)], [f"s{seed}"], final=True) for seed, length in enumerate(lengths)]
-    shares = [draft.loss(part, all_blocks(draft, part), ScheduleValues(0.3), dens).total for part in parts]
+    shares = [draft.loss(part, all_blocks(draft, part), {"lambda_base": 0.3}, dens).total for part in parts]
     found = gradients(draft, sum(shares))
     assert_near(sum(shares), total)
     for name, gradient in wanted.items():
@@ -353,12 +352,12 @@ def domino(start=1.0, decay=1.0):
 
 def test_lambda_falls_as_published():
     whole, half = domino(decay=1.0), domino(decay=0.5)
-    assert [whole.schedule(t, 1000).lambda_base for t in (0, 250, 999)] == pytest.approx([1, 0.75, 0.001])
-    assert [half.schedule(t, 1000).lambda_base for t in (0, 250, 500, 999)] == pytest.approx([1, 0.5, 0, 0])
-    assert domino(start=0.8).schedule(0, 1000).lambda_base == 0.8
-    assert domino(decay=0.0).schedule(1, 1000).lambda_base == 0
-    assert all(0 <= whole.schedule(t, 3).lambda_base <= 1 for t in range(9))
-    assert build("dflash").schedule(0, 1000).lambda_base == 0
+    assert [whole.schedule(t, 1000)["lambda_base"] for t in (0, 250, 999)] == pytest.approx([1, 0.75, 0.001])
+    assert [half.schedule(t, 1000)["lambda_base"] for t in (0, 250, 500, 999)] == pytest.approx([1, 0.5, 0, 0])
+    assert domino(start=0.8).schedule(0, 1000)["lambda_base"] == 0.8
+    assert domino(decay=0.0).schedule(1, 1000)["lambda_base"] == 0
+    assert all(0 <= whole.schedule(t, 3)["lambda_base"] <= 1 for t in range(9))
+    assert build("dflash").schedule(0, 1000) == {}
 
 
 @pytest.mark.parametrize("total_steps", [None, 0])

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from decode_cases import DRAFTED, PROMPT, make_draft
-from rounds import Rounds, parted
 from tiny import config, random_model
 from transformers import Gemma4TextConfig, MistralConfig
+from verify_steps import StepRecorder, diverged
 
 from pipeline.errors import ProofError, UsageError
 from pipeline.target import kv_cache as memory
@@ -44,8 +44,8 @@ def target():
 
 
 @pytest.fixture
-def rounds(monkeypatch):
-    return Rounds(monkeypatch)
+def recorder(monkeypatch):
+    return StepRecorder(monkeypatch)
 
 
 def facts(reply):
@@ -60,12 +60,12 @@ def together(target, draft, new, stops=(), **options):
     return found
 
 
-def together_as_alone(rounds, target, draft, new, stops=(), like=None, **options):
+def together_as_alone(recorder, target, draft, new, stops=(), like=None, **options):
     """Decode all prompts at once, compare with each alone (of target `like`), and return what came of all at once."""
     found = together(target, draft, new, stops, **options)
-    at_once, options = rounds.take(), options | {"batch": 1}
+    at_once, options = recorder.take(), options | {"batch": 1}
     alone = [facts(speculative_decode(like or target, draft, ids, new, stops, **options)) for ids in PROMPTS]
-    by_rounding = {prompt for prompt, _ in parted(at_once, rounds.take())}
+    by_rounding = {prompt for prompt, _ in diverged(at_once, recorder.take())}
     for prompt, one, other in zip(PROMPTS, found, alone, strict=True):
         assert one == other or tuple(prompt) in by_rounding
     return found
@@ -77,22 +77,22 @@ def together_as_alone(rounds, target, draft, new, stops=(), like=None, **options
     ids=["greedy", "drawn", "one-hot"],
 )
 @pytest.mark.parametrize(("method", "options"), DRAFTED)
-def test_texts_decoded_at_once_are_what_each_is_alone(rounds, target, method, options, sampling):
-    together_as_alone(rounds, target, make_draft(target, method, **options), 20, batch=3, sampling=sampling)
+def test_texts_decoded_at_once_are_what_each_is_alone(recorder, target, method, options, sampling):
+    together_as_alone(recorder, target, make_draft(target, method, **options), 20, batch=3, sampling=sampling)
 
 
 @pytest.mark.parametrize("batch", [2, 5, 7, 50])
-def test_they_end_at_their_own_stops_and_limits(rounds, target, batch):
+def test_they_end_at_their_own_stops_and_limits(recorder, target, batch):
     draft = make_draft(target)
     stops = {plain_decode(target, ids, 9).ids[at] for ids, at in zip(PROMPTS[:3], (0, 4, 8), strict=True)}
 
-    found = together_as_alone(rounds, target, draft, 12, stops, batch=batch)
+    found = together_as_alone(recorder, target, draft, 12, stops, batch=batch)
 
     assert len({len(ids) for ids, *_ in found}) > 2, "all ended at one place: nothing was shown"
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.99])
-def test_blocks_cut_to_different_lengths_are_verified_in_one_forward(rounds, target, threshold):
+def test_blocks_cut_to_different_lengths_are_verified_in_one_forward(recorder, target, threshold):
     draft = make_draft(
         target, "dspark", shift_label=True, markov_rank=8, markov_head_type="rnn", enable_confidence_head=True,
         confidence_head_with_markov=True, alpha_confidence=1.0,
@@ -100,24 +100,24 @@ def test_blocks_cut_to_different_lengths_are_verified_in_one_forward(rounds, tar
     for weight in (draft.confidence_head.proj.weight, draft.markov_head.markov_w1.weight):
         weight.data *= 50  # sure of some tokens, not of others
 
-    found = together_as_alone(rounds, target, draft, 16, batch=4, threshold=threshold)
+    found = together_as_alone(recorder, target, draft, 16, batch=4, threshold=threshold)
 
     if threshold == 0.5:
         assert len({count for *_, proposed, _ in found for count in proposed}) > 2
 
 
 @pytest.mark.parametrize("kind", TARGETS)
-def test_every_kind_of_layer_sees_what_it_sees_alone(rounds, kind):
+def test_every_kind_of_layer_sees_what_it_sees_alone(recorder, kind):
     target = random_model(TARGETS[kind]())
     draft = make_draft(target)
-    together_as_alone(rounds, target, draft, 24, batch=4)
+    together_as_alone(recorder, target, draft, 24, batch=4)
     prove(target, draft, batch=4)
 
 
-def test_eager_attention_takes_the_same_masks(rounds, target):
+def test_eager_attention_takes_the_same_masks(recorder, target):
     eager = random_model(config(attn_implementation="eager"))
     assert eager.config._attn_implementation == "eager"
-    together_as_alone(rounds, eager, make_draft(eager), 16, batch=3, like=target)
+    together_as_alone(recorder, eager, make_draft(eager), 16, batch=3, like=target)
 
 
 def test_a_kernel_or_layers_without_such_masks_are_refused(target, monkeypatch):
@@ -175,11 +175,11 @@ def test_a_broken_memory_is_caught_and_a_sound_one_differs_by_near_ties_only(mon
 
 @pytest.mark.parametrize("sampling", [None, SamplingOptions(1.0, 1.0, 3)], ids=["greedy", "drawn"])
 @broken_memories
-def test_rounding_is_no_excuse_for_a_broken_memory(rounds, target, monkeypatch, broken, sampling):
+def test_rounding_is_no_excuse_for_a_broken_memory(recorder, target, monkeypatch, broken, sampling):
     stops = {plain_decode(target, PROMPTS[0], 24).ids[3]}
     broken(monkeypatch)
     with pytest.raises(AssertionError, match="rounding is at most"):
-        together_as_alone(rounds, target, make_draft(target), 20, stops, batch=3, sampling=sampling)
+        together_as_alone(recorder, target, make_draft(target), 20, stops, batch=3, sampling=sampling)
 
 
 def test_a_difference_is_measured_over_as_many_copies_as_were_decoded(target, monkeypatch):

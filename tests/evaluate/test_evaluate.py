@@ -152,7 +152,7 @@ def test_a_confidence_head_is_judged_by_the_blocks_it_cuts(confident):
     assert lines[2][4:] == [f"{low:.2f}", "-", f"{high:.2f}", f"{1 - 1 / cut.accept_len:.0%}"]
 
 
-def test_cut_blocks_are_lossless_and_agree_with_the_walk(confident):
+def test_cut_blocks_are_lossless_and_agree_with_the_replay(confident):
     middle = 0.35
     found = run(confident, count=4, max_new=12, device="cpu", threshold=middle, sampling=SamplingOptions(0.8, 0.0))
     assert found.settings.threshold == middle

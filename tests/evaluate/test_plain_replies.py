@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 from greedy import make_greedy_cache, save_stopping_target
 from rich.console import Console
-from rounds import Rounds, parted
+from verify_steps import StepRecorder, diverged
 
 from pipeline import cli
 from pipeline.cache.manifest import read_canonical, write_canonical
@@ -18,8 +18,7 @@ from pipeline.evaluation.tables import evaluation_table
 from pipeline.target.model import load_target
 from stages.evaluate import measure
 from stages.evaluate import run as evaluation
-from stages.evaluate.lossless import plain_decode
-from stages.evaluate.plain_replies import DecidedBy, PlainReplies, digest_of, reply_settings
+from stages.evaluate.lossless import DecidedBy, PlainReplies, digest_of, plain_decode, reply_settings
 from stages.evaluate.run import run
 
 
@@ -140,14 +139,14 @@ def test_a_device_too_small_is_no_bug(trained, monkeypatch, batch, remedy):
 
 @pytest.mark.parametrize("batch", [3, 50])
 def test_prompts_decoded_at_once_give_the_same_report_but_for_speed_and_rounding(trained, monkeypatch, batch):
-    rounds, reports, heard = Rounds(monkeypatch), [], []
+    recorder, reports, recorded = StepRecorder(monkeypatch), [], []
     for size in (1, batch):
         reports.append(evaluate(trained, None, count=6, sampling=evaluation.SamplingOptions(1.0, 1.0), batch=size))
-        heard.append(rounds.take())
+        recorded.append(recorder.take())
     one, many = reports
-    by_rounding = {(digest_of(prompt), drawn) for prompt, drawn in parted(*heard)}
+    by_rounding = {(digest_of(prompt), drawn) for prompt, drawn in diverged(*recorded)}
 
-    assert len(heard[0]) == 12 and many.speed == Speed()
+    assert len(recorded[0]) == 12 and many.speed == Speed()
     assert many.settings == one.settings.model_copy(update={"batch": min(batch, 6)})
     for drawn, here, there in ((False, one, many), (True, one.sampled, many.sampled)):
         whole = not any(of_drawn == drawn for _, of_drawn in by_rounding)

@@ -15,11 +15,11 @@ from pipeline.evaluation.accept_length import (
     accept_spans,
     accept_spans_by_threshold,
     known_reply,
+    replay_decoding,
     reply_spans,
-    walk,
 )
 from pipeline.evaluation.figures import bootstrap, summarise
-from pipeline.target.logit_chunks import NEWEST, RULES, ChunkLimit
+from pipeline.target.head import NEWEST, RULES, ChunkLimit
 from pipeline.target.model import load_target
 from stages.evaluate.decode import speculative_decode
 
@@ -141,20 +141,30 @@ def test_a_reply_is_followed_for_as_long_as_it_is_greedy():
     assert known({}, stops={11}) == ([10, 11], 2)
 
 
-def test_a_walk_ends_where_the_target_s_verdict_is_not_known():
+def test_a_replay_ends_where_the_target_s_verdict_is_not_known():
     ids, greedy = [1, 10, 11, 12, 13, 50], [10, 11, 12, 13, 14, -1]
     reply = known_reply(ids, greedy, 1, 5, ())  # 10 11 12 13, then 14 by the target
     assert (reply.tokens, reply.confirmed) == ([10, 11, 12, 13, 14], 4)
     wrong = [0, 0]
     unsure = [[11, 12], wrong, wrong, [14, 7]]
-    assert walk(reply, unsure, (), None) == ([3], [2], [2], False)  # on 7 nobody knows
-    assert walk(reply, unsure, (), 3) == ([3], [2], [2], True)  # and nobody asks
-    assert walk(reply, [[11, 12], wrong, wrong, wrong], (), None) == ([3, 1], [2, 0], [2, 2], False)
-    assert walk(reply, [[11, 9], wrong, [13, 14], wrong], (), None) == ([2, 3], [1, 2], [2, 2], False)  # whole: known
-    assert walk(reply, [[11, 12], wrong, wrong, wrong], (), 4) == ([3, 1], [2, 0], [2, 2], True)
-    assert walk(reply, unsure, {14}, None) == ([3, 1], [2, 1], [2, 2], True)
-    assert walk(reply, [], {10}, None) == ([], [], [], True)
-    assert walk(reply, [[11], [], [], []], (), None) == ([2, 1, 1], [1, 0, 0], [1, 0, 0], False)  # plain steps
+    assert replay_decoding(reply, unsure, (), None) == ([3], [2], [2], False)  # on 7 nobody knows
+    assert replay_decoding(reply, unsure, (), 3) == ([3], [2], [2], True)  # and nobody asks
+    assert replay_decoding(reply, [[11, 12], wrong, wrong, wrong], (), None) == ([3, 1], [2, 0], [2, 2], False)
+    assert replay_decoding(reply, [[11, 9], wrong, [13, 14], wrong], (), None) == (
+        [2, 3],
+        [1, 2],
+        [2, 2],
+        False,
+    )  # whole: known
+    assert replay_decoding(reply, [[11, 12], wrong, wrong, wrong], (), 4) == ([3, 1], [2, 0], [2, 2], True)
+    assert replay_decoding(reply, unsure, {14}, None) == ([3, 1], [2, 1], [2, 2], True)
+    assert replay_decoding(reply, [], {10}, None) == ([], [], [], True)
+    assert replay_decoding(reply, [[11], [], [], []], (), None) == (
+        [2, 1, 1],
+        [1, 0, 0],
+        [1, 0, 0],
+        False,
+    )  # plain steps
 
 
 def test_replies_without_a_prompt_are_no_spans():
@@ -163,7 +173,7 @@ def test_replies_without_a_prompt_are_no_spans():
 
 
 @dataclass
-class Walked:
+class FakeSpan:
     domain: str
     lengths: list
     matched: list = field(default_factory=list)
@@ -172,14 +182,14 @@ class Walked:
 
 
 def test_figures_pool_calls_and_say_how_sure_they_are():
-    walks = [
-        Walked("a", [4, 2], [3, 1], [3, 3]),
-        Walked("a", [1], [0], [0]),
-        Walked("b", [3], [2], [2]),
-        Walked("b", []),
+    spans = [
+        FakeSpan("a", [4, 2], [3, 1], [3, 3]),
+        FakeSpan("a", [1], [0], [0]),
+        FakeSpan("b", [3], [2], [2]),
+        FakeSpan("b", []),
     ]
 
-    figures = summarise(walks)
+    figures = summarise(spans)
 
     assert figures["accept_len"] == 10 / 4
     assert (figures["prompts"], figures["calls"], figures["tokens"]) == (3, 4, 10)
@@ -189,7 +199,7 @@ def test_figures_pool_calls_and_say_how_sure_they_are():
     assert figures["domains"]["b"]["interval"] == [3.0, 3.0]
     low, high = figures["interval"]
     assert 1 <= low < 2.5 < high <= 3
-    assert summarise(walks) == figures
+    assert summarise(spans) == figures
     empty = summarise([])
     assert (empty["accept_len"], empty["interval"], empty["per_slot"], empty["domains"]) == (0.0, [0.0, 0.0], [], {})
 

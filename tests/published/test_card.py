@@ -7,7 +7,7 @@ from forms import deepspec_dspark, target
 
 from pipeline.cache.inspect import describe
 from pipeline.checksummed_json import parse_checksummed
-from pipeline.drafts import DRAFTS, DraftConfig, init_weights
+from pipeline.drafts import DRAFTS, DraftConfig, draft_config, init_weights
 from pipeline.published import read_published
 from pipeline.published.card import Facts, card, serve_command
 from pipeline.published.check import check_export
@@ -107,7 +107,7 @@ def small(method: str, **changes) -> DraftConfig:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 1, "head_dim": 12, "vocab_size": 40, "rope_theta": 1e4}
     sizes |= {"max_position_embeddings": 64, "num_target_layers": 6, "target_layer_ids": (1, 3), "block_size": 4}
-    return DraftConfig(method=method, mask_token_id=39, **sizes, **own[method], **changes)
+    return draft_config(method=method, mask_token_id=39, **sizes, **own[method], **changes)
 
 
 @pytest.mark.parametrize(("method", "most"), [("dflash", 4), ("domino", 4)])

@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 
 from pipeline.cache import HiddenCache
 from pipeline.cli import commands
-from pipeline.drafts import DRAFTS, DraftConfig, init_weights
+from pipeline.drafts import DRAFTS, DraftConfig, draft_config, init_weights
 from pipeline.errors import UsageError
 from pipeline.published import read_published
 from pipeline.published.check import check_export
 from pipeline.published.export import export
-from pipeline.published.init_from import load_initial_weights
+from pipeline.published.init_from import InitialDraft, load_initial_weights
 from pipeline.runs import checkpoint
 from pipeline.runs.recipe import load_recipe, resolve
 from pipeline.target.head import TargetHead
@@ -31,7 +31,7 @@ def head() -> TargetHead:
 def wanted(folder, **changes) -> DraftConfig:
     """The draft that a folder describes, but for what changes."""
     fields = read_published(folder, 6).model_dump()
-    return DraftConfig(**{**fields, **changes})
+    return draft_config(**{**fields, **changes})
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -106,7 +106,7 @@ def test_another_head_of_the_same_method_is_refused(tmp_path, change, message):
 
 def test_a_head_is_not_taken_off_for_another_method(tmp_path):
     folder = FORMS["published domino"](tmp_path / "folder")
-    config = DraftConfig(**wanted(zlab_dflash(tmp_path / "dflash")).model_dump() | OF_DSPARK)
+    config = draft_config(**wanted(zlab_dflash(tmp_path / "dflash")).model_dump() | OF_DSPARK)
     with pytest.raises(UsageError, match=r"a domino draft, wanted is dspark: .* start from a dspark or dflash draft"):
         load_initial_weights(folder, config)
     with pytest.raises(UsageError, match=r"a domino draft, wanted is dflash: .* start from a dflash draft, or set"):
@@ -172,21 +172,21 @@ def test_weights_rounded_by_an_export_in_bfloat16_are_checked_and_begun_with(tin
     checked = check_export(tmp_path / "out")
     assert checked.dtypes == ("bfloat16",) and checked.probe.difference < 1e-5
 
-    begun = trained(tiny_cache, tmp_path / "run", "dspark", "train.steps=1", init_from=tmp_path / "out")
+    begun = trained(tiny_cache, tmp_path / "run", "dspark", "train.steps=1", init_from=InitialDraft(tmp_path / "out"))
 
     assert json.loads((begun / "run.json").read_text())["start"]["fresh"] == []
 
 
 def test_a_run_goes_on_only_with_the_weights_it_began_with(tiny_cache, first, tmp_path):
-    begun = trained(tiny_cache, tmp_path / "run", init_from=first)
+    begun = trained(tiny_cache, tmp_path / "run", init_from=InitialDraft(first))
     weights = load_file(checkpoint.latest(begun).path / checkpoint.DRAFT)
     plain = load_file(checkpoint.latest(first).path / checkpoint.DRAFT)
 
-    trained(tiny_cache, tmp_path / "run", init_from=first)  # finished, so nothing moves
+    trained(tiny_cache, tmp_path / "run", init_from=InitialDraft(first))  # finished, so nothing moves
     with pytest.raises(UsageError, match=r"initial weights = .*, this command asks for fresh"):
         trained(tiny_cache, tmp_path / "run")
     with pytest.raises(UsageError, match="was started with initial weights = fresh, this command asks for"):
-        trained(tiny_cache, first, init_from=begun)
+        trained(tiny_cache, first, init_from=InitialDraft(begun))
 
     again = load_file(checkpoint.latest(begun).path / checkpoint.DRAFT)
     assert all(torch.equal(weights[name], again[name]) for name in weights)
@@ -195,7 +195,7 @@ def test_a_run_goes_on_only_with_the_weights_it_began_with(tiny_cache, first, tm
 
 def test_the_default_folder_is_another_where_the_start_is(tiny_cache, first, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert trained(tiny_cache, None) != trained(tiny_cache, None, init_from=first)
+    assert trained(tiny_cache, None) != trained(tiny_cache, None, init_from=InitialDraft(first))
 
 
 def test_the_command_says_what_it_starts_from_and_the_card_names_it(tiny_cache, first, tmp_path, capsys):
@@ -213,5 +213,5 @@ def test_the_command_says_what_it_starts_from_and_the_card_names_it(tiny_cache, 
 
 def test_a_start_that_is_not_there_is_refused_before_anything_is_made(tiny_cache, tmp_path):
     with pytest.raises(UsageError, match=r"config\.json cannot be read"):
-        trained(tiny_cache, tmp_path / "run", init_from=tmp_path / "no")
+        trained(tiny_cache, tmp_path / "run", init_from=InitialDraft(tmp_path / "no"))
     assert not (tmp_path / "run").exists()

@@ -9,13 +9,12 @@ import torch
 from forms import DSPARK, FORMS, SIZES, backbone, domino, dspark, speculators_reduced, target, zlab_dflash
 from safetensors.torch import load_file, save_file
 
-from pipeline.drafts import DRAFTS, DraftConfig, init_weights, lay_blocks, pack
+from pipeline.drafts import DRAFTS, DraftConfig, ProbeBlock, draft_config, init_weights, lay_blocks, pack
 from pipeline.errors import ProofError, UsageError
 from pipeline.published import export, load_draft_folder, read_published
-from pipeline.published import reference as arithmetic
 from pipeline.published.check import check_export
+from pipeline.published.folder import published_names
 from pipeline.published.init_from import load_initial_weights
-from pipeline.published.names import draft_tensors, published_names
 from pipeline.runs import checkpoint
 from pipeline.target.head import TargetHead
 
@@ -148,23 +147,23 @@ def noisy(config: DraftConfig):
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_plain_arithmetic_on_the_tensors_gives_what_the_modules_give(variant):
-    config = DraftConfig(**SIZES | variant)
+    config = draft_config(**SIZES | variant)
     draft = noisy(config)
-    tensors = dict(draft.state_dict())
+    tensors, method = dict(draft.state_dict()), DRAFTS[config.method]
     rows = export.shorter(export.make_rows(config, None)[0])
     cell, anchors_N = pack([rows], ["one"]), torch.tensor([1, 5, 23])
     blocks = lay_blocks(cell, anchors_N, torch.ones(3).bool(), config)
     hidden_NSD = draft.hidden(cell, blocks)
     wanted_NSV = draft.logits(hidden_NSD, blocks.prev_NS)["final"]
 
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == draft_tensors(config)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == method.tensors(config)
     for n, anchor in enumerate(anchors_N.tolist()):
-        noise_SD = target()[blocks.input_ids_NS[n]]
-        hidden_SD = arithmetic.block_states(tensors.get, config, rows.aux[:, :anchor], noise_SD)
-        prev_S, columns = blocks.prev_NS[n], torch.arange(40)
-        added, confidence_S = arithmetic.correction(tensors.get, config, hidden_SD, prev_S, target()[prev_S], columns)
-        torch.testing.assert_close(hidden_SD @ target().T + added, wanted_NSV[n], rtol=2e-5, atol=2e-5)
-        if config.enable_confidence_head:
+        slots_SD, prev_S, columns = target()[blocks.input_ids_NS[n]], blocks.prev_NS[n], torch.arange(40)
+        features_KTD = rows.aux[:, :anchor]
+        block = ProbeBlock(tensors.get, features_KTD, slots_SD, prev_S, target()[prev_S], columns, target())
+        logits_SV, confidence_S = method.reference(config, block)
+        torch.testing.assert_close(logits_SV, wanted_NSV[n], rtol=2e-5, atol=2e-5)
+        if config.has_confidence:
             wanted_S = draft.confidence(hidden_NSD, blocks.prev_NS)[n]
             torch.testing.assert_close(confidence_S, wanted_S, rtol=2e-5, atol=2e-5)
 
@@ -175,7 +174,7 @@ EXPORTS += [("dspark", "speculators")]
 
 def exported(place, method, form="sglang", **changes):
     """An export of a fresh draft."""
-    draft = noisy(DraftConfig(**SIZES | {"method": method} | FIXED[method] | changes))
+    draft = noisy(draft_config(**SIZES | {"method": method} | FIXED[method] | changes))
     checkpoint.save(place / "run", 7, draft, {}, {}, 1)
     export.export(place / "run", place / "out", form)
     return place / "out"

@@ -280,7 +280,7 @@ def test_a_flipped_bit_in_the_journal_is_seen_and_asked_again(asked, server, cap
 
 
 def test_two_processes_do_not_write_one_journal(asked, server):
-    from stages.regenerate.journal import Journal
+    from stages.regenerate.replies import Journal
 
     with Journal(journal(asked), {}), pytest.raises(UsageError, match="another process"):
         run(asked)
@@ -399,7 +399,7 @@ def test_a_signal_ends_it_at_once_with_everything_kept(asked, server, number, co
 
 
 def test_a_full_disk_loses_nothing_that_was_written(asked, server, tmp_path):
-    from stages.regenerate import journal as module
+    from stages.regenerate import replies as module
 
     written = []
 

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from pipeline.drafts import DRAFTS, DraftConfig, init_weights
+from pipeline.drafts import DRAFTS, draft_config, init_weights
 from pipeline.errors import CacheError, RoomError, UsageError
 from pipeline.runs import checkpoint
 from pipeline.target.head import TargetHead
@@ -40,7 +40,7 @@ def head() -> TargetHead:
 
 
 def fresh(method: str = "domino", seed: int = 0):
-    draft = DRAFTS[method](DraftConfig(method=method, **SIZES, **OWN[method]), head())
+    draft = DRAFTS[method](draft_config(method=method, **SIZES, **OWN[method]), head())
     init_weights(draft, seed)
     return draft
 
@@ -51,7 +51,7 @@ def moments(draft) -> dict:
 
 def save(run, step, draft=None, keep=2):
     draft = draft or fresh()
-    return checkpoint.save(run, step, draft, moments(draft), {"horizon": 9}, keep)
+    return checkpoint.save(run, step, draft, moments(draft), {"metrics": "9"}, keep)
 
 
 @pytest.mark.parametrize("method", DRAFTS)
@@ -74,7 +74,7 @@ def test_the_newest_checkpoint_is_found_with_its_state(tmp_path):
 
     found = checkpoint.latest(tmp_path)
 
-    assert (found.step, found.state["horizon"], found.path.name) == (12, 9, "step-00000012")
+    assert (found.step, found.state.metrics, found.path.name) == (12, "9", "step-00000012")
 
 
 def test_older_checkpoints_go_only_once_the_new_one_is_there(tmp_path, monkeypatch):
@@ -146,7 +146,7 @@ def test_only_safetensors_and_json_are_written(tmp_path):
         "optimizer.safetensors",
         "state.json",
     ]
-    assert DraftConfig(**json.loads((path / "config.json").read_text())) == fresh().config
+    assert draft_config(**json.loads((path / "config.json").read_text())) == fresh().config
 
 
 def test_a_folder_nobody_may_write_is_a_matter_of_room(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from pipeline.cache.records import Identity
 from pipeline.drafts import DRAFTS
 from pipeline.errors import UsageError
 from pipeline.runs.recipe import Recipe, load_recipe, read_toml, resolve, resolve_mask_token, rope_theta, text_config
@@ -42,7 +43,7 @@ def cache_of(target=QWEN3_8B, tokens=QWEN3_TOKENS, layers=(1, 9, 17, 25, 33), ha
         has_final=has_final,
         dtype=torch.bfloat16,
         path=Path("hs_cache"),
-        identity={"target": {"name": "Qwen/Qwen3-8B"}, "capture": {"engine": engine}},
+        identity=Identity.model_validate({"target": {"name": "Qwen/Qwen3-8B"}, "capture": {"engine": engine}}),
     )
 
 
@@ -146,7 +147,7 @@ def test_dflash_is_the_published_one_and_carries_nothing_of_domino():
     draft = resolve(recipe, cache_of()).draft
 
     assert draft.shift_label is False
-    assert (draft.gru_hidden_dim, draft.emb_dim, draft.pure_draft_prefix_len) == (None, None, None)
+    assert draft.options() == {}
 
 
 def test_dspark_is_the_published_one_on_any_target():
@@ -158,7 +159,7 @@ def test_dspark_is_the_published_one_on_any_target():
         assert (draft.objective, draft.alpha_ce, draft.alpha_l1, draft.alpha_confidence) == ("dspark", 0.1, 0.9, 1.0)
         assert (draft.markov_head_type, draft.enable_confidence_head) == ("vanilla", True)
         assert draft.confidence_head_with_markov is False
-        assert (draft.gru_hidden_dim, draft.emb_dim, draft.pure_draft_prefix_len) == (None, None, None)
+        assert draft.options().keys() == DRAFTS["dspark"].Config.options().keys() and "emb_dim" not in draft.options()
     assert (published.markov_rank, toy.markov_rank) == (256, 128)
 
 
@@ -189,7 +190,7 @@ def test_tokens_are_what_is_learned_where_nothing_is_said():
         (["method=dflash", "markov_rank=8"], "markov_rank = 8 means nothing to dflash; leave it out"),
         (["method=domino", "enable_confidence_head=true"], "enable_confidence_head = True means nothing to domino"),
         (["method=dspark", "emb_dim=8"], "emb_dim = 8 means nothing to dspark; leave it out"),
-        (["method=dspark", "markov_head_type=lstm"], "markov_head_type.*found 'lstm'"),
+        (["method=dspark", "markov_head_type=lstm"], "markov_head_type.*'lstm': input should be 'vanilla'"),
         (["method=dspark", "shift_label=false"], "shift_label"),
         (["method=dspark", "alpha_ce=0", "alpha_l1=0"], "nothing is learned"),
         (["method=dspark", "enable_confidence_head=false", "alpha_confidence=1"], "alpha_confidence"),

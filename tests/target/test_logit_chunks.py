@@ -5,7 +5,7 @@ import torch
 from draft_cases import V, all_blocks, build, cell_of, every_method, loss_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.target.logit_chunks import NEWEST, RULES, ChunkLimit, chunk_blocks, chunk_rows
+from pipeline.target.head import NEWEST, RULES, ChunkLimit, chunk_blocks, chunk_rows
 
 
 class Logits(TorchDispatchMode):

@@ -10,9 +10,8 @@ from tiny import config, conversations, random_model, save_target, write_jsonl
 
 from pipeline.cli import main
 from pipeline.errors import UsageError
-from pipeline.target.config import load_config
+from pipeline.target.config import PACKAGES, check_quantised, load_config, quantised_by
 from pipeline.target.model import load_target
-from pipeline.target.quantised import PACKAGES, check_quantised, quantised_by
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.run import run
 

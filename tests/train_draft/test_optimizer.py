@@ -71,6 +71,8 @@ def test_orthogonal_is_five_steps_of_muons_quintic(shape, rank, dtype):
 class OneLayer(nn.Module):
     """As much of a draft as Muon looks at: matrices of both kinds, and what is none."""
 
+    fused_matrices = ()
+
     def __init__(self):
         super().__init__()
         self.config = SimpleNamespace(vocab_size=11)

@@ -18,7 +18,6 @@ from stages.train_draft.order import (
 )
 
 RNG = np.random.default_rng(0)
-OTHERS = {"alpha_l1": None, "enable_confidence_head": None}
 
 
 def sample_ids(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -168,7 +167,7 @@ def test_no_cell_is_empty():
 def test_cost_counts_context_slots_and_attention_by_hand():
     shapes = {"hidden_size": 4, "vocab_size": 10, "block_size": 2, "num_hidden_layers": 1, "num_attention_heads": 2}
     shapes |= {"num_key_value_heads": 1, "head_dim": 3, "intermediate_size": 5, "target_layer_ids": (1, 2, 3)}
-    hard, soft = (SimpleNamespace(**shapes, objective=name, **OTHERS) for name in ("ce", "kl"))
+    hard, soft = (SimpleNamespace(**shapes, needs_final_states=reads) for reads in (False, True))
 
     # fc 7 x 12 x 4, context k and v 7 x 4 x 6; slots 4 x (q, o 48, k, v 24, mlp 60, head 40);
     # scores and values: 6 x 2 for each of 2 slots and (1 + 2) + (5 + 2) keys

@@ -9,18 +9,20 @@ from dataclasses import replace
 import pytest
 import torch
 from cache_maker import COLUMNS, make_cache, random_samples
+from toy_codec import Fixed16
 
 from pipeline.cache import HiddenCache
 from pipeline.cache import open_columns as in_flight
+from pipeline.cache.codecs import CODECS
 from pipeline.cache.layout import FINAL, shard_folder
-from pipeline.drafts import DraftConfig
+from pipeline.drafts import draft_config
 from pipeline.errors import CacheError
 from pipeline.runs.recipe import TrainSection
 from pipeline.runs.split import split_samples
 from stages.train_draft import loader as loader_module
 from stages.train_draft.loader import BatchLoader, Prefetcher
 
-CONFIG = DraftConfig(
+CONFIG = draft_config(
     method="dflash",
     hidden_size=8,
     vocab_size=1100,
@@ -153,9 +155,10 @@ def test_an_error_comes_at_the_cell_it_is_about(loader, monkeypatch):
 
 
 @pytest.mark.parametrize("config", [CONFIG, SOFT], ids=["ce", "kl"])
-@pytest.mark.parametrize("coded", [*itertools.product(("raw", "int8"), repeat=2)], ids="-".join)
-def test_states_left_in_int8_are_the_same_once_they_are_moved(tmp_path, small, monkeypatch, coded, config):
+@pytest.mark.parametrize("coded", [*itertools.product(("raw", "int8"), repeat=2), ("fixed16", "int8")], ids="-".join)
+def test_states_left_encoded_are_the_same_once_they_are_moved(tmp_path, small, monkeypatch, coded, config):
     monkeypatch.setattr(in_flight, "INLINE_BYTES", 0)
+    monkeypatch.setitem(CODECS, "fixed16", Fixed16())
     columns = [replace(spec, codec=coded[spec.name == FINAL]) for spec in COLUMNS]
     plain, kept = made(tmp_path / "cache", columns, config), opened(tmp_path / "cache", config, keep_encoded=True)
 
@@ -168,8 +171,8 @@ def test_states_left_in_int8_are_the_same_once_they_are_moved(tmp_path, small, m
             assert (found.final_FD is None) == (config is CONFIG)
             if found.final_FD is not None:
                 assert torch.equal(found.final_FD.view(torch.int16), wanted.final_FD.view(torch.int16))
-            # int8: of eight values one byte each, and a scale of two; as they are, two bytes each
-            bytes_a_row = {"raw": 16, "int8": 10}
+            # of eight values two bytes each as they are; in int8 one, and two of a scale; in fixed16 two, and four
+            bytes_a_row = {"raw": 16, "int8": 10, "fixed16": 20}
             rows = 2 * len(wanted.pos_R), 0 if wanted.final_FD is None else len(wanted.final_FD)
             size = sum(-(-bytes_a_row[how] * count // 4) * 4 for how, count in zip(coded, rows, strict=True))
             assert kept.size(windows) == size

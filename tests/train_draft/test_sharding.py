@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from draft_cases import all_blocks, assert_near, build, cell_of, every_method, loss_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -10,7 +11,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from stages.train_draft.optimizer import make_optimizer
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def one_rank():
     """A mesh of one process, on the CPU."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -49,3 +50,30 @@ def test_a_draft_sharded_layer_by_layer_takes_the_step_of_a_whole_one(method, op
     for name in whole:
         assert not torch.equal(whole[name], before[name])
         assert_near(sharded[name], whole[name])
+
+
+def steps_on_rank(rank: int, folder: str) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights after a step of either optimiser, of a draft sharded over this process and another."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        return {kind: weights_after_a_step(shard(build("domino"), mesh), kind) for kind in ("adamw", "muon")}
+    finally:
+        dist.destroy_process_group()
+
+
+def on_the_other_rank(_: int, folder: str) -> None:
+    steps_on_rank(1, folder)
+
+
+def test_two_ranks_take_the_step_of_one(tmp_path):
+    other = mp.spawn(on_the_other_rank, (str(tmp_path),), nprocs=1, join=False)
+    found = steps_on_rank(0, str(tmp_path))
+    other.join()
+
+    for optimizer, sharded in found.items():
+        whole = weights_after_a_step(build("domino"), optimizer)
+        assert sharded.keys() == whole.keys()
+        for name in whole:
+            assert_near(sharded[name], whole[name])

@@ -19,6 +19,7 @@ from pipeline.cli import main
 from pipeline.errors import UsageError
 from pipeline.evaluation.figures import bootstrap
 from pipeline.evaluation.tables import sweep_table
+from pipeline.published.init_from import InitialDraft
 from pipeline.runs.recipe import load_recipe
 from stages.train_draft.run import run
 from stages.train_draft.sweep import load_sweep, pool_seeds, rank_by_accept_length, sweep
@@ -145,13 +146,14 @@ def test_every_run_is_the_one_train_draft_makes(recipe, tiny_cache, tmp_path):
 def test_every_run_begins_with_the_draft_named_and_another_start_is_another_run(recipe, tiny_cache, tmp_path, capsys):
     first = run(tiny_cache, None, (*SMALL, "train.steps=2"), tmp_path / "first", "cpu").run
     path, out = recipe('"train.seed" = [0, 1]'), tmp_path / "runs"
-    begun = sweep(tiny_cache, path, out=out, device="cpu", init_from=first)
+    begun = sweep(tiny_cache, path, out=out, device="cpu", init_from=InitialDraft(first))
     assert capsys.readouterr().out.count(f"starting from the dflash draft {first}") == 2
 
-    alone = run(tiny_cache, None, (*SMALL, "train.seed=1", "train.steps=4"), tmp_path / "alone", "cpu", first).run
+    sets = (*SMALL, "train.seed=1", "train.steps=4")
+    alone = run(tiny_cache, None, sets, tmp_path / "alone", "cpu", InitialDraft(first)).run
     (same,) = (Path(one["run"]) for one in begun["runs"] if one["setting"] == {"train.seed": 1})
     assert contents(alone) == contents(same)
-    sweep(tiny_cache, path, out=out, device="cpu", init_from=first)
+    sweep(tiny_cache, path, out=out, device="cpu", init_from=InitialDraft(first))
     assert "2 runs, 2 of them finished before" in capsys.readouterr().out
     fresh = sweep(tiny_cache, path, out=out, device="cpu")
     assert not {one["run"] for one in fresh["runs"]} & {one["run"] for one in begun["runs"]}
@@ -161,7 +163,13 @@ def test_every_run_begins_with_the_draft_named_and_another_start_is_another_run(
 def test_a_combination_that_cannot_begin_with_that_draft_is_found_before_the_first_run(recipe, tiny_cache, tmp_path):
     first = run(tiny_cache, None, (*SMALL, "train.steps=2"), tmp_path / "first", "cpu").run
     with pytest.raises(UsageError, match=r"with layers = \[1\]: .* has target_layer_ids = .*, wanted is \[1\]"):
-        sweep(tiny_cache, recipe('"draft.layers" = [[1]]'), out=tmp_path / "runs", device="cpu", init_from=first)
+        sweep(
+            tiny_cache,
+            recipe('"draft.layers" = [[1]]'),
+            out=tmp_path / "runs",
+            device="cpu",
+            init_from=InitialDraft(first),
+        )
     assert not (tmp_path / "runs").exists()
 
 

@@ -22,14 +22,16 @@ from pipeline.cache import HiddenCache
 from pipeline.cache.samples import PlannedSample
 from pipeline.checksummed_json import parse_checksummed, record_bytes
 from pipeline.cli import commands
-from pipeline.drafts import DRAFTS, ScheduleValues, lay_blocks
-from pipeline.drafts import draft as draft_module
+from pipeline.drafts import DRAFTS, lay_blocks
+from pipeline.drafts import block_draft as draft_module
 from pipeline.errors import CacheError, DataError, ProofError, RoomError, UsageError
+from pipeline.published.init_from import InitialDraft
 from pipeline.runs import checkpoint
+from pipeline.runs import folder as run_folder
+from pipeline.runs.folder import Evaluation
 from pipeline.runs.recipe import load_recipe, resolve
 from pipeline.runs.split import prompt_hash, split_by_prompt, split_samples, stratified_subset
 from stages.recode.run import run as recode
-from stages.train_draft import run_folder as run_folder
 from stages.train_draft.loader import BatchLoader, Prefetcher
 from stages.train_draft.loop import evaluation_text
 from stages.train_draft.optimizer import hidden_matrices, load_state_tensors, make_optimizer, state_tensors
@@ -84,7 +86,7 @@ def take_step(trainer: Trainer, number: int) -> dict | None:
 
 def add_gradients(draft, loader, cells, blocks, lambda_base: float, metrics: bool = False):
     trainer = Trainer(draft, make_optimizer("adamw", draft), loader, loader.train)
-    return trainer.add_gradients(cells, blocks, ScheduleValues(lambda_base), metrics)
+    return trainer.add_gradients(cells, blocks, {"lambda_base": lambda_base}, metrics)
 
 
 def gradients(draft) -> dict:
@@ -223,10 +225,10 @@ def test_a_mask_token_that_the_corpus_uses_is_refused(tiny_cache):
 
 
 def test_an_evaluation_of_samples_without_a_domain_names_none():
-    of = {"calls": 3, "accept_len": 1.5}
-    figures = of | {"interval": [1.0, 2.0], "domains": {"": of}}
-    assert evaluation_text(figures) == "accept length 1.50 [1.00, 2.00] on held-out samples"
-    assert evaluation_text(figures | {"domains": {"": of, "sql": of}}).endswith("on held-out samples (sql 1.50)")
+    of = {"prompts": 1, "calls": 3, "accept_len": 1.5, "interval": [1.0, 2.0], "per_slot": [0.5]}
+    unnamed, named = Evaluation(**of, domains={"": of}), Evaluation(**of, domains={"": of, "sql": of})
+    assert evaluation_text(unnamed) == "accept length 1.50 [1.00, 2.00] on held-out samples"
+    assert evaluation_text(named).endswith("on held-out samples (sql 1.50)")
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[]"])
@@ -768,7 +770,7 @@ def test_a_draft_that_training_begins_with_keeps_its_rotary_positions(tiny_cache
     plain = trained(tiny_cache, tmp_path / "plain", "train.steps=1")
     capsys.readouterr()
     sets = (*SMALL, "train.steps=1")
-    done = run(scaled_cache, None, sets, tmp_path / "run", "cpu", init_from=plain.run)
+    done = run(scaled_cache, None, sets, tmp_path / "run", "cpu", init_from=InitialDraft(plain.run))
     assert "the draft goes on as it began: plain ones" in capsys.readouterr().out
     assert checkpoint.load_config(done.run).rope_scaling is None
 

@@ -4,7 +4,7 @@ A codec is one object in `CODECS` (`__init__.py`). Nothing else names it: `--cod
 states, the order in which a budget tries codecs, capture, probe, certificate, verify, repair, recode and reading all
 ask the object. Three classes to begin with:
 
-- `ArrayCodec`, below: lossless, one zarr array a column. It takes `name`, `row_bytes`, `grid`, `writer`, `open`;
+- `ArrayCodec`, below: lossless, one zarr array a column, from two classes that write and read one;
 - `lossy.LossyCodec`: rows encoded on the device that computes them, decoded on the device that reads them, with a
   promise of how large an error is, which is checked before a shard is kept;
 - `Codec` itself, for a lossless codec with files of its own.
@@ -71,21 +71,30 @@ class Codec(ABC):
 
 
 class ArrayCodec(Codec):
-    """A lossless codec with one zarr array a column, whose chunks may be compressed each."""
+    """A lossless codec with one zarr array a column, whose chunks may be compressed each.
+
+    array_writer, array_reader: classes that take a folder and a grid.
+    """
+
+    array_writer: type
+    array_reader: type
 
     @abstractmethod
     def grid(self, rows: int, width: int, dtype: np.dtype) -> Grid:
-        """The chunking of a column as it is written."""
+        """The chunking of a column as it is written, with the compressor that tells its files from other forms."""
 
-    @abstractmethod
-    def open(self, folder: Path, grid: Grid):
-        """Open a reader of an array with the compressor of `grid`, which is the one on disk."""
+    def row_bytes(self, width: int, dtype: str) -> float:
+        """The size of the values themselves; with a compressor, to be overridden."""
+        return width * DTYPES[dtype].itemsize
+
+    def writer(self, folder: Path, rows: int, width: int, dtype: str, calibration: None = None):
+        return self.array_writer(folder, self.grid(rows, width, DTYPES[dtype]))
 
     def reader(self, folder: Path, rows: int, width: int, dtype: str, where: str):
-        """Open a reader: `open`'s, or zarr-python's for an array in a form that this program does not write."""
+        """Open a reader: our own, or zarr-python's for an array in a form that this program does not write."""
         grid = Grid.on_disk(folder, rows, width, DTYPES[dtype])
         if grid is not None and grid.compressor == self.grid(rows, width, DTYPES[dtype]).compressor:
-            return self.open(folder, grid)
+            return self.array_reader(folder, grid)
         from pipeline.cache.codecs.foreign_zarr import ForeignArray  # imports zarr-python
 
         return ForeignArray(folder, rows, width, dtype, where)

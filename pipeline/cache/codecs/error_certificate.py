@@ -44,8 +44,7 @@ from pipeline.cache.codecs.lossy import LossyCodec
 from pipeline.cache.layout import CHECKSUM_ROWS
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import DataError, ProofError
-from pipeline.target.head import TargetHead
-from pipeline.target.logit_chunks import chunk_rows
+from pipeline.target.head import TargetHead, chunk_rows
 from pipeline.tensors import as_stored
 
 SHADOW_ROWS = 2048  # rows kept raw per shard

@@ -4,6 +4,7 @@ Slower, with the same values: every block is checked against the column's checks
 bounded before it is decoded, so that a small file cannot exhaust the machine's memory.
 """
 
+import contextlib
 import functools
 import math
 import threading
@@ -12,8 +13,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from pipeline.cache.codecs.zarr_file import DTYPES
-from pipeline.errors import CacheError
-from pipeline.os_errors import refuse_limit
+from pipeline.errors import CacheError, first_line
+from pipeline.os_errors import check_memory, refuse_limit
 
 CHUNK_BYTES = 64 << 20  # an array with larger chunks is refused
 READ_BYTES = 4 << 20  # bytes read at a time, or a chunk
@@ -33,7 +34,7 @@ class ForeignArray:
         import zarr
 
         self.path, self.where, self.width, self.dtype = store, where, width, DTYPES[dtype]
-        with self._errors(), _OPENING, zarr.config.set(_bounded_codecs()):
+        with _errors(where), _OPENING, zarr.config.set(_bounded_codecs()):
             self.array = array = zarr.open_array(store, mode="r")
         if array.ndim != 2 or array.shape[0] < rows or array.shape[1] != width or array.dtype != self.dtype:
             raise CacheError(
@@ -72,31 +73,21 @@ class ForeignArray:
     def read_into(self, first_row: int, out: memoryview) -> None:
         """Fill `out`, whole rows as flat bytes, from `first_row` on."""
         rows = np.frombuffer(out, self.dtype).reshape(-1, self.width)
-        with self._errors():
+        with _errors(self.where):
             rows[:] = self.array[first_row : first_row + len(rows)]
 
-    def _errors(self):
-        return _Errors(self.where)
 
-
-class _Errors:
-    """Raises CacheError for the errors of zarr-python and its codecs about bad bytes."""
-
-    def __init__(self, where: str):
-        self.where = where
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, BAD_BYTES):
-            refuse_limit(self.where, error)
-            if "decompress" in str(error):
-                from pipeline.cache.codecs.zstd import check_memory
-
-                check_memory(self.where)
-            message = str(error).split("\n")[0]
-            raise CacheError(f"{self.where}: zarr-python cannot read it: {message}; run `pipeline verify`") from error
+@contextlib.contextmanager
+def _errors(where: str) -> Iterator[None]:
+    """Raise CacheError for the errors of zarr-python and its codecs about bad bytes."""
+    try:
+        yield
+    except BAD_BYTES as error:
+        refuse_limit(where, error)
+        if "decompress" in str(error):
+            check_memory(where)
+        message = first_line(error, None)
+        raise CacheError(f"{where}: zarr-python cannot read it: {message}; run `pipeline verify`") from error
 
 
 def _check_declared(declared: int | None, chunk_spec) -> None:

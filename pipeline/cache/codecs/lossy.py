@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.cache.atomic import sync_file
 from pipeline.cache.codecs.calibration import Calibration
 from pipeline.cache.codecs.codec import Codec
 from pipeline.cache.codecs.zarr_file import METADATA, SHARD_FILE, Grid, ShardFile, ShardFileWriter
@@ -36,11 +37,11 @@ OUTLIER_SHARE = 64  # at most one entry of a column in so many may be an outlier
 
 
 class LossyCodec(Codec):
-    """What a lossy codec answers beyond `Codec`. Its promise: `error_bound` and `max_of_token`, `probe_allowance`.
+    """What a lossy codec answers beyond `Codec`. Its promise: `error_bound`, `max_of_token`, `probe_allowance`.
 
-    The certificate (`error_certificate.py`) holds a column to the promise before anything of it is kept, and to limits
+    Before a shard is kept, its certificate (`error_certificate.py`) is checked against the promise, and against limits
     that all codecs share. max_of_token: the largest rms error of a row, relative to the row's rms deviation, both in
-    stds of the channels. formula: for people who read the files, how a value is decoded.
+    stds of the channels.
 
     Every column in a lossy codec is calibrated first: the certificate measures errors in its channels' stds, and an
     encoder may normalise by them.
@@ -63,14 +64,15 @@ class LossyCodec(Codec):
 
     @abstractmethod
     def decode(self, arrays: tuple["Tensor", ...], calibration: Calibration, out_RD: "Tensor") -> None:
-        """Fill `out_RD` with states, rounded to its dtype, given `arrays` on its device, with their dtypes on disk."""
+        """Fill `out_RD` with states, rounded to its dtype, from the arrays on its device: uint16 there is int16."""
 
     @abstractmethod
     def error_bound(self, states_RD: "Tensor", calibration: Calibration) -> "Tensor":
         """The largest error of each entry, as [R, D], [R, 1] or [D], but for the last rounding to the states' dtype."""
 
     @abstractmethod
-    def formula(self, width: int, dtype: str) -> str: ...
+    def formula(self, width: int, dtype: str) -> str:
+        """How a value is decoded, for people who read the files."""
 
     def row_bytes(self, width: int, dtype: str) -> int:
         return sum(count * kind.itemsize for count, kind in self.arrays(width).values())
@@ -88,7 +90,7 @@ class LossyCodec(Codec):
         return self.pack(parts, calibration, str(states_RD.dtype).removeprefix("torch."))
 
     def views(self, memory: np.ndarray, shape: tuple[int, int, int]) -> tuple[np.ndarray, ...]:
-        """View the begin of a buffer as the arrays of K columns of R rows; those of larger numbers first in memory."""
+        """View the start of a buffer as the arrays of K columns of R rows, those with larger items first in memory."""
         K, R, D = shape
         arrays, views, at = self.arrays(D), {}, 0
         for name, (count, kind) in sorted(arrays.items(), key=lambda item: -item[1][1].itemsize):
@@ -166,7 +168,9 @@ class Encoded:
 def _to_device(values: np.ndarray, device: "torch.device") -> "Tensor":
     import torch
 
-    return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
+    values = np.ascontiguousarray(values)
+    signed = values.view(np.int16) if values.dtype == np.uint16 else values  # not every device has uint16
+    return torch.from_numpy(signed).to(device, non_blocking=True)
 
 
 def _grids(codec: LossyCodec, rows: int, width: int, outliers: int) -> dict[str, Grid]:
@@ -220,11 +224,7 @@ class EncodedWriter:
             stream.finish()
         self._metadata = self._group_metadata()
         (self.folder / METADATA).write_bytes(self._metadata)
-        fd = os.open(self.folder / METADATA, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync_file(self.folder / METADATA)
 
     def _group_metadata(self) -> bytes:
         """The group's `zarr.json`: how to decode, and how many rows and outliers there are in the whole chunks."""
@@ -256,7 +256,7 @@ class EncodedReader:
     in_order = False  # the file's bytes are not the values in order
 
     def __init__(self, codec: LossyCodec, folder: Path, rows: int, width: int, dtype: str):
-        self.codec, self.folder, self.dtype = codec, folder, dtype
+        self.codec, self.folder, self.dtype, self._width = codec, folder, dtype, width
         self._arrays = [*codec.arrays(width)]
         self.path = folder / self._arrays[0] / SHARD_FILE
         index = _grids(codec, rows, width, 0)[OUTLIERS].index_bytes
@@ -271,26 +271,26 @@ class EncodedReader:
         self.calibration = Calibration(*self._read(CHANNELS, 0, 2))
 
     def _read(self, name: str, first: int, count: int) -> np.ndarray:
-        file = self._files[name]
-        return self._fill(name, first, np.empty((count, file.grid.width), file.grid.dtype))
+        grid = self._files[name].grid
+        out = np.empty((count, grid.width), grid.dtype)
+        self._fill(name, first, out)
+        return out
 
-    def _fill(self, name: str, first: int, out: np.ndarray) -> np.ndarray:
+    def _fill(self, name: str, first: int, out: np.ndarray) -> None:
         if out.size:
             self._files[name].read_into(first, memoryview(out).cast("B"))
-        return out
 
     def buffers(self, rows: int) -> tuple[np.ndarray, ...]:
         """Allocate the codec's arrays for so many rows."""
-        grids = [self._files[name].grid for name in self._arrays]
-        return tuple(np.empty((rows, grid.width), grid.dtype) for grid in grids)
+        return tuple(np.empty((rows, count), kind) for count, kind in self.codec.arrays(self._width).values())
 
     def outliers(self, kept: range) -> np.ndarray:
         """Outliers `kept` of the column, [e, 3], rows counted in the column. CacheError where they cannot be valid."""
         if kept.stop > self._outlier_count:
             raise CacheError(f"{self.folder}: has fewer escapes than are counted; run `pipeline verify`")
         outliers = self._read(OUTLIERS, kept.start, len(kept))
-        width = self._files[CHANNELS].grid.width
-        if ((outliers[:, 1] < 0) | (outliers[:, 1] >= width)).any() or (outliers[1:, 0] < outliers[:-1, 0]).any():
+        channels, rows = outliers[:, 1], outliers[:, 0]
+        if ((channels < 0) | (channels >= self._width)).any() or (rows[1:] < rows[:-1]).any():
             raise CacheError(f"{self.folder}: its escapes are damaged; run `pipeline verify`")
         return outliers
 

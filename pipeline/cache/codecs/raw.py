@@ -9,26 +9,17 @@ block that was right when this process first read it: in memory, or on a disk th
 """
 
 import contextlib
-import errno
-import os
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 
 from pipeline.cache.atomic import read_error
 from pipeline.cache.codecs.codec import ArrayCodec
-from pipeline.cache.codecs.zarr_file import DTYPES, OPEN, SHARD_FILE, Grid, ShardFile, ShardFileWriter
+from pipeline.cache.codecs.zarr_file import DTYPES, SHARD_FILE, Grid, OpenFile, ShardFile, ShardFileWriter
 from pipeline.cache.layout import CHECKSUM_ROWS
 from pipeline.errors import CacheError
 
-if TYPE_CHECKING:
-    from pipeline.cache.columns import Column
-
 PIECE = 256 << 10  # bytes read and hashed at a time where one thread does it: they are still in its core's cache
-NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # preadv fails rather than wait for the disk; Linux
-ADVISE = getattr(os, "posix_fadvise", None)  # macOS has none
 
 
 class Raw(ArrayCodec):
@@ -36,76 +27,27 @@ class Raw(ArrayCodec):
 
     name = "raw"
     suffix = ""
-
-    def row_bytes(self, width: int, dtype: str) -> int:
-        return width * DTYPES[dtype].itemsize
+    array_writer, array_reader = ShardFileWriter, ShardFile
 
     def grid(self, rows: int, width: int, dtype: np.dtype) -> Grid:
         return Grid.of(rows, width, dtype)
 
-    def writer(self, folder: Path, rows: int, width: int, dtype: str, calibration: None = None) -> ShardFileWriter:
-        return ShardFileWriter(folder, Grid.of(rows, width, DTYPES[dtype]))
-
-    def open(self, folder: Path, grid: Grid) -> ShardFile:
-        return ShardFile(folder, grid)
-
-    def direct(self, column: "Column") -> "DirectColumn | None":
+    def direct(self, column) -> "DirectColumn | None":
         return DirectColumn.of(column)
-
-
-class StoredFile:
-    """A values file, open for reading. Thread-safe; closed when it is garbage-collected."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.fd = os.open(path, OPEN)
-
-    def stamp(self) -> tuple[int, ...]:
-        """Identity and state of the file: device, inode, size, mtime and ctime."""
-        stat = os.fstat(self.fd)
-        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-
-    def read(self, start: int, out: memoryview, wait: bool = True) -> bool:
-        """Fill `out` from byte `start` on. Without `wait`, return False unless the bytes are in the page cache.
-
-        CacheError when the file ends before, or the disk fails.
-        """
-        while out:
-            try:
-                count = os.preadv(self.fd, [out], start, 0 if wait else NOWAIT)
-            except OSError as error:
-                if not wait and error.errno in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):
-                    return False
-                raise read_error(self.path, error) from error
-            if not count:
-                raise CacheError(f"{self.path}: ends before byte {start}; run `pipeline verify`")
-            if count == len(out):
-                break
-            start, out = start + count, out[count:]
-        return True
-
-    def prefetch(self, start: int, size: int) -> None:
-        """Ask the kernel to load bytes into the page cache, without waiting for them."""
-        if ADVISE is not None:
-            ADVISE(self.fd, start, size, os.POSIX_FADV_WILLNEED)
-
-    def __del__(self):
-        if getattr(self, "fd", None) is not None:
-            os.close(self.fd)
 
 
 class DirectColumn:
     """A raw column of one shard whose chunks are in order, and which of its checksum blocks are verified."""
 
-    def __init__(self, column: "Column", grid: Grid):
+    def __init__(self, column, grid: Grid):
         self.column, self.grid = column, grid
         self.width = column.spec.row_bytes
         # One byte per block, 0.5 MB for a terabyte of states: threads may set bytes, but not bits, without a lock.
         self._verified: tuple[tuple[int, ...], bytearray] = ((), bytearray())
 
     @classmethod
-    def of(cls, column: "Column") -> "DirectColumn | None":
-        """The column, if its values can be read directly; None when another reader has to."""
+    def of(cls, column) -> "DirectColumn | None":
+        """An open column (`columns.Column`), if its values can be read directly; None when another reader has to."""
         spec, rows = column.spec, int(column.bounds[-1])
         if not rows:
             return None
@@ -118,28 +60,27 @@ class DirectColumn:
         direct._verified = (stamp, bytearray(len(column.digests)))
         return direct if direct._in_order(file) else None
 
-    def open(self) -> StoredFile:
+    def open(self) -> OpenFile:
         try:
-            return StoredFile(self.column.folder / SHARD_FILE)
+            return OpenFile(self.column.folder / SHARD_FILE)
         except OSError as error:
             raise read_error(self.column.folder, error) from None
 
-    def _in_order(self, file: StoredFile) -> bool:
-        index = bytearray(self.grid.index_bytes)
+    def _in_order(self, file: OpenFile) -> bool:
         with contextlib.suppress(CacheError):
-            file.read(self.grid.data_bytes, memoryview(index))
-        return index == self.grid.index() and os.fstat(file.fd).st_size == self.grid.file_bytes
+            return file.read_index(self.grid) == (self.grid.data_bytes, self.grid.index())
+        return False
 
-    def prefetch(self, file: StoredFile, row: int, first: int, stop: int) -> None:
+    def prefetch(self, file: OpenFile, row: int, first: int, stop: int) -> None:
         """Ask the kernel to load rows [first, stop) of sample `row` into the page cache."""
         file.prefetch((int(self.column.bounds[row]) + first) * self.width, (stop - first) * self.width)
 
-    def in_page_cache(self, file: StoredFile, row: int, at: int) -> bool:
+    def in_page_cache(self, file: OpenFile, row: int, at: int) -> bool:
         """Whether row `at` of sample `row` is in the page cache. Raises what `read` raises."""
         start = (int(self.column.bounds[row]) + at) * self.width
         return file.read(start, memoryview(bytearray(self.width)), wait=False)
 
-    def _verified_blocks(self, file: StoredFile) -> bytearray:
+    def _verified_blocks(self, file: OpenFile) -> bytearray:
         """Which blocks of this state of the file are verified, a byte per block; none after the file changed."""
         stamp, verified = file.stamp(), self._verified
         if verified[0] != stamp:
@@ -148,7 +89,7 @@ class DirectColumn:
             verified = self._verified = (stamp, bytearray(len(self.column.digests)))
         return verified[1]
 
-    def read(self, file: StoredFile, row: int, first: int, out: memoryview, wait: bool = True) -> bool:
+    def read(self, file: OpenFile, row: int, first: int, out: memoryview, wait: bool = True) -> bool:
         """Fill `out`, flat bytes, with the rows of sample `row` from `first`, any row, on.
 
         Without `wait`, return False unless they are in the page cache. A block needed only in part is first read whole
@@ -163,31 +104,24 @@ class DirectColumn:
             begin = at - at % CHECKSUM_ROWS
             end = min(begin + CHECKSUM_ROWS, rows)
             number = start_block + begin // CHECKSUM_ROWS
+            while end < stop and verified[number] and verified[number + 1]:
+                number, end = number + 1, min(end + CHECKSUM_ROWS, rows)
+            wanted = out[(at - first) * self.width : (min(end, stop) - first) * self.width]
             if verified[number]:
-                while end < stop and verified[number + 1]:
-                    number, end = number + 1, min(end + CHECKSUM_ROWS, rows)
-                end = min(end, stop)
-                to = out[(at - first) * self.width : (end - first) * self.width]
-                if not file.read((base + at) * self.width, to, wait):
+                if not file.read((base + at) * self.width, wanted, wait):
                     return False
-            elif begin == at and end <= stop:
-                if not self._read_block(
-                    file, row, begin, out[(at - first) * self.width : (end - first) * self.width], wait
-                ):
-                    return False
-                verified[number] = 1
             else:
-                whole = memoryview(bytearray((end - begin) * self.width))
-                if not self._read_block(file, row, begin, whole, wait):
+                whole = (begin, end) == (at, min(end, stop))
+                block = wanted if whole else memoryview(bytearray((end - begin) * self.width))
+                if not self._read_block(file, row, begin, block, wait):
                     return False
                 verified[number] = 1
-                end = min(end, stop)
-                part = whole[(at - begin) * self.width : (end - begin) * self.width]
-                out[(at - first) * self.width : (end - first) * self.width] = part
+                if not whole:
+                    wanted[:] = block[(at - begin) * self.width :][: len(wanted)]
             at = end
         return True
 
-    def _read_block(self, file: StoredFile, row: int, begin: int, out: memoryview, wait: bool) -> bool:
+    def _read_block(self, file: OpenFile, row: int, begin: int, out: memoryview, wait: bool) -> bool:
         start = (int(self.column.bounds[row]) + begin) * self.width
         digest = xxhash.xxh3_64()
         step = len(out) if wait else PIECE  # with reader threads, few long reads: each call takes the GIL

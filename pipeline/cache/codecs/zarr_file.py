@@ -8,6 +8,7 @@ one byte range; any zarr v3 reader opens it. The array's shape is rounded up to 
 Chunks may be compressed each (`zstd.py`).
 """
 
+import errno
 import json
 import os
 import struct
@@ -20,7 +21,7 @@ import google_crc32c
 import numpy as np
 import xxhash
 
-from pipeline.cache.atomic import read_errors, start_writeback, write_all
+from pipeline.cache.atomic import read_error, start_writeback, write_all
 from pipeline.cache.manifest import FileFact
 from pipeline.errors import CacheError
 from pipeline.os_errors import refuse_limit
@@ -33,6 +34,8 @@ CHUNK_BYTES = 3 << 20  # the size aimed at; chunks of an array beyond 4 MiB come
 METADATA_BYTES = 64 << 10  # a `zarr.json` written here is shorter
 PIECE = 512 << 10  # bytes read or written and hashed at a time: still in the CPU's own cache when they are hashed
 OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # O_NONBLOCK: opening a pipe must not hang
+NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # preadv fails rather than wait for the disk; Linux
+ADVISE = getattr(os, "posix_fadvise", None)  # macOS has none
 WRITE_BACK = 8 << 20  # bytes between calls of `start_writeback`, so that the last sync has little left to wait for
 _ZEROS = bytes(1 << 20)
 
@@ -94,10 +97,6 @@ class Grid:
     @cached_property
     def index_bytes(self) -> int:
         return 16 * self.chunks + 4
-
-    @cached_property
-    def file_bytes(self) -> int:
-        return self.data_bytes + self.index_bytes
 
     def index(self) -> bytes:
         """The index of uncompressed chunks that lie in order, end to end."""
@@ -206,28 +205,68 @@ class ShardFileWriter:
             os.close(fd)
 
 
-class ShardFile:
-    """An open shard file, for reading rows. Thread-safe; closed when it is garbage-collected."""
+class OpenFile:
+    """A file of a column, open for reading. Thread-safe; closed when it is garbage-collected."""
 
-    def __init__(self, folder: Path, grid: Grid):
-        self.path = folder / SHARD_FILE
-        self.grid = grid
-        self._fd = os.open(self.path, OPEN)
-        self._chunks = None
-        size = os.fstat(self._fd).st_size
+    def __init__(self, path: Path):
+        self.path = path
+        self.fd = os.open(path, OPEN)
+
+    def stamp(self) -> tuple[int, ...]:
+        """Identity and state of the file: device, inode, size, mtime and ctime."""
+        stat = os.fstat(self.fd)
+        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+    def read(self, start: int, out: memoryview, wait: bool = True) -> bool:
+        """Fill `out` from byte `start` on. Without `wait`, return False unless the bytes are in the page cache.
+
+        CacheError when the file ends before, or the disk fails.
+        """
+        while out:
+            try:
+                count = os.preadv(self.fd, [out], start, 0 if wait else NOWAIT)
+            except OSError as error:
+                if not wait and error.errno in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):
+                    return False
+                raise read_error(self.path, error) from error
+            if not count:
+                raise CacheError(f"{self.path}: ends before byte {start}; run `pipeline verify`")
+            if count == len(out):
+                break
+            start, out = start + count, out[count:]
+        return True
+
+    def read_index(self, grid: Grid) -> tuple[int, bytes]:
+        """Read the index of chunks at the file's end; return where it begins, and its bytes. CacheError without one."""
+        size = os.fstat(self.fd).st_size
         if size < grid.index_bytes:
             raise CacheError(f"{self.path}: {size} bytes, less than its index; run `pipeline verify`")
-        with read_errors(self.path):
-            index = os.pread(self._fd, grid.index_bytes, size - grid.index_bytes)
-        self.in_order = size == grid.file_bytes and index == grid.index()
-        if not self.in_order:
-            self._check(index, size)
+        index = bytearray(grid.index_bytes)
+        self.read(size - grid.index_bytes, memoryview(index))
+        return size - grid.index_bytes, bytes(index)
 
-    def _check(self, index: bytes, size: int) -> None:
-        """Read where the chunks lie in a file that has them in another order."""
-        self._chunks, sizes = parse_chunk_index(index, size - self.grid.index_bytes, self.path)
-        if (sizes != self.grid.chunk_bytes).any():
-            raise CacheError(f"{self.path}: damaged, the chunk index has a hole; run `pipeline verify`")
+    def prefetch(self, start: int, size: int) -> None:
+        """Ask the kernel to load bytes into the page cache, without waiting for them."""
+        if ADVISE is not None:
+            ADVISE(self.fd, start, size, os.POSIX_FADV_WILLNEED)
+
+    def __del__(self):
+        if getattr(self, "fd", None) is not None:
+            os.close(self.fd)
+
+
+class ShardFile(OpenFile):
+    """An open shard file, for reading rows."""
+
+    def __init__(self, folder: Path, grid: Grid):
+        super().__init__(folder / SHARD_FILE)
+        self.grid = grid
+        end, index = self.read_index(grid)
+        self.in_order = end == grid.data_bytes and index == grid.index()
+        if not self.in_order:  # chunks in another order
+            self._chunks, sizes = parse_chunk_index(index, end, self.path)
+            if (sizes != grid.chunk_bytes).any():
+                raise CacheError(f"{self.path}: damaged, the chunk index has a hole; run `pipeline verify`")
 
     def pieces(self, first: int, count: int) -> Iterator[tuple[int, int]]:
         """Split `count` rows from `first` on into ranges (first, stop) of the best size to read at a time."""
@@ -239,22 +278,10 @@ class ShardFile:
         """Fill `out`, whole rows as flat bytes, from `first_row` on. CacheError when the file ends before."""
         assert first_row * self.grid.row_bytes + len(out) <= self.grid.data_bytes, f"rows beyond {self.path}"
         if self.in_order:
-            self._read_at(first_row * self.grid.row_bytes, out)
+            self.read(first_row * self.grid.row_bytes, out)
             return
         while out:
             chunk, row = divmod(first_row, self.grid.chunk_rows)
             count = min(len(out), self.grid.chunk_bytes - row * self.grid.row_bytes)
-            self._read_at(int(self._chunks[chunk]) + row * self.grid.row_bytes, out[:count])
+            self.read(int(self._chunks[chunk]) + row * self.grid.row_bytes, out[:count])
             first_row, out = first_row + count // self.grid.row_bytes, out[count:]
-
-    def _read_at(self, start: int, out: memoryview) -> None:
-        while out:
-            with read_errors(self.path):
-                count = os.preadv(self._fd, [out], start)
-            if not count:
-                raise CacheError(f"{self.path}: ends before byte {start}; run `pipeline verify`")
-            start, out = start + count, out[count:]
-
-    def __del__(self):
-        if getattr(self, "_fd", None) is not None:
-            os.close(self._fd)

@@ -17,7 +17,6 @@ content, of a block and of the chunk (uint32). What they claim is checked before
 block, where it begins and how long its one stream is (uint32), and the stream.
 """
 
-import os
 import struct
 import threading
 from collections.abc import Iterator
@@ -27,25 +26,22 @@ import numpy as np
 from numcodecs import blosc
 from zstandard import STRATEGY_FAST, ZstdCompressionParameters, ZstdCompressor
 
-from pipeline.cache.atomic import read_errors
 from pipeline.cache.codecs.codec import ArrayCodec
 from pipeline.cache.codecs.zarr_file import (
-    DTYPES,
-    OPEN,
     SHARD_FILE,
     Grid,
+    OpenFile,
     ShardFileWriter,
     chunk_index,
     parse_chunk_index,
 )
 from pipeline.errors import CacheError
-from pipeline.os_errors import limit_error
+from pipeline.os_errors import check_memory
 
 BLOCK = 1 << 20  # bytes; the most that a chunk of whole rows has
 MAX_CHUNK_BYTES = 8 << 20  # the largest chunk that is read, whoever wrote it
 ZSTD_BLOCK = 128 << 10  # bytes that zstd compresses at a time
 CHUNK_ROWS = 64
-MEMORY_MARGIN = 256 << 20  # bytes of address space; with less left, a failure to decode is not called damage
 OVERHEAD = 16  # bytes that blosc adds to what does not compress
 _HEADER = struct.Struct("<4B3I")
 _ZSTD_SHUFFLED, _ZSTD_COPIED = 0x81, 0x83  # flags: inner format 4 (bits 5-7), shuffled (bit 0), not compressed (bit 1)
@@ -56,46 +52,16 @@ _FAST = ZstdCompressionParameters(
     window_log=20, hash_log=10, chain_log=6, search_log=1, min_match=7, strategy=STRATEGY_FAST
 )
 
-# Compressed size over raw size, measured on residual-stream states, whose mantissas hardly compress.
-SHARE = {"bfloat16": 0.72, "float32": 0.86}
-
 blosc.use_threads = False  # its thread pool has one lock for all callers; each reader thread decodes a chunk of its own
-
-
-class Zstd(ArrayCodec):
-    """The codec."""
-
-    name = "zstd"
-
-    def row_bytes(self, width: int, dtype: str) -> float:
-        return width * DTYPES[dtype].itemsize * SHARE[dtype]
-
-    def grid(self, rows: int, width: int, dtype: np.dtype) -> Grid:
-        return zstd_grid(rows, width, dtype)
-
-    def writer(self, folder: Path, rows: int, width: int, dtype: str, calibration: None = None) -> "ZstdWriter":
-        return ZstdWriter(folder, rows, width, DTYPES[dtype])
-
-    def open(self, folder: Path, grid: Grid) -> "ZstdReader":
-        return ZstdReader(folder, grid)
-
-
-def zstd_grid(rows: int, width: int, dtype: np.dtype) -> Grid:
-    """Chunks of 64 rows, or of a block of zstd for each byte of a value, none above 1 MiB; zeros behind the last."""
-    settings = {"typesize": dtype.itemsize, "cname": "zstd", "clevel": 1, "shuffle": "shuffle", "blocksize": BLOCK}
-    compressor = {"name": "blosc", "configuration": settings}
-    row, kinds = width * dtype.itemsize, dtype.itemsize * ZSTD_BLOCK
-    size = min(BLOCK, -(-CHUNK_ROWS * row // kinds) * kinds)
-    return Grid(rows, width, dtype, max(1, min(size // row, rows)), compressor)
 
 
 class ZstdWriter(ShardFileWriter):
     """Buffers rows to whole chunks and writes each compressed."""
 
-    def __init__(self, folder: Path, rows: int, width: int, dtype: np.dtype):
-        super().__init__(folder, zstd_grid(rows, width, dtype))
-        self._chunk = np.zeros((self.grid.chunk_rows, width), dtype)
-        self._shuffled = np.empty((dtype.itemsize, self._chunk.size), np.uint8)
+    def __init__(self, folder: Path, grid: Grid):
+        super().__init__(folder, grid)
+        self._chunk = np.zeros((grid.chunk_rows, grid.width), grid.dtype)
+        self._shuffled = np.empty((grid.dtype.itemsize, self._chunk.size), np.uint8)
         self._zstd = ZstdCompressor(compression_params=_FAST)
         self._filled = self._taken = 0
         self._sizes: list[int] = []
@@ -139,19 +105,8 @@ class ZstdWriter(ShardFileWriter):
         self._end(chunk_index(np.array(self._sizes)))
 
 
-def check_memory(where: Path | str) -> None:
-    """Raise RoomError when memory is nearly exhausted: blosc then fails just as it does on a damaged chunk.
-
-    Tries to allocate far more than a chunk needs, since other threads take and free memory meanwhile.
-    """
-    try:
-        bytearray(MEMORY_MARGIN)
-    except MemoryError as error:
-        raise limit_error(where, error) from None
-
-
-class ZstdReader:
-    """An open compressed shard file. Thread-safe; closed when it is garbage-collected."""
+class ZstdReader(OpenFile):
+    """An open compressed shard file."""
 
     in_order = False  # the file's bytes are not the values in order
 
@@ -159,14 +114,9 @@ class ZstdReader:
         self.path, self.grid = folder / SHARD_FILE, grid
         if grid.chunk_bytes > max(MAX_CHUNK_BYTES, grid.row_bytes):
             raise CacheError(f"{self.path}: chunks of {grid.chunk_bytes} bytes, more than {MAX_CHUNK_BYTES}")
-        self._fd = os.open(self.path, OPEN)
+        super().__init__(self.path)
         self._own = threading.local()
-        size = os.fstat(self._fd).st_size
-        end = size - self.grid.index_bytes
-        if end < 0:
-            raise CacheError(f"{self.path}: {size} bytes, less than its index; run `pipeline verify`")
-        with read_errors(self.path):
-            index = os.pread(self._fd, self.grid.index_bytes, end)
+        end, index = self.read_index(grid)
         self._starts, self._sizes = parse_chunk_index(index, end, self.path)
         if (self._sizes > self.grid.chunk_bytes + OVERHEAD).any() or (self._sizes < OVERHEAD).any():
             raise CacheError(f"{self.path}: damaged, a chunk larger than its content; run `pipeline verify`")
@@ -201,9 +151,8 @@ class ZstdReader:
     def _decode(self, chunk: int, out: memoryview) -> None:
         size = int(self._sizes[chunk])
         packed = self._buffer("packed", self.grid.chunk_bytes + OVERHEAD)[:size]
-        with read_errors(self.path):
-            count = os.preadv(self._fd, [packed], int(self._starts[chunk]))
-        if count < size or not self._is_well_formed(packed, len(out)):
+        self.read(int(self._starts[chunk]), packed)
+        if not self._is_well_formed(packed, len(out)):
             raise CacheError(f"{self.path}: chunk {chunk} is damaged or claims another size; run `pipeline verify`")
         try:
             blosc.decompress(packed, out)
@@ -217,6 +166,21 @@ class ZstdReader:
         known = flags & ~_UNSPLIT in (_ZSTD_SHUFFLED, _ZSTD_COPIED) and value == self.grid.dtype.itemsize
         return known and nbytes == content and 0 < block <= nbytes and cbytes == len(packed)
 
-    def __del__(self):
-        if getattr(self, "_fd", None) is not None:
-            os.close(self._fd)
+
+class Zstd(ArrayCodec):
+    """The codec."""
+
+    name = "zstd"
+    array_writer, array_reader = ZstdWriter, ZstdReader
+
+    def row_bytes(self, width: int, dtype: str) -> float:
+        """As measured on residual-stream states, whose mantissas hardly compress."""
+        return super().row_bytes(width, dtype) * {"bfloat16": 0.72, "float32": 0.86}[dtype]
+
+    def grid(self, rows: int, width: int, dtype: np.dtype) -> Grid:
+        """Chunks of 64 rows, or of a block of zstd for each byte of a value, none above 1 MiB."""
+        settings = {"typesize": dtype.itemsize, "cname": "zstd", "clevel": 1, "shuffle": "shuffle", "blocksize": BLOCK}
+        compressor = {"name": "blosc", "configuration": settings}
+        row, kinds = width * dtype.itemsize, dtype.itemsize * ZSTD_BLOCK
+        size = min(BLOCK, -(-CHUNK_ROWS * row // kinds) * kinds)
+        return Grid(rows, width, dtype, max(1, min(size // row, rows)), compressor)

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from cache_maker import COLUMNS, contents, make_cache, random_samples, states
+from cache_maker import CAPTURE, COLUMNS, contents, make_cache, random_samples, states, without_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_codec import Fixed16
 
-import pipeline.cache.atomic as disk
 from pipeline.cache import HiddenCache
 from pipeline.cache.calibrations import read_calibration
 from pipeline.cache.catalog import Catalog
@@ -27,21 +26,19 @@ from pipeline.cache.codecs.calibration import Calibration, calibrate, calibratio
 from pipeline.cache.codecs.error_certificate import largest_errors
 from pipeline.cache.codecs.int8 import OUTLIER_RMS, OUTLIER_STDS, group_of
 from pipeline.cache.codecs.zarr_file import SHARD_FILE, parse_chunk_index
-from pipeline.cache.codecs.zstd import ZstdReader, ZstdWriter, zstd_grid
+from pipeline.cache.codecs.zstd import ZstdReader, ZstdWriter
 from pipeline.cache.columns import Column, ColumnSpec, column_manifest, open_column
 from pipeline.cache.layout import shard_folder
 from pipeline.cache.manifest import read_canonical
 from pipeline.cache.plan import load_plan
-from pipeline.cache.records import read_log
 from pipeline.cache.verify import verify
-from pipeline.errors import CacheError, DataError, ProofError, UsageError
+from pipeline.errors import CacheError, ProofError, UsageError
 from pipeline.tensors import as_states, as_stored
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.run import run as capture
-from stages.recode.run import run as recode
 
 HERE = Path(__file__).parents[2]
-INT8 = CODECS["int8"]
+ZSTD, INT8 = CODECS["zstd"], CODECS["int8"]
 NAMES = [*CODECS, "fixed16"]  # with one that only tests have
 DTYPES = ["bfloat16", "float32"]
 
@@ -187,12 +184,12 @@ def test_a_flipped_bit_of_any_file_is_found_or_changes_nothing_read(tmp_path, co
 def test_zarr_python_reads_what_zstd_wrote(tmp_path_factory, rows, width, dtype, noise, seed):
     folder, rng = tmp_path_factory.mktemp("zstd"), np.random.default_rng(seed)
     values = (rng.standard_normal((rows, width)) * (1e4 if noise else 0)).astype(dtype)
-    writer = ZstdWriter(folder / "a", rows, width, np.dtype(dtype))
+    writer = ZstdWriter(folder / "a", ZSTD.grid(rows, width, np.dtype(dtype)))
     for part in np.array_split(values, 3):
         writer.write(part)
     writer.finish()
     assert np.array_equal(zarr.open_array(folder / "a", mode="r")[:rows], values)
-    reader, found = ZstdReader(folder / "a", zstd_grid(rows, width, np.dtype(dtype))), np.empty_like(values)
+    reader, found = ZstdReader(folder / "a", ZSTD.grid(rows, width, np.dtype(dtype))), np.empty_like(values)
     reader.read_into(0, memoryview(found).cast("B"))
     assert np.array_equal(found, values)
 
@@ -211,16 +208,16 @@ def test_zarr_python_reads_what_zstd_wrote(tmp_path_factory, rows, width, dtype,
     ],
 )
 def test_a_chunk_has_whole_blocks_of_zstd_for_each_byte_and_few_rows(width, dtype, rows):
-    grid = zstd_grid(70_000, width, np.dtype(dtype))
+    grid = ZSTD.grid(70_000, width, np.dtype(dtype))
     assert grid.chunk_rows == rows and (grid.chunk_bytes <= 1 << 20 or rows == 1)
-    assert [zstd_grid(few, width, np.dtype(dtype)).chunk_rows for few in (0, 1, 5)] == [1, 1, min(5, rows)]
+    assert [ZSTD.grid(few, width, np.dtype(dtype)).chunk_rows for few in (0, 1, 5)] == [1, 1, min(5, rows)]
 
 
 @pytest.fixture
 def zstd_file(tmp_path):
     """A compressed array of two chunks, and its path."""
     values = np.random.default_rng(0).standard_normal((600, 512)).astype("<f4")
-    writer = ZstdWriter(tmp_path / "a", 600, 512, np.dtype("<f4"))
+    writer = ZstdWriter(tmp_path / "a", ZSTD.grid(600, 512, np.dtype("<f4")))
     writer.write(values)
     writer.finish()
     return tmp_path / "a"
@@ -228,7 +225,7 @@ def zstd_file(tmp_path):
 
 def read_all(folder: Path) -> None:
     values = np.empty((600, 512), "<f4")
-    ZstdReader(folder, zstd_grid(600, 512, np.dtype("<f4"))).read_into(0, memoryview(values).cast("B"))
+    ZstdReader(folder, ZSTD.grid(600, 512, np.dtype("<f4"))).read_into(0, memoryview(values).cast("B"))
 
 
 @pytest.mark.parametrize(
@@ -453,25 +450,6 @@ def test_a_column_with_too_many_escapes_is_refused(tmp_path, monkeypatch):
 # Captures
 
 
-@pytest.fixture(scope="module")
-def captured(tiny_target, tiny_corpus, tmp_path_factory):
-    """Return a function that captures with a codec, once each."""
-    folder, held = tmp_path_factory.mktemp("captured"), {}
-
-    def capturing(codec: str) -> Path:
-        if codec not in held:
-            held[codec] = folder / codec
-            options = CaptureOptions(layers="1,3", max_length=256, max_samples=4, codec=codec)
-            capture(str(tiny_target), str(tiny_corpus), held[codec], options=options)
-        return held[codec]
-
-    return capturing
-
-
-def without_record(cache: Path) -> dict[str, bytes]:
-    return {name: data for name, data in contents(cache).items() if name != "capture.log"}
-
-
 def test_a_capture_in_int8_certifies_what_it_did(captured):
     raw, coarse = HiddenCache.open(captured("raw")), HiddenCache.open(captured("int8"))
     for i in range(len(raw)):
@@ -502,9 +480,7 @@ def test_the_same_capture_in_int8_gives_the_same_bytes_also_when_it_goes_on(
     shutil.copytree(whole, again)
     for path in again.glob("shards/000001/*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    capture(
-        str(tiny_target), str(tiny_corpus), again, options=CaptureOptions(layers="1,3", max_length=256, max_samples=4)
-    )
+    capture(str(tiny_target), str(tiny_corpus), again, options=CaptureOptions(**CAPTURE))
     assert without_record(again) == without_record(whole), "without --codec, it is as it was"
 
 
@@ -512,121 +488,17 @@ def test_states_that_int8_would_spoil_are_refused_before_anything_is_written(
     tiny_target, tiny_corpus, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(INT8, "max_of_token", 1e-4)
-    options = CaptureOptions(layers="1,3", max_length=256, max_samples=4, codec="int8")
+    options = CaptureOptions(codec="int8", **CAPTURE)
     with pytest.raises(ProofError, match=r"aux\.1 does not fit int8: a token .* --codec aux\.1=zstd"):
         capture(str(tiny_target), str(tiny_corpus), tmp_path / "cache", options=options)
     assert not list(tmp_path.glob("cache/shards/*")) and not list(tmp_path.glob("cache/calibration/*"))
 
 
 def test_a_column_in_another_codec_is_named_with_the_remedy(captured, tiny_target, tiny_corpus):
-    common = {"layers": "1,3", "max_length": 256, "max_samples": 4}
     with pytest.raises(UsageError, match=r"holds aux.1 in raw, and zstd .*pipeline recode .* --codec aux.1=zstd"):
-        capture(str(tiny_target), str(tiny_corpus), captured("raw"), options=CaptureOptions(codec="zstd", **common))
+        capture(str(tiny_target), str(tiny_corpus), captured("raw"), options=CaptureOptions(codec="zstd", **CAPTURE))
     with pytest.raises(UsageError, match=r"holds aux.1 in int8, and raw .*another --out"):
-        capture(str(tiny_target), str(tiny_corpus), captured("int8"), options=CaptureOptions(codec="raw", **common))
-
-
-# Recoding
-
-
-def test_a_recoded_cache_is_the_one_captured_in_that_codec(captured, tmp_path):
-    for codec, other in (("zstd", "raw"), ("raw", "zstd")):
-        cache = shutil.copytree(captured(other), tmp_path / codec)
-        done = recode(cache, codec)
-        assert done.columns == 3 * HiddenCache.open(cache).shards
-        assert without_record(cache) == without_record(captured(codec))
-        assert recode(cache, codec).columns == 0
-
-
-def test_a_recoded_cache_still_knows_where_its_target_and_corpus_lie(captured, tmp_path, tiny_target, capsys):
-    cache = shutil.copytree(captured("raw"), tmp_path / "cache")
-    before = read_log(cache)
-    recode(cache, "zstd")
-    left = read_log(cache)
-    assert before.columns and left.target.folder == str(tiny_target.resolve())
-    assert left.as_dict() == {key: value for key, value in before.as_dict().items() if key != "columns"}
-    capsys.readouterr()
-    recode(cache, "zstd")
-    assert "nothing to do" in capsys.readouterr().out
-
-
-def test_a_cache_recoded_to_int8_keeps_its_promise_and_says_so(captured, tmp_path):
-    cache = shutil.copytree(captured("raw"), tmp_path / "cache")
-    recode(cache, "aux=int8")
-    assert not verify(cache).damaged and not verify(cache).foreign
-    raw, coarse = HiddenCache.open(captured("raw")), HiddenCache.open(cache)
-    for i in range(len(raw)):
-        right, found = raw.read(i, final=True), coarse.read(i, final=True)
-        assert ((found.aux - right.aux).norm() / right.aux.norm()) < 0.008
-        assert torch.equal(found.final, right.final)
-    facts = coarse.columns(0)["aux.1"].facts.as_dict()
-    assert facts["certificate"]["of_token"] < INT8.max_of_token and "probe" in facts
-    with pytest.raises(UsageError, match=r"holds aux.1 in int8, and what that has rounded stays so"):
-        recode(cache, "raw")
-
-
-class Killed(BaseException):
-    pass
-
-
-def test_a_recode_killed_at_any_step_leaves_every_shard_readable_and_goes_on(tmp_path, monkeypatch):
-    whole = make_cache(tmp_path / "raw", random_samples(2, longest=8), COLUMNS[1:])
-    right = [bits(HiddenCache.open(whole).read(i, final=True).aux) for i in range(2)]
-    expected = contents(make_cache(tmp_path / "zstd", random_samples(2, longest=8), in_codec("zstd")[1:]))
-    for step in range(0, 1000, 7):
-        cache = shutil.copytree(whole, tmp_path / f"killed-{step}")
-        with monkeypatch.context() as patch:
-            patch.setattr(disk, "_remove", lambda *_: None)  # a killed process cleans nothing up
-            left = [step]
-
-            def dying(call, left=left):
-                def before(*arguments, **named):
-                    left[0] -= 1
-                    if left[0] < 0:
-                        raise Killed
-                    return call(*arguments, **named)
-
-                return before
-
-            for name in ("rename", "replace", "write", "mkdir"):
-                patch.setattr(os, name, dying(getattr(os, name)))
-            try:
-                recode(cache, "zstd")
-                break
-            except Killed:
-                pass
-        held = HiddenCache.open(cache)
-        assert [bits(held.read(i, final=True).aux).tolist() for i in range(2)] == [found.tolist() for found in right]
-        assert not verify(cache).damaged
-        recode(cache, "zstd")
-        assert contents(cache) == expected, step
-    assert step > 14
-
-
-def test_states_that_are_all_refused_cannot_be_measured_in(tmp_path):
-    (sample,) = random_samples(1, longest=9)
-    cache = make_cache(tmp_path / "cache", [sample], COLUMNS[:1], refused={0: "not finite"})
-    with pytest.raises(DataError, match=r"every sample of aux\.1 was refused"):
-        recode(cache, "int8")
-    assert not verify(cache).damaged and not list(cache.glob("calibration/*"))
-
-
-def test_a_recode_loads_the_head_once(captured, tmp_path, monkeypatch):
-    cache, loaded, load = shutil.copytree(captured("raw"), tmp_path / "cache"), [], HiddenCache.head
-    monkeypatch.setattr(HiddenCache, "head", lambda self: loaded.append(1) or load(self))
-    assert recode(cache, "final=int8").columns > 1 and len(loaded) == 1
-    assert "top1" in HiddenCache.open(cache).columns(0)["final"].facts.certificate.as_dict()
-
-
-def test_what_cannot_be_recoded_is_said(tmp_path):
-    cache = make_cache(tmp_path / "cache", random_samples(2, longest=9), COLUMNS[:2])
-    for codec, says in (
-        ("gzip", "wanted one of raw, zstd, int8, fixed16 for all"),
-        ("aux.7=zstd", "holds aux.1, aux.10"),
-        ("a=raw", "wanted"),
-    ):
-        with pytest.raises(UsageError, match=says):
-            recode(cache, codec)
+        capture(str(tiny_target), str(tiny_corpus), captured("int8"), options=CaptureOptions(codec="raw", **CAPTURE))
 
 
 # Names and prices

@@ -10,12 +10,11 @@ from run_folders import METHOD_FIELDS, save_draft_run, small_head
 from transformers import AutoConfig, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from pipeline.drafts import DraftConfig
-from pipeline.drafts.norm_and_rope import frequencies, rope_tables
-from pipeline.drafts.rope_scaling import RopeScaling, draft_rope_scaling
+from pipeline.drafts import draft_config
+from pipeline.drafts import reference as arithmetic
+from pipeline.drafts.rope import RopeScaling, draft_rope_scaling, frequencies, rope_tables
 from pipeline.errors import UsageError
 from pipeline.published import export, load_draft_folder, read_published
-from pipeline.published import reference as arithmetic
 from pipeline.runs.cache_requirements import rope_theta
 
 LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
@@ -82,7 +81,7 @@ def test_tables_are_the_angles_cosines_times_the_magnitude():
 def test_the_second_arithmetic_turns_alike(stated):
     scaling, _ = draft_rope_scaling(target(stated))
     theta = stated["rope_theta"]
-    config = DraftConfig(
+    config = draft_config(
         method="domino", **{**SIZES, **METHOD_FIELDS["domino"], "rope_theta": theta, "rope_scaling": scaling}
     )
     half = config.head_dim // 2

@@ -1,9 +1,10 @@
-"""What a published draft computes, in plain torch from its tensors by name: one block, as an engine runs it.
+"""The block backbone a second time: its published tensors by name and shape, and what they compute on one block, in
+plain torch, as an engine runs it.
 
-It shares nothing with `pipeline.drafts`, where blocks are grouped, gradients written out and heads chunked. So when
-the two agree on the probe of an export, neither has a mistake that the other has not.
+Written out from the publication (DFlash, arXiv:2602.06036). It shares nothing with `backbone.py` and `attention.py`,
+where blocks are grouped and gradients written out, so what the two agree on is no mistake of one of them.
 
-    K layers   T context rows   D hidden size   S slots   C columns: ids whose logits are computed   E head size
+    K layers   T context rows   D hidden size   S slots   E head size
 """
 
 import math
@@ -13,17 +14,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.drafts import DraftConfig
+from pipeline.drafts.config import DraftConfig
 
 Get = Callable[[str], Tensor]  # a tensor by its published name, in float32
 
 
-def block_states(get: Get, config: DraftConfig, features_KTD: Tensor, noise_SD: Tensor) -> Tensor:
-    """States [S, D] of the block after its context (rows 0 .. T - 1): the anchor is at position T."""
-    T, S = features_KTD.shape[1], len(noise_SD)
+def backbone_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of each of the backbone's tensors."""
+    D, inner = config.hidden_size, config.intermediate_size
+    wide, narrow = (count * config.head_dim for count in (config.num_attention_heads, config.num_key_value_heads))
+    layer = {
+        "input_layernorm.weight": (D,),
+        "post_attention_layernorm.weight": (D,),
+        "self_attn.q_proj.weight": (wide, D),
+        "self_attn.k_proj.weight": (narrow, D),
+        "self_attn.v_proj.weight": (narrow, D),
+        "self_attn.o_proj.weight": (D, wide),
+        "self_attn.q_norm.weight": (config.head_dim,),
+        "self_attn.k_norm.weight": (config.head_dim,),
+        "mlp.gate_proj.weight": (inner, D),
+        "mlp.up_proj.weight": (inner, D),
+        "mlp.down_proj.weight": (D, inner),
+    }
+    if config.attention_bias:
+        sizes = {"q": wide, "k": narrow, "v": narrow, "o": D}
+        layer |= {f"self_attn.{part}_proj.bias": (size,) for part, size in sizes.items()}
+    shapes = {"fc.weight": (D, len(config.target_layer_ids) * D), "hidden_norm.weight": (D,), "norm.weight": (D,)}
+    for index in range(config.num_hidden_layers):
+        shapes |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
+def block_states(get: Get, config: DraftConfig, features_KTD: Tensor, slots_SD: Tensor) -> Tensor:
+    """Return the states [S, D] of the block after its context (rows 0 .. T - 1): the anchor is at position T.
+
+    slots_SD: the target's embeddings of the anchor and the mask tokens.
+    """
+    T, S = features_KTD.shape[1], len(slots_SD)
     fused_TF = torch.cat(list(features_KTD), dim=-1)
     context_TD = _norm(get("hidden_norm.weight"), fused_TF @ get("fc.weight").T, config)
-    x_SD = noise_SD
+    x_SD = slots_SD
     for index, kind in enumerate(config.layer_types):
         window = config.sliding_window if kind == "sliding_attention" else None
         part = _part(get, f"layers.{index}.")
@@ -33,20 +63,6 @@ def block_states(get: Get, config: DraftConfig, features_KTD: Tensor, noise_SD: 
         gate_SI = F.silu(z_SD @ part("mlp.gate_proj.weight").T) * (z_SD @ part("mlp.up_proj.weight").T)
         x_SD = x_SD + gate_SI @ part("mlp.down_proj.weight").T
     return _norm(get("norm.weight"), x_SD, config)
-
-
-def correction(
-    get: Get, config: DraftConfig, hidden_SD: Tensor, prev_S: Tensor, embedded_SD: Tensor, columns_C: Tensor
-):
-    """What the method adds to the target's head [S, C]; DSpark's confidence logit [S], too, else None.
-
-    prev_S: the token before each slot's guess, slot 0's being the anchor; embedded_SD: the target's embedding of it.
-    """
-    if config.method == "domino":
-        return _domino(get, config, hidden_SD, embedded_SD, columns_C), None
-    if config.method == "dspark":
-        return _dspark(get, config, hidden_SD, prev_S, columns_C)
-    return torch.zeros(len(hidden_SD), len(columns_C)), None
 
 
 def _part(get: Get, prefix: str) -> Get:
@@ -119,54 +135,3 @@ def _rotary_frequency(pair: int, half: int, config: DraftConfig) -> float:
         slow = (pair - start) / (stop - start if stop != start else 0.001)
     slow = min(max(slow, 0.0), 1.0)
     return speed * (1 - slow + slow / scaling.factor)
-
-
-def _domino(get: Get, config: DraftConfig, hidden_SD: Tensor, embedded_SD: Tensor, columns_C: Tensor) -> Tensor:
-    """W2 silu(W1 [h ; g]), g the GRU's state after the tokens up to the one before the slot's guess.
-
-    Labels at their own position have slot 0 as the anchor: slot k then reads the state that slot k - 1 would else.
-    """
-    w_in, w_state = get("prefix_gru.weight_ih_l0"), get("prefix_gru.weight_hh_l0")
-    first = config.pure_draft_prefix_len + (0 if config.shift_label else 1)
-    states, state = [], torch.zeros(config.gru_hidden_dim)
-    for embedded_D in embedded_SD:
-        r_in, z_in, n_in = (w_in @ embedded_D).chunk(3)
-        r_old, z_old, n_old = (w_state @ state).chunk(3)
-        z = torch.sigmoid(z_in + z_old)
-        state = (1 - z) * torch.tanh(n_in + torch.sigmoid(r_in + r_old) * n_old) + z * state
-        states.append(state)
-    if not config.shift_label:
-        states = [torch.zeros_like(state), *states[:-1]]
-    mixed = F.silu(torch.cat([hidden_SD, torch.stack(states)], -1) @ get("embed_proj.0.weight").T)
-    out_SC = mixed @ get("embed_proj.2.weight")[columns_C].T
-    out_SC[:first] = 0
-    return out_SC
-
-
-def _dspark(get: Get, config: DraftConfig, hidden_SD: Tensor, prev_S: Tensor, columns_C: Tensor):
-    """The Markov head's bias, 0 without one, and the confidence logit [S] where there is such a head."""
-    e_SU, bias_SC = None, hidden_SD.new_zeros(len(prev_S), len(columns_C))
-    if config.markov_rank:
-        e_SU = get("markov_head.markov_w1.weight")[prev_S]
-        read = _markov_states(_part(get, "markov_head."), config.markov_head_type, hidden_SD, e_SU)
-        bias_SC = read @ get("markov_head.markov_w2.weight")[columns_C].T
-    if not config.enable_confidence_head:
-        return bias_SC, None
-    seen = torch.cat([hidden_SD, e_SU], -1) if config.confidence_head_with_markov else hidden_SD
-    return bias_SC, (seen @ get("confidence_head.proj.weight").T + get("confidence_head.proj.bias"))[:, 0]
-
-
-def _markov_states(get: Get, kind: str, hidden_SD: Tensor, e_SU: Tensor) -> Tensor:
-    if kind == "gated":
-        gate = torch.cat([hidden_SD, e_SU], -1) @ get("gate_proj.weight").T + get("gate_proj.bias")
-        return torch.sigmoid(gate) * e_SU
-    if kind != "rnn":
-        return e_SU
-    outs, state = [], torch.zeros_like(e_SU[0])
-    for hidden_D, e_U in zip(hidden_SD, e_SU, strict=True):
-        forget, fresh, out = (
-            get("joint_proj.weight") @ torch.cat([state, e_U, hidden_D]) + get("joint_proj.bias")
-        ).chunk(3)
-        outs.append(torch.tanh(out))
-        state = torch.sigmoid(forget) * state + (1 - torch.sigmoid(forget)) * torch.tanh(fresh)
-    return torch.stack(outs)

@@ -1,8 +1,9 @@
-"""Find a cache's layer numbering and norm convention by value: the target computes the states of a few samples again.
+"""The layer convention of a source: from an unfinished import, the options, the files, or found by value.
 
 Two things no file says for certain: whether layers were counted from 0 (the first decoder layer's output is 0: z-lab,
 SpecForge, DeepSpec) or from 1 (it is 1, and 0 is what enters it: Hugging Face's tuple, vLLM, speculators), and whether
 the last state was taken after the norm or before it. With either wrong, training looks fine and no token is accepted.
+So the target computes the states of a few samples again, and what the convention says has to be what it computes.
 
     P rows of a prefix   K layers   D hidden size   L depth of the target
 """
@@ -15,10 +16,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.errors import DataError, ProofError
+from pipeline.cache.catalog import Catalog
+from pipeline.errors import DataError, ProofError, UsageError
 from pipeline.target.model import tap_layers
 from pipeline.target.probe import BOUNDS, ROWS, relative_error
-from stages.import_cache.foreign_sample import ForeignSample, bad_file
+from pipeline.visible_text import print_visible, visible
+from stages.import_cache.foreign_sample import ForeignSample, PartialConvention, Source, bad_file
+from stages.import_cache.target import Target
 
 # Added to the probe's bounds: other kernels round otherwise. Guesses: no foreign cache of a large target was measured.
 # With the wrong convention, the bundled target's layers differ by 0.7.
@@ -44,6 +48,56 @@ class Errors:
 
     layers_KE: np.ndarray
     last: dict[str, float]
+
+
+def choose_convention(
+    source: Source,
+    first: ForeignSample,
+    named: tuple[int, ...],
+    requested: PartialConvention,
+    catalog: Catalog,
+    target: Target,
+) -> Convention:
+    """Return the convention of the source, whose first sample is `first` and whose layers are `named`.
+
+    UsageError where the options do not fit, ProofError as `find_convention`.
+    """
+    if not first.has_last and requested.last not in (None, "none"):
+        raise UsageError(f"{first.where}: holds no last state, so it is not {requested.last}; leave out --last")
+    if recorded := recorded_convention(catalog):
+        count_from = recorded[0] if requested.count_from is None else requested.count_from
+        convention = Convention(count_from, requested.last or recorded[1])
+    elif target.proven:
+        middle_and_end = {len(source.locations) // 2, len(source.locations) - 1} - {0}
+        samples = [first, *(source.open(*source.locations[number]) for number in sorted(middle_and_end))]
+        convention, line = find_convention(target.model, samples, named, requested.count_from, requested.last)
+        print_visible(visible(f"{source.form}: {line}"), err=True)
+    else:
+        convention = stated_convention(source, requested, first)
+    if convention.last == "raw" and not target.proven:
+        raise UsageError("--last raw needs the target's norm; import without --unproven, or with --last none")
+    return convention
+
+
+def recorded_convention(catalog: Catalog) -> tuple[int, str] | None:
+    """Return (count_from, last) as recorded in the cache, None where there is none."""
+    if not catalog.exists:
+        return None
+    imported = catalog.identity.capture.imported
+    return imported and (imported.count_from, imported.last)
+
+
+def stated_convention(source: Source, requested: PartialConvention, first: ForeignSample) -> Convention:
+    """Return the convention of the options or the files, with nothing computed. UsageError where one is missing."""
+    count_from = source.stated.count_from if requested.count_from is None else requested.count_from
+    last = (requested.last or source.stated.last) if first.has_last else "none"
+    if count_from is None or last is None:
+        absent = "--count-from" if count_from is None else "--last"
+        raise UsageError(
+            f"{first.where}: no file says what {absent} is to say, and --unproven computes nothing to find out; add "
+            f"{absent}, or import without --unproven"
+        )
+    return Convention(count_from, last)
 
 
 def find_convention(

@@ -1,0 +1,324 @@
+"""The base of methods that predict blocks: the backbone and the target's frozen head, in training and in decoding.
+
+N blocks   S slots   K layers   T new rows   R context rows   D hidden size   P proposals   V vocabulary
+U rank of a correction
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.drafts.attention import DecodeAttention, DenseAttention, GroupedAttention
+from pipeline.drafts.backbone import Backbone
+from pipeline.drafts.blocks import Blocks, Cell
+from pipeline.drafts.config import DraftConfig
+from pipeline.drafts.draft import BlockRequest, Draft, DraftKV, Loss, ProbeBlock, Proposal, Sampling, Shapes
+from pipeline.drafts.losses import HeadLoss
+from pipeline.drafts.metrics import slot_sums
+from pipeline.drafts.objectives import Objective, TargetStates, dpace_weights, term_name
+from pipeline.drafts.reference import backbone_shapes, block_states
+from pipeline.errors import DataError, UsageError
+from pipeline.sampling import draw, uniforms
+from pipeline.target.head import TargetHead, chunk_blocks
+from pipeline.tensors import at_least_float32
+
+
+class BlockDraft(Backbone, Draft):
+    """The backbone with the target's head. One whose logits depend on the tokens already chosen adds `correction` (all
+    slots at once, in training) and `correction_step` (slot by slot, in decoding), and for its published form
+    `head_tensors` and `reference_correction`.
+    """
+
+    architectures = ("DFlashDraftModel",)  # of every method that SGLang reads by its projector_type
+    forms = ("sglang",)
+
+    def __init__(self, config: DraftConfig, head: TargetHead):
+        if (config.vocab_size, config.hidden_size) != (head.vocab_size, head.hidden_size):
+            raise UsageError(
+                f"the draft has vocabulary {config.vocab_size} and width {config.hidden_size}, the target's head "
+                f"{head.vocab_size} and {head.hidden_size}; take both from the cache the draft is trained on"
+            )
+        super().__init__(config)
+        self.target = head
+
+    def hidden(self, cell: Cell, blocks: Blocks, dense: bool = False) -> Tensor:
+        """Return the states [N, S, D] of every slot in training, final norm applied.
+
+        dense: use the reference attention, one mask over all keys, which is quadratic in the cell's rows.
+        """
+        if dense:
+            attention = DenseAttention(blocks, len(cell.ids_R), self.windows)
+        else:
+            attention = GroupedAttention(blocks, self.windows)
+        embedded_QD = self._embed(blocks.input_ids_NS.flatten())
+        positions_Q = blocks.positions_NS.flatten()
+        out_QD = self.slot_states(embedded_QD, positions_Q, cell.aux_KRD, cell.pos_R, attention)
+        return out_QD.unflatten(0, blocks.input_ids_NS.shape)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return self.target.embed(ids).to(self.fc.weight.dtype)
+
+    def logit_kinds(self, scheduled: dict[str, float]) -> dict[str, float]:
+        """Return the weight of each kind of logits in the loss: "final", and "base" where they are corrected."""
+        return {"final": 1.0}
+
+    def correction(self, hidden_NSD: Tensor, prev_NS: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the low-rank correction of the head's logits, (z [N, S, U], W_out [V, U]) for z W_out^T, or None.
+
+        prev_NS: the true token before each label.
+        """
+        return None
+
+    def denominators(self, blocks: Blocks) -> dict[str, Tensor]:
+        """Return each term's denominator from one cell, to be summed: the weights' sum, or for D-PACE the samples."""
+        den = blocks.weights_NS.double().sum()
+        if self.config.weighting != "decay":
+            den = torch.tensor(len(blocks.lengths), dtype=torch.float64, device=den.device)
+        kinds, terms = self.logit_kinds({}), self.config.term_weights
+        return {term_name(kind, term): den for kind in kinds for term in terms}
+
+    def loss(self, cell: Cell, blocks: Blocks, scheduled: dict[str, float], dens: dict, metrics: bool = False) -> Loss:
+        """Return one cell's part of the loss. dens: each term's global denominator, summed over all cells of the batch.
+
+        At lambda 1 a causal head's gradient is 0, not None. Raises DataError when the objective reads final states and
+        the cell has none.
+        """
+        objective = self.objective(cell, blocks, scheduled, dens, metrics)
+        hidden_NSD = self.hidden(cell, blocks)
+        z_NSU, out_VU = self.correction(hidden_NSD, blocks.prev_NS) or (None, None)
+        chunk = self.blocks_per_chunk(hidden_NSD)
+        total = HeadLoss.apply(hidden_NSD, z_NSU, out_VU, self.target, objective, chunk)
+        terms, per_slot = objective.numerators, objective.slot_values()
+        sums = slot_sums(per_slot, blocks.scored_NS) if metrics else {}
+        own = self.own_loss(hidden_NSD, blocks, per_slot, dens)
+        if own is None:
+            return Loss(total, terms, sums)
+        return Loss(total + own.total, terms | own.terms, sums | own.sums if metrics else {})
+
+    def own_loss(self, hidden_NSD: Tensor, blocks: Blocks, per_slot: dict[str, Tensor], dens: dict) -> Loss | None:
+        """Return the loss of the method's own modules beside the logits', None without any.
+
+        per_slot: what the objective recorded for every slot. dens: as of `loss`.
+        """
+        return None
+
+    def blocks_per_chunk(self, hidden_NSD: Tensor) -> int:
+        """Return how many of these blocks have their logits in memory at once."""
+        return chunk_blocks(hidden_NSD.shape[1], self.target.vocab_size, hidden_NSD.device.type, self.chunk_rule)
+
+    def objective(
+        self, cell: Cell, blocks: Blocks, scheduled: dict[str, float], dens: dict, metrics: bool
+    ) -> Objective:
+        """Return the configured objective on these blocks; nothing is computed yet."""
+        terms = self.config.term_weights
+        scales = {
+            kind: {term: kind_weight * weight / dens[term_name(kind, term)] for term, weight in terms.items()}
+            for kind, kind_weight in self.logit_kinds(scheduled).items()
+        }
+        target_states = None if self.config.final_reader is None else _target_states(cell, blocks, self.config)
+        return Objective(
+            blocks.labels_NS,
+            self._slot_weights(blocks),
+            scales,
+            self.config.objective,
+            target_states,
+            self.config.has_confidence,
+            metrics,
+        )
+
+    def _slot_weights(self, blocks: Blocks):
+        kind, alpha = self.config.weighting, self.config.dpace_alpha
+        if kind == "decay":
+            return lambda part, ce_NS: blocks.weights_NS[part]
+        return lambda part, ce_NS: dpace_weights(ce_NS, blocks.scored_NS[part], alpha, kind)
+
+    def logits(self, hidden_NSD: Tensor, prev_NS: Tensor) -> dict[str, Tensor]:
+        """Return all teacher-forced logits [N, S, V] at once, "final" and where they are corrected also "base". For
+        probes and tests: a few blocks only."""
+        raw_NSV = self.target.raw_logits(hidden_NSD)
+        base_NSV = raw_NSV.to(at_least_float32(raw_NSV.dtype))
+        correction = self.correction(hidden_NSD, prev_NS)
+        if correction is None:
+            return {"final": self.target.cap(base_NSV)}
+        added_NSV = nn.functional.linear(*correction).to(base_NSV.dtype)
+        return {"base": self.target.cap(base_NSV), "final": self.target.cap(base_NSV + added_NSV)}
+
+    @torch.no_grad()
+    def teacher_forced(self, cell: Cell, blocks: Blocks) -> tuple[Tensor, Tensor | None]:
+        hidden_NSD = self.hidden(cell, blocks)
+        confidence_NS = self.confidence(hidden_NSD, blocks.prev_NS) if self.config.has_confidence else None
+        return self.logits(hidden_NSD, blocks.prev_NS)["final"], confidence_NS
+
+    def new_kv(self) -> DraftKV:
+        return DraftKV()
+
+    @torch.no_grad()
+    def block_hidden(self, requests: Sequence[BlockRequest]) -> Tensor:
+        """Return the states [N, S, D] of the next block of each text. Slot k is at position start + k.
+
+        The states in the requests enter the kv caches; the slots' own keys and values do not.
+        """
+        for request in requests:
+            K, T, _ = request.features_KTD.shape
+            length, start = request.kv.length, request.start
+            assert length + T == start, f"kv holds {length} positions and {T} came, for an anchor at {start}"
+            assert len(self.config.target_layer_ids) == K, f"{K} layers for {self.config.target_layer_ids}"
+        device, S = self.device, self.config.block_size
+        ids_NS = torch.full((len(requests), S), self.config.mask_token_id, device=device)
+        ids_NS[:, 0] = torch.tensor([request.anchor_id for request in requests], device=device)
+        starts_N = torch.tensor([request.start for request in requests], device=device)
+        positions_NS = starts_N[:, None] + torch.arange(S, device=device)
+        new_rows = [range(request.kv.length, request.start) for request in requests]
+        positions_R = torch.tensor([row for rows in new_rows for row in rows], dtype=torch.long, device=device)
+        features_KRD = torch.cat([request.features_KTD.to(device) for request in requests], dim=1)
+        attention = DecodeAttention(S, [request.kv for request in requests], list(map(len, new_rows)), device)
+        embedded_QD = self._embed(ids_NS.flatten())
+        out_QD = self.slot_states(embedded_QD, positions_NS.flatten(), features_KRD, positions_R, attention)
+        for request in requests:
+            request.kv.length = request.start
+        return out_QD.unflatten(0, (-1, S))
+
+    @torch.no_grad()
+    def propose(
+        self, requests: Sequence[BlockRequest], sampling: Sampling | None = None, threshold: float = 0.0
+    ) -> list[Proposal]:
+        hidden_NSD = self.block_hidden(requests)
+        anchors_N = torch.tensor([request.anchor_id for request in requests], device=hidden_NSD.device)
+        ids_NP, logits_NPV = self.rollout_logits(hidden_NSD, anchors_N, sampling)
+        counts = [ids_NP.shape[1]] * len(requests)
+        if threshold > 0:
+            counts = self.confident_count(hidden_NSD, anchors_N, ids_NP, threshold).tolist()
+        if sampling is None:
+            return [Proposal(ids_P[:count], None) for ids_P, count in zip(ids_NP, counts, strict=True)]
+        return [
+            Proposal(ids_P[:count], self.probabilities(logits_PV[:count], sampling.temperature))
+            for ids_P, logits_PV, count in zip(ids_NP, logits_NPV, counts, strict=True)
+        ]
+
+    @torch.no_grad()
+    def greedy_proposals(
+        self, cell: Cell, blocks: Blocks, thresholds: Sequence[float] = (0.0,)
+    ) -> list[list[list[int]]]:
+        hidden_NSD, anchor_ids_N = self.hidden(cell, blocks), cell.ids_R[blocks.anchors_N]
+        ids_NP = self.rollout(hidden_NSD, anchor_ids_N)
+        whole, proposed = ids_NP.tolist(), []
+        for threshold in thresholds:
+            counts = [self.config.proposals] * len(whole)
+            if threshold > 0:
+                counts = self.confident_count(hidden_NSD, anchor_ids_N, ids_NP, threshold).tolist()
+            proposed.append([ids[:count] for ids, count in zip(whole, counts, strict=True)])
+        return proposed
+
+    @torch.no_grad()
+    def rollout(self, hidden_NSD: Tensor, anchor_ids_N: Tensor) -> Tensor:
+        """Return greedy proposals [N, P], each corrected by those before it over the whole vocabulary, by chunks."""
+        blocks = self.blocks_per_chunk(hidden_NSD[:, self.config.first_slot :])
+        parts = zip(hidden_NSD.split(blocks), anchor_ids_N.split(blocks), strict=True)
+        return torch.cat([self.rollout_logits(hidden, anchors)[0] for hidden, anchors in parts])
+
+    def rollout_logits(
+        self,
+        hidden_NSD: Tensor,
+        anchor_ids_N: Tensor,
+        sampling: Sampling | None = None,
+        forced_NP: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return proposals [N, P], chosen one after the other, and the logits [N, P, V] before the soft cap.
+
+        forced_NP: tokens to continue from instead of the proposals (teacher forcing).
+        """
+        guessing_NPD = hidden_NSD[:, self.config.first_slot :]
+        logits_NPV = self.target.raw_logits(guessing_NPD)  # one multiplication for all proposals
+        proposals_NP = torch.empty(guessing_NPD.shape[:2], dtype=torch.long, device=hidden_NSD.device)
+        last_N, state = anchor_ids_N, None
+        for k in range(self.config.proposals):
+            correction, state = self.correction_step(k, guessing_NPD[:, k], last_N, state)
+            if correction is not None:
+                z_NU, out_VU = (part.to(logits_NPV.dtype) for part in correction)
+                logits_NPV[:, k] = torch.addmm(logits_NPV[:, k], z_NU, out_VU.T)
+            proposals_NP[:, k] = self._choose(logits_NPV[:, k], sampling)
+            last_N = proposals_NP[:, k] if forced_NP is None else forced_NP[:, k]
+        return proposals_NP, logits_NPV
+
+    def _choose(self, raw_NV: Tensor, sampling: Sampling | None) -> Tensor:
+        if sampling is None:
+            return raw_NV.argmax(-1)
+        probabilities_NV = self.probabilities(raw_NV, sampling.temperature)
+        return draw(probabilities_NV, torch.cat([uniforms(1, generator) for generator in sampling.generators]))
+
+    def probabilities(self, raw_NV: Tensor, temperature: float) -> Tensor:
+        """Return the probabilities [..., V] of uncapped logits at a temperature, in float32 or wider."""
+        return (self.target.cap(raw_NV.to(at_least_float32(raw_NV.dtype))) / temperature).softmax(-1)
+
+    def correction_step(self, k: int, hidden_ND: Tensor, last_N: Tensor, state):
+        """Return the correction (z [N, U], W_out [V, U]) of proposal k, or None, and the recurrent state after it.
+
+        last_N: the token before proposal k. state: None for the first proposal.
+        """
+        return None, None
+
+    def confident_count(self, hidden_NSD: Tensor, anchor_ids_N: Tensor, ids_NP: Tensor, threshold: float) -> Tensor:
+        """Return how many proposals of each block [N] come before the first whose confidence is below the threshold."""
+        raise UsageError(
+            f"a {self.config.method} draft without a confidence head cannot cut its blocks at {threshold}; "
+            "leave the threshold out"
+        )
+
+    @classmethod
+    def tensors(cls, config: DraftConfig, proposed: int | None = None) -> Shapes:
+        return backbone_shapes(config) | cls.head_tensors(config, proposed)
+
+    @classmethod
+    def head_tensors(cls, config: DraftConfig, proposed: int | None = None) -> Shapes:
+        """Return name and shape of what the method adds to the backbone; as `tensors`."""
+        return {}
+
+    @classmethod
+    def starting_tensors(cls, config: DraftConfig, source: type[Draft]) -> Shapes | None:
+        """As `Draft.starting_tensors`; the bare backbone starts any other draft, whose head is then random."""
+        return backbone_shapes(config) if source.only_backbone else super().starting_tensors(config, source)
+
+    @classmethod
+    def reference(cls, config: DraftConfig, block: ProbeBlock) -> tuple[Tensor, Tensor | None]:
+        hidden_SD = block_states(block.get, config, block.features_KTD, block.slots_SD)
+        added_SC, confidence_S = cls.reference_correction(config, block, hidden_SD)
+        return hidden_SD @ block.head_CD.T + added_SC, confidence_S
+
+    @classmethod
+    def reference_correction(
+        cls, config: DraftConfig, block: ProbeBlock, hidden_SD: Tensor
+    ) -> tuple[Tensor | float, Tensor | None]:
+        """Return what the method adds to the head's logits [S, C], and confidence logits [S] or None."""
+        return 0.0, None
+
+
+def _target_states(cell: Cell, blocks: Blocks, config: DraftConfig) -> TargetStates:
+    if cell.final_FD is None or cell.final_at_R is None:
+        raise DataError(
+            f"objective {config.objective!r} of {config.method} learns from the target's final states, and "
+            f'{cell.names[0]} came without them; read the cache\'s column `final`, or set draft.objective = "ce"'
+        )
+    return TargetStates(cell.final_FD, torch.where(blocks.scored_NS, cell.final_at_R[blocks.final_row_NS], 0))
+
+
+def init_weights(draft: Draft, seed: int) -> None:
+    """Initialise all parameters as Hugging Face: N(0, initializer_range), biases 0, norms 1; a GRU as PyTorch does.
+
+    Drawn on the CPU in the order of the modules' names, so that every device starts with the same weights.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, module in sorted(draft.named_modules(), key=lambda named: named[0]):
+            for name, weight in module.named_parameters(recurse=False):
+                weight.copy_(_initial_values(module, name, weight.shape, draft.config.initializer_range, generator))
+
+
+def _initial_values(module: nn.Module, name: str, shape: torch.Size, std: float, generator: torch.Generator) -> Tensor:
+    if isinstance(module, nn.GRU):
+        bound = 1 / math.sqrt(module.hidden_size)
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    if isinstance(module, nn.Linear | nn.Embedding) and name == "weight":
+        return torch.empty(shape).normal_(0, std, generator=generator)
+    return torch.zeros(shape) if name == "bias" else torch.ones(shape)

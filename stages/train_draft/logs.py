@@ -1,0 +1,182 @@
+"""What a run says: its logs, JSON lines that a resumed run truncates to its checkpoint, so that a kill leaves no trace
+in them; and its progress, a bar on a terminal and a line every few seconds elsewhere.
+
+    metrics.jsonl    one line for each logged step and each evaluation; the same bytes however often a run was killed
+    timing.jsonl     what differs between runs of one recipe: seconds, tokens a second
+
+Each line ends with a checksum of itself and of the line before (see pipeline/checksummed_json.py), and a checkpoint
+records that of the last line before it. So a line that is changed, missing or from another run is found before its
+figures are used.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from pipeline.cache.atomic import write_errors, write_file
+from pipeline.checksummed_json import Count, Record, damage_error, parse_checksummed, with_checksum
+from pipeline.errors import CacheError
+from pipeline.runs.folder import Evaluation
+from pipeline.untrusted import read_file
+from stages.train_draft.loader import Batch
+
+METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
+MAX_BYTES = 4 << 30
+REMOVE = "remove it to go on without the figures of earlier steps"
+LINE_INTERVAL = 5.0  # seconds
+
+
+class Line(Record):
+    """What a resumed run reads of a line; a logged step has its metrics besides."""
+
+    step: Count
+    eval: Evaluation | None = None  # where the held-out samples were measured after the step
+    removed: str | None = None  # the checksum of a line in a log that the user removed
+
+
+class MetricsLog:
+    """One append-only file of checksummed JSON lines. `last_checksum` is that of the newest line, "" without one."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lines: list[Line] = []
+        self.last_checksum = ""
+
+    def truncate(self, step: int, expected_checksum: str = "") -> None:
+        """Keep the lines up to `step`; later ones will be written again, and an incomplete last line is dropped.
+
+        expected_checksum: of a line that must be among them, as the checkpoint recorded it. Raises CacheError where it
+        is not, since then the lines before it are not those that were written. A log that the user removed starts
+        again with a line that records this.
+        """
+        self.lines, self.last_checksum = [], ""
+        if expected_checksum and not self.path.exists():
+            return self.write({"step": step, "removed": expected_checksum})
+        valid, reason = self._read(step)
+        checksums = [word for _, line, checksum in valid for word in (checksum, line.removed)]
+        if expected_checksum and expected_checksum not in checksums:
+            reason = reason or f"the lines up to step {step} are not all there"
+            raise CacheError(f"{self.path}: damaged ({reason}); {REMOVE}")
+        self.lines = [line for _, line, _ in valid]
+        self.last_checksum = valid[-1][2] if valid else ""
+        write_file(self.path, b"".join(data for data, _, _ in valid))
+
+    def _read(self, step: int) -> tuple[list[tuple[bytes, Line, str]], str]:
+        """Return the valid lines up to `step` as (bytes, line, checksum), and what is wrong with the line after
+        them ("" for nothing)."""
+        try:
+            lines = read_file(self.path, MAX_BYTES).splitlines(keepends=True) if self.path.exists() else []
+        except (OSError, ValueError) as error:
+            raise damage_error(self.path, error, REMOVE) from None
+        valid, last = [], ""
+        for number, data in enumerate(lines, 1):
+            try:
+                record, checksum = parse_checksummed(data, last)
+                if not data.endswith(b"\n") or (last and not checksum):
+                    raise ValueError("no line of a journal")
+                line = Line.model_validate(record)
+            except ValidationError:
+                return valid, f"line {number}: no line of a journal"
+            except ValueError as error:
+                return valid, f"line {number}: {error}"
+            if line.step > step:
+                break
+            valid.append((data, line, checksum))
+            last = checksum
+        return valid, ""
+
+    def write(self, record: dict) -> None:
+        """Append one line and fsync it. Raises RoomError when the disk is full."""
+        line = with_checksum(json.dumps(record, allow_nan=False), self.last_checksum)
+        self.lines.append(Line.model_validate(record))
+        self.last_checksum = parse_checksummed(line, self.last_checksum)[1]
+        with write_errors(self.path, "a line of metrics"), open(self.path, "ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class Throughput:
+    """The speed of a run since it (re)started: context rows and steps over seconds spent training."""
+
+    def __init__(self, start: int, total_steps: int):
+        self.start = self.step = start
+        self.total_steps = total_steps
+        self.began = time.perf_counter()
+        self.rows, self.excluded = 0, 0.0
+
+    def count(self, batch: Batch) -> None:
+        """Add a batch that was trained on."""
+        self.step, self.rows = batch.step + 1, self.rows + batch.rows
+
+    def exclude(self, seconds: float) -> None:
+        """Leave `seconds` of evaluating and saving out of the speed."""
+        self.excluded += seconds
+
+    def timing(self, waited: float) -> dict[str, float]:
+        """Return seconds, seconds a step, context rows a second, the fraction of time spent waiting for data, and
+        the seconds still to go. `waited`: seconds waited for data in all.
+        """
+        seconds = max(1e-9, time.perf_counter() - self.began - self.excluded)
+        step_seconds = seconds / max(1, self.step - self.start)
+        return {
+            "seconds": round(seconds, 3),
+            "step_seconds": round(step_seconds, 5),
+            "tokens_s": round(self.rows / seconds, 1),
+            "data_wait": round(waited / seconds, 4),
+            "eta": round(step_seconds * (self.total_steps - self.step), 1),
+        }
+
+
+class Display:
+    """Prints the newest metrics of a run. A context manager."""
+
+    def __init__(self, out: Console, start: int, total_steps: int):
+        self.out, self.last = out, 0.0
+        columns = (
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[text]}", markup=False),
+            TimeElapsedColumn(),
+        )
+        self.bar = Progress(*columns, console=out, transient=True) if out.is_terminal else None
+        self.task = self.bar.add_task("", total=total_steps, completed=start, text="") if self.bar else None
+        self.total_steps = total_steps
+
+    def __enter__(self) -> "Display":
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def step(self, step: int, metrics: dict | None, timing: dict) -> None:
+        """Show that `step` is done, with its metrics when it logged any."""
+        if self.bar:
+            text = metrics_text(metrics, timing) if metrics else self.bar.tasks[0].fields["text"]
+            self.bar.update(self.task, completed=step, text=text)
+        elif metrics and time.perf_counter() - self.last >= LINE_INTERVAL:
+            self.last = time.perf_counter()
+            self.print_line(f"step {step}/{self.total_steps}  {metrics_text(metrics, timing)}")
+
+    def print_line(self, text: str) -> None:
+        """Print a line above the bar, which stays."""
+        self.out.print(text, markup=False, soft_wrap=True)
+
+
+def metrics_text(metrics: dict, timing: dict) -> str:
+    """Return the metrics and the speed of one step as text."""
+    minutes, seconds = divmod(int(timing["eta"]), 60)
+    lambda_text = f"lambda {metrics['lambda_base']:.2f}  " if "lambda_base" in metrics else ""
+    return (
+        f"loss {metrics['loss']:.3f}  accept_len_tf {metrics['accept_len_tf']:.2f}  {lambda_text}"
+        f"lr {metrics['lr']:.1e}  {timing['tokens_s']:,.0f} tokens/s  "
+        f"data wait {timing['data_wait']:.0%}  ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+    )
