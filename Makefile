@@ -57,7 +57,7 @@ lint: install
 
 # The tables of pipeline/cache/README.md, from the records that they describe.
 tables: install
-	$(BIN)/python -c "from pipeline.cache.records import write_tables; write_tables()"
+	$(BIN)/python tests/record_tables.py
 
 # Hours, in the background: every method, objective, budget and seed, two runs at a time, each resumable; then the
 # README's tables. A run is method.objective.steps.seed; those whose report is in data/results/ are done. The target's own

@@ -78,12 +78,20 @@ def write_index(cache: Path, plan: Plan) -> None:
         write_canonical(manifest, facts)
 
 
+def index_manifest(cache: Path) -> IndexManifest:
+    """Read the index's manifest. CacheError when it is absent, damaged or of something else."""
+    manifest = read_record(cache / INDEX_MANIFEST, IndexManifest)
+    if INDEX not in manifest.files:
+        raise CacheError(f"{cache / INDEX_MANIFEST}: the manifest of something else; run `pipeline verify`")
+    return manifest
+
+
 def read_index(cache: Path, manifests: list[SegmentManifest]) -> pa.Table | None:
     """Map the index of the plan with these manifests; None when it has to be rebuilt."""
     path = cache / INDEX
     try:
-        facts = read_record(cache / INDEX_MANIFEST, IndexManifest)
-        if facts.segments != segments_of(manifests) or INDEX not in facts.files:
+        facts = index_manifest(cache)
+        if facts.segments != segments_of(manifests):
             return None
         check_size(path, facts.files[INDEX])
         with read_errors(path), pa.memory_map(str(path)) as file:

@@ -1,16 +1,13 @@
-"""What every JSON file of a cache says, field by field; README.md's tables are printed from here (`make tables`).
+"""What every JSON file of a cache says, field by field; `make tables` prints README.md's tables from it.
 
 A record is a pydantic model: immutable, read strictly, with no field more than stated unless it is an `OpenRecord`.
 `manifest.py` has the form of the files themselves: canonical JSON that ends with its own hash.
 """
 
-import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, RootModel
@@ -35,7 +32,7 @@ def _field(description: str, **kwargs) -> Any:
 class Record(BaseModel):
     """A part of a manifest."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
     def as_dict(self) -> dict:
         """The fields that were stated, as JSON has them."""
@@ -291,66 +288,3 @@ def read_log(cache: Path) -> CaptureRecord:
         return read_record(cache / LOG, CaptureRecord)
     except CacheError:
         return CaptureRecord()
-
-
-MANIFESTS = (
-    Identity,
-    SegmentManifest,
-    ColumnManifest,
-    CalibrationManifest,
-    TargetManifest,
-    IndexManifest,
-    RefusedList,
-    CaptureRecord,
-)
-NAMES = {str: "text", int: "integer", float: "number", bool: "true or false", Any: "anything", NoneType: "null"}
-
-
-def tables() -> str:
-    """The tables of README.md: every manifest's fields, parts of parts by dotted names."""
-    shown = []
-    for model in MANIFESTS:
-        rows = [f"| `{name}` | {kind} | {description} |" for name, kind, description in _fields(model)]
-        shown.append("\n".join([f"`{model.FILE}`: {model.__doc__}", "", "| field | type | |", "|---|---|---|", *rows]))
-    return "\n\n".join(shown) + "\n"
-
-
-def _fields(kind: type, before: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield name, type and description of a record's fields, and of the records in them."""
-    hints = get_type_hints(kind, include_extras=True) if kind is ColumnSpec else kind.model_fields
-    for name, stated in hints.items():
-        if name in ("format", "hash"):
-            continue
-        kind_of, described = (
-            (stated.__origin__, stated.__metadata__[0]) if kind is ColumnSpec else (stated.annotation, stated)
-        )
-        yield f"{before}{name}", _type_text(kind_of), described.description
-        parts = [part for part in (kind_of, *get_args(kind_of)) if isinstance(part, type)]
-        for part in parts:
-            if part is ColumnSpec or (issubclass(part, Record) and not issubclass(part, Manifest)):
-                yield from _fields(part, f"{before}{name}.")
-
-
-def _type_text(kind: Any) -> str:
-    origin, inside = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        return _type_text(inside[0])
-    if origin is Literal:
-        return " or ".join(map(json.dumps, inside))
-    if origin in (Union, UnionType):
-        return " or ".join(map(_type_text, inside))
-    if origin is list:
-        return f"list of {_type_text(inside[0])}"
-    if origin is dict:
-        return f"{_type_text(inside[1])} by name"
-    if kind is FileFact:
-        return "`size` and `xxh3`"
-    return NAMES.get(kind, "object")
-
-
-def write_tables() -> None:
-    """Put the tables into README.md, between their two comments."""
-    path = Path(__file__).with_name("README.md")
-    before, begin, rest = path.read_text().partition("<!-- records -->\n")
-    _, end, after = rest.partition("<!-- end of records -->\n")
-    path.write_text(before + begin + tables() + end + after)

@@ -42,7 +42,7 @@ from pipeline.cache.layout import (
 from pipeline.cache.manifest import PIECE, FileFact, check_file, check_size, read_canonical, read_record
 from pipeline.cache.plan import Plan
 from pipeline.cache.rebuild import Columns, refused_bytes
-from pipeline.cache.records import CalibrationManifest, ColumnManifest, IndexManifest, SegmentManifest
+from pipeline.cache.records import CalibrationManifest, ColumnManifest, SegmentManifest
 from pipeline.cache.samples import ShardPlan, read_batch
 from pipeline.cache.target_files import target_manifest
 from pipeline.errors import CacheError
@@ -166,16 +166,13 @@ class _Check:
                 if not shard.rebuilt_batch().equals(shard.batch):
                     self.damage(PLAN, "not what its ids and masks give", shard.number)
             return plan
-        return None
 
     def index(self, plan: Plan) -> None:
         if not (self.path / INDEX_MANIFEST).exists():
             self.unfinished(INDEX_MANIFEST, "no index; readers do without, the next `pipeline cache-hidden` makes it")
             return
         with self.guard(INDEX_MANIFEST):
-            facts = read_record(self.path / INDEX_MANIFEST, IndexManifest)
-            if INDEX not in facts.files:
-                raise CacheError("the manifest of something else")
+            facts = index.index_manifest(self.path)
             if not self.file(INDEX, facts.files[INDEX]):
                 return
             if facts.segments != index.segments_of(plan.manifests):
@@ -196,7 +193,7 @@ class _Check:
     def calibration(self, columns: Columns) -> None:
         """Check the calibrations present, and that every column encoded with one has it."""
         there = {path.stem for path in (self.path / CALIBRATION).glob("*.json") if COLUMN.fullmatch(path.stem)}
-        specs = [manifest.spec for found in columns.values() for manifest in found.values()]
+        specs = {manifest.spec for found in columns.values() for manifest in found.values()}
         for name in sorted(there | {spec.name for spec in specs if CODECS[spec.codec].lossy}):
             file = f"{CALIBRATION}/{name}.json"
             with self.guard(file):

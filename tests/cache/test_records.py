@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from cache_maker import COLUMNS, make_cache, random_samples
+from record_tables import README, tables
 
-from pipeline.cache import records
 from pipeline.cache.manifest import FileFact, canonical, parse_record, read_record
 from pipeline.cache.records import (
     ColumnManifest,
@@ -15,11 +15,9 @@ from pipeline.cache.records import (
     SegmentManifest,
     TargetManifest,
     read_log,
-    tables,
 )
 from pipeline.errors import CacheError
 
-README = Path(records.__file__).with_name("README.md")
 FACTS = {
     "cache": "00",
     "shard": 3,
