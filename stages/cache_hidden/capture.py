@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from pipeline.cache.atomic import process_lock, write_errors
+from pipeline.cache.atomic import write_errors
 from pipeline.cache.catalog import Catalog, Work
 from pipeline.cache.columns import ColumnSpec
+from pipeline.cache.locks import process_lock
 from pipeline.cache.plan import micro_batches
 from pipeline.cache.target_files import HEAD, target_file
 from pipeline.cache.writer import ShardWriter

@@ -12,9 +12,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cache.atomic import check_free_space, clean_scratch, process_lock, size_text, write_errors
+from pipeline.cache.atomic import check_free_space, clean_scratch, size_text, write_errors
 from pipeline.cache.catalog import Catalog, Work
 from pipeline.cache.columns import ColumnSpec
+from pipeline.cache.locks import process_lock
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import Plan, check_not_in_use, plan_in_use
 from pipeline.cache.rebuild import rebuild_derived
