@@ -55,6 +55,7 @@ class Domino(BlockDraft):
     architectures = ("DFlashDraftModel", "DominoDraftModel")
     sglang = ("DFLASH", 0)
     head_name = "causal head"
+    top_level = ("emb_dim",)
     # SpecForge's training checkpoints once nested the head's parts.
     renamed_tensors: ClassVar = {r"^logit_head\.(?=(prefix_gru|embed_proj)\.)": ""}
 
@@ -150,12 +151,6 @@ class Domino(BlockDraft):
         """As `Draft.absent`: SpecForge's own class, with its defaults."""
         specforge = keys.architectures == ("DominoDraftModel",)
         return {"shift_label": False, "pure_draft_prefix_len": 0} if specforge else {}
-
-    @classmethod
-    def write_options(cls, config: DominoConfig, form: str) -> tuple[dict, dict]:
-        """As `Draft.write_options`; SGLang seeks the rank at the top level, too."""
-        flat, nested = super().write_options(config, form)
-        return flat | {"emb_dim": config.emb_dim}, nested
 
     @classmethod
     def refusal(cls, config: DominoConfig, form: str) -> str | None:

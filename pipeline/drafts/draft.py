@@ -235,6 +235,7 @@ class Draft(nn.Module, ABC):
     head_name: ClassVar[str] = "head"  # what messages call its own part
     forms: ClassVar[tuple[str, ...]] = ()  # those of ENGINES that have a place for it
     sglang: ClassVar[tuple[str, int]]  # its algorithm there, and how many tokens are verified beside a block's slots
+    top_level: ClassVar[tuple[str, ...]] = ()  # options that SGLang seeks at the top level as well
     renamed_tensors: ClassVar[dict[str, str]] = {}  # regular expressions of others' names -> ours
     ignored_keys: ClassVar[frozenset[str]] = frozenset()  # nested keys of its files besides its options
     only_backbone: ClassVar[bool] = False  # the bare backbone, from which any draft on it can start
@@ -283,8 +284,10 @@ class Draft(nn.Module, ABC):
         """Return the keys that a config of this form has besides those of every method: at the top level, and nested
         (which speculators has no place for)."""
         options = {name: getattr(config, name) for name in cls.Config.published_options()}
+        if form == "speculators":
+            return options, {}
         method = {} if cls.only_backbone else {"projector_type": config.method}
-        return (options, {}) if form == "speculators" else ({}, method | options)
+        return {name: options[name] for name in cls.top_level}, method | options
 
     @classmethod
     def own_config(cls, config: DraftConfig, form: str, common: dict) -> dict | None:
