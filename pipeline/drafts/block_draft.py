@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.drafts.attention import DecodeAttention, GroupedAttention
-from pipeline.drafts.backbone import Backbone
+from pipeline.drafts.backbone import Backbone, backbone_shapes
 from pipeline.drafts.blocks import Blocks, Cell
 from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.draft import BlockRequest, Draft, DraftKV, Loss, ProbeBlock, Proposal, Sampling, Shapes
 from pipeline.drafts.metrics import slot_sums
 from pipeline.drafts.objectives import HeadLoss, Objective, TargetStates, dpace_weights, term_name
-from pipeline.drafts.reference import backbone_shapes, block_states
 from pipeline.errors import DataError, UsageError
 from pipeline.sampling import draw, uniforms
 from pipeline.target.head import TargetHead, chunk_blocks
@@ -275,7 +274,7 @@ class BlockDraft(Backbone, Draft):
 
     @classmethod
     def reference(cls, config: DraftConfig, block: ProbeBlock) -> tuple[Tensor, Tensor | None]:
-        hidden_SD = block_states(block.get, config, block.features_KTD, block.slots_SD)
+        hidden_SD = block.backbone_states()
         added_SC, confidence_S = cls.reference_correction(config, block, hidden_SD)
         return hidden_SD @ block.head_CD.T + added_SC, confidence_S
 

@@ -92,10 +92,12 @@ class Loss:
 class ProbeBlock:
     """One block for `Draft.reference`: what an engine has when it runs the published tensors.
 
-    get: a tensor by its published name, in float32. The anchor is at position T, after T context rows.
+    get: a tensor by its published name, in float32. backbone_states: the states [S, D] that the block backbone computes
+    of them, for methods that have it. The anchor is at position T, after T context rows.
     """
 
     get: Callable[[str], Tensor]
+    backbone_states: Callable[[], Tensor]
     features_KTD: Tensor  # the target's states of the context
     slots_SD: Tensor  # the target's embeddings of the anchor and the mask tokens
     prev_S: Tensor  # the token before each slot's guess

@@ -15,6 +15,7 @@ metadata that every reader parses, and that tools which save again drop.
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from pipeline.drafts.draft import ProbeBlock
 from pipeline.errors import ProofError, UsageError
 from pipeline.os_errors import refuse_limit
 from pipeline.published.folder import Opened, open_folder
+from pipeline.published.reference import block_states
 from pipeline.published.weights import CONFIG, WEIGHTS
 from pipeline.tensors import save_tensors
 from pipeline.untrusted import check_regular, parse_json
@@ -257,6 +259,7 @@ def _recompute(
         return opened[name].float()
 
     features_KTD, columns_C = tensors["features_KTD"][:, :anchor], tensors["columns_C"]
-    probe = ProbeBlock(get, features_KTD, slots_SD, prev_S, prev_SD, columns_C, tensors["head_CD"])
+    states = partial(block_states, get, config, features_KTD, slots_SD)
+    probe = ProbeBlock(get, states, features_KTD, slots_SD, prev_S, prev_SD, columns_C, tensors["head_CD"])
     logits_SC, confidence_S = DRAFTS[config.method].reference(config, probe)
     return logits_SC if softcap is None else softcap * torch.tanh(logits_SC / softcap), confidence_S

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.errors import UsageError, first_line
+from pipeline.errors import UsageError, cause_of, first_line
 from pipeline.os_errors import refuse_limit
 from pipeline.pickles import RefusedPickle, check_pickle
 from pipeline.untrusted import check_regular, parse_json, read_file
@@ -50,8 +50,9 @@ def read_json(path: Path) -> dict:
         record = parse_json(read_file(path, MOST_JSON))
     except (OSError, ValueError) as error:
         refuse_limit(path, error)
-        cause = getattr(error, "strerror", None) or error
-        raise UsageError(f"{path} cannot be read ({cause}); name a folder that holds a published draft") from error
+        raise UsageError(
+            f"{path} cannot be read ({cause_of(error)}); name a folder that holds a published draft"
+        ) from error
     if not isinstance(record, dict):
         raise UsageError(f"{path} is no JSON object; name a folder that holds a published draft")
     return record

@@ -28,7 +28,17 @@ from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import try_lock, write_errors, write_file
 from pipeline.cache.layout import FINAL
 from pipeline.cache.manifest import FileFact
-from pipeline.checksummed_json import Count, Counts, FileRecord, Number, Record, damage_error, read_record, record_bytes
+from pipeline.checksummed_json import (
+    Count,
+    Counts,
+    FailFastDict,
+    FileRecord,
+    Number,
+    Record,
+    damage_error,
+    read_record,
+    record_bytes,
+)
 from pipeline.drafts.rope import RopeScaling
 from pipeline.errors import CacheError, UsageError
 from pipeline.evaluation.figures import Figures
@@ -98,7 +108,7 @@ class RunRecord(Record):
 class Evaluation(Figures):
     """The accept length on held-out replies, of each domain, and of each reply: sample, first row, tokens, calls."""
 
-    domains: dict[str, Figures]
+    domains: Annotated[dict[str, Figures], FailFastDict]
     replies: Annotated[list[Counts], FailFast()] = Field(default_factory=list)
 
 
