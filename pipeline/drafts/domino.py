@@ -50,7 +50,7 @@ class Domino(BlockDraft):
     Config = DominoConfig
     title = "Domino"
     paper = "2605.29707"
-    published: ClassVar = {"pure_draft_prefix_len": 1}
+    published_fields: ClassVar = {"pure_draft_prefix_len": 1}
     published_sizes: ClassVar = {"emb_dim": 256, "gru_hidden_dim": 1024}
     architectures = ("DFlashDraftModel", "DominoDraftModel")
     sglang = ("DFLASH", 0)

@@ -146,7 +146,7 @@ class DSpark(BlockDraft):
     Config = DSparkConfig
     title = "DSpark"
     paper = "2607.05147"
-    published: ClassVar = {"block_size": 7}
+    published_fields: ClassVar = {"block_size": 7}
     published_sizes: ClassVar = {"markov_rank": 256}
     reads_final = True
     fused_matrices = ("joint_proj",)
