@@ -19,7 +19,7 @@ OBJECTIVES := $(foreach method,dflash domino,$(addprefix $(method).,ce ce+dpace 
 BETTER := dflash.kl dflash.ce+dpace domino.kl dspark.ce dspark.kl
 RESULT_PROMPTS := 160
 
-.PHONY: install demo test lint results bench paired clean
+.PHONY: install demo test lint tables results bench paired clean
 
 install: .venv/installed
 
@@ -54,6 +54,10 @@ test: install
 lint: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The tables of pipeline/cache/README.md, from the records that they describe.
+tables: install
+	$(BIN)/python tests/record_tables.py
 
 # Hours, in the background: every method, objective, budget and seed, two runs at a time, each resumable; then the
 # README's tables. A run is method.objective.steps.seed; those whose report is in data/results/ are done. The target's own

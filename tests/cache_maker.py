@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.cache.calibrations import read_calibration, store_calibration
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.codecs.calibration import calibrate, read_calibration, store_calibration
+from pipeline.cache.codecs.calibration import calibrate
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import load_plan, segment_numbers
@@ -66,9 +67,9 @@ def capture(
 def calibrate_columns(cache: Path, columns: list[ColumnSpec]) -> None:
     """Calibrate, with all their states, the columns that have to be."""
     for spec in columns:
-        if CODECS[spec.codec].lossy and read_calibration(cache, spec.name, spec.width) is None:
+        if CODECS[spec.codec].lossy and read_calibration(Catalog(cache), spec.name, spec.width) is None:
             every = np.concatenate([states(shard, spec) for shard in load_plan(cache).shards])
-            store_calibration(cache, spec.name, calibrate(every), len(every))
+            store_calibration(Catalog(cache), spec.name, calibrate(every), len(every))
 
 
 def make_cache(

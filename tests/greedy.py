@@ -75,7 +75,7 @@ def make_greedy_cache(model, out, count=12, most=20, seed=0):
         samples.append(PlannedSample(np.array(ids, np.int32), np.array(mask), domain, split, "made", at + 1))
     options = CaptureOptions(layers="1,3,4", max_length=256)
     settings = resolve_settings(str(model), Catalog(out), options)
-    create_identity(out, settings.identity)
+    create_identity(out, settings.identity.as_dict())
     write_segment(out, samples, row_bytes=1024, sources=[], notes={"max_samples": None, **Tally().as_notes()})
     run(str(model), None, out, options=options)
     return out

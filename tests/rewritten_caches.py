@@ -25,7 +25,7 @@ def rewrite(cache, out, *, samples=None, states=None, final=True, config=None):
     config: what is changed in the target's config.json.
     """
     store = HiddenCache.open(cache)
-    create_identity(out, {key: value for key, value in store.identity.items() if key not in ("format", "hash")})
+    create_identity(out, store.identity.as_dict())
     with new_target(Catalog(out)) as folder:
         for file in (store.path / "target").iterdir():
             if file.name != "manifest.json":

@@ -15,10 +15,9 @@ import pyarrow as pa
 import pyarrow.ipc
 import xxhash
 
-from pipeline.cache.arrow_files import read_batches
 from pipeline.cache.codecs.lossy import Encoded
 from pipeline.cache.layout import CHECKSUM_ROWS
-from pipeline.cache.samples import to_numpy
+from pipeline.cache.samples import read_batches, to_numpy
 from pipeline.errors import CacheError
 
 SCHEMA = pa.schema(

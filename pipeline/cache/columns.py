@@ -7,8 +7,6 @@ A read verifies exactly the rows it returns, by the checksums of their blocks: s
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,68 +16,18 @@ from pipeline.cache.checksums import BlockHasher, read_sums
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.lossy import CHANNELS, Encoded
 from pipeline.cache.codecs.zarr_file import DTYPES, METADATA
-from pipeline.cache.layout import CHECKSUM_ROWS, COLUMN, SAMPLES, numbered, path_inside, shard_folder
-from pipeline.cache.manifest import FILES, check_file, check_size, read_canonical
+from pipeline.cache.layout import CHECKSUM_ROWS, SAMPLES, numbered, path_inside, shard_folder
+from pipeline.cache.manifest import check_file, check_size, read_record
+from pipeline.cache.records import ColumnManifest, ColumnSpec
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import CacheError
 from pipeline.target.layers import final_rows
 
-MAX_WIDTH = 1 << 17  # values of a row; a manifest that claims more is damaged
 DECODED = 1 << 20  # bytes read and decoded at a time, at least a block, so that they stay in the CPU's cache
 
 VERIFY_BLOCKS = 16  # blocks read at a time when a whole column is verified
 
-FORM = {
-    "cache": str,
-    "shard": int,
-    "spec": {"name": str, "dtype": str, "width": int, "codec": str, "keeps": str},
-    "rows": int,
-    "samples": int,
-    "files": FILES,
-    "refused": {str: str},
-    "facts": {"probe?": {"error": float}, "gauge?": {"rows": int, "agree": int, "logprob": float}},
-}
 ROW = re.compile(r"0|[1-9][0-9]{0,8}")  # a sample of the shard, in `refused`
-
-
-@dataclass(frozen=True)
-class ColumnSpec:
-    """A column's name (`aux.<layer>` or `final`), dtype, width, codec, and which rows it keeps ("all" or "needed")."""
-
-    name: str
-    dtype: str
-    width: int
-    codec: str = "raw"
-    keeps: str = "all"
-
-    def is_valid(self) -> bool:
-        """Whether every field has a valid value."""
-        known = self.dtype in DTYPES and self.codec in CODECS and self.keeps in ("all", "needed")
-        return known and COLUMN.fullmatch(self.name) is not None and 0 < self.width <= MAX_WIDTH
-
-    @property
-    def stem(self) -> str:
-        """Name of the folder of its values, and of its `.arrow`. It names the codec, so that a recode can write the new
-        column beside the old one, and the manifest decides which of them is valid."""
-        return self.name + CODECS[self.codec].suffix
-
-    @property
-    def other_stems(self) -> list[str]:
-        """The stems that the column would have in the other codecs."""
-        stems = {replace(self, codec=codec).stem for codec in CODECS}
-        return sorted(stems - {self.stem})
-
-    def bounds(self, shard: ShardPlan) -> np.ndarray:
-        """First row of each sample in this column, and the end: int64 [n + 1]."""
-        return shard.bounds if self.keeps == "all" else shard.final_bounds
-
-    @cached_property
-    def row_bytes(self) -> int:
-        """Size of an unencoded row in bytes."""
-        return self.width * DTYPES[self.dtype].itemsize
-
-    def as_dict(self) -> dict:
-        return {name: getattr(self, name) for name in FORM["spec"]}
 
 
 def stored_rows(shard: ShardPlan, row: int, keeps: str) -> np.ndarray:
@@ -205,24 +153,24 @@ class Column:
             yield values
 
 
-def column_manifest(cache: Path, shard: int, column: str) -> dict:
+def column_manifest(cache: Path, shard: int, column: str) -> ColumnManifest:
     """Read the manifest of a column. CacheError when it is absent, damaged or another column's."""
     path = shard_folder(cache, shard) / f"{column}.json"
-    manifest = read_canonical(path, FORM)
-    spec = ColumnSpec(**{name: manifest["spec"][name] for name in FORM["spec"]})
-    right = spec.is_valid() and (manifest["shard"], spec.name) == (shard, column) and manifest["spec"] == spec.as_dict()
-    right = right and {SAMPLES, f"{spec.stem}.arrow", f"{spec.stem}/{METADATA}"} <= {*manifest["files"]}
-    if not right or not all(ROW.fullmatch(row) and int(row) < manifest["samples"] for row in manifest["refused"]):
+    manifest = read_record(path, ColumnManifest)
+    spec = manifest.spec
+    right = spec.codec in CODECS and (manifest.shard, spec.name) == (shard, column)
+    right = right and {SAMPLES, f"{spec.stem}.arrow", f"{spec.stem}/{METADATA}"} <= manifest.files.keys()
+    if not right or not all(ROW.fullmatch(row) and int(row) < manifest.samples for row in manifest.refused):
         raise CacheError(f"{path}: the manifest of another column or shard; run `pipeline verify`")
     return manifest
 
 
-def open_column(cache: Path, manifest: dict, bounds: np.ndarray) -> Column:
+def open_column(cache: Path, manifest: ColumnManifest, bounds: np.ndarray) -> Column:
     """Open a committed column, having checked its files' sizes, and the digests of those without block checksums."""
-    spec, folder = ColumnSpec(**manifest["spec"]), shard_folder(cache, manifest["shard"])
-    for name, fact in manifest["files"].items():
+    spec, folder = manifest.spec, shard_folder(cache, manifest.shard)
+    for name, fact in manifest.files.items():
         if name == f"{spec.stem}.arrow" or name.startswith(f"{spec.stem}/{CHANNELS}/"):
             check_file(path_inside(folder, name), fact)
         elif name != SAMPLES:
             check_size(path_inside(folder, name), fact)
-    return Column(folder, spec, bounds, f"{cache}, shard {numbered(manifest['shard'])}")
+    return Column(folder, spec, bounds, f"{cache}, shard {numbered(manifest.shard)}")

@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
-from pipeline.cache.arrow_files import parse_batches
 from pipeline.cache.atomic import read_errors, write_file
 from pipeline.cache.layout import FINAL, INDEX, INDEX_MANIFEST, aux_column
-from pipeline.cache.manifest import FACT, FileFact, canonical, check_size, read_canonical, write_canonical
+from pipeline.cache.manifest import FileFact, canonical, check_size, read_record, write_canonical
 from pipeline.cache.plan import Plan
-from pipeline.cache.samples import to_numpy
+from pipeline.cache.records import Files, IndexManifest, SegmentManifest
+from pipeline.cache.samples import parse_batches, to_numpy
 from pipeline.errors import CacheError
 
 Refused = list[tuple[int, np.ndarray]]  # of one column: shards, and the rows of samples refused in them
@@ -39,8 +39,6 @@ SCHEMA = pa.schema(
     ]
 )
 
-FORM = {"files": {INDEX: FACT}, "segments": [dict]}
-
 
 def build_index(plan: Plan) -> pa.Table:
     """The index of a plan, one record batch a shard."""
@@ -58,9 +56,9 @@ def build_index(plan: Plan) -> pa.Table:
     return pa.Table.from_batches(batches, SCHEMA)
 
 
-def segments_of(manifests: list[dict]) -> list[dict]:
+def segments_of(manifests: list[SegmentManifest]) -> list[Files]:
     """The files of a plan's segments with their digests, which identify the plan."""
-    return [manifest["files"] for manifest in manifests]
+    return [manifest.files for manifest in manifests]
 
 
 def write_index(cache: Path, plan: Plan) -> None:
@@ -70,7 +68,7 @@ def write_index(cache: Path, plan: Plan) -> None:
     with pa.ipc.new_file(sink, SCHEMA) as writer:
         writer.write_table(table)
     data = sink.getvalue().to_pybytes()
-    facts = {"files": {INDEX: FileFact.of_bytes(data).as_dict()}, "segments": segments_of(plan.manifests)}
+    facts = IndexManifest(files={INDEX: FileFact.of_bytes(data)}, segments=segments_of(plan.manifests)).as_dict()
     manifest = cache / INDEX_MANIFEST
     right = manifest.is_file() and manifest.read_bytes() == canonical(facts)
     if not right:
@@ -80,22 +78,30 @@ def write_index(cache: Path, plan: Plan) -> None:
         write_canonical(manifest, facts)
 
 
-def read_index(cache: Path, manifests: list[dict]) -> pa.Table | None:
+def index_manifest(cache: Path) -> IndexManifest:
+    """Read the index's manifest. CacheError when it is absent, damaged or of something else."""
+    manifest = read_record(cache / INDEX_MANIFEST, IndexManifest)
+    if INDEX not in manifest.files:
+        raise CacheError(f"{cache / INDEX_MANIFEST}: the manifest of something else; run `pipeline verify`")
+    return manifest
+
+
+def read_index(cache: Path, manifests: list[SegmentManifest]) -> pa.Table | None:
     """Map the index of the plan with these manifests; None when it has to be rebuilt."""
     path = cache / INDEX
     try:
-        facts = read_canonical(cache / INDEX_MANIFEST, FORM)
-        if facts["segments"] != segments_of(manifests):
+        facts = index_manifest(cache)
+        if facts.segments != segments_of(manifests):
             return None
-        check_size(path, facts["files"][INDEX])
+        check_size(path, facts.files[INDEX])
         with read_errors(path), pa.memory_map(str(path)) as file:
             data = file.read_buffer()
-        if FileFact.of_bytes(data).as_dict() != facts["files"][INDEX]:
+        if FileFact.of_bytes(data) != facts.files[INDEX]:
             return None
         batches = parse_batches(data, SCHEMA, path)
     except CacheError:
         return None
-    shards = sum(manifest["shards"] for manifest in manifests)
+    shards = sum(manifest.shards for manifest in manifests)
     return pa.Table.from_batches(batches) if len(batches) == 1 and _in_order(batches[0], shards) else None
 
 

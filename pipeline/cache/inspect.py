@@ -9,14 +9,14 @@ from rich.text import Text
 
 from pipeline.cache.atomic import size_text
 from pipeline.cache.catalog import Catalog
-from pipeline.cache.layout import LOG, PLAN, SAMPLES, TARGET, layer_of
-from pipeline.cache.manifest import read_canonical
+from pipeline.cache.layout import PLAN, SAMPLES, TARGET, layer_of
 from pipeline.cache.plan import Plan
 from pipeline.cache.reader import HiddenCache
 from pipeline.cache.rebuild import refused_samples
+from pipeline.cache.records import ColumnManifest, read_log
 from pipeline.cache.target_files import has_target, target_file
 from pipeline.console import grid, shows_styles
-from pipeline.errors import CacheError, UsageError
+from pipeline.errors import UsageError
 from pipeline.visible_text import visible, visible_lines
 
 TOKENIZER = "tokenizer.json"
@@ -33,18 +33,18 @@ def describe(path: Path) -> dict:
     plan = cache.catalog.plan
     shards = [cache.columns(shard) for shard in range(cache.shards)]
     columns = _columns(shards, plan)
+    refused = refused_samples(plan, dict(enumerate(shards)), np.diff(cache.samples.starts))
     sizes = {
         "columns": sum(column["bytes"] for column in columns),
         "plan": _folder_bytes(path / PLAN),
         "target": _folder_bytes(path / TARGET),
         "total": _folder_bytes(path),
     }
-    identity = {key: value for key, value in cache.identity.items() if key not in ("format", "hash")}
     return {
         "path": str(path),
-        "format": cache.identity["format"],
+        "format": cache.identity.format,
         "digest": cache.digest,
-        "identity": identity,
+        "identity": cache.identity.as_dict(),
         "plan": {
             "samples": plan.samples,
             "tokens": plan.tokens,
@@ -60,26 +60,24 @@ def describe(path: Path) -> dict:
         "bytes": sizes,
         "domains": _domains(cache),
         "gauge": _gauge(shards),
-        "refused": refused_samples(plan, dict(enumerate(shards)), np.diff(cache.samples.starts)),
+        "refused": [sample.as_dict() for sample in refused],
     }
 
 
-def _columns(shards: list[dict[str, dict]], plan: Plan) -> list[dict]:
+def _columns(shards: list[dict[str, ColumnManifest]], plan: Plan) -> list[dict]:
     """One entry a column: what it is, in how many shards, its bytes, and its worst probe."""
     names = {name for held in shards for name in held}
     described = []
     for name in sorted(names, key=lambda name: (layer_of(name) is None, layer_of(name) or 0)):
         manifests = [held[name] for held in shards if name in held]
-        size = sum(
-            fact["size"] for manifest in manifests for file, fact in manifest["files"].items() if file != SAMPLES
-        )
-        tokens = sum(plan.shards[manifest["shard"]].rows for manifest in manifests)
-        errors = [manifest["facts"]["probe"]["error"] for manifest in manifests if "probe" in manifest["facts"]]
+        size = sum(fact.size for manifest in manifests for file, fact in manifest.files.items() if file != SAMPLES)
+        tokens = sum(plan.shards[manifest.shard].rows for manifest in manifests)
+        errors = [manifest.facts.probe.error for manifest in manifests if manifest.facts.probe]
         described.append(
             {
-                **manifests[0]["spec"],
+                **manifests[0].spec.as_dict(),
                 "shards": len(manifests),
-                "rows": sum(manifest["rows"] for manifest in manifests),
+                "rows": sum(manifest.rows for manifest in manifests),
                 "bytes": size,
                 "token_bytes": size / tokens,
                 "probe": max(errors, default=None),
@@ -102,18 +100,16 @@ def _domains(cache: HiddenCache) -> list[dict]:
     ]
 
 
-def _gauge(shards: list[dict[str, dict]]) -> dict | None:
+def _gauge(shards: list[dict[str, ColumnManifest]]) -> dict | None:
     """How often the data's next token was the target's own, over all shards that measured it."""
-    found = [
-        manifest["facts"]["gauge"] for held in shards for manifest in held.values() if "gauge" in manifest["facts"]
-    ]
-    rows = sum(gauge["rows"] for gauge in found)
+    found = [gauge for columns in shards for manifest in columns.values() if (gauge := manifest.facts.gauge)]
+    rows = sum(gauge.rows for gauge in found)
     if not rows:
         return None
     return {
         "rows": rows,
-        "agreement": sum(gauge["agree"] for gauge in found) / rows,
-        "logprob": sum(gauge["logprob"] for gauge in found) / rows,
+        "agreement": sum(gauge.agree for gauge in found) / rows,
+        "logprob": sum(gauge.logprob for gauge in found) / rows,
     }
 
 
@@ -130,7 +126,7 @@ def sample_view(path: Path, i: int) -> dict:
     ids, mask = cache.tokens_of(i)
     shard, row = int(table.shard[i]), int(table.row[i])
     plan = cache.catalog.plan.shards[shard]
-    refused_in = [name for name, manifest in cache.columns(shard).items() if str(row) in manifest["refused"]]
+    refused_in = [name for name, manifest in cache.columns(shard).items() if str(row) in manifest.refused]
     return {
         "sample": i,
         "sample_id": table.hex(i),
@@ -213,10 +209,8 @@ def tokenizer_of(cache: Path):
     catalog = Catalog(cache)
     if has_target(catalog):
         return Tokenizer.from_file(str(target_file(catalog, TOKENIZER)))
-    try:
-        planned = Path(read_canonical(cache / LOG)["target"]["folder"]) / TOKENIZER
-    except (CacheError, KeyError, TypeError):
-        planned = None
+    planned_with = read_log(cache).target
+    planned = planned_with and Path(planned_with.folder) / TOKENIZER
     if planned is None or not planned.is_file():
         raise UsageError(f"{cache} holds no tokenizer yet to show text with; run `pipeline plan` or capture first")
     return Tokenizer.from_file(str(planned))

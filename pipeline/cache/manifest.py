@@ -7,19 +7,23 @@ manifest by size and xxh3-128.
 
 import hashlib
 import json
-import math
 import os
 import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, TypeVar
 
 import xxhash
+from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.cache.atomic import commit_lock, read_error, read_errors, write_errors, write_file
 from pipeline.cache.layout import FORMAT, IDENTITY
 from pipeline.errors import CacheError, UsageError
-from pipeline.untrusted import parse_strict_json
+from pipeline.untrusted import MAX_DEPTH, parse_strict_json
+
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Model = TypeVar("Model", bound=BaseModel)
 
 MAX_BYTES = 64 << 20  # a larger "manifest" is refused before it is read
 PIECE = 4 << 20
@@ -28,8 +32,6 @@ _TAIL = re.compile(rb',\n "hash": "([0-9a-f]{32})"\n}\n\Z')
 
 # In a folder of which no cache is made: it would be taken for two things.
 OTHERS = {"run.json": "a training run", "config.json": "a model or a draft"}
-FACT = {"size": int, "xxh3": str}
-FILES = {str: FACT}  # the form of a manifest's "files": what they are, by path
 
 
 def canonical(facts: dict) -> bytes:
@@ -58,44 +60,46 @@ def write_canonical(path: Path, facts: dict) -> None:
     write_file(path, canonical(facts))
 
 
-def read_canonical(path: Path, form: dict | None = None) -> dict:
-    """Read a manifest written by `write_canonical`, its hash under `hash`; it must have a form (see `has_form`).
+def read_record(path: Path, model: type[Model]) -> Model:
+    """Read a manifest as the record it must be. CacheError as `read_canonical`, and for any other record."""
+    return parse_record(_read_manifest(path), path, model)
+
+
+def parse_record(data: bytes, path: Path, model: type[Model]) -> Model:
+    """What `read_record` returns, from the file's bytes; `path` is for messages.
+
+    Parsed and validated in one step where nothing is unusual; else `parse_canonical` says what is wrong.
+    """
+    try:
+        record = model.model_validate_json(data)
+    except ValidationError:
+        record = None
+    tail = _TAIL.search(data)
+    plain = b"\\u" not in data and data.count(b"{") + data.count(b"[") < MAX_DEPTH
+    if record is None or not plain or not tail or tail[1].decode() != _own_hash(data[: tail.start()]):
+        parse_canonical(data, path)
+        if record is None:
+            raise CacheError(f"{path}: the manifest of something else; run `pipeline verify`")
+    return record
+
+
+def read_canonical(path: Path) -> dict:
+    """Read a manifest written by `write_canonical`, its hash under `hash`.
 
     Raises CacheError for a missing or oversized file, another format version (naming both) and any damage.
     """
+    return parse_canonical(_read_manifest(path), path)
+
+
+def _read_manifest(path: Path) -> bytes:
     size = file_size(path)
     if size > MAX_BYTES:
         raise CacheError(f"{path}: {size} bytes, and no manifest has more than {MAX_BYTES}; it is damaged")
-    with read_errors(path):
-        data = path.read_bytes()
-    facts = parse_canonical(data, path)
-    if form and not has_form(facts, form):
-        raise CacheError(f"{path}: the manifest of something else; run `pipeline verify`")
-    return facts
-
-
-def has_form(value, form) -> bool:
-    """Whether what JSON gave has a form, so that whoever uses it need not look again.
-
-    A type; `int` is a count, from 0 to 2^63 - 1, and `float` that or a decimal number. `[form]` is a list of such.
-    `{str: form}` has any names, `{"name": form}` at least these; those that end with a question mark may be absent.
-    """
-    if isinstance(form, list):
-        return isinstance(value, list) and all(has_form(entry, form[0]) for entry in value)
-    if isinstance(form, dict):
-        if not isinstance(value, dict):
-            return False
-        if str in form:
-            return all(has_form(entry, form[str]) for entry in value.values())
-        for name, wanted in form.items():
-            key = name.removesuffix("?")
-            if not (has_form(value[key], wanted) if key in value else key != name):
-                return False
-        return True
-    if form in (int, float):
-        count = type(value) is int and 0 <= value < 1 << 63
-        return count or (form is float and isinstance(value, float) and math.isfinite(value))
-    return isinstance(value, form)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
+    except OSError as error:
+        raise read_error(path, error) from error
 
 
 def parse_canonical(data: bytes, path: Path) -> dict:
@@ -117,11 +121,11 @@ def parse_canonical(data: bytes, path: Path) -> dict:
     return facts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileFact:
     """What a manifest says of another file: its size in bytes and its xxh3-128, in hex."""
 
-    size: int
+    size: Count
     xxh3: str
 
     def as_dict(self) -> dict:
@@ -153,17 +157,17 @@ def file_size(path: Path | str) -> int:
     return found.st_size
 
 
-def check_size(path: Path | str, fact: dict) -> None:
+def check_size(path: Path | str, fact: FileFact) -> None:
     """Refuse a file whose size is not the manifest's, before a byte of it is read or anything allocated for it."""
     size = file_size(path)
-    if size != fact["size"]:
-        raise CacheError(f"{path}: {size} bytes, its manifest says {fact['size']}; run `pipeline verify`")
+    if size != fact.size:
+        raise CacheError(f"{path}: {size} bytes, its manifest says {fact.size}; run `pipeline verify`")
 
 
-def check_file(path: Path, fact: dict) -> None:
+def check_file(path: Path, fact: FileFact) -> None:
     """Refuse a file whose size or digest is not the manifest's."""
     check_size(path, fact)
-    if FileFact.of_file(path).as_dict() != fact:
+    if FileFact.of_file(path) != fact:
         raise CacheError(f"{path}: damaged, its digest is not its manifest's; run `pipeline verify`")
 
 

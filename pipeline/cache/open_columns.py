@@ -7,6 +7,8 @@ Thread-safe; nothing on disk is locked.
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cached_property
 
 import numpy as np
 
@@ -19,6 +21,10 @@ from pipeline.cache.layout import CHECKSUM_ROWS
 from pipeline.cache.samples import ShardPlan
 
 OPEN_FILES = 128  # files kept open: all of a small cache, and half of a process's limit on macOS
+READ_THREADS = 8  # parallel reads: enough for an NVMe disk, in threads that mostly wait
+INLINE_BYTES = 1 << 20  # less is read by the calling thread: handing it over takes longer
+
+Read = Callable[[bool], bool]  # takes `wait`; without it, returns False where it would wait for the disk
 
 
 class CodedColumn:
@@ -127,7 +133,7 @@ class OpenColumns:
         column = self._columns.get(key)
         if column is None:
             manifest, plan = self._catalog.manifest(shard, name), self._plan_of(shard)
-            bounds = plan.bounds if manifest["spec"]["keeps"] == "all" else plan.final_bounds
+            bounds = plan.bounds if manifest.spec.keeps == "all" else plan.final_bounds
             held = open_column(self._catalog.path, manifest, bounds)
             # setdefault: two threads that open it at once must share one record of verified blocks
             column = self._columns.setdefault(key, CODECS[held.spec.codec].direct(held) or CodedColumn(held))
@@ -153,3 +159,34 @@ class _RecentlyUsed:
             while len(self._held) > OPEN_FILES:
                 self._held.popitem(last=False)
         return made
+
+
+class ReadPool:
+    """Runs reads in the calling thread while they are in the page cache, the rest in several. Thread-safe."""
+
+    def do(self, reads: list[Read], size: int, in_page_cache: Callable[[], bool]) -> None:
+        """Run all reads, of `size` bytes in total: in this thread while `in_page_cache`, the rest in several threads.
+
+        From memory, one thread copies faster than several that contend for the GIL. Raises what a read raises, once no
+        thread is reading.
+        """
+        todo, few = iter(reads), size < INLINE_BYTES
+        if few or in_page_cache():
+            wait_here = few or len(reads) == 1
+            first = next((read for read in todo if not read(wait_here)), None)
+            if first is None:
+                return
+            todo = iter([first, *todo])
+
+        def work() -> None:
+            for read in todo:  # each takes the next one that nobody has
+                read(True)
+
+        done = [self._threads.submit(work) for _ in range(min(READ_THREADS, len(reads)))]
+        wait(done)
+        for future in done:
+            future.result()
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")

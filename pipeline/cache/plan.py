@@ -2,24 +2,26 @@
 
 Since it has all lengths, all sizes are known before the target runs, workers need no coordination, and a stopped
 capture can resume. Shards are contiguous ranges of the corpus; in a shard the longest samples come first, so that
-micro-batches of consecutive samples have little padding and write their rows in order.
+micro-batches of consecutive samples have little padding and write their rows in order. Which samples are computed
+together is part of what a cache is, too (`batch_tokens`).
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
 
-from pipeline.cache.arrow_files import read_batches
+import numpy as np
+
 from pipeline.cache.atomic import Scratch, clean_scratch, commit_lock, write_errors
 from pipeline.cache.layout import NUMBER, PLAN, SCRATCH, SHARDS, numbered
-from pipeline.cache.manifest import FACT, check_file, read_canonical
-from pipeline.cache.samples import SCHEMA, ShardPlan, checked_batch
+from pipeline.cache.manifest import check_file, read_record
+from pipeline.cache.records import SegmentManifest
+from pipeline.cache.samples import SCHEMA, ShardPlan, checked_batch, read_batches
 from pipeline.errors import CacheError, UsageError
 
-_PLACE, _COUNTS = ("segment", "first_shard", "shards", "row_bytes"), ("samples", "tokens", "supervised", "duplicates")
-FORM = {**dict.fromkeys((*_PLACE, *_COUNTS, "final_rows"), int), "sources": [dict], "notes": dict}
+FORWARD_TOKENS = 128  # what a forward costs besides its tokens: about what an H100 computes while it reads the weights
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Plan:
     """The plan of the cache at `path`: the manifests of its segments, in order, and the shards of all of them."""
 
     path: Path
-    manifests: list[dict]
+    manifests: list[SegmentManifest]
 
     @cached_property
     def shards(self) -> list[ShardPlan]:
@@ -38,7 +40,7 @@ class Plan:
         return found
 
     def _sum(self, name: str) -> int:
-        return sum(manifest[name] for manifest in self.manifests)
+        return sum(getattr(manifest, name) for manifest in self.manifests)
 
     @property
     def samples(self) -> int:
@@ -58,16 +60,16 @@ class Plan:
 
     @property
     def sources(self) -> list[dict]:
-        return [source for manifest in self.manifests for source in manifest["sources"]]
+        return [source for manifest in self.manifests for source in manifest.sources]
 
     @property
     def notes(self) -> dict:
         """The planner's notes (which samples were dropped and why, for one), merged over all segments."""
-        return reduce(_merge_notes, (manifest["notes"] for manifest in self.manifests))
+        return reduce(_merge_notes, (manifest.notes for manifest in self.manifests))
 
-    def segment(self, shard: int) -> dict:
+    def segment(self, shard: int) -> SegmentManifest:
         """The manifest of the segment that planned a shard."""
-        return next(manifest for manifest in reversed(self.manifests) if manifest["first_shard"] <= shard)
+        return next(manifest for manifest in reversed(self.manifests) if manifest.first_shard <= shard)
 
 
 def _merge_notes(old, new):
@@ -114,37 +116,64 @@ def segment_numbers(cache: Path) -> list[int]:
     return found
 
 
-def read_manifests(cache: Path) -> list[dict]:
+def read_manifests(cache: Path) -> list[SegmentManifest]:
     """The manifests of the plan's segments. UsageError when there is no plan, CacheError for a damaged one."""
-    names = [numbered(number) for number in segment_numbers(cache)]
-    forms = [{**FORM, "files": {f"{name}.arrow": FACT}} for name in names]
-    manifests = [read_canonical(cache / PLAN / f"{name}.json", form) for name, form in zip(names, forms, strict=True)]
+    paths = [cache / PLAN / f"{numbered(number)}.json" for number in segment_numbers(cache)]
+    manifests = [read_record(path, SegmentManifest) for path in paths]
     if not manifests:
         raise UsageError(f"{cache} has no plan yet; run `pipeline plan` or `pipeline cache-hidden`")
     shards = 0
     for number, manifest in enumerate(manifests):
-        if manifest["segment"] != number or manifest["first_shard"] != shards:
+        whole = f"{numbered(number)}.arrow" in manifest.files
+        if not whole or manifest.segment != number or manifest.first_shard != shards:
             raise CacheError(f"{cache / PLAN}: segment {number} is out of its place; run `pipeline verify`")
-        shards += manifest["shards"]
+        shards += manifest.shards
     return manifests
 
 
-def load_plan(path: Path, manifests: list[dict] | None = None) -> Plan:
+def load_plan(path: Path, manifests: list[SegmentManifest] | None = None) -> Plan:
     """Read the plan, every byte checked. UsageError when there is none, CacheError when it is damaged."""
     plan = Plan(path, read_manifests(path) if manifests is None else manifests)
     for number, manifest in enumerate(plan.manifests):
         name = f"{numbered(number)}.arrow"
-        check_file(path / PLAN / name, manifest["files"][name])
+        check_file(path / PLAN / name, manifest.files[name])
     return plan
 
 
-def _shards_of(path: Path, manifest: dict) -> list[ShardPlan]:
+def _shards_of(path: Path, manifest: SegmentManifest) -> list[ShardPlan]:
     """Map the shards of one segment. CacheError when they are not those its manifest counts."""
     batches = read_batches(path, SCHEMA)
     shards = [
-        ShardPlan(checked_batch(batch, path), number) for number, batch in enumerate(batches, manifest["first_shard"])
+        ShardPlan(checked_batch(batch, path), number) for number, batch in enumerate(batches, manifest.first_shard)
     ]
     counts = len(shards), sum(map(len, shards)), sum(shard.rows for shard in shards)
-    if not shards or counts != (manifest["shards"], manifest["samples"], manifest["tokens"]):
+    if not shards or counts != (manifest.shards, manifest.samples, manifest.tokens):
         raise CacheError(f"{path}: not the shards its manifest counts; run `pipeline verify`")
     return shards
+
+
+def micro_batches(lengths: Sequence[int] | np.ndarray, batch_tokens: int) -> list[range]:
+    """Cut a shard's samples, in their order, into batches of at most `batch_tokens` padded tokens (at least a sample).
+
+    Of all cuts the cheapest, padding and forwards counted in tokens. A pure function of the lengths, so that a capture
+    computes the same batches whoever runs it and however often it was stopped.
+    """
+    lengths = [int(length) for length in lengths]
+    least, begins = [0], [0]  # for the samples before each end: what they cost, where their last batch begins
+    for end in range(1, len(lengths) + 1):
+        longest = tokens = 0
+        found = None
+        for first in range(end - 1, -1, -1):
+            longest, tokens = max(longest, lengths[first]), tokens + lengths[first]
+            padded = longest * (end - first)
+            cost = padded - tokens + FORWARD_TOKENS
+            if found and (padded > batch_tokens or cost > found[0]):  # and every longer batch costs more still
+                break
+            found = min(found or (least[first] + cost, first), (least[first] + cost, first))
+        least.append(found[0])
+        begins.append(found[1])
+    batches, end = [], len(lengths)
+    while end:
+        batches.append(range(begins[end], end))
+        end = begins[end]
+    return batches[::-1]

@@ -3,7 +3,6 @@
 Memory holds the sample ids and one shard's tokens, never the corpus.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -16,8 +15,9 @@ import pyarrow.ipc
 from pipeline.cache.atomic import Scratch, commit_lock, sync_file, sync_folder, write_errors
 from pipeline.cache.index import write_index
 from pipeline.cache.layout import PLAN, numbered
-from pipeline.cache.manifest import FileFact, canonical, read_canonical
+from pipeline.cache.manifest import FileFact, canonical, read_record
 from pipeline.cache.plan import Plan, check_not_in_use, load_plan, segment_numbers
+from pipeline.cache.records import SegmentManifest
 from pipeline.cache.samples import (
     SCHEMA,
     SPOOLED,
@@ -131,20 +131,21 @@ def write_segment(
         segment = scratch.path / "segment.arrow"
         first = len(earlier.shards)
         shards = _write_shards(spool, segment, counts, row_bytes, first)
-        manifest = {
-            "segment": len(earlier.manifests),
-            "files": {f"{numbered(len(earlier.manifests))}.arrow": FileFact.of_file(segment).as_dict()},
-            "first_shard": first,
-            "shards": shards,
-            "row_bytes": row_bytes,
-            "samples": counts.samples,
-            "tokens": counts.tokens,
-            "supervised": counts.supervised,
-            "final_rows": counts.final_rows,
-            "duplicates": counts.duplicates,
-            "sources": sources,
-            "notes": notes or {},
-        }
+        files = {f"{numbered(len(earlier.manifests))}.arrow": FileFact.of_file(segment)}
+        manifest = SegmentManifest(
+            segment=len(earlier.manifests),
+            files=files,
+            first_shard=first,
+            shards=shards,
+            row_bytes=row_bytes,
+            samples=counts.samples,
+            tokens=counts.tokens,
+            supervised=counts.supervised,
+            final_rows=counts.final_rows,
+            duplicates=counts.duplicates,
+            sources=sources,
+            notes=notes or {},
+        )
         _commit(cache, scratch, segment, manifest, None if replace else earlier)
     return load_plan(cache)
 
@@ -217,13 +218,14 @@ def _write_shards(spool: Path, segment: Path, counts: _Counts, row_bytes: int, f
     return write_batches(segment, shard_batches())
 
 
-def _commit(cache: Path, scratch: Scratch, segment: Path, manifest: dict, earlier: Plan | None) -> None:
+def _commit(cache: Path, scratch: Scratch, segment: Path, manifest: SegmentManifest, earlier: Plan | None) -> None:
     """Rename the segment into place after those of `earlier`, or (None) instead of the present plan.
 
     The index of the new plan is written before the segment's manifest, which comes last."""
-    folder, name = cache / PLAN, numbered(manifest["segment"])
+    folder, name = cache / PLAN, numbered(manifest.segment)
     ready = scratch.path / "segment.json"
-    ready.write_bytes(canonical(manifest))
+    ready.write_bytes(canonical(manifest.as_dict()))
+    manifest = read_record(ready, SegmentManifest)  # with its hash
     sync_file(segment)
     sync_file(ready)
     with commit_lock(cache):
@@ -231,12 +233,12 @@ def _commit(cache: Path, scratch: Scratch, segment: Path, manifest: dict, earlie
             _remove_plan(cache, scratch)
             earlier = Plan(cache, [])
         if len(segment_numbers(cache)) != len(earlier.manifests):
-            if read_canonical(folder / f"{name}.json")["hash"] == json.loads(canonical(manifest))["hash"]:
+            if read_record(folder / f"{name}.json", SegmentManifest).hash == manifest.hash:
                 return  # the same plan, made twice at a time
             raise UsageError(f"{cache}: another process planned meanwhile; run the command again, it uses that plan")
         folder.mkdir(exist_ok=True)
         segment.replace(folder / f"{name}.arrow")
-        plan = Plan(cache, [*earlier.manifests, json.loads(canonical(manifest))])
+        plan = Plan(cache, [*earlier.manifests, manifest])
         write_index(cache, plan)
         sync_folder(folder)
         ready.replace(folder / f"{name}.json")

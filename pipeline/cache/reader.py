@@ -26,8 +26,8 @@ from pipeline.cache.layout import (
     shard_folder,
 )
 from pipeline.cache.manifest import check_file
-from pipeline.cache.open_columns import OpenColumns
-from pipeline.cache.parallel_reads import ReadPool
+from pipeline.cache.open_columns import OpenColumns, ReadPool
+from pipeline.cache.records import ColumnManifest, ColumnSpec
 from pipeline.cache.samples import ShardPlan, read_batch
 from pipeline.cache.target_files import CONFIG, HEAD, TOKENS, target_file, target_json
 from pipeline.errors import CacheError, DataError, UsageError
@@ -66,7 +66,7 @@ class HiddenCache:
 
     def __init__(self, catalog: Catalog):
         self.catalog, self.path, self.identity = catalog, catalog.path, catalog.identity
-        hashes = [catalog.hash, *(manifest["hash"] for manifest in catalog.segments)]
+        hashes = [catalog.hash, *(manifest.hash for manifest in catalog.segments)]
         self.digest = _digest(hashes)
         self.earlier_digests = [
             _digest(hashes[:end]) for end in range(2, len(hashes))
@@ -90,30 +90,14 @@ class HiddenCache:
         """Planned shards."""
         return self.catalog.shards
 
-    def columns(self, shard: int) -> dict[str, dict]:
+    def columns(self, shard: int) -> dict[str, ColumnManifest]:
         """Manifests of the columns that a shard has, by name."""
         return self.catalog.columns(shard)
 
     @property
-    def whole(self) -> dict[str, dict]:
+    def whole(self) -> dict[str, ColumnSpec]:
         """Columns that every planned shard has, by name, each with its spec."""
         return self.catalog.whole
-
-    @cached_property
-    def missing(self) -> list[tuple[int, str]]:
-        """(shard, column) pairs still to be captured: columns that other shards have."""
-        names = sorted({name for names in self.catalog.names for name in names})
-        return [(n, name) for n, held in enumerate(self.catalog.names) for name in names if name not in held]
-
-    @property
-    def partial(self) -> dict[str, int]:
-        """How many shards have each column that some lack (a stopped capture or a lost file), by name."""
-        return self.catalog.partial
-
-    @property
-    def unplanned_shards(self) -> list[int]:
-        """Shards with columns that no segment of the plan has."""
-        return self.catalog.unplanned_shards
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
@@ -270,7 +254,7 @@ class HiddenCache:
 
     def _keeps_all(self, i: int) -> bool:
         """Whether all rows of sample `i` have a `final` state."""
-        return self.catalog.manifest(self._locate(i)[0], FINAL)["spec"]["keeps"] == "all"
+        return self.catalog.manifest(self._locate(i)[0], FINAL).spec.keeps == "all"
 
     def _fill(self, out_KRD: "torch.Tensor", parts: Sequence[Part], names: tuple[str, ...]) -> None:
         import torch
@@ -315,7 +299,7 @@ class HiddenCache:
         names = [*map(aux_column, layers), *([FINAL] if final else [])]
         for i in indices:
             shard, row = self._locate(i)
-            if any(str(row) in self.catalog.manifest(shard, name)["refused"] for name in names):
+            if any(str(row) in self.catalog.manifest(shard, name).refused for name in names):
                 raise DataError(
                     f"{self.path}: sample {i} was refused, see `pipeline inspect`; skip what `samples.usable` denies"
                 )
@@ -339,7 +323,7 @@ class HiddenCache:
             return self.catalog.plan.shards[number]
         path = path_inside(shard_folder(self.path, number), SAMPLES)
         for manifest in columns.values():
-            check_file(path, manifest["files"][SAMPLES])
+            check_file(path, manifest.files[SAMPLES])
             break
         plan = ShardPlan(read_batch(path), number)
         here = slice(self.samples.starts[number], self.samples.starts[number + 1])

@@ -12,8 +12,11 @@ from pipeline.cache.index import write_index
 from pipeline.cache.layout import INDEX, PLAN, QUARANTINE, REFUSED, SAMPLES, numbered, shard_folder
 from pipeline.cache.manifest import FileFact, canonical
 from pipeline.cache.plan import Plan
+from pipeline.cache.records import ColumnManifest, RefusedList, RefusedSample
 from pipeline.cache.samples import batch_bytes, read_batch, write_batches
 from pipeline.errors import CacheError
+
+Columns = dict[int, dict[str, ColumnManifest]]  # by shard and name
 
 
 def rebuild_derived(catalog: Catalog) -> list[str]:
@@ -46,10 +49,10 @@ def _stale_samples(catalog: Catalog) -> dict[Path, bytes]:
     stale = {}
     for shard in range(catalog.shards):
         path = shard_folder(catalog.path, shard) / SAMPLES
-        vouched = [manifest["files"][SAMPLES] for manifest in catalog.captured_columns(shard).values()]
-        if vouched and (not path.is_file() or FileFact.of_file(path).as_dict() not in vouched):
+        vouched = [manifest.files[SAMPLES] for manifest in catalog.captured_columns(shard).values()]
+        if vouched and (not path.is_file() or FileFact.of_file(path) not in vouched):
             data = batch_bytes(catalog.plan.shards[shard].batch)
-            if FileFact.of_bytes(data).as_dict() in vouched:
+            if FileFact.of_bytes(data) in vouched:
                 stale[path] = data
     return stale
 
@@ -77,17 +80,17 @@ def restore_segments(catalog: Catalog) -> list[str]:
     cache = catalog.path
     for number, manifest in enumerate(catalog.segments):
         name = f"{numbered(number)}.arrow"
-        path, fact = cache / PLAN / name, manifest["files"][name]
-        if path.is_file() and FileFact.of_file(path).as_dict() == fact:
+        path, fact = cache / PLAN / name, manifest.files[name]
+        if path.is_file() and FileFact.of_file(path) == fact:
             continue
-        first = manifest["first_shard"]
-        with Scratch(cache, PLAN) as scratch, write_errors(cache, "a segment of the plan", fact["size"]):
+        first = manifest.first_shard
+        with Scratch(cache, PLAN) as scratch, write_errors(cache, "a segment of the plan", fact.size):
             try:
-                parts = [shard_folder(cache, shard) / SAMPLES for shard in range(first, first + manifest["shards"])]
+                parts = [shard_folder(cache, shard) / SAMPLES for shard in range(first, first + manifest.shards)]
                 write_batches(scratch.path / name, map(read_batch, parts))
             except CacheError:  # a shard that is not captured, or its samples are damaged, too
                 continue
-            if FileFact.of_file(scratch.path / name).as_dict() == fact:
+            if FileFact.of_file(scratch.path / name) == fact:
                 sync_file(scratch.path / name)
                 with commit_lock(cache):
                     (scratch.path / name).replace(path)
@@ -96,39 +99,39 @@ def restore_segments(catalog: Catalog) -> list[str]:
     return restored
 
 
-def refused_samples(plan: Plan, columns: dict[int, dict[str, dict]], counts: Sequence[int]) -> list[dict]:
+def refused_samples(plan: Plan, columns: Columns, counts: Sequence[int]) -> list[RefusedSample]:
     """The samples refused in any column, in order of samples: where they are, where they came from, and why.
 
-    columns: manifests by shard and name. counts: samples of each shard.
+    counts: samples of each shard
     """
     refused, before = [], 0
     for number, count in enumerate(counts):
         reasons: dict[int, dict[str, list[str]]] = {}
         for name, manifest in sorted(columns[number].items()):
-            if manifest["samples"] != count:
+            if manifest.samples != count:
                 where = f"shard {numbered(number)}, column {name}"
                 raise CacheError(f"{where}: of other samples than the plan's; run `pipeline verify`")
-            for row, reason in manifest["refused"].items():
+            for row, reason in manifest.refused.items():
                 reasons.setdefault(int(row), {}).setdefault(reason, []).append(name)
         for row in sorted(reasons):
             shard = plan.shards[number]
             refused.append(
-                {
-                    "sample": before + row,
-                    "sample_id": shard.batch.column("sample_id")[row].as_py().hex(),
-                    "shard": number,
-                    "row": row,
-                    "reason": "; ".join(sorted(reasons[row])),
-                    "columns": sorted({name for names in reasons[row].values() for name in names}),
-                    "source": shard.batch.column("source")[row].as_py(),
-                    "line": shard.line(row),
-                }
+                RefusedSample(
+                    sample=before + row,
+                    sample_id=shard.batch.column("sample_id")[row].as_py().hex(),
+                    shard=number,
+                    row=row,
+                    reason="; ".join(sorted(reasons[row])),
+                    columns=sorted({name for names in reasons[row].values() for name in names}),
+                    source=shard.batch.column("source")[row].as_py(),
+                    line=shard.line(row),
+                )
             )
         before += int(count)
     return refused
 
 
-def refused_bytes(plan: Plan, columns: dict[int, dict[str, dict]], counts: Sequence[int]) -> bytes:
+def refused_bytes(plan: Plan, columns: Columns, counts: Sequence[int]) -> bytes:
     """What `quarantine/samples.json` holds; empty when no sample was refused, and then there is no such file."""
     refused = refused_samples(plan, columns, counts)
-    return canonical({"samples": refused}) if refused else b""
+    return canonical(RefusedList(samples=refused).as_dict()) if refused else b""

@@ -13,7 +13,8 @@ from pathlib import Path
 from pipeline.cache.atomic import Scratch, commit_lock, read_errors, sync_file, sync_folder, write_errors
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.layout import TARGET, TARGET_MANIFEST, path_inside
-from pipeline.cache.manifest import FILES, MAX_BYTES, FileFact, canonical, check_file, check_size, read_canonical
+from pipeline.cache.manifest import MAX_BYTES, FileFact, canonical, check_file, check_size, read_record
+from pipeline.cache.records import TargetManifest
 from pipeline.errors import CacheError
 from pipeline.untrusted import parse_json, read_file
 
@@ -36,8 +37,8 @@ def new_target(catalog: Catalog) -> Iterator[Path]:
         yield folder
         paths = sorted(folder.iterdir())
         assert all(path.is_file() and not path.is_symlink() for path in paths), f"not all plain files: {paths}"
-        files = {path.name: FileFact.of_file(path).as_dict() for path in paths}
-        (folder / TARGET_MANIFEST).write_bytes(canonical({"cache": catalog.hash, "files": files}))
+        files = {path.name: FileFact.of_file(path) for path in paths}
+        (folder / TARGET_MANIFEST).write_bytes(canonical(TargetManifest(cache=catalog.hash, files=files).as_dict()))
         for path in (*paths, folder / TARGET_MANIFEST):
             sync_file(path)
         sync_folder(folder)
@@ -69,25 +70,25 @@ def _put(folder: Path, place: Path, aside: Path) -> None:
 def has_target(catalog: Catalog) -> bool:
     """Whether `target/` is there, as far as its manifest and sizes tell."""
     try:
-        for name, fact in target_manifest(catalog)["files"].items():
+        for name, fact in target_manifest(catalog).files.items():
             check_size(path_inside(catalog.path / TARGET, name), fact)
     except CacheError:
         return False
     return True
 
 
-def target_manifest(catalog: Catalog) -> dict:
+def target_manifest(catalog: Catalog) -> TargetManifest:
     """The folder's manifest. CacheError when it is absent, damaged or of another cache."""
     path = catalog.path / TARGET / TARGET_MANIFEST
-    manifest = read_canonical(path, {"cache": str, "files": FILES})
-    if manifest["cache"] != catalog.hash:
+    manifest = read_record(path, TargetManifest)
+    if manifest.cache != catalog.hash:
         raise CacheError(f"{path}: belongs to another cache; run `pipeline verify`")
     return manifest
 
 
 def target_file(catalog: Catalog, name: str) -> Path:
     """The path of a file of the folder, its size and digest checked now. CacheError when it is absent or damaged."""
-    files = target_manifest(catalog)["files"]
+    files = target_manifest(catalog).files
     path = path_inside(catalog.path / TARGET, name)
     if name not in files:
         raise CacheError(f"{path}: not in the cache; run `pipeline cache-hidden` again with the same arguments")

@@ -15,9 +15,9 @@ import xxhash
 from pipeline.cache import index
 from pipeline.cache.atomic import read_errors
 from pipeline.cache.catalog import Catalog, shards_per_column
-from pipeline.cache.codecs import CODECS, calibration, column_of_files
+from pipeline.cache.codecs import CODECS, column_of_files
 from pipeline.cache.codecs.zarr_file import METADATA
-from pipeline.cache.columns import Column, ColumnSpec
+from pipeline.cache.columns import Column
 from pipeline.cache.layout import (
     CALIBRATION,
     CHECKSUM_ROWS,
@@ -39,10 +39,11 @@ from pipeline.cache.layout import (
     numbered,
     path_inside,
 )
-from pipeline.cache.manifest import FILES, PIECE, check_file, check_size, read_canonical
+from pipeline.cache.manifest import PIECE, FileFact, check_file, check_size, read_canonical, read_record
 from pipeline.cache.plan import Plan
-from pipeline.cache.rebuild import refused_bytes
-from pipeline.cache.samples import ShardPlan, make_batch, read_batch, sample_id
+from pipeline.cache.rebuild import Columns, refused_bytes
+from pipeline.cache.records import CalibrationManifest, ColumnManifest, SegmentManifest
+from pipeline.cache.samples import ShardPlan, read_batch
 from pipeline.cache.target_files import target_manifest
 from pipeline.errors import CacheError
 
@@ -132,7 +133,7 @@ class _Check:
     def unfinished(self, file: str, what: str, shard: int | None = None, column: str | None = None) -> None:
         self.report.missing.append(Finding(file, what, shard, column))
 
-    def file(self, file: str, fact: dict, shard: int | None = None, column: str | None = None) -> bool:
+    def file(self, file: str, fact: FileFact, shard: int | None = None, column: str | None = None) -> bool:
         """Check a file's size and digest. Returns whether they are right."""
         before = len(self.report.damaged)
         with self.guard(file, shard, column):
@@ -150,7 +151,7 @@ class _Check:
                 self.unfinished(manifest, "a segment of the plan without its manifest")
                 continue
             with self.guard(manifest):
-                fact = read_canonical(self.path / manifest, {"files": FILES})["files"].get(f"{number}.arrow")
+                fact = read_record(self.path / manifest, SegmentManifest).files.get(f"{number}.arrow")
                 if fact is None:
                     raise CacheError("the manifest of another segment")
                 self.file(rows, fact)
@@ -162,20 +163,19 @@ class _Check:
         with self.guard(PLAN):
             plan = self.catalog.plan
             for shard in plan.shards:
-                if not _rebuilt_batch(shard).equals(shard.batch):
+                if not shard.rebuilt_batch().equals(shard.batch):
                     self.damage(PLAN, "not what its ids and masks give", shard.number)
             return plan
-        return None
 
     def index(self, plan: Plan) -> None:
         if not (self.path / INDEX_MANIFEST).exists():
             self.unfinished(INDEX_MANIFEST, "no index; readers do without, the next `pipeline cache-hidden` makes it")
             return
         with self.guard(INDEX_MANIFEST):
-            facts = read_canonical(self.path / INDEX_MANIFEST, index.FORM)
-            if not self.file(INDEX, facts["files"][INDEX]):
+            facts = index.index_manifest(self.path)
+            if not self.file(INDEX, facts.files[INDEX]):
                 return
-            if facts["segments"] != index.segments_of(plan.manifests):
+            if facts.segments != index.segments_of(plan.manifests):
                 self.unfinished(INDEX, "of a plan with other segments; the next `pipeline cache-hidden` makes it again")
                 return
             held = index.read_index(self.path, plan.manifests)
@@ -187,21 +187,21 @@ class _Check:
             self.unfinished(TARGET, "not captured yet")
             return
         with self.guard(f"{TARGET}/{TARGET_MANIFEST}"):
-            for name, fact in target_manifest(self.catalog)["files"].items():
+            for name, fact in target_manifest(self.catalog).files.items():
                 self.file(f"{TARGET}/{name}", fact)
 
-    def calibration(self, columns: dict[int, dict[str, dict]]) -> None:
+    def calibration(self, columns: Columns) -> None:
         """Check the calibrations present, and that every column encoded with one has it."""
         there = {path.stem for path in (self.path / CALIBRATION).glob("*.json") if COLUMN.fullmatch(path.stem)}
-        specs = [manifest["spec"] for found in columns.values() for manifest in found.values()]
-        for name in sorted(there | {spec["name"] for spec in specs if CODECS[spec["codec"]].lossy}):
+        specs = {manifest.spec for found in columns.values() for manifest in found.values()}
+        for name in sorted(there | {spec.name for spec in specs if CODECS[spec.codec].lossy}):
             file = f"{CALIBRATION}/{name}.json"
             with self.guard(file):
-                held = read_canonical(self.path / file, calibration.FORM)
-                if self.identity and (held["cache"], held["column"]) != (self.identity, name):
+                held = read_record(self.path / file, CalibrationManifest)
+                if self.identity and (held.cache, held.column) != (self.identity, name):
                     self.damage(file, "belongs to another cache or column")
 
-    def shards(self, plan: Plan | None, only: set[int] | None) -> dict[int, dict[str, dict]]:
+    def shards(self, plan: Plan | None, only: set[int] | None) -> Columns:
         """Check every shard planned or present, or only these. Returns all columns' manifests, by shard and name."""
         planned = {shard.number: shard for shard in plan.shards} if plan else {}
         columns = {}
@@ -224,7 +224,7 @@ class _Check:
                     self.unfinished(f"{SHARDS}/{numbered(number)}/{name}.json", "not captured yet", number, name)
         return columns
 
-    def shard(self, number: int, planned: ShardPlan | None) -> dict[str, dict]:
+    def shard(self, number: int, planned: ShardPlan | None) -> dict[str, ColumnManifest]:
         """Check one shard's columns and samples. Returns the manifests of its columns, by name."""
         here = f"{SHARDS}/{numbered(number)}"
         listed = self.catalog.entries(number)
@@ -232,9 +232,9 @@ class _Check:
         for name in self.catalog.columns_of(number):
             with self.guard(f"{here}/{name}.json", number, name):
                 found[name] = self.catalog.read(number, name)
-                if self.identity and found[name]["cache"] != self.identity:
+                if self.identity and found[name].cache != self.identity:
                     self.damage(f"{here}/{name}.json", "belongs to another cache", number, name)
-        counted = {ColumnSpec(**manifest["spec"]).stem for manifest in found.values()}
+        counted = {manifest.spec.stem for manifest in found.values()}
         for stem in sorted({entry.removesuffix(".arrow") for entry in listed} - counted):
             if name := column_of_files(stem):  # a writer was killed before or after its manifest; the next tidies up
                 self.known |= {f"{here}/{stem}.arrow"} | _below(self.path, f"{here}/{stem}")
@@ -247,11 +247,11 @@ class _Check:
             self.column(here, name, manifest, shard)
         return found
 
-    def samples(self, here: str, number: int, found: dict[str, dict], planned: ShardPlan | None) -> ShardPlan | None:
+    def samples(self, here: str, number: int, found: dict[str, ColumnManifest], planned: ShardPlan | None):
         """Check a shard's `samples.arrow` against the manifests and the plan. Returns the samples, if known."""
         file, whole = f"{here}/{SAMPLES}", True
-        facts = {str(manifest["files"][SAMPLES]): manifest["files"][SAMPLES] for manifest in found.values()}
-        for fact in facts.values():
+        facts = dict.fromkeys(manifest.files[SAMPLES] for manifest in found.values())
+        for fact in facts:
             whole = self.file(file, fact, number) and whole
         held = planned
         if whole and (facts or os.path.lexists(self.path / file)):
@@ -261,17 +261,17 @@ class _Check:
                     self.damage(file, "other samples than the plan's", number)
         return planned or (held if facts and whole else None)
 
-    def column(self, here: str, name: str, manifest: dict, shard: ShardPlan | None) -> None:
+    def column(self, here: str, name: str, manifest: ColumnManifest, shard: ShardPlan | None) -> None:
         """Check a column's files, and every block of its values against its `.arrow`."""
-        number, spec = manifest["shard"], ColumnSpec(**manifest["spec"])
+        number, spec = manifest.shard, manifest.spec
         column, sums = None, f"{here}/{spec.stem}.arrow"
-        if self.file(sums, manifest["files"][f"{spec.stem}.arrow"], number, name) and shard:
+        if self.file(sums, manifest.files[f"{spec.stem}.arrow"], number, name) and shard:
             with self.guard(sums, number, name):
                 column = Column(self.path / here, spec, spec.bounds(shard), f"shard {numbered(number)}")
-                refused = sorted(int(row) for row in manifest["refused"])
-                if manifest["rows"] != column.bounds[-1] or refused != np.flatnonzero(~column.ok).tolist():
+                refused = sorted(int(row) for row in manifest.refused)
+                if manifest.rows != column.bounds[-1] or refused != np.flatnonzero(~column.ok).tolist():
                     self.damage(sums, "rows or refused samples are not its manifest's", number, name)
-        rest = {file: fact for file, fact in manifest["files"].items() if file not in (SAMPLES, f"{spec.stem}.arrow")}
+        rest = {file: fact for file, fact in manifest.files.items() if file not in (SAMPLES, f"{spec.stem}.arrow")}
         form = [file for file in rest if file.endswith(METADATA)]  # it decides how the rest is to be read
         if all([self.file(f"{here}/{file}", rest.pop(file), number, name) for file in form]) and column:
             with self.guard(f"{here}/{spec.stem}", number, name):
@@ -283,7 +283,7 @@ class _Check:
         for file, fact in rest.items():
             self.file(f"{here}/{file}", fact, number, name)
 
-    def values(self, file: str, column: Column, reader, fact: dict | None) -> None:
+    def values(self, file: str, column: Column, reader, fact: FileFact | None) -> None:
         """Check the blocks and, in the same pass, the file's digest where the file holds the values in order."""
         number, name = int(file.split("/")[1]), column.spec.name
         with self.guard(file, number, name):
@@ -299,11 +299,11 @@ class _Check:
                     rest.seek(int(column.bounds[-1]) * column.spec.row_bytes)
                     while piece := rest.read(PIECE):
                         digest.update(piece)
-                if digest.hexdigest() != fact["xxh3"] and not damaged:
+                if digest.hexdigest() != fact.xxh3 and not damaged:
                     what = "its digest is not its manifest's, in the padding or the chunk index"
                     self.damage(file, what, number, name)
 
-    def quarantine(self, plan: Plan | None, columns: dict[int, dict[str, dict]]) -> None:
+    def quarantine(self, plan: Plan | None, columns: Columns) -> None:
         file = f"{QUARANTINE}/{REFUSED}"
         there = (self.path / file).is_file()
         with self.guard(file):
@@ -332,12 +332,6 @@ def _below(cache: Path, folder: str) -> set[str]:
     """Files under a folder of the cache, relative to the cache; none where it is a link, to wherever."""
     paths = [] if (cache / folder).is_symlink() else (cache / folder).rglob("*")
     return {path.relative_to(cache).as_posix() for path in paths}
-
-
-def _rebuilt_batch(shard: ShardPlan):
-    """Build the shard's batch again from ids, masks and origins."""
-    samples = [*shard.samples()]
-    return make_batch(samples, [sample_id(sample.ids, sample.mask) for sample in samples], shard.number)
 
 
 def _damaged_rows(column: Column, reader, digest) -> list[int]:

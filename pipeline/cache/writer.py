@@ -21,31 +21,35 @@ from pipeline.cache.atomic import (
     write_errors,
     write_file,
 )
+from pipeline.cache.calibrations import read_calibration
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.checksums import BlockHasher, sums_bytes
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.codecs.calibration import Calibration, read_calibration
 from pipeline.cache.codecs.lossy import Encoded
 from pipeline.cache.codecs.zarr_file import DTYPES, PIECE
 from pipeline.cache.columns import Column, ColumnSpec
-from pipeline.cache.layout import SAMPLES, SHARDS, numbered, shard_folder
+from pipeline.cache.layout import COLUMN, SAMPLES, SHARDS, numbered, shard_folder
 from pipeline.cache.manifest import FileFact, canonical
+from pipeline.cache.records import ColumnFacts, ColumnManifest
 from pipeline.cache.samples import ShardPlan, batch_bytes
 from pipeline.errors import RoomError
+
+Former = Mapping[str, ColumnManifest | None]  # damaged columns, each with its former manifest if that is known
 
 
 class _ColumnWriter:
     """Writes, hashes and encodes one column of the shard."""
 
-    def __init__(self, cache: Path, folder: Path, spec: ColumnSpec, shard: ShardPlan):
-        assert spec.is_valid(), f"{spec}"
+    def __init__(self, catalog: Catalog, folder: Path, spec: ColumnSpec, shard: ShardPlan):
+        assert spec.codec in CODECS and COLUMN.fullmatch(spec.name), f"{spec}"
         self.spec = spec
         self.bounds = spec.bounds(shard)
         self.hasher = BlockHasher(self.bounds)
         self.outliers = np.zeros(len(shard), np.int64)
         rows, place = int(self.bounds[-1]), folder / spec.stem
         self.codec = CODECS[spec.codec]
-        self.calibration = required_calibration(cache, spec.name, spec.width) if self.codec.lossy else None
+        self.calibration = read_calibration(catalog, spec.name, spec.width) if self.codec.lossy else None
+        assert self.calibration or not self.codec.lossy, f"{spec.name} is to be encoded and was not calibrated"
         self.values = self.codec.writer(place, rows, spec.width, spec.dtype, self.calibration)
 
     def write(self, rows: np.ndarray | Encoded, refused: dict[int, str]) -> None:
@@ -94,13 +98,6 @@ class _ColumnWriter:
         return [(first - start, end - start) for first, end in spans if first < end]
 
 
-def required_calibration(cache: Path, column: str, width: int) -> Calibration:
-    """Read the cache's calibration of a column, which a lossy codec needs; it must exist."""
-    calibration = read_calibration(cache, column, width)
-    assert calibration is not None, f"{column} is to be encoded and was not calibrated"
-    return calibration
-
-
 class ShardWriter:
     """Writes columns of one shard. Call, from one thread: write / refuse, then seal, then (read and) commit.
 
@@ -121,7 +118,7 @@ class ShardWriter:
         try:
             with write_errors(cache, self._what, self._need):
                 for spec in columns:
-                    self._streams[spec.name] = _ColumnWriter(cache, self._scratch.path, spec, shard)
+                    self._streams[spec.name] = _ColumnWriter(catalog, self._scratch.path, spec, shard)
         except BaseException:
             self.abort()
             raise
@@ -190,7 +187,7 @@ class ShardWriter:
         """The checksums of a column's blocks."""
         return self._sealed[column].digests
 
-    def commit(self, column_facts: dict[str, dict], lost: Mapping[str, dict | None] | None = None) -> dict[str, bool]:
+    def commit(self, column_facts: dict[str, dict], lost: Former | None = None) -> dict[str, bool]:
         """Rename the columns into the shard; `column_facts` (such as probe results) go into their manifests.
 
         Returns for each column whether this writer's was committed: one that exists already, in any codec, stays.
@@ -209,7 +206,7 @@ class ShardWriter:
             self.abort()
         return done
 
-    def _commit_samples(self) -> dict:
+    def _commit_samples(self) -> FileFact:
         """Write the shard's `samples.arrow` and return its size and digest.
 
         A file that matches the manifest of a committed column stays: another version of Arrow may write other bytes.
@@ -219,16 +216,16 @@ class ShardWriter:
         path, data = folder / SAMPLES, batch_bytes(self.shard.batch)
         names = self.catalog.columns_of(self.shard.number)
         captured = [manifest for name in names if (manifest := self.catalog.captured(self.shard.number, name))]
-        vouched = [manifest["files"][SAMPLES] for manifest in captured]
-        if path.is_file() and (fact := FileFact.of_file(path).as_dict()) in vouched:
+        vouched = [manifest.files[SAMPLES] for manifest in captured]
+        if path.is_file() and (fact := FileFact.of_file(path)) in vouched:
             return fact
         write_file(path, data)
         self.catalog.refresh(self.shard.number)
         sync_folder(self.cache / SHARDS)
         sync_folder(self.cache)
-        return FileFact.of_bytes(data).as_dict()
+        return FileFact.of_bytes(data)
 
-    def _commit_column(self, name: str, samples: dict, facts: dict, lost: Mapping[str, dict | None]) -> bool:
+    def _commit_column(self, name: str, samples: FileFact, facts: dict, lost: Former) -> bool:
         """Commit one column unless it exists; needs the commit lock. Returns whether it was committed."""
         if name not in lost and self.catalog.captured(self.shard.number, name):
             return False
@@ -248,33 +245,32 @@ class ShardWriter:
             with write_errors(self.cache, self._what, self._need), commit_lock(self.cache):
                 self.catalog.refresh(self.shard.number)
                 former = self.catalog.captured(self.shard.number, name)
-                if former is None or former["spec"] == spec.as_dict():
+                if former is None or former.spec == spec:
                     return False
-                samples = former["files"][SAMPLES]
-                self._install(name, self._manifest(name, samples, {**former["facts"], **facts}))
+                samples = former.files[SAMPLES]
+                self._install(name, self._manifest(name, samples, {**former.facts.as_dict(), **facts}))
         finally:
             self.catalog.refresh(self.shard.number)
             self.abort()
         return True
 
-    def _manifest(self, name: str, samples: dict, facts: dict, had: dict | None = None) -> bytes:
+    def _manifest(self, name: str, samples: FileFact, facts: dict, had: ColumnManifest | None = None) -> bytes:
         stream = self._streams[name]
         stem = stream.spec.stem
-        values = {f"{stem}/{file}": fact for file, fact in stream.values.facts().items()}
-        sums = FileFact.of_file(self._scratch.path / f"{stem}.arrow").as_dict()
+        values = {f"{stem}/{file}": FileFact(**fact) for file, fact in stream.values.facts().items()}
+        sums = FileFact.of_file(self._scratch.path / f"{stem}.arrow")
         files = {**values, f"{stem}.arrow": sums, SAMPLES: samples}
-        return canonical(
-            {
-                "cache": self._identity,
-                "shard": self.shard.number,
-                "spec": stream.spec.as_dict(),
-                "rows": int(stream.bounds[-1]),
-                "samples": len(self.shard),
-                "files": files,
-                "refused": {str(row): reason for row, reason in sorted(self.refused.items())},
-                "facts": had["facts"] if had and had["files"] == files else facts,
-            }
+        manifest = ColumnManifest(
+            cache=self._identity,
+            shard=self.shard.number,
+            spec=stream.spec,
+            rows=int(stream.bounds[-1]),
+            samples=len(self.shard),
+            files=files,
+            refused={str(row): reason for row, reason in sorted(self.refused.items())},
+            facts=had.facts if had and had.files == files else ColumnFacts.model_validate(facts),
         )
+        return canonical(manifest.as_dict())
 
     def _install(self, name: str, manifest: bytes) -> None:
         """Rename one column's files into the shard, its manifest last; then remove those of other codecs."""

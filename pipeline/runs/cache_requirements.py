@@ -7,9 +7,9 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pipeline.cache.atomic import in_use
-from pipeline.cache.layout import FINAL, LOG, layer_of
-from pipeline.cache.manifest import read_canonical
+from pipeline.cache.layout import FINAL, layer_of
+from pipeline.cache.locks import in_use
+from pipeline.cache.records import CaptureRequest, read_log
 from pipeline.errors import CacheError, UsageError
 
 if TYPE_CHECKING:
@@ -76,22 +76,22 @@ def check_complete(cache: "HiddenCache", layers: Sequence[int] | None) -> None:
     is running, else CacheError; and CacheError where shards have lost their segment of the plan, or nothing is captured
     yet.
     """
-    if cache.unplanned_shards and not in_use(cache.path):
+    if cache.catalog.unplanned_shards and not in_use(cache.path):
         raise CacheError(
-            f"{cache.path}: shard {cache.unplanned_shards[0]} is in no segment of the plan, so one is lost; "
+            f"{cache.path}: shard {cache.catalog.unplanned_shards[0]} is in no segment of the plan, so one is lost; "
             "run `pipeline verify`"
         )
-    if not (cache.whole or cache.partial):
+    if not (cache.whole or cache.catalog.partial):
         finish = "the same `pipeline import-cache` goes on" if _imported(cache) else f"run {capture_command(cache)}"
         raise CacheError(f"{cache.path}: nothing is captured yet; {finish}")
-    if layers is not None or not cache.partial:
+    if layers is not None or not cache.catalog.partial:
         return
     read = f'`--set "draft.layers={[*cache.layers]}"` trains on what is whole'.replace(", ", ",")
     read = f", or {read}" if cache.layers else ""
     if in_use(cache.path):
         raise UsageError(f"{cache.path} is being captured: {partial_text(cache)}; wait until it is done{read}")
-    every = {*cache.layers, *(layer_of(name) for name in cache.partial)} - {None}
-    finish = how_to_add(cache, sorted(every), "needed" if FINAL in cache.partial else None)
+    every = {*cache.layers, *(layer_of(name) for name in cache.catalog.partial)} - {None}
+    finish = how_to_add(cache, sorted(every), "needed" if FINAL in cache.catalog.partial else None)
     if _imported(cache):
         finish = "finish the import with the same command"
     raise CacheError(f"{cache.path} is incomplete, and nobody is capturing it: {partial_text(cache)}; {finish}{read}")
@@ -99,7 +99,7 @@ def check_complete(cache: "HiddenCache", layers: Sequence[int] | None) -> None:
 
 def partial_text(cache: "HiddenCache") -> str:
     """Return which columns only some shards have, such as "aux.3 in 15 of 16 shards"."""
-    return ", ".join(f"{name} in {count} of {cache.shards} shards" for name, count in cache.partial.items())
+    return ", ".join(f"{name} in {count} of {cache.shards} shards" for name, count in cache.catalog.partial.items())
 
 
 def layers_to_read(cache: "HiddenCache", wanted: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -142,16 +142,16 @@ def how_to_add(cache: "HiddenCache", layers: Sequence[int], final: str | None = 
 
 
 def _imported(cache: "HiddenCache") -> bool:
-    return cache.identity.get("capture", {}).get("engine") == "imported"
+    return cache.identity.capture.engine == "imported"
 
 
 def capture_command(cache: "HiddenCache", layers: Sequence[int] = (), final: str | None = None) -> str:
     """Return the command, in backquotes, that captures `layers` of the cache's samples; without any, the same ones."""
-    request = _recorded_request(cache)
-    options = request.get("options", {})
+    request = read_log(cache.path).request or CaptureRequest()  # only there is the path of the corpus
+    options = request.options
     stated = {
-        "--model": request.get("model") or cache.identity.get("target", {}).get("name", "MODEL"),
-        "--corpus": request.get("corpus"),
+        "--model": request.model or cache.identity.target.name or "MODEL",
+        "--corpus": request.corpus,
         "--max-samples": options.get("max_samples"),
         "--out": cache.path,
         "--layers": ",".join(map(str, layers)) or options.get("layers"),
@@ -160,11 +160,3 @@ def capture_command(cache: "HiddenCache", layers: Sequence[int] = (), final: str
     }
     words = [str(word) for name, value in stated.items() if value not in (None, "") for word in (name, value)]
     return f"`{shlex.join(['pipeline', 'cache-hidden', *words])}`"
-
-
-def _recorded_request(cache: "HiddenCache") -> dict:
-    """Return the request that the capture's log records, {} without one; only there is the path of the corpus."""
-    try:
-        return read_canonical(cache.path / LOG).get("request", {})
-    except CacheError:
-        return {}

@@ -25,8 +25,9 @@ from pydantic import FailFast, Field
 
 from pipeline import __version__
 from pipeline.cache import HiddenCache
-from pipeline.cache.atomic import try_lock, write_errors, write_file
+from pipeline.cache.atomic import write_errors, write_file
 from pipeline.cache.layout import FINAL
+from pipeline.cache.locks import try_lock
 from pipeline.cache.manifest import FileFact
 from pipeline.checksummed_json import (
     Count,
@@ -202,7 +203,7 @@ def describe(
     return RunRecord(
         cache=CacheRecord(path=str(cache.path.resolve()), digest=cache.digest, rounded=_lossy_states(resolved, cache)),
         split=SplitRecord(train=len(split.train), heldout=len(split.heldout), digest=split.digest),
-        target=cache.identity["target"]["name"],
+        target=cache.identity.target.name,
         start=initial,
         versions={"pipeline": __version__, "python": platform.python_version()}
         | {name: metadata.version(name) for name in PACKAGES},

@@ -54,18 +54,18 @@ def _same_cache(recorded: CacheRecord) -> HiddenCache | None:
 
 
 def _with_cache(cache: HiddenCache, origin: Origin, facts: Facts) -> Provenance:
-    target, description = cache.identity["target"], describe(cache.path)
+    target, description = cache.identity.target, describe(cache.path)
     origin = replace(
         origin,
-        revision=target.get("revision") or None,
+        revision=target.revision or None,
         architectures=tuple(cache.target_config.get("architectures") or ()),
         tokens=cache.tokens,
     )
     plan, gauge = description["plan"], description["gauge"]
-    rules = cache.identity["samples"]
-    template = {key: rules[key] for key in ("template_kwargs", "template_date") if rules.get("template_kwargs")}
+    rules = cache.identity.samples
+    template = {key: getattr(rules, key) for key in ("template_kwargs", "template_date") if rules.template_kwargs}
     facts = replace(facts, sources=plan["sources"], samples=plan["samples"], gauge=gauge, template=template)
-    facts = replace(facts, target_digest=target["digest"])
+    facts = replace(facts, target_digest=target.digest)
     return Provenance(cache, origin, facts)
 
 

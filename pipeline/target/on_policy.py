@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.cache.columns import ColumnSpec
+from pipeline.cache.records import ColumnSpec, GaugeFacts
 from pipeline.cache.samples import ShardPlan
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ class OnPolicyStats:
         return {"rows": self.rows, "agree": self.agree, "logprob": round(self.logprob, 4)}
 
     @classmethod
-    def from_facts(cls, facts: dict) -> "OnPolicyStats":
-        return cls(facts["rows"], facts["agree"], facts["logprob"])
+    def from_facts(cls, facts: GaugeFacts) -> "OnPolicyStats":
+        return cls(facts.rows, facts.agree, facts.logprob)
 
     @property
     def warning(self) -> str:

@@ -14,8 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from pipeline.cache.catalog import Catalog
-from pipeline.cache.manifest import FILES, FileFact, has_form
+from pipeline.cache.manifest import FileFact
+from pipeline.cache.records import WeightsRecord
 from pipeline.cache.target_files import WEIGHTS, has_target, target_file, target_json, target_manifest
 from pipeline.errors import CacheError, UsageError
 from pipeline.os_errors import refuse_limit
@@ -137,8 +140,10 @@ def weights_digest(folder: Path) -> str:
 def check_weights(catalog: Catalog, folder: Path) -> None:
     """Read every byte of the target's weights; raise UsageError when the cache was captured with others."""
     recorded = target_json(catalog, WEIGHTS)
-    if not has_form(recorded, FILES):
-        raise CacheError(f"{catalog.path}: {WEIGHTS} of its target lists no files; run `pipeline verify`")
+    try:
+        WeightsRecord.model_validate(recorded)
+    except ValidationError:
+        raise CacheError(f"{catalog.path}: {WEIGHTS} of its target lists no files; run `pipeline verify`") from None
     found = weight_facts(folder)
     for name in sorted({*recorded, *found}):
         if recorded.get(name) != found.get(name):
@@ -152,7 +157,7 @@ def check_weights(catalog: Catalog, folder: Path) -> None:
 def check_weights_if_recorded(catalog: Catalog, folder: Path) -> None:
     """Call `check_weights` if the cache has recorded the target's checksums; before a first capture it has not."""
     try:
-        is_recorded = WEIGHTS in target_manifest(catalog)["files"] and target_file(catalog, WEIGHTS).is_file()
+        is_recorded = WEIGHTS in target_manifest(catalog).files and target_file(catalog, WEIGHTS).is_file()
     except CacheError:
         if has_target(catalog):
             raise

@@ -82,7 +82,7 @@ def wanted_methods(named: str | None) -> tuple[str, ...]:
 def planned_budget(catalog: Catalog) -> dict | None:
     """Return the plan's note of its budget decision; None for a plan without a budget, or where there is no plan."""
     manifests = catalog.segments if catalog.planned else []
-    return next((manifest["notes"]["budget"] for manifest in manifests if "budget" in manifest["notes"]), None)
+    return next((manifest.notes["budget"] for manifest in manifests if "budget" in manifest.notes), None)
 
 
 def within_budget(catalog: Catalog, options: CaptureOptions) -> CaptureOptions:

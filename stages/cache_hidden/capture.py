@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from pipeline.cache.atomic import process_lock, write_errors
+from pipeline.cache.atomic import write_errors
 from pipeline.cache.catalog import Catalog, Work
 from pipeline.cache.columns import ColumnSpec
-from pipeline.cache.micro_batches import micro_batches
+from pipeline.cache.locks import process_lock
+from pipeline.cache.plan import micro_batches
 from pipeline.cache.target_files import HEAD, target_file
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import DataError
@@ -59,7 +60,7 @@ def capture_shards(
     with_stats = on_policy_columns(catalog, settings.columns)
     with contextlib.closing(make_engine(settings, target)) as engine:
         with write_errors(out, "a calibration"), process_lock(out, "calibration"):  # by one process, for all
-            calibrations = load_or_make_calibrations(engine, out, plan, settings.columns, settings.batch_tokens)
+            calibrations = load_or_make_calibrations(engine, catalog, settings.columns, settings.batch_tokens)
         with Progress(sum(shard.rows for shard, _ in work), len(work)) as progress:
             for shard, wanted in work:
                 catalog.refresh(shard.number)  # another worker may have captured it since the work was listed
@@ -68,7 +69,7 @@ def capture_shards(
                 if not columns:
                     progress.add_shard()
                     continue
-                share = on_policy_share(plan.segment(shard.number)["supervised"])
+                share = on_policy_share(plan.segment(shard.number).supervised)
                 packer = Packer(engine, shard, columns, head, share, calibrations)
                 with ShardWriter(catalog, shard, columns) as writer:
                     earlier = repeat_refusals(writer, settings.columns)
@@ -88,7 +89,7 @@ def on_policy_columns(catalog: Catalog, columns: Sequence[ColumnSpec]) -> set[st
     """Return the columns whose manifests hold the on-policy figures: as the cache has it, else the default one."""
     for shard in range(catalog.shards):
         manifests = [manifest for spec in columns if (manifest := catalog.captured(shard, spec.name))]
-        found = {manifest["spec"]["name"] for manifest in manifests if "gauge" in manifest["facts"]}
+        found = {manifest.spec.name for manifest in manifests if manifest.facts.gauge}
         if found:
             return found
     return {on_policy_column(columns)}
@@ -100,8 +101,8 @@ def repeat_refusals(writer: ShardWriter, columns: Sequence[ColumnSpec]) -> int:
     So a shard whose commit was interrupted ends up as if it had not been.
     """
     for spec in columns:
-        manifest = writer.catalog.captured(writer.shard.number, spec.name) or {"refused": {}}
-        for row, reason in manifest["refused"].items():
+        manifest = writer.catalog.captured(writer.shard.number, spec.name)
+        for row, reason in (manifest.refused if manifest else {}).items():
             writer.refuse(int(row), reason)
     return len(writer.refused)
 

@@ -9,22 +9,21 @@ import contextlib
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.layout import LOG
-from pipeline.cache.manifest import read_canonical, write_canonical
+from pipeline.cache.manifest import write_canonical
+from pipeline.cache.records import CaptureRecord, CaptureRequest, ColumnSpec, TargetFiles, read_log
 from pipeline.corpus.sources import corpus_files
-from pipeline.errors import CacheError, DataError, RoomError, UsageError
+from pipeline.errors import DataError, RoomError, UsageError
 from pipeline.target.files import CONFIG, tokenizer_files
 from pipeline.target.weights import weight_files
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.settings import CaptureSettings, default_corpus
 
 
-def request_of(model: str, corpus: str | None, options: CaptureOptions) -> dict:
+def request_of(model: str, corpus: str | None, options: CaptureOptions) -> CaptureRequest:
     """Return a command as the log stores it: without device, worker and append, which do not change what is planned."""
-    request = {"model": _absolute(model), "corpus": corpus and _absolute(corpus)}
-    options = {name: value for name, value in asdict(options).items() if name not in ("device", "worker", "append")}
-    return {**request, "options": options}
+    stated = {name: value for name, value in asdict(options).items() if name not in ("device", "worker", "append")}
+    return CaptureRequest(model=_absolute(model), corpus=corpus and _absolute(corpus), options=stated)
 
 
 def _absolute(name: str) -> str:
@@ -41,56 +40,47 @@ def _target_files(folder: Path) -> list[Path]:
     return [folder / CONFIG, *tokenizer_files(folder), *weight_files(folder)]
 
 
-def write_record(out: Path, request: dict, settings: CaptureSettings, corpus: str) -> None:
+def write_record(out: Path, request: CaptureRequest, settings: CaptureSettings, corpus: str) -> None:
     """Log a command whose corpus is planned; does nothing where the cache cannot be written to."""
     folder = settings.folder.resolve()
-    record = {
-        "request": request,
-        "identity": settings.identity,  # a second copy, should cache.json be lost
-        "target": {"folder": str(folder), "files": file_stats(_target_files(folder))},
-        "corpus": file_stats(corpus_files(corpus)),
-        "columns": [spec.as_dict() for spec in settings.columns],
-    }
-    written = read_record(out)
-    if {key: written.get(key) for key in record} == record:
+    record = CaptureRecord(
+        request=request,
+        identity=settings.identity,
+        target=TargetFiles(folder=str(folder), files=file_stats(_target_files(folder))),
+        corpus=file_stats(corpus_files(corpus)),
+        columns=[*settings.columns],
+    )
+    if read_log(out).as_dict() == record.as_dict():
         return
     with contextlib.suppress(RoomError):
-        write_canonical(out / LOG, record)
+        write_canonical(out / LOG, record.as_dict())
 
 
-def read_record(out: Path) -> dict:
-    """Return the log, empty where there is none or it cannot be read."""
-    try:
-        return read_canonical(out / LOG)
-    except CacheError:
-        return {}
-
-
-def unchanged_columns(record: dict, request: dict) -> tuple[ColumnSpec, ...] | None:
+def unchanged_columns(record: CaptureRecord, request: CaptureRequest) -> tuple[ColumnSpec, ...] | None:
     """Return the command's columns if it is the logged one and no file of target or corpus has changed; else None.
 
     The folders are listed again, so that an added file counts as a change.
     """
-    if record.get("request") != request:
+    if record.request != request or record.target is None or record.columns is None:
         return None
     try:
-        folder = Path(record["target"]["folder"])
-        if file_stats(_target_files(folder)) != record["target"]["files"]:
+        folder = Path(record.target.folder)
+        if file_stats(_target_files(folder)) != record.target.files:
             return None
-        if file_stats(corpus_files(request["corpus"] or default_corpus(folder))) != record["corpus"]:
+        if file_stats(corpus_files(request.corpus or default_corpus(folder))) != record.corpus:
             return None
-        return tuple(ColumnSpec(**spec) for spec in record["columns"])
-    except (OSError, KeyError, TypeError, DataError, UsageError):
+        return tuple(record.columns)
+    except (OSError, DataError, UsageError):
         return None
 
 
-def corpus_unchanged(record: dict, corpus: str, max_samples: int | None, roles: str | None) -> bool:
+def corpus_unchanged(record: CaptureRecord, corpus: str, max_samples: int | None, roles: str | None) -> bool:
     """Return whether the corpus was planned with these two options and its files have not changed since."""
-    options = record.get("request", {}).get("options", {})
+    options = record.request.options if record.request else {}
     if options.get("max_samples", -1) != max_samples or options.get("roles") != roles:
         return False
     try:
         files = file_stats(corpus_files(corpus))
     except (OSError, DataError, UsageError):
         return False
-    return bool(files) and files == record.get("corpus")
+    return bool(files) and files == record.corpus

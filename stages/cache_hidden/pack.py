@@ -9,27 +9,25 @@ are certified before it is committed.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.cache.calibrations import read_calibration, store_calibration
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.calibration import (
     TOKENS,
     Calibration,
     calibration_samples,
-    read_calibration,
-    store_calibration,
 )
 from pipeline.cache.codecs.error_certificate import Certificate, checked_calibration, shadow_samples
 from pipeline.cache.codecs.lossy import Encoded
 from pipeline.cache.columns import ColumnSpec, stored_rows
 from pipeline.cache.layout import CHECKSUM_ROWS, layer_of
-from pipeline.cache.micro_batches import micro_batches
-from pipeline.cache.plan import Plan
+from pipeline.cache.plan import Plan, micro_batches
 from pipeline.cache.samples import PlannedSample, ShardPlan, make_batch
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import RoomError, first_line
@@ -215,22 +213,24 @@ class Packer:
 
 
 def load_or_make_calibrations(
-    engine: Engine, out: Path, plan: Plan, columns: Sequence[ColumnSpec], batch_tokens: int
+    engine: Engine, catalog: Catalog, columns: Sequence[ColumnSpec], batch_tokens: int
 ) -> dict[str, Calibration]:
     """Return the calibration of every lossy column by name, computed and stored now where the cache has none.
 
     Raises ProofError for states that the codec cannot store within its error bounds, before any of them is written.
     """
     lossy = [spec for spec in columns if CODECS[spec.codec].lossy]
-    by_column = {spec.name: read_calibration(out, spec.name, spec.width) for spec in lossy}
+    by_column = {spec.name: read_calibration(catalog, spec.name, spec.width) for spec in lossy}
     todo = [spec for spec in lossy if by_column[spec.name] is None]
     step = max(1, STATES_BYTES // (TOKENS * max((spec.row_bytes for spec in todo), default=1)))
     for first in range(0, len(todo), step):
         group = todo[first : first + step]
-        for name, states_RD in _calibration_states(engine, _calibration_shard(plan), group, batch_tokens).items():
+        for name, states_RD in _calibration_states(
+            engine, _calibration_shard(catalog.plan), group, batch_tokens
+        ).items():
             codec = next(spec.codec for spec in group if spec.name == name)
             made = checked_calibration(name, codec, states_RD, engine.device)
-            by_column[name] = store_calibration(out, name, made, len(states_RD))
+            by_column[name] = store_calibration(catalog, name, made, len(states_RD))
     return by_column
 
 
@@ -238,7 +238,7 @@ def _calibration_shard(plan: Plan) -> ShardPlan:
     """Return the calibration samples, longest first, as if they were a shard."""
     chosen: list[tuple[PlannedSample, bytes]] = []
     tokens = 0
-    first = plan.shards[: plan.manifests[0]["shards"]]  # so that an append changes nothing
+    first = plan.shards[: plan.manifests[0].shards]  # so that an append changes nothing
     for shard, row in calibration_samples(first):
         chosen.append((PlannedSample(shard.ids(row), shard.mask(row)), shard.batch.column("sample_id")[row].as_py()))
         tokens += len(chosen[-1][0].ids)

@@ -14,6 +14,7 @@ from pipeline.cache.codecs import CODECS
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.layout import layer_of
 from pipeline.cache.plan import Plan
+from pipeline.cache.records import ColumnManifest
 from pipeline.cache.samples import ShardPlan, to_numpy
 from pipeline.errors import UsageError
 from pipeline.target.files import read_json, text_config
@@ -21,22 +22,24 @@ from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.settings import CaptureSettings
 
 SHOWN_CHARACTERS = 240  # of each supervised or unsupervised span of a sample that a plan shows
-Lost = Mapping[tuple[int, str], dict | None]  # damaged (shard, column) -> its former manifest, None where unknown
+Lost = Mapping[tuple[int, str], ColumnManifest | None]  # damaged (shard, column), its former manifest if known
 
 
 def missing_columns(catalog: Catalog, columns: tuple[ColumnSpec, ...]) -> Work:
     """Return the shards that lack columns, and which. UsageError where one is stored with other rows or codec."""
+    work = catalog.missing(columns)
     for shard in range(catalog.shards):
         for spec in columns:
-            stored = (catalog.captured(shard, spec.name) or {"spec": spec.as_dict()})["spec"]
-            if stored["keeps"] != spec.keeps:
+            manifest = catalog.captured(shard, spec.name)
+            stored = manifest.spec if manifest else spec
+            if stored.keeps != spec.keeps:
                 raise UsageError(
-                    f"{catalog.path} holds {spec.name} on {stored['keeps']} rows, this command asks for {spec.keeps}; "
-                    f"pass --final {stored['keeps']}, or another --out"
+                    f"{catalog.path} holds {spec.name} on {stored.keeps} rows, this command asks for {spec.keeps}; "
+                    f"pass --final {stored.keeps}, or another --out"
                 )
-            if stored["codec"] != spec.codec:
-                raise UsageError(codec_mismatch(catalog.path, spec, stored["codec"]))
-    return catalog.missing(columns)
+            if stored.codec != spec.codec:
+                raise UsageError(codec_mismatch(catalog.path, spec, stored.codec))
+    return work
 
 
 def codec_mismatch(out: Path, spec: ColumnSpec, current: str) -> str:
@@ -70,7 +73,7 @@ def bytes_by_codec(plan: Plan, columns: tuple[ColumnSpec, ...]) -> dict[str, dic
 
 def budget_steps(plan: Plan) -> list[str]:
     """Return the sentences in which a plan describes its budget decision; none for a plan without a budget."""
-    return [step for manifest in plan.manifests for step in manifest["notes"].get("budget", {}).get("steps", [])]
+    return [step for manifest in plan.manifests for step in manifest.notes.get("budget", {}).get("steps", [])]
 
 
 def plan_report(catalog: Catalog, settings: CaptureSettings) -> dict:
@@ -83,9 +86,9 @@ def plan_report(catalog: Catalog, settings: CaptureSettings) -> dict:
     need, free = work_bytes(work), free_bytes(catalog.path)
     return {
         "cache": str(catalog.path),
-        "target": settings.identity["target"],
+        "target": settings.identity.target.as_dict(),
         "sources": plan.sources,
-        "mask": settings.identity["samples"]["mask"],
+        "mask": settings.identity.samples.mask,
         "max_length": settings.max_length,
         "dtype": settings.dtype,
         "rows": notes["rows"],
@@ -100,7 +103,7 @@ def plan_report(catalog: Catalog, settings: CaptureSettings) -> dict:
         "turns": notes.get("turns"),
         "kinds": turn_kind_examples(plan),
         "template": {
-            key: settings.identity["samples"].get(key) for key in ("template_kwargs", "template_date", "stops")
+            key: getattr(settings.identity.samples, key) for key in ("template_kwargs", "template_date", "stops")
         },
         "dropped": {why: {"count": dropped[why], "examples": notes["examples"].get(why, [])} for why in dropped},
         "examples": notes["examples"],

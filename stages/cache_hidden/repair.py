@@ -6,15 +6,15 @@ kind of processor bytes depend on nothing but plan, target and versions, and com
 bytes differ, a line says so. After any stop, the same command continues.
 """
 
+import contextlib
 import json
 import shlex
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.cache.atomic import check_free_space, clean_scratch, in_use, process_lock, size_text, write_errors
+from pipeline.cache.atomic import check_free_space, clean_scratch, size_text, write_errors
 from pipeline.cache.catalog import Catalog, Work
-from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.layout import (
     CALIBRATION,
     IDENTITY,
@@ -27,8 +27,10 @@ from pipeline.cache.layout import (
     numbered,
     path_inside,
 )
-from pipeline.cache.manifest import canonical, check_file, create_identity, read_canonical, write_canonical
+from pipeline.cache.locks import in_use, process_lock
+from pipeline.cache.manifest import canonical, check_file, create_identity, read_record, write_canonical
 from pipeline.cache.rebuild import rebuild_derived, restore_segments
+from pipeline.cache.records import ColumnManifest, TargetManifest, read_log
 from pipeline.cache.samples import ShardPlan, read_batch
 from pipeline.cache.target_files import has_target, target_manifest
 from pipeline.cache.verify import Report, verify
@@ -36,7 +38,6 @@ from pipeline.errors import CacheError, UsageError
 from pipeline.target.files import find_target
 from pipeline.target.weights import check_weights, check_weights_if_recorded
 from pipeline.visible_text import print_visible, visible
-from stages.cache_hidden.capture_log import read_record
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.plan_report import Lost, work_bytes
 from stages.cache_hidden.settings import CaptureSettings, resolve_settings
@@ -98,7 +99,7 @@ def _repair_damaged(out: Path, before: Report, model: str | None, device: str | 
 
 def revision_of(catalog: Catalog) -> str | None:
     """Return the hub revision of a cache's target; None where it came from a folder."""
-    return catalog.identity["target"]["revision"] or None
+    return catalog.identity.target.revision or None
 
 
 def suggest_repair(out: Path, model: str | None, repaired: bool) -> str:
@@ -110,7 +111,8 @@ def suggest_repair(out: Path, model: str | None, repaired: bool) -> str:
         return "no repair makes it right; move it out of the cache and repair again"
     if is_imported(out):
         return IMPORT_AGAIN
-    model = model or read_record(out).get("request", {}).get("model", "TARGET")
+    request = read_log(out).request
+    model = model or (request and request.model) or "TARGET"
     return f"`{shlex.join(['pipeline', 'verify', str(out), '--repair', '--model', model])}` makes it again"
 
 
@@ -134,7 +136,7 @@ def check_incomplete(out: Path, report: Report, model: str | None, complete: boo
 def is_imported(out: Path) -> bool:
     """Return whether a cache was imported from another trainer's files, as far as its cache.json can be read."""
     try:
-        return "imported" in read_canonical(out / IDENTITY, {"capture": dict})["capture"]
+        return Catalog(out).identity.capture.imported is not None
     except CacheError:
         return False
 
@@ -160,8 +162,9 @@ def restore_plan(catalog: Catalog) -> None:
 
 def restore_identity(out: Path) -> None:
     """Rewrite cache.json from the last capture's log, if its hash is the one that the manifests name. CacheError."""
-    identity = read_record(out).get("identity", {})
-    if json.loads(canonical(identity))["hash"] not in {manifest["cache"] for manifest in _manifests(out)}:
+    record = read_log(out)
+    identity = record.identity.as_dict() if record.identity else {}
+    if json.loads(canonical(identity))["hash"] not in _cache_hashes(out):
         raise CacheError(
             f"{out / IDENTITY}: lost, and {out / LOG} does not say what was in it; put a copy of the file back"
         )
@@ -169,15 +172,14 @@ def restore_identity(out: Path) -> None:
     _report(f"{IDENTITY}: made again")
 
 
-def _manifests(out: Path) -> list[dict]:
-    """Return every readable manifest that names the hash of its cache."""
-    paths = [out / TARGET / TARGET_MANIFEST, *(out / SHARDS).glob("*/*.json")]
-    found = []
-    for path in paths:
-        try:
-            found.append(read_canonical(path, {"cache": str}))
-        except CacheError:
-            continue
+def _cache_hashes(out: Path) -> set[str]:
+    """Return the hashes of a cache.json that readable manifests name."""
+    paths = {out / TARGET / TARGET_MANIFEST: TargetManifest}
+    paths |= dict.fromkeys((out / SHARDS).glob("*/*.json"), ColumnManifest)
+    found = set()
+    for path, record in paths.items():
+        with contextlib.suppress(CacheError):
+            found.add(read_record(path, record).cache)
     return found
 
 
@@ -189,7 +191,7 @@ def lost_columns(catalog: Catalog, report: Report) -> Lost:
     damaged = {(finding.shard, finding.column) for finding in report.damaged}
     names = {name for shard in range(catalog.shards) for name in catalog.captured_columns(shard)}
     names = sorted({*names, *(column for shard, column in damaged if column)})
-    lost: dict[tuple[int, str], dict | None] = {}
+    lost: dict[tuple[int, str], ColumnManifest | None] = {}
     for shard in catalog.plan.shards:
         other_samples = not _has_its_samples(catalog, shard)
         for name in names:
@@ -211,19 +213,19 @@ def _has_its_samples(catalog: Catalog, shard: ShardPlan) -> bool:
     return False
 
 
-def _former_manifest(catalog: Catalog, shard: int, column: str) -> dict | None:
+def _former_manifest(catalog: Catalog, shard: int, column: str) -> ColumnManifest | None:
     try:
         manifest = catalog.read(shard, column)
     except CacheError:
         return None
-    return manifest if manifest["cache"] == catalog.hash else None
+    return manifest if manifest.cache == catalog.hash else None
 
 
 def drop_damaged_target(catalog: Catalog) -> None:
     """Remove the files of `target/` that differ from its manifest, so that the next capture stores them again."""
     folder = catalog.path / TARGET
     try:
-        files = target_manifest(catalog)["files"]
+        files = target_manifest(catalog).files
     except CacheError:
         (folder / TARGET_MANIFEST).unlink(missing_ok=True)
         return
@@ -263,15 +265,15 @@ def _recapture(catalog: Catalog, lost: Lost, model: str | None, device: str | No
     capture_shards(catalog, settings, work, Worker().device(device), 0, lost)
     for (shard, name), former in lost.items():
         current = catalog.captured(shard, name)
-        if former and current and current["files"] != former["files"]:
+        if former and current and current.files != former.files:
             _report(
                 f"shard {numbered(shard)}, {name}: right by the probe, but not the bytes that were lost; made with "
                 f"{_versions(former)} then, {_versions(current)} now, or by another kind of processor"
             )
 
 
-def _versions(manifest: dict) -> str:
-    return ", ".join(f"{name} {manifest['facts'].get(name)}" for name in ("torch", "transformers", "device"))
+def _versions(manifest: ColumnManifest) -> str:
+    return ", ".join(f"{name} {getattr(manifest.facts, name)}" for name in ("torch", "transformers", "device"))
 
 
 def _recapture_settings(catalog: Catalog, lost: Lost, model: str) -> CaptureSettings:
@@ -280,20 +282,20 @@ def _recapture_settings(catalog: Catalog, lost: Lost, model: str) -> CaptureSett
     options = CaptureOptions(
         layers="-1",
         revision=revision_of(catalog),
-        max_length=identity["samples"]["max_length"],
-        batch_tokens=identity["capture"]["batch_tokens"],
-        dtype=identity["capture"]["dtype"],
+        max_length=identity.samples.max_length,
+        batch_tokens=identity.capture.batch_tokens,
+        dtype=identity.capture.dtype,
     )
     settings = resolve_settings(model, catalog, options)
-    create_identity(catalog.path, settings.identity)
+    create_identity(catalog.path, settings.identity.as_dict())
     check_weights_if_recorded(catalog, settings.folder)
     specs: dict[str, Counter] = {}
     for shard in range(catalog.shards):
         for name, manifest in catalog.captured_columns(shard).items():
-            specs.setdefault(name, Counter())[ColumnSpec(**manifest["spec"])] += 1
+            specs.setdefault(name, Counter())[manifest.spec] += 1
     for (_, name), manifest in lost.items():
         if manifest:
-            specs.setdefault(name, Counter())[ColumnSpec(**manifest["spec"])] += 1
+            specs.setdefault(name, Counter())[manifest.spec] += 1
     unknown = sorted({name for _, name in lost} - specs.keys())
     if unknown:
         raise CacheError(

@@ -12,12 +12,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cache.atomic import check_free_space, clean_scratch, process_lock, size_text, write_errors
+from pipeline.cache.atomic import check_free_space, clean_scratch, size_text, write_errors
 from pipeline.cache.catalog import Catalog, Work
 from pipeline.cache.columns import ColumnSpec
+from pipeline.cache.locks import process_lock
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import Plan, check_not_in_use, plan_in_use
 from pipeline.cache.rebuild import rebuild_derived
+from pipeline.cache.records import read_log
 from pipeline.cache.target_files import has_target
 from pipeline.corpus.sources import corpus_files, file_sources, source_roles
 from pipeline.errors import DataError, UsageError
@@ -25,7 +27,7 @@ from pipeline.target.on_policy import OnPolicyStats
 from pipeline.target.weights import check_weights_if_recorded
 from pipeline.visible_text import print_visible, visible
 from stages.cache_hidden.budget import plan_matches_budget, sample_chooser, within_budget
-from stages.cache_hidden.capture_log import corpus_unchanged, read_record, request_of, unchanged_columns, write_record
+from stages.cache_hidden.capture_log import corpus_unchanged, request_of, unchanged_columns, write_record
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.plan_report import (
     budget_steps,
@@ -81,7 +83,7 @@ def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -
     Besides what `plan` raises: ProofError when the probe fails, CacheError for a damaged cache.
     """
     catalog, worker = Catalog(out), find_worker(options.worker, os.environ)
-    request, record = request_of(model, corpus, options), read_record(out)
+    request, record = request_of(model, corpus, options), read_log(out)
     columns = unchanged_columns(record, request)
     if columns and catalog.planned and has_target(catalog) and catalog.plan and not missing_columns(catalog, columns):
         with contextlib.suppress(OSError):  # the disk may be read-only by now
@@ -143,7 +145,7 @@ def _is_planned(corpus: str | None, catalog: Catalog, settings: CaptureSettings,
     Raises UsageError for another identity, and for another corpus without --append.
     """
     if catalog.exists:
-        create_identity(catalog.path, settings.identity)
+        create_identity(catalog.path, settings.identity.as_dict())
     if not catalog.planned or not plan_matches_budget(catalog, options):
         return False
     existing, name, max_samples = catalog.plan, corpus or default_corpus(settings.folder), options.max_samples
@@ -193,12 +195,12 @@ def _corpus_difference(existing: Plan, corpus: str | None, max_samples: int | No
 
     corpus None (none named, and no bundled chats that may have changed): the plan's own, so only the cut may differ.
     """
-    if corpus and corpus_unchanged(read_record(existing.path), corpus, max_samples, roles):
+    if corpus and corpus_unchanged(read_log(existing.path), corpus, max_samples, roles):
         return ""
     files = corpus_files(corpus) if corpus else []
     wanted = file_sources(corpus, files, roles) if files else [{"dataset": corpus, **source_roles(roles)}]
-    planned = [(_without_revision(manifest["sources"]), manifest) for manifest in existing.manifests]
-    caps = [manifest["notes"]["max_samples"] for sources, manifest in planned if not corpus or sources == wanted]
+    planned = [(_without_revision(manifest.sources), manifest) for manifest in existing.manifests]
+    caps = [manifest.notes["max_samples"] for sources, manifest in planned if not corpus or sources == wanted]
     if not caps:
         there = " and from ".join(", ".join(map(_source_text, sources)) for sources, _ in planned)
         return f"from {there}, this command names {', '.join(map(_source_text, wanted))}"
@@ -255,9 +257,9 @@ def summarise(catalog: Catalog, columns: tuple[ColumnSpec, ...], new_shards: int
     on_policy, written, refused = OnPolicyStats(), 0, 0
     for shard in range(catalog.shards):
         manifests = [manifest for spec in columns if (manifest := catalog.captured(shard, spec.name))]
-        written += sum(fact["size"] for manifest in manifests for fact in manifest["files"].values())
-        refused += len({row for manifest in manifests for row in manifest["refused"]})
-        stats = [manifest["facts"]["gauge"] for manifest in manifests if "gauge" in manifest["facts"]]
+        written += sum(fact.size for manifest in manifests for fact in manifest.files.values())
+        refused += len({row for manifest in manifests for row in manifest.refused})
+        stats = [manifest.facts.gauge for manifest in manifests if manifest.facts.gauge]
         on_policy += OnPolicyStats.from_facts(stats[-1]) if stats else OnPolicyStats()
     planned, gib = catalog.plan, written / 2**30
     return CaptureSummary(planned.samples, planned.tokens, catalog.shards, new_shards, left, gib, refused, on_policy)

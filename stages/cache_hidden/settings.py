@@ -8,11 +8,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cache.atomic import in_use
 from pipeline.cache.catalog import Catalog, shards_per_column
 from pipeline.cache.codecs import codec_of, parse_codecs
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.layout import FINAL, aux_column, layer_of
+from pipeline.cache.locks import in_use
+from pipeline.cache.records import Identity, SampleRules, TargetName
 from pipeline.errors import UsageError
 from pipeline.target.files import (
     find_target,
@@ -45,25 +46,25 @@ class CaptureSettings:
 
     model: str
     folder: Path
-    identity: dict
+    identity: Identity
     columns: tuple[ColumnSpec, ...]
 
     @property
     def max_length(self) -> int:
-        return self.identity["samples"]["max_length"]
+        return self.identity.samples.max_length
 
     @property
     def engine(self) -> str:
         """The name of the engine that computes the states, a key of `engine.ENGINES`."""
-        return self.identity["capture"]["engine"]
+        return self.identity.capture.engine
 
     @property
     def batch_tokens(self) -> int:
-        return self.identity["capture"]["batch_tokens"]
+        return self.identity.capture.batch_tokens
 
     @property
     def dtype(self) -> str:
-        return self.identity["capture"]["dtype"]
+        return self.identity.capture.dtype
 
     @property
     def row_bytes(self) -> int:
@@ -80,27 +81,26 @@ def resolve_settings(model: str, catalog: Catalog, options: CaptureOptions) -> C
     """
     folder = find_target(model, options.revision)
     config = text_config(folder)
-    cached = catalog.identity if catalog.exists else {}
-    cached_capture = cached.get("capture", {})
-    max_length = _max_length(options.max_length, cached.get("samples", {}).get("max_length"), config)
-    complete = complete_columns(catalog) if cached else []
-    dtype = options.dtype or cached_capture.get("dtype") or _default_dtype(folder, options.device)
+    cached = catalog.identity if catalog.exists else Identity()
+    max_length = _max_length(options.max_length, cached.samples.max_length, config)
+    complete = complete_columns(catalog) if catalog.exists else []
+    dtype = options.dtype or cached.capture.dtype or _default_dtype(folder, options.device)
     identity = {
-        "target": _target(model, folder, cached.get("target", {})),
+        "target": _target(model, folder, cached.target),
         "tokenizer": {"digest": tokenizer_digest(folder), "chat_template": template_digest(folder)},
         "samples": {"max_length": max_length, **_sample_rules(catalog, folder, options)},
         "capture": {
             "engine": "transformers",
             "dtype": dtype,
-            "batch_tokens": options.batch_tokens or cached_capture.get("batch_tokens") or BATCH_TOKENS,
+            "batch_tokens": options.batch_tokens or cached.capture.batch_tokens or BATCH_TOKENS,
         },
     }
     requested = _requested_columns(options, config, dtype, complete, catalog)
     columns = requested + [spec for spec in complete if spec.name not in {other.name for other in requested}]
     columns.sort(key=lambda spec: (spec.name == "final", layer_of(spec.name)))
-    if not (options.dtype or options.device or cached):
+    if not (options.dtype or options.device or catalog.exists):
         _warn_of_float32(folder, dtype)
-    return CaptureSettings(model, folder, identity, tuple(columns))
+    return CaptureSettings(model, folder, Identity.model_validate(identity), tuple(columns))
 
 
 def _requested_columns(
@@ -137,7 +137,7 @@ def existing_codecs(catalog: Catalog) -> dict[str, str]:
     found: dict[str, str] = {}
     for shard in range(catalog.shards if catalog.planned else 0):
         for name, manifest in catalog.captured_columns(shard).items():
-            found.setdefault(name, manifest["spec"]["codec"])
+            found.setdefault(name, manifest.spec.codec)
     return found
 
 
@@ -145,10 +145,10 @@ def complete_columns(catalog: Catalog) -> list[ColumnSpec]:
     """Return the columns that every shard of the first corpus has, sorted by name; none where nothing is planned."""
     if not catalog.planned:
         return []
-    shards = range(catalog.segments[0]["shards"])
+    shards = range(catalog.segments[0].shards)
     names = sorted(catalog.captured_columns(0))
     manifests = {name: [catalog.captured(shard, name) for shard in shards] for name in names}
-    return [ColumnSpec(**found[0]["spec"]) for found in manifests.values() if all(found)]
+    return [found[0].spec for found in manifests.values() if all(found)]
 
 
 def check_no_partial_columns(catalog: Catalog, *, layers_left_open: bool, final_left_open: bool) -> None:
@@ -158,7 +158,7 @@ def check_no_partial_columns(catalog: Catalog, *, layers_left_open: bool, final_
     """
     if not catalog.planned:
         return
-    shards = range(catalog.segments[0]["shards"])
+    shards = range(catalog.segments[0].shards)
     counts = shards_per_column([catalog.entries(shard) for shard in shards])
     partial = {
         name: count
@@ -188,8 +188,9 @@ def _sample_rules(catalog: Catalog, folder: Path, options: CaptureOptions) -> di
 
     A plan of an earlier version is finished by its own rules; UsageError for --append to it.
     """
-    cached = catalog.identity.get("samples", {}) if catalog.exists else {}
-    if cached and "turns" not in cached and cached.get("mask") != "imported":
+    cached = catalog.identity.samples if catalog.exists else SampleRules()
+    stated = cached.model_fields_set
+    if stated and "turns" not in stated and cached.mask != "imported":
         if options.append:
             raise UsageError(
                 f"{catalog.path} was planned by an earlier version, before loss masks were proven turn by turn, and "
@@ -200,24 +201,24 @@ def _sample_rules(catalog: Catalog, folder: Path, options: CaptureOptions) -> di
             "finished as planned, a plan in another --out has them proven",
             file=sys.stderr,
         )
-        return {key: value for key, value in cached.items() if key != "max_length"}
+        return {key: value for key, value in cached.as_dict().items() if key != "max_length"}
     kwargs = options.template_kwargs
-    if kwargs is None and "template_kwargs" in cached:
-        kwargs = json.dumps(cached["template_kwargs"])
+    if kwargs is None and "template_kwargs" in stated:
+        kwargs = json.dumps(cached.template_kwargs)
     return {
         "mask": MASK_RULE,
         "trimmed": True,
-        "turns": options.turns or cached.get("turns"),
-        **template_arguments(kwargs, options.template_date or cached.get("template_date")),
+        "turns": options.turns or cached.turns,
+        **template_arguments(kwargs, options.template_date or cached.template_date),
         "stops": stop_ids(folder),
     }
 
 
-def _target(model: str, folder: Path, cached: dict) -> dict:
+def _target(model: str, folder: Path, cached: TargetName) -> dict:
     """Return name, revision and digest. A folder that was only moved keeps the name it has in the cache."""
     digest = target_digest(folder)
-    if cached.get("digest") == digest:
-        return cached
+    if cached.digest == digest:
+        return cached.as_dict()
     revision = folder.name if folder.parent.name == "snapshots" else ""
     return {"name": target_name(model), "revision": revision, "digest": digest}
 

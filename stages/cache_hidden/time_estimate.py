@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cache.atomic import Scratch, write_all, write_errors
-from pipeline.cache.micro_batches import micro_batches
+from pipeline.cache.plan import micro_batches
 from pipeline.cache.samples import ShardPlan
 from stages.cache_hidden.plan_report import Work, work_bytes
 from stages.cache_hidden.settings import CaptureSettings

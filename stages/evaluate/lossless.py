@@ -31,7 +31,8 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from pipeline.cache.atomic import process_lock, write_errors
+from pipeline.cache.atomic import write_errors
+from pipeline.cache.locks import process_lock
 from pipeline.cache.manifest import read_canonical, write_canonical
 from pipeline.checksummed_json import Count, Counts, Record
 from pipeline.errors import CacheError, ProofError, RoomError, UsageError

@@ -11,11 +11,10 @@ from transformers import PreTrainedModel
 
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import write_errors, write_file
-from pipeline.cache.layout import LOG
-from pipeline.cache.manifest import read_canonical
+from pipeline.cache.records import read_log
 from pipeline.console import VisibleConsole
 from pipeline.drafts import Draft
-from pipeline.errors import PipelineError, RoomError, UsageError
+from pipeline.errors import RoomError, UsageError
 from pipeline.evaluation.reports import DraftFacts, Report, Settings, Speed, report_bytes
 from pipeline.evaluation.tables import evaluation_table
 from pipeline.published import load_draft_folder, recorded_share
@@ -80,7 +79,7 @@ def run(
         share = trained.heldout if known else TrainSection().heldout
         heldout = split_samples(store, config.mask_token_id, share, config.target_layer_ids).heldout
         known = known or all(store.samples.split)
-    rules = {} if store is None else store.identity["samples"]
+    rules = {} if store is None else store.identity.samples.as_dict()
     asked = cached_prompts(store, heldout, count) if prompts is None else file_prompts(prompts, folder, count, rules)
     check_context_length(target, asked, max_new, config.proposals)
     stops = stop_tokens(target) if store is None else frozenset(store.tokens["eos"])
@@ -228,25 +227,22 @@ def find_model(model: str | None, store: HiddenCache | None) -> tuple[Path, str]
         if model is None:
             raise UsageError("no cache says which target this draft is for; pass --model")
         return find_target(model), target_name(model)
-    wanted = store.identity["target"]
-    folder = find_target(model or _recorded_target(store), None if model else wanted["revision"] or None)
+    wanted = store.identity.target
+    folder = find_target(model or _recorded_target(store), None if model else wanted.revision or None)
     digest = target_digest(folder)
-    if digest != wanted["digest"]:
+    if digest != wanted.digest:
         raise UsageError(
-            f"{model or folder} has the digest {digest}, but {store.path} was made with {wanted['name']}, digest "
-            f"{wanted['digest']}; pass --model with that target"
+            f"{model or folder} has the digest {digest}, but {store.path} was made with {wanted.name}, digest "
+            f"{wanted.digest}; pass --model with that target"
         )
     check_weights_if_recorded(store.catalog, folder)
-    return folder, wanted["name"]
+    return folder, wanted.name
 
 
 def _recorded_target(store: HiddenCache) -> str:
     """Return the folder of the target that was captured, if it is still there, else its name."""
-    try:
-        folder = read_canonical(store.path / LOG, {"target": {"folder": str}})["target"]["folder"]
-    except PipelineError:
-        folder = None
-    return folder if folder and Path(folder).is_dir() else store.identity["target"]["name"]
+    recorded = read_log(store.path).target
+    return recorded.folder if recorded and Path(recorded.folder).is_dir() else store.identity.target.name
 
 
 def open_draft(trained: Trained, target: PreTrainedModel) -> Draft:

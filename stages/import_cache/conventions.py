@@ -83,8 +83,8 @@ def recorded_convention(catalog: Catalog) -> tuple[int, str] | None:
     """Return (count_from, last) as recorded in the cache, None where there is none."""
     if not catalog.exists:
         return None
-    imported = catalog.identity.get("capture", {}).get("imported")
-    return imported and (imported["count_from"], imported["last"])
+    imported = catalog.identity.capture.imported
+    return imported and (imported.count_from, imported.last)
 
 
 def stated_convention(source: Source, requested: PartialConvention, first: ForeignSample) -> Convention:

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache.atomic import process_lock, size_text, write_errors
+from pipeline.cache.atomic import size_text, write_errors
 from pipeline.cache.catalog import Catalog, Work
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.columns import ColumnSpec, stored_rows
 from pipeline.cache.layout import aux_column
+from pipeline.cache.locks import process_lock
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.samples import PlannedSample, ShardPlan
@@ -181,7 +182,7 @@ def convert(catalog: Catalog, job: ImportJob, missing: Work, target: Target) -> 
                 for name, result in probe_shard(writer, job, wanted, target, head).items():
                     made[name]["probe"] = result
             if "final" in made:
-                share = on_policy_share(planned.segment(shard.number)["supervised"])
+                share = on_policy_share(planned.segment(shard.number).supervised)
                 made["final"]["gauge"] = on_policy_stats(writer, head, share).as_facts()
             writer.commit(made)
         if time.monotonic() > reported_at + EVERY_S:
@@ -201,7 +202,7 @@ def refused_by_shard(catalog: Catalog, job: ImportJob) -> Iterator[dict]:
     """Yield the refused samples of every written shard. A refused sample is refused in all columns."""
     for shard in range(catalog.shards):
         manifest = catalog.captured(shard, job.columns[-1].name)
-        yield manifest["refused"] if manifest else {}
+        yield manifest.refused if manifest else {}
 
 
 def check_refused(refused: int, samples: int, reasons: dict[int, str]) -> None:

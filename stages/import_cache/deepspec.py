@@ -11,13 +11,15 @@ layer 0. The last state is after the norm. There is no checksum anywhere.
 import struct
 from math import prod
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from pipeline.cache.atomic import read_errors
-from pipeline.cache.manifest import has_form
+from pipeline.cache.manifest import Count
 from pipeline.errors import DataError, UsageError
 from pipeline.os_errors import refuse_limit
 from pipeline.untrusted import parse_json, read_file
@@ -34,9 +36,27 @@ from stages.import_cache.foreign_sample import (
 MANIFEST, INDEX = "manifest.json", "samples.idx"
 VERSION = 2
 RECORD = struct.Struct("<QIIQQQQQ")
-FORM = {"version": int, "num_samples": int, "hidden_size": int, "shards": [{"shard_id": int, "file_name": str}]}
 KINDS = {"hidden_dtype": "bfloat16", "token_dtype": "int32", "mask_dtype": "uint8", "index_record_size": RECORD.size}
 MOST_MANIFEST = 64 << 20
+
+
+class ShardFile(BaseModel):
+    """A file of states, as the manifest names it."""
+
+    model_config = ConfigDict(strict=True)
+    shard_id: Count
+    file_name: str
+
+
+class Manifest(BaseModel):
+    """What is read of the manifest."""
+
+    model_config = ConfigDict(strict=True)
+    version: Count
+    num_samples: Annotated[Count, Field(gt=0)]
+    hidden_size: Count
+    target_layer_ids: Annotated[list[int], Field(min_length=1)]
+    shards: list[ShardFile]
 
 
 class DeepSpec:
@@ -124,10 +144,10 @@ def read_manifest(path: Path) -> dict:
     except (OSError, ValueError) as error:
         refuse_limit(path, error)
         raise bad_file(path, f"cannot be read ({str(error)[:120]})") from error
-    layers = facts.get("target_layer_ids") if isinstance(facts, dict) else None
-    whole = isinstance(layers, list) and layers and all(type(layer) is int for layer in layers)
-    if not whole or not has_form(facts, FORM) or not facts["num_samples"]:
-        raise bad_file(path, "damaged, or the manifest of something else")
+    try:
+        Manifest.model_validate(facts)
+    except ValidationError:
+        raise bad_file(path, "damaged, or the manifest of something else") from None
     if facts["version"] != VERSION:
         raise DataError(f"{path}: version {facts['version']}, only {VERSION} is read; capture again with that")
     for key, wanted in KINDS.items():

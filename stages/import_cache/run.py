@@ -159,7 +159,7 @@ def parse_layers(layers: str | None) -> tuple[int, ...] | None:
 def identity_of(target: Target, model: str | None, job: ImportJob, catalog: Catalog) -> dict:
     """Return the content of cache.json: as a capture's, with the source's form and convention."""
     digest = target_digest(target.folder)
-    recorded = catalog.identity.get("target", {}) if catalog.exists else {}
+    recorded = catalog.identity.target.as_dict() if catalog.exists else {}
     revision = target.folder.name if target.folder.parent.name == "snapshots" else ""
     name = {"name": target_name(model or str(target.folder)), "revision": revision, "digest": digest}
     imported = {
@@ -188,8 +188,8 @@ def summary(catalog: Catalog, job: ImportJob, new: int, target: Target) -> Impor
     out, planned = catalog.path, catalog.plan
     on_policy, refused = OnPolicyStats(), sum(map(len, refused_by_shard(catalog, job)))
     for shard in range(catalog.shards):
-        facts = catalog.captured(shard, job.columns[-1].name)["facts"]
-        on_policy += OnPolicyStats.from_facts(facts["gauge"]) if "gauge" in facts else OnPolicyStats()
+        gauge = catalog.captured(shard, job.columns[-1].name).facts.gauge
+        on_policy += OnPolicyStats.from_facts(gauge) if gauge else OnPolicyStats()
     now = f"{new} shards imported now" if new else "nothing to do"
     content = f"{planned.samples:,} samples" + (f", {refused} refused" if refused else "")
     print_visible(visible(f"{out}: {content} in {catalog.shards} shards, from {job.source.form}; {now}"))

@@ -14,20 +14,20 @@ import torch
 
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import Scratch, clean_scratch, commit_lock, size_text, write_errors
+from pipeline.cache.calibrations import read_calibration, store_calibration
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS, codec_of, parse_codecs
 from pipeline.cache.codecs.calibration import (
     TOKENS,
     Calibration,
     calibration_samples,
-    read_calibration,
-    store_calibration,
 )
 from pipeline.cache.codecs.error_certificate import Certificate, checked_calibration, shadow_samples
 from pipeline.cache.columns import Column, ColumnSpec, open_column
 from pipeline.cache.layout import LOG, SAMPLES, numbered, shard_folder
-from pipeline.cache.manifest import read_canonical, write_canonical
+from pipeline.cache.manifest import read_record, write_canonical
 from pipeline.cache.plan import Plan
+from pipeline.cache.records import CaptureRecord
 from pipeline.cache.samples import ShardPlan
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import CacheError, DataError, ProofError, UsageError
@@ -76,7 +76,7 @@ def run(cache: Path, codec: str) -> RecodeSummary:
             _recode(catalog, shard, spec, wanted, calibrations.get(spec.name), head)
         except CacheError:  # another process that recodes the same column may have removed the old files
             catalog.refresh(shard.number)
-            if catalog.read(shard.number, spec.name)["spec"]["codec"] != wanted:
+            if catalog.read(shard.number, spec.name).spec.codec != wanted:
                 raise
         after += _bytes(catalog, shard.number, spec.name)
         if time.monotonic() > printed_at + EVERY_S:
@@ -93,12 +93,11 @@ def run(cache: Path, codec: str) -> RecodeSummary:
 def _drop_recorded_codecs(cache: Path) -> None:
     """Remove the former codecs from the capture's record; the paths of target and corpus in it stay in use."""
     try:
-        record = read_canonical(cache / LOG)
+        record = read_record(cache / LOG, CaptureRecord).as_dict()
     except CacheError:
         (cache / LOG).unlink(missing_ok=True)
         return
-    for name in ("columns", "format", "hash"):  # writing adds the last two again
-        record.pop(name, None)
+    record.pop("columns", None)
     write_canonical(cache / LOG, record)
 
 
@@ -108,7 +107,7 @@ def _columns_to_recode(catalog: Catalog, codec: str) -> ColumnsToRecode:
     work, names = [], set()
     for shard in catalog.plan.shards:
         for name, manifest in sorted(catalog.captured_columns(shard.number).items()):
-            spec, wanted = ColumnSpec(**manifest["spec"]), codec_of(chosen, name)
+            spec, wanted = manifest.spec, codec_of(chosen, name)
             names.add(name)
             if wanted in (None, spec.codec):
                 continue
@@ -131,11 +130,11 @@ def _calibrations(store: HiddenCache, plan: Plan, work: ColumnsToRecode) -> dict
     calibrations = {}
     for name, spec, codec in {spec.name: (spec.name, spec, codec) for _, spec, codec in work}.values():
         if CODECS[codec].lossy:
-            calibrations[name] = read_calibration(store.path, name, spec.width)
+            calibrations[name] = read_calibration(store.catalog, name, spec.width)
             if calibrations[name] is None:
                 states_RD = _calibration_states(store, plan, name, codec)
                 made = checked_calibration(name, codec, states_RD, "cpu")
-                calibrations[name] = store_calibration(store.path, name, made, len(states_RD))
+                calibrations[name] = store_calibration(store.catalog, name, made, len(states_RD))
     return calibrations
 
 
@@ -162,7 +161,7 @@ def _calibration_states(store: HiddenCache, plan: Plan, name: str, codec: str) -
 def _open_if_captured(catalog: Catalog, shard: ShardPlan, name: str) -> Column | None:
     """Open a column of a shard; None where it is not captured."""
     manifest = catalog.captured_columns(shard.number).get(name)
-    return manifest and open_column(catalog.path, manifest, ColumnSpec(**manifest["spec"]).bounds(shard))
+    return manifest and open_column(catalog.path, manifest, manifest.spec.bounds(shard))
 
 
 def _recode(
@@ -176,11 +175,11 @@ def _recode(
     """Rewrite one column of one shard, verify it, and commit it."""
     catalog.refresh(shard.number)
     manifest = catalog.read(shard.number, spec.name)
-    if manifest["spec"]["codec"] == codec:  # another process has done it
+    if manifest.spec.codec == codec:  # another process has done it
         return
     old = open_column(catalog.path, manifest, spec.bounds(shard))
     with ShardWriter(catalog, shard, [replace(spec, codec=codec)]) as writer:
-        for row, reason in manifest["refused"].items():
+        for row, reason in manifest.refused.items():
             writer.refuse(int(row), reason)
         reader = old.open()
         for row in range(len(shard)):
@@ -222,11 +221,11 @@ def _remove_stale(catalog: Catalog, shard: int, name: str) -> None:
 
 def _stale_files(catalog: Catalog, shard: int, name: str) -> list[Path]:
     """Return the files of a column in other codecs than its manifest names."""
-    spec, folder = ColumnSpec(**catalog.read(shard, name)["spec"]), shard_folder(catalog.path, shard)
+    spec, folder = catalog.read(shard, name).spec, shard_folder(catalog.path, shard)
     stale = [folder / end for stem in spec.other_stems for end in (f"{stem}.arrow", stem)]
     return [path for path in stale if path.exists()]
 
 
 def _bytes(catalog: Catalog, shard: int, name: str) -> int:
-    files = catalog.read(shard, name)["files"]
-    return sum(fact["size"] for file, fact in files.items() if file != SAMPLES)
+    files = catalog.read(shard, name).files
+    return sum(fact.size for file, fact in files.items() if file != SAMPLES)

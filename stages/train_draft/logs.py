@@ -199,13 +199,13 @@ def run_description(
     yield resolved.recipe.toml()
     yield (
         f"{len(split.train)} samples to train on, {len(split.heldout)} held out, {split.unusable} unusable; "
-        f"target {visible(store.identity['target']['name'])}, on {device}; run {visible(path)}"
+        f"target {visible(store.identity.target.name)}, on {device}; run {visible(path)}"
     )
     context = resolved.recipe.train.context
     longer = int((store.samples.length[split.train] > context).sum())
     if longer:
         yield f"{longer} samples are longer than train.context = {context} rows: each gives one window an epoch"
-    if store.partial:
+    if store.catalog.partial:
         yield f"the cache is incomplete: {partial_text(store)}; layers {list(resolved.draft.target_layer_ids)} are read"
     if resolved.draft.gamma is None and resolved.draft.weighting == "decay":
         yield "gamma is 0, so late slots weigh as much as early ones; published recipes let the weight decay"

@@ -41,8 +41,7 @@ import stages.cache_hidden.capture as shards
 import stages.cache_hidden.engine as engine
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.manifest import create_identity
-from pipeline.cache.micro_batches import micro_batches
-from pipeline.cache.plan import Plan
+from pipeline.cache.plan import Plan, micro_batches
 from pipeline.cache.plan_writer import SHARD_BYTES, write_segment
 from pipeline.cache.samples import PlannedSample, ShardPlan
 from pipeline.target.files import TOKENIZER_FILES
@@ -269,7 +268,7 @@ def main() -> None:
         settings = resolve_settings(str(Path(place, "target")), Catalog(out), options)
         made = samples(SHARDS * tokens, config.vocab_size, min(settings.max_length, tokens // 4))
         plan = write_segment(out, made, row_bytes=settings.row_bytes, sources=[])
-        create_identity(out, settings.identity)
+        create_identity(out, settings.identity.as_dict())
         found = measure(model, out, settings, plan, asked.device, asked.rounds)
     result = {**figures(found), "padded share": padded_share(settings.batch_tokens)}
     result |= {"parameters": sum(weight.numel() for weight in model.parameters())}

@@ -30,9 +30,10 @@ from numcodecs import blosc
 from torch import Tensor
 
 from pipeline.cache import plan_writer
+from pipeline.cache.calibrations import store_calibration
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.codecs.calibration import Calibration, calibrate, store_calibration
+from pipeline.cache.codecs.calibration import Calibration, calibrate
 from pipeline.cache.codecs.zarr_file import parse_chunk_index
 from pipeline.cache.columns import Column, ColumnSpec, column_manifest, open_column
 from pipeline.cache.layout import SAMPLES, SHARDS
@@ -123,7 +124,7 @@ def stored(codec: str, bits: np.ndarray, calibration: Calibration, rounds: int) 
         cache = Path(folder)
         create_identity(cache, {})
         (shard,) = write_segment(cache, samples, row_bytes=1, sources=[]).shards
-        store_calibration(cache, "aux.1", calibration, len(bits))
+        store_calibration(Catalog(cache), "aux.1", calibration, len(bits))
 
         def write() -> None:
             shutil.rmtree(cache / SHARDS, ignore_errors=True)
@@ -146,7 +147,7 @@ def stored(codec: str, bits: np.ndarray, calibration: Calibration, rounds: int) 
 
         read_s = best(read, rounds, bits.nbytes)
         decode_s = best(decoding(column, np.empty_like(bits)), rounds, bits.nbytes)
-    size = sum(fact["size"] for file, fact in manifest["files"].items() if file != SAMPLES) / bits.nbytes
+    size = sum(fact.size for file, fact in manifest.files.items() if file != SAMPLES) / bits.nbytes
     return as_states(found), size, int(column.outliers[-1]) / len(bits), write_s, read_s, decode_s
 
 

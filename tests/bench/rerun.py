@@ -89,7 +89,7 @@ def make_cache(folder: Path, shards: int) -> Path:
     folder.mkdir()
     corpus.write_text("{}\n")
     settings = resolve_settings(str(TARGET), Catalog(cache), options())
-    create_identity(cache, settings.identity)
+    create_identity(cache, settings.identity.as_dict())
     plan_writer.MIN_SHARDS = shards
     write_segment(cache, samples(shards), row_bytes=settings.row_bytes, sources=[])
     with new_target(Catalog(cache)) as target:

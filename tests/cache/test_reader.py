@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 
 from pipeline.cache import HiddenCache
 from pipeline.cache import open_columns as opened
-from pipeline.cache import parallel_reads as in_flight
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import raw as direct
 from pipeline.cache.codecs import zarr_file as zarr_shard
@@ -65,7 +64,7 @@ def test_a_sample_comes_back_as_it_was_written(cache):
     held = HiddenCache.open(cache)
 
     assert (len(held), held.layers, held.has_final) == (24, (1, 10), True)
-    assert (held.dtype, held.hidden_size, held.missing) == (torch.bfloat16, 8, [])
+    assert (held.dtype, held.hidden_size, held.catalog.partial) == (torch.bfloat16, 8, {})
     for i in range(len(held)):
         sample = held.read(i, final=True)
         ids, mask = held.tokens_of(i)
@@ -215,14 +214,14 @@ def on_disk(monkeypatch, refusal=errno.EAGAIN) -> list[str]:
             waited.append(threading.current_thread().name)
         return real(fd, [buffers[0][:16]] if flags else buffers, start)
 
-    monkeypatch.setattr(in_flight, "INLINE_BYTES", 0)
+    monkeypatch.setattr(opened, "INLINE_BYTES", 0)
     monkeypatch.setattr(os, "preadv", preadv)
     return waited
 
 
 @pytest.mark.parametrize("where", ["in memory", "on disk", "on a disk that cannot tell", "little"])
 def test_parts_of_samples_fill_one_buffer_end_to_end(cache, monkeypatch, where):
-    monkeypatch.setattr(in_flight, "INLINE_BYTES", 1 << 30 if where == "little" else 0)
+    monkeypatch.setattr(opened, "INLINE_BYTES", 1 << 30 if where == "little" else 0)
     held = HiddenCache.open(cache)
     lengths = held.samples.length.tolist()
     parts = [(i, lengths[i] // 3, lengths[i] - lengths[i] // 4) for i in (7, 0, 23, 7, 11)] + [(5, 1, 1)]
@@ -523,7 +522,7 @@ def test_a_column_of_an_unfinished_capture_is_not_whole(tmp_path):
 
     last = plan.shards[-1].number
     assert held.layers == (1,) and not held.has_final
-    assert held.missing == [(last, "aux.10"), (last, "final")]
+    assert held.catalog.partial == {"aux.10": last, "final": last}
     with pytest.raises(UsageError, match=r"holds layers \[1\] whole, \[10\] are wanted too.*--layers 1,10"):
         held.read(0, layers=[1, 10])
     with pytest.raises(UsageError, match="holds no `final`"):

@@ -169,7 +169,7 @@ def test_a_refused_sample_leaves_zeros_and_is_not_ok(planned):
     assert not held[hole].any() and values[hole].any()
     held[hole] = values[hole]
     assert np.array_equal(held, values)
-    assert Catalog(planned).captured(0, "aux.1")["refused"] == {"1": "not finite"}
+    assert Catalog(planned).captured(0, "aux.1").refused == {"1": "not finite"}
     assert HiddenCache.open(planned).samples.ok.tolist() == [i != 1 for i in range(48)]
 
 

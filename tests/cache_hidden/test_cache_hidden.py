@@ -20,8 +20,8 @@ import stages.cache_hidden.engine as engine_module
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import write_errors
 from pipeline.cache.manifest import read_canonical
-from pipeline.cache.micro_batches import micro_batches
-from pipeline.cache.plan import load_plan
+from pipeline.cache.plan import load_plan, micro_batches
+from pipeline.cache.records import GaugeFacts
 from pipeline.cache.verify import verify
 from pipeline.corpus.sources import parse_row
 from pipeline.errors import DataError, RoomError, UsageError
@@ -133,7 +133,7 @@ def test_the_same_capture_gives_the_same_bytes(capture, tiny_cache, tmp_path):
 def test_batch_tokens_change_batches_and_hardly_the_states(capture, tiny_cache, tmp_path):
     capture(layers="1,3,4", batch_tokens=1)
     one, many = HiddenCache.open(tmp_path / "cache"), HiddenCache.open(tiny_cache)
-    assert one.identity["capture"]["batch_tokens"] == 1
+    assert one.identity.capture.batch_tokens == 1
     for i in range(len(many)):
         torch.testing.assert_close(one.read(i).aux, many.read(i).aux, rtol=1e-4, atol=1e-4)
 
@@ -618,7 +618,7 @@ def test_the_on_policy_figures_count_the_targets_greedy_tokens(tiny_target, tiny
                 wanted += OnPolicyStats(1, int(logits.argmax() == token), float(logits.log_softmax(-1)[token]))
     found = OnPolicyStats()
     for manifest in manifests(tiny_cache, "final"):
-        found += OnPolicyStats.from_facts(manifest["facts"]["gauge"])
+        found += OnPolicyStats.from_facts(GaugeFacts.model_validate(manifest["facts"]["gauge"]))
     assert (found.rows, found.agree) == (wanted.rows, wanted.agree)
     assert found.rows >= 256
     assert found.logprob == pytest.approx(wanted.logprob, rel=1e-4)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from kill_capture import contents
 
 import pipeline.cache.atomic as disk
 import stages.cache_hidden.make_plan as planning
-from pipeline.cache.atomic import process_lock
+from pipeline.cache.locks import process_lock
 from pipeline.cache.plan import load_plan
 from pipeline.errors import UsageError
 from stages.cache_hidden.options import CaptureOptions
@@ -129,7 +130,7 @@ def test_another_number_of_workers_continues_without_holes_or_duplicates(work, t
 
 def test_who_waited_for_the_planner_uses_its_plan(work, tiny_cache, tmp_path, monkeypatch):
     """Were both to plan, a large corpus would be tokenised twice, or, from a hub that moved on, differently."""
-    out, waiting, held, sleep = tmp_path / "cache", threading.Event(), threading.Event(), disk.time.sleep
+    out, waiting, held, sleep = tmp_path / "cache", threading.Event(), threading.Event(), time.sleep
     out.mkdir()
 
     def planner():
@@ -143,7 +144,7 @@ def test_who_waited_for_the_planner_uses_its_plan(work, tiny_cache, tmp_path, mo
     other = threading.Thread(target=planner)
     other.start()
     held.wait(60)
-    monkeypatch.setattr(disk.time, "sleep", lambda seconds: (waiting.set(), sleep(seconds)))
+    monkeypatch.setattr(time, "sleep", lambda seconds: (waiting.set(), sleep(seconds)))
     monkeypatch.setattr(planning, "make_plan", None)
     work("0/2")
     other.join()

@@ -277,7 +277,7 @@ def test_weights_stored_in_bfloat16_are_proven_against_the_rounded_ones(trained,
 
 def test_another_target_is_refused_with_both_digests(trained, cache, tmp_path):
     other = save_target(tmp_path / "other", config(num_hidden_layers=5))
-    wanted = HiddenCache.open(cache).identity["target"]["digest"]
+    wanted = HiddenCache.open(cache).identity.target.digest
     with pytest.raises(UsageError, match=f"has the digest .* digest {wanted}"):
         run(trained, model=str(other), device="cpu")
 

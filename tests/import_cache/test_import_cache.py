@@ -207,7 +207,7 @@ def test_an_unproven_import_takes_what_is_said_and_says_so(imported, target, sam
     assert "unproven: no state was compared" in capsys.readouterr().out
     check_states(tmp_path / "cache", samples, LAYERS)
     assert read_canonical(tmp_path / "cache" / IDENTITY)["capture"]["imported"]["proven"] is False
-    facts = column_manifest(tmp_path / "cache", 0, "aux.1")["facts"]
+    facts = column_manifest(tmp_path / "cache", 0, "aux.1").facts.as_dict()
     assert facts == {"engine": "imported from specforge", "proven": False}
     assert describe(tmp_path / "cache")["gauge"] == describe(imported / "cache")["gauge"]
     same = HiddenCache.open(tmp_path / "cache").head()

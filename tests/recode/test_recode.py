@@ -11,9 +11,9 @@ from cache_maker import COLUMNS, contents, make_cache, random_samples, without_r
 import pipeline.cache.atomic as disk
 from pipeline.cache import HiddenCache
 from pipeline.cache.codecs import CODECS
+from pipeline.cache.records import read_log
 from pipeline.cache.verify import verify
 from pipeline.errors import DataError, UsageError
-from stages.cache_hidden.capture_log import read_record
 from stages.recode.run import run as recode
 
 
@@ -28,11 +28,11 @@ def test_a_recoded_cache_is_the_one_captured_in_that_codec(captured, tmp_path):
 
 def test_a_recoded_cache_still_knows_where_its_target_and_corpus_lie(captured, tmp_path, tiny_target, capsys):
     cache = shutil.copytree(captured("raw"), tmp_path / "cache")
-    held = read_record(cache)
+    before = read_log(cache)
     recode(cache, "zstd")
-    left = read_record(cache)
-    assert left["target"]["folder"] == str(tiny_target.resolve())
-    assert {**left, "hash": None} == {key: None if key == "hash" else held[key] for key in held if key != "columns"}
+    left = read_log(cache)
+    assert before.columns and left.target.folder == str(tiny_target.resolve())
+    assert left.as_dict() == {key: value for key, value in before.as_dict().items() if key != "columns"}
     capsys.readouterr()
     recode(cache, "zstd")
     assert "nothing to do" in capsys.readouterr().out
@@ -47,7 +47,7 @@ def test_a_cache_recoded_to_int8_keeps_its_promise_and_says_so(captured, tmp_pat
         right, found = raw.read(i, final=True), coarse.read(i, final=True)
         assert ((found.aux - right.aux).norm() / right.aux.norm()) < 0.008
         assert torch.equal(found.final, right.final)
-    facts = coarse.columns(0)["aux.1"]["facts"]
+    facts = coarse.columns(0)["aux.1"].facts.as_dict()
     assert facts["certificate"]["of_token"] < CODECS["int8"].max_of_token and "probe" in facts
     with pytest.raises(UsageError, match=r"holds aux.1 in int8, and what that has rounded stays so"):
         recode(cache, "raw")
@@ -107,7 +107,7 @@ def test_a_recode_loads_the_head_once(captured, tmp_path, monkeypatch):
     cache, loaded, load = shutil.copytree(captured("raw"), tmp_path / "cache"), [], HiddenCache.head
     monkeypatch.setattr(HiddenCache, "head", lambda self: loaded.append(1) or load(self))
     assert recode(cache, "final=int8").columns > 1 and len(loaded) == 1
-    assert "top1" in HiddenCache.open(cache).columns(0)["final"]["facts"]["certificate"]
+    assert "top1" in HiddenCache.open(cache).columns(0)["final"].facts.certificate.as_dict()
 
 
 def test_what_cannot_be_recoded_is_said(tmp_path):

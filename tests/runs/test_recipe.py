@@ -8,6 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from pipeline.cache.records import Identity
 from pipeline.drafts import DRAFTS
 from pipeline.errors import UsageError
 from pipeline.runs.recipe import Recipe, load_recipe, read_toml, resolve, resolve_mask_token, rope_theta, text_config
@@ -42,7 +43,7 @@ def cache_of(target=QWEN3_8B, tokens=QWEN3_TOKENS, layers=(1, 9, 17, 25, 33), ha
         has_final=has_final,
         dtype=torch.bfloat16,
         path=Path("hs_cache"),
-        identity={"target": {"name": "Qwen/Qwen3-8B"}, "capture": {"engine": engine}},
+        identity=Identity.model_validate({"target": {"name": "Qwen/Qwen3-8B"}, "capture": {"engine": engine}}),
     )
 
 

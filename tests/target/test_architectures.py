@@ -324,7 +324,7 @@ def test_more_tokens_than_the_target_has_positions(attempt, tmp_path):
     with pytest.raises(UsageError, match="--max-length 513: this target has 512 positions; pass 512 or less"):
         attempt(None, max_length=513)
     attempt(None, max_length=None)
-    assert HiddenCache.open(tmp_path / "cache").identity["samples"]["max_length"] == 512
+    assert HiddenCache.open(tmp_path / "cache").identity.samples.max_length == 512
     attempt(None, max_length=None)
 
 

@@ -494,7 +494,7 @@ def test_a_run_learns_and_leaves_what_it_promised(greedy_cache, tmp_path, capsys
 
     facts = json.loads((done.run / "run.json").read_text())
     store = HiddenCache.open(greedy_cache)
-    assert (facts["cache"]["digest"], facts["target"]) == (store.digest, store.identity["target"]["name"])
+    assert (facts["cache"]["digest"], facts["target"]) == (store.digest, store.identity.target.name)
     assert {"torch", "pipeline"} <= set(facts["versions"]) and facts["command"] == sys.argv
     recipe = load_recipe(done.run / "recipe.toml")
     assert recipe.train.steps == 40 and resolve(recipe, store).draft == checkpoint.load_config(done.run)

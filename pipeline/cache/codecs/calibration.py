@@ -1,30 +1,24 @@
 """Calibration: the mean and std of each channel of a column, by which int8 normalises states.
 
 Made once per cache and column, before anything is encoded, from the samples with the lowest hashes of their ids; later
-captures into the cache use the same. Stored in `calibration/<column>.json`, and again in every column encoded with it,
-so that a shard can be read alone. On disk the std is named `spread`.
+captures into the cache use the same: `calibrations.py`. Stored again in every column encoded with it, so that a shard
+can be read alone.
 
     N rows sampled   D channels
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from pipeline.cache.atomic import commit_lock, write_errors, write_file
-from pipeline.cache.layout import CALIBRATION, IDENTITY
-from pipeline.cache.manifest import canonical, read_canonical
 from pipeline.cache.samples import ShardPlan
-from pipeline.errors import CacheError
 
 TOKENS = 65_536  # of the samples a calibration is made from, or all there are
 TRIMMED_SHARE = 0.005  # share of the values left out at either end
 FLOOR = 2.0**-20  # smallest std, of the median std: a constant channel must not divide by zero
 LEAST = 2.0**-100  # smallest std where all channels are constant
-FORM = {"cache": str, "column": str, "rows": int, "mean": [float], "spread": [float]}
 _CHANNELS = 64  # calibrated at a time
 
 
@@ -81,44 +75,3 @@ def calibration_samples(shards: list[ShardPlan]) -> Iterator[tuple[ShardPlan, in
     for i in np.lexsort((names[:, 1], names[:, 0], hashes)).tolist():
         shard = int(np.searchsorted(starts, i, side="right")) - 1
         yield shards[shard], i - int(starts[shard])
-
-
-def _path(cache: Path, column: str) -> Path:
-    return cache / CALIBRATION / f"{column}.json"
-
-
-def read_calibration(cache: Path, column: str, width: int) -> Calibration | None:
-    """Read the cache's calibration of a column; None when it has none. CacheError for a damaged or foreign one."""
-    path = _path(cache, column)
-    if not path.exists():
-        return None
-    facts = read_canonical(path, FORM)
-    with np.errstate(over="ignore"):  # a value beyond float32 becomes infinite, and is refused
-        mean, std = (np.array(facts[name], np.float64).astype(np.float32) for name in ("mean", "spread"))
-    right = facts["cache"] == read_canonical(cache / IDENTITY)["hash"] and facts["column"] == column
-    right = right and len(mean) == len(std) == width and np.isfinite([mean, std]).all() and (std > 0).all()
-    if not right:
-        raise CacheError(f"{path}: another cache's or column's; remove it, and every {column} that was encoded with it")
-    return Calibration(mean, std)
-
-
-def store_calibration(cache: Path, column: str, calibration: Calibration, rows: int) -> Calibration:
-    """Write a calibration, unless another process has written one; return the one in the cache. Raises RoomError."""
-    width = len(calibration.mean)
-    facts = {
-        "cache": read_canonical(cache / IDENTITY)["hash"],
-        "column": column,
-        "rows": rows,
-        "mean": _shortest(calibration.mean),
-        "spread": _shortest(calibration.std),
-    }
-    with write_errors(cache, "a calibration"), commit_lock(cache):
-        existing = read_calibration(cache, column, width)
-        if existing is None:
-            write_file(_path(cache, column), canonical(facts))
-    return existing or calibration
-
-
-def _shortest(values: np.ndarray) -> list[float]:
-    """The shortest decimals that read back as the same float32 values."""
-    return [float(str(value)) for value in values]

@@ -8,6 +8,7 @@ one byte range; any zarr v3 reader opens it. The array's shape is rounded up to 
 Chunks may be compressed each (`zstd.py`).
 """
 
+import ctypes
 import errno
 import json
 import os
@@ -21,7 +22,7 @@ import google_crc32c
 import numpy as np
 import xxhash
 
-from pipeline.cache.atomic import read_error, start_writeback, write_all
+from pipeline.cache.atomic import read_error, write_all
 from pipeline.cache.manifest import FileFact
 from pipeline.errors import CacheError
 from pipeline.os_errors import refuse_limit
@@ -38,6 +39,18 @@ NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # preadv fails rather than wait for the d
 ADVISE = getattr(os, "posix_fadvise", None)  # macOS has none
 WRITE_BACK = 8 << 20  # bytes between calls of `start_writeback`, so that the last sync has little left to wait for
 _ZEROS = bytes(1 << 20)
+
+# Linux only, and not in Python's `os`; POSIX_FADV_DONTNEED, which is, would also wait for every CPU of the machine.
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
+if _sync_file_range is not None:
+    _sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+_WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin, and do not wait
+
+
+def start_writeback(fd: int, start: int, size: int) -> None:
+    """Ask the kernel to begin writing a range of a file's dirty pages to disk. Advice only; returns at once."""
+    if _sync_file_range is not None:
+        _sync_file_range(fd, start, size, _WRITE)
 
 
 @dataclass(frozen=True)

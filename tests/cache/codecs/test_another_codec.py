@@ -86,9 +86,9 @@ def test_a_capture_is_certified_by_its_own_promise(captured):
             assert ((found_RD - truth_RD).abs() <= truth_RD.abs().amax(-1, keepdim=True) / LEVELS).all()
             assert not torch.equal(found_RD, truth_RD)
     for name, manifest in rounded.columns(0).items():
-        says = manifest["facts"]["certificate"]
+        says = manifest.facts.certificate.as_dict()
         assert 0 < says["of_promise"] <= 1 and 0 < says["of_token"] < Fixed16.max_of_token
-        assert ("kl" in says) == (name == FINAL) and manifest["facts"]["probe"]["error"] < 1e-3
+        assert ("kl" in says) == (name == FINAL) and manifest.facts.probe.error < 1e-3
     assert raw.digest == rounded.digest and rounded.rounded([1, FINAL]) == {
         "aux.1": ["fixed16"],
         "final": ["fixed16"],
@@ -157,7 +157,7 @@ def test_a_column_without_its_manifest_is_not_captured_yet_and_nothing_is_foreig
         "shards/000000/aux.1.json": "not captured yet",
     }
     assert not report.damaged and not report.foreign
-    assert HiddenCache.open(cache).partial["aux.1"] == load_plan(cache).shards[-1].number
+    assert HiddenCache.open(cache).catalog.partial["aux.1"] == load_plan(cache).shards[-1].number
 
 
 def test_a_lossless_codec_is_priced_and_read_as_its_class_says(tmp_path, monkeypatch):
@@ -205,7 +205,7 @@ def test_states_are_recoded_into_it_and_never_out_of_it(captured, tmp_path):
         right, found = raw.read(i, final=True), rounded.read(i, final=True)
         assert ((found.aux - right.aux).abs() <= right.aux.abs().amax(-1, keepdim=True) / LEVELS).all()
         assert torch.equal(found.final, right.final)
-    assert 0 < rounded.columns(0)["aux.1"]["facts"]["certificate"]["of_promise"] <= 1
+    assert 0 < rounded.columns(0)["aux.1"].facts.certificate.of_promise <= 1
     for other in ("raw", "int8"):
         with pytest.raises(UsageError, match=r"holds aux\.1 in fixed16, and what that has rounded stays so"):
             recode(cache, f"aux={other}")

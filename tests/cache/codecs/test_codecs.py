@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from toy_codec import Fixed16
 
 from pipeline.cache import HiddenCache
+from pipeline.cache.calibrations import read_calibration
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS, codec_of, parse_codecs
-from pipeline.cache.codecs.calibration import Calibration, calibrate, calibration_samples, read_calibration
+from pipeline.cache.codecs.calibration import Calibration, calibrate, calibration_samples
 from pipeline.cache.codecs.error_certificate import largest_errors
 from pipeline.cache.codecs.int8 import OUTLIER_RMS, OUTLIER_STDS, group_of
 from pipeline.cache.codecs.zarr_file import SHARD_FILE, parse_chunk_index
@@ -75,7 +77,7 @@ def test_a_cache_in_any_codec_reads_back_within_its_promise_and_verifies(tmp_pat
             truth = as_states(states(shard, spec)[bounds[row] : bounds[row + 1]])
             assert found.dtype == truth.dtype == held.dtype
             if CODECS[codec].lossy:
-                bound = largest_errors(CODECS[codec], truth, read_calibration(cache, spec.name, spec.width))
+                bound = largest_errors(CODECS[codec], truth, read_calibration(Catalog(cache), spec.name, spec.width))
                 assert ((found.float() - truth.float()).abs() <= bound).all()
             else:
                 assert np.array_equal(bits(found), bits(truth))
@@ -455,7 +457,7 @@ def test_a_capture_in_int8_certifies_what_it_did(captured):
         assert ((found.aux - right.aux).norm() / right.aux.norm()) < 0.008
     for shard in range(coarse.shards):
         for name, manifest in coarse.columns(shard).items():
-            says = manifest["facts"]["certificate"]
+            says = manifest.facts.certificate.as_dict()
             assert 0 < says["error"] <= says["worst_token"] < 0.012 and 0 < says["of_promise"] <= 1
             assert 0 < says["of_token"] < 0.0158 and 0 < says["of_channels"] < 0.03
             assert ("top1" in says) == ("kl" in says) == (name == "final")
@@ -464,7 +466,7 @@ def test_a_capture_in_int8_certifies_what_it_did(captured):
 
 def test_codecs_of_one_cache_may_differ_by_column(captured):
     columns = HiddenCache.open(captured("aux=int8,final=zstd")).columns(0)
-    assert {name: manifest["spec"]["codec"] for name, manifest in columns.items()} == {
+    assert {name: manifest.spec.codec for name, manifest in columns.items()} == {
         "aux.1": "int8",
         "aux.3": "int8",
         "final": "zstd",

@@ -1,0 +1,290 @@
+"""What every JSON file of a cache says, field by field; `make tables` prints README.md's tables from it.
+
+A record is a pydantic model: immutable, read strictly, with no field more than stated unless it is an `OpenRecord`.
+`manifest.py` has the form of the files themselves: canonical JSON that ends with its own hash.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, RootModel
+
+from pipeline.cache.codecs import CODECS
+from pipeline.cache.codecs.zarr_file import DTYPES
+from pipeline.cache.layout import FORMAT, LOG
+from pipeline.cache.manifest import Count, FileFact, read_record
+from pipeline.cache.samples import ShardPlan
+from pipeline.errors import CacheError
+
+MAX_WIDTH = 1 << 17  # values of a row; a manifest that claims more is damaged
+
+Figure = Annotated[float, Field(allow_inf_nan=False)]
+Files = dict[str, FileFact]  # by path from the manifest's folder
+
+
+def _field(description: str, **kwargs) -> Any:
+    return Field(description=description, **kwargs)
+
+
+class Record(BaseModel):
+    """A part of a manifest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
+
+    def as_dict(self) -> dict:
+        """The fields that were stated, as JSON has them."""
+        return self.model_dump(exclude={"format", "hash"}, exclude_unset=True)
+
+
+class OpenRecord(Record):
+    """A part that may say more than this program knows of; what it says beyond is kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class Manifest(Record):
+    """A file of its own. `format` and `hash` are written by `canonical`."""
+
+    FILE: ClassVar[str]
+    format: Literal[FORMAT] = FORMAT
+    hash: str = ""
+
+
+# cache.json. Every part may be absent: earlier versions stated less.
+
+
+class TargetName(OpenRecord):
+    digest: str | None = _field("of its config and its weights, not of their every byte", default=None)
+    name: str | None = _field("a hub name or a folder", default=None)
+    revision: str | None = _field('of the hub; "" for a folder', default=None)
+
+
+class TokenizerDigests(OpenRecord):
+    chat_template: str | None = _field("digest of the chat template", default=None)
+    digest: str | None = _field("digest of the tokenizer's files", default=None)
+
+
+class SampleRules(OpenRecord):
+    mask: str | None = _field("how tokens come to be supervised", default=None)
+    max_length: int | None = _field("tokens a sample is cut to; null where it was imported", default=None)
+    stops: list[int] | None = _field("ids that end a reply", default=None)
+    template_date: str | None = _field("the day that the template was told", default=None)
+    template_kwargs: dict[str, Any] | None = _field("what the template was given besides", default=None)
+    trimmed: bool | None = _field("whether all but one token after the last supervised one are left out", default=None)
+    turns: str | None = _field('"last" or "each": which replies of a conversation are supervised', default=None)
+
+
+class ImportFacts(OpenRecord):
+    count_from: int = _field("what the files call the first layer")
+    form: str = _field("whose files they were")
+    last: str = _field("what their last state was: raw, normed or none")
+    layers: list[int] = _field("as the files count them")
+    proven: bool = _field("whether states were compared with the target")
+
+
+class CaptureRules(OpenRecord):
+    batch_tokens: Count | None = _field("padded tokens of a micro-batch", default=None)
+    dtype: str | None = _field("of the states", default=None)
+    engine: str | None = _field("what ran the target", default=None)
+    imported: ImportFacts | None = _field("where the states were imported from", default=None)
+
+
+class Identity(Manifest):
+    """What the cache is; never edited. Its hash is the cache's identity, which every other manifest names."""
+
+    model_config = ConfigDict(extra="allow")
+    FILE = "cache.json"
+    capture: CaptureRules = _field("how states were computed", default=CaptureRules())
+    samples: SampleRules = _field("how conversations became samples", default=SampleRules())
+    target: TargetName = _field("whose states these are", default=TargetName())
+    tokenizer: TokenizerDigests = _field("the target's tokenizer", default=TokenizerDigests())
+
+
+# The plan and what is derived from it
+
+
+class SegmentManifest(Manifest):
+    """One segment of the plan: the samples of one corpus."""
+
+    FILE = "plan/N.json"
+    segment: Count = _field("N")
+    first_shard: Count = _field("the number of its first shard")
+    shards: Count = _field("how many shards it has")
+    samples: Count = _field("how many samples")
+    tokens: Count = _field("rows of all samples")
+    supervised: Count = _field("supervised tokens")
+    final_rows: Count = _field("rows that a `final` of `keeps` needed has")
+    duplicates: Count = _field("samples that were planned already, and so left out")
+    row_bytes: Count = _field("bytes of a row over all columns of the first capture")
+    sources: list[dict[str, Any]] = _field("files or data sets, with digests")
+    notes: dict[str, Any] = _field("what was left out and why")
+    files: Files = _field("`N.arrow`")
+
+
+class IndexManifest(Manifest):
+    """Derived from the plan; neither it nor the fields of `index.arrow` are part of the format."""
+
+    FILE = "index.json"
+    files: Files = _field("`index.arrow`")
+    segments: list[Files] = _field("`files` of every segment, of which it was made")
+
+
+class RefusedSample(Record):
+    sample: Count = _field("its number in the cache")
+    sample_id: str = _field("in hex")
+    shard: Count = _field("its shard")
+    row: Count = _field("its number in the shard")
+    reason: str = _field("why")
+    columns: list[str] = _field("which columns refuse it")
+    source: str = _field("the corpus file")
+    line: int = _field("from 1")
+
+
+class RefusedList(Manifest):
+    """Derived from the columns; absent where no sample was refused."""
+
+    FILE = "quarantine/samples.json"
+    samples: list[RefusedSample] = _field("the samples refused in any column")
+
+
+# Columns
+
+
+@dataclass(frozen=True)
+class ColumnSpec:
+    """A column's name (`aux.<layer>` or `final`), dtype, width, codec, and which rows it keeps ("all" or "needed")."""
+
+    name: Annotated[str, _field("`aux.<layer>` or `final`")]
+    dtype: Annotated[Literal["bfloat16", "float32"], _field("of the states")]
+    width: Annotated[int, _field("D", gt=0, le=MAX_WIDTH)]
+    codec: Annotated[str, _field("raw, zstd or int8")] = "raw"
+    keeps: Annotated[Literal["all", "needed"], _field("which rows of a sample it has")] = "all"
+
+    @property
+    def stem(self) -> str:
+        """Name of the folder of its values, and of its `.arrow`. It names the codec, so that a recode can write the new
+        column beside the old one, and the manifest decides which of them is valid."""
+        return self.name + CODECS[self.codec].suffix
+
+    @property
+    def other_stems(self) -> list[str]:
+        """The stems that the column would have in the other codecs."""
+        stems = {replace(self, codec=codec).stem for codec in CODECS}
+        return sorted(stems - {self.stem})
+
+    def bounds(self, shard: ShardPlan) -> np.ndarray:
+        """First row of each sample in this column, and the end: int64 [n + 1]."""
+        return shard.bounds if self.keeps == "all" else shard.final_bounds
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """Size of an unencoded row in bytes."""
+        return self.width * DTYPES[self.dtype].itemsize
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+class ProbeFacts(OpenRecord):
+    error: Figure = _field("the largest relative error against the target computing the samples again")
+
+
+class GaugeFacts(OpenRecord):
+    rows: Count = _field("supervised tokens looked at")
+    agree: Count = _field("how many are the target's own greedy choice")
+    logprob: Figure = _field("the sum of their log-probabilities")
+
+
+class CertificateFacts(OpenRecord):
+    rows: Count | None = _field("rows compared", default=None)
+    error: Figure | None = _field("relative to the states' norm; others are in `error_certificate.py`", default=None)
+
+
+class ColumnFacts(OpenRecord):
+    certificate: CertificateFacts | None = _field("of a lossy codec: its error", default=None)
+    device: str | None = _field("the kind of processor", default=None)
+    engine: str | None = _field("what ran the target", default=None)
+    gauge: GaugeFacts | None = _field("in one column: how often the corpus says what the target would", default=None)
+    probe: ProbeFacts | None = _field("states compared with the target before they were kept", default=None)
+    torch: str | None = _field("its version", default=None)
+    transformers: str | None = _field("its version", default=None)
+
+
+class ColumnManifest(Manifest):
+    """One column of one shard. Written last: with it the column exists."""
+
+    FILE = "shards/N/COLUMN.json"
+    cache: str = _field("the hash of cache.json")
+    shard: Count = _field("N")
+    spec: ColumnSpec = _field("what the column is")
+    rows: Count = _field("rows of this column")
+    samples: Count = _field("samples of the shard")
+    files: Files = _field("`samples.arrow`, the column's checksums and its values")
+    refused: dict[str, str] = _field("samples of the shard that were refused, by number as text, and why")
+    facts: ColumnFacts = _field("how it was made; no reader needs them")
+
+
+class CalibrationManifest(Manifest):
+    """Of a column in a lossy codec: what its values are normalised by. Every such column repeats it."""
+
+    FILE = "calibration/COLUMN.json"
+    cache: str = _field("the hash of cache.json")
+    column: str = _field("COLUMN")
+    rows: Count = _field("rows measured")
+    mean: list[Figure] = _field("of each channel, [D]")
+    spread: list[Figure] = _field("the standard deviation of each channel, [D]")
+
+
+class TargetManifest(Manifest):
+    """What training needs of the target."""
+
+    FILE = "target/manifest.json"
+    cache: str = _field("the hash of cache.json")
+    files: Files = _field("all other files of the folder")
+
+
+class WeightFile(Record):
+    model_config = ConfigDict(extra="ignore")
+    size: Count
+    xxh3: str
+
+
+class WeightsRecord(RootModel[dict[str, WeightFile]]):
+    """`target/weights.json`, no manifest: the files of the target's weights."""
+
+
+# capture.log
+
+
+class CaptureRequest(OpenRecord):
+    model: str | None = _field("as it was named", default=None)
+    corpus: str | None = _field("as it was named", default=None)
+    options: dict[str, Any] = _field("the command's other options", default={})
+
+
+class TargetFiles(OpenRecord):
+    folder: str = _field("where the target was")
+    files: dict[str, list[int]] = _field("size and modification time of its files", default={})
+
+
+class CaptureRecord(Manifest):
+    """The last command; for speed and for people, nothing depends on it. Every part may be absent."""
+
+    model_config = ConfigDict(extra="allow")
+    FILE = "capture.log"
+    request: CaptureRequest | None = _field("the command", default=None)
+    identity: Identity | None = _field("a second copy of cache.json, should that be lost", default=None)
+    target: TargetFiles | None = _field("the target's files", default=None)
+    corpus: dict[str, list[int]] | None = _field("size and modification time of the corpus' files", default=None)
+    columns: list[ColumnSpec] | None = _field("what the command captures", default=None)
+
+
+def read_log(cache: Path) -> CaptureRecord:
+    """The log of a cache's last capture; one that states nothing where there is none or it cannot be read."""
+    try:
+        return read_record(cache / LOG, CaptureRecord)
+    except CacheError:
+        return CaptureRecord()
