@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from pipeline.cache.atomic import read_error
 from pipeline.errors import CacheError, PipelineError
@@ -27,6 +27,8 @@ _MAX_TAIL = 40
 
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Counts = Annotated[list[Count], FailFast()]
+Numbers = Annotated[list[Number], FailFast()]
 
 
 class Record(BaseModel):

@@ -23,12 +23,12 @@ from pipeline.drafts import (
     Cell,
     Draft,
     DraftConfig,
-    Loss,
     draft_config,
     lay_blocks,
     metrics_of,
     pack,
 )
+from pipeline.drafts.draft import Loss
 from pipeline.published import load_draft_folder
 from pipeline.target.head import TargetHead
 from pipeline.target.model import head_of, load_target

@@ -12,7 +12,8 @@ from greedy import make_greedy_cache, make_learned_draft, save_stopping_target
 
 from pipeline.cache import HiddenCache
 from pipeline.drafts import DRAFTS, BlockRequest
-from pipeline.published.writing import Origin, published_config
+from pipeline.published.card import Origin
+from pipeline.published.export import published_config
 from pipeline.target.model import load_target
 from pipeline.tensors import save_tensors
 

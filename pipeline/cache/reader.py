@@ -208,29 +208,23 @@ class HiddenCache:
         self._check_parts(parts, layers)
         self._fill(out_KRD, parts, tuple(map(column_of, layers)))
 
-    def is_encoded(self, layers: Sequence[Layer]) -> bool:
-        """Whether all states of these layers are stored in one lossy codec, as `read_encoded` needs."""
-        return self._lossy_codec(layers) is not None
-
-    def _lossy_codec(self, layers: Sequence[Layer]) -> LossyCodec | None:
+    def lossy_codec(self, layers: Sequence[Layer]) -> LossyCodec | None:
+        """The one lossy codec that all states of these layers are stored in, as `read_encoded` needs; else None."""
         used = set().union(*(self.catalog.codecs(column_of(layer)) for layer in layers))
         codec = CODECS[used.pop()] if len(used) == 1 else None
         return codec if codec and codec.lossy else None
 
-    def encoded_bytes(self, rows: int, layers: Sequence[Layer]) -> int:
-        """Size in bytes of the buffer that `read_encoded` needs for so many rows."""
-        return len(layers) * self._lossy_codec(layers).stored_bytes(rows, self.hidden_size, self._kind[0])
-
     def read_encoded(
-        self, memory_B: "torch.Tensor", parts: Sequence[Part], layers: Sequence[Layer]
+        self, memory_B: "torch.Tensor", parts: Sequence[Part], layers: Sequence[Layer], codec: LossyCodec
     ) -> list[tuple[int, int, Encoded]]:
         """Read what `fill` would, but still encoded, into the buffer `memory`, to be decoded on another device.
 
-        Returns, in any order, (index into `layers`, first row in the buffer, encoded rows); raises what `fill` raises.
+        codec: the layers' `lossy_codec`, by whose `buffer_bytes` the buffer is sized. Returns, in any order, (index
+        into `layers`, first row in the buffer, encoded rows); raises what `fill` raises.
         """
         self._check_parts(parts, layers)
         shape = len(layers), sum(stop - start for _, start, stop in parts), self.hidden_size
-        arrays = self._lossy_codec(layers).views(memory_B.numpy(), shape)
+        arrays = codec.views(memory_B.numpy(), shape)
         found: list[tuple[int, int, Encoded]] = []
 
         def read(k: int, at: int, shard: int, name: str, row: int, first: int, count: int, wait: bool) -> bool:

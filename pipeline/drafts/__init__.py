@@ -2,21 +2,10 @@
 
 from pipeline.drafts.block_draft import BlockDraft, init_weights
 from pipeline.drafts.blocks import Blocks, Cell, eligible_anchors, lay_blocks, pack
-from pipeline.drafts.config import DraftConfig, default_gamma
+from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.dflash import DFlash
 from pipeline.drafts.domino import Domino
-from pipeline.drafts.draft import (
-    SMALL_HIDDEN,
-    BlockRequest,
-    Draft,
-    DraftKV,
-    Loss,
-    ProbeBlock,
-    Proposal,
-    PublishedKeys,
-    Sampling,
-    Shapes,
-)
+from pipeline.drafts.draft import BlockRequest, Draft, DraftKV, Proposal, Sampling
 from pipeline.drafts.dspark import DSpark
 from pipeline.drafts.metrics import metrics_of
 from pipeline.errors import UsageError
@@ -43,7 +32,6 @@ def draft_config(**fields) -> DraftConfig:
 
 __all__ = [
     "DRAFTS",
-    "SMALL_HIDDEN",
     "BlockDraft",
     "BlockRequest",
     "Blocks",
@@ -51,13 +39,8 @@ __all__ = [
     "Draft",
     "DraftConfig",
     "DraftKV",
-    "Loss",
-    "ProbeBlock",
     "Proposal",
-    "PublishedKeys",
     "Sampling",
-    "Shapes",
-    "default_gamma",
     "draft_config",
     "eligible_anchors",
     "init_weights",

@@ -15,9 +15,8 @@ from pipeline.drafts.backbone import Backbone
 from pipeline.drafts.blocks import Blocks, Cell
 from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.draft import BlockRequest, Draft, DraftKV, Loss, ProbeBlock, Proposal, Sampling, Shapes
-from pipeline.drafts.losses import HeadLoss
 from pipeline.drafts.metrics import slot_sums
-from pipeline.drafts.objectives import Objective, TargetStates, dpace_weights, term_name
+from pipeline.drafts.objectives import HeadLoss, Objective, TargetStates, dpace_weights, term_name
 from pipeline.drafts.reference import backbone_shapes, block_states
 from pipeline.errors import DataError, UsageError
 from pipeline.sampling import draw, uniforms

@@ -1,9 +1,8 @@
 """Which engines can serve a draft, and what to do where none can."""
 
 from pipeline.drafts import DRAFTS, DraftConfig
+from pipeline.drafts.draft import ENGINES
 from pipeline.errors import UsageError
-
-FORMATS = ("sglang", "speculators")
 
 
 def check_servable(config: DraftConfig, form: str, tokens: dict | None = None, scale: float = 1.0) -> None:
@@ -11,8 +10,8 @@ def check_servable(config: DraftConfig, form: str, tokens: dict | None = None, s
 
     tokens: the target's special ids. scale: what the target multiplies its head's output by.
     """
-    if form not in FORMATS:
-        raise UsageError(f"unknown format {form!r}; there are {', '.join(FORMATS)}")
+    if form not in ENGINES:
+        raise UsageError(f"unknown format {form!r}; there are {', '.join(ENGINES)}")
     _check_everywhere(config, tokens or {})
     backbone = [name for name, draft in DRAFTS.items() if draft.only_backbone]
     if scale != 1.0 and config.method not in backbone:
@@ -38,12 +37,12 @@ def check_servable(config: DraftConfig, form: str, tokens: dict | None = None, s
 def unservable(config: DraftConfig, tokens: dict | None = None, scale: float = 1.0) -> str | None:
     """Return why no engine serves such a draft, None where one does. Arguments as of `check_servable`."""
     reasons = []
-    for form in FORMATS:
+    for form in ENGINES:
         try:
             check_servable(config, form, tokens, scale)
         except UsageError as error:
             reasons.append(str(error))
-    return reasons[0] if len(reasons) == len(FORMATS) else None
+    return reasons[0] if len(reasons) == len(ENGINES) else None
 
 
 def _check_everywhere(config: DraftConfig, tokens: dict) -> None:

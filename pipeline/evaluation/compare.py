@@ -17,7 +17,6 @@ import numpy as np
 from rich.console import Group
 from rich.text import Text
 
-from pipeline.console import Grid, grid
 from pipeline.errors import UsageError
 from pipeline.evaluation.figures import resamples
 from pipeline.evaluation.plot import plot_lines, recipes_of
@@ -33,7 +32,7 @@ from pipeline.evaluation.reports import (
     temperatures_of,
     tokens_and_calls,
 )
-from pipeline.evaluation.tables import as_markdown
+from pipeline.evaluation.tables import as_grid, as_markdown
 from pipeline.visible_text import escape_markdown, visible
 
 QUANTILES = (0.025, 0.975)  # of a 95 % interval
@@ -76,14 +75,7 @@ def compare(paths: Sequence[Path], baseline: Sequence[Path], markdown: bool = Fa
             "; as good as: after how many steps a draft's accept length, straight in the logarithm of steps, reaches "
             "the other's; of its own: these steps as a share of the other's"
         )
-    return Group(*(part for table in tables for part in (_as_grid(*table), "")), Text(note, style="dim"))
-
-
-def _as_grid(heads: list[str], *rows: list[str]) -> Grid:
-    table = grid(heads[0], *(f">{head}" for head in heads[1:]))
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return Group(*(part for table in tables for part in (as_grid(table), "")), Text(note, style="dim"))
 
 
 def _draft_rows(name: str, members: list[Report], base: list[Report]) -> Iterator[list[str]]:

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from pydantic import Field
+
+from pipeline.checksummed_json import Count, Number, Numbers, Record
 
 if TYPE_CHECKING:
     from pipeline.evaluation.accept_length import Span
@@ -16,11 +19,24 @@ if TYPE_CHECKING:
 RESAMPLES = 1000
 
 
-def summarise(spans: Sequence["Span"], seed: int = 0) -> dict:
-    """Return the figures of decoded replies, JSON-ready; all 0 without a target call.
+class Figures(Record):
+    """What replies to some prompts say of a draft, pooled over their target calls (prefills left out); without calls 0.
 
-    They are those of `reports.Figures` but for `calls_saved`, and the same for each of `domains`.
+    Figures without a default are in the records of every version.
     """
+
+    prompts: Count = Field(description="prompts with at least one call")
+    accept_len: Number = Field(description="tokens / calls")
+    interval: Numbers = Field(description="95 % bootstrap interval of accept_len over prompts, low and high")
+    calls: Count = Field(description="target calls: verifications of a block")
+    tokens: Count | None = Field(None, description="tokens gained, the target's own included")
+    per_slot: Numbers = Field(description="acceptance by slot: share of calls that kept proposal 1, 2, ...")
+    verified: Number | None = Field(None, description="proposals verified a call")
+    verify_rate: Number | None = Field(None, description="share of the verified proposals that were kept")
+
+
+def summarise(spans: Sequence["Span"], seed: int = 0) -> dict:
+    """Return `Figures` of decoded replies as JSON values, and those of each of `domains`."""
     names = sorted({span.domain for span in spans})
     domains = {name: _figures([span for span in spans if span.domain == name], seed) for name in names}
     return _figures(spans, seed) | {"domains": domains}

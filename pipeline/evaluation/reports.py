@@ -17,7 +17,9 @@ from pydantic import FailFast, Field, ValidationError
 from pipeline.checksummed_json import (
     MAX_BYTES,
     Count,
+    Counts,
     Number,
+    Numbers,
     Record,
     damage_error,
     ends_with_checksum,
@@ -25,26 +27,16 @@ from pipeline.checksummed_json import (
     with_checksum,
 )
 from pipeline.errors import UsageError
-from pipeline.evaluation.figures import bootstrap
+from pipeline.evaluation.figures import Figures, bootstrap
 from pipeline.untrusted import read_file
 
-Counts = Annotated[list[Count], FailFast()]
-Numbers = Annotated[list[Number], FailFast()]
 NUMBER_LIST = re.compile(r'\[\n[^][{}"]*\]')  # over several lines; JSON strings hold no bare newline, so none matches
 MAX_SPREADS = 6.0  # for `SampledLossless.spreads`: by chance it is further off with probability 2 exp(-18) = 3e-8
 
 
-class Figures(Record):
-    """What replies to some prompts say of the draft, pooled over their target calls (the prefill left out)."""
+class DecodedFigures(Figures):
+    """Figures of replies that were decoded with the target."""
 
-    prompts: Count = Field(description="prompts with at least one call")
-    accept_len: Number = Field(description="tokens / calls; 0 without calls")
-    interval: Numbers = Field(description="95 % bootstrap interval of accept_len over prompts, low and high")
-    calls: Count = Field(description="target calls: verifications of a block")
-    tokens: Count = Field(description="tokens gained, the target's own included")
-    per_slot: Numbers = Field(description="acceptance by slot: share of calls that kept proposal 1, 2, ...")
-    verified: Number | None = Field(None, description="proposals verified a call")
-    verify_rate: Number | None = Field(None, description="share of the verified proposals that were kept")
     calls_saved: Number = Field(description="1 - calls / tokens: plain decoding needs a call a token")
 
 
@@ -125,8 +117,8 @@ class SampledReplies(Record):
     temperature: Number
     draft_temperature: Number = Field(description="of the proposals; 0: the draft's likeliest tokens")
     seed: int = 0
-    overall: Figures
-    domains: dict[str, Figures]
+    overall: DecodedFigures
+    domains: dict[str, DecodedFigures]
     samples: Annotated[list[Sample], FailFast()]
     lossless: SampledLossless
 
@@ -164,8 +156,8 @@ class Report(Record):
     target: str
     cache: str | None = Field(None, description="digest of the cache that the prompts are from")
     settings: Settings
-    overall: Figures
-    domains: dict[str, Figures]
+    overall: DecodedFigures
+    domains: dict[str, DecodedFigures]
     samples: Annotated[list[Sample], FailFast()]
     speed: Speed
     lossless: Lossless

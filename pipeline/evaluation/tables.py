@@ -12,7 +12,7 @@ from pipeline.console import Grid, grid
 from pipeline.evaluation.reports import (
     MAX_SPREADS,
     ConfidenceCut,
-    Figures,
+    DecodedFigures,
     Lossless,
     Report,
     SampledReplies,
@@ -31,7 +31,7 @@ from pipeline.visible_text import escape_markdown, visible
 def comparison(paths: Sequence[Path], markdown: bool = False, forced: bool = False) -> Group | str:
     """Return evaluations side by side: a column a draft, a row a domain, accept length with its 95 % interval.
 
-    Reports that differ only in their seed are pooled into one column. Figures of drawn replies have rows of their own.
+    Reports that differ only in their seed are pooled into one column. Sampled replies have rows of their own.
     `forced` adds the teacher-forced figures.
     """
     columns = pool_seeds(load_reports(paths))
@@ -48,16 +48,13 @@ def comparison(paths: Sequence[Path], markdown: bool = False, forced: bool = Fal
     rows += [[name(title), *map(figure, columns.values())] for title, figure in (figures | FACTS).items()]
     if markdown:
         return as_markdown(rows)
-    table = grid(rows[0][0], *(f">{head}" for head in rows[0][1:]))
-    for row in rows[1:]:
-        table.add_row(*row)
     first = next(iter(columns.values()))[0]
     note = (
         f"{visible(first.target)}, greedy where no T is named, replies of {first.settings.max_new} tokens at "
         "most; tokens gained per target call, the target's own included; 95 % intervals over prompts"
     )
     forced_note = "\nforced: teacher-forced, on the cache's replies" if forced else ""
-    return Group(table, "", Text(note + forced_note, style="dim"))
+    return Group(as_grid(rows), "", Text(note + forced_note, style="dim"))
 
 
 def _sampled_rows(temperatures: tuple[float, float]) -> dict[str, Callable[[list[Report]], str]]:
@@ -78,6 +75,14 @@ def _mean_of_domains(reports: list[Report]) -> str:
 def _forced(reports: list[Report], domain: str) -> str:
     lengths = [report.teacher_forced[domain] for report in reports if domain in report.teacher_forced]
     return f"{fmean(lengths):.2f}" if lengths else "-"
+
+
+def as_grid(rows: list[list[str]]) -> Grid:
+    """Return rows, the first of them heads, as a table for a terminal."""
+    table = grid(rows[0][0], *(f">{head}" for head in rows[0][1:]))
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
 
 
 def as_markdown(rows: list[list[str]]) -> str:
@@ -190,12 +195,12 @@ def _figures_grid(title: str, part: Report | SampledReplies, proposals: int, for
     return figures
 
 
-def _accept_length_cells(row: Figures | ConfidenceCut) -> tuple[str, str, str]:
+def _accept_length_cells(row: DecodedFigures | ConfidenceCut) -> tuple[str, str, str]:
     low, high = row.interval
     return f"{row.accept_len:.2f}", f"{low:.2f} - {high:.2f}", f"{row.calls_saved:.0%}"
 
 
-def _verify_rate_text(title: str, overall: Figures) -> str:
+def _verify_rate_text(title: str, overall: DecodedFigures) -> str:
     return f"{title}: {overall.verify_rate:.0%} of {overall.verified:.2f} proposals a call kept"
 
 

@@ -5,10 +5,31 @@ import shlex
 from dataclasses import dataclass, field
 
 from pipeline.drafts import DRAFTS, DraftConfig
-from pipeline.published.writing import Origin
+from pipeline.evaluation.figures import Figures
 from pipeline.visible_text import escape_markdown, markdown_code, visible
 
 CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is known of a draft besides its config and weights."""
+
+    dtype: str  # of the stored weights, "float32" or "bfloat16"
+    target: str | None = None
+    revision: str | None = None
+    architectures: tuple[str, ...] = ()  # the target's
+    tokens: dict | None = None  # the target's special ids: bos, pad, a list of eos
+    trained_on: dict | None = None  # the cache's digest and the share of prompts held out, which `evaluate` reads
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Accept lengths of a draft, over all prompts and by domain; title: how they were measured."""
+
+    title: str
+    overall: Figures
+    domains: dict[str, Figures]
 
 
 @dataclass(frozen=True)
@@ -24,7 +45,7 @@ class Facts:
     samples: int | None = None
     template: dict = field(default_factory=dict)  # arguments and day that the chat template was given
     gauge: dict | None = None  # rows, agreement, logprob
-    evaluations: list[dict] = field(default_factory=list)  # title, and figures as `summarise` gives them
+    evaluations: list[Measurement] = field(default_factory=list)
 
 
 def card(config: DraftConfig, form: str, origin: Origin, facts: Facts, parameters: int, folder: str) -> str:
@@ -91,23 +112,16 @@ def _accept_lengths(facts: Facts, config: DraftConfig) -> str:
     return "\n\n".join([legend, *map(_accept_table, facts.evaluations)])
 
 
-def _accept_table(evaluation: dict) -> str:
-    figures = evaluation["figures"]
-    slots = len(figures["per_slot"])
-    rows = []
-    for name, row in [*sorted(figures["domains"].items()), ("all", figures)]:
-        if row["calls"]:
-            low, high = row["interval"]
-            kept = [f"{share:.0%}" for share in row["per_slot"]] + [""] * (slots - len(row["per_slot"]))
-            cells = (
-                escape_markdown(name or "-"),
-                str(row["prompts"]),
-                f"{row['accept_len']:.2f}",
-                f"{low:.2f} - {high:.2f}",
-            )
-            rows.append((*cells, *kept))
+def _accept_table(measured: Measurement) -> str:
+    slots, rows = len(measured.overall.per_slot), []
+    for name, row in [*sorted(measured.domains.items()), ("all", measured.overall)]:
+        if row.calls:
+            low, high = row.interval
+            kept = [f"{share:.0%}" for share in row.per_slot] + [""] * (slots - len(row.per_slot))
+            length = (f"{row.accept_len:.2f}", f"{low:.2f} - {high:.2f}")
+            rows.append((escape_markdown(name or "-"), str(row.prompts), *length, *kept))
     head = ("domain", "prompts", "accept length", "95 %", *(f"+{slot + 1}" for slot in range(slots)))
-    return f"{evaluation['title']}:\n\n{_table(head, rows)}"
+    return f"{measured.title}:\n\n{_table(head, rows)}"
 
 
 def _made_from(origin: Origin, facts: Facts) -> str:

@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.cache.manifest import FileFact
-from pipeline.drafts import DRAFTS, Blocks, Cell, Draft, ProbeBlock
+from pipeline.drafts import DRAFTS, Blocks, Cell, Draft
+from pipeline.drafts.draft import ProbeBlock
 from pipeline.errors import ProofError, UsageError
 from pipeline.os_errors import refuse_limit
 from pipeline.published.folder import Opened, open_folder

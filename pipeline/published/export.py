@@ -4,6 +4,10 @@ The folder is written aside and read back from its files alone. The draft that `
 give the trainer's own logits and proposals to the bit, and `check_export`, which shares no code with the trainer, the
 same logits on the probe that is stored beside the weights; only then is it renamed.
 
+config.json is as the draft's engine reads it, every key written out: SGLang, or speculators (vLLM). Readers fall back
+on defaults of their own for what is left out, and one that guesses the label convention or counts the layers from the
+embedding serves a draft that accepts nothing. So keys that they seek in two places stand in both.
+
     R rows of a cell   K layers   D hidden size   N blocks   S slots   P proposals   V vocabulary
 """
 
@@ -13,17 +17,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from pipeline.cache import HiddenCache
+from pipeline.cache import HiddenCache, Sample
 from pipeline.cache.atomic import Scratch, check_free_space, clean_scratch_of, sync_file, sync_folder, write_errors
-from pipeline.drafts import Blocks, Cell, Draft, DraftConfig, lay_blocks, pack
+from pipeline.drafts import DRAFTS, Blocks, Cell, Draft, DraftConfig, lay_blocks, pack
 from pipeline.drafts.serving import check_servable
 from pipeline.errors import ProofError, UsageError
 from pipeline.published import CONFIG, WEIGHTS, load_draft_folder
-from pipeline.published.card import CARD, card
+from pipeline.published.card import CARD, Origin, card
 from pipeline.published.check import PROBE, check_export, write_probe
-from pipeline.published.writing import published_config
+from pipeline.published.reading import SHARED, TRAINED_ON
 from pipeline.runs.cache_requirements import logit_scale, text_config
 from pipeline.runs.checkpoint import load_config, load_draft
 from pipeline.runs.provenance import Provenance, provenance
@@ -44,15 +47,6 @@ class Probe:
     cell: Cell
     blocks: Blocks
     source: str
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A sample made of random states."""
-
-    ids: Tensor
-    mask: Tensor
-    aux: Tensor
 
 
 def export(run: Path, out: Path, format: str = "sglang") -> dict:
@@ -86,7 +80,7 @@ def export(run: Path, out: Path, format: str = "sglang") -> dict:
     return {"tensors": len(weights), "parameters": count, "dtype": known.origin.dtype, "proof": proof}
 
 
-def make_rows(config: DraftConfig, cache: HiddenCache | None) -> tuple[Rows, TargetHead, str]:
+def make_rows(config: DraftConfig, cache: HiddenCache | None) -> tuple[Sample, TargetHead, str]:
     """A cached sample, the target's head and where they are from; random states and a random head where the cache is
     gone."""
     if cache is None:
@@ -94,20 +88,20 @@ def make_rows(config: DraftConfig, cache: HiddenCache | None) -> tuple[Rows, Tar
         random_VD = torch.randn(config.vocab_size, config.hidden_size, generator=generator)
         shape = len(config.target_layer_ids), 64, config.hidden_size
         ids_T = torch.randint(config.vocab_size, (64,), generator=generator)
-        rows = Rows(ids_T, torch.ones(64).bool(), torch.randn(shape, generator=generator))
+        rows = Sample(ids_T, torch.ones(64).bool(), torch.randn(shape, generator=generator))
         return rows, TargetHead(random_VD, random_VD), "random states"
     usable = cache.samples.usable(config.target_layer_ids)
     index = next(i for i in range(len(cache)) if usable[i] and cache.samples.supervised[i])
-    sample = cache.read(index, layers=config.target_layer_ids)
-    rows = Rows(sample.ids[:PROBE_ROWS], sample.mask[:PROBE_ROWS], sample.aux[:, :PROBE_ROWS].float())
-    return rows, cache.head(), f"sample {cache.samples.hex(index)} of the cache"
+    length = int(cache.samples.length[index])
+    sample = cache.read(index, layers=config.target_layer_ids, rows=(0, min(PROBE_ROWS, length)))
+    return replace(sample, aux=sample.aux.float()), cache.head(), f"sample {cache.samples.hex(index)} of the cache"
 
 
-def shorter(rows: Rows) -> Rows:
+def shorter(rows: Sample) -> Sample:
     return replace(rows, ids=rows.ids[:KEPT_ROWS], mask=rows.mask[:KEPT_ROWS], aux=rows.aux[:, :KEPT_ROWS])
 
 
-def make_probe(config: DraftConfig, rows: Rows, head: TargetHead, source: str, count: int = PROBE_BLOCKS) -> Probe:
+def make_probe(config: DraftConfig, rows: Sample, head: TargetHead, source: str, count: int = PROBE_BLOCKS) -> Probe:
     """Lay blocks over rows, the last ones past their end."""
     cell = pack([rows], ["probe"])
     anchors_N = torch.linspace(0, len(rows.ids) - 1, min(count, len(rows.ids))).long()
@@ -180,3 +174,88 @@ def _rename_into_place(unfinished: Path, out: Path) -> None:
     if there == sorted(FILES) and all((out / name).read_bytes() == (unfinished / name).read_bytes() for name in FILES):
         return None
     raise UsageError(f"{out} is there already and differs from this draft; pass another --out, or remove it")
+
+
+def published_config(config: DraftConfig, form: str, origin: Origin) -> dict:
+    """Return config.json for that form."""
+    common = _qwen3(config, origin)
+    flat = DRAFTS[config.method].own_config(config, form, common)
+    if flat is None:
+        flat = _speculators(config, origin, common) if form == "speculators" else _sglang(config, common)
+    if origin.trained_on is not None:
+        flat[TRAINED_ON] = origin.trained_on
+    return flat
+
+
+def _sglang(config: DraftConfig, common: dict) -> dict:
+    """Return a Qwen3 config with `dflash_config`, as z-lab and SpecForge publish it."""
+    nested = {
+        "block_size": config.block_size,
+        "mask_token_id": config.mask_token_id,
+        "target_layer_ids": list(config.target_layer_ids),
+        "shift_label": config.shift_label,
+    }
+    top = {
+        "architectures": [DRAFTS[config.method].architectures[0]],
+        "num_target_layers": config.num_target_layers,
+        "block_size": config.block_size,
+        "sample_from_anchor": config.shift_label,
+        "shift_label": config.shift_label,
+    }
+    own, own_nested = DRAFTS[config.method].write_options(config, "sglang")
+    return common | top | own | {"dflash_config": nested | own_nested}
+
+
+def _speculators(config: DraftConfig, origin: Origin, common: dict) -> dict:
+    """Return the form of the speculators library, which vLLM reads: layer ids count from the embedding, 0."""
+    draft = DRAFTS[config.method]
+    flat = {
+        "architectures": [f"{draft.title}Speculator"],
+        "speculators_model_type": config.method,
+        "dtype": origin.dtype,
+        "tie_word_embeddings": False,
+        "block_size": config.block_size,
+        "aux_hidden_state_layer_ids": [index + 1 for index in config.target_layer_ids],
+        "mask_token_id": config.mask_token_id,
+        "draft_vocab_size": config.vocab_size,
+        "target_hidden_size": config.hidden_size,
+        "num_target_layers": config.num_target_layers,  # ours: the form has no place for it
+        "sample_from_anchor": config.shift_label,
+        # speculators reads it for sliding layers only, but vLLM makes every layer causal where it is false.
+        "sliding_window_non_causal": "sliding_attention" not in config.layer_types,
+        "transformer_layer_config": common,
+        "speculators_config": {
+            "algorithm": config.method,
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": config.proposals}],
+            "default_proposal_method": "greedy",
+            "verifier": {"name_or_path": origin.target, "architectures": list(origin.architectures)},
+        },
+    }
+    return flat | draft.write_options(config, "speculators")[0]
+
+
+def _qwen3(config: DraftConfig, origin: Origin) -> dict:
+    """Return what both forms state about the decoder layers."""
+    sliding, tokens = "sliding_attention" in config.layer_types, origin.tokens or {}
+    scaling = config.rope_scaling.as_config() if config.rope_scaling else {}
+    flat = {name: getattr(config, name) for name in (*SHARED, "head_dim", "rope_theta")} | {
+        "model_type": "qwen3",
+        "dtype": origin.dtype,
+        "layer_types": list(config.layer_types),
+        "sliding_window": config.sliding_window,
+        "use_sliding_window": sliding,
+        "max_window_layers": config.num_hidden_layers,
+        # Twice: transformers 5, and the engines with it, read the one, older versions the other.
+        "rope_scaling": scaling or None,
+        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"} | scaling,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "bos_token_id": tokens.get("bos"),
+        "eos_token_id": next(iter(tokens.get("eos") or ()), None),
+    }
+    if not sliding:
+        # Left out of a sliding draft: engines then take sliding layers as causal and the others as not, as trained.
+        flat["is_causal"] = False
+    return flat

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.drafts import DRAFTS, Draft, DraftConfig, Shapes
+from pipeline.drafts import DRAFTS, Draft, DraftConfig
+from pipeline.drafts.draft import Shapes
 from pipeline.errors import UsageError
 from pipeline.published.reading import Published, read_description
 from pipeline.published.weights import CONFIG, Weights, open_weights

@@ -20,24 +20,8 @@ from pipeline.published.weights import open_safetensors
 from pipeline.runs.checkpoint import DRAFT, find_checkpoint, load_config, open_checkpoint, steps
 from pipeline.target.head import TargetHead
 
-# What the backbone's weights were trained to: with another value they compute something else, or do not fit.
-BACKBONE = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "attention_bias",
-    "rms_norm_eps",
-    "rope_theta",
-    "layer_types",
-    "sliding_window",
-    "num_target_layers",
-    "target_layer_ids",
-    "mask_token_id",
-)
+# What a backbone's weights do not depend on, besides options of its method and what training alone reads.
+OTHERS = {"method", "max_position_embeddings", "initializer_range", "rope_scaling", "block_size", "shift_label"}
 
 
 @dataclass(frozen=True)
@@ -124,10 +108,10 @@ def _check_fits(place: Path, config: DraftConfig, wanted: DraftConfig) -> None:
             f"{place} is a {config.method} draft, wanted is {wanted.method}: its backbone leans on its own head; start "
             f"from a {others} draft, or set draft.method = {json.dumps(config.method)}"
         )
-    # The backbone's weights were trained to the first; those of a whole draft of one method to all of them.
-    keys = BACKBONE
+    # With another value the backbone's weights compute something else, or do not fit.
+    keys = [name for name in DraftConfig.model_fields if name not in DraftConfig.training_only | OTHERS]
     if config.method == wanted.method:
-        keys += ("shift_label", *wanted.published_options())
+        keys += ["shift_label", *wanted.published_options()]
     for key in keys:
         there, here = getattr(config, key), getattr(wanted, key)
         if there != here:

@@ -10,7 +10,8 @@ lifted), DeepSpec's and Model-Optimizer's DSpark (flat), and speculators' (`tran
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.drafts import DRAFTS, DraftConfig, PublishedKeys, draft_config
+from pipeline.drafts import DRAFTS, DraftConfig, draft_config
+from pipeline.drafts.draft import PublishedKeys
 from pipeline.drafts.rope import RopeScaling, draft_rope_scaling, rope_parameters, rope_type_of
 from pipeline.errors import UsageError
 from pipeline.published.weights import CONFIG, read_json

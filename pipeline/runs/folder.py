@@ -29,9 +29,10 @@ from pipeline.cache.atomic import write_errors, write_file
 from pipeline.cache.layout import FINAL
 from pipeline.cache.locks import try_lock
 from pipeline.cache.manifest import FileFact
-from pipeline.checksummed_json import Count, FileRecord, Number, Record, damage_error, read_record, record_bytes
+from pipeline.checksummed_json import Count, Counts, FileRecord, Number, Record, damage_error, read_record, record_bytes
 from pipeline.drafts.rope import RopeScaling
 from pipeline.errors import CacheError, UsageError
+from pipeline.evaluation.figures import Figures
 from pipeline.runs.checkpoint import CONFIG, DRAFT, STATE, checkpoint_folder, file_record, open_checkpoint
 from pipeline.runs.recipe import Recipe, Resolved, load_recipe
 from pipeline.runs.split import Split
@@ -95,24 +96,11 @@ class RunRecord(Record):
         }
 
 
-class DomainFigures(Record):
-    """The accept length on held-out replies, pooled over their target calls; without calls all 0."""
+class Evaluation(Figures):
+    """The accept length on held-out replies, of each domain, and of each reply: sample, first row, tokens, calls."""
 
-    prompts: Count  # with at least one call
-    accept_len: Number
-    interval: Annotated[list[Number], FailFast()]  # 95 %, by bootstrap over prompts
-    calls: Count
-    tokens: Count | None = None
-    per_slot: Annotated[list[Number], FailFast()]  # share of calls that kept proposal 1, 2, ...
-    verified: Number | None = None  # proposals a call
-    verify_rate: Number | None = None  # share of them that were kept
-
-
-class Evaluation(DomainFigures):
-    """The same of all replies, of each domain, and of each reply: sample, first row, tokens, calls."""
-
-    domains: dict[str, DomainFigures]
-    replies: Annotated[list[Annotated[list[Count], FailFast()]], FailFast()] = Field(default_factory=list)
+    domains: dict[str, Figures]
+    replies: Annotated[list[Counts], FailFast()] = Field(default_factory=list)
 
 
 class Result(Record):

@@ -6,9 +6,8 @@ from pathlib import Path
 from pipeline.cache import HiddenCache
 from pipeline.cache.inspect import describe
 from pipeline.errors import CacheError, UsageError
-from pipeline.evaluation.reports import Report, SampledReplies, load_report
-from pipeline.published.card import Facts
-from pipeline.published.writing import Origin
+from pipeline.evaluation.reports import load_report
+from pipeline.published.card import Facts, Measurement, Origin
 from pipeline.runs.checkpoint import find_checkpoint, open_checkpoint
 from pipeline.runs.folder import DONE, RUN, CacheRecord, read_recipe, read_result, read_run
 
@@ -70,7 +69,7 @@ def _with_cache(cache: HiddenCache, origin: Origin, facts: Facts) -> Provenance:
     return Provenance(cache, origin, facts)
 
 
-def evaluations(folder: Path, step: int) -> list[dict]:
+def evaluations(folder: Path, step: int) -> list[Measurement]:
     """Return the measurements of the checkpoint after `step`: reports of `evaluate` in the run's folder or beside it
     under its name, and the accept length that training measured. Raises CacheError for a damaged one."""
     measured = []
@@ -85,16 +84,13 @@ def evaluations(folder: Path, step: int) -> list[dict]:
         threshold, drawn = report.settings.threshold, report.sampled
         cut = f", blocks cut at confidence {threshold:g}" if threshold else ""
         most = f"{report.settings.max_new} tokens at most{cut}"
-        measured.append({"title": f"Decoded greedily with the target, {most}", "figures": _figures(report)})
+        title = f"Decoded greedily with the target, {most}"
+        measured.append(Measurement(title, report.overall, report.domains))
         if drawn:
             title = f"Replies drawn from the target at T = {drawn.temperature:g}, {most}"
-            measured.append({"title": title, "figures": _figures(drawn)})
+            measured.append(Measurement(title, drawn.overall, drawn.domains))
     done = read_result(folder)
     if done and done.steps == step and done.eval and done.eval.calls:
         title = "On held-out replies that are the target's own, greedy, without decoding"
-        measured.append({"title": title, "figures": done.eval.as_dict()})
+        measured.append(Measurement(title, done.eval, done.eval.domains))
     return measured
-
-
-def _figures(part: Report | SampledReplies) -> dict:
-    return part.overall.model_dump() | {"domains": {name: each.model_dump() for name, each in part.domains.items()}}

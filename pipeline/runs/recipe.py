@@ -29,7 +29,8 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.drafts import DRAFTS, SMALL_HIDDEN, DraftConfig, draft_config
+from pipeline.drafts import DRAFTS, DraftConfig, draft_config
+from pipeline.drafts.draft import SMALL_HIDDEN
 from pipeline.drafts.rope import RopeScaling, draft_rope_scaling
 from pipeline.errors import UsageError
 from pipeline.runs.cache_requirements import check_final, layers_to_read, resolve_mask_token, rope_theta, text_config

@@ -18,7 +18,8 @@ from transformers.models.auto.modeling_auto import (
 
 from pipeline.errors import UsageError, first_line
 from pipeline.os_errors import refuse_limit
-from pipeline.target.files import check_config, safetensors_header, weight_files
+from pipeline.target.files import check_config
+from pipeline.target.weights import safetensors_header, weight_files
 
 # By the auto class that loads a target with its LM head: the model types it knows.
 LOADERS = {

@@ -1,28 +1,20 @@
-"""The target's files: finding, checking and digesting them. Imports no torch.
-
-A target's digest identifies the weights that made a cache. Reading 16 GB for it would take minutes, so it covers what
-distinguishes targets: the config, and of each safetensors file the header, the size, the first and the last MiB.
-"""
+"""The target's files beside its weights: finding, checking and digesting them. Imports no torch."""
 
 import hashlib
 import json
-import re
 from datetime import date
 from pathlib import Path
 
 from pipeline.errors import UsageError, first_line
 from pipeline.os_errors import refuse_limit
 
-MIB = 1 << 20
 CONFIG = "config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
 TEMPLATE_DATE = (
     "2024-07-26"  # a template's default for today; the date that Llama's templates without `strftime_now` have
 )
-WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-PLAIN_WEIGHTS = re.compile(r"[\w.\-][\w.\- ]*\.safetensors")  # no path, which could lead to files that are not digested
-ADAPTER = "adapter_config.json"
+WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZER_REDIRECT = "fast_tokenizer_files"
 REDIRECTING_KEYS = ("configuration_files", "transformers_weights")  # they make loaders read other files
 KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
@@ -166,35 +158,6 @@ def complete_config(folder: Path, config: object) -> bytes:
     return (json.dumps(part if text is config else {**config_json, "text_config": part}, indent=2) + "\n").encode()
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that transformers loads from this folder, sorted by name.
-
-    So the digest covers what is loaded. UsageError where a file is absent, and where it is ambiguous which ones are
-    loaded: two sets of weights, an index that leads out of the folder, an adapter beside them.
-    """
-    check_config(folder)
-    if (folder / ADAPTER).exists():
-        raise UsageError(
-            f"{folder} holds an adapter beside the weights ({ADAPTER}), and only some loaders add it to them; merge it "
-            "into the weights (`merge_and_unload` of PEFT) and save those, or move the adapter away"
-        )
-    single, index = folder / WEIGHTS, folder / WEIGHTS_INDEX
-    names = _files_in_index(index) if index.is_file() else [WEIGHTS]
-    if single.is_file() and names != [WEIGHTS]:
-        raise UsageError(
-            f"{folder} holds two sets of weights, {WEIGHTS} and what {WEIGHTS_INDEX} names; move away the one that is "
-            "not the target's"
-        )
-    files = [folder / name for name in names]
-    missing_files = [path.name for path in files if not path.is_file()]
-    if missing_files or not files:
-        raise UsageError(
-            f"{folder} lacks {', '.join(missing_files) or 'weights'}; only safetensors weights are read, "
-            "fetch them or save the model with `save_pretrained`"
-        )
-    return files
-
-
 def check_config(folder: Path) -> None:
     """Raise UsageError for a config that makes loaders read files elsewhere, or run code from a hub."""
     config = read_json(folder / CONFIG)
@@ -217,55 +180,6 @@ def is_quantised(folder: Path) -> bool:
     config = read_json(folder / CONFIG)
     parts = (config, *(value for value in config.values() if isinstance(value, dict)))
     return any(part.get("quantization_config") for part in parts)
-
-
-def _files_in_index(index: Path) -> list[str]:
-    """Return the names of the files in an index, sorted. UsageError where one is no safetensors file of its folder."""
-    found = read_json(index).get("weight_map")
-    names = [*found.values()] if isinstance(found, dict) else [None]
-    bad = [name for name in names if not (isinstance(name, str) and PLAIN_WEIGHTS.fullmatch(name))]
-    if bad:
-        raise UsageError(
-            f"{index} names {str(bad[0])[:80]!r}, wanted safetensors files beside it; fetch the target's files again"
-        )
-    return sorted(set(names))
-
-
-def safetensors_header(path: Path) -> bytes:
-    """Return a safetensors file's header. UsageError when the file is cut short or none."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(length) if length <= size - 8 else b""
-    try:
-        tensors = json.loads(header)
-        ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is damaged or no safetensors file; fetch it again") from error
-    wanted = 8 + length + max(ends, default=0)
-    if wanted != size:
-        raise UsageError(f"{path} is damaged: {size} bytes where its header promises {wanted}; fetch it again")
-    return header
-
-
-def weight_shapes(path: Path) -> list[list[int]]:
-    """Return the shapes of a safetensors file's tensors."""
-    tensors = json.loads(safetensors_header(path))
-    return [entry["shape"] for name, entry in tensors.items() if name != "__metadata__"]
-
-
-def target_digest(folder: Path) -> str:
-    """Return the target's digest: config, and of each weight file header, size, first and last MiB. 32 hex digits."""
-    digest = hashlib.blake2b((folder / CONFIG).read_bytes(), digest_size=16)
-    for path in weight_files(folder):
-        size = path.stat().st_size
-        digest.update(f"\n{path.name} {size}\n".encode())
-        digest.update(safetensors_header(path))
-        with path.open("rb") as file:
-            digest.update(file.read(MIB))
-            file.seek(max(0, size - MIB))
-            digest.update(file.read(MIB))
-    return digest.hexdigest()
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

@@ -1,13 +1,15 @@
-"""Compares every byte of the target's weights with those that a cache was captured with. Imports no torch.
+"""The files of a target's weights: which are loaded, their digest, and whether a cache was captured with them.
 
-The digest in a cache's identity distinguishes targets, but skips the middle of the files. `target/weights.json` has
-each file's size and xxh3-128; every command that computes for a cache compares them first. That costs little, since
-loading the weights then reads the same bytes from the page cache.
+A target's digest, in a cache's identity, distinguishes targets. Reading 16 GB for it would take minutes, so it covers
+the config, and of each safetensors file the header, the size, the first and the last MiB. A cache's
+`target/weights.json` has the size and xxh3-128 of every file; every command that computes for a cache compares them
+first. That costs little, since loading the weights then reads the same bytes from the page cache. Imports no torch.
 """
 
 import hashlib
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -20,9 +22,91 @@ from pipeline.cache.records import WeightsRecord
 from pipeline.cache.target_files import WEIGHTS, has_target, target_file, target_json, target_manifest
 from pipeline.errors import CacheError, UsageError
 from pipeline.os_errors import refuse_limit
-from pipeline.target.files import CONFIG, weight_files
+from pipeline.target.files import CONFIG, WEIGHTS_INDEX, check_config, read_json
 
+SINGLE_FILE = "model.safetensors"  # where an index names no others
+PLAIN_WEIGHTS = re.compile(r"[\w.\-][\w.\- ]*\.safetensors")  # no path, which could lead to files that are not digested
+ADAPTER = "adapter_config.json"
+MIB = 1 << 20
 READERS = 4  # files digested at once; a large target has several
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that transformers loads from this folder, sorted by name.
+
+    So the digest covers what is loaded. UsageError where a file is absent, and where it is ambiguous which ones are
+    loaded: two sets of weights, an index that leads out of the folder, an adapter beside them.
+    """
+    check_config(folder)
+    if (folder / ADAPTER).exists():
+        raise UsageError(
+            f"{folder} holds an adapter beside the weights ({ADAPTER}), and only some loaders add it to them; merge it "
+            "into the weights (`merge_and_unload` of PEFT) and save those, or move the adapter away"
+        )
+    single, index = folder / SINGLE_FILE, folder / WEIGHTS_INDEX
+    names = _files_in_index(index) if index.is_file() else [SINGLE_FILE]
+    if single.is_file() and names != [SINGLE_FILE]:
+        raise UsageError(
+            f"{folder} holds two sets of weights, {SINGLE_FILE} and what {WEIGHTS_INDEX} names; move away the one that "
+            "is not the target's"
+        )
+    files = [folder / name for name in names]
+    missing_files = [path.name for path in files if not path.is_file()]
+    if missing_files or not files:
+        raise UsageError(
+            f"{folder} lacks {', '.join(missing_files) or 'weights'}; only safetensors weights are read, "
+            "fetch them or save the model with `save_pretrained`"
+        )
+    return files
+
+
+def _files_in_index(index: Path) -> list[str]:
+    """Return the names of the files in an index, sorted. UsageError where one is no safetensors file of its folder."""
+    found = read_json(index).get("weight_map")
+    names = [*found.values()] if isinstance(found, dict) else [None]
+    bad = [name for name in names if not (isinstance(name, str) and PLAIN_WEIGHTS.fullmatch(name))]
+    if bad:
+        raise UsageError(
+            f"{index} names {str(bad[0])[:80]!r}, wanted safetensors files beside it; fetch the target's files again"
+        )
+    return sorted(set(names))
+
+
+def safetensors_header(path: Path) -> bytes:
+    """Return a safetensors file's header. UsageError when the file is cut short or none."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if length <= size - 8 else b""
+    try:
+        tensors = json.loads(header)
+        ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is damaged or no safetensors file; fetch it again") from error
+    wanted = 8 + length + max(ends, default=0)
+    if wanted != size:
+        raise UsageError(f"{path} is damaged: {size} bytes where its header promises {wanted}; fetch it again")
+    return header
+
+
+def weight_shapes(path: Path) -> list[list[int]]:
+    """Return the shapes of a safetensors file's tensors."""
+    tensors = json.loads(safetensors_header(path))
+    return [entry["shape"] for name, entry in tensors.items() if name != "__metadata__"]
+
+
+def target_digest(folder: Path) -> str:
+    """Return the target's digest: config, and of each weight file header, size, first and last MiB. 32 hex digits."""
+    digest = hashlib.blake2b((folder / CONFIG).read_bytes(), digest_size=16)
+    for path in weight_files(folder):
+        size = path.stat().st_size
+        digest.update(f"\n{path.name} {size}\n".encode())
+        digest.update(safetensors_header(path))
+        with path.open("rb") as file:
+            digest.update(file.read(MIB))
+            file.seek(max(0, size - MIB))
+            digest.update(file.read(MIB))
+    return digest.hexdigest()
 
 
 def weight_facts(folder: Path) -> dict[str, dict]:

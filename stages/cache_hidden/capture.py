@@ -28,9 +28,8 @@ from pipeline.target.head import TargetHead
 from pipeline.target.model import head_of, load_target, stop_tokens, store_target
 from pipeline.target.on_policy import OnPolicyStats, on_policy_column, on_policy_share, sum_scores
 from pipeline.target.probe import ReferenceTarget, probe
-from stages.cache_hidden.calibrate import load_or_make_calibrations
 from stages.cache_hidden.engine import make_engine
-from stages.cache_hidden.pack import ExactRows, PackedStates, Packer, certify
+from stages.cache_hidden.pack import ExactRows, PackedStates, Packer, certify, load_or_make_calibrations
 from stages.cache_hidden.plan_report import Lost
 from stages.cache_hidden.settings import CaptureSettings
 

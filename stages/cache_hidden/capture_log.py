@@ -14,7 +14,8 @@ from pipeline.cache.manifest import write_canonical
 from pipeline.cache.records import CaptureRecord, CaptureRequest, ColumnSpec, TargetFiles, read_log
 from pipeline.corpus.sources import corpus_files
 from pipeline.errors import DataError, RoomError, UsageError
-from pipeline.target.files import CONFIG, tokenizer_files, weight_files
+from pipeline.target.files import CONFIG, tokenizer_files
+from pipeline.target.weights import weight_files
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.settings import CaptureSettings, default_corpus
 

@@ -1,7 +1,8 @@
 """Packing: from an engine's states to what a shard stores, for every engine alike.
 
 Rows that a column does not store are dropped on the device, and lossy columns are encoded there, before anything is
-copied to the host.
+copied to the host. Lossy columns are calibrated before the first shard, on the first samples by hash, and a shard's
+are certified before it is committed.
 
     B samples of a micro-batch   T tokens each, padding included   R packed rows   D hidden size
 """
@@ -14,19 +15,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.cache.calibrations import read_calibration, store_calibration
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.codecs.calibration import Calibration
-from pipeline.cache.codecs.error_certificate import Certificate, shadow_samples
+from pipeline.cache.codecs.calibration import TOKENS, Calibration, calibration_samples
+from pipeline.cache.codecs.error_certificate import Certificate, checked_calibration, shadow_samples
 from pipeline.cache.codecs.lossy import Encoded
 from pipeline.cache.columns import ColumnSpec, stored_rows
 from pipeline.cache.layout import CHECKSUM_ROWS, layer_of
-from pipeline.cache.samples import ShardPlan
+from pipeline.cache.plan import Plan, micro_batches
+from pipeline.cache.samples import PlannedSample, ShardPlan, make_batch
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import RoomError, first_line
 from pipeline.target.head import TargetHead
 from pipeline.target.on_policy import on_policy_rows, score_tokens
 from pipeline.tensors import as_states, as_stored, is_out_of_memory
 from stages.cache_hidden.engine import Engine
+
+STATES_BYTES = 1 << 30  # of states to calibrate on, in memory at a time; further columns take another run
 
 ExactRows = dict[str, dict[int, Tensor]]  # column -> sample of the shard -> rows of its first block, as computed
 
@@ -200,6 +206,57 @@ class Packer:
         value.record_stream(self._copying)
         host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
         return host.copy_(value, non_blocking=True)
+
+
+def load_or_make_calibrations(
+    engine: Engine, catalog: Catalog, columns: Sequence[ColumnSpec], batch_tokens: int
+) -> dict[str, Calibration]:
+    """Return the calibration of every lossy column by name, computed and stored now where the cache has none.
+
+    Raises ProofError for states that the codec cannot store within its error bounds, before any of them is written.
+    """
+    lossy = [spec for spec in columns if CODECS[spec.codec].lossy]
+    by_column = {spec.name: read_calibration(catalog, spec.name, spec.width) for spec in lossy}
+    todo = [spec for spec in lossy if by_column[spec.name] is None]
+    step = max(1, STATES_BYTES // (TOKENS * max((spec.row_bytes for spec in todo), default=1)))
+    for first in range(0, len(todo), step):
+        group = todo[first : first + step]
+        for name, states_RD in _calibration_states(
+            engine, _calibration_shard(catalog.plan), group, batch_tokens
+        ).items():
+            codec = next(spec.codec for spec in group if spec.name == name)
+            made = checked_calibration(name, codec, states_RD, engine.device)
+            by_column[name] = store_calibration(catalog, name, made, len(states_RD))
+    return by_column
+
+
+def _calibration_shard(plan: Plan) -> ShardPlan:
+    """Return the calibration samples, longest first, as if they were a shard."""
+    chosen: list[tuple[PlannedSample, bytes]] = []
+    tokens = 0
+    first = plan.shards[: plan.manifests[0].shards]  # so that an append changes nothing
+    for shard, row in calibration_samples(first):
+        chosen.append((PlannedSample(shard.ids(row), shard.mask(row)), shard.batch.column("sample_id")[row].as_py()))
+        tokens += len(chosen[-1][0].ids)
+        if tokens >= TOKENS:
+            break
+    chosen.sort(key=lambda entry: (-len(entry[0].ids), entry[1]))
+    samples, names = zip(*chosen, strict=True)
+    return ShardPlan(make_batch(samples, names, 0), 0)
+
+
+def _calibration_states(
+    engine: Engine, shard: ShardPlan, columns: Sequence[ColumnSpec], batch_tokens: int
+) -> dict[str, Tensor]:
+    """Return the states of a shard's samples on the host, [R, D] by column."""
+    states: dict[str, list[Tensor]] = {spec.name: [] for spec in columns}
+    packer = Packer(engine, shard, columns)
+    for batch in micro_batches(shard.lengths, batch_tokens):
+        for packed in packer.pack(batch):
+            packed.wait()
+            for name, states_RD in packed.rows.items():
+                states[name].append(states_RD)
+    return {name: torch.cat(states.pop(name)) for name in [*states]}
 
 
 def certify(packer: Packer, writer: ShardWriter, exact_rows: ExactRows) -> dict[str, dict]:

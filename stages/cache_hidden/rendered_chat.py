@@ -71,6 +71,43 @@ class ProvenTurn:
         return self.prompt + self.reply
 
 
+def tool_call_forms(messages: list[dict]) -> list[list[dict]]:
+    """Return the messages in the forms that templates expect tool calls in; the first that is rendered in full is used.
+
+    With "" or None as the text beside them, and their arguments as an object or as its JSON.
+    """
+    if not any(message.get("tool_calls") for message in messages):
+        return [messages]
+
+    def form(message: dict, empty: str | None, text: bool) -> dict:
+        if not message.get("tool_calls"):
+            return message
+        calls = message["tool_calls"]
+        if text:
+            calls = [_with_arguments(call, json.dumps) for call in calls]
+        return {**message, "content": message["content"] or empty, "tool_calls": calls}
+
+    return [[form(message, empty, text) for message in messages] for text in (False, True) for empty in ("", None)]
+
+
+def _with_arguments(call: dict, change) -> dict:
+    function = call.get("function")
+    if isinstance(function, dict) and isinstance(function.get("arguments"), dict | list):
+        return {**call, "function": {**function, "arguments": change(function["arguments"], ensure_ascii=False)}}
+    return call
+
+
+def turn_kind(messages: list[dict], at: int) -> str:
+    """Return what kind of turn a message is, in words, for the plan's report."""
+    turn, words = messages[at], []
+    if turn.get("tool_calls"):
+        words = ["calls tools"]
+    elif messages[at - 1]["role"] == "tool":
+        words = ["answers a tool"]
+    words += ["with reasoning"] * bool(turn.get("reasoning_content"))
+    return " ".join(words or ["reply"])
+
+
 def with_name_replaced(call: dict) -> dict:
     """Return a tool call with the placeholder as its function's name."""
     if isinstance(function := call.get("function"), dict):

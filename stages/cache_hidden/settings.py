@@ -20,7 +20,6 @@ from pipeline.target.files import (
     max_positions,
     read_json,
     stop_ids,
-    target_digest,
     target_name,
     template_arguments,
     template_digest,
@@ -28,6 +27,7 @@ from pipeline.target.files import (
     tokenizer_digest,
 )
 from pipeline.target.layers import check_layers, default_layers, default_taps
+from pipeline.target.weights import target_digest
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.shard_assignment import Worker
 

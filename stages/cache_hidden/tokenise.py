@@ -8,7 +8,6 @@ say) get samples of their own.
     T tokens of a sample
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -23,9 +22,12 @@ from stages.cache_hidden.rendered_chat import (
     check_each_text_rendered,
     check_not_encoded_twice,
     check_texts_rendered,
+    tool_call_forms,
+    turn_kind,
 )
-from stages.cache_hidden.token_boundaries import EncodedText, encode_separately, encode_texts, mask_of
 from stages.cache_hidden.turn_proof import TurnEnds, Unproven, prove_turn
+
+CHARACTERS_A_TOKEN = 16  # of a long text so many are encoded first, and more where these give too few tokens
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class SampleMaker:
     def __init__(self, template: ChatTemplate):
         self.template, self.ends = template, TurnEnds(template)
         self._verified: set[tuple] = set()  # see `check_each_text_rendered`
-        self._last_form = 0  # the form of `_tool_call_forms` that the last row with tool calls was rendered in
+        self._last_form = 0  # the form of `tool_call_forms` that the last row with tool calls was rendered in
 
     def prepare(self, conversations: Sequence[Conversation], max_length: int) -> list[PreparedConversation | Unusable]:
         """Return the samples of each conversation, or why it has none. Ids may be longer than `max_length`."""
@@ -90,7 +92,7 @@ class SampleMaker:
         if not wanted:
             raise Unusable("not to be learned", "marks every reply as not to be learned")
         fault = None
-        forms = _tool_call_forms(conversation.messages)
+        forms = tool_call_forms(conversation.messages)
         for number in sorted(range(len(forms)), key=lambda number: number != self._last_form % len(forms)):
             chat = RenderedChat(self.template, forms[number], conversation.tools, conversation.template_kwargs)
             try:
@@ -149,7 +151,7 @@ class SampleMaker:
     ) -> tuple[Sample, list[ProvenTurn]]:
         """Return a group as a sample, and its turns that need another one since a token crosses their boundary."""
         turn, encoded, message = group.turn, group.encoded, proven.chat.messages[group.turn.at]
-        kinds, separate, spans = [_turn_kind(proven.chat.messages, turn.at)], [], []
+        kinds, separate, spans = [turn_kind(proven.chat.messages, turn.at)], [], []
         start = encoded.prompt_boundary(len(turn.prompt))
         ids = encoded.ids
         if message.get("token_ids"):
@@ -173,7 +175,7 @@ class SampleMaker:
                 separate.append(other)
             else:
                 spans.append(span)
-                kinds.append(_turn_kind(proven.chat.messages, other.at))
+                kinds.append(turn_kind(proven.chat.messages, other.at))
         ids_T = np.asarray(ids[: max_length + 1], np.int32)
         return Sample(ids_T, mask_of(spans, len(ids_T)), tuple(kinds)), separate
 
@@ -184,7 +186,7 @@ class _TurnGroup:
 
     turn: ProvenTurn
     earlier: list[ProvenTurn]
-    encoded: EncodedText | None = None
+    encoded: "EncodedText | None" = None
 
 
 @dataclass
@@ -209,43 +211,6 @@ def _group_turns(turns: list[ProvenTurn]) -> list[_TurnGroup]:
     return groups
 
 
-def _tool_call_forms(messages: list[dict]) -> list[list[dict]]:
-    """Return the messages in the forms that templates expect tool calls in; the first that is rendered in full is used.
-
-    With "" or None as the text beside them, and their arguments as an object or as its JSON.
-    """
-    if not any(message.get("tool_calls") for message in messages):
-        return [messages]
-
-    def form(message: dict, empty: str | None, text: bool) -> dict:
-        if not message.get("tool_calls"):
-            return message
-        calls = message["tool_calls"]
-        if text:
-            calls = [_with_arguments(call, json.dumps) for call in calls]
-        return {**message, "content": message["content"] or empty, "tool_calls": calls}
-
-    return [[form(message, empty, text) for message in messages] for text in (False, True) for empty in ("", None)]
-
-
-def _with_arguments(call: dict, change) -> dict:
-    function = call.get("function")
-    if isinstance(function, dict) and isinstance(function.get("arguments"), dict | list):
-        return {**call, "function": {**function, "arguments": change(function["arguments"], ensure_ascii=False)}}
-    return call
-
-
-def _turn_kind(messages: list[dict], at: int) -> str:
-    """Return what kind of turn a message is, in words, for the plan's report."""
-    turn = messages[at]
-    words = (
-        ["calls tools"] if turn.get("tool_calls") else ["answers a tool"] if messages[at - 1]["role"] == "tool" else []
-    )
-    words += ["with reasoning"] * bool(turn.get("reasoning_content"))
-    words = words or ["reply"]
-    return " ".join(words)
-
-
 def _check_prompt(template: ChatTemplate, ours: np.ndarray, engine: list[int] | None, at: int) -> None:
     """Raise Unusable, naming the first difference, for a reply that an engine gave to another prompt than ours."""
     ours = ours.tolist()
@@ -259,3 +224,141 @@ def _check_prompt(template: ChatTemplate, ours: np.ndarray, engine: list[int] | 
         f"message {at} was answered to another prompt: from token {first} {there!r}, and this run's is {here!r}; use "
         "the chat template and --template-kwargs it was made with",
     )
+
+
+class EncodedText:
+    """A text's ids, int32 [T], perhaps of its beginning only (`cut`), with a map from characters to tokens.
+
+    Tokenizers split text at added tokens first, so these mostly show where turns begin and end. Only where they do not
+    are the tokenizer's own offsets computed, which adds a quarter to the time of encoding.
+    """
+
+    def __init__(self, template: ChatTemplate, text: str, encoding, *, cut: bool, offsets: bool):
+        self.template, self.text, self.cut = template, text, cut
+        self.ids = np.array(encoding.ids, np.int32)
+        self._with_offsets = encoding if offsets else None
+        self._added = None if offsets else added_token_spans(template, text, self.ids)
+
+    def boundary(self, character: int) -> int | None:
+        """Return how many tokens end at or before a character position, None where a token crosses it.
+
+        Beyond the encoded part of a cut text, the number of all tokens.
+        """
+        if character >= len(self.text):
+            return len(self.ids)
+        for start, stop, token in self._added or ():
+            if character in (start, stop):
+                return token + (character == stop)
+        token = self._offsets.char_to_token(character)
+        while token is None and character < len(self.text) - 1:  # a space that belongs to no token's range
+            character += 1
+            token = self._offsets.char_to_token(character)
+        if token is None:
+            return len(self.ids)
+        while token and self._offsets.token_to_chars(token - 1) == self._offsets.token_to_chars(token):
+            token -= 1  # the first of the tokens that share one character
+        began, _ = self._offsets.token_to_chars(token)
+        return token if began == character else None
+
+    def prompt_boundary(self, character: int) -> int | None:
+        """Return how many tokens the first `character` characters have, None if encoded on their own they differ.
+
+        Only what follows the last added token among them can differ.
+        """
+        if self.cut and character >= len(self.text):
+            return self.boundary(character)
+        if self._added is not None:
+            before = [(start, token) for start, stop, token in self._added if stop <= character]
+            began, start = before[-1] if before else (0, 0)
+            alone = _encode_alone(self.template, self.text[began:character])
+            stop = start + len(alone)
+            if self.ids[start:stop].tolist() == alone and self.template.unknown_id not in alone:
+                return stop  # equal tokens mean equal text, except for the unknown token
+        stop = self.boundary(character)
+        if stop is None:
+            return None
+        start = max(np.flatnonzero(self.template.is_added[self.ids[:stop]]), default=-1)
+        began = self._offsets.token_to_chars(start)[0] if start >= 0 else 0
+        alone = _encode_alone(self.template, self.text[began:character])
+        return stop if alone == self.ids[max(start, 0) : stop].tolist() else None
+
+    @property
+    def _offsets(self):
+        """The encoding with character offsets, computed on first use."""
+        if self._with_offsets is None:
+            self._with_offsets = self.template.backend.encode(self.text, add_special_tokens=False)
+            self.template.needs_offsets = True
+        return self._with_offsets
+
+
+def added_token_spans(template: ChatTemplate, text: str, ids: np.ndarray) -> list[tuple[int, int, int]] | None:
+    """Return the added tokens of a text as (first character, the one after the last, index into ids).
+
+    None where that cannot be told: some take the white space around them, or match text that only looks alike.
+    """
+    if not template.added_tokens_are_plain:
+        return None
+    at = np.flatnonzero(template.is_added[ids]).tolist()
+    present = [template.added[i] for i in ids[at].tolist()]
+    found = [*template.matcher(frozenset(present)).finditer(text)] if present else []
+    if [match[0] for match in found] != present:
+        return None
+    return [(*match.span(), token) for match, token in zip(found, at, strict=True)]
+
+
+def encode_texts(template: ChatTemplate, texts: list[str], max_length: int) -> list[EncodedText]:
+    """Encode the texts in one batch, each only as far as needed for `max_length` tokens."""
+    limit = CHARACTERS_A_TOKEN * max_length + 1024
+    offsets, template.needs_offsets = template.needs_offsets, False  # if the previous batch needed them
+    encode = template.backend.encode_batch if offsets else template.backend.encode_batch_fast
+    encodings = encode([text[:limit] for text in texts], add_special_tokens=False)
+    return [
+        EncodedText(template, text, encoding, cut=False, offsets=offsets)
+        if len(text) <= limit
+        else _encode_long(template, text, limit, len(encoding.ids), max_length)
+        for text, encoding in zip(texts, encodings, strict=True)
+    ]
+
+
+def _encode_long(template: ChatTemplate, text: str, limit: int, count: int, max_length: int) -> EncodedText:
+    """Encode more of a text until there are enough tokens, not counting those near the cut, which may be wrong.
+
+    count: how many tokens its first `limit` characters have.
+    """
+    while count < max_length + 64 and limit < len(text):
+        limit *= 4
+        count = len(template.backend.encode_batch_fast([text[:limit]], add_special_tokens=False)[0].ids)
+    encoding = template.backend.encode(text[:limit], add_special_tokens=False)
+    return EncodedText(template, text[:limit], encoding, cut=limit < len(text), offsets=True)
+
+
+def encode_separately(
+    template: ChatTemplate, prompt: str, reply: str, max_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of a prompt and of its reply, for texts that together have a token across their boundary.
+
+    The reply is encoded after an added token, since a tokenizer may put a space before the first word of a text.
+    """
+    prompt_ids = encode_texts(template, [prompt], max_length)[0].ids
+    last = next((found[0] for found in reversed(list(template.added_token_pattern.finditer(prompt)))), None)
+    if last is None:
+        return prompt_ids, encode_texts(template, [reply], max_length)[0].ids
+    return prompt_ids, encode_texts(template, [last + reply], max_length)[0].ids[1:]
+
+
+def _encode_alone(template: ChatTemplate, text: str) -> list[int]:
+    """Return the ids of a text on its own; cached, since prompts have few different endings."""
+    known = template.cached_ids
+    if text not in known:
+        if len(known) > 4096:
+            known.clear()
+        known[text] = template.backend.encode(text, add_special_tokens=False).ids
+    return known[text]
+
+
+def mask_of(spans: list[tuple[int, int]], count: int) -> np.ndarray:
+    """Return which of `count` tokens are in a span [start, stop), bool [T]."""
+    mask_T = np.zeros(count, bool)
+    for start, stop in spans:
+        mask_T[start:stop] = True
+    return mask_T

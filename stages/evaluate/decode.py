@@ -60,14 +60,13 @@ class Decoded:
     """A decoded reply and its statistics. `ids` is cut to the limit; the lists hold one entry a verification.
 
     lengths: tokens gained, the target's own included; the last one uncut by the limit, but never past a stop token.
-    matched: proposals kept. proposed: proposals verified. target_calls: the prefill and every verification.
+    matched: proposals kept. proposed: proposals verified.
     """
 
     ids: list[int]
     lengths: list[int]
     matched: list[int]
     proposed: list[int]
-    target_calls: int
     seconds: float
 
 
@@ -212,7 +211,7 @@ class _Sequence:
 
     def decoded(self, max_new: int) -> Decoded:
         new, seconds = self.ids[self.prompt : self.prompt + max_new], time.perf_counter() - self.start_time
-        return Decoded(new, self.lengths, self.matched, self.proposed, 1 + len(self.lengths), seconds)
+        return Decoded(new, self.lengths, self.matched, self.proposed, seconds)
 
 
 def _acceptance_rule(

@@ -34,8 +34,9 @@ from transformers import DynamicCache, PreTrainedModel
 from pipeline.cache.atomic import write_errors
 from pipeline.cache.locks import process_lock
 from pipeline.cache.manifest import read_canonical, write_canonical
+from pipeline.checksummed_json import Count, Counts, Record
 from pipeline.errors import CacheError, ProofError, RoomError, UsageError
-from pipeline.evaluation.reports import MAX_SPREADS, Count, Counts, NearTie, Record, SampledLossless
+from pipeline.evaluation.reports import MAX_SPREADS, NearTie, SampledLossless
 from stages.evaluate.decode import Decoded
 
 NEAR_TIE_FACTOR = 4  # a near tie's gap in logits is at most so many times the difference between valid forwards
@@ -58,8 +59,13 @@ def plain_decode(
         if token in stop_ids:
             break
         input_1N = torch.tensor([[token]], device=target.device)
-    none = [0] * (len(new) - 1)
-    return Decoded(new, [1] * len(none), none, none, len(new), time.perf_counter() - start_time)
+    return plain_reply(new, time.perf_counter() - start_time)
+
+
+def plain_reply(ids: list[int], seconds: float) -> Decoded:
+    """Return a reply that was decoded one token a forward."""
+    calls = len(ids) - 1
+    return Decoded(ids, [1] * calls, [0] * calls, [0] * calls, seconds)
 
 
 class LosslessCheck:
@@ -284,10 +290,7 @@ class PlainReplies:
     def find(self, prompt_ids: Sequence[int]) -> Decoded | None:
         """Return the stored reply to a prompt. Its seconds are unknown, so every ratio of them is NaN."""
         ids = self.stored.get(digest_of(prompt_ids))
-        if ids is None:
-            return None
-        none = [0] * (len(ids) - 1)
-        return Decoded(ids, [1] * len(none), none, none, len(ids), float("nan"))
+        return None if ids is None else plain_reply(ids, float("nan"))
 
     def add(self, prompt_ids: Sequence[int], plain: Decoded) -> None:
         """Remember a reply for `write`."""

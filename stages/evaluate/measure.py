@@ -26,7 +26,7 @@ from pipeline.evaluation.figures import summarise
 from pipeline.evaluation.reports import (
     Agreement,
     ConfidenceCut,
-    Figures,
+    DecodedFigures,
     Lossless,
     NearTie,
     Sample,
@@ -182,12 +182,14 @@ def accept_figures(decoded: Sequence[tuple[Prompt, Decoded]], proposals: int) ->
     return {"overall": with_calls_saved(overall), "domains": domains, "samples": samples}
 
 
-def with_calls_saved(figures: dict) -> Figures:
+def with_calls_saved(figures: dict) -> DecodedFigures:
     """Return `summarise`'s figures as a report has them.
 
     A plain loop needs a call for every token gained, and its prefill is the same, so both prefills are left out.
     """
-    return Figures(**figures, calls_saved=1 - figures["calls"] / max(1, figures["tokens"]) if figures["calls"] else 0.0)
+    return DecodedFigures(
+        **figures, calls_saved=1 - figures["calls"] / max(1, figures["tokens"]) if figures["calls"] else 0.0
+    )
 
 
 def lossless_counts(outcomes: Sequence[Outcome]) -> Lossless:

@@ -19,18 +19,10 @@ from pipeline.cache.plan import Plan, plan_in_use
 from pipeline.cache.rebuild import rebuild_derived
 from pipeline.cache.target_files import has_target
 from pipeline.errors import RoomError, UsageError
-from pipeline.target.files import (
-    CONFIG,
-    find_target,
-    target_digest,
-    target_name,
-    template_digest,
-    text_config,
-    tokenizer_digest,
-)
+from pipeline.target.files import CONFIG, find_target, target_name, template_digest, text_config, tokenizer_digest
 from pipeline.target.layers import check_layers
 from pipeline.target.on_policy import OnPolicyStats
-from pipeline.target.weights import check_weights_if_recorded
+from pipeline.target.weights import check_weights_if_recorded, target_digest
 from pipeline.visible_text import print_visible, visible
 from stages.import_cache.conventions import choose_convention
 from stages.import_cache.convert import ImportJob, convert, is_planned, make_plan, refused_by_shard, total_bytes

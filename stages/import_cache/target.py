@@ -12,9 +12,10 @@ from pipeline.cache.catalog import Catalog
 from pipeline.errors import UsageError
 from pipeline.os_errors import refuse_limit
 from pipeline.target.config import load_config
-from pipeline.target.files import CONFIG, read_json, text_config, weight_files
+from pipeline.target.files import CONFIG, read_json, text_config
 from pipeline.target.head import TargetHead
 from pipeline.target.model import final_norm, head_of, load_target, stop_tokens, store_target
+from pipeline.target.weights import weight_files
 from pipeline.tensors import find_device
 
 GENERATION = "generation_config.json"

@@ -13,7 +13,8 @@ from pipeline.corpus.regenerated import Regenerated
 from pipeline.corpus.rejections import Tally, report_unknown_keys
 from pipeline.corpus.sources import corpus_files, file_sources, report_skipped_files, source_roles
 from pipeline.errors import DataError, UsageError
-from pipeline.target.files import find_target, target_digest, target_name, template_digest, tokenizer_digest
+from pipeline.target.files import find_target, target_name, template_digest, tokenizer_digest
+from pipeline.target.weights import target_digest
 from stages.regenerate.options import Options
 from stages.regenerate.output import Progress, ReplyCounts, failed_row, out_row, write_rows
 from stages.regenerate.prompts import Failure, Job, PromptRow, pending_jobs, read_prompts

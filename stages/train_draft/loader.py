@@ -117,7 +117,8 @@ class BatchLoader:
         self.cache, self.config, self.train = cache, config, train
         self.reads_final = config.needs_final_states
         groups = [config.target_layer_ids, *[(FINAL,)] * self.reads_final]
-        self._encoded = {layers for layers in groups if keep_encoded and cache.is_encoded(layers)}
+        codecs = {layers: cache.lossy_codec(layers) for layers in groups if keep_encoded}
+        self._encoded = {layers: codec for layers, codec in codecs.items() if codec}
         self.low64 = cache.samples.low64[split.train]
         self.ids = cache.samples.sample_id[split.train]
         self.indices = split.train
@@ -154,8 +155,8 @@ class BatchLoader:
             part_B = memory_B[at : at + self._bytes(layers, shape)]
             at += len(part_B)
             final = FINAL in layers
-            if layers in self._encoded:
-                states[name] = EncodedStates(shape, final, self.cache.read_encoded(part_B, parts, layers))
+            if codec := self._encoded.get(layers):
+                states[name] = EncodedStates(shape, final, self.cache.read_encoded(part_B, parts, layers, codec))
             else:
                 states_KRD = part_B.view(self.cache.dtype).view(shape)
                 self.cache.fill(states_KRD, parts, layers)
@@ -178,8 +179,8 @@ class BatchLoader:
 
     def _bytes(self, layers: tuple[Layer, ...], shape: tuple[int, int, int]) -> int:
         K, R, D = shape
-        if layers in self._encoded:
-            return -(-self.cache.encoded_bytes(R, layers) // ALIGNMENT) * ALIGNMENT
+        if codec := self._encoded.get(layers):
+            return -(-codec.buffer_bytes(shape) // ALIGNMENT) * ALIGNMENT
         return K * R * D * self.cache.dtype.itemsize
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -50,8 +50,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from pipeline.drafts.losses import HeadLoss
-from pipeline.drafts.objectives import Objective, TargetStates
+from pipeline.drafts.objectives import HeadLoss, Objective, TargetStates
 from pipeline.target.head import TargetHead, chunk_blocks
 
 SHAPES = ((1024, 256, 4096), (32_768, 1024, 1024), (151_936, 1024, 256), (262_144, 640, 256))  # V, D, slots

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.target.chat_template import ChatTemplate
-from stages.cache_hidden.token_boundaries import EncodedText, encode_texts
+from stages.cache_hidden.tokenise import EncodedText, encode_texts
 
 BUNDLED = Path(__file__).parents[2] / "data" / "tiny-qwen3"
 PIECES = ("<|im_start|>", "<|im_end|>", "<|im", "|>", "user\n", "assistant\n", "word", " word", " ", "\n", "\n\n", "é")

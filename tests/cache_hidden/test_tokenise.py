@@ -30,7 +30,7 @@ from pipeline.corpus.rejections import Unusable
 from pipeline.errors import UsageError
 from pipeline.target.chat_template import ChatTemplate
 from pipeline.target.files import chat_templates, template_arguments, template_digest
-from stages.cache_hidden.token_boundaries import encode_texts
+from stages.cache_hidden.tokenise import encode_texts
 
 TWO_CALLS = call({"city": "Oslo"})
 TWO_CALLS["tool_calls"] *= 2

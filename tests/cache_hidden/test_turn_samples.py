@@ -12,7 +12,8 @@ from tiny import save_target, write_jsonl
 from pipeline.cache.plan import load_plan
 from pipeline.console import VisibleConsole
 from pipeline.errors import DataError, UsageError
-from pipeline.target.files import TEMPLATE_DATE, target_digest, template_digest, tokenizer_digest
+from pipeline.target.files import TEMPLATE_DATE, template_digest, tokenizer_digest
+from pipeline.target.weights import target_digest
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.run import plan, plan_samples, plan_table
 

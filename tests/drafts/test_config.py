@@ -3,7 +3,8 @@
 import pytest
 from draft_cases import OWN, V, fields
 
-from pipeline.drafts import default_gamma, draft_config
+from pipeline.drafts import draft_config
+from pipeline.drafts.config import default_gamma
 from pipeline.errors import UsageError
 
 

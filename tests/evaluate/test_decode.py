@@ -61,7 +61,6 @@ def test_every_draft_gives_the_target_s_own_text_at_any_length(target, method, o
     assert sum(fast.lengths) >= new  # the prefill's token, then verifications until start reaches the limit
     assert sum(fast.lengths[:-1]) < new
     assert fast.lengths == [kept + 1 for kept in fast.matched]
-    assert fast.target_calls == len(fast.lengths) + 1
 
 
 @pytest.mark.parametrize("wrong", [2, 3, 5, 1000])

@@ -216,9 +216,9 @@ def test_a_list_of_numbers_takes_one_line_of_the_report_and_texts_stay_as_they_a
 
 
 def test_calls_saved_are_those_of_a_plain_loop_over_the_same_tokens():
-    reply = Decoded([], [4, 2, 1], [3, 1, 0], [3, 3, 0], 4, 1.0)
+    reply = Decoded([], [4, 2, 1], [3, 1, 0], [3, 3, 0], 1.0)
     done = [(Prompt([1], name, name), reply) for name in "ab"]
-    done.append((Prompt([1], "c", "c"), Decoded([], [], [], [], 1, 1.0)))  # the prefill gave a stop
+    done.append((Prompt([1], "c", "c"), Decoded([], [], [], [], 1.0)))  # the prefill gave a stop
 
     found = accept_figures(done, 3)
     overall, domains = found["overall"], found["domains"]

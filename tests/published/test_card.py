@@ -9,11 +9,10 @@ from pipeline.cache.inspect import describe
 from pipeline.checksummed_json import parse_checksummed
 from pipeline.drafts import DRAFTS, DraftConfig, draft_config, init_weights
 from pipeline.published import read_published
-from pipeline.published.card import Facts, card, serve_command
+from pipeline.published.card import Facts, Origin, card, serve_command
 from pipeline.published.check import check_export
 from pipeline.published.export import export
 from pipeline.published.init_from import load_initial_weights
-from pipeline.published.writing import Origin
 from pipeline.runs import checkpoint
 from pipeline.runs.provenance import evaluations
 from pipeline.target.head import TargetHead
@@ -80,7 +79,7 @@ def test_an_accept_length_of_cut_blocks_says_so(trained, tmp_path):
     report, _ = parse_checksummed((trained / "evaluation.json").read_bytes())
     report["settings"]["threshold"] = 0.4
     (tmp_path / "cut.json").write_text(json.dumps(report))
-    titles = [found["title"] for found in evaluations(tmp_path, 2)]
+    titles = [found.title for found in evaluations(tmp_path, 2)]
     assert len(titles) == 2 and all(
         title.endswith("6 tokens at most, blocks cut at confidence 0.4") for title in titles
     )

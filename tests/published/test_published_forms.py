@@ -9,7 +9,8 @@ import torch
 from forms import DSPARK, FORMS, SIZES, backbone, domino, dspark, speculators_reduced, target, zlab_dflash
 from safetensors.torch import load_file, save_file
 
-from pipeline.drafts import DRAFTS, DraftConfig, ProbeBlock, draft_config, init_weights, lay_blocks, pack
+from pipeline.drafts import DRAFTS, DraftConfig, draft_config, init_weights, lay_blocks, pack
+from pipeline.drafts.draft import ProbeBlock
 from pipeline.errors import ProofError, UsageError
 from pipeline.published import export, load_draft_folder, read_published
 from pipeline.published.check import check_export

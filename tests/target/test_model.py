@@ -10,16 +10,9 @@ from tiny import config, random_model, save_target
 from transformers import CohereConfig, FalconConfig, Gemma2Config, GraniteConfig, LlamaConfig, Phi3Config
 
 from pipeline.errors import UsageError
-from pipeline.target.files import (
-    find_target,
-    target_digest,
-    target_name,
-    template_digest,
-    text_config,
-    tokenizer_digest,
-    weight_files,
-)
+from pipeline.target.files import find_target, target_name, template_digest, text_config, tokenizer_digest
 from pipeline.target.model import head_of, lm_logits, load_target, run_decoder, tap_layers
+from pipeline.target.weights import target_digest, weight_files
 
 SIZES = {
     "vocab_size": 48,

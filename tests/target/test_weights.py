@@ -12,9 +12,9 @@ from tiny import config, conversations, random_model, save_target, write_jsonl
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.target_files import WEIGHTS, target_json
 from pipeline.errors import UsageError
-from pipeline.target.files import WEIGHTS_INDEX, target_digest, weight_files
+from pipeline.target.files import WEIGHTS_INDEX
 from pipeline.target.model import load_target
-from pipeline.target.weights import check_weights, weight_facts, weights_digest
+from pipeline.target.weights import check_weights, target_digest, weight_facts, weight_files, weights_digest
 from stages.cache_hidden import capture as shards
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.run import plan, run

@@ -184,7 +184,8 @@ def test_states_left_encoded_are_the_same_once_they_are_moved(tmp_path, small, m
 def test_states_are_left_in_int8_only_where_all_are(tmp_path):
     columns = [replace(COLUMNS[0], codec="int8"), *COLUMNS[1:]]
     cache = HiddenCache.open(make_cache(tmp_path / "cache", random_samples(9), columns))
-    assert [cache.is_encoded(layers) for layers in ([1], [1, 10], [10], [], [FINAL])] == [True, *[False] * 4]
+    found = [cache.lossy_codec(layers) for layers in ([1], [1, 10], [10], [], [FINAL])]
+    assert found == [CODECS["int8"], *[None] * 4]
 
 
 def test_a_batch_is_read_a_cell_at_a_time(loader, monkeypatch):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pipeline.cache.codecs.zarr_file import DTYPES
+from pipeline.cache.codecs.zarr_file import DTYPES, split_rows
 from pipeline.errors import CacheError, first_line
 from pipeline.os_errors import check_memory, refuse_limit
 
@@ -64,11 +64,7 @@ class ForeignArray:
 
     def pieces(self, first: int, count: int) -> Iterator[tuple[int, int]]:
         """Split `count` rows from `first` on at chunks' ends: zarr-python copies each piece in memory once more."""
-        stop = first + count
-        while first < stop:
-            end = min((first // self._step + 1) * self._step, stop)
-            yield first, end
-            first = end
+        return split_rows(first, count, self._step)
 
     def read_into(self, first_row: int, out: memoryview) -> None:
         """Fill `out`, whole rows as flat bytes, from `first_row` on."""

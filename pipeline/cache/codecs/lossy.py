@@ -75,7 +75,7 @@ class LossyCodec(Codec):
         """How a value is decoded, for people who read the files."""
 
     def row_bytes(self, width: int, dtype: str) -> int:
-        return sum(count * kind.itemsize for count, kind in self.arrays(width).values())
+        return self.buffer_bytes((1, 1, width))
 
     def pack(self, parts: "tuple[Tensor, ...]", calibration: Calibration, dtype: str) -> "Encoded":
         """Wrap what `encode` returned, copied to the host, as it is stored. dtype: of the states."""
@@ -88,6 +88,11 @@ class LossyCodec(Codec):
         """Encode states on their device and copy the result to the host, as it is stored."""
         parts = tuple(part.cpu() for part in self.encode(states_RD, calibration))
         return self.pack(parts, calibration, str(states_RD.dtype).removeprefix("torch."))
+
+    def buffer_bytes(self, shape: tuple[int, int, int]) -> int:
+        """The bytes of a buffer for `views` of this shape."""
+        K, R, D = shape
+        return K * R * sum(count * kind.itemsize for count, kind in self.arrays(D).values())
 
     def views(self, memory: np.ndarray, shape: tuple[int, int, int]) -> tuple[np.ndarray, ...]:
         """View the start of a buffer as the arrays of K columns of R rows, those with larger items first in memory."""

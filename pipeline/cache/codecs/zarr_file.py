@@ -165,6 +165,15 @@ def parse_chunk_index(data: bytes, end: int, path: Path) -> tuple[np.ndarray, np
     return starts.astype(np.int64), sizes.astype(np.int64)
 
 
+def split_rows(first: int, count: int, step: int) -> Iterator[tuple[int, int]]:
+    """Split `count` rows from `first` on, at multiples of `step`, into ranges (first, stop)."""
+    stop = first + count
+    while first < stop:
+        end = min((first // step + 1) * step, stop)
+        yield first, end
+        first = end
+
+
 class ShardFileWriter:
     """Streams the rows of one array into `folder` and computes its checksum. Call `finish` after the last row."""
 
@@ -283,9 +292,7 @@ class ShardFile(OpenFile):
 
     def pieces(self, first: int, count: int) -> Iterator[tuple[int, int]]:
         """Split `count` rows from `first` on into ranges (first, stop) of the best size to read at a time."""
-        step = max(1, PIECE // self.grid.row_bytes)
-        for start in range(first, first + count, step):
-            yield start, min(start + step, first + count)
+        return split_rows(first, count, max(1, PIECE // self.grid.row_bytes))
 
     def read_into(self, first_row: int, out: memoryview) -> None:
         """Fill `out`, whole rows as flat bytes, from `first_row` on. CacheError when the file ends before."""

@@ -34,6 +34,7 @@ from pipeline.cache.codecs.zarr_file import (
     ShardFileWriter,
     chunk_index,
     parse_chunk_index,
+    split_rows,
 )
 from pipeline.errors import CacheError
 from pipeline.os_errors import check_memory
@@ -123,11 +124,7 @@ class ZstdReader(OpenFile):
 
     def pieces(self, first: int, count: int) -> Iterator[tuple[int, int]]:
         """Split `count` rows from `first` on at the chunks' ends, so that none is decoded twice."""
-        stop = first + count
-        while first < stop:
-            end = min((first // self.grid.chunk_rows + 1) * self.grid.chunk_rows, stop)
-            yield first, end
-            first = end
+        return split_rows(first, count, self.grid.chunk_rows)
 
     def read_into(self, first_row: int, out: memoryview) -> None:
         """Fill `out`, whole rows as flat bytes, from `first_row` on. CacheError for a damaged chunk."""

@@ -231,10 +231,11 @@ def test_what_a_stopped_recode_left_is_known_and_removed(captured, tmp_path):
 def test_states_left_encoded_are_the_same_once_they_are_decoded(captured):
     cache = HiddenCache.open(captured("fixed16"))
     parts = [(0, 3, 50), (2, 0, 30), (3, 40, 40)]
-    right_KRD, memory_B = torch.empty(2, 77, 32), torch.empty(cache.encoded_bytes(77, [1, 3]), dtype=torch.uint8)
+    codec = cache.lossy_codec([1, 3])
+    right_KRD, memory_B = torch.empty(2, 77, 32), torch.empty(codec.buffer_bytes((2, 77, 32)), dtype=torch.uint8)
     cache.fill(right_KRD, parts, [1, 3])
     found_KRD = torch.zeros_like(right_KRD)
-    for k, first, rows in cache.read_encoded(memory_B, parts, [1, 3]):
+    for k, first, rows in cache.read_encoded(memory_B, parts, [1, 3], codec):
         rows.decode("cpu", found_KRD[k, first : first + len(rows)])
     assert torch.equal(found_KRD, right_KRD) and len(memory_B) == 2 * 77 * (2 * 32 + 4)
 
@@ -243,7 +244,8 @@ def test_columns_of_two_lossy_codecs_are_decoded_one_by_one(captured, tiny_targe
     options = CaptureOptions(codec="aux.1=int8,aux.3=fixed16,final=zstd", **CAPTURE)
     capture(str(tiny_target), str(tiny_corpus), tmp_path / "cache", options=options)
     mixed = HiddenCache.open(tmp_path / "cache")
-    assert [mixed.is_encoded(layers) for layers in ([1], [3], [1, 3], [FINAL])] == [True, True, False, False]
+    found = [mixed.lossy_codec(layers) for layers in ([1], [3], [1, 3], [FINAL])]
+    assert found == [CODECS["int8"], CODECS["fixed16"], None, None]
     ones = [HiddenCache.open(captured(codec)).read(0, [layer]).aux for codec, layer in (("int8", 1), ("fixed16", 3))]
     assert torch.equal(mixed.read(0, [1, 3]).aux, torch.cat(ones))
 
