@@ -9,14 +9,15 @@ no checksum and are accepted without.
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, WrapValidator
 
 from pipeline.cache.atomic import read_error
-from pipeline.errors import CacheError, PipelineError
+from pipeline.errors import CacheError, PipelineError, cause_of
 from pipeline.untrusted import parse_strict_json, read_file
 
 MAX_BYTES = 64 << 20
@@ -29,6 +30,15 @@ Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Counts = Annotated[list[Count], FailFast()]
 Numbers = Annotated[list[Number], FailFast()]
+
+
+def _validate_one_by_one(values: object, validate: Callable[[object], dict]) -> dict:
+    if not isinstance(values, dict):
+        return validate(values)
+    return {name: entry for item in values.items() for name, entry in validate(dict([item])).items()}
+
+
+FailFastDict = WrapValidator(_validate_one_by_one)  # what FailFast is for lists: a million wrong entries are one error
 
 
 class Record(BaseModel):
@@ -105,5 +115,4 @@ def damage_error(path: Path, error: Exception, remedy: str) -> PipelineError:
     known = read_error(path, error) if isinstance(error, OSError) else None
     if known is not None and not isinstance(known, CacheError):
         return known
-    cause = error.strerror if isinstance(error, OSError) and error.strerror else error
-    return CacheError(f"{path}: damaged ({cause}); {remedy}")
+    return CacheError(f"{path}: damaged ({cause_of(error)}); {remedy}")

@@ -42,3 +42,8 @@ class RoomError(PipelineError):
 def first_line(error: object, most: int | None = 160) -> str:
     """Return the first line of an error's message, `most` characters of it; its type's name where it says nothing."""
     return str(error).strip().split("\n")[0][:most] or type(error).__name__
+
+
+def cause_of(error: Exception) -> str:
+    """Return what the system says of an error, such as "No such file or directory", else the error's own text."""
+    return getattr(error, "strerror", None) or str(error)

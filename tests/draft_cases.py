@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.drafts import DRAFTS, Draft, draft_config, eligible_anchors, lay_blocks, pack
+from pipeline.drafts.attention import attend, visibility_mask
 from pipeline.drafts.objectives import HeadLoss
 from pipeline.target.head import TargetHead
 from pipeline.target.layers import final_rows
@@ -120,3 +121,25 @@ class LargestTensor(TorchDispatchMode):
             if torch.is_tensor(tensor):
                 self.elements = max(self.elements, tensor.numel())
         return result
+
+
+class DenseAttention:
+    """Every query against every key, under one boolean mask for each kind of layer: what the package's attention is
+    compared with."""
+
+    def __init__(self, blocks, windows):
+        rows, N = slice(0, sum(blocks.lengths)), len(blocks.anchors_N)
+        self.masks = {window: visibility_mask(blocks, rows, 0, N, window) for window in windows}
+
+    def __call__(self, q_AQE, context, slots, window, layer):
+        k_GLE, v_GLE = (torch.cat(pair, dim=1) for pair in zip(context, slots, strict=True))
+        return attend(q_AQE, k_GLE, v_GLE, self.masks[window])
+
+
+def dense_hidden(draft: Draft, cell, blocks) -> torch.Tensor:
+    """The states of every slot by `DenseAttention`."""
+    draft.attention = DenseAttention
+    try:
+        return draft.hidden(cell, blocks)
+    finally:
+        del draft.attention

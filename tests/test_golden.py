@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from draft_cases import dense_hidden
 from safetensors import safe_open
 
 from pipeline.drafts import (
@@ -226,7 +227,8 @@ def test_blocks(name):
 def test_hidden_and_logits(name, dense):
     case = load(name)
     with torch.no_grad():
-        hidden_NSD = case.draft.hidden(case.cell, case.blocks, dense=dense)[case.kept]
+        hidden = dense_hidden if dense else type(case.draft).hidden
+        hidden_NSD = hidden(case.draft, case.cell, case.blocks)[case.kept]
         logits = case.draft.logits(hidden_NSD, case.blocks.prev_NS[case.kept])
         prev_NS = case.blocks.prev_NS[case.kept]
         sure = case.draft.confidence(hidden_NSD, prev_NS) if "confidence" in case.tensors else None

@@ -20,7 +20,7 @@ import zstandard
 from pipeline.corpus.messages import parse_json
 from pipeline.corpus.record_formats import KNOWN_COLUMNS, columns_refusal
 from pipeline.corpus.rejections import Unusable
-from pipeline.errors import DataError, first_line
+from pipeline.errors import DataError, cause_of, first_line
 from pipeline.visible_text import visible
 
 TEXT_SUFFIXES, COMPRESSED, TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json"), (".gz", ".zst"), (".parquet", ".arrow")
@@ -112,9 +112,7 @@ def _open_decompressed(file: Path) -> Iterator[io.BufferedReader]:
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise DataError(f"{file}: no whole {suffix} file ({str(error)[:100]}); copy or pack it again") from error
     except OSError as error:
-        raise DataError(
-            f"{file}: it cannot be read ({error.strerror or error}); see to its rights or its disk"
-        ) from error
+        raise DataError(f"{file}: it cannot be read ({cause_of(error)}); see to its rights or its disk") from error
 
 
 class _Zstd(io.RawIOBase):

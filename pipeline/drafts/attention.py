@@ -1,4 +1,4 @@
-"""The attention mask of slots, and attention under it: dense as the reference, by groups of blocks for speed.
+"""The attention mask of slots, and attention under it, by groups of blocks for speed.
 
 A slot of a block at anchor a attends to its document's context strictly before a, and to its own block: all of it on a
 full layer; on a sliding layer of window W the context from a + slot - (W - 1) and the slots up to itself. This is
@@ -51,20 +51,6 @@ def visibility_mask(blocks: Blocks, rows: slice, first: int, last: int, window: 
     return torch.cat([context_NSR.reshape(N * S, -1), inside_NSNS.reshape(N * S, N * S)], dim=1)
 
 
-class DenseAttention:
-    """Reference attention: every query against every key, under one boolean mask for each kind of layer."""
-
-    def __init__(self, blocks: Blocks, rows: int, windows: set[int | None]):
-        N = len(blocks.anchors_N)
-        self.masks = {window: visibility_mask(blocks, slice(0, rows), 0, N, window) for window in windows}
-
-    def __call__(self, q_AQE: Tensor, context: KV, slots: KV, window: int | None, layer: int) -> Tensor:
-        """Return the heads' outputs [A, Q, E] of layer number `layer`, from the context's and the slots' keys and
-        values."""
-        k_GLE, v_GLE = (torch.cat(pair, dim=1) for pair in zip(context, slots, strict=True))
-        return attend(q_AQE, k_GLE, v_GLE, self.masks[window])
-
-
 class GroupedAttention:
     """The same attention group by group, over the context and slots that the group can attend to.
 
@@ -82,7 +68,8 @@ class GroupedAttention:
         }
 
     def __call__(self, q_AQE: Tensor, context: KV, slots: KV, window: int | None, layer: int) -> Tensor:
-        """As `DenseAttention.__call__`."""
+        """Return the heads' outputs [A, Q, E] of layer number `layer`, from the context's and the slots' keys and
+        values."""
         context_k, context_v = (values.split(self.lengths, dim=1) for values in context)
         slots_k, slots_v = (values.split(self.queries, dim=1) for values in slots)
         outs = []
@@ -109,7 +96,7 @@ class DecodeAttention:
         self.slots, self.caches, self.new_rows, self.device = slots, caches, new_rows, device
 
     def __call__(self, q_AQE: Tensor, context: KV, slots: KV, window: int | None, layer: int) -> Tensor:
-        """As `DenseAttention.__call__`."""
+        """As `GroupedAttention.__call__`."""
         new_k, new_v = (values.split(self.new_rows, dim=1) for values in context)
         slots_k, slots_v = (values.split(self.slots, dim=1) for values in slots)
         outs = []

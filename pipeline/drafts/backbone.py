@@ -20,6 +20,33 @@ from pipeline.drafts.rope import Tables, rope_tables, rotate
 from pipeline.tensors import at_least_float32
 
 
+def backbone_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of each of the backbone's tensors, written out from the publication, not asked of the
+    modules."""
+    D, inner = config.hidden_size, config.intermediate_size
+    wide, narrow = (count * config.head_dim for count in (config.num_attention_heads, config.num_key_value_heads))
+    layer = {
+        "input_layernorm.weight": (D,),
+        "post_attention_layernorm.weight": (D,),
+        "self_attn.q_proj.weight": (wide, D),
+        "self_attn.k_proj.weight": (narrow, D),
+        "self_attn.v_proj.weight": (narrow, D),
+        "self_attn.o_proj.weight": (D, wide),
+        "self_attn.q_norm.weight": (config.head_dim,),
+        "self_attn.k_norm.weight": (config.head_dim,),
+        "mlp.gate_proj.weight": (inner, D),
+        "mlp.up_proj.weight": (inner, D),
+        "mlp.down_proj.weight": (D, inner),
+    }
+    if config.attention_bias:
+        sizes = {"q": wide, "k": narrow, "v": narrow, "o": D}
+        layer |= {f"self_attn.{part}_proj.bias": (size,) for part, size in sizes.items()}
+    shapes = {"fc.weight": (D, len(config.target_layer_ids) * D), "hidden_norm.weight": (D,), "norm.weight": (D,)}
+    for index in range(config.num_hidden_layers):
+        shapes |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
 class RMSNorm(nn.Module):
     """Hugging Face's Qwen3 norm: variance and scaling in float32, back to the input's dtype, then the weight."""
 

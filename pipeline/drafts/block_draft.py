@@ -10,14 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.drafts.attention import DecodeAttention, DenseAttention, GroupedAttention
-from pipeline.drafts.backbone import Backbone
+from pipeline.drafts.attention import DecodeAttention, GroupedAttention
+from pipeline.drafts.backbone import Backbone, backbone_shapes
 from pipeline.drafts.blocks import Blocks, Cell
 from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.draft import BlockRequest, Draft, DraftKV, Loss, ProbeBlock, Proposal, Sampling, Shapes
 from pipeline.drafts.metrics import slot_sums
 from pipeline.drafts.objectives import HeadLoss, Objective, TargetStates, dpace_weights, term_name
-from pipeline.drafts.reference import backbone_shapes, block_states
 from pipeline.errors import DataError, UsageError
 from pipeline.sampling import draw, uniforms
 from pipeline.target.head import TargetHead, chunk_blocks
@@ -32,6 +31,7 @@ class BlockDraft(Backbone, Draft):
 
     architectures = ("DFlashDraftModel",)  # of every method that SGLang reads by its projector_type
     forms = ("sglang",)
+    attention = GroupedAttention  # in training
 
     def __init__(self, config: DraftConfig, head: TargetHead):
         if (config.vocab_size, config.hidden_size) != (head.vocab_size, head.hidden_size):
@@ -42,17 +42,10 @@ class BlockDraft(Backbone, Draft):
         super().__init__(config)
         self.target = head
 
-    def hidden(self, cell: Cell, blocks: Blocks, dense: bool = False) -> Tensor:
-        """Return the states [N, S, D] of every slot in training, final norm applied.
-
-        dense: use the reference attention, one mask over all keys, which is quadratic in the cell's rows.
-        """
-        if dense:
-            attention = DenseAttention(blocks, len(cell.ids_R), self.windows)
-        else:
-            attention = GroupedAttention(blocks, self.windows)
-        embedded_QD = self._embed(blocks.input_ids_NS.flatten())
-        positions_Q = blocks.positions_NS.flatten()
+    def hidden(self, cell: Cell, blocks: Blocks) -> Tensor:
+        """Return the states [N, S, D] of every slot in training, final norm applied."""
+        embedded_QD, positions_Q = self._embed(blocks.input_ids_NS.flatten()), blocks.positions_NS.flatten()
+        attention = self.attention(blocks, self.windows)
         out_QD = self.slot_states(embedded_QD, positions_Q, cell.aux_KRD, cell.pos_R, attention)
         return out_QD.unflatten(0, blocks.input_ids_NS.shape)
 
@@ -281,7 +274,7 @@ class BlockDraft(Backbone, Draft):
 
     @classmethod
     def reference(cls, config: DraftConfig, block: ProbeBlock) -> tuple[Tensor, Tensor | None]:
-        hidden_SD = block_states(block.get, config, block.features_KTD, block.slots_SD)
+        hidden_SD = block.backbone_states()
         added_SC, confidence_S = cls.reference_correction(config, block, hidden_SD)
         return hidden_SD @ block.head_CD.T + added_SC, confidence_S
 

@@ -1,5 +1,7 @@
 """DFlash (arXiv:2602.06036): all slots of a block predicted at once by the backbone and the target's own head."""
 
+from typing import ClassVar
+
 from pipeline.drafts.block_draft import BlockDraft
 from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.draft import PublishedKeys
@@ -10,23 +12,16 @@ class DFlash(BlockDraft):
 
     title = "DFlash"
     paper = "2602.06036"
+    published: ClassVar = {"shift_label": False}
     architectures = ("DFlashDraftModel", "DFlashSpeculator", "Qwen3DSparkModel")  # the last: DeepSpec's, without heads
     forms = ("sglang", "speculators")
     sglang = ("DFLASH", 0)
     only_backbone = True
 
     @classmethod
-    def recipe_defaults(cls, stated: dict, hidden_size: int) -> dict:
-        return super().recipe_defaults(stated, hidden_size) | {"shift_label": False}
-
-    @classmethod
     def absent(cls, keys: PublishedKeys) -> dict:
         """As `Draft.absent`: only same-position labels are left out; DeepSpec's baseline has next-position ones."""
         return {"shift_label": keys.deepspec}
-
-    @classmethod
-    def write_options(cls, config: DraftConfig, form: str) -> tuple[dict, dict]:
-        return {}, {}
 
     @classmethod
     def refusal(cls, config: DraftConfig, form: str) -> str | None:

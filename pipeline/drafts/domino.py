@@ -50,6 +50,8 @@ class Domino(BlockDraft):
     Config = DominoConfig
     title = "Domino"
     paper = "2605.29707"
+    published: ClassVar = {"pure_draft_prefix_len": 1}
+    published_sizes: ClassVar = {"emb_dim": 256, "gru_hidden_dim": 1024}
     architectures = ("DFlashDraftModel", "DominoDraftModel")
     sglang = ("DFLASH", 0)
     head_name = "causal head"
@@ -63,11 +65,6 @@ class Domino(BlockDraft):
         self.embed_proj = nn.Sequential(
             nn.Linear(width + gru, rank, bias=False), nn.SiLU(), nn.Linear(rank, config.vocab_size, bias=False)
         )
-
-    @classmethod
-    def recipe_defaults(cls, stated: dict, hidden_size: int) -> dict:
-        sizes = {"emb_dim": min(256, hidden_size), "gru_hidden_dim": min(1024, hidden_size)}
-        return super().recipe_defaults(stated, hidden_size) | sizes | {"pure_draft_prefix_len": 1}
 
     @property
     def suffix_start(self) -> int:

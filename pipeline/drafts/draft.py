@@ -92,10 +92,12 @@ class Loss:
 class ProbeBlock:
     """One block for `Draft.reference`: what an engine has when it runs the published tensors.
 
-    get: a tensor by its published name, in float32. The anchor is at position T, after T context rows.
+    get: a tensor by its published name, in float32. backbone_states: the states [S, D] that the block backbone computes
+    of them, for methods that have it. The anchor is at position T, after T context rows.
     """
 
     get: Callable[[str], Tensor]
+    backbone_states: Callable[[], Tensor]
     features_KTD: Tensor  # the target's states of the context
     slots_SD: Tensor  # the target's embeddings of the anchor and the mask tokens
     prev_S: Tensor  # the token before each slot's guess
@@ -162,6 +164,8 @@ class Draft(nn.Module, ABC):
     Config: ClassVar[type[DraftConfig]] = DraftConfig
     title: ClassVar[str]
     paper: ClassVar[str | None] = None  # its number on arXiv
+    published: ClassVar[dict] = {}  # fields of [draft] as published, where `recipe_defaults` has others
+    published_sizes: ClassVar[dict[str, int]] = {}  # the same, and at most the target's hidden size
     reads_final: ClassVar[bool] = False  # whether its published loss reads the target's final states
     fused_matrices: ClassVar[tuple[str, ...]] = ()  # linear modules that are several matrices in one, as a GRU's are
     chunk_rule: int = NEWEST  # the rule of `target/head.py` that sizes the chunks of logits
@@ -175,10 +179,11 @@ class Draft(nn.Module, ABC):
     @classmethod
     def recipe_defaults(cls, stated: dict, hidden_size: int) -> dict:
         """Return what a recipe leaves open. stated: the fields of [draft] that it states."""
-        block = stated.get("block_size") or (8 if hidden_size <= SMALL_HIDDEN else 16)
-        filled = {"block_size": block, "shift_label": True, "objective": "ce", "weighting": "decay"}
         options = {name: option.default for name, option in cls.Config.options().items() if not option.is_required()}
-        return filled | {"gamma": default_gamma(block)} | options | cls.Config.defaults(stated)
+        filled = {"block_size": 8 if hidden_size <= SMALL_HIDDEN else 16, "shift_label": True, "objective": "ce"}
+        filled |= {"weighting": "decay"} | options | cls.Config.defaults(stated) | cls.published
+        filled |= {name: min(size, hidden_size) for name, size in cls.published_sizes.items()}
+        return filled | {"gamma": default_gamma(stated.get("block_size", filled["block_size"]))}
 
     def before_training(self, samples: Iterable[np.ndarray]) -> None:
         """Prepare buffers from the ids [T] of each training sample, which are read as they are asked for.
@@ -280,7 +285,8 @@ class Draft(nn.Module, ABC):
         """Return the keys that a config of this form has besides those of every method: at the top level, and nested
         (which speculators has no place for)."""
         options = {name: getattr(config, name) for name in cls.Config.published_options()}
-        return (options, {}) if form == "speculators" else ({}, {"projector_type": config.method} | options)
+        method = {} if cls.only_backbone else {"projector_type": config.method}
+        return (options, {}) if form == "speculators" else ({}, method | options)
 
     @classmethod
     def own_config(cls, config: DraftConfig, form: str, common: dict) -> dict | None:

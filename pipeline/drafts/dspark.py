@@ -146,6 +146,8 @@ class DSpark(BlockDraft):
     Config = DSparkConfig
     title = "DSpark"
     paper = "2607.05147"
+    published: ClassVar = {"block_size": 7}
+    published_sizes: ClassVar = {"markov_rank": 256}
     reads_final = True
     fused_matrices = ("joint_proj",)
     architectures = ("Qwen3DSparkModel", "DSparkDraftModel", "DFlashDraftModel", "DSparkSpeculator")
@@ -166,10 +168,6 @@ class DSpark(BlockDraft):
         if config.enable_confidence_head:
             rank = config.markov_rank if config.confidence_head_with_markov else 0
             self.confidence_head = ConfidenceHead(config.hidden_size + rank)
-
-    @classmethod
-    def recipe_defaults(cls, stated: dict, hidden_size: int) -> dict:
-        return super().recipe_defaults({"block_size": 7} | stated, hidden_size) | {"markov_rank": min(256, hidden_size)}
 
     def correction(self, hidden_NSD: Tensor, prev_NS: Tensor) -> tuple[Tensor, Tensor] | None:
         """As `BlockDraft.correction`, on every slot."""

@@ -18,6 +18,7 @@ from pipeline.checksummed_json import (
     MAX_BYTES,
     Count,
     Counts,
+    FailFastDict,
     Number,
     Numbers,
     Record,
@@ -26,7 +27,7 @@ from pipeline.checksummed_json import (
     parse_checksummed,
     with_checksum,
 )
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, cause_of
 from pipeline.evaluation.figures import Figures, bootstrap
 from pipeline.untrusted import read_file
 
@@ -118,7 +119,7 @@ class SampledReplies(Record):
     draft_temperature: Number = Field(description="of the proposals; 0: the draft's likeliest tokens")
     seed: int = 0
     overall: DecodedFigures
-    domains: dict[str, DecodedFigures]
+    domains: Annotated[dict[str, DecodedFigures], FailFastDict]
     samples: Annotated[list[Sample], FailFast()]
     lossless: SampledLossless
 
@@ -157,7 +158,7 @@ class Report(Record):
     cache: str | None = Field(None, description="digest of the cache that the prompts are from")
     settings: Settings
     overall: DecodedFigures
-    domains: dict[str, DecodedFigures]
+    domains: Annotated[dict[str, DecodedFigures], FailFastDict]
     samples: Annotated[list[Sample], FailFast()]
     speed: Speed
     lossless: Lossless
@@ -165,7 +166,9 @@ class Report(Record):
     sampled: SampledReplies | None = None
     agreement: Agreement | None = None
     confidence: list[ConfidenceCut] | None = None
-    teacher_forced: dict[str, Number] = Field(description="teacher-forced accept length by domain")
+    teacher_forced: Annotated[dict[str, Number], FailFastDict] = Field(
+        description="teacher-forced accept length by domain"
+    )
 
     def with_sampled_replies(self) -> "Report":
         """Return the report with its sampled replies in place of the greedy ones."""
@@ -195,8 +198,7 @@ def load_report(path: Path) -> Report:
     try:
         data = read_file(path, MAX_BYTES)
     except (OSError, ValueError) as error:
-        cause = getattr(error, "strerror", None) or error
-        raise UsageError(f"{path} is no report of `pipeline evaluate --out FILE` ({cause})") from None
+        raise UsageError(f"{path} is no report of `pipeline evaluate --out FILE` ({cause_of(error)})") from None
     try:
         record, _ = parse_checksummed(data)
     except ValueError as error:

@@ -15,6 +15,7 @@ metadata that every reader parses, and that tools which save again drop.
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from pipeline.drafts.draft import ProbeBlock
 from pipeline.errors import ProofError, UsageError
 from pipeline.os_errors import refuse_limit
 from pipeline.published.folder import Opened, open_folder
+from pipeline.published.reference import block_states
 from pipeline.published.weights import CONFIG, WEIGHTS
 from pipeline.tensors import save_tensors
 from pipeline.untrusted import check_regular, parse_json
@@ -101,15 +103,15 @@ def check_export(path: Path, target_layers: int | None = None) -> Checked:
         raise ProofError(f"check-export: {error}") from error
 
 
-def checked_table(found: dict) -> str:
+def checked_table(facts: dict) -> str:
     """Return the text that `check-export` prints for a sound folder."""
-    ids = f", proposes {found['proposed_ids']:,} ids" if found["proposed_ids"] < found["vocab_size"] else ""
+    ids = f", proposes {facts['proposed_ids']:,} ids" if facts["proposed_ids"] < facts["vocab_size"] else ""
     first = (
-        f"{found['path']}: a {found['method']} draft in the form of {found['form']}, {found['tensors']} tensors, "
-        f"{found['parameters']:,} parameters, {' and '.join(found['dtypes'])}; reads layers {found['layers']}, "
-        f"{found['proposals']} proposals in blocks of {found['block_size']}{ids}"
+        f"{facts['path']}: a {facts['method']} draft in the form of {facts['form']}, {facts['tensors']} tensors, "
+        f"{facts['parameters']:,} parameters, {' and '.join(facts['dtypes'])}; reads layers {facts['layers']}, "
+        f"{facts['proposals']} proposals in blocks of {facts['block_size']}{ids}"
     )
-    probe = found["probe"]
+    probe = facts["probe"]
     if probe is None:
         return f"{first}\nno probe lies with it, so what it computes is not compared with what its trainer computed"
     return (
@@ -120,11 +122,11 @@ def checked_table(found: dict) -> str:
 
 def _check_files(opened: Opened) -> None:
     """Refuse other files that an engine would load beside, or instead of, the weights."""
-    mine = {file.name for file in opened.weights.files}
-    others = sorted({file.name for pattern in _LOADED for file in opened.path.glob(pattern)} - mine)
+    loaded = {file.name for file in opened.weights.files}
+    others = sorted({file.name for pattern in _LOADED for file in opened.path.glob(pattern)} - loaded)
     if others:
         raise UsageError(
-            f"{opened.path / others[0]} lies beside {', '.join(sorted(mine))}, and engines load every such file as "
+            f"{opened.path / others[0]} lies beside {', '.join(sorted(loaded))}, and engines load every such file as "
             f"weights; leave {WEIGHTS} alone"
         )
 
@@ -188,7 +190,7 @@ def check_probe(opened: Opened) -> ProbeResult | None:
         pairs = [(logits_SC, tensors["logits_NSC"][block])]
         if confidence_S is not None:
             pairs.append((confidence_S, tensors["confidence_NS"][block]))
-        differences += [float((found - stored).abs().max() / stored.abs().max()) for found, stored in pairs]
+        differences += [float((computed - stored).abs().max() / stored.abs().max()) for computed, stored in pairs]
     wrong = [difference for difference in differences if not difference <= TOLERANCE]  # NaN is wrong, too
     if wrong:
         raise UsageError(
@@ -257,6 +259,7 @@ def _recompute(
         return opened[name].float()
 
     features_KTD, columns_C = tensors["features_KTD"][:, :anchor], tensors["columns_C"]
-    probe = ProbeBlock(get, features_KTD, slots_SD, prev_S, prev_SD, columns_C, tensors["head_CD"])
+    states = partial(block_states, get, config, features_KTD, slots_SD)
+    probe = ProbeBlock(get, states, features_KTD, slots_SD, prev_S, prev_SD, columns_C, tensors["head_CD"])
     logits_SC, confidence_S = DRAFTS[config.method].reference(config, probe)
     return logits_SC if softcap is None else softcap * torch.tanh(logits_SC / softcap), confidence_S

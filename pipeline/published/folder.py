@@ -1,6 +1,6 @@
 """A published folder, opened: every tensor that its config.json asks for, none more, none of another shape.
 
-Engines pass over names that they do not know and serve random weights in their place; here both are refused, before
+Engines ignore names that they do not know and serve random weights in their place; here both are refused, before
 a tensor is read.
 """
 

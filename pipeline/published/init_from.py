@@ -28,7 +28,7 @@ OTHERS = {"method", "max_position_embeddings", "initializer_range", "rope_scalin
 class InitialWeights:
     """Initial weights of a draft. `fresh`: tensors still initialised at random. `summary`: one line."""
 
-    place: Path
+    path: Path
     tensors: dict[str, Tensor]
     fresh: tuple[str, ...]
     summary: str
@@ -45,33 +45,33 @@ class InitialWeights:
 class InitialDraft:
     """The draft that --init-from names. Commands that train are given it: they know of no published form."""
 
-    place: Path
+    path: Path
 
     def weights_for(self, wanted: DraftConfig, head: TargetHead | None = None) -> InitialWeights:
         """As `load_initial_weights`."""
-        return load_initial_weights(self.place, wanted, head)
+        return load_initial_weights(self.path, wanted, head)
 
 
-def load_initial_weights(place: Path, wanted: DraftConfig, head: TargetHead | None = None) -> InitialWeights:
-    """Return the weights at `place` for a draft of the config `wanted`.
+def load_initial_weights(path: Path, wanted: DraftConfig, head: TargetHead | None = None) -> InitialWeights:
+    """Return the weights at `path` for a draft of the config `wanted`.
 
-    place: a published folder of any form, SpecForge's training checkpoint with the draft's config.json beside it, or a
+    path: a published folder of any form, SpecForge's training checkpoint with the draft's config.json beside it, or a
     run or checkpoint of ours. head: the target's; copies of it that the folder brings are compared with it. UsageError
     naming the first thing that does not fit, with both values.
     """
-    place = Path(place)
-    config, tensors, proposed = _read_run(place) if _is_run(place) else _read_published(place, wanted, head)
-    _check_fits(place, config, wanted)
+    path = Path(path)
+    config, tensors, proposed = _read_run(path) if _is_run(path) else _read_published(path, wanted, head)
+    _check_fits(path, config, wanted)
     method, source = DRAFTS[wanted.method], DRAFTS[config.method]
     if proposed < wanted.vocab_size and not (source.only_backbone or source.reduces_vocabulary):
         raise UsageError(
-            f"{place} proposes {proposed} of {wanted.vocab_size} ids, and its {config.method} head knows no others; "
+            f"{path} proposes {proposed} of {wanted.vocab_size} ids, and its {config.method} head knows no others; "
             f"start from a draft of the whole vocabulary, or from a {' or '.join(_backbone_titles())} one"
         )
     taken = {name: tensors[name] for name in method.starting_tensors(wanted, source)}
     fresh = tuple(sorted(method.tensors(wanted).keys() - taken.keys()))
     return InitialWeights(
-        place, taken, fresh, _summary(place, config, wanted, fresh), config.rope_scaling, _digest(taken)
+        path, taken, fresh, _summary(path, config, wanted, fresh), config.rope_scaling, _digest(taken)
     )
 
 
@@ -79,25 +79,25 @@ def _backbone_titles() -> list[str]:
     return [draft.title for draft in DRAFTS.values() if draft.only_backbone]
 
 
-def _is_run(place: Path) -> bool:
-    return (place / DRAFT).is_file() or bool(steps(place))
+def _is_run(path: Path) -> bool:
+    return (path / DRAFT).is_file() or bool(steps(path))
 
 
-def _read_run(place: Path) -> tuple[DraftConfig, dict[str, Tensor], int]:
-    checkpoint, config = find_checkpoint(place), load_config(place)
+def _read_run(path: Path) -> tuple[DraftConfig, dict[str, Tensor], int]:
+    checkpoint, config = find_checkpoint(path), load_config(path)
     open_checkpoint(checkpoint)
     weights = open_safetensors([checkpoint / DRAFT])
     return config, {name: weights[name] for name in weights.shapes}, config.vocab_size
 
 
-def _read_published(place: Path, wanted: DraftConfig, head: TargetHead | None):
-    opened = open_folder(place, wanted.num_target_layers)
+def _read_published(path: Path, wanted: DraftConfig, head: TargetHead | None):
+    opened = open_folder(path, wanted.num_target_layers)
     if head is not None:
         opened.check_copies(head.embed_VD, head.head_VD)
     return opened.config, dict(opened.own()), opened.described.proposed
 
 
-def _check_fits(place: Path, config: DraftConfig, wanted: DraftConfig) -> None:
+def _check_fits(path: Path, config: DraftConfig, wanted: DraftConfig) -> None:
     method = DRAFTS[wanted.method]
     if method.starting_tensors(wanted, DRAFTS[config.method]) is None:
         able = [
@@ -105,7 +105,7 @@ def _check_fits(place: Path, config: DraftConfig, wanted: DraftConfig) -> None:
         ]
         others = " or ".join([wanted.method, *able])
         raise UsageError(
-            f"{place} is a {config.method} draft, wanted is {wanted.method}: its backbone leans on its own head; start "
+            f"{path} is a {config.method} draft, wanted is {wanted.method}: its backbone leans on its own head; start "
             f"from a {others} draft, or set draft.method = {json.dumps(config.method)}"
         )
     # With another value the backbone's weights compute something else, or do not fit.
@@ -116,7 +116,7 @@ def _check_fits(place: Path, config: DraftConfig, wanted: DraftConfig) -> None:
         there, here = getattr(config, key), getattr(wanted, key)
         if there != here:
             raise UsageError(
-                f"{place} has {key} = {_plain(there)}, wanted is {_plain(here)}; weights trained with the one are "
+                f"{path} has {key} = {_plain(there)}, wanted is {_plain(here)}; weights trained with the one are "
                 "of no use to the other: change the recipe to it, or start from another draft"
             )
 
@@ -125,8 +125,8 @@ def _plain(value):
     return list(value) if isinstance(value, tuple) else value
 
 
-def _summary(place: Path, config: DraftConfig, wanted: DraftConfig, fresh: tuple[str, ...]) -> str:
-    parts = [f"starting from the {config.method} draft {place}"]
+def _summary(path: Path, config: DraftConfig, wanted: DraftConfig, fresh: tuple[str, ...]) -> str:
+    parts = [f"starting from the {config.method} draft {path}"]
     if fresh:
         heads = sorted({name.partition(".")[0] for name in fresh})
         parts.append(f"{', '.join(heads)} fresh, as {wanted.method} has and {config.method} has not")

@@ -49,12 +49,12 @@ INERT = {
 }
 # Flags by which engines mask a block: the first two of every layer, the third of sliding ones.
 MASKS = ("is_causal", "causal", "sliding_window_non_causal")
-# What else may stand in `dflash_config`, besides options of a method: of training, or said again.
+# What else may stand in `dflash_config`, besides options of a method: of training, or repeated.
 _NESTED = {"attention_mode", "num_anchors", "loss_decay_gamma", "mask_token", "swa_window_size", "block_size"}
 _NESTED |= {"mask_token_id", "target_layer_ids", "num_target_layers", "projector_type", "shift_label"}
 _NESTED |= {"sample_from_anchor", *INERT, *MASKS}
 _SIZES = (*SHARED[:6], "max_position_embeddings", "head_dim")
-_MOST = {"num_hidden_layers": 1024, "block_size": 4096}  # far more than anyone has; a file may say anything
+_MOST = {"num_hidden_layers": 1024, "block_size": 4096}  # far more than any draft has
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def _checked(file: Path, method: str, fields: dict) -> DraftConfig:
 
 
 def _refuse_others(keys: PublishedKeys, method: str) -> None:
-    """Refuse a draft that computes something else, whose own engine would heed a key that we would pass over."""
+    """Refuse a draft that computes something else, whose own engine would read a key that is ignored here."""
     # A draft here is causal inside a block on sliding layers, and on no others.
     causal = {kind == "sliding_attention" for kind in keys.flat.get("layer_types") or ["full_attention"]}
     for where in (keys.flat, keys.nested):
@@ -283,13 +283,13 @@ def _rope_scaling(file: Path, flat: dict) -> RopeScaling | None:
     """The scaling that is stated, once or twice alike, and that engines compute as we do. UsageError for any other."""
     places = [rope_parameters({"rope_scaling": flat.get(key)}) for key in ("rope_scaling", "rope_parameters")]
     scaled = [stated for stated in places if rope_type_of(stated) != "default"]
-    found = []
+    scalings = []
     for stated in scaled:
         scaling, reason = draft_rope_scaling({**flat, "rope_scaling": stated})
         if scaling is None:
             raise UsageError(f"{file}: scaled rotary positions: {reason}; a draft here has others")
-        found.append(scaling)
+        scalings.append(scaling)
     plain = places[1] and rope_type_of(places[1]) == "default"
-    if len(set(found)) > 1 or (found and plain):
+    if len(set(scalings)) > 1 or (scalings and plain):
         raise UsageError(f"{file}: rope_scaling and rope_parameters differ; state scaled rotary positions twice alike")
-    return found[0] if found else None
+    return scalings[0] if scalings else None

@@ -1,5 +1,4 @@
-"""Files of weights from anywhere, taken on no trust: nothing in them can run, and nothing is allocated that their
-own size does not pay for.
+"""Weight files of unknown origin: nothing in them is executed, and no more memory is allocated than they are large.
 
 safetensors holds tensors only, and its reader checks each against the file's length. PyTorch's own format is a
 pickle: it passes the guard of `pipeline/pickles.py` first, is then read by `weights_only=True` and never otherwise, and
@@ -13,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.errors import UsageError, first_line
+from pipeline.errors import UsageError, cause_of, first_line
 from pipeline.os_errors import refuse_limit
 from pipeline.pickles import RefusedPickle, check_pickle
 from pipeline.untrusted import check_regular, parse_json, read_file
@@ -48,14 +47,15 @@ class Weights:
 def read_json(path: Path) -> dict:
     """Read a JSON object of a moderate size. UsageError."""
     try:
-        found = parse_json(read_file(path, MOST_JSON))
+        record = parse_json(read_file(path, MOST_JSON))
     except (OSError, ValueError) as error:
         refuse_limit(path, error)
-        said = getattr(error, "strerror", None) or error
-        raise UsageError(f"{path} cannot be read ({said}); name a folder that holds a published draft") from error
-    if not isinstance(found, dict):
+        raise UsageError(
+            f"{path} cannot be read ({cause_of(error)}); name a folder that holds a published draft"
+        ) from error
+    if not isinstance(record, dict):
         raise UsageError(f"{path} is no JSON object; name a folder that holds a published draft")
-    return found
+    return record
 
 
 def open_weights(folder: Path) -> Weights:
@@ -97,20 +97,20 @@ def open_safetensors(files: list[Path]) -> Weights:
 def _pickled(path: Path) -> Weights:
     stored = _check_pickle(path)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, ValueError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
         refuse_limit(path, error)
         raise UsageError(f"{path} cannot be read ({first_line(error, 120)}); fetch the draft again") from error
-    if isinstance(found, dict):
-        found = next((found[key] for key in STATES if isinstance(found.get(key), dict)), found)
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+    if isinstance(state, dict):
+        state = next((state[key] for key in STATES if isinstance(state.get(key), dict)), state)
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise UsageError(f"{path} holds no tensors by name; save the draft's state_dict as safetensors")
     weights = Weights([path])
-    for name, tensor in found.items():
+    for name, tensor in state.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.is_contiguous():
             raise UsageError(f"{path}: {name} is no plain tensor; save the draft's state_dict as safetensors")
         weights._add(name, tuple(tensor.shape), tensor.dtype, {name: tensor.detach()})
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in found.values()}
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in state.values()}
     if sum(storages.values()) > stored:
         raise UsageError(f"{path} holds {stored} bytes of tensors and names more; fetch the draft again")
     return weights

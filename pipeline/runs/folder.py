@@ -29,7 +29,17 @@ from pipeline.cache.atomic import write_errors, write_file
 from pipeline.cache.layout import FINAL
 from pipeline.cache.locks import try_lock
 from pipeline.cache.manifest import FileFact
-from pipeline.checksummed_json import Count, Counts, FileRecord, Number, Record, damage_error, read_record, record_bytes
+from pipeline.checksummed_json import (
+    Count,
+    Counts,
+    FailFastDict,
+    FileRecord,
+    Number,
+    Record,
+    damage_error,
+    read_record,
+    record_bytes,
+)
 from pipeline.drafts.rope import RopeScaling
 from pipeline.errors import CacheError, UsageError
 from pipeline.evaluation.figures import Figures
@@ -99,7 +109,7 @@ class RunRecord(Record):
 class Evaluation(Figures):
     """The accept length on held-out replies, of each domain, and of each reply: sample, first row, tokens, calls."""
 
-    domains: dict[str, Figures]
+    domains: Annotated[dict[str, Figures], FailFastDict]
     replies: Annotated[list[Counts], FailFast()] = Field(default_factory=list)
 
 
@@ -188,7 +198,7 @@ def describe(
     start: "InitialWeights | None" = None,
 ) -> RunRecord:
     """Return the record of a run that this process would begin; `write_run` adds the recipe's checksum."""
-    initial = start and StartRecord(place=str(start.place), digest=start.digest, fresh=list(start.fresh))
+    initial = start and StartRecord(place=str(start.path), digest=start.digest, fresh=list(start.fresh))
     scaling = resolved.draft.rope_scaling
     return RunRecord(
         cache=CacheRecord(path=str(cache.path.resolve()), digest=cache.digest, rounded=_lossy_states(resolved, cache)),

@@ -32,7 +32,7 @@ from pydantic import (
 from pipeline.drafts import DRAFTS, DraftConfig, draft_config
 from pipeline.drafts.draft import SMALL_HIDDEN
 from pipeline.drafts.rope import RopeScaling, draft_rope_scaling
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, cause_of
 from pipeline.runs.cache_requirements import check_final, layers_to_read, resolve_mask_token, rope_theta, text_config
 from pipeline.untrusted import read_file
 
@@ -178,7 +178,7 @@ def read_toml(path: Path) -> dict:
     except FileNotFoundError:
         raise UsageError(f"no recipe at {path}; recipes are TOML files such as configs/domino.toml") from None
     except (OSError, ValueError, RecursionError) as error:  # tomllib's own is a ValueError
-        raise UsageError(f"{path} is not TOML: {getattr(error, 'strerror', None) or error}") from None
+        raise UsageError(f"{path} is not TOML: {cause_of(error)}") from None
 
 
 def _set(stated: dict, entry: str) -> None:

@@ -74,11 +74,11 @@ def on_policy_share(supervised: int) -> float:
     return min(1.0, max(SHARE, least))
 
 
-def on_policy_rows(shard: ShardPlan, row: int, share: float) -> np.ndarray:
-    """Return which supervised rows of sample `row` are measured: a random draw seeded by the sample's id alone."""
-    supervised = np.flatnonzero(shard.mask(row))
+def on_policy_rows(shard: ShardPlan, sample: int, share: float) -> np.ndarray:
+    """Return which supervised rows of a sample are measured: a random draw seeded by the sample's id alone."""
+    supervised = np.flatnonzero(shard.mask(sample))
     supervised = supervised[supervised > 0]  # nothing predicts the first token
-    draw = np.random.Generator(np.random.PCG64(shard.sample_ids[row].tolist()))
+    draw = np.random.Generator(np.random.PCG64(shard.sample_ids[sample].tolist()))
     return supervised[draw.random(len(supervised)) < share]
 
 

@@ -59,22 +59,22 @@ def probe(
     read: ReadRows,
     slack: float = 0.0,
 ) -> dict[str, dict]:
-    """Compare two samples' prefixes as stored (`read(column, row)`) with the reference; return facts for each column.
+    """Compare two stored prefixes (`read(column, sample)`) with the reference; return facts for each column.
 
     head: the stored one. refused: samples to skip. slack: is added to every bound, for states of another engine.
     Raises ProofError naming what does not fit and what would fit better.
     """
     worst = dict.fromkeys((spec.name for spec in columns), 0.0)
-    rows = probe_rows(shard, refused)
-    for row in rows:
-        prefix = prefix_length(shard, row)
-        ids_P = torch.from_numpy(shard.ids(row)[:prefix].astype(np.int64)).to(reference.device)
+    samples = probe_samples(shard, refused)
+    for sample in samples:
+        prefix = prefix_length(shard, sample)
+        ids_P = torch.from_numpy(shard.ids(sample)[:prefix].astype(np.int64)).to(reference.device)
         entries, logits_PV = reference.run(ids_P)
         check_embedding(head, ids_P, entries[0])
         for spec in columns:
-            kept = stored_rows(shard, row, spec.keeps)
+            kept = stored_rows(shard, sample, spec.keeps)
             inside = torch.from_numpy(kept[kept < prefix]).to(reference.device)
-            stored = as_states(read(spec.name, row))[: len(inside)].to(reference.device)
+            stored = as_states(read(spec.name, sample))[: len(inside)].to(reference.device)
             tolerance = CODECS[spec.codec].probe_allowance + slack
             layer = layer_of(spec.name)
             if layer is not None:
@@ -83,24 +83,24 @@ def probe(
                 error = check_final(stored, entries[-1][inside], reference.norm, tolerance)
                 error = max(error, check_logits(stored, head, logits_PV[inside], tolerance))
             worst[spec.name] = max(worst[spec.name], error)
-    return {name: {"samples": rows, "error": float(f"{error:.2e}")} for name, error in worst.items()}
+    return {name: {"samples": samples, "error": float(f"{error:.2e}")} for name, error in worst.items()}
 
 
-def probe_rows(shard: ShardPlan, refused: set[int]) -> list[int]:
+def probe_samples(shard: ShardPlan, refused: set[int]) -> list[int]:
     """Return the samples to compare: the first SAMPLES by start of the reply (counted from ROWS on), then by id."""
-    usable = [row for row in range(len(shard)) if row not in refused]
+    usable = [sample for sample in range(len(shard)) if sample not in refused]
     names = shard.sample_ids
-    starts = {row: max(ROWS, int(np.argmax(shard.mask(row)))) for row in usable}
-    return sorted(usable, key=lambda row: (starts[row], *names[row].tolist()))[:SAMPLES]
+    starts = {sample: max(ROWS, int(np.argmax(shard.mask(sample)))) for sample in usable}
+    return sorted(usable, key=lambda sample: (starts[sample], *names[sample].tolist()))[:SAMPLES]
 
 
-def prefix_length(shard: ShardPlan, row: int) -> int:
+def prefix_length(shard: ShardPlan, sample: int) -> int:
     """Return the length of a sample's prefix: ROWS, or more where a long prompt would leave no `final` row in it.
 
     Never the whole sample: a target that attends to later tokens gives other states without them, which shows here.
     """
-    first = int(np.argmax(shard.mask(row)))
-    return min(int(shard.lengths[row]) - 1, max(ROWS, first + SCORED_ROWS if first >= ROWS else 0))
+    first = int(np.argmax(shard.mask(sample)))
+    return min(int(shard.lengths[sample]) - 1, max(ROWS, first + SCORED_ROWS if first >= ROWS else 0))
 
 
 def relative_error(computed: Tensor, truth: Tensor) -> float:

@@ -8,6 +8,7 @@ import re
 import runpy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -68,53 +69,45 @@ def find_worker(named: str | None, environment: Mapping[str, str]) -> Worker:
     torchrun: RANK and WORLD_SIZE. SLURM: the tasks of `srun`, the jobs of an array, or both. The local number, which
     only chooses the GPU, is LOCAL_RANK or SLURM_LOCALID. Raises UsageError for a value that is no number or too large.
     """
-    values = _Numbers(environment)
-    local = values.first("LOCAL_RANK", "SLURM_LOCALID")
+    value = partial(_number, environment)
+    local = next((value(name) for name in ("LOCAL_RANK", "SLURM_LOCALID") if name in environment), None)
     if named is not None:
         found = NAMED.fullmatch(named)
         if not found or int(found[1]) >= int(found[2]):
             raise UsageError(f"--worker {named}: wanted I/N with I from 0 to N-1, such as 0/4")
         return Worker(int(found[1]), int(found[2]), local)
     if "RANK" in environment or "WORLD_SIZE" in environment:
-        return _make_worker(values.get("RANK"), values.get("WORLD_SIZE"), local, "RANK and WORLD_SIZE")
-    return _slurm(environment, values, local)
+        return _make_worker(value("RANK"), value("WORLD_SIZE"), local, "RANK and WORLD_SIZE")
+    return _slurm(environment, local)
 
 
-class _Numbers:
-    """Reads environment variables as non-negative numbers. UsageError for anything else."""
-
-    def __init__(self, environment: Mapping[str, str]):
-        self.environment = environment
-
-    def get(self, name: str) -> int:
-        text = self.environment.get(name)
-        if text is None or not text.isdecimal():
-            raise UsageError(f"{name} = {text!r} in the environment: wanted a number; set it, or pass --worker I/N")
-        return int(text)
-
-    def first(self, *names: str) -> int | None:
-        return next((self.get(name) for name in names if name in self.environment), None)
+def _number(environment: Mapping[str, str], name: str) -> int:
+    """Return an environment variable as a number of 0 or more. UsageError for anything else."""
+    text = environment.get(name)
+    if text is None or not text.isdecimal():
+        raise UsageError(f"{name} = {text!r} in the environment: wanted a number; set it, or pass --worker I/N")
+    return int(text)
 
 
-def _slurm(environment: Mapping[str, str], values: _Numbers, local: int | None) -> Worker:
+def _slurm(environment: Mapping[str, str], local: int | None) -> Worker:
     """Number the worker by its job in the array and its task in the job's step (`srun`).
 
     A batch script without `srun` is no step: only SLURM_PROCID is set there, and one process runs whatever --ntasks
     says.
     """
-    job, jobs, task, tasks = 0, 1, 0, 1
+    value, job, jobs, task, tasks = partial(_number, environment), 0, 1, 0, 1
     if "SLURM_ARRAY_TASK_ID" in environment:
-        jobs, first = values.get("SLURM_ARRAY_TASK_COUNT"), values.get("SLURM_ARRAY_TASK_MIN")
-        span = values.get("SLURM_ARRAY_TASK_MAX") - first
+        jobs, first = value("SLURM_ARRAY_TASK_COUNT"), value("SLURM_ARRAY_TASK_MIN")
+        span = value("SLURM_ARRAY_TASK_MAX") - first
         stride = span // (jobs - 1) if jobs > 1 else 1
-        job, rest = divmod(values.get("SLURM_ARRAY_TASK_ID") - first, stride or 1)
+        job, rest = divmod(value("SLURM_ARRAY_TASK_ID") - first, stride or 1)
         if stride * (jobs - 1) != span or rest:
             raise UsageError(
                 f"the SLURM array's {jobs} ids from {first} to {first + span} leave gaps, so it is open which shards "
                 "each should take; pass --worker I/N"
             )
     if "SLURM_STEP_NUM_TASKS" in environment:
-        task, tasks = values.get("SLURM_PROCID"), values.get("SLURM_STEP_NUM_TASKS")
+        task, tasks = value("SLURM_PROCID"), value("SLURM_STEP_NUM_TASKS")
     return _make_worker(job * tasks + task, jobs * tasks, local, "SLURM's array and task numbers")
 
 

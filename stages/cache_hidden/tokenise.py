@@ -294,7 +294,7 @@ class EncodedText:
 def added_token_spans(template: ChatTemplate, text: str, ids: np.ndarray) -> list[tuple[int, int, int]] | None:
     """Return the added tokens of a text as (first character, the one after the last, index into ids).
 
-    None where that cannot be told: some take the white space around them, or match text that only looks alike.
+    None where the text does not show it: some take the white space around them, or match text that only looks alike.
     """
     if not template.added_tokens_are_plain:
         return None
@@ -321,7 +321,7 @@ def encode_texts(template: ChatTemplate, texts: list[str], max_length: int) -> l
 
 
 def _encode_long(template: ChatTemplate, text: str, limit: int, count: int, max_length: int) -> EncodedText:
-    """Encode more of a text until there are enough tokens, not counting those near the cut, which may be wrong.
+    """Encode more of a text until there are enough tokens, without the last ones before the cut, which may be wrong.
 
     count: how many tokens its first `limit` characters have.
     """

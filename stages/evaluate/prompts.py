@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.cache import HiddenCache
 from pipeline.corpus.rejections import Unusable
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import DataError, UsageError, cause_of
 from pipeline.evaluation.accept_length import reply_spans
 from pipeline.os_errors import refuse_limit
 from pipeline.runs.split import stratified_subset
@@ -65,8 +65,7 @@ def file_prompts(path: Path, target: Path, count: int, rules: dict | None = None
         lines = read_file(Path(path), MOST_BYTES).decode().split("\n")
     except (OSError, ValueError) as error:
         refuse_limit(path, error)
-        cause = getattr(error, "strerror", None) or error
-        raise UsageError(f"{path} cannot be read ({cause}); pass a JSONL file of prompts") from error
+        raise UsageError(f"{path} cannot be read ({cause_of(error)}); pass a JSONL file of prompts") from error
     rules, prompts = rules or {}, []
     template = json.dumps(rules.get("template_kwargs", {})), rules.get("template_date", TEMPLATE_DATE)
     for number, line in enumerate(lines, 1):

@@ -28,7 +28,7 @@ from pipeline.corpus.rejections import Tally, Unusable, check_ids, check_mask, t
 from pipeline.errors import DataError, ProofError, UsageError
 from pipeline.target.head import TargetHead
 from pipeline.target.on_policy import OnPolicyStats, on_policy_rows, on_policy_share, score_tokens, sum_scores
-from pipeline.target.probe import ReferenceTarget, probe, probe_rows
+from pipeline.target.probe import ReferenceTarget, probe, probe_samples
 from pipeline.tensors import as_states, as_stored
 from pipeline.visible_text import print_visible, visible
 from stages.import_cache.conventions import EXTRA_TOLERANCE, Convention
@@ -274,5 +274,5 @@ def probe_shard(
     try:
         return probe(reference, head, writer.shard, wanted, refused, writer.read, EXTRA_TOLERANCE[job.dtype])
     except ProofError as error:
-        probed = ", ".join(location_of(writer.shard, row)[0] for row in probe_rows(writer.shard, refused))
+        probed = ", ".join(location_of(writer.shard, row)[0] for row in probe_samples(writer.shard, refused))
         raise ProofError(f"{Path(job.source.folder)}, {probed}: {error}; these files are of another run") from error

@@ -126,8 +126,7 @@ class BatchLoader:
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def batch(self, step: int, alone: bool = False) -> Batch:
-        """Lay out the batch of `step` without reading a state; `alone` gives every sample a cell of its own.
-        Thread-safe."""
+        """Lay out the batch of `step`, reading no state; `alone` gives every sample its own cell. Thread-safe."""
         epoch, at = divmod(step, self.per_epoch)
         keys, samples_n = self._order(epoch)
         chosen = order.global_batch(samples_n, at, self.train.batch)
@@ -145,8 +144,7 @@ class BatchLoader:
         return (self.read(batch, number) for number in range(len(batch.cells)))
 
     def read(self, batch: Batch, number: int, memory_B: Tensor | None = None) -> Cell:
-        """Return a cell of a batch with its states, read into `memory_B` (uint8, `size` or more) if given; raises as
-        `HiddenCache.fill`."""
+        """Return a cell with its states, read into `memory_B` (uint8, `size` or more) if given; raises as `fill`."""
         cell, windows, states, at = batch.cells[number], batch.windows[number], {}, 0
         if memory_B is None:
             memory_B = torch.empty(self.size(windows), dtype=torch.uint8)

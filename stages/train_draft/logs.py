@@ -1,5 +1,5 @@
 """What a run says: its logs, JSON lines that a resumed run truncates to its checkpoint, so that a kill leaves no trace
-in them; and its progress, a bar on a terminal and a line every few seconds elsewhere.
+in them; its progress, a bar on a terminal and a line every few seconds elsewhere; and the lines before and after it.
 
     metrics.jsonl    one line for each logged step and each evaluation; the same bytes however often a run was killed
     timing.jsonl     what differs between runs of one recipe: seconds, tokens a second
@@ -11,18 +11,28 @@ figures are used.
 
 import json
 import os
+import shlex
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import write_errors, write_file
 from pipeline.checksummed_json import Count, Record, damage_error, parse_checksummed, with_checksum
+from pipeline.drafts.rope import draft_rope_scaling
+from pipeline.drafts.serving import unservable
 from pipeline.errors import CacheError
-from pipeline.runs.folder import Evaluation
+from pipeline.runs.cache_requirements import how_to_add, logit_scale, partial_text, text_config
+from pipeline.runs.folder import Evaluation, Result
+from pipeline.runs.recipe import Resolved
+from pipeline.runs.split import Split
 from pipeline.untrusted import read_file
+from pipeline.visible_text import visible
 from stages.train_draft.loader import Batch
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
@@ -180,3 +190,63 @@ def metrics_text(metrics: dict, timing: dict) -> str:
         f"lr {metrics['lr']:.1e}  {timing['tokens_s']:,.0f} tokens/s  "
         f"data wait {timing['data_wait']:.0%}  ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
     )
+
+
+def run_description(
+    path: Path, store: HiddenCache, split: Split, resolved: Resolved, device: torch.device
+) -> Iterator[str]:
+    """Yield the lines printed before a run starts, the whole recipe first."""
+    yield resolved.recipe.toml()
+    yield (
+        f"{len(split.train)} samples to train on, {len(split.heldout)} held out, {split.unusable} unusable; "
+        f"target {visible(store.identity.target.name)}, on {device}; run {visible(path)}"
+    )
+    context = resolved.recipe.train.context
+    longer = int((store.samples.length[split.train] > context).sum())
+    if longer:
+        yield f"{longer} samples are longer than train.context = {context} rows: each gives one window an epoch"
+    if store.catalog.partial:
+        yield f"the cache is incomplete: {partial_text(store)}; layers {list(resolved.draft.target_layer_ids)} are read"
+    if resolved.draft.gamma is None and resolved.draft.weighting == "decay":
+        yield "gamma is 0, so late slots weigh as much as early ones; published recipes let the weight decay"
+    yield from rope_messages(resolved, store)
+    reason = unservable(resolved.draft, store.tokens, logit_scale(text_config(store.target_config)))
+    if reason is not None:
+        yield f"no engine will serve this draft, `pipeline export` refuses it: {reason}"
+
+
+def rope_messages(resolved: Resolved, store: HiddenCache) -> Iterator[str]:
+    """Yield how the draft's rotary positions relate to the target's scaled ones; nothing where both are plain."""
+    scaling, reason = draft_rope_scaling(text_config(store.target_config))
+    trained = resolved.draft.rope_scaling
+    if trained is not None and trained == scaling:
+        yield f"rotary positions are scaled as the target scales them: {trained}"
+    elif trained != scaling:
+        yield (
+            f"the target scales its rotary positions ({scaling or 'not at all'}), the draft goes on as it began: "
+            f"{trained or 'plain ones'}"
+        )
+    elif reason is not None:
+        yield f"the target scales its rotary positions by {reason}: the draft is trained, and served, with plain ones"
+
+
+def evaluation_text(figures: Evaluation) -> str:
+    """Return an evaluation as one line of text: accept length, its 95 % interval and that of each domain."""
+    if not figures.calls:
+        return "no accept length: no held-out reply is the target's own"
+    named = [f"{visible(name)} {of.accept_len:.2f}" for name, of in figures.domains.items() if of.calls and name]
+    domains = f" ({', '.join(named)})" if named else ""
+    low, high = figures.interval
+    return f"accept length {figures.accept_len:.2f} [{low:.2f}, {high:.2f}] on held-out samples{domains}"
+
+
+def summary(path: Path, store: HiddenCache, result: Result) -> str:
+    """Return the closing lines: where the run is, its accept length, and the command to run next."""
+    if not store.has_final:
+        measured = f"no accept length: the cache holds no final states; {how_to_add(store, store.layers, 'needed')}"
+    elif result.eval is None:
+        measured = "no accept length: the corpus holds nothing out"
+    else:
+        measured = evaluation_text(result.eval)
+    command = visible(shlex.join(["pipeline", "evaluate", "--draft", str(path)]))
+    return f"{visible(path)}: {result.steps} steps, {measured}\nnext: {command}"

@@ -1,24 +1,32 @@
-"""`pipeline train-draft`: train a draft from a cache. Nothing here, or in what it imports, can load a target."""
+"""`pipeline train-draft`: train a draft from a cache. Nothing here, or in what it imports, can load a target.
+
+The loop goes from the newest checkpoint to the last step, with logs, checkpoints and evaluations; a signal saves first.
+"""
 
 import os
-import shlex
-from collections.abc import Iterable, Iterator
+import signal
+import threading
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from pipeline import tensors
 from pipeline.cache import HiddenCache
 from pipeline.console import VisibleConsole
 from pipeline.drafts import DRAFTS, Draft, init_weights
-from pipeline.drafts.rope import draft_rope_scaling
-from pipeline.drafts.serving import unservable
-from pipeline.errors import RoomError, first_line
-from pipeline.runs.cache_requirements import check_complete, how_to_add, logit_scale, partial_text, text_config
+from pipeline.errors import CacheError, RoomError, UsageError, first_line
+from pipeline.evaluation.accept_length import accept_spans
+from pipeline.evaluation.figures import summarise
+from pipeline.runs import checkpoint
+from pipeline.runs.cache_requirements import check_complete
 from pipeline.runs.folder import (
+    Evaluation,
     Result,
     chunk_rule,
     create_or_check,
@@ -29,13 +37,27 @@ from pipeline.runs.folder import (
     write_result,
 )
 from pipeline.runs.recipe import Resolved, load_recipe, resolve
-from pipeline.runs.split import Split, split_samples
+from pipeline.runs.split import Split, split_samples, stratified_subset
 from pipeline.visible_text import visible
-from stages.train_draft.logs import Display
-from stages.train_draft.loop import GracefulStop, TrainingRun, evaluation_text, use_deterministic_kernels
+from stages.train_draft.loader import BatchLoader, Prefetcher
+from stages.train_draft.logs import (
+    METRICS,
+    TIMING,
+    Display,
+    MetricsLog,
+    Throughput,
+    evaluation_text,
+    run_description,
+    summary,
+)
+from stages.train_draft.optimizer import load_state_tensors, make_optimizer, state_tensors
+from stages.train_draft.step import Trainer
 
 if TYPE_CHECKING:
     from pipeline.published.init_from import InitialDraft, InitialWeights
+
+EVAL_BATCH = 8  # samples; a signal is noticed between two such batches
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -130,44 +152,6 @@ def train_resolved(
     return TrainResult(path, result.steps, result.accept_len)
 
 
-def run_description(
-    path: Path, store: HiddenCache, split: Split, resolved: Resolved, device: torch.device
-) -> Iterator[str]:
-    """Yield the lines printed before a run starts, the whole recipe first."""
-    yield resolved.recipe.toml()
-    yield (
-        f"{len(split.train)} samples to train on, {len(split.heldout)} held out, {split.unusable} unusable; "
-        f"target {visible(store.identity.target.name)}, on {device}; run {visible(path)}"
-    )
-    context = resolved.recipe.train.context
-    longer = int((store.samples.length[split.train] > context).sum())
-    if longer:
-        yield f"{longer} samples are longer than train.context = {context} rows: each gives one window an epoch"
-    if store.catalog.partial:
-        yield f"the cache is incomplete: {partial_text(store)}; layers {list(resolved.draft.target_layer_ids)} are read"
-    if resolved.draft.gamma is None and resolved.draft.weighting == "decay":
-        yield "gamma is 0, so late slots weigh as much as early ones; published recipes let the weight decay"
-    yield from rope_messages(resolved, store)
-    reason = unservable(resolved.draft, store.tokens, logit_scale(text_config(store.target_config)))
-    if reason is not None:
-        yield f"no engine will serve this draft, `pipeline export` refuses it: {reason}"
-
-
-def rope_messages(resolved: Resolved, store: HiddenCache) -> Iterator[str]:
-    """Yield how the draft's rotary positions relate to the target's scaled ones; nothing where both are plain."""
-    scaling, reason = draft_rope_scaling(text_config(store.target_config))
-    trained = resolved.draft.rope_scaling
-    if trained is not None and trained == scaling:
-        yield f"rotary positions are scaled as the target scales them: {trained}"
-    elif trained != scaling:
-        yield (
-            f"the target scales its rotary positions ({scaling or 'not at all'}), the draft goes on as it began: "
-            f"{trained or 'plain ones'}"
-        )
-    elif reason is not None:
-        yield f"the target scales its rotary positions by {reason}: the draft is trained, and served, with plain ones"
-
-
 def make_draft(
     resolved: Resolved,
     store: HiddenCache,
@@ -208,13 +192,146 @@ def machine_facts(device: torch.device) -> dict[str, str]:
     return {"device": device.type, "threads": str(torch.get_num_threads())}
 
 
-def summary(path: Path, store: HiddenCache, result: Result) -> str:
-    """Return the closing lines: where the run is, its accept length, and the command to run next."""
-    if not store.has_final:
-        measured = f"no accept length: the cache holds no final states; {how_to_add(store, store.layers, 'needed')}"
-    elif result.eval is None:
-        measured = "no accept length: the corpus holds nothing out"
-    else:
-        measured = evaluation_text(result.eval)
-    command = visible(shlex.join(["pipeline", "evaluate", "--draft", str(path)]))
-    return f"{visible(path)}: {result.steps} steps, {measured}\nnext: {command}"
+class GracefulStop:
+    """Records SIGTERM, SIGHUP and Ctrl-C so that the loop can save before it ends; a second signal acts at once.
+
+    Signals that were ignored (SIGHUP under nohup) stay ignored.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self.previous_handlers: dict = {}
+
+    def __enter__(self) -> "GracefulStop":
+        if threading.current_thread() is threading.main_thread():
+            handled = [number for number in STOP_SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+            self.previous_handlers = {number: signal.signal(number, self._note) for number in handled}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous_handlers.items():
+            signal.signal(number, handler)
+        self.previous_handlers = {}
+
+    def _note(self, number: int, frame) -> None:
+        self.received = number
+        self.__exit__()
+
+    def raise_signal(self) -> None:
+        """Raise what ends the process as the signal would: SystemExit(143), SystemExit(129) or KeyboardInterrupt."""
+        raise KeyboardInterrupt if self.received == signal.SIGINT else SystemExit(128 + self.received)
+
+
+class TrainingRun:
+    """A run in progress: its folder, draft, optimiser and batches, after `step` steps."""
+
+    def __init__(self, path: Path, cache: HiddenCache, split: Split, resolved: Resolved, draft: Draft):
+        self.path, self.cache, self.draft = path, cache, draft
+        self.train = resolved.recipe.train
+        self.digests = {"recipe": resolved.recipe.digest(), "cache": cache.digest, "split": split.digest}
+        self.optimizer = make_optimizer(self.train.optimizer, draft)
+        self.device = draft.device
+        self.loader = BatchLoader(cache, split, resolved.draft, self.train, keep_encoded=self.device.type != "cpu")
+        self.eval_samples = stratified_subset(cache, split.heldout, self.train.eval_samples) if cache.has_final else ()
+        self.metrics, self.timing_log = MetricsLog(path / METRICS), MetricsLog(path / TIMING)
+        self.step = 0
+
+    def resume(self) -> int:
+        """Load the newest checkpoint and truncate the metrics to it; return its step, 0 without one.
+
+        Raises UsageError for a checkpoint of another recipe, cache or split; CacheError for a damaged one.
+        """
+        found = checkpoint.latest(self.path)
+        if found is not None:
+            for key, digest in self.digests.items():
+                recorded = getattr(found.state, key)
+                if recorded != digest:
+                    raise UsageError(
+                        f"{found.path} was made with another {key}: digest {recorded}, this run has {digest}; "
+                        "remove it to go on from the checkpoint before"
+                    )
+            self.step = found.step
+            device = str(self.device)
+            try:
+                self.draft.load_state_dict(load_file(found.path / checkpoint.DRAFT, device=device))
+                moments = load_file(found.path / checkpoint.OPTIMIZER, device=device)
+                load_state_tensors(self.optimizer, moments, found.step)
+            except (OSError, RuntimeError, KeyError) as error:  # its bytes were checked: written by another program
+                raise CacheError(
+                    f"{found.path}: not the weights and moments of this run's draft ({first_line(error, None)}); "
+                    "remove it to go on from the checkpoint before"
+                ) from error
+        self.metrics.truncate(self.step, found.state.metrics if found else "")
+        self.timing_log.truncate(self.step)
+        return self.step
+
+    def fit(self, display: Display, stop: GracefulStop) -> Evaluation | None:
+        """Train to the last step; return the evaluation after it, None where nothing can be measured."""
+        trainer = Trainer(self.draft, self.optimizer, self.loader, self.train)
+        throughput = Throughput(self.step, self.train.steps)
+        self._evaluate(display, stop)  # a checkpoint may have been saved between a step and its evaluation
+        batches = Prefetcher(self.loader, self.step, self.train.steps, self.device)
+        try:
+            for batch, cells in batches:
+                before = trainer.blocks_per_pass
+                metrics = trainer.step(batch, cells)
+                if trainer.blocks_per_pass != before:
+                    display.print_line(
+                        f"out of memory: from step {batch.step + 1} on {trainer.blocks_per_pass} blocks at a time"
+                    )
+                self.step = batch.step + 1
+                throughput.count(batch)
+                timing = throughput.timing(batches.waited)
+                if metrics:
+                    self.metrics.write(metrics)
+                    self.timing_log.write({"step": self.step, **timing})
+                display.step(self.step, metrics, timing)
+                began = time.perf_counter()
+                if self.step % self.train.save_every == 0 or self.step == self.train.steps:
+                    self.save()
+                self._evaluate(display, stop)
+                throughput.exclude(time.perf_counter() - began)
+        finally:
+            batches.close()
+        return self._evaluated()
+
+    def save(self) -> None:
+        digests = self.digests | {"metrics": self.metrics.last_checksum}
+        checkpoint.save(self.path, self.step, self.draft, state_tensors(self.optimizer), digests, self.train.keep)
+
+    def _evaluated(self) -> Evaluation | None:
+        """Return the evaluation of this step from the metrics log, None when there is none yet."""
+        return next((line.eval for line in self.metrics.lines if line.step == self.step and line.eval), None)
+
+    def _evaluate(self, display: Display, stop: GracefulStop) -> None:
+        """Measure the exact accept length on held-out samples when one is due. On a signal: save and exit."""
+        due = self.step > 0 and (self.step % self.train.eval_every == 0 or self.step == self.train.steps)
+        spans = []
+        if due and len(self.eval_samples) and self._evaluated() is None:
+            self.draft.eval()
+            for first in range(0, len(self.eval_samples), EVAL_BATCH):
+                if stop.received:
+                    break
+                spans += accept_spans(self.draft, self.cache, self.eval_samples[first : first + EVAL_BATCH])
+            self.draft.train()
+        if stop.received:
+            self.save()
+            display.print_line(
+                f"stopped at step {self.step}, saved in {visible(self.path)}; the same command goes on from there"
+            )
+            stop.raise_signal()
+        if spans:
+            # Reply by reply, so that runs can be pooled and compared on the same replies: sample, row, tokens, calls.
+            replies = [
+                [span.sample, span.start, sum(span.lengths), len(span.lengths)] for span in spans if span.lengths
+            ]
+            self.metrics.write({"step": self.step, "eval": summarise(spans) | {"replies": replies}})
+            display.print_line(f"step {self.step}: {evaluation_text(self._evaluated())}")
+
+
+def use_deterministic_kernels(device: torch.device) -> None:
+    """Make PyTorch use deterministic CUDA kernels. CPU kernels are deterministic for a given number of threads."""
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # cuDNN would otherwise compute a GRU in TF32, unlike every other product of a float32 draft.
+        torch.backends.cudnn.allow_tf32 = False

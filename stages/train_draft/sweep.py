@@ -85,7 +85,7 @@ def sweep(
             screen.print(f"failed: {visible(error)}", markup=False, soft_wrap=True)
     facts = [run_facts(run, failed.get(run.path)) for run in runs]
     public = [{key: fact[key] for key in fact if key != "replies"} for fact in rank_by_accept_length(facts)]
-    made_of = {"cache": str(cache), "recipe": str(recipe), "init_from": init_from and str(init_from.place)}
+    made_of = {"cache": str(cache), "recipe": str(recipe), "init_from": init_from and str(init_from.path)}
     return made_of | {"runs": public, "pooled": rank_by_accept_length(pool_seeds(facts))}
 
 

@@ -18,6 +18,7 @@ from draft_cases import (
     both_windows,
     build,
     cell_of,
+    dense_hidden,
     every_convention,
     every_method,
     fields,
@@ -99,7 +100,7 @@ def test_grouped_attention_equals_the_dense_mask(method, window):
     assert len(blocks.groups) > 4, "a document should have more than one group"
     weights = torch.randn(*blocks.labels_NS.shape, H, dtype=torch.float64) * blocks.keep_N[:, None, None]
     draft.target = draft.target.to(dtype=torch.float64)
-    grouped, dense = draft.hidden(cell, blocks), draft.hidden(cell, blocks, dense=True)
+    grouped, dense = draft.hidden(cell, blocks), dense_hidden(draft, cell, blocks)
     assert_near(grouped, dense)
     used = {name for name, p in draft.named_parameters() if not name.startswith(HEADS)}
     ours = dict(zip(sorted(used), torch.autograd.grad((grouped * weights).sum(), by_name(draft, used)), strict=True))
@@ -118,7 +119,7 @@ def test_grouped_attention_equals_the_dense_mask_in_float32(window):
     draft, cell = build("dflash", **window), cell_of(23, 9, 40)
     blocks = all_blocks(draft, cell)
     with torch.no_grad():
-        assert_near(draft.hidden(cell, blocks), draft.hidden(cell, blocks, dense=True))
+        assert_near(draft.hidden(cell, blocks), dense_hidden(draft, cell, blocks))
 
 
 @every_method

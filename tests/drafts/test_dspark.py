@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from draft_cases import H, V, all_blocks, assert_near, build, cell_of, gradients, loss_of
+from draft_cases import H, V, all_blocks, assert_near, build, cell_of, dense_hidden, gradients, loss_of
 
 from pipeline.drafts import BlockRequest, Sampling, init_weights, lay_blocks, metrics_of
 from pipeline.errors import UsageError
@@ -100,7 +100,7 @@ def test_teacher_forced_logits_are_those_of_the_rollout_fed_the_same_tokens(kind
 def dense(draft, cell, blocks) -> torch.Tensor:
     """The published loss over whole logits, by autograd (SpecForge and DeepSpec: one weight sum for all terms)."""
     config, weights, labels = draft.config, blocks.weights_NS.double(), blocks.labels_NS
-    hidden = draft.hidden(cell, blocks, dense=True)
+    hidden = dense_hidden(draft, cell, blocks)
     z, out = draft.correction(hidden, blocks.prev_NS)
     q = draft.target.cap(hidden @ draft.target.head_VD.T + z @ out.T).softmax(-1)
     p = draft.target.logits(cell.final_FD[cell.final_at_R[blocks.final_row_NS].clamp(min=0)]).softmax(-1)

@@ -11,10 +11,10 @@ from transformers import AutoConfig, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pipeline.drafts import draft_config
-from pipeline.drafts import reference as arithmetic
 from pipeline.drafts.rope import RopeScaling, draft_rope_scaling, frequencies, rope_tables
 from pipeline.errors import UsageError
 from pipeline.published import export, load_draft_folder, read_published
+from pipeline.published import reference as arithmetic
 from pipeline.runs.cache_requirements import rope_theta
 
 LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}

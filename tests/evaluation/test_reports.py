@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 from reports import evaluation
 
 from pipeline.errors import UsageError
-from pipeline.evaluation.reports import load_report, report_bytes
+from pipeline.evaluation.reports import Report, load_report, report_bytes
 
 RESULTS = sorted((Path(__file__).parents[2] / "data/results").glob("*.json"))
 FIRST_VERSION = {  # as 0.1.0 wrote it
@@ -76,3 +77,19 @@ def test_any_field_with_another_in_its_place_is_refused_in_one_line_that_names_i
         with pytest.raises(UsageError, match=says) as refused:
             load_report(path)
         assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"domains": {str(number): 0 for number in range(1000)}},
+        {"teacher_forced": {str(number): "" for number in range(1000)}},
+        {"samples": [None] * 1000},
+        {"samples": [{"domain": "sql", "lengths": [None] * 1000}]},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_thousand_wrong_entries_are_one_error_since_a_million_would_fill_the_memory(change):
+    with pytest.raises(ValidationError) as refused:
+        Report.model_validate(FIRST_VERSION | change)
+    assert refused.value.error_count() == 1

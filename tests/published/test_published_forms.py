@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from pipeline.drafts import DRAFTS, DraftConfig, draft_config, init_weights, lay
 from pipeline.drafts.draft import ProbeBlock
 from pipeline.errors import ProofError, UsageError
 from pipeline.published import export, load_draft_folder, read_published
+from pipeline.published import reference as arithmetic
 from pipeline.published.check import check_export
 from pipeline.published.folder import published_names
 from pipeline.published.init_from import load_initial_weights
@@ -161,7 +163,8 @@ def test_plain_arithmetic_on_the_tensors_gives_what_the_modules_give(variant):
     for n, anchor in enumerate(anchors_N.tolist()):
         slots_SD, prev_S, columns = target()[blocks.input_ids_NS[n]], blocks.prev_NS[n], torch.arange(40)
         features_KTD = rows.aux[:, :anchor]
-        block = ProbeBlock(tensors.get, features_KTD, slots_SD, prev_S, target()[prev_S], columns, target())
+        states = partial(arithmetic.block_states, tensors.get, config, features_KTD, slots_SD)
+        block = ProbeBlock(tensors.get, states, features_KTD, slots_SD, prev_S, target()[prev_S], columns, target())
         logits_SV, confidence_S = method.reference(config, block)
         torch.testing.assert_close(logits_SV, wanted_NSV[n], rtol=2e-5, atol=2e-5)
         if config.has_confidence:

@@ -16,7 +16,7 @@ from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.samples import PlannedSample
 from pipeline.errors import ProofError
 from pipeline.target.model import decoder_layers, final_norm, head_of, run_decoder, tap_layers
-from pipeline.target.probe import ROWS, ReferenceTarget, prefix_length, probe, probe_rows
+from pipeline.target.probe import ROWS, ReferenceTarget, prefix_length, probe, probe_samples
 from pipeline.tensors import as_stored
 from stages.cache_hidden.engine import HfEngine
 from stages.cache_hidden.pack import Packer
@@ -176,7 +176,7 @@ def test_bfloat16_passes_within_its_bound_and_no_further(tmp_path):
 def test_prefixes_are_short_but_never_without_final_rows(tmp_path):
     model = random_model(SQUARE)
     long_prompts = Stored(model, tmp_path, lengths=(200, 190), prompt=150)
-    (row, *_) = probe_rows(long_prompts.shard, set())
+    (row, *_) = probe_samples(long_prompts.shard, set())
     assert prefix_length(long_prompts.shard, row) == 166
     assert stored_rows(long_prompts.shard, row, "needed")[0] == 149 < 166
     assert long_prompts.probe()["final"]["error"] > 0
@@ -185,8 +185,8 @@ def test_prefixes_are_short_but_never_without_final_rows(tmp_path):
 
 
 def test_refused_samples_are_not_probed(stored):
-    assert probe_rows(stored.shard, set(range(len(stored.shard)))) == []
-    assert 0 not in probe_rows(stored.shard, {0})
+    assert probe_samples(stored.shard, set(range(len(stored.shard)))) == []
+    assert 0 not in probe_samples(stored.shard, {0})
 
 
 def test_the_engine_stores_what_an_ordinary_forward_gives(tmp_path):

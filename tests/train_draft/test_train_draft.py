@@ -33,9 +33,9 @@ from pipeline.runs.recipe import load_recipe, resolve
 from pipeline.runs.split import prompt_hash, split_by_prompt, split_samples, stratified_subset
 from stages.recode.run import run as recode
 from stages.train_draft.loader import BatchLoader, Prefetcher
-from stages.train_draft.loop import evaluation_text
+from stages.train_draft.logs import evaluation_text, run_description
 from stages.train_draft.optimizer import hidden_matrices, load_state_tensors, make_optimizer, state_tensors
-from stages.train_draft.run import make_draft, run, run_description, split_for
+from stages.train_draft.run import make_draft, run, split_for
 from stages.train_draft.step import Trainer
 
 SMALL = ("train.batch=4", "train.anchors=6", "train.log_every=1", "draft.block_size=4", "train.steps=8")

@@ -1,5 +1,5 @@
-"""The block backbone a second time: its published tensors by name and shape, and what they compute on one block, in
-plain torch, as an engine runs it.
+"""The block backbone a second time: what its published tensors compute on one block, in plain torch, as an engine runs
+it.
 
 Written out from the publication (DFlash, arXiv:2602.06036). It shares nothing with `backbone.py` and `attention.py`,
 where blocks are grouped and gradients written out, so what the two agree on is no mistake of one of them.
@@ -17,32 +17,6 @@ from torch import Tensor
 from pipeline.drafts.config import DraftConfig
 
 Get = Callable[[str], Tensor]  # a tensor by its published name, in float32
-
-
-def backbone_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of each of the backbone's tensors."""
-    D, inner = config.hidden_size, config.intermediate_size
-    wide, narrow = (count * config.head_dim for count in (config.num_attention_heads, config.num_key_value_heads))
-    layer = {
-        "input_layernorm.weight": (D,),
-        "post_attention_layernorm.weight": (D,),
-        "self_attn.q_proj.weight": (wide, D),
-        "self_attn.k_proj.weight": (narrow, D),
-        "self_attn.v_proj.weight": (narrow, D),
-        "self_attn.o_proj.weight": (D, wide),
-        "self_attn.q_norm.weight": (config.head_dim,),
-        "self_attn.k_norm.weight": (config.head_dim,),
-        "mlp.gate_proj.weight": (inner, D),
-        "mlp.up_proj.weight": (inner, D),
-        "mlp.down_proj.weight": (D, inner),
-    }
-    if config.attention_bias:
-        sizes = {"q": wide, "k": narrow, "v": narrow, "o": D}
-        layer |= {f"self_attn.{part}_proj.bias": (size,) for part, size in sizes.items()}
-    shapes = {"fc.weight": (D, len(config.target_layer_ids) * D), "hidden_norm.weight": (D,), "norm.weight": (D,)}
-    for index in range(config.num_hidden_layers):
-        shapes |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}
-    return shapes
 
 
 def block_states(get: Get, config: DraftConfig, features_KTD: Tensor, slots_SD: Tensor) -> Tensor:
