@@ -5,8 +5,7 @@ import json
 from datetime import date
 from pathlib import Path
 
-from pipeline.errors import UsageError, first_line
-from pipeline.os_errors import refuse_limit
+from pipeline.errors import UsageError, first_line, refuse_limit
 
 CONFIG = "config.json"
 CHAT_TEMPLATE = "chat_template.jinja"

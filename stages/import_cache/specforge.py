@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import DataError, UsageError, first_line
-from pipeline.os_errors import refuse_limit
+from pipeline.errors import DataError, UsageError, first_line, refuse_limit
 from pipeline.pickles import RefusedPickle, check_pickle
 from stages.import_cache.foreign_sample import (
     ForeignSample,

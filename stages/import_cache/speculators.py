@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from pipeline.errors import DataError, UsageError, first_line
-from pipeline.os_errors import refuse_limit
+from pipeline.errors import DataError, UsageError, first_line, refuse_limit
 from stages.import_cache.foreign_sample import (
     ForeignSample,
     PartialConvention,

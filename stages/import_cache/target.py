@@ -9,8 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.cache.catalog import Catalog
-from pipeline.errors import UsageError
-from pipeline.os_errors import refuse_limit
+from pipeline.errors import UsageError, refuse_limit
 from pipeline.target.config import load_config
 from pipeline.target.files import CONFIG, read_json, text_config
 from pipeline.target.head import TargetHead

@@ -23,15 +23,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import write_errors, write_file
-from pipeline.checksummed_json import Count, Record, damage_error, parse_checksummed, with_checksum
 from pipeline.drafts.rope import draft_rope_scaling
 from pipeline.drafts.serving import unservable
 from pipeline.errors import CacheError
+from pipeline.json_files import Count, Record, damage_error, parse_checksummed, read_file, with_checksum
 from pipeline.runs.cache_requirements import how_to_add, logit_scale, partial_text, text_config
 from pipeline.runs.folder import Evaluation, Result
 from pipeline.runs.recipe import Resolved
 from pipeline.runs.split import Split
-from pipeline.untrusted import read_file
 from pipeline.visible_text import visible
 from stages.train_draft.loader import Batch
 
