@@ -3,7 +3,7 @@
     RUN/run.json       `RunRecord`: cache, target, versions, command line, and size and checksum of recipe.toml
         recipe.toml    the resolved recipe
         done.json      `Result`, with the checksum of the checkpoint that it belongs to
-        lock           held by the process that trains
+        lock           locked by the process that trains
         checkpoints/   see pipeline/runs/checkpoint.py
         metrics.jsonl, timing.jsonl    see stages/train_draft/logs.py
 

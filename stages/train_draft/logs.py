@@ -1,5 +1,5 @@
-"""What a run says: its logs, JSON lines that a resumed run truncates to its checkpoint, so that a kill leaves no trace
-in them; its progress, a bar on a terminal and a line every few seconds elsewhere; and the lines before and after it.
+"""What a run writes and prints: its logs, JSON lines that a resumed run truncates to its checkpoint, so that a kill
+leaves no trace in them; its progress, a bar on a terminal and a line every few seconds elsewhere; the lines around it.
 
     metrics.jsonl    one line for each logged step and each evaluation; the same bytes however often a run was killed
     timing.jsonl     what differs between runs of one recipe: seconds, tokens a second
