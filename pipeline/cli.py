@@ -295,7 +295,7 @@ def check_export(folder, target_layers, as_json):
     """
     from pipeline.published.check import check_export, checked_table
 
-    show(check_export(folder, target_layers).as_dict(), as_json, checked_table)
+    show(check_export(folder, target_layers), as_json, checked_table)
 
 
 @commands.command()

@@ -1,11 +1,21 @@
-"""The card of an exported draft: what it is, what it was made from, how good it is, how to serve it."""
+"""The card of an exported draft: what it is, what it was made from, how good it is, how to serve it.
+
+Its facts are what the run's folder records, and the cache that the draft was trained on, if that is still there.
+"""
 
 import json
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+from pipeline.cache import HiddenCache
+from pipeline.cache.inspect import describe
 from pipeline.drafts import DRAFTS, DraftConfig
+from pipeline.errors import CacheError, UsageError
 from pipeline.evaluation.figures import Figures
+from pipeline.evaluation.reports import load_report
+from pipeline.runs.checkpoint import find_checkpoint, open_checkpoint
+from pipeline.runs.folder import DONE, RUN, CacheRecord, read_recipe, read_result, read_run
 from pipeline.visible_text import escape_markdown, markdown_code, visible
 
 CARD = "README.md"
@@ -46,6 +56,78 @@ class Facts:
     template: dict = field(default_factory=dict)  # arguments and day that the chat template was given
     gauge: dict | None = None  # rows, agreement, logprob
     evaluations: list[Measurement] = field(default_factory=list)
+
+
+def provenance(place: Path) -> tuple[HiddenCache | None, Origin, Facts]:
+    """Return what is known of a run or a checkpoint besides its weights: its cache, if it is still there, and more.
+
+    Almost nothing for a checkpoint outside a run's folder.
+    """
+    checkpoint = find_checkpoint(place)
+    folder = checkpoint.resolve().parent.parent
+    if not (folder / RUN).is_file():
+        return None, Origin("float32"), Facts()
+    recorded, recipe = read_run(folder), read_recipe(folder)
+    step, start, digest = open_checkpoint(checkpoint, ()).step, recorded.start, recorded.cache.digest
+    trained_on = {"cache": digest, "heldout": recipe.train.heldout}
+    origin = Origin(recipe.train.dtype, recorded.target, trained_on=trained_on)
+    facts = Facts(
+        start=start and f"{Path(start.place).name}, {start.digest}",
+        steps=step,
+        recipe=recipe.toml(),
+        cache=digest,
+        evaluations=evaluations(folder, step),
+    )
+    cache = _same_cache(recorded.cache)
+    if cache is None:
+        return None, origin, facts
+    target, rules, description = cache.identity.target, cache.identity.samples, describe(cache.path)
+    architectures = tuple(cache.target_config.get("architectures") or ())
+    origin = replace(origin, revision=target.revision or None, architectures=architectures, tokens=cache.tokens)
+    facts = replace(
+        facts,
+        target_digest=target.digest,
+        sources=description["plan"]["sources"],
+        samples=description["plan"]["samples"],
+        gauge=description["gauge"],
+        template={key: getattr(rules, key) for key in ("template_kwargs", "template_date") if rules.template_kwargs},
+    )
+    return cache, origin, facts
+
+
+def _same_cache(recorded: CacheRecord) -> HiddenCache | None:
+    try:
+        found = HiddenCache.open(recorded.path)
+    except (UsageError, CacheError):  # moved, deleted or damaged since; the draft is none the worse for it
+        return None
+    return found if found.digest == recorded.digest else None
+
+
+def evaluations(folder: Path, step: int) -> list[Measurement]:
+    """Return the measurements of the checkpoint after `step`: reports of `evaluate` in the run's folder or beside it
+    under its name, and the accept length that training measured. Raises CacheError for a damaged one."""
+    measured = []
+    own = {folder / RUN, folder / DONE}
+    for path in sorted({*folder.glob("*.json"), folder.parent / f"{folder.name}.json"} - own):
+        try:
+            report = load_report(path)
+        except UsageError:  # another file, or a report of another version
+            continue
+        if report.draft.steps != step:
+            continue
+        threshold, drawn = report.settings.threshold, report.sampled
+        cut = f", blocks cut at confidence {threshold:g}" if threshold else ""
+        most = f"{report.settings.max_new} tokens at most{cut}"
+        title = f"Decoded greedily with the target, {most}"
+        measured.append(Measurement(title, report.overall, report.domains))
+        if drawn:
+            title = f"Replies drawn from the target at T = {drawn.temperature:g}, {most}"
+            measured.append(Measurement(title, drawn.overall, drawn.domains))
+    done = read_result(folder)
+    if done and done.steps == step and done.eval and done.eval.calls:
+        title = "On held-out replies that are the target's own, greedy, without decoding"
+        measured.append(Measurement(title, done.eval, done.eval.domains))
+    return measured
 
 
 def card(config: DraftConfig, form: str, origin: Origin, facts: Facts, parameters: int, folder: str) -> str:
