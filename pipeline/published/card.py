@@ -22,18 +22,6 @@ CARD = "README.md"
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What is known of a draft besides its config and weights."""
-
-    dtype: str  # of the stored weights, "float32" or "bfloat16"
-    target: str | None = None
-    revision: str | None = None
-    architectures: tuple[str, ...] = ()  # the target's
-    tokens: dict | None = None  # the target's special ids: bos, pad, a list of eos
-    trained_on: dict | None = None  # the cache's digest and the share of prompts held out, which `evaluate` reads
-
-
-@dataclass(frozen=True)
 class Measurement:
     """Accept lengths of a draft, over all prompts and by domain; title: how they were measured."""
 
@@ -43,56 +31,62 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a run's folder and its cache record about a draft; None or empty where they are not there any more."""
+class Origin:
+    """What is known of a draft besides its config and weights; None or empty where it is not recorded."""
 
-    steps: int | None = None
+    dtype: str  # of the stored weights, "float32" or "bfloat16"
+    target: str | None = None
+    revision: str | None = None
+    trained_on: dict | None = None  # the cache's digest and the share of prompts held out, which `evaluate` reads
     start: str | None = None  # the draft it began with, and the digest of those weights
+    steps: int | None = None
     recipe: str | None = None  # TOML
-    cache: str | None = None  # its digest
+    evaluations: list[Measurement] = field(default_factory=list)
+    # Of the cache, where it is still there.
     target_digest: str | None = None
+    architectures: tuple[str, ...] = ()  # the target's
+    tokens: dict | None = None  # the target's special ids: bos, pad, a list of eos
     sources: list[dict] = field(default_factory=list)  # of the corpus, as the plan has them
     samples: int | None = None
     template: dict = field(default_factory=dict)  # arguments and day that the chat template was given
     gauge: dict | None = None  # rows, agreement, logprob
-    evaluations: list[Measurement] = field(default_factory=list)
 
 
-def provenance(place: Path) -> tuple[HiddenCache | None, Origin, Facts]:
-    """Return what is known of a run or a checkpoint besides its weights: its cache, if it is still there, and more.
+def provenance(place: Path) -> tuple[HiddenCache | None, Origin]:
+    """Return where a run or a checkpoint comes from, and the cache that it was trained on, if that is still there.
 
-    Almost nothing for a checkpoint outside a run's folder.
+    Almost nothing is known of a checkpoint outside a run's folder.
     """
     checkpoint = find_checkpoint(place)
     folder = checkpoint.resolve().parent.parent
     if not (folder / RUN).is_file():
-        return None, Origin("float32"), Facts()
+        return None, Origin("float32")
     recorded, recipe = read_run(folder), read_recipe(folder)
-    step, start, digest = open_checkpoint(checkpoint, ()).step, recorded.start, recorded.cache.digest
-    trained_on = {"cache": digest, "heldout": recipe.train.heldout}
-    origin = Origin(recipe.train.dtype, recorded.target, trained_on=trained_on)
-    facts = Facts(
+    step, start = open_checkpoint(checkpoint, ()).step, recorded.start
+    origin = Origin(
+        dtype=recipe.train.dtype,
+        target=recorded.target,
+        trained_on={"cache": recorded.cache.digest, "heldout": recipe.train.heldout},
         start=start and f"{Path(start.place).name}, {start.digest}",
         steps=step,
         recipe=recipe.toml(),
-        cache=digest,
         evaluations=evaluations(folder, step),
     )
     cache = _same_cache(recorded.cache)
     if cache is None:
-        return None, origin, facts
+        return None, origin
     target, rules, description = cache.identity.target, cache.identity.samples, describe(cache.path)
-    architectures = tuple(cache.target_config.get("architectures") or ())
-    origin = replace(origin, revision=target.revision or None, architectures=architectures, tokens=cache.tokens)
-    facts = replace(
-        facts,
+    return cache, replace(
+        origin,
+        revision=target.revision or None,
         target_digest=target.digest,
+        architectures=tuple(cache.target_config.get("architectures") or ()),
+        tokens=cache.tokens,
         sources=description["plan"]["sources"],
         samples=description["plan"]["samples"],
-        gauge=description["gauge"],
         template={key: getattr(rules, key) for key in ("template_kwargs", "template_date") if rules.template_kwargs},
+        gauge=description["gauge"],
     )
-    return cache, origin, facts
 
 
 def _same_cache(recorded: CacheRecord) -> HiddenCache | None:
@@ -130,8 +124,8 @@ def evaluations(folder: Path, step: int) -> list[Measurement]:
     return measured
 
 
-def card(config: DraftConfig, form: str, origin: Origin, facts: Facts, parameters: int, folder: str) -> str:
-    """Return the card as Markdown. The same facts give the same bytes."""
+def card(config: DraftConfig, form: str, origin: Origin, parameters: int, folder: str) -> str:
+    """Return the card as Markdown. The same origin gives the same bytes."""
     target = escape_markdown(origin.target or "the target")
     front = [f"base_model: {json.dumps(origin.target)}"] if origin.target and "/" in origin.target else []
     front = ["---", *front, "tags:", "- speculative-decoding", f"- {config.method}", "---"]
@@ -140,9 +134,9 @@ def card(config: DraftConfig, form: str, origin: Origin, facts: Facts, parameter
         "\n".join(front),
         f"{title}\n\n{_what(config, origin, parameters)}",
         f"## Serving\n\n{_serving(config, form, origin, folder)}",
-        f"## Accept length\n\n{_accept_lengths(facts, config)}",
-        f"## Made from\n\n{_made_from(origin, facts)}",
-        f"## Recipe\n\n{_recipe(facts)}",
+        f"## Accept length\n\n{_accept_lengths(origin)}",
+        f"## Made from\n\n{_made_from(origin)}",
+        f"## Recipe\n\n{_recipe(origin)}",
         f"## Licence\n\n{_licence(target)}",
     ]
     return "\n\n".join(sections) + "\n"
@@ -187,11 +181,11 @@ def serve_command(config: DraftConfig, form: str, origin: Origin, folder: str) -
     return shlex.join([*words, "--speculative-num-draft-tokens", str(config.block_size + beside)])
 
 
-def _accept_lengths(facts: Facts, config: DraftConfig) -> str:
-    if not facts.evaluations:
+def _accept_lengths(origin: Origin) -> str:
+    if not origin.evaluations:
         return "Not measured: no evaluation lies with the run."
     legend = "Tokens gained per target call, the target's own included; +k: share of calls that kept proposal k."
-    return "\n\n".join([legend, *map(_accept_table, facts.evaluations)])
+    return "\n\n".join([legend, *map(_accept_table, origin.evaluations)])
 
 
 def _accept_table(measured: Measurement) -> str:
@@ -206,16 +200,16 @@ def _accept_table(measured: Measurement) -> str:
     return f"{measured.title}:\n\n{_table(head, rows)}"
 
 
-def _made_from(origin: Origin, facts: Facts) -> str:
+def _made_from(origin: Origin) -> str:
     rows = [
-        ("target's digest", facts.target_digest and escape_markdown(facts.target_digest)),
-        ("cache's digest", facts.cache and escape_markdown(facts.cache)),
-        *([("started from", escape_markdown(facts.start))] if facts.start else []),
-        ("steps", None if facts.steps is None else f"{facts.steps:,}"),
-        ("samples of the cache", None if facts.samples is None else f"{facts.samples:,}"),
-        *(("corpus", _source(source)) for source in facts.sources),
-        ("chat template told", _template_settings(facts.template)),
-        ("on-policy gauge", _gauge(facts.gauge)),
+        ("target's digest", origin.target_digest and escape_markdown(origin.target_digest)),
+        ("cache's digest", origin.trained_on and escape_markdown(origin.trained_on["cache"])),
+        *([("started from", escape_markdown(origin.start))] if origin.start else []),
+        ("steps", None if origin.steps is None else f"{origin.steps:,}"),
+        ("samples of the cache", None if origin.samples is None else f"{origin.samples:,}"),
+        *(("corpus", _source(source)) for source in origin.sources),
+        ("chat template told", _template_settings(origin.template)),
+        ("on-policy gauge", _gauge(origin.gauge)),
     ]
     return _table(("", ""), [(name, value or "not recorded") for name, value in rows])
 
@@ -242,8 +236,8 @@ def _gauge(gauge: dict | None) -> str | None:
     )
 
 
-def _recipe(facts: Facts) -> str:
-    return f"```toml\n{facts.recipe.strip()}\n```" if facts.recipe else "Not recorded: a checkpoint without its run."
+def _recipe(origin: Origin) -> str:
+    return f"```toml\n{origin.recipe.strip()}\n```" if origin.recipe else "Not recorded: a checkpoint without its run."
 
 
 def _licence(target: str) -> str:

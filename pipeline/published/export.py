@@ -56,7 +56,7 @@ def export(run: Path, out: Path, format: str = "sglang") -> dict:
     back does not compute the same.
     """
     run, out = Path(run), Path(out)
-    config, (cache, origin, facts) = load_config(run), provenance(run)
+    config, (cache, origin) = load_config(run), provenance(run)
     scale = 1.0 if cache is None else logit_scale(text_config(cache.target_config))
     check_servable(config, format, origin.tokens, scale)
     rows, head, source = make_rows(config, cache)
@@ -71,7 +71,7 @@ def export(run: Path, out: Path, format: str = "sglang") -> dict:
             _write(unfinished, published_config(config, format, origin), draft, dtype)
             proof = prove(unfinished, draft, make_probe(config, rows, head, source), dtype)
             proof += _prove_files(unfinished, draft, make_probe(config, shorter(rows), head, source, KEPT_BLOCKS))
-            (unfinished / CARD).write_text(card(config, format, origin, facts, parameters, out.name), "utf-8")
+            (unfinished / CARD).write_text(card(config, format, origin, parameters, out.name), "utf-8")
             for file in FILES:
                 sync_file(unfinished / file)
             sync_folder(unfinished)

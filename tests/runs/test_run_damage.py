@@ -54,7 +54,7 @@ def served(run: Path, cache: Path) -> dict:
         "weights": {name: weight.clone() for name, weight in draft.state_dict().items()},
         "config": draft.config,
         "described": describe_draft(run).facts(draft).model_copy(update={"path": ""}),
-        "export": known[1:],
+        "export": known[1],
         "report": load_report(run / "evaluation.json"),
     }
 
