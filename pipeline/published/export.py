@@ -27,9 +27,10 @@ from pipeline.published import CONFIG, WEIGHTS, load_draft_folder
 from pipeline.published.card import CARD, Origin, card, provenance
 from pipeline.published.check import PROBE, check_export, write_probe
 from pipeline.published.reading import SHARED, TRAINED_ON
-from pipeline.runs.cache_requirements import logit_scale, text_config
+from pipeline.runs.cache_requirements import training_config
 from pipeline.runs.checkpoint import load_config, load_draft
 from pipeline.target.head import TargetHead
+from pipeline.target.text_config import logit_scale
 from pipeline.tensors import save_tensors
 
 PROBE_ROWS, PROBE_BLOCKS = 512, 16
@@ -57,7 +58,7 @@ def export(run: Path, out: Path, format: str = "sglang") -> dict:
     """
     run, out = Path(run), Path(out)
     config, (cache, origin) = load_config(run), provenance(run)
-    scale = 1.0 if cache is None else logit_scale(text_config(cache.target_config))
+    scale = 1.0 if cache is None else logit_scale(training_config(cache.target_config))
     check_servable(config, format, origin.tokens, scale)
     rows, head, source = make_rows(config, cache)
     draft, dtype = load_draft(run, head), getattr(torch, origin.dtype)

@@ -35,7 +35,8 @@ from pipeline.drafts.draft import SMALL_HIDDEN
 from pipeline.drafts.rope import RopeScaling, draft_rope_scaling
 from pipeline.errors import UsageError, cause_of
 from pipeline.json_files import read_file
-from pipeline.runs.cache_requirements import check_final, layers_to_read, resolve_mask_token, rope_theta, text_config
+from pipeline.runs.cache_requirements import check_final, layers_to_read, resolve_mask_token, training_config
+from pipeline.target.text_config import rope_theta
 
 # TOML has only lists; everything else keeps the type that was written.
 Layers = Annotated[tuple[int, ...], Field(strict=False, min_length=1)]
@@ -258,7 +259,7 @@ class Resolved:
 
 def resolve(recipe: Recipe, cache) -> Resolved:
     """Fill a recipe from an open HiddenCache. Raises UsageError for an invalid method, layers, mask token or sizes."""
-    target = text_config(cache.target_config)
+    target = training_config(cache.target_config)
     draft = _resolve_draft(recipe.draft, target, cache)
     config = _draft_config(draft, target)
     _check_final_states(config, cache)

@@ -11,7 +11,9 @@ from pydantic import ValidationError
 from pipeline.cache.records import Identity
 from pipeline.drafts import DRAFTS
 from pipeline.errors import UsageError
-from pipeline.runs.recipe import Recipe, load_recipe, read_toml, resolve, resolve_mask_token, rope_theta, text_config
+from pipeline.runs.cache_requirements import training_config
+from pipeline.runs.recipe import Recipe, load_recipe, read_toml, resolve, resolve_mask_token
+from pipeline.target.text_config import rope_theta
 from stages.train_draft.sweep import load_sweep
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
@@ -344,9 +346,9 @@ def test_rope_theta_is_read_from_either_place_and_never_from_two_that_differ():
 
 
 def test_the_language_part_of_a_target_that_sees_is_found():
-    assert text_config({"vision_config": {}, "text_config": QWEN3_8B}) == QWEN3_8B
+    assert training_config({"vision_config": {}, "text_config": QWEN3_8B}) == QWEN3_8B
     with pytest.raises(UsageError, match="lacks hidden_size"):
-        text_config({"vision_config": {}})
+        training_config({"vision_config": {}})
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
