@@ -14,7 +14,7 @@ from pipeline import __version__
 from pipeline.errors import CacheError, ProofError, UsageError
 from pipeline.options import CACHE, DEVICE, FOLDER, PATH, REPORT, CodecOption, capture_options, regenerate_options
 from pipeline.process import InWorkflowOrder, disable_spin_waiting, run_and_exit
-from pipeline.visible_text import print_visible, visible
+from pipeline.visible_text import VisibleConsole, print_visible, visible
 
 
 @click.group(cls=InWorkflowOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -316,7 +316,7 @@ def report(reports, markdown, forced, drawing, against):
         from pipeline.evaluation.plot import plot
 
         plot(reports, drawing)
-    print_visible(table) if markdown else console().print(table)
+    print_visible(table) if markdown else VisibleConsole().print(table)
 
 
 def initial_draft(place):
@@ -328,19 +328,12 @@ def initial_draft(place):
     return InitialDraft(place)
 
 
-def console():
-    """Return a rich console as wide as the terminal, 110 columns where there is none."""
-    from pipeline.console import VisibleConsole
-
-    return VisibleConsole()
-
-
 def show(report: dict, as_json: bool, table) -> None:
     """Print a report as JSON, or as the table that `table(report)` returns."""
     if as_json:
         print_visible(json.dumps(report, indent=2, default=str).replace("\x7f", "\\u007f"))  # JSON does not escape DEL
     else:
-        console().print(table(report))
+        VisibleConsole().print(table(report))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -43,9 +43,8 @@ def read_file(path: Path, max_bytes: int) -> bytes:
     check_regular(path)  # before opening: to open a device may have effects
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        data = (
-            b"" if size > max_bytes else file.readall() if size else file.read(max_bytes + 1)
-        )  # size 0: of /proc, say
+        # A file of /proc has size 0.
+        data = b"" if size > max_bytes else file.readall() if size else file.read(max_bytes + 1)
     if max(size, len(data)) > max_bytes:
         raise ValueError(f"it has {max(size, len(data)):,} bytes, and at most {max_bytes:,} are read of such a file")
     return data

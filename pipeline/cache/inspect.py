@@ -15,9 +15,8 @@ from pipeline.cache.reader import HiddenCache
 from pipeline.cache.rebuild import refused_samples
 from pipeline.cache.records import ColumnManifest, read_log
 from pipeline.cache.target_files import has_target, target_file
-from pipeline.console import grid, shows_styles
 from pipeline.errors import UsageError
-from pipeline.visible_text import visible, visible_lines
+from pipeline.visible_text import grid, shows_styles, visible, visible_lines
 
 TOKENIZER = "tokenizer.json"
 LISTED = 20  # shards that are not captured yet, or foreign files, before the rest is only counted

@@ -8,7 +8,6 @@ from statistics import fmean
 from rich.console import Group
 from rich.text import Text
 
-from pipeline.console import Grid, grid
 from pipeline.evaluation.reports import (
     MAX_SPREADS,
     ConfidenceCut,
@@ -21,7 +20,7 @@ from pipeline.evaluation.reports import (
     load_reports,
     pool_seeds,
 )
-from pipeline.visible_text import escape_markdown, visible
+from pipeline.visible_text import Grid, escape_markdown, grid, visible
 
 
 def comparison(paths: Sequence[Path], markdown: bool = False, forced: bool = False) -> Group | str:

@@ -176,8 +176,7 @@ def plan_table(report: dict):
     """Return the report as a table for the terminal."""
     from rich.text import Text
 
-    from pipeline.console import Grid
-    from pipeline.visible_text import visible
+    from pipeline.visible_text import Grid, visible
 
     table = Grid(title=f"plan of {visible(report['cache'])}", show_header=False, title_justify="left")
     table.add_column(style="bold")
@@ -241,7 +240,7 @@ def codec_table(report: dict):
     """Return a table of the bytes of every column in every codec; the chosen ones are marked."""
     from rich.text import Text
 
-    from pipeline.console import grid
+    from pipeline.visible_text import grid
 
     table = grid("", *(f">{codec}" for codec in report["prices"]))
     for name in next(iter(report["prices"].values())):

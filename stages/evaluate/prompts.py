@@ -18,6 +18,7 @@ from pipeline.errors import DataError, UsageError, cause_of, refuse_limit
 from pipeline.evaluation.accept_length import reply_spans
 from pipeline.json_files import parse_json, read_file
 from pipeline.runs.split import stratified_subset
+from pipeline.target.chat_template import ChatTemplate, load_tokenizer
 from pipeline.target.files import TEMPLATE_DATE
 
 MOST_BYTES = 1 << 30
@@ -106,16 +107,12 @@ def _ids(row: dict, kind: str, location: str, target: Path, template: tuple[str,
 
 
 @cache
-def _chat_template(target: Path, kwargs: str, date: str):
-    from pipeline.target.chat_template import ChatTemplate
-
+def _chat_template(target: Path, kwargs: str, date: str) -> ChatTemplate:
     return ChatTemplate(target, json.loads(kwargs), date)
 
 
 @cache
 def _tokenizer(target: Path):
-    from pipeline.target.chat_template import load_tokenizer
-
     try:
         return load_tokenizer(target)
     except UsageError as error:

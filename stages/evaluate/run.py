@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import write_errors, write_file
 from pipeline.cache.records import read_log
-from pipeline.console import VisibleConsole
 from pipeline.drafts import Draft
 from pipeline.errors import RoomError, UsageError
 from pipeline.evaluation.reports import DraftFacts, Report, Settings, Speed, report_bytes
@@ -28,6 +27,7 @@ from pipeline.target.model import head_of, load_target, stop_tokens
 from pipeline.target.text_config import max_positions
 from pipeline.target.weights import check_weights_if_recorded, target_digest, weights_digest
 from pipeline.tensors import find_device
+from pipeline.visible_text import VisibleConsole
 from stages.evaluate.decode import SamplingOptions, decode_many, speculative_decode
 from stages.evaluate.lossless import LosslessCheck, PlainReplies, plain_decode, reply_settings
 from stages.evaluate.measure import (

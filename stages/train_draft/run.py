@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 from pipeline import tensors
 from pipeline.cache import HiddenCache
-from pipeline.console import VisibleConsole
 from pipeline.drafts import DRAFTS, Draft, init_weights
 from pipeline.errors import CacheError, RoomError, UsageError, first_line
 from pipeline.evaluation.accept_length import accept_spans
@@ -38,7 +37,7 @@ from pipeline.runs.folder import (
 )
 from pipeline.runs.recipe import Resolved, load_recipe, resolve
 from pipeline.runs.split import Split, split_samples, stratified_subset
-from pipeline.visible_text import visible
+from pipeline.visible_text import VisibleConsole, visible
 from stages.train_draft.loader import BatchLoader, Prefetcher
 from stages.train_draft.logs import (
     METRICS,

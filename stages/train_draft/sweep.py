@@ -22,14 +22,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.cache import HiddenCache
-from pipeline.console import VisibleConsole
 from pipeline.errors import ProofError, UsageError
 from pipeline.evaluation.figures import bootstrap
 from pipeline.runs.cache_requirements import check_complete
 from pipeline.runs.folder import default_folder, read_result
 from pipeline.runs.recipe import Recipe, Resolved, make_recipe, read_toml, resolve
 from pipeline.runs.split import Split
-from pipeline.visible_text import visible
+from pipeline.visible_text import VisibleConsole, visible
 from stages.train_draft.run import find_device, split_for, train_resolved
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from templates import LAST_THOUGHT, OPENS_THOUGHT, PLAIN, turns
 from tiny import save_target, write_jsonl
 
 from pipeline.cache.plan import load_plan
-from pipeline.console import VisibleConsole
 from pipeline.errors import DataError, UsageError
 from pipeline.target.files import TEMPLATE_DATE, template_digest, tokenizer_digest
 from pipeline.target.weights import target_digest
+from pipeline.visible_text import VisibleConsole
 from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.run import plan, plan_samples, plan_table
 

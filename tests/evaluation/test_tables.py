@@ -5,9 +5,9 @@ import json
 import pytest
 from reports import evaluation
 
-from pipeline.console import VisibleConsole, grid
 from pipeline.errors import UsageError
 from pipeline.evaluation.tables import comparison
+from pipeline.visible_text import VisibleConsole, grid
 
 
 def rows(*paths, **options):
