@@ -16,8 +16,7 @@ from pipeline.corpus.sources import corpus_files
 from pipeline.errors import DataError, RoomError, UsageError
 from pipeline.target.files import CONFIG, tokenizer_files
 from pipeline.target.weights import weight_files
-from stages.cache_hidden.options import CaptureOptions
-from stages.cache_hidden.settings import CaptureSettings, default_corpus
+from stages.cache_hidden.settings import CaptureOptions, CaptureSettings, default_corpus
 
 
 def request_of(model: str, corpus: str | None, options: CaptureOptions) -> CaptureRequest:

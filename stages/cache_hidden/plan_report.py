@@ -18,8 +18,7 @@ from pipeline.cache.records import ColumnManifest
 from pipeline.cache.samples import ShardPlan, to_numpy
 from pipeline.errors import UsageError
 from pipeline.target.files import read_json, text_config
-from stages.cache_hidden.options import CaptureOptions
-from stages.cache_hidden.settings import CaptureSettings
+from stages.cache_hidden.settings import CaptureOptions, CaptureSettings
 
 SHOWN_CHARACTERS = 240  # of each supervised or unsupervised span of a sample that a plan shows
 Lost = Mapping[tuple[int, str], ColumnManifest | None]  # damaged (shard, column), its former manifest if known

@@ -28,7 +28,6 @@ from pipeline.target.weights import check_weights_if_recorded
 from pipeline.visible_text import print_visible, visible
 from stages.cache_hidden.budget import plan_matches_budget, sample_chooser, within_budget
 from stages.cache_hidden.capture_log import corpus_unchanged, request_of, unchanged_columns, write_record
-from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.plan_report import (
     budget_steps,
     capture_command,
@@ -38,7 +37,14 @@ from stages.cache_hidden.plan_report import (
     plan_table,
     work_bytes,
 )
-from stages.cache_hidden.settings import HUB_CORPUS, HUB_SAMPLES, CaptureSettings, default_corpus, resolve_settings
+from stages.cache_hidden.settings import (
+    HUB_CORPUS,
+    HUB_SAMPLES,
+    CaptureOptions,
+    CaptureSettings,
+    default_corpus,
+    resolve_settings,
+)
 from stages.cache_hidden.shard_assignment import Worker, find_worker
 
 __all__ = ["CaptureSummary", "plan", "plan_samples", "plan_table", "run"]
@@ -71,7 +77,7 @@ def plan(model: str, corpus: str | None, out: Path, *, options: CaptureOptions, 
     report["command"] = capture_command(model, corpus, out, options, settings)
     work = missing_columns(catalog, settings.columns)
     if probe and work:
-        from stages.cache_hidden.time_estimate import measure_speed  # brings torch and transformers
+        from stages.cache_hidden.capture import measure_speed  # brings torch and transformers
 
         report["time"] = measure_speed(out, work, settings, Worker().device(options.device)).as_dict(work)
     return report
