@@ -7,7 +7,6 @@ same command goes on with the missing shards, and gives the same bytes.
 
 import contextlib
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +14,10 @@ from pipeline.cache.atomic import check_free_space, clean_scratch
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.layout import LOG
 from pipeline.cache.manifest import create_identity, write_canonical
-from pipeline.cache.plan import Plan, plan_in_use
+from pipeline.cache.plan import plan_in_use
 from pipeline.cache.rebuild import rebuild_derived
 from pipeline.cache.target_files import has_target
+from pipeline.corpus.rejections import left_out_lines
 from pipeline.errors import RoomError, UsageError
 from pipeline.target.files import CONFIG, find_target, target_name, template_digest, text_config, tokenizer_digest
 from pipeline.target.layers import check_layers
@@ -26,10 +26,8 @@ from pipeline.target.weights import check_weights_if_recorded, target_digest
 from pipeline.visible_text import print_visible, visible
 from stages.import_cache.conventions import choose_convention
 from stages.import_cache.convert import ImportJob, convert, is_planned, make_plan, refused_by_shard, total_bytes
-from stages.import_cache.deepspec import INDEX, DeepSpec
 from stages.import_cache.foreign_sample import STORED_DTYPE, PartialConvention, Source
-from stages.import_cache.specforge import SUFFIX, SpecForge
-from stages.import_cache.speculators import NAME, Speculators
+from stages.import_cache.forms import INDEX, NAME, SUFFIX, DeepSpec, SpecForge, Speculators
 from stages.import_cache.target import Target
 
 WANTED = "SpecForge's *.ckpt, speculators' hs_<i>.safetensors, or DeepSpec's manifest.json and samples.idx"
@@ -193,7 +191,7 @@ def summary(catalog: Catalog, job: ImportJob, new: int, target: Target) -> Impor
     now = f"{new} shards imported now" if new else "nothing to do"
     content = f"{planned.samples:,} samples" + (f", {refused} refused" if refused else "")
     print_visible(visible(f"{out}: {content} in {catalog.shards} shards, from {job.source.form}; {now}"))
-    for line in left_out(planned):
+    for line in left_out_lines(planned.notes, planned.duplicates):
         print_visible(visible(line), err=True)
     if on_policy.rows:
         print(f"on-policy gauge: {on_policy}")
@@ -203,12 +201,3 @@ def summary(catalog: Catalog, job: ImportJob, new: int, target: Target) -> Impor
         print("unproven: no state was compared with the target; an accept length of 1 would show the mistake late")
     print_visible(visible(f"next: pipeline train-draft --cache {out}"))
     return ImportSummary(planned.samples, planned.tokens, catalog.shards, new, refused, on_policy)
-
-
-def left_out(planned: Plan) -> Iterator[str]:
-    """Yield a line for each reason why planning left samples out: their count, and an example."""
-    notes = planned.notes
-    for why, count in {**notes["faults"], "too short": notes["too_short"], "duplicates": planned.duplicates}.items():
-        if count:
-            shown = f", such as {notes['examples'][why][0]}" if why in notes["examples"] else ""
-            yield f"left out, {why}: {count:,}{shown}"
