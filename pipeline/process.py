@@ -19,8 +19,7 @@ from collections.abc import MutableMapping
 
 import click
 
-from pipeline.errors import PipelineError, RoomError
-from pipeline.os_errors import limit_error
+from pipeline.errors import PipelineError, RoomError, limit_error
 from pipeline.visible_text import print_visible, visible, visible_lines
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # exit codes 143, and 129 for a terminal that was closed

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from forms import SIZES
 
-from pipeline.checksummed_json import parse_checksummed
 from pipeline.drafts import DRAFTS, Draft, draft_config, init_weights
+from pipeline.json_files import parse_checksummed
 from pipeline.runs import checkpoint
 from pipeline.runs.folder import RECIPE, RUN, read_run, write_run
 from pipeline.target.head import TargetHead

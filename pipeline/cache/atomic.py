@@ -15,8 +15,7 @@ from pathlib import Path
 
 from pipeline.cache.layout import FOLDERS, SCRATCH, SHARDS
 from pipeline.cache.locks import defer_signals, process_lock, try_lock
-from pipeline.errors import CacheError, PipelineError, RoomError
-from pipeline.os_errors import MEMORY, errno_of, limit_error
+from pipeline.errors import MEMORY, CacheError, RoomError, read_error
 
 _RESUME = "the same command goes on where this stopped"
 _FREE_SPACE = "free {short} or pass --out on another disk; " + _RESUME
@@ -76,20 +75,6 @@ def read_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise read_error(path, error) from error
-
-
-def read_error(path: Path, error: OSError) -> PipelineError:
-    """Return the typed error for a file that cannot be read: an exhausted limit or a missing right is no damage."""
-    exhausted = limit_error(f"{path}: cannot be read", error)
-    if exhausted is not None:
-        return exhausted
-    number = errno_of(error)
-    if number in (errno.ENOENT, errno.ENOTDIR):
-        return CacheError(f"{path}: missing; run `pipeline verify`")
-    message = os.strerror(number) if number else str(error)
-    if number in (None, errno.EISDIR, errno.EINVAL):
-        return CacheError(f"{path}: cannot be read: {message}; run `pipeline verify`")
-    return CacheError(f"{path}: cannot be read: {message}; the disk or the way to it is failing: see the system's log")
 
 
 def _write_error_message(where: Path, what: str, need: int, error: OSError) -> str:

@@ -16,20 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.atomic import read_errors
+from pipeline.cache.atomic import read_error, read_errors
 from pipeline.cache.codecs import column_of_files
 from pipeline.cache.columns import column_manifest
 from pipeline.cache.index import Refused, SampleTable, build_index, read_index
-from pipeline.cache.layout import (
-    COLUMN,
-    IDENTITY,
-    NUMBER,
-    SAMPLES,
-    SHARDS,
-    checked_path,
-    numbered,
-    shard_folder,
-)
+from pipeline.cache.layout import COLUMN, IDENTITY, NUMBER, SAMPLES, SHARDS, checked_path, numbered, shard_folder
 from pipeline.cache.manifest import check_size, file_size, read_record
 from pipeline.cache.plan import Plan, load_plan, read_manifests, segment_numbers
 from pipeline.cache.records import ColumnManifest, ColumnSpec, Identity, SegmentManifest
@@ -68,10 +59,11 @@ class _Shard:
         self.samples_size: int | None = None  # of samples.arrow, -1 where it is missing or a link out of the cache
         self.error: PipelineError | None = None
         try:
-            with read_errors(folder), os.scandir(folder) as entries:
+            with os.scandir(folder) as entries:
                 self.entries = {entry.name: _version(entry) for entry in entries}
-        except PipelineError as error:
-            self.error = error if folder.exists() else None
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError | NotADirectoryError) or folder.exists():
+                self.error = read_error(folder, error)
         self.columns = columns_of(self.entries)
 
     def readable(self) -> "_Shard":

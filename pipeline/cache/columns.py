@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.atomic import read_error
 from pipeline.cache.checksums import BlockHasher, read_sums
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.lossy import CHANNELS, Encoded
@@ -20,7 +19,7 @@ from pipeline.cache.layout import CHECKSUM_ROWS, SAMPLES, numbered, path_inside,
 from pipeline.cache.manifest import check_file, check_size, read_record
 from pipeline.cache.records import ColumnManifest, ColumnSpec
 from pipeline.cache.samples import ShardPlan
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, read_error
 from pipeline.target.layers import final_rows
 
 DECODED = 1 << 20  # bytes read and decoded at a time, at least a block, so that they stay in the CPU's cache

@@ -75,7 +75,7 @@ def _columns(shards: list[dict[str, ColumnManifest]], plan: Plan) -> list[dict]:
         errors = [manifest.facts.probe.error for manifest in manifests if manifest.facts.probe]
         described.append(
             {
-                **manifests[0].spec.as_dict(),
+                **dict(sorted(manifests[0].spec.as_dict().items())),
                 "shards": len(manifests),
                 "rows": sum(manifest.rows for manifest in manifests),
                 "bytes": size,

@@ -21,8 +21,7 @@ import stat
 from functools import lru_cache
 from pathlib import Path
 
-from pipeline.errors import CacheError, UsageError
-from pipeline.os_errors import errno_of, refuse_limit
+from pipeline.errors import CacheError, UsageError, errno_of, refuse_limit
 
 FORMAT = "1-rc2"
 

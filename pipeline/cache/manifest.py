@@ -17,10 +17,10 @@ from typing import Annotated, TypeVar
 import xxhash
 from pydantic import BaseModel, Field, ValidationError
 
-from pipeline.cache.atomic import commit_lock, read_error, read_errors, write_errors, write_file
+from pipeline.cache.atomic import commit_lock, read_errors, write_errors, write_file
 from pipeline.cache.layout import FORMAT, IDENTITY
-from pipeline.errors import CacheError, UsageError
-from pipeline.untrusted import MAX_DEPTH, parse_strict_json
+from pipeline.errors import CacheError, UsageError, read_error
+from pipeline.json_files import MAX_DEPTH, parse_strict_json
 
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Model = TypeVar("Model", bound=BaseModel)

@@ -57,7 +57,7 @@ class Manifest(Record):
 
 
 class TargetName(OpenRecord):
-    digest: str | None = _field("of its config and its weights, not of their every byte", default=None)
+    digest: str | None = _field("of its config and parts of its weights", default=None)
     name: str | None = _field("a hub name or a folder", default=None)
     revision: str | None = _field('of the hub; "" for a folder', default=None)
 
@@ -71,8 +71,8 @@ class SampleRules(OpenRecord):
     mask: str | None = _field("how tokens come to be supervised", default=None)
     max_length: int | None = _field("tokens a sample is cut to; null where it was imported", default=None)
     stops: list[int] | None = _field("ids that end a reply", default=None)
-    template_date: str | None = _field("the day that the template was told", default=None)
-    template_kwargs: dict[str, Any] | None = _field("what the template was given besides", default=None)
+    template_date: str | None = _field("the date that the chat template is given", default=None)
+    template_kwargs: dict[str, Any] | None = _field("further arguments of the chat template", default=None)
     trimmed: bool | None = _field("whether all but one token after the last supervised one are left out", default=None)
     turns: str | None = _field('"last" or "each": which replies of a conversation are supervised', default=None)
 
@@ -207,7 +207,9 @@ class ColumnFacts(OpenRecord):
     certificate: CertificateFacts | None = _field("of a lossy codec: its error", default=None)
     device: str | None = _field("the kind of processor", default=None)
     engine: str | None = _field("what ran the target", default=None)
-    gauge: GaugeFacts | None = _field("in one column: how often the corpus says what the target would", default=None)
+    gauge: GaugeFacts | None = _field(
+        "in one column of a shard: how often the corpus has the token that the target would choose", default=None
+    )
     probe: ProbeFacts | None = _field("states compared with the target before they were kept", default=None)
     torch: str | None = _field("its version", default=None)
     transformers: str | None = _field("its version", default=None)

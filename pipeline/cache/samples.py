@@ -22,8 +22,7 @@ import pyarrow.ipc
 
 from pipeline.cache.atomic import read_errors
 from pipeline.cache.layout import numbered
-from pipeline.errors import CacheError, first_line
-from pipeline.os_errors import refuse_limit
+from pipeline.errors import CacheError, first_line, refuse_limit
 from pipeline.target.layers import final_rows
 
 SCHEMA = pa.schema(

@@ -16,7 +16,7 @@ from pipeline.cache.layout import TARGET, TARGET_MANIFEST, path_inside
 from pipeline.cache.manifest import MAX_BYTES, FileFact, canonical, check_file, check_size, read_record
 from pipeline.cache.records import TargetManifest
 from pipeline.errors import CacheError
-from pipeline.untrusted import parse_json, read_file
+from pipeline.json_files import parse_json, read_file
 
 CONFIG = "config.json"
 TOKENS = "tokens.json"

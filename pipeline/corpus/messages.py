@@ -18,7 +18,7 @@ Any other key with a value is counted by name and ignored. None, "", [] and {} a
 import json
 
 from pipeline.corpus.rejections import Unusable
-from pipeline.untrusted import refuse_constant
+from pipeline.json_files import refuse_constant
 
 STANDARD_ROLES = ("system", "developer", "user", "assistant", "tool")
 CALL_ROLE = "function_call"  # the role of an assistant message whose text is a tool call

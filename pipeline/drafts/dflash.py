@@ -12,7 +12,7 @@ class DFlash(BlockDraft):
 
     title = "DFlash"
     paper = "2602.06036"
-    published: ClassVar = {"shift_label": False}
+    published_fields: ClassVar = {"shift_label": False}
     architectures = ("DFlashDraftModel", "DFlashSpeculator", "Qwen3DSparkModel")  # the last: DeepSpec's, without heads
     forms = ("sglang", "speculators")
     sglang = ("DFLASH", 0)

@@ -50,11 +50,12 @@ class Domino(BlockDraft):
     Config = DominoConfig
     title = "Domino"
     paper = "2605.29707"
-    published: ClassVar = {"pure_draft_prefix_len": 1}
+    published_fields: ClassVar = {"pure_draft_prefix_len": 1}
     published_sizes: ClassVar = {"emb_dim": 256, "gru_hidden_dim": 1024}
     architectures = ("DFlashDraftModel", "DominoDraftModel")
     sglang = ("DFLASH", 0)
     head_name = "causal head"
+    top_level = ("emb_dim",)
     # SpecForge's training checkpoints once nested the head's parts.
     renamed_tensors: ClassVar = {r"^logit_head\.(?=(prefix_gru|embed_proj)\.)": ""}
 
@@ -150,12 +151,6 @@ class Domino(BlockDraft):
         """As `Draft.absent`: SpecForge's own class, with its defaults."""
         specforge = keys.architectures == ("DominoDraftModel",)
         return {"shift_label": False, "pure_draft_prefix_len": 0} if specforge else {}
-
-    @classmethod
-    def write_options(cls, config: DominoConfig, form: str) -> tuple[dict, dict]:
-        """As `Draft.write_options`; SGLang seeks the rank at the top level, too."""
-        flat, nested = super().write_options(config, form)
-        return flat | {"emb_dim": config.emb_dim}, nested
 
     @classmethod
     def refusal(cls, config: DominoConfig, form: str) -> str | None:

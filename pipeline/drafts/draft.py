@@ -138,12 +138,12 @@ class Draft(nn.Module, ABC):
     """One method of drafting: how it learns, how it proposes, and how it is published.
 
     Training knows a method by `denominators`, `loss` and `schedule`; exact measurement by `greedy_proposals`; decoding
-    by `new_kv` and `propose`; recipes and configs by `Config` and `recipe_defaults`; everything published by the class
-    attributes and methods below `published`. Nothing else in the project names a method. The state_dict has exactly the
+    by `new_kv` and `propose`; recipes and configs by `Config` and `recipe_defaults`; published folders and their cards
+    by the rest, from `architectures` on. Nothing else in the project names a method. The state_dict has exactly the
     names of published checkpoints; the target's frozen embedding and head (`target`) are not in it.
 
     `BlockDraft` is the base of methods on the block backbone with the target's head, which add a correction of its
-    logits at most (DFlash, Domino, DSpark). Methods of other kinds fit as follows.
+    logits at most (DFlash, Domino, DSpark). Methods of other kinds fit as follows; the tests have both in small.
 
     EAGLE-3 derives from this class. A block is a chain: slot k is its step k, which reads the embedding of token
     anchor + k and the state before it (the fused target states at first, then its own), so `Config` fixes
@@ -157,14 +157,14 @@ class Draft(nn.Module, ABC):
     DFlash-2 derives from `BlockDraft`. Its convolutions are inside the layer: `layer_class` is a layer that has them,
     `tensors` adds their names, `reference` computes them. Its selector scores candidates by A[prev] * (W h) against
     B, which is `correction` and `correction_step` (z, B); `rollout_logits` keeps the head's best candidates only, and
-    `loss` adds the term over them, as DSpark's adds the confidence's. `conv_kernel_size`, `selector_rank` and
+    `own_loss` adds the term over them, as DSpark's adds the confidence's. `conv_kernel_size`, `selector_rank` and
     `selector_top_k` are its options, under these names in every published form.
     """
 
     Config: ClassVar[type[DraftConfig]] = DraftConfig
     title: ClassVar[str]
     paper: ClassVar[str | None] = None  # its number on arXiv
-    published: ClassVar[dict] = {}  # fields of [draft] as published, where `recipe_defaults` has others
+    published_fields: ClassVar[dict] = {}  # of [draft], where `recipe_defaults` has others
     published_sizes: ClassVar[dict[str, int]] = {}  # the same, and at most the target's hidden size
     reads_final: ClassVar[bool] = False  # whether its published loss reads the target's final states
     fused_matrices: ClassVar[tuple[str, ...]] = ()  # linear modules that are several matrices in one, as a GRU's are
@@ -181,7 +181,7 @@ class Draft(nn.Module, ABC):
         """Return what a recipe leaves open. stated: the fields of [draft] that it states."""
         options = {name: option.default for name, option in cls.Config.options().items() if not option.is_required()}
         filled = {"block_size": 8 if hidden_size <= SMALL_HIDDEN else 16, "shift_label": True, "objective": "ce"}
-        filled |= {"weighting": "decay"} | options | cls.Config.defaults(stated) | cls.published
+        filled |= {"weighting": "decay"} | options | cls.Config.defaults(stated) | cls.published_fields
         filled |= {name: min(size, hidden_size) for name, size in cls.published_sizes.items()}
         return filled | {"gamma": default_gamma(stated.get("block_size", filled["block_size"]))}
 
@@ -237,6 +237,7 @@ class Draft(nn.Module, ABC):
     head_name: ClassVar[str] = "head"  # what messages call its own part
     forms: ClassVar[tuple[str, ...]] = ()  # those of ENGINES that have a place for it
     sglang: ClassVar[tuple[str, int]]  # its algorithm there, and how many tokens are verified beside a block's slots
+    top_level: ClassVar[tuple[str, ...]] = ()  # options that SGLang seeks at the top level as well
     renamed_tensors: ClassVar[dict[str, str]] = {}  # regular expressions of others' names -> ours
     ignored_keys: ClassVar[frozenset[str]] = frozenset()  # nested keys of its files besides its options
     only_backbone: ClassVar[bool] = False  # the bare backbone, from which any draft on it can start
@@ -285,8 +286,10 @@ class Draft(nn.Module, ABC):
         """Return the keys that a config of this form has besides those of every method: at the top level, and nested
         (which speculators has no place for)."""
         options = {name: getattr(config, name) for name in cls.Config.published_options()}
+        if form == "speculators":
+            return options, {}
         method = {} if cls.only_backbone else {"projector_type": config.method}
-        return (options, {}) if form == "speculators" else ({}, method | options)
+        return {name: options[name] for name in cls.top_level}, method | options
 
     @classmethod
     def own_config(cls, config: DraftConfig, form: str, common: dict) -> dict | None:

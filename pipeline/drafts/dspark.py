@@ -146,13 +146,14 @@ class DSpark(BlockDraft):
     Config = DSparkConfig
     title = "DSpark"
     paper = "2607.05147"
-    published: ClassVar = {"block_size": 7}
+    published_fields: ClassVar = {"block_size": 7}
     published_sizes: ClassVar = {"markov_rank": 256}
     reads_final = True
     fused_matrices = ("joint_proj",)
     architectures = ("Qwen3DSparkModel", "DSparkDraftModel", "DFlashDraftModel", "DSparkSpeculator")
     forms = ("sglang", "speculators")
     sglang = ("DSPARK", 1)  # its block holds proposals only, and the anchor is verified, too
+    top_level = tuple(DSparkConfig.published_options())
     # Model-Optimizer has the head's parts at the top level; SpecForge's training checkpoints once nested them.
     renamed_tensors: ClassVar = {
         r"^logit_head\.(?=(markov_head|confidence_head)\.)": "",
@@ -289,14 +290,13 @@ class DSpark(BlockDraft):
 
     @classmethod
     def write_options(cls, config: DSparkConfig, form: str) -> tuple[dict, dict]:
-        """As `Draft.write_options`; SGLang seeks the head's keys at the top level, vLLM also the ids there."""
+        """As `Draft.write_options`; vLLM seeks the ids of the flat form at the top level, too."""
         flat, nested = super().write_options(config, form)
         if form == "speculators":
             return flat, nested
-        head = {name: nested[name] for name in cls.Config.published_options()}
         ids = {"mask_token_id": config.mask_token_id, "target_layer_ids": list(config.target_layer_ids)}
         grouped = config.num_key_value_heads < config.num_attention_heads
-        return head | ids, nested | {"attention_mode": "gqa" if grouped else "mha"}
+        return flat | ids, nested | {"attention_mode": "gqa" if grouped else "mha"}
 
     @classmethod
     def refusal(cls, config: DSparkConfig, form: str) -> str | None:

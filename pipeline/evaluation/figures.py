@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import Field
 
-from pipeline.checksummed_json import Count, Number, Numbers, Record
+from pipeline.json_files import Count, Number, Numbers, Record
 
 if TYPE_CHECKING:
     from pipeline.evaluation.accept_length import Span

@@ -14,7 +14,9 @@ from typing import Annotated
 import numpy as np
 from pydantic import FailFast, Field, ValidationError
 
-from pipeline.checksummed_json import (
+from pipeline.errors import UsageError, cause_of
+from pipeline.evaluation.figures import Figures, bootstrap
+from pipeline.json_files import (
     MAX_BYTES,
     Count,
     Counts,
@@ -25,11 +27,9 @@ from pipeline.checksummed_json import (
     damage_error,
     ends_with_checksum,
     parse_checksummed,
+    read_file,
     with_checksum,
 )
-from pipeline.errors import UsageError, cause_of
-from pipeline.evaluation.figures import Figures, bootstrap
-from pipeline.untrusted import read_file
 
 NUMBER_LIST = re.compile(r'\[\n[^][{}"]*\]')  # over several lines; JSON strings hold no bare newline, so none matches
 MAX_SPREADS = 6.0  # for `SampledLossless.spreads`: by chance it is further off with probability 2 exp(-18) = 3e-8

@@ -25,13 +25,12 @@ from torch import Tensor
 from pipeline.cache.manifest import FileFact
 from pipeline.drafts import DRAFTS, Blocks, Cell, Draft
 from pipeline.drafts.draft import ProbeBlock
-from pipeline.errors import ProofError, UsageError
-from pipeline.os_errors import refuse_limit
+from pipeline.errors import ProofError, UsageError, refuse_limit
+from pipeline.json_files import check_regular, parse_json
 from pipeline.published.folder import Opened, open_folder
 from pipeline.published.reference import block_states
 from pipeline.published.weights import CONFIG, WEIGHTS
 from pipeline.tensors import save_tensors
-from pipeline.untrusted import check_regular, parse_json
 
 # What engines load as weights, whatever it is called (vLLM and SGLang glob these).
 _LOADED = ("*.safetensors", "*.bin", "*.pt")

@@ -27,10 +27,11 @@ from pipeline.published import CONFIG, WEIGHTS, load_draft_folder
 from pipeline.published.card import CARD, Origin, card
 from pipeline.published.check import PROBE, check_export, write_probe
 from pipeline.published.reading import SHARED, TRAINED_ON
-from pipeline.runs.cache_requirements import logit_scale, text_config
+from pipeline.runs.cache_requirements import training_config
 from pipeline.runs.checkpoint import load_config, load_draft
 from pipeline.runs.provenance import Provenance, provenance
 from pipeline.target.head import TargetHead
+from pipeline.target.text_config import logit_scale
 from pipeline.tensors import save_tensors
 
 PROBE_ROWS, PROBE_BLOCKS = 512, 16
@@ -58,7 +59,7 @@ def export(run: Path, out: Path, format: str = "sglang") -> dict:
     """
     run, out = Path(run), Path(out)
     config, known = load_config(run), provenance(run)
-    scale = 1.0 if known.cache is None else logit_scale(text_config(known.cache.target_config))
+    scale = 1.0 if known.cache is None else logit_scale(training_config(known.cache.target_config))
     check_servable(config, format, known.origin.tokens, scale)
     rows, head, source = make_rows(config, known.cache)
     draft, dtype = load_draft(run, head), getattr(torch, known.origin.dtype)

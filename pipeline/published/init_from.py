@@ -64,19 +64,16 @@ def load_initial_weights(path: Path, wanted: DraftConfig, head: TargetHead | Non
     _check_fits(path, config, wanted)
     method, source = DRAFTS[wanted.method], DRAFTS[config.method]
     if proposed < wanted.vocab_size and not (source.only_backbone or source.reduces_vocabulary):
+        bare = " or ".join(draft.title for draft in DRAFTS.values() if draft.only_backbone)
         raise UsageError(
             f"{path} proposes {proposed} of {wanted.vocab_size} ids, and its {config.method} head knows no others; "
-            f"start from a draft of the whole vocabulary, or from a {' or '.join(_backbone_titles())} one"
+            f"start from a draft of the whole vocabulary, or from a {bare} one"
         )
     taken = {name: tensors[name] for name in method.starting_tensors(wanted, source)}
     fresh = tuple(sorted(method.tensors(wanted).keys() - taken.keys()))
     return InitialWeights(
         path, taken, fresh, _summary(path, config, wanted, fresh), config.rope_scaling, _digest(taken)
     )
-
-
-def _backbone_titles() -> list[str]:
-    return [draft.title for draft in DRAFTS.values() if draft.only_backbone]
 
 
 def _is_run(path: Path) -> bool:

@@ -81,8 +81,10 @@ def read_description(path: Path, target_layers: int | None = None) -> Published:
     flat = read_json(file)
     try:
         speculators = "speculators_model_type" in flat
-        config = _read_own_form(file, flat)
-        if config is None:
+        own = {name: fields for name, draft in DRAFTS.items() if (fields := draft.read_own_config(flat)) is not None}
+        if own:
+            config = _checked(file, *own.popitem())
+        else:
             keys = _of_speculators(file, flat) if speculators else _of_qwen3(file, flat)
             config = _config(keys, target_layers)
         proposed = flat.get("draft_vocab_size") or config.vocab_size
@@ -93,15 +95,6 @@ def read_description(path: Path, target_layers: int | None = None) -> Published:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else f"a value in it is malformed ({error})"
         raise UsageError(f"{file}: {what}; no draft of a kind that is known here") from error
-
-
-def _read_own_form(file: Path, flat: dict) -> DraftConfig | None:
-    """Return the draft where the file has a form that one method alone knows."""
-    for method, draft in DRAFTS.items():
-        fields = draft.read_own_config(flat)
-        if fields is not None:
-            return _checked(file, method, fields)
-    return None
 
 
 def recorded_share(path: Path) -> float | None:

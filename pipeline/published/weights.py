@@ -12,10 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.errors import UsageError, cause_of, first_line
-from pipeline.os_errors import refuse_limit
+from pipeline.errors import UsageError, cause_of, first_line, refuse_limit
+from pipeline.json_files import check_regular, parse_json, read_file
 from pipeline.pickles import RefusedPickle, check_pickle
-from pipeline.untrusted import check_regular, parse_json, read_file
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX, PICKLES = "model.safetensors.index.json", ("pytorch_model.bin", "training_state.pt")

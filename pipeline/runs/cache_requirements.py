@@ -4,51 +4,27 @@ A cache that lacks one is refused before any work, with the command that capture
 """
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pipeline.cache.layout import FINAL, layer_of
 from pipeline.cache.locks import in_use
 from pipeline.cache.records import CaptureRequest, read_log
 from pipeline.errors import CacheError, UsageError
+from pipeline.target.text_config import text_config
 
 if TYPE_CHECKING:
     from pipeline.cache import HiddenCache
 
 
-def text_config(config: dict) -> dict:
-    """Return the language model's part of a target's config, which multimodal targets nest under `text_config`."""
-    text = config.get("text_config") or config
+def training_config(config: dict) -> dict:
+    """Return the decoder's part of the target's config, with every size that training reads. UsageError."""
+    text = text_config(config)
     needed = ["hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"]
     missing = [key for key in needed if key not in text]
     if missing:
         raise UsageError(f"the target's config.json in the cache lacks {', '.join(missing)}: not a decoder we know")
     return text
-
-
-def rope_theta(target: dict) -> float:
-    """Return the target's RoPE base, from `rope_parameters` (transformers 5, maybe for each kind of layer) or, before,
-    `rope_theta`.
-
-    Raises UsageError where both are stated and differ: of a draft trained with one and served with the other, no
-    proposal would be accepted.
-    """
-    parameters = target.get("rope_parameters") or {}
-    new = parameters.get("rope_theta", (parameters.get("full_attention") or {}).get("rope_theta"))
-    legacy = target.get("rope_theta")
-    if new is not None and legacy is not None and float(new) != float(legacy):
-        raise UsageError(
-            f"the target's config states rope_theta {legacy:g} and rope_parameters.rope_theta {new:g}; "
-            "correct the target's config.json and capture again"
-        )
-    return float(next((theta for theta in (new, legacy) if theta is not None), 10_000.0))
-
-
-def logit_scale(target: dict) -> float:
-    """Return the factor of the LM head's output: Granite states a divisor, Cohere and Falcon-H1 a multiplier."""
-    if target.get("logits_scaling"):
-        return 1.0 / target["logits_scaling"]
-    return float(target.get("logit_scale") or target.get("lm_head_multiplier") or 1.0)
 
 
 def resolve_mask_token(stated: int | None, tokens: dict, vocab_size: int) -> int:
@@ -82,7 +58,7 @@ def check_complete(cache: "HiddenCache", layers: Sequence[int] | None) -> None:
             "run `pipeline verify`"
         )
     if not (cache.whole or cache.catalog.partial):
-        finish = "the same `pipeline import-cache` goes on" if _imported(cache) else f"run {capture_command(cache)}"
+        finish = "the same `pipeline import-cache` goes on" if _imported(cache) else f"run {recapture_command(cache)}"
         raise CacheError(f"{cache.path}: nothing is captured yet; {finish}")
     if layers is not None or not cache.catalog.partial:
         return
@@ -114,7 +90,7 @@ def layers_to_read(cache: "HiddenCache", wanted: tuple[int, ...] | None) -> tupl
     wanted = sorted({*present, *missing})
     if not present:
         finish = (
-            "import with the same command" if _imported(cache) else f"capture with {capture_command(cache, wanted)}"
+            "import with the same command" if _imported(cache) else f"capture with {recapture_command(cache, wanted)}"
         )
         raise UsageError(f"{cache.path} holds no layer that is whole; finish the {finish}")
     raise UsageError(
@@ -138,14 +114,20 @@ def how_to_add(cache: "HiddenCache", layers: Sequence[int], final: str | None = 
     another import, as nothing can be captured into an imported cache."""
     if _imported(cache):
         return "it was imported, so import files that hold them too into another --out"
-    return f"add them with {capture_command(cache, layers, final)}"
+    return f"add them with {recapture_command(cache, layers, final)}"
 
 
 def _imported(cache: "HiddenCache") -> bool:
     return cache.identity.capture.engine == "imported"
 
 
-def capture_command(cache: "HiddenCache", layers: Sequence[int] = (), final: str | None = None) -> str:
+def cache_hidden_command(options: Mapping[str, object], *flags: str) -> str:
+    """Return the command line `pipeline cache-hidden` with these options, without those that are None or empty."""
+    words = [str(word) for name, value in options.items() if value not in (None, "") for word in (name, value)]
+    return shlex.join(["pipeline", "cache-hidden", *words, *flags])
+
+
+def recapture_command(cache: "HiddenCache", layers: Sequence[int] = (), final: str | None = None) -> str:
     """Return the command, in backquotes, that captures `layers` of the cache's samples; without any, the same ones."""
     request = read_log(cache.path).request or CaptureRequest()  # only there is the path of the corpus
     options = request.options
@@ -158,5 +140,4 @@ def capture_command(cache: "HiddenCache", layers: Sequence[int] = (), final: str
         "--codec": None if layers else options.get("codec"),
         "--final": final,
     }
-    words = [str(word) for name, value in stated.items() if value not in (None, "") for word in (name, value)]
-    return f"`{shlex.join(['pipeline', 'cache-hidden', *words])}`"
+    return f"`{cache_hidden_command(stated)}`"

@@ -26,12 +26,20 @@ from safetensors.torch import load_file
 
 from pipeline.cache.atomic import check_free_space, sync_file, sync_folder, write_errors, write_file
 from pipeline.cache.manifest import FileFact
-from pipeline.checksummed_json import Count, FileRecord, Record, damage_error, read_record, record_bytes
 from pipeline.drafts import DRAFTS, Draft, DraftConfig, draft_config
 from pipeline.errors import CacheError, UsageError
+from pipeline.json_files import (
+    Count,
+    FileRecord,
+    Record,
+    damage_error,
+    parse_json,
+    read_file,
+    read_record,
+    record_bytes,
+)
 from pipeline.target.head import TargetHead
 from pipeline.tensors import save_tensors
-from pipeline.untrusted import parse_json, read_file
 
 FOLDER = "checkpoints"
 DRAFT, CONFIG, OPTIMIZER, STATE = "draft.safetensors", "config.json", "optimizer.safetensors", "state.json"

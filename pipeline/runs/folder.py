@@ -3,7 +3,7 @@
     RUN/run.json       `RunRecord`: cache, target, versions, command line, and size and checksum of recipe.toml
         recipe.toml    the resolved recipe
         done.json      `Result`, with the checksum of the checkpoint that it belongs to
-        lock           held by the process that trains
+        lock           locked by the process that trains
         checkpoints/   see pipeline/runs/checkpoint.py
         metrics.jsonl, timing.jsonl    see stages/train_draft/logs.py
 
@@ -29,7 +29,10 @@ from pipeline.cache.atomic import write_errors, write_file
 from pipeline.cache.layout import FINAL
 from pipeline.cache.locks import try_lock
 from pipeline.cache.manifest import FileFact
-from pipeline.checksummed_json import (
+from pipeline.drafts.rope import RopeScaling
+from pipeline.errors import CacheError, UsageError
+from pipeline.evaluation.figures import Figures
+from pipeline.json_files import (
     Count,
     Counts,
     FailFastDict,
@@ -37,17 +40,14 @@ from pipeline.checksummed_json import (
     Number,
     Record,
     damage_error,
+    read_file,
     read_record,
     record_bytes,
 )
-from pipeline.drafts.rope import RopeScaling
-from pipeline.errors import CacheError, UsageError
-from pipeline.evaluation.figures import Figures
 from pipeline.runs.checkpoint import CONFIG, DRAFT, STATE, checkpoint_folder, file_record, open_checkpoint
 from pipeline.runs.recipe import Recipe, Resolved, load_recipe
 from pipeline.runs.split import Split
 from pipeline.target.head import NEWEST, RULES
-from pipeline.untrusted import read_file
 
 if TYPE_CHECKING:
     from pipeline.published.init_from import InitialWeights

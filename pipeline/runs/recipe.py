@@ -26,6 +26,7 @@ from pydantic import (
     PositiveInt,
     ValidationError,
     create_model,
+    model_serializer,
     model_validator,
 )
 
@@ -33,8 +34,9 @@ from pipeline.drafts import DRAFTS, DraftConfig, draft_config
 from pipeline.drafts.draft import SMALL_HIDDEN
 from pipeline.drafts.rope import RopeScaling, draft_rope_scaling
 from pipeline.errors import UsageError, cause_of
-from pipeline.runs.cache_requirements import check_final, layers_to_read, resolve_mask_token, rope_theta, text_config
-from pipeline.untrusted import read_file
+from pipeline.json_files import read_file
+from pipeline.runs.cache_requirements import check_final, layers_to_read, resolve_mask_token, training_config
+from pipeline.target.text_config import rope_theta
 
 # TOML has only lists; everything else keeps the type that was written.
 Layers = Annotated[tuple[int, ...], Field(strict=False, min_length=1)]
@@ -88,6 +90,18 @@ class DraftSection(BaseModel):
             return fields
         options = {name: value for name, value in fields.items() if name not in cls.model_fields}
         return fields | options_model().model_validate(options).model_dump(exclude_unset=True)
+
+    @classmethod
+    def keys(cls) -> list[str]:
+        """Return every key in the order that all versions write them: the options of methods before the sizes."""
+        fields = list(cls.model_fields)
+        sizes = fields.index("intermediate_size")
+        return [*fields[:sizes], *options_model().model_fields, *fields[sizes:]]
+
+    @model_serializer(mode="wrap")
+    def _in_order(self, serialise) -> dict:
+        fields = serialise(self)
+        return {name: fields[name] for name in sorted(fields, key=self.keys().index)}
 
 
 class TrainSection(BaseModel):
@@ -208,8 +222,8 @@ def _explain(error: ValidationError, source: str) -> str:
         known, where = list(sections), "sections"
     else:
         section = first["loc"][0]
-        options = options_model().model_fields if section == "draft" else ()
-        known, where = [*sections[section].model_fields, *options], f"keys of [{section}]"
+        known = DraftSection.keys() if section == "draft" else list(TrainSection.model_fields)
+        where = f"keys of [{section}]"
     closest = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)[0]
     suggestion = ".".join([*map(str, first["loc"][:-1]), closest])
     return f"{source}: unknown key `{place}`; did you mean `{suggestion}`? Known {where}: {', '.join(known)}"
@@ -245,7 +259,7 @@ class Resolved:
 
 def resolve(recipe: Recipe, cache) -> Resolved:
     """Fill a recipe from an open HiddenCache. Raises UsageError for an invalid method, layers, mask token or sizes."""
-    target = text_config(cache.target_config)
+    target = training_config(cache.target_config)
     draft = _resolve_draft(recipe.draft, target, cache)
     config = _draft_config(draft, target)
     _check_final_states(config, cache)

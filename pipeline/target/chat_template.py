@@ -20,8 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from pipeline.corpus.rejections import Unusable
-from pipeline.errors import UsageError, first_line
-from pipeline.os_errors import refuse_limit
+from pipeline.errors import UsageError, first_line, refuse_limit
 from pipeline.target.files import TEMPLATE_DATE, chat_templates, stop_ids
 
 # What a template may raise while rendering; it rejects the row. Any of Python's own errors is possible.

@@ -16,8 +16,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from pipeline.errors import UsageError, first_line
-from pipeline.os_errors import refuse_limit
+from pipeline.errors import UsageError, first_line, refuse_limit
 from pipeline.target.files import check_config
 from pipeline.target.weights import safetensors_header, weight_files
 

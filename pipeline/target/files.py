@@ -5,8 +5,8 @@ import json
 from datetime import date
 from pathlib import Path
 
-from pipeline.errors import UsageError, first_line
-from pipeline.os_errors import refuse_limit
+from pipeline.errors import UsageError, first_line, refuse_limit
+from pipeline.target.text_config import text_config
 
 CONFIG = "config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -99,7 +99,7 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def text_config(folder: Path) -> dict:
+def read_text_config(folder: Path) -> dict:
     """Return the part of config.json that describes the decoder, which multi-modal targets nest.
 
     Sizes that it lacks, or has under other names, come from its transformers class. UsageError when it is no decoder's.
@@ -107,24 +107,13 @@ def text_config(folder: Path) -> dict:
     config = read_json(folder / CONFIG)
     if config.get("is_encoder_decoder"):
         raise UsageError(f"{folder / CONFIG} is an encoder-decoder's; a target is a decoder alone, name another model")
-    nested = config.get("text_config")
-    text = nested if isinstance(nested, dict) else config
+    text = text_config(config)
     if not all(isinstance(text.get(key), int) for key in SIZES):
         text = {**_sizes_by_class(folder), **text}
     for key in SIZES:
         if not isinstance(text.get(key), int):
             raise UsageError(f"{folder / CONFIG} names no {key}; this is no decoder of the transformers library")
     return text
-
-
-def max_positions(text: dict) -> tuple[int | None, str]:
-    """Return (the longest sequence that a decoder's config allows, None where it does not say; a reason or "")."""
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    short = rope.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
-    if short and rope.get("rope_type", rope.get("type")) in ("longrope", "su"):
-        return short, ", beyond which its rotary scaling follows the longest sample of a batch"
-    limit = text.get("max_position_embeddings")
-    return (limit if isinstance(limit, int) else None), ""
 
 
 def _sizes_by_class(folder: Path) -> dict:

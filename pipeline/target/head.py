@@ -24,10 +24,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.errors import CacheError
-from pipeline.os_errors import refuse_limit
+from pipeline.errors import CacheError, refuse_limit
+from pipeline.json_files import parse_json
 from pipeline.tensors import save_tensors
-from pipeline.untrusted import parse_json
 
 EMBEDDING, HEAD, FACTS = "embed_tokens.weight", "lm_head.weight", "target_head"
 

@@ -26,13 +26,12 @@ from pipeline.cache.atomic import write_errors
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.locks import process_lock
 from pipeline.cache.target_files import CONFIG, HEAD, TOKENS, WEIGHTS, has_target, new_target
-from pipeline.errors import RoomError, UsageError, first_line
-from pipeline.os_errors import refuse_limit
-from pipeline.runs.cache_requirements import logit_scale
+from pipeline.errors import RoomError, UsageError, first_line, refuse_limit
 from pipeline.target.chat_template import load_tokenizer
 from pipeline.target.config import check_quantised, load_config, loader_of, missing_package, quantised_by
 from pipeline.target.files import check_config, complete_config, find_target, tokenizer_files
 from pipeline.target.head import TargetHead
+from pipeline.target.text_config import logit_scale
 from pipeline.target.weights import check_weights_if_recorded, weight_facts, weight_files, weight_shapes
 from pipeline.tensors import find_device
 

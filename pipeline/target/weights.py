@@ -20,8 +20,7 @@ from pipeline.cache.catalog import Catalog
 from pipeline.cache.manifest import FileFact
 from pipeline.cache.records import WeightsRecord
 from pipeline.cache.target_files import WEIGHTS, has_target, target_file, target_json, target_manifest
-from pipeline.errors import CacheError, UsageError
-from pipeline.os_errors import refuse_limit
+from pipeline.errors import CacheError, UsageError, refuse_limit
 from pipeline.target.files import CONFIG, WEIGHTS_INDEX, check_config, read_json
 
 SINGLE_FILE = "model.safetensors"  # where an index names no others

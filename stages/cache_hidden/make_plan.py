@@ -32,7 +32,7 @@ from pipeline.corpus.sources import (
     report_skipped_files,
     source_roles,
 )
-from pipeline.target.files import is_quantised, text_config
+from pipeline.target.files import is_quantised, read_text_config
 from stages.cache_hidden.budget import SampleChooser
 from stages.cache_hidden.prepare_rows import Job, RowOutcome, samples_of
 from stages.cache_hidden.settings import CaptureSettings
@@ -72,7 +72,7 @@ def make_plan(
     max_bytes = int(FREE_SHARE * free_bytes(out)) if spare_disk else None
     tally, notes, rules = Tally(), {"max_samples": max_samples}, settings.identity.samples
     arguments = rules.template_kwargs, rules.template_date
-    vocab_size = text_config(settings.folder)["vocab_size"]
+    vocab_size = read_text_config(settings.folder)["vocab_size"]
     job = Job(settings.folder, settings.max_length, vocab_size, known_roles, *arguments, model=settings.model)
 
     def checked(samples: Iterator[PlannedSample]) -> Iterator[PlannedSample]:

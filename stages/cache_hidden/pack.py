@@ -18,11 +18,7 @@ from torch import Tensor
 from pipeline.cache.calibrations import read_calibration, store_calibration
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.codecs.calibration import (
-    TOKENS,
-    Calibration,
-    calibration_samples,
-)
+from pipeline.cache.codecs.calibration import TOKENS, Calibration, calibration_samples
 from pipeline.cache.codecs.error_certificate import Certificate, checked_calibration, shadow_samples
 from pipeline.cache.codecs.lossy import Encoded
 from pipeline.cache.columns import ColumnSpec, stored_rows

@@ -1,6 +1,5 @@
 """The report of a plan, before anything is captured: samples, tokens, what was left out and why, bytes, free disk."""
 
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +16,8 @@ from pipeline.cache.plan import Plan
 from pipeline.cache.records import ColumnManifest
 from pipeline.cache.samples import ShardPlan, to_numpy
 from pipeline.errors import UsageError
-from pipeline.target.files import read_json, text_config
+from pipeline.runs.cache_requirements import cache_hidden_command
+from pipeline.target.files import read_json, read_text_config
 from stages.cache_hidden.settings import CaptureOptions, CaptureSettings
 
 SHOWN_CHARACTERS = 240  # of each supervised or unsupervised span of a sample that a plan shows
@@ -166,7 +166,7 @@ def _count_values(plan: Plan, column: str) -> dict[str, int]:
 
 def head_bytes(settings: CaptureSettings) -> int:
     """Return the bytes of the target's embedding and LM head, which go into the cache."""
-    config, whole = text_config(settings.folder), read_json(settings.folder / "config.json")
+    config, whole = read_text_config(settings.folder), read_json(settings.folder / "config.json")
     tied = config.get("tie_word_embeddings", whole.get("tie_word_embeddings", False))
     return config["vocab_size"] * settings.row_bytes // len(settings.columns) * (1 if tied else 2)
 
@@ -304,5 +304,4 @@ def capture_command(
         "--dtype": options.dtype,
         "--revision": options.revision,
     }
-    words = [word for name, value in arguments.items() if value is not None for word in (name, str(value))]
-    return shlex.join(["pipeline", "cache-hidden", *words, *["--append"] * options.append])
+    return cache_hidden_command(arguments, *["--append"] * options.append)

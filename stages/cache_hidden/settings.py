@@ -20,16 +20,16 @@ from pipeline.cache.records import Identity, SampleRules, TargetName
 from pipeline.errors import UsageError
 from pipeline.target.files import (
     find_target,
-    max_positions,
     read_json,
+    read_text_config,
     stop_ids,
     target_name,
     template_arguments,
     template_digest,
-    text_config,
     tokenizer_digest,
 )
 from pipeline.target.layers import check_layers, default_layers, default_taps
+from pipeline.target.text_config import max_positions
 from pipeline.target.weights import target_digest
 from stages.cache_hidden.shard_assignment import Worker
 
@@ -149,7 +149,7 @@ def resolve_settings(model: str, catalog: Catalog, options: CaptureOptions) -> C
     not there, and for layers or dtypes that it does not have.
     """
     folder = find_target(model, options.revision)
-    config = text_config(folder)
+    config = read_text_config(folder)
     cached = catalog.identity if catalog.exists else Identity()
     max_length = _max_length(options.max_length, cached.samples.max_length, config)
     complete = complete_columns(catalog) if catalog.exists else []

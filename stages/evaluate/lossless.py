@@ -34,9 +34,9 @@ from transformers import DynamicCache, PreTrainedModel
 from pipeline.cache.atomic import write_errors
 from pipeline.cache.locks import process_lock
 from pipeline.cache.manifest import read_canonical, write_canonical
-from pipeline.checksummed_json import Count, Counts, Record
 from pipeline.errors import CacheError, ProofError, RoomError, UsageError
 from pipeline.evaluation.reports import MAX_SPREADS, NearTie, SampledLossless
+from pipeline.json_files import Count, Counts, Record
 from stages.evaluate.decode import Decoded
 
 NEAR_TIE_FACTOR = 4  # a near tie's gap in logits is at most so many times the difference between valid forwards

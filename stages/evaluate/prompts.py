@@ -14,12 +14,11 @@ import numpy as np
 
 from pipeline.cache import HiddenCache
 from pipeline.corpus.rejections import Unusable
-from pipeline.errors import DataError, UsageError, cause_of
+from pipeline.errors import DataError, UsageError, cause_of, refuse_limit
 from pipeline.evaluation.accept_length import reply_spans
-from pipeline.os_errors import refuse_limit
+from pipeline.json_files import parse_json, read_file
 from pipeline.runs.split import stratified_subset
 from pipeline.target.files import TEMPLATE_DATE
-from pipeline.untrusted import parse_json, read_file
 
 MOST_BYTES = 1 << 30
 KINDS = ("messages", "prompt", "input_ids")

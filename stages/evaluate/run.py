@@ -17,16 +17,17 @@ from pipeline.drafts import Draft
 from pipeline.errors import RoomError, UsageError
 from pipeline.evaluation.reports import DraftFacts, Report, Settings, Speed, report_bytes
 from pipeline.evaluation.tables import evaluation_table
+from pipeline.json_files import check_regular
 from pipeline.published import load_draft_folder, recorded_share
 from pipeline.runs.checkpoint import CONFIG, DRAFT, find_checkpoint, load_draft, open_checkpoint
 from pipeline.runs.folder import RUN, read_recipe, read_run
 from pipeline.runs.recipe import TrainSection
 from pipeline.runs.split import split_samples
-from pipeline.target.files import find_target, max_positions, target_name
+from pipeline.target.files import find_target, target_name
 from pipeline.target.model import head_of, load_target, stop_tokens
+from pipeline.target.text_config import max_positions
 from pipeline.target.weights import check_weights_if_recorded, target_digest, weights_digest
 from pipeline.tensors import find_device
-from pipeline.untrusted import check_regular
 from stages.evaluate.decode import SamplingOptions, decode_many, speculative_decode
 from stages.evaluate.lossless import LosslessCheck, PlainReplies, plain_decode, reply_settings
 from stages.evaluate.measure import (

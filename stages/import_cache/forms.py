@@ -34,10 +34,9 @@ from torch import Tensor
 
 from pipeline.cache.atomic import read_errors
 from pipeline.cache.manifest import Count
-from pipeline.errors import DataError, UsageError, first_line
-from pipeline.os_errors import refuse_limit
+from pipeline.errors import DataError, UsageError, first_line, refuse_limit
+from pipeline.json_files import parse_json, read_file
 from pipeline.pickles import RefusedPickle, check_pickle
-from pipeline.untrusted import parse_json, read_file
 from stages.import_cache.foreign_sample import (
     ForeignSample,
     PartialConvention,

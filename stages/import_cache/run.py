@@ -19,7 +19,7 @@ from pipeline.cache.rebuild import rebuild_derived
 from pipeline.cache.target_files import has_target
 from pipeline.corpus.rejections import left_out_lines
 from pipeline.errors import RoomError, UsageError
-from pipeline.target.files import CONFIG, find_target, target_name, template_digest, text_config, tokenizer_digest
+from pipeline.target.files import CONFIG, find_target, read_text_config, target_name, template_digest, tokenizer_digest
 from pipeline.target.layers import check_layers
 from pipeline.target.on_policy import OnPolicyStats
 from pipeline.target.weights import check_weights_if_recorded, target_digest
@@ -64,7 +64,7 @@ def run(
     """
     target = Target(target_folder(model, folder, unproven), device, not unproven)
     requested = PartialConvention(parse_layers(layers), count_from, last)
-    config, catalog = text_config(target.folder), Catalog(out)
+    config, catalog = read_text_config(target.folder), Catalog(out)
     source = find_source(folder, requested.layers, config["hidden_size"], masks)
     first, named = source.open(*source.locations[0]), requested.layers or source.stated.layers
     convention = choose_convention(source, first, named, requested, catalog, target)

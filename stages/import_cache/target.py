@@ -9,10 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.cache.catalog import Catalog
-from pipeline.errors import UsageError
-from pipeline.os_errors import refuse_limit
+from pipeline.errors import UsageError, refuse_limit
 from pipeline.target.config import load_config
-from pipeline.target.files import CONFIG, read_json, text_config
+from pipeline.target.files import CONFIG, read_json, read_text_config
 from pipeline.target.head import TargetHead
 from pipeline.target.model import final_norm, head_of, load_target, stop_tokens, store_target
 from pipeline.target.weights import weight_files
@@ -68,7 +67,7 @@ def narrow_head(head: TargetHead) -> TargetHead:
 
 def head_from_files(folder: Path) -> TargetHead:
     """Read embedding and head only, of a target that is not loaded. UsageError where they are scaled or ambiguous."""
-    config = text_config(folder)
+    config = read_text_config(folder)
     scaled = [name for name in SCALES if config.get(name) not in (None, 1, 1.0)]
     if scaled or str(config.get("model_type", "")).startswith("gemma"):
         why = scaled[0] if scaled else "its embedding"
@@ -108,7 +107,7 @@ def _tensor(path: Path, name: str) -> torch.Tensor:
 
 def stop_tokens_from_files(folder: Path) -> frozenset[int]:
     """Return the stop tokens that the folder's configs name."""
-    configs = [read_json(folder / CONFIG), text_config(folder)]
+    configs = [read_json(folder / CONFIG), read_text_config(folder)]
     if (folder / GENERATION).is_file():
         configs.append(read_json(folder / GENERATION))
     stated = [config.get("eos_token_id") for config in configs]

@@ -20,7 +20,7 @@ from pathlib import Path
 from pipeline.cache.atomic import sync_folder, write_all, write_errors
 from pipeline.cache.locks import defer_signals, try_lock
 from pipeline.errors import UsageError
-from pipeline.untrusted import parse_strict_json
+from pipeline.json_files import parse_strict_json
 
 SYNC_S = 2.0  # between syncs: the most that a power failure loses
 SEPARATOR = b"\t"

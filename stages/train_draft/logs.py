@@ -1,5 +1,5 @@
-"""What a run says: its logs, JSON lines that a resumed run truncates to its checkpoint, so that a kill leaves no trace
-in them; its progress, a bar on a terminal and a line every few seconds elsewhere; and the lines before and after it.
+"""What a run writes and prints: its logs, JSON lines that a resumed run truncates to its checkpoint, so that a kill
+leaves no trace in them; its progress, a bar on a terminal and a line every few seconds elsewhere; the lines around it.
 
     metrics.jsonl    one line for each logged step and each evaluation; the same bytes however often a run was killed
     timing.jsonl     what differs between runs of one recipe: seconds, tokens a second
@@ -23,15 +23,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import write_errors, write_file
-from pipeline.checksummed_json import Count, Record, damage_error, parse_checksummed, with_checksum
 from pipeline.drafts.rope import draft_rope_scaling
 from pipeline.drafts.serving import unservable
 from pipeline.errors import CacheError
-from pipeline.runs.cache_requirements import how_to_add, logit_scale, partial_text, text_config
+from pipeline.json_files import Count, Record, damage_error, parse_checksummed, read_file, with_checksum
+from pipeline.runs.cache_requirements import how_to_add, partial_text, training_config
 from pipeline.runs.folder import Evaluation, Result
 from pipeline.runs.recipe import Resolved
 from pipeline.runs.split import Split
-from pipeline.untrusted import read_file
+from pipeline.target.text_config import logit_scale
 from pipeline.visible_text import visible
 from stages.train_draft.loader import Batch
 
@@ -210,14 +210,14 @@ def run_description(
     if resolved.draft.gamma is None and resolved.draft.weighting == "decay":
         yield "gamma is 0, so late slots weigh as much as early ones; published recipes let the weight decay"
     yield from rope_messages(resolved, store)
-    reason = unservable(resolved.draft, store.tokens, logit_scale(text_config(store.target_config)))
+    reason = unservable(resolved.draft, store.tokens, logit_scale(training_config(store.target_config)))
     if reason is not None:
         yield f"no engine will serve this draft, `pipeline export` refuses it: {reason}"
 
 
 def rope_messages(resolved: Resolved, store: HiddenCache) -> Iterator[str]:
     """Yield how the draft's rotary positions relate to the target's scaled ones; nothing where both are plain."""
-    scaling, reason = draft_rope_scaling(text_config(store.target_config))
+    scaling, reason = draft_rope_scaling(training_config(store.target_config))
     trained = resolved.draft.rope_scaling
     if trained is not None and trained == scaling:
         yield f"rotary positions are scaled as the target scales them: {trained}"

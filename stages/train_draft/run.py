@@ -117,7 +117,7 @@ def train_resolved(
     """Train one resolved recipe in the folder `path`, or resume it there; print the result. Raises what `run` does."""
     screen = VisibleConsole()
 
-    def say(line: str) -> None:
+    def show(line: str) -> None:
         screen.print(line, markup=False, soft_wrap=True)
 
     with run_lock(path):
@@ -125,15 +125,15 @@ def train_resolved(
         resolved = with_recorded_rope(path, resolved)
         result = read_result(path)
         if result is not None:
-            say(f"{visible(path)} is finished: nothing to do")
+            show(f"{visible(path)} is finished: nothing to do")
         else:
             for line in run_description(path, store, split, resolved, device):
-                say(line)
+                show(line)
             if start is not None:
-                say(visible(start.summary))
+                show(visible(start.summary))
             if differs:
                 began = visible("; ".join(differs))
-                say(f"began with {began}: the run goes on, its last digits may differ")
+                show(f"began with {began}: the run goes on, its last digits may differ")
             use_deterministic_kernels(device)
             samples = (store.tokens_of(int(index))[0] for index in split.train)
             draft = make_draft(resolved, store, device, start, samples)
@@ -148,7 +148,7 @@ def train_resolved(
             accept_len = figures.accept_len if figures and figures.calls else None
             result = Result(steps=steps, parameters=parameters, accept_len=accept_len, eval=figures)
             write_result(path, result)
-    say(summary(path, store, result))
+    show(summary(path, store, result))
     return TrainResult(path, result.steps, result.accept_len)
 
 

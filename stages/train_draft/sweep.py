@@ -80,7 +80,7 @@ def sweep(
         )
         try:
             train_resolved(run.path, store, run.split, run.resolved, torch_device, run.start)
-        except ProofError as error:  # a learning rate too high, say: that is a result, too
+        except ProofError as error:  # a learning rate too high, for example: a result, too
             failed[run.path] = str(error)
             screen.print(f"failed: {visible(error)}", markup=False, soft_wrap=True)
     facts = [run_facts(run, failed.get(run.path)) for run in runs]

@@ -33,6 +33,12 @@ def test_dspark_s_defaults_are_the_published_ones_and_plain_cross_entropy_trains
     assert domino.objective == "ce" and not hasattr(domino, "markov_rank")
 
 
+def test_options_of_other_methods_may_be_null_as_version_0_5_0_wrote_them():
+    null = dict.fromkeys([*draft_config(**fields("domino")).options(), *draft_config(**fields("dspark")).options()])
+    for method in ("dflash", "domino", "dspark"):
+        assert draft_config(**null | fields(method)) == draft_config(**fields(method))
+
+
 def test_default_gamma_is_the_published_table():
     assert [default_gamma(b) for b in (16, 10, 8, 7)] == [7, 5, 4, 4]
     assert (default_gamma(32), default_gamma(4)) == (7, 4)

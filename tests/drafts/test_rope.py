@@ -15,7 +15,7 @@ from pipeline.drafts.rope import RopeScaling, draft_rope_scaling, frequencies, r
 from pipeline.errors import UsageError
 from pipeline.published import export, load_draft_folder, read_published
 from pipeline.published import reference as arithmetic
-from pipeline.runs.cache_requirements import rope_theta
+from pipeline.target.text_config import rope_theta
 
 LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
 LLAMA31 = {

@@ -13,10 +13,10 @@ from tiny import config, save_target, write_jsonl
 
 from pipeline import cli
 from pipeline.cache import HiddenCache
-from pipeline.checksummed_json import parse_checksummed
 from pipeline.errors import DataError, ProofError, RoomError, UsageError
 from pipeline.evaluation.reports import Lossless, load_report, report_bytes
 from pipeline.evaluation.tables import evaluation_table
+from pipeline.json_files import parse_checksummed
 from pipeline.published.export import export
 from stages.evaluate import decode
 from stages.evaluate import run as evaluation

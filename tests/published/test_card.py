@@ -6,8 +6,8 @@ import pytest
 from forms import deepspec_dspark, target
 
 from pipeline.cache.inspect import describe
-from pipeline.checksummed_json import parse_checksummed
 from pipeline.drafts import DRAFTS, DraftConfig, draft_config, init_weights
+from pipeline.json_files import parse_checksummed
 from pipeline.published import read_published
 from pipeline.published.card import Facts, Origin, card, serve_command
 from pipeline.published.check import check_export

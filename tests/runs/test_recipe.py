@@ -11,7 +11,9 @@ from pydantic import ValidationError
 from pipeline.cache.records import Identity
 from pipeline.drafts import DRAFTS
 from pipeline.errors import UsageError
-from pipeline.runs.recipe import Recipe, load_recipe, read_toml, resolve, resolve_mask_token, rope_theta, text_config
+from pipeline.runs.cache_requirements import training_config
+from pipeline.runs.recipe import Recipe, load_recipe, read_toml, resolve, resolve_mask_token
+from pipeline.target.text_config import rope_theta
 from stages.train_draft.sweep import load_sweep
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
@@ -249,6 +251,28 @@ def test_a_resolved_recipe_loads_back_equal_and_resolves_to_itself(tmp_path, met
     assert set(tomllib.loads(resolved.recipe.toml())) == {"draft", "train"}
 
 
+WRITTEN_BY_0_6_0 = {
+    "domino": "method objective layers num_hidden_layers block_size mask_token_id shift_label gamma weighting "
+    "pure_draft_prefix_len emb_dim gru_hidden_dim lambda_start lambda_decay "
+    "intermediate_size num_attention_heads num_key_value_heads head_dim layer_types",
+    "dspark": "method objective alpha_ce alpha_l1 layers num_hidden_layers block_size mask_token_id shift_label gamma "
+    "weighting markov_rank markov_head_type enable_confidence_head confidence_head_with_markov alpha_confidence "
+    "intermediate_size num_attention_heads num_key_value_heads head_dim layer_types",
+}
+
+
+@pytest.mark.parametrize("method", WRITTEN_BY_0_6_0)
+def test_a_recipe_is_written_in_the_order_of_earlier_versions_however_it_is_stated(tmp_path, method):
+    """An export over one that an earlier version made is the same to the byte, and its card holds the recipe."""
+    resolved = resolve(load_recipe(None, (f"draft.method={method}",)), cache_of()).with_steps(100).recipe
+    lines = resolved.toml().splitlines()
+    keys = [line.partition(" = ")[0] for line in lines[1 : lines.index("")]]
+    assert keys == WRITTEN_BY_0_6_0[method].split()
+
+    backwards = write(tmp_path, "\n".join(["[draft]", *lines[lines.index("") - 1 : 0 : -1], *lines[lines.index("") :]]))
+    assert load_recipe(backwards).toml() == resolved.toml()
+
+
 def test_the_digest_tells_recipes_apart():
     assert Recipe().digest() != load_recipe(None, ("train.seed=1",)).digest()
 
@@ -322,9 +346,9 @@ def test_rope_theta_is_read_from_either_place_and_never_from_two_that_differ():
 
 
 def test_the_language_part_of_a_target_that_sees_is_found():
-    assert text_config({"vision_config": {}, "text_config": QWEN3_8B}) == QWEN3_8B
+    assert training_config({"vision_config": {}, "text_config": QWEN3_8B}) == QWEN3_8B
     with pytest.raises(UsageError, match="lacks hidden_size"):
-        text_config({"vision_config": {}})
+        training_config({"vision_config": {}})
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

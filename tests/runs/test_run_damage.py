@@ -16,9 +16,9 @@ from cache_maker import flip
 from run_folders import without_checksums
 
 from pipeline.cache import HiddenCache
-from pipeline.checksummed_json import parse_checksummed, record_bytes
 from pipeline.errors import CacheError
 from pipeline.evaluation.reports import load_report
+from pipeline.json_files import parse_checksummed, record_bytes
 from pipeline.runs import checkpoint
 from pipeline.runs.provenance import provenance
 from stages.evaluate.run import describe_draft

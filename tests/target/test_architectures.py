@@ -44,11 +44,12 @@ from pipeline.cache import HiddenCache
 from pipeline.cache.verify import verify
 from pipeline.drafts import DRAFTS, init_weights
 from pipeline.errors import ProofError, UsageError
-from pipeline.runs.recipe import load_recipe, resolve, rope_theta
-from pipeline.runs.recipe import text_config as training_config
-from pipeline.target.files import complete_config, max_positions, text_config
+from pipeline.runs.cache_requirements import training_config
+from pipeline.runs.recipe import load_recipe, resolve
+from pipeline.target.files import complete_config, read_text_config
 from pipeline.target.layers import final_rows
 from pipeline.target.model import decoder_layers, final_norm, head_of, load_target, run_decoder, tap_layers
+from pipeline.target.text_config import max_positions, rope_theta
 from stages.cache_hidden.run import plan, run
 from stages.cache_hidden.settings import CaptureOptions
 from stages.evaluate.decode import decode_many, speculative_decode
@@ -274,7 +275,7 @@ def test_a_head_or_an_embedding_that_is_more_than_one_matrix(attempt, shape, err
 def test_a_model_that_is_no_decoder_is_refused_by_its_config(tmp_path, shape, says):
     shape.save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=says) as found:
-        text_config(tmp_path)
+        read_text_config(tmp_path)
         load_target(str(tmp_path))
     assert "\n" not in str(found.value)
 
@@ -356,7 +357,7 @@ SPARSE = {
 
 def test_sizes_that_a_config_leaves_to_its_class_reach_the_cache(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SPARSE))
-    assert text_config(tmp_path)["vocab_size"] == 262208
+    assert read_text_config(tmp_path)["vocab_size"] == 262208
     complete = json.loads(complete_config(tmp_path, AutoConfig.from_pretrained(tmp_path)))
     assert complete["model_type"] == "gemma3" and SPARSE["text_config"].items() <= complete["text_config"].items()
     for_training = training_config(complete)

@@ -10,7 +10,7 @@ from tiny import config, random_model, save_target
 from transformers import CohereConfig, FalconConfig, Gemma2Config, GraniteConfig, LlamaConfig, Phi3Config
 
 from pipeline.errors import UsageError
-from pipeline.target.files import find_target, target_name, template_digest, text_config, tokenizer_digest
+from pipeline.target.files import find_target, read_text_config, target_name, template_digest, tokenizer_digest
 from pipeline.target.model import head_of, lm_logits, load_target, run_decoder, tap_layers
 from pipeline.target.weights import target_digest, weight_files
 
@@ -128,7 +128,7 @@ def damage(folder, kind):
 def test_a_damaged_target_is_refused_in_one_line(copy, kind, says):
     damage(copy, kind)
     with pytest.raises(UsageError, match=says) as found:
-        text_config(find_target(str(copy)))
+        read_text_config(find_target(str(copy)))
         target_digest(copy)
         load_target(str(copy))
     assert "\n" not in str(found.value)

@@ -20,11 +20,11 @@ from rewritten_caches import rewrite, with_greedy_replies
 
 from pipeline.cache import HiddenCache
 from pipeline.cache.samples import PlannedSample
-from pipeline.checksummed_json import parse_checksummed, record_bytes
 from pipeline.cli import commands
 from pipeline.drafts import DRAFTS, lay_blocks
 from pipeline.drafts import block_draft as draft_module
 from pipeline.errors import CacheError, DataError, ProofError, RoomError, UsageError
+from pipeline.json_files import parse_checksummed, record_bytes
 from pipeline.published.init_from import InitialDraft
 from pipeline.runs import checkpoint
 from pipeline.runs import folder as run_folder

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from pipeline.cache.codecs.zarr_file import DTYPES, split_rows
-from pipeline.errors import CacheError, first_line
-from pipeline.os_errors import check_memory, refuse_limit
+from pipeline.errors import CacheError, check_memory, first_line, refuse_limit
 
 CHUNK_BYTES = 64 << 20  # an array with larger chunks is refused
 READ_BYTES = 4 << 20  # bytes read at a time, or a chunk

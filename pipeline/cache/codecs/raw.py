@@ -13,11 +13,10 @@ import contextlib
 import numpy as np
 import xxhash
 
-from pipeline.cache.atomic import read_error
 from pipeline.cache.codecs.codec import ArrayCodec
 from pipeline.cache.codecs.zarr_file import DTYPES, SHARD_FILE, Grid, OpenFile, ShardFile, ShardFileWriter
 from pipeline.cache.layout import CHECKSUM_ROWS
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, read_error
 
 PIECE = 256 << 10  # bytes read and hashed at a time where one thread does it: they are still in its core's cache
 

@@ -22,10 +22,9 @@ import google_crc32c
 import numpy as np
 import xxhash
 
-from pipeline.cache.atomic import read_error, write_all
+from pipeline.cache.atomic import write_all
 from pipeline.cache.manifest import FileFact
-from pipeline.errors import CacheError
-from pipeline.os_errors import refuse_limit
+from pipeline.errors import CacheError, read_error, refuse_limit
 
 # A column's dtype as numpy stores it; numpy and zarr have no bfloat16, so its bits are stored as uint16.
 DTYPES = {"bfloat16": np.dtype("<u2"), "float32": np.dtype("<f4")}

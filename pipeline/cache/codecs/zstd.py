@@ -36,8 +36,7 @@ from pipeline.cache.codecs.zarr_file import (
     parse_chunk_index,
     split_rows,
 )
-from pipeline.errors import CacheError
-from pipeline.os_errors import check_memory
+from pipeline.errors import CacheError, check_memory
 
 BLOCK = 1 << 20  # bytes; the most that a chunk of whole rows has
 MAX_CHUNK_BYTES = 8 << 20  # the largest chunk that is read, whoever wrote it

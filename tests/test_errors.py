@@ -14,14 +14,13 @@ import pytest
 from cache_maker import make_cache, random_samples
 
 from pipeline.cache import HiddenCache
-from pipeline.cache.atomic import REMEDIES, read_error, write_errors
+from pipeline.cache.atomic import REMEDIES, write_errors
 from pipeline.cache.checksums import SCHEMA
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.layout import path_inside
 from pipeline.cache.samples import parse_batches
 from pipeline.cache.verify import verify
-from pipeline.errors import CacheError, RoomError, UsageError
-from pipeline.os_errors import LIMITS, limit_error
+from pipeline.errors import LIMITS, CacheError, RoomError, UsageError, limit_error, read_error
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20

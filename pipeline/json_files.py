@@ -1,6 +1,9 @@
-"""Checksummed JSON records: objects whose last key is a checksum, alone in a file or one a line.
+"""JSON files: any, read with limits of size and depth, and our own records, which end with a checksum.
 
     {"step": 10, "loss": 2.5, "xxh3": "0123456789abcdef"}
+
+A file may be of a stranger: a pipe or /dev/zero never ends, a file may be larger than memory, and JSON nested deeper
+than Python can recurse. `read_file` and `parse_json` raise OSError and ValueError; callers say what to do.
 
 The checksum is the xxh3-64 of the bytes before its comma; in a log of lines, of the previous line's checksum and those
 bytes, so that a missing line shows too. Any JSON or JSON Lines reader reads them. Records of versions up to 0.5.0 have
@@ -8,7 +11,9 @@ no checksum and are accepted without.
 """
 
 import json
+import os
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -16,11 +21,76 @@ from typing import Annotated, TypeVar
 import xxhash
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, WrapValidator
 
-from pipeline.cache.atomic import read_error
-from pipeline.errors import CacheError, PipelineError, cause_of
-from pipeline.untrusted import parse_strict_json, read_file
+from pipeline.errors import CacheError, PipelineError, cause_of, read_error
 
 MAX_BYTES = 64 << 20
+MAX_DEPTH = 64  # levels of JSON; ours has 8
+_TOO_DEEP = f"JSON nested deeper than {MAX_DEPTH} levels"
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+
+
+def refuse_constant(name: str):
+    """Refuse NaN and Infinity, which Python's JSON reads and writes: `parse_constant` of a decoder. ValueError."""
+    raise ValueError(f"{name} is no number of JSON; write null")
+
+
+_DECODER, _STRICT = json.JSONDecoder(), json.JSONDecoder(parse_constant=refuse_constant)
+
+
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """Return the bytes of a regular file. Raises the system's OSError; ValueError for another kind of file, or for more
+    than `max_bytes`."""
+    check_regular(path)  # before opening: to open a device may have effects
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = (
+            b"" if size > max_bytes else file.readall() if size else file.read(max_bytes + 1)
+        )  # size 0: of /proc, say
+    if max(size, len(data)) > max_bytes:
+        raise ValueError(f"it has {max(size, len(data)):,} bytes, and at most {max_bytes:,} are read of such a file")
+    return data
+
+
+def check_regular(path: Path) -> int:
+    """Return the size in bytes of a regular file, following links. OSError; ValueError for another kind of file."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"it is {_KINDS.get(stat.S_IFMT(status.st_mode), 'a device')} and no file")
+    return status.st_size
+
+
+def parse_json(text: bytes | str, decoder: json.JSONDecoder = _DECODER):
+    """Parse JSON in UTF-8. ValueError, with a message of one line, for bad JSON and for more than MAX_DEPTH levels."""
+    try:
+        value = decoder.decode(text.decode() if isinstance(text, bytes) else text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"no UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    if is_deeper(value):
+        raise ValueError(_TOO_DEEP)
+    return value
+
+
+def parse_strict_json(text: bytes | str):
+    """As `parse_json`, for files we write: refuses NaN and Infinity, which Python's JSON and some configs allow."""
+    return parse_json(text, _STRICT)
+
+
+def is_deeper(value, levels: int = MAX_DEPTH) -> bool:
+    """Return whether a JSON value is nested deeper than `levels`."""
+    nodes = [value]
+    for _ in range(levels):
+        nodes = [child for node in nodes if isinstance(node, dict | list) for child in _children(node)]
+        if not nodes:
+            return False
+    return any(isinstance(node, dict | list) for node in nodes)
+
+
+def _children(node: dict | list):
+    return node.values() if isinstance(node, dict) else node
+
+
 _TAIL = re.compile(rb',\n? ?"xxh3": "([0-9a-f]{16})"\n?}\n?\Z')
 # Matches what is left of that tail after any one bit of it was flipped.
 _TAIL_REMAINS = re.compile(rb'xxh3|"[0-9a-f]{16}"\n?}\n?\Z')

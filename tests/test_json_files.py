@@ -4,9 +4,17 @@ import os
 
 import pytest
 
-from pipeline.checksummed_json import ends_with_checksum, parse_checksummed, record_bytes, with_checksum
 from pipeline.errors import first_line
-from pipeline.untrusted import MAX_DEPTH, parse_json, parse_strict_json, read_file
+from pipeline.json_files import (
+    MAX_DEPTH,
+    ends_with_checksum,
+    parse_checksummed,
+    parse_json,
+    parse_strict_json,
+    read_file,
+    record_bytes,
+    with_checksum,
+)
 
 
 def test_a_regular_file_is_read_up_to_a_size(tmp_path):
