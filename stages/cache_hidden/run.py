@@ -267,10 +267,7 @@ def _print_summary(out: Path, done: CaptureSummary, worker: Worker) -> CaptureSu
     print_visible(
         f"{where}: {done.samples:,} samples{left_out} in {done.shards} shards, {done.gib:.2f} GiB; {now}{who}{left}"
     )
-    if done.on_policy.rows:
-        print(f"on-policy gauge: {done.on_policy}")
-        if done.on_policy.warning:
-            print(done.on_policy.warning, file=sys.stderr)
+    done.on_policy.report()
     return done
 
 

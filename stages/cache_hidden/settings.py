@@ -16,21 +16,20 @@ from pipeline.cache.codecs import codec_of, parse_codecs
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.layout import FINAL, aux_column, layer_of
 from pipeline.cache.locks import in_use
-from pipeline.cache.records import Identity, SampleRules, TargetName
+from pipeline.cache.records import Identity, SampleRules
 from pipeline.errors import UsageError
 from pipeline.target.files import (
     find_target,
     read_json,
     read_text_config,
     stop_ids,
-    target_name,
     template_arguments,
     template_digest,
     tokenizer_digest,
 )
 from pipeline.target.layers import check_layers, default_layers, default_taps
 from pipeline.target.text_config import max_positions
-from pipeline.target.weights import target_digest
+from pipeline.target.weights import named_target
 from stages.cache_hidden.shard_assignment import Worker
 
 BATCH_TOKENS = 4096  # padded tokens a micro-batch; padding is 1 to 2.4 % in shards of 4 GiB of an 8B target
@@ -155,7 +154,7 @@ def resolve_settings(model: str, catalog: Catalog, options: CaptureOptions) -> C
     complete = complete_columns(catalog) if catalog.exists else []
     dtype = options.dtype or cached.capture.dtype or _default_dtype(folder, options.device)
     identity = {
-        "target": _target(model, folder, cached.target),
+        "target": named_target(model, folder, cached.target),
         "tokenizer": {"digest": tokenizer_digest(folder), "chat_template": template_digest(folder)},
         "samples": {"max_length": max_length, **_sample_rules(catalog, folder, options)},
         "capture": {
@@ -281,15 +280,6 @@ def _sample_rules(catalog: Catalog, folder: Path, options: CaptureOptions) -> di
         **template_arguments(kwargs, options.template_date or cached.template_date),
         "stops": stop_ids(folder),
     }
-
-
-def _target(model: str, folder: Path, cached: TargetName) -> dict:
-    """Return name, revision and digest. A folder that was only moved keeps the name it has in the cache."""
-    digest = target_digest(folder)
-    if cached.digest == digest:
-        return cached.as_dict()
-    revision = folder.name if folder.parent.name == "snapshots" else ""
-    return {"name": target_name(model), "revision": revision, "digest": digest}
 
 
 def _default_dtype(folder: Path, device: str | None) -> str:
