@@ -41,8 +41,7 @@ def regenerate(template_kwargs, template_date, no_token_ids, as_json, **chosen):
     """
     from pipeline.target.files import template_arguments
     from stages.regenerate.options import Options
-    from stages.regenerate.output import table
-    from stages.regenerate.run import check_failed, run
+    from stages.regenerate.run import check_failed, run, table
 
     arguments = template_arguments(template_kwargs, template_date)
     options = Options(**arguments, token_ids=not no_token_ids, **chosen)
@@ -61,8 +60,8 @@ def plan(model, corpus, out, probe, as_json, **chosen):
     With --budget it leaves out what nobody reads, chooses a codec, takes a part of the samples, and says so, each only
     as far as it has to. What is captured later keeps to that plan; until then another budget makes another plan.
     """
-    from stages.cache_hidden.options import CaptureOptions
     from stages.cache_hidden.run import plan, plan_samples, plan_table
+    from stages.cache_hidden.settings import CaptureOptions
 
     report = plan(model, corpus, out, options=CaptureOptions(**chosen), probe=probe)
     show(report, as_json, plan_table)
@@ -86,8 +85,8 @@ def cache_hidden(model, corpus, out, **chosen):
     More corpus: the same command with another --corpus and --append. What is there stays as it is, samples that are
     there already are not captured again, and the new ones get every layer the cache has.
     """
-    from stages.cache_hidden.options import CaptureOptions
     from stages.cache_hidden.run import run
+    from stages.cache_hidden.settings import CaptureOptions
 
     run(model, corpus, out, options=CaptureOptions(**chosen))
 

@@ -53,8 +53,8 @@ def tiny_corpus(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_cache(tiny_target, tiny_corpus, tmp_path_factory):
     """The folder of a cache with layers 1, 3 and 4 and `final`, captured in float32 on the CPU."""
-    from stages.cache_hidden.options import CaptureOptions
     from stages.cache_hidden.run import run
+    from stages.cache_hidden.settings import CaptureOptions
 
     folder = tmp_path_factory.mktemp("cache") / "hs_cache"
     run(str(tiny_target), str(tiny_corpus), folder, options=CaptureOptions(layers="1,3,4", max_length=256))
@@ -64,8 +64,8 @@ def tiny_cache(tiny_target, tiny_corpus, tmp_path_factory):
 @pytest.fixture(scope="session")
 def captured(tiny_target, tiny_corpus, tmp_path_factory):
     """Return a function that captures layers 1 and 3 and `final` of eight chats with a codec, once each."""
-    from stages.cache_hidden.options import CaptureOptions
     from stages.cache_hidden.run import run
+    from stages.cache_hidden.settings import CaptureOptions
 
     folder, caches = tmp_path_factory.mktemp("captured"), {}
 

@@ -61,9 +61,8 @@ def conversation(target, rng, turns, most):
 
 def make_greedy_cache(model, out, count=12, most=20, seed=0):
     """Capture chats in the domains a, b and c, half of them held out; in `sampled` a reply leaves the greedy path."""
-    from stages.cache_hidden.options import CaptureOptions
     from stages.cache_hidden.run import run
-    from stages.cache_hidden.settings import resolve_settings
+    from stages.cache_hidden.settings import CaptureOptions, resolve_settings
 
     target, rng, samples = load_target(str(model)), np.random.default_rng(seed), []
     for at in range(count):

@@ -105,8 +105,8 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     from tiny import conversations, save_target, write_jsonl
 
-    from stages.cache_hidden.options import CaptureOptions
     from stages.cache_hidden.run import run
+    from stages.cache_hidden.settings import CaptureOptions
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

@@ -109,6 +109,27 @@ def report_unknown_keys(tally: Tally) -> None:
         print(f"a key of messages that no template is shown, {count_text}", file=sys.stderr)
 
 
+def left_out_lines(notes: dict, duplicates: int) -> list[str]:
+    """Return what planning left out or truncated, a line for each reason: the count, and an example's file and line.
+
+    notes: `Tally.as_notes` as a plan's manifest holds them, with `turns` where a choice was made.
+    """
+    counts = {f"left out, {why}": (count, why) for why, count in notes["faults"].items()}
+    counts["left out, too short"] = (notes["too_short"], "too short")
+    counts["left out, duplicates"] = (duplicates, None)
+    if (notes.get("turns") or {}).get("chosen", "last") == "last":
+        counts["turns that the template rewrites later, not supervised"] = (notes["rewritten_turns"], None)
+    for why, count in notes.get("unproven_turns", {}).items():
+        counts[f"turns not supervised, {why}"] = (count, why)
+    counts["cut at max_length"] = (notes["truncated"], None)
+    examples = {why: shown[0] for why, shown in notes["examples"].items()}
+    return [
+        f"{what}: {count:,}" + (f", such as {examples[why]}" if why in examples else "")
+        for what, (count, why) in counts.items()
+        if count
+    ]
+
+
 def check_mask(mask_T: np.ndarray) -> None:
     """Raise Unusable for a mask that supervises no token, or every token."""
     if not mask_T.any():

@@ -148,9 +148,7 @@ def _check_head_dense(folder: Path) -> None:
     """Raise UsageError for a target whose embedding or LM head is quantised, as its files show."""
     for path in weight_files(folder):
         for name, entry in json.loads(safetensors_header(path)).items():
-            if name == "__metadata__" or not any(
-                part in f".{name}" for part in (f".{shared}" for shared in HEAD_NAMES)
-            ):
+            if name == "__metadata__" or not any(f".{part}" in f".{name}" for part in HEAD_NAMES):
                 continue
             if name.rpartition(".")[2] not in ("weight", "bias") or entry["dtype"] not in DENSE:
                 raise UsageError(

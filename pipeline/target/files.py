@@ -11,9 +11,7 @@ from pipeline.target.text_config import text_config
 CONFIG = "config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
-TEMPLATE_DATE = (
-    "2024-07-26"  # a template's default for today; the date that Llama's templates without `strftime_now` have
-)
+TEMPLATE_DATE = "2024-07-26"  # a template's default for today, as in Llama's templates without `strftime_now`
 WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZER_REDIRECT = "fast_tokenizer_files"
 REDIRECTING_KEYS = ("configuration_files", "transformers_weights")  # they make loaders read other files

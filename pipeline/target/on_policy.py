@@ -7,6 +7,7 @@ is imported at module level: a run with nothing to do prints the figures, too.
     R rows   D hidden size
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -45,21 +46,20 @@ class OnPolicyStats:
     def from_facts(cls, facts: GaugeFacts) -> "OnPolicyStats":
         return cls(facts.rows, facts.agree, facts.logprob)
 
-    @property
-    def warning(self) -> str:
-        """The warning about an off-policy corpus; empty where enough tokens are the target's greedy choice."""
-        if self.agree >= WARN_BELOW * self.rows:
-            return ""
-        return (
-            f"warning: below {WARN_BELOW:.0%}, the corpus holds other words than the target's; "
-            "a draft trained on it accepts less: let the target itself write the replies"
-        )
-
-    def __str__(self) -> str:
-        return (
-            f"{self.agree / self.rows:.1%} of the replies' tokens are the target's own greedy ones, "
+    def report(self) -> None:
+        """Print the figures, if rows were measured, and to stderr a warning where too few tokens are greedy choices."""
+        if not self.rows:
+            return
+        print(
+            f"on-policy gauge: {self.agree / self.rows:.1%} of the replies' tokens are the target's own greedy ones, "
             f"mean log-probability {self.logprob / self.rows:.2f} ({self.rows} tokens looked at)"
         )
+        if self.agree < WARN_BELOW * self.rows:
+            print(
+                f"warning: below {WARN_BELOW:.0%}, the corpus holds other words than the target's; "
+                "a draft trained on it accepts less: let the target itself write the replies",
+                file=sys.stderr,
+            )
 
 
 def on_policy_column(columns: Sequence[ColumnSpec]) -> str:

@@ -18,10 +18,10 @@ from pydantic import ValidationError
 
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.manifest import FileFact
-from pipeline.cache.records import WeightsRecord
+from pipeline.cache.records import TargetName, WeightsRecord
 from pipeline.cache.target_files import WEIGHTS, has_target, target_file, target_json, target_manifest
 from pipeline.errors import CacheError, UsageError, refuse_limit
-from pipeline.target.files import CONFIG, WEIGHTS_INDEX, check_config, read_json
+from pipeline.target.files import CONFIG, WEIGHTS_INDEX, check_config, read_json, target_name
 
 SINGLE_FILE = "model.safetensors"  # where an index names no others
 PLAIN_WEIGHTS = re.compile(r"[\w.\-][\w.\- ]*\.safetensors")  # no path, which could lead to files that are not digested
@@ -106,6 +106,15 @@ def target_digest(folder: Path) -> str:
             file.seek(max(0, size - MIB))
             digest.update(file.read(MIB))
     return digest.hexdigest()
+
+
+def named_target(model: str, folder: Path, cached: TargetName) -> dict:
+    """Return name, revision and digest. A folder that was only moved keeps the name it has in the cache."""
+    digest = target_digest(folder)
+    if cached.digest == digest:
+        return cached.as_dict()
+    revision = folder.name if folder.parent.name == "snapshots" else ""
+    return {"name": target_name(model), "revision": revision, "digest": digest}
 
 
 def weight_facts(folder: Path) -> dict[str, dict]:

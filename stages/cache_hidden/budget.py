@@ -28,9 +28,8 @@ from pipeline.cache.samples import ShardPlan
 from pipeline.errors import UsageError
 from pipeline.runs.split import HELDOUT, splitmix64
 from pipeline.target.files import CONFIG, tokenizer_files
-from stages.cache_hidden.options import CaptureOptions, size_bytes
 from stages.cache_hidden.plan_report import head_bytes
-from stages.cache_hidden.settings import CaptureSettings
+from stages.cache_hidden.settings import CaptureOptions, CaptureSettings, size_bytes
 
 FORMAT_SHARE = 0.005  # overhead as a share of a column: checksums, indices, the zeros after its last chunk
 COLUMN_BYTES = 8 << 10  # fixed overhead of a column of a shard: manifest, checksums, zarr.json

@@ -18,9 +18,11 @@ from pipeline.cache.samples import ShardPlan, to_numpy
 from pipeline.errors import UsageError
 from pipeline.runs.cache_requirements import cache_hidden_command
 from pipeline.target.files import read_json, read_text_config
-from stages.cache_hidden.options import CaptureOptions
-from stages.cache_hidden.settings import CaptureSettings
+from stages.cache_hidden.settings import CaptureOptions, CaptureSettings
 
+# Options that the capture's command repeats as they were given.
+AS_GIVEN = ("turns", "template_kwargs", "template_date", "max_length", "max_samples", "batch_tokens")
+AS_GIVEN += ("device", "dtype", "revision")
 SHOWN_CHARACTERS = 240  # of each supervised or unsupervised span of a sample that a plan shows
 Lost = Mapping[tuple[int, str], ColumnManifest | None]  # damaged (shard, column), its former manifest if known
 
@@ -294,14 +296,6 @@ def capture_command(
         "--layers": layers,
         "--final": final if final != "needed" else None,
         "--codec": codec_text(settings.columns),
-        "--turns": options.turns,
-        "--template-kwargs": options.template_kwargs,
-        "--template-date": options.template_date,
-        "--max-length": options.max_length,
-        "--max-samples": options.max_samples,
-        "--batch-tokens": options.batch_tokens,
-        "--device": options.device,
-        "--dtype": options.dtype,
-        "--revision": options.revision,
+        **{f"--{name.replace('_', '-')}": getattr(options, name) for name in AS_GIVEN},
     }
     return cache_hidden_command(arguments, *["--append"] * options.append)

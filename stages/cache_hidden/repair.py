@@ -38,9 +38,8 @@ from pipeline.errors import CacheError, UsageError
 from pipeline.target.files import find_target
 from pipeline.target.weights import check_weights, check_weights_if_recorded
 from pipeline.visible_text import print_visible, visible
-from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.plan_report import Lost, work_bytes
-from stages.cache_hidden.settings import CaptureSettings, resolve_settings
+from stages.cache_hidden.settings import CaptureOptions, CaptureSettings, resolve_settings
 from stages.cache_hidden.shard_assignment import Worker
 
 IMPORT_AGAIN = (

@@ -4,31 +4,35 @@ Any number of workers may run the same command on one cache. The first one plans
 the others wait; the one that commits the last shard writes the index and all else that is derived from the shards.
 A run with nothing to do ends within a second: torch, transformers and datasets are imported only to tokenise a new
 corpus or to capture.
+
+`capture.log` holds the last command, and size and modification time of the files it read, so that such a run, or a
+continued one, does not read its corpus again. It records what was planned, not what was captured, which the shards
+themselves do; without it, or with a damaged one, the files are digested again.
 """
 
 import contextlib
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.cache.atomic import check_free_space, clean_scratch, size_text, write_errors
 from pipeline.cache.catalog import Catalog, Work
-from pipeline.cache.columns import ColumnSpec
+from pipeline.cache.layout import LOG
 from pipeline.cache.locks import process_lock
-from pipeline.cache.manifest import create_identity
+from pipeline.cache.manifest import create_identity, write_canonical
 from pipeline.cache.plan import Plan, check_not_in_use, plan_in_use
 from pipeline.cache.rebuild import rebuild_derived
-from pipeline.cache.records import read_log
+from pipeline.cache.records import CaptureRecord, CaptureRequest, ColumnSpec, TargetFiles, read_log
 from pipeline.cache.target_files import has_target
+from pipeline.corpus.rejections import left_out_lines
 from pipeline.corpus.sources import corpus_files, file_sources, source_roles
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import DataError, RoomError, UsageError
+from pipeline.target.files import CONFIG, tokenizer_files
 from pipeline.target.on_policy import OnPolicyStats
-from pipeline.target.weights import check_weights_if_recorded
+from pipeline.target.weights import check_weights_if_recorded, weight_files
 from pipeline.visible_text import print_visible, visible
 from stages.cache_hidden.budget import plan_matches_budget, sample_chooser, within_budget
-from stages.cache_hidden.capture_log import corpus_unchanged, request_of, unchanged_columns, write_record
-from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.plan_report import (
     budget_steps,
     capture_command,
@@ -38,7 +42,14 @@ from stages.cache_hidden.plan_report import (
     plan_table,
     work_bytes,
 )
-from stages.cache_hidden.settings import HUB_CORPUS, HUB_SAMPLES, CaptureSettings, default_corpus, resolve_settings
+from stages.cache_hidden.settings import (
+    HUB_CORPUS,
+    HUB_SAMPLES,
+    CaptureOptions,
+    CaptureSettings,
+    default_corpus,
+    resolve_settings,
+)
 from stages.cache_hidden.shard_assignment import Worker, find_worker
 
 __all__ = ["CaptureSummary", "plan", "plan_samples", "plan_table", "run"]
@@ -71,7 +82,7 @@ def plan(model: str, corpus: str | None, out: Path, *, options: CaptureOptions, 
     report["command"] = capture_command(model, corpus, out, options, settings)
     work = missing_columns(catalog, settings.columns)
     if probe and work:
-        from stages.cache_hidden.time_estimate import measure_speed  # brings torch and transformers
+        from stages.cache_hidden.capture import measure_speed  # brings torch and transformers
 
         report["time"] = measure_speed(out, work, settings, Worker().device(options.device)).as_dict(work)
     return report
@@ -229,27 +240,8 @@ def _announce(planned: Plan, settings: CaptureSettings, work: Work, worker: Work
         f"{size_text(work_bytes(work))} to write in {len(work)} shards{who}",
         file=sys.stderr,
     )
-    for line in [*budget_steps(planned), *left_out_lines(planned)]:
+    for line in [*budget_steps(planned), *left_out_lines(planned.notes, planned.duplicates)]:
         print_visible(visible(line), err=True)
-
-
-def left_out_lines(planned: Plan) -> list[str]:
-    """Return what planning left out or truncated, a line for each reason: the count, and an example's file and line."""
-    notes = planned.notes
-    counts = {f"left out, {why}": (count, why) for why, count in notes["faults"].items()}
-    counts["left out, too short"] = (notes["too_short"], "too short")
-    counts["left out, duplicates"] = (planned.duplicates, None)
-    if (notes.get("turns") or {}).get("chosen", "last") == "last":
-        counts["turns that the template rewrites later, not supervised"] = (notes["rewritten_turns"], None)
-    for why, count in notes.get("unproven_turns", {}).items():
-        counts[f"turns not supervised, {why}"] = (count, why)
-    counts["cut at max_length"] = (notes["truncated"], None)
-    examples = {why: shown[0] for why, shown in notes["examples"].items()}
-    return [
-        f"{what}: {count:,}" + (f", such as {examples[why]}" if why in examples else "")
-        for what, (count, why) in counts.items()
-        if count
-    ]
 
 
 def summarise(catalog: Catalog, columns: tuple[ColumnSpec, ...], new_shards: int, left: int) -> CaptureSummary:
@@ -275,8 +267,71 @@ def _print_summary(out: Path, done: CaptureSummary, worker: Worker) -> CaptureSu
     print_visible(
         f"{where}: {done.samples:,} samples{left_out} in {done.shards} shards, {done.gib:.2f} GiB; {now}{who}{left}"
     )
-    if done.on_policy.rows:
-        print(f"on-policy gauge: {done.on_policy}")
-        if done.on_policy.warning:
-            print(done.on_policy.warning, file=sys.stderr)
+    done.on_policy.report()
     return done
+
+
+def request_of(model: str, corpus: str | None, options: CaptureOptions) -> CaptureRequest:
+    """Return a command as the log stores it: without device, worker and append, which do not change what is planned."""
+    stated = {name: value for name, value in asdict(options).items() if name not in ("device", "worker", "append")}
+    return CaptureRequest(model=_absolute(model), corpus=corpus and _absolute(corpus), options=stated)
+
+
+def _absolute(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
+
+
+def file_stats(files: list[Path]) -> dict[str, list[int]]:
+    """Return [size, mtime in ns] of every file, by absolute path."""
+    return {str(file.resolve()): [(stat := file.stat()).st_size, stat.st_mtime_ns] for file in files}
+
+
+def _target_files(folder: Path) -> list[Path]:
+    return [folder / CONFIG, *tokenizer_files(folder), *weight_files(folder)]
+
+
+def write_record(out: Path, request: CaptureRequest, settings: CaptureSettings, corpus: str) -> None:
+    """Log a command whose corpus is planned; does nothing where the cache cannot be written to."""
+    folder = settings.folder.resolve()
+    record = CaptureRecord(
+        request=request,
+        identity=settings.identity,
+        target=TargetFiles(folder=str(folder), files=file_stats(_target_files(folder))),
+        corpus=file_stats(corpus_files(corpus)),
+        columns=[*settings.columns],
+    )
+    if read_log(out).as_dict() == record.as_dict():
+        return
+    with contextlib.suppress(RoomError):
+        write_canonical(out / LOG, record.as_dict())
+
+
+def unchanged_columns(record: CaptureRecord, request: CaptureRequest) -> tuple[ColumnSpec, ...] | None:
+    """Return the command's columns if it is the logged one and no file of target or corpus has changed; else None.
+
+    The folders are listed again, so that an added file counts as a change.
+    """
+    if record.request != request or record.target is None or record.columns is None:
+        return None
+    try:
+        folder = Path(record.target.folder)
+        if file_stats(_target_files(folder)) != record.target.files:
+            return None
+        if file_stats(corpus_files(request.corpus or default_corpus(folder))) != record.corpus:
+            return None
+        return tuple(record.columns)
+    except (OSError, DataError, UsageError):
+        return None
+
+
+def corpus_unchanged(record: CaptureRecord, corpus: str, max_samples: int | None, roles: str | None) -> bool:
+    """Return whether the corpus was planned with these two options and its files have not changed since."""
+    options = record.request.options if record.request else {}
+    if options.get("max_samples", -1) != max_samples or options.get("roles") != roles:
+        return False
+    try:
+        files = file_stats(corpus_files(corpus))
+    except (OSError, DataError, UsageError):
+        return False
+    return bool(files) and files == record.corpus

@@ -20,8 +20,7 @@ from pipeline.corpus.file_formats import Chunk
 from pipeline.corpus.record_formats import Conversation, RejectedRow
 from pipeline.corpus.rejections import REFUSED_SHARE
 from pipeline.errors import DataError, RoomError, UsageError
-from stages.cache_hidden.fork_server import ONE_THREAD
-from stages.cache_hidden.prepare_rows import TEMPLATE_SECONDS, Job, RowOutcome
+from stages.cache_hidden.prepare_rows import ONE_THREAD, TEMPLATE_SECONDS, Job, RowOutcome
 
 IN_FLIGHT = 32 << 20  # bytes of rows that are with workers, or done but behind one that is not
 MAX_DEATHS = 16  # rows that killed a worker; more of them, if also more than REFUSED_SHARE of the rows, end planning
@@ -66,12 +65,12 @@ class _Worker:
 
 
 class _ForkServer:
-    """The client's end of the fork server, see `fork_server.py`."""
+    """The client's end of the fork server, see `prepare_rows.main`."""
 
     def __init__(self):
         ours, theirs = socket.socketpair()
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = f"from stages.cache_hidden.fork_server import main; main({theirs.fileno()})"
+        command = f"from stages.cache_hidden.prepare_rows import main; main({theirs.fileno()})"
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for us only; we end the others
         try:
             with theirs:

@@ -6,8 +6,6 @@ same command goes on with the missing shards, and gives the same bytes.
 """
 
 import contextlib
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,21 +13,21 @@ from pipeline.cache.atomic import check_free_space, clean_scratch
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.layout import LOG
 from pipeline.cache.manifest import create_identity, write_canonical
-from pipeline.cache.plan import Plan, plan_in_use
+from pipeline.cache.plan import plan_in_use
 from pipeline.cache.rebuild import rebuild_derived
+from pipeline.cache.records import TargetName
 from pipeline.cache.target_files import has_target
+from pipeline.corpus.rejections import left_out_lines
 from pipeline.errors import RoomError, UsageError
-from pipeline.target.files import CONFIG, find_target, read_text_config, target_name, template_digest, tokenizer_digest
+from pipeline.target.files import CONFIG, find_target, read_text_config, template_digest, tokenizer_digest
 from pipeline.target.layers import check_layers
 from pipeline.target.on_policy import OnPolicyStats
-from pipeline.target.weights import check_weights_if_recorded, target_digest
+from pipeline.target.weights import check_weights_if_recorded, named_target
 from pipeline.visible_text import print_visible, visible
 from stages.import_cache.conventions import choose_convention
 from stages.import_cache.convert import ImportJob, convert, is_planned, make_plan, refused_by_shard, total_bytes
-from stages.import_cache.deepspec import INDEX, DeepSpec
 from stages.import_cache.foreign_sample import STORED_DTYPE, PartialConvention, Source
-from stages.import_cache.specforge import SUFFIX, SpecForge
-from stages.import_cache.speculators import NAME, Speculators
+from stages.import_cache.forms import INDEX, NAME, SUFFIX, DeepSpec, SpecForge, Speculators
 from stages.import_cache.target import Target
 
 WANTED = "SpecForge's *.ckpt, speculators' hs_<i>.safetensors, or DeepSpec's manifest.json and samples.idx"
@@ -158,10 +156,7 @@ def parse_layers(layers: str | None) -> tuple[int, ...] | None:
 
 def identity_of(target: Target, model: str | None, job: ImportJob, catalog: Catalog) -> dict:
     """Return the content of cache.json: as a capture's, with the source's form and convention."""
-    digest = target_digest(target.folder)
-    recorded = catalog.identity.target.as_dict() if catalog.exists else {}
-    revision = target.folder.name if target.folder.parent.name == "snapshots" else ""
-    name = {"name": target_name(model or str(target.folder)), "revision": revision, "digest": digest}
+    cached = catalog.identity.target if catalog.exists else TargetName()
     imported = {
         "form": job.source.form,
         "layers": list(job.named_layers),
@@ -170,7 +165,7 @@ def identity_of(target: Target, model: str | None, job: ImportJob, catalog: Cata
         "proven": target.proven,
     }
     return {
-        "target": recorded if recorded.get("digest") == digest else name,  # a folder that was only moved keeps its name
+        "target": named_target(model or str(target.folder), target.folder, cached),
         "tokenizer": {"digest": tokenizer_digest(target.folder), "chat_template": template_digest(target.folder)},
         "samples": {"max_length": None, "mask": "imported", "trimmed": True},
         "capture": {"engine": "imported", "dtype": STORED_DTYPE[job.dtype], "imported": imported},
@@ -193,22 +188,10 @@ def summary(catalog: Catalog, job: ImportJob, new: int, target: Target) -> Impor
     now = f"{new} shards imported now" if new else "nothing to do"
     content = f"{planned.samples:,} samples" + (f", {refused} refused" if refused else "")
     print_visible(visible(f"{out}: {content} in {catalog.shards} shards, from {job.source.form}; {now}"))
-    for line in left_out(planned):
+    for line in left_out_lines(planned.notes, planned.duplicates):
         print_visible(visible(line), err=True)
-    if on_policy.rows:
-        print(f"on-policy gauge: {on_policy}")
-        if on_policy.warning:
-            print(on_policy.warning, file=sys.stderr)
+    on_policy.report()
     if not target.proven:
         print("unproven: no state was compared with the target; an accept length of 1 would show the mistake late")
     print_visible(visible(f"next: pipeline train-draft --cache {out}"))
     return ImportSummary(planned.samples, planned.tokens, catalog.shards, new, refused, on_policy)
-
-
-def left_out(planned: Plan) -> Iterator[str]:
-    """Yield a line for each reason why planning left samples out: their count, and an example."""
-    notes = planned.notes
-    for why, count in {**notes["faults"], "too short": notes["too_short"], "duplicates": planned.duplicates}.items():
-        if count:
-            shown = f", such as {notes['examples'][why][0]}" if why in notes["examples"] else ""
-            yield f"left out, {why}: {count:,}{shown}"

@@ -46,8 +46,7 @@ from pipeline.cache.plan_writer import SHARD_BYTES, write_segment
 from pipeline.cache.samples import PlannedSample, ShardPlan
 from pipeline.target.files import TOKENIZER_FILES
 from pipeline.target.model import run_decoder
-from stages.cache_hidden.options import CaptureOptions
-from stages.cache_hidden.settings import MAX_LENGTH, CaptureSettings, resolve_settings
+from stages.cache_hidden.settings import MAX_LENGTH, CaptureOptions, CaptureSettings, resolve_settings
 
 BUNDLED = Path(__file__).parents[2] / "data" / "tiny-qwen3"
 QWEN3_8B = {

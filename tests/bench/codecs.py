@@ -246,8 +246,7 @@ def made_states(mib: int, width: int = 4096) -> Tensor:
 def real_states(mib: int) -> dict[str, Tensor]:
     """States of the bundled target over its chats, as many rows as make `mib` a column at most; bfloat16 [R, 256]."""
     from stages.cache_hidden.make_plan import make_plan
-    from stages.cache_hidden.options import CaptureOptions
-    from stages.cache_hidden.settings import resolve_settings
+    from stages.cache_hidden.settings import CaptureOptions, resolve_settings
 
     folder = ROOT / "data" / "tiny-qwen3"
     model = load_target(str(folder))

@@ -28,10 +28,8 @@ from pipeline.cache.rebuild import rebuild_derived
 from pipeline.cache.samples import PlannedSample, batch_bytes
 from pipeline.cache.target_files import new_target
 from pipeline.cache.writer import ShardWriter
-from stages.cache_hidden.capture_log import request_of, write_record
-from stages.cache_hidden.options import CaptureOptions
-from stages.cache_hidden.run import run
-from stages.cache_hidden.settings import resolve_settings
+from stages.cache_hidden.run import request_of, run, write_record
+from stages.cache_hidden.settings import CaptureOptions, resolve_settings
 
 ROOT = Path(__file__).parents[2]
 TARGET = ROOT / "data" / "tiny-qwen3"

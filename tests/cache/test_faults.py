@@ -28,9 +28,9 @@ from pipeline.cache.codecs import CODECS
 from pipeline.cache.manifest import read_canonical
 from pipeline.cache.verify import verify
 from pipeline.errors import DataError, PipelineError, RoomError
-from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.repair import repair
 from stages.cache_hidden.run import run
+from stages.cache_hidden.settings import CaptureOptions
 
 LEVELS = 20
 COLUMN_CODECS = ("int8", "raw", "zstd")

@@ -12,9 +12,9 @@ from pipeline.cache.locks import in_use
 from pipeline.cache.verify import verify
 from pipeline.cli import main
 from pipeline.errors import CacheError, UsageError
-from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.repair import repair
 from stages.cache_hidden.run import run as capture
+from stages.cache_hidden.settings import CaptureOptions
 from stages.train_draft.run import run as train
 
 FEW = ("train.steps=2", "draft.block_size=4", "draft.intermediate_size=48")

@@ -15,10 +15,10 @@ from pipeline.cache.layout import IDENTITY, INDEX, PLAN, SAMPLES
 from pipeline.cache.manifest import canonical, read_canonical
 from pipeline.cache.verify import verify
 from pipeline.errors import CacheError, UsageError
-from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.repair import _recapture_settings as repair_settings
 from stages.cache_hidden.repair import check_model, repair, verify_and_repair
 from stages.cache_hidden.run import run
+from stages.cache_hidden.settings import CaptureOptions
 
 VALUES = "shards/000003/aux.3/c/0/0"
 

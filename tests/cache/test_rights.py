@@ -10,8 +10,8 @@ import pytest
 from tiny import conversations, save_target, write_jsonl
 
 from pipeline.cli import main
-from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.run import run as capture
+from stages.cache_hidden.settings import CaptureOptions
 
 NOBODY = 65534
 

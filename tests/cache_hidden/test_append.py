@@ -12,8 +12,8 @@ from pipeline.cache.plan import load_plan
 from pipeline.cache.verify import verify
 from pipeline.cli import main
 from pipeline.errors import UsageError
-from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.run import plan, run
+from stages.cache_hidden.settings import CaptureOptions
 
 MORE = conversations(24) + conversations(20, seed=1)  # the first 24 are there already
 

@@ -24,11 +24,10 @@ from pipeline.cli import main
 from pipeline.drafts import DFlash
 from pipeline.errors import UsageError
 from stages.cache_hidden.budget import SampleSizes, choose_samples, drop_unread_columns
-from stages.cache_hidden.options import CaptureOptions, size_bytes
+from stages.cache_hidden.capture import Speed, disk_speed, evenly_spaced_batches
 from stages.cache_hidden.plan_report import codec_text, missing_columns, time_text
 from stages.cache_hidden.run import plan, plan_table, run
-from stages.cache_hidden.settings import resolve_settings
-from stages.cache_hidden.time_estimate import Speed, disk_speed, evenly_spaced_batches
+from stages.cache_hidden.settings import CaptureOptions, resolve_settings, size_bytes
 
 OPTIONS = CaptureOptions(layers="1,3,4", max_length=256)
 
@@ -343,7 +342,7 @@ def test_a_codec_is_written_as_short_as_it_says_the_same():
 
 
 def test_a_probe_says_the_larger_of_computing_and_writing(planned, tmp_path, monkeypatch):
-    monkeypatch.setattr("stages.cache_hidden.time_estimate.DISK_BYTES", 1 << 20)
+    monkeypatch.setattr("stages.cache_hidden.capture.DISK_BYTES", 1 << 20)
     report = planned(probe=True)
     time = report["time"]
     assert time["compute_s"] == pytest.approx(report["tokens"] / time["tokens_s"])
@@ -372,7 +371,7 @@ def test_the_batches_timed_are_from_all_over_the_work(planned, tmp_path):
 
 def test_a_disk_is_probed_with_all_that_is_written(tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr("stages.cache_hidden.time_estimate.write_all", lambda fd, block: written.append(len(block)))
+    monkeypatch.setattr("stages.cache_hidden.capture.write_all", lambda fd, block: written.append(len(block)))
     assert disk_speed(tmp_path, size=20 << 20) > 0
     assert sum(written) == 16 << 20, "whole blocks"
     assert not list(tmp_path.iterdir())

@@ -30,10 +30,9 @@ from pipeline.target.layers import final_rows
 from pipeline.target.model import load_target
 from pipeline.target.on_policy import OnPolicyStats, on_policy_rows, on_policy_share
 from stages.cache_hidden.capture import BackgroundWriter, Progress
-from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.pack import largest_magnitude
 from stages.cache_hidden.run import plan, plan_table, run
-from stages.cache_hidden.settings import HUB_CORPUS
+from stages.cache_hidden.settings import HUB_CORPUS, CaptureOptions
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = CaptureOptions(layers="1,3,4", max_length=256)
@@ -446,7 +445,7 @@ def test_only_what_is_missing_is_captured_again(tiny_target, tiny_corpus, cache_
 
 NOTHING_TO_DO = """
 import sys, time
-from stages.cache_hidden.options import CaptureOptions
+from stages.cache_hidden.settings import CaptureOptions
 from stages.cache_hidden.run import run
 run(*sys.argv[1:3], __import__("pathlib").Path(sys.argv[3]), options=CaptureOptions(layers="1,3,4", max_length=256))
 heavy = {"torch", "transformers", "datasets"} & set(sys.modules)

@@ -17,8 +17,8 @@ from pipeline.cache.manifest import read_canonical
 from pipeline.errors import ProofError
 from pipeline.target.model import load_target
 from stages.cache_hidden.engine import ENGINES
-from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.run import plan, run
+from stages.cache_hidden.settings import CaptureOptions
 
 DATA = Path(__file__).parents[2] / "data"
 NOT_FINITE = "~"  # in no chat of the bundled corpus

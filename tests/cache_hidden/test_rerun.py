@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from file_reads import counted_opens
 
-from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.run import run
+from stages.cache_hidden.settings import CaptureOptions
 
 OPTIONS = CaptureOptions(layers="1,3,4", max_length=256)
 

@@ -21,8 +21,8 @@ from pipeline.cache import locks
 from pipeline.cache.locks import process_lock
 from pipeline.cache.plan import load_plan
 from pipeline.errors import UsageError
-from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.run import run
+from stages.cache_hidden.settings import CaptureOptions
 from stages.cache_hidden.shard_assignment import Worker, _built_for_gpus, find_worker
 
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,8 @@ from pipeline.errors import DataError, UsageError
 from pipeline.target.files import TEMPLATE_DATE, template_digest, tokenizer_digest
 from pipeline.target.weights import target_digest
 from pipeline.visible_text import VisibleConsole
-from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.run import plan, plan_samples, plan_table
+from stages.cache_hidden.settings import CaptureOptions
 
 CHATS = [{"messages": turns("a?", f"A{at}.", "b?", f"B{at}.", "c?", f"C{at}.")} for at in range(6)]
 

@@ -156,7 +156,7 @@ def test_a_fork_server_whose_client_left_before_the_answer_ends_silently(job):
     ours, theirs = socket.socketpair()
     with theirs:
         fork_server = subprocess.Popen(
-            [sys.executable, "-c", f"from stages.cache_hidden.fork_server import main; main({theirs.fileno()})"],
+            [sys.executable, "-c", f"from stages.cache_hidden.prepare_rows import main; main({theirs.fileno()})"],
             pass_fds=[theirs.fileno()],
             cwd=ROOT,
             stderr=subprocess.PIPE,

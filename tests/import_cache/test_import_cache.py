@@ -342,8 +342,8 @@ def test_a_sample_with_states_that_cannot_be_kept_is_refused_and_two_stop_it_all
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory):
     """A small capture of the bundled target, and what the target computes for its very samples."""
-    from stages.cache_hidden.options import CaptureOptions
     from stages.cache_hidden.run import run as capture
+    from stages.cache_hidden.settings import CaptureOptions
 
     out = tmp_path_factory.mktemp("captured") / "cache"
     capture(str(BUNDLED), None, out, options=CaptureOptions(max_samples=24, device="cpu"))

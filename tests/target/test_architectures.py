@@ -50,8 +50,8 @@ from pipeline.target.files import complete_config, read_text_config
 from pipeline.target.layers import final_rows
 from pipeline.target.model import decoder_layers, final_norm, head_of, load_target, run_decoder, tap_layers
 from pipeline.target.text_config import max_positions, rope_theta
-from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.run import plan, run
+from stages.cache_hidden.settings import CaptureOptions
 from stages.evaluate.decode import decode_many, speculative_decode
 from stages.evaluate.lossless import plain_decode
 

@@ -12,8 +12,8 @@ from pipeline.cli import main
 from pipeline.errors import UsageError
 from pipeline.target.config import PACKAGES, check_quantised, load_config, quantised_by
 from pipeline.target.model import load_target
-from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.run import run
+from stages.cache_hidden.settings import CaptureOptions
 
 BLOCK = 128
 CONFIGS = {

@@ -16,8 +16,8 @@ from pipeline.target.files import WEIGHTS_INDEX
 from pipeline.target.model import load_target
 from pipeline.target.weights import check_weights, target_digest, weight_facts, weight_files, weights_digest
 from stages.cache_hidden import capture as shards
-from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.run import plan, run
+from stages.cache_hidden.settings import CaptureOptions
 
 ONE = "model-00001-of-00001.safetensors"
 

@@ -577,8 +577,8 @@ def test_final_states_that_a_codec_rounded_are_another_run_where_they_are_learne
 
 
 def test_the_command_a_refusal_names_adds_the_final_states(tiny_target, tiny_corpus, tmp_path):
-    from stages.cache_hidden.options import CaptureOptions
     from stages.cache_hidden.run import run as capture
+    from stages.cache_hidden.settings import CaptureOptions
 
     cache = tmp_path / "cache"
     options = CaptureOptions(layers="1,3", final="none", max_length=256, max_samples=12)

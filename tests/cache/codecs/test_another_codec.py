@@ -21,11 +21,10 @@ from pipeline.cli import commands, main
 from pipeline.errors import CacheError, ProofError, UsageError
 from pipeline.runs import checkpoint
 from stages.cache_hidden.budget import BudgetRequest, SampleSizes, decide_within_budget
-from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.repair import repair
 from stages.cache_hidden.run import plan
 from stages.cache_hidden.run import run as capture
-from stages.cache_hidden.settings import resolve_settings
+from stages.cache_hidden.settings import CaptureOptions, resolve_settings
 from stages.recode.run import run as recode
 from stages.train_draft.run import run as train
 

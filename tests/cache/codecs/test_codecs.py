@@ -34,8 +34,8 @@ from pipeline.cache.plan import load_plan
 from pipeline.cache.verify import verify
 from pipeline.errors import CacheError, ProofError, UsageError
 from pipeline.tensors import as_states, as_stored
-from stages.cache_hidden.options import CaptureOptions
 from stages.cache_hidden.run import run as capture
+from stages.cache_hidden.settings import CaptureOptions
 
 HERE = Path(__file__).parents[2]
 ZSTD, INT8 = CODECS["zstd"], CODECS["int8"]
