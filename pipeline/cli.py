@@ -8,26 +8,18 @@ import json
 import sys
 
 import click
+from click import Choice, FloatRange, IntRange, argument, option
 
 from pipeline import __version__
 from pipeline.errors import CacheError, ProofError, UsageError
-from pipeline.options import FOLDER, PATH, REPORT, CodecOption, capture_options, regenerate_options
-from pipeline.process import CacheCommand, disable_spin_waiting, run_and_exit
+from pipeline.options import CACHE, DEVICE, FOLDER, PATH, REPORT, CodecOption, capture_options, regenerate_options
+from pipeline.process import InWorkflowOrder, disable_spin_waiting, run_and_exit
 from pipeline.visible_text import print_visible, visible
-
-
-class InWorkflowOrder(click.Group):
-    """A group that lists its commands in workflow order, not alphabetically."""
-
-    command_class = CacheCommand
-
-    def list_commands(self, ctx):
-        return list(self.commands)
 
 
 @click.group(cls=InWorkflowOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="pipeline")
-@click.option("--debug", is_flag=True, help="Show the whole trace of an error.")
+@option("--debug", is_flag=True, help="Show the whole trace of an error.")
 def commands(debug: bool):
     """Train draft models for speculative decoding from a cache of the target's hidden states.
 
@@ -60,8 +52,8 @@ def regenerate(template_kwargs, template_date, no_token_ids, as_json, **chosen):
 
 @commands.command()
 @capture_options
-@click.option("--probe", is_flag=True, help="Run target and disk for a moment, to say how long a capture takes.")
-@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@option("--probe", is_flag=True, help="Run target and disk for a moment, to say how long a capture takes.")
+@option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(model, corpus, out, probe, as_json, **chosen):
     """Tokenise the corpus and price what a capture will hold.
 
@@ -80,7 +72,7 @@ def plan(model, corpus, out, probe, as_json, **chosen):
 
 @commands.command("cache-hidden")
 @capture_options
-@click.option("--worker", default=None, metavar="I/N", help="Capture every N-th shard from I on: 0/4, 1/4, 2/4, 3/4.")
+@option("--worker", default=None, metavar="I/N", help="Capture every N-th shard from I on: 0/4, 1/4, 2/4, 3/4.")
 def cache_hidden(model, corpus, out, **chosen):
     """Run the target once and keep its hidden states.
 
@@ -100,9 +92,9 @@ def cache_hidden(model, corpus, out, **chosen):
 
 
 @commands.command()
-@click.argument("cache", type=FOLDER, default="hs_cache")
-@click.option("--sample", type=int, default=None, help="Show this sample, its supervised tokens coloured.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@CACHE
+@option("--sample", type=int, help="Show this sample, its supervised tokens coloured.")
+@option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(cache, sample, as_json):
     """Say what a cache is and holds."""
     from pipeline.cache.inspect import cache_table, coloured_sample, describe, sample_view
@@ -113,13 +105,13 @@ def inspect(cache, sample, as_json):
 
 
 @commands.command()
-@click.argument("cache", type=FOLDER, default="hs_cache")
-@click.option("--repair", is_flag=True, help="Make again what is damaged, with --model where the target has to.")
-@click.option("--deep", is_flag=True, help="Check every byte of the files of --model, too, against those captured.")
-@click.option("--complete", is_flag=True, help="End with 4 unless every shard has every column.")
-@click.option("--model", default=None, help="The target, for --repair and --deep.")
-@click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@CACHE
+@option("--repair", is_flag=True, help="Make again what is damaged, with --model where the target has to.")
+@option("--deep", is_flag=True, help="Check every byte of the files of --model, too, against those captured.")
+@option("--complete", is_flag=True, help="End with 4 unless every shard has every column.")
+@option("--model", help="The target, for --repair and --deep.")
+@DEVICE
+@option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def verify(cache, repair, deep, complete, model, device, as_json):
     """Check every byte of a cache. Ends with 4 when something is damaged, and names it.
 
@@ -141,8 +133,8 @@ def verify(cache, repair, deep, complete, model, device, as_json):
 
 
 @commands.command()
-@click.argument("cache", type=FOLDER, default="hs_cache")
-@click.option("--codec", required=True, cls=CodecOption, help="or such as aux=int8,final=zstd.")
+@CACHE
+@option("--codec", required=True, cls=CodecOption, help="or such as aux=int8,final=zstd.")
 def recode(cache, codec):
     """Write columns of a cache in another codec.
 
@@ -155,23 +147,23 @@ def recode(cache, codec):
 
 
 @commands.command("import-cache")
-@click.argument("source", type=FOLDER)
-@click.option("--out", type=FOLDER, default="hs_cache", show_default=True, help="The cache's folder.")
-@click.option("--model", default=None, help="The target that made the states: a folder, or a hub name.")
-@click.option("--layers", help="The layers in the files, in their order and counting, where no file names them.")
-@click.option(
+@argument("source", type=FOLDER)
+@option("--out", type=FOLDER, default="hs_cache", show_default=True, help="The cache's folder.")
+@option("--model", help="The target that made the states: a folder, or a hub name.")
+@option("--layers", help="The layers in the files, in their order and counting, where no file names them.")
+@option(
     "--count-from",
-    type=click.Choice(["0", "1"]),
+    type=Choice(["0", "1"]),
     help="What the first decoder layer's output is called there.  [default: as it proves]",
 )
-@click.option(
+@option(
     "--last",
-    type=click.Choice(["normed", "raw", "none"]),
+    type=Choice(["normed", "raw", "none"]),
     help="The last state in the files: after the norm, before it, or not to be kept.  [default: as it proves]",
 )
-@click.option("--masks", type=FOLDER, default=None, help="speculators' prepared data set, which has the loss masks.")
-@click.option("--unproven", is_flag=True, help="Compute nothing: take what is said of the files for true.")
-@click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
+@option("--masks", type=FOLDER, help="speculators' prepared data set, which has the loss masks.")
+@option("--unproven", is_flag=True, help="Compute nothing: take what is said of the files for true.")
+@DEVICE
 def import_cache(source, out, count_from, **chosen):
     """Import the states that another trainer cached.
 
@@ -185,12 +177,12 @@ def import_cache(source, out, count_from, **chosen):
 
 
 @commands.command("train-draft")
-@click.argument("recipe", type=PATH, required=False)
-@click.option("--cache", type=FOLDER, default="hs_cache", show_default=True, help="The cache to train from.")
-@click.option("--set", "sets", multiple=True, metavar="A.B=C", help="Change one field of the recipe.")
-@click.option("--out", type=FOLDER, default=None, help="The run's folder.  [default: runs/METHOD-DIGEST]")
-@click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
-@click.option("--init-from", type=FOLDER, help="Begin with the weights of this draft: a published one, or a run.")
+@argument("recipe", type=PATH, required=False)
+@option("--cache", type=FOLDER, default="hs_cache", show_default=True, help="The cache to train from.")
+@option("--set", "sets", multiple=True, metavar="A.B=C", help="Change one field of the recipe.")
+@option("--out", type=FOLDER, help="The run's folder.  [default: runs/METHOD-DIGEST]")
+@DEVICE
+@option("--init-from", type=FOLDER, help="Begin with the weights of this draft: a published one, or a run.")
 def train_draft(recipe, cache, sets, out, device, init_from):
     """Train a draft from a cache; the target is never loaded.
 
@@ -202,13 +194,13 @@ def train_draft(recipe, cache, sets, out, device, init_from):
 
 
 @commands.command()
-@click.argument("recipe", type=PATH)
-@click.option("--cache", type=FOLDER, default="hs_cache", show_default=True, help="The cache to train from.")
-@click.option("--set", "sets", multiple=True, metavar="A.B=C", help="Change one field of every run's recipe.")
-@click.option("--out", type=FOLDER, default=None, help="The folder for the runs' folders.  [default: runs]")
-@click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
-@click.option("--init-from", type=FOLDER, help="Begin every run with the weights of this draft.")
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@argument("recipe", type=PATH)
+@option("--cache", type=FOLDER, default="hs_cache", show_default=True, help="The cache to train from.")
+@option("--set", "sets", multiple=True, metavar="A.B=C", help="Change one field of every run's recipe.")
+@option("--out", type=FOLDER, help="The folder for the runs' folders.  [default: runs]")
+@DEVICE
+@option("--init-from", type=FOLDER, help="Begin every run with the weights of this draft.")
+@option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def sweep(recipe, as_json, init_from, **chosen):
     """Train every combination of a recipe's lists.
 
@@ -227,21 +219,21 @@ def sweep(recipe, as_json, init_from, **chosen):
 
 
 @commands.command()
-@click.option("--draft", type=PATH, required=True, help="A run's folder, a checkpoint or an exported folder.")
-@click.option("--model", default=None, help="The target.  [default: the one the cache was made with]")
-@click.option("--cache", type=FOLDER, default=None, help="The cache.  [default: the one the draft was trained on]")
-@click.option("--prompts", type=PATH, default=None, help="JSONL of messages.  [default: the cache's held-out split]")
-@click.option("--count", type=click.IntRange(1), default=64, show_default=True, help="Prompts, spread over domains.")
-@click.option("--max-new", type=click.IntRange(1), default=64, show_default=True, help="Tokens a reply at most.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="Also draw replies, at this one.")
-@click.option("--draft-temperature", type=float, default=None, help="Of the draft; 0 is greedy.  [default: the same]")
-@click.option("--seed", default=0, show_default=True, help="Decides what is drawn.")
-@click.option("--threshold", type=click.FloatRange(0, 1), default=0.0, help="Cut blocks below this confidence.")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Prompts decoded at once.")
-@click.option("--plain", type=PATH, default=None, help="Keep the target's own replies here, for other drafts.")
-@click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]")
-@click.option("--out", type=PATH, default=None, help="Write the report here, as JSON.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@option("--draft", type=PATH, required=True, help="A run's folder, a checkpoint or an exported folder.")
+@option("--model", help="The target.  [default: the one the cache was made with]")
+@option("--cache", type=FOLDER, help="The cache.  [default: the one the draft was trained on]")
+@option("--prompts", type=PATH, help="JSONL of messages.  [default: the cache's held-out split]")
+@option("--count", type=IntRange(1), default=64, show_default=True, help="Prompts, spread over domains.")
+@option("--max-new", type=IntRange(1), default=64, show_default=True, help="Tokens a reply at most.")
+@option("--temperature", type=float, default=0.0, show_default=True, help="Also draw replies, at this one.")
+@option("--draft-temperature", type=float, help="Of the draft; 0 is greedy.  [default: the same]")
+@option("--seed", default=0, show_default=True, help="Decides what is drawn.")
+@option("--threshold", type=FloatRange(0, 1), default=0.0, help="Cut blocks below this confidence.")
+@option("--batch", type=IntRange(1), default=1, show_default=True, help="Prompts decoded at once.")
+@option("--plain", type=PATH, help="Keep the target's own replies here, for other drafts.")
+@DEVICE
+@option("--out", type=PATH, help="Write the report here, as JSON.")
+@option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def evaluate(draft, as_json, temperature, draft_temperature, seed, **chosen):
     """Measure a draft's accept length, and prove it lossless.
 
@@ -259,12 +251,12 @@ def evaluate(draft, as_json, temperature, draft_temperature, seed, **chosen):
 
 
 @commands.command()
-@click.option("--draft", type=PATH, required=True, help="A run's folder or a checkpoint.")
-@click.option("--out", type=FOLDER, required=True, help="The folder to write.")
-@click.option(
+@option("--draft", type=PATH, required=True, help="A run's folder or a checkpoint.")
+@option("--out", type=FOLDER, required=True, help="The folder to write.")
+@option(
     "--format",
     "form",
-    type=click.Choice(["sglang", "speculators"]),
+    type=Choice(["sglang", "speculators"]),
     default="sglang",
     show_default=True,
     help="sglang, or speculators, which vLLM reads; a draft that the engine has no method for is refused.",
@@ -282,9 +274,9 @@ def export(draft, out, form):
 
 
 @commands.command("check-export")
-@click.argument("folder", type=PATH)
-@click.option("--target-layers", type=click.IntRange(1), help="The target's depth, where the folder does not say it.")
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@argument("folder", type=PATH)
+@option("--target-layers", type=IntRange(1), help="The target's depth, where the folder does not say it.")
+@option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def check_export(folder, target_layers, as_json):
     """Check a published draft, ours or anyone's, from its files.
 
@@ -294,17 +286,15 @@ def check_export(folder, target_layers, as_json):
     """
     from pipeline.published.check import check_export, checked_table
 
-    show(check_export(folder, target_layers).as_dict(), as_json, checked_table)
+    show(check_export(folder, target_layers), as_json, checked_table)
 
 
 @commands.command()
-@click.argument("reports", type=REPORT, nargs=-1, required=True)
-@click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
-@click.option("--forced", is_flag=True, help="Add the teacher-forced accept lengths.")
-@click.option(
-    "--plot", "drawing", type=PATH, metavar="FILE", help="Draw accept length by training steps, too: .svg or .png."
-)
-@click.option("--against", multiple=True, type=REPORT, help="Compare with this one, prompt by prompt; one a seed.")
+@argument("reports", type=REPORT, nargs=-1, required=True)
+@option("--markdown", is_flag=True, help="Print the table as Markdown.")
+@option("--forced", is_flag=True, help="Add the teacher-forced accept lengths.")
+@option("--plot", "drawing", type=PATH, metavar="FILE", help="Draw accept length by training steps, too: .svg or .png.")
+@option("--against", multiple=True, type=REPORT, help="Compare with this one, prompt by prompt; one a seed.")
 def report(reports, markdown, forced, drawing, against):
     """Put evaluation reports of one target side by side.
 

@@ -1,8 +1,10 @@
 """Command-line options: path types, the capture options that commands share, and those of `regenerate`."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
+from click import Choice, FloatRange, IntRange, option
 
 PATH = click.Path(path_type=Path)
 
@@ -32,159 +34,117 @@ class CodecOption(click.Option):
         return option, f"{', '.join(names)} or {last}, {text}"
 
 
-def roles_option():
-    return click.option(
-        "--roles",
-        multiple=True,
-        metavar="A=B",
-        callback=lambda ctx, option, pairs: ",".join(pairs) or None,
-        help="Read the role A of CORPUS as B, such as bard=assistant; may be repeated.",
-    )
+ROLES = option(
+    "--roles",
+    multiple=True,
+    metavar="A=B",
+    callback=lambda ctx, option, pairs: ",".join(pairs) or None,
+    help="Read the role A of CORPUS as B, such as bard=assistant; may be repeated.",
+)
+TEMPLATE_KWARGS = option(
+    "--template-kwargs", metavar="JSON", help="Arguments of the chat template, such as '{\"enable_thinking\": false}'."
+)
+DEVICE = option("--device", help="cpu, cuda ...  [default: cuda if there is one]")
+CACHE = click.argument("cache", type=FOLDER, default="hs_cache")
 
 
-def capture_options(command):
-    """Decorate a command with the options of `plan` and `cache-hidden`: everything that decides what a cache holds."""
-    for option in reversed(
-        [
-            click.option("--model", required=True, help="Target: a hub name or a folder."),
-            click.option(
-                "--corpus",
-                help="JSON, JSONL, Parquet or Arrow, a folder of them, or a hub data set.  "
-                "[default: the chats beside a bundled target, else mlabonne/open-perfectblend]",
-            ),
-            roles_option(),
-            click.option("--out", type=FOLDER, default="hs_cache", show_default=True, help="The cache's folder."),
-            click.option("--layers", help="Layers to keep, such as 1,9,17 (0 is the first, -1 the input)."),
-            click.option(
-                "--taps",
-                type=click.IntRange(1),
-                help="How many layers, evenly placed.  [default: 5; fewer of a shallow target]",
-            ),
-            click.option(
-                "--final",
-                type=click.Choice(["needed", "all", "none"]),
-                help="Rows whose final state is kept.  [default: needed]",
-            ),
-            click.option(
-                "--max-length",
-                type=click.IntRange(2),
-                help="Tokens a sample.  [default: 3072, or the target's positions if fewer]",
-            ),
-            click.option(
-                "--turns",
-                type=click.Choice(["last", "each"]),
-                help="Samples of a conversation whose template rewrites earlier turns: one, of the last turn, or one "
-                "for each turn behind the prompt it was answered to.  [default: each, where last loses over 5%]",
-            ),
-            click.option(
-                "--template-kwargs",
-                metavar="JSON",
-                help="Arguments of the chat template, such as '{\"enable_thinking\": false}'.",
-            ),
-            click.option(
-                "--template-date", metavar="DAY", help="The day that templates are told.  [default: 2024-07-26]"
-            ),
-            click.option(
-                "--max-samples", type=click.IntRange(1), help="Stop reading the corpus after so many conversations."
-            ),
-            click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a forward.  [default: 4096]"),
-            click.option("--budget", metavar="SIZE", help="Bytes the cache may take, such as 2TB or 1.5TiB."),
-            click.option(
-                "--methods",
-                help="What will be trained, such as dflash,domino: a budget keeps what these read.  [default: all]",
-            ),
-            click.option(
-                "--seed",
-                type=click.IntRange(0, 2**64 - 1),
-                default=0,
-                show_default=True,
-                help="Decides which samples a budget takes.",
-            ),
-            click.option("--codec", cls=CodecOption, help="or such as aux=int8,final=zstd.  [default: raw]"),
-            click.option("--device", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]"),
-            click.option(
-                "--dtype",
-                type=click.Choice(["bfloat16", "float32"]),
-                help="Compute type.  [default: float32 on a CPU, else the target's]",
-            ),
-            click.option("--revision", help="Revision of a hub model."),
-            click.option("--append", is_flag=True, help="Add CORPUS to the cache: the samples that are not there yet."),
-        ]
-    ):
-        command = option(command)
-    return command
+def together(*options: Callable) -> Callable:
+    """Return one decorator for several options, which a command's help lists in this order."""
+
+    def decorate(command):
+        for each in reversed(options):
+            command = each(command)
+        return command
+
+    return decorate
 
 
-def regenerate_options(command):
-    """Decorate a command with the options of `regenerate`: prompts, engine, sampling and request limits."""
-    for option in reversed(
-        [
-            click.option("--corpus", required=True, help="Conversations or prompts: files, a folder or a data set."),
-            roles_option(),
-            click.option("--out", type=PATH, required=True, help="The corpus to write; its name ends with .jsonl."),
-            click.option("--endpoint", metavar="URL", help="An OpenAI-compatible server that runs the target."),
-            click.option("--model", help="The target's files: decodes here; with --endpoint, compares prompts."),
-            click.option("--served-model", help="The server's name of the target.  [default: the only one it lists]"),
-            click.option(
-                "--engine",
-                type=click.Choice(["vllm", "sglang", "openai"]),
-                help="The server's kind.  [default: as it says]",
-            ),
-            click.option(
-                "--api-key-env", default="OPENAI_API_KEY", show_default=True, help="The variable that holds the key."
-            ),
-            click.option(
-                "--temperature",
-                type=float,
-                default=0.0,
-                show_default=True,
-                help="At which replies are drawn; 0 is greedy.",
-            ),
-            click.option(
-                "--top-p",
-                type=float,
-                default=1.0,
-                show_default=True,
-                help="Draw only from the likeliest tokens, up to this share of probability.",
-            ),
-            click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Decides what is drawn."),
-            click.option(
-                "--max-new", type=click.IntRange(1), default=2048, show_default=True, help="Tokens a reply at most."
-            ),
-            click.option(
-                "--template-kwargs",
-                metavar="JSON",
-                help="Arguments of the chat template, such as '{\"enable_thinking\": false}'.",
-            ),
-            click.option(
-                "--template-date", metavar="DAY", help="The day that the template is told.  [default: 2024-07-26]"
-            ),
-            click.option("--max-samples", type=click.IntRange(1), help="Stop reading the corpus after so many rows."),
-            click.option("--no-token-ids", is_flag=True, help="Leave the tokens' ids out of the corpus."),
-            click.option(
-                "--concurrency", type=click.IntRange(1), default=32, show_default=True, help="Requests at once."
-            ),
-            click.option("--rate", type=click.FloatRange(0, min_open=True), help="Requests a minute at most."),
-            click.option(
-                "--retries",
-                type=click.IntRange(0),
-                default=8,
-                show_default=True,
-                help="How often a prompt is asked again.",
-            ),
-            click.option(
-                "--timeout",
-                type=click.FloatRange(0, min_open=True),
-                default=600.0,
-                show_default=True,
-                help="Seconds to wait for a reply.",
-            ),
-            click.option(
-                "--batch", type=click.IntRange(1), default=64, show_default=True, help="Prompts decoded here at once."
-            ),
-            click.option("--device", default=None, help="cpu, cuda ...  [default: cuda if there is one]"),
-            click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
-        ]
-    ):
-        command = option(command)
-    return command
+# Of `plan` and `cache-hidden`: everything that decides what a cache holds.
+capture_options = together(
+    option("--model", required=True, help="Target: a hub name or a folder."),
+    option(
+        "--corpus",
+        help="JSON, JSONL, Parquet or Arrow, a folder of them, or a hub data set.  "
+        "[default: the chats beside a bundled target, else mlabonne/open-perfectblend]",
+    ),
+    ROLES,
+    option("--out", type=FOLDER, default="hs_cache", show_default=True, help="The cache's folder."),
+    option("--layers", help="Layers to keep, such as 1,9,17 (0 is the first, -1 the input)."),
+    option("--taps", type=IntRange(1), help="How many layers, evenly placed.  [default: 5; fewer of a shallow target]"),
+    option(
+        "--final", type=Choice(["needed", "all", "none"]), help="Rows whose final state is kept.  [default: needed]"
+    ),
+    option(
+        "--max-length", type=IntRange(2), help="Tokens a sample.  [default: 3072, or the target's positions if fewer]"
+    ),
+    option(
+        "--turns",
+        type=Choice(["last", "each"]),
+        help="Samples of a conversation whose template rewrites earlier turns: one, of the last turn, or one "
+        "for each turn behind the prompt it was answered to.  [default: each, where last loses over 5%]",
+    ),
+    TEMPLATE_KWARGS,
+    option("--template-date", metavar="DAY", help="The day that templates are told.  [default: 2024-07-26]"),
+    option("--max-samples", type=IntRange(1), help="Stop reading the corpus after so many conversations."),
+    option("--batch-tokens", type=IntRange(1), help="Padded tokens a forward.  [default: 4096]"),
+    option("--budget", metavar="SIZE", help="Bytes the cache may take, such as 2TB or 1.5TiB."),
+    option(
+        "--methods", help="What will be trained, such as dflash,domino: a budget keeps what these read.  [default: all]"
+    ),
+    option(
+        "--seed",
+        type=IntRange(0, 2**64 - 1),
+        default=0,
+        show_default=True,
+        help="Decides which samples a budget takes.",
+    ),
+    option("--codec", cls=CodecOption, help="or such as aux=int8,final=zstd.  [default: raw]"),
+    option("--device", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]"),
+    option(
+        "--dtype",
+        type=Choice(["bfloat16", "float32"]),
+        help="Compute type.  [default: float32 on a CPU, else the target's]",
+    ),
+    option("--revision", help="Revision of a hub model."),
+    option("--append", is_flag=True, help="Add CORPUS to the cache: the samples that are not there yet."),
+)
+# Of `regenerate`: prompts, engine, sampling and request limits.
+regenerate_options = together(
+    option("--corpus", required=True, help="Conversations or prompts: files, a folder or a data set."),
+    ROLES,
+    option("--out", type=PATH, required=True, help="The corpus to write; its name ends with .jsonl."),
+    option("--endpoint", metavar="URL", help="An OpenAI-compatible server that runs the target."),
+    option("--model", help="The target's files: decodes here; with --endpoint, compares prompts."),
+    option("--served-model", help="The server's name of the target.  [default: the only one it lists]"),
+    option("--engine", type=Choice(["vllm", "sglang", "openai"]), help="The server's kind.  [default: as it says]"),
+    option("--api-key-env", default="OPENAI_API_KEY", show_default=True, help="The variable that holds the key."),
+    option(
+        "--temperature", type=float, default=0.0, show_default=True, help="At which replies are drawn; 0 is greedy."
+    ),
+    option(
+        "--top-p",
+        type=float,
+        default=1.0,
+        show_default=True,
+        help="Draw only from the likeliest tokens, up to this share of probability.",
+    ),
+    option("--seed", type=IntRange(0), default=0, show_default=True, help="Decides what is drawn."),
+    option("--max-new", type=IntRange(1), default=2048, show_default=True, help="Tokens a reply at most."),
+    TEMPLATE_KWARGS,
+    option("--template-date", metavar="DAY", help="The day that the template is told.  [default: 2024-07-26]"),
+    option("--max-samples", type=IntRange(1), help="Stop reading the corpus after so many rows."),
+    option("--no-token-ids", is_flag=True, help="Leave the tokens' ids out of the corpus."),
+    option("--concurrency", type=IntRange(1), default=32, show_default=True, help="Requests at once."),
+    option("--rate", type=FloatRange(0, min_open=True), help="Requests a minute at most."),
+    option("--retries", type=IntRange(0), default=8, show_default=True, help="How often a prompt is asked again."),
+    option(
+        "--timeout",
+        type=FloatRange(0, min_open=True),
+        default=600.0,
+        show_default=True,
+        help="Seconds to wait for a reply.",
+    ),
+    option("--batch", type=IntRange(1), default=64, show_default=True, help="Prompts decoded here at once."),
+    DEVICE,
+    option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+)

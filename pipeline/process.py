@@ -66,6 +66,15 @@ class CacheCommand(click.Command):
             raise
 
 
+class InWorkflowOrder(click.Group):
+    """A group that lists its commands in workflow order, not alphabetically."""
+
+    command_class = CacheCommand
+
+    def list_commands(self, ctx):
+        return list(self.commands)
+
+
 def _after_interrupt(arguments: list[str]) -> str:
     """Return what an interrupted command has left, and what running it again does."""
     command = next((argument for argument in arguments if not argument.startswith("-")), "")

@@ -94,7 +94,9 @@ def _collection_paused() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()  # nor later
+        if not gc.get_freeze_count():  # nor soon: these two calls move all objects to the oldest generation
+            gc.freeze()
+            gc.unfreeze()
         if was_enabled:
             gc.enable()
 

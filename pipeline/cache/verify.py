@@ -213,6 +213,7 @@ class _Check:
                 self.damage(f"{SHARDS}/{numbered(number)}", "not in the plan", number)
             columns[number] = self.shard(number, planned.get(number))
         self.report.shards = len(planned)
+        self.catalog.refresh()  # a capture may have gone on, or ended, while the values were read
         self.report.columns = shards_per_column([self.catalog.entries(number) for number in sorted(planned)])
         names = sorted({name for found in columns.values() for name in found})
         for number, found in columns.items():

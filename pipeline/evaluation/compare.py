@@ -20,19 +20,16 @@ from rich.text import Text
 from pipeline.errors import UsageError
 from pipeline.evaluation.figures import resamples
 from pipeline.evaluation.plot import plot_lines, recipes_of
-from pipeline.evaluation.reports import (
-    Report,
+from pipeline.evaluation.reports import Report, load_reports, pool_seeds, prompt_set, tokens_and_calls
+from pipeline.evaluation.tables import (
     accept_length_text,
-    load_reports,
-    pool_seeds,
-    prompt_set,
+    as_grid,
+    as_markdown,
     sampled_at,
     seed_count,
     temperature_text,
     temperatures_of,
-    tokens_and_calls,
 )
-from pipeline.evaluation.tables import as_grid, as_markdown
 from pipeline.visible_text import escape_markdown, visible
 
 QUANTILES = (0.025, 0.975)  # of a 95 % interval

@@ -252,37 +252,6 @@ def _published_objective(method: str) -> str:
     return DRAFTS[method].Config.defaults({}).get("objective", "ce") if method in DRAFTS else "ce"
 
 
-def seed_count(reports: Sequence[Report]) -> str:
-    """Return how many seeds reports are of, as text."""
-    return str(len({report.draft.seed for report in reports}))
-
-
-def sampled_at(reports: Sequence[Report], temperatures: tuple[float, float]) -> list[Report]:
-    """Return the reports with replies sampled at these temperatures of target and draft, in place of greedy ones."""
-    return [
-        report.with_sampled_replies()
-        for report in reports
-        if report.sampled and report.sampled.temperatures == temperatures
-    ]
-
-
-def temperatures_of(reports: Sequence[Report]) -> list[tuple[float, float]]:
-    """Return the temperatures of target and draft that any of the reports sampled at, ascending."""
-    return sorted({report.sampled.temperatures for report in reports if report.sampled})
-
-
-def temperature_text(temperature: float, of_draft: float) -> str:
-    """Return how a row names two temperatures: the draft's only where it is another."""
-    drafts = "" if of_draft == temperature else f", drafts at {of_draft:g}" if of_draft else ", greedy drafts"
-    return f"{temperature:g}{drafts}"
-
-
-def accept_length_text(reports: Sequence[Report], domain: str | None = None) -> str:
-    """Return the accept length over one domain or all, with its interval, as a table shows it."""
-    found = accept_length(reports, domain)
-    return "{:.2f} [{:.2f}, {:.2f}]".format(*found) if found else "-"
-
-
 def accept_length(reports: Sequence[Report], domain: str | None = None) -> tuple[float, float, float] | None:
     """Return the accept length over all prompts of all seeds, and the ends of its 95 % interval; None without calls.
 

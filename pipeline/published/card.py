@@ -1,26 +1,24 @@
-"""The card of an exported draft: what it is, what it was made from, how good it is, how to serve it."""
+"""The card of an exported draft: what it is, what it was made from, how good it is, how to serve it.
+
+Its facts are what the run's folder records, and the cache that the draft was trained on, if that is still there.
+"""
 
 import json
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+from pipeline.cache import HiddenCache
+from pipeline.cache.inspect import describe
 from pipeline.drafts import DRAFTS, DraftConfig
+from pipeline.errors import CacheError, UsageError
 from pipeline.evaluation.figures import Figures
+from pipeline.evaluation.reports import load_report
+from pipeline.runs.checkpoint import find_checkpoint, open_checkpoint
+from pipeline.runs.folder import DONE, RUN, CacheRecord, read_recipe, read_result, read_run
 from pipeline.visible_text import escape_markdown, markdown_code, visible
 
 CARD = "README.md"
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What is known of a draft besides its config and weights."""
-
-    dtype: str  # of the stored weights, "float32" or "bfloat16"
-    target: str | None = None
-    revision: str | None = None
-    architectures: tuple[str, ...] = ()  # the target's
-    tokens: dict | None = None  # the target's special ids: bos, pad, a list of eos
-    trained_on: dict | None = None  # the cache's digest and the share of prompts held out, which `evaluate` reads
 
 
 @dataclass(frozen=True)
@@ -33,23 +31,101 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a run's folder and its cache record about a draft; None or empty where they are not there any more."""
+class Origin:
+    """What is known of a draft besides its config and weights; None or empty where it is not recorded."""
 
-    steps: int | None = None
+    dtype: str  # of the stored weights, "float32" or "bfloat16"
+    target: str | None = None
+    revision: str | None = None
+    trained_on: dict | None = None  # the cache's digest and the share of prompts held out, which `evaluate` reads
     start: str | None = None  # the draft it began with, and the digest of those weights
+    steps: int | None = None
     recipe: str | None = None  # TOML
-    cache: str | None = None  # its digest
+    evaluations: list[Measurement] = field(default_factory=list)
+    # Of the cache, where it is still there.
     target_digest: str | None = None
+    architectures: tuple[str, ...] = ()  # the target's
+    tokens: dict | None = None  # the target's special ids: bos, pad, a list of eos
     sources: list[dict] = field(default_factory=list)  # of the corpus, as the plan has them
     samples: int | None = None
     template: dict = field(default_factory=dict)  # arguments and day that the chat template was given
     gauge: dict | None = None  # rows, agreement, logprob
-    evaluations: list[Measurement] = field(default_factory=list)
 
 
-def card(config: DraftConfig, form: str, origin: Origin, facts: Facts, parameters: int, folder: str) -> str:
-    """Return the card as Markdown. The same facts give the same bytes."""
+def provenance(place: Path) -> tuple[HiddenCache | None, Origin]:
+    """Return where a run or a checkpoint comes from, and the cache that it was trained on, if that is still there.
+
+    Almost nothing is known of a checkpoint outside a run's folder.
+    """
+    checkpoint = find_checkpoint(place)
+    folder = checkpoint.resolve().parent.parent
+    if not (folder / RUN).is_file():
+        return None, Origin("float32")
+    recorded, recipe = read_run(folder), read_recipe(folder)
+    step, start = open_checkpoint(checkpoint, ()).step, recorded.start
+    origin = Origin(
+        dtype=recipe.train.dtype,
+        target=recorded.target,
+        trained_on={"cache": recorded.cache.digest, "heldout": recipe.train.heldout},
+        start=start and f"{Path(start.place).name}, {start.digest}",
+        steps=step,
+        recipe=recipe.toml(),
+        evaluations=evaluations(folder, step),
+    )
+    cache = _same_cache(recorded.cache)
+    if cache is None:
+        return None, origin
+    target, rules, description = cache.identity.target, cache.identity.samples, describe(cache.path)
+    return cache, replace(
+        origin,
+        revision=target.revision or None,
+        target_digest=target.digest,
+        architectures=tuple(cache.target_config.get("architectures") or ()),
+        tokens=cache.tokens,
+        sources=description["plan"]["sources"],
+        samples=description["plan"]["samples"],
+        template={key: getattr(rules, key) for key in ("template_kwargs", "template_date") if rules.template_kwargs},
+        gauge=description["gauge"],
+    )
+
+
+def _same_cache(recorded: CacheRecord) -> HiddenCache | None:
+    try:
+        found = HiddenCache.open(recorded.path)
+    except (UsageError, CacheError):  # moved, deleted or damaged since; the draft is none the worse for it
+        return None
+    return found if found.digest == recorded.digest else None
+
+
+def evaluations(folder: Path, step: int) -> list[Measurement]:
+    """Return the measurements of the checkpoint after `step`: reports of `evaluate` in the run's folder or beside it
+    under its name, and the accept length that training measured. Raises CacheError for a damaged one."""
+    measured = []
+    own = {folder / RUN, folder / DONE}
+    for path in sorted({*folder.glob("*.json"), folder.parent / f"{folder.name}.json"} - own):
+        try:
+            report = load_report(path)
+        except UsageError:  # another file, or a report of another version
+            continue
+        if report.draft.steps != step:
+            continue
+        threshold, drawn = report.settings.threshold, report.sampled
+        cut = f", blocks cut at confidence {threshold:g}" if threshold else ""
+        most = f"{report.settings.max_new} tokens at most{cut}"
+        title = f"Decoded greedily with the target, {most}"
+        measured.append(Measurement(title, report.overall, report.domains))
+        if drawn:
+            title = f"Replies drawn from the target at T = {drawn.temperature:g}, {most}"
+            measured.append(Measurement(title, drawn.overall, drawn.domains))
+    done = read_result(folder)
+    if done and done.steps == step and done.eval and done.eval.calls:
+        title = "On held-out replies that are the target's own, greedy, without decoding"
+        measured.append(Measurement(title, done.eval, done.eval.domains))
+    return measured
+
+
+def card(config: DraftConfig, form: str, origin: Origin, parameters: int, folder: str) -> str:
+    """Return the card as Markdown. The same origin gives the same bytes."""
     target = escape_markdown(origin.target or "the target")
     front = [f"base_model: {json.dumps(origin.target)}"] if origin.target and "/" in origin.target else []
     front = ["---", *front, "tags:", "- speculative-decoding", f"- {config.method}", "---"]
@@ -58,9 +134,9 @@ def card(config: DraftConfig, form: str, origin: Origin, facts: Facts, parameter
         "\n".join(front),
         f"{title}\n\n{_what(config, origin, parameters)}",
         f"## Serving\n\n{_serving(config, form, origin, folder)}",
-        f"## Accept length\n\n{_accept_lengths(facts, config)}",
-        f"## Made from\n\n{_made_from(origin, facts)}",
-        f"## Recipe\n\n{_recipe(facts)}",
+        f"## Accept length\n\n{_accept_lengths(origin)}",
+        f"## Made from\n\n{_made_from(origin)}",
+        f"## Recipe\n\n{_recipe(origin)}",
         f"## Licence\n\n{_licence(target)}",
     ]
     return "\n\n".join(sections) + "\n"
@@ -105,11 +181,11 @@ def serve_command(config: DraftConfig, form: str, origin: Origin, folder: str) -
     return shlex.join([*words, "--speculative-num-draft-tokens", str(config.block_size + beside)])
 
 
-def _accept_lengths(facts: Facts, config: DraftConfig) -> str:
-    if not facts.evaluations:
+def _accept_lengths(origin: Origin) -> str:
+    if not origin.evaluations:
         return "Not measured: no evaluation lies with the run."
     legend = "Tokens gained per target call, the target's own included; +k: share of calls that kept proposal k."
-    return "\n\n".join([legend, *map(_accept_table, facts.evaluations)])
+    return "\n\n".join([legend, *map(_accept_table, origin.evaluations)])
 
 
 def _accept_table(measured: Measurement) -> str:
@@ -124,16 +200,16 @@ def _accept_table(measured: Measurement) -> str:
     return f"{measured.title}:\n\n{_table(head, rows)}"
 
 
-def _made_from(origin: Origin, facts: Facts) -> str:
+def _made_from(origin: Origin) -> str:
     rows = [
-        ("target's digest", facts.target_digest and escape_markdown(facts.target_digest)),
-        ("cache's digest", facts.cache and escape_markdown(facts.cache)),
-        *([("started from", escape_markdown(facts.start))] if facts.start else []),
-        ("steps", None if facts.steps is None else f"{facts.steps:,}"),
-        ("samples of the cache", None if facts.samples is None else f"{facts.samples:,}"),
-        *(("corpus", _source(source)) for source in facts.sources),
-        ("chat template told", _template_settings(facts.template)),
-        ("on-policy gauge", _gauge(facts.gauge)),
+        ("target's digest", origin.target_digest and escape_markdown(origin.target_digest)),
+        ("cache's digest", origin.trained_on and escape_markdown(origin.trained_on["cache"])),
+        *([("started from", escape_markdown(origin.start))] if origin.start else []),
+        ("steps", None if origin.steps is None else f"{origin.steps:,}"),
+        ("samples of the cache", None if origin.samples is None else f"{origin.samples:,}"),
+        *(("corpus", _source(source)) for source in origin.sources),
+        ("chat template told", _template_settings(origin.template)),
+        ("on-policy gauge", _gauge(origin.gauge)),
     ]
     return _table(("", ""), [(name, value or "not recorded") for name, value in rows])
 
@@ -160,8 +236,8 @@ def _gauge(gauge: dict | None) -> str | None:
     )
 
 
-def _recipe(facts: Facts) -> str:
-    return f"```toml\n{facts.recipe.strip()}\n```" if facts.recipe else "Not recorded: a checkpoint without its run."
+def _recipe(origin: Origin) -> str:
+    return f"```toml\n{origin.recipe.strip()}\n```" if origin.recipe else "Not recorded: a checkpoint without its run."
 
 
 def _licence(target: str) -> str:

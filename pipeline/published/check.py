@@ -1,7 +1,9 @@
 """`pipeline check-export`: a published folder checked from its files alone, ours or anyone's.
 
-Names and shapes are those of the publications, the arithmetic is written a second time (`Draft.tensors`,
-`Draft.reference`); no module that trains takes part.
+Names and shapes are those of the publications (`Draft.tensors`). The arithmetic is written a second time from them, in
+plain torch as an engine runs it (`block_states`: DFlash, arXiv:2602.06036; `Draft.reference`). It shares nothing with
+`backbone.py` and `attention.py`, where blocks are grouped and gradients written out, so what the two agree on is no
+mistake of one of them.
 
 An export leaves a probe beside its weights: a few blocks, and the logits that the trainer computes on them. It has all
 that is needed to check the folder without its target: the states before each block, the target's embedding of every id
@@ -10,26 +12,27 @@ layout of safetensors under a name that ends otherwise: engines read every `*.sa
 folder as weights, and the strict ones (vLLM) end on a name they do not know; in the weights' own header it would be
 metadata that every reader parses, and that tools which save again drop.
 
-    K layers   T context rows   D hidden size   N blocks   S slots   C columns   I ids
+    K layers   T context rows   D hidden size   N blocks   S slots   C columns   I ids   E head size
 """
 
 import json
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.cache.manifest import FileFact
-from pipeline.drafts import DRAFTS, Blocks, Cell, Draft
+from pipeline.drafts import DRAFTS, Blocks, Cell, Draft, DraftConfig
 from pipeline.drafts.draft import ProbeBlock
 from pipeline.errors import ProofError, UsageError, refuse_limit
 from pipeline.json_files import check_regular, parse_json
-from pipeline.published.folder import Opened, open_folder
-from pipeline.published.reference import block_states
-from pipeline.published.weights import CONFIG, WEIGHTS
+from pipeline.published.folder import WEIGHTS, Opened, open_folder
+from pipeline.published.reading import CONFIG
 from pipeline.tensors import save_tensors
 
 # What engines load as weights, whatever it is called (vLLM and SGLang glob these).
@@ -40,64 +43,40 @@ COLUMNS = 64
 MOST_BYTES = 1 << 30
 # Two float32 implementations differ by 1e-6 or so; a wrong constant, order or name by far more.
 TOLERANCE = 1e-4
+Get = Callable[[str], Tensor]  # a tensor by its published name, in float32
 _TENSORS = ("features_KTD", "anchors_N", "prev_NS", "ids_I", "embedded_ID", "columns_C", "head_CD", "logits_NSC")
 
 
-@dataclass(frozen=True)
-class ProbeResult:
-    """Result of a probe check: the largest difference of recomputed from stored logits, relative to the largest."""
-
-    blocks: int
-    difference: float
-    source: str
-
-
-@dataclass(frozen=True)
-class Checked:
-    """The facts of a sound folder."""
-
-    opened: Opened
-    tensors: int
-    parameters: int
-    dtypes: tuple[str, ...]
-    probe: ProbeResult | None
-
-    def as_dict(self) -> dict:
-        config, described = self.opened.config, self.opened.described
-        return {
-            "path": str(self.opened.path),
-            "method": config.method,
-            "form": "speculators" if described.speculators else "qwen3",
-            "tensors": self.tensors,
-            "parameters": self.parameters,
-            "dtypes": list(self.dtypes),
-            "layers": list(config.target_layer_ids),
-            "block_size": config.block_size,
-            "proposals": config.proposals,
-            "proposed_ids": described.proposed,
-            "vocab_size": config.vocab_size,
-            "probe": None if self.probe is None else vars(self.probe),
-        }
-
-
-def check_export(path: Path, target_layers: int | None = None) -> Checked:
+def check_export(path: Path, target_layers: int | None = None) -> dict:
     """Check a published folder: every expected tensor, none surplus, shapes, finite values, ids in range, the probe.
 
-    target_layers: the target's depth, for folders that do not state it. ProofError for the first thing wrong,
-    UsageError where there is no folder.
+    Returns the facts of a sound one. target_layers: the target's depth, for folders that do not state it. ProofError
+    for the first thing wrong, UsageError where there is no folder.
     """
     path = Path(path)
     if not path.is_dir():
         raise UsageError(f"{path} is no folder; name one that holds a published draft")
     try:
         opened = open_folder(path, target_layers)
+        config, described, shapes = opened.config, opened.described, opened.shapes
         _check_files(opened)
         dtypes = {str(tensor.dtype).removeprefix("torch.") for _, tensor in opened.own()}  # each is read, and finite
-        shapes = opened.shapes
         for name in opened.names.keys() - shapes.keys():
             _check_map(opened, name) if name in ("d2t", "t2d") else opened[name]
-        count = sum(int(torch.Size(shape).numel()) for shape in shapes.values())
-        return Checked(opened, len(shapes), count, tuple(sorted(dtypes)), check_probe(opened))
+        return {
+            "path": str(path),
+            "method": config.method,
+            "form": "speculators" if described.speculators else "qwen3",
+            "tensors": len(shapes),
+            "parameters": sum(map(math.prod, shapes.values())),
+            "dtypes": sorted(dtypes),
+            "layers": list(config.target_layer_ids),
+            "block_size": config.block_size,
+            "proposals": config.proposals,
+            "proposed_ids": described.proposed,
+            "vocab_size": config.vocab_size,
+            "probe": check_probe(opened),
+        }
     except UsageError as error:
         raise ProofError(f"check-export: {error}") from error
 
@@ -170,10 +149,11 @@ def write_probe(folder: Path, draft: Draft, cell: Cell, blocks: Blocks, source: 
     save_tensors(tensors, folder / PROBE, metadata={FACTS: json.dumps(facts, sort_keys=True)})
 
 
-def check_probe(opened: Opened) -> ProbeResult | None:
-    """Recompute the probe of a folder by `Draft.reference`. None without a probe.
+def check_probe(opened: Opened) -> dict | None:
+    """Recompute the probe of a folder by `Draft.reference`; return what it shows, None without a probe.
 
-    UsageError when config or weights are not those it was made with, or the logits differ.
+    `difference` is the largest of recomputed from stored logits, relative to the largest logit. UsageError when config
+    or weights are not those it was made with, or the logits differ.
     """
     path = opened.path / PROBE
     if not path.is_file():
@@ -196,7 +176,7 @@ def check_probe(opened: Opened) -> ProbeResult | None:
             f"{opened.path}: logits recomputed from its files differ from those stored at export by {wrong[0]:.2g}, "
             f"more than {TOLERANCE:g}; export it again"
         )
-    return ProbeResult(len(tensors["anchors_N"]), max(differences), str(facts["source"]))
+    return {"blocks": len(tensors["anchors_N"]), "difference": max(differences), "source": str(facts["source"])}
 
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -262,3 +242,95 @@ def _recompute(
     probe = ProbeBlock(get, states, features_KTD, slots_SD, prev_S, prev_SD, columns_C, tensors["head_CD"])
     logits_SC, confidence_S = DRAFTS[config.method].reference(config, probe)
     return logits_SC if softcap is None else softcap * torch.tanh(logits_SC / softcap), confidence_S
+
+
+def block_states(get: Get, config: DraftConfig, features_KTD: Tensor, slots_SD: Tensor) -> Tensor:
+    """Return the states [S, D] of the block after its context (rows 0 .. T - 1): the anchor is at position T.
+
+    slots_SD: the target's embeddings of the anchor and the mask tokens.
+    """
+    T, S = features_KTD.shape[1], len(slots_SD)
+    fused_TF = torch.cat(list(features_KTD), dim=-1)
+    context_TD = _norm(get("hidden_norm.weight"), fused_TF @ get("fc.weight").T, config)
+    x_SD = slots_SD
+    for index, kind in enumerate(config.layer_types):
+        window = config.sliding_window if kind == "sliding_attention" else None
+        part = _part(get, f"layers.{index}.")
+        y_SD = _norm(part("input_layernorm.weight"), x_SD, config)
+        x_SD = x_SD + _attention(_part(part, "self_attn."), config, y_SD, context_TD, _visible(T, S, window))
+        z_SD = _norm(part("post_attention_layernorm.weight"), x_SD, config)
+        gate_SI = F.silu(z_SD @ part("mlp.gate_proj.weight").T) * (z_SD @ part("mlp.up_proj.weight").T)
+        x_SD = x_SD + gate_SI @ part("mlp.down_proj.weight").T
+    return _norm(get("norm.weight"), x_SD, config)
+
+
+def _part(get: Get, prefix: str) -> Get:
+    return lambda name: get(prefix + name)
+
+
+def _norm(weight: Tensor, x: Tensor, config: DraftConfig) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt() * weight
+
+
+def _visible(T: int, S: int, window: int | None) -> Tensor:
+    """Whether slot s sees key j [S, T + S]: everything, or on a sliding layer the context in the `window` positions up
+    to its own, and the slots up to itself (SpecForge's rule: inside the block there is no window)."""
+    if window is None:
+        return torch.ones(S, T + S, dtype=torch.bool)
+    distance = (T + torch.arange(S))[:, None] - torch.arange(T + S)
+    return (distance >= 0) & ((distance < window) | (torch.arange(T + S) >= T))
+
+
+def _attention(get: Get, config: DraftConfig, y_SD: Tensor, context_TD: Tensor, visible: Tensor) -> Tensor:
+    """Attention of the slots over the context and themselves; keys and values of both by the same weights."""
+    T, E = len(context_TD), config.head_dim
+    keys_LD = torch.cat([context_TD, y_SD])
+
+    def heads(name: str, x: Tensor, normed: bool) -> Tensor:
+        out = x @ get(f"{name}_proj.weight").T + (get(f"{name}_proj.bias") if config.attention_bias else 0)
+        out = out.unflatten(-1, (-1, E)).transpose(0, 1)
+        return _norm(get(f"{name}_norm.weight"), out, config) if normed else out
+
+    q = _rotate(heads("q", y_SD, True), T, config)
+    k, v = _rotate(heads("k", keys_LD, True), 0, config), heads("v", keys_LD, False)
+    shared = len(q) // len(k)  # query heads that read the same keys
+    k, v = k.repeat_interleave(shared, 0), v.repeat_interleave(shared, 0)
+    scores = (q @ k.mT / E**0.5).masked_fill(~visible, -torch.inf)
+    out_SA = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+    return out_SA @ get("o_proj.weight").T + (get("o_proj.bias") if config.attention_bias else 0)
+
+
+def _rotate(x_ALE: Tensor, first: int, config: DraftConfig) -> Tensor:
+    """Rotary positions first, first + 1, ...: each half of a head with the other, at that position's angles."""
+    half = x_ALE.shape[-1] // 2
+    speed = torch.tensor([_rotary_frequency(index, half, config) for index in range(half)])
+    angle = torch.arange(first, first + x_ALE.shape[1])[:, None] * speed
+    left, right = x_ALE.split(half, -1)
+    rotated = torch.cat([left * angle.cos() - right * angle.sin(), right * angle.cos() + left * angle.sin()], -1)
+    return rotated if config.rope_scaling is None else rotated * config.rope_scaling.attention_factor
+
+
+def _rotary_frequency(pair: int, half: int, config: DraftConfig) -> float:
+    """Radians a token of one pair of channels, slowed down where the config scales them: fast pairs not, slow ones by
+    the factor, those between in part."""
+    theta, scaling = config.rope_theta, config.rope_scaling
+    speed = theta ** -(pair / half)
+    if scaling is None:
+        return speed
+    if scaling.rope_type == "linear":
+        return speed / scaling.factor
+    length = scaling.original_max_position_embeddings
+    if scaling.rope_type == "llama3":
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        slow = (high - length * speed / (2 * math.pi)) / (high - low)
+    else:
+        ends = [
+            half * math.log(length / (2 * math.pi * n), theta)
+            for n in (scaling.beta_fast or 32, scaling.beta_slow or 1)
+        ]
+        if scaling.truncate is not False:
+            ends = [math.floor(ends[0]), math.ceil(ends[1])]
+        start, stop = max(ends[0], 0), min(ends[1], 2 * half - 1)
+        slow = (pair - start) / (stop - start if stop != start else 0.001)
+    slow = min(max(slow, 0.0), 1.0)
+    return speed * (1 - slow + slow / scaling.factor)

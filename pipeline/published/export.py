@@ -24,12 +24,11 @@ from pipeline.drafts import DRAFTS, Blocks, Cell, Draft, DraftConfig, lay_blocks
 from pipeline.drafts.serving import check_servable
 from pipeline.errors import ProofError, UsageError
 from pipeline.published import CONFIG, WEIGHTS, load_draft_folder
-from pipeline.published.card import CARD, Origin, card
+from pipeline.published.card import CARD, Origin, card, provenance
 from pipeline.published.check import PROBE, check_export, write_probe
 from pipeline.published.reading import SHARED, TRAINED_ON
 from pipeline.runs.cache_requirements import training_config
 from pipeline.runs.checkpoint import load_config, load_draft
-from pipeline.runs.provenance import Provenance, provenance
 from pipeline.target.head import TargetHead
 from pipeline.target.text_config import logit_scale
 from pipeline.tensors import save_tensors
@@ -58,27 +57,29 @@ def export(run: Path, out: Path, format: str = "sglang") -> dict:
     back does not compute the same.
     """
     run, out = Path(run), Path(out)
-    config, known = load_config(run), provenance(run)
-    scale = 1.0 if known.cache is None else logit_scale(training_config(known.cache.target_config))
-    check_servable(config, format, known.origin.tokens, scale)
-    rows, head, source = make_rows(config, known.cache)
-    draft, dtype = load_draft(run, head), getattr(torch, known.origin.dtype)
+    config, (cache, origin) = load_config(run), provenance(run)
+    scale = 1.0 if cache is None else logit_scale(training_config(cache.target_config))
+    check_servable(config, format, origin.tokens, scale)
+    rows, head, source = make_rows(config, cache)
+    draft, dtype = load_draft(run, head), getattr(torch, origin.dtype)
+    parameters = sum(weight.numel() for weight in draft.parameters())
     clean_scratch_of(out.parent, SCRATCH_LABEL)  # of exports that were killed, of this draft or another
-    check_free_space(
-        out.parent, "an exported draft", sum(weight.numel() * dtype.itemsize for weight in draft.parameters())
-    )
+    check_free_space(out.parent, "an exported draft", parameters * dtype.itemsize)
     with write_errors(out.parent, "an exported draft"):
         out.parent.mkdir(parents=True, exist_ok=True)
         with Scratch(out.parent, SCRATCH_LABEL) as scratch:
             unfinished = scratch.path / DRAFT
-            _write(unfinished, published_config(config, format, known.origin), draft, dtype)
+            _write(unfinished, published_config(config, format, origin), draft, dtype)
             proof = prove(unfinished, draft, make_probe(config, rows, head, source), dtype)
             proof += _prove_files(unfinished, draft, make_probe(config, shorter(rows), head, source, KEPT_BLOCKS))
-            _finish(unfinished, out.name, config, format, draft, known)
+            (unfinished / CARD).write_text(card(config, format, origin, parameters, out.name), "utf-8")
+            for file in FILES:
+                sync_file(unfinished / file)
+            sync_folder(unfinished)
             _rename_into_place(unfinished, out)
     weights = draft.state_dict().values()
     count = sum(weight.numel() for weight in weights)
-    return {"tensors": len(weights), "parameters": count, "dtype": known.origin.dtype, "proof": proof}
+    return {"tensors": len(weights), "parameters": count, "dtype": origin.dtype, "proof": proof}
 
 
 def make_rows(config: DraftConfig, cache: HiddenCache | None) -> tuple[Sample, TargetHead, str]:
@@ -120,15 +121,6 @@ def _write(folder: Path, published: dict, draft: Draft, dtype: torch.dtype) -> N
     save_tensors(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def _finish(folder: Path, name: str, config: DraftConfig, format: str, draft: Draft, known: Provenance) -> None:
-    """Write the card, and sync everything."""
-    parameters = sum(weight.numel() for weight in draft.parameters())
-    (folder / CARD).write_text(card(config, format, known.origin, known.facts, parameters, name), "utf-8")
-    for file in FILES:
-        sync_file(folder / file)
-    sync_folder(folder)
-
-
 def prove(folder: Path, draft: Draft, probe: Probe, dtype: torch.dtype) -> str:
     """Read the folder back from its files alone and compare with the trainer's draft; return what was proven.
 
@@ -163,7 +155,7 @@ def prove(folder: Path, draft: Draft, probe: Probe, dtype: torch.dtype) -> str:
 def _prove_files(folder: Path, draft: Draft, probe: Probe) -> str:
     """Store the probe, computed with the weights as they are stored, and check it against the files alone."""
     write_probe(folder, draft, probe.cell, probe.blocks, probe.source)
-    return f"; plain arithmetic on the files gives the same within {check_export(folder).probe.difference:.0e}"
+    return f"; plain arithmetic on the files gives the same within {check_export(folder)['probe']['difference']:.0e}"
 
 
 def _rename_into_place(unfinished: Path, out: Path) -> None:

@@ -15,8 +15,7 @@ from torch import Tensor
 from pipeline.drafts import DRAFTS, Draft, DraftConfig
 from pipeline.drafts.rope import RopeScaling
 from pipeline.errors import UsageError
-from pipeline.published.folder import open_folder
-from pipeline.published.weights import open_safetensors
+from pipeline.published.folder import open_folder, open_safetensors
 from pipeline.runs.checkpoint import DRAFT, find_checkpoint, load_config, open_checkpoint, steps
 from pipeline.target.head import TargetHead
 

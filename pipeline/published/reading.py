@@ -13,9 +13,11 @@ from pathlib import Path
 from pipeline.drafts import DRAFTS, DraftConfig, draft_config
 from pipeline.drafts.draft import PublishedKeys
 from pipeline.drafts.rope import RopeScaling, draft_rope_scaling, rope_parameters, rope_type_of
-from pipeline.errors import UsageError
-from pipeline.published.weights import CONFIG, read_json
+from pipeline.errors import UsageError, cause_of, refuse_limit
+from pipeline.json_files import parse_json, read_file
 
+CONFIG = "config.json"
+MOST_JSON = 4 << 20  # bytes; a config has 2 KiB
 # DeepSpec's class, which keeps everything at the top level, and copies of the target's embedding and head in the
 # weights; SGLang reads it, too.
 DEEPSPEC = "Qwen3DSparkModel"
@@ -65,6 +67,20 @@ class Published:
     speculators: bool  # the form of the speculators library
     owns_copies: bool  # may hold copies of the target's embedding and head
     proposed: int  # ids that may be proposed: all, or fewer, mapped by the tensors d2t and t2d
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object of a moderate size. UsageError."""
+    try:
+        record = parse_json(read_file(path, MOST_JSON))
+    except (OSError, ValueError) as error:
+        refuse_limit(path, error)
+        raise UsageError(
+            f"{path} cannot be read ({cause_of(error)}); name a folder that holds a published draft"
+        ) from error
+    if not isinstance(record, dict):
+        raise UsageError(f"{path} is no JSON object; name a folder that holds a published draft")
+    return record
 
 
 def read_published(path: Path, target_layers: int | None = None) -> DraftConfig:

@@ -1,5 +1,8 @@
 """The catalog: what a cache has, read once, and what other processes do to it meanwhile."""
 
+import gc
+import weakref
+
 import pytest
 from cache_maker import COLUMNS, capture, make_cache, random_samples
 from file_reads import counted_opens
@@ -47,6 +50,20 @@ def test_what_others_commit_shows_after_a_refresh_and_only_that_is_read(cache):
     with counted_opens(cache) as opened:
         assert captured(ours) == {0: NAMES, 1: NAMES} and ours.missing(COLUMNS) == []
     assert dict(opened) == {f"{SHARDS}/000001/aux.10.json": 1}
+
+
+class Cyclic:
+    """An object that only the cyclic collector frees."""
+
+    def __init__(self):
+        self.itself = self
+
+
+def test_cycles_of_the_caller_are_still_collected_after_the_work_is_listed(cache):
+    lost = weakref.ref(Cyclic())
+    assert Catalog(cache).missing(COLUMNS) == []
+    gc.collect()
+    assert lost() is None and gc.isenabled() and gc.get_freeze_count() == 0
 
 
 def test_a_manifest_that_was_replaced_is_read_again(cache):

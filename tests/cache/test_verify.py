@@ -14,7 +14,7 @@ from pipeline.cache.manifest import FileFact, canonical, create_identity, read_c
 from pipeline.cache.plan import load_plan
 from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.rebuild import rebuild_derived
-from pipeline.cache.verify import verify
+from pipeline.cache.verify import _Check, verify
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import UsageError
 
@@ -175,6 +175,22 @@ def test_what_is_not_captured_yet_is_no_damage(tmp_path):
     assert named(report) == {"target/manifest.json"}  # written before the first shard, so now it is lost
     missing = {(finding.shard, finding.column) for finding in report.missing}
     assert {(1, "aux.10"), (1, "final"), (2, None)} <= missing and (0, None) not in missing
+
+
+def test_a_column_committed_while_values_are_read_leaves_the_cache_complete(cache, monkeypatch):
+    manifest = shard_folder(cache, 0) / "aux.1.json"
+    held, check_shard = manifest.read_bytes(), _Check.shard
+    manifest.unlink()
+
+    def check_and_commit(check, number, planned):
+        found = check_shard(check, number, planned)
+        if number == 2:  # the last one, long after the first was listed
+            manifest.write_bytes(held)
+        return found
+
+    monkeypatch.setattr(_Check, "shard", check_and_commit)
+    report = verify(cache)
+    assert report.columns["aux.1"] == 3 and not report.incomplete and not report.damaged
 
 
 def test_derive_makes_again_what_is_lost(cache):

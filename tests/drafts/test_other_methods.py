@@ -251,7 +251,7 @@ def test_a_chain_over_few_ids_trains_decodes_and_is_published_in_a_form_of_its_o
     opened = load_draft_folder(tmp_path / "out", draft.target)
     assert all(torch.equal(weight, draft.state_dict()[name]) for name, weight in opened.state_dict().items())
     checked = check_export(tmp_path / "out")
-    assert checked.probe.difference < 1e-4 and checked.as_dict()["proposed_ids"] == 48
+    assert checked["probe"]["difference"] < 1e-4 and checked["proposed_ids"] == 48
 
 
 def test_a_changed_layer_and_a_selector_train_and_decode_and_need_their_own_arithmetic(tiny_cache, tmp_path):

@@ -11,7 +11,7 @@ from torch import nn
 from pipeline.drafts import DRAFTS, BlockDraft, DraftConfig
 from pipeline.drafts.objectives import OBJECTIVES, LossTerm
 from pipeline.errors import UsageError
-from pipeline.published import load_draft_folder
+from pipeline.published import load_draft_folder, read_published
 from pipeline.published.check import check_export
 from pipeline.published.export import export
 from pipeline.published.init_from import InitialDraft
@@ -142,8 +142,8 @@ def test_it_is_evaluated_exported_read_back_and_checked(trained, tiny_cache, tmp
     assert all(torch.equal(weight, draft.state_dict()[name]) for name, weight in weights.items())
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# Toy draft for" in card and "| toy head | rank 4 |" in card and "--speculative-algorithm TOY" in card
-    probe = check_export(tmp_path / "out").probe
-    assert probe.difference < 1e-4
+    probe = check_export(tmp_path / "out")["probe"]
+    assert probe["difference"] < 1e-4
     with pytest.raises(UsageError, match=r"speculators and vLLM have no Toy: .* export it with --format sglang"):
         export(trained, tmp_path / "vllm", "speculators")
 
@@ -160,7 +160,7 @@ def test_a_form_of_its_own_is_written_and_read(trained, tmp_path, monkeypatch):
     monkeypatch.setitem(DRAFTS, "toy", OwnForm)
     export(trained, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text()).keys() == {"toy", "trained_on"}
-    assert check_export(tmp_path / "out").opened.config.toy_rank == 4
+    assert read_published(tmp_path / "out").toy_rank == 4
 
 
 def test_an_objective_is_one_entry(tiny_cache, tmp_path, monkeypatch):

@@ -51,7 +51,7 @@ def test_a_run_is_trained_decoded_exported_and_checked(tmp_path, confident):
         assert "logits and proposals equal" in done["proof"] and "plain arithmetic" in done["proof"]
         config, checked = read_published(tmp_path / form), check_export(tmp_path / form)
         assert (config.method, config.markov_rank, config.enable_confidence_head) == ("dspark", 0, confident)
-        assert checked.probe is not None and checked.tensors == done["tensors"]
+        assert checked["probe"] is not None and checked["tensors"] == done["tensors"]
         assert "| Markov head | none, " in (tmp_path / form / "README.md").read_text()
 
 
@@ -75,7 +75,7 @@ def test_what_others_publish_is_read(tmp_path, architecture, nested, flat, confi
     assert (config.method, config.shift_label) == ("dflash" if baseline else "dspark", True)
     assert getattr(config, "markov_rank", None) == (None if baseline else 0)
     assert draft.state_dict().keys() == backbone().keys() | (CONFIDENCE.keys() if confident else set())
-    assert check_export(folder).tensors == len(draft.state_dict())
+    assert check_export(folder)["tensors"] == len(draft.state_dict())
 
 
 def test_a_confidence_that_would_read_the_absent_table_is_refused(tmp_path):

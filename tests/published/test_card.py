@@ -9,12 +9,11 @@ from pipeline.cache.inspect import describe
 from pipeline.drafts import DRAFTS, DraftConfig, draft_config, init_weights
 from pipeline.json_files import parse_checksummed
 from pipeline.published import read_published
-from pipeline.published.card import Facts, Origin, card, serve_command
+from pipeline.published.card import Origin, card, evaluations, serve_command
 from pipeline.published.check import check_export
 from pipeline.published.export import export
 from pipeline.published.init_from import load_initial_weights
 from pipeline.runs import checkpoint
-from pipeline.runs.provenance import evaluations
 from pipeline.target.head import TargetHead
 from stages.evaluate.decode import SamplingOptions
 from stages.evaluate.run import run as evaluate
@@ -97,7 +96,7 @@ def test_the_card_says_how_the_draft_is_served_and_no_engine_reads_it(out):
     else:
         assert "--speculative-algorithm DSPARK --speculative-draft-model-path ./draft" in card
         assert "--speculative-num-draft-tokens 5" in card  # the anchor is verified, too
-    assert check_export(out).probe.source.startswith("sample ")
+    assert check_export(out)["probe"]["source"].startswith("sample ")
 
 
 def small(method: str, **changes) -> DraftConfig:
@@ -128,8 +127,8 @@ def test_dflash_and_domino_are_served_by_the_same_algorithm(method, most):
 )
 def test_the_card_says_where_an_engine_serves_otherwise_than_was_measured(config, form, said):
     origin = Origin("bfloat16", "org/target")
-    assert said in card(config, form, origin, Facts(), 1, "draft")
-    assert said not in card(small("dflash"), form, origin, Facts(), 1, "draft")
+    assert said in card(config, form, origin, 1, "draft")
+    assert said not in card(small("dflash"), form, origin, 1, "draft")
 
 
 def test_a_checkpoint_alone_says_what_is_not_known(tmp_path):

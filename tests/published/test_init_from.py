@@ -170,7 +170,7 @@ def test_weights_rounded_by_an_export_in_bfloat16_are_checked_and_begun_with(tin
     half = trained(tiny_cache, tmp_path / "half", "dspark", "train.dtype=bfloat16", "train.steps=1")
     export(half, tmp_path / "out")
     checked = check_export(tmp_path / "out")
-    assert checked.dtypes == ("bfloat16",) and checked.probe.difference < 1e-5
+    assert checked["dtypes"] == ["bfloat16"] and checked["probe"]["difference"] < 1e-5
 
     begun = trained(tiny_cache, tmp_path / "run", "dspark", "train.steps=1", init_from=InitialDraft(tmp_path / "out"))
 

@@ -19,8 +19,8 @@ from pipeline.cache import HiddenCache
 from pipeline.errors import CacheError
 from pipeline.evaluation.reports import load_report
 from pipeline.json_files import parse_checksummed, record_bytes
+from pipeline.published.card import provenance
 from pipeline.runs import checkpoint
-from pipeline.runs.provenance import provenance
 from stages.evaluate.run import describe_draft
 from stages.evaluate.run import run as evaluate
 from stages.train_draft.run import run as train
@@ -54,7 +54,7 @@ def served(run: Path, cache: Path) -> dict:
         "weights": {name: weight.clone() for name, weight in draft.state_dict().items()},
         "config": draft.config,
         "described": describe_draft(run).facts(draft).model_copy(update={"path": ""}),
-        "export": (known.origin, known.facts),
+        "export": known[1],
         "report": load_report(run / "evaluation.json"),
     }
 

@@ -234,7 +234,7 @@ def test_an_evaluation_of_samples_without_a_domain_names_none():
 @pytest.mark.parametrize("text", ["{", "{}", "[]"])
 @pytest.mark.parametrize("name", ["run.json", "done.json"])
 def test_a_damaged_record_of_a_run_is_named(tiny_cache, tmp_path, name, text):
-    from pipeline.runs.provenance import provenance
+    from pipeline.published.card import provenance
 
     done = trained(tiny_cache, tmp_path / "run", "train.steps=1")
     (done.run / name).write_text(text)
