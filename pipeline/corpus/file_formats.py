@@ -58,7 +58,6 @@ class Chunk:
         return len(self.batch) if self.texts is None else sum(map(len, self.texts))
 
     def single_row(self, row: int) -> "Chunk":
-        """Return one row of the chunk as a chunk."""
         lines = [self.lines[row]]
         if self.texts is not None:
             return Chunk(self.file, self.split, lines, [self.texts[row]])
@@ -271,7 +270,6 @@ def _columns_to_read(file: Path, columns: list[str], prompts: bool) -> list[str]
 
 
 def _to_arrow_stream(batch) -> bytes:
-    """Return a batch as an Arrow stream."""
     import pyarrow as pa
 
     sink = pa.BufferOutputStream()

@@ -133,7 +133,6 @@ def missing_package(folder: Path | str, method: str, error: Exception) -> UsageE
 
 
 def _missing_packages(method: str) -> list[str]:
-    """Return the packages of a method that are not installed."""
     return [package for package, module in PACKAGES.get(method, {}).items() if not _is_installed(module)]
 
 

@@ -89,7 +89,6 @@ def safetensors_header(path: Path) -> bytes:
 
 
 def weight_shapes(path: Path) -> list[list[int]]:
-    """Return the shapes of a safetensors file's tensors."""
     tensors = json.loads(safetensors_header(path))
     return [entry["shape"] for name, entry in tensors.items() if name != "__metadata__"]
 

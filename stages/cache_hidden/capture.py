@@ -236,7 +236,6 @@ class Progress:
             self._live.stop()
 
     def add(self, tokens: int, written: int) -> None:
-        """Count tokens computed and bytes written."""
         with self._lock:
             self.done_tokens += tokens
             self.done_bytes += written
@@ -246,7 +245,6 @@ class Progress:
                 print(self.line(), file=sys.stderr, flush=True)
 
     def add_shard(self) -> None:
-        """Count a committed shard."""
         self.done_shards += 1
 
     def line(self) -> str:

@@ -93,7 +93,6 @@ class ImportJob:
 
 
 def location_of(shard: ShardPlan, row: int) -> SampleLocation:
-    """Return the source file and line of a planned sample."""
     return shard.batch.column("source")[row].as_py(), shard.line(row)
 
 

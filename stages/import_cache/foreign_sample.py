@@ -6,6 +6,7 @@ anything is allocated, and states are memory-mapped, so that only rows in use ar
     T tokens   K layers   D hidden size
 """
 
+import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,24 @@ import torch
 import xxhash
 from torch import Tensor
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, first_line, refuse_limit
+from pipeline.pickles import RefusedPickle, check_pickle
 
 STORED_DTYPE = {torch.bfloat16: "bfloat16", torch.float16: "float32", torch.float32: "float32"}  # exact in either
 REMEDY = "make that file again, or move it out of the folder and import into a fresh --out"
+MAX_PICKLE = 1 << 20  # bytes outside of tensors; a sample has a few hundred
+# What torch's restricted unpickler raises on bytes that torch.save did not write.
+UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    EOFError,
+    OSError,
+)
 
 SampleLocation = tuple[str, int]  # file, relative to the source, and line from 1
 
@@ -85,6 +100,35 @@ class Source(Protocol):
 def bad_file(where: Path | str, what: str) -> DataError:
     """Return the error for a damaged or unexpected file."""
     return DataError(f"{where}: {what}; {REMEDY}")
+
+
+def load(path: Path) -> dict:
+    """Memory-map the tensors of a file of torch.save; no code in it is ever run. DataError for anything else.
+
+    `pipeline/pickles.py` checks it before torch opens it.
+    """
+    try:
+        check_pickle(path, MAX_PICKLE)
+    except RefusedPickle as refused:
+        what = {
+            "layout": f"not as torch.save writes: {refused}",
+            "names": f"holds more than tensors (it names {refused}); nothing in it was run",
+            "tensor": f"holds a tensor that is no plain tensor ({refused})",
+            "damaged": f"cut short, or nothing that torch.save wrote ({refused})",
+        }
+        raise bad_file(path, what[refused.kind]) from refused
+    except OSError as error:
+        refuse_limit(path, error)
+        raise bad_file(path, f"cannot be read ({error})") from error
+    try:
+        record = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UNREADABLE as error:
+        refuse_limit(path, error)
+        cause = first_line(error, 120)
+        raise bad_file(path, f"damaged ({cause})") from error
+    if not isinstance(record, dict):
+        raise bad_file(path, f"holds a {type(record).__name__}, wanted a dict of tensors")
+    return record
 
 
 def check_token_ids(ids: np.ndarray, where: str) -> np.ndarray:

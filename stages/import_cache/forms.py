@@ -19,7 +19,6 @@ norm. There is no checksum anywhere.
     T tokens   K layers   D hidden size
 """
 
-import pickle
 import re
 import struct
 from math import prod
@@ -36,7 +35,6 @@ from pipeline.cache.atomic import read_errors
 from pipeline.cache.manifest import Count
 from pipeline.errors import DataError, UsageError, first_line, refuse_limit
 from pipeline.json_files import parse_json, read_file
-from pipeline.pickles import RefusedPickle, check_pickle
 from stages.import_cache.foreign_sample import (
     ForeignSample,
     PartialConvention,
@@ -46,25 +44,13 @@ from stages.import_cache.foreign_sample import (
     check_plain,
     check_states,
     check_token_ids,
+    load,
     mapped_sample,
     source_facts,
 )
 
 SUFFIX = ".ckpt"
 SPECFORGE_KEYS = (("hidden_states", "target_last_hidden_states"), ("aux_hidden_state", "hidden_state"))
-MAX_PICKLE = 1 << 20  # bytes outside of tensors; a sample has a few hundred
-# What torch's restricted unpickler raises on bytes that torch.save did not write.
-UNREADABLE = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    EOFError,
-    OSError,
-)
 NAME = re.compile(r"hs_(0|[1-9][0-9]*)\.safetensors")
 SAVED = "state.json"  # of a data set that `datasets` saved
 MASKS = "loss_mask"
@@ -91,7 +77,6 @@ class SpecForge:
         self.locations: list[SampleLocation] = [(path.relative_to(folder).as_posix(), 1) for path in self._files]
 
     def source_facts(self) -> dict:
-        """Return this source's entry in the plan."""
         return source_facts(self.folder, self.form, self._files)
 
     def open(self, file: str, line: int) -> ForeignSample:
@@ -131,35 +116,6 @@ def _as_matrix(tensor: Tensor, name: str, where: str) -> Tensor:
     if tensor.ndim != 2:
         raise bad_file(where, f"its {name} are {list(tensor.shape)}, wanted [tokens, width]")
     return tensor
-
-
-def load(path: Path) -> dict:
-    """Memory-map the tensors of a file of torch.save; no code in it is ever run. DataError for anything else.
-
-    `pipeline/pickles.py` checks it before torch opens it.
-    """
-    try:
-        check_pickle(path, MAX_PICKLE)
-    except RefusedPickle as refused:
-        what = {
-            "layout": f"not as torch.save writes: {refused}",
-            "names": f"holds more than tensors (it names {refused}); nothing in it was run",
-            "tensor": f"holds a tensor that is no plain tensor ({refused})",
-            "damaged": f"cut short, or nothing that torch.save wrote ({refused})",
-        }
-        raise bad_file(path, what[refused.kind]) from refused
-    except OSError as error:
-        refuse_limit(path, error)
-        raise bad_file(path, f"cannot be read ({error})") from error
-    try:
-        record = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except UNREADABLE as error:
-        refuse_limit(path, error)
-        cause = first_line(error, 120)
-        raise bad_file(path, f"damaged ({cause})") from error
-    if not isinstance(record, dict):
-        raise bad_file(path, f"holds a {type(record).__name__}, wanted a dict of tensors")
-    return record
 
 
 class Speculators:
@@ -288,7 +244,6 @@ class DeepSpec:
         self.locations: list[SampleLocation] = [(INDEX, line) for line in range(1, samples + 1)]
 
     def source_facts(self) -> dict:
-        """Return this source's entry in the plan."""
         return source_facts(self.folder, self.form, [self.folder / MANIFEST, self._index, *self._shards])
 
     def open(self, file: str, line: int) -> ForeignSample:

@@ -11,13 +11,12 @@ from transformers import PreTrainedModel
 from pipeline.cache.catalog import Catalog
 from pipeline.errors import UsageError, refuse_limit
 from pipeline.target.config import load_config
-from pipeline.target.files import CONFIG, read_json, read_text_config
+from pipeline.target.files import CONFIG, read_json, read_text_config, stop_ids
 from pipeline.target.head import TargetHead
 from pipeline.target.model import final_norm, head_of, load_target, stop_tokens, store_target
 from pipeline.target.weights import weight_files
 from pipeline.tensors import find_device
 
-GENERATION = "generation_config.json"
 # Config keys that scale embedding, head or logits in a way that only the model's own code defines.
 SCALES = ("embedding_multiplier", "scale_emb", "logits_scaling", "logit_scale", "lm_head_multiplier")
 
@@ -107,8 +106,6 @@ def _tensor(path: Path, name: str) -> torch.Tensor:
 
 def stop_tokens_from_files(folder: Path) -> frozenset[int]:
     """Return the stop tokens that the folder's configs name."""
-    configs = [read_json(folder / CONFIG), read_text_config(folder)]
-    if (folder / GENERATION).is_file():
-        configs.append(read_json(folder / GENERATION))
-    stated = [config.get("eos_token_id") for config in configs]
-    return frozenset(stop for stops in stated for stop in ([stops] if type(stops) is int else stops or ()))
+    stated = [config.get("eos_token_id") for config in (read_json(folder / CONFIG), read_text_config(folder))]
+    named = (stop for stops in stated for stop in ([stops] if type(stops) is int else stops or ()))
+    return frozenset({*named, *stop_ids(folder)})

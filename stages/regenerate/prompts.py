@@ -118,7 +118,6 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether all replies are there."""
         return self.turn == len(self.row.segments) or bool(self.replies and self.replies[-1].ends_conversation)
 
     def messages(self) -> list[dict]:

@@ -163,7 +163,6 @@ class Journal:
         os.close(self._fd)
 
     def __len__(self) -> int:
-        """The number of replies."""
         return sum(map(len, self._spans.values()))
 
     def replies(self, key: str) -> list[Reply]:
@@ -178,7 +177,6 @@ class Journal:
         self._index(key, turn, len(line))
 
     def sync(self) -> None:
-        """Sync the file to disk."""
         with write_errors(self.path, "the journal"):
             os.fsync(self._fd)
         self._synced = time.monotonic()

@@ -296,7 +296,6 @@ def _range(group: int) -> str:
 
 
 def table(report: dict) -> Table:
-    """Return the report as a table."""
     grid = Table.grid(padding=(0, 2))
     rows, replies, rate = report["rows"], report["replies"], report["tokens_per_second"]
     grid.add_row("rows", f"{rows['read']:,} read, {rows['written']:,} written")
