@@ -242,8 +242,8 @@ class Catalog:
             raise CacheError(f"{self.path}: columns of several kinds, {sorted(self._kinds)}; run `pipeline verify`")
 
     def columns(self, shard: int) -> dict[str, ColumnManifest]:
-        """Manifests of the columns that a shard has, by name."""
-        return {name: self.manifest(shard, name) for name in self.columns_of(shard)}
+        """Manifests of the columns that a shard has, by name. The typed error of a folder that cannot be listed."""
+        return {name: self.manifest(shard, name) for name in self._shard(shard).readable().columns}
 
     @cached_property
     def whole(self) -> dict[str, ColumnSpec]:

@@ -32,7 +32,7 @@ from pipeline.cache.layout import COLUMN, SAMPLES, SHARDS, numbered, shard_folde
 from pipeline.cache.manifest import FileFact, canonical
 from pipeline.cache.records import ColumnFacts, ColumnManifest
 from pipeline.cache.samples import ShardPlan, batch_bytes
-from pipeline.errors import RoomError
+from pipeline.errors import CacheError, RoomError
 
 Former = Mapping[str, ColumnManifest | None]  # damaged columns, each with its former manifest if that is known
 
@@ -212,7 +212,10 @@ class ShardWriter:
         A file that matches the manifest of a committed column stays: another version of Arrow may write other bytes.
         """
         folder = shard_folder(self.cache, self.shard.number)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise CacheError(f"{folder}: a file, where a shard's folder belongs; move it out of the cache") from None
         path, data = folder / SAMPLES, batch_bytes(self.shard.batch)
         names = self.catalog.columns_of(self.shard.number)
         captured = [manifest for name in names if (manifest := self.catalog.captured(self.shard.number, name))]

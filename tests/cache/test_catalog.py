@@ -8,6 +8,7 @@ from cache_maker import COLUMNS, capture, make_cache, random_samples
 from file_reads import counted_opens
 
 from pipeline.cache.catalog import Catalog
+from pipeline.cache.inspect import describe
 from pipeline.cache.layout import SHARDS, shard_folder
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan_writer import write_segment
@@ -110,5 +111,6 @@ def test_a_folder_that_cannot_be_listed_is_an_error_for_readers_and_nothing_capt
     folder.write_text("no folder")
     catalog = Catalog(cache)
     assert captured(catalog)[0] == []
-    with pytest.raises(CacheError, match="missing"):
-        _ = catalog.names
+    for read in (lambda: catalog.names, lambda: catalog.columns(0), lambda: describe(cache)):
+        with pytest.raises(CacheError, match="missing"):
+            read()

@@ -30,7 +30,7 @@ from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.target_files import has_target, new_target
 from pipeline.cache.verify import verify
 from pipeline.cache.writer import ShardWriter
-from pipeline.errors import RoomError
+from pipeline.errors import CacheError, RoomError
 
 HERE = Path(__file__).parents[1]
 AUX = COLUMNS[0]
@@ -42,6 +42,15 @@ def planned(tmp_path):
     create_identity(tmp_path / "cache", {"target": {"name": "tiny"}})
     write_segment(tmp_path / "cache", random_samples(48), row_bytes=48, sources=[])
     return tmp_path / "cache"
+
+
+def test_a_file_in_the_place_of_a_shard_is_named_with_what_to_do(planned):
+    folder = shard_folder(planned, 0)
+    folder.parent.mkdir()
+    folder.write_text("mine")
+    with pytest.raises(CacheError, match=r"shards/000000: a file, where a shard's folder belongs; move it out"):
+        capture(planned, load_plan(planned).shards[0], COLUMNS)
+    assert folder.read_text() == "mine"
 
 
 @settings(max_examples=40, deadline=None)
