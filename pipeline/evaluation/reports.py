@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import FailFast, Field, ValidationError
 
 from pipeline.errors import UsageError, cause_of
-from pipeline.evaluation.figures import Figures, bootstrap
+from pipeline.evaluation.accept_statistics import Figures, bootstrap
 from pipeline.json_files import (
     MAX_BYTES,
     Count,

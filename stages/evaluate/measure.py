@@ -22,7 +22,7 @@ from pipeline.cache import HiddenCache
 from pipeline.drafts import Draft, eligible_anchors, lay_blocks, metrics_of, pack
 from pipeline.errors import ProofError, RoomError, UsageError
 from pipeline.evaluation.accept_length import SLOTS_AT_ONCE, Span, accept_spans, accept_spans_by_threshold
-from pipeline.evaluation.figures import summarise
+from pipeline.evaluation.accept_statistics import summarise
 from pipeline.evaluation.reports import (
     Agreement,
     ConfidenceCut,

@@ -27,8 +27,8 @@ from pipeline.visible_text import print_visible, visible
 from stages.import_cache.conventions import choose_convention
 from stages.import_cache.convert import ImportJob, convert, is_planned, make_plan, refused_by_shard, total_bytes
 from stages.import_cache.foreign_sample import STORED_DTYPE, PartialConvention, Source
-from stages.import_cache.forms import INDEX, NAME, SUFFIX, DeepSpec, SpecForge, Speculators
 from stages.import_cache.target import Target
+from stages.import_cache.trainer_formats import INDEX, NAME, SUFFIX, DeepSpec, SpecForge, Speculators
 
 WANTED = "SpecForge's *.ckpt, speculators' hs_<i>.safetensors, or DeepSpec's manifest.json and samples.idx"
 

@@ -21,7 +21,7 @@ from pipeline.cache import HiddenCache
 from pipeline.drafts import DRAFTS, Draft, init_weights
 from pipeline.errors import CacheError, RoomError, UsageError, first_line
 from pipeline.evaluation.accept_length import accept_spans
-from pipeline.evaluation.figures import summarise
+from pipeline.evaluation.accept_statistics import summarise
 from pipeline.runs import checkpoint
 from pipeline.runs.cache_requirements import check_complete
 from pipeline.runs.folder import (

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from pipeline.cache import HiddenCache
 from pipeline.evaluation.accept_length import accept_spans
-from pipeline.evaluation.figures import summarise
+from pipeline.evaluation.accept_statistics import summarise
 from pipeline.runs.checkpoint import DRAFT, find_checkpoint, load_config, load_draft
 from pipeline.runs.split import split_samples, stratified_subset
 

@@ -18,7 +18,7 @@ from pipeline.evaluation.accept_length import (
     replay_decoding,
     reply_spans,
 )
-from pipeline.evaluation.figures import bootstrap, summarise
+from pipeline.evaluation.accept_statistics import bootstrap, summarise
 from pipeline.target.head import NEWEST, RULES, ChunkLimit
 from pipeline.target.model import load_target
 from stages.evaluate.decode import speculative_decode
