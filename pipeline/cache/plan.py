@@ -74,7 +74,7 @@ class Plan:
 
 def _merge_notes(old, new):
     """Merge the notes of two segments by key: numbers added, lists joined; of anything else the newer."""
-    if isinstance(old, dict):
+    if isinstance(old, dict) and isinstance(new, dict):
         shared = {name: _merge_notes(old[name], new[name]) for name in old.keys() & new.keys()}
         return {**old, **new, **shared}
     addable = type(old) is type(new) and isinstance(old, int | float | list) and not isinstance(old, bool)

@@ -30,6 +30,14 @@ def test_a_sample_is_named_by_its_ids_and_its_mask():
     assert sample_id(ids, mask) != sample_id(ids[::-1], mask)
 
 
+def test_of_notes_of_two_kinds_the_newer_counts(tmp_path):
+    notes = [{"turns": {"lost": 2}, "cut": 1}, {"turns": ["each"], "cut": 2}, {"turns": None, "cut": 4}]
+    for number, of_segment in enumerate(notes, 1):
+        samples = random_samples(2 * number, longest=9)
+        plan = write_segment(tmp_path, samples, row_bytes=48, sources=[], notes=of_segment)
+    assert plan.notes == {"turns": None, "cut": 7}
+
+
 def test_every_sample_is_in_the_plan_once_and_unchanged(tmp_path):
     samples = random_samples(50)
 
