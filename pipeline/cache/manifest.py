@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import xxhash
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.cache.atomic import commit_lock, read_errors, write_errors, write_file
 from pipeline.cache.layout import FORMAT, IDENTITY
 from pipeline.errors import CacheError, UsageError, read_error
 from pipeline.json_files import MAX_DEPTH, parse_strict_json
 
+STRICT = ConfigDict(extra="forbid", strict=True)
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -124,6 +125,8 @@ def parse_canonical(data: bytes, path: Path) -> dict:
 @dataclass(frozen=True, slots=True)
 class FileFact:
     """What a manifest says of another file: its size in bytes and its xxh3-128, in hex."""
+
+    __pydantic_config__ = STRICT
 
     size: Count
     xxh3: str

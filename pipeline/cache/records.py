@@ -1,6 +1,7 @@
 """What every JSON file of a cache says, field by field; `make tables` prints README.md's tables from it.
 
-A record is a pydantic model: immutable, read strictly, with no field more than stated unless it is an `OpenRecord`.
+A record is a pydantic model: immutable and read strictly. What a file says beyond is kept where the record is an
+`OpenRecord`, as every file is: a later version may say more, and nothing it wrote is taken for damage.
 `manifest.py` has the form of the files themselves: canonical JSON that ends with its own hash.
 """
 
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.zarr_file import DTYPES
 from pipeline.cache.layout import FORMAT, LOG
-from pipeline.cache.manifest import Count, FileFact, read_record
+from pipeline.cache.manifest import STRICT, Count, FileFact, read_record
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import CacheError
 
@@ -32,7 +33,7 @@ def _field(description: str, **kwargs) -> Any:
 class Record(BaseModel):
     """A part of a manifest."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
+    model_config = ConfigDict(frozen=True, defer_build=True, **STRICT)
 
     def as_dict(self) -> dict:
         """The fields that were stated, as JSON has them."""
@@ -45,7 +46,7 @@ class OpenRecord(Record):
     model_config = ConfigDict(extra="allow")
 
 
-class Manifest(Record):
+class Manifest(OpenRecord):
     """A file of its own. `format` and `hash` are written by `canonical`."""
 
     FILE: ClassVar[str]
@@ -95,7 +96,6 @@ class CaptureRules(OpenRecord):
 class Identity(Manifest):
     """What the cache is; never edited. Its hash is the cache's identity, which every other manifest names."""
 
-    model_config = ConfigDict(extra="allow")
     FILE = "cache.json"
     capture: CaptureRules = _field("how states were computed", default=CaptureRules())
     samples: SampleRules = _field("how conversations became samples", default=SampleRules())
@@ -156,6 +156,8 @@ class RefusedList(Manifest):
 @dataclass(frozen=True)
 class ColumnSpec:
     """A column's name (`aux.<layer>` or `final`), dtype, width, codec, and which rows it keeps ("all" or "needed")."""
+
+    __pydantic_config__ = STRICT  # to pass over a part of it could be to read other values
 
     name: Annotated[str, _field("`aux.<layer>` or `final`")]
     dtype: Annotated[Literal["bfloat16", "float32"], _field("of the states")]
@@ -275,7 +277,6 @@ class TargetFiles(OpenRecord):
 class CaptureRecord(Manifest):
     """The last command; for speed and for people, nothing depends on it. Every part may be absent."""
 
-    model_config = ConfigDict(extra="allow")
     FILE = "capture.log"
     request: CaptureRequest | None = _field("the command", default=None)
     identity: Identity | None = _field("a second copy of cache.json, should that be lost", default=None)

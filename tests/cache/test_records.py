@@ -64,6 +64,11 @@ def test_what_is_known_has_its_type_and_what_facts_say_beyond_is_kept():
     assert canonical(manifest.as_dict()) == canonical(FACTS)
 
 
+def test_what_a_later_version_says_beyond_is_no_damage_and_is_kept():
+    later = {**FACTS, "more": 1}
+    assert canonical(parsed(later).as_dict()) == canonical(later)
+
+
 def without(facts: dict, *keys: str) -> dict:
     return {key: value for key, value in facts.items() if key not in keys}
 
@@ -76,12 +81,12 @@ def without(facts: dict, *keys: str) -> dict:
         {**FACTS, "shard": -1},
         {**FACTS, "rows": 2**63},
         {**FACTS, "rows": 5.0},
-        {**FACTS, "more": 1},
         {**FACTS, "files": {"samples.arrow": {"size": 9}}},
         {**FACTS, "files": {"samples.arrow": {"size": 9, "xxh3": "ff", "more": 1}}},
         {**FACTS, "files": []},
         {**FACTS, "spec": {**COLUMNS[0].as_dict(), "width": 0}},
         {**FACTS, "spec": {**COLUMNS[0].as_dict(), "dtype": "float16"}},
+        {**FACTS, "spec": {**COLUMNS[0].as_dict(), "more": 1}},
         {**FACTS, "refused": {"1": None}},
         {**FACTS, "facts": {"probe": {"error": 10**400}}},
         {**FACTS, "facts": {"gauge": {"rows": 1, "agree": 1}}},
