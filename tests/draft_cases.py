@@ -85,10 +85,8 @@ def anchors_of(cell) -> torch.Tensor:
     return torch.cat([eligible_anchors(cell.mask_R[s : s + n]).nonzero().flatten() + s for s, n in spans])
 
 
-def all_blocks(draft: Draft, cell, padding: int = 0):
-    anchors = torch.cat([anchors_of(cell), torch.zeros(padding, dtype=torch.long)])
-    keep = torch.arange(len(anchors)) < len(anchors) - padding
-    return lay_blocks(cell, anchors, keep, draft.config)
+def all_blocks(draft: Draft, cell):
+    return lay_blocks(cell, anchors_of(cell), draft.config)
 
 
 def head_loss(hidden_NSD, target, objective, correction, blocks):

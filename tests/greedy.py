@@ -105,7 +105,7 @@ def make_learned_draft(cache_path, method="domino", steps=50, **options) -> Draf
     samples = [cache.read(index, final=soft) for index in range(len(cache))]
     cell = pack(samples, [cache.samples.hex(index) for index in range(len(cache))], final=soft)
     eligible = torch.cat([eligible_anchors(sample.mask) for sample in samples]).nonzero()[:, 0]
-    blocks = lay_blocks(cell, eligible, torch.ones_like(eligible).bool(), config)
+    blocks = lay_blocks(cell, eligible, config)
     dens = draft.denominators(blocks)
     optimizer = torch.optim.Adam(draft.parameters(), lr=6e-3)
     for step in range(steps):

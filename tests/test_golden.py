@@ -64,7 +64,8 @@ class Case:
 
     @property
     def kept(self) -> torch.Tensor:
-        return self.blocks.keep_N
+        """Which of the reference's blocks are no padding, which is not laid here."""
+        return self.tensors["block_keep_mask"].flatten().bool()
 
     def by_block(self, name: str) -> torch.Tensor:
         """A reference tensor as [B * N, S, ...], whether it came with blocks and slots in one axis or two."""
@@ -164,7 +165,7 @@ def load(name: str) -> Case:
     names = [f"row {row}" for row in range(len(samples))]
     cell = pack(samples, names, final="target_last_hidden_states" in tensors)
     anchors_BN = tensors["anchor_positions"] + cell.starts_M[:, None]
-    blocks = lay_blocks(cell, anchors_BN.flatten(), tensors["block_keep_mask"].flatten(), config)
+    blocks = lay_blocks(cell, anchors_BN.flatten()[tensors["block_keep_mask"].flatten().bool()], config)
     return Case(facts, tensors, draft, cell, blocks)
 
 
@@ -213,13 +214,13 @@ def test_blocks(name):
     }
     for key in ours.keys() & case.tensors.keys():
         wanted = case.by_block(key)
-        assert torch.equal(ours[key][case.kept].to(wanted.dtype), wanted[case.kept]), key
+        assert torch.equal(ours[key].to(wanted.dtype), wanted[case.kept]), key
     if "weight_mask" in case.tensors and case.draft.config.weighting == "decay":
-        assert_close(case.blocks.weights_NS[case.kept], case.by_block("weight_mask")[case.kept], "weight_mask")
+        assert_close(case.blocks.weights_NS, case.by_block("weight_mask")[case.kept], "weight_mask")
     if "aligned_target_hidden" in case.tensors:
         scored = case.blocks.scored_NS
         ours = case.cell.final_FD[case.cell.final_at_R[case.blocks.final_row_NS]]
-        assert torch.equal(ours[scored], case.by_block("aligned_target_hidden")[scored])
+        assert torch.equal(ours[scored], case.by_block("aligned_target_hidden")[case.kept][scored])
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["grouped", "dense"])
@@ -228,10 +229,9 @@ def test_hidden_and_logits(name, dense):
     case = load(name)
     with torch.no_grad():
         hidden = dense_hidden if dense else type(case.draft).hidden
-        hidden_NSD = hidden(case.draft, case.cell, case.blocks)[case.kept]
-        logits = case.draft.logits(hidden_NSD, case.blocks.prev_NS[case.kept])
-        prev_NS = case.blocks.prev_NS[case.kept]
-        sure = case.draft.confidence(hidden_NSD, prev_NS) if "confidence" in case.tensors else None
+        hidden_NSD = hidden(case.draft, case.cell, case.blocks)
+        logits = case.draft.logits(hidden_NSD, case.blocks.prev_NS)
+        sure = case.draft.confidence(hidden_NSD, case.blocks.prev_NS) if "confidence" in case.tensors else None
     ours = {"draft_hidden": hidden_NSD, "final_logits": logits["final"], "base_logits": logits.get("base")}
     ours |= {"confidence": sure}
     if ours["base_logits"] is None:  # one kind of logits, which the reference calls base

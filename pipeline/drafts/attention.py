@@ -2,8 +2,7 @@
 
 A slot of a block at anchor a attends to its document's context strictly before a, and to its own block: all of it on a
 full layer; on a sliding layer of window W the context from a + slot - (W - 1) and the slots up to itself. This is
-SpecForge's rule, which the serving engines execute. A padding block attends to itself only: no row of the mask is
-empty, so no kernel makes a NaN.
+SpecForge's rule, which the serving engines execute. No row of the mask is empty, so no kernel makes a NaN.
 
     A query heads   G key/value heads   E head size   N blocks   S slots   Q = N * S queries   R context rows   L keys
 """
@@ -39,7 +38,7 @@ def visibility_mask(blocks: Blocks, rows: slice, first: int, last: int, window: 
     N, S = last - first, blocks.labels_NS.shape[1]
     anchors_N1 = blocks.anchors_N[first:last, None]
     row_R = torch.arange(rows.start, rows.stop, device=device)
-    context_NR = (row_R < anchors_N1) & (row_R >= blocks.starts_N[first:last, None]) & blocks.keep_N[first:last, None]
+    context_NR = (row_R < anchors_N1) & (row_R >= blocks.starts_N[first:last, None])
     context_NSR = context_NR[:, None].expand(N, S, -1)
     slots_S = torch.arange(S, device=device)
     inside_SS = torch.ones(S, S, dtype=torch.bool, device=device)

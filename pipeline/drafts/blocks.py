@@ -64,7 +64,7 @@ class Cell:
 @dataclass(frozen=True)
 class Group:
     """Consecutive blocks first .. last - 1 of one document, and the context that any of them attends to: the
-    document's rows 0 .. rows - 1. Padding blocks belong to document 0."""
+    document's rows 0 .. rows - 1."""
 
     first: int
     last: int
@@ -77,7 +77,6 @@ class Blocks:
     """N blocks over one cell, all known before any forward, and so are the loss's denominators."""
 
     anchors_N: Tensor  # int64: rows of the cell
-    keep_N: Tensor  # bool: False is padding, which attends to no context and has weight 0
     starts_N: Tensor  # int64: first row of the anchor's document
     doc_N: Tensor  # int64
     input_ids_NS: Tensor  # int64: the backbone's input, the anchor's token, then mask tokens
@@ -152,16 +151,15 @@ def eligible_anchors(mask_T: Tensor) -> Tensor:
     return eligible_T
 
 
-def lay_blocks(cell: Cell, anchors_N: Tensor, keep_N: Tensor, config: DraftConfig) -> Blocks:
+def lay_blocks(cell: Cell, anchors_N: Tensor, config: DraftConfig) -> Blocks:
     """Return one block for each anchor row. Labels and prefixes never leave the anchor's document.
 
     Same-position labels: slot k predicts token anchor + k, and slot 0 (the anchor itself) is never scored.
-    Next-position: anchor + k + 1, all slots. A gap in the loss mask unscores the slots after it where the
-    method says so. Raises
-    DataError where the cell has final states, but not the one that a scored slot is to learn from.
+    Next-position: anchor + k + 1, all slots. A gap in the loss mask unscores the slots after it where the method says
+    so. Raises DataError where the cell has final states, but not the one that a scored slot is to learn from.
     """
     device = cell.ids_R.device
-    anchors_N, keep_N = anchors_N.to(device).long(), keep_N.to(device).bool()
+    anchors_N = anchors_N.to(device).long()
     doc_N = cell.doc_R[anchors_N]
     starts_N = cell.starts_M[doc_N]
     last_N1 = (starts_N + cell.lengths_M[doc_N] - 1)[:, None]
@@ -170,16 +168,15 @@ def lay_blocks(cell: Cell, anchors_N: Tensor, keep_N: Tensor, config: DraftConfi
     label_NS = token_NS + int(config.shift_label)
     safe_NS = torch.minimum(label_NS, last_N1)
 
-    scored_NS = keep_N[:, None] & (label_NS <= last_N1) & cell.mask_R[safe_NS] & (slots_S >= config.first_slot)
+    scored_NS = (label_NS <= last_N1) & cell.mask_R[safe_NS] & (slots_S >= config.first_slot)
     if config.scores_up_to_gap:
-        scored_NS = unbroken(scored_NS)
+        scored_NS = scored_NS.long().cumprod(-1).bool()
     final_row_NS = torch.where(scored_NS, label_NS - 1, 0)
     _check_final_rows(cell, final_row_NS, scored_NS)
     input_ids_NS = torch.full_like(token_NS, config.mask_token_id)
-    input_ids_NS[:, 0] = torch.where(keep_N, cell.ids_R[anchors_N], config.mask_token_id)
+    input_ids_NS[:, 0] = cell.ids_R[anchors_N]
     return Blocks(
         anchors_N=anchors_N,
-        keep_N=keep_N,
         starts_N=starts_N,
         doc_N=doc_N,
         input_ids_NS=input_ids_NS,
@@ -210,11 +207,6 @@ def group_blocks(
         else:
             groups.append(Group(block, block + 1, document, anchor))
     return tuple(groups)
-
-
-def unbroken(scored_NS: Tensor) -> Tensor:
-    """Score a slot only if every slot before it is scored: DSpark's rule (DeepSpec's `build_eval_mask`)."""
-    return scored_NS.long().cumprod(-1).bool()
 
 
 def _check_final_rows(cell: Cell, final_row_NS: Tensor, scored_NS: Tensor) -> None:

@@ -228,7 +228,7 @@ def _propose_all(
     anchors_N = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
     on_device, proposed = cell.to(device), [[] for _ in thresholds]
     for part_N in anchors_N.split(max(1, SLOTS_AT_ONCE // config.block_size)) if len(anchors_N) else ():
-        blocks = lay_blocks(cell, part_N, torch.ones_like(part_N, dtype=torch.bool), draft.config).to(device)
+        blocks = lay_blocks(cell, part_N, draft.config).to(device)
         cuts = draft.greedy_proposals(on_device, blocks, thresholds)
         proposed = [earlier + new for earlier, new in zip(proposed, cuts, strict=True)]
     at = 0

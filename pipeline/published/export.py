@@ -109,7 +109,7 @@ def make_probe(config: DraftConfig, rows: Sample, head: TargetHead, source: str,
     anchors_N = torch.linspace(0, len(rows.ids) - 1, min(count, len(rows.ids))).long()
     if count == KEPT_BLOCKS:
         anchors_N = anchors_N.clamp(min=len(rows.ids) // 2)  # a first block without context would show half as much
-    return Probe(head, cell, lay_blocks(cell, anchors_N, torch.ones_like(anchors_N).bool(), config), source)
+    return Probe(head, cell, lay_blocks(cell, anchors_N, config), source)
 
 
 def _write(folder: Path, published: dict, draft: Draft, dtype: torch.dtype) -> None:

@@ -276,7 +276,7 @@ def _add_sample(sums: dict, draft: Draft, cache: HiddenCache, index: int) -> Non
     device = draft.device
     anchors_N = eligible_anchors(sample.mask).nonzero()[:, 0]
     for part_N in anchors_N.split(max(1, SLOTS_AT_ONCE // draft.config.block_size)) if len(anchors_N) else ():
-        blocks = lay_blocks(cell, part_N, torch.ones_like(part_N, dtype=torch.bool), draft.config).to(device)
+        blocks = lay_blocks(cell, part_N, draft.config).to(device)
         loss = draft.loss(cell.to(device), blocks, {}, draft.denominators(blocks), metrics=True)
         for name, value in loss.sums.items():
             sums[name] = sums.get(name, 0) + value

@@ -213,8 +213,7 @@ class BatchLoader:
         cell = pack(windows, names, firsts, final=self.reads_final)
         starts = cell.starts_M.tolist()
         anchors = [torch.from_numpy(window.anchors + start) for window, start in zip(windows, starts, strict=True)]
-        anchors_N = torch.cat(anchors)
-        return cell, lay_blocks(cell, anchors_N, torch.ones_like(anchors_N, dtype=torch.bool), self.config)
+        return cell, lay_blocks(cell, torch.cat(anchors), self.config)
 
 
 @dataclass(eq=False)

@@ -42,7 +42,7 @@ def sample(first: int, mask: torch.Tensor):
 
 def example(method: str, shift: bool):
     cell = pack([sample(10, MASK)], ["a"])
-    return lay_blocks(cell, torch.tensor([5, 8]), torch.tensor([True, True]), config(method, shift))
+    return lay_blocks(cell, torch.tensor([5, 8]), config(method, shift))
 
 
 def test_worked_example_anchors():
@@ -103,14 +103,14 @@ def test_worked_example_decay_sums():
 
 
 def test_without_gamma_nothing_decays():
-    blocks = lay_blocks(pack([sample(10, MASK)], ["a"]), torch.tensor([5]), torch.tensor([True]), config(gamma=None))
+    blocks = lay_blocks(pack([sample(10, MASK)], ["a"]), torch.tensor([5]), config(gamma=None))
     assert blocks.weights_NS.tolist() == [[0, 1, 0, 1]]
 
 
 def test_labels_and_prefixes_never_leave_the_document():
     on = torch.ones(4, dtype=torch.bool)
     cell = pack([sample(10, on), sample(20, on), sample(30, on)], ["a", "b", "c"])
-    blocks = lay_blocks(cell, torch.tensor([2, 3, 4, 10]), torch.ones(4).bool(), config("domino", True))
+    blocks = lay_blocks(cell, torch.tensor([2, 3, 4, 10]), config("domino", True))
 
     assert blocks.doc_N.tolist() == [0, 0, 1, 2]
     assert blocks.scored_NS.tolist() == [
@@ -133,8 +133,7 @@ def test_final_states_are_found_by_row_in_every_document():
     assert cell.final_at_R.tolist() == [-1, 0, 1, 2, 3, -1, -1, 4, 5, 6, 7, -1]
     assert cell.final_FD[cell.final_at_R[[2, 8]], 0].tolist() == [2, 102]
     same, shifted = (
-        lay_blocks(cell, torch.tensor([2, 8]), torch.tensor([True, True]), config(method, method == "domino"))
-        for method in ("dflash", "domino")
+        lay_blocks(cell, torch.tensor([2, 8]), config(method, method == "domino")) for method in ("dflash", "domino")
     )
     assert same.final_row_NS.tolist() == [[0, 2, 0, 0], [0, 8, 0, 0]]
     assert shifted.final_row_NS.tolist() == [[2, 0, 0, 0], [8, 0, 0, 0]]
@@ -143,19 +142,17 @@ def test_final_states_are_found_by_row_in_every_document():
 def test_a_block_sees_its_own_document_only():
     on = torch.ones(4, dtype=torch.bool)
     cell = pack([sample(10, on), sample(20, on)], ["a", "b"])
-    blocks = lay_blocks(cell, torch.tensor([6]), torch.tensor([True]), config())
+    blocks = lay_blocks(cell, torch.tensor([6]), config())
     assert visibility_mask(blocks, slice(0, 8), 0, 1, None)[0].nonzero().flatten().tolist() == [4, 5, 8, 9, 10, 11]
 
 
-def test_a_padding_block_sees_itself_and_weighs_nothing():
-    blocks = lay_blocks(pack([sample(10, MASK)], ["a"]), torch.tensor([5, 0]), torch.tensor([True, False]), config())
-    assert visibility_mask(blocks, slice(0, 10), 1, 2, None)[2].nonzero().flatten().tolist() == [10, 11, 12, 13]
-    assert not blocks.scored_NS[1].any() and not blocks.weights_NS[1].any()
-    assert blocks.input_ids_NS[1].tolist() == [GUESS] * 4
+def test_a_block_without_context_sees_itself():
+    blocks = lay_blocks(pack([sample(10, MASK)], ["a"]), torch.tensor([0]), config())
+    assert visibility_mask(blocks, slice(0, 10), 0, 1, None)[2].nonzero().flatten().tolist() == [10, 11, 12, 13]
 
 
 def test_a_sliding_layer_sees_a_window_and_no_later_slot():
-    blocks = lay_blocks(pack([sample(10, MASK)], ["a"]), torch.tensor([8]), torch.tensor([True]), config())
+    blocks = lay_blocks(pack([sample(10, MASK)], ["a"]), torch.tensor([8]), config())
     allowed = visibility_mask(blocks, slice(0, 10), 0, 1, window=4)
     assert [row.nonzero().flatten().tolist() for row in allowed] == [
         [5, 6, 7, 10],
@@ -167,7 +164,7 @@ def test_a_sliding_layer_sees_a_window_and_no_later_slot():
 
 def test_a_window_of_a_sample_keeps_true_positions():
     cell = pack([sample(10, MASK), sample(40, MASK)], ["a", "b"], offsets=[0, 256])
-    blocks = lay_blocks(cell, torch.tensor([15]), torch.tensor([True]), config())
+    blocks = lay_blocks(cell, torch.tensor([15]), config())
     assert cell.pos_R.tolist() == [*range(10), *range(256, 266)]
     assert blocks.positions_NS.tolist() == [[261, 262, 263, 264]]
 

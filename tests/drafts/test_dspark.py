@@ -81,7 +81,7 @@ def test_weights_start_as_published():
 def test_teacher_forced_logits_are_those_of_the_rollout_fed_the_same_tokens(kind):
     draft, cell = dspark(kind), cell_of(30)
     anchors = torch.tensor([4, 11, 20])
-    blocks = lay_blocks(cell, anchors, torch.ones(3, dtype=torch.bool), draft.config)
+    blocks = lay_blocks(cell, anchors, draft.config)
     with torch.no_grad():
         hidden = draft.hidden(cell, blocks)
         _, rolled = draft.rollout_logits(
@@ -124,7 +124,7 @@ def test_loss_and_every_gradient_are_those_of_dense_autograd(kind, with_markov, 
     draft.target = draft.target.to(dtype=torch.float64)
     cell = cell_of(30, 12)
     cell = type(cell)(**(vars(cell) | {"final_FD": cell.final_FD.double()}))
-    blocks = all_blocks(draft, cell, padding=1)
+    blocks = all_blocks(draft, cell)
     loss, wanted = loss_of(draft, cell, blocks), dense(draft, cell, blocks)
     assert loss.terms.keys() == {"ce", "l1", "confidence"} == draft.denominators(blocks).keys()
     torch.testing.assert_close(loss.total, wanted, rtol=1e-9, atol=0)

@@ -221,7 +221,7 @@ every_method = pytest.mark.parametrize("method", METHODS)
 @soft_objectives
 def test_every_method_learns_every_objective(method, name):
     draft, cell = build(method, objective=name), cell_of(30, 12)
-    blocks = all_blocks(draft, cell, padding=1)
+    blocks = all_blocks(draft, cell)
     loss = loss_of(draft, cell, blocks, 0.4, metrics=True)
     with torch.no_grad():
         logits = draft.logits(draft.hidden(cell, blocks), blocks.prev_NS)
@@ -304,6 +304,6 @@ def test_a_missing_teacher_is_refused_when_blocks_are_laid_and_never_taken_for_z
 def test_the_teacher_of_a_label_is_the_row_before_it():
     for method, shift in (("dflash", False), ("dflash", True), ("dspark", True)):
         draft, cell = build(method, shift), cell_of(30, 12)
-        blocks = all_blocks(draft, cell, padding=1)
+        blocks = all_blocks(draft, cell)
         assert torch.equal(cell.ids_R[blocks.final_row_NS + 1][blocks.scored_NS], blocks.labels_NS[blocks.scored_NS])
         assert not blocks.final_row_NS[~blocks.scored_NS].any()

@@ -155,7 +155,7 @@ def test_plain_arithmetic_on_the_tensors_gives_what_the_modules_give(variant):
     tensors, method = dict(draft.state_dict()), DRAFTS[config.method]
     rows = export.shorter(export.make_rows(config, None)[0])
     cell, anchors_N = pack([rows], ["one"]), torch.tensor([1, 5, 23])
-    blocks = lay_blocks(cell, anchors_N, torch.ones(3).bool(), config)
+    blocks = lay_blocks(cell, anchors_N, config)
     hidden_NSD = draft.hidden(cell, blocks)
     wanted_NSV = draft.logits(hidden_NSD, blocks.prev_NS)["final"]
 

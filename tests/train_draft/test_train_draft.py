@@ -396,8 +396,7 @@ def test_the_cache_gives_the_loss_that_the_live_target_gives(tiny_cache, tiny_ta
         cached = add_gradients(draft, loader, cells, batch.blocks, 0.3)
         lively = [replace(cell, **live(target, cell, layers)) for cell in cells]
         blocks = [
-            lay_blocks(cell, blocks.anchors_N, blocks.keep_N, draft.config)
-            for cell, blocks in zip(lively, batch.blocks, strict=True)
+            lay_blocks(cell, blocks.anchors_N, draft.config) for cell, blocks in zip(lively, batch.blocks, strict=True)
         ]
         now = add_gradients(draft, loader, lively, blocks, 0.3)
         assert float(cached.total) == pytest.approx(float(now.total), rel=1e-6)
