@@ -1,11 +1,12 @@
 """The draft methods and what they share. Adding one is one file and one line in `DRAFTS`."""
 
+from pipeline.drafts.backbone import DraftKV
 from pipeline.drafts.block_draft import BlockDraft, init_weights
 from pipeline.drafts.blocks import Blocks, Cell, eligible_anchors, lay_blocks, pack
 from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.dflash import DFlash
 from pipeline.drafts.domino import Domino
-from pipeline.drafts.draft import BlockRequest, Draft, DraftKV, Proposal, Sampling
+from pipeline.drafts.draft import BlockRequest, Draft, Proposal, Sampling
 from pipeline.drafts.dspark import DSpark
 from pipeline.drafts.metrics import metrics_of
 from pipeline.errors import UsageError

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.drafts.attention import DecodeAttention, GroupedAttention
-from pipeline.drafts.backbone import Backbone, backbone_shapes
+from pipeline.drafts.backbone import Backbone, DecodeAttention, DraftKV, GroupedAttention, backbone_shapes
 from pipeline.drafts.blocks import Blocks, Cell
 from pipeline.drafts.config import DraftConfig
-from pipeline.drafts.draft import BlockRequest, Draft, DraftKV, Loss, ProbeBlock, Proposal, Sampling, Shapes
+from pipeline.drafts.draft import BlockRequest, Draft, Loss, ProbeBlock, Proposal, Sampling, Shapes
 from pipeline.drafts.metrics import slot_sums
 from pipeline.drafts.objectives import HeadLoss, Objective, TargetStates, dpace_weights, term_name
 from pipeline.errors import DataError, UsageError

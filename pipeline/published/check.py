@@ -2,8 +2,7 @@
 
 Names and shapes are those of the publications (`Draft.tensors`). The arithmetic is written a second time from them, in
 plain torch as an engine runs it (`block_states`: DFlash, arXiv:2602.06036; `Draft.reference`). It shares nothing with
-`backbone.py` and `attention.py`, where blocks are grouped and gradients written out, so what the two agree on is no
-mistake of one of them.
+`backbone.py`, where blocks are grouped and gradients written out: what the two agree on is no mistake of one of them.
 
 An export leaves a probe beside its weights: a few blocks, and the logits that the trainer computes on them. It has all
 that is needed to check the folder without its target: the states before each block, the target's embedding of every id

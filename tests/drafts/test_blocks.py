@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.drafts import DraftConfig, draft_config, eligible_anchors, lay_blocks, pack
-from pipeline.drafts.attention import visibility_mask
+from pipeline.drafts.backbone import visibility_mask
 from pipeline.drafts.blocks import Group, group_blocks, slot_decay
 from pipeline.drafts.metrics import metrics_of, slot_sums
 
