@@ -94,6 +94,16 @@ def head_loss(hidden_NSD, target, objective, correction, blocks):
     return HeadLoss.apply(hidden_NSD, *(correction or (None, None)), target, objective, blocks)
 
 
+def forced_logits(draft: Draft, hidden_NSD, tokens_NP) -> torch.Tensor:
+    """The rollout's logits [N, P, V] where each next token is one of these instead of its own choice."""
+    tokens = iter(tokens_NP.unbind(1))
+    draft._choose = lambda raw_NV, sampling: next(tokens)
+    try:
+        return draft.rollout_logits(hidden_NSD, next(tokens))[1]
+    finally:
+        del draft._choose
+
+
 def loss_of(draft, cell, blocks, lambda_base=0.4, metrics=False):
     return draft.loss(cell, blocks, {"lambda_base": lambda_base}, draft.denominators(blocks), metrics)
 

@@ -205,7 +205,9 @@ def draw_with_the_number_that_refused(monkeypatch):
 def cut_by_what_was_drawn(monkeypatch):
     """Leave proposals out for what they are: that is to refuse them, without a residual."""
     monkeypatch.setattr(
-        DRAFTS["dspark"], "confident_count", lambda self, h, a, ids_NP, t: (ids_NP < 2).long().cumprod(-1).sum(-1)
+        DRAFTS["dspark"],
+        "confident_counts",
+        lambda self, h, a, ids_NP, t: (ids_NP < 2).long().cumprod(-1).sum(-1).tolist(),
     )
 
 

@@ -103,27 +103,29 @@ class BlockDraft(Backbone, Draft):
         self, cell: Cell, blocks: Blocks, scheduled: dict[str, float], dens: dict, metrics: bool
     ) -> Objective:
         """Return the configured objective on these blocks; nothing is computed yet."""
-        terms = self.config.term_weights
+        config, terms = self.config, self.config.term_weights
         scales = {
             kind: {term: kind_weight * weight / dens[term_name(kind, term)] for term, weight in terms.items()}
             for kind, kind_weight in self.logit_kinds(scheduled).items()
         }
-        target_states = None if self.config.final_reader is None else _target_states(cell, blocks, self.config)
-        return Objective(
-            blocks.labels_NS,
-            self._slot_weights(blocks),
-            scales,
-            self.config.objective,
-            target_states,
-            self.config.has_confidence,
-            metrics,
-        )
+        target_states = None
+        if config.final_reader is not None:
+            if cell.final_FD is None:
+                raise DataError(
+                    f"objective {config.objective!r} of {config.method} learns from the target's final states, and "
+                    f"{cell.names[0]} came without them; read the cache's column `final`, or set "
+                    'draft.objective = "ce"'
+                )
+            at_NS = torch.where(blocks.scored_NS, cell.final_at_R[blocks.final_row_NS], 0)
+            target_states = TargetStates(cell.final_FD, at_NS)
 
-    def _slot_weights(self, blocks: Blocks):
-        kind, alpha = self.config.weighting, self.config.dpace_alpha
-        if kind == "decay":
-            return lambda part, ce_NS: blocks.weights_NS[part]
-        return lambda part, ce_NS: dpace_weights(ce_NS, blocks.scored_NS[part], alpha, kind)
+        def weigh(part: slice, ce_NS: Tensor) -> Tensor:
+            if config.weighting == "decay":
+                return blocks.weights_NS[part]
+            return dpace_weights(ce_NS, blocks.scored_NS[part], config.dpace_alpha, config.weighting)
+
+        record_accept = config.has_confidence
+        return Objective(blocks.labels_NS, weigh, scales, config.objective, target_states, record_accept, metrics)
 
     def logits(self, hidden_NSD: Tensor, prev_NS: Tensor) -> dict[str, Tensor]:
         """Return all teacher-forced logits [N, S, V] at once, "final" and where they are corrected also "base". For
@@ -178,9 +180,7 @@ class BlockDraft(Backbone, Draft):
         hidden_NSD = self.block_hidden(requests)
         anchors_N = torch.tensor([request.anchor_id for request in requests], device=hidden_NSD.device)
         ids_NP, logits_NPV = self.rollout_logits(hidden_NSD, anchors_N, sampling)
-        counts = [ids_NP.shape[1]] * len(requests)
-        if threshold > 0:
-            counts = self.confident_count(hidden_NSD, anchors_N, ids_NP, threshold).tolist()
+        counts = self.confident_counts(hidden_NSD, anchors_N, ids_NP, threshold)
         if sampling is None:
             return [Proposal(ids_P[:count], None) for ids_P, count in zip(ids_NP, counts, strict=True)]
         return [
@@ -196,9 +196,7 @@ class BlockDraft(Backbone, Draft):
         ids_NP = self.rollout(hidden_NSD, anchor_ids_N)
         whole, proposed = ids_NP.tolist(), []
         for threshold in thresholds:
-            counts = [self.config.proposals] * len(whole)
-            if threshold > 0:
-                counts = self.confident_count(hidden_NSD, anchor_ids_N, ids_NP, threshold).tolist()
+            counts = self.confident_counts(hidden_NSD, anchor_ids_N, ids_NP, threshold)
             proposed.append([ids[:count] for ids, count in zip(whole, counts, strict=True)])
         return proposed
 
@@ -210,16 +208,9 @@ class BlockDraft(Backbone, Draft):
         return torch.cat([self.rollout_logits(hidden, anchors)[0] for hidden, anchors in parts])
 
     def rollout_logits(
-        self,
-        hidden_NSD: Tensor,
-        anchor_ids_N: Tensor,
-        sampling: Sampling | None = None,
-        forced_NP: Tensor | None = None,
+        self, hidden_NSD: Tensor, anchor_ids_N: Tensor, sampling: Sampling | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return proposals [N, P], chosen one after the other, and the logits [N, P, V] before the soft cap.
-
-        forced_NP: tokens to continue from instead of the proposals (teacher forcing).
-        """
+        """Return proposals [N, P], chosen one after the other, and the logits [N, P, V] before the soft cap."""
         guessing_NPD = hidden_NSD[:, self.config.first_slot :]
         logits_NPV = self.target.raw_logits(guessing_NPD)  # one multiplication for all proposals
         proposals_NP = torch.empty(guessing_NPD.shape[:2], dtype=torch.long, device=hidden_NSD.device)
@@ -229,8 +220,8 @@ class BlockDraft(Backbone, Draft):
             if correction is not None:
                 z_NU, out_VU = (part.to(logits_NPV.dtype) for part in correction)
                 logits_NPV[:, k] = torch.addmm(logits_NPV[:, k], z_NU, out_VU.T)
-            proposals_NP[:, k] = self._choose(logits_NPV[:, k], sampling)
-            last_N = proposals_NP[:, k] if forced_NP is None else forced_NP[:, k]
+            last_N = self._choose(logits_NPV[:, k], sampling)
+            proposals_NP[:, k] = last_N
         return proposals_NP, logits_NPV
 
     def _choose(self, raw_NV: Tensor, sampling: Sampling | None) -> Tensor:
@@ -250,12 +241,22 @@ class BlockDraft(Backbone, Draft):
         """
         return None, None
 
-    def confident_count(self, hidden_NSD: Tensor, anchor_ids_N: Tensor, ids_NP: Tensor, threshold: float) -> Tensor:
-        """Return how many proposals of each block [N] come before the first whose confidence is below the threshold."""
-        raise UsageError(
-            f"a {self.config.method} draft without a confidence head cannot cut its blocks at {threshold}; "
-            "leave the threshold out"
-        )
+    def confidence(self, hidden_NSD: Tensor, prev_NS: Tensor) -> Tensor:
+        """Return the confidence's logits [N, S], in float32 or wider, of a draft whose config `has_confidence`."""
+        raise NotImplementedError
+
+    def confident_counts(self, hidden_NSD: Tensor, anchor_ids_N: Tensor, ids_NP: Tensor, threshold: float) -> list[int]:
+        """Return how many proposals of each block come before the first whose confidence is below the threshold."""
+        if threshold <= 0:
+            return [self.config.proposals] * len(ids_NP)
+        if not self.config.has_confidence:
+            raise UsageError(
+                f"a {self.config.method} draft without a confidence head cannot cut its blocks at {threshold}; "
+                "leave the threshold out"
+            )
+        prev_NP = torch.cat([anchor_ids_N[:, None], ids_NP[:, :-1]], dim=1)
+        confident_NP = self.confidence(hidden_NSD[:, self.config.first_slot :], prev_NP).sigmoid() >= threshold
+        return confident_NP.long().cumprod(-1).sum(-1).tolist()
 
     @classmethod
     def tensors(cls, config: DraftConfig, proposed: int | None = None) -> Shapes:
@@ -283,15 +284,6 @@ class BlockDraft(Backbone, Draft):
     ) -> tuple[Tensor | float, Tensor | None]:
         """Return what the method adds to the head's logits [S, C], and confidence logits [S] or None."""
         return 0.0, None
-
-
-def _target_states(cell: Cell, blocks: Blocks, config: DraftConfig) -> TargetStates:
-    if cell.final_FD is None or cell.final_at_R is None:
-        raise DataError(
-            f"objective {config.objective!r} of {config.method} learns from the target's final states, and "
-            f'{cell.names[0]} came without them; read the cache\'s column `final`, or set draft.objective = "ce"'
-        )
-    return TargetStates(cell.final_FD, torch.where(blocks.scored_NS, cell.final_at_R[blocks.final_row_NS], 0))
 
 
 def init_weights(draft: Draft, seed: int) -> None:

@@ -67,11 +67,6 @@ class Domino(BlockDraft):
             nn.Linear(width + gru, rank, bias=False), nn.SiLU(), nn.Linear(rank, config.vocab_size, bias=False)
         )
 
-    @property
-    def suffix_start(self) -> int:
-        """The first slot whose logits are corrected."""
-        return self.config.first_slot + self.config.pure_draft_prefix_len
-
     def schedule(self, step: int, total_steps: int) -> dict[str, float]:
         """Return lambda, which decays linearly from its start to 0 over `lambda_decay` of the run's steps.
 
@@ -89,17 +84,15 @@ class Domino(BlockDraft):
         return {"final": 1 - base, "base": base}
 
     def correction(self, hidden_NSD: Tensor, prev_NS: Tensor) -> tuple[Tensor, Tensor]:
-        """As `BlockDraft.correction`; 0 on the slots that are not corrected."""
-        return self._bottleneck(hidden_NSD, prev_NS), self.embed_proj[2].weight
-
-    def _bottleneck(self, hidden_NSD: Tensor, prev_NS: Tensor) -> Tensor:
-        """Return z [N, S, U] from the true tokens before each label, 0 on the slots that are not corrected.
+        """As `BlockDraft.correction`; z is 0 on the slots that are not corrected.
 
         The GRU's state for slot k has read the tokens from the anchor to the one before slot k's label.
         """
+        prefix = self.config.pure_draft_prefix_len
+        first = self.config.first_slot + prefix
         states_NPH, _ = self.prefix_gru(self._embed(prev_NS[:, : self.config.proposals]))
-        z_NSU = self._mix(hidden_NSD[:, self.suffix_start :], states_NPH[:, self.config.pure_draft_prefix_len :])
-        return nn.functional.pad(z_NSU, (0, 0, self.suffix_start, 0))
+        z_NSU = self._mix(hidden_NSD[:, first:], states_NPH[:, prefix:])
+        return F.pad(z_NSU, (0, 0, first, 0)), self.embed_proj[2].weight
 
     def _mix(self, hidden: Tensor, state: Tensor) -> Tensor:
         """Return the bottleneck of [backbone state ; GRU state], in the published order."""

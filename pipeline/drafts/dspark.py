@@ -128,18 +128,6 @@ class MarkovHead(nn.Module):
         return torch.stack(z, dim=1), state_NU
 
 
-class ConfidenceHead(nn.Module):
-    """One logit a slot, from the backbone's state and, where configured, the embedding of the previous token."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.proj = nn.Linear(width, 1)
-
-    def forward(self, features_NSF: Tensor) -> Tensor:
-        logits_NS = self.proj(features_NSF)[..., 0]
-        return logits_NS.to(at_least_float32(logits_NS.dtype))
-
-
 class DSpark(BlockDraft):
     """The backbone, its Markov correction and, where configured, its confidence head."""
 
@@ -168,7 +156,7 @@ class DSpark(BlockDraft):
             self.markov_head = MarkovHead(config)
         if config.enable_confidence_head:
             rank = config.markov_rank if config.confidence_head_with_markov else 0
-            self.confidence_head = ConfidenceHead(config.hidden_size + rank)
+            self.confidence_head = nn.ModuleDict({"proj": nn.Linear(config.hidden_size + rank, 1)})
 
     def correction(self, hidden_NSD: Tensor, prev_NS: Tensor) -> tuple[Tensor, Tensor] | None:
         """As `BlockDraft.correction`, on every slot."""
@@ -184,18 +172,11 @@ class DSpark(BlockDraft):
         return (z_N1U[:, 0], self.markov_head.markov_w2.weight), state_NU
 
     def confidence(self, hidden_NSD: Tensor, prev_NS: Tensor) -> Tensor:
-        """Return the confidence head's logits [N, S], in float32 or wider."""
+        """As `BlockDraft.confidence`, of the state and, where configured, the previous token's embedding."""
         if self.config.confidence_head_with_markov:
             hidden_NSD = torch.cat([hidden_NSD, self.markov_head.markov_w1(prev_NS)], dim=-1)
-        return self.confidence_head(hidden_NSD)
-
-    def confident_count(self, hidden_NSD: Tensor, anchor_ids_N: Tensor, ids_NP: Tensor, threshold: float) -> Tensor:
-        """As `BlockDraft.confident_count`."""
-        if not self.config.enable_confidence_head:
-            return super().confident_count(hidden_NSD, anchor_ids_N, ids_NP, threshold)
-        prev_NP = torch.cat([anchor_ids_N[:, None], ids_NP[:, :-1]], dim=1)
-        confident_NP = self.confidence(hidden_NSD, prev_NP).sigmoid() >= threshold
-        return confident_NP.long().cumprod(-1).sum(-1)
+        logits_NS = self.confidence_head["proj"](hidden_NSD)[..., 0]
+        return logits_NS.to(at_least_float32(logits_NS.dtype))
 
     def denominators(self, blocks: Blocks) -> dict[str, Tensor]:
         """As `BlockDraft.denominators`, and the confidence loss's, which is the same."""

@@ -20,8 +20,7 @@ import torch
 
 from pipeline.cache import HiddenCache, Sample
 from pipeline.cache.atomic import Scratch, check_free_space, clean_scratch_of, sync_file, sync_folder, write_errors
-from pipeline.drafts import DRAFTS, Blocks, Cell, Draft, DraftConfig, lay_blocks, pack
-from pipeline.drafts.serving import check_servable
+from pipeline.drafts import DRAFTS, Blocks, Cell, Draft, DraftConfig, check_servable, lay_blocks, pack
 from pipeline.errors import ProofError, UsageError
 from pipeline.published import CONFIG, WEIGHTS, load_draft_folder
 from pipeline.published.card import CARD, Origin, card, provenance

@@ -23,8 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import write_errors, write_file
+from pipeline.drafts import unservable
 from pipeline.drafts.rope import draft_rope_scaling
-from pipeline.drafts.serving import unservable
 from pipeline.errors import CacheError
 from pipeline.json_files import Count, Record, damage_error, parse_checksummed, read_file, with_checksum
 from pipeline.runs.cache_requirements import how_to_add, partial_text, training_config

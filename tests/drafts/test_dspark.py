@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from draft_cases import H, V, all_blocks, assert_near, build, cell_of, dense_hidden, gradients, loss_of
+from draft_cases import H, V, all_blocks, assert_near, build, cell_of, dense_hidden, forced_logits, gradients, loss_of
 
 from pipeline.drafts import BlockRequest, Sampling, init_weights, lay_blocks, metrics_of
 from pipeline.errors import UsageError
@@ -84,9 +84,7 @@ def test_teacher_forced_logits_are_those_of_the_rollout_fed_the_same_tokens(kind
     blocks = lay_blocks(cell, anchors, draft.config)
     with torch.no_grad():
         hidden = draft.hidden(cell, blocks)
-        _, rolled = draft.rollout_logits(
-            hidden, cell.ids_R[anchors], forced_NP=cell.ids_R[anchors[:, None] + 1 + torch.arange(5)]
-        )
+        rolled = forced_logits(draft, hidden, cell.ids_R[anchors[:, None] + torch.arange(6)])
         assert_near(rolled, draft.logits(hidden, blocks.prev_NS)["final"], 1e-5)
         own = draft.rollout(hidden, cell.ids_R[anchors])
         prev = torch.cat([cell.ids_R[anchors][:, None], own[:, :-1]], dim=1)

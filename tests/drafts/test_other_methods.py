@@ -206,11 +206,11 @@ class Selector(BlockDraft):
     def correction_step(self, k, hidden_ND, last_N, state):
         return self.correction(hidden_ND, last_N), None
 
-    def rollout_logits(self, hidden_NSD, anchor_ids_N, sampling=None, forced_NP=None):
+    def rollout_logits(self, hidden_NSD, anchor_ids_N, sampling=None):
         raw_NPV = self.target.raw_logits(hidden_NSD[:, self.config.first_slot :])
         best_NPK = raw_NPV.topk(self.config.selector_top_k).indices
         self.shut_NPV = torch.full_like(raw_NPV, -1e4).scatter(-1, best_NPK, 0.0)
-        return super().rollout_logits(hidden_NSD, anchor_ids_N, sampling, forced_NP)
+        return super().rollout_logits(hidden_NSD, anchor_ids_N, sampling)
 
     def _choose(self, raw_NV, sampling):
         self.shut_NPV, shut_NV = self.shut_NPV[:, 1:], self.shut_NPV[:, 0]
