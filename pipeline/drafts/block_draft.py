@@ -71,11 +71,7 @@ class BlockDraft(Backbone, Draft):
         return {term_name(kind, term): den for kind in kinds for term in terms}
 
     def loss(self, cell: Cell, blocks: Blocks, scheduled: dict[str, float], dens: dict, metrics: bool = False) -> Loss:
-        """Return one cell's part of the loss. dens: each term's global denominator, summed over all cells of the batch.
-
-        At lambda 1 a causal head's gradient is 0, not None. Raises DataError when the objective reads final states and
-        the cell has none.
-        """
+        """As `Draft.loss`. Where the corrected logits weigh nothing, their head's gradient is 0, not None."""
         objective = self.objective(cell, blocks, scheduled, dens, metrics)
         hidden_NSD = self.hidden(cell, blocks)
         z_NSU, out_VU = self.correction(hidden_NSD, blocks.prev_NS) or (None, None)

@@ -34,11 +34,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Proposal:
-    """The proposed tokens of one block, in order. q_PV: the distribution each was sampled from, float32 or wider; None
-    if greedy."""
+    """The proposed tokens of one block, in order."""
 
     ids_P: Tensor  # int64; P is `config.proposals`, or fewer where the confidence head cuts; 0 is a step without draft
-    q_PV: Tensor | None
+    q_PV: Tensor | None  # the distribution each was sampled from, float32 or wider; None if greedy
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,10 @@ class BlockRequest:
 
 @dataclass(frozen=True)
 class Loss:
-    """The part of a global batch's loss that one cell (packed micro-batch) contributes.
+    """What one cell (packed micro-batch) contributes to a global batch's loss; cells add up.
 
-    total: sum over terms of coefficient * numerator / global denominator; cells add up to the batch's loss. terms: the
-    numerators, detached. sums: additive sums for `metrics.py`, empty unless asked for.
+    total: sum over terms of coefficient * numerator / global denominator. terms: the numerators, detached. sums:
+    additive sums for `metrics.py`, empty unless asked for.
     """
 
     total: Tensor
@@ -66,14 +65,10 @@ class Loss:
 
 @dataclass(frozen=True)
 class ProbeBlock:
-    """One block for `Draft.reference`: what an engine has when it runs the published tensors.
+    """One block for `Draft.reference`: what an engine has when it runs the published tensors. The anchor is at T."""
 
-    get: a tensor by its published name, in float32. backbone_states: the states [S, D] that the block backbone computes
-    of them, for methods that have it. The anchor is at position T, after T context rows.
-    """
-
-    get: Callable[[str], Tensor]
-    backbone_states: Callable[[], Tensor]
+    get: Callable[[str], Tensor]  # a tensor by its published name, in float32
+    backbone_states: Callable[[], Tensor]  # the states [S, D] that the block backbone computes of them
     features_KTD: Tensor  # the target's states of the context
     slots_SD: Tensor  # the target's embeddings of the anchor and the mask tokens
     prev_S: Tensor  # the token before each slot's guess
@@ -113,28 +108,19 @@ class PublishedKeys:
 class Draft(nn.Module, ABC):
     """One method of drafting: how it learns, how it proposes, and how it is published.
 
-    Training knows a method by `denominators`, `loss` and `schedule`; exact measurement by `greedy_proposals`; decoding
-    by `new_kv` and `propose`; recipes and configs by `Config` and `recipe_defaults`; published folders and their cards
-    by the rest, from `architectures` on. Nothing else in the project names a method. The state_dict has exactly the
-    names of published checkpoints; the target's frozen embedding and head (`target`) are not in it.
+    Nothing but its own file names a method. The state_dict has exactly the names of published checkpoints; the target's
+    frozen embedding and head (`target`) are not in it. `BlockDraft` is the base of methods on the block backbone that
+    add a correction of the target's logits at most (DFlash, Domino, DSpark). Others fit so; the tests have both small:
 
-    `BlockDraft` is the base of methods on the block backbone with the target's head, which add a correction of its
-    logits at most (DFlash, Domino, DSpark). Methods of other kinds fit as follows; the tests have both in small.
+    EAGLE-3 derives from this class. Slot k is step k of a chain, which reads the embedding of token anchor + k and the
+    state before (the fused target states, then its own): `Config` fixes shift_label = true, `block_size` is the number
+    of steps, `new_kv` its own cache, and it has a form of config.json of its own (`own_config`, `read_own_config`). Its
+    reduced vocabulary is an option `draft_vocab_size` and the buffers d2t and t2d, which `before_training` fills:
+    losses leave out labels that it cannot propose, proposals are mapped to the target's ids, `tensors` names both maps.
 
-    EAGLE-3 derives from this class. A block is a chain: slot k is its step k, which reads the embedding of token
-    anchor + k and the state before it (the fused target states at first, then its own), so `Config` fixes
-    shift_label = true and `block_size` is the number of steps. `loss` unrolls them over the cell's rows. Its reduced
-    vocabulary is an option `draft_vocab_size` and the buffers d2t and t2d: `before_training` counts the ids of the
-    training samples and fills them, `denominators` and `loss` leave out labels that it cannot propose, `propose` and
-    `greedy_proposals` map what they choose to the target's ids, `tensors` names the two maps, and `reduces_vocabulary`
-    lets a folder with fewer ids be opened. `new_kv` gives its own cache; its config.json is a form of its own, written
-    by `own_config` and read by `read_own_config`; `reference` is its step in plain torch.
-
-    DFlash-2 derives from `BlockDraft`. Its convolutions are inside the layer: `layer_class` is a layer that has them,
-    `tensors` adds their names, `reference` computes them. Its selector scores candidates by A[prev] * (W h) against
-    B, which is `correction` and `correction_step` (z, B); `rollout_logits` keeps the head's best candidates only, and
-    `own_loss` adds the term over them, as DSpark's adds the confidence's. `conv_kernel_size`, `selector_rank` and
-    `selector_top_k` are its options, under these names in every published form.
+    DFlash-2 derives from `BlockDraft`. The convolutions are in its `layer_class`, and so in `tensors` and `reference`.
+    Its selector scores candidates by A[prev] * (W h) against B, a `correction` and `correction_step` (z, B);
+    `rollout_logits` keeps the head's best candidates only, and `own_loss` adds the term over them.
     """
 
     Config: ClassVar[type[DraftConfig]] = DraftConfig
@@ -168,8 +154,7 @@ class Draft(nn.Module, ABC):
         """
 
     def schedule(self, step: int, total_steps: int) -> dict[str, float]:
-        """Return what changes in the loss after `step` of `total_steps` optimiser steps, by the names it is logged
-        under."""
+        """Return, by the names in logs, what changes in the loss after `step` of `total_steps` optimiser steps."""
         return {}
 
     @abstractmethod
@@ -180,7 +165,7 @@ class Draft(nn.Module, ABC):
     def loss(self, cell: Cell, blocks: Blocks, scheduled: dict[str, float], dens: dict, metrics: bool = False) -> Loss:
         """Return one cell's part of the loss. dens: each term's denominator, summed over all cells of the batch.
 
-        Raises DataError when the loss reads the target's final states and the cell has none.
+        Raises DataError where the loss reads the target's final states and the cell has none.
         """
 
     @abstractmethod
@@ -191,8 +176,7 @@ class Draft(nn.Module, ABC):
     def greedy_proposals(
         self, cell: Cell, blocks: Blocks, thresholds: Sequence[float] = (0.0,)
     ) -> list[list[list[int]]]:
-        """Return, for each threshold as of `propose` and each block, the ids that decoding would propose from the
-        cell's states."""
+        """Return the ids that decoding would propose from the cell's states, for each threshold and each block."""
 
     @abstractmethod
     def new_kv(self):

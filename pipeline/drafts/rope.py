@@ -28,6 +28,7 @@ from pydantic import (
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pipeline.errors import UsageError
 from pipeline.tensors import at_least_float32
 
 Tables = tuple[Tensor, Tensor]  # cos and sin [T, E / 2] of some positions
@@ -108,6 +109,24 @@ def rope_type_of(parameters: dict) -> str:
     return {"su": "longrope", "mrope": "default"}.get(kind, kind)
 
 
+def rope_theta(target: dict) -> float:
+    """Return the target's RoPE base, from `rope_parameters` (transformers 5, maybe for each kind of layer) or, before,
+    `rope_theta`.
+
+    Raises UsageError where both are stated and differ: of a draft trained with one and served with the other, no
+    proposal would be accepted.
+    """
+    parameters = target.get("rope_parameters") or {}
+    new = parameters.get("rope_theta", (parameters.get("full_attention") or {}).get("rope_theta"))
+    legacy = target.get("rope_theta")
+    if new is not None and legacy is not None and float(new) != float(legacy):
+        raise UsageError(
+            f"the target's config states rope_theta {legacy:g} and rope_parameters.rope_theta {new:g}; "
+            "correct the target's config.json and capture again"
+        )
+    return float(next((theta for theta in (new, legacy) if theta is not None), 10_000.0))
+
+
 def draft_rope_scaling(target: dict) -> tuple[RopeScaling | None, str | None]:
     """Return the scaling that a draft uses, from its target's text config, or None and why the target's is not used.
 
@@ -120,23 +139,20 @@ def draft_rope_scaling(target: dict) -> tuple[RopeScaling | None, str | None]:
     if kind not in KEYS:
         return None, f"{kind}, which engines compute otherwise than transformers, or not at all"
     try:
-        scaling = read_scaling(parameters, target)
-    except ValueError as error:
-        return None, f"{kind}, but {error}"
+        scaling = RopeScaling(rope_type=kind, **_scaling_fields(kind, parameters, target))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        message = str(first["msg"]).removeprefix("Value error, ")
+        return None, f"{kind}, but " + (f"{where}: {message}, found {first['input']!r}" if where else message)
     usual, stated = scaling.attention_factor, parameters.get("attention_factor")
     if kind == "yarn" and not (stated is None or (isinstance(stated, int | float) and abs(stated - usual) <= 1e-6)):
         return None, f"yarn with attention_factor {stated} where {usual:g} is usual, which SGLang does not read"
     return scaling, None
 
 
-def read_scaling(parameters: dict, config: dict) -> RopeScaling:
-    """Return the scaling that RoPE parameters describe. Raises ValueError, with a message, for an unknown or wrong one.
-
-    config: the whole text config, which may hold lengths that the parameters lack.
-    """
-    kind = rope_type_of(parameters)
-    if kind not in KEYS:
-        raise ValueError(f"rope_type {kind!r} is none of {', '.join(KEYS)}")
+def _scaling_fields(kind: str, parameters: dict, config: dict) -> dict:
+    """Return the fields of `RopeScaling`. config: the whole text config, with lengths that the parameters may lack."""
     fields = {key: parameters.get(key) for key in (*KEYS[kind][0], *KEYS[kind][1])}
     if "original_max_position_embeddings" in fields:
         # As in transformers: the config's own key first, then the parameters', then max_position_embeddings.
@@ -150,13 +166,7 @@ def read_scaling(parameters: dict, config: dict) -> RopeScaling:
             fields["mscale"] = fields["mscale_all_dim"] = None  # SGLang would read a zero where the others do not
         for key in ("beta_fast", "beta_slow"):
             fields[key] = fields[key] or None
-    try:
-        return RopeScaling(rope_type=kind, **fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        message = str(first["msg"]).removeprefix("Value error, ")
-        raise ValueError(f"{where}: {message}, found {first['input']!r}" if where else message) from None
+    return fields
 
 
 def rope_tables(positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tables:

@@ -28,8 +28,7 @@ from pipeline.published.check import PROBE, check_export, write_probe
 from pipeline.published.reading import SHARED, TRAINED_ON
 from pipeline.runs.cache_requirements import training_config
 from pipeline.runs.checkpoint import load_config, load_draft
-from pipeline.target.head import TargetHead
-from pipeline.target.text_config import logit_scale
+from pipeline.target.head import TargetHead, logit_scale
 from pipeline.tensors import save_tensors
 
 PROBE_ROWS, PROBE_BLOCKS = 512, 16

@@ -11,7 +11,7 @@ from pipeline.cache.layout import FINAL, layer_of
 from pipeline.cache.locks import in_use
 from pipeline.cache.records import CaptureRequest, read_log
 from pipeline.errors import CacheError, UsageError
-from pipeline.target.text_config import text_config
+from pipeline.target.layers import text_config
 
 if TYPE_CHECKING:
     from pipeline.cache import HiddenCache

@@ -6,7 +6,7 @@ from datetime import date
 from pathlib import Path
 
 from pipeline.errors import UsageError, first_line, refuse_limit
-from pipeline.target.text_config import text_config
+from pipeline.target.layers import text_config
 
 CONFIG = "config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -112,6 +112,16 @@ def read_text_config(folder: Path) -> dict:
         if not isinstance(text.get(key), int):
             raise UsageError(f"{folder / CONFIG} names no {key}; this is no decoder of the transformers library")
     return text
+
+
+def max_positions(text: dict) -> tuple[int | None, str]:
+    """Return (the longest sequence that a decoder's config allows, None where it does not say; a reason or "")."""
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    short = rope.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
+    if short and rope.get("rope_type", rope.get("type")) in ("longrope", "su"):
+        return short, ", beyond which its rotary scaling follows the longest sample of a batch"
+    limit = text.get("max_position_embeddings")
+    return (limit if isinstance(limit, int) else None), ""
 
 
 def _sizes_by_class(folder: Path) -> dict:

@@ -120,6 +120,13 @@ class TargetHead:
         return head.to(dtype=dtype)
 
 
+def logit_scale(target: dict) -> float:
+    """Return the factor of the LM head's output: Granite states a divisor, Cohere and Falcon-H1 a multiplier."""
+    if target.get("logits_scaling"):
+        return 1.0 / target["logits_scaling"]
+    return float(target.get("logit_scale") or target.get("lm_head_multiplier") or 1.0)
+
+
 class ChunkLimit(NamedTuple):
     """A limit on a chunk of logits: bytes of one float32 [X, V], and rows X."""
 

@@ -1,4 +1,5 @@
-"""The layer convention: which hidden state a layer number means, everywhere in this project.
+"""The layer convention: which hidden state a layer number means, everywhere in this project; the part of a target's
+config.json that describes its layers. Imports nothing heavy.
 
 **Layer i** is the raw residual output of decoder layer i, counted from 0: what enters layer i + 1. Layer -1 is what
 enters layer 0, after any embedding scale. In Hugging Face's `hidden_states` tuple that is entry i + 1.
@@ -15,6 +16,12 @@ from itertools import pairwise
 import numpy as np
 
 from pipeline.errors import UsageError
+
+
+def text_config(config: dict) -> dict:
+    """Return the part of a target's config that describes the decoder, which multimodal targets nest."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) and nested else config
 
 
 def default_layers(depth: int, taps: int) -> list[int]:

@@ -30,8 +30,7 @@ from pipeline.errors import RoomError, UsageError, first_line, refuse_limit
 from pipeline.target.chat_template import load_tokenizer
 from pipeline.target.config import check_quantised, load_config, loader_of, missing_package, quantised_by
 from pipeline.target.files import check_config, complete_config, find_target, tokenizer_files
-from pipeline.target.head import TargetHead
-from pipeline.target.text_config import logit_scale
+from pipeline.target.head import TargetHead, logit_scale
 from pipeline.target.weights import check_weights_if_recorded, weight_facts, weight_files, weight_shapes
 from pipeline.tensors import find_device
 

@@ -20,6 +20,7 @@ from pipeline.cache.records import Identity, SampleRules
 from pipeline.errors import UsageError
 from pipeline.target.files import (
     find_target,
+    max_positions,
     read_json,
     read_text_config,
     stop_ids,
@@ -28,7 +29,6 @@ from pipeline.target.files import (
     tokenizer_digest,
 )
 from pipeline.target.layers import check_layers, default_layers, default_taps
-from pipeline.target.text_config import max_positions
 from pipeline.target.weights import named_target
 from stages.cache_hidden.shard_assignment import Worker
 

@@ -22,9 +22,8 @@ from pipeline.runs.checkpoint import CONFIG, DRAFT, find_checkpoint, load_draft,
 from pipeline.runs.folder import RUN, read_recipe, read_run
 from pipeline.runs.recipe import TrainSection
 from pipeline.runs.split import split_samples
-from pipeline.target.files import find_target, target_name
+from pipeline.target.files import find_target, max_positions, target_name
 from pipeline.target.model import head_of, load_target, stop_tokens
-from pipeline.target.text_config import max_positions
 from pipeline.target.weights import check_weights_if_recorded, target_digest, weights_digest
 from pipeline.tensors import find_device
 from pipeline.visible_text import VisibleConsole

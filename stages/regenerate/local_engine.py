@@ -18,10 +18,9 @@ from transformers import DynamicCache
 from pipeline.corpus.rejections import Unusable
 from pipeline.errors import RoomError, UsageError
 from pipeline.sampling import draw, key_seed, nucleus, uniforms
-from pipeline.target.files import read_text_config
+from pipeline.target.files import max_positions, read_text_config
 from pipeline.target.kv_cache import BatchedKV, check_batchable, new_kv
 from pipeline.target.model import lm_logits, load_target, run_decoder, stop_tokens
-from pipeline.target.text_config import max_positions
 from pipeline.tensors import find_device, is_out_of_memory
 from stages.regenerate.options import Options
 from stages.regenerate.prompts import Failure, Job, Renderer

@@ -31,7 +31,7 @@ from pipeline.runs.cache_requirements import how_to_add, partial_text, training_
 from pipeline.runs.folder import Evaluation, Result
 from pipeline.runs.recipe import Resolved
 from pipeline.runs.split import Split
-from pipeline.target.text_config import logit_scale
+from pipeline.target.head import logit_scale
 from pipeline.visible_text import visible
 from stages.train_draft.loader import Batch
 

@@ -11,11 +11,10 @@ from transformers import AutoConfig, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pipeline.drafts import draft_config
-from pipeline.drafts.rope import RopeScaling, draft_rope_scaling, frequencies, rope_tables
+from pipeline.drafts.rope import RopeScaling, draft_rope_scaling, frequencies, rope_tables, rope_theta
 from pipeline.errors import UsageError
 from pipeline.published import check as arithmetic
 from pipeline.published import export, load_draft_folder, read_published
-from pipeline.target.text_config import rope_theta
 
 LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
 LLAMA31 = {

@@ -10,10 +10,10 @@ from pydantic import ValidationError
 
 from pipeline.cache.records import Identity
 from pipeline.drafts import DRAFTS
+from pipeline.drafts.rope import rope_theta
 from pipeline.errors import UsageError
 from pipeline.runs.cache_requirements import training_config
 from pipeline.runs.recipe import Recipe, load_recipe, read_toml, resolve, resolve_mask_token
-from pipeline.target.text_config import rope_theta
 from stages.train_draft.sweep import load_sweep
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))

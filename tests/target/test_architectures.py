@@ -43,13 +43,13 @@ from transformers import (
 from pipeline.cache import HiddenCache
 from pipeline.cache.verify import verify
 from pipeline.drafts import DRAFTS, init_weights
+from pipeline.drafts.rope import rope_theta
 from pipeline.errors import ProofError, UsageError
 from pipeline.runs.cache_requirements import training_config
 from pipeline.runs.recipe import load_recipe, resolve
-from pipeline.target.files import complete_config, read_text_config
+from pipeline.target.files import complete_config, max_positions, read_text_config
 from pipeline.target.layers import final_rows
 from pipeline.target.model import decoder_layers, final_norm, head_of, load_target, run_decoder, tap_layers
-from pipeline.target.text_config import max_positions, rope_theta
 from stages.cache_hidden.run import plan, run
 from stages.cache_hidden.settings import CaptureOptions
 from stages.evaluate.decode import decode_many, speculative_decode
