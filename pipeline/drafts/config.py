@@ -8,14 +8,12 @@ ever accepted.
 from itertools import pairwise
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from pipeline.drafts.objectives import OBJECTIVES
 from pipeline.drafts.rope import RopeScaling
 from pipeline.errors import UsageError
-
-LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def default_gamma(block_size: int) -> float:
@@ -57,23 +55,24 @@ class DraftConfig(BaseModel):
     max_position_embeddings: PositiveInt
     attention_bias: bool = False
     initializer_range: PositiveFloat = 0.02
-    layer_types: tuple[str, ...] = ()  # empty: every layer attends to all of the context
+    # Empty: every layer attends to all of the context.
+    layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] = ()
     sliding_window: PositiveInt | None = None
 
     num_target_layers: PositiveInt  # the target's depth L
     target_layer_ids: tuple[int, ...]
-    block_size: PositiveInt
-    mask_token_id: NonNegativeInt
+    block_size: int = Field(ge=2)
+    mask_token_id: int = Field(ge=0)
     shift_label: bool
 
     # The loss of each slot's logits, an entry of OBJECTIVES.
     objective: str = "ce"
-    alpha_ce: float | None = None  # weights of the objective's terms of these names
-    alpha_l1: float | None = None
+    alpha_ce: float | None = Field(None, ge=0)  # weights of the objective's terms of these names
+    alpha_l1: float | None = Field(None, ge=0)
 
-    gamma: float | None = None  # None: no decay
+    gamma: PositiveFloat | None = None  # None: no decay
     weighting: Literal["decay", "dpace", "dpace-cumulative-confidence-only", "dpace-continuation-value-only"] = "decay"
-    dpace_alpha: float = 0.5
+    dpace_alpha: float = Field(0.5, ge=0, le=1)
 
     def __init__(self, **fields):
         try:
@@ -166,9 +165,6 @@ def _check_heads(config: DraftConfig) -> None:
 
 
 def _check_window(config: DraftConfig) -> None:
-    unknown = sorted(set(config.layer_types) - set(LAYER_TYPES))
-    if unknown:
-        raise UsageError(f"layer_types names {unknown[0]!r}; a draft's layers are {' or '.join(LAYER_TYPES)}")
     if len(config.layer_types) != config.num_hidden_layers:
         raise UsageError(
             f"layer_types has {len(config.layer_types)} entries for {config.num_hidden_layers} layers; give one a layer"
@@ -197,8 +193,6 @@ def _check_target(config: DraftConfig) -> None:
             f"mask_token_id {config.mask_token_id} is outside the vocabulary of {config.vocab_size}; "
             "choose an unused id below it"
         )
-    if config.block_size < 2:
-        raise UsageError(f"block_size {config.block_size} leaves nothing to guess; use 2 or more")
 
 
 def _check_loss(config: DraftConfig) -> None:
@@ -208,10 +202,6 @@ def _check_loss(config: DraftConfig) -> None:
             f"draft objective: Input should be {', '.join(names)} or {last}, found {config.objective!r}; "
             "correct that field"
         )
-    if config.gamma is not None and config.gamma <= 0:
-        raise UsageError(f"gamma {config.gamma} must be above 0; leave it out for no decay")
-    if not 0 <= config.dpace_alpha <= 1:
-        raise UsageError(f"dpace_alpha {config.dpace_alpha} must lie in 0..1; 0.5 is the published value")
     for name in ("alpha_ce", "alpha_l1"):
         value, term = getattr(config, name), name.removeprefix("alpha_")
         if value is not None and term not in OBJECTIVES[config.objective]:
@@ -219,7 +209,5 @@ def _check_loss(config: DraftConfig) -> None:
             raise UsageError(
                 f"{name} = {value} is a weight of objective {weighted}; leave it out of {config.objective!r}"
             )
-        if value is not None and value < 0:
-            raise UsageError(f"{name} {value} must be 0 or more; published are 0.1 for alpha_ce and 0.9 for alpha_l1")
     if not config.term_weights:
         raise UsageError("alpha_ce and alpha_l1 are both 0, so nothing is learned; published are 0.1 and 0.9")
