@@ -280,7 +280,7 @@ def of_dspark(case: Case, loss: Loss) -> dict[str, float | list[float]]:
         "ce_position_num": sums["ce_S"].tolist(),
         "correct_position_num": sums["correct_S"].tolist(),
         "position_den": sums["scored_S"].tolist(),
-        "teacher_agreement_num": float(sums["agree"]),
+        "teacher_agreement_num": float(sums["teacher_agreement"]),
         "teacher_top1_num": float(sums["teacher_top1"]),
         "draft_top1_num": float(sums["draft_top1"]),
         "tau_num": float(sums["tau"]),

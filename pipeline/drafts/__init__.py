@@ -9,7 +9,7 @@ from pipeline.drafts.dflash import DFlash
 from pipeline.drafts.domino import Domino
 from pipeline.drafts.draft import ENGINES, BlockRequest, Draft, Proposal, Sampling
 from pipeline.drafts.dspark import DSpark
-from pipeline.drafts.metrics import metrics_of
+from pipeline.drafts.objectives import metrics_of
 from pipeline.errors import UsageError
 
 DRAFTS: dict[str, type[Draft]] = {"dflash": DFlash, "domino": Domino, "dspark": DSpark}

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.drafts.backbone import Backbone, DecodeAttention, DraftKV, GroupedAttention, backbone_shapes
-from pipeline.drafts.blocks import Blocks, Cell
+from pipeline.drafts.blocks import Blocks, Cell, dpace_weights
 from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.draft import BlockRequest, Draft, Loss, ProbeBlock, Proposal, Sampling, Shapes
-from pipeline.drafts.metrics import slot_sums
-from pipeline.drafts.objectives import HeadLoss, Objective, TargetStates, dpace_weights, term_name
+from pipeline.drafts.objectives import HeadLoss, Objective, TargetStates, slot_sums, term_name
 from pipeline.errors import DataError, UsageError
 from pipeline.sampling import draw, uniforms
 from pipeline.target.head import TargetHead, chunk_blocks

@@ -9,7 +9,7 @@ known token, all predicted at once: one pass of the target pays for N such probl
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,17 +17,10 @@ from torch import Tensor
 from pipeline.drafts.config import DraftConfig
 from pipeline.errors import DataError
 
+if TYPE_CHECKING:
+    from pipeline.cache import Sample
+
 QUERIES_A_GROUP = 128
-
-
-class PackableSample(Protocol):
-    """What `pack` reads of a sample; `pipeline.cache.Sample` has these attributes."""
-
-    ids: Tensor  # [T]
-    mask: Tensor  # [T] bool
-    aux: Tensor  # [K, T, D]
-    final: Tensor | None  # [F, D]; like final_rows read only if `pack` is asked for final states
-    final_rows: Tensor | None  # int64 [F]
 
 
 def _to_device(record, device):
@@ -108,11 +101,12 @@ class Blocks:
 
 
 def pack(
-    samples: Sequence[PackableSample], names: Sequence[str], offsets: Sequence[int] | None = None, final: bool = False
+    samples: Sequence["Sample"], names: Sequence[str], offsets: Sequence[int] | None = None, final: bool = False
 ) -> Cell:
     """Pack samples end to end into a cell, without padding, with their final states if `final`.
 
-    offsets: the position in its sample of each one's first row (default 0).
+    samples: of each is read ids [T], mask [T], aux [K, T, D]; if `final` also final [F, D] and final_rows [F]. offsets:
+    the position in its sample of each one's first row (default 0).
     """
     offsets = [0] * len(samples) if offsets is None else offsets
     assert samples and len(samples) == len(names) == len(offsets), f"{len(samples)} samples, {len(names)} names"
@@ -131,7 +125,7 @@ def pack(
     )
 
 
-def _final_indices(samples: Sequence[PackableSample]) -> Tensor:
+def _final_indices(samples: Sequence["Sample"]) -> Tensor:
     """Return the index [R] of each row's final state, -1 where it has none."""
     count, parts = 0, []
     for sample in samples:
@@ -225,9 +219,26 @@ def _check_final_rows(cell: Cell, final_row_NS: Tensor, scored_NS: Tensor) -> No
 def slot_decay(config: DraftConfig) -> Tensor:
     """Return the weight [S] by distance from the first proposal, exp(-distance / gamma); ones without a gamma.
 
-    D-PACE weights by the draft's own confidence instead (`objectives.py`) and ignores gamma.
+    D-PACE weights by the draft's own confidence instead and ignores gamma.
     """
     if config.gamma is None or config.weighting != "decay":
         return torch.ones(config.block_size)
     distance_S = (torch.arange(config.block_size, dtype=torch.float32) - config.first_slot).clamp(min=0)
     return torch.exp(-distance_S / config.gamma)
+
+
+def dpace_weights(ce_NS: Tensor, scored_NS: Tensor, alpha: float, kind: str) -> Tensor:
+    """Return weights [N, S] by the draft's own confidence (D-PACE, arXiv:2605.18810), without gradient.
+
+    The probability P_k of reaching slot k is the product of the smoothed confidences up to it; unscored slots do not
+    change it and have weight 0. kind: "dpace" (P_k times continuation value), or either factor alone.
+    """
+    confidence_NS = (1 - alpha) * torch.exp(-ce_NS.detach()) + alpha
+    reach_NS = torch.where(scored_NS, confidence_NS, 1.0).cumprod(-1)
+    rest_NS = (reach_NS * scored_NS).flip(-1).cumsum(-1).flip(-1)
+    if kind == "dpace":
+        return rest_NS * scored_NS
+    if kind == "dpace-cumulative-confidence-only":
+        return reach_NS * scored_NS
+    assert kind == "dpace-continuation-value-only", kind
+    return rest_NS / reach_NS.clamp(min=torch.finfo(reach_NS.dtype).tiny) * scored_NS

@@ -55,7 +55,7 @@ class Loss:
     """What one cell (packed micro-batch) contributes to a global batch's loss; cells add up.
 
     total: sum over terms of coefficient * numerator / global denominator. terms: the numerators, detached. sums:
-    additive sums for `metrics.py`, empty unless asked for.
+    additive sums for `metrics_of`, empty unless asked for.
     """
 
     total: Tensor

@@ -25,7 +25,6 @@ from pipeline.drafts.block_draft import BlockDraft
 from pipeline.drafts.blocks import Blocks
 from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.draft import Loss, ProbeBlock, PublishedKeys, Shapes
-from pipeline.drafts.metrics import confidence_sums
 from pipeline.errors import UsageError
 from pipeline.target.head import TargetHead
 from pipeline.tensors import at_least_float32
@@ -192,7 +191,9 @@ class DSpark(BlockDraft):
         bce_NS = F.binary_cross_entropy_with_logits(logits_NS, accept_NS, reduction="none")
         numerator = (weights_NS * bce_NS).sum()
         total = self.config.alpha_confidence / dens["confidence"] * numerator
-        sums = confidence_sums(logits_NS.detach(), accept_NS, weights_NS)
+        # The error's weights are the loss's, as SpecForge and DeepSpec have it.
+        error_NS = (logits_NS.detach().sigmoid() - accept_NS).abs().double()
+        sums = {"confidence_error": (error_NS * weights_NS).sum(), "confidence_weight": weights_NS.double().sum()}
         return Loss(total, {"confidence": numerator.detach()}, sums)
 
     @classmethod

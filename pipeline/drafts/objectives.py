@@ -1,4 +1,5 @@
-"""Objectives: losses of a draft's logits against the label, the target's own distribution, or both.
+"""Objectives: losses of a draft's logits against the label, the target's own distribution, or both; and the metrics
+of teacher-forced predictions, as sums that add up over cells and ranks and are divided at the very end.
 
 q is the draft's softmax at a slot, y the label there, and p the target's softmax, from its final state at the row
 before the label. All in float32 or wider. A slot has three distances:
@@ -39,6 +40,10 @@ from pipeline.target.head import TargetHead
 from pipeline.tensors import at_least_float32
 
 ETA = 3.0  # of lk-hybrid: the paper's best
+# Metrics that are means over scored slots, and what is recorded of each slot for them. accept_prob: as rejection
+# sampling has it.
+MEANS = {"accept_prob": "accept", "teacher_agreement": "agree"}
+MEANS |= {"teacher_top1": "teacher_top1", "draft_top1": "draft_top1"}
 
 
 @dataclass(frozen=True)
@@ -88,10 +93,10 @@ def term_name(kind: str, part: str) -> str:
 
 @dataclass(frozen=True)
 class TargetStates:
-    """The target's final states. at_NS: each slot's index in `final_FD`; -1 where it is missing, so the loss is NaN."""
+    """The target's final states. A loss that reads a missing one is NaN."""
 
     final_FD: Tensor
-    at_NS: Tensor
+    at_NS: Tensor  # each slot's index in final_FD, -1 where it is missing
 
     def states(self, part: slice) -> Tensor:
         """Return the states [n, S, D] of a chunk's slots."""
@@ -171,11 +176,8 @@ class Objective:
         q_NSV = q_NSV.exp_() if soft is None else q_NSV
         return _gradient(q_NSV, labels_NS, soft, distance_grads)
 
-    def _measure(
-        self, log_q_NSV: Tensor, labels_NS: Tensor, soft: SoftLabels | None
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the distances [n, S] that are read, and log q [n, S, V] without soft labels, q in its place with
-        them."""
+    def _measure(self, log_q_NSV: Tensor, labels_NS: Tensor, soft: SoftLabels | None) -> tuple[dict, Tensor]:
+        """Return the distances [n, S] that are read, and log q [n, S, V], or q in its place with soft labels."""
         distances = {"ce": -log_q_NSV.gather(-1, labels_NS[..., None])[..., 0]}
         if soft is None:
             return distances, log_q_NSV
@@ -226,23 +228,6 @@ def _gradient(q_NSV: Tensor, labels_NS: Tensor, soft: SoftLabels | None, distanc
     return grad_NSV
 
 
-def dpace_weights(ce_NS: Tensor, scored_NS: Tensor, alpha: float, kind: str) -> Tensor:
-    """Return weights [N, S] by the draft's own confidence (D-PACE, arXiv:2605.18810), without gradient.
-
-    The probability P_k of reaching slot k is the product of the smoothed confidences up to it; unscored slots do not
-    change it and have weight 0. kind: "dpace" (P_k times continuation value), or either factor alone.
-    """
-    confidence_NS = (1 - alpha) * torch.exp(-ce_NS.detach()) + alpha
-    reach_NS = torch.where(scored_NS, confidence_NS, 1.0).cumprod(-1)
-    rest_NS = (reach_NS * scored_NS).flip(-1).cumsum(-1).flip(-1)
-    if kind == "dpace":
-        return rest_NS * scored_NS
-    if kind == "dpace-cumulative-confidence-only":
-        return reach_NS * scored_NS
-    assert kind == "dpace-continuation-value-only", kind
-    return rest_NS / reach_NS.clamp(min=torch.finfo(reach_NS.dtype).tiny) * scored_NS
-
-
 class HeadLoss(torch.autograd.Function):
     """The total loss (scalar) of the head's logits; its gradients are computed when `apply` returns.
 
@@ -271,7 +256,10 @@ class HeadLoss(torch.autograd.Function):
             for kind in [kind for kind in raw if kind in objective.scales]:
                 logits_NSV = target.cap(raw[kind].to(at_least_float32(raw[kind].dtype))).unflatten(0, shape)
                 d_NSV = objective.add_chunk(kind, part, logits_NSV, want_grad, soft)
-                d_raw[kind] = _by_raw_logits(d_NSV, logits_NSV, target, raw[kind].dtype) if want_grad else None
+                if want_grad:
+                    if target.logit_softcap is not None:
+                        d_NSV = d_NSV * (1 - (logits_NSV / target.logit_softcap) ** 2)
+                    d_raw[kind] = d_NSV.flatten(0, 1).to(raw[kind].dtype)
                 del logits_NSV, d_NSV
             if want_grad:
                 d_sum_XV = d_raw["base"] + d_raw["final"] if "base" in d_raw else d_raw["final"]
@@ -291,8 +279,58 @@ class HeadLoss(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def _by_raw_logits(d_NSV: Tensor, logits_NSV: Tensor, target: TargetHead, dtype: torch.dtype) -> Tensor:
-    """Return the gradient [X, V] by the logits before the soft cap, in their dtype, from that by those after."""
-    if target.logit_softcap is not None:
-        d_NSV = d_NSV * (1 - (logits_NSV / target.logit_softcap) ** 2)
-    return d_NSV.flatten(0, 1).to(dtype)
+def slot_sums(per_slot: dict[str, Tensor], scored_NS: Tensor) -> dict[str, Tensor]:
+    """Return additive sums, float64, of what an objective recorded for each slot [N, S].
+
+    `scored_S`, `blocks` (those with a scored slot); for each kind of logits, "final" without a prefix and "base" with
+    the prefix `base_`, `correct_S`, `ce_S` and `accept`, which sums over blocks 1 + the scored slots before the first
+    wrong one; unscored slots are skipped, and the 1 is the target's own token. Against the target's distribution also
+    the sums of MEANS and `tau`, which sums over blocks 1 + the expected number of accepted proposals, were each sampled
+    from the draft.
+    """
+    blocks = scored_NS.any(-1).double().sum()
+    sums = {"scored_S": scored_NS.double().sum(0), "blocks": blocks}
+    for prefix in ("", "base_"):
+        if prefix + "correct" in per_slot:
+            correct_NS = per_slot[prefix + "correct"]
+            reached_NS = (correct_NS | ~scored_NS).long().cumprod(-1).bool() & scored_NS
+            sums[prefix + "correct_S"] = (correct_NS & scored_NS).double().sum(0)
+            sums[prefix + "accept"] = reached_NS.double().sum() + blocks
+        if prefix + "ce" in per_slot:
+            sums[prefix + "ce_S"] = (per_slot[prefix + "ce"].double() * scored_NS).sum(0)
+    if "accept" in per_slot:
+        reach_NS = torch.where(scored_NS, per_slot["accept"].double(), 1.0).cumprod(-1)
+        sums["tau"] = (reach_NS * scored_NS).sum() + blocks
+    means = {figure: name for figure, name in MEANS.items() if name in per_slot}
+    return sums | {figure: (per_slot[name].double() * scored_NS).sum() for figure, name in means.items()}
+
+
+def metrics_of(
+    sums: dict[str, Tensor], terms: dict[str, Tensor], dens: dict[str, Tensor | float]
+) -> dict[str, float | list[float]]:
+    """Return the metrics from summed figures: `<term>_loss`, `accuracy`, `accept_len_tf`, `slot_accuracy`, `slot_ce`,
+    the last four also of the base logits with the prefix `base_`; `tau_probabilistic`, `confidence_abs_error` and the
+    figures of MEANS.
+
+    Teacher-forced: not the accept length of decoding, which `evaluation/accept_length.py` measures. A figure without a
+    scored slot is 0.
+    """
+    figures: dict[str, float | list[float]] = {f"{name}_loss": float(terms[name] / dens[name]) for name in terms}
+    if not sums:
+        return figures
+    scored_S, blocks = sums["scored_S"].cpu(), max(float(sums["blocks"]), 1.0)
+    for prefix in ("", "base_"):
+        if prefix + "correct_S" in sums:
+            correct_S = sums[prefix + "correct_S"].cpu()
+            figures[prefix + "accuracy"] = float(correct_S.sum() / scored_S.sum().clamp(min=1))
+            figures[prefix + "accept_len_tf"] = float(sums[prefix + "accept"]) / blocks
+            figures[prefix + "slot_accuracy"] = (correct_S / scored_S.clamp(min=1)).tolist()
+        if prefix + "ce_S" in sums:
+            figures[prefix + "slot_ce"] = (sums[prefix + "ce_S"].cpu() / scored_S.clamp(min=1)).tolist()
+    if "tau" in sums:
+        figures["tau_probabilistic"] = float(sums["tau"]) / blocks
+    if "confidence_error" in sums:
+        weight = float(sums["confidence_weight"])
+        figures["confidence_abs_error"] = float(sums["confidence_error"]) / weight if weight else 0.0
+    scored = max(float(scored_S.sum()), 1.0)
+    return figures | {figure: float(sums[figure]) / scored for figure in MEANS if figure in sums}

@@ -9,7 +9,7 @@ import torch
 from pipeline.drafts import DraftConfig, draft_config, eligible_anchors, lay_blocks, pack
 from pipeline.drafts.backbone import visibility_mask
 from pipeline.drafts.blocks import Group, group_blocks, slot_decay
-from pipeline.drafts.metrics import metrics_of, slot_sums
+from pipeline.drafts.objectives import metrics_of, slot_sums
 
 MASK = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0, 1, 1]).bool()
 GUESS = 99  # the mask token

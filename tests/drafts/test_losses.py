@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from draft_cases import LargestTensor, head_loss
 
-from pipeline.drafts.objectives import Objective, dpace_weights
+from pipeline.drafts.blocks import dpace_weights
+from pipeline.drafts.objectives import Objective
 from pipeline.target.head import TargetHead
 
 N, S, D, V, U = 7, 3, 5, 11, 4

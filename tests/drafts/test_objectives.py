@@ -5,7 +5,8 @@ import torch
 from draft_cases import LargestTensor, all_blocks, build, cell_of, gradients, head_loss, loss_of
 
 from pipeline.drafts import metrics_of
-from pipeline.drafts.objectives import OBJECTIVES, Objective, TargetStates, dpace_weights
+from pipeline.drafts.blocks import dpace_weights
+from pipeline.drafts.objectives import OBJECTIVES, Objective, TargetStates
 from pipeline.errors import DataError
 from pipeline.target.head import TargetHead
 

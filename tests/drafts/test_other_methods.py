@@ -13,7 +13,7 @@ from pipeline.cache import HiddenCache
 from pipeline.drafts import DRAFTS, BlockDraft, Draft, DraftConfig, Proposal
 from pipeline.drafts.backbone import Layer
 from pipeline.drafts.draft import Loss
-from pipeline.drafts.metrics import slot_sums
+from pipeline.drafts.objectives import slot_sums
 from pipeline.errors import ProofError
 from pipeline.published import load_draft_folder
 from pipeline.published.check import check_export
