@@ -1,4 +1,5 @@
-"""Write safetensors files, view states as stored, choose a dtype or a device, recognise out-of-memory errors."""
+"""Write safetensors files, view states as stored, choose a dtype or a device, recognise out-of-memory errors, and draw
+tokens by inverse CDF."""
 
 import os
 import re
@@ -63,3 +64,20 @@ def find_device(named: str | torch.device | None) -> torch.device:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Return whether an error means that a device ran out of memory. For the CPU only the error's text shows it."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def draw(weights_NV: Tensor, uniform_N: Tensor) -> Tensor:
+    """Return one token [N] a row, drawn in proportion to its weights [N, V]: where their sum passes uniform * total.
+
+    weights: not negative, not all 0 in a row. uniform: float64 in [0, 1). A token of weight 0 is never drawn. With
+    float64 sums and one number a token, a seed gives the same text on every device, up to the rounding of the
+    probabilities, where `torch.multinomial` draws differently on each.
+    """
+    cumulative_NV = weights_NV.double().cumsum(-1)
+    threshold_N1 = uniform_N.to(cumulative_NV)[:, None] * cumulative_NV[:, -1:]
+    return torch.searchsorted(cumulative_NV, threshold_N1, right=True)[:, 0]
+
+
+def uniforms(count: int, generator: torch.Generator) -> Tensor:
+    """Return `count` uniform float64 numbers in [0, 1), one for each token to draw."""
+    return torch.rand(count, dtype=torch.float64, generator=generator, device=generator.device)

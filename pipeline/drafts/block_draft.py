@@ -16,9 +16,8 @@ from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.draft import BlockRequest, Draft, Loss, ProbeBlock, Proposal, Sampling, Shapes
 from pipeline.drafts.objectives import HeadLoss, Objective, TargetStates, slot_sums, term_name
 from pipeline.errors import DataError, UsageError
-from pipeline.sampling import draw, uniforms
 from pipeline.target.head import TargetHead, chunk_blocks
-from pipeline.tensors import at_least_float32
+from pipeline.tensors import at_least_float32, draw, uniforms
 
 
 class BlockDraft(Backbone, Draft):

@@ -17,7 +17,9 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import blake2b
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -25,9 +27,9 @@ from transformers import DynamicCache, PreTrainedModel
 from pipeline.drafts import BlockRequest, Draft, DraftKV, Proposal, Sampling
 from pipeline.errors import UsageError
 from pipeline.evaluation.accept_length import accepted_tokens, cut_at_stop
-from pipeline.sampling import draw, prompt_generator, uniforms
 from pipeline.target.kv_cache import BatchedKV, SingleKV, check_croppable, new_kv
 from pipeline.target.model import tap_layers
+from pipeline.tensors import draw, uniforms
 
 MIN_TEMPERATURE = 1e-3  # the lowest temperature above 0
 
@@ -222,6 +224,12 @@ def _acceptance_rule(
         return accept_greedy, None
     generator = prompt_generator(sampling.seed, prompt_ids)
     return partial(rejection_sample, temperature=sampling.temperature, generator=generator), generator
+
+
+def prompt_generator(seed: int, prompt_ids: list[int]) -> torch.Generator:
+    """Return a generator seeded by the seed and the prompt's tokens only, not by order, count or device."""
+    digest = blake2b(np.array([seed, *prompt_ids], "<i8").tobytes(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def accept_greedy(proposal: Proposal, logits_NV: Tensor) -> list[int]:

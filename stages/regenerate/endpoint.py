@@ -17,7 +17,6 @@ from urllib.parse import urlsplit, urlunsplit
 
 from pipeline.corpus.rejections import Unusable
 from pipeline.errors import UsageError, first_line
-from pipeline.sampling import key_seed
 from stages.regenerate.options import Options
 from stages.regenerate.prompts import Failure, Job, Renderer
 from stages.regenerate.replies import Malformed, Reply, read_answer
@@ -89,7 +88,7 @@ class Endpoint:
             more = {"return_token_ids": True, **NEUTRAL_SAMPLING}
         if kwargs := {**options.template_kwargs, **(job.row.template_kwargs or {})}:
             more["chat_template_kwargs"] = kwargs
-        drawn = {"seed": key_seed(options.seed, job.row.key, job.turn) % 2**31} if options.temperature else {}
+        drawn = {"seed": job.seed(options.seed) % 2**31} if options.temperature else {}
         return {
             "model": self.model,
             "messages": job.messages(),

@@ -17,11 +17,10 @@ from transformers import DynamicCache
 
 from pipeline.corpus.rejections import Unusable
 from pipeline.errors import RoomError, UsageError
-from pipeline.sampling import draw, key_seed, nucleus, uniforms
 from pipeline.target.files import max_positions, read_text_config
 from pipeline.target.kv_cache import BatchedKV, check_batchable, new_kv
 from pipeline.target.model import lm_logits, load_target, run_decoder, stop_tokens
-from pipeline.tensors import find_device, is_out_of_memory
+from pipeline.tensors import draw, find_device, is_out_of_memory, uniforms
 from stages.regenerate.options import Options
 from stages.regenerate.prompts import Failure, Job, Renderer
 from stages.regenerate.replies import CUT, Reply
@@ -36,8 +35,7 @@ class _Sequence:
 
     def __init__(self, job: Job, prompt: list[int], options: Options):
         self.job, self.prompt, self.ids = job, prompt, list(prompt)
-        seed = key_seed(options.seed, job.row.key, job.turn)
-        self.generator = torch.Generator().manual_seed(seed) if options.temperature else None
+        self.generator = torch.Generator().manual_seed(job.seed(options.seed)) if options.temperature else None
 
     @property
     def generated(self) -> list[int]:
@@ -192,6 +190,20 @@ class LocalEngine:
 
     def _tensor(self, rows: list[list[int]]) -> Tensor:
         return torch.tensor(rows, device=self.target.device)
+
+
+def nucleus(weights_NV: Tensor, top_p: float) -> Tensor:
+    """Return the weights with all but the nucleus at 0: the fewest tokens whose share reaches top_p, and ties.
+
+    weights: not negative, not all 0 in a row. The likeliest token is always in it.
+    """
+    if top_p >= 1:
+        return weights_NV
+    sorted_NV = weights_NV.double().sort(-1, descending=True).values
+    before_NV = sorted_NV.cumsum(-1) - sorted_NV
+    kept_N1 = (before_NV < top_p * sorted_NV.sum(-1, keepdim=True)).sum(-1, keepdim=True)
+    least_N1 = sorted_NV.gather(-1, kept_N1 - 1).to(weights_NV.dtype)
+    return weights_NV.where(weights_NV >= least_N1, 0)
 
 
 def _common_prefix(a_ids: Sequence[int], b_ids: Sequence[int]) -> int:

@@ -120,6 +120,11 @@ class Job:
     def done(self) -> bool:
         return self.turn == len(self.row.segments) or bool(self.replies and self.replies[-1].ends_conversation)
 
+    def seed(self, seed: int) -> int:
+        """Return a seed of 63 bits for the next reply, from a run's seed, the row's key and the turn."""
+        digest = blake2b(f"{seed} {self.row.key} {self.turn}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") >> 1
+
     def messages(self) -> list[dict]:
         """Return the messages of the next prompt."""
         return self.row.messages([reply.message() for reply in self.replies])

@@ -19,7 +19,7 @@ from pipeline.published import load_draft_folder
 from pipeline.published.check import check_export
 from pipeline.published.export import export
 from pipeline.runs import checkpoint
-from pipeline.sampling import draw, uniforms
+from pipeline.tensors import draw, uniforms
 from stages.evaluate.decode import SamplingOptions
 from stages.evaluate.run import run as evaluate
 from stages.train_draft.run import run as train

@@ -12,8 +12,9 @@ from tiny import conversations, corpus_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import UsageError
-from pipeline.sampling import key_seed, nucleus
+from stages.regenerate.local_engine import nucleus
 from stages.regenerate.options import Options
+from stages.regenerate.prompts import Job, PromptRow
 from stages.regenerate.run import run
 
 DATA = Path(__file__).parents[2] / "data"
@@ -162,6 +163,9 @@ def test_the_likeliest_tokens_of_a_share_stay_and_no_others():
 
 
 def test_a_reply_s_seed_is_its_own():
-    seeds = {key_seed(seed, key, turn) for seed in (0, 1) for key in ("ab", "cd") for turn in (0, 1)}
+    def seed_of(seed: int, key: str, turn: int) -> int:
+        return Job(PromptRow(key, "", [], None, None, {}), [None] * turn).seed(seed)
+
+    seeds = {seed_of(seed, key, turn) for seed in (0, 1) for key in ("ab", "cd") for turn in (0, 1)}
     assert len(seeds) == 8 and all(0 <= seed < 2**63 for seed in seeds)
-    assert key_seed(0, "ab", 1) == key_seed(0, "ab", 1)
+    assert seed_of(0, "ab", 1) == seed_of(0, "ab", 1) == 4571872852904468931
