@@ -82,25 +82,3 @@ def unservable(config: DraftConfig, tokens: dict | None = None, scale: float = 1
         except UsageError as error:
             reasons.append(str(error))
     return reasons[0] if len(reasons) == len(ENGINES) else None
-
-
-__all__ = [
-    "DRAFTS",
-    "BlockDraft",
-    "BlockRequest",
-    "Blocks",
-    "Cell",
-    "Draft",
-    "DraftConfig",
-    "DraftKV",
-    "Proposal",
-    "Sampling",
-    "check_servable",
-    "draft_config",
-    "eligible_anchors",
-    "init_weights",
-    "lay_blocks",
-    "metrics_of",
-    "pack",
-    "unservable",
-]

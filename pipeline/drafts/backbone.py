@@ -15,14 +15,14 @@ SpecForge's rule, which the serving engines execute. No row of the mask is empty
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pipeline.drafts.blocks import Blocks, Group
+from pipeline.drafts.blocks import Blocks
 from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.rope import Tables, rope_tables, rotate
 from pipeline.tensors import at_least_float32
@@ -241,9 +241,10 @@ class GroupedAttention:
         self.queries = [(group.last - group.first) * slots for group in self.groups]
         self.lengths = blocks.lengths
         starts = [0, *accumulate(self.lengths)]
-        self.masks = {
-            window: [_group_mask(blocks, group, starts, window) for group in self.groups] for window in windows
-        }
+        self.masks: dict[int | None, list[Tensor]] = {window: [] for window in windows}
+        for group, window in product(self.groups, windows):
+            rows = slice(starts[group.document], starts[group.document] + group.rows)
+            self.masks[window].append(visibility_mask(blocks, rows, group.first, group.last, window))
 
     def __call__(self, q_AQE: Tensor, context: KV, slots: KV, window: int | None, layer: int) -> Tensor:
         """Return the heads' outputs [A, Q, E] of layer number `layer`, from the context's and the slots' keys and
@@ -256,11 +257,6 @@ class GroupedAttention:
             v_GLE = torch.cat([context_v[group.document][:, : group.rows], slots_v[index]], dim=1)
             outs.append(attend(q_AqE, k_GLE, v_GLE, self.masks[window][index]))
         return torch.cat(outs, dim=1)
-
-
-def _group_mask(blocks: Blocks, group: Group, starts: list[int], window: int | None) -> Tensor:
-    first = starts[group.document]
-    return visibility_mask(blocks, slice(first, first + group.rows), group.first, group.last, window)
 
 
 class DraftKV:

@@ -125,7 +125,8 @@ class ChatTemplate:
 
     def variables(self, tools: bool = False) -> set[str]:
         """Return the names of the variables that a template reads."""
-        return _variables(self._compiled[self._template_name(tools)], self._texts[self._template_name(tools)])
+        name = self._template_name(tools)
+        return find_undeclared_variables(self._compiled[name].environment.parse(self._texts[name]))
 
     def thinking_switch(self) -> str | None:
         """Return the name of the template's argument that turns thinking on and off; None where it has none."""
@@ -198,7 +199,3 @@ def _compile(folder: Path, text: str, today: datetime) -> Template:
         raise UsageError(
             f"{folder}: its chat template is no Jinja ({error}); fetch the target's files again"
         ) from error
-
-
-def _variables(compiled: Template, text: str) -> set[str]:
-    return find_undeclared_variables(compiled.environment.parse(text))

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pipeline.errors import CacheError, refuse_limit
 from pipeline.json_files import parse_json
-from pipeline.tensors import save_tensors
+from pipeline.tensors import at_least_float32, save_tensors
 
 EMBEDDING, HEAD, FACTS = "embed_tokens.weight", "lm_head.weight", "target_head"
 
@@ -76,7 +76,7 @@ class TargetHead:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [..., V] of states [..., D] after the last norm, soft cap applied, float32 at least."""
         raw = self.raw_logits(hidden)
-        return self.cap(raw.to(torch.promote_types(raw.dtype, torch.float32)))
+        return self.cap(raw.to(at_least_float32(raw.dtype)))
 
     def cap(self, logits: Tensor) -> Tensor:
         """Apply the soft cap, where the target has one."""
@@ -133,10 +133,6 @@ class ChunkLimit(NamedTuple):
     bytes: int
     rows: int = sys.maxsize
 
-    def rows_for(self, vocabulary: int) -> int:
-        """Return the rows of a chunk for a vocabulary size, at least one."""
-        return max(1, min(self.rows, self.bytes // (4 * vocabulary)))
-
 
 # Limits by the number of the rule and the kind of device; "greedy": for the target's greedy tokens, if it differs.
 # Rules never change, since a run resumes with the one it began with.
@@ -152,9 +148,9 @@ def chunk_rows(vocabulary: int, device: str, rule: int = NEWEST, greedy: bool = 
 
     greedy: for the target's greedy tokens, computed from its final states.
     """
-    chunks = RULES[rule]
-    kind = "greedy" if greedy and "greedy" in chunks else device
-    return chunks.get(kind, chunks["cuda"]).rows_for(vocabulary)
+    limits = RULES[rule]
+    limit = limits["greedy"] if greedy and "greedy" in limits else limits.get(device, limits["cuda"])
+    return max(1, min(limit.rows, limit.bytes // (4 * vocabulary)))
 
 
 def chunk_blocks(slots: int, vocabulary: int, device: str, rule: int = NEWEST) -> int:
