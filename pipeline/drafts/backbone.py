@@ -91,12 +91,13 @@ class _Norm(torch.autograd.Function):
         return d_x.to(grad.dtype), product.flatten(0, -2).sum(0).to(weight.dtype), None
 
 
-class Attention(nn.Module):
-    """Projections of one layer. Context and slots share the same key and value weights."""
+class SelfAttention(nn.Module):
+    """The attention of layer number `index`. Context and slots share the same key and value weights."""
 
-    def __init__(self, config: DraftConfig):
+    def __init__(self, config: DraftConfig, index: int):
         super().__init__()
-        self.head_dim = config.head_dim
+        self.index, self.head_dim = index, config.head_dim
+        self.window = config.sliding_window if config.layer_types[index] == "sliding_attention" else None
         wide, narrow = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         bias = config.attention_bias
         self.q_proj = nn.Linear(config.hidden_size, wide, bias=bias)
@@ -106,20 +107,19 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def queries(self, x_QD: Tensor, tables: Tables) -> Tensor:
-        """Return queries [A, Q, E], rotated by `tables`."""
-        q_QAE = self.q_norm(self.q_proj(x_QD).unflatten(-1, (-1, self.head_dim)))
-        return rotate(q_QAE, tables).transpose(0, 1)
+    def forward(
+        self, y_QD: Tensor, context_RD: Tensor, slot_tables: Tables, context_tables: Tables, attention
+    ) -> Tensor:
+        """Return what the slots take [Q, D] from the context and their blocks; arguments as of `Layer`."""
+        context_kv, slots_kv = self._keys_values(context_RD, context_tables), self._keys_values(y_QD, slot_tables)
+        q_QAE = rotate(self.q_norm(self.q_proj(y_QD).unflatten(-1, (-1, self.head_dim))), slot_tables)
+        out_AQE = attention(q_QAE.transpose(0, 1), context_kv, slots_kv, self.window, self.index)
+        return self.o_proj(out_AQE.transpose(0, 1).flatten(1))
 
-    def keys_values(self, x_TD: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
-        """Return keys, rotated by `tables`, and values, [G, T, E] each."""
+    def _keys_values(self, x_TD: Tensor, tables: Tables) -> KV:
         k_TGE = self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim)))
         v_TGE = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         return rotate(k_TGE, tables).transpose(0, 1), v_TGE.transpose(0, 1)
-
-    def merge(self, out_AQE: Tensor) -> Tensor:
-        """Return the output projection [Q, D] of all heads."""
-        return self.o_proj(out_AQE.transpose(0, 1).flatten(1))
 
 
 class MLP(nn.Module):
@@ -136,13 +136,11 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer, number `index`. `window` is None on a full layer."""
+    """Decoder layer number `index`."""
 
     def __init__(self, config: DraftConfig, index: int):
         super().__init__()
-        self.index = index
-        self.window = config.sliding_window if config.layer_types[index] == "sliding_attention" else None
-        self.self_attn = Attention(config)
+        self.self_attn = SelfAttention(config, index)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -155,11 +153,8 @@ class Layer(nn.Module):
         All of the layer's weights are used in here, the context's keys and values included, so that it can be sharded
         by itself (FSDP2) and its keys and values need not outlive it. attention: a GroupedAttention or DecodeAttention.
         """
-        context_kv = self.self_attn.keys_values(context_RD, context_tables)
         y_QD = self.input_layernorm(x_QD)
-        slots_kv = self.self_attn.keys_values(y_QD, slot_tables)
-        q_AQE = self.self_attn.queries(y_QD, slot_tables)
-        x_QD = x_QD + self.self_attn.merge(attention(q_AQE, context_kv, slots_kv, self.window, self.index))
+        x_QD = x_QD + self.self_attn(y_QD, context_RD, slot_tables, context_tables, attention)
         return x_QD + self.mlp(self.post_attention_layernorm(x_QD))
 
 
@@ -180,7 +175,7 @@ class Backbone(nn.Module):
     @property
     def windows(self) -> set[int | None]:
         """The sliding windows of the layers; None stands for a full layer."""
-        return {layer.window for layer in self.layers}
+        return {layer.self_attn.window for layer in self.layers}
 
     def slot_states(self, x_QD: Tensor, positions_Q: Tensor, aux_KRD: Tensor, positions_R: Tensor, attention) -> Tensor:
         """Return the slots' states [Q, D] after all layers and the final norm.
@@ -247,8 +242,7 @@ class GroupedAttention:
             self.masks[window].append(visibility_mask(blocks, rows, group.first, group.last, window))
 
     def __call__(self, q_AQE: Tensor, context: KV, slots: KV, window: int | None, layer: int) -> Tensor:
-        """Return the heads' outputs [A, Q, E] of layer number `layer`, from the context's and the slots' keys and
-        values."""
+        """Return the heads' outputs [A, Q, E] of layer number `layer`, from keys and values of context and slots."""
         context_k, context_v = (values.split(self.lengths, dim=1) for values in context)
         slots_k, slots_v = (values.split(self.queries, dim=1) for values in slots)
         outs = []
@@ -264,23 +258,22 @@ class DraftKV:
 
     def __init__(self):
         self.length = 0  # positions 0 .. length - 1 are cached, in every layer
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # [G, capacity, E]
+        self._layers: dict[int, list[Tensor]] = {}  # keys and values [G, capacity, E]
 
-    def extend(self, layer: int, *new: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, layer: int, *new: Tensor) -> KV:
         """Add one layer's keys and values [G, T, E] of the next T positions; return those of all positions so far.
 
         `length` stays as it is: the caller raises it once every layer was extended.
         """
         stop = self.length + new[0].shape[1]
-        buffers = self._layers.get(layer)
-        if buffers is None or stop > buffers[0].shape[1]:
-            grown = tuple(values.new_empty(values.shape[0], 2 * stop, values.shape[2]) for values in new)
-            for larger, old in zip(grown, buffers or (), strict=False):
-                larger[:, : self.length] = old[:, : self.length]
-            buffers = self._layers[layer] = grown
-        for buffer, values in zip(buffers, new, strict=True):
-            buffer[:, self.length : stop] = values
-        return buffers[0][:, :stop], buffers[1][:, :stop]
+        cached = self._layers.setdefault(layer, [values[:, :0] for values in new])
+        for index, values in enumerate(new):
+            if stop > cached[index].shape[1]:
+                grown = values.new_empty(values.shape[0], 2 * stop, values.shape[2])
+                grown[:, : self.length] = cached[index][:, : self.length]
+                cached[index] = grown
+            cached[index][:, self.length : stop] = values
+        return cached[0][:, :stop], cached[1][:, :stop]
 
 
 class DecodeAttention:
