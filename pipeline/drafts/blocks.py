@@ -9,7 +9,7 @@ known token, all predicted at once: one pass of the target pays for N such probl
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -23,17 +23,18 @@ if TYPE_CHECKING:
 QUERIES_A_GROUP = 128
 
 
-def _to_device(record, device):
-    """Return a copy of a dataclass with every tensor, and every other value that has a method `to`, on `device`."""
-    values = {field.name: getattr(record, field.name) for field in fields(record)}
-    return replace(
-        record,
-        **{name: value.to(device, non_blocking=True) for name, value in values.items() if hasattr(value, "to")},
-    )
+class _Movable:
+    """A dataclass of tensors and other facts."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return a copy with every tensor, and every other value that has a method `to`, on `device`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        movable = {name: value for name, value in values.items() if hasattr(value, "to")}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in movable.items()})
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(_Movable):
     """One packed micro-batch: samples end to end. Document m has rows starts_M[m] .. starts_M[m] + lengths_M[m] - 1.
 
     The target's final states are present only for losses that read them (`DraftConfig.needs_final_states`).
@@ -50,9 +51,6 @@ class Cell:
     final_FD: Tensor | None = None  # in the rows' order
     final_at_R: Tensor | None = None  # int64: the row's index in final_FD, -1 where it has none
 
-    def to(self, device: torch.device | str) -> "Cell":
-        return _to_device(self, device)
-
 
 @dataclass(frozen=True)
 class Group:
@@ -66,7 +64,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Blocks(_Movable):
     """N blocks over one cell, all known before any forward, and so are the loss's denominators."""
 
     anchors_N: Tensor  # int64: rows of the cell
@@ -82,22 +80,19 @@ class Blocks:
     groups: tuple[Group, ...]
     lengths: tuple[int, ...]  # rows of each document
 
-    def to(self, device: torch.device | str) -> "Blocks":
-        return _to_device(self, device)
-
     def split(self, count: int | None) -> list["Blocks"]:
         """Split into parts of at most `count` blocks (None: one part). Blocks do not attend to one another, so the
         losses add up."""
         if count is None:
             return [self]
-        of_blocks = [field.name for field in fields(self) if torch.is_tensor(getattr(self, field.name))]
-        rows = zip(*(getattr(self, name).split(count) for name in of_blocks), strict=True)
-        parts = [replace(self, **dict(zip(of_blocks, row, strict=True))) for row in rows]
-        return [replace(part, groups=part._grouped()) for part in parts]
-
-    def _grouped(self) -> tuple[Group, ...]:
-        anchors = (self.anchors_N - self.starts_N).tolist()
-        return group_blocks(anchors, self.doc_N.tolist(), self.labels_NS.shape[1])
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        of_blocks = {name: value.split(count) for name, value in values.items() if torch.is_tensor(value)}
+        parts = []
+        for rows in zip(*of_blocks.values(), strict=True):
+            part = replace(self, **dict(zip(of_blocks, rows, strict=True)))
+            anchors = (part.anchors_N - part.starts_N).tolist()
+            parts.append(replace(part, groups=group_blocks(anchors, part.doc_N.tolist(), self.labels_NS.shape[1])))
+        return parts
 
 
 def pack(
@@ -111,29 +106,24 @@ def pack(
     offsets = [0] * len(samples) if offsets is None else offsets
     assert samples and len(samples) == len(names) == len(offsets), f"{len(samples)} samples, {len(names)} names"
     lengths_M = torch.tensor([len(sample.ids) for sample in samples])
+    starts_M, final_at_R = lengths_M.cumsum(0) - lengths_M, None
+    if final:
+        firsts = zip(samples, starts_M.tolist(), strict=True)
+        rows_F = torch.cat([sample.final_rows.long() + first for sample, first in firsts])
+        final_at_R = torch.full((int(lengths_M.sum()),), -1)
+        final_at_R[rows_F] = torch.arange(len(rows_F))
     return Cell(
         ids_R=torch.cat([sample.ids for sample in samples]).long(),
         mask_R=torch.cat([sample.mask for sample in samples]).bool(),
         pos_R=torch.cat([torch.arange(len(s.ids)) + first for s, first in zip(samples, offsets, strict=True)]),
         doc_R=torch.repeat_interleave(torch.arange(len(samples)), lengths_M),
-        starts_M=lengths_M.cumsum(0) - lengths_M,
+        starts_M=starts_M,
         lengths_M=lengths_M,
         aux_KRD=torch.cat([sample.aux for sample in samples], dim=1),
         names=tuple(names),
         final_FD=torch.cat([sample.final for sample in samples]) if final else None,
-        final_at_R=_final_indices(samples) if final else None,
+        final_at_R=final_at_R,
     )
-
-
-def _final_indices(samples: Sequence["Sample"]) -> Tensor:
-    """Return the index [R] of each row's final state, -1 where it has none."""
-    count, parts = 0, []
-    for sample in samples:
-        at_T = torch.full((len(sample.ids),), -1)
-        at_T[sample.final_rows.long()] = torch.arange(count, count + len(sample.final_rows))
-        count += len(sample.final_rows)
-        parts.append(at_T)
-    return torch.cat(parts)
 
 
 def eligible_anchors(mask_T: Tensor) -> Tensor:

@@ -75,8 +75,7 @@ class Domino(BlockDraft):
         if not total_steps or total_steps < 1:
             raise UsageError(f"lambda needs the number of steps of the whole run, found {total_steps}; set train.steps")
         span = max(1, int(total_steps * self.config.lambda_decay))
-        value = self.config.lambda_start * (1 - min(step / span, 1))
-        return {"lambda_base": min(max(value, 0.0), 1.0)}
+        return {"lambda_base": self.config.lambda_start * (1 - min(step / span, 1))}
 
     def logit_kinds(self, scheduled: dict[str, float]) -> dict[str, float]:
         """Return the weights of the corrected and the base logits: 1 - lambda and lambda."""

@@ -109,16 +109,12 @@ class ChatTemplate:
     @cached_property
     def stop_tokens(self) -> frozenset[str]:
         """The tokens at which the target stops: its generation config's, and the tokenizer's end of sequence."""
-        return frozenset(token for token in (self.tokenizer.eos_token, *self._generation_stops) if token)
+        return frozenset(token for token in (self.tokenizer.eos_token, *self.generation_stops) if token)
 
     @cached_property
-    def _generation_stops(self) -> list[str]:
+    def generation_stops(self) -> list[str]:
+        """The stop tokens that the target's generation config names."""
         return [self.tokenizer.convert_ids_to_tokens(i) for i in stop_ids(self.folder) if 0 <= i < len(self)]
-
-    @property
-    def has_stop_tokens(self) -> bool:
-        """Whether the target's generation config names stop tokens."""
-        return bool(self._generation_stops)
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()

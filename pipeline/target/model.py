@@ -53,8 +53,6 @@ def load_target(
     device = find_device(device)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else "auto"
-    elif isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
     transformers_logging.disable_progress_bar()
     method = quantised_by(config)
     # Some quantised models cannot be moved after loading.
@@ -185,8 +183,9 @@ def run_decoder(model: PreTrainedModel, input_ids: Tensor, **kw):
 
 def lm_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Return the target's own logits [..., V] in fp32 for states after the last norm [..., D]; scaled, capped."""
-    logits = model.get_output_embeddings()(hidden).float() * logit_scale(model.config.get_text_config().to_dict())
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden).float() * logit_scale(config.to_dict())
+    cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
@@ -213,7 +212,7 @@ def head_of(model: PreTrainedModel) -> TargetHead:
         kind = getattr(getattr(module, "weight", None), "dtype", None)
         if kind not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise UsageError(f"{type(model).__name__}: its {what} is quantised ({kind}); no draft can share it")
-    scale = logit_scale(model.config.get_text_config().to_dict())
+    scale = logit_scale(config.to_dict())
     embed_VD = embed.weight.detach()
     head_VD = embed_VD if head.weight.data_ptr() == embed_VD.data_ptr() else head.weight.detach()
     if scale != 1.0:

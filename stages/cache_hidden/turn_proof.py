@@ -290,7 +290,7 @@ class TurnEnds:
         begun = len(both) if calls else 0
         marker = tokens.search(further or "", begun)
         if marker and not further[begun : marker.start()].strip() and (not calls or not self._reply_ends):
-            known = not self.template.has_stop_tokens or marker[0] in stops
+            known = not self.template.generation_stops or marker[0] in stops
             return further[: marker.end()] if known else None
         return both if both.isspace() and not calls else None
 
