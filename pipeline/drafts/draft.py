@@ -116,7 +116,8 @@ class Draft(nn.Module, ABC):
     state before (the fused target states, then its own): `Config` fixes shift_label = true, `block_size` is the number
     of steps, `new_kv` its own cache, and it has a form of config.json of its own (`own_config`, `read_own_config`). Its
     reduced vocabulary is an option `draft_vocab_size` and the buffers d2t and t2d, which `before_training` fills:
-    losses leave out labels that it cannot propose, proposals are mapped to the target's ids, `tensors` names both maps.
+    losses leave out labels that it cannot propose, proposals are mapped to the target's ids, `tensors` names both maps,
+    and `reduces_vocabulary` lets such a folder be opened.
 
     DFlash-2 derives from `BlockDraft`. The convolutions are in its `layer_class`, and so in `tensors` and `reference`.
     Its selector scores candidates by A[prev] * (W h) against B, a `correction` and `correction_step` (z, B);

@@ -16,15 +16,7 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError, model_validator
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -55,8 +47,8 @@ class RopeScaling(BaseModel):
     high_freq_factor: PositiveFloat | None = None
     beta_fast: PositiveFloat | None = None  # 32
     beta_slow: PositiveFloat | None = None  # 1
-    mscale: NonNegativeFloat | None = None
-    mscale_all_dim: NonNegativeFloat | None = None
+    mscale: PositiveFloat | None = None
+    mscale_all_dim: PositiveFloat | None = None
     truncate: bool | None = None  # yes
 
     @model_validator(mode="after")

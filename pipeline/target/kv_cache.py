@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from inspect import signature
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
@@ -149,11 +150,7 @@ class BatchedKV:
         self.capacity = max(tokens, self.capacity + self.capacity // 2)
         for layer in self.cache.layers:
             layer.keys, layer.values = (
-                torch.cat(
-                    [tensor, tensor.new_zeros(*tensor.shape[:2], self.capacity - tensor.shape[2], tensor.shape[3])],
-                    dim=2,
-                )
-                for tensor in (layer.keys, layer.values)
+                F.pad(tensor, (0, 0, 0, self.capacity - tensor.shape[2])) for tensor in (layer.keys, layer.values)
             )
 
     def run(self, pieces: Sequence[Sequence[int]]) -> Tensor:
@@ -177,14 +174,9 @@ class BatchedKV:
         if self.window is not None:
             seen["sliding_attention"] = seen["full_attention"] & (key_L > at_BN1 - self.window)
         kinds = self.kinds or {list(seen)[-1]}  # a window and no kinds: all layers slide
-        lowest = torch.finfo(self.target.dtype).min
-        masks = {
-            kind: torch.zeros(seen_BNL.shape, dtype=self.target.dtype, device=key_L.device).masked_fill(
-                ~seen_BNL, lowest
-            )[:, None]
-            for kind, seen_BNL in seen.items()
-            if kind in kinds
-        }
+        zero = torch.zeros((), dtype=self.target.dtype, device=key_L.device)
+        lowest = torch.full_like(zero, torch.finfo(self.target.dtype).min)
+        masks = {kind: torch.where(seen[kind], zero, lowest)[:, None] for kind in seen if kind in kinds}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def crop(self, counts: Sequence[int]) -> None:
