@@ -40,7 +40,7 @@ def regenerate(template_kwargs, template_date, no_token_ids, as_json, **chosen):
     is complete.
     """
     from pipeline.target.files import template_arguments
-    from stages.regenerate.options import Options
+    from stages.regenerate.prompts import Options
     from stages.regenerate.run import check_failed, run, table
 
     arguments = template_arguments(template_kwargs, template_date)

@@ -18,8 +18,7 @@ from urllib.parse import urlsplit, urlunsplit
 from pipeline.corpus.rejections import Unusable
 from pipeline.errors import UsageError, first_line
 from pipeline.sampling import key_seed
-from stages.regenerate.options import Options
-from stages.regenerate.prompts import Failure, Job, Renderer
+from stages.regenerate.prompts import Failure, Job, Options, Renderer
 from stages.regenerate.replies import Malformed, Reply, read_answer
 
 RETRIED_STATUS = {408, 409, 425, 429}  # and every 5xx

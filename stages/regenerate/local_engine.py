@@ -23,8 +23,7 @@ from pipeline.target.kv_cache import BatchedKV, check_batchable, new_kv
 from pipeline.target.model import lm_logits, load_target, run_decoder, stop_tokens
 from pipeline.target.text_config import max_positions
 from pipeline.tensors import find_device, is_out_of_memory
-from stages.regenerate.options import Options
-from stages.regenerate.prompts import Failure, Job, Renderer
+from stages.regenerate.prompts import Failure, Job, Options, Renderer
 from stages.regenerate.replies import CUT, Reply
 
 WINDOW = 4096  # prompts sorted by length at a time

@@ -24,8 +24,7 @@ from pipeline.corpus.sources import corpus_files, file_sources, report_skipped_f
 from pipeline.errors import DataError, UsageError
 from pipeline.target.files import find_target, target_name, template_digest, tokenizer_digest
 from pipeline.target.weights import target_digest
-from stages.regenerate.options import Options
-from stages.regenerate.prompts import Failure, Job, PromptRow, pending_jobs, read_prompts
+from stages.regenerate.prompts import Failure, Job, Options, PromptRow, pending_jobs, read_prompts
 from stages.regenerate.replies import CUT, Journal, Reply
 
 LENGTHS = (16, 64, 256, 1024, 4096)  # tokens; the bounds of the report's groups

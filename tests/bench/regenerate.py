@@ -22,8 +22,7 @@ import torch
 
 from pipeline.target.files import TEMPLATE_DATE, find_target
 from stages.regenerate.local_engine import LocalEngine
-from stages.regenerate.options import Options
-from stages.regenerate.prompts import Job, Renderer, read_prompts
+from stages.regenerate.prompts import Job, Options, Renderer, read_prompts
 
 DATA = Path(__file__).parents[2] / "data"
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import UsageError
 from pipeline.sampling import key_seed, nucleus
-from stages.regenerate.options import Options
+from stages.regenerate.prompts import Options
 from stages.regenerate.run import run
 
 DATA = Path(__file__).parents[2] / "data"
