@@ -50,7 +50,11 @@ class Endpoint:
             except Exception as error:
                 if self.options.served_model and getattr(error, "status_code", None) in (404, 405):
                     return self.options.served_model, self.options.engine or "openai"  # a server without that list
-                raise UsageError(self._unreachable(error)) from error
+                cause = self.without_key(first_line(f"{type(error).__name__}: {error}"))
+                raise UsageError(
+                    f"{self.shown_url} does not list its models ({cause}); check --endpoint, the server and the key in "
+                    f"{self.options.api_key_env}"
+                ) from error
         named = {model.id: model for model in listed}
         wanted = self.options.served_model or (next(iter(named)) if len(named) == 1 else None)
         if wanted not in named:
@@ -60,11 +64,6 @@ class Endpoint:
             )
         owner = str(getattr(named[wanted], "owned_by", ""))
         return wanted, self.options.engine or (owner if owner in ("vllm", "sglang") else "openai")
-
-    def _unreachable(self, error: Exception) -> str:
-        cause = self.without_key(first_line(f"{type(error).__name__}: {error}"))
-        key = self.options.api_key_env
-        return f"{self.shown_url} does not list its models ({cause}); check --endpoint, the server and the key in {key}"
 
     def without_key(self, text: str) -> str:
         """Return a server's message fit to print: without the API key, which some quote, or control characters."""
@@ -151,7 +150,8 @@ class _RequestPool:
                 self.unanswered = 0
                 self._check_prompt(job, reply)
                 return reply
-            await asyncio.sleep(_back_off(self.options.backoff_s, attempt))
+            backoff_s = min(self.options.backoff_s * 2**attempt, MAX_BACKOFF_S)
+            await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
         return self._give_up(job, f"{self.options.retries + 1} times: {self.endpoint.without_key(cause)}")
 
     def _status(self, error) -> str:
@@ -208,10 +208,6 @@ class _RateLimiter:
         """Pause all requests for the seconds of a Retry-After."""
         if seconds:
             self.paused_until = max(self.paused_until, time.monotonic() + min(seconds, MAX_RETRY_AFTER_S))
-
-
-def _back_off(base: float, attempt: int) -> float:
-    return min(base * 2**attempt, MAX_BACKOFF_S) * random.uniform(0.5, 1.0)
 
 
 def _retry_after(headers) -> float | None:

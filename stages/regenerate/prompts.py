@@ -8,7 +8,7 @@ passed on. A job is such a row with its replies so far.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -188,12 +188,10 @@ class Failure:
     cause: str
 
 
-def pending_jobs(rows: Iterable[PromptRow], replies) -> Iterator[Job]:
-    """Yield a job for each unfinished row. replies: returns the replies so far for a row's key."""
-    for row in rows:
-        job = Job(row, replies(row.key))
-        if not job.done:
-            yield job
+def common_prefix(a_ids: Sequence[int], b_ids: Sequence[int]) -> int:
+    """Return the length of the common prefix."""
+    pairs = zip(a_ids, b_ids, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(a_ids), len(b_ids)))
 
 
 class Renderer:
@@ -217,8 +215,7 @@ class Renderer:
         """UsageError, with the tokens around the first difference, when the server's prompt ids differ from ours."""
         if list(theirs) == list(ours):
             return
-        pairs = zip(theirs, ours, strict=False)
-        at = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(theirs), len(ours)))
+        at = common_prefix(theirs, ours)
         first = max(at - CONTEXT_TOKENS, 0)
         shown = "; ".join(
             f"{where}: {self._token(theirs, where)} {'is' if where < at else 'for'} {self._token(ours, where)}"

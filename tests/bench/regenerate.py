@@ -81,7 +81,7 @@ def main() -> None:
         corpus = first_turns(chosen.corpus, chosen.prompts, Path(place))
         options = Options(str(corpus), Path(place) / "out.jsonl", model=chosen.model, max_new=192, batch=chosen.batch)
         folder = find_target(chosen.model)
-        engine, renderer = LocalEngine(options, folder, "target"), Renderer(folder, {}, TEMPLATE_DATE)
+        engine, renderer = LocalEngine(options, folder), Renderer(folder, {}, TEMPLATE_DATE)
         for number in range(chosen.rounds):
             order = [ours, plain] if number % 2 == 0 else [plain, ours]
             taken = {work: timed(work, engine, options, renderer) for work in order}
