@@ -49,8 +49,7 @@ from stages.train_draft.logs import (
     run_description,
     summary,
 )
-from stages.train_draft.optimizer import load_state_tensors, make_optimizer, state_tensors
-from stages.train_draft.step import Trainer
+from stages.train_draft.step import Trainer, load_state_tensors, make_optimizer, state_tensors
 
 if TYPE_CHECKING:
     from pipeline.published.init_from import InitialDraft, InitialWeights
@@ -266,7 +265,7 @@ class TrainingRun:
 
     def fit(self, display: Display, stop: GracefulStop) -> Evaluation | None:
         """Train to the last step; return the evaluation after it, None where nothing can be measured."""
-        trainer = Trainer(self.draft, self.optimizer, self.loader, self.train)
+        trainer = Trainer(self.draft, self.optimizer, self.loader)
         throughput = Throughput(self.step, self.train.steps)
         self._evaluate(display, stop)  # a checkpoint may have been saved between a step and its evaluation
         batches = Prefetcher(self.loader, self.step, self.train.steps, self.device)

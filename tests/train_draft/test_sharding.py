@@ -8,7 +8,7 @@ from draft_cases import all_blocks, assert_near, build, cell_of, every_method, l
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from stages.train_draft.optimizer import make_optimizer
+from stages.train_draft.step import make_optimizer
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def shard(draft, mesh):
 def weights_after_a_step(draft, optimizer: str) -> dict[str, torch.Tensor]:
     cell = cell_of(20, 37, 9)
     update = make_optimizer(optimizer, draft)
-    update.zero_grad()
+    draft.zero_grad()
     loss_of(draft, cell, all_blocks(draft, cell, padding=3)).total.backward()
     torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
     update.step(1e-2)

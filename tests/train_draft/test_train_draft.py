@@ -1,6 +1,5 @@
 """`train-draft`: from a cache alone, exact whatever is killed when, and refusing what cannot be right."""
 
-import copy
 import fcntl
 import json
 import os
@@ -34,9 +33,8 @@ from pipeline.runs.split import prompt_hash, split_by_prompt, split_samples, str
 from stages.recode.run import run as recode
 from stages.train_draft.loader import BatchLoader, Prefetcher
 from stages.train_draft.logs import evaluation_text, run_description
-from stages.train_draft.optimizer import hidden_matrices, load_state_tensors, make_optimizer, state_tensors
 from stages.train_draft.run import make_draft, run, split_for
-from stages.train_draft.step import Trainer
+from stages.train_draft.step import Trainer, hidden_matrices, load_state_tensors, make_optimizer, state_tensors
 
 SMALL = ("train.batch=4", "train.anchors=6", "train.log_every=1", "draft.block_size=4", "train.steps=8")
 CPU = torch.device("cpu")
@@ -85,7 +83,7 @@ def take_step(trainer: Trainer, number: int) -> dict | None:
 
 
 def add_gradients(draft, loader, cells, blocks, lambda_base: float, metrics: bool = False):
-    trainer = Trainer(draft, make_optimizer("adamw", draft), loader, loader.train)
+    trainer = Trainer(draft, make_optimizer("adamw", draft), loader)
     return trainer.add_gradients(cells, blocks, {"lambda_base": lambda_base}, metrics)
 
 
@@ -116,7 +114,7 @@ def test_muon_moves_the_matrices_of_the_layers_and_adamw_the_rest(tiny_cache, se
         draft, loader = prepared(tiny_cache, *sets)
         before = {name: weight.detach().clone() for name, weight in draft.named_parameters()}
         optimizer = make_optimizer(kind, draft)
-        take_step(Trainer(draft, optimizer, loader, loader.train), 0)
+        take_step(Trainer(draft, optimizer, loader), 0)
         return draft, {name: weight.detach() - before[name] for name, weight in draft.named_parameters()}
 
     draft, by_muon = moved("muon")
@@ -137,13 +135,12 @@ def test_muon_moves_the_matrices_of_the_layers_and_adamw_the_rest(tiny_cache, se
         assert along.max() < 0 and along.min() > 2 * along.max(), f"{name}: {along}"
 
 
-@pytest.mark.parametrize("form", ["torch", "checkpoint"])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_restored_optimizer_makes_the_same_step_to_the_bit(tiny_cache, kind, form):
+def test_a_restored_optimizer_makes_the_same_step_to_the_bit(tiny_cache, kind):
     def made():
         draft, loader = prepared(tiny_cache)
         optimizer = make_optimizer(kind, draft)
-        return draft, Trainer(draft, optimizer, loader, loader.train)
+        return draft, Trainer(draft, optimizer, loader)
 
     straight, trainer = made()
     for step in range(4):
@@ -152,13 +149,10 @@ def test_a_restored_optimizer_makes_the_same_step_to_the_bit(tiny_cache, kind, f
     for step in range(2):
         take_step(trainer, step)
     again = make_optimizer(kind, stopped)
-    if form == "torch":
-        again.load_state_dict(copy.deepcopy(trainer.optimizer.state_dict()))
-    else:
-        saved = {name: tensor.clone() for name, tensor in state_tensors(trainer.optimizer).items()}
-        load_state_tensors(again, saved, step=2)
+    saved = {name: tensor.clone() for name, tensor in state_tensors(trainer.optimizer).items()}
+    load_state_tensors(again, saved, step=2)
     for step in (2, 3):
-        take_step(Trainer(stopped, again, trainer.loader, trainer.train), step)
+        take_step(Trainer(stopped, again, trainer.loader), step)
 
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), stopped.parameters(), strict=True))
 
@@ -335,7 +329,7 @@ def test_fifty_steps_do_not_depend_on_how_batches_are_cut(tiny_cache, method):
 
     def losses(*sets):
         draft, loader = prepared(tiny_cache, *recipe, *sets)
-        trainer = Trainer(draft, make_optimizer("adamw", draft), loader, loader.train)
+        trainer = Trainer(draft, make_optimizer("adamw", draft), loader)
         return [take_step(trainer, step)["loss"] for step in range(50)]
 
     assert losses("train.cells=3") == pytest.approx(losses(), rel=1e-6)
@@ -355,7 +349,7 @@ def test_a_small_device_computes_fewer_blocks_at_a_time_and_the_same_loss(tiny_c
             return hidden(cell, blocks)
 
         monkeypatch.setattr(draft, "hidden", small)
-        trainer = Trainer(draft, make_optimizer("adamw", draft), loader, loader.train)
+        trainer = Trainer(draft, make_optimizer("adamw", draft), loader)
         return [take_step(trainer, step) for step in range(8)], trainer.blocks_per_pass, seen
 
     whole, blocks_per_pass, seen = losses(10**6)
@@ -902,7 +896,7 @@ def test_a_draft_that_diverges_blames_itself(tiny_cache, tmp_path):
         draft.norm.weight.fill_(float("inf"))
 
     with pytest.raises(ProofError, match=r"step 1: loss nan.*the draft itself has diverged: lower train\.lr"):
-        take_step(Trainer(draft, make_optimizer("adamw", draft), loader, loader.train), 0)
+        take_step(Trainer(draft, make_optimizer("adamw", draft), loader), 0)
 
 
 # Without the target
