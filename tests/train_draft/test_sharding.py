@@ -1,5 +1,7 @@
 """A draft whose layers are sharded by FSDP2 takes the same step as a whole one."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -65,6 +67,7 @@ def steps_on_rank(rank: int, folder: str) -> dict[str, dict[str, torch.Tensor]]:
 
 def on_the_other_rank(_: int, folder: str) -> None:
     steps_on_rank(1, folder)
+    os._exit(0)  # one time in ten Python's own exit aborts on a thread of gloo that still runs
 
 
 def test_two_ranks_take_the_step_of_one(tmp_path):
