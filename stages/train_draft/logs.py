@@ -4,7 +4,7 @@ leaves no trace in them; its progress, a bar on a terminal and a line every few 
     metrics.jsonl    one line for each logged step and each evaluation; the same bytes however often a run was killed
     timing.jsonl     what differs between runs of one recipe: seconds, tokens a second
 
-Each line ends with a checksum of itself and of the line before (see pipeline/checksummed_json.py), and a checkpoint
+Each line ends with a checksum of itself and of the line before (see pipeline/json_files.py), and a checkpoint
 records that of the last line before it. So a line that is changed, missing or from another run is found before its
 figures are used.
 """
@@ -33,7 +33,7 @@ from pipeline.runs.recipe import Resolved
 from pipeline.runs.split import Split
 from pipeline.target.text_config import logit_scale
 from pipeline.visible_text import visible
-from stages.train_draft.loader import Batch
+from stages.train_draft.batches import Batch
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 MAX_BYTES = 4 << 30

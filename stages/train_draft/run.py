@@ -38,6 +38,7 @@ from pipeline.runs.folder import (
 from pipeline.runs.recipe import Resolved, load_recipe, resolve
 from pipeline.runs.split import Split, split_samples, stratified_subset
 from pipeline.visible_text import VisibleConsole, visible
+from stages.train_draft.batches import Sampler
 from stages.train_draft.loader import BatchLoader, Prefetcher
 from stages.train_draft.logs import (
     METRICS,
@@ -229,7 +230,8 @@ class TrainingRun:
         self.digests = {"recipe": resolved.recipe.digest(), "cache": cache.digest, "split": split.digest}
         self.optimizer = make_optimizer(self.train.optimizer, draft)
         self.device = draft.device
-        self.loader = BatchLoader(cache, split, resolved.draft, self.train, keep_encoded=self.device.type != "cpu")
+        sampler = Sampler(cache, split, resolved.draft, self.train)
+        self.loader = BatchLoader(sampler, keep_encoded=self.device.type != "cpu")
         self.eval_samples = stratified_subset(cache, split.heldout, self.train.eval_samples) if cache.has_final else ()
         self.metrics, self.timing_log = MetricsLog(path / METRICS), MetricsLog(path / TIMING)
         self.step = 0

@@ -17,7 +17,8 @@ from torch.optim.adamw import adamw
 from pipeline.drafts import Blocks, Cell, Draft, metrics_of
 from pipeline.errors import ProofError, RoomError, first_line
 from pipeline.tensors import is_out_of_memory
-from stages.train_draft.loader import Batch, BatchLoader
+from stages.train_draft.batches import Batch
+from stages.train_draft.loader import BatchLoader
 
 WSD_TAIL, WSD_FLOOR = 0.2, 0.1
 BETAS, EPS = (0.9, 0.999), 1e-8  # no weight decay; no published recipe of these methods needs other values
@@ -61,7 +62,7 @@ class Trainer:
     """
 
     def __init__(self, draft: Draft, optimizer: "AdamW", loader: BatchLoader):
-        self.draft, self.optimizer, self.loader, self.train = draft, optimizer, loader, loader.train
+        self.draft, self.optimizer, self.loader, self.train = draft, optimizer, loader, loader.sampler.train
         self.device = draft.device
         self.blocks_per_pass: int | None = None
 
@@ -144,7 +145,7 @@ class Trainer:
 
     def _nonfinite_message(self, batch: Batch, scheduled: dict[str, float], loss: float, norm: float) -> str:
         """Return the error message, naming the samples whose own loss or gradient is not finite."""
-        culprits, alone = [], self.loader.batch(batch.step, alone=True)
+        culprits, alone = [], self.loader.sampler.batch(batch.step, alone=True)
         for name, cell, blocks in zip(batch.names, self.loader.read_all(alone), alone.blocks, strict=True):
             self.draft.zero_grad()
             total = self.add_gradients([cell], [blocks], scheduled, metrics=False).total

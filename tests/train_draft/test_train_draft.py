@@ -31,6 +31,7 @@ from pipeline.runs.folder import Evaluation
 from pipeline.runs.recipe import load_recipe, resolve
 from pipeline.runs.split import prompt_hash, split_by_prompt, split_samples, stratified_subset
 from stages.recode.run import run as recode
+from stages.train_draft.batches import Sampler
 from stages.train_draft.loader import BatchLoader, Prefetcher
 from stages.train_draft.logs import evaluation_text, run_description
 from stages.train_draft.run import make_draft, run, split_for
@@ -72,13 +73,13 @@ def prepared(cache, *sets):
     resolved = resolve(load_recipe(None, (*SMALL, *sets)), store)
     corpus = split_samples(store, resolved.draft.mask_token_id, resolved.recipe.train.heldout)
     resolved = resolved.with_steps(len(corpus.train))
-    loader = BatchLoader(store, corpus, resolved.draft, resolved.recipe.train)
+    loader = BatchLoader(Sampler(store, corpus, resolved.draft, resolved.recipe.train))
     return make_draft(resolved, store, CPU), loader
 
 
 def take_step(trainer: Trainer, number: int) -> dict | None:
     """Train on the batch of a step, read as it is needed."""
-    batch = trainer.loader.batch(number)
+    batch = trainer.loader.sampler.batch(number)
     return trainer.step(batch, trainer.loader.read_all(batch))
 
 
@@ -268,7 +269,7 @@ def test_a_batch_is_the_same_whenever_it_is_made(tiny_cache):
     _, other = prepared(tiny_cache)
 
     for step, (batch, cells) in enumerate(Prefetcher(loader, 3, 8), 3):
-        again = other.batch(step)
+        again = other.sampler.batch(step)
         assert again.names == batch.names
         for cell, cell2 in zip(cells, other.read_all(again), strict=True):
             assert torch.equal(cell.aux_KRD, cell2.aux_KRD)
@@ -278,10 +279,11 @@ def test_a_batch_is_the_same_whenever_it_is_made(tiny_cache):
 
 def test_every_sample_comes_once_an_epoch_with_fresh_anchors(tiny_cache):
     _, loader = prepared(tiny_cache, "train.batch=1", "train.anchors=3")
-    epochs = [[loader.batch(epoch * loader.per_epoch + at) for at in range(loader.per_epoch)] for epoch in (0, 1)]
+    sampler = loader.sampler
+    epochs = [[sampler.batch(epoch * sampler.per_epoch + at) for at in range(sampler.per_epoch)] for epoch in (0, 1)]
     names = [[batch.names[0] for batch in epoch] for epoch in epochs]
 
-    assert len(set(names[0])) == loader.per_epoch == len(loader.indices)
+    assert len(set(names[0])) == sampler.per_epoch == len(sampler.indices)
     assert sorted(names[0]) == sorted(names[1]) and names[0] != names[1]
     anchors = [{batch.names[0]: batch.blocks[0].anchors_N.tolist() for batch in epoch} for epoch in epochs]
     assert anchors[0] != anchors[1]
@@ -290,11 +292,11 @@ def test_every_sample_comes_once_an_epoch_with_fresh_anchors(tiny_cache):
 def test_a_long_sample_gives_a_window_with_true_positions(tiny_cache):
     _, loader = prepared(tiny_cache, "train.context=24", "train.batch=1")
     store = loader.cache
-    for step in range(loader.per_epoch):
-        batch = loader.batch(step)
+    for step in range(loader.sampler.per_epoch):
+        batch = loader.sampler.batch(step)
         cell, blocks = loader.read(batch, 0), batch.blocks[0]
         index = next(i for i in range(len(store)) if store.samples.hex(i) == batch.names[0])
-        whole = store.read(index, layers=loader.config.target_layer_ids)
+        whole = store.read(index, layers=loader.sampler.config.target_layer_ids)
         assert len(cell.ids_R) <= 24
         assert torch.equal(cell.ids_R, whole.ids[cell.pos_R])
         assert torch.equal(cell.aux_KRD, whole.aux[:, cell.pos_R])
@@ -306,7 +308,7 @@ def test_the_loss_and_its_gradient_do_not_depend_on_how_a_batch_is_cut(tiny_cach
     found = []
     for cut in ((), ("train.cells=3",), ("train.context=128",), ("train.cell_anchors=12",)):
         draft, loader = prepared(tiny_cache, "train.batch=8", *sets, *cut)
-        batch = loader.batch(0)
+        batch = loader.sampler.batch(0)
         shares = add_gradients(draft, loader, loader.read_all(batch), batch.blocks, 0.4, metrics=True)
         found.append((len(batch.cells), shares, gradients(draft)))
 
@@ -385,7 +387,7 @@ def test_the_cache_gives_the_loss_that_the_live_target_gives(tiny_cache, tiny_ta
     draft, loader = prepared(tiny_cache, *sets)
     target, layers = load_target(str(tiny_target)), draft.config.target_layer_ids
     for step in range(3):
-        batch = loader.batch(step)
+        batch = loader.sampler.batch(step)
         cells = list(loader.read_all(batch))
         cached = add_gradients(draft, loader, cells, batch.blocks, 0.3)
         lively = [replace(cell, **live(target, cell, layers)) for cell in cells]
@@ -404,8 +406,8 @@ def test_a_label_is_learned_from_the_state_before_it(tiny_cache):
     _, loader = prepared(tiny_cache, *sets)
     store = loader.cache
     place = {store.samples.hex(i): i for i in range(len(store))}
-    for step in range(loader.per_epoch):
-        batch = loader.batch(step)
+    for step in range(loader.sampler.per_epoch):
+        batch = loader.sampler.batch(step)
         for cell, blocks in zip(loader.read_all(batch), batch.blocks, strict=True):
             whole = store.read(place[cell.names[0]], final=True)
             kept = {row: at for at, row in enumerate(whole.final_rows.tolist())}
@@ -436,7 +438,7 @@ def test_bfloat16_arithmetic_stays_near_float32(tiny_cache, sets):
     losses = {}
     for dtype in ("float32", "bfloat16"):
         draft, loader = prepared(tiny_cache, f"train.dtype={dtype}", *sets)
-        batch = loader.batch(0)
+        batch = loader.sampler.batch(0)
         losses[dtype] = float(add_gradients(draft, loader, loader.read_all(batch), batch.blocks, 0.5).total)
         assert all(weight.dtype == torch.float32 for weight in draft.parameters())
 
