@@ -1,9 +1,8 @@
-"""The process of a command: its standard streams, signals, exit codes, and how waiting threads wait.
+"""What all commands share: their options, the order of help, exit codes, signals, and standard streams.
 
-An error becomes one line on standard error and an exit code; `--debug` also shows the traceback.
-
-Standard output and error survive a closed reader, so that a command finishes with its own exit code: otherwise `head`,
-a closed terminal or a full disk under a log would end a training, or hide that a cache is damaged.
+An error becomes one line on standard error and an exit code; `--debug` also shows the traceback. Standard output and
+error survive a closed reader, so that a command finishes with its own exit code: otherwise `head`, a closed terminal or
+a full disk under a log would end a training, or hide that a cache is damaged.
 """
 
 import errno
@@ -15,9 +14,12 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
+from functools import reduce
+from pathlib import Path
 
 import click
+from click import Choice, FloatRange, IntRange, option
 
 from pipeline.errors import PipelineError, RoomError, limit_error
 from pipeline.visible_text import print_visible, visible, visible_lines
@@ -38,9 +40,130 @@ READER_GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe has left, or a te
 NO_SPINNING = {"GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 WAIT_VARIABLES = ("OMP_WAIT_POLICY", *NO_SPINNING, "KMP_LIBRARY")
 
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
+PATH = click.Path(path_type=Path)
+
+
+class FolderPath(click.Path):
+    """A folder, or a path that does not exist. Refuses pipes too, on which opening would block."""
+
+    def convert(self, value, param, ctx) -> Path:
+        path = super().convert(value, param, ctx)
+        if (path.exists() or path.is_symlink()) and not path.is_dir():
+            self.fail(f"Directory {str(path)!r} is no folder.", param, ctx)
+        return path
+
+
+FOLDER = FolderPath(file_okay=False, path_type=Path)
+REPORT = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+class CodecOption(click.Option):
+    """`--codec`, whose help names the codecs there are: they are imported where it is shown."""
+
+    def get_help_record(self, ctx) -> tuple[str, str]:
+        from pipeline.cache.codecs import CODECS
+
+        *names, last = CODECS
+        option, text = super().get_help_record(ctx)
+        return option, f"{', '.join(names)} or {last}, {text}"
+
+
+ROLES = option(
+    "--roles",
+    multiple=True,
+    metavar="A=B",
+    callback=lambda ctx, option, pairs: ",".join(pairs) or None,
+    help="Read the role A of CORPUS as B, such as bard=assistant; may be repeated.",
+)
+TEMPLATE_KWARGS = option(
+    "--template-kwargs", metavar="JSON", help="Arguments of the chat template, such as '{\"enable_thinking\": false}'."
+)
+TEMPLATE_DATE = option("--template-date", metavar="DAY", help="The day that templates are told.  [default: 2024-07-26]")
+DEVICE = option("--device", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
+CACHE = click.argument("cache", type=FOLDER, default="hs_cache")
+
+
+def together(*options: Callable) -> Callable:
+    """Return one decorator for several options, which a command's help lists in this order."""
+    return lambda command: reduce(lambda decorated, each: each(decorated), reversed(options), command)
+
+
+# Of `plan` and `cache-hidden`: everything that decides what a cache holds.
+capture_options = together(
+    option("--model", required=True, help="Target: a hub name or a folder."),
+    option(
+        "--corpus",
+        help="JSON, JSONL, Parquet or Arrow, a folder of them, or a hub data set.  "
+        "[default: the chats beside a bundled target, else mlabonne/open-perfectblend]",
+    ),
+    ROLES,
+    option("--out", type=FOLDER, default="hs_cache", help="The cache's folder."),
+    option("--layers", help="Layers to keep, such as 1,9,17 (0 is the first, -1 the input)."),
+    option("--taps", type=IntRange(1), help="How many layers, evenly placed.  [default: 5; fewer of a shallow target]"),
+    option(
+        "--final", type=Choice(["needed", "all", "none"]), help="Rows whose final state is kept.  [default: needed]"
+    ),
+    option(
+        "--max-length", type=IntRange(2), help="Tokens a sample.  [default: 3072, or the target's positions if fewer]"
+    ),
+    option(
+        "--turns",
+        type=Choice(["last", "each"]),
+        help="Samples of a conversation whose template rewrites earlier turns: one, of the last turn, or one "
+        "for each turn behind the prompt it was answered to.  [default: each, where last loses over 5%]",
+    ),
+    TEMPLATE_KWARGS,
+    TEMPLATE_DATE,
+    option("--max-samples", type=IntRange(1), help="Stop reading the corpus after so many conversations."),
+    option("--batch-tokens", type=IntRange(1), help="Padded tokens a forward.  [default: 4096]"),
+    option("--budget", metavar="SIZE", help="Bytes the cache may take, such as 2TB or 1.5TiB."),
+    option(
+        "--methods", help="What will be trained, such as dflash,domino: a budget keeps what these read.  [default: all]"
+    ),
+    option("--seed", type=IntRange(0, 2**64 - 1), default=0, help="Decides which samples a budget takes."),
+    option("--codec", cls=CodecOption, help="or such as aux=int8,final=zstd.  [default: raw]"),
+    DEVICE,
+    option(
+        "--dtype",
+        type=Choice(["bfloat16", "float32"]),
+        help="Compute type.  [default: float32 on a CPU, else the target's]",
+    ),
+    option("--revision", help="Revision of a hub model."),
+    option("--append", is_flag=True, help="Add CORPUS to the cache: the samples that are not there yet."),
+)
+# Of `regenerate`: prompts, engine, sampling and request limits.
+regenerate_options = together(
+    option("--corpus", required=True, help="Conversations or prompts: files, a folder or a data set."),
+    ROLES,
+    option("--out", type=PATH, required=True, help="The corpus to write; its name ends with .jsonl."),
+    option("--endpoint", metavar="URL", help="An OpenAI-compatible server that runs the target."),
+    option("--model", help="The target's files: decodes here; with --endpoint, compares prompts."),
+    option("--served-model", help="The server's name of the target.  [default: the only one it lists]"),
+    option("--engine", type=Choice(["vllm", "sglang", "openai"]), help="The server's kind.  [default: as it says]"),
+    option("--api-key-env", default="OPENAI_API_KEY", help="The variable that holds the key."),
+    option("--temperature", type=float, default=0.0, help="At which replies are drawn; 0 is greedy."),
+    option(
+        "--top-p", type=float, default=1.0, help="Draw only from the likeliest tokens, up to this share of probability."
+    ),
+    option("--seed", type=IntRange(0), default=0, help="Decides what is drawn."),
+    option("--max-new", type=IntRange(1), default=2048, help="Tokens a reply at most."),
+    TEMPLATE_KWARGS,
+    TEMPLATE_DATE,
+    option("--max-samples", type=IntRange(1), help="Stop reading the corpus after so many rows."),
+    option("--no-token-ids", is_flag=True, help="Leave the tokens' ids out of the corpus."),
+    option("--concurrency", type=IntRange(1), default=32, help="Requests at once."),
+    option("--rate", type=FloatRange(0, min_open=True), help="Requests a minute at most."),
+    option("--retries", type=IntRange(0), default=8, help="How often a prompt is asked again."),
+    option("--timeout", type=FloatRange(0, min_open=True), default=600.0, help="Seconds to wait for a reply."),
+    option("--batch", type=IntRange(1), default=64, help="Prompts decoded here at once."),
+    DEVICE,
+    option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+)
+
 
 class CacheCommand(click.Command):
-    """A command whose errors name the cache in the `pipeline verify` they suggest: code below knows only a file of it.
+    """A command whose errors name the cache in the `pipeline verify` they suggest: the code within knows only a file.
 
     Refuses empty arguments, as an unset shell variable gives: they would select the default corpus or this folder.
     """
@@ -88,7 +211,8 @@ def _exit_on_signal(number, frame):
 def run_and_exit(commands: click.Group, arguments: list[str]) -> None:
     """Run a command line and exit: 0 done, 1 a bug or a failed proof, 2-5 typed errors, 129 / 130 / 143 stopped."""
     debug = "--debug" in arguments
-    protect_standard_streams()
+    disable_spin_waiting()
+    _protect_standard_streams()
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, _exit_on_signal)
@@ -97,8 +221,10 @@ def run_and_exit(commands: click.Group, arguments: list[str]) -> None:
     try:
         commands.main(arguments, prog_name="pipeline", standalone_mode=False)
         sys.stdout.flush()
-        if why := output_error():
-            raise RoomError(f"standard output: {why}; all else is done: make room, or print it to another place")
+        failed = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "failed", None)
+        if failed and failed.errno not in READER_GONE:
+            cause = f"standard output: {failed.strerror}"
+            raise RoomError(f"{cause}; all else is done: make room, or print it to another place")
     except (KeyboardInterrupt, click.exceptions.Abort):
         sys.exit(_print_error(f"interrupted; {_after_interrupt(arguments)}", 130, debug))
     except SystemExit as stop:
@@ -130,23 +256,19 @@ def _print_traceback(kind, error, trace):
     print_visible("".join(traceback.format_exception(kind, error, trace)), err=True)
 
 
+_format_warning = warnings.formatwarning
+
+
 def _escape_library_output() -> None:
     """Escape control characters in warnings and logs of libraries too: they may quote a model's config."""
     logging.setLogRecordFactory(_visible_record)
-    warnings.formatwarning = _visible_warning
+    warnings.formatwarning = lambda *given, **named: visible_lines(_format_warning(*given, **named))
 
 
 def _visible_record(*given, **named) -> logging.LogRecord:
     record = logging.LogRecord(*given, **named)
     record.msg, record.args = visible_lines(record.getMessage()), None
     return record
-
-
-_format_warning = warnings.formatwarning
-
-
-def _visible_warning(*given, **named) -> str:
-    return visible_lines(_format_warning(*given, **named))
 
 
 def _print_error(line: str, code: int, debug: bool) -> int:
@@ -170,25 +292,20 @@ class _DroppingFile(io.FileIO):
             return len(data)
 
 
-def protect_standard_streams() -> None:
+def _protect_standard_streams() -> None:
     """Protect the standard streams; point closed ones at /dev/null, or other files would get their descriptors.
 
     Streams that were replaced, as tests do, stay.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         current, original = getattr(sys, name), getattr(sys, f"__{name}__")
-        if current is None and not _is_open(number):
-            _open_devnull(number, os.O_WRONLY if number else os.O_RDONLY)
+        if current is None:
+            try:
+                os.fstat(number)
+            except OSError:  # closed
+                _open_devnull(number, os.O_WRONLY if number else os.O_RDONLY)
         if number and current is original:
             setattr(sys, name, _protected_stream(number, current))
-
-
-def _is_open(number: int) -> bool:
-    try:
-        os.fstat(number)
-    except OSError:
-        return False
-    return True
 
 
 def _open_devnull(number: int, flags: int) -> None:
@@ -209,13 +326,6 @@ def _protected_stream(number: int, stream) -> io.TextIOWrapper:
     encoding = getattr(stream, "encoding", None) or "utf-8"
     lines = raw.isatty() or number == 2
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=lines)
-
-
-def output_error() -> str | None:
-    """Return why standard output could not be written, None where it was or where its reader had closed it."""
-    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
-    failed = raw.failed if isinstance(raw, _DroppingFile) else None
-    return None if failed is None or failed.errno in READER_GONE else failed.strerror
 
 
 def disable_spin_waiting(environment: MutableMapping[str, str] = os.environ) -> None:
