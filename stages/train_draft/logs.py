@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pipeline.cache import HiddenCache
@@ -32,7 +31,7 @@ from pipeline.runs.folder import Evaluation, Result
 from pipeline.runs.recipe import Resolved
 from pipeline.runs.split import Split
 from pipeline.target.text_config import logit_scale
-from pipeline.visible_text import visible
+from pipeline.visible_text import VisibleConsole, visible
 from stages.train_draft.batches import Batch
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
@@ -90,10 +89,9 @@ class MetricsLog:
                 if not data.endswith(b"\n") or (last and not checksum):
                     raise ValueError("no line of a journal")
                 line = Line.model_validate(record)
-            except ValidationError:
-                return valid, f"line {number}: no line of a journal"
             except ValueError as error:
-                return valid, f"line {number}: {error}"
+                reason = "no line of a journal" if isinstance(error, ValidationError) else error
+                return valid, f"line {number}: {reason}"
             if line.step > step:
                 break
             valid.append((data, line, checksum))
@@ -146,15 +144,15 @@ class Throughput:
 class Display:
     """Prints the newest metrics of a run. A context manager."""
 
-    def __init__(self, out: Console, start: int, total_steps: int):
-        self.out, self.last = out, 0.0
+    def __init__(self, start: int, total_steps: int):
+        self.out, self.last = VisibleConsole(), 0.0
         columns = (
             MofNCompleteColumn(),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[text]}", markup=False),
             TimeElapsedColumn(),
         )
-        self.bar = Progress(*columns, console=out, transient=True) if out.is_terminal else None
+        self.bar = Progress(*columns, console=self.out, transient=True) if self.out.is_terminal else None
         self.task = self.bar.add_task("", total=total_steps, completed=start, text="") if self.bar else None
         self.total_steps = total_steps
 
@@ -178,7 +176,7 @@ class Display:
 
     def print_line(self, text: str) -> None:
         """Print a line above the bar, which stays."""
-        self.out.print(text, markup=False, soft_wrap=True)
+        self.out.print(text, soft_wrap=True)
 
 
 def metrics_text(metrics: dict, timing: dict) -> str:

@@ -37,7 +37,7 @@ from pipeline.runs.folder import (
 )
 from pipeline.runs.recipe import Resolved, load_recipe, resolve
 from pipeline.runs.split import Split, split_samples, stratified_subset
-from pipeline.visible_text import VisibleConsole, visible
+from pipeline.visible_text import print_visible, visible
 from stages.train_draft.batches import Sampler
 from stages.train_draft.loader import BatchLoader, Prefetcher
 from stages.train_draft.logs import (
@@ -114,25 +114,20 @@ def train_resolved(
     start: "InitialWeights | None" = None,
 ) -> TrainResult:
     """Train one resolved recipe in the folder `path`, or resume it there; print the result. Raises what `run` does."""
-    screen = VisibleConsole()
-
-    def show(line: str) -> None:
-        screen.print(line, markup=False, soft_wrap=True)
-
     with run_lock(path):
         differs = create_or_check(path, resolved, store, split, machine_facts(device), start)
         resolved = with_recorded_rope(path, resolved)
         result = read_result(path)
         if result is not None:
-            show(f"{visible(path)} is finished: nothing to do")
+            print_visible(f"{visible(path)} is finished: nothing to do")
         else:
             for line in run_description(path, store, split, resolved, device):
-                show(line)
+                print_visible(line)
             if start is not None:
-                show(visible(start.summary))
+                print_visible(visible(start.summary))
             if differs:
                 began = visible("; ".join(differs))
-                show(f"began with {began}: the run goes on, its last digits may differ")
+                print_visible(f"began with {began}: the run goes on, its last digits may differ")
             use_deterministic_kernels(device)
             samples = (store.tokens_of(int(index))[0] for index in split.train)
             draft = make_draft(resolved, store, device, start, samples)
@@ -140,14 +135,14 @@ def train_resolved(
             parameters, steps = sum(weight.numel() for weight in draft.parameters()), resolved.recipe.train.steps
             training = TrainingRun(path, store, split, resolved, draft)
             first = training.resume()
-            with GracefulStop() as stop, Display(screen, first, steps) as display:
+            with GracefulStop() as stop, Display(first, steps) as display:
                 begun = f"going on after step {first}" if first else "starting at step 0"
                 display.print_line(f"{parameters:,} parameters; {begun} of {steps}")
                 figures = training.fit(display, stop)
             accept_len = figures.accept_len if figures and figures.calls else None
             result = Result(steps=steps, parameters=parameters, accept_len=accept_len, eval=figures)
             write_result(path, result)
-    show(summary(path, store, result))
+    print_visible(summary(path, store, result))
     return TrainResult(path, result.steps, result.accept_len)
 
 
