@@ -49,7 +49,10 @@ def run(options: Options) -> dict:
     head = {"regenerated": record.model_dump(exclude={"stops"}), "corpus": _corpus(options)}
     counts, started = ReplyCounts(), time.monotonic()
     with Journal(_sibling(options.out, "journal"), head) as journal:
-        _check_out(options.out, journal)
+        if options.out.exists() and not len(journal):
+            raise UsageError(
+                f"{options.out} is there, and {journal.path.name} knows nothing of it; name another --out or remove it"
+            )
         counts.from_earlier_runs = len(journal)
         if journal.damaged:
             print(
@@ -122,14 +125,6 @@ def _record(options: Options, endpoint, folder: Path | None) -> Regenerated:
         template_date=options.template_date,
         max_tokens=options.max_new,
     )
-
-
-def _check_out(out: Path, journal: Journal) -> None:
-    """UsageError where the output exists and the journal is empty: it is not ours to overwrite."""
-    if out.exists() and not len(journal):
-        raise UsageError(
-            f"{out} is there, and {journal.path.name} knows nothing of it; name another --out or remove it"
-        )
 
 
 def _ask(

@@ -110,34 +110,28 @@ class MetricsLog:
 
 
 class Throughput:
-    """The speed of a run since it (re)started: context rows and steps over seconds spent training."""
+    """The speed of a run since it (re)started: context rows and steps over seconds spent training.
+
+    excluded: seconds of evaluating and saving, which are left out.
+    """
 
     def __init__(self, start: int, total_steps: int):
-        self.start = self.step = start
-        self.total_steps = total_steps
+        self.start, self.total_steps = start, total_steps
         self.began = time.perf_counter()
         self.rows, self.excluded = 0, 0.0
 
-    def count(self, batch: Batch) -> None:
-        """Add a batch that was trained on."""
-        self.step, self.rows = batch.step + 1, self.rows + batch.rows
-
-    def exclude(self, seconds: float) -> None:
-        """Leave `seconds` of evaluating and saving out of the speed."""
-        self.excluded += seconds
-
-    def timing(self, waited: float) -> dict[str, float]:
-        """Return seconds, seconds a step, context rows a second, the fraction of time spent waiting for data, and
-        the seconds still to go. `waited`: seconds waited for data in all.
-        """
+    def count(self, batch: Batch, waited: float) -> dict[str, float]:
+        """Add a batch that was trained on; return seconds, seconds a step, context rows a second, the fraction of time
+        spent waiting for data, and the seconds still to go. `waited`: seconds waited for data in all."""
+        self.rows += batch.rows
         seconds = max(1e-9, time.perf_counter() - self.began - self.excluded)
-        step_seconds = seconds / max(1, self.step - self.start)
+        step_seconds = seconds / (batch.step + 1 - self.start)
         return {
             "seconds": round(seconds, 3),
             "step_seconds": round(step_seconds, 5),
             "tokens_s": round(self.rows / seconds, 1),
             "data_wait": round(waited / seconds, 4),
-            "eta": round(step_seconds * (self.total_steps - self.step), 1),
+            "eta": round(step_seconds * (self.total_steps - batch.step - 1), 1),
         }
 
 

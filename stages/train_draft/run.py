@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from pipeline import tensors
 from pipeline.cache import HiddenCache
 from pipeline.drafts import DRAFTS, Draft, init_weights
 from pipeline.errors import CacheError, RoomError, UsageError, first_line
@@ -37,6 +36,7 @@ from pipeline.runs.folder import (
 )
 from pipeline.runs.recipe import Resolved, load_recipe, resolve
 from pipeline.runs.split import Split, split_samples, stratified_subset
+from pipeline.tensors import find_device, is_out_of_memory
 from pipeline.visible_text import print_visible, visible
 from stages.train_draft.batches import Sampler
 from stages.train_draft.loader import BatchLoader, Prefetcher
@@ -167,16 +167,10 @@ def make_draft(
             start.load_into(draft)
         return draft.to(device).train()
     except RuntimeError as error:
-        if not tensors.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         cause = first_line(error)
         raise RoomError(f"the draft does not fit into memory ({cause}); make its sizes in [draft] smaller") from error
-
-
-def find_device(device: str | None) -> torch.device:
-    """Return the device asked for, else CUDA if there is one. Raises UsageError for one that is not there."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
-    return tensors.find_device(device)
 
 
 def machine_facts(device: torch.device) -> dict[str, str]:
@@ -275,8 +269,7 @@ class TrainingRun:
                         f"out of memory: from step {batch.step + 1} on {trainer.blocks_per_pass} blocks at a time"
                     )
                 self.step = batch.step + 1
-                throughput.count(batch)
-                timing = throughput.timing(batches.waited)
+                timing = throughput.count(batch, batches.waited)
                 if metrics:
                     self.metrics.write(metrics)
                     self.timing_log.write({"step": self.step, **timing})
@@ -285,7 +278,7 @@ class TrainingRun:
                 if self.step % self.train.save_every == 0 or self.step == self.train.steps:
                     self.save()
                 self._evaluate(display, stop)
-                throughput.exclude(time.perf_counter() - began)
+                throughput.excluded += time.perf_counter() - began
         finally:
             batches.close()
         return self._evaluated()
@@ -327,6 +320,7 @@ class TrainingRun:
 def use_deterministic_kernels(device: torch.device) -> None:
     """Make PyTorch use deterministic CUDA kernels. CPU kernels are deterministic for a given number of threads."""
     if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
         torch.use_deterministic_algorithms(True, warn_only=True)
         # cuDNN would otherwise compute a GRU in TF32, unlike every other product of a float32 draft.
         torch.backends.cudnn.allow_tf32 = False

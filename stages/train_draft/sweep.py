@@ -28,8 +28,9 @@ from pipeline.runs.cache_requirements import check_complete
 from pipeline.runs.folder import default_folder, read_result
 from pipeline.runs.recipe import Recipe, Resolved, make_recipe, read_toml, resolve
 from pipeline.runs.split import Split
+from pipeline.tensors import find_device
 from pipeline.visible_text import print_visible, visible
-from stages.train_draft.run import find_device, split_for, train_resolved
+from stages.train_draft.run import split_for, train_resolved
 
 if TYPE_CHECKING:
     from pipeline.published.init_from import InitialDraft, InitialWeights
