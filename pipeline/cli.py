@@ -11,7 +11,8 @@ import click
 from click import Choice, FloatRange, IntRange, argument, option
 
 from pipeline import __version__
-from pipeline.cli_base import (
+from pipeline.errors import CacheError, ProofError, UsageError
+from pipeline.options import (
     CACHE,
     DEVICE,
     FOLDER,
@@ -24,7 +25,6 @@ from pipeline.cli_base import (
     regenerate_options,
     run_and_exit,
 )
-from pipeline.errors import CacheError, ProofError, UsageError
 from pipeline.visible_text import VisibleConsole, print_visible, visible
 
 

@@ -19,7 +19,7 @@ ALLOWED = {
     "pipeline/published/export.py": {"dflash_config"},
     "pipeline/published/folder.py": {"dflash_module"},
     "pipeline/runs/recipe.py": {"domino", "configs/domino.toml"},  # the default method
-    "pipeline/cli_base.py": {"dflash,domino"},
+    "pipeline/options.py": {"dflash,domino"},
 }
 
 
