@@ -22,7 +22,7 @@ from generate import DOMAINS, converse
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.target.chat_template import load_tokenizer
-from stages.regenerate.options import Options
+from stages.regenerate.prompts import Options
 from stages.regenerate.run import run
 
 SEED = 21

@@ -1,6 +1,6 @@
 """The command line: one command a stage, in workflow order.
 
-The only entry point: it imports the stages inside command bodies, so that `--help` is quick and imports no torch.
+It imports the stages inside command bodies, so that `--help` is quick and imports no torch.
 """
 
 import contextlib
@@ -12,12 +12,23 @@ from click import Choice, FloatRange, IntRange, argument, option
 
 from pipeline import __version__
 from pipeline.errors import CacheError, ProofError, UsageError
-from pipeline.options import CACHE, DEVICE, FOLDER, PATH, REPORT, CodecOption, capture_options, regenerate_options
-from pipeline.process import InWorkflowOrder, disable_spin_waiting, run_and_exit
+from pipeline.options import (
+    CACHE,
+    DEVICE,
+    FOLDER,
+    HELP,
+    PATH,
+    REPORT,
+    CodecOption,
+    InWorkflowOrder,
+    capture_options,
+    regenerate_options,
+    run_and_exit,
+)
 from pipeline.visible_text import VisibleConsole, print_visible, visible
 
 
-@click.group(cls=InWorkflowOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=InWorkflowOrder, context_settings=HELP)
 @click.version_option(__version__, prog_name="pipeline")
 @option("--debug", is_flag=True, help="Show the whole trace of an error.")
 def commands(debug: bool):
@@ -40,7 +51,7 @@ def regenerate(template_kwargs, template_date, no_token_ids, as_json, **chosen):
     is complete.
     """
     from pipeline.target.files import template_arguments
-    from stages.regenerate.options import Options
+    from stages.regenerate.prompts import Options
     from stages.regenerate.run import check_failed, run, table
 
     arguments = template_arguments(template_kwargs, template_date)
@@ -148,12 +159,12 @@ def recode(cache, codec):
 
 @commands.command("import-cache")
 @argument("source", type=FOLDER)
-@option("--out", type=FOLDER, default="hs_cache", show_default=True, help="The cache's folder.")
+@option("--out", type=FOLDER, default="hs_cache", help="The cache's folder.")
 @option("--model", help="The target that made the states: a folder, or a hub name.")
 @option("--layers", help="The layers in the files, in their order and counting, where no file names them.")
 @option(
     "--count-from",
-    type=Choice(["0", "1"]),
+    type=Choice([0, 1]),
     help="What the first decoder layer's output is called there.  [default: as it proves]",
 )
 @option(
@@ -164,7 +175,7 @@ def recode(cache, codec):
 @option("--masks", type=FOLDER, help="speculators' prepared data set, which has the loss masks.")
 @option("--unproven", is_flag=True, help="Compute nothing: take what is said of the files for true.")
 @DEVICE
-def import_cache(source, out, count_from, **chosen):
+def import_cache(source, out, **chosen):
     """Import the states that another trainer cached.
 
     SOURCE is a folder of SpecForge's *.ckpt, of speculators' hs_<i>.safetensors, or DeepSpec's target cache. The target
@@ -173,12 +184,12 @@ def import_cache(source, out, count_from, **chosen):
     """
     from stages.import_cache.run import run
 
-    run(source, out, count_from=None if count_from is None else int(count_from), **chosen)
+    run(source, out, **chosen)
 
 
 @commands.command("train-draft")
 @argument("recipe", type=PATH, required=False)
-@option("--cache", type=FOLDER, default="hs_cache", show_default=True, help="The cache to train from.")
+@option("--cache", type=FOLDER, default="hs_cache", help="The cache to train from.")
 @option("--set", "sets", multiple=True, metavar="A.B=C", help="Change one field of the recipe.")
 @option("--out", type=FOLDER, help="The run's folder.  [default: runs/METHOD-DIGEST]")
 @DEVICE
@@ -195,7 +206,7 @@ def train_draft(recipe, cache, sets, out, device, init_from):
 
 @commands.command()
 @argument("recipe", type=PATH)
-@option("--cache", type=FOLDER, default="hs_cache", show_default=True, help="The cache to train from.")
+@option("--cache", type=FOLDER, default="hs_cache", help="The cache to train from.")
 @option("--set", "sets", multiple=True, metavar="A.B=C", help="Change one field of every run's recipe.")
 @option("--out", type=FOLDER, help="The folder for the runs' folders.  [default: runs]")
 @DEVICE
@@ -223,13 +234,13 @@ def sweep(recipe, as_json, init_from, **chosen):
 @option("--model", help="The target.  [default: the one the cache was made with]")
 @option("--cache", type=FOLDER, help="The cache.  [default: the one the draft was trained on]")
 @option("--prompts", type=PATH, help="JSONL of messages.  [default: the cache's held-out split]")
-@option("--count", type=IntRange(1), default=64, show_default=True, help="Prompts, spread over domains.")
-@option("--max-new", type=IntRange(1), default=64, show_default=True, help="Tokens a reply at most.")
-@option("--temperature", type=float, default=0.0, show_default=True, help="Also draw replies, at this one.")
+@option("--count", type=IntRange(1), default=64, help="Prompts, spread over domains.")
+@option("--max-new", type=IntRange(1), default=64, help="Tokens a reply at most.")
+@option("--temperature", type=float, default=0.0, help="Also draw replies, at this one.")
 @option("--draft-temperature", type=float, help="Of the draft; 0 is greedy.  [default: the same]")
-@option("--seed", default=0, show_default=True, help="Decides what is drawn.")
+@option("--seed", default=0, help="Decides what is drawn.")
 @option("--threshold", type=FloatRange(0, 1), default=0.0, help="Cut blocks below this confidence.")
-@option("--batch", type=IntRange(1), default=1, show_default=True, help="Prompts decoded at once.")
+@option("--batch", type=IntRange(1), default=1, help="Prompts decoded at once.")
 @option("--plain", type=PATH, help="Keep the target's own replies here, for other drafts.")
 @DEVICE
 @option("--out", type=PATH, help="Write the report here, as JSON.")
@@ -258,7 +269,6 @@ def evaluate(draft, as_json, temperature, draft_temperature, seed, **chosen):
     "form",
     type=Choice(["sglang", "speculators"]),
     default="sglang",
-    show_default=True,
     help="sglang, or speculators, which vLLM reads; a draft that the engine has no method for is refused.",
 )
 def export(draft, out, form):
@@ -337,5 +347,4 @@ def show(report: dict, as_json: bool, table) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 a bug or a failed proof, 2-5 typed errors, 129 / 130 / 143 stopped."""
-    disable_spin_waiting()
     run_and_exit(commands, sys.argv[1:] if arguments is None else arguments)

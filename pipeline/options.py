@@ -1,11 +1,46 @@
-"""Command-line options: path types, the capture options that commands share, and those of `regenerate`."""
+"""What all commands share: their options, the order of help, exit codes, signals, and standard streams.
 
-from collections.abc import Callable
+An error becomes one line on standard error and an exit code; `--debug` also shows the traceback. Standard output and
+error survive a closed reader, so that a command finishes with its own exit code: otherwise `head`, a closed terminal or
+a full disk under a log would end a training, or hide that a cache is damaged.
+"""
+
+import errno
+import io
+import logging
+import os
+import shlex
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, MutableMapping
+from functools import reduce
 from pathlib import Path
 
 import click
 from click import Choice, FloatRange, IntRange, option
 
+from pipeline.errors import PipelineError, RoomError, limit_error
+from pipeline.visible_text import print_visible, visible, visible_lines
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # exit codes 143, and 129 for a terminal that was closed
+RESUMABLE = "what is finished is kept, and the same command goes on from there"
+NOTHING_WRITTEN = "nothing was written, and the same command starts again"
+# Commands that write all or nothing; the others resume.
+AFTER_INTERRUPT = dict.fromkeys(("inspect", "export", "check-export", "report"), NOTHING_WRITTEN)
+AFTER_INTERRUPT["regenerate"] = "every reply so far is kept, and the same command asks for the others"
+AFTER_INTERRUPT["evaluate"] = "no report was written, and the same command starts again"  # --plain may have its replies
+READER_GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe has left, or a terminal was closed
+
+# OpenMP's runtimes let a waiting thread spin for milliseconds. On a shared core it then displaces the very thread that
+# it waits for: a capture on two cores beside one busy process took several times as long as with one thread. Measured
+# by `tests/bench/busy.py`: on two quiet cores a spin count of 1,000 saves a few percent, beside a busy process it costs
+# 10 to 20 %. GNU's runtime counts iterations, Intel's and LLVM's milliseconds.
+NO_SPINNING = {"GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+WAIT_VARIABLES = ("OMP_WAIT_POLICY", *NO_SPINNING, "KMP_LIBRARY")
+
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 PATH = click.Path(path_type=Path)
 
 
@@ -44,19 +79,14 @@ ROLES = option(
 TEMPLATE_KWARGS = option(
     "--template-kwargs", metavar="JSON", help="Arguments of the chat template, such as '{\"enable_thinking\": false}'."
 )
-DEVICE = option("--device", help="cpu, cuda ...  [default: cuda if there is one]")
+TEMPLATE_DATE = option("--template-date", metavar="DAY", help="The day that templates are told.  [default: 2024-07-26]")
+DEVICE = option("--device", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
 CACHE = click.argument("cache", type=FOLDER, default="hs_cache")
 
 
 def together(*options: Callable) -> Callable:
     """Return one decorator for several options, which a command's help lists in this order."""
-
-    def decorate(command):
-        for each in reversed(options):
-            command = each(command)
-        return command
-
-    return decorate
+    return lambda command: reduce(lambda decorated, each: each(decorated), reversed(options), command)
 
 
 # Of `plan` and `cache-hidden`: everything that decides what a cache holds.
@@ -68,7 +98,7 @@ capture_options = together(
         "[default: the chats beside a bundled target, else mlabonne/open-perfectblend]",
     ),
     ROLES,
-    option("--out", type=FOLDER, default="hs_cache", show_default=True, help="The cache's folder."),
+    option("--out", type=FOLDER, default="hs_cache", help="The cache's folder."),
     option("--layers", help="Layers to keep, such as 1,9,17 (0 is the first, -1 the input)."),
     option("--taps", type=IntRange(1), help="How many layers, evenly placed.  [default: 5; fewer of a shallow target]"),
     option(
@@ -84,22 +114,16 @@ capture_options = together(
         "for each turn behind the prompt it was answered to.  [default: each, where last loses over 5%]",
     ),
     TEMPLATE_KWARGS,
-    option("--template-date", metavar="DAY", help="The day that templates are told.  [default: 2024-07-26]"),
+    TEMPLATE_DATE,
     option("--max-samples", type=IntRange(1), help="Stop reading the corpus after so many conversations."),
     option("--batch-tokens", type=IntRange(1), help="Padded tokens a forward.  [default: 4096]"),
     option("--budget", metavar="SIZE", help="Bytes the cache may take, such as 2TB or 1.5TiB."),
     option(
         "--methods", help="What will be trained, such as dflash,domino: a budget keeps what these read.  [default: all]"
     ),
-    option(
-        "--seed",
-        type=IntRange(0, 2**64 - 1),
-        default=0,
-        show_default=True,
-        help="Decides which samples a budget takes.",
-    ),
+    option("--seed", type=IntRange(0, 2**64 - 1), default=0, help="Decides which samples a budget takes."),
     option("--codec", cls=CodecOption, help="or such as aux=int8,final=zstd.  [default: raw]"),
-    option("--device", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]"),
+    DEVICE,
     option(
         "--dtype",
         type=Choice(["bfloat16", "float32"]),
@@ -117,34 +141,197 @@ regenerate_options = together(
     option("--model", help="The target's files: decodes here; with --endpoint, compares prompts."),
     option("--served-model", help="The server's name of the target.  [default: the only one it lists]"),
     option("--engine", type=Choice(["vllm", "sglang", "openai"]), help="The server's kind.  [default: as it says]"),
-    option("--api-key-env", default="OPENAI_API_KEY", show_default=True, help="The variable that holds the key."),
+    option("--api-key-env", default="OPENAI_API_KEY", help="The variable that holds the key."),
+    option("--temperature", type=float, default=0.0, help="At which replies are drawn; 0 is greedy."),
     option(
-        "--temperature", type=float, default=0.0, show_default=True, help="At which replies are drawn; 0 is greedy."
+        "--top-p", type=float, default=1.0, help="Draw only from the likeliest tokens, up to this share of probability."
     ),
-    option(
-        "--top-p",
-        type=float,
-        default=1.0,
-        show_default=True,
-        help="Draw only from the likeliest tokens, up to this share of probability.",
-    ),
-    option("--seed", type=IntRange(0), default=0, show_default=True, help="Decides what is drawn."),
-    option("--max-new", type=IntRange(1), default=2048, show_default=True, help="Tokens a reply at most."),
+    option("--seed", type=IntRange(0), default=0, help="Decides what is drawn."),
+    option("--max-new", type=IntRange(1), default=2048, help="Tokens a reply at most."),
     TEMPLATE_KWARGS,
-    option("--template-date", metavar="DAY", help="The day that the template is told.  [default: 2024-07-26]"),
+    TEMPLATE_DATE,
     option("--max-samples", type=IntRange(1), help="Stop reading the corpus after so many rows."),
     option("--no-token-ids", is_flag=True, help="Leave the tokens' ids out of the corpus."),
-    option("--concurrency", type=IntRange(1), default=32, show_default=True, help="Requests at once."),
+    option("--concurrency", type=IntRange(1), default=32, help="Requests at once."),
     option("--rate", type=FloatRange(0, min_open=True), help="Requests a minute at most."),
-    option("--retries", type=IntRange(0), default=8, show_default=True, help="How often a prompt is asked again."),
-    option(
-        "--timeout",
-        type=FloatRange(0, min_open=True),
-        default=600.0,
-        show_default=True,
-        help="Seconds to wait for a reply.",
-    ),
-    option("--batch", type=IntRange(1), default=64, show_default=True, help="Prompts decoded here at once."),
+    option("--retries", type=IntRange(0), default=8, help="How often a prompt is asked again."),
+    option("--timeout", type=FloatRange(0, min_open=True), default=600.0, help="Seconds to wait for a reply."),
+    option("--batch", type=IntRange(1), default=64, help="Prompts decoded here at once."),
     DEVICE,
     option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
 )
+
+
+class CacheCommand(click.Command):
+    """A command whose errors name the cache in the `pipeline verify` they suggest: the code within knows only a file.
+
+    Refuses empty arguments, as an unset shell variable gives: they would select the default corpus or this folder.
+    """
+
+    def parse_args(self, ctx, args):
+        before = ""
+        for argument in args:
+            name, is_empty, rest = argument.partition("=")
+            if not argument or (is_empty and not rest and name.startswith("--")):
+                named = name if argument else before
+                of_option = f" of {named}" if named.startswith("-") else ""
+                raise click.UsageError(f"the value{of_option} is empty; is the variable set that it comes from?", ctx)
+            before = argument
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except PipelineError as error:
+            cache = ctx.params.get("out" if {"corpus", "source"} & ctx.params.keys() else "cache")
+            named = f"`{shlex.join(['pipeline', 'verify', str(cache)])}`"
+            error.args = (str(error).replace("`pipeline verify`", named) if cache else str(error),)
+            raise
+
+
+class InWorkflowOrder(click.Group):
+    """A group that lists its commands in workflow order, not alphabetically."""
+
+    command_class = CacheCommand
+
+    def list_commands(self, ctx):
+        return list(self.commands)
+
+
+def _after_interrupt(arguments: list[str]) -> str:
+    """Return what an interrupted command has left, and what running it again does."""
+    command = next((argument for argument in arguments if not argument.startswith("-")), "")
+    return AFTER_INTERRUPT.get(command, RESUMABLE)
+
+
+def _exit_on_signal(number, frame):
+    raise SystemExit(128 + number)
+
+
+def run_and_exit(commands: click.Group, arguments: list[str]) -> None:
+    """Run a command line and exit: 0 done, 1 a bug or a failed proof, 2-5 typed errors, 129 / 130 / 143 stopped."""
+    debug = "--debug" in arguments
+    disable_spin_waiting()
+    _protect_standard_streams()
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _exit_on_signal)
+    sys.excepthook = _print_traceback if debug else _print_bug
+    _escape_library_output()
+    try:
+        commands.main(arguments, prog_name="pipeline", standalone_mode=False)
+        sys.stdout.flush()
+        failed = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "failed", None)
+        if failed and failed.errno not in READER_GONE:
+            cause = f"standard output: {failed.strerror}"
+            raise RoomError(f"{cause}; all else is done: make room, or print it to another place")
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        sys.exit(_print_error(f"interrupted; {_after_interrupt(arguments)}", 130, debug))
+    except SystemExit as stop:
+        number = next((number for number in STOP_SIGNALS if stop.code == 128 + number), None)
+        if number is None:
+            raise
+        sys.exit(_print_error(f"stopped by {number.name}; {_after_interrupt(arguments)}", stop.code, debug))
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(2)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "pipeline"
+        sys.exit(_print_error(f"error: {error.format_message()} (`{command} --help` lists what there is)", 2, debug))
+    except PipelineError as error:
+        sys.exit(_print_error(f"error: {error}", error.code, debug))
+    except (OSError, MemoryError, RuntimeError) as error:  # a limit of the machine is not a bug
+        known = limit_error(getattr(error, "filename", None) or "the command stopped", error)
+        if known is None:
+            raise
+        sys.exit(_print_error(f"error: {known}", known.code, debug))
+
+
+def _print_bug(kind, error, trace):
+    """Print an unexpected error as one line; Python then exits with 1."""
+    print_visible(f"bug: {kind.__name__}: {visible(error)} (the trace: `pipeline --debug ...`)", err=True)
+
+
+def _print_traceback(kind, error, trace):
+    print_visible("".join(traceback.format_exception(kind, error, trace)), err=True)
+
+
+_format_warning = warnings.formatwarning
+
+
+def _escape_library_output() -> None:
+    """Escape control characters in warnings and logs of libraries too: they may quote a model's config."""
+    logging.setLogRecordFactory(_visible_record)
+    warnings.formatwarning = lambda *given, **named: visible_lines(_format_warning(*given, **named))
+
+
+def _visible_record(*given, **named) -> logging.LogRecord:
+    record = logging.LogRecord(*given, **named)
+    record.msg, record.args = visible_lines(record.getMessage()), None
+    return record
+
+
+def _print_error(line: str, code: int, debug: bool) -> int:
+    if debug:
+        print_visible(traceback.format_exc(), err=True)
+    print_visible(visible(line), err=True)
+    return code
+
+
+class _DroppingFile(io.FileIO):
+    """The raw file of a standard stream. After a failed write output is dropped; `failed` is the first error."""
+
+    failed: OSError | None = None
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failed = self.failed or error
+            _open_devnull(self.fileno(), os.O_WRONLY)
+            return len(data)
+
+
+def _protect_standard_streams() -> None:
+    """Protect the standard streams; point closed ones at /dev/null, or other files would get their descriptors.
+
+    Streams that were replaced, as tests do, stay.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        current, original = getattr(sys, name), getattr(sys, f"__{name}__")
+        if current is None:
+            try:
+                os.fstat(number)
+            except OSError:  # closed
+                _open_devnull(number, os.O_WRONLY if number else os.O_RDONLY)
+        if number and current is original:
+            setattr(sys, name, _protected_stream(number, current))
+
+
+def _open_devnull(number: int, flags: int) -> None:
+    """Point a descriptor at /dev/null."""
+    null = os.open(os.devnull, flags)
+    if null != number:
+        os.dup2(null, number)
+        os.close(null)
+    os.set_inheritable(number, True)
+
+
+def _protected_stream(number: int, stream) -> io.TextIOWrapper:
+    """Return a text stream on a descriptor, buffered as the stream that it replaces."""
+    if stream is not None:
+        stream.flush()
+    raw = _DroppingFile(number, "w", closefd=False)
+    # Escape what the encoding lacks: a lone surrogate of a file name, a letter on an ASCII terminal.
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    lines = raw.isatty() or number == 2
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=lines)
+
+
+def disable_spin_waiting(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Make waiting threads sleep, here and in child processes, unless the environment already sets a wait policy.
+
+    Call it before torch is imported: the runtime reads the environment once, when it is loaded.
+    """
+    if not any(name in environment for name in WAIT_VARIABLES):
+        environment.update(NO_SPINNING)

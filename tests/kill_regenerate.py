@@ -26,7 +26,7 @@ import openai  # noqa: F401  everything is imported before the first fork
 from chat_server import FAULTS, ChatServer, reply_to
 from tiny import write_jsonl
 
-from stages.regenerate.options import Options
+from stages.regenerate.prompts import Options
 from stages.regenerate.run import run
 
 os.fsync = lambda fd: None  # for power cuts; what a killed process wrote the system still has

@@ -17,8 +17,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from pipeline.corpus.rejections import Unusable
 from pipeline.errors import UsageError, first_line
-from stages.regenerate.options import Options
-from stages.regenerate.prompts import Failure, Job, Renderer
+from stages.regenerate.prompts import Failure, Job, Options, Renderer
 from stages.regenerate.replies import Malformed, Reply, read_answer
 
 RETRIED_STATUS = {408, 409, 425, 429}  # and every 5xx
@@ -36,11 +35,14 @@ class Endpoint:
     def __init__(self, options: Options):
         self.options, self.url = options, _base_url(options.endpoint)
         self.shown_url, self._key = _without_secrets(self.url), os.environ.get(options.api_key_env) or "none"
+        self.openai, self.pace = _openai(), _RateLimiter(options.rate)
+        self.unanswered = 0  # rows given up since the last reply
         self.model, self.engine = asyncio.run(self._find_model())
 
     def ask(self, jobs: Iterator[Job], renderer: Renderer | None, on_reply: Callable, on_failure: Callable) -> None:
         """Request all replies turn by turn; call `on_reply(job, reply)`, or `on_failure(failure)` once a job."""
-        asyncio.run(_RequestPool(self, renderer, on_reply, on_failure).all(jobs))
+        self.renderer, self.on_reply, self.on_failure = renderer, on_reply, on_failure
+        asyncio.run(self._ask_all(jobs))
 
     async def _find_model(self) -> tuple[str, str]:
         """Return the model's name on the server, and which engine that is."""
@@ -50,7 +52,11 @@ class Endpoint:
             except Exception as error:
                 if self.options.served_model and getattr(error, "status_code", None) in (404, 405):
                     return self.options.served_model, self.options.engine or "openai"  # a server without that list
-                raise UsageError(self._unreachable(error)) from error
+                cause = self.without_key(first_line(f"{type(error).__name__}: {error}"))
+                raise UsageError(
+                    f"{self.shown_url} does not list its models ({cause}); check --endpoint, the server and the key in "
+                    f"{self.options.api_key_env}"
+                ) from error
         named = {model.id: model for model in listed}
         wanted = self.options.served_model or (next(iter(named)) if len(named) == 1 else None)
         if wanted not in named:
@@ -61,11 +67,6 @@ class Endpoint:
         owner = str(getattr(named[wanted], "owned_by", ""))
         return wanted, self.options.engine or (owner if owner in ("vllm", "sglang") else "openai")
 
-    def _unreachable(self, error: Exception) -> str:
-        cause = self.without_key(first_line(f"{type(error).__name__}: {error}"))
-        key = self.options.api_key_env
-        return f"{self.shown_url} does not list its models ({cause}); check --endpoint, the server and the key in {key}"
-
     def without_key(self, text: str) -> str:
         """Return a server's message fit to print: without the API key, which some quote, or control characters."""
         text = text if self._key == "none" else text.replace(self._key, "***")
@@ -74,9 +75,8 @@ class Endpoint:
     @contextlib.asynccontextmanager
     async def client(self):
         """Yield a client of the server that does not retry by itself: `_answer` does, and counts."""
-        openai = _openai()
-        direct = {"http_client": openai.DefaultAsyncHttpxClient(trust_env=False)} if _is_local(self.url) else {}
-        async with openai.AsyncOpenAI(
+        direct = {"http_client": self.openai.DefaultAsyncHttpxClient(trust_env=False)} if _is_local(self.url) else {}
+        async with self.openai.AsyncOpenAI(
             base_url=self.url, api_key=self._key, max_retries=0, timeout=self.options.timeout, **direct
         ) as client:
             yield client
@@ -100,19 +100,8 @@ class Endpoint:
             "extra_body": more,
         }
 
-
-class _RequestPool:
-    """One run's requests: workers that share the jobs, a rate limiter and a count of rows given up in a row."""
-
-    def __init__(self, endpoint: Endpoint, renderer: Renderer | None, on_reply: Callable, on_failure: Callable):
-        self.endpoint, self.options, self.renderer = endpoint, endpoint.options, renderer
-        self.on_reply, self.on_failure = on_reply, on_failure
-        self.pace = _RateLimiter(self.options.rate)
-        self.unanswered = 0  # rows given up since the last reply
-        self.openai = _openai()
-
-    async def all(self, jobs: Iterator[Job]) -> None:
-        async with self.endpoint.client() as client:
+    async def _ask_all(self, jobs: Iterator[Job]) -> None:
+        async with self.client() as client:
             tasks = [asyncio.create_task(self._work(client, jobs)) for _ in range(self.options.concurrency)]
             try:
                 await asyncio.gather(*tasks)
@@ -132,7 +121,7 @@ class _RequestPool:
 
     async def _answer(self, client, job: Job) -> Reply | Failure:
         """Return the reply to a job's next prompt, retried as far as the options allow, or the failure."""
-        request, cause = self.endpoint.request(job), ""
+        request, cause = self.request(job), ""
         for attempt in range(self.options.retries + 1):
             await self.pace.wait()
             try:
@@ -151,15 +140,16 @@ class _RequestPool:
                 self.unanswered = 0
                 self._check_prompt(job, reply)
                 return reply
-            await asyncio.sleep(_back_off(self.options.backoff_s, attempt))
-        return self._give_up(job, f"{self.options.retries + 1} times: {self.endpoint.without_key(cause)}")
+            backoff_s = min(self.options.backoff_s * 2**attempt, MAX_BACKOFF_S)
+            await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
+        return self._give_up(job, f"{self.options.retries + 1} times: {self.without_key(cause)}")
 
     def _status(self, error) -> str:
         """Return the text of a status error; UsageError where it would meet every prompt."""
-        text = self.endpoint.without_key(first_line(f"{error.status_code}: {error.message}", 200))
+        text = self.without_key(first_line(f"{error.status_code}: {error.message}", 200))
         if error.status_code in FATAL_STATUS:
             raise UsageError(
-                f"{self.endpoint.shown_url} refuses every request ({text}); check the key in "
+                f"{self.shown_url} refuses every request ({text}); check the key in "
                 f"{self.options.api_key_env}, --endpoint and --served-model"
             ) from error
         return text
@@ -169,7 +159,7 @@ class _RequestPool:
         self.unanswered += 1
         if self.unanswered > max(8, self.options.concurrency):
             raise UsageError(
-                f"{self.endpoint.shown_url} has not answered {self.unanswered} prompts in a row, the last one {cause}; "
+                f"{self.shown_url} has not answered {self.unanswered} prompts in a row, the last one {cause}; "
                 "see to the server, then run the same command again: every answer so far is kept"
             )
         return Failure(job.row, job.turn, cause)
@@ -208,10 +198,6 @@ class _RateLimiter:
         """Pause all requests for the seconds of a Retry-After."""
         if seconds:
             self.paused_until = max(self.paused_until, time.monotonic() + min(seconds, MAX_RETRY_AFTER_S))
-
-
-def _back_off(base: float, attempt: int) -> float:
-    return min(base * 2**attempt, MAX_BACKOFF_S) * random.uniform(0.5, 1.0)
 
 
 def _retry_after(headers) -> float | None:

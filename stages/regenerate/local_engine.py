@@ -10,6 +10,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,8 +22,7 @@ from pipeline.target.files import max_positions, read_text_config
 from pipeline.target.kv_cache import BatchedKV, check_batchable, new_kv
 from pipeline.target.model import lm_logits, load_target, run_decoder, stop_tokens
 from pipeline.tensors import draw, find_device, is_out_of_memory, uniforms
-from stages.regenerate.options import Options
-from stages.regenerate.prompts import Failure, Job, Renderer
+from stages.regenerate.prompts import Failure, Job, Options, Renderer, common_prefix
 from stages.regenerate.replies import CUT, Reply
 
 WINDOW = 4096  # prompts sorted by length at a time
@@ -45,10 +45,8 @@ class _Sequence:
 class LocalEngine:
     """An engine that loads the target in this process. UsageError when it cannot, RoomError when it does not fit."""
 
-    engine = "transformers"
-
-    def __init__(self, options: Options, folder, model: str):
-        self.options, self.model = options, model
+    def __init__(self, options: Options, folder: Path):
+        self.options = options
         self.target = load_target(str(folder), device=find_device(options.device))
         self.max_positions = max_positions(read_text_config(folder))[0]
         self.stops: frozenset[int] = frozenset()
@@ -129,7 +127,7 @@ class LocalEngine:
             sequence = live[row]
             while sequence is not None and self._ended(sequence):
                 following = self._reply(sequence)
-                cached = _common_prefix(sequence.ids[:-1], following.prompt[:-1]) if following else 0
+                cached = common_prefix(sequence.ids[:-1], following.prompt[:-1]) if following else 0
                 kv = kv_cache.extract(row, cached) if following else None
                 kv_cache.remove(row)
                 live[row] = live[-1]
@@ -142,9 +140,9 @@ class LocalEngine:
                 sequence = following
 
     def _extend(self, sequence: _Sequence, kv: DynamicCache, cached: int) -> None:
-        """Run the rest of a prompt whose first `cached` tokens are in the kv cache."""
+        """Run a sequence whose first `cached` tokens are in the kv cache, and append the next token."""
         output = self.target(
-            input_ids=self._tensor([sequence.prompt[cached:]]), past_key_values=kv, use_cache=True, logits_to_keep=1
+            input_ids=self._tensor([sequence.ids[cached:]]), past_key_values=kv, use_cache=True, logits_to_keep=1
         )
         self._append_next_tokens([sequence], output.logits[:, -1])
 
@@ -155,12 +153,8 @@ class LocalEngine:
                 kv = DynamicCache(config=self.target.config)
                 self._extend(sequence, kv, 0)
                 while not self._ended(sequence):
-                    self._decode_step(sequence, kv)
+                    self._extend(sequence, kv, len(sequence.ids) - 1)
                 sequence = self._reply(sequence)
-
-    def _decode_step(self, sequence: _Sequence, kv: DynamicCache) -> None:
-        output = self.target(input_ids=self._tensor([sequence.ids[-1:]]), past_key_values=kv, use_cache=True)
-        self._append_next_tokens([sequence], output.logits[:, -1])
 
     def _append_next_tokens(self, sequences: Sequence[_Sequence], logits_BV: Tensor) -> None:
         """Append to each sequence the target's next token: greedy, or drawn at the temperature."""
@@ -204,9 +198,3 @@ def nucleus(weights_NV: Tensor, top_p: float) -> Tensor:
     kept_N1 = (before_NV < top_p * sorted_NV.sum(-1, keepdim=True)).sum(-1, keepdim=True)
     least_N1 = sorted_NV.gather(-1, kept_N1 - 1).to(weights_NV.dtype)
     return weights_NV.where(weights_NV >= least_N1, 0)
-
-
-def _common_prefix(a_ids: Sequence[int], b_ids: Sequence[int]) -> int:
-    """Return the length of the common prefix."""
-    pairs = zip(a_ids, b_ids, strict=False)
-    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(a_ids), len(b_ids)))

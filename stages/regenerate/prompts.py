@@ -1,4 +1,5 @@
-"""The prompts of a corpus: its conversations turn by turn without their replies, as jobs and as token ids.
+"""What is asked of the target: the options, and the prompts of a corpus: its conversations turn by turn without their
+replies, as jobs and as token ids.
 
 Rows are read as `pipeline/corpus/` reads them, or hold a question alone. Of a row with a tool's result only the turns
 before it are prompts: what comes after answers a call that the target may not make. `id`, `domain` and `split` are
@@ -7,7 +8,7 @@ passed on. A job is such a row with its replies so far.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -16,11 +17,64 @@ from pipeline.corpus.record_formats import Conversation, RejectedRow
 from pipeline.corpus.rejections import Tally, Unusable
 from pipeline.corpus.sources import corpus_files, hub_dataset, parse_roles, read_rows
 from pipeline.errors import UsageError
+from pipeline.target.files import TEMPLATE_DATE
 from stages.regenerate.replies import Reply
 
 CONTEXT_TOKENS = 4  # tokens shown before a difference, and after it
 PASSED_ON_KEYS = ("id", "domain", "split")
 CUT_AT_TOOL, CUT_AT_START = "cut before a tool's result", "opening assistant turn left out"
+LOWEST = 1e-3  # the lowest temperature above 0
+
+
+@dataclass(frozen=True)
+class Options:
+    """The corpus, the engine, sampling and request limits.
+
+    model: the target's files; decodes here where there is no `endpoint`. max_new: tokens of a reply at most. rate:
+    requests a minute. batch: prompts decoded here at once. backoff_s: the pause before the first retry.
+    """
+
+    corpus: str
+    out: Path
+    endpoint: str | None = None
+    model: str | None = None
+    served_model: str | None = None
+    engine: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    max_new: int = 2048
+    template_kwargs: dict = field(default_factory=dict)
+    template_date: str = TEMPLATE_DATE
+    token_ids: bool = True
+    concurrency: int = 32
+    rate: float | None = None
+    retries: int = 8
+    timeout: float = 600.0
+    backoff_s: float = 0.5
+    batch: int = 64
+    device: str | None = None
+    max_samples: int | None = None
+    roles: str | None = None
+
+    def check(self) -> None:
+        """UsageError for missing, conflicting or out-of-range options."""
+        if not (self.endpoint or self.model):
+            raise UsageError("nobody to ask: pass --endpoint with a server's address, or --model to decode here")
+        if not (self.temperature == 0 or LOWEST <= self.temperature < float("inf")):
+            raise UsageError(f"--temperature {self.temperature}: draws need {LOWEST} or more; 0 is for greedy replies")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"--top-p {self.top_p}: wanted more than 0, at most 1")
+        if self.out.suffix != ".jsonl":
+            raise UsageError(f"--out {self.out}: its name has to end with .jsonl, as a corpus' does")
+        folder = Path(self.corpus).expanduser()
+        if folder.is_dir() and self.out.resolve().is_relative_to(folder.resolve()):
+            raise UsageError(
+                f"--out {self.out} lies in the corpus {self.corpus} and would be read with it; name a place outside"
+            )
+        if self.out.exists() and any(self.out.samefile(file) for file in corpus_files(self.corpus)):
+            raise UsageError(f"--out {self.out} is the corpus itself, or a file of it; name another file")
 
 
 @dataclass(frozen=True)
@@ -139,12 +193,10 @@ class Failure:
     cause: str
 
 
-def pending_jobs(rows: Iterable[PromptRow], replies) -> Iterator[Job]:
-    """Yield a job for each unfinished row. replies: returns the replies so far for a row's key."""
-    for row in rows:
-        job = Job(row, replies(row.key))
-        if not job.done:
-            yield job
+def common_prefix(a_ids: Sequence[int], b_ids: Sequence[int]) -> int:
+    """Return the length of the common prefix."""
+    pairs = zip(a_ids, b_ids, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(a_ids), len(b_ids)))
 
 
 class Renderer:
@@ -168,8 +220,7 @@ class Renderer:
         """UsageError, with the tokens around the first difference, when the server's prompt ids differ from ours."""
         if list(theirs) == list(ours):
             return
-        pairs = zip(theirs, ours, strict=False)
-        at = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(theirs), len(ours)))
+        at = common_prefix(theirs, ours)
         first = max(at - CONTEXT_TOKENS, 0)
         shown = "; ".join(
             f"{where}: {self._token(theirs, where)} {'is' if where < at else 'for'} {self._token(ours, where)}"

@@ -58,10 +58,6 @@ class Reply:
         more = {"reasoning_content": self.reasoning_content, "tool_calls": self.tool_calls}
         return {"role": "assistant", "content": self.content, **{key: value for key, value in more.items() if value}}
 
-    def as_dict(self) -> dict:
-        """Return the fields that are not None, for the journal."""
-        return {key: value for key, value in vars(self).items() if value is not None}
-
 
 class Malformed(Exception):
     """A malformed response; the request is retried."""
@@ -167,11 +163,13 @@ class Journal:
 
     def replies(self, key: str) -> list[Reply]:
         """Return the replies to a row, turn by turn, as far as there are any."""
-        return [Reply(**self._load(*span)["reply"]) for span in self._spans.get(bytes.fromhex(key), ())]
+        spans = self._spans.get(bytes.fromhex(key), ())
+        return [Reply(**_parse_line(os.pread(self._fd, size, start))["reply"]) for start, size in spans]
 
     def add(self, key: str, turn: int, reply: Reply) -> None:
         """Append a reply. RoomError when the disk is full."""
-        line = _line({"key": key, "turn": turn, "reply": reply.as_dict()})
+        fields = {name: value for name, value in vars(reply).items() if value is not None}
+        line = _line({"key": key, "turn": turn, "reply": fields})
         with write_errors(self.path, "a reply", len(line)), defer_signals():
             self._append(line)
         self._index(key, turn, len(line))
@@ -182,11 +180,11 @@ class Journal:
         self._synced = time.monotonic()
 
     def _append(self, line: bytes) -> None:
+        os.lseek(self._fd, self._end, os.SEEK_SET)
         try:
             write_all(self._fd, line)
         except OSError:
             os.ftruncate(self._fd, self._end)  # half a line would damage the next one
-            os.lseek(self._fd, self._end, os.SEEK_SET)
             raise
         if time.monotonic() - self._synced > SYNC_S:
             self.sync()
@@ -198,9 +196,6 @@ class Journal:
             spans.append((self._end, size))
         self._end += size
 
-    def _load(self, start: int, size: int) -> dict:
-        return _parse_line(os.pread(self._fd, size, start))
-
     def _read(self) -> None:
         with open(self.path, "rb") as file:
             first_line = next(file, b"")
@@ -209,7 +204,11 @@ class Journal:
             header = _parse_line(first_line)
             if header is None or "head" not in header:
                 raise UsageError(f"{self.path} is no journal of `pipeline regenerate`; name another --out")
-            self._compare(header["head"])
+            for name, there, here in _differences(header["head"], self.header):
+                raise UsageError(
+                    f"{self.path} holds replies with {name} {there}, and here it is {here}; name another --out, "
+                    "or remove that file to ask everything again"
+                )
             self._end = len(first_line)
             for line in file:
                 if not line.endswith(b"\n"):
@@ -222,24 +221,15 @@ class Journal:
                     self._index(entry["key"], entry["turn"], len(line))
         with write_errors(self.path, "the journal"):
             os.ftruncate(self._fd, self._end)
-            os.lseek(self._fd, self._end, os.SEEK_SET)
 
     def _begin(self) -> None:
         line = _line({"head": self.header})
         with write_errors(self.path, "the journal", len(line)):
             os.ftruncate(self._fd, 0)
-            os.lseek(self._fd, 0, os.SEEK_SET)
             self._append(line)
             self.sync()
             sync_folder(self.path.parent)
         self._end = len(line)
-
-    def _compare(self, found: dict) -> None:
-        for name, there, here in _differences(found, self.header):
-            raise UsageError(
-                f"{self.path} holds replies with {name} {there}, and here it is {here}; name another --out, "
-                "or remove that file to ask everything again"
-            )
 
 
 def _differences(found: dict, wanted: dict) -> Iterator[tuple[str, str, str]]:

@@ -4,7 +4,6 @@ Three passes over the prompts, none of which keeps more than a few bytes of each
 the failed prompts are written atomically as JSON Lines.
 """
 
-import contextlib
 import itertools
 import json
 import os
@@ -24,8 +23,7 @@ from pipeline.corpus.sources import corpus_files, file_sources, report_skipped_f
 from pipeline.errors import DataError, UsageError
 from pipeline.target.files import find_target, target_name, template_digest, tokenizer_digest
 from pipeline.target.weights import target_digest
-from stages.regenerate.options import Options
-from stages.regenerate.prompts import Failure, Job, PromptRow, pending_jobs, read_prompts
+from stages.regenerate.prompts import Failure, Job, Options, PromptRow, Renderer, read_prompts
 from stages.regenerate.replies import CUT, Journal, Reply
 
 LENGTHS = (16, 64, 256, 1024, 4096)  # tokens; the bounds of the report's groups
@@ -46,22 +44,29 @@ def run(options: Options) -> dict:
     report_unknown_keys(tally)
     report_skipped_files(options.corpus)
     folder = find_target(options.model) if options.model else None
-    engine = _engine(options, folder)
-    record = _record(options, engine, folder)
+    endpoint = _endpoint(options) if options.endpoint else None
+    record = _record(options, endpoint, folder)
     head = {"regenerated": record.model_dump(exclude={"stops"}), "corpus": _corpus(options)}
     counts, started = ReplyCounts(), time.monotonic()
     with Journal(_sibling(options.out, "journal"), head) as journal:
-        _check_out(options.out, journal)
+        if options.out.exists() and not len(journal):
+            raise UsageError(
+                f"{options.out} is there, and {journal.path.name} knows nothing of it; name another --out or remove it"
+            )
         counts.from_earlier_runs = len(journal)
         if journal.damaged:
             print(
                 f"{journal.path}: {journal.damaged} damaged lines, whose replies are asked for again", file=sys.stderr
             )
-        failures = _ask(options, engine, folder, journal, counts, prompts)
+        failures = _ask(options, endpoint, folder, journal, counts, prompts)
         journal.sync()
         seconds = time.monotonic() - started
         rows = write_rows(options.out, _out_rows(options, journal, record, counts))
-    _write_failures(options, failures)
+    failed = _sibling(options.out, "failed.jsonl")
+    if failures:
+        write_rows(failed, map(failed_row, failures))
+    else:
+        failed.unlink(missing_ok=True)
     counts.failed = [f"{failure.row.location}, turn {failure.turn}: {failure.cause}" for failure in failures]
     return counts.as_dict(tally, usable, rows, seconds)
 
@@ -93,42 +98,26 @@ def _sibling(out: Path, name: str) -> Path:
     return out.with_name(f"{out.stem}.{name}")
 
 
-class _LazyLocalEngine:
-    """A LocalEngine that loads the target only when there is something to generate."""
+def _endpoint(options: Options):
+    from stages.regenerate.endpoint import Endpoint  # brings torch
 
-    engine = "transformers"
-
-    def __init__(self, options: Options, folder: Path):
-        self.options, self.folder, self.model = options, folder, target_name(options.model)
-
-    def ask(self, *asked) -> None:
-        from stages.regenerate.local_engine import LocalEngine
-
-        LocalEngine(self.options, self.folder, self.model).ask(*asked)
-
-
-def _engine(options: Options, folder: Path | None):
-    if options.endpoint:
-        from stages.regenerate.endpoint import Endpoint
-
-        engine = Endpoint(options)
-        if folder is None:
-            print(
-                "without --model nobody compares the server's prompts with the target's chat template: "
-                "what it was really asked stays unknown",
-                file=sys.stderr,
-            )
-        return engine
-    return _LazyLocalEngine(options, folder)
+    endpoint = Endpoint(options)
+    if not options.model:
+        print(
+            "without --model nobody compares the server's prompts with the target's chat template: "
+            "what it was really asked stays unknown",
+            file=sys.stderr,
+        )
+    return endpoint
 
 
-def _record(options: Options, engine, folder: Path | None) -> Regenerated:
+def _record(options: Options, endpoint, folder: Path | None) -> Regenerated:
     return Regenerated(
-        model=engine.model,
+        model=endpoint.model if endpoint else target_name(options.model),
         target=folder and target_digest(folder),
         tokenizer=folder and tokenizer_digest(folder),
         chat_template=folder and template_digest(folder),
-        engine=engine.engine,
+        engine=endpoint.engine if endpoint else "transformers",
         temperature=float(options.temperature),
         top_p=float(options.top_p),
         seed=options.seed,
@@ -138,16 +127,8 @@ def _record(options: Options, engine, folder: Path | None) -> Regenerated:
     )
 
 
-def _check_out(out: Path, journal: Journal) -> None:
-    """UsageError where the output exists and the journal is empty: it is not ours to overwrite."""
-    if out.exists() and not len(journal):
-        raise UsageError(
-            f"{out} is there, and {journal.path.name} knows nothing of it; name another --out or remove it"
-        )
-
-
 def _ask(
-    options: Options, engine, folder: Path | None, journal: Journal, counts: "ReplyCounts", prompts: int
+    options: Options, endpoint, folder: Path | None, journal: Journal, counts: "ReplyCounts", prompts: int
 ) -> list[Failure]:
     """Generate the missing replies; return the prompts that were given up."""
     failures: list[Failure] = []
@@ -160,10 +141,12 @@ def _ask(
         counts.tokens += reply.tokens or 0
         progress.add(reply.tokens)
 
-    jobs = pending_jobs(_rows(options), journal.replies)
+    jobs = (job for job in _jobs(options, journal) if not job.done)
     first = next(jobs, None)
-    if first is not None:
-        engine.ask(itertools.chain([first], jobs), _renderer(options, folder), on_reply, failures.append)
+    if first is not None:  # else no target is loaded
+        renderer = folder and Renderer(folder, options.template_kwargs, options.template_date)
+        engine = endpoint or _local_engine(options, folder)
+        engine.ask(itertools.chain([first], jobs), renderer, on_reply, failures.append)
     return sorted(failures, key=lambda failure: _corpus_order(failure.row.location))
 
 
@@ -172,30 +155,24 @@ def _corpus_order(location: str) -> tuple[str, int]:
     return file, int(line)
 
 
-def _renderer(options: Options, folder: Path | None):
-    if folder is None:
-        return None
-    from stages.regenerate.prompts import Renderer
+def _local_engine(options: Options, folder: Path):
+    from stages.regenerate.local_engine import LocalEngine  # brings torch and transformers
 
-    return Renderer(folder, options.template_kwargs, options.template_date)
+    return LocalEngine(options, folder)
+
+
+def _jobs(options: Options, journal: Journal) -> Iterator[Job]:
+    """Yield a job for each row, with the replies so far."""
+    return (Job(row, journal.replies(row.key)) for row in _rows(options))
 
 
 def _out_rows(options: Options, journal: Journal, record: Regenerated, counts: "ReplyCounts") -> Iterator[dict]:
     """Yield the rows of the output corpus: those whose replies are complete."""
-    for row in _rows(options):
-        job = Job(row, journal.replies(row.key))
+    for job in _jobs(options, journal):
         if job.done:
             for reply in job.replies:
                 counts.count(reply)
-            yield out_row(row, job.replies, record, options.token_ids)
-
-
-def _write_failures(options: Options, failures: list[Failure]) -> None:
-    path = _sibling(options.out, "failed.jsonl")
-    if failures:
-        write_rows(path, map(failed_row, failures))
-    else:
-        path.unlink(missing_ok=True)
+            yield out_row(job.row, job.replies, record, options.token_ids)
 
 
 def out_row(row: PromptRow, replies: list[Reply], record: Regenerated, token_ids: bool) -> dict:
@@ -227,29 +204,21 @@ def failed_row(failure: Failure) -> dict:
     return {**row.passed_on, "messages": messages, "place": row.location, "turn": failure.turn, "failed": failure.cause}
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator:
-    """Yield a file that replaces `path` when the block ends. RoomError when the disk is full."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
+def write_rows(path: Path, rows: Iterable[dict]) -> int:
+    """Write rows as JSON Lines, atomically; return how many. RoomError when the disk is full."""
+    unfinished, count = path.with_name(f"{path.name}.unfinished"), 0
     with write_errors(path, "the corpus"):
         try:
             with unfinished.open("wb") as file:
-                yield file
+                for row in rows:
+                    file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                    count += 1
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, path)
             sync_folder(path.absolute().parent)
         finally:
             unfinished.unlink(missing_ok=True)
-
-
-def write_rows(path: Path, rows: Iterable[dict]) -> int:
-    """Write rows as JSON Lines, atomically; return how many."""
-    count = 0
-    with _replacing(path) as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-            count += 1
     return count
 
 

@@ -4,7 +4,7 @@ leaves no trace in them; its progress, a bar on a terminal and a line every few 
     metrics.jsonl    one line for each logged step and each evaluation; the same bytes however often a run was killed
     timing.jsonl     what differs between runs of one recipe: seconds, tokens a second
 
-Each line ends with a checksum of itself and of the line before (see pipeline/checksummed_json.py), and a checkpoint
+Each line ends with a checksum of itself and of the line before (see pipeline/json_files.py), and a checkpoint
 records that of the last line before it. So a line that is changed, missing or from another run is found before its
 figures are used.
 """
@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pipeline.cache import HiddenCache
@@ -32,8 +31,8 @@ from pipeline.runs.folder import Evaluation, Result
 from pipeline.runs.recipe import Resolved
 from pipeline.runs.split import Split
 from pipeline.target.head import logit_scale
-from pipeline.visible_text import visible
-from stages.train_draft.loader import Batch
+from pipeline.visible_text import VisibleConsole, visible
+from stages.train_draft.batches import Batch
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 MAX_BYTES = 4 << 30
@@ -90,10 +89,9 @@ class MetricsLog:
                 if not data.endswith(b"\n") or (last and not checksum):
                     raise ValueError("no line of a journal")
                 line = Line.model_validate(record)
-            except ValidationError:
-                return valid, f"line {number}: no line of a journal"
             except ValueError as error:
-                return valid, f"line {number}: {error}"
+                reason = "no line of a journal" if isinstance(error, ValidationError) else error
+                return valid, f"line {number}: {reason}"
             if line.step > step:
                 break
             valid.append((data, line, checksum))
@@ -112,49 +110,43 @@ class MetricsLog:
 
 
 class Throughput:
-    """The speed of a run since it (re)started: context rows and steps over seconds spent training."""
+    """The speed of a run since it (re)started: context rows and steps over seconds spent training.
+
+    excluded: seconds of evaluating and saving, which are left out.
+    """
 
     def __init__(self, start: int, total_steps: int):
-        self.start = self.step = start
-        self.total_steps = total_steps
+        self.start, self.total_steps = start, total_steps
         self.began = time.perf_counter()
         self.rows, self.excluded = 0, 0.0
 
-    def count(self, batch: Batch) -> None:
-        """Add a batch that was trained on."""
-        self.step, self.rows = batch.step + 1, self.rows + batch.rows
-
-    def exclude(self, seconds: float) -> None:
-        """Leave `seconds` of evaluating and saving out of the speed."""
-        self.excluded += seconds
-
-    def timing(self, waited: float) -> dict[str, float]:
-        """Return seconds, seconds a step, context rows a second, the fraction of time spent waiting for data, and
-        the seconds still to go. `waited`: seconds waited for data in all.
-        """
+    def count(self, batch: Batch, waited: float) -> dict[str, float]:
+        """Add a batch that was trained on; return seconds, seconds a step, context rows a second, the fraction of time
+        spent waiting for data, and the seconds still to go. `waited`: seconds waited for data in all."""
+        self.rows += batch.rows
         seconds = max(1e-9, time.perf_counter() - self.began - self.excluded)
-        step_seconds = seconds / max(1, self.step - self.start)
+        step_seconds = seconds / (batch.step + 1 - self.start)
         return {
             "seconds": round(seconds, 3),
             "step_seconds": round(step_seconds, 5),
             "tokens_s": round(self.rows / seconds, 1),
             "data_wait": round(waited / seconds, 4),
-            "eta": round(step_seconds * (self.total_steps - self.step), 1),
+            "eta": round(step_seconds * (self.total_steps - batch.step - 1), 1),
         }
 
 
 class Display:
     """Prints the newest metrics of a run. A context manager."""
 
-    def __init__(self, out: Console, start: int, total_steps: int):
-        self.out, self.last = out, 0.0
+    def __init__(self, start: int, total_steps: int):
+        self.out, self.last = VisibleConsole(), 0.0
         columns = (
             MofNCompleteColumn(),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[text]}", markup=False),
             TimeElapsedColumn(),
         )
-        self.bar = Progress(*columns, console=out, transient=True) if out.is_terminal else None
+        self.bar = Progress(*columns, console=self.out, transient=True) if self.out.is_terminal else None
         self.task = self.bar.add_task("", total=total_steps, completed=start, text="") if self.bar else None
         self.total_steps = total_steps
 
@@ -178,7 +170,7 @@ class Display:
 
     def print_line(self, text: str) -> None:
         """Print a line above the bar, which stays."""
-        self.out.print(text, markup=False, soft_wrap=True)
+        self.out.print(text, soft_wrap=True)
 
 
 def metrics_text(metrics: dict, timing: dict) -> str:

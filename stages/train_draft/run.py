@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from pipeline import tensors
 from pipeline.cache import HiddenCache
 from pipeline.drafts import DRAFTS, Draft, init_weights
 from pipeline.errors import CacheError, RoomError, UsageError, first_line
@@ -37,7 +36,9 @@ from pipeline.runs.folder import (
 )
 from pipeline.runs.recipe import Resolved, load_recipe, resolve
 from pipeline.runs.split import Split, split_samples, stratified_subset
-from pipeline.visible_text import VisibleConsole, visible
+from pipeline.tensors import find_device, is_out_of_memory
+from pipeline.visible_text import print_visible, visible
+from stages.train_draft.batches import Sampler
 from stages.train_draft.loader import BatchLoader, Prefetcher
 from stages.train_draft.logs import (
     METRICS,
@@ -49,8 +50,7 @@ from stages.train_draft.logs import (
     run_description,
     summary,
 )
-from stages.train_draft.optimizer import load_state_tensors, make_optimizer, state_tensors
-from stages.train_draft.step import Trainer
+from stages.train_draft.step import Trainer, load_state_tensors, make_optimizer, state_tensors
 
 if TYPE_CHECKING:
     from pipeline.published.init_from import InitialDraft, InitialWeights
@@ -114,25 +114,20 @@ def train_resolved(
     start: "InitialWeights | None" = None,
 ) -> TrainResult:
     """Train one resolved recipe in the folder `path`, or resume it there; print the result. Raises what `run` does."""
-    screen = VisibleConsole()
-
-    def show(line: str) -> None:
-        screen.print(line, markup=False, soft_wrap=True)
-
     with run_lock(path):
         differs = create_or_check(path, resolved, store, split, machine_facts(device), start)
         resolved = with_recorded_rope(path, resolved)
         result = read_result(path)
         if result is not None:
-            show(f"{visible(path)} is finished: nothing to do")
+            print_visible(f"{visible(path)} is finished: nothing to do")
         else:
             for line in run_description(path, store, split, resolved, device):
-                show(line)
+                print_visible(line)
             if start is not None:
-                show(visible(start.summary))
+                print_visible(visible(start.summary))
             if differs:
                 began = visible("; ".join(differs))
-                show(f"began with {began}: the run goes on, its last digits may differ")
+                print_visible(f"began with {began}: the run goes on, its last digits may differ")
             use_deterministic_kernels(device)
             samples = (store.tokens_of(int(index))[0] for index in split.train)
             draft = make_draft(resolved, store, device, start, samples)
@@ -140,14 +135,14 @@ def train_resolved(
             parameters, steps = sum(weight.numel() for weight in draft.parameters()), resolved.recipe.train.steps
             training = TrainingRun(path, store, split, resolved, draft)
             first = training.resume()
-            with GracefulStop() as stop, Display(screen, first, steps) as display:
+            with GracefulStop() as stop, Display(first, steps) as display:
                 begun = f"going on after step {first}" if first else "starting at step 0"
                 display.print_line(f"{parameters:,} parameters; {begun} of {steps}")
                 figures = training.fit(display, stop)
             accept_len = figures.accept_len if figures and figures.calls else None
             result = Result(steps=steps, parameters=parameters, accept_len=accept_len, eval=figures)
             write_result(path, result)
-    show(summary(path, store, result))
+    print_visible(summary(path, store, result))
     return TrainResult(path, result.steps, result.accept_len)
 
 
@@ -172,16 +167,10 @@ def make_draft(
             start.load_into(draft)
         return draft.to(device).train()
     except RuntimeError as error:
-        if not tensors.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         cause = first_line(error)
         raise RoomError(f"the draft does not fit into memory ({cause}); make its sizes in [draft] smaller") from error
-
-
-def find_device(device: str | None) -> torch.device:
-    """Return the device asked for, else CUDA if there is one. Raises UsageError for one that is not there."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
-    return tensors.find_device(device)
 
 
 def machine_facts(device: torch.device) -> dict[str, str]:
@@ -230,7 +219,8 @@ class TrainingRun:
         self.digests = {"recipe": resolved.recipe.digest(), "cache": cache.digest, "split": split.digest}
         self.optimizer = make_optimizer(self.train.optimizer, draft)
         self.device = draft.device
-        self.loader = BatchLoader(cache, split, resolved.draft, self.train, keep_encoded=self.device.type != "cpu")
+        sampler = Sampler(cache, split, resolved.draft, self.train)
+        self.loader = BatchLoader(sampler, keep_encoded=self.device.type != "cpu")
         self.eval_samples = stratified_subset(cache, split.heldout, self.train.eval_samples) if cache.has_final else ()
         self.metrics, self.timing_log = MetricsLog(path / METRICS), MetricsLog(path / TIMING)
         self.step = 0
@@ -266,7 +256,7 @@ class TrainingRun:
 
     def fit(self, display: Display, stop: GracefulStop) -> Evaluation | None:
         """Train to the last step; return the evaluation after it, None where nothing can be measured."""
-        trainer = Trainer(self.draft, self.optimizer, self.loader, self.train)
+        trainer = Trainer(self.draft, self.optimizer, self.loader)
         throughput = Throughput(self.step, self.train.steps)
         self._evaluate(display, stop)  # a checkpoint may have been saved between a step and its evaluation
         batches = Prefetcher(self.loader, self.step, self.train.steps, self.device)
@@ -279,8 +269,7 @@ class TrainingRun:
                         f"out of memory: from step {batch.step + 1} on {trainer.blocks_per_pass} blocks at a time"
                     )
                 self.step = batch.step + 1
-                throughput.count(batch)
-                timing = throughput.timing(batches.waited)
+                timing = throughput.count(batch, batches.waited)
                 if metrics:
                     self.metrics.write(metrics)
                     self.timing_log.write({"step": self.step, **timing})
@@ -289,7 +278,7 @@ class TrainingRun:
                 if self.step % self.train.save_every == 0 or self.step == self.train.steps:
                     self.save()
                 self._evaluate(display, stop)
-                throughput.exclude(time.perf_counter() - began)
+                throughput.excluded += time.perf_counter() - began
         finally:
             batches.close()
         return self._evaluated()
@@ -331,6 +320,7 @@ class TrainingRun:
 def use_deterministic_kernels(device: torch.device) -> None:
     """Make PyTorch use deterministic CUDA kernels. CPU kernels are deterministic for a given number of threads."""
     if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
         torch.use_deterministic_algorithms(True, warn_only=True)
         # cuDNN would otherwise compute a GRU in TF32, unlike every other product of a float32 draft.
         torch.backends.cudnn.allow_tf32 = False

@@ -28,8 +28,9 @@ from pipeline.runs.cache_requirements import check_complete
 from pipeline.runs.folder import default_folder, read_result
 from pipeline.runs.recipe import Recipe, Resolved, make_recipe, read_toml, resolve
 from pipeline.runs.split import Split
-from pipeline.visible_text import VisibleConsole, visible
-from stages.train_draft.run import find_device, split_for, train_resolved
+from pipeline.tensors import find_device
+from pipeline.visible_text import print_visible, visible
+from stages.train_draft.run import split_for, train_resolved
 
 if TYPE_CHECKING:
     from pipeline.published.init_from import InitialDraft, InitialWeights
@@ -66,22 +67,20 @@ def sweep(
     A run whose loss is not finite is recorded under `failed` and the others go on. Raises what a run raises, and
     UsageError, before the first run, for an invalid combination.
     """
-    store, torch_device, screen = HiddenCache.open(cache), find_device(device), VisibleConsole()
+    store, torch_device = HiddenCache.open(cache), find_device(device)
     runs = plan_runs(store, load_sweep(recipe, sets), out, init_from)
     done = {run.path for run in runs if read_result(run.path) is not None}
-    screen.print(f"{len(runs)} runs, {len(done)} of them finished before", markup=False, soft_wrap=True)
+    print_visible(f"{len(runs)} runs, {len(done)} of them finished before")
     failed = {}
     for number, run in enumerate(runs, 1):
         if run.path in done:
             continue
-        screen.print(
-            f"\nrun {number} of {len(runs)}: {visible(setting_text(run.setting))}", markup=False, soft_wrap=True
-        )
+        print_visible(f"\nrun {number} of {len(runs)}: {visible(setting_text(run.setting))}")
         try:
             train_resolved(run.path, store, run.split, run.resolved, torch_device, run.start)
         except ProofError as error:  # a learning rate too high, for example: a result, too
             failed[run.path] = str(error)
-            screen.print(f"failed: {visible(error)}", markup=False, soft_wrap=True)
+            print_visible(f"failed: {visible(error)}")
     facts = [run_facts(run, failed.get(run.path)) for run in runs]
     public = [{key: fact[key] for key in fact if key != "replies"} for fact in rank_by_accept_length(facts)]
     made_of = {"cache": str(cache), "recipe": str(recipe), "init_from": init_from and str(init_from.path)}

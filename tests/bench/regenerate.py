@@ -22,8 +22,7 @@ import torch
 
 from pipeline.target.files import TEMPLATE_DATE, find_target
 from stages.regenerate.local_engine import LocalEngine
-from stages.regenerate.options import Options
-from stages.regenerate.prompts import Job, Renderer, read_prompts
+from stages.regenerate.prompts import Job, Options, Renderer, read_prompts
 
 DATA = Path(__file__).parents[2] / "data"
 
@@ -82,7 +81,7 @@ def main() -> None:
         corpus = first_turns(chosen.corpus, chosen.prompts, Path(place))
         options = Options(str(corpus), Path(place) / "out.jsonl", model=chosen.model, max_new=192, batch=chosen.batch)
         folder = find_target(chosen.model)
-        engine, renderer = LocalEngine(options, folder, "target"), Renderer(folder, {}, TEMPLATE_DATE)
+        engine, renderer = LocalEngine(options, folder), Renderer(folder, {}, TEMPLATE_DATE)
         for number in range(chosen.rounds):
             order = [ours, plain] if number % 2 == 0 else [plain, ours]
             taken = {work: timed(work, engine, options, renderer) for work in order}

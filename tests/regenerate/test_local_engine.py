@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import UsageError
 from stages.regenerate.local_engine import nucleus
-from stages.regenerate.options import Options
-from stages.regenerate.prompts import Job, PromptRow
+from stages.regenerate.prompts import Job, Options, PromptRow
 from stages.regenerate.run import run
 
 DATA = Path(__file__).parents[2] / "data"

@@ -15,7 +15,7 @@ from tiny import conversations, corpus_of, tokenizer
 
 from pipeline.cli import main
 from pipeline.errors import DataError, RoomError, UsageError
-from stages.regenerate.options import Options
+from stages.regenerate.prompts import Options
 from stages.regenerate.run import check_failed, run
 
 TOKENIZER = tokenizer()

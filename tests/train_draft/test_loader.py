@@ -20,6 +20,7 @@ from pipeline.errors import CacheError
 from pipeline.runs.recipe import TrainSection
 from pipeline.runs.split import split_samples
 from stages.train_draft import loader as loader_module
+from stages.train_draft.batches import Sampler
 from stages.train_draft.loader import BatchLoader, Prefetcher
 
 CONFIG = draft_config(
@@ -48,7 +49,7 @@ TRAIN = TrainSection(batch=3, context=300, anchors=5, cell_anchors=50)
 def opened(folder, config=SOFT, keep_encoded=False):
     """A loader of batches of three samples of up to 600 rows, windows of 300, in cells of 300."""
     cache = HiddenCache.open(folder)
-    return BatchLoader(cache, split_samples(cache, 1001, 0.05, (1, 10)), config, TRAIN, keep_encoded)
+    return BatchLoader(Sampler(cache, split_samples(cache, 1001, 0.05, (1, 10)), config, TRAIN), keep_encoded)
 
 
 def made(folder, columns=COLUMNS, config=SOFT, keep_encoded=False):
@@ -90,13 +91,13 @@ def test_batches_are_those_of_the_loader_however_little_memory_there_is(loader, 
 
     assert [step for step, _, _ in found] == list(range(2, 12))
     for step, names, cells in found:
-        batch = loader.batch(step)
+        batch = loader.sampler.batch(step)
         assert names == batch.names and same(cells, copied(batch, loader.read_all(batch)))
 
 
 @pytest.mark.parametrize("limit", [0, 20_000])
 def test_no_more_bytes_are_prefetched_than_allowed(loader, small, limit):
-    largest = max(loader.size(windows) for step in range(12) for windows in loader.batch(step).windows)
+    largest = max(loader.size(windows) for step in range(12) for windows in loader.sampler.batch(step).windows)
     batches, held, buffers = Prefetcher(loader, 0, 12, limit=limit), [], set()
     for _, cells in batches:
         for cell in cells:
@@ -137,7 +138,7 @@ def test_an_error_comes_at_the_cell_it_is_about(loader, monkeypatch):
     def first_of(windows):
         return windows[0].index
 
-    wanted = first_of(loader.batch(2).windows[0])
+    wanted = first_of(loader.sampler.batch(2).windows[0])
 
     def failing(out, parts, layers):
         if parts[0][0] == wanted and layers != (FINAL,):
@@ -150,7 +151,7 @@ def test_an_error_comes_at_the_cell_it_is_about(loader, monkeypatch):
         for batch, cells in Prefetcher(loader, 0, 8):
             seen.append(batch.step)
             list(cells)
-    first = next(step for step in range(8) if wanted in map(first_of, loader.batch(step).windows))
+    first = next(step for step in range(8) if wanted in map(first_of, loader.sampler.batch(step).windows))
     assert seen == list(range(first + 1))
 
 
@@ -163,7 +164,7 @@ def test_states_left_encoded_are_the_same_once_they_are_moved(tmp_path, small, m
     plain, kept = made(tmp_path / "cache", columns, config), opened(tmp_path / "cache", config, keep_encoded=True)
 
     for batch, cells in Prefetcher(kept, 0, 12, limit=20_000):
-        right = plain.read_all(plain.batch(batch.step))
+        right = plain.read_all(plain.sampler.batch(batch.step))
         for cell, wanted, windows in zip(cells, right, batch.windows, strict=True):
             found = cell.to("cpu")
             assert torch.equal(found.aux_KRD.view(torch.int16), wanted.aux_KRD.view(torch.int16))
@@ -176,7 +177,7 @@ def test_states_left_encoded_are_the_same_once_they_are_moved(tmp_path, small, m
             rows = 2 * len(wanted.pos_R), 0 if wanted.final_FD is None else len(wanted.final_FD)
             size = sum(-(-bytes_a_row[how] * count // 4) * 4 for how, count in zip(coded, rows, strict=True))
             assert kept.size(windows) == size
-    windows = [window for step in range(12) for of_cell in kept.batch(step).windows for window in of_cell]
+    windows = [window for step in range(12) for of_cell in kept.sampler.batch(step).windows for window in of_cell]
     starts = {window.first for window in windows}
     assert any(start % 256 for start in starts), "windows begin inside of a block, too"
 
@@ -191,7 +192,7 @@ def test_states_are_left_in_int8_only_where_all_are(tmp_path):
 def test_a_batch_is_read_a_cell_at_a_time(loader, monkeypatch):
     read, held = [], loader.read
     monkeypatch.setattr(loader, "read", lambda batch, number: read.append(number) or held(batch, number))
-    batch = loader.batch(0, alone=True)
+    batch = loader.sampler.batch(0, alone=True)
     assert len(batch.cells) == 3 and not read
     for number, _ in enumerate(loader.read_all(batch), 1):
         assert len(read) == number
@@ -218,6 +219,17 @@ def test_waiting_for_data_is_measured_and_nothing_else(loader, monkeypatch):
     assert patient.waited == waited
 
 
+def test_batches_cut_the_order_of_an_epoch_end_to_end(loader):
+    sampler, cache = loader.sampler, loader.cache
+    order = [cache.samples.hex(int(sampler.indices[number])) for number in sampler._order(0)[1]]
+    batches = [sampler.batch(step).names for step in range(sampler.per_epoch)]
+    assert [len(names) for names in batches] == [3] * (len(order) // 3)
+    assert [*itertools.chain(*batches)] == order[: 3 * len(batches)]
+
+    large = Sampler(cache, split_samples(cache, 1001, 0.05, (1, 10)), CONFIG, TRAIN.model_copy(update={"batch": 64}))
+    assert large.batch(0).names == order
+
+
 # The target's final states
 
 
@@ -227,8 +239,8 @@ def test_the_final_states_of_a_cell_are_those_of_its_rows(tmp_path, keeps):
     loader, cut, rows = made(tmp_path / "cache", columns), 0, 0
     cache = loader.cache
     place = {cache.samples.hex(i): i for i in range(len(cache))}
-    for step in range(20 * loader.per_epoch):
-        batch = loader.batch(step)
+    for step in range(20 * loader.sampler.per_epoch):
+        batch = loader.sampler.batch(step)
         for cell, blocks in zip(loader.read_all(batch), batch.blocks, strict=True):
             assert cell.final_FD.shape == ((cell.final_at_R >= 0).sum(), 8)
             for name, start, length in zip(cell.names, cell.starts_M.tolist(), cell.lengths_M.tolist(), strict=True):
@@ -250,7 +262,7 @@ def test_the_final_states_of_a_cell_are_those_of_its_rows(tmp_path, keeps):
 
 def test_a_loss_of_tokens_alone_opens_no_byte_of_the_final_states(tmp_path):
     hard = made(tmp_path / "cache", config=CONFIG)
-    wanted = [copied(batch, hard.read_all(batch)) for batch in map(hard.batch, range(hard.per_epoch))]
+    wanted = [copied(batch, hard.read_all(batch)) for batch in map(hard.sampler.batch, range(hard.sampler.per_epoch))]
     for shard in range(hard.cache.shards):
         for file in shard_folder(hard.cache.path, shard).glob("final*/**/*"):
             if file.is_file():
@@ -258,9 +270,11 @@ def test_a_loss_of_tokens_alone_opens_no_byte_of_the_final_states(tmp_path):
         (shard_folder(hard.cache.path, shard) / "final.arrow").unlink()
 
     hard, soft = (opened(tmp_path / "cache", config) for config in (CONFIG, SOFT))
-    assert all(same(copied(batch, cells), wanted[batch.step]) for batch, cells in Prefetcher(hard, 0, hard.per_epoch))
+    assert all(
+        same(copied(batch, cells), wanted[batch.step]) for batch, cells in Prefetcher(hard, 0, hard.sampler.per_epoch)
+    )
     with pytest.raises(CacheError, match="final"):
-        soft.read(soft.batch(0), 0)
+        soft.read(soft.sampler.batch(0), 0)
 
 
 def test_samples_whose_final_states_were_refused_teach_no_loss_that_reads_them(tmp_path):

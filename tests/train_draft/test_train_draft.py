@@ -1,6 +1,5 @@
 """`train-draft`: from a cache alone, exact whatever is killed when, and refusing what cannot be right."""
 
-import copy
 import fcntl
 import json
 import os
@@ -32,11 +31,11 @@ from pipeline.runs.folder import Evaluation
 from pipeline.runs.recipe import load_recipe, resolve
 from pipeline.runs.split import prompt_hash, split_by_prompt, split_samples, stratified_subset
 from stages.recode.run import run as recode
+from stages.train_draft.batches import Sampler
 from stages.train_draft.loader import BatchLoader, Prefetcher
 from stages.train_draft.logs import evaluation_text, run_description
-from stages.train_draft.optimizer import hidden_matrices, load_state_tensors, make_optimizer, state_tensors
 from stages.train_draft.run import make_draft, run, split_for
-from stages.train_draft.step import Trainer
+from stages.train_draft.step import Trainer, hidden_matrices, load_state_tensors, make_optimizer, state_tensors
 
 SMALL = ("train.batch=4", "train.anchors=6", "train.log_every=1", "draft.block_size=4", "train.steps=8")
 CPU = torch.device("cpu")
@@ -74,18 +73,18 @@ def prepared(cache, *sets):
     resolved = resolve(load_recipe(None, (*SMALL, *sets)), store)
     corpus = split_samples(store, resolved.draft.mask_token_id, resolved.recipe.train.heldout)
     resolved = resolved.with_steps(len(corpus.train))
-    loader = BatchLoader(store, corpus, resolved.draft, resolved.recipe.train)
+    loader = BatchLoader(Sampler(store, corpus, resolved.draft, resolved.recipe.train))
     return make_draft(resolved, store, CPU), loader
 
 
 def take_step(trainer: Trainer, number: int) -> dict | None:
     """Train on the batch of a step, read as it is needed."""
-    batch = trainer.loader.batch(number)
+    batch = trainer.loader.sampler.batch(number)
     return trainer.step(batch, trainer.loader.read_all(batch))
 
 
 def add_gradients(draft, loader, cells, blocks, lambda_base: float, metrics: bool = False):
-    trainer = Trainer(draft, make_optimizer("adamw", draft), loader, loader.train)
+    trainer = Trainer(draft, make_optimizer("adamw", draft), loader)
     return trainer.add_gradients(cells, blocks, {"lambda_base": lambda_base}, metrics)
 
 
@@ -116,7 +115,7 @@ def test_muon_moves_the_matrices_of_the_layers_and_adamw_the_rest(tiny_cache, se
         draft, loader = prepared(tiny_cache, *sets)
         before = {name: weight.detach().clone() for name, weight in draft.named_parameters()}
         optimizer = make_optimizer(kind, draft)
-        take_step(Trainer(draft, optimizer, loader, loader.train), 0)
+        take_step(Trainer(draft, optimizer, loader), 0)
         return draft, {name: weight.detach() - before[name] for name, weight in draft.named_parameters()}
 
     draft, by_muon = moved("muon")
@@ -137,13 +136,12 @@ def test_muon_moves_the_matrices_of_the_layers_and_adamw_the_rest(tiny_cache, se
         assert along.max() < 0 and along.min() > 2 * along.max(), f"{name}: {along}"
 
 
-@pytest.mark.parametrize("form", ["torch", "checkpoint"])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_restored_optimizer_makes_the_same_step_to_the_bit(tiny_cache, kind, form):
+def test_a_restored_optimizer_makes_the_same_step_to_the_bit(tiny_cache, kind):
     def made():
         draft, loader = prepared(tiny_cache)
         optimizer = make_optimizer(kind, draft)
-        return draft, Trainer(draft, optimizer, loader, loader.train)
+        return draft, Trainer(draft, optimizer, loader)
 
     straight, trainer = made()
     for step in range(4):
@@ -152,13 +150,10 @@ def test_a_restored_optimizer_makes_the_same_step_to_the_bit(tiny_cache, kind, f
     for step in range(2):
         take_step(trainer, step)
     again = make_optimizer(kind, stopped)
-    if form == "torch":
-        again.load_state_dict(copy.deepcopy(trainer.optimizer.state_dict()))
-    else:
-        saved = {name: tensor.clone() for name, tensor in state_tensors(trainer.optimizer).items()}
-        load_state_tensors(again, saved, step=2)
+    saved = {name: tensor.clone() for name, tensor in state_tensors(trainer.optimizer).items()}
+    load_state_tensors(again, saved, step=2)
     for step in (2, 3):
-        take_step(Trainer(stopped, again, trainer.loader, trainer.train), step)
+        take_step(Trainer(stopped, again, trainer.loader), step)
 
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), stopped.parameters(), strict=True))
 
@@ -274,7 +269,7 @@ def test_a_batch_is_the_same_whenever_it_is_made(tiny_cache):
     _, other = prepared(tiny_cache)
 
     for step, (batch, cells) in enumerate(Prefetcher(loader, 3, 8), 3):
-        again = other.batch(step)
+        again = other.sampler.batch(step)
         assert again.names == batch.names
         for cell, cell2 in zip(cells, other.read_all(again), strict=True):
             assert torch.equal(cell.aux_KRD, cell2.aux_KRD)
@@ -284,10 +279,11 @@ def test_a_batch_is_the_same_whenever_it_is_made(tiny_cache):
 
 def test_every_sample_comes_once_an_epoch_with_fresh_anchors(tiny_cache):
     _, loader = prepared(tiny_cache, "train.batch=1", "train.anchors=3")
-    epochs = [[loader.batch(epoch * loader.per_epoch + at) for at in range(loader.per_epoch)] for epoch in (0, 1)]
+    sampler = loader.sampler
+    epochs = [[sampler.batch(epoch * sampler.per_epoch + at) for at in range(sampler.per_epoch)] for epoch in (0, 1)]
     names = [[batch.names[0] for batch in epoch] for epoch in epochs]
 
-    assert len(set(names[0])) == loader.per_epoch == len(loader.indices)
+    assert len(set(names[0])) == sampler.per_epoch == len(sampler.indices)
     assert sorted(names[0]) == sorted(names[1]) and names[0] != names[1]
     anchors = [{batch.names[0]: batch.blocks[0].anchors_N.tolist() for batch in epoch} for epoch in epochs]
     assert anchors[0] != anchors[1]
@@ -296,11 +292,11 @@ def test_every_sample_comes_once_an_epoch_with_fresh_anchors(tiny_cache):
 def test_a_long_sample_gives_a_window_with_true_positions(tiny_cache):
     _, loader = prepared(tiny_cache, "train.context=24", "train.batch=1")
     store = loader.cache
-    for step in range(loader.per_epoch):
-        batch = loader.batch(step)
+    for step in range(loader.sampler.per_epoch):
+        batch = loader.sampler.batch(step)
         cell, blocks = loader.read(batch, 0), batch.blocks[0]
         index = next(i for i in range(len(store)) if store.samples.hex(i) == batch.names[0])
-        whole = store.read(index, layers=loader.config.target_layer_ids)
+        whole = store.read(index, layers=loader.sampler.config.target_layer_ids)
         assert len(cell.ids_R) <= 24
         assert torch.equal(cell.ids_R, whole.ids[cell.pos_R])
         assert torch.equal(cell.aux_KRD, whole.aux[:, cell.pos_R])
@@ -312,7 +308,7 @@ def test_the_loss_and_its_gradient_do_not_depend_on_how_a_batch_is_cut(tiny_cach
     found = []
     for cut in ((), ("train.cells=3",), ("train.context=128",), ("train.cell_anchors=12",)):
         draft, loader = prepared(tiny_cache, "train.batch=8", *sets, *cut)
-        batch = loader.batch(0)
+        batch = loader.sampler.batch(0)
         shares = add_gradients(draft, loader, loader.read_all(batch), batch.blocks, 0.4, metrics=True)
         found.append((len(batch.cells), shares, gradients(draft)))
 
@@ -335,7 +331,7 @@ def test_fifty_steps_do_not_depend_on_how_batches_are_cut(tiny_cache, method):
 
     def losses(*sets):
         draft, loader = prepared(tiny_cache, *recipe, *sets)
-        trainer = Trainer(draft, make_optimizer("adamw", draft), loader, loader.train)
+        trainer = Trainer(draft, make_optimizer("adamw", draft), loader)
         return [take_step(trainer, step)["loss"] for step in range(50)]
 
     assert losses("train.cells=3") == pytest.approx(losses(), rel=1e-6)
@@ -355,7 +351,7 @@ def test_a_small_device_computes_fewer_blocks_at_a_time_and_the_same_loss(tiny_c
             return hidden(cell, blocks)
 
         monkeypatch.setattr(draft, "hidden", small)
-        trainer = Trainer(draft, make_optimizer("adamw", draft), loader, loader.train)
+        trainer = Trainer(draft, make_optimizer("adamw", draft), loader)
         return [take_step(trainer, step) for step in range(8)], trainer.blocks_per_pass, seen
 
     whole, blocks_per_pass, seen = losses(10**6)
@@ -391,7 +387,7 @@ def test_the_cache_gives_the_loss_that_the_live_target_gives(tiny_cache, tiny_ta
     draft, loader = prepared(tiny_cache, *sets)
     target, layers = load_target(str(tiny_target)), draft.config.target_layer_ids
     for step in range(3):
-        batch = loader.batch(step)
+        batch = loader.sampler.batch(step)
         cells = list(loader.read_all(batch))
         cached = add_gradients(draft, loader, cells, batch.blocks, 0.3)
         lively = [replace(cell, **live(target, cell, layers)) for cell in cells]
@@ -409,8 +405,8 @@ def test_a_label_is_learned_from_the_state_before_it(tiny_cache):
     _, loader = prepared(tiny_cache, *sets)
     store = loader.cache
     place = {store.samples.hex(i): i for i in range(len(store))}
-    for step in range(loader.per_epoch):
-        batch = loader.batch(step)
+    for step in range(loader.sampler.per_epoch):
+        batch = loader.sampler.batch(step)
         for cell, blocks in zip(loader.read_all(batch), batch.blocks, strict=True):
             whole = store.read(place[cell.names[0]], final=True)
             kept = {row: at for at, row in enumerate(whole.final_rows.tolist())}
@@ -441,7 +437,7 @@ def test_bfloat16_arithmetic_stays_near_float32(tiny_cache, sets):
     losses = {}
     for dtype in ("float32", "bfloat16"):
         draft, loader = prepared(tiny_cache, f"train.dtype={dtype}", *sets)
-        batch = loader.batch(0)
+        batch = loader.sampler.batch(0)
         losses[dtype] = float(add_gradients(draft, loader, loader.read_all(batch), batch.blocks, 0.5).total)
         assert all(weight.dtype == torch.float32 for weight in draft.parameters())
 
@@ -901,7 +897,7 @@ def test_a_draft_that_diverges_blames_itself(tiny_cache, tmp_path):
         draft.norm.weight.fill_(float("inf"))
 
     with pytest.raises(ProofError, match=r"step 1: loss nan.*the draft itself has diverged: lower train\.lr"):
-        take_step(Trainer(draft, make_optimizer("adamw", draft), loader, loader.train), 0)
+        take_step(Trainer(draft, make_optimizer("adamw", draft), loader), 0)
 
 
 # Without the target

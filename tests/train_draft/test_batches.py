@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 
 from pipeline.runs.split import splitmix64
-from stages.train_draft.order import (
+from stages.train_draft.batches import (
     SampleCost,
     draw_anchors,
     draw_window,
     epoch_keys,
     epoch_order,
     forward_cost,
-    global_batch,
     pack_cells,
 )
 
@@ -66,13 +65,6 @@ def test_equal_keys_are_ordered_by_sample_id():
     ids = np.array([[2, 0], [1, 5], [1, 9]], np.uint64)
 
     assert epoch_order(np.zeros(3, np.uint64), ids).tolist() == [1, 2, 0]
-
-
-def test_batches_cut_the_order_end_to_end():
-    order = np.arange(10)[::-1]
-
-    assert [global_batch(order, at, 4).tolist() for at in (0, 1)] == [[9, 8, 7, 6], [5, 4, 3, 2]]
-    assert global_batch(order, 0, 16).tolist() == order.tolist()
 
 
 def test_anchors_are_the_valid_rows_of_smallest_hash():

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from stages.train_draft.optimizer import AdamW, Muon, orthogonalize
-from stages.train_draft.step import lr_factor
+from stages.train_draft.step import AdamW, Muon, lr_factor, orthogonalize
 
 
 def test_the_rate_rises_over_the_warmup_and_falls_as_published():
@@ -37,8 +36,8 @@ def test_the_optimizer_is_the_one_everybody_means(dtype):
         torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.0),
     )
     for number in range(1, 6):
-        for model, optimizer in ((ours, mine), (theirs, reference)):
-            optimizer.zero_grad()
+        for model in (ours, theirs):
+            model.zero_grad()
             model(torch.full((2, 5), float(number), dtype=dtype)).square().sum().backward()
         mine.step(0.1)
         reference.step()
