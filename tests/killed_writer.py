@@ -29,8 +29,7 @@ from cache_maker import COLUMNS, capture, contents, flip, make_cache, random_sam
 
 import stages.recode.run
 from pipeline.cache.atomic import clean_scratch
-from pipeline.cache.catalog import Catalog
-from pipeline.cache.columns import column_manifest
+from pipeline.cache.catalog import Catalog, column_manifest
 from pipeline.cache.layout import SAMPLES, shard_folder
 from pipeline.cache.plan import load_plan, segment_numbers
 from pipeline.cache.plan_writer import write_segment

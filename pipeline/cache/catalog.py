@@ -9,6 +9,7 @@ another one are read again.
 import contextlib
 import gc
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -17,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache.atomic import read_error, read_errors
-from pipeline.cache.codecs import column_of_files
-from pipeline.cache.columns import column_manifest
+from pipeline.cache.codecs import CODECS, column_of_files
+from pipeline.cache.codecs.zarr_file import METADATA
 from pipeline.cache.index import Refused, SampleTable, build_index, read_index
 from pipeline.cache.layout import COLUMN, IDENTITY, NUMBER, SAMPLES, SHARDS, checked_path, numbered, shard_folder
 from pipeline.cache.manifest import check_size, file_size, read_record
@@ -28,6 +29,7 @@ from pipeline.cache.samples import ShardPlan
 from pipeline.errors import CacheError, PipelineError
 
 Work = list[tuple[ShardPlan, list[ColumnSpec]]]  # shards to write, each with the columns that it lacks
+ROW = re.compile(r"0|[1-9][0-9]{0,8}")  # a sample of the shard, in `refused`
 FileVersion = tuple[int, int, int]  # inode, size and modification time, by which a replaced file is recognised
 
 
@@ -46,6 +48,18 @@ def shards_per_column(shards: Sequence[Iterable[str]]) -> dict[str, int]:
     stems = {entry.removesuffix(".arrow") for entries in shards for entry in entries}
     counts.update(dict.fromkeys((column for stem in stems if (column := column_of_files(stem))), 0))
     return dict(sorted(counts.items()))
+
+
+def column_manifest(cache: Path, shard: int, column: str) -> ColumnManifest:
+    """Read the manifest of a column. CacheError when it is absent, damaged or another column's."""
+    path = shard_folder(cache, shard) / f"{column}.json"
+    manifest = read_record(path, ColumnManifest)
+    spec = manifest.spec
+    right = spec.codec in CODECS and (manifest.shard, spec.name) == (shard, column)
+    right = right and {SAMPLES, f"{spec.stem}.arrow", f"{spec.stem}/{METADATA}"} <= manifest.files.keys()
+    if not right or not all(ROW.fullmatch(row) and int(row) < manifest.samples for row in manifest.refused):
+        raise CacheError(f"{path}: the manifest of another column or shard; run `pipeline verify`")
+    return manifest
 
 
 class _Shard:

@@ -15,6 +15,7 @@ import numpy as np
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.lossy import Encoded, LossyCodec
+from pipeline.cache.columns import OpenColumns
 from pipeline.cache.layout import (
     FINAL,
     SAMPLES,
@@ -26,7 +27,6 @@ from pipeline.cache.layout import (
     shard_folder,
 )
 from pipeline.cache.manifest import check_file
-from pipeline.cache.open_columns import OpenColumns, ReadPool
 from pipeline.cache.records import ColumnManifest, ColumnSpec
 from pipeline.cache.samples import ShardPlan, read_batch
 from pipeline.cache.target_files import CONFIG, HEAD, TOKENS, target_file, target_json
@@ -74,7 +74,6 @@ class HiddenCache:
         self.samples = catalog.samples
         self._shards: dict[int, ShardPlan] = {}
         self._columns = OpenColumns(catalog, self._shard)
-        self._reads = ReadPool()
 
     @classmethod
     def open(cls, path: Path | str) -> "HiddenCache":
@@ -240,7 +239,7 @@ class HiddenCache:
             for k, layer in enumerate(layers if stop > start else ()):
                 jobs.append(partial(read, k, at, shard, column_of(layer), row, start, stop - start))
             at += stop - start
-        self._reads.do(jobs, arrays[0].nbytes, in_page_cache=lambda: False)
+        self._columns.do(jobs, arrays[0].nbytes, in_page_cache=lambda: False)
         return found
 
     def _check_parts(self, parts: Sequence[Part], layers: Sequence[Layer]) -> None:
@@ -272,7 +271,7 @@ class HiddenCache:
                 rows = memoryview(out[k, at : at + stop - start]).cast("B")
                 jobs.append(partial(self._columns.read, shard, name, row, start, rows))
             at += stop - start
-        self._reads.do(jobs, out.nbytes, in_page_cache=lambda: self._columns.all_in_page_cache(places, names))
+        self._columns.do(jobs, out.nbytes, in_page_cache=lambda: self._columns.all_in_page_cache(places, names))
 
     def _states(self, i: int, names: tuple[str, ...], start: int, stop: int) -> "torch.Tensor":
         """Read stored rows [start, stop) of sample `i` from these columns, [K, stop - start, D]."""

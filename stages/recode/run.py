@@ -161,7 +161,7 @@ def _calibration_states(store: HiddenCache, plan: Plan, name: str, codec: str) -
 def _open_if_captured(catalog: Catalog, shard: ShardPlan, name: str) -> Column | None:
     """Open a column of a shard; None where it is not captured."""
     manifest = catalog.captured_columns(shard.number).get(name)
-    return manifest and open_column(catalog.path, manifest, manifest.spec.bounds(shard))
+    return manifest and open_column(catalog.path, manifest, shard)
 
 
 def _recode(
@@ -177,7 +177,7 @@ def _recode(
     manifest = catalog.read(shard.number, spec.name)
     if manifest.spec.codec == codec:  # another process has done it
         return
-    old = open_column(catalog.path, manifest, spec.bounds(shard))
+    old = open_column(catalog.path, manifest, shard)
     with ShardWriter(catalog, shard, [replace(spec, codec=codec)]) as writer:
         for row, reason in manifest.refused.items():
             writer.refuse(int(row), reason)

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.cache import HiddenCache
-from pipeline.cache import open_columns as opened
+from pipeline.cache import columns as opened
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import raw as direct
 from pipeline.cache.codecs import zarr_file as zarr_shard
@@ -346,7 +346,7 @@ def test_a_store_that_is_no_folder_gives_the_same_values(tmp_path):
     T = int(held.samples.length[0])
     out = np.zeros((T, 8), np.uint16)
 
-    column = open_column(path, held.columns(0)["aux.1"], load_plan(path).shards[0].bounds)
+    column = open_column(path, held.columns(0)["aux.1"], load_plan(path).shards[0])
     column.read_into(ForeignArray(store, T, 8, "bfloat16", "elsewhere"), 0, memoryview(out).cast("B"))
 
     assert np.array_equal(out, bits(held.read(0).aux[0]))
