@@ -20,10 +20,18 @@ import numpy as np
 from pipeline.cache.atomic import read_error, read_errors
 from pipeline.cache.codecs import CODECS, column_of_files
 from pipeline.cache.codecs.zarr_file import METADATA
-from pipeline.cache.index import Refused, SampleTable, build_index, read_index
 from pipeline.cache.layout import COLUMN, IDENTITY, NUMBER, SAMPLES, SHARDS, checked_path, numbered, shard_folder
 from pipeline.cache.manifest import check_size, file_size, read_record
-from pipeline.cache.plan import Plan, load_plan, read_manifests, segment_numbers
+from pipeline.cache.plan import (
+    Plan,
+    Refused,
+    SampleTable,
+    build_index,
+    load_plan,
+    read_index,
+    read_manifests,
+    segment_numbers,
+)
 from pipeline.cache.records import ColumnManifest, ColumnSpec, Identity, SegmentManifest
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import CacheError, PipelineError

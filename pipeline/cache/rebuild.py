@@ -8,10 +8,10 @@ import numpy as np
 
 from pipeline.cache.atomic import Scratch, commit_lock, sync_file, sync_folder, write_errors, write_file
 from pipeline.cache.catalog import Catalog
-from pipeline.cache.index import write_index
 from pipeline.cache.layout import INDEX, PLAN, QUARANTINE, REFUSED, SAMPLES, numbered, shard_folder
 from pipeline.cache.manifest import FileFact, canonical
 from pipeline.cache.plan import Plan
+from pipeline.cache.plan_writer import write_index
 from pipeline.cache.records import ColumnManifest, RefusedList, RefusedSample
 from pipeline.cache.samples import batch_bytes, read_batch, write_batches
 from pipeline.errors import CacheError

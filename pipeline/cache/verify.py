@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from pipeline.cache import index
 from pipeline.cache.atomic import read_errors
 from pipeline.cache.catalog import Catalog, shards_per_column
 from pipeline.cache.codecs import CODECS, column_of_files
@@ -40,7 +39,7 @@ from pipeline.cache.layout import (
     path_inside,
 )
 from pipeline.cache.manifest import PIECE, FileFact, check_file, check_size, read_canonical, read_record
-from pipeline.cache.plan import Plan
+from pipeline.cache.plan import Plan, build_index, index_manifest, read_index, segments_of
 from pipeline.cache.rebuild import Columns, refused_bytes
 from pipeline.cache.records import CalibrationManifest, ColumnManifest, SegmentManifest
 from pipeline.cache.samples import ShardPlan, read_batch
@@ -172,14 +171,14 @@ class _Check:
             self.unfinished(INDEX_MANIFEST, "no index; readers do without, the next `pipeline cache-hidden` makes it")
             return
         with self.guard(INDEX_MANIFEST):
-            facts = index.index_manifest(self.path)
+            facts = index_manifest(self.path)
             if not self.file(INDEX, facts.files[INDEX]):
                 return
-            if facts.segments != index.segments_of(plan.manifests):
+            if facts.segments != segments_of(plan.manifests):
                 self.unfinished(INDEX, "of a plan with other segments; the next `pipeline cache-hidden` makes it again")
                 return
-            held = index.read_index(self.path, plan.manifests)
-            if held is None or not held.equals(index.build_index(plan)):
+            held = read_index(self.path, plan.manifests)
+            if held is None or not held.equals(build_index(plan)):
                 self.damage(INDEX, "not what the plan gives")
 
     def target(self, captured: bool) -> None:

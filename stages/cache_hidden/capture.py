@@ -25,7 +25,7 @@ from pipeline.cache.atomic import Scratch, write_all, write_errors
 from pipeline.cache.catalog import Catalog, Work
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.locks import process_lock
-from pipeline.cache.plan import micro_batches
+from pipeline.cache.plan_writer import micro_batches
 from pipeline.cache.samples import ShardPlan
 from pipeline.cache.target_files import HEAD, target_file
 from pipeline.cache.writer import ShardWriter

@@ -23,7 +23,8 @@ from pipeline.cache.codecs.error_certificate import Certificate, checked_calibra
 from pipeline.cache.codecs.lossy import Encoded
 from pipeline.cache.columns import ColumnSpec, stored_rows
 from pipeline.cache.layout import CHECKSUM_ROWS, layer_of
-from pipeline.cache.plan import Plan, micro_batches
+from pipeline.cache.plan import Plan
+from pipeline.cache.plan_writer import micro_batches
 from pipeline.cache.samples import PlannedSample, ShardPlan, make_batch
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import RoomError, first_line

@@ -21,7 +21,8 @@ from pipeline.cache.catalog import Catalog, Work
 from pipeline.cache.layout import LOG
 from pipeline.cache.locks import process_lock
 from pipeline.cache.manifest import create_identity, write_canonical
-from pipeline.cache.plan import Plan, check_not_in_use, plan_in_use
+from pipeline.cache.plan import Plan
+from pipeline.cache.plan_writer import check_not_in_use, plan_in_use
 from pipeline.cache.rebuild import rebuild_derived
 from pipeline.cache.records import CaptureRecord, CaptureRequest, ColumnSpec, TargetFiles, read_log
 from pipeline.cache.target_files import has_target

@@ -13,7 +13,7 @@ from pipeline.cache.atomic import check_free_space, clean_scratch
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.layout import LOG
 from pipeline.cache.manifest import create_identity, write_canonical
-from pipeline.cache.plan import plan_in_use
+from pipeline.cache.plan_writer import plan_in_use
 from pipeline.cache.rebuild import rebuild_derived
 from pipeline.cache.records import TargetName
 from pipeline.cache.target_files import has_target
