@@ -21,8 +21,8 @@ import pyarrow as pa
 from pipeline.cache.atomic import read_errors
 from pipeline.cache.layout import FINAL, INDEX, INDEX_MANIFEST, NUMBER, PLAN, aux_column, numbered
 from pipeline.cache.manifest import FileFact, check_file, check_size, read_record
-from pipeline.cache.records import Files, IndexManifest, SegmentManifest
-from pipeline.cache.samples import SCHEMA, ShardPlan, checked_batch, parse_batches, read_batches, to_numpy
+from pipeline.cache.records import IndexManifest, SegmentManifest
+from pipeline.cache.samples import SCHEMA, ShardPlan, checked_batch, id_numbers, parse_batches, read_batches, to_numpy
 from pipeline.errors import CacheError, UsageError
 
 Refused = list[tuple[int, np.ndarray]]  # of one column: shards, and the rows of samples refused in them
@@ -153,17 +153,10 @@ def build_index(plan: Plan) -> pa.Table:
             "final_length": np.diff(shard.final_bounds).astype(np.int32),
             "supervised": shard.supervised.astype(np.int32),
         }
-        columns = [
-            pa.array(named[field.name]) if field.name in named else shard.batch.column(field.name)
-            for field in INDEX_SCHEMA
-        ]
+        names = INDEX_SCHEMA.names
+        columns = [pa.array(named[name]) if name in named else shard.batch.column(name) for name in names]
         batches.append(pa.RecordBatch.from_arrays(columns, schema=INDEX_SCHEMA))
     return pa.Table.from_batches(batches, INDEX_SCHEMA)
-
-
-def segments_of(manifests: list[SegmentManifest]) -> list[Files]:
-    """The files of a plan's segments with their digests, which identify the plan."""
-    return [manifest.files for manifest in manifests]
 
 
 def index_manifest(cache: Path) -> IndexManifest:
@@ -179,7 +172,7 @@ def read_index(cache: Path, manifests: list[SegmentManifest]) -> pa.Table | None
     path = cache / INDEX
     try:
         facts = index_manifest(cache)
-        if facts.segments != segments_of(manifests):
+        if facts.segments != [manifest.files for manifest in manifests]:
             return None
         check_size(path, facts.files[INDEX])
         with read_errors(path), pa.memory_map(str(path)) as file:
@@ -232,10 +225,8 @@ class SampleTable:
 
     @cached_property
     def sample_id(self) -> np.ndarray:
-        """The sample ids as numbers, uint64 [n, 2], high and low: rows sort as the 16 bytes do."""
-        column = self._whole("sample_id")
-        names = np.frombuffer(column.buffers()[1], ">u8", 2 * len(self), 16 * column.offset)
-        return names.reshape(-1, 2).astype(np.uint64)
+        """The sample ids as `id_numbers`, uint64 [n, 2]."""
+        return id_numbers(self._whole("sample_id"))
 
     @property
     def low64(self) -> np.ndarray:

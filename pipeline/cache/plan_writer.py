@@ -17,7 +17,7 @@ import pyarrow.ipc
 from pipeline.cache.atomic import Scratch, clean_scratch, commit_lock, sync_file, sync_folder, write_errors, write_file
 from pipeline.cache.layout import INDEX, INDEX_MANIFEST, PLAN, SCRATCH, SHARDS, numbered
 from pipeline.cache.manifest import FileFact, canonical, read_record, write_canonical
-from pipeline.cache.plan import INDEX_SCHEMA, Plan, build_index, load_plan, read_manifests, segment_numbers, segments_of
+from pipeline.cache.plan import INDEX_SCHEMA, Plan, build_index, load_plan, read_manifests, segment_numbers
 from pipeline.cache.records import IndexManifest, SegmentManifest
 from pipeline.cache.samples import (
     SCHEMA,
@@ -263,7 +263,8 @@ def write_index(cache: Path, plan: Plan) -> None:
     with pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
         writer.write_table(table)
     data = sink.getvalue().to_pybytes()
-    facts = IndexManifest(files={INDEX: FileFact.of_bytes(data)}, segments=segments_of(plan.manifests)).as_dict()
+    segments = [manifest.files for manifest in plan.manifests]
+    facts = IndexManifest(files={INDEX: FileFact.of_bytes(data)}, segments=segments).as_dict()
     manifest = cache / INDEX_MANIFEST
     right = manifest.is_file() and manifest.read_bytes() == canonical(facts)
     if not right:

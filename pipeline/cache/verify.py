@@ -39,7 +39,7 @@ from pipeline.cache.layout import (
     path_inside,
 )
 from pipeline.cache.manifest import PIECE, FileFact, check_file, check_size, read_canonical, read_record
-from pipeline.cache.plan import Plan, build_index, index_manifest, read_index, segments_of
+from pipeline.cache.plan import Plan, build_index, index_manifest, read_index
 from pipeline.cache.rebuild import Columns, refused_bytes
 from pipeline.cache.records import CalibrationManifest, ColumnManifest, SegmentManifest
 from pipeline.cache.samples import ShardPlan, read_batch
@@ -174,7 +174,7 @@ class _Check:
             facts = index_manifest(self.path)
             if not self.file(INDEX, facts.files[INDEX]):
                 return
-            if facts.segments != segments_of(plan.manifests):
+            if facts.segments != [manifest.files for manifest in plan.manifests]:
                 self.unfinished(INDEX, "of a plan with other segments; the next `pipeline cache-hidden` makes it again")
                 return
             held = read_index(self.path, plan.manifests)
