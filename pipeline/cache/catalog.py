@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.atomic import read_error, read_errors
+from pipeline.cache.atomic import read_errors
 from pipeline.cache.codecs import CODECS, column_of_files
 from pipeline.cache.codecs.zarr_file import METADATA
 from pipeline.cache.layout import COLUMN, IDENTITY, NUMBER, SAMPLES, SHARDS, checked_path, numbered, shard_folder
@@ -34,7 +34,7 @@ from pipeline.cache.plan import (
 )
 from pipeline.cache.records import ColumnManifest, ColumnSpec, Identity, SegmentManifest
 from pipeline.cache.samples import ShardPlan
-from pipeline.errors import CacheError, PipelineError
+from pipeline.errors import CacheError, PipelineError, read_error
 
 Work = list[tuple[ShardPlan, list[ColumnSpec]]]  # shards to write, each with the columns that it lacks
 ROW = re.compile(r"0|[1-9][0-9]{0,8}")  # a sample of the shard, in `refused`

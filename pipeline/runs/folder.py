@@ -25,9 +25,8 @@ from pydantic import FailFast, Field
 
 from pipeline import __version__
 from pipeline.cache import HiddenCache
-from pipeline.cache.atomic import write_errors, write_file
+from pipeline.cache.atomic import try_lock, write_errors, write_file
 from pipeline.cache.layout import FINAL
-from pipeline.cache.locks import try_lock
 from pipeline.cache.manifest import FileFact
 from pipeline.drafts.rope import RopeScaling
 from pipeline.errors import CacheError, UsageError

@@ -21,10 +21,9 @@ from typing import Any
 
 import torch
 
-from pipeline.cache.atomic import Scratch, write_all, write_errors
+from pipeline.cache.atomic import Scratch, process_lock, write_all, write_errors
 from pipeline.cache.catalog import Catalog, Work
 from pipeline.cache.columns import ColumnSpec
-from pipeline.cache.locks import process_lock
 from pipeline.cache.plan_writer import micro_batches
 from pipeline.cache.samples import ShardPlan
 from pipeline.cache.target_files import HEAD, target_file

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.cache.atomic import check_free_space, clean_scratch, size_text, write_errors
+from pipeline.cache.atomic import check_free_space, clean_scratch, in_use, process_lock, size_text, write_errors
 from pipeline.cache.catalog import Catalog, Work
 from pipeline.cache.layout import (
     CALIBRATION,
@@ -27,7 +27,6 @@ from pipeline.cache.layout import (
     numbered,
     path_inside,
 )
-from pipeline.cache.locks import in_use, process_lock
 from pipeline.cache.manifest import canonical, check_file, create_identity, read_record, write_canonical
 from pipeline.cache.rebuild import rebuild_derived, restore_segments
 from pipeline.cache.records import ColumnManifest, TargetManifest, read_log

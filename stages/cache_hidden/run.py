@@ -16,10 +16,9 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.cache.atomic import check_free_space, clean_scratch, size_text, write_errors
+from pipeline.cache.atomic import check_free_space, clean_scratch, process_lock, size_text, write_errors
 from pipeline.cache.catalog import Catalog, Work
 from pipeline.cache.layout import LOG
-from pipeline.cache.locks import process_lock
 from pipeline.cache.manifest import create_identity, write_canonical
 from pipeline.cache.plan import Plan
 from pipeline.cache.plan_writer import check_not_in_use, plan_in_use

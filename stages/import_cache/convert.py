@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache.atomic import size_text, write_errors
+from pipeline.cache.atomic import process_lock, size_text, write_errors
 from pipeline.cache.catalog import Catalog, Work
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.columns import ColumnSpec, stored_rows
 from pipeline.cache.layout import aux_column
-from pipeline.cache.locks import process_lock
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.samples import PlannedSample, ShardPlan
