@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.calibrations import read_calibration, store_calibration
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.calibration import calibrate
@@ -16,7 +15,7 @@ from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.rebuild import rebuild_derived
 from pipeline.cache.samples import PlannedSample, ShardPlan
 from pipeline.cache.target_files import has_target, new_target
-from pipeline.cache.writer import ShardWriter
+from pipeline.cache.writer import ShardWriter, read_calibration, store_calibration
 
 IDENTITY = {"target": {"name": "tiny", "digest": "00ff"}, "samples": {"max_length": 600}}
 COLUMNS = [

@@ -14,7 +14,6 @@ import torch
 
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import Scratch, clean_scratch, commit_lock, size_text, write_errors
-from pipeline.cache.calibrations import read_calibration, store_calibration
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS, codec_of, parse_codecs
 from pipeline.cache.codecs.calibration import (
@@ -29,7 +28,7 @@ from pipeline.cache.manifest import read_record, write_canonical
 from pipeline.cache.plan import Plan
 from pipeline.cache.records import CaptureRecord
 from pipeline.cache.samples import ShardPlan
-from pipeline.cache.writer import ShardWriter
+from pipeline.cache.writer import ShardWriter, read_calibration, store_calibration
 from pipeline.errors import CacheError, DataError, ProofError, UsageError
 from pipeline.target.head import TargetHead
 from pipeline.tensors import as_states

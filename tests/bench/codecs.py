@@ -30,7 +30,6 @@ from numcodecs import blosc
 from torch import Tensor
 
 from pipeline.cache import plan_writer
-from pipeline.cache.calibrations import store_calibration
 from pipeline.cache.catalog import Catalog, column_manifest
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.calibration import Calibration, calibrate
@@ -40,7 +39,7 @@ from pipeline.cache.layout import SAMPLES, SHARDS
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.samples import PlannedSample
-from pipeline.cache.writer import ShardWriter
+from pipeline.cache.writer import ShardWriter, store_calibration
 from pipeline.target.model import load_target
 from pipeline.tensors import as_states, as_stored
 

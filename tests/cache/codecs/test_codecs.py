@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from toy_codec import Fixed16
 
 from pipeline.cache import HiddenCache
-from pipeline.cache.calibrations import read_calibration
 from pipeline.cache.catalog import Catalog, column_manifest
 from pipeline.cache.codecs import CODECS, codec_of, parse_codecs
 from pipeline.cache.codecs.calibration import Calibration, calibrate, calibration_samples
@@ -32,6 +31,7 @@ from pipeline.cache.layout import shard_folder
 from pipeline.cache.manifest import read_canonical
 from pipeline.cache.plan import load_plan
 from pipeline.cache.verify import verify
+from pipeline.cache.writer import read_calibration
 from pipeline.errors import CacheError, ProofError, UsageError
 from pipeline.tensors import as_states, as_stored
 from stages.cache_hidden.run import run as capture
