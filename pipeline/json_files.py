@@ -121,13 +121,6 @@ class Record(BaseModel):
         return self.model_dump(exclude_unset=True)
 
 
-class FileRecord(Record):
-    """What a record says of another file: its size in bytes and its xxh3-128, in hex."""
-
-    size: Count
-    xxh3: str
-
-
 Kind = TypeVar("Kind", bound=Record)
 
 

@@ -32,8 +32,8 @@ from pipeline.cache.plan import (
     read_manifests,
     segment_numbers,
 )
-from pipeline.cache.records import ColumnManifest, ColumnSpec, Identity, SegmentManifest
 from pipeline.cache.samples import ShardPlan
+from pipeline.cache.schema import ColumnManifest, ColumnSpec, Identity, SegmentManifest
 from pipeline.errors import CacheError, PipelineError, read_error
 
 Work = list[tuple[ShardPlan, list[ColumnSpec]]]  # shards to write, each with the columns that it lacks

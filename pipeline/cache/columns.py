@@ -23,8 +23,8 @@ from pipeline.cache.codecs.raw import DirectColumn
 from pipeline.cache.codecs.zarr_file import DTYPES
 from pipeline.cache.layout import CHECKSUM_ROWS, SAMPLES, numbered, path_inside, shard_folder
 from pipeline.cache.manifest import check_file, check_size
-from pipeline.cache.records import ColumnManifest, ColumnSpec
 from pipeline.cache.samples import ShardPlan
+from pipeline.cache.schema import ColumnManifest, ColumnSpec
 from pipeline.errors import CacheError, read_error
 from pipeline.target.layers import final_rows
 

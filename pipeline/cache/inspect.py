@@ -13,7 +13,7 @@ from pipeline.cache.layout import PLAN, SAMPLES, TARGET, layer_of
 from pipeline.cache.plan import Plan
 from pipeline.cache.reader import HiddenCache
 from pipeline.cache.rebuild import refused_samples
-from pipeline.cache.records import ColumnManifest, read_log
+from pipeline.cache.schema import ColumnManifest, read_log
 from pipeline.cache.target_files import has_target, target_file
 from pipeline.errors import UsageError
 from pipeline.visible_text import grid, shows_styles, visible, visible_lines

@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Strict, ValidationError
 
 from pipeline.cache.atomic import commit_lock, read_errors, write_errors, write_file
 from pipeline.cache.layout import FORMAT, IDENTITY
 from pipeline.errors import CacheError, UsageError, read_error
-from pipeline.json_files import MAX_DEPTH, parse_strict_json
+from pipeline.json_files import MAX_DEPTH, Count, parse_strict_json
 
-STRICT = ConfigDict(extra="forbid", strict=True)
-Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Model = TypeVar("Model", bound=BaseModel)
 
 MAX_BYTES = 64 << 20  # a larger "manifest" is refused before it is read
@@ -124,12 +122,12 @@ def parse_canonical(data: bytes, path: Path) -> dict:
 
 @dataclass(frozen=True, slots=True)
 class FileFact:
-    """What a manifest says of another file: its size in bytes and its xxh3-128, in hex."""
+    """What a JSON file says of another file: its size in bytes and its xxh3-128, in hex."""
 
-    __pydantic_config__ = STRICT
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
-    size: Count
-    xxh3: str
+    size: Annotated[Count, Strict()]
+    xxh3: Annotated[str, Strict()]
 
     def as_dict(self) -> dict:
         return {"size": self.size, "xxh3": self.xxh3}

@@ -21,8 +21,8 @@ import pyarrow as pa
 from pipeline.cache.atomic import read_errors
 from pipeline.cache.layout import FINAL, INDEX, INDEX_MANIFEST, NUMBER, PLAN, aux_column, numbered
 from pipeline.cache.manifest import FileFact, check_file, check_size, read_record
-from pipeline.cache.records import IndexManifest, SegmentManifest
 from pipeline.cache.samples import SCHEMA, ShardPlan, checked_batch, id_numbers, parse_batches, read_batches, to_numpy
+from pipeline.cache.schema import IndexManifest, SegmentManifest
 from pipeline.errors import CacheError, UsageError
 
 Refused = list[tuple[int, np.ndarray]]  # of one column: shards, and the rows of samples refused in them

@@ -18,7 +18,6 @@ from pipeline.cache.atomic import Scratch, clean_scratch, commit_lock, sync_file
 from pipeline.cache.layout import INDEX, INDEX_MANIFEST, PLAN, SCRATCH, SHARDS, numbered
 from pipeline.cache.manifest import FileFact, canonical, read_record, write_canonical
 from pipeline.cache.plan import INDEX_SCHEMA, Plan, build_index, load_plan, read_manifests, segment_numbers
-from pipeline.cache.records import IndexManifest, SegmentManifest
 from pipeline.cache.samples import (
     SCHEMA,
     SPOOLED,
@@ -28,6 +27,7 @@ from pipeline.cache.samples import (
     sample_id,
     write_batches,
 )
+from pipeline.cache.schema import IndexManifest, SegmentManifest
 from pipeline.errors import DataError, UsageError
 
 SHARD_BYTES = 4 << 30  # raw states per shard, over the columns of the first capture

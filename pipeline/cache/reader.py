@@ -27,8 +27,8 @@ from pipeline.cache.layout import (
     shard_folder,
 )
 from pipeline.cache.manifest import check_file
-from pipeline.cache.records import ColumnManifest, ColumnSpec
 from pipeline.cache.samples import ShardPlan, read_batch
+from pipeline.cache.schema import ColumnManifest, ColumnSpec
 from pipeline.cache.target_files import CONFIG, HEAD, TOKENS, target_file, target_json
 from pipeline.errors import CacheError, DataError, UsageError
 from pipeline.target.layers import final_rows

@@ -12,8 +12,8 @@ from pipeline.cache.layout import INDEX, PLAN, QUARANTINE, REFUSED, SAMPLES, num
 from pipeline.cache.manifest import FileFact, canonical
 from pipeline.cache.plan import Plan
 from pipeline.cache.plan_writer import write_index
-from pipeline.cache.records import ColumnManifest, RefusedList, RefusedSample
 from pipeline.cache.samples import batch_bytes, read_batch, write_batches
+from pipeline.cache.schema import ColumnManifest, RefusedList, RefusedSample
 from pipeline.errors import CacheError
 
 Columns = dict[int, dict[str, ColumnManifest]]  # by shard and name

@@ -14,7 +14,7 @@ from pipeline.cache.atomic import Scratch, commit_lock, read_errors, sync_file, 
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.layout import TARGET, TARGET_MANIFEST, path_inside
 from pipeline.cache.manifest import MAX_BYTES, FileFact, canonical, check_file, check_size, read_record
-from pipeline.cache.records import TargetManifest
+from pipeline.cache.schema import TargetManifest
 from pipeline.errors import CacheError
 from pipeline.json_files import parse_json, read_file
 

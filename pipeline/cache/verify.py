@@ -41,8 +41,8 @@ from pipeline.cache.layout import (
 from pipeline.cache.manifest import PIECE, FileFact, check_file, check_size, read_canonical, read_record
 from pipeline.cache.plan import Plan, build_index, index_manifest, read_index
 from pipeline.cache.rebuild import Columns, refused_bytes
-from pipeline.cache.records import CalibrationManifest, ColumnManifest, SegmentManifest
 from pipeline.cache.samples import ShardPlan, read_batch
+from pipeline.cache.schema import CalibrationManifest, ColumnManifest, SegmentManifest
 from pipeline.cache.target_files import target_manifest
 from pipeline.errors import CacheError
 

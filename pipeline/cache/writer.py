@@ -31,8 +31,8 @@ from pipeline.cache.codecs.zarr_file import DTYPES, PIECE
 from pipeline.cache.columns import Column, ColumnSpec
 from pipeline.cache.layout import CALIBRATION, COLUMN, SAMPLES, SHARDS, numbered, shard_folder
 from pipeline.cache.manifest import FileFact, canonical, read_record
-from pipeline.cache.records import CalibrationManifest, ColumnFacts, ColumnManifest
 from pipeline.cache.samples import ShardPlan, batch_bytes
+from pipeline.cache.schema import CalibrationManifest, ColumnFacts, ColumnManifest
 from pipeline.errors import CacheError, RoomError
 
 Former = Mapping[str, ColumnManifest | None]  # damaged columns, each with its former manifest if that is known

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.cache.atomic import in_use
 from pipeline.cache.layout import FINAL, layer_of
-from pipeline.cache.records import CaptureRequest, read_log
+from pipeline.cache.schema import CaptureRequest, read_log
 from pipeline.errors import CacheError, UsageError
 from pipeline.target.text_config import text_config
 

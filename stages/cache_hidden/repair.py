@@ -29,8 +29,8 @@ from pipeline.cache.layout import (
 )
 from pipeline.cache.manifest import canonical, check_file, create_identity, read_record, write_canonical
 from pipeline.cache.rebuild import rebuild_derived, restore_segments
-from pipeline.cache.records import ColumnManifest, TargetManifest, read_log
 from pipeline.cache.samples import ShardPlan, read_batch
+from pipeline.cache.schema import ColumnManifest, TargetManifest, read_log
 from pipeline.cache.target_files import has_target, target_manifest
 from pipeline.cache.verify import Report, verify
 from pipeline.errors import CacheError, UsageError

@@ -23,7 +23,7 @@ from pipeline.cache.manifest import create_identity, write_canonical
 from pipeline.cache.plan import Plan
 from pipeline.cache.plan_writer import check_not_in_use, plan_in_use
 from pipeline.cache.rebuild import rebuild_derived
-from pipeline.cache.records import CaptureRecord, CaptureRequest, ColumnSpec, TargetFiles, read_log
+from pipeline.cache.schema import CaptureRecord, CaptureRequest, ColumnSpec, TargetFiles, read_log
 from pipeline.cache.target_files import has_target
 from pipeline.corpus.rejections import left_out_lines
 from pipeline.corpus.sources import corpus_files, file_sources, source_roles

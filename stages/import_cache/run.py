@@ -15,7 +15,7 @@ from pipeline.cache.layout import LOG
 from pipeline.cache.manifest import create_identity, write_canonical
 from pipeline.cache.plan_writer import plan_in_use
 from pipeline.cache.rebuild import rebuild_derived
-from pipeline.cache.records import TargetName
+from pipeline.cache.schema import TargetName
 from pipeline.cache.target_files import has_target
 from pipeline.corpus.rejections import left_out_lines
 from pipeline.errors import RoomError, UsageError

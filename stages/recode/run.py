@@ -26,8 +26,8 @@ from pipeline.cache.columns import Column, ColumnSpec, open_column
 from pipeline.cache.layout import LOG, SAMPLES, numbered, shard_folder
 from pipeline.cache.manifest import read_record, write_canonical
 from pipeline.cache.plan import Plan
-from pipeline.cache.records import CaptureRecord
 from pipeline.cache.samples import ShardPlan
+from pipeline.cache.schema import CaptureRecord
 from pipeline.cache.writer import ShardWriter, read_calibration, store_calibration
 from pipeline.errors import CacheError, DataError, ProofError, UsageError
 from pipeline.target.head import TargetHead

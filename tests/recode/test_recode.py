@@ -11,7 +11,7 @@ from cache_maker import COLUMNS, contents, make_cache, random_samples, without_r
 import pipeline.cache.atomic as disk
 from pipeline.cache import HiddenCache
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.records import read_log
+from pipeline.cache.schema import read_log
 from pipeline.cache.verify import verify
 from pipeline.errors import DataError, UsageError
 from stages.recode.run import run as recode

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pipeline.cache.records import Identity
+from pipeline.cache.schema import Identity
 from pipeline.drafts import DRAFTS
 from pipeline.errors import UsageError
 from pipeline.runs.cache_requirements import training_config

@@ -1,8 +1,7 @@
 """What every JSON file of a cache says, field by field; `make tables` prints README.md's tables from it.
 
-A record is a pydantic model: immutable and read strictly. What a file says beyond is kept where the record is an
-`OpenRecord`, as every file is: a later version may say more, and nothing it wrote is taken for damage.
-`manifest.py` has the form of the files themselves: canonical JSON that ends with its own hash.
+Pydantic models, immutable and read strictly. What a file says beyond is kept: a later version may say more, and nothing
+it wrote is taken for damage. `manifest.py` has the form of the files: canonical JSON that ends with its own hash.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -11,18 +10,18 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, RootModel
+from pydantic import ConfigDict, Field, RootModel
 
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.zarr_file import DTYPES
 from pipeline.cache.layout import FORMAT, LOG
-from pipeline.cache.manifest import STRICT, Count, FileFact, read_record
+from pipeline.cache.manifest import FileFact, read_record
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import CacheError
+from pipeline.json_files import Count, Number, Record
 
 MAX_WIDTH = 1 << 17  # values of a row; a manifest that claims more is damaged
 
-Figure = Annotated[float, Field(allow_inf_nan=False)]
 Files = dict[str, FileFact]  # by path from the manifest's folder
 
 
@@ -30,45 +29,39 @@ def _field(description: str, **kwargs) -> Any:
     return Field(description=description, **kwargs)
 
 
-class Record(BaseModel):
-    """A part of a manifest."""
+class Part(Record):
+    """A part of a manifest; what it says beyond is kept."""
 
-    model_config = ConfigDict(frozen=True, defer_build=True, **STRICT)
-
-    def as_dict(self) -> dict:
-        """The fields that were stated, as JSON has them."""
-        return self.model_dump(exclude={"format", "hash"}, exclude_unset=True)
+    model_config = ConfigDict(extra="allow", defer_build=True)
 
 
-class OpenRecord(Record):
-    """A part that may say more than this program knows of; what it says beyond is kept."""
-
-    model_config = ConfigDict(extra="allow")
-
-
-class Manifest(OpenRecord):
+class Manifest(Part):
     """A file of its own. `format` and `hash` are written by `canonical`."""
 
     FILE: ClassVar[str]
     format: Literal[FORMAT] = FORMAT
     hash: str = ""
 
+    def as_dict(self) -> dict:
+        """Return the fields that were stated, as JSON values, without `format` and `hash`."""
+        return self.model_dump(exclude={"format", "hash"}, exclude_unset=True)
+
 
 # cache.json. Every part may be absent: earlier versions stated less.
 
 
-class TargetName(OpenRecord):
+class TargetName(Part):
     digest: str | None = _field("of its config and parts of its weights", default=None)
     name: str | None = _field("a hub name or a folder", default=None)
     revision: str | None = _field('of the hub; "" for a folder', default=None)
 
 
-class TokenizerDigests(OpenRecord):
+class TokenizerDigests(Part):
     chat_template: str | None = _field("digest of the chat template", default=None)
     digest: str | None = _field("digest of the tokenizer's files", default=None)
 
 
-class SampleRules(OpenRecord):
+class SampleRules(Part):
     mask: str | None = _field("how tokens come to be supervised", default=None)
     max_length: int | None = _field("tokens a sample is cut to; null where it was imported", default=None)
     stops: list[int] | None = _field("ids that end a reply", default=None)
@@ -78,7 +71,7 @@ class SampleRules(OpenRecord):
     turns: str | None = _field('"last" or "each": which replies of a conversation are supervised', default=None)
 
 
-class ImportFacts(OpenRecord):
+class ImportFacts(Part):
     count_from: int = _field("what the files call the first layer")
     form: str = _field("whose files they were")
     last: str = _field("what their last state was: raw, normed or none")
@@ -86,7 +79,7 @@ class ImportFacts(OpenRecord):
     proven: bool = _field("whether states were compared with the target")
 
 
-class CaptureRules(OpenRecord):
+class CaptureRules(Part):
     batch_tokens: Count | None = _field("padded tokens of a micro-batch", default=None)
     dtype: str | None = _field("of the states", default=None)
     engine: str | None = _field("what ran the target", default=None)
@@ -132,7 +125,7 @@ class IndexManifest(Manifest):
     segments: list[Files] = _field("`files` of every segment, of which it was made")
 
 
-class RefusedSample(Record):
+class RefusedSample(Part):
     sample: Count = _field("its number in the cache")
     sample_id: str = _field("in hex")
     shard: Count = _field("its shard")
@@ -157,7 +150,8 @@ class RefusedList(Manifest):
 class ColumnSpec:
     """A column's name (`aux.<layer>` or `final`), dtype, width, codec, and which rows it keeps ("all" or "needed")."""
 
-    __pydantic_config__ = STRICT  # to pass over a part of it could be to read other values
+    # To pass over a part of it could be to read other values.
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
     name: Annotated[str, _field("`aux.<layer>` or `final`")]
     dtype: Annotated[Literal["bfloat16", "float32"], _field("of the states")]
@@ -190,22 +184,22 @@ class ColumnSpec:
         return asdict(self)
 
 
-class ProbeFacts(OpenRecord):
-    error: Figure = _field("the largest relative error against the target computing the samples again")
+class ProbeFacts(Part):
+    error: Number = _field("the largest relative error against the target computing the samples again")
 
 
-class GaugeFacts(OpenRecord):
+class GaugeFacts(Part):
     rows: Count = _field("supervised tokens looked at")
     agree: Count = _field("how many are the target's own greedy choice")
-    logprob: Figure = _field("the sum of their log-probabilities")
+    logprob: Number = _field("the sum of their log-probabilities")
 
 
-class CertificateFacts(OpenRecord):
+class CertificateFacts(Part):
     rows: Count | None = _field("rows compared", default=None)
-    error: Figure | None = _field("relative to the states' norm; others are in `error_certificate.py`", default=None)
+    error: Number | None = _field("relative to the states' norm; others are in `error_certificate.py`", default=None)
 
 
-class ColumnFacts(OpenRecord):
+class ColumnFacts(Part):
     certificate: CertificateFacts | None = _field("of a lossy codec: its error", default=None)
     device: str | None = _field("the kind of processor", default=None)
     engine: str | None = _field("what ran the target", default=None)
@@ -238,8 +232,8 @@ class CalibrationManifest(Manifest):
     cache: str = _field("the hash of cache.json")
     column: str = _field("COLUMN")
     rows: Count = _field("rows measured")
-    mean: list[Figure] = _field("of each channel, [D]")
-    spread: list[Figure] = _field("the standard deviation of each channel, [D]")
+    mean: list[Number] = _field("of each channel, [D]")
+    spread: list[Number] = _field("the standard deviation of each channel, [D]")
 
 
 class TargetManifest(Manifest):
@@ -250,26 +244,20 @@ class TargetManifest(Manifest):
     files: Files = _field("all other files of the folder")
 
 
-class WeightFile(Record):
-    model_config = ConfigDict(extra="ignore")
-    size: Count
-    xxh3: str
-
-
-class WeightsRecord(RootModel[dict[str, WeightFile]]):
+class WeightsRecord(RootModel[Files]):
     """`target/weights.json`, no manifest: the files of the target's weights."""
 
 
 # capture.log
 
 
-class CaptureRequest(OpenRecord):
+class CaptureRequest(Part):
     model: str | None = _field("as it was named", default=None)
     corpus: str | None = _field("as it was named", default=None)
     options: dict[str, Any] = _field("the command's other options", default={})
 
 
-class TargetFiles(OpenRecord):
+class TargetFiles(Part):
     folder: str = _field("where the target was")
     files: dict[str, list[int]] = _field("size and modification time of its files", default={})
 
