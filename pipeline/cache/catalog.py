@@ -246,22 +246,18 @@ class Catalog:
         manifest = checked.get(name)
         if manifest is None:
             manifest = self.read(shard, name)
-            self._check(shard, name, manifest)
+            if manifest.cache != self.hash:
+                folder = shard_folder(self.path, shard)
+                raise CacheError(f"{folder}, column {name}: belongs to another cache; run `pipeline verify`")
+            other = next(iter(checked.values()), manifest)
+            if other.files[SAMPLES] != manifest.files[SAMPLES]:
+                where = f"{self.path}, shard {numbered(shard)}"
+                raise CacheError(f"{where}: columns of different samples; run `pipeline verify`")
+            self._kinds.add((manifest.spec.dtype, manifest.spec.width))
+            if len(self._kinds) > 1:
+                raise CacheError(f"{self.path}: columns of several kinds, {sorted(self._kinds)}; run `pipeline verify`")
             checked[name] = manifest
         return manifest
-
-    def _check(self, shard: int, name: str, manifest: ColumnManifest) -> None:
-        if manifest.cache != self.hash:
-            folder = shard_folder(self.path, shard)
-            raise CacheError(f"{folder}, column {name}: belongs to another cache; run `pipeline verify`")
-        other = next(iter(self._shard(shard).manifests.values()), manifest)
-        if other.files[SAMPLES] != manifest.files[SAMPLES]:
-            where = f"{self.path}, shard {numbered(shard)}"
-            raise CacheError(f"{where}: columns of different samples; run `pipeline verify`")
-        kind = manifest.spec.dtype, manifest.spec.width
-        self._kinds.add(kind)
-        if len(self._kinds) > 1:
-            raise CacheError(f"{self.path}: columns of several kinds, {sorted(self._kinds)}; run `pipeline verify`")
 
     def columns(self, shard: int) -> dict[str, ColumnManifest]:
         """Manifests of the columns that a shard has, by name. The typed error of a folder that cannot be listed."""
@@ -294,8 +290,13 @@ class Catalog:
 
     def captured(self, shard: int, name: str) -> ColumnManifest | None:
         """The manifest of a column whose files all have the right size; None when it has to be captured."""
-        manifest = self._captured(shard, name)
-        return manifest if manifest and self._samples_size(shard) == manifest.files[SAMPLES].size else None
+        manifest, found = self._captured(shard, name), self._shard(shard)
+        if manifest and found.samples_size is None:
+            try:
+                found.samples_size = file_size(checked_path(str(found.folder), SAMPLES))
+            except CacheError:
+                found.samples_size = -1
+        return manifest if manifest and found.samples_size == manifest.files[SAMPLES].size else None
 
     def captured_columns(self, shard: int) -> dict[str, ColumnManifest]:
         """Manifests of a shard's captured columns, by name; its `samples.arrow` may be missing or damaged."""
@@ -303,35 +304,18 @@ class Catalog:
 
     def _captured(self, shard: int, name: str) -> ColumnManifest | None:
         """The manifest of a column whose own files have the right size, looked at once."""
-        captured = self._shard(shard).captured
-        if name not in captured:
-            captured[name] = self._of_right_size(shard, name)
-        return captured[name]
-
-    def _of_right_size(self, shard: int, name: str) -> ColumnManifest | None:
-        owner, found = self.hash, self._shard(shard)
-        if f"{name}.json" not in found.entries and found.error is None:
-            return None
-        try:
-            manifest = self.read(shard, name)
-            if manifest.cache != owner:  # left there from another cache
-                return None
-            folder = str(found.folder)
-            for file, fact in manifest.files.items():
-                if file != SAMPLES:
-                    check_size(checked_path(folder, file), fact)
-        except CacheError:
-            return None
-        return manifest
-
-    def _samples_size(self, shard: int) -> int:
-        found = self._shard(shard)
-        if found.samples_size is None:
-            try:
-                found.samples_size = file_size(checked_path(str(found.folder), SAMPLES))
-            except CacheError:
-                found.samples_size = -1
-        return found.samples_size
+        owner, found, captured = self.hash, self._shard(shard), None
+        if name in found.captured:
+            return found.captured[name]
+        if f"{name}.json" in found.entries or found.error is not None:
+            with contextlib.suppress(CacheError):
+                manifest, folder = self.read(shard, name), str(found.folder)
+                if manifest.cache == owner:  # else left there from another cache
+                    for file, fact in manifest.files.items():
+                        if file != SAMPLES:
+                            check_size(checked_path(folder, file), fact)
+                    captured = manifest
+        return found.captured.setdefault(name, captured)
 
     def missing(self, columns: Sequence[ColumnSpec]) -> Work:
         """The shards that lack columns, and which."""

@@ -7,9 +7,7 @@ manifest by size and xxh3-128.
 
 import hashlib
 import json
-import os
 import re
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -20,11 +18,10 @@ from pydantic import BaseModel, ConfigDict, Strict, ValidationError
 from pipeline.cache.atomic import commit_lock, read_errors, write_errors, write_file
 from pipeline.cache.layout import FORMAT, IDENTITY
 from pipeline.errors import CacheError, UsageError, read_error
-from pipeline.json_files import MAX_DEPTH, Count, parse_strict_json
+from pipeline.json_files import MAX_BYTES, MAX_DEPTH, Count, check_regular, parse_strict_json, read_file
 
 Model = TypeVar("Model", bound=BaseModel)
 
-MAX_BYTES = 64 << 20  # a larger "manifest" is refused before it is read
 PIECE = 4 << 20
 
 _TAIL = re.compile(rb',\n "hash": "([0-9a-f]{32})"\n}\n\Z')
@@ -41,13 +38,9 @@ def canonical(facts: dict) -> bytes:
     return body + b',\n "hash": "' + _own_hash(body).encode() + b'"\n}\n'
 
 
-def _is_whole(data: bytes, facts: dict) -> bool:
-    """Whether a file ends with its own hash, and `facts`, what it says, hold no text that is none."""
+def _ends_with_own_hash(data: bytes) -> bool:
     tail = _TAIL.search(data)
-    if not tail or tail[1].decode() != _own_hash(data[: tail.start()]):
-        return False
-    # Half a surrogate pair can only be escaped, and of escapes we write few: then all of it is compared, slowly.
-    return b"\\u" not in data or data == canonical({k: v for k, v in facts.items() if k not in ("format", "hash")})
+    return tail is not None and tail[1].decode() == _own_hash(data[: tail.start()])
 
 
 def _own_hash(body: bytes) -> str:
@@ -73,9 +66,8 @@ def parse_record(data: bytes, path: Path, model: type[Model]) -> Model:
         record = model.model_validate_json(data)
     except ValidationError:
         record = None
-    tail = _TAIL.search(data)
     plain = b"\\u" not in data and data.count(b"{") + data.count(b"[") < MAX_DEPTH
-    if record is None or not plain or not tail or tail[1].decode() != _own_hash(data[: tail.start()]):
+    if record is None or not plain or not _ends_with_own_hash(data):
         parse_canonical(data, path)
         if record is None:
             raise CacheError(f"{path}: the manifest of something else; run `pipeline verify`")
@@ -91,22 +83,21 @@ def read_canonical(path: Path) -> dict:
 
 
 def _read_manifest(path: Path) -> bytes:
-    size = file_size(path)
-    if size > MAX_BYTES:
-        raise CacheError(f"{path}: {size} bytes, and no manifest has more than {MAX_BYTES}; it is damaged")
     try:
-        with open(path, "rb", buffering=0) as file:
-            return file.read()
+        return read_file(path, MAX_BYTES)
     except OSError as error:
         raise read_error(path, error) from error
+    except ValueError as error:
+        raise CacheError(f"{path}: damaged, {error}; run `pipeline verify`") from None
 
 
 def parse_canonical(data: bytes, path: Path) -> dict:
     """What `read_canonical` returns, from the file's bytes; `path` is for messages."""
     try:
         facts = parse_strict_json(data)
-        named = facts if isinstance(facts, dict) else {}
-        whole = _is_whole(data, named)
+        named = {k: v for k, v in facts.items() if k != "hash"} if isinstance(facts, dict) else {}
+        # Half a surrogate pair can only be escaped, and of escapes we write few: then all of it is compared, slowly.
+        whole = _ends_with_own_hash(data) and (b"\\u" not in data or data == canonical(named))
     except ValueError:
         raise CacheError(f"{path}: damaged, it is no JSON any more; run `pipeline verify`") from None
     found = named.get("format")
@@ -150,12 +141,11 @@ class FileFact:
 def file_size(path: Path | str) -> int:
     """The size of a file. CacheError when it is missing or no plain file: reading a pipe might never end."""
     try:
-        found = os.stat(path)
+        return check_regular(path)
     except OSError as error:
         raise read_error(Path(path), error) from error
-    if not stat.S_ISREG(found.st_mode):
-        raise CacheError(f"{path}: missing; something that is no file has its name; run `pipeline verify`")
-    return found.st_size
+    except ValueError as error:
+        raise CacheError(f"{path}: missing, {error}; run `pipeline verify`") from None
 
 
 def check_size(path: Path | str, fact: FileFact) -> None:

@@ -13,10 +13,10 @@ from pathlib import Path
 from pipeline.cache.atomic import Scratch, commit_lock, read_errors, sync_file, sync_folder, write_errors
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.layout import TARGET, TARGET_MANIFEST, path_inside
-from pipeline.cache.manifest import MAX_BYTES, FileFact, canonical, check_file, check_size, read_record
+from pipeline.cache.manifest import FileFact, canonical, check_file, check_size, read_record
 from pipeline.cache.schema import TargetManifest
 from pipeline.errors import CacheError
-from pipeline.json_files import parse_json, read_file
+from pipeline.json_files import MAX_BYTES, parse_json, read_file
 
 CONFIG = "config.json"
 TOKENS = "tokens.json"
