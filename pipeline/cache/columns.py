@@ -126,15 +126,16 @@ class Column:
         if len(wrong):
             raise CacheError(self.damage(row, first + int(wrong[0]) * CHECKSUM_ROWS))
 
-    def damaged_samples(self, reader) -> list[int]:
-        """The samples with a block that fails its checksum or cannot be read."""
+    def damaged_samples(self, reader, each: Callable[[np.ndarray], object] | None = None) -> list[int]:
+        """The samples with a block that fails its checksum or cannot be read; `each` gets the values in their order."""
         damaged = []
         for row in range(len(self.ok)):
             count = int(self.bounds[row + 1] - self.bounds[row])
             lossy = CODECS[self.spec.codec].lossy
             try:
-                for _ in self._encoded(reader, row, 0, count) if lossy else self.parts(reader, row, VERIFY_BLOCKS):
-                    pass
+                for part in self._encoded(reader, row, 0, count) if lossy else self.parts(reader, row, VERIFY_BLOCKS):
+                    if each is not None:
+                        each(part)
             except CacheError:
                 damaged.append(row)
         return damaged

@@ -19,7 +19,6 @@ from pipeline.errors import UsageError
 from pipeline.visible_text import grid, shows_styles, visible, visible_lines
 
 TOKENIZER = "tokenizer.json"
-LISTED = 20  # shards that are not captured yet, or foreign files, before the rest is only counted
 
 
 def describe(path: Path) -> dict:
@@ -232,30 +231,3 @@ def coloured(tokenizer, ids: Sequence[int], mask: Sequence[bool], most: int | No
             text.append(visible_lines(piece), style="green underline" if mask[start] else "dim")
             start = end
     return text
-
-
-def verify_table(report: dict) -> Group:
-    """Return `verify`'s report: what is damaged, not captured yet, or foreign."""
-    lines = [Text(f"{report['files']:,} files, {size_text(report['bytes'])} checked")]
-    for kind, title, style in (
-        ("damaged", "damaged", "bold red"),
-        ("missing", "not captured yet", "yellow"),
-        ("foreign", "not of this cache", "yellow"),
-    ):
-        found = report[kind]
-        if found:
-            lines.append(Text(f"{len(found)} {title}:", style=style))
-            shown = found if kind == "damaged" else found[:LISTED]
-            lines += [Text(f"  {visible(entry if kind == 'foreign' else finding(entry))}") for entry in shown]
-            lines += [Text(f"  and {len(found) - len(shown):,} more; --json lists them")] * (len(found) > len(shown))
-    if report["incomplete"]:
-        lines.append(Text(f"incomplete: {', '.join(report['incomplete'])}", style="yellow"))
-    if not report["damaged"]:
-        whole = not report["incomplete"]
-        lines.append(Text("no damage" if whole else "no damage in what is there", style="green" if whole else "yellow"))
-    return Group(*lines)
-
-
-def finding(entry: dict) -> str:
-    """Return one finding in a line: the file, and what is wrong with it."""
-    return f"{entry['file']}: {entry['what']}"

@@ -17,12 +17,13 @@ import pyarrow.ipc
 from pipeline.cache.atomic import Scratch, clean_scratch, commit_lock, sync_file, sync_folder, write_errors, write_file
 from pipeline.cache.layout import INDEX, INDEX_MANIFEST, PLAN, SCRATCH, SHARDS, numbered
 from pipeline.cache.manifest import FileFact, canonical, read_record, write_canonical
-from pipeline.cache.plan import INDEX_SCHEMA, Plan, build_index, load_plan, read_manifests, segment_numbers
+from pipeline.cache.plan import Plan, build_index, load_plan, read_manifests, segment_numbers
 from pipeline.cache.samples import (
     SCHEMA,
     SPOOLED,
     PlannedSample,
     ShardPlan,
+    batch_bytes,
     make_batch,
     sample_id,
     write_batches,
@@ -258,11 +259,8 @@ def _remove_plan(cache: Path, scratch: Scratch) -> None:
 
 def write_index(cache: Path, plan: Plan) -> None:
     """Write the index of `plan`, its manifest last; the manifest of an older index is removed first."""
-    sink = pa.BufferOutputStream()
-    table = build_index(plan).combine_chunks()
-    with pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
-        writer.write_table(table)
-    data = sink.getvalue().to_pybytes()
+    (batch,) = build_index(plan).combine_chunks().to_batches()
+    data = batch_bytes(batch)
     segments = [manifest.files for manifest in plan.manifests]
     facts = IndexManifest(files={INDEX: FileFact.of_bytes(data)}, segments=segments).as_dict()
     manifest = cache / INDEX_MANIFEST

@@ -68,9 +68,8 @@ class HiddenCache:
         self.catalog, self.path, self.identity = catalog, catalog.path, catalog.identity
         hashes = [catalog.hash, *(manifest.hash for manifest in catalog.segments)]
         self.digest = _digest(hashes)
-        self.earlier_digests = [
-            _digest(hashes[:end]) for end in range(2, len(hashes))
-        ]  # what it was before each append
+        # What it was before each append.
+        self.earlier_digests = [_digest(hashes[:end]) for end in range(2, len(hashes))]
         self.samples = catalog.samples
         self._shards: dict[int, ShardPlan] = {}
         self._columns = OpenColumns(catalog, self._shard)
@@ -311,25 +310,19 @@ class HiddenCache:
 
     def _shard(self, number: int) -> ShardPlan:
         """Ids and masks of a shard; its `samples.arrow` is verified when it is first used."""
-        plan = self._shards.get(number)
-        if plan is None:
-            plan = self._shards[number] = self._open_shard(number)
-        return plan
-
-    def _open_shard(self, number: int) -> ShardPlan:
-        columns = self.columns(number)
-        if not columns:  # planned, not captured: only the plan has its samples
-            return self.catalog.plan.shards[number]
+        if number in self._shards:
+            return self._shards[number]
+        manifest = next(iter(self.columns(number).values()), None)
+        if manifest is None:  # planned, not captured: only the plan has its samples
+            return self._shards.setdefault(number, self.catalog.plan.shards[number])
         path = path_inside(shard_folder(self.path, number), SAMPLES)
-        for manifest in columns.values():
-            check_file(path, manifest.files[SAMPLES])
-            break
+        check_file(path, manifest.files[SAMPLES])
         plan = ShardPlan(read_batch(path), number)
         here = slice(self.samples.starts[number], self.samples.starts[number + 1])
         same = np.array_equal(plan.sample_ids, self.samples.sample_id[here])
         if not same or not np.array_equal(plan.lengths, self.samples.length[here]):
             raise CacheError(f"{path}: other samples than the plan's; run `pipeline verify`")
-        return plan
+        return self._shards.setdefault(number, plan)
 
 
 def _digest(parts: list[str]) -> str:

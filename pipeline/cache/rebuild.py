@@ -34,8 +34,11 @@ def rebuild_derived(catalog: Catalog) -> list[str]:
             for samples, data in stale.items():
                 write_file(samples, data)
             catalog.refresh()  # another worker may have been quicker, and known more
-            if wrong_list:
-                _write_refused_list(path, _refused_list(catalog))
+            if wrong_list and (wanted := _refused_list(catalog)):
+                write_file(path, wanted)
+            elif wrong_list and path.is_file():  # without any there is no such file
+                path.unlink()
+                path.parent.rmdir()
             if lost_index:
                 write_index(cache, plan)
             sync_folder(cache)
@@ -60,15 +63,6 @@ def _stale_samples(catalog: Catalog) -> dict[Path, bytes]:
 def _refused_list(catalog: Catalog) -> bytes:
     columns = {shard: catalog.captured_columns(shard) for shard in range(catalog.shards)}
     return refused_bytes(catalog.plan, columns, np.diff(catalog.samples.starts))
-
-
-def _write_refused_list(path: Path, wanted: bytes) -> None:
-    """Write the list of refused samples; without any there is no such file."""
-    if wanted:
-        write_file(path, wanted)
-    elif path.is_file():
-        path.unlink()
-        path.parent.rmdir()
 
 
 def restore_segments(catalog: Catalog) -> list[str]:
@@ -106,13 +100,13 @@ def refused_samples(plan: Plan, columns: Columns, counts: Sequence[int]) -> list
     """
     refused, before = [], 0
     for number, count in enumerate(counts):
-        reasons: dict[int, dict[str, list[str]]] = {}
+        reasons: dict[int, list[tuple[str, str]]] = {}
         for name, manifest in sorted(columns[number].items()):
             if manifest.samples != count:
                 where = f"shard {numbered(number)}, column {name}"
                 raise CacheError(f"{where}: of other samples than the plan's; run `pipeline verify`")
             for row, reason in manifest.refused.items():
-                reasons.setdefault(int(row), {}).setdefault(reason, []).append(name)
+                reasons.setdefault(int(row), []).append((reason, name))
         for row in sorted(reasons):
             shard = plan.shards[number]
             refused.append(
@@ -121,8 +115,8 @@ def refused_samples(plan: Plan, columns: Columns, counts: Sequence[int]) -> list
                     sample_id=shard.batch.column("sample_id")[row].as_py().hex(),
                     shard=number,
                     row=row,
-                    reason="; ".join(sorted(reasons[row])),
-                    columns=sorted({name for names in reasons[row].values() for name in names}),
+                    reason="; ".join(sorted({reason for reason, _ in reasons[row]})),
+                    columns=[name for _, name in reasons[row]],
                     source=shard.batch.column("source")[row].as_py(),
                     line=shard.line(row),
                 )

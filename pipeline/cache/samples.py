@@ -111,7 +111,7 @@ def make_batch(samples: Sequence[PlannedSample], ids16: Sequence[bytes], shard: 
 
 
 def batch_bytes(batch: pa.RecordBatch) -> bytes:
-    """Serialise a batch as an Arrow IPC file: the content of `samples.arrow`."""
+    """Serialise a batch as an Arrow IPC file, such as `samples.arrow`."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
