@@ -9,7 +9,6 @@ another one are read again.
 import contextlib
 import gc
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -17,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.cache import layout
 from pipeline.cache.atomic import read_errors
-from pipeline.cache.codecs import CODECS, column_of_files
-from pipeline.cache.codecs.zarr_file import METADATA
-from pipeline.cache.layout import COLUMN, IDENTITY, NUMBER, SAMPLES, SHARDS, checked_path, numbered, shard_folder
-from pipeline.cache.manifest import check_size, file_size, read_record
+from pipeline.cache.codecs import column_of_files
+from pipeline.cache.layout import checked_path, numbered, path_inside, shard_folder
+from pipeline.cache.manifest import check_file, check_size, file_size, read_record
 from pipeline.cache.plan import (
     Plan,
     Refused,
@@ -33,18 +32,18 @@ from pipeline.cache.plan import (
     segment_numbers,
 )
 from pipeline.cache.samples import ShardPlan
-from pipeline.cache.schema import ColumnManifest, ColumnSpec, Identity, SegmentManifest
+from pipeline.cache.schema import ColumnManifest, ColumnSpec, Identity, SegmentManifest, TargetManifest, column_manifest
 from pipeline.errors import CacheError, PipelineError, read_error
+from pipeline.json_files import MAX_BYTES, parse_json, read_file
 
 Work = list[tuple[ShardPlan, list[ColumnSpec]]]  # shards to write, each with the columns that it lacks
-ROW = re.compile(r"0|[1-9][0-9]{0,8}")  # a sample of the shard, in `refused`
 FileVersion = tuple[int, int, int]  # inode, size and modification time, by which a replaced file is recognised
 
 
 def columns_of(entries: Iterable[str]) -> list[str]:
     """The columns, sorted, of a shard with these file names: those with a manifest."""
     stems = (entry.removesuffix(".json") for entry in entries if entry.endswith(".json"))
-    return sorted(stem for stem in stems if COLUMN.fullmatch(stem))
+    return sorted(stem for stem in stems if layout.COLUMN.fullmatch(stem))
 
 
 def shards_per_column(shards: Sequence[Iterable[str]]) -> dict[str, int]:
@@ -56,18 +55,6 @@ def shards_per_column(shards: Sequence[Iterable[str]]) -> dict[str, int]:
     stems = {entry.removesuffix(".arrow") for entries in shards for entry in entries}
     counts.update(dict.fromkeys((column for stem in stems if (column := column_of_files(stem))), 0))
     return dict(sorted(counts.items()))
-
-
-def column_manifest(cache: Path, shard: int, column: str) -> ColumnManifest:
-    """Read the manifest of a column. CacheError when it is absent, damaged or another column's."""
-    path = shard_folder(cache, shard) / f"{column}.json"
-    manifest = read_record(path, ColumnManifest)
-    spec = manifest.spec
-    right = spec.codec in CODECS and (manifest.shard, spec.name) == (shard, column)
-    right = right and {SAMPLES, f"{spec.stem}.arrow", f"{spec.stem}/{METADATA}"} <= manifest.files.keys()
-    if not right or not all(ROW.fullmatch(row) and int(row) < manifest.samples for row in manifest.refused):
-        raise CacheError(f"{path}: the manifest of another column or shard; run `pipeline verify`")
-    return manifest
 
 
 class _Shard:
@@ -96,13 +83,11 @@ class _Shard:
 
 
 def _version(entry: os.DirEntry) -> FileVersion | None:
-    if not (entry.name.endswith(".json") and COLUMN.fullmatch(entry.name.removesuffix(".json"))):
-        return None
-    try:
-        found = entry.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    if entry.name.endswith(".json") and layout.COLUMN.fullmatch(entry.name.removesuffix(".json")):
+        with contextlib.suppress(OSError):
+            found = entry.stat()
+            return found.st_ino, found.st_size, found.st_mtime_ns
+    return None
 
 
 @contextlib.contextmanager
@@ -147,12 +132,12 @@ class Catalog:
     @property
     def exists(self) -> bool:
         """Whether there is a cache.json."""
-        return (self.path / IDENTITY).is_file()
+        return (self.path / layout.IDENTITY).is_file()
 
     @cached_property
     def identity(self) -> Identity:
         """The content of cache.json. CacheError when it is missing or damaged."""
-        return read_record(self.path / IDENTITY, Identity)
+        return read_record(self.path / layout.IDENTITY, Identity)
 
     @property
     def hash(self) -> str:
@@ -222,15 +207,14 @@ class Catalog:
     @property
     def unplanned_shards(self) -> list[int]:
         """Shards with columns that no segment of the plan has: a segment was lost."""
-        beyond = [number for number in self.shard_numbers() if number >= self.shards]
-        return [number for number in beyond if self._shard(number).readable().columns]
+        return [n for n in self.shard_numbers() if n >= self.shards and self._shard(n).readable().columns]
 
     def shard_numbers(self) -> list[int]:
         """The numbers of the shards that have a folder, ascending."""
-        if not (self.path / SHARDS).is_dir():
+        if not (self.path / layout.SHARDS).is_dir():
             return []
-        with read_errors(self.path / SHARDS):
-            return sorted(int(name) for name in os.listdir(self.path / SHARDS) if NUMBER.fullmatch(name))
+        with read_errors(self.path / layout.SHARDS):
+            return sorted(int(name) for name in os.listdir(self.path / layout.SHARDS) if layout.NUMBER.fullmatch(name))
 
     def read(self, shard: int, name: str) -> ColumnManifest:
         """The manifest of a column by itself. CacheError when it is absent, damaged or another column's."""
@@ -250,7 +234,7 @@ class Catalog:
                 folder = shard_folder(self.path, shard)
                 raise CacheError(f"{folder}, column {name}: belongs to another cache; run `pipeline verify`")
             other = next(iter(checked.values()), manifest)
-            if other.files[SAMPLES] != manifest.files[SAMPLES]:
+            if other.files[layout.SAMPLES] != manifest.files[layout.SAMPLES]:
                 where = f"{self.path}, shard {numbered(shard)}"
                 raise CacheError(f"{where}: columns of different samples; run `pipeline verify`")
             self._kinds.add((manifest.spec.dtype, manifest.spec.width))
@@ -293,10 +277,10 @@ class Catalog:
         manifest, found = self._captured(shard, name), self._shard(shard)
         if manifest and found.samples_size is None:
             try:
-                found.samples_size = file_size(checked_path(str(found.folder), SAMPLES))
+                found.samples_size = file_size(checked_path(str(found.folder), layout.SAMPLES))
             except CacheError:
                 found.samples_size = -1
-        return manifest if manifest and found.samples_size == manifest.files[SAMPLES].size else None
+        return manifest if manifest and found.samples_size == manifest.files[layout.SAMPLES].size else None
 
     def captured_columns(self, shard: int) -> dict[str, ColumnManifest]:
         """Manifests of a shard's captured columns, by name; its `samples.arrow` may be missing or damaged."""
@@ -312,7 +296,7 @@ class Catalog:
                 manifest, folder = self.read(shard, name), str(found.folder)
                 if manifest.cache == owner:  # else left there from another cache
                     for file, fact in manifest.files.items():
-                        if file != SAMPLES:
+                        if file != layout.SAMPLES:
                             check_size(checked_path(folder, file), fact)
                     captured = manifest
         return found.captured.setdefault(name, captured)
@@ -322,3 +306,41 @@ class Catalog:
         with _collection_paused():
             absent = [[spec for spec in columns if not self.captured(n, spec.name)] for n in range(self.shards)]
         return [(self.plan.shards[shard], specs) for shard, specs in enumerate(absent) if specs]
+
+
+def has_target(catalog: Catalog) -> bool:
+    """Whether `target/`, what training needs of the target, is there, as far as its manifest and sizes tell."""
+    with contextlib.suppress(CacheError):
+        for name, fact in target_manifest(catalog).files.items():
+            check_size(path_inside(catalog.path / layout.TARGET, name), fact)
+        return True
+    return False
+
+
+def target_manifest(catalog: Catalog) -> TargetManifest:
+    """The folder's manifest. CacheError when it is absent, damaged or of another cache."""
+    path = catalog.path / layout.TARGET / layout.TARGET_MANIFEST
+    manifest = read_record(path, TargetManifest)
+    if manifest.cache != catalog.hash:
+        raise CacheError(f"{path}: belongs to another cache; run `pipeline verify`")
+    return manifest
+
+
+def target_file(catalog: Catalog, name: str) -> Path:
+    """The path of a file of the folder, its size and digest checked now. CacheError when it is absent or damaged."""
+    files = target_manifest(catalog).files
+    path = path_inside(catalog.path / layout.TARGET, name)
+    if name not in files:
+        raise CacheError(f"{path}: not in the cache; run `pipeline cache-hidden` again with the same arguments")
+    check_file(path, files[name])
+    return path
+
+
+def target_json(catalog: Catalog, name: str) -> dict:
+    """What a JSON file of the folder holds, checked: a dict."""
+    path, facts = target_file(catalog, name), None
+    with read_errors(path), contextlib.suppress(ValueError):
+        facts = parse_json(read_file(path, MAX_BYTES))
+    if not isinstance(facts, dict):
+        raise CacheError(f"{path}: damaged, it is no JSON object; run `pipeline verify`")
+    return facts

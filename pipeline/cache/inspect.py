@@ -8,13 +8,12 @@ from rich.console import Group
 from rich.text import Text
 
 from pipeline.cache.atomic import size_text
-from pipeline.cache.catalog import Catalog
+from pipeline.cache.catalog import Catalog, has_target, target_file
+from pipeline.cache.file_writer import refused_samples
 from pipeline.cache.layout import PLAN, SAMPLES, TARGET, layer_of
 from pipeline.cache.plan import Plan
 from pipeline.cache.reader import HiddenCache
-from pipeline.cache.rebuild import refused_samples
 from pipeline.cache.schema import ColumnManifest, read_log
-from pipeline.cache.target_files import has_target, target_file
 from pipeline.errors import UsageError
 from pipeline.visible_text import grid, shows_styles, visible, visible_lines
 

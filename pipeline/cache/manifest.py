@@ -15,9 +15,9 @@ from typing import Annotated, TypeVar
 import xxhash
 from pydantic import BaseModel, ConfigDict, Strict, ValidationError
 
-from pipeline.cache.atomic import commit_lock, read_errors, write_errors, write_file
-from pipeline.cache.layout import FORMAT, IDENTITY
-from pipeline.errors import CacheError, UsageError, read_error
+from pipeline.cache.atomic import read_errors, write_file
+from pipeline.cache.layout import FORMAT
+from pipeline.errors import CacheError, read_error
 from pipeline.json_files import MAX_BYTES, MAX_DEPTH, Count, check_regular, parse_strict_json, read_file
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -25,9 +25,6 @@ Model = TypeVar("Model", bound=BaseModel)
 PIECE = 4 << 20
 
 _TAIL = re.compile(rb',\n "hash": "([0-9a-f]{32})"\n}\n\Z')
-
-# In a folder of which no cache is made: it would be taken for two things.
-OTHERS = {"run.json": "a training run", "config.json": "a model or a draft"}
 
 
 def canonical(facts: dict) -> bytes:
@@ -160,44 +157,3 @@ def check_file(path: Path, fact: FileFact) -> None:
     check_size(path, fact)
     if FileFact.of_file(path) != fact:
         raise CacheError(f"{path}: damaged, its digest is not its manifest's; run `pipeline verify`")
-
-
-def create_identity(cache: Path, identity: dict) -> dict:
-    """Make `cache.json`, or check that the one there says the same. Returns what is on disk.
-
-    Raises UsageError naming the first key that differs, with both values.
-    """
-    path = cache / IDENTITY
-    with write_errors(cache, "a cache"):
-        cache.mkdir(parents=True, exist_ok=True)
-        if not path.exists():  # a finished cache may lie on a read-only disk
-            taken = next((name for name in OTHERS if (cache / name).is_file()), None)
-            if taken:
-                raise UsageError(
-                    f"{cache} holds {OTHERS[taken]} ({taken}), which is no place for a cache; pass another --out"
-                )
-            with commit_lock(cache):
-                if not path.exists():
-                    write_canonical(path, identity)
-    held = read_canonical(path)
-    wanted = json.loads(canonical(identity))
-    difference = _first_difference({**held, "hash": None}, {**wanted, "hash": None})
-    if difference:
-        key, there, here = difference
-        raise UsageError(
-            f"{cache} was made with {key} = {there!r}, this command asks for {here!r}; "
-            "pass the same, or another --out for a second cache"
-        )
-    return held
-
-
-def _first_difference(held, wanted, key: str = "") -> tuple[str, object, object] | None:
-    """The dotted key, the value on disk and the value wanted where two JSON values first differ."""
-    if isinstance(held, dict) and isinstance(wanted, dict):
-        # The engine first: it decides what else is there.
-        for name in sorted({*held, *wanted}, key=lambda name: (name != "engine", name)):
-            found = _first_difference(held.get(name), wanted.get(name), f"{key}.{name}" if key else name)
-            if found:
-                return found
-        return None
-    return None if held == wanted else (key, held, wanted)

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.cache.catalog import Catalog
+from pipeline.cache.catalog import Catalog, target_file, target_json
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.lossy import Encoded, LossyCodec
 from pipeline.cache.columns import OpenColumns
 from pipeline.cache.layout import (
+    CONFIG,
     FINAL,
+    HEAD,
     SAMPLES,
+    TOKENS,
     aux_column,
     check_exists,
     column_of,
@@ -29,7 +32,6 @@ from pipeline.cache.layout import (
 from pipeline.cache.manifest import check_file
 from pipeline.cache.samples import ShardPlan, read_batch
 from pipeline.cache.schema import ColumnManifest, ColumnSpec
-from pipeline.cache.target_files import CONFIG, HEAD, TOKENS, target_file, target_json
 from pipeline.errors import CacheError, DataError, UsageError
 from pipeline.target.layers import final_rows
 

@@ -4,6 +4,7 @@ Pydantic models, immutable and read strictly. What a file says beyond is kept: a
 it wrote is taken for damage. `manifest.py` has the form of the files: canonical JSON that ends with its own hash.
 """
 
+import re
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,13 +14,14 @@ import numpy as np
 from pydantic import ConfigDict, Field, RootModel
 
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.codecs.zarr_file import DTYPES
-from pipeline.cache.layout import FORMAT, LOG
+from pipeline.cache.codecs.zarr_file import DTYPES, METADATA
+from pipeline.cache.layout import FORMAT, LOG, SAMPLES, shard_folder
 from pipeline.cache.manifest import FileFact, read_record
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import CacheError
 from pipeline.json_files import Count, Number, Record
 
+ROW = re.compile(r"0|[1-9][0-9]{0,8}")  # a sample of the shard, in `refused`
 MAX_WIDTH = 1 << 17  # values of a row; a manifest that claims more is damaged
 
 Files = dict[str, FileFact]  # by path from the manifest's folder
@@ -279,3 +281,15 @@ def read_log(cache: Path) -> CaptureRecord:
         return read_record(cache / LOG, CaptureRecord)
     except CacheError:
         return CaptureRecord()
+
+
+def column_manifest(cache: Path, shard: int, column: str) -> ColumnManifest:
+    """Read the manifest of a column. CacheError when it is absent, damaged or another column's."""
+    path = shard_folder(cache, shard) / f"{column}.json"
+    manifest = read_record(path, ColumnManifest)
+    spec = manifest.spec
+    right = spec.codec in CODECS and (manifest.shard, spec.name) == (shard, column)
+    right = right and {SAMPLES, f"{spec.stem}.arrow", f"{spec.stem}/{METADATA}"} <= manifest.files.keys()
+    if not right or not all(ROW.fullmatch(row) and int(row) < manifest.samples for row in manifest.refused):
+        raise CacheError(f"{path}: the manifest of another column or shard; run `pipeline verify`")
+    return manifest

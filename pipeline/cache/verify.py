@@ -16,17 +16,16 @@ from rich.text import Text
 
 from pipeline.cache import layout
 from pipeline.cache.atomic import read_errors, size_text
-from pipeline.cache.catalog import Catalog, shards_per_column
+from pipeline.cache.catalog import Catalog, shards_per_column, target_manifest
 from pipeline.cache.codecs import CODECS, column_of_files
 from pipeline.cache.codecs.zarr_file import METADATA
 from pipeline.cache.columns import Column
+from pipeline.cache.file_writer import Columns, refused_bytes
 from pipeline.cache.layout import check_exists, numbered, path_inside
 from pipeline.cache.manifest import PIECE, FileFact, check_file, check_size, read_canonical, read_record
 from pipeline.cache.plan import Plan, build_index, index_manifest, read_index
-from pipeline.cache.rebuild import Columns, refused_bytes
 from pipeline.cache.samples import ShardPlan, read_batch
 from pipeline.cache.schema import CalibrationManifest, ColumnManifest, SegmentManifest
-from pipeline.cache.target_files import target_manifest
 from pipeline.errors import CacheError
 from pipeline.visible_text import visible
 

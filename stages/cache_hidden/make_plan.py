@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.cache.atomic import free_bytes
-from pipeline.cache.manifest import create_identity
+from pipeline.cache.file_writer import create_identity
 from pipeline.cache.plan import Plan
 from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.samples import PlannedSample, ShardPlan

@@ -30,15 +30,16 @@ from numcodecs import blosc
 from torch import Tensor
 
 from pipeline.cache import plan_writer
-from pipeline.cache.catalog import Catalog, column_manifest
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.calibration import Calibration, calibrate
 from pipeline.cache.codecs.zarr_file import parse_chunk_index
 from pipeline.cache.columns import Column, ColumnSpec, open_column
+from pipeline.cache.file_writer import create_identity
 from pipeline.cache.layout import SAMPLES, SHARDS
-from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.samples import PlannedSample
+from pipeline.cache.schema import column_manifest
 from pipeline.cache.writer import ShardWriter, store_calibration
 from pipeline.target.model import load_target
 from pipeline.tensors import as_states, as_stored

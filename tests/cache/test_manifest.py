@@ -6,8 +6,9 @@ import os
 import numpy as np
 import pytest
 
+from pipeline.cache.file_writer import create_identity
 from pipeline.cache.layout import IDENTITY, path_inside
-from pipeline.cache.manifest import canonical, create_identity, parse_canonical, read_canonical, write_canonical
+from pipeline.cache.manifest import canonical, parse_canonical, read_canonical, write_canonical
 from pipeline.errors import CacheError, UsageError
 
 

@@ -31,11 +31,11 @@ from pipeline.cache.codecs import zarr_file as zarr_shard
 from pipeline.cache.codecs.foreign_zarr import ForeignArray
 from pipeline.cache.codecs.zarr_file import SHARD_FILE
 from pipeline.cache.columns import ColumnSpec, open_column
-from pipeline.cache.layout import INDEX, INDEX_MANIFEST, SAMPLES, shard_folder
-from pipeline.cache.manifest import FileFact, canonical, create_identity, read_canonical
+from pipeline.cache.file_writer import create_identity, new_target
+from pipeline.cache.layout import HEAD, INDEX, INDEX_MANIFEST, SAMPLES, shard_folder
+from pipeline.cache.manifest import FileFact, canonical, read_canonical
 from pipeline.cache.plan import load_plan
 from pipeline.cache.plan_writer import write_segment
-from pipeline.cache.target_files import HEAD, new_target
 from pipeline.cache.verify import verify
 from pipeline.errors import CacheError, DataError, UsageError
 from pipeline.target.head import TargetHead

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from toy_codec import Fixed16
 
 from pipeline.cache import HiddenCache
-from pipeline.cache.catalog import Catalog, column_manifest
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS, codec_of, parse_codecs
 from pipeline.cache.codecs.calibration import Calibration, calibrate, calibration_samples
 from pipeline.cache.codecs.error_certificate import largest_errors
@@ -30,6 +30,7 @@ from pipeline.cache.columns import Column, ColumnSpec, open_column
 from pipeline.cache.layout import shard_folder
 from pipeline.cache.manifest import read_canonical
 from pipeline.cache.plan import load_plan
+from pipeline.cache.schema import column_manifest
 from pipeline.cache.verify import verify
 from pipeline.cache.writer import read_calibration
 from pipeline.errors import CacheError, ProofError, UsageError

@@ -1,22 +1,124 @@
-"""Rebuilds derived files from the rest of a cache: the index, the list of refused samples, a shard's `samples.arrow`;
-and, from all shards' `samples.arrow`, a segment of the plan."""
+"""Writes what a cache has beside its plan and its columns: cache.json, once; `target/`, once, whole or not at all; and
+what follows from the rest, when it is lost: the index, the list of refused samples, a shard's `samples.arrow`, and,
+from all shards' `samples.arrow`, a segment of the plan.
+"""
 
-from collections.abc import Sequence
+import contextlib
+import errno
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.cache.atomic import Scratch, commit_lock, sync_file, sync_folder, write_errors, write_file
-from pipeline.cache.catalog import Catalog
-from pipeline.cache.layout import INDEX, PLAN, QUARANTINE, REFUSED, SAMPLES, numbered, shard_folder
-from pipeline.cache.manifest import FileFact, canonical
+from pipeline.cache.catalog import Catalog, has_target
+from pipeline.cache.layout import (
+    IDENTITY,
+    INDEX,
+    PLAN,
+    QUARANTINE,
+    REFUSED,
+    SAMPLES,
+    TARGET,
+    TARGET_MANIFEST,
+    numbered,
+    shard_folder,
+)
+from pipeline.cache.manifest import FileFact, canonical, read_canonical, write_canonical
 from pipeline.cache.plan import Plan
 from pipeline.cache.plan_writer import write_index
 from pipeline.cache.samples import batch_bytes, read_batch, write_batches
-from pipeline.cache.schema import ColumnManifest, RefusedList, RefusedSample
-from pipeline.errors import CacheError
+from pipeline.cache.schema import ColumnManifest, RefusedList, RefusedSample, TargetManifest
+from pipeline.errors import CacheError, UsageError
 
+# In a folder of which no cache is made: it would be taken for two things.
+OTHERS = {"run.json": "a training run", "config.json": "a model or a draft"}
 Columns = dict[int, dict[str, ColumnManifest]]  # by shard and name
+
+
+def create_identity(cache: Path, identity: dict) -> dict:
+    """Make `cache.json`, or check that the one there says the same. Returns what is on disk.
+
+    Raises UsageError naming the first key that differs, with both values.
+    """
+    path = cache / IDENTITY
+    with write_errors(cache, "a cache"):
+        cache.mkdir(parents=True, exist_ok=True)
+        if not path.exists():  # a finished cache may lie on a read-only disk
+            taken = next((name for name in OTHERS if (cache / name).is_file()), None)
+            if taken:
+                raise UsageError(
+                    f"{cache} holds {OTHERS[taken]} ({taken}), which is no place for a cache; pass another --out"
+                )
+            with commit_lock(cache):
+                if not path.exists():
+                    write_canonical(path, identity)
+    held = read_canonical(path)
+    wanted = json.loads(canonical(identity))
+    difference = _first_difference({**held, "hash": None}, {**wanted, "hash": None})
+    if difference:
+        key, there, here = difference
+        raise UsageError(
+            f"{cache} was made with {key} = {there!r}, this command asks for {here!r}; "
+            "pass the same, or another --out for a second cache"
+        )
+    return held
+
+
+def _first_difference(held, wanted, key: str = "") -> tuple[str, object, object] | None:
+    """The dotted key, the value on disk and the value wanted where two JSON values first differ."""
+    if isinstance(held, dict) and isinstance(wanted, dict):
+        # The engine first: it decides what else is there.
+        for name in sorted({*held, *wanted}, key=lambda name: (name != "engine", name)):
+            found = _first_difference(held.get(name), wanted.get(name), f"{key}.{name}" if key else name)
+            if found:
+                return found
+        return None
+    return None if held == wanted else (key, held, wanted)
+
+
+@contextlib.contextmanager
+def new_target(catalog: Catalog) -> Iterator[Path]:
+    """Yield an empty folder; the plain files put there become the cache's `target/` when the block ends well.
+
+    If the cache has one already, that one stays; of one that lacks files, what is right stays. Raises RoomError.
+    """
+    cache = catalog.path
+    with Scratch(cache, TARGET) as scratch, write_errors(cache, "the target's files"):
+        folder = scratch.path / TARGET
+        folder.mkdir()
+        yield folder
+        paths = sorted(folder.iterdir())
+        assert all(path.is_file() and not path.is_symlink() for path in paths), f"not all plain files: {paths}"
+        files = {path.name: FileFact.of_file(path) for path in paths}
+        (folder / TARGET_MANIFEST).write_bytes(canonical(TargetManifest(cache=catalog.hash, files=files).as_dict()))
+        for path in (*paths, folder / TARGET_MANIFEST):
+            sync_file(path)
+        sync_folder(folder)
+        with commit_lock(cache):
+            if has_target(catalog):
+                return
+            _put(folder, cache / TARGET, scratch.path / "old")
+            sync_folder(cache)
+
+
+def _put(folder: Path, place: Path, aside: Path) -> None:
+    """Make `place` hold the files of `folder`, the manifest last. Those it has already, and others, are not touched."""
+    if place.is_symlink() or (place.exists() and not place.is_dir()):
+        place.rename(aside)
+    if not place.exists():
+        try:
+            folder.rename(place)
+            return
+        except OSError as error:  # another process was quicker: we had been stopped, and somebody removed our lock
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == TARGET_MANIFEST):
+        there = place / path.name
+        if there.is_symlink() or not there.is_file() or FileFact.of_file(there) != FileFact.of_file(path):
+            path.replace(there)
+    sync_folder(place)
 
 
 def rebuild_derived(catalog: Catalog) -> list[str]:
