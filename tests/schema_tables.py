@@ -21,7 +21,7 @@ from pipeline.cache.schema import (
     Identity,
     IndexManifest,
     Manifest,
-    Part,
+    OpenRecord,
     RefusedList,
     SegmentManifest,
     TargetManifest,
@@ -63,7 +63,7 @@ def _fields(kind: type, before: str = "") -> Iterator[tuple[str, str, str]]:
         yield f"{before}{name}", _type_text(kind_of), described.description
         parts = [part for part in (kind_of, *get_args(kind_of)) if isinstance(part, type)]
         for part in parts:
-            if part is ColumnSpec or (issubclass(part, Part) and not issubclass(part, Manifest)):
+            if part is ColumnSpec or (issubclass(part, OpenRecord) and not issubclass(part, Manifest)):
                 yield from _fields(part, f"{before}{name}.")
 
 

@@ -256,7 +256,7 @@ class Scratch:
                 self.path = cache / f"{SCRATCH}{label}-{uuid.uuid4().hex}"
                 self.path.mkdir()
                 fd = try_lock(self.path / "lock")
-            self._remove = weakref.finalize(self, _remove, self.path, fd, os.getpid())
+            self._remove = weakref.finalize(self, _remove_folder, self.path, fd, os.getpid())
 
     def close(self) -> None:
         with defer_signals():
@@ -269,14 +269,12 @@ class Scratch:
         self.close()
 
 
-def _remove(path: Path, lock: int, owner: int) -> None:
-    """Remove a scratch folder and release its lock; not in a forked child, whose parent still uses it."""
-    if os.getpid() == owner:
-        _remove_folder(path, lock)
+def _remove_folder(path: Path, lock: int, owner: int) -> None:
+    """Remove a folder locked by a process `owner`; not in a child that it forked, as the parent still uses it.
 
-
-def _remove_folder(path: Path, lock: int) -> None:
-    """Remove a locked folder. NFS keeps a `.nfs*` file for the lock until that is closed, hence the `rmdir`."""
+    NFS keeps a `.nfs*` file for the lock until that is closed, hence the `rmdir`."""
+    if os.getpid() != owner:
+        return
     shutil.rmtree(path, ignore_errors=True)
     os.close(lock)
     with contextlib.suppress(OSError):
@@ -309,7 +307,7 @@ def clean_scratch_of(folder: Path, label: str) -> None:
                 continue
             fd = try_lock(path / "lock")
             if fd is not None:
-                _remove_folder(path, fd)
+                _remove_folder(path, fd, os.getpid())
 
 
 def refuse_links(cache: Path) -> None:
@@ -339,7 +337,7 @@ def clean_scratch(cache: Path) -> list[str]:
         if fd is None:
             continue
         if is_folder:
-            _remove_folder(path, fd)
+            _remove_folder(path, fd, os.getpid())
         else:
             path.unlink(missing_ok=True)
             os.close(fd)

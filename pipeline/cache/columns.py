@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.cache.atomic import read_errors
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.checksums import BlockHasher, read_sums
 from pipeline.cache.codecs import CODECS
@@ -25,7 +26,7 @@ from pipeline.cache.layout import CHECKSUM_ROWS, SAMPLES, numbered, path_inside,
 from pipeline.cache.manifest import check_file, check_size
 from pipeline.cache.samples import ShardPlan
 from pipeline.cache.schema import ColumnManifest, ColumnSpec
-from pipeline.errors import CacheError, read_error
+from pipeline.errors import CacheError
 from pipeline.target.layers import final_rows
 
 OPEN_FILES = 128  # files kept open: all of a small cache, and half of a process's limit on macOS
@@ -60,12 +61,9 @@ class Column:
 
     def open(self):
         """Open a reader of the values, see `Codec.reader`."""
-        try:
-            spec, rows = self.spec, int(self.bounds[-1])
-            where = f"{self.where}, column {spec.name}"
+        spec, rows, where = self.spec, int(self.bounds[-1]), f"{self.where}, column {self.spec.name}"
+        with read_errors(self.folder):
             return CODECS[spec.codec].reader(self.folder, rows, spec.width, spec.dtype, where)
-        except OSError as error:
-            raise read_error(self.folder, error) from None
 
     def read_into(self, reader, row: int, out: memoryview, first: int = 0) -> None:
         """Fill `out`, flat bytes, with rows of sample `row` from `first` (a multiple of 256) on, each block verified.
@@ -131,9 +129,9 @@ class Column:
         damaged = []
         for row in range(len(self.ok)):
             count = int(self.bounds[row + 1] - self.bounds[row])
-            lossy = CODECS[self.spec.codec].lossy
+            lossy, blocks = CODECS[self.spec.codec].lossy, 1 if each else VERIFY_BLOCKS  # one fits the CPU's cache
             try:
-                for part in self._encoded(reader, row, 0, count) if lossy else self.parts(reader, row, VERIFY_BLOCKS):
+                for part in self._encoded(reader, row, 0, count) if lossy else self.parts(reader, row, blocks):
                     if each is not None:
                         each(part)
             except CacheError:

@@ -11,20 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.cache import layout
 from pipeline.cache.atomic import Scratch, commit_lock, sync_file, sync_folder, write_errors, write_file
 from pipeline.cache.catalog import Catalog, has_target
-from pipeline.cache.layout import (
-    IDENTITY,
-    INDEX,
-    PLAN,
-    QUARANTINE,
-    REFUSED,
-    SAMPLES,
-    TARGET,
-    TARGET_MANIFEST,
-    numbered,
-    shard_folder,
-)
+from pipeline.cache.layout import numbered, shard_folder
 from pipeline.cache.manifest import FileFact, canonical, read_canonical, write_canonical
 from pipeline.cache.plan import Plan
 from pipeline.cache.plan_writer import write_index
@@ -42,7 +32,7 @@ def create_identity(cache: Path, identity: dict) -> dict:
 
     Raises UsageError naming the first key that differs, with both values.
     """
-    path = cache / IDENTITY
+    path = cache / layout.IDENTITY
     with write_errors(cache, "a cache"):
         cache.mkdir(parents=True, exist_ok=True)
         if not path.exists():  # a finished cache may lie on a read-only disk
@@ -85,21 +75,22 @@ def new_target(catalog: Catalog) -> Iterator[Path]:
     If the cache has one already, that one stays; of one that lacks files, what is right stays. Raises RoomError.
     """
     cache = catalog.path
-    with Scratch(cache, TARGET) as scratch, write_errors(cache, "the target's files"):
-        folder = scratch.path / TARGET
+    with Scratch(cache, layout.TARGET) as scratch, write_errors(cache, "the target's files"):
+        folder = scratch.path / layout.TARGET
         folder.mkdir()
         yield folder
         paths = sorted(folder.iterdir())
         assert all(path.is_file() and not path.is_symlink() for path in paths), f"not all plain files: {paths}"
         files = {path.name: FileFact.of_file(path) for path in paths}
-        (folder / TARGET_MANIFEST).write_bytes(canonical(TargetManifest(cache=catalog.hash, files=files).as_dict()))
-        for path in (*paths, folder / TARGET_MANIFEST):
+        manifest = folder / layout.TARGET_MANIFEST
+        manifest.write_bytes(canonical(TargetManifest(cache=catalog.hash, files=files).as_dict()))
+        for path in (*paths, manifest):
             sync_file(path)
         sync_folder(folder)
         with commit_lock(cache):
             if has_target(catalog):
                 return
-            _put(folder, cache / TARGET, scratch.path / "old")
+            _put(folder, cache / layout.TARGET, scratch.path / "old")
             sync_folder(cache)
 
 
@@ -114,7 +105,7 @@ def _put(folder: Path, place: Path, aside: Path) -> None:
         except OSError as error:  # another process was quicker: we had been stopped, and somebody removed our lock
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == TARGET_MANIFEST):
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == layout.TARGET_MANIFEST):
         there = place / path.name
         if there.is_symlink() or not there.is_file() or FileFact.of_file(there) != FileFact.of_file(path):
             path.replace(there)
@@ -128,7 +119,7 @@ def rebuild_derived(catalog: Catalog) -> list[str]:
     """
     cache, plan = catalog.path, catalog.plan
     stale = _stale_samples(catalog)
-    path = cache / QUARANTINE / REFUSED
+    path = cache / layout.QUARANTINE / layout.REFUSED
     wrong_list = (path.read_bytes() if path.is_file() else b"") != _refused_list(catalog)
     lost_index = catalog.index is None
     if stale or wrong_list or lost_index:
@@ -146,15 +137,15 @@ def rebuild_derived(catalog: Catalog) -> list[str]:
             sync_folder(cache)
         catalog.refresh()
     written = [samples.relative_to(cache).as_posix() for samples in stale]
-    return written + [f"{QUARANTINE}/{REFUSED}"] * wrong_list + [INDEX] * lost_index
+    return written + [f"{layout.QUARANTINE}/{layout.REFUSED}"] * wrong_list + [layout.INDEX] * lost_index
 
 
 def _stale_samples(catalog: Catalog) -> dict[Path, bytes]:
     """The `samples.arrow` that do not match their shard's manifests, with the right content, if the plan has it."""
     stale = {}
     for shard in range(catalog.shards):
-        path = shard_folder(catalog.path, shard) / SAMPLES
-        vouched = [manifest.files[SAMPLES] for manifest in catalog.captured_columns(shard).values()]
+        path = shard_folder(catalog.path, shard) / layout.SAMPLES
+        vouched = [manifest.files[layout.SAMPLES] for manifest in catalog.captured_columns(shard).values()]
         if vouched and (not path.is_file() or FileFact.of_file(path) not in vouched):
             data = batch_bytes(catalog.plan.shards[shard].batch)
             if FileFact.of_bytes(data) in vouched:
@@ -176,13 +167,13 @@ def restore_segments(catalog: Catalog) -> list[str]:
     cache = catalog.path
     for number, manifest in enumerate(catalog.segments):
         name = f"{numbered(number)}.arrow"
-        path, fact = cache / PLAN / name, manifest.files[name]
+        path, fact = cache / layout.PLAN / name, manifest.files[name]
         if path.is_file() and FileFact.of_file(path) == fact:
             continue
         first = manifest.first_shard
-        with Scratch(cache, PLAN) as scratch, write_errors(cache, "a segment of the plan", fact.size):
+        with Scratch(cache, layout.PLAN) as scratch, write_errors(cache, "a segment of the plan", fact.size):
             try:
-                parts = [shard_folder(cache, shard) / SAMPLES for shard in range(first, first + manifest.shards)]
+                parts = [shard_folder(cache, shard) / layout.SAMPLES for shard in range(first, first + manifest.shards)]
                 write_batches(scratch.path / name, map(read_batch, parts))
             except CacheError:  # a shard that is not captured, or its samples are damaged, too
                 continue
@@ -191,7 +182,7 @@ def restore_segments(catalog: Catalog) -> list[str]:
                 with commit_lock(cache):
                     (scratch.path / name).replace(path)
                     sync_folder(path.parent)
-                restored.append(f"{PLAN}/{name}")
+                restored.append(f"{layout.PLAN}/{name}")
     return restored
 
 

@@ -12,23 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.cache import layout
 from pipeline.cache.catalog import Catalog, target_file, target_json
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.lossy import Encoded, LossyCodec
 from pipeline.cache.columns import OpenColumns
-from pipeline.cache.layout import (
-    CONFIG,
-    FINAL,
-    HEAD,
-    SAMPLES,
-    TOKENS,
-    aux_column,
-    check_exists,
-    column_of,
-    layer_of,
-    path_inside,
-    shard_folder,
-)
+from pipeline.cache.layout import FINAL, aux_column, check_exists, column_of, layer_of, path_inside, shard_folder
 from pipeline.cache.manifest import check_file
 from pipeline.cache.samples import ShardPlan, read_batch
 from pipeline.cache.schema import ColumnManifest, ColumnSpec
@@ -137,16 +126,16 @@ class HiddenCache:
     @cached_property
     def target_config(self) -> dict:
         """The target's config.json."""
-        return target_json(self.catalog, CONFIG)
+        return target_json(self.catalog, layout.CONFIG)
 
     @cached_property
     def tokens(self) -> dict:
         """Special token ids and `length`, the number of tokens the tokenizer knows."""
-        return target_json(self.catalog, TOKENS)
+        return target_json(self.catalog, layout.TOKENS)
 
     @cached_property
     def _head_file(self) -> Path:
-        return target_file(self.catalog, HEAD)
+        return target_file(self.catalog, layout.HEAD)
 
     def head(self, device: str = "cpu", dtype: "torch.dtype | None" = None) -> "TargetHead":
         """The target's frozen embedding and LM head, float32 unless `dtype` says otherwise; checked once."""
@@ -317,8 +306,8 @@ class HiddenCache:
         manifest = next(iter(self.columns(number).values()), None)
         if manifest is None:  # planned, not captured: only the plan has its samples
             return self._shards.setdefault(number, self.catalog.plan.shards[number])
-        path = path_inside(shard_folder(self.path, number), SAMPLES)
-        check_file(path, manifest.files[SAMPLES])
+        path = path_inside(shard_folder(self.path, number), layout.SAMPLES)
+        check_file(path, manifest.files[layout.SAMPLES])
         plan = ShardPlan(read_batch(path), number)
         here = slice(self.samples.starts[number], self.samples.starts[number + 1])
         same = np.array_equal(plan.sample_ids, self.samples.sample_id[here])

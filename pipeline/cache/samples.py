@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from pipeline.cache.atomic import read_errors
-from pipeline.cache.layout import numbered
 from pipeline.errors import CacheError, first_line, refuse_limit
 from pipeline.target.layers import final_rows
 
@@ -160,9 +159,6 @@ class ShardPlan:
 
     def __len__(self) -> int:
         return self.batch.num_rows
-
-    def __repr__(self) -> str:
-        return f"ShardPlan({numbered(self.number)}: {len(self)} samples, {self.rows} rows)"
 
     def _numbers(self, name: str) -> np.ndarray:
         return to_numpy(self.batch.column(name))

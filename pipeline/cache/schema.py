@@ -31,13 +31,13 @@ def _field(description: str, **kwargs) -> Any:
     return Field(description=description, **kwargs)
 
 
-class Part(Record):
+class OpenRecord(Record):
     """A part of a manifest; what it says beyond is kept."""
 
     model_config = ConfigDict(extra="allow", defer_build=True)
 
 
-class Manifest(Part):
+class Manifest(OpenRecord):
     """A file of its own. `format` and `hash` are written by `canonical`."""
 
     FILE: ClassVar[str]
@@ -52,18 +52,18 @@ class Manifest(Part):
 # cache.json. Every part may be absent: earlier versions stated less.
 
 
-class TargetName(Part):
+class TargetName(OpenRecord):
     digest: str | None = _field("of its config and parts of its weights", default=None)
     name: str | None = _field("a hub name or a folder", default=None)
     revision: str | None = _field('of the hub; "" for a folder', default=None)
 
 
-class TokenizerDigests(Part):
+class TokenizerDigests(OpenRecord):
     chat_template: str | None = _field("digest of the chat template", default=None)
     digest: str | None = _field("digest of the tokenizer's files", default=None)
 
 
-class SampleRules(Part):
+class SampleRules(OpenRecord):
     mask: str | None = _field("how tokens come to be supervised", default=None)
     max_length: int | None = _field("tokens a sample is cut to; null where it was imported", default=None)
     stops: list[int] | None = _field("ids that end a reply", default=None)
@@ -73,7 +73,7 @@ class SampleRules(Part):
     turns: str | None = _field('"last" or "each": which replies of a conversation are supervised', default=None)
 
 
-class ImportFacts(Part):
+class ImportFacts(OpenRecord):
     count_from: int = _field("what the files call the first layer")
     form: str = _field("whose files they were")
     last: str = _field("what their last state was: raw, normed or none")
@@ -81,7 +81,7 @@ class ImportFacts(Part):
     proven: bool = _field("whether states were compared with the target")
 
 
-class CaptureRules(Part):
+class CaptureRules(OpenRecord):
     batch_tokens: Count | None = _field("padded tokens of a micro-batch", default=None)
     dtype: str | None = _field("of the states", default=None)
     engine: str | None = _field("what ran the target", default=None)
@@ -127,7 +127,7 @@ class IndexManifest(Manifest):
     segments: list[Files] = _field("`files` of every segment, of which it was made")
 
 
-class RefusedSample(Part):
+class RefusedSample(OpenRecord):
     sample: Count = _field("its number in the cache")
     sample_id: str = _field("in hex")
     shard: Count = _field("its shard")
@@ -186,22 +186,22 @@ class ColumnSpec:
         return asdict(self)
 
 
-class ProbeFacts(Part):
+class ProbeFacts(OpenRecord):
     error: Number = _field("the largest relative error against the target computing the samples again")
 
 
-class GaugeFacts(Part):
+class GaugeFacts(OpenRecord):
     rows: Count = _field("supervised tokens looked at")
     agree: Count = _field("how many are the target's own greedy choice")
     logprob: Number = _field("the sum of their log-probabilities")
 
 
-class CertificateFacts(Part):
+class CertificateFacts(OpenRecord):
     rows: Count | None = _field("rows compared", default=None)
     error: Number | None = _field("relative to the states' norm; others are in `error_certificate.py`", default=None)
 
 
-class ColumnFacts(Part):
+class ColumnFacts(OpenRecord):
     certificate: CertificateFacts | None = _field("of a lossy codec: its error", default=None)
     device: str | None = _field("the kind of processor", default=None)
     engine: str | None = _field("what ran the target", default=None)
@@ -253,13 +253,13 @@ class WeightsRecord(RootModel[Files]):
 # capture.log
 
 
-class CaptureRequest(Part):
+class CaptureRequest(OpenRecord):
     model: str | None = _field("as it was named", default=None)
     corpus: str | None = _field("as it was named", default=None)
     options: dict[str, Any] = _field("the command's other options", default={})
 
 
-class TargetFiles(Part):
+class TargetFiles(OpenRecord):
     folder: str = _field("where the target was")
     files: dict[str, list[int]] = _field("size and modification time of its files", default={})
 
