@@ -214,12 +214,12 @@ def process_lock(cache: Path, step: str) -> Iterator[None]:
     The lock of a process that dies is released, so only a suspended process can block the others for good. Polled: a
     blocking wait on a network file system may not be interruptible.
     """
-    path, since, pause, printed = cache / f"{SCRATCH}{step}.lock", time.monotonic(), 0.001, False
+    path, since, pause = cache / f"{SCRATCH}{step}.lock", time.monotonic(), 0.001
     while (fd := try_lock(path)) is None:
         if not cache.is_dir():
             raise CacheError(f"{cache}: the cache was removed while a process worked on it")
-        if not printed and time.monotonic() - since > QUIET_WAIT_S:
-            printed = True
+        if time.monotonic() - since > QUIET_WAIT_S:
+            since = float("inf")  # once
             print(
                 f"waiting for another process, which is at the {step} of this cache (it holds {path.name}; "
                 "remove that file if there is no such process)",

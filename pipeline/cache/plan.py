@@ -54,8 +54,14 @@ class Plan:
     def shards(self) -> list[ShardPlan]:
         """The planned shards, mapped when first needed. CacheError when they are not those the manifests count."""
         found = []
-        for number, manifest in enumerate(self.manifests):
-            found += _shards_of(self.path / PLAN / f"{numbered(number)}.arrow", manifest)
+        for segment, manifest in enumerate(self.manifests):
+            path = self.path / PLAN / f"{numbered(segment)}.arrow"
+            batches = enumerate(read_batches(path, SCHEMA), manifest.first_shard)
+            shards = [ShardPlan(checked_batch(batch, path), number) for number, batch in batches]
+            counts = len(shards), sum(map(len, shards)), sum(shard.rows for shard in shards)
+            if not shards or counts != (manifest.shards, manifest.samples, manifest.tokens):
+                raise CacheError(f"{path}: not the shards its manifest counts; run `pipeline verify`")
+            found += shards
         return found
 
     def _sum(self, name: str) -> int:
@@ -130,18 +136,6 @@ def load_plan(path: Path, manifests: list[SegmentManifest] | None = None) -> Pla
         name = f"{numbered(number)}.arrow"
         check_file(path / PLAN / name, manifest.files[name])
     return plan
-
-
-def _shards_of(path: Path, manifest: SegmentManifest) -> list[ShardPlan]:
-    """Map the shards of one segment. CacheError when they are not those its manifest counts."""
-    batches = read_batches(path, SCHEMA)
-    shards = [
-        ShardPlan(checked_batch(batch, path), number) for number, batch in enumerate(batches, manifest.first_shard)
-    ]
-    counts = len(shards), sum(map(len, shards)), sum(shard.rows for shard in shards)
-    if not shards or counts != (manifest.shards, manifest.samples, manifest.tokens):
-        raise CacheError(f"{path}: not the shards its manifest counts; run `pipeline verify`")
-    return shards
 
 
 def build_index(plan: Plan) -> pa.Table:

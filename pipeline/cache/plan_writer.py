@@ -59,7 +59,11 @@ class SampleIdSet:
             return False
         self.count += 1
         if 4 * self.count > 3 * self.slots:
-            self._grow()
+            old, self.slots = self.table, 2 * self.slots
+            self.table = bytearray(2 * len(old))
+            for at in range(0, len(old), _ID_BYTES):
+                if (there := old[at : at + _ID_BYTES]) != _FREE:
+                    self._put(there)
         return True
 
     def _put(self, name: bytes) -> bool:
@@ -71,15 +75,6 @@ class SampleIdSet:
             slot = (slot + 1) % slots
         table[_ID_BYTES * slot : _ID_BYTES * (slot + 1)] = name
         return True
-
-    def _grow(self) -> None:
-        old, size = self.table, len(self.table)
-        self.slots *= 2
-        self.table = bytearray(2 * size)
-        for at in range(0, size, _ID_BYTES):
-            name = old[at : at + _ID_BYTES]
-            if name != _FREE:
-                self._put(name)
 
 
 @dataclass
@@ -233,7 +228,10 @@ def _commit(cache: Path, scratch: Scratch, segment: Path, manifest: SegmentManif
     sync_file(ready)
     with commit_lock(cache):
         if earlier is None:
-            _remove_plan(cache, scratch)
+            check_not_in_use(cache, {scratch.path.name})
+            for number in reversed(segment_numbers(cache)):  # the newest first, its manifest before its samples
+                for suffix in ("json", "arrow"):
+                    (folder / f"{numbered(number)}.{suffix}").unlink(missing_ok=True)
             earlier = Plan(cache, [])
         if len(segment_numbers(cache)) != len(earlier.manifests):
             if read_record(folder / f"{name}.json", SegmentManifest).hash == manifest.hash:
@@ -247,14 +245,6 @@ def _commit(cache: Path, scratch: Scratch, segment: Path, manifest: SegmentManif
         ready.replace(folder / f"{name}.json")
         sync_folder(folder)
         sync_folder(cache)
-
-
-def _remove_plan(cache: Path, scratch: Scratch) -> None:
-    """Remove the plan, under the commit lock: the newest segment first, its manifest before its samples."""
-    check_not_in_use(cache, {scratch.path.name})
-    for number in reversed(segment_numbers(cache)):
-        for suffix in ("json", "arrow"):
-            (cache / PLAN / f"{numbered(number)}.{suffix}").unlink(missing_ok=True)
 
 
 def write_index(cache: Path, plan: Plan) -> None:
