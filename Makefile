@@ -55,9 +55,9 @@ lint: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The tables of pipeline/cache/README.md, from the records that they describe.
+# The tables of pipeline/cache/README.md, from the schema that they describe.
 tables: install
-	$(BIN)/python tests/record_tables.py
+	$(BIN)/python tests/schema_tables.py
 
 # Hours, in the background: every method, objective, budget and seed, two runs at a time, each resumable; then the
 # README's tables. A run is method.objective.steps.seed; those whose report is in data/results/ are done. The target's own

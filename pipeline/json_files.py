@@ -50,7 +50,7 @@ def read_file(path: Path, max_bytes: int) -> bytes:
     return data
 
 
-def check_regular(path: Path) -> int:
+def check_regular(path: Path | str) -> int:
     """Return the size in bytes of a regular file, following links. OSError; ValueError for another kind of file."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
@@ -66,28 +66,18 @@ def parse_json(text: bytes | str, decoder: json.JSONDecoder = _DECODER):
         raise ValueError(f"no UTF-8 at byte {error.start}") from None
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
-    if is_deeper(value):
-        raise ValueError(_TOO_DEEP)
-    return value
+    nodes = [value]
+    for _ in range(MAX_DEPTH + 1):
+        nodes = [node for node in nodes if isinstance(node, dict | list)]
+        if not nodes:
+            return value
+        nodes = [child for node in nodes for child in (node.values() if isinstance(node, dict) else node)]
+    raise ValueError(_TOO_DEEP)
 
 
 def parse_strict_json(text: bytes | str):
     """As `parse_json`, for files we write: refuses NaN and Infinity, which Python's JSON and some configs allow."""
     return parse_json(text, _STRICT)
-
-
-def is_deeper(value, levels: int = MAX_DEPTH) -> bool:
-    """Return whether a JSON value is nested deeper than `levels`."""
-    nodes = [value]
-    for _ in range(levels):
-        nodes = [child for node in nodes if isinstance(node, dict | list) for child in _children(node)]
-        if not nodes:
-            return False
-    return any(isinstance(node, dict | list) for node in nodes)
-
-
-def _children(node: dict | list):
-    return node.values() if isinstance(node, dict) else node
 
 
 _TAIL = re.compile(rb',\n? ?"xxh3": "([0-9a-f]{16})"\n?}\n?\Z')
@@ -119,13 +109,6 @@ class Record(BaseModel):
     def as_dict(self) -> dict:
         """Return the record as JSON values, without what was never set."""
         return self.model_dump(exclude_unset=True)
-
-
-class FileRecord(Record):
-    """What a record says of another file: its size in bytes and its xxh3-128, in hex."""
-
-    size: Count
-    xxh3: str
 
 
 Kind = TypeVar("Kind", bound=Record)

@@ -5,18 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.calibrations import read_calibration, store_calibration
-from pipeline.cache.catalog import Catalog
+from pipeline.cache.catalog import Catalog, has_target
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.calibration import calibrate
 from pipeline.cache.columns import ColumnSpec
-from pipeline.cache.manifest import create_identity
+from pipeline.cache.file_writer import create_identity, new_target, rebuild_derived
 from pipeline.cache.plan import load_plan, segment_numbers
 from pipeline.cache.plan_writer import write_segment
-from pipeline.cache.rebuild import rebuild_derived
 from pipeline.cache.samples import PlannedSample, ShardPlan
-from pipeline.cache.target_files import has_target, new_target
-from pipeline.cache.writer import ShardWriter
+from pipeline.cache.writer import ShardWriter, read_calibration, store_calibration
 
 IDENTITY = {"target": {"name": "tiny", "digest": "00ff"}, "samples": {"max_length": 600}}
 COLUMNS = [

@@ -6,7 +6,7 @@ from tiny import config, random_model, tokenizer
 
 from pipeline.cache import HiddenCache
 from pipeline.cache.catalog import Catalog
-from pipeline.cache.manifest import create_identity
+from pipeline.cache.file_writer import create_identity
 from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.samples import PlannedSample
 from pipeline.corpus.rejections import Tally

@@ -30,11 +30,11 @@ from cache_maker import COLUMNS, capture, contents, flip, make_cache, random_sam
 import stages.recode.run
 from pipeline.cache.atomic import clean_scratch
 from pipeline.cache.catalog import Catalog
-from pipeline.cache.columns import column_manifest
+from pipeline.cache.file_writer import rebuild_derived, restore_segments
 from pipeline.cache.layout import SAMPLES, shard_folder
 from pipeline.cache.plan import load_plan, segment_numbers
 from pipeline.cache.plan_writer import write_segment
-from pipeline.cache.rebuild import rebuild_derived, restore_segments
+from pipeline.cache.schema import column_manifest
 from pipeline.errors import PipelineError
 
 PAIR = [replace(COLUMNS[1], codec="int8"), COLUMNS[2]]  # a column of one file, and one of four and a calibration

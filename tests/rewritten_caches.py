@@ -9,11 +9,10 @@ import torch
 from pipeline.cache import HiddenCache
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.columns import ColumnSpec
+from pipeline.cache.file_writer import create_identity, new_target
 from pipeline.cache.layout import layer_of
-from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.samples import PlannedSample
-from pipeline.cache.target_files import new_target
 from pipeline.cache.writer import ShardWriter
 from pipeline.target.layers import final_rows
 from pipeline.target.model import lm_logits, load_target, run_decoder, tap_layers

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from cache_maker import make_cache, random_samples
 
-from pipeline.cache import HiddenCache, open_columns
+from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import REMEDIES, write_errors
 from pipeline.cache.checksums import SCHEMA
 from pipeline.cache.columns import ColumnSpec
@@ -108,7 +108,7 @@ def little_memory(more: int):
 @pytest.mark.parametrize("codec", ["raw", "zstd", "int8"])
 def test_a_cache_is_read_or_there_is_too_little_memory(tmp_path, monkeypatch, codec):
     """In one thread: Python waits for ever for a thread that ends for want of memory before it can say it began."""
-    monkeypatch.setattr(open_columns, "INLINE_BYTES", 1 << 30)
+    monkeypatch.setattr("pipeline.cache.columns.INLINE_BYTES", 1 << 30)
     columns = [ColumnSpec(name, "bfloat16", 2048, codec) for name in ("aux.1", "aux.3")]
     cache, outcomes = make_cache(tmp_path / "cache", random_samples(8, longest=900), columns), set()
     HiddenCache.open(cache).read(0)  # what is imported late is now

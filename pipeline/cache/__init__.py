@@ -1,4 +1,4 @@
-"""The hidden-state cache on disk: plan, writer, reader, checks. `layout.py` shows what lies where."""
+"""The hidden-state cache on disk: plan, writer, reader, checks. README.md shows what lies where."""
 
 from pipeline.cache.reader import HiddenCache, Sample
 

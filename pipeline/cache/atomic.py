@@ -1,21 +1,31 @@
-"""Crash-safe writes: scratch folders, atomic renames, and typed errors for what the system refuses.
+"""Crash-safe writes: atomic renames, locks, scratch folders, and typed errors for what the system refuses.
 
 Unfinished work is named `tmp-*` and stays locked (flock) while its process lives. A name without the prefix is
 complete: files are synced, renamed, and their folder synced. `clean_scratch` removes what dead processes left.
+
+Correctness does not depend on locks: where a network file system has none that reach other machines, two processes may
+do the same work twice, and both write the same bytes.
 """
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
+import signal
+import sys
+import threading
+import time
 import uuid
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.cache.layout import FOLDERS, SCRATCH, SHARDS
-from pipeline.cache.locks import defer_signals, process_lock, try_lock
 from pipeline.errors import MEMORY, CacheError, RoomError, read_error
+
+QUIET_WAIT_S = 3.0  # a longer wait for another process is printed
+POLL_S = 0.5
 
 _RESUME = "the same command goes on where this stopped"
 _FREE_SPACE = "free {short} or pass --out on another disk; " + _RESUME
@@ -110,11 +120,7 @@ def write_all(fd: int, data) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Sync a folder, so that renames into it survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    sync_file(folder)
 
 
 def sync_file(path: Path) -> None:
@@ -124,6 +130,110 @@ def sync_file(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def try_lock(path: Path) -> int | None:
+    """Open (or create) `path` and lock it without waiting. None when another process has the lock, or removed the file.
+
+    The lock is the file descriptor returned: closing it, or the end of the process, releases it. The lock of a file
+    that was removed protects nothing, so the inode is compared with that of the path at the end.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except FileNotFoundError:  # its folder was removed
+        return None
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR):
+            raise
+        raise CacheError(f"{path}: a link or a folder, where a lock is a file; remove it") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked, named = os.fstat(fd), os.stat(path)
+        if (locked.st_dev, locked.st_ino) == (named.st_dev, named.st_ino):
+            return fd
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return None
+
+
+def in_use(cache: Path) -> bool:
+    """Whether a process is writing to the cache, as far as locks tell. Writes nothing and needs no right to write."""
+    try:
+        scratch = sorted(cache.glob(f"{SCRATCH}*"))
+    except OSError:
+        return False
+    return any(_is_locked(path / "lock" if path.is_dir() else path) for path in scratch)
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a disk without locks
+        return False
+    finally:
+        os.close(fd)
+    return False
+
+
+@contextlib.contextmanager
+def defer_signals() -> Iterator[None]:
+    """Defer SIGINT, SIGTERM and SIGHUP until the `with` block is done, which should take milliseconds.
+
+    Only the main thread gets signals, so in another thread this does nothing.
+    """
+    before, pending = {}, []
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        for number, handler in before.items():
+            if handler is not None:  # None: not set by Python, which could not restore it
+                signal.signal(number, lambda number, frame: pending.append(number))
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
+        if pending:
+            signal.raise_signal(pending[0])
+
+
+@contextlib.contextmanager
+def process_lock(cache: Path, step: str) -> Iterator[None]:
+    """Hold the cache's lock for `step` against all other processes; a wait of more than QUIET_WAIT_S is printed.
+
+    The lock of a process that dies is released, so only a suspended process can block the others for good. Polled: a
+    blocking wait on a network file system may not be interruptible.
+    """
+    path, since, pause = cache / f"{SCRATCH}{step}.lock", time.monotonic(), 0.001
+    while (fd := try_lock(path)) is None:
+        if not cache.is_dir():
+            raise CacheError(f"{cache}: the cache was removed while a process worked on it")
+        if time.monotonic() - since > QUIET_WAIT_S:
+            since = float("inf")  # once
+            print(
+                f"waiting for another process, which is at the {step} of this cache (it holds {path.name}; "
+                "remove that file if there is no such process)",
+                file=sys.stderr,
+                flush=True,
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, POLL_S)
+    try:
+        yield
+    finally:
+        with defer_signals():
+            path.unlink(missing_ok=True)
+            os.close(fd)
 
 
 @contextlib.contextmanager
@@ -146,7 +256,7 @@ class Scratch:
                 self.path = cache / f"{SCRATCH}{label}-{uuid.uuid4().hex}"
                 self.path.mkdir()
                 fd = try_lock(self.path / "lock")
-            self._remove = weakref.finalize(self, _remove, self.path, fd, os.getpid())
+            self._remove = weakref.finalize(self, _remove_folder, self.path, fd, os.getpid())
 
     def close(self) -> None:
         with defer_signals():
@@ -159,14 +269,12 @@ class Scratch:
         self.close()
 
 
-def _remove(path: Path, lock: int, owner: int) -> None:
-    """Remove a scratch folder and release its lock; not in a forked child, whose parent still uses it."""
-    if os.getpid() == owner:
-        _remove_folder(path, lock)
+def _remove_folder(path: Path, lock: int, owner: int) -> None:
+    """Remove a folder locked by a process `owner`; not in a child that it forked, as the parent still uses it.
 
-
-def _remove_folder(path: Path, lock: int) -> None:
-    """Remove a locked folder. NFS keeps a `.nfs*` file for the lock until that is closed, hence the `rmdir`."""
+    NFS keeps a `.nfs*` file for the lock until that is closed, hence the `rmdir`."""
+    if os.getpid() != owner:
+        return
     shutil.rmtree(path, ignore_errors=True)
     os.close(lock)
     with contextlib.suppress(OSError):
@@ -199,7 +307,7 @@ def clean_scratch_of(folder: Path, label: str) -> None:
                 continue
             fd = try_lock(path / "lock")
             if fd is not None:
-                _remove_folder(path, fd)
+                _remove_folder(path, fd, os.getpid())
 
 
 def refuse_links(cache: Path) -> None:
@@ -229,7 +337,7 @@ def clean_scratch(cache: Path) -> list[str]:
         if fd is None:
             continue
         if is_folder:
-            _remove_folder(path, fd)
+            _remove_folder(path, fd, os.getpid())
         else:
             path.unlink(missing_ok=True)
             os.close(fd)

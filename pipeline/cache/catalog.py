@@ -10,22 +10,31 @@ import contextlib
 import gc
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.atomic import read_error, read_errors
+from pipeline.cache import layout
+from pipeline.cache.atomic import read_errors
 from pipeline.cache.codecs import column_of_files
-from pipeline.cache.columns import column_manifest
-from pipeline.cache.index import Refused, SampleTable, build_index, read_index
-from pipeline.cache.layout import COLUMN, IDENTITY, NUMBER, SAMPLES, SHARDS, checked_path, numbered, shard_folder
-from pipeline.cache.manifest import check_size, file_size, read_record
-from pipeline.cache.plan import Plan, load_plan, read_manifests, segment_numbers
-from pipeline.cache.records import ColumnManifest, ColumnSpec, Identity, SegmentManifest
+from pipeline.cache.layout import checked_path, numbered, path_inside, shard_folder
+from pipeline.cache.manifest import check_file, check_size, file_size, read_record
+from pipeline.cache.plan import (
+    Plan,
+    Refused,
+    SampleTable,
+    build_index,
+    load_plan,
+    read_index,
+    read_manifests,
+    segment_numbers,
+)
 from pipeline.cache.samples import ShardPlan
-from pipeline.errors import CacheError, PipelineError
+from pipeline.cache.schema import ColumnManifest, ColumnSpec, Identity, SegmentManifest, TargetManifest, column_manifest
+from pipeline.errors import CacheError, PipelineError, read_error
+from pipeline.json_files import MAX_BYTES, parse_json, read_file
 
 Work = list[tuple[ShardPlan, list[ColumnSpec]]]  # shards to write, each with the columns that it lacks
 FileVersion = tuple[int, int, int]  # inode, size and modification time, by which a replaced file is recognised
@@ -34,7 +43,7 @@ FileVersion = tuple[int, int, int]  # inode, size and modification time, by whic
 def columns_of(entries: Iterable[str]) -> list[str]:
     """The columns, sorted, of a shard with these file names: those with a manifest."""
     stems = (entry.removesuffix(".json") for entry in entries if entry.endswith(".json"))
-    return sorted(stem for stem in stems if COLUMN.fullmatch(stem))
+    return sorted(stem for stem in stems if layout.COLUMN.fullmatch(stem))
 
 
 def shards_per_column(shards: Sequence[Iterable[str]]) -> dict[str, int]:
@@ -74,31 +83,11 @@ class _Shard:
 
 
 def _version(entry: os.DirEntry) -> FileVersion | None:
-    if not (entry.name.endswith(".json") and COLUMN.fullmatch(entry.name.removesuffix(".json"))):
-        return None
-    try:
-        found = entry.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-@contextlib.contextmanager
-def _collection_paused() -> Iterator[None]:
-    """Keep Python's cyclic collector from going through all manifests again for every few that are read.
-
-    Manifests are in no cycle. Half of the time of reading 60,000 was the collector's.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if not gc.get_freeze_count():  # nor soon: these two calls move all objects to the oldest generation
-            gc.freeze()
-            gc.unfreeze()
-        if was_enabled:
-            gc.enable()
+    if entry.name.endswith(".json") and layout.COLUMN.fullmatch(entry.name.removesuffix(".json")):
+        with contextlib.suppress(OSError):
+            found = entry.stat()
+            return found.st_ino, found.st_size, found.st_mtime_ns
+    return None
 
 
 class Catalog:
@@ -125,12 +114,12 @@ class Catalog:
     @property
     def exists(self) -> bool:
         """Whether there is a cache.json."""
-        return (self.path / IDENTITY).is_file()
+        return (self.path / layout.IDENTITY).is_file()
 
     @cached_property
     def identity(self) -> Identity:
         """The content of cache.json. CacheError when it is missing or damaged."""
-        return read_record(self.path / IDENTITY, Identity)
+        return read_record(self.path / layout.IDENTITY, Identity)
 
     @property
     def hash(self) -> str:
@@ -200,15 +189,14 @@ class Catalog:
     @property
     def unplanned_shards(self) -> list[int]:
         """Shards with columns that no segment of the plan has: a segment was lost."""
-        beyond = [number for number in self.shard_numbers() if number >= self.shards]
-        return [number for number in beyond if self._shard(number).readable().columns]
+        return [n for n in self.shard_numbers() if n >= self.shards and self._shard(n).readable().columns]
 
     def shard_numbers(self) -> list[int]:
         """The numbers of the shards that have a folder, ascending."""
-        if not (self.path / SHARDS).is_dir():
+        if not (self.path / layout.SHARDS).is_dir():
             return []
-        with read_errors(self.path / SHARDS):
-            return sorted(int(name) for name in os.listdir(self.path / SHARDS) if NUMBER.fullmatch(name))
+        with read_errors(self.path / layout.SHARDS):
+            return sorted(int(name) for name in os.listdir(self.path / layout.SHARDS) if layout.NUMBER.fullmatch(name))
 
     def read(self, shard: int, name: str) -> ColumnManifest:
         """The manifest of a column by itself. CacheError when it is absent, damaged or another column's."""
@@ -224,22 +212,18 @@ class Catalog:
         manifest = checked.get(name)
         if manifest is None:
             manifest = self.read(shard, name)
-            self._check(shard, name, manifest)
+            if manifest.cache != self.hash:
+                folder = shard_folder(self.path, shard)
+                raise CacheError(f"{folder}, column {name}: belongs to another cache; run `pipeline verify`")
+            other = next(iter(checked.values()), manifest)
+            if other.files[layout.SAMPLES] != manifest.files[layout.SAMPLES]:
+                where = f"{self.path}, shard {numbered(shard)}"
+                raise CacheError(f"{where}: columns of different samples; run `pipeline verify`")
+            self._kinds.add((manifest.spec.dtype, manifest.spec.width))
+            if len(self._kinds) > 1:
+                raise CacheError(f"{self.path}: columns of several kinds, {sorted(self._kinds)}; run `pipeline verify`")
             checked[name] = manifest
         return manifest
-
-    def _check(self, shard: int, name: str, manifest: ColumnManifest) -> None:
-        if manifest.cache != self.hash:
-            folder = shard_folder(self.path, shard)
-            raise CacheError(f"{folder}, column {name}: belongs to another cache; run `pipeline verify`")
-        other = next(iter(self._shard(shard).manifests.values()), manifest)
-        if other.files[SAMPLES] != manifest.files[SAMPLES]:
-            where = f"{self.path}, shard {numbered(shard)}"
-            raise CacheError(f"{where}: columns of different samples; run `pipeline verify`")
-        kind = manifest.spec.dtype, manifest.spec.width
-        self._kinds.add(kind)
-        if len(self._kinds) > 1:
-            raise CacheError(f"{self.path}: columns of several kinds, {sorted(self._kinds)}; run `pipeline verify`")
 
     def columns(self, shard: int) -> dict[str, ColumnManifest]:
         """Manifests of the columns that a shard has, by name. The typed error of a folder that cannot be listed."""
@@ -272,8 +256,13 @@ class Catalog:
 
     def captured(self, shard: int, name: str) -> ColumnManifest | None:
         """The manifest of a column whose files all have the right size; None when it has to be captured."""
-        manifest = self._captured(shard, name)
-        return manifest if manifest and self._samples_size(shard) == manifest.files[SAMPLES].size else None
+        manifest, found = self._captured(shard, name), self._shard(shard)
+        if manifest and found.samples_size is None:
+            try:
+                found.samples_size = file_size(checked_path(str(found.folder), layout.SAMPLES))
+            except CacheError:
+                found.samples_size = -1
+        return manifest if manifest and found.samples_size == manifest.files[layout.SAMPLES].size else None
 
     def captured_columns(self, shard: int) -> dict[str, ColumnManifest]:
         """Manifests of a shard's captured columns, by name; its `samples.arrow` may be missing or damaged."""
@@ -281,38 +270,67 @@ class Catalog:
 
     def _captured(self, shard: int, name: str) -> ColumnManifest | None:
         """The manifest of a column whose own files have the right size, looked at once."""
-        captured = self._shard(shard).captured
-        if name not in captured:
-            captured[name] = self._of_right_size(shard, name)
-        return captured[name]
-
-    def _of_right_size(self, shard: int, name: str) -> ColumnManifest | None:
-        owner, found = self.hash, self._shard(shard)
-        if f"{name}.json" not in found.entries and found.error is None:
-            return None
-        try:
-            manifest = self.read(shard, name)
-            if manifest.cache != owner:  # left there from another cache
-                return None
-            folder = str(found.folder)
-            for file, fact in manifest.files.items():
-                if file != SAMPLES:
-                    check_size(checked_path(folder, file), fact)
-        except CacheError:
-            return None
-        return manifest
-
-    def _samples_size(self, shard: int) -> int:
-        found = self._shard(shard)
-        if found.samples_size is None:
-            try:
-                found.samples_size = file_size(checked_path(str(found.folder), SAMPLES))
-            except CacheError:
-                found.samples_size = -1
-        return found.samples_size
+        owner, found, captured = self.hash, self._shard(shard), None
+        if name in found.captured:
+            return found.captured[name]
+        if f"{name}.json" in found.entries or found.error is not None:
+            with contextlib.suppress(CacheError):
+                manifest, folder = self.read(shard, name), str(found.folder)
+                if manifest.cache == owner:  # else left there from another cache
+                    for file, fact in manifest.files.items():
+                        if file != layout.SAMPLES:
+                            check_size(checked_path(folder, file), fact)
+                    captured = manifest
+        return found.captured.setdefault(name, captured)
 
     def missing(self, columns: Sequence[ColumnSpec]) -> Work:
         """The shards that lack columns, and which."""
-        with _collection_paused():
+        was_enabled = gc.isenabled()
+        gc.disable()  # it goes through all manifests again for every few that are read: half of the time for 60,000
+        try:
             absent = [[spec for spec in columns if not self.captured(n, spec.name)] for n in range(self.shards)]
+        finally:
+            if not gc.get_freeze_count():  # nor soon: these two calls move all objects to the oldest generation
+                gc.freeze()
+                gc.unfreeze()
+            if was_enabled:
+                gc.enable()
         return [(self.plan.shards[shard], specs) for shard, specs in enumerate(absent) if specs]
+
+
+def has_target(catalog: Catalog) -> bool:
+    """Whether `target/`, what training needs of the target, is there, as far as its manifest and sizes tell."""
+    with contextlib.suppress(CacheError):
+        for name, fact in target_manifest(catalog).files.items():
+            check_size(path_inside(catalog.path / layout.TARGET, name), fact)
+        return True
+    return False
+
+
+def target_manifest(catalog: Catalog) -> TargetManifest:
+    """The folder's manifest. CacheError when it is absent, damaged or of another cache."""
+    path = catalog.path / layout.TARGET / layout.TARGET_MANIFEST
+    manifest = read_record(path, TargetManifest)
+    if manifest.cache != catalog.hash:
+        raise CacheError(f"{path}: belongs to another cache; run `pipeline verify`")
+    return manifest
+
+
+def target_file(catalog: Catalog, name: str) -> Path:
+    """The path of a file of the folder, its size and digest checked now. CacheError when it is absent or damaged."""
+    files = target_manifest(catalog).files
+    path = path_inside(catalog.path / layout.TARGET, name)
+    if name not in files:
+        raise CacheError(f"{path}: not in the cache; run `pipeline cache-hidden` again with the same arguments")
+    check_file(path, files[name])
+    return path
+
+
+def target_json(catalog: Catalog, name: str) -> dict:
+    """What a JSON file of the folder holds, checked: a dict."""
+    path, facts = target_file(catalog, name), None
+    with read_errors(path), contextlib.suppress(ValueError):
+        facts = parse_json(read_file(path, MAX_BYTES))
+    if not isinstance(facts, dict):
+        raise CacheError(f"{path}: damaged, it is no JSON object; run `pipeline verify`")
+    return facts

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.ipc
 import xxhash
 
 from pipeline.cache.codecs.lossy import Encoded
 from pipeline.cache.layout import CHECKSUM_ROWS
-from pipeline.cache.samples import read_batches, to_numpy
+from pipeline.cache.samples import batch_bytes, read_batches, to_numpy
 from pipeline.errors import CacheError
 
 SCHEMA = pa.schema(
@@ -92,10 +91,7 @@ def sums_bytes(bounds: np.ndarray, digests: list[int], refused: dict[int, str], 
         pa.array([refused.get(row, "") for row in range(count)], pa.string()),
         pa.array(outliers.astype(np.int32)),
     ]
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, SCHEMA) as writer:
-        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
-    return sink.getvalue().to_pybytes()
+    return batch_bytes(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
 
 
 def read_sums(path: Path, bounds: np.ndarray) -> tuple[np.ndarray, ...]:

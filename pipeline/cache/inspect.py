@@ -8,18 +8,16 @@ from rich.console import Group
 from rich.text import Text
 
 from pipeline.cache.atomic import size_text
-from pipeline.cache.catalog import Catalog
+from pipeline.cache.catalog import Catalog, has_target, target_file
+from pipeline.cache.file_writer import refused_samples
 from pipeline.cache.layout import PLAN, SAMPLES, TARGET, layer_of
 from pipeline.cache.plan import Plan
 from pipeline.cache.reader import HiddenCache
-from pipeline.cache.rebuild import refused_samples
-from pipeline.cache.records import ColumnManifest, read_log
-from pipeline.cache.target_files import has_target, target_file
+from pipeline.cache.schema import ColumnManifest, read_log
 from pipeline.errors import UsageError
 from pipeline.visible_text import grid, shows_styles, visible, visible_lines
 
 TOKENIZER = "tokenizer.json"
-LISTED = 20  # shards that are not captured yet, or foreign files, before the rest is only counted
 
 
 def describe(path: Path) -> dict:
@@ -232,30 +230,3 @@ def coloured(tokenizer, ids: Sequence[int], mask: Sequence[bool], most: int | No
             text.append(visible_lines(piece), style="green underline" if mask[start] else "dim")
             start = end
     return text
-
-
-def verify_table(report: dict) -> Group:
-    """Return `verify`'s report: what is damaged, not captured yet, or foreign."""
-    lines = [Text(f"{report['files']:,} files, {size_text(report['bytes'])} checked")]
-    for kind, title, style in (
-        ("damaged", "damaged", "bold red"),
-        ("missing", "not captured yet", "yellow"),
-        ("foreign", "not of this cache", "yellow"),
-    ):
-        found = report[kind]
-        if found:
-            lines.append(Text(f"{len(found)} {title}:", style=style))
-            shown = found if kind == "damaged" else found[:LISTED]
-            lines += [Text(f"  {visible(entry if kind == 'foreign' else finding(entry))}") for entry in shown]
-            lines += [Text(f"  and {len(found) - len(shown):,} more; --json lists them")] * (len(found) > len(shown))
-    if report["incomplete"]:
-        lines.append(Text(f"incomplete: {', '.join(report['incomplete'])}", style="yellow"))
-    if not report["damaged"]:
-        whole = not report["incomplete"]
-        lines.append(Text("no damage" if whole else "no damage in what is there", style="green" if whole else "yellow"))
-    return Group(*lines)
-
-
-def finding(entry: dict) -> str:
-    """Return one finding in a line: the file, and what is wrong with it."""
-    return f"{entry['file']}: {entry['what']}"

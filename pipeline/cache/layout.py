@@ -1,18 +1,4 @@
-"""The layout of a cache: the names of its files and folders, and paths that cannot lead outside.
-
-cache.json                     what the cache is; never edited
-plan/000000.{arrow,json}       one immutable segment per append: every sample's shard, row, ids and mask
-index.{arrow,json}             derived from the plan, can be rebuilt
-target/                        config, tokenizer, head; `manifest.json` names their digests
-calibration/aux.1.json         for lossy codecs: mean and std of each of the column's channels
-shards/000000/samples.arrow    the shard's rows of the plan
-shards/000000/aux.1/           one zarr v3 array, samples end to end; `aux.1.zstd/` and so on by codec
-shards/000000/aux.1.arrow      per sample: ok, a checksum for every 256 rows, the reason of a refusal
-shards/000000/aux.1.json       written last: with it the column exists
-quarantine/samples.json        refused samples with their reasons, derived from the columns
-capture.log                    times and hosts, for people; no other file has any
-tmp-*                          unfinished work and locks of a living (or killed) process
-"""
+"""The layout of a cache, which README.md shows: names of its files and folders, and paths that cannot lead outside."""
 
 import errno
 import os
@@ -31,6 +17,10 @@ INDEX = "index.arrow"
 INDEX_MANIFEST = "index.json"
 TARGET = "target"
 TARGET_MANIFEST = "manifest.json"
+CONFIG = "config.json"  # of the target, in its folder, as the next three
+TOKENS = "tokens.json"  # special ids, and `length` of the tokenizer
+HEAD = "head.safetensors"  # embedding and LM head
+WEIGHTS = "weights.json"  # size and digest of every file of the weights, for `verify --deep`
 CALIBRATION = "calibration"
 SHARDS = "shards"
 SAMPLES = "samples.arrow"

@@ -7,32 +7,24 @@ manifest by size and xxh3-128.
 
 import hashlib
 import json
-import os
 import re
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Strict, ValidationError
 
-from pipeline.cache.atomic import commit_lock, read_errors, write_errors, write_file
-from pipeline.cache.layout import FORMAT, IDENTITY
-from pipeline.errors import CacheError, UsageError, read_error
-from pipeline.json_files import MAX_DEPTH, parse_strict_json
+from pipeline.cache.atomic import read_errors, write_file
+from pipeline.cache.layout import FORMAT
+from pipeline.errors import CacheError, read_error
+from pipeline.json_files import MAX_BYTES, MAX_DEPTH, Count, check_regular, parse_strict_json, read_file
 
-STRICT = ConfigDict(extra="forbid", strict=True)
-Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Model = TypeVar("Model", bound=BaseModel)
 
-MAX_BYTES = 64 << 20  # a larger "manifest" is refused before it is read
 PIECE = 4 << 20
 
 _TAIL = re.compile(rb',\n "hash": "([0-9a-f]{32})"\n}\n\Z')
-
-# In a folder of which no cache is made: it would be taken for two things.
-OTHERS = {"run.json": "a training run", "config.json": "a model or a draft"}
 
 
 def canonical(facts: dict) -> bytes:
@@ -43,13 +35,9 @@ def canonical(facts: dict) -> bytes:
     return body + b',\n "hash": "' + _own_hash(body).encode() + b'"\n}\n'
 
 
-def _is_whole(data: bytes, facts: dict) -> bool:
-    """Whether a file ends with its own hash, and `facts`, what it says, hold no text that is none."""
+def _ends_with_own_hash(data: bytes) -> bool:
     tail = _TAIL.search(data)
-    if not tail or tail[1].decode() != _own_hash(data[: tail.start()]):
-        return False
-    # Half a surrogate pair can only be escaped, and of escapes we write few: then all of it is compared, slowly.
-    return b"\\u" not in data or data == canonical({k: v for k, v in facts.items() if k not in ("format", "hash")})
+    return tail is not None and tail[1].decode() == _own_hash(data[: tail.start()])
 
 
 def _own_hash(body: bytes) -> str:
@@ -75,9 +63,8 @@ def parse_record(data: bytes, path: Path, model: type[Model]) -> Model:
         record = model.model_validate_json(data)
     except ValidationError:
         record = None
-    tail = _TAIL.search(data)
     plain = b"\\u" not in data and data.count(b"{") + data.count(b"[") < MAX_DEPTH
-    if record is None or not plain or not tail or tail[1].decode() != _own_hash(data[: tail.start()]):
+    if record is None or not plain or not _ends_with_own_hash(data):
         parse_canonical(data, path)
         if record is None:
             raise CacheError(f"{path}: the manifest of something else; run `pipeline verify`")
@@ -93,22 +80,21 @@ def read_canonical(path: Path) -> dict:
 
 
 def _read_manifest(path: Path) -> bytes:
-    size = file_size(path)
-    if size > MAX_BYTES:
-        raise CacheError(f"{path}: {size} bytes, and no manifest has more than {MAX_BYTES}; it is damaged")
     try:
-        with open(path, "rb", buffering=0) as file:
-            return file.read()
+        return read_file(path, MAX_BYTES)
     except OSError as error:
         raise read_error(path, error) from error
+    except ValueError as error:
+        raise CacheError(f"{path}: damaged, {error}; run `pipeline verify`") from None
 
 
 def parse_canonical(data: bytes, path: Path) -> dict:
     """What `read_canonical` returns, from the file's bytes; `path` is for messages."""
     try:
         facts = parse_strict_json(data)
-        named = facts if isinstance(facts, dict) else {}
-        whole = _is_whole(data, named)
+        named = {k: v for k, v in facts.items() if k != "hash"} if isinstance(facts, dict) else {}
+        # Half a surrogate pair can only be escaped, and of escapes we write few: then all of it is compared, slowly.
+        whole = _ends_with_own_hash(data) and (b"\\u" not in data or data == canonical(named))
     except ValueError:
         raise CacheError(f"{path}: damaged, it is no JSON any more; run `pipeline verify`") from None
     found = named.get("format")
@@ -124,12 +110,12 @@ def parse_canonical(data: bytes, path: Path) -> dict:
 
 @dataclass(frozen=True, slots=True)
 class FileFact:
-    """What a manifest says of another file: its size in bytes and its xxh3-128, in hex."""
+    """What a JSON file says of another file: its size in bytes and its xxh3-128, in hex."""
 
-    __pydantic_config__ = STRICT
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
-    size: Count
-    xxh3: str
+    size: Annotated[Count, Strict()]
+    xxh3: Annotated[str, Strict()]
 
     def as_dict(self) -> dict:
         return {"size": self.size, "xxh3": self.xxh3}
@@ -152,12 +138,11 @@ class FileFact:
 def file_size(path: Path | str) -> int:
     """The size of a file. CacheError when it is missing or no plain file: reading a pipe might never end."""
     try:
-        found = os.stat(path)
+        return check_regular(path)
     except OSError as error:
         raise read_error(Path(path), error) from error
-    if not stat.S_ISREG(found.st_mode):
-        raise CacheError(f"{path}: missing; something that is no file has its name; run `pipeline verify`")
-    return found.st_size
+    except ValueError as error:
+        raise CacheError(f"{path}: missing, {error}; run `pipeline verify`") from None
 
 
 def check_size(path: Path | str, fact: FileFact) -> None:
@@ -172,44 +157,3 @@ def check_file(path: Path, fact: FileFact) -> None:
     check_size(path, fact)
     if FileFact.of_file(path) != fact:
         raise CacheError(f"{path}: damaged, its digest is not its manifest's; run `pipeline verify`")
-
-
-def create_identity(cache: Path, identity: dict) -> dict:
-    """Make `cache.json`, or check that the one there says the same. Returns what is on disk.
-
-    Raises UsageError naming the first key that differs, with both values.
-    """
-    path = cache / IDENTITY
-    with write_errors(cache, "a cache"):
-        cache.mkdir(parents=True, exist_ok=True)
-        if not path.exists():  # a finished cache may lie on a read-only disk
-            taken = next((name for name in OTHERS if (cache / name).is_file()), None)
-            if taken:
-                raise UsageError(
-                    f"{cache} holds {OTHERS[taken]} ({taken}), which is no place for a cache; pass another --out"
-                )
-            with commit_lock(cache):
-                if not path.exists():
-                    write_canonical(path, identity)
-    held = read_canonical(path)
-    wanted = json.loads(canonical(identity))
-    difference = _first_difference({**held, "hash": None}, {**wanted, "hash": None})
-    if difference:
-        key, there, here = difference
-        raise UsageError(
-            f"{cache} was made with {key} = {there!r}, this command asks for {here!r}; "
-            "pass the same, or another --out for a second cache"
-        )
-    return held
-
-
-def _first_difference(held, wanted, key: str = "") -> tuple[str, object, object] | None:
-    """The dotted key, the value on disk and the value wanted where two JSON values first differ."""
-    if isinstance(held, dict) and isinstance(wanted, dict):
-        # The engine first: it decides what else is there.
-        for name in sorted({*held, *wanted}, key=lambda name: (name != "engine", name)):
-            found = _first_difference(held.get(name), wanted.get(name), f"{key}.{name}" if key else name)
-            if found:
-                return found
-        return None
-    return None if held == wanted else (key, held, wanted)

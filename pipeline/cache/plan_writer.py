@@ -1,9 +1,11 @@
-"""Writes the plan: samples are spooled, divided into shards, and committed as one segment by two renames.
+"""Writes the plan: samples are spooled, divided into shards, and committed as one segment by two renames. And what a
+capture does by it: which samples are computed together, and who may replace it.
 
 Memory holds the sample ids and one shard's tokens, never the corpus.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -12,26 +14,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
-from pipeline.cache.atomic import Scratch, commit_lock, sync_file, sync_folder, write_errors
-from pipeline.cache.index import write_index
-from pipeline.cache.layout import PLAN, numbered
-from pipeline.cache.manifest import FileFact, canonical, read_record
-from pipeline.cache.plan import Plan, check_not_in_use, load_plan, segment_numbers
-from pipeline.cache.records import SegmentManifest
+from pipeline.cache.atomic import Scratch, clean_scratch, commit_lock, sync_file, sync_folder, write_errors, write_file
+from pipeline.cache.layout import INDEX, INDEX_MANIFEST, PLAN, SCRATCH, SHARDS, numbered
+from pipeline.cache.manifest import FileFact, canonical, read_record, write_canonical
+from pipeline.cache.plan import Plan, build_index, load_plan, read_manifests, segment_numbers
 from pipeline.cache.samples import (
     SCHEMA,
     SPOOLED,
     PlannedSample,
     ShardPlan,
+    batch_bytes,
     make_batch,
     sample_id,
     write_batches,
 )
+from pipeline.cache.schema import IndexManifest, SegmentManifest
 from pipeline.errors import DataError, UsageError
 
 SHARD_BYTES = 4 << 30  # raw states per shard, over the columns of the first capture
 MIN_SHARDS = 16  # so that a small capture, too, can resume part-way
 _SPOOL_TOKENS, _SPOOL_SAMPLES = 1 << 20, 4096  # buffered in memory before they are written
+FORWARD_TOKENS = 128  # what a forward costs besides its tokens: about what an H100 computes while it reads the weights
 _ID_BYTES = 16
 _FREE = bytes(_ID_BYTES)  # marks a free slot: no digest is 16 zeros in practice
 
@@ -56,7 +59,11 @@ class SampleIdSet:
             return False
         self.count += 1
         if 4 * self.count > 3 * self.slots:
-            self._grow()
+            old, self.slots = self.table, 2 * self.slots
+            self.table = bytearray(2 * len(old))
+            for at in range(0, len(old), _ID_BYTES):
+                if (there := old[at : at + _ID_BYTES]) != _FREE:
+                    self._put(there)
         return True
 
     def _put(self, name: bytes) -> bool:
@@ -68,15 +75,6 @@ class SampleIdSet:
             slot = (slot + 1) % slots
         table[_ID_BYTES * slot : _ID_BYTES * (slot + 1)] = name
         return True
-
-    def _grow(self) -> None:
-        old, size = self.table, len(self.table)
-        self.slots *= 2
-        self.table = bytearray(2 * size)
-        for at in range(0, size, _ID_BYTES):
-            name = old[at : at + _ID_BYTES]
-            if name != _FREE:
-                self._put(name)
 
 
 @dataclass
@@ -230,7 +228,10 @@ def _commit(cache: Path, scratch: Scratch, segment: Path, manifest: SegmentManif
     sync_file(ready)
     with commit_lock(cache):
         if earlier is None:
-            _remove_plan(cache, scratch)
+            check_not_in_use(cache, {scratch.path.name})
+            for number in reversed(segment_numbers(cache)):  # the newest first, its manifest before its samples
+                for suffix in ("json", "arrow"):
+                    (folder / f"{numbered(number)}.{suffix}").unlink(missing_ok=True)
             earlier = Plan(cache, [])
         if len(segment_numbers(cache)) != len(earlier.manifests):
             if read_record(folder / f"{name}.json", SegmentManifest).hash == manifest.hash:
@@ -246,9 +247,70 @@ def _commit(cache: Path, scratch: Scratch, segment: Path, manifest: SegmentManif
         sync_folder(cache)
 
 
-def _remove_plan(cache: Path, scratch: Scratch) -> None:
-    """Remove the plan, under the commit lock: the newest segment first, its manifest before its samples."""
-    check_not_in_use(cache, {scratch.path.name})
-    for number in reversed(segment_numbers(cache)):
-        for suffix in ("json", "arrow"):
-            (cache / PLAN / f"{numbered(number)}.{suffix}").unlink(missing_ok=True)
+def write_index(cache: Path, plan: Plan) -> None:
+    """Write the index of `plan`, its manifest last; the manifest of an older index is removed first."""
+    (batch,) = build_index(plan).combine_chunks().to_batches()
+    data = batch_bytes(batch)
+    segments = [manifest.files for manifest in plan.manifests]
+    facts = IndexManifest(files={INDEX: FileFact.of_bytes(data)}, segments=segments).as_dict()
+    manifest = cache / INDEX_MANIFEST
+    right = manifest.is_file() and manifest.read_bytes() == canonical(facts)
+    if not right:
+        manifest.unlink(missing_ok=True)
+    write_file(cache / INDEX, data)
+    if not right:
+        write_canonical(manifest, facts)
+
+
+def has_columns(cache: Path) -> bool:
+    """Whether any column of the cache exists."""
+    return any((cache / SHARDS).glob("*/*.json"))
+
+
+def check_not_in_use(cache: Path, own: Iterable[str] = ()) -> None:
+    """Raise UsageError when the cache has columns, or scratch of another process; this one's is named in `own`.
+
+    The scratch of dead processes does not count, and is removed.
+    """
+    clean_scratch(cache)
+    ours = {f"{SCRATCH}commit.lock", f"{SCRATCH}plan.lock", *own}
+    if has_columns(cache) or any(path.name not in ours for path in cache.glob(f"{SCRATCH}*")):
+        raise UsageError(f"{cache} is being captured by another process; wait for it, or pass another --out")
+
+
+@contextlib.contextmanager
+def plan_in_use(plan: Plan) -> Iterator[None]:
+    """Keep other processes from replacing a plan during a capture. UsageError if one has already, RoomError."""
+    with write_errors(plan.path, "a scratch folder"), commit_lock(plan.path):
+        if read_manifests(plan.path)[: len(plan.manifests)] != plan.manifests:
+            raise UsageError(f"{plan.path} was planned afresh meanwhile; run the command again, it uses that plan")
+        scratch = Scratch(plan.path, "working")
+    with scratch:
+        yield
+
+
+def micro_batches(lengths: Sequence[int] | np.ndarray, batch_tokens: int) -> list[range]:
+    """Cut a shard's samples, in their order, into batches of at most `batch_tokens` padded tokens (at least a sample).
+
+    Of all cuts the cheapest, padding and forwards counted in tokens. A pure function of the lengths, so that a capture
+    computes the same batches whoever runs it and however often it was stopped.
+    """
+    lengths = [int(length) for length in lengths]
+    least, begins = [0], [0]  # for the samples before each end: what they cost, where their last batch begins
+    for end in range(1, len(lengths) + 1):
+        longest = tokens = 0
+        found = None
+        for first in range(end - 1, -1, -1):
+            longest, tokens = max(longest, lengths[first]), tokens + lengths[first]
+            padded = longest * (end - first)
+            cost = padded - tokens + FORWARD_TOKENS
+            if found and (padded > batch_tokens or cost > found[0]):  # and every longer batch costs more still
+                break
+            found = min(found or (least[first] + cost, first), (least[first] + cost, first))
+        least.append(found[0])
+        begins.append(found[1])
+    batches, end = [], len(lengths)
+    while end:
+        batches.append(range(begins[end], end))
+        end = begins[end]
+    return batches[::-1]

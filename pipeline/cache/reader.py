@@ -12,24 +12,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.cache.catalog import Catalog
+from pipeline.cache import layout
+from pipeline.cache.catalog import Catalog, target_file, target_json
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.lossy import Encoded, LossyCodec
-from pipeline.cache.layout import (
-    FINAL,
-    SAMPLES,
-    aux_column,
-    check_exists,
-    column_of,
-    layer_of,
-    path_inside,
-    shard_folder,
-)
+from pipeline.cache.columns import OpenColumns
+from pipeline.cache.layout import FINAL, aux_column, check_exists, column_of, layer_of, path_inside, shard_folder
 from pipeline.cache.manifest import check_file
-from pipeline.cache.open_columns import OpenColumns, ReadPool
-from pipeline.cache.records import ColumnManifest, ColumnSpec
 from pipeline.cache.samples import ShardPlan, read_batch
-from pipeline.cache.target_files import CONFIG, HEAD, TOKENS, target_file, target_json
+from pipeline.cache.schema import ColumnManifest, ColumnSpec
 from pipeline.errors import CacheError, DataError, UsageError
 from pipeline.target.layers import final_rows
 
@@ -68,13 +59,11 @@ class HiddenCache:
         self.catalog, self.path, self.identity = catalog, catalog.path, catalog.identity
         hashes = [catalog.hash, *(manifest.hash for manifest in catalog.segments)]
         self.digest = _digest(hashes)
-        self.earlier_digests = [
-            _digest(hashes[:end]) for end in range(2, len(hashes))
-        ]  # what it was before each append
+        # What it was before each append.
+        self.earlier_digests = [_digest(hashes[:end]) for end in range(2, len(hashes))]
         self.samples = catalog.samples
         self._shards: dict[int, ShardPlan] = {}
         self._columns = OpenColumns(catalog, self._shard)
-        self._reads = ReadPool()
 
     @classmethod
     def open(cls, path: Path | str) -> "HiddenCache":
@@ -137,16 +126,16 @@ class HiddenCache:
     @cached_property
     def target_config(self) -> dict:
         """The target's config.json."""
-        return target_json(self.catalog, CONFIG)
+        return target_json(self.catalog, layout.CONFIG)
 
     @cached_property
     def tokens(self) -> dict:
         """Special token ids and `length`, the number of tokens the tokenizer knows."""
-        return target_json(self.catalog, TOKENS)
+        return target_json(self.catalog, layout.TOKENS)
 
     @cached_property
     def _head_file(self) -> Path:
-        return target_file(self.catalog, HEAD)
+        return target_file(self.catalog, layout.HEAD)
 
     def head(self, device: str = "cpu", dtype: "torch.dtype | None" = None) -> "TargetHead":
         """The target's frozen embedding and LM head, float32 unless `dtype` says otherwise; checked once."""
@@ -240,7 +229,7 @@ class HiddenCache:
             for k, layer in enumerate(layers if stop > start else ()):
                 jobs.append(partial(read, k, at, shard, column_of(layer), row, start, stop - start))
             at += stop - start
-        self._reads.do(jobs, arrays[0].nbytes, in_page_cache=lambda: False)
+        self._columns.do(jobs, arrays[0].nbytes, in_page_cache=lambda: False)
         return found
 
     def _check_parts(self, parts: Sequence[Part], layers: Sequence[Layer]) -> None:
@@ -272,7 +261,7 @@ class HiddenCache:
                 rows = memoryview(out[k, at : at + stop - start]).cast("B")
                 jobs.append(partial(self._columns.read, shard, name, row, start, rows))
             at += stop - start
-        self._reads.do(jobs, out.nbytes, in_page_cache=lambda: self._columns.all_in_page_cache(places, names))
+        self._columns.do(jobs, out.nbytes, in_page_cache=lambda: self._columns.all_in_page_cache(places, names))
 
     def _states(self, i: int, names: tuple[str, ...], start: int, stop: int) -> "torch.Tensor":
         """Read stored rows [start, stop) of sample `i` from these columns, [K, stop - start, D]."""
@@ -312,25 +301,19 @@ class HiddenCache:
 
     def _shard(self, number: int) -> ShardPlan:
         """Ids and masks of a shard; its `samples.arrow` is verified when it is first used."""
-        plan = self._shards.get(number)
-        if plan is None:
-            plan = self._shards[number] = self._open_shard(number)
-        return plan
-
-    def _open_shard(self, number: int) -> ShardPlan:
-        columns = self.columns(number)
-        if not columns:  # planned, not captured: only the plan has its samples
-            return self.catalog.plan.shards[number]
-        path = path_inside(shard_folder(self.path, number), SAMPLES)
-        for manifest in columns.values():
-            check_file(path, manifest.files[SAMPLES])
-            break
+        if number in self._shards:
+            return self._shards[number]
+        manifest = next(iter(self.columns(number).values()), None)
+        if manifest is None:  # planned, not captured: only the plan has its samples
+            return self._shards.setdefault(number, self.catalog.plan.shards[number])
+        path = path_inside(shard_folder(self.path, number), layout.SAMPLES)
+        check_file(path, manifest.files[layout.SAMPLES])
         plan = ShardPlan(read_batch(path), number)
         here = slice(self.samples.starts[number], self.samples.starts[number + 1])
         same = np.array_equal(plan.sample_ids, self.samples.sample_id[here])
         if not same or not np.array_equal(plan.lengths, self.samples.length[here]):
             raise CacheError(f"{path}: other samples than the plan's; run `pipeline verify`")
-        return plan
+        return self._shards.setdefault(number, plan)
 
 
 def _digest(parts: list[str]) -> str:

@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from pipeline.cache.atomic import read_errors
-from pipeline.cache.layout import numbered
 from pipeline.errors import CacheError, first_line, refuse_limit
 from pipeline.target.layers import final_rows
 
@@ -40,6 +39,7 @@ SCHEMA = pa.schema(
         pa.field("line", pa.int64(), nullable=False),
     ]
 )
+ORIGIN = ("domain", "split", "source", "line")  # columns of where a sample came from
 MAGIC = b"ARROW1\0\0"  # of an IPC file; a stream of messages follows, then a footer that repeats where they are
 _HEADER, _COMPRESSION = 2, 3  # fields of the tables Message and RecordBatch in Arrow's format/Message.fbs
 SPOOLED = -1  # the shard number of samples that are not yet assigned to one
@@ -75,6 +75,12 @@ def to_numpy(array: pa.Array) -> np.ndarray:
     return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
 
 
+def id_numbers(ids: pa.Array) -> np.ndarray:
+    """Return sample ids as 128-bit numbers, uint64 [n, 2] (high, low), which sort as the 16 bytes do."""
+    names = np.frombuffer(ids.buffers()[1], ">u8", 2 * len(ids), 16 * ids.offset)
+    return names.reshape(-1, 2).astype(np.uint64)
+
+
 def make_batch(samples: Sequence[PlannedSample], ids16: Sequence[bytes], shard: int) -> pa.RecordBatch:
     """Build the record batch of one shard from samples and their ids, in this order. Deterministic in its bytes."""
     lengths = np.array([len(sample.ids) for sample in samples], np.int64)
@@ -104,7 +110,7 @@ def make_batch(samples: Sequence[PlannedSample], ids16: Sequence[bytes], shard: 
 
 
 def batch_bytes(batch: pa.RecordBatch) -> bytes:
-    """Serialise a batch as an Arrow IPC file: the content of `samples.arrow`."""
+    """Serialise a batch as an Arrow IPC file, such as `samples.arrow`."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
@@ -153,13 +159,6 @@ class ShardPlan:
 
     def __len__(self) -> int:
         return self.batch.num_rows
-
-    def __repr__(self) -> str:
-        return f"ShardPlan({numbered(self.number)}: {len(self)} samples, {self.rows} rows)"
-
-    @property
-    def table(self) -> pa.Table:
-        return pa.Table.from_batches([self.batch])
 
     def _numbers(self, name: str) -> np.ndarray:
         return to_numpy(self.batch.column(name))
@@ -222,11 +221,8 @@ class ShardPlan:
 
     @cached_property
     def sample_ids(self) -> np.ndarray:
-        """The sample ids as 128-bit numbers, uint64 [n, 2] (high, low), which sort as the 16 bytes do."""
-        column = self.batch.column("sample_id")
-        start = column.offset * 16
-        data = np.frombuffer(column.buffers()[1], ">u8", count=2 * len(self), offset=start)
-        return data.reshape(-1, 2).astype(np.uint64)
+        """The sample ids as `id_numbers`, uint64 [n, 2]."""
+        return id_numbers(self.batch.column("sample_id"))
 
     def text(self, name: str) -> list[str]:
         """One of the text columns: `domain`, `split`, `source`."""
@@ -234,12 +230,9 @@ class ShardPlan:
 
     def samples(self) -> Iterator[PlannedSample]:
         """Yield the samples as they were planned, in order."""
-        texts, lines = (
-            [self.text(name) for name in ("domain", "split", "source")],
-            self.batch.column("line").to_pylist(),
-        )
-        for row, line in enumerate(lines):
-            yield PlannedSample(self.ids(row), self.mask(row), *(text[row] for text in texts), line)
+        origins = zip(*(self.batch.column(name).to_pylist() for name in ORIGIN), strict=True)
+        for row, origin in enumerate(origins):
+            yield PlannedSample(self.ids(row), self.mask(row), *origin)
 
     def line(self, row: int) -> int:
         return self.batch.column("line")[row].as_py()

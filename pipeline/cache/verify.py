@@ -11,43 +11,26 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
+from rich.console import Group
+from rich.text import Text
 
-from pipeline.cache import index
-from pipeline.cache.atomic import read_errors
-from pipeline.cache.catalog import Catalog, shards_per_column
+from pipeline.cache import layout
+from pipeline.cache.atomic import read_errors, size_text
+from pipeline.cache.catalog import Catalog, shards_per_column, target_manifest
 from pipeline.cache.codecs import CODECS, column_of_files
 from pipeline.cache.codecs.zarr_file import METADATA
 from pipeline.cache.columns import Column
-from pipeline.cache.layout import (
-    CALIBRATION,
-    CHECKSUM_ROWS,
-    COLUMN,
-    IDENTITY,
-    INDEX,
-    INDEX_MANIFEST,
-    LOG,
-    NUMBER,
-    PLAN,
-    QUARANTINE,
-    REFUSED,
-    SAMPLES,
-    SCRATCH,
-    SHARDS,
-    TARGET,
-    TARGET_MANIFEST,
-    check_exists,
-    numbered,
-    path_inside,
-)
+from pipeline.cache.file_writer import Columns, refused_bytes
+from pipeline.cache.layout import check_exists, numbered, path_inside
 from pipeline.cache.manifest import PIECE, FileFact, check_file, check_size, read_canonical, read_record
-from pipeline.cache.plan import Plan
-from pipeline.cache.rebuild import Columns, refused_bytes
-from pipeline.cache.records import CalibrationManifest, ColumnManifest, SegmentManifest
+from pipeline.cache.plan import Plan, build_index, index_manifest, read_index
 from pipeline.cache.samples import ShardPlan, read_batch
-from pipeline.cache.target_files import target_manifest
+from pipeline.cache.schema import CalibrationManifest, ColumnManifest, SegmentManifest
 from pipeline.errors import CacheError
+from pipeline.visible_text import visible
 
 SHOWN = 8  # the most damaged samples named per column
+LISTED = 20  # shards that are not captured yet, or foreign files, before the rest is only counted
 
 
 @dataclass(frozen=True)
@@ -96,8 +79,8 @@ def verify(path: Path | str, only: set[int] | None = None) -> Report:
         check.index(plan)
     columns = check.shards(plan, only)
     captured = any(columns.values())
-    if captured and not plan and not any(finding.file.startswith(PLAN) for finding in check.report.damaged):
-        check.damage(PLAN, "lost, though shards were captured by it")
+    if captured and not plan and not any(finding.file.startswith(layout.PLAN) for finding in check.report.damaged):
+        check.damage(layout.PLAN, "lost, though shards were captured by it")
     check.target(captured)
     check.calibration(columns)
     check.quarantine(plan, columns)
@@ -111,9 +94,9 @@ class _Check:
     def __init__(self, path: Path):
         self.path, self.catalog = path, Catalog(path)
         self.report = Report(str(path))
-        self.known = {LOG, INDEX, INDEX_MANIFEST}
+        self.known = {layout.LOG, layout.INDEX, layout.INDEX_MANIFEST}
         self.identity: str | None = None
-        with self.guard(IDENTITY):
+        with self.guard(layout.IDENTITY):
             self.identity = self.catalog.hash
 
     @contextlib.contextmanager
@@ -142,10 +125,10 @@ class _Check:
 
     def plan(self) -> Plan | None:
         """Check the plan, rebuilding its batches from ids and masks to compare them. Returns it if it is undamaged."""
-        numbers = {path.stem for path in (self.path / PLAN).glob("*.*") if NUMBER.fullmatch(path.stem)}
+        numbers = {path.stem for path in (self.path / layout.PLAN).glob("*.*") if layout.NUMBER.fullmatch(path.stem)}
         before, finished = len(self.report.damaged), 0
         for number in sorted(numbers):
-            manifest, rows = f"{PLAN}/{number}.json", f"{PLAN}/{number}.arrow"
+            manifest, rows = f"{layout.PLAN}/{number}.json", f"{layout.PLAN}/{number}.arrow"
             self.known.add(rows)
             if not (self.path / manifest).is_file():
                 self.unfinished(manifest, "a segment of the plan without its manifest")
@@ -157,45 +140,51 @@ class _Check:
                 self.file(rows, fact)
             finished += 1
         if not finished:
-            self.unfinished(PLAN, "no plan yet")
+            self.unfinished(layout.PLAN, "no plan yet")
         if not finished or len(self.report.damaged) > before:
             return None
-        with self.guard(PLAN):
+        with self.guard(layout.PLAN):
             plan = self.catalog.plan
             for shard in plan.shards:
                 if not shard.rebuilt_batch().equals(shard.batch):
-                    self.damage(PLAN, "not what its ids and masks give", shard.number)
+                    self.damage(layout.PLAN, "not what its ids and masks give", shard.number)
             return plan
 
     def index(self, plan: Plan) -> None:
-        if not (self.path / INDEX_MANIFEST).exists():
-            self.unfinished(INDEX_MANIFEST, "no index; readers do without, the next `pipeline cache-hidden` makes it")
+        if not (self.path / layout.INDEX_MANIFEST).exists():
+            self.unfinished(
+                layout.INDEX_MANIFEST, "no index; readers do without, the next `pipeline cache-hidden` makes it"
+            )
             return
-        with self.guard(INDEX_MANIFEST):
-            facts = index.index_manifest(self.path)
-            if not self.file(INDEX, facts.files[INDEX]):
+        with self.guard(layout.INDEX_MANIFEST):
+            facts = index_manifest(self.path)
+            if not self.file(layout.INDEX, facts.files[layout.INDEX]):
                 return
-            if facts.segments != index.segments_of(plan.manifests):
-                self.unfinished(INDEX, "of a plan with other segments; the next `pipeline cache-hidden` makes it again")
+            if facts.segments != [manifest.files for manifest in plan.manifests]:
+                self.unfinished(
+                    layout.INDEX, "of a plan with other segments; the next `pipeline cache-hidden` makes it again"
+                )
                 return
-            held = index.read_index(self.path, plan.manifests)
-            if held is None or not held.equals(index.build_index(plan)):
-                self.damage(INDEX, "not what the plan gives")
+            held = read_index(self.path, plan.manifests)
+            if held is None or not held.equals(build_index(plan)):
+                self.damage(layout.INDEX, "not what the plan gives")
 
     def target(self, captured: bool) -> None:
-        if not (self.path / TARGET).exists() and not captured:
-            self.unfinished(TARGET, "not captured yet")
+        if not (self.path / layout.TARGET).exists() and not captured:
+            self.unfinished(layout.TARGET, "not captured yet")
             return
-        with self.guard(f"{TARGET}/{TARGET_MANIFEST}"):
+        with self.guard(f"{layout.TARGET}/{layout.TARGET_MANIFEST}"):
             for name, fact in target_manifest(self.catalog).files.items():
-                self.file(f"{TARGET}/{name}", fact)
+                self.file(f"{layout.TARGET}/{name}", fact)
 
     def calibration(self, columns: Columns) -> None:
         """Check the calibrations present, and that every column encoded with one has it."""
-        there = {path.stem for path in (self.path / CALIBRATION).glob("*.json") if COLUMN.fullmatch(path.stem)}
+        there = {
+            path.stem for path in (self.path / layout.CALIBRATION).glob("*.json") if layout.COLUMN.fullmatch(path.stem)
+        }
         specs = {manifest.spec for found in columns.values() for manifest in found.values()}
         for name in sorted(there | {spec.name for spec in specs if CODECS[spec.codec].lossy}):
-            file = f"{CALIBRATION}/{name}.json"
+            file = f"{layout.CALIBRATION}/{name}.json"
             with self.guard(file):
                 held = read_record(self.path / file, CalibrationManifest)
                 if self.identity and (held.cache, held.column) != (self.identity, name):
@@ -210,7 +199,7 @@ class _Check:
                 columns[number] = self.catalog.captured_columns(number)
                 continue
             if plan and number not in planned:
-                self.damage(f"{SHARDS}/{numbered(number)}", "not in the plan", number)
+                self.damage(f"{layout.SHARDS}/{numbered(number)}", "not in the plan", number)
             columns[number] = self.shard(number, planned.get(number))
         self.report.shards = len(planned)
         self.catalog.refresh()  # a capture may have gone on, or ended, while the values were read
@@ -219,15 +208,15 @@ class _Check:
         for number, found in columns.items():
             damaged = {finding.column for finding in self.report.damaged if finding.shard == number}
             if not found and not damaged:
-                self.unfinished(f"{SHARDS}/{numbered(number)}", "not captured yet", number)
+                self.unfinished(f"{layout.SHARDS}/{numbered(number)}", "not captured yet", number)
             for name in names:
                 if found and name not in found and name not in damaged:
-                    self.unfinished(f"{SHARDS}/{numbered(number)}/{name}.json", "not captured yet", number, name)
+                    self.unfinished(f"{layout.SHARDS}/{numbered(number)}/{name}.json", "not captured yet", number, name)
         return columns
 
     def shard(self, number: int, planned: ShardPlan | None) -> dict[str, ColumnManifest]:
         """Check one shard's columns and samples. Returns the manifests of its columns, by name."""
-        here = f"{SHARDS}/{numbered(number)}"
+        here = f"{layout.SHARDS}/{numbered(number)}"
         listed = self.catalog.entries(number)
         found = {}
         for name in self.catalog.columns_of(number):
@@ -238,7 +227,8 @@ class _Check:
         counted = {manifest.spec.stem for manifest in found.values()}
         for stem in sorted({entry.removesuffix(".arrow") for entry in listed} - counted):
             if name := column_of_files(stem):  # a writer was killed before or after its manifest; the next tidies up
-                self.known |= {f"{here}/{stem}.arrow"} | _below(self.path, f"{here}/{stem}")
+                below = [] if (self.path / here / stem).is_symlink() else (self.path / here / stem).rglob("*")
+                self.known |= {f"{here}/{stem}.arrow", *(path.relative_to(self.path).as_posix() for path in below)}
                 if name in found:
                     self.unfinished(f"{here}/{stem}", "left from a recode that was stopped; run it again", number, name)
                 elif f"{name}.json" not in listed:
@@ -250,8 +240,8 @@ class _Check:
 
     def samples(self, here: str, number: int, found: dict[str, ColumnManifest], planned: ShardPlan | None):
         """Check a shard's `samples.arrow` against the manifests and the plan. Returns the samples, if known."""
-        file, whole = f"{here}/{SAMPLES}", True
-        facts = dict.fromkeys(manifest.files[SAMPLES] for manifest in found.values())
+        file, whole = f"{here}/{layout.SAMPLES}", True
+        facts = dict.fromkeys(manifest.files[layout.SAMPLES] for manifest in found.values())
         for fact in facts:
             whole = self.file(file, fact, number) and whole
         held = planned
@@ -272,7 +262,9 @@ class _Check:
                 refused = sorted(int(row) for row in manifest.refused)
                 if manifest.rows != column.bounds[-1] or refused != np.flatnonzero(~column.ok).tolist():
                     self.damage(sums, "rows or refused samples are not its manifest's", number, name)
-        rest = {file: fact for file, fact in manifest.files.items() if file not in (SAMPLES, f"{spec.stem}.arrow")}
+        rest = {
+            file: fact for file, fact in manifest.files.items() if file not in (layout.SAMPLES, f"{spec.stem}.arrow")
+        }
         form = [file for file in rest if file.endswith(METADATA)]  # it decides how the rest is to be read
         if all([self.file(f"{here}/{file}", rest.pop(file), number, name) for file in form]) and column:
             with self.guard(f"{here}/{spec.stem}", number, name):
@@ -288,10 +280,10 @@ class _Check:
         """Check the blocks and, in the same pass, the file's digest where the file holds the values in order."""
         number, name = int(file.split("/")[1]), column.spec.name
         with self.guard(file, number, name):
-            digest = xxhash.xxh3_128()
             if fact:
                 check_size(path_inside(self.path, file), fact)
-            damaged = _damaged_rows(column, reader, digest) if fact else column.damaged_samples(reader)
+            digest = xxhash.xxh3_128()
+            damaged = column.damaged_samples(reader, digest.update if fact else None)
             if damaged:
                 shown = ", ".join(map(str, damaged[:SHOWN])) + (", ..." if len(damaged) > SHOWN else "")
                 self.damage(file, f"the values of samples {shown} of the shard", number, name)
@@ -305,7 +297,7 @@ class _Check:
                     self.damage(file, what, number, name)
 
     def quarantine(self, plan: Plan | None, columns: Columns) -> None:
-        file = f"{QUARANTINE}/{REFUSED}"
+        file = f"{layout.QUARANTINE}/{layout.REFUSED}"
         there = (self.path / file).is_file()
         with self.guard(file):
             if there:
@@ -317,7 +309,7 @@ class _Check:
     def foreign(self, whole: bool) -> None:
         """Count the files checked and, of a whole cache, name those that nothing accounts for."""
         for folder, below, files in os.walk(self.path):
-            below[:] = sorted(name for name in below if not name.startswith(SCRATCH))
+            below[:] = sorted(name for name in below if not name.startswith(layout.SCRATCH))
             links = [name for name in below if os.path.islink(os.path.join(folder, name))]
             for name in sorted([*files, *links]):
                 path = Path(folder, name)
@@ -325,27 +317,28 @@ class _Check:
                 if file in self.known:
                     self.report.files += 1
                     self.report.bytes += path.lstat().st_size
-                elif whole and not name.startswith(SCRATCH):
+                elif whole and not name.startswith(layout.SCRATCH):
                     self.report.foreign.append(file)
 
 
-def _below(cache: Path, folder: str) -> set[str]:
-    """Files under a folder of the cache, relative to the cache; none where it is a link, to wherever."""
-    paths = [] if (cache / folder).is_symlink() else (cache / folder).rglob("*")
-    return {path.relative_to(cache).as_posix() for path in paths}
-
-
-def _damaged_rows(column: Column, reader, digest) -> list[int]:
-    """The samples with a block that fails its checksum. Updates `digest` with all values in order."""
-    damaged: list[int] = []
-    buffer = memoryview(bytearray(CHECKSUM_ROWS * column.spec.row_bytes))
-    for row in range(len(column.ok)):
-        start, stop = int(column.bounds[row]), int(column.bounds[row + 1])
-        for number, first in enumerate(range(start, stop, CHECKSUM_ROWS)):
-            part = buffer[: min(CHECKSUM_ROWS, stop - first) * column.spec.row_bytes]
-            reader.read_into(first, part)
-            digest.update(part)
-            right = xxhash.xxh3_64_intdigest(part) == column.digests[column.starts[row] + number]
-            if not right and damaged[-1:] != [row]:
-                damaged.append(row)
-    return damaged
+def verify_table(report: dict) -> Group:
+    """Return `verify`'s report: what is damaged, not captured yet, or foreign."""
+    lines = [Text(f"{report['files']:,} files, {size_text(report['bytes'])} checked")]
+    for kind, title, style in (
+        ("damaged", "damaged", "bold red"),
+        ("missing", "not captured yet", "yellow"),
+        ("foreign", "not of this cache", "yellow"),
+    ):
+        found = report[kind]
+        if found:
+            lines.append(Text(f"{len(found)} {title}:", style=style))
+            shown = found if kind == "damaged" else found[:LISTED]
+            texts = [entry if kind == "foreign" else f"{entry['file']}: {entry['what']}" for entry in shown]
+            lines += [Text(f"  {visible(text)}") for text in texts]
+            lines += [Text(f"  and {len(found) - len(shown):,} more; --json lists them")] * (len(found) > len(shown))
+    if report["incomplete"]:
+        lines.append(Text(f"incomplete: {', '.join(report['incomplete'])}", style="yellow"))
+    if not report["damaged"]:
+        whole = not report["incomplete"]
+        lines.append(Text("no damage" if whole else "no damage in what is there", style="green" if whole else "yellow"))
+    return Group(*lines)

@@ -1,4 +1,5 @@
 """ShardWriter: writes columns of a shard into a scratch folder, then renames them into place, the manifest last.
+Also the calibrations that a cache stores, `calibration/<column>.json`. On disk their std is named `spread`.
 
 A killed writer leaves a scratch folder, which `atomic.clean_scratch` removes, and perhaps files without a valid
 manifest, which count as absent and are replaced by the next writer.
@@ -7,7 +8,7 @@ manifest, which count as absent and are replaced by the next writer.
 import contextlib
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +22,17 @@ from pipeline.cache.atomic import (
     write_errors,
     write_file,
 )
-from pipeline.cache.calibrations import read_calibration
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.checksums import BlockHasher, sums_bytes
 from pipeline.cache.codecs import CODECS
+from pipeline.cache.codecs.calibration import Calibration
 from pipeline.cache.codecs.lossy import Encoded
 from pipeline.cache.codecs.zarr_file import DTYPES, PIECE
 from pipeline.cache.columns import Column, ColumnSpec
-from pipeline.cache.layout import COLUMN, SAMPLES, SHARDS, numbered, shard_folder
-from pipeline.cache.manifest import FileFact, canonical
-from pipeline.cache.records import ColumnFacts, ColumnManifest
+from pipeline.cache.layout import CALIBRATION, COLUMN, SAMPLES, SHARDS, numbered, shard_folder
+from pipeline.cache.manifest import FileFact, canonical, read_record
 from pipeline.cache.samples import ShardPlan, batch_bytes
+from pipeline.cache.schema import CalibrationManifest, ColumnFacts, ColumnManifest
 from pipeline.errors import CacheError, RoomError
 
 Former = Mapping[str, ColumnManifest | None]  # damaged columns, each with its former manifest if that is known
@@ -55,7 +56,11 @@ class _ColumnWriter:
     def write(self, rows: np.ndarray | Encoded, refused: dict[int, str]) -> None:
         self._check(rows)
         if self.codec.lossy:
-            self._write_encoded(rows if isinstance(rows, Encoded) else self._encode(rows), refused)
+            if not isinstance(rows, Encoded):
+                from pipeline.tensors import as_states  # brings torch
+
+                rows = self.codec.encode_to_host(as_states(rows), self.calibration)
+            self._write_encoded(rows, refused)
             return
         rows = np.ascontiguousarray(rows)
         spans = self._refused_spans(len(rows), refused)
@@ -67,12 +72,6 @@ class _ColumnWriter:
         for first in range(0, len(rows), step):  # hashed, digested and written while it is in the CPU's cache
             self.hasher.update(rows[first : first + step])
             self.values.write(rows[first : first + step])
-
-    def _encode(self, rows: np.ndarray) -> Encoded:
-        """Encode stored values (bfloat16 bits or float32) on the CPU."""
-        from pipeline.tensors import as_states
-
-        return self.codec.encode_to_host(as_states(rows), self.calibration)
 
     def _write_encoded(self, rows: Encoded, refused: dict[int, str]) -> None:
         if spans := self._refused_spans(len(rows), refused):
@@ -108,7 +107,6 @@ class ShardWriter:
         self.catalog, self.shard = catalog, shard
         self.cache = cache = catalog.path
         self.refused: dict[int, str] = {}
-        self._identity = catalog.hash
         rows = {spec.name: int(spec.bounds(shard)[-1]) for spec in columns}
         self._need = sum(CODECS[spec.codec].stored_bytes(rows[spec.name], spec.width, spec.dtype) for spec in columns)
         check_free_space(cache, self._what, self._need)
@@ -140,9 +138,15 @@ class ShardWriter:
         Rows of refused samples must be written too; zeros are stored for them. ProofError when values do not fit the
         codec.
         """
+        with self._write_errors():
+            self._streams[column].write(rows, self.refused)
+
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        """Remove everything written when the disk is full: see `write_errors`."""
         try:
             with write_errors(self.cache, self._what, self._need):
-                self._streams[column].write(rows, self.refused)
+                yield
         except RoomError:
             self.abort()
             raise
@@ -157,17 +161,12 @@ class ShardWriter:
 
     def seal(self) -> None:
         """Finish and sync every file, after the last row; after this `read` works."""
-        try:
-            with write_errors(self.cache, self._what, self._need):
-                for stream in self._streams.values():
-                    stream.values.finish()
-                    path = self._scratch.path / f"{stream.spec.stem}.arrow"
-                    sums = sums_bytes(stream.bounds, stream.hasher.digests, self.refused, stream.outliers)
-                    path.write_bytes(sums)
-                    sync_file(path)
-        except RoomError:
-            self.abort()
-            raise
+        with self._write_errors():
+            for stream in self._streams.values():
+                stream.values.finish()
+                path = self._scratch.path / f"{stream.spec.stem}.arrow"
+                path.write_bytes(sums_bytes(stream.bounds, stream.hasher.digests, self.refused, stream.outliers))
+                sync_file(path)
         for name, stream in self._streams.items():
             self._sealed[name] = Column(self._scratch.path, stream.spec, stream.bounds, f"{self.cache}, {self._what}")
 
@@ -194,17 +193,21 @@ class ShardWriter:
         Columns in `lost` are damaged and replaced: its values are their former manifests, None if those are lost too;
         where the same bytes came out, the column keeps its former facts.
         """
+        with self._committing():
+            samples, facts = self._commit_samples(), column_facts
+            return {name: self._commit_column(name, samples, facts.get(name, {}), lost or {}) for name in self._streams}
+
+    @contextlib.contextmanager
+    def _committing(self) -> Iterator[None]:
+        """Hold the commit lock, the shard listed afresh; remove the scratch folder at the end."""
         assert self._sealed.keys() == self._streams.keys(), "seal before commit"
         try:
             with write_errors(self.cache, self._what, self._need), commit_lock(self.cache):
                 self.catalog.refresh(self.shard.number)
-                samples = self._commit_samples()
-                facts = {name: column_facts.get(name, {}) for name in self._streams}
-                done = {name: self._commit_column(name, samples, facts[name], lost or {}) for name in self._streams}
+                yield
         finally:
             self.catalog.refresh(self.shard.number)
             self.abort()
-        return done
 
     def _commit_samples(self) -> FileFact:
         """Write the shard's `samples.arrow` and return its size and digest.
@@ -242,20 +245,12 @@ class ShardWriter:
         One rename switches between them, so the column always exists. Returns False, with nothing changed, when another
         process has replaced it meanwhile.
         """
-        assert self._sealed.keys() == self._streams.keys(), "seal before replace"
-        spec = self._streams[name].spec
-        try:
-            with write_errors(self.cache, self._what, self._need), commit_lock(self.cache):
-                self.catalog.refresh(self.shard.number)
-                former = self.catalog.captured(self.shard.number, name)
-                if former is None or former.spec == spec:
-                    return False
-                samples = former.files[SAMPLES]
-                self._install(name, self._manifest(name, samples, {**former.facts.as_dict(), **facts}))
-        finally:
-            self.catalog.refresh(self.shard.number)
-            self.abort()
-        return True
+        with self._committing():
+            former = self.catalog.captured(self.shard.number, name)
+            if former is None or former.spec == self._streams[name].spec:
+                return False
+            self._install(name, self._manifest(name, former.files[SAMPLES], {**former.facts.as_dict(), **facts}))
+            return True
 
     def _manifest(self, name: str, samples: FileFact, facts: dict, had: ColumnManifest | None = None) -> bytes:
         stream = self._streams[name]
@@ -264,7 +259,7 @@ class ShardWriter:
         sums = FileFact.of_file(self._scratch.path / f"{stem}.arrow")
         files = {**values, f"{stem}.arrow": sums, SAMPLES: samples}
         manifest = ColumnManifest(
-            cache=self._identity,
+            cache=self.catalog.hash,
             shard=self.shard.number,
             spec=stream.spec,
             rows=int(stream.bounds[-1]),
@@ -321,3 +316,30 @@ class ShardWriter:
         for stream in self._streams.values():
             stream.values.close()
         self._scratch.close()
+
+
+def read_calibration(catalog: Catalog, column: str, width: int) -> Calibration | None:
+    """Read the cache's calibration of a column; None when it has none. CacheError for a damaged or foreign one."""
+    path = catalog.path / CALIBRATION / f"{column}.json"
+    if not path.exists():
+        return None
+    facts = read_record(path, CalibrationManifest)
+    with np.errstate(over="ignore"):  # a value beyond float32 becomes infinite, and is refused
+        mean, std = (np.array(values, np.float64).astype(np.float32) for values in (facts.mean, facts.spread))
+    right = (facts.cache, facts.column) == (catalog.hash, column)
+    right = right and len(mean) == len(std) == width and np.isfinite([mean, std]).all() and (std > 0).all()
+    if not right:
+        raise CacheError(f"{path}: another cache's or column's; remove it, and every {column} that was encoded with it")
+    return Calibration(mean, std)
+
+
+def store_calibration(catalog: Catalog, column: str, calibration: Calibration, rows: int) -> Calibration:
+    """Write a calibration, unless another process has written one; return the one in the cache. Raises RoomError."""
+    # The shortest decimals that read back as the same float32 values.
+    mean, spread = ([float(str(value)) for value in values] for values in (calibration.mean, calibration.std))
+    made = CalibrationManifest(cache=catalog.hash, column=column, rows=rows, mean=mean, spread=spread)
+    with write_errors(catalog.path, "a calibration"), commit_lock(catalog.path):
+        existing = read_calibration(catalog, column, len(mean))
+        if existing is None:
+            write_file(catalog.path / CALIBRATION / f"{column}.json", canonical(made.as_dict()))
+    return existing or calibration

@@ -7,9 +7,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from pipeline.cache.atomic import in_use
 from pipeline.cache.layout import FINAL, layer_of
-from pipeline.cache.locks import in_use
-from pipeline.cache.records import CaptureRequest, read_log
+from pipeline.cache.schema import CaptureRequest, read_log
 from pipeline.errors import CacheError, UsageError
 from pipeline.target.layers import text_config
 

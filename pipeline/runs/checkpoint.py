@@ -30,7 +30,6 @@ from pipeline.drafts import DRAFTS, Draft, DraftConfig, draft_config
 from pipeline.errors import CacheError, UsageError
 from pipeline.json_files import (
     Count,
-    FileRecord,
     Record,
     damage_error,
     parse_json,
@@ -54,7 +53,7 @@ class CheckpointState(Record):
     """state.json: the step, the other files, and the digests of what the run must be to go on from here."""
 
     step: Count
-    files: dict[str, FileRecord]
+    files: dict[str, FileFact]
     recipe: str | None = None
     cache: str | None = None
     split: str | None = None
@@ -109,13 +108,8 @@ def _write_files(folder: Path, weights: dict, config: DraftConfig, optimizer: di
     files = sorted(folder.iterdir())
     for file in files:
         sync_file(file)
-    facts = CheckpointState(**state, files={file.name: file_record(file) for file in files}).as_dict()
+    facts = CheckpointState(**state, files={file.name: FileFact.of_file(file) for file in files}).as_dict()
     write_file(folder / STATE, record_bytes(dict(sorted(facts.items()))))
-
-
-def file_record(path: Path) -> FileRecord:
-    """Return size and checksum of a file, all of which is read."""
-    return FileRecord(**FileFact.of_file(path).as_dict())
 
 
 def _size(tensor: torch.Tensor) -> int:
@@ -156,13 +150,13 @@ def open_checkpoint(path: Path, checked: Iterable[str] = (CONFIG, DRAFT, OPTIMIZ
     return Checkpoint(path, state)
 
 
-def _check_file(path: Path, record: FileRecord, every_byte: bool, remedy: str) -> None:
+def _check_file(path: Path, record: FileFact, every_byte: bool, remedy: str) -> None:
     """Raise CacheError for a file that differs from what state.json records; its size is checked before opening it."""
     try:
         found = os.lstat(path)
         if not stat.S_ISREG(found.st_mode):
             raise CacheError(f"{path}: a link or no file, and a checkpoint holds its own files; {remedy}")
-        same = found.st_size == record.size and (not every_byte or file_record(path) == record)
+        same = found.st_size == record.size and (not every_byte or FileFact.of_file(path) == record)
     except OSError as error:
         raise damage_error(path, error, remedy) from None
     if not same:

@@ -25,9 +25,8 @@ from pydantic import FailFast, Field
 
 from pipeline import __version__
 from pipeline.cache import HiddenCache
-from pipeline.cache.atomic import write_errors, write_file
+from pipeline.cache.atomic import try_lock, write_errors, write_file
 from pipeline.cache.layout import FINAL
-from pipeline.cache.locks import try_lock
 from pipeline.cache.manifest import FileFact
 from pipeline.drafts.rope import RopeScaling
 from pipeline.errors import CacheError, UsageError
@@ -36,7 +35,6 @@ from pipeline.json_files import (
     Count,
     Counts,
     FailFastDict,
-    FileRecord,
     Number,
     Record,
     damage_error,
@@ -44,7 +42,7 @@ from pipeline.json_files import (
     read_record,
     record_bytes,
 )
-from pipeline.runs.checkpoint import CONFIG, DRAFT, STATE, checkpoint_folder, file_record, open_checkpoint
+from pipeline.runs.checkpoint import CONFIG, DRAFT, STATE, checkpoint_folder, open_checkpoint
 from pipeline.runs.recipe import Recipe, Resolved, load_recipe
 from pipeline.runs.split import Split
 from pipeline.target.head import NEWEST, RULES
@@ -94,7 +92,7 @@ class RunRecord(Record):
     rope_scaling: object = None  # see `with_recorded_rope`
     machine: dict[str, str] = Field(default_factory=dict)  # what a run's exact bits depend on besides versions
     command: list[str] = Field(default_factory=list)
-    recipe: FileRecord | None = None
+    recipe: FileFact | None = None
 
     def identity(self) -> dict[str, str]:
         """Return what must stay the same for the run to go on, by its name in messages."""
@@ -120,7 +118,7 @@ class Result(Record):
     parameters: Count
     accept_len: Number | None = None
     eval: Evaluation | None = None  # of the last step; None where nothing can be measured
-    state: FileRecord | None = None  # of the last checkpoint's state.json
+    state: FileFact | None = None  # of the last checkpoint's state.json
 
 
 def default_folder(resolved: Resolved, cache: HiddenCache, split: Split, start: "InitialWeights | None" = None) -> Path:
@@ -262,7 +260,7 @@ def read_recipe(run: Path) -> Recipe:
     """Return a run's recipe. Raises CacheError when recipe.toml differs from what run.json records."""
     path, wanted = run / RECIPE, read_run(run).recipe
     try:
-        found = FileRecord(**FileFact.of_bytes(read_file(path, MAX_RECIPE)).as_dict())
+        found = FileFact.of_bytes(read_file(path, MAX_RECIPE))
     except (OSError, ValueError) as error:
         raise damage_error(path, error, PUT_BACK) from None
     if wanted not in (None, found):
@@ -275,7 +273,7 @@ def read_recipe(run: Path) -> Recipe:
 
 def write_result(run: Path, result: Result) -> None:
     """Write done.json, which marks a run as finished. Its last checkpoint must be on disk."""
-    state = file_record(checkpoint_folder(run, result.steps) / STATE)
+    state = FileFact.of_file(checkpoint_folder(run, result.steps) / STATE)
     write_file(run / DONE, record_bytes(result.model_copy(update={"state": state}).as_dict()))
 
 
@@ -292,6 +290,6 @@ def read_result(run: Path) -> Result | None:
     if not folder.exists():
         return None
     open_checkpoint(folder, (CONFIG, DRAFT))
-    if result.state not in (None, file_record(folder / STATE)):
+    if result.state not in (None, FileFact.of_file(folder / STATE)):
         raise CacheError(f"{path}: the result of another checkpoint than {folder.name}; {MAKE_AGAIN}")
     return result

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from pipeline.cache.atomic import write_errors
-from pipeline.cache.catalog import Catalog
-from pipeline.cache.locks import process_lock
-from pipeline.cache.target_files import CONFIG, HEAD, TOKENS, WEIGHTS, has_target, new_target
+from pipeline.cache.atomic import process_lock, write_errors
+from pipeline.cache.catalog import Catalog, has_target
+from pipeline.cache.file_writer import new_target
+from pipeline.cache.layout import CONFIG, HEAD, TOKENS, WEIGHTS
 from pipeline.errors import RoomError, UsageError, first_line, refuse_limit
 from pipeline.target.chat_template import load_tokenizer
 from pipeline.target.config import check_quantised, load_config, loader_of, missing_package, quantised_by

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.cache.records import ColumnSpec, GaugeFacts
 from pipeline.cache.samples import ShardPlan
+from pipeline.cache.schema import ColumnSpec, GaugeFacts
 
 if TYPE_CHECKING:
     from torch import Tensor

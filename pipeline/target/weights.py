@@ -16,10 +16,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from pipeline.cache.catalog import Catalog
+from pipeline.cache.catalog import Catalog, has_target, target_file, target_json, target_manifest
+from pipeline.cache.layout import WEIGHTS
 from pipeline.cache.manifest import FileFact
-from pipeline.cache.records import TargetName, WeightsRecord
-from pipeline.cache.target_files import WEIGHTS, has_target, target_file, target_json, target_manifest
+from pipeline.cache.schema import TargetName, WeightsRecord
 from pipeline.errors import CacheError, UsageError, refuse_limit
 from pipeline.target.files import CONFIG, WEIGHTS_INDEX, check_config, read_json, target_name
 

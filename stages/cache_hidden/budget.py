@@ -22,8 +22,7 @@ from pipeline.cache.atomic import size_text
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS, codec_of, parse_codecs
 from pipeline.cache.columns import ColumnSpec
-from pipeline.cache.plan import has_columns
-from pipeline.cache.plan_writer import MIN_SHARDS, SHARD_BYTES
+from pipeline.cache.plan_writer import MIN_SHARDS, SHARD_BYTES, has_columns
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import UsageError
 from pipeline.runs.split import HELDOUT, splitmix64

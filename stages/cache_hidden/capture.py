@@ -21,13 +21,12 @@ from typing import Any
 
 import torch
 
-from pipeline.cache.atomic import Scratch, write_all, write_errors
-from pipeline.cache.catalog import Catalog, Work
+from pipeline.cache.atomic import Scratch, process_lock, write_all, write_errors
+from pipeline.cache.catalog import Catalog, Work, target_file
 from pipeline.cache.columns import ColumnSpec
-from pipeline.cache.locks import process_lock
-from pipeline.cache.plan import micro_batches
+from pipeline.cache.layout import HEAD
+from pipeline.cache.plan_writer import micro_batches
 from pipeline.cache.samples import ShardPlan
-from pipeline.cache.target_files import HEAD, target_file
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import DataError
 from pipeline.target.head import TargetHead

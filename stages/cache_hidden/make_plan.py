@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.cache.atomic import free_bytes
-from pipeline.cache.manifest import create_identity
+from pipeline.cache.file_writer import create_identity
 from pipeline.cache.plan import Plan
 from pipeline.cache.plan_writer import write_segment
-from pipeline.cache.records import Identity
 from pipeline.cache.samples import PlannedSample, ShardPlan
+from pipeline.cache.schema import Identity
 from pipeline.corpus.file_formats import CHUNK_ROWS
 from pipeline.corpus.regenerated import check_regenerated
 from pipeline.corpus.rejections import Tally, report_unknown_keys

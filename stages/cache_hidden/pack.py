@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache.calibrations import read_calibration, store_calibration
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.calibration import TOKENS, Calibration, calibration_samples
@@ -23,9 +22,10 @@ from pipeline.cache.codecs.error_certificate import Certificate, checked_calibra
 from pipeline.cache.codecs.lossy import Encoded
 from pipeline.cache.columns import ColumnSpec, stored_rows
 from pipeline.cache.layout import CHECKSUM_ROWS, layer_of
-from pipeline.cache.plan import Plan, micro_batches
+from pipeline.cache.plan import Plan
+from pipeline.cache.plan_writer import micro_batches
 from pipeline.cache.samples import PlannedSample, ShardPlan, make_batch
-from pipeline.cache.writer import ShardWriter
+from pipeline.cache.writer import ShardWriter, read_calibration, store_calibration
 from pipeline.errors import RoomError, first_line
 from pipeline.target.head import TargetHead
 from pipeline.target.on_policy import on_policy_rows, score_tokens

@@ -13,8 +13,8 @@ from pipeline.cache.codecs import CODECS
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.layout import layer_of
 from pipeline.cache.plan import Plan
-from pipeline.cache.records import ColumnManifest
 from pipeline.cache.samples import ShardPlan, to_numpy
+from pipeline.cache.schema import ColumnManifest
 from pipeline.errors import UsageError
 from pipeline.runs.cache_requirements import cache_hidden_command
 from pipeline.target.files import read_json, read_text_config

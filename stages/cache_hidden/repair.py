@@ -13,8 +13,9 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.cache.atomic import check_free_space, clean_scratch, size_text, write_errors
-from pipeline.cache.catalog import Catalog, Work
+from pipeline.cache.atomic import check_free_space, clean_scratch, in_use, process_lock, size_text, write_errors
+from pipeline.cache.catalog import Catalog, Work, has_target, target_manifest
+from pipeline.cache.file_writer import create_identity, rebuild_derived, restore_segments
 from pipeline.cache.layout import (
     CALIBRATION,
     IDENTITY,
@@ -27,12 +28,9 @@ from pipeline.cache.layout import (
     numbered,
     path_inside,
 )
-from pipeline.cache.locks import in_use, process_lock
-from pipeline.cache.manifest import canonical, check_file, create_identity, read_record, write_canonical
-from pipeline.cache.rebuild import rebuild_derived, restore_segments
-from pipeline.cache.records import ColumnManifest, TargetManifest, read_log
+from pipeline.cache.manifest import canonical, check_file, read_record, write_canonical
 from pipeline.cache.samples import ShardPlan, read_batch
-from pipeline.cache.target_files import has_target, target_manifest
+from pipeline.cache.schema import ColumnManifest, TargetManifest, read_log
 from pipeline.cache.verify import Report, verify
 from pipeline.errors import CacheError, UsageError
 from pipeline.target.files import find_target

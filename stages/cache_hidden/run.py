@@ -16,15 +16,14 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.cache.atomic import check_free_space, clean_scratch, size_text, write_errors
-from pipeline.cache.catalog import Catalog, Work
+from pipeline.cache.atomic import check_free_space, clean_scratch, process_lock, size_text, write_errors
+from pipeline.cache.catalog import Catalog, Work, has_target
+from pipeline.cache.file_writer import create_identity, rebuild_derived
 from pipeline.cache.layout import LOG
-from pipeline.cache.locks import process_lock
-from pipeline.cache.manifest import create_identity, write_canonical
-from pipeline.cache.plan import Plan, check_not_in_use, plan_in_use
-from pipeline.cache.rebuild import rebuild_derived
-from pipeline.cache.records import CaptureRecord, CaptureRequest, ColumnSpec, TargetFiles, read_log
-from pipeline.cache.target_files import has_target
+from pipeline.cache.manifest import write_canonical
+from pipeline.cache.plan import Plan
+from pipeline.cache.plan_writer import check_not_in_use, plan_in_use
+from pipeline.cache.schema import CaptureRecord, CaptureRequest, ColumnSpec, TargetFiles, read_log
 from pipeline.corpus.rejections import left_out_lines
 from pipeline.corpus.sources import corpus_files, file_sources, source_roles
 from pipeline.errors import DataError, RoomError, UsageError

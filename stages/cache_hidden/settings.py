@@ -11,12 +11,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.cache.atomic import in_use
 from pipeline.cache.catalog import Catalog, shards_per_column
 from pipeline.cache.codecs import codec_of, parse_codecs
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.layout import FINAL, aux_column, layer_of
-from pipeline.cache.locks import in_use
-from pipeline.cache.records import Identity, SampleRules
+from pipeline.cache.schema import Identity, SampleRules
 from pipeline.errors import UsageError
 from pipeline.target.files import (
     find_target,

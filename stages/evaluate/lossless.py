@@ -31,8 +31,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from pipeline.cache.atomic import write_errors
-from pipeline.cache.locks import process_lock
+from pipeline.cache.atomic import process_lock, write_errors
 from pipeline.cache.manifest import read_canonical, write_canonical
 from pipeline.errors import CacheError, ProofError, RoomError, UsageError
 from pipeline.evaluation.reports import MAX_SPREADS, NearTie, SampledLossless

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import write_errors, write_file
-from pipeline.cache.records import read_log
+from pipeline.cache.schema import read_log
 from pipeline.drafts import Draft
 from pipeline.errors import RoomError, UsageError
 from pipeline.evaluation.reports import DraftFacts, Report, Settings, Speed, report_bytes

@@ -13,16 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache.atomic import size_text, write_errors
-from pipeline.cache.catalog import Catalog, Work
+from pipeline.cache.atomic import process_lock, size_text, write_errors
+from pipeline.cache.catalog import Catalog, Work, target_file
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.columns import ColumnSpec, stored_rows
-from pipeline.cache.layout import aux_column
-from pipeline.cache.locks import process_lock
-from pipeline.cache.manifest import create_identity
+from pipeline.cache.file_writer import create_identity
+from pipeline.cache.layout import HEAD, aux_column
 from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.samples import PlannedSample, ShardPlan
-from pipeline.cache.target_files import HEAD, target_file
 from pipeline.cache.writer import ShardWriter
 from pipeline.corpus.rejections import Tally, Unusable, check_ids, check_mask, trim
 from pipeline.errors import DataError, ProofError, UsageError

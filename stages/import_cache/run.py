@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cache.atomic import check_free_space, clean_scratch
-from pipeline.cache.catalog import Catalog
+from pipeline.cache.catalog import Catalog, has_target
+from pipeline.cache.file_writer import create_identity, rebuild_derived
 from pipeline.cache.layout import LOG
-from pipeline.cache.manifest import create_identity, write_canonical
-from pipeline.cache.plan import plan_in_use
-from pipeline.cache.rebuild import rebuild_derived
-from pipeline.cache.records import TargetName
-from pipeline.cache.target_files import has_target
+from pipeline.cache.manifest import write_canonical
+from pipeline.cache.plan_writer import plan_in_use
+from pipeline.cache.schema import TargetName
 from pipeline.corpus.rejections import left_out_lines
 from pipeline.errors import RoomError, UsageError
 from pipeline.target.files import CONFIG, find_target, read_text_config, template_digest, tokenizer_digest

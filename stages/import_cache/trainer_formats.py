@@ -32,9 +32,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.cache.atomic import read_errors
-from pipeline.cache.manifest import Count
 from pipeline.errors import DataError, UsageError, first_line, refuse_limit
-from pipeline.json_files import parse_json, read_file
+from pipeline.json_files import Count, parse_json, read_file
 from stages.import_cache.foreign_sample import (
     ForeignSample,
     PartialConvention,

@@ -14,7 +14,6 @@ import torch
 
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import Scratch, clean_scratch, commit_lock, size_text, write_errors
-from pipeline.cache.calibrations import read_calibration, store_calibration
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS, codec_of, parse_codecs
 from pipeline.cache.codecs.calibration import (
@@ -27,9 +26,9 @@ from pipeline.cache.columns import Column, ColumnSpec, open_column
 from pipeline.cache.layout import LOG, SAMPLES, numbered, shard_folder
 from pipeline.cache.manifest import read_record, write_canonical
 from pipeline.cache.plan import Plan
-from pipeline.cache.records import CaptureRecord
 from pipeline.cache.samples import ShardPlan
-from pipeline.cache.writer import ShardWriter
+from pipeline.cache.schema import CaptureRecord
+from pipeline.cache.writer import ShardWriter, read_calibration, store_calibration
 from pipeline.errors import CacheError, DataError, ProofError, UsageError
 from pipeline.target.head import TargetHead
 from pipeline.tensors import as_states
@@ -161,7 +160,7 @@ def _calibration_states(store: HiddenCache, plan: Plan, name: str, codec: str) -
 def _open_if_captured(catalog: Catalog, shard: ShardPlan, name: str) -> Column | None:
     """Open a column of a shard; None where it is not captured."""
     manifest = catalog.captured_columns(shard.number).get(name)
-    return manifest and open_column(catalog.path, manifest, manifest.spec.bounds(shard))
+    return manifest and open_column(catalog.path, manifest, shard)
 
 
 def _recode(
@@ -177,7 +176,7 @@ def _recode(
     manifest = catalog.read(shard.number, spec.name)
     if manifest.spec.codec == codec:  # another process has done it
         return
-    old = open_column(catalog.path, manifest, spec.bounds(shard))
+    old = open_column(catalog.path, manifest, shard)
     with ShardWriter(catalog, shard, [replace(spec, codec=codec)]) as writer:
         for row, reason in manifest.refused.items():
             writer.refuse(int(row), reason)

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-from pipeline.cache.atomic import sync_folder, write_all, write_errors
-from pipeline.cache.locks import defer_signals, try_lock
+from pipeline.cache.atomic import defer_signals, sync_folder, try_lock, write_all, write_errors
 from pipeline.errors import UsageError
 from pipeline.json_files import parse_strict_json
 

@@ -40,9 +40,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 import stages.cache_hidden.capture as shards
 import stages.cache_hidden.engine as engine
 from pipeline.cache.catalog import Catalog
-from pipeline.cache.manifest import create_identity
-from pipeline.cache.plan import Plan, micro_batches
-from pipeline.cache.plan_writer import SHARD_BYTES, write_segment
+from pipeline.cache.file_writer import create_identity
+from pipeline.cache.plan import Plan
+from pipeline.cache.plan_writer import SHARD_BYTES, micro_batches, write_segment
 from pipeline.cache.samples import PlannedSample, ShardPlan
 from pipeline.target.files import TOKENIZER_FILES
 from pipeline.target.model import run_decoder

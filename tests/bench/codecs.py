@@ -30,17 +30,17 @@ from numcodecs import blosc
 from torch import Tensor
 
 from pipeline.cache import plan_writer
-from pipeline.cache.calibrations import store_calibration
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.calibration import Calibration, calibrate
 from pipeline.cache.codecs.zarr_file import parse_chunk_index
-from pipeline.cache.columns import Column, ColumnSpec, column_manifest, open_column
+from pipeline.cache.columns import Column, ColumnSpec, open_column
+from pipeline.cache.file_writer import create_identity
 from pipeline.cache.layout import SAMPLES, SHARDS
-from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.samples import PlannedSample
-from pipeline.cache.writer import ShardWriter
+from pipeline.cache.schema import column_manifest
+from pipeline.cache.writer import ShardWriter, store_calibration
 from pipeline.target.model import load_target
 from pipeline.tensors import as_states, as_stored
 
@@ -136,7 +136,7 @@ def stored(codec: str, bits: np.ndarray, calibration: Calibration, rounds: int) 
 
         write_s = best(write, rounds, bits.nbytes)
         manifest = column_manifest(cache, 0, "aux.1")
-        column = open_column(cache, manifest, shard.bounds)
+        column = open_column(cache, manifest, shard)
         reader, found = column.open(), np.empty_like(bits)
         ends = np.cumsum([0, *np.diff(column.bounds)]) * column.spec.row_bytes
 

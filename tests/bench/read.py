@@ -29,12 +29,10 @@ import torch
 
 from pipeline.cache import HiddenCache, plan_writer
 from pipeline.cache.catalog import Catalog
-from pipeline.cache.columns import ColumnSpec
-from pipeline.cache.manifest import create_identity
-from pipeline.cache.open_columns import READ_THREADS
+from pipeline.cache.columns import READ_THREADS, ColumnSpec
+from pipeline.cache.file_writer import create_identity, rebuild_derived
 from pipeline.cache.plan import load_plan
 from pipeline.cache.plan_writer import write_segment
-from pipeline.cache.rebuild import rebuild_derived
 from pipeline.cache.samples import PlannedSample
 from pipeline.cache.writer import ShardWriter
 

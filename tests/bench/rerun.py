@@ -20,13 +20,12 @@ import numpy as np
 
 from pipeline.cache import plan_writer
 from pipeline.cache.catalog import Catalog
+from pipeline.cache.file_writer import create_identity, new_target, rebuild_derived
 from pipeline.cache.layout import SAMPLES, numbered, shard_folder
-from pipeline.cache.manifest import FileFact, canonical, create_identity, read_canonical
+from pipeline.cache.manifest import FileFact, canonical, read_canonical
 from pipeline.cache.plan import load_plan
 from pipeline.cache.plan_writer import write_segment
-from pipeline.cache.rebuild import rebuild_derived
 from pipeline.cache.samples import PlannedSample, batch_bytes
-from pipeline.cache.target_files import new_target
 from pipeline.cache.writer import ShardWriter
 from stages.cache_hidden.run import request_of, run, write_record
 from stages.cache_hidden.settings import CaptureOptions, resolve_settings

@@ -8,9 +8,9 @@ from cache_maker import COLUMNS, capture, make_cache, random_samples
 from file_reads import counted_opens
 
 from pipeline.cache.catalog import Catalog
+from pipeline.cache.file_writer import create_identity
 from pipeline.cache.inspect import describe
 from pipeline.cache.layout import SHARDS, shard_folder
-from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan_writer import write_segment
 from pipeline.errors import CacheError, UsageError
 

@@ -181,9 +181,9 @@ def test_a_plan_that_was_appended_to_and_put_back_is_found(made, tmp_path):
     """A stale plan: the segment that was added is lost, its shards are there; and an index of the other plan."""
     from cache_maker import capture
 
+    from pipeline.cache.file_writer import rebuild_derived
     from pipeline.cache.plan import load_plan
     from pipeline.cache.plan_writer import write_segment
-    from pipeline.cache.rebuild import rebuild_derived
 
     cache = Path(shutil.copytree(made, tmp_path / "cache"))
     old = contents(cache)

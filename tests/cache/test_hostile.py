@@ -23,9 +23,8 @@ from hypothesis import strategies as st
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import clean_scratch
 from pipeline.cache.inspect import describe, sample_view
-from pipeline.cache.layout import FOLDERS, SAMPLES, SHARDS, TARGET, shard_folder
+from pipeline.cache.layout import FOLDERS, HEAD, SAMPLES, SHARDS, TARGET, shard_folder
 from pipeline.cache.manifest import FileFact, canonical
-from pipeline.cache.target_files import HEAD
 from pipeline.cache.verify import verify
 from pipeline.errors import CacheError, PipelineError, UsageError
 from pipeline.target.head import TargetHead

@@ -6,9 +6,8 @@ import shutil
 import pytest
 from tiny import conversations, write_jsonl
 
-from pipeline.cache.atomic import Scratch
+from pipeline.cache.atomic import Scratch, in_use
 from pipeline.cache.layout import PLAN, SHARDS
-from pipeline.cache.locks import in_use
 from pipeline.cache.verify import verify
 from pipeline.cli import main
 from pipeline.errors import CacheError, UsageError

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.cache.layout import PLAN
-from pipeline.cache.plan import load_plan, micro_batches
-from pipeline.cache.plan_writer import SampleIdSet, write_segment
+from pipeline.cache.plan import load_plan
+from pipeline.cache.plan_writer import SampleIdSet, micro_batches, write_segment
 from pipeline.cache.samples import PlannedSample, sample_id
 from pipeline.errors import CacheError, DataError, UsageError
 

@@ -24,18 +24,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.cache import HiddenCache
-from pipeline.cache import open_columns as opened
+from pipeline.cache import columns as opened
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import raw as direct
 from pipeline.cache.codecs import zarr_file as zarr_shard
 from pipeline.cache.codecs.foreign_zarr import ForeignArray
 from pipeline.cache.codecs.zarr_file import SHARD_FILE
 from pipeline.cache.columns import ColumnSpec, open_column
-from pipeline.cache.layout import INDEX, INDEX_MANIFEST, SAMPLES, shard_folder
-from pipeline.cache.manifest import FileFact, canonical, create_identity, read_canonical
+from pipeline.cache.file_writer import create_identity, new_target
+from pipeline.cache.layout import HEAD, INDEX, INDEX_MANIFEST, SAMPLES, shard_folder
+from pipeline.cache.manifest import FileFact, canonical, read_canonical
 from pipeline.cache.plan import load_plan
 from pipeline.cache.plan_writer import write_segment
-from pipeline.cache.target_files import HEAD, new_target
 from pipeline.cache.verify import verify
 from pipeline.errors import CacheError, DataError, UsageError
 from pipeline.target.head import TargetHead
@@ -346,7 +346,7 @@ def test_a_store_that_is_no_folder_gives_the_same_values(tmp_path):
     T = int(held.samples.length[0])
     out = np.zeros((T, 8), np.uint16)
 
-    column = open_column(path, held.columns(0)["aux.1"], load_plan(path).shards[0].bounds)
+    column = open_column(path, held.columns(0)["aux.1"], load_plan(path).shards[0])
     column.read_into(ForeignArray(store, T, 8, "bfloat16", "elsewhere"), 0, memoryview(out).cast("B"))
 
     assert np.array_equal(out, bits(held.read(0).aux[0]))

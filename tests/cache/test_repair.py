@@ -9,7 +9,7 @@ from cache_maker import flip
 from kill_capture import contents
 from tiny import conversations, other_weights, write_jsonl
 
-import pipeline.cache.locks as disk
+import pipeline.cache.atomic as disk
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.layout import IDENTITY, INDEX, PLAN, SAMPLES
 from pipeline.cache.manifest import canonical, read_canonical

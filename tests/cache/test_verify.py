@@ -8,12 +8,12 @@ import pytest
 from cache_maker import COLUMNS, capture, contents, flip, make_cache, random_samples
 
 from pipeline.cache.catalog import Catalog
+from pipeline.cache.file_writer import create_identity, rebuild_derived
 from pipeline.cache.inspect import describe, sample_view
 from pipeline.cache.layout import INDEX, INDEX_MANIFEST, PLAN, SAMPLES, SHARDS, shard_folder
-from pipeline.cache.manifest import FileFact, canonical, create_identity, read_canonical
+from pipeline.cache.manifest import FileFact, canonical, read_canonical
 from pipeline.cache.plan import load_plan
 from pipeline.cache.plan_writer import write_segment
-from pipeline.cache.rebuild import rebuild_derived
 from pipeline.cache.verify import _Check, verify
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import UsageError

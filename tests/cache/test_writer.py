@@ -19,15 +19,14 @@ from hypothesis import strategies as st
 from pipeline.cache import HiddenCache
 from pipeline.cache import atomic as disk
 from pipeline.cache.atomic import Scratch, clean_scratch
-from pipeline.cache.catalog import Catalog
+from pipeline.cache.catalog import Catalog, has_target
 from pipeline.cache.codecs import zarr_file as zarr_shard
 from pipeline.cache.codecs.zarr_file import SHARD_FILE, Grid, ShardFileWriter
 from pipeline.cache.columns import ColumnSpec
+from pipeline.cache.file_writer import create_identity, new_target
 from pipeline.cache.layout import shard_folder
-from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import load_plan
 from pipeline.cache.plan_writer import write_segment
-from pipeline.cache.target_files import has_target, new_target
 from pipeline.cache.verify import verify
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import CacheError, RoomError

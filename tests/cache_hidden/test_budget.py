@@ -19,7 +19,8 @@ from pipeline.cache.atomic import Scratch
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.layout import numbered
-from pipeline.cache.plan import load_plan, plan_in_use
+from pipeline.cache.plan import load_plan
+from pipeline.cache.plan_writer import plan_in_use
 from pipeline.cli import main
 from pipeline.drafts import DFlash
 from pipeline.errors import UsageError

@@ -20,8 +20,9 @@ import stages.cache_hidden.engine as engine_module
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import write_errors
 from pipeline.cache.manifest import read_canonical
-from pipeline.cache.plan import load_plan, micro_batches
-from pipeline.cache.records import GaugeFacts
+from pipeline.cache.plan import load_plan
+from pipeline.cache.plan_writer import micro_batches
+from pipeline.cache.schema import GaugeFacts
 from pipeline.cache.verify import verify
 from pipeline.corpus.sources import parse_row
 from pipeline.errors import DataError, RoomError, UsageError

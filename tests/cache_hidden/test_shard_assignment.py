@@ -17,8 +17,7 @@ from kill_capture import contents
 
 import pipeline.cache.atomic as disk
 import stages.cache_hidden.make_plan as planning
-from pipeline.cache import locks
-from pipeline.cache.locks import process_lock
+from pipeline.cache.atomic import process_lock
 from pipeline.cache.plan import load_plan
 from pipeline.errors import UsageError
 from stages.cache_hidden.run import run
@@ -165,7 +164,7 @@ def test_workers_started_at_once_and_killed_at_random_end_with_the_same_bytes():
 
 
 def test_a_worker_that_waits_for_another_says_so_and_continues(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(locks, "QUIET_WAIT_S", 0.02)
+    monkeypatch.setattr(disk, "QUIET_WAIT_S", 0.02)
     inside, go = threading.Event(), threading.Event()
 
     def first():

@@ -15,10 +15,10 @@ from foreign_maker import compute, compute_of, write_deepspec, write_specforge, 
 from tiny import config, random_model, save_model, save_target
 
 from pipeline.cache import HiddenCache
-from pipeline.cache.columns import column_manifest
 from pipeline.cache.inspect import describe
 from pipeline.cache.layout import IDENTITY
 from pipeline.cache.manifest import read_canonical
+from pipeline.cache.schema import column_manifest
 from pipeline.cache.verify import verify
 from pipeline.cache.writer import ShardWriter
 from pipeline.cli import commands

@@ -11,7 +11,7 @@ from cache_maker import COLUMNS, contents, make_cache, random_samples, without_r
 import pipeline.cache.atomic as disk
 from pipeline.cache import HiddenCache
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.records import read_log
+from pipeline.cache.schema import read_log
 from pipeline.cache.verify import verify
 from pipeline.errors import DataError, UsageError
 from stages.recode.run import run as recode
@@ -68,7 +68,7 @@ def test_a_recode_killed_at_any_step_leaves_every_shard_readable_and_goes_on(tmp
     for step in range(0, 1000, 7):
         cache = shutil.copytree(whole, tmp_path / f"killed-{step}")
         with monkeypatch.context() as patch:
-            patch.setattr(disk, "_remove", lambda *_: None)  # a killed process cleans nothing up
+            patch.setattr(disk, "_remove_folder", lambda *_: None)  # a killed process cleans nothing up
             left = [step]
 
             def dying(call, left=left):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pipeline.cache.records import Identity
+from pipeline.cache.schema import Identity
 from pipeline.drafts import DRAFTS
 from pipeline.drafts.rope import rope_theta
 from pipeline.errors import UsageError

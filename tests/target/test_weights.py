@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import config, conversations, random_model, save_target, write_jsonl
 
-from pipeline.cache.catalog import Catalog
-from pipeline.cache.target_files import WEIGHTS, target_json
+from pipeline.cache.catalog import Catalog, target_json
+from pipeline.cache.layout import WEIGHTS
 from pipeline.errors import UsageError
 from pipeline.target.files import WEIGHTS_INDEX
 from pipeline.target.model import load_target

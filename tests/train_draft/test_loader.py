@@ -12,7 +12,7 @@ from cache_maker import COLUMNS, make_cache, random_samples
 from toy_codec import Fixed16
 
 from pipeline.cache import HiddenCache
-from pipeline.cache import open_columns as in_flight
+from pipeline.cache import columns as in_flight
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.layout import FINAL, shard_folder
 from pipeline.drafts import draft_config

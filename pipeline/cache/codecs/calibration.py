@@ -1,7 +1,7 @@
 """Calibration: the mean and std of each channel of a column, by which int8 normalises states.
 
 Made once per cache and column, before anything is encoded, from the samples with the lowest hashes of their ids; later
-captures into the cache use the same: `calibrations.py`. Stored again in every column encoded with it, so that a shard
+captures into the cache use the same: `writer.py`. Stored again in every column encoded with it, so that a shard
 can be read alone.
 
     N rows sampled   D channels

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from toy_codec import Fixed16
 
 from pipeline.cache import HiddenCache
-from pipeline.cache.calibrations import read_calibration
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS, codec_of, parse_codecs
 from pipeline.cache.codecs.calibration import Calibration, calibrate, calibration_samples
@@ -27,11 +26,13 @@ from pipeline.cache.codecs.error_certificate import largest_errors
 from pipeline.cache.codecs.int8 import OUTLIER_RMS, OUTLIER_STDS, group_of
 from pipeline.cache.codecs.zarr_file import SHARD_FILE, parse_chunk_index
 from pipeline.cache.codecs.zstd import ZstdReader, ZstdWriter
-from pipeline.cache.columns import Column, ColumnSpec, column_manifest, open_column
+from pipeline.cache.columns import Column, ColumnSpec, open_column
 from pipeline.cache.layout import shard_folder
 from pipeline.cache.manifest import read_canonical
 from pipeline.cache.plan import load_plan
+from pipeline.cache.schema import column_manifest
 from pipeline.cache.verify import verify
+from pipeline.cache.writer import read_calibration
 from pipeline.errors import CacheError, ProofError, UsageError
 from pipeline.tensors import as_states, as_stored
 from stages.cache_hidden.run import run as capture
@@ -87,7 +88,7 @@ def test_a_cache_in_any_codec_reads_back_within_its_promise_and_verifies(tmp_pat
 def test_rows_from_any_block_on_are_those_of_the_whole(tmp_path, codec):
     cache = make_cache(tmp_path / "cache", random_samples(2, longest=1500, seed=4), in_codec(codec))
     shard = max(load_plan(cache).shards, key=lambda shard: shard.lengths[0])
-    column = open_column(cache, column_manifest(cache, shard.number, "aux.1"), shard.bounds)
+    column = open_column(cache, column_manifest(cache, shard.number, "aux.1"), shard)
     whole, reader = column.read(0), column.open()
     assert len(whole) > 600
     for first, stop in ((0, 256), (256, 512), (512, len(whole)), (256, len(whole))):
@@ -130,7 +131,7 @@ def test_a_window_takes_no_memory_but_for_its_ends(tmp_path, codec):
 @pytest.mark.parametrize("codec", NAMES)
 def test_checking_a_long_sample_takes_little_memory(tmp_path, codec):
     cache = long_cache(tmp_path / "cache", codec, 12_000, 256)
-    column = open_column(cache, column_manifest(cache, 0, "aux.1"), load_plan(cache).shards[0].bounds)
+    column = open_column(cache, column_manifest(cache, 0, "aux.1"), load_plan(cache).shards[0])
     reader = column.open()
     tracemalloc.start()
     assert column.damaged_samples(reader) == []

@@ -1,6 +1,6 @@
 """Prints the tables of a cache's format, which stand in pipeline/cache/README.md, from the records that it describes.
 
-Usage: python tests/record_tables.py, which writes them there.
+Usage: python tests/schema_tables.py, which writes them there.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from pipeline.cache.manifest import FileFact
-from pipeline.cache.records import (
+from pipeline.cache.schema import (
     CalibrationManifest,
     CaptureRecord,
     ColumnManifest,
@@ -21,7 +21,7 @@ from pipeline.cache.records import (
     Identity,
     IndexManifest,
     Manifest,
-    Record,
+    OpenRecord,
     RefusedList,
     SegmentManifest,
     TargetManifest,
@@ -63,7 +63,7 @@ def _fields(kind: type, before: str = "") -> Iterator[tuple[str, str, str]]:
         yield f"{before}{name}", _type_text(kind_of), described.description
         parts = [part for part in (kind_of, *get_args(kind_of)) if isinstance(part, type)]
         for part in parts:
-            if part is ColumnSpec or (issubclass(part, Record) and not issubclass(part, Manifest)):
+            if part is ColumnSpec or (issubclass(part, OpenRecord) and not issubclass(part, Manifest)):
                 yield from _fields(part, f"{before}{name}.")
 
 

@@ -1,28 +1,29 @@
 """What every JSON file of a cache says, field by field; `make tables` prints README.md's tables from it.
 
-A record is a pydantic model: immutable and read strictly. What a file says beyond is kept where the record is an
-`OpenRecord`, as every file is: a later version may say more, and nothing it wrote is taken for damage.
-`manifest.py` has the form of the files themselves: canonical JSON that ends with its own hash.
+Pydantic models, immutable and read strictly. What a file says beyond is kept: a later version may say more, and nothing
+it wrote is taken for damage. `manifest.py` has the form of the files: canonical JSON that ends with its own hash.
 """
 
+import re
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, RootModel
+from pydantic import ConfigDict, Field, RootModel
 
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.codecs.zarr_file import DTYPES
-from pipeline.cache.layout import FORMAT, LOG
-from pipeline.cache.manifest import STRICT, Count, FileFact, read_record
+from pipeline.cache.codecs.zarr_file import DTYPES, METADATA
+from pipeline.cache.layout import FORMAT, LOG, SAMPLES, shard_folder
+from pipeline.cache.manifest import FileFact, read_record
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import CacheError
+from pipeline.json_files import Count, Number, Record
 
+ROW = re.compile(r"0|[1-9][0-9]{0,8}")  # a sample of the shard, in `refused`
 MAX_WIDTH = 1 << 17  # values of a row; a manifest that claims more is damaged
 
-Figure = Annotated[float, Field(allow_inf_nan=False)]
 Files = dict[str, FileFact]  # by path from the manifest's folder
 
 
@@ -30,20 +31,10 @@ def _field(description: str, **kwargs) -> Any:
     return Field(description=description, **kwargs)
 
 
-class Record(BaseModel):
-    """A part of a manifest."""
-
-    model_config = ConfigDict(frozen=True, defer_build=True, **STRICT)
-
-    def as_dict(self) -> dict:
-        """The fields that were stated, as JSON has them."""
-        return self.model_dump(exclude={"format", "hash"}, exclude_unset=True)
-
-
 class OpenRecord(Record):
-    """A part that may say more than this program knows of; what it says beyond is kept."""
+    """A part of a manifest; what it says beyond is kept."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", defer_build=True)
 
 
 class Manifest(OpenRecord):
@@ -52,6 +43,10 @@ class Manifest(OpenRecord):
     FILE: ClassVar[str]
     format: Literal[FORMAT] = FORMAT
     hash: str = ""
+
+    def as_dict(self) -> dict:
+        """Return the fields that were stated, as JSON values, without `format` and `hash`."""
+        return self.model_dump(exclude={"format", "hash"}, exclude_unset=True)
 
 
 # cache.json. Every part may be absent: earlier versions stated less.
@@ -132,7 +127,7 @@ class IndexManifest(Manifest):
     segments: list[Files] = _field("`files` of every segment, of which it was made")
 
 
-class RefusedSample(Record):
+class RefusedSample(OpenRecord):
     sample: Count = _field("its number in the cache")
     sample_id: str = _field("in hex")
     shard: Count = _field("its shard")
@@ -157,7 +152,8 @@ class RefusedList(Manifest):
 class ColumnSpec:
     """A column's name (`aux.<layer>` or `final`), dtype, width, codec, and which rows it keeps ("all" or "needed")."""
 
-    __pydantic_config__ = STRICT  # to pass over a part of it could be to read other values
+    # To pass over a part of it could be to read other values.
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
     name: Annotated[str, _field("`aux.<layer>` or `final`")]
     dtype: Annotated[Literal["bfloat16", "float32"], _field("of the states")]
@@ -191,18 +187,18 @@ class ColumnSpec:
 
 
 class ProbeFacts(OpenRecord):
-    error: Figure = _field("the largest relative error against the target computing the samples again")
+    error: Number = _field("the largest relative error against the target computing the samples again")
 
 
 class GaugeFacts(OpenRecord):
     rows: Count = _field("supervised tokens looked at")
     agree: Count = _field("how many are the target's own greedy choice")
-    logprob: Figure = _field("the sum of their log-probabilities")
+    logprob: Number = _field("the sum of their log-probabilities")
 
 
 class CertificateFacts(OpenRecord):
     rows: Count | None = _field("rows compared", default=None)
-    error: Figure | None = _field("relative to the states' norm; others are in `error_certificate.py`", default=None)
+    error: Number | None = _field("relative to the states' norm; others are in `error_certificate.py`", default=None)
 
 
 class ColumnFacts(OpenRecord):
@@ -238,8 +234,8 @@ class CalibrationManifest(Manifest):
     cache: str = _field("the hash of cache.json")
     column: str = _field("COLUMN")
     rows: Count = _field("rows measured")
-    mean: list[Figure] = _field("of each channel, [D]")
-    spread: list[Figure] = _field("the standard deviation of each channel, [D]")
+    mean: list[Number] = _field("of each channel, [D]")
+    spread: list[Number] = _field("the standard deviation of each channel, [D]")
 
 
 class TargetManifest(Manifest):
@@ -250,13 +246,7 @@ class TargetManifest(Manifest):
     files: Files = _field("all other files of the folder")
 
 
-class WeightFile(Record):
-    model_config = ConfigDict(extra="ignore")
-    size: Count
-    xxh3: str
-
-
-class WeightsRecord(RootModel[dict[str, WeightFile]]):
+class WeightsRecord(RootModel[Files]):
     """`target/weights.json`, no manifest: the files of the target's weights."""
 
 
@@ -291,3 +281,15 @@ def read_log(cache: Path) -> CaptureRecord:
         return read_record(cache / LOG, CaptureRecord)
     except CacheError:
         return CaptureRecord()
+
+
+def column_manifest(cache: Path, shard: int, column: str) -> ColumnManifest:
+    """Read the manifest of a column. CacheError when it is absent, damaged or another column's."""
+    path = shard_folder(cache, shard) / f"{column}.json"
+    manifest = read_record(path, ColumnManifest)
+    spec = manifest.spec
+    right = spec.codec in CODECS and (manifest.shard, spec.name) == (shard, column)
+    right = right and {SAMPLES, f"{spec.stem}.arrow", f"{spec.stem}/{METADATA}"} <= manifest.files.keys()
+    if not right or not all(ROW.fullmatch(row) and int(row) < manifest.samples for row in manifest.refused):
+        raise CacheError(f"{path}: the manifest of another column or shard; run `pipeline verify`")
+    return manifest

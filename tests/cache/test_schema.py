@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 from cache_maker import COLUMNS, make_cache, random_samples
-from record_tables import README, tables
+from schema_tables import README, tables
 
 from pipeline.cache.manifest import FileFact, canonical, parse_record, read_record
-from pipeline.cache.records import (
+from pipeline.cache.schema import (
     ColumnManifest,
     Identity,
     IndexManifest,
