@@ -27,8 +27,8 @@ from pipeline.published import CONFIG, WEIGHTS, load_draft_folder
 from pipeline.published.card import CARD, Origin, card, provenance
 from pipeline.published.check import PROBE, check_export, write_probe
 from pipeline.published.reading import SHARED, TRAINED_ON
-from pipeline.runs.cache_requirements import training_config
 from pipeline.runs.checkpoint import load_config, load_draft
+from pipeline.runs.training_data import training_config
 from pipeline.target.head import TargetHead
 from pipeline.target.text_config import logit_scale
 from pipeline.tensors import save_tensors

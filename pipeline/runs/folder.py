@@ -46,7 +46,7 @@ from pipeline.json_files import (
 )
 from pipeline.runs.checkpoint import CONFIG, DRAFT, STATE, checkpoint_folder, file_record, open_checkpoint
 from pipeline.runs.recipe import Recipe, Resolved, load_recipe
-from pipeline.runs.split import Split
+from pipeline.runs.training_data import Split
 from pipeline.target.head import NEWEST, RULES
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ from pipeline.drafts.draft import SMALL_HIDDEN
 from pipeline.drafts.rope import RopeScaling, draft_rope_scaling
 from pipeline.errors import UsageError, cause_of
 from pipeline.json_files import read_file
-from pipeline.runs.cache_requirements import check_final, layers_to_read, resolve_mask_token, training_config
+from pipeline.runs.training_data import check_final, layers_to_read, resolve_mask_token, training_config
 from pipeline.target.text_config import rope_theta
 
 # TOML has only lists; everything else keeps the type that was written.

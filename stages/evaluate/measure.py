@@ -33,7 +33,7 @@ from pipeline.evaluation.reports import (
     SampledReplies,
     Speed,
 )
-from pipeline.runs.split import stratified_subset
+from pipeline.runs.training_data import stratified_subset
 from pipeline.tensors import is_out_of_memory
 from stages.evaluate.decode import Decoded, SamplingOptions
 from stages.evaluate.lossless import (

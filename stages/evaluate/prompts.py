@@ -17,7 +17,7 @@ from pipeline.corpus.rejections import Unusable
 from pipeline.errors import DataError, UsageError, cause_of, refuse_limit
 from pipeline.evaluation.accept_length import reply_spans
 from pipeline.json_files import parse_json, read_file
-from pipeline.runs.split import stratified_subset
+from pipeline.runs.training_data import stratified_subset
 from pipeline.target.chat_template import ChatTemplate, load_tokenizer
 from pipeline.target.files import TEMPLATE_DATE
 

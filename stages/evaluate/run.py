@@ -21,7 +21,7 @@ from pipeline.published import load_draft_folder, recorded_share
 from pipeline.runs.checkpoint import CONFIG, DRAFT, find_checkpoint, load_draft, open_checkpoint
 from pipeline.runs.folder import RUN, read_recipe, read_run
 from pipeline.runs.recipe import TrainSection
-from pipeline.runs.split import split_samples
+from pipeline.runs.training_data import split_samples
 from pipeline.target.files import find_target, target_name
 from pipeline.target.model import head_of, load_target, stop_tokens
 from pipeline.target.text_config import max_positions

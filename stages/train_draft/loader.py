@@ -24,7 +24,7 @@ from pipeline.cache.layout import FINAL
 from pipeline.cache.reader import Layer, Part
 from pipeline.drafts import Blocks, Cell, DraftConfig, eligible_anchors, lay_blocks, pack
 from pipeline.runs.recipe import TrainSection
-from pipeline.runs.split import Split
+from pipeline.runs.training_data import Split
 from stages.train_draft import order
 
 ALIGNMENT = 4  # bytes: of where a column's states begin in a buffer

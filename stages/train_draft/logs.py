@@ -27,10 +27,9 @@ from pipeline.drafts.rope import draft_rope_scaling
 from pipeline.drafts.serving import unservable
 from pipeline.errors import CacheError
 from pipeline.json_files import Count, Record, damage_error, parse_checksummed, read_file, with_checksum
-from pipeline.runs.cache_requirements import how_to_add, partial_text, training_config
 from pipeline.runs.folder import Evaluation, Result
 from pipeline.runs.recipe import Resolved
-from pipeline.runs.split import Split
+from pipeline.runs.training_data import Split, how_to_add, partial_text, training_config
 from pipeline.target.text_config import logit_scale
 from pipeline.visible_text import visible
 from stages.train_draft.loader import Batch

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.runs.split import splitmix64
+from pipeline.runs.training_data import splitmix64
 
 GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 WINDOW_STEP = 256  # rows: windows end at a multiple of it, as the cache's checksummed blocks do

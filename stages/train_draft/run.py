@@ -23,7 +23,6 @@ from pipeline.errors import CacheError, RoomError, UsageError, first_line
 from pipeline.evaluation.accept_length import accept_spans
 from pipeline.evaluation.accept_statistics import summarise
 from pipeline.runs import checkpoint
-from pipeline.runs.cache_requirements import check_complete
 from pipeline.runs.folder import (
     Evaluation,
     Result,
@@ -36,7 +35,7 @@ from pipeline.runs.folder import (
     write_result,
 )
 from pipeline.runs.recipe import Resolved, load_recipe, resolve
-from pipeline.runs.split import Split, split_samples, stratified_subset
+from pipeline.runs.training_data import Split, check_complete, split_samples, stratified_subset
 from pipeline.visible_text import VisibleConsole, visible
 from stages.train_draft.loader import BatchLoader, Prefetcher
 from stages.train_draft.logs import (

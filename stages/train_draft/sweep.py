@@ -24,10 +24,9 @@ import numpy as np
 from pipeline.cache import HiddenCache
 from pipeline.errors import ProofError, UsageError
 from pipeline.evaluation.accept_statistics import bootstrap
-from pipeline.runs.cache_requirements import check_complete
 from pipeline.runs.folder import default_folder, read_result
 from pipeline.runs.recipe import Recipe, Resolved, make_recipe, read_toml, resolve
-from pipeline.runs.split import Split
+from pipeline.runs.training_data import Split, check_complete
 from pipeline.visible_text import VisibleConsole, visible
 from stages.train_draft.run import find_device, split_for, train_resolved
 

@@ -21,7 +21,7 @@ from pipeline.cache import HiddenCache
 from pipeline.evaluation.accept_length import accept_spans
 from pipeline.evaluation.accept_statistics import summarise
 from pipeline.runs.checkpoint import DRAFT, find_checkpoint, load_config, load_draft
-from pipeline.runs.split import split_samples, stratified_subset
+from pipeline.runs.training_data import split_samples, stratified_subset
 
 ROOT = Path(__file__).parents[2]
 TARGET, RECIPE = ROOT / "data/tiny-qwen3", ROOT / "configs/demo.toml"

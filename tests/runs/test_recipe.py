@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from pipeline.cache.records import Identity
 from pipeline.drafts import DRAFTS
 from pipeline.errors import UsageError
-from pipeline.runs.cache_requirements import training_config
 from pipeline.runs.recipe import Recipe, load_recipe, read_toml, resolve, resolve_mask_token
+from pipeline.runs.training_data import training_config
 from pipeline.target.text_config import rope_theta
 from stages.train_draft.sweep import load_sweep
 

@@ -30,7 +30,7 @@ from pipeline.runs import checkpoint
 from pipeline.runs import folder as run_folder
 from pipeline.runs.folder import Evaluation
 from pipeline.runs.recipe import load_recipe, resolve
-from pipeline.runs.split import prompt_hash, split_by_prompt, split_samples, stratified_subset
+from pipeline.runs.training_data import prompt_hash, split_by_prompt, split_samples, stratified_subset
 from stages.recode.run import run as recode
 from stages.train_draft.loader import BatchLoader, Prefetcher
 from stages.train_draft.logs import evaluation_text, run_description
