@@ -18,7 +18,7 @@ from rich.console import Group
 from rich.text import Text
 
 from pipeline.errors import UsageError
-from pipeline.evaluation.accept_statistics import resamples
+from pipeline.evaluation.accept_length import resamples
 from pipeline.evaluation.plot import plot_lines, recipes_of
 from pipeline.evaluation.reports import Report, load_reports, pool_seeds, prompt_set, tokens_and_calls
 from pipeline.evaluation.tables import (

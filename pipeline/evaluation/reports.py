@@ -14,8 +14,9 @@ from typing import Annotated
 import numpy as np
 from pydantic import FailFast, Field, ValidationError
 
+from pipeline.drafts import DRAFTS
 from pipeline.errors import UsageError, cause_of
-from pipeline.evaluation.accept_statistics import Figures, bootstrap
+from pipeline.evaluation.accept_length import Figures, bootstrap
 from pipeline.json_files import (
     MAX_BYTES,
     Count,
@@ -241,15 +242,10 @@ def variants(report: Report) -> list[str]:
     """Return what sets a draft apart from others of its method: objective and weighting where they are not as
     published, and the confidence that its blocks were cut at."""
     draft, threshold = report.draft, report.settings.threshold
-    objective = draft.objective if draft.objective != _published_objective(draft.method) else None
+    options = DRAFTS[draft.method].Config.defaults({}) if draft.method in DRAFTS else {}
+    objective = draft.objective if draft.objective != options.get("objective", "ce") else None
     weighting = draft.weighting if draft.weighting != "decay" else None
     return [part for part in (objective, weighting, f"cut at {threshold:g}" if threshold else None) if part]
-
-
-def _published_objective(method: str) -> str:
-    from pipeline.drafts import DRAFTS  # here, not above: it brings torch
-
-    return DRAFTS[method].Config.defaults({}).get("objective", "ce") if method in DRAFTS else "ce"
 
 
 def accept_length(reports: Sequence[Report], domain: str | None = None) -> tuple[float, float, float] | None:

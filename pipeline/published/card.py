@@ -12,7 +12,7 @@ from pipeline.cache import HiddenCache
 from pipeline.cache.inspect import describe
 from pipeline.drafts import DRAFTS, DraftConfig
 from pipeline.errors import CacheError, UsageError
-from pipeline.evaluation.accept_statistics import Figures
+from pipeline.evaluation.accept_length import Figures
 from pipeline.evaluation.reports import load_report
 from pipeline.runs.checkpoint import find_checkpoint, open_checkpoint
 from pipeline.runs.folder import DONE, RUN, CacheRecord, read_recipe, read_result, read_run

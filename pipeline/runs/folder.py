@@ -31,7 +31,7 @@ from pipeline.cache.locks import try_lock
 from pipeline.cache.manifest import FileFact
 from pipeline.drafts.rope import RopeScaling
 from pipeline.errors import CacheError, UsageError
-from pipeline.evaluation.accept_statistics import Figures
+from pipeline.evaluation.accept_length import Figures
 from pipeline.json_files import (
     Count,
     Counts,

@@ -21,8 +21,7 @@ from transformers import PreTrainedModel
 from pipeline.cache import HiddenCache
 from pipeline.drafts import Draft, eligible_anchors, lay_blocks, metrics_of, pack
 from pipeline.errors import ProofError, RoomError, UsageError
-from pipeline.evaluation.accept_length import SLOTS_AT_ONCE, Span, accept_spans, accept_spans_by_threshold
-from pipeline.evaluation.accept_statistics import summarise
+from pipeline.evaluation.accept_length import SLOTS_AT_ONCE, Span, accept_spans, summarise
 from pipeline.evaluation.reports import (
     Agreement,
     ConfidenceCut,
@@ -221,7 +220,7 @@ def confidence_cuts(draft: Draft, cache: HiddenCache, prompts: Sequence[Prompt],
     starts = {(prompt.sample, len(prompt.ids)) for prompt in prompts}
     samples = [prompt.sample for prompt in prompts]
     cuts = []
-    by_threshold = accept_spans_by_threshold(draft, cache, samples, THRESHOLDS, max_new=max_new)
+    by_threshold = accept_spans(draft, cache, samples, THRESHOLDS, max_new=max_new)
     for threshold, spans in zip(THRESHOLDS, by_threshold, strict=True):
         figures = summarise([span for span in spans if (span.sample, span.start) in starts])
         figures.pop("domains")
@@ -238,7 +237,7 @@ def target_free_agreement(
     A reply of the cache that is not the target's own, or ends before the limit, is compared as far as it is known.
     """
     samples = [outcome.prompt.sample for outcome in outcomes]
-    spans = accept_spans(draft, cache, samples, max_new=max_new, threshold=threshold)
+    (spans,) = accept_spans(draft, cache, samples, (threshold,), max_new=max_new)
     by_start = {(span.sample, span.start): span for span in spans}
     pairs = [(outcome.fast, by_start[outcome.prompt.sample, len(outcome.prompt.ids)]) for outcome in outcomes]
     pairs = [(fast, span) for fast, span in pairs if span.lengths or (span.complete and not fast.lengths)]

@@ -20,8 +20,7 @@ from pipeline import tensors
 from pipeline.cache import HiddenCache
 from pipeline.drafts import DRAFTS, Draft, init_weights
 from pipeline.errors import CacheError, RoomError, UsageError, first_line
-from pipeline.evaluation.accept_length import accept_spans
-from pipeline.evaluation.accept_statistics import summarise
+from pipeline.evaluation.accept_length import accept_spans, summarise
 from pipeline.runs import checkpoint
 from pipeline.runs.folder import (
     Evaluation,
@@ -310,7 +309,7 @@ class TrainingRun:
             for first in range(0, len(self.eval_samples), EVAL_BATCH):
                 if stop.received:
                     break
-                spans += accept_spans(self.draft, self.cache, self.eval_samples[first : first + EVAL_BATCH])
+                spans += accept_spans(self.draft, self.cache, self.eval_samples[first : first + EVAL_BATCH])[0]
             self.draft.train()
         if stop.received:
             self.save()

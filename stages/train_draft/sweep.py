@@ -23,7 +23,7 @@ import numpy as np
 
 from pipeline.cache import HiddenCache
 from pipeline.errors import ProofError, UsageError
-from pipeline.evaluation.accept_statistics import bootstrap
+from pipeline.evaluation.accept_length import bootstrap
 from pipeline.runs.folder import default_folder, read_result
 from pipeline.runs.recipe import Recipe, Resolved, make_recipe, read_toml, resolve
 from pipeline.runs.training_data import Split, check_complete

@@ -17,7 +17,7 @@ from rich.console import Console
 import stages.train_draft.sweep as sweep_module
 from pipeline.cli import main
 from pipeline.errors import UsageError
-from pipeline.evaluation.accept_statistics import bootstrap
+from pipeline.evaluation.accept_length import bootstrap
 from pipeline.evaluation.tables import sweep_table
 from pipeline.published.init_from import InitialDraft
 from pipeline.runs.recipe import load_recipe
