@@ -1,13 +1,20 @@
-"""Evaluation reports: what `pipeline evaluate --out` writes, read strictly, and the seeds of one draft pooled.
+"""Evaluation reports: what `pipeline evaluate --out` writes, read strictly; seeds pooled, drafts paired.
 
 The models are the format: their fields are a report's JSON keys, in the order they are written. Fields that have a
 default are absent from reports of earlier versions.
+
+What drafts gain differs far more from prompt to prompt than from draft to draft, so they are compared prompt by prompt:
+every bootstrap resample takes the same prompts of both. Seeds are pooled; how far they differ is shown beside, since
+intervals over prompts say nothing of it.
+
+    B resamples   n prompts
 """
 
 import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +23,7 @@ from pydantic import FailFast, Field, ValidationError
 
 from pipeline.drafts import DRAFTS
 from pipeline.errors import UsageError, cause_of
-from pipeline.evaluation.accept_length import Figures, bootstrap
+from pipeline.evaluation.accept_length import Figures, bootstrap, resamples
 from pipeline.json_files import (
     MAX_BYTES,
     Count,
@@ -33,6 +40,7 @@ from pipeline.json_files import (
 )
 
 NUMBER_LIST = re.compile(r'\[\n[^][{}"]*\]')  # over several lines; JSON strings hold no bare newline, so none matches
+QUANTILES = (0.025, 0.975)  # of a 95 % interval
 MAX_SPREADS = 6.0  # for `SampledLossless.spreads`: by chance it is further off with probability 2 exp(-18) = 3e-8
 
 
@@ -280,3 +288,43 @@ def tokens_and_calls(reports: Sequence[Report], domain: str | None = None) -> di
             if sample.lengths and domain in (None, sample.domain):
                 prompts[number, sample.domain] += (sum(sample.lengths), len(sample.lengths))
     return prompts
+
+
+@dataclass(frozen=True)
+class AcceptLengths:
+    """Accept lengths of one draft: over all prompts, over those of each resample [B], and of each seed alone."""
+
+    overall: float
+    resampled_B: np.ndarray
+    by_seed: dict[int | None, float]
+
+
+def paired_accept_lengths(*drafts: list[Report]) -> list[AcceptLengths]:
+    """Return the accept lengths of drafts that decoded the same prompts, all over the same resamples.
+
+    Prompts that took no call of any are left out. UsageError where the prompts differ.
+    """
+    prompt_sets = {prompt_set(report) for reports in drafts for report in reports}
+    if len(prompt_sets) > 1:
+        counts = ", ".join(str(len(prompts)) for prompts in prompt_sets)
+        raise UsageError(
+            f"the reports are of other prompts ({counts} of them) and cannot be paired; evaluate each with the same "
+            "--count, --prompts and cache"
+        )
+    prompts = sorted({prompt for reports in drafts for prompt in tokens_and_calls(reports)})
+    weights_Bn, accept_lengths = resamples(len(prompts), seed=0), []
+    for reports in drafts:
+        seeds = defaultdict(list)
+        for report in reports:
+            seeds[report.draft.seed].append(report)
+        tokens_n, calls_n = _counts(reports, prompts)
+        resampled_B = (weights_Bn @ tokens_n) / np.maximum(weights_Bn @ calls_n, 1)
+        by_seed = {seed: np.divide(*_counts(members, prompts).sum(1)) for seed, members in seeds.items()}
+        accept_lengths.append(AcceptLengths(tokens_n.sum() / calls_n.sum(), resampled_B, by_seed))
+    return accept_lengths
+
+
+def _counts(reports: list[Report], prompts: Sequence[tuple[int, str]]) -> np.ndarray:
+    """Tokens and calls of the prompts [2, n], seeds added up."""
+    counts = tokens_and_calls(reports)
+    return np.array([counts.get(prompt, (0, 0)) for prompt in prompts], float).T
