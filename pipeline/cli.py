@@ -320,7 +320,7 @@ def initial_draft(place):
     """Return the draft that --init-from names, None without one. Training knows of no published form."""
     if place is None:
         return None
-    from pipeline.published.init_from import InitialDraft
+    from pipeline.published.weights import InitialDraft
 
     return InitialDraft(place)
 

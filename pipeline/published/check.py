@@ -31,8 +31,8 @@ from pipeline.drafts import DRAFTS, Blocks, Cell, Draft, DraftConfig
 from pipeline.drafts.draft import ProbeBlock
 from pipeline.errors import ProofError, UsageError, refuse_limit
 from pipeline.json_files import check_regular, parse_json
-from pipeline.published.folder import WEIGHTS, Opened, open_folder
 from pipeline.published.reading import CONFIG
+from pipeline.published.weights import WEIGHTS, Opened, open_folder
 from pipeline.tensors import save_tensors
 
 # What engines load as weights, whatever it is called (vLLM and SGLang glob these).

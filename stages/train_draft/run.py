@@ -51,7 +51,7 @@ from stages.train_draft.optimizer import load_state_tensors, make_optimizer, sta
 from stages.train_draft.step import Trainer
 
 if TYPE_CHECKING:
-    from pipeline.published.init_from import InitialDraft, InitialWeights
+    from pipeline.published.weights import InitialDraft, InitialWeights
 
 EVAL_BATCH = 8  # samples; a signal is noticed between two such batches
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)

@@ -31,7 +31,7 @@ from pipeline.visible_text import VisibleConsole, visible
 from stages.train_draft.run import find_device, split_for, train_resolved
 
 if TYPE_CHECKING:
-    from pipeline.published.init_from import InitialDraft, InitialWeights
+    from pipeline.published.weights import InitialDraft, InitialWeights
 
 SEED = "train.seed"
 EXAMPLE = '"train.lr" = [1e-3, 3e-3]'

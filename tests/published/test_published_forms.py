@@ -16,8 +16,8 @@ from pipeline.errors import ProofError, UsageError
 from pipeline.published import check as arithmetic
 from pipeline.published import export, load_draft_folder, read_published
 from pipeline.published.check import check_export
-from pipeline.published.folder import published_names
-from pipeline.published.init_from import load_initial_weights
+from pipeline.published.reading import published_names
+from pipeline.published.weights import InitialDraft
 from pipeline.runs import checkpoint
 from pipeline.target.head import TargetHead
 
@@ -90,7 +90,7 @@ def imported(folder, run):
     wanted = read_published(folder, 6)
     draft = DRAFTS[wanted.method](wanted, head())
     init_weights(draft, 0)
-    load_initial_weights(folder, wanted, head()).load_into(draft)
+    InitialDraft(folder).weights_for(wanted, head()).load_into(draft)
     checkpoint.save(run, 1, draft, {}, {}, 1)
 
 
