@@ -12,13 +12,17 @@ So the output is the target's, whatever the draft proposes: its greedy tokens, o
     B sequences   K layers   N new rows   D hidden size   P proposals   V vocabulary
 """
 
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -29,7 +33,9 @@ from pipeline.sampling import draw, prompt_generator, uniforms
 from pipeline.target.kv_cache import BatchedKV, SingleKV, check_croppable, new_kv
 from pipeline.target.model import tap_layers
 
+PROGRESS_SECONDS = 5.0  # between lines where there is no terminal
 MIN_TEMPERATURE = 1e-3  # the lowest temperature above 0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,20 @@ def decode_many(
                 sequence, live[position] = live[position], live[-1]
                 live.pop()
                 yield sequence.index, sequence.decoded(max_new)
+
+
+def with_progress(ended: Iterable[T], count: int, doing: str) -> Iterator[T]:
+    """Yield finished items and report progress: a bar on a terminal, a line every few seconds elsewhere."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        yield from track(ended, doing, total=count, console=console, transient=True)
+        return
+    last_report = time.monotonic()
+    for number, item in enumerate(ended, 1):
+        yield item
+        if time.monotonic() - last_report > PROGRESS_SECONDS:
+            last_report = time.monotonic()
+            print(f"{doing}: {number} of {count} prompts", file=sys.stderr)
 
 
 def _prefill(target: PreTrainedModel, draft: Draft, sequence: "_Sequence", stops: Collection[int]) -> DynamicCache:

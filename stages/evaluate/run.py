@@ -1,12 +1,14 @@
 """`pipeline evaluate`: speculative decoding measured (accept length, speed) and proven lossless."""
 
+import contextlib
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from pipeline.cache import HiddenCache
@@ -26,22 +28,23 @@ from pipeline.target.files import find_target, target_name
 from pipeline.target.model import head_of, load_target, stop_tokens
 from pipeline.target.text_config import max_positions
 from pipeline.target.weights import check_weights_if_recorded, target_digest, weights_digest
-from pipeline.tensors import find_device
+from pipeline.tensors import find_device, is_out_of_memory
 from pipeline.visible_text import VisibleConsole
 from stages.evaluate.decode import SamplingOptions, decode_many, speculative_decode
 from stages.evaluate.lossless import LosslessCheck, PlainReplies, plain_decode, reply_settings
 from stages.evaluate.measure import (
+    Prompt,
     accept_figures,
+    cached_prompts,
     confidence_cuts,
     decode_greedily,
     decode_sampled,
+    file_prompts,
     lossless_counts,
-    refuse_out_of_memory,
     speeds,
     target_free_agreement,
     teacher_forced,
 )
-from stages.evaluate.prompts import Prompt, cached_prompts, file_prompts
 
 __all__ = ["SamplingOptions", "run"]
 
@@ -123,6 +126,20 @@ def run(
     if out is not None:
         write_report(report, Path(out))
     return report
+
+
+@contextlib.contextmanager
+def refuse_out_of_memory(batch: int, device: torch.device) -> Iterator[None]:
+    """Turn an out-of-memory error of decoding into a RoomError that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        what, less = ("a prompt", "use a larger device, --device cpu, or shorter prompts")
+        if batch > 1:
+            what, less = (f"{batch} prompts at once", "pass a smaller --batch")
+        raise RoomError(f"no room on {device} to decode {what}; {less}") from error
 
 
 def check_options(threshold: float, out: Path | None, plain: Path | None, prompts: Path | None) -> None:
