@@ -4,8 +4,8 @@
         draft.safetensors            weights, named as published checkpoints name them
         config.json                  DraftConfig
         optimizer.safetensors        float32 state of the optimiser, absent when none was given
-        state.json                   step, what the caller adds, and the size and xxh3-128 of the other files, with a
-                                     checksum of itself (checksummed_json.py)
+        state.json                   step, what the caller adds, and the size and xxh3-128 of the other files; it
+                                     ends with a checksum of itself
 
 Only safetensors and JSON: loading one runs no code. A folder appears by rename after every byte is synced, so a kill at
 any moment leaves the previous checkpoint. A checkpoint has these files and no others; other paths in state.json, and
@@ -85,7 +85,7 @@ def save(
     if path.exists():
         return path
     weights = draft.state_dict()
-    check_free_space(run, "a checkpoint", sum(map(_size, [*weights.values(), *optimizer.values()])))
+    check_free_space(run, "a checkpoint", sum(tensor.nbytes for tensor in [*weights.values(), *optimizer.values()]))
     unfinished = folder / f"{UNFINISHED}{path.name}"
     with write_errors(folder, "a checkpoint"):
         shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process: the run is locked, nobody writes here
@@ -116,10 +116,6 @@ def _write_files(folder: Path, weights: dict, config: DraftConfig, optimizer: di
 def file_record(path: Path) -> FileRecord:
     """Return size and checksum of a file, all of which is read."""
     return FileRecord(**FileFact.of_file(path).as_dict())
-
-
-def _size(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:

@@ -262,7 +262,8 @@ def resolve(recipe: Recipe, cache) -> Resolved:
     target = training_config(cache.target_config)
     draft = _resolve_draft(recipe.draft, target, cache)
     config = _draft_config(draft, target)
-    _check_final_states(config, cache)
+    if config.final_reader is not None:  # a loss reads the target's final states
+        check_final(cache, *config.final_reader)
     train = recipe.train
     optimizer = train.optimizer or ("adamw" if config.hidden_size > SMALL_HIDDEN else "muon")
     filled = {
@@ -278,12 +279,6 @@ def resolve(recipe: Recipe, cache) -> Resolved:
             "a sample's blocks share a cell; raise the one or lower the other"
         )
     return Resolved(recipe.model_copy(update={"draft": draft, "train": train.model_copy(update=filled)}), config)
-
-
-def _check_final_states(config: DraftConfig, cache) -> None:
-    """Raise UsageError for a loss that reads final states which the cache lacks."""
-    if config.final_reader is not None:
-        check_final(cache, *config.final_reader)
 
 
 def default_lr(hidden_size: int, optimizer: str) -> float:

@@ -29,8 +29,8 @@ from pipeline.runs.folder import (
     create_or_check,
     default_folder,
     read_result,
+    read_run,
     run_lock,
-    with_recorded_rope,
     write_result,
 )
 from pipeline.runs.recipe import Resolved, load_recipe, resolve
@@ -119,7 +119,7 @@ def train_resolved(
 
     with run_lock(path):
         differs = create_or_check(path, resolved, store, split, machine_facts(device), start)
-        resolved = with_recorded_rope(path, resolved)
+        resolved = resolved.with_rope_scaling(read_run(path).rope_scaling)
         result = read_result(path)
         if result is not None:
             show(f"{visible(path)} is finished: nothing to do")
