@@ -71,7 +71,13 @@ def plot(paths: Sequence[Path], out: Path) -> None:
         _check(path, report)
     lines = plot_lines(reports)
     for line in lines:
-        _check_line(line)
+        for steps, members in line.reports.items():
+            if len(recipes := recipes_of(members)) > 1:
+                several = " and ".join([*recipes.values()][:2])
+                raise UsageError(
+                    f"{line.name} of {steps:,} steps was trained by several recipes ({several}), and a line has one "
+                    "value at a place; plot the reports of one of them"
+                )
     title = f"{visible(reports[0].target)}: accept length by training steps"
     data = _rendered(lines, title, _note(reports), out.suffix.lower())
     try:
@@ -97,31 +103,17 @@ def plot_lines(reports: list[Report]) -> list[Line]:
     lines = defaultdict(lambda: defaultdict(list))
     for report in reports:
         draft, cache = report.draft, report.cache or "unknown"
-        name = visible(", ".join([_title(draft.method), *variants(report)]))
+        title = DRAFTS[draft.method].title if draft.method in DRAFTS else draft.method
+        name = visible(", ".join([title, *variants(report)]))
         parts = [f"block {draft.block_size}", f"{draft.proposals} proposals", _size(draft.parameters)]
         parts += [visible(f"cache {cache[:8]}")] * (len(caches) > 1)
         lines[name, ", ".join(parts)][draft.steps].append(report)
     return [Line(*key, dict(sorted(by_steps.items()))) for key, by_steps in lines.items()]
 
 
-def _title(method: str) -> str:
-    return DRAFTS[method].title if method in DRAFTS else method
-
-
 def recipes_of(reports: list[Report]) -> dict[str | None, str]:
     """Return the recipes of reports, which are of one line and number of steps, and a draft's path for each."""
     return {report.draft.recipe: report.draft.path for report in reports}
-
-
-def _check_line(line: Line) -> None:
-    """Refuse two recipes of as many steps: a line has one value there. UsageError."""
-    for steps, members in line.reports.items():
-        if len(recipes := recipes_of(members)) > 1:
-            several = " and ".join([*recipes.values()][:2])
-            raise UsageError(
-                f"{line.name} of {steps:,} steps was trained by several recipes ({several}), and a line has one value "
-                "at a place; plot the reports of one of them"
-            )
 
 
 def _size(parameters: int) -> str:

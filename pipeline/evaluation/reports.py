@@ -224,26 +224,22 @@ def load_report(path: Path) -> Report:
 
 
 def pool_seeds(reports: Sequence[Report]) -> dict[str, list[Report]]:
-    """Return the reports of each draft by its name; those that differ only in their seed are of one draft.
+    """Return the reports of each draft by its name: method, variants, steps; and the run's folder for equal names.
 
-    Drafts of one name are told apart by a run folder's.
+    Reports that differ only in their seed are of one draft.
     """
     pooled = defaultdict(list)
     for report in reports:
         draft = report.draft
         conventions = draft.block_size, draft.proposals, draft.parameters
-        pooled[draft_name(report), draft.recipe, report.cache, *conventions].append(report)
+        steps = [f"{draft.steps:,} steps"] if draft.steps else []
+        name = ", ".join([draft.method, *variants(report), *steps])
+        pooled[name, draft.recipe, report.cache, *conventions].append(report)
     names, drafts = Counter(name for name, *_ in pooled), {}
     for (name, *_), members in pooled.items():
         title = name if names[name] == 1 else f"{name} ({Path(members[0].draft.path).name})"
         drafts[title if title not in drafts else f"{title} {len(drafts) + 1}"] = members
     return drafts
-
-
-def draft_name(report: Report) -> str:
-    """Return a draft's name in tables: method, variants, and training steps."""
-    steps = [f"{report.draft.steps:,} steps"] if report.draft.steps else []
-    return ", ".join([report.draft.method, *variants(report), *steps])
 
 
 def variants(report: Report) -> list[str]:

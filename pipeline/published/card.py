@@ -130,14 +130,21 @@ def card(config: DraftConfig, form: str, origin: Origin, parameters: int, folder
     front = [f"base_model: {json.dumps(origin.target)}"] if origin.target and "/" in origin.target else []
     front = ["---", *front, "tags:", "- speculative-decoding", f"- {config.method}", "---"]
     title = f"# {DRAFTS[config.method].title} draft for {target}"
+    recipe = (
+        f"```toml\n{origin.recipe.strip()}\n```" if origin.recipe else "Not recorded: a checkpoint without its run."
+    )
+    licence = (
+        f"None is stated here. The weights were learned from hidden states of {target} on the corpus above, and are of "
+        "use with that target only: its licence and the corpus's terms decide what may be done with them."
+    )
     sections = [
         "\n".join(front),
         f"{title}\n\n{_what(config, origin, parameters)}",
         f"## Serving\n\n{_serving(config, form, origin, folder)}",
         f"## Accept length\n\n{_accept_lengths(origin)}",
         f"## Made from\n\n{_made_from(origin)}",
-        f"## Recipe\n\n{_recipe(origin)}",
-        f"## Licence\n\n{_licence(target)}",
+        f"## Recipe\n\n{recipe}",
+        f"## Licence\n\n{licence}",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -233,17 +240,6 @@ def _gauge(gauge: dict | None) -> str | None:
     return (
         f"the target's own greedy token in {gauge['agreement']:.1%} of {gauge['rows']:,} supervised rows "
         f"(mean log-probability {gauge['logprob']:.2f})"
-    )
-
-
-def _recipe(origin: Origin) -> str:
-    return f"```toml\n{origin.recipe.strip()}\n```" if origin.recipe else "Not recorded: a checkpoint without its run."
-
-
-def _licence(target: str) -> str:
-    return (
-        f"None is stated here. The weights were learned from hidden states of {target} on the corpus above, and are of "
-        "use with that target only: its licence and the corpus's terms decide what may be done with them."
     )
 
 

@@ -88,16 +88,11 @@ def read_json(path: Path) -> dict:
     return record
 
 
-def read_published(path: Path, target_layers: int | None = None) -> DraftConfig:
-    """Return the draft that a folder's config.json describes. UsageError.
+def read_description(path: Path, target_layers: int | None = None) -> Published:
+    """Return what a folder's config.json states. UsageError.
 
     target_layers: the target's depth, for forms that do not state it.
     """
-    return read_description(path, target_layers).config
-
-
-def read_description(path: Path, target_layers: int | None = None) -> Published:
-    """Return the same, with what else the folder may hold."""
     file = Path(path) / CONFIG
     flat = read_json(file)
     try:

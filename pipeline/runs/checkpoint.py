@@ -91,7 +91,15 @@ def save(
         shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process: the run is locked, nobody writes here
         unfinished.mkdir(parents=True)
         try:
-            _write_files(unfinished, weights, draft.config, optimizer, {**digests, "step": step})
+            (unfinished / CONFIG).write_text(draft.config.model_dump_json(indent=1) + "\n")
+            save_tensors(weights, unfinished / DRAFT)
+            if optimizer:
+                save_tensors(optimizer, unfinished / OPTIMIZER)
+            files = {file.name: file_record(file) for file in sorted(unfinished.iterdir())}
+            for name in files:
+                sync_file(unfinished / name)
+            facts = CheckpointState(step=step, files=files, **digests).as_dict()
+            write_file(unfinished / STATE, record_bytes(dict(sorted(facts.items()))))
             os.rename(unfinished, path)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -99,18 +107,6 @@ def save(
         for old in steps(run)[:-keep]:
             shutil.rmtree(folder / f"step-{old:08d}")
     return path
-
-
-def _write_files(folder: Path, weights: dict, config: DraftConfig, optimizer: dict, state: dict) -> None:
-    (folder / CONFIG).write_text(config.model_dump_json(indent=1) + "\n")
-    save_tensors(weights, folder / DRAFT)
-    if optimizer:
-        save_tensors(optimizer, folder / OPTIMIZER)
-    files = sorted(folder.iterdir())
-    for file in files:
-        sync_file(file)
-    facts = CheckpointState(**state, files={file.name: file_record(file) for file in files}).as_dict()
-    write_file(folder / STATE, record_bytes(dict(sorted(facts.items()))))
 
 
 def file_record(path: Path) -> FileRecord:

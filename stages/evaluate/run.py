@@ -246,7 +246,12 @@ def find_model(model: str | None, store: HiddenCache | None) -> tuple[Path, str]
             raise UsageError("no cache says which target this draft is for; pass --model")
         return find_target(model), target_name(model)
     wanted = store.identity.target
-    folder = find_target(model or _recorded_target(store), None if model else wanted.revision or None)
+    if model is not None:
+        folder = find_target(model)
+    else:  # the folder that was captured, if it is still there
+        recorded = read_log(store.path).target
+        there = recorded and Path(recorded.folder).is_dir()
+        folder = find_target(recorded.folder if there else wanted.name, wanted.revision or None)
     digest = target_digest(folder)
     if digest != wanted.digest:
         raise UsageError(
@@ -255,12 +260,6 @@ def find_model(model: str | None, store: HiddenCache | None) -> tuple[Path, str]
         )
     check_weights_if_recorded(store.catalog, folder)
     return folder, wanted.name
-
-
-def _recorded_target(store: HiddenCache) -> str:
-    """Return the folder of the target that was captured, if it is still there, else its name."""
-    recorded = read_log(store.path).target
-    return recorded.folder if recorded and Path(recorded.folder).is_dir() else store.identity.target.name
 
 
 def open_draft(trained: Trained, target: PreTrainedModel) -> Draft:

@@ -11,9 +11,9 @@ from pipeline.cache import HiddenCache
 from pipeline.cli import commands
 from pipeline.drafts import DRAFTS, DraftConfig, draft_config, init_weights
 from pipeline.errors import UsageError
-from pipeline.published import read_published
 from pipeline.published.check import check_export
 from pipeline.published.export import export
+from pipeline.published.reading import read_description
 from pipeline.published.weights import InitialDraft
 from pipeline.runs import checkpoint
 from pipeline.runs.recipe import load_recipe, resolve
@@ -30,7 +30,7 @@ def head() -> TargetHead:
 
 def wanted(folder, **changes) -> DraftConfig:
     """The draft that a folder describes, but for what changes."""
-    fields = read_published(folder, 6).model_dump()
+    fields = read_description(folder, 6).config.model_dump()
     return draft_config(**{**fields, **changes})
 
 
