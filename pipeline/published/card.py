@@ -15,7 +15,7 @@ from pipeline.errors import CacheError, UsageError
 from pipeline.evaluation.accept_length import Figures
 from pipeline.evaluation.reports import load_report
 from pipeline.runs.checkpoint import find_checkpoint, open_checkpoint
-from pipeline.runs.folder import DONE, RUN, CacheRecord, read_recipe, read_result, read_run
+from pipeline.runs.folder import DONE, RUN, read_recipe, read_result, read_run
 from pipeline.visible_text import escape_markdown, markdown_code, visible
 
 CARD = "README.md"
@@ -72,8 +72,11 @@ def provenance(place: Path) -> tuple[HiddenCache | None, Origin]:
         recipe=recipe.toml(),
         evaluations=evaluations(folder, step),
     )
-    cache = _same_cache(recorded.cache)
-    if cache is None:
+    try:
+        cache = HiddenCache.open(recorded.cache.path)
+    except (UsageError, CacheError):  # moved, deleted or damaged since; the draft is none the worse for it
+        return None, origin
+    if cache.digest != recorded.cache.digest:
         return None, origin
     target, rules, description = cache.identity.target, cache.identity.samples, describe(cache.path)
     return cache, replace(
@@ -87,14 +90,6 @@ def provenance(place: Path) -> tuple[HiddenCache | None, Origin]:
         template={key: getattr(rules, key) for key in ("template_kwargs", "template_date") if rules.template_kwargs},
         gauge=description["gauge"],
     )
-
-
-def _same_cache(recorded: CacheRecord) -> HiddenCache | None:
-    try:
-        found = HiddenCache.open(recorded.path)
-    except (UsageError, CacheError):  # moved, deleted or damaged since; the draft is none the worse for it
-        return None
-    return found if found.digest == recorded.digest else None
 
 
 def evaluations(folder: Path, step: int) -> list[Measurement]:
@@ -112,8 +107,7 @@ def evaluations(folder: Path, step: int) -> list[Measurement]:
         threshold, drawn = report.settings.threshold, report.sampled
         cut = f", blocks cut at confidence {threshold:g}" if threshold else ""
         most = f"{report.settings.max_new} tokens at most{cut}"
-        title = f"Decoded greedily with the target, {most}"
-        measured.append(Measurement(title, report.overall, report.domains))
+        measured.append(Measurement(f"Decoded greedily with the target, {most}", report.overall, report.domains))
         if drawn:
             title = f"Replies drawn from the target at T = {drawn.temperature:g}, {most}"
             measured.append(Measurement(title, drawn.overall, drawn.domains))
@@ -168,9 +162,11 @@ def _what(config: DraftConfig, origin: Origin, parameters: int) -> str:
 
 def _serving(config: DraftConfig, form: str, origin: Origin, folder: str) -> str:
     command = serve_command(config, form, origin, folder)
-    notes = ["Compare the accept length that the engine reports with the one below: far less means that it reads the"]
-    notes += ["draft otherwise than it was trained."]
-    notes += DRAFTS[config.method].card_notes(config, form)
+    notes = [
+        "Compare the accept length that the engine reports with the one below: far less means that it reads the",
+        "draft otherwise than it was trained.",
+        *DRAFTS[config.method].card_notes(config, form),
+    ]
     check = markdown_code(shlex.join(["pipeline", "check-export", folder]))
     return f"    {visible(command)}\n\n" + "\n".join(notes) + f"\n{check} proves the files themselves."
 

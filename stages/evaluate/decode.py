@@ -155,7 +155,8 @@ def _prefill(target: PreTrainedModel, draft: Draft, sequence: "_Sequence", stops
         if all(taken[layer].shape[1] == count for layer in layers):
             break
     logits_1V = output.logits[0, -1:]
-    sequence.ids += sequence.accept_rule(empty_proposal(logits_1V.device), logits_1V)
+    nothing = Proposal(torch.zeros(0, dtype=torch.long, device=logits_1V.device), None)
+    sequence.ids += sequence.accept_rule(nothing, logits_1V)
     sequence.ended = sequence.ids[-1] in stops
     sequence.features_KTD = torch.cat([taken[layer] for layer in layers])
     return kv
@@ -175,7 +176,10 @@ def _decode_step(
     layers, draft_sampling = draft.config.target_layer_ids, None
     if sampling is not None and sampling.draft_temperature:
         draft_sampling = Sampling(sampling.draft_temperature, [sequence.generator for sequence in live])
-    requests = [sequence.draft_request() for sequence in live]
+    requests = [
+        BlockRequest(sequence.features_KTD, sequence.ids[sequence.start], sequence.start, sequence.kv)
+        for sequence in live
+    ]
     blocks = [_first(block, proposals) for block in draft.propose(requests, draft_sampling, threshold)]
     inputs = [
         [sequence.ids[sequence.start], *block.ids_P.tolist()] for sequence, block in zip(live, blocks, strict=True)
@@ -196,11 +200,6 @@ def _first(block: Proposal, count: int | None) -> Proposal:
     return Proposal(block.ids_P[:count], None if block.q_PV is None else block.q_PV[:count])
 
 
-def empty_proposal(device: torch.device) -> Proposal:
-    """Return a block without proposals, which the prefill verifies."""
-    return Proposal(torch.zeros(0, dtype=torch.long, device=device), None)
-
-
 class _Sequence:
     """A prompt being decoded: its reply so far and the target features that the next block is drafted from."""
 
@@ -210,9 +209,6 @@ class _Sequence:
         self.lengths, self.matched, self.proposed = [], [], []
         self.features_KTD: Tensor | None = None
         self.start, self.ended, self.start_time = self.prompt, False, time.perf_counter()
-
-    def draft_request(self) -> BlockRequest:
-        return BlockRequest(self.features_KTD, self.ids[self.start], self.start, self.kv)
 
     def accept(self, block: Proposal, logits_NV: Tensor, features_KND: Tensor, stops: Collection[int]) -> int:
         """Append the accepted tokens of a verified block; return how many tokens were gained."""
