@@ -141,12 +141,10 @@ class Recipe(BaseModel):
 
     def toml(self) -> str:
         """Return the recipe as TOML, without fields that are None. These types are written alike in TOML and JSON."""
-        sections = self.model_dump(exclude_none=True).items()
-        tables = (
-            [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in fields.items())]
-            for name, fields in sections
-        )
-        return "\n\n".join("\n".join(lines) for lines in tables) + "\n"
+        tables = []
+        for name, fields in self.model_dump(exclude_none=True).items():
+            tables.append("\n".join([f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in fields.items())]))
+        return "\n\n".join(tables) + "\n"
 
     def digest(self) -> str:
         """Return a hash of all fields, independent of their order."""
