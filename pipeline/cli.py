@@ -311,14 +311,12 @@ def report(reports, markdown, forced, drawing, against):
     Runs that differ only in their seed become one column, and one mark of a plot. With --against a draft is a row: how
     far it is ahead of that baseline over the same prompts, and after how many steps it would have reached it.
     """
-    from pipeline.evaluation.tables import comparison
+    from pipeline.evaluation.tables import against_baseline, comparison
 
     if against:
-        from pipeline.evaluation.compare import compare
-
         if forced:
             raise UsageError("--forced adds rows to the table of domains, which --against replaces; leave one out")
-        table = compare(reports, against, markdown)
+        table = against_baseline(reports, against, markdown)
     else:
         table = comparison(reports, markdown, forced)
     if drawing:
@@ -332,7 +330,7 @@ def initial_draft(place):
     """Return the draft that --init-from names, None without one. Training knows of no published form."""
     if place is None:
         return None
-    from pipeline.published.init_from import InitialDraft
+    from pipeline.published.weights import InitialDraft
 
     return InitialDraft(place)
 

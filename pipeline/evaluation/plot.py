@@ -1,4 +1,4 @@
-"""Evaluations as one plot: accept length against training steps, a line for each kind of draft.
+"""Accept length against training steps: a plot, and after how many a draft is as good as another.
 
 The figures are those of the table: seeds pooled, intervals over prompts. The plot says its own conventions, since it
 is shown where no table is. The same reports give the same bytes, so it can be kept under version control.
@@ -9,13 +9,22 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.drafts import DRAFTS
 from pipeline.errors import RoomError, UsageError
-from pipeline.evaluation.reports import Report, accept_length, load_reports, variants
+from pipeline.evaluation.reports import (
+    QUANTILES,
+    Report,
+    accept_length,
+    load_reports,
+    paired_accept_lengths,
+    tokens_and_calls,
+    variants,
+)
 from pipeline.visible_text import visible
 
 # Okabe and Ito's colours, told apart with any kind of colour blindness; their yellow is too light for lines on white.
@@ -62,7 +71,13 @@ def plot(paths: Sequence[Path], out: Path) -> None:
         _check(path, report)
     lines = plot_lines(reports)
     for line in lines:
-        _check_line(line)
+        for steps, members in line.reports.items():
+            if len(recipes := recipes_of(members)) > 1:
+                several = " and ".join([*recipes.values()][:2])
+                raise UsageError(
+                    f"{line.name} of {steps:,} steps was trained by several recipes ({several}), and a line has one "
+                    "value at a place; plot the reports of one of them"
+                )
     title = f"{visible(reports[0].target)}: accept length by training steps"
     data = _rendered(lines, title, _note(reports), out.suffix.lower())
     try:
@@ -88,31 +103,17 @@ def plot_lines(reports: list[Report]) -> list[Line]:
     lines = defaultdict(lambda: defaultdict(list))
     for report in reports:
         draft, cache = report.draft, report.cache or "unknown"
-        name = visible(", ".join([_title(draft.method), *variants(report)]))
+        title = DRAFTS[draft.method].title if draft.method in DRAFTS else draft.method
+        name = visible(", ".join([title, *variants(report)]))
         parts = [f"block {draft.block_size}", f"{draft.proposals} proposals", _size(draft.parameters)]
         parts += [visible(f"cache {cache[:8]}")] * (len(caches) > 1)
         lines[name, ", ".join(parts)][draft.steps].append(report)
     return [Line(*key, dict(sorted(by_steps.items()))) for key, by_steps in lines.items()]
 
 
-def _title(method: str) -> str:
-    return DRAFTS[method].title if method in DRAFTS else method
-
-
 def recipes_of(reports: list[Report]) -> dict[str | None, str]:
     """Return the recipes of reports, which are of one line and number of steps, and a draft's path for each."""
     return {report.draft.recipe: report.draft.path for report in reports}
-
-
-def _check_line(line: Line) -> None:
-    """Refuse two recipes of as many steps: a line has one value there. UsageError."""
-    for steps, members in line.reports.items():
-        if len(recipes := recipes_of(members)) > 1:
-            several = " and ".join([*recipes.values()][:2])
-            raise UsageError(
-                f"{line.name} of {steps:,} steps was trained by several recipes ({several}), and a line has one value "
-                "at a place; plot the reports of one of them"
-            )
 
 
 def _size(parameters: int) -> str:
@@ -222,3 +223,45 @@ def space_labels(wanted: Iterable[float], gap: float) -> list[float]:
     placed = np.empty(len(wanted))
     placed[order] = np.clip((up + down) / 2, steps, 1 - steps[::-1])
     return placed.tolist()
+
+
+def steps_rows(reports: list[Report], base: list[Report]) -> list[list[str]]:
+    """A row for each kind of draft that was trained for several numbers of steps, by one recipe each."""
+    rows, base_steps = [], base[0].draft.steps
+    lines = plot_lines([report for report in reports if report.draft.steps and tokens_and_calls([report])])
+    names = [line.name for line in lines]
+    for line in lines:
+        several = any(len(recipes_of(members)) > 1 for members in line.reports.values())
+        if len(line.reports) < 2 or several or not tokens_and_calls(base):
+            continue
+        steps = list(line.reports)
+        *curve, wanted = paired_accept_lengths(*line.reports.values(), base)
+        overall = steps_to_reach(steps, [point.overall for point in curve], wanted.overall)
+        curve_BC = np.stack([point.resampled_B for point in curve], axis=1)
+        reached_B = [
+            steps_to_reach(steps, curve_C, goal) for curve_C, goal in zip(curve_BC, wanted.resampled_B, strict=True)
+        ]
+        low, high = (_steps_text(steps, edge) for edge in np.quantile(reached_B, QUANTILES, method="nearest"))
+        share = f"{overall / base_steps:.2f}" if base_steps and steps[0] < overall < np.inf else "-"
+        kind = line.name if names.count(line.name) == 1 else f"{line.name} ({line.conventions})"
+        measured = ", ".join(f"{count:,}" for count in steps)
+        rows.append([kind, measured, f"{_steps_text(steps, overall)} [{low}, {high}]", share])
+    return rows
+
+
+def _steps_text(steps: Sequence[int], reached: float) -> str:
+    """Outside of what was measured, only a bound is known."""
+    return f"≤ {steps[0]:,}" if reached <= steps[0] else f"> {steps[-1]:,}" if reached == np.inf else f"{reached:,.0f}"
+
+
+def steps_to_reach(steps: Sequence[int], accept_lengths: Sequence[float], wanted: float) -> float:
+    """Return after how many steps a curve first reaches an accept length, straight between points in log(steps).
+
+    The first number of steps where it is there already; infinity where it never is.
+    """
+    if accept_lengths[0] >= wanted:
+        return float(steps[0])
+    for (start, low), (stop, high) in pairwise(zip(steps, accept_lengths, strict=True)):
+        if low < wanted <= high:
+            return min(float(start * (stop / start) ** ((wanted - low) / (high - low))), float(stop))  # rounding
+    return np.inf

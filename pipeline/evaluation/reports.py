@@ -1,21 +1,29 @@
-"""Evaluation reports: what `pipeline evaluate --out` writes, read strictly, and the seeds of one draft pooled.
+"""Evaluation reports: what `pipeline evaluate --out` writes, read strictly; seeds pooled, drafts paired.
 
 The models are the format: their fields are a report's JSON keys, in the order they are written. Fields that have a
 default are absent from reports of earlier versions.
+
+What drafts gain differs far more from prompt to prompt than from draft to draft, so they are compared prompt by prompt:
+every bootstrap resample takes the same prompts of both. Seeds are pooled; how far they differ is shown beside, since
+intervals over prompts say nothing of it.
+
+    B resamples   n prompts
 """
 
 import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 from pydantic import FailFast, Field, ValidationError
 
+from pipeline.drafts import DRAFTS
 from pipeline.errors import UsageError, cause_of
-from pipeline.evaluation.accept_statistics import Figures, bootstrap
+from pipeline.evaluation.accept_length import Figures, bootstrap, resamples
 from pipeline.json_files import (
     MAX_BYTES,
     Count,
@@ -32,6 +40,7 @@ from pipeline.json_files import (
 )
 
 NUMBER_LIST = re.compile(r'\[\n[^][{}"]*\]')  # over several lines; JSON strings hold no bare newline, so none matches
+QUANTILES = (0.025, 0.975)  # of a 95 % interval
 MAX_SPREADS = 6.0  # for `SampledLossless.spreads`: by chance it is further off with probability 2 exp(-18) = 3e-8
 
 
@@ -215,15 +224,17 @@ def load_report(path: Path) -> Report:
 
 
 def pool_seeds(reports: Sequence[Report]) -> dict[str, list[Report]]:
-    """Return the reports of each draft by its name; those that differ only in their seed are of one draft.
+    """Return the reports of each draft by its name: method, variants, steps; and the run's folder for equal names.
 
-    Drafts of one name are told apart by a run folder's.
+    Reports that differ only in their seed are of one draft.
     """
     pooled = defaultdict(list)
     for report in reports:
         draft = report.draft
         conventions = draft.block_size, draft.proposals, draft.parameters
-        pooled[draft_name(report), draft.recipe, report.cache, *conventions].append(report)
+        steps = [f"{draft.steps:,} steps"] if draft.steps else []
+        name = ", ".join([draft.method, *variants(report), *steps])
+        pooled[name, draft.recipe, report.cache, *conventions].append(report)
     names, drafts = Counter(name for name, *_ in pooled), {}
     for (name, *_), members in pooled.items():
         title = name if names[name] == 1 else f"{name} ({Path(members[0].draft.path).name})"
@@ -231,25 +242,14 @@ def pool_seeds(reports: Sequence[Report]) -> dict[str, list[Report]]:
     return drafts
 
 
-def draft_name(report: Report) -> str:
-    """Return a draft's name in tables: method, variants, and training steps."""
-    steps = [f"{report.draft.steps:,} steps"] if report.draft.steps else []
-    return ", ".join([report.draft.method, *variants(report), *steps])
-
-
 def variants(report: Report) -> list[str]:
     """Return what sets a draft apart from others of its method: objective and weighting where they are not as
     published, and the confidence that its blocks were cut at."""
     draft, threshold = report.draft, report.settings.threshold
-    objective = draft.objective if draft.objective != _published_objective(draft.method) else None
+    options = DRAFTS[draft.method].Config.defaults({}) if draft.method in DRAFTS else {}
+    objective = draft.objective if draft.objective != options.get("objective", "ce") else None
     weighting = draft.weighting if draft.weighting != "decay" else None
     return [part for part in (objective, weighting, f"cut at {threshold:g}" if threshold else None) if part]
-
-
-def _published_objective(method: str) -> str:
-    from pipeline.drafts import DRAFTS  # here, not above: it brings torch
-
-    return DRAFTS[method].Config.defaults({}).get("objective", "ce") if method in DRAFTS else "ce"
 
 
 def accept_length(reports: Sequence[Report], domain: str | None = None) -> tuple[float, float, float] | None:
@@ -284,3 +284,43 @@ def tokens_and_calls(reports: Sequence[Report], domain: str | None = None) -> di
             if sample.lengths and domain in (None, sample.domain):
                 prompts[number, sample.domain] += (sum(sample.lengths), len(sample.lengths))
     return prompts
+
+
+@dataclass(frozen=True)
+class AcceptLengths:
+    """Accept lengths of one draft: over all prompts, over those of each resample [B], and of each seed alone."""
+
+    overall: float
+    resampled_B: np.ndarray
+    by_seed: dict[int | None, float]
+
+
+def paired_accept_lengths(*drafts: list[Report]) -> list[AcceptLengths]:
+    """Return the accept lengths of drafts that decoded the same prompts, all over the same resamples.
+
+    Prompts that took no call of any are left out. UsageError where the prompts differ.
+    """
+    prompt_sets = {prompt_set(report) for reports in drafts for report in reports}
+    if len(prompt_sets) > 1:
+        counts = ", ".join(str(len(prompts)) for prompts in prompt_sets)
+        raise UsageError(
+            f"the reports are of other prompts ({counts} of them) and cannot be paired; evaluate each with the same "
+            "--count, --prompts and cache"
+        )
+    prompts = sorted({prompt for reports in drafts for prompt in tokens_and_calls(reports)})
+    weights_Bn, accept_lengths = resamples(len(prompts), seed=0), []
+    for reports in drafts:
+        seeds = defaultdict(list)
+        for report in reports:
+            seeds[report.draft.seed].append(report)
+        tokens_n, calls_n = _counts(reports, prompts)
+        resampled_B = (weights_Bn @ tokens_n) / np.maximum(weights_Bn @ calls_n, 1)
+        by_seed = {seed: np.divide(*_counts(members, prompts).sum(1)) for seed, members in seeds.items()}
+        accept_lengths.append(AcceptLengths(tokens_n.sum() / calls_n.sum(), resampled_B, by_seed))
+    return accept_lengths
+
+
+def _counts(reports: list[Report], prompts: Sequence[tuple[int, str]]) -> np.ndarray:
+    """Tokens and calls of the prompts [2, n], seeds added up."""
+    counts = tokens_and_calls(reports)
+    return np.array([counts.get(prompt, (0, 0)) for prompt in prompts], float).T

@@ -1,15 +1,20 @@
-"""Tables of evaluations: several side by side, one alone, and a sweep's runs, as rich renderables or Markdown."""
+"""Tables of evaluations, as rich renderables or Markdown: several side by side, drafts compared with a baseline, one
+alone, and a sweep's runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 from rich.console import Group
 from rich.text import Text
 
+from pipeline.errors import UsageError
+from pipeline.evaluation.plot import steps_rows
 from pipeline.evaluation.reports import (
     MAX_SPREADS,
+    QUANTILES,
     ConfidenceCut,
     DecodedFigures,
     Lossless,
@@ -18,7 +23,9 @@ from pipeline.evaluation.reports import (
     Speed,
     accept_length,
     load_reports,
+    paired_accept_lengths,
     pool_seeds,
+    tokens_and_calls,
 )
 from pipeline.visible_text import Grid, escape_markdown, grid, visible
 
@@ -115,6 +122,57 @@ def as_markdown(rows: list[list[str]]) -> str:
     """Return rows, the first of them heads, as a Markdown table."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:]])
+
+
+def against_baseline(paths: Sequence[Path], baseline: Sequence[Path], markdown: bool = False) -> Group | str:
+    """Return the drafts of `paths` compared with the one of `baseline`, whose reports differ in their seed only.
+
+    UsageError for several baselines, or replies to other prompts.
+    """
+    loaded = load_reports([*paths, *baseline])
+    reports, base = loaded[: len(paths)], loaded[len(paths) :]
+    baselines = pool_seeds(base)
+    if len(baselines) > 1:
+        raise UsageError(f"--against: {' and '.join(baselines)} are several drafts; name the seeds of one")
+    shown = escape_markdown if markdown else visible
+    (title,) = map(shown, baselines)
+    rows = [row for name, members in pool_seeds(reports).items() for row in _draft_rows(shown(name), members, base)]
+    tables = [[["draft", "seeds", "T", "accept length", f"ratio to {title}", "by seed"], *rows]]
+    if as_good := steps_rows(reports, base):
+        heads = [f"as good as {title}", "measured after", "steps", "of its own"]
+        tables.append([heads, *([shown(kind), *rest] for kind, *rest in as_good)])
+    if markdown:
+        return "\n\n".join(map(as_markdown, tables))
+    note = (
+        "accept length over all prompts, and its ratio paired by prompt, each with its 95 % interval over prompts; by "
+        "seed: the lowest and highest ratio"
+    )
+    if as_good:
+        note += (
+            "; as good as: after how many steps a draft's accept length, straight in the logarithm of steps, reaches "
+            "the other's; of its own: these steps as a share of the other's"
+        )
+    return Group(*(part for table in tables for part in (as_grid(table), "")), Text(note, style="dim"))
+
+
+def _draft_rows(name: str, members: list[Report], base: list[Report]) -> Iterator[list[str]]:
+    """A draft's rows: of greedy replies, and of those sampled at each temperature."""
+    yield [name, seed_count(members), "0", accept_length_text(members), *_paired_ratio(members, base)]
+    for temperatures in temperatures_of(members):
+        sampled, sampled_base = sampled_at(members, temperatures), sampled_at(base, temperatures)
+        ratio = _paired_ratio(sampled, sampled_base)
+        yield ["", "", temperature_text(*temperatures), accept_length_text(sampled), *ratio]
+
+
+def _paired_ratio(members: list[Report], base: list[Report]) -> tuple[str, str]:
+    """The ratio with its interval, and the seeds' lowest and highest; a seed is compared with the baseline's own."""
+    if not tokens_and_calls(members) or not tokens_and_calls(base):
+        return "-", "-"
+    draft, baseline = paired_accept_lengths(members, base)
+    low, high = np.quantile(draft.resampled_B / baseline.resampled_B, QUANTILES)
+    ratios = [draft.by_seed[seed] / baseline.by_seed[seed] for seed in draft.by_seed.keys() & baseline.by_seed.keys()]
+    by_seed = f"{min(ratios):.3f} - {max(ratios):.3f}" if len(ratios) > 1 else "-"
+    return f"{draft.overall / baseline.overall:.3f} [{low:.3f}, {high:.3f}]", by_seed
 
 
 def sweep_table(report: dict) -> Group:

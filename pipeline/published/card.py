@@ -12,10 +12,10 @@ from pipeline.cache import HiddenCache
 from pipeline.cache.inspect import describe
 from pipeline.drafts import DRAFTS, DraftConfig
 from pipeline.errors import CacheError, UsageError
-from pipeline.evaluation.accept_statistics import Figures
+from pipeline.evaluation.accept_length import Figures
 from pipeline.evaluation.reports import load_report
 from pipeline.runs.checkpoint import find_checkpoint, open_checkpoint
-from pipeline.runs.folder import DONE, RUN, CacheRecord, read_recipe, read_result, read_run
+from pipeline.runs.folder import DONE, RUN, read_recipe, read_result, read_run
 from pipeline.visible_text import escape_markdown, markdown_code, visible
 
 CARD = "README.md"
@@ -72,8 +72,11 @@ def provenance(place: Path) -> tuple[HiddenCache | None, Origin]:
         recipe=recipe.toml(),
         evaluations=evaluations(folder, step),
     )
-    cache = _same_cache(recorded.cache)
-    if cache is None:
+    try:
+        cache = HiddenCache.open(recorded.cache.path)
+    except (UsageError, CacheError):  # moved, deleted or damaged since; the draft is none the worse for it
+        return None, origin
+    if cache.digest != recorded.cache.digest:
         return None, origin
     target, rules, description = cache.identity.target, cache.identity.samples, describe(cache.path)
     return cache, replace(
@@ -87,14 +90,6 @@ def provenance(place: Path) -> tuple[HiddenCache | None, Origin]:
         template={key: getattr(rules, key) for key in ("template_kwargs", "template_date") if rules.template_kwargs},
         gauge=description["gauge"],
     )
-
-
-def _same_cache(recorded: CacheRecord) -> HiddenCache | None:
-    try:
-        found = HiddenCache.open(recorded.path)
-    except (UsageError, CacheError):  # moved, deleted or damaged since; the draft is none the worse for it
-        return None
-    return found if found.digest == recorded.digest else None
 
 
 def evaluations(folder: Path, step: int) -> list[Measurement]:
@@ -112,8 +107,7 @@ def evaluations(folder: Path, step: int) -> list[Measurement]:
         threshold, drawn = report.settings.threshold, report.sampled
         cut = f", blocks cut at confidence {threshold:g}" if threshold else ""
         most = f"{report.settings.max_new} tokens at most{cut}"
-        title = f"Decoded greedily with the target, {most}"
-        measured.append(Measurement(title, report.overall, report.domains))
+        measured.append(Measurement(f"Decoded greedily with the target, {most}", report.overall, report.domains))
         if drawn:
             title = f"Replies drawn from the target at T = {drawn.temperature:g}, {most}"
             measured.append(Measurement(title, drawn.overall, drawn.domains))
@@ -130,14 +124,21 @@ def card(config: DraftConfig, form: str, origin: Origin, parameters: int, folder
     front = [f"base_model: {json.dumps(origin.target)}"] if origin.target and "/" in origin.target else []
     front = ["---", *front, "tags:", "- speculative-decoding", f"- {config.method}", "---"]
     title = f"# {DRAFTS[config.method].title} draft for {target}"
+    recipe = (
+        f"```toml\n{origin.recipe.strip()}\n```" if origin.recipe else "Not recorded: a checkpoint without its run."
+    )
+    licence = (
+        f"None is stated here. The weights were learned from hidden states of {target} on the corpus above, and are of "
+        "use with that target only: its licence and the corpus's terms decide what may be done with them."
+    )
     sections = [
         "\n".join(front),
         f"{title}\n\n{_what(config, origin, parameters)}",
         f"## Serving\n\n{_serving(config, form, origin, folder)}",
         f"## Accept length\n\n{_accept_lengths(origin)}",
         f"## Made from\n\n{_made_from(origin)}",
-        f"## Recipe\n\n{_recipe(origin)}",
-        f"## Licence\n\n{_licence(target)}",
+        f"## Recipe\n\n{recipe}",
+        f"## Licence\n\n{licence}",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -161,9 +162,11 @@ def _what(config: DraftConfig, origin: Origin, parameters: int) -> str:
 
 def _serving(config: DraftConfig, form: str, origin: Origin, folder: str) -> str:
     command = serve_command(config, form, origin, folder)
-    notes = ["Compare the accept length that the engine reports with the one below: far less means that it reads the"]
-    notes += ["draft otherwise than it was trained."]
-    notes += DRAFTS[config.method].card_notes(config, form)
+    notes = [
+        "Compare the accept length that the engine reports with the one below: far less means that it reads the",
+        "draft otherwise than it was trained.",
+        *DRAFTS[config.method].card_notes(config, form),
+    ]
     check = markdown_code(shlex.join(["pipeline", "check-export", folder]))
     return f"    {visible(command)}\n\n" + "\n".join(notes) + f"\n{check} proves the files themselves."
 
@@ -233,17 +236,6 @@ def _gauge(gauge: dict | None) -> str | None:
     return (
         f"the target's own greedy token in {gauge['agreement']:.1%} of {gauge['rows']:,} supervised rows "
         f"(mean log-probability {gauge['logprob']:.2f})"
-    )
-
-
-def _recipe(origin: Origin) -> str:
-    return f"```toml\n{origin.recipe.strip()}\n```" if origin.recipe else "Not recorded: a checkpoint without its run."
-
-
-def _licence(target: str) -> str:
-    return (
-        f"None is stated here. The weights were learned from hidden states of {target} on the corpus above, and are of "
-        "use with that target only: its licence and the corpus's terms decide what may be done with them."
     )
 
 

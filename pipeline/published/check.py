@@ -4,12 +4,11 @@ Names and shapes are those of the publications (`Draft.tensors`). The arithmetic
 plain torch as an engine runs it (`block_states`: DFlash, arXiv:2602.06036; `Draft.reference`). It shares nothing with
 `backbone.py`, where blocks are grouped and gradients written out: what the two agree on is no mistake of one of them.
 
-An export leaves a probe beside its weights: a few blocks, and the logits that the trainer computes on them. It has all
-that is needed to check the folder without its target: the states before each block, the target's embedding of every id
-in it, a few columns of the target's head. 2 to 3 MB for a target of 8B parameters. It is a file of its own, in the
-layout of safetensors under a name that ends otherwise: engines read every `*.safetensors`, `*.bin` and `*.pt` of a
-folder as weights, and the strict ones (vLLM) end on a name they do not know; in the weights' own header it would be
-metadata that every reader parses, and that tools which save again drop.
+An export leaves a probe beside its weights: a few blocks, the logits that the trainer computes on them, and what is
+needed to check the folder without its target: the states before each block, the target's embedding of every id in it, a
+few columns of the target's head. 2 to 3 MB for a target of 8B parameters. It is in the layout of safetensors under a
+name that ends otherwise, as engines read every `*.safetensors`, `*.bin` and `*.pt` of a folder as weights, and the
+strict ones (vLLM) end on a name they do not know; tools that save again drop what is in the weights' own header.
 
     K layers   T context rows   D hidden size   N blocks   S slots   C columns   I ids   E head size
 """
@@ -30,8 +29,8 @@ from pipeline.drafts import DRAFTS, Blocks, Cell, Draft, DraftConfig
 from pipeline.drafts.draft import ProbeBlock
 from pipeline.errors import ProofError, UsageError, refuse_limit
 from pipeline.json_files import check_regular, parse_json
-from pipeline.published.folder import WEIGHTS, Opened, open_folder
 from pipeline.published.reading import CONFIG
+from pipeline.published.weights import WEIGHTS, Opened, open_folder
 from pipeline.tensors import save_tensors
 
 # What engines load as weights, whatever it is called (vLLM and SGLang glob these).

@@ -13,7 +13,7 @@ embedding serves a draft that accepts nothing. So keys that they seek in two pla
 
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,8 +26,8 @@ from pipeline.published import CONFIG, WEIGHTS, load_draft_folder
 from pipeline.published.card import CARD, Origin, card, provenance
 from pipeline.published.check import PROBE, check_export, write_probe
 from pipeline.published.reading import SHARED, TRAINED_ON
-from pipeline.runs.cache_requirements import training_config
 from pipeline.runs.checkpoint import load_config, load_draft
+from pipeline.runs.training_data import training_config
 from pipeline.target.head import TargetHead, logit_scale
 from pipeline.tensors import save_tensors
 
@@ -35,16 +35,6 @@ PROBE_ROWS, PROBE_BLOCKS = 512, 16
 KEPT_ROWS, KEPT_BLOCKS = 24, 2  # of the probe that is stored with the export
 FILES = (CONFIG, WEIGHTS, PROBE, CARD)
 SCRATCH_LABEL, DRAFT = "export", "draft"  # where it is written until it is proven
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A cell and blocks to compare two drafts on, and where they come from."""
-
-    head: TargetHead
-    cell: Cell
-    blocks: Blocks
-    source: str
 
 
 def export(run: Path, out: Path, format: str = "sglang") -> dict:
@@ -68,8 +58,11 @@ def export(run: Path, out: Path, format: str = "sglang") -> dict:
         with Scratch(out.parent, SCRATCH_LABEL) as scratch:
             unfinished = scratch.path / DRAFT
             _write(unfinished, published_config(config, format, origin), draft, dtype)
-            proof = prove(unfinished, draft, make_probe(config, rows, head, source), dtype)
-            proof += _prove_files(unfinished, draft, make_probe(config, shorter(rows), head, source, KEPT_BLOCKS))
+            proof = prove(unfinished, draft, *make_probe(config, rows), source, dtype)
+            kept = make_probe(config, shorter(rows), KEPT_BLOCKS)
+            write_probe(unfinished, draft, *kept, source)  # with the weights as they are stored now
+            difference = check_export(unfinished)["probe"]["difference"]
+            proof += f"; plain arithmetic on the files gives the same within {difference:.0e}"
             (unfinished / CARD).write_text(card(config, format, origin, parameters, out.name), "utf-8")
             for file in FILES:
                 sync_file(unfinished / file)
@@ -101,13 +94,13 @@ def shorter(rows: Sample) -> Sample:
     return replace(rows, ids=rows.ids[:KEPT_ROWS], mask=rows.mask[:KEPT_ROWS], aux=rows.aux[:, :KEPT_ROWS])
 
 
-def make_probe(config: DraftConfig, rows: Sample, head: TargetHead, source: str, count: int = PROBE_BLOCKS) -> Probe:
+def make_probe(config: DraftConfig, rows: Sample, count: int = PROBE_BLOCKS) -> tuple[Cell, Blocks]:
     """Lay blocks over rows, the last ones past their end."""
     cell = pack([rows], ["probe"])
     anchors_N = torch.linspace(0, len(rows.ids) - 1, min(count, len(rows.ids))).long()
     if count == KEPT_BLOCKS:
         anchors_N = anchors_N.clamp(min=len(rows.ids) // 2)  # a first block without context would show half as much
-    return Probe(head, cell, lay_blocks(cell, anchors_N, config), source)
+    return cell, lay_blocks(cell, anchors_N, config)
 
 
 def _write(folder: Path, published: dict, draft: Draft, dtype: torch.dtype) -> None:
@@ -119,14 +112,14 @@ def _write(folder: Path, published: dict, draft: Draft, dtype: torch.dtype) -> N
     save_tensors(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def prove(folder: Path, draft: Draft, probe: Probe, dtype: torch.dtype) -> str:
+def prove(folder: Path, draft: Draft, cell: Cell, blocks: Blocks, source: str, dtype: torch.dtype) -> str:
     """Read the folder back from its files alone and compare with the trainer's draft; return what was proven.
 
     The trainer's weights are rounded to the stored type first; then logits and proposals must be equal to the bit.
     ProofError otherwise.
     """
     try:
-        opened = load_draft_folder(folder, probe.head)
+        opened = load_draft_folder(folder, draft.target)
     except UsageError as error:
         raise ProofError(f"the exported draft cannot be read back: {error}") from error
     if type(opened) is not type(draft):
@@ -136,24 +129,18 @@ def prove(folder: Path, draft: Draft, probe: Probe, dtype: torch.dtype) -> str:
     if changed:
         was, now = (getattr(which.config, changed[0]) for which in (draft, opened))
         raise ProofError(f"the exported draft reads {changed[0]} = {now}, the trained one has {was}; please report it")
-    exact_NSV, _ = draft.teacher_forced(probe.cell, probe.blocks)
+    exact_NSV, _ = draft.teacher_forced(cell, blocks)
     for weight in draft.state_dict().values():
         if weight.is_floating_point():
             weight.copy_(weight.to(dtype))
-    (wanted_NSV, _), (read_NSV, _) = (each.teacher_forced(probe.cell, probe.blocks) for each in (draft, opened))
-    wanted, read = (each.greedy_proposals(probe.cell, probe.blocks) for each in (draft, opened))
+    (wanted_NSV, _), (read_NSV, _) = (each.teacher_forced(cell, blocks) for each in (draft, opened))
+    wanted, read = (each.greedy_proposals(cell, blocks) for each in (draft, opened))
     if not torch.equal(wanted_NSV, read_NSV) or wanted != read:
         off = float((wanted_NSV - read_NSV).abs().max() / wanted_NSV.abs().max())
         raise ProofError(f"logits of the exported draft differ from the trainer's by {off:.3g}; please report it")
     rounding = float((exact_NSV - read_NSV).norm() / exact_NSV.norm())
     rounded = f", {rounding:.1e} off float32 by rounding" if rounding else ""
-    return f"logits and proposals equal on {len(read_NSV)} blocks of {probe.source}{rounded}"
-
-
-def _prove_files(folder: Path, draft: Draft, probe: Probe) -> str:
-    """Store the probe, computed with the weights as they are stored, and check it against the files alone."""
-    write_probe(folder, draft, probe.cell, probe.blocks, probe.source)
-    return f"; plain arithmetic on the files gives the same within {check_export(folder)['probe']['difference']:.0e}"
+    return f"logits and proposals equal on {len(read_NSV)} blocks of {source}{rounded}"
 
 
 def _rename_into_place(unfinished: Path, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""config.json of a published draft, whoever wrote it, as a checked DraftConfig: its inference, not its training.
+"""config.json of a published draft, whoever wrote it, as a checked DraftConfig, and its tensors' names in ours.
 
 Nothing is guessed. A value that is missing, stated twice and differently, or of a draft that computes something else
 than ours is refused: each of these loads without an error elsewhere and accepts nothing.
@@ -7,11 +7,13 @@ Forms: z-lab's and SpecForge's (`dflash_config` inside a Qwen3 config), what SGL
 lifted), DeepSpec's and Model-Optimizer's DSpark (flat), and speculators' (`transformer_layer_config`).
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.drafts import DRAFTS, DraftConfig, draft_config
-from pipeline.drafts.draft import PublishedKeys
+from pipeline.drafts.draft import PublishedKeys, Shapes
 from pipeline.drafts.rope import RopeScaling, draft_rope_scaling, rope_parameters, rope_type_of
 from pipeline.errors import UsageError, cause_of, refuse_limit
 from pipeline.json_files import parse_json, read_file
@@ -55,6 +57,9 @@ MASKS = ("is_causal", "causal", "sliding_window_non_causal")
 _NESTED = {"attention_mode", "num_anchors", "loss_decay_gamma", "mask_token", "swa_window_size", "block_size"}
 _NESTED |= {"mask_token_id", "target_layer_ids", "num_target_layers", "projector_type", "shift_label"}
 _NESTED |= {"sample_from_anchor", *INERT, *MASKS}
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+# A trainer's whole state: only what is below this is the draft.
+_WRAPPERS = ("draft_model.", "dflash_module.")
 _SIZES = (*SHARED[:6], "max_position_embeddings", "head_dim")
 _MOST = {"num_hidden_layers": 1024, "block_size": 4096}  # far more than any draft has
 
@@ -83,16 +88,11 @@ def read_json(path: Path) -> dict:
     return record
 
 
-def read_published(path: Path, target_layers: int | None = None) -> DraftConfig:
-    """Return the draft that a folder's config.json describes. UsageError.
+def read_description(path: Path, target_layers: int | None = None) -> Published:
+    """Return what a folder's config.json states. UsageError.
 
     target_layers: the target's depth, for forms that do not state it.
     """
-    return read_description(path, target_layers).config
-
-
-def read_description(path: Path, target_layers: int | None = None) -> Published:
-    """Return the same, with what else the folder may hold."""
     file = Path(path) / CONFIG
     flat = read_json(file)
     try:
@@ -302,3 +302,36 @@ def _rope_scaling(file: Path, flat: dict) -> RopeScaling | None:
     if len(set(scalings)) > 1 or (scalings and plain):
         raise UsageError(f"{file}: rope_scaling and rope_parameters differ; state scaled rotary positions twice alike")
     return scalings[0] if scalings else None
+
+
+def target_copies(config: DraftConfig, proposed: int, speculators: bool) -> Shapes:
+    """Return the copies of the target's own tensors that some projects publish with a draft, and their maps of reduced
+    ids."""
+    D, V = config.hidden_size, config.vocab_size
+    copies = {EMBEDDING: (V, D), HEAD: (proposed, D)}
+    if not speculators:
+        return copies
+    # d2t: id of the target minus id of the draft, for each id that may be proposed; t2d: whether an id may be.
+    maps = {"d2t": (proposed,), "t2d": (V,)}
+    return copies | maps | {"verifier_norm.weight": (D,), "verifier_lm_head.weight": (proposed, D)}
+
+
+def published_names(stored: Iterable[str]) -> dict[str, str]:
+    """Map published names to the names that a file has them under; what is not the draft's own is left out.
+
+    Other people's prefixes and names are undone, rotary buffers dropped. UsageError for two of one name.
+    """
+    stored = list(stored)
+    renamed = {pattern: ours for draft in DRAFTS.values() for pattern, ours in draft.renamed_tensors.items()}
+    wrapper = next((prefix for prefix in _WRAPPERS if any(prefix in name for name in stored)), "")
+    names: dict[str, str] = {}
+    for file_name in stored:
+        if wrapper not in file_name or file_name.endswith("rotary_emb.inv_freq"):
+            continue
+        name = file_name.partition(wrapper)[2] if wrapper else file_name
+        for pattern, ours in renamed.items():
+            name = re.sub(pattern, ours, name)
+        if name in names:
+            raise UsageError(f"{names[name]} and {file_name} are both {name}; remove the one that is not the draft's")
+        names[name] = file_name
+    return names

@@ -4,8 +4,8 @@
         draft.safetensors            weights, named as published checkpoints name them
         config.json                  DraftConfig
         optimizer.safetensors        float32 state of the optimiser, absent when none was given
-        state.json                   step, what the caller adds, and the size and xxh3-128 of the other files, with a
-                                     checksum of itself (checksummed_json.py)
+        state.json                   step, what the caller adds, and the size and xxh3-128 of the other files; it
+                                     ends with a checksum of itself
 
 Only safetensors and JSON: loading one runs no code. A folder appears by rename after every byte is synced, so a kill at
 any moment leaves the previous checkpoint. A checkpoint has these files and no others; other paths in state.json, and
@@ -84,13 +84,21 @@ def save(
     if path.exists():
         return path
     weights = draft.state_dict()
-    check_free_space(run, "a checkpoint", sum(map(_size, [*weights.values(), *optimizer.values()])))
+    check_free_space(run, "a checkpoint", sum(tensor.nbytes for tensor in [*weights.values(), *optimizer.values()]))
     unfinished = folder / f"{UNFINISHED}{path.name}"
     with write_errors(folder, "a checkpoint"):
         shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process: the run is locked, nobody writes here
         unfinished.mkdir(parents=True)
         try:
-            _write_files(unfinished, weights, draft.config, optimizer, {**digests, "step": step})
+            (unfinished / CONFIG).write_text(draft.config.model_dump_json(indent=1) + "\n")
+            save_tensors(weights, unfinished / DRAFT)
+            if optimizer:
+                save_tensors(optimizer, unfinished / OPTIMIZER)
+            files = {file.name: FileFact.of_file(file) for file in sorted(unfinished.iterdir())}
+            for name in files:
+                sync_file(unfinished / name)
+            facts = CheckpointState(step=step, files=files, **digests).as_dict()
+            write_file(unfinished / STATE, record_bytes(dict(sorted(facts.items()))))
             os.rename(unfinished, path)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -98,22 +106,6 @@ def save(
         for old in steps(run)[:-keep]:
             shutil.rmtree(folder / f"step-{old:08d}")
     return path
-
-
-def _write_files(folder: Path, weights: dict, config: DraftConfig, optimizer: dict, state: dict) -> None:
-    (folder / CONFIG).write_text(config.model_dump_json(indent=1) + "\n")
-    save_tensors(weights, folder / DRAFT)
-    if optimizer:
-        save_tensors(optimizer, folder / OPTIMIZER)
-    files = sorted(folder.iterdir())
-    for file in files:
-        sync_file(file)
-    facts = CheckpointState(**state, files={file.name: FileFact.of_file(file) for file in files}).as_dict()
-    write_file(folder / STATE, record_bytes(dict(sorted(facts.items()))))
-
-
-def _size(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:

@@ -7,8 +7,8 @@
         checkpoints/   see pipeline/runs/checkpoint.py
         metrics.jsonl, timing.jsonl    see stages/train_draft/logs.py
 
-The JSON files hold a checksum of themselves (checksummed_json.py), which is verified before use; those of version 0.5.0
-and earlier have none. Read by training, `evaluate` and `export`.
+The JSON files end with a checksum of themselves, which is verified before use; those of version 0.5.0 and earlier have
+none. Read by training, `evaluate` and `export`.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from pipeline.cache.layout import FINAL
 from pipeline.cache.manifest import FileFact
 from pipeline.drafts.rope import RopeScaling
 from pipeline.errors import CacheError, UsageError
-from pipeline.evaluation.accept_statistics import Figures
+from pipeline.evaluation.accept_length import Figures
 from pipeline.json_files import (
     Count,
     Counts,
@@ -43,17 +43,16 @@ from pipeline.json_files import (
     record_bytes,
 )
 from pipeline.runs.checkpoint import CONFIG, DRAFT, STATE, checkpoint_folder, open_checkpoint
-from pipeline.runs.recipe import Recipe, Resolved, load_recipe
-from pipeline.runs.split import Split
+from pipeline.runs.recipe import MAX_BYTES, Recipe, Resolved, load_recipe
+from pipeline.runs.training_data import Split
 from pipeline.target.head import NEWEST, RULES
 
 if TYPE_CHECKING:
-    from pipeline.published.init_from import InitialWeights
+    from pipeline.published.weights import InitialWeights
 
 RUN, RECIPE, DONE = "run.json", "recipe.toml", "done.json"
 OTHER_FOLDERS = {"config.json": "a model or a draft", "cache.json": "a cache"}  # files of other kinds of folder
 PACKAGES = ("torch", "numpy", "safetensors", "pydantic")  # whose versions are recorded
-MAX_RECIPE = 1 << 20  # bytes
 PUT_BACK = "put it back as it was, or train into another --out"
 MAKE_AGAIN = "remove it: the same `pipeline train-draft` makes it again from the newest checkpoint"
 
@@ -88,8 +87,8 @@ class RunRecord(Record):
     target: str  # its name
     start: StartRecord | None = None  # None: random weights
     versions: dict[str, str]  # of this program, Python and PACKAGES
-    head_chunk: object = min(RULES)  # see `chunk_rule`
-    rope_scaling: object = None  # see `with_recorded_rope`
+    head_chunk: int = Field(min(RULES), ge=min(RULES))  # see `chunk_rule`; version 0.5 and before record none
+    rope_scaling: RopeScaling | None = None
     machine: dict[str, str] = Field(default_factory=dict)  # what a run's exact bits depend on besides versions
     command: list[str] = Field(default_factory=list)
     recipe: FileFact | None = None
@@ -164,7 +163,20 @@ def create_or_check(
     longer promised. Raises UsageError naming the first difference with both values: another recipe, number of steps,
     cache, corpus or initial weights.
     """
-    now = describe(resolved, cache, split, machine, start)
+    initial = start and StartRecord(place=str(start.path), digest=start.digest, fresh=list(start.fresh))
+    scaling = resolved.draft.rope_scaling
+    versions = {"pipeline": __version__, "python": platform.python_version()}
+    now = RunRecord(
+        cache=CacheRecord(path=str(cache.path.resolve()), digest=cache.digest, rounded=_lossy_states(resolved, cache)),
+        split=SplitRecord(train=len(split.train), heldout=len(split.heldout), digest=split.digest),
+        target=cache.identity.target.name,
+        start=initial,
+        versions=versions | {name: metadata.version(name) for name in PACKAGES},
+        head_chunk=NEWEST,
+        rope_scaling=scaling and RopeScaling(**scaling.as_config()),
+        machine=machine,
+        command=sys.argv,
+    )
     if not (run / RECIPE).exists():
         marker = next((name for name in OTHER_FOLDERS if (run / name).is_file()), None)
         if marker:
@@ -188,56 +200,15 @@ def create_or_check(
     return [f"{key} {before[key]}, now {after[key]}" for key in after if before.get(key, after[key]) != after[key]]
 
 
-def describe(
-    resolved: Resolved,
-    cache: HiddenCache,
-    split: Split,
-    machine: dict[str, str],
-    start: "InitialWeights | None" = None,
-) -> RunRecord:
-    """Return the record of a run that this process would begin; `write_run` adds the recipe's checksum."""
-    initial = start and StartRecord(place=str(start.path), digest=start.digest, fresh=list(start.fresh))
-    scaling = resolved.draft.rope_scaling
-    return RunRecord(
-        cache=CacheRecord(path=str(cache.path.resolve()), digest=cache.digest, rounded=_lossy_states(resolved, cache)),
-        split=SplitRecord(train=len(split.train), heldout=len(split.heldout), digest=split.digest),
-        target=cache.identity.target.name,
-        start=initial,
-        versions={"pipeline": __version__, "python": platform.python_version()}
-        | {name: metadata.version(name) for name in PACKAGES},
-        head_chunk=NEWEST,
-        rope_scaling=scaling and scaling.as_config(),
-        machine=machine,
-        command=sys.argv,
-    )
-
-
 def chunk_rule(run: Path) -> int:
-    """Return the rule of `target/head.py` that run.json records; runs of version 0.5 and before record none.
-
-    Raises UsageError for a rule of a later version, CacheError for a value that is no rule.
-    """
+    """Return the rule of `target/head.py` that run.json records. Raises UsageError for a rule of a later version."""
     rule = read_run(run).head_chunk
-    if type(rule) is not int or rule < min(RULES):
-        raise CacheError(f"{run / RUN}: damaged, head_chunk {rule!r} is no rule; put it back as it was")
     if rule not in RULES:
         raise UsageError(
             f"{run} was begun by a later version: its logits are cut by rule {rule}, this version knows "
             f"{', '.join(map(str, RULES))}; go on with that version, or pass another --out"
         )
     return rule
-
-
-def with_recorded_rope(run: Path, resolved: Resolved) -> Resolved:
-    """Return `resolved` with the rotary scaling that run.json records; runs of version 0.5 and before have none.
-
-    Raises CacheError for a damaged record.
-    """
-    recorded = read_run(run).rope_scaling
-    try:
-        return resolved.with_rope_scaling(None if recorded is None else RopeScaling(**recorded))
-    except (TypeError, ValueError) as error:
-        raise CacheError(f"{run / RUN}: damaged, no rope_scaling ({error}); put it back as it was") from None
 
 
 def _flat(recipe: dict) -> dict:
@@ -260,7 +231,7 @@ def read_recipe(run: Path) -> Recipe:
     """Return a run's recipe. Raises CacheError when recipe.toml differs from what run.json records."""
     path, wanted = run / RECIPE, read_run(run).recipe
     try:
-        found = FileFact.of_bytes(read_file(path, MAX_RECIPE))
+        found = FileFact.of_bytes(read_file(path, MAX_BYTES))
     except (OSError, ValueError) as error:
         raise damage_error(path, error, PUT_BACK) from None
     if wanted not in (None, found):

@@ -35,7 +35,7 @@ from pipeline.drafts.draft import SMALL_HIDDEN
 from pipeline.drafts.rope import RopeScaling, draft_rope_scaling, rope_theta
 from pipeline.errors import UsageError, cause_of
 from pipeline.json_files import read_file
-from pipeline.runs.cache_requirements import check_final, layers_to_read, resolve_mask_token, training_config
+from pipeline.runs.training_data import check_final, layers_to_read, resolve_mask_token, training_config
 
 # TOML has only lists; everything else keeps the type that was written.
 Layers = Annotated[tuple[int, ...], Field(strict=False, min_length=1)]
@@ -140,12 +140,10 @@ class Recipe(BaseModel):
 
     def toml(self) -> str:
         """Return the recipe as TOML, without fields that are None. These types are written alike in TOML and JSON."""
-        sections = self.model_dump(exclude_none=True).items()
-        tables = (
-            [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in fields.items())]
-            for name, fields in sections
-        )
-        return "\n\n".join("\n".join(lines) for lines in tables) + "\n"
+        tables = []
+        for name, fields in self.model_dump(exclude_none=True).items():
+            tables.append("\n".join([f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in fields.items())]))
+        return "\n\n".join(tables) + "\n"
 
     def digest(self) -> str:
         """Return a hash of all fields, independent of their order."""
@@ -261,7 +259,8 @@ def resolve(recipe: Recipe, cache) -> Resolved:
     target = training_config(cache.target_config)
     draft = _resolve_draft(recipe.draft, target, cache)
     config = _draft_config(draft, target)
-    _check_final_states(config, cache)
+    if config.final_reader is not None:  # a loss reads the target's final states
+        check_final(cache, *config.final_reader)
     train = recipe.train
     optimizer = train.optimizer or ("adamw" if config.hidden_size > SMALL_HIDDEN else "muon")
     filled = {
@@ -277,12 +276,6 @@ def resolve(recipe: Recipe, cache) -> Resolved:
             "a sample's blocks share a cell; raise the one or lower the other"
         )
     return Resolved(recipe.model_copy(update={"draft": draft, "train": train.model_copy(update=filled)}), config)
-
-
-def _check_final_states(config: DraftConfig, cache) -> None:
-    """Raise UsageError for a loss that reads final states which the cache lacks."""
-    if config.final_reader is not None:
-        check_final(cache, *config.final_reader)
 
 
 def default_lr(hidden_size: int, optimizer: str) -> float:

@@ -25,7 +25,7 @@ from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.plan_writer import MIN_SHARDS, SHARD_BYTES, has_columns
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import UsageError
-from pipeline.runs.split import HELDOUT, splitmix64
+from pipeline.runs.training_data import HELDOUT, splitmix64
 from pipeline.target.files import CONFIG, tokenizer_files
 from stages.cache_hidden.plan_report import head_bytes
 from stages.cache_hidden.settings import CaptureOptions, CaptureSettings, size_bytes

@@ -16,7 +16,7 @@ from pipeline.cache.plan import Plan
 from pipeline.cache.samples import ShardPlan, to_numpy
 from pipeline.cache.schema import ColumnManifest
 from pipeline.errors import UsageError
-from pipeline.runs.cache_requirements import cache_hidden_command
+from pipeline.runs.training_data import cache_hidden_command
 from pipeline.target.files import read_json, read_text_config
 from stages.cache_hidden.settings import CaptureOptions, CaptureSettings
 

@@ -12,15 +12,19 @@ So the output is the target's, whatever the draft proposes: its greedy tokens, o
     B sequences   K layers   N new rows   D hidden size   P proposals   V vocabulary
 """
 
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
+from typing import TypeVar
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -31,7 +35,9 @@ from pipeline.target.kv_cache import BatchedKV, SingleKV, check_croppable, new_k
 from pipeline.target.model import tap_layers
 from pipeline.tensors import draw, uniforms
 
+PROGRESS_SECONDS = 5.0  # between lines where there is no terminal
 MIN_TEMPERATURE = 1e-3  # the lowest temperature above 0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,20 @@ def decode_many(
                 yield sequence.index, sequence.decoded(max_new)
 
 
+def with_progress(ended: Iterable[T], count: int, doing: str) -> Iterator[T]:
+    """Yield finished items and report progress: a bar on a terminal, a line every few seconds elsewhere."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        yield from track(ended, doing, total=count, console=console, transient=True)
+        return
+    last_report = time.monotonic()
+    for number, item in enumerate(ended, 1):
+        yield item
+        if time.monotonic() - last_report > PROGRESS_SECONDS:
+            last_report = time.monotonic()
+            print(f"{doing}: {number} of {count} prompts", file=sys.stderr)
+
+
 def _prefill(target: PreTrainedModel, draft: Draft, sequence: "_Sequence", stops: Collection[int]) -> DynamicCache:
     """Run the target over a prompt, append its first token, and return the target's kv cache."""
     layers, count = draft.config.target_layer_ids, len(sequence.ids)
@@ -137,7 +157,8 @@ def _prefill(target: PreTrainedModel, draft: Draft, sequence: "_Sequence", stops
         if all(taken[layer].shape[1] == count for layer in layers):
             break
     logits_1V = output.logits[0, -1:]
-    sequence.ids += sequence.accept_rule(empty_proposal(logits_1V.device), logits_1V)
+    nothing = Proposal(torch.zeros(0, dtype=torch.long, device=logits_1V.device), None)
+    sequence.ids += sequence.accept_rule(nothing, logits_1V)
     sequence.ended = sequence.ids[-1] in stops
     sequence.features_KTD = torch.cat([taken[layer] for layer in layers])
     return kv
@@ -157,7 +178,10 @@ def _decode_step(
     layers, draft_sampling = draft.config.target_layer_ids, None
     if sampling is not None and sampling.draft_temperature:
         draft_sampling = Sampling(sampling.draft_temperature, [sequence.generator for sequence in live])
-    requests = [sequence.draft_request() for sequence in live]
+    requests = [
+        BlockRequest(sequence.features_KTD, sequence.ids[sequence.start], sequence.start, sequence.kv)
+        for sequence in live
+    ]
     blocks = [_first(block, proposals) for block in draft.propose(requests, draft_sampling, threshold)]
     inputs = [
         [sequence.ids[sequence.start], *block.ids_P.tolist()] for sequence, block in zip(live, blocks, strict=True)
@@ -178,11 +202,6 @@ def _first(block: Proposal, count: int | None) -> Proposal:
     return Proposal(block.ids_P[:count], None if block.q_PV is None else block.q_PV[:count])
 
 
-def empty_proposal(device: torch.device) -> Proposal:
-    """Return a block without proposals, which the prefill verifies."""
-    return Proposal(torch.zeros(0, dtype=torch.long, device=device), None)
-
-
 class _Sequence:
     """A prompt being decoded: its reply so far and the target features that the next block is drafted from."""
 
@@ -192,9 +211,6 @@ class _Sequence:
         self.lengths, self.matched, self.proposed = [], [], []
         self.features_KTD: Tensor | None = None
         self.start, self.ended, self.start_time = self.prompt, False, time.perf_counter()
-
-    def draft_request(self) -> BlockRequest:
-        return BlockRequest(self.features_KTD, self.ids[self.start], self.start, self.kv)
 
     def accept(self, block: Proposal, logits_NV: Tensor, features_KND: Tensor, stops: Collection[int]) -> int:
         """Append the accepted tokens of a verified block; return how many tokens were gained."""

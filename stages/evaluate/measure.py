@@ -1,28 +1,27 @@
-"""Decode every prompt with the draft and without, and turn the replies into the parts of a report.
+"""Prompts, decoded with the draft and without, and the parts of a report that their replies make.
 
-N blocks   S slots
+Prompts are a cache's held-out samples, or lines of a JSONL file. A line has `messages` (rendered with the target's chat
+template; a last reply is left out), `prompt` (text as it stands) or `input_ids`, and may name its `domain`.
+
+    N blocks   S slots
 """
 
 import contextlib
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from transformers import PreTrainedModel
 
 from pipeline.cache import HiddenCache
+from pipeline.corpus.rejections import Unusable
 from pipeline.drafts import Draft, eligible_anchors, lay_blocks, metrics_of, pack
-from pipeline.errors import ProofError, RoomError, UsageError
-from pipeline.evaluation.accept_length import SLOTS_AT_ONCE, Span, accept_spans, accept_spans_by_threshold
-from pipeline.evaluation.accept_statistics import summarise
+from pipeline.errors import DataError, ProofError, RoomError, UsageError, cause_of, refuse_limit
+from pipeline.evaluation.accept_length import SLOTS_AT_ONCE, Span, accept_spans, reply_spans, summarise
 from pipeline.evaluation.reports import (
     Agreement,
     ConfidenceCut,
@@ -33,9 +32,11 @@ from pipeline.evaluation.reports import (
     SampledReplies,
     Speed,
 )
-from pipeline.runs.split import stratified_subset
-from pipeline.tensors import is_out_of_memory
-from stages.evaluate.decode import Decoded, SamplingOptions
+from pipeline.json_files import parse_json, read_file
+from pipeline.runs.training_data import stratified_subset
+from pipeline.target.chat_template import ChatTemplate, load_tokenizer
+from pipeline.target.files import TEMPLATE_DATE
+from stages.evaluate.decode import Decoded, SamplingOptions, with_progress
 from stages.evaluate.lossless import (
     LosslessCheck,
     PlainReplies,
@@ -44,13 +45,101 @@ from stages.evaluate.lossless import (
     plain_decode,
     token_quantiles,
 )
-from stages.evaluate.prompts import Prompt
 
-PROGRESS_SECONDS = 5.0  # seconds between lines where there is no terminal
+MOST_BYTES = 1 << 30  # of a file of prompts
+KINDS = ("messages", "prompt", "input_ids")
 TEACHER_FORCED = 16  # samples of a domain, on average
 THRESHOLDS = (0.0, 0.2, 0.4, 0.6, 0.8)  # of confidence, where blocks are cut
-T = TypeVar("T")
 DecodeAll = Callable[..., Iterator[tuple[int, Decoded]]]  # `decode_many` of all prompts: yields them as they end
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids to decode from. name: for messages. sample: its index in the cache, where it comes from one."""
+
+    ids: list[int]
+    domain: str
+    name: str
+    sample: int | None = None
+
+
+def cached_prompts(cache: HiddenCache, heldout: np.ndarray, count: int) -> list[Prompt]:
+    """Return at most `count` of the samples `heldout`, spread over domains, each up to its last turn's reply.
+
+    UsageError when nothing is held out.
+    """
+    starts = {}
+    for index in heldout.tolist():
+        spans = reply_spans(cache.tokens_of(index)[1])
+        if spans:
+            starts[index] = spans[-1][0]
+    if not starts:
+        raise UsageError(f"{cache.path}: the corpus holds nothing out to decode; pass --prompts FILE")
+    table = cache.samples
+    return [
+        Prompt(cache.tokens_of(index)[0][: starts[index]].tolist(), table.domain[index], table.hex(index), index)
+        for index in stratified_subset(cache, np.array(sorted(starts)), count).tolist()
+    ]
+
+
+def file_prompts(path: Path, target: Path, count: int, rules: dict | None = None) -> list[Prompt]:
+    """Return the first `count` prompts of a JSONL file; `target` is the folder of the target's tokenizer.
+
+    rules: how a cache made its samples, with the chat template's arguments and date.
+
+    Raises UsageError when there is no such file, DataError naming file and line for what is no prompt.
+    """
+    try:
+        lines = read_file(Path(path), MOST_BYTES).decode().split("\n")
+    except (OSError, ValueError) as error:
+        refuse_limit(path, error)
+        raise UsageError(f"{path} cannot be read ({cause_of(error)}); pass a JSONL file of prompts") from error
+    rules, prompts = rules or {}, []
+    date = rules.get("template_date", TEMPLATE_DATE)
+    template = cache(lambda: ChatTemplate(target, rules.get("template_kwargs", {}), date))
+    for number, line in enumerate(lines, 1):
+        if line.strip() and len(prompts) < count:
+            prompts.append(_parse(line, f"{path}:{number}", target, template))
+    if not prompts:
+        raise DataError(f"{path} holds no prompt; write one JSON object a line, with {', '.join(KINDS)}")
+    return prompts
+
+
+def _parse(line: str, location: str, target: Path, template: Callable[[], ChatTemplate]) -> Prompt:
+    try:
+        row = parse_json(line)
+    except ValueError as error:
+        raise DataError(f"{location} is no JSON ({error}); correct or remove the line") from error
+    kinds = [kind for kind in KINDS if isinstance(row, dict) and kind in row]
+    if len(kinds) != 1:
+        raise DataError(f"{location} has {' and '.join(kinds) or 'none'} of {', '.join(KINDS)}; give exactly one")
+    ids = _ids(kinds[0], row[kinds[0]], location, target, template)
+    if not ids or not all(type(token) is int and token >= 0 for token in ids):
+        raise DataError(f"{location}: `{kinds[0]}` gives no list of token ids; correct or remove the line")
+    return Prompt(ids, str(row.get("domain", "")), location)
+
+
+def _ids(kind: str, given, location: str, target: Path, template: Callable[[], ChatTemplate]) -> Iterable[int]:
+    if kind == "input_ids":
+        return given if isinstance(given, list) else []
+    if kind == "prompt":
+        return _tokenizer(target)(given)["input_ids"] if isinstance(given, str) else []
+    try:
+        if isinstance(given, list) and given and given[-1].get("role") == "assistant":
+            given = given[:-1]
+        return template().prompt_ids(given)
+    except (Unusable, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{location}: the chat template cannot render `messages` ({error}); correct the line"
+        ) from error
+
+
+@cache
+def _tokenizer(target: Path):
+    try:
+        return load_tokenizer(target)
+    except UsageError as error:
+        raise UsageError(f"{str(error).split('; ')[0]}; or give the prompts as `input_ids`") from error
 
 
 @dataclass(frozen=True)
@@ -133,34 +222,6 @@ def decode_sampled(
     )
 
 
-def with_progress(ended: Iterable[T], count: int, doing: str) -> Iterator[T]:
-    """Yield finished items and report progress: a bar on a terminal, a line every few seconds elsewhere."""
-    console = Console(stderr=True)
-    if console.is_terminal:
-        yield from track(ended, doing, total=count, console=console, transient=True)
-        return
-    last_report = time.monotonic()
-    for number, item in enumerate(ended, 1):
-        yield item
-        if time.monotonic() - last_report > PROGRESS_SECONDS:
-            last_report = time.monotonic()
-            print(f"{doing}: {number} of {count} prompts", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def refuse_out_of_memory(batch: int, device: torch.device) -> Iterator[None]:
-    """Turn an out-of-memory error of decoding into a RoomError that says what to do."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        what, less = ("a prompt", "use a larger device, --device cpu, or shorter prompts")
-        if batch > 1:
-            what, less = (f"{batch} prompts at once", "pass a smaller --batch")
-        raise RoomError(f"no room on {device} to decode {what}; {less}") from error
-
-
 def accept_figures(decoded: Sequence[tuple[Prompt, Decoded]], proposals: int) -> dict:
     """Return a report's `overall` figures, those of each of `domains`, and the `samples` they are made of."""
     spans = [
@@ -221,7 +282,7 @@ def confidence_cuts(draft: Draft, cache: HiddenCache, prompts: Sequence[Prompt],
     starts = {(prompt.sample, len(prompt.ids)) for prompt in prompts}
     samples = [prompt.sample for prompt in prompts]
     cuts = []
-    by_threshold = accept_spans_by_threshold(draft, cache, samples, THRESHOLDS, max_new=max_new)
+    by_threshold = accept_spans(draft, cache, samples, THRESHOLDS, max_new=max_new)
     for threshold, spans in zip(THRESHOLDS, by_threshold, strict=True):
         figures = summarise([span for span in spans if (span.sample, span.start) in starts])
         figures.pop("domains")
@@ -238,7 +299,7 @@ def target_free_agreement(
     A reply of the cache that is not the target's own, or ends before the limit, is compared as far as it is known.
     """
     samples = [outcome.prompt.sample for outcome in outcomes]
-    spans = accept_spans(draft, cache, samples, max_new=max_new, threshold=threshold)
+    (spans,) = accept_spans(draft, cache, samples, (threshold,), max_new=max_new)
     by_start = {(span.sample, span.start): span for span in spans}
     pairs = [(outcome.fast, by_start[outcome.prompt.sample, len(outcome.prompt.ids)]) for outcome in outcomes]
     pairs = [(fast, span) for fast, span in pairs if span.lengths or (span.complete and not fast.lengths)]

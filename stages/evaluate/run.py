@@ -1,12 +1,14 @@
 """`pipeline evaluate`: speculative decoding measured (accept length, speed) and proven lossless."""
 
+import contextlib
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from pipeline.cache import HiddenCache
@@ -21,26 +23,27 @@ from pipeline.published import load_draft_folder, recorded_share
 from pipeline.runs.checkpoint import CONFIG, DRAFT, find_checkpoint, load_draft, open_checkpoint
 from pipeline.runs.folder import RUN, read_recipe, read_run
 from pipeline.runs.recipe import TrainSection
-from pipeline.runs.split import split_samples
+from pipeline.runs.training_data import split_samples
 from pipeline.target.files import find_target, max_positions, target_name
 from pipeline.target.model import head_of, load_target, stop_tokens
 from pipeline.target.weights import check_weights_if_recorded, target_digest, weights_digest
-from pipeline.tensors import find_device
+from pipeline.tensors import find_device, is_out_of_memory
 from pipeline.visible_text import VisibleConsole
 from stages.evaluate.decode import SamplingOptions, decode_many, speculative_decode
 from stages.evaluate.lossless import LosslessCheck, PlainReplies, plain_decode, reply_settings
 from stages.evaluate.measure import (
+    Prompt,
     accept_figures,
+    cached_prompts,
     confidence_cuts,
     decode_greedily,
     decode_sampled,
+    file_prompts,
     lossless_counts,
-    refuse_out_of_memory,
     speeds,
     target_free_agreement,
     teacher_forced,
 )
-from stages.evaluate.prompts import Prompt, cached_prompts, file_prompts
 
 __all__ = ["SamplingOptions", "run"]
 
@@ -122,6 +125,20 @@ def run(
     if out is not None:
         write_report(report, Path(out))
     return report
+
+
+@contextlib.contextmanager
+def refuse_out_of_memory(batch: int, device: torch.device) -> Iterator[None]:
+    """Turn an out-of-memory error of decoding into a RoomError that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        what, less = ("a prompt", "use a larger device, --device cpu, or shorter prompts")
+        if batch > 1:
+            what, less = (f"{batch} prompts at once", "pass a smaller --batch")
+        raise RoomError(f"no room on {device} to decode {what}; {less}") from error
 
 
 def check_options(threshold: float, out: Path | None, plain: Path | None, prompts: Path | None) -> None:
@@ -228,7 +245,12 @@ def find_model(model: str | None, store: HiddenCache | None) -> tuple[Path, str]
             raise UsageError("no cache says which target this draft is for; pass --model")
         return find_target(model), target_name(model)
     wanted = store.identity.target
-    folder = find_target(model or _recorded_target(store), None if model else wanted.revision or None)
+    if model is not None:
+        folder = find_target(model)
+    else:  # the folder that was captured, if it is still there
+        recorded = read_log(store.path).target
+        there = recorded and Path(recorded.folder).is_dir()
+        folder = find_target(recorded.folder if there else wanted.name, wanted.revision or None)
     digest = target_digest(folder)
     if digest != wanted.digest:
         raise UsageError(
@@ -237,12 +259,6 @@ def find_model(model: str | None, store: HiddenCache | None) -> tuple[Path, str]
         )
     check_weights_if_recorded(store.catalog, folder)
     return folder, wanted.name
-
-
-def _recorded_target(store: HiddenCache) -> str:
-    """Return the folder of the target that was captured, if it is still there, else its name."""
-    recorded = read_log(store.path).target
-    return recorded.folder if recorded and Path(recorded.folder).is_dir() else store.identity.target.name
 
 
 def open_draft(trained: Trained, target: PreTrainedModel) -> Draft:

@@ -19,7 +19,7 @@ from pipeline.cache import HiddenCache
 from pipeline.cache.reader import Part
 from pipeline.drafts import Blocks, Cell, DraftConfig, eligible_anchors, lay_blocks, pack
 from pipeline.runs.recipe import TrainSection
-from pipeline.runs.split import Split, splitmix64
+from pipeline.runs.training_data import Split, splitmix64
 
 GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 WINDOW_STEP = 256  # rows: windows end at a multiple of it, as the cache's checksummed blocks do

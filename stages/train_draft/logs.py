@@ -26,10 +26,9 @@ from pipeline.drafts import unservable
 from pipeline.drafts.rope import draft_rope_scaling
 from pipeline.errors import CacheError
 from pipeline.json_files import Count, Record, damage_error, parse_checksummed, read_file, with_checksum
-from pipeline.runs.cache_requirements import how_to_add, partial_text, training_config
 from pipeline.runs.folder import Evaluation, Result
 from pipeline.runs.recipe import Resolved
-from pipeline.runs.split import Split
+from pipeline.runs.training_data import Split, how_to_add, partial_text, training_config
 from pipeline.target.head import logit_scale
 from pipeline.visible_text import VisibleConsole, visible
 from stages.train_draft.batches import Batch

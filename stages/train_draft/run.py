@@ -19,10 +19,8 @@ from safetensors.torch import load_file
 from pipeline.cache import HiddenCache
 from pipeline.drafts import DRAFTS, Draft, init_weights
 from pipeline.errors import CacheError, RoomError, UsageError, first_line
-from pipeline.evaluation.accept_length import accept_spans
-from pipeline.evaluation.accept_statistics import summarise
+from pipeline.evaluation.accept_length import accept_spans, summarise
 from pipeline.runs import checkpoint
-from pipeline.runs.cache_requirements import check_complete
 from pipeline.runs.folder import (
     Evaluation,
     Result,
@@ -30,12 +28,12 @@ from pipeline.runs.folder import (
     create_or_check,
     default_folder,
     read_result,
+    read_run,
     run_lock,
-    with_recorded_rope,
     write_result,
 )
 from pipeline.runs.recipe import Resolved, load_recipe, resolve
-from pipeline.runs.split import Split, split_samples, stratified_subset
+from pipeline.runs.training_data import Split, check_complete, split_samples, stratified_subset
 from pipeline.tensors import find_device, is_out_of_memory
 from pipeline.visible_text import print_visible, visible
 from stages.train_draft.batches import Sampler
@@ -53,7 +51,7 @@ from stages.train_draft.logs import (
 from stages.train_draft.step import Trainer, load_state_tensors, make_optimizer, state_tensors
 
 if TYPE_CHECKING:
-    from pipeline.published.init_from import InitialDraft, InitialWeights
+    from pipeline.published.weights import InitialDraft, InitialWeights
 
 EVAL_BATCH = 8  # samples; a signal is noticed between two such batches
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -116,7 +114,7 @@ def train_resolved(
     """Train one resolved recipe in the folder `path`, or resume it there; print the result. Raises what `run` does."""
     with run_lock(path):
         differs = create_or_check(path, resolved, store, split, machine_facts(device), start)
-        resolved = with_recorded_rope(path, resolved)
+        resolved = resolved.with_rope_scaling(read_run(path).rope_scaling)
         result = read_result(path)
         if result is not None:
             print_visible(f"{visible(path)} is finished: nothing to do")
@@ -300,7 +298,7 @@ class TrainingRun:
             for first in range(0, len(self.eval_samples), EVAL_BATCH):
                 if stop.received:
                     break
-                spans += accept_spans(self.draft, self.cache, self.eval_samples[first : first + EVAL_BATCH])
+                spans += accept_spans(self.draft, self.cache, self.eval_samples[first : first + EVAL_BATCH])[0]
             self.draft.train()
         if stop.received:
             self.save()

@@ -23,17 +23,16 @@ import numpy as np
 
 from pipeline.cache import HiddenCache
 from pipeline.errors import ProofError, UsageError
-from pipeline.evaluation.accept_statistics import bootstrap
-from pipeline.runs.cache_requirements import check_complete
+from pipeline.evaluation.accept_length import bootstrap
 from pipeline.runs.folder import default_folder, read_result
 from pipeline.runs.recipe import Recipe, Resolved, make_recipe, read_toml, resolve
-from pipeline.runs.split import Split
+from pipeline.runs.training_data import Split, check_complete
 from pipeline.tensors import find_device
 from pipeline.visible_text import print_visible, visible
 from stages.train_draft.run import split_for, train_resolved
 
 if TYPE_CHECKING:
-    from pipeline.published.init_from import InitialDraft, InitialWeights
+    from pipeline.published.weights import InitialDraft, InitialWeights
 
 SEED = "train.seed"
 EXAMPLE = '"train.lr" = [1e-3, 3e-3]'

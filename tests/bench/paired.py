@@ -18,10 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from pipeline.cache import HiddenCache
-from pipeline.evaluation.accept_length import accept_spans
-from pipeline.evaluation.accept_statistics import summarise
+from pipeline.evaluation.accept_length import accept_spans, summarise
 from pipeline.runs.checkpoint import DRAFT, find_checkpoint, load_config, load_draft
-from pipeline.runs.split import split_samples, stratified_subset
+from pipeline.runs.training_data import split_samples, stratified_subset
 
 ROOT = Path(__file__).parents[2]
 TARGET, RECIPE = ROOT / "data/tiny-qwen3", ROOT / "configs/demo.toml"
@@ -89,7 +88,7 @@ def accept_len(store: HiddenCache, run: Path, count: int) -> float:
     config = load_config(run)
     heldout = split_samples(store, config.mask_token_id, 0.0, config.target_layer_ids).heldout
     draft = load_draft(run, store.head()).eval()
-    return summarise(accept_spans(draft, store, stratified_subset(store, heldout, count)))["accept_len"]
+    return summarise(accept_spans(draft, store, stratified_subset(store, heldout, count))[0])["accept_len"]
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_the_digest_changes_and_the_cache_knows_what_it_was(tiny_cache, appended
 def test_a_training_run_of_the_smaller_cache_is_refused_with_the_reason(tiny_cache, appended, tmp_path):
     from pipeline.runs.folder import create_or_check
     from pipeline.runs.recipe import load_recipe, resolve
-    from pipeline.runs.split import split_samples
+    from pipeline.runs.training_data import split_samples
 
     for cache in (tiny_cache, appended):
         opened = HiddenCache.open(cache)

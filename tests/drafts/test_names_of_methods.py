@@ -15,9 +15,8 @@ ALLOWED = {
     "pipeline/drafts/block_draft.py": {"DFlashDraftModel"},
     "pipeline/drafts/draft.py": {"dflash_config"},
     "pipeline/drafts/objectives.py": {"dspark"},  # an objective, which any method may have
-    "pipeline/published/reading.py": {"dflash_config", "Qwen3DSparkModel"},
+    "pipeline/published/reading.py": {"dflash_config", "dflash_module", "Qwen3DSparkModel"},
     "pipeline/published/export.py": {"dflash_config"},
-    "pipeline/published/folder.py": {"dflash_module"},
     "pipeline/runs/recipe.py": {"domino", "configs/domino.toml"},  # the default method
     "pipeline/options.py": {"dflash,domino"},
 }

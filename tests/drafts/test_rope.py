@@ -14,7 +14,8 @@ from pipeline.drafts import draft_config
 from pipeline.drafts.rope import RopeScaling, draft_rope_scaling, frequencies, rope_tables, rope_theta
 from pipeline.errors import UsageError
 from pipeline.published import check as arithmetic
-from pipeline.published import export, load_draft_folder, read_published
+from pipeline.published import export, load_draft_folder
+from pipeline.published.reading import read_description
 
 LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
 LLAMA31 = {
@@ -176,7 +177,7 @@ def test_a_published_draft_with_other_scaled_positions_is_refused(tmp_path, chan
     file = tmp_path / "out" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UsageError, match=said):
-        read_published(tmp_path / "out")
+        read_description(tmp_path / "out")
 
 
 def test_a_published_draft_may_state_its_scaling_once(tmp_path):
@@ -187,5 +188,5 @@ def test_a_published_draft_may_state_its_scaling_once(tmp_path):
     flat = json.loads(file.read_text())
     for gone in ("rope_scaling", "rope_parameters"):
         file.write_text(json.dumps({key: value for key, value in flat.items() if key != gone}))
-        assert read_published(tmp_path / "out").rope_scaling == scaling
+        assert read_description(tmp_path / "out").config.rope_scaling == scaling
     assert AutoConfig.from_pretrained(tmp_path / "out").rope_parameters["rope_type"] == "llama3"

@@ -11,10 +11,11 @@ from torch import nn
 from pipeline.drafts import DRAFTS, BlockDraft, DraftConfig
 from pipeline.drafts.objectives import OBJECTIVES, LossTerm
 from pipeline.errors import UsageError
-from pipeline.published import load_draft_folder, read_published
+from pipeline.published import load_draft_folder
 from pipeline.published.check import check_export
 from pipeline.published.export import export
-from pipeline.published.init_from import InitialDraft
+from pipeline.published.reading import read_description
+from pipeline.published.weights import InitialDraft
 from pipeline.runs import checkpoint
 from stages.evaluate.run import run as evaluate
 from stages.train_draft.run import run as train
@@ -160,7 +161,7 @@ def test_a_form_of_its_own_is_written_and_read(trained, tmp_path, monkeypatch):
     monkeypatch.setitem(DRAFTS, "toy", OwnForm)
     export(trained, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text()).keys() == {"toy", "trained_on"}
-    assert read_published(tmp_path / "out").toy_rank == 4
+    assert read_description(tmp_path / "out").config.toy_rank == 4
 
 
 def test_an_objective_is_one_entry(tiny_cache, tmp_path, monkeypatch):

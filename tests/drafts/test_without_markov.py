@@ -7,9 +7,10 @@ from forms import PLACED, QWEN3, D, backbone, target, values, write
 from greedy import make_greedy_cache, save_stopping_target
 
 from pipeline.errors import UsageError
-from pipeline.published import load_draft_folder, read_published
+from pipeline.published import load_draft_folder
 from pipeline.published.check import check_export
 from pipeline.published.export import export
+from pipeline.published.reading import read_description
 from pipeline.target.head import TargetHead
 from stages.evaluate.run import SamplingOptions
 from stages.evaluate.run import run as evaluate
@@ -49,7 +50,7 @@ def test_a_run_is_trained_decoded_exported_and_checked(tmp_path, confident):
     for form in ("sglang", "speculators"):
         done = export(run, tmp_path / form, form)
         assert "logits and proposals equal" in done["proof"] and "plain arithmetic" in done["proof"]
-        config, checked = read_published(tmp_path / form), check_export(tmp_path / form)
+        config, checked = read_description(tmp_path / form).config, check_export(tmp_path / form)
         assert (config.method, config.markov_rank, config.enable_confidence_head) == ("dspark", 0, confident)
         assert checked["probe"] is not None and checked["tensors"] == done["tensors"]
         assert "| Markov head | none, " in (tmp_path / form / "README.md").read_text()
@@ -69,7 +70,7 @@ def published(folder, architecture, nested, confident, **flat):
 def test_what_others_publish_is_read(tmp_path, architecture, nested, flat, confident):
     folder = published(tmp_path / "folder", architecture, nested, confident, **flat)
 
-    config, draft = read_published(folder), load_draft_folder(folder, TargetHead(target(), target()))
+    config, draft = read_description(folder).config, load_draft_folder(folder, TargetHead(target(), target()))
 
     baseline = not nested and not confident  # DeepSpec's name for DFlash with next-position labels
     assert (config.method, config.shift_label) == ("dflash" if baseline else "dspark", True)
@@ -81,4 +82,4 @@ def test_what_others_publish_is_read(tmp_path, architecture, nested, flat, confi
 def test_a_confidence_that_would_read_the_absent_table_is_refused(tmp_path):
     folder = published(tmp_path / "folder", "Qwen3DSparkModel", False, True, confidence_head_with_markov=True)
     with pytest.raises(UsageError, match="a confidence head with markov_rank 0 has no table to read"):
-        read_published(folder)
+        read_description(folder)

@@ -21,8 +21,7 @@ from pipeline.published.export import export
 from stages.evaluate import decode
 from stages.evaluate import run as evaluation
 from stages.evaluate.decode import Decoded, SamplingOptions, accept_greedy
-from stages.evaluate.measure import accept_figures
-from stages.evaluate.prompts import Prompt
+from stages.evaluate.measure import Prompt, accept_figures
 from stages.evaluate.run import run
 
 

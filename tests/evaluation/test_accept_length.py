@@ -13,12 +13,12 @@ from pipeline.drafts import DRAFTS
 from pipeline.evaluation import accept_length as accept
 from pipeline.evaluation.accept_length import (
     accept_spans,
-    accept_spans_by_threshold,
+    bootstrap,
     known_reply,
     replay_decoding,
     reply_spans,
+    summarise,
 )
-from pipeline.evaluation.accept_statistics import bootstrap, summarise
 from pipeline.target.head import NEWEST, RULES, ChunkLimit
 from pipeline.target.model import load_target
 from stages.evaluate.decode import speculative_decode
@@ -32,6 +32,11 @@ def target_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cache(target_folder, tmp_path_factory):
     return HiddenCache.open(make_greedy_cache(target_folder, tmp_path_factory.mktemp("cache") / "greedy"))
+
+
+def spans_of(draft, cache, indices, threshold=0.0, **limits):
+    (spans,) = accept_spans(draft, cache, indices, (threshold,), **limits)
+    return spans
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +61,7 @@ def draft(request, cache):
 
 @pytest.mark.parametrize("max_new", [1, 7, 30])
 def test_every_verification_gains_what_decoding_gains(cache, target, draft, max_new):
-    spans = accept_spans(draft, cache, range(len(cache)), max_new=max_new)
+    spans = spans_of(draft, cache, range(len(cache)), max_new=max_new)
 
     assert len(spans) == sum(len(reply_spans(cache.tokens_of(index)[1])) for index in range(len(cache)))
     whole = 0
@@ -77,9 +82,9 @@ def test_every_verification_gains_what_decoding_gains(cache, target, draft, max_
 
 def test_blocks_cut_by_confidence_gain_what_decoding_with_the_same_cut_gains(cache, target):
     draft = make_learned_draft(cache.path, "dspark")
-    uncut = summarise(accept_spans(draft, cache, range(len(cache)), max_new=16))
+    uncut = summarise(spans_of(draft, cache, range(len(cache)), max_new=16))
     for threshold in (0.48, 0.55):
-        spans = accept_spans(draft, cache, range(len(cache)), max_new=16, threshold=threshold)
+        spans = spans_of(draft, cache, range(len(cache)), max_new=16, threshold=threshold)
 
         for span in spans:
             prompt = cache.tokens_of(span.sample)[0][: span.start].tolist()
@@ -94,13 +99,13 @@ def test_blocks_cut_by_confidence_gain_what_decoding_with_the_same_cut_gains(cac
 
 def test_several_cuts_of_the_same_blocks_are_what_each_gives_and_computed_once(cache, monkeypatch):
     draft, thresholds, calls = make_learned_draft(cache.path, "dspark"), (0.0, 0.48, 0.55), []
-    wanted = [accept_spans(draft, cache, range(len(cache)), max_new=16, threshold=cut) for cut in thresholds]
+    wanted = [spans_of(draft, cache, range(len(cache)), max_new=16, threshold=cut) for cut in thresholds]
     rollout = draft.rollout
     monkeypatch.setattr(draft, "rollout", lambda *args: calls.append(1) or rollout(*args))
-    accept_spans(draft, cache, range(len(cache)), max_new=16)
+    spans_of(draft, cache, range(len(cache)), max_new=16)
     once = len(calls)
 
-    found = accept_spans_by_threshold(draft, cache, range(len(cache)), thresholds, max_new=16)
+    found = accept_spans(draft, cache, range(len(cache)), thresholds, max_new=16)
 
     assert found == wanted and wanted[0] != wanted[1] != wanted[2]
     assert len(calls) == 2 * once > 0
@@ -110,20 +115,20 @@ def test_a_draft_without_a_confidence_head_is_not_cut(cache):
     from pipeline.errors import UsageError
 
     with pytest.raises(UsageError, match="without a confidence head cannot cut its blocks"):
-        accept_spans(make_learned_draft(cache.path, steps=0), cache, [0], threshold=0.5)
+        spans_of(make_learned_draft(cache.path, steps=0), cache, [0], threshold=0.5)
 
 
 def test_cells_and_chunks_change_nothing(cache, draft, monkeypatch):
-    wanted = accept_spans(draft, cache, range(len(cache)))
+    wanted = spans_of(draft, cache, range(len(cache)))
 
     monkeypatch.setattr(accept, "SLOTS_AT_ONCE", 1)
     monkeypatch.setitem(RULES[NEWEST], "cpu", ChunkLimit(1))
 
-    assert accept_spans(draft, cache, range(len(cache)), context=1) == wanted
-    assert accept_spans(draft, cache, [5, 2], context=40) == [
+    assert spans_of(draft, cache, range(len(cache)), context=1) == wanted
+    assert spans_of(draft, cache, [5, 2], context=40) == [
         span for index in (5, 2) for span in wanted if span.sample == index
     ]
-    assert accept_spans(draft, cache, []) == []
+    assert spans_of(draft, cache, []) == []
 
 
 def test_a_reply_is_followed_for_as_long_as_it_is_greedy():
@@ -221,7 +226,7 @@ def test_a_cache_without_final_states_says_what_to_do(cache, monkeypatch):
     from pipeline.errors import UsageError
 
     with pytest.raises(UsageError, match="--final needed"):
-        accept_spans(draft, bare, [0])
+        spans_of(draft, bare, [0])
 
 
 def test_measuring_needs_no_transformers():

@@ -8,11 +8,11 @@ from forms import deepspec_dspark, target
 from pipeline.cache.inspect import describe
 from pipeline.drafts import DRAFTS, DraftConfig, draft_config, init_weights
 from pipeline.json_files import parse_checksummed
-from pipeline.published import read_published
 from pipeline.published.card import Origin, card, evaluations, serve_command
 from pipeline.published.check import check_export
 from pipeline.published.export import export
-from pipeline.published.init_from import load_initial_weights
+from pipeline.published.reading import read_description
+from pipeline.published.weights import InitialDraft
 from pipeline.runs import checkpoint
 from pipeline.target.head import TargetHead
 from stages.evaluate.decode import SamplingOptions
@@ -133,10 +133,10 @@ def test_the_card_says_where_an_engine_serves_otherwise_than_was_measured(config
 
 def test_a_checkpoint_alone_says_what_is_not_known(tmp_path):
     folder = deepspec_dspark(tmp_path / "folder")
-    config = read_published(folder)
+    config = read_description(folder).config
     draft = DRAFTS[config.method](config, TargetHead(target(), target()))
     init_weights(draft, 0)
-    load_initial_weights(folder, config).load_into(draft)
+    InitialDraft(folder).weights_for(config).load_into(draft)
     checkpoint.save(tmp_path / "run", 1, draft, {}, {}, 1)
     export(tmp_path / "run", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()

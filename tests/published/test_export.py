@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from pipeline.cache.atomic import Scratch
 from pipeline.drafts import BlockRequest
 from pipeline.errors import ProofError, UsageError
-from pipeline.published import export, load_draft_folder, read_published
+from pipeline.published import export, load_draft_folder
+from pipeline.published.reading import read_description
 
 BACKBONE = {"fc.weight", "hidden_norm.weight", "norm.weight"} | {
     f"layers.{layer}.{name}.weight"
@@ -110,7 +111,7 @@ def test_sliding_layers_are_exported_and_read_back(tmp_path):
     flat = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (flat["use_sliding_window"], flat["sliding_window"]) == (True, 8)
     assert "is_causal" not in flat  # one flag cannot say: sliding layers causal, the others not
-    assert read_published(tmp_path / "out").layer_types == kinds
+    assert read_description(tmp_path / "out").config.layer_types == kinds
 
 
 def test_the_same_export_again_is_left_alone_and_another_is_refused(tmp_path):
@@ -214,9 +215,9 @@ def drop(flat, nested, *keys):
 
 def test_the_block_size_may_stand_in_either_place(folder):
     edit(folder, lambda flat, nested: flat.pop("block_size"))
-    assert read_published(folder).block_size == 4
+    assert read_description(folder).config.block_size == 4
     edit(folder, lambda flat, nested: flat.update(block_size=nested.pop("block_size")))
-    assert read_published(folder).block_size == 4
+    assert read_description(folder).config.block_size == 4
 
 
 @pytest.mark.parametrize(
@@ -262,7 +263,7 @@ def test_an_absent_convention_means_same_position_for_plain_dflash_only(tmp_path
     save_draft_run(tmp_path / "run", "dflash")
     export.export(tmp_path / "run", tmp_path / "out")
     edit(tmp_path / "out", lambda flat, nested: drop(flat, nested, "shift_label", "sample_from_anchor"))
-    assert read_published(tmp_path / "out").shift_label is False
+    assert read_description(tmp_path / "out").config.shift_label is False
 
 
 def killed_export(run, out, monkeypatch):

@@ -16,7 +16,8 @@ import torch
 from forms import backbone, specforge_training, zlab_dflash
 
 from pipeline.errors import UsageError
-from pipeline.published import load_draft_folder, open_folder
+from pipeline.published import load_draft_folder
+from pipeline.published.weights import open_folder
 from pipeline.target.head import TargetHead
 
 ROOT = Path(__file__).parents[2]

@@ -11,10 +11,10 @@ from pipeline.cache import HiddenCache
 from pipeline.cli import commands
 from pipeline.drafts import DRAFTS, DraftConfig, draft_config, init_weights
 from pipeline.errors import UsageError
-from pipeline.published import read_published
 from pipeline.published.check import check_export
 from pipeline.published.export import export
-from pipeline.published.init_from import InitialDraft, load_initial_weights
+from pipeline.published.reading import read_description
+from pipeline.published.weights import InitialDraft
 from pipeline.runs import checkpoint
 from pipeline.runs.recipe import load_recipe, resolve
 from pipeline.target.head import TargetHead
@@ -30,14 +30,14 @@ def head() -> TargetHead:
 
 def wanted(folder, **changes) -> DraftConfig:
     """The draft that a folder describes, but for what changes."""
-    fields = read_published(folder, 6).model_dump()
+    fields = read_description(folder, 6).config.model_dump()
     return draft_config(**{**fields, **changes})
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_gives_its_weights_and_nothing_is_fresh(tmp_path, name):
     folder = FORMS[name](tmp_path / "folder")
-    start = load_initial_weights(folder, wanted(folder), head())
+    start = InitialDraft(folder).weights_for(wanted(folder), head())
     own = {"dflash": {}, "domino": domino(), "dspark": dspark()}[name.split()[1].replace("training", "domino")]
     everything = backbone() | (own if name != "deepspec dflash" else {})
     assert start.fresh == ()
@@ -49,7 +49,7 @@ def test_every_form_gives_its_weights_and_nothing_is_fresh(tmp_path, name):
 @pytest.mark.parametrize("name", ["specforge dspark", "sglang dspark", "deepspec dspark", "model-optimizer dspark"])
 def test_every_kind_of_markov_head_is_found_by_its_name(tmp_path, name, kind):
     folder = FORMS[name](tmp_path / "folder", kind)
-    start = load_initial_weights(folder, wanted(folder))
+    start = InitialDraft(folder).weights_for(wanted(folder))
     assert all(torch.equal(start.tensors[key], tensor) for key, tensor in dspark(kind).items())
 
 
@@ -62,7 +62,7 @@ def test_dflash_weights_start_another_method_whose_head_is_fresh_and_this_is_sai
     init_weights(draft, 5)
     fresh = {name: tensor.clone() for name, tensor in draft.state_dict().items() if name not in backbone()}
 
-    start = load_initial_weights(tmp_path / "folder", config, head())
+    start = InitialDraft(tmp_path / "folder").weights_for(config, head())
     start.load_into(draft)
 
     assert set(start.fresh) == fresh.keys()
@@ -87,7 +87,7 @@ def test_dflash_weights_start_another_method_whose_head_is_fresh_and_this_is_sai
 def test_what_does_not_fit_is_refused_with_both_values(tmp_path, change, message):
     folder = zlab_dflash(tmp_path / "folder")
     with pytest.raises(UsageError, match=message):
-        load_initial_weights(folder, wanted(folder, **change))
+        InitialDraft(folder).weights_for(wanted(folder, **change))
 
 
 @pytest.mark.parametrize(
@@ -101,32 +101,32 @@ def test_what_does_not_fit_is_refused_with_both_values(tmp_path, change, message
 def test_another_head_of_the_same_method_is_refused(tmp_path, change, message):
     folder = deepspec_dspark(tmp_path / "folder")
     with pytest.raises(UsageError, match=message):
-        load_initial_weights(folder, wanted(folder, **change))
+        InitialDraft(folder).weights_for(wanted(folder, **change))
 
 
 def test_a_head_is_not_taken_off_for_another_method(tmp_path):
     folder = FORMS["published domino"](tmp_path / "folder")
     config = draft_config(**wanted(zlab_dflash(tmp_path / "dflash")).model_dump() | OF_DSPARK)
     with pytest.raises(UsageError, match=r"a domino draft, wanted is dspark: .* start from a dspark or dflash draft"):
-        load_initial_weights(folder, config)
+        InitialDraft(folder).weights_for(config)
     with pytest.raises(UsageError, match=r"a domino draft, wanted is dflash: .* start from a dflash draft, or set"):
-        load_initial_weights(folder, wanted(zlab_dflash(tmp_path / "another")))
+        InitialDraft(folder).weights_for(wanted(zlab_dflash(tmp_path / "another")))
 
 
 def test_another_block_size_is_taken_and_said(tmp_path):
     folder = zlab_dflash(tmp_path / "folder")
-    assert "blocks of 8, which were 4" in load_initial_weights(folder, wanted(folder, block_size=8)).summary
+    assert "blocks of 8, which were 4" in InitialDraft(folder).weights_for(wanted(folder, block_size=8)).summary
 
 
 def test_copies_of_another_targets_head_are_refused(tmp_path):
     folder = deepspec_dspark(tmp_path / "folder")
     with pytest.raises(UsageError, match="not the target's"):
-        load_initial_weights(folder, wanted(folder), TargetHead(target() + 1, target()))
+        InitialDraft(folder).weights_for(wanted(folder), TargetHead(target() + 1, target()))
 
 
 def test_a_draft_of_fewer_ids_starts_one_of_all_where_no_head_of_its_own_knows_only_those(tmp_path):
     folder = speculators_reduced(tmp_path / "folder")
-    start = load_initial_weights(folder, wanted(folder), head())
+    start = InitialDraft(folder).weights_for(wanted(folder), head())
     assert start.tensors.keys() == backbone().keys() and start.fresh == ()
 
 
@@ -146,7 +146,7 @@ def first(tiny_cache, tmp_path_factory):
 def test_a_run_begins_with_the_weights_of_another_runs_export(tiny_cache, first, tmp_path):
     export(first, tmp_path / "out")
     resolved = resolve(load_recipe(None, (*SETS, "draft.method=dflash")), HiddenCache.open(tiny_cache))
-    start = load_initial_weights(tmp_path / "out", resolved.draft)
+    start = InitialDraft(tmp_path / "out").weights_for(resolved.draft)
 
     made = make_draft(resolved, HiddenCache.open(tiny_cache), torch.device("cpu"), start).state_dict()
 

@@ -14,10 +14,10 @@ from pipeline.drafts import DRAFTS, DraftConfig, draft_config, init_weights, lay
 from pipeline.drafts.draft import ProbeBlock
 from pipeline.errors import ProofError, UsageError
 from pipeline.published import check as arithmetic
-from pipeline.published import export, load_draft_folder, read_published
+from pipeline.published import export, load_draft_folder
 from pipeline.published.check import check_export
-from pipeline.published.folder import published_names
-from pipeline.published.init_from import load_initial_weights
+from pipeline.published.reading import published_names, read_description
+from pipeline.published.weights import InitialDraft
 from pipeline.runs import checkpoint
 from pipeline.target.head import TargetHead
 
@@ -48,7 +48,7 @@ def form(request, tmp_path):
 
 def test_every_form_is_read_as_the_draft_it_is(form):
     name, folder = form
-    config = read_published(folder, 6)
+    config = read_description(folder, 6).config
     assert {key: getattr(config, key) for key in SIZES | READ[name]} == SIZES | READ[name]
 
 
@@ -87,10 +87,10 @@ def same_keys(found: dict, wanted: dict) -> list[str]:
 
 def imported(folder, run):
     """A run that has started from the folder and trained for no step."""
-    wanted = read_published(folder, 6)
+    wanted = read_description(folder, 6).config
     draft = DRAFTS[wanted.method](wanted, head())
     init_weights(draft, 0)
-    load_initial_weights(folder, wanted, head()).load_into(draft)
+    InitialDraft(folder).weights_for(wanted, head()).load_into(draft)
     checkpoint.save(run, 1, draft, {}, {}, 1)
 
 
@@ -106,8 +106,8 @@ def test_import_then_export_gives_the_same_tensors_and_keys(name, tmp_path):
     assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
     old, new = (json.loads((place / "config.json").read_text()) for place in (folder, tmp_path / "out"))
     assert same_keys(new, old) == []
-    again = read_published(tmp_path / "out")
-    assert again == read_published(folder, 6)
+    again = read_description(tmp_path / "out").config
+    assert again == read_description(folder, 6).config
 
 
 def test_a_dflash_draft_with_next_position_labels_is_exported_nowhere(tmp_path):
@@ -358,7 +358,7 @@ def test_vllm_masks_a_block_as_it_was_trained(tmp_path, method, kind):
     flat = json.loads((folder / "config.json").read_text())
     # Its translation: one `causal` for every layer, whatever its kind.
     assert (not flat.get("sliding_window_non_causal", True)) == (kind == "sliding_attention")
-    assert read_published(folder).layer_types == (kind, kind)
+    assert read_description(folder).config.layer_types == (kind, kind)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from pipeline.cache.schema import Identity
 from pipeline.drafts import DRAFTS
 from pipeline.drafts.rope import rope_theta
 from pipeline.errors import UsageError
-from pipeline.runs.cache_requirements import training_config
 from pipeline.runs.recipe import Recipe, load_recipe, read_toml, resolve, resolve_mask_token
+from pipeline.runs.training_data import training_config
 from stages.train_draft.sweep import load_sweep
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))

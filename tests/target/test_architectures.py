@@ -45,8 +45,8 @@ from pipeline.cache.verify import verify
 from pipeline.drafts import DRAFTS, init_weights
 from pipeline.drafts.rope import rope_theta
 from pipeline.errors import ProofError, UsageError
-from pipeline.runs.cache_requirements import training_config
 from pipeline.runs.recipe import load_recipe, resolve
+from pipeline.runs.training_data import training_config
 from pipeline.target.files import complete_config, max_positions, read_text_config
 from pipeline.target.layers import final_rows
 from pipeline.target.model import decoder_layers, final_norm, head_of, load_target, run_decoder, tap_layers

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipeline.runs.split import splitmix64
+from pipeline.runs.training_data import splitmix64
 from stages.train_draft.batches import (
     SampleCost,
     draw_anchors,

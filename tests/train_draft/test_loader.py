@@ -18,7 +18,7 @@ from pipeline.cache.layout import FINAL, shard_folder
 from pipeline.drafts import draft_config
 from pipeline.errors import CacheError
 from pipeline.runs.recipe import TrainSection
-from pipeline.runs.split import split_samples
+from pipeline.runs.training_data import split_samples
 from stages.train_draft import loader as loader_module
 from stages.train_draft.batches import Sampler
 from stages.train_draft.loader import BatchLoader, Prefetcher

@@ -17,9 +17,9 @@ from rich.console import Console
 import stages.train_draft.sweep as sweep_module
 from pipeline.cli import main
 from pipeline.errors import UsageError
-from pipeline.evaluation.accept_statistics import bootstrap
+from pipeline.evaluation.accept_length import bootstrap
 from pipeline.evaluation.tables import sweep_table
-from pipeline.published.init_from import InitialDraft
+from pipeline.published.weights import InitialDraft
 from pipeline.runs.recipe import load_recipe
 from stages.train_draft.run import run
 from stages.train_draft.sweep import load_sweep, pool_seeds, rank_by_accept_length, sweep

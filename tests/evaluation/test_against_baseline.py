@@ -11,7 +11,8 @@ from reports import evaluation
 
 from pipeline import cli
 from pipeline.errors import UsageError
-from pipeline.evaluation.compare import compare, steps_to_reach
+from pipeline.evaluation.plot import steps_to_reach
+from pipeline.evaluation.tables import against_baseline
 
 SAMPLES = [("sql", [2, 4]), ("sql", [1]), ("copy", [8, 8, 8]), ("copy", [3, 1]), ("noise", [1, 1, 1, 2])]
 
@@ -21,7 +22,7 @@ def times(factor, samples=SAMPLES):
 
 
 def table(paths, *baseline):
-    parts = compare(paths, baseline, markdown=True).split("\n\n")
+    parts = against_baseline(paths, baseline, markdown=True).split("\n\n")
     return [[[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines()[2:]] for part in parts]
 
 

@@ -1,7 +1,7 @@
-"""A published folder, opened: every tensor that its config.json asks for, none more, none of another shape.
+"""The weights of a published folder, opened as a draft, or to begin a training with.
 
-Engines ignore names that they do not know and serve random weights in their place; here both are refused, before
-a tensor is read.
+It has every tensor that its config.json asks for, none more, none of another shape. Engines ignore names that they do
+not know and serve random weights in their place; here both are refused, before a tensor is read.
 
 Nothing in a file of weights is executed, and no more memory is allocated than it is large. safetensors holds tensors
 only, and its reader checks each against the file's length. PyTorch's own format is a pickle: it passes the guard of
@@ -9,25 +9,40 @@ only, and its reader checks each against the file's length. PyTorch's own format
 tensor must be laid out plainly.
 """
 
+import json
 import pickle
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.drafts import DRAFTS, Draft, DraftConfig
 from pipeline.drafts.draft import Shapes
+from pipeline.drafts.rope import RopeScaling
 from pipeline.errors import UsageError, first_line, refuse_limit
 from pipeline.json_files import check_regular
 from pipeline.pickles import RefusedPickle, check_pickle
-from pipeline.published.reading import CONFIG, Published, read_description, read_json
+from pipeline.published.reading import (
+    CONFIG,
+    EMBEDDING,
+    HEAD,
+    Published,
+    published_names,
+    read_description,
+    read_json,
+    target_copies,
+)
+from pipeline.runs.checkpoint import DRAFT, find_checkpoint, load_config, open_checkpoint, steps
+from pipeline.target.head import TargetHead
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "training_state.pt")
+# What a backbone's weights do not depend on, besides options of its method and what training alone reads.
+OTHERS = {"method", "max_position_embeddings", "initializer_range", "rope_scaling", "block_size", "shift_label"}
 # Where trainers put the draft in what they save.
 STATES = ("draft_state_dict", "model_state_dict", "state_dict", "model")
 MOST_PICKLE = 4 << 20  # bytes; the pickle of a thousand tensors has 0.2 MiB
@@ -35,9 +50,6 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MASK_VECTOR = "mask_embedding.pt"  # vLLM puts it in the place of the mask token's embedding
 ROWS_AT_ONCE = 1 << 14
-EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
-# A trainer's whole state: only what is below this is the draft.
-_WRAPPERS = ("draft_model.", "dflash_module.")
 
 
 class Weights:
@@ -119,18 +131,17 @@ def _pickled(path: Path) -> Weights:
 
 def _check_pickle(path: Path) -> int:
     """Refuse, before it is loaded, a pickle of anything but plain tensors. Return the bytes of tensors in it."""
-    remedy = "save the draft's state_dict as safetensors with the tool that made it"
     try:
         return check_pickle(path, MOST_PICKLE)
     except RefusedPickle as refused:
-        if refused.kind == "layout":
-            raise UsageError(f"{path} is not laid out as torch.save lays it out ({refused}); {remedy}") from refused
-        if refused.kind == "damaged":
-            raise UsageError(f"{path} cannot be read ({refused}); {remedy}") from refused
-        raise UsageError(f"{path} holds more than tensors ({refused}), and nothing in it is run; {remedy}") from refused
+        found = {
+            "layout": f"is not laid out as torch.save lays it out ({refused})",
+            "damaged": f"cannot be read ({refused})",
+        }.get(refused.kind, f"holds more than tensors ({refused}), and nothing in it is run")
     except OSError as error:
         refuse_limit(path, error)
-        raise UsageError(f"{path} cannot be read ({error}); {remedy}") from error
+        found = f"cannot be read ({error})"
+    raise UsageError(f"{path} {found}; save the draft's state_dict as safetensors with the tool that made it")
 
 
 @dataclass(frozen=True)
@@ -159,9 +170,8 @@ class Opened:
         return DRAFTS[self.config.method].tensors(self.config, self.described.proposed)
 
     def own(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the draft's own tensors, by published name and as stored."""
-        for name in self.shapes:
-            yield name, self[name]
+        """Return the draft's own tensors one by one, by published name and as stored."""
+        return ((name, self[name]) for name in self.shapes)
 
     def check_copies(self, embed_VD: Tensor, head_VD: Tensor) -> None:
         """Refuse copies of the target's embedding or head that are not this target's. UsageError."""
@@ -185,8 +195,7 @@ def open_folder(path: Path, target_layers: int | None = None) -> Opened:
     if (path / MASK_VECTOR).exists():
         raise UsageError(f"{path / MASK_VECTOR}: a mask vector of its own; a draft here reads the target's embedding")
     weights = open_weights(path)
-    names = published_names(weights.shapes)
-    opened = Opened(path, described, weights, names)
+    opened = Opened(path, described, weights, published_names(weights.shapes))
     _check_shapes(opened)
     return opened
 
@@ -194,10 +203,8 @@ def open_folder(path: Path, target_layers: int | None = None) -> Opened:
 def _check_shapes(opened: Opened) -> None:
     config, proposed, weights = opened.config, opened.described.proposed, opened.weights
     file = weights.files[0] if len(weights.files) == 1 else opened.path
-    wanted = opened.shapes
-    beside: Shapes = {}
-    if opened.described.owns_copies:
-        beside = target_copies(config, proposed, opened.described.speculators)
+    described, wanted = opened.described, opened.shapes
+    beside = target_copies(config, proposed, described.speculators) if described.owns_copies else {}
     reduced = {"d2t", "t2d", HEAD} if proposed < config.vocab_size else set()
     lacking = (wanted.keys() | reduced) - opened.names.keys()
     surplus = opened.names.keys() - wanted.keys() - beside.keys()
@@ -219,45 +226,13 @@ def _check_shapes(opened: Opened) -> None:
             raise UsageError(f"{opened.path}: {name} is stored as {weights.dtypes[stored]}; export it as bfloat16")
 
 
-def target_copies(config: DraftConfig, proposed: int, speculators: bool) -> Shapes:
-    """Return the copies of the target's own tensors that some projects publish with a draft, and their maps of reduced
-    ids."""
-    D, V = config.hidden_size, config.vocab_size
-    copies = {EMBEDDING: (V, D), HEAD: (proposed, D)}
-    if not speculators:
-        return copies
-    # d2t: id of the target minus id of the draft, for each id that may be proposed; t2d: whether an id may be.
-    maps = {"d2t": (proposed,), "t2d": (V,)}
-    return copies | maps | {"verifier_norm.weight": (D,), "verifier_lm_head.weight": (proposed, D)}
-
-
-def published_names(stored: Iterable[str]) -> dict[str, str]:
-    """Map published names to the names that a file has them under; what is not the draft's own is left out.
-
-    Other people's prefixes and names are undone, rotary buffers dropped. UsageError for two of one name.
-    """
-    stored = list(stored)
-    renamed = {pattern: ours for draft in DRAFTS.values() for pattern, ours in draft.renamed_tensors.items()}
-    wrapper = next((prefix for prefix in _WRAPPERS if any(prefix in name for name in stored)), "")
-    names: dict[str, str] = {}
-    for file_name in stored:
-        if wrapper not in file_name or file_name.endswith("rotary_emb.inv_freq"):
-            continue
-        name = file_name.partition(wrapper)[2] if wrapper else file_name
-        for pattern, ours in renamed.items():
-            name = re.sub(pattern, ours, name)
-        if name in names:
-            raise UsageError(f"{names[name]} and {file_name} are both {name}; remove the one that is not the draft's")
-        names[name] = file_name
-    return names
-
-
-def load_draft_folder(path: Path, head, device: str | torch.device = "cpu", target_layers: int | None = None) -> Draft:
+def load_draft_folder(
+    path: Path, head: TargetHead, device: str | torch.device = "cpu", target_layers: int | None = None
+) -> Draft:
     """Open a published draft, in float32 and evaluation mode. Nothing is guessed and nothing is left over.
 
-    head: the target's TargetHead. target_layers: the target's depth, for forms that do not state it. UsageError for
-    an unknown kind of draft, a missing, contradictory or unknown value, and for tensors that are missing, surplus, of
-    another shape or not finite.
+    target_layers: the target's depth, for forms that do not state it. UsageError for an unknown kind of draft, a
+    missing, contradictory or unknown value, and for tensors that are missing, surplus, of another shape or not finite.
     """
     opened = open_folder(path, target_layers)
     method = DRAFTS[opened.config.method]
@@ -270,3 +245,105 @@ def load_draft_folder(path: Path, head, device: str | torch.device = "cpu", targ
     opened.check_copies(head.embed_VD, head.head_VD)
     draft.load_state_dict(dict(opened.own()))
     return draft.to(device).eval()
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """Initial weights of a draft. `fresh`: tensors still initialised at random. `summary`: one line."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    fresh: tuple[str, ...]
+    summary: str
+    rope_scaling: RopeScaling | None  # what they were trained with, which training goes on with
+    digest: str  # of names, types and values: what a run is recorded to have started with
+
+    def load_into(self, draft: Draft) -> None:
+        """Load the weights into a draft; its other tensors stay as they are."""
+        missing, surplus = draft.load_state_dict(self.tensors, strict=False)
+        assert not surplus and set(missing) == set(self.fresh), f"{missing} and {surplus}, expected {self.fresh}"
+
+
+@dataclass(frozen=True)
+class InitialDraft:
+    """The draft that --init-from names. Commands that train are given it: they know of no published form.
+
+    path: a published folder of any form, SpecForge's training checkpoint with the draft's config.json beside it, or a
+    run or checkpoint of ours.
+    """
+
+    path: Path
+
+    def weights_for(self, wanted: DraftConfig, head: TargetHead | None = None) -> InitialWeights:
+        """Return its weights for a draft of the config `wanted`. Only what fits is taken: a draft that reads other
+        layers, another mask token or other positions would load, and have to unlearn. The bare backbone starts a draft
+        of any method on it, whose own head begins random.
+
+        head: the target's; copies of it that the folder brings are compared with it. UsageError naming the first thing
+        that does not fit, with both values.
+        """
+        path = self.path
+        if (path / DRAFT).is_file() or steps(path):
+            config, checkpoint = load_config(path), find_checkpoint(path)
+            open_checkpoint(checkpoint)
+            tensors, proposed = open_safetensors([checkpoint / DRAFT]), config.vocab_size
+        else:
+            opened = open_folder(path, wanted.num_target_layers)
+            if head is not None:
+                opened.check_copies(head.embed_VD, head.head_VD)
+            config, tensors, proposed = opened.config, dict(opened.own()), opened.described.proposed
+        _check_fits(path, config, wanted)
+        method, source = DRAFTS[wanted.method], DRAFTS[config.method]
+        if proposed < wanted.vocab_size and not (source.only_backbone or source.reduces_vocabulary):
+            bare = " or ".join(draft.title for draft in DRAFTS.values() if draft.only_backbone)
+            raise UsageError(
+                f"{path} proposes {proposed} of {wanted.vocab_size} ids, and its {config.method} head knows no others; "
+                f"start from a draft of the whole vocabulary, or from a {bare} one"
+            )
+        taken = {name: tensors[name] for name in method.starting_tensors(wanted, source)}
+        fresh = tuple(sorted(method.tensors(wanted).keys() - taken.keys()))
+        summary = _summary(path, config, wanted, fresh)
+        return InitialWeights(path, taken, fresh, summary, config.rope_scaling, _digest(taken))
+
+
+def _check_fits(path: Path, config: DraftConfig, wanted: DraftConfig) -> None:
+    method = DRAFTS[wanted.method]
+    if method.starting_tensors(wanted, DRAFTS[config.method]) is None:
+        able = [name for name, draft in DRAFTS.items() if method.starting_tensors(wanted, draft)]
+        others = " or ".join(dict.fromkeys([wanted.method, *able]))
+        raise UsageError(
+            f"{path} is a {config.method} draft, wanted is {wanted.method}: its backbone leans on its own head; start "
+            f"from a {others} draft, or set draft.method = {json.dumps(config.method)}"
+        )
+    # With another value the backbone's weights compute something else, or do not fit.
+    keys = [name for name in DraftConfig.model_fields if name not in DraftConfig.training_only | OTHERS]
+    if config.method == wanted.method:
+        keys += ["shift_label", *wanted.published_options()]
+    for key in keys:
+        there, here = ([*value] if isinstance(value := getattr(of, key), tuple) else value for of in (config, wanted))
+        if there != here:
+            raise UsageError(
+                f"{path} has {key} = {there}, wanted is {here}; weights trained with the one are "
+                "of no use to the other: change the recipe to it, or start from another draft"
+            )
+
+
+def _summary(path: Path, config: DraftConfig, wanted: DraftConfig, fresh: tuple[str, ...]) -> str:
+    parts = [f"starting from the {config.method} draft {path}"]
+    if fresh:
+        heads = ", ".join(sorted({name.partition(".")[0] for name in fresh}))
+        parts.append(f"{heads} fresh, as {wanted.method} has and {config.method} has not")
+    if config.shift_label != wanted.shift_label:
+        slots = ("anchor + k", "anchor + k + 1")
+        parts.append(f"slot k, which guessed {slots[config.shift_label]}, now learns {slots[wanted.shift_label]}")
+    if config.block_size != wanted.block_size:
+        parts.append(f"blocks of {wanted.block_size}, which were {config.block_size}")
+    return "; ".join(parts)
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
