@@ -8,7 +8,7 @@ import numpy as np
 from pipeline.cache.calibrations import read_calibration, store_calibration
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.codecs.calibration import calibrate
+from pipeline.cache.codecs.error_certificate import calibrate
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.manifest import create_identity
 from pipeline.cache.plan import load_plan, segment_numbers

@@ -4,7 +4,7 @@ import numpy as np
 
 from pipeline.cache.atomic import commit_lock, write_errors, write_file
 from pipeline.cache.catalog import Catalog
-from pipeline.cache.codecs.calibration import Calibration
+from pipeline.cache.codecs.codec import Calibration
 from pipeline.cache.layout import CALIBRATION
 from pipeline.cache.manifest import canonical, read_record
 from pipeline.cache.records import CalibrationManifest

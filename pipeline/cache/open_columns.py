@@ -14,8 +14,8 @@ import numpy as np
 
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS
+from pipeline.cache.codecs.lossless import DirectColumn
 from pipeline.cache.codecs.lossy import Encoded
-from pipeline.cache.codecs.raw import DirectColumn
 from pipeline.cache.columns import Column, open_column
 from pipeline.cache.layout import CHECKSUM_ROWS
 from pipeline.cache.samples import ShardPlan

@@ -17,12 +17,14 @@ from pipeline.cache.atomic import Scratch, clean_scratch, commit_lock, size_text
 from pipeline.cache.calibrations import read_calibration, store_calibration
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS, codec_of, parse_codecs
-from pipeline.cache.codecs.calibration import (
+from pipeline.cache.codecs.codec import Calibration
+from pipeline.cache.codecs.error_certificate import (
     TOKENS,
-    Calibration,
+    Certificate,
     calibration_samples,
+    checked_calibration,
+    shadow_samples,
 )
-from pipeline.cache.codecs.error_certificate import Certificate, checked_calibration, shadow_samples
 from pipeline.cache.columns import Column, ColumnSpec, open_column
 from pipeline.cache.layout import LOG, SAMPLES, numbered, shard_folder
 from pipeline.cache.manifest import read_record, write_canonical

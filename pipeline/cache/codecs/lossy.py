@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.cache.atomic import sync_file
-from pipeline.cache.codecs.calibration import Calibration
-from pipeline.cache.codecs.codec import Codec
+from pipeline.cache.codecs.codec import Calibration, Codec
 from pipeline.cache.codecs.zarr_file import METADATA, SHARD_FILE, Grid, ShardFile, ShardFileWriter
 from pipeline.cache.manifest import FileFact
 from pipeline.errors import CacheError, ProofError
