@@ -4,7 +4,7 @@ Two passes over the files: one for tokens and masks, which makes the plan, and o
 no file states is an option, or found by computing a few samples again, and recorded in cache.json. After any stop the
 same command goes on with the missing shards, and gives the same bytes.
 
-    R rows of a chunk   D hidden size
+    R rows of a sample   D hidden size
 """
 
 import contextlib
@@ -94,7 +94,7 @@ def run(
     first, named = source.open(*source.locations[0]), requested.layers or source.stated.layers
     convention = choose_convention(source, first, named, requested, catalog, target)
     job = ImportJob(source, named, convention, first.dtype)
-    check_layers(job.convention.layers(job.named_layers), config["num_hidden_layers"])
+    check_layers(job.layers, config["num_hidden_layers"])
     identity = identity_of(target, model, job, catalog)
     if catalog.exists:
         create_identity(out, identity)

@@ -93,10 +93,6 @@ class Convention:
     count_from: int
     last: str
 
-    def layers(self, named: tuple[int, ...]) -> list[int]:
-        """Return the layers in this project's numbering, see `pipeline/target/layers.py`."""
-        return [layer - self.count_from for layer in named]
-
 
 class Source(ABC):
     """A folder of another trainer's files, of one form; `width` is the hidden size D."""
@@ -128,14 +124,16 @@ class ImportJob:
     dtype: torch.dtype  # of the states in the files
 
     @property
+    def layers(self) -> list[int]:
+        """The layers in this project's numbering, see `pipeline/target/layers.py`."""
+        return [layer - self.convention.count_from for layer in self.named_layers]
+
+    @property
     def columns(self) -> list[ColumnSpec]:
         """The columns of the cache to write, in order."""
-        dtype = STORED_DTYPE[self.dtype]
-        aux = [
-            ColumnSpec(aux_column(layer), dtype, self.source.width)
-            for layer in self.convention.layers(self.named_layers)
-        ]
-        return aux + [ColumnSpec("final", dtype, self.source.width, keeps="needed")] * (self.convention.last != "none")
+        dtype, width = STORED_DTYPE[self.dtype], self.source.width
+        aux = [ColumnSpec(aux_column(layer), dtype, width) for layer in self.layers]
+        return aux + [ColumnSpec("final", dtype, width, keeps="needed")] * (self.convention.last != "none")
 
     def check(self, sample: ForeignSample) -> ForeignSample:
         """Return the sample. DataError for another dtype than the first sample's, or without its last state."""
