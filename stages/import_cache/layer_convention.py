@@ -90,9 +90,9 @@ def choose_convention(
     """
     if not first.has_last and requested.last not in (None, "none"):
         raise UsageError(f"{first.where}: holds no last state, so it is not {requested.last}; leave out --last")
-    if recorded := recorded_convention(catalog):
-        count_from = recorded[0] if requested.count_from is None else requested.count_from
-        convention = Convention(count_from, requested.last or recorded[1])
+    if recorded := catalog.identity.capture.imported if catalog.exists else None:
+        count_from = recorded.count_from if requested.count_from is None else requested.count_from
+        convention = Convention(count_from, requested.last or recorded.last)
     elif target.proven:
         middle_and_end = {len(source.locations) // 2, len(source.locations) - 1} - {0}
         samples = [first, *(source.open(*source.locations[number]) for number in sorted(middle_and_end))]
@@ -103,14 +103,6 @@ def choose_convention(
     if convention.last == "raw" and not target.proven:
         raise UsageError("--last raw needs the target's norm; import without --unproven, or with --last none")
     return convention
-
-
-def recorded_convention(catalog: Catalog) -> tuple[int, str] | None:
-    """Return (count_from, last) as recorded in the cache, None where there is none."""
-    if not catalog.exists:
-        return None
-    imported = catalog.identity.capture.imported
-    return imported and (imported.count_from, imported.last)
 
 
 def stated_convention(source: Source, requested: PartialConvention, first: ForeignSample) -> Convention:

@@ -63,11 +63,9 @@ class ImportSummary:
     """Totals of an import over the whole cache; `new_shards` counts this run only."""
 
     samples: int
-    tokens: int
     shards: int
     new_shards: int
     refused: int
-    on_policy: OnPolicyStats
 
 
 def run(
@@ -343,4 +341,4 @@ def summary(catalog: Catalog, job: ImportJob, new: int, target: Target) -> Impor
     if not target.proven:
         print("unproven: no state was compared with the target; an accept length of 1 would show the mistake late")
     print_visible(visible(f"next: pipeline train-draft --cache {out}"))
-    return ImportSummary(planned.samples, planned.tokens, catalog.shards, new, refused, on_policy)
+    return ImportSummary(planned.samples, catalog.shards, new, refused)

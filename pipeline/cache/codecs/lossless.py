@@ -177,12 +177,9 @@ class DirectColumn:
             if not file.read(start + at, piece, wait):
                 return False
             digest.update(piece)
-        self._compare(digest.intdigest(), row, begin)
-        return True
-
-    def _compare(self, digest: int, row: int, begin: int) -> None:
-        if digest != self.column.digests[self.column.starts[row] + begin // CHECKSUM_ROWS]:
+        if digest.intdigest() != self.column.digests[self.column.starts[row] + begin // CHECKSUM_ROWS]:
             raise CacheError(self.column.damage(row, begin))
+        return True
 
 
 class ZstdWriter(ShardFileWriter):
@@ -257,16 +254,13 @@ class ZstdReader(OpenFile):
 
     def read_into(self, first_row: int, out: memoryview) -> None:
         """Fill `out`, whole rows as flat bytes, from `first_row` on. CacheError for a damaged chunk."""
-        count = len(out) // self.grid.row_bytes
-        for start, stop in self.pieces(first_row, count):
-            part = out[(start - first_row) * self.grid.row_bytes : (stop - first_row) * self.grid.row_bytes]
-            chunk, row = divmod(start, self.grid.chunk_rows)
+        for chunk, at, part in self.grid.parts(first_row, out):
             if len(part) == self.grid.chunk_bytes:
                 self._decode(chunk, part)
             else:
                 held = self._buffer("content", self.grid.chunk_bytes)
                 self._decode(chunk, held)
-                part[:] = held[row * self.grid.row_bytes :][: len(part)]
+                part[:] = held[at : at + len(part)]
 
     def _buffer(self, name: str, size: int) -> memoryview:
         """A reusable buffer of this thread."""

@@ -15,7 +15,7 @@ are encoded or decoded.
 import json
 import os
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -139,7 +139,7 @@ class Encoded:
             for array in arrays:
                 array[first:end] = 0
             keep &= (self.outliers[:, 0] < first) | (self.outliers[:, 0] >= end)
-        return Encoded(self.codec, arrays, self.outliers[keep], self.calibration, self.dtype)
+        return replace(self, arrays=arrays, outliers=self.outliers[keep])
 
     def span(self, first: int, stop: int, origin: int) -> list[np.ndarray]:
         """The arrays and the outliers of rows [first, stop); the outliers' rows are counted from row `origin`."""
@@ -197,7 +197,6 @@ class EncodedWriter:
         self._rows, self._width, self._dtype, self._calibration = rows, width, dtype, calibration
         self._written = self._outlier_count = 0
         self._outliers: list[np.ndarray] = []
-        self._metadata = b""
         grids = _grids(codec, rows, width, 0)
         folder.mkdir(parents=True)
         self._streams = {name: ShardFileWriter(folder / name, grids[name]) for name in codec.arrays(width)}
@@ -226,8 +225,7 @@ class EncodedWriter:
             self._streams[name].write(np.ascontiguousarray(values))
         for stream in self._streams.values():
             stream.finish()
-        self._metadata = self._group_metadata()
-        (self.folder / METADATA).write_bytes(self._metadata)
+        (self.folder / METADATA).write_bytes(self._group_metadata())
         sync_file(self.folder / METADATA)
 
     def _group_metadata(self) -> bytes:
@@ -244,7 +242,7 @@ class EncodedWriter:
 
     def facts(self) -> dict[str, dict]:
         """Size and digest of each file, by its path in the column's folder."""
-        facts = {METADATA: FileFact.of_bytes(self._metadata).as_dict()}
+        facts = {METADATA: FileFact.of_bytes(self._group_metadata()).as_dict()}
         for name, stream in self._streams.items():
             facts |= {f"{name}/{file}": fact for file, fact in stream.facts().items()}
         return facts
