@@ -111,7 +111,7 @@ class Grid:
         return 16 * self.chunks + 4
 
     def parts(self, first_row: int, out: memoryview) -> Iterator[tuple[int, int, memoryview]]:
-        """Cut `out`, flat bytes of rows from `first_row` on, at chunks' ends: (chunk, first byte in it, piece of `out`)."""
+        """Cut flat bytes of rows from `first_row` on at chunks' ends: (chunk, first byte in it, piece of `out`)."""
         while out:
             chunk, row = divmod(first_row, self.chunk_rows)
             part = out[: self.chunk_bytes - row * self.row_bytes]
