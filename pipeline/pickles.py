@@ -36,12 +36,12 @@ MARK = object()
 class RefusedPickle(Exception):
     """A file of torch.save that is refused.
 
-    `kind` is "layout", "names" (`what` it would call), "tensor" (not a plain one) or "damaged".
+    `kind` is "layout", "names" (of what it would call), "tensor" (not a plain one) or "damaged".
     """
 
     def __init__(self, kind: str, what: str):
         super().__init__(what)
-        self.kind, self.what = kind, what
+        self.kind = kind
 
 
 class _Name(NamedTuple):

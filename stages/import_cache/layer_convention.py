@@ -10,24 +10,25 @@ With --unproven nothing is computed: embedding and head are read from the target
     P rows of a prefix   K layers   D hidden size   E entries: what enters layer 0, then every layer's output
 """
 
+import json
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.cache.catalog import Catalog
-from pipeline.errors import DataError, ProofError, UsageError, refuse_limit
+from pipeline.errors import DataError, ProofError, UsageError
 from pipeline.target.config import load_config
 from pipeline.target.files import CONFIG, read_json, read_text_config, stop_ids
 from pipeline.target.head import TargetHead
 from pipeline.target.model import final_norm, head_of, load_target, stop_tokens, store_target, tap_layers
 from pipeline.target.probe import BOUNDS, ROWS, relative_error
-from pipeline.target.weights import weight_files
+from pipeline.target.weights import safetensors_header, weight_files
 from pipeline.tensors import find_device
 from pipeline.visible_text import print_visible, visible
 from stages.import_cache.source import Convention, ForeignSample, PartialConvention, Source, bad_file
@@ -243,12 +244,7 @@ def head_from_files(folder: Path) -> TargetHead:
         raise UsageError(f"{folder}: scales {why} in code, which only a run shows; import without --unproven")
     found: dict[str, list[tuple[Path, str]]] = {"embed_tokens.weight": [], "lm_head.weight": [], "lm_head.bias": []}
     for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = [*file.keys()]
-        except (SafetensorError, OSError) as error:
-            refuse_limit(path, error)
-            raise UsageError(f"{path} cannot be read ({error}); fetch it again") from error
+        names = json.loads(safetensors_header(path))
         for end, holders in found.items():
             holders += [(path, name) for name in names if name == end or name.endswith(f".{end}")]
     embeds, heads, biases = found.values()
@@ -258,8 +254,11 @@ def head_from_files(folder: Path) -> TargetHead:
             f"{folder}: holds {len(embeds)} embeddings and {len(heads)} LM heads, wanted one of each (or a tied one) "
             "without a bias; name with --model the folder of the target that made the cache"
         )
-    embed_VD = _tensor(*embeds[0])
-    head_VD = embed_VD if tied else _tensor(*heads[0])
+    with safe_open(embeds[0][0], framework="pt") as file:
+        embed_VD = head_VD = file.get_tensor(embeds[0][1])
+    if not tied:
+        with safe_open(heads[0][0], framework="pt") as file:
+            head_VD = file.get_tensor(heads[0][1])
     shape = (config["vocab_size"], config["hidden_size"])
     if tuple(embed_VD.shape) != shape or head_VD.shape != embed_VD.shape:
         raise UsageError(
@@ -267,11 +266,6 @@ def head_from_files(folder: Path) -> TargetHead:
             f"{list(shape)}; fetch its files again"
         )
     return TargetHead(embed_VD, head_VD, logit_softcap=config.get("final_logit_softcapping"))
-
-
-def _tensor(path: Path, name: str) -> torch.Tensor:
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
 
 
 def stop_tokens_from_files(folder: Path) -> frozenset[int]:
