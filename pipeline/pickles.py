@@ -189,10 +189,10 @@ class _Interpreter:
             return arguments[0]
         if name == PARAMETER and isinstance(arguments[0], _Tensor) and arguments[2] == {}:
             return arguments[0]
-        if name in (REBUILT, REBUILT_TYPED):
-            return _check_tensor(
-                *arguments[:4], hooks=arguments[5], dtype=arguments[6] if name == REBUILT_TYPED else None
-            )
+        if name == REBUILT:
+            return _check_tensor(*arguments[:6])
+        if name == REBUILT_TYPED:
+            return _check_tensor(*arguments[:6], arguments[6])
         raise RefusedPickle("names", name.replace(" ", "."))
 
 
@@ -216,16 +216,10 @@ def _are_counts(*shapes: object) -> bool:
     )
 
 
-def _check_tensor(
-    storage: _Storage, offset: int, size: tuple, stride: tuple, *, hooks: object, dtype: object
-) -> _Tensor:
+def _check_tensor(storage: _Storage, offset: int, size: tuple, stride: tuple, grad, hooks, dtype=None) -> _Tensor:
     """Return a stand-in for a tensor. ValueError where it does not fit its storage, which torch would enlarge."""
-    if (
-        not isinstance(storage, _Storage)
-        or not _are_counts(size, stride, (offset,))
-        or len(size) != len(stride)
-        or hooks
-    ):
+    plain = isinstance(storage, _Storage) and _are_counts(size, stride, (offset,))
+    if not plain or len(size) != len(stride) or hooks:
         raise ValueError("a tensor that is not laid out plainly")
     item = storage.item or getattr(torch, dtype.name.removeprefix("torch ")).itemsize
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))

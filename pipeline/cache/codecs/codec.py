@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from zstandard import ZstdError, frame_content_size
 
 from pipeline.cache.codecs.zarr_file import DTYPES, Grid, split_rows
 from pipeline.errors import CacheError, check_memory, first_line, refuse_limit
@@ -30,7 +31,7 @@ CHUNK_BYTES = 64 << 20  # a foreign array with larger chunks is refused
 READ_BYTES = 4 << 20  # bytes read at a time, or a chunk
 PLAIN = {"bytes", "transpose", "crc32c", "sharding_indexed"}  # codecs that never decode to more than the chunk's shape
 MAX_OVERHEAD = 64 << 10  # bytes that a nested compressor or a checksum may add to a chunk
-BAD_BYTES = (ValueError, RuntimeError, LookupError, TypeError, OSError, ArithmeticError, AttributeError)
+BAD_BYTES = (ValueError, RuntimeError, LookupError, TypeError, OSError, ArithmeticError, AttributeError, ZstdError)
 _OPENING = threading.Lock()  # zarr-python's settings are global: one thread would reset another's
 
 
@@ -194,18 +195,10 @@ def _errors(where: str) -> Iterator[None]:
         raise CacheError(f"{where}: zarr-python cannot read it: {message}; run `pipeline verify`") from error
 
 
-def _check_declared(declared: int | None, chunk_spec) -> None:
+def _check_declared(declared: int, chunk_spec) -> None:
     allowed = math.prod(chunk_spec.shape) * chunk_spec.dtype.to_native_dtype().itemsize + MAX_OVERHEAD
-    if declared is None or declared > allowed:
+    if not 0 < declared <= allowed:
         raise ValueError(f"a chunk says that it decodes to {declared} bytes, and holds at most {allowed}")
-
-
-def _zstd_size(frame: bytes) -> int | None:
-    """Bytes a zstd frame decodes to, from its header; None where it does not say."""
-    from zstandard import ZstdError, frame_content_size
-
-    with contextlib.suppress(ZstdError):
-        return size if (size := frame_content_size(frame)) > 0 else None
 
 
 @functools.cache
@@ -216,12 +209,12 @@ def _bounded_classes() -> dict[str, type]:
     class BoundedBlosc(BloscCodec):
         async def _decode_single(self, chunk_bytes, chunk_spec):
             header = chunk_bytes.to_bytes()[:16]
-            _check_declared(int.from_bytes(header[4:8], "little") if len(header) == 16 else None, chunk_spec)
+            _check_declared(int.from_bytes(header[4:8], "little") if len(header) == 16 else 0, chunk_spec)
             return await super()._decode_single(chunk_bytes, chunk_spec)
 
     class BoundedZstd(ZstdCodec):
         async def _decode_single(self, chunk_bytes, chunk_spec):
-            _check_declared(_zstd_size(chunk_bytes.to_bytes()), chunk_spec)
+            _check_declared(frame_content_size(chunk_bytes.to_bytes()), chunk_spec)  # -1 where it does not say
             return await super()._decode_single(chunk_bytes, chunk_spec)
 
     return {"blosc": BoundedBlosc, "zstd": BoundedZstd}

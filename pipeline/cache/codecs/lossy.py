@@ -274,13 +274,12 @@ class EncodedReader:
 
     def _read(self, name: str, first: int, count: int) -> np.ndarray:
         grid = self._files[name].grid
-        out = np.empty((count, grid.width), grid.dtype)
-        self._fill(name, first, out)
-        return out
+        return self._fill(name, first, np.empty((count, grid.width), grid.dtype))
 
-    def _fill(self, name: str, first: int, out: np.ndarray) -> None:
+    def _fill(self, name: str, first: int, out: np.ndarray) -> np.ndarray:
         if out.size:
             self._files[name].read_into(first, memoryview(out).cast("B"))
+        return out
 
     def buffers(self, rows: int) -> tuple[np.ndarray, ...]:
         """Allocate the codec's arrays for so many rows."""
