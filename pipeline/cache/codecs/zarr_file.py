@@ -5,7 +5,7 @@
 zarr 3 core specification and its `sharding_indexed` codec: the index is uint64 pairs, little-endian, with a crc32c of
 them behind. Written directly because it is then one stream of bounded memory, and read directly because a sample is
 one byte range; any zarr v3 reader opens it. The array's shape is rounded up to whole chunks and has one shard.
-Chunks may be compressed each (`zstd.py`).
+Chunks may be compressed each (zstd, in `lossless.py`).
 """
 
 import ctypes
