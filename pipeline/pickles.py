@@ -21,19 +21,14 @@ REBUILT, REBUILT_TYPED = "torch._utils _rebuild_tensor_v2", "torch._utils _rebui
 PARAMETER = "torch._utils _rebuild_parameter"
 OTHER_TENSORS = "torch._utils _rebuild_", "torch.sparse", "torch.serialization _get_layout"
 ITEM_BYTES = {
-    "FloatStorage": 4,
-    "BFloat16Storage": 2,
-    "HalfStorage": 2,
-    "DoubleStorage": 8,
-    "LongStorage": 8,
-    "IntStorage": 4,
-    "ShortStorage": 2,
-    "CharStorage": 1,
-    "ByteStorage": 1,
-    "BoolStorage": 1,
+    f"{kind}Storage": size
+    for size, kinds in ((8, "Double Long"), (4, "Float Int"), (2, "BFloat16 Half Short"), (1, "Char Byte Bool"))
+    for kind in kinds.split()
 }
 UNTYPED = ("torch.storage UntypedStorage", "torch UntypedStorage")
 VALUES = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "SHORT_BINSTRING")
+COUNTED = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "SETITEM": 2, "APPEND": 1}  # items they take
+MARKED = ("TUPLE", "SETITEMS", "APPENDS")  # they take what is above the last mark
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 MARK = object()
 
@@ -41,12 +36,12 @@ MARK = object()
 class RefusedPickle(Exception):
     """A file of torch.save that is refused.
 
-    `kind` is "layout", "names" (`what` it would call), "tensor" (not a plain one) or "damaged".
+    `kind` is "layout", "names" (of what it would call), "tensor" (not a plain one) or "damaged".
     """
 
     def __init__(self, kind: str, what: str):
         super().__init__(what)
-        self.kind, self.what = kind, what
+        self.kind = kind
 
 
 class _Name(NamedTuple):
@@ -127,17 +122,12 @@ class _Interpreter:
             stack.append(MARK)
         elif name in ("EMPTY_DICT", "EMPTY_LIST"):
             stack.append({} if name == "EMPTY_DICT" else [])
-        elif name in ("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE"):
-            stack.append(self._tuple(name))
+        elif name in COUNTED or name in MARKED:
+            self._collect(name, self._pop(name))
         elif name in ("BINPUT", "LONG_BINPUT"):
             self.memo[value] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
             stack.append(self.memo[value])
-        elif name in ("SETITEM", "SETITEMS"):
-            self._set_items(self._pop_to_mark() if name == "SETITEMS" else [stack.pop(), stack.pop()][::-1])
-        elif name in ("APPEND", "APPENDS"):
-            added = self._pop_to_mark() if name == "APPENDS" else [stack.pop()]
-            self._top(list).extend(added)
         elif name == "GLOBAL":
             stack.append(_check_name(value))
         elif name == "REDUCE":
@@ -158,36 +148,31 @@ class _Interpreter:
             raise ValueError(f"a {type(self.stack[-1]).__name__} where a {kind.__name__} is filled")
         return self.stack[-1]
 
-    def _pop_to_mark(self) -> list:
-        """Pop the items above the last mark, and the mark; return the items."""
-        at = len(self.stack) - 1
-        while self.stack[at] is not MARK:
-            at -= 1
-            if at < 0:
-                raise ValueError("a mark is missing")
-        items = self.stack[at + 1 :]
-        del self.stack[at:]
-        return items
-
-    def _tuple(self, name: str) -> tuple:
-        """Pop a tuple, nested at most once: hashing shared tuples that are nested deeper takes exponential time."""
-        if name == "TUPLE":
-            items = tuple(self._pop_to_mark())
+    def _pop(self, name: str) -> list:
+        """Pop and return the items that an opcode takes; the mark below them goes too. ValueError without them."""
+        if name in COUNTED:
+            kept = first = len(self.stack) - COUNTED[name]
         else:
-            count = 0 if name == "EMPTY_TUPLE" else int(name[-1])
-            items = tuple(self.stack[len(self.stack) - count :])
-            if len(items) != count:
-                raise ValueError("a tuple of what is not there")
-            del self.stack[len(self.stack) - count :]
-        if any(type(inner) is tuple and any(type(deep) is tuple for deep in inner) for inner in items):
-            raise RefusedPickle("names", "tuples in tuples")
+            kept = next((at for at in reversed(range(len(self.stack))) if self.stack[at] is MARK), -1)
+            first = kept + 1
+        if kept < 0:
+            raise ValueError("a mark or an item is missing")
+        items = self.stack[first:]
+        del self.stack[kept:]
         return items
 
-    def _set_items(self, pairs: list) -> None:
-        target = self._top(dict)
-        if len(pairs) % 2 or not all(isinstance(key, str | int | float | None) for key in pairs[::2]):
-            raise ValueError("a key that is no text or number")
-        target.update(zip(pairs[::2], pairs[1::2], strict=True))
+    def _collect(self, name: str, items: list) -> None:
+        """Make a tuple of items, or put them into the list or dict on top of the stack."""
+        if name.startswith("APPEND"):
+            self._top(list).extend(items)
+        elif name.startswith("SETITEM"):
+            if len(items) % 2 or not all(isinstance(key, str | int | float | None) for key in items[::2]):
+                raise ValueError("a key that is no text or number")
+            self._top(dict).update(zip(items[::2], items[1::2], strict=True))
+        else:  # nested at most once: hashing shared tuples that are nested deeper takes exponential time
+            if any(type(inner) is tuple and any(type(deep) is tuple for deep in inner) for inner in items):
+                raise RefusedPickle("names", "tuples in tuples")
+            self.stack.append(tuple(items))
 
     def _storage(self, named: object) -> _Storage:
         kind, of, key, _, count = named
@@ -204,10 +189,10 @@ class _Interpreter:
             return arguments[0]
         if name == PARAMETER and isinstance(arguments[0], _Tensor) and arguments[2] == {}:
             return arguments[0]
-        if name in (REBUILT, REBUILT_TYPED):
-            return _check_tensor(
-                *arguments[:4], hooks=arguments[5], dtype=arguments[6] if name == REBUILT_TYPED else None
-            )
+        if name == REBUILT:
+            return _check_tensor(*arguments[:6])
+        if name == REBUILT_TYPED:
+            return _check_tensor(*arguments[:6], arguments[6])
         raise RefusedPickle("names", name.replace(" ", "."))
 
 
@@ -231,16 +216,10 @@ def _are_counts(*shapes: object) -> bool:
     )
 
 
-def _check_tensor(
-    storage: _Storage, offset: int, size: tuple, stride: tuple, *, hooks: object, dtype: object
-) -> _Tensor:
+def _check_tensor(storage: _Storage, offset: int, size: tuple, stride: tuple, grad, hooks, dtype=None) -> _Tensor:
     """Return a stand-in for a tensor. ValueError where it does not fit its storage, which torch would enlarge."""
-    if (
-        not isinstance(storage, _Storage)
-        or not _are_counts(size, stride, (offset,))
-        or len(size) != len(stride)
-        or hooks
-    ):
+    plain = isinstance(storage, _Storage) and _are_counts(size, stride, (offset,))
+    if not plain or len(size) != len(stride) or hooks:
         raise ValueError("a tensor that is not laid out plainly")
     item = storage.item or getattr(torch, dtype.name.removeprefix("torch ")).itemsize
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))

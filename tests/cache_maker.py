@@ -7,7 +7,7 @@ import numpy as np
 
 from pipeline.cache.catalog import Catalog, has_target
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.codecs.calibration import calibrate
+from pipeline.cache.codecs.error_certificate import calibrate
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.file_writer import create_identity, new_target, rebuild_derived
 from pipeline.cache.plan import load_plan, segment_numbers

@@ -16,7 +16,7 @@ import torch
 from pipeline.errors import DataError, UsageError
 from pipeline.pickles import RefusedPickle, check_pickle
 from pipeline.published.weights import open_weights
-from stages.import_cache.foreign_sample import load
+from stages.import_cache.source import load
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST = 1 << 20

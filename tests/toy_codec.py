@@ -3,7 +3,7 @@
 import numpy as np
 from torch import Tensor
 
-from pipeline.cache.codecs.calibration import Calibration
+from pipeline.cache.codecs.codec import Calibration
 from pipeline.cache.codecs.lossy import LossyCodec
 
 LEVELS = 32767

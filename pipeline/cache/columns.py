@@ -19,8 +19,8 @@ from pipeline.cache.atomic import read_errors
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.checksums import BlockHasher, read_sums
 from pipeline.cache.codecs import CODECS
+from pipeline.cache.codecs.lossless import DirectColumn
 from pipeline.cache.codecs.lossy import CHANNELS, Encoded
-from pipeline.cache.codecs.raw import DirectColumn
 from pipeline.cache.codecs.zarr_file import DTYPES
 from pipeline.cache.layout import CHECKSUM_ROWS, SAMPLES, numbered, path_inside, shard_folder
 from pipeline.cache.manifest import check_file, check_size

@@ -25,7 +25,7 @@ from pipeline.cache.atomic import (
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.checksums import BlockHasher, sums_bytes
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.codecs.calibration import Calibration
+from pipeline.cache.codecs.codec import Calibration
 from pipeline.cache.codecs.lossy import Encoded
 from pipeline.cache.codecs.zarr_file import DTYPES, PIECE
 from pipeline.cache.columns import Column, ColumnSpec

@@ -17,8 +17,14 @@ from torch import Tensor
 
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.codecs.calibration import TOKENS, Calibration, calibration_samples
-from pipeline.cache.codecs.error_certificate import Certificate, checked_calibration, shadow_samples
+from pipeline.cache.codecs.codec import Calibration
+from pipeline.cache.codecs.error_certificate import (
+    TOKENS,
+    Certificate,
+    calibration_samples,
+    checked_calibration,
+    shadow_samples,
+)
 from pipeline.cache.codecs.lossy import Encoded
 from pipeline.cache.columns import ColumnSpec, stored_rows
 from pipeline.cache.layout import CHECKSUM_ROWS, layer_of

@@ -3,33 +3,56 @@
 Two passes over the files: one for tokens and masks, which makes the plan, and one for the states, shard by shard. What
 no file states is an option, or found by computing a few samples again, and recorded in cache.json. After any stop the
 same command goes on with the missing shards, and gives the same bytes.
+
+    R rows of a sample   D hidden size
 """
 
 import contextlib
+import sys
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cache.atomic import check_free_space, clean_scratch
-from pipeline.cache.catalog import Catalog, has_target
-from pipeline.cache.file_writer import create_identity, rebuild_derived
-from pipeline.cache.layout import LOG
-from pipeline.cache.manifest import write_canonical
-from pipeline.cache.plan_writer import plan_in_use
-from pipeline.cache.schema import TargetName
-from pipeline.corpus.rejections import left_out_lines
-from pipeline.errors import RoomError, UsageError
-from pipeline.target.files import CONFIG, find_target, read_text_config, template_digest, tokenizer_digest
-from pipeline.target.layers import check_layers
-from pipeline.target.on_policy import OnPolicyStats
-from pipeline.target.weights import check_weights_if_recorded, named_target
-from pipeline.visible_text import print_visible, visible
-from stages.import_cache.conventions import choose_convention
-from stages.import_cache.convert import ImportJob, convert, is_planned, make_plan, refused_by_shard, total_bytes
-from stages.import_cache.foreign_sample import STORED_DTYPE, PartialConvention, Source
-from stages.import_cache.target import Target
-from stages.import_cache.trainer_formats import INDEX, NAME, SUFFIX, DeepSpec, SpecForge, Speculators
+import numpy as np
+import torch
+from torch import Tensor
 
-WANTED = "SpecForge's *.ckpt, speculators' hs_<i>.safetensors, or DeepSpec's manifest.json and samples.idx"
+from pipeline.cache.atomic import check_free_space, clean_scratch, process_lock, size_text, write_errors
+from pipeline.cache.catalog import Catalog, Work, has_target, target_file
+from pipeline.cache.codecs import CODECS
+from pipeline.cache.columns import ColumnSpec, stored_rows
+from pipeline.cache.file_writer import create_identity, rebuild_derived
+from pipeline.cache.layout import HEAD, LOG
+from pipeline.cache.manifest import write_canonical
+from pipeline.cache.plan_writer import plan_in_use, write_segment
+from pipeline.cache.samples import PlannedSample
+from pipeline.cache.schema import TargetName
+from pipeline.cache.writer import ShardWriter
+from pipeline.corpus.rejections import Tally, Unusable, check_ids, check_mask, left_out_lines, trim
+from pipeline.errors import DataError, ProofError, RoomError, UsageError
+from pipeline.target.files import CONFIG, find_target, read_text_config, template_digest, tokenizer_digest
+from pipeline.target.head import TargetHead
+from pipeline.target.layers import check_layers
+from pipeline.target.on_policy import OnPolicyStats, on_policy_rows, on_policy_share, score_tokens, sum_scores
+from pipeline.target.probe import ReferenceTarget, probe, probe_samples
+from pipeline.target.weights import check_weights_if_recorded, named_target
+from pipeline.tensors import as_states, as_stored
+from pipeline.visible_text import print_visible, visible
+from stages.import_cache.layer_convention import EXTRA_TOLERANCE, Target, choose_convention
+from stages.import_cache.source import (
+    STORED_DTYPE,
+    ForeignSample,
+    ImportJob,
+    Norm,
+    PartialConvention,
+    Source,
+    location_of,
+)
+from stages.import_cache.trainer_formats import find_source
+
+MAX_REFUSED_SHARE = 0.01  # of the samples; more means that all of them are suspect
+EVERY_S = 5.0  # between lines of progress
 
 
 @dataclass(frozen=True)
@@ -37,11 +60,9 @@ class ImportSummary:
     """Totals of an import over the whole cache; `new_shards` counts this run only."""
 
     samples: int
-    tokens: int
     shards: int
     new_shards: int
     refused: int
-    on_policy: OnPolicyStats
 
 
 def run(
@@ -68,7 +89,7 @@ def run(
     first, named = source.open(*source.locations[0]), requested.layers or source.stated.layers
     convention = choose_convention(source, first, named, requested, catalog, target)
     job = ImportJob(source, named, convention, first.dtype)
-    check_layers(job.convention.layers(job.named_layers), config["num_hidden_layers"])
+    check_layers(job.layers, config["num_hidden_layers"])
     identity = identity_of(target, model, job, catalog)
     if catalog.exists:
         create_identity(out, identity)
@@ -78,7 +99,8 @@ def run(
     if missing or not has_target(catalog):
         check_weights_if_recorded(catalog, target.folder)
         clean_scratch(out)
-        write_record(out, identity, target)
+        with contextlib.suppress(RoomError):  # for `evaluate`, and in case cache.json is lost
+            write_canonical(out / LOG, {"identity": identity, "target": {"folder": str(target.folder.resolve())}})
         check_free_space(out, f"an import of {planned.samples:,} samples", total_bytes(missing))
         with plan_in_use(planned):
             convert(catalog, job, missing, target)
@@ -102,45 +124,6 @@ def target_folder(model: str | None, folder: Path, unproven: bool) -> Path:
             "training needs; name with --model a folder that does (its other weights are not read with --unproven)"
         )
     return folder
-
-
-def find_source(folder: Path, layers: tuple[int, ...] | None, width: int, masks: Path | None) -> Source:
-    """Return the source that a folder's files form. `width`: the target's hidden size. `layers`: those of --layers.
-
-    Raises UsageError where there is none or --layers is missing; DataError for a damaged one.
-    """
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder; name one that holds {WANTED}")
-    inner = folder / "hidden_states" if (folder / "hidden_states").is_dir() else folder  # where speculators puts them
-    deepspec = (folder / INDEX).exists()
-    speculators = next(
-        (place for place in (folder, inner) if any(NAME.fullmatch(path.name) for path in place.iterdir())), None
-    )
-    specforge = next(folder.rglob(f"*{SUFFIX}*"), None)
-    if sum(map(bool, (deepspec, speculators, specforge))) != 1:
-        raise UsageError(f"{folder}: holds {'none or several'} of these: {WANTED}; name a folder with one of them")
-    if masks is not None and not speculators:
-        raise UsageError(
-            f"{folder}: its files hold each sample's loss mask, and --masks is for speculators' hs_<i>.safetensors, "
-            "which have none; leave it out"
-        )
-    if deepspec:
-        source = DeepSpec(folder, width)
-        if layers not in (None, source.stated.layers):
-            stated = ",".join(map(str, source.stated.layers))
-            raise UsageError(f"{folder}: its manifest names the layers {stated}; pass the same, or leave out --layers")
-        return source
-    if layers is None:
-        raise UsageError(
-            f"{folder}: no file of it says which layers it holds; name them in their order with --layers, such as "
-            "--layers 1,9,17,25,33"
-        )
-    source = (
-        Speculators(speculators, len(layers), width, masks) if speculators else SpecForge(folder, len(layers), width)
-    )
-    if not source.locations:
-        raise UsageError(f"{folder}: no sample in it; name a folder that holds {WANTED}")
-    return source
 
 
 def parse_layers(layers: str | None) -> tuple[int, ...] | None:
@@ -171,10 +154,172 @@ def identity_of(target: Target, model: str | None, job: ImportJob, catalog: Cata
     }
 
 
-def write_record(out: Path, identity: dict, target: Target) -> None:
-    """Record the target's folder, for `evaluate`, and the identity, in case cache.json is lost."""
-    with contextlib.suppress(RoomError):
-        write_canonical(out / LOG, {"identity": identity, "target": {"folder": str(target.folder.resolve())}})
+def is_planned(catalog: Catalog, source: Source) -> bool:
+    """Return whether the cache has a plan. UsageError where it was made from other files."""
+    if not catalog.planned:
+        return False
+    plan, here = catalog.plan, source.source_facts()
+    if plan.sources != [here]:
+        there = plan.sources[0]
+        raise UsageError(
+            f"{catalog.path} was planned from {there.get('files')} files of {there.get('size')} bytes "
+            f"({there.get('file')}); {source.folder} now holds {here['files']} of {here['size']}, or under other "
+            "names; pass another --out"
+        )
+    return True
+
+
+def make_plan(catalog: Catalog, job: ImportJob, identity: dict, vocab_size: int) -> None:
+    """Read every file's tokens and loss mask and write the plan. Raises DataError, RoomError."""
+    out = catalog.path
+    tally, notes, source = Tally(), {"max_samples": None}, job.source
+
+    def planned_samples() -> Iterator[PlannedSample]:
+        usable, reported_at = 0, time.monotonic()
+        for number, (file, line) in enumerate(source.locations):
+            tally.rows += 1
+            sample = job.check(source.open(file, line))
+            planned = plan_sample(sample, file, line, vocab_size, tally)
+            if planned:
+                usable += 1
+                yield planned
+            if time.monotonic() > reported_at + EVERY_S:
+                reported_at = time.monotonic()
+                print(f"{number + 1:,} of {len(source.locations):,} samples looked at", file=sys.stderr)
+        tally.check_usable(str(source.folder), usable)
+        notes.update(tally.as_notes())
+        create_identity(out, identity)
+
+    with write_errors(out, "a plan"):
+        out.mkdir(parents=True, exist_ok=True)
+    row_bytes = sum(spec.row_bytes for spec in job.columns)
+    with write_errors(out, "a plan"), process_lock(out, "plan"):
+        catalog.refresh()
+        if not is_planned(catalog, source):
+            sources = [source.source_facts()]
+            write_segment(out, planned_samples(), row_bytes=row_bytes, sources=sources, notes=notes)
+    catalog.refresh()
+
+
+def plan_sample(sample: ForeignSample, file: str, line: int, vocab_size: int, tally: Tally) -> PlannedSample | None:
+    """Return the planned sample, as a capture would; None, with the reason in the tally, for an unusable one."""
+    try:
+        check_mask(sample.mask_T)
+        check_ids(sample.ids_T, vocab_size)
+    except Unusable as fault:
+        tally.reject(fault.reason, f"{sample.where}: {fault}")
+        return None
+    cut = trim(sample.ids_T, sample.mask_T)
+    if cut is None:
+        tally.too_short += 1
+        tally.add_example("too short", f"{sample.where}: no two supervised tokens in a row")
+        return None
+    return PlannedSample(*cut, file=file, line=line)
+
+
+def convert(catalog: Catalog, job: ImportJob, missing: Work, target: Target) -> None:
+    """Write the cache's copy of the target, and every missing column; each is committed once it is proven."""
+    target.store(catalog)
+    planned, head = catalog.plan, TargetHead.load(target_file(catalog, HEAD), *target.device_and_dtype)
+    norm = target.apply_norm if job.convention.last == "raw" else None
+    facts = {"engine": f"imported from {job.source.form}", "proven": target.proven}
+    refused, reported_at = sum(map(len, refused_by_shard(catalog, job))), time.monotonic()
+    for number, (shard, wanted) in enumerate(missing):
+        with ShardWriter(catalog, shard, wanted) as writer:
+            reasons = write_columns(writer, job, {spec.name for spec in wanted}, norm)
+            refused += len(reasons)
+            check_refused(refused, planned.samples, reasons)
+            writer.seal()
+            made = {spec.name: dict(facts) for spec in wanted}
+            if target.proven:
+                for name, result in probe_shard(writer, job, wanted, target, head).items():
+                    made[name]["probe"] = result
+            if "final" in made:
+                share = on_policy_share(planned.segment(shard.number).supervised)
+                made["final"]["gauge"] = on_policy_stats(writer, head, share).as_facts()
+            writer.commit(made)
+        if time.monotonic() > reported_at + EVERY_S:
+            reported_at = time.monotonic()
+            print(
+                f"{number + 1} of {len(missing)} shards of {size_text(total_bytes(missing))} imported", file=sys.stderr
+            )
+
+
+def total_bytes(missing: Work) -> int:
+    return sum(
+        CODECS[spec.codec].stored_bytes(int(spec.bounds(shard)[-1]), spec.width, spec.dtype)
+        for shard, columns in missing
+        for spec in columns
+    )
+
+
+def refused_by_shard(catalog: Catalog, job: ImportJob) -> Iterator[dict]:
+    """Yield the refused samples of every written shard. A refused sample is refused in all columns."""
+    for shard in range(catalog.shards):
+        manifest = catalog.captured(shard, job.columns[-1].name)
+        yield manifest.refused if manifest else {}
+
+
+def check_refused(refused: int, samples: int, reasons: dict[int, str]) -> None:
+    """Print every refused sample; DataError when they are more than MAX_REFUSED_SHARE of all, and more than one."""
+    for reason in reasons.values():
+        print_visible(visible(f"left out: {reason}"), err=True)
+    if refused > max(1, MAX_REFUSED_SHARE * samples):
+        raise DataError(
+            f"{refused} of {samples} samples hold states that cannot be kept, {next(reversed(reasons.values()))} for "
+            "one; make these files again and import into a fresh --out"
+        )
+
+
+def refusal_reason(chunks: Iterator[tuple[str, Tensor]]) -> str | None:
+    """Return why a sample's states cannot be used, None where they can."""
+    for name, states_RD in chunks:
+        max_abs_R = states_RD.abs().amax(-1)  # in bfloat16 seven times faster than the infinity norm
+        if not max_abs_R.isfinite().all():
+            return f"{name} is not finite"
+        if (max_abs_R == 0).any():
+            return f"{name} has a row of zeros"
+    return None
+
+
+def write_columns(writer: ShardWriter, job: ImportJob, wanted: set[str], norm: Norm | None) -> dict[int, str]:
+    """Write the wanted columns of a shard; return the refused samples, row -> "file: reason"."""
+    refused = {}
+    for row in range(len(writer.shard)):
+        sample = job.reopen(writer.shard, row)
+        reason = refusal_reason(job.column_chunks(sample, writer.shard, row, norm))
+        if reason:
+            writer.refuse(row, reason)
+            refused[row] = f"{sample.where}: {reason}"
+        for name, states_RD in job.column_chunks(sample, writer.shard, row, norm):
+            if name in wanted:
+                writer.write(name, as_stored(states_RD.contiguous()))
+    return refused
+
+
+def on_policy_stats(writer: ShardWriter, head: TargetHead, share: float) -> OnPolicyStats:
+    """Return how often the target itself would have chosen the tokens, over `share` of a sealed shard's replies."""
+    on_policy, shard, device = OnPolicyStats(), writer.shard, head.head_VD.device
+    for row in sorted({*range(len(shard))} - writer.refused.keys()):
+        at = on_policy_rows(shard, row, share)
+        if len(at):
+            before = np.searchsorted(stored_rows(shard, row, "needed"), at - 1)  # the state that each token comes from
+            states_RD = as_states(writer.read("final", row))[torch.from_numpy(before)].to(device)
+            tokens_R = torch.from_numpy(shard.ids(row)[at].astype(np.int64)).to(device)
+            on_policy += sum_scores(score_tokens(head, states_RD, tokens_R))
+    return on_policy
+
+
+def probe_shard(
+    writer: ShardWriter, job: ImportJob, wanted: list[ColumnSpec], target: Target, head: TargetHead
+) -> dict[str, dict]:
+    """Probe a sealed shard as a capture is probed, with tolerance for another engine's rounding. Raises ProofError."""
+    reference, refused = ReferenceTarget(target.model), {*writer.refused}
+    try:
+        return probe(reference, head, writer.shard, wanted, refused, writer.read, EXTRA_TOLERANCE[job.dtype])
+    except ProofError as error:
+        probed = ", ".join(location_of(writer.shard, row)[0] for row in probe_samples(writer.shard, refused))
+        raise ProofError(f"{Path(job.source.folder)}, {probed}: {error}; these files are of another run") from error
 
 
 def summary(catalog: Catalog, job: ImportJob, new: int, target: Target) -> ImportSummary:
@@ -193,4 +338,4 @@ def summary(catalog: Catalog, job: ImportJob, new: int, target: Target) -> Impor
     if not target.proven:
         print("unproven: no state was compared with the target; an accept length of 1 would show the mistake late")
     print_visible(visible(f"next: pipeline train-draft --cache {out}"))
-    return ImportSummary(planned.samples, planned.tokens, catalog.shards, new, refused, on_policy)
+    return ImportSummary(planned.samples, catalog.shards, new, refused)

@@ -34,18 +34,18 @@ from torch import Tensor
 from pipeline.cache.atomic import read_errors
 from pipeline.errors import DataError, UsageError, first_line, refuse_limit
 from pipeline.json_files import Count, parse_json, read_file
-from stages.import_cache.foreign_sample import (
+from stages.import_cache.source import (
     ForeignSample,
     PartialConvention,
-    SampleLocation,
+    Source,
     bad_file,
     check_loss_mask,
     check_plain,
     check_states,
     check_token_ids,
+    digest_listing,
     load,
     mapped_sample,
-    source_facts,
 )
 
 SUFFIX = ".ckpt"
@@ -57,11 +57,12 @@ SPECULATORS_KEYS = frozenset({"token_ids", "hidden_states"})
 MANIFEST, INDEX = "manifest.json", "samples.idx"
 VERSION = 2
 RECORD = struct.Struct("<QIIQQQQQ")
+WANTED = "SpecForge's *.ckpt, speculators' hs_<i>.safetensors, or DeepSpec's manifest.json and samples.idx"
 KINDS = {"hidden_dtype": "bfloat16", "token_dtype": "int32", "mask_dtype": "uint8", "index_record_size": RECORD.size}
 MOST_MANIFEST = 64 << 20
 
 
-class SpecForge:
+class SpecForge(Source):
     """A folder of `.ckpt` files, at any depth. Each holds `layers` layers of hidden size `width`, side by side."""
 
     form = "specforge"
@@ -72,11 +73,8 @@ class SpecForge:
         packed = next(folder.rglob(f"*{SUFFIX}.gz"), None)
         if packed:
             raise UsageError(f"{packed}: compressed, so it cannot be mapped; unpack it (gunzip -r) and import that")
-        self._files = sorted(path for path in folder.rglob(f"*{SUFFIX}") if path.is_file())
-        self.locations: list[SampleLocation] = [(path.relative_to(folder).as_posix(), 1) for path in self._files]
-
-    def source_facts(self) -> dict:
-        return source_facts(self.folder, self.form, self._files)
+        self.files = sorted(path for path in folder.rglob(f"*{SUFFIX}") if path.is_file())
+        self.locations = [(path.relative_to(folder).as_posix(), 1) for path in self.files]
 
     def open(self, file: str, line: int) -> ForeignSample:
         """Memory-map one sample. DataError for a file that holds none."""
@@ -86,9 +84,7 @@ class SpecForge:
         absent = [key for key in ("input_ids", "loss_mask", layers) if key not in record]
         if absent:
             raise bad_file(where, f"has {sorted(map(str, record))[:8]}, not {absent[0]}")
-        ids_T, mask_T = (
-            _drop_batch_axis(check_plain(record[key], key, where, limit)) for key in ("input_ids", "loss_mask")
-        )
+        ids, mask = (check_plain(record[key], key, where, limit) for key in ("input_ids", "loss_mask"))
         wide = _as_matrix(check_states(record[layers], layers, where, limit), layers, where)
         if wide.shape[1] != self.layers * self.width:
             raise DataError(
@@ -99,10 +95,11 @@ class SpecForge:
         if record.get(last) is not None:
             last_TD = _as_matrix(check_states(record[last], last, where, limit), last, where)
         layers_TKD = wide.unflatten(1, (self.layers, self.width))
-        return mapped_sample(where, check_token_ids(ids_T, where), check_loss_mask(mask_T, where), layers_TKD, last_TD)
+        ids_T, mask_T = check_token_ids(_as_array(ids), where), check_loss_mask(_as_array(mask), where)
+        return mapped_sample(where, ids_T, mask_T, layers_TKD, last_TD)
 
 
-def _drop_batch_axis(tensor: Tensor) -> np.ndarray:
+def _as_array(tensor: Tensor) -> np.ndarray:
     """Return a tensor of shape [T] or [1, T] as an array [T]."""
     tensor = tensor.float() if tensor.is_floating_point() else tensor
     return (tensor[0] if tensor.ndim == 2 and len(tensor) == 1 else tensor).numpy()
@@ -117,7 +114,7 @@ def _as_matrix(tensor: Tensor, name: str, where: str) -> Tensor:
     return tensor
 
 
-class Speculators:
+class Speculators(Source):
     """A folder of `hs_<i>.safetensors`. `masks`: the data set's folder, by default this folder or its parent."""
 
     form = "speculators"
@@ -127,8 +124,8 @@ class Speculators:
         self.folder, self.layers, self.width = folder, layers, width
         named = {int(match[1]): path for path in folder.iterdir() if (match := NAME.fullmatch(path.name))}
         self._numbers = {path.name: number for number, path in named.items()}
-        self._files = [named[number] for number in sorted(named)]
-        self.locations: list[SampleLocation] = [(path.name, 1) for path in self._files]
+        self.files = [named[number] for number in sorted(named)]
+        self.locations = [(path.name, 1) for path in self.files]
         self.masks = masks or next((place for place in (folder, folder.parent) if (place / SAVED).is_file()), None)
         if self.masks is None:
             raise UsageError(
@@ -154,8 +151,7 @@ class Speculators:
     def source_facts(self) -> dict:
         """Return this source's entry in the plan, the masks' folder included."""
         masks = sorted(path for path in self.masks.iterdir() if path.suffix == ".arrow")
-        of_masks = source_facts(self.masks, "masks", masks)
-        return {**source_facts(self.folder, self.form, self._files), "masks": of_masks["xxh3"]}
+        return {**super().source_facts(), "masks": digest_listing(self.masks, masks)[-1]}
 
     def open(self, file: str, line: int) -> ForeignSample:
         """Memory-map one sample. DataError for a file that holds none, or belongs to another data set."""
@@ -172,11 +168,7 @@ class Speculators:
             raise bad_file(where, f"has no {sorted(absent)[0]}")
         ids_T = check_token_ids(check_plain(tensors["token_ids"], "token_ids", where, limit).numpy(), where)
         states_TKD = check_states(tensors["hidden_states"], "hidden_states", where, limit)
-        if (
-            states_TKD.ndim != 3
-            or states_TKD.shape[1] not in (self.layers, self.layers + 1)
-            or states_TKD.shape[2] != self.width
-        ):
+        if states_TKD.shape[1:] not in ((self.layers, self.width), (self.layers + 1, self.width)):
             raise DataError(
                 f"{where}: its hidden_states are {list(states_TKD.shape)}, wanted [tokens, {self.layers} and the last, "
                 f"{self.width}]; name with --layers those it holds but the last, of the --model it was made with"
@@ -217,7 +209,7 @@ class Manifest(BaseModel):
     shards: list[ShardFile]
 
 
-class DeepSpec:
+class DeepSpec(Source):
     """A DeepSpec folder. Its manifest names the layers; `width` is the hidden size D."""
 
     form = "deepspec"
@@ -240,10 +232,8 @@ class DeepSpec:
         samples = facts["num_samples"]
         if not self._index.is_file() or self._index.stat().st_size != samples * RECORD.size:
             raise bad_file(self._index, f"missing or cut short: {samples} samples take {samples * RECORD.size} bytes")
-        self.locations: list[SampleLocation] = [(INDEX, line) for line in range(1, samples + 1)]
-
-    def source_facts(self) -> dict:
-        return source_facts(self.folder, self.form, [self.folder / MANIFEST, self._index, *self._shards])
+        self.files = [folder / MANIFEST, self._index, *self._shards]
+        self.locations = [(INDEX, line) for line in range(1, samples + 1)]
 
     def open(self, file: str, line: int) -> ForeignSample:
         """Read one sample's tokens and masks; its states on demand. DataError for a damaged index or shard."""
@@ -256,11 +246,8 @@ class DeepSpec:
         if sample != line - 1 or shard >= len(self._shards) or not T:
             raise bad_file(self._index, f"its record {line} is of sample {sample}, shard {shard}, {T} tokens: damaged")
         path, where = self._shards[shard], f"{self._shards[shard]}, sample {line - 1}"
-        layers_bytes, last_bytes = (
-            2 * self.layers * self.width,
-            2 * self.width,
-        )  # a row of all layers, of the last state
-        limit = path.stat().st_size
+        limit, last_bytes = path.stat().st_size, 2 * self.width  # of a row
+        layers_bytes = self.layers * last_bytes
         for start, size in zip(starts, (4 * T, T, T, T * layers_bytes, T * last_bytes), strict=True):
             if start + size > limit:
                 raise bad_file(where, f"its bytes to {start + size:,} are not in the shard's {limit:,}: cut short")
@@ -317,3 +304,42 @@ def read_manifest(path: Path) -> dict:
         if entry["shard_id"] != number or Path(entry["file_name"]).name != entry["file_name"]:
             raise bad_file(path, f"names {entry['file_name']!r} as shard {number}: out of order, or elsewhere")
     return facts
+
+
+def find_source(folder: Path, layers: tuple[int, ...] | None, width: int, masks: Path | None) -> Source:
+    """Return the source that a folder's files form. `width`: the target's hidden size. `layers`: those of --layers.
+
+    Raises UsageError where there is none or --layers is missing; DataError for a damaged one.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; name one that holds {WANTED}")
+    inner = folder / "hidden_states" if (folder / "hidden_states").is_dir() else folder  # where speculators puts them
+    deepspec = (folder / INDEX).exists()
+    speculators = next(
+        (place for place in (folder, inner) if any(NAME.fullmatch(path.name) for path in place.iterdir())), None
+    )
+    specforge = next(folder.rglob(f"*{SUFFIX}*"), None)
+    if sum(map(bool, (deepspec, speculators, specforge))) != 1:
+        raise UsageError(f"{folder}: holds {'none or several'} of these: {WANTED}; name a folder with one of them")
+    if masks is not None and not speculators:
+        raise UsageError(
+            f"{folder}: its files hold each sample's loss mask, and --masks is for speculators' hs_<i>.safetensors, "
+            "which have none; leave it out"
+        )
+    if deepspec:
+        source = DeepSpec(folder, width)
+        if layers not in (None, source.stated.layers):
+            stated = ",".join(map(str, source.stated.layers))
+            raise UsageError(f"{folder}: its manifest names the layers {stated}; pass the same, or leave out --layers")
+        return source
+    if layers is None:
+        raise UsageError(
+            f"{folder}: no file of it says which layers it holds; name them in their order with --layers, such as "
+            "--layers 1,9,17,25,33"
+        )
+    source = (
+        Speculators(speculators, len(layers), width, masks) if speculators else SpecForge(folder, len(layers), width)
+    )
+    if not source.locations:
+        raise UsageError(f"{folder}: no sample in it; name a folder that holds {WANTED}")
+    return source

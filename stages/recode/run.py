@@ -7,7 +7,7 @@ manifest names, and the same command resumes with the remaining shards.
 
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,12 +16,14 @@ from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import Scratch, clean_scratch, commit_lock, size_text, write_errors
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS, codec_of, parse_codecs
-from pipeline.cache.codecs.calibration import (
+from pipeline.cache.codecs.codec import Calibration
+from pipeline.cache.codecs.error_certificate import (
     TOKENS,
-    Calibration,
+    Certificate,
     calibration_samples,
+    checked_calibration,
+    shadow_samples,
 )
-from pipeline.cache.codecs.error_certificate import Certificate, checked_calibration, shadow_samples
 from pipeline.cache.columns import Column, ColumnSpec, open_column
 from pipeline.cache.layout import LOG, SAMPLES, numbered, shard_folder
 from pipeline.cache.manifest import read_record, write_canonical
@@ -40,17 +42,10 @@ EVERY_S = 5.0  # between progress lines
 ColumnsToRecode = list[tuple[ShardPlan, ColumnSpec, str]]
 
 
-@dataclass(frozen=True)
-class RecodeSummary:
-    """How many (shard, column) pairs were rewritten, and their bytes before and after."""
-
-    columns: int
-    before: int
-    after: int
-
-
-def run(cache: Path, codec: str) -> RecodeSummary:
+def run(cache: Path, codec: str) -> int:
     """Rewrite columns in the codecs that `codec` gives, such as "aux=int8,final=zstd"; print a summary.
+
+    Returns how many columns of shards were rewritten.
 
     Raises UsageError (no such codec, column or cache; states from a lossy codec), DataError (no states to calibrate
     with), ProofError when a codec does not meet its bounds on these states, CacheError for damage, RoomError.
@@ -84,9 +79,9 @@ def run(cache: Path, codec: str) -> RecodeSummary:
     where = visible(cache)
     if not work:
         print(f"{where}: nothing to do, every column that --codec {codec} names is in that codec")
-        return RecodeSummary(0, 0, 0)
+        return 0
     print(f"{where}: {len(work)} columns of shards written anew, {size_text(before)} are now {size_text(after)}")
-    return RecodeSummary(len(work), before, after)
+    return len(work)
 
 
 def _drop_recorded_codecs(cache: Path) -> None:
@@ -127,7 +122,7 @@ def _columns_to_recode(catalog: Catalog, codec: str) -> ColumnsToRecode:
 def _calibrations(store: HiddenCache, plan: Plan, work: ColumnsToRecode) -> dict[str, Calibration]:
     """Return the calibration of each column for a lossy codec, made from its states where there is none."""
     calibrations = {}
-    for name, spec, codec in {spec.name: (spec.name, spec, codec) for _, spec, codec in work}.values():
+    for name, (spec, codec) in {spec.name: (spec, codec) for _, spec, codec in work}.items():
         if CODECS[codec].lossy:
             calibrations[name] = read_calibration(store.catalog, name, spec.width)
             if calibrations[name] is None:
@@ -143,7 +138,8 @@ def _calibration_states(store: HiddenCache, plan: Plan, name: str, codec: str) -
     columns: dict[int, Column | None] = {}
     for shard, row in calibration_samples(plan.shards):
         if shard.number not in columns:
-            columns[shard.number] = _open_if_captured(store.catalog, shard, name)
+            manifest = store.catalog.captured_columns(shard.number).get(name)
+            columns[shard.number] = manifest and open_column(store.path, manifest, shard)
         column = columns[shard.number]
         if column is not None and column.ok[row]:
             parts.append(as_states(column.read(row)))
@@ -155,12 +151,6 @@ def _calibration_states(store: HiddenCache, plan: Plan, name: str, codec: str) -
             f"{store.path}: every sample of {name} was refused, so there is nothing to calibrate {codec} with"
         )
     return torch.cat(parts)
-
-
-def _open_if_captured(catalog: Catalog, shard: ShardPlan, name: str) -> Column | None:
-    """Open a column of a shard; None where it is not captured."""
-    manifest = catalog.captured_columns(shard.number).get(name)
-    return manifest and open_column(catalog.path, manifest, shard)
 
 
 def _recode(

@@ -32,7 +32,8 @@ from torch import Tensor
 from pipeline.cache import plan_writer
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.codecs.calibration import Calibration, calibrate
+from pipeline.cache.codecs.codec import Calibration
+from pipeline.cache.codecs.error_certificate import calibrate
 from pipeline.cache.codecs.zarr_file import parse_chunk_index
 from pipeline.cache.columns import Column, ColumnSpec, open_column
 from pipeline.cache.file_writer import create_identity

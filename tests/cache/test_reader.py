@@ -26,9 +26,9 @@ from hypothesis import strategies as st
 from pipeline.cache import HiddenCache
 from pipeline.cache import columns as opened
 from pipeline.cache.catalog import Catalog
-from pipeline.cache.codecs import raw as direct
+from pipeline.cache.codecs import lossless as direct
 from pipeline.cache.codecs import zarr_file as zarr_shard
-from pipeline.cache.codecs.foreign_zarr import ForeignArray
+from pipeline.cache.codecs.codec import ForeignArray
 from pipeline.cache.codecs.zarr_file import SHARD_FILE
 from pipeline.cache.columns import ColumnSpec, open_column
 from pipeline.cache.file_writer import create_identity, new_target

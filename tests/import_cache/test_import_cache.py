@@ -25,7 +25,7 @@ from pipeline.cli import commands
 from pipeline.errors import DataError, ProofError, UsageError
 from pipeline.target.model import head_of, load_target
 from stages.evaluate.run import find_model
-from stages.import_cache import convert
+from stages.import_cache import source
 from stages.import_cache.run import run
 
 LAYERS = [1, 3, 4]
@@ -249,14 +249,14 @@ def test_a_stopped_import_goes_on_and_ends_in_the_same_bytes(imported, target, t
 
 
 def test_pieces_of_any_size_give_the_same_bytes(imported, target, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(source, "CHUNK_ROWS", 7)
     run(imported / "sf", tmp_path / "cache", model=str(target), layers="1,3,4")
     assert contents(tmp_path / "cache") == contents(imported / "cache")
 
 
 def test_a_run_with_nothing_to_do_loads_no_target_and_writes_nothing(imported, target, monkeypatch, capsys):
     before = contents(imported / "cache")
-    monkeypatch.setattr("stages.import_cache.target.load_target", lambda *rest, **more: pytest.fail("loaded"))
+    monkeypatch.setattr("stages.import_cache.layer_convention.load_target", lambda *rest, **more: pytest.fail("loaded"))
     assert run(imported / "sf", imported / "cache", model=str(target), layers="1,3,4").new_shards == 0
     assert "nothing to do" in capsys.readouterr().out
     assert contents(imported / "cache") == before

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from tiny import save_target
 
 from pipeline.errors import DataError, ProofError, RoomError, UsageError
-from stages.import_cache.foreign_sample import load
 from stages.import_cache.run import run
+from stages.import_cache.source import load
 
 LAYERS = [1, 3, 4]
 ROOT = Path(__file__).parents[2]
@@ -124,7 +124,7 @@ def test_what_asks_for_terabytes_is_refused_within_a_gigabyte(tmp_path):
     torch.save({"input_ids": Huge()}, path)
     script = (
         "import resource, sys; import torch; from pathlib import Path;"
-        "from pipeline.errors import DataError; from stages.import_cache.foreign_sample import load\n"
+        "from pipeline.errors import DataError; from stages.import_cache.source import load\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try:\n    held = load(Path(sys.argv[1]))\n    kind = type(held['input_ids']).__name__\n"
         "except DataError as error:\n    kind = 'refused'\n"

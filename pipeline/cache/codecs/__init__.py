@@ -2,8 +2,7 @@
 
 from pipeline.cache.codecs.codec import Codec
 from pipeline.cache.codecs.int8 import Int8
-from pipeline.cache.codecs.raw import Raw
-from pipeline.cache.codecs.zstd import Zstd
+from pipeline.cache.codecs.lossless import Raw, Zstd
 from pipeline.cache.layout import COLUMN
 from pipeline.errors import UsageError
 

@@ -1,4 +1,8 @@
-"""Certificate: the error of a lossy codec's column, measured against exact states, and its bounds.
+"""The calibration of a lossy codec's column, and its certificate: the error against exact states, and its bounds.
+
+A calibration is made once per cache and column, before anything is encoded, from the samples with the lowest hashes of
+their ids; later captures into the cache use the same (`calibrations.py`). It is stored again in every column encoded
+with it, so that a shard can be read alone.
 
 A column that exceeds a bound is refused: first on the samples it was calibrated with, before anything of it is written,
 then on every shard's shadow, the first block of some samples kept raw. Bounds are relative to how far the states
@@ -32,14 +36,18 @@ is decided by paired training: the bundled target, Domino, 200 steps, accept len
 Seeds differ by 0.05. So the bounds are where a codec that works does not come, and before a draft notices. fp8 with one
 scale a token, which others train with, has 0.03 of a channel and a KL of 4e-3 on Gemma.
 
-    R rows   D channels   V vocabulary
+    R, N rows   D channels   V vocabulary
 """
 
+from collections.abc import Iterator
+
+import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.codecs.calibration import Calibration, calibrate, calibration_samples
+from pipeline.cache.codecs.codec import Calibration
 from pipeline.cache.codecs.lossy import LossyCodec
 from pipeline.cache.layout import CHECKSUM_ROWS
 from pipeline.cache.samples import ShardPlan
@@ -47,6 +55,11 @@ from pipeline.errors import DataError, ProofError
 from pipeline.target.head import TargetHead, chunk_rows
 from pipeline.tensors import as_stored
 
+TOKENS = 65_536  # of the samples a calibration is made from, or all there are
+TRIMMED_SHARE = 0.005  # share of the values left out at either end
+FLOOR = 2.0**-20  # smallest std, of the median std: a constant channel must not divide by zero
+LEAST = 2.0**-100  # smallest std where all channels are constant
+CALIBRATED_CHANNELS = 64  # at a time
 SHADOW_ROWS = 2048  # rows kept raw per shard
 MAX_OF_CHANNELS = 0.03  # three times what int8 does
 CHANNELS_SHARE = 0.9  # the rest may be constant in these rows only
@@ -61,6 +74,43 @@ BOUND_TEXTS = {
 CLAMP_STDS = 16.0  # a deviation counts for no more
 TINY = 1e-30
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-22}  # largest relative error of rounding to the dtype
+
+
+def as_floats(stored: np.ndarray) -> np.ndarray:
+    """Convert stored values, bits of bfloat16 (uint16) or float32, to float32."""
+    return stored if stored.dtype == np.float32 else (stored.astype(np.uint32) << 16).view(np.float32)
+
+
+def calibrate(stored_ND: np.ndarray) -> Calibration:
+    """Return the mean and std of each channel's values between its 0.5 % and 99.5 % quantiles.
+
+    Trimmed, so that a few attention-sink tokens do not set the std of the rest. Rows that are not finite are left out.
+    Sums are taken in float64, so that the mean of equal values is exactly that value.
+    """
+    usable = stored_ND[[bool(np.isfinite(as_floats(row)).all()) for row in stored_ND]]
+    assert len(usable), "no finite row to calibrate with"
+    count, width = usable.shape
+    cut = int(TRIMMED_SHARE * count)
+    mean, std = np.empty((2, width))
+    for first in range(0, width, CALIBRATED_CHANNELS):
+        part = slice(first, min(first + CALIBRATED_CHANNELS, width))
+        values = np.ascontiguousarray(as_floats(usable[:, part]).T)
+        values.partition([cut, count - 1 - cut], axis=1)
+        inner = values[:, cut : count - cut].astype(np.float64)
+        mean[part] = inner.mean(axis=1)
+        std[part] = np.sqrt(np.square(inner - mean[part, None]).mean(axis=1))
+    floor = max(FLOOR * float(np.median(std)), LEAST)
+    return Calibration(mean.astype(np.float32), np.maximum(std, floor).astype(np.float32))
+
+
+def calibration_samples(shards: list[ShardPlan]) -> Iterator[tuple[ShardPlan, int]]:
+    """Yield (shard, row) of every sample in the order in which a calibration takes them: by the hash of their id."""
+    names = np.concatenate([shard.sample_ids for shard in shards]).astype(">u8")
+    hashes = np.array([xxhash.xxh3_64_intdigest(name.tobytes()) for name in names], np.uint64)
+    starts = np.cumsum([0, *map(len, shards)])
+    for i in np.lexsort((names[:, 1], names[:, 0], hashes)).tolist():
+        shard = int(np.searchsorted(starts, i, side="right")) - 1
+        yield shards[shard], i - int(starts[shard])
 
 
 def shadow_samples(shard: ShardPlan) -> list[int]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.cache.codecs.calibration import Calibration
+from pipeline.cache.codecs.codec import Calibration
 from pipeline.cache.codecs.lossy import LossyCodec
 
 if TYPE_CHECKING:

@@ -15,15 +15,14 @@ are encoded or decoded.
 import json
 import os
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.cache.atomic import sync_file
-from pipeline.cache.codecs.calibration import Calibration
-from pipeline.cache.codecs.codec import Codec
+from pipeline.cache.codecs.codec import Calibration, Codec
 from pipeline.cache.codecs.zarr_file import METADATA, SHARD_FILE, Grid, ShardFile, ShardFileWriter
 from pipeline.cache.manifest import FileFact
 from pipeline.errors import CacheError, ProofError
@@ -140,7 +139,7 @@ class Encoded:
             for array in arrays:
                 array[first:end] = 0
             keep &= (self.outliers[:, 0] < first) | (self.outliers[:, 0] >= end)
-        return Encoded(self.codec, arrays, self.outliers[keep], self.calibration, self.dtype)
+        return replace(self, arrays=arrays, outliers=self.outliers[keep])
 
     def span(self, first: int, stop: int, origin: int) -> list[np.ndarray]:
         """The arrays and the outliers of rows [first, stop); the outliers' rows are counted from row `origin`."""
@@ -198,7 +197,6 @@ class EncodedWriter:
         self._rows, self._width, self._dtype, self._calibration = rows, width, dtype, calibration
         self._written = self._outlier_count = 0
         self._outliers: list[np.ndarray] = []
-        self._metadata = b""
         grids = _grids(codec, rows, width, 0)
         folder.mkdir(parents=True)
         self._streams = {name: ShardFileWriter(folder / name, grids[name]) for name in codec.arrays(width)}
@@ -227,8 +225,7 @@ class EncodedWriter:
             self._streams[name].write(np.ascontiguousarray(values))
         for stream in self._streams.values():
             stream.finish()
-        self._metadata = self._group_metadata()
-        (self.folder / METADATA).write_bytes(self._metadata)
+        (self.folder / METADATA).write_bytes(self._group_metadata())
         sync_file(self.folder / METADATA)
 
     def _group_metadata(self) -> bytes:
@@ -245,7 +242,7 @@ class EncodedWriter:
 
     def facts(self) -> dict[str, dict]:
         """Size and digest of each file, by its path in the column's folder."""
-        facts = {METADATA: FileFact.of_bytes(self._metadata).as_dict()}
+        facts = {METADATA: FileFact.of_bytes(self._group_metadata()).as_dict()}
         for name, stream in self._streams.items():
             facts |= {f"{name}/{file}": fact for file, fact in stream.facts().items()}
         return facts
@@ -277,13 +274,12 @@ class EncodedReader:
 
     def _read(self, name: str, first: int, count: int) -> np.ndarray:
         grid = self._files[name].grid
-        out = np.empty((count, grid.width), grid.dtype)
-        self._fill(name, first, out)
-        return out
+        return self._fill(name, first, np.empty((count, grid.width), grid.dtype))
 
-    def _fill(self, name: str, first: int, out: np.ndarray) -> None:
+    def _fill(self, name: str, first: int, out: np.ndarray) -> np.ndarray:
         if out.size:
             self._files[name].read_into(first, memoryview(out).cast("B"))
+        return out
 
     def buffers(self, rows: int) -> tuple[np.ndarray, ...]:
         """Allocate the codec's arrays for so many rows."""

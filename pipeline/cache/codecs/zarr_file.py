@@ -5,7 +5,7 @@
 zarr 3 core specification and its `sharding_indexed` codec: the index is uint64 pairs, little-endian, with a crc32c of
 them behind. Written directly because it is then one stream of bounded memory, and read directly because a sample is
 one byte range; any zarr v3 reader opens it. The array's shape is rounded up to whole chunks and has one shard.
-Chunks may be compressed each (`zstd.py`).
+Chunks may be compressed each (zstd, in `lossless.py`).
 """
 
 import ctypes
@@ -109,6 +109,14 @@ class Grid:
     @cached_property
     def index_bytes(self) -> int:
         return 16 * self.chunks + 4
+
+    def parts(self, first_row: int, out: memoryview) -> Iterator[tuple[int, int, memoryview]]:
+        """Cut flat bytes of rows from `first_row` on at chunks' ends: (chunk, first byte in it, piece of `out`)."""
+        while out:
+            chunk, row = divmod(first_row, self.chunk_rows)
+            part = out[: self.chunk_bytes - row * self.row_bytes]
+            yield chunk, row * self.row_bytes, part
+            first_row, out = first_row + len(part) // self.row_bytes, out[len(part) :]
 
     def index(self) -> bytes:
         """The index of uncompressed chunks that lie in order, end to end."""
@@ -299,8 +307,5 @@ class ShardFile(OpenFile):
         if self.in_order:
             self.read(first_row * self.grid.row_bytes, out)
             return
-        while out:
-            chunk, row = divmod(first_row, self.grid.chunk_rows)
-            count = min(len(out), self.grid.chunk_bytes - row * self.grid.row_bytes)
-            self.read(int(self._chunks[chunk]) + row * self.grid.row_bytes, out[:count])
-            first_row, out = first_row + count // self.grid.row_bytes, out[count:]
+        for chunk, at, part in self.grid.parts(first_row, out):
+            self.read(int(self._chunks[chunk]) + at, part)

@@ -13,7 +13,7 @@ from toy_codec import LEVELS, Fixed16
 from pipeline.cache import HiddenCache
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.codecs.zstd import Zstd
+from pipeline.cache.codecs.lossless import Zstd
 from pipeline.cache.layout import FINAL
 from pipeline.cache.plan import load_plan
 from pipeline.cache.verify import verify

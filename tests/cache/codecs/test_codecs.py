@@ -21,11 +21,11 @@ from toy_codec import Fixed16
 from pipeline.cache import HiddenCache
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS, codec_of, parse_codecs
-from pipeline.cache.codecs.calibration import Calibration, calibrate, calibration_samples
-from pipeline.cache.codecs.error_certificate import largest_errors
+from pipeline.cache.codecs.codec import Calibration
+from pipeline.cache.codecs.error_certificate import calibrate, calibration_samples, largest_errors
 from pipeline.cache.codecs.int8 import OUTLIER_RMS, OUTLIER_STDS, group_of
+from pipeline.cache.codecs.lossless import ZstdReader, ZstdWriter
 from pipeline.cache.codecs.zarr_file import SHARD_FILE, parse_chunk_index
-from pipeline.cache.codecs.zstd import ZstdReader, ZstdWriter
 from pipeline.cache.columns import Column, ColumnSpec, open_column
 from pipeline.cache.layout import shard_folder
 from pipeline.cache.manifest import read_canonical
@@ -244,7 +244,7 @@ def read_all(folder: Path) -> None:
     ],
 )
 def test_a_chunk_that_claims_another_size_or_form_is_refused_before_it_is_decoded(zstd_file, monkeypatch, place, value):
-    import pipeline.cache.codecs.zstd as module
+    import pipeline.cache.codecs.lossless as module
 
     file = zstd_file / SHARD_FILE
     data = bytearray(file.read_bytes())

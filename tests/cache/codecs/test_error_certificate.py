@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pipeline.cache.codecs import CODECS, int8
-from pipeline.cache.codecs.calibration import Calibration, calibrate
-from pipeline.cache.codecs.error_certificate import Certificate, checked_calibration
+from pipeline.cache.codecs.codec import Calibration
+from pipeline.cache.codecs.error_certificate import Certificate, calibrate, checked_calibration
 from pipeline.cache.codecs.lossy import Encoded
 from pipeline.errors import ProofError
 from pipeline.target.head import TargetHead

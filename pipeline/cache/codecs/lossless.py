@@ -1,12 +1,20 @@
-"""The zstd codec: lossless, in plain zarr; each chunk of at most 1 MiB is compressed.
+"""The lossless codecs, each one plain zarr array a column: raw, values as they are, and zstd, compressed chunks.
 
-The chunks are blosc's, byte shuffle and one block of zstd's fast strategy: the low bytes of bfloat16 hardly compress
-and the high ones do, so their separation is all there is to gain, and a block of the whole chunk makes it three times
-faster to undo than blosc's own choice. What blosc would compress we do ourselves, with a table of 2^10 matches where
-zstd's level 1 has 2^13: the high bytes of states repeat by chance only, seven at a time, and every such match costs
-time on both sides and hardly a byte. Against level 1 (width 4096): size 0.685 for 0.692, 0.3 to 0.6 of the time to
-compress, 0.75 to 1 of it to undo, by machine and run. No table at all (2^6) takes 1 % more on real states, whose
-tokens recur.
+Raw. Chunks lie end to end, so a sample is one byte range, read without a decoder. **Verified once per process**: a
+checksum block (256 rows of a sample) is hashed when it is first read, in pieces that are still in the CPU's cache;
+later reads skip the hash, and then a sample is one `preadv`. The result is remembered for that state of the file: its
+device, inode, size and times. Those are compared at every read, so a file that was replaced or written to is verified
+again from its first block. What this misses is damage that leaves the times unchanged, to a block that was right when
+this process first read it: in memory, or on a disk that returns other bytes without an error. `pipeline verify`, or a
+new process, finds that.
+
+Zstd. Chunks of at most 1 MiB in blosc's format, byte shuffle and one block of zstd's fast strategy: the low bytes of
+bfloat16 hardly compress and the high ones do, so their separation is all there is to gain, and a block of the whole
+chunk makes it three times faster to undo than blosc's own choice. What blosc would compress we do ourselves, with a
+table of 2^10 matches where zstd's level 1 has 2^13: the high bytes of states repeat by chance only, seven at a time,
+and every such match costs time on both sides and hardly a byte. Against level 1 (width 4096): size 0.685 for 0.692, 0.3
+to 0.6 of the time to compress, 0.75 to 1 of it to undo, by machine and run. No table at all (2^6) takes 1 % more on
+real states, whose tokens recur.
 
 zstd itself cuts what it is given into blocks of 128 KiB, and one that holds bytes of both kinds takes twice as long to
 undo and is larger (bundled target: 0.76 of bfloat16 in chunks of 128 KiB, 0.68 in those of 256 KiB, 0.70 between). So a
@@ -17,27 +25,33 @@ content, of a block and of the chunk (uint32). What they claim is checked before
 block, where it begins and how long its one stream is (uint32), and the stream.
 """
 
+import contextlib
 import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from numcodecs import blosc
 from zstandard import STRATEGY_FAST, ZstdCompressionParameters, ZstdCompressor
 
 from pipeline.cache.codecs.codec import ArrayCodec
 from pipeline.cache.codecs.zarr_file import (
+    DTYPES,
     SHARD_FILE,
     Grid,
     OpenFile,
+    ShardFile,
     ShardFileWriter,
     chunk_index,
     parse_chunk_index,
     split_rows,
 )
-from pipeline.errors import CacheError, check_memory
+from pipeline.cache.layout import CHECKSUM_ROWS
+from pipeline.errors import CacheError, check_memory, read_error
 
+PIECE = 256 << 10  # bytes read and hashed at a time where one thread does it: they are still in its core's cache
 BLOCK = 1 << 20  # bytes; the most that a chunk of whole rows has
 MAX_CHUNK_BYTES = 8 << 20  # the largest chunk that is read, whoever wrote it
 ZSTD_BLOCK = 128 << 10  # bytes that zstd compresses at a time
@@ -53,6 +67,119 @@ _FAST = ZstdCompressionParameters(
 )
 
 blosc.use_threads = False  # its thread pool has one lock for all callers; each reader thread decodes a chunk of its own
+
+
+class Raw(ArrayCodec):
+    """Values as they are."""
+
+    name = "raw"
+    suffix = ""
+    array_writer, array_reader = ShardFileWriter, ShardFile
+
+    def grid(self, rows: int, width: int, dtype: np.dtype) -> Grid:
+        return Grid.of(rows, width, dtype)
+
+    def direct(self, column) -> "DirectColumn | None":
+        return DirectColumn.of(column)
+
+
+class DirectColumn:
+    """A raw column of one shard whose chunks are in order, and which of its checksum blocks are verified."""
+
+    def __init__(self, column, grid: Grid):
+        self.column, self.grid = column, grid
+        self.width = column.spec.row_bytes
+        # One byte per block, 0.5 MB for a terabyte of states: threads may set bytes, but not bits, without a lock.
+        self._verified: tuple[tuple[int, ...], bytearray] = ((), bytearray())
+
+    @classmethod
+    def of(cls, column) -> "DirectColumn | None":
+        """An open column (`columns.Column`), if its values can be read directly; None when another reader has to."""
+        spec, rows = column.spec, int(column.bounds[-1])
+        if not rows:
+            return None
+        grid = Grid.on_disk(column.folder, rows, spec.width, DTYPES[spec.dtype])
+        if grid is None or grid.compressor is not None:
+            return None
+        direct = cls(column, grid)
+        file = direct.open()
+        stamp = file.stamp()
+        direct._verified = (stamp, bytearray(len(column.digests)))
+        return direct if direct._in_order(file) else None
+
+    def open(self) -> OpenFile:
+        try:
+            return OpenFile(self.column.folder / SHARD_FILE)
+        except OSError as error:
+            raise read_error(self.column.folder, error) from None
+
+    def _in_order(self, file: OpenFile) -> bool:
+        with contextlib.suppress(CacheError):
+            return file.read_index(self.grid) == (self.grid.data_bytes, self.grid.index())
+        return False
+
+    def prefetch(self, file: OpenFile, row: int, first: int, stop: int) -> None:
+        """Ask the kernel to load rows [first, stop) of sample `row` into the page cache."""
+        file.prefetch((int(self.column.bounds[row]) + first) * self.width, (stop - first) * self.width)
+
+    def in_page_cache(self, file: OpenFile, row: int, at: int) -> bool:
+        """Whether row `at` of sample `row` is in the page cache. Raises what `read` raises."""
+        start = (int(self.column.bounds[row]) + at) * self.width
+        return file.read(start, memoryview(bytearray(self.width)), wait=False)
+
+    def _verified_blocks(self, file: OpenFile) -> bytearray:
+        """Which blocks of this state of the file are verified, a byte per block; none after the file changed."""
+        stamp, verified = file.stamp(), self._verified
+        if verified[0] != stamp:
+            if not self._in_order(file):
+                raise CacheError(f"{file.path}: changed while it was read; run `pipeline verify`")
+            verified = self._verified = (stamp, bytearray(len(self.column.digests)))
+        return verified[1]
+
+    def read(self, file: OpenFile, row: int, first: int, out: memoryview, wait: bool = True) -> bool:
+        """Fill `out`, flat bytes, with the rows of sample `row` from `first`, any row, on.
+
+        Without `wait`, return False unless they are in the page cache. A block needed only in part is first read whole
+        into a buffer of its own to verify it. Raises CacheError naming shard, column and sample.
+        """
+        verified, start_block = self._verified_blocks(file), int(self.column.starts[row])
+        base, stop, at = int(self.column.bounds[row]), first + len(out) // self.width, first
+        if verified.find(0, start_block + first // CHECKSUM_ROWS, start_block - (-stop // CHECKSUM_ROWS)) < 0:
+            return file.read((base + first) * self.width, out, wait)
+        rows = int(self.column.bounds[row + 1]) - base
+        while at < stop:
+            begin = at - at % CHECKSUM_ROWS
+            end = min(begin + CHECKSUM_ROWS, rows)
+            number = start_block + begin // CHECKSUM_ROWS
+            while end < stop and verified[number] and verified[number + 1]:
+                number, end = number + 1, min(end + CHECKSUM_ROWS, rows)
+            wanted = out[(at - first) * self.width : (min(end, stop) - first) * self.width]
+            if verified[number]:
+                if not file.read((base + at) * self.width, wanted, wait):
+                    return False
+            else:
+                whole = (begin, end) == (at, min(end, stop))
+                block = wanted if whole else memoryview(bytearray((end - begin) * self.width))
+                if not self._read_block(file, row, begin, block, wait):
+                    return False
+                verified[number] = 1
+                if not whole:
+                    wanted[:] = block[(at - begin) * self.width :][: len(wanted)]
+            at = end
+        return True
+
+    def _read_block(self, file: OpenFile, row: int, begin: int, out: memoryview, wait: bool) -> bool:
+        start = (int(self.column.bounds[row]) + begin) * self.width
+        digest = xxhash.xxh3_64()
+        step = len(out) if wait else PIECE  # with reader threads, few long reads: each call takes the GIL
+        for at in range(0, len(out), step):
+            piece = out[at : at + step]
+            if not file.read(start + at, piece, wait):
+                return False
+            digest.update(piece)
+        if digest.intdigest() != self.column.digests[self.column.starts[row] + begin // CHECKSUM_ROWS]:
+            raise CacheError(self.column.damage(row, begin))
+        return True
 
 
 class ZstdWriter(ShardFileWriter):
@@ -127,16 +254,13 @@ class ZstdReader(OpenFile):
 
     def read_into(self, first_row: int, out: memoryview) -> None:
         """Fill `out`, whole rows as flat bytes, from `first_row` on. CacheError for a damaged chunk."""
-        count = len(out) // self.grid.row_bytes
-        for start, stop in self.pieces(first_row, count):
-            part = out[(start - first_row) * self.grid.row_bytes : (stop - first_row) * self.grid.row_bytes]
-            chunk, row = divmod(start, self.grid.chunk_rows)
+        for chunk, at, part in self.grid.parts(first_row, out):
             if len(part) == self.grid.chunk_bytes:
                 self._decode(chunk, part)
             else:
                 held = self._buffer("content", self.grid.chunk_bytes)
                 self._decode(chunk, held)
-                part[:] = held[row * self.grid.row_bytes :][: len(part)]
+                part[:] = held[at : at + len(part)]
 
     def _buffer(self, name: str, size: int) -> memoryview:
         """A reusable buffer of this thread."""
@@ -164,7 +288,7 @@ class ZstdReader(OpenFile):
 
 
 class Zstd(ArrayCodec):
-    """The codec."""
+    """Compressed values."""
 
     name = "zstd"
     array_writer, array_reader = ZstdWriter, ZstdReader

@@ -1,27 +1,31 @@
-"""A sample of another trainer's cache, and the checks on files of every form before a state is read.
+"""The source of an import: another trainer's cache of any form, its samples, and the checks before a state is read.
 
 The files are untrusted: cut short, of another kind, or malicious. Sizes are compared with the file's own before
 anything is allocated, and states are memory-mapped, so that only rows in use are read.
 
-    T tokens   K layers   D hidden size
+    T tokens   R rows of a chunk   K layers   D hidden size
 """
 
 import pickle
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
+from pipeline.cache.columns import ColumnSpec, stored_rows
+from pipeline.cache.layout import aux_column
+from pipeline.cache.samples import ShardPlan
 from pipeline.errors import DataError, first_line, refuse_limit
 from pipeline.pickles import RefusedPickle, check_pickle
 
 STORED_DTYPE = {torch.bfloat16: "bfloat16", torch.float16: "float32", torch.float32: "float32"}  # exact in either
 REMEDY = "make that file again, or move it out of the folder and import into a fresh --out"
+CHUNK_ROWS = 1024  # rows of a sample in memory at a time
 MAX_PICKLE = 1 << 20  # bytes outside of tensors; a sample has a few hundred
 # What torch's restricted unpickler raises on bytes that torch.save did not write.
 UNREADABLE = (
@@ -36,6 +40,7 @@ UNREADABLE = (
     OSError,
 )
 
+Norm = Callable[[Tensor], Tensor]
 SampleLocation = tuple[str, int]  # file, relative to the source, and line from 1
 
 
@@ -81,20 +86,88 @@ class PartialConvention:
     last: str | None = None  # "normed" or "raw"; on the command line also "none"
 
 
-class Source(Protocol):
+@dataclass(frozen=True)
+class Convention:
+    """`count_from`: the number of the first decoder layer's output, 0 or 1. `last`: "normed", "raw", or "none" kept."""
+
+    count_from: int
+    last: str
+
+
+class Source(ABC):
     """A folder of another trainer's files, of one form; `width` is the hidden size D."""
 
     form: str
     folder: Path
     width: int
     stated: PartialConvention
+    files: list[Path]
     locations: list[SampleLocation]
 
+    @abstractmethod
     def open(self, file: str, line: int) -> ForeignSample:
         """Read one sample's tokens and mask; its states on demand. DataError for a damaged or hostile file."""
 
     def source_facts(self) -> dict:
-        """Return this source's entry in the plan."""
+        """Return this source's entry in the plan: its number of files, their bytes, a digest of names and sizes."""
+        count, size, digest = digest_listing(self.folder, self.files)
+        return {"file": self.folder.resolve().name, "form": self.form, "files": count, "size": size, "xxh3": digest}
+
+
+@dataclass(frozen=True)
+class ImportJob:
+    """The source, and how to read it. `named_layers` are numbered as its trainer does, see `convention`."""
+
+    source: Source
+    named_layers: tuple[int, ...]
+    convention: Convention
+    dtype: torch.dtype  # of the states in the files
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers in this project's numbering, see `pipeline/target/layers.py`."""
+        return [layer - self.convention.count_from for layer in self.named_layers]
+
+    @property
+    def columns(self) -> list[ColumnSpec]:
+        """The columns of the cache to write, in order."""
+        dtype, width = STORED_DTYPE[self.dtype], self.source.width
+        aux = [ColumnSpec(aux_column(layer), dtype, width) for layer in self.layers]
+        return aux + [ColumnSpec("final", dtype, width, keeps="needed")] * (self.convention.last != "none")
+
+    def check(self, sample: ForeignSample) -> ForeignSample:
+        """Return the sample. DataError for another dtype than the first sample's, or without its last state."""
+        if sample.dtype != self.dtype or (self.convention.last != "none" and not sample.has_last):
+            content = f"{sample.dtype} states, {'with' if sample.has_last else 'without'} the last one"
+            raise bad_file(sample.where, f"has {content}, the first file {self.dtype}: they are not of one run")
+        return sample
+
+    def reopen(self, shard: ShardPlan, row: int) -> ForeignSample:
+        """Open a planned sample. DataError where the file now holds another one."""
+        sample, T = self.check(self.source.open(*location_of(shard, row))), shard.lengths[row]
+        same = np.array_equal(sample.ids_T[:T], shard.ids(row)) and np.array_equal(sample.mask_T[:T], shard.mask(row))
+        if not same:
+            raise bad_file(sample.where, "holds other tokens than when it was planned")
+        return sample
+
+    def column_chunks(
+        self, sample: ForeignSample, shard: ShardPlan, row: int, norm: Norm | None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield (column, states [R, D]) of a sample in chunks, each column's in order of rows."""
+        final, dtype = stored_rows(shard, row, "needed"), getattr(torch, STORED_DTYPE[self.dtype])
+        for first in range(0, int(shard.lengths[row]), CHUNK_ROWS):
+            end = min(first + CHUNK_ROWS, int(shard.lengths[row]))
+            layers_RKD, last_RD = sample.rows(first, end)
+            for spec, states_RD in zip(self.columns, layers_RKD.unbind(1), strict=False):
+                yield spec.name, states_RD.to(dtype)
+            if self.convention.last != "none":
+                inside = final[(final >= first) & (final < end)] - first
+                kept_RD = last_RD[torch.from_numpy(inside)]
+                yield "final", (norm(kept_RD) if self.convention.last == "raw" else kept_RD).to(dtype)
+
+
+def location_of(shard: ShardPlan, row: int) -> SampleLocation:
+    return shard.batch.column("source")[row].as_py(), shard.line(row)
 
 
 def bad_file(where: Path | str, what: str) -> DataError:
@@ -173,11 +246,11 @@ def check_states(tensor: object, name: str, where: str, limit: int) -> Tensor:
     return checked
 
 
-def source_facts(folder: Path, form: str, files: Iterable[Path]) -> dict:
-    """Return a source's entry in the plan: its number of files, their bytes, and a digest of names and sizes."""
+def digest_listing(folder: Path, files: Iterable[Path]) -> tuple[int, int, str]:
+    """Return the number of files, their bytes in total, and a digest of their names and sizes."""
     digest, count, size = xxhash.xxh3_128(), 0, 0
     for file in files:
         file_size = file.stat().st_size
         digest.update(f"{file.relative_to(folder).as_posix()}\0{file_size}\n".encode())
         count, size = count + 1, size + file_size
-    return {"file": folder.resolve().name, "form": form, "files": count, "size": size, "xxh3": digest.hexdigest()}
+    return count, size, digest.hexdigest()
