@@ -4,7 +4,6 @@ N blocks   S slots   K layers   T new rows   R context rows   D hidden size   P 
 U rank of a correction
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -64,7 +63,7 @@ class BlockDraft(Backbone, Draft):
         """Return each term's denominator from one cell, to be summed: the weights' sum, or for D-PACE the samples."""
         den = blocks.weights_NS.double().sum()
         if self.config.weighting != "decay":
-            den = torch.tensor(len(blocks.lengths), dtype=torch.float64, device=den.device)
+            den = den.new_full((), len(blocks.lengths))
         kinds, terms = self.logit_kinds({}), self.config.term_weights
         return {term_name(kind, term): den for kind in kinds for term in terms}
 
@@ -293,8 +292,7 @@ def init_weights(draft: Draft, seed: int) -> None:
 
 
 def _initial_values(module: nn.Module, name: str, shape: torch.Size, std: float, generator: torch.Generator) -> Tensor:
-    if isinstance(module, nn.GRU):
-        bound = 1 / math.sqrt(module.hidden_size)
+    if bound := getattr(module, "init_bound", None):
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
     if isinstance(module, nn.Linear | nn.Embedding) and name == "weight":
         return torch.empty(shape).normal_(0, std, generator=generator)

@@ -8,18 +8,21 @@ bottleneck of rank U gives z = SiLU(W1 [h ; g]), and the corrected logits are he
     N blocks   S slots   D hidden size   H width of the GRU   U rank   V vocabulary
 """
 
+import math
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from pipeline.drafts.block_draft import BlockDraft
 from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.draft import ProbeBlock, PublishedKeys, Shapes
 from pipeline.errors import UsageError
 from pipeline.target.head import TargetHead
+from pipeline.tensors import at_least_float32
 
 
 class DominoConfig(DraftConfig):
@@ -44,6 +47,82 @@ class DominoConfig(DraftConfig):
         return self
 
 
+class PrefixGRU(nn.Module):
+    """A GRU without biases, its parameters named as torch's.
+
+    Written out because autocast runs torch's GRU on CUDA in float16, whatever dtype it is asked for: at the width of an
+    8B target 69 to 100 % of its gradient is then below float16's smallest number, and the head never learns. Here only
+    the matrix products are in the autocast dtype, all inputs' in one; gates and state are in float32 at least.
+    """
+
+    def __init__(self, width: int, size: int):
+        super().__init__()
+        self.size = size
+        self.init_bound = 1 / math.sqrt(size)
+        self.weight_ih_l0 = nn.Parameter(torch.empty(3 * size, width))
+        self.weight_hh_l0 = nn.Parameter(torch.empty(3 * size, size))
+
+    def forward(self, x_NPD: Tensor, state_NH: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the states [N, P, H] after each of P tokens, in the dtype of the products, and the last one [N, H].
+
+        state: the one before the first token, 0 if None; it gets no gradient. Nor does x, which is frozen.
+        """
+        device = x_NPD.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_NPD.dtype
+        if state_NH is None:
+            state_NH = x_NPD.new_zeros(len(x_NPD), self.size, dtype=at_least_float32(x_NPD.dtype))
+        with torch.autocast(device, enabled=False):
+            return _Recurrence.apply(x_NPD.to(dtype), state_NH, self.weight_ih_l0, self.weight_hh_l0)
+
+
+class _Recurrence(torch.autograd.Function):
+    """r, z = sigmoid(W_ih x + W_hh h), n = tanh(W_ih x + r * W_hh h), h' = n + z * (h - n).
+
+    The weights' gradients are one product each over all tokens, made at the end; autograd's would be one a token.
+    """
+
+    @staticmethod
+    def forward(ctx, x_NPD, state_NH, w_in, w_state):
+        H, dtype = state_NH.shape[1], x_NPD.dtype
+        from_state_HJ = w_state.to(dtype).T
+        states, gates, news, from_states = [state_NH], [], [], []
+        for input_NJ in F.linear(x_NPD, w_in.to(dtype)).unbind(1):
+            state_NJ = states[-1].to(dtype) @ from_state_HJ
+            gates.append(torch.add(input_NJ[:, : 2 * H], state_NJ[:, : 2 * H]).to(state_NH.dtype).sigmoid_())
+            reset_NH, keep_NH = gates[-1].chunk(2, -1)
+            from_states.append(state_NJ[:, 2 * H :].to(state_NH.dtype))
+            news.append(torch.addcmul(input_NJ[:, 2 * H :].to(state_NH.dtype), reset_NH, from_states[-1]).tanh_())
+            states.append(torch.lerp(news[-1], states[-1], keep_NH))
+        ctx.save_for_backward(x_NPD, w_in, w_state, *states, *gates, *news, *from_states)
+        ctx.mark_non_differentiable(states[-1])
+        return torch.stack(states[1:], 1).to(dtype), states[-1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_NPH, _):
+        x_NPD, w_in, w_state, *saved = ctx.saved_tensors
+        (N, P, H), dtype = grad_NPH.shape, x_NPD.dtype
+        states, gates, news, from_states = saved[: P + 1], saved[P + 1 : 2 * P + 1], saved[2 * P + 1 : -P], saved[-P:]
+        w_state_JH = w_state.to(dtype)
+        d_input_NPJ = x_NPD.new_empty(N, P, 3 * H)  # by W_ih x
+        d_state_NPJ = x_NPD.new_empty(N, P, 3 * H)  # by W_hh h, which differs in n alone
+        d_NH = torch.zeros_like(states[0])
+        for token in reversed(range(P)):
+            reset_NH, keep_NH = gates[token].chunk(2, -1)
+            new_NH = news[token]
+            d_NH = d_NH + grad_NPH[:, token]
+            d_keep_NH = d_NH * (states[token] - new_NH) * keep_NH * (1 - keep_NH)
+            d_new_NH = d_NH * (1 - keep_NH) * (1 - new_NH * new_NH)
+            d_reset_NH = d_new_NH * from_states[token] * reset_NH * (1 - reset_NH)
+            d_input_NPJ[:, token] = torch.cat([d_reset_NH, d_keep_NH, d_new_NH], -1)
+            d_state_NPJ[:, token] = torch.cat([d_reset_NH, d_keep_NH, d_new_NH * reset_NH], -1)
+            d_NH = d_NH * keep_NH + d_state_NPJ[:, token] @ w_state_JH
+        before_NPH = torch.stack(states[:-1], 1).to(dtype)
+        d_in = d_input_NPJ.flatten(0, 1).T @ x_NPD.flatten(0, 1)
+        d_w_state = d_state_NPJ.flatten(0, 1).T @ before_NPH.flatten(0, 1)
+        return None, None, d_in.to(w_in.dtype), d_w_state.to(w_state.dtype)
+
+
 class Domino(BlockDraft):
     """The backbone and its causal correction."""
 
@@ -62,7 +141,7 @@ class Domino(BlockDraft):
     def __init__(self, config: DraftConfig, head: TargetHead):
         super().__init__(config, head)
         width, gru, rank = config.hidden_size, config.gru_hidden_dim, config.emb_dim
-        self.prefix_gru = nn.GRU(width, gru, bias=False, batch_first=True)
+        self.prefix_gru = PrefixGRU(width, gru)
         self.embed_proj = nn.Sequential(
             nn.Linear(width + gru, rank, bias=False), nn.SiLU(), nn.Linear(rank, config.vocab_size, bias=False)
         )
@@ -97,12 +176,12 @@ class Domino(BlockDraft):
         """Return the bottleneck of [backbone state ; GRU state], in the published order."""
         return self.embed_proj[1](self.embed_proj[0](torch.cat([hidden, state], dim=-1)))
 
-    def correction_step(self, k: int, hidden_ND: Tensor, last_N: Tensor, state_1NH: Tensor | None):
+    def correction_step(self, k: int, hidden_ND: Tensor, last_N: Tensor, state_NH: Tensor | None):
         """As `BlockDraft.correction_step`; the state is the GRU's, and the first proposals are not corrected."""
-        states_N1H, state_1NH = self.prefix_gru(self._embed(last_N)[:, None], state_1NH)
+        states_N1H, state_NH = self.prefix_gru(self._embed(last_N)[:, None], state_NH)
         if k < self.config.pure_draft_prefix_len:
-            return None, state_1NH
-        return (self._mix(hidden_ND, states_N1H[:, 0]), self.embed_proj[2].weight), state_1NH
+            return None, state_NH
+        return (self._mix(hidden_ND, states_N1H[:, 0]), self.embed_proj[2].weight), state_NH
 
     @classmethod
     def head_tensors(cls, config: DominoConfig, proposed: int | None = None) -> Shapes:
