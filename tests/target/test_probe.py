@@ -3,6 +3,7 @@
 On a target whose norm weights are not 1, with as many tokens as it is wide, so that a transposed head has a shape.
 """
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.samples import PlannedSample
 from pipeline.errors import ProofError
 from pipeline.target.model import decoder_layers, final_norm, head_of, run_decoder, tap_layers
-from pipeline.target.probe import ROWS, ReferenceTarget, prefix_length, probe, probe_samples
+from pipeline.target.probe import BOUNDS, ROWS, WIDEST, ReferenceTarget, prefix_length, probe, probe_samples
 from pipeline.tensors import as_stored
 from stages.cache_hidden.engine import HfEngine
 from stages.cache_hidden.pack import Packer
@@ -35,13 +36,13 @@ def samples(lengths: list[int], prompt: int, vocab: int = 32) -> list[PlannedSam
 class Stored:
     """What a right capture of one shard of a target would have stored, and the probe on it."""
 
-    def __init__(self, model, folder, lengths=(40, 30, 24), prompt=9, dtype="float32"):
+    def __init__(self, model, folder, lengths=(40, 30, 24), prompt=9, dtype="float32", layers=LAYERS):
         self.model = model
         self.head = head_of(model)
         everything = write_segment(folder, samples(list(lengths), prompt), row_bytes=1, sources=[])
         self.shard = everything.shards[0]
         width = model.config.hidden_size
-        self.columns = [ColumnSpec(f"aux.{layer}", dtype, width) for layer in LAYERS]
+        self.columns = [ColumnSpec(f"aux.{layer}", dtype, width) for layer in layers]
         self.columns.append(ColumnSpec("final", dtype, width, keeps="needed"))
         self.states = {}
         for row in range(len(self.shard)):
@@ -171,6 +172,81 @@ def test_bfloat16_passes_within_its_bound_and_no_further(tmp_path):
     stored.change("final", lambda states: states["final"] * 1.05)
     with pytest.raises(ProofError, match="at most 2e-02"):
         stored.probe()
+
+
+DEEP = config(
+    vocab_size=64, hidden_size=64, intermediate_size=192, num_hidden_layers=36, pad_token_id=0, eos_token_id=1
+)
+
+
+@pytest.fixture(scope="module")
+def deep_capture(tmp_path_factory):
+    """A right capture of 36 layers in bfloat16, by another attention kernel: noisier than the usual bound."""
+    model = random_model(DEEP).to(torch.bfloat16)
+    model.set_attn_implementation("eager")
+    shape = {"lengths": (140, 130), "dtype": "bfloat16", "layers": (1, 17, 33)}
+    stored = Stored(model, tmp_path_factory.mktemp("deep"), **shape)
+    model.set_attn_implementation("sdpa")
+    return stored
+
+
+@pytest.fixture
+def deep(deep_capture):
+    stored = copy.copy(deep_capture)
+    stored.states = dict(deep_capture.states)
+    return stored
+
+
+def test_a_right_capture_of_a_deep_target_is_noisier_than_the_usual_bound_and_passes(deep):
+    facts = deep.probe()
+    assert max(found["error"] for found in facts.values()) > BOUNDS[torch.bfloat16]
+    assert max(found["error"] for found in facts.values()) < WIDEST
+    assert deep.model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("layer", [1, 17, 33])
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_a_layer_off_by_one_of_a_deep_target_is_caught(deep, layer, shift):
+    deep.change(f"aux.{layer}", lambda states: states[f"aux.{layer + shift}"])
+    with pytest.raises(ProofError, match=rf"stored as layer {layer} .*layer {layer + shift} fits better"):
+        deep.probe()
+
+
+@pytest.mark.parametrize(
+    ("column", "how"),
+    [
+        ("final", lambda deep, states: states["aux.35"]),
+        ("final", lambda deep, states: final_norm(deep.model)(states["final"])),
+        ("final", lambda deep, states: states["final"] * 1.05),
+        ("final", lambda deep, states: states["final"].roll(1, 0)),
+        ("aux.33", lambda deep, states: final_norm(deep.model)(states["aux.33"])),
+        ("aux.17", lambda deep, states: states["aux.17"] * 0.95),
+        ("aux.17", lambda deep, states: states["aux.17"].flip(0)),
+        (
+            "aux.17",
+            lambda deep, states: torch.cat([states["aux.17"][:99], states["aux.17"][:1], states["aux.17"][100:]]),
+        ),
+    ],
+    ids=["no norm", "two norms", "scaled", "shifted", "layer normed", "layer scaled", "reversed", "a stale row"],
+)
+def test_a_broken_capture_of_a_deep_target_is_caught(deep, column, how):
+    with torch.no_grad():
+        deep.change(column, lambda states: how(deep, states))
+    with pytest.raises(ProofError, match="probe: what is stored as"):
+        deep.probe()
+
+
+def test_a_wrong_head_of_a_deep_target_is_caught_whatever_its_noise(deep):
+    for broken in (deep.head.head_VD.roll(1, 0), deep.head.head_VD * 1.03, deep.head.head_VD.T.contiguous()):
+        with pytest.raises(ProofError, match="LM head"):
+            probe(
+                ReferenceTarget(deep.model),
+                replace(deep.head, head_VD=broken),
+                deep.shard,
+                deep.columns,
+                set(),
+                deep.read,
+            )
 
 
 def test_prefixes_are_short_but_never_without_final_rows(tmp_path):
