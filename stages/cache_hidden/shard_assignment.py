@@ -19,7 +19,8 @@ NAMED = re.compile(r"([0-9]+)/([0-9]+)")
 
 @dataclass(frozen=True)
 class Worker:
-    """Worker `number` (from 0) of `count`. `local`: its number on this machine, None where unknown."""
+    """Worker `number` (from 0) of `count`. `local`: its number on this machine, None where unknown. Of workers numbered
+    by hand (`--worker I/N`) it is I: so that eight on eight GPUs take one each, also on the second such machine."""
 
     number: int = 0
     count: int = 1
@@ -75,7 +76,7 @@ def find_worker(named: str | None, environment: Mapping[str, str]) -> Worker:
         found = NAMED.fullmatch(named)
         if not found or int(found[1]) >= int(found[2]):
             raise UsageError(f"--worker {named}: wanted I/N with I from 0 to N-1, such as 0/4")
-        return Worker(int(found[1]), int(found[2]), local)
+        return Worker(int(found[1]), int(found[2]), int(found[1]) if local is None else local)
     if "RANK" in environment or "WORLD_SIZE" in environment:
         return _make_worker(value("RANK"), value("WORLD_SIZE"), local, "RANK and WORLD_SIZE")
     return _slurm(environment, local)

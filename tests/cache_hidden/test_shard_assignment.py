@@ -33,7 +33,7 @@ RANKS = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
     ("named", "environment", "worker"),
     [
         (None, {}, Worker(0, 1)),
-        ("2/4", {}, Worker(2, 4)),
+        ("2/4", {}, Worker(2, 4, local=2)),
         (None, RANKS, Worker(5, 8, local=1)),
         ("2/4", RANKS, Worker(2, 4, local=1)),
         (None, {**ARRAY, "SLURM_ARRAY_TASK_ID": "3"}, Worker(1, 3)),
