@@ -1,9 +1,10 @@
 """Write safetensors files, view states as stored, choose a dtype or a device, recognise out-of-memory errors, and draw
 tokens by inverse CDF."""
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.errors import UsageError, first_line
+from pipeline.errors import RoomError, UsageError, first_line
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -59,6 +60,28 @@ def find_device(named: str | torch.device | None) -> torch.device:
             f"device {wanted}: {cause}; pass --device cpu, or leave it out to take what is there"
         ) from None
     return device
+
+
+def free_cached_memory(device: torch.device) -> None:
+    """Give a GPU's memory back that torch keeps for reuse, in pieces of the wrong sizes for a second try."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def out_of_memory(error: RuntimeError) -> str:
+    """Return the first line of an out-of-memory error; raises any other error again."""
+    if not is_out_of_memory(error):
+        raise error
+    return first_line(error)
+
+
+@contextlib.contextmanager
+def refuse_out_of_memory(what: str, remedy: str) -> Iterator[None]:
+    """Raise RoomError, naming what did not fit and the remedy, where a device runs out of memory within the block."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RoomError(f"no memory on the device for {what} ({out_of_memory(error)}); {remedy}") from error
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

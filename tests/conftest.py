@@ -62,6 +62,14 @@ def tiny_cache(tiny_target, tiny_corpus, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def greedy_cache(tiny_cache, tiny_target, tmp_path_factory):
+    """The same, its replies the target's own greedy ones: accept lengths can be measured on it."""
+    from rewritten_caches import with_greedy_replies
+
+    return with_greedy_replies(tiny_cache, tiny_target, tmp_path_factory.mktemp("greedy") / "cache")
+
+
+@pytest.fixture(scope="session")
 def captured(tiny_target, tiny_corpus, tmp_path_factory):
     """Return a function that captures layers 1 and 3 and `final` of eight chats with a codec, once each."""
     from stages.cache_hidden.run import run

@@ -225,7 +225,9 @@ def dpace_weights(ce_NS: Tensor, scored_NS: Tensor, alpha: float, kind: str) -> 
     """
     confidence_NS = (1 - alpha) * torch.exp(-ce_NS.detach()) + alpha
     reach_NS = torch.where(scored_NS, confidence_NS, 1.0).cumprod(-1)
-    rest_NS = (reach_NS * scored_NS).flip(-1).cumsum(-1).flip(-1)
+    # Sums over the slots from each on. Not cumsum, which on CUDA has no deterministic form for floats.
+    slots_S = torch.arange(ce_NS.shape[-1], device=ce_NS.device)
+    rest_NS = torch.where(slots_S >= slots_S[:, None], (reach_NS * scored_NS)[:, None], 0).sum(-1)
     if kind == "dpace":
         return rest_NS * scored_NS
     if kind == "dpace-cumulative-confidence-only":

@@ -20,6 +20,7 @@ from pydantic import Field
 from pipeline.drafts import Draft, lay_blocks, pack
 from pipeline.json_files import Count, Number, Numbers, Record
 from pipeline.target.head import chunk_rows
+from pipeline.tensors import free_cached_memory, out_of_memory
 
 if TYPE_CHECKING:
     from pipeline.cache import HiddenCache, Sample
@@ -219,10 +220,21 @@ def _propose_all(
     ]
     anchors_N = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
     on_device, proposed = cell.to(device), [[] for _ in thresholds]
-    for part_N in anchors_N.split(max(1, SLOTS_AT_ONCE // config.block_size)) if len(anchors_N) else ():
-        blocks = lay_blocks(cell, part_N, draft.config).to(device)
-        cuts = draft.greedy_proposals(on_device, blocks, thresholds)
+    first, count = 0, max(1, SLOTS_AT_ONCE // config.block_size)
+    while first < len(anchors_N):
+        blocks, cuts = lay_blocks(cell, anchors_N[first : first + count], draft.config).to(device), None
+        try:
+            cuts = draft.greedy_proposals(on_device, blocks, thresholds)
+        except RuntimeError as error:
+            out_of_memory(error)
+            if count == 1:
+                raise
+        if cuts is None:  # outside the except clause: the exception keeps the failed forward's tensors alive
+            count = -(-count // 2)
+            free_cached_memory(device)
+            continue
         proposed = [earlier + new for earlier, new in zip(proposed, cuts, strict=True)]
+        first += count
     at = 0
     for part in rows:
         yield [of_threshold[at : at + len(part)] for of_threshold in proposed]

@@ -57,6 +57,7 @@ class CheckpointState(Record):
     recipe: str | None = None
     cache: str | None = None
     split: str | None = None
+    blocks_per_pass: int | None = None  # blocks of a cell computed together, after the device had no memory for all
     metrics: str = ""  # the checksum of the last line of metrics.jsonl
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from pipeline.cache import HiddenCache
 from pipeline.drafts import DRAFTS, Draft, init_weights
 from pipeline.errors import CacheError, RoomError, UsageError, first_line
-from pipeline.evaluation.accept_length import accept_spans, summarise
+from pipeline.evaluation.accept_length import Span, accept_spans, summarise
 from pipeline.runs import checkpoint
 from pipeline.runs.folder import (
     Evaluation,
@@ -34,7 +34,7 @@ from pipeline.runs.folder import (
 )
 from pipeline.runs.recipe import Resolved, load_recipe, resolve
 from pipeline.runs.training_data import Split, check_complete, split_samples, stratified_subset
-from pipeline.tensors import find_device, is_out_of_memory
+from pipeline.tensors import find_device, refuse_out_of_memory
 from pipeline.visible_text import print_visible, visible
 from stages.train_draft.batches import Sampler
 from stages.train_draft.loader import BatchLoader, Prefetcher
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from pipeline.published.weights import InitialDraft, InitialWeights
 
 EVAL_BATCH = 8  # samples; a signal is noticed between two such batches
+EVAL_REMEDY = "the step is saved: go on with the same command on a larger device"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
@@ -157,18 +158,13 @@ def make_draft(
     Raises RoomError when memory is too small.
     """
     dtype = torch.bfloat16 if resolved.recipe.train.dtype == "bfloat16" else torch.float32
-    try:
+    with refuse_out_of_memory("the draft", "make its sizes in [draft] smaller"):
         draft = DRAFTS[resolved.draft.method](resolved.draft, store.head(str(device), dtype))
         init_weights(draft, resolved.recipe.train.seed)
         draft.before_training(samples)
         if start is not None:
             start.load_into(draft)
         return draft.to(device).train()
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        cause = first_line(error)
-        raise RoomError(f"the draft does not fit into memory ({cause}); make its sizes in [draft] smaller") from error
 
 
 def machine_facts(device: torch.device) -> dict[str, str]:
@@ -221,6 +217,7 @@ class TrainingRun:
         self.loader = BatchLoader(sampler, keep_encoded=self.device.type != "cpu")
         self.eval_samples = stratified_subset(cache, split.heldout, self.train.eval_samples) if cache.has_final else ()
         self.metrics, self.timing_log = MetricsLog(path / METRICS), MetricsLog(path / TIMING)
+        self.trainer = Trainer(draft, self.optimizer, self.loader)
         self.step = 0
 
     def resume(self) -> int:
@@ -237,7 +234,7 @@ class TrainingRun:
                         f"{found.path} was made with another {key}: digest {recorded}, this run has {digest}; "
                         "remove it to go on from the checkpoint before"
                     )
-            self.step = found.step
+            self.step, self.trainer.blocks_per_pass = found.step, found.state.blocks_per_pass
             device = str(self.device)
             try:
                 self.draft.load_state_dict(load_file(found.path / checkpoint.DRAFT, device=device))
@@ -254,7 +251,7 @@ class TrainingRun:
 
     def fit(self, display: Display, stop: GracefulStop) -> Evaluation | None:
         """Train to the last step; return the evaluation after it, None where nothing can be measured."""
-        trainer = Trainer(self.draft, self.optimizer, self.loader)
+        trainer = self.trainer
         throughput = Throughput(self.step, self.train.steps)
         self._evaluate(display, stop)  # a checkpoint may have been saved between a step and its evaluation
         batches = Prefetcher(self.loader, self.step, self.train.steps, self.device)
@@ -282,8 +279,10 @@ class TrainingRun:
         return self._evaluated()
 
     def save(self) -> None:
-        digests = self.digests | {"metrics": self.metrics.last_checksum}
-        checkpoint.save(self.path, self.step, self.draft, state_tensors(self.optimizer), digests, self.train.keep)
+        facts = self.digests | {"metrics": self.metrics.last_checksum}
+        if self.trainer.blocks_per_pass is not None:
+            facts["blocks_per_pass"] = self.trainer.blocks_per_pass
+        checkpoint.save(self.path, self.step, self.draft, state_tensors(self.optimizer), facts, self.train.keep)
 
     def _evaluated(self) -> Evaluation | None:
         """Return the evaluation of this step from the metrics log, None when there is none yet."""
@@ -298,7 +297,7 @@ class TrainingRun:
             for first in range(0, len(self.eval_samples), EVAL_BATCH):
                 if stop.received:
                     break
-                spans += accept_spans(self.draft, self.cache, self.eval_samples[first : first + EVAL_BATCH])[0]
+                spans += self._measure(self.eval_samples[first : first + EVAL_BATCH])
             self.draft.train()
         if stop.received:
             self.save()
@@ -314,11 +313,20 @@ class TrainingRun:
             self.metrics.write({"step": self.step, "eval": summarise(spans) | {"replies": replies}})
             display.print_line(f"step {self.step}: {evaluation_text(self._evaluated())}")
 
+    def _measure(self, samples: Sequence[int]) -> list[Span]:
+        """Return the samples' spans. RoomError, with the step saved, where the device has no memory for one block."""
+        try:
+            with refuse_out_of_memory(f"the evaluation of step {self.step}", EVAL_REMEDY):
+                return accept_spans(self.draft, self.cache, samples)[0]
+        except RoomError:
+            self.save()
+            raise
+
 
 def use_deterministic_kernels(device: torch.device) -> None:
     """Make PyTorch use deterministic CUDA kernels. CPU kernels are deterministic for a given number of threads."""
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        # cuDNN would otherwise compute a GRU in TF32, unlike every other product of a float32 draft.
-        torch.backends.cudnn.allow_tf32 = False
+        # Strictly: where it only warns, attention's backward splits its sums over keys in no fixed order.
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over memory that is overwritten anyway

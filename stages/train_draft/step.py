@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from pipeline.drafts import Blocks, Cell, Draft, metrics_of
-from pipeline.errors import ProofError, RoomError, first_line
-from pipeline.tensors import is_out_of_memory
+from pipeline.errors import ProofError, RoomError
+from pipeline.tensors import free_cached_memory, out_of_memory, refuse_out_of_memory
 from stages.train_draft.batches import Batch
 from stages.train_draft.loader import BatchLoader
 
@@ -58,7 +58,7 @@ class Trainer:
     """Updates a draft by one global batch: `step(batch, cells)`.
 
     blocks_per_pass: blocks of a cell that are computed together; None: all of them, until the device runs out of
-    memory.
+    memory. A checkpoint holds it, since the sums of a loss in parts differ in their last digits.
     """
 
     def __init__(self, draft: Draft, optimizer: "AdamW", loader: BatchLoader):
@@ -84,17 +84,17 @@ class Trainer:
             try:
                 loss = self.add_gradients(cells, batch.blocks, scheduled, logs)
             except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                cause = first_line(error)
+                cause = out_of_memory(error)
             if loss is None:  # outside the except clause: the exception keeps the failed forward's tensors alive
                 self._halve_blocks(batch, cause)
                 cells = self.loader.read_all(batch)
 
-        norm = float(torch.nn.utils.clip_grad_norm_(draft.parameters(), train.clip))
+        with refuse_out_of_memory("the gradient's norm", "lower train.context, or use a larger device"):
+            norm = float(torch.nn.utils.clip_grad_norm_(draft.parameters(), train.clip))
         if not (math.isfinite(loss.total) and math.isfinite(norm)):
             raise ProofError(self._nonfinite_message(batch, scheduled, float(loss.total), norm))
-        self.optimizer.step(lr)
+        with refuse_out_of_memory("the optimiser's step", "use a larger device, or make the draft smaller"):
+            self.optimizer.step(lr)
         if not logs:
             return None
         return {
@@ -140,8 +140,7 @@ class Trainer:
                 "lower train.context, or use a larger device"
             )
         self.blocks_per_pass = -(-most // 2)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_cached_memory(self.device)
 
     def _nonfinite_message(self, batch: Batch, scheduled: dict[str, float], loss: float, norm: float) -> str:
         """Return the error message, naming the samples whose own loss or gradient is not finite."""

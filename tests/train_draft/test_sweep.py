@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rewritten_caches import with_greedy_replies
 from rich.console import Console
 
 import stages.train_draft.sweep as sweep_module
@@ -27,11 +26,6 @@ from stages.train_draft.sweep import load_sweep, pool_seeds, rank_by_accept_leng
 ROOT = Path(__file__).parents[2]
 BASE = '[draft]\nmethod = "dflash"\nblock_size = 4\n[train]\nsteps = 4\nbatch = 4\nanchors = 6\nlog_every = 1\n'
 SMALL = ("train.batch=4", "train.anchors=6", "train.log_every=1", "draft.block_size=4", "draft.method=dflash")
-
-
-@pytest.fixture(scope="module")
-def greedy_cache(tiny_cache, tiny_target, tmp_path_factory):
-    return with_greedy_replies(tiny_cache, tiny_target, tmp_path_factory.mktemp("greedy") / "cache")
 
 
 @pytest.fixture
