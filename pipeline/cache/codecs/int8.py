@@ -70,8 +70,8 @@ class Int8(LossyCodec):
         size = group_of(D)
         device = states_RD.device
         mean_D, std_D = calibration.on(device)
-        # A tensor: by a Python number, a GPU would multiply with its inverse.
-        levels = torch.tensor(float(LEVELS), device=device)
+        # A tensor: by a Python number, a GPU would multiply with its inverse. Filled there: a copy would be waited for.
+        levels = torch.full((), float(LEVELS), device=device)
         q_RD = torch.empty(R, D, dtype=torch.int8, device=device)
         scale_RG = torch.empty(R, D // size, dtype=torch.bfloat16, device=device)
         outlier_at = []
@@ -86,7 +86,8 @@ class Int8(LossyCodec):
             scale_RG[part] = z_rGc.abs().amax(-1).div_(levels)
             scale_rG1 = scale_RG[part].float()[..., None]
             q_RD[part] = z_rGc.div_(scale_rG1).round_().clamp_(-LEVELS, LEVELS).nan_to_num_(0).view(-1, D)
-            outlier_at.append(out_rD.nonzero() + torch.tensor([first, 0], device=device))
+            outlier_at.append(out_rD.nonzero())
+            outlier_at[-1][:, 0] += first
         at_e2 = torch.cat(outlier_at) if outlier_at else torch.empty(0, 2, dtype=torch.int64, device=device)
         value_e = states_RD[at_e2[:, 0], at_e2[:, 1]]
         bits_e = value_e.view(torch.int16 if value_e.dtype == torch.bfloat16 else torch.int32)

@@ -1,0 +1,317 @@
+"""Whole training steps on a GPU that is not there: `python tests/fake_accelerator.py METHOD[:ROWS[,KEY=VALUE...]] ...`.
+
+KEY: device, optimizer, dtype, anchors, or an option of the draft; METHOD `int8`: that codec instead.
+
+torch computes shapes, dtypes and devices of fake CUDA tensors, and no values; `fake_cuda.cpp`, compiled in a second or
+two, makes a CPU build believe in the device. So a step at the width of an 8B target shows here what it would on a GPU:
+operations between devices (an error), waits of the host for the device, dtypes under autocast, and how much memory is
+live. Each line is a JSON record, and also the estimate of a roofline: operations, floating point, bytes moved.
+
+An estimate, not a measurement: every operation takes the longest of its arithmetic (70 % of the peak), its bytes (80 %
+of the bandwidth) and a launch. Two things are set by hand: attention is the memory-efficient kernel, which torch takes
+under a mask, and a value that the host reads is 1.
+
+    N blocks   S slots   D hidden size   V vocabulary
+"""
+
+# ruff: noqa: E402  the library before torch
+
+import ctypes
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections import Counter
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+PEAK, WIDE_PEAK, BANDWIDTH, LAUNCH = 0.7 * 989e12, 60e12, 0.8 * 3.35e12, 5e-6  # of an H100: FLOP/s, FLOP/s, B/s, s
+GRANULE = 512  # bytes of device memory that torch's allocator rounds up to
+
+# Operations that only view their input, or allocate: nothing is launched.
+FREE = re.compile(
+    "view|_unsafe_view|reshape|expand|transpose|t|permute|slice|split|split_with_sizes|unsqueeze|squeeze|select|unbind|"
+    "as_strided|detach|alias|chunk|lift_fresh|_reshape_alias|empty|empty_like|empty_strided|new_empty"
+)
+
+
+def build(folder: Path) -> Path:
+    """Compile `fake_cuda.cpp` against the installed torch; return the library."""
+    from importlib.util import find_spec
+
+    torch_folder = Path(find_spec("torch").origin).parent
+    include, lib, out = torch_folder / "include", torch_folder / "lib", folder / "fake_cuda.so"
+    headers = [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}"]
+    libraries = [f"-L{lib}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{lib}"]
+    command = ["g++", "-O0", "-std=c++20", "-fPIC", "-shared", *headers, str(ROOT / "tests/fake_cuda.cpp")]
+    subprocess.run([*command, "-o", str(out), *libraries], check=True, capture_output=True, text=True)
+    return out
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        ctypes.CDLL(str(build(Path(scratch))), mode=ctypes.RTLD_GLOBAL)  # before torch is loaded, which looks once
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from pipeline.cache.codecs import CODECS
+from pipeline.cache.codecs.codec import Calibration
+from pipeline.drafts import DRAFTS, Draft, draft_config, lay_blocks, pack
+from pipeline.target.head import TargetHead
+from stages.train_draft.step import Trainer, make_optimizer
+
+WIDTH, VOCABULARY, LAYERS, BLOCK, ANCHORS = 4096, 151_936, 5, 16, 512  # Qwen3-8B and a published draft of it
+USUAL = {"device": "cuda", "optimizer": "adamw", "dtype": "bfloat16"}
+OWN = {
+    "dflash": {"shift_label": False},
+    "domino": {"shift_label": True, "pure_draft_prefix_len": 1, "emb_dim": 256, "gru_hidden_dim": 1024},
+    "dspark": {"shift_label": True, "markov_rank": 256, "block_size": 7, "gamma": 4.0},
+}
+
+
+class Meter(TorchDispatchMode):
+    """Counts what operations on one device do, and what is live there."""
+
+    def __init__(self, device: str):
+        super().__init__()
+        self.device, self.live, self.peak, self.known = device, 0, 0, {}
+        self.reset()
+
+    def reset(self) -> None:
+        self.launches, self.bytes, self.flop, self.seconds, self.peak = 0, 0, 0, 0.0, self.live
+        self.operations: Counter = Counter()  # (name, dtypes of the results)
+        self.waits: Counter = Counter()  # places where the host waits for a value of the device
+
+    def note(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's storage as live until it is freed."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if tensor.device.type == self.device and key not in self.known:
+            size = -(-storage.nbytes() // GRANULE) * GRANULE
+            self.known[key] = weakref.ref(storage, lambda _: self._free(key, size))
+            self.live += size
+            self.peak = max(self.peak, self.live)
+
+    def _free(self, key: int, size: int) -> None:
+        self.live -= size
+        self.known.pop(key, None)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, kwargs = function._schema.name.split("::")[1], kwargs or {}
+        if name == "_local_scalar_dense":
+            if args[0].device.type == self.device:
+                self.waits[_caller()] += 1
+            return 1.0
+        if name == "nonzero":  # how many there are is a value: none
+            self.waits[_caller()] += self.device != "cpu"
+            return torch.empty(0, args[0].dim(), dtype=torch.long, device=args[0].device)
+        results = function(*args, **kwargs)
+        outs = [leaf for leaf in tree_leaves(results) if isinstance(leaf, torch.Tensor)]
+        ins = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        for tensor in outs:
+            self.note(tensor)
+        devices = {tensor.device.type for tensor in ins}, {tensor.device.type for tensor in outs}
+        if self.device != "cpu" and self.device in devices[0] and "cpu" in devices[1]:
+            self.waits[_caller()] += 1
+        if not FREE.fullmatch(name) and any(tensor.device.type == self.device for tensor in outs):
+            self._count(function, name, args, kwargs, ins, outs, results)
+        return results
+
+    def _count(self, function, name, args, kwargs, ins, outs, results) -> None:
+        moved = sum(map(_touched, ins)) + sum(map(_touched, outs))
+        formula = flop_registry.get(function.overloadpacket)
+        flop = formula(*args, **kwargs, out_val=results) if formula else 0
+        narrow = outs[0].dtype in (torch.bfloat16, torch.float16)
+        self.launches, self.bytes, self.flop = self.launches + 1, self.bytes + moved, self.flop + flop
+        self.seconds += max(LAUNCH, flop / (PEAK if narrow else WIDE_PEAK), moved / BANDWIDTH)
+        self.operations[name, tuple(str(tensor.dtype).removeprefix("torch.") for tensor in outs)] += 1
+
+
+def _touched(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor; what is expanded counts once."""
+    count = tensor.element_size()
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        count *= size if stride else 1
+    return count
+
+
+def _caller() -> str:
+    """File and function of the package that the operation was called from."""
+    frame = sys._getframe(2)
+    while frame and not frame.f_code.co_filename.startswith((f"{ROOT}/pipeline", f"{ROOT}/stages")):
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}" if frame else "elsewhere"
+
+
+def masked_attention(q, k, v, attn_mask=None, **_):
+    """torch's attention as CUDA computes it under a mask: the mask as numbers, padded to 16 keys, one kernel."""
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (part.to(torch.get_autocast_dtype(q.device.type)) for part in (q, k, v))
+    bias = None
+    if attn_mask is not None:
+        keys = attn_mask.shape[-1]
+        bias = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device)
+        bias = F.pad(bias.masked_fill_(attn_mask.logical_not(), float("-inf")), (0, -keys % 16))[..., :keys]
+        bias = bias.expand(*q.shape[:3], keys)
+    attend = torch.ops.aten._scaled_dot_product_efficient_attention
+    return attend(q, k, v, bias, torch.is_grad_enabled())[0]
+
+
+class FakeSample:
+    """One sample of so many rows, three quarters of them supervised."""
+
+    def __init__(self, rows: int, width: int):
+        self.ids, self.mask = torch.zeros(rows, dtype=torch.long), torch.arange(rows) >= rows // 4
+        self.aux = torch.empty(5, rows, width, dtype=torch.bfloat16, device="meta")
+        self.final = torch.empty(rows, width, dtype=torch.bfloat16, device="meta")
+        self.final_rows = torch.arange(rows)
+
+
+def settings(method: str, width: int = WIDTH, vocabulary: int = VOCABULARY, **changes) -> dict:
+    return {
+        "method": method,
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": width // 128,
+        "num_key_value_heads": width // 512,
+        "head_dim": 128,
+        "vocab_size": vocabulary,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 40_960,
+        "num_target_layers": 36,
+        "target_layer_ids": (1, 9, 17, 25, 33),
+        "block_size": BLOCK,
+        "mask_token_id": vocabulary - 1,
+        "gamma": 7.0,
+        **OWN[method],
+        **changes,
+    }
+
+
+class FakeTraining:
+    """A trainer with one batch of one cell, all of it fake, on `device`."""
+
+    def __init__(self, method: str, rows: int, device: str, anchors: int = ANCHORS, **changes):
+        self.config = draft_config(**settings(method, **changes))
+        cell = pack([FakeSample(rows, self.config.hidden_size)], ["s"], final=self.config.needs_final_states)
+        span = rows - rows // 4 - 2
+        anchors_N = torch.arange(anchors) * (span // anchors) + rows // 4
+        self.blocks, self.device = lay_blocks(cell, anchors_N, self.config), device
+        self.mode, self.meter = FakeTensorMode(allow_non_fake_inputs=True), Meter(device)
+        self.cell = self._fake(cell)
+        self.blocks = self._fake(self.blocks)
+
+    def _fake(self, record):
+        """Return a record with fake CPU tensors for its tensors."""
+        values = {field.name: getattr(record, field.name) for field in fields(record)}
+        with self.mode:
+            fakes = {
+                name: torch.empty(value.shape, dtype=value.dtype)
+                for name, value in values.items()
+                if torch.is_tensor(value)
+            }
+        return replace(record, **fakes)
+
+    def prepare(self, optimizer: str, dtype: str) -> Trainer:
+        head_type = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+        shape = self.config.vocab_size, self.config.hidden_size
+        weights = [torch.empty(*shape, dtype=head_type, device=self.device) for _ in range(2)]
+        with torch.device(self.device):
+            draft = DRAFTS[self.config.method](self.config, TargetHead(*weights))
+        train = SimpleNamespace(steps=1000, log_every=10, lr=1e-3, warmup=0.0, schedule="wsd", clip=1.0, dtype=dtype)
+        return Trainer(
+            draft.train(), make_optimizer(optimizer, draft), SimpleNamespace(sampler=SimpleNamespace(train=train))
+        )
+
+    def step(self, trainer: Trainer, number: int) -> None:
+        batch = SimpleNamespace(step=number, epoch=0, blocks=[self.blocks], names=("s",))
+        trainer.step(batch, [self.cell])
+
+    def measure(self, optimizer: str = "adamw", dtype: str = "bfloat16") -> dict:
+        """Return the record of the second step, which finds gradients and moments in place."""
+        with self.mode, self.meter as meter:
+            trainer = self.prepare(optimizer, dtype)
+            static = meter.live
+            self.step(trainer, 1)
+            meter.reset()
+            self.step(trainer, 2)
+            record = self._record(meter, static)
+            meter.reset()
+            self._evaluate(trainer.draft.eval())
+        return record | {"evaluation_waits": dict(meter.waits), "optimizer": optimizer, "dtype": dtype}
+
+    @torch.no_grad()
+    def _evaluate(self, draft: Draft) -> None:
+        """Propose as an evaluation does, but for reading the tokens, which have no values here."""
+        cell, blocks = self.cell.to(self.device), self.blocks.to(self.device)
+        draft.rollout(draft.hidden(cell, blocks), cell.ids_R[blocks.anchors_N])
+
+    def _record(self, meter: Meter, static: int) -> dict:
+        return {
+            "method": self.config.method,
+            "device": self.device,
+            "static_gib": round(static / 2**30, 2),
+            "peak_gib": round(meter.peak / 2**30, 2),
+            "launches": meter.launches,
+            "tflop": round(meter.flop / 1e12, 1),
+            "moved_gb": round(meter.bytes / 1e9),
+            "roofline_ms": round(1e3 * meter.seconds),
+            "share_of_peak": round(meter.flop / 989e12 / meter.seconds, 3),
+            "waits": dict(meter.waits),
+            "operations": sorted([name, list(dtypes), count] for (name, dtypes), count in meter.operations.items()),
+        }
+
+
+def codec_on(device: str) -> dict:
+    """Encode and decode int8 states there; return the waits of the host."""
+    import numpy as np
+
+    codec, mode, meter = CODECS["int8"], FakeTensorMode(allow_non_fake_inputs=True), Meter(device)
+    calibration = Calibration(np.zeros(WIDTH, np.float32), np.ones(WIDTH, np.float32))
+    with mode, meter:
+        states_RD = torch.empty(256, WIDTH, dtype=torch.bfloat16, device=device)
+        codes = codec.encode(states_RD, calibration)[:2]
+        codec.decode(codes, calibration, torch.empty_like(states_RD))
+    return {"codec": "int8", "device": device, "waits": dict(meter.waits)}
+
+
+def pretend() -> None:
+    """Let torch's Python side take the fake device for granted, and attention be the kernel of CUDA."""
+    import torch.cuda.amp.common
+
+    torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+    torch.cuda.is_bf16_supported = lambda *_, **__: True
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    F.scaled_dot_product_attention = masked_attention
+
+
+def main() -> None:
+    pretend()
+    for named in sys.argv[1:]:
+        what, _, rest = named.partition(":")
+        rows, _, others = rest.partition(",")
+        chosen = dict(pair.split("=") for pair in others.split(",") if pair)
+        if what == "int8":
+            print(json.dumps(codec_on("cuda")))
+            continue
+        device, optimizer, dtype = (chosen.pop(key, usual) for key, usual in USUAL.items())
+        changes = {key: int(value) if value.isdecimal() else value for key, value in chosen.items()}
+        print(
+            json.dumps(FakeTraining(what, int(rows or 3072), device, **changes).measure(optimizer, dtype)), flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()
