@@ -22,6 +22,7 @@ from pipeline.options import (
     CodecOption,
     InWorkflowOrder,
     capture_options,
+    plan_options,
     regenerate_options,
     run_and_exit,
 )
@@ -63,18 +64,20 @@ def regenerate(template_kwargs, template_date, no_token_ids, as_json, **chosen):
 
 @commands.command()
 @capture_options
-@option("--probe", is_flag=True, help="Run target and disk for a moment, to say how long a capture takes.")
-@option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
-def plan(model, corpus, out, probe, as_json, **chosen):
+@plan_options
+def plan(model, corpus, out, probe, train, device_memory, as_json, **chosen):
     """Tokenise the corpus and price what a capture will hold.
 
     With --budget it leaves out what nobody reads, chooses a codec, takes a part of the samples, and says so, each only
     as far as it has to. What is captured later keeps to that plan; until then another budget makes another plan.
     """
     from stages.cache_hidden.run import plan, plan_samples, plan_table
-    from stages.cache_hidden.settings import CaptureOptions
+    from stages.cache_hidden.settings import CaptureOptions, size_bytes
+    from stages.train_draft.planned import PlannedTraining
 
+    training = PlannedTraining(train, device_memory and size_bytes(device_memory, "--device-memory"))
     report = plan(model, corpus, out, options=CaptureOptions(**chosen), probe=probe)
+    report |= training.of(report, model, chosen["revision"])
     show(report, as_json, plan_table)
     if not as_json:
         show(report, as_json, plan_samples)
@@ -313,12 +316,9 @@ def report(reports, markdown, forced, drawing, against):
     """
     from pipeline.evaluation.tables import against_baseline, comparison
 
-    if against:
-        if forced:
-            raise UsageError("--forced adds rows to the table of domains, which --against replaces; leave one out")
-        table = against_baseline(reports, against, markdown)
-    else:
-        table = comparison(reports, markdown, forced)
+    if against and forced:
+        raise UsageError("--forced adds rows to the table of domains, which --against replaces; leave one out")
+    table = against_baseline(reports, against, markdown) if against else comparison(reports, markdown, forced)
     if drawing:
         from pipeline.evaluation.plot import plot
 

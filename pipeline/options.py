@@ -89,6 +89,13 @@ def together(*options: Callable) -> Callable:
     return lambda command: reduce(lambda decorated, each: each(decorated), reversed(options), command)
 
 
+# Of `plan` alone.
+plan_options = together(
+    option("--probe", is_flag=True, help="Run target and disk for a moment, to say how long a capture takes."),
+    option("--train", type=PATH, metavar="RECIPE", help="Say what memory a training by this recipe needs, too."),
+    option("--device-memory", metavar="SIZE", help="With --train: a device's, such as 24GiB. What of a step fits?"),
+    option("--json", "as_json", is_flag=True, help="Print the plan as JSON."),
+)
 # Of `plan` and `cache-hidden`: everything that decides what a cache holds.
 capture_options = together(
     option("--model", required=True, help="Target: a hub name or a folder."),

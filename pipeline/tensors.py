@@ -62,6 +62,11 @@ def find_device(named: str | torch.device | None) -> torch.device:
     return device
 
 
+def device_bytes(device: torch.device) -> int | None:
+    """Return the memory of a GPU, None for a CPU, whose memory is others' too."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 def free_cached_memory(device: torch.device) -> None:
     """Give a GPU's memory back that torch keeps for reuse, in pieces of the wrong sizes for a second try."""
     if device.type == "cuda":

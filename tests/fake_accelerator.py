@@ -1,6 +1,7 @@
 """Whole training steps on a GPU that is not there: `python tests/fake_accelerator.py METHOD[:ROWS[,KEY=VALUE...]] ...`.
 
-KEY: device, optimizer, dtype, anchors, or an option of the draft; METHOD `int8`: that codec instead.
+A step has two cells, of which the second finds gradients in place. KEY: device, optimizer, dtype, moments, anchors (of
+a cell), at_once (blocks computed together), or an option of the draft. METHOD `int8` is that codec instead.
 
 torch computes shapes, dtypes and devices of fake CUDA tensors, and no values; `fake_cuda.cpp`, compiled in a second or
 two, makes a CPU build believe in the device. So a step at the width of an 8B target shows here what it would on a GPU:
@@ -22,9 +23,8 @@ import re
 import subprocess
 import sys
 import tempfile
-import weakref
 from collections import Counter
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +32,6 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 PEAK, WIDE_PEAK, BANDWIDTH, LAUNCH = 0.7 * 989e12, 60e12, 0.8 * 3.35e12, 5e-6  # of an H100: FLOP/s, FLOP/s, B/s, s
-GRANULE = 512  # bytes of device memory that torch's allocator rounds up to
 
 # Operations that only view their input, or allocate: nothing is launched.
 FREE = re.compile(
@@ -61,18 +60,18 @@ if __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.codec import Calibration
-from pipeline.drafts import DRAFTS, Draft, draft_config, lay_blocks, pack
+from pipeline.drafts import DRAFTS, Blocks, Draft, draft_config, lay_blocks, pack
 from pipeline.target.head import TargetHead
+from stages.train_draft.memory import FakeRows, LiveBytes, faked
 from stages.train_draft.step import Trainer, make_optimizer
 
 WIDTH, VOCABULARY, LAYERS, BLOCK, ANCHORS = 4096, 151_936, 5, 16, 512  # Qwen3-8B and a published draft of it
-USUAL = {"device": "cuda", "optimizer": "adamw", "dtype": "bfloat16"}
+USUAL = {"device": "cuda", "optimizer": "adamw", "dtype": "bfloat16", "moments": "device"}
 OWN = {
     "dflash": {"shift_label": False},
     "domino": {"shift_label": True, "pure_draft_prefix_len": 1, "emb_dim": 256, "gru_hidden_dim": 1024},
@@ -80,32 +79,17 @@ OWN = {
 }
 
 
-class Meter(TorchDispatchMode):
+class Meter(LiveBytes):
     """Counts what operations on one device do, and what is live there."""
 
     def __init__(self, device: str):
-        super().__init__()
-        self.device, self.live, self.peak, self.known = device, 0, 0, {}
+        super().__init__(device)
         self.reset()
 
     def reset(self) -> None:
         self.launches, self.bytes, self.flop, self.seconds, self.peak = 0, 0, 0, 0.0, self.live
         self.operations: Counter = Counter()  # (name, dtypes of the results)
         self.waits: Counter = Counter()  # places where the host waits for a value of the device
-
-    def note(self, tensor: torch.Tensor) -> None:
-        """Count a tensor's storage as live until it is freed."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if tensor.device.type == self.device and key not in self.known:
-            size = -(-storage.nbytes() // GRANULE) * GRANULE
-            self.known[key] = weakref.ref(storage, lambda _: self._free(key, size))
-            self.live += size
-            self.peak = max(self.peak, self.live)
-
-    def _free(self, key: int, size: int) -> None:
-        self.live -= size
-        self.known.pop(key, None)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, kwargs = function._schema.name.split("::")[1], kwargs or {}
@@ -116,11 +100,9 @@ class Meter(TorchDispatchMode):
         if name == "nonzero":  # how many there are is a value: none
             self.waits[_caller()] += self.device != "cpu"
             return torch.empty(0, args[0].dim(), dtype=torch.long, device=args[0].device)
-        results = function(*args, **kwargs)
+        results = super().__torch_dispatch__(function, types, args, kwargs)
         outs = [leaf for leaf in tree_leaves(results) if isinstance(leaf, torch.Tensor)]
         ins = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        for tensor in outs:
-            self.note(tensor)
         devices = {tensor.device.type for tensor in ins}, {tensor.device.type for tensor in outs}
         if self.device != "cpu" and self.device in devices[0] and "cpu" in devices[1]:
             self.waits[_caller()] += 1
@@ -168,16 +150,6 @@ def masked_attention(q, k, v, attn_mask=None, **_):
     return attend(q, k, v, bias, torch.is_grad_enabled())[0]
 
 
-class FakeSample:
-    """One sample of so many rows, three quarters of them supervised."""
-
-    def __init__(self, rows: int, width: int):
-        self.ids, self.mask = torch.zeros(rows, dtype=torch.long), torch.arange(rows) >= rows // 4
-        self.aux = torch.empty(5, rows, width, dtype=torch.bfloat16, device="meta")
-        self.final = torch.empty(rows, width, dtype=torch.bfloat16, device="meta")
-        self.final_rows = torch.arange(rows)
-
-
 def settings(method: str, width: int = WIDTH, vocabulary: int = VOCABULARY, **changes) -> dict:
     return {
         "method": method,
@@ -200,49 +172,52 @@ def settings(method: str, width: int = WIDTH, vocabulary: int = VOCABULARY, **ch
     }
 
 
-class FakeTraining:
-    """A trainer with one batch of one cell, all of it fake, on `device`."""
+@dataclass(frozen=True)
+class CutBlocks(Blocks):
+    """Blocks whose parts were cut before they became fake: groups of blocks are made from values."""
 
-    def __init__(self, method: str, rows: int, device: str, anchors: int = ANCHORS, **changes):
+    parts: tuple[Blocks, ...] = ()
+
+    def split(self, count: int | None) -> list[Blocks]:
+        return list(self.parts)
+
+
+class FakeTraining:
+    """A trainer with one batch of one cell, all of it fake, on `device`, which computes `at_once` blocks together."""
+
+    def __init__(
+        self, method: str, rows: int, device: str, anchors: int = ANCHORS, at_once: int | None = None, **changes
+    ):
         self.config = draft_config(**settings(method, **changes))
-        cell = pack([FakeSample(rows, self.config.hidden_size)], ["s"], final=self.config.needs_final_states)
+        cell = pack([FakeRows(rows, self.config)], ["s"], final=self.config.needs_final_states)
         span = rows - rows // 4 - 2
         anchors_N = torch.arange(anchors) * (span // anchors) + rows // 4
-        self.blocks, self.device = lay_blocks(cell, anchors_N, self.config), device
+        blocks, self.device = lay_blocks(cell, anchors_N, self.config), device
+        cut = blocks.split(at_once)
         self.mode, self.meter = FakeTensorMode(allow_non_fake_inputs=True), Meter(device)
-        self.cell = self._fake(cell)
-        self.blocks = self._fake(self.blocks)
-
-    def _fake(self, record):
-        """Return a record with fake CPU tensors for its tensors."""
-        values = {field.name: getattr(record, field.name) for field in fields(record)}
         with self.mode:
-            fakes = {
-                name: torch.empty(value.shape, dtype=value.dtype)
-                for name, value in values.items()
-                if torch.is_tensor(value)
-            }
-        return replace(record, **fakes)
+            parts = tuple(map(faked, cut))
+            self.cell, whole = faked(cell), faked(blocks)
+        self.blocks = CutBlocks(**{field.name: getattr(whole, field.name) for field in fields(whole)}, parts=parts)
 
-    def prepare(self, optimizer: str, dtype: str) -> Trainer:
+    def prepare(self, optimizer: str, dtype: str, moments: str) -> Trainer:
         head_type = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         shape = self.config.vocab_size, self.config.hidden_size
         weights = [torch.empty(*shape, dtype=head_type, device=self.device) for _ in range(2)]
         with torch.device(self.device):
             draft = DRAFTS[self.config.method](self.config, TargetHead(*weights))
         train = SimpleNamespace(steps=1000, log_every=10, lr=1e-3, warmup=0.0, schedule="wsd", clip=1.0, dtype=dtype)
-        return Trainer(
-            draft.train(), make_optimizer(optimizer, draft), SimpleNamespace(sampler=SimpleNamespace(train=train))
-        )
+        chosen = make_optimizer(optimizer, draft, moments == "host")
+        return Trainer(draft.train(), chosen, SimpleNamespace(sampler=SimpleNamespace(train=train)))
 
     def step(self, trainer: Trainer, number: int) -> None:
-        batch = SimpleNamespace(step=number, epoch=0, blocks=[self.blocks], names=("s",))
-        trainer.step(batch, [self.cell])
+        batch = SimpleNamespace(step=number, epoch=0, blocks=[self.blocks] * 2, names=("s",))
+        trainer.step(batch, [self.cell] * 2)
 
-    def measure(self, optimizer: str = "adamw", dtype: str = "bfloat16") -> dict:
+    def measure(self, optimizer: str, dtype: str, moments: str) -> dict:
         """Return the record of the second step, which finds gradients and moments in place."""
         with self.mode, self.meter as meter:
-            trainer = self.prepare(optimizer, dtype)
+            trainer = self.prepare(optimizer, dtype, moments)
             static = meter.live
             self.step(trainer, 1)
             meter.reset()
@@ -261,6 +236,7 @@ class FakeTraining:
     def _record(self, meter: Meter, static: int) -> dict:
         return {
             "method": self.config.method,
+            "config": self.config.model_dump(exclude_none=True),
             "device": self.device,
             "static_gib": round(static / 2**30, 2),
             "peak_gib": round(meter.peak / 2**30, 2),
@@ -306,11 +282,9 @@ def main() -> None:
         if what == "int8":
             print(json.dumps(codec_on("cuda")))
             continue
-        device, optimizer, dtype = (chosen.pop(key, usual) for key, usual in USUAL.items())
+        device, *training = (chosen.pop(key, usual) for key, usual in USUAL.items())
         changes = {key: int(value) if value.isdecimal() else value for key, value in chosen.items()}
-        print(
-            json.dumps(FakeTraining(what, int(rows or 3072), device, **changes).measure(optimizer, dtype)), flush=True
-        )
+        print(json.dumps(FakeTraining(what, int(rows or 3072), device, **changes).measure(*training)), flush=True)
 
 
 if __name__ == "__main__":

@@ -97,14 +97,14 @@ class CaptureOptions:
             raise UsageError(f"--layers {self.layers}: wanted numbers with commas, such as 1,9,17") from error
 
 
-def size_bytes(text: str) -> int:
-    """Return a size in bytes: 2TB and 500G count by thousands, 1.5TiB and 64Gi by 1024. UsageError for all else."""
+def size_bytes(text: str, option: str = "--budget") -> int:
+    """Return an option's size in bytes: 2TB and 500G count by thousands, 1.5TiB and 64Gi by 1024. UsageError."""
     found = SIZE.fullmatch(text.strip())
     size = 0
     if found and (found[2] or not found[3]):
         size = int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgtp".index(found[2].lower() or " "))
     if not size:
-        raise UsageError(f"--budget {text}: wanted a size such as 500GB, 2TB or 1.5TiB")
+        raise UsageError(f"{option} {text}: wanted a size such as 500GB, 2TB or 1.5TiB")
     return size
 
 

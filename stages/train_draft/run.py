@@ -34,7 +34,7 @@ from pipeline.runs.folder import (
 )
 from pipeline.runs.recipe import Resolved, load_recipe, resolve
 from pipeline.runs.training_data import Split, check_complete, split_samples, stratified_subset
-from pipeline.tensors import find_device, refuse_out_of_memory
+from pipeline.tensors import device_bytes, find_device, refuse_out_of_memory
 from pipeline.visible_text import print_visible, visible
 from stages.train_draft.batches import Sampler
 from stages.train_draft.loader import BatchLoader, Prefetcher
@@ -48,6 +48,7 @@ from stages.train_draft.logs import (
     run_description,
     summary,
 )
+from stages.train_draft.memory import Fit, memory_lines, step_memory
 from stages.train_draft.step import Trainer, load_state_tensors, make_optimizer, state_tensors
 
 if TYPE_CHECKING:
@@ -211,13 +212,16 @@ class TrainingRun:
         self.path, self.cache, self.draft = path, cache, draft
         self.train = resolved.recipe.train
         self.digests = {"recipe": resolved.recipe.digest(), "cache": cache.digest, "split": split.digest}
-        self.optimizer = make_optimizer(self.train.optimizer, draft)
         self.device = draft.device
+        fit = fit_device(resolved, draft)
+        self.optimizer = make_optimizer(self.train.optimizer, draft, fit is not None and fit.moments_on_host)
         sampler = Sampler(cache, split, resolved.draft, self.train)
         self.loader = BatchLoader(sampler, keep_encoded=self.device.type != "cpu")
         self.eval_samples = stratified_subset(cache, split.heldout, self.train.eval_samples) if cache.has_final else ()
         self.metrics, self.timing_log = MetricsLog(path / METRICS), MetricsLog(path / TIMING)
         self.trainer = Trainer(draft, self.optimizer, self.loader)
+        if fit is not None and fit.at_once < self.train.cell_anchors:
+            self.trainer.blocks_per_pass = max(1, fit.at_once)  # one is tried where none seems to fit
         self.step = 0
 
     def resume(self) -> int:
@@ -234,7 +238,8 @@ class TrainingRun:
                         f"{found.path} was made with another {key}: digest {recorded}, this run has {digest}; "
                         "remove it to go on from the checkpoint before"
                     )
-            self.step, self.trainer.blocks_per_pass = found.step, found.state.blocks_per_pass
+            self.step = found.step
+            self.trainer.blocks_per_pass = found.state.blocks_per_pass or self.trainer.blocks_per_pass
             device = str(self.device)
             try:
                 self.draft.load_state_dict(load_file(found.path / checkpoint.DRAFT, device=device))
@@ -321,6 +326,17 @@ class TrainingRun:
         except RoomError:
             self.save()
             raise
+
+
+def fit_device(resolved: Resolved, draft: Draft) -> Fit | None:
+    """Return what of a step the draft's device has memory for, and print it; None on a CPU."""
+    memory, train = device_bytes(draft.device), resolved.recipe.train
+    if memory is None:
+        return None
+    step = step_memory(resolved.draft, train, draft.target.head_VD.dtype, draft.target.tied)
+    for line in memory_lines(step, train.context, memory):
+        print_visible(line)
+    return step.fit(memory)
 
 
 def use_deterministic_kernels(device: torch.device) -> None:

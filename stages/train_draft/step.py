@@ -169,24 +169,34 @@ class AdamW:
     """torch's fused AdamW over named float32 parameters, without weight decay.
 
     The functional form, and no `torch.optim.Optimizer`: making one imports the compiler, which takes as long as torch
-    itself at every start of a run. state: of each weight by its name, as torch's optimisers have it.
+    itself at every start of a run. state: of each weight by its name, as torch's optimisers have it; on the host where
+    the weights' device has no memory for it, and the update is computed there, one weight after the other.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor]):
-        self.weights = dict(weights)
+    def __init__(self, weights: Mapping[str, Tensor], on_host: bool = False):
+        self.weights, self.on_host = dict(weights), on_host
+        place = {"device": "cpu"} if on_host else {}
         self.state: dict[str, dict[str, Tensor]] = {
-            name: {"step": torch.zeros((), device=weight.device)}
-            | {moment: torch.zeros_like(weight) for moment in MOMENTS}
+            name: {"step": torch.zeros((), device=place.get("device", weight.device))}
+            | {moment: torch.zeros_like(weight, **place) for moment in MOMENTS}
             for name, weight in self.weights.items()
         }
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Update every parameter from its gradient."""
-        states = [self.state[name] for name in self.weights]
+        if not self.on_host:
+            return self._update(self.weights, [weight.grad for weight in self.weights.values()], lr)
+        for name, weight in self.weights.items():
+            on_host = weight.detach().cpu()
+            self._update({name: on_host}, [weight.grad.cpu()], lr)
+            weight.copy_(on_host)
+
+    def _update(self, weights: Mapping[str, Tensor], grads: Sequence[Tensor], lr: float) -> None:
+        states = [self.state[name] for name in weights]
         adamw(
-            list(self.weights.values()),
-            [weight.grad for weight in self.weights.values()],
+            list(weights.values()),
+            grads,
             *([state[moment] for state in states] for moment in MOMENTS),
             [],
             [state["step"] for state in states],
@@ -284,6 +294,9 @@ def hidden_matrices(draft: Draft) -> set[str]:
     }
 
 
-def make_optimizer(kind: str, draft: Draft) -> AdamW:
-    """Return the optimiser that `train.optimizer` names ("adamw" or "muon") over all of a draft's parameters."""
-    return Muon(draft) if kind == "muon" else AdamW(dict(draft.named_parameters()))
+def make_optimizer(kind: str, draft: Draft, on_host: bool = False) -> AdamW:
+    """Return the optimiser that `train.optimizer` names ("adamw" or "muon") over all of a draft's parameters.
+
+    on_host: keep AdamW's moments there; Muon's stay on the device, where it multiplies matrices.
+    """
+    return Muon(draft) if kind == "muon" else AdamW(dict(draft.named_parameters()), on_host)

@@ -10,8 +10,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from pipeline.drafts import draft_config
+from stages.train_draft.memory import Fit, step_memory
 
 SCRIPT = Path(__file__).parents[1] / "fake_accelerator.py"
 SMALLER = "1024,anchors=64,num_hidden_layers=2"  # the same operations, in seconds
@@ -23,6 +28,7 @@ LOSSES = (
     f"domino:{SMALLER},weighting=dpace,objective=dspark",
     f"dspark:{SMALLER},objective=lk-hybrid,markov_head_type=rnn",
 )
+IN_PARTS = f"domino:{SMALLER},at_once=16"
 ON_CPU = [f"{loss},device=cpu" for loss in LOSSES]
 
 # What torch documents as having no deterministic form on CUDA, as far as a draft could meet it.
@@ -40,7 +46,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++
 def records() -> dict[str, dict]:
     """The record of each step by its name."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), *LOSSES, *ON_CPU, "int8"]
+    command = [sys.executable, str(SCRIPT), *LOSSES, IN_PARTS, *ON_CPU, "int8"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(zip(command[2:], map(json.loads, done.stdout.splitlines()), strict=True))
@@ -77,3 +83,13 @@ def test_no_operation_of_a_step_is_without_a_deterministic_form_or_in_float16(re
     names = {name for name, *_ in records[loss]["operations"]}
     assert {"mm", "addmm_", "_scaled_dot_product_efficient_attention_backward"} & names
     assert [name for name in names if NONDETERMINISTIC.fullmatch(name) or IN_FLOAT16.fullmatch(name)] == []
+
+
+@pytest.mark.parametrize(("loss", "at_once"), [(LOSSES[1], 64), (IN_PARTS, 16), (LOSSES[2], 64)])
+def test_a_step_on_a_gpu_has_the_live_bytes_that_are_planned(records, loss, at_once):
+    record = records[loss]
+    train = SimpleNamespace(context=1024, cell_anchors=64, dtype="bfloat16", optimizer="adamw", lr=1e-3)
+    config = draft_config(**record["config"])
+    planned = step_memory(config, train, torch.bfloat16, tied=False)
+    assert abs(planned.static / 2**30 / record["static_gib"] - 1) < 0.01
+    assert abs(planned.peak(Fit(at_once)) / 2**30 / record["peak_gib"] - 1) < 0.15
