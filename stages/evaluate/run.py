@@ -1,14 +1,12 @@
 """`pipeline evaluate`: speculative decoding measured (accept length, speed) and proven lossless."""
 
-import contextlib
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
 from pipeline.cache import HiddenCache
@@ -27,7 +25,7 @@ from pipeline.runs.training_data import split_samples
 from pipeline.target.files import find_target, max_positions, target_name
 from pipeline.target.model import head_of, load_target, stop_tokens
 from pipeline.target.weights import check_weights_if_recorded, target_digest, weights_digest
-from pipeline.tensors import find_device, is_out_of_memory
+from pipeline.tensors import find_device, refuse_out_of_memory
 from pipeline.visible_text import VisibleConsole
 from stages.evaluate.decode import SamplingOptions, decode_many, speculative_decode
 from stages.evaluate.lossless import LosslessCheck, PlainReplies, plain_decode, reply_settings
@@ -90,7 +88,9 @@ def run(
     if plain is not None:
         replies = PlainReplies.open(Path(plain), reply_settings(target, weights_digest(folder), max_new, stops))
     batch = min(batch, len(asked))
-    with refuse_out_of_memory(batch, target.device):
+    several = f"decoding {batch} prompts at once", "pass a smaller --batch"
+    alone = "decoding a prompt", "use a larger device, --device cpu, or shorter prompts"
+    with refuse_out_of_memory(*(several if batch > 1 else alone)):
         decode = partial(decode_many, target, drafter, [prompt.ids for prompt in asked], max_new, stops)
         decode = partial(decode, threshold=threshold, batch=batch)
         if batch == 1:  # first calls are slow, and seconds are compared
@@ -125,20 +125,6 @@ def run(
     if out is not None:
         write_report(report, Path(out))
     return report
-
-
-@contextlib.contextmanager
-def refuse_out_of_memory(batch: int, device: torch.device) -> Iterator[None]:
-    """Turn an out-of-memory error of decoding into a RoomError that says what to do."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        what, less = ("a prompt", "use a larger device, --device cpu, or shorter prompts")
-        if batch > 1:
-            what, less = (f"{batch} prompts at once", "pass a smaller --batch")
-        raise RoomError(f"no room on {device} to decode {what}; {less}") from error
 
 
 def check_options(threshold: float, out: Path | None, plain: Path | None, prompts: Path | None) -> None:

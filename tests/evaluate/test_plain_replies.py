@@ -133,7 +133,7 @@ def test_a_device_too_small_is_no_bug(trained, monkeypatch, batch, remedy):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(measure.LosslessCheck, "compare", full)
-    with pytest.raises(RoomError, match=f"no room on cpu to decode .*{remedy}"):
+    with pytest.raises(RoomError, match=f"no memory on the device for decoding .*{remedy}"):
         evaluate(trained, None, batch=batch)
 
 
