@@ -19,7 +19,7 @@ OBJECTIVES := $(foreach method,dflash domino,$(addprefix $(method).,ce ce+dpace 
 BETTER := dflash.kl dflash.ce+dpace domino.kl dspark.ce dspark.kl
 RESULT_PROMPTS := 160
 
-.PHONY: install demo test lint tables results bench paired clean
+.PHONY: install demo test gpu-check lint tables results bench paired clean
 
 install: .venv/installed
 
@@ -50,6 +50,10 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# On a machine with a GPU: what is right there, and how fast. One report to paste.
+gpu-check: install
+	$(BIN)/python tests/bench/gpu_check.py
 
 lint: install
 	$(BIN)/ruff check --fix .

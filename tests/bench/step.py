@@ -84,9 +84,14 @@ class Step:
         ]
         anchors_N = torch.cat(anchors)
         self.blocks = lay_blocks(self.cell, anchors_N, self.draft.config)
-        self.autocast = dtype == torch.bfloat16
+        self.autocast, self.device = dtype == torch.bfloat16, torch.device("cpu")
         self.optimizer = AdamW(dict(self.draft.named_parameters()))
         self.plain_optimizer = torch.optim.AdamW(self.draft.parameters(), lr=1e-6)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move draft, head, cell and blocks."""
+        self.draft.to(device).target = self.draft.target.to(device)
+        self.cell, self.blocks, self.device = self.cell.to(device), self.blocks.to(device), torch.device(device)
 
     def ours(self) -> None:
         return self.updated(self.our_loss, self.optimizer)
@@ -109,7 +114,7 @@ class Step:
         optimizer.step(*[1e-6] * (optimizer is self.optimizer))
 
     def in_dtype(self, loss_of) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             return loss_of()
 
 
