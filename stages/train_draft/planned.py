@@ -9,7 +9,6 @@ from pipeline.cache import HiddenCache
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.layout import CONFIG
 from pipeline.errors import UsageError
-from pipeline.runs.recipe import Recipe, load_recipe, resolve
 from pipeline.target.files import find_target, read_json
 from pipeline.target.layers import text_config
 
@@ -51,8 +50,11 @@ class PlannedTraining:
     def __init__(self, recipe: Path | None, device_bytes: int | None):
         if device_bytes and recipe is None:
             raise UsageError("--device-memory is for a training; name its recipe with --train")
-        self.recipe: Recipe | None = recipe and load_recipe(recipe)
-        self.device_bytes = device_bytes
+        self.device_bytes, self.recipe = device_bytes, None
+        if recipe is not None:
+            from pipeline.runs.recipe import load_recipe  # brings torch, which a plan without a training needs not
+
+            self.recipe = load_recipe(recipe)
 
     def of(self, report: dict, model: str, revision: str | None) -> dict:
         """Return what the training takes, as `training` of the plan's report; nothing where there is none.
@@ -63,6 +65,7 @@ class PlannedTraining:
             return {}
         import torch
 
+        from pipeline.runs.recipe import resolve
         from stages.train_draft.memory import Fit, memory_lines, step_memory
 
         cache, size = PlannedCache(report, find_target(model, revision)), self.device_bytes
