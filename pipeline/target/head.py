@@ -90,6 +90,24 @@ class TargetHead:
         head_VD = embed_VD if self.tied else self.head_VD.to(device=device, dtype=dtype)
         return replace(self, embed_VD=embed_VD, head_VD=head_VD)
 
+    def equals(self, other: "TargetHead") -> bool:
+        """Return whether both give the same embeddings and logits to the bit, on whatever devices they are."""
+        if (self.embed_scale, self.logit_softcap) != (other.embed_scale, other.logit_softcap):
+            return False
+        pairs = [(self.embed_VD, other.embed_VD)]
+        if not (self.tied and other.tied):
+            pairs.append((self.head_VD, other.head_VD))
+        return all(
+            ours_VD.dtype == theirs_VD.dtype
+            and ours_VD.shape == theirs_VD.shape
+            # some rows at a time: one copy of them on the other device
+            and all(
+                torch.equal(ours, theirs.to(ours.device))
+                for ours, theirs in zip(ours_VD.split(8192), theirs_VD.split(8192), strict=True)
+            )
+            for ours_VD, theirs_VD in pairs
+        )
+
     def save(self, path: Path) -> None:
         """Write as safetensors, the same bytes for the same head. Not atomic: the caller renames the file."""
         tensors = {EMBEDDING: self.embed_VD}

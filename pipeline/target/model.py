@@ -13,6 +13,7 @@ import math
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -55,8 +56,9 @@ def load_target(
         dtype = torch.float32 if device.type == "cpu" else "auto"
     transformers_logging.disable_progress_bar()
     method = quantised_by(config)
-    # Some quantised models cannot be moved after loading.
-    device_map = {"device_map": {"": device}} if method and device.type != "cpu" else {}
+    # Straight to the device, a file at a time, where accelerate is there; some quantised models cannot be moved later.
+    straight = device.type != "cpu" and (method or find_spec("accelerate"))
+    device_map = {"device_map": {"": device}} if straight else {}
     try:
         target, report = loader.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=False, **device_map

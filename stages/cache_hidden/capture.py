@@ -63,8 +63,11 @@ def capture_shards(
     """
     out, plan = catalog.path, catalog.plan
     target = load_target(str(settings.folder), device=device, dtype=settings.dtype)
-    store_target(catalog, settings.folder, head_of(target), target.config, stop_tokens(target))
-    head = TargetHead.load(target_file(catalog, HEAD), device, getattr(torch, settings.dtype))
+    head = head_of(target)
+    store_target(catalog, settings.folder, head, target.config, stop_tokens(target))
+    stored = TargetHead.load(target_file(catalog, HEAD), dtype=getattr(torch, settings.dtype))
+    if not head.equals(stored):  # else the target's own, which are on the device already
+        head = stored.to(device)
     reference = ReferenceTarget(target)
     with_stats = on_policy_columns(catalog, settings.columns)
     with contextlib.closing(make_engine(settings, target)) as engine:

@@ -16,6 +16,7 @@ import torch
 from kill_capture import contents
 from tiny import CHAT_TEMPLATE, conversations, other_weights, tokenizer, write_jsonl
 
+import stages.cache_hidden.capture as capture_module
 import stages.cache_hidden.engine as engine_module
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import write_errors
@@ -31,7 +32,7 @@ from pipeline.target.layers import final_rows
 from pipeline.target.model import load_target
 from pipeline.target.on_policy import OnPolicyStats, on_policy_rows, on_policy_share
 from stages.cache_hidden.capture import BackgroundWriter, Progress
-from stages.cache_hidden.pack import largest_magnitude
+from stages.cache_hidden.pack import Packer, largest_magnitude
 from stages.cache_hidden.run import plan, plan_table, run
 from stages.cache_hidden.settings import HUB_CORPUS, CaptureOptions
 
@@ -97,6 +98,26 @@ def test_the_cache_holds_all_that_training_needs_of_the_target(tiny_target, tiny
     assert torch.equal(cache.head().embed_VD, model.model.embed_tokens.weight)
     assert {"tokenizer.json", "chat_template.jinja"} <= {path.name for path in (tiny_cache / "target").iterdir()}
     assert not verify(tiny_cache).damaged
+
+
+def test_the_head_of_a_capture_is_the_target_s_own_and_no_second_copy(capture, monkeypatch):
+    targets, heads = [], []
+
+    def watched_load(*args, **options):
+        targets.append(load_target(*args, **options))
+        return targets[-1]
+
+    def watched_packer(engine, shard, columns, head, *more):
+        heads.append(head)
+        return Packer(engine, shard, columns, head, *more)
+
+    monkeypatch.setattr(capture_module, "load_target", watched_load)
+    monkeypatch.setattr(capture_module, "Packer", watched_packer)
+    capture()
+
+    (target,) = targets
+    places = target.get_input_embeddings().weight.data_ptr(), target.get_output_embeddings().weight.data_ptr()
+    assert heads and all((head.embed_VD.data_ptr(), head.head_VD.data_ptr()) == places for head in heads)
 
 
 def test_final_on_all_rows_or_none(capture, tmp_path):

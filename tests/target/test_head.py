@@ -61,3 +61,16 @@ def test_what_is_no_head_is_refused(tmp_path, content):
         (tmp_path / "head.safetensors").write_bytes(content)
     with pytest.raises(CacheError, match="verify"):
         TargetHead.load(tmp_path / "head.safetensors")
+
+
+def test_heads_are_equal_only_bit_by_bit():
+    head = random_head(False, embed_scale=2.0)
+    assert head.equals(random_head(False, embed_scale=2.0))
+    assert not head.equals(random_head(False)) and not head.equals(
+        random_head(False, embed_scale=2.0, logit_softcap=3.0)
+    )
+    assert not head.equals(random_head(True, embed_scale=2.0)) and not random_head(True).equals(random_head(False))
+    assert not head.equals(head.to(dtype=torch.bfloat16))
+    other = random_head(False, embed_scale=2.0)
+    other.head_VD[6, 3] += 1e-6
+    assert not head.equals(other)
