@@ -13,7 +13,7 @@ smaller budget are a subset of a larger one's.
 """
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,15 +27,13 @@ from pipeline.cache.samples import ShardPlan
 from pipeline.errors import UsageError
 from pipeline.runs.training_data import HELDOUT, splitmix64
 from pipeline.target.files import CONFIG, tokenizer_files
+from stages.cache_hidden.make_plan import SampleChooser
 from stages.cache_hidden.plan_report import head_bytes
 from stages.cache_hidden.settings import CaptureOptions, CaptureSettings, size_bytes
 
 FORMAT_SHARE = 0.005  # overhead as a share of a column: checksums, indices, the zeros after its last chunk
 COLUMN_BYTES = 8 << 10  # fixed overhead of a column of a shard: manifest, checksums, zarr.json
 TOKEN_BYTES, SAMPLE_BYTES = 10, 400  # in the plan, in samples.arrow and in the index
-
-# Takes the tokenised samples; returns which are planned, bool [n], and the plan's note of the decision.
-SampleChooser = Callable[[Sequence[ShardPlan]], tuple[np.ndarray, dict]]
 
 
 @dataclass(frozen=True)

@@ -1,66 +1,28 @@
 """The report of a plan, before anything is captured: samples, tokens, what was left out and why, bytes, free disk."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.cache.atomic import free_bytes, size_text
-from pipeline.cache.catalog import Catalog, Work
+from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.layout import layer_of
 from pipeline.cache.plan import Plan
 from pipeline.cache.samples import ShardPlan, to_numpy
-from pipeline.cache.schema import ColumnManifest
-from pipeline.errors import UsageError
 from pipeline.runs.training_data import cache_hidden_command
 from pipeline.target.files import read_json, read_text_config
+from stages.cache_hidden.make_plan import column_bytes, missing_columns, work_bytes
 from stages.cache_hidden.settings import CaptureOptions, CaptureSettings
 
 # Options that the capture's command repeats as they were given.
 AS_GIVEN = ("turns", "template_kwargs", "template_date", "max_length", "max_samples", "batch_tokens")
 AS_GIVEN += ("device", "dtype", "revision")
 SHOWN_CHARACTERS = 240  # of each supervised or unsupervised span of a sample that a plan shows
-Lost = Mapping[tuple[int, str], ColumnManifest | None]  # damaged (shard, column), its former manifest if known
-
-
-def missing_columns(catalog: Catalog, columns: tuple[ColumnSpec, ...]) -> Work:
-    """Return the shards that lack columns, and which. UsageError where one is stored with other rows or codec."""
-    work = catalog.missing(columns)
-    for shard in range(catalog.shards):
-        for spec in columns:
-            manifest = catalog.captured(shard, spec.name)
-            stored = manifest.spec if manifest else spec
-            if stored.keeps != spec.keeps:
-                raise UsageError(
-                    f"{catalog.path} holds {spec.name} on {stored.keeps} rows, this command asks for {spec.keeps}; "
-                    f"pass --final {stored.keeps}, or another --out"
-                )
-            if stored.codec != spec.codec:
-                raise UsageError(codec_mismatch(catalog.path, spec, stored.codec))
-    return work
-
-
-def codec_mismatch(out: Path, spec: ColumnSpec, current: str) -> str:
-    """Return the error message for a column that some shards store in another codec than the one asked for."""
-    remedy = f"`pipeline recode {out} --codec {spec.name}={spec.codec}` makes it so without the target"
-    if CODECS[current].lossy:
-        remedy = f"what {current} has rounded stays so: leave --codec out, or pass another --out"
-    return f"{out} holds {spec.name} in {current}, and {spec.codec} is asked for or in other shards; {remedy}"
-
-
-def column_bytes(shard: ShardPlan, spec: ColumnSpec) -> int:
-    """Return the bytes that a shard's column is expected to take in its codec."""
-    rows = shard.rows if spec.keeps == "all" else shard.final_count
-    return CODECS[spec.codec].stored_bytes(rows, spec.width, spec.dtype)
-
-
-def work_bytes(work: Work) -> int:
-    """Return the bytes expected to be written still."""
-    return sum(column_bytes(shard, spec) for shard, columns in work for spec in columns)
 
 
 def bytes_by_codec(plan: Plan, columns: tuple[ColumnSpec, ...]) -> dict[str, dict[str, int]]:
