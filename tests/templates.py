@@ -10,7 +10,7 @@ from pipeline.cache.samples import PlannedSample
 from pipeline.corpus.record_formats import Conversation, RejectedRow, parse_row
 from pipeline.corpus.rejections import Tally, Unusable
 from pipeline.target.chat_template import ChatTemplate
-from stages.cache_hidden.prepare_rows import Job, RowPreparer, samples_of
+from stages.cache_hidden.prepare_records import Job, RecordPreparer, samples_of
 from stages.cache_hidden.tokenise import PreparedConversation, SampleMaker
 
 PLAIN = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
@@ -114,7 +114,7 @@ def prepared_here(
     rows: Iterable[Conversation | RejectedRow], target: Path, max_length: int, tally: Tally, vocab_size: int
 ) -> Iterator[PlannedSample]:
     """Yield the samples of rows, in order, without worker processes; whatever is left out goes into the tally."""
-    preparer = RowPreparer(Job(target, max_length, vocab_size))
+    preparer = RecordPreparer(Job(target, max_length, vocab_size))
     for row in rows:
         tally.rows += 1
         for outcome in preparer.outcomes([row]):

@@ -53,6 +53,9 @@ class Chunk:
     texts: list[bytes | tuple[str, str]] | None = None
     batch: bytes | None = None
 
+    def __len__(self) -> int:
+        return len(self.lines)
+
     @property
     def size(self) -> int:
         return len(self.batch) if self.texts is None else sum(map(len, self.texts))
