@@ -92,14 +92,14 @@ def turn_kind_examples(plan: Plan) -> dict[str, dict]:
     found = {}
     for kind, noted in plan.notes.get("kinds", {}).items():
         source, _, line = noted["first"].rpartition(":")
-        sample = next(_samples_of_row(plan, source, int(line)), None)
+        sample = next(_samples_of_record(plan, source, int(line)), None)
         shown = {"ids": sample[0].ids(sample[1]).tolist(), "mask": sample[0].mask(sample[1]).tolist()} if sample else {}
         found[kind] = {**noted, **shown}
     return found
 
 
-def _samples_of_row(plan: Plan, source: str, line: int) -> Iterator[tuple[ShardPlan, int]]:
-    """Yield the samples made from a corpus row, each as its shard and its number in it."""
+def _samples_of_record(plan: Plan, source: str, line: int) -> Iterator[tuple[ShardPlan, int]]:
+    """Yield the samples made from a record of the corpus, each as its shard and its number in it."""
     for shard in plan.shards:
         for row in np.flatnonzero(to_numpy(shard.batch.column("line")) == line):
             if shard.batch.column("source")[int(row)].as_py() == source:

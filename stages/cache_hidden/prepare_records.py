@@ -24,9 +24,9 @@ import numpy as np
 
 from pipeline.cache.samples import PlannedSample, sample_id
 from pipeline.corpus.file_formats import Chunk
-from pipeline.corpus.record_formats import Conversation, RejectedRow
+from pipeline.corpus.record_formats import Conversation, RejectedRecord
 from pipeline.corpus.rejections import Tally, Unusable, check_ids, check_mask, trim
-from pipeline.corpus.sources import chunk_rows
+from pipeline.corpus.sources import chunk_records
 from pipeline.errors import first_line
 from pipeline.target.files import TEMPLATE_DATE
 
@@ -34,7 +34,7 @@ RECORD_SECONDS = 10.0  # of CPU, for the records that a worker is sent at once: 
 RECORD_BYTES = 2 << 30  # of address space, beyond what a worker started with, for these records
 LIMIT_SIGNALS = (signal.SIGPROF, signal.SIGUSR1)  # what ends a worker beyond its limit: of time, of memory
 
-Work = Chunk | Sequence[Conversation | RejectedRow]
+Work = Chunk | Sequence[Conversation | RejectedRecord]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class RecordPreparer:
 
     def outcomes(self, work: Work) -> list[RecordOutcome]:
         """Return the outcomes of the records of a chunk or list, in order."""
-        records = list(chunk_rows(work, self.job.roles)) if isinstance(work, Chunk) else work
+        records = list(chunk_records(work, self.job.roles)) if isinstance(work, Chunk) else work
         usable = [record for record in records if isinstance(record, Conversation)]
         try:
             prepared = iter(self.maker.prepare(usable, self.job.max_length))
@@ -109,7 +109,7 @@ class RecordPreparer:
             prepared = map(self._prepare_alone, usable)
         return [
             RecordOutcome(record.file, record.line, rejected=(record.reason, record.detail))
-            if isinstance(record, RejectedRow)
+            if isinstance(record, RejectedRecord)
             else self._outcome(record, next(prepared))
             for record in records
         ]

@@ -195,7 +195,7 @@ def _render_with(chat: RenderedChat, at: int, number: int, message: dict) -> str
     try:
         return chat.render([*before, message, *after], prompt=number != at)
     except Unusable:
-        return None  # the template refuses the replaced message, which is no fault of the row's
+        return None  # the template refuses the replaced message, which is no fault of the record's
 
 
 def check_not_encoded_twice(messages: list[dict], text: str) -> None:

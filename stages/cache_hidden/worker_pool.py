@@ -67,7 +67,7 @@ class _Task:
     def split(self) -> "list[_Task]":
         """Return a task for each record."""
         if isinstance(self.work, Chunk):
-            return [_Task(self.work.single_row(at)) for at in range(len(self.work))]
+            return [_Task(self.work.single_record(at)) for at in range(len(self.work))]
         return [_Task([record]) for record in self.work]
 
 

@@ -16,7 +16,7 @@ from templates import prepared_here
 from tiny import CHAT_TEMPLATE, config, conversations, tokenizer, write_jsonl
 
 from pipeline.corpus.rejections import Tally
-from pipeline.corpus.sources import corpus_chunks, read_rows
+from pipeline.corpus.sources import corpus_chunks, read_records
 from pipeline.errors import DataError, UsageError
 from stages.cache_hidden import worker_pool as pool
 from stages.cache_hidden.prepare_records import Job, samples_of
@@ -61,7 +61,7 @@ def test_any_number_of_workers_gives_the_same_in_the_corpuss_order(job, tmp_path
 
 def test_a_sample_travels_unchanged(job, tmp_path):
     corpus, made = write_jsonl(tmp_path / "a.jsonl", conversations(40)), job()
-    here = list(prepared_here(read_rows(str(corpus), [corpus]), made.folder, 512, Tally(), 264))
+    here = list(prepared_here(read_records(str(corpus), [corpus]), made.folder, 512, Tally(), 264))
     there = [sample for outcome in outcomes(made, corpus) for sample in samples_of(outcome, Tally())]
     for one, other in zip(here, there, strict=True):
         assert np.array_equal(one.ids, other.ids) and np.array_equal(one.mask, other.mask)
