@@ -225,7 +225,9 @@ def _table_chunks(file: Path, name: str, split: str, prompts: bool) -> Iterator[
     line = 0
     try:
         for batch in _parquet_batches(file, prompts) if parquet else _arrow_batches(file, prompts):
-            for part in _slices(batch):
+            size = min(CHUNK_RECORDS, max(1, CHUNK_BYTES * len(batch) // max(1, batch.nbytes)))
+            for first in range(0, len(batch), size):
+                part = batch.slice(first, size)
                 lines = list(range(line + 1, line + len(part) + 1))
                 line += len(part)
                 yield Chunk(name, split, lines, batch=_to_arrow_stream(part))
@@ -233,13 +235,6 @@ def _table_chunks(file: Path, name: str, split: str, prompts: bool) -> Iterator[
         what = "Parquet" if parquet else "Arrow file"
         cause = first_line(error)
         raise DataError(f"{file}: no readable {what} ({cause}); write it again") from error
-
-
-def _slices(batch) -> Iterator:
-    """Yield a batch in slices of the size of a chunk."""
-    records = min(CHUNK_RECORDS, max(1, CHUNK_BYTES * len(batch) // max(1, batch.nbytes)))
-    for first in range(0, len(batch), records):
-        yield batch.slice(first, records)
 
 
 def _parquet_batches(file: Path, prompts: bool) -> Iterator:

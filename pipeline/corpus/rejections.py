@@ -4,6 +4,7 @@ T tokens of a sample
 """
 
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,15 +33,15 @@ class Tally:
     truncated: int = 0
     turns: int = 0  # supervised, in all samples
     last_turns: int = 0  # of these, in the samples of last turns
-    unproven: dict[str, int] = field(default_factory=dict)  # turns left unsupervised, by reason
+    unproven: Counter[str] = field(default_factory=Counter)  # turns left unsupervised, by reason
     kinds: dict[str, dict] = field(default_factory=dict)  # by kind of turn: how many, and the first one's file:line
-    rejected: dict[str, int] = field(default_factory=dict)
+    rejected: Counter[str] = field(default_factory=Counter)
     too_short: int = 0  # samples with nothing to learn within max_length; not rejected
     examples: dict[str, list[str]] = field(default_factory=dict)
     unknown_keys: dict[str, tuple[int, str]] = field(default_factory=dict)  # of messages: records, first file:line
 
     def reject(self, reason: str, example: str) -> None:
-        self.rejected[reason] = self.rejected.get(reason, 0) + 1
+        self.rejected[reason] += 1
         self.add_example(reason, example)
 
     def add_example(self, reason: str, example: str) -> None:
@@ -58,7 +59,7 @@ class Tally:
         self.turns += turns
         self.last_turns += last
         for reason, example in unproven:
-            self.unproven[reason] = self.unproven.get(reason, 0) + 1
+            self.unproven[reason] += 1
             self.add_example(reason, example)
 
     def count_turn_kinds(self, kinds: tuple[str, ...], file: str, line: int) -> None:

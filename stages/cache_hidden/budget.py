@@ -253,9 +253,8 @@ def drop_unread_columns(
             f"columns: final only beside supervised tokens, {int(corpus.final_rows.sum()):,} of "
             f"{int(corpus.rows.sum()):,} rows; nothing reads the others, but {why}"
         )
-    return tuple(
-        columns
-    ), f"columns: all stay; every layer is read by {named}; final, since {why} (--final none leaves it out)"
+    step = f"columns: all stay; every layer is read by {named}; final, since {why} (--final none leaves it out)"
+    return tuple(columns), step
 
 
 def codec_step(codec: str, sizes: dict[str, int], request: BudgetRequest) -> str:

@@ -194,10 +194,9 @@ def turn_rows(report: dict) -> list[tuple[str, str]]:
     for why, count in report["unproven_turns"].items():
         shown = "; ".join(report["examples"].get(why, []))
         rows.append((f"not supervised: {why}", f"{count:,} turns, such as {shown}"))
-    template_arguments = report["template"]["template_kwargs"] or {}  # None: planned by an earlier version
-    return rows + [("template", ", ".join(f"{key} = {value!r}" for key, value in template_arguments.items()))] * bool(
-        template_arguments
-    )
+    if arguments := report["template"]["template_kwargs"]:  # None: planned by an earlier version
+        rows.append(("template", ", ".join(f"{key} = {value!r}" for key, value in arguments.items())))
+    return rows
 
 
 def codec_table(report: dict):

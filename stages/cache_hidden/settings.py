@@ -122,11 +122,6 @@ class CaptureSettings:
         return self.identity.samples.max_length
 
     @property
-    def engine(self) -> str:
-        """The name of the engine that computes the states, a key of `engine.ENGINES`."""
-        return self.identity.capture.engine
-
-    @property
     def batch_tokens(self) -> int:
         return self.identity.capture.batch_tokens
 
