@@ -13,7 +13,7 @@ smaller budget are a subset of a larger one's.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,13 +27,14 @@ from pipeline.cache.samples import ShardPlan
 from pipeline.errors import UsageError
 from pipeline.runs.training_data import HELDOUT, splitmix64
 from pipeline.target.files import CONFIG, tokenizer_files
-from stages.cache_hidden.make_plan import SampleChooser
-from stages.cache_hidden.plan_report import head_bytes
 from stages.cache_hidden.settings import CaptureOptions, CaptureSettings, size_bytes
 
 FORMAT_SHARE = 0.005  # overhead as a share of a column: checksums, indices, the zeros after its last chunk
 COLUMN_BYTES = 8 << 10  # fixed overhead of a column of a shard: manifest, checksums, zarr.json
 TOKEN_BYTES, SAMPLE_BYTES = 10, 400  # in the plan, in samples.arrow and in the index
+
+# Takes the tokenised samples; returns which are planned, bool [n], and the plan's note of the decision.
+SampleChooser = Callable[[Sequence[ShardPlan]], tuple[np.ndarray, dict]]
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def fixed_bytes(settings: CaptureSettings, columns: Sequence[ColumnSpec], rows: 
     """Return the bytes of a cache that do not depend on the samples: the target's files, each shard's overhead."""
     shards = max(MIN_SHARDS, -(-rows * settings.row_bytes // SHARD_BYTES))
     beside = sum(path.stat().st_size for path in (settings.folder / CONFIG, *tokenizer_files(settings.folder)))
-    return head_bytes(settings) + beside + shards * (len(columns) + 1) * COLUMN_BYTES
+    return settings.head_bytes + beside + shards * (len(columns) + 1) * COLUMN_BYTES
 
 
 def sample_chooser(settings: CaptureSettings, options: CaptureOptions) -> SampleChooser | None:

@@ -34,8 +34,8 @@ from pipeline.target.model import head_of, load_target, stop_tokens, store_targe
 from pipeline.target.on_policy import SHARE, OnPolicyStats, on_policy_column, on_policy_share, sum_scores
 from pipeline.target.probe import ReferenceTarget, probe
 from stages.cache_hidden.engine import make_engine
-from stages.cache_hidden.make_plan import Lost, work_bytes
 from stages.cache_hidden.pack import ExactRows, PackedStates, Packer, certify, load_or_make_calibrations
+from stages.cache_hidden.plan_report import Lost, work_bytes
 from stages.cache_hidden.settings import CaptureSettings
 
 QUEUED = 2  # micro-batches that wait for the writer

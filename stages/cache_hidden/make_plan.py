@@ -2,11 +2,11 @@
 
 What is left out is counted by reason and reported by file and line. A corpus of which more than a tenth is unusable is
 refused: it is probably in another format than it seems, and what is left would be a guess.
-Also which columns of a plan are still to be captured, and their bytes.
+Also which columns of a plan are still to be captured.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from pipeline.cache.file_writer import create_identity
 from pipeline.cache.plan import Plan
 from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.samples import PlannedSample, ShardPlan
-from pipeline.cache.schema import ColumnManifest, Identity
+from pipeline.cache.schema import Identity
 from pipeline.corpus.file_formats import CHUNK_RECORDS
 from pipeline.corpus.regenerated import check_regenerated
 from pipeline.corpus.rejections import Tally, report_unknown_keys
@@ -38,16 +38,13 @@ from pipeline.corpus.sources import (
 )
 from pipeline.errors import UsageError
 from pipeline.target.files import is_quantised, read_text_config
+from stages.cache_hidden.budget import SampleChooser
 from stages.cache_hidden.prepare_records import Job, RecordOutcome, samples_of
 from stages.cache_hidden.settings import CaptureSettings
 from stages.cache_hidden.worker_pool import WorkerPool
 
 FREE_SHARE = 0.25  # of the free disk that the default corpus may take
 LOST_SHARE = 0.05  # of the supervised tokens; one sample for each turn is the default where one a record loses more
-
-# Takes the tokenised samples; returns which are planned, bool [n], and the plan's note of the decision.
-SampleChooser = Callable[[Sequence[ShardPlan]], tuple[np.ndarray, dict]]
-Lost = Mapping[tuple[int, str], ColumnManifest | None]  # damaged (shard, column), its former manifest if known
 
 
 def make_plan(
@@ -208,14 +205,3 @@ def codec_mismatch(out: Path, spec: ColumnSpec, current: str) -> str:
     if CODECS[current].lossy:
         remedy = f"what {current} has rounded stays so: leave --codec out, or pass another --out"
     return f"{out} holds {spec.name} in {current}, and {spec.codec} is asked for or in other shards; {remedy}"
-
-
-def column_bytes(shard: ShardPlan, spec: ColumnSpec) -> int:
-    """Return the bytes that a shard's column is expected to take in its codec."""
-    rows = shard.rows if spec.keeps == "all" else shard.final_count
-    return CODECS[spec.codec].stored_bytes(rows, spec.width, spec.dtype)
-
-
-def work_bytes(work: Work) -> int:
-    """Return the bytes expected to be written still."""
-    return sum(column_bytes(shard, spec) for shard, columns in work for spec in columns)

@@ -1,28 +1,40 @@
 """The report of a plan, before anything is captured: samples, tokens, what was left out and why, bytes, free disk."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.cache.atomic import free_bytes, size_text
-from pipeline.cache.catalog import Catalog
+from pipeline.cache.catalog import Catalog, Work
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.layout import layer_of
 from pipeline.cache.plan import Plan
 from pipeline.cache.samples import ShardPlan, to_numpy
+from pipeline.cache.schema import ColumnManifest
 from pipeline.runs.training_data import cache_hidden_command
-from pipeline.target.files import read_json, read_text_config
-from stages.cache_hidden.make_plan import column_bytes, missing_columns, work_bytes
+from stages.cache_hidden.make_plan import missing_columns
 from stages.cache_hidden.settings import CaptureOptions, CaptureSettings
 
 # Options that the capture's command repeats as they were given.
 AS_GIVEN = ("turns", "template_kwargs", "template_date", "max_length", "max_samples", "batch_tokens")
 AS_GIVEN += ("device", "dtype", "revision")
 SHOWN_CHARACTERS = 240  # of each supervised or unsupervised span of a sample that a plan shows
+Lost = Mapping[tuple[int, str], ColumnManifest | None]  # damaged (shard, column), its former manifest if known
+
+
+def column_bytes(shard: ShardPlan, spec: ColumnSpec) -> int:
+    """Return the bytes that a shard's column is expected to take in its codec."""
+    rows = shard.rows if spec.keeps == "all" else shard.final_count
+    return CODECS[spec.codec].stored_bytes(rows, spec.width, spec.dtype)
+
+
+def work_bytes(work: Work) -> int:
+    """Return the bytes expected to be written still."""
+    return sum(column_bytes(shard, spec) for shard, columns in work for spec in columns)
 
 
 def bytes_by_codec(plan: Plan, columns: tuple[ColumnSpec, ...]) -> dict[str, dict[str, int]]:
@@ -45,7 +57,7 @@ def plan_report(catalog: Catalog, settings: CaptureSettings) -> dict:
     plan = catalog.plan
     notes, work = plan.notes, missing_columns(catalog, settings.columns)
     sizes = {spec.name: sum(column_bytes(shard, spec) for shard in plan.shards) for spec in settings.columns}
-    sizes["target"] = head_bytes(settings)
+    sizes["target"] = settings.head_bytes
     dropped = {**notes["faults"], **({"too short": notes["too_short"]} if notes["too_short"] else {})}
     need, free = work_bytes(work), free_bytes(catalog.path)
     return {
@@ -127,13 +139,6 @@ def plan_samples(report: dict):
 def _count_values(plan: Plan, column: str) -> dict[str, int]:
     counts = Counter(text or "(none)" for shard in plan.shards for text in shard.text(column))
     return dict(sorted(counts.items()))
-
-
-def head_bytes(settings: CaptureSettings) -> int:
-    """Return the bytes of the target's embedding and LM head, which go into the cache."""
-    config, whole = read_text_config(settings.folder), read_json(settings.folder / "config.json")
-    tied = config.get("tie_word_embeddings", whole.get("tie_word_embeddings", False))
-    return config["vocab_size"] * settings.row_bytes // len(settings.columns) * (1 if tied else 2)
 
 
 def plan_table(report: dict):

@@ -36,7 +36,7 @@ from pipeline.errors import CacheError, UsageError
 from pipeline.target.files import find_target
 from pipeline.target.weights import check_weights, check_weights_if_recorded
 from pipeline.visible_text import print_visible, visible
-from stages.cache_hidden.make_plan import Lost, work_bytes
+from stages.cache_hidden.plan_report import Lost, work_bytes
 from stages.cache_hidden.settings import CaptureOptions, CaptureSettings, resolve_settings
 from stages.cache_hidden.shard_assignment import Worker
 

@@ -32,13 +32,14 @@ from pipeline.target.on_policy import OnPolicyStats
 from pipeline.target.weights import check_weights_if_recorded, weight_files
 from pipeline.visible_text import print_visible, visible
 from stages.cache_hidden.budget import plan_matches_budget, sample_chooser, within_budget
-from stages.cache_hidden.make_plan import make_plan, missing_columns, work_bytes
+from stages.cache_hidden.make_plan import make_plan, missing_columns
 from stages.cache_hidden.plan_report import (
     budget_steps,
     capture_command,
     plan_report,
     plan_samples,
     plan_table,
+    work_bytes,
 )
 from stages.cache_hidden.settings import (
     HUB_CORPUS,
