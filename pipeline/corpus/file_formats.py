@@ -16,7 +16,6 @@ from itertools import count
 from pathlib import Path
 
 import pyarrow as pa
-import zstandard
 
 from pipeline.corpus.messages import parse_json
 from pipeline.corpus.record_formats import KNOWN_COLUMNS, columns_refusal
@@ -109,39 +108,14 @@ def _open_decompressed(file: Path) -> Iterator[io.BufferedReader]:
     suffix = file.suffix.lower()
     try:
         with file.open("rb") as raw:
-            unpacked = gzip.GzipFile(fileobj=raw) if suffix == ".gz" else _Zstd(raw) if suffix == ".zst" else raw
+            unpacked = gzip.GzipFile(fileobj=raw) if suffix == ".gz" else raw
+            unpacked = pa.CompressedInputStream(raw, "zstd") if suffix == ".zst" else unpacked
             with io.BufferedReader(unpacked, _READ) as stream:
                 yield stream
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+    except (EOFError, zlib.error, OSError) as error:
+        if getattr(error, "errno", None):  # of the system, not of gzip or Arrow
+            raise DataError(f"{file}: it cannot be read ({cause_of(error)}); see to its rights or its disk") from error
         raise DataError(f"{file}: no whole {suffix} file ({str(error)[:100]}); copy or pack it again") from error
-    except OSError as error:
-        raise DataError(f"{file}: it cannot be read ({cause_of(error)}); see to its rights or its disk") from error
-
-
-class _Zstd(io.RawIOBase):
-    """Decompresses zstd frames. EOFError for a truncated frame, where zstandard's own reader just ends."""
-
-    def __init__(self, compressed: io.BufferedIOBase):
-        self.compressed, self.decoded, self.rest = compressed, memoryview(b""), b""
-        self.frame = None
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, out) -> int:
-        while not self.decoded:
-            data = self.rest or self.compressed.read(_READ // 8)
-            if not data:
-                if self.frame is not None:
-                    raise EOFError("it ends inside its data")
-                return 0
-            self.frame = self.frame or zstandard.ZstdDecompressor().decompressobj()
-            self.decoded, self.rest = memoryview(self.frame.decompress(data)), b""
-            if self.frame.eof:
-                self.rest, self.frame = self.frame.unused_data, None
-        size = min(len(out), len(self.decoded))
-        out[:size], self.decoded = self.decoded[:size], self.decoded[size:]
-        return size
 
 
 def _record_texts(file: Path) -> Iterator[tuple[int, bytes | tuple[str, str]]]:
