@@ -7,10 +7,10 @@ import numpy as np
 from tiny import CHAT_TEMPLATE, tokenizer
 
 from pipeline.cache.samples import PlannedSample
-from pipeline.corpus.record_formats import Conversation, RejectedRow, parse_row
+from pipeline.corpus.record_formats import Conversation, RejectedRecord, parse_record
 from pipeline.corpus.rejections import Tally, Unusable
 from pipeline.target.chat_template import ChatTemplate
-from stages.cache_hidden.prepare_rows import Job, RowPreparer, samples_of
+from stages.cache_hidden.prepare_records import Job, RecordPreparer, samples_of
 from stages.cache_hidden.tokenise import PreparedConversation, SampleMaker
 
 PLAIN = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
@@ -88,7 +88,7 @@ def chat_template(folder: Path, text: str, **options) -> ChatTemplate:
 
 def prepared(template: ChatTemplate, messages: list[dict], max_length: int = 4096, **row) -> PreparedConversation:
     """Return what a row becomes. Raises Unusable where it cannot be used."""
-    made = parse_row({"messages": messages, **row}, "a.jsonl", 1)
+    made = parse_record({"messages": messages, **row}, "a.jsonl", 1)
     found = SampleMaker(template).prepare([made], max_length)[0]
     if isinstance(found, Unusable):
         raise found
@@ -111,11 +111,11 @@ def replies(template: ChatTemplate, found: PreparedConversation) -> list[list[st
 
 
 def prepared_here(
-    rows: Iterable[Conversation | RejectedRow], target: Path, max_length: int, tally: Tally, vocab_size: int
+    rows: Iterable[Conversation | RejectedRecord], target: Path, max_length: int, tally: Tally, vocab_size: int
 ) -> Iterator[PlannedSample]:
     """Yield the samples of rows, in order, without worker processes; whatever is left out goes into the tally."""
-    preparer = RowPreparer(Job(target, max_length, vocab_size))
+    preparer = RecordPreparer(Job(target, max_length, vocab_size))
     for row in rows:
-        tally.rows += 1
+        tally.records += 1
         for outcome in preparer.outcomes([row]):
             yield from samples_of(outcome, tally)

@@ -1,7 +1,7 @@
-"""Reads the files of a corpus in chunks of unparsed rows: JSON Lines, JSON arrays, Parquet and Arrow, also compressed.
+"""Reads the files of a corpus in chunks of unparsed records: JSON Lines, arrays, Parquet, Arrow, also compressed.
 
-Rows are passed on as they are in the file, bytes of JSON or an Arrow batch, so that another process can parse them.
-Memory is bounded by a chunk and one row.
+Records are passed on as they are in the file, bytes of JSON or an Arrow batch, so that another process can parse them.
+Memory is bounded by a chunk and one record.
 """
 
 import gzip
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-import zstandard
+import pyarrow as pa
 
 from pipeline.corpus.messages import parse_json
 from pipeline.corpus.record_formats import KNOWN_COLUMNS, columns_refusal
@@ -25,8 +25,8 @@ from pipeline.visible_text import visible
 
 TEXT_SUFFIXES, COMPRESSED, TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json"), (".gz", ".zst"), (".parquet", ".arrow")
 SUFFIXES = (*(text + compressed for text in TEXT_SUFFIXES for compressed in ("", *COMPRESSED)), *TABLE_SUFFIXES)
-CHUNK_ROWS, CHUNK_BYTES = 128, 256 << 10
-LONGEST_ROW = 256 << 20  # bytes; a longer one is rejected unread
+CHUNK_RECORDS, CHUNK_BYTES = 128, 256 << 10
+LONGEST_RECORD = 256 << 20  # bytes; a longer one is rejected unread
 _READ = 1 << 20
 _MAGIC_NUMBERS = {
     b"PAR1": "Parquet",
@@ -42,9 +42,9 @@ _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{},"]', re.DOTALL)
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows of a file, unparsed: `texts`, each one's JSON or (reason, detail), or `batch`, an Arrow stream.
+    """Some records of a file, unparsed: `texts`, each one's JSON or (reason, detail), or `batch`, an Arrow stream.
 
-    lines: the line of each row, from 1; in an array or a table, the row's number. split: the file's, or "".
+    lines: the line of each record, from 1; in an array or a table, the record's number. split: the file's, or "".
     """
 
     file: str
@@ -53,24 +53,27 @@ class Chunk:
     texts: list[bytes | tuple[str, str]] | None = None
     batch: bytes | None = None
 
+    def __len__(self) -> int:
+        return len(self.lines)
+
     @property
     def size(self) -> int:
         return len(self.batch) if self.texts is None else sum(map(len, self.texts))
 
-    def single_row(self, row: int) -> "Chunk":
-        lines = [self.lines[row]]
+    def single_record(self, at: int) -> "Chunk":
+        lines = [self.lines[at]]
         if self.texts is not None:
-            return Chunk(self.file, self.split, lines, [self.texts[row]])
-        return Chunk(self.file, self.split, lines, batch=_to_arrow_stream(_from_arrow_stream(self.batch).slice(row, 1)))
+            return Chunk(self.file, self.split, lines, [self.texts[at]])
+        return Chunk(self.file, self.split, lines, batch=_to_arrow_stream(_from_arrow_stream(self.batch).slice(at, 1)))
 
-    def rows(self) -> Iterator[tuple[int, object]]:
-        """Yield (line, the parsed row or an Unusable)."""
-        made = map(_parsed, self.texts) if self.texts is not None else iter(_table_rows(self.batch))
+    def records(self) -> Iterator[tuple[int, object]]:
+        """Yield (line, the parsed record or an Unusable)."""
+        made = map(_parsed, self.texts) if self.texts is not None else iter(_table_records(self.batch))
         yield from zip(self.lines, made, strict=True)
 
 
 def read_chunks(file: Path, name: str, split: str = "", *, prompts: bool = False) -> Iterator[Chunk]:
-    """Yield the rows of a file in chunks. DataError for a file of another format than its name says, or truncated.
+    """Yield the records of a file in chunks. DataError for a file of another format than its name says, or truncated.
 
     name: the file's, for reports. prompts: a table may lack replies.
     """
@@ -78,11 +81,11 @@ def read_chunks(file: Path, name: str, split: str = "", *, prompts: bool = False
         yield from _table_chunks(file, name, split, prompts)
         return
     lines, texts, size = [], [], 0
-    for line, text in _row_texts(file):
+    for line, text in _record_texts(file):
         lines.append(line)
         texts.append(text)
         size += len(text)
-        if len(lines) == CHUNK_ROWS or size >= CHUNK_BYTES:
+        if len(lines) == CHUNK_RECORDS or size >= CHUNK_BYTES:
             yield Chunk(name, split, lines, texts)
             lines, texts, size = [], [], 0
     if lines:
@@ -105,43 +108,18 @@ def _open_decompressed(file: Path) -> Iterator[io.BufferedReader]:
     suffix = file.suffix.lower()
     try:
         with file.open("rb") as raw:
-            unpacked = gzip.GzipFile(fileobj=raw) if suffix == ".gz" else _Zstd(raw) if suffix == ".zst" else raw
+            unpacked = gzip.GzipFile(fileobj=raw) if suffix == ".gz" else raw
+            unpacked = pa.CompressedInputStream(raw, "zstd") if suffix == ".zst" else unpacked
             with io.BufferedReader(unpacked, _READ) as stream:
                 yield stream
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+    except (EOFError, zlib.error, OSError) as error:
+        if getattr(error, "errno", None):  # of the system, not of gzip or Arrow
+            raise DataError(f"{file}: it cannot be read ({cause_of(error)}); see to its rights or its disk") from error
         raise DataError(f"{file}: no whole {suffix} file ({str(error)[:100]}); copy or pack it again") from error
-    except OSError as error:
-        raise DataError(f"{file}: it cannot be read ({cause_of(error)}); see to its rights or its disk") from error
 
 
-class _Zstd(io.RawIOBase):
-    """Decompresses zstd frames. EOFError for a truncated frame, where zstandard's own reader just ends."""
-
-    def __init__(self, compressed: io.BufferedIOBase):
-        self.compressed, self.decoded, self.rest = compressed, memoryview(b""), b""
-        self.frame = None
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, out) -> int:
-        while not self.decoded:
-            data = self.rest or self.compressed.read(_READ // 8)
-            if not data:
-                if self.frame is not None:
-                    raise EOFError("it ends inside its data")
-                return 0
-            self.frame = self.frame or zstandard.ZstdDecompressor().decompressobj()
-            self.decoded, self.rest = memoryview(self.frame.decompress(data)), b""
-            if self.frame.eof:
-                self.rest, self.frame = self.frame.unused_data, None
-        size = min(len(out), len(self.decoded))
-        out[:size], self.decoded = self.decoded[:size], self.decoded[size:]
-        return size
-
-
-def _row_texts(file: Path) -> Iterator[tuple[int, bytes | tuple[str, str]]]:
-    """Yield (line or row number, the JSON of a row or (reason, detail))."""
+def _record_texts(file: Path) -> Iterator[tuple[int, bytes | tuple[str, str]]]:
+    """Yield (line or record number, the JSON of a record or (reason, detail))."""
     with _open_decompressed(file) as stream:
         head = stream.peek(_READ)
         _check_head(file, head)
@@ -174,13 +152,13 @@ def _form(head: bytes) -> str:
 
 def _lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | tuple[str, str]]]:
     for number in count(1):
-        line = stream.readline(LONGEST_ROW)
+        line = stream.readline(LONGEST_RECORD)
         if not line:
             return
-        if len(line) == LONGEST_ROW and not line.endswith(b"\n"):
+        if len(line) == LONGEST_RECORD and not line.endswith(b"\n"):
             while line and not line.endswith(b"\n"):
                 line = stream.readline(_READ)
-            yield number, ("too long", f"is a line of more than {LONGEST_ROW >> 20} MiB")
+            yield number, ("too long", f"is a line of more than {LONGEST_RECORD >> 20} MiB")
         elif not line.isspace() and line.strip() != _UTF8_BOM:
             yield number, line
 
@@ -190,8 +168,10 @@ def _values(file: Path, stream: io.BufferedReader, array: bool) -> Iterator[tupl
     number, depth, base, buffer, at, start = 0, 0, int(array), b"", 0, 0
     while read := stream.read(max(_READ, len(buffer))):
         buffer, at, start = buffer[start:] + read, at - start, 0
-        if len(buffer) > LONGEST_ROW:
-            raise DataError(f"{file}: row {number + 1} has more than {LONGEST_ROW >> 20} MiB, or never ends; split it")
+        if len(buffer) > LONGEST_RECORD:
+            raise DataError(
+                f"{file}: row {number + 1} has more than {LONGEST_RECORD >> 20} MiB, or never ends; split it"
+            )
         for found in _TOKEN.finditer(buffer, at):
             byte = found[0][:1]
             if byte == b'"' and found.end() == found.start() + 1:  # a string that continues in the next read
@@ -215,13 +195,13 @@ def _values(file: Path, stream: io.BufferedReader, array: bool) -> Iterator[tupl
 
 
 def _table_chunks(file: Path, name: str, split: str, prompts: bool) -> Iterator[Chunk]:
-    import pyarrow as pa
-
     parquet = file.name.lower().endswith(".parquet")
     line = 0
     try:
         for batch in _parquet_batches(file, prompts) if parquet else _arrow_batches(file, prompts):
-            for part in _slices(batch):
+            size = min(CHUNK_RECORDS, max(1, CHUNK_BYTES * len(batch) // max(1, batch.nbytes)))
+            for first in range(0, len(batch), size):
+                part = batch.slice(first, size)
                 lines = list(range(line + 1, line + len(part) + 1))
                 line += len(part)
                 yield Chunk(name, split, lines, batch=_to_arrow_stream(part))
@@ -231,25 +211,16 @@ def _table_chunks(file: Path, name: str, split: str, prompts: bool) -> Iterator[
         raise DataError(f"{file}: no readable {what} ({cause}); write it again") from error
 
 
-def _slices(batch) -> Iterator:
-    """Yield a batch in slices of the size of a chunk."""
-    rows = min(CHUNK_ROWS, max(1, CHUNK_BYTES * len(batch) // max(1, batch.nbytes)))
-    for first in range(0, len(batch), rows):
-        yield batch.slice(first, rows)
-
-
 def _parquet_batches(file: Path, prompts: bool) -> Iterator:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(file) as table:
         columns = _columns_to_read(file, table.schema_arrow.names, prompts)
-        yield from table.iter_batches(batch_size=CHUNK_ROWS, columns=columns)
+        yield from table.iter_batches(batch_size=CHUNK_RECORDS, columns=columns)
 
 
 def _arrow_batches(file: Path, prompts: bool) -> Iterator:
     """Yield the batches of an Arrow file, in the file format or the stream format (which `datasets` writes)."""
-    import pyarrow as pa
-
     with pa.memory_map(str(file)) as mapped:
         if mapped.read(6) == b"ARROW1":
             reader = pa.ipc.open_file(mapped)
@@ -270,8 +241,6 @@ def _columns_to_read(file: Path, columns: list[str], prompts: bool) -> list[str]
 
 
 def _to_arrow_stream(batch) -> bytes:
-    import pyarrow as pa
-
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)
@@ -279,33 +248,27 @@ def _to_arrow_stream(batch) -> bytes:
 
 
 def _from_arrow_stream(data: bytes):
-    import pyarrow as pa
-
     return pa.ipc.open_stream(data).read_next_batch()
 
 
-def _table_rows(data: bytes) -> list[object]:
-    """Return the rows of an Arrow stream as objects; an Unusable for a row that Arrow cannot convert."""
-    import pyarrow as pa
-
+def _table_records(data: bytes) -> list[object]:
+    """Return the records of an Arrow stream as objects; an Unusable for one that Arrow cannot convert."""
     batch = _from_arrow_stream(data)
     try:
-        return [without_nulls(row) for row in batch.to_pylist(maps_as_pydicts="strict")]
+        return [without_nulls(record) for record in batch.to_pylist(maps_as_pydicts="strict")]
     except (KeyError, UnicodeDecodeError, pa.ArrowException):
-        return [_table_row(batch.slice(at, 1)) for at in range(len(batch))]
+        return [_table_record(batch.slice(at, 1)) for at in range(len(batch))]
 
 
-def _table_row(row) -> object:
-    import pyarrow as pa
-
+def _table_record(record) -> object:
     try:
-        return without_nulls(row.to_pylist(maps_as_pydicts="strict")[0])
+        return without_nulls(record.to_pylist(maps_as_pydicts="strict")[0])
     except (KeyError, UnicodeDecodeError, pa.ArrowException) as error:
         return Unusable("broken line", f"is no row of text ({str(error)[:100]})")
 
 
 def without_nulls(value: object) -> object:
-    """Return a row of a table without keys that are None: Arrow gives every object the keys of all others."""
+    """Return a record of a table without keys that are None: Arrow gives every object the keys of all others."""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value

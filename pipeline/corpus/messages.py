@@ -1,4 +1,4 @@
-"""Parses one message of a row, in any known form, into the form that chat templates take.
+"""Parses one message of a record, in any known form, into the form that chat templates take.
 
 ROLES maps the names that corpora use to roles; `--roles A=B` adds to it. The keys of a message:
 
@@ -10,7 +10,7 @@ ROLES maps the names that corpora use to roles; `--roles A=B` adds to it. The ke
     weight, train, training, loss ...  (SUPERVISED_KEYS) whether the reply is to be learned
     token_ids, prompt_token_ids        the ids that an engine generated, and those of its prompt
     id, timestamp, model ...           (METADATA_KEYS) irrelevant to the target: ignored
-    refusal, audio, images ...         (REFUSED_KEYS) the row is rejected
+    refusal, audio, images ...         (REFUSED_KEYS) the record is rejected
 
 Any other key with a value is counted by name and ignored. None, "", [] and {} are no values.
 """
@@ -66,7 +66,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=refuse_con
 
 
 def parse_text(text: str, what: str) -> object:
-    """Return the value of a JSON text inside a row; Unusable, naming it by `what`, where it is no JSON."""
+    """Return the value of a JSON text inside a record; Unusable, naming it by `what`, where it is no JSON."""
     try:
         return parse_json(text)
     except (ValueError, RecursionError) as error:
@@ -74,7 +74,7 @@ def parse_text(text: str, what: str) -> object:
 
 
 def parse_message(entry: object, at: int, roles: dict[str, str], unknown: set[str], prompts: bool = False) -> dict:
-    """Return message `at` of a row with standard role and keys; unknown keys are added to `unknown`.
+    """Return message `at` of a record with standard role and keys; unknown keys are added to `unknown`.
 
     roles: maps names to roles, as ROLES. prompts: of messages of assistant and tools, only the role is returned.
     Raises Unusable.

@@ -1,6 +1,6 @@
-"""Parses one row of a corpus, in any known form, into a Conversation or a RejectedRow.
+"""Parses one record of a corpus, in any known form, into a Conversation or a RejectedRecord.
 
-The first of these that a row has decides its form (a column that is None or empty counts as absent):
+The first of these that a record has decides its form (a column that is None or empty counts as absent):
 
     input_ids + loss_mask           tokens, as speculators writes them after regenerating: taken as they are. The mask
                                     may also be `assistant_masks`, or `labels` with -100 where nothing is learned
@@ -13,11 +13,11 @@ The first of these that a row has decides its form (a column that is None or emp
 Other columns: `system` (or `system_prompt`) becomes the first message unless that is one already; `tools` (or
 `functions`), a list or its JSON; `chat_template_kwargs`, an object or its JSON; `domain`, a text or a number; `split`
 (see `split_of`); `regenerated`, as `pipeline regenerate` writes it; `id`, which that passes on; `status`: SpecForge and
-DeepSpec write `success`, a row with `error` or `skipped` is rejected. All others are ignored.
+DeepSpec write `success`, a record with `error` or `skipped` is rejected. All others are ignored.
 
 For prompts only, replies are not read and may be absent: a question alone will do, or one message.
 
-A row that is broken, or whose meaning would have to be guessed, is rejected, counted and shown.
+A record that is broken, or whose meaning would have to be guessed, is rejected, counted and shown.
 """
 
 import re
@@ -61,11 +61,11 @@ SPLITS = {**dict.fromkeys(("train", "training"), "train"), **dict.fromkeys(_HELD
 
 @dataclass(frozen=True)
 class Conversation:
-    """One usable row: its messages as of `parse_message`, the last one a reply, with its file and line (from 1).
+    """One usable record: its messages as of `parse_message`, the last one a reply, with its file and line (from 1).
 
-    tools: tool definitions for the chat template. template_kwargs: the row's own arguments for the template. tokens:
-    ids and mask of a row that came as tokens, whose messages are []. regenerated: the record that `pipeline regenerate`
-    wrote. unknown: unknown keys of its messages. id: the row's own, for prompts only. None where the row has none.
+    tools: tool definitions for the chat template. template_kwargs: the record's own arguments for it. tokens: ids and
+    mask of a record that came as tokens, whose messages are []. regenerated: what `pipeline regenerate` says of it.
+    unknown: unknown keys of its messages. id: the record's own, for prompts only. None where the record has none.
     """
 
     messages: list[dict]
@@ -82,8 +82,8 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class RejectedRow:
-    """A row that is left out. `reason`: the category it is counted under, `detail`: for people."""
+class RejectedRecord:
+    """A record that is left out. `reason`: the category it is counted under, `detail`: for people."""
 
     reason: str
     detail: str
@@ -94,18 +94,18 @@ class RejectedRow:
         return f"{self.file}:{self.line}: {self.detail}"
 
 
-def parse_row(
-    row: object, file: str, line: int, *, split: str = "", roles: dict[str, str] | None = None, prompts: bool = False
-) -> Conversation | RejectedRow:
-    """Return a row of a corpus as a Conversation, or as a RejectedRow with the reason.
+def parse_record(
+    record: object, file: str, line: int, *, split: str = "", roles: dict[str, str] | None = None, prompts: bool = False
+) -> Conversation | RejectedRecord:
+    """Return a record of a corpus as a Conversation, or as a RejectedRecord with the reason.
 
-    split: the file's, for a row without one. roles: names of roles, as `parse_roles` returns them (None: ROLES).
+    split: the file's, for a record without one. roles: names of roles, as `parse_roles` returns them (None: ROLES).
     prompts: read prompts only; the messages of assistant and tools are left without content.
     """
     try:
-        return _parse_row(row, file, line, split, roles or ROLES, prompts)
+        return _parse(record, file, line, split, roles or ROLES, prompts)
     except Unusable as fault:
-        return RejectedRow(fault.reason, fault.detail, file, line)
+        return RejectedRecord(fault.reason, fault.detail, file, line)
 
 
 def split_of(name: str) -> str | None:
@@ -117,36 +117,36 @@ def split_of(name: str) -> str | None:
     return SPLITS.get(re.sub(r"[^a-z]", "", whole)) or SPLITS.get(re.split(r"[^a-z]", whole)[0]) if whole else ""
 
 
-def _parse_row(row: object, file: str, line: int, split: str, roles: dict[str, str], prompts: bool) -> Conversation:
-    if isinstance(row, Unusable):
-        raise row
-    row = {"messages": row} if _is_list_of_messages(row) else row
-    if not isinstance(row, dict):
-        raise Unusable("broken line", f"holds a {type(row).__name__}, wanted an object with `messages`")
-    if row.get("status") in _FAILED and not prompts:
+def _parse(record: object, file: str, line: int, split: str, roles: dict[str, str], prompts: bool) -> Conversation:
+    if isinstance(record, Unusable):
+        raise record
+    record = {"messages": record} if _is_list_of_messages(record) else record
+    if not isinstance(record, dict):
+        raise Unusable("broken line", f"holds a {type(record).__name__}, wanted an object with `messages`")
+    if record.get("status") in _FAILED and not prompts:
         raise Unusable(
-            "failed reply", f"has status {row['status']!r}: it was not regenerated; leave it out, or ask again"
+            "failed reply", f"has status {record['status']!r}: it was not regenerated; leave it out, or ask again"
         )
     unknown: set[str] = set()
-    tokens, messages = None if prompts else _tokens(row), []
+    tokens, messages = None if prompts else _tokens(record), []
     if tokens is None:
-        messages = _messages(row, roles, unknown, prompts)
+        messages = _messages(record, roles, unknown, prompts)
     if tokens is None and not prompts:
         _check_replies(messages)
         last = max(at for at, entry in enumerate(messages) if entry["role"] == "assistant")
         messages = messages[: last + 1]
     fields = {
-        "tools": _tools(row),
-        "template_kwargs": _object(row, "chat_template_kwargs"),
-        "regenerated": _object(row, "regenerated"),
-        "id": row.get("id") if prompts else None,
+        "tools": _tools(record),
+        "template_kwargs": _object(record, "chat_template_kwargs"),
+        "regenerated": _object(record, "regenerated"),
+        "id": record.get("id") if prompts else None,
     }
-    domain, split = _domain(row.get("domain")), _split(row.get("split"), split)
+    domain, split = _domain(record.get("domain")), _split(record.get("split"), split)
     return Conversation(messages, domain, split, file, line, tokens=tokens, unknown=tuple(sorted(unknown)), **fields)
 
 
-def _is_list_of_messages(row: object) -> bool:
-    return isinstance(row, list) and bool(row) and all(isinstance(entry, dict) for entry in row)
+def _is_list_of_messages(record: object) -> bool:
+    return isinstance(record, list) and bool(record) and all(isinstance(entry, dict) for entry in record)
 
 
 def _check_replies(messages: list[dict]) -> None:
@@ -171,9 +171,9 @@ def _domain(value: object) -> str:
     return "" if value is None else check_text(str(value))
 
 
-def _object(row: dict, column: str) -> dict | None:
+def _object(record: dict, column: str) -> dict | None:
     """Return a column that is an object or its JSON as a dict; None where it is absent. Raises Unusable."""
-    value = row.get(column)
+    value = record.get(column)
     if isinstance(value, str):
         value = parse_text(value, f"`{column}`") if value.strip() else None
     if value is not None and not isinstance(value, dict):
@@ -182,9 +182,9 @@ def _object(row: dict, column: str) -> dict | None:
     return value or None
 
 
-def _tools(row: dict) -> list[dict] | None:
-    """Return the tools of a row, a list of objects or its JSON; None where it has none. Raises Unusable."""
-    value = next((row[name] for name in TOOL_COLUMNS if row.get(name)), None)
+def _tools(record: dict) -> list[dict] | None:
+    """Return the tools of a record, a list of objects or its JSON; None where it has none. Raises Unusable."""
+    value = next((record[name] for name in TOOL_COLUMNS if record.get(name)), None)
     tools = value
     if isinstance(value, str):
         try:
@@ -199,12 +199,12 @@ def _tools(row: dict) -> list[dict] | None:
     return tools
 
 
-def _tokens(row: dict) -> tuple[list[int], list[bool]] | None:
-    """Return ids and loss mask of a row that came as tokens; None for any other. Raises Unusable."""
-    mask_name = next((name for name in (*MASK_COLUMNS, "labels") if row.get(name) is not None), None)
-    if not row.get("input_ids") or mask_name is None:
+def _tokens(record: dict) -> tuple[list[int], list[bool]] | None:
+    """Return ids and loss mask of a record that came as tokens; None for any other. Raises Unusable."""
+    mask_name = next((name for name in (*MASK_COLUMNS, "labels") if record.get(name) is not None), None)
+    if not record.get("input_ids") or mask_name is None:
         return None
-    ids, mask = token_list(row["input_ids"], "has `input_ids`"), row[mask_name]
+    ids, mask = token_list(record["input_ids"], "has `input_ids`"), record[mask_name]
     if not isinstance(mask, list) or len(mask) != len(ids):
         raise Unusable("no tokens", f"has {len(ids)} `input_ids` and another number of `{mask_name}`")
     if mask_name == "labels":
@@ -216,14 +216,14 @@ def _tokens(row: dict) -> tuple[list[int], list[bool]] | None:
     return ids, [bool(entry) for entry in mask]
 
 
-def _messages(row: dict, roles: dict[str, str], unknown: set[str], prompts: bool) -> list[dict]:
-    """Return the messages of a row, parsed, the system prompt first. Raises Unusable for a row of no known form."""
-    value = _chat(row, prompts)
+def _messages(record: dict, roles: dict[str, str], unknown: set[str], prompts: bool) -> list[dict]:
+    """Return the messages of a record, parsed, the system prompt first. Raises Unusable for one of no known form."""
+    value = _chat(record, prompts)
     if value is None:
-        names = [str(name) for name, value in row.items() if value not in (None, "", [], {})]
+        names = [str(name) for name, value in record.items() if value not in (None, "", [], {})]
         raise Unusable("no messages", _no_conversation(names))
     messages = [parse_message(entry, at, roles, unknown, prompts) for at, entry in enumerate(value)]
-    system = next((row[name] for name in SYSTEM_COLUMNS if row.get(name) is not None), None)
+    system = next((record[name] for name in SYSTEM_COLUMNS if record.get(name) is not None), None)
     if not isinstance(system, str | None):
         raise Unusable("no text", f"has `system` that is no text ({type(system).__name__})")
     if system and system.strip() and messages[0]["role"] != "system":
@@ -231,26 +231,27 @@ def _messages(row: dict, roles: dict[str, str], unknown: set[str], prompts: bool
     return messages
 
 
-def _chat(row: dict, prompts: bool) -> list | None:
-    """Return the messages of a row, not parsed; None for a row of no known form."""
+def _chat(record: dict, prompts: bool) -> list | None:
+    """Return the messages of a record, not parsed; None for a record of no known form."""
     for name in CHAT_COLUMNS:
-        if row.get(name):
-            return _as_list(row[name], name)
-    if isinstance(row.get("data"), list) and row["data"] and all(isinstance(text, str) for text in row["data"]):
-        return [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(row["data"])]
-    pairs = [pair for pair in PAIR_COLUMNS if row.get(pair[0]) and (prompts or row.get(pair[2]))]
+        if record.get(name):
+            return _as_list(record[name], name)
+    texts = record.get("data")
+    if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
+        return [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(texts)]
+    pairs = [pair for pair in PAIR_COLUMNS if record.get(pair[0]) and (prompts or record.get(pair[2]))]
     if not pairs:
         return None
     question_column, context_column, reply_column = max(
-        pairs, key=lambda pair: 2 if row.get(pair[2]) else bool(pair[1] and row.get(pair[1]))
+        pairs, key=lambda pair: 2 if record.get(pair[2]) else bool(pair[1] and record.get(pair[1]))
     )
-    question = _as_messages(row[question_column], "user", question_column)
-    if context_column and row.get(context_column):
-        if not isinstance(row[question_column], str) or not isinstance(row[context_column], str):
+    question = _as_messages(record[question_column], "user", question_column)
+    if context_column and record.get(context_column):
+        if not isinstance(record[question_column], str) or not isinstance(record[context_column], str):
             raise Unusable("no text", f"has `{question_column}` and `{context_column}` that are not both text")
-        question = _as_messages(f"{row[question_column]}\n{row[context_column]}", "user", question_column)
-    reply = _as_messages(row[reply_column], "assistant", reply_column) if row.get(reply_column) else []
-    return [*_history(row), *question, *reply]
+        question = _as_messages(f"{record[question_column]}\n{record[context_column]}", "user", question_column)
+    reply = _as_messages(record[reply_column], "assistant", reply_column) if record.get(reply_column) else []
+    return [*_history(record), *question, *reply]
 
 
 def _as_list(value: object, name: str) -> list:
@@ -280,9 +281,9 @@ def _as_messages(value: object, role: str, name: str) -> list:
     return _as_list([value] if isinstance(value, dict) and "content" in value else value, name)
 
 
-def _history(row: dict) -> list:
-    """Return the `history` of an Alpaca row, pairs of question and reply, as messages."""
-    history = row.get("history") or []
+def _history(record: dict) -> list:
+    """Return the `history` of an Alpaca record, pairs of question and reply, as messages."""
+    history = record.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise Unusable("no messages", "has `history` that is no list of pairs, a question and its reply")
     roles = ("user", "assistant")
@@ -302,7 +303,7 @@ def columns_refusal(columns: list[str], prompts: bool = False) -> str:
 
 
 def _no_conversation(names: list[str]) -> str:
-    """Return the error message for a row of no known form: what columns it has, and what to do."""
+    """Return the error message for a record of no known form: what columns it has, and what to do."""
     found = f"columns {', '.join(names)[:160]}" if names else "nothing in any column"
     if {"chosen", "rejected"} <= {*names}:
         what = "two replies to choose from; write the one that the target would give as `messages`"

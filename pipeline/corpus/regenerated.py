@@ -1,6 +1,6 @@
-"""The record of a regenerated row: which target wrote its replies, and with which settings.
+"""Which target wrote the replies of a regenerated record, and with which settings.
 
-`pipeline regenerate` writes it into every row, `cache-hidden` checks it: a corpus made in another mode or by another
+`pipeline regenerate` writes it into every record, `cache-hidden` checks it: a corpus made in another mode or by another
 model teaches a draft what this target would not generate.
 """
 
@@ -17,7 +17,7 @@ UNCHECKED = "or remove `regenerated` from its rows to take them as anybody's rep
 
 
 class Regenerated(BaseModel):
-    """The model that wrote a row's replies, and its settings.
+    """The model that wrote a record's replies, and its settings.
 
     model: the server's name for it, or the target's folder. target, tokenizer, chat_template: digests of its files,
     None where no files were named. template_kwargs: the chat template's arguments, such as the thinking mode.
@@ -42,7 +42,7 @@ class Regenerated(BaseModel):
 
 
 def read_regenerated(record: object) -> Regenerated:
-    """Return the record of a row. DataError when it is of another version or holds something else."""
+    """Return the `regenerated` of a record. DataError when it is of another version or holds something else."""
     version = record.get("version") if isinstance(record, dict) else None
     if version != VERSION:
         raise DataError(
@@ -62,7 +62,7 @@ def check_regenerated(
 ) -> None:
     """Raise UsageError for replies of another target, or of this one in another mode; the message has both values.
 
-    record: the row's `regenerated`. identity: the cache's, with `target` and `tokenizer`. template_kwargs,
+    record: the record's `regenerated`. identity: the cache's, with `target` and `tokenizer`. template_kwargs,
     template_date: what the capture gives the chat template (date None: any). DataError for an unreadable record.
     """
     made = read_regenerated(record)

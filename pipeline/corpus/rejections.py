@@ -1,9 +1,10 @@
-"""Counts of a corpus's rows and turns, used and left out by reason, and the checks that a sample has to pass.
+"""Counts of a corpus's records and turns, used and left out by reason, and the checks that a sample has to pass.
 
 T tokens of a sample
 """
 
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,13 +12,13 @@ import numpy as np
 from pipeline.errors import DataError
 from pipeline.visible_text import visible
 
-REFUSED_SHARE = 0.1  # of the rows; a corpus with more rejected rows is refused
+REFUSED_SHARE = 0.1  # of the records; a corpus with more rejected records is refused
 EXAMPLES = 3  # stored for each reason
 HARMLESS = ("no prompt", "empty reply")  # unproven turns that are context only and do not count against a corpus
 
 
 class Unusable(Exception):
-    """Raised for a row that cannot be used. `reason`: the category it is counted under, `detail`: for people."""
+    """Raised for a record that cannot be used. `reason`: the category it is counted under, `detail`: for people."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)
@@ -26,21 +27,21 @@ class Unusable(Exception):
 
 @dataclass
 class Tally:
-    """Counts over the rows of a corpus: what was read, what was left out by reason, with some examples of each."""
+    """Counts over the records of a corpus: what was read, what was left out by reason, with some examples of each."""
 
-    rows: int = 0
+    records: int = 0
     truncated: int = 0
     turns: int = 0  # supervised, in all samples
     last_turns: int = 0  # of these, in the samples of last turns
-    unproven: dict[str, int] = field(default_factory=dict)  # turns left unsupervised, by reason
+    unproven: Counter[str] = field(default_factory=Counter)  # turns left unsupervised, by reason
     kinds: dict[str, dict] = field(default_factory=dict)  # by kind of turn: how many, and the first one's file:line
-    rejected: dict[str, int] = field(default_factory=dict)
+    rejected: Counter[str] = field(default_factory=Counter)
     too_short: int = 0  # samples with nothing to learn within max_length; not rejected
     examples: dict[str, list[str]] = field(default_factory=dict)
-    unknown_keys: dict[str, tuple[int, str]] = field(default_factory=dict)  # of messages: rows, first file:line
+    unknown_keys: dict[str, tuple[int, str]] = field(default_factory=dict)  # of messages: records, first file:line
 
     def reject(self, reason: str, example: str) -> None:
-        self.rejected[reason] = self.rejected.get(reason, 0) + 1
+        self.rejected[reason] += 1
         self.add_example(reason, example)
 
     def add_example(self, reason: str, example: str) -> None:
@@ -49,16 +50,16 @@ class Tally:
             shown.append(visible(example))
 
     def add_unknown_key(self, key: str, where: str) -> None:
-        """Count a row that has this unknown key in its messages."""
+        """Count a record that has this unknown key in its messages."""
         count, first = self.unknown_keys.get(key, (0, where))
         self.unknown_keys[key] = count + 1, first
 
     def count_turns(self, turns: int, last: int, unproven: list[tuple[str, str]]) -> None:
-        """Count a row's supervised turns, those in its last turn's sample, and unproven ones: (reason, example)."""
+        """Count a record's supervised turns, those in its last turn's sample, and unproven ones: (reason, example)."""
         self.turns += turns
         self.last_turns += last
         for reason, example in unproven:
-            self.unproven[reason] = self.unproven.get(reason, 0) + 1
+            self.unproven[reason] += 1
             self.add_example(reason, example)
 
     def count_turn_kinds(self, kinds: tuple[str, ...], file: str, line: int) -> None:
@@ -71,7 +72,7 @@ class Tally:
         unknown_keys = {key: count for key, (count, _) in sorted(self.unknown_keys.items())}
         return {
             **({"unknown_keys": unknown_keys} if unknown_keys else {}),
-            "rows": self.rows,
+            "rows": self.records,
             "truncated": self.truncated,
             "supervised_turns": self.turns,
             "rewritten_turns": self.turns - self.last_turns,
@@ -83,27 +84,27 @@ class Tally:
         }
 
     def check_usable(self, corpus: str, usable: int) -> None:
-        """Raise DataError for a corpus with no usable sample, or with too many rejected rows or unproven turns."""
+        """Raise DataError for a corpus with no usable sample, or with too many rejected records or unproven turns."""
         rejected = sum(self.rejected.values())
         shown = "; ".join(example for examples in self.examples.values() for example in examples[:1])
         if not usable:
             why = shown or "it is empty"
-            raise DataError(f"{corpus}: no usable sample in {self.rows} rows ({why}); name another corpus")
+            raise DataError(f"{corpus}: no usable sample in {self.records} rows ({why}); name another corpus")
         unproven = sum(count for reason, count in self.unproven.items() if reason not in HARMLESS)
         if unproven > REFUSED_SHARE * (self.turns + unproven):
             raise DataError(
                 f"{corpus}: {unproven} of {self.turns + unproven} turns do not prove to be what the target would write "
                 f"behind an engine's prompt, at most {REFUSED_SHARE:.0%} are let go ({shown}); repair or remove them"
             )
-        if rejected > REFUSED_SHARE * self.rows:
+        if rejected > REFUSED_SHARE * self.records:
             raise DataError(
-                f"{corpus}: {rejected} of {self.rows} rows cannot be used, at most {REFUSED_SHARE:.0%} are let go "
+                f"{corpus}: {rejected} of {self.records} rows cannot be used, at most {REFUSED_SHARE:.0%} are let go "
                 f"({shown}); repair or remove them"
             )
 
 
 def report_unknown_keys(tally: Tally) -> None:
-    """Print to stderr which unknown keys of messages were ignored, in how many rows and where first."""
+    """Print to stderr which unknown keys of messages were ignored, in how many records and where first."""
     for key, (count, first) in sorted(tally.unknown_keys.items()):
         count_text = f"`{visible(key)}`: {count:,} rows, the first {visible(first)}"
         print(f"a key of messages that no template is shown, {count_text}", file=sys.stderr)

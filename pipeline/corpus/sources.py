@@ -1,7 +1,7 @@
 """The sources of a corpus: a file, a folder of files, a saved data set, or a data set of the hub.
 
 File names are in `file_formats.SUFFIXES`, forms of records in `record_formats.py` and `messages.py`. Hidden files and
-folders are not read, and what is skipped is reported. Rows are streamed, so a corpus may be larger than memory.
+folders are not read, and what is skipped is reported. Records are streamed, so a corpus may be larger than memory.
 """
 
 import json
@@ -15,13 +15,13 @@ from pathlib import Path, PurePath
 from pipeline.cache.manifest import FileFact
 from pipeline.corpus.file_formats import SUFFIXES, Chunk, read_chunks, without_nulls
 from pipeline.corpus.messages import ROLES
-from pipeline.corpus.record_formats import Conversation, RejectedRow, parse_row, split_of
+from pipeline.corpus.record_formats import Conversation, RejectedRecord, parse_record, split_of
 from pipeline.errors import DataError, UsageError, first_line
 from pipeline.visible_text import visible
 
-METADATA_FILES = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # no rows in these
+METADATA_FILES = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # no records in these
 SHOWN = 3  # names reported of each kind of skipped file
-Row = Conversation | RejectedRow
+Record = Conversation | RejectedRecord
 _PART = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\..+")  # train-00000-of-00004.parquet, the hub's naming
 
 
@@ -153,31 +153,33 @@ def parse_roles(text: str | None) -> dict[str, str]:
 
 
 def corpus_chunks(corpus: str, files: list[Path], *, prompts: bool = False) -> Iterator[Chunk]:
-    """Yield the rows of the files in order, unparsed, in chunks."""
+    """Yield the records of the files in order, unparsed, in chunks."""
     return chain.from_iterable(
         read_chunks(file, relative_name(corpus, file), file_split(corpus, file), prompts=prompts) for file in files
     )
 
 
-def chunk_rows(chunk: Chunk, roles: dict[str, str] | None = None, prompts: bool = False) -> Iterator[Row]:
-    """Yield the rows of a chunk, parsed."""
-    for line, row in chunk.rows():
-        yield parse_row(row, chunk.file, line, split=chunk.split, roles=roles, prompts=prompts)
+def chunk_records(chunk: Chunk, roles: dict[str, str] | None = None, prompts: bool = False) -> Iterator[Record]:
+    """Yield the records of a chunk, parsed."""
+    for line, record in chunk.records():
+        yield parse_record(record, chunk.file, line, split=chunk.split, roles=roles, prompts=prompts)
 
 
-def read_rows(
+def read_records(
     corpus: str, files: list[Path], roles: dict[str, str] | None = None, prompts: bool = False
-) -> Iterator[Row]:
-    """Yield every row of the files, in order. roles: see `parse_roles`. prompts: replies are not read."""
+) -> Iterator[Record]:
+    """Yield every record of the files, in order. roles: see `parse_roles`. prompts: replies are not read."""
     chunks = corpus_chunks(corpus, files, prompts=prompts)
-    return chain.from_iterable(chunk_rows(chunk, roles, prompts) for chunk in chunks)
+    return chain.from_iterable(chunk_records(chunk, roles, prompts) for chunk in chunks)
 
 
-def hub_dataset(corpus: str, roles: dict[str, str] | None = None, prompts: bool = False) -> tuple[Iterator[Row], dict]:
-    """Return the rows of a hub data set, streamed, and its source entry (name, revision).
+def hub_dataset(
+    corpus: str, roles: dict[str, str] | None = None, prompts: bool = False
+) -> tuple[Iterator[Record], dict]:
+    """Return the records of a hub data set, streamed, and its source entry (name, revision).
 
     Its train splits come first, then those that are held out; a split by another name is skipped unless there is no
-    other. Raises UsageError when there is no such data set; the rows raise DataError when they end early.
+    other. Raises UsageError when there is no such data set; the records raise DataError when they end early.
     """
     from datasets import load_dataset
     from huggingface_hub import HfApi
@@ -190,29 +192,29 @@ def hub_dataset(corpus: str, roles: dict[str, str] | None = None, prompts: bool 
             f"{corpus}: no such file or folder here, and the hub gave no such data set ({first_line(error)}); "
             "check the name and the network, or pass --corpus with a file of conversations"
         ) from error
-    return split_rows(corpus, splits, roles, prompts), {"dataset": corpus, "revision": revision}
+    return split_records(corpus, splits, roles, prompts), {"dataset": corpus, "revision": revision}
 
 
-def split_rows(
+def split_records(
     corpus: str, splits: dict[str, Iterable[dict]], roles: dict[str, str] | None = None, prompts: bool = False
-) -> Iterator[Row]:
-    """Yield the rows of a data set's splits, by name: train first, then heldout."""
+) -> Iterator[Record]:
+    """Yield the records of a data set's splits, by name: train first, then heldout."""
     kinds = {name: split_of(name) for name in splits}
     chosen = sorted((name for name in splits if kinds[name]), key=lambda name: (kinds[name] != "train", name))
     for name in chosen or sorted(splits):
         alone = len(splits) == 1
         split = "" if alone and kinds[name] == "train" else kinds[name] or ""
-        yield from hub_rows(corpus if alone else f"{corpus}/{name}", splits[name], split, roles, prompts)
+        yield from hub_records(corpus if alone else f"{corpus}/{name}", splits[name], split, roles, prompts)
 
 
-def hub_rows(
-    corpus: str, rows: Iterable[dict], split: str = "", roles: dict[str, str] | None = None, prompts: bool = False
-) -> Iterator[Row]:
-    """Yield the rows of a hub stream. DataError when the hub stops sending, or sends something that is no row."""
+def hub_records(
+    corpus: str, records: Iterable[dict], split: str = "", roles: dict[str, str] | None = None, prompts: bool = False
+) -> Iterator[Record]:
+    """Yield the records of a hub stream. DataError when the hub stops sending, or sends something that is no record."""
     line = 0
     try:
-        for line, row in enumerate(rows, 1):
-            yield parse_row(without_nulls(row), corpus, line, split=split, roles=roles, prompts=prompts)
+        for line, record in enumerate(records, 1):
+            yield parse_record(without_nulls(record), corpus, line, split=split, roles=roles, prompts=prompts)
     except _hub_errors() as error:
         raise DataError(
             f"{corpus}: the hub's rows end after {line:,} ({first_line(error)}); run the same command again, or "

@@ -27,7 +27,6 @@ from pipeline.cache.samples import ShardPlan
 from pipeline.errors import UsageError
 from pipeline.runs.training_data import HELDOUT, splitmix64
 from pipeline.target.files import CONFIG, tokenizer_files
-from stages.cache_hidden.plan_report import head_bytes
 from stages.cache_hidden.settings import CaptureOptions, CaptureSettings, size_bytes
 
 FORMAT_SHARE = 0.005  # overhead as a share of a column: checksums, indices, the zeros after its last chunk
@@ -158,7 +157,7 @@ def fixed_bytes(settings: CaptureSettings, columns: Sequence[ColumnSpec], rows: 
     """Return the bytes of a cache that do not depend on the samples: the target's files, each shard's overhead."""
     shards = max(MIN_SHARDS, -(-rows * settings.row_bytes // SHARD_BYTES))
     beside = sum(path.stat().st_size for path in (settings.folder / CONFIG, *tokenizer_files(settings.folder)))
-    return head_bytes(settings) + beside + shards * (len(columns) + 1) * COLUMN_BYTES
+    return settings.head_bytes + beside + shards * (len(columns) + 1) * COLUMN_BYTES
 
 
 def sample_chooser(settings: CaptureSettings, options: CaptureOptions) -> SampleChooser | None:
@@ -255,9 +254,8 @@ def drop_unread_columns(
             f"columns: final only beside supervised tokens, {int(corpus.final_rows.sum()):,} of "
             f"{int(corpus.rows.sum()):,} rows; nothing reads the others, but {why}"
         )
-    return tuple(
-        columns
-    ), f"columns: all stay; every layer is read by {named}; final, since {why} (--final none leaves it out)"
+    step = f"columns: all stay; every layer is read by {named}; final, since {why} (--final none leaves it out)"
+    return tuple(columns), step
 
 
 def codec_step(codec: str, sizes: dict[str, int], request: BudgetRequest) -> str:

@@ -88,4 +88,4 @@ ENGINES: dict[str, Callable[[CaptureSettings, PreTrainedModel], Engine]] = {
 
 def make_engine(settings: CaptureSettings, target: PreTrainedModel) -> Engine:
     """Return the engine that the settings name. target: the loaded Hugging Face model, which the probe asks."""
-    return ENGINES[settings.engine](settings, target)
+    return ENGINES[settings.identity.capture.engine](settings, target)

@@ -227,12 +227,10 @@ def load_or_make_calibrations(
     step = max(1, STATES_BYTES // (TOKENS * max((spec.row_bytes for spec in todo), default=1)))
     for first in range(0, len(todo), step):
         group = todo[first : first + step]
-        for name, states_RD in _calibration_states(
-            engine, _calibration_shard(catalog.plan), group, batch_tokens
-        ).items():
-            codec = next(spec.codec for spec in group if spec.name == name)
-            made = checked_calibration(name, codec, states_RD, engine.device)
-            by_column[name] = store_calibration(catalog, name, made, len(states_RD))
+        states = _calibration_states(engine, _calibration_shard(catalog.plan), group, batch_tokens)
+        for spec in group:
+            made = checked_calibration(spec.name, spec.codec, states[spec.name], engine.device)
+            by_column[spec.name] = store_calibration(catalog, spec.name, made, len(states[spec.name]))
     return by_column
 
 

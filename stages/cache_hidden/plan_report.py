@@ -15,9 +15,8 @@ from pipeline.cache.layout import layer_of
 from pipeline.cache.plan import Plan
 from pipeline.cache.samples import ShardPlan, to_numpy
 from pipeline.cache.schema import ColumnManifest
-from pipeline.errors import UsageError
 from pipeline.runs.training_data import cache_hidden_command
-from pipeline.target.files import read_json, read_text_config
+from stages.cache_hidden.make_plan import missing_columns
 from stages.cache_hidden.settings import CaptureOptions, CaptureSettings
 
 # Options that the capture's command repeats as they were given.
@@ -25,31 +24,6 @@ AS_GIVEN = ("turns", "template_kwargs", "template_date", "max_length", "max_samp
 AS_GIVEN += ("device", "dtype", "revision")
 SHOWN_CHARACTERS = 240  # of each supervised or unsupervised span of a sample that a plan shows
 Lost = Mapping[tuple[int, str], ColumnManifest | None]  # damaged (shard, column), its former manifest if known
-
-
-def missing_columns(catalog: Catalog, columns: tuple[ColumnSpec, ...]) -> Work:
-    """Return the shards that lack columns, and which. UsageError where one is stored with other rows or codec."""
-    work = catalog.missing(columns)
-    for shard in range(catalog.shards):
-        for spec in columns:
-            manifest = catalog.captured(shard, spec.name)
-            stored = manifest.spec if manifest else spec
-            if stored.keeps != spec.keeps:
-                raise UsageError(
-                    f"{catalog.path} holds {spec.name} on {stored.keeps} rows, this command asks for {spec.keeps}; "
-                    f"pass --final {stored.keeps}, or another --out"
-                )
-            if stored.codec != spec.codec:
-                raise UsageError(codec_mismatch(catalog.path, spec, stored.codec))
-    return work
-
-
-def codec_mismatch(out: Path, spec: ColumnSpec, current: str) -> str:
-    """Return the error message for a column that some shards store in another codec than the one asked for."""
-    remedy = f"`pipeline recode {out} --codec {spec.name}={spec.codec}` makes it so without the target"
-    if CODECS[current].lossy:
-        remedy = f"what {current} has rounded stays so: leave --codec out, or pass another --out"
-    return f"{out} holds {spec.name} in {current}, and {spec.codec} is asked for or in other shards; {remedy}"
 
 
 def column_bytes(shard: ShardPlan, spec: ColumnSpec) -> int:
@@ -83,7 +57,7 @@ def plan_report(catalog: Catalog, settings: CaptureSettings) -> dict:
     plan = catalog.plan
     notes, work = plan.notes, missing_columns(catalog, settings.columns)
     sizes = {spec.name: sum(column_bytes(shard, spec) for shard in plan.shards) for spec in settings.columns}
-    sizes["target"] = head_bytes(settings)
+    sizes["target"] = settings.head_bytes
     dropped = {**notes["faults"], **({"too short": notes["too_short"]} if notes["too_short"] else {})}
     need, free = work_bytes(work), free_bytes(catalog.path)
     return {
@@ -130,14 +104,14 @@ def turn_kind_examples(plan: Plan) -> dict[str, dict]:
     found = {}
     for kind, noted in plan.notes.get("kinds", {}).items():
         source, _, line = noted["first"].rpartition(":")
-        sample = next(_samples_of_row(plan, source, int(line)), None)
+        sample = next(_samples_of_record(plan, source, int(line)), None)
         shown = {"ids": sample[0].ids(sample[1]).tolist(), "mask": sample[0].mask(sample[1]).tolist()} if sample else {}
         found[kind] = {**noted, **shown}
     return found
 
 
-def _samples_of_row(plan: Plan, source: str, line: int) -> Iterator[tuple[ShardPlan, int]]:
-    """Yield the samples made from a corpus row, each as its shard and its number in it."""
+def _samples_of_record(plan: Plan, source: str, line: int) -> Iterator[tuple[ShardPlan, int]]:
+    """Yield the samples made from a record of the corpus, each as its shard and its number in it."""
     for shard in plan.shards:
         for row in np.flatnonzero(to_numpy(shard.batch.column("line")) == line):
             if shard.batch.column("source")[int(row)].as_py() == source:
@@ -165,13 +139,6 @@ def plan_samples(report: dict):
 def _count_values(plan: Plan, column: str) -> dict[str, int]:
     counts = Counter(text or "(none)" for shard in plan.shards for text in shard.text(column))
     return dict(sorted(counts.items()))
-
-
-def head_bytes(settings: CaptureSettings) -> int:
-    """Return the bytes of the target's embedding and LM head, which go into the cache."""
-    config, whole = read_text_config(settings.folder), read_json(settings.folder / "config.json")
-    tied = config.get("tie_word_embeddings", whole.get("tie_word_embeddings", False))
-    return config["vocab_size"] * settings.row_bytes // len(settings.columns) * (1 if tied else 2)
 
 
 def plan_table(report: dict):
@@ -233,10 +200,9 @@ def turn_rows(report: dict) -> list[tuple[str, str]]:
     for why, count in report["unproven_turns"].items():
         shown = "; ".join(report["examples"].get(why, []))
         rows.append((f"not supervised: {why}", f"{count:,} turns, such as {shown}"))
-    template_arguments = report["template"]["template_kwargs"] or {}  # None: planned by an earlier version
-    return rows + [("template", ", ".join(f"{key} = {value!r}" for key, value in template_arguments.items()))] * bool(
-        template_arguments
-    )
+    if arguments := report["template"]["template_kwargs"]:  # None: planned by an earlier version
+        rows.append(("template", ", ".join(f"{key} = {value!r}" for key, value in arguments.items())))
+    return rows
 
 
 def codec_table(report: dict):

@@ -84,16 +84,16 @@ def tool_call_forms(messages: list[dict]) -> list[list[dict]]:
             return message
         calls = message["tool_calls"]
         if text:
-            calls = [_with_arguments(call, json.dumps) for call in calls]
+            calls = [_with_json_arguments(call) for call in calls]
         return {**message, "content": message["content"] or empty, "tool_calls": calls}
 
     return [[form(message, empty, text) for message in messages] for text in (False, True) for empty in ("", None)]
 
 
-def _with_arguments(call: dict, change) -> dict:
-    function = call.get("function")
-    if isinstance(function, dict) and isinstance(function.get("arguments"), dict | list):
-        return {**call, "function": {**function, "arguments": change(function["arguments"], ensure_ascii=False)}}
+def _with_json_arguments(call: dict) -> dict:
+    arguments = call["function"]["arguments"]
+    if isinstance(arguments, dict | list):
+        return call_with(call, "arguments", json.dumps(arguments, ensure_ascii=False))
     return call
 
 
@@ -108,11 +108,9 @@ def turn_kind(messages: list[dict], at: int) -> str:
     return " ".join(words or ["reply"])
 
 
-def with_name_replaced(call: dict) -> dict:
-    """Return a tool call with the placeholder as its function's name."""
-    if isinstance(function := call.get("function"), dict):
-        return {**call, "function": {**function, "name": PLACEHOLDER}}
-    return {**call, "name": PLACEHOLDER}
+def call_with(call: dict, key: str, value: object) -> dict:
+    """Return a tool call, as `parse_message` gives it, with another name or other arguments."""
+    return {**call, "function": {**call["function"], key: value}}
 
 
 def check_texts_rendered(chat: RenderedChat, turns: Sequence[ProvenTurn]) -> None:
@@ -135,8 +133,8 @@ def _check_turn_rendered(chat: RenderedChat, proven: ProvenTurn, first: int) -> 
     """
     prompt, reply, turn = proven.prompt, proven.reply, chat.messages[proven.at]
     for tool in chat.tools or [] if not first else []:
-        for what, text in _tool_texts(tool):
-            _check_rendered(text, prompt, what, "the prompt")
+        function = tool.get("function") if isinstance(tool.get("function"), dict) else tool
+        _check_rendered(function.get("name"), prompt, f"tool {function.get('name')}", "the prompt")
     for at, message in enumerate(chat.messages[first : proven.at], first):
         _check_rendered(
             message["content"], prompt, f"the text of message {at} ({message['role']})", "the prompt", thought=True
@@ -175,7 +173,7 @@ def check_each_text_rendered(chat: RenderedChat, at: int, verified: set[tuple]) 
         calls = message.get("tool_calls") or []
         if len(calls) > 1:
             replaced = _render_with(
-                chat, at, number, {**message, "tool_calls": [with_name_replaced(call) for call in calls]}
+                chat, at, number, {**message, "tool_calls": [call_with(call, "name", PLACEHOLDER) for call in calls]}
             )
             if replaced is not None and replaced.count(PLACEHOLDER) < len(calls):
                 counts = f"of {len(calls)} tool calls of message {number}, the chat template shows "
@@ -195,7 +193,7 @@ def _render_with(chat: RenderedChat, at: int, number: int, message: dict) -> str
     try:
         return chat.render([*before, message, *after], prompt=number != at)
     except Unusable:
-        return None  # the template refuses the replaced message, which is no fault of the row's
+        return None  # the template refuses the replaced message, which is no fault of the record's
 
 
 def check_not_encoded_twice(messages: list[dict], text: str) -> None:
@@ -205,10 +203,9 @@ def check_not_encoded_twice(messages: list[dict], text: str) -> None:
     squeezed = SPACE.sub("", text)
     for message in messages:
         for call in message.get("tool_calls") or []:
-            function = call.get("function") if isinstance(call.get("function"), dict) else call
-            arguments = function.get("arguments")
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
             if isinstance(arguments, str) and SPACE.sub("", arguments) not in squeezed:
-                raise Unusable("lost text", f"the arguments of tool call {function.get('name')} are encoded twice")
+                raise Unusable("lost text", f"the arguments of tool call {name} are encoded twice")
 
 
 def _check_rendered(text: object, rendered: str, what: str, where: str, *, thought: bool = False) -> None:
@@ -239,22 +236,13 @@ def _after_thought(text: str) -> str:
     return re.split(r"</(?:\w+:)?think(?:ing)?>|\[/THINK\]|<channel\|>", text)[-1]
 
 
-def _tool_texts(tool: dict) -> Iterator[tuple[str, str]]:
-    """Yield (description, text) for each text of a tool that must be rendered: its name."""
-    function = tool.get("function") if isinstance(tool.get("function"), dict) else tool
-    if isinstance(function.get("name"), str):
-        yield f"tool {function['name']}", function["name"]
-
-
 def _call_texts(message: dict) -> Iterator[tuple[str, str]]:
     """Yield (description, text) for each text of a message's tool calls: names, and the texts in their arguments."""
     for call in message.get("tool_calls") or []:
-        function = call.get("function") if isinstance(call.get("function"), dict) else call
-        if isinstance(function.get("name"), str):
-            yield f"tool call {function['name']}", function["name"]
-        arguments = function.get("arguments")
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        yield f"tool call {name}", name
         for text in [arguments] if isinstance(arguments, str) else _texts_in(arguments):
-            yield f"an argument of tool call {function.get('name')}", text
+            yield f"an argument of tool call {name}", text
 
 
 def _texts_in(value: object) -> Iterator[str]:

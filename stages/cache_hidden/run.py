@@ -32,10 +32,10 @@ from pipeline.target.on_policy import OnPolicyStats
 from pipeline.target.weights import check_weights_if_recorded, weight_files
 from pipeline.visible_text import print_visible, visible
 from stages.cache_hidden.budget import plan_matches_budget, sample_chooser, within_budget
+from stages.cache_hidden.make_plan import make_plan, missing_columns
 from stages.cache_hidden.plan_report import (
     budget_steps,
     capture_command,
-    missing_columns,
     plan_report,
     plan_samples,
     plan_table,
@@ -50,6 +50,7 @@ from stages.cache_hidden.settings import (
     resolve_settings,
 )
 from stages.cache_hidden.shard_assignment import Worker, find_worker
+from stages.cache_hidden.worker_pool import start_fork_server
 
 __all__ = ["CaptureSummary", "plan", "plan_samples", "plan_table", "run"]
 
@@ -173,8 +174,6 @@ def _is_planned(corpus: str | None, catalog: Catalog, settings: CaptureSettings,
 
 def _make_plan(corpus: str | None, catalog: Catalog, settings: CaptureSettings, options: CaptureOptions) -> None:
     """Tokenise the corpus into the cache's plan, or into one more segment of it."""
-    from stages.cache_hidden.worker_pool import start_fork_server
-
     start_fork_server()
     out, name = catalog.path, corpus or default_corpus(settings.folder)
     from_hub = corpus is None and name == HUB_CORPUS
@@ -184,8 +183,6 @@ def _make_plan(corpus: str | None, catalog: Catalog, settings: CaptureSettings, 
             "and a draft learns the target's words: replies that the target wrote train a better one",
             file=sys.stderr,
         )
-    from stages.cache_hidden.make_plan import make_plan  # brings transformers
-
     capped = from_hub and options.max_samples is None
     spare_disk, budget = capped and options.budget is None, sample_chooser(settings, options)
     if budget and catalog.planned:

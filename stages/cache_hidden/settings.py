@@ -122,11 +122,6 @@ class CaptureSettings:
         return self.identity.samples.max_length
 
     @property
-    def engine(self) -> str:
-        """The name of the engine that computes the states, a key of `engine.ENGINES`."""
-        return self.identity.capture.engine
-
-    @property
     def batch_tokens(self) -> int:
         return self.identity.capture.batch_tokens
 
@@ -138,6 +133,13 @@ class CaptureSettings:
     def row_bytes(self) -> int:
         """Bytes of one token's row summed over all columns, before encoding."""
         return sum(spec.row_bytes for spec in self.columns)
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the target's embedding and LM head, which go into the cache."""
+        config, whole = read_text_config(self.folder), read_json(self.folder / "config.json")
+        tied = config.get("tie_word_embeddings", whole.get("tie_word_embeddings", False))
+        return config["vocab_size"] * self.row_bytes // len(self.columns) * (1 if tied else 2)
 
 
 def resolve_settings(model: str, catalog: Catalog, options: CaptureOptions) -> CaptureSettings:

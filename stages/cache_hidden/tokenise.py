@@ -9,7 +9,8 @@ say) get samples of their own.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 
@@ -41,15 +42,20 @@ class Sample:
 
 @dataclass
 class PreparedConversation:
-    """A conversation's samples, the one of its last turn first, and its unproven turns as (reason, detail).
+    """A conversation's samples, the one of its last turn first, and its unproven turns as (reason, detail)."""
 
-    turns: how many are supervised in all samples, last_turns: in the first one.
-    """
+    samples: list[Sample]
+    unproven: list[tuple[str, str]]
 
-    samples: list[Sample] = field(default_factory=list)
-    unproven: list[tuple[str, str]] = field(default_factory=list)
-    last_turns: int = 0
-    turns: int = 0
+    @property
+    def last_turns(self) -> int:
+        """How many turns the first sample supervises."""
+        return len(self.samples[0].kinds)
+
+    @property
+    def turns(self) -> int:
+        """How many turns all samples supervise."""
+        return sum(len(sample.kinds) for sample in self.samples)
 
 
 class SampleMaker:
@@ -58,37 +64,28 @@ class SampleMaker:
     def __init__(self, template: ChatTemplate):
         self.template, self.ends = template, TurnEnds(template)
         self._verified: set[tuple] = set()  # see `check_each_text_rendered`
-        self._last_form = 0  # the form of `tool_call_forms` that the last row with tool calls was rendered in
+        self._last_form = 0  # the form of `tool_call_forms` that the last record with tool calls was rendered in
 
     def prepare(self, conversations: Sequence[Conversation], max_length: int) -> list[PreparedConversation | Unusable]:
         """Return the samples of each conversation, or why it has none. Ids may be longer than `max_length`."""
-        found: list[PreparedConversation | Unusable] = []
-        texts, pending = [], []
+        found: list[_ProvenConversation | Unusable] = []
         for conversation in conversations:
             try:
-                proven = self._prove(conversation)
+                found.append(self._prove(conversation))
             except Unusable as fault:
                 found.append(fault)
-                continue
-            found.append(proven)
-            for group in proven.groups:
-                pending.append(group)
-                texts.append(group.turn.text + group.turn.suffix)
-        for entry, encoded in zip(
-            pending, encode_texts(self.template, texts, max_length) if texts else [], strict=True
-        ):
-            entry.encoded = encoded
-        return [entry if isinstance(entry, Unusable) else self._make_samples(entry, max_length) for entry in found]
+        groups = [group for proven in found if isinstance(proven, _ProvenConversation) for group in proven.groups]
+        texts = [group.turn.text + group.turn.suffix for group in groups]
+        for group, encoded in zip(groups, encode_texts(self.template, texts, max_length), strict=True):
+            group.encoded = encoded
+        return [proven if isinstance(proven, Unusable) else self._make_samples(proven, max_length) for proven in found]
 
     def _prove(self, conversation: Conversation) -> "_ProvenConversation":
         """Return the proven turns of a conversation and which share a sample. Raises Unusable when there is none."""
         if conversation.tokens is not None:
             return _ProvenConversation(conversation, None, [], [])
-        wanted = [
-            at
-            for at, message in enumerate(conversation.messages)
-            if message["role"] == "assistant" and message.get("supervise", True)
-        ]
+        roles = [message.get("supervise", True) and message["role"] for message in conversation.messages]
+        wanted = [at for at, role in enumerate(roles) if role == "assistant"]
         if not wanted:
             raise Unusable("not to be learned", "marks every reply as not to be learned")
         fault = None
@@ -128,22 +125,17 @@ class SampleMaker:
     def _make_samples(self, proven: "_ProvenConversation", max_length: int) -> PreparedConversation | Unusable:
         if proven.chat is None:
             ids, mask = proven.conversation.tokens
-            return PreparedConversation([Sample(np.array(ids, np.int32), np.array(mask, bool), ("tokens",))], [], 1, 1)
-        prepared, waiting = PreparedConversation(unproven=proven.unproven), list(proven.groups)
-        while waiting:
-            group = waiting.pop(0)
-            try:
+            return PreparedConversation([Sample(np.array(ids, np.int32), np.array(mask, bool), ("tokens",))], [])
+        prepared, waiting = PreparedConversation([], proven.unproven), list(proven.groups)
+        try:
+            for group in waiting:
                 sample, separate = self._make_sample(proven, group, max_length)
-            except Unusable as fault:
-                return fault
-            turns = len(sample.kinds)
-            prepared.last_turns = prepared.last_turns or turns
-            prepared.turns += turns
-            prepared.samples.append(sample)
-            waiting += [
-                _TurnGroup(turn, [], encode_texts(self.template, [turn.text + turn.suffix], max_length)[0])
-                for turn in separate
-            ]
+                prepared.samples.append(sample)
+                for turn in separate:
+                    encoded = encode_texts(self.template, [turn.text + turn.suffix], max_length)[0]
+                    waiting.append(_TurnGroup(turn, [], encoded))
+        except Unusable as fault:
+            return fault
         return prepared
 
     def _make_sample(
@@ -151,9 +143,8 @@ class SampleMaker:
     ) -> tuple[Sample, list[ProvenTurn]]:
         """Return a group as a sample, and its turns that need another one since a token crosses their boundary."""
         turn, encoded, message = group.turn, group.encoded, proven.chat.messages[group.turn.at]
-        kinds, separate, spans = [turn_kind(proven.chat.messages, turn.at)], [], []
-        start = encoded.prompt_boundary(len(turn.prompt))
-        ids = encoded.ids
+        kinds, separate = [turn_kind(proven.chat.messages, turn.at)], []
+        ids, start = encoded.ids, encoded.prompt_boundary(len(turn.prompt))
         if message.get("token_ids"):
             prompt_ids = encode_texts(self.template, [turn.prompt], max_length)[0].ids
             _check_prompt(self.template, prompt_ids, message.get("prompt_token_ids"), turn.at)
@@ -167,7 +158,7 @@ class SampleMaker:
             stop = encoded.boundary(len(turn.text))
             if stop is None:
                 raise Unusable("no end", f"message {turn.at}: a token goes on behind the end of the turn")
-        spans.append((start, stop))
+        spans = [(start, stop)]
         for other in group.earlier:
             span = encoded.prompt_boundary(len(other.prompt)), encoded.boundary(len(other.text))
             engine_ids = proven.chat.messages[other.at].get("token_ids")
@@ -177,7 +168,10 @@ class SampleMaker:
                 spans.append(span)
                 kinds.append(turn_kind(proven.chat.messages, other.at))
         ids_T = np.asarray(ids[: max_length + 1], np.int32)
-        return Sample(ids_T, mask_of(spans, len(ids_T)), tuple(kinds)), separate
+        mask_T = np.zeros(len(ids_T), bool)
+        for start, stop in spans:
+            mask_T[start:stop] = True
+        return Sample(ids_T, mask_T, tuple(kinds)), separate
 
 
 @dataclass
@@ -191,7 +185,7 @@ class _TurnGroup:
 
 @dataclass
 class _ProvenConversation:
-    """A conversation with its proven turns, grouped by sample. chat: None for a row that came as tokens."""
+    """A conversation with its proven turns, grouped by sample. chat: None for a record that came as tokens."""
 
     conversation: Conversation
     chat: RenderedChat | None
@@ -216,8 +210,7 @@ def _check_prompt(template: ChatTemplate, ours: np.ndarray, engine: list[int] | 
     ours = ours.tolist()
     if engine is None or ours == engine:
         return
-    first = next((k for k, (entry, other) in enumerate(zip(ours, engine, strict=False)) if entry != other), None)
-    first = min(len(ours), len(engine)) if first is None else first
+    first = next(k for k, (entry, other) in enumerate(zip_longest(ours, engine)) if entry != other)
     here, there = (template.tokenizer.decode(ids[max(0, first - 2) : first + 6]) for ids in (ours, engine))
     raise Unusable(
         "other prompt",
@@ -340,10 +333,8 @@ def encode_separately(
     The reply is encoded after an added token, since a tokenizer may put a space before the first word of a text.
     """
     prompt_ids = encode_texts(template, [prompt], max_length)[0].ids
-    last = next((found[0] for found in reversed(list(template.added_token_pattern.finditer(prompt)))), None)
-    if last is None:
-        return prompt_ids, encode_texts(template, [reply], max_length)[0].ids
-    return prompt_ids, encode_texts(template, [last + reply], max_length)[0].ids[1:]
+    last = template.added_token_pattern.findall(prompt)[-1:]
+    return prompt_ids, encode_texts(template, ["".join(last) + reply], max_length)[0].ids[len(last) :]
 
 
 def _encode_alone(template: ChatTemplate, text: str) -> list[int]:
@@ -354,11 +345,3 @@ def _encode_alone(template: ChatTemplate, text: str) -> list[int]:
             known.clear()
         known[text] = template.backend.encode(text, add_special_tokens=False).ids
     return known[text]
-
-
-def mask_of(spans: list[tuple[int, int]], count: int) -> np.ndarray:
-    """Return which of `count` tokens are in a span [start, stop), bool [T]."""
-    mask_T = np.zeros(count, bool)
-    for start, stop in spans:
-        mask_T[start:stop] = True
-    return mask_T

@@ -20,7 +20,7 @@ from stages.cache_hidden.rendered_chat import (
     THOUGHT,
     ProvenTurn,
     RenderedChat,
-    with_name_replaced,
+    call_with,
 )
 
 CLOSED_THOUGHT = re.compile(
@@ -44,7 +44,8 @@ def prove_turn(chat: RenderedChat, at: int, ends: "TurnEnds") -> ProvenTurn:
     if at == 0:
         raise Unproven("no prompt", "it begins with a reply, which nobody asked for")
     prompt, through = chat.prompt(at), chat.through(at)
-    _check_prompted(chat, at, prompt)
+    if chat.messages[at - 1]["role"] == "assistant" and prompt == chat.through(at - 1):
+        raise Unproven("no prompt", "it follows another reply, and the template asks for none between them")
     _check_thinking_mode(chat, at, prompt)
     if through.startswith(prompt):
         reply, suffix = ends.through_end(chat, at, through[len(prompt) :]), ""
@@ -142,14 +143,8 @@ def _with_first_text_replaced(message: dict) -> dict:
     if message.get("reasoning_content"):
         replaced["reasoning_content"] = PLACEHOLDER
     if message.get("tool_calls"):
-        replaced["tool_calls"] = [with_name_replaced(call) for call in message["tool_calls"]]
+        replaced["tool_calls"] = [call_with(call, "name", PLACEHOLDER) for call in message["tool_calls"]]
     return replaced
-
-
-def _check_prompted(chat: RenderedChat, at: int, prompt: str) -> None:
-    """Raise Unproven for a reply right after another one, where the template adds no generation prompt between them."""
-    if chat.messages[at - 1]["role"] == "assistant" and prompt == chat.through(at - 1):
-        raise Unproven("no prompt", "it follows another reply, and the template asks for none between them")
 
 
 def _check_thinking_mode(chat: RenderedChat, at: int, prompt: str) -> None:
@@ -205,9 +200,8 @@ class TurnEnds:
     def through_end(self, chat: RenderedChat, at: int, reply: str) -> str:
         """Return a rendered turn cut after the token that ends it. Raises Unproven where none does."""
         tail, end = self._lookup(chat, at)
-        if reply.endswith(tail):
-            return reply[: len(reply) - len(tail)] + end
-        tail, end = self._find(chat, at)
+        if not reply.endswith(tail):
+            tail, end = self._find(chat, at)
         if not reply.endswith(tail):  # closing brackets of a tool call depend on its arguments, its end token does not
             token = [found[0] for found in self.template.added_token_pattern.finditer(end)][-1:]
             added = len(tail) - len(end)
@@ -312,16 +306,9 @@ def _with_last_text_replaced(message: dict) -> dict:
     calls = message.get("tool_calls")
     if not calls:
         return {**message, "content": PLACEHOLDER}
-    last = calls[-1]
-    if isinstance(function := last.get("function"), dict):
-        last = {**last, "function": {**function, "arguments": _placeholder_arguments(function.get("arguments"))}}
-    else:
-        last = {**last, "arguments": _placeholder_arguments(last.get("arguments"))}
-    return {**message, "tool_calls": [*calls[:-1], last]}
-
-
-def _placeholder_arguments(arguments: object) -> object:
-    return f'{{"value": "{PLACEHOLDER}"}}' if isinstance(arguments, str) else {"value": PLACEHOLDER}
+    text = isinstance(calls[-1]["function"]["arguments"], str)
+    arguments = f'{{"value": "{PLACEHOLDER}"}}' if text else {"value": PLACEHOLDER}
+    return {**message, "tool_calls": [*calls[:-1], call_with(calls[-1], "arguments", arguments)]}
 
 
 def _next_messages(turn: dict) -> list[dict]:
@@ -329,11 +316,10 @@ def _next_messages(turn: dict) -> list[dict]:
     calls = turn.get("tool_calls")
     if not calls:
         return [{"role": "user", "content": "next"}]
-    found = []
-    for call in calls:
-        function = call.get("function") if isinstance(call.get("function"), dict) else call
-        found.append({"role": "tool", "tool_call_id": call.get("id"), "name": function.get("name"), "content": "next"})
-    return found
+    return [
+        {"role": "tool", "tool_call_id": call.get("id"), "name": call["function"]["name"], "content": "next"}
+        for call in calls
+    ]
 
 
 def common_prefix(first: str, second: str) -> str:

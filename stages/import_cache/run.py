@@ -177,7 +177,7 @@ def make_plan(catalog: Catalog, job: ImportJob, identity: dict, vocab_size: int)
     def planned_samples() -> Iterator[PlannedSample]:
         usable, reported_at = 0, time.monotonic()
         for number, (file, line) in enumerate(source.locations):
-            tally.rows += 1
+            tally.records += 1
             sample = job.check(source.open(file, line))
             planned = plan_sample(sample, file, line, vocab_size, tally)
             if planned:

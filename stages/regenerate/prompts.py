@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
-from pipeline.corpus.record_formats import Conversation, RejectedRow
+from pipeline.corpus.record_formats import Conversation, RejectedRecord
 from pipeline.corpus.rejections import Tally, Unusable
-from pipeline.corpus.sources import corpus_files, hub_dataset, parse_roles, read_rows
+from pipeline.corpus.sources import corpus_files, hub_dataset, parse_roles, read_records
 from pipeline.errors import UsageError
 from pipeline.target.files import TEMPLATE_DATE
 from stages.regenerate.replies import Reply
@@ -109,12 +109,12 @@ def read_prompts(corpus: str, tally: Tally | None = None, roles: str | None = No
     seen: Counter[str] = Counter()
     tally = Tally() if tally is None else tally
     files, known = corpus_files(corpus), parse_roles(roles)
-    rows = read_rows(corpus, files, known, prompts=True) if files else hub_dataset(corpus, known, prompts=True)[0]
+    rows = read_records(corpus, files, known, prompts=True) if files else hub_dataset(corpus, known, prompts=True)[0]
     for row in rows:
-        tally.rows += 1
+        tally.records += 1
         location = f"{row.file}:{row.line}"
         try:
-            if isinstance(row, RejectedRow):
+            if isinstance(row, RejectedRecord):
                 raise Unusable(row.reason, row.detail)
             for key in row.unknown:
                 tally.add_unknown_key(key, location)

@@ -39,7 +39,7 @@ def run(options: Options) -> dict:
     options.check()
     tally = Tally()
     prompts = sum(len(row.segments) for row in _rows(options, tally))
-    usable = tally.rows - sum(tally.rejected.values())
+    usable = tally.records - sum(tally.rejected.values())
     tally.check_usable(options.corpus, usable)
     report_unknown_keys(tally)
     report_skipped_files(options.corpus)
@@ -244,7 +244,7 @@ class ReplyCounts:
         replies = self.stops.total()
         share = {"cut": self.stops[CUT] / replies, "empty": self.empty / replies} if replies else {}
         return {
-            "rows": {"read": tally.rows, "usable": prompts, "written": rows, "left_out": tally.as_notes()["faults"]},
+            "rows": {"read": tally.records, "usable": prompts, "written": rows, "left_out": tally.as_notes()["faults"]},
             "examples": tally.as_notes()["examples"],
             "cut_at_a_tool": tally.truncated,
             "replies": {"all": replies, "asked_now": self.asked, "kept": self.from_earlier_runs},

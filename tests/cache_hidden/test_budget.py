@@ -26,7 +26,8 @@ from pipeline.drafts import DFlash
 from pipeline.errors import UsageError
 from stages.cache_hidden.budget import SampleSizes, choose_samples, drop_unread_columns
 from stages.cache_hidden.capture import Speed, disk_speed, evenly_spaced_batches
-from stages.cache_hidden.plan_report import codec_text, missing_columns, time_text
+from stages.cache_hidden.make_plan import missing_columns
+from stages.cache_hidden.plan_report import codec_text, time_text
 from stages.cache_hidden.run import plan, plan_table, run
 from stages.cache_hidden.settings import CaptureOptions, resolve_settings, size_bytes
 

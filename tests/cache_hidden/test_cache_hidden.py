@@ -25,7 +25,7 @@ from pipeline.cache.plan import load_plan
 from pipeline.cache.plan_writer import micro_batches
 from pipeline.cache.schema import GaugeFacts
 from pipeline.cache.verify import verify
-from pipeline.corpus.sources import parse_row
+from pipeline.corpus.sources import parse_record
 from pipeline.errors import DataError, RoomError, UsageError
 from pipeline.target.head import TargetHead
 from pipeline.target.layers import final_rows
@@ -600,7 +600,7 @@ def test_a_trial_of_few_samples_is_not_taken_for_the_whole(capture, tiny_corpus)
 @pytest.mark.parametrize("named", [True, False])
 def test_only_the_default_data_set_is_capped(tiny_target, tmp_path, monkeypatch, named):
     """The hub cannot be reached from a test, so its rows come from here."""
-    rows = [parse_row(row, HUB_CORPUS, line) for line, row in enumerate(conversations(), 1)]
+    rows = [parse_record(row, HUB_CORPUS, line) for line, row in enumerate(conversations(), 1)]
     source = {"dataset": HUB_CORPUS, "revision": "1"}
     monkeypatch.setattr("stages.cache_hidden.make_plan.hub_dataset", lambda corpus, roles: (iter(rows), source))
     monkeypatch.setattr("stages.cache_hidden.run.HUB_SAMPLES", 5)

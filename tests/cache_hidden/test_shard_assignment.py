@@ -16,7 +16,7 @@ from cache_maker import contents as all_files
 from kill_capture import contents
 
 import pipeline.cache.atomic as disk
-import stages.cache_hidden.make_plan as planning
+import stages.cache_hidden.run as planning
 from pipeline.cache.atomic import process_lock
 from pipeline.cache.plan import load_plan
 from pipeline.errors import UsageError

@@ -16,10 +16,10 @@ from templates import prepared_here
 from tiny import CHAT_TEMPLATE, config, conversations, tokenizer, write_jsonl
 
 from pipeline.corpus.rejections import Tally
-from pipeline.corpus.sources import corpus_chunks, read_rows
+from pipeline.corpus.sources import corpus_chunks, read_records
 from pipeline.errors import DataError, UsageError
 from stages.cache_hidden import worker_pool as pool
-from stages.cache_hidden.prepare_rows import Job, samples_of
+from stages.cache_hidden.prepare_records import Job, samples_of
 from stages.cache_hidden.worker_pool import WorkerPool
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +61,7 @@ def test_any_number_of_workers_gives_the_same_in_the_corpuss_order(job, tmp_path
 
 def test_a_sample_travels_unchanged(job, tmp_path):
     corpus, made = write_jsonl(tmp_path / "a.jsonl", conversations(40)), job()
-    here = list(prepared_here(read_rows(str(corpus), [corpus]), made.folder, 512, Tally(), 264))
+    here = list(prepared_here(read_records(str(corpus), [corpus]), made.folder, 512, Tally(), 264))
     there = [sample for outcome in outcomes(made, corpus) for sample in samples_of(outcome, Tally())]
     for one, other in zip(here, there, strict=True):
         assert np.array_equal(one.ids, other.ids) and np.array_equal(one.mask, other.mask)
@@ -94,7 +94,7 @@ LOUD = "{%- set m = messages[0]['content'] -%}" + HOSTILE + CHAT_TEMPLATE
 def test_a_rendering_that_fails_hangs_or_grows_costs_its_row(job, tmp_path, kinds, reason, says):
     fine = ["fine"] * 9
     corpus = write_jsonl(tmp_path / "a.jsonl", asks(*fine, *kinds, *fine))
-    bounds = {"row_seconds": 1.0, "row_bytes": (1 << 28) - (1 << 25)}
+    bounds = {"record_seconds": 1.0, "record_bytes": (1 << 28) - (1 << 25)}
     made = outcomes(job(LOUD, **bounds), corpus)
     faulty = [outcome for outcome in made if outcome.rejected]
     assert [(outcome.file, outcome.line) for outcome in faulty] == [("a.jsonl", 10 + at) for at in range(len(kinds))]
@@ -107,7 +107,7 @@ def test_what_ends_a_worker_is_a_fault_of_its_row(job, tmp_path):
     """A row of which the system lets nothing be caught: there is less address space than its rendering takes."""
     question = "x" * 30_000_000
     corpus = write_jsonl(tmp_path / "a.jsonl", asks("fine", question, "fine"))
-    made = outcomes(job(row_bytes=1 << 26), corpus)
+    made = outcomes(job(record_bytes=1 << 26), corpus)
     assert [bool(outcome.rejected) for outcome in made] == [False, True, False]
 
 
@@ -127,7 +127,7 @@ def test_a_template_that_ends_every_worker_ends_the_plan(job, tmp_path):
     with pytest.raises(
         DataError, match=r"17 of the first 40 rows cannot be prepared, such as a\.jsonl:\d+ \(takes more"
     ):
-        outcomes(job(LOUD, row_seconds=0.05), corpus)
+        outcomes(job(LOUD, record_seconds=0.05), corpus)
 
 
 def test_a_template_that_is_no_jinja_is_refused_in_one_line(job, tmp_path):
@@ -148,7 +148,7 @@ def test_a_plan_may_stop_at_any_sample_and_leaves_no_worker(job, tmp_path):
 def test_a_fork_server_that_has_ended_is_replaced(job, tmp_path):
     corpus, made = write_jsonl(tmp_path / "a.jsonl", conversations(20)), job()
     first = outcomes(made, corpus)
-    pool._idle[-1][1].process.kill()
+    pool._idle[-1].process.kill()
     assert outcomes(made, corpus) == first
 
 
@@ -156,7 +156,7 @@ def test_a_fork_server_whose_client_left_before_the_answer_ends_silently(job):
     ours, theirs = socket.socketpair()
     with theirs:
         fork_server = subprocess.Popen(
-            [sys.executable, "-c", f"from stages.cache_hidden.prepare_rows import main; main({theirs.fileno()})"],
+            [sys.executable, "-c", f"from stages.cache_hidden.worker_pool import main; main({theirs.fileno()})"],
             pass_fds=[theirs.fileno()],
             cwd=ROOT,
             stderr=subprocess.PIPE,
@@ -180,7 +180,7 @@ def test_rows_in_flight_are_bounded(job, tmp_path, monkeypatch):
             read += 1
             yield chunk
 
-    with WorkerPool(job(LOUD, row_seconds=0.5), 2) as workers:
+    with WorkerPool(job(LOUD, record_seconds=0.5), 2) as workers:
         made = workers.outcomes(counted())
         assert next(made).rejected[0] == "too slow" and read <= 2
         assert sum(1 for _ in made) == 400
@@ -191,7 +191,7 @@ import signal
 import sys
 from pathlib import Path
 from pipeline.corpus.sources import corpus_chunks
-from stages.cache_hidden.prepare_rows import Job
+from stages.cache_hidden.prepare_records import Job
 from stages.cache_hidden.worker_pool import WorkerPool
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs this test may ignore it
 corpus = Path(sys.argv[2])

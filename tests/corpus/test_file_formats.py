@@ -16,7 +16,7 @@ from tiny import write_jsonl
 
 import pipeline.corpus.file_formats as corpus_files_module
 from pipeline.corpus.file_formats import read_chunks
-from pipeline.corpus.sources import corpus_files, file_sources, read_rows, skipped_files, split_rows
+from pipeline.corpus.sources import corpus_files, file_sources, read_records, skipped_files, split_records
 from pipeline.errors import DataError, UsageError
 
 HELLO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -27,11 +27,11 @@ PRETTY = "\n".join(json.dumps(row, indent=1) for row in ROWS).encode()
 
 def replies(corpus: Path) -> list[str]:
     """The replies of a corpus, all of whose rows are usable."""
-    return [row.messages[-1]["content"] for row in read_rows(str(corpus), corpus_files(str(corpus)))]
+    return [row.messages[-1]["content"] for row in read_records(str(corpus), corpus_files(str(corpus)))]
 
 
 def faults(corpus: Path) -> list[tuple[str, str]]:
-    rows = read_rows(str(corpus), corpus_files(str(corpus)))
+    rows = read_records(str(corpus), corpus_files(str(corpus)))
     return [(row.reason, row.detail) for row in rows if not hasattr(row, "messages")]
 
 
@@ -131,13 +131,13 @@ def test_a_line_of_lists_is_a_line_of_messages(tmp_path):
 )
 def test_a_line_that_is_no_json_says_why_and_the_others_are_read(tmp_path, line, says):
     path = write_jsonl(tmp_path / "a.jsonl", [ROWS[0], line, ROWS[1]])
-    rows = list(read_rows(str(path), [path]))
+    rows = list(read_records(str(path), [path]))
     assert rows[1].line == 2 and says in rows[1].detail
     assert [row.messages[-1]["content"] for row in rows[::2]] == ["hello 0", "hello 1"]
 
 
 def test_a_line_longer_than_any_row_is_not_held(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_files_module, "LONGEST_ROW", 1 << 20)
+    monkeypatch.setattr(corpus_files_module, "LONGEST_RECORD", 1 << 20)
     path = write_jsonl(tmp_path / "a.jsonl", [ROWS[0], "x" * (3 << 20), ROWS[1]])
     assert faults(path) == [("too long", "is a line of more than 1 MiB")]
     assert [line for chunk in read_chunks(path, "a") for line in chunk.lines] == [1, 2, 3]
@@ -166,7 +166,7 @@ def test_a_line_longer_than_any_row_is_not_held(tmp_path, monkeypatch):
 def test_a_file_that_is_not_what_it_is_called_is_refused_by_name(tmp_path, name, data, says):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=says) as found:
-        list(read_rows(str(tmp_path), [tmp_path / name]))
+        list(read_records(str(tmp_path), [tmp_path / name]))
     assert name in str(found.value) and "\n" not in str(found.value)
 
 
@@ -208,7 +208,7 @@ def test_a_saved_data_set_is_read_split_by_split(tmp_path):
         tmp_path / "d"
     )
     (tmp_path / "d" / "train" / "cache-1234.arrow").write_bytes(stream(ROWS))  # left by datasets' own map
-    rows = list(read_rows(str(tmp_path / "d"), corpus_files(str(tmp_path / "d"))))
+    rows = list(read_records(str(tmp_path / "d"), corpus_files(str(tmp_path / "d"))))
     assert [(row.split, row.line, row.messages[-1]["content"][-1]) for row in rows] == [
         *(("heldout", 1, "3"), ("heldout", 2, "4")),
         *(("train", 1, "0"), ("train", 2, "1"), ("train", 3, "2")),
@@ -222,7 +222,7 @@ def test_a_saved_data_set_is_read_split_by_split(tmp_path):
 def test_files_named_as_the_hub_names_them_say_their_split(tmp_path):
     for name in ("test-00000-of-00001.parquet", "train-00000-of-00001.parquet", "test.parquet"):
         pq.write_table(pa.Table.from_pylist(ROWS[:1]), tmp_path / name)
-    rows = list(read_rows(str(tmp_path), corpus_files(str(tmp_path))))
+    rows = list(read_records(str(tmp_path), corpus_files(str(tmp_path))))
     assert [(row.file, row.split) for row in rows] == [
         ("test-00000-of-00001.parquet", "heldout"),
         ("test.parquet", ""),
@@ -231,12 +231,12 @@ def test_files_named_as_the_hub_names_them_say_their_split(tmp_path):
 
 
 def test_of_a_data_set_of_the_hub_train_comes_first_and_other_splits_not_at_all():
-    rows = split_rows("org/name", {"test_gen": ROWS[:1], "extra": ROWS[1:2], "train_sft": ROWS[2:3]})
+    rows = split_records("org/name", {"test_gen": ROWS[:1], "extra": ROWS[1:2], "train_sft": ROWS[2:3]})
     assert [(row.file, row.split) for row in rows] == [
         ("org/name/train_sft", "train"),
         ("org/name/test_gen", "heldout"),
     ]
-    assert [(row.file, row.split) for row in split_rows("org/name", {"default": ROWS[:1]})] == [("org/name", "")]
+    assert [(row.file, row.split) for row in split_records("org/name", {"default": ROWS[:1]})] == [("org/name", "")]
 
 
 def test_roles_are_part_of_what_a_corpus_is(tmp_path):

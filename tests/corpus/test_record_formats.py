@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipeline.corpus.messages import MAX_DEPTH
-from pipeline.corpus.record_formats import Conversation, RejectedRow, parse_row, split_of
+from pipeline.corpus.record_formats import Conversation, RejectedRecord, parse_record, split_of
 from pipeline.corpus.sources import parse_roles
 from pipeline.errors import UsageError
 
@@ -13,8 +13,8 @@ HELLO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "he
 CALL = {"id": "1", "type": "function", "function": {"name": "w", "arguments": {"city": "Oslo"}}}
 
 
-def read(row, **told) -> Conversation | RejectedRow:
-    return parse_row(row, "a.jsonl", 1, **told)
+def read(row, **told) -> Conversation | RejectedRecord:
+    return parse_record(row, "a.jsonl", 1, **told)
 
 
 def said(*messages: dict, **told) -> list[dict]:

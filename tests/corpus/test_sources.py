@@ -15,12 +15,12 @@ from tiny import CHAT_TEMPLATE, tokenizer, write_jsonl
 from pipeline.corpus.rejections import Tally, Unusable, check_mask, trim
 from pipeline.corpus.sources import (
     Conversation,
-    RejectedRow,
+    RejectedRecord,
     corpus_files,
     file_sources,
     hub_dataset,
-    hub_rows,
-    read_rows,
+    hub_records,
+    read_records,
 )
 from pipeline.errors import DataError, UsageError
 from pipeline.target.chat_template import ChatTemplate
@@ -30,8 +30,8 @@ HELLO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "he
 NO_MARKS = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 
 
-def rows_of(corpus: Path) -> list[Conversation | RejectedRow]:
-    return list(read_rows(str(corpus), corpus_files(str(corpus))))
+def rows_of(corpus: Path) -> list[Conversation | RejectedRecord]:
+    return list(read_records(str(corpus), corpus_files(str(corpus))))
 
 
 # Formats
@@ -255,9 +255,9 @@ def test_planning_counts_everything_it_leaves_out(template, tmp_path):
         {"messages": [*turns("x", "y"), {"role": "narrator", "content": "z"}]},
     ]
     corpus, tally = write_jsonl(tmp_path / "a.jsonl", rows), Tally()
-    samples = list(prepared_here(read_rows(str(corpus), [corpus]), template(CHAT_TEMPLATE).folder, 80, tally, 264))
+    samples = list(prepared_here(read_records(str(corpus), [corpus]), template(CHAT_TEMPLATE).folder, 80, tally, 264))
     assert [sample.line for sample in samples] == [1, 4]
-    assert tally.rows == 5 and tally.rejected == {"broken line": 1, "unknown role": 1}
+    assert tally.records == 5 and tally.rejected == {"broken line": 1, "unknown role": 1}
     assert (tally.too_short, tally.truncated) == (1, 1), "the long question left nothing to learn within 80 tokens"
     assert tally.examples["unknown role"][0].startswith("a.jsonl:5: ")
     assert all(len(sample.ids) <= 80 for sample in samples)
@@ -265,7 +265,7 @@ def test_planning_counts_everything_it_leaves_out(template, tmp_path):
 
 def test_a_token_the_target_has_no_embedding_for_is_a_fault(template, tmp_path):
     corpus, tally = write_jsonl(tmp_path / "a.jsonl", [{"messages": HELLO}]), Tally()
-    rows, made = list(read_rows(str(corpus), [corpus])), template(CHAT_TEMPLATE).folder
+    rows, made = list(read_records(str(corpus), [corpus])), template(CHAT_TEMPLATE).folder
     assert len(list(prepared_here(rows, made, 80, tally, 259))) == 1 and not tally.rejected
     assert list(prepared_here(rows, made, 80, tally, 258)) == []
     assert tally.rejected == {"unknown token": 1}
@@ -273,12 +273,12 @@ def test_a_token_the_target_has_no_embedding_for_is_a_fault(template, tmp_path):
 
 
 def test_a_corpus_with_too_much_left_out_is_refused():
-    tally = Tally(rows=20, rejected={"broken line": 3}, examples={"broken line": ["a.jsonl:2: no JSON"]})
+    tally = Tally(records=20, rejected={"broken line": 3}, examples={"broken line": ["a.jsonl:2: no JSON"]})
     with pytest.raises(DataError, match=r"3 of 20 rows .*a\.jsonl:2"):
         tally.check_usable("a.jsonl", usable=17)
-    Tally(rows=20, rejected={"broken line": 2}).check_usable("a.jsonl", usable=18)
+    Tally(records=20, rejected={"broken line": 2}).check_usable("a.jsonl", usable=18)
     with pytest.raises(DataError, match="no usable sample"):
-        Tally(rows=20).check_usable("a.jsonl", usable=0)
+        Tally(records=20).check_usable("a.jsonl", usable=0)
 
 
 def test_a_hub_data_set_without_a_hub_is_refused_in_one_line():
@@ -306,7 +306,7 @@ def test_a_hub_that_stops_sending_says_where_and_what_to_do(error):
         yield {"messages": HELLO, "domain": None}
         raise error
 
-    stream = hub_rows("org/name", rows())
+    stream = hub_records("org/name", rows())
     assert next(stream) == Conversation(HELLO, "", "", "org/name", 1)
     with pytest.raises(
         DataError, match=r"org/name: the hub's rows end after 1 .*same command again, or download"

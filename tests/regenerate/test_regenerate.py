@@ -342,10 +342,10 @@ def test_a_call_of_the_target_s_own_ends_the_row(asked, server):
 
 
 def test_the_corpus_reader_takes_what_is_written(asked):
-    from pipeline.corpus.sources import Conversation, read_rows
+    from pipeline.corpus.sources import Conversation, read_records
 
     run(asked)
-    found = list(read_rows(str(asked.out), [asked.out]))
+    found = list(read_records(str(asked.out), [asked.out]))
     assert len(found) == 24 and all(isinstance(one, Conversation) for one in found)
 
 
