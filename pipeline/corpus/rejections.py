@@ -5,6 +5,7 @@ T tokens of a sample
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -54,18 +55,20 @@ class Tally:
         count, first = self.unknown_keys.get(key, (0, where))
         self.unknown_keys[key] = count + 1, first
 
-    def count_turns(self, turns: int, last: int, unproven: list[tuple[str, str]]) -> None:
-        """Count a record's supervised turns, those in its last turn's sample, and unproven ones: (reason, example)."""
+    def count_turns(
+        self, turns: int, last: int, kinds: Sequence[str], unproven: Sequence[tuple[str, str]], where: str
+    ) -> None:
+        """Count the turns of the record at `where`: supervised ones, those in its last turn's sample, and others.
+
+        kinds: of the supervised turns that are planned. unproven: (reason, detail) of those that are not supervised.
+        """
         self.turns += turns
         self.last_turns += last
-        for reason, example in unproven:
-            self.unproven[reason] += 1
-            self.add_example(reason, example)
-
-    def count_turn_kinds(self, kinds: tuple[str, ...], file: str, line: int) -> None:
         for kind in kinds:
-            entry = self.kinds.setdefault(kind, {"count": 0, "first": f"{file}:{line}"})
-            entry["count"] += 1
+            self.kinds.setdefault(kind, {"count": 0, "first": where})["count"] += 1
+        for reason, detail in unproven:
+            self.unproven[reason] += 1
+            self.add_example(reason, f"{where}: {detail}")
 
     def as_notes(self) -> dict:
         """Return the counts as the plan's manifest stores them."""

@@ -139,17 +139,14 @@ class SampleSizes:
             np.concatenate([part.sample_ids[:, 1] for part in parts]),
         )
 
-    def column_rows(self, spec: ColumnSpec) -> np.ndarray:
-        """Return the rows of each sample in a column, [n]."""
-        return self.rows if spec.keeps == "all" else self.final_rows
-
     def bytes(self, columns: Sequence[ColumnSpec]) -> np.ndarray:
         """Return the bytes that each sample is expected to add to a cache of these columns, float64 [n]."""
         many = 1 << 20  # rows to average over, since `stored_bytes` rounds
         bytes_n = TOKEN_BYTES * self.rows + float(SAMPLE_BYTES)
         for spec in columns:
             row_bytes = CODECS[spec.codec].stored_bytes(many, spec.width, spec.dtype) / many
-            bytes_n += (1 + FORMAT_SHARE) * row_bytes * self.column_rows(spec)
+            rows_n = self.rows if spec.keeps == "all" else self.final_rows
+            bytes_n += (1 + FORMAT_SHARE) * row_bytes * rows_n
         return bytes_n
 
 

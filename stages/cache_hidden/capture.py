@@ -281,11 +281,6 @@ class Speed:
         }
 
 
-def measure_speed(out: Path, work: Work, settings: CaptureSettings, device: str) -> Speed:
-    """Measure disk and target on some of the work. Raises RoomError, and what loading a target raises."""
-    return Speed(disk_speed(out), target_speed(work, settings, device))
-
-
 def disk_speed(out: Path, size: int = DISK_BYTES) -> float:
     """Write `size` bytes into the cache's folder, sync and remove them; return bytes a second. Raises RoomError."""
     block = os.urandom(min(size, BLOCK_BYTES))  # incompressible

@@ -26,8 +26,6 @@ from pipeline.corpus.file_formats import CHUNK_RECORDS
 from pipeline.corpus.regenerated import check_regenerated
 from pipeline.corpus.rejections import Tally, report_unknown_keys
 from pipeline.corpus.sources import (
-    Conversation,
-    RejectedRecord,
     corpus_chunks,
     corpus_files,
     file_sources,
@@ -73,7 +71,8 @@ def make_plan(
         report_skipped_files(corpus)
     else:
         records, source = hub_dataset(corpus, known_roles)
-        work, sources = _batches(records), [{**source, **source_roles(roles)}]
+        work = iter(lambda: list(islice(records, CHUNK_RECORDS)), [])  # until there are no more
+        sources = [{**source, **source_roles(roles)}]
     max_bytes = int(FREE_SHARE * free_bytes(out)) if spare_disk else None
     tally, notes, rules = Tally(), {"max_samples": max_samples}, settings.identity.samples
     arguments = rules.template_kwargs, rules.template_date
@@ -129,11 +128,6 @@ def _count_outcomes(outcomes: Iterable[RecordOutcome], tally: Tally, identity: I
             )
             checked_records.add(outcome.regenerated)
         yield from samples_of(outcome, tally)
-
-
-def _batches(records: Iterator[Conversation | RejectedRecord]) -> Iterator[list[Conversation | RejectedRecord]]:
-    while batch := list(islice(records, CHUNK_RECORDS)):
-        yield batch
 
 
 def choose_turns(parts: Sequence[ShardPlan], requested: str | None) -> tuple[np.ndarray, dict]:

@@ -171,9 +171,7 @@ def samples_of(outcome: RecordOutcome, tally: Tally) -> Iterator[PlannedSample]:
         tally.add_example(reason, f"{where}: {detail}")
     tally.truncated += outcome.truncated
     tally.too_short += outcome.too_short
-    unproven = [(reason, f"{where}: {detail}") for reason, detail in outcome.unproven]
-    tally.count_turns(outcome.turns, outcome.last_turns, unproven)
-    tally.count_turn_kinds(outcome.kinds, outcome.file, outcome.line)
+    tally.count_turns(outcome.turns, outcome.last_turns, outcome.kinds, outcome.unproven, where)
     for data, bits, name in outcome.samples:
         ids = np.frombuffer(data, "<i4")
         mask = np.unpackbits(np.frombuffer(bits, np.uint8), count=len(ids), bitorder="little").view(bool)

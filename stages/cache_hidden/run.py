@@ -82,9 +82,10 @@ def plan(model: str, corpus: str | None, out: Path, *, options: CaptureOptions, 
     report["command"] = capture_command(model, corpus, out, options, settings)
     work = missing_columns(catalog, settings.columns)
     if probe and work:
-        from stages.cache_hidden.capture import measure_speed  # brings torch and transformers
+        from stages.cache_hidden.capture import Speed, disk_speed, target_speed  # brings torch and transformers
 
-        report["time"] = measure_speed(out, work, settings, Worker().device(options.device)).as_dict(work)
+        speed = Speed(disk_speed(out), target_speed(work, settings, Worker().device(options.device)))
+        report["time"] = speed.as_dict(work)
     return report
 
 

@@ -11,10 +11,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from templates import prepared_here
 from tiny import CHAT_TEMPLATE, config, conversations, tokenizer, write_jsonl
 
+from pipeline.corpus.record_formats import parse_record
 from pipeline.corpus.rejections import Tally
 from pipeline.corpus.sources import corpus_chunks, read_records
 from pipeline.errors import DataError, UsageError
@@ -109,6 +112,19 @@ def test_what_ends_a_worker_is_a_fault_of_its_row(job, tmp_path):
     corpus = write_jsonl(tmp_path / "a.jsonl", asks("fine", question, "fine"))
     made = outcomes(job(record_bytes=1 << 26), corpus)
     assert [bool(outcome.rejected) for outcome in made] == [False, True, False]
+
+
+def test_the_record_that_ends_a_worker_is_found_in_a_table_and_in_a_stream(job, tmp_path):
+    records = asks("fine", "power", "fine")
+    table = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(records), table)
+    stream = [parse_record(record, "hub", line) for line, record in enumerate(records, 1)]
+    made = job(LOUD, record_seconds=1.0)
+    for work, file in ((corpus_chunks(str(table), [table]), "a.parquet"), ([stream], "hub")):
+        with WorkerPool(made, 2) as workers:
+            found = list(workers.outcomes(work))
+        assert [bool(outcome.rejected) for outcome in found] == [False, True, False]
+        assert (found[1].file, found[1].line, found[1].rejected[0]) == (file, 2, "too slow")
 
 
 def test_a_worker_that_somebody_else_ends_costs_no_row(job, tmp_path):
