@@ -243,7 +243,8 @@ class TrainingRun:
             device = str(self.device)
             try:
                 self.draft.load_state_dict(load_file(found.path / checkpoint.DRAFT, device=device))
-                moments = load_file(found.path / checkpoint.OPTIMIZER, device=device)
+                place = "cpu" if self.optimizer.on_host else device
+                moments = load_file(found.path / checkpoint.OPTIMIZER, device=place)
                 load_state_tensors(self.optimizer, moments, found.step)
             except (OSError, RuntimeError, KeyError) as error:  # its bytes were checked: written by another program
                 raise CacheError(
