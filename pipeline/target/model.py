@@ -13,6 +13,7 @@ import math
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -189,6 +190,45 @@ def lm_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     logits = model.get_output_embeddings()(hidden).float() * logit_scale(config.to_dict())
     cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+@contextmanager
+def float32_by_layer(model: PreTrainedModel) -> Iterator[None]:
+    """Compute in float32 within the block: a layer's weights are widened for its own forward, and then as they were.
+
+    Takes the memory of one layer, or of the LM head, where a float32 copy of the target takes twice the target's.
+    """
+    layers = [*decoder_layers(model)]
+    inside = {module for layer in layers for module in layer.modules()}
+    parts = [(layer, True) for layer in layers]
+    parts += [(module, False) for module in model.modules() if module not in inside and [*_own_tensors(module, False)]]
+    kept: dict[Tensor, Tensor] = {}
+
+    def widen(module: nn.Module, args: tuple, recurse: bool) -> None:
+        for tensor in _own_tensors(module, recurse):
+            if tensor.is_floating_point() and tensor.dtype != torch.float32:
+                kept[tensor] = tensor.data
+                tensor.data = tensor.data.float()
+
+    def restore(module: nn.Module, args: tuple, output: object, recurse: bool) -> None:
+        for tensor in _own_tensors(module, recurse):
+            tensor.data = kept.pop(tensor, tensor.data)
+
+    hooks = []
+    for module, recurse in parts:
+        hooks.append(module.register_forward_pre_hook(partial(widen, recurse=recurse)))
+        hooks.append(module.register_forward_hook(partial(restore, recurse=recurse), always_call=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _own_tensors(module: nn.Module, recurse: bool) -> Iterator[Tensor]:
+    """Yield a module's parameters and buffers, with those of the modules in it if `recurse`."""
+    yield from module.parameters(recurse)
+    yield from module.buffers(recurse)
 
 
 def stop_tokens(model: PreTrainedModel) -> frozenset[int]:

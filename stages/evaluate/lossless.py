@@ -14,12 +14,10 @@ Sampled replies cannot be compared; their tokens' quantiles in the target's own 
     T tokens of a reply   V vocabulary
 """
 
-import copy
 import math
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from hashlib import blake2b
 from itertools import combinations, zip_longest
 from pathlib import Path
@@ -33,9 +31,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pipeline.cache.atomic import process_lock, write_errors
 from pipeline.cache.manifest import read_canonical, write_canonical
-from pipeline.errors import CacheError, ProofError, RoomError, UsageError
+from pipeline.errors import CacheError, ProofError, UsageError
 from pipeline.evaluation.reports import MAX_SPREADS, NearTie, SampledLossless
 from pipeline.json_files import Count, Counts, Record
+from pipeline.target.model import float32_by_layer
+from pipeline.tensors import refuse_out_of_memory
 from stages.evaluate.decode import Decoded
 
 NEAR_TIE_FACTOR = 4  # a near tie's gap in logits is at most so many times the difference between valid forwards
@@ -76,19 +76,6 @@ class LosslessCheck:
     def __init__(self, target: PreTrainedModel, block: int, batch: int = 1):
         self.target, self.block, self.batch = target, block, batch
 
-    @cached_property
-    def _float32_target(self) -> PreTrainedModel:
-        """The target in float32; a copy only where it is not already, and only once there is a difference."""
-        if self.target.dtype == torch.float32:
-            return self.target
-        try:
-            return copy.deepcopy(self.target).float()
-        except torch.OutOfMemoryError as error:
-            raise RoomError(
-                f"no room for a float32 copy of the target on {self.target.device}, which judging a difference needs; "
-                "use a larger device, or --device cpu"
-            ) from error
-
     def compare(self, prompt: str, prompt_ids: Sequence[int], fast: Decoded, plain: Decoded) -> NearTie | None:
         """Compare the replies to `prompt_ids`; None for identical ones, or the near tie at which the comparison ends.
 
@@ -111,9 +98,11 @@ class LosslessCheck:
 
     @torch.no_grad()
     def float32_logits(self, prefix: Sequence[int]) -> Tensor:
-        """Logits [V] after `prefix`: one forward in float32, no kv."""
+        """Logits [V] after `prefix`: one forward in float32, a layer at a time, no kv. RoomError."""
         ids_1T = torch.tensor([list(prefix)], device=self.target.device)
-        return self._float32_target(input_ids=ids_1T, use_cache=False, logits_to_keep=1).logits[0, -1]
+        remedy = "use a larger device, or --device cpu"
+        with refuse_out_of_memory("judging a difference in float32", remedy), float32_by_layer(self.target):
+            return self.target(input_ids=ids_1T, use_cache=False, logits_to_keep=1).logits[0, -1]
 
     @torch.no_grad()
     def difference(self, prefix: Sequence[int], prompt: int, lengths: Sequence[int], exact_V: Tensor) -> float:

@@ -224,7 +224,7 @@ def test_two_tokens_the_target_cannot_tell_apart_are_a_near_tie(monkeypatch, dty
     assert tie.tokens == [twin, plain.ids[at]]
     assert tie.position == at
     assert abs(tie.logits[0] - tie.logits[1]) <= 4 * tie.difference < 1e5 * torch.finfo(dtype).eps
-    assert target.dtype == dtype  # the float32 copy is one
+    assert target.dtype == dtype  # its layers are widened one by one, and as they were afterwards
 
 
 def test_what_bfloat16_rounds_away_is_a_near_tie_even_where_block_and_single_forward_agree(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from copy import deepcopy
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ from transformers import CohereConfig, FalconConfig, Gemma2Config, GraniteConfig
 
 from pipeline.errors import UsageError
 from pipeline.target.files import find_target, read_text_config, target_name, template_digest, tokenizer_digest
-from pipeline.target.model import head_of, lm_logits, load_target, run_decoder, tap_layers
+from pipeline.target.model import (
+    decoder_layers,
+    float32_by_layer,
+    head_of,
+    lm_logits,
+    load_target,
+    run_decoder,
+    tap_layers,
+)
 from pipeline.target.weights import target_digest, weight_files
 
 SIZES = {
@@ -190,3 +199,47 @@ def test_the_digest_covers_every_file_of_a_sharded_target(tmp_path):
     tensors = load_file(files[-1])
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, files[-1], metadata={"format": "pt"})
     assert target_digest(folder) != before
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "pad_token_id": 0}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        config(tie_word_embeddings=True),
+        Gemma2Config(**SMALL, **HEADS, head_dim=8),
+        CohereConfig(**SMALL, **HEADS),
+        GraniteConfig(**SMALL, **HEADS, logits_scaling=4.0),
+        FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, pad_token_id=0),
+    ],
+    ids=lambda described: described.model_type,
+)
+def test_layer_by_layer_a_target_computes_what_its_float32_copy_does(described):
+    target = random_model(described).to(torch.bfloat16).eval()
+    whole, ids_BT = deepcopy(target).float(), torch.arange(2, 22)[None]
+    before = {name: (weight.data_ptr(), weight.clone()) for name, weight in target.state_dict().items()}
+    wide = []
+    decoder_layers(target)[1].register_forward_hook(
+        lambda *_: wide.append(sum(w.numel() for w in target.parameters() if w.dtype == torch.float32))
+    )
+
+    with torch.no_grad(), float32_by_layer(target):
+        found = target(input_ids=ids_BT, use_cache=False).logits
+    with torch.no_grad():
+        wanted = whole(input_ids=ids_BT, use_cache=False).logits
+
+    assert found.dtype == torch.float32 and torch.equal(found, wanted)
+    assert wide == [sum(weight.numel() for weight in decoder_layers(target)[1].parameters())]
+    for name, weight in target.state_dict().items():
+        assert (weight.dtype, weight.data_ptr()) == (torch.bfloat16, before[name][0]), name
+        assert torch.equal(weight, before[name][1])
+
+
+def test_a_target_that_fails_layer_by_layer_is_as_it_was():
+    target = random_model(config()).to(torch.bfloat16)
+    with pytest.raises(IndexError), torch.no_grad(), float32_by_layer(target):
+        target(input_ids=torch.tensor([[10**6]]))
+    assert {weight.dtype for weight in target.parameters()} == {torch.bfloat16}
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in target.modules())
