@@ -81,7 +81,7 @@ def _dspark_loss(draft: Draft, cell: Cell, blocks: Blocks, hidden_NSD: Tensor, b
     with torch.no_grad():
         p_NSV = draft.target.logits(cell.final_FD[at_NS]).float().softmax(-1)
     gap_NS = (logits_NSV.float().softmax(-1) - p_NSV).abs().sum(-1)
-    confidence_NS = draft.confidence_head(hidden_NSD)
+    confidence_NS = draft.confidence_head["proj"](hidden_NSD)[..., 0].float()
     bce_NS = F.binary_cross_entropy_with_logits(confidence_NS, (1 - gap_NS / 2).detach(), reduction="none")
     rest = (weights_NS * (0.9 * gap_NS + bce_NS)).sum() / weights_NS.sum()
     return 0.1 * _cross_entropy(logits_NSV, blocks) + rest

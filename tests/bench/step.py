@@ -1,8 +1,8 @@
 """A whole training step beside the plain reference of `tests/plain_reference.py`: `python tests/bench/step.py`.
 
 Forward, backward, clipping and AdamW of every method at two shapes, float32 and bfloat16, one thread, random weights.
-The two take turns within a round; shown are the medians' CPU seconds, their ratio, and by how much memory peaked above
-what stood before the step.
+The two take turns within a round; shown are the medians' CPU seconds, their ratio, and the most bytes of tensors that
+were live beyond weights and moments (gradients included).
 
 tiny: width 256, two layers, V 4,096, 2 x 512 rows, 64 anchors of each sample. mid: width 1,024, three layers, V 32,768,
 1,024 rows, 128 anchors. Both: five captured layers, blocks of 16, heads of 64 or 128 channels.
@@ -10,7 +10,6 @@ tiny: width 256, two layers, V 4,096, 2 x 512 rows, 64 anchors of each sample. m
 
 import argparse
 import sys
-import threading
 import time
 from pathlib import Path
 from statistics import median
@@ -23,6 +22,7 @@ from torch import Tensor
 from pipeline.drafts import DRAFTS, draft_config, lay_blocks, pack
 from pipeline.drafts.block_draft import init_weights
 from pipeline.target.head import TargetHead
+from stages.train_draft.memory import LiveBytes
 from stages.train_draft.step import AdamW
 from tests.plain_reference import plain_loss
 
@@ -118,25 +118,18 @@ class Step:
             return loss_of()
 
 
-def peak_above(step) -> int:
-    """The most bytes by which the process's resident memory stood above its start while `step` ran."""
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-    before, most, done = resident(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not done.wait(0.002):
-            most = max(most, resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    step()
-    done.set()
-    watcher.join()
-    return max(0, most - before)
+def peak_above(step: Step, name: str) -> int:
+    """Return the most bytes of tensors that were live in a step, beyond weights, head, moments and batch."""
+    draft, optimizer = step.draft, step.plain_optimizer if name == "plain" else step.optimizer
+    moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
+    batch = [value for record in (step.cell, step.blocks) for value in vars(record).values() if torch.is_tensor(value)]
+    draft.zero_grad()
+    with LiveBytes() as memory:
+        for tensor in (*draft.parameters(), draft.target.embed_VD, draft.target.head_VD, *moments, *batch):
+            memory.note(tensor)
+        before = memory.live
+        getattr(step, name)()
+    return memory.peak - before
 
 
 def main() -> None:
@@ -162,7 +155,7 @@ def main() -> None:
                         getattr(step, name)()
                         times.append(time.process_time() - started)
                 plain, ours = (median(taken[name]) for name in ("plain", "ours"))
-                memory = [peak_above(getattr(step, name)) / 1e6 for name in ("plain", "ours")]
+                memory = [peak_above(step, name) / 1e6 for name in ("plain", "ours")]
                 print(
                     f"{shape:6}{kind:10}{method:8}{plain:9.2f}{ours:9.2f}{plain / ours:7.2f}"
                     f"{memory[0]:10.0f}{memory[1]:9.0f}",
