@@ -73,7 +73,7 @@ def plan(model, corpus, out, probe, train, device_memory, as_json, **chosen):
     """
     from stages.cache_hidden.run import plan, plan_samples, plan_table
     from stages.cache_hidden.settings import CaptureOptions, size_bytes
-    from stages.train_draft.planned import PlannedTraining
+    from stages.train_draft.planned_memory import PlannedTraining
 
     training = PlannedTraining(train, device_memory and size_bytes(device_memory, "--device-memory"))
     report = plan(model, corpus, out, options=CaptureOptions(**chosen), probe=probe)
