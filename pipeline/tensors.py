@@ -74,10 +74,10 @@ def free_cached_memory(device: torch.device) -> None:
 
 
 def out_of_memory(error: RuntimeError) -> str:
-    """Return the first line of an out-of-memory error; raises any other error again."""
-    if not is_out_of_memory(error):
-        raise error
-    return first_line(error)
+    """Return the first line of an out-of-memory error, which for the CPU only its text shows; raises others again."""
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return first_line(error)
+    raise error
 
 
 @contextlib.contextmanager
@@ -87,11 +87,6 @@ def refuse_out_of_memory(what: str, remedy: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RoomError(f"no memory on the device for {what} ({out_of_memory(error)}); {remedy}") from error
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether an error means that a device ran out of memory. For the CPU only the error's text shows it."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def draw(weights_NV: Tensor, uniform_N: Tensor) -> Tensor:

@@ -32,10 +32,10 @@ from pipeline.cache.plan import Plan
 from pipeline.cache.plan_writer import micro_batches
 from pipeline.cache.samples import PlannedSample, ShardPlan, make_batch
 from pipeline.cache.writer import ShardWriter, read_calibration, store_calibration
-from pipeline.errors import RoomError, first_line
+from pipeline.errors import RoomError
 from pipeline.target.head import TargetHead
 from pipeline.target.on_policy import on_policy_rows, score_tokens
-from pipeline.tensors import as_states, as_stored, is_out_of_memory
+from pipeline.tensors import as_states, as_stored, free_cached_memory, out_of_memory
 from stages.cache_hidden.engine import Engine
 
 STATES_BYTES = 1 << 30  # of states to calibrate on, in memory at a time; further columns take another run
@@ -113,11 +113,8 @@ class Packer:
             group = waiting.pop(0)
             try:
                 packed = self._forward(group, longest)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                packed = None
-                cause = first_line(error)
+            except RuntimeError as error:
+                packed, cause = None, out_of_memory(error)
             if packed is not None:  # outside the handler: the exception keeps the failed forward's memory alive
                 yield packed
                 continue
@@ -127,8 +124,7 @@ class Packer:
                     "lower --max-length, or use a larger device"
                 )
             self.split = True
-            if self.engine.device.type == "cuda":
-                torch.cuda.empty_cache()
+            free_cached_memory(self.engine.device)
             half = group.start + len(group) // 2
             waiting[:0] = [range(group.start, half), range(half, group.stop)]
 

@@ -21,7 +21,7 @@ from pipeline.errors import RoomError, UsageError
 from pipeline.target.files import max_positions, read_text_config
 from pipeline.target.kv_cache import BatchedKV, check_batchable, new_kv
 from pipeline.target.model import lm_logits, load_target, run_decoder, stop_tokens
-from pipeline.tensors import draw, find_device, is_out_of_memory, uniforms
+from pipeline.tensors import draw, find_device, out_of_memory, uniforms
 from stages.regenerate.prompts import Failure, Job, Options, Renderer, common_prefix
 from stages.regenerate.replies import CUT, Reply
 
@@ -69,8 +69,7 @@ class LocalEngine:
                 sequences.sort(key=lambda sequence: len(sequence.prompt))
                 (self._decode_batched if self.batch else self._one_by_one)(deque(sequences))
         except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
+            out_of_memory(error)
             raise RoomError(
                 f"no room on {self.target.device} for {self.batch} prompts at once; pass a smaller --batch or --max-new"
             ) from error
