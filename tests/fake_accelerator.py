@@ -111,13 +111,24 @@ class Meter(LiveBytes):
         return results
 
     def _count(self, function, name, args, kwargs, ins, outs, results) -> None:
-        moved = sum(map(_touched, ins)) + sum(map(_touched, outs))
+        moved = _picked(name, args, outs) or sum(map(_touched, ins)) + sum(map(_touched, outs))
         formula = flop_registry.get(function.overloadpacket)
         flop = formula(*args, **kwargs, out_val=results) if formula else 0
         narrow = outs[0].dtype in (torch.bfloat16, torch.float16)
         self.launches, self.bytes, self.flop = self.launches + 1, self.bytes + moved, self.flop + flop
         self.seconds += max(LAUNCH, flop / (PEAK if narrow else WIDE_PEAK), moved / BANDWIDTH)
         self.operations[name, tuple(str(tensor.dtype).removeprefix("torch.") for tensor in outs)] += 1
+
+
+def _picked(name: str, args: tuple, outs: list[torch.Tensor]) -> int:
+    """Bytes of an operation that touches only the entries that an index names, in and out; 0 for any other."""
+    if name == "gather":
+        return 2 * _touched(outs[0]) + _touched(args[2])
+    if name in ("scatter_add_", "scatter_"):
+        return 2 * args[2].numel() * outs[0].element_size() + _touched(args[2])
+    if name == "embedding":
+        return 2 * _touched(outs[0]) + _touched(args[1])
+    return 0
 
 
 def _touched(tensor: torch.Tensor) -> int:

@@ -13,7 +13,8 @@ from pipeline.drafts.backbone import Backbone, DecodeAttention, DraftKV, Grouped
 from pipeline.drafts.blocks import Blocks, Cell, dpace_weights
 from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.draft import BlockRequest, Draft, Loss, ProbeBlock, Proposal, Sampling, Shapes
-from pipeline.drafts.objectives import HeadLoss, Objective, TargetStates, slot_sums, term_name
+from pipeline.drafts.head_loss import HeadLoss
+from pipeline.drafts.objectives import Objective, TargetStates, slot_sums, term_name
 from pipeline.errors import DataError, UsageError
 from pipeline.target.head import TargetHead, chunk_blocks
 from pipeline.tensors import at_least_float32, draw, uniforms

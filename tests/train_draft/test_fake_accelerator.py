@@ -36,8 +36,9 @@ NONDETERMINISTIC = re.compile(r"cumsum|put_|histc|bincount|median|nll_loss.*|_ct
 # Autocast runs these in float16 on CUDA whatever it is asked for.
 IN_FLOAT16 = re.compile(r".*rnn.*|.*gru.*|.*lstm.*")
 
-# Copies to the device; the sum of the weights, the host's; what SiLU's gradient is composed of where CUDA is fake.
-COMPOSED = {"_to_copy", "sum", "sigmoid", "mul", "sub_", "fill_"}
+# Copies to the device, and into reused memory on a CPU; the sum of the weights, the host's; what SiLU's gradient is
+# composed of where CUDA is fake.
+COMPOSED = {"_to_copy", "copy_", "sum", "sigmoid", "mul", "sub_", "fill_"}
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
