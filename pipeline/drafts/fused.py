@@ -29,20 +29,30 @@ def compile_kernels(on: bool = True) -> None:
     """Compile the functions of this module for tensors on a GPU from now on; on a CPU they run as written."""
     global _compiling
     _compiling = on
+    if on:
+        import torch._inductor.config as inductor  # here: it takes a second
+
+        inductor.deterministic = True  # else it may choose between kernels by their speed, in each process anew
+
+
+def compiles(device: torch.device) -> bool:
+    """Return whether kernels are compiled for tensors on this device."""
+    return _compiling and device.type == "cuda"
 
 
 def fused(function: Callable) -> Callable:
     """Let `function` run as one compiled kernel where `compile_kernels` asked for it."""
 
-    @cache
-    def compiled() -> Callable:
-        return torch.compile(function, dynamic=True)
-
     @wraps(function)
     def run(tensor: Tensor, *others):
-        return (compiled() if _compiling and tensor.device.type == "cuda" else function)(tensor, *others)
+        return (compiled(function) if compiles(tensor.device) else function)(tensor, *others)
 
     return run
+
+
+@cache
+def compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=True)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

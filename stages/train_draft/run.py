@@ -3,7 +3,6 @@
 The loop goes from the newest checkpoint to the last step, with logs, checkpoints and evaluations; a signal saves first.
 """
 
-import os
 import signal
 import threading
 import time
@@ -37,6 +36,7 @@ from pipeline.runs.training_data import Split, check_complete, split_samples, st
 from pipeline.tensors import device_bytes, find_device, refuse_out_of_memory
 from pipeline.visible_text import print_visible, visible
 from stages.train_draft.batches import Sampler
+from stages.train_draft.kernels import compile_if_equal, kernels_of, machine_facts, use_deterministic_kernels
 from stages.train_draft.loader import BatchLoader, Prefetcher
 from stages.train_draft.logs import (
     METRICS,
@@ -132,6 +132,8 @@ def train_resolved(
             samples = (store.tokens_of(int(index))[0] for index in split.train)
             draft = make_draft(resolved, store, device, start, samples)
             draft.chunk_rule = chunk_rule(path)
+            if kernels_of(device) == "compiled":
+                print_visible(visible(compile_if_equal(draft, resolved.recipe.train)))
             parameters, steps = sum(weight.numel() for weight in draft.parameters()), resolved.recipe.train.steps
             training = TrainingRun(path, store, split, resolved, draft)
             first = training.resume()
@@ -166,13 +168,6 @@ def make_draft(
         if start is not None:
             start.load_into(draft)
         return draft.to(device).train()
-
-
-def machine_facts(device: torch.device) -> dict[str, str]:
-    """Return what a run's exact bits depend on besides versions: the device, and on a CPU the number of threads."""
-    if device.type == "cuda":
-        return {"device": torch.cuda.get_device_name(device)}
-    return {"device": device.type, "threads": str(torch.get_num_threads())}
 
 
 class GracefulStop:
@@ -338,12 +333,3 @@ def fit_device(resolved: Resolved, draft: Draft) -> Fit | None:
     for line in memory_lines(step, train.context, memory):
         print_visible(line)
     return step.fit(memory)
-
-
-def use_deterministic_kernels(device: torch.device) -> None:
-    """Make PyTorch use deterministic CUDA kernels. CPU kernels are deterministic for a given number of threads."""
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
-        # Strictly: where it only warns, attention's backward splits its sums over keys in no fixed order.
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over memory that is overwritten anyway
