@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.drafts import fused
 from pipeline.drafts.backbone import KV
 from pipeline.drafts.blocks import Blocks
 
@@ -116,7 +117,8 @@ class FlexAttention:
         """As `GroupedAttention.__call__`."""
         k_GLE, v_GLE = (self._keys(*pair) for pair in zip(context, slots, strict=True))
         q_AQE = F.pad(q_AQE, (0, 0, 0, self.slot_padding))
-        return attend_by_ranges(q_AQE, k_GLE, v_GLE, self.masks[window])[:, : self.slots]
+        attend = (fused.kernels and fused.kernels.attend) or attend_by_ranges
+        return attend(q_AQE, k_GLE, v_GLE, self.masks[window])[:, : self.slots]
 
     def _keys(self, context_GRE: Tensor, slots_GQE: Tensor) -> Tensor:
         def padding(count: int) -> Tensor:

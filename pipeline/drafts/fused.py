@@ -1,17 +1,18 @@
-"""What a draft computes entry by entry, with hand-written gradients: norms, the rotation of heads, the gated product.
+"""What a draft computes entry by entry, with hand-written gradients: norms, rotation, gated product, cross-entropy.
 
 A gradient by autograd takes about twice the passes over memory, a third of a training step's time beside the matrix
 products. Results come in the dtype that the next product takes (`product_dtype`), rounded once where autocast would
 convert them again for each product. Inside, all is float32 at least; the normed vector is rounded before its weight is
 applied, as Hugging Face's Qwen3 does.
 
-On a GPU each function below runs as one compiled kernel once `compile_kernels` was called; what is written here is then
+On a GPU each function below runs as one compiled kernel once `use_kernels` was called; what is written here is then
 its definition.
 
     T tokens   A heads   E head size   D width of a norm
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, wraps
 
 import torch
@@ -22,14 +23,33 @@ from torch.autograd.function import once_differentiable
 from pipeline.drafts.rope import Tables
 from pipeline.tensors import at_least_float32, product_dtype
 
-_compiling = False
+
+@cache
+def compiled(function: Callable) -> Callable:
+    """Return a function compiled by torch for tensors of any size."""
+    return torch.compile(function, dynamic=True)
 
 
-def compile_kernels(on: bool = True) -> None:
-    """Compile the functions of this module for tensors on a GPU from now on; on a CPU they run as written."""
-    global _compiling
-    _compiling = on
-    if on:
+@dataclass(frozen=True)
+class Kernels:
+    """How the functions of this module and attention run on one kind of device; anywhere else they run as written.
+
+    compiled: from a function to its kernel. attend: as `flex.attend_by_ranges`; None: that one.
+    """
+
+    device_type: str = "cuda"
+    compiled: Callable[[Callable], Callable] = compiled
+    attend: Callable | None = None
+
+
+kernels: Kernels | None = None  # in use
+
+
+def use_kernels(chosen: Kernels | None) -> None:
+    """Use compiled kernels from now on; None: none."""
+    global kernels
+    kernels = chosen
+    if chosen == Kernels():
         import torch._inductor.config as inductor  # here: it takes a second
 
         inductor.deterministic = True  # else it may choose between kernels by their speed, in each process anew
@@ -37,22 +57,17 @@ def compile_kernels(on: bool = True) -> None:
 
 def compiles(device: torch.device) -> bool:
     """Return whether kernels are compiled for tensors on this device."""
-    return _compiling and device.type == "cuda"
+    return kernels is not None and device.type == kernels.device_type
 
 
 def fused(function: Callable) -> Callable:
-    """Let `function` run as one compiled kernel where `compile_kernels` asked for it."""
+    """Let `function` run as one compiled kernel where `use_kernels` asked for it."""
 
     @wraps(function)
     def run(tensor: Tensor, *others):
-        return (compiled(function) if compiles(tensor.device) else function)(tensor, *others)
+        return (kernels.compiled(function) if compiles(tensor.device) else function)(tensor, *others)
 
     return run
-
-
-@cache
-def compiled(function: Callable) -> Callable:
-    return torch.compile(function, dynamic=True)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -69,6 +84,23 @@ def rotated_norm(x_TAE: Tensor, weight: Tensor, eps: float, tables: Tables) -> T
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) * up."""
     return _Gated.apply(gate, up)
+
+
+@fused
+def cross_entropy(logits_NSV: Tensor, labels_NS: Tensor) -> tuple[Tensor, Tensor]:
+    """Return -log softmax(logits) at the labels, and the logarithm of the sum of exp(logits), both [N, S]."""
+    wide_NSV = logits_NSV.to(at_least_float32(logits_NSV.dtype))
+    log_sum_NS = wide_NSV.logsumexp(-1)
+    return log_sum_NS - wide_NSV.gather(-1, labels_NS[..., None])[..., 0], log_sum_NS
+
+
+@fused
+def overwrite_with_gradient(logits_NSV: Tensor, labels_NS: Tensor, log_sum_NS: Tensor, slope_NS: Tensor) -> None:
+    """Overwrite logits with slope * (softmax(logits) - 1 at the label), of a `cross_entropy` the gradient."""
+    tokens_V = torch.arange(logits_NSV.shape[-1], device=logits_NSV.device)
+    q_NSV = (logits_NSV.to(log_sum_NS.dtype) - log_sum_NS[..., None]).exp()
+    at_label_NSV = (tokens_V == labels_NS[..., None]).to(q_NSV.dtype)
+    logits_NSV.copy_((q_NSV - at_label_NSV) * slope_NS[..., None])
 
 
 class _Norm(torch.autograd.Function):

@@ -96,12 +96,11 @@ class HeadLoss(torch.autograd.Function):
                 raw_NSV = logits_NSV = raw[kind].view(shape)
                 if target.logit_softcap is not None:
                     logits_NSV = target.cap(raw_NSV.to(at_least_float32(raw_NSV.dtype)))
+                    slope_NSV = 1 - (logits_NSV / target.logit_softcap) ** 2
                 measured = objective.measure(part, logits_NSV, memory, soft)
-                capped = logits_NSV is not raw_NSV
-                out = (measured[1] if capped else raw_NSV) if want_grad else None
-                objective.add_chunk(kind, part, logits_NSV, measured, memory, soft, out)
-                if want_grad and capped:
-                    raw_NSV.copy_(out * (1 - (logits_NSV / target.logit_softcap) ** 2))
+                objective.add_chunk(kind, part, logits_NSV, measured, memory, soft, want_grad)
+                if target.logit_softcap is not None:
+                    raw_NSV.copy_(logits_NSV.mul_(slope_NSV))
             if d_z is not None:
                 d_z[part] = (raw["final"] @ head_out_VU).view_as(d_z[part])
                 memory.add(d_out, raw["final"].T, z_XU)

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pipeline.drafts.fused import compiles, cross_entropy, overwrite_with_gradient
 from pipeline.target.head import TargetHead
 
 if TYPE_CHECKING:
@@ -109,6 +110,16 @@ class SoftLabels:
     negentropy_NS: Tensor | None  # sum of p log p, where kl is computed
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a chunk's loss and gradient are made of: the distances [n, S] that are read, and the draft's softmax, or the
+    logarithm of its sum."""
+
+    distances: dict[str, Tensor]
+    q_NSV: Tensor | None = None
+    log_sum_NS: Tensor | None = None
+
+
 @dataclass
 class Objective:
     """The loss of one or more kinds of logits against the same labels and target states, accumulated over chunks.
@@ -155,8 +166,14 @@ class Objective:
 
     def measure(
         self, part: slice, logits_NSV: Tensor, memory: "ChunkMemory", soft: SoftLabels | None = None
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Return one chunk's distances [n, S], those that are read, and q [n, S, V] in `memory`."""
+    ) -> Measured:
+        """Return one chunk's distances [n, S], those that are read, and q [n, S, V] in `memory`.
+
+        With compiled kernels cross-entropy alone needs no q: its gradient is computed from the logits.
+        """
+        if self.reads == {"ce"} and compiles(logits_NSV.device):
+            ce_NS, log_sum_NS = cross_entropy(logits_NSV, self.labels_NS[part])
+            return Measured({"ce": ce_NS}, log_sum_NS=log_sum_NS)
         label_NS1, q_NSV = self.labels_NS[part][..., None], memory.take("q", logits_NSV.shape)
         if "kl" in self.reads:
             log_q_NSV = memory.softmax(logits_NSV, q_NSV, torch.log_softmax)
@@ -173,24 +190,23 @@ class Objective:
         if "accept" in self.reads:
             least_NSV = torch.minimum(soft.p_NSV, q_NSV, out=memory.take("product", q_NSV.shape))
             distances["accept"] = least_NSV.sum(-1).clamp(max=1)
-        return distances, q_NSV
+        return Measured(distances, q_NSV)
 
     def add_chunk(
         self,
         kind: str,
         part: slice,
         logits_NSV: Tensor,
-        measured: tuple[dict[str, Tensor], Tensor],
+        measured: Measured,
         memory: "ChunkMemory",
         soft: SoftLabels | None = None,
-        out: Tensor | None = None,
+        want_grad: bool = True,
     ) -> None:
-        """Add one chunk's loss, of what `measure` returned, and write the gradient of `total()` by its logits to `out`,
-        rounded to its dtype; it may be the logits, or the q that was measured. None: no gradient is wanted."""
-        labels_NS, (distances, q_NSV) = self.labels_NS[part], measured
+        """Add one chunk's loss, of what `measure` returned, and overwrite the logits with the gradient of `total()`."""
+        labels_NS, distances = self.labels_NS[part], measured.distances
         if self.metrics:
             self._record_predictions(kind, labels_NS, logits_NSV, soft)
-        weights_NS = self.weigh(part, distances["ce"]).to(q_NSV.dtype)
+        weights_NS = self.weigh(part, distances["ce"]).to(distances["ce"].dtype)
         self._record(kind, {"weights": weights_NS, **distances})
         distance_grads: dict[str, Tensor] = {}
         for name, scale in self.scales[kind].items():
@@ -199,8 +215,12 @@ class Objective:
             self.numerators[key] = self.numerators.get(key, 0) + (weights_NS * value_NS).sum()
             for distance, slope in slopes.items():
                 distance_grads[distance] = distance_grads.get(distance, 0) + weights_NS * scale * slope
-        if out is not None:
-            _write_gradient(out, q_NSV, labels_NS, soft, distance_grads, memory)
+        if not want_grad:
+            return
+        if measured.log_sum_NS is not None:
+            overwrite_with_gradient(logits_NSV, labels_NS, measured.log_sum_NS, distance_grads["ce"])
+        else:
+            _write_gradient(logits_NSV, measured.q_NSV, labels_NS, soft, distance_grads, memory)
 
     def _record_predictions(self, kind: str, labels_NS: Tensor, logits_NSV: Tensor, soft: SoftLabels | None) -> None:
         choice_NS = logits_NSV.argmax(-1)
@@ -250,8 +270,7 @@ def _write_gradient(
         grad_NSV.addcmul_(soft.p_NSV, of_NS1["kl"], value=-1)
     if "ce" in of_NS1:
         grad_NSV.scatter_add_(-1, label_NS1, -of_NS1["ce"])
-    if out_NSV is not grad_NSV:
-        out_NSV.copy_(grad_NSV)
+    out_NSV.copy_(grad_NSV)
 
 
 def slot_sums(per_slot: dict[str, Tensor], scored_NS: Tensor) -> dict[str, Tensor]:

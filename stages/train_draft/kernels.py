@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.drafts import Draft, lay_blocks, pack
-from pipeline.drafts.fused import compile_kernels
+from pipeline.drafts.fused import Kernels, use_kernels
 from pipeline.errors import first_line
 from pipeline.runs.recipe import TrainSection
 from stages.train_draft.memory import FakeRows
@@ -46,14 +46,14 @@ def compile_if_equal(draft: Draft, train: TrainSection) -> str:
     """Compile the draft's kernels from now on, if a step of random states has the same loss and gradients with them as
     without; return in words what is used."""
     plain = trial_step(draft, train)
-    compile_kernels()
+    use_kernels(Kernels())
     try:
         differs = difference(trial_step(draft, train), plain, NEAR[train.dtype])
     except Exception as error:  # a compiler raises errors of many kinds, and a run does without it
         differs = first_line(error)
     draft.zero_grad()
     if differs:
-        compile_kernels(False)
+        use_kernels(None)
         return f"kernels: plain, since the compiled ones cannot be used here: {differs}"
     return f"kernels: compiled; {DISABLED[0]}=1 leaves them plain"
 

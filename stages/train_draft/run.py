@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from pipeline.cache import HiddenCache
 from pipeline.drafts import DRAFTS, Draft, init_weights
+from pipeline.drafts.fused import compiles
 from pipeline.errors import CacheError, RoomError, UsageError, first_line
 from pipeline.evaluation.accept_length import Span, accept_spans, summarise
 from pipeline.runs import checkpoint
@@ -329,7 +330,8 @@ def fit_device(resolved: Resolved, draft: Draft) -> Fit | None:
     memory, train = device_bytes(draft.device), resolved.recipe.train
     if memory is None:
         return None
-    step = step_memory(resolved.draft, train, draft.target.head_VD.dtype, draft.target.tied)
+    head, compiled = draft.target, compiles(draft.device)
+    step = step_memory(resolved.draft, train, head.head_VD.dtype, head.tied, compiled)
     for line in memory_lines(step, train.context, memory):
         print_visible(line)
     return step.fit(memory)

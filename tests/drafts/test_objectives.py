@@ -4,7 +4,7 @@ import pytest
 import torch
 from draft_cases import LargestTensor, all_blocks, build, cell_of, gradients, head_loss, loss_of
 
-from pipeline.drafts import metrics_of
+from pipeline.drafts import metrics_of, objectives
 from pipeline.drafts.blocks import dpace_weights
 from pipeline.drafts.head_loss import ChunkMemory
 from pipeline.drafts.objectives import OBJECTIVES, Objective, TargetStates
@@ -160,8 +160,20 @@ def gradient_of(objective: Objective, logits_NSV: torch.Tensor, teacher_NSV: tor
     whole, memory = slice(0, len(logits_NSV)), ChunkMemory(logits_NSV.shape[:-1].numel(), logits_NSV)
     soft = None if teacher_NSV is None else objective.soft_labels(whole, Same(), memory)
     measured = objective.measure(whole, logits_NSV, memory, soft)
-    objective.add_chunk("final", whole, logits_NSV, measured, memory, soft, out=measured[1])
-    return measured[1]
+    gradient_NSV = logits_NSV.detach().clone()
+    objective.add_chunk("final", whole, gradient_NSV, measured, memory, soft)
+    return gradient_NSV
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_the_compiled_form_of_cross_entropy_is_the_same(softcap, monkeypatch):
+    problem = Problem("ce", softcap)
+    wanted, wanted_grads = with_gradients(problem.fused, problem.leaves)
+    monkeypatch.setattr(objectives, "compiles", lambda device: True)
+    found, grads = with_gradients(problem.fused, problem.leaves)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+    for ours, theirs in zip(grads, wanted_grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", ["ce", "dspark"])

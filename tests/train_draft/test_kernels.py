@@ -17,10 +17,10 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def on_cpu(monkeypatch):
     """Compile for a CPU, too; flex attention, which has no gradient there, is left out."""
-    monkeypatch.setattr(fused, "compiles", lambda device: fused._compiling)
+    monkeypatch.setattr(kernels, "Kernels", lambda: fused.Kernels("cpu", lambda function: fused.compiled(function)))
     monkeypatch.setattr(block_draft, "compiles", lambda device: False)
     yield
-    fused.compile_kernels(False)
+    fused.use_kernels(None)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -28,7 +28,7 @@ def test_compiled_kernels_take_the_step_of_the_plain_ones(on_cpu):
     draft, train = build("domino"), SimpleNamespace(steps=100, dtype="float32")
     plain = kernels.trial_step(draft, train)
     assert kernels.compile_if_equal(draft, train).startswith("kernels: compiled")
-    assert fused._compiling
+    assert fused.kernels
     found = kernels.trial_step(draft, train)
     assert kernels.difference(found, plain, (1e-6, 1e-5)) == ""
     assert any(not torch.equal(found[name], plain[name]) for name in plain)  # they did run
@@ -44,7 +44,7 @@ def test_kernels_that_compute_something_else_are_not_used(method, on_cpu, monkey
     monkeypatch.setattr(fused, "compiled", wrong)
     line = kernels.compile_if_equal(build(method), TRAIN)
     assert "plain" in line and "differs by" in line
-    assert not fused._compiling
+    assert not fused.kernels
 
 
 def test_a_compiler_that_fails_leaves_the_plain_kernels(on_cpu, monkeypatch):
@@ -55,7 +55,7 @@ def test_a_compiler_that_fails_leaves_the_plain_kernels(on_cpu, monkeypatch):
     draft = build("dflash")
     line = kernels.compile_if_equal(draft, TRAIN)
     assert "no such architecture" in line and "\n" not in line
-    assert not fused._compiling and all(weight.grad is None for weight in draft.parameters())
+    assert not fused.kernels and all(weight.grad is None for weight in draft.parameters())
 
 
 def test_a_gradient_that_is_missing_or_not_a_number_is_a_difference():
