@@ -140,7 +140,7 @@ def write_states(
             rows = packer.as_written(packed, spec)
             writer.write(spec.name, rows)
             written += rows.nbytes
-        for name, rows_by_sample in packed.exact.items():
+        for name, rows_by_sample in packed.exact_rows().items():
             exact_rows[name] |= rows_by_sample
         on_policy += sum_scores(packed.on_policy)
         progress.add(int(packer.shard.lengths[packed.samples].sum()), written)
