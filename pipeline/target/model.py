@@ -256,7 +256,7 @@ def head_of(model: PreTrainedModel) -> TargetHead:
             raise UsageError(f"{type(model).__name__}: its {what} is quantised ({kind}); no draft can share it")
     scale = logit_scale(config.to_dict())
     embed_VD = embed.weight.detach()
-    head_VD = embed_VD if head.weight.data_ptr() == embed_VD.data_ptr() else head.weight.detach()
+    head_VD = embed_VD if head.weight is embed.weight else head.weight.detach()
     if scale != 1.0:
         head_VD = (head_VD.float() * scale).to(head_VD.dtype)
     softcap = getattr(config, "final_logit_softcapping", None)

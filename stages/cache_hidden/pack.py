@@ -48,8 +48,8 @@ class PackedStates:
     """The states of some samples, packed, on their way to the host: call `wait` before reading.
 
     rows: column -> rows [R, D], or what their codec's `encode` returns; largest: column -> the largest magnitude of
-    each row [R], fp32, not finite where the row is not; counts: column -> rows of each sample; exact: column -> the rows
-    [E, D], before encoding, of the first block of each sample in `certified`; on_policy: see `score_tokens`.
+    each row [R], fp32, not finite where the row is not; counts: column -> rows of each sample; exact: column ->
+    the rows [E, D], before encoding, of the first block of each sample in `certified`; on_policy: see `score_tokens`.
     """
 
     samples: range  # of the shard
