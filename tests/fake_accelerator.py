@@ -2,7 +2,8 @@
 
 A step has two cells, of which the second finds gradients in place. KEY: device, optimizer, dtype, moments, kernels
 (compiled or plain), anchors (of a cell), at_once (blocks computed together), or an option of the draft. METHOD `int8`
-is that codec instead.
+is that codec instead, `capture:TOKENS` a micro-batch of a capture (KEY: codec, dtype, target), and `load` the loader's
+way to the device.
 
 torch computes shapes, dtypes and devices of fake CUDA tensors, and no values; `fake_cuda.cpp`, compiled in a second or
 two, makes a CPU build believe in the device. So a step at the width of an 8B target shows here what it would on a GPU:
@@ -12,8 +13,7 @@ live. Each line is a JSON record, and also the estimate of a roofline: operation
 An estimate, not a measurement: every operation takes the longest of its arithmetic (70 % of the peak), its bytes (80 %
 of the bandwidth) and a launch. Set by hand: a value that the host reads is 1; a compiled kernel is one launch that
 touches its results and its inputs, some of these twice; flex attention is one that multiplies the tiles of its mask,
-and its gradient two; plain attention is the memory-efficient kernel, which torch takes under
-a mask.
+and its gradient two; plain attention is the memory-efficient kernel, which torch takes under a mask.
 
     N blocks   S slots   D hidden size   V vocabulary
 """
@@ -22,28 +22,15 @@ a mask.
 
 import ctypes
 import json
-import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-PEAK, WIDE_PEAK, BANDWIDTH, LAUNCH = 0.7 * 989e12, 60e12, 0.8 * 3.35e12, 5e-6  # of an H100: FLOP/s, FLOP/s, B/s, s
-
-# Compiled kernels that sum over rows too long to be kept, or over two dimensions, and one that overwrites its input.
-READ_TWICE = {"cross_entropy", "_norm_gradients", "_rotated_norm_gradients", "overwrite_with_gradient"}
-
-# Operations that only view their input, or allocate: nothing is launched.
-FREE = re.compile(
-    "view|_unsafe_view|reshape|expand|transpose|t|permute|slice|split|split_with_sizes|unsqueeze|squeeze|select|unbind|"
-    "as_strided|detach|alias|chunk|lift_fresh|_reshape_alias|empty|empty_like|empty_strided|new_empty"
-)
 
 
 def build(folder: Path) -> Path:
@@ -64,16 +51,14 @@ if __name__ == "__main__":
         ctypes.CDLL(str(build(Path(scratch))), mode=ctypes.RTLD_GLOBAL)  # before torch is loaded, which looks once
 
 import torch
-import torch.nn.functional as F
+from fake_device import Meter, pin, pretend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.codec import Calibration
 from pipeline.drafts import DRAFTS, Blocks, Draft, draft_config, flex, fused, lay_blocks, pack
 from pipeline.target.head import TargetHead
-from stages.train_draft.memory import FakeRows, LiveBytes, faked
+from stages.train_draft.memory import FakeRows, faked
 from stages.train_draft.step import Trainer, make_optimizer
 
 WIDTH, VOCABULARY, LAYERS, BLOCK, ANCHORS = 4096, 151_936, 5, 16, 512  # Qwen3-8B and a published draft of it
@@ -83,101 +68,6 @@ OWN = {
     "domino": {"shift_label": True, "pure_draft_prefix_len": 1, "emb_dim": 256, "gru_hidden_dim": 1024},
     "dspark": {"shift_label": True, "markov_rank": 256, "block_size": 7, "gamma": 4.0},
 }
-
-
-class Meter(LiveBytes):
-    """Counts what operations on one device do, and what is live there."""
-
-    def __init__(self, device: str):
-        super().__init__(device)
-        self.reset()
-
-    def reset(self) -> None:
-        self.launches, self.bytes, self.flop, self.seconds, self.peak = 0, 0, 0, 0.0, self.live
-        self.operations: Counter = Counter()  # (name, dtypes of the results)
-        self.waits: Counter = Counter()  # places where the host waits for a value of the device
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name, kwargs = function._schema.name.split("::")[1], kwargs or {}
-        if self.paused:
-            return function(*args, **kwargs)
-        if name == "_local_scalar_dense":
-            if args[0].device.type == self.device:
-                self.waits[_caller()] += 1
-            return 1.0
-        if name == "nonzero":  # how many there are is a value: none
-            self.waits[_caller()] += self.device != "cpu"
-            return torch.empty(0, args[0].dim(), dtype=torch.long, device=args[0].device)
-        results = super().__torch_dispatch__(function, types, args, kwargs)
-        outs = [leaf for leaf in tree_leaves(results) if isinstance(leaf, torch.Tensor)]
-        ins = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        devices = {tensor.device.type for tensor in ins}, {tensor.device.type for tensor in outs}
-        if self.device != "cpu" and self.device in devices[0] and "cpu" in devices[1]:
-            self.waits[_caller()] += 1
-        if not FREE.fullmatch(name) and any(tensor.device.type == self.device for tensor in outs):
-            self._count(function, name, args, kwargs, ins, outs, results)
-        return results
-
-    def one_kernel(self, name: str, compute, *args, flop: int = 0):
-        results = super().one_kernel(name, compute, *args)
-        outs = [leaf for leaf in tree_leaves(results) if isinstance(leaf, torch.Tensor)]
-        ins = [leaf for leaf in args if isinstance(leaf, torch.Tensor)]
-        moved = sum(map(_touched, ins)) * (2 if name in READ_TWICE else 1) + sum(map(_touched, outs))
-        self._add(name, outs or ins, moved, flop)
-        return results
-
-    def _count(self, function, name, args, kwargs, ins, outs, results) -> None:
-        moved = _picked(name, args, outs) or sum(map(_touched, ins)) + sum(map(_touched, outs))
-        formula = flop_registry.get(function.overloadpacket)
-        flop = formula(*args, **kwargs, out_val=results) if formula else 0
-        self._add(name, outs, moved, flop)
-
-    def _add(self, name: str, outs: list[torch.Tensor], moved: int, flop: int) -> None:
-        narrow = outs[0].dtype in (torch.bfloat16, torch.float16)
-        self.launches, self.bytes, self.flop = self.launches + 1, self.bytes + moved, self.flop + flop
-        self.seconds += max(LAUNCH, flop / (PEAK if narrow else WIDE_PEAK), moved / BANDWIDTH)
-        self.operations[name, tuple(str(tensor.dtype).removeprefix("torch.") for tensor in outs)] += 1
-
-
-def _picked(name: str, args: tuple, outs: list[torch.Tensor]) -> int:
-    """Bytes of an operation that touches only the entries that an index names, in and out; 0 for any other."""
-    if name == "gather":
-        return 2 * _touched(outs[0]) + _touched(args[2])
-    if name in ("scatter_add_", "scatter_"):
-        return 2 * args[2].numel() * outs[0].element_size() + _touched(args[2])
-    if name == "embedding":
-        return 2 * _touched(outs[0]) + _touched(args[1])
-    return 0
-
-
-def _touched(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor; what is expanded counts once."""
-    count = tensor.element_size()
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        count *= size if stride else 1
-    return count
-
-
-def _caller() -> str:
-    """File and function of the package that the operation was called from."""
-    frame = sys._getframe(2)
-    while frame and not frame.f_code.co_filename.startswith((f"{ROOT}/pipeline", f"{ROOT}/stages")):
-        frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}" if frame else "elsewhere"
-
-
-def masked_attention(q, k, v, attn_mask=None, **_):
-    """torch's attention as CUDA computes it under a mask: the mask as numbers, padded to 16 keys, one kernel."""
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (part.to(torch.get_autocast_dtype(q.device.type)) for part in (q, k, v))
-    bias = None
-    if attn_mask is not None:
-        keys = attn_mask.shape[-1]
-        bias = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device)
-        bias = F.pad(bias.masked_fill_(attn_mask.logical_not(), float("-inf")), (0, -keys % 16))[..., :keys]
-        bias = bias.expand(*q.shape[:3], keys)
-    attend = torch.ops.aten._scaled_dot_product_efficient_attention
-    return attend(q, k, v, bias, torch.is_grad_enabled())[0]
 
 
 def settings(method: str, width: int = WIDTH, vocabulary: int = VOCABULARY, **changes) -> dict:
@@ -228,6 +118,8 @@ class FakeTraining:
         with self.mode:
             parts = tuple(map(faked, cut))
             self.cell, whole = faked(cell), faked(blocks)
+            for states in (self.cell.aux_KRD, self.cell.final_FD):  # as the loader reads them
+                states is None or pin(states)
         self.entries = mean_entries(cut)
         self.blocks = CutBlocks(**{field.name: getattr(whole, field.name) for field in fields(whole)}, parts=parts)
 
@@ -258,7 +150,7 @@ class FakeTraining:
             meter.reset()
             self._evaluate(trainer.draft.eval())
         others = {"kernels": kernels, "optimizer": optimizer, "dtype": dtype}
-        return record | {"evaluation_waits": dict(meter.waits)} | others
+        return record | {"evaluation_waits": dict(+meter.waits)} | others
 
     @torch.no_grad()
     def _evaluate(self, draft: Draft) -> None:
@@ -272,13 +164,7 @@ class FakeTraining:
             "config": self.config.model_dump(exclude_none=True),
             "device": self.device,
             "static_gib": round(static / 2**30, 2),
-            "peak_gib": round(meter.peak / 2**30, 2),
-            "launches": meter.launches,
-            "tflop": round(meter.flop / 1e12, 1),
-            "moved_gb": round(meter.bytes / 1e9),
-            "roofline_ms": round(1e3 * meter.seconds),
-            "share_of_peak": round(meter.flop / 989e12 / meter.seconds, 3),
-            "waits": dict(meter.waits),
+            **meter.receipt(),
             "operations": sorted([name, list(dtypes), count] for (name, dtypes), count in meter.operations.items()),
         }
 
@@ -291,26 +177,18 @@ def mean_entries(parts: list[Blocks]) -> int:
 
 
 def codec_on(device: str) -> dict:
-    """Encode and decode int8 states there; return the waits of the host."""
+    """Encode and decode int8 states there, with a calibration that is there; return the waits of the host."""
     import numpy as np
 
     codec, mode, meter = CODECS["int8"], FakeTensorMode(allow_non_fake_inputs=True), Meter(device)
     calibration = Calibration(np.zeros(WIDTH, np.float32), np.ones(WIDTH, np.float32))
     with mode, meter:
         states_RD = torch.empty(256, WIDTH, dtype=torch.bfloat16, device=device)
+        calibration.on(states_RD.device)
+        meter.reset()
         codes = codec.encode(states_RD, calibration)[:2]
         codec.decode(codes, calibration, torch.empty_like(states_RD))
-    return {"codec": "int8", "device": device, "waits": dict(meter.waits)}
-
-
-def pretend() -> None:
-    """Let torch's Python side take the fake device for granted, and attention be the kernel of CUDA."""
-    import torch.cuda.amp.common
-
-    torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
-    torch.cuda.is_bf16_supported = lambda *_, **__: True
-    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
-    F.scaled_dot_product_attention = masked_attention
+    return {"codec": "int8", "device": device, "waits": dict(+meter.waits)}
 
 
 def main() -> None:
@@ -321,6 +199,16 @@ def main() -> None:
         chosen = dict(pair.split("=") for pair in others.split(",") if pair)
         if what == "int8":
             print(json.dumps(codec_on("cuda")))
+            continue
+        if what == "capture":
+            from fake_capture import capture
+
+            print(json.dumps(capture(chosen.pop("codec", "raw"), int(rows or 8192), **chosen)), flush=True)
+            continue
+        if what == "load":
+            from fake_loading import load
+
+            print(json.dumps(load(chosen.pop("codec", "raw"))), flush=True)
             continue
         device, *training = (chosen.pop(key, usual) for key, usual in USUAL.items())
         changes = {key: int(value) if value.isdecimal() else value for key, value in chosen.items()}

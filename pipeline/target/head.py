@@ -67,7 +67,8 @@ class TargetHead:
         found = F.embedding(ids, self.embed_VD)
         if self.embed_scale == 1.0:
             return found
-        return found * torch.tensor(self.embed_scale, dtype=found.dtype, device=found.device)
+        # Filled there: a copy would be waited for.
+        return found * torch.full((), self.embed_scale, dtype=found.dtype, device=found.device)
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
         """Return logits [..., V] before the soft cap, in the head's dtype. The cap does not change their argmax."""

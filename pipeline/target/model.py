@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -57,14 +56,12 @@ def load_target(
         dtype = torch.float32 if device.type == "cpu" else "auto"
     transformers_logging.disable_progress_bar()
     method = quantised_by(config)
-    # Straight to the device, a file at a time, where accelerate is there; some quantised models cannot be moved later.
-    straight = device.type != "cpu" and (method or find_spec("accelerate"))
-    device_map = {"device_map": {"": device}} if straight else {}
+    # Straight to the device, a file at a time, by accelerate; some quantised models could not be moved later.
+    device_map = {"device_map": {"": device}} if device.type != "cpu" else {}
     try:
         target, report = loader.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=False, **device_map
         )
-        target = target if device_map else target.to(device)
     except ImportError as error:
         if method is None:
             raise
@@ -256,7 +253,7 @@ def head_of(model: PreTrainedModel) -> TargetHead:
             raise UsageError(f"{type(model).__name__}: its {what} is quantised ({kind}); no draft can share it")
     scale = logit_scale(config.to_dict())
     embed_VD = embed.weight.detach()
-    head_VD = embed_VD if head.weight.data_ptr() == embed_VD.data_ptr() else head.weight.detach()
+    head_VD = embed_VD if head.weight is embed.weight else head.weight.detach()
     if scale != 1.0:
         head_VD = (head_VD.float() * scale).to(head_VD.dtype)
     softcap = getattr(config, "final_logit_softcapping", None)

@@ -19,8 +19,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
 from pipeline.cache.atomic import Scratch, process_lock, write_all, write_errors
 from pipeline.cache.catalog import Catalog, Work, target_file
 from pipeline.cache.columns import ColumnSpec
@@ -65,9 +63,7 @@ def capture_shards(
     target = load_target(str(settings.folder), device=device, dtype=settings.dtype)
     head = head_of(target)
     store_target(catalog, settings.folder, head, target.config, stop_tokens(target))
-    stored = TargetHead.load(target_file(catalog, HEAD), dtype=getattr(torch, settings.dtype))
-    if not head.equals(stored):  # else the target's own, which are on the device already
-        head = stored.to(device)
+    head = stored_head(catalog, head)
     reference = ReferenceTarget(target)
     with_stats = on_policy_columns(catalog, settings.columns)
     with contextlib.closing(make_engine(settings, target)) as engine:
@@ -95,6 +91,12 @@ def capture_shards(
                     previous = {name: lost[shard.number, name] for name in facts if (shard.number, name) in lost}
                     writer.commit(facts, previous)
                 progress.add_shard()
+
+
+def stored_head(catalog: Catalog, own: TargetHead) -> TargetHead:
+    """Return the cache's head; as `own`, the target's, where the two are equal, so that it is in memory once."""
+    stored = TargetHead.load(target_file(catalog, HEAD), dtype=own.head_VD.dtype)
+    return own if own.equals(stored) else stored.to(own.head_VD.device)
 
 
 def on_policy_columns(catalog: Catalog, columns: Sequence[ColumnSpec]) -> set[str]:
@@ -140,7 +142,7 @@ def write_states(
             rows = packer.as_written(packed, spec)
             writer.write(spec.name, rows)
             written += rows.nbytes
-        for name, rows_by_sample in packed.exact.items():
+        for name, rows_by_sample in packed.exact_rows().items():
             exact_rows[name] |= rows_by_sample
         on_policy += sum_scores(packed.on_policy)
         progress.add(int(packer.shard.lengths[packed.samples].sum()), written)

@@ -48,15 +48,16 @@ class PackedStates:
     """The states of some samples, packed, on their way to the host: call `wait` before reading.
 
     rows: column -> rows [R, D], or what their codec's `encode` returns; largest: column -> the largest magnitude of
-    each row [R], fp32, not finite where the row is not; counts: column -> rows of each sample; exact: of the samples in
-    `Packer.certified`, before encoding; on_policy: see `score_tokens`.
+    each row [R], fp32, not finite where the row is not; counts: column -> rows of each sample; exact: column ->
+    the rows [E, D], before encoding, of the first block of each sample in `certified`; on_policy: see `score_tokens`.
     """
 
     samples: range  # of the shard
     rows: dict[str, Tensor | tuple[Tensor, ...]]
     largest: dict[str, Tensor]
     counts: dict[str, list[int]]
-    exact: ExactRows
+    certified: list[int]
+    exact: dict[str, Tensor]
     on_policy: Tensor | None
     copied: torch.cuda.Event | None = None
 
@@ -75,6 +76,19 @@ class PackedStates:
                 elif (rows == 0).any():
                     reasons.setdefault(sample, f"{name} has a row of zeros")
         yield from sorted(reasons.items())
+
+    def exact_rows(self) -> ExactRows:
+        """Return the exact rows of each certified sample, which share one copy."""
+        return {
+            name: dict(zip(self.certified, rows_ED.split([len(part) for part in self.first_blocks(name)]), strict=True))
+            for name, rows_ED in self.exact.items()
+        }
+
+    def first_blocks(self, name: str) -> list[range]:
+        """Return where in a column's packed rows the first block of each certified sample is."""
+        starts = np.cumsum([0, *self.counts[name]]).tolist()
+        firsts = [sample - self.samples.start for sample in self.certified]
+        return [range(starts[at], min(starts[at] + CHECKSUM_ROWS, starts[at + 1])) for at in firsts]
 
 
 class Packer:
@@ -138,7 +152,7 @@ class Packer:
         rows_of = {spec.keeps: [stored_rows(self.shard, each, spec.keeps) for each in samples] for spec in self.columns}
         runs = {keeps: _contiguous_runs(_flat_index(each, longest)) for keeps, each in rows_of.items()}
         counts = {spec.name: [len(each) for each in rows_of[spec.keeps]] for spec in self.columns}
-        packed = PackedStates(samples, {}, {}, counts, {}, None)
+        packed = PackedStates(samples, {}, {}, counts, sorted(self.certified & {*samples}), {}, None)
         for spec in self.columns:
             layer = layer_of(spec.name)
             full_BTD = final_BTD if layer is None else layer_states.pop(layer)
@@ -156,8 +170,8 @@ class Packer:
         if name not in self.calibrations:
             packed.rows[name] = rows_RD
             return
-        parts = zip(packed.samples, rows_RD.split(packed.counts[name]), strict=True)
-        packed.exact[name] = {i: part_RD[:CHECKSUM_ROWS].clone() for i, part_RD in parts if i in self.certified}
+        if packed.certified:  # one tensor, for one copy to the host
+            packed.exact[name] = torch.cat([rows_RD[part.start : part.stop] for part in packed.first_blocks(name)])
         # A sample with such a row is refused anyway; encoded as is, every value of it would be an outlier.
         rows_RD = rows_RD.masked_fill_(~packed.largest[name].isfinite()[:, None], 0)
         packed.rows[name] = CODECS[spec.codec].encode(rows_RD, self.calibrations[name])
@@ -268,11 +282,11 @@ def certify(packer: Packer, writer: ShardWriter, exact_rows: ExactRows) -> dict[
     for spec in (spec for spec in packer.columns if spec.name in packer.calibrations):
         head = packer.head if spec.name == "final" else None
         certificate = Certificate(spec.name, spec.codec, packer.calibrations[spec.name], head)
-        for sample, exact_RD in exact_rows[spec.name].items():
-            if sample not in writer.refused:
-                stored_RD = as_states(writer.read(spec.name, sample, blocks=1)).to(device)
-                certificate.add(exact_RD.to(device), stored_RD)
-        if certificate.rows:
+        kept = [sample for sample in exact_rows[spec.name] if sample not in writer.refused]
+        if kept:  # all at once: each figure of a certificate is waited for
+            exact_RD = torch.cat([exact_rows[spec.name][sample] for sample in kept])
+            stored_RD = torch.cat([as_states(writer.read(spec.name, sample, blocks=1)) for sample in kept])
+            certificate.add(exact_RD.to(device), stored_RD.to(device))
             rows = int(spec.bounds(writer.shard)[-1])
             with torch.no_grad():
                 found[spec.name] = {"certificate": certificate.facts(writer.outliers(spec.name) / rows)}

@@ -118,7 +118,7 @@ class Trainer:
         dens = {}
         for of_cell in blocks:
             _add_into(dens, self.draft.denominators(of_cell))
-        dens = {name: value.to(self.device) for name, value in dens.items()}
+        dens = {name: value.to(self.device, non_blocking=True) for name, value in dens.items()}
         batch = BatchLoss(torch.zeros((), dtype=torch.float64, device=self.device), dens)
         for cell, of_cell in zip(cells, blocks, strict=True):
             on_device = cell.to(self.device)

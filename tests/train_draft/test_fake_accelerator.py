@@ -30,6 +30,7 @@ LOSSES = [
 ]
 IN_PARTS = f"domino:{SMALLER},at_once=16"
 PLAIN = [f"{loss},kernels=plain" for loss in LOSSES]
+LOADS = ("load:,codec=raw", "load:,codec=int8")
 ON_CPU = [f"{loss},device=cpu" for loss in PLAIN]
 
 # What torch documents as having no deterministic form on CUDA, as far as a draft could meet it.
@@ -50,7 +51,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++
 def records() -> dict[str, dict]:
     """The record of each step by its name."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), *LOSSES, *PLAIN, IN_PARTS, *ON_CPU, "int8"]
+    command = [sys.executable, str(SCRIPT), *LOSSES, *PLAIN, IN_PARTS, *ON_CPU, "int8", *LOADS]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(zip(command[2:], map(json.loads, done.stdout.splitlines()), strict=True))
@@ -58,13 +59,26 @@ def records() -> dict[str, dict]:
 
 @pytest.mark.parametrize("loss", LOSSES + PLAIN)
 def test_a_step_waits_for_the_device_twice_and_an_evaluation_never(records, loss):
-    """For the gradient's norm and the loss, which decide whether the weights may change."""
+    """For the gradient's norm and the loss, which decide whether the weights may change. Copies to the device are
+    counted, too: none of them may wait for what is queued there."""
     assert records[loss]["waits"] == {"step.py:step": 2}
     assert records[loss]["evaluation_waits"] == {}
 
 
 def test_int8_is_decoded_without_a_wait_and_encoded_with_one_for_the_number_of_outliers(records):
     assert records["int8"]["waits"] == {"int8.py:encode": 1}
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_cells_go_to_the_device_from_pinned_memory_without_a_wait_and_only_the_loaders_thread_waits_for_copies(
+    records, load
+):
+    """A buffer is written again only after an event that was recorded behind the copy from it."""
+    record = records[load]
+    assert record["waits"] == {} and record["pinned"] == [True] and record["places"] == ["cuda"]
+    assert record["cells"] == record["recorded"] > 10
+    assert record["events"].keys() == {"loader.py:_take_buffer"}
+    assert record["cells"] >= record["events"]["loader.py:_take_buffer"] > 5
 
 
 @pytest.mark.parametrize("loss", PLAIN)

@@ -48,8 +48,8 @@ class Calibration:
         import torch
 
         if device not in self._on_device:
-            tensors = (torch.from_numpy(values.copy()).to(device) for values in (self.mean, self.std))
-            self._on_device[device] = tuple(tensors)
+            copies = (torch.from_numpy(values.copy()) for values in (self.mean, self.std))
+            self._on_device[device] = tuple(copy.to(device, non_blocking=True) for copy in copies)
         return self._on_device[device]
 
 
