@@ -87,6 +87,10 @@ def plan(model, corpus, out, probe, train, device_memory, as_json, **chosen):
 @commands.command("cache-hidden")
 @capture_options
 @option("--worker", default=None, metavar="I/N", help="Capture every N-th shard from I on: 0/4, 1/4, 2/4, 3/4.")
+@option(
+    "--tensor-parallel", type=IntRange(1), default=1, metavar="N", help="Share the target among N ranks of torchrun."
+)
+@option("--device-map", metavar="MAP", help="Spread its layers in one process: auto, or a JSON object by module.")
 def cache_hidden(model, corpus, out, **chosen):
     """Run the target once and keep its hidden states.
 
@@ -95,6 +99,9 @@ def cache_hidden(model, corpus, out, **chosen):
     Several workers share one cache: start the same command with --worker I/N, under torchrun, or as a SLURM array or
     srun step, which say I and N (and by LOCAL_RANK or SLURM_LOCALID, the GPU). Whatever a worker left, a run with any
     other N captures.
+
+    A target larger than one GPU: `torchrun --nproc-per-node N -m pipeline cache-hidden ... --tensor-parallel N` has N
+    ranks work as one; one process with --device-map auto has several GPUs, host memory and disk. Both need accelerate.
 
     More corpus: the same command with another --corpus and --append. What is there stays as it is, samples that are
     there already are not captured again, and the new ones get every layer the cache has.

@@ -227,7 +227,7 @@ def test_a_run_stopped_before_its_first_shard_does_not_read_its_corpus_again(wor
             patch.setattr("stages.cache_hidden.capture.capture_shards", interrupt)
             yield
 
-    def interrupt(*arguments):
+    def interrupt(*arguments, **named):
         raise KeyboardInterrupt
 
     with stopped():
