@@ -32,7 +32,7 @@ from pipeline.target.chat_template import load_tokenizer
 from pipeline.target.config import check_quantised, load_config, loader_class, missing_package, quantised_by
 from pipeline.target.files import check_config, complete_config, find_target, tokenizer_files
 from pipeline.target.head import TargetHead, logit_scale
-from pipeline.target.spread import loading_arguments, lost_rank, same_weights, whole_weight
+from pipeline.target.spread import input_device, loading_arguments, lost_rank, same_weights, whole_weight
 from pipeline.target.weights import check_weights_if_recorded, weight_facts, weight_files, weight_shapes
 from pipeline.tensors import find_device
 
@@ -75,6 +75,8 @@ def load_target(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=False, **arguments
         )
         target = target if arguments else target.to(device)
+        if method is not None:
+            _unpack(target)
     except ImportError as error:
         if method is None:
             raise
@@ -98,6 +100,15 @@ def load_target(
             "fetch its files again"
         )
     return target.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _unpack(target: PreTrainedModel) -> None:
+    """Run a quantised target on one token: some methods unpack weights in the model's first forward, not its decoder's.
+
+    So a kernel that cannot run here, or not in this dtype, is found now, too.
+    """
+    target(torch.zeros(1, 1, dtype=torch.long, device=input_device(target)), use_cache=False)
 
 
 def _check_size(folder: Path, loader: type, config: PreTrainedConfig) -> None:

@@ -22,6 +22,7 @@ from pipeline.errors import UsageError
 from pipeline.target.files import (
     find_target,
     max_positions,
+    quantisation,
     read_json,
     read_text_config,
     stop_ids,
@@ -311,6 +312,9 @@ def _default_dtype(folder: Path, device: str | None) -> str:
     if Worker().device(device) == "cpu":
         return "float32"
     native = _config_dtype(folder)
+    if native == "float16" and quantisation(folder):
+        print("warning: this quantised target's float16 is run as bfloat16; --dtype float32 is exact", file=sys.stderr)
+        return "bfloat16"
     if native not in DTYPES:
         raise UsageError(f"the target's config names the type {native}; choose one with --dtype: {' or '.join(DTYPES)}")
     return native
