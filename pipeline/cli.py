@@ -15,6 +15,7 @@ from pipeline.errors import CacheError, ProofError, UsageError
 from pipeline.options import (
     CACHE,
     DEVICE,
+    DEVICE_MAP,
     FOLDER,
     HELP,
     PATH,
@@ -90,7 +91,7 @@ def plan(model, corpus, out, probe, train, device_memory, as_json, **chosen):
 @option(
     "--tensor-parallel", type=IntRange(1), default=1, metavar="N", help="Share the target among N ranks of torchrun."
 )
-@option("--device-map", metavar="MAP", help="Spread its layers in one process: auto, or a JSON object by module.")
+@DEVICE_MAP
 def cache_hidden(model, corpus, out, **chosen):
     """Run the target once and keep its hidden states.
 
@@ -132,8 +133,9 @@ def inspect(cache, sample, as_json):
 @option("--complete", is_flag=True, help="End with 4 unless every shard has every column.")
 @option("--model", help="The target, for --repair and --deep.")
 @DEVICE
+@DEVICE_MAP
 @option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def verify(cache, repair, deep, complete, model, device, as_json):
+def verify(cache, repair, deep, complete, model, device, device_map, as_json):
     """Check every byte of a cache. Ends with 4 when something is damaged, and names it.
 
     So it does when columns are lacking in some shards and nobody is capturing them; with --complete also while somebody
@@ -145,7 +147,7 @@ def verify(cache, repair, deep, complete, model, device, as_json):
     from pipeline.cache.verify import verify_table
     from stages.cache_hidden.repair import check_incomplete, suggest_repair, verify_and_repair
 
-    report = verify_and_repair(cache, repair, deep, model, device)
+    report = verify_and_repair(cache, repair, deep, model, device, device_map)
     show(report.as_dict(), as_json, verify_table)
     if report.damaged:
         first, what_to_do = report.damaged[0], suggest_repair(cache, model, repair)

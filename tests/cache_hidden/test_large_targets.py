@@ -24,6 +24,7 @@ from pipeline.target.config import load_config, loader_class
 from pipeline.target.model import load_target
 from pipeline.target.probe import NOISE_FACTOR, ReferenceTarget, relative_error
 from pipeline.target.spread import check_ranks, parse_device_map
+from stages.cache_hidden.repair import verify_and_repair
 from stages.cache_hidden.run import run
 from stages.cache_hidden.settings import CaptureOptions
 from stages.cache_hidden.shard_assignment import Worker, find_worker
@@ -50,6 +51,24 @@ def killed(self, *args, **kwargs):
     return forward(self, *args, **kwargs)
 
 Group._together = killed
+main()
+"""
+WITHOUT_MEMORY = """
+import torch
+from pipeline.cli import main
+from stages.cache_hidden.tensor_parallel import Group
+
+together, count = Group._together, 0
+
+def full(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+def run(self, forward, *args, **kwargs):
+    global count
+    count += 1
+    return together(self, full if count == 25 and self._worker.rank == 1 else forward, *args, **kwargs)
+
+Group._together = run
 main()
 """
 ONE_LAYER_LATE = """
@@ -200,6 +219,16 @@ def test_a_killed_rank_ends_its_group_in_one_line_and_one_device_goes_on(alone, 
 
 
 @needs_accelerate
+def test_a_rank_without_memory_says_so_for_its_group(torchrun, tmp_path):
+    script, out = tmp_path / "full.py", tmp_path / "cache"
+    script.write_text(WITHOUT_MEMORY)
+    code, _, errors = torchrun(out, 2, "--tensor-parallel=2", script=script)
+    assert code == 1 and len(says(errors)) == 1, errors
+    assert "error: rank 1 of worker 0/1's 2 has no memory for a micro-batch (CUDA out of memory)" in says(errors)[0]
+    assert any(out.glob("shards/*/final.json")) and not list(out.glob("tmp-*")) and not verify(out).damaged
+
+
+@needs_accelerate
 def test_the_probe_refuses_a_wrong_layer_of_a_shared_target(torchrun, tmp_path):
     script, out = tmp_path / "late.py", tmp_path / "cache"
     script.write_text(ONE_LAYER_LATE)
@@ -221,6 +250,10 @@ def test_layers_in_host_memory_and_on_disk_give_the_very_bytes(alone, corpus, tm
     spread |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(8)}
     out = captured(corpus, tmp_path / "cache", device=None, device_map=json.dumps(spread))
     states = ("shards/**/*", "target/**/*", "cache.json", "plan/*")
+    assert files_of(out, *states) == files_of(alone, *states)
+
+    (out / "shards/000002/aux.3.json").unlink()
+    assert not verify_and_repair(out, True, False, str(TARGET), None, json.dumps(spread)).damaged
     assert files_of(out, *states) == files_of(alone, *states)
 
 
