@@ -91,6 +91,8 @@ class CaptureOptions:
         if self.device_map is not None and (self.device or self.tensor_parallel > 1):
             other = "--device" if self.device else "--tensor-parallel"
             raise UsageError(f"--device-map and {other} both say where the target goes; give one")
+        if self.tensor_parallel > 1 and ":" in (self.device or ""):
+            raise UsageError(f"--device {self.device}: each of {self.tensor_parallel} ranks takes a GPU; leave it out")
         if self.max_length is not None and self.max_length < 2:
             raise UsageError(f"--max-length {self.max_length}: a sample is two tokens at least")
 

@@ -11,6 +11,7 @@ torchrun, and the others end without a word.
 """
 
 import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -108,7 +109,8 @@ class Group:
             dist.broadcast_object_list([order], src=0, group=self._orders)
 
     def check(self) -> None:
-        """Raise UsageError where the ranks cannot share the target, before any work."""
+        """Raise UsageError where the ranks cannot share the target, or lack devices for it, before any work."""
+        _check_devices(self._device, int(os.environ.get("LOCAL_WORLD_SIZE", self._worker.ranks)))
         folder = find_target(self._model, self._revision)
         config = load_config(folder, self._model)
         check_ranks(folder, loader_class(config, self._model), config, self._worker.ranks)
@@ -176,6 +178,25 @@ class Group:
             ) from error
         self._inside = False
         return output
+
+
+def _check_devices(device: str, ranks: int) -> None:
+    """Raise UsageError where transformers would share the target among other devices than `device`, or too few.
+
+    ranks: of this machine; it gives each the GPU of its local number.
+    """
+    found = torch.accelerator.current_accelerator()
+    kind = "cpu" if found is None else found.type
+    if torch.device(device).type != kind:
+        raise UsageError(
+            f"--tensor-parallel on {device}: transformers shares a target among the {kind} devices that torch sees; "
+            "leave out --device, or hide them (CUDA_VISIBLE_DEVICES=)"
+        )
+    if kind == "cuda" and torch.cuda.device_count() < ranks:
+        raise UsageError(
+            f"--tensor-parallel: torchrun started {ranks} ranks here, on {torch.cuda.device_count()} GPUs; a rank "
+            "takes one, pass a smaller --nproc-per-node"
+        )
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:

@@ -28,6 +28,7 @@ from stages.cache_hidden.repair import verify_and_repair
 from stages.cache_hidden.run import run
 from stages.cache_hidden.settings import CaptureOptions
 from stages.cache_hidden.shard_assignment import Worker, find_worker
+from stages.cache_hidden.tensor_parallel import Group
 
 ROOT = Path(__file__).parents[2]
 TARGET = ROOT / "data/tiny-qwen3"
@@ -279,6 +280,7 @@ def test_without_accelerate_the_command_that_installs_it_is_named(option, tmp_pa
     [
         ({"device_map": "auto", "tensor_parallel": 2}, "--device-map and --tensor-parallel both say where"),
         ({"device_map": "auto", "device": "cpu"}, "--device-map and --device both say where"),
+        ({"tensor_parallel": 2, "device": "cuda:1"}, "--device cuda:1: each of 2 ranks takes a GPU"),
     ],
 )
 def test_two_places_for_one_target_are_refused(options, found):
@@ -297,6 +299,21 @@ def test_a_device_map_is_not_for_several_processes():
     options = CaptureOptions(device_map="auto")
     with pytest.raises(UsageError, match=r"torchrun started 4 here; .* --tensor-parallel 4"):
         options.checked_device_map({"LOCAL_WORLD_SIZE": "4"})
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "found"),
+    [
+        ("cpu", 2, r"--tensor-parallel on cpu: .* the cuda devices that torch sees; leave out --device"),
+        ("cuda", 1, r"torchrun started 2 ranks here, on 1 GPUs; .* a smaller --nproc-per-node"),
+    ],
+)
+def test_ranks_without_a_gpu_each_are_refused(monkeypatch, device, gpus, found):
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match=found):
+        Group(Worker(ranks=2), str(TARGET), None, device).check()
 
 
 RANKS = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost"}
