@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_target, write_jsonl
+from tiny import config, random_model, save_target, write_jsonl
 from transformers import GPT2Config
 
 from pipeline.cache import HiddenCache
@@ -71,6 +71,30 @@ def run(self, forward, *args, **kwargs):
 
 Group._together = run
 main()
+"""
+# Prints, of every rank, the MiB of its part, and by how much its memory grew at most, mapped files included.
+GROWTH = """
+import threading, time
+import torch.distributed as dist
+from pipeline.target.model import load_target
+
+def resident():
+    with open("/proc/self/status") as file:
+        return sum(int(line.split()[1]) for line in file if line.startswith(("RssAnon", "RssFile"))) / 1024
+
+def watch():
+    while True:
+        sizes.append(resident())
+        time.sleep(0.002)
+
+dist.init_process_group("gloo")
+load_target("{small}", ranks=2)  # imports what it needs
+sizes = [resident()]
+threading.Thread(target=watch, daemon=True).start()
+model = load_target("{large}", ranks=2)
+part = sum(weight.to_local().nbytes if hasattr(weight, "to_local") else weight.nbytes for weight in model.parameters())
+print("grew", part / 2**20, max(sizes) - sizes[0], flush=True)
+dist.destroy_process_group()
 """
 ONE_LAYER_LATE = """
 from pipeline.cli import main
@@ -230,6 +254,23 @@ def test_a_rank_without_memory_says_so_for_its_group(torchrun, tmp_path):
 
 
 @needs_accelerate
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_a_rank_holds_its_part_and_at_most_a_file_more_while_it_loads(torchrun, tmp_path):
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12}
+    random_model(config(**sizes)).save_pretrained(tmp_path / "large", max_shard_size="20MB")
+    files = [path.stat().st_size / 2**20 for path in (tmp_path / "large").glob("*.safetensors")]
+    script = tmp_path / "growth.py"
+    script.write_text(GROWTH.format(small=TARGET, large=tmp_path / "large"))
+    code, printed, errors = torchrun(tmp_path, 2, script=script)
+    assert code == 0, errors
+    grown = [line.split()[1:] for line in printed.splitlines() if line.startswith("grew")]
+    assert len(grown) == 2 and len(files) > 5
+    for part, growth in grown:
+        assert float(part) < 0.6 * sum(files)
+        assert float(growth) < float(part) + max(files) + 16 < 0.8 * sum(files)
+
+
+@needs_accelerate
 def test_the_probe_refuses_a_wrong_layer_of_a_shared_target(torchrun, tmp_path):
     script, out = tmp_path / "late.py", tmp_path / "cache"
     script.write_text(ONE_LAYER_LATE)
@@ -362,7 +403,6 @@ def test_what_all_ranks_find_wrong_one_of_them_says():
 def test_a_target_that_ranks_cannot_share_is_refused_before_any_work(tmp_path, monkeypatch, shape, ranks, found):
     monkeypatch.setattr("pipeline.target.spread.check_accelerate", lambda option: None)
     folder = save_target(tmp_path / "target", shape)
-    config = load_config(folder)
     with pytest.raises(UsageError, match=found):
-        check_ranks(folder, loader_class(config, str(folder)), config, ranks)
+        check_ranks(folder, loader_class(load_config(folder), ""), load_config(folder), ranks)
     check_ranks(TARGET, loader_class(load_config(TARGET), ""), load_config(TARGET), 2)
