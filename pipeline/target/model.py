@@ -90,8 +90,11 @@ def load_target(
         refuse_limit(model, error)
         if lost_rank(error):
             raise
-        remedy = "fetch its files again" if method is None else f"it is quantised ({method}): use a GPU that can, or "
-        remedy += "" if method is None else "name the model as it was before"
+        remedy = "fetch its files again"
+        if method is not None:
+            remedy = f"it is quantised ({method}): use a GPU that can, or name the model as it was before"
+        elif device_map is not None:
+            remedy = "name a device that is there for every module, or pass --device-map auto"
         raise UsageError(f"{model} cannot be loaded ({first_line(error, 200)}); {remedy}") from error
     missing_weights = sorted({*report["missing_keys"], *(str(entry[0]) for entry in report.get("mismatched_keys", ()))})
     if missing_weights:

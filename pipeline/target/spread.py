@@ -7,7 +7,9 @@ host memory or on disk, from where accelerate brings them for their own forward.
 A target that is on one device is spread over it alone: every function here takes it, too.
 """
 
+import atexit
 import json
+import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -86,7 +88,9 @@ def loading_arguments(config: PreTrainedConfig, ranks: int, device_map: str | di
         return {}
     check_accelerate("--device-map")
     limits = {} if isinstance(device_map, dict) else {"max_memory": _max_memory(config.get_text_config())}
-    return {"device_map": device_map, "offload_folder": tempfile.mkdtemp(prefix="pipeline-offload-"), **limits}
+    folder = tempfile.mkdtemp(prefix="pipeline-offload-")  # for weights that are not as they are in the files
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return {"device_map": device_map, "offload_folder": folder, **limits}
 
 
 def _distributed_config(ranks: int):

@@ -102,7 +102,7 @@ def _several_ranks(named: str | None, environment: Mapping[str, str], ranks: int
 
     UsageError without torchrun, and where its ranks do not make whole workers; then on one rank, which says it for all.
     """
-    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= environment.keys():
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
         raise UsageError(
             f"--tensor-parallel {ranks} takes {ranks} processes; start the same command with "
             f"`torchrun --nproc-per-node {ranks} -m pipeline cache-hidden ...`"

@@ -65,14 +65,14 @@ class Group:
     def __init__(self, worker: Worker, model: str, revision: str | None, device: str):
         self.leads, self._worker = worker.rank == 0, worker
         self._model, self._revision, self._device = model, revision, device
-        self._inside = False  # of a forward, where the other ranks hear no orders
+        self._inside = False  # of what all ranks do together, where the others hear no orders
 
     def __enter__(self) -> "Group":
         store = next(dist.rendezvous("env://"))[0]
         self._store = dist.PrefixStore(f"worker-{self._worker.number}", store)
         backend = "gloo"
-        if self._device != "cpu":
-            torch.cuda.set_device(self._device)
+        if self._device.startswith("cuda"):
+            torch.cuda.set_device((self._worker.local or 0) % torch.cuda.device_count())
             backend = "cpu:gloo,cuda:nccl"
         size = {"rank": self._worker.rank, "world_size": self._worker.ranks}
         dist.init_process_group(backend, store=self._store, timeout=IN_A_FORWARD, **size)
@@ -81,7 +81,8 @@ class Group:
 
     def __exit__(self, kind: type | None, error: BaseException | None, _) -> None:
         if error is None:
-            self._order(None)
+            with contextlib.suppress(RuntimeError):  # a rank is lost, whose work is done
+                self._order(None)
             dist.destroy_process_group()
             return
         mine, lost = self._claims_line(), lost_rank(error)
@@ -145,8 +146,11 @@ class Group:
         folder = find_target(self._model, self._revision)
         if target_digest(folder) != order.digest:
             raise UsageError(f"{folder} is another target here than on the worker's first rank; fetch it again")
+        self._inside = True
         model = load_target(str(folder), device=self._device, dtype=order.dtype, ranks=self._worker.ranks)
-        return model, head_of(model)
+        head = head_of(model)
+        self._inside = False
+        return model, head
 
     def _forward(self, model: PreTrainedModel, name: str, forward: Callable, *args, **kwargs):
         """Have all ranks run a forward, the leader by its own `forward`."""
