@@ -272,7 +272,7 @@ def test_a_rank_that_cannot_load_ends_the_others_that_wait_for_it(torchrun, tmp_
     script, out = tmp_path / "full.py", tmp_path / "cache"
     script.write_text(NOT_LOADED)
     code, _, errors = torchrun(out, 2, "--tensor-parallel=2", script=script)
-    assert code == 1 and says(errors) == ["error: the first rank has no memory to load its part"]
+    assert code == 1 and "error: the first rank has no memory to load its part" in says(errors), errors
     assert not (out / "shards").exists()
 
 
