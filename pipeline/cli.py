@@ -15,6 +15,7 @@ from pipeline.errors import CacheError, ProofError, UsageError
 from pipeline.options import (
     CACHE,
     DEVICE,
+    DEVICE_MAP,
     FOLDER,
     HELP,
     PATH,
@@ -87,6 +88,10 @@ def plan(model, corpus, out, probe, train, device_memory, as_json, **chosen):
 @commands.command("cache-hidden")
 @capture_options
 @option("--worker", default=None, metavar="I/N", help="Capture every N-th shard from I on: 0/4, 1/4, 2/4, 3/4.")
+@option(
+    "--tensor-parallel", type=IntRange(1), default=1, metavar="N", help="Share the target among N ranks of torchrun."
+)
+@DEVICE_MAP
 def cache_hidden(model, corpus, out, **chosen):
     """Run the target once and keep its hidden states.
 
@@ -95,6 +100,9 @@ def cache_hidden(model, corpus, out, **chosen):
     Several workers share one cache: start the same command with --worker I/N, under torchrun, or as a SLURM array or
     srun step, which say I and N (and by LOCAL_RANK or SLURM_LOCALID, the GPU). Whatever a worker left, a run with any
     other N captures.
+
+    A target larger than one GPU: `torchrun --nproc-per-node N -m pipeline cache-hidden ... --tensor-parallel N` has N
+    ranks work as one; one process with --device-map auto has several GPUs, host memory and disk.
 
     More corpus: the same command with another --corpus and --append. What is there stays as it is, samples that are
     there already are not captured again, and the new ones get every layer the cache has.
@@ -125,8 +133,9 @@ def inspect(cache, sample, as_json):
 @option("--complete", is_flag=True, help="End with 4 unless every shard has every column.")
 @option("--model", help="The target, for --repair and --deep.")
 @DEVICE
+@DEVICE_MAP
 @option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def verify(cache, repair, deep, complete, model, device, as_json):
+def verify(cache, repair, deep, complete, model, device, device_map, as_json):
     """Check every byte of a cache. Ends with 4 when something is damaged, and names it.
 
     So it does when columns are lacking in some shards and nobody is capturing them; with --complete also while somebody
@@ -138,7 +147,7 @@ def verify(cache, repair, deep, complete, model, device, as_json):
     from pipeline.cache.verify import verify_table
     from stages.cache_hidden.repair import check_incomplete, suggest_repair, verify_and_repair
 
-    report = verify_and_repair(cache, repair, deep, model, device)
+    report = verify_and_repair(cache, repair, deep, model, device, device_map)
     show(report.as_dict(), as_json, verify_table)
     if report.damaged:
         first, what_to_do = report.damaged[0], suggest_repair(cache, model, repair)

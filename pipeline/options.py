@@ -81,6 +81,7 @@ TEMPLATE_KWARGS = option(
 )
 TEMPLATE_DATE = option("--template-date", metavar="DAY", help="The day that templates are told.  [default: 2024-07-26]")
 DEVICE = option("--device", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
+DEVICE_MAP = option("--device-map", metavar="MAP", help="Spread the target over devices: auto, or JSON by module.")
 CACHE = click.argument("cache", type=FOLDER, default="hs_cache")
 
 

@@ -142,6 +142,11 @@ def sample_view(path: Path, i: int) -> dict:
     }
 
 
+def _is_short(value: object) -> bool:
+    """Return whether a parameter of a quantisation fits a table: lists of modules do not."""
+    return isinstance(value, int | float | str) and len(str(value)) <= 40
+
+
 def cache_table(report: dict) -> Group:
     """Return `describe`'s report as tables: the whole, its columns, its domains."""
     plan, shards, identity = report["plan"], report["shards"], report["identity"]
@@ -154,6 +159,8 @@ def cache_table(report: dict) -> Group:
         "shards": f"{shards['whole']} of {shards['planned']} whole",
         "size": f"{size_text(report['bytes']['total'])}, of which states {size_text(report['bytes']['columns'])}",
     }
+    if quantisation := identity["target"].get("quantisation"):
+        rows["quantised"] = ", ".join(f"{name} {value}" for name, value in quantisation.items() if _is_short(value))
     if imported := identity.get("capture", {}).get("imported"):
         proof = "proven against the target" if imported["proven"] else "NOT proven: compared with no target"
         rows["imported"] = (

@@ -55,6 +55,7 @@ class Manifest(OpenRecord):
 class TargetName(OpenRecord):
     digest: str | None = _field("of its config and parts of its weights", default=None)
     name: str | None = _field("a hub name or a folder", default=None)
+    quantisation: dict[str, Any] | None = _field("of a quantised one: its config's method and parameters", default=None)
     revision: str | None = _field('of the hub; "" for a folder', default=None)
 
 

@@ -73,6 +73,11 @@ def loader_of(config: PreTrainedConfig, model: str) -> str:
     return found
 
 
+def loader_class(config: PreTrainedConfig, model: str) -> type:
+    """Return the class that loads a target with its LM head. UsageError where there is none."""
+    return getattr(transformers, loader_of(config, model))
+
+
 def check_known(model: str, folder: Path) -> None:
     """Raise UsageError, before any work, for a target whose config shows that it cannot be loaded."""
     check_config(folder)

@@ -155,6 +155,13 @@ def complete_config(folder: Path, config: object) -> bytes:
     return (json.dumps(part if text is config else {**config_json, "text_config": part}, indent=2) + "\n").encode()
 
 
+def quantisation(folder: Path) -> dict | None:
+    """Return what config.json says of a target's quantisation, method and parameters; None where there is none."""
+    config = read_json(folder / CONFIG)
+    found = config.get("quantization_config") or text_config(config).get("quantization_config")
+    return found if isinstance(found, dict) and found else None
+
+
 def check_config(folder: Path) -> None:
     """Raise UsageError for a config that makes loaders read files elsewhere, or run code from a hub."""
     config = read_json(folder / CONFIG)

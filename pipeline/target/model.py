@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -29,25 +28,34 @@ from pipeline.cache.file_writer import new_target
 from pipeline.cache.layout import CONFIG, HEAD, TOKENS, WEIGHTS
 from pipeline.errors import RoomError, UsageError, first_line, refuse_limit
 from pipeline.target.chat_template import load_tokenizer
-from pipeline.target.config import check_quantised, load_config, loader_of, missing_package, quantised_by
+from pipeline.target.config import check_quantised, load_config, loader_class, missing_package, quantised_by
 from pipeline.target.files import check_config, complete_config, find_target, tokenizer_files
 from pipeline.target.head import TargetHead, logit_scale
+from pipeline.target.spread import input_device, loading_arguments, lost_rank, same_weights, whole_weight
 from pipeline.target.weights import check_weights_if_recorded, weight_facts, weight_files, weight_shapes
 from pipeline.tensors import find_device
 
 
 def load_target(
-    model: str, *, device: str = "cpu", dtype: str | torch.dtype | None = None, revision: str | None = None
+    model: str,
+    *,
+    device: str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    device_map: str | dict | None = None,
+    ranks: int = 1,
 ) -> PreTrainedModel:
     """Load the target in eval mode, frozen. dtype None: float32 on a CPU, else the one its config names.
 
+    device_map: spreads its layers over devices. ranks: of the process group, each of which calls this and gets its part
+    of every layer. `pipeline/target/spread.py` has both.
     Raises UsageError when there is no such model, it is no decoder, or its files are damaged or incomplete, RoomError
     when the device has too little memory.
     """
     folder = find_target(model, revision)
     check_config(folder)
     config = load_config(folder, model)
-    loader = getattr(transformers, loader_of(config, model))
+    loader = loader_class(config, model)
     check_quantised(folder, config)
     weight_files(folder)  # raises where other files would be loaded than are digested
     _check_size(folder, loader, config)
@@ -56,22 +64,34 @@ def load_target(
         dtype = torch.float32 if device.type == "cpu" else "auto"
     transformers_logging.disable_progress_bar()
     method = quantised_by(config)
-    # Straight to the device, a file at a time, by accelerate; some quantised models could not be moved later.
-    device_map = {"device_map": {"": device}} if device.type != "cpu" else {}
+    arguments = loading_arguments(config, ranks, device_map)
+    if device.type != "cpu" and not arguments:
+        # Straight to the device, a file at a time, by accelerate; some quantised models could not be moved later.
+        arguments = {"device_map": {"": device}}
     try:
         target, report = loader.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=False, **device_map
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=False, **arguments
         )
+        if method is not None:
+            _unpack(target)
     except ImportError as error:
         if method is None:
             raise
         raise missing_package(model, method, error) from error
     except torch.OutOfMemoryError as error:
-        raise RoomError(f"{model} does not fit on {device} ({first_line(error, 200)}); use a larger device") from error
+        raise RoomError(
+            f"{model} does not fit on {device} ({first_line(error, 200)}); use a larger device, or several: "
+            "`pipeline cache-hidden` has --tensor-parallel and --device-map"
+        ) from error
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         refuse_limit(model, error)
-        remedy = "fetch its files again" if method is None else f"it is quantised ({method}): use a GPU that can, or "
-        remedy += "" if method is None else "name the model as it was before"
+        if lost_rank(error):
+            raise
+        remedy = "fetch its files again"
+        if method is not None:
+            remedy = f"it is quantised ({method}): use a GPU that can, or name the model as it was before"
+        elif device_map is not None:
+            remedy = "name a device that is there for every module, or pass --device-map auto"
         raise UsageError(f"{model} cannot be loaded ({first_line(error, 200)}); {remedy}") from error
     missing_weights = sorted({*report["missing_keys"], *(str(entry[0]) for entry in report.get("mismatched_keys", ()))})
     if missing_weights:
@@ -80,6 +100,15 @@ def load_target(
             "fetch its files again"
         )
     return target.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _unpack(target: PreTrainedModel) -> None:
+    """Run a quantised target on one token: some methods unpack weights in the model's first forward, not its decoder's.
+
+    So a kernel that cannot run here, or not in this dtype, is found now, too.
+    """
+    target(torch.zeros(1, 1, dtype=torch.long, device=input_device(target)), use_cache=False)
 
 
 def _check_size(folder: Path, loader: type, config: PreTrainedConfig) -> None:
@@ -123,6 +152,11 @@ def _decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     return found[0]
 
 
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """Return the module that runs the decoder layers and the last norm. UsageError unless there is exactly one."""
+    return _decoder(model)[0]
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """Return the target's decoder layers, first to last. UsageError unless there is exactly one such list."""
     return _decoder(model)[1]
@@ -130,7 +164,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 def final_norm(model: PreTrainedModel) -> nn.Module | None:
     """Return the norm between the last layer and the LM head, or None where no module's class name says "norm"."""
-    norms = [child for child in _decoder(model)[0].children() if "norm" in type(child).__name__.lower()]
+    norms = [child for child in decoder(model).children() if "norm" in type(child).__name__.lower()]
     return norms[-1] if norms else None
 
 
@@ -178,7 +212,7 @@ def run_decoder(model: PreTrainedModel, input_ids: Tensor, **kw):
     `kw` is passed to the decoder (attention_mask, position_ids, past_key_values, ...); no kv cache is used by default.
     """
     kw.setdefault("use_cache", kw.get("past_key_values") is not None)
-    return _decoder(model)[0](input_ids=input_ids, **kw)
+    return decoder(model)(input_ids=input_ids, **kw)
 
 
 def lm_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -241,6 +275,7 @@ def stop_tokens(model: PreTrainedModel) -> frozenset[int]:
 def head_of(model: PreTrainedModel) -> TargetHead:
     """Return the target's frozen embedding and LM head with embedding scale and soft cap; a logit scale is folded in.
 
+    Both whole, wherever the target is spread; of ranks that share it, all have to call this.
     UsageError for a head that is not one dense matrix. That nothing else changes the logits is checked by the probe.
     """
     config = model.config.get_text_config()
@@ -252,8 +287,9 @@ def head_of(model: PreTrainedModel) -> TargetHead:
         if kind not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise UsageError(f"{type(model).__name__}: its {what} is quantised ({kind}); no draft can share it")
     scale = logit_scale(config.to_dict())
-    embed_VD = embed.weight.detach()
-    head_VD = embed_VD if head.weight is embed.weight else head.weight.detach()
+    embed_VD, head_VD = whole_weight(embed), whole_weight(head)
+    if same_weights(embed, head, embed_VD, head_VD):
+        head_VD = embed_VD
     if scale != 1.0:
         head_VD = (head_VD.float() * scale).to(head_VD.dtype)
     softcap = getattr(config, "final_logit_softcapping", None)

@@ -21,7 +21,7 @@ from pipeline.cache.layout import WEIGHTS
 from pipeline.cache.manifest import FileFact
 from pipeline.cache.schema import TargetName, WeightsRecord
 from pipeline.errors import CacheError, UsageError, refuse_limit
-from pipeline.target.files import CONFIG, WEIGHTS_INDEX, check_config, read_json, target_name
+from pipeline.target.files import CONFIG, WEIGHTS_INDEX, check_config, quantisation, read_json, target_name
 
 SINGLE_FILE = "model.safetensors"  # where an index names no others
 PLAIN_WEIGHTS = re.compile(r"[\w.\-][\w.\- ]*\.safetensors")  # no path, which could lead to files that are not digested
@@ -108,12 +108,17 @@ def target_digest(folder: Path) -> str:
 
 
 def named_target(model: str, folder: Path, cached: TargetName) -> dict:
-    """Return name, revision and digest. A folder that was only moved keeps the name it has in the cache."""
+    """Return name, revision, digest, and how it is quantised, if so.
+
+    As the cache has it where the digest is equal: a folder that was only moved keeps its name.
+    """
     digest = target_digest(folder)
     if cached.digest == digest:
         return cached.as_dict()
     revision = folder.name if folder.parent.name == "snapshots" else ""
-    return {"name": target_name(model), "revision": revision, "digest": digest}
+    found = {"name": target_name(model), "revision": revision, "digest": digest}
+    stated = quantisation(folder)
+    return found | {"quantisation": stated} if stated else found
 
 
 def weight_facts(folder: Path) -> dict[str, dict]:

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.cache.atomic import Scratch, process_lock, write_all, write_errors
 from pipeline.cache.catalog import Catalog, Work, target_file
@@ -31,10 +31,14 @@ from pipeline.target.head import TargetHead
 from pipeline.target.model import head_of, load_target, stop_tokens, store_target
 from pipeline.target.on_policy import SHARE, OnPolicyStats, on_policy_column, on_policy_share, sum_scores
 from pipeline.target.probe import ReferenceTarget, probe
+from pipeline.target.spread import input_device
 from stages.cache_hidden.engine import make_engine
 from stages.cache_hidden.pack import ExactRows, PackedStates, Packer, certify, load_or_make_calibrations
 from stages.cache_hidden.plan_report import Lost, work_bytes
 from stages.cache_hidden.settings import CaptureSettings
+
+if TYPE_CHECKING:
+    from stages.cache_hidden.tensor_parallel import Group
 
 QUEUED = 2  # micro-batches that wait for the writer
 SHOWN_EVERY_S = 5.0  # where stderr is no terminal
@@ -52,18 +56,24 @@ def capture_shards(
     device: str,
     refused: int,
     lost: Lost = MappingProxyType({}),
+    device_map: str | dict | None = None,
+    group: "Group | None" = None,
 ) -> None:
     """Run the target over every shard in `work` and commit each that passes its probe.
 
-    refused: how many samples earlier runs refused. lost: damaged (shard, column)s to capture again, each with its
+    refused: how many samples earlier runs refused. device_map, group: spread the target (`pipeline/target/spread.py`);
+    of a group this is the leader. lost: damaged (shard, column)s to capture again, each with its
     former manifest if known, which is written again where the same bytes come out.
     Raises ProofError, DataError (too many refused), RoomError, UsageError.
     """
     out, plan = catalog.path, catalog.plan
-    target = load_target(str(settings.folder), device=device, dtype=settings.dtype)
-    head = head_of(target)
+    if group is None:
+        target = load_target(str(settings.folder), device=device, dtype=settings.dtype, device_map=device_map)
+        head = head_of(target)
+    else:
+        target, head = group.load(settings)
     store_target(catalog, settings.folder, head, target.config, stop_tokens(target))
-    head = stored_head(catalog, head)
+    head = stored_head(catalog, head).to(input_device(target))
     reference = ReferenceTarget(target)
     with_stats = on_policy_columns(catalog, settings.columns)
     with contextlib.closing(make_engine(settings, target)) as engine:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.target.model import run_decoder, tap_layers
+from pipeline.target.spread import input_device
 from stages.cache_hidden.settings import CaptureSettings
 
 
@@ -52,14 +53,14 @@ class Engine(Protocol):
 
 
 class HfEngine:
-    """The decoder of a loaded Hugging Face model, with hooks on the layers.
+    """The decoder of a loaded Hugging Face model, with hooks on the layers; it may be spread over several devices.
 
     A causal decoder's tokens never attend to the padding after them, so no attention mask is needed.
     """
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
         self.facts = {
             "engine": "transformers",
             "attention": model.config._attn_implementation,
@@ -73,7 +74,8 @@ class HfEngine:
     ) -> tuple[dict[int, Tensor], Tensor]:
         with tap_layers(self.model, layers) as states:
             output = run_decoder(self.model, ids_BT.to(self.device, non_blocking=True))
-        return states, output.last_hidden_state
+        on_device = {layer: state_BTD.to(self.device) for layer, state_BTD in states.items()}
+        return on_device, output.last_hidden_state.to(self.device)
 
     def close(self) -> None:
         """Do nothing: the model is the caller's."""

@@ -8,6 +8,7 @@ bytes differ, a line says so. After any stop, the same command continues.
 
 import contextlib
 import json
+import os
 import shlex
 from collections import Counter
 from dataclasses import replace
@@ -46,11 +47,19 @@ IMPORT_AGAIN = (
 )
 
 
-def verify_and_repair(out: Path, repair_first: bool, deep: bool, model: str | None, device: str | None) -> Report:
+def verify_and_repair(
+    out: Path,
+    repair_first: bool,
+    deep: bool,
+    model: str | None,
+    device: str | None,
+    device_map: str | None = None,
+) -> Report:
     """Verify a cache, after a repair if `repair_first`; `deep` also compares every byte of the target's weights."""
     if deep and model is None:
         raise UsageError("--deep compares the target's files; name it with --model")
-    report = repair(out, model, device) if repair_first else verify(out)
+    spread = CaptureOptions(device=device, device_map=device_map).checked_device_map(os.environ)
+    report = repair(out, model, device, spread) if repair_first else verify(out)
     if deep and not report.damaged:
         check_model(out, model)
     return report
@@ -62,9 +71,8 @@ def check_model(out: Path, model: str) -> None:
     check_weights(catalog, find_target(model, revision_of(catalog)))
 
 
-def repair(out: Path, model: str | None, device: str | None) -> Report:
+def repair(out: Path, model: str | None, device: str | None, device_map: str | dict | None = None) -> Report:
     """Repair a cache and return what is still wrong. `model` is needed when states or the target's files are lost.
-
     Raises what a capture raises; CacheError for damage that cannot be repaired, with what to do.
     """
     clean_scratch(out)
@@ -75,10 +83,12 @@ def repair(out: Path, model: str | None, device: str | None) -> Report:
         if any(finding.file == IDENTITY for finding in before.damaged):
             restore_identity(out)
         found = {finding.shard for finding in (*before.damaged, *before.missing)}
-        return _repair_damaged(out, verify(out, found), model, device)
+        return _repair_damaged(out, verify(out, found), model, device, device_map)
 
 
-def _repair_damaged(out: Path, before: Report, model: str | None, device: str | None) -> Report:
+def _repair_damaged(
+    out: Path, before: Report, model: str | None, device: str | None, device_map: str | dict | None
+) -> Report:
     """Repair what the report `before` lists, and verify that again."""
     catalog = Catalog(out)
     restore_plan(catalog)
@@ -88,7 +98,7 @@ def _repair_damaged(out: Path, before: Report, model: str | None, device: str | 
     drop_damaged_target(catalog)
     target_lost = (out / SHARDS).is_dir() and not has_target(catalog)
     if drop_damaged_calibrations(out, before) or lost or target_lost:
-        _recapture(catalog, lost, model, device)
+        _recapture(catalog, lost, model, device, device_map)
     catalog.refresh()
     rebuild_derived(catalog)
     return verify(out, {shard for shard, _ in lost} | {finding.shard for finding in before.damaged})
@@ -241,7 +251,9 @@ def drop_damaged_calibrations(out: Path, report: Report) -> bool:
     return bool(files)
 
 
-def _recapture(catalog: Catalog, lost: Lost, model: str | None, device: str | None) -> None:
+def _recapture(
+    catalog: Catalog, lost: Lost, model: str | None, device: str | None, device_map: str | dict | None
+) -> None:
     out, plan = catalog.path, catalog.plan
     if is_imported(out):
         raise UsageError(f"{out} was imported, and what it lost is in the files it came from; {IMPORT_AGAIN}")
@@ -259,7 +271,7 @@ def _recapture(catalog: Catalog, lost: Lost, model: str | None, device: str | No
     _report(what if work else "what the cache holds of the target is made again")
     from stages.cache_hidden.capture import capture_shards  # brings torch and transformers
 
-    capture_shards(catalog, settings, work, Worker().device(device), 0, lost)
+    capture_shards(catalog, settings, work, Worker().device(device), 0, lost, device_map)
     for (shard, name), former in lost.items():
         current = catalog.captured(shard, name)
         if former and current and current.files != former.files:

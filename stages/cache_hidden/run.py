@@ -15,6 +15,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.cache.atomic import check_free_space, clean_scratch, process_lock, size_text, write_errors
 from pipeline.cache.catalog import Catalog, Work, has_target
@@ -51,6 +52,11 @@ from stages.cache_hidden.settings import (
 )
 from stages.cache_hidden.shard_assignment import Worker, find_worker
 from stages.cache_hidden.worker_pool import start_fork_server
+
+if TYPE_CHECKING:
+    from stages.cache_hidden.tensor_parallel import Group
+
+NOT_LOGGED = ("device", "worker", "append", "tensor_parallel", "device_map")
 
 __all__ = ["CaptureSummary", "plan", "plan_samples", "plan_table", "run"]
 
@@ -89,12 +95,30 @@ def plan(model: str, corpus: str | None, out: Path, *, options: CaptureOptions, 
     return report
 
 
-def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -> CaptureSummary:
+def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -> CaptureSummary | None:
     """Capture what is missing of a cache at `out` and print a summary. After any stop, the same command continues.
 
+    Returns None on a rank that only holds its part of the target for another (`--tensor-parallel`).
     Besides what `plan` raises: ProofError when the probe fails, CacheError for a damaged cache.
     """
-    catalog, worker = Catalog(out), find_worker(options.worker, os.environ)
+    worker = find_worker(options.worker, os.environ, options.tensor_parallel)
+    if worker.ranks == 1:
+        return _capture(model, corpus, out, options, worker, None)
+    from stages.cache_hidden.tensor_parallel import Group  # brings torch and transformers
+
+    with Group(worker, model, options.revision, worker.device(options.device)) as group:
+        if not group.leads:
+            return group.follow()
+        group.check()
+        return _capture(model, corpus, out, options, worker, group)
+
+
+def _capture(
+    model: str, corpus: str | None, out: Path, options: CaptureOptions, worker: Worker, group: "Group | None"
+) -> CaptureSummary:
+    """Capture a worker's share; `group`: its ranks, which this one leads."""
+    device_map = options.checked_device_map(os.environ)
+    catalog = Catalog(out)
     request, record = request_of(model, corpus, options), read_log(out)
     columns = unchanged_columns(record, request)
     if columns and catalog.planned and has_target(catalog) and catalog.plan and not missing_columns(catalog, columns):
@@ -116,7 +140,8 @@ def run(model: str, corpus: str | None, out: Path, *, options: CaptureOptions) -
 
         refused = summarise(catalog, settings.columns, 0, 0).refused
         with plan_in_use(planned):
-            capture_shards(catalog, settings, mine, worker.device(options.device), refused)
+            device = worker.device(options.device)
+            capture_shards(catalog, settings, mine, device, refused, device_map=device_map, group=group)
         catalog.refresh()  # with what other workers have committed
     left = len(missing_columns(catalog, settings.columns)) if work else 0
     if not left:
@@ -269,8 +294,8 @@ def _print_summary(out: Path, done: CaptureSummary, worker: Worker) -> CaptureSu
 
 
 def request_of(model: str, corpus: str | None, options: CaptureOptions) -> CaptureRequest:
-    """Return a command as the log stores it: without device, worker and append, which do not change what is planned."""
-    stated = {name: value for name, value in asdict(options).items() if name not in ("device", "worker", "append")}
+    """Return a command as the log stores it, without what does not change what is planned."""
+    stated = {name: value for name, value in asdict(options).items() if name not in NOT_LOGGED}
     return CaptureRequest(model=_absolute(model), corpus=corpus and _absolute(corpus), options=stated)
 
 

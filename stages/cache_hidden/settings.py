@@ -8,6 +8,7 @@ Imports no torch unless the device has to be looked at, so that a run with nothi
 import json
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from pipeline.errors import UsageError
 from pipeline.target.files import (
     find_target,
     max_positions,
+    quantisation,
     read_json,
     read_text_config,
     stop_ids,
@@ -66,6 +68,8 @@ class CaptureOptions:
     roles: str | None = None  # "bard=assistant,narrator=user": who speaks, beside those in `messages.ROLES`
     append: bool = False  # add the corpus to those the cache has
     worker: str | None = None  # "I/N"; None: the variables of torchrun or SLURM, else the only one
+    tensor_parallel: int = 1  # ranks of torchrun that are one worker and share the target
+    device_map: str | None = None  # spreads the target's layers: "auto", or a JSON object of devices by module
 
     def __post_init__(self):
         if self.layers is not None and self.taps is not None:
@@ -84,6 +88,11 @@ class CaptureOptions:
             raise UsageError(f"--seed {self.seed}: wanted 0 or more, and less than 2^64")
         if self.device is not None and not DEVICE.fullmatch(self.device):
             raise UsageError(f"--device {self.device}: wanted cpu, cuda, or one of several such as cuda:1")
+        if self.device_map is not None and (self.device or self.tensor_parallel > 1):
+            other = "--device" if self.device else "--tensor-parallel"
+            raise UsageError(f"--device-map and {other} both say where the target goes; give one")
+        if self.tensor_parallel > 1 and ":" in (self.device or ""):
+            raise UsageError(f"--device {self.device}: each of {self.tensor_parallel} ranks takes a GPU; leave it out")
         if self.max_length is not None and self.max_length < 2:
             raise UsageError(f"--max-length {self.max_length}: a sample is two tokens at least")
 
@@ -95,6 +104,20 @@ class CaptureOptions:
             return [int(part) for part in self.layers.split(",")]
         except ValueError as error:
             raise UsageError(f"--layers {self.layers}: wanted numbers with commas, such as 1,9,17") from error
+
+    def checked_device_map(self, environment: Mapping[str, str]) -> str | dict | None:
+        """Return the device map. UsageError where it is none, and where several processes here would each have it."""
+        if self.device_map is None:
+            return None
+        from pipeline.target.spread import parse_device_map  # brings torch and transformers
+
+        beside = environment.get("LOCAL_WORLD_SIZE", "1")
+        if beside != "1":
+            raise UsageError(
+                f"--device-map gives one process all devices, and torchrun started {beside} here; start it without "
+                f"torchrun, or share the target among them with --tensor-parallel {beside}"
+            )
+        return parse_device_map(self.device_map)
 
 
 def size_bytes(text: str, option: str = "--budget") -> int:
@@ -289,6 +312,9 @@ def _default_dtype(folder: Path, device: str | None) -> str:
     if Worker().device(device) == "cpu":
         return "float32"
     native = _config_dtype(folder)
+    if native == "float16" and quantisation(folder):
+        print("warning: this quantised target's float16 is run as bfloat16; --dtype float32 is exact", file=sys.stderr)
+        return "bfloat16"
     if native not in DTYPES:
         raise UsageError(f"the target's config names the type {native}; choose one with --dtype: {' or '.join(DTYPES)}")
     return native

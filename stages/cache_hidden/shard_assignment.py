@@ -20,11 +20,17 @@ NAMED = re.compile(r"([0-9]+)/([0-9]+)")
 @dataclass(frozen=True)
 class Worker:
     """Worker `number` (from 0) of `count`. `local`: its number on this machine, None where unknown. Of workers numbered
-    by hand (`--worker I/N`) it is I: so that eight on eight GPUs take one each, also on the second such machine."""
+    by hand (`--worker I/N`) it is I: so that eight on eight GPUs take one each, also on the second such machine.
+
+    ranks: of torchrun, that are this one worker and share the target; this process is number `rank` of them, and
+    `local` numbers processes, not workers.
+    """
 
     number: int = 0
     count: int = 1
     local: int | None = None
+    ranks: int = 1
+    rank: int = 0
 
     def share(self, work: list) -> list:
         """Return the entries of a list of (shard, columns) that are this worker's."""
@@ -64,22 +70,57 @@ def _cuda():
     return torch.cuda
 
 
-def find_worker(named: str | None, environment: Mapping[str, str]) -> Worker:
+def find_worker(named: str | None, environment: Mapping[str, str], ranks: int = 1) -> Worker:
     """Return this process's worker number: from --worker, else torchrun's variables, else SLURM's, else 0 of 1.
 
+    ranks: so many ranks of torchrun are one worker each time (`--tensor-parallel`).
     torchrun: RANK and WORLD_SIZE. SLURM: the tasks of `srun`, the jobs of an array, or both. The local number, which
     only chooses the GPU, is LOCAL_RANK or SLURM_LOCALID. Raises UsageError for a value that is no number or too large.
     """
     value = partial(_number, environment)
     local = next((value(name) for name in ("LOCAL_RANK", "SLURM_LOCALID") if name in environment), None)
+    if ranks > 1:
+        return _several_ranks(named, environment, ranks, local)
     if named is not None:
-        found = NAMED.fullmatch(named)
-        if not found or int(found[1]) >= int(found[2]):
-            raise UsageError(f"--worker {named}: wanted I/N with I from 0 to N-1, such as 0/4")
+        found = _named(named)
         return Worker(int(found[1]), int(found[2]), int(found[1]) if local is None else local)
     if "RANK" in environment or "WORLD_SIZE" in environment:
         return _make_worker(value("RANK"), value("WORLD_SIZE"), local, "RANK and WORLD_SIZE")
     return _slurm(environment, local)
+
+
+def _named(worker: str) -> re.Match:
+    """Return the parts of `--worker I/N`. UsageError for anything else."""
+    found = NAMED.fullmatch(worker)
+    if not found or int(found[1]) >= int(found[2]):
+        raise UsageError(f"--worker {worker}: wanted I/N with I from 0 to N-1, such as 0/4")
+    return found
+
+
+def _several_ranks(named: str | None, environment: Mapping[str, str], ranks: int, local: int | None) -> Worker:
+    """Number a worker of several ranks: ranks 0 to N-1 of torchrun are worker 0, and so on.
+
+    UsageError without torchrun, and where its ranks do not make whole workers; then on one rank, which says it for all.
+    """
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+        raise UsageError(
+            f"--tensor-parallel {ranks} takes {ranks} processes; start the same command with "
+            f"`torchrun --nproc-per-node {ranks} -m pipeline cache-hidden ...`"
+        )
+    number = partial(_number, environment)
+    of_all = _make_worker(number("RANK"), number("WORLD_SIZE"), local, "RANK and WORLD_SIZE")
+    if of_all.count % ranks or (named and of_all.count != ranks):
+        if of_all.number:
+            raise SystemExit(UsageError.code)
+        wanted = f"{ranks} with --worker {named}" if named else f"a multiple of {ranks}"
+        raise UsageError(
+            f"--tensor-parallel {ranks}: torchrun started {of_all.count} processes, wanted {wanted}; pass the right "
+            "--nproc-per-node"
+        )
+    group, rank = divmod(of_all.number, ranks)
+    parts = _named(named) if named else None
+    worker, count = (int(parts[1]), int(parts[2])) if parts else (group, of_all.count // ranks)
+    return Worker(worker, count, local, ranks, rank)
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

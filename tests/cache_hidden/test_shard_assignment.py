@@ -27,6 +27,7 @@ from stages.cache_hidden.shard_assignment import Worker, _built_for_gpus, find_w
 ROOT = Path(__file__).parents[2]
 ARRAY = {"SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "5"}
 RANKS = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+TORCHRUN = {**RANKS, "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,34 @@ def test_who_a_worker_is(named, environment, worker):
 def test_a_worker_that_cannot_be_is_a_typed_error(named, environment, says):
     with pytest.raises(UsageError, match=says):
         find_worker(named, environment)
+
+
+def test_ranks_of_torchrun_make_workers_of_several():
+    assert find_worker(None, TORCHRUN, 2) == Worker(2, 4, local=1, ranks=2, rank=1)
+    assert find_worker(None, TORCHRUN, 8) == Worker(0, 1, local=1, ranks=8, rank=5)
+    assert find_worker("1/3", TORCHRUN, 8) == Worker(1, 3, local=1, ranks=8, rank=5)
+    assert find_worker(None, TORCHRUN) == Worker(5, 8, local=1)
+
+
+@pytest.mark.parametrize(
+    ("named", "environment", "found"),
+    [
+        (None, {}, "takes 2 processes; start the same command with `torchrun --nproc-per-node 2 -m pipeline"),
+        (None, {"RANK": "0", "WORLD_SIZE": "3"}, "takes 2 processes"),  # numbered by hand: nowhere to meet
+        (None, {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "3"}, "torchrun started 3 processes, wanted a multiple of 2"),
+        ("0/2", {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "4"}, "started 4 processes, wanted 2 with --worker 0/2"),
+        ("2/2", {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "2"}, "--worker 2/2: wanted I/N"),
+    ],
+)
+def test_ranks_that_make_no_workers_are_refused(named, environment, found):
+    with pytest.raises(UsageError, match=found):
+        find_worker(named, environment, 2)
+
+
+def test_what_all_ranks_find_wrong_one_of_them_says():
+    with pytest.raises(SystemExit) as left:
+        find_worker(None, {**TORCHRUN, "RANK": "1", "WORLD_SIZE": "3"}, 2)
+    assert left.value.code == UsageError.code
 
 
 def test_the_local_number_chooses_the_gpu(monkeypatch):
@@ -227,7 +256,7 @@ def test_a_run_stopped_before_its_first_shard_does_not_read_its_corpus_again(wor
             patch.setattr("stages.cache_hidden.capture.capture_shards", interrupt)
             yield
 
-    def interrupt(*arguments):
+    def interrupt(*arguments, **named):
         raise KeyboardInterrupt
 
     with stopped():

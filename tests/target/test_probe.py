@@ -249,6 +249,56 @@ def test_a_wrong_head_of_a_deep_target_is_caught_whatever_its_noise(deep):
             )
 
 
+def round_by_the_largest(module, args):
+    """Round a linear layer's inputs to steps of the largest in the whole batch, as per-tensor scales do; finer."""
+    step = args[0].abs().max() / 2047
+    return ((args[0] / step).round() * step, *args[1:])
+
+
+def rounding_target(seed: int = 0):
+    """A target whose layers quantise activations: in float32 its states depend on what else is in the batch."""
+    model = random_model(SQUARE, seed)
+    for layer in decoder_layers(model):
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(round_by_the_largest)
+    return model
+
+
+def captured_in_batches(model, folder) -> Stored:
+    """What a capture stores that computes every sample beside another one."""
+    stored = Stored(model, folder)
+    every = range(-1, len(decoder_layers(model)))
+    for row in stored.states:
+        ids_T = torch.from_numpy(stored.shard.ids(row).astype(np.int64))
+        with torch.no_grad(), tap_layers(model, every) as taken:
+            last = run_decoder(model, torch.stack([ids_T, ids_T.roll(7)])).last_hidden_state[0]
+        stored.states[row] = {f"aux.{layer}": taken[layer][0] for layer in every} | {"final": last}
+    return stored
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_target_that_quantises_activations_is_bounded_by_its_own_noise(tmp_path, seed):
+    errors = [found["error"] for found in captured_in_batches(rounding_target(seed), tmp_path).probe().values()]
+    assert BOUNDS[torch.float32] < max(errors) < BOUNDS[torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("column", "how", "found"),
+    [
+        ("aux.3", lambda states: states["aux.2"], "layer 2 fits better"),
+        ("aux.1", lambda states: states["aux.1"] * 1.1, "no other layer fits"),
+        ("final", lambda states: states["aux.4"], "the last norm is missing"),
+        ("final", lambda states: states["final"] * 1.1, "neither a missing nor a doubled norm"),
+    ],
+)
+def test_a_broken_capture_of_such_a_target_is_caught(tmp_path, column, how, found):
+    stored = captured_in_batches(rounding_target(), tmp_path)
+    stored.change(column, how)
+    with pytest.raises(ProofError, match=found):
+        stored.probe()
+
+
 def test_prefixes_are_short_but_never_without_final_rows(tmp_path):
     model = random_model(SQUARE)
     long_prompts = Stored(model, tmp_path, lengths=(200, 190), prompt=150)
