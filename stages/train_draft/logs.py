@@ -2,7 +2,7 @@
 leaves no trace in them; its progress, a bar on a terminal and a line every few seconds elsewhere; the lines around it.
 
     metrics.jsonl    one line for each logged step and each evaluation; the same bytes however often a run was killed
-    timing.jsonl     what differs between runs of one recipe: seconds, tokens a second
+    timing.jsonl     what differs between runs of one recipe: seconds, tokens a second, peak memory
 
 Each line ends with a checksum of itself and of the line before (see pipeline/json_files.py), and a checkpoint
 records that of the last line before it. So a line that is changed, missing or from another run is found before its
@@ -11,7 +11,9 @@ figures are used.
 
 import json
 import os
+import resource
 import shlex
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +23,7 @@ from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pipeline.cache import HiddenCache
-from pipeline.cache.atomic import write_errors, write_file
+from pipeline.cache.atomic import size_text, write_errors, write_file
 from pipeline.drafts import unservable
 from pipeline.drafts.rope import draft_rope_scaling
 from pipeline.errors import CacheError
@@ -109,19 +111,22 @@ class MetricsLog:
 
 
 class Throughput:
-    """The speed of a run since it (re)started: context rows and steps over seconds spent training.
+    """The speed of a run since it (re)started: context rows and steps over seconds spent training; and its memory.
 
     excluded: seconds of evaluating and saving, which are left out.
     """
 
-    def __init__(self, start: int, total_steps: int):
-        self.start, self.total_steps = start, total_steps
+    def __init__(self, start: int, total_steps: int, device: torch.device):
+        self.start, self.total_steps, self.device = start, total_steps, device
         self.began = time.perf_counter()
         self.rows, self.excluded = 0, 0.0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # of a run before this one in the same process
 
     def count(self, batch: Batch, waited: float) -> dict[str, float]:
         """Add a batch that was trained on; return seconds, seconds a step, context rows a second, the fraction of time
-        spent waiting for data, and the seconds still to go. `waited`: seconds waited for data in all."""
+        spent waiting for data, the peak memory and the seconds still to go. `waited`: seconds waited for data in all.
+        """
         self.rows += batch.rows
         seconds = max(1e-9, time.perf_counter() - self.began - self.excluded)
         step_seconds = seconds / (batch.step + 1 - self.start)
@@ -130,8 +135,18 @@ class Throughput:
             "step_seconds": round(step_seconds, 5),
             "tokens_s": round(self.rows / seconds, 1),
             "data_wait": round(waited / seconds, 4),
+            "peak_bytes": peak_memory(self.device),
             "eta": round(step_seconds * (self.total_steps - batch.step - 1), 1),
         }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that tensors took of a GPU at once in this run; on a CPU the most memory that the process
+    has had, since its start."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Display:
@@ -147,7 +162,7 @@ class Display:
         )
         self.bar = Progress(*columns, console=self.out, transient=True) if self.out.is_terminal else None
         self.task = self.bar.add_task("", total=total_steps, completed=start, text="") if self.bar else None
-        self.total_steps = total_steps
+        self.total_steps, self.metrics = total_steps, ""
 
     def __enter__(self) -> "Display":
         if self.bar:
@@ -159,27 +174,36 @@ class Display:
             self.bar.stop()
 
     def step(self, step: int, metrics: dict | None, timing: dict) -> None:
-        """Show that `step` is done, with its metrics when it logged any."""
+        """Show that `step` is done, how fast it goes, and the metrics of the last step that logged any."""
+        self.metrics = metrics_text(metrics) if metrics else self.metrics
+        text = f"{self.metrics}{timing_text(timing)}"
         if self.bar:
-            text = metrics_text(metrics, timing) if metrics else self.bar.tasks[0].fields["text"]
             self.bar.update(self.task, completed=step, text=text)
         elif metrics and time.perf_counter() - self.last >= LINE_INTERVAL:
             self.last = time.perf_counter()
-            self.print_line(f"step {step}/{self.total_steps}  {metrics_text(metrics, timing)}")
+            self.print_line(f"step {step}/{self.total_steps}  {text}")
 
     def print_line(self, text: str) -> None:
         """Print a line above the bar, which stays."""
         self.out.print(text, soft_wrap=True)
 
 
-def metrics_text(metrics: dict, timing: dict) -> str:
-    """Return the metrics and the speed of one step as text."""
-    minutes, seconds = divmod(int(timing["eta"]), 60)
+def metrics_text(metrics: dict) -> str:
+    """Return the metrics of one step as text, followed by a gap."""
     lambda_text = f"lambda {metrics['lambda_base']:.2f}  " if "lambda_base" in metrics else ""
     return (
         f"loss {metrics['loss']:.3f}  accept_len_tf {metrics['accept_len_tf']:.2f}  {lambda_text}"
-        f"lr {metrics['lr']:.1e}  {timing['tokens_s']:,.0f} tokens/s  "
-        f"data wait {timing['data_wait']:.0%}  ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+        f"lr {metrics['lr']:.1e}  "
+    )
+
+
+def timing_text(timing: dict) -> str:
+    """Return the speed, the share of time spent waiting for data, the peak memory and the time to go as text."""
+    pace, (minutes, seconds) = timing["step_seconds"], divmod(int(timing["eta"]), 60)
+    steps = f"{pace:.1f} s/step" if pace >= 1 else f"{1 / max(pace, 1e-5):.1f} steps/s"
+    return (
+        f"{timing['tokens_s']:,.0f} tokens/s  {steps}  data wait {timing['data_wait']:.0%}  "
+        f"peak memory {size_text(timing['peak_bytes'])}  ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
     )
 
 

@@ -258,7 +258,7 @@ class TrainingRun:
     def fit(self, display: Display, stop: GracefulStop) -> Evaluation | None:
         """Train to the last step; return the evaluation after it, None where nothing can be measured."""
         trainer = self.trainer
-        throughput = Throughput(self.step, self.train.steps)
+        throughput = Throughput(self.step, self.train.steps, self.device)
         self._evaluate(display, stop)  # a checkpoint may have been saved between a step and its evaluation
         batches = Prefetcher(self.loader, self.step, self.train.steps, self.device)
         try:
