@@ -120,12 +120,18 @@ class Prefetcher:
     A cell is valid only until the next one is asked for: its memory is used again, pinned where a CUDA device copies
     from it. limit: bytes of states in memory. waited: seconds the caller has waited for data. An error while reading a
     cell is raised when the caller asks for that cell. Call `close` at the end.
+
+    With `train.echo` a batch's cells are read once, and are valid until the first step that uses others is asked for.
+    As much as two batches may then be in memory, whatever the limit: while one is used, the next is read.
     """
 
     def __init__(
         self, loader: BatchLoader, start: int, stop: int, device: torch.device = CPU, limit: int = PREFETCH_BYTES
     ):
         self.loader, self.limit, self.device = loader, limit, device
+        self.start, self.keeps = start, loader.sampler.train.echo > 1
+        self._kept: list[tuple[Cell, Buffer]] = []  # the cells read of the batch in use, where they are kept
+        self._most_waiting = MAX_WAITING
         self.pinned = device.type == "cuda"
         self.waited = 0.0
         self._changed = threading.Condition()  # guards all that follows
@@ -140,9 +146,14 @@ class Prefetcher:
     def __iter__(self) -> Iterator[tuple[Batch, Iterator[Cell]]]:
         while (found := self._take()) is not None:
             if isinstance(found, Batch):
+                if not self._uses_kept(found):
+                    while self._kept:
+                        self._return_buffer(self._kept.pop()[1])
                 self._current = found
                 yield found, self._cells(found)
-            else:  # a cell that nobody asked for
+            elif self.keeps:  # a cell that nobody asked for yet
+                self._kept.append(found)
+            else:
                 self._return_buffer(found[1])
 
     def close(self) -> None:
@@ -152,9 +163,17 @@ class Prefetcher:
             self._changed.notify_all()
         self._thread.join()
 
+    def _uses_kept(self, batch: Batch) -> bool:
+        return batch.use > 0 and batch.step > self.start
+
     def _cells(self, batch: Batch) -> Iterator[Cell]:
-        for _ in batch.cells:
+        for number in range(len(batch.cells)):
             assert self._current is batch, f"cells of step {batch.step} are asked for after its batch"
+            if self.keeps:
+                if number == len(self._kept):
+                    self._kept.append(self._take())
+                yield self._kept[number][0]
+                continue
             cell, buffer = self._take()
             try:
                 yield cell
@@ -189,8 +208,14 @@ class Prefetcher:
             for step in steps:
                 batch = self.loader.sampler.batch(step)
                 self._put(batch)
-                for number, windows in enumerate(batch.windows):
-                    buffer = self._take_buffer(self.loader.size(windows))
+                if self._uses_kept(batch):
+                    continue
+                sizes = [buffer_size(self.loader.size(windows)) for windows in batch.windows]
+                if self.keeps:
+                    self.limit = max(self.limit, 2 * sum(sizes))
+                    self._most_waiting = max(self._most_waiting, len(sizes))
+                for number, size in enumerate(sizes):
+                    buffer = self._take_buffer(size)
                     if buffer is None:
                         return
                     self._put((self.loader.read(batch, number, buffer.bytes_B), buffer))
@@ -205,7 +230,6 @@ class Prefetcher:
 
     def _take_buffer(self, size: int) -> Buffer | None:
         """Return memory for a cell, once there may be one more; None when no more are wanted."""
-        size = -(-size // BUFFER_STEP) * BUFFER_STEP
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._may_use(size))
             if self._closed:
@@ -225,4 +249,9 @@ class Prefetcher:
 
     def _may_use(self, size: int) -> bool:
         waiting = sum(isinstance(found, tuple) for found in self._ready)
-        return not waiting or (waiting < MAX_WAITING and self._used_bytes + size <= self.limit)
+        return not waiting or (waiting < self._most_waiting and self._used_bytes + size <= self.limit)
+
+
+def buffer_size(size: int) -> int:
+    """Return the size of a buffer for so many bytes."""
+    return -(-size // BUFFER_STEP) * BUFFER_STEP

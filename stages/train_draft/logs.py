@@ -220,6 +220,8 @@ def run_description(
     longer = int((store.samples.length[split.train] > context).sum())
     if longer:
         yield f"{longer} samples are longer than train.context = {context} rows: each gives one window an epoch"
+    if resolved.recipe.train.echo > 1:
+        yield echo_text(resolved, store, split)
     if store.catalog.partial:
         yield f"the cache is incomplete: {partial_text(store)}; layers {list(resolved.draft.target_layer_ids)} are read"
     if resolved.draft.gamma is None and resolved.draft.weighting == "decay":
@@ -228,6 +230,18 @@ def run_description(
     reason = unservable(resolved.draft, store.tokens, logit_scale(training_config(store.target_config)))
     if reason is not None:
         yield f"no engine will serve this draft, `pipeline export` refuses it: {reason}"
+
+
+def echo_text(resolved: Resolved, store: HiddenCache, split: Split) -> str:
+    """Return in words what `train.echo` does to this run, and the memory it takes of the host."""
+    train, draft = resolved.recipe.train, resolved.draft
+    rows = store.samples.length[split.train].clip(max=train.context).mean() * min(train.batch, len(split.train))
+    columns = len(draft.target_layer_ids) + draft.needs_final_states
+    size = int(2 * rows * columns * store.hidden_size * store.dtype.itemsize)
+    return (
+        f"echo: each batch is read once for {train.echo} steps, which draw other anchors in it; equal to reading the "
+        f"samples {train.echo} times only in expectation. Two batches are held in memory, about {size_text(size)}"
+    )
 
 
 def rope_messages(resolved: Resolved, store: HiddenCache) -> Iterator[str]:
