@@ -215,6 +215,7 @@ def train_draft(recipe, cache, sets, out, device, init_from):
 @DEVICE
 @option("--devices", metavar="A,B", help="Train on each of these at once.  [default: every CUDA device]")
 @option("--jobs", type=IntRange(1), default=1, help="Runs at once on each device.")
+@option("--shared-read", is_flag=True, help="Read the cache once for all runs that learn from the same samples.")
 @option("--init-from", type=FOLDER, help="Begin every run with the weights of this draft.")
 @option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def sweep(recipe, as_json, init_from, **chosen):

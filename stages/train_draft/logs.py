@@ -150,19 +150,25 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Display:
-    """Prints the newest metrics of a run. A context manager."""
+    """Prints the newest metrics of a run. A context manager, but for a run that is shown `beside` another one's.
 
-    def __init__(self, start: int, total_steps: int):
-        self.out, self.last = VisibleConsole(), 0.0
+    name: what the run's lines begin with, where several are shown.
+    """
+
+    def __init__(self, start: int, total_steps: int, name: str = "", beside: "Display | None" = None):
+        self.out, self.last = beside.out if beside else VisibleConsole(), 0.0
         columns = (
             MofNCompleteColumn(),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[text]}", markup=False),
             TimeElapsedColumn(),
         )
-        self.bar = Progress(*columns, console=self.out, transient=True) if self.out.is_terminal else None
-        self.task = self.bar.add_task("", total=total_steps, completed=start, text="") if self.bar else None
-        self.total_steps, self.metrics = total_steps, ""
+        if beside:
+            self.bar = beside.bar
+        else:
+            self.bar = Progress(*columns, console=self.out, transient=True) if self.out.is_terminal else None
+        self.task = self.bar.add_task("", total=total_steps, completed=start, text=name) if self.bar else None
+        self.total_steps, self.metrics, self.prefix = total_steps, "", f"{name}: " if name else ""
 
     def __enter__(self) -> "Display":
         if self.bar:
@@ -178,14 +184,14 @@ class Display:
         self.metrics = metrics_text(metrics) if metrics else self.metrics
         text = f"{self.metrics}{timing_text(timing)}"
         if self.bar:
-            self.bar.update(self.task, completed=step, text=text)
+            self.bar.update(self.task, completed=step, text=f"{self.prefix}{text}")
         elif metrics and time.perf_counter() - self.last >= LINE_INTERVAL:
             self.last = time.perf_counter()
             self.print_line(f"step {step}/{self.total_steps}  {text}")
 
     def print_line(self, text: str) -> None:
         """Print a line above the bar, which stays."""
-        self.out.print(text, soft_wrap=True)
+        self.out.print(f"{self.prefix}{text}", soft_wrap=True)
 
 
 def metrics_text(metrics: dict) -> str:

@@ -34,6 +34,7 @@ from pipeline.tensors import find_device
 from pipeline.visible_text import print_visible, visible
 from stages.train_draft.device_processes import Errors, Work, named_devices, train_on_devices
 from stages.train_draft.run import split_for, train_resolved
+from stages.train_draft.shared_read import group_runs, room_for_drafts, sharing_lines, train_together
 
 if TYPE_CHECKING:
     from pipeline.published.weights import InitialDraft, InitialWeights
@@ -64,11 +65,13 @@ def sweep(
     init_from: "InitialDraft | None" = None,
     devices: str | None = None,
     jobs: int = 1,
+    shared_read: bool = False,
 ) -> dict:
     """Train every combination that is not finished yet; return all figures, best first, as --json prints them.
 
     init_from: a checkpoint, run or published draft whose weights are the initial ones of every run. device, devices,
-    jobs: see `named_devices`; where they name several, as many processes share the runs.
+    jobs: see `named_devices`; where they name several, as many processes share the runs. shared_read: read the cache
+    once for all runs that learn from the same samples, see shared_read.py.
 
     A run whose loss is not finite is recorded under `failed` and the others go on. Raises what a run raises, of several
     processes once all other runs are done; and UsageError, before the first run, for an invalid combination.
@@ -77,7 +80,8 @@ def sweep(
     places, runs = named_devices(device, devices, jobs), planned.runs
     todo = [run for run in runs.values() if read_result(run.path) is None]
     print_visible(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished before")
-    work = [planned.work([run.path]) for run in todo]
+    groups = planned.share(todo, places) if shared_read else [[run] for run in todo]
+    work = [planned.work([run.path for run in group]) for group in groups]
     if min(len(places), len(work)) > 1:
         prepare = partial(prepare_training, cache, recipe, sets, out, init_from)
         errors = train_on_devices(places, work, prepare)
@@ -111,12 +115,22 @@ class Planned:
         self.store = HiddenCache.open(cache)
         runs = plan_runs(self.store, load_sweep(recipe, sets), out, init_from)
         self.runs = {run.path: run for run in runs}
+        self.names = {path: f"run {number}" for number, path in enumerate(self.runs, 1)}
 
     def work(self, paths: Sequence[Path]) -> Work:
         """Return runs that are trained together as a piece of work."""
-        order = list(self.runs)
-        number, settings = order.index(paths[0]) + 1, [visible(setting_text(self.runs[path].setting)) for path in paths]
-        return Work(f"run {number} of {len(order)}: {settings[0]}", f"run {number}", tuple(paths))
+        names = [self.names[path].removeprefix("run ") for path in paths]
+        name = f"{'runs' if len(paths) > 1 else 'run'} {', '.join(names)}"
+        settings = "; ".join(setting_text(self.runs[path].setting) for path in paths)
+        return Work(f"{name} of {len(self.runs)}: {settings}", name, tuple(paths))
+
+    def share(self, runs: Sequence[PlannedRun], places: Sequence[str]) -> list[list[PlannedRun]]:
+        """Return the runs in groups that are trained from one read, and print them. No device is left without work."""
+        room = room_for_drafts(torch.device(places[0]))
+        groups = group_runs(runs, room, most=-(-len(runs) // len(places)))
+        for line in sharing_lines(groups, self.names):
+            print_visible(visible(line))
+        return groups
 
 
 class Training:
@@ -126,13 +140,15 @@ class Training:
         self.planned, self.device = planned, device
 
     def __call__(self, work: Work) -> Errors:
-        (path,) = work.runs
-        run = self.planned.runs[path]
+        store, runs = self.planned.store, [self.planned.runs[path] for path in work.runs]
+        if len(runs) > 1:
+            return train_together(runs, self.planned.names, store, self.device)
+        (run,) = runs
         try:
-            train_resolved(path, self.planned.store, run.split, run.resolved, self.device, run.start)
+            train_resolved(run.path, store, run.split, run.resolved, self.device, run.start)
         except ProofError as error:  # a learning rate too high, for example: a result, too
             print_visible(f"failed: {visible(error)}")
-            return {path: error}
+            return {run.path: error}
         return {}
 
 

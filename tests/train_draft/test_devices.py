@@ -42,21 +42,22 @@ def without_paths(report: dict) -> str:
     return re.sub(r"'[^']*/(dflash-\w+)'", r"\1", str([report["runs"], report["pooled"]]))
 
 
-def test_two_processes_make_the_runs_and_the_table_that_one_makes(tiny_cache, tmp_path, capsys):
+def test_two_processes_and_shared_reads_make_the_runs_and_the_table_that_one_makes(tiny_cache, tmp_path, capsys):
     recipe = tmp_path / "sweep.toml"
     recipe.write_text(BASE + '"train.lr" = [1e-3, 1e30, 3e-3]\n')
     serial = sweep(tiny_cache, recipe, out=tmp_path / "serial", device="cpu")
     capsys.readouterr()
-    together = sweep(tiny_cache, recipe, out=tmp_path / "together", devices="cpu,cpu")
+    together = sweep(tiny_cache, recipe, out=tmp_path / "together", devices="cpu,cpu", shared_read=True)
 
     assert without_paths(together) == without_paths(serial)
     assert sum(run["failed"] is not None for run in together["runs"]) == 1, "it diverges, and the others go on"
     assert contents(tmp_path / "together") == contents(tmp_path / "serial")
     printed = capsys.readouterr().out.splitlines()
-    assert "3 runs, 0 of them finished before" in printed and "run 2 of 3: lr = 1e+30, on cpu" in printed
-    of_runs = [line for line in printed if "parameters; starting at step 0" in line]
-    assert {line.split("]")[0] for line in of_runs} == {"[run 1", "[run 2", "[run 3"}
-    assert any(line.startswith("[run 2] failed: step ") for line in printed)
+    assert "3 runs, 0 of them finished before" in printed, "and no device is left without a run:"
+    assert {"runs 1, 2 of 3: lr = 0.001; lr = 1e+30, on cpu", "run 3 of 3: lr = 0.003, on cpu"} <= {*printed}
+    begun = {line.partition(": 2")[0] for line in printed if "parameters; starting at step 0" in line}
+    assert begun == {"[runs 1, 2] run 1", "[runs 1, 2] run 2", "[run 3] 24,832 parameters; starting at step 0 of 4"}
+    assert any(line.startswith("[runs 1, 2] run 2: failed: step ") for line in printed)
 
 
 def test_ctrl_c_saves_every_run_and_ends_all_processes(tiny_cache, tmp_path):
@@ -200,9 +201,13 @@ def test_a_run_that_is_trained_elsewhere_ends_a_sweep_only_when_the_others_are_d
     recipe = tmp_path / "sweep.toml"
     recipe.write_text(BASE + '"train.seed" = [0, 1, 2]\n')
     first = sweep(tiny_cache, recipe, out=tmp_path / "runs", device="cpu")["runs"]
-    taken = next(Path(run["run"]) for run in first if run["setting"]["train.seed"] == 0)
-    for run in first:
-        (Path(run["run"]) / "done.json").unlink()
+    before = contents(tmp_path / "runs")
+    taken, *others = [Path(run["run"]) for run in sorted(first, key=lambda run: run["setting"]["train.seed"])]
+    (taken / "done.json").unlink()
+    for run in others:
+        shutil.rmtree(run)
     with run_lock(taken), pytest.raises(UsageError, match="being trained by another process"):
         sweep(tiny_cache, recipe, out=tmp_path / "runs", devices="cpu,cpu")
-    assert [(Path(run["run"]) / "done.json").exists() for run in first].count(True) == 2
+    assert contents(tmp_path / "runs") == {
+        name: data for name, data in before.items() if name != f"{taken.name}/done.json"
+    }

@@ -84,7 +84,7 @@ def test_a_run_computes_what_its_device_holds_and_says_so(tiny_cache, tmp_path, 
 def test_moments_on_the_host_make_the_same_steps_and_checkpoints(tiny_cache, tmp_path, monkeypatch, capsys):
     sets = ("train.cell_anchors=12", "train.eval_every=100", "train.optimizer=adamw", "train.save_every=3")
     whole = trained(tiny_cache, tmp_path / "whole", *sets)
-    monkeypatch.setattr("stages.train_draft.run.fit_device", lambda resolved, draft: Fit(12, True))
+    monkeypatch.setattr("stages.train_draft.run.fit_device", lambda *_: Fit(12, True))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         stopping(patch, 5, kill)
         trained(tiny_cache, tmp_path / "host", *sets)
