@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import size_text, write_errors, write_file
@@ -160,7 +161,7 @@ class Display:
         columns = (
             MofNCompleteColumn(),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[text]}", markup=False),
+            TextColumn("{task.fields[text]}", markup=False, table_column=Column(overflow="fold")),  # cut off nothing
             TimeElapsedColumn(),
         )
         if beside:

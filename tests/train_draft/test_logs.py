@@ -48,6 +48,15 @@ def test_the_bar_shows_the_speed_of_steps_that_log_nothing_too(monkeypatch):
         )
 
 
+def test_a_narrow_terminal_cuts_nothing_off(monkeypatch):
+    terminal = Console(width=60, file=io.StringIO(), force_terminal=True, color_system=None)
+    monkeypatch.setattr(logs, "VisibleConsole", lambda: terminal)
+    with Display(5, 9) as display:
+        display.step(7, METRICS, TIMING)
+    words = f"loss 1.500 {SPEED}".split()
+    assert [word for word in words if word not in terminal.file.getvalue()] == []
+
+
 def test_memory_that_was_taken_and_freed_counts_as_peak():
     before = peak_memory(torch.device("cpu"))
     taken = torch.ones(before // 4 + (64 << 20))
