@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 EVAL_BATCH = 8  # samples; a signal is noticed between two such batches
 EVAL_REMEDY = "the step is saved: go on with the same command on a larger device"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+REPEAT_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -200,11 +201,14 @@ def machine_facts(device: torch.device) -> dict[str, str]:
 class GracefulStop:
     """Records SIGTERM, SIGHUP and Ctrl-C so that the loop can save before it ends; a second signal acts at once.
 
+    One within REPEAT_SECONDS is the same: a scheduler signals every process, and the one that started it does so again.
+
     Signals that were ignored (SIGHUP under nohup) stay ignored.
     """
 
     def __init__(self):
         self.received: int | None = None
+        self.received_at = 0.0
         self.previous_handlers: dict = {}
 
     def __enter__(self) -> "GracefulStop":
@@ -219,8 +223,11 @@ class GracefulStop:
         self.previous_handlers = {}
 
     def _note(self, number: int, frame) -> None:
-        self.received = number
-        self.__exit__()
+        if self.received is None:
+            self.received, self.received_at = number, time.monotonic()
+        elif time.monotonic() - self.received_at > REPEAT_SECONDS:
+            self.__exit__()
+            signal.raise_signal(number)
 
     def raise_signal(self) -> None:
         """Raise what ends the process as the signal would: SystemExit(143), SystemExit(129) or KeyboardInterrupt."""

@@ -16,6 +16,7 @@ from pipeline.cli import main
 from pipeline.errors import CacheError, PipelineError, UsageError
 from pipeline.runs import checkpoint
 from stages.train_draft.device_processes import Work, named_devices, train_on_devices
+from stages.train_draft.run import GracefulStop
 from stages.train_draft.sweep import sweep
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +61,7 @@ def test_two_processes_and_shared_reads_make_the_runs_and_the_table_that_one_mak
     assert any(line.startswith("[runs 1, 2] run 2: failed: step ") for line in printed)
 
 
-def test_ctrl_c_saves_every_run_and_ends_all_processes(tiny_cache, tmp_path):
+def test_signals_to_all_processes_have_each_save_its_run_and_end(tiny_cache, tmp_path):
     recipe = tmp_path / "sweep.toml"
     recipe.write_text(
         BASE.replace("steps = 4", "steps = 2000\nsave_every = 2000\neval_every = 2000") + '"train.seed" = [0, 1]\n'
@@ -76,15 +77,28 @@ def test_ctrl_c_saves_every_run_and_ends_all_processes(tiny_cache, tmp_path):
     ):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: every process of it
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it
+    os.killpg(process.pid, signal.SIGTERM)  # as a scheduler sends it, and this one's parent does besides
     printed, said = process.communicate(timeout=60)
 
-    assert process.returncode == 130 and "interrupted" in said and "Traceback" not in said, said
+    assert process.returncode == 130 and said.strip().startswith("interrupted") and said.count("\n") == 2, said
     saved = [checkpoint.steps(run) for run in out.iterdir()]
     assert len(saved) == 2 and all(len(steps) == 1 and 0 < steps[0] < 2000 for steps in saved), saved
     assert printed.count("the same command goes on from there") == 2, printed
     for run in out.iterdir():
         checkpoint.latest(run)  # checks every byte
+
+
+def test_a_signal_that_comes_twice_at_once_is_one_and_a_later_one_acts(monkeypatch):
+    with GracefulStop() as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # as from a scheduler and from the process that started this one
+        assert stop.received == signal.SIGINT
+        later = time.monotonic() + 60
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # The processes, with work that is done at once
