@@ -48,6 +48,12 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype that a matrix product would take this tensor in: autocast's, else its own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
 def find_device(named: str | torch.device | None) -> torch.device:
     """Return the named device, by default CUDA if there is one, else the CPU. UsageError when it is not available."""
     wanted = named or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.drafts import DRAFTS, Draft, draft_config, eligible_anchors, lay_blocks, pack
 from pipeline.drafts.backbone import attend, visibility_mask
-from pipeline.drafts.objectives import HeadLoss
+from pipeline.drafts.head_loss import HeadLoss
 from pipeline.target.head import TargetHead
 from pipeline.target.layers import final_rows
 

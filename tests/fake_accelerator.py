@@ -1,7 +1,8 @@
 """Whole training steps on a GPU that is not there: `python tests/fake_accelerator.py METHOD[:ROWS[,KEY=VALUE...]] ...`.
 
-A step has two cells, of which the second finds gradients in place. KEY: device, optimizer, dtype, moments, anchors (of
-a cell), at_once (blocks computed together), or an option of the draft. METHOD `int8` is that codec instead.
+A step has two cells, of which the second finds gradients in place. KEY: device, optimizer, dtype, moments, kernels
+(compiled or plain), anchors (of a cell), at_once (blocks computed together), or an option of the draft. METHOD `int8`
+is that codec instead.
 
 torch computes shapes, dtypes and devices of fake CUDA tensors, and no values; `fake_cuda.cpp`, compiled in a second or
 two, makes a CPU build believe in the device. So a step at the width of an 8B target shows here what it would on a GPU:
@@ -9,8 +10,10 @@ operations between devices (an error), waits of the host for the device, dtypes 
 live. Each line is a JSON record, and also the estimate of a roofline: operations, floating point, bytes moved.
 
 An estimate, not a measurement: every operation takes the longest of its arithmetic (70 % of the peak), its bytes (80 %
-of the bandwidth) and a launch. Two things are set by hand: attention is the memory-efficient kernel, which torch takes
-under a mask, and a value that the host reads is 1.
+of the bandwidth) and a launch. Set by hand: a value that the host reads is 1; a compiled kernel is one launch that
+touches its results and its inputs, some of these twice; flex attention is one that multiplies the tiles of its mask,
+and its gradient two; plain attention is the memory-efficient kernel, which torch takes under
+a mask.
 
     N blocks   S slots   D hidden size   V vocabulary
 """
@@ -32,6 +35,9 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 PEAK, WIDE_PEAK, BANDWIDTH, LAUNCH = 0.7 * 989e12, 60e12, 0.8 * 3.35e12, 5e-6  # of an H100: FLOP/s, FLOP/s, B/s, s
+
+# Compiled kernels that sum over rows too long to be kept, or over two dimensions, and one that overwrites its input.
+READ_TWICE = {"cross_entropy", "_norm_gradients", "_rotated_norm_gradients", "overwrite_with_gradient"}
 
 # Operations that only view their input, or allocate: nothing is launched.
 FREE = re.compile(
@@ -65,13 +71,13 @@ from torch.utils.flop_counter import flop_registry
 
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.codec import Calibration
-from pipeline.drafts import DRAFTS, Blocks, Draft, draft_config, lay_blocks, pack
+from pipeline.drafts import DRAFTS, Blocks, Draft, draft_config, flex, fused, lay_blocks, pack
 from pipeline.target.head import TargetHead
 from stages.train_draft.memory import FakeRows, LiveBytes, faked
 from stages.train_draft.step import Trainer, make_optimizer
 
 WIDTH, VOCABULARY, LAYERS, BLOCK, ANCHORS = 4096, 151_936, 5, 16, 512  # Qwen3-8B and a published draft of it
-USUAL = {"device": "cuda", "optimizer": "adamw", "dtype": "bfloat16", "moments": "device"}
+USUAL = {"device": "cuda", "kernels": "compiled", "optimizer": "adamw", "dtype": "bfloat16", "moments": "device"}
 OWN = {
     "dflash": {"shift_label": False},
     "domino": {"shift_label": True, "pure_draft_prefix_len": 1, "emb_dim": 256, "gru_hidden_dim": 1024},
@@ -93,6 +99,8 @@ class Meter(LiveBytes):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, kwargs = function._schema.name.split("::")[1], kwargs or {}
+        if self.paused:
+            return function(*args, **kwargs)
         if name == "_local_scalar_dense":
             if args[0].device.type == self.device:
                 self.waits[_caller()] += 1
@@ -110,14 +118,36 @@ class Meter(LiveBytes):
             self._count(function, name, args, kwargs, ins, outs, results)
         return results
 
+    def one_kernel(self, name: str, compute, *args, flop: int = 0):
+        results = super().one_kernel(name, compute, *args)
+        outs = [leaf for leaf in tree_leaves(results) if isinstance(leaf, torch.Tensor)]
+        ins = [leaf for leaf in args if isinstance(leaf, torch.Tensor)]
+        moved = sum(map(_touched, ins)) * (2 if name in READ_TWICE else 1) + sum(map(_touched, outs))
+        self._add(name, outs or ins, moved, flop)
+        return results
+
     def _count(self, function, name, args, kwargs, ins, outs, results) -> None:
-        moved = sum(map(_touched, ins)) + sum(map(_touched, outs))
+        moved = _picked(name, args, outs) or sum(map(_touched, ins)) + sum(map(_touched, outs))
         formula = flop_registry.get(function.overloadpacket)
         flop = formula(*args, **kwargs, out_val=results) if formula else 0
+        self._add(name, outs, moved, flop)
+
+    def _add(self, name: str, outs: list[torch.Tensor], moved: int, flop: int) -> None:
         narrow = outs[0].dtype in (torch.bfloat16, torch.float16)
         self.launches, self.bytes, self.flop = self.launches + 1, self.bytes + moved, self.flop + flop
         self.seconds += max(LAUNCH, flop / (PEAK if narrow else WIDE_PEAK), moved / BANDWIDTH)
         self.operations[name, tuple(str(tensor.dtype).removeprefix("torch.") for tensor in outs)] += 1
+
+
+def _picked(name: str, args: tuple, outs: list[torch.Tensor]) -> int:
+    """Bytes of an operation that touches only the entries that an index names, in and out; 0 for any other."""
+    if name == "gather":
+        return 2 * _touched(outs[0]) + _touched(args[2])
+    if name in ("scatter_add_", "scatter_"):
+        return 2 * args[2].numel() * outs[0].element_size() + _touched(args[2])
+    if name == "embedding":
+        return 2 * _touched(outs[0]) + _touched(args[1])
+    return 0
 
 
 def _touched(tensor: torch.Tensor) -> int:
@@ -198,6 +228,7 @@ class FakeTraining:
         with self.mode:
             parts = tuple(map(faked, cut))
             self.cell, whole = faked(cell), faked(blocks)
+        self.entries = mean_entries(cut)
         self.blocks = CutBlocks(**{field.name: getattr(whole, field.name) for field in fields(whole)}, parts=parts)
 
     def prepare(self, optimizer: str, dtype: str, moments: str) -> Trainer:
@@ -214,8 +245,9 @@ class FakeTraining:
         batch = SimpleNamespace(step=number, epoch=0, blocks=[self.blocks] * 2, names=("s",))
         trainer.step(batch, [self.cell] * 2)
 
-    def measure(self, optimizer: str, dtype: str, moments: str) -> dict:
+    def measure(self, kernels: str, optimizer: str, dtype: str, moments: str) -> dict:
         """Return the record of the second step, which finds gradients and moments in place."""
+        fused.use_kernels(self.meter.kernels(self.entries) if kernels == "compiled" else None)
         with self.mode, self.meter as meter:
             trainer = self.prepare(optimizer, dtype, moments)
             static = meter.live
@@ -225,7 +257,8 @@ class FakeTraining:
             record = self._record(meter, static)
             meter.reset()
             self._evaluate(trainer.draft.eval())
-        return record | {"evaluation_waits": dict(meter.waits), "optimizer": optimizer, "dtype": dtype}
+        others = {"kernels": kernels, "optimizer": optimizer, "dtype": dtype}
+        return record | {"evaluation_waits": dict(meter.waits)} | others
 
     @torch.no_grad()
     def _evaluate(self, draft: Draft) -> None:
@@ -248,6 +281,13 @@ class FakeTraining:
             "waits": dict(meter.waits),
             "operations": sorted([name, list(dtypes), count] for (name, dtypes), count in meter.operations.items()),
         }
+
+
+def mean_entries(parts: list[Blocks]) -> int:
+    """Return how many entries of queries x keys flex attention computes in a part, on a full layer."""
+    masks = [flex.FlexAttention(part, {None}).masks[None] for part in parts]
+    tiles = [int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum()) for mask in masks]
+    return flex.TILE**2 * sum(tiles) // len(tiles)
 
 
 def codec_on(device: str) -> dict:

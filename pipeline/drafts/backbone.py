@@ -3,8 +3,7 @@ target's states before the anchor plus the block itself; its attention, in train
 
 The context is one projection of the captured layers, computed once and read unchanged by every layer; only the slots'
 residual stream is normed and updated. Parameter names are those of published checkpoints, all at the top level. RoPE
-tables are computed in float32 in each forward, since a buffer would be rounded by a cast to bfloat16. The norm's
-gradient is hand-written, as the rotation's is: autograd's took a sixth of a training step on a CPU.
+tables are computed in float32 in each forward, since a buffer would be rounded by a cast to bfloat16.
 
 A slot of a block at anchor a attends to its document's context strictly before a, and to its own block: all of it on a
 full layer; on a sliding layer of window W the context from a + slot - (W - 1) and the slots up to itself. This is
@@ -20,12 +19,11 @@ from itertools import accumulate, product
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from pipeline.drafts.blocks import Blocks
 from pipeline.drafts.config import DraftConfig
-from pipeline.drafts.rope import Tables, rope_tables, rotate
-from pipeline.tensors import at_least_float32
+from pipeline.drafts.fused import gated, rms_norm, rotated_norm
+from pipeline.drafts.rope import Tables, rope_tables
 
 KV = tuple[Tensor, Tensor]  # keys and values [G, tokens, E]
 
@@ -58,37 +56,18 @@ def backbone_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
 
 
 class RMSNorm(nn.Module):
-    """Hugging Face's Qwen3 norm: variance and scaling in float32, back to the input's dtype, then the weight."""
+    """The weight and epsilon of a norm."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _Norm.apply(x, self.weight, self.eps)
-
-
-class _Norm(torch.autograd.Function):
-    """weight * (x / rms(x))."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        x_wide = x.to(at_least_float32(x.dtype))
-        scale = x_wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        unit = (x_wide * scale).to(x.dtype)
-        ctx.save_for_backward(unit, scale, weight)
-        return weight * unit
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        unit, scale, weight = ctx.saved_tensors
-        grad_wide, unit, weight_wide = grad.to(scale.dtype), unit.to(scale.dtype), weight.to(scale.dtype)
-        product = grad_wide * unit
-        along = (product @ weight_wide / len(weight))[..., None]
-        d_x = (grad_wide * weight_wide).addcmul_(unit, along, value=-1).mul_(scale)
-        return d_x.to(grad.dtype), product.flatten(0, -2).sum(0).to(weight.dtype), None
+    def forward(self, x: Tensor, tables: Tables | None = None) -> Tensor:
+        """Return the norm, and where there are tables each head [T, A, E] rotated."""
+        if tables is None:
+            return rms_norm(x, self.weight, self.eps)
+        return rotated_norm(x, self.weight, self.eps, tables)
 
 
 class SelfAttention(nn.Module):
@@ -112,14 +91,14 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """Return what the slots take [Q, D] from the context and their blocks; arguments as of `Layer`."""
         context_kv, slots_kv = self._keys_values(context_RD, context_tables), self._keys_values(y_QD, slot_tables)
-        q_QAE = rotate(self.q_norm(self.q_proj(y_QD).unflatten(-1, (-1, self.head_dim))), slot_tables)
+        q_QAE = self.q_norm(self.q_proj(y_QD).unflatten(-1, (-1, self.head_dim)), slot_tables)
         out_AQE = attention(q_QAE.transpose(0, 1), context_kv, slots_kv, self.window, self.index)
         return self.o_proj(out_AQE.transpose(0, 1).flatten(1))
 
     def _keys_values(self, x_TD: Tensor, tables: Tables) -> KV:
-        k_TGE = self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim)))
+        k_TGE = self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim)), tables)
         v_TGE = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        return rotate(k_TGE, tables).transpose(0, 1), v_TGE.transpose(0, 1)
+        return k_TGE.transpose(0, 1), v_TGE.transpose(0, 1)
 
 
 class MLP(nn.Module):
@@ -132,7 +111,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):

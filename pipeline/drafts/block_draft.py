@@ -13,7 +13,10 @@ from pipeline.drafts.backbone import Backbone, DecodeAttention, DraftKV, Grouped
 from pipeline.drafts.blocks import Blocks, Cell, dpace_weights
 from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.draft import BlockRequest, Draft, Loss, ProbeBlock, Proposal, Sampling, Shapes
-from pipeline.drafts.objectives import HeadLoss, Objective, TargetStates, slot_sums, term_name
+from pipeline.drafts.flex import FlexAttention
+from pipeline.drafts.fused import compiles
+from pipeline.drafts.head_loss import HeadLoss
+from pipeline.drafts.objectives import Objective, TargetStates, slot_sums, term_name
 from pipeline.errors import DataError, UsageError
 from pipeline.target.head import TargetHead, chunk_blocks
 from pipeline.tensors import at_least_float32, draw, uniforms
@@ -41,7 +44,7 @@ class BlockDraft(Backbone, Draft):
     def hidden(self, cell: Cell, blocks: Blocks) -> Tensor:
         """Return the states [N, S, D] of every slot in training, final norm applied."""
         embedded_QD, positions_Q = self._embed(blocks.input_ids_NS.flatten()), blocks.positions_NS.flatten()
-        attention = self.attention(blocks, self.windows)
+        attention = (FlexAttention if self.training and compiles(self.device) else self.attention)(blocks, self.windows)
         out_QD = self.slot_states(embedded_QD, positions_Q, cell.aux_KRD, cell.pos_R, attention)
         return out_QD.unflatten(0, blocks.input_ids_NS.shape)
 

@@ -22,7 +22,7 @@ from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.draft import ProbeBlock, PublishedKeys, Shapes
 from pipeline.errors import UsageError
 from pipeline.target.head import TargetHead
-from pipeline.tensors import at_least_float32
+from pipeline.tensors import at_least_float32, product_dtype
 
 
 class DominoConfig(DraftConfig):
@@ -67,11 +67,10 @@ class PrefixGRU(nn.Module):
 
         state: the one before the first token, 0 if None; it gets no gradient. Nor does x, which is frozen.
         """
-        device = x_NPD.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_NPD.dtype
+        dtype = product_dtype(x_NPD)
         if state_NH is None:
             state_NH = x_NPD.new_zeros(len(x_NPD), self.size, dtype=at_least_float32(x_NPD.dtype))
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x_NPD.device.type, enabled=False):
             return _Recurrence.apply(x_NPD.to(dtype), state_NH, self.weight_ih_l0, self.weight_hh_l0)
 
 

@@ -20,24 +20,22 @@ respect to the logits x follows from theirs:
                and with 3 as in speculators' `lk_hybrid`, where SpecForge's EAGLE-3 takes w of the batch's mean)
     dspark     alpha_ce ce + alpha_l1 sum_v |q_v - p_v|, the latter 2 (1 - accept) (DSpark, arXiv:2607.05147)
 
-The LM head is fused with its loss, a chunk of blocks at a time, the gradient computed in the forward (`HeadLoss`).
-Logits over the vocabulary are the largest tensors of training: they exist for one chunk only, and are overwritten with
-their gradient there. So the head costs two matrix products, where checkpointing costs three. Corrected logits are one
-concatenated linear, [W_head | W_out] [h ; z]; base and corrected loss share the chunk's logits and the target's own.
-
     N blocks   n blocks of a chunk   S slots   X slots of a chunk   D hidden size   F states kept   V vocabulary
     U rank of a correction
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from pipeline.drafts.fused import compiles, cross_entropy, overwrite_with_gradient
 from pipeline.target.head import TargetHead
-from pipeline.tensors import at_least_float32
+
+if TYPE_CHECKING:
+    from pipeline.drafts.head_loss import ChunkMemory
 
 ETA = 3.0  # of lk-hybrid: the paper's best
 # Metrics that are means over scored slots, and what is recorded of each slot for them. accept_prob: as rejection
@@ -112,6 +110,16 @@ class SoftLabels:
     negentropy_NS: Tensor | None  # sum of p log p, where kl is computed
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a chunk's loss and gradient are made of: the distances [n, S] that are read, and the draft's softmax, or the
+    logarithm of its sum."""
+
+    distances: dict[str, Tensor]
+    q_NSV: Tensor | None = None
+    log_sum_NS: Tensor | None = None
+
+
 @dataclass
 class Objective:
     """The loss of one or more kinds of logits against the same labels and target states, accumulated over chunks.
@@ -144,25 +152,61 @@ class Objective:
         """Return what was recorded for every slot, [N, S] each."""
         return {name: torch.cat(parts) for name, parts in self.per_slot.items()}
 
-    def soft_labels(self, part: slice, head: TargetHead) -> SoftLabels | None:
+    def soft_labels(self, part: slice, head: TargetHead, memory: "ChunkMemory") -> SoftLabels | None:
         """Return the target's distribution at a chunk's slots, None where no distance reads it."""
         if not self.reads & {"kl", "accept"}:
             return None
-        log_p_NSV = head.logits(self.target_states.states(part)).log_softmax(-1)
+        logits_NSV = head.logits(self.target_states.states(part))
+        p_NSV = memory.take("p", logits_NSV.shape)
         if "kl" not in self.reads:
-            return SoftLabels(log_p_NSV.exp_(), None)
-        p_NSV = log_p_NSV.exp()
+            return SoftLabels(torch.softmax(logits_NSV, -1, out=p_NSV), None)
+        log_p_NSV = logits_NSV.log_softmax(-1)
+        torch.exp(log_p_NSV, out=p_NSV)
         return SoftLabels(p_NSV, log_p_NSV.mul_(p_NSV).sum(-1))
 
+    def measure(
+        self, part: slice, logits_NSV: Tensor, memory: "ChunkMemory", soft: SoftLabels | None = None
+    ) -> Measured:
+        """Return one chunk's distances [n, S], those that are read, and q [n, S, V] in `memory`.
+
+        With compiled kernels cross-entropy alone needs no q: its gradient is computed from the logits.
+        """
+        if self.reads == {"ce"} and compiles(logits_NSV.device):
+            ce_NS, log_sum_NS = cross_entropy(logits_NSV, self.labels_NS[part])
+            return Measured({"ce": ce_NS}, log_sum_NS=log_sum_NS)
+        label_NS1, q_NSV = self.labels_NS[part][..., None], memory.take("q", logits_NSV.shape)
+        if "kl" in self.reads:
+            log_q_NSV = memory.softmax(logits_NSV, q_NSV, torch.log_softmax)
+            # Not vecdot, which autocast would compute in bfloat16.
+            product_NSV = torch.mul(soft.p_NSV, log_q_NSV, out=memory.take("product", q_NSV.shape))
+            distances = {"ce": -log_q_NSV.gather(-1, label_NS1)[..., 0]}
+            distances["kl"] = soft.negentropy_NS - product_NSV.sum(-1)
+            q_NSV = log_q_NSV.exp_()
+        else:
+            # -log q_y by way of the likeliest token: a q_y below the smallest number has a logarithm, too.
+            below_NS = logits_NSV.amax(-1).to(q_NSV.dtype) - logits_NSV.gather(-1, label_NS1)[..., 0].to(q_NSV.dtype)
+            memory.softmax(logits_NSV, q_NSV)
+            distances = {"ce": below_NS - q_NSV.amax(-1).log()}
+        if "accept" in self.reads:
+            least_NSV = torch.minimum(soft.p_NSV, q_NSV, out=memory.take("product", q_NSV.shape))
+            distances["accept"] = least_NSV.sum(-1).clamp(max=1)
+        return Measured(distances, q_NSV)
+
     def add_chunk(
-        self, kind: str, part: slice, logits_NSV: Tensor, want_grad: bool, soft: SoftLabels | None = None
-    ) -> Tensor | None:
-        """Add one chunk's loss; return the gradient of `total()` with respect to its logits."""
-        labels_NS = self.labels_NS[part]
+        self,
+        kind: str,
+        part: slice,
+        logits_NSV: Tensor,
+        measured: Measured,
+        memory: "ChunkMemory",
+        soft: SoftLabels | None = None,
+        want_grad: bool = True,
+    ) -> None:
+        """Add one chunk's loss, of what `measure` returned, and overwrite the logits with the gradient of `total()`."""
+        labels_NS, distances = self.labels_NS[part], measured.distances
         if self.metrics:
             self._record_predictions(kind, labels_NS, logits_NSV, soft)
-        distances, q_NSV = self._measure(logits_NSV.log_softmax(-1), labels_NS, soft)
-        weights_NS = self.weigh(part, distances["ce"]).to(q_NSV.dtype)
+        weights_NS = self.weigh(part, distances["ce"]).to(distances["ce"].dtype)
         self._record(kind, {"weights": weights_NS, **distances})
         distance_grads: dict[str, Tensor] = {}
         for name, scale in self.scales[kind].items():
@@ -172,30 +216,19 @@ class Objective:
             for distance, slope in slopes.items():
                 distance_grads[distance] = distance_grads.get(distance, 0) + weights_NS * scale * slope
         if not want_grad:
-            return None
-        q_NSV = q_NSV.exp_() if soft is None else q_NSV
-        return _gradient(q_NSV, labels_NS, soft, distance_grads)
-
-    def _measure(self, log_q_NSV: Tensor, labels_NS: Tensor, soft: SoftLabels | None) -> tuple[dict, Tensor]:
-        """Return the distances [n, S] that are read, and log q [n, S, V], or q in its place with soft labels."""
-        distances = {"ce": -log_q_NSV.gather(-1, labels_NS[..., None])[..., 0]}
-        if soft is None:
-            return distances, log_q_NSV
-        if "kl" in self.reads:
-            # Not vecdot, which autocast would compute in bfloat16.
-            distances["kl"] = soft.negentropy_NS - (soft.p_NSV * log_q_NSV).sum(-1)
-        q_NSV = log_q_NSV.exp_()
-        if "accept" in self.reads:
-            distances["accept"] = torch.minimum(soft.p_NSV, q_NSV).sum(-1).clamp(max=1)
-        return distances, q_NSV
+            return
+        if measured.log_sum_NS is not None:
+            overwrite_with_gradient(logits_NSV, labels_NS, measured.log_sum_NS, distance_grads["ce"])
+        else:
+            _write_gradient(logits_NSV, measured.q_NSV, labels_NS, soft, distance_grads, memory)
 
     def _record_predictions(self, kind: str, labels_NS: Tensor, logits_NSV: Tensor, soft: SoftLabels | None) -> None:
         choice_NS = logits_NSV.argmax(-1)
         values = {"correct": choice_NS == labels_NS}
         if soft is not None:
-            top = soft.p_NSV.max(-1)
+            top, wide_NSV = soft.p_NSV.max(-1), logits_NSV.to(soft.p_NSV.dtype)
             values |= {"agree": choice_NS == top.indices, "teacher_top1": top.values}
-            values["draft_top1"] = torch.exp(logits_NSV.amax(-1) - logits_NSV.logsumexp(-1))
+            values["draft_top1"] = torch.exp(wide_NSV.amax(-1) - wide_NSV.logsumexp(-1))
         self._record(kind, values)
 
     def _record(self, kind: str, values: dict[str, Tensor]) -> None:
@@ -208,75 +241,36 @@ class Objective:
         return sum(scales[key] * numerator for key, numerator in self.numerators.items())
 
 
-def _gradient(q_NSV: Tensor, labels_NS: Tensor, soft: SoftLabels | None, distance_grads: dict[str, Tensor]) -> Tensor:
-    """Return the sum over distances of distance_grads [n, S] * gradient of the distance by the logits. Overwrites q."""
-    toward_q = [distance_grads[distance] for distance in ("ce", "kl") if distance in distance_grads]
-    if "accept" in distance_grads:
-        # b from {0, 1}, not the sign from {-1, 1}: its mean under q is small at first and would cancel. Not
+def _write_gradient(
+    out_NSV: Tensor,
+    q_NSV: Tensor,
+    labels_NS: Tensor,
+    soft: SoftLabels | None,
+    distance_grads: dict[str, Tensor],
+    memory: "ChunkMemory",
+) -> None:
+    """Write the sum over distances of distance_grads [n, S] * gradient of the distance by the logits. Overwrites q."""
+    label_NS1 = labels_NS[..., None]
+    of_NS1 = {distance: grad_NS[..., None] for distance, grad_NS in distance_grads.items()}
+    if of_NS1.keys() == {"ce"}:
+        label_grad_NS1 = of_NS1["ce"] * (q_NSV.gather(-1, label_NS1) - 1)
+        memory.multiply(q_NSV, of_NS1["ce"], out_NSV)
+        out_NSV.scatter_(-1, label_NS1, label_grad_NS1.to(out_NSV.dtype))
+        return
+    along_NS1, grad_NSV = sum(of_NS1[distance] for distance in ("ce", "kl") if distance in of_NS1), q_NSV
+    if "accept" in of_NS1:
+        # 2 b from {0, 1, 2}, not the sign from {-1, 0, 1}: its mean under q is small at first and would cancel. Not
         # torch.heaviside: on a CPU it takes longer than the head's multiplication at width 256, this an eighth of that.
-        gain_NSV = (soft.p_NSV - q_NSV).sign_().add_(1).mul_(0.5)
-        gain_NSV.sub_((q_NSV * gain_NSV).sum(-1, keepdim=True)).mul_(distance_grads["accept"][..., None])
-        if toward_q:
-            gain_NSV.add_(sum(toward_q)[..., None])
-        grad_NSV = gain_NSV.mul_(q_NSV)
+        gain_NSV = torch.sub(soft.p_NSV, q_NSV, out=memory.take("product", q_NSV.shape)).sign_().add_(1).mul_(q_NSV)
+        along_NS1 = along_NS1 - of_NS1["accept"] / 2 * gain_NSV.sum(-1, keepdim=True)
+        grad_NSV = gain_NSV.mul_(of_NS1["accept"] / 2).addcmul_(q_NSV, along_NS1)
     else:
-        grad_NSV = q_NSV.mul_(sum(toward_q)[..., None])
-    if "kl" in distance_grads:
-        grad_NSV.addcmul_(soft.p_NSV, distance_grads["kl"][..., None], value=-1)
-    if "ce" in distance_grads:
-        grad_NSV.scatter_add_(-1, labels_NS[..., None], -distance_grads["ce"][..., None])
-    return grad_NSV
-
-
-class HeadLoss(torch.autograd.Function):
-    """The total loss (scalar) of the head's logits; its gradients are computed when `apply` returns.
-
-        HeadLoss.apply(hidden_NSD, z_NSU, out_VU, target, objective, blocks)
-
-    The objective scores the kinds of logits that it has scales for, after the soft cap: "base" = head(hidden) and
-    "final" = [head | W_out] [hidden ; z]. Without a correction (z and W_out None) final is head(hidden). The target's
-    weights get no gradient. blocks: how many blocks have their logits in memory at once.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden_NSD, z_NSU, out_VU, target: TargetHead, objective: Objective, blocks: int) -> Tensor:
-        dtype, corrected = target.head_VD.dtype, z_NSU is not None
-        want_grad = any(ctx.needs_input_grad[:2])  # not W_out's, which is a parameter also where nothing is learned
-        d_hidden = torch.empty_like(hidden_NSD) if want_grad else None
-        d_z = torch.empty_like(z_NSU) if want_grad and corrected else None
-        d_out = torch.zeros_like(out_VU, dtype=at_least_float32(out_VU.dtype)) if d_z is not None else None
-        head_out_VU = out_VU.to(dtype) if corrected else None
-        for first in range(0, len(hidden_NSD), blocks):
-            part = slice(first, first + blocks)
-            shape = hidden_NSD[part].shape[:2]
-            raw = {"base": hidden_NSD[part].flatten(0, 1).to(dtype) @ target.head_VD.T}  # [X, V] each
-            z_XU = z_NSU[part].flatten(0, 1).to(dtype) if corrected else None
-            raw["final"] = torch.addmm(raw["base"], z_XU, head_out_VU.T) if corrected else raw["base"]
-            soft, d_raw = objective.soft_labels(part, target), {}
-            for kind in [kind for kind in raw if kind in objective.scales]:
-                logits_NSV = target.cap(raw[kind].to(at_least_float32(raw[kind].dtype))).unflatten(0, shape)
-                d_NSV = objective.add_chunk(kind, part, logits_NSV, want_grad, soft)
-                if want_grad:
-                    if target.logit_softcap is not None:
-                        d_NSV = d_NSV * (1 - (logits_NSV / target.logit_softcap) ** 2)
-                    d_raw[kind] = d_NSV.flatten(0, 1).to(raw[kind].dtype)
-                del logits_NSV, d_NSV
-            if want_grad:
-                d_sum_XV = d_raw["base"] + d_raw["final"] if "base" in d_raw else d_raw["final"]
-                d_hidden[part] = (d_sum_XV @ target.head_VD).unflatten(0, shape)
-                del d_sum_XV
-            if d_z is not None:
-                d_z[part] = (d_raw["final"] @ head_out_VU).unflatten(0, shape)
-                d_out += d_raw["final"].T @ z_XU
-            del raw, soft, d_raw  # before the next chunk's are made
-        ctx.save_for_backward(d_hidden, d_z, None if d_out is None else d_out.to(out_VU.dtype))
-        return objective.total()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        grads = (None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
-        return *grads, None, None, None
+        q_NSV.mul_(along_NS1)
+    if "kl" in of_NS1:
+        grad_NSV.addcmul_(soft.p_NSV, of_NS1["kl"], value=-1)
+    if "ce" in of_NS1:
+        grad_NSV.scatter_add_(-1, label_NS1, -of_NS1["ce"])
+    out_NSV.copy_(grad_NSV)
 
 
 def slot_sums(per_slot: dict[str, Tensor], scored_NS: Tensor) -> dict[str, Tensor]:

@@ -1,5 +1,4 @@
-"""Rotary positions (RoPE): which scaling of a target's a draft uses too, the tables, and the rotation with a
-hand-written gradient, which takes half of autograd's passes over memory.
+"""Rotary positions (RoPE): which scaling of a target's a draft uses too, and the tables of angles.
 
 A draft rotates its own queries and keys, so it works without scaling; but it must be served with the positions that it
 was trained with. Engines compute scaling from the draft's config.json, each in its own code. In transformers, SGLang
@@ -18,10 +17,8 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError, model_validator
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pipeline.errors import UsageError
-from pipeline.tensors import at_least_float32
 
 Tables = tuple[Tensor, Tensor]  # cos and sin [T, E / 2] of some positions
 
@@ -207,32 +204,3 @@ def _kept_yarn(plain_F: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
     last += 0.001 * (first == last)
     pairs_F = torch.arange(len(plain_F), dtype=torch.float32, device=plain_F.device)
     return 1 - ((pairs_F - first) / (last - first)).clamp(0, 1)
-
-
-def rotate(x_TAE: Tensor, tables: Tables) -> Tensor:
-    """Rotate the halves of each head by its token's angles [T, E / 2] (NeoX style), in float32 at least."""
-    cos_TE, sin_TE = tables
-    return _Rotation.apply(x_TAE, cos_TE[:, None], sin_TE[:, None])
-
-
-class _Rotation(torch.autograd.Function):
-    """Rotation; its gradient is the inverse rotation."""
-
-    @staticmethod
-    def forward(ctx, x_TAE, cos_T1E, sin_T1E):
-        ctx.save_for_backward(cos_T1E, sin_T1E)
-        return _rotated(x_TAE, cos_T1E, sin_T1E)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_TAE):
-        cos_T1E, sin_T1E = ctx.saved_tensors
-        return _rotated(grad_TAE, cos_T1E, -sin_T1E), None, None
-
-
-def _rotated(x_TAE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor) -> Tensor:
-    out_TAE = torch.empty_like(x_TAE, dtype=at_least_float32(x_TAE.dtype))
-    (left, right), (out_left, out_right) = x_TAE.chunk(2, dim=-1), out_TAE.chunk(2, dim=-1)
-    torch.mul(left, cos_T1E, out=out_left).addcmul_(right, sin_T1E, value=-1)
-    torch.mul(right, cos_T1E, out=out_right).addcmul_(left, sin_T1E)
-    return out_TAE.to(x_TAE.dtype)

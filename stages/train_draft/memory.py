@@ -7,8 +7,11 @@ blocks that are computed together: so between measured numbers a straight line i
     R rows of a cell
 """
 
+import contextlib
 import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.cache.atomic import size_text
-from pipeline.drafts import DRAFTS, DraftConfig, lay_blocks, pack
+from pipeline.drafts import DRAFTS, DraftConfig, fused, lay_blocks, pack
+from pipeline.drafts.fused import Kernels, use_kernels
 from pipeline.runs.recipe import TrainSection
 from pipeline.target.head import NEWEST, TargetHead, chunk_blocks
 from stages.train_draft.step import make_optimizer
@@ -31,15 +35,35 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, device: str = "cpu"):
         super().__init__()
-        self.device, self.live, self.peak = device, 0, 0
+        self.device, self.live, self.peak, self.paused = device, 0, 0, False
         self._known: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         results = function(*args, **(kwargs or {}))
+        if self.paused:
+            return results
         for tensor in tree_leaves(results):
             if isinstance(tensor, torch.Tensor):
                 self.note(tensor)
         return results
+
+    def one_kernel(self, name: str, compute: Callable, *args, flop: int = 0):
+        """Return `compute(*args)`, counted as one kernel: nothing in between is ever in memory."""
+        self.paused = True
+        results = compute(*args)
+        self.paused = False
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, torch.Tensor):
+                self.note(tensor)
+        return results
+
+    def kernels(self, entries: int = 0) -> Kernels:
+        """Return kernels that compute nothing but shapes. entries: of queries x keys in flex attention."""
+        return Kernels(
+            self.device,
+            lambda function: partial(self.one_kernel, function.__name__, function),
+            lambda q, k, v, mask: FakeFlex.apply(q, k, v, entries, self),
+        )
 
     def note(self, tensor: torch.Tensor) -> None:
         """Count a tensor's storage as live until it is freed."""
@@ -54,6 +78,32 @@ class LiveBytes(TorchDispatchMode):
     def _free(self, key: int, size: int) -> None:
         self.live -= size
         self._known.pop(key, None)
+
+
+class FakeFlex(torch.autograd.Function):
+    """Flex attention [A, Q, E] of q [A, Q, E] and k, v [G, L, E], without values."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, entries: int, memory: LiveBytes):
+        def compute(q, k, v):
+            return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+        out, sums = memory.one_kernel("flex_attention", compute, q, k, v, flop=4 * q.shape[-1] * len(q) * entries)
+        ctx.save_for_backward(q, k, v, out, sums)
+        ctx.given = entries, memory
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        (q, k, v, out, sums), (entries, memory) = ctx.saved_tensors, ctx.given
+        along = memory.one_kernel("flex_attention_delta", lambda out, grad: torch.empty_like(sums), out, grad)
+
+        def compute(q, k, v, *_):
+            return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+        flop = 10 * q.shape[-1] * len(q) * entries
+        given = q, k, v, grad, sums, along
+        return *memory.one_kernel("flex_attention_backward", compute, *given, flop=flop), None, None
 
 
 @dataclass(frozen=True)
@@ -103,24 +153,32 @@ class StepMemory:
         return next((count for count in counts if self.peak(Fit(count, on_host)) <= USABLE * device_bytes), 0)
 
 
-def step_memory(config: DraftConfig, train: TrainSection, head: torch.dtype, tied: bool) -> StepMemory:
+def step_memory(
+    config: DraftConfig, train: TrainSection, head: torch.dtype, tied: bool, compiled: bool = True
+) -> StepMemory:
     """Return the memory of a step on cells of `train.context` rows and `train.cell_anchors` blocks.
 
-    head: dtype of the target's embedding and LM head, which are one tensor if `tied`. The draft's weights and the
-    optimiser's states are float32.
+    head: dtype of the target's embedding and LM head, which are one tensor if `tied`. compiled: with compiled kernels,
+    as on a GPU where they can be. The draft's weights and the optimiser's states are float32.
     """
     counts = sorted({1, -(-train.cell_anchors // 4), train.cell_anchors})
-    measured = {blocks: _measure(config, train, head, tied, blocks) for blocks in counts}
+    measured = {blocks: _measure(config, train, head, tied, blocks, compiled) for blocks in counts}
     parameters, static, moments, _ = measured[1]
     on_host = moments if train.optimizer == "adamw" else 0
     return StepMemory(parameters, static, on_host, {blocks: peak for blocks, (*_, peak) in measured.items()})
 
 
-def _measure(config: DraftConfig, train: TrainSection, head: torch.dtype, tied: bool, blocks: int) -> tuple:
+def _measure(
+    config: DraftConfig, train: TrainSection, head: torch.dtype, tied: bool, blocks: int, compiled: bool
+) -> tuple[int, int, int, int]:
     """Return the number of parameters, the bytes live before a step, those of moments, and the most of a step."""
     cell = pack([FakeRows(train.context, config)], ["fake"], final=config.needs_final_states)
     laid = lay_blocks(cell, torch.linspace(train.context // 4, train.context - 2, blocks).long(), config)
-    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as memory:
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        LiveBytes() as memory,
+        kernels_used(memory.kernels() if compiled else None),
+    ):
         weights_VD = torch.empty(config.vocab_size, config.hidden_size, dtype=head)
         draft = DRAFTS[config.method](config, TargetHead(weights_VD, weights_VD if tied else weights_VD.clone()))
         draft.train().blocks_per_chunk = lambda hidden_NSD: chunk_blocks(
@@ -137,6 +195,17 @@ def _measure(config: DraftConfig, train: TrainSection, head: torch.dtype, tied: 
             loss.total.backward()
         optimizer.step(train.lr)
         return sum(weight.numel() for weight in draft.parameters()), static, static - before, memory.peak
+
+
+@contextlib.contextmanager
+def kernels_used(kernels: Kernels | None) -> Iterator[None]:
+    """Use these kernels within the block."""
+    before = fused.kernels
+    use_kernels(kernels)
+    try:
+        yield
+    finally:
+        use_kernels(before)
 
 
 class FakeRows:

@@ -3,7 +3,6 @@
 The loop goes from the newest checkpoint to the last step, with logs, checkpoints and evaluations; a signal saves first.
 """
 
-import os
 import signal
 import threading
 import time
@@ -17,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.cache import HiddenCache
-from pipeline.drafts import DRAFTS, Draft, init_weights
+from pipeline.drafts import DRAFTS, Draft, fused, init_weights
+from pipeline.drafts.fused import compiles
 from pipeline.errors import CacheError, RoomError, UsageError, first_line
 from pipeline.evaluation.accept_length import Span, accept_spans, summarise
 from pipeline.runs import checkpoint
@@ -38,6 +38,7 @@ from pipeline.target.head import TargetHead
 from pipeline.tensors import device_bytes, find_device, refuse_out_of_memory
 from pipeline.visible_text import print_visible, visible
 from stages.train_draft.batches import Batch, Sampler
+from stages.train_draft.kernels import compile_if_equal, kernels_of, machine_facts, use_deterministic_kernels
 from stages.train_draft.loader import BatchLoader, Prefetcher
 from stages.train_draft.logs import (
     METRICS,
@@ -158,6 +159,8 @@ def open_run(
     samples = (store.tokens_of(int(index))[0] for index in split.train)
     draft = make_draft(resolved, store, device, start, samples, head)
     draft.chunk_rule = chunk_rule(path)
+    if kernels_of(device) == "compiled":
+        print_visible(visible(compile_if_equal(draft, resolved.recipe.train)))
     training = TrainingRun(path, store, split, resolved, draft, taken)
     training.resume()
     return training
@@ -189,13 +192,6 @@ def make_draft(
 def load_head(resolved: Resolved, store: HiddenCache, device: torch.device) -> TargetHead:
     """Return the target's frozen head on a device, in the dtype of the arithmetic."""
     return store.head(str(device), torch.bfloat16 if resolved.recipe.train.dtype == "bfloat16" else torch.float32)
-
-
-def machine_facts(device: torch.device) -> dict[str, str]:
-    """Return what a run's exact bits depend on besides versions: the device, and on a CPU the number of threads."""
-    if device.type == "cuda":
-        return {"device": torch.cuda.get_device_name(device)}
-    return {"device": device.type, "threads": str(torch.get_num_threads())}
 
 
 class GracefulStop:
@@ -239,6 +235,7 @@ class TrainingRun:
 
     def __init__(self, path: Path, cache: HiddenCache, split: Split, resolved: Resolved, draft: Draft, taken: int = 0):
         self.path, self.cache, self.draft = path, cache, draft
+        self.kernels = fused.kernels  # which several runs in one process may not have in common
         self.train = resolved.recipe.train
         self.digests = {"recipe": resolved.recipe.digest(), "cache": cache.digest, "split": split.digest}
         self.device = draft.device
@@ -389,16 +386,8 @@ def fit_device(resolved: Resolved, draft: Draft, taken: int = 0) -> Fit | None:
     memory, train = device_bytes(draft.device), resolved.recipe.train
     if memory is None:
         return None
-    step = step_memory(resolved.draft, train, draft.target.head_VD.dtype, draft.target.tied)
+    head, compiled = draft.target, compiles(draft.device)
+    step = step_memory(resolved.draft, train, head.head_VD.dtype, head.tied, compiled)
     for line in memory_lines(step, train.context, memory - taken):
         print_visible(line)
     return step.fit(memory - taken)
-
-
-def use_deterministic_kernels(device: torch.device) -> None:
-    """Make PyTorch use deterministic CUDA kernels. CPU kernels are deterministic for a given number of threads."""
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
-        # Strictly: where it only warns, attention's backward splits its sums over keys in no fixed order.
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over memory that is overwritten anyway

@@ -25,6 +25,7 @@ from torch import Tensor
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import size_text
 from pipeline.drafts import DRAFTS, Cell
+from pipeline.drafts.fused import use_kernels
 from pipeline.errors import PipelineError
 from pipeline.runs.folder import run_lock
 from pipeline.runs.recipe import Resolved
@@ -261,7 +262,7 @@ class Group:
             member.display.print_line(member.training.description)
         level = max(member.training.step for member in self.members)
         for member in list(self.members):
-            with self._leaving(member):
+            with self._turn_of(member):
                 until = min(level, member.training.train.steps)
                 if member.training.step < until:
                     member.display.print_line(f"alone up to step {until}, where another run is")
@@ -298,14 +299,15 @@ class Group:
         """Have one run take the step of `batch`, its own layout of what was read."""
         training, layers = member.training, member.training.draft.config.target_layer_ids
         filled = (states.fill(*of_cell, layers) for of_cell in zip(batch.cells, batch.windows, strict=True))
-        with self._leaving(member):
+        with self._turn_of(member):
             training.note(batch, training.trainer.step(batch, filled), waited, member.display, self.stop)
             training.draft.zero_grad()  # the memory is the next run's
             self._finish_if_done(member)
 
     @contextlib.contextmanager
-    def _leaving(self, member: Member) -> Iterator[None]:
-        """Let a run whose turn fails leave the group."""
+    def _turn_of(self, member: Member) -> Iterator[None]:
+        """Let a run take its turn, with its own kernels, and leave the group where that fails."""
+        use_kernels(member.training.kernels)
         try:
             yield
         except PipelineError as error:

@@ -42,8 +42,8 @@ from pipeline.drafts.domino import PrefixGRU
 from stages.cache_hidden.run import run as capture
 from stages.cache_hidden.settings import CaptureOptions
 from stages.evaluate.run import run as evaluate
+from stages.train_draft.kernels import use_deterministic_kernels
 from stages.train_draft.run import run as train
-from stages.train_draft.run import use_deterministic_kernels
 from stages.train_draft.step import Trainer
 from tests.bench.step import SHAPES, Step
 

@@ -39,7 +39,8 @@ from pipeline.drafts import (
     pack,
 )
 from pipeline.drafts.backbone import RMSNorm
-from pipeline.drafts.rope import rope_tables, rotate
+from pipeline.drafts.fused import gated, rotate
+from pipeline.drafts.rope import rope_tables
 from pipeline.errors import UsageError
 from pipeline.target.head import NEWEST, RULES, ChunkLimit, TargetHead
 
@@ -402,16 +403,24 @@ def test_the_norm_is_qwen3s():
         assert torch.equal(ours(x), theirs(x))
 
 
-def test_gradients_of_norm_and_rotation():
-    def draw(*shape):
-        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-    norm = RMSNorm(6, 1e-6).double()
+@pytest.mark.parametrize("rotated", [False, True])
+def test_gradients_of_norms_with_and_without_rotation(rotated):
+    norm, tables = RMSNorm(6, 1e-6).double(), None
+    if rotated:
+        tables = tuple(table.double() for table in rope_tables(torch.arange(4), 6, 100.0))
     assert torch.autograd.gradcheck(
-        lambda x, weight: torch.func.functional_call(norm, {"weight": weight}, (x,)), (draw(4, 2, 6), draw(6))
+        lambda x, weight: torch.func.functional_call(norm, {"weight": weight}, (x, tables)), (draw(4, 2, 6), draw(6))
     )
-    tables = tuple(table.double() for table in rope_tables(torch.arange(4), 6, 100.0))
-    assert torch.autograd.gradcheck(lambda x: rotate(x, tables), draw(4, 2, 6))
+
+
+def test_the_gated_product_and_its_gradient():
+    gate, up = draw(4, 6), draw(4, 6)
+    assert torch.equal(gated(gate, up), torch.nn.functional.silu(gate) * up)
+    assert torch.autograd.gradcheck(gated, (gate, up))
+
+
+def draw(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
 def test_rotation_turns_halves_and_depends_on_distance_only():
@@ -419,9 +428,9 @@ def test_rotation_turns_halves_and_depends_on_distance_only():
 
     def score(at, other):
         tables = (rope_tables(torch.tensor([position]), 12, 1e4) for position in (at, other))
-        return float((rotate(q, next(tables)) * rotate(k, next(tables))).sum())
+        return float((rotate(q, *next(tables)) * rotate(k, *next(tables))).sum())
 
     assert score(7, 3) == pytest.approx(score(104, 100), rel=1e-4)
     assert score(7, 3) != pytest.approx(score(3, 7), rel=1e-2)
-    turned = rotate(torch.eye(12)[None, :1], rope_tables(torch.tensor([1]), 12, 1e4))[0, 0]
+    turned = rotate(torch.eye(12)[None, :1], *rope_tables(torch.tensor([1]), 12, 1e4))[0, 0]
     assert turned.nonzero().flatten().tolist() == [0, 6]  # the pair is (0, E / 2): NeoX, not neighbours

@@ -4,8 +4,9 @@ import pytest
 import torch
 from draft_cases import LargestTensor, all_blocks, build, cell_of, gradients, head_loss, loss_of
 
-from pipeline.drafts import metrics_of
+from pipeline.drafts import metrics_of, objectives
 from pipeline.drafts.blocks import dpace_weights
+from pipeline.drafts.head_loss import ChunkMemory
 from pipeline.drafts.objectives import OBJECTIVES, Objective, TargetStates
 from pipeline.errors import DataError
 from pipeline.target.head import TargetHead
@@ -140,7 +141,7 @@ def test_float32_keeps_the_gradient_of_a_draft_that_knows_nothing_or_is_sure_of_
     wanted = torch.autograd.grad(sum(value.sum() for value in values.values()), exact)[0]
 
     objective = every_slot(name, torch.tensor([[7]]), TargetStates(teacher[0], torch.zeros(1, 1, dtype=torch.long)))
-    found = objective.add_chunk("final", slice(0, 1), logits, True, soft_of(objective, teacher))
+    found = gradient_of(objective, logits, teacher)
     assert (found.double() - wanted).norm() < 1e-3 * wanted.norm()
 
 
@@ -150,13 +151,39 @@ def every_slot(name: str, labels: torch.Tensor, teacher: TargetStates, kinds=("f
     return Objective(labels, lambda part, ce_NS: torch.ones_like(ce_NS), scales, name, teacher, **options)
 
 
-def soft_of(objective: Objective, teacher_NSV: torch.Tensor):
-    """What `Objective.soft_labels` makes of these logits: its head passes them on."""
+def gradient_of(objective: Objective, logits_NSV: torch.Tensor, teacher_NSV: torch.Tensor | None = None):
+    """The gradient of all blocks' final logits. The target's are made of its states by a head that passes them on."""
 
     class Same:
         logits = staticmethod(lambda states: teacher_NSV)
 
-    return objective.soft_labels(slice(0, 1), Same())
+    whole, memory = slice(0, len(logits_NSV)), ChunkMemory(logits_NSV.shape[:-1].numel(), logits_NSV)
+    soft = None if teacher_NSV is None else objective.soft_labels(whole, Same(), memory)
+    measured = objective.measure(whole, logits_NSV, memory, soft)
+    gradient_NSV = logits_NSV.detach().clone()
+    objective.add_chunk("final", whole, gradient_NSV, measured, memory, soft)
+    return gradient_NSV
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_the_compiled_form_of_cross_entropy_is_the_same(softcap, monkeypatch):
+    problem = Problem("ce", softcap)
+    wanted, wanted_grads = with_gradients(problem.fused, problem.leaves)
+    monkeypatch.setattr(objectives, "compiles", lambda device: True)
+    found, grads = with_gradients(problem.fused, problem.leaves)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+    for ours, theirs in zip(grads, wanted_grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["ce", "dspark"])
+def test_a_token_that_the_draft_holds_impossible_still_has_a_loss(name):
+    logits = torch.full((1, 1, V), -500.0)
+    logits[..., 0] = 0.0
+    teacher = TargetStates(torch.randn(1, D), torch.zeros(1, 1, dtype=torch.long))
+    objective = every_slot(name, torch.tensor([[7]]), teacher)
+    gradient_of(objective, logits, torch.zeros(1, 1, V) if name == "dspark" else None)
+    assert float(objective.slot_values()["ce"]) == 500.0
 
 
 def test_identical_distributions_cost_nothing_and_pull_nowhere():
@@ -171,10 +198,8 @@ def test_a_target_that_is_certain_makes_lk_alpha_the_cross_entropy():
     sure, hard = Problem("lk-alpha", kinds=("final",)), Problem("ce", kinds=("final",))
     logits = torch.full((1, N, S, V), -1e4, dtype=torch.float64)[0].scatter(-1, sure.labels[..., None], 1e4)
     draft = torch.randn(N, S, V, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    whole = slice(0, N)
     soft, hard = sure.objective(), hard.objective()
-    found = soft.add_chunk("final", whole, draft, True, soft_of(soft, logits))
-    wanted = hard.add_chunk("final", whole, draft, True)
+    found, wanted = gradient_of(soft, draft, logits), gradient_of(hard, draft)
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(soft.numerators["final"], hard.numerators["final"])
 

@@ -11,11 +11,12 @@ import torch
 from cache_maker import COLUMNS, make_cache, random_samples
 
 from pipeline.cache import HiddenCache
-from pipeline.drafts import draft_config
+from pipeline.drafts import draft_config, fused
 from pipeline.errors import RoomError
 from pipeline.runs import checkpoint
 from pipeline.runs.recipe import TrainSection
 from pipeline.runs.training_data import split_samples
+from stages.train_draft import run as run_module
 from stages.train_draft.batches import Sampler
 from stages.train_draft.loader import BatchLoader
 from stages.train_draft.shared_read import SharedSampler, SharedStates, group_runs, resident_bytes
@@ -152,6 +153,28 @@ def test_an_error_of_one_run_is_raised_when_the_others_are_done(tiny_cache, tmp_
     with pytest.raises(RoomError, match="no memory"):
         sweep(tiny_cache, recipe, out=tmp_path / "runs", device="cpu", shared_read=True)
     assert [path.parent.name.split("-")[0] for path in (tmp_path / "runs").glob("*/done.json")] == ["domino"]
+
+
+def test_each_run_of_a_group_keeps_the_kernels_that_were_chosen_for_it(tiny_cache, tmp_path, grid, monkeypatch):
+    recipe, step, seen = grid('"draft.method" = ["domino", "dflash"]\n'), Trainer.step, set()
+    elsewhere = fused.Kernels(device_type="elsewhere")  # used by nothing here
+
+    def chosen(draft, train):
+        fused.use_kernels(elsewhere if draft.config.method == "domino" else None)
+        return "chosen"
+
+    def noting(trainer, batch, cells):
+        seen.add((trainer.draft.config.method, fused.kernels))
+        return step(trainer, batch, cells)
+
+    monkeypatch.setattr(run_module, "kernels_of", lambda device: "compiled")
+    monkeypatch.setattr(run_module, "compile_if_equal", chosen)
+    monkeypatch.setattr(Trainer, "step", noting)
+    try:
+        sweep(tiny_cache, recipe, out=tmp_path / "runs", device="cpu", shared_read=True)
+    finally:
+        fused.use_kernels(None)
+    assert seen == {("domino", elsewhere), ("dflash", None)}
 
 
 class Killed(BaseException):

@@ -1,0 +1,117 @@
+"""The LM head fused with its loss, a chunk of blocks at a time, the gradient computed in the forward.
+
+Logits over the vocabulary are the largest tensors of training: they exist for one chunk only, and are overwritten with
+their gradient there. So the head costs two matrix products, where checkpointing costs three. Corrected logits are one
+concatenated linear, [W_head | W_out] [h ; z]; base and corrected loss share the chunk's logits and the target's own.
+
+    N blocks   n blocks of a chunk   S slots   X slots of a chunk   D hidden size   V vocabulary
+    U rank of a correction
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pipeline.drafts.objectives import Objective
+from pipeline.target.head import TargetHead
+from pipeline.tensors import at_least_float32
+
+
+class ChunkMemory:
+    """Memory for the tensors [X, V] of a chunk, used again by the next: a CPU takes several times as long to get memory
+    of that size from the system as to fill it."""
+
+    def __init__(self, slots: int, like: Tensor):
+        self.slots, self.like, self.named = slots, like, {}
+        self.spare: tuple[Tensor, Tensor] | None = None  # for a product, and the same in the wider dtype of a sum
+
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """Return the memory of that name as [..., V], in float32 or wider where no dtype is given."""
+        if name not in self.named:
+            dtype = dtype or at_least_float32(self.like.dtype)
+            self.named[name] = self.like.new_empty((self.slots, shape[-1]), dtype=dtype)
+        return self.named[name][: shape[:-1].numel()].view(shape)
+
+    def add(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add a matrix product to `total`, whose dtype may be wider."""
+        if left.dtype == total.dtype:
+            total.addmm_(left, right)
+        elif left.device.type == "cpu":  # which would convert into new memory
+            if self.spare is None:
+                self.spare = torch.empty_like(total, dtype=left.dtype), torch.empty_like(total)
+            total += self.spare[1].copy_(torch.mm(left, right, out=self.spare[0]))
+        else:
+            total += left @ right
+
+    def multiply(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        """Write the elementwise product to `out`, rounded to its dtype; `left` may be overwritten."""
+        if left.dtype != out.dtype and left.device.type == "cpu":  # as above
+            out.copy_(left.mul_(right))
+        else:
+            torch.mul(left, right, out=out)
+
+    def softmax(self, logits: Tensor, out: Tensor, function: Callable = torch.softmax) -> Tensor:
+        """Return the softmax of logits in `out`, computed in its dtype."""
+        if logits.dtype != out.dtype and logits.device.type == "cpu":  # which would convert into new memory
+            logits = out.copy_(logits)
+        return function(logits, -1, dtype=out.dtype, out=out)
+
+
+class HeadLoss(torch.autograd.Function):
+    """The total loss (scalar) of the head's logits; its gradients are computed when `apply` returns.
+
+        HeadLoss.apply(hidden_NSD, z_NSU, out_VU, target, objective, blocks)
+
+    The objective scores the kinds of logits that it has scales for, after the soft cap: "base" = head(hidden) and
+    "final" = [head | W_out] [hidden ; z]. Without a correction (z and W_out None) final is head(hidden). The target's
+    weights get no gradient. blocks: how many blocks have their logits in memory at once.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_NSD, z_NSU, out_VU, target: TargetHead, objective: Objective, blocks: int) -> Tensor:
+        head_VD, corrected = target.head_VD, z_NSU is not None
+        want_grad = any(ctx.needs_input_grad[:2])  # not W_out's, which is a parameter also where nothing is learned
+        d_hidden = torch.empty_like(hidden_NSD) if want_grad else None
+        d_z = torch.empty_like(z_NSU) if want_grad and corrected else None
+        d_out = torch.zeros_like(out_VU, dtype=at_least_float32(out_VU.dtype)) if d_z is not None else None
+        head_out_VU = out_VU.to(head_VD.dtype) if corrected else None
+        scored = [kind for kind in ("base", "final") if kind in objective.scales]
+        kinds = ["base", "final"] if corrected else scored
+        memory = ChunkMemory(min(blocks, len(hidden_NSD)) * hidden_NSD.shape[1], head_VD)
+        for first in range(0, len(hidden_NSD), blocks):
+            part = slice(first, first + blocks)
+            hidden_XD = hidden_NSD[part].flatten(0, 1).to(head_VD.dtype)
+            shape = torch.Size((*hidden_NSD[part].shape[:2], len(head_VD)))
+            raw = {kind: memory.take(kind, shape, head_VD.dtype).flatten(0, 1) for kind in kinds}  # [X, V] each
+            torch.mm(hidden_XD, head_VD.T, out=raw[kinds[0]])
+            if corrected:
+                z_XU = z_NSU[part].flatten(0, 1).to(head_VD.dtype)
+                torch.addmm(raw["base"], z_XU, head_out_VU.T, out=raw["final"])
+            elif len(kinds) > 1:
+                raw["final"].copy_(raw["base"])
+            soft = objective.soft_labels(part, target, memory)
+            for kind in scored:
+                raw_NSV = logits_NSV = raw[kind].view(shape)
+                if target.logit_softcap is not None:
+                    logits_NSV = target.cap(raw_NSV.to(at_least_float32(raw_NSV.dtype)))
+                    slope_NSV = 1 - (logits_NSV / target.logit_softcap) ** 2
+                measured = objective.measure(part, logits_NSV, memory, soft)
+                objective.add_chunk(kind, part, logits_NSV, measured, memory, soft, want_grad)
+                if target.logit_softcap is not None:
+                    raw_NSV.copy_(logits_NSV.mul_(slope_NSV))
+            if d_z is not None:
+                d_z[part] = (raw["final"] @ head_out_VU).view_as(d_z[part])
+                memory.add(d_out, raw["final"].T, z_XU)
+            if want_grad:
+                d_sum_XV = raw["final"] if len(scored) == 1 else raw["final"].add_(raw["base"])
+                d_hidden[part] = (d_sum_XV @ head_VD).view_as(d_hidden[part])
+        ctx.save_for_backward(d_hidden, d_z, None if d_out is None else d_out.to(out_VU.dtype))
+        return objective.total()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        grads = (None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
+        return *grads, None, None, None
