@@ -35,7 +35,7 @@ from pipeline.tensors import device_bytes
 from pipeline.visible_text import print_visible, visible
 from stages.train_draft.batches import Batch, Sampler, SampleWindow
 from stages.train_draft.loader import BatchLoader, Prefetcher, StatesInPieces
-from stages.train_draft.logs import Display, summary
+from stages.train_draft.logs import Display, summary, two_batches_text
 from stages.train_draft.run import GracefulStop, TrainingRun, load_head, open_run
 
 if TYPE_CHECKING:
@@ -234,7 +234,8 @@ def train_together(
             else:
                 print_visible(summary(run.path, store, opened))
         if trainings:
-            first = trainings[0]
+            first, final = trainings[0], any(run.resolved.draft.needs_final_states for run in runs)
+            print_visible(two_batches_text(first.train, store, runs[0].split, len(_layers(runs)) + final))
             stop = held.enter_context(GracefulStop())
             lines = held.enter_context(Display(first.step, first.train.steps, names[first.path]))
             beside = [Display(each.step, each.train.steps, names[each.path], lines) for each in trainings[1:]]
@@ -277,7 +278,7 @@ class Group:
         """Take all further steps. members: all that go on."""
         layers = sorted({layer for each in members for layer in each.training.draft.config.target_layer_ids})
         sampler = SharedSampler([member.training.loader.sampler for member in members])
-        loader = BatchLoader(sampler, self.device.type != "cpu", layers)
+        loader = BatchLoader(sampler, self.device.type != "cpu", layers=layers)
         last = max(member.training.train.steps for member in members)
         batches = Prefetcher(loader, start, last, self.device, keep=True)
         try:
