@@ -222,13 +222,17 @@ def train_draft(recipe, cache, sets, out, device, init_from):
 @option("--set", "sets", multiple=True, metavar="A.B=C", help="Change one field of every run's recipe.")
 @option("--out", type=FOLDER, help="The folder for the runs' folders.  [default: runs]")
 @DEVICE
+@option("--devices", metavar="A,B", help="Train on each of these at once.  [default: every CUDA device]")
+@option("--jobs", type=IntRange(1), default=1, help="Runs at once on each device.")
+@option("--shared-read", is_flag=True, help="Read the cache once for all runs that learn from the same samples.")
 @option("--init-from", type=FOLDER, help="Begin every run with the weights of this draft.")
 @option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def sweep(recipe, as_json, init_from, **chosen):
     """Train every combination of a recipe's lists.
 
-    The lists are those of RECIPE's [sweep] table; the runs follow one another, and one table ends them. All are checked
-    before the first begins. The same command goes on after any stop; finished runs stay as they are.
+    The lists are those of RECIPE's [sweep] table; the runs follow one another on each device there is, and one table
+    ends them. All are checked before the first begins. The same command goes on after any stop; finished runs stay as
+    they are.
     """
     from pipeline.evaluation.tables import sweep_table
     from stages.train_draft.sweep import sweep

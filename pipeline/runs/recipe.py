@@ -113,6 +113,11 @@ class TrainSection(BaseModel):
     batch: PositiveInt = 16  # samples of a global batch
     context: PositiveInt = 3072  # rows of a cell; of a longer sample one window of so many rows
     anchors: PositiveInt = 512  # blocks a sample and epoch, at most
+    # Consecutive steps that use a batch once it is read (data echoing, arXiv:1907.05550), each with fresh anchors, so
+    # that the cache is read once for so many epochs. It equals them only in expectation: a sample's uses follow one
+    # another, with one order, one window and the same companions. A sample with no more than `anchors` eligible rows
+    # uses all of them each time, so its blocks are repeated. Two batches are held in the host's memory.
+    echo: PositiveInt = 1
     cell_anchors: PositiveInt | None = None  # blocks of a cell; max(512, anchors)
     cells: PositiveInt = 1  # cells of a global batch, at least; more where the samples do not fit
     optimizer: Literal["adamw", "muon"] | None = None  # adamw, as published; toys: muon for the layers' matrices
@@ -138,16 +143,24 @@ class Recipe(BaseModel):
     draft: DraftSection = DraftSection()
     train: TrainSection = TrainSection()
 
+    def _written(self) -> dict[str, dict]:
+        """Return what is written of each section: no None, and no echo of 1, so that recipes of before there was echo
+        keep their digest, and with it their runs' names and checkpoints."""
+        sections = self.model_dump(exclude_none=True)
+        if self.train.echo == 1:
+            del sections["train"]["echo"]
+        return sections
+
     def toml(self) -> str:
         """Return the recipe as TOML, without fields that are None. These types are written alike in TOML and JSON."""
         tables = []
-        for name, fields in self.model_dump(exclude_none=True).items():
+        for name, fields in self._written().items():
             tables.append("\n".join([f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in fields.items())]))
         return "\n\n".join(tables) + "\n"
 
     def digest(self) -> str:
         """Return a hash of all fields, independent of their order."""
-        text = json.dumps(self.model_dump(exclude_none=True), sort_keys=True)
+        text = json.dumps(self._written(), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -236,7 +249,8 @@ class Resolved:
     def with_steps(self, samples: int) -> "Resolved":
         """Fill in what depends on the number of training samples: steps, and how often to evaluate and save.
 
-        An epoch is samples // batch steps, at least one; the samples left over are not used in that epoch.
+        An epoch is samples // batch steps, at least one; the samples left over are not used in that epoch. With echo
+        it is as many steps, and reads 1 / echo of the samples, so `echo` changes no schedule.
         """
         train = self.recipe.train
         steps = train.steps or train.epochs * max(1, samples // train.batch)

@@ -8,7 +8,7 @@ Hashes are 64-bit and wrap around. Only ids and masks are read: `loader.py` read
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -60,6 +60,7 @@ class Batch:
     """One optimiser step's samples, laid out in cells before any state is read.
 
     cells: without states, which `BatchLoader.read` adds. blocks, windows: those of each cell. names: sample ids in hex.
+    use: how many steps before this one used the same cells (`train.echo`), with other anchors.
     """
 
     step: int
@@ -68,6 +69,7 @@ class Batch:
     blocks: list[Blocks]
     windows: list[list[SampleWindow]]
     names: list[str]
+    use: int = 0
 
     @property
     def rows(self) -> int:
@@ -84,8 +86,13 @@ class Sampler:
         self._order = lru_cache(maxsize=1)(self._order)
 
     def batch(self, step: int, alone: bool = False) -> Batch:
-        """Lay out the batch of `step`; `alone` gives every sample its own cell."""
-        train, (epoch, at) = self.train, divmod(step, self.per_epoch)
+        """Lay out the batch of `step`; `alone` gives every sample its own cell.
+
+        With `train.echo` = e, steps s with the same s // e use the same windows in the same cells, as the first of them
+        lays them out, and differ in their anchors.
+        """
+        train, (turn, use) = self.train, divmod(step, self.train.echo)
+        epoch, at = divmod(turn, self.per_epoch)  # of what is read
         keys_n, order_n = self._order(epoch)
         chosen = order_n[at * train.batch : (at + 1) * train.batch]  # all, where there are fewer
         samples = [self._window(int(self.indices[number]), int(keys_n[number])) for number in chosen]
@@ -93,9 +100,12 @@ class Sampler:
         if not alone:
             costs = [sample.cost(self.config) for sample in samples]
             packed = pack_cells(costs, train.context, train.cell_anchors, train.cells)
+        if use:
+            samples = [self._echo(samples[n], int(keys_n[number]), use) for n, number in enumerate(chosen)]
         windows = [[samples[number] for number in of_cell] for of_cell in packed]
         cells, blocks = zip(*map(self._lay_out, windows), strict=True)
-        return Batch(step, epoch, list(cells), list(blocks), windows, [sample.name for sample in samples])
+        names, epoch = [sample.name for sample in samples], step // self.per_epoch
+        return Batch(step, epoch, list(cells), list(blocks), windows, names, use)
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the keys of the samples in an epoch, and their order."""
@@ -124,6 +134,11 @@ class Sampler:
             final_first=final_first,
         )
 
+    def _echo(self, sample: SampleWindow, key: int, use: int) -> SampleWindow:
+        """Return a window with the anchors of its further use number `use`."""
+        valid_T = eligible_anchors(sample.mask).numpy()
+        return replace(sample, anchors=draw_anchors(valid_T, echo_key(key, use), self.train.anchors, sample.first))
+
     def _lay_out(self, windows: list[SampleWindow]) -> tuple[Cell, Blocks]:
         """Return the cell of these windows, its states still to be read, and its blocks."""
         names, firsts = [window.name for window in windows], [window.first for window in windows]
@@ -142,6 +157,11 @@ def epoch_keys(low64_n: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 def epoch_order(keys_n: np.ndarray, ids_n2: np.ndarray) -> np.ndarray:
     """Return the samples' indices by ascending (k_i, sample_id); ids are 128-bit numbers [n, 2], high word first."""
     return np.lexsort((ids_n2[:, 1], ids_n2[:, 0], keys_n))
+
+
+def echo_key(key: int, use: int) -> int:
+    """Return the key that draws a sample's anchors when its states are used once more: `use` is 1, 2, ..."""
+    return int(splitmix64(np.uint64(key) ^ np.uint64(2 * use)))  # even: the window is drawn by key ^ 1
 
 
 def draw_anchors(valid_T: np.ndarray, key: int, count: int, first: int = 0) -> np.ndarray:

@@ -45,6 +45,7 @@ def use_deterministic_kernels(device: torch.device) -> None:
 def compile_if_equal(draft: Draft, train: TrainSection) -> str:
     """Compile the draft's kernels from now on, if a step of random states has the same loss and gradients with them as
     without; return in words what is used."""
+    use_kernels(None)  # a run before this one in the process may have compiled them
     plain = trial_step(draft, train)
     use_kernels(Kernels())
     try:

@@ -9,7 +9,7 @@ place in the cell. The target's final states are read only for losses that learn
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,22 +29,27 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class EncodedStates:
-    """States [K, R, D] that were read but are still encoded: fewer bytes to copy, and no work for the host.
+class StatesInPieces:
+    """States [K, R, D] that are still to be put together, or decoded: on the device, so that the host has no work.
 
-    pieces: (index of the layer, first row, encoded rows).
+    pieces: (index of the layer, first row, rows), the rows encoded, which are fewer bytes to copy, or a tensor [r, D].
     """
 
     shape: tuple[int, int, int]
     final: bool
-    pieces: list[tuple[int, int, Encoded]]
+    pieces: list[tuple[int, int, Encoded | Tensor]]
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Tensor:
         """Return the states as a cell has them, decoded on a device."""
-        dtype = getattr(torch, self.pieces[0][2].dtype)
+        kind = self.pieces[0][2].dtype
+        dtype = kind if isinstance(kind, torch.dtype) else getattr(torch, kind)
         states_KRD = torch.empty(self.shape, dtype=dtype, device=device)
-        for k, first, encoded in self.pieces:
-            encoded.decode(device, states_KRD[k, first : first + len(encoded)])
+        for k, first, rows in self.pieces:
+            out_rD = states_KRD[k, first : first + len(rows)]
+            if isinstance(rows, Tensor):
+                out_rD.copy_(rows, non_blocking=non_blocking)
+            else:
+                rows.decode(device, out_rD)
         return states_KRD[0] if self.final else states_KRD
 
 
@@ -52,11 +57,13 @@ class BatchLoader:
     """Reads the states of a sampler's batches.
 
     keep_encoded: leave the states of lossy codecs undecoded until their cell is moved to the device that trains.
+    layers: those to read, by default the draft's.
     """
 
-    def __init__(self, sampler: Sampler, keep_encoded: bool = False):
+    def __init__(self, sampler: Sampler, keep_encoded: bool = False, layers: Sequence[int] | None = None):
         self.sampler, self.cache = sampler, sampler.cache
-        groups = [sampler.config.target_layer_ids, *[(FINAL,)] * sampler.config.needs_final_states]
+        self.layers = tuple(layers or sampler.config.target_layer_ids)
+        groups = [self.layers, *[(FINAL,)] * sampler.config.needs_final_states]
         codecs = {layers: self.cache.lossy_codec(layers) for layers in groups if keep_encoded}
         self._encoded = {layers: codec for layers, codec in codecs.items() if codec}
 
@@ -75,7 +82,7 @@ class BatchLoader:
             at += len(part_B)
             final = FINAL in layers
             if codec := self._encoded.get(layers):
-                states[name] = EncodedStates(shape, final, self.cache.read_encoded(part_B, parts, layers, codec))
+                states[name] = StatesInPieces(shape, final, self.cache.read_encoded(part_B, parts, layers, codec))
             else:
                 states_KRD = part_B.view(self.cache.dtype).view(shape)
                 self.cache.fill(states_KRD, parts, layers)
@@ -89,7 +96,7 @@ class BatchLoader:
     def _to_read(self, windows: list[SampleWindow]) -> Iterator[tuple[str, tuple[Layer, ...], list[Part]]]:
         """Yield what a cell's states are read from: the cell's field, the layers, and for each window the sample's
         index, first row and stop."""
-        yield "aux_KRD", self.sampler.config.target_layer_ids, [window.part for window in windows]
+        yield "aux_KRD", self.layers, [window.part for window in windows]
         if self.sampler.config.needs_final_states:
             yield "final_FD", (FINAL,), [window.final_part for window in windows]
 
@@ -120,12 +127,24 @@ class Prefetcher:
     A cell is valid only until the next one is asked for: its memory is used again, pinned where a CUDA device copies
     from it. limit: bytes of states in memory. waited: seconds the caller has waited for data. An error while reading a
     cell is raised when the caller asks for that cell. Call `close` at the end.
+
+    With `keep` or `train.echo` a batch's cells are read once, and are valid until the first step that uses others is
+    asked for. As much as two batches may then be in memory, whatever the limit: while one is used, the next is read.
     """
 
     def __init__(
-        self, loader: BatchLoader, start: int, stop: int, device: torch.device = CPU, limit: int = PREFETCH_BYTES
+        self,
+        loader: BatchLoader,
+        start: int,
+        stop: int,
+        device: torch.device = CPU,
+        limit: int = PREFETCH_BYTES,
+        keep: bool = False,
     ):
         self.loader, self.limit, self.device = loader, limit, device
+        self.start, self.keeps = start, keep or loader.sampler.train.echo > 1
+        self._kept: list[tuple[Cell, Buffer]] = []  # the cells read of the batch in use, where they are kept
+        self._most_waiting = MAX_WAITING
         self.pinned = device.type == "cuda"
         self.waited = 0.0
         self._changed = threading.Condition()  # guards all that follows
@@ -140,9 +159,14 @@ class Prefetcher:
     def __iter__(self) -> Iterator[tuple[Batch, Iterator[Cell]]]:
         while (found := self._take()) is not None:
             if isinstance(found, Batch):
+                if not self._uses_kept(found):
+                    while self._kept:
+                        self._return_buffer(self._kept.pop()[1])
                 self._current = found
                 yield found, self._cells(found)
-            else:  # a cell that nobody asked for
+            elif self.keeps:  # a cell that nobody asked for yet
+                self._kept.append(found)
+            else:
                 self._return_buffer(found[1])
 
     def close(self) -> None:
@@ -152,9 +176,17 @@ class Prefetcher:
             self._changed.notify_all()
         self._thread.join()
 
+    def _uses_kept(self, batch: Batch) -> bool:
+        return batch.use > 0 and batch.step > self.start
+
     def _cells(self, batch: Batch) -> Iterator[Cell]:
-        for _ in batch.cells:
+        for number in range(len(batch.cells)):
             assert self._current is batch, f"cells of step {batch.step} are asked for after its batch"
+            if self.keeps:
+                if number == len(self._kept):
+                    self._kept.append(self._take())
+                yield self._kept[number][0]
+                continue
             cell, buffer = self._take()
             try:
                 yield cell
@@ -189,8 +221,14 @@ class Prefetcher:
             for step in steps:
                 batch = self.loader.sampler.batch(step)
                 self._put(batch)
-                for number, windows in enumerate(batch.windows):
-                    buffer = self._take_buffer(self.loader.size(windows))
+                if self._uses_kept(batch):
+                    continue
+                sizes = [buffer_size(self.loader.size(windows)) for windows in batch.windows]
+                if self.keeps:
+                    self.limit = max(self.limit, 2 * sum(sizes))
+                    self._most_waiting = max(self._most_waiting, len(sizes))
+                for number, size in enumerate(sizes):
+                    buffer = self._take_buffer(size)
                     if buffer is None:
                         return
                     self._put((self.loader.read(batch, number, buffer.bytes_B), buffer))
@@ -205,7 +243,6 @@ class Prefetcher:
 
     def _take_buffer(self, size: int) -> Buffer | None:
         """Return memory for a cell, once there may be one more; None when no more are wanted."""
-        size = -(-size // BUFFER_STEP) * BUFFER_STEP
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._may_use(size))
             if self._closed:
@@ -225,4 +262,9 @@ class Prefetcher:
 
     def _may_use(self, size: int) -> bool:
         waiting = sum(isinstance(found, tuple) for found in self._ready)
-        return not waiting or (waiting < MAX_WAITING and self._used_bytes + size <= self.limit)
+        return not waiting or (waiting < self._most_waiting and self._used_bytes + size <= self.limit)
+
+
+def buffer_size(size: int) -> int:
+    """Return the size of a buffer for so many bytes."""
+    return -(-size // BUFFER_STEP) * BUFFER_STEP

@@ -2,7 +2,7 @@
 leaves no trace in them; its progress, a bar on a terminal and a line every few seconds elsewhere; the lines around it.
 
     metrics.jsonl    one line for each logged step and each evaluation; the same bytes however often a run was killed
-    timing.jsonl     what differs between runs of one recipe: seconds, tokens a second
+    timing.jsonl     what differs between runs of one recipe: seconds, tokens a second, peak memory
 
 Each line ends with a checksum of itself and of the line before (see pipeline/json_files.py), and a checkpoint
 records that of the last line before it. So a line that is changed, missing or from another run is found before its
@@ -11,7 +11,9 @@ figures are used.
 
 import json
 import os
+import resource
 import shlex
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,15 +21,16 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from pipeline.cache import HiddenCache
-from pipeline.cache.atomic import write_errors, write_file
+from pipeline.cache.atomic import size_text, write_errors, write_file
 from pipeline.drafts import unservable
 from pipeline.drafts.rope import draft_rope_scaling
 from pipeline.errors import CacheError
 from pipeline.json_files import Count, Record, damage_error, parse_checksummed, read_file, with_checksum
 from pipeline.runs.folder import Evaluation, Result
-from pipeline.runs.recipe import Resolved
+from pipeline.runs.recipe import Resolved, TrainSection
 from pipeline.runs.training_data import Split, how_to_add, partial_text, training_config
 from pipeline.target.head import logit_scale
 from pipeline.visible_text import VisibleConsole, visible
@@ -109,19 +112,22 @@ class MetricsLog:
 
 
 class Throughput:
-    """The speed of a run since it (re)started: context rows and steps over seconds spent training.
+    """The speed of a run since it (re)started: context rows and steps over seconds spent training; and its memory.
 
     excluded: seconds of evaluating and saving, which are left out.
     """
 
-    def __init__(self, start: int, total_steps: int):
-        self.start, self.total_steps = start, total_steps
+    def __init__(self, start: int, total_steps: int, device: torch.device):
+        self.start, self.total_steps, self.device = start, total_steps, device
         self.began = time.perf_counter()
         self.rows, self.excluded = 0, 0.0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # of a run before this one in the same process
 
     def count(self, batch: Batch, waited: float) -> dict[str, float]:
         """Add a batch that was trained on; return seconds, seconds a step, context rows a second, the fraction of time
-        spent waiting for data, and the seconds still to go. `waited`: seconds waited for data in all."""
+        spent waiting for data, the peak memory and the seconds still to go. `waited`: seconds waited for data in all.
+        """
         self.rows += batch.rows
         seconds = max(1e-9, time.perf_counter() - self.began - self.excluded)
         step_seconds = seconds / (batch.step + 1 - self.start)
@@ -130,24 +136,40 @@ class Throughput:
             "step_seconds": round(step_seconds, 5),
             "tokens_s": round(self.rows / seconds, 1),
             "data_wait": round(waited / seconds, 4),
+            "peak_bytes": peak_memory(self.device),
             "eta": round(step_seconds * (self.total_steps - batch.step - 1), 1),
         }
 
 
-class Display:
-    """Prints the newest metrics of a run. A context manager."""
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that tensors took of a GPU at once in this run; on a CPU the most memory that the process
+    has had, since its start."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
-    def __init__(self, start: int, total_steps: int):
-        self.out, self.last = VisibleConsole(), 0.0
+
+class Display:
+    """Prints the newest metrics of a run. A context manager, but for a run that is shown `beside` another one's.
+
+    name: what the run's lines begin with, where several are shown.
+    """
+
+    def __init__(self, start: int, total_steps: int, name: str = "", beside: "Display | None" = None):
+        self.out, self.last = beside.out if beside else VisibleConsole(), 0.0
         columns = (
             MofNCompleteColumn(),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[text]}", markup=False),
+            TextColumn("{task.fields[text]}", markup=False, table_column=Column(overflow="fold")),  # cut off nothing
             TimeElapsedColumn(),
         )
-        self.bar = Progress(*columns, console=self.out, transient=True) if self.out.is_terminal else None
-        self.task = self.bar.add_task("", total=total_steps, completed=start, text="") if self.bar else None
-        self.total_steps = total_steps
+        if beside:
+            self.bar = beside.bar
+        else:
+            self.bar = Progress(*columns, console=self.out, transient=True) if self.out.is_terminal else None
+        self.task = self.bar.add_task("", total=total_steps, completed=start, text=name) if self.bar else None
+        self.total_steps, self.metrics, self.prefix = total_steps, "", f"{name}: " if name else ""
 
     def __enter__(self) -> "Display":
         if self.bar:
@@ -159,27 +181,36 @@ class Display:
             self.bar.stop()
 
     def step(self, step: int, metrics: dict | None, timing: dict) -> None:
-        """Show that `step` is done, with its metrics when it logged any."""
+        """Show that `step` is done, how fast it goes, and the metrics of the last step that logged any."""
+        self.metrics = metrics_text(metrics) if metrics else self.metrics
+        text = f"{self.metrics}{timing_text(timing)}"
         if self.bar:
-            text = metrics_text(metrics, timing) if metrics else self.bar.tasks[0].fields["text"]
-            self.bar.update(self.task, completed=step, text=text)
+            self.bar.update(self.task, completed=step, text=f"{self.prefix}{text}")
         elif metrics and time.perf_counter() - self.last >= LINE_INTERVAL:
             self.last = time.perf_counter()
-            self.print_line(f"step {step}/{self.total_steps}  {metrics_text(metrics, timing)}")
+            self.print_line(f"step {step}/{self.total_steps}  {text}")
 
     def print_line(self, text: str) -> None:
         """Print a line above the bar, which stays."""
-        self.out.print(text, soft_wrap=True)
+        self.out.print(f"{self.prefix}{text}", soft_wrap=True)
 
 
-def metrics_text(metrics: dict, timing: dict) -> str:
-    """Return the metrics and the speed of one step as text."""
-    minutes, seconds = divmod(int(timing["eta"]), 60)
+def metrics_text(metrics: dict) -> str:
+    """Return the metrics of one step as text, followed by a gap."""
     lambda_text = f"lambda {metrics['lambda_base']:.2f}  " if "lambda_base" in metrics else ""
     return (
         f"loss {metrics['loss']:.3f}  accept_len_tf {metrics['accept_len_tf']:.2f}  {lambda_text}"
-        f"lr {metrics['lr']:.1e}  {timing['tokens_s']:,.0f} tokens/s  "
-        f"data wait {timing['data_wait']:.0%}  ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+        f"lr {metrics['lr']:.1e}  "
+    )
+
+
+def timing_text(timing: dict) -> str:
+    """Return the speed, the share of time spent waiting for data, the peak memory and the time to go as text."""
+    pace, (minutes, seconds) = timing["step_seconds"], divmod(int(timing["eta"]), 60)
+    steps = f"{pace:.1f} s/step" if pace >= 1 else f"{1 / max(pace, 1e-5):.1f} steps/s"
+    return (
+        f"{timing['tokens_s']:,.0f} tokens/s  {steps}  data wait {timing['data_wait']:.0%}  "
+        f"peak memory {size_text(timing['peak_bytes'])}  ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
     )
 
 
@@ -196,6 +227,8 @@ def run_description(
     longer = int((store.samples.length[split.train] > context).sum())
     if longer:
         yield f"{longer} samples are longer than train.context = {context} rows: each gives one window an epoch"
+    if resolved.recipe.train.echo > 1:
+        yield echo_text(resolved, store, split)
     if store.catalog.partial:
         yield f"the cache is incomplete: {partial_text(store)}; layers {list(resolved.draft.target_layer_ids)} are read"
     if resolved.draft.gamma is None and resolved.draft.weighting == "decay":
@@ -204,6 +237,23 @@ def run_description(
     reason = unservable(resolved.draft, store.tokens, logit_scale(training_config(store.target_config)))
     if reason is not None:
         yield f"no engine will serve this draft, `pipeline export` refuses it: {reason}"
+
+
+def echo_text(resolved: Resolved, store: HiddenCache, split: Split) -> str:
+    """Return in words what `train.echo` does to this run, and the memory it takes of the host."""
+    train, draft = resolved.recipe.train, resolved.draft
+    held = two_batches_text(train, store, split, len(draft.target_layer_ids) + draft.needs_final_states)
+    return (
+        f"echo: each batch is read once for {train.echo} steps, which draw other anchors in it; equal to reading the "
+        f"samples {train.echo} times only in expectation. {held}"
+    )
+
+
+def two_batches_text(train: TrainSection, store: HiddenCache, split: Split, columns: int) -> str:
+    """Return in words what memory of the host two batches take, where a batch is read whole. columns: of states."""
+    rows = store.samples.length[split.train].clip(max=train.context).mean() * min(train.batch, len(split.train))
+    size = int(2 * rows * columns * store.hidden_size * store.dtype.itemsize)
+    return f"Two batches are held in memory, about {size_text(size)}; of lossy codecs on a GPU less"
 
 
 def rope_messages(resolved: Resolved, store: HiddenCache) -> Iterator[str]:

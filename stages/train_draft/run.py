@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.cache import HiddenCache
-from pipeline.drafts import DRAFTS, Draft, init_weights
+from pipeline.drafts import DRAFTS, Draft, fused, init_weights
 from pipeline.drafts.fused import compiles
 from pipeline.errors import CacheError, RoomError, UsageError, first_line
 from pipeline.evaluation.accept_length import Span, accept_spans, summarise
@@ -34,9 +34,10 @@ from pipeline.runs.folder import (
 )
 from pipeline.runs.recipe import Resolved, load_recipe, resolve
 from pipeline.runs.training_data import Split, check_complete, split_samples, stratified_subset
+from pipeline.target.head import TargetHead
 from pipeline.tensors import device_bytes, find_device, refuse_out_of_memory
 from pipeline.visible_text import print_visible, visible
-from stages.train_draft.batches import Sampler
+from stages.train_draft.batches import Batch, Sampler
 from stages.train_draft.kernels import compile_if_equal, kernels_of, machine_facts, use_deterministic_kernels
 from stages.train_draft.loader import BatchLoader, Prefetcher
 from stages.train_draft.logs import (
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 EVAL_BATCH = 8  # samples; a signal is noticed between two such batches
 EVAL_REMEDY = "the step is saved: go on with the same command on a larger device"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+REPEAT_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -116,37 +118,52 @@ def train_resolved(
 ) -> TrainResult:
     """Train one resolved recipe in the folder `path`, or resume it there; print the result. Raises what `run` does."""
     with run_lock(path):
-        differs = create_or_check(path, resolved, store, split, machine_facts(device), start)
-        resolved = resolved.with_rope_scaling(read_run(path).rope_scaling)
-        result = read_result(path)
-        if result is not None:
-            print_visible(f"{visible(path)} is finished: nothing to do")
-        else:
-            for line in run_description(path, store, split, resolved, device):
-                print_visible(line)
-            if start is not None:
-                print_visible(visible(start.summary))
-            if differs:
-                began = visible("; ".join(differs))
-                print_visible(f"began with {began}: the run goes on, its last digits may differ")
-            use_deterministic_kernels(device)
-            samples = (store.tokens_of(int(index))[0] for index in split.train)
-            draft = make_draft(resolved, store, device, start, samples)
-            draft.chunk_rule = chunk_rule(path)
-            if kernels_of(device) == "compiled":
-                print_visible(visible(compile_if_equal(draft, resolved.recipe.train)))
-            parameters, steps = sum(weight.numel() for weight in draft.parameters()), resolved.recipe.train.steps
-            training = TrainingRun(path, store, split, resolved, draft)
-            first = training.resume()
-            with GracefulStop() as stop, Display(first, steps) as display:
-                begun = f"going on after step {first}" if first else "starting at step 0"
-                display.print_line(f"{parameters:,} parameters; {begun} of {steps}")
-                figures = training.fit(display, stop)
-            accept_len = figures.accept_len if figures and figures.calls else None
-            result = Result(steps=steps, parameters=parameters, accept_len=accept_len, eval=figures)
-            write_result(path, result)
-    print_visible(summary(path, store, result))
-    return TrainResult(path, result.steps, result.accept_len)
+        opened = open_run(path, store, split, resolved, device, start)
+        if isinstance(opened, TrainingRun):
+            with GracefulStop() as stop, Display(opened.step, opened.train.steps) as display:
+                display.print_line(opened.description)
+                opened.fit(display, stop)
+            opened = opened.finish()
+    print_visible(summary(path, store, opened))
+    return TrainResult(path, opened.steps, opened.accept_len)
+
+
+def open_run(
+    path: Path,
+    store: HiddenCache,
+    split: Split,
+    resolved: Resolved,
+    device: torch.device,
+    start: "InitialWeights | None" = None,
+    head: TargetHead | None = None,
+    taken: int = 0,
+) -> "TrainingRun | Result":
+    """Print what a run is, whose folder is locked; return it at its newest checkpoint, or the result of a finished one.
+
+    head: the target's, where it is on the device already. taken: bytes of the device that others have.
+    """
+    differs = create_or_check(path, resolved, store, split, machine_facts(device), start)
+    resolved = resolved.with_rope_scaling(read_run(path).rope_scaling)
+    result = read_result(path)
+    if result is not None:
+        print_visible(f"{visible(path)} is finished: nothing to do")
+        return result
+    for line in run_description(path, store, split, resolved, device):
+        print_visible(line)
+    if start is not None:
+        print_visible(visible(start.summary))
+    if differs:
+        began = visible("; ".join(differs))
+        print_visible(f"began with {began}: the run goes on, its last digits may differ")
+    use_deterministic_kernels(device)
+    samples = (store.tokens_of(int(index))[0] for index in split.train)
+    draft = make_draft(resolved, store, device, start, samples, head)
+    draft.chunk_rule = chunk_rule(path)
+    if kernels_of(device) == "compiled":
+        print_visible(visible(compile_if_equal(draft, resolved.recipe.train)))
+    training = TrainingRun(path, store, split, resolved, draft, taken)
+    training.resume()
+    return training
 
 
 def make_draft(
@@ -155,15 +172,16 @@ def make_draft(
     device: torch.device,
     start: "InitialWeights | None" = None,
     samples: Iterable[np.ndarray] = (),
+    head: TargetHead | None = None,
 ) -> Draft:
     """Return a draft in training mode on its device: float32 weights, random where `start` has none, and the
     target's frozen head in the dtype of the arithmetic. samples: ids of the training samples, which a method may count.
+    head: that head, where it is on the device already.
 
     Raises RoomError when memory is too small.
     """
-    dtype = torch.bfloat16 if resolved.recipe.train.dtype == "bfloat16" else torch.float32
     with refuse_out_of_memory("the draft", "make its sizes in [draft] smaller"):
-        draft = DRAFTS[resolved.draft.method](resolved.draft, store.head(str(device), dtype))
+        draft = DRAFTS[resolved.draft.method](resolved.draft, head or load_head(resolved, store, device))
         init_weights(draft, resolved.recipe.train.seed)
         draft.before_training(samples)
         if start is not None:
@@ -171,14 +189,22 @@ def make_draft(
         return draft.to(device).train()
 
 
+def load_head(resolved: Resolved, store: HiddenCache, device: torch.device) -> TargetHead:
+    """Return the target's frozen head on a device, in the dtype of the arithmetic."""
+    return store.head(str(device), torch.bfloat16 if resolved.recipe.train.dtype == "bfloat16" else torch.float32)
+
+
 class GracefulStop:
     """Records SIGTERM, SIGHUP and Ctrl-C so that the loop can save before it ends; a second signal acts at once.
+
+    One within REPEAT_SECONDS is the same: a scheduler signals every process, and the one that started it does so again.
 
     Signals that were ignored (SIGHUP under nohup) stay ignored.
     """
 
     def __init__(self):
         self.received: int | None = None
+        self.received_at = 0.0
         self.previous_handlers: dict = {}
 
     def __enter__(self) -> "GracefulStop":
@@ -193,8 +219,11 @@ class GracefulStop:
         self.previous_handlers = {}
 
     def _note(self, number: int, frame) -> None:
-        self.received = number
-        self.__exit__()
+        if self.received is None:
+            self.received, self.received_at = number, time.monotonic()
+        elif time.monotonic() - self.received_at > REPEAT_SECONDS:
+            self.__exit__()
+            signal.raise_signal(number)
 
     def raise_signal(self) -> None:
         """Raise what ends the process as the signal would: SystemExit(143), SystemExit(129) or KeyboardInterrupt."""
@@ -204,12 +233,13 @@ class GracefulStop:
 class TrainingRun:
     """A run in progress: its folder, draft, optimiser and batches, after `step` steps."""
 
-    def __init__(self, path: Path, cache: HiddenCache, split: Split, resolved: Resolved, draft: Draft):
+    def __init__(self, path: Path, cache: HiddenCache, split: Split, resolved: Resolved, draft: Draft, taken: int = 0):
         self.path, self.cache, self.draft = path, cache, draft
+        self.kernels = fused.kernels  # which several runs in one process may not have in common
         self.train = resolved.recipe.train
         self.digests = {"recipe": resolved.recipe.digest(), "cache": cache.digest, "split": split.digest}
         self.device = draft.device
-        fit = fit_device(resolved, draft)
+        fit = fit_device(resolved, draft, taken)
         self.optimizer = make_optimizer(self.train.optimizer, draft, fit is not None and fit.moments_on_host)
         sampler = Sampler(cache, split, resolved.draft, self.train)
         self.loader = BatchLoader(sampler, keep_encoded=self.device.type != "cpu")
@@ -251,34 +281,59 @@ class TrainingRun:
         self.timing_log.truncate(self.step)
         return self.step
 
-    def fit(self, display: Display, stop: GracefulStop) -> Evaluation | None:
-        """Train to the last step; return the evaluation after it, None where nothing can be measured."""
-        trainer = self.trainer
-        throughput = Throughput(self.step, self.train.steps)
-        self._evaluate(display, stop)  # a checkpoint may have been saved between a step and its evaluation
-        batches = Prefetcher(self.loader, self.step, self.train.steps, self.device)
+    @property
+    def description(self) -> str:
+        """The size of the draft, and where the run stands."""
+        begun = f"going on after step {self.step}" if self.step else "starting at step 0"
+        return f"{self.parameters:,} parameters; {begun} of {self.train.steps}"
+
+    @property
+    def parameters(self) -> int:
+        return sum(weight.numel() for weight in self.draft.parameters())
+
+    def fit(self, display: Display, stop: GracefulStop, until: int | None = None) -> None:
+        """Train to step `until`, by default the last one."""
+        self.begin(display, stop)
+        batches = Prefetcher(self.loader, self.step, until or self.train.steps, self.device)
         try:
             for batch, cells in batches:
-                before = trainer.blocks_per_pass
-                metrics = trainer.step(batch, cells)
-                if trainer.blocks_per_pass != before:
-                    display.print_line(
-                        f"out of memory: from step {batch.step + 1} on {trainer.blocks_per_pass} blocks at a time"
-                    )
-                self.step = batch.step + 1
-                timing = throughput.count(batch, batches.waited)
-                if metrics:
-                    self.metrics.write(metrics)
-                    self.timing_log.write({"step": self.step, **timing})
-                display.step(self.step, metrics, timing)
-                began = time.perf_counter()
-                if self.step % self.train.save_every == 0 or self.step == self.train.steps:
-                    self.save()
-                self._evaluate(display, stop)
-                throughput.excluded += time.perf_counter() - began
+                self.note(batch, self.trainer.step(batch, cells), batches.waited, display, stop)
         finally:
             batches.close()
-        return self._evaluated()
+
+    def begin(self, display: Display, stop: GracefulStop) -> None:
+        """Prepare for steps from here on; evaluate where a checkpoint was saved and its evaluation was not."""
+        self.throughput = Throughput(self.step, self.train.steps, self.device)
+        self.blocks_noted = self.trainer.blocks_per_pass
+        self._evaluate(display, stop)
+
+    def note(self, batch: Batch, metrics: dict | None, waited: float, display: Display, stop: GracefulStop) -> None:
+        """Log and show a step that was taken; save and evaluate where that is due.
+
+        waited: seconds waited for data since `begin`.
+        """
+        if self.trainer.blocks_per_pass != self.blocks_noted:
+            self.blocks_noted = self.trainer.blocks_per_pass
+            display.print_line(f"out of memory: from step {batch.step + 1} on {self.blocks_noted} blocks at a time")
+        self.step = batch.step + 1
+        timing = self.throughput.count(batch, waited)
+        if metrics:
+            self.metrics.write(metrics)
+            self.timing_log.write({"step": self.step, **timing})
+        display.step(self.step, metrics, timing)
+        began = time.perf_counter()
+        if self.step % self.train.save_every == 0 or self.step == self.train.steps:
+            self.save()
+        self._evaluate(display, stop)
+        self.throughput.excluded += time.perf_counter() - began
+
+    def finish(self) -> Result:
+        """Write the result of a run that has taken its last step, and return it."""
+        figures = self._evaluated()
+        accept_len = figures.accept_len if figures and figures.calls else None
+        result = Result(steps=self.step, parameters=self.parameters, accept_len=accept_len, eval=figures)
+        write_result(self.path, result)
+        return result
 
     def save(self) -> None:
         facts = self.digests | {"metrics": self.metrics.last_checksum}
@@ -325,13 +380,14 @@ class TrainingRun:
             raise
 
 
-def fit_device(resolved: Resolved, draft: Draft) -> Fit | None:
-    """Return what of a step the draft's device has memory for, and print it; None on a CPU."""
+def fit_device(resolved: Resolved, draft: Draft, taken: int = 0) -> Fit | None:
+    """Return what of a step the draft's device has memory for, where others have `taken` bytes of it, and print it;
+    None on a CPU."""
     memory, train = device_bytes(draft.device), resolved.recipe.train
     if memory is None:
         return None
     head, compiled = draft.target, compiles(draft.device)
     step = step_memory(resolved.draft, train, head.head_VD.dtype, head.tied, compiled)
-    for line in memory_lines(step, train.context, memory):
+    for line in memory_lines(step, train.context, memory - taken):
         print_visible(line)
-    return step.fit(memory)
+    return step.fit(memory - taken)

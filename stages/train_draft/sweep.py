@@ -1,4 +1,4 @@
-"""`pipeline sweep`: a grid search over recipe fields, one run after the other, on one cache.
+"""`pipeline sweep`: a grid search over recipe fields on one cache: one run after the other, or one on each device.
 
 A sweep is a recipe with one more table, of fields and the values that each takes:
 
@@ -15,11 +15,14 @@ import copy
 import itertools
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from pipeline.cache import HiddenCache
 from pipeline.errors import ProofError, UsageError
@@ -29,7 +32,9 @@ from pipeline.runs.recipe import Recipe, Resolved, make_recipe, read_toml, resol
 from pipeline.runs.training_data import Split, check_complete
 from pipeline.tensors import find_device
 from pipeline.visible_text import print_visible, visible
+from stages.train_draft.device_processes import Errors, Work, named_devices, train_on_devices
 from stages.train_draft.run import split_for, train_resolved
+from stages.train_draft.shared_read import group_runs, room_for_drafts, sharing_lines, train_together
 
 if TYPE_CHECKING:
     from pipeline.published.weights import InitialDraft, InitialWeights
@@ -58,32 +63,100 @@ def sweep(
     out: Path | None = None,
     device: str | None = None,
     init_from: "InitialDraft | None" = None,
+    devices: str | None = None,
+    jobs: int = 1,
+    shared_read: bool = False,
 ) -> dict:
     """Train every combination that is not finished yet; return all figures, best first, as --json prints them.
 
-    init_from: a checkpoint, run or published draft whose weights are the initial ones of every run.
+    init_from: a checkpoint, run or published draft whose weights are the initial ones of every run. device, devices,
+    jobs: see `named_devices`; where they name several, as many processes share the runs. shared_read: read the cache
+    once for all runs that learn from the same samples, see shared_read.py.
 
-    A run whose loss is not finite is recorded under `failed` and the others go on. Raises what a run raises, and
-    UsageError, before the first run, for an invalid combination.
+    A run whose loss is not finite is recorded under `failed` and the others go on. Raises what a run raises, of several
+    processes once all other runs are done; and UsageError, before the first run, for an invalid combination.
     """
-    store, torch_device = HiddenCache.open(cache), find_device(device)
-    runs = plan_runs(store, load_sweep(recipe, sets), out, init_from)
-    done = {run.path for run in runs if read_result(run.path) is not None}
-    print_visible(f"{len(runs)} runs, {len(done)} of them finished before")
-    failed = {}
-    for number, run in enumerate(runs, 1):
-        if run.path in done:
-            continue
-        print_visible(f"\nrun {number} of {len(runs)}: {visible(setting_text(run.setting))}")
-        try:
-            train_resolved(run.path, store, run.split, run.resolved, torch_device, run.start)
-        except ProofError as error:  # a learning rate too high, for example: a result, too
-            failed[run.path] = str(error)
-            print_visible(f"failed: {visible(error)}")
-    facts = [run_facts(run, failed.get(run.path)) for run in runs]
+    planned = Planned(cache, recipe, sets, out, init_from)
+    places, runs = named_devices(device, devices, jobs), planned.runs
+    todo = [run for run in runs.values() if read_result(run.path) is None]
+    print_visible(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished before")
+    groups = planned.share(todo, places) if shared_read else [[run] for run in todo]
+    work = [planned.work([run.path for run in group]) for group in groups]
+    if min(len(places), len(work)) > 1:
+        prepare = partial(prepare_training, cache, recipe, sets, out, init_from)
+        errors = train_on_devices(places, work, prepare)
+    else:
+        errors = {}
+        train = Training(planned, find_device(devices or device))
+        for each in work:
+            print_visible(f"\n{visible(each.title)}")
+            errors |= train(each)
+    failed = {path: str(error) for path, error in errors.items() if isinstance(error, ProofError)}
+    for path in runs:
+        if path in errors and path not in failed:
+            raise errors[path]
+    facts = [run_facts(run, failed.get(run.path)) for run in runs.values()]
     public = [{key: fact[key] for key in fact if key != "replies"} for fact in rank_by_accept_length(facts)]
     made_of = {"cache": str(cache), "recipe": str(recipe), "init_from": init_from and str(init_from.path)}
     return made_of | {"runs": public, "pooled": rank_by_accept_length(pool_seeds(facts))}
+
+
+class Planned:
+    """A sweep's runs, by their folders, in grid order. The same in every process. Raises UsageError."""
+
+    def __init__(
+        self,
+        cache: Path,
+        recipe: Path,
+        sets: tuple[str, ...] = (),
+        out: Path | None = None,
+        init_from: "InitialDraft | None" = None,
+    ):
+        self.store = HiddenCache.open(cache)
+        runs = plan_runs(self.store, load_sweep(recipe, sets), out, init_from)
+        self.runs = {run.path: run for run in runs}
+        self.names = {path: f"run {number}" for number, path in enumerate(self.runs, 1)}
+
+    def work(self, paths: Sequence[Path]) -> Work:
+        """Return runs that are trained together as a piece of work."""
+        names = [self.names[path].removeprefix("run ") for path in paths]
+        name = f"{'runs' if len(paths) > 1 else 'run'} {', '.join(names)}"
+        settings = "; ".join(setting_text(self.runs[path].setting) for path in paths)
+        return Work(f"{name} of {len(self.runs)}: {settings}", name, tuple(paths))
+
+    def share(self, runs: Sequence[PlannedRun], places: Sequence[str]) -> list[list[PlannedRun]]:
+        """Return the runs in groups that are trained from one read, and print them. No device is left without work."""
+        room = room_for_drafts(torch.device(places[0]))
+        groups = group_runs(runs, room, most=-(-len(runs) // len(places)))
+        for line in sharing_lines(groups, self.names):
+            print_visible(visible(line))
+        return groups
+
+
+class Training:
+    """Trains pieces of a sweep's work on one device: called with one, returns what ended its runs early."""
+
+    def __init__(self, planned: Planned, device: torch.device):
+        self.planned, self.device = planned, device
+
+    def __call__(self, work: Work) -> Errors:
+        store, runs = self.planned.store, [self.planned.runs[path] for path in work.runs]
+        if len(runs) > 1:
+            return train_together(runs, self.planned.names, store, self.device)
+        (run,) = runs
+        try:
+            train_resolved(run.path, store, run.split, run.resolved, self.device, run.start)
+        except ProofError as error:  # a learning rate too high, for example: a result, too
+            print_visible(f"failed: {visible(error)}")
+            return {run.path: error}
+        return {}
+
+
+def prepare_training(
+    cache: Path, recipe: Path, sets: tuple[str, ...], out: Path | None, init_from: "InitialDraft | None", device: str
+) -> Training:
+    """Plan a sweep in one of the processes that train it."""
+    return Training(Planned(cache, recipe, sets, out, init_from), find_device(device))
 
 
 def load_sweep(path: Path, sets: tuple[str, ...] = ()) -> list[tuple[Setting, Recipe]]:

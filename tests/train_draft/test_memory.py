@@ -97,7 +97,7 @@ def test_compiled_kernels_take_less_memory(tiny_cache, method):
 def test_moments_on_the_host_make_the_same_steps_and_checkpoints(tiny_cache, tmp_path, monkeypatch, capsys):
     sets = ("train.cell_anchors=12", "train.eval_every=100", "train.optimizer=adamw", "train.save_every=3")
     whole = trained(tiny_cache, tmp_path / "whole", *sets)
-    monkeypatch.setattr("stages.train_draft.run.fit_device", lambda resolved, draft: Fit(12, True))
+    monkeypatch.setattr("stages.train_draft.run.fit_device", lambda *_: Fit(12, True))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         stopping(patch, 5, kill)
         trained(tiny_cache, tmp_path / "host", *sets)

@@ -1,0 +1,78 @@
+"""What a running training says of itself: how fast it is, how long it waits for data, and what memory it takes."""
+
+import io
+import json
+import re
+
+import pytest
+import torch
+from rich.console import Console
+
+from stages.train_draft import logs
+from stages.train_draft.logs import Display, peak_memory
+from stages.train_draft.run import run
+
+SETS = ("draft.method=dflash", "draft.block_size=4", "train.batch=4", "train.anchors=6", "train.log_every=1")
+TIMING = {"step_seconds": 0.25, "tokens_s": 1234.4, "data_wait": 0.016, "peak_bytes": 3 << 30, "eta": 3725.0}
+SPEED = "1,234 tokens/s  4.0 steps/s  data wait 2%  peak memory 3.0 GiB  ETA 1:02:05"
+METRICS = {"loss": 1.5, "accept_len_tf": 2.0, "lr": 1e-3}
+
+
+def test_every_progress_line_and_every_line_of_timing_has_speed_data_wait_and_peak_memory(
+    tiny_cache, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(logs, "LINE_INTERVAL", 0.0)
+    done = run(tiny_cache, None, (*SETS, "train.steps=3"), tmp_path / "run", "cpu")
+
+    printed = [line for line in capsys.readouterr().out.splitlines() if re.match(r"step \d/3 ", line)]
+    speed = re.compile(r"[\d,]+ tokens/s  [\d.]+ (steps/s|s/step)  data wait \d+%  peak memory [\d.]+ [GM]iB  ETA ")
+    assert len(printed) == 3 and all(speed.search(line) for line in printed), printed
+    timed = [json.loads(line) for line in (done.run / "timing.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in timed] == [1, 2, 3]
+    for line in timed:
+        assert line["tokens_s"] > 0 and line["step_seconds"] > 0 and 0 <= line["data_wait"] <= 1
+        assert line["peak_bytes"] > 50 << 20, "torch alone takes that much"
+
+
+def test_the_bar_shows_the_speed_of_steps_that_log_nothing_too(monkeypatch):
+    terminal = Console(width=200, file=io.StringIO(), force_terminal=True)
+    monkeypatch.setattr(logs, "VisibleConsole", lambda: terminal)
+    with Display(5, 9) as display:
+        text = display.bar.tasks[0].fields
+        display.step(6, None, TIMING)
+        assert text["text"] == SPEED
+        display.step(7, METRICS, TIMING)
+        display.step(8, None, TIMING | {"step_seconds": 2.0})
+        assert (
+            text["text"] == f"loss 1.500  accept_len_tf 2.00  lr 1.0e-03  {SPEED.replace('4.0 steps/s', '2.0 s/step')}"
+        )
+
+
+def test_a_narrow_terminal_cuts_nothing_off(monkeypatch):
+    terminal = Console(width=60, file=io.StringIO(), force_terminal=True, color_system=None)
+    monkeypatch.setattr(logs, "VisibleConsole", lambda: terminal)
+    with Display(5, 9) as display:
+        display.step(7, METRICS, TIMING)
+    words = f"loss 1.500 {SPEED}".split()
+    assert [word for word in words if word not in terminal.file.getvalue()] == []
+
+
+def test_memory_that_was_taken_and_freed_counts_as_peak():
+    before = peak_memory(torch.device("cpu"))
+    taken = torch.ones(before // 4 + (64 << 20))
+    del taken
+    assert peak_memory(torch.device("cpu")) > before
+
+
+def test_the_peak_of_a_gpu_is_its_tensors_and_each_run_counts_its_own(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: asked.append(device))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7 * len(asked))
+    device = torch.device("cuda:1")
+    assert logs.Throughput(0, 9, device).device == device and asked == [device]
+    assert peak_memory(device) == 7
+
+
+@pytest.mark.parametrize("pace", [0.0, 1e-9])
+def test_a_step_too_short_to_be_timed_is_no_error(pace):
+    assert "steps/s" in logs.timing_text(TIMING | {"step_seconds": pace})
