@@ -52,17 +52,23 @@ class BatchLoader:
     """Reads the states of a sampler's batches.
 
     keep_encoded: leave the states of lossy codecs undecoded until their cell is moved to the device that trains.
+    rank, ranks: of a batch's cells j, only those with j mod `ranks` = `rank` are read.
     """
 
-    def __init__(self, sampler: Sampler, keep_encoded: bool = False):
+    def __init__(self, sampler: Sampler, keep_encoded: bool = False, rank: int = 0, ranks: int = 1):
         self.sampler, self.cache = sampler, sampler.cache
+        self.rank, self.ranks = rank, ranks
         groups = [sampler.config.target_layer_ids, *[(FINAL,)] * sampler.config.needs_final_states]
         codecs = {layers: self.cache.lossy_codec(layers) for layers in groups if keep_encoded}
         self._encoded = {layers: codec for layers, codec in codecs.items() if codec}
 
     def read_all(self, batch: Batch) -> Iterator[Cell]:
-        """Yield a batch's cells with their states, each read when it is asked for."""
-        return (self.read(batch, number) for number in range(len(batch.cells)))
+        """Yield this rank's cells of a batch with their states, each read when it is asked for."""
+        return (self.read(batch, number) for number in self.numbers(batch))
+
+    def numbers(self, batch: Batch) -> range:
+        """Return which of a batch's cells are this rank's."""
+        return range(self.rank, len(batch.cells), self.ranks)
 
     def read(self, batch: Batch, number: int, memory_B: Tensor | None = None) -> Cell:
         """Return a cell with its states, read into `memory_B` (uint8, `size` or more) if given; raises as `fill`."""
@@ -115,7 +121,8 @@ class Buffer:
 
 
 class Prefetcher:
-    """Iterates once over the batches of steps start to stop - 1, in order, as (batch, its cells with their states).
+    """Iterates once over the batches of steps start to stop - 1, in order, as (batch, its cells with their states), of
+    which a loader for one of several ranks reads that rank's.
 
     A cell is valid only until the next one is asked for: its memory is used again, pinned where a CUDA device copies
     from it. limit: bytes of states in memory. waited: seconds the caller has waited for data. An error while reading a
@@ -153,7 +160,7 @@ class Prefetcher:
         self._thread.join()
 
     def _cells(self, batch: Batch) -> Iterator[Cell]:
-        for _ in batch.cells:
+        for _ in self.loader.numbers(batch):
             assert self._current is batch, f"cells of step {batch.step} are asked for after its batch"
             cell, buffer = self._take()
             try:
@@ -189,8 +196,8 @@ class Prefetcher:
             for step in steps:
                 batch = self.loader.sampler.batch(step)
                 self._put(batch)
-                for number, windows in enumerate(batch.windows):
-                    buffer = self._take_buffer(self.loader.size(windows))
+                for number in self.loader.numbers(batch):
+                    buffer = self._take_buffer(self.loader.size(batch.windows[number]))
                     if buffer is None:
                         return
                     self._put((self.loader.read(batch, number, buffer.bytes_B), buffer))

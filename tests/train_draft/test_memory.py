@@ -69,7 +69,7 @@ def test_a_run_computes_what_its_device_holds_and_says_so(tiny_cache, tmp_path, 
     resolved = resolve(load_recipe(whole.run / "recipe.toml"), store)
     memory = step_memory(resolved.draft, resolved.recipe.train, torch.float32, tied=store.head().tied)
     size = int(memory.peak(Fit(5)) / USABLE) + 1
-    monkeypatch.setattr("stages.train_draft.run.device_bytes", lambda device: size)
+    monkeypatch.setattr("stages.train_draft.device.device_bytes", lambda device: size)
     capsys.readouterr()
 
     parts = trained(tiny_cache, tmp_path / "parts", *sets)
@@ -84,7 +84,7 @@ def test_a_run_computes_what_its_device_holds_and_says_so(tiny_cache, tmp_path, 
 def test_moments_on_the_host_make_the_same_steps_and_checkpoints(tiny_cache, tmp_path, monkeypatch, capsys):
     sets = ("train.cell_anchors=12", "train.eval_every=100", "train.optimizer=adamw", "train.save_every=3")
     whole = trained(tiny_cache, tmp_path / "whole", *sets)
-    monkeypatch.setattr("stages.train_draft.run.fit_device", lambda resolved, draft: Fit(12, True))
+    monkeypatch.setattr("stages.train_draft.run.fit_device", lambda resolved, draft, ranks: Fit(12, True))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         stopping(patch, 5, kill)
         trained(tiny_cache, tmp_path / "host", *sets)

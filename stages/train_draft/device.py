@@ -1,0 +1,65 @@
+"""What of a run depends on its devices: what fits, whether ranks divide the draft, and which kernels are used."""
+
+import os
+
+import torch
+
+from pipeline.cache import HiddenCache
+from pipeline.drafts import Draft
+from pipeline.errors import UsageError
+from pipeline.runs.recipe import Resolved
+from pipeline.runs.training_data import training_config
+from pipeline.tensors import device_bytes
+from pipeline.visible_text import print_visible
+from stages.train_draft.memory import Fit, memory_lines, step_memory
+from stages.train_draft.ranks import Ranks
+from stages.train_draft.sharding import sharded_memory
+
+
+def machine_facts(ranks: Ranks) -> dict[str, str]:
+    """Return what a run's exact bits depend on besides versions: the device, on a CPU the number of threads, and the
+    ranks, which divide the draft or do not."""
+    device = ranks.device
+    facts = {"device": torch.cuda.get_device_name(device)} if device.type == "cuda" else {"device": device.type}
+    threads = {} if device.type == "cuda" else {"threads": str(torch.get_num_threads())}
+    return facts | threads | {"ranks": f"{ranks.size}, sharded" if ranks.sharded else str(ranks.size)}
+
+
+def shards(asked: bool | None, ranks: Ranks, store: HiddenCache, resolved: Resolved) -> bool:
+    """Return whether to divide the draft among the ranks: as asked, else where some rank's device does not hold all of
+    the weights, gradients and moments. Raises UsageError where it is asked of one rank."""
+    if asked and ranks.size == 1:
+        raise UsageError("--shard divides a draft among several ranks, and there is one; start them with torchrun")
+    if ranks.size == 1 or asked is not None:
+        return bool(asked)
+    lacking, memory = False, device_bytes(ranks.device)
+    if memory is not None:
+        train, tied = resolved.recipe.train, bool(training_config(store.target_config).get("tie_word_embeddings"))
+        fit = step_memory(resolved.draft, train, getattr(torch, train.dtype), tied).fit(memory)
+        lacking = fit.moments_on_host or not fit.at_once
+    return ranks.any(lacking)
+
+
+def fit_device(resolved: Resolved, draft: Draft, ranks: Ranks) -> Fit | None:
+    """Return what of a step every rank's device has memory for, and print it; None on CPUs."""
+    memory, train = device_bytes(draft.device), resolved.recipe.train
+    if memory is None:
+        return None
+    step = step_memory(resolved.draft, train, draft.target.head_VD.dtype, draft.target.tied)
+    if ranks.sharded:
+        print_visible(f"sharded over {ranks.size} ranks (FSDP2); what each then needs is an estimate:")
+        step = sharded_memory(step, draft, ranks.size)
+    for line in memory_lines(step, train.context, memory):
+        print_visible(line)
+    fit = step.fit(memory)
+    at_once, moments_on_host = zip(*ranks.gather([fit.at_once, fit.moments_on_host]), strict=True)
+    return Fit(min(at_once), any(moments_on_host))
+
+
+def use_deterministic_kernels(device: torch.device) -> None:
+    """Make PyTorch use deterministic CUDA kernels. CPU kernels are deterministic for a given number of threads."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+        # Strictly: where it only warns, attention's backward splits its sums over keys in no fixed order.
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over memory that is overwritten anyway

@@ -1,0 +1,37 @@
+"""Signals that end a run: noted, so that it can save before it ends."""
+
+import signal
+import threading
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+
+class GracefulStop:
+    """Records SIGTERM, SIGHUP and Ctrl-C so that the loop can save before it ends; a second signal acts at once.
+
+    Signals that were ignored (SIGHUP under nohup) stay ignored.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self.previous_handlers: dict = {}
+
+    def __enter__(self) -> "GracefulStop":
+        if threading.current_thread() is threading.main_thread():
+            handled = [number for number in STOP_SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+            self.previous_handlers = {number: signal.signal(number, self._note) for number in handled}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous_handlers.items():
+            signal.signal(number, handler)
+        self.previous_handlers = {}
+
+    def _note(self, number: int, frame) -> None:
+        self.received = number
+        self.__exit__()
+
+
+def raise_signal(number: int) -> None:
+    """Raise what ends the process as the signal would: SystemExit(143), SystemExit(129) or KeyboardInterrupt."""
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
