@@ -243,7 +243,7 @@ def test_states_are_those_that_a_run_reads_itself_however_it_packs_them(tmp_path
         for (layers, objective), train in zip(drafts, packed, strict=True)
     ]
     keep = codec != "raw"
-    shared = BatchLoader(SharedSampler(samplers), keep, (1, 10))
+    shared = BatchLoader(SharedSampler(samplers), keep, layers=(1, 10))
     assert shared.sampler.read is samplers[0], "the one whose loss reads final states"
     otherwise = 0
     for step in range(8):

@@ -1,0 +1,185 @@
+"""Several processes that train one draft: the losses of one process, the bytes of an undisturbed run, one error."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from kill_ranks import PATIENCE_S, ROOT, TORCHRUN, RankTrial
+from rank_losses import all_combinations, found_on, largest_difference, train
+from test_train_draft import lines, unused_token
+
+from pipeline.cache import HiddenCache
+from pipeline.errors import UsageError
+from pipeline.runs import checkpoint
+from pipeline.runs.recipe import load_recipe, resolve
+from stages.train_draft.device import shards
+from stages.train_draft.ranks import Ranks, exit_code, joined, own_device
+from stages.train_draft.run import TrainingRun, make_draft, split_for
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def trial(greedy_cache, tmp_path_factory):
+    """Runs on two ranks, and one that was left alone."""
+    more = ("--set", f"draft.mask_token_id={unused_token(greedy_cache)}", "--set", "train.lr=1e-4")
+    return RankTrial(greedy_cache, tmp_path_factory.mktemp("ranks"), steps=24, seed=0, ranks=2, more=more)
+
+
+@pytest.fixture(scope="module")
+def alone(trial):
+    """The same run of one process."""
+    trial.finish("alone", ranks=1)
+    return trial.folder / "alone"
+
+
+def test_the_losses_do_not_depend_on_the_number_of_ranks_nor_on_sharding(tiny_cache, tmp_path):
+    """Every method over 50 steps, every objective over a few; `rank_losses.py` takes 50 for all of them."""
+    every = all_combinations(2)
+    published = [[sets[0], *sets[2:]] for _, sets in every[:: len(every) // 3]]
+    domino, common = published[1], [[False, 50, sets] for sets in published]
+    twice = [[sharded, *case] for sharded in (False, True) for case in every]
+    for sharded in (False, True):
+        twice += [[sharded, 5, [*domino, entry]] for entry in ("train.dtype=bfloat16", "draft.weighting=dpace")]
+        twice += [[sharded, 5, [*domino, "train.batch=2", "train.cells=1"]]]  # one cell: other ranks have none
+    of_ranks = {
+        2: [*common, *twice, [True, 50, [*domino, "train.optimizer=adamw"]], [False, 8, domino, 2]],
+        4: [[False, 50, domino], *([sharded, 4, sets] for sharded in (False, True) for sets in published)],
+    }
+    alone: dict[str, list] = {}
+    for ranks, cases in of_ranks.items():
+        for case, found in zip(cases, found_on(ranks, tiny_cache, cases, tmp_path), strict=True):
+            key = json.dumps(case[1:3])
+            wanted = alone.setdefault(key, train(Ranks(CPU), tiny_cache, False, *case[1:3]))
+            assert largest_difference([found], [wanted]) < 1e-6, (ranks, case)
+            for metrics, other in zip(found[:-1], wanted[:-1], strict=True):
+                assert metrics.keys() == other.keys() and metrics["accept_len_tf"] == other["accept_len_tf"], case
+                assert metrics["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4), case
+
+
+def test_a_rank_that_is_killed_ends_all_and_torchrun_goes_on_to_the_same_bytes(trial):
+    assert trial.kill(1) == []
+    assert trial.printed("killed-0").count("error: a process of this run ended without a word") <= 1
+
+
+def stopped(trial, name: str, ranks: int, step: int, rank: int | None) -> str:
+    """What a run printed, of which one rank (None: torchrun, or the only process) was sent SIGTERM after a step."""
+    process, before = trial.start(name, ranks=ranks), len(checkpoint.steps(trial.folder / name))
+    while process.poll() is None and trial.count(name) < step:
+        time.sleep(0.005)
+    os.kill(process.pid if rank is None else trial.alive(process)[rank], signal.SIGTERM)
+    assert process.wait(PATIENCE_S) != 0
+    saved = checkpoint.steps(trial.folder / name)
+    assert saved[-1] >= step and (before or len(saved) in (1, 2))
+    printed = trial.printed(name)
+    trial.log(name).unlink()
+    return printed
+
+
+def test_a_run_goes_on_with_another_number_of_ranks_and_a_signal_to_any_saves_once(trial, alone):
+    stopped(trial, "moved", 1, 4, None)
+    two, four = stopped(trial, "moved", 2, 9, 1), stopped(trial, "moved", 4, 15, None)
+    trial.finish("moved", ranks=1)
+
+    assert "began with ranks 1, now 2: the run goes on" in two and "began with ranks 1, now 4" in four
+    for printed in (two, four):
+        assert printed.count("stopped at step") == printed.count("stopped by SIGTERM") == 1, printed
+    found, wanted = ([line for line in lines(run) if "loss" in line] for run in (trial.folder / "moved", alone))
+    for line, other in zip(found, wanted, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert [line[name] for name in ("step", "accept_len_tf")] == [other[name] for name in ("step", "accept_len_tf")]
+
+
+def test_an_evaluation_shared_out_by_a_sharded_draft_writes_the_line_of_one_rank(trial, alone, monkeypatch):
+    again = trial.folder / "again"
+    shutil.copytree(alone, again)
+    (again / "done.json").unlink()
+    written = (again / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert b'"eval"' in written[-1]
+    (again / "metrics.jsonl").write_bytes(b"".join(written[:-1]))
+    monkeypatch.setattr(trial, "more", (*trial.more, "--shard"))
+
+    trial.finish(again.name)
+
+    for file in ("metrics.jsonl", "done.json"):
+        assert (again / file).read_bytes() == (alone / file).read_bytes(), file
+
+
+# Errors
+
+
+def ends_with(*arguments, cache="cache$RANK") -> tuple[str, list[str]]:
+    """What two ranks print on standard error, each with its own cache or device; and the errors among it."""
+    command = f"exec {sys.executable} -m pipeline train-draft --device cpu --cache {cache} {' '.join(arguments)}"
+    launcher = [sys.executable, *TORCHRUN, "--nproc-per-node", "2", "--no-python", "sh", "-c", command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    began = time.monotonic()
+    done = subprocess.run(launcher, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert done.returncode == 1 and time.monotonic() - began < 25, "torchrun would end a rank that hangs after 30 s"
+    return done.stderr, [line for line in done.stderr.splitlines() if line.startswith(("error:", "bug:", "[rank"))]
+
+
+def test_an_error_of_one_rank_ends_all_with_one_line_and_its_code(tiny_cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("cache0").symlink_to(tiny_cache)
+    printed, errors = ends_with("--out", "run", "--set", "train.steps=2")
+    assert len(errors) == 1 and "cache1" in errors[0], printed
+    codes = re.findall(r"exitcode *: (-?[0-9]+)", printed)
+    assert len(codes) == 3 and set(codes) == {"2"}, printed  # torchrun's log, and of each rank
+
+
+def test_ranks_that_see_different_caches_are_refused(monkeypatch):
+    ranks = Ranks(CPU)
+    monkeypatch.setattr(ranks, "gather", lambda facts: [facts, facts | {"cache": "1b"}])
+    ranks.check_same({"recipe": "77"})
+    with pytest.raises(UsageError, match="rank 1 has the cache 1b, rank 0 1a; start every rank with the same command"):
+        ranks.check_same({"recipe": "77", "cache": "1a"})
+
+
+def test_a_damaged_checkpoint_is_refused_by_all_ranks_with_one_line(trial):
+    shutil.copytree(trial.folder / "straight", trial.folder / "damaged")
+    (trial.folder / "damaged" / "done.json").unlink()
+    newest = checkpoint.checkpoint_folder(trial.folder / "damaged", 24) / "draft.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"!")
+    assert trial.start("damaged").wait(PATIENCE_S) == 1
+    errors = [line for line in trial.printed("damaged").splitlines() if line.startswith(("error:", "bug:", "[rank"))]
+    assert len(errors) == 1 and "draft.safetensors: damaged" in errors[0]
+
+
+def test_one_device_for_several_ranks_is_refused():
+    with pytest.raises(UsageError, match="--device cpu:0 is one device for several ranks; pass --device cpu"):
+        own_device("cpu:0", 1)
+    assert own_device("cpu", 1) == CPU
+
+
+def test_one_process_is_no_group_and_cannot_be_sharded(tiny_cache):
+    with joined("cpu", {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "nowhere"}) as ranks:
+        assert type(ranks) is Ranks and ranks.first and ranks.gather(7) == [7]
+    store = HiddenCache.open(tiny_cache)
+    with pytest.raises(UsageError, match="among several ranks, and there is one; start them with torchrun"):
+        shards(True, ranks, store, resolve(load_recipe(None), store))
+
+
+def test_a_batch_with_fewer_cells_than_ranks_is_mentioned(tiny_cache, tmp_path):
+    store = HiddenCache.open(tiny_cache)
+    resolved = resolve(load_recipe(None, ("train.steps=3",)), store).with_steps(18)
+    training = TrainingRun(tmp_path, store, split_for(resolved, store), resolved, make_draft(resolved, store, CPU))
+    assert training.idle_ranks() is None
+    training.ranks.size = 3
+    assert training.idle_ranks().startswith("the next batch has 2 cells for 3 ranks")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(KeyboardInterrupt(), 130), (SystemExit(143), 143), (UsageError("x"), 2), (MemoryError(), 5), (ValueError(), 1)],
+)
+def test_a_rank_that_prints_nothing_ends_with_the_code_of_its_error(error, code):
+    assert exit_code(error) == code
