@@ -30,7 +30,7 @@ from pipeline.drafts.rope import draft_rope_scaling
 from pipeline.errors import CacheError
 from pipeline.json_files import Count, Record, damage_error, parse_checksummed, read_file, with_checksum
 from pipeline.runs.folder import Evaluation, Result
-from pipeline.runs.recipe import Resolved
+from pipeline.runs.recipe import Resolved, TrainSection
 from pipeline.runs.training_data import Split, how_to_add, partial_text, training_config
 from pipeline.target.head import logit_scale
 from pipeline.visible_text import VisibleConsole, visible
@@ -242,13 +242,18 @@ def run_description(
 def echo_text(resolved: Resolved, store: HiddenCache, split: Split) -> str:
     """Return in words what `train.echo` does to this run, and the memory it takes of the host."""
     train, draft = resolved.recipe.train, resolved.draft
-    rows = store.samples.length[split.train].clip(max=train.context).mean() * min(train.batch, len(split.train))
-    columns = len(draft.target_layer_ids) + draft.needs_final_states
-    size = int(2 * rows * columns * store.hidden_size * store.dtype.itemsize)
+    held = two_batches_text(train, store, split, len(draft.target_layer_ids) + draft.needs_final_states)
     return (
         f"echo: each batch is read once for {train.echo} steps, which draw other anchors in it; equal to reading the "
-        f"samples {train.echo} times only in expectation. Two batches are held in memory, about {size_text(size)}"
+        f"samples {train.echo} times only in expectation. {held}"
     )
+
+
+def two_batches_text(train: TrainSection, store: HiddenCache, split: Split, columns: int) -> str:
+    """Return in words what memory of the host two batches take, where a batch is read whole. columns: of states."""
+    rows = store.samples.length[split.train].clip(max=train.context).mean() * min(train.batch, len(split.train))
+    size = int(2 * rows * columns * store.hidden_size * store.dtype.itemsize)
+    return f"Two batches are held in memory, about {size_text(size)}; of lossy codecs on a GPU less"
 
 
 def rope_messages(resolved: Resolved, store: HiddenCache) -> Iterator[str]:

@@ -35,7 +35,7 @@ from pipeline.tensors import device_bytes
 from pipeline.visible_text import print_visible, visible
 from stages.train_draft.batches import Batch, Sampler, SampleWindow
 from stages.train_draft.loader import BatchLoader, Prefetcher, StatesInPieces
-from stages.train_draft.logs import Display, summary
+from stages.train_draft.logs import Display, summary, two_batches_text
 from stages.train_draft.ranks import Ranks
 from stages.train_draft.run import TrainingRun, load_head, open_run
 from stages.train_draft.stop import GracefulStop
@@ -238,7 +238,8 @@ def train_together(
             else:
                 print_visible(summary(run.path, store, opened))
         if trainings:
-            first = trainings[0]
+            first, final = trainings[0], any(run.resolved.draft.needs_final_states for run in runs)
+            print_visible(two_batches_text(first.train, store, runs[0].split, len(_layers(runs)) + final))
             stop = held.enter_context(GracefulStop())
             lines = held.enter_context(Display(first.step, first.train.steps, names[first.path]))
             beside = [Display(each.step, each.train.steps, names[each.path], lines) for each in trainings[1:]]

@@ -109,6 +109,7 @@ def test_it_is_said_which_runs_share_and_why_others_do_not(tiny_cache, tmp_path,
     sweep(tiny_cache, recipe, ("train.steps=1",), tmp_path / "one", "cpu", shared_read=True)
     printed = capsys.readouterr().out
     assert "run 1, run 2 share one read of the cache: layers [1, 3, 4]; their weights and moments take " in printed
+    assert printed.count("Two batches are held in memory, about ") == 2
     assert "run 3, run 4 share one read" in printed and "apart from run 1: train.seed = 1, run 1 has 0" in printed
     assert "runs 1, 2 of 4: seed = 0, lr = 0.001; seed = 0, lr = 0.003" in printed
     assert re.search(r"^run 2: step 1/1  loss .* tokens/s .* data wait .* peak memory ", printed, re.M)
