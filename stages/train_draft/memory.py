@@ -9,6 +9,7 @@ blocks that are computed together: so between measured numbers a straight line i
 
 import weakref
 from dataclasses import dataclass, fields, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -103,6 +104,7 @@ class StepMemory:
         return next((count for count in counts if self.peak(Fit(count, on_host)) <= USABLE * device_bytes), 0)
 
 
+@cache
 def step_memory(config: DraftConfig, train: TrainSection, head: torch.dtype, tied: bool) -> StepMemory:
     """Return the memory of a step on cells of `train.context` rows and `train.cell_anchors` blocks.
 
