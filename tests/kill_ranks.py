@@ -20,7 +20,8 @@ from kill_train import ROOT, Trial
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 PATIENCE_S = 120
-UNUSED_TOKEN = 261  # by the replies of the tiny target
+# The mask token is one that no reply of the tiny target has; two batches are measured, so that ranks share them.
+MEASURED = ("--set", "draft.mask_token_id=261", "--set", "train.eval_samples=16")
 
 
 def workers(launcher: subprocess.Popen) -> dict[int, int]:
@@ -114,7 +115,7 @@ def main() -> None:
     parser.add_argument("--method", default="domino")
     chosen = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    from rewritten_caches import with_greedy_replies
+    from rewritten_caches import with_greedy_replies, with_most_held_out
     from tiny import conversations, save_target, write_jsonl
 
     from stages.cache_hidden.run import run
@@ -125,8 +126,10 @@ def main() -> None:
         target = save_target(folder / "target")
         corpus = write_jsonl(folder / "chats.jsonl", conversations())
         run(str(target), str(corpus), folder / "captured", options=CaptureOptions(layers="1,3,4", max_length=256))
-        cache = with_greedy_replies(folder / "captured", target, folder / "cache")
-        more = ("--set", f"draft.mask_token_id={UNUSED_TOKEN}", *["--shard"] * chosen.sharded)
+        cache = with_most_held_out(
+            with_greedy_replies(folder / "captured", target, folder / "greedy"), folder / "cache"
+        )
+        more = (*MEASURED, *["--shard"] * chosen.sharded)
         trial = RankTrial(cache, folder, chosen.steps, chosen.seed, chosen.ranks, more, method=chosen.method)
         differing = trial.kill(chosen.kills)
     print(f"{chosen.kills} kills of one of {chosen.ranks} ranks: {differing or 'identical'}")

@@ -127,9 +127,12 @@ def steps(run: Path) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
-def latest(run: Path) -> Checkpoint | None:
-    """Return the newest checkpoint of a run, every byte checked; None when it has none. CacheError when damaged."""
-    saved = steps(run)
+def latest(run: Path, saved: list[int] | None = None) -> Checkpoint | None:
+    """Return the newest checkpoint of a run, every byte checked; None when it has none. CacheError when damaged.
+
+    saved: the steps that have one, where another process has listed them for all.
+    """
+    saved = steps(run) if saved is None else saved
     return open_checkpoint(checkpoint_folder(run, saved[-1])) if saved else None
 
 

@@ -11,7 +11,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -153,6 +153,7 @@ class StepMemory:
         return next((count for count in counts if self.peak(Fit(count, on_host)) <= USABLE * device_bytes), 0)
 
 
+@cache
 def step_memory(
     config: DraftConfig, train: TrainSection, head: torch.dtype, tied: bool, compiled: bool = True
 ) -> StepMemory:

@@ -110,8 +110,8 @@ class ProcessGroup(Ranks):
     def __init__(self, environment: Mapping[str, str], device: str | None):
         import torch.distributed as dist
 
-        self.rank, self.size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-        local, beside = int(environment["LOCAL_RANK"]), int(environment.get("LOCAL_WORLD_SIZE", "1"))
+        self.rank, self.size, local = (_number(environment, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        beside = _number({"LOCAL_WORLD_SIZE": "1"} | dict(environment), "LOCAL_WORLD_SIZE")
         super().__init__(own_device(device, local))
         backend = "gloo"
         if self.device.type == "cuda":
@@ -163,7 +163,7 @@ class ProcessGroup(Ranks):
         padded[: len(data)] = data
         found = [torch.empty_like(padded) for _ in sizes]
         self._dist.all_gather(found, padded)
-        return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(found, sizes, strict=True)]
+        return [json.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(found, sizes, strict=True)]
 
     def any(self, flag: bool) -> bool:
         return bool(self.sum({"flag": torch.tensor(float(flag))})["flag"])
@@ -194,6 +194,13 @@ class ProcessGroup(Ranks):
         except RuntimeError:  # the process that keeps the store is gone
             return True, code
         return number == 1, code
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    """Return a variable of the environment as a number. UsageError for anything else."""
+    if not environment[name].isdecimal():
+        raise UsageError(f"{name} = {environment[name]!r} in the environment: wanted a number, as torchrun sets it")
+    return int(environment[name])
 
 
 def meet(store, rank: int, size: int) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from pipeline.cache import HiddenCache
 from pipeline.drafts import DRAFTS, Draft, fused, init_weights
-from pipeline.errors import CacheError, PipelineError, RoomError, UsageError, first_line
+from pipeline.errors import CacheError, RoomError, UsageError, first_line
 from pipeline.evaluation.accept_length import Span, accept_spans, summarise
 from pipeline.runs import checkpoint
 from pipeline.runs.folder import (
@@ -50,7 +50,7 @@ from stages.train_draft.logs import (
     run_description,
     summary,
 )
-from stages.train_draft.ranks import LOST, Ranks, joined
+from stages.train_draft.ranks import Ranks, joined
 from stages.train_draft.sharding import shard, whole_draft, whole_tensors
 from stages.train_draft.step import Trainer, load_state_tensors, make_optimizer, state_tensors
 from stages.train_draft.stop import GracefulStop, raise_signal
@@ -251,9 +251,8 @@ class TrainingRun:
 
         Raises UsageError for a checkpoint of another recipe, cache or split; CacheError for a damaged one.
         """
-        newest, found = self.ranks.of_first(checkpoint.steps(self.path)[-1:]), None
-        if newest:
-            found = checkpoint.open_checkpoint(checkpoint.checkpoint_folder(self.path, *newest))
+        found = checkpoint.latest(self.path, self.ranks.of_first(checkpoint.steps(self.path)))
+        if found is not None:
             for key, digest in self.digests.items():
                 recorded = getattr(found.state, key)
                 if recorded != digest:
@@ -279,6 +278,8 @@ class TrainingRun:
 
     def idle_ranks(self) -> str | None:
         """Return in words that the next batch has fewer cells than there are ranks; None where it has as many."""
+        if self.ranks.size == 1:
+            return None
         cells = len(self.loader.sampler.batch(min(self.step, self.train.steps - 1)).cells)
         if cells >= self.ranks.size:
             return None
@@ -291,6 +292,8 @@ class TrainingRun:
     def description(self) -> str:
         """The size of the draft, and where the run stands."""
         begun = f"going on after step {self.step}" if self.step else "starting at step 0"
+        if self.ranks.size > 1:
+            begun = f"{self.ranks.size} ranks{', sharded' * self.ranks.sharded}; {begun}"
         return f"{self.parameters:,} parameters; {begun} of {self.train.steps}"
 
     def fit(self, display: Display, until: int | None = None) -> None:
@@ -396,7 +399,9 @@ class TrainingRun:
             if self.ranks.any(failure is not None):
                 self.save()
                 self.ranks.wait()
-                raise failure or PipelineError(LOST)
+                if failure is not None:
+                    raise failure
+                self.ranks.wait()  # in vain: the rank that has no memory ends, and so do all
         self.draft.train()
         every = sorted(batch for of_rank in self.ranks.gather(measured) for batch in of_rank)
         return [Span(*values) for _, spans in every for values in spans]

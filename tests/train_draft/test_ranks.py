@@ -12,17 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from kill_ranks import PATIENCE_S, ROOT, TORCHRUN, RankTrial
+from kill_ranks import MEASURED, PATIENCE_S, ROOT, TORCHRUN, RankTrial
 from rank_losses import all_combinations, found_on, largest_difference, train
-from test_train_draft import lines, unused_token
+from rewritten_caches import with_most_held_out
+from test_train_draft import lines
 
 from pipeline.cache import HiddenCache
 from pipeline.errors import UsageError
 from pipeline.runs import checkpoint
 from pipeline.runs.recipe import load_recipe, resolve
-from stages.train_draft.device import shards
+from stages.train_draft.device import fit_device, shards
+from stages.train_draft.memory import USABLE, Fit, step_memory
 from stages.train_draft.ranks import Ranks, exit_code, joined, own_device
 from stages.train_draft.run import TrainingRun, make_draft, split_for
+from stages.train_draft.sharding import sharded_memory
 
 CPU = torch.device("cpu")
 
@@ -30,8 +33,9 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def trial(greedy_cache, tmp_path_factory):
     """Runs on two ranks, and one that was left alone."""
-    more = ("--set", f"draft.mask_token_id={unused_token(greedy_cache)}", "--set", "train.lr=1e-4")
-    return RankTrial(greedy_cache, tmp_path_factory.mktemp("ranks"), steps=24, seed=0, ranks=2, more=more)
+    folder = tmp_path_factory.mktemp("ranks")
+    cache = with_most_held_out(greedy_cache, folder / "cache")
+    return RankTrial(cache, folder, steps=24, seed=0, ranks=2, more=(*MEASURED, "--set", "train.lr=1e-4"))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,8 @@ def test_the_losses_do_not_depend_on_the_number_of_ranks_nor_on_sharding(tiny_ca
     domino, common = published[1], [[False, 50, sets] for sets in published]
     twice = [[sharded, *case] for sharded in (False, True) for case in every]
     for sharded in (False, True):
-        twice += [[sharded, 5, [*domino, entry]] for entry in ("train.dtype=bfloat16", "draft.weighting=dpace")]
+        entries = ("train.dtype=bfloat16", "draft.weighting=dpace", "train.optimizer=adamw")
+        twice += [[sharded, 5, [*domino, entry]] for entry in entries]
         twice += [[sharded, 5, [*domino, "train.batch=2", "train.cells=1"]]]  # one cell: other ranks have none
     of_ranks = {
         2: [*common, *twice, [True, 50, [*domino, "train.optimizer=adamw"]], [False, 8, domino, 2]],
@@ -166,6 +171,33 @@ def test_one_process_is_no_group_and_cannot_be_sharded(tiny_cache):
     store = HiddenCache.open(tiny_cache)
     with pytest.raises(UsageError, match="among several ranks, and there is one; start them with torchrun"):
         shards(True, ranks, store, resolve(load_recipe(None), store))
+
+
+def test_a_draft_is_sharded_where_a_device_does_not_hold_it_whole(tiny_cache, monkeypatch, capsys):
+    store, ranks = HiddenCache.open(tiny_cache), Ranks(CPU)
+    resolved = resolve(
+        load_recipe(None, ("train.optimizer=adamw", "train.context=64", "train.anchors=8", "train.cell_anchors=12")),
+        store,
+    )
+    draft = make_draft(resolved, store, CPU)
+    memory = step_memory(resolved.draft, resolved.recipe.train, torch.float32, tied=False)
+    sizes = {"small": memory.peak(Fit(1)) / USABLE, "large": memory.peak(Fit(memory.blocks)) / USABLE + 1}
+    ranks.size = 8
+    monkeypatch.setattr("stages.train_draft.device.device_bytes", lambda device: int(sizes["large"]))
+    assert not shards(None, ranks, store, resolved) and shards(True, ranks, store, resolved)
+    monkeypatch.setattr("stages.train_draft.device.device_bytes", lambda device: int(sizes["small"]))
+    assert shards(None, ranks, store, resolved) and not shards(False, ranks, store, resolved)
+
+    whole = fit_device(resolved, draft, ranks)
+    ranks.sharded = True
+    sharded = fit_device(resolved, draft, ranks)
+
+    assert "sharded over 8 ranks (FSDP2)" in capsys.readouterr().out
+    assert sharded.at_once >= whole.at_once and whole.moments_on_host and not sharded.moments_on_host
+    share = sharded_memory(memory, draft, 8)
+    assert memory.static - share.static > memory.moments // 2 and share.peak(Fit(1)) < memory.peak(Fit(1))
+    monkeypatch.setattr(ranks, "gather", lambda fit: [fit, [2, True]])
+    assert fit_device(resolved, draft, ranks) == Fit(2, True), "what the smallest device has memory for"
 
 
 def test_a_batch_with_fewer_cells_than_ranks_is_mentioned(tiny_cache, tmp_path):
