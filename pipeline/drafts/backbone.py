@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.drafts.blocks import Blocks
 from pipeline.drafts.config import DraftConfig
-from pipeline.drafts.fused import gated, rms_norm, rotated_norm
+from pipeline.drafts.fused import gated_down, rms_norm, rotated_norm
 from pipeline.drafts.rope import Tables, rope_tables
 
 KV = tuple[Tensor, Tensor]  # keys and values [G, tokens, E]
@@ -111,7 +111,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+        return gated_down(self.gate_proj(x), self.up_proj(x), self.down_proj.weight)
 
 
 class Layer(nn.Module):

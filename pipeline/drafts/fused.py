@@ -8,7 +8,7 @@ applied, as Hugging Face's Qwen3 does.
 On a GPU each function below runs as one compiled kernel once `use_kernels` was called; what is written here is then
 its definition.
 
-    T tokens   A heads   E head size   D width of a norm
+    T tokens   A heads   E head size   D hidden size   I inner size   N blocks   S slots   V vocabulary
 """
 
 from collections.abc import Callable
@@ -81,9 +81,10 @@ def rotated_norm(x_TAE: Tensor, weight: Tensor, eps: float, tables: Tables) -> T
     return _RotatedNorm.apply(x_TAE, weight, eps, cos_TE[:, None], sin_TE[:, None], product_dtype(x_TAE))
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """Return silu(gate) * up."""
-    return _Gated.apply(gate, up)
+def gated_down(gate_TI: Tensor, up_TI: Tensor, down_DI: Tensor) -> Tensor:
+    """Return (silu(gate) * up) down^T [T, D]; the product in brackets is computed again for the gradient, not kept."""
+    dtype = product_dtype(gate_TI)
+    return _GatedDown.apply(gate_TI.to(dtype), up_TI.to(dtype), down_DI.to(dtype))
 
 
 @fused
@@ -133,16 +134,18 @@ class _RotatedNorm(torch.autograd.Function):
         return d_x, d_weight, None, None, None, None
 
 
-class _Gated(torch.autograd.Function):
+class _GatedDown(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return _gated(gate, up)
+    def forward(ctx, gate_TI, up_TI, down_DI):
+        ctx.save_for_backward(gate_TI, up_TI, down_DI)
+        return _gated(gate_TI, up_TI) @ down_DI.T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        return _gated_gradients(grad, *ctx.saved_tensors)
+    def backward(ctx, grad_TD):
+        gate_TI, up_TI, down_DI = ctx.saved_tensors
+        d_down_DI = grad_TD.T @ _gated(gate_TI, up_TI)
+        return *_gated_gradients(grad_TD @ down_DI, gate_TI, up_TI), d_down_DI
 
 
 @fused

@@ -18,6 +18,8 @@ from pipeline.drafts.objectives import Objective
 from pipeline.target.head import TargetHead
 from pipeline.tensors import at_least_float32
 
+SLICE = 8192  # tokens of the vocabulary whose share of W_out's gradient a CPU adds at once, in its cache
+
 
 class ChunkMemory:
     """Memory for the tensors [X, V] of a chunk, used again by the next: a CPU takes several times as long to get memory
@@ -25,7 +27,6 @@ class ChunkMemory:
 
     def __init__(self, slots: int, like: Tensor):
         self.slots, self.like, self.named = slots, like, {}
-        self.spare: tuple[Tensor, Tensor] | None = None  # for a product, and the same in the wider dtype of a sum
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
         """Return the memory of that name as [..., V], in float32 or wider where no dtype is given."""
@@ -34,29 +35,24 @@ class ChunkMemory:
             self.named[name] = self.like.new_empty((self.slots, shape[-1]), dtype=dtype)
         return self.named[name][: shape[:-1].numel()].view(shape)
 
-    def add(self, total: Tensor, left: Tensor, right: Tensor) -> None:
-        """Add a matrix product to `total`, whose dtype may be wider."""
-        if left.dtype == total.dtype:
-            total.addmm_(left, right)
-        elif left.device.type == "cpu":  # which would convert into new memory
-            if self.spare is None:
-                self.spare = torch.empty_like(total, dtype=left.dtype), torch.empty_like(total)
-            total += self.spare[1].copy_(torch.mm(left, right, out=self.spare[0]))
-        else:
-            total += left @ right
-
     def multiply(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         """Write the elementwise product to `out`, rounded to its dtype; `left` may be overwritten."""
-        if left.dtype != out.dtype and left.device.type == "cpu":  # as above
+        if left.dtype != out.dtype and left.device.type == "cpu":  # which would convert into new memory
             out.copy_(left.mul_(right))
         else:
             torch.mul(left, right, out=out)
 
-    def softmax(self, logits: Tensor, out: Tensor, function: Callable = torch.softmax) -> Tensor:
-        """Return the softmax of logits in `out`, computed in its dtype."""
-        if logits.dtype != out.dtype and logits.device.type == "cpu":  # which would convert into new memory
-            logits = out.copy_(logits)
-        return function(logits, -1, dtype=out.dtype, out=out)
+    def softmax(self, logits: Tensor, function: Callable = torch.softmax) -> Tensor:
+        """Return the softmax of logits in float32 or wider: on a CPU, which computes row by row, in their own memory
+        where that is wide enough."""
+        wide = at_least_float32(logits.dtype)
+        if logits.device.type != "cpu":
+            out = self.take("q", logits.shape)
+        elif logits.dtype == wide:
+            out = logits
+        else:  # it would convert into new memory
+            logits = out = self.take("q", logits.shape).copy_(logits)
+        return function(logits, -1, dtype=wide, out=out)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -79,6 +75,7 @@ class HeadLoss(torch.autograd.Function):
         head_out_VU = out_VU.to(head_VD.dtype) if corrected else None
         scored = [kind for kind in ("base", "final") if kind in objective.scales]
         kinds = ["base", "final"] if corrected else scored
+        tokens = SLICE if head_VD.device.type == "cpu" else len(head_VD)
         memory = ChunkMemory(min(blocks, len(hidden_NSD)) * hidden_NSD.shape[1], head_VD)
         for first in range(0, len(hidden_NSD), blocks):
             part = slice(first, first + blocks)
@@ -97,21 +94,31 @@ class HeadLoss(torch.autograd.Function):
                 if target.logit_softcap is not None:
                     logits_NSV = target.cap(raw_NSV.to(at_least_float32(raw_NSV.dtype)))
                     slope_NSV = 1 - (logits_NSV / target.logit_softcap) ** 2
-                measured = objective.measure(part, logits_NSV, memory, soft)
+                measured = objective.measure(kind, part, logits_NSV, memory, soft)
                 objective.add_chunk(kind, part, logits_NSV, measured, memory, soft, want_grad)
                 if target.logit_softcap is not None:
                     raw_NSV.copy_(logits_NSV.mul_(slope_NSV))
             if d_z is not None:
                 d_z[part] = (raw["final"] @ head_out_VU).view_as(d_z[part])
-                memory.add(d_out, raw["final"].T, z_XU)
+                for part_VU, columns_XV in zip(d_out.split(tokens), raw["final"].split(tokens, dim=1), strict=True):
+                    part_VU += columns_XV.T @ z_XU
             if want_grad:
                 d_sum_XV = raw["final"] if len(scored) == 1 else raw["final"].add_(raw["base"])
                 d_hidden[part] = (d_sum_XV @ head_VD).view_as(d_hidden[part])
-        ctx.save_for_backward(d_hidden, d_z, None if d_out is None else d_out.to(out_VU.dtype))
+        ctx.grads = d_hidden, d_z, None if d_out is None else d_out.to(out_VU.dtype)
         return objective.total()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        grads = (None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
-        return *grads, None, None, None
+        grads = ctx.grads
+        if graph_is_kept():
+            return *(None if made is None else made * grad.to(made.dtype) for made in grads), None, None, None
+        ctx.grads = None
+        return *(None if made is None else made.mul_(grad.to(made.dtype)) for made in grads), None, None, None
+
+
+def graph_is_kept() -> bool:
+    """Return whether the graph of this backward pass may be walked again: then its tensors must stay as they are."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # torch's own, not public
+    return asked is None or asked()

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from pipeline.drafts.fused import compiles, cross_entropy, overwrite_with_gradient
 from pipeline.target.head import TargetHead
+from pipeline.tensors import at_least_float32
 
 if TYPE_CHECKING:
     from pipeline.drafts.head_loss import ChunkMemory
@@ -165,27 +166,31 @@ class Objective:
         return SoftLabels(p_NSV, log_p_NSV.mul_(p_NSV).sum(-1))
 
     def measure(
-        self, part: slice, logits_NSV: Tensor, memory: "ChunkMemory", soft: SoftLabels | None = None
+        self, kind: str, part: slice, logits_NSV: Tensor, memory: "ChunkMemory", soft: SoftLabels | None = None
     ) -> Measured:
-        """Return one chunk's distances [n, S], those that are read, and q [n, S, V] in `memory`.
+        """Return one chunk's distances [n, S], those that are read, and q [n, S, V], which may overwrite the logits.
 
         With compiled kernels cross-entropy alone needs no q: its gradient is computed from the logits.
         """
+        labels_NS = self.labels_NS[part]
+        if self.metrics:
+            self._record_predictions(kind, labels_NS, logits_NSV, soft)
         if self.reads == {"ce"} and compiles(logits_NSV.device):
-            ce_NS, log_sum_NS = cross_entropy(logits_NSV, self.labels_NS[part])
+            ce_NS, log_sum_NS = cross_entropy(logits_NSV, labels_NS)
             return Measured({"ce": ce_NS}, log_sum_NS=log_sum_NS)
-        label_NS1, q_NSV = self.labels_NS[part][..., None], memory.take("q", logits_NSV.shape)
+        label_NS1 = labels_NS[..., None]
         if "kl" in self.reads:
-            log_q_NSV = memory.softmax(logits_NSV, q_NSV, torch.log_softmax)
+            log_q_NSV = memory.softmax(logits_NSV, torch.log_softmax)
             # Not vecdot, which autocast would compute in bfloat16.
-            product_NSV = torch.mul(soft.p_NSV, log_q_NSV, out=memory.take("product", q_NSV.shape))
+            product_NSV = torch.mul(soft.p_NSV, log_q_NSV, out=memory.take("product", logits_NSV.shape))
             distances = {"ce": -log_q_NSV.gather(-1, label_NS1)[..., 0]}
             distances["kl"] = soft.negentropy_NS - product_NSV.sum(-1)
             q_NSV = log_q_NSV.exp_()
         else:
             # -log q_y by way of the likeliest token: a q_y below the smallest number has a logarithm, too.
-            below_NS = logits_NSV.amax(-1).to(q_NSV.dtype) - logits_NSV.gather(-1, label_NS1)[..., 0].to(q_NSV.dtype)
-            memory.softmax(logits_NSV, q_NSV)
+            wide = at_least_float32(logits_NSV.dtype)
+            below_NS = logits_NSV.amax(-1).to(wide) - logits_NSV.gather(-1, label_NS1)[..., 0].to(wide)
+            q_NSV = memory.softmax(logits_NSV)
             distances = {"ce": below_NS - q_NSV.amax(-1).log()}
         if "accept" in self.reads:
             least_NSV = torch.minimum(soft.p_NSV, q_NSV, out=memory.take("product", q_NSV.shape))
@@ -204,8 +209,6 @@ class Objective:
     ) -> None:
         """Add one chunk's loss, of what `measure` returned, and overwrite the logits with the gradient of `total()`."""
         labels_NS, distances = self.labels_NS[part], measured.distances
-        if self.metrics:
-            self._record_predictions(kind, labels_NS, logits_NSV, soft)
         weights_NS = self.weigh(part, distances["ce"]).to(distances["ce"].dtype)
         self._record(kind, {"weights": weights_NS, **distances})
         distance_grads: dict[str, Tensor] = {}

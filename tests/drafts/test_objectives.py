@@ -159,8 +159,8 @@ def gradient_of(objective: Objective, logits_NSV: torch.Tensor, teacher_NSV: tor
 
     whole, memory = slice(0, len(logits_NSV)), ChunkMemory(logits_NSV.shape[:-1].numel(), logits_NSV)
     soft = None if teacher_NSV is None else objective.soft_labels(whole, Same(), memory)
-    measured = objective.measure(whole, logits_NSV, memory, soft)
-    gradient_NSV = logits_NSV.detach().clone()
+    gradient_NSV = logits_NSV.detach().clone()  # which overwrites the logits
+    measured = objective.measure("final", whole, gradient_NSV, memory, soft)
     objective.add_chunk("final", whole, gradient_NSV, measured, memory, soft)
     return gradient_NSV
 
