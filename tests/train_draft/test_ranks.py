@@ -180,7 +180,7 @@ def test_a_draft_is_sharded_where_a_device_does_not_hold_it_whole(tiny_cache, mo
         store,
     )
     draft = make_draft(resolved, store, CPU)
-    memory = step_memory(resolved.draft, resolved.recipe.train, torch.float32, tied=False)
+    memory = step_memory(resolved.draft, resolved.recipe.train, torch.float32, tied=False, compiled=False)
     sizes = {"small": memory.peak(Fit(1)) / USABLE, "large": memory.peak(Fit(memory.blocks)) / USABLE + 1}
     ranks.size = 8
     monkeypatch.setattr("stages.train_draft.device.device_bytes", lambda device: int(sizes["large"]))
