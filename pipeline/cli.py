@@ -206,14 +206,23 @@ def import_cache(source, out, **chosen):
 @option("--out", type=FOLDER, help="The run's folder.  [default: runs/METHOD-DIGEST]")
 @DEVICE
 @option("--init-from", type=FOLDER, help="Begin with the weights of this draft: a published one, or a run.")
-def train_draft(recipe, cache, sets, out, device, init_from):
+@option(
+    "--shard/--no-shard",
+    "sharded",
+    default=None,
+    help="Under torchrun: divide the draft among the ranks.  [default: where a device does not hold it]",
+)
+def train_draft(recipe, cache, sets, out, device, init_from, sharded):
     """Train a draft from a cache; the target is never loaded.
 
     RECIPE is a TOML file that states what differs from the defaults. The same command goes on after any stop.
+
+    On many devices: `torchrun --nproc-per-node 8 -m pipeline train-draft ...`, on one machine or several that share the
+    cache and the run's folder. What is trained does not depend on their number, and a run may go on with another one.
     """
     from stages.train_draft.run import run
 
-    run(cache, recipe, sets, out, device, initial_draft(init_from))
+    run(cache, recipe, sets, out, device, initial_draft(init_from), sharded)
 
 
 @commands.command()

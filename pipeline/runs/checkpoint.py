@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,17 +74,24 @@ class Checkpoint:
 
 
 def save(
-    run: Path, step: int, draft: Draft, optimizer: dict[str, torch.Tensor], digests: dict[str, str], keep: int
+    run: Path,
+    step: int,
+    draft: Draft,
+    optimizer: Mapping[str, torch.Tensor],
+    digests: dict[str, str],
+    keep: int,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write the checkpoint of `step`, then remove all but the `keep` newest. Does nothing if it is there already.
 
-    optimizer: tensors by name. digests: those of `CheckpointState`. Raises RoomError when the disk is full or
-    read-only; the checkpoint before stays as it was.
+    optimizer: tensors by name. digests: those of `CheckpointState`. weights: the draft's, where it is sharded over
+    several processes and these were gathered. Raises RoomError when the disk is full or read-only; the checkpoint
+    before stays as it was.
     """
     folder, path = run / FOLDER, checkpoint_folder(run, step)
     if path.exists():
         return path
-    weights = draft.state_dict()
+    weights = draft.state_dict() if weights is None else weights
     check_free_space(run, "a checkpoint", sum(tensor.nbytes for tensor in [*weights.values(), *optimizer.values()]))
     unfinished = folder / f"{UNFINISHED}{path.name}"
     with write_errors(folder, "a checkpoint"):
@@ -120,9 +127,12 @@ def steps(run: Path) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
-def latest(run: Path) -> Checkpoint | None:
-    """Return the newest checkpoint of a run, every byte checked; None when it has none. CacheError when damaged."""
-    saved = steps(run)
+def latest(run: Path, saved: list[int] | None = None) -> Checkpoint | None:
+    """Return the newest checkpoint of a run, every byte checked; None when it has none. CacheError when damaged.
+
+    saved: the steps that have one, where another process has listed them for all.
+    """
+    saved = steps(run) if saved is None else saved
     return open_checkpoint(checkpoint_folder(run, saved[-1])) if saved else None
 
 
@@ -154,6 +164,26 @@ def _check_file(path: Path, record: FileFact, every_byte: bool, remedy: str) -> 
         raise damage_error(path, error, remedy) from None
     if not same:
         raise CacheError(f"{path}: damaged, it is not what {STATE} says; {remedy}")
+
+
+def load_tensors(path: Path, into: Mapping[str, torch.Tensor]) -> None:
+    """Copy a safetensors file's tensors into those of the same names, one after the other; into one that is sharded
+    over several processes, this one's part.
+
+    Raises KeyError for other names, RuntimeError for another shape.
+    """
+    with safe_open(path, framework="pt") as file, torch.no_grad():
+        if into.keys() != set(file.keys()):
+            raise KeyError(f"names that only one of both has: {sorted(into.keys() ^ set(file.keys()))}")
+        for name, tensor in into.items():
+            found = file.get_tensor(name)
+            if found.shape != tensor.shape:
+                raise RuntimeError(f"{name} has shape {tuple(found.shape)}, wanted {tuple(tensor.shape)}")
+            if hasattr(tensor, "placements"):
+                from torch.distributed.tensor import distribute_tensor  # half a second, which other runs need not wait
+
+                found = distribute_tensor(found, tensor.device_mesh, tensor.placements, src_data_rank=None)
+            tensor.copy_(found)
 
 
 def find_checkpoint(place: Path) -> Path:

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 RUN, RECIPE, DONE = "run.json", "recipe.toml", "done.json"
 OTHER_FOLDERS = {"config.json": "a model or a draft", "cache.json": "a cache"}  # files of other kinds of folder
+ONE_RANK = {"ranks": "1"}  # what runs of versions that knew no others do not record
 PACKAGES = ("torch", "numpy", "safetensors", "pydantic")  # whose versions are recorded
 PUT_BACK = "put it back as it was, or train into another --out"
 MAKE_AGAIN = "remove it: the same `pipeline train-draft` makes it again from the newest checkpoint"
@@ -196,7 +197,7 @@ def create_or_check(
                 f"{run} was started with {key} = {recorded.get(key)}, this command asks for {current[key]}{grown}; "
                 "a run goes on with what it began with: pass another --out for another run"
             )
-    before, after = (record.machine | record.versions for record in (then, now))
+    before, after = (ONE_RANK | record.machine | record.versions for record in (then, now))
     return [f"{key} {before[key]}, now {after[key]}" for key in after if before.get(key, after[key]) != after[key]]
 
 

@@ -26,7 +26,7 @@ import torch
 from pipeline.errors import PipelineError, UsageError
 from pipeline.tensors import find_device
 from pipeline.visible_text import print_visible, visible
-from stages.train_draft.run import GracefulStop
+from stages.train_draft.stop import GracefulStop, raise_signal
 
 POLL_SECONDS = 0.5  # between two looks at whether a signal came
 PARENT_ONLY = (signal.SIGINT, signal.SIGHUP)  # a terminal sends them to all its processes
@@ -106,7 +106,7 @@ def train_on_devices(devices: Sequence[str], todo: Sequence[Work], prepare: Call
             _terminate(workers)
             raise
     if stop.received:
-        stop.raise_signal()
+        raise_signal(stop.received)
     return errors
 
 

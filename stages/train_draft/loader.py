@@ -57,19 +57,32 @@ class BatchLoader:
     """Reads the states of a sampler's batches.
 
     keep_encoded: leave the states of lossy codecs undecoded until their cell is moved to the device that trains.
-    layers: those to read, by default the draft's.
+    layers: those to read, by default the draft's. rank, ranks: of a batch's cells j, only those with j mod `ranks` =
+    `rank` are read.
     """
 
-    def __init__(self, sampler: Sampler, keep_encoded: bool = False, layers: Sequence[int] | None = None):
+    def __init__(
+        self,
+        sampler: Sampler,
+        keep_encoded: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
+        layers: Sequence[int] | None = None,
+    ):
         self.sampler, self.cache = sampler, sampler.cache
+        self.rank, self.ranks = rank, ranks
         self.layers = tuple(layers or sampler.config.target_layer_ids)
         groups = [self.layers, *[(FINAL,)] * sampler.config.needs_final_states]
         codecs = {layers: self.cache.lossy_codec(layers) for layers in groups if keep_encoded}
         self._encoded = {layers: codec for layers, codec in codecs.items() if codec}
 
     def read_all(self, batch: Batch) -> Iterator[Cell]:
-        """Yield a batch's cells with their states, each read when it is asked for."""
-        return (self.read(batch, number) for number in range(len(batch.cells)))
+        """Yield this rank's cells of a batch with their states, each read when it is asked for."""
+        return (self.read(batch, number) for number in self.numbers(batch))
+
+    def numbers(self, batch: Batch) -> range:
+        """Return which of a batch's cells are this rank's."""
+        return range(self.rank, len(batch.cells), self.ranks)
 
     def read(self, batch: Batch, number: int, memory_B: Tensor | None = None) -> Cell:
         """Return a cell with its states, read into `memory_B` (uint8, `size` or more) if given; raises as `fill`."""
@@ -122,7 +135,8 @@ class Buffer:
 
 
 class Prefetcher:
-    """Iterates once over the batches of steps start to stop - 1, in order, as (batch, its cells with their states).
+    """Iterates once over the batches of steps start to stop - 1, in order, as (batch, its cells with their states), of
+    which a loader for one of several ranks reads that rank's.
 
     A cell is valid only until the next one is asked for: its memory is used again, pinned where a CUDA device copies
     from it. limit: bytes of states in memory. waited: seconds the caller has waited for data. An error while reading a
@@ -180,12 +194,12 @@ class Prefetcher:
         return batch.use > 0 and batch.step > self.start
 
     def _cells(self, batch: Batch) -> Iterator[Cell]:
-        for number in range(len(batch.cells)):
+        for at in range(len(self.loader.numbers(batch))):
             assert self._current is batch, f"cells of step {batch.step} are asked for after its batch"
             if self.keeps:
-                if number == len(self._kept):
+                if at == len(self._kept):
                     self._kept.append(self._take())
-                yield self._kept[number][0]
+                yield self._kept[at][0]
                 continue
             cell, buffer = self._take()
             try:
@@ -223,11 +237,12 @@ class Prefetcher:
                 self._put(batch)
                 if self._uses_kept(batch):
                     continue
-                sizes = [buffer_size(self.loader.size(windows)) for windows in batch.windows]
+                numbers = self.loader.numbers(batch)
+                sizes = [buffer_size(self.loader.size(batch.windows[number])) for number in numbers]
                 if self.keeps:
                     self.limit = max(self.limit, 2 * sum(sizes))
                     self._most_waiting = max(self._most_waiting, len(sizes))
-                for number, size in enumerate(sizes):
+                for number, size in zip(numbers, sizes, strict=True):
                     buffer = self._take_buffer(size)
                     if buffer is None:
                         return

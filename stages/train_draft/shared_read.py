@@ -36,7 +36,9 @@ from pipeline.visible_text import print_visible, visible
 from stages.train_draft.batches import Batch, Sampler, SampleWindow
 from stages.train_draft.loader import BatchLoader, Prefetcher, StatesInPieces
 from stages.train_draft.logs import Display, summary, two_batches_text
-from stages.train_draft.run import GracefulStop, TrainingRun, load_head, open_run
+from stages.train_draft.ranks import Ranks
+from stages.train_draft.run import TrainingRun, load_head, open_run
+from stages.train_draft.stop import GracefulStop
 
 if TYPE_CHECKING:
     from stages.train_draft.sweep import PlannedRun
@@ -224,7 +226,9 @@ def train_together(
                 dtype = run.resolved.recipe.train.dtype
                 if dtype not in heads:
                     heads[dtype] = load_head(run.resolved, store, device)
-                opened = open_run(run.path, store, run.split, run.resolved, device, run.start, heads[dtype], others)
+                opened = open_run(
+                    run.path, store, run.split, run.resolved, Ranks(device), run.start, heads[dtype], others
+                )
             except PipelineError as error:
                 print_visible(f"failed: {visible(error)}")
                 errors[run.path] = error
@@ -260,6 +264,7 @@ class Group:
     def train(self) -> None:
         """Train every member to its last step."""
         for member in self.members:
+            member.training.ranks.stop = self.stop
             member.display.print_line(member.training.description)
         level = max(member.training.step for member in self.members)
         for member in list(self.members):
@@ -267,8 +272,8 @@ class Group:
                 until = min(level, member.training.train.steps)
                 if member.training.step < until:
                     member.display.print_line(f"alone up to step {until}, where another run is")
-                    member.training.fit(member.display, self.stop, until)
-                member.training.begin(member.display, self.stop)
+                    member.training.fit(member.display, until)
+                member.training.begin(member.display)
                 self._finish_if_done(member)
         members = [member for member in self.members if member.left]
         if members:
@@ -301,7 +306,7 @@ class Group:
         training, layers = member.training, member.training.draft.config.target_layer_ids
         filled = (states.fill(*of_cell, layers) for of_cell in zip(batch.cells, batch.windows, strict=True))
         with self._turn_of(member):
-            training.note(batch, training.trainer.step(batch, filled), waited, member.display, self.stop)
+            training.note(batch, training.trainer.step(batch, filled), waited, member.display)
             training.draft.zero_grad()  # the memory is the next run's
             self._finish_if_done(member)
 

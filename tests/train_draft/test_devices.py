@@ -16,7 +16,7 @@ from pipeline.cli import main
 from pipeline.errors import CacheError, PipelineError, UsageError
 from pipeline.runs import checkpoint
 from stages.train_draft.device_processes import Work, named_devices, train_on_devices
-from stages.train_draft.run import GracefulStop
+from stages.train_draft.stop import GracefulStop
 from stages.train_draft.sweep import sweep
 
 ROOT = Path(__file__).parents[2]

@@ -70,7 +70,7 @@ def test_a_run_computes_what_its_device_holds_and_says_so(tiny_cache, tmp_path, 
     head = store.head()
     memory = step_memory(resolved.draft, resolved.recipe.train, torch.float32, head.tied, compiled=False)
     size = int(memory.peak(Fit(5)) / USABLE) + 1
-    monkeypatch.setattr("stages.train_draft.run.device_bytes", lambda device: size)
+    monkeypatch.setattr("stages.train_draft.device.device_bytes", lambda device: size)
     capsys.readouterr()
 
     parts = trained(tiny_cache, tmp_path / "parts", *sets)
