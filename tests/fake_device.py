@@ -232,6 +232,7 @@ def pretend() -> None:
         return pin(made) if pin_memory else made
 
     torch.empty, torch.Tensor.pin_memory = pinnable_empty, lambda tensor, *_: pin(tensor.clone())
+    torch.Tensor.is_pinned = lambda tensor, *_: is_pinned(tensor)
     torch.Tensor.record_stream = lambda tensor, stream: journal.append(f"memory kept for {stream.name}")
     torch.cuda.Stream, torch.cuda.Event = Stream, Event
     torch.cuda.current_stream = lambda *_: Stream("computing")

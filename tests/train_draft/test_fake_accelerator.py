@@ -29,6 +29,7 @@ LOSSES = [
     f"dspark:{SMALLER},objective=lk-hybrid,markov_head_type=rnn",
 ]
 IN_PARTS = f"domino:{SMALLER},at_once=16"
+LONG = "domino:32768,anchors=64,num_hidden_layers=1"  # a cell whose ids are more than CUDA copies aside
 PLAIN = [f"{loss},kernels=plain" for loss in LOSSES]
 LOADS = ("load:,codec=raw", "load:,codec=int8")
 ON_CPU = [f"{loss},device=cpu" for loss in PLAIN]
@@ -51,13 +52,13 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++
 def records() -> dict[str, dict]:
     """The record of each step by its name."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), *LOSSES, *PLAIN, IN_PARTS, *ON_CPU, "int8", *LOADS]
+    command = [sys.executable, str(SCRIPT), *LOSSES, *PLAIN, IN_PARTS, LONG, *ON_CPU, "int8", *LOADS]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(zip(command[2:], map(json.loads, done.stdout.splitlines()), strict=True))
 
 
-@pytest.mark.parametrize("loss", LOSSES + PLAIN)
+@pytest.mark.parametrize("loss", [*LOSSES, *PLAIN, LONG])
 def test_a_step_waits_for_the_device_twice_and_an_evaluation_never(records, loss):
     """For the gradient's norm and the loss, which decide whether the weights may change. Copies to the device are
     counted, too: none of them may wait for what is queued there."""
