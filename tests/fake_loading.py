@@ -19,7 +19,7 @@ from pipeline.runs.recipe import TrainSection
 from pipeline.runs.training_data import split_samples
 from stages.train_draft import loader as loader_module
 from stages.train_draft.batches import Sampler
-from stages.train_draft.loader import BatchLoader, EncodedStates, Prefetcher
+from stages.train_draft.loader import BatchLoader, StatesInPieces, Prefetcher
 
 CELLS_AHEAD = 2  # fewer buffers than cells, so that each is used again
 
@@ -58,7 +58,7 @@ def load(codec: str) -> dict:
 def _is_pinned(cell: Cell) -> bool:
     """Whether all states of a cell, encoded or not, lie in pinned memory."""
     for states in (cell.aux_KRD, cell.final_FD):
-        if isinstance(states, EncodedStates):
+        if isinstance(states, StatesInPieces):
             arrays = [array for *_, encoded in states.pieces for array in encoded.arrays if array.nbytes]
             if not all(is_pinned_at(array.ctypes.data) for array in arrays):
                 return False

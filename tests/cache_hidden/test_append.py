@@ -164,7 +164,7 @@ def test_an_append_stopped_after_its_plan_continues_with_the_same_command(
     command = (str(tiny_target), str(more), out)
     options = CaptureOptions(max_length=256, append=True)
 
-    def interrupt(*arguments):
+    def interrupt(*arguments, **named):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

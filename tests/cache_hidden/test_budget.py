@@ -282,7 +282,7 @@ def test_a_worker_that_has_opened_no_shard_yet_keeps_its_plan(planned, captured,
     """It loads its target for minutes, then captures by a plan that would be gone."""
     held = threading.Event()
 
-    def load(*arguments):
+    def load(*arguments, **named):
         held.set()
         with pytest.raises(UsageError, match="captured by another process"):
             planned("2MB")
