@@ -19,7 +19,7 @@ from pipeline.runs.recipe import TrainSection
 from pipeline.runs.training_data import split_samples
 from stages.train_draft import loader as loader_module
 from stages.train_draft.batches import Sampler
-from stages.train_draft.loader import BatchLoader, StatesInPieces, Prefetcher
+from stages.train_draft.loader import BatchLoader, Prefetcher, StatesInPieces
 
 CELLS_AHEAD = 2  # fewer buffers than cells, so that each is used again
 
