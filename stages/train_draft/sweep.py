@@ -14,6 +14,7 @@ new runs, and what `train-draft` finished is not trained again.
 import copy
 import itertools
 import math
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -76,6 +77,8 @@ def sweep(
     A run whose loss is not finite is recorded under `failed` and the others go on. Raises what a run raises, of several
     processes once all other runs are done; and UsageError, before the first run, for an invalid combination.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError("a sweep gives its runs to the devices itself; start it without torchrun, see --devices")
     planned = Planned(cache, recipe, sets, out, init_from)
     places, runs = named_devices(device, devices, jobs), planned.runs
     todo = [run for run in runs.values() if read_result(run.path) is None]

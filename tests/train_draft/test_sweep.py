@@ -92,6 +92,13 @@ def test_a_table_that_is_no_grid_is_refused_with_the_nearest_right_thing(recipe,
         load_sweep(recipe(line))
 
 
+def test_a_sweep_under_torchrun_is_refused(recipe, tiny_cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="start it without torchrun"):
+        sweep(tiny_cache, recipe('"train.seed" = [0, 1]'), SMALL[:1], tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_recipe_and_a_sweep_are_not_taken_for_each_other(recipe, tmp_path):
     with pytest.raises(UsageError, match="run it with `pipeline sweep`"):
         load_recipe(recipe('"train.seed" = [0]'))
