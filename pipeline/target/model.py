@@ -31,9 +31,9 @@ from pipeline.target.chat_template import load_tokenizer
 from pipeline.target.config import check_quantised, load_config, loader_class, missing_package, quantised_by
 from pipeline.target.files import check_config, complete_config, find_target, tokenizer_files
 from pipeline.target.head import TargetHead, logit_scale
-from pipeline.target.spread import input_device, loading_arguments, lost_rank, same_weights, whole_weight
+from pipeline.target.spread import input_device, loading_arguments, same_weights, whole_weight
 from pipeline.target.weights import check_weights_if_recorded, weight_facts, weight_files, weight_shapes
-from pipeline.tensors import find_device
+from pipeline.tensors import find_device, lost_rank
 
 
 def load_target(

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -140,8 +139,3 @@ def same_weights(embed: nn.Module, head: nn.Module, embed_VD: Tensor, head_VD: T
     spread = any(hasattr(weight, "full_tensor") or weight.device.type == "meta" for weight in weights)
     several = spread or embed_VD.device != head_VD.device
     return several and embed_VD.shape == head_VD.shape and torch.equal(embed_VD, head_VD.to(embed_VD.device))
-
-
-def lost_rank(error: BaseException) -> bool:
-    """Return whether an error says that another rank of the group has gone, or does not answer."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

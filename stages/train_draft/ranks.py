@@ -28,7 +28,7 @@ import xxhash
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError, UsageError, first_line, limit_error
-from pipeline.tensors import find_device
+from pipeline.tensors import find_device, lost_rank
 from stages.train_draft.stop import STOP_SIGNALS, GracefulStop
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")  # that torchrun sets
@@ -189,7 +189,7 @@ class ProcessGroup(Ranks):
     def report(self, error: BaseException) -> tuple[bool, int]:
         """Return whether this rank is the first to end with an error, which is then the one to print, and the code that
         it ends with: its own, or that of another rank's error, if this one only misses it or was told to stop."""
-        lost, code = is_lost(error), exit_code(error)
+        lost, code = lost_rank(error), exit_code(error)
         try:
             if (lost or isinstance(error, SystemExit)) and self.store.check(["exit code"]):
                 return False, int(self.store.get("exit code"))
@@ -254,13 +254,6 @@ def _buckets(grads: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def is_lost(error: BaseException) -> bool:
-    """Return whether an error says that another rank is gone."""
-    from torch.distributed import DistError
-
-    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
-
-
 def exit_code(error: BaseException) -> int:
     """Return the exit code of a command that ends with this error."""
     if isinstance(error, KeyboardInterrupt):
@@ -294,7 +287,7 @@ def joined(device: str | None, environment: Mapping[str, str] = os.environ) -> I
         if not prints:
             _leave(code)
         atexit.register(_leave, code)
-        if is_lost(error):
+        if lost_rank(error):
             raise PipelineError(f"{LOST} ({first_line(error)})") from error
         raise
     atexit.register(_leave, 0)
