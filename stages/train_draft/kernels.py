@@ -10,6 +10,7 @@ from pipeline.drafts import Draft, lay_blocks, pack
 from pipeline.drafts.fused import Kernels, use_kernels
 from pipeline.errors import first_line
 from pipeline.runs.recipe import TrainSection
+from pipeline.tensors import free_cached_memory
 from stages.train_draft.memory import FakeRows
 
 DISABLED = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")  # torch's own switches
@@ -46,13 +47,14 @@ def compile_if_equal(draft: Draft, train: TrainSection) -> str:
     """Compile the draft's kernels from now on, if a step of random states has the same loss and gradients with them as
     without; return in words what is used."""
     use_kernels(None)  # a run before this one in the process may have compiled them
-    plain = trial_step(draft, train)
-    use_kernels(Kernels())
     try:
+        plain = trial_step(draft, train)
+        use_kernels(Kernels())
         differs = difference(trial_step(draft, train), plain, NEAR[train.dtype])
-    except Exception as error:  # a compiler raises errors of many kinds, and a run does without it
+    except Exception as error:  # a compiler raises errors of many kinds, or memory lacks, and a run does without it
         differs = first_line(error)
     draft.zero_grad()
+    free_cached_memory(draft.device)
     if differs:
         use_kernels(None)
         return f"kernels: plain, since the compiled ones cannot be used here: {differs}"
@@ -60,7 +62,7 @@ def compile_if_equal(draft: Draft, train: TrainSection) -> str:
 
 
 def trial_step(draft: Draft, train: TrainSection) -> dict[str, Tensor]:
-    """Return the loss and the weights' gradients of a batch that is the same in every call."""
+    """Return the loss and the weights' gradients, on the host, of a batch that is the same in every call."""
     config, device, generator = draft.config, draft.device, torch.Generator().manual_seed(0)
     sample = FakeRows(ROWS, config)
     sample.ids = torch.randint(0, config.vocab_size, (ROWS,), generator=generator)
@@ -75,8 +77,8 @@ def trial_step(draft: Draft, train: TrainSection) -> dict[str, Tensor]:
             cell.to(device), blocks, draft.schedule(train.steps // 2, train.steps), dens_of(draft, blocks)
         )
     loss.total.backward()
-    gradients = {name: weight.grad for name, weight in draft.named_parameters() if weight.grad is not None}
-    return {LOSS: loss.total.detach(), **gradients}
+    gradients = {name: weight.grad.cpu() for name, weight in draft.named_parameters() if weight.grad is not None}
+    return {LOSS: loss.total.detach().cpu(), **gradients}
 
 
 def dens_of(draft: Draft, blocks) -> dict[str, Tensor]:
