@@ -5,10 +5,11 @@ of rows reads the whole head, V x D. With few rows, reading it takes most of the
 [X, V], of which about four exist at once, and six with the target's distribution, take the memory. The chunk size
 decides the order of summation, so a run keeps the rule that it began with, to repeat bit for bit.
 
-On a CPU more than 256 rows gain less than a tenth; 128 MB allow a vocabulary of 262,144 only 128 rows, which costs
-about as much (`tests/bench/head.py` has the figures). On CUDA, not measured: 256 MB allow 256 rows at 262,144 and 2,048
-at 32,768; in bfloat16 X rows do X operations for every byte of the head read, and an H200 is compute-bound from about
-206 on, an A100 from 153, so more rows would gain nothing there.
+On a CPU more than 256 rows gain less than a tenth, and fewer than 128 lose one; between them 80 MB decide, so that a
+step on a vocabulary of 151,936 takes 1.26 times the memory of one on 32,768 (`tests/bench/head.py` has the figures).
+On CUDA, not measured: 256 MB allow 256 rows at 262,144 and 2,048 at 32,768; in bfloat16 X rows do X operations for
+every byte of the head read, and an H200 is compute-bound from about 206 on, an A100 from 153, so more rows would gain
+nothing there.
 
     D hidden size   V vocabulary, the head's padding rows included   X rows at once
 """
@@ -147,10 +148,12 @@ def logit_scale(target: dict) -> float:
 
 
 class ChunkLimit(NamedTuple):
-    """A limit on a chunk of logits: bytes of one float32 [X, V], and rows X."""
+    """A limit on a chunk of logits: bytes of one float32 [X, V], and the most and the fewest rows X, whatever the
+    bytes."""
 
     bytes: int
     rows: int = sys.maxsize
+    fewest: int = 1
 
 
 # Limits by the number of the rule and the kind of device; "greedy": for the target's greedy tokens, if it differs.
@@ -158,6 +161,7 @@ class ChunkLimit(NamedTuple):
 RULES: dict[int, dict[str, ChunkLimit]] = {
     1: {"cpu": ChunkLimit(4 << 20), "cuda": ChunkLimit(256 << 20), "greedy": ChunkLimit(16 << 20)},
     2: {"cpu": ChunkLimit(128 << 20, rows=256), "cuda": ChunkLimit(256 << 20)},
+    3: {"cpu": ChunkLimit(80 << 20, rows=256, fewest=128), "cuda": ChunkLimit(256 << 20)},
 }
 NEWEST = max(RULES)
 
@@ -169,7 +173,7 @@ def chunk_rows(vocabulary: int, device: str, rule: int = NEWEST, greedy: bool = 
     """
     limits = RULES[rule]
     limit = limits["greedy"] if greedy and "greedy" in limits else limits.get(device, limits["cuda"])
-    return max(1, min(limit.rows, limit.bytes // (4 * vocabulary)))
+    return max(limit.fewest, min(limit.rows, limit.bytes // (4 * vocabulary)))
 
 
 def chunk_blocks(slots: int, vocabulary: int, device: str, rule: int = NEWEST) -> int:
