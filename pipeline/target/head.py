@@ -25,11 +25,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.errors import CacheError, refuse_limit
+from pipeline.errors import UPGRADE, CacheError, VersionError, refuse_limit
 from pipeline.json_files import parse_json
 from pipeline.tensors import at_least_float32, save_tensors
 
 EMBEDDING, HEAD, FACTS = "embed_tokens.weight", "lm_head.weight", "target_head"
+
+KNOWN_FACTS = {"embed_scale", "logit_softcap", "tied"}
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,15 @@ class TargetHead:
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> "TargetHead":
-        """Read what `save` wrote; dtype None keeps the stored one. CacheError when the file is not such a head."""
+        """Read what `save` wrote; dtype None keeps the stored one.
+
+        CacheError when the file is not such a head, VersionError when it says more, which could change logits.
+        """
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 facts = parse_json((file.metadata() or {})[FACTS])
+                if unknown := sorted({*file.keys()} - {EMBEDDING, HEAD} | {*facts} - KNOWN_FACTS):
+                    raise VersionError(f"{path}: its {unknown[0][:80]!r} is unknown to this version; {UPGRADE}")
                 scale, cap = float(facts["embed_scale"]), facts["logit_softcap"]
                 embed_VD = file.get_tensor(EMBEDDING)
                 head_VD = embed_VD if facts["tied"] else file.get_tensor(HEAD)

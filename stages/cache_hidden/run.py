@@ -21,7 +21,7 @@ from pipeline.cache.atomic import check_free_space, clean_scratch, process_lock,
 from pipeline.cache.catalog import Catalog, Work, has_target
 from pipeline.cache.file_writer import create_identity, rebuild_derived
 from pipeline.cache.layout import LOG
-from pipeline.cache.manifest import write_canonical
+from pipeline.cache.manifest import format_of, write_canonical
 from pipeline.cache.plan import Plan
 from pipeline.cache.plan_writer import check_not_in_use, plan_in_use
 from pipeline.cache.schema import CaptureRecord, CaptureRequest, ColumnSpec, TargetFiles, read_log
@@ -326,7 +326,7 @@ def write_record(out: Path, request: CaptureRequest, settings: CaptureSettings, 
     if read_log(out).as_dict() == record.as_dict():
         return
     with contextlib.suppress(RoomError):
-        write_canonical(out / LOG, record.as_dict())
+        write_canonical(out / LOG, record.as_dict(), format_of(out))
 
 
 def unchanged_columns(record: CaptureRecord, request: CaptureRequest) -> tuple[ColumnSpec, ...] | None:

@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+FORMATS = "1", "1-rc2"  # the same but for this name
+SPEC = {"name", "dtype", "width", "codec", "keeps"}
 BLOCK = 256  # rows under one checksum
 
 
@@ -88,7 +90,7 @@ class PlainCache:
         """Check what the cache says of itself, and read its plan."""
         self.path = Path(path)
         said = manifest(self.path / "cache.json")
-        check(said["format"] == "1-rc2", f"{path}: another format")
+        check(said["format"] in FORMATS, f"{path}: format {said['format']} is not known here")
         self.identity, self.plan, count = said["hash"], [], {}
         for entry in sorted((self.path / "plan").glob("*.json"), key=lambda p: int(p.stem)):
             for row in table(entry.parent, manifest(entry)["files"], entry.stem + ".arrow"):
@@ -105,6 +107,7 @@ class PlainCache:
         for name, said in found.items():
             mine = (said["cache"], said["shard"], said["spec"]["name"]) == (self.identity, shard, name)
             check(mine, f"shard {shard}, {name}: a manifest from elsewhere")
+            check(said["spec"].keys() == SPEC, f"shard {shard}, {name}: a spec that is not known here")
         return found
 
     def read(self, shard, number, column):
@@ -118,6 +121,9 @@ class PlainCache:
         if spec["keeps"] == "needed":
             first, count = sample["final_offset"], int((near[:-2] | near[1:-1] | near[2:]).sum())
         base = column if spec["codec"] == "raw" else f"{column}.{spec['codec']}"
+        check(spec["codec"] in ("raw", "zstd", "int8"), f"codec {spec['codec']} is not known here")
+        check(spec["dtype"] in ("bfloat16", "float32"), f"dtype {spec['dtype']} is not known here")
+        check(spec["keeps"] in ("all", "needed"), f"{spec['keeps']} rows are not known here")
         sums, half = table(folder, files, base + ".arrow")[number], spec["dtype"] == "bfloat16"
         where, stored = f"shard {shard}, {column}, sample {number}", "<u2" if half else "<f4"
         scale, escapes = np.empty((count, 0), "<u2"), np.empty((0, 3), "<i4")

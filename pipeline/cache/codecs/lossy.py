@@ -12,6 +12,7 @@ are encoded or decoded.
     R rows   D channels   K columns   e outliers
 """
 
+import contextlib
 import json
 import os
 from abc import abstractmethod
@@ -185,6 +186,16 @@ def _grids(codec: LossyCodec, rows: int, width: int, outliers: int) -> dict[str,
     }
 
 
+def _open(folder: Path, grid: Grid) -> ShardFile:
+    """Open an array in the chunks that we write, or else in those that its `zarr.json` states."""
+    with contextlib.suppress(CacheError):
+        file = ShardFile(folder, grid)
+        if file.in_order:
+            return file
+    stated = Grid.on_disk(folder, grid.rows, grid.width, grid.dtype)
+    return ShardFile(folder, stated if stated and stated.compressor is None else grid)
+
+
 def _max_outliers(rows: int, width: int) -> int:
     return rows * width // OUTLIER_SHARE
 
@@ -269,7 +280,7 @@ class EncodedReader:
                 f"{folder}: {self._outlier_count} escapes are more than there may be; run `pipeline verify`"
             )
         grids = _grids(codec, rows, width, self._outlier_count)
-        self._files = {name: ShardFile(folder / name, grid) for name, grid in grids.items()}
+        self._files = {name: _open(folder / name, grid) for name, grid in grids.items()}
         self.calibration = Calibration(*self._read(CHANNELS, 0, 2))
 
     def _read(self, name: str, first: int, count: int) -> np.ndarray:
