@@ -33,7 +33,8 @@ from pipeline.target.files import check_config, complete_config, find_target, to
 from pipeline.target.head import TargetHead, logit_scale
 from pipeline.target.spread import input_device, loading_arguments, same_weights, whole_weight
 from pipeline.target.weights import check_weights_if_recorded, weight_facts, weight_files, weight_shapes
-from pipeline.tensors import find_device, lost_rank
+from pipeline.tensors import find_device
+from pipeline.torchrun import lost_rank
 
 
 def load_target(

@@ -4,7 +4,8 @@ import signal
 import threading
 import time
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+from pipeline.torchrun import STOP_SIGNALS
+
 REPEAT_SECONDS = 2.0
 
 
