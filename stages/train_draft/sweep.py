@@ -33,9 +33,9 @@ from pipeline.runs.recipe import Recipe, Resolved, make_recipe, read_toml, resol
 from pipeline.runs.training_data import Split, check_complete
 from pipeline.tensors import find_device
 from pipeline.visible_text import print_visible, visible
-from stages.train_draft.device_processes import Errors, Work, named_devices, train_on_devices
 from stages.train_draft.run import split_for, train_resolved
 from stages.train_draft.shared_read import group_runs, room_for_drafts, sharing_lines, train_together
+from stages.train_draft.sweep_processes import Errors, Work, named_devices, train_on_devices
 
 if TYPE_CHECKING:
     from pipeline.published.weights import InitialDraft, InitialWeights

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,13 @@ from pipeline.runs import checkpoint
 from pipeline.runs.recipe import load_recipe, resolve
 from pipeline.torchrun import STOP_SIGNALS
 from stages.train_draft import ranks as ranks_module
-from stages.train_draft.device import fit_device, shards
+from stages.train_draft.device_fit import fit_device, shards
 from stages.train_draft.memory import USABLE, Fit, step_memory
+from stages.train_draft.optimizers import make_optimizer
 from stages.train_draft.ranks import Ranks, joined, own_device
 from stages.train_draft.run import TrainingRun, make_draft, split_for
 from stages.train_draft.sharding import sharded_memory
-from stages.train_draft.step import Trainer, make_optimizer
+from stages.train_draft.step import Trainer
 
 CPU = torch.device("cpu")
 
@@ -187,9 +189,9 @@ def test_a_draft_is_sharded_where_a_device_does_not_hold_it_whole(tiny_cache, mo
     memory = step_memory(resolved.draft, resolved.recipe.train, torch.float32, tied=False, compiled=False)
     sizes = {"small": memory.peak(Fit(1)) / USABLE, "large": memory.peak(Fit(memory.blocks)) / USABLE + 1}
     ranks.size = 8
-    monkeypatch.setattr("stages.train_draft.device.device_bytes", lambda device: int(sizes["large"]))
+    monkeypatch.setattr("stages.train_draft.device_fit.device_bytes", lambda device: int(sizes["large"]))
     assert not shards(None, ranks, store, resolved) and shards(True, ranks, store, resolved)
-    monkeypatch.setattr("stages.train_draft.device.device_bytes", lambda device: int(sizes["small"]))
+    monkeypatch.setattr("stages.train_draft.device_fit.device_bytes", lambda device: int(sizes["small"]))
     assert shards(None, ranks, store, resolved) and not shards(False, ranks, store, resolved)
 
     whole = fit_device(resolved, draft, ranks)
@@ -220,6 +222,9 @@ def test_a_batch_with_fewer_cells_than_ranks_is_mentioned(tiny_cache, tmp_path):
     assert training.idle_ranks() is None
     training.ranks.size = 3
     assert training.idle_ranks().startswith("the next batch has 2 cells for 3 ranks")
+    batch = training.loader.sampler.batch
+    training.loader.sampler.batch = lambda step: replace(batch(step), cells=batch(step).cells[:1])
+    assert training.idle_ranks().startswith("the next batch has 1 cell for 3 ranks")
 
 
 def test_a_full_disk_under_a_rank_s_output_is_its_exit_code(monkeypatch):

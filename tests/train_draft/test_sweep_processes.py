@@ -15,9 +15,9 @@ import pytest
 from pipeline.cli import main
 from pipeline.errors import CacheError, PipelineError, UsageError
 from pipeline.runs import checkpoint
-from stages.train_draft.device_processes import Work, named_devices, train_on_devices
 from stages.train_draft.stop import GracefulStop
 from stages.train_draft.sweep import sweep
+from stages.train_draft.sweep_processes import Work, named_devices, train_on_devices
 
 ROOT = Path(__file__).parents[2]
 BASE = """
@@ -155,8 +155,8 @@ ALONE = """
 import sys
 from functools import partial
 from pathlib import Path
-from test_devices import prepared, work
-from stages.train_draft.device_processes import train_on_devices
+from test_sweep_processes import prepared, work
+from stages.train_draft.sweep_processes import train_on_devices
 if __name__ == "__main__":
     train_on_devices(["cpu", "cpu"], work("waits", "one", "two"), partial(prepared, Path(sys.argv[1])))
 """
