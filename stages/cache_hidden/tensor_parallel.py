@@ -27,7 +27,7 @@ from pipeline.target.config import load_config, loader_class
 from pipeline.target.files import find_target
 from pipeline.target.head import TargetHead
 from pipeline.target.model import decoder, head_of, load_target
-from pipeline.target.spread import check_ranks, input_device
+from pipeline.target.several_devices import check_ranks, input_device
 from pipeline.target.weights import target_digest
 from pipeline.tensors import out_of_memory
 from stages.cache_hidden.settings import CaptureSettings
