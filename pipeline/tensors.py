@@ -1,5 +1,5 @@
-"""Write safetensors files, view states as stored, choose a dtype or a device, recognise out-of-memory errors and
-lost ranks, and draw tokens by inverse CDF."""
+"""Write safetensors files, view states as stored, choose a dtype or a device, recognise out-of-memory errors, and draw
+tokens by inverse CDF."""
 
 import contextlib
 import os
@@ -110,10 +110,3 @@ def draw(weights_NV: Tensor, uniform_N: Tensor) -> Tensor:
 def uniforms(count: int, generator: torch.Generator) -> Tensor:
     """Return `count` uniform float64 numbers in [0, 1), one for each token to draw."""
     return torch.rand(count, dtype=torch.float64, generator=generator, device=generator.device)
-
-
-def lost_rank(error: BaseException) -> bool:
-    """Return whether an error says that another rank of the process group has gone, or does not answer."""
-    from torch.distributed import DistError  # here: one process alone has no need of it
-
-    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

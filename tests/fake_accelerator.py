@@ -59,7 +59,8 @@ from pipeline.cache.codecs.codec import Calibration
 from pipeline.drafts import DRAFTS, Blocks, Draft, draft_config, flex, fused, lay_blocks, pack
 from pipeline.target.head import TargetHead
 from stages.train_draft.memory import FakeRows, faked
-from stages.train_draft.step import Trainer, make_optimizer
+from stages.train_draft.optimizers import make_optimizer
+from stages.train_draft.step import Trainer
 
 WIDTH, VOCABULARY, LAYERS, BLOCK, ANCHORS = 4096, 151_936, 5, 16, 512  # Qwen3-8B and a published draft of it
 USUAL = {"device": "cuda", "kernels": "compiled", "optimizer": "adamw", "dtype": "bfloat16", "moments": "device"}

@@ -23,7 +23,7 @@ from stages.train_draft.batches import Batch, Sampler, SampleWindow
 
 ALIGNMENT = 4  # bytes: of where a column's states begin in a buffer
 PREFETCH_BYTES = 1 << 30  # of states: the cell in use and those prefetched. At least one is prefetched, however large
-MAX_WAITING = 8  # cells prefetched at most: a small cache should not be in memory a second time
+MAX_WAITING = 8  # cells prefetched at most, and batches: a small cache should not be in memory a second time
 BUFFER_STEP = 16 << 20  # buffers are multiples of this, so that one fits many cells
 CPU = torch.device("cpu")
 
@@ -233,6 +233,8 @@ class Prefetcher:
         """In the thread: lay out each batch, then read its cells."""
         try:
             for step in steps:
+                if not self._wait_for_turn():
+                    return
                 batch = self.loader.sampler.batch(step)
                 self._put(batch)
                 if self._uses_kept(batch):
@@ -250,6 +252,13 @@ class Prefetcher:
             self._put(None)
         except BaseException as error:  # the caller raises it
             self._put(error)
+
+    def _wait_for_turn(self) -> bool:
+        """Wait until another batch may be laid out, of which this rank need not have a cell; False when none is
+        wanted."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._batches_waiting() < MAX_WAITING)
+            return not self._closed
 
     def _put(self, found) -> None:
         with self._changed:
@@ -274,6 +283,9 @@ class Prefetcher:
         if buffer.copy_done is not None:
             buffer.copy_done.synchronize()
         return buffer
+
+    def _batches_waiting(self) -> int:
+        return sum(isinstance(found, Batch) for found in self._ready)
 
     def _may_use(self, size: int) -> bool:
         waiting = sum(isinstance(found, tuple) for found in self._ready)

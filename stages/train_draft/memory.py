@@ -24,7 +24,7 @@ from pipeline.drafts import DRAFTS, DraftConfig, fused, lay_blocks, pack
 from pipeline.drafts.fused import Kernels, use_kernels
 from pipeline.runs.recipe import TrainSection
 from pipeline.target.head import NEWEST, TargetHead, chunk_blocks
-from stages.train_draft.step import make_optimizer
+from stages.train_draft.optimizers import make_optimizer
 
 GRANULE = 512  # bytes of device memory that torch's allocator rounds up to
 USABLE = 0.875  # of a device: the rest is CUDA's context, the libraries' workspaces, and gaps between tensors

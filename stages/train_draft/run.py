@@ -30,7 +30,7 @@ from pipeline.runs.training_data import Split, check_complete, split_samples
 from pipeline.target.head import TargetHead
 from pipeline.tensors import refuse_out_of_memory
 from pipeline.visible_text import print_visible, visible
-from stages.train_draft.device import fit_device, run_facts, shards
+from stages.train_draft.device_fit import fit_device, run_facts, shards
 from stages.train_draft.kernels import compile_if_equal, kernels_of, use_deterministic_kernels
 from stages.train_draft.logs import (
     Display,

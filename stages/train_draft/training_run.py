@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.cache import HiddenCache
 from pipeline.drafts import Draft, fused
-from pipeline.errors import CacheError, RoomError, UsageError, first_line
+from pipeline.errors import CacheError, RoomError, UsageError, first_line, refuse_limit
 from pipeline.evaluation.accept_length import Span, accept_spans, summarise
 from pipeline.runs import checkpoint
 from pipeline.runs.folder import (
@@ -33,9 +33,10 @@ from stages.train_draft.logs import (
     evaluation_text,
 )
 from stages.train_draft.memory import Fit
+from stages.train_draft.optimizers import load_state_tensors, make_optimizer, state_tensors
 from stages.train_draft.ranks import Ranks
 from stages.train_draft.sharding import shard, whole_draft, whole_tensors
-from stages.train_draft.step import Trainer, load_state_tensors, make_optimizer, state_tensors
+from stages.train_draft.step import Trainer
 from stages.train_draft.stop import raise_signal
 
 EVAL_BATCH = 8  # samples; a signal is noticed between two such batches
@@ -103,6 +104,7 @@ class TrainingRun:
                 checkpoint.load_tensors(found.path / checkpoint.OPTIMIZER, moments)
                 load_state_tensors(self.optimizer, moments, found.step)
             except (OSError, RuntimeError, KeyError) as error:  # its bytes were checked: written by another program
+                refuse_limit(found.path, error)
                 raise CacheError(
                     f"{found.path}: not the weights and moments of this run's draft ({first_line(error, None)}); "
                     "remove it to go on from the checkpoint before"
@@ -119,8 +121,8 @@ class TrainingRun:
         if cells >= self.ranks.size:
             return None
         return (
-            f"the next batch has {cells} cells for {self.ranks.size} ranks, and a rank without one waits: start fewer, "
-            "or raise train.batch or train.cells, which makes another run"
+            f"the next batch has {cells} {'cell' if cells == 1 else 'cells'} for {self.ranks.size} ranks, and a rank "
+            "without one waits: start fewer, or raise train.batch or train.cells, which makes another run"
         )
 
     @property

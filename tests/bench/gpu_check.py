@@ -302,7 +302,7 @@ class Check:
         from pipeline.drafts import draft_config, lay_blocks, pack
         from pipeline.target.head import TargetHead
         from stages.train_draft.memory import FakeRows
-        from stages.train_draft.step import make_optimizer
+        from stages.train_draft.optimizers import make_optimizer
 
         config, place = draft_config(**settings("domino")), {"device": self.device, "dtype": torch.bfloat16}
         weights = [torch.randn(config.vocab_size, config.hidden_size, **place) * 0.02 for _ in range(2)]

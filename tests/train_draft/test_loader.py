@@ -21,7 +21,7 @@ from pipeline.runs.recipe import TrainSection
 from pipeline.runs.training_data import split_samples
 from stages.train_draft import loader as loader_module
 from stages.train_draft.batches import Sampler
-from stages.train_draft.loader import BatchLoader, Prefetcher
+from stages.train_draft.loader import MAX_WAITING, BatchLoader, Prefetcher
 
 CONFIG = draft_config(
     method="dflash",
@@ -130,6 +130,20 @@ def test_closing_stops_the_thread(loader):
 
     left = {*threading.enumerate()} - before
     assert not [thread for thread in left if not thread.name.startswith("read")], "the cache's own readers stay"
+
+
+def test_a_rank_without_cells_is_no_further_ahead_than_others_and_closes_at_once(loader):
+    idle = BatchLoader(loader.sampler, rank=7, ranks=8)
+    batches, steps = Prefetcher(idle, 0, 5000), []
+    for batch, cells in batches:
+        time.sleep(0.01)
+        assert not list(cells) and len(batches._ready) <= MAX_WAITING
+        steps.append(batch.step)
+        if batch.step == 20:
+            break
+    batches.close()
+    assert steps == list(range(21)) and len(batches._ready) <= MAX_WAITING
+    assert [batch.step for batch, _ in Prefetcher(idle, 3, 30)] == list(range(3, 30))
 
 
 def test_an_error_comes_at_the_cell_it_is_about(loader, monkeypatch):

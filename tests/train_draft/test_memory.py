@@ -15,8 +15,8 @@ from pipeline.drafts import DRAFTS, fused, lay_blocks, pack
 from pipeline.runs import checkpoint
 from pipeline.runs.recipe import load_recipe, resolve
 from stages.train_draft.memory import USABLE, Fit, LiveBytes, StepMemory, memory_lines, step_memory
+from stages.train_draft.optimizers import make_optimizer
 from stages.train_draft.run import make_draft
-from stages.train_draft.step import make_optimizer
 
 MIB = 1 << 20
 
@@ -70,7 +70,7 @@ def test_a_run_computes_what_its_device_holds_and_says_so(tiny_cache, tmp_path, 
     head = store.head()
     memory = step_memory(resolved.draft, resolved.recipe.train, torch.float32, head.tied, compiled=False)
     size = int(memory.peak(Fit(5)) / USABLE) + 1
-    monkeypatch.setattr("stages.train_draft.device.device_bytes", lambda device: size)
+    monkeypatch.setattr("stages.train_draft.device_fit.device_bytes", lambda device: size)
     capsys.readouterr()
 
     parts = trained(tiny_cache, tmp_path / "parts", *sets)

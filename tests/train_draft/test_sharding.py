@@ -10,7 +10,7 @@ from draft_cases import all_blocks, assert_near, build, cell_of, every_method, l
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from stages.train_draft.step import make_optimizer
+from stages.train_draft.optimizers import make_optimizer
 
 
 @pytest.fixture

@@ -35,8 +35,9 @@ from stages.recode.run import run as recode
 from stages.train_draft.batches import Sampler
 from stages.train_draft.loader import BatchLoader, Prefetcher
 from stages.train_draft.logs import evaluation_text, run_description
+from stages.train_draft.optimizers import hidden_matrices, load_state_tensors, make_optimizer, state_tensors
 from stages.train_draft.run import make_draft, run, split_for
-from stages.train_draft.step import Trainer, hidden_matrices, load_state_tensors, make_optimizer, state_tensors
+from stages.train_draft.step import Trainer
 
 SMALL = ("train.batch=4", "train.anchors=6", "train.log_every=1", "draft.block_size=4", "train.steps=8")
 CPU = torch.device("cpu")

@@ -15,9 +15,9 @@ import pytest
 from pipeline.cli import main
 from pipeline.errors import CacheError, PipelineError, UsageError
 from pipeline.runs import checkpoint
-from stages.train_draft.device_processes import Work, named_devices, train_on_devices
 from stages.train_draft.stop import GracefulStop
 from stages.train_draft.sweep import sweep
+from stages.train_draft.sweep_processes import Work, named_devices, train_on_devices
 
 ROOT = Path(__file__).parents[2]
 BASE = """
@@ -90,15 +90,24 @@ def test_signals_to_all_processes_have_each_save_its_run_and_end(tiny_cache, tmp
 
 
 def test_a_signal_that_comes_twice_at_once_is_one_and_a_later_one_acts(monkeypatch):
-    with GracefulStop() as stop:
+    with pytest.raises(KeyboardInterrupt), GracefulStop() as stop:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # as from a scheduler and from the process that started this one
         assert stop.received == signal.SIGINT
         later = time.monotonic() + 60
         monkeypatch.setattr(time, "monotonic", lambda: later)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the later one acts at once")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_that_nothing_acted_on_ends_the_process_as_the_block_ends():
+    with pytest.raises(SystemExit, match="143"), GracefulStop() as stop:
+        signal.raise_signal(signal.SIGTERM)  # after the last step, for example: a sweep would go on with the next run
+        assert stop.received == signal.SIGTERM
+    with pytest.raises(CacheError), GracefulStop():
+        signal.raise_signal(signal.SIGTERM)
+        raise CacheError("damaged")
 
 
 # The processes, with work that is done at once
@@ -146,8 +155,8 @@ ALONE = """
 import sys
 from functools import partial
 from pathlib import Path
-from test_devices import prepared, work
-from stages.train_draft.device_processes import train_on_devices
+from test_sweep_processes import prepared, work
+from stages.train_draft.sweep_processes import train_on_devices
 if __name__ == "__main__":
     train_on_devices(["cpu", "cpu"], work("waits", "one", "two"), partial(prepared, Path(sys.argv[1])))
 """

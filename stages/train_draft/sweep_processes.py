@@ -26,7 +26,7 @@ import torch
 from pipeline.errors import PipelineError, UsageError
 from pipeline.tensors import find_device
 from pipeline.visible_text import print_visible, visible
-from stages.train_draft.stop import GracefulStop, raise_signal
+from stages.train_draft.stop import GracefulStop
 
 POLL_SECONDS = 0.5  # between two looks at whether a signal came
 PARENT_ONLY = (signal.SIGINT, signal.SIGHUP)  # a terminal sends them to all its processes
@@ -105,8 +105,6 @@ def train_on_devices(devices: Sequence[str], todo: Sequence[Work], prepare: Call
         except BaseException:  # a second signal, for example
             _terminate(workers)
             raise
-    if stop.received:
-        raise_signal(stop.received)
     return errors
 
 
