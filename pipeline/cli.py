@@ -146,7 +146,7 @@ def verify(cache, repair, deep, complete, model, device, device_map, as_json):
     With --repair it captures exactly the damaged columns of the damaged shards again, and what follows from the rest
     it writes again; what is sound is not touched.
     """
-    from pipeline.cache.verify import verify_table
+    from pipeline.cache.inspect import verify_table
     from stages.cache_hidden.repair import check_incomplete, suggest_repair, verify_and_repair
 
     report = verify_and_repair(cache, repair, deep, model, device, device_map)

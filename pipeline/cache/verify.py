@@ -11,11 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
-from rich.console import Group
-from rich.text import Text
 
 from pipeline.cache import layout
-from pipeline.cache.atomic import read_errors, size_text
+from pipeline.cache.atomic import read_errors
 from pipeline.cache.catalog import Catalog, shards_per_column, target_manifest
 from pipeline.cache.codecs import CODECS, column_of_files
 from pipeline.cache.codecs.zarr_file import METADATA
@@ -27,10 +25,8 @@ from pipeline.cache.plan import Plan, build_index, index_manifest, read_index
 from pipeline.cache.samples import ShardPlan, read_batch
 from pipeline.cache.schema import CalibrationManifest, ColumnManifest, SegmentManifest
 from pipeline.errors import CacheError
-from pipeline.visible_text import visible
 
 SHOWN = 8  # the most damaged samples named per column
-LISTED = 20  # shards that are not captured yet, or foreign files, before the rest is only counted
 
 
 @dataclass(frozen=True)
@@ -333,26 +329,3 @@ class _Check:
                     self.report.bytes += path.lstat().st_size
                 elif whole and not name.startswith(layout.SCRATCH):
                     self.report.foreign.append(file)
-
-
-def verify_table(report: dict) -> Group:
-    """Return `verify`'s report: what is damaged, not captured yet, or foreign."""
-    lines = [Text(f"{report['files']:,} files, {size_text(report['bytes'])} checked")]
-    for kind, title, style in (
-        ("damaged", "damaged", "bold red"),
-        ("missing", "not captured yet", "yellow"),
-        ("foreign", "not of this cache", "yellow"),
-    ):
-        found = report[kind]
-        if found:
-            lines.append(Text(f"{len(found)} {title}:", style=style))
-            shown = found if kind == "damaged" else found[:LISTED]
-            texts = [entry if kind == "foreign" else f"{entry['file']}: {entry['what']}" for entry in shown]
-            lines += [Text(f"  {visible(text)}") for text in texts]
-            lines += [Text(f"  and {len(found) - len(shown):,} more; --json lists them")] * (len(found) > len(shown))
-    if report["incomplete"]:
-        lines.append(Text(f"incomplete: {', '.join(report['incomplete'])}", style="yellow"))
-    if not report["damaged"]:
-        whole = not report["incomplete"]
-        lines.append(Text("no damage" if whole else "no damage in what is there", style="green" if whole else "yellow"))
-    return Group(*lines)
