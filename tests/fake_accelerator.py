@@ -21,6 +21,7 @@ and its gradient two; plain attention is the memory-efficient kernel, which torc
 # ruff: noqa: E402  the library before torch
 
 import ctypes
+import itertools
 import json
 import subprocess
 import sys
@@ -52,12 +53,16 @@ if __name__ == "__main__":
 
 import torch
 from fake_device import Meter, pin, pretend
+from fake_loading import each_once_the_next_is_read, load
+from fake_streams import order
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.codec import Calibration
 from pipeline.drafts import DRAFTS, Blocks, Draft, draft_config, flex, fused, lay_blocks, pack
 from pipeline.target.head import TargetHead
+from stages.train_draft.batches import Batch
+from stages.train_draft.loader import Prefetcher
 from stages.train_draft.memory import FakeRows, faked
 from stages.train_draft.step import Trainer, make_optimizer
 
@@ -130,12 +135,19 @@ class FakeTraining:
         with torch.device(self.device):
             draft = DRAFTS[self.config.method](self.config, TargetHead(*weights))
         train = SimpleNamespace(steps=1000, log_every=10, lr=1e-3, warmup=0.0, schedule="wsd", clip=1.0, dtype=dtype)
+        train.echo = 1
         chosen = make_optimizer(optimizer, draft, moments == "host")
         return Trainer(draft.train(), chosen, SimpleNamespace(sampler=SimpleNamespace(train=train)))
 
-    def step(self, trainer: Trainer, number: int) -> None:
-        batch = SimpleNamespace(step=number, epoch=0, blocks=[self.blocks] * 2, names=("s",))
-        trainer.step(batch, [self.cell] * 2)
+    def batches(self, train: SimpleNamespace) -> Prefetcher:
+        """Return batches of two cells, which go to the device as in a training."""
+
+        def batch(step: int) -> Batch:
+            return Batch(step, 0, [self.cell] * 2, [self.blocks] * 2, [[]] * 2, ["s"])
+
+        sampler = SimpleNamespace(batch=batch, train=train)
+        read = SimpleNamespace(read=lambda *_: self.cell, size=len, numbers=lambda _: range(2), sampler=sampler)
+        return Prefetcher(read, 1, 5, torch.device(self.device))
 
     def measure(self, kernels: str, optimizer: str, dtype: str, moments: str) -> dict:
         """Return the record of the second step, which finds gradients and moments in place."""
@@ -143,9 +155,11 @@ class FakeTraining:
         with self.mode, self.meter as meter:
             trainer = self.prepare(optimizer, dtype, moments)
             static = meter.live
-            self.step(trainer, 1)
-            meter.reset()
-            self.step(trainer, 2)
+            batches = self.batches(trainer.train)
+            for batch, cells in itertools.islice(batches, 2):
+                meter.reset()
+                trainer.step(batch, each_once_the_next_is_read(cells, batches))
+            batches.close()
             record = self._record(meter, static)
             meter.reset()
             self._evaluate(trainer.draft.eval())
@@ -164,6 +178,7 @@ class FakeTraining:
             "config": self.config.model_dump(exclude_none=True),
             "device": self.device,
             "static_gib": round(static / 2**30, 2),
+            "races": dict(+order.races),
             **meter.receipt(),
             "operations": sorted([name, list(dtypes), count] for (name, dtypes), count in meter.operations.items()),
         }
@@ -206,9 +221,7 @@ def main() -> None:
             print(json.dumps(capture(chosen.pop("codec", "raw"), int(rows or 8192), **chosen)), flush=True)
             continue
         if what == "load":
-            from fake_loading import load
-
-            print(json.dumps(load(chosen.pop("codec", "raw"))), flush=True)
+            print(json.dumps(load(chosen.pop("codec", "raw"), chosen.get("without"))), flush=True)
             continue
         device, *training = (chosen.pop(key, usual) for key, usual in USUAL.items())
         changes = {key: int(value) if value.isdecimal() else value for key, value in chosen.items()}

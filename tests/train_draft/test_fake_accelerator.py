@@ -32,6 +32,7 @@ IN_PARTS = f"domino:{SMALLER},at_once=16"
 LONG = "domino:32768,anchors=64,num_hidden_layers=1"  # a cell whose ids are more than CUDA copies aside
 PLAIN = [f"{loss},kernels=plain" for loss in LOSSES]
 LOADS = ("load:,codec=raw", "load:,codec=int8")
+WITHOUT = ("copies-for-compute", "compute-for-copies", "thread-for-copies")
 ON_CPU = [f"{loss},device=cpu" for loss in PLAIN]
 
 # What torch documents as having no deterministic form on CUDA, as far as a draft could meet it.
@@ -53,6 +54,7 @@ def records() -> dict[str, dict]:
     """The record of each step by its name."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), *LOSSES, *PLAIN, IN_PARTS, LONG, *ON_CPU, "int8", *LOADS]
+    command += [f"{LOADS[0]},without={wait}" for wait in WITHOUT]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(zip(command[2:], map(json.loads, done.stdout.splitlines()), strict=True))
@@ -71,15 +73,35 @@ def test_int8_is_decoded_without_a_wait_and_encoded_with_one_for_the_number_of_o
 
 
 @pytest.mark.parametrize("load", LOADS)
-def test_cells_go_to_the_device_from_pinned_memory_without_a_wait_and_only_the_loaders_thread_waits_for_copies(
+def test_the_next_cell_is_copied_from_pinned_memory_meanwhile_and_only_the_loaders_thread_waits_for_copies(
     records, load
 ):
-    """A buffer is written again only after an event that was recorded behind the copy from it."""
+    """Nothing is read before it is copied, and no memory, of host or device, is written again before it was read."""
     record = records[load]
     assert record["waits"] == {} and record["pinned"] == [True] and record["places"] == ["cuda"]
-    assert record["cells"] == record["recorded"] > 10
-    assert record["events"].keys() == {"loader.py:_take_buffer"}
-    assert record["cells"] >= record["events"]["loader.py:_take_buffer"] > 5
+    assert record["cells"] == record["ahead"] > 10
+    assert record["events"].keys() == {"loader.py:wait_for_copies"}
+    assert record["events"]["loader.py:wait_for_copies"] > 5
+    assert record["races"] == {} and {*record["order"]} == {
+        "copying waits for computing",
+        "event after copying",
+        "computing waits for an event after copying",
+        "prefetch waits for copying",
+    }
+
+
+@pytest.mark.parametrize(
+    ("without", "race"),
+    [("copies-for-compute", "reused"), ("compute-for-copies", "read"), ("thread-for-copies", "overwritten")],
+)
+def test_every_wait_of_the_copies_is_needed(records, without, race):
+    found = records[f"{LOADS[0]},without={without}"]
+    assert found["races"].get(race, 0) > 5 and found["ahead"] > 10
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, *PLAIN, LONG])
+def test_a_step_reads_nothing_before_it_is_there(records, loss):
+    assert records[loss]["races"] == {}
 
 
 @pytest.mark.parametrize("loss", PLAIN)
