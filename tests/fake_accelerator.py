@@ -1,9 +1,9 @@
 """Whole training steps on a GPU that is not there: `python tests/fake_accelerator.py METHOD[:ROWS[,KEY=VALUE...]] ...`.
 
-A step has two cells, of which the second finds gradients in place. KEY: device, optimizer, dtype, moments, kernels
-(compiled or plain), anchors (of a cell), at_once (blocks computed together), or an option of the draft. METHOD `int8`
-is that codec instead, `capture:TOKENS` a micro-batch of a capture (KEY: codec, dtype, target), and `load` the loader's
-way to the device.
+A step has two cells, of which the second finds gradients in place. KEY: device, optimizer, dtype, moments and embedding
+(device or host), layers (kept or recomputed), kernels (compiled or plain), anchors (of a cell), at_once (blocks
+computed together), or an option of the draft. METHOD `int8` is that codec instead, `capture:TOKENS` a micro-batch of a
+capture (KEY: codec, dtype, target), and `load` the loader's way to the device.
 
 torch computes shapes, dtypes and devices of fake CUDA tensors, and no values; `fake_cuda.cpp`, compiled in a second or
 two, makes a CPU build believe in the device. So a step at the width of an 8B target shows here what it would on a GPU:
@@ -60,6 +60,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.codec import Calibration
 from pipeline.drafts import DRAFTS, Blocks, Draft, draft_config, flex, fused, lay_blocks, pack
+from pipeline.target import host_embedding
 from pipeline.target.head import TargetHead
 from stages.train_draft.batches import Batch
 from stages.train_draft.loader import Prefetcher
@@ -68,6 +69,7 @@ from stages.train_draft.step import Trainer, make_optimizer
 
 WIDTH, VOCABULARY, LAYERS, BLOCK, ANCHORS = 4096, 151_936, 5, 16, 512  # Qwen3-8B and a published draft of it
 USUAL = {"device": "cuda", "kernels": "compiled", "optimizer": "adamw", "dtype": "bfloat16", "moments": "device"}
+USUAL |= {"layers": "kept", "embedding": "device"}
 OWN = {
     "dflash": {"shift_label": False},
     "domino": {"shift_label": True, "pure_draft_prefix_len": 1, "emb_dim": 256, "gru_hidden_dim": 1024},
@@ -128,12 +130,17 @@ class FakeTraining:
         self.entries = mean_entries(cut)
         self.blocks = CutBlocks(**{field.name: getattr(whole, field.name) for field in fields(whole)}, parts=parts)
 
-    def prepare(self, optimizer: str, dtype: str, moments: str) -> Trainer:
+    def prepare(self, optimizer: str, dtype: str, moments: str, layers: str, embedding: str) -> Trainer:
         head_type = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         shape = self.config.vocab_size, self.config.hidden_size
-        weights = [torch.empty(*shape, dtype=head_type, device=self.device) for _ in range(2)]
+        head = TargetHead(*(torch.empty(*shape, dtype=head_type, device=self.device) for _ in range(2)))
+        if embedding == "host":
+            # these have no values: as many as there can be, all distinct
+            host_embedding.distinct = lambda ids: torch.empty(sum(map(torch.numel, ids)), dtype=torch.long)
+            head = head.with_embedding_on_host()
         with torch.device(self.device):
-            draft = DRAFTS[self.config.method](self.config, TargetHead(*weights))
+            draft = DRAFTS[self.config.method](self.config, head)
+        draft.recomputes_layers = layers == "recomputed"
         train = SimpleNamespace(steps=1000, log_every=10, lr=1e-3, warmup=0.0, schedule="wsd", clip=1.0, dtype=dtype)
         train.echo = 1
         chosen = make_optimizer(optimizer, draft, moments == "host")
@@ -149,11 +156,12 @@ class FakeTraining:
         read = SimpleNamespace(read=lambda *_: self.cell, size=len, numbers=lambda _: range(2), sampler=sampler)
         return Prefetcher(read, 1, 5, torch.device(self.device))
 
-    def measure(self, kernels: str, optimizer: str, dtype: str, moments: str) -> dict:
+    def measure(self, kernels: str, optimizer: str, dtype: str, moments: str, layers: str, embedding: str) -> dict:
         """Return the record of the second step, which finds gradients and moments in place."""
+        order.reset()
         fused.use_kernels(self.meter.kernels(self.entries) if kernels == "compiled" else None)
         with self.mode, self.meter as meter:
-            trainer = self.prepare(optimizer, dtype, moments)
+            trainer = self.prepare(optimizer, dtype, moments, layers, embedding)
             static = meter.live
             batches = self.batches(trainer.train)
             for batch, cells in itertools.islice(batches, 2):

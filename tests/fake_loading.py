@@ -44,6 +44,7 @@ def load(codec: str, without: str | None = None) -> dict:
     settings |= dict(block_size=4, mask_token_id=1001, target_layer_ids=(1, 10), num_target_layers=12)
     config = draft_config(**settings, shift_label=False, max_position_embeddings=4096)
     train = TrainSection(batch=3, context=300, anchors=5, cell_anchors=50)
+    order.reset()
     loader_module.BUFFER_STEP, loader_module.MAX_WAITING = 1024, CELLS_AHEAD
     columns = [replace(spec, codec=codec) for spec in COLUMNS]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as changed:

@@ -33,6 +33,9 @@ class Order:
     """Which operations of streams and threads come after which."""
 
     def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
         self.known: defaultdict[str, Clock] = defaultdict(dict)
         self.ticks: Counter = Counter()
         self.accesses: defaultdict[object, list[Access]] = defaultdict(list)  # of a storage or pinned memory
