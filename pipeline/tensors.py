@@ -15,6 +15,8 @@ from torch import Tensor
 
 from pipeline.errors import RoomError, UsageError, first_line
 
+STAGED_BYTES = 64 << 10  # of pageable memory, which CUDA copies aside without a wait
+
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write tensors of any device to a safetensors file. Not atomic: the caller syncs and renames.
@@ -71,6 +73,14 @@ def find_device(named: str | torch.device | None) -> torch.device:
 def device_bytes(device: torch.device) -> int | None:
     """Return the memory of a GPU, None for a CPU, whose memory is others' too."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def copied_without_wait(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return a tensor's values where `to(device, non_blocking=True)` copies them without a wait: for a GPU, a large
+    one of pageable memory in pinned memory."""
+    if torch.device(device).type != "cuda" or tensor.device.type != "cpu" or tensor.nbytes <= STAGED_BYTES:
+        return tensor
+    return tensor if tensor.is_pinned() else tensor.pin_memory()
 
 
 def free_cached_memory(device: torch.device) -> None:

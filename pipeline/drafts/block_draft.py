@@ -48,6 +48,9 @@ class BlockDraft(Backbone, Draft):
         out_QD = self.slot_states(embedded_QD, positions_Q, cell.aux_KRD, cell.pos_R, attention)
         return out_QD.unflatten(0, blocks.input_ids_NS.shape)
 
+    def embedded_ids(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        return blocks.input_ids_NS, blocks.prev_NS
+
     def _embed(self, ids: Tensor) -> Tensor:
         return self.target.embed(ids).to(self.fc.weight.dtype)
 

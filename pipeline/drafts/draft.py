@@ -131,6 +131,7 @@ class Draft(nn.Module, ABC):
     published_sizes: ClassVar[dict[str, int]] = {}  # the same, and at most the target's hidden size
     reads_final: ClassVar[bool] = False  # whether its published loss reads the target's final states
     fused_matrices: ClassVar[tuple[str, ...]] = ()  # linear modules that are several matrices in one, as a GRU's are
+    recomputes_layers: bool = False  # whether a gradient computes a backbone's layers again; methods without one do not
     chunk_rule: int = NEWEST  # the rule of `target/head.py` that sizes the chunks of logits
     config: DraftConfig
     target: TargetHead
@@ -157,6 +158,10 @@ class Draft(nn.Module, ABC):
     def schedule(self, step: int, total_steps: int) -> dict[str, float]:
         """Return, by the names in logs, what changes in the loss after `step` of `total_steps` optimiser steps."""
         return {}
+
+    def embedded_ids(self, blocks: Blocks) -> Sequence[Tensor] | None:
+        """Return tensors with all ids that a loss on these blocks embeds by the target's rows; None: not known."""
+        return None
 
     @abstractmethod
     def denominators(self, blocks: Blocks) -> dict[str, Tensor]:

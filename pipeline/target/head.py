@@ -14,8 +14,10 @@ nothing there.
     D hidden size   V vocabulary, the head's padding rows included   X rows at once
 """
 
+import contextlib
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from pipeline.errors import UPGRADE, CacheError, VersionError, refuse_limit
 from pipeline.json_files import parse_json
+from pipeline.target.host_embedding import HostEmbedding
 from pipeline.tensors import at_least_float32, save_tensors
 
 EMBEDDING, HEAD, FACTS = "embed_tokens.weight", "lm_head.weight", "target_head"
@@ -39,13 +42,15 @@ class TargetHead:
     """Embedding and LM head of the target, without gradients. Not a module, so that no draft's state_dict has them.
 
     embed_VD, head_VD: the same tensor when `tied`. embed_scale: multiplies the embeddings (Gemma). logit_softcap: c
-    makes logits c * tanh(logits / c), None leaves them.
+    makes logits c * tanh(logits / c), None leaves them. on_host: embeds by `embed_VD` where that lies on the host and
+    the head does not.
     """
 
     embed_VD: Tensor
     head_VD: Tensor
     embed_scale: float = 1.0
     logit_softcap: float | None = None
+    on_host: HostEmbedding | None = None
 
     def __post_init__(self):
         assert self.embed_VD.ndim == 2 and self.embed_VD.shape == self.head_VD.shape, (
@@ -67,11 +72,25 @@ class TargetHead:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the embeddings [..., D] of ids [...], scaled like the target's (the factor in the weights' dtype)."""
-        found = F.embedding(ids, self.embed_VD)
+        found = F.embedding(ids, self.embed_VD) if self.on_host is None else self.on_host(ids)
         if self.embed_scale == 1.0:
             return found
         # Filled there: a copy would be waited for.
         return found * torch.full((), self.embed_scale, dtype=found.dtype, device=found.device)
+
+    def embedding(self, ids: Sequence[Tensor] | None) -> contextlib.AbstractContextManager:
+        """Within the block `embed` is asked for these ids, which are on the host, and no others: one that lies on the
+        host then has their rows on the device, and nobody waits for them. None: of ids that are not known before."""
+        if self.on_host is None or ids is None:
+            return contextlib.nullcontext()
+        return self.on_host.of(ids, self.head_VD.device)
+
+    def with_embedding_on_host(self) -> "TargetHead":
+        """Return the same with its embedding in the host's memory; the very same for a tied one, whose head it is."""
+        if self.tied or self.on_host is not None:
+            return self
+        embed_VD = self.embed_VD.cpu()
+        return replace(self, embed_VD=embed_VD, on_host=HostEmbedding(embed_VD))
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
         """Return logits [..., V] before the soft cap, in the head's dtype. The cap does not change their argmax."""
@@ -92,7 +111,7 @@ class TargetHead:
         """Return the head on another device or in another dtype; a tied one stays tied."""
         embed_VD = self.embed_VD.to(device=device, dtype=dtype)
         head_VD = embed_VD if self.tied else self.head_VD.to(device=device, dtype=dtype)
-        return replace(self, embed_VD=embed_VD, head_VD=head_VD)
+        return replace(self, embed_VD=embed_VD, head_VD=head_VD, on_host=None)
 
     def equals(self, other: "TargetHead") -> bool:
         """Return whether both give the same embeddings and logits to the bit, on whatever devices they are."""

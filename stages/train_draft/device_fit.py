@@ -1,5 +1,7 @@
 """What of a run depends on its devices: what fits, whether ranks divide the draft, and which kernels are used."""
 
+from dataclasses import astuple, replace
+
 import torch
 
 from pipeline.cache import HiddenCache
@@ -38,19 +40,19 @@ def shards(asked: bool | None, ranks: Ranks, store: HiddenCache, resolved: Resol
     return ranks.any(lacking)
 
 
-def fit_device(resolved: Resolved, draft: Draft, ranks: Ranks, taken: int = 0) -> Fit | None:
+def fit_device(resolved: Resolved, draft: Draft, ranks: Ranks, taken: int = 0, shared_head: bool = False) -> Fit | None:
     """Return what of a step every rank's device has memory for, where other runs have `taken` bytes of it, and print
-    it; None on CPUs."""
+    it; None on CPUs. shared_head: whether other runs use the same head, which then stays where it is."""
     memory, train = device_bytes(draft.device), resolved.recipe.train
     if memory is None:
         return None
     head, memory = draft.target, memory - taken
     step = step_memory(resolved.draft, train, head.head_VD.dtype, head.tied, compiles(draft.device))
+    step = replace(step, embedding=0) if shared_head else step
     if ranks.sharded:
         print_visible(f"sharded over {ranks.size} ranks (FSDP2); what each then needs is an estimate:")
         step = sharded_memory(step, draft, ranks.size)
     for line in memory_lines(step, train.context, memory):
         print_visible(line)
     fit = step.fit(memory)
-    at_once, moments_on_host = zip(*ranks.gather([fit.at_once, fit.moments_on_host]), strict=True)
-    return Fit(min(at_once), any(moments_on_host))
+    return fit.over([Fit(*values) for values in ranks.gather(list(astuple(fit)))])

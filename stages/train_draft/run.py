@@ -159,7 +159,7 @@ def open_run(
     if kernels_of(device) == "compiled":
         print_visible(visible(compile_if_equal(draft, resolved.recipe.train)))
     ranks.check_same_weights(draft)
-    fit = fit_device(resolved, draft, ranks, taken)
+    fit = fit_device(resolved, draft, ranks, taken, head is not None)
     training = TrainingRun(path, store, split, resolved, draft, ranks, fit)
     training.resume()
     return training

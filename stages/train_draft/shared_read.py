@@ -34,10 +34,11 @@ from pipeline.target.head import TargetHead
 from pipeline.tensors import device_bytes
 from pipeline.visible_text import print_visible, visible
 from stages.train_draft.batches import Batch, Sampler, SampleWindow
-from stages.train_draft.loader import BatchLoader, Prefetcher, StatesInPieces
+from stages.train_draft.loader import BatchLoader, Prefetcher
 from stages.train_draft.logs import Display, summary, two_batches_text
 from stages.train_draft.ranks import Ranks
 from stages.train_draft.run import TrainingRun, load_head, open_run
+from stages.train_draft.states import StatesInPieces
 from stages.train_draft.stop import GracefulStop
 
 if TYPE_CHECKING:

@@ -158,7 +158,8 @@ class Trainer:
             on_device = cell.to(self.device)
             for part in of_cell.split(self.blocks_per_pass):
                 passes -= 1
-                yield on_device, part.to(self.device)
+                with self.draft.target.embedding(self.draft.embedded_ids(part)):
+                    yield on_device, part.to(self.device)
         for _ in range(passes):
             yield empty_pass(self.draft.config, self.device)
 

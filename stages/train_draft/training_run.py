@@ -32,7 +32,7 @@ from stages.train_draft.logs import (
     Throughput,
     evaluation_text,
 )
-from stages.train_draft.memory import Fit
+from stages.train_draft.memory import MEANS, Fit
 from stages.train_draft.optimizers import load_state_tensors, make_optimizer, state_tensors
 from stages.train_draft.ranks import Ranks
 from stages.train_draft.sharding import shard, whole_draft, whole_tensors
@@ -71,16 +71,27 @@ class TrainingRun:
         self.digests = digests(cache, split, resolved)
         self.device = draft.device
         self.draft = draft = shard(draft, self.ranks) if self.ranks.sharded else draft
-        self.optimizer = make_optimizer(self.train.optimizer, draft, fit is not None and fit.moments_on_host)
+        self.uses = fit or Fit(self.train.cell_anchors)
+        self.optimizer = make_optimizer(self.train.optimizer, draft, self.uses.moments_on_host)
         sampler = Sampler(cache, split, resolved.draft, self.train)
         self.loader = BatchLoader(sampler, self.device.type != "cpu", self.ranks.rank, self.ranks.size)
         self.eval_samples = stratified_subset(cache, split.heldout, self.train.eval_samples) if cache.has_final else ()
         log = MetricsLog if self.ranks.first else UnwrittenLog
         self.metrics, self.timing_log = log(path / METRICS), log(path / TIMING)
         self.trainer = Trainer(draft, self.optimizer, self.loader, self.ranks)
-        if fit is not None and fit.at_once < self.train.cell_anchors:
-            self.trainer.blocks_per_pass = max(1, fit.at_once)  # one is tried where none seems to fit
+        if self.uses.at_once < self.train.cell_anchors:
+            self.trainer.blocks_per_pass = max(1, self.uses.at_once)  # one is tried where none seems to fit
+        self._use(self.uses)
         self.step = 0
+
+    def _use(self, fit: Fit) -> None:
+        """Do from now on what a step's memory asks for, beside parts."""
+        if fit.moments_on_host != self.optimizer.on_host and self.train.optimizer == "adamw":
+            self.trainer.optimizer = self.optimizer = make_optimizer("adamw", self.draft, fit.moments_on_host)
+        self.draft.recomputes_layers = fit.recomputes_layers
+        if fit.embedding_on_host:
+            self.draft.target = self.draft.target.with_embedding_on_host()
+        self.uses = fit
 
     def resume(self) -> int:
         """Load the newest checkpoint and truncate the metrics to it; return its step, 0 without one.
@@ -98,6 +109,7 @@ class TrainingRun:
                     )
             self.step = found.step
             self.trainer.blocks_per_pass = found.state.blocks_per_pass or self.trainer.blocks_per_pass
+            self._use(self.uses.over([self._recorded(found.state)]))
             try:
                 checkpoint.load_tensors(found.path / checkpoint.DRAFT, self.draft.state_dict())
                 moments = state_tensors(self.optimizer)
@@ -112,6 +124,13 @@ class TrainingRun:
         self.metrics.truncate(self.step, found.state.metrics if found else "")
         self.timing_log.truncate(self.step)
         return self.step
+
+    def _recorded(self, state: checkpoint.CheckpointState) -> Fit:
+        """Return what a checkpoint's run did for want of memory, which decides the last digits of what follows."""
+        means = {name: getattr(state, name) for name in MEANS}
+        if self.ranks.sharded:
+            means["moments_on_host"] = False
+        return Fit(self.uses.at_once, **means)
 
     def idle_ranks(self) -> str | None:
         """Return in words that the next batch has fewer cells than there are ranks; None where it has as many."""
@@ -187,6 +206,7 @@ class TrainingRun:
             facts = self.digests | {"metrics": self.metrics.last_checksum}
             if self.trainer.blocks_per_pass is not None:
                 facts["blocks_per_pass"] = self.trainer.blocks_per_pass
+            facts |= {name: True for name in MEANS if getattr(self.uses, name)}
             checkpoint.save(self.path, self.step, self.draft, moments, facts, self.train.keep, weights)
 
     def _evaluated(self) -> Evaluation | None:

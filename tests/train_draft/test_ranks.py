@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -187,7 +187,7 @@ def test_a_draft_is_sharded_where_a_device_does_not_hold_it_whole(tiny_cache, mo
     )
     draft = make_draft(resolved, store, CPU)
     memory = step_memory(resolved.draft, resolved.recipe.train, torch.float32, tied=False, compiled=False)
-    sizes = {"small": memory.peak(Fit(1)) / USABLE, "large": memory.peak(Fit(memory.blocks)) / USABLE + 1}
+    sizes = {"small": memory.peak(memory.smallest) / USABLE + 1, "large": memory.peak(Fit(memory.blocks)) / USABLE + 1}
     ranks.size = 8
     monkeypatch.setattr("stages.train_draft.device_fit.device_bytes", lambda device: int(sizes["large"]))
     assert not shards(None, ranks, store, resolved) and shards(True, ranks, store, resolved)
@@ -203,7 +203,8 @@ def test_a_draft_is_sharded_where_a_device_does_not_hold_it_whole(tiny_cache, mo
     share = sharded_memory(memory, draft, 8)
     assert memory.static - share.static > memory.moments // 2 and share.peak(Fit(1)) < memory.peak(Fit(1))
     monkeypatch.setattr(ranks, "gather", lambda fit: [fit, [2, True]])
-    assert fit_device(resolved, draft, ranks) == Fit(2, True), "what the smallest device has memory for"
+    smallest = fit_device(resolved, draft, ranks)
+    assert smallest == Fit(min(2, sharded.at_once), True, *astuple(sharded)[2:]), "what every device has memory for"
 
 
 def test_sharded_ranks_without_memory_for_a_pass_end_with_a_remedy(tiny_cache):

@@ -148,19 +148,24 @@ class Encoded:
         outliers = self.outliers[start:end] - np.array([origin, 0, 0], np.int32)
         return [*(array[first:stop] for array in self.arrays), outliers]
 
+    def to(self, device: "torch.device | str", non_blocking: bool = True) -> "EncodedOnDevice":
+        """Copy the rows to a device, still encoded."""
+        outliers = ()
+        if len(self.outliers):
+            kinds = (np.int64, np.int64, np.int16 if self.dtype == "bfloat16" else np.int32)
+            outliers = tuple(self.outliers[:, k].astype(kind) for k, kind in enumerate(kinds))
+        arrays, outliers = (
+            tuple(_to_device(values, device, non_blocking) for values in group) for group in (self.arrays, outliers)
+        )
+        return EncodedOnDevice(self.codec, arrays, outliers, self.calibration, self.dtype)
+
     def decode(self, device: "torch.device | str" = "cpu", out: "Tensor | None" = None) -> "Tensor":
         """Decode to states [R, D] on `device`, in the column's dtype; into `out` if given."""
         import torch
 
-        device = torch.device(device)
         if out is None:
             out = torch.empty(len(self), self.width, dtype=getattr(torch, self.dtype), device=device)
-        self.codec.decode(tuple(_to_device(array, device) for array in self.arrays), self.calibration, out)
-        if len(self.outliers):
-            kind = np.int16 if self.dtype == "bfloat16" else np.int32
-            rows, columns = (_to_device(self.outliers[:, k].astype(np.int64), device) for k in (0, 1))
-            bits = _to_device(self.outliers[:, 2].astype(kind), device)
-            out.view(bits.dtype)[rows, columns] = bits
+        self.to(device).decode(out)
         return out
 
     def decode_bytes(self, out: memoryview) -> None:
@@ -170,12 +175,39 @@ class Encoded:
         self.decode(out=torch.frombuffer(out, dtype=getattr(torch, self.dtype)).view(len(self), self.width))
 
 
-def _to_device(values: np.ndarray, device: "torch.device") -> "Tensor":
+@dataclass(frozen=True)
+class EncodedOnDevice:
+    """`Encoded` rows on a device. outliers: their rows, channels and bits, [e] each; empty where there are none."""
+
+    codec: LossyCodec
+    arrays: "tuple[Tensor, ...]"
+    outliers: "tuple[Tensor, ...]"
+    calibration: Calibration
+    dtype: str
+
+    def __len__(self) -> int:
+        return len(self.arrays[0])
+
+    def to(self, device: "torch.device | str", non_blocking: bool = True) -> "EncodedOnDevice":
+        """Return the rows, which are on the device already."""
+        return self
+
+    def decode(self, out_RD: "Tensor") -> None:
+        """Decode into states on the same device."""
+        self.codec.decode(self.arrays, self.calibration, out_RD)
+        if self.outliers:
+            rows_e, channels_e, bits_e = self.outliers
+            out_RD.view(bits_e.dtype)[rows_e, channels_e] = bits_e
+
+
+def _to_device(values: np.ndarray, device: "torch.device | str", non_blocking: bool) -> "Tensor":
     import torch
+
+    from pipeline.tensors import copied_without_wait
 
     values = np.ascontiguousarray(values)
     signed = values.view(np.int16) if values.dtype == np.uint16 else values  # not every device has uint16
-    return torch.from_numpy(signed).to(device, non_blocking=True)
+    return copied_without_wait(torch.from_numpy(signed), device).to(device, non_blocking=non_blocking)
 
 
 def _grids(codec: LossyCodec, rows: int, width: int, outliers: int) -> dict[str, Grid]:
