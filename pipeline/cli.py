@@ -265,6 +265,7 @@ def sweep(recipe, as_json, init_from, **chosen):
 @option("--draft-temperature", type=float, help="Of the draft; 0 is greedy.  [default: the same]")
 @option("--seed", default=0, help="Decides what is drawn.")
 @option("--threshold", type=FloatRange(0, 1), default=0.0, help="Cut blocks below this confidence.")
+@option("--proposals", type=IntRange(1), help="Verify so many of a block: b - 1, as SpecForge.  [default: all]")
 @option("--batch", type=IntRange(1), default=1, help="Prompts decoded at once.")
 @option("--plain", type=PATH, help="Keep the target's own replies here, for other drafts.")
 @DEVICE

@@ -284,6 +284,32 @@ def _figures(spans: Sequence[Span], seed: int) -> dict:
     }
 
 
+def drafting_calls(lengths: Sequence[int], max_new: int) -> int:
+    """Return how many of a reply's calls an engine drafts for: not for the last one where one token of the limit is
+    left. The prefill has given the first token."""
+    calls, known = 0, 1
+    for gained in lengths:
+        calls += known < max_new - 1
+        known += gained
+    return calls
+
+
+def engine_accept_length(replies: Iterable[tuple[Sequence[int], Sequence[int]]], max_new: int) -> float | None:
+    """Return the mean that vLLM reports for replies, each the tokens gained and the proposals accepted in its calls.
+
+    It counts 1 and every accepted proposal of each call that drafted, those beyond the reply's end included, and does
+    not draft when one token of the limit is left. None where no call drafts, or what was accepted is not known.
+    """
+    drafts = accepted = 0
+    for lengths, of_reply in replies:
+        if len(of_reply) != len(lengths):
+            return None
+        calls = drafting_calls(lengths, max_new)
+        drafts += calls
+        accepted += sum(of_reply[:calls])
+    return 1 + accepted / drafts if drafts else None
+
+
 def resamples(count: int, seed: int) -> np.ndarray:
     """Return how often each of `count` prompts, at least one, is in each resample of as many [B, n]."""
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
