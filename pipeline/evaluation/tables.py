@@ -289,7 +289,7 @@ def _engine_lines(overall: DecodedFigures) -> list[str]:
         return []
     return [
         f"as vLLM counts: {overall.engine_accept_len:.3f} where we say {overall.accept_len:.3f}; it counts accepted "
-        "proposals beyond the end of a reply, and leaves out the call that has one token of the limit left"
+        "proposals beyond the end of a reply, and makes no call once a reply has all the tokens of its limit"
     ]
 
 

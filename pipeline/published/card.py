@@ -195,7 +195,7 @@ def _accept_lengths(origin: Origin) -> str:
     if any(measured.as_vllm for measured in origin.evaluations):
         legend += (
             " vLLM's mean acceptance length is another figure of the same calls: it counts accepted proposals beyond "
-            "the end of a reply, and leaves out calls with one token of the limit left."
+            "the end of a reply, and makes no call once a reply has all the tokens of its limit."
         )
     return "\n\n".join([legend, *map(_accept_table, origin.evaluations)])
 

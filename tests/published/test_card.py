@@ -78,7 +78,7 @@ def test_the_card_has_both_conventions_of_accept_length(out, trained):
     card, report = (out / "README.md").read_text(), json.loads((trained / "evaluation.json").read_text())
     for part in (report, report["sampled"]):
         assert f"\n\nAs vLLM counts: {part['overall']['engine_accept_len']:.3f}.\n" in card
-    assert "it counts accepted proposals beyond the end of a reply, and leaves out calls with one token" in card
+    assert "it counts accepted proposals beyond the end of a reply, and makes no call once" in card
 
 
 def test_an_accept_length_of_cut_blocks_says_so(trained, tmp_path):
