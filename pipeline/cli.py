@@ -325,6 +325,36 @@ def check_export(folder, target_layers, as_json):
     show(check_export(folder, target_layers), as_json, checked_table)
 
 
+@commands.command("serve-check")
+@argument("folder", type=PATH)
+@option("--engine", type=Choice(["vllm"]), default="vllm", help="What serves it.")
+@option("--python", type=PATH, help="The engine's own Python, V/bin/python.  [default: that of `make engines`]")
+@option("--model", help="The target.  [default: the one that the export names]")
+@option("--data", type=PATH, help="JSONL of prompts.  [default: the bundled target's held-out chats]")
+@option("--count", type=IntRange(1), default=64, help="Prompts.")
+@option("--max-new", type=IntRange(2), default=64, help="Tokens a reply at most.")
+@option("--mend", is_flag=True, help="Serve once more, the engine's known faults mended in its process.")
+@option("--timeout", type=FloatRange(0, min_open=True), default=600.0, help="Seconds without progress.")
+@option("--logs", type=FOLDER, help="Keep the engine's logs here.  [default: only of one that crashes]")
+@DEVICE
+@option("--out", type=PATH, help="Write the report here, as JSON.")
+@option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def serve_check(folder, as_json, **chosen):
+    """Serve an export with a real engine, and compare.
+
+    The engine is started on this machine, in an environment of its own, with the target and the draft. Its replies have
+    to be those of plain decoding, and each of its calls has to gain what `evaluate` says of the same prompts. Where it
+    does not, the states of its draft tell a wrong kernel from a wrong export. Ends with 1 where it does not agree.
+    """
+    from stages.evaluate.run import run as evaluate
+    from stages.serve_check.run import Options, check_agrees, run
+    from stages.serve_check.table import serve_table
+
+    report = run(folder, evaluate, Options(**chosen))
+    show(report.model_dump(), as_json, lambda _: serve_table(report))
+    check_agrees(report)
+
+
 @commands.command()
 @argument("reports", type=REPORT, nargs=-1, required=True)
 @option("--markdown", is_flag=True, help="Print the table as Markdown.")

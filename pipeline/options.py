@@ -30,6 +30,7 @@ NOTHING_WRITTEN = "nothing was written, and the same command starts again"
 # Commands that write all or nothing; the others resume.
 AFTER_INTERRUPT = dict.fromkeys(("inspect", "export", "check-export", "report"), NOTHING_WRITTEN)
 AFTER_INTERRUPT["regenerate"] = "every reply so far is kept, and the same command asks for the others"
+AFTER_INTERRUPT["serve-check"] = "the engine is ended, no report was written, and the same command starts again"
 AFTER_INTERRUPT["evaluate"] = "no report was written, and the same command starts again"  # --plain may have its replies
 READER_GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe has left, or a terminal was closed
 

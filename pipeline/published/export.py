@@ -161,7 +161,7 @@ def published_config(config: DraftConfig, form: str, origin: Origin) -> dict:
     if flat is None:
         flat = _speculators(config, origin, common) if form == "speculators" else _sglang(config, common)
     if origin.trained_on is not None:
-        flat[TRAINED_ON] = origin.trained_on
+        flat[TRAINED_ON] = origin.trained_on | ({"target": origin.target} if origin.target else {})
     return flat
 
 

@@ -343,7 +343,7 @@ def test_an_exported_draft_knows_what_was_held_out_from_it(trained, cache, tmp_p
     flat = json.loads((tmp_path / "out" / "config.json").read_text())
 
     assert known.heldout == 0.25
-    assert flat.pop("trained_on") == {"cache": HiddenCache.open(cache).digest, "heldout": 0.25}
+    assert flat.pop("trained_on") == {"cache": HiddenCache.open(cache).digest, "heldout": 0.25, "target": "stopping"}
     (tmp_path / "out" / "config.json").write_text(json.dumps(flat))
     assert evaluation.describe_draft(tmp_path / "out").heldout is None, "another trainer's says nothing"
     found = run(tmp_path / "out", cache=cache, count=2, max_new=4, device="cpu")
