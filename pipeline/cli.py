@@ -293,9 +293,9 @@ def evaluate(draft, as_json, temperature, draft_temperature, seed, **chosen):
 @option(
     "--format",
     "form",
-    type=Choice(["sglang", "speculators"]),
+    type=Choice(["sglang", "speculators", "deepspec"]),
     default="sglang",
-    help="sglang, or speculators, which vLLM reads; a draft that the engine has no method for is refused.",
+    help="sglang; speculators, which vLLM reads; deepspec, for its evaluator. What has no method for it is refused.",
 )
 def export(draft, out, form):
     """Write a draft as serving engines load it, and prove it.

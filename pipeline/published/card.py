@@ -42,6 +42,7 @@ class Origin:
     start: str | None = None  # the draft it began with, and the digest of those weights
     steps: int | None = None
     recipe: str | None = None  # TOML
+    anchors: int | None = None  # blocks of a sample, at most
     evaluations: list[Measurement] = field(default_factory=list)
     # Of the cache, where it is still there.
     target_digest: str | None = None
@@ -71,6 +72,7 @@ def provenance(place: Path) -> tuple[HiddenCache | None, Origin]:
         start=start and f"{Path(start.place).name}, {start.digest}",
         steps=step,
         recipe=recipe.toml(),
+        anchors=recipe.train.anchors,
         evaluations=evaluations(folder, step),
     )
     try:
@@ -176,12 +178,14 @@ def _serving(config: DraftConfig, form: str, origin: Origin, folder: str) -> str
 
 
 def serve_command(config: DraftConfig, form: str, origin: Origin, folder: str) -> str:
-    """Return the command that serves the target with this draft."""
+    """Return the command that serves the target with this draft, or evaluates it."""
     target, revision = origin.target or "TARGET", ["--revision", origin.revision] if origin.revision else []
     path = f"./{folder}"
     if form == "speculators":
         chosen = {"method": config.method, "model": path, "num_speculative_tokens": config.proposals}
         return shlex.join(["vllm", "serve", target, *revision, "--speculative-config", json.dumps(chosen)])
+    if form == "deepspec":
+        return shlex.join(["python", "eval.py", "--target_name_or_path", target, "--draft_name_or_path", path])
     algorithm, beside = DRAFTS[config.method].sglang
     words = ["python", "-m", "sglang.launch_server", "--model-path", target, *revision]
     words += ["--speculative-algorithm", algorithm, "--speculative-draft-model-path", path]

@@ -49,7 +49,7 @@ def drafts(cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("drafts")
     for method in ("dflash", "domino"):
         draft, out = make_learned_draft(cache.path, method), folder / method
-        _write(out, published_config(draft.config, "sglang", Origin("float32", "stopping")), draft, torch.float32)
+        _write(out, published_config(draft.config, "sglang", Origin("float32", "stopping")), draft, torch.float32, {})
         rows, _, source = make_rows(draft.config, cache)
         write_probe(out, draft, *make_probe(draft.config, shorter(rows), KEPT_BLOCKS), source)
     return folder
