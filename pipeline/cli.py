@@ -264,9 +264,9 @@ def evaluate(draft, as_json, temperature, draft_temperature, seed, **chosen):
 @option(
     "--format",
     "form",
-    type=Choice(["sglang", "speculators"]),
+    type=Choice(["sglang", "speculators", "deepspec"]),
     default="sglang",
-    help="sglang, or speculators, which vLLM reads; a draft that the engine has no method for is refused.",
+    help="sglang; speculators, which vLLM reads; deepspec, for its evaluator. What has no method for it is refused.",
 )
 def export(draft, out, form):
     """Write a draft as serving engines load it, and prove it.
@@ -294,6 +294,36 @@ def check_export(folder, target_layers, as_json):
     from pipeline.published.check import check_export, checked_table
 
     show(check_export(folder, target_layers), as_json, checked_table)
+
+
+@commands.command("serve-check")
+@argument("folder", type=PATH)
+@option("--engine", type=Choice(["vllm"]), default="vllm", help="What serves it.")
+@option("--python", type=PATH, help="The engine's own Python, V/bin/python.  [default: that of `make engines`]")
+@option("--model", help="The target.  [default: the one that the export names]")
+@option("--data", type=PATH, help="JSONL of prompts.  [default: the bundled target's held-out chats]")
+@option("--count", type=IntRange(1), default=64, help="Prompts.")
+@option("--max-new", type=IntRange(2), default=64, help="Tokens a reply at most.")
+@option("--mend", is_flag=True, help="Serve once more, the engine's known faults mended in its process.")
+@option("--timeout", type=FloatRange(0, min_open=True), default=600.0, help="Seconds without progress.")
+@option("--logs", type=FOLDER, help="Keep the engine's logs here.  [default: only of one that crashes]")
+@DEVICE
+@option("--out", type=PATH, help="Write the report here, as JSON.")
+@option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def serve_check(folder, as_json, **chosen):
+    """Serve an export with a real engine, and compare.
+
+    The engine is started on this machine, in an environment of its own, with the target and the draft. Its replies have
+    to be those of plain decoding, and each of its calls has to gain what `evaluate` says of the same prompts. Where it
+    does not, the states of its draft tell a wrong kernel from a wrong export. Ends with 1 where it does not agree.
+    """
+    from stages.evaluate.run import run as evaluate
+    from stages.serve_check.run import Options, check_agrees, run
+    from stages.serve_check.table import serve_table
+
+    report = run(folder, evaluate, Options(**chosen))
+    show(report.model_dump(), as_json, lambda _: serve_table(report))
+    check_agrees(report)
 
 
 @commands.command()

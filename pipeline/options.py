@@ -29,6 +29,7 @@ NOTHING_WRITTEN = "nothing was written, and the same command starts again"
 # Commands that write all or nothing; the others resume.
 AFTER_INTERRUPT = dict.fromkeys(("inspect", "export", "check-export", "report"), NOTHING_WRITTEN)
 AFTER_INTERRUPT["regenerate"] = "every reply so far is kept, and the same command asks for the others"
+AFTER_INTERRUPT["serve-check"] = "the engine is ended, no report was written, and the same command starts again"
 AFTER_INTERRUPT["evaluate"] = "no report was written, and the same command starts again"  # --plain may have its replies
 
 # OpenMP's runtimes let a waiting thread spin for milliseconds. On a shared core it then displaces the very thread that
@@ -198,6 +199,7 @@ evaluate_options = together(
     option("--draft-temperature", type=float, help="Of the draft; 0 is greedy.  [default: the same]"),
     option("--seed", default=0, help="Decides what is drawn."),
     option("--threshold", type=FloatRange(0, 1), default=0.0, help="Cut blocks below this confidence."),
+    option("--proposals", type=IntRange(1), help="Verify so many of a block: b - 1, as SpecForge.  [default: all]"),
     option("--batch", type=IntRange(1), default=1, help="Prompts decoded at once."),
     option("--plain", type=PATH, help="Keep the target's own replies here, for other drafts."),
     DEVICE,

@@ -7,7 +7,7 @@ from pipeline.drafts.blocks import Blocks, Cell, eligible_anchors, lay_blocks, p
 from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.dflash import DFlash
 from pipeline.drafts.domino import Domino
-from pipeline.drafts.draft import ENGINES, BlockRequest, Draft, Proposal, Sampling
+from pipeline.drafts.draft import ENGINES, SERVING, BlockRequest, Draft, Proposal, Sampling
 from pipeline.drafts.dspark import DSpark
 from pipeline.drafts.objectives import metrics_of
 from pipeline.errors import UsageError
@@ -63,6 +63,11 @@ def check_servable(config: DraftConfig, form: str, tokens: dict | None = None, s
             f"SGLang reads outputs of decoder layers only, this draft reads {list(config.target_layer_ids)} (-1 is the "
             "embedding); train one with other draft.layers, or export it with --format speculators"
         )
+    if form == "deepspec" and config.sliding_window is not None:
+        raise UsageError(
+            "DeepSpec's evaluator decodes without a window, which this draft was trained with on its sliding layers; "
+            "export it with --format sglang"
+        )
     reason = DRAFTS[config.method].refusal(config, form)
     if reason is not None:
         raise UsageError(reason)
@@ -76,9 +81,9 @@ def check_servable(config: DraftConfig, form: str, tokens: dict | None = None, s
 def unservable(config: DraftConfig, tokens: dict | None = None, scale: float = 1.0) -> str | None:
     """Return why no engine serves such a draft, None where one does. Arguments as of `check_servable`."""
     reasons = []
-    for form in ENGINES:
+    for form in SERVING:
         try:
             check_servable(config, form, tokens, scale)
         except UsageError as error:
             reasons.append(str(error))
-    return reasons[0] if len(reasons) == len(ENGINES) else None
+    return reasons[0] if len(reasons) == len(SERVING) else None

@@ -14,7 +14,7 @@ class DFlash(BlockDraft):
     paper = "2602.06036"
     published_fields: ClassVar = {"shift_label": False}
     architectures = ("DFlashDraftModel", "DFlashSpeculator", "Qwen3DSparkModel")  # the last: DeepSpec's, without heads
-    forms = ("sglang", "speculators")
+    forms = ("sglang", "speculators", "deepspec")
     sglang = ("DFLASH", 0)
     only_backbone = True
 
@@ -25,9 +25,15 @@ class DFlash(BlockDraft):
 
     @classmethod
     def refusal(cls, config: DraftConfig, form: str) -> str | None:
-        if config.shift_label:
+        if form == "deepspec" and not config.shift_label:
+            return (
+                "DeepSpec's class guesses from the anchor on: it reads DFlash with next-position labels only, and this "
+                "draft's shift_label is false; export it with --format sglang"
+            )
+        if form != "deepspec" and config.shift_label:
             return (
                 "engines read DFlash with same-position labels only and would accept nothing from this draft, whose "
-                "shift_label is true; train one with draft.shift_label = false"
+                "shift_label is true; train one with draft.shift_label = false, or export it with --format deepspec, "
+                "which DeepSpec's evaluator reads"
             )
         return super().refusal(config, form)

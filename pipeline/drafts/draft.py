@@ -20,7 +20,9 @@ from pipeline.target.head import NEWEST, TargetHead
 
 # Hidden size up to which a target counts as a toy for a CPU: its drafts have blocks of 8 slots instead of 16.
 SMALL_HIDDEN = 512
-ENGINES = {"sglang": "SGLang", "speculators": "speculators and vLLM"}  # who reads each published form
+# Who reads each published form. DeepSpec evaluates and serves nobody.
+ENGINES = {"sglang": "SGLang", "speculators": "speculators and vLLM", "deepspec": "DeepSpec's evaluator"}
+SERVING = ("sglang", "speculators")
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -277,7 +279,8 @@ class Draft(nn.Module, ABC):
             return None
         remedy = f"export it with --format {cls.forms[0]}" if cls.forms else "train a draft of another method"
         lost = f"its {cls.head_name} would be dropped and the backbone alone served"
-        return f"{ENGINES[form]} have no {cls.title}: {lost}; {remedy}"
+        have = "has" if form == "deepspec" else "have"
+        return f"{ENGINES[form]} {have} no {cls.title}: {lost}; {remedy}"
 
     @classmethod
     def card_rows(cls, config: DraftConfig) -> list[tuple[str, str]]:

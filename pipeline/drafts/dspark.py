@@ -138,7 +138,7 @@ class DSpark(BlockDraft):
     reads_final = True
     fused_matrices = ("joint_proj",)
     architectures = ("Qwen3DSparkModel", "DSparkDraftModel", "DFlashDraftModel", "DSparkSpeculator")
-    forms = ("sglang", "speculators")
+    forms = ("sglang", "speculators", "deepspec")
     sglang = ("DSPARK", 1)  # its block holds proposals only, and the anchor is verified, too
     top_level = tuple(DSparkConfig.published_options())
     # Model-Optimizer has the head's parts at the top level; SpecForge's training checkpoints once nested them.
@@ -297,6 +297,8 @@ class DSpark(BlockDraft):
 
     @classmethod
     def card_notes(cls, config: DSparkConfig, form: str) -> list[str]:
+        if form == "deepspec":
+            return []
         if form == "speculators":
             return [
                 "vLLM has to heed `sample_from_anchor`; builds that take it for false accept nothing, and serve",

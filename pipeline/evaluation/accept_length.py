@@ -284,6 +284,36 @@ def _figures(spans: Sequence[Span], seed: int) -> dict:
     }
 
 
+def gains_within(lengths: Sequence[int], max_new: int) -> list[int]:
+    """Return what an engine gains in the calls of a reply, given what `Decoded.lengths` says of them.
+
+    Ours counts `max_new` tokens after the prefill's own one, and the last call uncut. An engine's reply ends at
+    `max_new` tokens: it makes no call once it has them, and cuts what the last one gained.
+    """
+    gains, left = [], max_new - 1
+    for gained in lengths:
+        if left > 0:
+            gains.append(min(gained, left))
+            left -= gained
+    return gains
+
+
+def engine_accept_length(replies: Iterable[tuple[Sequence[int], Sequence[int]]], max_new: int) -> float | None:
+    """Return the mean that vLLM reports for replies, each the tokens gained and the proposals accepted in its calls.
+
+    It counts 1 and every accepted proposal of each call, those beyond the reply's end included, in the calls of
+    `gains_within`. None without calls, or where what was accepted is not known.
+    """
+    calls = accepted = 0
+    for lengths, of_reply in replies:
+        if len(of_reply) != len(lengths):
+            return None
+        count = len(gains_within(lengths, max_new))
+        calls += count
+        accepted += sum(of_reply[:count])
+    return 1 + accepted / calls if calls else None
+
+
 def resamples(count: int, seed: int) -> np.ndarray:
     """Return how often each of `count` prompts, at least one, is in each resample of as many [B, n]."""
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)

@@ -48,6 +48,7 @@ class DecodedFigures(Figures):
     """Figures of replies that were decoded with the target."""
 
     calls_saved: Number = Field(description="1 - calls / tokens: plain decoding needs a call a token")
+    engine_accept_len: Number | None = Field(None, description="accept length as vLLM counts it")
 
 
 class Sample(Record):
@@ -58,6 +59,7 @@ class Sample(Record):
     lengths: Counts = Field(description="tokens gained, the target's own included")
     matched: Counts = Field([], description="proposals kept")
     proposed: Counts = Field([], description="proposals verified")
+    accepted: Counts = Field([], description="proposals the target would have said, after a stop token, too")
 
 
 class DraftFacts(Record):
@@ -81,6 +83,7 @@ class Settings(Record):
     max_new: Count = Field(description="tokens of a reply at most")
     temperature: Count = Field(0, description="0: greedy; sampled replies have a part of their own")
     threshold: Number = Field(0.0, description="confidence below which blocks are cut; 0 cuts nothing")
+    proposals: Count | None = Field(None, description="proposals verified a block; not there: all of them")
     batch: Count = Field(1, description="prompts decoded at once")
     device: str = ""
     dtype: str = ""
@@ -231,7 +234,7 @@ def pool_seeds(reports: Sequence[Report]) -> dict[str, list[Report]]:
     pooled = defaultdict(list)
     for report in reports:
         draft = report.draft
-        conventions = draft.block_size, draft.proposals, draft.parameters
+        conventions = draft.block_size, report.settings.proposals or draft.proposals, draft.parameters
         steps = [f"{draft.steps:,} steps"] if draft.steps else []
         name = ", ".join([draft.method, *variants(report), *steps])
         pooled[name, draft.recipe, report.cache, *conventions].append(report)
@@ -244,12 +247,14 @@ def pool_seeds(reports: Sequence[Report]) -> dict[str, list[Report]]:
 
 def variants(report: Report) -> list[str]:
     """Return what sets a draft apart from others of its method: objective and weighting where they are not as
-    published, and the confidence that its blocks were cut at."""
+    published, how many proposals were verified, and the confidence that its blocks were cut at."""
     draft, threshold = report.draft, report.settings.threshold
     options = DRAFTS[draft.method].Config.defaults({}) if draft.method in DRAFTS else {}
     objective = draft.objective if draft.objective != options.get("objective", "ce") else None
     weighting = draft.weighting if draft.weighting != "decay" else None
-    return [part for part in (objective, weighting, f"cut at {threshold:g}" if threshold else None) if part]
+    limited, cut = report.settings.proposals, f"cut at {threshold:g}" if threshold else None
+    count = f"{limited} proposals" if limited not in (None, draft.proposals) else None
+    return [part for part in (objective, weighting, count, cut) if part]
 
 
 def accept_length(reports: Sequence[Report], domain: str | None = None) -> tuple[float, float, float] | None:

@@ -217,6 +217,16 @@ def _speedup(reports: list[Report]) -> str:
     return "-" if None in speedups else f"{fmean(speedups):.2f}x"
 
 
+def _verified(report: Report) -> int:
+    return report.settings.proposals or report.draft.proposals
+
+
+def _engine_length(reports: list[Report]) -> str:
+    """The mean over seeds; reports of earlier versions have none."""
+    lengths = [report.overall.engine_accept_len for report in reports]
+    return "-" if None in lengths else f"{fmean(lengths):.2f}"
+
+
 def _lossless(reports: list[Report]) -> str:
     prompts, identical, near_ties = (
         sum(getattr(report.lossless, count) for report in reports) for count in ("prompts", "identical", "near_ties")
@@ -226,7 +236,8 @@ def _lossless(reports: list[Report]) -> str:
 
 
 FACTS: dict[str, Callable[[list[Report]], str]] = {
-    "block, proposals": lambda reports: f"{reports[0].draft.block_size}, {reports[0].draft.proposals}",
+    "block, proposals": lambda reports: f"{reports[0].draft.block_size}, {_verified(reports[0])}",
+    "accept length as vLLM counts": _engine_length,
     "target calls saved": lambda reports: f"{fmean(report.overall.calls_saved for report in reports):.0%}",
     "speed-up on this machine": _speedup,
     "output against plain decoding": _lossless,
@@ -244,6 +255,7 @@ def evaluation_table(report: Report) -> Group:
         "accept length: tokens gained per target call, the target's own included; forced: teacher-forced, on the "
         "cache's replies; +k: share of calls that kept proposal k",
         _verify_rate_text("T = 0", report.overall),
+        *_engine_lines(report.overall),
         _speed_text(report.speed),
         _lossless_text(report.lossless),
     ]
@@ -253,12 +265,32 @@ def evaluation_table(report: Report) -> Group:
             f"{agreement.accept_len:.2f}; {agreement.equal} of {agreement.prompts} prompts agree call by call"
         )
     head = (
-        f"{visible(draft.label)}, {draft.proposals} proposals a block{cut}, for {visible(report.target)}; "
+        f"{visible(draft.label)}, {proposals_text(report)}{cut}, for {visible(report.target)}; "
         f"{visible(settings.prompts)}, {settings.max_new} tokens at most, {settings.device}, {settings.dtype}"
     )
-    greedy = _figures_grid("T = 0", report, draft.proposals, report.teacher_forced)
-    sampled = _sampled_parts(report.sampled, draft.proposals) if report.sampled else ()
+    verified = _verified(report)
+    greedy = _figures_grid("T = 0", report, verified, report.teacher_forced)
+    sampled = _sampled_parts(report.sampled, verified) if report.sampled else ()
     return Group(head, "", greedy, *sampled, "", *lines, *_confidence_parts(report.confidence or ()))
+
+
+def proposals_text(report: Report) -> str:
+    """Return how many proposals of a block are verified, and whose convention that is where it is not all of them."""
+    whole, verified = report.draft.proposals, report.settings.proposals
+    if verified in (None, whole):
+        return f"{whole} proposals a block"
+    like = " (b - 1 of a block of b, as SpecForge and SGLang draft)" if verified == report.draft.block_size - 1 else ""
+    return f"{verified} of {whole} proposals a block{like}"
+
+
+def _engine_lines(overall: DecodedFigures) -> list[str]:
+    """The accept length in the other convention, where the report has it."""
+    if overall.engine_accept_len is None:
+        return []
+    return [
+        f"as vLLM counts: {overall.engine_accept_len:.3f} where we say {overall.accept_len:.3f}; it counts accepted "
+        "proposals beyond the end of a reply, and makes no call once a reply has all the tokens of its limit"
+    ]
 
 
 def _figures_grid(title: str, part: Report | SampledReplies, proposals: int, forced: dict[str, float]) -> Grid:

@@ -28,6 +28,7 @@ class Measurement:
     title: str
     overall: Figures
     domains: dict[str, Figures]
+    as_vllm: float | None = None  # the accept length over all prompts as vLLM counts it
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Origin:
     start: str | None = None  # the draft it began with, and the digest of those weights
     steps: int | None = None
     recipe: str | None = None  # TOML
+    anchors: int | None = None  # blocks of a sample, at most
     evaluations: list[Measurement] = field(default_factory=list)
     # Of the cache, where it is still there.
     target_digest: str | None = None
@@ -70,6 +72,7 @@ def provenance(place: Path) -> tuple[HiddenCache | None, Origin]:
         start=start and f"{Path(start.place).name}, {start.digest}",
         steps=step,
         recipe=recipe.toml(),
+        anchors=recipe.train.anchors,
         evaluations=evaluations(folder, step),
     )
     try:
@@ -106,11 +109,14 @@ def evaluations(folder: Path, step: int) -> list[Measurement]:
             continue
         threshold, drawn = report.settings.threshold, report.sampled
         cut = f", blocks cut at confidence {threshold:g}" if threshold else ""
+        limited = report.settings.proposals
+        cut += "" if limited is None else f", {limited} proposals a block"
         most = f"{report.settings.max_new} tokens at most{cut}"
-        measured.append(Measurement(f"Decoded greedily with the target, {most}", report.overall, report.domains))
+        title, engine = f"Decoded greedily with the target, {most}", report.overall.engine_accept_len
+        measured.append(Measurement(title, report.overall, report.domains, engine))
         if drawn:
             title = f"Replies drawn from the target at T = {drawn.temperature:g}, {most}"
-            measured.append(Measurement(title, drawn.overall, drawn.domains))
+            measured.append(Measurement(title, drawn.overall, drawn.domains, drawn.overall.engine_accept_len))
     done = read_result(folder)
     if done and done.steps == step and done.eval and done.eval.calls:
         title = "On held-out replies that are the target's own, greedy, without decoding"
@@ -163,8 +169,8 @@ def _what(config: DraftConfig, origin: Origin, parameters: int) -> str:
 def _serving(config: DraftConfig, form: str, origin: Origin, folder: str) -> str:
     command = serve_command(config, form, origin, folder)
     notes = [
-        "Compare the accept length that the engine reports with the one below: far less means that it reads the",
-        "draft otherwise than it was trained.",
+        "Compare the accept length that the engine reports with the one below, in its own way of counting: less means",
+        "that it computes the draft otherwise than it was trained, and a little less already does.",
         *DRAFTS[config.method].card_notes(config, form),
     ]
     check = markdown_code(shlex.join(["pipeline", "check-export", folder]))
@@ -172,12 +178,14 @@ def _serving(config: DraftConfig, form: str, origin: Origin, folder: str) -> str
 
 
 def serve_command(config: DraftConfig, form: str, origin: Origin, folder: str) -> str:
-    """Return the command that serves the target with this draft."""
+    """Return the command that serves the target with this draft, or evaluates it."""
     target, revision = origin.target or "TARGET", ["--revision", origin.revision] if origin.revision else []
     path = f"./{folder}"
     if form == "speculators":
         chosen = {"method": config.method, "model": path, "num_speculative_tokens": config.proposals}
         return shlex.join(["vllm", "serve", target, *revision, "--speculative-config", json.dumps(chosen)])
+    if form == "deepspec":
+        return shlex.join(["python", "eval.py", "--target_name_or_path", target, "--draft_name_or_path", path])
     algorithm, beside = DRAFTS[config.method].sglang
     words = ["python", "-m", "sglang.launch_server", "--model-path", target, *revision]
     words += ["--speculative-algorithm", algorithm, "--speculative-draft-model-path", path]
@@ -188,6 +196,11 @@ def _accept_lengths(origin: Origin) -> str:
     if not origin.evaluations:
         return "Not measured: no evaluation lies with the run."
     legend = "Tokens gained per target call, the target's own included; +k: share of calls that kept proposal k."
+    if any(measured.as_vllm for measured in origin.evaluations):
+        legend += (
+            " vLLM's mean acceptance length is another figure of the same calls: it counts accepted proposals beyond "
+            "the end of a reply, and makes no call once a reply has all the tokens of its limit."
+        )
     return "\n\n".join([legend, *map(_accept_table, origin.evaluations)])
 
 
@@ -200,7 +213,8 @@ def _accept_table(measured: Measurement) -> str:
             length = (f"{row.accept_len:.2f}", f"{low:.2f} - {high:.2f}")
             rows.append((escape_markdown(name or "-"), str(row.prompts), *length, *kept))
     head = ("domain", "prompts", "accept length", "95 %", *(f"+{slot + 1}" for slot in range(slots)))
-    return f"{measured.title}:\n\n{_table(head, rows)}"
+    engine = f"\n\nAs vLLM counts: {measured.as_vllm:.3f}." if measured.as_vllm else ""
+    return f"{measured.title}:\n\n{_table(head, rows)}{engine}"
 
 
 def _made_from(origin: Origin) -> str:

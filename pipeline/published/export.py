@@ -4,9 +4,10 @@ The folder is written aside and read back from its files alone. The draft that `
 give the trainer's own logits and proposals to the bit, and `check_export`, which shares no code with the trainer, the
 same logits on the probe that is stored beside the weights; only then is it renamed.
 
-config.json is as the draft's engine reads it, every key written out: SGLang, or speculators (vLLM). Readers fall back
-on defaults of their own for what is left out, and one that guesses the label convention or counts the layers from the
-embedding serves a draft that accepts nothing. So keys that they seek in two places stand in both.
+config.json is as the draft's engine reads it, every key written out: SGLang, speculators (vLLM), or DeepSpec's
+evaluator, whose class also has the target's embedding and head from the draft's folder, or draws them at random.
+Readers fall back on defaults of their own for what is left out, and one that guesses the label convention or counts the
+layers from the embedding serves a draft that accepts nothing. So keys that they seek in two places stand in both.
 
     R rows of a cell   K layers   D hidden size   N blocks   S slots   P proposals   V vocabulary
 """
@@ -17,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pipeline.cache import HiddenCache, Sample
 from pipeline.cache.atomic import Scratch, check_free_space, clean_scratch_of, sync_file, sync_folder, write_errors
@@ -25,7 +27,7 @@ from pipeline.errors import ProofError, UsageError
 from pipeline.published import CONFIG, WEIGHTS, load_draft_folder
 from pipeline.published.card import CARD, Origin, card, provenance
 from pipeline.published.check import PROBE, check_export, write_probe
-from pipeline.published.reading import SHARED, TRAINED_ON
+from pipeline.published.reading import DEEPSPEC, EMBEDDING, HEAD, SHARED, TRAINED_ON
 from pipeline.runs.checkpoint import load_config, load_draft
 from pipeline.runs.training_data import training_config
 from pipeline.target.head import TargetHead, logit_scale
@@ -34,6 +36,7 @@ from pipeline.tensors import save_tensors
 PROBE_ROWS, PROBE_BLOCKS = 512, 16
 KEPT_ROWS, KEPT_BLOCKS = 24, 2  # of the probe that is stored with the export
 FILES = (CONFIG, WEIGHTS, PROBE, CARD)
+ANCHORS = 512  # DeepSpec's own, where the run does not say
 SCRATCH_LABEL, DRAFT = "export", "draft"  # where it is written until it is proven
 
 
@@ -49,15 +52,17 @@ def export(run: Path, out: Path, format: str = "sglang") -> dict:
     scale = 1.0 if cache is None else logit_scale(training_config(cache.target_config))
     check_servable(config, format, origin.tokens, scale)
     rows, head, source = make_rows(config, cache)
+    copies = deepspec_copies(head, cache, run) if format == "deepspec" else {}
     draft, dtype = load_draft(run, head), getattr(torch, origin.dtype)
     parameters = sum(weight.numel() for weight in draft.parameters())
     clean_scratch_of(out.parent, SCRATCH_LABEL)  # of exports that were killed, of this draft or another
-    check_free_space(out.parent, "an exported draft", parameters * dtype.itemsize)
+    stored = parameters + sum(tensor.numel() for tensor in copies.values())
+    check_free_space(out.parent, "an exported draft", stored * dtype.itemsize)
     with write_errors(out.parent, "an exported draft"):
         out.parent.mkdir(parents=True, exist_ok=True)
         with Scratch(out.parent, SCRATCH_LABEL) as scratch:
             unfinished = scratch.path / DRAFT
-            _write(unfinished, published_config(config, format, origin), draft, dtype)
+            _write(unfinished, published_config(config, format, origin), draft, dtype, copies)
             proof = prove(unfinished, draft, *make_probe(config, rows), source, dtype)
             kept = make_probe(config, shorter(rows), KEPT_BLOCKS)
             write_probe(unfinished, draft, *kept, source)  # with the weights as they are stored now
@@ -103,11 +108,29 @@ def make_probe(config: DraftConfig, rows: Sample, count: int = PROBE_BLOCKS) -> 
     return cell, lay_blocks(cell, anchors_N, config)
 
 
-def _write(folder: Path, published: dict, draft: Draft, dtype: torch.dtype) -> None:
+def deepspec_copies(head: TargetHead, cache: HiddenCache | None, run: Path) -> dict[str, Tensor]:
+    """Return the target's embedding and head under DeepSpec's names, for its class has no other. UsageError where the
+    cache that holds them is gone, or they are not all that the target computes."""
+    if cache is None:
+        raise UsageError(
+            f"{run}: DeepSpec reads the target's embedding and head from the draft's folder, and the cache that holds "
+            "them is gone; put it back, or export with --format sglang"
+        )
+    if head.embed_scale != 1.0 or head.logit_softcap is not None:
+        raise UsageError(
+            "DeepSpec's Qwen3 class neither scales embeddings nor caps logits, as this target does; export the draft "
+            "with --format sglang"
+        )
+    # Copies, also where the two are one: safetensors stores no tensor twice.
+    return {EMBEDDING: head.embed_VD.cpu(), HEAD: head.head_VD.cpu().clone()}
+
+
+def _write(folder: Path, published: dict, draft: Draft, dtype: torch.dtype, copies: dict[str, Tensor]) -> None:
     folder.mkdir()
     (folder / CONFIG).write_text(json.dumps(published, indent=2, sort_keys=True) + "\n")
     tensors = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in draft.state_dict().items()
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in (draft.state_dict() | copies).items()
     }
     save_tensors(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
@@ -159,9 +182,12 @@ def published_config(config: DraftConfig, form: str, origin: Origin) -> dict:
     common = _qwen3(config, origin)
     flat = DRAFTS[config.method].own_config(config, form, common)
     if flat is None:
-        flat = _speculators(config, origin, common) if form == "speculators" else _sglang(config, common)
+        if form == "deepspec":
+            flat = _deepspec(config, origin, common)
+        else:
+            flat = _speculators(config, origin, common) if form == "speculators" else _sglang(config, common)
     if origin.trained_on is not None:
-        flat[TRAINED_ON] = origin.trained_on
+        flat[TRAINED_ON] = origin.trained_on | ({"target": origin.target} if origin.target else {})
     return flat
 
 
@@ -210,6 +236,27 @@ def _speculators(config: DraftConfig, origin: Origin, common: dict) -> dict:
         },
     }
     return flat | draft.write_options(config, "speculators")[0]
+
+
+def _deepspec(config: DraftConfig, origin: Origin, common: dict) -> dict:
+    """Return DeepSpec's form: all at the top level, every key that its class demands (`num_anchors`, which only its
+    training reads, too). Without heads it is DeepSpec's own baseline, DFlash with next-position labels."""
+    heads = {"markov_rank": 0, "markov_head_type": "vanilla", "enable_confidence_head": False}
+    heads |= {"confidence_head_with_markov": False}
+    options = {name: getattr(config, name) for name in config.published_options()}
+    return (
+        common
+        | heads
+        | options
+        | {
+            "architectures": [DEEPSPEC],
+            "num_target_layers": config.num_target_layers,
+            "block_size": config.block_size,
+            "mask_token_id": config.mask_token_id,
+            "target_layer_ids": list(config.target_layer_ids),
+            "num_anchors": origin.anchors or ANCHORS,
+        }
+    )
 
 
 def _qwen3(config: DraftConfig, origin: Origin) -> dict:

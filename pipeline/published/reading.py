@@ -23,7 +23,7 @@ MOST_JSON = 4 << 20  # bytes; a config has 2 KiB
 # DeepSpec's class, which keeps everything at the top level, and copies of the target's embedding and head in the
 # weights; SGLang reads it, too.
 DEEPSPEC = "Qwen3DSparkModel"
-TRAINED_ON = "trained_on"  # our own key of config.json: {"cache": digest, "heldout": share}
+TRAINED_ON = "trained_on"  # our own key of config.json: {"cache": digest, "heldout": share, "target": name}
 # Fields of DraftConfig that stand at the top level of a Qwen3 config under their own name.
 SHARED = (
     "hidden_size",

@@ -68,13 +68,15 @@ class Decoded:
     """A decoded reply and its statistics. `ids` is cut to the limit; the lists hold one entry a verification.
 
     lengths: tokens gained, the target's own included; the last one uncut by the limit, but never past a stop token.
-    matched: proposals kept. proposed: proposals verified.
+    matched: proposals kept. proposed: proposals verified. accepted: proposals that the target would have said, those
+    after a stop token included.
     """
 
     ids: list[int]
     lengths: list[int]
     matched: list[int]
     proposed: list[int]
+    accepted: list[int]
     seconds: float
 
 
@@ -208,7 +210,7 @@ class _Sequence:
     def __init__(self, index: int, prompt_ids: Sequence[int], kv: DraftKV, sampling: SamplingOptions | None):
         self.index, self.prompt, self.ids, self.kv = index, len(prompt_ids), list(prompt_ids), kv
         self.accept_rule, self.generator = _acceptance_rule(sampling, prompt_ids)
-        self.lengths, self.matched, self.proposed = [], [], []
+        self.lengths, self.matched, self.proposed, self.accepted = [], [], [], []
         self.features_KTD: Tensor | None = None
         self.start, self.ended, self.start_time = self.prompt, False, time.perf_counter()
 
@@ -222,6 +224,7 @@ class _Sequence:
         self.lengths.append(gained)
         self.matched.append(matched)
         self.proposed.append(len(block.ids_P))
+        self.accepted.append(len(tokens) - 1)
         return gained
 
     def finished(self, max_new: int) -> bool:
@@ -229,7 +232,7 @@ class _Sequence:
 
     def decoded(self, max_new: int) -> Decoded:
         new, seconds = self.ids[self.prompt : self.prompt + max_new], time.perf_counter() - self.start_time
-        return Decoded(new, self.lengths, self.matched, self.proposed, seconds)
+        return Decoded(new, self.lengths, self.matched, self.proposed, self.accepted, seconds)
 
 
 def _acceptance_rule(

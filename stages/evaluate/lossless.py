@@ -64,7 +64,7 @@ def plain_decode(
 def plain_reply(ids: list[int], seconds: float) -> Decoded:
     """Return a reply that was decoded one token a forward."""
     calls = len(ids) - 1
-    return Decoded(ids, [1] * calls, [0] * calls, [0] * calls, seconds)
+    return Decoded(ids, [1] * calls, [0] * calls, [0] * calls, [0] * calls, seconds)
 
 
 class LosslessCheck:

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import write_errors, write_file
 from pipeline.cache.schema import read_log
-from pipeline.drafts import Draft
+from pipeline.drafts import Draft, DraftConfig
 from pipeline.errors import RoomError, UsageError
+from pipeline.evaluation.prompts import Prompt, cached_prompts, file_prompts
 from pipeline.evaluation.reports import DraftFacts, Report, Settings, Speed, report_bytes
 from pipeline.evaluation.tables import evaluation_table
 from pipeline.json_files import check_regular
@@ -30,13 +31,10 @@ from pipeline.visible_text import VisibleConsole
 from stages.evaluate.decode import SamplingOptions, decode_many, speculative_decode
 from stages.evaluate.lossless import LosslessCheck, PlainReplies, plain_decode, reply_settings
 from stages.evaluate.measure import (
-    Prompt,
     accept_figures,
-    cached_prompts,
     confidence_cuts,
     decode_greedily,
     decode_sampled,
-    file_prompts,
     lossless_counts,
     speeds,
     target_free_agreement,
@@ -60,14 +58,15 @@ def run(
     threshold: float = 0.0,
     plain: Path | None = None,
     batch: int = 1,
+    proposals: int | None = None,
 ) -> Report:
     """Evaluate a run's newest checkpoint, a checkpoint or a published folder; return the report, written to `out` too.
 
     Greedily, and once more with sampled replies where `sampling` is given. `threshold` cuts blocks by confidence.
     `plain` is a file that keeps plain replies from one evaluation to the next. `batch` prompts are decoded at once,
-    which is faster, but no speeds are measured. Raises UsageError for what does not fit together, DataError for
-    unusable prompts, CacheError for a damaged cache, RoomError, ProofError when an output differs from plain decoding
-    by more than a near tie.
+    which is faster, but no speeds are measured. `proposals` verifies only the first so many of each block. Raises
+    UsageError for what does not fit together, DataError for unusable prompts, CacheError for a damaged cache,
+    RoomError, ProofError when an output differs from plain decoding by more than a near tie.
     """
     check_options(threshold, out, plain, prompts)
     trained = describe_draft(Path(draft))
@@ -76,13 +75,14 @@ def run(
     target = load_target(str(folder), device=find_device(device), dtype=None if store is None else store.dtype)
     drafter = open_draft(trained, target)
     heldout, known, config = None, trained.heldout is not None, drafter.config
+    verified = check_proposals(proposals, config)
     if store is not None:
         share = trained.heldout if known else TrainSection().heldout
         heldout = split_samples(store, config.mask_token_id, share, config.target_layer_ids).heldout
         known = known or all(store.samples.split)
     rules = {} if store is None else store.identity.samples.as_dict()
     asked = cached_prompts(store, heldout, count) if prompts is None else file_prompts(prompts, folder, count, rules)
-    check_context_length(target, asked, max_new, config.proposals)
+    check_context_length(target, asked, max_new, verified)
     stops = stop_tokens(target) if store is None else frozenset(store.tokens["eos"])
     replies = PlainReplies()
     if plain is not None:
@@ -92,14 +92,15 @@ def run(
     alone = "decoding a prompt", "use a larger device, --device cpu, or shorter prompts"
     with refuse_out_of_memory(*(several if batch > 1 else alone)):
         decode = partial(decode_many, target, drafter, [prompt.ids for prompt in asked], max_new, stops)
-        decode = partial(decode, threshold=threshold, batch=batch)
+        decode = partial(decode, threshold=threshold, batch=batch, proposals=proposals)
         if batch == 1:  # first calls are slow, and seconds are compared
             speculative_decode(target, drafter, asked[0].ids, 2, threshold=threshold)
             plain_decode(target, asked[0].ids, 2)
-        check = LosslessCheck(target, config.proposals + 1, batch)
+        check = LosslessCheck(target, verified + 1, batch)
         outcomes = decode_greedily(check, asked, decode, max_new, stops, replies)
-        sampled = None if sampling is None else decode_sampled(target, asked, decode, sampling, config.proposals)
-    target_free = prompts is None and store.has_final
+        sampled = None if sampling is None else decode_sampled(target, asked, decode, sampling, verified, max_new)
+    # What needs no target rolls out whole blocks.
+    target_free = prompts is None and store.has_final and verified == config.proposals
     report = Report(
         draft=trained.facts(drafter),
         target=name,
@@ -109,11 +110,12 @@ def run(
             max_new=max_new,
             temperature=0,
             threshold=threshold,
+            proposals=proposals,
             batch=batch,
             device=str(target.device),
             dtype=str(target.dtype).removeprefix("torch."),
         ),
-        **accept_figures([(outcome.prompt, outcome.fast) for outcome in outcomes], config.proposals),
+        **accept_figures([(outcome.prompt, outcome.fast) for outcome in outcomes], verified, max_new),
         speed=speeds(outcomes) if batch == 1 else Speed(),
         lossless=lossless_counts(outcomes),
         near_ties=[outcome.near_tie for outcome in outcomes if outcome.near_tie is not None],
@@ -137,6 +139,16 @@ def check_options(threshold: float, out: Path | None, plain: Path | None, prompt
     for option, path in (("--plain", plain), ("--prompts", prompts)):
         if None not in (out, path) and Path(out).resolve() == Path(path).resolve():
             raise UsageError(f"--out {out} is the file of {option}, which the report would replace; name another file")
+
+
+def check_proposals(proposals: int | None, config: DraftConfig) -> int:
+    """Return how many proposals of each block are verified: as many as asked for, else all. UsageError."""
+    if proposals is not None and not 1 <= proposals <= config.proposals:
+        raise UsageError(
+            f"--proposals {proposals}: a block of {config.block_size} of this {config.method} draft proposes "
+            f"{config.proposals} tokens; pass 1..{config.proposals}, or leave it out for all"
+        )
+    return proposals or config.proposals
 
 
 def check_output_file(option: str, path: Path) -> None:

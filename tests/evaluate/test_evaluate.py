@@ -14,6 +14,7 @@ from tiny import config, save_target, write_jsonl
 from pipeline import cli
 from pipeline.cache import HiddenCache
 from pipeline.errors import DataError, ProofError, RoomError, UsageError
+from pipeline.evaluation.accept_length import engine_accept_length
 from pipeline.evaluation.reports import Lossless, load_report, report_bytes
 from pipeline.evaluation.tables import evaluation_table
 from pipeline.json_files import parse_checksummed
@@ -215,17 +216,54 @@ def test_a_list_of_numbers_takes_one_line_of_the_report_and_texts_stay_as_they_a
 
 
 def test_calls_saved_are_those_of_a_plain_loop_over_the_same_tokens():
-    reply = Decoded([], [4, 2, 1], [3, 1, 0], [3, 3, 0], 1.0)
+    reply = Decoded([], [4, 2, 1], [3, 1, 0], [3, 3, 0], [3, 1, 0], 1.0)
     done = [(Prompt([1], name, name), reply) for name in "ab"]
-    done.append((Prompt([1], "c", "c"), Decoded([], [], [], [], 1.0)))  # the prefill gave a stop
+    done.append((Prompt([1], "c", "c"), Decoded([], [], [], [], [], 1.0)))  # the prefill gave a stop
 
-    found = accept_figures(done, 3)
+    found = accept_figures(done, 3, max_new=64)
     overall, domains = found["overall"], found["domains"]
 
     assert (overall.verified, overall.verify_rate) == (2, 4 / 6)
     assert (overall.calls, overall.tokens, overall.calls_saved) == (6, 14, 1 - 6 / 14)
     assert domains["a"].calls_saved == 1 - 3 / 7
     assert domains["c"].calls_saved == 0
+
+
+def test_proposals_beyond_a_stop_token_count_for_an_engine_and_not_for_a_reply(report):
+    beyond = 0
+    for sample in report.samples:
+        assert len(sample.accepted) == len(sample.matched)
+        assert all(map(int.__ge__, sample.accepted, sample.matched))
+        assert sample.accepted[:-1] == sample.matched[:-1]
+        beyond += sum(sample.accepted) - sum(sample.matched)
+    replies = [(sample.lengths, sample.accepted) for sample in report.samples]
+    assert report.overall.engine_accept_len == engine_accept_length(replies, 12)
+    assert f"as vLLM counts: {report.overall.engine_accept_len:.3f} where we say" in shown(report)
+
+
+def test_fewer_proposals_of_a_block_are_measured_as_such_and_named(trained, report):
+    fewer = run(trained, count=5, max_new=12, device="cpu", proposals=3)
+    assert fewer.settings.proposals == 3 and fewer.draft.proposals == 4
+    assert {count for sample in fewer.samples for count in sample.proposed} == {3}
+    assert len(fewer.overall.per_slot) == 3 and max(map(max, (of.lengths for of in fewer.samples if of.lengths))) <= 4
+    assert fewer.agreement is None  # which rolls out whole blocks
+    assert fewer.lossless.identical == 5
+    assert "3 of 4 proposals a block (b - 1 of a block of b, as SpecForge and SGLang draft)" in shown(fewer)
+    assert "4 proposals a block" in shown(report)
+
+
+@pytest.mark.parametrize("count", [0, 5])
+def test_more_proposals_than_a_block_has_are_refused(trained, count):
+    with pytest.raises(UsageError, match=rf"--proposals {count}: a block of 4 .* proposes 4 tokens; pass 1\.\.4"):
+        run(trained, count=1, max_new=2, device="cpu", proposals=count)
+
+
+def shown(report) -> str:
+    """Return the table that `evaluate` prints, on one line."""
+    console = Console(width=200)
+    with console.capture() as printed:
+        console.print(evaluation_table(report))
+    return " ".join(printed.get().split())
 
 
 def test_prompts_end_where_the_last_reply_begins(cache, trained):
@@ -305,7 +343,7 @@ def test_an_exported_draft_knows_what_was_held_out_from_it(trained, cache, tmp_p
     flat = json.loads((tmp_path / "out" / "config.json").read_text())
 
     assert known.heldout == 0.25
-    assert flat.pop("trained_on") == {"cache": HiddenCache.open(cache).digest, "heldout": 0.25}
+    assert flat.pop("trained_on") == {"cache": HiddenCache.open(cache).digest, "heldout": 0.25, "target": "stopping"}
     (tmp_path / "out" / "config.json").write_text(json.dumps(flat))
     assert evaluation.describe_draft(tmp_path / "out").heldout is None, "another trainer's says nothing"
     found = run(tmp_path / "out", cache=cache, count=2, max_new=4, device="cpu")

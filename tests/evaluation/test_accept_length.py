@@ -14,6 +14,8 @@ from pipeline.evaluation import accept_length as accept
 from pipeline.evaluation.accept_length import (
     accept_spans,
     bootstrap,
+    engine_accept_length,
+    gains_within,
     known_reply,
     replay_decoding,
     reply_spans,
@@ -236,3 +238,18 @@ def test_measuring_needs_no_transformers():
 
 def test_every_method_is_measured(cache):
     assert {method for method, _ in DRAFTED} == set(DRAFTS)
+
+
+def test_the_accept_length_as_an_engine_counts_it_differs_at_the_ends_of_replies():
+    """64 tokens at most; the prefill gave one, so that 63 are to be gained."""
+    whole = [8] * 7  # 7 are left
+    assert gains_within([*whole, 8], 64) == [*whole, 7]
+    assert gains_within([*whole, 6, 4], 64) == [*whole, 6, 1]
+    assert gains_within([*whole, 7, 4], 64) == [*whole, 7]  # the reply has its 64, and ours makes one more call
+    assert gains_within([3, 2], 64) == [3, 2]
+    stopped, limited, more = ([3, 2], [2, 7]), ([*whole, 6, 4], [7] * 7 + [5, 3]), ([*whole, 7, 4], [7] * 7 + [6, 3])
+    assert engine_accept_length([stopped], 64) == 1 + 9 / 2
+    assert engine_accept_length([limited], 64) == 1 + (7 * 7 + 5 + 3) / 9
+    assert engine_accept_length([stopped, more], 64) == 1 + (9 + 7 * 7 + 6) / 10
+    assert engine_accept_length([([3, 2], [])], 64) is None  # reports of earlier versions
+    assert engine_accept_length([([], [])], 64) is None

@@ -74,6 +74,13 @@ def test_the_card_has_accept_lengths_by_domain_and_slot_however_they_were_measur
     assert "Decoded greedily with the target, 6 tokens" in card and "drawn from the target at T = 1, 6 tokens" in card
 
 
+def test_the_card_has_both_conventions_of_accept_length(out, trained):
+    card, report = (out / "README.md").read_text(), json.loads((trained / "evaluation.json").read_text())
+    for part in (report, report["sampled"]):
+        assert f"\n\nAs vLLM counts: {part['overall']['engine_accept_len']:.3f}.\n" in card
+    assert "it counts accepted proposals beyond the end of a reply, and makes no call once" in card
+
+
 def test_an_accept_length_of_cut_blocks_says_so(trained, tmp_path):
     report, _ = parse_checksummed((trained / "evaluation.json").read_bytes())
     report["settings"]["threshold"] = 0.4
