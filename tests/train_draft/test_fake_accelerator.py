@@ -67,7 +67,7 @@ def test_a_step_waits_for_the_device_twice_and_an_evaluation_never(records, loss
 
 
 def test_int8_is_decoded_without_a_wait_and_encoded_with_one_for_the_number_of_outliers(records):
-    assert records["int8"]["waits"] == {"int8.py:encode": 1}
+    assert records["int8"]["waits"] == {"scaled_groups.py:encode": 1}
 
 
 @pytest.mark.parametrize("load", LOADS)
