@@ -8,7 +8,7 @@ import json
 import sys
 
 import click
-from click import Choice, IntRange, argument, option
+from click import Choice, FloatRange, IntRange, argument, option
 
 from pipeline import __version__
 from pipeline.errors import CacheError, ProofError, UsageError

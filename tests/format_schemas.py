@@ -17,7 +17,6 @@ from schema_tables import MANIFESTS
 
 from pipeline.cache import checksums, layout, samples
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.codecs.int8 import group_of
 from pipeline.cache.codecs.lossy import CHANNELS, OUTLIER_SHARE, OUTLIERS
 from pipeline.cache.codecs.zarr_file import DTYPES
 from pipeline.cache.schema import MAX_WIDTH
@@ -42,7 +41,11 @@ def schemas() -> dict:
             name: {part: [count, kind.str] for part, (count, kind) in parts.items()} for name, parts in arrays.items()
         },
         "lossy": {"outliers": OUTLIERS, "channels": CHANNELS, "outlier_share": OUTLIER_SHARE},
-        "groups": {str(width): group_of(width) for width in (8, 130, 640, 4096)},
+        "groups": {
+            name: {str(width): codec.group_of(width) for width in (8, 130, 640, 4096)}
+            for name, codec in CODECS.items()
+            if codec.lossy
+        },
         "head": [EMBEDDING, HEAD, *sorted(KNOWN_FACTS)],
         "checksum_rows": layout.CHECKSUM_ROWS,
         "column": layout.COLUMN.pattern,

@@ -159,7 +159,7 @@ class ColumnSpec:
     name: Annotated[str, _field("`aux.<layer>` or `final`")]
     dtype: Annotated[Literal["bfloat16", "float32"], _field("of the states")]
     width: Annotated[int, _field("D", gt=0, le=MAX_WIDTH)]
-    codec: Annotated[str, _field("raw, zstd or int8")] = "raw"
+    codec: Annotated[str, _field("raw, zstd, int8 or int6")] = "raw"
     keeps: Annotated[Literal["all", "needed"], _field("which rows of a sample it has")] = "all"
 
     @property

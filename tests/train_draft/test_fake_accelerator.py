@@ -76,7 +76,7 @@ def test_an_embedding_on_the_host_is_waited_for_only_in_evaluations(records, los
 
 
 def test_int8_is_decoded_without_a_wait_and_encoded_with_one_for_the_number_of_outliers(records):
-    assert records["int8"]["waits"] == {"int8.py:encode": 1}
+    assert records["int8"]["waits"] == {"scaled_groups.py:encode": 1}
 
 
 @pytest.mark.parametrize("load", LOADS)

@@ -37,11 +37,11 @@ OUTLIER_SHARE = 64  # at most one entry of a column in so many may be an outlier
 
 
 class LossyCodec(Codec):
-    """What a lossy codec answers beyond `Codec`. Its promise: `error_bound`, `max_of_token`, `probe_allowance`.
+    """What a lossy codec answers beyond `Codec`. Its promise: `error_bound`, `max_of_...` and `probe_allowance`.
 
     Before a shard is kept, its certificate (`error_certificate.py`) is checked against the promise, and against limits
     that all codecs share. max_of_token: the largest rms error of a row, relative to the row's rms deviation, both in
-    stds of the channels.
+    stds of the channels. max_of_channels: the same of a channel over rows, which nine tenths of the channels keep.
 
     Every column in a lossy codec is calibrated first: the certificate measures errors in its channels' stds, and an
     encoder may normalise by them.
@@ -49,6 +49,7 @@ class LossyCodec(Codec):
 
     lossy = True
     max_of_token: float
+    max_of_channels = 0.03
 
     @abstractmethod
     def arrays(self, width: int) -> dict[str, tuple[int, np.dtype]]:
