@@ -16,6 +16,7 @@ from stages.train_draft.step import Trainer
 FEW, MORE = 1, 17  # blocks: with more than one, and enough for the chunk of the head's logits to be a usual one
 SAID_FROM = 600.0  # seconds of what is left of a run
 SLOW_STEP = 20.0  # seconds
+LARGE = 1 << 16  # ids
 
 
 def step_seconds(trainer: Trainer, batch: Batch) -> float:
@@ -41,12 +42,14 @@ def step_seconds(trainer: Trainer, batch: Batch) -> float:
 
 def estimate_text(draft: Draft, batch: Batch, steps: int, seconds: float) -> str:
     """Return in words how long a step and all that are left take, and which settings shorten it."""
+    reducible = draft.reduces_vocabulary and draft.config.proposable == draft.config.vocab_size > LARGE
+    vocabulary = ", and so does a draft vocabulary, such as draft.vocabulary = 32768" if reducible else ""
     slots = sum(len(blocks.anchors_N) for blocks in batch.blocks) * draft.config.block_size
     return (
-        f"a step takes about {duration(seconds)} here ({slots:,} slots over {draft.config.vocab_size:,} tokens, "
+        f"a step takes about {duration(seconds)} here ({slots:,} slots over {draft.config.proposable:,} ids, "
         f"{draft.config.num_hidden_layers} layers, {torch.get_num_threads()} threads), {steps:,} steps about "
-        f"{duration(seconds * steps)}; less of train.anchors or train.batch takes less in proportion, "
-        "draft.num_hidden_layers and train.epochs too"
+        f"{duration(seconds * steps)}; fewer train.anchors, train.batch, train.epochs or draft.num_hidden_layers take "
+        f"less{vocabulary}"
     )
 
 

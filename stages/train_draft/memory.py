@@ -182,7 +182,7 @@ def _measure(
         weights_VD = torch.empty(config.vocab_size, config.hidden_size, dtype=head)
         draft = DRAFTS[config.method](config, TargetHead(weights_VD, weights_VD if tied else weights_VD.clone()))
         draft.train().blocks_per_chunk = lambda hidden_NSD: chunk_blocks(
-            hidden_NSD.shape[1], config.vocab_size, "cuda", NEWEST
+            hidden_NSD.shape[1], config.proposable, "cuda", NEWEST
         )
         before = memory.live
         optimizer = make_optimizer(train.optimizer, draft)
