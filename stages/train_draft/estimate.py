@@ -2,7 +2,7 @@
 GPU, that one step may take an hour.
 
 A few blocks of the next batch are computed and their gradient dropped; what a step takes follows from the time that a
-block more takes, and from the number of blocks.
+block more takes, and from the number of blocks. Muon's own work is added.
 """
 
 import time
@@ -11,7 +11,7 @@ import torch
 
 from pipeline.drafts import Draft
 from stages.train_draft.batches import Batch
-from stages.train_draft.step import Trainer
+from stages.train_draft.step import AdamW, Muon, Trainer, orthogonalize
 
 FEW, MORE = 1, 17  # blocks: with more than one, and enough for the chunk of the head's logits to be a usual one
 SAID_FROM = 600.0  # seconds of what is left of a run
@@ -37,7 +37,16 @@ def step_seconds(trainer: Trainer, batch: Batch) -> float:
         trainer.draft.zero_grad()
     a_block = max(0.0, more[0] - few[0]) / max(1, more[1] - few[1])
     count = sum(len(of_cell.anchors_N) for of_cell in batch.blocks)
-    return len(batch.cells) * few[0] + max(0, count - len(batch.cells)) * a_block
+    of_cells = len(batch.cells) * few[0] + max(0, count - len(batch.cells)) * a_block
+    return of_cells + muon_seconds(trainer.optimizer)
+
+
+def muon_seconds(optimizer: AdamW) -> float:
+    """Return how long Muon takes for its matrices, which in a step of few slots is the most; nothing is changed."""
+    began = time.perf_counter()
+    for matrix in optimizer.matrices.values() if isinstance(optimizer, Muon) else ():
+        orthogonalize(matrix.detach())
+    return time.perf_counter() - began
 
 
 def estimate_text(draft: Draft, batch: Batch, steps: int, seconds: float) -> str:
