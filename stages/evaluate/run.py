@@ -188,6 +188,8 @@ class Trained:
         """Return what the report says of the draft."""
         config = draft.config
         trained = f", {self.steps} steps" if self.steps is not None else ""
+        if config.proposable < config.vocab_size:
+            trained += f", {config.proposable:,} of {config.vocab_size:,} ids"
         return DraftFacts(
             path=str(self.path),
             **{key: getattr(config, key) for key in ("method", "block_size", "proposals", "objective", "weighting")},
