@@ -66,13 +66,14 @@ class HeadRows:
     """The target's head at a draft's ids, gathered once, and anew where the map or the head is another."""
 
     def __init__(self):
-        self._made_of: tuple | None = None
-        self._head: TargetHead | None = None
+        self._of: TargetHead | None = None
+        self._map_W, self._version, self._head = None, -1, None
 
     def head(self, target: TargetHead, d2t_W: Tensor) -> TargetHead:
-        made_of = target, d2t_W, 0 if d2t_W.is_inference() else d2t_W._version
-        if self._made_of is None or any(now is not then for now, then in zip(made_of, self._made_of, strict=True)):
+        version = 0 if d2t_W.is_inference() else d2t_W._version  # it changes with the map's values
+        if self._of is not target or self._map_W is not d2t_W or self._version != version:
             with torch.inference_mode(False), torch.no_grad():  # training may use what an evaluation has made
                 rows_WD = target.head_VD[ids_of(d2t_W).to(target.head_VD.device)]
-            self._head, self._made_of = TargetHead(rows_WD, rows_WD, logit_softcap=target.logit_softcap), made_of
+            self._head = TargetHead(rows_WD, rows_WD, logit_softcap=target.logit_softcap)
+            self._of, self._map_W, self._version = target, d2t_W, version
         return self._head
