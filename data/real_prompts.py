@@ -160,7 +160,9 @@ def main() -> None:
         for prompt in prompts(options.each)
         if options.split in (None, prompt["split"])
     ]
-    options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text = "\n".join(lines) + "\n"
+    if not options.out.exists() or options.out.read_text(encoding="utf-8") != text:  # a rerun leaves even its time
+        options.out.write_text(text, encoding="utf-8")
     print(f"{options.out}: {len(lines)} prompts of {len(KINDS)} kinds")
 
 

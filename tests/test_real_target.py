@@ -46,6 +46,9 @@ def test_the_prompts_are_written_as_a_corpus_with_domains_and_splits(tmp_path):
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 6 * len(KINDS)
     assert {row["split"] for row in rows} == {"train"}
+    written = out.stat().st_mtime_ns
+    subprocess.run(command, check=True, capture_output=True)
+    assert out.stat().st_mtime_ns == written  # what was made of it stays as it is
 
 
 def test_a_package_with_another_checksum_is_fetched_again_and_its_lack_is_an_error_that_says_what_to_do(tmp_path):
