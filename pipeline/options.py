@@ -203,6 +203,7 @@ evaluate_options = together(
     option("--batch", type=IntRange(1), default=1, help="Prompts decoded at once."),
     option("--plain", type=PATH, help="Keep the target's own replies here, for other drafts."),
     DEVICE,
+    option("--dtype", type=Choice(["bfloat16", "float32"]), help="Compute type.  [default: the cache's]"),
     option("--out", type=PATH, help="Write the report here, as JSON."),
     option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
 )

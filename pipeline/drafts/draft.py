@@ -146,13 +146,14 @@ class Draft(nn.Module, ABC):
     def recipe_defaults(cls, stated: dict, hidden_size: int) -> dict:
         """Return what a recipe leaves open. stated: the fields of [draft] that it states."""
         options = {name: option.default for name, option in cls.Config.options().items() if not option.is_required()}
+        options = {name: default for name, default in options.items() if default is not None}
         filled = {"block_size": 8 if hidden_size <= SMALL_HIDDEN else 16, "shift_label": True, "objective": "ce"}
         filled |= {"weighting": "decay"} | options | cls.Config.defaults(stated) | cls.published_fields
         filled |= {name: min(size, hidden_size) for name, size in cls.published_sizes.items()}
         return filled | {"gamma": default_gamma(stated.get("block_size", filled["block_size"]))}
 
     def before_training(self, samples: Iterable[np.ndarray]) -> None:
-        """Prepare buffers from the ids [T] of each training sample, which are read as they are asked for.
+        """Prepare buffers from the supervised ids of each training sample, which are read as they are asked for.
 
         Called when a run makes its draft, before initial weights or a checkpoint are loaded.
         """
@@ -218,6 +219,11 @@ class Draft(nn.Module, ABC):
 
         proposed: the number of ids that may be proposed, where it is not the whole vocabulary.
         """
+
+    def published_copies(self) -> dict[str, Tensor]:
+        """Return copies of the target's tensors that are published with the draft, by name: what it has of its head
+        where it proposes fewer ids."""
+        return {}
 
     @classmethod
     @abstractmethod

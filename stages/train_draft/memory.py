@@ -252,7 +252,7 @@ def _measure(
         draft = DRAFTS[config.method](config, TargetHead(weights_VD, weights_VD if tied else weights_VD.clone()))
         draft.recomputes_layers = recomputes
         draft.train().blocks_per_chunk = lambda hidden_NSD: chunk_blocks(
-            hidden_NSD.shape[1], config.vocab_size, "cuda", NEWEST
+            hidden_NSD.shape[1], config.proposable, "cuda", NEWEST
         )
         before = memory.live
         optimizer = make_optimizer(train.optimizer, draft)

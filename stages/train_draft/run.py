@@ -153,7 +153,7 @@ def open_run(
         began = visible("; ".join(differs))
         print_visible(f"began with {began}: the run goes on, its last digits may differ")
     use_deterministic_kernels(device)
-    samples = (store.tokens_of(int(index))[0] for index in split.train)
+    samples = (ids_T[mask_T] for ids_T, mask_T in map(store.tokens_of, map(int, split.train)))
     draft = make_draft(resolved, store, device, start, samples, head)
     draft.chunk_rule = chunk_rule(path)
     if kernels_of(device) == "compiled":
@@ -174,8 +174,8 @@ def make_draft(
     head: TargetHead | None = None,
 ) -> Draft:
     """Return a draft in training mode on its device: float32 weights, random where `start` has none, and the
-    target's frozen head in the dtype of the arithmetic. samples: ids of the training samples, which a method may count.
-    head: that head, where it is on the device already.
+    target's frozen head in the dtype of the arithmetic. samples: supervised ids of the training samples, which a method
+    may count. head: that head, where it is on the device already.
 
     Raises RoomError when memory is too small.
     """

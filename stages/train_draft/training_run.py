@@ -23,6 +23,7 @@ from pipeline.runs.training_data import Split, stratified_subset
 from pipeline.tensors import refuse_out_of_memory
 from pipeline.visible_text import visible
 from stages.train_draft.batches import Batch, Sampler
+from stages.train_draft.estimate import estimate_text, step_seconds, worth_saying
 from stages.train_draft.loader import BatchLoader, Prefetcher
 from stages.train_draft.logs import (
     METRICS,
@@ -154,6 +155,7 @@ class TrainingRun:
 
     def fit(self, display: Display, until: int | None = None) -> None:
         """Train to step `until`, by default the last one."""
+        self._announce_time(display)
         self.begin(display)
         batches = Prefetcher(self.loader, self.step, until or self.train.steps, self.device)
         try:
@@ -161,6 +163,17 @@ class TrainingRun:
                 self.note(batch, self.trainer.step(batch, cells), batches.waited, display)
         finally:
             batches.close()
+
+    def _announce_time(self, display: Display) -> None:
+        """Say how long the run will take, where that is long; on a CPU, whose user may have meant the defaults of a
+        GPU."""
+        left = self.train.steps - self.step
+        if self.device.type != "cpu" or self.ranks.size > 1 or not left:
+            return
+        batch = self.loader.sampler.batch(self.step)
+        seconds = step_seconds(self.trainer, batch)
+        if worth_saying(seconds, left):
+            display.print_line(estimate_text(self.draft, batch, left, seconds))
 
     def begin(self, display: Display) -> None:
         """Prepare for steps from here on; evaluate where a checkpoint was saved and its evaluation was not."""

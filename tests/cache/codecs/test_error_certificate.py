@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cache.codecs import CODECS
+from pipeline.cache.codecs import CODECS, error_certificate
 from pipeline.cache.codecs.codec import Calibration
 from pipeline.cache.codecs.error_certificate import Certificate, calibrate, checked_calibration
 from pipeline.cache.codecs.lossy import Encoded
@@ -276,3 +276,26 @@ def test_figures_that_are_not_numbers_are_refused():
     found.add(truth_RD, truth_RD)
     with pytest.raises(ProofError, match="does not fit int8"):
         found.facts(0.0)
+
+
+def test_of_a_large_vocabulary_some_rows_are_judged_by_the_head_and_they_say_the_same(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(V, WIDTH, generator=generator) / WIDTH**0.5
+    head = TargetHead(weight, weight)
+    truth_RD = states("ordinary")
+    calibration = calibrate(as_stored(truth_RD))
+    decoded_RD = INT8.encode_to_host(truth_RD, calibration).decode()
+
+    def judged(most: int) -> tuple[int, dict]:
+        monkeypatch.setattr(error_certificate, "MOST_LOGITS", most)
+        found = Certificate("final", "int8", calibration, head)
+        for first in range(0, ROWS, 100):
+            found.add(truth_RD[first : first + 100], decoded_RD[first : first + 100])
+        return found.judged, found.facts(0.0)
+
+    (all_rows, whole), (some_rows, part) = judged(1 << 26), judged(error_certificate.SHADOW_ROWS * V // 8)
+
+    assert (all_rows, some_rows) == (ROWS, 4 * 13)  # every eighth of 100
+    assert part["kl"] == pytest.approx(whole["kl"], rel=0.5) and abs(part["top1"] - whole["top1"]) < 0.05
+    same = whole.keys() - {"kl", "top1"}
+    assert {name: whole[name] for name in same} == {name: part[name] for name in same}
