@@ -8,9 +8,10 @@ import json
 import sys
 
 import click
-from click import Choice, FloatRange, IntRange, argument, option
+from click import Choice, IntRange, argument, option
 
 from pipeline import __version__
+from pipeline.command_line import InWorkflowOrder, run_and_exit
 from pipeline.errors import CacheError, ProofError, UsageError
 from pipeline.options import (
     CACHE,
@@ -21,13 +22,14 @@ from pipeline.options import (
     PATH,
     REPORT,
     CodecOption,
-    InWorkflowOrder,
     capture_options,
     evaluate_options,
     import_options,
     plan_options,
     regenerate_options,
-    run_and_exit,
+    serve_check_options,
+    sweep_options,
+    verify_options,
 )
 from pipeline.visible_text import VisibleConsole, print_visible, visible
 
@@ -129,14 +131,7 @@ def inspect(cache, sample, as_json):
 
 
 @commands.command()
-@CACHE
-@option("--repair", is_flag=True, help="Make again what is damaged, with --model where the target has to.")
-@option("--deep", is_flag=True, help="Check every byte of the files of --model, too, against those captured.")
-@option("--complete", is_flag=True, help="End with 4 unless every shard has every column.")
-@option("--model", help="The target, for --repair and --deep.")
-@DEVICE
-@DEVICE_MAP
-@option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@verify_options
 def verify(cache, repair, deep, complete, model, device, device_map, as_json):
     """Check every byte of a cache. Ends with 4 when something is damaged, and names it.
 
@@ -212,16 +207,7 @@ def train_draft(recipe, cache, sets, out, device, init_from, sharded):
 
 
 @commands.command()
-@argument("recipe", type=PATH)
-@option("--cache", type=FOLDER, default="hs_cache", help="The cache to train from.")
-@option("--set", "sets", multiple=True, metavar="A.B=C", help="Change one field of every run's recipe.")
-@option("--out", type=FOLDER, help="The folder for the runs' folders.  [default: runs]")
-@DEVICE
-@option("--devices", metavar="A,B", help="Train on each of these at once.  [default: every CUDA device]")
-@option("--jobs", type=IntRange(1), default=1, help="Runs at once on each device.")
-@option("--shared-read", is_flag=True, help="Read the cache once for all runs that learn from the same samples.")
-@option("--init-from", type=FOLDER, help="Begin every run with the weights of this draft.")
-@option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@sweep_options
 def sweep(recipe, as_json, init_from, **chosen):
     """Train every combination of a recipe's lists.
 
@@ -297,19 +283,7 @@ def check_export(folder, target_layers, as_json):
 
 
 @commands.command("serve-check")
-@argument("folder", type=PATH)
-@option("--engine", type=Choice(["vllm"]), default="vllm", help="What serves it.")
-@option("--python", type=PATH, help="The engine's own Python, V/bin/python.  [default: that of `make engines`]")
-@option("--model", help="The target.  [default: the one that the export names]")
-@option("--data", type=PATH, help="JSONL of prompts.  [default: the bundled target's held-out chats]")
-@option("--count", type=IntRange(1), default=64, help="Prompts.")
-@option("--max-new", type=IntRange(2), default=64, help="Tokens a reply at most.")
-@option("--mend", is_flag=True, help="Serve once more, the engine's known faults mended in its process.")
-@option("--timeout", type=FloatRange(0, min_open=True), default=600.0, help="Seconds without progress.")
-@option("--logs", type=FOLDER, help="Keep the engine's logs here.  [default: only of one that crashes]")
-@DEVICE
-@option("--out", type=PATH, help="Write the report here, as JSON.")
-@option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@serve_check_options
 def serve_check(folder, as_json, **chosen):
     """Serve an export with a real engine, and compare.
 

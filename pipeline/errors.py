@@ -1,8 +1,8 @@
 """Typed errors for what a user can get wrong or the machine lacks, each with its exit code.
 
-`pipeline/options.py` prints each as one line on standard error. A message states what was found, what was wanted and
-what to do. Errors of the machine (memory, open files, disk space, permissions, paths) say nothing of a file's content,
-so code that reports damage asks `limit_error` first. Imports nothing heavy.
+`pipeline/command_line.py` prints each as one line on standard error. A message states what was found, what was wanted
+and what to do. Errors of the machine (memory, open files, disk space, permissions, paths) say nothing of a file's
+content, so code that reports damage asks `limit_error` first. Imports nothing heavy.
 """
 
 import errno

@@ -5,7 +5,7 @@
 import os
 import signal
 
-from pipeline.options import disable_spin_waiting
+from pipeline.command_line import disable_spin_waiting
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub
 disable_spin_waiting()

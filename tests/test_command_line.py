@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from pipeline.options import NO_SPINNING, WAIT_VARIABLES, disable_spin_waiting
+from pipeline.command_line import NO_SPINNING, WAIT_VARIABLES, disable_spin_waiting
 
 COMMANDS = [
     "train-draft --cache nowhere",
