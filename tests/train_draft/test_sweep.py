@@ -20,6 +20,7 @@ from pipeline.evaluation.accept_length import bootstrap
 from pipeline.evaluation.tables import sweep_table
 from pipeline.published.weights import InitialDraft
 from pipeline.runs.recipe import load_recipe
+from pipeline.torchrun import VARIABLES
 from stages.train_draft.run import run
 from stages.train_draft.sweep import load_sweep, pool_seeds, rank_by_accept_length, sweep
 
@@ -93,7 +94,8 @@ def test_a_table_that_is_no_grid_is_refused_with_the_nearest_right_thing(recipe,
 
 
 def test_a_sweep_under_torchrun_is_refused(recipe, tiny_cache, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in zip(VARIABLES, ("0", "2", "0", "localhost", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="start it without torchrun"):
         sweep(tiny_cache, recipe('"train.seed" = [0, 1]'), SMALL[:1], tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
