@@ -96,6 +96,8 @@ def run(folder: Path, evaluate: Callable[..., Report], options: Options, script:
     for engines that crash. That an engine gains otherwise is no exception here: `check_agrees`.
     """
     folder = Path(folder)
+    if options.out is not None and options.out.is_dir():
+        raise UsageError(f"--out {options.out} is a folder; name a file in it, such as {options.out / 'served.json'}")
     facts = check_folder(folder, options.engine)
     target, name = find_export_target(folder, options.model)
     python = options.python or (MADE if MADE.is_file() else Path(sys.executable))
