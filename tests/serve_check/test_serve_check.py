@@ -158,6 +158,29 @@ def test_a_wrong_kernel_is_seen_where_no_call_gains_otherwise(served_here):
     assert not only.agrees
 
 
+def test_an_export_that_is_not_what_was_trained_is_told_without_an_engine(
+    drafts, cache, target, data, tmp_path, evaluated, served_here
+):
+    trained = tmp_path / "trained.json"
+    evaluate(drafts / "dflash", model=str(target), prompts=data, max_new=12, device="cpu", out=trained)
+    as_trained = served_here(report=trained).as_trained
+    assert as_trained.prompts == as_trained.equal > 6
+    assert as_trained.accept_len == as_trained.accept_len_run
+
+    # Sound files, nothing to compare them with, and layers that count from 1 where they should from 0.
+    wrong = Path(shutil.copytree(drafts / "dflash", tmp_path / "wrong"))
+    (wrong / "probe.tensors").unlink()
+    flat = json.loads((wrong / "config.json").read_text())
+    flat["dflash_config"]["target_layer_ids"] = [layer - 1 for layer in flat["dflash_config"]["target_layer_ids"]]
+    (wrong / "config.json").write_text(json.dumps(flat))
+    options = {"python": Path(sys.executable), "model": str(target), "data": data, "device": "cpu", "report": trained}
+    script = engine_script(tmp_path, "crash")  # it is not started
+    with pytest.raises(ProofError, match=r"the export is wrong, whatever serves it: over \d+ prompts its accept"):
+        run(wrong, evaluate, Options(max_new=12, **options), script)
+    with pytest.raises(UsageError, match="is of 12 tokens a reply, this check of 9; pass --max-new 12"):
+        run(drafts / "dflash", evaluate, Options(max_new=9, **options), script)
+
+
 def test_an_engine_that_reads_other_layers_is_told_by_them(served_here):
     (only,) = served_here("layers").served
     assert not only.states.features_equal
