@@ -19,7 +19,18 @@ OBJECTIVES := $(foreach method,dflash domino,$(addprefix $(method).,ce ce+dpace 
 BETTER := dflash.kl dflash.ce+dpace domino.kl dspark.ce dspark.kl
 RESULT_PROMPTS := 160
 
-.PHONY: install demo test gpu-check lint tables results bench paired engines clean
+# What `make real` makes, all of it in build/. SHORT=1 takes a third of the prompts, half of each reply, fewer steps.
+REAL := build/real$(if $(SHORT),-short)
+REAL_MODEL := build/real/gemma-3-270m
+REAL_RUNS := dflash dflash-int8 dflash-kl domino
+REAL_EACH := $(if $(SHORT),14,34)
+REAL_NEW := $(if $(SHORT),32,64)
+REAL_STEPS := $(if $(SHORT),40,120)
+REAL_KL_STEPS := $(if $(SHORT),40,140)
+REAL_DOMINO_STEPS := $(if $(SHORT),10,40)
+REAL_COUNT := $(if $(SHORT),12,48)
+
+.PHONY: install demo real real-short test gpu-check lint tables results bench paired engines clean
 
 install: .venv/installed
 
@@ -44,6 +55,48 @@ demo-%: named = 2>&1 | (trap '' INT TERM; sed -u 's/^/$*: /')
 demo-%: install
 	$(PIPELINE) train-draft configs/demo.toml --set draft.method=$* --cache $(CACHE) --out build/demo/$* $(named)
 	$(PIPELINE) evaluate --draft build/demo/$* --out build/demo/$*.json $(named)
+
+# The whole path on a model that nobody here made: Gemma 3 270M, from the package registry, under its own terms. Hours in
+# the background, to be stopped whenever one likes; `make real-short` takes 20 minutes. Replies are the target's own,
+# greedy for all prompts, drawn as well for those to train on. One cache holds the states as they are, another the same
+# in int8, and a draft learns from either. From there on DFlash learns the target's own distribution, and Domino, whose
+# head is the whole one, as no engine reads it with fewer ids, begins. Accept lengths are of all prompts, 16 at once;
+# speeds of twelve, one by one.
+real-train = $(PIPELINE) train-draft configs/real.toml --set draft.method=$(2) --cache $(REAL)/$(3) --out $(REAL)/$(1)
+real-evaluate = $(PIPELINE) evaluate --draft $(REAL)/$(1) --max-new $(REAL_NEW) --temperature 1 --dtype float32
+real-measure = test -f $(REAL)/$(1).json || \
+  $(call real-evaluate,$(1)) --count $(REAL_COUNT) --batch 16 --plain $(REAL)/plain.json --out $(REAL)/$(1).json
+real-time = test -f $(REAL)/$(1)-speed.json || $(call real-evaluate,$(1)) --count 12 --out $(REAL)/$(1)-speed.json
+
+real: install
+	$(BIN)/python data/fetch_gemma.py $(REAL_MODEL)
+	$(BIN)/python data/real_prompts.py $(REAL)/prompts.jsonl --each $(REAL_EACH)
+	$(BIN)/python data/real_prompts.py $(REAL)/prompts-train.jsonl --each $(REAL_EACH) --split train
+	$(PIPELINE) regenerate --model $(REAL_MODEL) --corpus $(REAL)/prompts.jsonl --max-new $(REAL_NEW) \
+	  --out $(REAL)/chats/greedy.jsonl
+	$(PIPELINE) regenerate --model $(REAL_MODEL) --corpus $(REAL)/prompts-train.jsonl --max-new $(REAL_NEW) \
+	  --temperature 1 --out $(REAL)/chats/sampled.jsonl
+	$(PIPELINE) cache-hidden --model $(REAL_MODEL) --corpus $(REAL)/chats --dtype bfloat16 --out $(REAL)/cache
+	$(PIPELINE) verify $(REAL)/cache
+	test -d $(REAL)/cache-int8 || { rm -rf $(REAL)/copy && cp -r $(REAL)/cache $(REAL)/copy && mv $(REAL)/copy $(REAL)/cache-int8; }
+	$(PIPELINE) recode $(REAL)/cache-int8 --codec int8
+	$(call real-train,dflash,dflash,cache) --set train.steps=$(REAL_STEPS) --set draft.vocabulary=16384
+	$(call real-train,dflash-int8,dflash,cache-int8) --set train.steps=$(REAL_STEPS) --set draft.vocabulary=16384
+	$(call real-train,dflash-kl,dflash,cache) --set train.steps=$(REAL_KL_STEPS) --set draft.vocabulary=16384 \
+	  --set draft.objective=kl --set train.lr=3e-3 --init-from $(REAL)/dflash
+	$(call real-train,domino,domino,cache) --set train.steps=$(REAL_DOMINO_STEPS) --set train.batch=16 \
+	  --set draft.emb_dim=64 --init-from $(REAL)/dflash
+	$(foreach run,$(REAL_RUNS),{ $(call real-measure,$(run)); } &&) true
+	$(foreach run,dflash-kl domino,{ $(call real-time,$(run)); } &&) true
+	$(PIPELINE) export --draft $(REAL)/dflash-kl --format speculators --out $(REAL)/export-dflash
+	$(PIPELINE) export --draft $(REAL)/domino --out $(REAL)/export-domino
+	$(PIPELINE) check-export $(REAL)/export-dflash
+	$(PIPELINE) check-export $(REAL)/export-domino
+	$(PIPELINE) report $(REAL_RUNS:%=$(REAL)/%.json)
+	$(PIPELINE) report $(REAL)/dflash-kl-speed.json $(REAL)/domino-speed.json
+
+real-short: install
+	$(MAKE) --no-print-directory real SHORT=1
 
 # Tests in two processes of one thread each; those of what matters most come first.
 test: install

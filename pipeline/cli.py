@@ -23,6 +23,8 @@ from pipeline.options import (
     CodecOption,
     InWorkflowOrder,
     capture_options,
+    evaluate_options,
+    import_options,
     plan_options,
     regenerate_options,
     run_and_exit,
@@ -144,7 +146,7 @@ def verify(cache, repair, deep, complete, model, device, device_map, as_json):
     With --repair it captures exactly the damaged columns of the damaged shards again, and what follows from the rest
     it writes again; what is sound is not touched.
     """
-    from pipeline.cache.verify import verify_table
+    from pipeline.cache.inspect import verify_table
     from stages.cache_hidden.repair import check_incomplete, suggest_repair, verify_and_repair
 
     report = verify_and_repair(cache, repair, deep, model, device, device_map)
@@ -170,23 +172,7 @@ def recode(cache, codec):
 
 
 @commands.command("import-cache")
-@argument("source", type=FOLDER)
-@option("--out", type=FOLDER, default="hs_cache", help="The cache's folder.")
-@option("--model", help="The target that made the states: a folder, or a hub name.")
-@option("--layers", help="The layers in the files, in their order and counting, where no file names them.")
-@option(
-    "--count-from",
-    type=Choice([0, 1]),
-    help="What the first decoder layer's output is called there.  [default: as it proves]",
-)
-@option(
-    "--last",
-    type=Choice(["normed", "raw", "none"]),
-    help="The last state in the files: after the norm, before it, or not to be kept.  [default: as it proves]",
-)
-@option("--masks", type=FOLDER, help="speculators' prepared data set, which has the loss masks.")
-@option("--unproven", is_flag=True, help="Compute nothing: take what is said of the files for true.")
-@DEVICE
+@import_options
 def import_cache(source, out, **chosen):
     """Import the states that another trainer cached.
 
@@ -255,22 +241,7 @@ def sweep(recipe, as_json, init_from, **chosen):
 
 
 @commands.command()
-@option("--draft", type=PATH, required=True, help="A run's folder, a checkpoint or an exported folder.")
-@option("--model", help="The target.  [default: the one the cache was made with]")
-@option("--cache", type=FOLDER, help="The cache.  [default: the one the draft was trained on]")
-@option("--prompts", type=PATH, help="JSONL of messages.  [default: the cache's held-out split]")
-@option("--count", type=IntRange(1), default=64, help="Prompts, spread over domains.")
-@option("--max-new", type=IntRange(1), default=64, help="Tokens a reply at most.")
-@option("--temperature", type=float, default=0.0, help="Also draw replies, at this one.")
-@option("--draft-temperature", type=float, help="Of the draft; 0 is greedy.  [default: the same]")
-@option("--seed", default=0, help="Decides what is drawn.")
-@option("--threshold", type=FloatRange(0, 1), default=0.0, help="Cut blocks below this confidence.")
-@option("--proposals", type=IntRange(1), help="Verify so many of a block: b - 1, as SpecForge.  [default: all]")
-@option("--batch", type=IntRange(1), default=1, help="Prompts decoded at once.")
-@option("--plain", type=PATH, help="Keep the target's own replies here, for other drafts.")
-@DEVICE
-@option("--out", type=PATH, help="Write the report here, as JSON.")
-@option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@evaluate_options
 def evaluate(draft, as_json, temperature, draft_temperature, seed, **chosen):
     """Measure a draft's accept length, and prove it lossless.
 

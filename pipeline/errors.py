@@ -34,7 +34,16 @@ class DataError(PipelineError):
 
 
 class CacheError(PipelineError):
-    """A damaged cache or an unknown format version. Exit code 4."""
+    """A damaged cache. Exit code 4."""
+
+    code = 4
+
+
+class VersionError(PipelineError):
+    """A format, codec or field of a cache that this version does not know. Exit code 4.
+
+    No CacheError: it is no damage, so nothing that mends or replaces what is damaged may touch it.
+    """
 
     code = 4
 
@@ -55,6 +64,7 @@ def cause_of(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+UPGRADE = "upgrade draft-pipeline"
 MEMORY = "free memory, raise the limit on it (`ulimit -v`, the job's), or use a machine with more; no file is damaged"
 FILES = "raise `ulimit -n` or close other programs; the same command goes on where this stopped"
 THREADS = "raise `ulimit -u` or close other programs; the same command goes on where this stopped"

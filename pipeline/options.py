@@ -1,12 +1,9 @@
-"""What all commands share: their options, the order of help, exit codes, signals, and standard streams.
+"""What all commands share: their options, the order of help, exit codes, and signals.
 
-An error becomes one line on standard error and an exit code; `--debug` also shows the traceback. Standard output and
-error survive a closed reader, so that a command finishes with its own exit code: otherwise `head`, a closed terminal or
-a full disk under a log would end a training, or hide that a cache is damaged.
+An error becomes one line on standard error and an exit code; `--debug` also shows the traceback. What every process
+that torchrun started on a machine hears, a signal or a wrong option, the first of them says.
 """
 
-import errno
-import io
 import logging
 import os
 import shlex
@@ -21,7 +18,9 @@ from pathlib import Path
 import click
 from click import Choice, FloatRange, IntRange, option
 
-from pipeline.errors import PipelineError, RoomError, limit_error
+from pipeline import torchrun
+from pipeline.errors import PipelineError, limit_error
+from pipeline.standard_streams import check_standard_output, protect_standard_streams
 from pipeline.visible_text import print_visible, visible, visible_lines
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # exit codes 143, and 129 for a terminal that was closed
@@ -32,7 +31,6 @@ AFTER_INTERRUPT = dict.fromkeys(("inspect", "export", "check-export", "report"),
 AFTER_INTERRUPT["regenerate"] = "every reply so far is kept, and the same command asks for the others"
 AFTER_INTERRUPT["serve-check"] = "the engine is ended, no report was written, and the same command starts again"
 AFTER_INTERRUPT["evaluate"] = "no report was written, and the same command starts again"  # --plain may have its replies
-READER_GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe has left, or a terminal was closed
 
 # OpenMP's runtimes let a waiting thread spin for milliseconds. On a shared core it then displaces the very thread that
 # it waits for: a capture on two cores beside one busy process took several times as long as with one thread. Measured
@@ -170,6 +168,46 @@ regenerate_options = together(
     option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
 )
 
+import_options = together(
+    click.argument("source", type=FOLDER),
+    option("--out", type=FOLDER, default="hs_cache", help="The cache's folder."),
+    option("--model", help="The target that made the states: a folder, or a hub name."),
+    option("--layers", help="The layers in the files, in their order and counting, where no file names them."),
+    option(
+        "--count-from",
+        type=Choice([0, 1]),
+        help="What the first decoder layer's output is called there.  [default: as it proves]",
+    ),
+    option(
+        "--last",
+        type=Choice(["normed", "raw", "none"]),
+        help="The last state in the files: after the norm, before it, or not to be kept.  [default: as it proves]",
+    ),
+    option("--masks", type=FOLDER, help="speculators' prepared data set, which has the loss masks."),
+    option("--unproven", is_flag=True, help="Compute nothing: take what is said of the files for true."),
+    DEVICE,
+)
+
+evaluate_options = together(
+    option("--draft", type=PATH, required=True, help="A run's folder, a checkpoint or an exported folder."),
+    option("--model", help="The target.  [default: the one the cache was made with]"),
+    option("--cache", type=FOLDER, help="The cache.  [default: the one the draft was trained on]"),
+    option("--prompts", type=PATH, help="JSONL of messages.  [default: the cache's held-out split]"),
+    option("--count", type=IntRange(1), default=64, help="Prompts, spread over domains."),
+    option("--max-new", type=IntRange(1), default=64, help="Tokens a reply at most."),
+    option("--temperature", type=float, default=0.0, help="Also draw replies, at this one."),
+    option("--draft-temperature", type=float, help="Of the draft; 0 is greedy.  [default: the same]"),
+    option("--seed", default=0, help="Decides what is drawn."),
+    option("--threshold", type=FloatRange(0, 1), default=0.0, help="Cut blocks below this confidence."),
+    option("--proposals", type=IntRange(1), help="Verify so many of a block: b - 1, as SpecForge.  [default: all]"),
+    option("--batch", type=IntRange(1), default=1, help="Prompts decoded at once."),
+    option("--plain", type=PATH, help="Keep the target's own replies here, for other drafts."),
+    DEVICE,
+    option("--dtype", type=Choice(["bfloat16", "float32"]), help="Compute type.  [default: the cache's]"),
+    option("--out", type=PATH, help="Write the report here, as JSON."),
+    option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+)
+
 
 class CacheCommand(click.Command):
     """A command whose errors name the cache in the `pipeline verify` they suggest: the code within knows only a file.
@@ -221,7 +259,7 @@ def run_and_exit(commands: click.Group, arguments: list[str]) -> None:
     """Run a command line and exit: 0 done, 1 a bug or a failed proof, 2-5 typed errors, 129 / 130 / 143 stopped."""
     debug = "--debug" in arguments
     disable_spin_waiting()
-    _protect_standard_streams()
+    protect_standard_streams()
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, _exit_on_signal)
@@ -229,24 +267,20 @@ def run_and_exit(commands: click.Group, arguments: list[str]) -> None:
     _escape_library_output()
     try:
         commands.main(arguments, prog_name="pipeline", standalone_mode=False)
-        sys.stdout.flush()
-        failed = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "failed", None)
-        if failed and failed.errno not in READER_GONE:
-            cause = f"standard output: {failed.strerror}"
-            raise RoomError(f"{cause}; all else is done: make room, or print it to another place")
+        check_standard_output()
     except (KeyboardInterrupt, click.exceptions.Abort):
-        sys.exit(_print_error(f"interrupted; {_after_interrupt(arguments)}", 130, debug))
+        sys.exit(_print_once(f"interrupted; {_after_interrupt(arguments)}", 130, debug))
     except SystemExit as stop:
         number = next((number for number in STOP_SIGNALS if stop.code == 128 + number), None)
         if number is None:
             raise
-        sys.exit(_print_error(f"stopped by {number.name}; {_after_interrupt(arguments)}", stop.code, debug))
+        sys.exit(_print_once(f"stopped by {number.name}; {_after_interrupt(arguments)}", stop.code, debug))
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         sys.exit(2)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "pipeline"
-        sys.exit(_print_error(f"error: {error.format_message()} (`{command} --help` lists what there is)", 2, debug))
+        sys.exit(_print_once(f"error: {error.format_message()} (`{command} --help` lists what there is)", 2, debug))
     except PipelineError as error:
         sys.exit(_print_error(f"error: {error}", error.code, debug))
     except (OSError, MemoryError, RuntimeError) as error:  # a limit of the machine is not a bug
@@ -280,61 +314,16 @@ def _visible_record(*given, **named) -> logging.LogRecord:
     return record
 
 
+def _print_once(line: str, code: int, debug: bool) -> int:
+    """As `_print_error`, of what all ranks of a machine hear."""
+    return _print_error(line, code, debug) if torchrun.speaks() else code
+
+
 def _print_error(line: str, code: int, debug: bool) -> int:
     if debug:
         print_visible(traceback.format_exc(), err=True)
     print_visible(visible(line), err=True)
     return code
-
-
-class _DroppingFile(io.FileIO):
-    """The raw file of a standard stream. After a failed write output is dropped; `failed` is the first error."""
-
-    failed: OSError | None = None
-
-    def write(self, data) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            self.failed = self.failed or error
-            _open_devnull(self.fileno(), os.O_WRONLY)
-            return len(data)
-
-
-def _protect_standard_streams() -> None:
-    """Protect the standard streams; point closed ones at /dev/null, or other files would get their descriptors.
-
-    Streams that were replaced, as tests do, stay.
-    """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        current, original = getattr(sys, name), getattr(sys, f"__{name}__")
-        if current is None:
-            try:
-                os.fstat(number)
-            except OSError:  # closed
-                _open_devnull(number, os.O_WRONLY if number else os.O_RDONLY)
-        if number and current is original:
-            setattr(sys, name, _protected_stream(number, current))
-
-
-def _open_devnull(number: int, flags: int) -> None:
-    """Point a descriptor at /dev/null."""
-    null = os.open(os.devnull, flags)
-    if null != number:
-        os.dup2(null, number)
-        os.close(null)
-    os.set_inheritable(number, True)
-
-
-def _protected_stream(number: int, stream) -> io.TextIOWrapper:
-    """Return a text stream on a descriptor, buffered as the stream that it replaces."""
-    if stream is not None:
-        stream.flush()
-    raw = _DroppingFile(number, "w", closefd=False)
-    # Escape what the encoding lacks: a lone surrogate of a file name, a letter on an ASCII terminal.
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    lines = raw.isatty() or number == 2
-    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=lines)
 
 
 def disable_spin_waiting(environment: MutableMapping[str, str] = os.environ) -> None:

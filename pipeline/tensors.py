@@ -1,5 +1,5 @@
-"""Write safetensors files, view states as stored, choose a dtype or a device, recognise out-of-memory errors and
-lost ranks, and draw tokens by inverse CDF."""
+"""Write safetensors files, view states as stored, choose a dtype or a device, recognise out-of-memory errors, and draw
+tokens by inverse CDF."""
 
 import contextlib
 import os
@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import RoomError, UsageError, first_line
+
+STAGED_BYTES = 64 << 10  # of pageable memory, which CUDA copies aside without a wait
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -73,6 +75,14 @@ def device_bytes(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
+def copied_without_wait(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return a tensor's values where `to(device, non_blocking=True)` copies them without a wait: for a GPU, a large
+    one of pageable memory in pinned memory."""
+    if torch.device(device).type != "cuda" or tensor.device.type != "cpu" or tensor.nbytes <= STAGED_BYTES:
+        return tensor
+    return tensor if tensor.is_pinned() else tensor.pin_memory()
+
+
 def free_cached_memory(device: torch.device) -> None:
     """Give a GPU's memory back that torch keeps for reuse, in pieces of the wrong sizes for a second try."""
     if device.type == "cuda":
@@ -110,10 +120,3 @@ def draw(weights_NV: Tensor, uniform_N: Tensor) -> Tensor:
 def uniforms(count: int, generator: torch.Generator) -> Tensor:
     """Return `count` uniform float64 numbers in [0, 1), one for each token to draw."""
     return torch.rand(count, dtype=torch.float64, generator=generator, device=generator.device)
-
-
-def lost_rank(error: BaseException) -> bool:
-    """Return whether an error says that another rank of the process group has gone, or does not answer."""
-    from torch.distributed import DistError  # here: one process alone has no need of it
-
-    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

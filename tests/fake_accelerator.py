@@ -1,9 +1,9 @@
 """Whole training steps on a GPU that is not there: `python tests/fake_accelerator.py METHOD[:ROWS[,KEY=VALUE...]] ...`.
 
-A step has two cells, of which the second finds gradients in place. KEY: device, optimizer, dtype, moments, kernels
-(compiled or plain), anchors (of a cell), at_once (blocks computed together), or an option of the draft. METHOD `int8`
-is that codec instead, `capture:TOKENS` a micro-batch of a capture (KEY: codec, dtype, target), and `load` the loader's
-way to the device.
+A step has two cells, of which the second finds gradients in place. KEY: device, optimizer, dtype, moments and embedding
+(device or host), layers (kept or recomputed), kernels (compiled or plain), anchors (of a cell), at_once (blocks
+computed together), or an option of the draft. METHOD `int8` is that codec instead, `capture:TOKENS` a micro-batch of a
+capture (KEY: codec, dtype, target), and `load` the loader's way to the device.
 
 torch computes shapes, dtypes and devices of fake CUDA tensors, and no values; `fake_cuda.cpp`, compiled in a second or
 two, makes a CPU build believe in the device. So a step at the width of an 8B target shows here what it would on a GPU:
@@ -21,6 +21,7 @@ and its gradient two; plain attention is the memory-efficient kernel, which torc
 # ruff: noqa: E402  the library before torch
 
 import ctypes
+import itertools
 import json
 import subprocess
 import sys
@@ -52,17 +53,24 @@ if __name__ == "__main__":
 
 import torch
 from fake_device import Meter, pin, pretend
+from fake_loading import each_once_the_next_is_read, load
+from fake_streams import order
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.codec import Calibration
 from pipeline.drafts import DRAFTS, Blocks, Draft, draft_config, flex, fused, lay_blocks, pack
+from pipeline.target import host_embedding
 from pipeline.target.head import TargetHead
+from stages.train_draft.batches import Batch
+from stages.train_draft.loader import Prefetcher
 from stages.train_draft.memory import FakeRows, faked
-from stages.train_draft.step import Trainer, make_optimizer
+from stages.train_draft.optimizers import make_optimizer
+from stages.train_draft.step import Trainer
 
 WIDTH, VOCABULARY, LAYERS, BLOCK, ANCHORS = 4096, 151_936, 5, 16, 512  # Qwen3-8B and a published draft of it
 USUAL = {"device": "cuda", "kernels": "compiled", "optimizer": "adamw", "dtype": "bfloat16", "moments": "device"}
+USUAL |= {"layers": "kept", "embedding": "device"}
 OWN = {
     "dflash": {"shift_label": False},
     "domino": {"shift_label": True, "pure_draft_prefix_len": 1, "emb_dim": 256, "gru_hidden_dim": 1024},
@@ -123,29 +131,44 @@ class FakeTraining:
         self.entries = mean_entries(cut)
         self.blocks = CutBlocks(**{field.name: getattr(whole, field.name) for field in fields(whole)}, parts=parts)
 
-    def prepare(self, optimizer: str, dtype: str, moments: str) -> Trainer:
+    def prepare(self, optimizer: str, dtype: str, moments: str, layers: str, embedding: str) -> Trainer:
         head_type = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         shape = self.config.vocab_size, self.config.hidden_size
-        weights = [torch.empty(*shape, dtype=head_type, device=self.device) for _ in range(2)]
+        head = TargetHead(*(torch.empty(*shape, dtype=head_type, device=self.device) for _ in range(2)))
+        if embedding == "host":
+            # these have no values: as many as there can be, all distinct
+            host_embedding.distinct = lambda ids: torch.empty(sum(map(torch.numel, ids)), dtype=torch.long)
+            head = head.with_embedding_on_host()
         with torch.device(self.device):
-            draft = DRAFTS[self.config.method](self.config, TargetHead(*weights))
+            draft = DRAFTS[self.config.method](self.config, head)
+        draft.recomputes_layers = layers == "recomputed"
         train = SimpleNamespace(steps=1000, log_every=10, lr=1e-3, warmup=0.0, schedule="wsd", clip=1.0, dtype=dtype)
+        train.echo = 1
         chosen = make_optimizer(optimizer, draft, moments == "host")
         return Trainer(draft.train(), chosen, SimpleNamespace(sampler=SimpleNamespace(train=train)))
 
-    def step(self, trainer: Trainer, number: int) -> None:
-        batch = SimpleNamespace(step=number, epoch=0, blocks=[self.blocks] * 2, names=("s",))
-        trainer.step(batch, [self.cell] * 2)
+    def batches(self, train: SimpleNamespace) -> Prefetcher:
+        """Return batches of two cells, which go to the device as in a training."""
 
-    def measure(self, kernels: str, optimizer: str, dtype: str, moments: str) -> dict:
+        def batch(step: int) -> Batch:
+            return Batch(step, 0, [self.cell] * 2, [self.blocks] * 2, [[]] * 2, ["s"])
+
+        sampler = SimpleNamespace(batch=batch, train=train)
+        read = SimpleNamespace(read=lambda *_: self.cell, size=len, numbers=lambda _: range(2), sampler=sampler)
+        return Prefetcher(read, 1, 5, torch.device(self.device))
+
+    def measure(self, kernels: str, optimizer: str, dtype: str, moments: str, layers: str, embedding: str) -> dict:
         """Return the record of the second step, which finds gradients and moments in place."""
+        order.reset()
         fused.use_kernels(self.meter.kernels(self.entries) if kernels == "compiled" else None)
         with self.mode, self.meter as meter:
-            trainer = self.prepare(optimizer, dtype, moments)
+            trainer = self.prepare(optimizer, dtype, moments, layers, embedding)
             static = meter.live
-            self.step(trainer, 1)
-            meter.reset()
-            self.step(trainer, 2)
+            batches = self.batches(trainer.train)
+            for batch, cells in itertools.islice(batches, 2):
+                meter.reset()
+                trainer.step(batch, each_once_the_next_is_read(cells, batches))
+            batches.close()
             record = self._record(meter, static)
             meter.reset()
             self._evaluate(trainer.draft.eval())
@@ -164,6 +187,7 @@ class FakeTraining:
             "config": self.config.model_dump(exclude_none=True),
             "device": self.device,
             "static_gib": round(static / 2**30, 2),
+            "races": dict(+order.races),
             **meter.receipt(),
             "operations": sorted([name, list(dtypes), count] for (name, dtypes), count in meter.operations.items()),
         }
@@ -206,9 +230,7 @@ def main() -> None:
             print(json.dumps(capture(chosen.pop("codec", "raw"), int(rows or 8192), **chosen)), flush=True)
             continue
         if what == "load":
-            from fake_loading import load
-
-            print(json.dumps(load(chosen.pop("codec", "raw"))), flush=True)
+            print(json.dumps(load(chosen.pop("codec", "raw"), chosen.get("without"))), flush=True)
             continue
         device, *training = (chosen.pop(key, usual) for key, usual in USUAL.items())
         changes = {key: int(value) if value.isdecimal() else value for key, value in chosen.items()}

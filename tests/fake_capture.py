@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import transformers.masking_utils
-from fake_device import Meter, events, journal
+from fake_device import Meter, events
+from fake_streams import journal
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 from transformers.initialization import no_init_weights

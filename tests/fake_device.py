@@ -1,7 +1,7 @@
 """What a fake GPU counts: operations and their estimated time, live bytes, and each wait of the host for the device.
 
 torch computes shapes, dtypes and devices of fake CUDA tensors; `fake_accelerator.py` makes a CPU build believe in the
-device. Streams, events and pinned memory stand here: they do nothing but be counted. The host waits
+device. Pinned memory stands here; streams and events, and what they order, in `fake_streams.py`. The host waits
 
 - for a value: `.item()`, `float()`, `bool()`, `nonzero()`;
 - for a copy to the host, unless it is asked not to and the host's memory is pinned;
@@ -11,15 +11,16 @@ device. Streams, events and pinned memory stand here: they do nothing but be cou
 Each is counted by the innermost function of this project that it happens in, the loader's thread included.
 """
 
-import contextlib
 import re
 import sys
 import weakref
 from collections import Counter
 from pathlib import Path
 
+import fake_streams
 import torch
 import torch.nn.functional as F
+from fake_streams import Stream, current_stream, on_stream, order
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -41,7 +42,6 @@ FREE = re.compile(
 
 pinned: dict[int, range] = {}  # storages of page-locked memory, and their addresses
 events: Counter = Counter()  # places where the host waited for an event
-journal: list[str] = []  # what was asked of streams and events, in order
 
 
 class Meter(LiveBytes):
@@ -64,6 +64,7 @@ class Meter(LiveBytes):
         if name == "_local_scalar_dense":
             if args[0].device.type == self.device:
                 self.waits[_caller()] += 1
+                order.host_waited(current_stream().name)
             return 1.0
         if name == "nonzero":  # how many there are is a value: none
             self.waits[_caller()] += args[0].device.type == self.device != "cpu"
@@ -79,9 +80,22 @@ class Meter(LiveBytes):
         if self.device != "cpu" and name in ("_to_copy", "copy_"):
             source, copy = (args[1] if name == "copy_" else args[0]), outs[0]
             self._note_copy(source, copy, kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,)))
+        self._note_order(name, ins, outs)
         if not FREE.fullmatch(name) and any(tensor.device.type == self.device for tensor in outs):
             self._count(function, name, args, kwargs, ins, outs, results)
         return results
+
+    def _note_order(self, name: str, ins: list[torch.Tensor], outs: list[torch.Tensor]) -> None:
+        """Note what memory an operation on the device reads and writes."""
+        stream = current_stream().name
+        if self.device == "cpu" or not any(tensor.device.type == self.device for tensor in (*ins, *outs)):
+            return
+        for tensor in outs:
+            if tensor.device.type == self.device:
+                order.allocated(stream, tensor.untyped_storage())
+        if not FREE.fullmatch(name):
+            written = [memory_of(out) for out in outs if out.device.type == self.device]
+            order.ran(stream, [*map(memory_of, ins)], written)
 
     def _note_copy(self, source: torch.Tensor, copy: torch.Tensor, asynchronous: bool) -> None:
         there, here = (tensor.device.type == self.device for tensor in (source, copy))
@@ -178,28 +192,21 @@ def is_pinned_at(address: int) -> bool:
     return any(address in part for part in [*pinned.values()])
 
 
-class Stream:
-    """A stream without a queue: it does everything at once."""
+def memory_of(tensor: torch.Tensor) -> object:
+    """Return what stands for a tensor's memory: where pinned memory begins, else its storage."""
+    storage = tensor.untyped_storage()._cdata
+    if tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor):
+        starts = (("pinned", part.start) for part in [*pinned.values()] if tensor.data_ptr() in part)
+        return next(starts, storage)
+    return storage
 
-    def __init__(self, name: object = "copying"):
-        self.name = name if isinstance(name, str) else "copying"
 
-    def wait_stream(self, other: "Stream") -> None:
-        journal.append(f"{self.name} waits for {other.name}")
-
-
-class Event:
-    def __init__(self):
-        self.after: str | None = None
-
-    def record(self, stream: Stream) -> None:
-        self.after = stream.name
-        journal.append(f"event after {stream.name}")
+class Event(fake_streams.Event):
+    """One whose waits are counted, by the function that waits."""
 
     def synchronize(self) -> None:
-        assert self.after, "nothing was recorded: this waits for nothing"
+        super().synchronize()
         events[_caller()] += 1
-        journal.append(f"host waits for {self.after}")
 
 
 def masked_attention(q, k, v, attn_mask=None, is_causal=False, **_):
@@ -231,12 +238,16 @@ def pretend() -> None:
         made = empty(*shape, **options)
         return pin(made) if pin_memory else made
 
-    torch.empty, torch.Tensor.pin_memory = pinnable_empty, lambda tensor, *_: pin(tensor.clone())
+    def pinned_copy(tensor, *_):
+        made = pin(tensor.clone())  # torch gives its memory to nobody else while it is copied from
+        weakref.finalize(made.untyped_storage(), order.accesses.pop, memory_of(made), None)
+        return made
+
+    torch.empty, torch.Tensor.pin_memory = pinnable_empty, pinned_copy
     torch.Tensor.is_pinned = lambda tensor, *_: is_pinned(tensor)
-    torch.Tensor.record_stream = lambda tensor, stream: journal.append(f"memory kept for {stream.name}")
+    torch.Tensor.record_stream = lambda tensor, stream: order.keep(memory_of(tensor), stream)
     torch.cuda.Stream, torch.cuda.Event = Stream, Event
-    torch.cuda.current_stream = lambda *_: Stream("computing")
-    torch.cuda.stream = lambda _: contextlib.nullcontext()
+    torch.cuda.current_stream, torch.cuda.stream = current_stream, on_stream
     torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
     torch.cuda.is_bf16_supported = lambda *_, **__: True
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False

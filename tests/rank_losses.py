@@ -28,10 +28,11 @@ from pipeline.runs.recipe import load_recipe, resolve
 from pipeline.runs.training_data import split_samples
 from stages.train_draft.batches import Sampler
 from stages.train_draft.loader import BatchLoader, Prefetcher
+from stages.train_draft.optimizers import make_optimizer
 from stages.train_draft.ranks import Ranks, joined
 from stages.train_draft.run import make_draft
 from stages.train_draft.sharding import shard, whole_tensors
-from stages.train_draft.step import Trainer, make_optimizer
+from stages.train_draft.step import Trainer
 
 
 def train(ranks: Ranks, cache: Path, sharded: bool, steps: int, sets: list[str], most: int = 0) -> list:

@@ -97,7 +97,7 @@ def test_a_cache_of_another_format_version(ends, cache):
     for command in (("inspect", cache), ("verify", cache), ("train-draft", "--cache", cache)):
         code, line = ends(*command)
         assert code == 4
-        assert "99" in line and "1-rc2" in line
+        assert "'99'" in line and "'1' and '1-rc2'" in line and "upgrade draft-pipeline" in line
 
 
 def flip(path: Path, at: int) -> None:

@@ -126,6 +126,11 @@ class Catalog:
         """The hash of cache.json, by which every manifest names its cache."""
         return self.identity.hash
 
+    @property
+    def format(self) -> str:
+        """The format version of the cache, which every manifest written into it has."""
+        return self.identity.format
+
     # The plan
 
     @property

@@ -46,7 +46,8 @@ def create_identity(cache: Path, identity: dict) -> dict:
                     write_canonical(path, identity)
     held = read_canonical(path)
     wanted = json.loads(canonical(identity))
-    difference = _first_difference({**held, "hash": None}, {**wanted, "hash": None})
+    apart = {"hash": None, "format": None}  # a cache of an earlier format goes on in it
+    difference = _first_difference({**held, **apart}, {**wanted, **apart})
     if difference:
         key, there, here = difference
         raise UsageError(
@@ -83,7 +84,7 @@ def new_target(catalog: Catalog) -> Iterator[Path]:
         assert all(path.is_file() and not path.is_symlink() for path in paths), f"not all plain files: {paths}"
         files = {path.name: FileFact.of_file(path) for path in paths}
         manifest = folder / layout.TARGET_MANIFEST
-        manifest.write_bytes(canonical(TargetManifest(cache=catalog.hash, files=files).as_dict()))
+        manifest.write_bytes(canonical(TargetManifest(cache=catalog.hash, files=files).as_dict(), catalog.format))
         for path in (*paths, manifest):
             sync_file(path)
         sync_folder(folder)
@@ -155,7 +156,7 @@ def _stale_samples(catalog: Catalog) -> dict[Path, bytes]:
 
 def _refused_list(catalog: Catalog) -> bytes:
     columns = {shard: catalog.captured_columns(shard) for shard in range(catalog.shards)}
-    return refused_bytes(catalog.plan, columns, np.diff(catalog.samples.starts))
+    return refused_bytes(catalog.plan, columns, np.diff(catalog.samples.starts), catalog.format)
 
 
 def restore_segments(catalog: Catalog) -> list[str]:
@@ -218,7 +219,10 @@ def refused_samples(plan: Plan, columns: Columns, counts: Sequence[int]) -> list
     return refused
 
 
-def refused_bytes(plan: Plan, columns: Columns, counts: Sequence[int]) -> bytes:
-    """What `quarantine/samples.json` holds; empty when no sample was refused, and then there is no such file."""
+def refused_bytes(plan: Plan, columns: Columns, counts: Sequence[int], version: str) -> bytes:
+    """What `quarantine/samples.json` holds; empty when no sample was refused, and then there is no such file.
+
+    version: the cache's format version
+    """
     refused = refused_samples(plan, columns, counts)
-    return canonical(RefusedList(samples=refused).as_dict()) if refused else b""
+    return canonical(RefusedList(samples=refused).as_dict(), version) if refused else b""

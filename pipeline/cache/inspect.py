@@ -1,4 +1,4 @@
-"""What a cache is and holds, as JSON values and as tables for people. Reads the plan and the manifests, no states."""
+"""What a cache is and holds, from its plan and manifests alone, and what `verify` found: JSON values, and tables."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +18,7 @@ from pipeline.errors import UsageError
 from pipeline.visible_text import grid, shows_styles, visible, visible_lines
 
 TOKENIZER = "tokenizer.json"
+LISTED = 20  # shards that are not captured yet, or foreign files, before the rest is only counted
 
 
 def describe(path: Path) -> dict:
@@ -237,3 +238,26 @@ def coloured(tokenizer, ids: Sequence[int], mask: Sequence[bool], most: int | No
             text.append(visible_lines(piece), style="green underline" if mask[start] else "dim")
             start = end
     return text
+
+
+def verify_table(report: dict) -> Group:
+    """Return `verify`'s report: what is damaged, not captured yet, or foreign."""
+    lines = [Text(f"{report['files']:,} files, {size_text(report['bytes'])} checked")]
+    for kind, title, style in (
+        ("damaged", "damaged", "bold red"),
+        ("missing", "not captured yet", "yellow"),
+        ("foreign", "not of this cache", "yellow"),
+    ):
+        found = report[kind]
+        if found:
+            lines.append(Text(f"{len(found)} {title}:", style=style))
+            shown = found if kind == "damaged" else found[:LISTED]
+            texts = [entry if kind == "foreign" else f"{entry['file']}: {entry['what']}" for entry in shown]
+            lines += [Text(f"  {visible(text)}") for text in texts]
+            lines += [Text(f"  and {len(found) - len(shown):,} more; --json lists them")] * (len(found) > len(shown))
+    if report["incomplete"]:
+        lines.append(Text(f"incomplete: {', '.join(report['incomplete'])}", style="yellow"))
+    if not report["damaged"]:
+        whole = not report["incomplete"]
+        lines.append(Text("no damage" if whole else "no damage in what is there", style="green" if whole else "yellow"))
+    return Group(*lines)

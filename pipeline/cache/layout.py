@@ -9,7 +9,9 @@ from pathlib import Path
 
 from pipeline.errors import CacheError, UsageError, errno_of, refuse_limit
 
-FORMAT = "1-rc2"
+FORMAT = "1"  # of new caches
+FORMATS = (FORMAT, "1-rc2")  # read; a cache keeps the one it was made in
+OLDER_FORMATS = ("1-rc",)  # not read any more
 
 IDENTITY = "cache.json"
 PLAN = "plan"

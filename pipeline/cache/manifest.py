@@ -16,21 +16,24 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Strict, ValidationError
 
 from pipeline.cache.atomic import read_errors, write_file
-from pipeline.cache.layout import FORMAT
-from pipeline.errors import CacheError, read_error
+from pipeline.cache.layout import FORMAT, FORMATS, IDENTITY, OLDER_FORMATS
+from pipeline.errors import UPGRADE, CacheError, VersionError, read_error
 from pipeline.json_files import MAX_BYTES, MAX_DEPTH, Count, check_regular, parse_strict_json, read_file
 
 Model = TypeVar("Model", bound=BaseModel)
 
 PIECE = 4 << 20
+MAX_FAULTS = 100  # of a record that may be of a later version; one with more is damaged
+NAMED = 80  # characters of a strange name that a message repeats
 
+_FORMAT = re.compile(rb'(\n "format": )"[^"\n]*"')
 _TAIL = re.compile(rb',\n "hash": "([0-9a-f]{32})"\n}\n\Z')
 
 
-def canonical(facts: dict) -> bytes:
-    """The bytes of a manifest holding `facts`, with the format version and its own hash added."""
+def canonical(facts: dict, version: str = FORMAT) -> bytes:
+    """The bytes of a manifest holding `facts`, with the format version (unless stated) and its own hash added."""
     assert "hash" not in facts, "the hash is computed, not given"
-    text = json.dumps({"format": FORMAT, **facts}, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps({"format": version, **facts}, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
     body = text.removesuffix("\n}").encode()
     return body + b',\n "hash": "' + _own_hash(body).encode() + b'"\n}\n'
 
@@ -44,13 +47,26 @@ def _own_hash(body: bytes) -> str:
     return hashlib.blake2b(body + b"\n}", digest_size=16).hexdigest()
 
 
-def write_canonical(path: Path, facts: dict) -> None:
+def write_canonical(path: Path, facts: dict, version: str = FORMAT) -> None:
     """Write `facts` as a manifest, atomically."""
-    write_file(path, canonical(facts))
+    write_file(path, canonical(facts, version))
+
+
+def format_of(cache: Path) -> str:
+    """The format version of the cache at this path, which all of its manifests have: that of its cache.json.
+
+    FORMAT where there is none yet. Raises what `read_canonical` raises.
+    """
+    path = cache / IDENTITY
+    return read_canonical(path)["format"] if path.exists() else FORMAT
 
 
 def read_record(path: Path, model: type[Model]) -> Model:
-    """Read a manifest as the record it must be. CacheError as `read_canonical`, and for any other record."""
+    """Read a manifest as the record it must be.
+
+    Raises what `read_canonical` raises, CacheError for any other record, and VersionError for one that is right but for
+    a key or value of a later version where those may not be passed over.
+    """
     return parse_record(_read_manifest(path), path, model)
 
 
@@ -61,20 +77,34 @@ def parse_record(data: bytes, path: Path, model: type[Model]) -> Model:
     """
     try:
         record = model.model_validate_json(data)
-    except ValidationError:
-        record = None
+    except ValidationError as error:
+        record, invalid = None, error
     plain = b"\\u" not in data and data.count(b"{") + data.count(b"[") < MAX_DEPTH
     if record is None or not plain or not _ends_with_own_hash(data):
         parse_canonical(data, path)
         if record is None:
+            _refuse_later(invalid, path)
             raise CacheError(f"{path}: the manifest of something else; run `pipeline verify`")
     return record
+
+
+def _refuse_later(invalid: ValidationError, path: Path) -> None:
+    """Raise VersionError where nothing is wrong with a record but keys or choices that this version does not know."""
+    faults = invalid.errors(include_url=False) if invalid.error_count() <= MAX_FAULTS else []
+    added = [fault for fault in faults if fault["type"] == "unexpected_keyword_argument"]
+    chosen = [fault for fault in faults if fault["type"] == "literal_error" and isinstance(fault["input"], str)]
+    if not faults or len(added) + len(chosen) < len(faults):
+        return
+    fault = faults[0]
+    name = ".".join(map(str, fault["loc"]))[:NAMED]
+    what = f"the field {name!r}" if fault in added else f"{name} {fault['input'][:NAMED]!r}"
+    raise VersionError(f"{path}: {what} is unknown to this version; {UPGRADE}")
 
 
 def read_canonical(path: Path) -> dict:
     """Read a manifest written by `write_canonical`, its hash under `hash`.
 
-    Raises CacheError for a missing or oversized file, another format version (naming both) and any damage.
+    Raises VersionError for another format version, CacheError for a missing or oversized file and any damage.
     """
     return parse_canonical(_read_manifest(path), path)
 
@@ -98,14 +128,27 @@ def parse_canonical(data: bytes, path: Path) -> dict:
     except ValueError:
         raise CacheError(f"{path}: damaged, it is no JSON any more; run `pipeline verify`") from None
     found = named.get("format")
-    if isinstance(found, str) and found != FORMAT:
-        raise CacheError(
-            f"{path}: format version {found!r}, this program reads {FORMAT!r}; "
-            "use the program that wrote it, or make the cache again"
-        )
+    if isinstance(found, str) and found not in FORMATS and (whole or not _is_damaged_format(data)):
+        raise VersionError(_other_format(found, path))
     if not whole:
         raise CacheError(f"{path}: damaged, its own hash does not match; run `pipeline verify`")
     return facts
+
+
+def _is_damaged_format(data: bytes) -> bool:
+    """Whether a manifest's hash matches once its format version is one that is read: then it was that one."""
+    return any(_ends_with_own_hash(_FORMAT.sub(b'\\1"%s"' % known.encode(), data)) for known in FORMATS)
+
+
+def _other_format(found: str, path: Path) -> str:
+    """The error message for a format version that is not read."""
+    known = " and ".join(map(repr, FORMATS))
+    if found in OLDER_FORMATS:
+        return (
+            f"{path}: format version {found!r}, older than those this version reads, {known}; use the program that "
+            "wrote it, or make the cache again"
+        )
+    return f"{path}: format version {found[:NAMED]!r} is unknown to this version, which reads {known}; {UPGRADE}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from pipeline.cache.layout import FINAL, INDEX, INDEX_MANIFEST, NUMBER, PLAN, au
 from pipeline.cache.manifest import FileFact, check_file, check_size, read_record
 from pipeline.cache.samples import SCHEMA, ShardPlan, checked_batch, id_numbers, parse_batches, read_batches, to_numpy
 from pipeline.cache.schema import IndexManifest, SegmentManifest
-from pipeline.errors import CacheError, UsageError
+from pipeline.errors import CacheError, UsageError, VersionError
 
 Refused = list[tuple[int, np.ndarray]]  # of one column: shards, and the rows of samples refused in them
 
@@ -174,7 +174,7 @@ def read_index(cache: Path, manifests: list[SegmentManifest]) -> pa.Table | None
         if FileFact.of_bytes(data) != facts.files[INDEX]:
             return None
         batches = parse_batches(data, INDEX_SCHEMA, path)
-    except CacheError:
+    except (CacheError, VersionError):
         return None
     shards = sum(manifest.shards for manifest in manifests)
     return pa.Table.from_batches(batches) if len(batches) == 1 and _in_order(batches[0], shards) else None

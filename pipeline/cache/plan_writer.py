@@ -16,7 +16,7 @@ import pyarrow.ipc
 
 from pipeline.cache.atomic import Scratch, clean_scratch, commit_lock, sync_file, sync_folder, write_errors, write_file
 from pipeline.cache.layout import INDEX, INDEX_MANIFEST, PLAN, SCRATCH, SHARDS, numbered
-from pipeline.cache.manifest import FileFact, canonical, read_record, write_canonical
+from pipeline.cache.manifest import FileFact, canonical, format_of, read_record, write_canonical
 from pipeline.cache.plan import Plan, build_index, load_plan, read_manifests, segment_numbers
 from pipeline.cache.samples import (
     SCHEMA,
@@ -222,7 +222,7 @@ def _commit(cache: Path, scratch: Scratch, segment: Path, manifest: SegmentManif
     The index of the new plan is written before the segment's manifest, which comes last."""
     folder, name = cache / PLAN, numbered(manifest.segment)
     ready = scratch.path / "segment.json"
-    ready.write_bytes(canonical(manifest.as_dict()))
+    ready.write_bytes(canonical(manifest.as_dict(), format_of(cache)))
     manifest = read_record(ready, SegmentManifest)  # with its hash
     sync_file(segment)
     sync_file(ready)
@@ -253,13 +253,13 @@ def write_index(cache: Path, plan: Plan) -> None:
     data = batch_bytes(batch)
     segments = [manifest.files for manifest in plan.manifests]
     facts = IndexManifest(files={INDEX: FileFact.of_bytes(data)}, segments=segments).as_dict()
-    manifest = cache / INDEX_MANIFEST
-    right = manifest.is_file() and manifest.read_bytes() == canonical(facts)
+    manifest, version = cache / INDEX_MANIFEST, format_of(cache)
+    right = manifest.is_file() and manifest.read_bytes() == canonical(facts, version)
     if not right:
         manifest.unlink(missing_ok=True)
     write_file(cache / INDEX, data)
     if not right:
-        write_canonical(manifest, facts)
+        write_canonical(manifest, facts, version)
 
 
 def has_columns(cache: Path) -> bool:

@@ -67,7 +67,7 @@ class HiddenCache:
 
     @classmethod
     def open(cls, path: Path | str) -> "HiddenCache":
-        """Open a cache. UsageError when there is none; CacheError when it is damaged or of another format version."""
+        """Open a cache. UsageError when there is none; CacheError when it is damaged; VersionError, see README.md."""
         check_exists(Path(path))
         return cls(Catalog(path))
 

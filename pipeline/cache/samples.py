@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from pipeline.cache.atomic import read_errors
-from pipeline.errors import CacheError, first_line, refuse_limit
+from pipeline.errors import UPGRADE, CacheError, VersionError, first_line, refuse_limit
 from pipeline.target.layers import final_rows
 
 SCHEMA = pa.schema(
@@ -244,7 +244,10 @@ class ShardPlan:
 
 
 def read_batches(path: Path, schema: pa.Schema) -> list[pa.RecordBatch]:
-    """Map the record batches of an Arrow IPC file. CacheError for any other file; its digest is the caller's."""
+    """Map the record batches of an Arrow IPC file; its digest is the caller's to check.
+
+    CacheError for any other file, VersionError for one that has further columns.
+    """
     with read_errors(path), pa.memory_map(str(path)) as file:
         return parse_batches(file.read_buffer(), schema, path)
 
@@ -256,13 +259,24 @@ def parse_batches(data: pa.Buffer, schema: pa.Schema, path: Path) -> list[pa.Rec
     try:
         messages = pa.ipc.MessageReader.open_stream(pa.BufferReader(data.slice(len(MAGIC))))
         first = messages.read_next_message()
-        if not _has_header(first, "schema") or not pa.ipc.read_schema(first).equals(schema):
-            raise CacheError(f"{path}: has other columns than such a file has; run `pipeline verify`")
+        if not _has_header(first, "schema"):
+            raise CacheError(f"{path}: does not begin with its columns; run `pipeline verify`")
+        _check_columns(pa.ipc.read_schema(first), schema, path)
         return [_checked_batch(message, schema, path) for message in messages]
     except (pa.ArrowException, ValueError, OSError, StopIteration) as error:
         refuse_limit(path, error)
         said = first_line(error, None)
         raise CacheError(f"{path}: damaged, it cannot be read: {said}; run `pipeline verify`") from error
+
+
+def _check_columns(found: pa.Schema, wanted: pa.Schema, path: Path) -> None:
+    """Raise VersionError where a file has all its columns and others, CacheError where it lacks some."""
+    if found.equals(wanted):
+        return
+    added = [name for name in found.names if name not in wanted.names]
+    if added and pa.schema([field for field in found if field.name in wanted.names]).equals(wanted):
+        raise VersionError(f"{path}: its column {added[0][:80]!r} is unknown to this version; {UPGRADE}")
+    raise CacheError(f"{path}: has other columns than such a file has; run `pipeline verify`")
 
 
 def _checked_batch(message: pa.ipc.Message, schema: pa.Schema, path: Path) -> pa.RecordBatch:

@@ -15,10 +15,10 @@ from pydantic import ConfigDict, Field, RootModel
 
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.zarr_file import DTYPES, METADATA
-from pipeline.cache.layout import FORMAT, LOG, SAMPLES, shard_folder
-from pipeline.cache.manifest import FileFact, read_record
+from pipeline.cache.layout import FORMAT, FORMATS, LOG, SAMPLES, shard_folder
+from pipeline.cache.manifest import NAMED, FileFact, read_record
 from pipeline.cache.samples import ShardPlan
-from pipeline.errors import CacheError
+from pipeline.errors import UPGRADE, CacheError, VersionError
 from pipeline.json_files import Count, Number, Record
 
 ROW = re.compile(r"0|[1-9][0-9]{0,8}")  # a sample of the shard, in `refused`
@@ -41,7 +41,7 @@ class Manifest(OpenRecord):
     """A file of its own. `format` and `hash` are written by `canonical`."""
 
     FILE: ClassVar[str]
-    format: Literal[FORMAT] = FORMAT
+    format: Literal[FORMATS] = FORMAT
     hash: str = ""
 
     def as_dict(self) -> dict:
@@ -90,7 +90,7 @@ class CaptureRules(OpenRecord):
 
 
 class Identity(Manifest):
-    """What the cache is; never edited. Its hash is the cache's identity, which every other manifest names."""
+    """What the cache is; never edited. Its hash is the cache's identity, which others name as `cache`."""
 
     FILE = "cache.json"
     capture: CaptureRules = _field("how states were computed", default=CaptureRules())
@@ -159,7 +159,7 @@ class ColumnSpec:
     name: Annotated[str, _field("`aux.<layer>` or `final`")]
     dtype: Annotated[Literal["bfloat16", "float32"], _field("of the states")]
     width: Annotated[int, _field("D", gt=0, le=MAX_WIDTH)]
-    codec: Annotated[str, _field("raw, zstd or int8")] = "raw"
+    codec: Annotated[str, _field("raw, zstd, int8 or int6")] = "raw"
     keeps: Annotated[Literal["all", "needed"], _field("which rows of a sample it has")] = "all"
 
     @property
@@ -280,17 +280,19 @@ def read_log(cache: Path) -> CaptureRecord:
     """The log of a cache's last capture; one that states nothing where there is none or it cannot be read."""
     try:
         return read_record(cache / LOG, CaptureRecord)
-    except CacheError:
+    except (CacheError, VersionError):
         return CaptureRecord()
 
 
 def column_manifest(cache: Path, shard: int, column: str) -> ColumnManifest:
-    """Read the manifest of a column. CacheError when it is absent, damaged or another column's."""
+    """Read the manifest of a column. CacheError when it is absent, damaged or another column's; VersionError."""
     path = shard_folder(cache, shard) / f"{column}.json"
     manifest = read_record(path, ColumnManifest)
     spec = manifest.spec
-    right = spec.codec in CODECS and (manifest.shard, spec.name) == (shard, column)
-    right = right and {SAMPLES, f"{spec.stem}.arrow", f"{spec.stem}/{METADATA}"} <= manifest.files.keys()
+    if spec.codec not in CODECS:
+        raise VersionError(f"{path}: codec {spec.codec[:NAMED]!r} is unknown to this version; {UPGRADE}")
+    listed = {SAMPLES, f"{spec.stem}.arrow", f"{spec.stem}/{METADATA}"} <= manifest.files.keys()
+    right = listed and (manifest.shard, spec.name) == (shard, column)
     if not right or not all(ROW.fullmatch(row) and int(row) < manifest.samples for row in manifest.refused):
         raise CacheError(f"{path}: the manifest of another column or shard; run `pipeline verify`")
     return manifest

@@ -11,11 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
-from rich.console import Group
-from rich.text import Text
 
 from pipeline.cache import layout
-from pipeline.cache.atomic import read_errors, size_text
+from pipeline.cache.atomic import read_errors
 from pipeline.cache.catalog import Catalog, shards_per_column, target_manifest
 from pipeline.cache.codecs import CODECS, column_of_files
 from pipeline.cache.codecs.zarr_file import METADATA
@@ -27,10 +25,8 @@ from pipeline.cache.plan import Plan, build_index, index_manifest, read_index
 from pipeline.cache.samples import ShardPlan, read_batch
 from pipeline.cache.schema import CalibrationManifest, ColumnManifest, SegmentManifest
 from pipeline.errors import CacheError
-from pipeline.visible_text import visible
 
 SHOWN = 8  # the most damaged samples named per column
-LISTED = 20  # shards that are not captured yet, or foreign files, before the rest is only counted
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,8 @@ class Report:
 def verify(path: Path | str, only: set[int] | None = None) -> Report:
     """Check every byte of a cache, or of these shards and all that is outside of shards.
 
-    Raises UsageError where there is none; damage is in the report, never raised.
+    Raises UsageError where there is none, VersionError for what this version does not know; damage is in the report,
+    never raised.
     """
     path = Path(path)
     check_exists(path)
@@ -96,8 +93,9 @@ class _Check:
         self.report = Report(str(path))
         self.known = {layout.LOG, layout.INDEX, layout.INDEX_MANIFEST}
         self.identity: str | None = None
+        self.version: str | None = None  # the cache's format version
         with self.guard(layout.IDENTITY):
-            self.identity = self.catalog.hash
+            self.identity, self.version = self.catalog.hash, self.catalog.format
 
     @contextlib.contextmanager
     def guard(self, file: str, shard: int | None = None, column: str | None = None) -> Iterator[None]:
@@ -123,6 +121,11 @@ class _Check:
             check_file(path_inside(self.path, file), fact)
         return len(self.report.damaged) == before
 
+    def check_format(self, found: str) -> None:
+        """Raise CacheError where a manifest's format version is not the cache's."""
+        if self.version not in (None, found):
+            raise CacheError(f"of format version {found!r} in a cache of {self.version!r}")
+
     def plan(self) -> Plan | None:
         """Check the plan, rebuilding its batches from ids and masks to compare them. Returns it if it is undamaged."""
         numbers = {path.stem for path in (self.path / layout.PLAN).glob("*.*") if layout.NUMBER.fullmatch(path.stem)}
@@ -134,10 +137,12 @@ class _Check:
                 self.unfinished(manifest, "a segment of the plan without its manifest")
                 continue
             with self.guard(manifest):
-                fact = read_record(self.path / manifest, SegmentManifest).files.get(f"{number}.arrow")
-                if fact is None:
+                segment = read_record(self.path / manifest, SegmentManifest)
+                self.check_format(segment.format)
+                if f"{number}.arrow" not in segment.files:
                     raise CacheError("the manifest of another segment")
-                self.file(rows, fact)
+                for name, fact in segment.files.items():
+                    self.file(f"{layout.PLAN}/{name}", fact)
             finished += 1
         if not finished:
             self.unfinished(layout.PLAN, "no plan yet")
@@ -174,7 +179,9 @@ class _Check:
             self.unfinished(layout.TARGET, "not captured yet")
             return
         with self.guard(f"{layout.TARGET}/{layout.TARGET_MANIFEST}"):
-            for name, fact in target_manifest(self.catalog).files.items():
+            manifest = target_manifest(self.catalog)
+            self.check_format(manifest.format)
+            for name, fact in manifest.files.items():
                 self.file(f"{layout.TARGET}/{name}", fact)
 
     def calibration(self, columns: Columns) -> None:
@@ -187,6 +194,7 @@ class _Check:
             file = f"{layout.CALIBRATION}/{name}.json"
             with self.guard(file):
                 held = read_record(self.path / file, CalibrationManifest)
+                self.check_format(held.format)
                 if self.identity and (held.cache, held.column) != (self.identity, name):
                     self.damage(file, "belongs to another cache or column")
 
@@ -222,6 +230,7 @@ class _Check:
         for name in self.catalog.columns_of(number):
             with self.guard(f"{here}/{name}.json", number, name):
                 found[name] = self.catalog.read(number, name)
+                self.check_format(found[name].format)
                 if self.identity and found[name].cache != self.identity:
                     self.damage(f"{here}/{name}.json", "belongs to another cache", number, name)
         counted = {manifest.spec.stem for manifest in found.values()}
@@ -302,8 +311,9 @@ class _Check:
         with self.guard(file):
             if there:
                 read_canonical(self.path / file)
-            wanted = refused_bytes(plan, columns, [*map(len, plan.shards)]) if plan else b""
-            if plan and wanted != ((self.path / file).read_bytes() if there else b""):
+            known = plan and self.version
+            wanted = refused_bytes(plan, columns, [*map(len, plan.shards)], self.version) if known else b""
+            if known and wanted != ((self.path / file).read_bytes() if there else b""):
                 self.unfinished(file, "not of the columns there are; the next `pipeline cache-hidden` makes it again")
 
     def foreign(self, whole: bool) -> None:
@@ -319,26 +329,3 @@ class _Check:
                     self.report.bytes += path.lstat().st_size
                 elif whole and not name.startswith(layout.SCRATCH):
                     self.report.foreign.append(file)
-
-
-def verify_table(report: dict) -> Group:
-    """Return `verify`'s report: what is damaged, not captured yet, or foreign."""
-    lines = [Text(f"{report['files']:,} files, {size_text(report['bytes'])} checked")]
-    for kind, title, style in (
-        ("damaged", "damaged", "bold red"),
-        ("missing", "not captured yet", "yellow"),
-        ("foreign", "not of this cache", "yellow"),
-    ):
-        found = report[kind]
-        if found:
-            lines.append(Text(f"{len(found)} {title}:", style=style))
-            shown = found if kind == "damaged" else found[:LISTED]
-            texts = [entry if kind == "foreign" else f"{entry['file']}: {entry['what']}" for entry in shown]
-            lines += [Text(f"  {visible(text)}") for text in texts]
-            lines += [Text(f"  and {len(found) - len(shown):,} more; --json lists them")] * (len(found) > len(shown))
-    if report["incomplete"]:
-        lines.append(Text(f"incomplete: {', '.join(report['incomplete'])}", style="yellow"))
-    if not report["damaged"]:
-        whole = not report["incomplete"]
-        lines.append(Text("no damage" if whole else "no damage in what is there", style="green" if whole else "yellow"))
-    return Group(*lines)

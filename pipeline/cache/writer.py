@@ -268,7 +268,7 @@ class ShardWriter:
             refused={str(row): reason for row, reason in sorted(self.refused.items())},
             facts=had.facts if had and had.files == files else ColumnFacts.model_validate(facts),
         )
-        return canonical(manifest.as_dict())
+        return canonical(manifest.as_dict(), self.catalog.format)
 
     def _install(self, name: str, manifest: bytes) -> None:
         """Rename one column's files into the shard, its manifest last; then remove those of other codecs."""
@@ -341,5 +341,6 @@ def store_calibration(catalog: Catalog, column: str, calibration: Calibration, r
     with write_errors(catalog.path, "a calibration"), commit_lock(catalog.path):
         existing = read_calibration(catalog, column, len(mean))
         if existing is None:
-            write_file(catalog.path / CALIBRATION / f"{column}.json", canonical(made.as_dict()))
+            path = catalog.path / CALIBRATION / f"{column}.json"
+            write_file(path, canonical(made.as_dict(), catalog.format))
     return existing or calibration

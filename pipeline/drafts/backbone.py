@@ -19,6 +19,7 @@ from itertools import accumulate, product
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.drafts.blocks import Blocks
 from pipeline.drafts.config import DraftConfig
@@ -137,10 +138,19 @@ class Layer(nn.Module):
         return x_QD + self.mlp(self.post_attention_layernorm(x_QD))
 
 
+def recomputed(layer: nn.Module, *inputs) -> Tensor:
+    """Return what a layer makes of its inputs, to the bit; of all in between nothing is kept for the gradient, which
+    computes the layer again."""
+    out = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+    torch.clear_autocast_cache()  # the weights rounded for products, which were kept until the end of the forward
+    return out
+
+
 class Backbone(nn.Module):
     """Projection of the captured layers, decoder layers, final norm."""
 
     layer_class = Layer
+    recomputes_layers = False  # whether a gradient computes the layers again, instead of keeping what they made
 
     def __init__(self, config: DraftConfig):
         super().__init__()
@@ -166,7 +176,8 @@ class Backbone(nn.Module):
         context_RD = self.hidden_norm(self.fc(flat_RF))
         slot_tables, context_tables = self.tables(positions_Q), self.tables(positions_R)
         for layer in self.layers:
-            x_QD = layer(x_QD, context_RD, slot_tables, context_tables, attention)
+            inputs = x_QD, context_RD, slot_tables, context_tables, attention
+            x_QD = recomputed(layer, *inputs) if self.recomputes_layers else layer(*inputs)
         return self.norm(x_QD)
 
     def tables(self, positions: Tensor) -> Tables:

@@ -17,6 +17,7 @@ from pipeline.drafts.flex import FlexAttention
 from pipeline.drafts.fused import compiles
 from pipeline.drafts.head_loss import HeadLoss
 from pipeline.drafts.objectives import Objective, TargetStates, slot_sums, term_name
+from pipeline.drafts.vocabulary import missed
 from pipeline.errors import DataError, UsageError
 from pipeline.target.head import TargetHead, chunk_blocks
 from pipeline.tensors import at_least_float32, draw, uniforms
@@ -48,6 +49,26 @@ class BlockDraft(Backbone, Draft):
         out_QD = self.slot_states(embedded_QD, positions_Q, cell.aux_KRD, cell.pos_R, attention)
         return out_QD.unflatten(0, blocks.input_ids_NS.shape)
 
+    def embedded_ids(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        return blocks.input_ids_NS, blocks.prev_NS
+
+    @property
+    def head(self) -> TargetHead:
+        """The target's head at the ids that may be proposed, all by default; W is their number."""
+        return self.target
+
+    def learned(self, blocks: Blocks) -> Blocks:
+        """Return blocks whose labels are rows of `head`; what it has no row for is neither scored nor weighted."""
+        return blocks
+
+    def target_ids(self, ids: Tensor) -> Tensor:
+        """Return the target's ids of rows of `head`."""
+        return ids
+
+    def over_vocabulary(self, values: Tensor, rest: float) -> Tensor:
+        """Return values [..., W] of the rows of `head` as [..., V], `rest` where it has none."""
+        return values
+
     def _embed(self, ids: Tensor) -> Tensor:
         return self.target.embed(ids).to(self.fc.weight.dtype)
 
@@ -64,6 +85,7 @@ class BlockDraft(Backbone, Draft):
 
     def denominators(self, blocks: Blocks) -> dict[str, Tensor]:
         """Return each term's denominator from one cell, to be summed: the weights' sum, or for D-PACE the samples."""
+        blocks = self.learned(blocks)
         den = blocks.weights_NS.double().sum()
         if self.config.weighting != "decay":
             den = den.new_full((), len(blocks.lengths))
@@ -72,12 +94,15 @@ class BlockDraft(Backbone, Draft):
 
     def loss(self, cell: Cell, blocks: Blocks, scheduled: dict[str, float], dens: dict, metrics: bool = False) -> Loss:
         """As `Draft.loss`. Where the corrected logits weigh nothing, their head's gradient is 0, not None."""
-        objective = self.objective(cell, blocks, scheduled, dens, metrics)
+        learned = self.learned(blocks)
+        objective = self.objective(cell, learned, scheduled, dens, metrics)
         hidden_NSD = self.hidden(cell, blocks)
         z_NSU, out_VU = self.correction(hidden_NSD, blocks.prev_NS) or (None, None)
         chunk = self.blocks_per_chunk(hidden_NSD)
-        total = HeadLoss.apply(hidden_NSD, z_NSU, out_VU, self.target, objective, chunk)
+        total = HeadLoss.apply(hidden_NSD, z_NSU, out_VU, self.head, objective, chunk)
         terms, per_slot = objective.numerators, objective.slot_values()
+        if learned is not blocks:
+            per_slot = missed(per_slot, learned.scored_NS)
         sums = slot_sums(per_slot, blocks.scored_NS) if metrics else {}
         own = self.own_loss(hidden_NSD, blocks, per_slot, dens)
         if own is None:
@@ -93,7 +118,7 @@ class BlockDraft(Backbone, Draft):
 
     def blocks_per_chunk(self, hidden_NSD: Tensor) -> int:
         """Return how many of these blocks have their logits in memory at once."""
-        return chunk_blocks(hidden_NSD.shape[1], self.target.vocab_size, hidden_NSD.device.type, self.chunk_rule)
+        return chunk_blocks(hidden_NSD.shape[1], self.head.vocab_size, hidden_NSD.device.type, self.chunk_rule)
 
     def objective(
         self, cell: Cell, blocks: Blocks, scheduled: dict[str, float], dens: dict, metrics: bool
@@ -124,13 +149,13 @@ class BlockDraft(Backbone, Draft):
         return Objective(blocks.labels_NS, weigh, scales, config.objective, target_states, record_accept, metrics)
 
     def logits(self, hidden_NSD: Tensor, prev_NS: Tensor) -> dict[str, Tensor]:
-        """Return all teacher-forced logits [N, S, V] at once, "final" and where they are corrected also "base". For
-        probes and tests: a few blocks only."""
-        raw_NSV = self.target.raw_logits(hidden_NSD)
+        """Return all teacher-forced logits [N, S, V] at once, "final" and where they are corrected also "base"; -inf
+        where an id is never proposed. For probes and tests: a few blocks only."""
+        raw_NSV = self.head.raw_logits(hidden_NSD)
         base_NSV = raw_NSV.to(at_least_float32(raw_NSV.dtype))
         correction = self.correction(hidden_NSD, prev_NS)
         if correction is None:
-            return {"final": self.target.cap(base_NSV)}
+            return {"final": self.over_vocabulary(self.target.cap(base_NSV), -torch.inf)}
         added_NSV = nn.functional.linear(*correction).to(base_NSV.dtype)
         return {"base": self.target.cap(base_NSV), "final": self.target.cap(base_NSV + added_NSV)}
 
@@ -180,7 +205,9 @@ class BlockDraft(Backbone, Draft):
         if sampling is None:
             return [Proposal(ids_P[:count], None) for ids_P, count in zip(ids_NP, counts, strict=True)]
         return [
-            Proposal(ids_P[:count], self.probabilities(logits_PV[:count], sampling.temperature))
+            Proposal(
+                ids_P[:count], self.over_vocabulary(self.probabilities(logits_PV[:count], sampling.temperature), 0.0)
+            )
             for ids_P, logits_PV, count in zip(ids_NP, logits_NPV, counts, strict=True)
         ]
 
@@ -206,9 +233,9 @@ class BlockDraft(Backbone, Draft):
     def rollout_logits(
         self, hidden_NSD: Tensor, anchor_ids_N: Tensor, sampling: Sampling | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return proposals [N, P], chosen one after the other, and the logits [N, P, V] before the soft cap."""
+        """Return proposals [N, P], chosen one after the other, and the logits [N, P, W] before the soft cap."""
         guessing_NPD = hidden_NSD[:, self.config.first_slot :]
-        logits_NPV = self.target.raw_logits(guessing_NPD)  # one multiplication for all proposals
+        logits_NPV = self.head.raw_logits(guessing_NPD)  # one multiplication for all proposals
         proposals_NP = torch.empty(guessing_NPD.shape[:2], dtype=torch.long, device=hidden_NSD.device)
         last_N, state = anchor_ids_N, None
         for k in range(self.config.proposals):
@@ -216,7 +243,7 @@ class BlockDraft(Backbone, Draft):
             if correction is not None:
                 z_NU, out_VU = (part.to(logits_NPV.dtype) for part in correction)
                 logits_NPV[:, k] = torch.addmm(logits_NPV[:, k], z_NU, out_VU.T)
-            last_N = self._choose(logits_NPV[:, k], sampling)
+            last_N = self.target_ids(self._choose(logits_NPV[:, k], sampling))
             proposals_NP[:, k] = last_N
         return proposals_NP, logits_NPV
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from pipeline.drafts.config import DraftConfig
 from pipeline.errors import DataError
+from pipeline.tensors import copied_without_wait
 
 if TYPE_CHECKING:
     from pipeline.cache import Sample
 
 QUERIES_A_GROUP = 128
-STAGED_BYTES = 64 << 10  # of pageable memory, which CUDA copies aside without a wait
 
 
 class _Movable:
@@ -31,13 +31,9 @@ class _Movable:
         """Return a copy with every tensor, and every other value that has a method `to`, on `device`."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         movable = {name: value for name, value in values.items() if hasattr(value, "to")}
-        if torch.device(device).type == "cuda":  # which copies more than 64 KB of pageable memory behind all its work
-            movable |= {
-                name: value.pin_memory()
-                for name, value in movable.items()
-                if torch.is_tensor(value) and value.device.type == "cpu" and value.nbytes > STAGED_BYTES
-                if not value.is_pinned()
-            }
+        movable |= {
+            name: copied_without_wait(value, device) for name, value in movable.items() if torch.is_tensor(value)
+        }
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in movable.items()})
 
 

@@ -107,6 +107,11 @@ class DraftConfig(BaseModel):
         return self.block_size - (not self.shift_label)
 
     @property
+    def proposable(self) -> int:
+        """The number of ids that may be proposed."""
+        return self.vocab_size
+
+    @property
     def first_slot(self) -> int:
         """The slot of the first proposal."""
         return int(not self.shift_label)

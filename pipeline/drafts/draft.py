@@ -133,6 +133,7 @@ class Draft(nn.Module, ABC):
     published_sizes: ClassVar[dict[str, int]] = {}  # the same, and at most the target's hidden size
     reads_final: ClassVar[bool] = False  # whether its published loss reads the target's final states
     fused_matrices: ClassVar[tuple[str, ...]] = ()  # linear modules that are several matrices in one, as a GRU's are
+    recomputes_layers: bool = False  # whether a gradient computes a backbone's layers again; methods without one do not
     chunk_rule: int = NEWEST  # the rule of `target/head.py` that sizes the chunks of logits
     config: DraftConfig
     target: TargetHead
@@ -145,13 +146,14 @@ class Draft(nn.Module, ABC):
     def recipe_defaults(cls, stated: dict, hidden_size: int) -> dict:
         """Return what a recipe leaves open. stated: the fields of [draft] that it states."""
         options = {name: option.default for name, option in cls.Config.options().items() if not option.is_required()}
+        options = {name: default for name, default in options.items() if default is not None}
         filled = {"block_size": 8 if hidden_size <= SMALL_HIDDEN else 16, "shift_label": True, "objective": "ce"}
         filled |= {"weighting": "decay"} | options | cls.Config.defaults(stated) | cls.published_fields
         filled |= {name: min(size, hidden_size) for name, size in cls.published_sizes.items()}
         return filled | {"gamma": default_gamma(stated.get("block_size", filled["block_size"]))}
 
     def before_training(self, samples: Iterable[np.ndarray]) -> None:
-        """Prepare buffers from the ids [T] of each training sample, which are read as they are asked for.
+        """Prepare buffers from the supervised ids of each training sample, which are read as they are asked for.
 
         Called when a run makes its draft, before initial weights or a checkpoint are loaded.
         """
@@ -159,6 +161,10 @@ class Draft(nn.Module, ABC):
     def schedule(self, step: int, total_steps: int) -> dict[str, float]:
         """Return, by the names in logs, what changes in the loss after `step` of `total_steps` optimiser steps."""
         return {}
+
+    def embedded_ids(self, blocks: Blocks) -> Sequence[Tensor] | None:
+        """Return tensors with all ids that a loss on these blocks embeds by the target's rows; None: not known."""
+        return None
 
     @abstractmethod
     def denominators(self, blocks: Blocks) -> dict[str, Tensor]:
@@ -213,6 +219,11 @@ class Draft(nn.Module, ABC):
 
         proposed: the number of ids that may be proposed, where it is not the whole vocabulary.
         """
+
+    def published_copies(self) -> dict[str, Tensor]:
+        """Return copies of the target's tensors that are published with the draft, by name: what it has of its head
+        where it proposes fewer ids."""
+        return {}
 
     @classmethod
     @abstractmethod

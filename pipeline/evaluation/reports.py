@@ -237,7 +237,10 @@ def pool_seeds(reports: Sequence[Report]) -> dict[str, list[Report]]:
         conventions = draft.block_size, report.settings.proposals or draft.proposals, draft.parameters
         steps = [f"{draft.steps:,} steps"] if draft.steps else []
         name = ", ".join([draft.method, *variants(report), *steps])
-        pooled[name, draft.recipe, report.cache, *conventions].append(report)
+        key = name, draft.recipe, report.cache, *conventions
+        if any(other.draft.seed == draft.seed and other.draft.path != draft.path for other in pooled[key]):
+            key += (draft.path,)  # one seed twice: what differs the report does not say, such as the states' codec
+        pooled[key].append(report)
     names, drafts = Counter(name for name, *_ in pooled), {}
     for (name, *_), members in pooled.items():
         title = name if names[name] == 1 else f"{name} ({Path(members[0].draft.path).name})"

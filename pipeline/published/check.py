@@ -60,7 +60,9 @@ def check_export(path: Path, target_layers: int | None = None) -> dict:
         _check_files(opened)
         dtypes = {str(tensor.dtype).removeprefix("torch.") for _, tensor in opened.own()}  # each is read, and finite
         for name in opened.names.keys() - shapes.keys():
-            _check_map(opened, name) if name in ("d2t", "t2d") else opened[name]
+            opened[name]  # read, and finite
+        for name in sorted({"d2t", "t2d"} & opened.names.keys()):
+            _check_map(opened, name)
         return {
             "path": str(path),
             "method": config.method,
@@ -128,8 +130,10 @@ def write_probe(folder: Path, draft: Draft, cell: Cell, blocks: Blocks, source: 
     head = draft.target
     logits_NSV, confidence_NS = draft.teacher_forced(cell, blocks)
     ids_I = torch.cat([blocks.input_ids_NS.flatten(), blocks.prev_NS.flatten()]).unique()
-    even_C = torch.linspace(0, head.vocab_size - 1, COLUMNS).long()
-    columns_C = torch.cat([blocks.labels_NS.flatten(), even_C]).unique()
+    may_C = logits_NSV[0, 0].isfinite().nonzero()[:, 0]  # the ids that the draft may propose
+    even_C = may_C[torch.linspace(0, len(may_C) - 1, COLUMNS, device=may_C.device).long()]
+    labels_C = blocks.labels_NS.flatten()
+    columns_C = torch.cat([labels_C[torch.isin(labels_C, may_C)], even_C]).unique()
     tensors = {
         "features_KTD": cell.aux_KRD.float(),
         "anchors_N": blocks.anchors_N,

@@ -173,6 +173,9 @@ def _of_speculators(file: Path, flat: dict) -> PublishedKeys:
     nested |= {"projector_type": method, "sample_from_anchor": anchor}
     nested["target_layer_ids"] = [index - 1 for index in flat["aux_hidden_state_layer_ids"]]
     nested |= {key: flat[key] for key in (*INERT, *MASKS) if key in flat}
+    proposed = flat.get("draft_vocab_size")
+    if draft.reduces_vocabulary and type(proposed) is int and 0 < proposed < layer["vocab_size"]:
+        nested["vocabulary"] = proposed
     own = {key: flat[key] for key in ("architectures", "num_target_layers") if key in flat}
     return PublishedKeys(file, layer | own, nested)
 

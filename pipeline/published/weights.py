@@ -23,6 +23,7 @@ from torch import Tensor
 from pipeline.drafts import DRAFTS, Draft, DraftConfig
 from pipeline.drafts.draft import Shapes
 from pipeline.drafts.rope import RopeScaling
+from pipeline.drafts.vocabulary import MAPS
 from pipeline.errors import UsageError, first_line, refuse_limit
 from pipeline.json_files import check_regular
 from pipeline.pickles import RefusedPickle, check_pickle
@@ -42,7 +43,15 @@ from pipeline.target.head import TargetHead
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "training_state.pt")
 # What a backbone's weights do not depend on, besides options of its method and what training alone reads.
-OTHERS = {"method", "max_position_embeddings", "initializer_range", "rope_scaling", "block_size", "shift_label"}
+OTHERS = {
+    "method",
+    "max_position_embeddings",
+    "initializer_range",
+    "rope_scaling",
+    "block_size",
+    "shift_label",
+    "vocabulary",
+}
 # Where trainers put the draft in what they save.
 STATES = ("draft_state_dict", "model_state_dict", "state_dict", "model")
 MOST_PICKLE = 4 << 20  # bytes; the pickle of a thousand tensors has 0.2 MiB
@@ -175,8 +184,12 @@ class Opened:
 
     def check_copies(self, embed_VD: Tensor, head_VD: Tensor) -> None:
         """Refuse copies of the target's embedding or head that are not this target's. UsageError."""
+        if self.described.proposed < len(head_VD) and "d2t" in self.names:
+            d2t_W = self["d2t"]
+            ids_W = (d2t_W + torch.arange(len(d2t_W))).clamp(0, len(head_VD) - 1)  # `check_map` refuses others
+            head_VD = head_VD[ids_W.to(head_VD.device)]
         for name, target_VD in ((EMBEDDING, embed_VD), (HEAD, head_VD)):
-            if name not in self.names or (name == HEAD and self.described.proposed < len(head_VD)):
+            if name not in self.names or name in self.shapes:  # a method of its own may have learned it
                 continue
             copy_VD = self[name]
             for first in range(0, len(copy_VD), ROWS_AT_ONCE):
@@ -261,7 +274,8 @@ class InitialWeights:
     def load_into(self, draft: Draft) -> None:
         """Load the weights into a draft; its other tensors stay as they are."""
         missing, surplus = draft.load_state_dict(self.tensors, strict=False)
-        assert not surplus and set(missing) == set(self.fresh), f"{missing} and {surplus}, expected {self.fresh}"
+        wanted = set(missing) - MAPS  # those are counted anew
+        assert not surplus and wanted == set(self.fresh), f"{missing} and {surplus}, expected {self.fresh}"
 
 
 @dataclass(frozen=True)
@@ -301,7 +315,7 @@ class InitialDraft:
                 f"start from a draft of the whole vocabulary, or from a {bare} one"
             )
         taken = {name: tensors[name] for name in method.starting_tensors(wanted, source)}
-        fresh = tuple(sorted(method.tensors(wanted).keys() - taken.keys()))
+        fresh = tuple(sorted(method.tensors(wanted).keys() - taken.keys() - MAPS))
         summary = _summary(path, config, wanted, fresh)
         return InitialWeights(path, taken, fresh, summary, config.rope_scaling, _digest(taken))
 
@@ -318,7 +332,7 @@ def _check_fits(path: Path, config: DraftConfig, wanted: DraftConfig) -> None:
     # With another value the backbone's weights compute something else, or do not fit.
     keys = [name for name in DraftConfig.model_fields if name not in DraftConfig.training_only | OTHERS]
     if config.method == wanted.method:
-        keys += ["shift_label", *wanted.published_options()]
+        keys += ["shift_label", *(name for name in wanted.published_options() if name not in OTHERS)]
     for key in keys:
         there, here = ([*value] if isinstance(value := getattr(of, key), tuple) else value for of in (config, wanted))
         if there != here:

@@ -58,6 +58,9 @@ class CheckpointState(Record):
     cache: str | None = None
     split: str | None = None
     blocks_per_pass: int | None = None  # blocks of a cell computed together, after the device had no memory for all
+    moments_on_host: bool = False  # and what else was done for want of memory: see `train_draft/memory.py`
+    recomputes_layers: bool = False
+    embedding_on_host: bool = False
     metrics: str = ""  # the checksum of the last line of metrics.jsonl
 
 

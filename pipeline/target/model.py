@@ -31,9 +31,10 @@ from pipeline.target.chat_template import load_tokenizer
 from pipeline.target.config import check_quantised, load_config, loader_class, missing_package, quantised_by
 from pipeline.target.files import check_config, complete_config, find_target, tokenizer_files
 from pipeline.target.head import TargetHead, logit_scale
-from pipeline.target.spread import input_device, loading_arguments, same_weights, whole_weight
+from pipeline.target.several_devices import input_device, loading_arguments, same_weights, whole_weight
 from pipeline.target.weights import check_weights_if_recorded, weight_facts, weight_files, weight_shapes
-from pipeline.tensors import find_device, lost_rank
+from pipeline.tensors import find_device
+from pipeline.torchrun import lost_rank
 
 
 def load_target(
@@ -48,7 +49,7 @@ def load_target(
     """Load the target in eval mode, frozen. dtype None: float32 on a CPU, else the one its config names.
 
     device_map: spreads its layers over devices. ranks: of the process group, each of which calls this and gets its part
-    of every layer. `pipeline/target/spread.py` has both.
+    of every layer. `pipeline/target/several_devices.py` has both.
     Raises UsageError when there is no such model, it is no decoder, or its files are damaged or incomplete, RoomError
     when the device has too little memory.
     """

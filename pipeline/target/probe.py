@@ -29,7 +29,7 @@ from pipeline.cache.samples import ShardPlan
 from pipeline.errors import ProofError
 from pipeline.target.head import TargetHead
 from pipeline.target.model import final_norm
-from pipeline.target.spread import input_device
+from pipeline.target.several_devices import input_device
 from pipeline.tensors import as_states
 
 ROWS = 128  # of a prefix, mostly

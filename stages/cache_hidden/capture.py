@@ -31,7 +31,7 @@ from pipeline.target.head import TargetHead
 from pipeline.target.model import head_of, load_target, stop_tokens, store_target
 from pipeline.target.on_policy import SHARE, OnPolicyStats, on_policy_column, on_policy_share, sum_scores
 from pipeline.target.probe import ReferenceTarget, probe
-from pipeline.target.spread import input_device
+from pipeline.target.several_devices import input_device
 from stages.cache_hidden.engine import make_engine
 from stages.cache_hidden.pack import ExactRows, PackedStates, Packer, certify, load_or_make_calibrations
 from stages.cache_hidden.plan_report import Lost, work_bytes
@@ -61,9 +61,9 @@ def capture_shards(
 ) -> None:
     """Run the target over every shard in `work` and commit each that passes its probe.
 
-    refused: how many samples earlier runs refused. device_map, group: spread the target (`pipeline/target/spread.py`);
-    of a group this is the leader. lost: damaged (shard, column)s to capture again, each with its
-    former manifest if known, which is written again where the same bytes come out.
+    refused: how many samples earlier runs refused. device_map, group: spread the target, see
+    `pipeline/target/several_devices.py`; of a group this is the leader. lost: damaged (shard, column)s
+    to capture again, each with its former manifest if known, which is written again where the same bytes come out.
     Raises ProofError, DataError (too many refused), RoomError, UsageError.
     """
     out, plan = catalog.path, catalog.plan

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.target.model import run_decoder, tap_layers
-from pipeline.target.spread import input_device
+from pipeline.target.several_devices import input_device
 from stages.cache_hidden.settings import CaptureSettings
 
 

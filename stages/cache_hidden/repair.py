@@ -19,6 +19,7 @@ from pipeline.cache.catalog import Catalog, Work, has_target, target_manifest
 from pipeline.cache.file_writer import create_identity, rebuild_derived, restore_segments
 from pipeline.cache.layout import (
     CALIBRATION,
+    FORMATS,
     IDENTITY,
     LOG,
     PLAN,
@@ -171,11 +172,13 @@ def restore_identity(out: Path) -> None:
     """Rewrite cache.json from the last capture's log, if its hash is the one that the manifests name. CacheError."""
     record = read_log(out)
     identity = record.identity.as_dict() if record.identity else {}
-    if json.loads(canonical(identity))["hash"] not in _cache_hashes(out):
+    hashes = _cache_hashes(out)
+    right = [version for version in FORMATS if json.loads(canonical(identity, version))["hash"] in hashes]
+    if not right:
         raise CacheError(
             f"{out / IDENTITY}: lost, and {out / LOG} does not say what was in it; put a copy of the file back"
         )
-    write_canonical(out / IDENTITY, identity)
+    write_canonical(out / IDENTITY, identity, right[0])
     _report(f"{IDENTITY}: made again")
 
 

@@ -4,35 +4,34 @@ Any number of workers may run the same command on one cache. The first one plans
 the others wait; the one that commits the last shard writes the index and all else that is derived from the shards.
 A run with nothing to do ends within a second: torch, transformers and datasets are imported only to tokenise a new
 corpus or to capture.
-
-`capture.log` holds the last command, and size and modification time of the files it read, so that such a run, or a
-continued one, does not read its corpus again. It records what was planned, not what was captured, which the shards
-themselves do; without it, or with a damaged one, the files are digested again.
 """
 
 import contextlib
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.cache.atomic import check_free_space, clean_scratch, process_lock, size_text, write_errors
 from pipeline.cache.catalog import Catalog, Work, has_target
 from pipeline.cache.file_writer import create_identity, rebuild_derived
-from pipeline.cache.layout import LOG
-from pipeline.cache.manifest import write_canonical
 from pipeline.cache.plan import Plan
 from pipeline.cache.plan_writer import check_not_in_use, plan_in_use
-from pipeline.cache.schema import CaptureRecord, CaptureRequest, ColumnSpec, TargetFiles, read_log
+from pipeline.cache.schema import ColumnSpec, read_log
 from pipeline.corpus.rejections import left_out_lines
 from pipeline.corpus.sources import corpus_files, file_sources, source_roles
-from pipeline.errors import DataError, RoomError, UsageError
-from pipeline.target.files import CONFIG, tokenizer_files
+from pipeline.errors import DataError, UsageError
 from pipeline.target.on_policy import OnPolicyStats
-from pipeline.target.weights import check_weights_if_recorded, weight_files
+from pipeline.target.weights import check_weights_if_recorded
 from pipeline.visible_text import print_visible, visible
 from stages.cache_hidden.budget import plan_matches_budget, sample_chooser, within_budget
+from stages.cache_hidden.capture_log import (
+    corpus_unchanged,
+    request_of,
+    unchanged_columns,
+    write_record,
+)
 from stages.cache_hidden.make_plan import make_plan, missing_columns
 from stages.cache_hidden.plan_report import (
     budget_steps,
@@ -55,8 +54,6 @@ from stages.cache_hidden.worker_pool import start_fork_server
 
 if TYPE_CHECKING:
     from stages.cache_hidden.tensor_parallel import Group
-
-NOT_LOGGED = ("device", "worker", "append", "tensor_parallel", "device_map")
 
 __all__ = ["CaptureSummary", "plan", "plan_samples", "plan_table", "run"]
 
@@ -291,69 +288,3 @@ def _print_summary(out: Path, done: CaptureSummary, worker: Worker) -> CaptureSu
     )
     done.on_policy.report()
     return done
-
-
-def request_of(model: str, corpus: str | None, options: CaptureOptions) -> CaptureRequest:
-    """Return a command as the log stores it, without what does not change what is planned."""
-    stated = {name: value for name, value in asdict(options).items() if name not in NOT_LOGGED}
-    return CaptureRequest(model=_absolute(model), corpus=corpus and _absolute(corpus), options=stated)
-
-
-def _absolute(name: str) -> str:
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() else name
-
-
-def file_stats(files: list[Path]) -> dict[str, list[int]]:
-    """Return [size, mtime in ns] of every file, by absolute path."""
-    return {str(file.resolve()): [(stat := file.stat()).st_size, stat.st_mtime_ns] for file in files}
-
-
-def _target_files(folder: Path) -> list[Path]:
-    return [folder / CONFIG, *tokenizer_files(folder), *weight_files(folder)]
-
-
-def write_record(out: Path, request: CaptureRequest, settings: CaptureSettings, corpus: str) -> None:
-    """Log a command whose corpus is planned; does nothing where the cache cannot be written to."""
-    folder = settings.folder.resolve()
-    record = CaptureRecord(
-        request=request,
-        identity=settings.identity,
-        target=TargetFiles(folder=str(folder), files=file_stats(_target_files(folder))),
-        corpus=file_stats(corpus_files(corpus)),
-        columns=[*settings.columns],
-    )
-    if read_log(out).as_dict() == record.as_dict():
-        return
-    with contextlib.suppress(RoomError):
-        write_canonical(out / LOG, record.as_dict())
-
-
-def unchanged_columns(record: CaptureRecord, request: CaptureRequest) -> tuple[ColumnSpec, ...] | None:
-    """Return the command's columns if it is the logged one and no file of target or corpus has changed; else None.
-
-    The folders are listed again, so that an added file counts as a change.
-    """
-    if record.request != request or record.target is None or record.columns is None:
-        return None
-    try:
-        folder = Path(record.target.folder)
-        if file_stats(_target_files(folder)) != record.target.files:
-            return None
-        if file_stats(corpus_files(request.corpus or default_corpus(folder))) != record.corpus:
-            return None
-        return tuple(record.columns)
-    except (OSError, DataError, UsageError):
-        return None
-
-
-def corpus_unchanged(record: CaptureRecord, corpus: str, max_samples: int | None, roles: str | None) -> bool:
-    """Return whether the corpus was planned with these two options and its files have not changed since."""
-    options = record.request.options if record.request else {}
-    if options.get("max_samples", -1) != max_samples or options.get("roles") != roles:
-        return False
-    try:
-        files = file_stats(corpus_files(corpus))
-    except (OSError, DataError, UsageError):
-        return False
-    return bool(files) and files == record.corpus

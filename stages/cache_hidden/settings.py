@@ -109,7 +109,7 @@ class CaptureOptions:
         """Return the device map. UsageError where it is none, and where several processes here would each have it."""
         if self.device_map is None:
             return None
-        from pipeline.target.spread import parse_device_map  # brings torch and transformers
+        from pipeline.target.several_devices import parse_device_map  # brings torch and transformers
 
         beside = environment.get("LOCAL_WORLD_SIZE", "1")
         if beside != "1":

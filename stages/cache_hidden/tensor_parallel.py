@@ -4,8 +4,7 @@ The group's first rank leads: it does all that a worker does, alone. The others 
 the same forward at the same time, since in it all ranks exchange sums. So tokens, not decisions, are what ranks share,
 and nothing of a capture depends on the number of ranks but the rounding of those sums.
 
-A rank that fails ends its group, with one line: whichever rank meets an error first claims that line in the store of
-torchrun, and the others end without a word.
+A rank that fails ends its group, with one line (see pipeline/torchrun.py).
 
     B samples   T positions
 """
@@ -22,14 +21,15 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
+from pipeline import torchrun
 from pipeline.errors import RoomError, UsageError
 from pipeline.target.config import load_config, loader_class
 from pipeline.target.files import find_target
 from pipeline.target.head import TargetHead
 from pipeline.target.model import decoder, head_of, load_target
-from pipeline.target.spread import check_ranks, input_device
+from pipeline.target.several_devices import check_ranks, input_device
 from pipeline.target.weights import target_digest
-from pipeline.tensors import lost_rank, out_of_memory
+from pipeline.tensors import out_of_memory
 from stages.cache_hidden.settings import CaptureSettings
 from stages.cache_hidden.shard_assignment import Worker
 
@@ -59,7 +59,7 @@ class Group:
     """The ranks of one worker: a context manager on each, inside which the leader works and the others `follow`.
 
     model, revision: the target as the command names it, loaded by `load` on every rank.
-    Leaving it raises RoomError on one rank where another is lost, and SystemExit on the others.
+    Leaving it raises RoomError on one rank where another is lost, and ends the others.
     """
 
     def __init__(self, worker: Worker, model: str, revision: str | None, device: str):
@@ -68,41 +68,28 @@ class Group:
         self._inside = False  # of what all ranks do together, where the others hear no orders
 
     def __enter__(self) -> "Group":
-        store = next(dist.rendezvous("env://"))[0]
-        self._store = dist.PrefixStore(f"worker-{self._worker.number}", store)
         backend = "gloo"
         if self._device.startswith("cuda"):
             torch.cuda.set_device((self._worker.local or 0) % torch.cuda.device_count())
             backend = "cpu:gloo,cuda:nccl"
-        size = {"rank": self._worker.rank, "world_size": self._worker.ranks}
-        dist.init_process_group(backend, store=self._store, timeout=IN_A_FORWARD, **size)
+        name = f"worker-{self._worker.number}"
+        store = torchrun.join(backend, self._worker.rank, self._worker.ranks, name, IN_A_FORWARD)
+        lost = RoomError(
+            f"{self._worker}: one of its {self._worker.ranks} ranks has gone or does not answer, killed perhaps "
+            "for want of memory; shards that are finished are kept, and the same command goes on from there"
+        )
+        self._errors = torchrun.one_error(store, lost)
+        self._errors.__enter__()
         self._orders = dist.new_group(backend="gloo", timeout=FOR_AN_ORDER)
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, _) -> None:
-        if error is None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace) -> None:
+        if error is None or (self.leads and not self._inside and not torchrun.lost_rank(error)):
             with contextlib.suppress(RuntimeError):  # a rank is lost, whose work is done
                 self._order(None)
+        if error is None:
             dist.destroy_process_group()
-            return
-        mine, lost = self._claims_line(), lost_rank(error)
-        if self.leads and not self._inside and not lost:
-            with contextlib.suppress(RuntimeError):
-                self._order(None)
-        if not mine:
-            raise SystemExit(1) from None
-        if lost:
-            raise RoomError(
-                f"{self._worker}: one of its {self._worker.ranks} ranks has gone or does not answer, killed perhaps "
-                "for want of memory; shards that are finished are kept, and the same command goes on from there"
-            ) from error
-
-    def _claims_line(self) -> bool:
-        """Return whether no rank has met an error before this one."""
-        try:
-            return self._store.add("errors", 1) == 1
-        except RuntimeError:  # torchrun has gone
-            return self.leads
+        self._errors.__exit__(kind, error, trace)
 
     def _order(self, order: Load | Forward | None) -> None:
         """Send an order to all other ranks; None: the work is done. Does nothing where this rank follows."""
@@ -173,7 +160,7 @@ class Group:
         try:
             output = forward(*args, **kwargs)
         except RuntimeError as error:
-            if lost_rank(error):
+            if torchrun.lost_rank(error):
                 raise
             raise RoomError(
                 f"rank {self._worker.rank} of {self._worker}'s {self._worker.ranks} has no memory for a micro-batch "

@@ -31,7 +31,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pipeline.cache.atomic import process_lock, write_errors
 from pipeline.cache.manifest import read_canonical, write_canonical
-from pipeline.errors import CacheError, ProofError, UsageError
+from pipeline.errors import CacheError, ProofError, UsageError, VersionError
 from pipeline.evaluation.reports import MAX_SPREADS, NearTie, SampledLossless
 from pipeline.json_files import Count, Counts, Record
 from pipeline.target.model import float32_by_layer
@@ -299,7 +299,7 @@ def _read(path: Path, decided_by: DecidedBy) -> dict[str, list[int]]:
         return {}
     try:
         file = PlainRepliesFile.model_validate(read_canonical(path))
-    except CacheError as error:
+    except (CacheError, VersionError) as error:
         found = str(error).removesuffix("; run `pipeline verify`")
         raise UsageError(f"--plain {found}; remove it or name another file") from error
     except ValidationError:

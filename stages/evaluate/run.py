@@ -53,6 +53,7 @@ def run(
     count: int = 64,
     max_new: int = 64,
     device: str | None = None,
+    dtype: str | None = None,
     out: Path | None = None,
     sampling: SamplingOptions | None = None,
     threshold: float = 0.0,
@@ -63,6 +64,7 @@ def run(
     """Evaluate a run's newest checkpoint, a checkpoint or a published folder; return the report, written to `out` too.
 
     Greedily, and once more with sampled replies where `sampling` is given. `threshold` cuts blocks by confidence.
+    `dtype` is what target and draft compute in, by default what the cache was captured in.
     `plain` is a file that keeps plain replies from one evaluation to the next. `batch` prompts are decoded at once,
     which is faster, but no speeds are measured. `proposals` verifies only the first so many of each block. Raises
     UsageError for what does not fit together, DataError for unusable prompts, CacheError for a damaged cache,
@@ -72,7 +74,8 @@ def run(
     trained = describe_draft(Path(draft))
     store = open_cache(trained, cache, prompts)
     folder, name = find_model(model, store)
-    target = load_target(str(folder), device=find_device(device), dtype=None if store is None else store.dtype)
+    computed = dtype or (None if store is None else store.dtype)
+    target = load_target(str(folder), device=find_device(device), dtype=computed)
     drafter = open_draft(trained, target)
     heldout, known, config = None, trained.heldout is not None, drafter.config
     verified = check_proposals(proposals, config)
@@ -197,6 +200,8 @@ class Trained:
         """Return what the report says of the draft."""
         config = draft.config
         trained = f", {self.steps} steps" if self.steps is not None else ""
+        if config.proposable < config.vocab_size:
+            trained += f", {config.proposable:,} of {config.vocab_size:,} ids"
         return DraftFacts(
             path=str(self.path),
             **{key: getattr(config, key) for key in ("method", "block_size", "proposals", "objective", "weighting")},

@@ -100,7 +100,8 @@ def run(
         check_weights_if_recorded(catalog, target.folder)
         clean_scratch(out)
         with contextlib.suppress(RoomError):  # for `evaluate`, and in case cache.json is lost
-            write_canonical(out / LOG, {"identity": identity, "target": {"folder": str(target.folder.resolve())}})
+            record = {"identity": identity, "target": {"folder": str(target.folder.resolve())}}
+            write_canonical(out / LOG, record, catalog.format)
         check_free_space(out, f"an import of {planned.samples:,} samples", total_bytes(missing))
         with plan_in_use(planned):
             convert(catalog, job, missing, target)

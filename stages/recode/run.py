@@ -31,7 +31,7 @@ from pipeline.cache.plan import Plan
 from pipeline.cache.samples import ShardPlan
 from pipeline.cache.schema import CaptureRecord
 from pipeline.cache.writer import ShardWriter, read_calibration, store_calibration
-from pipeline.errors import CacheError, DataError, ProofError, UsageError
+from pipeline.errors import CacheError, DataError, ProofError, UsageError, VersionError
 from pipeline.target.head import TargetHead
 from pipeline.tensors import as_states
 from pipeline.visible_text import visible
@@ -59,7 +59,7 @@ def run(cache: Path, codec: str) -> int:
             for name in catalog.captured_columns(shard.number):
                 _remove_stale(catalog, shard.number, name)
         if work:
-            _drop_recorded_codecs(cache)
+            _drop_recorded_codecs(catalog)
     calibrations = _calibrations(store, plan, work)
     head = store.head() if "final" in calibrations else None
     before = after = 0
@@ -84,15 +84,16 @@ def run(cache: Path, codec: str) -> int:
     return len(work)
 
 
-def _drop_recorded_codecs(cache: Path) -> None:
+def _drop_recorded_codecs(catalog: Catalog) -> None:
     """Remove the former codecs from the capture's record; the paths of target and corpus in it stay in use."""
+    log = catalog.path / LOG
     try:
-        record = read_record(cache / LOG, CaptureRecord).as_dict()
-    except CacheError:
-        (cache / LOG).unlink(missing_ok=True)
+        record = read_record(log, CaptureRecord).as_dict()
+    except (CacheError, VersionError):
+        log.unlink(missing_ok=True)
         return
     record.pop("columns", None)
-    write_canonical(cache / LOG, record)
+    write_canonical(log, record, catalog.format)
 
 
 def _columns_to_recode(catalog: Catalog, codec: str) -> ColumnsToRecode:

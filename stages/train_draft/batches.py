@@ -213,7 +213,7 @@ def forward_cost(config: DraftConfig, rows: int, anchors_N: np.ndarray) -> int:
 
     anchors_N: rows in the window. A block attends to the rows before its anchor and to itself.
     """
-    H, V, b, depth = config.hidden_size, config.vocab_size, config.block_size, config.num_hidden_layers
+    H, V, b, depth = config.hidden_size, config.proposable, config.block_size, config.num_hidden_layers
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     slots = len(anchors_N) * b
     context = rows * H * (len(config.target_layer_ids) * H + depth * 2 * kv)

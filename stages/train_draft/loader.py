@@ -15,42 +15,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pipeline.cache.codecs.lossy import Encoded
 from pipeline.cache.layout import FINAL
 from pipeline.cache.reader import Layer, Part
 from pipeline.drafts import Cell
 from stages.train_draft.batches import Batch, Sampler, SampleWindow
+from stages.train_draft.copy_stream import CopyStream
+from stages.train_draft.states import StatesInPieces
 
 ALIGNMENT = 4  # bytes: of where a column's states begin in a buffer
-PREFETCH_BYTES = 1 << 30  # of states: the cell in use and those prefetched. At least one is prefetched, however large
-MAX_WAITING = 8  # cells prefetched at most: a small cache should not be in memory a second time
+# Of states: the cell in use and those prefetched. However large, at least one is prefetched; two where the cell in use
+# leaves its memory when the next is copied.
+PREFETCH_BYTES = 1 << 30
+MAX_WAITING = 8  # cells prefetched at most, and batches: a small cache should not be in memory a second time
 BUFFER_STEP = 16 << 20  # buffers are multiples of this, so that one fits many cells
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class StatesInPieces:
-    """States [K, R, D] that are still to be put together, or decoded: on the device, so that the host has no work.
-
-    pieces: (index of the layer, first row, rows), the rows encoded, which are fewer bytes to copy, or a tensor [r, D].
-    """
-
-    shape: tuple[int, int, int]
-    final: bool
-    pieces: list[tuple[int, int, Encoded | Tensor]]
-
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> Tensor:
-        """Return the states as a cell has them, decoded on a device."""
-        kind = self.pieces[0][2].dtype
-        dtype = kind if isinstance(kind, torch.dtype) else getattr(torch, kind)
-        states_KRD = torch.empty(self.shape, dtype=dtype, device=device)
-        for k, first, rows in self.pieces:
-            out_rD = states_KRD[k, first : first + len(rows)]
-            if isinstance(rows, Tensor):
-                out_rD.copy_(rows, non_blocking=non_blocking)
-            else:
-                rows.decode(device, out_rD)
-        return states_KRD[0] if self.final else states_KRD
 
 
 class BatchLoader:
@@ -139,11 +117,13 @@ class Prefetcher:
     which a loader for one of several ranks reads that rank's.
 
     A cell is valid only until the next one is asked for: its memory is used again, pinned where a CUDA device copies
-    from it. limit: bytes of states in memory. waited: seconds the caller has waited for data. An error while reading a
-    cell is raised when the caller asks for that cell. Call `close` at the end.
+    from it; there a cell that had been read when the one before was asked for comes as a `CopiedCell`. limit: bytes of
+    states in memory. waited: seconds the caller has waited for data. An error while reading a cell is raised when the
+    caller asks for that cell. Call `close` at the end.
 
     With `keep` or `train.echo` a batch's cells are read once, and are valid until the first step that uses others is
     asked for. As much as two batches may then be in memory, whatever the limit: while one is used, the next is read.
+    None is then copied ahead.
     """
 
     def __init__(
@@ -160,6 +140,8 @@ class Prefetcher:
         self._kept: list[tuple[Cell, Buffer]] = []  # the cells read of the batch in use, where they are kept
         self._most_waiting = MAX_WAITING
         self.pinned = device.type == "cuda"
+        self._copies = CopyStream(device) if self.pinned and not self.keeps else None
+        self._ahead: deque = deque()  # the caller's, in order: taken from `_ready`, to the next cell, which is copied
         self.waited = 0.0
         self._changed = threading.Condition()  # guards all that follows
         self._ready: deque = deque()  # in order: a batch, then (cell, buffer) of each of its cells; None at the end
@@ -189,6 +171,7 @@ class Prefetcher:
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
+        wait_for_copies(self._free_buffers)
 
     def _uses_kept(self, batch: Batch) -> bool:
         return batch.use > 0 and batch.step > self.start
@@ -202,6 +185,7 @@ class Prefetcher:
                 yield self._kept[at][0]
                 continue
             cell, buffer = self._take()
+            self._copy_next()
             try:
                 yield cell
             finally:
@@ -210,20 +194,40 @@ class Prefetcher:
     def _take(self):
         """Return what comes next, once it is there; raise the error that came instead."""
         began = time.perf_counter()
-        with self._changed:
-            self._changed.wait_for(lambda: self._ready)
-            found = self._ready.popleft()
-            self._changed.notify_all()
+        found = self._ahead.popleft() if self._ahead else self._next()
         self.waited += time.perf_counter() - began
         if isinstance(found, BaseException):
             raise found
         return found
 
-    def _return_buffer(self, buffer: Buffer) -> None:
-        if self.pinned:
-            buffer.copy_done = torch.cuda.Event()
+    def _next(self):
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready)
+            found = self._ready.popleft()
+            self._changed.notify_all()
+        return found
+
+    def _copy_next(self) -> None:
+        """Begin to copy the next cell to the device, where it has been read."""
+        while self._copies and self._ready:
+            self._ahead.append(self._next())
+            if isinstance(self._ahead[-1], tuple):
+                cell, buffer = self._ahead[-1]
+                if (copied := self._copies.copy(cell)) is not None:
+                    self._return_buffer(buffer, copied.copied)
+                    self._ahead[-1] = copied, None
+                return
+
+    def _return_buffer(self, buffer: Buffer | None, copied: "torch.cuda.Event | None" = None) -> None:
+        """Let the thread use a buffer again; None: it does so already. copied: the event behind the copies from it, by
+        default one behind all that was asked of the device."""
+        if buffer is None:
+            return
+        if self.pinned and copied is None:
+            copied = torch.cuda.Event()
             # the copy to the device may still be queued; `device` need not be the process' current one
-            buffer.copy_done.record(torch.cuda.current_stream(self.device))
+            copied.record(torch.cuda.current_stream(self.device))
+        buffer.copy_done = copied
         with self._changed:
             self._used_bytes -= len(buffer)
             self._free_buffers.append(buffer)
@@ -233,6 +237,8 @@ class Prefetcher:
         """In the thread: lay out each batch, then read its cells."""
         try:
             for step in steps:
+                if not self._wait_for_turn():
+                    return
                 batch = self.loader.sampler.batch(step)
                 self._put(batch)
                 if self._uses_kept(batch):
@@ -251,6 +257,13 @@ class Prefetcher:
         except BaseException as error:  # the caller raises it
             self._put(error)
 
+    def _wait_for_turn(self) -> bool:
+        """Wait until another batch may be laid out, of which this rank need not have a cell; False when none is
+        wanted."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._batches_waiting() < MAX_WAITING)
+            return not self._closed
+
     def _put(self, found) -> None:
         with self._changed:
             self._ready.append(found)
@@ -262,22 +275,37 @@ class Prefetcher:
             self._changed.wait_for(lambda: self._closed or self._may_use(size))
             if self._closed:
                 return None
-            fitting = [buffer for buffer in self._free_buffers if len(buffer) >= size]
+            fitting, dropped = [buffer for buffer in self._free_buffers if len(buffer) >= size], []
             if fitting:
                 buffer = min(fitting, key=len)
                 self._free_buffers.remove(buffer)
-            else:
-                if self._used_bytes + sum(map(len, self._free_buffers)) + size > self.limit:
-                    self._free_buffers.clear()  # all too small
-                buffer = Buffer(torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned))
-            self._used_bytes += len(buffer)
-        if buffer.copy_done is not None:
-            buffer.copy_done.synchronize()
+                size = len(buffer)
+            elif self._used_bytes + sum(map(len, self._free_buffers)) + size > self.limit:
+                dropped, self._free_buffers = self._free_buffers, []  # all too small
+            self._used_bytes += size
+        wait_for_copies(dropped)
+        dropped.clear()
+        if not fitting:
+            return Buffer(torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned))
+        wait_for_copies([buffer])
         return buffer
+
+    def _batches_waiting(self) -> int:
+        return sum(isinstance(found, Batch) for found in self._ready)
 
     def _may_use(self, size: int) -> bool:
         waiting = sum(isinstance(found, tuple) for found in self._ready)
-        return not waiting or (waiting < self._most_waiting and self._used_bytes + size <= self.limit)
+        if waiting < (2 if self._copies else 1):
+            return True
+        return waiting < self._most_waiting and self._used_bytes + size <= self.limit
+
+
+def wait_for_copies(buffers: Sequence[Buffer]) -> None:
+    """Return once nothing is copied from buffers any more, which may then be written or freed: torch knows nothing of
+    copies from views that numpy made of pinned memory, and gives what was freed to others."""
+    for buffer in buffers:
+        if buffer.copy_done is not None:
+            buffer.copy_done.synchronize()
 
 
 def buffer_size(size: int) -> int:

@@ -4,14 +4,30 @@ A step runs on fake tensors, which have shapes and dtypes and no values, while l
 whatever the size of the draft. Its most live bytes are the largest of several phases', each linear in the number of
 blocks that are computed together: so between measured numbers a straight line is never too low.
 
+What each means spares of a five-layer Domino draft, 3,072 rows, bfloat16, in GiB by this count:
+
+    target                      Qwen3-8B   Qwen3-14B   Qwen3-32B
+    a whole step                    26.5        41.0        56.5
+    in two parts, in four       2.4, 3.6    3.2, 4.7    4.3, 6.5
+    layers computed again            4.6         6.4         9.0
+    the embedding on the host        1.2         1.5         1.5
+    moments on the host              8.2        13.7        19.6
+    moments in 8 bits                6.2        10.3        14.7   not built
+    bfloat16 weights, gradients      4.1         6.9         9.8   not built
+
+The last two are arithmetic, 6 and 4 bytes a parameter, and change the results. 8 bits spare less than the host does;
+bfloat16 weights, with float32 masters on the host, would be what lets 24 GiB hold a draft of Qwen3-32B, whose
+weights and gradients take 19.6 GiB in float32.
+
     R rows of a cell
 """
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cached_property, partial
+from itertools import product
 
 import numpy as np
 import torch
@@ -21,10 +37,11 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.cache.atomic import size_text
 from pipeline.drafts import DRAFTS, DraftConfig, fused, lay_blocks, pack
+from pipeline.drafts.backbone import Backbone
 from pipeline.drafts.fused import Kernels, use_kernels
 from pipeline.runs.recipe import TrainSection
 from pipeline.target.head import NEWEST, TargetHead, chunk_blocks
-from stages.train_draft.step import make_optimizer
+from stages.train_draft.optimizers import make_optimizer
 
 GRANULE = 512  # bytes of device memory that torch's allocator rounds up to
 USABLE = 0.875  # of a device: the rest is CUDA's context, the libraries' workspaces, and gaps between tensors
@@ -108,25 +125,44 @@ class FakeFlex(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Fit:
-    """What of a step a device has memory for. at_once: blocks computed together, 0 for none. moments_on_host: whether
-    AdamW's moments have to lie there."""
+    """What of a step a device has memory for. at_once: blocks computed together, 0 for none. moments_on_host,
+    embedding_on_host: whether AdamW's moments and the target's embedding have to lie there. recomputes_layers: whether
+    gradients compute the draft's layers again."""
 
     at_once: int
     moments_on_host: bool = False
+    recomputes_layers: bool = False
+    embedding_on_host: bool = False
+
+    def over(self, fits: Sequence["Fit"]) -> "Fit":
+        """Return what fits on all of several devices."""
+        every = [self, *fits]
+        means = {name: any(getattr(fit, name) for fit in every) for name in MEANS}
+        return Fit(min(fit.at_once for fit in every), **means)
+
+
+MEANS = ("moments_on_host", "recomputes_layers", "embedding_on_host")
 
 
 @dataclass(frozen=True)
 class StepMemory:
     """Bytes of a training step on one device.
 
-    static: weights, moments, the target's embedding and head. moments: of these, what can lie on the host. peaks: the
-    most live bytes while the gradients are there, by the number of blocks computed together.
+    static: weights, moments, the target's embedding and head. moments, embedding: of these, what can lie on the host.
+    peaks: the most live bytes while the gradients are there, by the number of blocks computed together. recompute:
+    measures the same where gradients compute the layers again; None: they cannot.
     """
 
     parameters: int
     static: int
     moments: int
     peaks: dict[int, int]
+    embedding: int = 0
+    recompute: Callable[[], dict[int, int]] | None = None
+
+    @cached_property
+    def recomputed_peaks(self) -> dict[int, int]:
+        return self.recompute()
 
     @property
     def gradients(self) -> int:
@@ -139,18 +175,36 @@ class StepMemory:
 
     def peak(self, fit: Fit) -> int:
         """Return the most bytes that are live in a step."""
-        whole = np.interp(fit.at_once, list(self.peaks), list(self.peaks.values()))
-        return int(whole) - fit.moments_on_host * self.moments
+        peaks = self.recomputed_peaks if fit.recomputes_layers else self.peaks
+        whole = np.interp(fit.at_once, list(peaks), list(peaks.values()))
+        return int(whole) - fit.moments_on_host * self.moments - fit.embedding_on_host * self.embedding
 
     def fit(self, device_bytes: int) -> Fit:
-        """Return how a device of this size computes a step: whole; or in parts, of a quarter of the blocks at least; or
-        with the moments on the host, whose copies cost a second or two a step, in the largest parts that fit."""
-        here, there = (Fit(self._most_blocks(device_bytes, on_host), on_host) for on_host in (False, self.moments > 0))
-        return here if 4 * here.at_once >= self.blocks or here.at_once == there.at_once else there
+        """Return how a device of this size computes a step, the fastest first: whole; in two parts; with its layers
+        computed again, in four parts at most; the same with the moments on the host, whose copies cost a second or two
+        a step; and what is left, in as many parts as it takes. The embedding goes to the host, where that costs next to
+        nothing, before anything slower is done."""
+        again = self.recompute is not None
+        hosts, levels = [False, True][: 1 + (self.moments > 0)], [(1, False), (2 if again else 4, False)]
+        levels += [(1, True), (4, True)] * again
+        for on_host, (parts, recomputes), embedding in product(
+            hosts, levels, [False, True][: 1 + (self.embedding > 0)]
+        ):
+            fit = self._largest(device_bytes, Fit(self.blocks, on_host, recomputes, embedding))
+            if parts * fit.at_once >= self.blocks:
+                return fit
+        return self._largest(device_bytes, self.smallest)
 
-    def _most_blocks(self, device_bytes: int, on_host: bool) -> int:
+    @property
+    def smallest(self) -> Fit:
+        """A step of one block, with every means there is."""
+        return Fit(1, self.moments > 0, self.recompute is not None, self.embedding > 0)
+
+    def _largest(self, device_bytes: int, fit: Fit) -> Fit:
         counts = range(self.blocks, 0, -1)
-        return next((count for count in counts if self.peak(Fit(count, on_host)) <= USABLE * device_bytes), 0)
+        fits = (replace(fit, at_once=count) for count in counts)
+        usable = USABLE * device_bytes
+        return next((fit for fit in fits if self.peak(fit) <= usable), replace(fit, at_once=0))
 
 
 def step_memory(
@@ -162,14 +216,29 @@ def step_memory(
     as on a GPU where they can be. The draft's weights and the optimiser's states are float32.
     """
     counts = sorted({1, -(-train.cell_anchors // 4), train.cell_anchors})
-    measured = {blocks: _measure(config, train, head, tied, blocks, compiled) for blocks in counts}
-    parameters, static, moments, _ = measured[1]
+
+    def measured(recomputes: bool) -> dict[int, tuple[int, int, int, int]]:
+        return {blocks: _measure(config, train, head, tied, blocks, compiled, recomputes) for blocks in counts}
+
+    def peaks(found: dict[int, tuple[int, int, int, int]]) -> dict[int, int]:
+        return {blocks: peak for blocks, (*_, peak) in found.items()}
+
+    kept = measured(recomputes=False)
+    parameters, static, moments, _ = kept[1]
     on_host = moments if train.optimizer == "adamw" else 0
-    return StepMemory(parameters, static, on_host, {blocks: peak for blocks, (*_, peak) in measured.items()})
+    embedding = 0 if tied else config.vocab_size * config.hidden_size * head.itemsize
+    again = (lambda: peaks(measured(recomputes=True))) if issubclass(DRAFTS[config.method], Backbone) else None
+    return StepMemory(parameters, static, on_host, peaks(kept), embedding, again)
 
 
 def _measure(
-    config: DraftConfig, train: TrainSection, head: torch.dtype, tied: bool, blocks: int, compiled: bool
+    config: DraftConfig,
+    train: TrainSection,
+    head: torch.dtype,
+    tied: bool,
+    blocks: int,
+    compiled: bool,
+    recomputes: bool = False,
 ) -> tuple[int, int, int, int]:
     """Return the number of parameters, the bytes live before a step, those of moments, and the most of a step."""
     cell = pack([FakeRows(train.context, config)], ["fake"], final=config.needs_final_states)
@@ -181,19 +250,21 @@ def _measure(
     ):
         weights_VD = torch.empty(config.vocab_size, config.hidden_size, dtype=head)
         draft = DRAFTS[config.method](config, TargetHead(weights_VD, weights_VD if tied else weights_VD.clone()))
+        draft.recomputes_layers = recomputes
         draft.train().blocks_per_chunk = lambda hidden_NSD: chunk_blocks(
-            hidden_NSD.shape[1], config.vocab_size, "cuda", NEWEST
+            hidden_NSD.shape[1], config.proposable, "cuda", NEWEST
         )
         before = memory.live
         optimizer = make_optimizer(train.optimizer, draft)
         static = memory.live
-        cell, laid = faked(cell), faked(laid)
+        cell, ahead, laid = faked(cell), faked(cell), faked(laid)  # the next cell is copied meanwhile
         for _ in range(2):  # the second finds gradients, as all cells and parts of a step but the first do
             memory.peak = memory.live
             with torch.autocast("cpu", torch.bfloat16, enabled=train.dtype == "bfloat16"):
                 loss = draft.loss(cell, laid, draft.schedule(1, 2), draft.denominators(laid), metrics=True)
             loss.total.backward()
         optimizer.step(train.lr)
+        del ahead
         return sum(weight.numel() for weight in draft.parameters()), static, static - before, memory.peak
 
 
@@ -243,13 +314,19 @@ def memory_lines(memory: StepMemory, rows: int, device_bytes: int | None) -> lis
         return lines
     fit, size = memory.fit(device_bytes), f"a device of {size_text(device_bytes)}"
     if not fit.at_once:
-        least, remedy = (
-            size_text(memory.peak(Fit(1, memory.moments > 0))),
-            "lower train.context or draft.num_hidden_layers",
-        )
-        return [*lines, f"IT DOES NOT FIT {size}: {least} with a single block; {remedy}"]
+        least, remedy = size_text(memory.peak(memory.smallest)), "lower train.context or draft.num_hidden_layers"
+        return [*lines, f"IT DOES NOT FIT {size}: {least} with a single block{means_text(memory.smallest)}; {remedy}"]
     if fit == Fit(blocks):
         return [*lines, f"it fits {size}"]
-    parts, host = -(-blocks // fit.at_once), ", its moments on the host" * fit.moments_on_host
+    parts = -(-blocks // fit.at_once)
     how = f"in {parts} parts" if parts > 1 else "whole"
-    return [*lines, f"{size} computes it {how}{host}, with {size_text(memory.peak(fit))}: the same loss"]
+    return [*lines, f"{size} computes it {how}{means_text(fit)}, with {size_text(memory.peak(fit))}: the same loss"]
+
+
+def means_text(fit: Fit) -> str:
+    """Return in words what is done beside parts."""
+    return (
+        ", its layers again for their gradient" * fit.recomputes_layers
+        + ", the target's embedding on the host" * fit.embedding_on_host
+        + ", its moments on the host" * fit.moments_on_host
+    )

@@ -15,25 +15,24 @@ import atexit
 import contextlib
 import json
 import os
-import signal
 import sys
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 import xxhash
 from torch import Tensor, nn
 
-from pipeline.errors import PipelineError, UsageError, first_line, limit_error
-from pipeline.tensors import find_device, lost_rank
-from stages.train_draft.stop import STOP_SIGNALS, GracefulStop
+from pipeline import torchrun
+from pipeline.errors import PipelineError, UsageError
+from pipeline.standard_streams import check_standard_output
+from pipeline.tensors import find_device
+from pipeline.torchrun import STOP_SIGNALS, leave, one_error
+from stages.train_draft.stop import GracefulStop
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")  # that torchrun sets
 BUCKET_BYTES = 64 << 20
-PATIENCE = timedelta(minutes=30)  # for a rank that evaluates, saves, or has more to compute
 FOLDER_WAIT_S = 20.0  # for a network file system to show a new file
 LOST = (
     "a process of this run ended without a word (killed, out of memory, or its machine is gone); the same command goes "
@@ -110,21 +109,13 @@ class ProcessGroup(Ranks):
         import torch.distributed as dist
 
         super().__init__(torch.device("cpu"))
-        self.rank, self.size, self.local = (_number(environment, name) for name in VARIABLES[:3])
-        beside = _number({"LOCAL_WORLD_SIZE": "1"} | dict(environment), "LOCAL_WORLD_SIZE")
+        number = partial(torchrun.number, {"LOCAL_WORLD_SIZE": "1"} | dict(environment))
+        self.rank, self.size, self.local = map(number, torchrun.VARIABLES[:3])
         backend = "gloo"
         if torch.cuda.is_available():
             # NCCL refuses two ranks on one GPU.
-            backend = f"cpu:gloo,cuda:{'nccl' if beside <= torch.cuda.device_count() else 'gloo'}"
-        try:
-            store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
-            self.store = dist.PrefixStore(meet(store, self.rank, self.size), store)
-            dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=PATIENCE)
-        except RuntimeError as error:
-            raise UsageError(
-                f"rank {self.rank} of {self.size} cannot reach the others through {environment['MASTER_ADDR']} "
-                f"({first_line(error)}); start them together with torchrun"
-            ) from error
+            backend = f"cpu:gloo,cuda:{'nccl' if number('LOCAL_WORLD_SIZE') <= torch.cuda.device_count() else 'gloo'}"
+        self.store = torchrun.join(backend, self.rank, self.size)
         self._dist, self._signal = dist, None
 
     def take_device(self, named: str | None) -> None:
@@ -186,51 +177,6 @@ class ProcessGroup(Ranks):
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         self.check_same({"checksum of the initial weights": digest.hexdigest()})
 
-    def report(self, error: BaseException) -> tuple[bool, int]:
-        """Return whether this rank is the first to end with an error, which is then the one to print, and the code that
-        it ends with: its own, or that of another rank's error, if this one only misses it or was told to stop."""
-        lost, code = lost_rank(error), exit_code(error)
-        try:
-            if (lost or isinstance(error, SystemExit)) and self.store.check(["exit code"]):
-                return False, int(self.store.get("exit code"))
-            number = self.store.add("ended", 1)
-            if number == 1 and not lost:
-                self.store.set("exit code", str(code))
-        except RuntimeError:  # the process that keeps the store is gone
-            return True, code
-        return number == 1, code
-
-
-def _number(environment: Mapping[str, str], name: str) -> int:
-    """Return a variable of the environment as a number. UsageError for anything else."""
-    if not environment[name].isdecimal():
-        raise UsageError(f"{name} = {environment[name]!r} in the environment: wanted a number, as torchrun sets it")
-    return int(environment[name])
-
-
-def meet(store, rank: int, size: int) -> str:
-    """Return a name that the processes of this start have agreed on, and no earlier start has had.
-
-    torchrun keeps the store over its restarts, with the addresses of dead processes in it, and tells no number of the
-    start that is the same on all machines. So every process says that it is there, rank 0 writes a list of all, anew
-    when one comes that is not on it, and each confirms the list on which it finds itself.
-    """
-    own, until, listed = uuid.uuid4().hex, time.monotonic() + PATIENCE.total_seconds(), ""
-    store.set(f"here/{rank}", own)
-    while time.monotonic() < until:
-        if rank == 0 and store.check([f"here/{other}" for other in range(size)]):
-            listed = " ".join(store.get(f"here/{other}").decode() for other in range(size))
-            store.set("list", listed)
-        elif rank > 0 and store.check(["list"]):
-            listed = store.get("list").decode()
-        if own in listed:
-            name = xxhash.xxh3_64_hexdigest(listed.encode())
-            store.set(f"{name}/{rank}", own)
-            if store.check([f"{name}/{other}" for other in range(size)]):
-                return name
-        time.sleep(0.02)
-    raise RuntimeError(f"not all came within {PATIENCE}")
-
 
 def own_device(named: str | None, local: int) -> torch.device:
     """Return the device of the process of number `local` on its machine. Raises UsageError for a single GPU's name."""
@@ -254,16 +200,6 @@ def _buckets(grads: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def exit_code(error: BaseException) -> int:
-    """Return the exit code of a command that ends with this error."""
-    if isinstance(error, KeyboardInterrupt):
-        return 128 + signal.SIGINT
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
-    known = error if isinstance(error, PipelineError) else limit_error("", error)
-    return known.code if known else PipelineError.code
-
-
 @contextlib.contextmanager
 def joined(device: str | None, environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
     """Join the ranks that torchrun started, if it started several, and have one of them print.
@@ -271,31 +207,13 @@ def joined(device: str | None, environment: Mapping[str, str] = os.environ) -> I
     An error ends all of them, with one line: that of the first rank that met one. The others, which then miss it, end
     with its exit code.
     """
-    if not all(name in environment for name in VARIABLES) or environment["WORLD_SIZE"] == "1":
+    if not torchrun.several(environment):
         yield Ranks(find_device(device))
         return
     ranks = ProcessGroup(environment)
-    try:
+    with one_error(ranks.store, PipelineError(LOST)):
         ranks.take_device(device)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if ranks.first else nowhere):
             yield ranks
-    except BaseException as error:
-        with contextlib.suppress(ValueError):  # not the main thread
-            for number in STOP_SIGNALS:  # torchrun sends one when it has seen another rank end
-                signal.signal(number, signal.SIG_IGN)
-        prints, code = ranks.report(error)
-        if not prints:
-            _leave(code)
-        atexit.register(_leave, code)
-        if lost_rank(error):
-            raise PipelineError(f"{LOST} ({first_line(error)})") from error
-        raise
-    atexit.register(_leave, 0)
-
-
-def _leave(code: int) -> None:
-    """End the process now: at Python's own end one in four aborts, in a thread of gloo that is still there."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
+            check_standard_output()
+    atexit.register(leave, 0)

@@ -30,7 +30,7 @@ from pipeline.runs.training_data import Split, check_complete, split_samples
 from pipeline.target.head import TargetHead
 from pipeline.tensors import refuse_out_of_memory
 from pipeline.visible_text import print_visible, visible
-from stages.train_draft.device import fit_device, run_facts, shards
+from stages.train_draft.device_fit import fit_device, run_facts, shards
 from stages.train_draft.kernels import compile_if_equal, kernels_of, use_deterministic_kernels
 from stages.train_draft.logs import (
     Display,
@@ -153,13 +153,13 @@ def open_run(
         began = visible("; ".join(differs))
         print_visible(f"began with {began}: the run goes on, its last digits may differ")
     use_deterministic_kernels(device)
-    samples = (store.tokens_of(int(index))[0] for index in split.train)
+    samples = (ids_T[mask_T] for ids_T, mask_T in map(store.tokens_of, map(int, split.train)))
     draft = make_draft(resolved, store, device, start, samples, head)
     draft.chunk_rule = chunk_rule(path)
     if kernels_of(device) == "compiled":
         print_visible(visible(compile_if_equal(draft, resolved.recipe.train)))
     ranks.check_same_weights(draft)
-    fit = fit_device(resolved, draft, ranks, taken)
+    fit = fit_device(resolved, draft, ranks, taken, head is not None)
     training = TrainingRun(path, store, split, resolved, draft, ranks, fit)
     training.resume()
     return training
@@ -174,8 +174,8 @@ def make_draft(
     head: TargetHead | None = None,
 ) -> Draft:
     """Return a draft in training mode on its device: float32 weights, random where `start` has none, and the
-    target's frozen head in the dtype of the arithmetic. samples: ids of the training samples, which a method may count.
-    head: that head, where it is on the device already.
+    target's frozen head in the dtype of the arithmetic. samples: supervised ids of the training samples, which a method
+    may count. head: that head, where it is on the device already.
 
     Raises RoomError when memory is too small.
     """

@@ -45,12 +45,13 @@ def sharded_memory(memory: "StepMemory", draft: Draft, ranks: int) -> "StepMemor
     kept = (memory.static - head) // ranks
     static = head + kept
     saved = memory.static - static + memory.gradients - memory.gradients // ranks - 4 * 3 * largest
-    return replace(
-        memory,
-        static=static,
-        moments=0,  # those of sharded weights stay on the device
-        peaks={blocks: peak - max(0, saved) for blocks, peak in memory.peaks.items()},
-    )
+
+    def less(peaks: Mapping[int, int]) -> dict[int, int]:
+        return {blocks: peak - max(0, saved) for blocks, peak in peaks.items()}
+
+    again = memory.recompute and (lambda: less(memory.recomputed_peaks))
+    # the moments of sharded weights stay on the device
+    return replace(memory, static=static, moments=0, peaks=less(memory.peaks), recompute=again)
 
 
 def whole_tensors(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:

@@ -34,10 +34,11 @@ from pipeline.target.head import TargetHead
 from pipeline.tensors import device_bytes
 from pipeline.visible_text import print_visible, visible
 from stages.train_draft.batches import Batch, Sampler, SampleWindow
-from stages.train_draft.loader import BatchLoader, Prefetcher, StatesInPieces
+from stages.train_draft.loader import BatchLoader, Prefetcher
 from stages.train_draft.logs import Display, summary, two_batches_text
 from stages.train_draft.ranks import Ranks
 from stages.train_draft.run import TrainingRun, load_head, open_run
+from stages.train_draft.states import StatesInPieces
 from stages.train_draft.stop import GracefulStop
 
 if TYPE_CHECKING:
@@ -263,6 +264,14 @@ class Group:
 
     def train(self) -> None:
         """Train every member to its last step."""
+        try:
+            self._train()
+        except BaseException:
+            if self.stop.received:
+                self._save()
+            raise
+
+    def _train(self) -> None:
         for member in self.members:
             member.training.ranks.stop = self.stop
             member.display.print_line(member.training.description)
@@ -294,10 +303,6 @@ class Group:
                         self._advance(member, own, states, batches.waited)
                 if not any(member.left for member in self.members):
                     return
-        except BaseException:
-            if self.stop.received:
-                self._save()
-            raise
         finally:
             batches.close()
 
@@ -327,8 +332,9 @@ class Group:
             member.display.print_line(summary(member.training.path, self.store, result))
 
     def _save(self) -> None:
-        """Save all runs that go on: only the one whose turn it was has done so."""
-        for member in self.members:
+        """Save all runs that go on: only the one whose turn it was has done so. One that fails keeps none from it."""
+        for member in list(self.members):
             if member.left:
-                member.training.save()
-                member.display.print_line(f"saved at step {member.training.step}")
+                with self._turn_of(member):
+                    member.training.save()
+                    member.display.print_line(f"saved at step {member.training.step}")

@@ -4,12 +4,15 @@ import signal
 import threading
 import time
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+from pipeline.torchrun import STOP_SIGNALS
+
 REPEAT_SECONDS = 2.0
 
 
 class GracefulStop:
     """Records SIGTERM, SIGHUP and Ctrl-C so that the loop can save before it ends; a second signal acts at once.
+
+    One that came after the loop last looked is raised as the block ends, so that what follows does not begin.
 
     One within REPEAT_SECONDS is the same: a scheduler signals every process, and the one that started it does so again.
 
@@ -27,7 +30,12 @@ class GracefulStop:
             self.previous_handlers = {number: signal.signal(number, self._note) for number in handled}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
+        self._restore_handlers()
+        if self.received is not None and kind is None:
+            raise_signal(self.received)
+
+    def _restore_handlers(self) -> None:
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
         self.previous_handlers = {}
@@ -36,7 +44,7 @@ class GracefulStop:
         if self.received is None:
             self.received, self.received_at = number, time.monotonic()
         elif time.monotonic() - self.received_at > REPEAT_SECONDS:
-            self.__exit__()
+            self._restore_handlers()
             signal.raise_signal(number)
 
 

@@ -14,7 +14,6 @@ new runs, and what `train-draft` finished is not trained again.
 import copy
 import itertools
 import math
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from pipeline import torchrun
 from pipeline.cache import HiddenCache
 from pipeline.errors import ProofError, UsageError
 from pipeline.evaluation.accept_length import bootstrap
@@ -33,9 +33,9 @@ from pipeline.runs.recipe import Recipe, Resolved, make_recipe, read_toml, resol
 from pipeline.runs.training_data import Split, check_complete
 from pipeline.tensors import find_device
 from pipeline.visible_text import print_visible, visible
-from stages.train_draft.device_processes import Errors, Work, named_devices, train_on_devices
 from stages.train_draft.run import split_for, train_resolved
 from stages.train_draft.shared_read import group_runs, room_for_drafts, sharing_lines, train_together
+from stages.train_draft.sweep_processes import Errors, Work, named_devices, train_on_devices
 
 if TYPE_CHECKING:
     from pipeline.published.weights import InitialDraft, InitialWeights
@@ -77,7 +77,7 @@ def sweep(
     A run whose loss is not finite is recorded under `failed` and the others go on. Raises what a run raises, of several
     processes once all other runs are done; and UsageError, before the first run, for an invalid combination.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if torchrun.several():
         raise UsageError("a sweep gives its runs to the devices itself; start it without torchrun, see --devices")
     planned = Planned(cache, recipe, sets, out, init_from)
     places, runs = named_devices(device, devices, jobs), planned.runs

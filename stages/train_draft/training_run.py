@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.cache import HiddenCache
 from pipeline.drafts import Draft, fused
-from pipeline.errors import CacheError, RoomError, UsageError, first_line
+from pipeline.errors import CacheError, RoomError, UsageError, first_line, refuse_limit
 from pipeline.evaluation.accept_length import Span, accept_spans, summarise
 from pipeline.runs import checkpoint
 from pipeline.runs.folder import (
@@ -23,6 +23,7 @@ from pipeline.runs.training_data import Split, stratified_subset
 from pipeline.tensors import refuse_out_of_memory
 from pipeline.visible_text import visible
 from stages.train_draft.batches import Batch, Sampler
+from stages.train_draft.estimate import estimate_text, step_seconds, worth_saying
 from stages.train_draft.loader import BatchLoader, Prefetcher
 from stages.train_draft.logs import (
     METRICS,
@@ -32,10 +33,11 @@ from stages.train_draft.logs import (
     Throughput,
     evaluation_text,
 )
-from stages.train_draft.memory import Fit
+from stages.train_draft.memory import MEANS, Fit
+from stages.train_draft.optimizers import load_state_tensors, make_optimizer, state_tensors
 from stages.train_draft.ranks import Ranks
 from stages.train_draft.sharding import shard, whole_draft, whole_tensors
-from stages.train_draft.step import Trainer, load_state_tensors, make_optimizer, state_tensors
+from stages.train_draft.step import Trainer
 from stages.train_draft.stop import raise_signal
 
 EVAL_BATCH = 8  # samples; a signal is noticed between two such batches
@@ -70,16 +72,27 @@ class TrainingRun:
         self.digests = digests(cache, split, resolved)
         self.device = draft.device
         self.draft = draft = shard(draft, self.ranks) if self.ranks.sharded else draft
-        self.optimizer = make_optimizer(self.train.optimizer, draft, fit is not None and fit.moments_on_host)
+        self.uses = fit or Fit(self.train.cell_anchors)
+        self.optimizer = make_optimizer(self.train.optimizer, draft, self.uses.moments_on_host)
         sampler = Sampler(cache, split, resolved.draft, self.train)
         self.loader = BatchLoader(sampler, self.device.type != "cpu", self.ranks.rank, self.ranks.size)
         self.eval_samples = stratified_subset(cache, split.heldout, self.train.eval_samples) if cache.has_final else ()
         log = MetricsLog if self.ranks.first else UnwrittenLog
         self.metrics, self.timing_log = log(path / METRICS), log(path / TIMING)
         self.trainer = Trainer(draft, self.optimizer, self.loader, self.ranks)
-        if fit is not None and fit.at_once < self.train.cell_anchors:
-            self.trainer.blocks_per_pass = max(1, fit.at_once)  # one is tried where none seems to fit
+        if self.uses.at_once < self.train.cell_anchors:
+            self.trainer.blocks_per_pass = max(1, self.uses.at_once)  # one is tried where none seems to fit
+        self._use(self.uses)
         self.step = 0
+
+    def _use(self, fit: Fit) -> None:
+        """Do from now on what a step's memory asks for, beside parts."""
+        if fit.moments_on_host != self.optimizer.on_host and self.train.optimizer == "adamw":
+            self.trainer.optimizer = self.optimizer = make_optimizer("adamw", self.draft, fit.moments_on_host)
+        self.draft.recomputes_layers = fit.recomputes_layers
+        if fit.embedding_on_host:
+            self.draft.target = self.draft.target.with_embedding_on_host()
+        self.uses = fit
 
     def resume(self) -> int:
         """Load the newest checkpoint and truncate the metrics to it; return its step, 0 without one.
@@ -97,12 +110,14 @@ class TrainingRun:
                     )
             self.step = found.step
             self.trainer.blocks_per_pass = found.state.blocks_per_pass or self.trainer.blocks_per_pass
+            self._use(self.uses.over([self._recorded(found.state)]))
             try:
                 checkpoint.load_tensors(found.path / checkpoint.DRAFT, self.draft.state_dict())
                 moments = state_tensors(self.optimizer)
                 checkpoint.load_tensors(found.path / checkpoint.OPTIMIZER, moments)
                 load_state_tensors(self.optimizer, moments, found.step)
             except (OSError, RuntimeError, KeyError) as error:  # its bytes were checked: written by another program
+                refuse_limit(found.path, error)
                 raise CacheError(
                     f"{found.path}: not the weights and moments of this run's draft ({first_line(error, None)}); "
                     "remove it to go on from the checkpoint before"
@@ -110,6 +125,13 @@ class TrainingRun:
         self.metrics.truncate(self.step, found.state.metrics if found else "")
         self.timing_log.truncate(self.step)
         return self.step
+
+    def _recorded(self, state: checkpoint.CheckpointState) -> Fit:
+        """Return what a checkpoint's run did for want of memory, which decides the last digits of what follows."""
+        means = {name: getattr(state, name) for name in MEANS}
+        if self.ranks.sharded:
+            means["moments_on_host"] = False
+        return Fit(self.uses.at_once, **means)
 
     def idle_ranks(self) -> str | None:
         """Return in words that the next batch has fewer cells than there are ranks; None where it has as many."""
@@ -119,8 +141,8 @@ class TrainingRun:
         if cells >= self.ranks.size:
             return None
         return (
-            f"the next batch has {cells} cells for {self.ranks.size} ranks, and a rank without one waits: start fewer, "
-            "or raise train.batch or train.cells, which makes another run"
+            f"the next batch has {cells} {'cell' if cells == 1 else 'cells'} for {self.ranks.size} ranks, and a rank "
+            "without one waits: start fewer, or raise train.batch or train.cells, which makes another run"
         )
 
     @property
@@ -133,6 +155,7 @@ class TrainingRun:
 
     def fit(self, display: Display, until: int | None = None) -> None:
         """Train to step `until`, by default the last one."""
+        self._announce_time(display)
         self.begin(display)
         batches = Prefetcher(self.loader, self.step, until or self.train.steps, self.device)
         try:
@@ -140,6 +163,17 @@ class TrainingRun:
                 self.note(batch, self.trainer.step(batch, cells), batches.waited, display)
         finally:
             batches.close()
+
+    def _announce_time(self, display: Display) -> None:
+        """Say how long the run will take, where that is long; on a CPU, whose user may have meant the defaults of a
+        GPU."""
+        left = self.train.steps - self.step
+        if self.device.type != "cpu" or self.ranks.size > 1 or not left:
+            return
+        batch = self.loader.sampler.batch(self.step)
+        seconds = step_seconds(self.trainer, batch)
+        if worth_saying(seconds, left):
+            display.print_line(estimate_text(self.draft, batch, left, seconds))
 
     def begin(self, display: Display) -> None:
         """Prepare for steps from here on; evaluate where a checkpoint was saved and its evaluation was not."""
@@ -185,6 +219,7 @@ class TrainingRun:
             facts = self.digests | {"metrics": self.metrics.last_checksum}
             if self.trainer.blocks_per_pass is not None:
                 facts["blocks_per_pass"] = self.trainer.blocks_per_pass
+            facts |= {name: True for name in MEANS if getattr(self.uses, name)}
             checkpoint.save(self.path, self.step, self.draft, moments, facts, self.train.keep, weights)
 
     def _evaluated(self) -> Evaluation | None:

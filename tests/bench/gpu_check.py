@@ -8,7 +8,8 @@ weights where only a shape matters. Without a GPU (`--device cpu`) the gates tha
  3 bfloat16     the same under autocast: loss within 2e-2
  4 capture      states of the bundled target in float32 within 1e-4 of the CPU's (relative, every column)
  5 determinism  two trainings, the second killed and resumed: the same bytes
- 6 late copies  the same with the device kept busy before every step; a capture likewise: the same bytes
+ 6 late copies  the same with the device kept busy before every step, and before every copy to it; a capture likewise:
+                the same bytes
  7 int8         encoded on the device: the CPU's bytes
  8 memory       within a half and a quarter of the device, and of what a step takes beyond weights and gradients: in
                 parts, and the losses within 1e-4
@@ -52,6 +53,7 @@ from stages.cache_hidden.engine import HfEngine
 from stages.cache_hidden.run import run as capture
 from stages.cache_hidden.settings import CaptureOptions
 from stages.evaluate.run import run as evaluate
+from stages.train_draft.copy_stream import CopyStream
 from stages.train_draft.kernels import use_deterministic_kernels
 from stages.train_draft.run import run as train
 from stages.train_draft.step import Trainer
@@ -170,7 +172,7 @@ class Check:
     def late_copies(self) -> Gates:
         if not self.on_gpu:
             return None, "needs a GPU"
-        step, forward = Trainer.step, HfEngine.forward
+        step, forward, copy = Trainer.step, HfEngine.forward, CopyStream.copy
 
         def late_after(function):
             def late(*args):
@@ -179,12 +181,16 @@ class Check:
 
             return late
 
-        Trainer.step, HfEngine.forward = late_after(step), late_after(forward)
+        def late_copy(copies, cell):
+            with torch.cuda.stream(copies.stream):
+                return late_after(copy)(copies, cell)
+
+        Trainer.step, HfEngine.forward, CopyStream.copy = late_after(step), late_after(forward), late_copy
         try:
             trained = self.weights(self.trained("late")) == self.weights(self.trained("whole"))
             late = self.cache("late-capture", device=str(self.device))
         finally:
-            Trainer.step, HfEngine.forward = step, forward
+            Trainer.step, HfEngine.forward, CopyStream.copy = step, forward, copy
         captured = self.same_shards(self.cache(str(self.device), device=str(self.device)), late)
         return trained and captured, f"training: {_bytes(trained)}; capture: {_bytes(captured)}"
 
@@ -302,7 +308,7 @@ class Check:
         from pipeline.drafts import draft_config, lay_blocks, pack
         from pipeline.target.head import TargetHead
         from stages.train_draft.memory import FakeRows
-        from stages.train_draft.step import make_optimizer
+        from stages.train_draft.optimizers import make_optimizer
 
         config, place = draft_config(**settings("domino")), {"device": self.device, "dtype": torch.bfloat16}
         weights = [torch.randn(config.vocab_size, config.hidden_size, **place) * 0.02 for _ in range(2)]

@@ -3,9 +3,10 @@
 Times `HeadLoss` with its gradient, one thread, random weights, at four vocabularies in float32 and bfloat16: with the
 label alone (`ce`), with the target's own distribution beside it (`kl`), and corrected, as Domino's logits are, with a
 correction of rank 256 (`domino`). Rows of a chunk take turns within a round; shown are the rounds' median CPU seconds,
-and last those of the rules of `pipeline/target/head.py`: rule 1, of version 0.5 (4 MB of logits), and rule 2.
+and last those of the rules of `pipeline/target/head.py`: rule 1, of version 0.5 (4 MB of logits), rule 2 (256 rows
+within 128 MB), and rule 3 (80 MB, but never fewer than 128 rows).
 
-Chosen: 256 rows within 128 MB of logits. Seen on a core of a Xeon with AVX-512 and without AMX, others working beside
+Seen on a core of a Xeon with AVX-512 and without AMX, others working beside
 it (medians of two or three rounds):
 
           V     D  slots  type     loss        8     32     64    128    256    512   1024
@@ -31,11 +32,21 @@ it (medians of two or three rounds):
     262,144   640    256  bfloat16 ce       2.23   1.13   0.94   0.88   0.82      -      -
     262,144   640    256  bfloat16 kl       3.70   2.03   1.79   1.71   1.85      -      -
 
-So rule 1, whose rows are 1,024, 32, 8 and 8 at these vocabularies, becomes 256, 256, 216 and 128 (blocks are whole).
+So rule 1, whose rows are 1,024, 32, 8 and 8 at these vocabularies, became 256, 256, 216 and 128 (blocks are whole).
 Why not more: nothing gains a tenth, and memory grows. Why not 128: in bfloat16 it is as fast, with the target's
-distribution up to a quarter faster, but in float32 corrected logits take 1.3 times as long; one rule serves all. Why
-not fewer bytes: 64 MB leave 61 rows of 262,144, of which 128 rows are up to a seventh faster. Four tensors of 128 MB
-live at once, six with the target's distribution: 0.5 to 0.8 GB.
+distribution up to a quarter faster, but in float32 corrected logits take 1.3 times as long; one rule serves all.
+
+Since logits use their memory again, rows from 128 on are nearly alike at large vocabularies, others working beside it:
+
+          V     D  slots  type     loss       64     96    112    128    208
+    151,936  1024    512  float32  ce       4.04   3.76   3.63   3.52   3.38
+    151,936  1024    512  float32  domino   5.77   5.38   5.23   5.07   4.99
+    151,936  1024    512  bfloat16 ce       1.49   1.34   1.33   1.24   1.22
+    151,936  1024    512  bfloat16 domino   2.43   2.16   2.11   2.06   2.03
+    262,144   640    512  float32  ce       4.94   4.42   4.32   4.27   3.91
+
+So rule 3, whose rows are 256, 256, 136 and 128. A step of the mid Domino of `tests/bench/step.py` in float32 has 789 MB
+live beyond weights and moments at 32,768 tokens, and at 151,936 996 MB, 1.26 times that; by rule 2 it had 1,093, 1.39.
 
     V vocabulary   D hidden size   N blocks   S slots   U rank of the correction
 """
@@ -50,8 +61,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from pipeline.drafts.objectives import HeadLoss, Objective, TargetStates
-from pipeline.target.head import TargetHead, chunk_blocks
+from pipeline.drafts.head_loss import HeadLoss
+from pipeline.drafts.objectives import Objective, TargetStates
+from pipeline.target.head import RULES, TargetHead, chunk_blocks
 
 SHAPES = ((1024, 256, 4096), (32_768, 1024, 1024), (151_936, 1024, 256), (262_144, 640, 256))  # V, D, slots
 ROWS = (8, 32, 64, 128, 256, 512, 1024)
@@ -68,7 +80,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     heads = "".join(f"{rows:>8}" for rows in ROWS)
-    print(f"{'V':>7} {'D':>5} {'slots':>6} {'type':9} {'loss':7}{heads}{'rule 1':>9}{'rule 2':>9}")
+    print(f"{'V':>7} {'D':>5} {'slots':>6} {'type':9} {'loss':7}{heads}{'rule 1':>9}{'rule 2':>9}{'rule 3':>9}")
     for V, D, slots in SHAPES:
         if str(V) in asked.vocabularies.split(","):
             for kind in asked.types.split(","):
@@ -78,7 +90,7 @@ def main() -> None:
 
 
 def seconds(V: int, D: int, slots: int, dtype: torch.dtype, loss: str, rounds: int) -> str:
-    """CPU seconds by rows of a chunk, and by the two rules."""
+    """CPU seconds by rows of a chunk, and by the rules."""
     draw = torch.Generator().manual_seed(0)
     N = slots // S
     head_VD = torch.empty(V, D).normal_(0, 0.02, generator=draw).to(dtype)
@@ -89,7 +101,7 @@ def seconds(V: int, D: int, slots: int, dtype: torch.dtype, loss: str, rounds: i
     teacher = TargetStates(final_FD.to(dtype), torch.arange(slots).view(N, S)) if loss == "kl" else None
     kinds = ("final", "base") if loss == "domino" else ("final",)
     chunks = {rows: rows // S for rows in ROWS if rows <= slots}
-    chunks |= {f"rule {rule}": min(N, chunk_blocks(S, V, "cpu", rule)) for rule in (1, 2)}
+    chunks |= {f"rule {rule}": min(N, chunk_blocks(S, V, "cpu", rule)) for rule in RULES}
     found: dict[int, list[float]] = {blocks: [] for blocks in chunks.values()}
     for _ in range(rounds):
         for blocks, taken in found.items():
@@ -106,7 +118,7 @@ def seconds(V: int, D: int, slots: int, dtype: torch.dtype, loss: str, rounds: i
             HeadLoss.apply(hidden, z, out, target, objective, blocks).backward()
             taken.append(time.process_time() - started)
     shown = [f"{median(found[chunks[rows]]):8.2f}" if rows in chunks else f"{'-':>8}" for rows in ROWS]
-    return "".join(shown) + "".join(f"{median(found[chunks[f'rule {rule}']]):9.2f}" for rule in (1, 2))
+    return "".join(shown) + "".join(f"{median(found[chunks[f'rule {rule}']]):9.2f}" for rule in RULES)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Whether a draft learns from recoded states what it learns from the states themselves: `python tests/bench/paired.py`.
 
-The bundled target is captured in bfloat16, and the cache recoded to zstd and to int8. The demo's recipe is trained on
-each with the same seeds, two runs of one thread at a time; stop it whenever you like, the same command goes on. Every
-draft is measured on the raw cache's held-out samples, since that is what a target gives it in production. zstd, first
-seed only: the weights, byte for byte. int8: the ratio of accept lengths of each seed, their mean, Student's interval.
+The bundled target is captured in bfloat16, and the cache recoded to other codecs. The demo's recipe is trained on each
+with the same seeds, two runs of one thread at a time; stop it whenever you like, the same command goes on. Every draft
+is measured on the raw cache's held-out samples, since that is what a target gives it in production. A lossless codec,
+first seed only: the weights, byte for byte. A lossy one: the ratio of accept lengths of each seed, their mean,
+Student's interval. A draft reads `final` for objectives other than ce: `--objective kl`.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from pipeline.cache import HiddenCache
+from pipeline.cache.codecs import CODECS
 from pipeline.evaluation.accept_length import accept_spans, summarise
 from pipeline.runs.checkpoint import DRAFT, find_checkpoint, load_config, load_draft
 from pipeline.runs.training_data import split_samples, stratified_subset
@@ -32,34 +34,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=6, choices=range(2, len(T_975) + 2))
     parser.add_argument("--methods", default="dflash,domino")
+    parser.add_argument("--codecs", default="zstd,int8,int6")
+    parser.add_argument("--objective", help="other than the method's published one")
     parser.add_argument("--steps", type=int, help="of training, other than the demo's")
     parser.add_argument("--prompts", type=int, default=320, help="held-out samples to measure on")
     parser.add_argument("--out", type=Path, default=ROOT / "build/paired")
     asked = parser.parse_args()
-    caches = make_caches(asked.out)
-    methods = asked.methods.split(",")
-    runs = [(method, seed, codec) for seed in range(asked.seeds) for method in methods for codec in ("raw", "int8")]
-    runs[2 * len(methods) : 2 * len(methods)] = [(method, 0, "zstd") for method in methods]
+    methods, codecs = asked.methods.split(","), asked.codecs.split(",")
+    lossy, lossless = ([codec for codec in codecs if CODECS[codec].lossy is kind] for kind in (True, False))
+    caches = make_caches(asked.out, codecs)
+    runs = [(method, seed, codec) for seed in range(asked.seeds) for codec in ("raw", *lossy) for method in methods]
+    first = len(methods) * (1 + len(lossy))
+    runs[first:first] = [(method, 0, codec) for codec in lossless for method in methods]
     with ThreadPoolExecutor(2) as pool:
         folders = dict(zip(runs, pool.map(lambda run: trained(*run, caches, asked), runs), strict=True))
     store = HiddenCache.open(caches["raw"])
     for method in methods:
-        weights = [(find_checkpoint(folders[method, 0, codec]) / DRAFT).read_bytes() for codec in ("raw", "zstd")]
-        print(f"\n{method}, zstd: the weights are {'equal' if weights[0] == weights[1] else 'NOT EQUAL'} to raw's")
-        ratios = []
-        for seed in range(asked.seeds):
-            raw, int8 = (accept_len(store, folders[method, seed, codec], asked.prompts) for codec in ("raw", "int8"))
-            ratios.append(int8 / raw)
-            print(f"{method}, seed {seed}: accept length {raw:.3f} from raw, {int8:.3f} from int8, {ratios[-1]:.4f}")
-        mean, half = statistics.mean(ratios), T_975[len(ratios) - 2] * statistics.stdev(ratios) / len(ratios) ** 0.5
-        print(f"{method}, int8: ratio {mean:.4f} [{mean - half:.4f}, {mean + half:.4f}] over {len(ratios)} seeds")
+        for codec in lossless:
+            weights = [(find_checkpoint(folders[method, 0, kind]) / DRAFT).read_bytes() for kind in ("raw", codec)]
+            print(
+                f"\n{method}, {codec}: the weights are {'equal' if weights[0] == weights[1] else 'NOT EQUAL'} to raw's"
+            )
+        plain = [accept_len(store, folders[method, seed, "raw"], asked.prompts) for seed in range(asked.seeds)]
+        for codec in lossy:
+            print()
+            ratios = []
+            for seed, raw in enumerate(plain):
+                found = accept_len(store, folders[method, seed, codec], asked.prompts)
+                ratios.append(found / raw)
+                says = f"{raw:.3f} from raw, {found:.3f} from {codec}, {ratios[-1]:.4f}"
+                print(f"{method}, seed {seed}: accept length {says}")
+            mean, half = statistics.mean(ratios), T_975[len(ratios) - 2] * statistics.stdev(ratios) / len(ratios) ** 0.5
+            print(
+                f"{method}, {codec}: ratio {mean:.4f} [{mean - half:.4f}, {mean + half:.4f}] over {len(ratios)} seeds"
+            )
 
 
-def make_caches(out: Path) -> dict[str, Path]:
-    """Capture once, recode two copies; what is finished stays. Returns the caches by codec."""
-    caches = {codec: out / codec for codec in ("raw", "zstd", "int8")}
+def make_caches(out: Path, codecs: list[str]) -> dict[str, Path]:
+    """Capture once and recode copies; what is finished stays. Returns the caches by codec."""
+    caches = {codec: out / codec for codec in ("raw", *codecs)}
     pipeline("cache-hidden", "--model", str(TARGET), "--dtype", "bfloat16", "--out", str(caches["raw"]))
-    for codec in ("zstd", "int8"):
+    for codec in codecs:
         if not caches[codec].exists():
             unfinished = out / f"tmp-{codec}"
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -71,8 +86,11 @@ def make_caches(out: Path) -> dict[str, Path]:
 
 def trained(method: str, seed: int, codec: str, caches: dict[str, Path], asked: argparse.Namespace) -> Path:
     """Train a draft, unless that is done; returns its run."""
-    folder = asked.out / f"{method}-{seed}-{codec}-{asked.steps or 'demo'}"
-    sets = [f"draft.method={method}", f"train.seed={seed}", *([f"train.steps={asked.steps}"] if asked.steps else [])]
+    objective = f"-{asked.objective}" if asked.objective else ""
+    folder = asked.out / f"{method}{objective}-{seed}-{codec}-{asked.steps or 'demo'}"
+    sets = [f"draft.method={method}", f"train.seed={seed}"]
+    sets += [f"train.steps={asked.steps}"] if asked.steps else []
+    sets += [f"draft.objective={asked.objective}"] if asked.objective else []
     options = [part for entry in sets for part in ("--set", entry)]
     pipeline("train-draft", str(RECIPE), *options, "--cache", str(caches[codec]), "--out", str(folder))
     return folder

@@ -27,7 +27,8 @@ from pipeline.cache.plan import load_plan
 from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.samples import PlannedSample, batch_bytes
 from pipeline.cache.writer import ShardWriter
-from stages.cache_hidden.run import request_of, run, write_record
+from stages.cache_hidden.capture_log import request_of, write_record
+from stages.cache_hidden.run import run
 from stages.cache_hidden.settings import CaptureOptions, resolve_settings
 
 ROOT = Path(__file__).parents[2]

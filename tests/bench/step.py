@@ -23,7 +23,7 @@ from pipeline.drafts import DRAFTS, draft_config, lay_blocks, pack
 from pipeline.drafts.block_draft import init_weights
 from pipeline.target.head import TargetHead
 from stages.train_draft.memory import LiveBytes
-from stages.train_draft.step import AdamW
+from stages.train_draft.optimizers import AdamW
 from tests.plain_reference import plain_loss
 
 SHAPES = {

@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+FORMATS = "1", "1-rc2"  # the same but for this name
+SPEC = {"name", "dtype", "width", "codec", "keeps"}
 BLOCK = 256  # rows under one checksum
 
 
@@ -70,6 +72,14 @@ def zstd_rows(path, meta, first, count, width, dtype):
     return np.concatenate(out)
 
 
+def six_bits(stored, width):
+    """The whole numbers q that rows of int6 hold, int8 [R, D]."""
+    Q = -(-width // 4)
+    high = stored >> 6
+    last = high[:, :Q] + (high[:, Q : 2 * Q] << 2) + (high[:, 2 * Q :] << 4)
+    return np.concatenate([stored & 63, last], axis=1)[:, :width].astype(np.int8) - np.int8(32)
+
+
 def widen(bits):
     """The float32 whose upper 16 bits are these of a bfloat16."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
@@ -88,7 +98,7 @@ class PlainCache:
         """Check what the cache says of itself, and read its plan."""
         self.path = Path(path)
         said = manifest(self.path / "cache.json")
-        check(said["format"] == "1-rc2", f"{path}: another format")
+        check(said["format"] in FORMATS, f"{path}: format {said['format']} is not known here")
         self.identity, self.plan, count = said["hash"], [], {}
         for entry in sorted((self.path / "plan").glob("*.json"), key=lambda p: int(p.stem)):
             for row in table(entry.parent, manifest(entry)["files"], entry.stem + ".arrow"):
@@ -105,6 +115,7 @@ class PlainCache:
         for name, said in found.items():
             mine = (said["cache"], said["shard"], said["spec"]["name"]) == (self.identity, shard, name)
             check(mine, f"shard {shard}, {name}: a manifest from elsewhere")
+            check(said["spec"].keys() == SPEC, f"shard {shard}, {name}: a spec that is not known here")
         return found
 
     def read(self, shard, number, column):
@@ -118,6 +129,9 @@ class PlainCache:
         if spec["keeps"] == "needed":
             first, count = sample["final_offset"], int((near[:-2] | near[1:-1] | near[2:]).sum())
         base = column if spec["codec"] == "raw" else f"{column}.{spec['codec']}"
+        check(spec["codec"] in ("raw", "zstd", "int8", "int6"), f"codec {spec['codec']} is not known here")
+        check(spec["dtype"] in ("bfloat16", "float32"), f"dtype {spec['dtype']} is not known here")
+        check(spec["keeps"] in ("all", "needed"), f"{spec['keeps']} rows are not known here")
         sums, half = table(folder, files, base + ".arrow")[number], spec["dtype"] == "bfloat16"
         where, stored = f"shard {shard}, {column}, sample {number}", "<u2" if half else "<f4"
         scale, escapes = np.empty((count, 0), "<u2"), np.empty((0, 3), "<i4")
@@ -127,8 +141,10 @@ class PlainCache:
             meta = json.loads(checked(folder, files, base + "/zarr.json"))
             values = zstd_rows(folder / base, meta, first, count, width, stored)
         else:
-            group = max(d for d in range(1, 129) if width % d == 0)
-            values = plain_rows(folder / base / "values", first, count, width, "i1")
+            six = spec["codec"] == "int6"
+            group = max(d for d in range(1, 65 if six else 129) if width % d == 0)
+            stored = (3 * -(-width // 4), "u1") if six else (width, "i1")
+            values = plain_rows(folder / base / "values", first, count, *stored)
             scale = plain_rows(folder / base / "scale", first, count, width // group, "<u2")
             checked(folder, files, base + "/channels/c/0/0")  # no block covers it
             mean, spread = plain_rows(folder / base / "channels", 0, 2, width, "<f4")
@@ -143,9 +159,11 @@ class PlainCache:
             rows = slice(n * BLOCK, (n + 1) * BLOCK)
             data = values[rows].tobytes() + scale[rows].tobytes() + escapes[escapes[:, 0] // BLOCK == n].tobytes()
             check(xxhash.xxh3_64_intdigest(data) == wanted, f"{where}: block {n} is damaged")
-        if spec["codec"] != "int8":
+        if spec["codec"] in ("raw", "zstd"):
             return widen(values) if half else values.astype(np.float32)
-        out = ((values.astype(np.float32) * np.repeat(widen(scale), group, axis=1)) * spread) + mean
+        level = (six_bits(values, width) if six else values).astype(np.float32)
+        level = level * (level * level + 1024) if six else level
+        out = ((level * np.repeat(widen(scale), group, axis=1)) * spread) + mean
         out = to_bfloat16(out) if half else out
         bits = escapes[:, 2].astype(np.int32).view(np.uint32)
         out[escapes[:, 0], escapes[:, 1]] = widen(bits & 0xFFFF) if half else bits.view(np.float32)

@@ -1,6 +1,6 @@
 """What people see of a cache and of its verification."""
 
-from pipeline.cache.verify import verify_table
+from pipeline.cache.inspect import verify_table
 from pipeline.visible_text import VisibleConsole
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from pipeline.cache.file_writer import create_identity
-from pipeline.cache.layout import IDENTITY, path_inside
+from pipeline.cache.layout import FORMATS, IDENTITY, path_inside
 from pipeline.cache.manifest import canonical, parse_canonical, read_canonical, write_canonical
-from pipeline.errors import CacheError, UsageError
+from pipeline.errors import CacheError, UsageError, VersionError
 
 
 def test_a_manifest_comes_back_and_its_bytes_are_canonical(tmp_path):
@@ -18,13 +18,14 @@ def test_a_manifest_comes_back_and_its_bytes_are_canonical(tmp_path):
 
     held = read_canonical(tmp_path / "x.json")
 
-    assert held.pop("hash") and held == {**facts, "format": "1-rc2"}
+    assert held.pop("hash") and held == {**facts, "format": "1"}
     assert canonical({"a": {"ü": True}, "b": [1, 2.5, None]}) == (tmp_path / "x.json").read_bytes()
     assert os.listdir(tmp_path) == ["x.json"]
 
 
-def test_every_flipped_bit_and_every_cut_is_refused(tmp_path):
-    data = canonical({"layer": 3, "name": "aux.3"})
+@pytest.mark.parametrize("version", FORMATS)
+def test_every_flipped_bit_and_every_cut_is_refused_as_damage(version, tmp_path):
+    data = canonical({"layer": 3, "name": "aux.3", "of": {"format": "x"}}, version)
 
     for bit in range(8 * len(data)):
         changed = bytearray(data)
@@ -36,10 +37,20 @@ def test_every_flipped_bit_and_every_cut_is_refused(tmp_path):
             parse_canonical(data[:length], tmp_path)
 
 
-def test_another_format_version_is_named_with_ours(tmp_path):
-    (tmp_path / "x.json").write_bytes(canonical({}).replace(b"1-rc2", b"2"))
+@pytest.mark.parametrize("data", [canonical({}, "2"), canonical({}, "2").replace(b'"hash": "', b'"hash": "sha')])
+def test_a_later_format_version_is_named_with_ours_and_is_no_damage(tmp_path, data):
+    (tmp_path / "x.json").write_bytes(data)
 
-    with pytest.raises(CacheError, match="format version '2', this program reads '1-rc2'"):
+    wanted = "format version '2' is unknown to this version, which reads '1' and '1-rc2'; upgrade draft-pipeline"
+    with pytest.raises(VersionError, match=wanted) as refused:
+        read_canonical(tmp_path / "x.json")
+    assert refused.value.code == 4 and not isinstance(refused.value, CacheError)
+
+
+def test_an_older_format_version_is_told_from_a_later_one(tmp_path):
+    (tmp_path / "x.json").write_bytes(canonical({}, "1-rc"))
+
+    with pytest.raises(VersionError, match=r"'1-rc', older .*; use the program that wrote it, or make the cache again"):
         read_canonical(tmp_path / "x.json")
 
 

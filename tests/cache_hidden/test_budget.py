@@ -154,9 +154,9 @@ def test_each_step_goes_only_as_far_as_it_has_to(planned, tmp_path):
         seen.append((decided["final"], decided["codec"], report["samples"] == 120))
         sizes.append(report["samples"])
     told = [seen[0], *(now for before, now in pairwise(seen) if now != before)]
-    mixed = "aux=int8,final=zstd"
-    order = [("all", "raw", True), ("needed", "raw", True), ("needed", "zstd", True), ("needed", mixed, True)]
-    assert told[0] == order[0] and told[-1] == ("needed", mixed, False)
+    codecs = ("raw", "zstd", "aux=int8,final=zstd", "aux=int6,final=zstd")
+    order = [("all", "raw", True), *(("needed", codec, True) for codec in codecs)]
+    assert told[0] == order[0] and told[-1] == ("needed", codecs[-1], False)
     assert [state for state in order if state in told] == told[:-1], "no step is taken before the one before it"
     assert sizes == sorted(sizes, reverse=True) and len(told) >= 4
 

@@ -37,7 +37,7 @@ def test_a_capture_waits_for_the_device_only_where_it_must(records, capture):
     encode: how many outliers a column has decides how much memory they take; once a column.
     wait: the writer's thread, once a batch, before it reads the copies.
     """
-    by_codec = {"raw": {}, "int8": {"int8.py:encode": COLUMNS}}
+    by_codec = {"raw": {}, "int8": {"scaled_groups.py:encode": COLUMNS}}
     assert records[capture]["waits"] == {"model.py:run_decoder": 1} | by_codec[records[capture]["codec"]]
     assert records[capture]["events"] == {"pack.py:wait": 1}
 

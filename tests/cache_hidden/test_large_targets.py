@@ -21,7 +21,7 @@ from pipeline.errors import UsageError
 from pipeline.target.config import load_config, loader_class
 from pipeline.target.model import load_target
 from pipeline.target.probe import NOISE_FACTOR, ReferenceTarget, relative_error
-from pipeline.target.spread import check_ranks, parse_device_map
+from pipeline.target.several_devices import check_ranks, parse_device_map
 from stages.cache_hidden.repair import verify_and_repair
 from stages.cache_hidden.run import run
 from stages.cache_hidden.settings import CaptureOptions

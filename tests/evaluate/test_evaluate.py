@@ -55,6 +55,13 @@ def report(trained, tmp_path_factory):
     return found
 
 
+def test_target_and_draft_compute_in_the_type_that_is_asked_for(trained, report):
+    found = run(trained, count=3, max_new=8, device="cpu", dtype="bfloat16")
+
+    assert (report.settings.dtype, found.settings.dtype) == ("float32", "bfloat16")
+    assert found.overall.accept_len >= 1 and found.lossless.identical + found.lossless.near_ties == 3
+
+
 def test_runs_of_one_recipe_and_other_seeds_are_known_as_such(report, trained, tmp_path):
     found = []
     for name, line, other in (("seed", "seed = 3", "seed = 4"), ("anchors", "anchors = ", "anchors = 1")):

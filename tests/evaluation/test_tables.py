@@ -54,6 +54,18 @@ def test_a_prompt_decoded_by_three_seeds_is_one_prompt(tmp_path):
     assert one == three, "seeds make the interval of two prompts no narrower"
 
 
+def test_two_runs_of_one_recipe_and_seed_are_two_columns_named_after_their_folders(tmp_path):
+    paths = [
+        evaluation(tmp_path / f"{name}.json", recipe="same", path=f"runs/{name}", samples=[("sql", lengths)])
+        for name, lengths in (("raw", [4]), ("int8", [2]))
+    ]
+
+    table = rows(*paths)
+
+    assert table["accept length"] == ["domino, 700 steps (raw)", "domino, 700 steps (int8)"]
+    assert table["all"][0].startswith("4.00") and table["all"][1].startswith("2.00")
+
+
 def test_seeds_that_decoded_other_prompts_are_not_pooled(tmp_path):
     paths = [evaluation(tmp_path / f"{n}.json", seed=n, samples=[("sql", [4])] * (n + 1)) for n in range(2)]
     with pytest.raises(UsageError, match=r"evaluated on other prompts \(1, 2 of them\).*with the same --count"):

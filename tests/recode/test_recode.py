@@ -113,7 +113,7 @@ def test_a_recode_loads_the_head_once(captured, tmp_path, monkeypatch):
 def test_what_cannot_be_recoded_is_said(tmp_path):
     cache = make_cache(tmp_path / "cache", random_samples(2, longest=9), COLUMNS[:2])
     for codec, says in (
-        ("gzip", "wanted one of raw, zstd, int8 for all"),
+        ("gzip", "wanted one of raw, zstd, int8, int6 for all"),
         ("aux.7=zstd", "holds aux.1, aux.10"),
         ("a=raw", "wanted"),
     ):

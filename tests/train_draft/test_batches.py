@@ -157,7 +157,14 @@ def test_no_cell_is_empty():
 
 
 def test_cost_counts_context_slots_and_attention_by_hand():
-    shapes = {"hidden_size": 4, "vocab_size": 10, "block_size": 2, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shapes = {
+        "hidden_size": 4,
+        "vocab_size": 99,
+        "proposable": 10,
+        "block_size": 2,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     shapes |= {"num_key_value_heads": 1, "head_dim": 3, "intermediate_size": 5, "target_layer_ids": (1, 2, 3)}
     hard, soft = (SimpleNamespace(**shapes, needs_final_states=reads) for reads in (False, True))
 

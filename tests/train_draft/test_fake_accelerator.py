@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pipeline.drafts import draft_config
-from stages.train_draft.memory import Fit, step_memory
+from stages.train_draft.memory import Fit, StepMemory, step_memory
 
 SCRIPT = Path(__file__).parents[1] / "fake_accelerator.py"
 SMALLER = "1024,anchors=64,num_hidden_layers=2"  # the same operations, in seconds
@@ -30,8 +30,10 @@ LOSSES = [
 ]
 IN_PARTS = f"domino:{SMALLER},at_once=16"
 LONG = "domino:32768,anchors=64,num_hidden_layers=1"  # a cell whose ids are more than CUDA copies aside
+SPARING = [f"{loss},layers=recomputed,embedding=host" for loss in LOSSES[:3]]
 PLAIN = [f"{loss},kernels=plain" for loss in LOSSES]
 LOADS = ("load:,codec=raw", "load:,codec=int8")
+WITHOUT = ("copies-for-compute", "compute-for-copies", "thread-for-copies")
 ON_CPU = [f"{loss},device=cpu" for loss in PLAIN]
 
 # What torch documents as having no deterministic form on CUDA, as far as a draft could meet it.
@@ -52,7 +54,8 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++
 def records() -> dict[str, dict]:
     """The record of each step by its name."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), *LOSSES, *PLAIN, IN_PARTS, LONG, *ON_CPU, "int8", *LOADS]
+    command = [sys.executable, str(SCRIPT), *LOSSES, *PLAIN, *SPARING, IN_PARTS, LONG, *ON_CPU, "int8", *LOADS]
+    command += [f"{LOADS[0]},without={wait}" for wait in WITHOUT]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(zip(command[2:], map(json.loads, done.stdout.splitlines()), strict=True))
@@ -66,20 +69,46 @@ def test_a_step_waits_for_the_device_twice_and_an_evaluation_never(records, loss
     assert records[loss]["evaluation_waits"] == {}
 
 
+@pytest.mark.parametrize("loss", SPARING)
+def test_an_embedding_on_the_host_is_waited_for_only_in_evaluations(records, loss):
+    assert records[loss]["waits"] == {"step.py:step": 2} and records[loss]["races"] == {}
+    assert records[loss]["evaluation_waits"].keys() == {"host_embedding.py:__call__"}
+
+
 def test_int8_is_decoded_without_a_wait_and_encoded_with_one_for_the_number_of_outliers(records):
-    assert records["int8"]["waits"] == {"int8.py:encode": 1}
+    assert records["int8"]["waits"] == {"scaled_groups.py:encode": 1}
 
 
 @pytest.mark.parametrize("load", LOADS)
-def test_cells_go_to_the_device_from_pinned_memory_without_a_wait_and_only_the_loaders_thread_waits_for_copies(
+def test_the_next_cell_is_copied_from_pinned_memory_meanwhile_and_only_the_loaders_thread_waits_for_copies(
     records, load
 ):
-    """A buffer is written again only after an event that was recorded behind the copy from it."""
+    """Nothing is read before it is copied, and no memory, of host or device, is written again before it was read."""
     record = records[load]
     assert record["waits"] == {} and record["pinned"] == [True] and record["places"] == ["cuda"]
-    assert record["cells"] == record["recorded"] > 10
-    assert record["events"].keys() == {"loader.py:_take_buffer"}
-    assert record["cells"] >= record["events"]["loader.py:_take_buffer"] > 5
+    assert record["cells"] == record["ahead"] > 10
+    assert record["events"].keys() == {"loader.py:wait_for_copies"}
+    assert record["events"]["loader.py:wait_for_copies"] > 5
+    assert record["races"] == {} and {*record["order"]} == {
+        "copying waits for computing",
+        "event after copying",
+        "computing waits for an event after copying",
+        "prefetch waits for copying",
+    }
+
+
+@pytest.mark.parametrize(
+    ("without", "race"),
+    [("copies-for-compute", "reused"), ("compute-for-copies", "read"), ("thread-for-copies", "overwritten")],
+)
+def test_every_wait_of_the_copies_is_needed(records, without, race):
+    found = records[f"{LOADS[0]},without={without}"]
+    assert found["races"].get(race, 0) > 5 and found["ahead"] > 10
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, *PLAIN, LONG])
+def test_a_step_reads_nothing_before_it_is_there(records, loss):
+    assert records[loss]["races"] == {}
 
 
 @pytest.mark.parametrize("loss", PLAIN)
@@ -108,9 +137,21 @@ def test_no_operation_of_a_step_is_without_a_deterministic_form_or_in_float16(re
     ("loss", "at_once"), [(LOSSES[1], 64), (IN_PARTS, 16), (LOSSES[2], 64), (PLAIN[1], 64), (PLAIN[2], 64)]
 )
 def test_a_step_on_a_gpu_has_the_live_bytes_that_are_planned(records, loss, at_once):
-    record = records[loss]
-    train = SimpleNamespace(context=1024, cell_anchors=64, dtype="bfloat16", optimizer="adamw", lr=1e-3)
-    config = draft_config(**record["config"])
-    planned = step_memory(config, train, torch.bfloat16, tied=False, compiled=record["kernels"] == "compiled")
+    planned, record = planned_memory(records[loss]), records[loss]
     assert abs(planned.static / 2**30 / record["static_gib"] - 1) < 0.01
     assert abs(planned.peak(Fit(at_once)) / 2**30 / record["peak_gib"] - 1) < 0.15
+
+
+@pytest.mark.parametrize("loss", SPARING)
+def test_recomputed_layers_and_an_embedding_on_the_host_spare_the_bytes_that_are_planned(records, loss):
+    planned, record = planned_memory(records[loss]), records[loss]
+    sparing = Fit(64, recomputes_layers=True, embedding_on_host=True)
+    assert abs((planned.static - planned.embedding) / 2**30 / record["static_gib"] - 1) < 0.01
+    assert abs(planned.peak(sparing) / 2**30 / record["peak_gib"] - 1) < 0.15
+    assert planned.peak(sparing) < planned.peak(Fit(64)) - planned.embedding
+
+
+def planned_memory(record: dict) -> StepMemory:
+    train = SimpleNamespace(context=1024, cell_anchors=64, dtype="bfloat16", optimizer="adamw", lr=1e-3)
+    config = draft_config(**record["config"])
+    return step_memory(config, train, torch.bfloat16, tied=False, compiled=record["kernels"] == "compiled")

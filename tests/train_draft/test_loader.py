@@ -6,6 +6,7 @@ import threading
 import time
 from dataclasses import replace
 
+import fake_streams
 import pytest
 import torch
 from cache_maker import COLUMNS, make_cache, random_samples
@@ -15,13 +16,14 @@ from pipeline.cache import HiddenCache
 from pipeline.cache import columns as in_flight
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.layout import FINAL, shard_folder
-from pipeline.drafts import draft_config
+from pipeline.drafts import Cell, draft_config
 from pipeline.errors import CacheError
 from pipeline.runs.recipe import TrainSection
 from pipeline.runs.training_data import split_samples
 from stages.train_draft import loader as loader_module
 from stages.train_draft.batches import Sampler
-from stages.train_draft.loader import BatchLoader, Prefetcher
+from stages.train_draft.copy_stream import CopiedCell, CopyStream
+from stages.train_draft.loader import MAX_WAITING, BatchLoader, Prefetcher
 
 CONFIG = draft_config(
     method="dflash",
@@ -122,6 +124,63 @@ def test_cells_that_nobody_asked_for_are_dropped(loader, small):
             next(cells)
 
 
+class Clones:
+    """Copies ahead on a CPU; every third cell has no memory there."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def copy(self, cell):
+        self.asked += 1
+        final = None if cell.final_FD is None else cell.final_FD.clone()
+        states = {"aux_KRD": cell.aux_KRD.clone(), "final_FD": final}
+        return None if self.asked % 3 == 0 else CopiedCell(replace(cell, **states), None)
+
+
+@pytest.mark.parametrize(("slow", "limit"), [(False, 0), (False, 1 << 30), (True, 20_000)])
+def test_cells_that_are_copied_ahead_are_those_of_the_loader(loader, small, monkeypatch, slow, limit):
+    read = loader.read
+    monkeypatch.setattr(loader, "read", lambda *asked: (time.sleep(0.01 * slow), read(*asked))[1])
+    batches = Prefetcher(loader, 2, 12, limit=limit)
+    batches._copies, ahead, steps = Clones(), 0, []
+    for batch, cells in batches:
+        if batch.step % 4 == 3:  # a step that leaves cells
+            next(cells)
+            continue
+        found = []
+        for cell, blocks in zip(cells, batch.blocks, strict=True):
+            ahead += isinstance(cell, CopiedCell)
+            found += copied(replace(batch, blocks=[blocks]), [getattr(cell, "cell", cell)])
+            time.sleep(0.01)
+        steps.append(batch.step)
+        assert same(found, copied(batch, read_all(read, loader, batch)))
+    assert steps == [2, 4, 5, 6, 8, 9, 10] and (slow or ahead > 5)
+
+
+def read_all(read, loader, batch):
+    return (read(batch, number) for number in loader.numbers(batch))
+
+
+def test_a_device_without_memory_for_a_second_cell_is_not_asked_again(monkeypatch):
+    for name in ("Stream", "Event", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(fake_streams, name))
+    monkeypatch.setattr(torch.cuda, "stream", fake_streams.on_stream)
+    asked = []
+
+    def lacking(cell, device):
+        asked.append(cell)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Cell, "to", lacking)
+    copies, cell = CopyStream(torch.device("cpu")), empty_cell()
+    assert [copies.copy(cell), copies.copy(cell)] == [None, None] and len(asked) == 1
+
+
+def empty_cell() -> Cell:
+    rows = torch.zeros(2, dtype=torch.long)
+    return Cell(rows, rows.bool(), rows, rows, rows[:1], rows[:1] + 2, torch.zeros(2, 2, 8), ("s",))
+
+
 def test_closing_stops_the_thread(loader):
     before = {*threading.enumerate()}
     batches = Prefetcher(loader, 0, 12, limit=0)
@@ -130,6 +189,20 @@ def test_closing_stops_the_thread(loader):
 
     left = {*threading.enumerate()} - before
     assert not [thread for thread in left if not thread.name.startswith("read")], "the cache's own readers stay"
+
+
+def test_a_rank_without_cells_is_no_further_ahead_than_others_and_closes_at_once(loader):
+    idle = BatchLoader(loader.sampler, rank=7, ranks=8)
+    batches, steps = Prefetcher(idle, 0, 5000), []
+    for batch, cells in batches:
+        time.sleep(0.01)
+        assert not list(cells) and len(batches._ready) <= MAX_WAITING
+        steps.append(batch.step)
+        if batch.step == 20:
+            break
+    batches.close()
+    assert steps == list(range(21)) and len(batches._ready) <= MAX_WAITING
+    assert [batch.step for batch, _ in Prefetcher(idle, 3, 30)] == list(range(3, 30))
 
 
 def test_an_error_comes_at_the_cell_it_is_about(loader, monkeypatch):

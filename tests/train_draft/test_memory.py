@@ -15,8 +15,8 @@ from pipeline.drafts import DRAFTS, fused, lay_blocks, pack
 from pipeline.runs import checkpoint
 from pipeline.runs.recipe import load_recipe, resolve
 from stages.train_draft.memory import USABLE, Fit, LiveBytes, StepMemory, memory_lines, step_memory
+from stages.train_draft.optimizers import make_optimizer
 from stages.train_draft.run import make_draft
-from stages.train_draft.step import make_optimizer
 
 MIB = 1 << 20
 
@@ -37,11 +37,13 @@ def test_a_fake_step_has_the_bytes_of_a_real_one(tiny_cache, method):
             memory.note(tensor)
         optimizer = make_optimizer("adamw", draft)
         static = memory.live
+        ahead = [states.clone() for states in (cell.aux_KRD, cell.final_FD) if states is not None]  # as the next cell
         for _ in range(2):
             memory.peak = memory.live
             draft.loss(cell, blocks, {"lambda_base": 0.5}, draft.denominators(blocks), True).total.backward()
             gc.collect()
         optimizer.step(1e-3)
+    assert ahead
 
     assert found.parameters == sum(weight.numel() for weight in draft.parameters())
     assert abs(found.static / static - 1) < 0.02
@@ -62,6 +64,23 @@ def test_a_device_computes_a_step_whole_or_in_parts_or_with_its_moments_on_the_h
     assert fit(1400).at_once == 0 and fit(2100, moments=0) == Fit(2) and fit(1900, moments=0) == Fit(0)
 
 
+def test_what_costs_least_is_done_first_and_the_embedding_moves_before_anything_slower():
+    memory = StepMemory(100, 1000, 500, {1: 2000, 5: 2400, 9: 4000}, 50, lambda: {1: 1900, 5: 2000, 9: 2200})
+
+    def fit(live: int) -> Fit:
+        return memory.fit(int(live / USABLE) + 1)
+
+    assert fit(4000) == Fit(9) and fit(3950) == Fit(9, embedding_on_host=True)
+    assert fit(2400) == Fit(5) and fit(2350) == Fit(5, embedding_on_host=True)
+    assert fit(2200) == Fit(9, recomputes_layers=True)
+    assert fit(2150) == Fit(9, recomputes_layers=True, embedding_on_host=True)
+    assert fit(1950) == Fit(3, recomputes_layers=True)
+    assert fit(1925) == Fit(4, recomputes_layers=True, embedding_on_host=True)
+    assert fit(1860) == Fit(5, moments_on_host=True, embedding_on_host=True)
+    assert fit(1350) == memory.smallest == Fit(1, True, True, True) and fit(1340).at_once == 0
+    assert Fit(9).over([Fit(4, True), Fit(5, False, True)]) == Fit(4, True, True)
+
+
 def test_a_run_computes_what_its_device_holds_and_says_so(tiny_cache, tmp_path, monkeypatch, capsys):
     sets = ("train.cell_anchors=12", "train.eval_every=100")
     whole = trained(tiny_cache, tmp_path / "whole", *sets)
@@ -69,15 +88,17 @@ def test_a_run_computes_what_its_device_holds_and_says_so(tiny_cache, tmp_path, 
     resolved = resolve(load_recipe(whole.run / "recipe.toml"), store)
     head = store.head()
     memory = step_memory(resolved.draft, resolved.recipe.train, torch.float32, head.tied, compiled=False)
-    size = int(memory.peak(Fit(5)) / USABLE) + 1
-    monkeypatch.setattr("stages.train_draft.device.device_bytes", lambda device: size)
+    size = int(memory.peak(Fit(5, recomputes_layers=True)) / USABLE) + 1
+    monkeypatch.setattr("stages.train_draft.device_fit.device_bytes", lambda device: size)
     capsys.readouterr()
 
     parts = trained(tiny_cache, tmp_path / "parts", *sets)
 
     printed = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"a step of 3,072 rows and 12 blocks needs .* computes it in 3 parts, .*: the same loss", printed)
-    assert checkpoint.latest(parts.run).state.blocks_per_pass == 5
+    means = "computes it in 3 parts, its layers again for their gradient, with"
+    assert re.search(rf"a step of 3,072 rows and 12 blocks needs .* {means} .*: the same loss", printed)
+    state = checkpoint.latest(parts.run).state
+    assert state.blocks_per_pass == 5 and state.recomputes_layers and not state.moments_on_host
     found, wanted = ([line["loss"] for line in lines(run) if "loss" in line] for run in (parts.run, whole.run))
     assert found == pytest.approx(wanted, rel=1e-4) and len(found) == 8
 
@@ -94,14 +115,19 @@ def test_compiled_kernels_take_less_memory(tiny_cache, method):
     assert compiled.peak(Fit(64)) - compiled.static < 0.9 * (plain.peak(Fit(64)) - plain.static)
 
 
-def test_moments_on_the_host_make_the_same_steps_and_checkpoints(tiny_cache, tmp_path, monkeypatch, capsys):
+def test_whatever_is_done_for_want_of_memory_makes_the_same_steps_and_checkpoints(tiny_cache, tmp_path, monkeypatch):
+    """And a run that goes on where there is more memory does it, too."""
     sets = ("train.cell_anchors=12", "train.eval_every=100", "train.optimizer=adamw", "train.save_every=3")
     whole = trained(tiny_cache, tmp_path / "whole", *sets)
-    monkeypatch.setattr("stages.train_draft.run.fit_device", lambda *_: Fit(12, True))
+    monkeypatch.setattr("stages.train_draft.run.fit_device", lambda *_: Fit(12, True, True, True))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         stopping(patch, 5, kill)
         trained(tiny_cache, tmp_path / "host", *sets)
+    monkeypatch.setattr("stages.train_draft.run.fit_device", lambda *_: Fit(12))
     on_host = trained(tiny_cache, tmp_path / "host", *sets)
+    state = checkpoint.latest(on_host.run).state
+    assert state.moments_on_host and state.recomputes_layers and state.embedding_on_host
+    assert "recomputes_layers" not in checkpoint.latest(whole.run).state.as_dict()
     for name in ("draft.safetensors", "optimizer.safetensors"):
         found, wanted = (run.run / "checkpoints/step-00000008" / name for run in (on_host, whole))
         assert found.read_bytes() == wanted.read_bytes(), name

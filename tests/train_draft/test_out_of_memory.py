@@ -7,7 +7,7 @@ from test_train_draft import Killed, kill, lines, stopping, trained, unused_toke
 from pipeline.drafts import DRAFTS
 from pipeline.errors import RoomError
 from pipeline.runs import checkpoint
-from stages.train_draft.step import AdamW
+from stages.train_draft.optimizers import AdamW
 
 MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB"
 SETS = ("train.save_every=3", "train.eval_every=100")
@@ -36,6 +36,13 @@ def test_a_resumed_run_goes_on_with_the_parts_that_fitted(tiny_cache, tmp_path, 
         too_small(patch, 3)
         stopping(patch, 5, kill)
         trained(tiny_cache, tmp_path / "killed", *SETS)
+
+    def full(*_):
+        raise torch.OutOfMemoryError(MEMORY)
+
+    with monkeypatch.context() as patch, pytest.raises(RoomError, match="step-00000003: Cannot allocate memory; free"):
+        patch.setattr(checkpoint, "load_tensors", full)
+        trained(tiny_cache, tmp_path / "killed", *SETS)  # it was said that another program wrote this: remove it
 
     resumed = trained(tiny_cache, tmp_path / "killed", *SETS)  # on a device that is large enough for all
 

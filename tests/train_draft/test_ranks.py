@@ -1,5 +1,6 @@
 """Several processes that train one draft: the losses of one process, the bytes of an undisturbed run, one error."""
 
+import atexit
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -21,12 +23,15 @@ from pipeline.cache import HiddenCache
 from pipeline.errors import RoomError, UsageError
 from pipeline.runs import checkpoint
 from pipeline.runs.recipe import load_recipe, resolve
-from stages.train_draft.device import fit_device, shards
+from pipeline.torchrun import STOP_SIGNALS
+from stages.train_draft import ranks as ranks_module
+from stages.train_draft.device_fit import fit_device, shards
 from stages.train_draft.memory import USABLE, Fit, step_memory
-from stages.train_draft.ranks import Ranks, exit_code, joined, own_device
+from stages.train_draft.optimizers import make_optimizer
+from stages.train_draft.ranks import Ranks, joined, own_device
 from stages.train_draft.run import TrainingRun, make_draft, split_for
 from stages.train_draft.sharding import sharded_memory
-from stages.train_draft.step import Trainer, make_optimizer
+from stages.train_draft.step import Trainer
 
 CPU = torch.device("cpu")
 
@@ -182,11 +187,11 @@ def test_a_draft_is_sharded_where_a_device_does_not_hold_it_whole(tiny_cache, mo
     )
     draft = make_draft(resolved, store, CPU)
     memory = step_memory(resolved.draft, resolved.recipe.train, torch.float32, tied=False, compiled=False)
-    sizes = {"small": memory.peak(Fit(1)) / USABLE, "large": memory.peak(Fit(memory.blocks)) / USABLE + 1}
+    sizes = {"small": memory.peak(memory.smallest) / USABLE + 1, "large": memory.peak(Fit(memory.blocks)) / USABLE + 1}
     ranks.size = 8
-    monkeypatch.setattr("stages.train_draft.device.device_bytes", lambda device: int(sizes["large"]))
+    monkeypatch.setattr("stages.train_draft.device_fit.device_bytes", lambda device: int(sizes["large"]))
     assert not shards(None, ranks, store, resolved) and shards(True, ranks, store, resolved)
-    monkeypatch.setattr("stages.train_draft.device.device_bytes", lambda device: int(sizes["small"]))
+    monkeypatch.setattr("stages.train_draft.device_fit.device_bytes", lambda device: int(sizes["small"]))
     assert shards(None, ranks, store, resolved) and not shards(False, ranks, store, resolved)
 
     whole = fit_device(resolved, draft, ranks)
@@ -198,7 +203,8 @@ def test_a_draft_is_sharded_where_a_device_does_not_hold_it_whole(tiny_cache, mo
     share = sharded_memory(memory, draft, 8)
     assert memory.static - share.static > memory.moments // 2 and share.peak(Fit(1)) < memory.peak(Fit(1))
     monkeypatch.setattr(ranks, "gather", lambda fit: [fit, [2, True]])
-    assert fit_device(resolved, draft, ranks) == Fit(2, True), "what the smallest device has memory for"
+    smallest = fit_device(resolved, draft, ranks)
+    assert smallest == Fit(min(2, sharded.at_once), True, *astuple(sharded)[2:]), "what every device has memory for"
 
 
 def test_sharded_ranks_without_memory_for_a_pass_end_with_a_remedy(tiny_cache):
@@ -217,11 +223,32 @@ def test_a_batch_with_fewer_cells_than_ranks_is_mentioned(tiny_cache, tmp_path):
     assert training.idle_ranks() is None
     training.ranks.size = 3
     assert training.idle_ranks().startswith("the next batch has 2 cells for 3 ranks")
+    batch = training.loader.sampler.batch
+    training.loader.sampler.batch = lambda step: replace(batch(step), cells=batch(step).cells[:1])
+    assert training.idle_ranks().startswith("the next batch has 1 cell for 3 ranks")
 
 
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [(KeyboardInterrupt(), 130), (SystemExit(143), 143), (UsageError("x"), 2), (MemoryError(), 5), (ValueError(), 1)],
-)
-def test_a_rank_that_prints_nothing_ends_with_the_code_of_its_error(error, code):
-    assert exit_code(error) == code
+def test_a_full_disk_under_a_rank_s_output_is_its_exit_code(monkeypatch):
+    codes: list[int] = []
+
+    class Started(Ranks):
+        def __init__(self, environment):
+            super().__init__(CPU)
+            self.store = torch.distributed.HashStore()
+
+        def take_device(self, named):
+            pass
+
+    def full():
+        raise RoomError("standard output: No space left on device")
+
+    monkeypatch.setattr(ranks_module, "ProcessGroup", Started)
+    monkeypatch.setattr(ranks_module, "check_standard_output", full)
+    monkeypatch.setattr(atexit, "register", lambda leave, code: codes.append(code))
+    two = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1"}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    with pytest.raises(RoomError, match="standard output"), joined("cpu", two):
+        pass
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert codes == [RoomError.code]

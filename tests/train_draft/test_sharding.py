@@ -10,7 +10,7 @@ from draft_cases import all_blocks, assert_near, build, cell_of, every_method, l
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from stages.train_draft.step import make_optimizer
+from stages.train_draft.optimizers import make_optimizer
 
 
 @pytest.fixture
@@ -30,8 +30,8 @@ def shard(draft, mesh):
     return draft
 
 
-def weights_after_a_step(draft, optimizer: str) -> dict[str, torch.Tensor]:
-    cell = cell_of(20, 37, 9)
+def weights_after_a_step(draft, optimizer: str, recomputes: bool = False) -> dict[str, torch.Tensor]:
+    cell, draft.recomputes_layers = cell_of(20, 37, 9), recomputes
     update = make_optimizer(optimizer, draft)
     draft.zero_grad()
     loss_of(draft, cell, all_blocks(draft, cell)).total.backward()
@@ -52,6 +52,12 @@ def test_a_draft_sharded_layer_by_layer_takes_the_step_of_a_whole_one(method, op
     for name in whole:
         assert not torch.equal(whole[name], before[name])
         assert_near(sharded[name], whole[name])
+
+
+@every_method
+def test_the_layers_of_a_sharded_draft_can_be_computed_again(method, one_rank):
+    kept, again = (weights_after_a_step(shard(build(method), one_rank), "adamw", which) for which in (False, True))
+    assert all(torch.equal(again[name], kept[name]) for name in kept)
 
 
 def steps_on_rank(rank: int, folder: str) -> dict[str, dict[str, torch.Tensor]]:

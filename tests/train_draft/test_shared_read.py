@@ -222,6 +222,38 @@ def test_a_group_that_is_stopped_anywhere_goes_on_to_the_same_bytes(
     assert contents(tmp_path / "shared") == contents(tmp_path / "undisturbed")
 
 
+def test_a_stop_while_runs_catch_up_saves_every_one_and_one_that_cannot_be_saved_keeps_no_other_from_it(
+    tiny_cache, tmp_path, grid, monkeypatch, capsys
+):
+    recipe, step, save = grid('"draft.method" = ["dflash", "domino", "dspark"]\n'), Trainer.step, checkpoint.save
+
+    def stop_at(method: str, at: int, unsaved: str = "") -> dict[str, list[int]]:
+        def stopped(trainer, batch, cells):
+            metrics = step(trainer, batch, cells)
+            if batch.step == at and trainer.draft.config.method == method:
+                interrupt()
+            return metrics
+
+        def full(run, *arguments):
+            if run.name.startswith(unsaved or "none"):
+                raise RoomError("the disk is full")
+            return save(run, *arguments)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Trainer, "step", stopped)
+            patch.setattr(checkpoint, "save", full)
+            sets = ("train.save_every=6", "train.eval_every=6")
+            sweep(tiny_cache, recipe, sets, tmp_path / "shared", "cpu", shared_read=True)
+        return {run.name.split("-")[0]: checkpoint.steps(run) for run in (tmp_path / "shared").iterdir()}
+
+    assert stop_at("dflash", 2) == {"dflash": [3], "domino": [2], "dspark": [2]}
+    assert stop_at("dspark", 2) == {"dflash": [3], "domino": [2, 3], "dspark": [2, 3]}, "they were alone up to step 3"
+    assert stop_at("dspark", 3, unsaved="dflash") == {"dflash": [3], "domino": [2, 3, 4], "dspark": [2, 3, 4]}
+    assert "run 1: failed: the disk is full" in capsys.readouterr().out
+    found = stop_at("dspark", 4, unsaved="dspark")  # after which the next run in turn hears the signal
+    assert found == {"dflash": [3, 6], "domino": [2, 3, 4, 5], "dspark": [2, 3, 4]}
+
+
 # The states
 
 SIZES = {

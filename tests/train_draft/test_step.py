@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from stages.train_draft.step import AdamW, Muon, lr_factor, orthogonalize
+from stages.train_draft.optimizers import AdamW, Muon, orthogonalize
+from stages.train_draft.step import lr_factor
 
 
 def test_the_rate_rises_over_the_warmup_and_falls_as_published():

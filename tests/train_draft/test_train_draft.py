@@ -30,12 +30,14 @@ from pipeline.runs import folder as run_folder
 from pipeline.runs.folder import Evaluation
 from pipeline.runs.recipe import load_recipe, resolve
 from pipeline.runs.training_data import prompt_hash, split_by_prompt, split_samples, stratified_subset
+from pipeline.target.head import NEWEST
 from stages.recode.run import run as recode
 from stages.train_draft.batches import Sampler
 from stages.train_draft.loader import BatchLoader, Prefetcher
 from stages.train_draft.logs import evaluation_text, run_description
+from stages.train_draft.optimizers import hidden_matrices, load_state_tensors, make_optimizer, state_tensors
 from stages.train_draft.run import make_draft, run, split_for
-from stages.train_draft.step import Trainer, hidden_matrices, load_state_tensors, make_optimizer, state_tensors
+from stages.train_draft.step import Trainer
 
 SMALL = ("train.batch=4", "train.anchors=6", "train.log_every=1", "draft.block_size=4", "train.steps=8")
 CPU = torch.device("cpu")
@@ -700,8 +702,8 @@ def test_a_run_keeps_the_rule_of_chunks_that_it_began_with(tiny_cache, tmp_path,
         assert (old.run / name).read_bytes() == (straight.run / name).read_bytes(), name
     asked.clear()
     new = trained(tiny_cache, tmp_path / "new", *cells)
-    assert json.loads((new.run / "run.json").read_text())["head_chunk"] == 2
-    assert {rule for rule, _ in asked} == {2} and of_old.isdisjoint(blocks for _, blocks in asked)
+    assert json.loads((new.run / "run.json").read_text())["head_chunk"] == NEWEST
+    assert {rule for rule, _ in asked} == {NEWEST} and of_old.isdisjoint(blocks for _, blocks in asked)
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -780,7 +782,7 @@ def test_a_damaged_record_of_rotary_positions_is_named(tiny_cache, tmp_path, mon
 @pytest.mark.parametrize(
     ("rule", "error", "said"),
     [
-        (3, UsageError, r"begun by a later version: its logits are cut by rule 3, this version knows 1, 2; go on with"),
+        (99, UsageError, r"begun by a later version: its logits are cut by rule 99, this version knows 1, 2, 3; go on"),
         (0, CacheError, r"run\.json: damaged"),
         (True, CacheError, r"run\.json: damaged"),
         ("2", CacheError, r"run\.json: damaged"),

@@ -1,12 +1,13 @@
 """Codecs: how a column's values are stored in files. `codec.py` says what one has to have."""
 
 from pipeline.cache.codecs.codec import Codec
+from pipeline.cache.codecs.int6 import Int6
 from pipeline.cache.codecs.int8 import Int8
 from pipeline.cache.codecs.lossless import Raw, Zstd
 from pipeline.cache.layout import COLUMN
 from pipeline.errors import UsageError
 
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (Raw(), Zstd(), Int8())}
+CODECS: dict[str, Codec] = {codec.name: codec for codec in (Raw(), Zstd(), Int8(), Int6())}
 
 
 def column_of_files(stem: str) -> str | None:

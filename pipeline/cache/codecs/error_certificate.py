@@ -17,24 +17,30 @@ entry x, in a channel of mean m and std c (calibrated), is normalised f = e / c,
 
 `error` and `worst_token`, relative to the states' norm, have no bound: a few massive channels make up the norm of most
 tokens, and tokens without them have a large error relative to the rest. `of_channels` does not rely on the calibration,
-so it catches states calibrated with another layer's. Measured of int8 (bfloat16; 2,000 tokens a column,
-the worst column's figure, and the head's for `final`; each deep target has 36 random layers of width 512):
+so it catches states calibrated with another layer's. Measured (bfloat16; 2,000 tokens a column, the worst column's
+figure, and the head's for `final`; each deep target has 36 random layers of width 512):
 
-    target                                of_promise  of_token  of_channels  worst_token  error   final: KL    top-1
-    Gemma 3 270M, layers 1 4 8 12 15      0.56        0.0088    0.0076       0.0229       0.0062  4.9e-05      0.999
-    the bundled target, layers 1 3 5      0.94        0.0093    0.0087       0.0106       0.0067  2.8e-06      0.999
-    deep, weights of std 0.02             0.45        0.0089    0.0079       0.0076       0.0059  1.0e-06      0.996
-    deep, weights of std 0.05             0.38        0.0083    0.0071       0.0080       0.0064  2.5e-05      0.990
+    target                                      of_promise  of_token  of_channels  worst_token  error   final: KL  top-1
+    Gemma 3 270M, layers 1 4 8 12 15      int8  0.58        0.0086    0.0074       0.0192       0.0044  7.2e-05    0.999
+                                          int6  0.60        0.0256    0.0243       0.0350       0.0124  8.1e-04    0.994
+    the bundled target, layers 1 3 5      int8  0.95        0.0095    0.0085       0.0121       0.0063  4.4e-06    0.997
+                                          int6  0.73        0.0309    0.0260       0.0386       0.0213  3.8e-05    0.983
+    deep, weights of std 0.02             int8  0.49        0.0080    0.0068       0.0087       0.0065  4.0e-06    0.991
+                                          int6  0.50        0.0245    0.0231       0.0256       0.0220  4.5e-05    0.974
+    deep, weights of std 0.05             int8  0.39        0.0083    0.0068       0.0083       0.0066  3.4e-05    0.990
+                                          int6  0.53        0.0251    0.0229       0.0248       0.0223  3.2e-04    0.967
 
-A coarser encoder is refused at half the levels: it does worse on a token, 0.016 to 0.019. Whether a draft still learns
-is decided by paired training: the bundled target, Domino, 200 steps, accept length on 200 held-out samples' own states.
+An encoder of half the levels is refused: int8 then does worse on a token, 0.016 to 0.019, int6 on a token and on
+channels, 0.07. Few rows say less of a channel: int6 has 0.027 of it in 32 rows where it has 0.024 in many, and 0.035
+where tails are heavy. Whether a draft still learns is decided by paired training: the bundled target, Domino, 200
+steps, accept length on held-out samples' own states.
 
     objective ce, three seeds: 4.073 4.023 4.049 from the states, 4.072 4.025 4.049 from int8 layers; ratio 1.000
     [0.999, 1.001]. One seed from coarser layers: 4.031 with 31 levels (0.034 of a channel), 4.045 with 15 (0.07)
     objective kl, one seed: 3.962 from the states, 4.009 from int8 `final`, 3.916 from one of 3 levels (KL 7.5e-3)
 
 Seeds differ by 0.05. So the bounds are where a codec that works does not come, and before a draft notices. fp8 with one
-scale a token, which others train with, has 0.03 of a channel and a KL of 4e-3 on Gemma.
+scale a token, which others train with, has 0.028 to 0.039 of a channel and a KL of 7e-4 on Gemma.
 
     R, N rows   D channels   V vocabulary
 """
@@ -61,10 +67,10 @@ FLOOR = 2.0**-20  # smallest std, of the median std: a constant channel must not
 LEAST = 2.0**-100  # smallest std where all channels are constant
 CALIBRATED_CHANNELS = 64  # at a time
 SHADOW_ROWS = 2048  # rows kept raw per shard
-MAX_OF_CHANNELS = 0.03  # three times what int8 does
 CHANNELS_SHARE = 0.9  # the rest may be constant in these rows only
 CHANNELS_ROWS = 32  # with fewer, a channel's std in them means nothing
 MAX_KL = 5e-3
+MOST_LOGITS = 1 << 26  # of a shard, for each of both: every row up to 32,768 tokens, every eighth of 262,144
 BOUND_TEXTS = {
     "of_promise": "an entry is off by so many times its bound:",
     "of_token": "a token by so much of its own deviation:",
@@ -135,6 +141,7 @@ class Certificate:
         self.worst = self.of_token = self.of_promise = 0.0
         self.channels_3D: Tensor | None = None  # sums of y, y^2 and f^2 of each channel
         self.agree = self.divergence = 0.0
+        self.judged = 0  # rows whose distributions were compared
 
     def add(self, truth_RD: Tensor, found_RD: Tensor) -> None:
         """Add rows: exact states [R, D] and the same decoded."""
@@ -165,6 +172,9 @@ class Certificate:
         self.channels_3D = torch.stack(sums) + (0 if self.channels_3D is None else self.channels_3D)
 
     def _add_logits(self, truth_RD: Tensor, found_RD: Tensor) -> None:
+        apart = -(-SHADOW_ROWS * self.head.vocab_size // MOST_LOGITS)
+        truth_RD, found_RD = truth_RD[::apart], found_RD[::apart]
+        self.judged += len(truth_RD)
         step = chunk_rows(self.head.vocab_size, truth_RD.device.type)
         for truth_rD, found_rD in zip(truth_RD.split(step), found_RD.split(step), strict=True):
             truth_RV, found_RV = self.head.logits(truth_rD), self.head.logits(found_rD)
@@ -196,9 +206,9 @@ class Certificate:
             "of_promise": _short(self.of_promise),
             "escapes_a_row": _short(outliers_per_row),
         }
-        bounds = {"of_promise": 1.0, "of_token": self.codec.max_of_token, "of_channels": MAX_OF_CHANNELS}
+        bounds = {"of_promise": 1.0, "of_token": self.codec.max_of_token, "of_channels": self.codec.max_of_channels}
         if self.head:
-            found |= {"top1": _short(self.agree / self.rows), "kl": _short(self.divergence / self.rows)}
+            found |= {"top1": _short(self.agree / self.judged), "kl": _short(self.divergence / self.judged)}
             bounds["kl"] = MAX_KL
         broken = [name for name, bound in bounds.items() if not found[name] <= bound]
         if broken:

@@ -12,6 +12,7 @@ are encoded or decoded.
     R rows   D channels   K columns   e outliers
 """
 
+import contextlib
 import json
 import os
 from abc import abstractmethod
@@ -36,11 +37,11 @@ OUTLIER_SHARE = 64  # at most one entry of a column in so many may be an outlier
 
 
 class LossyCodec(Codec):
-    """What a lossy codec answers beyond `Codec`. Its promise: `error_bound`, `max_of_token`, `probe_allowance`.
+    """What a lossy codec answers beyond `Codec`. Its promise: `error_bound`, `max_of_...` and `probe_allowance`.
 
     Before a shard is kept, its certificate (`error_certificate.py`) is checked against the promise, and against limits
     that all codecs share. max_of_token: the largest rms error of a row, relative to the row's rms deviation, both in
-    stds of the channels.
+    stds of the channels. max_of_channels: the same of a channel over rows, which nine tenths of the channels keep.
 
     Every column in a lossy codec is calibrated first: the certificate measures errors in its channels' stds, and an
     encoder may normalise by them.
@@ -48,6 +49,7 @@ class LossyCodec(Codec):
 
     lossy = True
     max_of_token: float
+    max_of_channels = 0.03
 
     @abstractmethod
     def arrays(self, width: int) -> dict[str, tuple[int, np.dtype]]:
@@ -147,19 +149,24 @@ class Encoded:
         outliers = self.outliers[start:end] - np.array([origin, 0, 0], np.int32)
         return [*(array[first:stop] for array in self.arrays), outliers]
 
+    def to(self, device: "torch.device | str", non_blocking: bool = True) -> "EncodedOnDevice":
+        """Copy the rows to a device, still encoded."""
+        outliers = ()
+        if len(self.outliers):
+            kinds = (np.int64, np.int64, np.int16 if self.dtype == "bfloat16" else np.int32)
+            outliers = tuple(self.outliers[:, k].astype(kind) for k, kind in enumerate(kinds))
+        arrays, outliers = (
+            tuple(_to_device(values, device, non_blocking) for values in group) for group in (self.arrays, outliers)
+        )
+        return EncodedOnDevice(self.codec, arrays, outliers, self.calibration, self.dtype)
+
     def decode(self, device: "torch.device | str" = "cpu", out: "Tensor | None" = None) -> "Tensor":
         """Decode to states [R, D] on `device`, in the column's dtype; into `out` if given."""
         import torch
 
-        device = torch.device(device)
         if out is None:
             out = torch.empty(len(self), self.width, dtype=getattr(torch, self.dtype), device=device)
-        self.codec.decode(tuple(_to_device(array, device) for array in self.arrays), self.calibration, out)
-        if len(self.outliers):
-            kind = np.int16 if self.dtype == "bfloat16" else np.int32
-            rows, columns = (_to_device(self.outliers[:, k].astype(np.int64), device) for k in (0, 1))
-            bits = _to_device(self.outliers[:, 2].astype(kind), device)
-            out.view(bits.dtype)[rows, columns] = bits
+        self.to(device).decode(out)
         return out
 
     def decode_bytes(self, out: memoryview) -> None:
@@ -169,12 +176,39 @@ class Encoded:
         self.decode(out=torch.frombuffer(out, dtype=getattr(torch, self.dtype)).view(len(self), self.width))
 
 
-def _to_device(values: np.ndarray, device: "torch.device") -> "Tensor":
+@dataclass(frozen=True)
+class EncodedOnDevice:
+    """`Encoded` rows on a device. outliers: their rows, channels and bits, [e] each; empty where there are none."""
+
+    codec: LossyCodec
+    arrays: "tuple[Tensor, ...]"
+    outliers: "tuple[Tensor, ...]"
+    calibration: Calibration
+    dtype: str
+
+    def __len__(self) -> int:
+        return len(self.arrays[0])
+
+    def to(self, device: "torch.device | str", non_blocking: bool = True) -> "EncodedOnDevice":
+        """Return the rows, which are on the device already."""
+        return self
+
+    def decode(self, out_RD: "Tensor") -> None:
+        """Decode into states on the same device."""
+        self.codec.decode(self.arrays, self.calibration, out_RD)
+        if self.outliers:
+            rows_e, channels_e, bits_e = self.outliers
+            out_RD.view(bits_e.dtype)[rows_e, channels_e] = bits_e
+
+
+def _to_device(values: np.ndarray, device: "torch.device | str", non_blocking: bool) -> "Tensor":
     import torch
+
+    from pipeline.tensors import copied_without_wait
 
     values = np.ascontiguousarray(values)
     signed = values.view(np.int16) if values.dtype == np.uint16 else values  # not every device has uint16
-    return torch.from_numpy(signed).to(device, non_blocking=True)
+    return copied_without_wait(torch.from_numpy(signed), device).to(device, non_blocking=non_blocking)
 
 
 def _grids(codec: LossyCodec, rows: int, width: int, outliers: int) -> dict[str, Grid]:
@@ -183,6 +217,16 @@ def _grids(codec: LossyCodec, rows: int, width: int, outliers: int) -> dict[str,
         OUTLIERS: Grid(outliers, 3, np.dtype("<i4"), max(1, outliers)),
         CHANNELS: Grid(2, width, np.dtype("<f4"), 2),
     }
+
+
+def _open(folder: Path, grid: Grid) -> ShardFile:
+    """Open an array in the chunks that we write, or else in those that its `zarr.json` states."""
+    with contextlib.suppress(CacheError):
+        file = ShardFile(folder, grid)
+        if file.in_order:
+            return file
+    stated = Grid.on_disk(folder, grid.rows, grid.width, grid.dtype)
+    return ShardFile(folder, stated if stated and stated.compressor is None else grid)
 
 
 def _max_outliers(rows: int, width: int) -> int:
@@ -269,7 +313,7 @@ class EncodedReader:
                 f"{folder}: {self._outlier_count} escapes are more than there may be; run `pipeline verify`"
             )
         grids = _grids(codec, rows, width, self._outlier_count)
-        self._files = {name: ShardFile(folder / name, grid) for name, grid in grids.items()}
+        self._files = {name: _open(folder / name, grid) for name, grid in grids.items()}
         self.calibration = Calibration(*self._read(CHANNELS, 0, 2))
 
     def _read(self, name: str, first: int, count: int) -> np.ndarray:

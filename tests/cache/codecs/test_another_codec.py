@@ -45,7 +45,9 @@ def fixed16():
 def test_the_help_names_it(command, capsys):
     with pytest.raises(SystemExit):
         commands([command, "--help"])
-    assert "raw, zstd, int8 or fixed16, or such as aux=int8,final=zstd." in re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "raw, zstd, int8, int6 or fixed16, or such as aux=int8,final=zstd." in re.sub(
+        r"\s+", " ", capsys.readouterr().out
+    )
 
 
 def test_a_plan_prices_it_beside_the_others(tiny_target, tiny_corpus, tmp_path):
@@ -63,14 +65,16 @@ def test_a_budget_tries_it_before_a_smaller_lossy_codec_and_after_every_lossless
         request = BudgetRequest.of(CaptureOptions(budget=str(budget), methods="dflash"))
         decision = decide_within_budget(corpus, settings, request)[1]
         steps[decision["codec"]] = next(step for step in decision["steps"] if step.startswith("codec: "))
-    assert [*steps] == ["aux=int8,final=zstd", "aux=fixed16,final=zstd", "zstd", "raw"]
-    tried = r"\(raw [^,]*, zstd [^,]*, aux=fixed16,final=zstd [^,]*, aux=int8,final=zstd [^,]*\)"
+    assert [*steps] == ["aux=int6,final=zstd", "aux=int8,final=zstd", "aux=fixed16,final=zstd", "zstd", "raw"]
+    tried = (
+        r"\(raw [^,]*, zstd [^,]*, aux=fixed16,final=zstd [^,]*, aux=int8,final=zstd [^,]*, aux=int6,final=zstd [^,]*\)"
+    )
     warning = "; fixed16 is lossy, within bounds the capture certifies: --codec zstd stays exact"
     assert re.search(f"the first that holds all samples {tried}{warning}$", steps["aux=fixed16,final=zstd"])
 
 
 def test_an_unknown_codec_is_answered_with_its_name_among_the_others(captured):
-    with pytest.raises(UsageError, match="wanted one of raw, zstd, int8, fixed16 for all columns"):
+    with pytest.raises(UsageError, match="wanted one of raw, zstd, int8, int6, fixed16 for all columns"):
         recode(captured("raw"), "gzip")
 
 

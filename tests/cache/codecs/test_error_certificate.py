@@ -1,4 +1,4 @@
-"""The certificate of int8: what the codec does right passes whatever the states, what is broken by hand is refused."""
+"""The certificate of int8 and int6: what they do right passes whatever the states, what is broken is refused."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cache.codecs import CODECS, int8
+from pipeline.cache.codecs import CODECS, error_certificate
 from pipeline.cache.codecs.codec import Calibration
 from pipeline.cache.codecs.error_certificate import Certificate, calibrate, checked_calibration
 from pipeline.cache.codecs.lossy import Encoded
@@ -15,7 +15,7 @@ from pipeline.errors import ProofError
 from pipeline.target.head import TargetHead
 from pipeline.tensors import as_stored
 
-INT8 = CODECS["int8"]
+INT8, INT6 = CODECS["int8"], CODECS["int6"]
 ROWS, WIDTH, V = 400, 256, 512
 
 
@@ -41,7 +41,7 @@ KINDS = ("ordinary", "massive", "sinks", "heavy tails")
 
 
 def measured(truth_RD: torch.Tensor, held: Encoded, head: TargetHead | None = None) -> dict:
-    found = Certificate("final" if head else "aux.9", "int8", calibrate(as_stored(truth_RD)), head)
+    found = Certificate("final" if head else "aux.9", held.codec.name, calibrate(as_stored(truth_RD)), head)
     found.add(truth_RD, held.decode())
     return found.facts(0.0)
 
@@ -49,14 +49,15 @@ def measured(truth_RD: torch.Tensor, held: Encoded, head: TargetHead | None = No
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rows", [1, 31, 32, ROWS])
-def test_states_of_every_kind_pass(kind, dtype, rows):
+@pytest.mark.parametrize(("codec", "of_token", "of_channels"), [("int8", 0.012, 0.015), ("int6", 0.04, 0.037)])
+def test_states_of_every_kind_pass(kind, dtype, rows, codec, of_token, of_channels):
     truth_RD = states(kind).to(dtype)
     calibration = calibrate(as_stored(truth_RD))
     part_RD = truth_RD[7 : 7 + rows]
-    found = Certificate("aux.9", "int8", calibration)
-    found.add(part_RD, INT8.encode_to_host(part_RD, calibration).decode())
+    found = Certificate("aux.9", codec, calibration)
+    found.add(part_RD, CODECS[codec].encode_to_host(part_RD, calibration).decode())
     says = found.facts(0.0)
-    assert says["of_token"] < 0.012 and says["of_channels"] < 0.015 and says["of_promise"] < 1
+    assert says["of_token"] < of_token and says["of_channels"] < of_channels and says["of_promise"] < 1
 
 
 def test_a_token_whose_norm_lies_in_other_channels_is_judged_in_their_spread():
@@ -190,9 +191,39 @@ def test_a_codec_broken_by_hand_is_refused_on_states_of_every_kind(how, kind):
 
 @pytest.mark.parametrize("levels", [63, 31, 15])
 def test_a_coarser_encoder_is_refused_as_it_does_worse_on_a_token(levels, monkeypatch):
-    monkeypatch.setattr(int8, "LEVELS", levels)
+    monkeypatch.setattr(INT8, "largest", levels)
     with pytest.raises(ProofError, match=r"aux\.9 does not fit int8: a token by so much of its own deviation: "):
         checked_calibration("aux.9", "int8", states("massive"), "cpu")
+
+
+# What an encoder or decoder of int6 may get wrong beyond what one of int8 may.
+SIX: dict[str, Callable[[np.ndarray], None]] = {
+    "the fourth quarter lost": lambda values: put(values, values & 63),
+    "the fourth quarter's bits in another order": lambda values: put(
+        values, np.roll(values & 192, WIDTH // 4, axis=1) | values & 63
+    ),
+    "the first quarters exchanged": lambda values: put(values, np.roll(values & 63, WIDTH // 4, axis=1) | values & 192),
+    "one channel's code off by one": lambda values: put(values[:, 5], values[:, 5] ^ 1),
+    "the lowest bit lost": lambda values: put(values, values & 0xFE),
+    "one row lost": lambda values: put(values[100], values[100] * 0),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", SIX)
+def test_an_int6_broken_by_hand_is_refused_on_states_of_every_kind(how, kind):
+    truth_RD = states(kind)
+    held = INT6.encode_to_host(truth_RD, calibrate(as_stored(truth_RD)))
+    with pytest.raises(ProofError, match="does not fit int6"):
+        measured(truth_RD, with_values(SIX[how])(held))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_int6_of_half_the_levels_is_refused(kind, monkeypatch):
+    fine, truth_RD = INT6.round_, states(kind)
+    monkeypatch.setattr(INT6, "round_", lambda z_rD: fine(z_rD).div_(2).round_().mul_(2).clamp_(-30, 30))
+    with pytest.raises(ProofError, match=r"aux\.9 does not fit int6: .* a tenth of the channels by"):
+        measured(truth_RD, INT6.encode_to_host(truth_RD, calibrate(as_stored(truth_RD))))
 
 
 def test_one_token_that_its_group_cannot_hold_is_refused_without_the_second_rule_of_escapes(monkeypatch):
@@ -203,7 +234,7 @@ def test_one_token_that_its_group_cannot_hold_is_refused_without_the_second_rule
     found = Certificate("aux.9", "int8", calibration)
     found.add(truth_RD, INT8.encode_to_host(truth_RD, calibration).decode())
     found.facts(0.0)
-    monkeypatch.setattr(int8, "OUTLIER_RMS", 1e9)
+    monkeypatch.setattr(INT8, "outlier_rms", 1e9)
     found = Certificate("aux.9", "int8", calibration)
     found.add(truth_RD, INT8.encode_to_host(truth_RD, calibration).decode())
     with pytest.raises(ProofError, match="a token by so much of its own deviation"):
@@ -245,3 +276,26 @@ def test_figures_that_are_not_numbers_are_refused():
     found.add(truth_RD, truth_RD)
     with pytest.raises(ProofError, match="does not fit int8"):
         found.facts(0.0)
+
+
+def test_of_a_large_vocabulary_some_rows_are_judged_by_the_head_and_they_say_the_same(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(V, WIDTH, generator=generator) / WIDTH**0.5
+    head = TargetHead(weight, weight)
+    truth_RD = states("ordinary")
+    calibration = calibrate(as_stored(truth_RD))
+    decoded_RD = INT8.encode_to_host(truth_RD, calibration).decode()
+
+    def judged(most: int) -> tuple[int, dict]:
+        monkeypatch.setattr(error_certificate, "MOST_LOGITS", most)
+        found = Certificate("final", "int8", calibration, head)
+        for first in range(0, ROWS, 100):
+            found.add(truth_RD[first : first + 100], decoded_RD[first : first + 100])
+        return found.judged, found.facts(0.0)
+
+    (all_rows, whole), (some_rows, part) = judged(1 << 26), judged(error_certificate.SHADOW_ROWS * V // 8)
+
+    assert (all_rows, some_rows) == (ROWS, 4 * 13)  # every eighth of 100
+    assert part["kl"] == pytest.approx(whole["kl"], rel=0.5) and abs(part["top1"] - whole["top1"]) < 0.05
+    same = whole.keys() - {"kl", "top1"}
+    assert {name: whole[name] for name in same} == {name: part[name] for name in same}
