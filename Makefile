@@ -184,7 +184,8 @@ $(ENGINE)/installed:
 build/engines/%.json: named = $(subst -, ,$*)
 build/engines/%.json:
 	$(PIPELINE) export --draft build/demo/$(word 1,$(named)) --format $(word 2,$(named)) --out build/engines/$*
-	$(PIPELINE) serve-check build/engines/$* --python $(ENGINE)/bin/python --mend --out $@ || { rm -f $@; exit 1; }
+	$(PIPELINE) serve-check build/engines/$* --python $(ENGINE)/bin/python --mend \
+	  --report build/demo/$(word 1,$(named)).json --out $@ || { rm -f $@; exit 1; }
 
 clean:
 	rm -rf build

@@ -208,6 +208,7 @@ serve_check_options = together(
     option("--data", type=PATH, help="JSONL of prompts.  [default: the bundled target's held-out chats]"),
     option("--count", type=IntRange(1), default=64, help="Prompts."),
     option("--max-new", type=IntRange(2), default=64, help="Tokens a reply at most."),
+    option("--report", type=REPORT, help="Of `evaluate` on the exported run: compare the export with it, too."),
     option("--mend", is_flag=True, help="Serve once more, the engine's known faults mended in its process."),
     option("--timeout", type=FloatRange(0, min_open=True), default=600.0, help="Seconds without progress."),
     option("--logs", type=FOLDER, help="Keep the engine's logs here.  [default: only of one that crashes]"),

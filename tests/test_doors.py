@@ -84,6 +84,7 @@ DOORS = {
     "evaluate --draft RUN --plain X --model TARGET --count 1 --max-new 2": (2,),
     "export --draft X --out out": (2, 4),
     "check-export X": (1, 2),
+    "serve-check X": (2,),
     "report X": (2,),
     "report REPORT --against X": (2,),
     "import-cache X --model TARGET": (2, 3, 4),

@@ -239,5 +239,6 @@ class Domino(BlockDraft):
     def card_notes(cls, config: DominoConfig, form: str) -> list[str]:
         return [
             "SGLang has to know Domino; older builds pass over its head without a word. Greedy drafts only,",
-            f"and {config.proposals - 1} proposals a block, where the figures below have {config.proposals}.",
+            f"and {config.proposals - 1} proposals a block, where the figures below have {config.proposals};",
+            f"`pipeline evaluate --proposals {config.proposals - 1}` measures that.",
         ]

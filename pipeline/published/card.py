@@ -174,7 +174,11 @@ def _serving(config: DraftConfig, form: str, origin: Origin, folder: str) -> str
         *DRAFTS[config.method].card_notes(config, form),
     ]
     check = markdown_code(shlex.join(["pipeline", "check-export", folder]))
-    return f"    {visible(command)}\n\n" + "\n".join(notes) + f"\n{check} proves the files themselves."
+    last = f"{check} proves the files themselves"
+    if form != "deepspec" and "speculators" in DRAFTS[config.method].forms:  # which vLLM reads
+        served = markdown_code(shlex.join(["pipeline", "serve-check", folder, "--python", "V/bin/python"]))
+        last += f",\n{served} what a vLLM on your machine makes of them"
+    return f"    {visible(command)}\n\n" + "\n".join(notes) + f"\n{last}."
 
 
 def serve_command(config: DraftConfig, form: str, origin: Origin, folder: str) -> str:

@@ -25,6 +25,7 @@ from pipeline.target.model import tap_layers
 # Of the largest difference of a block's states, relative to their norm. Two right float32 computations differ by 1e-6,
 # a wrong norm weight shows as 2 to 9 %; in bfloat16 right ones differ by up to 3 %, which hides a small fault.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+NOT_FINITE = 1e9  # JSON has no NaN
 
 
 class DraftStates(Record):
@@ -105,7 +106,8 @@ def _ours(
 
 
 def _relative(found_ND: Tensor, wanted_ND: Tensor) -> list[float]:
-    """Return how far each row is off, relative to its norm."""
+    """Return how far each row is off, relative to its norm; NOT_FINITE where it holds no numbers."""
     if found_ND.shape != wanted_ND.shape:
         raise RuntimeError(f"{list(found_ND.shape)} where {list(wanted_ND.shape)} are expected")
-    return ((found_ND - wanted_ND).norm(dim=-1) / wanted_ND.norm(dim=-1)).tolist()
+    off_N = (found_ND - wanted_ND).norm(dim=-1) / wanted_ND.norm(dim=-1)
+    return off_N.nan_to_num(NOT_FINITE, NOT_FINITE).tolist()

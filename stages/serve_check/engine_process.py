@@ -91,6 +91,8 @@ def run_engine(python: Path, script: Path, request: dict, folder: Path, timeout:
     UsageError, RoomError or ProofError for an engine that ends otherwise, with the last thing it said.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for left in (RESULT, STATES):  # of an earlier check that kept its logs here
+        (folder / left).unlink(missing_ok=True)
     path = folder / "request.json"
     path.write_text(json.dumps(request | {"out": str(folder)}))
     process = subprocess.Popen(
@@ -133,10 +135,12 @@ def _follow(process: subprocess.Popen, log: Path, timeout: float, title: str) ->
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
                 text = line.decode("utf-8", "replace").rstrip()
-                if not text.startswith(MARK):
-                    said.append(text)
+                output, mark, told_of = text.partition(MARK)  # libraries may have left a line unfinished
+                if output:
+                    said.append(output)
+                if not mark:
                     continue
-                before, stage = stage, json.loads(text[len(MARK) :])
+                before, stage = stage, json.loads(told_of)
                 moved = time.monotonic()
                 if stage["stage"] != before["stage"] or moved - told > PROGRESS_S:
                     told = moved

@@ -22,7 +22,7 @@ from pipeline.cache.manifest import read_canonical
 from pipeline.drafts import DRAFTS
 from pipeline.errors import ProofError, UsageError
 from pipeline.evaluation.prompts import Prompt
-from pipeline.evaluation.reports import Report
+from pipeline.evaluation.reports import Report, load_report
 from pipeline.json_files import Count, Number, Record, record_bytes
 from pipeline.published import CONFIG, load_draft_folder
 from pipeline.published.check import check_export
@@ -41,6 +41,7 @@ MADE = Path("build/vllm/bin/python")  # by `make engines`
 AS_IT_IS, MENDED, PLAIN = "as it is", "mended", "plain"
 STATES_OF = 8  # prompts whose draft states are compared
 EVALUATED_AT_ONCE = 16
+WRONG_EXPORT = 0.9  # of the run's accept length
 
 
 class Evaluated(Record):
@@ -51,6 +52,15 @@ class Evaluated(Record):
     calls: Count
     tokens: Count | None
     identical: Count = Field(description="replies identical to plain decoding here")
+
+
+class AsTrained(Record):
+    """The export against the run that it was exported from, over the prompts of both reports."""
+
+    prompts: Count
+    equal: Count = Field(description="prompts whose every call gains the same")
+    accept_len: Number
+    accept_len_run: Number
 
 
 class ServeReport(Record):
@@ -64,6 +74,7 @@ class ServeReport(Record):
     source: str = Field(description="of the prompts")
     max_new: Count
     evaluated: Evaluated
+    as_trained: AsTrained | None = Field(None, description="where a report of the exported run is given")
     served: list[Served] = Field(description="the engine as it is, and mended where that was asked for")
 
     @property
@@ -84,6 +95,7 @@ class Options:
     mend: bool = False  # serve a second time, with the engine's known faults mended in its process
     timeout: float = 600.0  # seconds without progress
     logs: Path | None = None  # keep the engine's logs here. None: only those of an engine that fails
+    report: Path | None = None  # of `evaluate` on the run that was exported: is the export what was trained?
     out: Path | None = None
     device: str | None = None  # of `evaluate`
 
@@ -96,6 +108,8 @@ def run(folder: Path, evaluate: Callable[..., Report], options: Options, script:
     for engines that crash. That an engine gains otherwise is no exception here: `check_agrees`.
     """
     folder = Path(folder)
+    if options.out is not None and options.out.is_dir():
+        raise UsageError(f"--out {options.out} is a folder; name a file in it, such as {options.out / 'served.json'}")
     facts = check_folder(folder, options.engine)
     target, name = find_export_target(folder, options.model)
     python = options.python or (MADE if MADE.is_file() else Path(sys.executable))
@@ -105,7 +119,9 @@ def run(folder: Path, evaluate: Callable[..., Report], options: Options, script:
         prompts, source = find_prompts(options.data, target, options.count, work)
         print(f"evaluate: {len(prompts)} prompts, {source}", file=sys.stderr)
         check = Check(folder, facts, target, python, options, script or ENGINES[options.engine], work, prompts)
+        trained = None if options.report is None else load_report(options.report)
         report, plain = check.evaluated(evaluate)
+        as_trained = None if trained is None else compare_with_run(report, trained, options.report)
         served = [check.served(title, report, plain) for title in (AS_IT_IS, MENDED)[: 1 + options.mend]]
     overall = report.overall
     found = ServeReport(
@@ -123,11 +139,39 @@ def run(folder: Path, evaluate: Callable[..., Report], options: Options, script:
             tokens=overall.tokens,
             identical=report.lossless.identical,
         ),
+        as_trained=as_trained,
         served=served,
     )
     if options.out is not None:
         write_file(options.out, record_bytes(found.model_dump()))
     return found
+
+
+def compare_with_run(report: Report, trained: Report, path: Path) -> AsTrained:
+    """Compare the export's evaluation with that of the run it is from, before an engine is started.
+
+    UsageError where they share no prompt, ProofError for an export that accepts less than WRONG_EXPORT of the run's:
+    rounding to the stored type takes no such share.
+    """
+    if trained.settings.max_new != report.settings.max_new:
+        raise UsageError(
+            f"--report {path} is of {trained.settings.max_new} tokens a reply, this check of "
+            f"{report.settings.max_new}; pass --max-new {trained.settings.max_new}"
+        )
+    known = {sample.prompt: sample.lengths for sample in trained.samples}
+    pairs = [(sample.lengths, known[sample.prompt]) for sample in report.samples if known.get(sample.prompt)]
+    if not pairs:
+        raise UsageError(
+            f"--report {path} has none of the prompts that are served; pass them to both as --data, --prompts"
+        )
+    export, run = (sum(map(sum, lengths)) / sum(map(len, lengths)) for lengths in zip(*pairs, strict=True))
+    equal = sum(ours == theirs for ours, theirs in pairs)
+    if export < WRONG_EXPORT * run:
+        raise ProofError(
+            f"the export is wrong, whatever serves it: over {len(pairs)} prompts its accept length is {export:.3f} "
+            f"where the run of --report {path} has {run:.3f}; export it again"
+        )
+    return AsTrained(prompts=len(pairs), equal=equal, accept_len=export, accept_len_run=run)
 
 
 def check_folder(folder: Path, engine: str) -> dict:

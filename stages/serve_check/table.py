@@ -24,6 +24,12 @@ def serve_table(report: ServeReport) -> Group:
         "engine's mean: in its own counting, and what `evaluate`'s calls give so counted; an engine makes no call once "
         "a reply has all its tokens",
     ]
+    if report.as_trained is not None:
+        trained = report.as_trained
+        lines.append(
+            f"the exported run: {trained.equal} of {trained.prompts} shared prompts gain the same in every call, "
+            f"accept length {trained.accept_len:.3f} for {trained.accept_len_run:.3f}"
+        )
     for served in report.served:
         name = f"{served.engine or 'the engine'}, {served.title}"
         lines += [f"{name}: mended {visible(mend)}" for mend in served.mends]

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import toy_engine
 from greedy import make_greedy_cache, make_learned_draft, save_stopping_target
 from rich.console import Console
 from tiny import write_jsonl
@@ -26,6 +27,8 @@ from pipeline.published.card import Origin
 from pipeline.published.check import write_probe
 from pipeline.published.export import KEPT_BLOCKS, _write, make_probe, make_rows, published_config, shorter
 from stages.evaluate.run import run as evaluate
+from stages.serve_check import engine_process
+from stages.serve_check import run as serve_check
 from stages.serve_check.engine_process import check_python
 from stages.serve_check.run import Options, ServeReport, check_agrees, run
 from stages.serve_check.table import serve_table
@@ -63,13 +66,46 @@ def data(cache, tmp_path_factory):
     return write_jsonl(tmp_path_factory.mktemp("data") / "prompts.jsonl", rows)
 
 
+@pytest.fixture(scope="module")
+def evaluated():
+    """`evaluate`, which the engine's faults do not concern: once for the same settings."""
+    known = {}
+
+    def evaluating(folder, *, plain, max_new, count, **named):
+        if (max_new, count) not in known:
+            report = evaluate(folder, plain=plain, max_new=max_new, count=count, **named)
+            known[max_new, count] = report, plain.read_bytes()
+        report, replies = known[max_new, count]
+        plain.write_bytes(replies)
+        return report
+
+    return evaluating
+
+
 @pytest.fixture
-def served(drafts, target, data, tmp_path):
-    """Return a function that serves the DFlash draft with a fault, and returns the report."""
+def served(drafts, target, data, tmp_path, evaluated):
+    """Return a function that serves the DFlash draft with a fault, in a process, and returns the report."""
 
     def serving(fault: str = "", **options) -> ServeReport:
         given = {"model": str(target), "data": data, "max_new": 12, "python": Path(sys.executable), "device": "cpu"}
-        return run(drafts / "dflash", evaluate, Options(**given | options), engine_script(tmp_path, fault))
+        return run(drafts / "dflash", evaluated, Options(**given | options), engine_script(tmp_path, fault))
+
+    return serving
+
+
+@pytest.fixture
+def served_here(served, monkeypatch):
+    """The same, the engine in this process: for what it says, where how it ends is not in question."""
+
+    def serving(fault: str = "", **options) -> ServeReport:
+        def run_here(python, script, request, folder, timeout, title):
+            folder.mkdir(parents=True)
+            (folder / "request.json").write_text(json.dumps(request | {"out": str(folder)}))
+            toy_engine.main(folder / "request.json", fault)
+            return engine_process._read_answer(folder)
+
+        monkeypatch.setattr(serve_check, "run_engine", run_here)
+        return served(fault, **options)
 
     return serving
 
@@ -104,8 +140,8 @@ def test_an_engine_that_serves_what_was_evaluated_agrees(served, tmp_path):
     assert "in every call" in shown(report) and "12 of 12 prompts" in shown(report)
 
 
-def test_a_wrong_kernel_is_told_from_a_wrong_export_by_the_states(served):
-    report = served("kernel")
+def test_a_wrong_kernel_is_told_from_a_wrong_export_by_the_states(served_here):
+    report = served_here("kernel")
     (only,) = report.served
     assert only.comparison.lossless and not only.agrees  # the replies are the target's all the same
     assert only.states.features_equal and not only.states.draft_equal
@@ -114,43 +150,66 @@ def test_a_wrong_kernel_is_told_from_a_wrong_export_by_the_states(served):
         check_agrees(report)
 
 
-def test_a_wrong_kernel_is_seen_where_no_call_gains_otherwise(served, data):
-    report = served("kernel", max_new=2, count=1)
+def test_a_wrong_kernel_is_seen_where_no_call_gains_otherwise(served_here):
+    report = served_here("kernel", max_new=2, count=1)
     (only,) = report.served
     if only.comparison.gains_equal:  # one call, of one token
         assert "no call gains otherwise, but the engine computes the draft otherwise" in only.verdict
     assert not only.agrees
 
 
-def test_an_engine_that_reads_other_layers_is_told_by_them(served):
-    (only,) = served("layers").served
+def test_an_export_that_is_not_what_was_trained_is_told_without_an_engine(
+    drafts, cache, target, data, tmp_path, evaluated, served_here
+):
+    trained = tmp_path / "trained.json"
+    evaluate(drafts / "dflash", model=str(target), prompts=data, max_new=12, device="cpu", out=trained)
+    as_trained = served_here(report=trained).as_trained
+    assert as_trained.prompts == as_trained.equal > 6
+    assert as_trained.accept_len == as_trained.accept_len_run
+
+    # Sound files, nothing to compare them with, and layers that count from 1 where they should from 0.
+    wrong = Path(shutil.copytree(drafts / "dflash", tmp_path / "wrong"))
+    (wrong / "probe.tensors").unlink()
+    flat = json.loads((wrong / "config.json").read_text())
+    flat["dflash_config"]["target_layer_ids"] = [layer - 1 for layer in flat["dflash_config"]["target_layer_ids"]]
+    (wrong / "config.json").write_text(json.dumps(flat))
+    options = {"python": Path(sys.executable), "model": str(target), "data": data, "device": "cpu", "report": trained}
+    script = engine_script(tmp_path, "crash")  # it is not started
+    with pytest.raises(ProofError, match=r"the export is wrong, whatever serves it: over \d+ prompts its accept"):
+        run(wrong, evaluate, Options(max_new=12, **options), script)
+    with pytest.raises(UsageError, match="is of 12 tokens a reply, this check of 9; pass --max-new 12"):
+        run(drafts / "dflash", evaluate, Options(max_new=9, **options), script)
+
+
+def test_an_engine_that_reads_other_layers_is_told_by_them(served_here):
+    (only,) = served_here("layers").served
     assert not only.states.features_equal
     assert "other states of the target" in only.verdict and not only.agrees
 
 
-def test_an_engine_that_loses_proposals_with_the_right_states_is_told(served):
-    (only,) = served("other proposals").served
+def test_an_engine_that_loses_proposals_with_the_right_states_is_told(served_here):
+    (only,) = served_here("other proposals").served
     assert only.states.draft_equal and not only.agrees
     assert "reads proposals off them, or verifies them, otherwise" in only.verdict
     first = only.comparison.differences[0]
     assert first.expected != first.found
 
 
-def test_what_cannot_be_told_without_states_is_said(served):
-    (only,) = served("kernel, no states").served
+def test_what_cannot_be_told_without_states_is_said(served_here):
+    (only,) = served_here("kernel, no states").served
     assert not only.comparison.gains_equal
     assert "whether its kernels or the export cause it cannot be told: it shows none" in only.verdict
 
 
-def test_an_engine_that_says_something_else_with_the_draft_is_not_lossless(served):
-    report = served("other replies")
+def test_an_engine_that_says_something_else_with_the_draft_is_not_lossless(served_here):
+    report = served_here("other replies")
     (only,) = report.served
     assert only.comparison.identical < 12 and only.plain_identical < 12
     assert "not lossless" in only.verdict and "are the engine's own plain ones" in shown(report)
 
 
-def test_an_engine_that_shows_totals_is_compared_in_its_own_counting(served):
-    report = served("totals")
+def test_an_engine_that_shows_totals_is_compared_in_its_own_counting(served_here):
+    report = served_here("totals")
     (only,) = report.served
     found = only.comparison
     assert found.equal is None and found.calls is None

@@ -2,6 +2,7 @@
 with the fault that vLLM's has."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,18 @@ def test_the_script_imports_nothing_of_this_project():
     assert not names & {"pipeline", "stages", "tests"}
     assert names - sys.stdlib_module_names == {"torch", "vllm", "safetensors"}
     assert vllm_script.MARK == engine_process.MARK
+
+
+def test_the_script_ends_when_what_started_it_is_gone():
+    code = "import vllm_script, time; vllm_script.end_with_parent(); print('there', flush=True); time.sleep(600)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=SCRIPT.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"there\n"
+    assert process.poll() is None
+    process.stdin.close()  # as the kernel does for a process that was killed
+    assert process.wait(30) == 1
+    process.stdout.close()
 
 
 def norm(x, weight, eps):
