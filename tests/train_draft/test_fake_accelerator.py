@@ -52,7 +52,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++
 def records() -> dict[str, dict]:
     """The record of each step by its name."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), *LOSSES, *PLAIN, IN_PARTS, LONG, *ON_CPU, "int8", *LOADS]
+    command = [sys.executable, str(SCRIPT), *LOSSES, *PLAIN, IN_PARTS, LONG, *ON_CPU, "int8", "int6", *LOADS]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(zip(command[2:], map(json.loads, done.stdout.splitlines()), strict=True))
@@ -66,8 +66,9 @@ def test_a_step_waits_for_the_device_twice_and_an_evaluation_never(records, loss
     assert records[loss]["evaluation_waits"] == {}
 
 
-def test_int8_is_decoded_without_a_wait_and_encoded_with_one_for_the_number_of_outliers(records):
-    assert records["int8"]["waits"] == {"scaled_groups.py:encode": 1}
+@pytest.mark.parametrize("codec", ["int8", "int6"])
+def test_a_lossy_codec_decodes_without_a_wait_and_encodes_with_one_for_the_number_of_outliers(codec, records):
+    assert records[codec]["waits"] == {"scaled_groups.py:encode": 1}
 
 
 @pytest.mark.parametrize("load", LOADS)
