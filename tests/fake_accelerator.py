@@ -2,8 +2,8 @@
 
 A step has two cells, of which the second finds gradients in place. KEY: device, optimizer, dtype, moments and embedding
 (device or host), layers (kept or recomputed), kernels (compiled or plain), anchors (of a cell), at_once (blocks
-computed together), or an option of the draft. METHOD `int8` is that codec instead, `capture:TOKENS` a micro-batch of a
-capture (KEY: codec, dtype, target), and `load` the loader's way to the device.
+computed together), or an option of the draft. METHOD `int8`, `int6` is that codec instead, `capture:TOKENS` a
+micro-batch of a capture (KEY: codec, dtype, target), and `load` the loader's way to the device.
 
 torch computes shapes, dtypes and devices of fake CUDA tensors, and no values; `fake_cuda.cpp`, compiled in a second or
 two, makes a CPU build believe in the device. So a step at the width of an 8B target shows here what it would on a GPU:
@@ -200,11 +200,11 @@ def mean_entries(parts: list[Blocks]) -> int:
     return flex.TILE**2 * sum(tiles) // len(tiles)
 
 
-def codec_on(device: str) -> dict:
-    """Encode and decode int8 states there, with a calibration that is there; return the waits of the host."""
+def codec_on(device: str, name: str) -> dict:
+    """Encode and decode states there, with a calibration that is there; return the waits of the host."""
     import numpy as np
 
-    codec, mode, meter = CODECS["int8"], FakeTensorMode(allow_non_fake_inputs=True), Meter(device)
+    codec, mode, meter = CODECS[name], FakeTensorMode(allow_non_fake_inputs=True), Meter(device)
     calibration = Calibration(np.zeros(WIDTH, np.float32), np.ones(WIDTH, np.float32))
     with mode, meter:
         states_RD = torch.empty(256, WIDTH, dtype=torch.bfloat16, device=device)
@@ -212,7 +212,7 @@ def codec_on(device: str) -> dict:
         meter.reset()
         codes = codec.encode(states_RD, calibration)[:2]
         codec.decode(codes, calibration, torch.empty_like(states_RD))
-    return {"codec": "int8", "device": device, "waits": dict(+meter.waits)}
+    return {"codec": name, "device": device, "waits": dict(+meter.waits)}
 
 
 def main() -> None:
@@ -221,8 +221,8 @@ def main() -> None:
         what, _, rest = named.partition(":")
         rows, _, others = rest.partition(",")
         chosen = dict(pair.split("=") for pair in others.split(",") if pair)
-        if what == "int8":
-            print(json.dumps(codec_on("cuda")))
+        if what in CODECS:
+            print(json.dumps(codec_on("cuda", what)))
             continue
         if what == "capture":
             from fake_capture import capture

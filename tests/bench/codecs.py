@@ -1,12 +1,16 @@
 """What each codec costs and gives, on real states and on made ones: `python tests/bench/codecs.py`.
 
-Real: layers 1, 3, 5 and the final state of the bundled target over the bundled chats, rounded to bfloat16. Made: width
-4096, channels of log-normal spreads, a mean of their own, every 500th row an attention sink at 2000 times the layer's
-scale in two channels. Written by `ShardWriter` and read by `Column`, checksums included; `decode` is the decoding of
-what is in memory already. CPU seconds a GB of bfloat16, of all threads of the process, the best of some rounds. Errors
-are relative to the states' norm.
+Real: layers 1, 3, 5 and the final state of the bundled target over the bundled chats, rounded to bfloat16, or with
+`--cache` the columns of a raw cache, such as one of another target. Made: width 4096, channels of log-normal spreads, a
+mean of their own, every 500th row an attention sink at 2000 times the layer's scale in two channels. Written by
+`ShardWriter` and read by `Column`, checksums included; `decode` is the decoding of what is in memory already. CPU
+seconds a GB of bfloat16, of all threads of the process, the best of some rounds. Errors: relative to the states' norm,
+over all and of the worst token; of the worst token and of a channel as the certificate has them, in stds. Of `final`
+from a cache, what the head makes of the decoded states: how often its first choice is the same, and the KL.
 
-The last rows are a candidate that is not built in: a step tied to the token's own scale (rms of z over d), then zstd.
+The last rows of each are a candidate that is not built in: a step tied to the token's own scale (rms of z over d), then
+zstd. At d = 12 it is smaller than int6 and as exact, at d = 16 as small and more exact; but a window of rows then takes
+a chunk of 1 MiB to be decoded, on the CPU, and sizes are known only once all is written.
 Below, what the made states' rows have to reach, and what the same bytes cost this machine without us: written with
 plain `write`, read with plain `preadv`.
 """
@@ -18,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,19 +34,20 @@ import torch
 from numcodecs import blosc
 from torch import Tensor
 
-from pipeline.cache import plan_writer
+from pipeline.cache import HiddenCache, plan_writer
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.codec import Calibration
-from pipeline.cache.codecs.error_certificate import calibrate
+from pipeline.cache.codecs.error_certificate import Certificate, calibrate
 from pipeline.cache.codecs.zarr_file import parse_chunk_index
 from pipeline.cache.columns import Column, ColumnSpec, open_column
 from pipeline.cache.file_writer import create_identity
-from pipeline.cache.layout import SAMPLES, SHARDS
+from pipeline.cache.layout import FINAL, SAMPLES, SHARDS
 from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.samples import PlannedSample
 from pipeline.cache.schema import column_manifest
 from pipeline.cache.writer import ShardWriter, store_calibration
+from pipeline.target.head import TargetHead
 from pipeline.target.model import load_target
 from pipeline.tensors import as_states, as_stored
 
@@ -59,47 +65,71 @@ JUDGED = (  # codec, figure, what it must reach, what we aim at
     ("int8", "error", "0.008", ""),
     ("int8", "worst", "0.012", ""),
     ("int8", "decode", "0.5", "0.3"),
+    ("int6", "size", "0.40", ""),
+    ("int6", "channel", "0.028", ""),
+    ("int6", "decode", "0.6", ""),
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--mib", type=int, default=256, help="made states, and about as many real ones a column")
+    parser.add_argument("--cache", type=Path, help="a raw cache to take real states from")
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     os.fsync = lambda fd: None  # a disk's speed is not what is measured
     plan_writer.MIN_SHARDS = 1
     found: dict[str, dict[str, float]] = {}
-    columns = {"made, 4096": made_states(asked.mib)}
-    columns |= {f"{name}, 256": states for name, states in real_states(asked.mib).items()}
-    heads = "".join(f"{head:>8}" for head in ("size", "error", "worst", "escapes", "write", "read", "decode"))
-    print(f"{'states':16} {'codec':14}{heads}")
+    columns = {"made": made_states(asked.mib)}
+    columns |= cached_states(asked.cache, asked.mib) if asked.cache else real_states(asked.mib)
+    head = HiddenCache.open(asked.cache).head() if asked.cache else None
+    figures = ("size", "error", "worst", "token", "channel", "escapes", "write", "read", "decode")
+    print(f"{'states':14} {'codec':14}" + "".join(f"{figure:>8}" for figure in figures))
     for name, states_RD in columns.items():
         bits = as_stored(states_RD)
         calibration = calibrate(bits)
+        judge = partial(show, f"{name}, {bits.shape[1]}", states_RD, calibration, head if name == FINAL else None)
         for codec in CODECS:
-            figures = show(name, codec, states_RD, *stored(codec, bits, calibration, asked.rounds))
-            found.setdefault(codec, figures)
+            found.setdefault(codec, judge(codec, *stored(codec, bits, calibration, asked.rounds)))
         for d in FINENESS:
-            show(name, f"rms/{d} + zstd", states_RD, *by_token(states_RD, calibration, d, asked.rounds))
-    print(f"\n{'made, 4096':16} {'figure':14} {'found':>6} {'must':>8} {'aim':>8}")
+            judge(f"rms/{d} + zstd", *by_token(states_RD, calibration, d, asked.rounds))
+    print(f"\n{'made, 4096':14} {'figure':14} {'found':>6} {'must':>8} {'aim':>8}")
     for codec, figure, must, aim in JUDGED:
-        print(f"{codec:16} {figure:14} {found[codec][figure]:6.3f} {'<= ' + must:>8} {aim:>8}")
-    print("\nplain, CPU s/GB: write {:.2f}, preadv {:.2f}".format(*plain(columns["made, 4096"], asked.rounds)))
+        print(f"{codec:14} {figure:14} {found[codec][figure]:6.3f} {'<= ' + must:>8} {aim:>8}")
+    print("\nplain, CPU s/GB: write {:.2f}, preadv {:.2f}".format(*plain(columns["made"], asked.rounds)))
 
 
-def show(name: str, codec: str, truth_RD: Tensor, found_RD: Tensor, size: float, *rest: float) -> dict[str, float]:
-    """Print a row: size against bfloat16, error over all and of the worst token, escapes a token, CPU s/GB."""
-    truth_RD, found_RD = truth_RD.float(), found_RD.float()
-    error_R = (found_RD - truth_RD).norm(dim=-1)
-    whole, worst = error_R.norm() / truth_RD.norm(), (error_R / truth_RD.norm(dim=-1)).max()
-    outliers, write, read, decode = rest
-    print(
-        f"{name:16} {codec:14}{size:8.3f}{whole:8.4f}{worst:8.4f}{outliers:8.3f}{write:8.2f}{read:8.2f}{decode:8.2f}",
-        flush=True,
+def show(
+    name: str,
+    truth_RD: Tensor,
+    calibration: Calibration,
+    head: TargetHead | None,
+    codec: str,
+    found_RD: Tensor,
+    size: float,
+    outliers: float,
+    *seconds: float,
+) -> dict[str, float]:
+    """Print a row: size against bfloat16, errors, escapes a token, CPU s/GB; with a head, top-1 and KL. Returns it."""
+    measured = Certificate(FINAL if head else "aux.1", "int8", calibration, head)
+    for truth_rD, found_rD in zip(truth_RD.split(PIECE), found_RD.split(PIECE), strict=True):
+        measured.add(truth_rD, found_rD)
+    figures = {
+        "size": size,
+        "error": (measured.squares / measured.norm) ** 0.5,
+        "worst": measured.worst,
+        "token": measured.of_token,
+        "channel": measured.of_channels(),
+        "escapes": outliers,
+    }
+    told = "".join(f"{value:8.4f}" if key != "size" else f"{value:8.3f}" for key, value in figures.items())
+    told += "".join(f"{value:8.2f}" for value in seconds)
+    told += (
+        f"  top-1 {measured.agree / measured.rows:.4f}, KL {measured.divergence / measured.rows:.1e}" if head else ""
     )
-    return {"size": size, "error": float(whole), "worst": float(worst), "write": write, "read": read, "decode": decode}
+    print(f"{name:14} {codec:14}{told}", flush=True)
+    return figures | dict(zip(("write", "read", "decode"), seconds, strict=True))
 
 
 def best(work: Callable[[], object], rounds: int, size: int) -> float:
@@ -154,8 +184,8 @@ def stored(codec: str, bits: np.ndarray, calibration: Calibration, rounds: int) 
 
 def decoding(column: Column, out: np.ndarray) -> Callable[[], object]:
     """What decodes a column that was read before into `out`."""
-    reader, codec = column.open(), column.spec.codec
-    if codec == "zstd":
+    reader, codec = column.open(), CODECS[column.spec.codec]
+    if codec.name == "zstd":
         data = memoryview(reader.path.read_bytes())
         starts, sizes = parse_chunk_index(bytes(data[-reader.grid.index_bytes :]), len(data), reader.path)
         chunks = [data[start : start + size] for start, size in zip(starts.tolist(), sizes.tolist(), strict=True)]
@@ -163,7 +193,7 @@ def decoding(column: Column, out: np.ndarray) -> Callable[[], object]:
         rooms = [out[at : at + len(last)] for at in range(0, len(out), len(last))]
         rooms = [room if len(room) == len(last) else last for room in rooms]
         return lambda: [blosc.decompress(chunk, room) for chunk, room in zip(chunks, rooms, strict=True)]
-    if codec == "int8":
+    if codec.lossy:
         held = []
         for row, (first, stop) in enumerate(pairwise(column.bounds.tolist())):
             room, outliers = reader.buffers(stop - first), column.outliers_of(reader, row)
@@ -243,6 +273,21 @@ def made_states(mib: int, width: int = 4096) -> Tensor:
     return states.bfloat16()
 
 
+def cached_states(cache: Path, mib: int) -> dict[str, Tensor]:
+    """States of a cache by column, as many rows as make `mib` a column at most."""
+    held: dict[str, list[Tensor]] = {}
+    opened, rows = HiddenCache.open(cache), 0
+    for number in range(len(opened)):
+        sample = opened.read(number, final=True)
+        parts = dict(zip([f"aux.{layer}" for layer in opened.layers], sample.aux, strict=True)) | {FINAL: sample.final}
+        for name, states_RD in parts.items():
+            held.setdefault(name, []).append(states_RD)
+        rows += len(sample.ids)
+        if rows * sample.aux.shape[-1] * 2 >= mib << 20:
+            break
+    return {name: torch.cat(parts) for name, parts in held.items()}
+
+
 @torch.no_grad()
 def real_states(mib: int) -> dict[str, Tensor]:
     """States of the bundled target over its chats, as many rows as make `mib` a column at most; bfloat16 [R, 256]."""
@@ -251,7 +296,7 @@ def real_states(mib: int) -> dict[str, Tensor]:
 
     folder = ROOT / "data" / "tiny-qwen3"
     model = load_target(str(folder))
-    held: dict[str, list[Tensor]] = {f"layer {layer}": [] for layer in LAYERS} | {"final": []}
+    held: dict[str, list[Tensor]] = {f"layer {layer}": [] for layer in LAYERS} | {FINAL: []}
     most, rows = (mib << 20) // (2 * model.config.hidden_size), 0
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "cache"
@@ -264,7 +309,7 @@ def real_states(mib: int) -> dict[str, Tensor]:
             entries = model(ids[None], output_hidden_states=True).hidden_states
             for layer in LAYERS:
                 held[f"layer {layer}"].append(entries[layer + 1][0].bfloat16())
-            held["final"].append(entries[-1][0].bfloat16())
+            held[FINAL].append(entries[-1][0].bfloat16())
             rows += len(ids)
             if rows >= most:
                 break

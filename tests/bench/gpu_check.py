@@ -10,7 +10,7 @@ weights where only a shape matters. Without a GPU (`--device cpu`) the gates tha
  5 determinism  two trainings, the second killed and resumed: the same bytes
  6 late copies  the same with the device kept busy before every step, and before every copy to it; a capture likewise:
                 the same bytes
- 7 int8         encoded on the device: the CPU's bytes
+ 7 lossy        int8 and int6 encoded on the device: the CPU's bytes; and decoded there: the CPU's values
  8 memory       within a half and a quarter of the device, and of what a step takes beyond weights and gradients: in
                 parts, and the losses within 1e-4
  9 evaluate     speculative and plain decoding of the trained draft give the same replies
@@ -205,12 +205,16 @@ class Check:
             and all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
         )
 
-    def int8(self) -> Gates:
+    def lossy(self) -> Gates:
         states_RD = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
         states_RD[3, 7] = 1e4
         calibration = Calibration(np.zeros(1024, np.float32), np.ones(1024, np.float32))
-        ours, theirs = (CODECS["int8"].encode(states_RD.to(place), calibration) for place in ("cpu", self.device))
-        same = all(torch.equal(a, b.cpu()) for a, b in zip(ours, theirs, strict=True))
+        same = True
+        for codec in (CODECS["int8"], CODECS["int6"]):
+            ours, theirs = (codec.encode_to_host(states_RD.to(place), calibration) for place in ("cpu", self.device))
+            pairs = zip((*ours.arrays, ours.outliers), (*theirs.arrays, theirs.outliers), strict=True)
+            same &= all(np.array_equal(one, other) for one, other in pairs)
+            same &= torch.equal(ours.decode(), ours.decode(self.device).cpu())
         return same, _bytes(same)
 
     def memory(self) -> Gates:
@@ -381,7 +385,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         check = Check(asked.device, Path(scratch))
         gates: list[Callable] = [check.gru, check.step, check.bfloat16, check.capture, check.determinism]
-        gates += [check.late_copies, check.int8, check.memory, check.evaluate, check.two_gpus]
+        gates += [check.late_copies, check.lossy, check.memory, check.evaluate, check.two_gpus]
         for number, gate in enumerate(gates + [check.speed] * check.on_gpu, 1):
             began = time.perf_counter()
             how, found = answer(gate)

@@ -54,7 +54,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++
 def records() -> dict[str, dict]:
     """The record of each step by its name."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), *LOSSES, *PLAIN, *SPARING, IN_PARTS, LONG, *ON_CPU, "int8", *LOADS]
+    command = [sys.executable, str(SCRIPT), *LOSSES, *PLAIN, *SPARING, IN_PARTS, LONG, *ON_CPU, "int8", "int6", *LOADS]
     command += [f"{LOADS[0]},without={wait}" for wait in WITHOUT]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -75,8 +75,9 @@ def test_an_embedding_on_the_host_is_waited_for_only_in_evaluations(records, los
     assert records[loss]["evaluation_waits"].keys() == {"host_embedding.py:__call__"}
 
 
-def test_int8_is_decoded_without_a_wait_and_encoded_with_one_for_the_number_of_outliers(records):
-    assert records["int8"]["waits"] == {"scaled_groups.py:encode": 1}
+@pytest.mark.parametrize("codec", ["int8", "int6"])
+def test_a_lossy_codec_decodes_without_a_wait_and_encodes_with_one_for_the_number_of_outliers(codec, records):
+    assert records[codec]["waits"] == {"scaled_groups.py:encode": 1}
 
 
 @pytest.mark.parametrize("load", LOADS)

@@ -2,15 +2,16 @@
 
 q is a whole number within +-31, and its level q * (q^2 + 1024): steps grow by 3.7 from a group's middle to its largest
 entry (61535), since most entries lie near the middle. See `scaled_groups.py` for what becomes of it. On real states
-that has 0.023 of a channel's std as its error, where equal steps have 0.026, and one tail of a heavy-tailed row matters
-less, so fewer entries need be outliers: beyond 6 rms of their row, and not 4 as in int8.
+that has 0.023 of a channel's std as its error, where equal steps have 0.027, and an entry far out costs the rest of
+its group less, so fewer have to be outliers: beyond 6 rms of their row, and not 4 as in int8.
 
 Stored are codes q + 32, four in three bytes. A row of D channels is cut into four quarters of Q = ceil(D / 4) channels,
 the last filled up with zeros. The low six bits of bytes 0 .. 3Q - 1 are the codes of the first three quarters. What is
 left of them, two bits each, are the codes of the fourth: of its channel j bits 0-1 in byte j, bits 2-3 in byte Q + j,
 bits 4-5 in byte 2Q + j. So rows have one size, any row can be read alone, and a CPU or a GPU decodes by a few
-operations on whole rows. An entropy coder would need as much for a channel's error of 0.020 (or 0.36 of bfloat16 for
-this one's), and would read 1 MiB to give one row.
+operations on whole rows. Equal steps of a twelfth of the row's rms, compressed by zstd, have the same error and are
+smaller, 0.34 to 0.36 of bfloat16; but a row is then read by decoding a chunk, on a CPU, and how large a cache becomes
+is known only once it is there (`tests/bench/codecs.py` has both).
 """
 
 from typing import TYPE_CHECKING
@@ -41,7 +42,7 @@ class Int6(ScaledGroups):
     probe_allowance = 0.045
     # Where every group has an entry of 6 rms, a row's error is 0.04 of its own deviation.
     max_of_token = 0.05
-    max_of_channels = 0.04
+    max_of_channels = 0.07
 
     def stored(self, width: int) -> tuple[int, np.dtype]:
         return 3 * -(-width // 4), np.dtype("u1")

@@ -41,7 +41,8 @@ class LossyCodec(Codec):
 
     Before a shard is kept, its certificate (`error_certificate.py`) is checked against the promise, and against limits
     that all codecs share. max_of_token: the largest rms error of a row, relative to the row's rms deviation, both in
-    stds of the channels. max_of_channels: the same of a channel over rows, which nine tenths of the channels keep.
+    stds of the channels. max_of_channels: the same of a channel over rows, for nine tenths of the channels: three times
+    what the codec does over many rows, since rows of one sample show twice that.
 
     Every column in a lossy codec is calibrated first: the certificate measures errors in its channels' stds, and an
     encoder may normalise by them.

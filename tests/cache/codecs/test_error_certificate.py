@@ -222,7 +222,7 @@ def test_an_int6_broken_by_hand_is_refused_on_states_of_every_kind(how, kind):
 def test_an_int6_of_half_the_levels_is_refused(kind, monkeypatch):
     fine, truth_RD = INT6.round_, states(kind)
     monkeypatch.setattr(INT6, "round_", lambda z_rD: fine(z_rD).div_(2).round_().mul_(2).clamp_(-30, 30))
-    with pytest.raises(ProofError, match=r"aux\.9 does not fit int6: .* a tenth of the channels by"):
+    with pytest.raises(ProofError, match=r"aux\.9 does not fit int6: .*a token by"):
         measured(truth_RD, INT6.encode_to_host(truth_RD, calibrate(as_stored(truth_RD))))
 
 
