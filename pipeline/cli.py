@@ -80,8 +80,9 @@ def plan(model, corpus, out, probe, train, device_memory, as_json, **chosen):
     from stages.cache_hidden.settings import CaptureOptions, size_bytes
     from stages.train_draft.planned_memory import PlannedTraining
 
-    training = PlannedTraining(train, device_memory and size_bytes(device_memory, "--device-memory"))
-    report = plan(model, corpus, out, options=CaptureOptions(**chosen), probe=probe)
+    size = size_bytes(device_memory, "--device-memory") if device_memory else None
+    training = PlannedTraining(train, size)
+    report = plan(model, corpus, out, options=CaptureOptions(**chosen), probe=probe, device_bytes=size)
     report |= training.of(report, model, chosen["revision"])
     show(report, as_json, plan_table)
     if not as_json:

@@ -61,7 +61,7 @@ def together(*options: Callable) -> Callable:
 plan_options = together(
     option("--probe", is_flag=True, help="Run target and disk for a moment, to say how long a capture takes."),
     option("--train", type=PATH, metavar="RECIPE", help="Say what memory a training by this recipe needs, too."),
-    option("--device-memory", metavar="SIZE", help="With --train: a device's, such as 24GiB. What of a step fits?"),
+    option("--device-memory", metavar="SIZE", help="A device's, such as 24GiB. What fits of a capture, of a step?"),
     option("--json", "as_json", is_flag=True, help="Print the plan as JSON."),
 )
 # Of `plan` and `cache-hidden`: everything that decides what a cache holds.

@@ -95,6 +95,7 @@ class FakeCapture:
             return receipt | {
                 "codec": self.codec,
                 "tokens": int(self.shard.lengths.sum()),
+                "padded_tokens": int(len(self.shard) * self.shard.lengths.max()),
                 "weights_gib": round(weights / 2**30, 3),
                 "events": dict(events),
                 "copies": sum(meter.copies.values()),

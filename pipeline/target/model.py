@@ -10,6 +10,7 @@ model: layers, norm and head are found by their kind, not by the model's name. `
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ from pipeline.target.weights import check_weights_if_recorded, weight_facts, wei
 from pipeline.tensors import find_device
 from pipeline.torchrun import lost_rank
 
+READ_IN_TURN = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers' variable
+
 
 def load_target(
     model: str,
@@ -50,6 +53,9 @@ def load_target(
 
     device_map: spreads its layers over devices. ranks: of the process group, each of which calls this and gets its part
     of every layer. `pipeline/target/several_devices.py` has both.
+    Its files are mapped: their pages take no memory that others need, and on a CPU a weight whose dtype is not changed
+    is such pages. Beside them the host holds what is converted, less than the largest file in practice, and on a CPU
+    the converted weights.
     Raises UsageError when there is no such model, it is no decoder, or its files are damaged or incomplete, RoomError
     when the device has too little memory.
     """
@@ -70,9 +76,15 @@ def load_target(
         # Straight to the device, a file at a time, by accelerate; some quantised models could not be moved later.
         arguments = {"device_map": {"": device}}
     try:
-        target, report = loader.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=False, **arguments
-        )
+        with _one_weight_at_a_time(device.type == "cpu" and not arguments):
+            target, report = loader.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **arguments,
+            )
         if method is not None:
             _unpack(target)
     except ImportError as error:
@@ -101,6 +113,25 @@ def load_target(
             "fetch its files again"
         )
     return target.eval().requires_grad_(False)
+
+
+@contextmanager
+def _one_weight_at_a_time(asked: bool) -> Iterator[None]:
+    """Within the block, transformers reads a weight when it is its turn; else four threads read ahead of it.
+
+    On a CPU these leave every expert that becomes a part of a larger weight in memory twice: freed, but in pieces that
+    the larger weights do not fit. Four threads are faster to a GPU. transformers has no argument for it.
+    """
+    before = os.environ.get(READ_IN_TURN)
+    if asked:
+        os.environ[READ_IN_TURN] = "1"
+    try:
+        yield
+    finally:
+        if asked and before is None:
+            del os.environ[READ_IN_TURN]
+        elif asked:
+            os.environ[READ_IN_TURN] = before
 
 
 @torch.no_grad()

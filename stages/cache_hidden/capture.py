@@ -32,6 +32,7 @@ from pipeline.target.model import head_of, load_target, stop_tokens, store_targe
 from pipeline.target.on_policy import SHARE, OnPolicyStats, on_policy_column, on_policy_share, sum_scores
 from pipeline.target.probe import ReferenceTarget, probe
 from pipeline.target.several_devices import input_device
+from stages.cache_hidden.device_memory import QUEUED
 from stages.cache_hidden.engine import make_engine
 from stages.cache_hidden.pack import ExactRows, PackedStates, Packer, certify, load_or_make_calibrations
 from stages.cache_hidden.plan_report import Lost, work_bytes
@@ -40,7 +41,6 @@ from stages.cache_hidden.settings import CaptureSettings
 if TYPE_CHECKING:
     from stages.cache_hidden.tensor_parallel import Group
 
-QUEUED = 2  # micro-batches that wait for the writer
 SHOWN_EVERY_S = 5.0  # where stderr is no terminal
 REFUSED_SHARE = 0.01  # of a plan's samples; more means that something is wrong with the target or its dtype
 DISK_BYTES = 256 << 20  # written, synced and removed

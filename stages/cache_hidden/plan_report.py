@@ -170,6 +170,7 @@ def plan_table(report: dict):
         ("cache", f"{size_text(report['bytes_in_all'])} in {report['shards']} shards, {report['shards_done']} done"),
         ("to write", f"{size_text(report['bytes_to_write'])}, {size_text(report['free_bytes'])} free: {fits}"),
         ("time", time_text(report["time"]) if report["bytes_to_write"] else "none, everything is captured"),
+        *(("memory" * (not number), line) for number, line in enumerate(report["memory"]["lines"])),
         *(("training" * (not number), line) for number, line in enumerate(report.get("training", {}).get("lines", []))),
         ("domains", ", ".join(f"{name} {count:,}" for name, count in report["domains"].items())),
         ("splits", ", ".join(f"{name} {count:,}" for name, count in report["splits"].items())),

@@ -32,6 +32,7 @@ from stages.cache_hidden.capture_log import (
     unchanged_columns,
     write_record,
 )
+from stages.cache_hidden.device_memory import memory_report
 from stages.cache_hidden.make_plan import make_plan, missing_columns
 from stages.cache_hidden.plan_report import (
     budget_steps,
@@ -72,16 +73,26 @@ class CaptureSummary:
     on_policy: OnPolicyStats
 
 
-def plan(model: str, corpus: str | None, out: Path, *, options: CaptureOptions, probe: bool = False) -> dict:
+def plan(
+    model: str,
+    corpus: str | None,
+    out: Path,
+    *,
+    options: CaptureOptions,
+    probe: bool = False,
+    device_bytes: int | None = None,
+) -> dict:
     """Write the plan of a cache at `out`, unless it exists, and return its report (see `plan_report`).
 
-    `probe` measures target and disk on a few micro-batches, to estimate how long a capture takes. Raises UsageError (no
-    such model or corpus, another identity or budget), DataError (unusable corpus), RoomError.
+    `probe` measures target and disk on a few micro-batches, to estimate how long a capture takes. device_bytes: of the
+    device that is to capture, to say whether it can. Raises UsageError (no such model or corpus, another identity or
+    budget), DataError (unusable corpus), RoomError.
     """
     catalog = Catalog(out)
     settings = _settings_of_plan(model, corpus, catalog, options)
     write_record(out, request_of(model, corpus, options), settings, corpus or default_corpus(settings.folder))
     report = plan_report(catalog, settings)
+    report["memory"] = memory_report(settings, catalog.plan, device_bytes)
     report["command"] = capture_command(model, corpus, out, options, settings)
     work = missing_columns(catalog, settings.columns)
     if probe and work:

@@ -8,7 +8,6 @@ from pathlib import Path
 from pipeline.cache import HiddenCache
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.layout import CONFIG
-from pipeline.errors import UsageError
 from pipeline.target.files import find_target, read_json
 from pipeline.target.layers import text_config
 
@@ -48,8 +47,6 @@ class PlannedTraining:
     """
 
     def __init__(self, recipe: Path | None, device_bytes: int | None):
-        if device_bytes and recipe is None:
-            raise UsageError("--device-memory is for a training; name its recipe with --train")
         self.device_bytes, self.recipe = device_bytes, None
         if recipe is not None:
             from pipeline.runs.recipe import load_recipe  # brings torch, which a plan without a training needs not

@@ -165,7 +165,6 @@ def test_plan_says_what_of_a_training_fits(tiny_target, tiny_corpus, tmp_path):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--device-memory", "24GiB"), "name its recipe with --train"),
         (("--train", "nothing.toml"), "no recipe at nothing.toml"),
         (("--train", "configs/demo.toml", "--device-memory", "much"), "--device-memory much: wanted a size"),
     ],
