@@ -236,7 +236,7 @@ def evaluate(draft, as_json, temperature, draft_temperature, seed, **chosen):
     drawing, reported apart. With --plain the target's own replies are decoded once for all drafts: where the file has
     them they are taken from it, and no speeds are compared. With --batch it is sooner done, and no speeds are measured.
     """
-    from pipeline.evaluation.tables import evaluation_table
+    from pipeline.evaluation.evaluation_table import evaluation_table
     from stages.evaluate.run import SamplingOptions, run
 
     of_draft = temperature if draft_temperature is None else draft_temperature
@@ -329,7 +329,7 @@ def initial_draft(place):
     """Return the draft that --init-from names, None without one. Training knows of no published form."""
     if place is None:
         return None
-    from pipeline.published.weights import InitialDraft
+    from pipeline.published.init_from import InitialDraft
 
     return InitialDraft(place)
 

@@ -182,6 +182,11 @@ class Report(Record):
         description="teacher-forced accept length by domain"
     )
 
+    @property
+    def verified_proposals(self) -> int:
+        """How many proposals of a block were verified."""
+        return self.settings.proposals or self.draft.proposals
+
     def with_sampled_replies(self) -> "Report":
         """Return the report with its sampled replies in place of the greedy ones."""
         drawn = self.sampled

@@ -48,7 +48,7 @@ from pipeline.runs.training_data import Split
 from pipeline.target.head import NEWEST, RULES
 
 if TYPE_CHECKING:
-    from pipeline.published.weights import InitialWeights
+    from pipeline.published.init_from import InitialWeights
 
 RUN, RECIPE, DONE = "run.json", "recipe.toml", "done.json"
 OTHER_FOLDERS = {"config.json": "a model or a draft", "cache.json": "a cache"}  # files of other kinds of folder

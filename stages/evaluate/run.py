@@ -14,9 +14,9 @@ from pipeline.cache.atomic import write_errors, write_file
 from pipeline.cache.schema import read_log
 from pipeline.drafts import Draft, DraftConfig
 from pipeline.errors import RoomError, UsageError
+from pipeline.evaluation.evaluation_table import evaluation_table
 from pipeline.evaluation.prompts import Prompt, cached_prompts, file_prompts
 from pipeline.evaluation.reports import DraftFacts, Report, Settings, Speed, report_bytes
-from pipeline.evaluation.tables import evaluation_table
 from pipeline.json_files import check_regular
 from pipeline.published import load_draft_folder, recorded_share
 from pipeline.runs.checkpoint import CONFIG, DRAFT, find_checkpoint, load_draft, open_checkpoint

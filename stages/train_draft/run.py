@@ -42,7 +42,7 @@ from stages.train_draft.stop import GracefulStop
 from stages.train_draft.training_run import TrainingRun, digests
 
 if TYPE_CHECKING:
-    from pipeline.published.weights import InitialDraft, InitialWeights
+    from pipeline.published.init_from import InitialDraft, InitialWeights
 
 
 @dataclass(frozen=True)

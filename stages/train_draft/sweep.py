@@ -38,7 +38,7 @@ from stages.train_draft.shared_read import group_runs, room_for_drafts, sharing_
 from stages.train_draft.sweep_processes import Errors, Work, named_devices, train_on_devices
 
 if TYPE_CHECKING:
-    from pipeline.published.weights import InitialDraft, InitialWeights
+    from pipeline.published.init_from import InitialDraft, InitialWeights
 
 SEED = "train.seed"
 EXAMPLE = '"train.lr" = [1e-3, 3e-3]'

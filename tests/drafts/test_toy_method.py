@@ -14,8 +14,8 @@ from pipeline.errors import UsageError
 from pipeline.published import load_draft_folder
 from pipeline.published.check import check_export
 from pipeline.published.export import export
+from pipeline.published.init_from import InitialDraft
 from pipeline.published.reading import read_description
-from pipeline.published.weights import InitialDraft
 from pipeline.runs import checkpoint
 from stages.evaluate.run import run as evaluate
 from stages.train_draft.run import run as train

@@ -15,7 +15,7 @@ from pipeline.errors import UsageError
 from pipeline.published import load_draft_folder
 from pipeline.published.check import check_export
 from pipeline.published.export import export
-from pipeline.published.weights import InitialDraft
+from pipeline.published.init_from import InitialDraft
 from pipeline.runs.checkpoint import load_draft
 from pipeline.runs.recipe import load_recipe, resolve
 from stages.train_draft.run import run as train

@@ -15,8 +15,8 @@ from pipeline import cli
 from pipeline.cache import HiddenCache
 from pipeline.errors import DataError, ProofError, RoomError, UsageError
 from pipeline.evaluation.accept_length import engine_accept_length
+from pipeline.evaluation.evaluation_table import evaluation_table
 from pipeline.evaluation.reports import Lossless, load_report, report_bytes
-from pipeline.evaluation.tables import evaluation_table
 from pipeline.json_files import parse_checksummed
 from pipeline.published.export import export
 from stages.evaluate import decode

@@ -13,8 +13,8 @@ from verify_steps import StepRecorder, diverged
 from pipeline import cli
 from pipeline.cache.manifest import read_canonical, write_canonical
 from pipeline.errors import ProofError, RoomError, UsageError
+from pipeline.evaluation.evaluation_table import evaluation_table
 from pipeline.evaluation.reports import Speed
-from pipeline.evaluation.tables import evaluation_table
 from pipeline.target.model import load_target
 from stages.evaluate import measure
 from stages.evaluate import run as evaluation

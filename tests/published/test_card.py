@@ -11,8 +11,8 @@ from pipeline.json_files import parse_checksummed
 from pipeline.published.card import Origin, card, evaluations, serve_command
 from pipeline.published.check import check_export
 from pipeline.published.export import export
+from pipeline.published.init_from import InitialDraft
 from pipeline.published.reading import read_description
-from pipeline.published.weights import InitialDraft
 from pipeline.runs import checkpoint
 from pipeline.target.head import TargetHead
 from stages.evaluate.decode import SamplingOptions

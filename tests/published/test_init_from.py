@@ -13,8 +13,8 @@ from pipeline.drafts import DRAFTS, DraftConfig, draft_config, init_weights
 from pipeline.errors import UsageError
 from pipeline.published.check import check_export
 from pipeline.published.export import export
+from pipeline.published.init_from import InitialDraft
 from pipeline.published.reading import read_description
-from pipeline.published.weights import InitialDraft
 from pipeline.runs import checkpoint
 from pipeline.runs.recipe import load_recipe, resolve
 from pipeline.target.head import TargetHead

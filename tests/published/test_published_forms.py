@@ -16,8 +16,8 @@ from pipeline.errors import ProofError, UsageError
 from pipeline.published import check as arithmetic
 from pipeline.published import export, load_draft_folder
 from pipeline.published.check import check_export
+from pipeline.published.init_from import InitialDraft
 from pipeline.published.reading import published_names, read_description
-from pipeline.published.weights import InitialDraft
 from pipeline.runs import checkpoint
 from pipeline.target.head import TargetHead
 

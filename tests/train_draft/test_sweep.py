@@ -18,7 +18,7 @@ from pipeline.cli import main
 from pipeline.errors import UsageError
 from pipeline.evaluation.accept_length import bootstrap
 from pipeline.evaluation.tables import sweep_table
-from pipeline.published.weights import InitialDraft
+from pipeline.published.init_from import InitialDraft
 from pipeline.runs.recipe import load_recipe
 from pipeline.torchrun import VARIABLES
 from stages.train_draft.run import run

@@ -24,7 +24,7 @@ from pipeline.drafts import DRAFTS, lay_blocks
 from pipeline.drafts import block_draft as draft_module
 from pipeline.errors import CacheError, DataError, ProofError, RoomError, UsageError
 from pipeline.json_files import parse_checksummed, record_bytes
-from pipeline.published.weights import InitialDraft
+from pipeline.published.init_from import InitialDraft
 from pipeline.runs import checkpoint
 from pipeline.runs import folder as run_folder
 from pipeline.runs.folder import Evaluation

@@ -12,7 +12,6 @@ are encoded or decoded.
     R rows   D channels   K columns   e outliers
 """
 
-import contextlib
 import json
 import os
 from abc import abstractmethod
@@ -24,7 +23,7 @@ import numpy as np
 
 from pipeline.cache.atomic import sync_file
 from pipeline.cache.codecs.codec import Calibration, Codec
-from pipeline.cache.codecs.zarr_file import METADATA, SHARD_FILE, Grid, ShardFile, ShardFileWriter
+from pipeline.cache.codecs.zarr_file import METADATA, SHARD_FILE, Grid, ShardFileWriter, open_shard_file
 from pipeline.cache.manifest import FileFact
 from pipeline.errors import CacheError, ProofError
 
@@ -220,16 +219,6 @@ def _grids(codec: LossyCodec, rows: int, width: int, outliers: int) -> dict[str,
     }
 
 
-def _open(folder: Path, grid: Grid) -> ShardFile:
-    """Open an array in the chunks that we write, or else in those that its `zarr.json` states."""
-    with contextlib.suppress(CacheError):
-        file = ShardFile(folder, grid)
-        if file.in_order:
-            return file
-    stated = Grid.on_disk(folder, grid.rows, grid.width, grid.dtype)
-    return ShardFile(folder, stated if stated and stated.compressor is None else grid)
-
-
 def _max_outliers(rows: int, width: int) -> int:
     return rows * width // OUTLIER_SHARE
 
@@ -314,7 +303,7 @@ class EncodedReader:
                 f"{folder}: {self._outlier_count} escapes are more than there may be; run `pipeline verify`"
             )
         grids = _grids(codec, rows, width, self._outlier_count)
-        self._files = {name: _open(folder / name, grid) for name, grid in grids.items()}
+        self._files = {name: open_shard_file(folder / name, grid) for name, grid in grids.items()}
         self.calibration = Calibration(*self._read(CHANNELS, 0, 2))
 
     def _read(self, name: str, first: int, count: int) -> np.ndarray:

@@ -8,6 +8,7 @@ one byte range; any zarr v3 reader opens it. The array's shape is rounded up to 
 Chunks may be compressed each (zstd, in `lossless.py`).
 """
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -309,3 +310,13 @@ class ShardFile(OpenFile):
             return
         for chunk, at, part in self.grid.parts(first_row, out):
             self.read(int(self._chunks[chunk]) + at, part)
+
+
+def open_shard_file(folder: Path, grid: Grid) -> ShardFile:
+    """Open an array in the chunks that we write, or else in those that its `zarr.json` states."""
+    with contextlib.suppress(CacheError):
+        file = ShardFile(folder, grid)
+        if file.in_order:
+            return file
+    stated = Grid.on_disk(folder, grid.rows, grid.width, grid.dtype)
+    return ShardFile(folder, stated if stated and stated.compressor is None else grid)
