@@ -245,7 +245,8 @@ def _deepspec(config: DraftConfig, origin: Origin, common: dict) -> dict:
     training reads, too). Without heads it is DeepSpec's own baseline, DFlash with next-position labels."""
     heads = {"markov_rank": 0, "markov_head_type": "vanilla", "enable_confidence_head": False}
     heads |= {"confidence_head_with_markov": False}
-    options = {name: getattr(config, name) for name in config.published_options()}
+    stated = {name: getattr(config, name) for name in config.published_options()}
+    options = {name: value for name, value in stated.items() if value is not None}
     return (
         common
         | heads

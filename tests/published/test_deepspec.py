@@ -106,7 +106,7 @@ def test_its_baseline_is_dflash_with_next_position_labels(cache, tmp_path):
     draft = make_learned_draft(cache.path, "dflash", steps=0, shift_label=True)
     out = export_of(draft, cache, tmp_path / "out")
     flat = json.loads((out / "config.json").read_text())
-    assert flat["markov_rank"] == 0 and flat["enable_confidence_head"] is False
+    assert flat["markov_rank"] == 0 and flat["enable_confidence_head"] is False and "vocabulary" not in flat
     shapes = {name: tuple(tensor.shape) for name, tensor in load_file(out / "model.safetensors").items()}
     assert shapes == class_tensors(flat)
     facts = check_export(out)
