@@ -3,7 +3,8 @@
 A step has two cells, of which the second finds gradients in place. KEY: device, optimizer, dtype, moments and embedding
 (device or host), layers (kept or recomputed), kernels (compiled or plain), anchors (of a cell), at_once (blocks
 computed together), or an option of the draft. METHOD `int8`, `int6` is that codec instead, `capture:TOKENS` a
-micro-batch of a capture (KEY: codec, dtype, target), and `load` the loader's way to the device.
+micro-batch of a capture (KEY: codec, dtype, target), `load` the loader's way to the device, and `gpu-check` gates of
+that command.
 
 torch computes shapes, dtypes and devices of fake CUDA tensors, and no values; `fake_cuda.cpp`, compiled in a second or
 two, makes a CPU build believe in the device. So a step at the width of an 8B target shows here what it would on a GPU:
@@ -228,6 +229,11 @@ def main() -> None:
             from fake_capture import capture
 
             print(json.dumps(capture(chosen.pop("codec", "raw"), int(rows or 8192), **chosen)), flush=True)
+            continue
+        if what == "gpu-check":
+            from fake_gpu_check import gpu_check_gates
+
+            print(json.dumps(gpu_check_gates()), flush=True)
             continue
         if what == "load":
             print(json.dumps(load(chosen.pop("codec", "raw"), chosen.get("without"))), flush=True)

@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -172,25 +172,10 @@ class Check:
     def late_copies(self) -> Gates:
         if not self.on_gpu:
             return None, "needs a GPU"
-        step, forward, copy = Trainer.step, HfEngine.forward, CopyStream.copy
-
-        def late_after(function):
-            def late(*args):
-                torch.cuda._sleep(50_000_000)  # some 30 ms, which all that is queued behind it waits for
-                return function(*args)
-
-            return late
-
-        def late_copy(copies, cell):
-            with torch.cuda.stream(copies.stream):
-                return late_after(copy)(copies, cell)
-
-        Trainer.step, HfEngine.forward, CopyStream.copy = late_after(step), late_after(forward), late_copy
-        try:
-            trained = self.weights(self.trained("late")) == self.weights(self.trained("whole"))
+        whole = self.weights(self.trained("whole"))
+        with everything_late():
+            trained = self.weights(self.trained("late")) == whole
             late = self.cache("late-capture", device=str(self.device))
-        finally:
-            Trainer.step, HfEngine.forward, CopyStream.copy = step, forward, copy
         captured = self.same_shards(self.cache(str(self.device), device=str(self.device)), late)
         return trained and captured, f"training: {_bytes(trained)}; capture: {_bytes(captured)}"
 
@@ -333,6 +318,31 @@ class Check:
             optimizer.step(1e-6)
 
         return step, rows
+
+
+@contextlib.contextmanager
+def everything_late() -> Iterator[None]:
+    """Within the block, the device is kept busy before every step of a training, every forward of a capture, and, on
+    the stream that copies, every copy of a cell; some 30 ms, which all that is queued behind waits for."""
+    step, forward, copy = Trainer.step, HfEngine.forward, CopyStream.copy
+
+    def late_after(function: Callable) -> Callable:
+        def late(*args):
+            torch.cuda._sleep(50_000_000)
+            return function(*args)
+
+        return late
+
+    def late_copy(copies, cell):
+        with torch.cuda.stream(copies.stream):  # for the sleep alone: the copy waits for the stream it is asked on
+            torch.cuda._sleep(50_000_000)
+        return copy(copies, cell)
+
+    Trainer.step, HfEngine.forward, CopyStream.copy = late_after(step), late_after(forward), late_copy
+    try:
+        yield
+    finally:
+        Trainer.step, HfEngine.forward, CopyStream.copy = step, forward, copy
 
 
 def _bytes(same: bool) -> str:
