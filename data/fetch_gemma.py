@@ -132,8 +132,10 @@ def convert(gguf: Path, reader: Path, folder: Path) -> None:
     unpacked = {}
     if hasattr(transformers, "GgufConfig"):  # from 5.20 on weights stay packed otherwise, and cannot be saved
         unpacked["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **unpacked)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, trust_remote_code=False, **unpacked
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     model.config.name_or_path = "Gemma 3 270M"
     tokenizer.chat_template = CHAT_TEMPLATE
     model.save_pretrained(folder)
@@ -145,7 +147,8 @@ def prove(folder: Path) -> str:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     ids = tokenizer(KNOWN, return_tensors="pt").input_ids
     with torch.inference_mode():
         logits = model(ids).logits[0].float()

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.target.model import load_target, tap_layers
+from pipeline.target.loading import load_target
+from pipeline.target.model import tap_layers
 
 
 @dataclass

@@ -19,7 +19,7 @@ from pipeline.drafts import (
     lay_blocks,
     pack,
 )
-from pipeline.target.model import load_target
+from pipeline.target.loading import load_target
 
 STOP, MASK = 258, 259
 OPTIONS = {

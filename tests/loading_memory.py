@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from pipeline.target.model import load_target
+from pipeline.target.loading import load_target
 
 STATUS = Path("/proc/self/status")
 EVERY_S = 0.001

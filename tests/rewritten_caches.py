@@ -15,7 +15,8 @@ from pipeline.cache.plan_writer import write_segment
 from pipeline.cache.samples import PlannedSample
 from pipeline.cache.writer import ShardWriter
 from pipeline.target.layers import final_rows
-from pipeline.target.model import lm_logits, load_target, run_decoder, tap_layers
+from pipeline.target.loading import load_target
+from pipeline.target.model import lm_logits, run_decoder, tap_layers
 
 
 def rewrite(cache, out, *, samples=None, states=None, final=True, config=None):

@@ -32,7 +32,8 @@ from pipeline.drafts import (
 from pipeline.drafts.draft import Loss
 from pipeline.published import load_draft_folder
 from pipeline.target.head import TargetHead
-from pipeline.target.model import head_of, load_target
+from pipeline.target.loading import load_target
+from pipeline.target.model import head_of
 from stages.evaluate.decode import speculative_decode
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden" / "reference"))

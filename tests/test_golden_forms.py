@@ -14,7 +14,7 @@ from pipeline.cache import HiddenCache
 from pipeline.drafts import DRAFTS, BlockRequest
 from pipeline.published.card import Origin
 from pipeline.published.export import published_config
-from pipeline.target.model import load_target
+from pipeline.target.loading import load_target
 from pipeline.tensors import save_tensors
 
 FORMS = {

@@ -28,7 +28,8 @@ from pipeline.cache.samples import ShardPlan
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import DataError
 from pipeline.target.head import TargetHead
-from pipeline.target.model import head_of, load_target, stop_tokens, store_target
+from pipeline.target.loading import load_target
+from pipeline.target.model import head_of, stop_tokens, store_target
 from pipeline.target.on_policy import SHARE, OnPolicyStats, on_policy_column, on_policy_share, sum_scores
 from pipeline.target.probe import ReferenceTarget, probe
 from pipeline.target.several_devices import input_device

@@ -26,7 +26,8 @@ from pipeline.errors import RoomError, UsageError
 from pipeline.target.config import load_config, loader_class
 from pipeline.target.files import find_target
 from pipeline.target.head import TargetHead
-from pipeline.target.model import decoder, head_of, load_target
+from pipeline.target.loading import load_target
+from pipeline.target.model import decoder, head_of
 from pipeline.target.several_devices import check_ranks, input_device
 from pipeline.target.weights import target_digest
 from pipeline.tensors import out_of_memory

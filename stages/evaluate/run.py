@@ -24,7 +24,8 @@ from pipeline.runs.folder import RUN, read_recipe, read_run
 from pipeline.runs.recipe import TrainSection
 from pipeline.runs.training_data import split_samples
 from pipeline.target.files import find_target, max_positions, target_name
-from pipeline.target.model import head_of, load_target, stop_tokens
+from pipeline.target.loading import load_target
+from pipeline.target.model import head_of, stop_tokens
 from pipeline.target.weights import check_weights_if_recorded, target_digest, weights_digest
 from pipeline.tensors import find_device, refuse_out_of_memory
 from pipeline.visible_text import VisibleConsole

@@ -26,7 +26,8 @@ from pipeline.errors import DataError, ProofError, UsageError
 from pipeline.target.config import load_config
 from pipeline.target.files import CONFIG, read_json, read_text_config, stop_ids
 from pipeline.target.head import TargetHead
-from pipeline.target.model import final_norm, head_of, load_target, stop_tokens, store_target, tap_layers
+from pipeline.target.loading import load_target
+from pipeline.target.model import final_norm, head_of, stop_tokens, store_target, tap_layers
 from pipeline.target.probe import BOUNDS, ROWS, relative_error
 from pipeline.target.weights import safetensors_header, weight_files
 from pipeline.tensors import find_device

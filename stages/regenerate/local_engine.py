@@ -20,7 +20,8 @@ from pipeline.corpus.rejections import Unusable
 from pipeline.errors import RoomError, UsageError
 from pipeline.target.files import max_positions, read_text_config
 from pipeline.target.kv_cache import BatchedKV, check_batchable, new_kv
-from pipeline.target.model import lm_logits, load_target, run_decoder, stop_tokens
+from pipeline.target.loading import load_target
+from pipeline.target.model import lm_logits, run_decoder, stop_tokens
 from pipeline.tensors import draw, find_device, out_of_memory, uniforms
 from stages.regenerate.prompts import Failure, Job, Options, Renderer, common_prefix
 from stages.regenerate.replies import CUT, Reply

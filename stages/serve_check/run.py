@@ -27,7 +27,8 @@ from pipeline.json_files import Count, Number, Record, record_bytes
 from pipeline.published import CONFIG, load_draft_folder
 from pipeline.published.check import check_export
 from pipeline.target.files import max_positions, read_text_config
-from pipeline.target.model import head_of, load_target
+from pipeline.target.loading import load_target
+from pipeline.target.model import head_of
 from pipeline.tensors import find_device
 from stages.serve_check.compare import compare
 from stages.serve_check.draft_states import DraftStates, compare_states

@@ -48,7 +48,7 @@ from pipeline.cache.samples import PlannedSample
 from pipeline.cache.schema import column_manifest
 from pipeline.cache.writer import ShardWriter, store_calibration
 from pipeline.target.head import TargetHead
-from pipeline.target.model import load_target
+from pipeline.target.loading import load_target
 from pipeline.tensors import as_states, as_stored
 
 ROOT = Path(__file__).parents[2]

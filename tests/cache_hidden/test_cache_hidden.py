@@ -29,7 +29,7 @@ from pipeline.corpus.sources import parse_record
 from pipeline.errors import DataError, RoomError, UsageError
 from pipeline.target.head import TargetHead
 from pipeline.target.layers import final_rows
-from pipeline.target.model import load_target
+from pipeline.target.loading import load_target
 from pipeline.target.on_policy import OnPolicyStats, on_policy_rows, on_policy_share
 from stages.cache_hidden.capture import BackgroundWriter, Progress
 from stages.cache_hidden.pack import Packer, largest_magnitude

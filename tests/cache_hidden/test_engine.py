@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from pipeline.cache.manifest import read_canonical
 from pipeline.errors import ProofError
-from pipeline.target.model import load_target
+from pipeline.target.loading import load_target
 from stages.cache_hidden.engine import ENGINES
 from stages.cache_hidden.run import plan, run
 from stages.cache_hidden.settings import CaptureOptions

@@ -19,7 +19,7 @@ from pipeline.cache.manifest import read_canonical
 from pipeline.cache.verify import verify
 from pipeline.errors import UsageError
 from pipeline.target.config import load_config, loader_class
-from pipeline.target.model import load_target
+from pipeline.target.loading import load_target
 from pipeline.target.probe import NOISE_FACTOR, ReferenceTarget, relative_error
 from pipeline.target.several_devices import check_ranks, parse_device_map
 from stages.cache_hidden.repair import verify_and_repair
@@ -86,7 +86,7 @@ main()
 GROWTH = """
 import threading, time
 import torch.distributed as dist
-from pipeline.target.model import load_target
+from pipeline.target.loading import load_target
 
 def resident():
     with open("/proc/self/status") as file:

@@ -415,7 +415,7 @@ def test_nothing_there_is_said_in_one_line(tmp_path):
 
 
 def test_stop_tokens_come_from_the_target_where_there_is_no_cache(target):
-    from pipeline.target.model import load_target
+    from pipeline.target.loading import load_target
 
     assert evaluation.stop_tokens(load_target(str(target))) == {STOP}
 
@@ -429,7 +429,7 @@ def test_a_difference_is_a_failed_proof_of_exit_code_1(trained, monkeypatch):
 
 
 def test_a_prompt_past_what_the_target_s_scaling_holds_for_is_refused(target, monkeypatch):
-    from pipeline.target.model import load_target
+    from pipeline.target.loading import load_target
 
     model, prompt = load_target(str(target)), evaluation.Prompt([7] * 20, "sql", "prompt 3")
     evaluation.check_context_length(model, [prompt], 8, 4)

@@ -15,7 +15,7 @@ from pipeline.cache.manifest import read_canonical, write_canonical
 from pipeline.errors import ProofError, RoomError, UsageError
 from pipeline.evaluation.evaluation_table import evaluation_table
 from pipeline.evaluation.reports import Speed
-from pipeline.target.model import load_target
+from pipeline.target.loading import load_target
 from stages.evaluate import measure
 from stages.evaluate import run as evaluation
 from stages.evaluate.lossless import DecidedBy, PlainReplies, digest_of, plain_decode, reply_settings

@@ -22,7 +22,7 @@ from pipeline.evaluation.accept_length import (
     summarise,
 )
 from pipeline.target.head import NEWEST, RULES, ChunkLimit
-from pipeline.target.model import load_target
+from pipeline.target.loading import load_target
 from stages.evaluate.decode import speculative_decode
 
 

@@ -23,7 +23,8 @@ from pipeline.cache.verify import verify
 from pipeline.cache.writer import ShardWriter
 from pipeline.cli import commands
 from pipeline.errors import DataError, ProofError, UsageError
-from pipeline.target.model import head_of, load_target
+from pipeline.target.loading import load_target
+from pipeline.target.model import head_of
 from stages.evaluate.run import find_model
 from stages.import_cache import source
 from stages.import_cache.run import run

@@ -23,7 +23,7 @@ from pipeline.published.check import block_states, check_export
 from pipeline.published.export import _write, deepspec_copies, published_config
 from pipeline.published.reading import read_description
 from pipeline.target.head import TargetHead
-from pipeline.target.model import load_target
+from pipeline.target.loading import load_target
 from stages.evaluate.run import run as evaluate
 
 MAX_NEW = 12

@@ -34,7 +34,8 @@ def main(path: str, fault: str = "") -> None:
 
     from pipeline.evaluation.accept_length import gains_within
     from pipeline.published import load_draft_folder
-    from pipeline.target.model import head_of, load_target
+    from pipeline.target.loading import load_target
+    from pipeline.target.model import head_of
     from stages.evaluate.decode import speculative_decode
     from stages.evaluate.lossless import plain_decode
 

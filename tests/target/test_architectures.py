@@ -49,7 +49,8 @@ from pipeline.runs.recipe import load_recipe, resolve
 from pipeline.runs.training_data import training_config
 from pipeline.target.files import complete_config, max_positions, read_text_config
 from pipeline.target.layers import final_rows
-from pipeline.target.model import decoder_layers, final_norm, head_of, load_target, run_decoder, tap_layers
+from pipeline.target.loading import load_target
+from pipeline.target.model import decoder_layers, final_norm, head_of, run_decoder, tap_layers
 from stages.cache_hidden.run import plan, run
 from stages.cache_hidden.settings import CaptureOptions
 from stages.evaluate.decode import decode_many, speculative_decode

@@ -12,15 +12,8 @@ from transformers import CohereConfig, FalconConfig, Gemma2Config, GraniteConfig
 
 from pipeline.errors import UsageError
 from pipeline.target.files import find_target, read_text_config, target_name, template_digest, tokenizer_digest
-from pipeline.target.model import (
-    decoder_layers,
-    float32_by_layer,
-    head_of,
-    lm_logits,
-    load_target,
-    run_decoder,
-    tap_layers,
-)
+from pipeline.target.loading import load_target
+from pipeline.target.model import decoder_layers, float32_by_layer, head_of, lm_logits, run_decoder, tap_layers
 from pipeline.target.weights import target_digest, weight_files
 
 SIZES = {

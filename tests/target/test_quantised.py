@@ -15,7 +15,8 @@ from pipeline.cache.verify import verify
 from pipeline.cli import main
 from pipeline.errors import UsageError
 from pipeline.target.config import PACKAGES, check_quantised, load_config, quantised_by
-from pipeline.target.model import load_target, run_decoder, tap_layers
+from pipeline.target.loading import load_target
+from pipeline.target.model import run_decoder, tap_layers
 from pipeline.target.probe import relative_error
 from pipeline.target.weights import named_target
 from stages.cache_hidden.run import run

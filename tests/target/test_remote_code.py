@@ -100,7 +100,7 @@ def test_code_beside_a_target_does_not_run_though_stdin_says_yes(tmp_path, comma
 
 
 def test_a_known_model_with_code_beside_it_is_loaded_without_the_code(tmp_path, monkeypatch):
-    from pipeline.target.model import load_target
+    from pipeline.target.loading import load_target
 
     monkeypatch.chdir(tmp_path)
     folder = save_target(tmp_path / "target")
@@ -113,7 +113,7 @@ def test_a_known_model_with_code_beside_it_is_loaded_without_the_code(tmp_path, 
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_config_that_names_a_kernel_on_a_hub_is_refused(tmp_path, nested):
     from pipeline.errors import UsageError
-    from pipeline.target.model import load_target
+    from pipeline.target.loading import load_target
 
     folder = save_target(tmp_path / "target")
     facts = {"attn_implementation": "someone/kernel"}

@@ -13,7 +13,7 @@ from pipeline.cache.catalog import Catalog, target_json
 from pipeline.cache.layout import WEIGHTS
 from pipeline.errors import UsageError
 from pipeline.target.files import WEIGHTS_INDEX
-from pipeline.target.model import load_target
+from pipeline.target.loading import load_target
 from pipeline.target.weights import check_weights, target_digest, weight_facts, weight_files, weights_digest
 from stages.cache_hidden import capture as shards
 from stages.cache_hidden.run import plan, run
