@@ -78,7 +78,7 @@ def gpu_check_gates() -> dict:
     limits = {"loss of a step": None, "loss of a step within a limit": lambda static: 0.5 * static / FACTS.total_memory}
     gates: dict[str, Callable] = {"gru": check.gru, "step": check.step, "bfloat16": check.bfloat16}
     gates |= {name: lambda limit=limit: check.loss_of_a_step(limit) for name, limit in limits.items()}
-    gates |= {"int8": check.int8, "speed": check.speed}
+    gates |= {"lossy": check.lossy, "speed": check.speed}
     for name, gate in gates.items():
         with FakeTensorMode(allow_non_fake_inputs=True), Meter("cuda"):
             try:

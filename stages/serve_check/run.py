@@ -37,7 +37,7 @@ from stages.serve_check.prompts import find_export_target, find_prompts, reply_s
 from stages.serve_check.verdict import Served, failed, judge
 
 ENGINES = {"vllm": Path(__file__).with_name("vllm_script.py")}
-METHODS = {"vllm": ("dflash", "dspark")}  # that an engine has a method for
+FORM = {"vllm": "speculators"}  # an engine serves the methods that have a form of its own
 MADE = Path("build/vllm/bin/python")  # by `make engines`
 AS_IT_IS, MENDED, PLAIN = "as it is", "mended", "plain"
 STATES_OF = 8  # prompts whose draft states are compared
@@ -180,8 +180,9 @@ def check_folder(folder: Path, engine: str) -> dict:
     if not (folder / CONFIG).is_file():
         raise UsageError(f"{folder} is no export: it has no {CONFIG}; name a folder that `pipeline export` wrote")
     facts = check_export(folder)
-    if facts["method"] not in METHODS[engine]:
-        known = " and ".join(DRAFTS[name].title for name in METHODS[engine])
+    served = {name: draft.title for name, draft in DRAFTS.items() if FORM[engine] in draft.forms}
+    if facts["method"] not in served:
+        known = " and ".join(served.values())
         raise UsageError(
             f"{folder} is a {facts['method']} draft, and {engine} has a method for {known} only; serve it where its "
             "card says"

@@ -2,7 +2,8 @@
 GPU, that one step may take an hour.
 
 A few blocks of the next batch are computed and their gradient dropped; what a step takes follows from the time that a
-block more takes, and from the number of blocks. Muon's own work is added.
+block more takes, and from the number of blocks. Muon's own work is added. Where even a slow core would be done soon,
+nothing is measured.
 """
 
 import time
@@ -10,7 +11,8 @@ import time
 import torch
 
 from pipeline.drafts import Draft
-from stages.train_draft.batches import Batch
+from pipeline.tensors import out_of_memory
+from stages.train_draft.batches import Batch, forward_cost
 from stages.train_draft.optimizers import AdamW, Muon, orthogonalize
 from stages.train_draft.step import Trainer
 
@@ -18,6 +20,26 @@ FEW, MORE = 1, 17  # blocks: with more than one, and enough for the chunk of the
 SAID_FROM = 600.0  # seconds of what is left of a run
 SLOW_STEP = 20.0  # seconds
 LARGE = 1 << 16  # ids
+SLOW_CORE = 2e10  # floating-point operations a second
+
+
+def time_to_tell(trainer: Trainer, batch: Batch, steps: int) -> str | None:
+    """Return what a user should know before so many steps, None where they do not take long.
+
+    None, too, where memory lacks for it: the step itself then computes fewer blocks at once.
+    """
+    operations = 6 * sum(
+        forward_cost(trainer.draft.config, sum(blocks.lengths), (blocks.anchors_N - blocks.starts_N).numpy())
+        for blocks in batch.blocks
+    )
+    if not worth_saying(operations / SLOW_CORE, steps):
+        return None
+    try:
+        seconds = step_seconds(trainer, batch)
+    except RuntimeError as error:
+        out_of_memory(error)  # raises any other
+        return None
+    return estimate_text(trainer.draft, batch, steps, seconds) if worth_saying(seconds, steps) else None
 
 
 def step_seconds(trainer: Trainer, batch: Batch) -> float:

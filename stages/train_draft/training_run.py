@@ -23,7 +23,7 @@ from pipeline.runs.training_data import Split, stratified_subset
 from pipeline.tensors import refuse_out_of_memory
 from pipeline.visible_text import visible
 from stages.train_draft.batches import Batch, Sampler
-from stages.train_draft.estimate import estimate_text, step_seconds, worth_saying
+from stages.train_draft.estimate import time_to_tell
 from stages.train_draft.loader import BatchLoader, Prefetcher
 from stages.train_draft.logs import (
     METRICS,
@@ -170,10 +170,9 @@ class TrainingRun:
         left = self.train.steps - self.step
         if self.device.type != "cpu" or self.ranks.size > 1 or not left:
             return
-        batch = self.loader.sampler.batch(self.step)
-        seconds = step_seconds(self.trainer, batch)
-        if worth_saying(seconds, left):
-            display.print_line(estimate_text(self.draft, batch, left, seconds))
+        told = time_to_tell(self.trainer, self.loader.sampler.batch(self.step), left)
+        if told:
+            display.print_line(told)
 
     def begin(self, display: Display) -> None:
         """Prepare for steps from here on; evaluate where a checkpoint was saved and its evaluation was not."""

@@ -196,10 +196,13 @@ class Check:
         calibration = Calibration(np.zeros(1024, np.float32), np.ones(1024, np.float32))
         same = True
         for codec in (CODECS["int8"], CODECS["int6"]):
-            ours, theirs = (codec.encode_to_host(states_RD.to(place), calibration) for place in ("cpu", self.device))
-            pairs = zip((*ours.arrays, ours.outliers), (*theirs.arrays, theirs.outliers), strict=True)
-            same &= all(np.array_equal(one, other) for one, other in pairs)
-            same &= torch.equal(ours.decode(), ours.decode(self.device).cpu())
+            found = []
+            for place in ("cpu", self.device):
+                *arrays, outliers = codec.encode(states_RD.to(place), calibration)
+                decoded_RD = torch.empty(states_RD.shape, dtype=states_RD.dtype, device=place)
+                codec.decode(tuple(arrays), calibration, decoded_RD)
+                found.append([tensor.cpu() for tensor in (*arrays, outliers, decoded_RD)])
+            same &= all(torch.equal(one, other) for one, other in zip(*found, strict=True))
         return same, _bytes(same)
 
     def memory(self) -> Gates:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "fake_accelerator.py"
-GATES = ["gru", "step", "bfloat16", "loss of a step", "loss of a step within a limit", "int8", "speed"]
+GATES = ["gru", "step", "bfloat16", "loss of a step", "loss of a step within a limit", "lossy", "speed"]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
