@@ -2,6 +2,7 @@
 tokens by inverse CDF."""
 
 import contextlib
+import ctypes
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from pipeline.errors import RoomError, UsageError, first_line
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 STAGED_BYTES = 64 << 10  # of pageable memory, which CUDA copies aside without a wait
 
 
@@ -87,6 +89,20 @@ def free_cached_memory(device: torch.device) -> None:
     """Give a GPU's memory back that torch keeps for reuse, in pieces of the wrong sizes for a second try."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """On a CPU, let the process keep the memory of freed tensors for the next ones of their size.
+
+    Else the C library gives a large tensor's memory back to the system, which hands it out again page by page, each
+    cleared: about a tenth of a training step's time. Only glibc has these settings.
+    """
+    if device.type != "cpu" or os.name != "posix":
+        return
+    with contextlib.suppress(AttributeError, OSError):
+        settings = ctypes.CDLL(None).mallopt
+        settings(M_MMAP_MAX, 0)
+        settings(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def out_of_memory(error: RuntimeError) -> str:

@@ -25,6 +25,7 @@ from pipeline.drafts.blocks import Blocks
 from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.fused import gated_down, rms_norm, rotated_norm
 from pipeline.drafts.rope import Tables, rope_tables
+from pipeline.products import Linear
 
 KV = tuple[Tensor, Tensor]  # keys and values [G, tokens, E]
 
@@ -80,10 +81,10 @@ class SelfAttention(nn.Module):
         self.window = config.sliding_window if config.layer_types[index] == "sliding_attention" else None
         wide, narrow = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         bias = config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, wide, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, narrow, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, narrow, bias=bias)
-        self.o_proj = nn.Linear(wide, config.hidden_size, bias=bias)
+        self.q_proj = Linear(config.hidden_size, wide, bias=bias)
+        self.k_proj = Linear(config.hidden_size, narrow, bias=bias)
+        self.v_proj = Linear(config.hidden_size, narrow, bias=bias)
+        self.o_proj = Linear(wide, config.hidden_size, bias=bias)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
@@ -107,9 +108,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: DraftConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return gated_down(self.gate_proj(x), self.up_proj(x), self.down_proj.weight)
@@ -156,7 +157,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         layer_count = len(config.target_layer_ids)
-        self.fc = nn.Linear(layer_count * config.hidden_size, config.hidden_size, bias=False)
+        self.fc = Linear(layer_count * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.layers = nn.ModuleList(self.layer_class(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

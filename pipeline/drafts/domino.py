@@ -21,6 +21,7 @@ from pipeline.drafts.block_draft import BlockDraft
 from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.draft import ProbeBlock, PublishedKeys, Shapes
 from pipeline.errors import UsageError
+from pipeline.products import Linear, linear, product
 from pipeline.target.head import TargetHead
 from pipeline.tensors import at_least_float32, product_dtype
 
@@ -85,8 +86,8 @@ class _Recurrence(torch.autograd.Function):
         H, dtype = state_NH.shape[1], x_NPD.dtype
         from_state_HJ = w_state.to(dtype).T
         states, gates, news, from_states = [state_NH], [], [], []
-        for input_NJ in F.linear(x_NPD, w_in.to(dtype)).unbind(1):
-            state_NJ = states[-1].to(dtype) @ from_state_HJ
+        for input_NJ in linear(x_NPD, w_in.to(dtype)).unbind(1):
+            state_NJ = product(states[-1].to(dtype), from_state_HJ)
             gates.append(torch.add(input_NJ[:, : 2 * H], state_NJ[:, : 2 * H]).to(state_NH.dtype).sigmoid_())
             reset_NH, keep_NH = gates[-1].chunk(2, -1)
             from_states.append(state_NJ[:, 2 * H :].to(state_NH.dtype))
@@ -115,10 +116,10 @@ class _Recurrence(torch.autograd.Function):
             d_reset_NH = d_new_NH * from_states[token] * reset_NH * (1 - reset_NH)
             d_input_NPJ[:, token] = torch.cat([d_reset_NH, d_keep_NH, d_new_NH], -1)
             d_state_NPJ[:, token] = torch.cat([d_reset_NH, d_keep_NH, d_new_NH * reset_NH], -1)
-            d_NH = d_NH * keep_NH + d_state_NPJ[:, token] @ w_state_JH
+            d_NH = d_NH * keep_NH + product(d_state_NPJ[:, token], w_state_JH)
         before_NPH = torch.stack(states[:-1], 1).to(dtype)
-        d_in = d_input_NPJ.flatten(0, 1).T @ x_NPD.flatten(0, 1)
-        d_w_state = d_state_NPJ.flatten(0, 1).T @ before_NPH.flatten(0, 1)
+        d_in = product(d_input_NPJ.flatten(0, 1).T, x_NPD.flatten(0, 1))
+        d_w_state = product(d_state_NPJ.flatten(0, 1).T, before_NPH.flatten(0, 1))
         return None, None, d_in.to(w_in.dtype), d_w_state.to(w_state.dtype)
 
 
@@ -142,7 +143,7 @@ class Domino(BlockDraft):
         width, gru, rank = config.hidden_size, config.gru_hidden_dim, config.emb_dim
         self.prefix_gru = PrefixGRU(width, gru)
         self.embed_proj = nn.Sequential(
-            nn.Linear(width + gru, rank, bias=False), nn.SiLU(), nn.Linear(rank, config.vocab_size, bias=False)
+            Linear(width + gru, rank, bias=False), nn.SiLU(), Linear(rank, config.vocab_size, bias=False)
         )
 
     def schedule(self, step: int, total_steps: int) -> dict[str, float]:

@@ -26,6 +26,7 @@ from pipeline.drafts.blocks import Blocks
 from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.draft import Loss, ProbeBlock, PublishedKeys, Shapes
 from pipeline.errors import UsageError
+from pipeline.products import Linear, linear
 from pipeline.target.head import TargetHead
 from pipeline.tensors import at_least_float32
 
@@ -98,11 +99,11 @@ class MarkovHead(nn.Module):
         super().__init__()
         self.kind, rank, width = config.markov_head_type, config.markov_rank, config.hidden_size
         self.markov_w1 = nn.Embedding(config.vocab_size, rank)
-        self.markov_w2 = nn.Linear(rank, config.vocab_size, bias=False)
+        self.markov_w2 = Linear(rank, config.vocab_size, bias=False)
         if self.kind == "gated":
-            self.gate_proj = nn.Linear(width + rank, rank)
+            self.gate_proj = Linear(width + rank, rank)
         if self.kind == "rnn":
-            self.joint_proj = nn.Linear(2 * rank + width, 3 * rank)
+            self.joint_proj = Linear(2 * rank + width, 3 * rank)
 
     def forward(self, hidden_NSD: Tensor, prev_NS: Tensor, state_NU: Tensor | None = None):
         """Return z [N, S, U] of consecutive slots and the state [N, U] after them (rnn only, else None)."""
@@ -116,11 +117,11 @@ class MarkovHead(nn.Module):
     def _recur(self, hidden_NSD: Tensor, e_NSU: Tensor, state_NU: Tensor | None) -> tuple[Tensor, Tensor]:
         # The part that does not depend on the state is one matrix product for all slots.
         of_state, of_inputs = self.joint_proj.weight.split([e_NSU.shape[-1], e_NSU.shape[-1] + hidden_NSD.shape[-1]], 1)
-        joint_NSJ = F.linear(torch.cat([e_NSU, hidden_NSD], dim=-1), of_inputs, self.joint_proj.bias)
+        joint_NSJ = linear(torch.cat([e_NSU, hidden_NSD], dim=-1), of_inputs, self.joint_proj.bias)
         state_NU = torch.zeros_like(e_NSU[:, 0]) if state_NU is None else state_NU
         z = []
         for slot_NJ in joint_NSJ.unbind(1):
-            keep_NU, new_NU, out_NU = (slot_NJ + F.linear(state_NU, of_state)).chunk(3, dim=-1)
+            keep_NU, new_NU, out_NU = (slot_NJ + linear(state_NU, of_state)).chunk(3, dim=-1)
             z.append(torch.tanh(out_NU))
             keep_NU = torch.sigmoid(keep_NU)
             state_NU = keep_NU * state_NU + (1 - keep_NU) * torch.tanh(new_NU)
@@ -155,7 +156,7 @@ class DSpark(BlockDraft):
             self.markov_head = MarkovHead(config)
         if config.enable_confidence_head:
             rank = config.markov_rank if config.confidence_head_with_markov else 0
-            self.confidence_head = nn.ModuleDict({"proj": nn.Linear(config.hidden_size + rank, 1)})
+            self.confidence_head = nn.ModuleDict({"proj": Linear(config.hidden_size + rank, 1)})
 
     def correction(self, hidden_NSD: Tensor, prev_NS: Tensor) -> tuple[Tensor, Tensor] | None:
         """As `BlockDraft.correction`, on every slot."""

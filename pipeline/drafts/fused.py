@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.drafts.rope import Tables
+from pipeline.products import product
 from pipeline.tensors import at_least_float32, product_dtype
 
 
@@ -138,14 +139,14 @@ class _GatedDown(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_TI, up_TI, down_DI):
         ctx.save_for_backward(gate_TI, up_TI, down_DI)
-        return _gated(gate_TI, up_TI) @ down_DI.T
+        return product(_gated(gate_TI, up_TI), down_DI.T)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TD):
         gate_TI, up_TI, down_DI = ctx.saved_tensors
-        d_down_DI = grad_TD.T @ _gated(gate_TI, up_TI)
-        return *_gated_gradients(grad_TD @ down_DI, gate_TI, up_TI), d_down_DI
+        d_down_DI = product(grad_TD.T, _gated(gate_TI, up_TI))
+        return *_gated_gradients(product(grad_TD, down_DI), gate_TI, up_TI), d_down_DI
 
 
 @fused

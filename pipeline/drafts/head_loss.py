@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.drafts.objectives import Objective
+from pipeline.products import add_product, product
 from pipeline.target.head import TargetHead
 from pipeline.tensors import at_least_float32
 
@@ -71,23 +72,20 @@ class HeadLoss(torch.autograd.Function):
         want_grad = any(ctx.needs_input_grad[:2])  # not W_out's, which is a parameter also where nothing is learned
         d_hidden = torch.empty_like(hidden_NSD) if want_grad else None
         d_z = torch.empty_like(z_NSU) if want_grad and corrected else None
-        d_out = torch.zeros_like(out_VU, dtype=at_least_float32(out_VU.dtype)) if d_z is not None else None
+        d_out_UV = (
+            torch.zeros_like(out_VU.T, dtype=at_least_float32(out_VU.dtype), memory_format=torch.contiguous_format)
+            if d_z is not None
+            else None
+        )
         head_out_VU = out_VU.to(head_VD.dtype) if corrected else None
         scored = [kind for kind in ("base", "final") if kind in objective.scales]
-        kinds = ["base", "final"] if corrected else scored
-        tokens = SLICE if head_VD.device.type == "cpu" else len(head_VD)
         memory = ChunkMemory(min(blocks, len(hidden_NSD)) * hidden_NSD.shape[1], head_VD)
         for first in range(0, len(hidden_NSD), blocks):
             part = slice(first, first + blocks)
-            hidden_XD = hidden_NSD[part].flatten(0, 1).to(head_VD.dtype)
             shape = torch.Size((*hidden_NSD[part].shape[:2], len(head_VD)))
-            raw = {kind: memory.take(kind, shape, head_VD.dtype).flatten(0, 1) for kind in kinds}  # [X, V] each
-            torch.mm(hidden_XD, head_VD.T, out=raw[kinds[0]])
-            if corrected:
-                z_XU = z_NSU[part].flatten(0, 1).to(head_VD.dtype)
-                torch.addmm(raw["base"], z_XU, head_out_VU.T, out=raw["final"])
-            elif len(kinds) > 1:
-                raw["final"].copy_(raw["base"])
+            z_XU = z_NSU[part].flatten(0, 1).to(head_VD.dtype) if corrected else None
+            hidden_XD = hidden_NSD[part].flatten(0, 1).to(head_VD.dtype)
+            raw = _raw_logits(hidden_XD, head_VD, z_XU, head_out_VU, scored, memory)
             soft = objective.soft_labels(part, target, memory)
             for kind in scored:
                 raw_NSV = logits_NSV = raw[kind].view(shape)
@@ -99,13 +97,15 @@ class HeadLoss(torch.autograd.Function):
                 if target.logit_softcap is not None:
                     raw_NSV.copy_(logits_NSV.mul_(slope_NSV))
             if d_z is not None:
-                d_z[part] = (raw["final"] @ head_out_VU).view_as(d_z[part])
-                for part_VU, columns_XV in zip(d_out.split(tokens), raw["final"].split(tokens, dim=1), strict=True):
-                    part_VU += columns_XV.T @ z_XU
+                d_z[part] = product(raw["final"], head_out_VU).view_as(d_z[part])
+                _add_products(d_out_UV, z_XU.T, raw["final"])
             if want_grad:
                 d_sum_XV = raw["final"] if len(scored) == 1 else raw["final"].add_(raw["base"])
-                d_hidden[part] = (d_sum_XV @ head_VD).view_as(d_hidden[part])
-        ctx.grads = d_hidden, d_z, None if d_out is None else d_out.to(out_VU.dtype)
+                d_hidden[part] = product(d_sum_XV, head_VD).view_as(d_hidden[part])
+                del d_sum_XV
+            del raw, raw_NSV, logits_NSV, measured  # where the next logits take new memory
+        del memory
+        ctx.grads = d_hidden, d_z, None if d_out_UV is None else d_out_UV.T.to(out_VU.dtype).contiguous()
         return objective.total()
 
     @staticmethod
@@ -116,6 +116,37 @@ class HeadLoss(torch.autograd.Function):
             return *(None if made is None else made * grad.to(made.dtype) for made in grads), None, None, None
         ctx.grads = None
         return *(None if made is None else made.mul_(grad.to(made.dtype)) for made in grads), None, None, None
+
+
+def _raw_logits(
+    hidden_XD: Tensor,
+    head_VD: Tensor,
+    z_XU: Tensor | None,
+    out_VU: Tensor | None,
+    scored: Sequence[str],
+    memory: ChunkMemory,
+) -> dict[str, Tensor]:
+    """Return the logits [X, V] before the soft cap, "base" and "final" where there is a correction, else of each kind
+    that is scored."""
+
+    def take(kind: str) -> Tensor:
+        return memory.take(kind, torch.Size((len(hidden_XD), len(head_VD))), head_VD.dtype)
+
+    kinds = ["base", "final"] if z_XU is not None else scored
+    raw = {kinds[0]: product(hidden_XD, head_VD.T, lambda: take(kinds[0]))}
+    if z_XU is not None:
+        raw["final"] = add_product(raw["base"], z_XU, out_VU.T, lambda: take("final"))
+    elif len(kinds) > 1:
+        raw["final"] = take("final").copy_(raw["base"])
+    return raw
+
+
+def _add_products(sums_UV: Tensor, z_UX: Tensor, d_logits_XV: Tensor) -> None:
+    """Add z d_logits to the sums: W_out's gradient the other way round, whose smaller factor is then the one that
+    oneDNN copies."""
+    tokens = SLICE if sums_UV.device.type == "cpu" else sums_UV.shape[1]
+    for sums_UT, d_logits_XT in zip(sums_UV.split(tokens, 1), d_logits_XV.split(tokens, 1), strict=True):
+        sums_UT += product(z_UX, d_logits_XT)
 
 
 def graph_is_kept() -> bool:

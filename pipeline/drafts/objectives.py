@@ -258,7 +258,9 @@ def _write_gradient(
     if of_NS1.keys() == {"ce"}:
         label_grad_NS1 = of_NS1["ce"] * (q_NSV.gather(-1, label_NS1) - 1)
         memory.multiply(q_NSV, of_NS1["ce"], out_NSV)
-        out_NSV.scatter_(-1, label_NS1, label_grad_NS1.to(out_NSV.dtype))
+        # Not scatter_: on a CPU it converts all of a bfloat16 tensor there and back.
+        of_slot_X = torch.arange(labels_NS.numel(), device=labels_NS.device)
+        out_NSV.view(-1, out_NSV.shape[-1])[of_slot_X, labels_NS.flatten()] = label_grad_NS1.flatten().to(out_NSV.dtype)
         return
     along_NS1, grad_NSV = sum(of_NS1[distance] for distance in ("ce", "kl") if distance in of_NS1), q_NSV
     if "accept" in of_NS1:

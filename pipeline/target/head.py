@@ -29,6 +29,7 @@ from torch import Tensor
 
 from pipeline.errors import UPGRADE, CacheError, VersionError, refuse_limit
 from pipeline.json_files import parse_json
+from pipeline.products import linear
 from pipeline.target.host_embedding import HostEmbedding
 from pipeline.tensors import at_least_float32, save_tensors
 
@@ -94,7 +95,7 @@ class TargetHead:
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
         """Return logits [..., V] before the soft cap, in the head's dtype. The cap does not change their argmax."""
-        return F.linear(hidden.to(self.head_VD.dtype), self.head_VD)
+        return linear(hidden.to(self.head_VD.dtype), self.head_VD)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [..., V] of states [..., D] after the last norm, soft cap applied, float32 at least."""

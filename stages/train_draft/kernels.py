@@ -9,6 +9,7 @@ from torch import Tensor
 from pipeline.drafts import Draft, lay_blocks, pack
 from pipeline.drafts.fused import Kernels, use_kernels
 from pipeline.errors import first_line
+from pipeline.products import onednn_is_faster
 from pipeline.runs.recipe import TrainSection
 from pipeline.tensors import free_cached_memory
 from stages.train_draft.memory import FakeRows
@@ -28,10 +29,12 @@ def kernels_of(device: torch.device) -> str:
 
 
 def machine_facts(device: torch.device) -> dict[str, str]:
-    """Return what a run's exact bits depend on besides versions: the device, and on a CPU the number of threads."""
+    """Return what a run's exact bits depend on besides versions: the device, on a CPU the number of threads and which
+    library multiplies."""
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device), "kernels": kernels_of(device)}
-    return {"device": device.type, "threads": str(torch.get_num_threads())}
+    products = "oneDNN" if onednn_is_faster() else "torch"
+    return {"device": device.type, "threads": str(torch.get_num_threads()), "products": products}
 
 
 def use_deterministic_kernels(device: torch.device) -> None:

@@ -28,7 +28,7 @@ from pipeline.runs.folder import (
 from pipeline.runs.recipe import Resolved, load_recipe, resolve
 from pipeline.runs.training_data import Split, check_complete, split_samples
 from pipeline.target.head import TargetHead
-from pipeline.tensors import refuse_out_of_memory
+from pipeline.tensors import keep_freed_memory, refuse_out_of_memory
 from pipeline.visible_text import print_visible, visible
 from stages.train_draft.device_fit import fit_device, run_facts, shards
 from stages.train_draft.kernels import compile_if_equal, kernels_of, use_deterministic_kernels
@@ -153,6 +153,7 @@ def open_run(
         began = visible("; ".join(differs))
         print_visible(f"began with {began}: the run goes on, its last digits may differ")
     use_deterministic_kernels(device)
+    keep_freed_memory(device)
     samples = (ids_T[mask_T] for ids_T, mask_T in map(store.tokens_of, map(int, split.train)))
     draft = make_draft(resolved, store, device, start, samples, head)
     draft.chunk_rule = chunk_rule(path)
