@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from pipeline import products
 from tests.draft_cases import all_blocks, assert_near, build, cell_of, every_method, gradients, loss_of
@@ -77,6 +78,19 @@ def test_a_draft_learns_the_same_by_either_library(monkeypatch, method):
     for name, wanted in found[False].items():
         assert_near(found[True][name], wanted, 1e-5)
     assert len(calls) > 30  # of the layers, the head and their gradients
+
+
+def test_a_models_linear_modules_keep_their_weights_and_names():
+    class OtherLinear(nn.Linear):
+        """As a quantised one is."""
+
+    model = nn.Sequential(nn.Linear(4, 8), OtherLinear(8, 4))
+    before, x = dict(model.state_dict()), torch.randn(3, 4)
+    wanted = model(x)
+    products.compute_by_linear(model)
+    assert [type(module) for module in model] == [products.Linear, OtherLinear]
+    assert torch.equal(model(x), wanted) and model.state_dict().keys() == before.keys()
+    assert all(model.state_dict()[name].data_ptr() == weight.data_ptr() for name, weight in before.items())
 
 
 @pytest.mark.parametrize(
