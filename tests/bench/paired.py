@@ -1,14 +1,16 @@
 """Whether a draft learns from recoded states what it learns from the states themselves: `python tests/bench/paired.py`.
 
-The bundled target is captured in bfloat16, and the cache recoded to other codecs. The demo's recipe is trained on each
-with the same seeds, two runs of one thread at a time; stop it whenever you like, the same command goes on. Every draft
-is measured on the raw cache's held-out samples, since that is what a target gives it in production. A lossless codec,
-first seed only: the weights, byte for byte. A lossy one: the ratio of accept lengths of each seed, their mean,
-Student's interval. A draft reads `final` for objectives other than ce: `--objective kl`.
+The bundled target is captured in bfloat16, and the cache recoded to other codecs; or another cache is copied and
+recoded. A recipe, by default the demo's, is trained on each with the same seeds, two runs of one thread at a time; stop
+it whenever you like, the same command goes on. Every draft is measured on the raw cache's held-out samples, since that
+is what a target gives it in production. A lossless codec, first seed only: the weights, byte for byte. A
+lossy one: the ratio of accept lengths of each seed, their mean, Student's interval. A draft reads `final` for
+objectives other than ce: `--objective kl`.
 """
 
 import argparse
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -25,7 +27,7 @@ from pipeline.runs.checkpoint import DRAFT, find_checkpoint, load_config, load_d
 from pipeline.runs.training_data import split_samples, stratified_subset
 
 ROOT = Path(__file__).parents[2]
-TARGET, RECIPE = ROOT / "data/tiny-qwen3", ROOT / "configs/demo.toml"
+TARGET = ROOT / "data/tiny-qwen3"
 # Student's t, 97.5 %, by degrees of freedom
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
 
@@ -38,15 +40,19 @@ def main() -> None:
     parser.add_argument("--objective", help="other than the method's published one")
     parser.add_argument("--steps", type=int, help="of training, other than the demo's")
     parser.add_argument("--prompts", type=int, default=320, help="held-out samples to measure on")
+    parser.add_argument("--cache", type=Path, help="a raw cache to copy, instead of the bundled target's")
+    parser.add_argument("--recipe", type=Path, default=ROOT / "configs/demo.toml")
+    parser.add_argument("--more", default="", help="further options of train-draft, as in a shell")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, of one thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "build/paired")
     asked = parser.parse_args()
     methods, codecs = asked.methods.split(","), asked.codecs.split(",")
     lossy, lossless = ([codec for codec in codecs if CODECS[codec].lossy is kind] for kind in (True, False))
-    caches = make_caches(asked.out, codecs)
+    caches = make_caches(asked.out, codecs, asked.cache)
     runs = [(method, seed, codec) for seed in range(asked.seeds) for codec in ("raw", *lossy) for method in methods]
     first = len(methods) * (1 + len(lossy))
     runs[first:first] = [(method, 0, codec) for codec in lossless for method in methods]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(asked.jobs) as pool:
         folders = dict(zip(runs, pool.map(lambda run: trained(*run, caches, asked), runs), strict=True))
     store = HiddenCache.open(caches["raw"])
     for method in methods:
@@ -70,10 +76,13 @@ def main() -> None:
             )
 
 
-def make_caches(out: Path, codecs: list[str]) -> dict[str, Path]:
-    """Capture once and recode copies; what is finished stays. Returns the caches by codec."""
+def make_caches(out: Path, codecs: list[str], raw: Path | None) -> dict[str, Path]:
+    """Capture once, unless a cache is given, and recode copies; what is finished stays. Returns the caches by codec."""
     caches = {codec: out / codec for codec in ("raw", *codecs)}
-    pipeline("cache-hidden", "--model", str(TARGET), "--dtype", "bfloat16", "--out", str(caches["raw"]))
+    if raw is not None:
+        caches["raw"] = raw
+    else:
+        pipeline("cache-hidden", "--model", str(TARGET), "--dtype", "bfloat16", "--out", str(caches["raw"]))
     for codec in codecs:
         if not caches[codec].exists():
             unfinished = out / f"tmp-{codec}"
@@ -92,7 +101,8 @@ def trained(method: str, seed: int, codec: str, caches: dict[str, Path], asked: 
     sets += [f"train.steps={asked.steps}"] if asked.steps else []
     sets += [f"draft.objective={asked.objective}"] if asked.objective else []
     options = [part for entry in sets for part in ("--set", entry)]
-    pipeline("train-draft", str(RECIPE), *options, "--cache", str(caches[codec]), "--out", str(folder))
+    options += shlex.split(asked.more)
+    pipeline("train-draft", str(asked.recipe.resolve()), *options, "--cache", str(caches[codec]), "--out", str(folder))
     return folder
 
 

@@ -11,6 +11,8 @@ tiny: width 256, two layers, V 4,096, 2 x 512 rows, 64 anchors of each sample. m
 import argparse
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -19,9 +21,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from torch import Tensor
 
+from pipeline import products
 from pipeline.drafts import DRAFTS, draft_config, lay_blocks, pack
 from pipeline.drafts.block_draft import init_weights
 from pipeline.target.head import TargetHead
+from pipeline.tensors import keep_freed_memory
 from stages.train_draft.memory import LiveBytes
 from stages.train_draft.optimizers import AdamW
 from tests.plain_reference import plain_loss
@@ -31,6 +35,16 @@ SHAPES = {
     "mid": {"D": 1024, "layers": 3, "V": 32_768, "rows": 1024, "samples": 1, "anchors": 128, "gru": 512, "rank": 256},
 }
 BLOCK = 16
+
+
+@contextmanager
+def torchs_own_products() -> Iterator[None]:
+    """Let torch choose the library that multiplies, as the reference would."""
+    ours, products.onednn_is_faster = products.onednn_is_faster, lambda: False
+    try:
+        yield
+    finally:
+        products.onednn_is_faster = ours
 
 
 class RandomSample:
@@ -97,7 +111,8 @@ class Step:
         return self.updated(self.our_loss, self.optimizer)
 
     def plain(self) -> None:
-        return self.updated(self.plain_loss, self.plain_optimizer)
+        with torchs_own_products():
+            return self.updated(self.plain_loss, self.plain_optimizer)
 
     def our_loss(self) -> Tensor:
         dens = self.draft.denominators(self.blocks)
@@ -138,8 +153,11 @@ def main() -> None:
     parser.add_argument("--shapes", default="tiny,mid")
     parser.add_argument("--methods", default=",".join(DRAFTS))
     parser.add_argument("--types", default="float32,bfloat16")
+    parser.add_argument("--keep-freed-memory", action="store_true", help="as `train-draft` does")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    if asked.keep_freed_memory:
+        keep_freed_memory(torch.device("cpu"))
     print(f"{'shape':6}{'type':10}{'method':8}{'plain s':>9}{'ours s':>9}{'ratio':>7}{'plain MB':>10}{'ours MB':>9}")
     for shape in asked.shapes.split(","):
         for kind in asked.types.split(","):
