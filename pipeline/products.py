@@ -9,7 +9,6 @@ Which library it is depends on the CPU and on the sizes alone, so that a run rep
     T tokens   I inputs   O outputs
 """
 
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 CPU_FACTS = Path("/proc/cpuinfo")
+REUSED_BYTES = 16 << 20  # glibc gives back what is larger than 32 MB
 SMALLEST = 1 << 20  # multiplications below which oneDNN's call takes longer than it saves
 
 
@@ -55,6 +55,9 @@ def _dense(right_IO: Tensor) -> Tensor:
     return right_IO if right_IO.is_contiguous() or right_IO.T.is_contiguous() else right_IO.contiguous()
 
 
+onednn_is_faster()  # asked here, where tensors have values: the first to ask might compute on fake ones
+
+
 def by_onednn(left_TI: Tensor, right_IO: Tensor) -> bool:
     """Return whether `product` computes these by oneDNN."""
     return (
@@ -67,23 +70,30 @@ def by_onednn(left_TI: Tensor, right_IO: Tensor) -> bool:
     )
 
 
-def product(left_TI: Tensor, right_IO: Tensor, memory: Callable[[], Tensor] | None = None) -> Tensor:
-    """Return left @ right [T, O], without a gradient by oneDNN: for use inside of an autograd function.
+def product(left_TI: Tensor, right_IO: Tensor) -> Tensor:
+    """Return left @ right [T, O], without a gradient by oneDNN: for use inside of an autograd function."""
+    return onednn_product(left_TI, right_IO) if by_onednn(left_TI, right_IO) else left_TI @ right_IO
 
-    memory: gives a tensor that may be overwritten with the result. oneDNN takes its own.
+
+def write_product(out_TO: Tensor, left_TI: Tensor, right_IO: Tensor, added_TO: Tensor | None = None) -> Tensor:
+    """Write left @ right (+ added) to `out`, rounded once, and return it; as `product` without a gradient by oneDNN.
+
+    oneDNN takes memory of its own, which is then copied: for a part of the rows at a time, small enough for the C
+    library to use it again, where the system would clear it again page by page.
     """
-    if by_onednn(left_TI, right_IO):
-        return onednn_product(left_TI, right_IO)
-    return torch.mm(left_TI, right_IO, out=memory()) if memory else left_TI @ right_IO
-
-
-def add_product(
-    added_TO: Tensor, left_TI: Tensor, right_IO: Tensor, memory: Callable[[], Tensor] | None = None
-) -> Tensor:
-    """Return added + left @ right [T, O], rounded once; else as `product`."""
-    if by_onednn(left_TI, right_IO):
-        return onednn_product(left_TI, right_IO).add_(added_TO)
-    return torch.addmm(added_TO, left_TI, right_IO, **({"out": memory()} if memory else {}))
+    if not by_onednn(left_TI, right_IO):
+        if added_TO is None:
+            return torch.mm(left_TI, right_IO, out=out_TO)
+        return torch.addmm(added_TO, left_TI, right_IO, out=out_TO)
+    rows = max(1, REUSED_BYTES // (4 * right_IO.shape[1]))
+    for first in range(0, len(out_TO), rows):
+        part = slice(first, first + rows)
+        made = onednn_product(left_TI[part], right_IO)
+        if added_TO is None:
+            out_TO[part] = made
+        else:
+            torch.add(added_TO[part], made, out=out_TO[part])
+    return out_TO
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:

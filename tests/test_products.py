@@ -39,10 +39,16 @@ def test_a_product_does_not_depend_on_how_its_factors_lie_in_memory(monkeypatch,
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
     left_TI, right_IO = of_layout(left, 130, 96), of_layout(right, 96, 200)
     added_TO = torch.randn(130, 200)
+    before_TO = added_TO.clone()
     assert products.by_onednn(left_TI, right_IO)
     wanted_TO = left_TI.double() @ right_IO.double()
     within_rounding(products.product(left_TI, right_IO), wanted_TO)
-    within_rounding(products.add_product(added_TO, left_TI, right_IO), added_TO.double() + wanted_TO)
+    monkeypatch.setattr(products, "REUSED_BYTES", 4 * 200 * 50)  # so that rows are written in three parts
+    out_TO = torch.empty(130, 200)
+    assert products.write_product(out_TO, left_TI, right_IO) is out_TO
+    within_rounding(out_TO, wanted_TO)
+    products.write_product(added_TO, left_TI, right_IO, added_TO=added_TO)
+    within_rounding(added_TO, before_TO.double() + wanted_TO)
 
 
 @needs_onednn

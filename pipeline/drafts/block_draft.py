@@ -19,7 +19,7 @@ from pipeline.drafts.head_loss import HeadLoss
 from pipeline.drafts.objectives import Objective, TargetStates, slot_sums, term_name
 from pipeline.drafts.vocabulary import missed
 from pipeline.errors import DataError, UsageError
-from pipeline.products import add_product
+from pipeline.products import write_product
 from pipeline.target.head import TargetHead, chunk_blocks
 from pipeline.tensors import at_least_float32, draw, uniforms
 
@@ -243,7 +243,7 @@ class BlockDraft(Backbone, Draft):
             correction, state = self.correction_step(k, guessing_NPD[:, k], last_N, state)
             if correction is not None:
                 z_NU, out_VU = (part.to(logits_NPV.dtype) for part in correction)
-                logits_NPV[:, k] = add_product(logits_NPV[:, k], z_NU, out_VU.T)
+                write_product(logits_NPV[:, k], z_NU, out_VU.T, added_TO=logits_NPV[:, k])
             last_N = self.target_ids(self._choose(logits_NPV[:, k], sampling))
             proposals_NP[:, k] = last_N
         return proposals_NP, logits_NPV

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.drafts.objectives import Objective
-from pipeline.products import add_product, product
+from pipeline.products import product, write_product
 from pipeline.target.head import TargetHead
 from pipeline.tensors import at_least_float32
 
@@ -79,13 +79,18 @@ class HeadLoss(torch.autograd.Function):
         )
         head_out_VU = out_VU.to(head_VD.dtype) if corrected else None
         scored = [kind for kind in ("base", "final") if kind in objective.scales]
+        kinds = ["base", "final"] if corrected else scored
         memory = ChunkMemory(min(blocks, len(hidden_NSD)) * hidden_NSD.shape[1], head_VD)
         for first in range(0, len(hidden_NSD), blocks):
             part = slice(first, first + blocks)
             shape = torch.Size((*hidden_NSD[part].shape[:2], len(head_VD)))
-            z_XU = z_NSU[part].flatten(0, 1).to(head_VD.dtype) if corrected else None
-            hidden_XD = hidden_NSD[part].flatten(0, 1).to(head_VD.dtype)
-            raw = _raw_logits(hidden_XD, head_VD, z_XU, head_out_VU, scored, memory)
+            raw = {kind: memory.take(kind, shape, head_VD.dtype).flatten(0, 1) for kind in kinds}  # [X, V] each
+            write_product(raw[kinds[0]], hidden_NSD[part].flatten(0, 1).to(head_VD.dtype), head_VD.T)
+            if corrected:
+                z_XU = z_NSU[part].flatten(0, 1).to(head_VD.dtype)
+                write_product(raw["final"], z_XU, head_out_VU.T, added_TO=raw["base"])
+            elif len(kinds) > 1:
+                raw["final"].copy_(raw["base"])
             soft = objective.soft_labels(part, target, memory)
             for kind in scored:
                 raw_NSV = logits_NSV = raw[kind].view(shape)
@@ -102,8 +107,6 @@ class HeadLoss(torch.autograd.Function):
             if want_grad:
                 d_sum_XV = raw["final"] if len(scored) == 1 else raw["final"].add_(raw["base"])
                 d_hidden[part] = product(d_sum_XV, head_VD).view_as(d_hidden[part])
-                del d_sum_XV
-            del raw, raw_NSV, logits_NSV, measured  # where the next logits take new memory
         del memory
         ctx.grads = d_hidden, d_z, None if d_out_UV is None else d_out_UV.T.to(out_VU.dtype).contiguous()
         return objective.total()
@@ -116,29 +119,6 @@ class HeadLoss(torch.autograd.Function):
             return *(None if made is None else made * grad.to(made.dtype) for made in grads), None, None, None
         ctx.grads = None
         return *(None if made is None else made.mul_(grad.to(made.dtype)) for made in grads), None, None, None
-
-
-def _raw_logits(
-    hidden_XD: Tensor,
-    head_VD: Tensor,
-    z_XU: Tensor | None,
-    out_VU: Tensor | None,
-    scored: Sequence[str],
-    memory: ChunkMemory,
-) -> dict[str, Tensor]:
-    """Return the logits [X, V] before the soft cap, "base" and "final" where there is a correction, else of each kind
-    that is scored."""
-
-    def take(kind: str) -> Tensor:
-        return memory.take(kind, torch.Size((len(hidden_XD), len(head_VD))), head_VD.dtype)
-
-    kinds = ["base", "final"] if z_XU is not None else scored
-    raw = {kinds[0]: product(hidden_XD, head_VD.T, lambda: take(kinds[0]))}
-    if z_XU is not None:
-        raw["final"] = add_product(raw["base"], z_XU, out_VU.T, lambda: take("final"))
-    elif len(kinds) > 1:
-        raw["final"] = take("final").copy_(raw["base"])
-    return raw
 
 
 def _add_products(sums_UV: Tensor, z_UX: Tensor, d_logits_XV: Tensor) -> None:
