@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 CPU_FACTS = Path("/proc/cpuinfo")
-REUSED_BYTES = 16 << 20  # glibc gives back what is larger than 32 MB
+REUSED_BYTES = 4 << 20  # from 32 MB on glibc gives memory back when it is freed
 SMALLEST = 1 << 20  # multiplications below which oneDNN's call takes longer than it saves
 
 
@@ -78,21 +78,21 @@ def product(left_TI: Tensor, right_IO: Tensor) -> Tensor:
 def write_product(out_TO: Tensor, left_TI: Tensor, right_IO: Tensor, added_TO: Tensor | None = None) -> Tensor:
     """Write left @ right (+ added) to `out`, rounded once, and return it; as `product` without a gradient by oneDNN.
 
-    oneDNN takes memory of its own, which is then copied: for a part of the rows at a time, small enough for the C
-    library to use it again, where the system would clear it again page by page.
+    oneDNN takes memory of its own, which is then copied: for some outputs at a time, few enough for the C library to
+    use that memory again, where the system would clear it again page by page.
     """
     if not by_onednn(left_TI, right_IO):
         if added_TO is None:
             return torch.mm(left_TI, right_IO, out=out_TO)
         return torch.addmm(added_TO, left_TI, right_IO, out=out_TO)
-    rows = max(1, REUSED_BYTES // (4 * right_IO.shape[1]))
-    for first in range(0, len(out_TO), rows):
-        part = slice(first, first + rows)
-        made = onednn_product(left_TI[part], right_IO)
+    outputs = max(1, REUSED_BYTES // (4 * len(left_TI)))
+    for first in range(0, right_IO.shape[1], outputs):
+        part = slice(first, first + outputs)
+        made = onednn_product(left_TI, right_IO[:, part])
         if added_TO is None:
-            out_TO[part] = made
+            out_TO[:, part] = made
         else:
-            torch.add(added_TO[part], made, out=out_TO[part])
+            torch.add(added_TO[:, part], made, out=out_TO[:, part])
     return out_TO
 
 

@@ -43,7 +43,7 @@ def test_a_product_does_not_depend_on_how_its_factors_lie_in_memory(monkeypatch,
     assert products.by_onednn(left_TI, right_IO)
     wanted_TO = left_TI.double() @ right_IO.double()
     within_rounding(products.product(left_TI, right_IO), wanted_TO)
-    monkeypatch.setattr(products, "REUSED_BYTES", 4 * 200 * 50)  # so that rows are written in three parts
+    monkeypatch.setattr(products, "REUSED_BYTES", 4 * 130 * 90)  # so that it is written in three parts
     out_TO = torch.empty(130, 200)
     assert products.write_product(out_TO, left_TI, right_IO) is out_TO
     within_rounding(out_TO, wanted_TO)

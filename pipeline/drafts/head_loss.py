@@ -19,7 +19,7 @@ from pipeline.products import product, write_product
 from pipeline.target.head import TargetHead
 from pipeline.tensors import at_least_float32
 
-SLICE = 8192  # tokens of the vocabulary whose share of W_out's gradient a CPU adds at once, in its cache
+SLICE = 4096  # tokens of the vocabulary whose share of W_out's gradient a CPU adds at once, in its cache
 
 
 class ChunkMemory:
@@ -107,8 +107,7 @@ class HeadLoss(torch.autograd.Function):
             if want_grad:
                 d_sum_XV = raw["final"] if len(scored) == 1 else raw["final"].add_(raw["base"])
                 d_hidden[part] = product(d_sum_XV, head_VD).view_as(d_hidden[part])
-        del memory
-        ctx.grads = d_hidden, d_z, None if d_out_UV is None else d_out_UV.T.to(out_VU.dtype).contiguous()
+        ctx.grads = d_hidden, d_z, None if d_out_UV is None else d_out_UV.T.to(out_VU.dtype)
         return objective.total()
 
     @staticmethod
