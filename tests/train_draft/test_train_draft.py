@@ -77,7 +77,8 @@ def prepared(cache, *sets):
     corpus = split_samples(store, resolved.draft.mask_token_id, resolved.recipe.train.heldout)
     resolved = resolved.with_steps(len(corpus.train))
     loader = BatchLoader(Sampler(store, corpus, resolved.draft, resolved.recipe.train))
-    return make_draft(resolved, store, CPU), loader
+    supervised = (ids[mask] for ids, mask in map(store.tokens_of, map(int, corpus.train)))
+    return make_draft(resolved, store, CPU, samples=supervised), loader
 
 
 def take_step(trainer: Trainer, number: int) -> dict | None:
