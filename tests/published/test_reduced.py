@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from forms import speculators_reduced, target
+from forms import sglang_dspark, speculators_reduced, target, zlab_dflash
 from greedy import make_greedy_cache, save_stopping_target
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipeline.cache import HiddenCache
 from pipeline.drafts import DRAFTS
@@ -17,6 +17,7 @@ from pipeline.published import load_draft_folder
 from pipeline.published.check import check_export
 from pipeline.published.export import export
 from pipeline.published.init_from import InitialDraft
+from pipeline.published.reading import read_description
 from pipeline.runs.checkpoint import load_draft
 from pipeline.runs.recipe import load_recipe, resolve
 from pipeline.target.head import TargetHead
@@ -101,6 +102,31 @@ def test_a_draft_of_fewer_ids_that_others_publish_is_opened_and_decodes(tmp_path
     assert ids_of(draft.d2t).tolist() == list(range(0, 40, 3)) and draft.config.vocabulary == 14
     hidden = torch.randn(5, 4, 16, generator=torch.Generator().manual_seed(0))
     assert not (draft.rollout(hidden, torch.arange(5)) % 3).any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("offset", [5, -2, 1 << 60])
+def test_maps_that_leave_the_vocabulary_are_refused_wherever_a_folder_is_opened(tmp_path, method, offset):
+    folder = speculators_reduced(tmp_path / "folder", method)
+    config, weights = read_description(folder, 6).config, folder / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["d2t"][-1 if offset > 0 else 0] += offset
+    save_file(tensors, weights)
+    with pytest.raises(UsageError, match="d2t leads outside the vocabulary of 40"):
+        load_draft_folder(folder, TargetHead(target(), target()), target_layers=6)
+    with pytest.raises(UsageError, match="d2t leads outside the vocabulary of 40"):
+        InitialDraft(folder).weights_for(config)
+
+
+@pytest.mark.parametrize("place", ["top", "nested"])
+@pytest.mark.parametrize("form", [zlab_dflash, sglang_dspark])
+def test_a_vocabulary_that_the_form_has_no_key_for_is_refused(tmp_path, form, place):
+    folder = form(tmp_path / "folder")
+    flat = json.loads((folder / "config.json").read_text())
+    (flat if place == "top" else flat["dflash_config"])["vocabulary"] = 14
+    (folder / "config.json").write_text(json.dumps(flat))
+    with pytest.raises(UsageError, match="vocabulary is 14 and draft_vocab_size is 40"):
+        load_draft_folder(folder, TargetHead(target(), target()))
 
 
 @pytest.mark.parametrize("method", METHODS)
