@@ -236,13 +236,16 @@ def speculators_dspark(folder: Path) -> Path:
     return speculators(folder, "dspark", DSPARK | {"markov_head_type": "vanilla"}, dspark())
 
 
-def speculators_reduced(folder: Path) -> Path:
-    """DFlash that proposes every third id only, by a head of its own rows and both maps."""
+def speculators_reduced(folder: Path, kind: str = "dflash") -> Path:
+    """A draft that proposes every third id only, by a head of its own rows and both maps."""
     may_V = torch.arange(V) % 3 == 0
     ids_W = may_V.nonzero()[:, 0]
     maps = {"t2d": may_V, "d2t": ids_W - torch.arange(len(ids_W)), "lm_head.weight": target()[ids_W]}
-    own = {"draft_vocab_size": len(ids_W)}
-    return speculators(folder, "dflash", own, maps | {"embed_tokens.weight": target()})
+    own, head = {"draft_vocab_size": len(ids_W)}, {}
+    if kind == "dspark":
+        own, head = own | DSPARK | {"markov_head_type": "vanilla"}, dspark()
+        head["markov_head.markov_w2.weight"] = head["markov_head.markov_w2.weight"][ids_W]
+    return speculators(folder, kind, own, head | maps | {"embed_tokens.weight": target()})
 
 
 def specforge_training(folder: Path) -> Path:

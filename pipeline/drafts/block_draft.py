@@ -23,6 +23,9 @@ from pipeline.products import write_product
 from pipeline.target.head import TargetHead, chunk_blocks
 from pipeline.tensors import at_least_float32, draw, uniforms
 
+# Weights' sum where a draft vocabulary has no label of a batch: the loss is then 0, where 0 / 0 would end the training.
+NOTHING = 1e-30
+
 
 class BlockDraft(Backbone, Draft):
     """The backbone with the target's head. One whose logits depend on the tokens already chosen adds `correction` (all
@@ -78,7 +81,7 @@ class BlockDraft(Backbone, Draft):
         return {"final": 1.0}
 
     def correction(self, hidden_NSD: Tensor, prev_NS: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the low-rank correction of the head's logits, (z [N, S, U], W_out [V, U]) for z W_out^T, or None.
+        """Return the low-rank correction of the head's logits, (z [N, S, U], W_out [W, U]) for z W_out^T, or None.
 
         prev_NS: the true token before each label.
         """
@@ -87,7 +90,7 @@ class BlockDraft(Backbone, Draft):
     def denominators(self, blocks: Blocks) -> dict[str, Tensor]:
         """Return each term's denominator from one cell, to be summed: the weights' sum, or for D-PACE the samples."""
         blocks = self.learned(blocks)
-        den = blocks.weights_NS.double().sum()
+        den = blocks.weights_NS.double().sum().clamp(min=NOTHING)
         if self.config.weighting != "decay":
             den = den.new_full((), len(blocks.lengths))
         kinds, terms = self.logit_kinds({}), self.config.term_weights
@@ -155,10 +158,11 @@ class BlockDraft(Backbone, Draft):
         raw_NSV = self.head.raw_logits(hidden_NSD)
         base_NSV = raw_NSV.to(at_least_float32(raw_NSV.dtype))
         correction = self.correction(hidden_NSD, prev_NS)
-        if correction is None:
-            return {"final": self.over_vocabulary(self.target.cap(base_NSV), -torch.inf)}
-        added_NSV = nn.functional.linear(*correction).to(base_NSV.dtype)
-        return {"base": self.target.cap(base_NSV), "final": self.target.cap(base_NSV + added_NSV)}
+        kinds = {"final": base_NSV}
+        if correction is not None:
+            added_NSV = nn.functional.linear(*correction).to(base_NSV.dtype)
+            kinds = {"base": base_NSV, "final": base_NSV + added_NSV}
+        return {kind: self.over_vocabulary(self.target.cap(of_NSV), -torch.inf) for kind, of_NSV in kinds.items()}
 
     @torch.no_grad()
     def teacher_forced(self, cell: Cell, blocks: Blocks) -> tuple[Tensor, Tensor | None]:
@@ -259,9 +263,9 @@ class BlockDraft(Backbone, Draft):
         return (self.target.cap(raw_NV.to(at_least_float32(raw_NV.dtype))) / temperature).softmax(-1)
 
     def correction_step(self, k: int, hidden_ND: Tensor, last_N: Tensor, state):
-        """Return the correction (z [N, U], W_out [V, U]) of proposal k, or None, and the recurrent state after it.
+        """Return the correction (z [N, U], W_out [W, U]) of proposal k, or None, and the recurrent state after it.
 
-        last_N: the token before proposal k. state: None for the first proposal.
+        last_N: the target's id of the token before proposal k. state: None for the first proposal.
         """
         return None, None
 

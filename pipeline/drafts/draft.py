@@ -121,6 +121,8 @@ class Draft(nn.Module, ABC):
     losses leave out labels that it cannot propose, proposals are mapped to the target's ids, `tensors` names both maps,
     and `reduces_vocabulary` lets such a folder be opened.
 
+    `ReducesVocabulary` has such a vocabulary for methods on `BlockDraft`, which derive from it besides.
+
     DFlash-2 derives from `BlockDraft`. The convolutions are in its `layer_class`, and so in `tensors` and `reference`.
     Its selector scores candidates by A[prev] * (W h) against B, a `correction` and `correction_step` (z, B);
     `rollout_logits` keeps the head's best candidates only, and `own_loss` adds the term over them.
@@ -211,6 +213,7 @@ class Draft(nn.Module, ABC):
     ignored_keys: ClassVar[frozenset[str]] = frozenset()  # nested keys of its files besides its options
     only_backbone: ClassVar[bool] = False  # the bare backbone, from which any draft on it can start
     reduces_vocabulary: ClassVar[bool] = False  # whether it proposes fewer ids than the target has
+    rows_of_ids: ClassVar[tuple[str, ...]] = ()  # its own tensors with a row for each id that may then be proposed
 
     @classmethod
     @abstractmethod

@@ -11,7 +11,10 @@ e is the embedding of the previous token, h the backbone's state; the corrected 
 The confidence head learns `accept`, the probability that rejection sampling accepts a token sampled at the slot, as a
 constant; its own gradient reaches the backbone and the embedding (DeepSpec's `loss.py`). Parameter names as published.
 
-    N blocks   S slots   P proposals   D hidden size   U rank   V vocabulary
+Over a draft vocabulary W1 has a row for every id of the target, as any may be the previous token, and W2 one for each
+id that may be proposed; `accept` is then that of the target's distribution over these ids.
+
+    N blocks   S slots   P proposals   D hidden size   U rank   V vocabulary   W ids that may be proposed
 """
 
 from typing import ClassVar, Literal
@@ -23,21 +26,21 @@ from torch import Tensor, nn
 
 from pipeline.drafts.block_draft import BlockDraft
 from pipeline.drafts.blocks import Blocks
-from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.draft import Loss, ProbeBlock, PublishedKeys, Shapes
+from pipeline.drafts.vocabulary import ReducesVocabulary, VocabularyConfig
 from pipeline.errors import UsageError
 from pipeline.products import Linear, linear
 from pipeline.target.head import TargetHead
 from pipeline.tensors import at_least_float32
 
 
-class DSparkConfig(DraftConfig):
+class DSparkConfig(VocabularyConfig):
     """The options of DSpark. Raises UsageError for same-position labels, a confidence head without a loss, or a loss
     without the head."""
 
     scores_up_to_gap = True  # DeepSpec's `build_eval_mask`
     may_keep_position = False
-    training_only = DraftConfig.training_only | {"alpha_confidence"}
+    training_only = VocabularyConfig.training_only | {"alpha_confidence"}
 
     objective: str = "dspark"
     markov_rank: NonNegativeInt = 256  # 0: no Markov head
@@ -99,7 +102,7 @@ class MarkovHead(nn.Module):
         super().__init__()
         self.kind, rank, width = config.markov_head_type, config.markov_rank, config.hidden_size
         self.markov_w1 = nn.Embedding(config.vocab_size, rank)
-        self.markov_w2 = Linear(rank, config.vocab_size, bias=False)
+        self.markov_w2 = Linear(rank, config.proposable, bias=False)
         if self.kind == "gated":
             self.gate_proj = Linear(width + rank, rank)
         if self.kind == "rnn":
@@ -128,7 +131,7 @@ class MarkovHead(nn.Module):
         return torch.stack(z, dim=1), state_NU
 
 
-class DSpark(BlockDraft):
+class DSpark(ReducesVocabulary, BlockDraft):
     """The backbone, its Markov correction and, where configured, its confidence head."""
 
     Config = DSparkConfig
@@ -138,6 +141,7 @@ class DSpark(BlockDraft):
     published_sizes: ClassVar = {"markov_rank": 256}
     reads_final = True
     fused_matrices = ("joint_proj",)
+    rows_of_ids = ("markov_head.markov_w2.weight",)
     architectures = ("Qwen3DSparkModel", "DSparkDraftModel", "DFlashDraftModel", "DSparkSpeculator")
     forms = ("sglang", "speculators", "deepspec")
     sglang = ("DSPARK", 1)  # its block holds proposals only, and the anchor is verified, too
@@ -199,8 +203,8 @@ class DSpark(BlockDraft):
 
     @classmethod
     def head_tensors(cls, config: DSparkConfig, proposed: int | None = None) -> Shapes:
-        D, V, W = config.hidden_size, config.vocab_size, proposed or config.vocab_size
-        rank, kind, shapes = config.markov_rank, config.markov_head_type, {}
+        D, V, W = config.hidden_size, config.vocab_size, proposed or config.proposable
+        rank, kind, shapes = config.markov_rank, config.markov_head_type, super().head_tensors(config, proposed)
         if rank:
             shapes |= {"markov_head.markov_w1.weight": (V, rank), "markov_head.markov_w2.weight": (W, rank)}
         if kind == "gated":
@@ -223,7 +227,11 @@ class DSpark(BlockDraft):
         if config.markov_rank:
             e_SU = get("markov_head.markov_w1.weight")[block.prev_S]
             read_SU = cls._reference_states(get, config.markov_head_type, hidden_SD, e_SU)
-            bias_SC = read_SU @ get("markov_head.markov_w2.weight")[block.columns_C].T
+            rows_C = block.columns_C
+            if config.vocabulary is not None:
+                ids_W = get("d2t").long() + torch.arange(config.vocabulary)
+                rows_C = (ids_W == rows_C[:, None]).long().argmax(-1)
+            bias_SC = read_SU @ get("markov_head.markov_w2.weight")[rows_C].T
         if not config.enable_confidence_head:
             return bias_SC, None
         seen = torch.cat([hidden_SD, e_SU], -1) if config.confidence_head_with_markov else hidden_SD
@@ -256,11 +264,12 @@ class DSpark(BlockDraft):
         Model-Optimizer's always reads the token before, and has no key that says so."""
         weighted = bool(keys.find("confidence_head_alpha", 0))
         confidence = keys.find("use_confidence_head", None)
-        return {
+        own = {
             "shift_label": True,
             "enable_confidence_head": weighted if confidence is None else confidence,
             "confidence_head_with_markov": bool(confidence),
         } | ({"markov_head_type": "vanilla"} if keys.find("markov_rank", 1) == 0 else {})
+        return super().absent(keys) | own
 
     @classmethod
     def read_options(cls, keys: PublishedKeys) -> dict:
@@ -284,9 +293,10 @@ class DSpark(BlockDraft):
     @classmethod
     def refusal(cls, config: DSparkConfig, form: str) -> str | None:
         if form == "speculators" and config.markov_head_type != "vanilla":
+            export = "export it with --format sglang, or " if config.vocabulary is None else ""
             return (
                 f"vLLM computes the vanilla Markov head only, this draft has markov_head_type "
-                f'"{config.markov_head_type}"; export it with --format sglang, or train one with "vanilla"'
+                f'"{config.markov_head_type}"; {export}train one with "vanilla"'
             )
         return super().refusal(config, form)
 
@@ -294,17 +304,17 @@ class DSpark(BlockDraft):
     def card_rows(cls, config: DSparkConfig) -> list[tuple[str, str]]:
         confidence = "with" if config.enable_confidence_head else "without"
         markov = f"{config.markov_head_type}, rank {config.markov_rank}" if config.markov_rank else "none"
-        return [("Markov head", f"{markov}, {confidence} confidence head")]
+        return [("Markov head", f"{markov}, {confidence} confidence head"), *super().card_rows(config)]
 
     @classmethod
     def card_notes(cls, config: DSparkConfig, form: str) -> list[str]:
         if form == "deepspec":
             return []
         if form == "speculators":
-            return [
-                "vLLM has to heed `sample_from_anchor`; builds that take it for false accept nothing, and serve",
-                "the same draft exported with `--format sglang`.",
-            ]
+            builds = "vLLM has to heed `sample_from_anchor`; builds that take it for false accept nothing"
+            if config.vocabulary is not None:  # which only this form has
+                return [f"{builds}."]
+            return [f"{builds}, and serve", "the same draft exported with `--format sglang`."]
         notes = []
         if config.markov_rank == 0:
             notes.append(

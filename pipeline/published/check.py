@@ -61,8 +61,6 @@ def check_export(path: Path, target_layers: int | None = None) -> dict:
         dtypes = {str(tensor.dtype).removeprefix("torch.") for _, tensor in opened.own()}  # each is read, and finite
         for name in opened.names.keys() - shapes.keys():
             opened[name]  # read, and finite
-        for name in sorted({"d2t", "t2d"} & opened.names.keys()):
-            _check_map(opened, name)
         return {
             "path": str(path),
             "method": config.method,
@@ -107,19 +105,6 @@ def _check_files(opened: Opened) -> None:
             f"{opened.path / others[0]} lies beside {', '.join(sorted(loaded))}, and engines load every such file as "
             f"weights; leave {WEIGHTS} alone"
         )
-
-
-def _check_map(opened: Opened, name: str) -> None:
-    """Refuse maps of reduced ids that leave the vocabulary, or contradict each other."""
-    if not {"d2t", "t2d"} <= opened.names.keys():
-        raise UsageError(f"{opened.path} holds only one of d2t and t2d; export it again")
-    ids_W = opened["d2t"] + torch.arange(opened.described.proposed)
-    may_V = opened["t2d"]
-    vocabulary = opened.config.vocab_size
-    if bool((ids_W < 0).any() or (ids_W >= vocabulary).any()):
-        raise UsageError(f"{opened.path}: {name} leads outside the vocabulary of {vocabulary}; export it again")
-    if not torch.equal(ids_W.sort().values, may_V.nonzero()[:, 0]):
-        raise UsageError(f"{opened.path}: d2t and t2d name different ids; export it again")
 
 
 def write_probe(folder: Path, draft: Draft, cell: Cell, blocks: Blocks, source: str) -> None:

@@ -1,6 +1,7 @@
 """The weights that a training begins with: of a published draft, or of a run (`train-draft --init-from`)."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from pipeline.drafts import DRAFTS, Draft, DraftConfig
 from pipeline.drafts.rope import RopeScaling
-from pipeline.drafts.vocabulary import MAPS
+from pipeline.drafts.vocabulary import MAPS, carry_rows, ids_of
 from pipeline.errors import UsageError
 from pipeline.published.weights import open_folder, open_safetensors
 from pipeline.runs.checkpoint import DRAFT, find_checkpoint, load_config, open_checkpoint, steps
@@ -38,10 +39,15 @@ class InitialWeights:
     summary: str
     rope_scaling: RopeScaling | None  # what they were trained with, which training goes on with
     digest: str  # of names, types and values: what a run is recorded to have started with
+    ids_W: Tensor | None = None  # the target's id of each row of the method's `rows_of_ids`; None: they have all
 
     def load_into(self, draft: Draft) -> None:
-        """Load the weights into a draft; its other tensors stay as they are."""
-        missing, surplus = draft.load_state_dict(self.tensors, strict=False)
+        """Load the weights into a draft; its other tensors, and rows of ids that these have not, stay as they are."""
+        tensors = dict(self.tensors)
+        for name in tensors.keys() & set(draft.rows_of_ids):
+            ids_X = draft.target_ids(torch.arange(draft.config.proposable, device=draft.device))
+            tensors[name] = carry_rows(self.ids_W, tensors[name], ids_X, draft.state_dict()[name])
+        missing, surplus = draft.load_state_dict(tensors, strict=False)
         wanted = set(missing) - MAPS  # those are counted anew
         assert not surplus and wanted == set(self.fresh), f"{missing} and {surplus}, expected {self.fresh}"
 
@@ -59,7 +65,7 @@ class InitialDraft:
     def weights_for(self, wanted: DraftConfig, head: TargetHead | None = None) -> InitialWeights:
         """Return its weights for a draft of the config `wanted`. Only what fits is taken: a draft that reads other
         layers, another mask token or other positions would load, and have to unlearn. The bare backbone starts a draft
-        of any method on it, whose own head begins random.
+        of any method on it, whose own head begins random; so do rows of ids that a reduced draft could not propose.
 
         head: the target's; copies of it that the folder brings are compared with it. UsageError naming the first thing
         that does not fit, with both values.
@@ -68,7 +74,7 @@ class InitialDraft:
         if (path / DRAFT).is_file() or steps(path):
             config, checkpoint = load_config(path), find_checkpoint(path)
             open_checkpoint(checkpoint)
-            tensors, proposed = open_safetensors([checkpoint / DRAFT]), config.vocab_size
+            tensors, proposed = open_safetensors([checkpoint / DRAFT]), config.proposable
         else:
             opened = open_folder(path, wanted.num_target_layers)
             if head is not None:
@@ -84,8 +90,11 @@ class InitialDraft:
             )
         taken = {name: tensors[name] for name in method.starting_tensors(wanted, source)}
         fresh = tuple(sorted(method.tensors(wanted).keys() - taken.keys() - MAPS))
-        summary = _summary(path, config, wanted, fresh)
-        return InitialWeights(path, taken, fresh, summary, config.rope_scaling, _digest(taken))
+        rows = taken.keys() & set(method.rows_of_ids)
+        ids_W = ids_of(tensors["d2t"]) if rows and config.proposable < config.vocab_size else None
+        summary = _summary(path, config, wanted, fresh, () if ids_W is None else sorted(rows))
+        digest = _digest(taken if ids_W is None else taken | {"ids": ids_W})
+        return InitialWeights(path, taken, fresh, summary, config.rope_scaling, digest, ids_W)
 
 
 def _check_fits(path: Path, config: DraftConfig, wanted: DraftConfig) -> None:
@@ -110,11 +119,16 @@ def _check_fits(path: Path, config: DraftConfig, wanted: DraftConfig) -> None:
             )
 
 
-def _summary(path: Path, config: DraftConfig, wanted: DraftConfig, fresh: tuple[str, ...]) -> str:
+def _summary(
+    path: Path, config: DraftConfig, wanted: DraftConfig, fresh: tuple[str, ...], partial: Sequence[str]
+) -> str:
+    """partial: tensors with rows of some ids only."""
     parts = [f"starting from the {config.method} draft {path}"]
     if fresh:
         heads = ", ".join(sorted({name.partition(".")[0] for name in fresh}))
         parts.append(f"{heads} fresh, as {wanted.method} has and {config.method} has not")
+    if partial:
+        parts.append(f"fresh in {' and '.join(partial)} the rows of ids that it did not propose")
     if config.shift_label != wanted.shift_label:
         slots = ("anchor + k", "anchor + k + 1")
         parts.append(f"slot k, which guessed {slots[config.shift_label]}, now learns {slots[wanted.shift_label]}")

@@ -106,6 +106,10 @@ def read_description(path: Path, target_layers: int | None = None) -> Published:
         proposed = flat.get("draft_vocab_size") or config.vocab_size
         if not isinstance(proposed, int) or not 0 < proposed <= config.vocab_size:
             raise UsageError(f"{file}: draft_vocab_size is {proposed!r}, the vocabulary {config.vocab_size}")
+        if config.proposable not in (proposed, config.vocab_size):
+            raise UsageError(
+                f"{file}: vocabulary is {config.proposable} and draft_vocab_size is {proposed}; correct the wrong one"
+            )
         owns = speculators or DEEPSPEC in (flat.get("architectures") or ())
         return Published(config, speculators, owns, proposed)
     except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipeline.drafts import DRAFTS, Draft, DraftConfig
 from pipeline.drafts.draft import Shapes
+from pipeline.drafts.vocabulary import MAPS, ids_of
 from pipeline.errors import UsageError, first_line, refuse_limit
 from pipeline.json_files import check_regular
 from pipeline.pickles import RefusedPickle, check_pickle
@@ -170,9 +171,7 @@ class Opened:
     def check_copies(self, embed_VD: Tensor, head_VD: Tensor) -> None:
         """Refuse copies of the target's embedding or head that are not this target's. UsageError."""
         if self.described.proposed < len(head_VD) and "d2t" in self.names:
-            d2t_W = self["d2t"]
-            ids_W = (d2t_W + torch.arange(len(d2t_W))).clamp(0, len(head_VD) - 1)  # `check_map` refuses others
-            head_VD = head_VD[ids_W.to(head_VD.device)]
+            head_VD = head_VD[ids_of(self["d2t"]).to(head_VD.device)]
         for name, target_VD in ((EMBEDDING, embed_VD), (HEAD, head_VD)):
             if name not in self.names or name in self.shapes:  # a method of its own may have learned it
                 continue
@@ -195,6 +194,7 @@ def open_folder(path: Path, target_layers: int | None = None) -> Opened:
     weights = open_weights(path)
     opened = Opened(path, described, weights, published_names(weights.shapes))
     _check_shapes(opened)
+    _check_maps(opened)
     return opened
 
 
@@ -222,6 +222,20 @@ def _check_shapes(opened: Opened) -> None:
         kinds = {"d2t": (torch.int64,), "t2d": (torch.bool,)}.get(name, FLOATS)
         if weights.dtypes[stored] not in kinds:
             raise UsageError(f"{opened.path}: {name} is stored as {weights.dtypes[stored]}; export it as bfloat16")
+
+
+def _check_maps(opened: Opened) -> None:
+    """Refuse maps of reduced ids that leave the vocabulary, or contradict each other."""
+    found = MAPS & opened.names.keys()
+    if not found:
+        return
+    if found != MAPS:
+        raise UsageError(f"{opened.path} holds only one of d2t and t2d; export it again")
+    ids_W, vocabulary = ids_of(opened["d2t"]), opened.config.vocab_size
+    if bool((ids_W < 0).any() or (ids_W >= vocabulary).any()):
+        raise UsageError(f"{opened.path}: d2t leads outside the vocabulary of {vocabulary}; export it again")
+    if not torch.equal(ids_W.sort().values, opened["t2d"].nonzero()[:, 0]):
+        raise UsageError(f"{opened.path}: d2t and t2d name different ids; export it again")
 
 
 def load_draft_folder(

@@ -135,14 +135,15 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 def hidden_matrices(draft: Draft) -> set[str]:
     """Return the names of the weights that map one hidden vector to another, which Muon updates.
 
-    Projections onto the vocabulary or onto one number are left out, and so are fused matrices.
+    Projections onto the vocabulary, or the part of it that may be proposed, or onto one number are left out, and so are
+    fused matrices.
     """
     others, fused = (draft.config.vocab_size, 1), draft.fused_matrices
     return {
         f"{name}.weight"
         for name, module in draft.named_modules()
         if isinstance(module, nn.Linear) and module.out_features not in others and not name.endswith(fused)
-    }
+    } - set(draft.rows_of_ids)
 
 
 def make_optimizer(kind: str, draft: Draft, on_host: bool = False) -> AdamW:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from pipeline.cache import HiddenCache
 from pipeline.cli import commands
 from pipeline.drafts import DRAFTS, DraftConfig, draft_config, init_weights
+from pipeline.drafts.vocabulary import MAPS, ids_of
 from pipeline.errors import UsageError
 from pipeline.published.check import check_export
 from pipeline.published.export import export
@@ -124,10 +125,44 @@ def test_copies_of_another_targets_head_are_refused(tmp_path):
         InitialDraft(folder).weights_for(wanted(folder), TargetHead(target() + 1, target()))
 
 
-def test_a_draft_of_fewer_ids_starts_one_of_all_where_no_head_of_its_own_knows_only_those(tmp_path):
-    folder = speculators_reduced(tmp_path / "folder")
-    start = InitialDraft(folder).weights_for(wanted(folder), head())
-    assert start.tensors.keys() == backbone().keys() and start.fresh == ()
+@pytest.mark.parametrize("vocabulary", [14, 10, None])
+@pytest.mark.parametrize("method", ["dflash", "dspark"])
+def test_a_draft_of_fewer_ids_starts_any_other_and_rows_of_ids_that_it_had_not_stay_fresh(tmp_path, method, vocabulary):
+    folder = speculators_reduced(tmp_path / "folder", method)
+    config = wanted(folder, vocabulary=vocabulary)
+    draft = DRAFTS[method](config, head())
+    init_weights(draft, 5)
+    draft.before_training([torch.arange(5, 30).numpy()])  # of which every third was proposed
+    begun = {name: tensor.clone() for name, tensor in draft.state_dict().items()}
+
+    start = InitialDraft(folder).weights_for(config, head())
+    start.load_into(draft)
+
+    own, rows = dspark() if method == "dspark" else {}, "markov_head.markov_w2.weight"
+    loaded = draft.state_dict()
+    assert start.fresh == () and start.tensors.keys() == backbone().keys() | own.keys()
+    assert all(torch.equal(loaded[name], begun[name]) for name in loaded.keys() & MAPS)  # counted, not taken over
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in (backbone() | own).items() if name != rows)
+    assert ("fresh in markov_head.markov_w2.weight the rows of ids" in start.summary) == (method == "dspark")
+    if method == "dspark":
+        ids = torch.arange(40) if vocabulary is None else ids_of(draft.d2t)
+        had = ids % 3 == 0
+        assert had.any() and not had.all()
+        assert torch.equal(loaded[rows][had], own[rows][ids[had]])
+        assert torch.equal(loaded[rows][~had], begun[rows][~had])
+
+
+def test_a_draft_of_all_ids_starts_one_of_fewer_by_their_rows(tmp_path):
+    folder = deepspec_dspark(tmp_path / "folder")
+    config = wanted(folder, vocabulary=10)
+    draft = DRAFTS["dspark"](config, head())
+    draft.before_training([torch.arange(5, 30).numpy()])
+
+    InitialDraft(folder).weights_for(config, head()).load_into(draft)
+
+    assert ids_of(draft.d2t).tolist() == list(range(5, 15))
+    rows = "markov_head.markov_w2.weight"
+    assert torch.equal(draft.state_dict()[rows], dspark()[rows][5:15])
 
 
 SETS = ("train.batch=4", "train.anchors=6", "draft.block_size=4", "train.steps=2", "draft.layers=[1,3]")

@@ -284,8 +284,9 @@ def test_a_probe_of_another_draft_is_refused(folder, name):
         check_export(folder)
 
 
-def test_maps_of_reduced_ids_are_checked(tmp_path):
-    folder = speculators_reduced(tmp_path / "folder")
+@pytest.mark.parametrize("method", ["dflash", "dspark"])
+def test_maps_of_reduced_ids_are_checked(tmp_path, method):
+    folder = speculators_reduced(tmp_path / "folder", method)
     assert check_export(folder, 6)["proposed_ids"] == 14
 
     weights_of(folder, lambda tensors: tensors["d2t"][:1].add_(1))
