@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from pipeline.drafts import Draft
+from pipeline.products import product
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # no weight decay; no published recipe of these methods needs other values
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -121,15 +122,15 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     if m > n:
         return orthogonalize(matrix.T).T
     x_mn = matrix / matrix.norm().clamp(min=1e-7)
-    gram_mm = x_mn @ x_mn.T
+    gram_mm = product(x_mn, x_mn.T)
     factor_mm = product_mm = None
     for _ in range(5):
         if factor_mm is not None:
-            gram_mm = factor_mm @ gram_mm @ factor_mm
-        factor_mm = torch.addmm(gram_mm, gram_mm, gram_mm, beta=QUINTIC[1], alpha=QUINTIC[2])
+            gram_mm = product(product(factor_mm, gram_mm), factor_mm)
+        factor_mm = product(gram_mm, gram_mm).mul_(QUINTIC[2]).add_(gram_mm, alpha=QUINTIC[1])
         factor_mm.diagonal().add_(QUINTIC[0])
-        product_mm = factor_mm if product_mm is None else factor_mm @ product_mm
-    return product_mm @ x_mn
+        product_mm = factor_mm if product_mm is None else product(factor_mm, product_mm)
+    return product(product_mm, x_mn)
 
 
 def hidden_matrices(draft: Draft) -> set[str]:
