@@ -71,7 +71,7 @@ def test_orthogonal_is_five_steps_of_muons_quintic(shape, rank, dtype):
 class OneLayer(nn.Module):
     """As much of a draft as Muon looks at: matrices of both kinds, and what is none."""
 
-    fused_matrices = ()
+    fused_matrices = rows_of_ids = ()
 
     def __init__(self):
         super().__init__()
