@@ -133,7 +133,7 @@ def inspect(cache, sample, as_json):
 
 @commands.command()
 @verify_options
-def verify(cache, repair, deep, complete, model, device, device_map, as_json):
+def verify(cache, repair, deep, complete, model, as_json, **where):
     """Check every byte of a cache. Ends with 4 when something is damaged, and names it.
 
     So it does when columns are lacking in some shards and nobody is capturing them; with --complete also while somebody
@@ -145,7 +145,7 @@ def verify(cache, repair, deep, complete, model, device, device_map, as_json):
     from pipeline.cache.inspect import verify_table
     from stages.cache_hidden.repair import check_incomplete, suggest_repair, verify_and_repair
 
-    report = verify_and_repair(cache, repair, deep, model, device, device_map)
+    report = verify_and_repair(cache, repair, deep, model, **where)
     show(report.as_dict(), as_json, verify_table)
     if report.damaged:
         first, what_to_do = report.damaged[0], suggest_repair(cache, model, repair)

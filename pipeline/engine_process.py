@@ -11,6 +11,7 @@ import json
 import os
 import re
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,9 +31,11 @@ LAST_LINES = 400  # of the log, in which the cause of a crash is sought
 GRACE_S = 5.0  # between being asked to end and being killed
 MODULES = {"vllm": "vllm"}  # what an engine's Python has to have
 ERROR_LINE = re.compile(r"^(?:\S.*?\s)?(?:[a-zA-Z_]\w*\.)*([A-Z]\w*(?:Error|Exception|Interrupt)): (.*\S)")
+LOGGED_BY = re.compile(r"^.*?\[\S+\.py:\d+\] ")
 ADVICE = (
     (("Address already in use", "EADDRINUSE", "address already in use"), "port"),
-    (("MemoryError", "allocate memory", "out of memory", "No available memory"), "room"),
+    (("MemoryError", "allocate memory", "out of memory", "No available memory", "Available memory on node"), "room"),
+    (("Free memory on device",), "room"),
 )
 
 
@@ -66,9 +69,11 @@ def environment() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Remedies:
-    """What to do, in words. room: where the engine lacks memory. crash: where it ends for a reason of its own."""
+    """What to do, in words. room: where the engine lacks memory. silence: where it makes no progress. crash: where it
+    ends for a reason of its own."""
 
     room: str
+    silence: str
     crash: str = ""
 
 
@@ -78,9 +83,12 @@ class EngineProcess:
     stage: what it told last.
     """
 
-    def __init__(self, python: Path, script: Path, request: Path, log: Path, remedies: Remedies):
-        """Start it. request: a file that is there. log: a file to write."""
-        self.log, self.stage, self._remedies = log, {"stage": "starting"}, remedies
+    def __init__(
+        self, python: Path, script: Path, request: Path, log: Path, remedies: Remedies, kept: Path | None = None
+    ):
+        """Start it. request: a file that is there. log: a file to write. kept: where the log is copied to when an error
+        names it; None: it stays where it is."""
+        self.log, self.stage, self._remedies, self._kept = log, {"stage": "starting"}, remedies, kept
         self._said, self._rest, self._told = deque(maxlen=LAST_LINES), b"", deque()
         log.write_bytes(b"")
         self._process = subprocess.Popen(
@@ -123,8 +131,8 @@ class EngineProcess:
             if not self._told and time.monotonic() - since > timeout:
                 self.end()
                 raise ProofError(
-                    f"the engine made no progress for {timeout:g} s while {self.stage['stage']}; pass a larger "
-                    f"--timeout, or see its log, {self.log}{last_words(self._said)}"
+                    f"the engine made no progress for {timeout:g} s while {self.stage['stage']}; "
+                    f"{self._remedies.silence}, or see its log, {self.keep_log()}{last_words(self._said)}"
                 )
         self.stage = self._told.popleft()
         return self.stage
@@ -144,6 +152,13 @@ class EngineProcess:
                 self._told.append(json.loads(told))
         return bool(data)
 
+    def keep_log(self) -> Path:
+        """Return where the log is to be found, for an error, also once this process has ended."""
+        if self._kept is None:
+            return self.log
+        shutil.copyfile(self.log, self._kept)
+        return self._kept
+
     def end(self) -> None:
         """End the process and all that it started, by force where it does not end by itself."""
         self._waiting.close()
@@ -151,7 +166,7 @@ class EngineProcess:
 
     def _failure(self) -> PipelineError:
         """Return the error for a process that did not end with 0: what it said, where the log lies, what to do."""
-        code, stage, where = self._process.returncode, self.stage, f"the whole log is {self.log}"
+        code, stage, where = self._process.returncode, self.stage, f"the whole log is {self.keep_log()}"
         if stage["stage"] == "failed" and stage.get("kind") == "absent":
             return UsageError(
                 f"the engine cannot be imported ({visible(stage['what'])}); install it anew, or pass another --python"
@@ -203,7 +218,7 @@ def end_group(process: subprocess.Popen) -> None:
 
 def last_words(said: Sequence[str]) -> str:
     """Return the last error in a log and what is below it, or its last lines."""
-    lines = [line.split("] ")[-1].strip() for line in said if line.strip()]
+    lines = [LOGGED_BY.sub("", line).strip() for line in said if line.strip()]
     last = next((at for at in reversed(range(len(lines))) if ERROR_LINE.match(lines[at])), len(lines) - 3)
     words = lines[max(last, 0) :][:3]  # what a checker of options found stands below its name
     return f": {visible(' / '.join(words))[:600]}" if words else ""

@@ -27,7 +27,9 @@ from pipeline.json_files import parse_strict_json, read_file
 RESULT, STATES, LOG = "result.json", "states.safetensors", "engine.log"
 MOST_RESULT = 1 << 30
 PROGRESS_S = 5.0
-REMEDIES = Remedies(room="free some, lower --count and --max-new, or set VLLM_CPU_KVCACHE_SPACE")
+REMEDIES = Remedies(
+    room="free some, lower --count and --max-new, or set VLLM_CPU_KVCACHE_SPACE", silence="pass a larger --timeout"
+)
 
 
 @dataclass(frozen=True)

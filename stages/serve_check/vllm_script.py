@@ -14,6 +14,7 @@ from pathlib import Path
 
 from engine_side import VLLM_ENVIRONMENT, end_with_parent, fail, report, vllm_version
 
+ENVIRONMENT = {**VLLM_ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB
 SEQUENCES = 16  # decoded at once
 SPARE = 8  # positions beyond prompt, reply and a block
 TOTALS = {"drafts": "num_drafts", "proposed": "num_draft_tokens", "accepted": "num_accepted_tokens"}
@@ -235,7 +236,7 @@ def totals(llm) -> dict | None:
 def main(path: str) -> None:
     request = json.loads(Path(path).read_text())
     out = Path(request["out"])
-    for name, value in VLLM_ENVIRONMENT.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     end_with_parent()
     report(stage="importing")

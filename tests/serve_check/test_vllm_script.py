@@ -82,6 +82,7 @@ def test_a_right_kernel_is_left_alone():
         ),
         ("[rank0]: RuntimeError: it broke", "RuntimeError: it broke"),
         ("INFO 11-29 all is well", "INFO 11-29 all is well"),
+        ("(pid=7) ERROR 11-29 [core.py:1] ValueError: ['A'] is not supported", "ValueError: ['A'] is not supported"),
     ],
 )
 def test_the_last_error_of_a_log_is_what_is_said(line, said):
