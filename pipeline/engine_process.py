@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.cache.atomic import write_all
 from pipeline.errors import PipelineError, ProofError, RoomError, UsageError
 from pipeline.inside_engine.engine_side import MARK
 from pipeline.visible_text import visible
@@ -29,8 +30,10 @@ INSIDE = Path(__file__).with_name("inside_engine")
 MADE = Path("build/vllm/bin/python")  # by `make engines`
 LAST_LINES = 400  # of the log, in which the cause of a crash is sought
 GRACE_S = 5.0  # between being asked to end and being killed
+LEAVING_S = 15.0  # for a process that is told to end by itself
 MODULES = {"vllm": "vllm"}  # what an engine's Python has to have
 ERROR_LINE = re.compile(r"^(?:\S.*?\s)?(?:[a-zA-Z_]\w*\.)*([A-Z]\w*(?:Error|Exception|Interrupt)): (.*\S)")
+MISSING = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
 LOGGED_BY = re.compile(r"^.*?\[\S+\.py:\d+\] ")
 ADVICE = (
     (("Address already in use", "EADDRINUSE", "address already in use"), "port"),
@@ -111,8 +114,7 @@ class EngineProcess:
     def send(self, request: dict) -> None:
         """Send a line. Does nothing where the process has ended, which `next_stage` then tells."""
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
+            write_all(self._process.stdin.fileno(), json.dumps(request).encode() + b"\n")  # no buffer to flush again
 
     def next_stage(self, timeout: float) -> dict | None:
         """Wait for what the process tells next, writing its log; None when it has ended well.
@@ -159,6 +161,19 @@ class EngineProcess:
         shutil.copyfile(self.log, self._kept)
         return self._kept
 
+    def leave(self, request: dict) -> None:
+        """Send a last line, on which the process ends by itself and tidies up; end it where it does not in time."""
+        if self._process.poll() is None:
+            self.send(request)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(LEAVING_S)
+            until = time.monotonic() + GRACE_S
+            with contextlib.suppress(ProcessLookupError):
+                while time.monotonic() < until:  # what tracks shared memory removes it last
+                    os.killpg(self._process.pid, 0)
+                    time.sleep(0.02)
+        self.end()
+
     def end(self) -> None:
         """End the process and all that it started, by force where it does not end by itself."""
         self._waiting.close()
@@ -166,13 +181,14 @@ class EngineProcess:
 
     def _failure(self) -> PipelineError:
         """Return the error for a process that did not end with 0: what it said, where the log lies, what to do."""
-        code, stage, where = self._process.returncode, self.stage, f"the whole log is {self.keep_log()}"
+        code, stage = self._process.returncode, self.stage
         if stage["stage"] == "failed" and stage.get("kind") == "absent":
             return UsageError(
                 f"the engine cannot be imported ({visible(stage['what'])}); install it anew, or pass another --python"
             )
         if stage["stage"] == "failed":
             return UsageError(visible(stage["what"]))
+        where = f"the whole log is {self.keep_log()}"
         text = "\n".join(self._said)
         kind = next((kind for words, kind in ADVICE if any(word in text for word in words)), "")
         doing = f"while {progress_text(stage | {'engine': ''})}"
@@ -185,8 +201,10 @@ class EngineProcess:
             killed = " (killed)" if code == -signal.SIGKILL else ""
             return RoomError(f"the engine ran out of memory {doing}{killed}; {self._remedies.room}; {where}")
         ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+        lacking = [found[1] for line in self._said if (found := MISSING.search(line))]
+        missing = f"; its Python has no module {visible(lacking[-1])}" if lacking else ""
         remedy = self._remedies.crash and f"; {self._remedies.crash}"
-        return ProofError(f"the engine crashed {doing} ({ended}){last_words(self._said)}{remedy}; {where}")
+        return ProofError(f"the engine crashed {doing} ({ended}){last_words(self._said)}{missing}{remedy}; {where}")
 
 
 def progress_text(stage: dict) -> str:

@@ -4,14 +4,15 @@ Imports nothing but the standard library: an engine's environment has none of ou
 """
 
 import json
+import multiprocessing
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable
 from importlib import metadata
 
 MARK = "@engine "
+GRACE_S = 5.0  # for the engine's workers to end
 VLLM_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # leave the threads where they are
@@ -46,11 +47,20 @@ def end_with_parent(
             for line in lines:
                 heard(line)
         leave()
-        if os.getpgid(0) == os.getpid():  # its own group, as `EngineProcess` starts it: workers of the engine
-            os.killpg(0, signal.SIGKILL)
+        end_workers()
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def end_workers() -> None:
+    """End the processes that the engine started, so that they and what tracks their shared memory remove it."""
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.join(GRACE_S / len(workers))
+        worker.kill()
 
 
 def vllm_version() -> str:

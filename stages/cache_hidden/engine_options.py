@@ -36,7 +36,6 @@ ARITHMETIC = (
     "kv_cache_dtype",
     "attention_backend",
     "moe_backend",
-    "model_impl",
     "language_model_only",
     "enforce_eager",
 )

@@ -1,16 +1,18 @@
 """vLLM as an engine: a process in an environment of its own, which extracts hidden states and leaves them in files.
 
-The script, `inside_vllm/capture_script.py`, is started with a request: `target`, `dtype`, `layers` (as vLLM counts),
-`longest` (tokens of a sample), `tokens` and `sequences` (at most, in one step), `options`, `device` (where the states
-are wanted), `kv_cache_memory_bytes` and `gpu_memory_utilization` (where the options leave them open, the one for CPUs),
-and `out`, a folder. When it tells the stage `ready` (`engine`, `torch`, `device`), it takes lines {"samples": lists of
-token ids} and tells for each the stage `computed` with `files`: of each sample a safetensors file in `out` with
-`hidden_states` [T, K, D] and `token_ids` [T], or null. We remove the files.
+The script, `inside_vllm/capture_script.py`, is started with a request: `target`, `dtype`, `layers` (as vLLM counts) and
+those of them that are `needed`, `longest` (tokens of a sample), `tokens` and `sequences` (at most, in one step),
+`options`, `device` (where the states are wanted), `kv_cache_memory_bytes` and `gpu_memory_utilization` (where the
+options leave them open, the one for CPUs), and `out`, a folder. When it tells the stage `ready` (`engine`, `torch`,
+`device`, `model_class`, and the `layers` that it extracts), it takes lines {"samples": lists of token ids} and tells
+for each the stage `computed` with `files`: of each sample a safetensors file in `out` with `hidden_states` [T, K, D]
+and `token_ids` [T], or null. We remove the files. At {"samples": null} it ends.
 
 vLLM calls j what is layer j - 1 here, and 0 what enters layer 0; the last one is raw, so the target's own last norm is
 applied to it. Nothing of a file is believed: it has to have as many rows as the sample, of the tokens that were asked
 for, and what enters layer 0 has to be each token's embedding, since a slot that vLLM did not write has whatever was
-there before. A file that has not is asked for again with the samples it was asked with, since a sample's last bits may
+there before (vLLM has no layer -1 where it runs a target by Hugging Face's class, as it does where its own tells no
+states). A file that has not is asked for again with the samples it was asked with, since a sample's last bits may
 depend on those beside it.
 
     B samples   T tokens of a sample   K layers   D hidden size
@@ -77,7 +79,8 @@ class VllmEngine:
         self._embedding = target.get_input_embeddings()
         config = target.config.get_text_config()
         captured = [layer for spec in settings.columns if (layer := layer_of(spec.name)) is not None]
-        self._layers = sorted({-1, *captured, config.num_hidden_layers - 1})
+        self._needed = sorted({*captured, config.num_hidden_layers - 1})
+        self._layers = sorted({-1, *self._needed})
         self._width, self._dtype = config.hidden_size, getattr(torch, settings.dtype)
         self._process = None
         tokens = max(settings.batch_tokens, settings.max_length)
@@ -96,6 +99,7 @@ class VllmEngine:
             "target": str(settings.folder.resolve()),
             "dtype": settings.dtype,
             "layers": [layer + 1 for layer in self._layers],
+            "needed": [layer + 1 for layer in self._needed],
             "longest": settings.max_length,
             "tokens": tokens,
             "sequences": SEQUENCES,
@@ -112,9 +116,12 @@ class VllmEngine:
         self._process = EngineProcess(settings.engine.found_python, SCRIPT, path, log, REMEDIES, kept)
         while (stage := self._process.next_stage(STARTING_S)) is not None:
             if stage["stage"] == "ready":
-                facts = {"engine": "vllm", "vllm": stage["engine"], "torch": stage["torch"], "device": stage["device"]}
+                self._layers = [layer - 1 for layer in stage["layers"]]
+                facts = {name: stage[name] for name in ("torch", "device", "model_class")}
+                facts |= {"engine": "vllm", "vllm": stage["engine"]}
                 return facts | ({"options": options} if (options := settings.engine.options_text) else {})
-            print_visible(f"vllm: {progress_text(stage)}", err=True)
+            if stage["stage"] != "failed":  # which the process ends with
+                print_visible(f"vllm: {progress_text(stage)}", err=True)
         raise self._ended()
 
     def forward(
@@ -182,9 +189,12 @@ class VllmEngine:
         if found_T.tolist() != ids_T.tolist():
             raise WrongStates(f"the states of a sample of {T} tokens are of {len(found_T)} other tokens")
         states_TKD = states_TKD.to(self.device)
-        strange = other_tokens(states_TKD[:, 0], self._embedding(ids_T.to(self.device)).to(self.device))
-        if len(strange):
-            raise WrongStates(f"{len(strange)} of {T} rows of a sample are not of their tokens, the first {strange[0]}")
+        if self._layers[0] == -1:
+            strange = other_tokens(states_TKD[:, 0], self._embedding(ids_T.to(self.device)).to(self.device))
+            if strange:
+                raise WrongStates(
+                    f"{len(strange)} of {T} rows of a sample are not of their tokens, the first {strange[0]}"
+                )
         return states_TKD
 
     def _ended(self) -> PipelineError:
@@ -194,7 +204,7 @@ class VllmEngine:
     def close(self) -> None:
         """End the process, and remove its files."""
         if self._process is not None:
-            self._process.end()
+            self._process.leave({"samples": None})
         self._folder.close()
 
 

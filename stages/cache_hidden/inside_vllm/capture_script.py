@@ -18,7 +18,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-from engine_side import VLLM_ENVIRONMENT, end_with_parent, fail, report, vllm_version
+from engine_side import VLLM_ENVIRONMENT, end_with_parent, end_workers, fail, report, vllm_version
 
 KNOWN = "0.32.0"
 # In this process the engine takes a step when it is told to, and all samples that were added take part in it. A sample
@@ -53,39 +53,64 @@ def check(request: dict, version: str) -> None:
         )
 
 
-def start(request: dict):
-    """Start the engine."""
+def start(request: dict, version: str):
+    """Start the engine; return it, and what more there is to tell of it: the layers it extracts, the target's class."""
     from vllm import LLM
     from vllm.platforms import current_platform
 
+    target = {
+        "model": request["target"],
+        "dtype": request["dtype"],
+        "max_model_len": request["longest"] + SPARE,
+        "skip_tokenizer_init": True,
+        "seed": 0,
+        **request["options"],
+    }
+    layers = [*request["layers"]]
+    name, of_hugging_face, overrides = class_of(target)
+    if of_hugging_face:  # of it vLLM has what leaves a layer, and no embedding
+        if 0 in request["needed"]:
+            fail("usage", f"{version} runs this target by {name}, without a layer -1; leave that out of --layers")
+        layers = [layer for layer in layers if layer]
     room = "kv_cache_memory_bytes" if current_platform.is_cpu() else "gpu_memory_utilization"
     given = {
         "enforce_eager": True,  # nothing is compiled for so few steps
         "max_num_seqs": request["sequences"],
         "max_num_batched_tokens": request["tokens"] + request["sequences"],
         **({room: request[room]} if request[room] else {}),
-        **request["options"],
     }
-    return LLM(
-        model=request["target"],
-        dtype=request["dtype"],
-        max_model_len=request["longest"] + SPARE,
-        skip_tokenizer_init=True,
-        enable_prefix_caching=False,  # of a prefix that is cached no states are computed (vllm-project/vllm#44485)
-        seed=0,
-        speculative_config={
+    states = {
+        "speculative_config": {
             "method": "extract_hidden_states",
             "num_speculative_tokens": 1,
-            "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": request["layers"]}},
+            "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": layers}},
         },
-        kv_transfer_config={
+        "kv_transfer_config": {
             "kv_connector": "CaptureConnector",
             "kv_connector_module_path": "capture_connector",
             "kv_role": "kv_producer",
             "kv_connector_extra_config": {"shared_storage_path": request["out"]},
         },
-        **given,
-    )
+        "enable_prefix_caching": False,  # of a prefix that is cached no states are computed (vllm-project/vllm#44485)
+    }
+    return LLM(**{**given, **target, **overrides, **states}), {"layers": layers, "model_class": name}
+
+
+def class_of(target: dict) -> tuple[str, bool, dict]:
+    """Return the class by which vLLM runs a target, whether that is Hugging Face's, and the options that have it so.
+
+    Many classes of vLLM's own tell no states (in 0.32.0 those of Gemma 2 and 3, say). Hugging Face's then does, run by
+    vLLM's general one.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models.interfaces import supports_eagle3
+
+    config = EngineArgs(**target).create_model_config()
+    general = config._get_transformers_backend_cls()
+    kind, name = config.registry.resolve_model_cls(config.architectures, config)
+    if supports_eagle3(kind):
+        return name, name == general, {}
+    return general, True, {"hf_overrides": {"architectures": [general]}}
 
 
 def compute(engine, samples: list[list[int]], number: int) -> list[str | None]:
@@ -153,15 +178,15 @@ def main(path: str) -> None:
     check(request, version)
     from vllm.platforms import current_platform
 
-    engine = start(request).llm_engine
-    report(stage="ready", engine=version, torch=torch.__version__, device=current_platform.device_type)
+    llm, facts = start(request, version)
+    engine, device = llm.llm_engine, current_platform.device_type
+    report(stage="ready", engine=version, torch=torch.__version__, device=device, **facts)
     number = 0
-    while True:
-        samples = json.loads(asked.get())["samples"]
+    while samples := json.loads(asked.get())["samples"]:
         report(stage="computing")
-        files = compute(engine, samples, number)
-        report(stage="computed", files=files)
+        report(stage="computed", files=compute(engine, samples, number))
         number += 1
+    end_workers()
 
 
 if __name__ == "__main__":
