@@ -109,6 +109,9 @@ def cache_hidden(model, corpus, out, **chosen):
     A target larger than one GPU: `torchrun --nproc-per-node N -m pipeline cache-hidden ... --tensor-parallel N` has N
     ranks work as one; one process with --device-map auto has several GPUs, host memory and disk.
 
+    With `--engine vllm --python V/bin/python` a process of vLLM's, in an environment of its own, runs the target. The
+    same probe compares what is stored with Hugging Face's states.
+
     More corpus: the same command with another --corpus and --append. What is there stays as it is, samples that are
     there already are not captured again, and the new ones get every layer the cache has.
     """

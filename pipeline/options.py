@@ -117,7 +117,7 @@ capture_options = together(
     option(
         "--engine",
         type=Choice(["transformers", "vllm"]),
-        help="What runs the target: a process of vLLM's, or this one.  [default: transformers, or as in the cache]",
+        help="What runs the target: this process, or one of vLLM's.  [default: as in the cache, else transformers]",
     ),
     PYTHON,
     ENGINE_OPTIONS,

@@ -93,6 +93,14 @@ def choose_engine(name: str | None, python: Path | None, options: str | None, ca
     return ChosenEngine(chosen, python, given)
 
 
+def shares_itself(name: str, ranks: int) -> str:
+    """Return why ranks of torchrun cannot share the target of an engine in a process, and what to do."""
+    return (
+        f"--tensor-parallel shares a target that Hugging Face runs, and {name} shares one by itself; start one "
+        f"process, with --engine-option tensor_parallel_size={ranks}"
+    )
+
+
 def parse_options(text: str | None) -> dict[str, Any]:
     """Return options given as KEY=VALUE, one a line. A value that is JSON is taken as such, else as text.
 

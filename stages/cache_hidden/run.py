@@ -33,7 +33,7 @@ from stages.cache_hidden.capture_log import (
     write_record,
 )
 from stages.cache_hidden.device_memory import memory_report
-from stages.cache_hidden.engine_options import HUGGING_FACE
+from stages.cache_hidden.engine_options import HUGGING_FACE, shares_itself
 from stages.cache_hidden.make_plan import make_plan, missing_columns
 from stages.cache_hidden.plan_report import (
     budget_steps,
@@ -138,10 +138,7 @@ def _capture(
         return _print_summary(out, summarise(catalog, columns, 0, 0), worker)
     settings = _settings_of_plan(model, corpus, catalog, options)
     if group is not None and settings.engine.name != HUGGING_FACE:
-        raise UsageError(
-            f"--tensor-parallel shares a target that Hugging Face runs; {settings.engine.name} shares it by itself: "
-            f"start one process, with --engine-option tensor_parallel_size={worker.ranks}"
-        )
+        raise UsageError(shares_itself(settings.engine.name, worker.ranks))
     work, planned = missing_columns(catalog, settings.columns), catalog.plan
     if work:
         check_weights_if_recorded(catalog, settings.folder)

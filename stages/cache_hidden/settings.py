@@ -32,7 +32,7 @@ from pipeline.target.files import (
 )
 from pipeline.target.layers import check_layers, default_layers, default_taps
 from pipeline.target.weights import named_target
-from stages.cache_hidden.engine_options import ChosenEngine, choose_engine, parse_options
+from stages.cache_hidden.engine_options import IN_PROCESSES, ChosenEngine, choose_engine, parse_options, shares_itself
 from stages.cache_hidden.shard_assignment import Worker
 
 BATCH_TOKENS = 4096  # padded tokens a micro-batch; padding is 1 to 2.4 % in shards of 4 GiB of an 8B target
@@ -99,6 +99,8 @@ class CaptureOptions:
             raise UsageError(f"--device {self.device}: each of {self.tensor_parallel} ranks takes a GPU; leave it out")
         if self.max_length is not None and self.max_length < 2:
             raise UsageError(f"--max-length {self.max_length}: a sample is two tokens at least")
+        if self.tensor_parallel > 1 and self.engine in IN_PROCESSES:
+            raise UsageError(shares_itself(self.engine, self.tensor_parallel))
         parse_options(self.engine_options)
 
     def layer_list(self) -> list[int] | None:

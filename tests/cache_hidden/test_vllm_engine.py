@@ -203,6 +203,7 @@ def test_a_plan_names_the_engine_and_the_command_that_captures_with_it(
     )
     said = capsys.readouterr().out
     assert "run by vllm with tensor_parallel_size=2" in " ".join(said.split())
+    assert "vllm holds the weights once more" in " ".join(said.split())
     command = shlex.split(said.rpartition("next: ")[2])
     assert command[:2] == ["pipeline", "cache-hidden"]
     pairs = [*pairwise(command)]
@@ -228,6 +229,7 @@ def test_the_time_of_a_capture_is_estimated_by_the_engine(tiny_target, tiny_corp
         (["--engine", "vllm", "--engine-option", "dtype=half"], "dtype is not passed on; pass --dtype"),
         (["--engine", "vllm", "--engine-option", "tensor_paralel_size=2"], "did you mean tensor_parallel_size?"),
         (["--engine", "vllm", "--engine-option", "trust_remote_code=true"], "is not passed on; these are: tensor_par"),
+        (["--engine", "vllm", "--tensor-parallel", "2"], "with --engine-option tensor_parallel_size=2"),
         (["--engine", "vllm", "--layers", "9"], "9"),
     ],
 )

@@ -67,7 +67,7 @@ def start(request: dict, version: str):
         **request["options"],
     }
     layers = [*request["layers"]]
-    name, of_hugging_face, overrides = class_of(target)
+    name, of_hugging_face, overrides = class_of(target, version)
     if of_hugging_face:  # of it vLLM has what leaves a layer, and no embedding
         if 0 in request["needed"]:
             fail("usage", f"{version} runs this target by {name}, without a layer -1; leave that out of --layers")
@@ -96,7 +96,18 @@ def start(request: dict, version: str):
     return LLM(**{**given, **target, **overrides, **states}), {"layers": layers, "model_class": name}
 
 
-def class_of(target: dict) -> tuple[str, bool, dict]:
+def check_pipeline(target: dict, config, version: str) -> None:
+    """End where layers are to be on several devices and this vLLM extracts no states so, whatever the target."""
+    divided = target.get("pipeline_parallel_size", 1) > 1
+    if divided and not config.registry.is_pp_supported_model(["ExtractHiddenStatesModel"], config):
+        fail(
+            "usage",
+            f"--engine-option pipeline_parallel_size: {version} extracts hidden states without it only; share the "
+            "target with tensor_parallel_size",
+        )
+
+
+def class_of(target: dict, version: str) -> tuple[str, bool, dict]:
     """Return the class by which vLLM runs a target, whether that is Hugging Face's, and the options that have it so.
 
     Many classes of vLLM's own tell no states (in 0.32.0 those of Gemma 2 and 3, say). Hugging Face's then does, run by
@@ -106,6 +117,7 @@ def class_of(target: dict) -> tuple[str, bool, dict]:
     from vllm.model_executor.models.interfaces import supports_eagle3
 
     config = EngineArgs(**target).create_model_config()
+    check_pipeline(target, config, version)
     general = config._get_transformers_backend_cls()
     kind, name = config.registry.resolve_model_cls(config.architectures, config)
     if supports_eagle3(kind):
