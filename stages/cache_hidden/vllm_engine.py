@@ -3,10 +3,10 @@
 The script, `inside_vllm/capture_script.py`, is started with a request: `target`, `dtype`, `layers` (as vLLM counts) and
 those of them that are `needed`, `longest` (tokens of a sample), `tokens` and `sequences` (at most, in one step),
 `options`, `device` (where the states are wanted), `kv_cache_memory_bytes` and `gpu_memory_utilization` (where the
-options leave them open, the one for CPUs), and `out`, a folder. When it tells the stage `ready` (`engine`, `torch`,
-`device`, `model_class`, and the `layers` that it extracts), it takes lines {"samples": lists of token ids} and tells
-for each the stage `computed` with `files`: of each sample a safetensors file in `out` with `hidden_states` [T, K, D]
-and `token_ids` [T], or null. We remove the files. At {"samples": null} it ends.
+options leave them open, the one for CPUs), `visible_device` (null: any), and `out`, a folder. When it tells the stage
+`ready` (`engine`, `torch`, `device`, `model_class`, and the `layers` that it extracts), it takes lines {"samples":
+lists of token ids} and tells for each the stage `computed` with `files`: of each sample a safetensors file in `out`
+with `hidden_states` [T, K, D] and `token_ids` [T], or null. We remove the files. At {"samples": null} it ends.
 
 vLLM calls j what is layer j - 1 here, and 0 what enters layer 0; the last one is raw, so the target's own last norm is
 applied to it. Nothing of a file is believed: it has to have as many rows as the sample, of the tokens that were asked
@@ -21,7 +21,7 @@ depend on those beside it.
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -82,7 +82,7 @@ class VllmEngine:
         self._needed = sorted({*captured, config.num_hidden_layers - 1})
         self._layers = sorted({-1, *self._needed})
         self._width, self._dtype = config.hidden_size, getattr(torch, settings.dtype)
-        self._process = None
+        self._process, self.facts = None, {}
         tokens = max(settings.batch_tokens, settings.max_length)
         need = FILES_AT_ONCE * tokens * len(self._layers) * self._width * self._dtype.itemsize
         self._folder = Scratch(states_folder(need), LABEL)
@@ -107,6 +107,7 @@ class VllmEngine:
             "device": self.device.type,
             "kv_cache_memory_bytes": kv_bytes(settings, tokens, len(self._layers)),
             "gpu_memory_utilization": share_of_memory(self.device),
+            "visible_device": visible_device(self.device, settings.engine.options, os.environ),
             "out": str(self._folder.path),
         }
         path = self._folder.path / "request.json"
@@ -203,8 +204,10 @@ class VllmEngine:
 
     def close(self) -> None:
         """End the process, and remove its files."""
-        if self._process is not None:
+        if self._process is not None and self.facts:
             self._process.leave({"samples": None})
+        elif self._process is not None:
+            self._process.end()
         self._folder.close()
 
 
@@ -238,6 +241,18 @@ def kv_bytes(settings: CaptureSettings, tokens: int, layers: int) -> int:
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     a_token = 2 * config["num_hidden_layers"] * heads * size + layers * config["hidden_size"]
     return KV_FACTOR * (tokens + SEQUENCES * BLOCK) * a_token * getattr(torch, settings.dtype).itemsize
+
+
+def visible_device(device: torch.device, options: Mapping, environment: Mapping[str, str]) -> str | None:
+    """Return the one GPU that vLLM is to see, as CUDA_VISIBLE_DEVICES names it; None where it chooses by itself.
+
+    Several workers of a machine have a GPU each, and vLLM begins with the first that it sees.
+    """
+    shared = options.get("tensor_parallel_size", 1) != 1 or options.get("pipeline_parallel_size", 1) != 1
+    if device.type != "cuda" or device.index is None or shared:
+        return None
+    seen = environment.get("CUDA_VISIBLE_DEVICES")
+    return seen.split(",")[device.index] if seen else str(device.index)
 
 
 def share_of_memory(device: torch.device) -> float | None:

@@ -26,7 +26,7 @@ from stages.cache_hidden import vllm_engine
 from stages.cache_hidden.repair import verify_and_repair
 from stages.cache_hidden.run import plan, run
 from stages.cache_hidden.settings import CaptureOptions
-from stages.cache_hidden.vllm_engine import LABEL, other_tokens
+from stages.cache_hidden.vllm_engine import LABEL, other_tokens, visible_device
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 CHOSEN = {"layers": "-1,1,3", "max_length": 256, "batch_tokens": 512, "device": "cpu"}
@@ -171,13 +171,15 @@ def test_another_engine_is_another_cache(tiny_target, tiny_corpus, tmp_path, cap
     assert len(capture.made) == before + 1 and not verify(tmp_path / "cache").damaged
 
 
-def test_what_the_engine_is_told_is_part_of_the_cache_where_states_depend_on_it(capture, tmp_path):
+def test_what_the_engine_is_told_is_part_of_the_cache_where_states_depend_on_it(capture, capsys):
     told = "tensor_parallel_size=2\nquantization=fp8"
     folder = capture("cache", engine_options=told)
     assert capture.made[0].fake.request["options"] == {"tensor_parallel_size": 2, "quantization": "fp8"}
     assert read_canonical(folder / "cache.json")["capture"]["engine_options"] == {"quantization": "fp8"}
     facts = read_canonical(folder / "shards/000000/final.json")["facts"]
     assert facts["options"] == "quantization=fp8, tensor_parallel_size=2"
+    main(["inspect", str(folder)])
+    assert "run by vllm, quantization=fp8" in " ".join(capsys.readouterr().out.split())
     (folder / "shards/000000/final.json").unlink()
     capture("cache", engine_options="tensor_parallel_size=1")
     assert capture.made[1].fake.request["options"] == {"tensor_parallel_size": 1, "quantization": "fp8"}
@@ -251,6 +253,14 @@ def test_rows_of_other_tokens_are_told_whatever_the_embedding_is_scaled_by():
     assert other_tokens(rows_TD, embedded_TD) == [2, 4]
     assert other_tokens(torch.zeros(2, 16), embedded_TD[:2]) == [0, 1]
     assert other_tokens(torch.zeros(1, 16), torch.zeros(1, 16)) == []  # of padding, whose embedding is zero
+
+
+def test_a_worker_shows_vllm_its_own_gpu_alone():
+    second = torch.device("cuda:1")
+    assert visible_device(second, {}, {}) == "1"
+    assert visible_device(second, {}, {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}) == "GPU-b"
+    assert visible_device(second, {"tensor_parallel_size": 2}, {}) is None
+    assert visible_device(torch.device("cpu"), {}, {}) is None
 
 
 # With a process

@@ -177,6 +177,8 @@ def main(path: str) -> None:
     for name, value in VLLM_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.update(FORCED)
+    if request["visible_device"] is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = request["visible_device"]
     asked: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     end_with_parent(asked.put, lambda: shutil.rmtree(request["out"], ignore_errors=True))
     report(stage="importing")
