@@ -238,5 +238,6 @@ def last_words(said: Sequence[str]) -> str:
     """Return the last error in a log and what is below it, or its last lines."""
     lines = [LOGGED_BY.sub("", line).strip() for line in said if line.strip()]
     last = next((at for at in reversed(range(len(lines))) if ERROR_LINE.match(lines[at])), len(lines) - 3)
-    words = lines[max(last, 0) :][:3]  # what a checker of options found stands below its name
+    found = (line.split(" [type=")[0] for line in lines[max(last, 0) :])  # of what pydantic says, not what it was given
+    words = [line for line in found if not line.startswith("For further information")][:3]
     return f": {visible(' / '.join(words))[:600]}" if words else ""

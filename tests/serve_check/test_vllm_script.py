@@ -89,6 +89,15 @@ def test_the_last_error_of_a_log_is_what_is_said(line, said):
     assert said in engine_process.last_words(["Traceback (most recent call last):", *line.split("\n")])
 
 
+def test_what_pydantic_was_given_is_not_said():
+    lines = [
+        "pydantic_core.ValidationError: 1 validation error for VllmConfig",
+        "  Value error, no such type [type=value_error, input_value=ArgsKwargs((), {'a': 1})]",
+        "    For further information visit https://errors.pydantic.dev",
+    ]
+    assert engine_process.last_words(lines).endswith("1 validation error for VllmConfig / Value error, no such type")
+
+
 def sample(lengths, accepted):
     return SimpleNamespace(lengths=lengths, accepted=accepted)
 
