@@ -30,7 +30,7 @@ from kill_capture import contents
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import try_lock
 from pipeline.cache.verify import verify
-from stages.cache_hidden.vllm_engine import LABEL, SHARED_MEMORY
+from stages.cache_hidden.states_folder import LABEL, SHARED_MEMORY
 
 BOUND = 1e-6
 TARGET = ROOT / "data/tiny-qwen3"

@@ -46,8 +46,8 @@ def end_with_parent(
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
                 heard(line)
-        leave()
         end_workers()
+        leave()
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

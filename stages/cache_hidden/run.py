@@ -33,7 +33,7 @@ from stages.cache_hidden.capture_log import (
     write_record,
 )
 from stages.cache_hidden.device_memory import memory_report
-from stages.cache_hidden.engine_options import HUGGING_FACE, shares_itself
+from stages.cache_hidden.engine_options import HUGGING_FACE, IN_PROCESSES, shares_itself
 from stages.cache_hidden.make_plan import make_plan, missing_columns
 from stages.cache_hidden.plan_report import (
     budget_steps,
@@ -52,6 +52,7 @@ from stages.cache_hidden.settings import (
     resolve_settings,
 )
 from stages.cache_hidden.shard_assignment import Worker, find_worker
+from stages.cache_hidden.states_folder import clean_states
 from stages.cache_hidden.worker_pool import start_fork_server
 
 if TYPE_CHECKING:
@@ -129,6 +130,8 @@ def _capture(
     """Capture a worker's share; `group`: its ranks, which this one leads."""
     device_map = options.checked_device_map(os.environ)
     catalog = Catalog(out)
+    if catalog.exists and catalog.identity.capture.engine in IN_PROCESSES:
+        clean_states()
     request, record = request_of(model, corpus, options), read_log(out)
     columns = unchanged_columns(record, request)
     if columns and catalog.planned and has_target(catalog) and catalog.plan and not missing_columns(catalog, columns):

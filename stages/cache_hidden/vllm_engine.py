@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.cache.atomic import Scratch, check_free_space, clean_scratch_of, free_bytes
+from pipeline.cache.atomic import Scratch
 from pipeline.cache.layout import layer_of
 from pipeline.engine_process import EngineProcess, Remedies, progress_text
 from pipeline.errors import PipelineError, ProofError, UsageError, first_line, refuse_limit
@@ -38,10 +38,9 @@ from pipeline.target.model import final_norm
 from pipeline.target.several_devices import input_device
 from pipeline.visible_text import print_visible, visible
 from stages.cache_hidden.settings import CaptureSettings
+from stages.cache_hidden.states_folder import LABEL, states_folder
 
 SCRIPT = Path(__file__).parent / "inside_vllm" / "capture_script.py"
-SHARED_MEMORY = Path("/dev/shm")
-LABEL = "vllm-states"
 SEQUENCES = 64  # samples of a step; every one has padded blocks of vLLM's kv cache
 BLOCK = 128  # tokens of such a block on a CPU, its largest
 KV_FACTOR = 3  # kv of a step, in kv of its tokens: layers of several kinds take blocks of their own
@@ -218,20 +217,6 @@ def other_tokens(rows_TD: Tensor, embedded_TD: Tensor) -> list[int]:
     same_T = product_T >= SAME_TOKEN * rows_TD.norm(dim=-1) * norms_T  # False for what is not finite
     same_T &= (product_T > 0) | (norms_T == 0)
     return (~same_T).nonzero()[:, 0].tolist()
-
-
-def states_folder(need: int) -> Path:
-    """Return where files of `need` bytes are to be: in shared memory where it has room, else in TMPDIR; RoomError.
-
-    Removes what captures left there that were killed.
-    """
-    temporary = Path(tempfile.gettempdir())
-    for folder in (SHARED_MEMORY, temporary):
-        clean_scratch_of(folder, LABEL)
-    if "TMPDIR" not in os.environ and os.access(SHARED_MEMORY, os.W_OK) and free_bytes(SHARED_MEMORY) > 2 * need:
-        return SHARED_MEMORY
-    check_free_space(temporary, "states on their way from vLLM", need)
-    return temporary
 
 
 def kv_bytes(settings: CaptureSettings, tokens: int, layers: int) -> int:

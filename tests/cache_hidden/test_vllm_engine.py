@@ -22,11 +22,12 @@ from pipeline.cache.manifest import read_canonical
 from pipeline.cache.verify import verify
 from pipeline.cli import main
 from pipeline.errors import ProofError, RoomError, UsageError
-from stages.cache_hidden import vllm_engine
+from stages.cache_hidden import states_folder, vllm_engine
 from stages.cache_hidden.repair import verify_and_repair
 from stages.cache_hidden.run import plan, run
 from stages.cache_hidden.settings import CaptureOptions
-from stages.cache_hidden.vllm_engine import LABEL, other_tokens, visible_device
+from stages.cache_hidden.states_folder import LABEL
+from stages.cache_hidden.vllm_engine import other_tokens, visible_device
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 CHOSEN = {"layers": "-1,1,3", "max_length": 256, "batch_tokens": 512, "device": "cpu"}
@@ -38,7 +39,7 @@ def states(tmp_path, monkeypatch):
     """The folder where states are on their way."""
     folder = tmp_path / "states"
     folder.mkdir()
-    monkeypatch.setattr(vllm_engine, "SHARED_MEMORY", folder)
+    monkeypatch.setattr(states_folder, "SHARED_MEMORY", folder)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.delenv("TMPDIR", raising=False)
     monkeypatch.setattr(engine_process, "MODULES", {"vllm": "json"})  # what this Python has
@@ -255,6 +256,24 @@ def test_rows_of_other_tokens_are_told_whatever_the_embedding_is_scaled_by():
     assert other_tokens(torch.zeros(1, 16), torch.zeros(1, 16)) == []  # of padding, whose embedding is zero
 
 
+def test_what_a_killed_capture_left_is_removed_where_nothing_is_left_to_do_too(capture, states):
+    capture("cache")
+    (states / f"tmp-{LABEL}-{'0' * 32}").mkdir()
+    capture("cache")
+    assert len(capture.made) == 1 and not [*states.iterdir()]
+
+
+def test_states_that_shared_memory_has_no_room_for_go_to_the_disk(states, tmp_path, monkeypatch):
+    assert states_folder.states_folder(1) == states
+    with monkeypatch.context() as small:
+        small.setattr(states_folder, "free_bytes", lambda folder: 100)
+        assert states_folder.states_folder(60) == tmp_path
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert states_folder.states_folder(1) == tmp_path
+    with pytest.raises(RoomError, match="states on their way from the engine"):
+        states_folder.states_folder(1 << 60)
+
+
 def test_a_worker_shows_vllm_its_own_gpu_alone():
     second = torch.device("cuda:1")
     assert visible_device(second, {}, {}) == "1"
@@ -333,9 +352,9 @@ import sys; sys.path[:0] = [{root!r}, {inside!r}]
 import signal; signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from pipeline import engine_process
-from stages.cache_hidden import vllm_engine
+from stages.cache_hidden import states_folder, vllm_engine
 engine_process.MODULES = {{"vllm": "json"}}
-vllm_engine.SHARED_MEMORY, vllm_engine.SCRIPT = Path({states!r}), Path({script!r})
+states_folder.SHARED_MEMORY, vllm_engine.SCRIPT = Path({states!r}), Path({script!r})
 from pipeline.cli import main
 main({command!r})
 """
