@@ -158,7 +158,7 @@ bench: install
 paired: install
 	$(BIN)/python tests/bench/paired.py
 
-# Most of an hour from nothing, 3.4 GB, outside CI: drafts served by a real vLLM on this machine's CPU, in an environment of
+# An hour from nothing, 3.4 GB, outside CI: drafts served by a real vLLM on this machine's CPU, in an environment of
 # its own, in both forms that it reads, as it is and with its kernel mended; each compared with `evaluate`, call by call.
 # Then a capture by it, compared with our own engine's, and killed again and again.
 # Its builds for sound and pictures are left out, and so is its pin of torch, which is of another index.

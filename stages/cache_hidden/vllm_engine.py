@@ -144,12 +144,13 @@ class VllmEngine:
         """Yield the states [T, K, D] of each sample, computed in one step. ProofError where they do not come."""
         wrong = ""
         for _ in range(TRIES):
+            if wrong:
+                print_visible(f"vllm: {visible(wrong)}; its micro-batch is asked for again", err=True)
             files = self._compute([ids_T.tolist() for ids_T in samples])
             try:
                 found = [self._read(file, ids_T) for file, ids_T in zip(files, samples, strict=True)]
             except WrongStates as error:
                 wrong = str(error)
-                print_visible(f"vllm: {visible(wrong)}; its micro-batch is asked for again", err=True)
                 continue
             finally:
                 for file in files:
@@ -216,6 +217,7 @@ def other_tokens(rows_TD: Tensor, embedded_TD: Tensor) -> list[int]:
     product_T, norms_T = (rows_TD * embedded_TD).sum(-1), embedded_TD.norm(dim=-1)
     same_T = product_T >= SAME_TOKEN * rows_TD.norm(dim=-1) * norms_T  # False for what is not finite
     same_T &= (product_T > 0) | (norms_T == 0)
+    same_T |= ~norms_T.isfinite()  # no state of such a token is; whoever stores them refuses the sample
     return (~same_T).nonzero()[:, 0].tolist()
 
 

@@ -254,6 +254,7 @@ def test_rows_of_other_tokens_are_told_whatever_the_embedding_is_scaled_by():
     assert other_tokens(rows_TD, embedded_TD) == [2, 4]
     assert other_tokens(torch.zeros(2, 16), embedded_TD[:2]) == [0, 1]
     assert other_tokens(torch.zeros(1, 16), torch.zeros(1, 16)) == []  # of padding, whose embedding is zero
+    assert other_tokens(rows_TD[4:5], rows_TD[4:5]) == []  # of a damaged embedding: its sample is refused, not lost
 
 
 def test_what_a_killed_capture_left_is_removed_where_nothing_is_left_to_do_too(capture, states):
