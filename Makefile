@@ -158,8 +158,9 @@ bench: install
 paired: install
 	$(BIN)/python tests/bench/paired.py
 
-# Half an hour from nothing, 3.4 GB, outside CI: drafts served by a real vLLM on this machine's CPU, in an environment of
+# An hour from nothing, 3.4 GB, outside CI: drafts served by a real vLLM on this machine's CPU, in an environment of
 # its own, in both forms that it reads, as it is and with its kernel mended; each compared with `evaluate`, call by call.
+# Then a capture by it, compared with our own engine's, and killed again and again.
 # Its builds for sound and pictures are left out, and so is its pin of torch, which is of another index.
 ENGINE := build/vllm
 SERVED := $(foreach method,dflash dspark,$(method)-sglang $(method)-speculators)
@@ -172,6 +173,7 @@ engines: install $(ENGINE)/installed
 	$(PIPELINE) cache-hidden --model $(TARGET) --out $(CACHE)
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs 2 demo-dflash demo-dspark
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory $(SERVED:%=build/engines/%.json)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_vllm.py --python $(ENGINE)/bin/python --kills 8
 
 $(ENGINE)/installed:
 	$(PYTHON) -m venv $(ENGINE)

@@ -109,6 +109,9 @@ def cache_hidden(model, corpus, out, **chosen):
     A target larger than one GPU: `torchrun --nproc-per-node N -m pipeline cache-hidden ... --tensor-parallel N` has N
     ranks work as one; one process with --device-map auto has several GPUs, host memory and disk.
 
+    With `--engine vllm --python V/bin/python` a process of vLLM's, in an environment of its own, runs the target. The
+    same probe compares what is stored with Hugging Face's states.
+
     More corpus: the same command with another --corpus and --append. What is there stays as it is, samples that are
     there already are not captured again, and the new ones get every layer the cache has.
     """
@@ -133,7 +136,7 @@ def inspect(cache, sample, as_json):
 
 @commands.command()
 @verify_options
-def verify(cache, repair, deep, complete, model, device, device_map, as_json):
+def verify(cache, repair, deep, complete, model, as_json, **where):
     """Check every byte of a cache. Ends with 4 when something is damaged, and names it.
 
     So it does when columns are lacking in some shards and nobody is capturing them; with --complete also while somebody
@@ -145,7 +148,7 @@ def verify(cache, repair, deep, complete, model, device, device_map, as_json):
     from pipeline.cache.inspect import verify_table
     from stages.cache_hidden.repair import check_incomplete, suggest_repair, verify_and_repair
 
-    report = verify_and_repair(cache, repair, deep, model, device, device_map)
+    report = verify_and_repair(cache, repair, deep, model, **where)
     show(report.as_dict(), as_json, verify_table)
     if report.damaged:
         first, what_to_do = report.damaged[0], suggest_repair(cache, model, repair)

@@ -49,6 +49,15 @@ TEMPLATE_KWARGS = option(
 TEMPLATE_DATE = option("--template-date", metavar="DAY", help="The day that templates are told.  [default: 2024-07-26]")
 DEVICE = option("--device", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
 DEVICE_MAP = option("--device-map", metavar="MAP", help="Spread the target over devices: auto, or JSON by module.")
+PYTHON = option("--python", type=PATH, help="The engine's own Python, V/bin/python.  [default: that of `make engines`]")
+ENGINE_OPTIONS = option(
+    "--engine-option",
+    "engine_options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    callback=lambda ctx, option, pairs: "\n".join(pairs) or None,
+    help="Tell the engine, such as tensor_parallel_size=2; may be repeated.",
+)
 CACHE = click.argument("cache", type=FOLDER, default="hs_cache")
 
 
@@ -105,6 +114,13 @@ capture_options = together(
         help="Compute type.  [default: float32 on a CPU, else the target's]",
     ),
     option("--revision", help="Revision of a hub model."),
+    option(
+        "--engine",
+        type=Choice(["transformers", "vllm"]),
+        help="What runs the target: this process, or one of vLLM's.  [default: as in the cache, else transformers]",
+    ),
+    PYTHON,
+    ENGINE_OPTIONS,
     option("--append", is_flag=True, help="Add CORPUS to the cache: the samples that are not there yet."),
 )
 # Of `regenerate`: prompts, engine, sampling and request limits.
@@ -184,6 +200,8 @@ verify_options = together(
     option("--model", help="The target, for --repair and --deep."),
     DEVICE,
     DEVICE_MAP,
+    PYTHON,
+    ENGINE_OPTIONS,
     option("--json", "as_json", is_flag=True, help="Print the findings as JSON."),
 )
 
@@ -203,7 +221,7 @@ sweep_options = together(
 serve_check_options = together(
     click.argument("folder", type=PATH),
     option("--engine", type=Choice(["vllm"]), default="vllm", help="What serves it."),
-    option("--python", type=PATH, help="The engine's own Python, V/bin/python.  [default: that of `make engines`]"),
+    PYTHON,
     option("--model", help="The target.  [default: the one that the export names]"),
     option("--data", type=PATH, help="JSONL of prompts.  [default: the bundled target's held-out chats]"),
     option("--count", type=IntRange(1), default=64, help="Prompts."),

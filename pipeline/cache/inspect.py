@@ -162,6 +162,9 @@ def cache_table(report: dict) -> Group:
     }
     if quantisation := identity["target"].get("quantisation"):
         rows["quantised"] = ", ".join(f"{name} {value}" for name, value in quantisation.items() if _is_short(value))
+    if (engine := identity.get("capture", {}).get("engine")) not in (None, "transformers", "imported"):
+        options = identity["capture"].get("engine_options") or {}
+        rows["run by"] = ", ".join([engine, *(f"{name}={value}" for name, value in sorted(options.items()))])
     if imported := identity.get("capture", {}).get("imported"):
         proof = "proven against the target" if imported["proven"] else "NOT proven: compared with no target"
         rows["imported"] = (

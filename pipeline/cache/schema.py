@@ -86,6 +86,9 @@ class CaptureRules(OpenRecord):
     batch_tokens: Count | None = _field("padded tokens of a micro-batch", default=None)
     dtype: str | None = _field("of the states", default=None)
     engine: str | None = _field("what ran the target", default=None)
+    engine_options: dict[str, Any] | None = _field(
+        "what it was told, as far as states depend on it; absent where nothing was", default=None
+    )
     imported: ImportFacts | None = _field("where the states were imported from", default=None)
 
 
@@ -212,6 +215,7 @@ class ColumnFacts(OpenRecord):
     probe: ProbeFacts | None = _field("states compared with the target before they were kept", default=None)
     torch: str | None = _field("its version", default=None)
     transformers: str | None = _field("its version", default=None)
+    vllm: str | None = _field("where that ran the target: its package and version", default=None)
 
 
 class ColumnManifest(Manifest):

@@ -17,7 +17,7 @@ from pipeline.target.files import CONFIG, tokenizer_files
 from pipeline.target.weights import weight_files
 from stages.cache_hidden.settings import CaptureOptions, CaptureSettings, default_corpus
 
-NOT_LOGGED = ("device", "worker", "append", "tensor_parallel", "device_map")
+NOT_LOGGED = ("device", "worker", "append", "tensor_parallel", "device_map", "python")
 
 
 def request_of(model: str, corpus: str | None, options: CaptureOptions) -> CaptureRequest:

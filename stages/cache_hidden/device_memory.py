@@ -23,6 +23,7 @@ from pipeline.cache.layout import FINAL
 from pipeline.cache.plan import Plan
 from pipeline.target.files import quantisation, read_text_config
 from pipeline.target.weights import weight_files, weight_shapes
+from stages.cache_hidden.engine_options import HUGGING_FACE
 from stages.cache_hidden.settings import CaptureSettings
 
 QUEUED = 2  # micro-batches that wait for the writer
@@ -106,13 +107,16 @@ def memory_report(settings: CaptureSettings, plan: Plan, device_bytes: int | Non
     """Return the entry `memory` of a plan's report: bytes, and all in words."""
     longest = max(int(shard.lengths[0]) for shard in plan.shards)  # the first of each
     memory = capture_memory(settings, longest)
+    lines = memory.lines(longest, device_bytes)
+    if settings.engine.name != HUGGING_FACE:
+        lines.append(f"{settings.engine.name} holds the weights once more, in a process of its own, and its kv cache")
     return {
         "weights_bytes": memory.weights,
         "batch_bytes": memory.batch,
         "device_bytes": memory.device,
         "pinned_bytes": memory.pinned,
         "fits": None if device_bytes is None else memory.fits(device_bytes),
-        "lines": memory.lines(longest, device_bytes),
+        "lines": lines,
     }
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from pipeline.target.model import run_decoder, tap_layers
 from pipeline.target.several_devices import input_device
 from stages.cache_hidden.settings import CaptureSettings
+from stages.cache_hidden.vllm_engine import VllmEngine
 
 
 class Engine(Protocol):
@@ -85,6 +86,7 @@ class HfEngine:
 # dtype of the capture; an engine may run it, or load the target once more in its own way.
 ENGINES: dict[str, Callable[[CaptureSettings, PreTrainedModel], Engine]] = {
     "transformers": lambda settings, target: HfEngine(target),
+    "vllm": VllmEngine,
 }
 
 

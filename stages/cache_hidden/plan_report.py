@@ -16,6 +16,7 @@ from pipeline.cache.plan import Plan
 from pipeline.cache.samples import ShardPlan, to_numpy
 from pipeline.cache.schema import ColumnManifest
 from pipeline.runs.training_data import cache_hidden_command
+from stages.cache_hidden.engine_options import HUGGING_FACE
 from stages.cache_hidden.make_plan import missing_columns
 from stages.cache_hidden.settings import CaptureOptions, CaptureSettings
 
@@ -67,6 +68,8 @@ def plan_report(catalog: Catalog, settings: CaptureSettings) -> dict:
         "mask": settings.identity.samples.mask,
         "max_length": settings.max_length,
         "dtype": settings.dtype,
+        "engine": settings.identity.capture.engine,
+        "engine_options": settings.engine.options,
         "rows": notes["rows"],
         "samples": plan.samples,
         "tokens": plan.tokens,
@@ -152,7 +155,7 @@ def plan_table(report: dict):
     table.add_column()
     masked = "proven turn by turn" if report["mask"] == "proven" else f"unproven, by {report['mask']}"
     rows = [
-        ("target", f"{report['target']['name']} ({report['dtype']})"),
+        ("target", f"{report['target']['name']} ({report['dtype']}), run by {engine_text(report)}"),
         ("corpus", ", ".join(str(source.get("file") or source.get("dataset")) for source in report["sources"])),
         ("samples", f"{report['samples']:,} of {report['rows']:,} rows, {report['duplicates']:,} duplicates"),
         ("tokens", f"{report['tokens']:,}, {report['supervised_share']:.1%} supervised ({masked})"),
@@ -179,6 +182,12 @@ def plan_table(report: dict):
     for row in rows:  # as Text: a name in brackets is no markup
         table.add_row(*(Text(visible(cell)) if isinstance(cell, str) else cell for cell in row))
     return table
+
+
+def engine_text(report: dict) -> str:
+    """Return what runs the target, and what that is told."""
+    options = ", ".join(f"{name}={value}" for name, value in sorted(report["engine_options"].items()))
+    return f"{report['engine']} with {options}" if options else report["engine"]
 
 
 def turn_rows(report: dict) -> list[tuple[str, str]]:
@@ -261,9 +270,13 @@ def capture_command(
         "--corpus": corpus,
         "--roles": options.roles,
         "--out": str(out),
+        "--engine": None if settings.engine.name == HUGGING_FACE else settings.engine.name,
+        "--python": settings.engine.python,
         "--layers": layers,
         "--final": final if final != "needed" else None,
         "--codec": codec_text(settings.columns),
         **{f"--{name.replace('_', '-')}": getattr(options, name) for name in AS_GIVEN},
     }
-    return cache_hidden_command(arguments, *["--append"] * options.append)
+    pairs = (options.engine_options or "").splitlines()
+    told = [word for pair in pairs for word in ("--engine-option", pair)]
+    return cache_hidden_command(arguments, *told, *["--append"] * options.append)

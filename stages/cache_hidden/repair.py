@@ -42,6 +42,7 @@ from stages.cache_hidden.plan_report import Lost, work_bytes
 from stages.cache_hidden.settings import CaptureOptions, CaptureSettings, resolve_settings
 from stages.cache_hidden.shard_assignment import Worker
 
+VERSIONS = ("vllm", "torch", "transformers", "device")  # facts of a column, of which its last bits may depend
 IMPORT_AGAIN = (
     "remove the shards that are damaged, their folders whole, and run the same `pipeline import-cache` again: it makes "
     "exactly these"
@@ -55,12 +56,15 @@ def verify_and_repair(
     model: str | None,
     device: str | None,
     device_map: str | None = None,
+    python: Path | None = None,
+    engine_options: str | None = None,
 ) -> Report:
     """Verify a cache, after a repair if `repair_first`; `deep` also compares every byte of the target's weights."""
     if deep and model is None:
         raise UsageError("--deep compares the target's files; name it with --model")
-    spread = CaptureOptions(device=device, device_map=device_map).checked_device_map(os.environ)
-    report = repair(out, model, device, spread) if repair_first else verify(out)
+    where = CaptureOptions(device=device, device_map=device_map, python=python, engine_options=engine_options)
+    where.checked_device_map(os.environ)
+    report = repair(out, model, device, where) if repair_first else verify(out)
     if deep and not report.damaged:
         check_model(out, model)
     return report
@@ -72,8 +76,9 @@ def check_model(out: Path, model: str) -> None:
     check_weights(catalog, find_target(model, revision_of(catalog)))
 
 
-def repair(out: Path, model: str | None, device: str | None, device_map: str | dict | None = None) -> Report:
+def repair(out: Path, model: str | None, device: str | None, where: CaptureOptions | None = None) -> Report:
     """Repair a cache and return what is still wrong. `model` is needed when states or the target's files are lost.
+    where: on which devices it runs, and in which engine's Python; None: on `device`.
     Raises what a capture raises; CacheError for damage that cannot be repaired, with what to do.
     """
     clean_scratch(out)
@@ -84,12 +89,10 @@ def repair(out: Path, model: str | None, device: str | None, device_map: str | d
         if any(finding.file == IDENTITY for finding in before.damaged):
             restore_identity(out)
         found = {finding.shard for finding in (*before.damaged, *before.missing)}
-        return _repair_damaged(out, verify(out, found), model, device, device_map)
+        return _repair_damaged(out, verify(out, found), model, where or CaptureOptions(device=device))
 
 
-def _repair_damaged(
-    out: Path, before: Report, model: str | None, device: str | None, device_map: str | dict | None
-) -> Report:
+def _repair_damaged(out: Path, before: Report, model: str | None, where: CaptureOptions) -> Report:
     """Repair what the report `before` lists, and verify that again."""
     catalog = Catalog(out)
     restore_plan(catalog)
@@ -99,7 +102,7 @@ def _repair_damaged(
     drop_damaged_target(catalog)
     target_lost = (out / SHARDS).is_dir() and not has_target(catalog)
     if drop_damaged_calibrations(out, before) or lost or target_lost:
-        _recapture(catalog, lost, model, device, device_map)
+        _recapture(catalog, lost, model, where)
     catalog.refresh()
     rebuild_derived(catalog)
     return verify(out, {shard for shard, _ in lost} | {finding.shard for finding in before.damaged})
@@ -254,9 +257,7 @@ def drop_damaged_calibrations(out: Path, report: Report) -> bool:
     return bool(files)
 
 
-def _recapture(
-    catalog: Catalog, lost: Lost, model: str | None, device: str | None, device_map: str | dict | None
-) -> None:
+def _recapture(catalog: Catalog, lost: Lost, model: str | None, where: CaptureOptions) -> None:
     out, plan = catalog.path, catalog.plan
     if is_imported(out):
         raise UsageError(f"{out} was imported, and what it lost is in the files it came from; {IMPORT_AGAIN}")
@@ -264,7 +265,8 @@ def _recapture(
         raise UsageError(
             f"only the target can make again what {out} has lost or lacks; {suggest_repair(out, model, False)}"
         )
-    settings = _recapture_settings(catalog, lost, model)
+    settings = _recapture_settings(catalog, lost, model, where)
+    settings.engine.check()
     wanted = [
         (shard, [spec for spec in settings.columns if (shard.number, spec.name) in lost]) for shard in plan.shards
     ]
@@ -274,7 +276,8 @@ def _recapture(
     _report(what if work else "what the cache holds of the target is made again")
     from stages.cache_hidden.capture import capture_shards  # brings torch and transformers
 
-    capture_shards(catalog, settings, work, Worker().device(device), 0, lost, device_map)
+    device_map = where.checked_device_map(os.environ)
+    capture_shards(catalog, settings, work, Worker().device(where.device), 0, lost, device_map)
     for (shard, name), former in lost.items():
         current = catalog.captured(shard, name)
         if former and current and current.files != former.files:
@@ -285,13 +288,16 @@ def _recapture(
 
 
 def _versions(manifest: ColumnManifest) -> str:
-    return ", ".join(f"{name} {getattr(manifest.facts, name)}" for name in ("torch", "transformers", "device"))
+    return ", ".join(f"{name} {getattr(manifest.facts, name)}" for name in VERSIONS if getattr(manifest.facts, name))
 
 
-def _recapture_settings(catalog: Catalog, lost: Lost, model: str) -> CaptureSettings:
+def _recapture_settings(
+    catalog: Catalog, lost: Lost, model: str, where: CaptureOptions | None = None
+) -> CaptureSettings:
     """Return the cache's own settings for this target; each column's spec is the one that most shards have."""
     identity = catalog.identity
-    options = CaptureOptions(
+    options = replace(
+        where or CaptureOptions(),
         layers="-1",
         revision=revision_of(catalog),
         max_length=identity.samples.max_length,

@@ -33,6 +33,7 @@ from stages.cache_hidden.capture_log import (
     write_record,
 )
 from stages.cache_hidden.device_memory import memory_report
+from stages.cache_hidden.engine_options import HUGGING_FACE, IN_PROCESSES, shares_itself
 from stages.cache_hidden.make_plan import make_plan, missing_columns
 from stages.cache_hidden.plan_report import (
     budget_steps,
@@ -51,6 +52,7 @@ from stages.cache_hidden.settings import (
     resolve_settings,
 )
 from stages.cache_hidden.shard_assignment import Worker, find_worker
+from stages.cache_hidden.states_folder import clean_states
 from stages.cache_hidden.worker_pool import start_fork_server
 
 if TYPE_CHECKING:
@@ -96,6 +98,7 @@ def plan(
     report["command"] = capture_command(model, corpus, out, options, settings)
     work = missing_columns(catalog, settings.columns)
     if probe and work:
+        settings.engine.check()
         from stages.cache_hidden.capture import Speed, disk_speed, target_speed  # brings torch and transformers
 
         speed = Speed(disk_speed(out), target_speed(work, settings, Worker().device(options.device)))
@@ -127,6 +130,8 @@ def _capture(
     """Capture a worker's share; `group`: its ranks, which this one leads."""
     device_map = options.checked_device_map(os.environ)
     catalog = Catalog(out)
+    if catalog.exists and catalog.identity.capture.engine in IN_PROCESSES:
+        clean_states()
     request, record = request_of(model, corpus, options), read_log(out)
     columns = unchanged_columns(record, request)
     if columns and catalog.planned and has_target(catalog) and catalog.plan and not missing_columns(catalog, columns):
@@ -135,6 +140,8 @@ def _capture(
         rebuild_derived(catalog)
         return _print_summary(out, summarise(catalog, columns, 0, 0), worker)
     settings = _settings_of_plan(model, corpus, catalog, options)
+    if group is not None and settings.engine.name != HUGGING_FACE:
+        raise UsageError(shares_itself(settings.engine.name, worker.ranks))
     work, planned = missing_columns(catalog, settings.columns), catalog.plan
     if work:
         check_weights_if_recorded(catalog, settings.folder)
@@ -147,6 +154,7 @@ def _capture(
         from stages.cache_hidden.capture import capture_shards  # brings torch and transformers
 
         refused = summarise(catalog, settings.columns, 0, 0).refused
+        settings.engine.check()
         with plan_in_use(planned):
             device = worker.device(options.device)
             capture_shards(catalog, settings, mine, device, refused, device_map=device_map, group=group)

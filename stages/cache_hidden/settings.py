@@ -9,7 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.cache.atomic import in_use
@@ -32,6 +32,7 @@ from pipeline.target.files import (
 )
 from pipeline.target.layers import check_layers, default_layers, default_taps
 from pipeline.target.weights import named_target
+from stages.cache_hidden.engine_options import IN_PROCESSES, ChosenEngine, choose_engine, parse_options, shares_itself
 from stages.cache_hidden.shard_assignment import Worker
 
 BATCH_TOKENS = 4096  # padded tokens a micro-batch; padding is 1 to 2.4 % in shards of 4 GiB of an 8B target
@@ -70,6 +71,9 @@ class CaptureOptions:
     worker: str | None = None  # "I/N"; None: the variables of torchrun or SLURM, else the only one
     tensor_parallel: int = 1  # ranks of torchrun that are one worker and share the target
     device_map: str | None = None  # spreads the target's layers: "auto", or a JSON object of devices by module
+    engine: str | None = None  # what runs the target, see engine_options.py. None: as in the cache, else transformers
+    python: Path | None = None  # of the engine's process. None: that of `make engines`, else this one
+    engine_options: str | None = None  # what it is told, KEY=VALUE a line. None: as in the cache, else nothing
 
     def __post_init__(self):
         if self.layers is not None and self.taps is not None:
@@ -95,6 +99,9 @@ class CaptureOptions:
             raise UsageError(f"--device {self.device}: each of {self.tensor_parallel} ranks takes a GPU; leave it out")
         if self.max_length is not None and self.max_length < 2:
             raise UsageError(f"--max-length {self.max_length}: a sample is two tokens at least")
+        if self.tensor_parallel > 1 and self.engine in IN_PROCESSES:
+            raise UsageError(shares_itself(self.engine, self.tensor_parallel))
+        parse_options(self.engine_options)
 
     def layer_list(self) -> list[int] | None:
         """Return the layers named, in order, or None for the default layers. UsageError for anything but numbers."""
@@ -139,6 +146,7 @@ class CaptureSettings:
     folder: Path
     identity: Identity
     columns: tuple[ColumnSpec, ...]
+    engine: ChosenEngine = field(default_factory=ChosenEngine)
 
     @property
     def max_length(self) -> int:
@@ -178,12 +186,13 @@ def resolve_settings(model: str, catalog: Catalog, options: CaptureOptions) -> C
     max_length = _max_length(options.max_length, cached.samples.max_length, config)
     complete = complete_columns(catalog) if catalog.exists else []
     dtype = options.dtype or cached.capture.dtype or _default_dtype(folder, options.device)
+    engine = choose_engine(options.engine, options.python, options.engine_options, cached.capture)
     identity = {
         "target": named_target(model, folder, cached.target),
         "tokenizer": {"digest": tokenizer_digest(folder), "chat_template": template_digest(folder)},
         "samples": {"max_length": max_length, **_sample_rules(catalog, folder, options)},
         "capture": {
-            "engine": "transformers",
+            **engine.identity,
             "dtype": dtype,
             "batch_tokens": options.batch_tokens or cached.capture.batch_tokens or BATCH_TOKENS,
         },
@@ -193,7 +202,7 @@ def resolve_settings(model: str, catalog: Catalog, options: CaptureOptions) -> C
     columns.sort(key=lambda spec: (spec.name == "final", layer_of(spec.name)))
     if not (options.dtype or options.device or catalog.exists):
         _warn_of_float32(folder, dtype)
-    return CaptureSettings(model, folder, Identity.model_validate(identity), tuple(columns))
+    return CaptureSettings(model, folder, Identity.model_validate(identity), tuple(columns), engine)
 
 
 def _requested_columns(

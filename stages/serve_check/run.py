@@ -20,6 +20,7 @@ from pydantic import Field
 from pipeline.cache.atomic import write_file
 from pipeline.cache.manifest import read_canonical
 from pipeline.drafts import DRAFTS
+from pipeline.engine_process import check_python, find_python
 from pipeline.errors import ProofError, UsageError
 from pipeline.evaluation.prompts import Prompt
 from pipeline.evaluation.reports import Report, load_report
@@ -30,15 +31,14 @@ from pipeline.target.files import max_positions, read_text_config
 from pipeline.target.loading import load_target
 from pipeline.target.model import head_of
 from pipeline.tensors import find_device
+from stages.serve_check.answer import LOG, RESULT, Answer, run_engine
 from stages.serve_check.compare import compare
 from stages.serve_check.draft_states import DraftStates, compare_states
-from stages.serve_check.engine_process import LOG, RESULT, Answer, check_python, run_engine
 from stages.serve_check.prompts import find_export_target, find_prompts, reply_stops
 from stages.serve_check.verdict import Served, failed, judge
 
 ENGINES = {"vllm": Path(__file__).with_name("vllm_script.py")}
 FORM = {"vllm": "speculators"}  # an engine serves the methods that have a form of its own
-MADE = Path("build/vllm/bin/python")  # by `make engines`
 AS_IT_IS, MENDED, PLAIN = "as it is", "mended", "plain"
 STATES_OF = 8  # prompts whose draft states are compared
 EVALUATED_AT_ONCE = 16
@@ -113,7 +113,7 @@ def run(folder: Path, evaluate: Callable[..., Report], options: Options, script:
         raise UsageError(f"--out {options.out} is a folder; name a file in it, such as {options.out / 'served.json'}")
     facts = check_folder(folder, options.engine)
     target, name = find_export_target(folder, options.model)
-    python = options.python or (MADE if MADE.is_file() else Path(sys.executable))
+    python = find_python(options.python)
     if script is None:
         check_python(python, options.engine)
     with work_folder(options.logs) as work:

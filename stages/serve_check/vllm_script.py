@@ -1,7 +1,7 @@
 """What runs inside the engine's own Python: vLLM decodes prompts with target and draft, and every call is written down.
 
-`PYTHON vllm_script.py REQUEST.json`, started by `engine_process.py`, whose docstring has the protocol. One file that
-imports nothing of this project, since the engine's environment has none of it.
+`PYTHON vllm_script.py REQUEST.json`, started by `pipeline/engine_process.py`; `answer.py` says what is asked and left.
+Imports nothing of this project but `pipeline/inside_engine/`, since the engine's environment has none of it.
 
 The mends are named, and only what is broken is mended: each looks for its fault first. They change what this process
 computes, never a file of the environment.
@@ -10,32 +10,14 @@ computes, never a file of the environment.
 import json
 import os
 import sys
-import threading
-from importlib import metadata
 from pathlib import Path
 
-MARK = "@serve-check "
-CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # GiB; leave the threads where they are
-ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **CPU}
+from engine_side import VLLM_ENVIRONMENT, end_with_parent, fail, report, vllm_version
+
+ENVIRONMENT = {**VLLM_ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB
 SEQUENCES = 16  # decoded at once
 SPARE = 8  # positions beyond prompt, reply and a block
 TOTALS = {"drafts": "num_drafts", "proposed": "num_draft_tokens", "accepted": "num_accepted_tokens"}
-
-
-def report(**facts) -> None:
-    """Tell the starting process how far this one is."""
-    print(MARK + json.dumps(facts), flush=True)
-
-
-def end_with_parent() -> None:
-    """End this process when the one that started it is gone: its end of standard input is then closed."""
-
-    def wait():
-        while os.read(0, 1 << 10):  # not sys.stdin, whose lock would be held when this process ends
-            pass
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def cpu_rms_norm_2d(ops) -> bool:
@@ -261,9 +243,8 @@ def main(path: str) -> None:
     try:
         import vllm  # noqa: F401
     except ImportError as error:
-        report(stage="failed", kind="absent", what=str(error))
-        sys.exit(1)
-    version = engine_version()
+        fail("absent", str(error))
+    version = vllm_version()
     report(stage="starting", engine=version)
     mends = apply_mends(request["method"]) if request["mend"] else []
     recorder = Recorder() if request["draft"] and request["states"] else None
@@ -286,16 +267,6 @@ def main(path: str) -> None:
     result |= {"recorded": recorded, "states_missing": missing}
     (out / "result.json").write_text(json.dumps(result))
     report(stage="done")
-
-
-def engine_version() -> str:
-    """Return the installed package and its version; the build for CPUs has another name."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return f"{name} {metadata.version(name)}"
-        except metadata.PackageNotFoundError:
-            continue
-    return "vllm"
 
 
 if __name__ == "__main__":

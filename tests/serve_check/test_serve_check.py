@@ -20,6 +20,7 @@ from tiny import write_jsonl
 
 from pipeline.cache import HiddenCache
 from pipeline.cli import main
+from pipeline.engine_process import check_python
 from pipeline.errors import ProofError, RoomError, UsageError
 from pipeline.evaluation.prompts import cached_prompts
 from pipeline.json_files import parse_checksummed
@@ -27,9 +28,8 @@ from pipeline.published.card import Origin
 from pipeline.published.check import write_probe
 from pipeline.published.export import KEPT_BLOCKS, _write, make_probe, make_rows, published_config, shorter
 from stages.evaluate.run import run as evaluate
-from stages.serve_check import engine_process
+from stages.serve_check import answer
 from stages.serve_check import run as serve_check
-from stages.serve_check.engine_process import check_python
 from stages.serve_check.run import Options, ServeReport, check_agrees, run
 from stages.serve_check.table import serve_table
 
@@ -102,7 +102,7 @@ def served_here(served, monkeypatch):
             folder.mkdir(parents=True)
             (folder / "request.json").write_text(json.dumps(request | {"out": str(folder)}))
             toy_engine.main(folder / "request.json", fault)
-            return engine_process._read_answer(folder)
+            return answer._read_answer(folder)
 
         monkeypatch.setattr(serve_check, "run_engine", run_here)
         return served(fault, **options)

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stages.serve_check import engine_process, vllm_script
+from pipeline import engine_process
+from stages.serve_check import vllm_script
 from stages.serve_check.compare import compare
 
 SCRIPT = Path(vllm_script.__file__)
@@ -24,14 +25,13 @@ def test_the_script_imports_nothing_of_this_project():
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module.partition(".")[0])
     assert not names & {"pipeline", "stages", "tests"}
-    assert names - sys.stdlib_module_names == {"torch", "vllm", "safetensors"}
-    assert vllm_script.MARK == engine_process.MARK
+    assert names - sys.stdlib_module_names == {"torch", "vllm", "safetensors", "engine_side"}
 
 
 def test_the_script_ends_when_what_started_it_is_gone():
-    code = "import vllm_script, time; vllm_script.end_with_parent(); print('there', flush=True); time.sleep(600)"
+    code = "import engine_side, time; engine_side.end_with_parent(); print('there', flush=True); time.sleep(600)"
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=SCRIPT.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", code], cwd=engine_process.INSIDE, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert process.stdout.readline() == b"there\n"
     assert process.poll() is None
@@ -82,10 +82,20 @@ def test_a_right_kernel_is_left_alone():
         ),
         ("[rank0]: RuntimeError: it broke", "RuntimeError: it broke"),
         ("INFO 11-29 all is well", "INFO 11-29 all is well"),
+        ("(pid=7) ERROR 11-29 [core.py:1] ValueError: ['A'] is not supported", "ValueError: ['A'] is not supported"),
     ],
 )
 def test_the_last_error_of_a_log_is_what_is_said(line, said):
-    assert said in engine_process._last_words(["Traceback (most recent call last):", *line.split("\n")])
+    assert said in engine_process.last_words(["Traceback (most recent call last):", *line.split("\n")])
+
+
+def test_what_pydantic_was_given_is_not_said():
+    lines = [
+        "pydantic_core.ValidationError: 1 validation error for VllmConfig",
+        "  Value error, no such type [type=value_error, input_value=ArgsKwargs((), {'a': 1})]",
+        "    For further information visit https://errors.pydantic.dev",
+    ]
+    assert engine_process.last_words(lines).endswith("1 validation error for VllmConfig / Value error, no such type")
 
 
 def sample(lengths, accepted):

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-MARK = "@serve-check "
+MARK = "@engine "
 
 
 def report(**facts) -> None:
