@@ -76,8 +76,9 @@ def plan(model, corpus, out, probe, train, device_memory, as_json, **chosen):
     With --budget it leaves out what nobody reads, chooses a codec, takes a part of the samples, and says so, each only
     as far as it has to. What is captured later keeps to that plan; until then another budget makes another plan.
     """
+    from pipeline.options import size_bytes
     from stages.cache_hidden.run import plan, plan_samples, plan_table
-    from stages.cache_hidden.settings import CaptureOptions, size_bytes
+    from stages.cache_hidden.settings import CaptureOptions
     from stages.train_draft.planned_memory import PlannedTraining
 
     size = size_bytes(device_memory, "--device-memory") if device_memory else None

@@ -1,11 +1,14 @@
 """The options of all commands, and the types of their values."""
 
+import re
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 
 import click
 from click import Choice, FloatRange, IntRange, option
+
+from pipeline.errors import UsageError
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 PATH = click.Path(path_type=Path)
@@ -49,6 +52,8 @@ TEMPLATE_KWARGS = option(
 TEMPLATE_DATE = option("--template-date", metavar="DAY", help="The day that templates are told.  [default: 2024-07-26]")
 DEVICE = option("--device", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
 DEVICE_MAP = option("--device-map", metavar="MAP", help="Spread the target over devices: auto, or JSON by module.")
+SIZE = re.compile(r"(\d{1,15}(?:\.\d+)?)\s*([kmgtp]?)(i?)b?", re.IGNORECASE)
+
 PYTHON = option("--python", type=PATH, help="The engine's own Python, V/bin/python.  [default: that of `make engines`]")
 ENGINE_OPTIONS = option(
     "--engine-option",
@@ -234,3 +239,14 @@ serve_check_options = together(
     option("--out", type=PATH, help="Write the report here, as JSON."),
     option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
 )
+
+
+def size_bytes(text: str, option: str = "--budget") -> int:
+    """Return an option's size in bytes: 2TB and 500G count by thousands, 1.5TiB and 64Gi by 1024. UsageError."""
+    found = SIZE.fullmatch(text.strip())
+    size = 0
+    if found and (found[2] or not found[3]):
+        size = int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgtp".index(found[2].lower() or " "))
+    if not size:
+        raise UsageError(f"{option} {text}: wanted a size such as 500GB, 2TB or 1.5TiB")
+    return size

@@ -9,6 +9,8 @@ Which library it is depends on the CPU and on the sizes alone, so that a run rep
     T tokens   I inputs   O outputs
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -53,6 +55,17 @@ def onednn_product(left_TI: Tensor, right_IO: Tensor, bias_O: Tensor | None = No
 def _dense(right_IO: Tensor) -> Tensor:
     """Return the factor as rows or columns without gaps: for any other oneDNN has only its slow reference code."""
     return right_IO if right_IO.is_contiguous() or right_IO.T.is_contiguous() else right_IO.contiguous()
+
+
+@contextmanager
+def torchs_own_products() -> Iterator[None]:
+    """Let torch choose the library within the block: where a step on another device is counted on this one."""
+    global onednn_is_faster
+    ours, onednn_is_faster = onednn_is_faster, lambda: False
+    try:
+        yield
+    finally:
+        onednn_is_faster = ours
 
 
 onednn_is_faster()  # asked here, where tensors have values: the first to ask might compute on fake ones

@@ -23,9 +23,6 @@ from pipeline.products import write_product
 from pipeline.target.head import TargetHead, chunk_blocks
 from pipeline.tensors import at_least_float32, draw, uniforms
 
-# Weights' sum where a draft vocabulary has no label of a batch: the loss is then 0, where 0 / 0 would end the training.
-NOTHING = 1e-30
-
 
 class BlockDraft(Backbone, Draft):
     """The backbone with the target's head. One whose logits depend on the tokens already chosen adds `correction` (all
@@ -90,7 +87,7 @@ class BlockDraft(Backbone, Draft):
     def denominators(self, blocks: Blocks) -> dict[str, Tensor]:
         """Return each term's denominator from one cell, to be summed: the weights' sum, or for D-PACE the samples."""
         blocks = self.learned(blocks)
-        den = blocks.weights_NS.double().sum().clamp(min=NOTHING)
+        den = blocks.weights_NS.double().sum()
         if self.config.weighting != "decay":
             den = den.new_full((), len(blocks.lengths))
         kinds, terms = self.logit_kinds({}), self.config.term_weights

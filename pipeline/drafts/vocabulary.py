@@ -28,6 +28,8 @@ from pipeline.drafts.draft import Draft, PublishedKeys, Shapes
 from pipeline.errors import UsageError
 from pipeline.target.head import TargetHead
 
+# Weights' sum where no label of a batch may be proposed: the loss is then 0, where 0 / 0 would end the training.
+NOTHING = 1e-30
 MAPS = frozenset(("d2t", "t2d"))
 
 
@@ -141,6 +143,10 @@ class ReducesVocabulary(Draft):
 
     def learned(self, blocks: Blocks) -> Blocks:
         return within(blocks, self.t2d) if self.reduced else blocks
+
+    def denominators(self, blocks: Blocks) -> dict[str, Tensor]:
+        dens = super().denominators(blocks)
+        return {term: den.clamp(min=NOTHING) for term, den in dens.items()} if self.reduced else dens
 
     def target_ids(self, ids: Tensor) -> Tensor:
         return ids_of(self.d2t)[ids] if self.reduced else ids

@@ -25,9 +25,10 @@ from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.plan_writer import MIN_SHARDS, SHARD_BYTES, has_columns
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import UsageError
+from pipeline.options import size_bytes
 from pipeline.runs.training_data import HELDOUT, splitmix64
 from pipeline.target.files import CONFIG, tokenizer_files
-from stages.cache_hidden.settings import CaptureOptions, CaptureSettings, size_bytes
+from stages.cache_hidden.settings import CaptureOptions, CaptureSettings
 
 FORMAT_SHARE = 0.005  # overhead as a share of a column: checksums, indices, the zeros after its last chunk
 COLUMN_BYTES = 8 << 10  # fixed overhead of a column of a shard: manifest, checksums, zarr.json

@@ -19,6 +19,7 @@ from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.layout import FINAL, aux_column, layer_of
 from pipeline.cache.schema import Identity, SampleRules
 from pipeline.errors import UsageError
+from pipeline.options import size_bytes
 from pipeline.target.files import (
     find_target,
     max_positions,
@@ -43,7 +44,6 @@ HUB_SAMPLES = 20_000  # taken of it when no corpus is named
 BUNDLED_CORPUS = "chats.jsonl"
 MASK_RULE = "proven"  # every supervised turn by three renderings, `turn_proof.py`
 DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
-SIZE = re.compile(r"(\d{1,15}(?:\.\d+)?)\s*([kmgtp]?)(i?)b?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -125,17 +125,6 @@ class CaptureOptions:
                 f"torchrun, or share the target among them with --tensor-parallel {beside}"
             )
         return parse_device_map(self.device_map)
-
-
-def size_bytes(text: str, option: str = "--budget") -> int:
-    """Return an option's size in bytes: 2TB and 500G count by thousands, 1.5TiB and 64Gi by 1024. UsageError."""
-    found = SIZE.fullmatch(text.strip())
-    size = 0
-    if found and (found[2] or not found[3]):
-        size = int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgtp".index(found[2].lower() or " "))
-    if not size:
-        raise UsageError(f"{option} {text}: wanted a size such as 500GB, 2TB or 1.5TiB")
-    return size
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from pipeline.cache.atomic import size_text
 from pipeline.drafts import DRAFTS, DraftConfig, fused, lay_blocks, pack
 from pipeline.drafts.backbone import Backbone
 from pipeline.drafts.fused import Kernels, use_kernels
+from pipeline.products import torchs_own_products
 from pipeline.runs.recipe import TrainSection
 from pipeline.target.head import NEWEST, TargetHead, chunk_blocks
 from stages.train_draft.optimizers import make_optimizer
@@ -247,6 +248,7 @@ def _measure(
         FakeTensorMode(allow_non_fake_inputs=True),
         LiveBytes() as memory,
         kernels_used(memory.kernels() if compiled else None),
+        torchs_own_products(),
     ):
         weights_VD = torch.empty(config.vocab_size, config.hidden_size, dtype=head)
         draft = DRAFTS[config.method](config, TargetHead(weights_VD, weights_VD if tied else weights_VD.clone()))

@@ -11,8 +11,6 @@ tiny: width 256, two layers, V 4,096, 2 x 512 rows, 64 anchors of each sample. m
 import argparse
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -21,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from torch import Tensor
 
-from pipeline import products
 from pipeline.drafts import DRAFTS, draft_config, lay_blocks, pack
 from pipeline.drafts.block_draft import init_weights
+from pipeline.products import torchs_own_products
 from pipeline.target.head import TargetHead
 from pipeline.tensors import keep_freed_memory
 from stages.train_draft.memory import LiveBytes
@@ -35,16 +33,6 @@ SHAPES = {
     "mid": {"D": 1024, "layers": 3, "V": 32_768, "rows": 1024, "samples": 1, "anchors": 128, "gru": 512, "rank": 256},
 }
 BLOCK = 16
-
-
-@contextmanager
-def torchs_own_products() -> Iterator[None]:
-    """Let torch choose the library that multiplies, as the reference would."""
-    ours, products.onednn_is_faster = products.onednn_is_faster, lambda: False
-    try:
-        yield
-    finally:
-        products.onednn_is_faster = ours
 
 
 class RandomSample:

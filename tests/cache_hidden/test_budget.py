@@ -24,12 +24,13 @@ from pipeline.cache.plan_writer import plan_in_use
 from pipeline.cli import main
 from pipeline.drafts import DFlash
 from pipeline.errors import UsageError
+from pipeline.options import size_bytes
 from stages.cache_hidden.budget import SampleSizes, choose_samples, drop_unread_columns
 from stages.cache_hidden.capture import Speed, disk_speed, evenly_spaced_batches
 from stages.cache_hidden.make_plan import missing_columns
 from stages.cache_hidden.plan_report import codec_text, time_text
 from stages.cache_hidden.run import plan, plan_table, run
-from stages.cache_hidden.settings import CaptureOptions, resolve_settings, size_bytes
+from stages.cache_hidden.settings import CaptureOptions, resolve_settings
 
 OPTIONS = CaptureOptions(layers="1,3,4", max_length=256)
 
