@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+Module = TypeVar("Module", bound=nn.Module)
 CPU_FACTS = Path("/proc/cpuinfo")
 REUSED_BYTES = 4 << 20  # from 32 MB on glibc gives memory back when it is freed
 SMALLEST = 1 << 20  # multiplications below which oneDNN's call takes longer than it saves
@@ -124,11 +126,16 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def compute_by_linear(model: nn.Module) -> None:
-    """Let a model's linear modules be computed by `linear`, those of which each process holds the whole weight."""
+def compute_by_linear(model: Module) -> Module:
+    """Let a model's linear modules be computed by `linear`; return the model.
+
+    For decoding. Captures have torch's own products, so that their bytes are the same where a target's layers are
+    spread over devices, whose modules cannot be changed.
+    """
     for module in model.modules():
-        if type(module) is nn.Linear and type(module.weight) is nn.Parameter:
+        if type(module) is nn.Linear:
             module.__class__ = Linear
+    return model
 
 
 class _Linear(torch.autograd.Function):

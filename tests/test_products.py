@@ -93,7 +93,7 @@ def test_a_models_linear_modules_keep_their_weights_and_names():
     model = nn.Sequential(nn.Linear(4, 8), OtherLinear(8, 4))
     before, x = dict(model.state_dict()), torch.randn(3, 4)
     wanted = model(x)
-    products.compute_by_linear(model)
+    assert products.compute_by_linear(model) is model
     assert [type(module) for module in model] == [products.Linear, OtherLinear]
     assert torch.equal(model(x), wanted) and model.state_dict().keys() == before.keys()
     assert all(model.state_dict()[name].data_ptr() == weight.data_ptr() for name, weight in before.items())

@@ -12,7 +12,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import RoomError, UsageError, first_line, refuse_limit
-from pipeline.products import compute_by_linear
 from pipeline.target.config import check_quantised, load_config, loader_class, missing_package, quantised_by
 from pipeline.target.files import check_config, find_target
 from pipeline.target.several_devices import input_device, loading_arguments
@@ -95,7 +94,6 @@ def load_target(
             f"{model}: {len(missing_weights)} weights are missing or of another shape, {missing_weights[0]} for one; "
             "fetch its files again"
         )
-    compute_by_linear(target)
     return target.eval().requires_grad_(False)
 
 

@@ -18,6 +18,7 @@ from pipeline.evaluation.evaluation_table import evaluation_table
 from pipeline.evaluation.prompts import Prompt, cached_prompts, file_prompts
 from pipeline.evaluation.reports import DraftFacts, Report, Settings, Speed, report_bytes
 from pipeline.json_files import check_regular
+from pipeline.products import compute_by_linear
 from pipeline.published import load_draft_folder, recorded_share
 from pipeline.runs.checkpoint import CONFIG, DRAFT, find_checkpoint, load_draft, open_checkpoint
 from pipeline.runs.folder import RUN, read_recipe, read_run
@@ -76,7 +77,7 @@ def run(
     store = open_cache(trained, cache, prompts)
     folder, name = find_model(model, store)
     computed = dtype or (None if store is None else store.dtype)
-    target = load_target(str(folder), device=find_device(device), dtype=computed)
+    target = compute_by_linear(load_target(str(folder), device=find_device(device), dtype=computed))
     drafter = open_draft(trained, target)
     heldout, known, config = None, trained.heldout is not None, drafter.config
     verified = check_proposals(proposals, config)

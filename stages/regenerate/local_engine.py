@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from pipeline.corpus.rejections import Unusable
 from pipeline.errors import RoomError, UsageError
+from pipeline.products import compute_by_linear
 from pipeline.target.files import max_positions, read_text_config
 from pipeline.target.kv_cache import BatchedKV, check_batchable, new_kv
 from pipeline.target.loading import load_target
@@ -48,7 +49,7 @@ class LocalEngine:
 
     def __init__(self, options: Options, folder: Path):
         self.options = options
-        self.target = load_target(str(folder), device=find_device(options.device))
+        self.target = compute_by_linear(load_target(str(folder), device=find_device(options.device)))
         self.max_positions = max_positions(read_text_config(folder))[0]
         self.stops: frozenset[int] = frozenset()
         self.batch = options.batch
