@@ -23,6 +23,7 @@ from pipeline.options import (
     REPORT,
     CodecOption,
     capture_options,
+    doctor_options,
     evaluate_options,
     import_options,
     plan_options,
@@ -327,6 +328,20 @@ def report(reports, markdown, forced, drawing, against):
 
         plot(reports, drawing)
     print_visible(table) if markdown else VisibleConsole().print(table)
+
+
+@commands.command()
+@doctor_options
+def doctor(cache, python, as_json):
+    """Say what this machine has, what will be used and why, and what is missing.
+
+    Nothing is left on it, and every check has a limit of time. Ends with 1 where something hinders.
+    """
+    from stages.doctor.run import check_well, examine_machine, machine_table
+
+    report = examine_machine(cache, python)
+    show(report, as_json, machine_table)
+    check_well(report)
 
 
 def initial_draft(place):

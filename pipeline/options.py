@@ -250,3 +250,11 @@ def size_bytes(text: str, option: str = "--budget") -> int:
     if not size:
         raise UsageError(f"{option} {text}: wanted a size such as 500GB, 2TB or 1.5TiB")
     return size
+
+
+# Of `doctor`.
+doctor_options = together(
+    option("--cache", type=FOLDER, default="hs_cache", help="Where a cache lies or would lie: that disk is measured."),
+    PYTHON,
+    option("--json", "as_json", is_flag=True, help="Print the findings as JSON."),
+)
