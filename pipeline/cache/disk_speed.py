@@ -5,6 +5,7 @@ import mmap
 import os
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.cache.atomic import write_all, write_errors
@@ -38,8 +39,28 @@ def disk_speed(folder: Path, size: int = SIZE, seconds: float = 60.0, reads: boo
         return wrote, _read_speed(file.fileno(), seconds) if reads else 0.0
 
 
+def read_speed(paths: Iterable[Path], size: int = SIZE, seconds: float = 60.0) -> float:
+    """Read files until `size` bytes or `seconds` are over, past the page cache where it can be; return bytes a second,
+    0 without any. Writes nothing."""
+    done, taken = 0, 0.0
+    for path in paths:
+        if done >= size or taken >= seconds:
+            break
+        began = time.perf_counter()
+        with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
+            done += _read(file.fileno(), size - done, seconds - taken)
+        taken += time.perf_counter() - began
+    return done / max(taken, AT_LEAST_S)
+
+
 def _read_speed(fd: int, seconds: float) -> float:
     """Read an open file from its beginning; return bytes a second."""
+    began = time.perf_counter()
+    return _read(fd, 1 << 62, seconds) / max(time.perf_counter() - began, AT_LEAST_S)
+
+
+def _read(fd: int, size: int, seconds: float) -> int:
+    """Read about `size` bytes of an open file from its beginning, for `seconds` at most; return how many."""
     direct, buffer = None, mmap.mmap(-1, BLOCK_BYTES)  # aligned, as O_DIRECT wants it
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -49,9 +70,9 @@ def _read_speed(fd: int, seconds: float) -> float:
         source = fd if direct is None else direct
         os.lseek(source, 0, os.SEEK_SET)
         began, done = time.perf_counter(), 0
-        while (count := os.readv(source, [buffer])) and time.perf_counter() - began < seconds:
+        while done < size and time.perf_counter() - began < seconds and (count := os.readv(source, [buffer])):
             done += count
-        return (done + count) / max(time.perf_counter() - began, AT_LEAST_S)
+        return done
     finally:
         buffer.close()
         if direct is not None:

@@ -33,8 +33,8 @@ class Finding:
 Check = Callable[[], "Finding | list[Finding]"]
 
 
-def within(seconds: float, name: str, check: Check, cost: str = "") -> list[Finding]:
-    """Return what a check finds; a PROBLEM where it does not end in time, or fails.
+def within(seconds: float, name: str, check: Check, cost: str = "", failed: str = PROBLEM) -> list[Finding]:
+    """Return what a check finds; a PROBLEM where it raises a typed error, `failed` where it fails otherwise or hangs.
 
     It runs in a thread of its own, which is left behind where a driver or a disk does not answer. cost: what a user
     loses by that.
@@ -49,23 +49,22 @@ def within(seconds: float, name: str, check: Check, cost: str = "") -> list[Find
             what, _, remedy = str(error).partition("; ")
             found.append(Finding(name, PROBLEM, what, cost, remedy))
         except Exception as error:  # of any library: a check that fails is a finding, and the others go on
-            found.append(Finding(name, PROBLEM, f"{type(error).__name__}: {first_line(error)}", cost))
+            found.append(Finding(name, failed, f"{type(error).__name__}: {first_line(error)}", cost))
 
     thread = threading.Thread(target=run, name=f"doctor: {name}", daemon=True)
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        return [
-            Finding(name, PROBLEM, f"no answer within {seconds:g} s", cost, "see whether that hangs elsewhere, too")
-        ]
+        text = f"no answer within {seconds:g} s"
+        return [Finding(name, failed, text, cost, "see whether that hangs elsewhere, too")]
     return found
 
 
-def findings_table(findings: Iterable[Finding]) -> Group:
-    """Return findings as one table, the remedies of what is not ok below what they mend."""
+def findings_table(findings: Iterable[Finding], words: dict[str, str] | None = None) -> Group:
+    """Return findings as one table. words: what a state is called."""
     table = grid("", "", "")
     for finding in findings:
-        state = Text(finding.state, style=STYLES[finding.state])
+        state = Text((words or {}).get(finding.state, finding.state), style=STYLES[finding.state])
         text = "; ".join(part for part in (finding.found, finding.used) if part)
         if finding.remedy and finding.state != OK:
             text += f" -> {finding.remedy}"

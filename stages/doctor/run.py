@@ -46,12 +46,23 @@ def machine_table(report: dict) -> Group:
     return Group(findings_table(findings), "", Text(visible(last), style="bold red" if hinders else "green"))
 
 
+def examine_run(place: Path, **chosen) -> dict:
+    """As `symptoms.examine`, which brings torch."""
+    from stages.doctor.symptoms import examine
+
+    return examine(place, **chosen)
+
+
+def symptoms_table(report: dict) -> Group:
+    from stages.doctor.symptoms import symptoms_table
+
+    return symptoms_table(report)
+
+
 def check_well(report: dict) -> None:
     """Raise ProofError, exit code 1, where something hinders."""
     hinders = [each for each in report["findings"] if each["state"] == PROBLEM]
     if hinders:
-        first = hinders[0]
+        first, of = hinders[0], len(report["findings"])
         remedy = f"; {first['remedy']}" if first["remedy"] else ""
-        raise ProofError(
-            f"{len(hinders)} of {len(report['findings'])} checks failed, the first {first['check']}{remedy}"
-        )
+        raise ProofError(f"{len(hinders)} of {of} checks failed, the first {first['check']}{remedy}")
