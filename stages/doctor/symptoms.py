@@ -12,8 +12,10 @@ from pipeline.cache.atomic import in_use, is_locked
 from pipeline.cache.layout import IDENTITY
 from pipeline.errors import PipelineError, UsageError
 from pipeline.evaluation.reports import load_report
+from pipeline.published.reading import CONFIG, read_json
 from pipeline.runs.folder import RUN
 from pipeline.runs.training_data import partial_text
+from pipeline.target.files import find_target, template_digest
 from pipeline.visible_text import visible
 from stages.doctor import acceptance, costs, mismatch
 from stages.doctor.case import Case, greedy_share
@@ -33,7 +35,9 @@ def examine(
     memory: int | None = None,
     fit_on: FitOn,
 ) -> dict:
-    """Return what is wrong with a run, an evaluation's run, or a cache, as JSON values. UsageError for anything else.
+    """Return what is wrong with a run, an evaluation's run, or a cache, as JSON values.
+
+    UsageError for a place that is none of these, and for folders that are not what they are named for.
 
     cache: in place of the run's own. target, export: folders to compare with it. memory: a device's, in bytes. fit_on:
     see `costs.FitOn`.
@@ -41,6 +45,14 @@ def examine(
     if (place / IDENTITY).is_file():
         return _report(place, "cache", _checked(_of_cache(HiddenCache.open(place))), {})
     case = find_case(place, cache)
+    if cache is not None:
+        HiddenCache.open(cache)
+    if target is not None:
+        if not target.is_dir():
+            raise UsageError(f"--target {target} is no folder; pass that of the target's files")
+        template_digest(find_target(str(target)))
+    if export is not None:
+        read_json(export / CONFIG)
     checks = _of_run(case, target, export, memory, fit_on)
     findings = _checked(checks)
     return _report(case.path, "run", findings, _seen(case))
