@@ -6,6 +6,7 @@ It imports the stages inside command bodies, so that `--help` is quick and impor
 import contextlib
 import json
 import sys
+from pathlib import Path
 
 import click
 from click import Choice, IntRange, argument, option
@@ -23,6 +24,7 @@ from pipeline.options import (
     REPORT,
     CodecOption,
     capture_options,
+    doctor_options,
     evaluate_options,
     import_options,
     plan_options,
@@ -327,6 +329,32 @@ def report(reports, markdown, forced, drawing, against):
 
         plot(reports, drawing)
     print_visible(table) if markdown else VisibleConsole().print(table)
+
+
+@commands.command()
+@doctor_options
+def doctor(run, cache, python, target, export, device_memory, as_json):
+    """Say what this machine has and lacks, or what is wrong with RUN.
+
+    Without RUN: what will be used here and why, what is missing and what that costs. RUN is a run's folder, a report of
+    `evaluate --out` or a cache: the likely causes of what is seen (little acceptance, slow reading, out of memory) are
+    checked in order, and the first that is found is named. Every check has a limit of time. Ends with 1 where something
+    hinders, or a cause was found.
+    """
+    from pipeline.options import size_bytes
+    from stages.doctor.run import check_well, examine_machine, examine_run, machine_table, symptoms_table
+    from stages.train_draft.planned_memory import fit_on
+
+    if run is None and (target or export or device_memory):
+        raise UsageError("--target, --export and --device-memory are compared with a run; name its folder")
+    if run is None:
+        report, table = examine_machine(cache or Path("hs_cache"), python), machine_table
+    else:
+        memory = size_bytes(device_memory, "--device-memory") if device_memory else None
+        report = examine_run(run, cache=cache, target=target, export=export, memory=memory, fit_on=fit_on)
+        table = symptoms_table
+    show(report, as_json, table)
+    check_well(report)
 
 
 def initial_draft(place):

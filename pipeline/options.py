@@ -250,3 +250,19 @@ def size_bytes(text: str, option: str = "--budget") -> int:
     if not size:
         raise UsageError(f"{option} {text}: wanted a size such as 500GB, 2TB or 1.5TiB")
     return size
+
+
+# Of `doctor`.
+doctor_options = together(
+    click.argument("run", type=PATH, required=False),
+    option(
+        "--cache",
+        type=FOLDER,
+        help="Where a cache lies or would lie: that disk is measured.  [default: hs_cache; of RUN its own]",
+    ),
+    PYTHON,
+    option("--target", type=FOLDER, help="Compare this target's folder with the one that RUN learned from."),
+    option("--export", type=FOLDER, help="Compare this published folder with RUN."),
+    option("--device-memory", metavar="SIZE", help="A GPU's, such as 24GiB: does a step of RUN fit?"),
+    option("--json", "as_json", is_flag=True, help="Print the findings as JSON."),
+)

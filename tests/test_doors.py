@@ -84,6 +84,10 @@ DOORS = {
     "evaluate --draft RUN --plain X --model TARGET --count 1 --max-new 2": (2,),
     "export --draft X --out out": (2, 4),
     "check-export X": (1, 2),
+    "doctor X": (2,),
+    "doctor RUN --cache X": (2, 4),
+    "doctor RUN --target X": (2,),
+    "doctor RUN --export X": (2,),
     "serve-check X": (2,),
     "report X": (2,),
     "report REPORT --against X": (2,),
@@ -121,10 +125,16 @@ INSIDE = {
 INSIDE["CACHE"] += ("index.json", "shards/000000/aux.3.json", "shards/000000/samples.arrow", "target/tokenizer.json")
 INSIDE["RUN"] += ("checkpoints/step-00000001/draft.safetensors", "checkpoints/step-00000001/config.json")
 USES = {
-    "CACHE": ("inspect CACHE", "inspect CACHE --sample 0", "train-draft --cache CACHE --set draft.method=dflash"),
-    "RUN": ("evaluate --draft RUN --model TARGET --count 1 --max-new 2", "export --draft RUN --out out"),
+    "CACHE": (
+        "inspect CACHE",
+        "doctor CACHE",
+        "inspect CACHE --sample 0",
+        "train-draft --cache CACHE --set draft.method=dflash",
+    ),
+    "RUN": ("evaluate --draft RUN --model TARGET --count 1 --max-new 2", "export --draft RUN --out out", "doctor RUN"),
     "DRAFT": ("check-export DRAFT", "train-draft --init-from DRAFT --cache CACHE --set draft.block_size=4"),
 }
+USES["CACHE"] += ("doctor CACHE",)
 BAD = ("a pipe", "/dev/zero", "a folder", "deep JSON", "JSON deep, but whole", "a large file")
 
 

@@ -166,10 +166,11 @@ def in_use(cache: Path) -> bool:
         scratch = sorted(cache.glob(f"{SCRATCH}*"))
     except OSError:
         return False
-    return any(_is_locked(path / "lock" if path.is_dir() else path) for path in scratch)
+    return any(is_locked(path / "lock" if path.is_dir() else path) for path in scratch)
 
 
-def _is_locked(path: Path) -> bool:
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock on a file, as far as locks tell. Writes nothing."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:

@@ -11,9 +11,11 @@ its definition.
     T tokens   A heads   E head size   D hidden size   I inner size   N blocks   S slots   V vocabulary
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, wraps
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,8 @@ from torch.autograd.function import once_differentiable
 from pipeline.drafts.rope import Tables
 from pipeline.products import product
 from pipeline.tensors import at_least_float32, product_dtype
+
+DISABLED = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")  # torch's own switches
 
 
 @cache
@@ -54,6 +58,12 @@ def use_kernels(chosen: Kernels | None) -> None:
         import torch._inductor.config as inductor  # here: it takes a second
 
         inductor.deterministic = True  # else it may choose between kernels by their speed, in each process anew
+
+
+def kernels_of(device: torch.device) -> str:
+    """Return which kernels a run is to use on a device: "compiled" or "plain"."""
+    possible = device.type == "cuda" and find_spec("triton") is not None
+    return "compiled" if possible and not any(os.environ.get(name) == "1" for name in DISABLED) else "plain"
 
 
 def compiles(device: torch.device) -> bool:

@@ -7,7 +7,6 @@ and disk. Encoding is not measured. Qwen3-8B on a large GPU writes over 1 GB/s i
 """
 
 import contextlib
-import os
 import sys
 import threading
 import time
@@ -15,13 +14,13 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from pipeline.cache.atomic import Scratch, process_lock, write_all, write_errors
+from pipeline.cache.atomic import process_lock, write_errors
 from pipeline.cache.catalog import Catalog, Work, target_file
 from pipeline.cache.columns import ColumnSpec
+from pipeline.cache.disk_speed import AT_LEAST_S
 from pipeline.cache.layout import HEAD
 from pipeline.cache.plan_writer import micro_batches
 from pipeline.cache.samples import ShardPlan
@@ -44,10 +43,7 @@ if TYPE_CHECKING:
 
 SHOWN_EVERY_S = 5.0  # where stderr is no terminal
 REFUSED_SHARE = 0.01  # of a plan's samples; more means that something is wrong with the target or its dtype
-DISK_BYTES = 256 << 20  # written, synced and removed
-BLOCK_BYTES = 8 << 20
 MICRO_BATCHES = 4  # timed, after one that is not
-AT_LEAST_S = 1e-9
 
 
 def capture_shards(
@@ -292,22 +288,6 @@ class Speed:
             "write_s": write,
             "seconds": max(compute, write),
         }
-
-
-def disk_speed(out: Path, size: int = DISK_BYTES) -> float:
-    """Write `size` bytes into the cache's folder, sync and remove them; return bytes a second. Raises RoomError."""
-    block = os.urandom(min(size, BLOCK_BYTES))  # incompressible
-    with Scratch(out, "speed") as scratch, write_errors(out, "a probe of the disk", size):
-        began = time.perf_counter()
-        fd = os.open(scratch.path / "written", os.O_WRONLY | os.O_CREAT, 0o644)
-        try:
-            for _ in range(max(1, size // len(block))):
-                write_all(fd, block)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        seconds = time.perf_counter() - began
-    return max(1, size // len(block)) * len(block) / max(seconds, AT_LEAST_S)
 
 
 def target_speed(work: Work, settings: CaptureSettings, device: str) -> float:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.cache.atomic import check_free_space, clean_scratch, process_lock, size_text, write_errors
 from pipeline.cache.catalog import Catalog, Work, has_target
+from pipeline.cache.disk_speed import write_speed
 from pipeline.cache.file_writer import create_identity, rebuild_derived
 from pipeline.cache.plan import Plan
 from pipeline.cache.plan_writer import check_not_in_use, plan_in_use
@@ -99,9 +100,9 @@ def plan(
     work = missing_columns(catalog, settings.columns)
     if probe and work:
         settings.engine.check()
-        from stages.cache_hidden.capture import Speed, disk_speed, target_speed  # brings torch and transformers
+        from stages.cache_hidden.capture import Speed, target_speed  # brings torch and transformers
 
-        speed = Speed(disk_speed(out), target_speed(work, settings, Worker().device(options.device)))
+        speed = Speed(write_speed(out), target_speed(work, settings, Worker().device(options.device)))
         report["time"] = speed.as_dict(work)
     return report
 

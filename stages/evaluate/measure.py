@@ -14,10 +14,9 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.cache import HiddenCache
-from pipeline.drafts import Draft, eligible_anchors, lay_blocks, metrics_of, pack
+from pipeline.drafts import Draft, metrics_of
 from pipeline.errors import ProofError, RoomError, UsageError
 from pipeline.evaluation.accept_length import (
-    SLOTS_AT_ONCE,
     Span,
     accept_spans,
     engine_accept_length,
@@ -34,6 +33,7 @@ from pipeline.evaluation.reports import (
     SampledReplies,
     Speed,
 )
+from pipeline.evaluation.teacher_forced import add_metric_sums
 from pipeline.runs.training_data import stratified_subset
 from stages.evaluate.decode import Decoded, SamplingOptions, with_progress
 from stages.evaluate.lossless import (
@@ -240,19 +240,5 @@ def teacher_forced(draft: Draft, cache: HiddenCache, heldout: np.ndarray) -> dic
     sums: dict[str, dict] = {}
     domains = {cache.samples.domain[index] for index in heldout.tolist()}
     for index in stratified_subset(cache, heldout, TEACHER_FORCED * len(domains)).tolist():
-        _add_sample(sums.setdefault(cache.samples.domain[index], {}), draft, cache, index)
+        add_metric_sums(sums.setdefault(cache.samples.domain[index], {}), draft, cache, [index])
     return {name: metrics_of(sums[name], {}, {})["accept_len_tf"] for name in sorted(sums)}
-
-
-def _add_sample(sums: dict, draft: Draft, cache: HiddenCache, index: int) -> None:
-    """Add the metric sums of a loss over every eligible anchor of one sample to `sums`."""
-    final = draft.config.needs_final_states
-    sample = cache.read(index, layers=draft.config.target_layer_ids, final=final)
-    cell = pack([sample], [cache.samples.hex(index)], final=final)
-    device = draft.device
-    anchors_N = eligible_anchors(sample.mask).nonzero()[:, 0]
-    for part_N in anchors_N.split(max(1, SLOTS_AT_ONCE // draft.config.block_size)) if len(anchors_N) else ():
-        blocks = lay_blocks(cell, part_N, draft.config).to(device)
-        loss = draft.loss(cell.to(device), blocks, {}, draft.denominators(blocks), metrics=True)
-        for name, value in loss.sums.items():
-            sums[name] = sums.get(name, 0) + value

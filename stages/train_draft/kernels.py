@@ -1,31 +1,23 @@
 """Which kernels a run uses: on a GPU deterministic ones, and compiled ones where they give what the plain ones give."""
 
 import os
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from pipeline.drafts import Draft, lay_blocks, pack
-from pipeline.drafts.fused import Kernels, use_kernels
+from pipeline.drafts.fused import DISABLED, Kernels, kernels_of, use_kernels
 from pipeline.errors import first_line
 from pipeline.products import onednn_is_faster
 from pipeline.runs.recipe import TrainSection
 from pipeline.tensors import free_cached_memory
 from stages.train_draft.memory import FakeRows
 
-DISABLED = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")  # torch's own switches
 LOSS = "the loss"
 ROWS, ANCHORS = 512, 24  # of the trial step
 # By how much the loss, and each gradient, may differ, relative to its norm. A kernel that is wrong is off by its own
 # size; two right ones in bfloat16 differ by 1 % in a draft of two layers.
 NEAR = {"float32": (1e-4, 1e-3), "bfloat16": (1e-2, 1e-1)}
-
-
-def kernels_of(device: torch.device) -> str:
-    """Return which kernels a run is to use on a device: "compiled" or "plain"."""
-    possible = device.type == "cuda" and find_spec("triton") is not None
-    return "compiled" if possible and not any(os.environ.get(name) == "1" for name in DISABLED) else "plain"
 
 
 def machine_facts(device: torch.device) -> dict[str, str]:

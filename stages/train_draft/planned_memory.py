@@ -83,3 +83,16 @@ class PlannedTraining:
                 "lines": memory_lines(memory, train.context, size),
             }
         }
+
+
+def fit_on(resolved, tied: bool, size: int) -> tuple[bool, bool, list[str]]:
+    """Return whether a step of a resolved recipe fits a GPU of `size` bytes, whether it does so whole, and lines of
+    words. tied: whether the target's embedding is its head."""
+    import torch
+
+    from stages.train_draft.memory import Fit, memory_lines, step_memory
+
+    train = resolved.recipe.train
+    memory = step_memory(resolved.draft, train, getattr(torch, train.dtype), tied)
+    fit = memory.fit(size)
+    return bool(fit.at_once), fit == Fit(memory.blocks), memory_lines(memory, train.context, size)

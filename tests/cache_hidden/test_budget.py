@@ -18,6 +18,7 @@ from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import Scratch
 from pipeline.cache.catalog import Catalog
 from pipeline.cache.columns import ColumnSpec
+from pipeline.cache.disk_speed import write_speed
 from pipeline.cache.layout import numbered
 from pipeline.cache.plan import load_plan
 from pipeline.cache.plan_writer import plan_in_use
@@ -26,7 +27,7 @@ from pipeline.drafts import DFlash
 from pipeline.errors import UsageError
 from pipeline.options import size_bytes
 from stages.cache_hidden.budget import SampleSizes, choose_samples, drop_unread_columns
-from stages.cache_hidden.capture import Speed, disk_speed, evenly_spaced_batches
+from stages.cache_hidden.capture import Speed, evenly_spaced_batches
 from stages.cache_hidden.make_plan import missing_columns
 from stages.cache_hidden.plan_report import codec_text, time_text
 from stages.cache_hidden.run import plan, plan_table, run
@@ -345,7 +346,7 @@ def test_a_codec_is_written_as_short_as_it_says_the_same():
 
 
 def test_a_probe_says_the_larger_of_computing_and_writing(planned, tmp_path, monkeypatch):
-    monkeypatch.setattr("stages.cache_hidden.capture.DISK_BYTES", 1 << 20)
+    monkeypatch.setattr("stages.cache_hidden.run.write_speed", lambda out: write_speed(out, 1 << 20))
     report = planned(probe=True)
     time = report["time"]
     assert time["compute_s"] == pytest.approx(report["tokens"] / time["tokens_s"])
@@ -370,11 +371,3 @@ def test_the_batches_timed_are_from_all_over_the_work(planned, tmp_path):
     chosen = evenly_spaced_batches(shards, 256, 4)
     assert len({shard.number for shard, _ in chosen}) == 4 and all(len(rows) for _, rows in chosen)
     assert len(evenly_spaced_batches(shards[:2], 256, 4)) == 2
-
-
-def test_a_disk_is_probed_with_all_that_is_written(tmp_path, monkeypatch):
-    written = []
-    monkeypatch.setattr("stages.cache_hidden.capture.write_all", lambda fd, block: written.append(len(block)))
-    assert disk_speed(tmp_path, size=20 << 20) > 0
-    assert sum(written) == 16 << 20, "whole blocks"
-    assert not list(tmp_path.iterdir())

@@ -1,0 +1,235 @@
+"""A run as the doctor reads it: its records and logs as far as they are sound, its cache, and figures measured anew.
+
+Nothing is written. The draft is measured by value on held-out samples of its cache, without the target, for a limited
+time.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.cache import HiddenCache
+from pipeline.drafts import Draft, DraftConfig, draft_config, metrics_of
+from pipeline.errors import CacheError, UsageError
+from pipeline.evaluation.accept_length import Span, accept_spans, summarise
+from pipeline.evaluation.reports import Report
+from pipeline.evaluation.teacher_forced import add_metric_sums
+from pipeline.json_files import parse_checksummed, read_file
+from pipeline.runs import checkpoint
+from pipeline.runs.checkpoint import CheckpointState, load_config, load_draft
+from pipeline.runs.folder import Result, RunRecord, chunk_rule, read_recipe, read_result, read_run
+from pipeline.runs.recipe import Recipe, Resolved, resolve
+from pipeline.runs.training_data import Split, split_samples, stratified_subset
+
+LOW = 1.5  # accept length below which something has to be found
+SAMPLES = 16  # measured at most, of the held-out ones and of those trained on
+SECONDS = 20.0  # for each kind of figure; one sample is measured in any case
+MAX_LOG = 1 << 30
+
+
+def read_log(path: Path) -> list[dict]:
+    """Return the lines of a run's log. CacheError for a damaged one; an incomplete last line is left out."""
+    if not path.exists():
+        return []
+    remedy = "remove it to go on without the figures of earlier steps"
+    lines, last = [], ""
+    data = read_file(path, MAX_LOG).splitlines(keepends=True)
+    for number, line in enumerate(data, 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            record, last = parse_checksummed(line, last)
+        except ValueError as error:
+            raise CacheError(f"{path}: damaged (line {number}: {error}); {remedy}") from None
+        lines.append(record)
+    return lines
+
+
+@dataclass
+class Case:
+    """A run. path: its folder. report: an evaluation of it, where that was named. named_cache: in place of the one that
+    run.json names."""
+
+    path: Path
+    report: Report | None = None
+    named_cache: Path | None = None
+
+    @cached_property
+    def record(self) -> RunRecord:
+        return read_run(self.path)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return read_recipe(self.path)
+
+    @cached_property
+    def result(self) -> Result | None:
+        return read_result(self.path)
+
+    @cached_property
+    def state(self) -> CheckpointState | None:
+        """What the newest checkpoint says of itself, every byte of it checked; None without one."""
+        found = checkpoint.latest(self.path)
+        return found and found.state
+
+    @cached_property
+    def config(self) -> DraftConfig | None:
+        """The newest checkpoint's."""
+        return load_config(self.path) if self.state else None
+
+    @cached_property
+    def _metrics(self) -> list[dict]:
+        return read_log(self.path / "metrics.jsonl")
+
+    @cached_property
+    def steps(self) -> list[dict]:
+        """The steps that were logged, of each its metrics."""
+        return [line for line in self._metrics if "loss" in line]
+
+    @cached_property
+    def evaluations(self) -> list[dict]:
+        """The evaluations on held-out samples, of each `step` and `eval`."""
+        return [line for line in self._metrics if line.get("eval")]
+
+    @cached_property
+    def timing(self) -> dict | None:
+        """The newest line of timing.jsonl."""
+        lines = read_log(self.path / "timing.jsonl")
+        return lines[-1] if lines else None
+
+    @cached_property
+    def cache(self) -> HiddenCache:
+        """The cache that the run was trained from. UsageError where it is not there."""
+        place = self.named_cache or Path(self.record.cache.path)
+        if not place.is_dir():
+            raise UsageError(f"the run's cache, {place}, is not there; pass --cache DIR where it lies now")
+        return HiddenCache.open(place)
+
+    @cached_property
+    def resolved(self) -> Resolved:
+        """The recipe, against the cache that is there now."""
+        return resolve(self.recipe, self.cache).with_rope_scaling(self.record.rope_scaling)
+
+    @cached_property
+    def split(self) -> Split:
+        draft = self.resolved.draft
+        share = self.recipe.train.heldout
+        return split_samples(self.cache, draft.mask_token_id, share, draft.target_layer_ids, draft.needs_final_states)
+
+    @cached_property
+    def draft(self) -> Draft:
+        """The newest checkpoint's, on the CPU in float32."""
+        draft = load_draft(self.path, self.cache.head())
+        draft.chunk_rule = chunk_rule(self.path)
+        return draft
+
+    # Measured here
+
+    @cached_property
+    def heldout(self) -> list[int]:
+        """Some held-out samples, spread over domains."""
+        return stratified_subset(self.cache, self.split.heldout, SAMPLES).tolist()
+
+    @cached_property
+    def spans(self) -> list[Span]:
+        """Decoding replayed on the held-out samples; none where the cache holds no final states."""
+        return self._spans(self.draft, self.heldout) if self.cache.has_final else []
+
+    def _spans(self, draft: Draft, samples: Iterable[int]) -> list[Span]:
+        return [
+            span
+            for spans in in_time(samples, lambda index: accept_spans(draft, self.cache, [index])[0])
+            for span in spans
+        ]
+
+    @cached_property
+    def accepted(self) -> dict | None:
+        """`Figures` of the held-out samples; None where no reply could be followed."""
+        figures = summarise(self.spans)
+        return figures if figures["calls"] else None
+
+    @cached_property
+    def accept_len(self) -> float | None:
+        """The exact accept length: measured here, else as the run or the report has it."""
+        if self.accepted:
+            return self.accepted["accept_len"]
+        recorded = self.evaluations[-1]["eval"] if self.evaluations else None
+        if recorded and recorded["calls"]:
+            return recorded["accept_len"]
+        return self.report.overall.accept_len if self.report and self.report.overall.calls else None
+
+    @property
+    def is_low(self) -> bool:
+        """Whether drafting gains so little that there has to be a cause, or it is not known what it gains."""
+        reported = self.report.overall.accept_len if self.report and self.report.overall.calls else None
+        known = [length for length in (self.accept_len, reported) if length is not None]
+        return min(known, default=0.0) < LOW
+
+    def accept_len_with(self, **changes) -> float | None:
+        """The accept length on the same samples of the same weights under another config; None where that cannot be."""
+        try:
+            config = draft_config(**self.config.model_dump() | changes)
+            other = type(self.draft)(config, self.cache.head()).eval()
+            other.chunk_rule = self.draft.chunk_rule
+            other.load_state_dict(self.draft.state_dict())
+        except (UsageError, RuntimeError):
+            return None
+        figures = summarise(self._spans(other, self.heldout[:8]))
+        return figures["accept_len"] if figures["calls"] else None
+
+    @cached_property
+    def forced_heldout(self) -> dict:
+        """Teacher-forced figures of the held-out samples, as a logged step has them."""
+        return self._forced(self.heldout)
+
+    @cached_property
+    def forced_train(self) -> dict:
+        """The same of samples trained on."""
+        return self._forced(stratified_subset(self.cache, self.split.train, SAMPLES).tolist())
+
+    def _forced(self, samples: Sequence[int]) -> dict:
+        if not samples or (self.draft.config.needs_final_states and not self.cache.has_final):
+            return {}
+        sums: dict = {}
+        in_time(samples, lambda index: add_metric_sums(sums, self.draft, self.cache, [index]))
+        return metrics_of(sums, {}, {})
+
+    @cached_property
+    def greedy_share(self) -> tuple[int, int]:
+        """Of the supervised tokens of samples trained on: how many are the target's own greedy choice, of how many."""
+        return greedy_share(self.cache, stratified_subset(self.cache, self.split.train, SAMPLES).tolist())
+
+
+def in_time(items: Iterable, do) -> list:
+    """Return what `do` returns of each item, until the time is over."""
+    until, done = time.monotonic() + SECONDS, []
+    for item in items:
+        done.append(do(item))
+        if time.monotonic() > until:
+            break
+    return done
+
+
+@torch.no_grad()
+def greedy_share(cache: HiddenCache, samples: Iterable[int]) -> tuple[int, int]:
+    """Return how many supervised tokens of samples are what the head says of the `final` state before, of how many."""
+    if not cache.has_final:
+        return 0, 0
+    head, counts = cache.head(), np.zeros(2, int)
+
+    def add(index: int) -> None:
+        sample = cache.read(index, layers=cache.layers[:1], final=True)
+        rows_R, final_RD = sample.final_rows, sample.final
+        next_R = rows_R + 1
+        kept_R = next_R < len(sample.ids)
+        kept_R[kept_R.clone()] &= sample.mask[next_R[kept_R]]
+        chosen_R = head.raw_logits(final_RD[kept_R]).argmax(-1)
+        counts[:] += int((chosen_R == sample.ids[next_R[kept_R]]).sum()), int(kept_R.sum())
+
+    in_time(samples, add)
+    return int(counts[0]), int(counts[1])
