@@ -26,6 +26,7 @@ from pipeline.options import (
     evaluate_options,
     import_options,
     plan_options,
+    recipe_options,
     regenerate_options,
     serve_check_options,
     sweep_options,
@@ -229,6 +230,39 @@ def sweep(recipe, as_json, init_from, **chosen):
     failed = [run for run in report["runs"] if run["failed"]]
     if failed:
         raise ProofError(f"{len(failed)} of {len(report['runs'])} runs failed, the first {failed[0]['run']}")
+
+
+@commands.group()
+def recipe():
+    """Show a recipe completed, or the schema of recipes."""
+
+
+@recipe.command("show")
+@recipe_options
+def show_recipe(recipe, sets, cache, as_json):
+    """Show a recipe as `train-draft` completes it, and where each value comes from.
+
+    As TOML, which is a recipe again. Without a cache, what it would decide is left open.
+    """
+    from pipeline.runs.recipe_origins import origins_toml
+    from stages.train_draft.show_recipe import show_recipe
+
+    found = show_recipe(recipe, sets, cache)
+    if as_json:
+        return show(found, as_json, None)
+    print_visible(origins_toml(found).rstrip())
+
+
+@recipe.command("schema")
+@option("--sweep", "of_sweep", is_flag=True, help="Of a sweep's recipe, with its [sweep] table.")
+def schema(of_sweep):
+    """Print the JSON schema of a recipe, for editors.
+
+    The first line of a recipe names the file: `#:schema ./recipe.schema.json`, as in configs/.
+    """
+    from pipeline.runs.recipe_schema import recipe_schema, sweep_schema
+
+    show(sweep_schema() if of_sweep else recipe_schema(), True, None)
 
 
 @commands.command()

@@ -24,7 +24,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # exit codes 143, and 129 for a 
 RESUMABLE = "what is finished is kept, and the same command goes on from there"
 NOTHING_WRITTEN = "nothing was written, and the same command starts again"
 # Commands that write all or nothing; the others resume.
-AFTER_INTERRUPT = dict.fromkeys(("inspect", "export", "check-export", "report"), NOTHING_WRITTEN)
+AFTER_INTERRUPT = dict.fromkeys(("inspect", "recipe", "export", "check-export", "report"), NOTHING_WRITTEN)
 AFTER_INTERRUPT["regenerate"] = "every reply so far is kept, and the same command asks for the others"
 AFTER_INTERRUPT["serve-check"] = "the engine is ended, no report was written, and the same command starts again"
 AFTER_INTERRUPT["evaluate"] = "no report was written, and the same command starts again"  # --plain may have its replies
@@ -67,7 +67,7 @@ class CacheCommand(click.Command):
 class InWorkflowOrder(click.Group):
     """A group that lists its commands in workflow order, not alphabetically."""
 
-    command_class = CacheCommand
+    command_class, group_class = CacheCommand, type
 
     def list_commands(self, ctx):
         return list(self.commands)

@@ -223,6 +223,13 @@ sweep_options = together(
     option("--json", "as_json", is_flag=True, help="Print the figures as JSON."),
 )
 
+recipe_options = together(
+    click.argument("recipe", type=PATH, required=False),
+    option("--set", "sets", multiple=True, metavar="A.B=C", help="Change one field of the recipe."),
+    option("--cache", type=FOLDER, help="Complete it from this cache.  [default: leave open what a cache decides]"),
+    option("--json", "as_json", is_flag=True, help="Print it as JSON."),
+)
+
 serve_check_options = together(
     click.argument("folder", type=PATH),
     option("--engine", type=Choice(["vllm"]), default="vllm", help="What serves it."),

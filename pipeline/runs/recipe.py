@@ -62,7 +62,7 @@ class DraftSection(BaseModel):
     model_config = STRICT | {"extra": "allow"}
 
     method: str = "domino"
-    objective: str | None = None  # a key of OBJECTIVES; the published one of the method
+    objective: str | None = None  # the loss of a slot's logits; the published one of the method
     alpha_ce: NonNegativeFloat | None = None  # weights of the objective's terms of these names
     alpha_l1: NonNegativeFloat | None = None
     layers: Layers | None = None  # target layers read; left out: all that the cache holds
@@ -252,20 +252,38 @@ class Resolved:
         An epoch is samples // batch steps, at least one; the samples left over are not used in that epoch. With echo
         it is as many steps, and reads 1 / echo of the samples, so `echo` changes no schedule.
         """
-        train = self.recipe.train
-        steps = train.steps or train.epochs * max(1, samples // train.batch)
-        filled = {
-            "steps": steps,
-            "epochs": None,
-            "eval_every": train.eval_every or max(1, math.ceil(steps / 4)),
-            "save_every": train.save_every or max(1, min(500, steps // 10)),
-        }
-        recipe = self.recipe.model_copy(update={"train": train.model_copy(update=filled)})
+        recipe = self.recipe.model_copy(update={"train": with_schedule(self.recipe.train, samples)})
         return dataclasses.replace(self, recipe=recipe)
 
     def with_rope_scaling(self, scaling: RopeScaling | None) -> "Resolved":
         """Return the same with the rotary scaling (or none) of weights that are there already."""
         return dataclasses.replace(self, draft=self.draft.model_copy(update={"rope_scaling": scaling}))
+
+
+def with_schedule(train: TrainSection, samples: int) -> TrainSection:
+    """Return [train] with its number of steps, and how often to evaluate and save. samples: read only for epochs."""
+    steps = train.steps or train.epochs * max(1, samples // train.batch)
+    filled = {
+        "steps": steps,
+        "epochs": None,
+        "eval_every": train.eval_every or max(1, math.ceil(steps / 4)),
+        "save_every": train.save_every or max(1, min(500, steps // 10)),
+    }
+    return train.model_copy(update=filled)
+
+
+def train_defaults(train: TrainSection) -> dict:
+    """Return what of [train] follows from [train] alone."""
+    return {
+        "epochs": train.epochs or (None if train.steps else 6),
+        "cell_anchors": train.cell_anchors or max(512, train.anchors),
+    }
+
+
+def draft_defaults(draft: DraftSection, hidden_size: int) -> dict:
+    """Return what of [draft] follows from its method, what else it states, and the target's hidden size."""
+    dpace = {} if (draft.weighting or "decay") == "decay" else {"dpace_alpha": 0.5}
+    return dpace | DRAFTS[draft.method].recipe_defaults(draft.model_dump(exclude_none=True), hidden_size)
 
 
 def resolve(recipe: Recipe, cache) -> Resolved:
@@ -277,9 +295,7 @@ def resolve(recipe: Recipe, cache) -> Resolved:
         check_final(cache, *config.final_reader)
     train = recipe.train
     optimizer = train.optimizer or ("adamw" if config.hidden_size > SMALL_HIDDEN else "muon")
-    filled = {
-        "epochs": train.epochs or (None if train.steps else 6),
-        "cell_anchors": train.cell_anchors or max(512, train.anchors),
+    filled = train_defaults(train) | {
         "optimizer": optimizer,
         "lr": train.lr or default_lr(config.hidden_size, optimizer),
         "dtype": train.dtype or str(cache.dtype).removeprefix("torch."),
@@ -292,6 +308,12 @@ def resolve(recipe: Recipe, cache) -> Resolved:
     return Resolved(recipe.model_copy(update={"draft": draft, "train": train.model_copy(update=filled)}), config)
 
 
+def check_method(draft: DraftSection) -> None:
+    """Raise UsageError for a method that there is not."""
+    if draft.method not in DRAFTS:
+        raise UsageError(f"unknown draft.method `{draft.method}`; there are {', '.join(DRAFTS)}")
+
+
 def default_lr(hidden_size: int, optimizer: str) -> float:
     """Return the peak learning rate: 6e-4, as published for targets from 0.6B to 8B, and more for toys."""
     # Toys: see configs/demo.toml. With AdamW 3e-3 was the best of 1e-3, 3e-3, 6e-3 and 1e-2 on the bundled target;
@@ -301,8 +323,7 @@ def default_lr(hidden_size: int, optimizer: str) -> float:
 
 
 def _resolve_draft(draft: DraftSection, target: dict, cache) -> DraftSection:
-    if draft.method not in DRAFTS:
-        raise UsageError(f"unknown draft.method `{draft.method}`; there are {', '.join(DRAFTS)}")
+    check_method(draft)
     hidden, stated = target["hidden_size"], draft.model_dump(exclude_none=True)
     depth = draft.num_hidden_layers or min(5, max(1, target["num_hidden_layers"] // 3))
     filled = {
@@ -315,9 +336,7 @@ def _resolve_draft(draft: DraftSection, target: dict, cache) -> DraftSection:
         "head_dim": target.get("head_dim") or hidden // target["num_attention_heads"],
         "layer_types": ("full_attention",) * depth,
     }
-    if (draft.weighting or "decay") != "decay":
-        filled["dpace_alpha"] = 0.5
-    filled |= DRAFTS[draft.method].recipe_defaults(stated, hidden)
+    filled |= draft_defaults(draft, hidden)
     return draft.model_copy(update=filled | stated | {"layers": filled["layers"]})
 
 
