@@ -8,7 +8,7 @@ import json
 import sys
 
 import click
-from click import Choice, IntRange, argument, option
+from click import IntRange, argument, option
 
 from pipeline import __version__
 from pipeline.command_line import InWorkflowOrder, run_and_exit
@@ -21,6 +21,7 @@ from pipeline.options import (
     HELP,
     PATH,
     REPORT,
+    Choice,
     CodecOption,
     capture_options,
     evaluate_options,

@@ -17,6 +17,7 @@ import click
 
 from pipeline import torchrun
 from pipeline.errors import PipelineError, limit_error
+from pipeline.nearest import did_you_mean
 from pipeline.standard_streams import check_standard_output, protect_standard_streams
 from pipeline.visible_text import print_visible, visible, visible_lines
 
@@ -72,6 +73,21 @@ class InWorkflowOrder(click.Group):
     def list_commands(self, ctx):
         return list(self.commands)
 
+    def resolve_command(self, ctx, args):
+        name = args[0]
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            raise click.UsageError(f"No such command {name!r}{did_you_mean(name, self.commands)}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+def _said_of(error: click.UsageError) -> str:
+    """Return a usage error's text; of an unknown option with the nearest one there is, by our own rule."""
+    if not isinstance(error, click.NoSuchOption) or error.ctx is None:
+        return error.format_message().rstrip(".")
+    there = [name for each in error.ctx.command.get_params(error.ctx) for name in (*each.opts, *each.secondary_opts)]
+    named = [name for name in there if name.startswith("--")]  # an argument's name is no option
+    return f"No such option {error.option_name!r}{did_you_mean(error.option_name, named)}"
+
 
 def _after_interrupt(arguments: list[str]) -> str:
     """Return what an interrupted command has left, and what running it again does."""
@@ -108,7 +124,7 @@ def run_and_exit(commands: click.Group, arguments: list[str]) -> None:
         sys.exit(2)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "pipeline"
-        sys.exit(_print_once(f"error: {error.format_message()} (`{command} --help` lists what there is)", 2, debug))
+        sys.exit(_print_once(f"error: {_said_of(error)} (`{command} --help` lists what there is)", 2, debug))
     except PipelineError as error:
         sys.exit(_print_error(f"error: {error}", error.code, debug))
     except (OSError, MemoryError, RuntimeError) as error:  # a limit of the machine is not a bug

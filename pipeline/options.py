@@ -6,9 +6,10 @@ from functools import reduce
 from pathlib import Path
 
 import click
-from click import Choice, FloatRange, IntRange, option
+from click import FloatRange, IntRange, option
 
 from pipeline.errors import UsageError
+from pipeline.nearest import did_you_mean
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 PATH = click.Path(path_type=Path)
@@ -26,6 +27,14 @@ class FolderPath(click.Path):
 
 FOLDER = FolderPath(file_okay=False, path_type=Path)
 REPORT = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+class Choice(click.Choice):
+    """One of a few words. An error also says which of them may have been meant."""
+
+    def get_invalid_choice_message(self, value, ctx):
+        said = super().get_invalid_choice_message(value, ctx)
+        return said.rstrip(".") + did_you_mean(value, map(str, self.choices))
 
 
 class CodecOption(click.Option):

@@ -11,6 +11,7 @@ from pipeline.drafts.draft import ENGINES, SERVING, BlockRequest, Draft, Proposa
 from pipeline.drafts.dspark import DSpark
 from pipeline.drafts.objectives import metrics_of
 from pipeline.errors import UsageError
+from pipeline.nearest import did_you_mean
 
 DRAFTS: dict[str, type[Draft]] = {"dflash": DFlash, "domino": Domino, "dspark": DSpark}
 
@@ -23,7 +24,8 @@ def draft_config(**fields) -> DraftConfig:
     """
     method = fields.get("method")
     if method not in DRAFTS:
-        raise UsageError(f"no method {method!r}; there are {', '.join(sorted(DRAFTS))}")
+        meant = did_you_mean(method, DRAFTS)
+        raise UsageError(f"no method {method!r}{meant or ';'} there are {', '.join(sorted(DRAFTS))}")
     foreign = refuse_foreign_options(method, fields)
     return DRAFTS[method].Config(**{name: value for name, value in fields.items() if name not in foreign})
 

@@ -9,7 +9,6 @@ saved in the run's folder, and loads back as the same recipe.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
@@ -35,6 +34,8 @@ from pipeline.drafts.draft import SMALL_HIDDEN
 from pipeline.drafts.rope import RopeScaling, draft_rope_scaling, rope_theta
 from pipeline.errors import UsageError, cause_of
 from pipeline.json_files import read_file
+from pipeline.nearest import did_you_mean
+from pipeline.runs.recipe_errors import explain
 from pipeline.runs.training_data import check_final, layers_to_read, resolve_mask_token, training_config
 
 # TOML has only lists; everything else keeps the type that was written.
@@ -181,7 +182,8 @@ def make_recipe(stated: dict, sets: tuple[str, ...], source: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(stated)
     except ValidationError as error:
-        raise UsageError(_explain(error, source)) from None
+        keys = {"draft": DraftSection.keys(), "train": list(TrainSection.model_fields)}
+        raise UsageError(explain(error, source, keys)) from None
     if recipe.train.steps and recipe.train.epochs:
         raise UsageError(
             f"{source} states train.steps = {recipe.train.steps} and train.epochs = {recipe.train.epochs}; "
@@ -219,24 +221,6 @@ def _set(stated: dict, entry: str) -> None:
     if not isinstance(fields, dict):
         raise UsageError(f"`{section}` is a value in the recipe, not a section; write [{section}] above its fields")
     fields[field] = value
-
-
-def _explain(error: ValidationError, source: str) -> str:
-    """Return the first validation error in one line; for an unknown key, with the closest one and the known keys."""
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"][:2])
-    if first["type"] != "extra_forbidden":
-        return f"{source}: `{place}` = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
-    sections = {"draft": DraftSection, "train": TrainSection}
-    if len(first["loc"]) == 1:
-        known, where = list(sections), "sections"
-    else:
-        section = first["loc"][0]
-        known = DraftSection.keys() if section == "draft" else list(TrainSection.model_fields)
-        where = f"keys of [{section}]"
-    closest = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)[0]
-    suggestion = ".".join([*map(str, first["loc"][:-1]), closest])
-    return f"{source}: unknown key `{place}`; did you mean `{suggestion}`? Known {where}: {', '.join(known)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,7 +295,8 @@ def resolve(recipe: Recipe, cache) -> Resolved:
 def check_method(draft: DraftSection) -> None:
     """Raise UsageError for a method that there is not."""
     if draft.method not in DRAFTS:
-        raise UsageError(f"unknown draft.method `{draft.method}`; there are {', '.join(DRAFTS)}")
+        meant = did_you_mean(draft.method, DRAFTS, "`{}`")
+        raise UsageError(f"unknown draft.method `{draft.method}`{meant or ';'} there are {', '.join(DRAFTS)}")
 
 
 def default_lr(hidden_size: int, optimizer: str) -> float:
