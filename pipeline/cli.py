@@ -140,10 +140,10 @@ def inspect(cache, sample, as_json):
 @commands.command()
 @verify_options
 def verify(cache, repair, deep, complete, model, as_json, **where):
-    """Check every byte of a cache. Ends with 4 when something is damaged, and names it.
+    """Check every byte of a cache, and name what is damaged.
 
-    So it does when columns are lacking in some shards and nobody is capturing them; with --complete also while somebody
-    is, and where nothing is captured yet.
+    Ends with 4 when something is. So it does when columns are lacking in some shards and nobody is capturing them; with
+    --complete also while somebody is, and where nothing is captured yet.
 
     With --repair it captures exactly the damaged columns of the damaged shards again, and what follows from the rest
     it writes again; what is sound is not touched.

@@ -17,6 +17,7 @@ import click
 
 from pipeline import torchrun
 from pipeline.errors import PipelineError, limit_error
+from pipeline.examples import example_of
 from pipeline.nearest import did_you_mean
 from pipeline.standard_streams import check_standard_output, protect_standard_streams
 from pipeline.visible_text import print_visible, visible, visible_lines
@@ -38,7 +39,17 @@ NO_SPINNING = {"GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 WAIT_VARIABLES = ("OMP_WAIT_POLICY", *NO_SPINNING, "KMP_LIBRARY")
 
 
-class CacheCommand(click.Command):
+class EndsWithExample(click.Command):
+    """A command whose help ends with an example."""
+
+    def format_epilog(self, ctx, formatter):
+        example = example_of(ctx.command_path.partition(" ")[2])
+        if example:
+            with formatter.section("Example"):
+                formatter.write(f"{'':{formatter.current_indent}}{example}\n")  # unwrapped, to be pasted
+
+
+class CacheCommand(EndsWithExample):
     """A command whose errors name the cache in the `pipeline verify` they suggest: the code within knows only a file.
 
     Refuses empty arguments, as an unset shell variable gives: they would select the default corpus or this folder.
@@ -65,7 +76,7 @@ class CacheCommand(click.Command):
             raise
 
 
-class InWorkflowOrder(click.Group):
+class InWorkflowOrder(EndsWithExample, click.Group):
     """A group that lists its commands in workflow order, not alphabetically."""
 
     command_class, group_class = CacheCommand, type
