@@ -12,6 +12,7 @@ from click import IntRange, argument, option
 
 from pipeline import __version__
 from pipeline.command_line import InWorkflowOrder, run_and_exit
+from pipeline.completion import SHELLS, script
 from pipeline.errors import CacheError, ProofError, UsageError
 from pipeline.options import (
     CACHE,
@@ -21,6 +22,7 @@ from pipeline.options import (
     HELP,
     PATH,
     REPORT,
+    SET,
     Choice,
     CodecOption,
     capture_options,
@@ -190,7 +192,7 @@ def import_cache(source, out, **chosen):
 @commands.command("train-draft")
 @argument("recipe", type=PATH, required=False)
 @option("--cache", type=FOLDER, default="hs_cache", help="The cache to train from.")
-@option("--set", "sets", multiple=True, metavar="A.B=C", help="Change one field of the recipe.")
+@SET
 @option("--out", type=FOLDER, help="The run's folder.  [default: runs/METHOD-DIGEST]")
 @DEVICE
 @option("--init-from", type=FOLDER, help="Begin with the weights of this draft: a published one, or a run.")
@@ -362,6 +364,21 @@ def report(reports, markdown, forced, drawing, against):
 
         plot(reports, drawing)
     print_visible(table) if markdown else VisibleConsole().print(table)
+
+
+@commands.command()
+@argument("shell", type=Choice(SHELLS))
+def completion(shell):
+    """Print the script that completes our commands in a shell.
+
+    Commands, options, files, codecs and methods.
+
+    \b
+    bash  source <(pipeline completion bash)    in ~/.bashrc
+    zsh   source <(pipeline completion zsh)     in ~/.zshrc, behind compinit
+    fish  pipeline completion fish | source     in ~/.config/fish/config.fish
+    """
+    click.echo(script(commands, shell))
 
 
 def initial_draft(place):

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 from click import FloatRange, IntRange, option
 
+from pipeline.completion import complete_codecs, complete_methods, complete_paths, complete_setting
 from pipeline.errors import UsageError
 from pipeline.nearest import did_you_mean
 
@@ -47,6 +48,9 @@ class CodecOption(click.Option):
         option, text = super().get_help_record(ctx)
         return option, f"{', '.join(names)} or {last}, {text}"
 
+    def shell_complete(self, ctx, incomplete) -> list:
+        return complete_codecs(incomplete)
+
 
 ROLES = option(
     "--roles",
@@ -72,6 +76,14 @@ ENGINE_OPTIONS = option(
     callback=lambda ctx, option, pairs: "\n".join(pairs) or None,
     help="Tell the engine, such as tensor_parallel_size=2; may be repeated.",
 )
+SET = option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="A.B=C",
+    shell_complete=complete_setting,
+    help="Change one field of the recipe, of every run's in a sweep; may be repeated.",
+)
 CACHE = click.argument("cache", type=FOLDER, default="hs_cache")
 
 
@@ -89,9 +101,10 @@ plan_options = together(
 )
 # Of `plan` and `cache-hidden`: everything that decides what a cache holds.
 capture_options = together(
-    option("--model", required=True, help="Target: a hub name or a folder."),
+    option("--model", shell_complete=complete_paths, required=True, help="Target: a hub name or a folder."),
     option(
         "--corpus",
+        shell_complete=complete_paths,
         help="JSON, JSONL, Parquet or Arrow, a folder of them, or a hub data set.  "
         "[default: the chats beside a bundled target, else mlabonne/open-perfectblend]",
     ),
@@ -117,10 +130,16 @@ capture_options = together(
     option("--batch-tokens", type=IntRange(1), help="Padded tokens a forward.  [default: 4096]"),
     option("--budget", metavar="SIZE", help="Bytes the cache may take, such as 2TB or 1.5TiB."),
     option(
-        "--methods", help="What will be trained, such as dflash,domino: a budget keeps what these read.  [default: all]"
+        "--methods",
+        shell_complete=complete_methods,
+        help="What will be trained, such as dflash,domino: a budget keeps what these read.  [default: all]",
     ),
     option("--seed", type=IntRange(0, 2**64 - 1), default=0, help="Decides which samples a budget takes."),
-    option("--codec", cls=CodecOption, help="or such as aux=int8,final=zstd.  [default: raw]"),
+    option(
+        "--codec",
+        cls=CodecOption,
+        help="or such as aux=int8,final=zstd.  [default: raw]",
+    ),
     DEVICE,
     option(
         "--dtype",
@@ -139,11 +158,20 @@ capture_options = together(
 )
 # Of `regenerate`: prompts, engine, sampling and request limits.
 regenerate_options = together(
-    option("--corpus", required=True, help="Conversations or prompts: files, a folder or a data set."),
+    option(
+        "--corpus",
+        shell_complete=complete_paths,
+        required=True,
+        help="Conversations or prompts: files, a folder or a data set.",
+    ),
     ROLES,
     option("--out", type=PATH, required=True, help="The corpus to write; its name ends with .jsonl."),
     option("--endpoint", metavar="URL", help="An OpenAI-compatible server that runs the target."),
-    option("--model", help="The target's files: decodes here; with --endpoint, compares prompts."),
+    option(
+        "--model",
+        shell_complete=complete_paths,
+        help="The target's files: decodes here; with --endpoint, compares prompts.",
+    ),
     option("--served-model", help="The server's name of the target.  [default: the only one it lists]"),
     option("--engine", type=Choice(["vllm", "sglang", "openai"]), help="The server's kind.  [default: as it says]"),
     option("--api-key-env", default="OPENAI_API_KEY", help="The variable that holds the key."),
@@ -169,7 +197,7 @@ regenerate_options = together(
 import_options = together(
     click.argument("source", type=FOLDER),
     option("--out", type=FOLDER, default="hs_cache", help="The cache's folder."),
-    option("--model", help="The target that made the states: a folder, or a hub name."),
+    option("--model", shell_complete=complete_paths, help="The target that made the states: a folder, or a hub name."),
     option("--layers", help="The layers in the files, in their order and counting, where no file names them."),
     option(
         "--count-from",
@@ -188,7 +216,7 @@ import_options = together(
 
 evaluate_options = together(
     option("--draft", type=PATH, required=True, help="A run's folder, a checkpoint or an exported folder."),
-    option("--model", help="The target.  [default: the one the cache was made with]"),
+    option("--model", shell_complete=complete_paths, help="The target.  [default: the one the cache was made with]"),
     option("--cache", type=FOLDER, help="The cache.  [default: the one the draft was trained on]"),
     option("--prompts", type=PATH, help="JSONL of messages.  [default: the cache's held-out split]"),
     option("--count", type=IntRange(1), default=64, help="Prompts, spread over domains."),
@@ -211,7 +239,7 @@ verify_options = together(
     option("--repair", is_flag=True, help="Make again what is damaged, with --model where the target has to."),
     option("--deep", is_flag=True, help="Check every byte of the files of --model, too, against those captured."),
     option("--complete", is_flag=True, help="End with 4 unless every shard has every column."),
-    option("--model", help="The target, for --repair and --deep."),
+    option("--model", shell_complete=complete_paths, help="The target, for --repair and --deep."),
     DEVICE,
     DEVICE_MAP,
     PYTHON,
@@ -222,7 +250,7 @@ verify_options = together(
 sweep_options = together(
     click.argument("recipe", type=PATH),
     option("--cache", type=FOLDER, default="hs_cache", help="The cache to train from."),
-    option("--set", "sets", multiple=True, metavar="A.B=C", help="Change one field of every run's recipe."),
+    SET,
     option("--out", type=FOLDER, help="The folder for the runs' folders.  [default: runs]"),
     DEVICE,
     option("--devices", metavar="A,B", help="Train on each of these at once.  [default: every CUDA device]"),
@@ -234,7 +262,7 @@ sweep_options = together(
 
 recipe_options = together(
     click.argument("recipe", type=PATH, required=False),
-    option("--set", "sets", multiple=True, metavar="A.B=C", help="Change one field of the recipe."),
+    SET,
     option("--cache", type=FOLDER, help="Complete it from this cache.  [default: leave open what a cache decides]"),
     option("--json", "as_json", is_flag=True, help="Print it as JSON."),
 )
@@ -243,7 +271,7 @@ serve_check_options = together(
     click.argument("folder", type=PATH),
     option("--engine", type=Choice(["vllm"]), default="vllm", help="What serves it."),
     PYTHON,
-    option("--model", help="The target.  [default: the one that the export names]"),
+    option("--model", shell_complete=complete_paths, help="The target.  [default: the one that the export names]"),
     option("--data", type=PATH, help="JSONL of prompts.  [default: the bundled target's held-out chats]"),
     option("--count", type=IntRange(1), default=64, help="Prompts."),
     option("--max-new", type=IntRange(2), default=64, help="Tokens a reply at most."),
