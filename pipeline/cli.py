@@ -4,7 +4,9 @@ It imports the stages inside command bodies, so that `--help` is quick and impor
 """
 
 import contextlib
+import dataclasses
 import json
+import os
 import sys
 
 import click
@@ -15,6 +17,7 @@ from pipeline.command_line import InWorkflowOrder, run_and_exit
 from pipeline.completion import SHELLS, script
 from pipeline.errors import CacheError, ProofError, UsageError
 from pipeline.options import (
+    AS_JSON,
     CACHE,
     DEVICE,
     DEVICE_MAP,
@@ -102,7 +105,8 @@ def plan(model, corpus, out, probe, train, device_memory, as_json, **chosen):
     "--tensor-parallel", type=IntRange(1), default=1, metavar="N", help="Share the target among N ranks of torchrun."
 )
 @DEVICE_MAP
-def cache_hidden(model, corpus, out, **chosen):
+@AS_JSON
+def cache_hidden(model, corpus, out, as_json, **chosen):
     """Run the target once and keep its hidden states.
 
     Stop it whenever you like: the same command goes on after the last finished shard.
@@ -123,7 +127,10 @@ def cache_hidden(model, corpus, out, **chosen):
     from stages.cache_hidden.run import run
     from stages.cache_hidden.settings import CaptureOptions
 
-    run(model, corpus, out, options=CaptureOptions(**chosen))
+    with only_json(as_json):
+        done = run(model, corpus, out, options=CaptureOptions(**chosen))
+    if as_json and done is not None:  # a rank that follows another has no figures
+        show({"cache": str(out), **dataclasses.asdict(done)}, as_json, None)
 
 
 @commands.command()
@@ -164,7 +171,8 @@ def verify(cache, repair, deep, complete, model, as_json, **where):
 @commands.command()
 @CACHE
 @option("--codec", required=True, cls=CodecOption, help="or such as aux=int8,final=zstd.")
-def recode(cache, codec):
+@AS_JSON
+def recode(cache, codec, as_json):
     """Write columns of a cache in another codec.
 
     From the states that are there, without the target. Stop it whenever you like: every shard stays readable, and the
@@ -172,12 +180,15 @@ def recode(cache, codec):
     """
     from stages.recode.run import run
 
-    run(cache, codec)
+    with only_json(as_json):
+        done = run(cache, codec)
+    if as_json:
+        show({"cache": str(cache), **dataclasses.asdict(done)}, as_json, None)
 
 
 @commands.command("import-cache")
 @import_options
-def import_cache(source, out, **chosen):
+def import_cache(source, out, as_json, **chosen):
     """Import the states that another trainer cached.
 
     SOURCE is a folder of SpecForge's *.ckpt, of speculators' hs_<i>.safetensors, or DeepSpec's target cache. The target
@@ -186,7 +197,10 @@ def import_cache(source, out, **chosen):
     """
     from stages.import_cache.run import run
 
-    run(source, out, **chosen)
+    with only_json(as_json):
+        done = run(source, out, **chosen)
+    if as_json:
+        show({"cache": str(out), **dataclasses.asdict(done)}, as_json, None)
 
 
 @commands.command("train-draft")
@@ -202,7 +216,8 @@ def import_cache(source, out, **chosen):
     default=None,
     help="Under torchrun: divide the draft among the ranks.  [default: where a device does not hold it]",
 )
-def train_draft(recipe, cache, sets, out, device, init_from, sharded):
+@AS_JSON
+def train_draft(recipe, cache, sets, out, device, init_from, sharded, as_json):
     """Train a draft from a cache; the target is never loaded.
 
     RECIPE is a TOML file that states what differs from the defaults. The same command goes on after any stop.
@@ -212,7 +227,10 @@ def train_draft(recipe, cache, sets, out, device, init_from, sharded):
     """
     from stages.train_draft.run import run
 
-    run(cache, recipe, sets, out, device, initial_draft(init_from), sharded)
+    with only_json(as_json):
+        done = run(cache, recipe, sets, out, device, initial_draft(init_from), sharded)
+    if as_json and os.environ.get("RANK", "0") == "0":  # of all of torchrun's ranks the first prints
+        show(done.as_dict(), as_json, None)
 
 
 @commands.command()
@@ -227,7 +245,7 @@ def sweep(recipe, as_json, init_from, **chosen):
     from pipeline.evaluation.tables import sweep_table
     from stages.train_draft.sweep import sweep
 
-    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+    with only_json(as_json):
         report = sweep(recipe=recipe, init_from=initial_draft(init_from), **chosen)
     show(report, as_json, sweep_table)
     failed = [run for run in report["runs"] if run["failed"]]
@@ -296,7 +314,8 @@ def evaluate(draft, as_json, temperature, draft_temperature, seed, **chosen):
     default="sglang",
     help="sglang; speculators, which vLLM reads; deepspec, for its evaluator. What has no method for it is refused.",
 )
-def export(draft, out, form):
+@AS_JSON
+def export(draft, out, form, as_json):
     """Write a draft as serving engines load it, and prove it.
 
     What was written is opened again and has to compute the same. A probe for `check-export` and a model card go with
@@ -305,6 +324,8 @@ def export(draft, out, form):
     from pipeline.published.export import export
 
     done = export(draft, out, form)
+    if as_json:
+        return show({"folder": str(out), "format": form, **done}, as_json, None)
     print_visible(visible(f"{out}: {done['tensors']} tensors, {done['parameters']:,} parameters, {done['proof']}"))
 
 
@@ -348,7 +369,8 @@ def serve_check(folder, as_json, **chosen):
 @option("--forced", is_flag=True, help="Add the teacher-forced accept lengths.")
 @option("--plot", "drawing", type=PATH, metavar="FILE", help="Draw accept length by training steps, too: .svg or .png.")
 @option("--against", multiple=True, type=REPORT, help="Compare with this one, prompt by prompt; one a seed.")
-def report(reports, markdown, forced, drawing, against):
+@AS_JSON
+def report(reports, markdown, forced, drawing, against, as_json):
     """Put evaluation reports of one target side by side.
 
     Runs that differ only in their seed become one column, and one mark of a plot. With --against a draft is a row: how
@@ -358,11 +380,20 @@ def report(reports, markdown, forced, drawing, against):
 
     if against and forced:
         raise UsageError("--forced adds rows to the table of domains, which --against replaces; leave one out")
-    table = against_baseline(reports, against, markdown) if against else comparison(reports, markdown, forced)
+    if as_json and (markdown or forced):
+        raise UsageError("--markdown and --forced are of tables, and --json prints none; leave one out")
+    if as_json:
+        from pipeline.evaluation.figures import report_figures
+
+        table = report_figures(reports, against)
+    else:
+        table = against_baseline(reports, against, markdown) if against else comparison(reports, markdown, forced)
     if drawing:
         from pipeline.evaluation.plot import plot
 
         plot(reports, drawing)
+    if as_json:
+        return show(table, as_json, None)
     print_visible(table) if markdown else VisibleConsole().print(table)
 
 
@@ -388,6 +419,11 @@ def initial_draft(place):
     from pipeline.published.init_from import InitialDraft
 
     return InitialDraft(place)
+
+
+def only_json(as_json: bool):
+    """Send what a command says of its progress to standard error, where standard output is for JSON."""
+    return contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout)
 
 
 def show(report: dict, as_json: bool, table) -> None:

@@ -84,6 +84,7 @@ SET = option(
     shell_complete=complete_setting,
     help="Change one field of the recipe, of every run's in a sweep; may be repeated.",
 )
+AS_JSON = option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 CACHE = click.argument("cache", type=FOLDER, default="hs_cache")
 
 
@@ -212,6 +213,7 @@ import_options = together(
     option("--masks", type=FOLDER, help="speculators' prepared data set, which has the loss masks."),
     option("--unproven", is_flag=True, help="Compute nothing: take what is said of the files for true."),
     DEVICE,
+    AS_JSON,
 )
 
 evaluate_options = together(

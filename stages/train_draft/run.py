@@ -54,6 +54,19 @@ class TrainResult:
     steps: int
     accept_len: float | None
 
+    def as_dict(self) -> dict:
+        """Return the figures of the run, as --json prints them."""
+        result = read_result(self.run)
+        measured = result.eval if self.accept_len is not None else None
+        return {
+            "run": str(self.run),
+            "steps": self.steps,
+            "parameters": result.parameters,
+            "accept_len": self.accept_len,
+            "interval": measured and measured.interval,
+            "calls": measured and measured.calls,
+        }
+
 
 def run(
     cache: Path,
