@@ -3,37 +3,36 @@
 It imports the stages inside command bodies, so that `--help` is quick and imports no torch.
 """
 
-import contextlib
-import json
+import dataclasses
+import os
 import sys
-from pathlib import Path
 
 import click
-from click import Choice, IntRange, argument, option
+from click import IntRange, argument, option
 
 from pipeline import __version__
-from pipeline.command_line import InWorkflowOrder, run_and_exit
-from pipeline.errors import CacheError, ProofError, UsageError
+from pipeline.command_line import InWorkflowOrder, only_json, run_and_exit, show
+from pipeline.draft_commands import DRAFT_COMMANDS
+from pipeline.errors import CacheError, ProofError
 from pipeline.options import (
+    AS_JSON,
     CACHE,
     DEVICE,
     DEVICE_MAP,
     FOLDER,
     HELP,
     PATH,
-    REPORT,
+    SET,
     CodecOption,
     capture_options,
-    doctor_options,
-    evaluate_options,
     import_options,
     plan_options,
+    recipe_options,
     regenerate_options,
-    serve_check_options,
     sweep_options,
     verify_options,
 )
-from pipeline.visible_text import VisibleConsole, print_visible, visible
+from pipeline.visible_text import print_visible, visible
 
 
 @click.group(cls=InWorkflowOrder, context_settings=HELP)
@@ -100,7 +99,8 @@ def plan(model, corpus, out, probe, train, device_memory, as_json, **chosen):
     "--tensor-parallel", type=IntRange(1), default=1, metavar="N", help="Share the target among N ranks of torchrun."
 )
 @DEVICE_MAP
-def cache_hidden(model, corpus, out, **chosen):
+@AS_JSON
+def cache_hidden(model, corpus, out, as_json, **chosen):
     """Run the target once and keep its hidden states.
 
     Stop it whenever you like: the same command goes on after the last finished shard.
@@ -121,7 +121,10 @@ def cache_hidden(model, corpus, out, **chosen):
     from stages.cache_hidden.run import run
     from stages.cache_hidden.settings import CaptureOptions
 
-    run(model, corpus, out, options=CaptureOptions(**chosen))
+    with only_json(as_json):
+        done = run(model, corpus, out, options=CaptureOptions(**chosen))
+    if as_json and done is not None:  # a rank that follows another has no figures
+        show({"cache": str(out), **dataclasses.asdict(done)}, as_json, None)
 
 
 @commands.command()
@@ -140,10 +143,10 @@ def inspect(cache, sample, as_json):
 @commands.command()
 @verify_options
 def verify(cache, repair, deep, complete, model, as_json, **where):
-    """Check every byte of a cache. Ends with 4 when something is damaged, and names it.
+    """Check every byte of a cache, and name what is damaged.
 
-    So it does when columns are lacking in some shards and nobody is capturing them; with --complete also while somebody
-    is, and where nothing is captured yet.
+    Ends with 4 when something is. So it does when columns are lacking in some shards and nobody is capturing them; with
+    --complete also while somebody is, and where nothing is captured yet.
 
     With --repair it captures exactly the damaged columns of the damaged shards again, and what follows from the rest
     it writes again; what is sound is not touched.
@@ -162,7 +165,8 @@ def verify(cache, repair, deep, complete, model, as_json, **where):
 @commands.command()
 @CACHE
 @option("--codec", required=True, cls=CodecOption, help="or such as aux=int8,final=zstd.")
-def recode(cache, codec):
+@AS_JSON
+def recode(cache, codec, as_json):
     """Write columns of a cache in another codec.
 
     From the states that are there, without the target. Stop it whenever you like: every shard stays readable, and the
@@ -170,12 +174,15 @@ def recode(cache, codec):
     """
     from stages.recode.run import run
 
-    run(cache, codec)
+    with only_json(as_json):
+        done = run(cache, codec)
+    if as_json:
+        show({"cache": str(cache), **dataclasses.asdict(done)}, as_json, None)
 
 
 @commands.command("import-cache")
 @import_options
-def import_cache(source, out, **chosen):
+def import_cache(source, out, as_json, **chosen):
     """Import the states that another trainer cached.
 
     SOURCE is a folder of SpecForge's *.ckpt, of speculators' hs_<i>.safetensors, or DeepSpec's target cache. The target
@@ -184,13 +191,16 @@ def import_cache(source, out, **chosen):
     """
     from stages.import_cache.run import run
 
-    run(source, out, **chosen)
+    with only_json(as_json):
+        done = run(source, out, **chosen)
+    if as_json:
+        show({"cache": str(out), **dataclasses.asdict(done)}, as_json, None)
 
 
 @commands.command("train-draft")
 @argument("recipe", type=PATH, required=False)
 @option("--cache", type=FOLDER, default="hs_cache", help="The cache to train from.")
-@option("--set", "sets", multiple=True, metavar="A.B=C", help="Change one field of the recipe.")
+@SET
 @option("--out", type=FOLDER, help="The run's folder.  [default: runs/METHOD-DIGEST]")
 @DEVICE
 @option("--init-from", type=FOLDER, help="Begin with the weights of this draft: a published one, or a run.")
@@ -200,7 +210,8 @@ def import_cache(source, out, **chosen):
     default=None,
     help="Under torchrun: divide the draft among the ranks.  [default: where a device does not hold it]",
 )
-def train_draft(recipe, cache, sets, out, device, init_from, sharded):
+@AS_JSON
+def train_draft(recipe, cache, sets, out, device, init_from, sharded, as_json):
     """Train a draft from a cache; the target is never loaded.
 
     RECIPE is a TOML file that states what differs from the defaults. The same command goes on after any stop.
@@ -210,7 +221,10 @@ def train_draft(recipe, cache, sets, out, device, init_from, sharded):
     """
     from stages.train_draft.run import run
 
-    run(cache, recipe, sets, out, device, initial_draft(init_from), sharded)
+    with only_json(as_json):
+        done = run(cache, recipe, sets, out, device, initial_draft(init_from), sharded)
+    if as_json and os.environ.get("RANK", "0") == "0":  # of all of torchrun's ranks the first prints
+        show(done.as_dict(), as_json, None)
 
 
 @commands.command()
@@ -225,7 +239,7 @@ def sweep(recipe, as_json, init_from, **chosen):
     from pipeline.evaluation.tables import sweep_table
     from stages.train_draft.sweep import sweep
 
-    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+    with only_json(as_json):
         report = sweep(recipe=recipe, init_from=initial_draft(init_from), **chosen)
     show(report, as_json, sweep_table)
     failed = [run for run in report["runs"] if run["failed"]]
@@ -233,128 +247,37 @@ def sweep(recipe, as_json, init_from, **chosen):
         raise ProofError(f"{len(failed)} of {len(report['runs'])} runs failed, the first {failed[0]['run']}")
 
 
-@commands.command()
-@evaluate_options
-def evaluate(draft, as_json, temperature, draft_temperature, seed, **chosen):
-    """Measure a draft's accept length, and prove it lossless.
+@commands.group()
+def recipe():
+    """Show a recipe completed, or the schema of recipes."""
 
-    Decodes held-out prompts greedily, with target and draft and with the target alone; with --temperature also by
-    drawing, reported apart. With --plain the target's own replies are decoded once for all drafts: where the file has
-    them they are taken from it, and no speeds are compared. With --batch it is sooner done, and no speeds are measured.
+
+@recipe.command("show")
+@recipe_options
+def show_recipe(recipe, sets, cache, as_json):
+    """Show a recipe as `train-draft` completes it, and where each value comes from.
+
+    As TOML, which is a recipe again. Without a cache, what it would decide is left open.
     """
-    from pipeline.evaluation.evaluation_table import evaluation_table
-    from stages.evaluate.run import SamplingOptions, run
+    from pipeline.runs.recipe_origins import origins_toml
+    from stages.train_draft.show_recipe import show_recipe
 
-    of_draft = temperature if draft_temperature is None else draft_temperature
-    sampling = SamplingOptions(temperature, of_draft, seed) if temperature or of_draft else None
-    report = run(draft, sampling=sampling, **chosen)
-    show(report.as_dict(), as_json, lambda _: evaluation_table(report))
+    found = show_recipe(recipe, sets, cache)
+    if as_json:
+        return show(found, as_json, None)
+    print_visible(origins_toml(found).rstrip())
 
 
-@commands.command()
-@option("--draft", type=PATH, required=True, help="A run's folder or a checkpoint.")
-@option("--out", type=FOLDER, required=True, help="The folder to write.")
-@option(
-    "--format",
-    "form",
-    type=Choice(["sglang", "speculators", "deepspec"]),
-    default="sglang",
-    help="sglang; speculators, which vLLM reads; deepspec, for its evaluator. What has no method for it is refused.",
-)
-def export(draft, out, form):
-    """Write a draft as serving engines load it, and prove it.
+@recipe.command("schema")
+@option("--sweep", "of_sweep", is_flag=True, help="Of a sweep's recipe, with its [sweep] table.")
+def schema(of_sweep):
+    """Print the JSON schema of a recipe, for editors.
 
-    What was written is opened again and has to compute the same. A probe for `check-export` and a model card go with
-    it.
+    The first line of a recipe names the file: `#:schema ./recipe.schema.json`, as in configs/.
     """
-    from pipeline.published.export import export
+    from pipeline.runs.recipe_schema import recipe_schema, sweep_schema
 
-    done = export(draft, out, form)
-    print_visible(visible(f"{out}: {done['tensors']} tensors, {done['parameters']:,} parameters, {done['proof']}"))
-
-
-@commands.command("check-export")
-@argument("folder", type=PATH)
-@option("--target-layers", type=IntRange(1), help="The target's depth, where the folder does not say it.")
-@option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def check_export(folder, target_layers, as_json):
-    """Check a published draft, ours or anyone's, from its files.
-
-    Every tensor that its config.json asks for is there and no other, of the right shape, finite, all ids in range; and
-    the logits stored at export come out again by arithmetic that shares no code with the training. Ends with 1 when
-    something is wrong, and says what.
-    """
-    from pipeline.published.check import check_export, checked_table
-
-    show(check_export(folder, target_layers), as_json, checked_table)
-
-
-@commands.command("serve-check")
-@serve_check_options
-def serve_check(folder, as_json, **chosen):
-    """Serve an export with a real engine, and compare.
-
-    The engine is started on this machine, in an environment of its own, with the target and the draft. Its replies have
-    to be those of plain decoding, and each of its calls has to gain what `evaluate` says of the same prompts. Where it
-    does not, the states of its draft tell a wrong kernel from a wrong export. Ends with 1 where it does not agree.
-    """
-    from stages.evaluate.run import run as evaluate
-    from stages.serve_check.run import Options, check_agrees, run
-    from stages.serve_check.table import serve_table
-
-    report = run(folder, evaluate, Options(**chosen))
-    show(report.model_dump(), as_json, lambda _: serve_table(report))
-    check_agrees(report)
-
-
-@commands.command()
-@argument("reports", type=REPORT, nargs=-1, required=True)
-@option("--markdown", is_flag=True, help="Print the table as Markdown.")
-@option("--forced", is_flag=True, help="Add the teacher-forced accept lengths.")
-@option("--plot", "drawing", type=PATH, metavar="FILE", help="Draw accept length by training steps, too: .svg or .png.")
-@option("--against", multiple=True, type=REPORT, help="Compare with this one, prompt by prompt; one a seed.")
-def report(reports, markdown, forced, drawing, against):
-    """Put evaluation reports of one target side by side.
-
-    Runs that differ only in their seed become one column, and one mark of a plot. With --against a draft is a row: how
-    far it is ahead of that baseline over the same prompts, and after how many steps it would have reached it.
-    """
-    from pipeline.evaluation.tables import against_baseline, comparison
-
-    if against and forced:
-        raise UsageError("--forced adds rows to the table of domains, which --against replaces; leave one out")
-    table = against_baseline(reports, against, markdown) if against else comparison(reports, markdown, forced)
-    if drawing:
-        from pipeline.evaluation.plot import plot
-
-        plot(reports, drawing)
-    print_visible(table) if markdown else VisibleConsole().print(table)
-
-
-@commands.command()
-@doctor_options
-def doctor(run, cache, python, target, export, device_memory, as_json):
-    """Say what this machine has and lacks, or what is wrong with RUN.
-
-    Without RUN: what will be used here and why, what is missing and what that costs. RUN is a run's folder, a report of
-    `evaluate --out` or a cache: the likely causes of what is seen (little acceptance, slow reading, out of memory) are
-    checked in order, and the first that is found is named. Every check has a limit of time. Ends with 1 where something
-    hinders, or a cause was found.
-    """
-    from pipeline.options import size_bytes
-    from stages.doctor.run import check_well, examine_machine, examine_run, machine_table, symptoms_table
-    from stages.train_draft.planned_memory import fit_on
-
-    if run is None and (target or export or device_memory):
-        raise UsageError("--target, --export and --device-memory are compared with a run; name its folder")
-    if run is None:
-        report, table = examine_machine(cache or Path("hs_cache"), python), machine_table
-    else:
-        memory = size_bytes(device_memory, "--device-memory") if device_memory else None
-        report = examine_run(run, cache=cache, target=target, export=export, memory=memory, fit_on=fit_on)
-        table = symptoms_table
-    show(report, as_json, table)
-    check_well(report)
+    show(sweep_schema() if of_sweep else recipe_schema(), True, None)
 
 
 def initial_draft(place):
@@ -366,12 +289,8 @@ def initial_draft(place):
     return InitialDraft(place)
 
 
-def show(report: dict, as_json: bool, table) -> None:
-    """Print a report as JSON, or as the table that `table(report)` returns."""
-    if as_json:
-        print_visible(json.dumps(report, indent=2, default=str).replace("\x7f", "\\u007f"))  # JSON does not escape DEL
-    else:
-        VisibleConsole().print(table(report))
+for command in DRAFT_COMMANDS:
+    commands.add_command(command)
 
 
 def main(arguments: list[str] | None = None) -> None:

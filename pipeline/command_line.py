@@ -4,6 +4,8 @@ An error becomes one line on standard error and an exit code; `--debug` also sho
 that torchrun started on a machine hears, a signal or a wrong option, the first of them says.
 """
 
+import contextlib
+import json
 import logging
 import os
 import shlex
@@ -17,14 +19,16 @@ import click
 
 from pipeline import torchrun
 from pipeline.errors import PipelineError, limit_error
+from pipeline.examples import example_of
+from pipeline.nearest import did_you_mean
 from pipeline.standard_streams import check_standard_output, protect_standard_streams
-from pipeline.visible_text import print_visible, visible, visible_lines
+from pipeline.visible_text import VisibleConsole, print_visible, visible, visible_lines
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # exit codes 143, and 129 for a terminal that was closed
 RESUMABLE = "what is finished is kept, and the same command goes on from there"
 NOTHING_WRITTEN = "nothing was written, and the same command starts again"
 # Commands that write all or nothing; the others resume.
-AFTER_INTERRUPT = dict.fromkeys(("inspect", "export", "check-export", "report"), NOTHING_WRITTEN)
+AFTER_INTERRUPT = dict.fromkeys(("inspect", "recipe", "export", "check-export", "report"), NOTHING_WRITTEN)
 AFTER_INTERRUPT["regenerate"] = "every reply so far is kept, and the same command asks for the others"
 AFTER_INTERRUPT["serve-check"] = "the engine is ended, no report was written, and the same command starts again"
 AFTER_INTERRUPT["doctor"] = "nothing is left of its checks, and the same command starts again"
@@ -38,7 +42,17 @@ NO_SPINNING = {"GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 WAIT_VARIABLES = ("OMP_WAIT_POLICY", *NO_SPINNING, "KMP_LIBRARY")
 
 
-class CacheCommand(click.Command):
+class EndsWithExample(click.Command):
+    """A command whose help ends with an example."""
+
+    def format_epilog(self, ctx, formatter):
+        example = example_of(ctx.command_path.partition(" ")[2])
+        if example:
+            with formatter.section("Example"):
+                formatter.write(f"{'':{formatter.current_indent}}{example}\n")  # unwrapped, to be pasted
+
+
+class CacheCommand(EndsWithExample):
     """A command whose errors name the cache in the `pipeline verify` they suggest: the code within knows only a file.
 
     Refuses empty arguments, as an unset shell variable gives: they would select the default corpus or this folder.
@@ -65,13 +79,28 @@ class CacheCommand(click.Command):
             raise
 
 
-class InWorkflowOrder(click.Group):
+class InWorkflowOrder(EndsWithExample, click.Group):
     """A group that lists its commands in workflow order, not alphabetically."""
 
-    command_class = CacheCommand
+    command_class, group_class = CacheCommand, type
 
     def list_commands(self, ctx):
         return list(self.commands)
+
+    def resolve_command(self, ctx, args):
+        name = args[0]
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            raise click.UsageError(f"No such command {name!r}{did_you_mean(name, self.commands)}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+def _said_of(error: click.UsageError) -> str:
+    """Return a usage error's text; of an unknown option with the nearest one there is, by our own rule."""
+    if not isinstance(error, click.NoSuchOption) or error.ctx is None:
+        return error.format_message().rstrip(".")
+    there = [name for each in error.ctx.command.get_params(error.ctx) for name in (*each.opts, *each.secondary_opts)]
+    named = [name for name in there if name.startswith("--")]  # an argument's name is no option
+    return f"No such option {error.option_name!r}{did_you_mean(error.option_name, named)}"
 
 
 def _after_interrupt(arguments: list[str]) -> str:
@@ -109,7 +138,7 @@ def run_and_exit(commands: click.Group, arguments: list[str]) -> None:
         sys.exit(2)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "pipeline"
-        sys.exit(_print_once(f"error: {error.format_message()} (`{command} --help` lists what there is)", 2, debug))
+        sys.exit(_print_once(f"error: {_said_of(error)} (`{command} --help` lists what there is)", 2, debug))
     except PipelineError as error:
         sys.exit(_print_error(f"error: {error}", error.code, debug))
     except (OSError, MemoryError, RuntimeError) as error:  # a limit of the machine is not a bug
@@ -162,3 +191,16 @@ def disable_spin_waiting(environment: MutableMapping[str, str] = os.environ) -> 
     """
     if not any(name in environment for name in WAIT_VARIABLES):
         environment.update(NO_SPINNING)
+
+
+def only_json(as_json: bool):
+    """Send what a command says of its progress to standard error, where standard output is for JSON."""
+    return contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout)
+
+
+def show(report: dict, as_json: bool, table) -> None:
+    """Print a report as JSON, or as the table that `table(report)` returns."""
+    if as_json:
+        print_visible(json.dumps(report, indent=2, default=str).replace("\x7f", "\\u007f"))  # JSON does not escape DEL
+    else:
+        VisibleConsole().print(table(report))

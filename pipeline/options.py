@@ -6,9 +6,11 @@ from functools import reduce
 from pathlib import Path
 
 import click
-from click import Choice, FloatRange, IntRange, option
+from click import FloatRange, IntRange, option
 
+from pipeline.completion import complete_codecs, complete_methods, complete_paths, complete_setting
 from pipeline.errors import UsageError
+from pipeline.nearest import did_you_mean
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 PATH = click.Path(path_type=Path)
@@ -28,6 +30,14 @@ FOLDER = FolderPath(file_okay=False, path_type=Path)
 REPORT = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
+class Choice(click.Choice):
+    """One of a few words. An error also says which of them may have been meant."""
+
+    def get_invalid_choice_message(self, value, ctx):
+        said = super().get_invalid_choice_message(value, ctx)
+        return said.rstrip(".") + did_you_mean(value, map(str, self.choices))
+
+
 class CodecOption(click.Option):
     """`--codec`, whose help names the codecs there are: they are imported where it is shown."""
 
@@ -37,6 +47,9 @@ class CodecOption(click.Option):
         *names, last = CODECS
         option, text = super().get_help_record(ctx)
         return option, f"{', '.join(names)} or {last}, {text}"
+
+    def shell_complete(self, ctx, incomplete) -> list:
+        return complete_codecs(incomplete)
 
 
 ROLES = option(
@@ -63,6 +76,15 @@ ENGINE_OPTIONS = option(
     callback=lambda ctx, option, pairs: "\n".join(pairs) or None,
     help="Tell the engine, such as tensor_parallel_size=2; may be repeated.",
 )
+SET = option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="A.B=C",
+    shell_complete=complete_setting,
+    help="Change one field of the recipe, of every run's in a sweep; may be repeated.",
+)
+AS_JSON = option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 CACHE = click.argument("cache", type=FOLDER, default="hs_cache")
 
 
@@ -80,9 +102,10 @@ plan_options = together(
 )
 # Of `plan` and `cache-hidden`: everything that decides what a cache holds.
 capture_options = together(
-    option("--model", required=True, help="Target: a hub name or a folder."),
+    option("--model", shell_complete=complete_paths, required=True, help="Target: a hub name or a folder."),
     option(
         "--corpus",
+        shell_complete=complete_paths,
         help="JSON, JSONL, Parquet or Arrow, a folder of them, or a hub data set.  "
         "[default: the chats beside a bundled target, else mlabonne/open-perfectblend]",
     ),
@@ -108,10 +131,16 @@ capture_options = together(
     option("--batch-tokens", type=IntRange(1), help="Padded tokens a forward.  [default: 4096]"),
     option("--budget", metavar="SIZE", help="Bytes the cache may take, such as 2TB or 1.5TiB."),
     option(
-        "--methods", help="What will be trained, such as dflash,domino: a budget keeps what these read.  [default: all]"
+        "--methods",
+        shell_complete=complete_methods,
+        help="What will be trained, such as dflash,domino: a budget keeps what these read.  [default: all]",
     ),
     option("--seed", type=IntRange(0, 2**64 - 1), default=0, help="Decides which samples a budget takes."),
-    option("--codec", cls=CodecOption, help="or such as aux=int8,final=zstd.  [default: raw]"),
+    option(
+        "--codec",
+        cls=CodecOption,
+        help="or such as aux=int8,final=zstd.  [default: raw]",
+    ),
     DEVICE,
     option(
         "--dtype",
@@ -130,11 +159,20 @@ capture_options = together(
 )
 # Of `regenerate`: prompts, engine, sampling and request limits.
 regenerate_options = together(
-    option("--corpus", required=True, help="Conversations or prompts: files, a folder or a data set."),
+    option(
+        "--corpus",
+        shell_complete=complete_paths,
+        required=True,
+        help="Conversations or prompts: files, a folder or a data set.",
+    ),
     ROLES,
     option("--out", type=PATH, required=True, help="The corpus to write; its name ends with .jsonl."),
     option("--endpoint", metavar="URL", help="An OpenAI-compatible server that runs the target."),
-    option("--model", help="The target's files: decodes here; with --endpoint, compares prompts."),
+    option(
+        "--model",
+        shell_complete=complete_paths,
+        help="The target's files: decodes here; with --endpoint, compares prompts.",
+    ),
     option("--served-model", help="The server's name of the target.  [default: the only one it lists]"),
     option("--engine", type=Choice(["vllm", "sglang", "openai"]), help="The server's kind.  [default: as it says]"),
     option("--api-key-env", default="OPENAI_API_KEY", help="The variable that holds the key."),
@@ -160,7 +198,7 @@ regenerate_options = together(
 import_options = together(
     click.argument("source", type=FOLDER),
     option("--out", type=FOLDER, default="hs_cache", help="The cache's folder."),
-    option("--model", help="The target that made the states: a folder, or a hub name."),
+    option("--model", shell_complete=complete_paths, help="The target that made the states: a folder, or a hub name."),
     option("--layers", help="The layers in the files, in their order and counting, where no file names them."),
     option(
         "--count-from",
@@ -175,11 +213,12 @@ import_options = together(
     option("--masks", type=FOLDER, help="speculators' prepared data set, which has the loss masks."),
     option("--unproven", is_flag=True, help="Compute nothing: take what is said of the files for true."),
     DEVICE,
+    AS_JSON,
 )
 
 evaluate_options = together(
     option("--draft", type=PATH, required=True, help="A run's folder, a checkpoint or an exported folder."),
-    option("--model", help="The target.  [default: the one the cache was made with]"),
+    option("--model", shell_complete=complete_paths, help="The target.  [default: the one the cache was made with]"),
     option("--cache", type=FOLDER, help="The cache.  [default: the one the draft was trained on]"),
     option("--prompts", type=PATH, help="JSONL of messages.  [default: the cache's held-out split]"),
     option("--count", type=IntRange(1), default=64, help="Prompts, spread over domains."),
@@ -202,7 +241,7 @@ verify_options = together(
     option("--repair", is_flag=True, help="Make again what is damaged, with --model where the target has to."),
     option("--deep", is_flag=True, help="Check every byte of the files of --model, too, against those captured."),
     option("--complete", is_flag=True, help="End with 4 unless every shard has every column."),
-    option("--model", help="The target, for --repair and --deep."),
+    option("--model", shell_complete=complete_paths, help="The target, for --repair and --deep."),
     DEVICE,
     DEVICE_MAP,
     PYTHON,
@@ -213,7 +252,7 @@ verify_options = together(
 sweep_options = together(
     click.argument("recipe", type=PATH),
     option("--cache", type=FOLDER, default="hs_cache", help="The cache to train from."),
-    option("--set", "sets", multiple=True, metavar="A.B=C", help="Change one field of every run's recipe."),
+    SET,
     option("--out", type=FOLDER, help="The folder for the runs' folders.  [default: runs]"),
     DEVICE,
     option("--devices", metavar="A,B", help="Train on each of these at once.  [default: every CUDA device]"),
@@ -223,11 +262,18 @@ sweep_options = together(
     option("--json", "as_json", is_flag=True, help="Print the figures as JSON."),
 )
 
+recipe_options = together(
+    click.argument("recipe", type=PATH, required=False),
+    SET,
+    option("--cache", type=FOLDER, help="Complete it from this cache.  [default: leave open what a cache decides]"),
+    option("--json", "as_json", is_flag=True, help="Print it as JSON."),
+)
+
 serve_check_options = together(
     click.argument("folder", type=PATH),
     option("--engine", type=Choice(["vllm"]), default="vllm", help="What serves it."),
     PYTHON,
-    option("--model", help="The target.  [default: the one that the export names]"),
+    option("--model", shell_complete=complete_paths, help="The target.  [default: the one that the export names]"),
     option("--data", type=PATH, help="JSONL of prompts.  [default: the bundled target's held-out chats]"),
     option("--count", type=IntRange(1), default=64, help="Prompts."),
     option("--max-new", type=IntRange(2), default=64, help="Tokens a reply at most."),

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shlex
 import stat
 from functools import lru_cache
 from pathlib import Path
@@ -44,7 +45,8 @@ NUMBER = re.compile(r"[0-9]{6}")
 def check_exists(cache: Path) -> None:
     """Raise UsageError unless a cache, or what is left of one, is at this path."""
     if not any((cache / name).exists() for name in (IDENTITY, PLAN, SHARDS)):
-        raise UsageError(f"{cache}: no cache there; make one with `pipeline cache-hidden --out {cache}`")
+        make = shlex.join(["pipeline", "cache-hidden", "--model", "TARGET", "--out", str(cache)])
+        raise UsageError(f"{cache}: no cache there; make one with `{make}`")
 
 
 def numbered(number: int) -> str:

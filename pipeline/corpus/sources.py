@@ -17,6 +17,7 @@ from pipeline.corpus.file_formats import SUFFIXES, Chunk, read_chunks, without_n
 from pipeline.corpus.messages import ROLES
 from pipeline.corpus.record_formats import Conversation, RejectedRecord, parse_record, split_of
 from pipeline.errors import DataError, UsageError, first_line
+from pipeline.nearest import did_you_mean
 from pipeline.visible_text import visible
 
 METADATA_FILES = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # no records in these
@@ -145,8 +146,9 @@ def parse_roles(text: str | None) -> dict[str, str]:
     for pair in text.split(",") if text else []:
         name, equals, role = (part.strip().lower() for part in pair.partition("="))
         if not name or not equals or role not in roles:
+            meant = did_you_mean(role, ROLES) if equals else ""
             raise UsageError(
-                f"--roles {pair}: wanted A=B, such as bard=assistant; B is one of {', '.join(sorted(ROLES))}"
+                f"--roles {pair}: wanted A=B, such as bard=assistant; B is one of {', '.join(sorted(ROLES))}{meant}"
             )
         roles[name] = roles[role]
     return roles

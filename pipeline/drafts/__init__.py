@@ -11,6 +11,7 @@ from pipeline.drafts.draft import ENGINES, SERVING, BlockRequest, Draft, Proposa
 from pipeline.drafts.dspark import DSpark
 from pipeline.drafts.objectives import metrics_of
 from pipeline.errors import UsageError
+from pipeline.nearest import did_you_mean
 
 DRAFTS: dict[str, type[Draft]] = {"dflash": DFlash, "domino": Domino, "dspark": DSpark}
 
@@ -23,13 +24,20 @@ def draft_config(**fields) -> DraftConfig:
     """
     method = fields.get("method")
     if method not in DRAFTS:
-        raise UsageError(f"no method {method!r}; there are {', '.join(sorted(DRAFTS))}")
-    Config = DRAFTS[method].Config
-    foreign = {name for draft in DRAFTS.values() for name in draft.Config.options()} - Config.model_fields.keys()
+        meant = did_you_mean(method, DRAFTS)
+        raise UsageError(f"no method {method!r}{meant or ';'} there are {', '.join(sorted(DRAFTS))}")
+    foreign = refuse_foreign_options(method, fields)
+    return DRAFTS[method].Config(**{name: value for name, value in fields.items() if name not in foreign})
+
+
+def refuse_foreign_options(method: str, fields: dict) -> set[str]:
+    """Return the names of the options that only other methods have. Raises UsageError where one of them is stated."""
+    own = DRAFTS[method].Config.model_fields.keys()
+    foreign = {name for draft in DRAFTS.values() for name in draft.Config.options()} - own
     for name, value in fields.items():
         if name in foreign and value is not None:
             raise UsageError(f"{name} = {value} means nothing to {method}; leave it out or change the method")
-    return Config(**{name: value for name, value in fields.items() if name not in foreign})
+    return foreign
 
 
 def check_servable(config: DraftConfig, form: str, tokens: dict | None = None, scale: float = 1.0) -> None:

@@ -5,6 +5,7 @@ any work: a draft trained with the wrong label convention or layer ids runs with
 ever accepted.
 """
 
+import re
 from itertools import pairwise
 from typing import ClassVar, Literal
 
@@ -14,6 +15,9 @@ from pydantic.fields import FieldInfo
 from pipeline.drafts.objectives import OBJECTIVES
 from pipeline.drafts.rope import RopeScaling
 from pipeline.errors import UsageError
+from pipeline.nearest import did_you_mean
+
+QUOTED = re.compile(r"'([^']*)'")  # pydantic's choices
 
 
 def default_gamma(block_size: int) -> float:
@@ -82,7 +86,8 @@ class DraftConfig(BaseModel):
             where = ".".join(map(str, first["loc"])) or "config"
             if first["type"] == "missing":
                 raise UsageError(f"a {fields['method']} draft needs {where}; state it") from None
-            raise UsageError(f"draft {where}: {first['msg']}, found {first['input']!r}; correct that field") from None
+            meant = did_you_mean(first["input"], QUOTED.findall(first["msg"])) or "; correct that field"
+            raise UsageError(f"draft {where}: {first['msg']}, found {first['input']!r}{meant}") from None
 
     @classmethod
     def options(cls) -> dict[str, FieldInfo]:
@@ -203,9 +208,9 @@ def _check_target(config: DraftConfig) -> None:
 def _check_loss(config: DraftConfig) -> None:
     if config.objective not in OBJECTIVES:
         *names, last = map(repr, OBJECTIVES)
+        meant = did_you_mean(config.objective, OBJECTIVES) or "; correct that field"
         raise UsageError(
-            f"draft objective: Input should be {', '.join(names)} or {last}, found {config.objective!r}; "
-            "correct that field"
+            f"draft objective: Input should be {', '.join(names)} or {last}, found {config.objective!r}{meant}"
         )
     for name in ("alpha_ce", "alpha_l1"):
         value, term = getattr(config, name), name.removeprefix("alpha_")

@@ -159,14 +159,30 @@ def _draft_rows(name: str, members: list[Report], base: list[Report]) -> Iterato
 
 
 def _paired_ratio(members: list[Report], base: list[Report]) -> tuple[str, str]:
-    """The ratio with its interval, and the seeds' lowest and highest; a seed is compared with the baseline's own."""
-    if not tokens_and_calls(members) or not tokens_and_calls(base):
+    """The ratio with its interval, and the seeds' lowest and highest, as text."""
+    found = paired_ratio(members, base)
+    if found is None:
         return "-", "-"
+    by_seed = "{:.3f} - {:.3f}".format(*found["by_seed"]) if found["by_seed"] else "-"
+    return "{:.3f} [{:.3f}, {:.3f}]".format(found["value"], *found["interval"]), by_seed
+
+
+def paired_ratio(members: list[Report], base: list[Report]) -> dict | None:
+    """Return the ratio to a baseline, its interval, and the seeds' lowest and highest; None where nothing was decoded.
+
+    A seed is compared with the baseline's own; by_seed is None where there are not several.
+    """
+    if not tokens_and_calls(members) or not tokens_and_calls(base):
+        return None
     draft, baseline = paired_accept_lengths(members, base)
     low, high = np.quantile(draft.resampled_B / baseline.resampled_B, QUANTILES)
     ratios = [draft.by_seed[seed] / baseline.by_seed[seed] for seed in draft.by_seed.keys() & baseline.by_seed.keys()]
-    by_seed = f"{min(ratios):.3f} - {max(ratios):.3f}" if len(ratios) > 1 else "-"
-    return f"{draft.overall / baseline.overall:.3f} [{low:.3f}, {high:.3f}]", by_seed
+    by_seed = [float(min(ratios)), float(max(ratios))] if len(ratios) > 1 else None
+    return {
+        "value": float(draft.overall / baseline.overall),
+        "interval": [float(low), float(high)],
+        "by_seed": by_seed,
+    }
 
 
 def sweep_table(report: dict) -> Group:

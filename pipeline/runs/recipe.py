@@ -9,7 +9,6 @@ saved in the run's folder, and loads back as the same recipe.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
@@ -35,6 +34,8 @@ from pipeline.drafts.draft import SMALL_HIDDEN
 from pipeline.drafts.rope import RopeScaling, draft_rope_scaling, rope_theta
 from pipeline.errors import UsageError, cause_of
 from pipeline.json_files import read_file
+from pipeline.nearest import did_you_mean
+from pipeline.runs.recipe_errors import explain
 from pipeline.runs.training_data import check_final, layers_to_read, resolve_mask_token, training_config
 
 # TOML has only lists; everything else keeps the type that was written.
@@ -62,7 +63,7 @@ class DraftSection(BaseModel):
     model_config = STRICT | {"extra": "allow"}
 
     method: str = "domino"
-    objective: str | None = None  # a key of OBJECTIVES; the published one of the method
+    objective: str | None = None  # the loss of a slot's logits; the published one of the method
     alpha_ce: NonNegativeFloat | None = None  # weights of the objective's terms of these names
     alpha_l1: NonNegativeFloat | None = None
     layers: Layers | None = None  # target layers read; left out: all that the cache holds
@@ -181,7 +182,8 @@ def make_recipe(stated: dict, sets: tuple[str, ...], source: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(stated)
     except ValidationError as error:
-        raise UsageError(_explain(error, source)) from None
+        keys = {"draft": DraftSection.keys(), "train": list(TrainSection.model_fields)}
+        raise UsageError(explain(error, source, keys)) from None
     if recipe.train.steps and recipe.train.epochs:
         raise UsageError(
             f"{source} states train.steps = {recipe.train.steps} and train.epochs = {recipe.train.epochs}; "
@@ -221,24 +223,6 @@ def _set(stated: dict, entry: str) -> None:
     fields[field] = value
 
 
-def _explain(error: ValidationError, source: str) -> str:
-    """Return the first validation error in one line; for an unknown key, with the closest one and the known keys."""
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"][:2])
-    if first["type"] != "extra_forbidden":
-        return f"{source}: `{place}` = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
-    sections = {"draft": DraftSection, "train": TrainSection}
-    if len(first["loc"]) == 1:
-        known, where = list(sections), "sections"
-    else:
-        section = first["loc"][0]
-        known = DraftSection.keys() if section == "draft" else list(TrainSection.model_fields)
-        where = f"keys of [{section}]"
-    closest = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)[0]
-    suggestion = ".".join([*map(str, first["loc"][:-1]), closest])
-    return f"{source}: unknown key `{place}`; did you mean `{suggestion}`? Known {where}: {', '.join(known)}"
-
-
 @dataclasses.dataclass(frozen=True)
 class Resolved:
     """A recipe with every field filled, and the draft it describes. `recipe.train.steps` is None until `with_steps`."""
@@ -252,20 +236,38 @@ class Resolved:
         An epoch is samples // batch steps, at least one; the samples left over are not used in that epoch. With echo
         it is as many steps, and reads 1 / echo of the samples, so `echo` changes no schedule.
         """
-        train = self.recipe.train
-        steps = train.steps or train.epochs * max(1, samples // train.batch)
-        filled = {
-            "steps": steps,
-            "epochs": None,
-            "eval_every": train.eval_every or max(1, math.ceil(steps / 4)),
-            "save_every": train.save_every or max(1, min(500, steps // 10)),
-        }
-        recipe = self.recipe.model_copy(update={"train": train.model_copy(update=filled)})
+        recipe = self.recipe.model_copy(update={"train": with_schedule(self.recipe.train, samples)})
         return dataclasses.replace(self, recipe=recipe)
 
     def with_rope_scaling(self, scaling: RopeScaling | None) -> "Resolved":
         """Return the same with the rotary scaling (or none) of weights that are there already."""
         return dataclasses.replace(self, draft=self.draft.model_copy(update={"rope_scaling": scaling}))
+
+
+def with_schedule(train: TrainSection, samples: int) -> TrainSection:
+    """Return [train] with its number of steps, and how often to evaluate and save. samples: read only for epochs."""
+    steps = train.steps or train.epochs * max(1, samples // train.batch)
+    filled = {
+        "steps": steps,
+        "epochs": None,
+        "eval_every": train.eval_every or max(1, math.ceil(steps / 4)),
+        "save_every": train.save_every or max(1, min(500, steps // 10)),
+    }
+    return train.model_copy(update=filled)
+
+
+def train_defaults(train: TrainSection) -> dict:
+    """Return what of [train] follows from [train] alone."""
+    return {
+        "epochs": train.epochs or (None if train.steps else 6),
+        "cell_anchors": train.cell_anchors or max(512, train.anchors),
+    }
+
+
+def draft_defaults(draft: DraftSection, hidden_size: int) -> dict:
+    """Return what of [draft] follows from its method, what else it states, and the target's hidden size."""
+    dpace = {} if (draft.weighting or "decay") == "decay" else {"dpace_alpha": 0.5}
+    return dpace | DRAFTS[draft.method].recipe_defaults(draft.model_dump(exclude_none=True), hidden_size)
 
 
 def resolve(recipe: Recipe, cache) -> Resolved:
@@ -277,9 +279,7 @@ def resolve(recipe: Recipe, cache) -> Resolved:
         check_final(cache, *config.final_reader)
     train = recipe.train
     optimizer = train.optimizer or ("adamw" if config.hidden_size > SMALL_HIDDEN else "muon")
-    filled = {
-        "epochs": train.epochs or (None if train.steps else 6),
-        "cell_anchors": train.cell_anchors or max(512, train.anchors),
+    filled = train_defaults(train) | {
         "optimizer": optimizer,
         "lr": train.lr or default_lr(config.hidden_size, optimizer),
         "dtype": train.dtype or str(cache.dtype).removeprefix("torch."),
@@ -292,6 +292,13 @@ def resolve(recipe: Recipe, cache) -> Resolved:
     return Resolved(recipe.model_copy(update={"draft": draft, "train": train.model_copy(update=filled)}), config)
 
 
+def check_method(draft: DraftSection) -> None:
+    """Raise UsageError for a method that there is not."""
+    if draft.method not in DRAFTS:
+        meant = did_you_mean(draft.method, DRAFTS, "`{}`")
+        raise UsageError(f"unknown draft.method `{draft.method}`{meant or ';'} there are {', '.join(DRAFTS)}")
+
+
 def default_lr(hidden_size: int, optimizer: str) -> float:
     """Return the peak learning rate: 6e-4, as published for targets from 0.6B to 8B, and more for toys."""
     # Toys: see configs/demo.toml. With AdamW 3e-3 was the best of 1e-3, 3e-3, 6e-3 and 1e-2 on the bundled target;
@@ -301,8 +308,7 @@ def default_lr(hidden_size: int, optimizer: str) -> float:
 
 
 def _resolve_draft(draft: DraftSection, target: dict, cache) -> DraftSection:
-    if draft.method not in DRAFTS:
-        raise UsageError(f"unknown draft.method `{draft.method}`; there are {', '.join(DRAFTS)}")
+    check_method(draft)
     hidden, stated = target["hidden_size"], draft.model_dump(exclude_none=True)
     depth = draft.num_hidden_layers or min(5, max(1, target["num_hidden_layers"] // 3))
     filled = {
@@ -315,9 +321,7 @@ def _resolve_draft(draft: DraftSection, target: dict, cache) -> DraftSection:
         "head_dim": target.get("head_dim") or hidden // target["num_attention_heads"],
         "layer_types": ("full_attention",) * depth,
     }
-    if (draft.weighting or "decay") != "decay":
-        filled["dpace_alpha"] = 0.5
-    filled |= DRAFTS[draft.method].recipe_defaults(stated, hidden)
+    filled |= draft_defaults(draft, hidden)
     return draft.model_copy(update=filled | stated | {"layers": filled["layers"]})
 
 

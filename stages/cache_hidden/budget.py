@@ -12,7 +12,6 @@ smaller budget are a subset of a larger one's.
     n samples
 """
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,6 +24,7 @@ from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.plan_writer import MIN_SHARDS, SHARD_BYTES, has_columns
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import UsageError
+from pipeline.nearest import did_you_mean
 from pipeline.options import size_bytes
 from pipeline.runs.training_data import HELDOUT, splitmix64
 from pipeline.target.files import CONFIG, tokenizer_files
@@ -71,9 +71,8 @@ def wanted_methods(named: str | None) -> tuple[str, ...]:
     names = tuple(sorted(DRAFTS if named is None else {name.strip() for name in named.split(",")}))
     for name in names:
         if name not in DRAFTS:
-            closest, known = difflib.get_close_matches(name, DRAFTS, n=1, cutoff=0.0)[0], ", ".join(DRAFTS)
-            meant = f"no method `{name}`, did you mean `{closest}`?" if name else "a comma too many."
-            raise UsageError(f"--methods {named}: {meant} There are {known}")
+            what = f"no method `{name}`{did_you_mean(name, DRAFTS, '`{}`') or '.'}" if name else "a comma too many."
+            raise UsageError(f"--methods {named}: {what} There are {', '.join(DRAFTS)}")
     return names
 
 

@@ -3,7 +3,6 @@
 --engine vllm --python V/bin/python --engine-option tensor_parallel_size=2
 """
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 from pipeline.cache.schema import CaptureRules
 from pipeline.engine_process import check_python, find_python
 from pipeline.errors import UsageError
+from pipeline.nearest import did_you_mean
 
 HUGGING_FACE = "transformers"
 IN_PROCESSES = ("vllm",)  # engines that are processes of their own
@@ -116,9 +116,8 @@ def parse_options(text: str | None) -> dict[str, Any]:
         if name in found:
             raise UsageError(f"--engine-option {name} is given twice; leave one out")
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            remedy = f"pass {DECIDED[name]}" if name in DECIDED else f"did you mean {near[0]}?" if near else ""
-            raise UsageError(f"--engine-option {name} is not passed on; {remedy or 'these are: ' + ', '.join(known)}")
+            remedy = f"; pass {DECIDED[name]}" if name in DECIDED else did_you_mean(name, known)
+            raise UsageError(f"--engine-option {name} is not passed on{remedy or '; these are: ' + ', '.join(known)}")
         try:
             found[name] = json.loads(value)
         except ValueError:

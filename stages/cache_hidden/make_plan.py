@@ -6,6 +6,7 @@ Also which columns of a plan are still to be captured.
 """
 
 import json
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -195,7 +196,8 @@ def missing_columns(catalog: Catalog, columns: tuple[ColumnSpec, ...]) -> Work:
 
 def codec_mismatch(out: Path, spec: ColumnSpec, current: str) -> str:
     """Return the error message for a column that some shards store in another codec than the one asked for."""
-    remedy = f"`pipeline recode {out} --codec {spec.name}={spec.codec}` makes it so without the target"
+    recode = shlex.join(["pipeline", "recode", str(out), "--codec", f"{spec.name}={spec.codec}"])
+    remedy = f"`{recode}` makes it so without the target"
     if CODECS[current].lossy:
         remedy = f"what {current} has rounded stays so: leave --codec out, or pass another --out"
     return f"{out} holds {spec.name} in {current}, and {spec.codec} is asked for or in other shards; {remedy}"

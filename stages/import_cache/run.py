@@ -8,6 +8,7 @@ same command goes on with the missing shards, and gives the same bytes.
 """
 
 import contextlib
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -338,5 +339,5 @@ def summary(catalog: Catalog, job: ImportJob, new: int, target: Target) -> Impor
     on_policy.report()
     if not target.proven:
         print("unproven: no state was compared with the target; an accept length of 1 would show the mistake late")
-    print_visible(visible(f"next: pipeline train-draft --cache {out}"))
+    print_visible(visible("next: " + shlex.join(["pipeline", "train-draft", "--cache", str(out)])))
     return ImportSummary(planned.samples, catalog.shards, new, refused)

@@ -7,7 +7,7 @@ manifest names, and the same command resumes with the remaining shards.
 
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -42,10 +42,17 @@ EVERY_S = 5.0  # between progress lines
 ColumnsToRecode = list[tuple[ShardPlan, ColumnSpec, str]]
 
 
-def run(cache: Path, codec: str) -> int:
-    """Rewrite columns in the codecs that `codec` gives, such as "aux=int8,final=zstd"; print a summary.
+@dataclass(frozen=True)
+class RecodeSummary:
+    """How many columns of shards were rewritten, and their bytes before and after."""
 
-    Returns how many columns of shards were rewritten.
+    columns: int
+    bytes_before: int
+    bytes_after: int
+
+
+def run(cache: Path, codec: str) -> RecodeSummary:
+    """Rewrite columns in the codecs that `codec` gives, such as "aux=int8,final=zstd"; print a summary.
 
     Raises UsageError (no such codec, column or cache; states from a lossy codec), DataError (no states to calibrate
     with), ProofError when a codec does not meet its bounds on these states, CacheError for damage, RoomError.
@@ -79,9 +86,9 @@ def run(cache: Path, codec: str) -> int:
     where = visible(cache)
     if not work:
         print(f"{where}: nothing to do, every column that --codec {codec} names is in that codec")
-        return 0
+        return RecodeSummary(0, 0, 0)
     print(f"{where}: {len(work)} columns of shards written anew, {size_text(before)} are now {size_text(after)}")
-    return len(work)
+    return RecodeSummary(len(work), before, after)
 
 
 def _drop_recorded_codecs(catalog: Catalog) -> None:

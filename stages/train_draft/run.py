@@ -25,7 +25,7 @@ from pipeline.runs.folder import (
     read_run,
     run_lock,
 )
-from pipeline.runs.recipe import Resolved, load_recipe, resolve
+from pipeline.runs.recipe import Recipe, Resolved, load_recipe, resolve
 from pipeline.runs.training_data import Split, check_complete, split_samples
 from pipeline.target.head import TargetHead
 from pipeline.tensors import keep_freed_memory, refuse_out_of_memory
@@ -54,6 +54,19 @@ class TrainResult:
     steps: int
     accept_len: float | None
 
+    def as_dict(self) -> dict:
+        """Return the figures of the run, as --json prints them."""
+        result = read_result(self.run)
+        measured = result.eval if self.accept_len is not None else None
+        return {
+            "run": str(self.run),
+            "steps": self.steps,
+            "parameters": result.parameters,
+            "accept_len": self.accept_len,
+            "interval": measured and measured.interval,
+            "calls": measured and measured.calls,
+        }
+
 
 def run(
     cache: Path,
@@ -76,16 +89,20 @@ def run(
     """
     with joined(device) as ranks:
         store = HiddenCache.open(cache)
-        stated = load_recipe(recipe, tuple(sets))
-        check_complete(store, stated.draft.layers)
-        resolved = resolve(stated, store)
-        split = split_for(resolved, store)
-        resolved = resolved.with_steps(len(split.train))
+        resolved, split = complete_recipe(store, load_recipe(recipe, tuple(sets)))
         start = init_from and init_from.weights_for(resolved.draft, store.head(dtype=store.dtype))
         if start is not None:
             resolved = resolved.with_rope_scaling(start.rope_scaling)
         folder = out or default_folder(resolved, store, split, start)
         return train_resolved(folder, store, split, resolved, ranks.device, start, ranks, sharded)
+
+
+def complete_recipe(store: HiddenCache, stated: Recipe) -> tuple[Resolved, Split]:
+    """Return a recipe with every field filled from a cache, and that cache's samples. Raises UsageError, DataError."""
+    check_complete(store, stated.draft.layers)
+    resolved = resolve(stated, store)
+    split = split_for(resolved, store)
+    return resolved.with_steps(len(split.train)), split
 
 
 def split_for(resolved: Resolved, store: HiddenCache) -> Split:

@@ -201,7 +201,7 @@ def test_a_budget_too_small_for_a_sample_says_what_would_do(planned, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"budget": "1GB", "methods": "dflash,dominoo"}, "no method `dominoo`, did you mean `domino`"),
+        ({"budget": "1GB", "methods": "dflash,dominoo"}, "no method `dominoo`; did you mean `domino`"),
         ({"budget": "1GB", "methods": "dflash,"}, "a comma too many. There are dflash"),
         ({"methods": "dflash"}, "give --budget too"),
         ({"seed": 3}, "give --budget too"),

@@ -20,10 +20,10 @@ from stages.recode.run import run as recode
 def test_a_recoded_cache_is_the_one_captured_in_that_codec(captured, tmp_path):
     for codec, other in (("zstd", "raw"), ("raw", "zstd")):
         cache = shutil.copytree(captured(other), tmp_path / codec)
-        done = recode(cache, codec)
+        done = recode(cache, codec).columns
         assert done == 3 * HiddenCache.open(cache).shards
         assert without_record(cache) == without_record(captured(codec))
-        assert recode(cache, codec) == 0
+        assert recode(cache, codec).columns == 0
 
 
 def test_a_recoded_cache_still_knows_where_its_target_and_corpus_lie(captured, tmp_path, tiny_target, capsys):
@@ -106,7 +106,7 @@ def test_states_that_are_all_refused_cannot_be_measured_in(tmp_path):
 def test_a_recode_loads_the_head_once(captured, tmp_path, monkeypatch):
     cache, loaded, load = shutil.copytree(captured("raw"), tmp_path / "cache"), [], HiddenCache.head
     monkeypatch.setattr(HiddenCache, "head", lambda self: loaded.append(1) or load(self))
-    assert recode(cache, "final=int8") > 1 and len(loaded) == 1
+    assert recode(cache, "final=int8").columns > 1 and len(loaded) == 1
     assert "top1" in HiddenCache.open(cache).columns(0)["final"].facts.certificate.as_dict()
 
 

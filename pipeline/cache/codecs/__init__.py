@@ -6,6 +6,7 @@ from pipeline.cache.codecs.int8 import Int8
 from pipeline.cache.codecs.lossless import Raw, Zstd
 from pipeline.cache.layout import COLUMN
 from pipeline.errors import UsageError
+from pipeline.nearest import did_you_mean
 
 CODECS: dict[str, Codec] = {codec.name: codec for codec in (Raw(), Zstd(), Int8(), Int6())}
 
@@ -27,7 +28,10 @@ def parse_codecs(text: str) -> dict[str, str]:
         known = not columns or columns == "aux" or COLUMN.fullmatch(columns)
         if codec not in CODECS or not known or columns in chosen:
             names = ", ".join(CODECS)
-            raise UsageError(f"--codec {text}: wanted one of {names} for all columns, or such as aux=int8,final=raw")
+            meant = did_you_mean(codec, CODECS) if codec not in CODECS else did_you_mean(columns, ("aux", "final"))
+            raise UsageError(
+                f"--codec {text}: wanted one of {names} for all columns, or such as aux=int8,final=raw{meant}"
+            )
         chosen[columns] = codec
     return chosen
 
