@@ -319,6 +319,17 @@ def test_samples_learned_by_heart_are_told_from_a_draft_that_knows_its_target():
     assert acceptance.overfitted_of(seen, {"accept_len_tf": 3.5, "accuracy": 0.9}).state == OK
 
 
+def test_a_draft_that_learned_its_few_samples_by_heart_is_told_so(cache, trained, tmp_path):
+    def few(index, sample):
+        return PlannedSample(sample.ids, sample.mask, sample.domain, "train" if index < 2 else "heldout")
+
+    run = trained("train.batch=2", "train.eval_every=1000", steps=100, of=rewrite(cache, tmp_path / "few", samples=few))
+    report = doctor(run)
+    found = next(each for each in report["findings"] if each["check"] == "learned by heart")
+    assert found["facts"]["train_accuracy"] > 0.8 and found["state"] == PROBLEM, found
+    assert report["cause"] == found
+
+
 def test_high_accuracy_and_low_acceptance_are_told_slot_by_slot():
     forced = {"accept_len_tf": 3.9, "accuracy": 0.98}
     late = acceptance.exposure_of("x", forced, {"accept_len": 1.9, "per_slot": [0.8, 0.1, 0.0]}, 4)
