@@ -138,7 +138,7 @@ def report(reports, markdown, forced, drawing, against, as_json):
 @click.command(cls=CacheCommand)
 @doctor_options
 def doctor(run, cache, python, target, export, device_memory, as_json):
-    """Say what this machine has and lacks, or what is wrong with RUN.
+    """Examine this machine, or a run that does badly.
 
     Without RUN: what will be used here and why, what is missing and what that costs. RUN is a run's folder, a report of
     `evaluate --out` or a cache: the likely causes of what is seen (little acceptance, slow reading, out of memory) are

@@ -5,10 +5,12 @@ A check returns a Finding: PROBLEM, this is it; NOTE, it may be a part of it, or
 """
 
 import math
+import shlex
 
 import numpy as np
 
 from pipeline.cache import HiddenCache
+from pipeline.cache.schema import CaptureRequest, read_log
 from pipeline.runs.recipe import default_lr
 from pipeline.target.on_policy import WARN_BELOW
 from stages.doctor.case import LOW, Case
@@ -25,17 +27,20 @@ def off_policy(case: Case) -> Finding:
     source = "at capture"
     if not rows:
         (agree, rows), source = case.greedy_share, "by the final states"
-    return off_policy_of(agree, rows, source)
+    return off_policy_of(case.cache, agree, rows, source)
 
 
-def off_policy_of(agree: int, rows: int, source: str) -> Finding:
+def off_policy_of(cache: HiddenCache, agree: int, rows: int, source: str) -> Finding:
     """As `off_policy`, of the counts. source: how they were counted."""
+    request = read_log(cache.path).request or CaptureRequest()
+    corpus, model = request.corpus or "CORPUS", request.model or cache.identity.target.name or "MODEL"
+    rewrite = f"`{shlex.join(['pipeline', 'regenerate', '--corpus', corpus, '--model', model, '--out', 'own.jsonl'])}`"
     facts = {"agree": agree, "rows": rows}
     if not rows:
         return Finding("off-policy corpus", NOTE, f"{UNTOLD}: the cache has no gauge and no final states", facts=facts)
     words = f"{agree / rows:.0%} of {rows:,} reply tokens are the target's own greedy choice ({source})"
     if agree < WARN_BELOW * rows:
-        remedy = "`pipeline regenerate` the corpus with this target, capture and train on that"
+        remedy = f"let the target itself write the replies, capture and train on those: {rewrite}"
         cost = f"below {WARN_BELOW:.0%} a draft learns another author's words, which the target does not accept"
         return Finding("off-policy corpus", PROBLEM, words, cost, remedy, facts)
     return Finding("off-policy corpus", OK, words, facts=facts)
@@ -95,7 +100,10 @@ def vocabulary(case: Case) -> Finding:
     facts = {"vocabulary": case.config.vocabulary, "share": found}
     words = f"{found:.0%} of held-out tokens are among the {case.config.vocabulary:,} ids it may propose"
     if found < 0.75:
-        remedy = f"raise draft.vocabulary or leave it out, and train again: {command(case)}"
+        used = len(
+            np.unique(np.concatenate([ids[mask] for ids, mask in map(case.cache.tokens_of, case.split.train.tolist())]))
+        )
+        remedy = command(case, draft__vocabulary=min(used, case.config.vocab_size - 1))
         return Finding(
             name, PROBLEM, words, f"{1 - found:.0%} of first proposals are lost whatever it learns", remedy, facts
         )
@@ -112,7 +120,7 @@ def diverged(case: Case) -> Finding:
     facts = {"first": first, "best": best, "best_step": at, "last": last}
     words = f"loss {first:.2f} at first, {best:.2f} at best (step {at}), {last:.2f} at last"
     if last > first * 1.05 or (last - best > 0.5 * max(first - best, 1e-9) and last > 1.2 * best):
-        remedy = f"train again with a lower rate: `--set train.lr={peak_lr(case) / 5:.1g}`"
+        remedy = command(case, train__lr=f"{peak_lr(case) / 5:.1g}")
         return Finding("divergence", PROBLEM, words, f"it rose again at lr {peak_lr(case):.1e}", remedy, facts)
     return Finding("divergence", OK, words, facts=facts)
 
@@ -145,13 +153,14 @@ def untrained(case: Case) -> Finding:
     )
     if lr < ordinary / 20 and loss > 0.3 * chance:
         return Finding(
-            name, PROBLEM, words, "the rate is far below what learns", f"`--set train.lr={ordinary:g}`", facts
+            name, PROBLEM, words, "the rate is far below what learns", command(case, train__lr=f"{ordinary:g}"), facts
         )
     if loss > 0.5 * chance or (accuracy is not None and accuracy < 0.25):
         more = max(10 * last["step"], 400)
-        remedy = f"train longer into another --out: `--set train.steps={more}`"
+        remedy = command(case, train__steps=more)
         if clipped > 0.9 and scale < 0.02:
-            remedy = f"raise train.clip (now {train.clip:g}): the gradient is cut to {scale:.1%} of its size"
+            remedy = command(case, train__clip=f"{100 * train.clip:g}")
+            words += f", to {scale:.1%} of the gradient"
         return Finding(name, PROBLEM, words, "it has hardly learned yet", remedy, facts)
     return Finding(name, OK, words, facts=facts)
 

@@ -11,6 +11,7 @@ from pipeline.runs.training_data import stratified_subset, training_config
 from pipeline.tensors import device_bytes
 from stages.doctor.case import Case, in_time
 from stages.doctor.finding import NOTE, OK, PROBLEM, Finding
+from stages.doctor.mismatch import command
 
 WAIT = 0.05  # share of the time
 LEAST_WAIT_S = 3.0  # in all: below it, a run's first batches are all there is to see
@@ -113,7 +114,8 @@ def out_of_memory(case: Case, fit_on: FitOn, memory: int | None = None) -> Findi
     words = "; ".join(lines)
     facts |= {"fits": fits, "whole": whole}
     if not fits:
-        remedy = "lower train.context or draft.num_hidden_layers, or share the draft: torchrun and --shard"
+        smaller = command(case, train__context=max(64, case.recipe.train.context // 2))
+        remedy = f"{smaller}, or share it: torchrun and --shard"
         return Finding(name, PROBLEM, words, "", remedy, facts)
     if whole and not did:
         return Finding(name, OK, words, facts=facts)

@@ -9,6 +9,7 @@ from pipeline.cache.atomic import is_locked
 from pipeline.cache.layout import FINAL
 from pipeline.drafts import DraftConfig
 from pipeline.published.reading import CONFIG, TRAINED_ON, read_description, read_json
+from pipeline.runs.folder import RECIPE
 from pipeline.target.files import template_digest, tokenizer_digest
 from pipeline.target.weights import target_digest
 from stages.doctor.case import Case
@@ -24,7 +25,7 @@ def other_draft(case: Case) -> Finding:
     if here is not None and (differing or case.is_low):
         flipped = case.accept_len_with(shift_label=not found.shift_label)
     facts = {"differing": {key: [str(a), str(b)] for key, (a, b) in differing.items()}, "other_convention": flipped}
-    remedy = f"put the checkpoint back as it was, or train again: {command(case)}"
+    remedy = f"put the checkpoint back as it was, or train again: {command(case, again(case))}"
     if differing:
         words = "; ".join(f"{key} is {b}, the recipe says {a}" for key, (a, b) in sorted(differing.items()))
         by_value = f"; with the other label convention {flipped:.2f} instead of {here:.2f}" if flipped and here else ""
@@ -175,7 +176,19 @@ def differences(asked: DraftConfig, found: DraftConfig) -> dict[str, tuple]:
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def command(case: Case) -> str:
-    """Return the command that the run was started with, in backquotes."""
-    words = case.record.command
-    return f"`{shlex.join(['pipeline', *words[1:]])}`" if len(words) > 1 else "`pipeline train-draft` as before"
+def again(case: Case) -> Path:
+    """Return a folder for a run in place of this one."""
+    return case.path.with_name(f"{case.path.name}-again")
+
+
+def command(case: Case, out: Path | None = None, **sets: object) -> str:
+    """Return the command, in backquotes, that goes on with the run; with `sets`, or `out`, one that trains another.
+
+    sets: fields of [train] or [draft] to change, their dot written as two underscores.
+    """
+    out = out or (again(case) if sets else case.path)
+    words = ["pipeline", "train-draft", str(case.path / RECIPE), "--cache", str(case.cache.path)]
+    words += [word for name, value in sets.items() for word in ("--set", f"{name.replace('__', '.')}={value}")]
+    start = case.record.start
+    words += ["--init-from", start.place] if start else []
+    return f"`{shlex.join([*words, '--out', str(out)])}`"

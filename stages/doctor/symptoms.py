@@ -91,7 +91,7 @@ def _of_run(case: Case, target: Path | None, export: Path | None, memory: int | 
     named = [("target", lambda: mismatch.other_target(case, target))] * (target is not None)
     named += [("export", lambda: mismatch.other_export(case, export))] * (export is not None)
     return [
-        ("damage", lambda: damage(case)),
+        ("records and cache", lambda: damage(case)),
         ("cache, norm, codec", lambda: mismatch.other_cache(case)),
         ("out of memory", lambda: costs.out_of_memory(case, fit_on, memory)),
         ("divergence", lambda: acceptance.diverged(case)),
@@ -122,7 +122,7 @@ def _checked(checks: Checks) -> list[Finding]:
     findings = []
     for name, check in checks:
         findings += within(CHECK_S, name, check, failed=NOTE)
-        if name in ("damage", "cache, norm, codec") and findings[-1].state == PROBLEM:
+        if name in ("records and cache", "cache, norm, codec") and findings[-1].state == PROBLEM:
             break
         if name == "unfinished" and findings[-1].facts.get("step") == 0:
             break
@@ -134,7 +134,9 @@ def damage(case: Case) -> Finding:
     read = case.record, case.recipe, case.result, case.state, case.config, case.steps, case.timing
     samples = len(case.split.train)
     assert len(read) == 7, "each is read strictly; the errors say what is damaged"
-    return Finding("damage", OK, f"records, logs, newest checkpoint and {samples:,} samples' tokens are sound")
+    return Finding(
+        "records and cache", OK, f"records, logs, newest checkpoint and {samples:,} samples' tokens are sound"
+    )
 
 
 def captured(cache: HiddenCache) -> Finding:
@@ -154,7 +156,7 @@ def cache_off_policy(cache: HiddenCache) -> Finding:
     if not rows:
         usable = cache.samples.usable(cache.layers, cache.has_final).nonzero()[0]
         agree, rows = greedy_share(cache, usable[:16].tolist())
-    return acceptance.off_policy_of(agree, rows, "at capture")
+    return acceptance.off_policy_of(cache, agree, rows, "at capture")
 
 
 def cache_mask(cache: HiddenCache) -> Finding:

@@ -11,12 +11,14 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pipeline.cli import main
 from pipeline.errors import ProofError, RoomError
-from stages.doctor import machine, places
+from stages.doctor import devices, machine, places
 from stages.doctor.finding import NOTE, OK, PROBLEM, Finding, findings_table, within
 from stages.doctor.run import check_well, examine_machine, machine_table
 
@@ -45,7 +47,8 @@ def test_the_machine_is_told_as_json_and_as_one_screen(small_disk_probe, tmp_pat
     assert found["disk"]["facts"]["written_bytes_s"] > 0 and found["disk"]["facts"]["read_bytes_s"] > 0
     assert found["disk"]["facts"]["folder"] == str(tmp_path), "the nearest folder that is there"
     assert found["packages"]["facts"]["versions"]["torch"]
-    assert report["state"] == "ok", report
+    hinders = any(each["state"] == PROBLEM for each in report["findings"])
+    assert (report["state"] == "problem") == hinders, "what a machine lacks differs"
     assert json.loads(json.dumps(report)) == report and SECRET not in json.dumps(report)
     assert not list(tmp_path.iterdir()), "nothing is left"
 
@@ -53,7 +56,7 @@ def test_the_machine_is_told_as_json_and_as_one_screen(small_disk_probe, tmp_pat
 
     VisibleConsole().print(machine_table(report))
     screen = capfd.readouterr().out
-    assert all(name in screen for name in CHECKS) and "nothing hinders" in screen
+    assert all(name in screen for name in CHECKS) and ("nothing hinders" in screen) == (not hinders)
     assert len(screen.splitlines()) <= 40 and max(map(len, screen.splitlines())) <= 110
 
 
@@ -148,6 +151,50 @@ def test_a_disk_without_room_and_a_slow_one(tmp_path, monkeypatch):
     monkeypatch.setattr(places, "disk_speed", lambda *given, **named: (20e6, 900e6))
     slow = places.disk(tmp_path)
     assert slow.state == NOTE and "20 MB/s" in slow.found
+
+
+def nvidia_smi(folder: Path, script: str) -> str:
+    """Write an nvidia-smi of our own; return a PATH that finds it first."""
+    file = folder / "nvidia-smi"
+    file.write_text(f"#!/bin/sh\n{script}\n")
+    file.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees the GPU here")
+def test_a_gpu_that_torch_cannot_use_hinders(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", nvidia_smi(tmp_path, "echo 570.124.06"))
+    (found,) = devices.gpus()
+    assert found.state == PROBLEM and "driver 570.124.06 is there" in found.found
+    assert "everything runs on the CPU" in found.used and "install torch" in found.remedy
+
+
+def test_a_driver_that_does_not_answer_is_a_finding(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", nvidia_smi(tmp_path, "exec sleep 20"))
+    monkeypatch.setattr(devices, "SMI_S", 0.2)
+    (found,) = within(5, "GPU", devices.gpus, "everything would run on the CPU")
+    assert found.state == PROBLEM and "timed out" in found.found
+
+
+def test_a_gpu_is_told_with_its_memory_and_what_it_cannot_do(monkeypatch):
+    """What torch says of a GPU, put in its place: there need not be one."""
+    card = SimpleNamespace(name="A Card", major=7, minor=5)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (15 << 30, 16 << 30))
+    old = devices._gpu(0, "570.1")
+    assert old.state == NOTE and "bfloat16 is emulated" in old.used and "15.0 GiB free of 16.0 GiB" in old.found
+    card.major = 9
+    assert devices._gpu(0, "570.1").state == OK
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (1 << 30, 16 << 30))
+    assert "others hold most of its memory" in devices._gpu(0, "570.1").used
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_real_gpu_is_found_and_used():
+    found, *_ = devices.gpus()
+    assert found.facts["total_bytes"] > 1 << 30 and found.facts["driver"]
+    assert devices.kernels()[0].facts["kernels"] in ("compiled", "plain")
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -1,6 +1,8 @@
 """`pipeline doctor RUN`: each symptom played on a small run, and the cause that is told."""
 
+import fcntl
 import json
+import shlex
 import shutil
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,7 @@ from pipeline.cli import main
 from pipeline.errors import UsageError
 from pipeline.json_files import parse_checksummed, record_bytes, with_checksum
 from pipeline.published.export import export
+from pipeline.runs.folder import read_recipe
 from pipeline.target.layers import final_rows
 from pipeline.visible_text import VisibleConsole
 from stages.doctor import acceptance, mismatch
@@ -122,7 +125,9 @@ def test_a_rate_that_learns_nothing_is_the_cause_and_its_command_is_told(trained
     VisibleConsole().print(symptoms_table(report))
     verdict = capfd.readouterr().out.partition("\n\n")[0].splitlines()
     assert any(line.startswith("most likely: too little training: 6 steps") for line in verdict[:3])
-    assert verdict[-1].strip() == "what mends it: `--set train.lr=0.005`"
+    assert any(line.startswith("what mends it: `pipeline train-draft") for line in verdict)
+    main(shlex.split(report["cause"]["remedy"].strip("`"))[1:])  # as it is printed
+    assert read_recipe(Path(f"{report['path']}-again")).train.lr == 0.005
 
 
 def test_too_few_steps_are_the_cause(trained):
@@ -179,8 +184,18 @@ def test_damage_is_named_first_and_nothing_else_is_said(healthy, tmp_path):
     data[-1] ^= 1
     weights.write_bytes(data)
     report = doctor(tmp_path / "run")
-    assert report["cause"]["check"] == "damage" and "draft.safetensors" in report["cause"]["found"]
+    assert report["cause"]["check"] == "records and cache" and "draft.safetensors" in report["cause"]["found"]
     assert len(report["findings"]) == 1
+
+
+def test_a_cache_that_is_not_there_is_named_with_what_to_pass(healthy, cache, tmp_path):
+    moved = with_recipe(healthy, tmp_path / "run", "seed = 0", "seed = 0")
+    facts, _ = parse_checksummed((moved / "run.json").read_bytes())
+    facts["cache"]["path"] = "/gone"
+    (moved / "run.json").write_bytes(record_bytes(facts))
+    cause = doctor(moved)["cause"]
+    assert "/gone, is not there" in cause["found"] and "--cache DIR" in cause["remedy"]
+    assert doctor(moved, cache=cache)["cause"] is None
 
 
 def test_a_run_that_was_stopped_is_unfinished_and_the_command_goes_on(healthy, tmp_path):
@@ -188,8 +203,20 @@ def test_a_run_that_was_stopped_is_unfinished_and_the_command_goes_on(healthy, t
     (stopped / "done.json").unlink()
     report = doctor(stopped)
     assert report["cause"]["check"] == "unfinished" and "step 60 of 600" in report["cause"]["found"]
+    with open(stopped / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert verdicts(doctor(stopped))["unfinished"] == NOTE, "somebody trains it"
     shutil.rmtree(stopped / "checkpoints")
     assert doctor(stopped)["cause"]["check"] == "unfinished"
+
+
+def test_the_command_that_goes_on_with_a_run_does(healthy, tmp_path):
+    run = Path(shutil.copytree(healthy, tmp_path / "a run"))
+    (run / "done.json").unlink()
+    cause = doctor(run)["cause"]
+    assert cause["check"] == "unfinished"
+    main(shlex.split(cause["remedy"].strip("`"))[1:])
+    assert doctor(run)["cause"] is None
 
 
 def test_a_loss_that_rose_again_is_divergence(healthy, trained):
@@ -292,6 +319,17 @@ def test_samples_learned_by_heart_are_told_from_a_draft_that_knows_its_target():
     assert acceptance.overfitted_of(seen, {"accept_len_tf": 3.5, "accuracy": 0.9}).state == OK
 
 
+def test_a_draft_that_learned_its_few_samples_by_heart_is_told_so(cache, trained, tmp_path):
+    def few(index, sample):
+        return PlannedSample(sample.ids, sample.mask, sample.domain, "train" if index < 2 else "heldout")
+
+    run = trained("train.batch=2", "train.eval_every=1000", steps=100, of=rewrite(cache, tmp_path / "few", samples=few))
+    report = doctor(run)
+    found = next(each for each in report["findings"] if each["check"] == "learned by heart")
+    assert found["facts"]["train_accuracy"] > 0.8 and found["state"] == PROBLEM, found
+    assert report["cause"] == found
+
+
 def test_high_accuracy_and_low_acceptance_are_told_slot_by_slot():
     forced = {"accept_len_tf": 3.9, "accuracy": 0.98}
     late = acceptance.exposure_of("x", forced, {"accept_len": 1.9, "per_slot": [0.8, 0.1, 0.0]}, 4)
@@ -325,7 +363,7 @@ def test_a_cache_that_lacks_columns_is_unfinished(cache, tmp_path):
 
 def test_a_cause_that_costs_nothing_yet_is_a_note(healthy):
     assert verdicts(doctor(healthy, memory=80 << 30))["divergence"] == OK
-    found = acceptance.off_policy_of(1, 10, "at capture")
+    found = acceptance.off_policy_of(Case(healthy).cache, 1, 10, "at capture")
     from stages.doctor.symptoms import of_low
 
     assert found.state == PROBLEM and of_low(Case(healthy), found).state == NOTE
