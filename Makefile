@@ -57,7 +57,7 @@ demo-%: install
 	$(PIPELINE) evaluate --draft build/demo/$* --out build/demo/$*.json $(named)
 
 # The whole path on a model that nobody here made: Gemma 3 270M, from the package registry, under its own terms. Hours in
-# the background, to be stopped whenever one likes; `make real-short` takes half an hour. Replies are the target's own,
+# the background, to be stopped whenever one likes; `make real-short` takes 20 minutes. Replies are the target's own,
 # greedy for all prompts, drawn as well for those to train on. One cache holds the states as they are, another the same
 # in int8, and a draft learns from either. From there on DFlash learns the target's own distribution, and Domino, whose
 # head is the whole one, as no engine reads it with fewer ids, begins. Accept lengths are of all prompts, 16 at once;
