@@ -84,11 +84,14 @@ def _gpu(number: int, driver: str | None) -> Finding:
 
 
 def _driver() -> str | None:
-    """Return the version of NVIDIA's driver; None where there is none. TimeoutExpired where it does not answer."""
+    """Return the version of NVIDIA's driver; None where there is none. TimeoutError where it does not answer."""
     smi = shutil.which("nvidia-smi")
     if smi is not None:
         command = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SMI_S)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SMI_S)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"the driver does not answer nvidia-smi within {SMI_S:g} s") from None
         if done.returncode == 0 and done.stdout.strip():
             return done.stdout.split()[0]
     try:
