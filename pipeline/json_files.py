@@ -137,6 +137,22 @@ def parse_checksummed(data: bytes, before: str = "") -> tuple[dict, str]:
     return {key: value for key, value in record.items() if key != "xxh3"}, tail[1].decode()
 
 
+def parse_journal(data: bytes) -> tuple[list[tuple[bytes, dict, str]], str]:
+    """Return the valid lines of a journal, each of which continues the checksum of the one before, as (bytes, record,
+    checksum), and what is wrong with the line after them, "" for nothing; an incomplete one is wrong, too."""
+    valid, last = [], ""
+    for number, line in enumerate(data.splitlines(keepends=True), 1):
+        try:
+            record, checksum = parse_checksummed(line, last)
+            if not line.endswith(b"\n") or (last and not checksum):
+                raise ValueError("no line of a journal")
+        except ValueError as error:
+            return valid, f"line {number}: {error}"
+        valid.append((line, record, checksum))
+        last = checksum
+    return valid, ""
+
+
 def ends_with_checksum(data: bytes) -> bool:
     """Return whether bytes end with a checksum, intact or damaged."""
     return _TAIL_REMAINS.search(data[-_MAX_TAIL:]) is not None

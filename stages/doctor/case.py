@@ -19,7 +19,7 @@ from pipeline.errors import CacheError, UsageError
 from pipeline.evaluation.accept_length import Span, accept_spans, summarise
 from pipeline.evaluation.reports import Report
 from pipeline.evaluation.teacher_forced import add_metric_sums
-from pipeline.json_files import parse_checksummed, read_file
+from pipeline.json_files import parse_journal, read_file
 from pipeline.runs import checkpoint
 from pipeline.runs.checkpoint import CheckpointState, load_config, load_draft
 from pipeline.runs.folder import Result, RunRecord, chunk_rule, read_recipe, read_result, read_run
@@ -36,18 +36,11 @@ def read_log(path: Path) -> list[dict]:
     """Return the lines of a run's log. CacheError for a damaged one; an incomplete last line is left out."""
     if not path.exists():
         return []
-    remedy = "remove it to go on without the figures of earlier steps"
-    lines, last = [], ""
-    data = read_file(path, MAX_LOG).splitlines(keepends=True)
-    for number, line in enumerate(data, 1):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            record, last = parse_checksummed(line, last)
-        except ValueError as error:
-            raise CacheError(f"{path}: damaged (line {number}: {error}); {remedy}") from None
-        lines.append(record)
-    return lines
+    data = read_file(path, MAX_LOG)
+    valid, reason = parse_journal(data)
+    if len(valid) < data.count(b"\n"):
+        raise CacheError(f"{path}: damaged ({reason}); remove it to go on without the figures of earlier steps")
+    return [record for _, record, _ in valid]
 
 
 @dataclass

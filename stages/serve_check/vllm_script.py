@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from engine_side import VLLM_ENVIRONMENT, end_with_parent, fail, report, vllm_version
+from engine_side import VLLM_ENVIRONMENT, end_with_parent, import_vllm, report
 
 ENVIRONMENT = {**VLLM_ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB
 SEQUENCES = 16  # decoded at once
@@ -239,13 +239,7 @@ def main(path: str) -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     end_with_parent()
-    report(stage="importing")
-    try:
-        import vllm  # noqa: F401
-    except ImportError as error:
-        fail("absent", str(error))
-    version = vllm_version()
-    report(stage="starting", engine=version)
+    version = import_vllm()
     mends = apply_mends(request["method"]) if request["mend"] else []
     recorder = Recorder() if request["draft"] and request["states"] else None
     llm = start(request)

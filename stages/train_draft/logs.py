@@ -28,7 +28,7 @@ from pipeline.cache.atomic import size_text, write_errors, write_file
 from pipeline.drafts import unservable
 from pipeline.drafts.rope import draft_rope_scaling
 from pipeline.errors import CacheError
-from pipeline.json_files import Count, Record, damage_error, parse_checksummed, read_file, with_checksum
+from pipeline.json_files import Count, Record, damage_error, parse_checksummed, parse_journal, read_file, with_checksum
 from pipeline.runs.folder import Evaluation, Result
 from pipeline.runs.recipe import Resolved, TrainSection
 from pipeline.runs.training_data import Split, how_to_add, partial_text, training_config
@@ -81,24 +81,20 @@ class MetricsLog:
         """Return the valid lines up to `step` as (bytes, line, checksum), and what is wrong with the line after
         them ("" for nothing)."""
         try:
-            lines = read_file(self.path, MAX_BYTES).splitlines(keepends=True) if self.path.exists() else []
+            data = read_file(self.path, MAX_BYTES) if self.path.exists() else b""
         except (OSError, ValueError) as error:
             raise damage_error(self.path, error, REMOVE) from None
-        valid, last = [], ""
-        for number, data in enumerate(lines, 1):
+        parsed, reason = parse_journal(data)
+        valid = []
+        for number, (text, record, checksum) in enumerate(parsed, 1):
             try:
-                record, checksum = parse_checksummed(data, last)
-                if not data.endswith(b"\n") or (last and not checksum):
-                    raise ValueError("no line of a journal")
                 line = Line.model_validate(record)
-            except ValueError as error:
-                reason = "no line of a journal" if isinstance(error, ValidationError) else error
-                return valid, f"line {number}: {reason}"
+            except ValidationError:
+                return valid, f"line {number}: no line of a journal"
             if line.step > step:
-                break
-            valid.append((data, line, checksum))
-            last = checksum
-        return valid, ""
+                return valid, ""
+            valid.append((text, line, checksum))
+        return valid, reason
 
     def write(self, record: dict) -> None:
         """Append one line and fsync it. Raises RoomError when the disk is full."""

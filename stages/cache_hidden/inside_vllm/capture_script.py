@@ -18,7 +18,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-from engine_side import VLLM_ENVIRONMENT, end_with_parent, end_workers, fail, report, vllm_version
+from engine_side import VLLM_ENVIRONMENT, end_with_parent, end_workers, fail, import_vllm, report
 
 KNOWN = "0.32.0"
 # In this process the engine takes a step when it is told to, and all samples that were added take part in it. A sample
@@ -181,15 +181,9 @@ def main(path: str) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = request["visible_device"]
     asked: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     end_with_parent(asked.put, lambda: shutil.rmtree(request["out"], ignore_errors=True))
-    report(stage="importing")
-    try:
-        import torch
-        import vllm  # noqa: F401
-    except ImportError as error:
-        fail("absent", str(error))
-    version = vllm_version()
-    report(stage="starting", engine=version)
+    version = import_vllm()
     check(request, version)
+    import torch
     from vllm.platforms import current_platform
 
     llm, facts = start(request, version)
