@@ -20,7 +20,7 @@ import click
 from pipeline import torchrun
 from pipeline.errors import PipelineError, limit_error
 from pipeline.examples import example_of
-from pipeline.nearest import did_you_mean
+from pipeline.nearest_name import did_you_mean
 from pipeline.standard_streams import check_standard_output, protect_standard_streams
 from pipeline.visible_text import VisibleConsole, print_visible, visible, visible_lines
 

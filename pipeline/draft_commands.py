@@ -121,7 +121,7 @@ def report(reports, markdown, forced, drawing, against, as_json):
     if as_json and (markdown or forced):
         raise UsageError("--markdown and --forced are of tables, and --json prints none; leave one out")
     if as_json:
-        from pipeline.evaluation.figures import report_figures
+        from pipeline.evaluation.report_json import report_figures
 
         table = report_figures(reports, against)
     else:

@@ -10,7 +10,7 @@ from click import FloatRange, IntRange, option
 
 from pipeline.completion import complete_codecs, complete_methods, complete_paths, complete_setting
 from pipeline.errors import UsageError
-from pipeline.nearest import did_you_mean
+from pipeline.nearest_name import did_you_mean
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 PATH = click.Path(path_type=Path)

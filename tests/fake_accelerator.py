@@ -61,7 +61,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.codecs.codec import Calibration
 from pipeline.drafts import DRAFTS, Blocks, Draft, draft_config, flex, fused, lay_blocks, pack
-from pipeline.products import torchs_own_products
+from pipeline.matrix_products import torchs_own_products
 from pipeline.target import host_embedding
 from pipeline.target.head import TargetHead
 from stages.train_draft.batches import Batch

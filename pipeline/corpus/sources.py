@@ -17,7 +17,7 @@ from pipeline.corpus.file_formats import SUFFIXES, Chunk, read_chunks, without_n
 from pipeline.corpus.messages import ROLES
 from pipeline.corpus.record_formats import Conversation, RejectedRecord, parse_record, split_of
 from pipeline.errors import DataError, UsageError, first_line
-from pipeline.nearest import did_you_mean
+from pipeline.nearest_name import did_you_mean
 from pipeline.visible_text import visible
 
 METADATA_FILES = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # no records in these

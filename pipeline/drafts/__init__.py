@@ -11,7 +11,7 @@ from pipeline.drafts.draft import ENGINES, SERVING, BlockRequest, Draft, Proposa
 from pipeline.drafts.dspark import DSpark
 from pipeline.drafts.objectives import metrics_of
 from pipeline.errors import UsageError
-from pipeline.nearest import did_you_mean
+from pipeline.nearest_name import did_you_mean
 
 DRAFTS: dict[str, type[Draft]] = {"dflash": DFlash, "domino": Domino, "dspark": DSpark}
 

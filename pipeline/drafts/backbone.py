@@ -25,7 +25,7 @@ from pipeline.drafts.blocks import Blocks
 from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.fused import gated_down, rms_norm, rotated_norm
 from pipeline.drafts.rope import Tables, rope_tables
-from pipeline.products import Linear
+from pipeline.matrix_products import Linear
 
 KV = tuple[Tensor, Tensor]  # keys and values [G, tokens, E]
 

@@ -19,7 +19,7 @@ from pipeline.drafts.head_loss import HeadLoss
 from pipeline.drafts.objectives import Objective, TargetStates, slot_sums, term_name
 from pipeline.drafts.vocabulary import missed
 from pipeline.errors import DataError, UsageError
-from pipeline.products import write_product
+from pipeline.matrix_products import write_product
 from pipeline.target.head import TargetHead, chunk_blocks
 from pipeline.tensors import at_least_float32, draw, uniforms
 

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from pipeline.drafts.objectives import OBJECTIVES
 from pipeline.drafts.rope import RopeScaling
 from pipeline.errors import UsageError
-from pipeline.nearest import did_you_mean
+from pipeline.nearest_name import did_you_mean
 
 QUOTED = re.compile(r"'([^']*)'")  # pydantic's choices
 

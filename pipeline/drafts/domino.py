@@ -21,7 +21,7 @@ from pipeline.drafts.block_draft import BlockDraft
 from pipeline.drafts.config import DraftConfig
 from pipeline.drafts.draft import ProbeBlock, PublishedKeys, Shapes
 from pipeline.errors import UsageError
-from pipeline.products import Linear, linear, product
+from pipeline.matrix_products import Linear, linear, product
 from pipeline.target.head import TargetHead
 from pipeline.tensors import at_least_float32, product_dtype
 

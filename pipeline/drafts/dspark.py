@@ -29,7 +29,7 @@ from pipeline.drafts.blocks import Blocks
 from pipeline.drafts.draft import Loss, ProbeBlock, PublishedKeys, Shapes
 from pipeline.drafts.vocabulary import ReducesVocabulary, VocabularyConfig
 from pipeline.errors import UsageError
-from pipeline.products import Linear, linear
+from pipeline.matrix_products import Linear, linear
 from pipeline.target.head import TargetHead
 from pipeline.tensors import at_least_float32
 

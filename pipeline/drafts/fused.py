@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.drafts.rope import Tables
-from pipeline.products import product
+from pipeline.matrix_products import product
 from pipeline.tensors import at_least_float32, product_dtype
 
 DISABLED = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")  # torch's own switches

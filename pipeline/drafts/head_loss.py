@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.drafts.objectives import Objective
-from pipeline.products import product, write_product
+from pipeline.matrix_products import product, write_product
 from pipeline.target.head import TargetHead
 from pipeline.tensors import at_least_float32
 

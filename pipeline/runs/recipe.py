@@ -34,7 +34,7 @@ from pipeline.drafts.draft import SMALL_HIDDEN
 from pipeline.drafts.rope import RopeScaling, draft_rope_scaling, rope_theta
 from pipeline.errors import UsageError, cause_of
 from pipeline.json_files import read_file
-from pipeline.nearest import did_you_mean
+from pipeline.nearest_name import did_you_mean
 from pipeline.runs.recipe_errors import explain
 from pipeline.runs.training_data import check_final, layers_to_read, resolve_mask_token, training_config
 

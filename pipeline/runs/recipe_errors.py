@@ -4,7 +4,7 @@ import re
 
 from pydantic import ValidationError
 
-from pipeline.nearest import did_you_mean
+from pipeline.nearest_name import did_you_mean
 
 CHOICES = re.compile(r"'([^']*)'")
 

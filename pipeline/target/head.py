@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pipeline.errors import UPGRADE, CacheError, VersionError, refuse_limit
 from pipeline.json_files import parse_json
-from pipeline.products import linear
+from pipeline.matrix_products import linear
 from pipeline.target.host_embedding import HostEmbedding
 from pipeline.tensors import at_least_float32, save_tensors
 

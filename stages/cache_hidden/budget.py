@@ -24,7 +24,7 @@ from pipeline.cache.columns import ColumnSpec
 from pipeline.cache.plan_writer import MIN_SHARDS, SHARD_BYTES, has_columns
 from pipeline.cache.samples import ShardPlan
 from pipeline.errors import UsageError
-from pipeline.nearest import did_you_mean
+from pipeline.nearest_name import did_you_mean
 from pipeline.options import size_bytes
 from pipeline.runs.training_data import HELDOUT, splitmix64
 from pipeline.target.files import CONFIG, tokenizer_files

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.cache.schema import CaptureRules
 from pipeline.engine_process import check_python, find_python
 from pipeline.errors import UsageError
-from pipeline.nearest import did_you_mean
+from pipeline.nearest_name import did_you_mean
 
 HUGGING_FACE = "transformers"
 IN_PROCESSES = ("vllm",)  # engines that are processes of their own

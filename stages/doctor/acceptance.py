@@ -13,7 +13,7 @@ from pipeline.cache import HiddenCache
 from pipeline.cache.schema import CaptureRequest, read_log
 from pipeline.runs.recipe import default_lr
 from pipeline.target.on_policy import WARN_BELOW
-from stages.doctor.case import LOW, Case
+from stages.doctor.examined_run import LOW, Case
 from stages.doctor.finding import NOTE, OK, PROBLEM, Finding
 from stages.doctor.mismatch import command, gauge
 

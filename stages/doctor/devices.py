@@ -16,7 +16,7 @@ def torch_build() -> list[Finding]:
     """torch's build, its capability on this CPU, its threads, and which library multiplies float32 and why."""
     import torch
 
-    from pipeline.products import onednn_is_faster
+    from pipeline.matrix_products import onednn_is_faster
 
     threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "ROCm" if torch.version.hip else "CPU only"

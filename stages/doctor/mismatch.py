@@ -12,7 +12,7 @@ from pipeline.published.reading import CONFIG, TRAINED_ON, read_description, rea
 from pipeline.runs.folder import RECIPE
 from pipeline.target.files import template_digest, tokenizer_digest
 from pipeline.target.weights import target_digest
-from stages.doctor.case import Case
+from stages.doctor.examined_run import Case
 from stages.doctor.finding import NOTE, OK, PROBLEM, Finding
 
 

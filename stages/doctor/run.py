@@ -7,7 +7,7 @@ from rich.text import Text
 
 from pipeline.errors import ProofError
 from pipeline.visible_text import visible
-from stages.doctor import devices, machine, places
+from stages.doctor import devices, disk_hub_engines, machine
 from stages.doctor.finding import NOTE, PROBLEM, Finding, findings_table, within
 
 
@@ -25,10 +25,10 @@ def examine_machine(cache: Path, python: Path | None = None) -> dict:
         (5, "processors", machine.processors, ""),
         (5, "memory", machine.memory, ""),
         (5, "ulimits", machine.limits, ""),
-        (30, "disk", lambda: places.disk(cache), "captures and trainings wait for it"),
-        (5, "/dev/shm", places.shared_memory, ""),
-        (2 * places.HUB_S, "hub", places.hub, "models and data sets have to be folders here"),
-        (60, "engines", lambda: places.engines(python), "no `serve-check` and no `--engine vllm`"),
+        (30, "disk", lambda: disk_hub_engines.disk(cache), "captures and trainings wait for it"),
+        (5, "/dev/shm", disk_hub_engines.shared_memory, ""),
+        (2 * disk_hub_engines.HUB_S, "hub", disk_hub_engines.hub, "models and data sets have to be folders here"),
+        (60, "engines", lambda: disk_hub_engines.engines(python), "no `serve-check` and no `--engine vllm`"),
     ]
     findings = [found for seconds, name, check, cost in checks for found in within(seconds, name, check, cost)]
     return {

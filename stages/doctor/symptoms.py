@@ -17,10 +17,10 @@ from pipeline.runs.folder import RUN
 from pipeline.runs.training_data import partial_text
 from pipeline.target.files import find_target, template_digest
 from pipeline.visible_text import visible
-from stages.doctor import acceptance, costs, mismatch
-from stages.doctor.case import Case, greedy_share
-from stages.doctor.costs import FitOn
+from stages.doctor import acceptance, mismatch, reading_and_memory
+from stages.doctor.examined_run import Case, greedy_share
 from stages.doctor.finding import NOTE, OK, PROBLEM, Finding, findings_table, within
+from stages.doctor.reading_and_memory import FitOn
 
 CHECK_S = 120.0  # of one check
 VERDICTS = {OK: "not it", NOTE: "perhaps", PROBLEM: "this is it"}
@@ -40,7 +40,7 @@ def examine(
     UsageError for a place that is none of these, and for folders that are not what they are named for.
 
     cache: in place of the run's own. target, export: folders to compare with it. memory: a device's, in bytes. fit_on:
-    see `costs.FitOn`.
+    see `reading_and_memory.FitOn`.
     """
     if (place / IDENTITY).is_file():
         return _report(place, "cache", _checked(_of_cache(HiddenCache.open(place))), {})
@@ -93,14 +93,14 @@ def _of_run(case: Case, target: Path | None, export: Path | None, memory: int | 
     return [
         ("records and cache", lambda: damage(case)),
         ("cache, norm, codec", lambda: mismatch.other_cache(case)),
-        ("out of memory", lambda: costs.out_of_memory(case, fit_on, memory)),
+        ("out of memory", lambda: reading_and_memory.out_of_memory(case, fit_on, memory)),
         ("divergence", lambda: acceptance.diverged(case)),
         ("unfinished", lambda: mismatch.unfinished(case)),
         ("labels, layers, config", lambda: mismatch.other_draft(case)),
         *named,
         *[(name, lambda check=check: of_low(case, check(case))) for name, check in LOW_ACCEPTANCE.items()],
         ("teacher forcing", lambda: acceptance.exposure(case)),
-        ("slow reading", lambda: costs.slow_reading(case)),
+        ("slow reading", lambda: reading_and_memory.slow_reading(case)),
     ]
 
 

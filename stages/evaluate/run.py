@@ -18,7 +18,7 @@ from pipeline.evaluation.evaluation_table import evaluation_table
 from pipeline.evaluation.prompts import Prompt, cached_prompts, file_prompts
 from pipeline.evaluation.reports import DraftFacts, Report, Settings, Speed, report_bytes
 from pipeline.json_files import check_regular
-from pipeline.products import compute_by_linear
+from pipeline.matrix_products import compute_by_linear
 from pipeline.published import load_draft_folder, recorded_share
 from pipeline.runs.checkpoint import CONFIG, DRAFT, find_checkpoint, load_draft, open_checkpoint
 from pipeline.runs.folder import RUN, read_recipe, read_run

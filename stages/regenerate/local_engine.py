@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from pipeline.corpus.rejections import Unusable
 from pipeline.errors import RoomError, UsageError
-from pipeline.products import compute_by_linear
+from pipeline.matrix_products import compute_by_linear
 from pipeline.target.files import max_positions, read_text_config
 from pipeline.target.kv_cache import BatchedKV, check_batchable, new_kv
 from pipeline.target.loading import load_target

@@ -31,9 +31,9 @@ from pipeline.target.files import max_positions, read_text_config
 from pipeline.target.loading import load_target
 from pipeline.target.model import head_of
 from pipeline.tensors import find_device
-from stages.serve_check.answer import LOG, RESULT, Answer, run_engine
 from stages.serve_check.compare import compare
 from stages.serve_check.draft_states import DraftStates, compare_states
+from stages.serve_check.engine_answer import LOG, RESULT, Answer, run_engine
 from stages.serve_check.prompts import find_export_target, find_prompts, reply_stops
 from stages.serve_check.verdict import Served, failed, judge
 

@@ -1,7 +1,7 @@
 """What runs inside the engine's own Python: vLLM decodes prompts with target and draft, and every call is written down.
 
-`PYTHON vllm_script.py REQUEST.json`, started by `pipeline/engine_process.py`; `answer.py` says what is asked and left.
-Imports nothing of this project but `pipeline/inside_engine/`, since the engine's environment has none of it.
+`PYTHON vllm_script.py REQUEST.json`, started by `pipeline/engine_process.py`; what is asked and left `engine_answer.py`
+says. Imports nothing of this project but `pipeline/inside_engine/`, since the engine's environment has none of it.
 
 The mends are named, and only what is broken is mended: each looks for its fault first. They change what this process
 computes, never a file of the environment.

@@ -8,7 +8,7 @@ from torch import Tensor
 from pipeline.drafts import Draft, lay_blocks, pack
 from pipeline.drafts.fused import DISABLED, Kernels, kernels_of, use_kernels
 from pipeline.errors import first_line
-from pipeline.products import onednn_is_faster
+from pipeline.matrix_products import onednn_is_faster
 from pipeline.runs.recipe import TrainSection
 from pipeline.tensors import free_cached_memory
 from stages.train_draft.memory import FakeRows

@@ -39,7 +39,7 @@ from pipeline.cache.atomic import size_text
 from pipeline.drafts import DRAFTS, DraftConfig, fused, lay_blocks, pack
 from pipeline.drafts.backbone import Backbone
 from pipeline.drafts.fused import Kernels, use_kernels
-from pipeline.products import torchs_own_products
+from pipeline.matrix_products import torchs_own_products
 from pipeline.runs.recipe import TrainSection
 from pipeline.target.head import NEWEST, TargetHead, chunk_blocks
 from stages.train_draft.optimizers import make_optimizer

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from pipeline.drafts import Draft
-from pipeline.products import product
+from pipeline.matrix_products import product
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # no weight decay; no published recipe of these methods needs other values
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -23,7 +23,6 @@ from pipeline.runs.training_data import Split, stratified_subset
 from pipeline.tensors import refuse_out_of_memory
 from pipeline.visible_text import visible
 from stages.train_draft.batches import Batch, Sampler
-from stages.train_draft.estimate import time_to_tell
 from stages.train_draft.loader import BatchLoader, Prefetcher
 from stages.train_draft.logs import (
     METRICS,
@@ -39,6 +38,7 @@ from stages.train_draft.ranks import Ranks
 from stages.train_draft.sharding import shard, whole_draft, whole_tensors
 from stages.train_draft.step import Trainer
 from stages.train_draft.stop import raise_signal
+from stages.train_draft.training_time import time_to_tell
 
 EVAL_BATCH = 8  # samples; a signal is noticed between two such batches
 EVAL_REMEDY = "the step is saved: go on with the same command on a larger device"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipeline.drafts import DRAFTS, draft_config, lay_blocks, pack
 from pipeline.drafts.block_draft import init_weights
-from pipeline.products import torchs_own_products
+from pipeline.matrix_products import torchs_own_products
 from pipeline.target.head import TargetHead
 from pipeline.tensors import keep_freed_memory
 from stages.train_draft.memory import LiveBytes

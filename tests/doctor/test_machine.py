@@ -18,7 +18,8 @@ import torch
 
 from pipeline.cli import main
 from pipeline.errors import ProofError, RoomError
-from stages.doctor import devices, machine, places
+from stages.doctor import devices, machine
+from stages.doctor import disk_hub_engines as places
 from stages.doctor.finding import NOTE, OK, PROBLEM, Finding, findings_table, within
 from stages.doctor.run import check_well, examine_machine, machine_table
 
@@ -241,10 +242,10 @@ def test_offline_is_named(monkeypatch):
 
 def test_an_interrupted_check_of_the_disk_leaves_nothing(tmp_path):
     code = (
-        "import sys; from stages.doctor import places, run\n"
+        "import sys; from stages.doctor import disk_hub_engines, run\n"
         "import os, time; os.fsync = lambda fd: (print('writing', flush=True), time.sleep(9))\n"
         "from pathlib import Path; from stages.doctor.finding import within\n"
-        "within(20, 'disk', lambda: places.disk(Path(sys.argv[1])))"
+        "within(20, 'disk', lambda: disk_hub_engines.disk(Path(sys.argv[1])))"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:

@@ -25,7 +25,7 @@ from pipeline.runs.folder import read_recipe
 from pipeline.target.layers import final_rows
 from pipeline.visible_text import VisibleConsole
 from stages.doctor import acceptance, mismatch
-from stages.doctor.case import Case
+from stages.doctor.examined_run import Case
 from stages.doctor.finding import NOTE, OK, PROBLEM
 from stages.doctor.symptoms import examine, symptoms_table
 from stages.train_draft.planned_memory import fit_on

@@ -28,7 +28,7 @@ from pipeline.published.card import Origin
 from pipeline.published.check import write_probe
 from pipeline.published.export import KEPT_BLOCKS, _write, make_probe, make_rows, published_config, shorter
 from stages.evaluate.run import run as evaluate
-from stages.serve_check import answer
+from stages.serve_check import engine_answer as answer
 from stages.serve_check import run as serve_check
 from stages.serve_check.run import Options, ServeReport, check_agrees, run
 from stages.serve_check.table import serve_table

@@ -6,7 +6,7 @@ from pipeline.cache.codecs.int8 import Int8
 from pipeline.cache.codecs.lossless import Raw, Zstd
 from pipeline.cache.layout import COLUMN
 from pipeline.errors import UsageError
-from pipeline.nearest import did_you_mean
+from pipeline.nearest_name import did_you_mean
 
 CODECS: dict[str, Codec] = {codec.name: codec for codec in (Raw(), Zstd(), Int8(), Int6())}
 

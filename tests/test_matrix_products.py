@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline import products
+from pipeline import matrix_products as products
 from tests.draft_cases import all_blocks, assert_near, build, cell_of, every_method, gradients, loss_of
 
 needs_onednn = pytest.mark.skipif(not products._onednn_multiplies(), reason="torch has no oneDNN here")

@@ -9,7 +9,7 @@ from pipeline.cache.atomic import size_text
 from pipeline.cache.disk_speed import read_speed
 from pipeline.runs.training_data import stratified_subset, training_config
 from pipeline.tensors import device_bytes
-from stages.doctor.case import Case, in_time
+from stages.doctor.examined_run import Case, in_time
 from stages.doctor.finding import NOTE, OK, PROBLEM, Finding
 from stages.doctor.mismatch import command
 

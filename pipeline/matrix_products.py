@@ -2,7 +2,7 @@
 
 torch leaves them to Intel's MKL, which on a CPU of another maker does not use AVX-512. oneDNN, which torch has for
 bfloat16, uses what the CPU has: on a Zen 5 2.0 to 2.4 times as fast, with AVX2 alone 1.0 to 1.3 times
-(`tests/bench/products.py`). So it computes them there; everything else is torch's own product.
+(`tests/bench/matrix_products.py`). So it computes them there; everything else is torch's own product.
 
 Which library it is depends on the CPU and on the sizes alone, so that a run repeats bit for bit.
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from test_train_draft import lines, prepared, take_step, trained
 
-from stages.train_draft import estimate
-from stages.train_draft.estimate import duration, step_seconds, worth_saying
+from stages.train_draft import training_time as estimate
 from stages.train_draft.optimizers import make_optimizer
 from stages.train_draft.step import Trainer
+from stages.train_draft.training_time import duration, step_seconds, worth_saying
 
 
 def test_an_estimate_is_made_of_a_few_blocks_and_changes_nothing_of_the_training(tiny_cache):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import main
-from pipeline.nearest import nearest
+from pipeline.nearest_name import nearest
 
 TARGET = str(Path(__file__).parent.parent / "data/tiny-qwen3")
 MISTYPED = {

@@ -1,4 +1,4 @@
-"""Products of float32 on a CPU by MKL and by oneDNN: `python tests/bench/products.py`.
+"""Products of float32 on a CPU by MKL and by oneDNN: `python tests/bench/matrix_products.py`.
 
 One thread, the shapes of a draft's layers and head, forward and both gradients. The libraries take turns within a
 round; shown are the GFLOP a CPU second of the medians. Seen with torch 2.13 on a Zen 5, other work beside it:
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from pipeline.products import onednn_product
+from pipeline.matrix_products import onednn_product
 
 SHAPES = [(2048, 256, 768), (2048, 1024, 3072), (256, 256, 4096), (256, 1024, 32_768), (256, 256, 32_768)]
 
