@@ -11,6 +11,7 @@ tiny: width 256, two layers, V 4,096, 2 x 512 rows, 64 anchors of each sample. m
 import argparse
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 
@@ -142,7 +143,13 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(DRAFTS))
     parser.add_argument("--types", default="float32,bfloat16")
     parser.add_argument("--keep-freed-memory", action="store_true", help="as `train-draft` does")
+    parser.add_argument("--torchs-own-products", action="store_true", help="of ours, too: as on a CPU that Intel made")
     asked = parser.parse_args()
+    with torchs_own_products() if asked.torchs_own_products else nullcontext():
+        compare(asked)
+
+
+def compare(asked: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     if asked.keep_freed_memory:
         keep_freed_memory(torch.device("cpu"))
