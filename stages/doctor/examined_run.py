@@ -15,32 +15,20 @@ import torch
 
 from pipeline.cache import HiddenCache
 from pipeline.drafts import Draft, DraftConfig, draft_config, metrics_of
-from pipeline.errors import CacheError, UsageError
+from pipeline.errors import UsageError
 from pipeline.evaluation.accept_length import Span, accept_spans, summarise
 from pipeline.evaluation.reports import Report
 from pipeline.evaluation.teacher_forced import add_metric_sums
-from pipeline.json_files import parse_journal, read_file
 from pipeline.runs import checkpoint
 from pipeline.runs.checkpoint import CheckpointState, load_config, load_draft
 from pipeline.runs.folder import Result, RunRecord, chunk_rule, read_recipe, read_result, read_run
 from pipeline.runs.recipe import Recipe, Resolved, resolve
+from pipeline.runs.run_logs import METRICS, TIMING, read_log
 from pipeline.runs.training_data import Split, split_samples, stratified_subset
 
 LOW = 1.5  # accept length below which something has to be found
 SAMPLES = 16  # measured at most, of the held-out ones and of those trained on
 SECONDS = 20.0  # for each kind of figure; one sample is measured in any case
-MAX_LOG = 1 << 30
-
-
-def read_log(path: Path) -> list[dict]:
-    """Return the lines of a run's log. CacheError for a damaged one; an incomplete last line is left out."""
-    if not path.exists():
-        return []
-    data = read_file(path, MAX_LOG)
-    valid, reason = parse_journal(data)
-    if len(valid) < data.count(b"\n"):
-        raise CacheError(f"{path}: damaged ({reason}); remove it to go on without the figures of earlier steps")
-    return [record for _, record, _ in valid]
 
 
 @dataclass
@@ -77,7 +65,7 @@ class Case:
 
     @cached_property
     def _metrics(self) -> list[dict]:
-        return read_log(self.path / "metrics.jsonl")
+        return read_log(self.path / METRICS)
 
     @cached_property
     def steps(self) -> list[dict]:
@@ -92,7 +80,7 @@ class Case:
     @cached_property
     def timing(self) -> dict | None:
         """The newest line of timing.jsonl."""
-        lines = read_log(self.path / "timing.jsonl")
+        lines = read_log(self.path / TIMING)
         return lines[-1] if lines else None
 
     @cached_property

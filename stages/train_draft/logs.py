@@ -31,14 +31,12 @@ from pipeline.errors import CacheError
 from pipeline.json_files import Count, Record, damage_error, parse_checksummed, parse_journal, read_file, with_checksum
 from pipeline.runs.folder import Evaluation, Result
 from pipeline.runs.recipe import Resolved, TrainSection
+from pipeline.runs.run_logs import MAX_BYTES, REMOVE
 from pipeline.runs.training_data import Split, how_to_add, partial_text, training_config
 from pipeline.target.head import logit_scale
 from pipeline.visible_text import VisibleConsole, visible
 from stages.train_draft.batches import Batch
 
-METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
-MAX_BYTES = 4 << 30
-REMOVE = "remove it to go on without the figures of earlier steps"
 LINE_INTERVAL = 5.0  # seconds
 
 

@@ -19,14 +19,13 @@ from pipeline.runs.folder import (
     write_result,
 )
 from pipeline.runs.recipe import Resolved
+from pipeline.runs.run_logs import METRICS, TIMING
 from pipeline.runs.training_data import Split, stratified_subset
 from pipeline.tensors import refuse_out_of_memory
 from pipeline.visible_text import visible
 from stages.train_draft.batches import Batch, Sampler
 from stages.train_draft.loader import BatchLoader, Prefetcher
 from stages.train_draft.logs import (
-    METRICS,
-    TIMING,
     Display,
     MetricsLog,
     Throughput,
