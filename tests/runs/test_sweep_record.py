@@ -35,5 +35,5 @@ def test_a_changed_byte_and_a_folder_without_a_sweep_are_refused(tmp_path):
     write_sweep(tmp_path, SweepRecord.model_validate(FACTS))
     path = tmp_path / "sweep.json"
     path.write_bytes(path.read_bytes().replace(b"2.5", b"3.5", 1))
-    with pytest.raises(CacheError, match="checksum does not match.*makes it again"):
+    with pytest.raises(CacheError, match=r"checksum does not match.*makes it again"):
         read_sweep(tmp_path)
