@@ -30,7 +30,7 @@ CONFIG = {
     },
     "legend": {
         "labelColor": "var(--ink)", "titleColor": "var(--ink)", "orient": "top", "title": None, "labelFontSize": 12,
-        "labelLimit": 380, "symbolSize": 90, "symbolStrokeWidth": 2,
+        "labelLimit": 380, "symbolSize": 90, "symbolStrokeWidth": 1, "symbolDash": [1, 0],
     },
     "text": {"fill": "var(--ink)"},
 }  # fmt: skip
@@ -78,7 +78,7 @@ def axis(name: str, title: str, **scale) -> dict:
 def line_layers(names: Sequence[str], x: dict, y: dict, points: bool) -> list[dict]:
     """Return lines of rows that have `series`, with a mark at each row where `points`."""
     common = {"x": x, "y": y, **palette(names)}
-    colour = {"color": common["color"] | ({"legend": None} if points else {})}  # marks' legend shows both
+    colour = {"color": common["color"]}
     lines = {"mark": {"type": "line", "strokeWidth": 2}, "encoding": {"x": x, "y": y, **colour, **dashes(names)}}
     if not points:
         return [lines]
@@ -89,7 +89,7 @@ def line_layers(names: Sequence[str], x: dict, y: dict, points: bool) -> list[di
 def interval_layer(names: Sequence[str], horizontal: bool = False, **encoding) -> dict:
     """Return the bars of rows that have `low` and `high`; `encoding` places them."""
     along, across = ("x", "x2") if horizontal else ("y", "y2")
-    colour = palette(names)["color"] | {"legend": None}  # the marks', which are drawn with it
+    colour = palette(names)["color"]
     place = {along: encoding.pop(along) | {"field": "low"}, across: {"field": "high"}}
     return {"mark": {"type": "rule", "strokeWidth": 2}, "encoding": {**encoding, **place, "color": colour}}
 

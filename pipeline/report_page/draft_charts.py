@@ -170,7 +170,7 @@ def compared(name: str, reports: Sequence[Report], baseline: Sequence[Report] = 
         for title, found in ratios.items()
     ]
     place = {
-        "x": axis("value", f"accept length, as a multiple of {visible(against)}'s", zero=False),
+        "x": axis("value", f"accept length, as a multiple of that of {visible(against)}", zero=False),
         "y": {"field": "series", "type": "nominal", "sort": names, "title": None},
     }
     ends = place | {"x": place["x"] | {"field": "low"}, "x2": {"field": "high"}}
