@@ -32,6 +32,7 @@ NOTHING_WRITTEN = "nothing was written, and the same command starts again"
 AFTER_INTERRUPT = dict.fromkeys(("inspect", "recipe", "export", "check-export", "report"), NOTHING_WRITTEN)
 AFTER_INTERRUPT["regenerate"] = "every reply so far is kept, and the same command asks for the others"
 AFTER_INTERRUPT["serve-check"] = "the engine is ended, no report was written, and the same command starts again"
+AFTER_INTERRUPT["watch"] = "what was watched goes on"
 AFTER_INTERRUPT["doctor"] = "nothing is left of its checks, and the same command starts again"
 AFTER_INTERRUPT["evaluate"] = "no report was written, and the same command starts again"  # --plain may have its replies
 
