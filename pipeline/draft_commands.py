@@ -21,6 +21,7 @@ from pipeline.options import (
     doctor_options,
     evaluate_options,
     serve_check_options,
+    watch_options,
 )
 from pipeline.visible_text import VisibleConsole, print_visible, visible
 
@@ -178,6 +179,23 @@ def doctor(run, cache, python, target, export, device_memory, as_json):
 
 
 @click.command(cls=CacheCommand)
+@watch_options
+def watch(path, every, once, as_json):
+    """Show the progress of a run, a sweep or a capture.
+
+    PATH is the folder of a run, of a sweep's runs, or a cache that is being captured; it may come to be there later.
+    Call it in another terminal, or on another machine that shares the disk: nothing is written and no lock is taken.
+    Ends with 0 once all is finished.
+    """
+    from stages.watch.run import Watched
+    from stages.watch.run import watch as watch_until_finished
+
+    if as_json:
+        return show(Watched(path).facts(), as_json, None)
+    watch_until_finished(path, every, once)
+
+
+@click.command(cls=CacheCommand)
 @argument("shell", type=Choice(SHELLS))
 def completion(shell):
     """Print the script that completes our commands in a shell.
@@ -192,4 +210,4 @@ def completion(shell):
     click.echo(script(click.get_current_context().parent.command, shell))
 
 
-DRAFT_COMMANDS = (evaluate, export, check_export, serve_check, report, doctor, completion)
+DRAFT_COMMANDS = (evaluate, export, check_export, serve_check, report, watch, doctor, completion)

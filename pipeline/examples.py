@@ -29,6 +29,7 @@ EXAMPLES = {
     "check-export": "check-export build/example/draft",
     "serve-check": "serve-check build/example/draft --count 4 --max-new 16",
     "report": "report build/example/report.json",
+    "watch": "watch build/example/run --once",
     "doctor": "doctor build/example/cache",
     "completion": "completion bash",
 }

@@ -313,3 +313,11 @@ doctor_options = together(
     option("--device-memory", metavar="SIZE", help="A GPU's, such as 24GiB: does a step of RUN fit?"),
     option("--json", "as_json", is_flag=True, help="Print the findings as JSON."),
 )
+
+# Of `watch`.
+watch_options = together(
+    click.argument("path", type=PATH),
+    option("--every", type=FloatRange(0.1), default=1.0, metavar="SECONDS", help="How often to look."),
+    option("--once", is_flag=True, help="Print one frame and end."),
+    option("--json", "as_json", is_flag=True, help="Print the facts of one frame as JSON."),
+)

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from pipeline.cache.layout import FOLDERS, SCRATCH, SHARDS
 from pipeline.errors import MEMORY, CacheError, RoomError, read_error
+from pipeline.size_text import size_text
 
 QUIET_WAIT_S = 3.0  # a longer wait for another process is printed
 POLL_S = 0.5
@@ -54,14 +55,6 @@ REMEDIES = {
     errno.EIO: _DISK_FAILING,
     errno.ESTALE: _DISK_FAILING,
 }
-
-
-def size_text(count: int) -> str:
-    """Format a number of bytes: `1.5 GiB`, `20.0 MiB`."""
-    for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB")):
-        if count >= unit:
-            return f"{count / unit:.1f} {name}"
-    return f"{max(count, 0) / 1024:.1f} KiB"
 
 
 @contextlib.contextmanager

@@ -235,7 +235,7 @@ def train_together(
                 errors[run.path] = error
                 continue
             if isinstance(opened, TrainingRun):
-                trainings.append(opened)
+                trainings.append(held.enter_context(contextlib.closing(opened)))
             else:
                 print_visible(summary(run.path, store, opened))
         if trainings:

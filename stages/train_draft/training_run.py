@@ -37,6 +37,7 @@ from stages.train_draft.ranks import Ranks
 from stages.train_draft.sharding import shard, whole_draft, whole_tensors
 from stages.train_draft.step import Trainer
 from stages.train_draft.stop import raise_signal
+from stages.train_draft.tracking import Tracking
 from stages.train_draft.training_time import time_to_tell
 
 EVAL_BATCH = 8  # samples; a signal is noticed between two such batches
@@ -83,6 +84,8 @@ class TrainingRun:
             self.trainer.blocks_per_pass = max(1, self.uses.at_once)  # one is tried where none seems to fit
         self._use(self.uses)
         self.step = 0
+        self.recipe = resolved.recipe
+        self.tracking: Tracking | None = None  # from `begin` on
 
     def _use(self, fit: Fit) -> None:
         """Do from now on what a step's memory asks for, beside parts."""
@@ -178,6 +181,8 @@ class TrainingRun:
         self.throughput = Throughput(self.step, self.train.steps, self.device)
         self.draft.clock = self.throughput.clock
         self.blocks_noted = self.trainer.blocks_per_pass
+        if self.tracking is None:
+            self.tracking = self._tracking(display)
         self._evaluate(display)
 
     def note(self, batch: Batch, metrics: dict | None, waited: float, display: Display) -> None:
@@ -191,14 +196,29 @@ class TrainingRun:
         self.step = batch.step + 1
         timing = self.throughput.count(batch, waited)
         if metrics:
-            self.metrics.write(metrics)
-            self.timing_log.write({"step": self.step, **timing, "time": self.throughput.time_shares(waited)})
+            self._record(self.metrics, metrics)
+            self._record(self.timing_log, {"step": self.step, **timing, "time": self.throughput.time_shares(waited)})
         display.step(self.step, metrics, timing)
         began = time.perf_counter()
         if self.step % self.train.save_every == 0 or self.step == self.train.steps:
             self.save()
         self._evaluate(display)
         self.throughput.excluded += time.perf_counter() - began
+
+    def _tracking(self, display: Display) -> Tracking:
+        """Return the trackers of the first rank, told all steps so far; those of another track nothing."""
+        names = self.train.track if self.ranks.first else ()
+        return Tracking(self.path, names, self.recipe.model_dump(mode="json", exclude_none=True), display.print_line)
+
+    def _record(self, log: MetricsLog, record: dict) -> None:
+        """Append a line to a log, and tell the trackers."""
+        log.write(record)
+        self.tracking.add(record)
+
+    def close(self) -> None:
+        """End the trackers, with all steps that are in the logs."""
+        if self.tracking is not None:
+            self.tracking.close()
 
     def finish(self) -> Result:
         """Write the result of a run that has taken its last step, and return it."""
@@ -243,7 +263,7 @@ class TrainingRun:
             replies = [
                 [span.sample, span.start, sum(span.lengths), len(span.lengths)] for span in spans if span.lengths
             ]
-            self.metrics.write({"step": self.step, "eval": summarise(spans) | {"replies": replies}})
+            self._record(self.metrics, {"step": self.step, "eval": summarise(spans) | {"replies": replies}})
             display.print_line(f"step {self.step}: {evaluation_text(self._evaluated())}")
 
     def _measure_all(self) -> list[Span]:
