@@ -254,7 +254,7 @@ sweep_options = together(
     click.argument("recipe", type=PATH),
     option("--cache", type=FOLDER, default="hs_cache", help="The cache to train from."),
     SET,
-    option("--out", type=FOLDER, help="The folder for the runs' folders.  [default: runs]"),
+    option("--out", type=FOLDER, help="The folder for sweep.json and the runs' folders.  [default: in runs]"),
     DEVICE,
     option("--devices", metavar="A,B", help="Train on each of these at once.  [default: every CUDA device]"),
     option("--jobs", type=IntRange(1), default=1, help="Runs at once on each device."),

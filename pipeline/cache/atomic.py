@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.cache.layout import FOLDERS, SCRATCH, SHARDS
-from pipeline.errors import MEMORY, CacheError, RoomError, read_error
+from pipeline.errors import MEMORY, CacheError, DiskError, RoomError, read_error
 from pipeline.size_text import size_text
 
 QUIET_WAIT_S = 3.0  # a longer wait for another process is printed
@@ -68,7 +68,8 @@ def write_errors(where: Path, what: str, need: int = 0) -> Iterator[None]:
     except OSError as error:
         if error.errno not in REMEDIES:
             raise
-        raise RoomError(_write_error_message(where, what, need, error)) from error
+        kind = RoomError if error.errno == errno.ENOMEM else DiskError
+        raise kind(_write_error_message(where, what, need, error)) from error
 
 
 @contextlib.contextmanager

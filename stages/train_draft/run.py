@@ -134,6 +134,7 @@ def train_resolved(
                 display.print_line(opened.description)
                 if idle := opened.idle_ranks():
                     display.print_line(idle)
+                opened.announce_time(display)
                 opened.fit(display)
             opened = opened.finish()
     print_visible(summary(path, store, opened))

@@ -157,7 +157,6 @@ class TrainingRun:
 
     def fit(self, display: Display, until: int | None = None) -> None:
         """Train to step `until`, by default the last one."""
-        self._announce_time(display)
         self.begin(display)
         batches = Prefetcher(self.loader, self.step, until or self.train.steps, self.device)
         try:
@@ -166,7 +165,7 @@ class TrainingRun:
         finally:
             batches.close()
 
-    def _announce_time(self, display: Display) -> None:
+    def announce_time(self, display: Display) -> None:
         """Say how long the run will take, where that is long; on a CPU, whose user may have meant the defaults of a
         GPU."""
         left = self.train.steps - self.step
@@ -222,7 +221,7 @@ class TrainingRun:
 
     def finish(self) -> Result:
         """Write the result of a run that has taken its last step, and return it."""
-        figures = self._evaluated()
+        figures = self.evaluated()
         accept_len = self.ranks.of_first(figures.accept_len if figures and figures.calls else None)
         result = Result(steps=self.step, parameters=self.parameters, accept_len=accept_len, eval=figures)
         if self.ranks.first:
@@ -241,7 +240,7 @@ class TrainingRun:
             facts |= {name: True for name in MEANS if getattr(self.uses, name)}
             checkpoint.save(self.path, self.step, self.draft, moments, facts, self.train.keep, weights)
 
-    def _evaluated(self) -> Evaluation | None:
+    def evaluated(self) -> Evaluation | None:
         """Return the evaluation of this step from the metrics log, None when there is none yet."""
         return next((line.eval for line in self.metrics.lines if line.step == self.step and line.eval), None)
 
@@ -249,7 +248,7 @@ class TrainingRun:
         """Measure the exact accept length on held-out samples when one is due. On a signal: save and exit."""
         due = self.step > 0 and (self.step % self.train.eval_every == 0 or self.step == self.train.steps)
         spans = []
-        if due and len(self.eval_samples) and self.ranks.of_first(self._evaluated() is None):
+        if due and len(self.eval_samples) and self.ranks.of_first(self.evaluated() is None):
             spans = self._measure_all()
         if (number := self.ranks.signal) is not None:
             self.save()
@@ -264,7 +263,7 @@ class TrainingRun:
                 [span.sample, span.start, sum(span.lengths), len(span.lengths)] for span in spans if span.lengths
             ]
             self._record(self.metrics, {"step": self.step, "eval": summarise(spans) | {"replies": replies}})
-            display.print_line(f"step {self.step}: {evaluation_text(self._evaluated())}")
+            display.print_line(f"step {self.step}: {evaluation_text(self.evaluated())}")
 
     def _measure_all(self) -> list[Span]:
         """Return the spans of the held-out samples, of which ranks measure a batch each in turn; those of fewer where a

@@ -17,12 +17,14 @@ import stages.train_draft.sweep as sweep_module
 from pipeline.cli import main
 from pipeline.errors import UsageError
 from pipeline.evaluation.accept_length import bootstrap
-from pipeline.evaluation.tables import sweep_table
+from pipeline.evaluation.sweep_table import sweep_table
 from pipeline.published.init_from import InitialDraft
 from pipeline.runs.recipe import load_recipe
 from pipeline.torchrun import VARIABLES
 from stages.train_draft.run import run
-from stages.train_draft.sweep import load_sweep, pool_seeds, rank_by_accept_length, sweep
+from stages.train_draft.sweep import sweep
+from stages.train_draft.sweep_figures import pool_seeds, rank_by_accept_length
+from stages.train_draft.sweep_settings import read_sweep_file
 
 ROOT = Path(__file__).parents[2]
 BASE = '[draft]\nmethod = "dflash"\nblock_size = 4\n[train]\nsteps = 4\nbatch = 4\nanchors = 6\nlog_every = 1\n'
@@ -41,9 +43,16 @@ def recipe(tmp_path):
     return written
 
 
+def load_sweep(path: Path, sets: tuple[str, ...] = ()):
+    """The settings of a sweep's file, each with its recipe."""
+    file = read_sweep_file(path, sets)
+    return [(setting, file.recipe(setting)) for setting in file.combinations()]
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """What a sweep made, timings and versions aside, which differ from run to run."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in ("timing.jsonl", "run.json"))
+    differ = ("timing.jsonl", "run.json", "sweep.json", "sweep.csv")
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in differ)
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
@@ -255,6 +264,9 @@ def fact(seed, replies, **setting):
         "interval": [1.0, 2.0] if calls else None,
         "replies": replies,
         "failed": None if calls else "step 1: loss nan",
+        "state": "finished" if calls else "failed",
+        "pruned": None,
+        "data": f"data of seed {seed}",
     }
 
 
@@ -288,7 +300,8 @@ def test_what_has_no_figure_comes_last_and_says_why():
     assert [one["setting"]["train.seed"] for one in rank_by_accept_length(facts)] == [2, 1, 0]
 
     console = Console(width=160, file=io.StringIO())
-    console.print(sweep_table({"runs": rank_by_accept_length(facts), "pooled": pool_seeds(facts)}))
+    runs, pooled = rank_by_accept_length(facts), pool_seeds(facts)
+    console.print(sweep_table({"runs": runs, "pooled": pooled, "ratios": [], "warnings": []}))
     text = console.file.getvalue()
     assert "4.25" in text and "2 of 3" in text and "4.00 - 4.50" in text
     assert "runs/0: step 1: loss nan" in text
@@ -297,6 +310,6 @@ def test_what_has_no_figure_comes_last_and_says_why():
 def test_the_example_is_a_sweep_and_its_base_is_the_demos():
     combinations = load_sweep(ROOT / "configs/sweep.toml")
     demo = load_recipe(ROOT / "configs/demo.toml").train
-    assert len(combinations) == 12
+    assert len(combinations) == 8
     for _, one in combinations:
         assert (one.train.batch, one.train.anchors, one.train.optimizer) == (demo.batch, demo.anchors, demo.optimizer)

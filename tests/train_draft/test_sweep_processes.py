@@ -35,12 +35,14 @@ log_every = 1
 
 def contents(folder: Path) -> dict[str, bytes]:
     """What a sweep made, timings and versions aside, which differ from run to run."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in ("timing.jsonl", "run.json"))
+    differ = ("timing.jsonl", "run.json", "sweep.json", "sweep.csv")
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in differ)
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def without_paths(report: dict) -> str:
-    return re.sub(r"'[^']*/(dflash-\w+)'", r"\1", str([report["runs"], report["pooled"]]))
+    runs = [run | {"seconds": None} for run in report["runs"]]
+    return re.sub(r"'[^']*/(dflash-\w+)'", r"\1", str([runs, report["pooled"], report["ratios"]]))
 
 
 def test_two_processes_and_shared_reads_make_the_runs_and_the_table_that_one_makes(tiny_cache, tmp_path, capsys):
