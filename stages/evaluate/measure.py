@@ -22,6 +22,7 @@ from pipeline.evaluation.accept_length import (
     engine_accept_length,
     summarise,
 )
+from pipeline.evaluation.decode import Decoded, SamplingOptions, with_progress
 from pipeline.evaluation.prompts import Prompt
 from pipeline.evaluation.reports import (
     Agreement,
@@ -35,7 +36,6 @@ from pipeline.evaluation.reports import (
 )
 from pipeline.evaluation.teacher_forced import add_metric_sums
 from pipeline.runs.training_data import stratified_subset
-from stages.evaluate.decode import Decoded, SamplingOptions, with_progress
 from stages.evaluate.lossless import (
     LosslessCheck,
     PlainReplies,
