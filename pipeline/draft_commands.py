@@ -13,6 +13,7 @@ from pipeline.completion import SHELLS, script
 from pipeline.errors import UsageError
 from pipeline.options import (
     AS_JSON,
+    EXISTING,
     FOLDER,
     PATH,
     REPORT,
@@ -102,37 +103,52 @@ def serve_check(folder, as_json, **chosen):
 
 
 @click.command(cls=CacheCommand)
-@argument("reports", type=REPORT, nargs=-1, required=True)
+@argument("paths", type=EXISTING, nargs=-1, required=True)
+@option("--page", type=PATH, metavar="FILE", help="Write an HTML page of it all.  [default: report.html for folders]")
 @option("--markdown", is_flag=True, help="Print the table as Markdown.")
 @option("--forced", is_flag=True, help="Add the teacher-forced accept lengths.")
 @option("--plot", "drawing", type=PATH, metavar="FILE", help="Draw accept length by training steps, too: .svg or .png.")
 @option("--against", multiple=True, type=REPORT, help="Compare with this one, prompt by prompt; one a seed.")
 @AS_JSON
-def report(reports, markdown, forced, drawing, against, as_json):
-    """Put evaluation reports of one target side by side.
+def report(paths, page, markdown, forced, drawing, against, as_json):
+    """Put drafts of one target side by side.
 
-    Runs that differ only in their seed become one column, and one mark of a plot. With --against a draft is a row: how
-    far it is ahead of that baseline over the same prompts, and after how many steps it would have reached it.
+    PATHS are reports of `evaluate --out`, runs, sweeps and caches. Reports make a table: runs that differ only in their
+    seed become one column, and one mark of a plot. With --against a draft is a row: how far it is ahead of that
+    baseline over the same prompts, and after how many steps it would have reached it. The page shows reports and what
+    they are of: training, samples of replies, the cache. It is one file, which needs no network and runs no script.
     """
     from pipeline.evaluation.tables import against_baseline, comparison
 
+    reports = [path for path in paths if not path.is_dir()]
+    if not reports and (markdown or forced or drawing or against or as_json):
+        raise UsageError("--markdown, --forced, --plot, --against, --json are of reports of `evaluate --out`; name one")
     if against and forced:
         raise UsageError("--forced adds rows to the table of domains, which --against replaces; leave one out")
     if as_json and (markdown or forced):
         raise UsageError("--markdown and --forced are of tables, and --json prints none; leave one out")
+    table = None
     if as_json:
         from pipeline.evaluation.report_json import report_figures
 
         table = report_figures(reports, against)
-    else:
+    elif reports:
         table = against_baseline(reports, against, markdown) if against else comparison(reports, markdown, forced)
     if drawing:
         from pipeline.evaluation.plot import plot
 
         plot(reports, drawing)
+    if page or len(reports) < len(paths):
+        from pipeline.report_page import write_page
+
+        page = page or Path("report.html")
+        write_page(paths, page, against)
     if as_json:
-        return show(table, as_json, None)
-    print_visible(table) if markdown else VisibleConsole().print(table)
+        return show(table | {"page": str(page)} if page else table, as_json, None)
+    if table is not None:
+        print_visible(table) if markdown else VisibleConsole().print(table)
+    if page:
+        print_visible(f"page: {visible(page)}")
 
 
 @click.command(cls=CacheCommand)

@@ -23,6 +23,7 @@ from pipeline.errors import DataError, UsageError
 from pipeline.evaluation.accept_length import accept_spans, replies_of, summarise
 from pipeline.evaluation.decode import decode_calls
 from pipeline.evaluation.prompts import check_context_length, typed_prompt
+from pipeline.evaluation.reply_text import TokenTexts
 from pipeline.runs.folder import RUN, Evaluation, chunk_rule, read_run
 from pipeline.runs.recipe import TrainSection
 from pipeline.runs.training_data import split_samples, stratified_subset, training_config
@@ -111,17 +112,18 @@ class TargetCall:
     """What one call of the target gained.
 
     ids: the tokens, of which the first `matched` are the draft's proposals and the rest, one, the target's own; after a
-    stop token there is none. pieces: the text of each. proposed: proposals that the call verified.
+    stop token there is none. texts: of each token, "" for one that ends within a character. proposed: proposals that
+    the call verified.
     """
 
     ids: list[int]
-    pieces: list[str]
+    texts: list[str]
     matched: int
     proposed: int
 
     @property
     def text(self) -> str:
-        return "".join(self.pieces)
+        return "".join(self.texts)
 
 
 def decode(draft: Draft, target: PreTrainedModel, prompt: str | list, max_new: int = 64) -> Iterator[TargetCall]:
@@ -136,14 +138,6 @@ def decode(draft: Draft, target: PreTrainedModel, prompt: str | list, max_new: i
     folder = find_target(target.name_or_path)
     asked = typed_prompt(prompt, folder)
     check_context_length(target, [asked], max_new, draft.config.proposals)
-    tokenizer, known, shown = load_tokenizer(folder), [], ""
+    texts = TokenTexts(load_tokenizer(folder))
     for ids, matched, proposed in decode_calls(target, draft, asked.ids, max_new, stop_tokens(target)):
-        pieces = []
-        for token in ids:
-            known.append(token)
-            text = tokenizer.decode(known, skip_special_tokens=True)
-            if text.endswith("\N{REPLACEMENT CHARACTER}"):  # within a character: its text comes with its last token
-                text = shown
-            pieces.append(text[len(shown) :])
-            shown = text
-        yield TargetCall(ids, pieces, matched, proposed)
+        yield TargetCall(ids, [texts.next(token) for token in ids], matched, proposed)

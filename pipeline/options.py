@@ -28,6 +28,7 @@ class FolderPath(click.Path):
 
 FOLDER = FolderPath(file_okay=False, path_type=Path)
 REPORT = click.Path(exists=True, dir_okay=False, path_type=Path)
+EXISTING = click.Path(exists=True, path_type=Path)
 
 
 class Choice(click.Choice):

@@ -143,8 +143,8 @@ def test_decoding_yields_the_reply_call_by_call(bundled):
     assert reply == whole.ids and 0 < len(reply) <= 24
     assert calls[0].proposed == 0 and [len(call.ids) for call in calls[1:-1]] == whole.lengths[: len(calls) - 2]
     assert [call.matched for call in calls[1:-1]] == whole.matched[: len(calls) - 2]
-    assert all(len(call.pieces) == len(call.ids) >= call.matched for call in calls)
-    assert "".join(call.text for call in calls) == load_tokenizer(BUNDLED).decode(reply, skip_special_tokens=True)
+    assert all(len(call.texts) == len(call.ids) >= call.matched for call in calls)
+    assert "".join(call.text for call in calls) == load_tokenizer(BUNDLED).decode(reply)
 
 
 def test_decoding_refuses_what_is_no_prompt_and_what_is_too_long(bundled):

@@ -36,6 +36,7 @@ from stages.evaluate.measure import (
     decode_greedily,
     decode_sampled,
     lossless_counts,
+    reply_texts,
     speeds,
     target_free_agreement,
     teacher_forced,
@@ -127,6 +128,7 @@ def run(
         agreement=target_free_agreement(outcomes, drafter, store, max_new, threshold) if target_free else None,
         confidence=confidence_cuts(drafter, store, asked, max_new) if target_free and config.has_confidence else None,
         teacher_forced={} if store is None else teacher_forced(drafter, store, heldout),
+        replies=reply_texts(folder, outcomes),
     )
     if out is not None:
         write_report(report, Path(out))

@@ -176,6 +176,7 @@ class TrainingRun:
     def begin(self, display: Display) -> None:
         """Prepare for steps from here on; evaluate where a checkpoint was saved and its evaluation was not."""
         self.throughput = Throughput(self.step, self.train.steps, self.device)
+        self.draft.clock = self.throughput.clock
         self.blocks_noted = self.trainer.blocks_per_pass
         self._evaluate(display)
 
@@ -191,7 +192,7 @@ class TrainingRun:
         timing = self.throughput.count(batch, waited)
         if metrics:
             self.metrics.write(metrics)
-            self.timing_log.write({"step": self.step, **timing})
+            self.timing_log.write({"step": self.step, **timing, "time": self.throughput.time_shares(waited)})
         display.step(self.step, metrics, timing)
         began = time.perf_counter()
         if self.step % self.train.save_every == 0 or self.step == self.train.steps:

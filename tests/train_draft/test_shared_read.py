@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from cache_maker import COLUMNS, make_cache, random_samples
+from test_logs import check_shares
 
 from pipeline.cache import HiddenCache
 from pipeline.drafts import draft_config, fused
 from pipeline.errors import RoomError
 from pipeline.runs import checkpoint
 from pipeline.runs.recipe import TrainSection
+from pipeline.runs.run_logs import read_log
 from pipeline.runs.training_data import split_samples
 from stages.train_draft import run as run_module
 from stages.train_draft.batches import Sampler
@@ -89,6 +91,8 @@ def test_every_run_has_the_bytes_that_it_has_alone_and_the_cache_is_read_once(
 
     assert without_paths(shared) == without_paths(serial)
     assert contents(tmp_path / "shared") == contents(tmp_path / "serial")
+    for log in (tmp_path / "shared").glob("*/timing.jsonl"):
+        check_shares(read_log(log)[-1])
     steps = 6 // (2 if name == "echo" else 1)
     trained = {key: count for key, count in reads.items() if key[1] != "final"}
     assert sum(trained.values()) == steps * 6 * 3, "each batch once: six samples' three layers"
