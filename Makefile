@@ -48,7 +48,7 @@ demo: install
 	$(PIPELINE) cache-hidden --model $(TARGET) --out $(CACHE)
 	$(PIPELINE) verify $(CACHE)
 	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs 3 $(METHODS:%=demo-%)
-	$(PIPELINE) report $(METHODS:%=build/demo/%.json)
+	$(PIPELINE) report $(METHODS:%=build/demo/%.json) --page build/demo/report.html
 
 # Ctrl-C is for the command, whose last words sed still passes on.
 demo-%: named = 2>&1 | (trap '' INT TERM; sed -u 's/^/$*: /')

@@ -11,18 +11,11 @@ from pipeline.cache.atomic import size_text
 from pipeline.cache.inspect import describe, tokenizer_of
 from pipeline.evaluation.reply_text import spread_over_domains
 from pipeline.report_page.charts import Chart, axis, draw
+from pipeline.report_page.table import Table
 from pipeline.visible_text import visible, visible_lines
 
 SAMPLES = 4  # whose mask is shown
 MOST_TOKENS = 400  # of such a sample
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows under heads; the first cell of a row names it."""
-
-    heads: list[str]
-    rows: list[list[str]]
 
 
 @dataclass(frozen=True)

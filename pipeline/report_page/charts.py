@@ -30,7 +30,7 @@ CONFIG = {
     },
     "legend": {
         "labelColor": "var(--ink)", "titleColor": "var(--ink)", "orient": "top", "title": None, "labelFontSize": 12,
-        "labelLimit": 380, "symbolSize": 90, "symbolStrokeWidth": 2,
+        "labelLimit": 380, "symbolSize": 90, "symbolStrokeWidth": 1, "symbolDash": [1, 0],
     },
     "text": {"fill": "var(--ink)"},
 }  # fmt: skip

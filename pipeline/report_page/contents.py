@@ -15,6 +15,7 @@ from pipeline.evaluation.reports import Report, load_reports
 from pipeline.runs.folder import RUN, Evaluation, Result, RunRecord, read_recipe, read_result, read_run
 from pipeline.runs.recipe import Recipe
 from pipeline.runs.run_logs import METRICS, TIMING, read_log
+from pipeline.runs.sweep_record import SWEEP, read_sweep
 
 KINDS = "evaluation reports, runs, sweeps and caches"
 
@@ -71,10 +72,11 @@ class Run:
 
 @dataclass
 class Contents:
-    """What was found. caches: paths, in the order they were met."""
+    """What was found. runs: those of sweeps, too. sweeps, caches: folders, in the order they were met."""
 
     reports: list[Report] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
+    sweeps: list[Path] = field(default_factory=list)
     caches: list[Path] = field(default_factory=list)
 
 
@@ -85,6 +87,10 @@ def find_contents(paths: Sequence[Path]) -> Contents:
     for path in paths:
         if (path / RUN).is_file():
             folders[path.resolve()] = path
+        elif (path / SWEEP).is_file():
+            found.sweeps.append(path)
+            swept = [Path(run.run) for run in read_sweep(path).runs]
+            folders |= {run.resolve(): run for run in swept if (run / RUN).is_file()}
         elif (path / IDENTITY).is_file():
             found.caches.append(path)
         elif path.is_dir():

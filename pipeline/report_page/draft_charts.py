@@ -135,7 +135,7 @@ def by_slot(name: str, drafts: Sequence[Measured], how: str) -> Chart | None:
         for draft in drafts
         for slot, (value, low, high) in enumerate(draft.slots, 1)
     ]
-    x = axis("slot", "proposal of a block (slot)") | {"axis": {"tickMinStep": 1, "format": "d"}}
+    x = axis("slot", "proposal of a block (slot)", zero=False) | {"axis": {"tickMinStep": 1, "format": "d"}}
     y = axis("value", "target calls that kept it", domain=[0, 1]) | {"axis": {"format": "%"}}
     with_interval = [row for row in rows if row["low"] is not None]
     layers = line_layers(names, x, y, points=True)
@@ -170,7 +170,7 @@ def compared(name: str, reports: Sequence[Report], baseline: Sequence[Report] = 
         for title, found in ratios.items()
     ]
     place = {
-        "x": axis("value", f"accept length, as a multiple of {visible(against)}'s", zero=False),
+        "x": axis("value", f"accept length, as a multiple of that of {visible(against)}", zero=False),
         "y": {"field": "series", "type": "nominal", "sort": names, "title": None},
     }
     ends = place | {"x": place["x"] | {"field": "low"}, "x2": {"field": "high"}}

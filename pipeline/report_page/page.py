@@ -20,7 +20,7 @@ from pipeline.cache.atomic import write_errors, write_file
 from pipeline.errors import UsageError
 from pipeline.evaluation.reports import Report, load_reports, pool_seeds
 from pipeline.evaluation.tables import FACTS, accept_length_text, sampled_at, temperature_text, temperatures_of
-from pipeline.report_page.cache_section import Table, cache_section
+from pipeline.report_page.cache_section import cache_section
 from pipeline.report_page.charts import Chart
 from pipeline.report_page.contents import Contents, Run, find_contents
 from pipeline.report_page.draft_charts import (
@@ -33,10 +33,13 @@ from pipeline.report_page.draft_charts import (
     point_text,
 )
 from pipeline.report_page.replies import SHADES, Reply, replies
+from pipeline.report_page.sweep_section import sweep_section
+from pipeline.report_page.table import Table
 from pipeline.report_page.training_charts import accept_lengths, curve, curves, losses, thinned, where_time_went
 from pipeline.visible_text import visible
 
 MOST_RUNS = 6  # that share a chart; more cannot be told apart
+MOST_DETAILS = 12  # runs with a section of their own
 
 
 @dataclass(frozen=True)
@@ -68,20 +71,22 @@ def render(found: Contents, baseline: Sequence[Report] = ()) -> str:
     folder = resources.files(__package__)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(folder.joinpath("page.html.jinja").read_text("utf-8"))
-    shown = best(found.runs)
+    shown = best(found.runs, MOST_RUNS)
     return template.render(
         style=Markup(folder.joinpath("page.css").read_text("utf-8")),
         title=_title(found),
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, draft-pipeline {__version__}",
         command=visible(shlex.join(["pipeline", *sys.argv[1:]])),
-        summary=report_summary(found.reports) if found.reports else run_summary(found.runs) if found.runs else None,
+        summary=summary(found),
         decoded=bool(found.reports),
         gains=gain_charts(found, baseline),
         replies={visible(name): shown for name, shown in _replies(found.reports).items() if shown},
         shades=SHADES,
         training=training_charts(shown),
-        left_out=len(found.runs) - len(shown),
-        runs=[run_section(f"run{number}", run) for number, run in enumerate(found.runs)],
+        charted=len(shown),
+        run_count=len(found.runs),
+        runs=[run_section(f"run{number}", run) for number, run in enumerate(best(found.runs, MOST_DETAILS))],
+        sweeps=[sweep_section(f"sweep{number}", path) for number, path in enumerate(found.sweeps)],
         caches=[cache_section(f"cache{number}", path) for number, path in enumerate(found.caches)],
     )
 
@@ -107,6 +112,13 @@ def gain_charts(found: Contents, baseline: Sequence[Report]) -> list[Chart]:
 def _replies(reports: Sequence[Report]) -> dict[str, list[Reply]]:
     """Return sample replies by draft, of its first seed."""
     return {name: replies(members[0]) for name, members in pool_seeds(reports).items()}
+
+
+def summary(found: Contents) -> Table | None:
+    """Return one row a draft; None where there is none, and for a sweep, which has a table of its runs."""
+    if found.reports:
+        return report_summary(found.reports)
+    return run_summary(found.runs) if found.runs and not found.sweeps else None
 
 
 def report_summary(reports: Sequence[Report]) -> Table:
@@ -137,15 +149,13 @@ def run_summary(runs: Sequence[Run]) -> Table:
     return Table(["run", "method", "accept length", "after steps", "steps trained", "parameters"], rows)
 
 
-def best(runs: Sequence[Run]) -> list[Run]:
-    """Return at most MOST_RUNS runs, those with the longest accept lengths, in their own order."""
+def best(runs: Sequence[Run], most: int) -> list[Run]:
+    """Return at most so many runs, those with the longest accept lengths, in their own order."""
 
     def length(run: Run) -> float:
         return run.evaluations[-1][1].accept_len if run.evaluations else 0.0
 
-    if len(runs) <= MOST_RUNS:
-        return [*runs]
-    kept = sorted(runs, key=length, reverse=True)[:MOST_RUNS]
+    kept = sorted(runs, key=length, reverse=True)[:most]
     return [run for run in runs if run in kept]
 
 

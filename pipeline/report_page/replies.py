@@ -54,7 +54,7 @@ def replies(report: Report) -> list[Reply]:
 
 
 def _calls(texts: list[str], sample: Sample) -> Iterator[Call]:
-    """Yield the target calls of a reply, the prefill first."""
+    """Yield the target calls of a reply, the prefill first, without one whose tokens the limit cut off."""
     if texts:
         yield Call([Token(texts[0], FIRST)], 0)
     at = 1

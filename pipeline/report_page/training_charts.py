@@ -83,7 +83,7 @@ def lines_chart(name: str, title: str, label: str, rows: list[dict], **scale) ->
     layers = line_layers(names, axis("step", "optimiser steps"), axis("value", label, **scale), points=False)
     ends = {series: [row["value"] for row in rows if row["series"] == series] for series in names}
     table = [[series, *(f"{value:.4g}" for value in (values[0], values[-1]))] for series, values in ends.items()]
-    return Chart(title, draw(name, title, layers, rows, HEIGHT - 40), ["", "first", "last"], table)
+    return Chart(title, draw(name, title, layers, rows, HEIGHT - 40), ["curve", "first", "last"], table)
 
 
 def curves(name: str, runs: Sequence[Run]) -> list[Chart]:
