@@ -2,8 +2,8 @@
 
     python docs/run_notebook.py build/notebook.ipynb made=build samples=16
 
-Each NAME=VALUE replaces a value of the notebook's first cell of code: `made`, the folder with the cache and the runs, or
-JSON, such as a number. Needs the extra `docs`.
+Each NAME=VALUE replaces a value of the notebook's first cell of code: `made`, the folder with the cache and the runs,
+or JSON, such as a number. Needs the extra `docs`.
 """
 
 import json
@@ -19,8 +19,8 @@ NOTEBOOK = Path(__file__).parent / "notebook.ipynb"
 def executed(made: Path, timeout: int = 600, **values) -> nbformat.NotebookNode:
     """Execute the notebook in this folder with other values for its parameters; return it with its outputs.
 
-    made: the folder with the cache and the runs. timeout: seconds for each cell. Raises KeyError for a parameter that is
-    not there, CellExecutionError where a cell fails.
+    made: the folder with the cache and the runs. timeout: seconds for each cell. Raises KeyError for a parameter that
+    is not there, CellExecutionError where a cell fails.
     """
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     at = next(at for at, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ()))

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 from tiny import write_jsonl
@@ -22,7 +23,8 @@ from pipeline.target.model import stop_tokens
 from stages.evaluate.run import run as evaluate
 from stages.train_draft.run import run as train
 
-BUNDLED = Path(__file__).parent.parent / "data/tiny-qwen3"
+ROOT = Path(__file__).parent.parent
+BUNDLED = ROOT / "data/tiny-qwen3"
 SETS = ("train.batch=4", "train.anchors=6", "draft.block_size=4", "train.steps=4", "draft.method=dflash")
 SETS += ("draft.mask_token_id=261",)
 
@@ -45,10 +47,10 @@ def bundled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundled")
     chats = [json.loads(line) for line in (BUNDLED.parent / "chats.jsonl").read_text().splitlines()]
     few = [chat for split in ("train", "heldout") for chat in [each for each in chats if each["split"] == split][:12]]
-    run(str(BUNDLED), str(write_jsonl(folder / "chats.jsonl", few)), folder / "cache", options=CaptureOptions())
+    run(str(BUNDLED), str(write_jsonl(folder / "chats.jsonl", few)), folder / "hs_cache", options=CaptureOptions())
     sets = ("draft.method=dflash", "train.steps=2", "train.eval_samples=2", "train.batch=4")
-    train(folder / "cache", None, sets, folder / "run", "cpu")
-    return folder / "run", folder / "cache"
+    train(folder / "hs_cache", None, sets, folder / "demo/dflash", "cpu")
+    return folder / "demo/dflash", folder / "hs_cache"
 
 
 def test_importing_it_imports_no_torch_and_lists_what_there_is():
@@ -155,3 +157,21 @@ def test_decoding_refuses_what_is_no_prompt_and_what_is_too_long(bundled):
             next(decode(draft, target, wrong))
     with pytest.raises(UsageError, match="exceed the target's"):
         next(decode(draft, target, "hello", max_new=10**6))
+
+
+def test_the_notebook_runs_from_top_to_bottom_and_is_kept_without_outputs(bundled, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    from run_notebook import NOTEBOOK, executed
+
+    kept = nbformat.read(NOTEBOOK, as_version=4)
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in kept.cells)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    done = executed(bundled[1].parent, methods=["dflash"], samples=2, most_tokens=8)
+    outputs = [output for cell in done.cells for output in cell.get("outputs", ())]
+    printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    assert "24 samples of tiny-qwen3" in printed and "dflash " in printed and "a call; gained [" in printed
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    coloured = next(output.data["text/html"] for output in outputs if "text/html" in output.get("data", {}))
+    assert coloured.count("<span") == 8
+    with pytest.raises(KeyError, match="sample"):
+        executed(bundled[1].parent, sample=2)
