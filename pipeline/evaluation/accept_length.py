@@ -285,6 +285,11 @@ def _figures(spans: Sequence[Span], seed: int) -> dict:
     }
 
 
+def replies_of(spans: Iterable[Span]) -> list[list[int]]:
+    """Return each reply's sample, first row, tokens and calls, so that drafts can be compared on the same replies."""
+    return [[span.sample, span.start, sum(span.lengths), len(span.lengths)] for span in spans if span.lengths]
+
+
 def gains_within(lengths: Sequence[int], max_new: int) -> list[int]:
     """Return what an engine gains in the calls of a reply, given what `Decoded.lengths` says of them.
 

@@ -44,5 +44,16 @@ def reply_text(
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """Return the text that each token adds to what those before it decode to, as many texts as there are ids."""
-    stream = DecodeStream(skip_special_tokens=False)
-    return [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
+    texts = TokenTexts(tokenizer)
+    return [texts.next(token) for token in ids]
+
+
+class TokenTexts:
+    """The tokens of one reply as text, one after the other, special tokens included."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.backend, self.stream = tokenizer.backend_tokenizer, DecodeStream(skip_special_tokens=False)
+
+    def next(self, token: int) -> str:
+        """Return the text that the next token adds; "" within a character of several tokens."""
+        return self.stream.step(self.backend, token) or ""

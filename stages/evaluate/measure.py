@@ -22,6 +22,7 @@ from pipeline.evaluation.accept_length import (
     engine_accept_length,
     summarise,
 )
+from pipeline.evaluation.decode import Decoded, SamplingOptions, with_progress
 from pipeline.evaluation.prompts import Prompt
 from pipeline.evaluation.reply_text import ReplyText, reply_text, spread_over_domains
 from pipeline.evaluation.reports import (
@@ -37,7 +38,6 @@ from pipeline.evaluation.reports import (
 from pipeline.evaluation.teacher_forced import add_metric_sums
 from pipeline.runs.training_data import stratified_subset
 from pipeline.target.chat_template import load_tokenizer
-from stages.evaluate.decode import Decoded, SamplingOptions, with_progress
 from stages.evaluate.lossless import (
     LosslessCheck,
     PlainReplies,

@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.cache import HiddenCache
 from pipeline.drafts import Draft, fused
 from pipeline.errors import CacheError, RoomError, UsageError, first_line, refuse_limit
-from pipeline.evaluation.accept_length import Span, accept_spans, summarise
+from pipeline.evaluation.accept_length import Span, accept_spans, replies_of, summarise
 from pipeline.runs import checkpoint
 from pipeline.runs.folder import (
     Evaluation,
@@ -258,11 +258,7 @@ class TrainingRun:
             self.ranks.wait()  # torchrun ends all ranks once one has ended
             raise_signal(number)
         if spans and self.ranks.first:
-            # Reply by reply, so that runs can be pooled and compared on the same replies: sample, row, tokens, calls.
-            replies = [
-                [span.sample, span.start, sum(span.lengths), len(span.lengths)] for span in spans if span.lengths
-            ]
-            self._record(self.metrics, {"step": self.step, "eval": summarise(spans) | {"replies": replies}})
+            self._record(self.metrics, {"step": self.step, "eval": summarise(spans) | {"replies": replies_of(spans)}})
             display.print_line(f"step {self.step}: {evaluation_text(self.evaluated())}")
 
     def _measure_all(self) -> list[Span]:
