@@ -37,8 +37,8 @@ class Fake:
     @torch.no_grad()
     def states(self, ids: list[int]) -> torch.Tensor:
         """Return the states [T, K, D] of a sample."""
-        shift = 1 if self.fault == "one layer late" else 0
-        with tap_layers(self.model, [min(j - 1 + shift * (0 < j < 4), 5) for j in self.request["layers"]]) as taps:
+        shift, last = int(self.fault == "one layer late"), self.model.config.num_hidden_layers - 1
+        with tap_layers(self.model, [min(j - 1 + shift * (0 < j < 4), last) for j in self.request["layers"]]) as taps:
             run_decoder(self.model, torch.tensor([ids]))
         states = torch.stack([taps[layer][0] for layer in sorted(taps)], 1)
         if self.fault == "normed":
