@@ -36,6 +36,7 @@ from pipeline.report_page.replies import SHADES, Reply, replies
 from pipeline.report_page.sweep_section import sweep_section
 from pipeline.report_page.table import Table
 from pipeline.report_page.training_charts import accept_lengths, curve, curves, losses, thinned, where_time_went
+from pipeline.secret_masking import masked_command
 from pipeline.visible_text import visible
 
 MOST_RUNS = 6  # that share a chart; more cannot be told apart
@@ -76,7 +77,7 @@ def render(found: Contents, baseline: Sequence[Report] = ()) -> str:
         style=Markup(folder.joinpath("page.css").read_text("utf-8")),
         title=_title(found),
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, draft-pipeline {__version__}",
-        command=visible(shlex.join(["pipeline", *sys.argv[1:]])),
+        command=visible(shlex.join(["pipeline", *masked_command(sys.argv[1:])])),
         summary=summary(found),
         decoded=bool(found.reports),
         gains=gain_charts(found, baseline),

@@ -21,6 +21,7 @@ from pipeline.cache import HiddenCache
 from pipeline.errors import UsageError
 from pipeline.runs.folder import read_result
 from pipeline.runs.sweep_record import SweepRecord
+from pipeline.secret_masking import masked_command
 from pipeline.tensors import find_device, free_cached_memory
 from pipeline.visible_text import print_visible, visible
 from stages.train_draft.run import train_resolved
@@ -197,7 +198,7 @@ class Planned:
         facts = self.facts(failed)
         record = SweepRecord(
             version=__version__,
-            command=sys.argv,
+            command=masked_command(sys.argv),
             cache_digest=self.store.digest,
             target=self.store.identity.target.name,
             search=self.search and self.search.facts(),
