@@ -230,9 +230,11 @@ def copied_shards(cache: Path, out: Path, count: int) -> CaptureProgress:
     shutil.copytree(cache, out)
     manifest = json.loads((out / "plan" / "000000.json").read_text())
     (out / "plan" / "000000.json").write_text(json.dumps(manifest | {"shards": count, "tokens": 100 * count}))
-    first = out / "shards" / "000000"
+    first, *others = sorted((out / "shards").iterdir())
+    for other in others:
+        shutil.rmtree(other)
     for number in range(1, count):
-        shutil.copytree(first, out / "shards" / f"{number:06d}", dirs_exist_ok=True)
+        shutil.copytree(first, out / "shards" / f"{number:06d}")
     for number in range(count):
         for path in (out / "shards" / f"{number:06d}").glob("*.json"):
             os.utime(path, (1000 + number, 1000 + number))
