@@ -5,7 +5,10 @@ the shards only those that lacked a column at the last look, so that a cache of 
 ones cost. Bytes and rows are those of a few manifests, and in proportion for the rest.
 """
 
+import contextlib
+import itertools
 import os
+import re
 import time
 from pathlib import Path
 
@@ -19,7 +22,10 @@ CACHE, PLAN, SHARDS, LOG, SCRATCH = (
     "capture.log",
     "tmp-",
 )  # see pipeline/cache/layout.py
+FRESH_S = 60.0  # since something was written, by a worker whose locks are not seen
+SHARD_SCRATCH = re.compile(r"tmp-[0-9]+-")  # the folder of a worker, while it writes a shard
 RECENT = 8  # shards, of which the newest speed is
+SIZED = 16  # shards, whose manifests are read for the bytes of each column
 SAMPLES = "samples.arrow"  # of a shard, not of one column
 
 
@@ -31,7 +37,7 @@ class CaptureProgress:
     def __init__(self, path: Path):
         self.path = path
         self._finished: dict[str, float] = {}  # shards with every column -> when the last one came
-        self._sizes: dict[tuple[str, str], tuple[int, int]] = {}  # (shard, column) -> rows, bytes
+        self._sizes: dict[tuple[str, str], int] = {}  # (shard, column) -> bytes
         self._wanted: frozenset[str] = frozenset()
 
     def facts(self) -> dict:
@@ -43,13 +49,12 @@ class CaptureProgress:
         every = sorted({name for names in there.values() for name in names} | wanted)
         counts = {name: sum(name in names for names in there.values()) for name in every}
         done = len(self._finished)
-        workers = sum(bool(is_held(lock)) for lock in scratch_locks(self.path))
-        state = "running" if workers else "stopped"
-        if not segments or not shards:
-            state = "running" if workers else "waiting"
-        elif done >= shards and not workers:
+        scratch = [folder for folder in scratch_folders(self.path) if is_held(folder / "lock")]
+        writing = [folder for folder in scratch if SHARD_SCRATCH.match(folder.name)]
+        newest = max([*self._finished.values(), modified(self.path / LOG), modified(self.path / CACHE)])
+        state = "running" if scratch or time.time() - newest < FRESH_S else "stopped"
+        if shards and done >= shards and not scratch:
             state = "finished"
-        newest = max(self._finished.values(), default=0.0)
         rate = self._rate(tokens / shards if shards else 0.0) if state == "running" else None
         return {
             "kind": self.kind,
@@ -60,10 +65,11 @@ class CaptureProgress:
             "columns": counts,
             "rows": round(tokens * done / shards) if shards else None,
             "rows_planned": tokens or None,
-            "bytes": self._bytes(counts),
+            "bytes": self._bytes(there, counts),
             "tokens_s": rate and round(rate, 1),
             "eta": round(tokens * (1 - done / shards) / rate, 1) if rate and shards else None,
-            "workers": workers,
+            "workers": len(writing),
+            "bytes_being_written": sum(map(folder_bytes, writing)) or None,
             "written_ago": round(max(0.0, time.time() - newest), 1) if newest else None,
         }
 
@@ -89,12 +95,12 @@ class CaptureProgress:
             return None
         return (len(times) - 1) * tokens_a_shard / (times[-1] - times[0])
 
-    def _bytes(self, counts: dict[str, int]) -> int | None:
-        """Return about how many bytes the columns take: of each the mean of a few shards, times how many it has."""
+    def _bytes(self, there: dict[str, set[str]], counts: dict[str, int]) -> int | None:
+        """Return how many bytes the columns take: of each the mean of SIZED shards at most, times how many have it."""
         total = 0.0
         for name, count in counts.items():
-            shards = [shard for shard in self._finished if (self.path / SHARDS / shard / f"{name}.json").exists()][:2]
-            sizes = [self._size(shard, name) for shard in shards]
+            sized = itertools.islice((shard for shard, names in there.items() if name in names), SIZED)
+            sizes = [self._size(shard, name) for shard in sized]
             if sizes:
                 total += sum(sizes) / len(sizes) * count
         return round(total) or None
@@ -125,6 +131,13 @@ def numbered(folder: Path) -> list[str]:
         return []
 
 
+def modified(path: Path) -> float:
+    """Return when a file was written, in seconds since the epoch; 0 where it is not there."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
+
+
 def manifests(folder: Path) -> dict[str, float]:
     """Return the columns of a shard with a manifest, and when that was written."""
     found = {}
@@ -145,10 +158,20 @@ def columns_wanted(log: dict) -> frozenset[str]:
     return frozenset(name for name in named if isinstance(name, str))
 
 
-def scratch_locks(cache: Path) -> list[Path]:
-    """Return the locks of the writers' scratch folders: each worker has one while it writes a shard."""
+def scratch_folders(cache: Path) -> list[Path]:
+    """Return the folders of unfinished work, each with the lock of the process that it belongs to."""
     try:
         with os.scandir(cache) as entries:
-            return [Path(entry.path) / "lock" for entry in entries if entry.name.startswith(SCRATCH) and entry.is_dir()]
+            return [Path(entry.path) for entry in entries if entry.name.startswith(SCRATCH) and entry.is_dir()]
     except OSError:
         return []
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of a folder's files, as far as they are still there."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.stat(os.path.join(place, name)).st_size
+    return total

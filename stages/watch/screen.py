@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from rich.console import Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.text import Text
 
 from pipeline.size_text import size_text
@@ -12,6 +13,11 @@ STYLES = {"running": "bold green", "finished": "bold green", "stopped": "bold ye
 BLOCKS = "▁▂▃▄▅▆▇█"
 BAR = 30  # columns; of a sweep's runs a third
 LINE = 40  # points of a spark line
+# A machine does not know of others' locks.
+NOT_HERE = {
+    "run": " (no process of this machine trains it)",
+    "capture": " (no worker of this machine writes a shard)",
+}
 COLUMN_GAP = "  "
 
 
@@ -78,6 +84,7 @@ def capture_lines(capture: dict) -> Iterator[RenderableType]:
     figures = [
         capture["rows_planned"] and f"{capture['rows'] or 0:,} of {capture['rows_planned']:,} rows",
         capture["bytes"] and size_text(capture["bytes"]),
+        capture["bytes_being_written"] and f"{size_text(capture['bytes_being_written'])} being written",
         capture["tokens_s"] and f"{capture['tokens_s']:,.0f} tokens/s over the last shards",
     ]
     yield from joined(figures)
@@ -92,7 +99,7 @@ def heading(facts: dict, what: str | None) -> Text:
     """Return the first line: what is watched, and its state."""
     text = Text(facts["state"], STYLES.get(facts["state"], ""))
     if facts["state"] == "stopped" and facts["kind"] != "sweep":
-        text.append(" (no process of this machine is at it)", "")
+        text.append(NOT_HERE[facts["kind"]], "")
     if what:
         text.append(f"{COLUMN_GAP}{visible(what)}", "")
     text.append(f"{COLUMN_GAP}{visible(facts['path'])}", "")
@@ -118,11 +125,28 @@ def labelled(name: str, value: float | None, form: str) -> str | None:
     return None if value is None else f"{name} {value:{form}}"
 
 
-def joined(parts: Sequence[str | bool | None]) -> Iterator[Text]:
-    """Yield the parts that there are as one line, which a narrow terminal breaks between two; nothing without any."""
-    found = [part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts if part]
+def joined(parts: Sequence[str | bool | None]) -> Iterator["Parts"]:
+    """Yield the parts that there are as one line; nothing without any."""
+    found = [part for part in parts if part]
     if found:
-        yield Text(COLUMN_GAP.join(found))
+        yield Parts(found)
+
+
+class Parts:
+    """Parts of a line, which a narrow terminal breaks between two of them and never within one."""
+
+    def __init__(self, parts: Sequence[str]):
+        self.parts = parts
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        line = ""
+        for part in self.parts:
+            longer = f"{line}{COLUMN_GAP}{part}" if line else part
+            if line and cell_len(longer) > options.max_width:
+                yield Text(line)
+                longer = part
+            line = longer
+        yield Text(line)
 
 
 def evaluations_line(evaluations: Sequence[dict]) -> Text:
