@@ -9,7 +9,7 @@ import click
 from click import IntRange, argument, option
 
 from pipeline.command_line import CacheCommand, show
-from pipeline.completion import SHELLS, script
+from pipeline.completion import SHELLS, complete_methods, script
 from pipeline.errors import UsageError
 from pipeline.options import (
     AS_JSON,
@@ -210,4 +210,24 @@ def completion(shell):
     click.echo(script(click.get_current_context().parent.command, shell))
 
 
-DRAFT_COMMANDS = (evaluate, export, check_export, serve_check, report, watch, doctor, completion)
+@click.command(cls=CacheCommand)
+@option("--out", type=FOLDER, default="quickstart", help="The folder for all of it.")
+@option(
+    "--methods",
+    shell_complete=complete_methods,
+    help="Drafts to train, such as dflash,domino.  [default: all]",
+)
+@AS_JSON
+def quickstart(out, methods, as_json):
+    """Go the whole way on the bundled target, in minutes.
+
+    Without a GPU or a network: plan, cache, verify, train a draft of each method, evaluate them, and put them side by
+    side in a table and on a page. Every command is printed as you would type it. Stop it whenever you like: the same
+    command goes on.
+    """
+    from stages.quickstart.run import run
+
+    run(out, methods, as_json)
+
+
+DRAFT_COMMANDS = (evaluate, export, check_export, serve_check, report, watch, doctor, quickstart, completion)
