@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pipeline.cache import HiddenCache, Sample
     from pipeline.notebook import TargetCall, accept_length, decode, load_draft, load_target
 
-__version__ = "0.11.0"
+__version__ = "0.12.0"
 __all__ = ["HiddenCache", "Sample", "TargetCall", "accept_length", "decode", "load_draft", "load_target"]
 
 
