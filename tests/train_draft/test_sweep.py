@@ -312,4 +312,4 @@ def test_the_example_is_a_sweep_and_its_base_is_the_demos():
     demo = load_recipe(ROOT / "configs/demo.toml").train
     assert len(combinations) == 8
     for _, one in combinations:
-        assert (one.train.batch, one.train.anchors, one.train.optimizer) == (demo.batch, demo.anchors, demo.optimizer)
+        assert (one.train.anchors, one.train.optimizer) == (demo.anchors, demo.optimizer)
