@@ -30,7 +30,7 @@ REAL_KL_STEPS := $(if $(SHORT),40,140)
 REAL_DOMINO_STEPS := $(if $(SHORT),10,40)
 REAL_COUNT := $(if $(SHORT),12,48)
 
-.PHONY: install demo real real-short test gpu-check lint tables results bench paired engines clean
+.PHONY: install demo real real-short test gpu-check lint tables docs results bench paired engines clean
 
 install: .venv/installed
 
@@ -104,6 +104,10 @@ lint: install
 # The tables of pipeline/cache/README.md, from the schema that they describe.
 tables: install
 	$(BIN)/python tests/schema_tables.py
+
+# The site, in build/docs; a link that leads nowhere ends it.
+docs: install
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs -b html . build/docs
 
 # Hours, in the background: every method, objective, budget and seed, two runs at a time, each resumable; then the
 # README's tables. A run is method.objective.steps.seed; those whose report is in data/results/ are done. The target's own

@@ -230,7 +230,7 @@ def train_draft(recipe, cache, sets, out, device, init_from, sharded, as_json):
 @commands.command()
 @sweep_options
 def sweep(recipe, as_json, init_from, **chosen):
-    """Train every combination of a recipe's lists, or search among them.
+    """Train every combination of lists, or search among them.
 
     The lists are those of RECIPE's [sweep] table; with search = "optuna" in it runs are chosen by what those before
     gained. They follow one another on each device there is, and one table ends them; sweep.json and sweep.csv in --out

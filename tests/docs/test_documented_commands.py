@@ -17,14 +17,12 @@ from pathlib import Path
 import click
 import documented_table as table
 import pytest
-import torch
 from chat_server import ChatServer
 from documented_lines import PAGES, ROOT, Shown, shown_in
-from foreign_maker import compute, write_specforge
-from tiny import write_jsonl
+from documented_runs import ended, newest, with_sets
 
 from pipeline import engine_process
-from pipeline.cli import commands, main
+from pipeline.cli import commands
 from pipeline.target.chat_template import load_tokenizer
 from stages.cache_hidden import vllm_engine
 from stages.serve_check import engine_answer
@@ -45,38 +43,6 @@ def command_of(words: list[str]) -> tuple[str, click.Command, list[str]]:
     if isinstance(command, click.Group) and rest and rest[0] in command.commands:
         command, name, rest = command.commands[rest[0]], f"{name} {rest[0]}", rest[1:]
     return name, command, rest
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    """A folder with what a section may read: corpora, a cache, a run, reports, an export, another trainer's states."""
-    folder = tmp_path_factory.mktemp("documented")
-    for name in ("configs", "data"):
-        (folder / name).symlink_to(ROOT / name)
-    chats = (folder / "data/chats.jsonl").read_text().splitlines()
-    for name, first in (("few.jsonl", 0), ("chats.jsonl", 0), ("more.jsonl", 1), ("prompts.jsonl", 2)):
-        few = [
-            *chats[first:480:96],
-            *chats[480 + first :: 250],
-        ]  # held-out chats come first, 48 a domain, then 500 each
-        write_jsonl(folder / name, few)
-    sweep = (ROOT / "configs/sweep.toml").read_text()
-    (folder / "small-sweep.toml").write_text(re.sub(r'("train\.\w+" = \[[^,\]]+)[^\]]*', r"\1", sweep))
-    write_specforge(folder / "states", compute(ROOT / TARGET, 6), [1, 3, 5])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        ended(f"cache-hidden --model {TARGET} --corpus chats.jsonl --out hs_cache")
-        ended(with_sets("train-draft configs/domino.toml --cache hs_cache"))
-        ended(f"evaluate --draft {newest('runs/domino-')} --count 2 --max-new 8 --out a.json --plain plain.json")
-        ended(f"export --draft {newest('runs/domino-')} --out my-draft")
-        ended(with_sets("train-draft configs/dflash.toml --cache hs_cache"))
-        ended(f"export --draft {newest('runs/dflash-')} --out my-dflash")
-    report = json.loads((folder / "a.json").read_text())
-    report.pop("xxh3")
-    for name, seed in (("b.json", 1), ("c.json", 2)):
-        report["draft"] |= {"method": "dflash", "seed": seed, "path": f"runs/{seed}"}
-        (folder / name).write_text(json.dumps(report))
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -196,22 +162,10 @@ def with_options(words: list[str], more: str) -> list[str]:
     return [*words, *(word for pair in pairs if pair[0] not in words for word in pair)]
 
 
-def with_sets(line: str) -> str:
-    stated = set(re.findall(r"train\.\w+", line))
-    few = {key: value for key, value in table.SMALL_SETS.items() if key not in stated}
-    if "train.epochs" in stated:
-        few.pop("train.steps")
-    return line + "".join(f" --set {key}={value}" for key, value in few.items())
-
-
 def stands_for(name: str, word: str, url: str) -> str:
     """Return what a word of a command stands for."""
     word = table.WORDS_OF.get((name.split()[0], word), table.WORDS.get(word, word))
     return {"SERVER": url, "PYTHON": sys.executable}.get(word, word)
-
-
-def newest(beginning: str) -> str:
-    return str(max(Path().glob(f"{beginning}*"), key=lambda path: path.stat().st_mtime))
 
 
 def put(word: str, made: Path) -> None:
@@ -233,19 +187,6 @@ def run_command(line: Shown, words: list[str], made: Path) -> None:
     if "cache" in context.params or (name == "cache-hidden" and not writes):
         put("hs_cache", made)
     ended(shlex.join(words), table.ENDS.get(name, (0,)), line)
-
-
-def ended(typed: str, codes: tuple[int, ...] = (0,), line: Shown | None = None) -> None:
-    torch.manual_seed(0)
-    code = 0
-    try:
-        main(shlex.split(typed))
-    except SystemExit as stop:
-        code = stop.code or 0
-    shown = f"{line.page}, {line.section!r} shows: {line.text}\n" if line else ""
-    assert code in codes, (
-        f"{shown}run was: pipeline {typed}\nit ended with {code}; its message is in the captured stderr"
-    )
 
 
 def run_by_torchrun(line: Shown, words: list[str], made: Path) -> None:
