@@ -51,7 +51,7 @@ def test_each_run_has_one_line_with_its_newest_figures(rows, width):
 def test_a_low_terminal_keeps_what_runs_and_what_failed(rows):
     text = drawn(rows, 8, 80)
     assert len(text) <= 8 and [line.split()[0] for line in text[1:5]] == ["2", "3", "4", "40"]
-    assert text[-1] == "1 running, 1 failed, 37 waiting, 1 finished; 36 lines more than this terminal has"
+    assert text[-1] == "1 running, 1 failed, 37 waiting, 1 finished; 36 lines not shown"
 
 
 def test_a_log_that_a_resumed_run_cuts_off_is_read_again(tmp_path):
