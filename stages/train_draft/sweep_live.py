@@ -117,7 +117,7 @@ class LiveTable:
             table.add_row(*cells, style=STYLES[state])
         counts = Counter(state for state, _ in lines)
         text = ", ".join(f"{counts[state]} {state}" for state in IN_ORDER if counts[state])
-        more = f"; {len(lines) - len(kept)} lines more than this terminal has" if len(kept) < len(lines) else ""
+        more = f"; {len(lines) - len(kept)} lines not shown" if len(kept) < len(lines) else ""
         return Group(table, Text(f"{text}{more}", style="dim"))
 
 

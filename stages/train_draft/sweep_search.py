@@ -274,13 +274,14 @@ class Search:
         """Return the facts of every trial's run."""
         found = []
         for trial in self.trials():
-            attributes = trial.user_attrs
-            pruned = PrunedAt(**attributes["pruned"]) if "pruned" in attributes else None
+            attributes, state = trial.user_attrs, trial.state.name  # a kill may have come between the two
+            pruned = PrunedAt(**attributes["pruned"]) if state == "PRUNED" else None
+            failed = attributes.get("failed") if state == "FAIL" else None
             try:
                 run = self.planner(attributes["setting"])
             except UsageError:  # its trial failed for that, before it had a run
                 continue
-            found.append(run_facts(run, attributes.get("failed"), pruned, trial.number))
+            found.append(run_facts(run, failed, pruned, trial.number))
         return found
 
     def rows(self) -> list[Row]:
