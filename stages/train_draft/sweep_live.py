@@ -19,8 +19,8 @@ from rich.text import Text
 from pipeline.cache.atomic import write_errors
 from pipeline.runs.folder import DONE
 from pipeline.runs.run_logs import METRICS, TIMING
+from pipeline.runs.sweep_record import value_text
 from pipeline.visible_text import Grid, VisibleConsole, grid
-from stages.train_draft.sweep_settings import value_text
 
 LOG = "sweep.log"
 REFRESHES = 2  # a second

@@ -24,7 +24,7 @@ import torch
 from pipeline.cache.atomic import process_lock, try_lock, write_errors
 from pipeline.errors import UsageError
 from pipeline.runs.folder import run_lock
-from pipeline.runs.sweep_record import PrunedAt, SearchFacts
+from pipeline.runs.sweep_record import PrunedAt, SearchFacts, setting_text
 from pipeline.tensors import free_cached_memory
 from pipeline.visible_text import print_visible, visible
 from stages.train_draft.logs import Display, summary
@@ -35,7 +35,7 @@ from stages.train_draft.sweep_figures import Facts, run_facts
 from stages.train_draft.sweep_live import Row
 from stages.train_draft.sweep_plan import PlannedRun, Planner
 from stages.train_draft.sweep_processes import ends_all, failure
-from stages.train_draft.sweep_settings import Axis, Range, Setting, SweepFile, setting_text
+from stages.train_draft.sweep_settings import Axis, Range, Setting, SweepFile
 from stages.train_draft.training_run import TrainingRun
 
 if TYPE_CHECKING:
