@@ -15,7 +15,8 @@ from pipeline.cache.plan import Plan
 from pipeline.cache.reader import HiddenCache
 from pipeline.cache.schema import ColumnManifest, read_log
 from pipeline.errors import UsageError
-from pipeline.visible_text import grid, shows_styles, visible, visible_lines
+from pipeline.visible_tables import grid, shows_styles
+from pipeline.visible_text import visible, visible_lines
 
 TOKENIZER = "tokenizer.json"
 LISTED = 20  # shards that are not captured yet, or foreign files, before the rest is only counted
