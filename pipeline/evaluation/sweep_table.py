@@ -6,7 +6,8 @@ from pathlib import Path
 from rich.console import Group
 from rich.text import Text
 
-from pipeline.visible_text import grid, visible
+from pipeline.visible_tables import grid
+from pipeline.visible_text import visible
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 NOTE = (

@@ -20,7 +20,7 @@ from pipeline.cache.atomic import write_errors
 from pipeline.runs.folder import DONE
 from pipeline.runs.run_logs import METRICS, TIMING
 from pipeline.runs.sweep_record import value_text
-from pipeline.visible_text import Grid, VisibleConsole, grid
+from pipeline.visible_tables import Grid, VisibleConsole, grid
 
 LOG = "sweep.log"
 REFRESHES = 2  # a second
