@@ -3,9 +3,9 @@
     python docs/transcript.py                 minutes, on two cores
     python docs/transcript.py --samples 60 --steps 4 --out FILE      to try this script
 
-Commands run in a folder of their own, as the page's reader would type them in the repository. Of longer outputs the first
-and the last lines are kept; of a line of progress that is written over, the last state. The folder's own path is left out.
-Commands that this version does not have are passed over.
+Commands run in a folder of their own, as the page's reader would type them in the repository. Of longer outputs the
+first and the last lines are kept; of a line of progress that is written over, the last state. The folder's own path is
+left out. Commands that this version does not have are passed over.
 """
 
 import argparse
