@@ -41,20 +41,9 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# The whole truth in minutes, without a GPU or a network: plan, cache, verify, train, decode, one table. Drafts this small
-# gain nothing from a second thread, so the methods share the cores with one thread each.
+# The whole truth in minutes, without a GPU or a network: plan, cache, verify, train, decode, a table and a page.
 demo: install
-	$(PIPELINE) plan --model $(TARGET) --out $(CACHE)
-	$(PIPELINE) cache-hidden --model $(TARGET) --out $(CACHE)
-	$(PIPELINE) verify $(CACHE)
-	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs 3 $(METHODS:%=demo-%)
-	$(PIPELINE) report $(METHODS:%=build/demo/%.json)
-
-# Ctrl-C is for the command, whose last words sed still passes on.
-demo-%: named = 2>&1 | (trap '' INT TERM; sed -u 's/^/$*: /')
-demo-%: install
-	$(PIPELINE) train-draft configs/demo.toml --set draft.method=$* --cache $(CACHE) --out build/demo/$* $(named)
-	$(PIPELINE) evaluate --draft build/demo/$* --out build/demo/$*.json $(named)
+	$(PIPELINE) quickstart --out build
 
 # The whole path on a model that nobody here made: Gemma 3 270M, from the package registry, under its own terms. Hours in
 # the background, to be stopped whenever one likes; `make real-short` takes 20 minutes. Replies are the target's own,
@@ -174,8 +163,7 @@ requirements := from importlib.metadata import requires; import re; \
     if "extra ==" not in line and re.match("[A-Za-z0-9_.-]+", line)[0] not in left_out), sep="\n")
 
 engines: install $(ENGINE)/installed
-	$(PIPELINE) cache-hidden --model $(TARGET) --out $(CACHE)
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs 2 demo-dflash demo-dspark
+	$(PIPELINE) quickstart --out build --methods dflash,dspark
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory $(SERVED:%=build/engines/%.json)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_vllm.py --python $(ENGINE)/bin/python --kills 8
 

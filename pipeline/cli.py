@@ -230,13 +230,13 @@ def train_draft(recipe, cache, sets, out, device, init_from, sharded, as_json):
 @commands.command()
 @sweep_options
 def sweep(recipe, as_json, init_from, **chosen):
-    """Train every combination of a recipe's lists.
+    """Train every combination of lists, or search among them.
 
-    The lists are those of RECIPE's [sweep] table; the runs follow one another on each device there is, and one table
-    ends them. All are checked before the first begins. The same command goes on after any stop; finished runs stay as
-    they are.
+    The lists are those of RECIPE's [sweep] table; with search = "optuna" in it runs are chosen by what those before
+    gained. They follow one another on each device there is, and one table ends them; sweep.json and sweep.csv in --out
+    hold it. A run that fails ends no other. The same command goes on after any stop; finished runs stay as they are.
     """
-    from pipeline.evaluation.tables import sweep_table
+    from pipeline.evaluation.sweep_table import sweep_table
     from stages.train_draft.sweep import sweep
 
     with only_json(as_json):
@@ -244,7 +244,10 @@ def sweep(recipe, as_json, init_from, **chosen):
     show(report, as_json, sweep_table)
     failed = [run for run in report["runs"] if run["failed"]]
     if failed:
-        raise ProofError(f"{len(failed)} of {len(report['runs'])} runs failed, the first {failed[0]['run']}")
+        first = failed[0]
+        raise ProofError(
+            f"{len(failed)} of {len(report['runs'])} runs failed, the first {first['run']}: {first['failed']}"
+        )
 
 
 @commands.group()

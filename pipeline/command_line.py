@@ -21,6 +21,7 @@ from pipeline import torchrun
 from pipeline.errors import PipelineError, limit_error
 from pipeline.examples import example_of
 from pipeline.nearest_name import did_you_mean
+from pipeline.secret_masking import masked
 from pipeline.standard_streams import check_standard_output, protect_standard_streams
 from pipeline.visible_text import VisibleConsole, print_visible, visible, visible_lines
 
@@ -31,6 +32,7 @@ NOTHING_WRITTEN = "nothing was written, and the same command starts again"
 AFTER_INTERRUPT = dict.fromkeys(("inspect", "recipe", "export", "check-export", "report"), NOTHING_WRITTEN)
 AFTER_INTERRUPT["regenerate"] = "every reply so far is kept, and the same command asks for the others"
 AFTER_INTERRUPT["serve-check"] = "the engine is ended, no report was written, and the same command starts again"
+AFTER_INTERRUPT["watch"] = "what was watched goes on"
 AFTER_INTERRUPT["doctor"] = "nothing is left of its checks, and the same command starts again"
 AFTER_INTERRUPT["evaluate"] = "no report was written, and the same command starts again"  # --plain may have its replies
 
@@ -150,11 +152,11 @@ def run_and_exit(commands: click.Group, arguments: list[str]) -> None:
 
 def _print_bug(kind, error, trace):
     """Print an unexpected error as one line; Python then exits with 1."""
-    print_visible(f"bug: {kind.__name__}: {visible(error)} (the trace: `pipeline --debug ...`)", err=True)
+    print_visible(f"bug: {kind.__name__}: {visible(masked(error))} (the trace: `pipeline --debug ...`)", err=True)
 
 
 def _print_traceback(kind, error, trace):
-    print_visible("".join(traceback.format_exception(kind, error, trace)), err=True)
+    print_visible(masked("".join(traceback.format_exception(kind, error, trace))), err=True)
 
 
 _format_warning = warnings.formatwarning
@@ -179,8 +181,8 @@ def _print_once(line: str, code: int, debug: bool) -> int:
 
 def _print_error(line: str, code: int, debug: bool) -> int:
     if debug:
-        print_visible(traceback.format_exc(), err=True)
-    print_visible(visible(line), err=True)
+        print_visible(masked(traceback.format_exc()), err=True)
+    print_visible(visible(masked(line)), err=True)
     return code
 
 

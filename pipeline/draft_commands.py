@@ -9,10 +9,11 @@ import click
 from click import IntRange, argument, option
 
 from pipeline.command_line import CacheCommand, show
-from pipeline.completion import SHELLS, script
+from pipeline.completion import SHELLS, complete_methods, script
 from pipeline.errors import UsageError
 from pipeline.options import (
     AS_JSON,
+    EXISTING,
     FOLDER,
     PATH,
     REPORT,
@@ -20,6 +21,7 @@ from pipeline.options import (
     doctor_options,
     evaluate_options,
     serve_check_options,
+    watch_options,
 )
 from pipeline.visible_text import VisibleConsole, print_visible, visible
 
@@ -102,37 +104,52 @@ def serve_check(folder, as_json, **chosen):
 
 
 @click.command(cls=CacheCommand)
-@argument("reports", type=REPORT, nargs=-1, required=True)
+@argument("paths", type=EXISTING, nargs=-1, required=True)
+@option("--page", type=PATH, metavar="FILE", help="Write an HTML page of it all.  [default: report.html for folders]")
 @option("--markdown", is_flag=True, help="Print the table as Markdown.")
 @option("--forced", is_flag=True, help="Add the teacher-forced accept lengths.")
 @option("--plot", "drawing", type=PATH, metavar="FILE", help="Draw accept length by training steps, too: .svg or .png.")
 @option("--against", multiple=True, type=REPORT, help="Compare with this one, prompt by prompt; one a seed.")
 @AS_JSON
-def report(reports, markdown, forced, drawing, against, as_json):
-    """Put evaluation reports of one target side by side.
+def report(paths, page, markdown, forced, drawing, against, as_json):
+    """Put drafts of one target side by side.
 
-    Runs that differ only in their seed become one column, and one mark of a plot. With --against a draft is a row: how
-    far it is ahead of that baseline over the same prompts, and after how many steps it would have reached it.
+    PATHS are reports of `evaluate --out`, runs, sweeps and caches. Reports make a table: runs that differ only in their
+    seed become one column, and one mark of a plot. With --against a draft is a row: how far it is ahead of that
+    baseline over the same prompts, and after how many steps it would have reached it. The page shows reports and what
+    they are of: training, samples of replies, the cache. It is one file, which needs no network and runs no script.
     """
     from pipeline.evaluation.tables import against_baseline, comparison
 
+    reports = [path for path in paths if not path.is_dir()]
+    if not reports and (markdown or forced or drawing or against or as_json):
+        raise UsageError("--markdown, --forced, --plot, --against, --json are of reports of `evaluate --out`; name one")
     if against and forced:
         raise UsageError("--forced adds rows to the table of domains, which --against replaces; leave one out")
     if as_json and (markdown or forced):
         raise UsageError("--markdown and --forced are of tables, and --json prints none; leave one out")
+    table = None
     if as_json:
         from pipeline.evaluation.report_json import report_figures
 
         table = report_figures(reports, against)
-    else:
+    elif reports:
         table = against_baseline(reports, against, markdown) if against else comparison(reports, markdown, forced)
     if drawing:
         from pipeline.evaluation.plot import plot
 
         plot(reports, drawing)
+    if page or len(reports) < len(paths):
+        from pipeline.report_page import write_page
+
+        page = page or Path("report.html")
+        write_page(paths, page, against)
     if as_json:
-        return show(table, as_json, None)
-    print_visible(table) if markdown else VisibleConsole().print(table)
+        return show(table | {"page": str(page)} if page else table, as_json, None)
+    if table is not None:
+        print_visible(table) if markdown else VisibleConsole().print(table)
+    if page:
+        print_visible(f"page: {visible(page)}")
 
 
 @click.command(cls=CacheCommand)
@@ -162,6 +179,23 @@ def doctor(run, cache, python, target, export, device_memory, as_json):
 
 
 @click.command(cls=CacheCommand)
+@watch_options
+def watch(path, every, once, as_json):
+    """Show the progress of a run, a sweep or a capture.
+
+    PATH is the folder of a run, of a sweep's runs, or a cache that is being captured; it may come to be there later.
+    Call it in another terminal, or on another machine that shares the disk: nothing is written and no lock is taken.
+    Ends with 0 once all is finished.
+    """
+    from stages.watch.run import Watched
+    from stages.watch.run import watch as watch_until_finished
+
+    if as_json:
+        return show(Watched(path).facts(), as_json, None)
+    watch_until_finished(path, every, once)
+
+
+@click.command(cls=CacheCommand)
 @argument("shell", type=Choice(SHELLS))
 def completion(shell):
     """Print the script that completes our commands in a shell.
@@ -176,4 +210,24 @@ def completion(shell):
     click.echo(script(click.get_current_context().parent.command, shell))
 
 
-DRAFT_COMMANDS = (evaluate, export, check_export, serve_check, report, doctor, completion)
+@click.command(cls=CacheCommand)
+@option("--out", type=FOLDER, default="quickstart", help="The folder for all of it.")
+@option(
+    "--methods",
+    shell_complete=complete_methods,
+    help="Drafts to train, such as dflash,domino.  [default: all]",
+)
+@AS_JSON
+def quickstart(out, methods, as_json):
+    """Go the whole way on the bundled target, in minutes.
+
+    Without a GPU or a network: plan, cache, verify, train a draft of each method, evaluate them, and put them side by
+    side in a table and on a page. Every command is printed as you would type it. Stop it whenever you like: the same
+    command goes on.
+    """
+    from stages.quickstart.run import run
+
+    run(out, methods, as_json)
+
+
+DRAFT_COMMANDS = (evaluate, export, check_export, serve_check, report, watch, doctor, quickstart, completion)

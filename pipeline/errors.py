@@ -54,6 +54,10 @@ class RoomError(PipelineError):
     code = 5
 
 
+class DiskError(RoomError):
+    """No room on a disk, or no right to write to it: whatever else is to be written there fails, too. Exit code 5."""
+
+
 def first_line(error: object, most: int | None = 160) -> str:
     """Return the first line of an error's message, `most` characters of it; its type's name where it says nothing."""
     return str(error).strip().split("\n")[0][:most] or type(error).__name__

@@ -1,7 +1,8 @@
 """The example that ends each command's help. All work as pasted in the repository, on the bundled target, in this
 order: a command takes what those before it made in build/example. `tests/test_examples.py` runs them.
 
-Two need what the repository does not hold: another trainer's states, and an engine (`make engines`)."""
+Two need what the repository does not hold: another trainer's states, and an engine (`make engines`); `quickstart` takes
+minutes."""
 
 CAPTURE = "--model data/tiny-qwen3 --max-samples 520 --out build/example/cache"
 
@@ -29,7 +30,9 @@ EXAMPLES = {
     "check-export": "check-export build/example/draft",
     "serve-check": "serve-check build/example/draft --count 4 --max-new 16",
     "report": "report build/example/report.json",
+    "watch": "watch build/example/run --once",
     "doctor": "doctor build/example/cache",
+    "quickstart": "quickstart --out build",
     "completion": "completion bash",
 }
 

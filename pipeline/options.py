@@ -28,6 +28,7 @@ class FolderPath(click.Path):
 
 FOLDER = FolderPath(file_okay=False, path_type=Path)
 REPORT = click.Path(exists=True, dir_okay=False, path_type=Path)
+EXISTING = click.Path(exists=True, path_type=Path)
 
 
 class Choice(click.Choice):
@@ -253,7 +254,7 @@ sweep_options = together(
     click.argument("recipe", type=PATH),
     option("--cache", type=FOLDER, default="hs_cache", help="The cache to train from."),
     SET,
-    option("--out", type=FOLDER, help="The folder for the runs' folders.  [default: runs]"),
+    option("--out", type=FOLDER, help="The folder for sweep.json and the runs' folders.  [default: in runs]"),
     DEVICE,
     option("--devices", metavar="A,B", help="Train on each of these at once.  [default: every CUDA device]"),
     option("--jobs", type=IntRange(1), default=1, help="Runs at once on each device."),
@@ -311,4 +312,12 @@ doctor_options = together(
     option("--export", type=FOLDER, help="Compare this published folder with RUN."),
     option("--device-memory", metavar="SIZE", help="A GPU's, such as 24GiB: does a step of RUN fit?"),
     option("--json", "as_json", is_flag=True, help="Print the findings as JSON."),
+)
+
+# Of `watch`.
+watch_options = together(
+    click.argument("path", type=PATH),
+    option("--every", type=FloatRange(0.1), default=1.0, metavar="SECONDS", help="How often to look."),
+    option("--once", is_flag=True, help="Print one frame and end."),
+    option("--json", "as_json", is_flag=True, help="Print the facts of one frame as JSON."),
 )

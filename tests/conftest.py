@@ -17,7 +17,11 @@ import torch
 from cache_maker import CAPTURE
 from tiny import conversations, save_target, write_jsonl
 
-hypothesis.settings.register_profile("long", max_examples=10_000)  # --hypothesis-profile long
+# An example may take long on a busy machine: no test is of time.
+TIMELESS = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("suite", **TIMELESS)
+hypothesis.settings.register_profile("long", max_examples=10_000, **TIMELESS)  # --hypothesis-profile long
+hypothesis.settings.load_profile("suite")
 
 
 def pytest_addoption(parser):

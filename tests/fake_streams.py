@@ -11,6 +11,7 @@ and an access that may come before one it must come after is a race. Three kinds
 
 import contextlib
 import threading
+import time
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -118,18 +119,24 @@ class Stream:
 
 
 class Event:
-    def __init__(self):
+    def __init__(self, enable_timing: bool = False):
         self.after: str | None = None
+        self.at = 0.0
         self.clock: Clock = {}
 
     def record(self, stream: Stream) -> None:
         self.after, self.clock = stream.name, dict(order.known[stream.name])
+        self.at = time.perf_counter()
         journal.append(f"event after {stream.name}")
 
     def synchronize(self) -> None:
         assert self.after, "nothing was recorded: this waits for nothing"
         journal.append(f"{threading.current_thread().name} waits for {self.after}")
         order.learn(_host(), self.clock)
+
+    def elapsed_time(self, end: "Event") -> float:
+        """Return milliseconds, as CUDA does."""
+        return (end.at - self.at) * 1000
 
 
 def current_stream(*_) -> Stream:

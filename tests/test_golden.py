@@ -30,11 +30,11 @@ from pipeline.drafts import (
     pack,
 )
 from pipeline.drafts.draft import Loss
+from pipeline.evaluation.decode import speculative_decode
 from pipeline.published import load_draft_folder
 from pipeline.target.head import TargetHead
 from pipeline.target.loading import load_target
 from pipeline.target.model import head_of
-from stages.evaluate.decode import speculative_decode
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden" / "reference"))
 CASES = sorted(path.stem for path in GOLDEN.glob("*.json") if path.with_suffix(".safetensors").exists())

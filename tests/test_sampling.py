@@ -21,10 +21,10 @@ from torch import nn
 
 from pipeline.drafts import DRAFTS, Proposal, draft_config
 from pipeline.errors import ProofError, UsageError
+from pipeline.evaluation import decode
+from pipeline.evaluation.decode import SamplingOptions, prompt_generator, rejection_sample, speculative_decode
 from pipeline.target.model import head_of
 from pipeline.tensors import draw, uniforms
-from stages.evaluate import decode
-from stages.evaluate.decode import SamplingOptions, prompt_generator, rejection_sample, speculative_decode
 from stages.evaluate.lossless import check_quantiles, plain_decode, token_quantiles
 
 V, MASK, STOP = 4, 2, 3

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.evaluate import decode
+from pipeline.evaluation import decode
 
 ROUNDING = 2**10  # steps of a type at the largest logit; 8 were measured, a fault shows in millions
 

@@ -22,7 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.cache.layout import FOLDERS, SCRATCH, SHARDS
-from pipeline.errors import MEMORY, CacheError, RoomError, read_error
+from pipeline.errors import MEMORY, CacheError, DiskError, RoomError, read_error
+from pipeline.size_text import size_text
 
 QUIET_WAIT_S = 3.0  # a longer wait for another process is printed
 POLL_S = 0.5
@@ -56,14 +57,6 @@ REMEDIES = {
 }
 
 
-def size_text(count: int) -> str:
-    """Format a number of bytes: `1.5 GiB`, `20.0 MiB`."""
-    for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB")):
-        if count >= unit:
-            return f"{count / unit:.1f} {name}"
-    return f"{max(count, 0) / 1024:.1f} KiB"
-
-
 @contextlib.contextmanager
 def write_errors(where: Path, what: str, need: int = 0) -> Iterator[None]:
     """Raise RoomError for an OSError of a full disk, a read-only folder or an exhausted limit.
@@ -75,7 +68,8 @@ def write_errors(where: Path, what: str, need: int = 0) -> Iterator[None]:
     except OSError as error:
         if error.errno not in REMEDIES:
             raise
-        raise RoomError(_write_error_message(where, what, need, error)) from error
+        kind = RoomError if error.errno == errno.ENOMEM else DiskError
+        raise kind(_write_error_message(where, what, need, error)) from error
 
 
 @contextlib.contextmanager

@@ -71,6 +71,7 @@ def _columns(shards: list[dict[str, ColumnManifest]], plan: Plan) -> list[dict]:
         size = sum(fact.size for manifest in manifests for file, fact in manifest.files.items() if file != SAMPLES)
         tokens = sum(plan.shards[manifest.shard].rows for manifest in manifests)
         errors = [manifest.facts.probe.error for manifest in manifests if manifest.facts.probe]
+        certified = [found.error for manifest in manifests if (found := manifest.facts.certificate)]
         described.append(
             {
                 **dict(sorted(manifests[0].spec.as_dict().items())),
@@ -79,6 +80,7 @@ def _columns(shards: list[dict[str, ColumnManifest]], plan: Plan) -> list[dict]:
                 "bytes": size,
                 "token_bytes": size / tokens,
                 "probe": max(errors, default=None),
+                "certificate": max((error for error in certified if error is not None), default=None),
             }
         )
     return described

@@ -100,7 +100,8 @@ class BlockDraft(Backbone, Draft):
         hidden_NSD = self.hidden(cell, blocks)
         z_NSU, out_VU = self.correction(hidden_NSD, blocks.prev_NS) or (None, None)
         chunk = self.blocks_per_chunk(hidden_NSD)
-        total = HeadLoss.apply(hidden_NSD, z_NSU, out_VU, self.head, objective, chunk)
+        with self.clock.phase("head"):
+            total = HeadLoss.apply(hidden_NSD, z_NSU, out_VU, self.head, objective, chunk)
         terms, per_slot = objective.numerators, objective.slot_values()
         if learned is not blocks:
             per_slot = missed(per_slot, learned.scored_NS)

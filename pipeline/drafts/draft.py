@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.drafts.blocks import Blocks, Cell
 from pipeline.drafts.config import DraftConfig, default_gamma
+from pipeline.drafts.step_clock import StoppedClock
 from pipeline.errors import UsageError
 from pipeline.target.head import NEWEST, TargetHead
 
@@ -137,6 +138,7 @@ class Draft(nn.Module, ABC):
     fused_matrices: ClassVar[tuple[str, ...]] = ()  # linear modules that are several matrices in one, as a GRU's are
     recomputes_layers: bool = False  # whether a gradient computes a backbone's layers again; methods without one do not
     chunk_rule: int = NEWEST  # the rule of `target/head.py` that sizes the chunks of logits
+    clock: StoppedClock = StoppedClock()  # told what a loss is doing; a training puts a running one here
     config: DraftConfig
     target: TargetHead
 

@@ -11,6 +11,7 @@ differs from the greedy one of the stored `final`.
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -284,6 +285,11 @@ def _figures(spans: Sequence[Span], seed: int) -> dict:
     }
 
 
+def replies_of(spans: Iterable[Span]) -> list[list[int]]:
+    """Return each reply's sample, first row, tokens and calls, so that drafts can be compared on the same replies."""
+    return [[span.sample, span.start, sum(span.lengths), len(span.lengths)] for span in spans if span.lengths]
+
+
 def gains_within(lengths: Sequence[int], max_new: int) -> list[int]:
     """Return what an engine gains in the calls of a reply, given what `Decoded.lengths` says of them.
 
@@ -314,9 +320,12 @@ def engine_accept_length(replies: Iterable[tuple[Sequence[int], Sequence[int]]],
     return 1 + accepted / calls if calls else None
 
 
+@lru_cache(maxsize=8)  # a report draws the same ones for every domain, slot and draft
 def resamples(count: int, seed: int) -> np.ndarray:
-    """Return how often each of `count` prompts, at least one, is in each resample of as many [B, n]."""
-    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    """Return how often each of `count` prompts, at least one, is in each resample of as many [B, n]; read-only."""
+    drawn_Bn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    drawn_Bn.setflags(write=False)
+    return drawn_Bn
 
 
 def bootstrap(tokens_n: np.ndarray, calls_n: np.ndarray, seed: int) -> list[float]:

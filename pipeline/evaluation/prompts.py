@@ -4,10 +4,11 @@ A line has `messages` (rendered with the target's chat template; a last reply is
 or `input_ids`, and may name its `domain`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,7 +19,10 @@ from pipeline.evaluation.accept_length import reply_spans
 from pipeline.json_files import parse_json, read_file
 from pipeline.runs.training_data import stratified_subset
 from pipeline.target.chat_template import ChatTemplate, load_tokenizer
-from pipeline.target.files import TEMPLATE_DATE
+from pipeline.target.files import TEMPLATE_DATE, max_positions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MOST_BYTES = 1 << 30  # of a file of prompts
 KINDS = ("messages", "prompt", "input_ids")
@@ -85,9 +89,13 @@ def _parse(line: str, location: str, target: Path, template: Callable[[], ChatTe
     if len(kinds) != 1:
         raise DataError(f"{location} has {' and '.join(kinds) or 'none'} of {', '.join(KINDS)}; give exactly one")
     ids = _ids(kinds[0], row[kinds[0]], location, target, template)
+    return _checked(ids, kinds[0], str(row.get("domain", "")), location)
+
+
+def _checked(ids: Iterable[int], kind: str, domain: str, location: str) -> Prompt:
     if not ids or not all(type(token) is int and token >= 0 for token in ids):
-        raise DataError(f"{location}: `{kinds[0]}` gives no list of token ids; correct or remove the line")
-    return Prompt(ids, str(row.get("domain", "")), location)
+        raise DataError(f"{location}: `{kind}` gives no list of token ids; correct or remove it")
+    return Prompt(ids, domain, location)
 
 
 def _ids(kind: str, given, location: str, target: Path, template: Callable[[], ChatTemplate]) -> Iterable[int]:
@@ -100,9 +108,7 @@ def _ids(kind: str, given, location: str, target: Path, template: Callable[[], C
             given = given[:-1]
         return template().prompt_ids(given)
     except (Unusable, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{location}: the chat template cannot render `messages` ({error}); correct the line"
-        ) from error
+        raise DataError(f"{location}: the chat template cannot render `messages` ({error}); correct them") from error
 
 
 @cache
@@ -111,3 +117,28 @@ def _tokenizer(target: Path):
         return load_tokenizer(target)
     except UsageError as error:
         raise UsageError(f"{str(error).split('; ')[0]}; or give the prompts as `input_ids`") from error
+
+
+def typed_prompt(given: str | list, target: Path) -> Prompt:
+    """Return the prompt that a program gives: what a user says, messages, or token ids. DataError for anything else.
+
+    target: the folder of the target's tokenizer and chat template.
+    """
+    kind = "messages" if given and isinstance(given, list) and isinstance(given[0], dict) else "input_ids"
+    if isinstance(given, str):
+        kind, given = "messages", [{"role": "user", "content": given}]
+    return _checked(_ids(kind, given, "the prompt", target, lambda: ChatTemplate(target)), kind, "", "the prompt")
+
+
+def check_context_length(target: "PreTrainedModel", asked: Sequence[Prompt], max_new: int, proposals: int) -> None:
+    """Refuse prompts that, with a reply and a block past its end, exceed the target's context, and unknown ids."""
+    config = target.config.get_text_config()
+    most, why = max_positions(config.to_dict())
+    for prompt in asked:
+        if most is not None and len(prompt.ids) + max_new + proposals > most:
+            raise UsageError(
+                f"{prompt.name}: {len(prompt.ids)} tokens, {max_new} new ones and a block of {proposals} exceed the "
+                f"target's {most}{why}; lower --max-new or leave that prompt out"
+            )
+        if max(prompt.ids) >= config.vocab_size:
+            raise UsageError(f"{prompt.name}: token {max(prompt.ids)} is outside the target's {config.vocab_size}")

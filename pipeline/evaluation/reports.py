@@ -24,6 +24,7 @@ from pydantic import FailFast, Field, ValidationError
 from pipeline.drafts import DRAFTS
 from pipeline.errors import UsageError, cause_of
 from pipeline.evaluation.accept_length import Figures, bootstrap, resamples
+from pipeline.evaluation.reply_text import ReplyText
 from pipeline.json_files import (
     MAX_BYTES,
     Count,
@@ -181,6 +182,7 @@ class Report(Record):
     teacher_forced: Annotated[dict[str, Number], FailFastDict] = Field(
         description="teacher-forced accept length by domain"
     )
+    replies: list[ReplyText] = Field(default_factory=list, description="some of the greedy replies, as text")
 
     @property
     def verified_proposals(self) -> int:

@@ -1,5 +1,4 @@
-"""Tables of several evaluations, as rich renderables or Markdown: side by side, drafts compared with a baseline, and a
-sweep's runs."""
+"""Tables of several evaluations, as rich renderables or Markdown: side by side, and drafts compared with a baseline."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -183,42 +182,6 @@ def paired_ratio(members: list[Report], base: list[Report]) -> dict | None:
         "interval": [float(low), float(high)],
         "by_seed": by_seed,
     }
-
-
-def sweep_table(report: dict) -> Group:
-    """Return a sweep's report, best first: its settings pooled over seeds, where there are several, then its runs."""
-    runs, pooled = report["runs"], report["pooled"]
-    parts = []
-    if len(pooled) < len(runs):
-        table = grid(*_swept(pooled), ">accept length", ">95 %", ">seeds", ">lowest - highest")
-        for fact in pooled:
-            lengths, of = fact["seeds"], "" if fact["measured"] == fact["runs"] else f" of {fact['runs']}"
-            spread = f"{min(lengths):.2f} - {max(lengths):.2f}" if lengths else "-"
-            table.add_row(*map(str, fact["setting"].values()), *_measured(fact), f"{fact['measured']}{of}", spread)
-        parts += [table, ""]
-    table = grid(*_swept(runs), ">accept length", ">95 %", ">steps", ">parameters", "run")
-    for fact in runs:
-        parameters = "-" if fact["parameters"] is None else f"{fact['parameters']:,}"
-        setting = map(str, fact["setting"].values())
-        table.add_row(*setting, *_measured(fact), f"{fact['steps']:,}", parameters, fact["run"])
-    note = (
-        "accept length on held-out samples, without the target: tokens gained per target call, the target's own "
-        "included; 95 % intervals over replies, which say nothing of how far seeds differ"
-    )
-    lines = [Text(visible(f"{fact['run']}: {fact['failed']}"), style="red") for fact in runs if fact["failed"]]
-    return Group(*parts, table, "", *lines, Text(note, style="dim"))
-
-
-def _swept(facts: list[dict]) -> list[str]:
-    """The heads of a sweep's own columns: its fields, without their sections."""
-    return [key.partition(".")[2] for key in facts[0]["setting"]]
-
-
-def _measured(fact: dict) -> tuple[str, str]:
-    if fact["accept_len"] is None:
-        return "failed" if fact.get("failed") else "-", "-"
-    low, high = fact["interval"]
-    return f"{fact['accept_len']:.2f}", f"{low:.2f} - {high:.2f}"
 
 
 def _speedup(reports: list[Report]) -> str:

@@ -45,6 +45,7 @@ from pipeline.json_files import (
 from pipeline.runs.checkpoint import CONFIG, DRAFT, STATE, checkpoint_folder, open_checkpoint
 from pipeline.runs.recipe import MAX_BYTES, Recipe, Resolved, load_recipe
 from pipeline.runs.training_data import Split
+from pipeline.secret_masking import masked_command
 from pipeline.target.head import NEWEST, RULES
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def create_or_check(
         head_chunk=NEWEST,
         rope_scaling=scaling and RopeScaling(**scaling.as_config()),
         machine=machine,
-        command=sys.argv,
+        command=masked_command(sys.argv),
     )
     if not (run / RECIPE).exists():
         marker = next((name for name in OTHER_FOLDERS if (run / name).is_file()), None)
@@ -213,7 +214,9 @@ def chunk_rule(run: Path) -> int:
 
 
 def _flat(recipe: dict) -> dict:
-    return {f"{section}.{field}": value for section, fields in recipe.items() for field, value in fields.items()}
+    """Return the fields of a recipe by "section.field", without the trackers, which may differ from start to start."""
+    flat = {f"{section}.{field}": value for section, fields in recipe.items() for field, value in fields.items()}
+    return {name: value for name, value in flat.items() if name != "train.track"}
 
 
 def write_run(run: Path, record: RunRecord, recipe: str) -> None:

@@ -41,6 +41,7 @@ from pipeline.runs.training_data import check_final, layers_to_read, resolve_mas
 # TOML has only lists; everything else keeps the type that was written.
 Layers = Annotated[tuple[int, ...], Field(strict=False, min_length=1)]
 LayerTypes = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(strict=False)]
 STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -134,6 +135,7 @@ class TrainSection(BaseModel):
     heldout: float = Field(0.05, ge=0, lt=1)  # share of the prompts held out where the corpus does not say
     save_every: PositiveInt | None = None  # a tenth of the steps, at most 500
     keep: PositiveInt = 2  # checkpoints
+    track: Trackers = ()  # what shows the figures, too; no part of what a run is, and may change
 
 
 class Recipe(BaseModel):
@@ -145,9 +147,10 @@ class Recipe(BaseModel):
     train: TrainSection = TrainSection()
 
     def _written(self) -> dict[str, dict]:
-        """Return what is written of each section: no None, and no echo of 1, so that recipes of before there was echo
-        keep their digest, and with it their runs' names and checkpoints."""
+        """Return what is written of each section: what decides the draft, and so no trackers; no None, and no echo of
+        1, so that recipes of before there was echo keep their digest, and with it their runs' names and checkpoints."""
         sections = self.model_dump(exclude_none=True)
+        del sections["train"]["track"]
         if self.train.echo == 1:
             del sections["train"]["echo"]
         return sections

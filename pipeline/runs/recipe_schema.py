@@ -6,6 +6,7 @@ sizes): what it flags is refused, and what it accepts may still be refused.
 
 import inspect
 import re
+from collections.abc import Iterable
 
 from pydantic import BaseModel
 
@@ -31,22 +32,29 @@ def recipe_schema() -> dict:
 
 
 def sweep_schema() -> dict:
-    """Return the schema of a sweep: a recipe, and lists of values of its fields, by "section.field" or by section."""
+    """Return the schema of a sweep: a recipe, and lists of values of its fields, by "section.field" or by section; of
+    fields that change together; and what a search chooses, which may be a range."""
     schema = recipe_schema()
-    lists, nested = {}, {}
-    for section, of_section in schema["properties"].items():
-        of_field = {
-            name: {"type": "array", "items": field, "minItems": 1, "uniqueItems": True}
-            for name, field in of_section["properties"].items()
-        }
-        lists |= {f"{section}.{name}": values for name, values in of_field.items()}
-        nested[section] = {"type": "object", "properties": of_field, "additionalProperties": False}
+    fields = {
+        f"{section}.{name}": field
+        for section, of_section in schema["properties"].items()
+        for name, field in of_section["properties"].items()
+    }
+    paired = {
+        "description": "Lists of one length: entry i of each together.",
+        "type": "object",
+        "properties": _by_either_name(fields, "list of {}"),
+        "additionalProperties": False,
+        "minProperties": 1,
+    }
+    choices = _by_either_name(fields, "values of {}")
     schema["properties"]["sweep"] = {
         "description": "A list of values for each field that varies; the last varies fastest.",
         "type": "object",
-        "properties": lists | nested,
+        "properties": SEARCH | {"paired": paired} | choices,
         "additionalProperties": False,
         "minProperties": 1,
+        "dependencies": {"search": ["trials"], "trials": ["search"], "seed": ["search"], "prune": ["search"]},
     }
     of_draft = schema["properties"]["draft"]  # a list may give what its rules ask of, or another method
     for rules in ("allOf", "dependencies"):
@@ -55,7 +63,51 @@ def sweep_schema() -> dict:
         "title": "Sweep",
         "description": "A recipe and the lists of its fields' values: pipeline sweep RECIPE.",
         "required": ["sweep"],
+        "definitions": {f"list of {name}": _list(field) for name, field in fields.items()}
+        | {f"values of {name}": _list_or_range(name, field) for name, field in fields.items()},
     }
+
+
+SEARCH = {
+    "search": {"description": "Choose settings by what those before gained; left out: a grid.", "enum": ["optuna"]},
+    "trials": {"description": "Settings that a search tries.", "type": "integer", "exclusiveMinimum": 0},
+    "seed": {"description": "Of a search's sampler.", "type": "integer", "minimum": 0, "default": 0},
+    "prune": {
+        "description": "Give up a run whose accept length is below the median of the others' at the same step.",
+        "type": "boolean",
+        "default": True,
+    },
+}
+
+
+def _by_either_name(fields: Iterable[str], definition: str) -> dict:
+    """Return a reference to each field's definition, by "section.field" and by section."""
+    by_name = {name: {"$ref": f"#/definitions/{definition.format(name)}"} for name in fields}
+    nested: dict[str, dict] = {}
+    for name, reference in by_name.items():
+        section, _, field = name.partition(".")
+        of_section = {"type": "object", "properties": {}, "additionalProperties": False}
+        nested.setdefault(section, of_section)["properties"][field] = reference
+    return by_name | nested
+
+
+def _list(field: dict) -> dict:
+    return {"type": "array", "items": field, "minItems": 1}
+
+
+def _list_or_range(name: str, field: dict) -> dict:
+    distinct = {"allOf": [{"$ref": f"#/definitions/list of {name}"}], "uniqueItems": True}
+    if field.get("type") not in ("integer", "number"):
+        return distinct
+    bound = {key: value for key, value in field.items() if key not in ("description", "default")}
+    in_range = {
+        "description": "Of a search.",
+        "type": "object",
+        "properties": {"low": bound, "high": bound, "log": {"type": "boolean", "default": False}},
+        "required": ["low", "high"],
+        "additionalProperties": False,
+    }
+    return {"anyOf": [distinct, in_range]}
 
 
 def _draft_section() -> dict:

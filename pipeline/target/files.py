@@ -8,6 +8,8 @@ from pathlib import Path
 from pipeline.errors import UsageError, first_line, refuse_limit
 from pipeline.target.layers import text_config
 
+# The bundled target, its chats and the demo's recipe, wherever this package is installed.
+BUNDLED = Path(__file__).parents[1] / "bundled"
 CONFIG = "config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
@@ -44,7 +46,8 @@ HUB_FILES += ["chat_template.json", f"{MORE_TEMPLATES}/*.jinja"]
 
 
 def find_target(model: str, revision: str | None = None) -> Path:
-    """Return the folder of a target's files: the one named, or the hub's snapshot, downloaded if needed.
+    """Return the folder of a target's files: the one named, the bundled one of that name, or the hub's snapshot,
+    downloaded if needed.
 
     Raises UsageError when there is no such folder, no config in it, or no such model on the hub.
     """
@@ -57,6 +60,8 @@ def find_target(model: str, revision: str | None = None) -> Path:
         raise UsageError(f"{model} is a file; name the folder that holds {CONFIG}")
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise UsageError(f"{model}: no such folder; name a folder that holds {CONFIG}, or a hub model like org/name")
+    if "/" not in model and (BUNDLED / model / CONFIG).is_file():
+        return BUNDLED / model
     return _snapshot(model, revision)
 
 

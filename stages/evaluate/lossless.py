@@ -32,11 +32,11 @@ from transformers import DynamicCache, PreTrainedModel
 from pipeline.cache.atomic import process_lock, write_errors
 from pipeline.cache.manifest import read_canonical, write_canonical
 from pipeline.errors import CacheError, ProofError, UsageError, VersionError
+from pipeline.evaluation.decode import Decoded
 from pipeline.evaluation.reports import MAX_SPREADS, NearTie, SampledLossless
 from pipeline.json_files import Count, Counts, Record
 from pipeline.target.model import float32_by_layer
 from pipeline.tensors import refuse_out_of_memory
-from stages.evaluate.decode import Decoded
 
 NEAR_TIE_FACTOR = 4  # a near tie's gap in logits is at most so many times the difference between valid forwards
 ENTRIES_AT_ONCE = 1 << 24  # of one [T, V] tensor in float64

@@ -22,7 +22,9 @@ from pipeline.evaluation.accept_length import (
     engine_accept_length,
     summarise,
 )
+from pipeline.evaluation.decode import Decoded, SamplingOptions, with_progress
 from pipeline.evaluation.prompts import Prompt
+from pipeline.evaluation.reply_text import ReplyText, reply_text, spread_over_domains
 from pipeline.evaluation.reports import (
     Agreement,
     ConfidenceCut,
@@ -35,7 +37,7 @@ from pipeline.evaluation.reports import (
 )
 from pipeline.evaluation.teacher_forced import add_metric_sums
 from pipeline.runs.training_data import stratified_subset
-from stages.evaluate.decode import Decoded, SamplingOptions, with_progress
+from pipeline.target.chat_template import load_tokenizer
 from stages.evaluate.lossless import (
     LosslessCheck,
     PlainReplies,
@@ -156,6 +158,18 @@ def accept_figures(decoded: Sequence[tuple[Prompt, Decoded]], proposals: int, ma
         for prompt, fast in decoded
     ]
     return {"overall": complete(overall), "domains": domains, "samples": samples}
+
+
+def reply_texts(folder: Path, outcomes: Sequence[Outcome]) -> list[ReplyText]:
+    """Return some replies of every domain as text; none without a fast tokenizer. folder: the target's."""
+    try:
+        tokenizer = load_tokenizer(folder)
+    except UsageError:  # prompts may be token ids, for which no tokenizer is needed
+        return []
+    if not tokenizer.is_fast:
+        return []
+    shown = spread_over_domains([outcome.prompt.domain for outcome in outcomes])
+    return [reply_text(index, tokenizer, outcomes[index].prompt.ids, outcomes[index].fast.ids) for index in shown]
 
 
 def with_calls_saved(figures: dict) -> DecodedFigures:

@@ -2,35 +2,33 @@
 
 import errno
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from transformers import PreTrainedModel
-
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import write_errors, write_file
 from pipeline.cache.schema import read_log
+from pipeline.draft_folders import is_published, open_draft, run_of
 from pipeline.drafts import Draft, DraftConfig
 from pipeline.errors import RoomError, UsageError
+from pipeline.evaluation.decode import SamplingOptions, decode_many, speculative_decode
 from pipeline.evaluation.evaluation_table import evaluation_table
-from pipeline.evaluation.prompts import Prompt, cached_prompts, file_prompts
+from pipeline.evaluation.prompts import cached_prompts, check_context_length, file_prompts
 from pipeline.evaluation.reports import DraftFacts, Report, Settings, Speed, report_bytes
 from pipeline.json_files import check_regular
 from pipeline.matrix_products import compute_by_linear
-from pipeline.published import load_draft_folder, recorded_share
-from pipeline.runs.checkpoint import CONFIG, DRAFT, find_checkpoint, load_draft, open_checkpoint
+from pipeline.published import recorded_share
+from pipeline.runs.checkpoint import find_checkpoint, open_checkpoint
 from pipeline.runs.folder import RUN, read_recipe, read_run
 from pipeline.runs.recipe import TrainSection
 from pipeline.runs.training_data import split_samples
-from pipeline.target.files import find_target, max_positions, target_name
+from pipeline.target.files import find_target, target_name
 from pipeline.target.loading import load_target
 from pipeline.target.model import head_of, stop_tokens
 from pipeline.target.weights import check_weights_if_recorded, target_digest, weights_digest
 from pipeline.tensors import find_device, refuse_out_of_memory
 from pipeline.visible_text import VisibleConsole
-from stages.evaluate.decode import SamplingOptions, decode_many, speculative_decode
 from stages.evaluate.lossless import LosslessCheck, PlainReplies, plain_decode, reply_settings
 from stages.evaluate.measure import (
     accept_figures,
@@ -38,6 +36,7 @@ from stages.evaluate.measure import (
     decode_greedily,
     decode_sampled,
     lossless_counts,
+    reply_texts,
     speeds,
     target_free_agreement,
     teacher_forced,
@@ -78,7 +77,8 @@ def run(
     folder, name = find_model(model, store)
     computed = dtype or (None if store is None else store.dtype)
     target = compute_by_linear(load_target(str(folder), device=find_device(device), dtype=computed))
-    drafter = open_draft(trained, target)
+    depth = target.config.get_text_config().num_hidden_layers
+    drafter = open_draft(trained.path, head_of(target), depth, target.device).to(target.dtype)
     heldout, known, config = None, trained.heldout is not None, drafter.config
     verified = check_proposals(proposals, config)
     if store is not None:
@@ -128,6 +128,7 @@ def run(
         agreement=target_free_agreement(outcomes, drafter, store, max_new, threshold) if target_free else None,
         confidence=confidence_cuts(drafter, store, asked, max_new) if target_free and config.has_confidence else None,
         teacher_forced={} if store is None else teacher_forced(drafter, store, heldout),
+        replies=reply_texts(folder, outcomes),
     )
     if out is not None:
         write_report(report, Path(out))
@@ -191,7 +192,6 @@ class Trained:
     """A trained draft to evaluate: its path, and what its run folder or published folder records of its training."""
 
     path: Path
-    published: bool
     steps: int | None = None
     seed: int | None = None
     heldout: float | None = TrainSection().heldout  # share, where the corpus does not say which; None: not known
@@ -217,16 +217,15 @@ class Trained:
 
 def describe_draft(path: Path) -> Trained:
     """Return what is at `path`: a run, a checkpoint, or a published folder. UsageError for anything else."""
-    if (path / CONFIG).is_file() and not (path / DRAFT).is_file():
-        return Trained(path, published=True, heldout=recorded_share(path))
-    checkpoint = find_checkpoint(path)
-    steps, run_folder = open_checkpoint(checkpoint, ()).step, checkpoint.resolve().parent.parent
+    if is_published(path):
+        return Trained(path, heldout=recorded_share(path))
+    steps, run_folder = open_checkpoint(find_checkpoint(path), ()).step, run_of(path)
     if not (run_folder / RUN).is_file():
-        return Trained(path, False, steps)
+        return Trained(path, steps)
     trained_on = read_run(run_folder).cache.path
     recipe = read_recipe(run_folder)
     train, seedless = recipe.train, recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 0})})
-    return Trained(path, False, steps, train.seed, train.heldout, Path(trained_on), seedless.digest())
+    return Trained(path, steps, train.seed, train.heldout, Path(trained_on), seedless.digest())
 
 
 def open_cache(trained: Trained, cache: Path | None, prompts: Path | None) -> HiddenCache | None:
@@ -264,31 +263,3 @@ def find_model(model: str | None, store: HiddenCache | None) -> tuple[Path, str]
         )
     check_weights_if_recorded(store.catalog, folder)
     return folder, wanted.name
-
-
-def open_draft(trained: Trained, target: PreTrainedModel) -> Draft:
-    """Load the draft onto the target's device and type. UsageError when it was made for another target."""
-    head, depth = head_of(target), target.config.get_text_config().num_hidden_layers
-    if trained.published:  # some forms do not say how deep their target is
-        return load_draft_folder(trained.path, head, target.device, depth).to(target.dtype)
-    draft = load_draft(trained.path, head, target.device)
-    if draft.config.num_target_layers != depth:
-        raise UsageError(
-            f"{trained.path} is a draft for a target of {draft.config.num_target_layers} layers, this one has {depth}; "
-            "pass --model with its own target"
-        )
-    return draft.to(target.dtype)
-
-
-def check_context_length(target: PreTrainedModel, asked: Sequence[Prompt], max_new: int, proposals: int) -> None:
-    """Refuse prompts that, with a reply and a block past its end, exceed the target's context, and unknown ids."""
-    config = target.config.get_text_config()
-    most, why = max_positions(config.to_dict())
-    for prompt in asked:
-        if most is not None and len(prompt.ids) + max_new + proposals > most:
-            raise UsageError(
-                f"{prompt.name}: {len(prompt.ids)} tokens, {max_new} new ones and a block of {proposals} exceed the "
-                f"target's {most}{why}; lower --max-new or leave that prompt out"
-            )
-        if max(prompt.ids) >= config.vocab_size:
-            raise UsageError(f"{prompt.name}: token {max(prompt.ids)} is outside the target's {config.vocab_size}")

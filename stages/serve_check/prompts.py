@@ -9,7 +9,6 @@ from pipeline.published.reading import CONFIG, TRAINED_ON, read_json
 from pipeline.target.config import load_config
 from pipeline.target.files import find_target, stop_ids, target_name
 
-BUNDLED = Path(__file__).parents[2] / "data"
 CHATS, HELD_OUT = "chats.jsonl", "heldout"
 MOST_BYTES = 64 << 20
 
@@ -26,9 +25,6 @@ def find_export_target(folder: Path, model: str | None) -> tuple[Path, str]:
     name = (flat.get(TRAINED_ON) or {}).get("target") or verifier.get("name_or_path")
     if not isinstance(name, str) or not name:
         raise UsageError(f"{folder / CONFIG} does not name the draft's target; pass --model")
-    bundled = BUNDLED / name
-    if "/" not in name and (bundled / CONFIG).is_file():
-        return bundled, name
     try:
         return find_target(name), name
     except UsageError as error:

@@ -22,6 +22,7 @@ from pipeline.runs.recipe import TrainSection
 from pipeline.runs.training_data import Split, splitmix64
 
 GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
+READING = ("seed", "batch", "context", "echo")  # fields of [train] that decide what is read, and when
 WINDOW_STEP = 256  # rows: windows end at a multiple of it, as the cache's checksummed blocks do
 
 

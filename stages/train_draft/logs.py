@@ -2,7 +2,7 @@
 leaves no trace in them; its progress, a bar on a terminal and a line every few seconds elsewhere; the lines around it.
 
     metrics.jsonl    one line for each logged step and each evaluation; the same bytes however often a run was killed
-    timing.jsonl     what differs between runs of one recipe: seconds, tokens a second, peak memory
+    timing.jsonl     what differs between runs of one recipe: seconds, where they go, tokens a second, peak memory
 
 Each line ends with a checksum of itself and of the line before (see pipeline/json_files.py), and a checkpoint
 records that of the last line before it. So a line that is changed, missing or from another run is found before its
@@ -27,6 +27,7 @@ from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import size_text, write_errors, write_file
 from pipeline.drafts import unservable
 from pipeline.drafts.rope import draft_rope_scaling
+from pipeline.drafts.step_clock import StepClock
 from pipeline.errors import CacheError
 from pipeline.json_files import Count, Record, damage_error, parse_checksummed, parse_journal, read_file, with_checksum
 from pipeline.runs.folder import Evaluation, Result
@@ -108,12 +109,12 @@ class MetricsLog:
 class Throughput:
     """The speed of a run since it (re)started: context rows and steps over seconds spent training; and its memory.
 
-    excluded: seconds of evaluating and saving, which are left out.
+    excluded: seconds of evaluating and saving, which are left out. clock: to be told the phases of a step.
     """
 
     def __init__(self, start: int, total_steps: int, device: torch.device):
         self.start, self.total_steps, self.device = start, total_steps, device
-        self.began = time.perf_counter()
+        self.began, self.clock = time.perf_counter(), StepClock(device)
         self.rows, self.excluded = 0, 0.0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # of a run before this one in the same process
@@ -123,7 +124,7 @@ class Throughput:
         spent waiting for data, the peak memory and the seconds still to go. `waited`: seconds waited for data in all.
         """
         self.rows += batch.rows
-        seconds = max(1e-9, time.perf_counter() - self.began - self.excluded)
+        seconds = self.seconds()
         step_seconds = seconds / (batch.step + 1 - self.start)
         return {
             "seconds": round(seconds, 3),
@@ -133,6 +134,22 @@ class Throughput:
             "peak_bytes": peak_memory(self.device),
             "eta": round(step_seconds * (self.total_steps - batch.step - 1), 1),
         }
+
+    def seconds(self) -> float:
+        return max(1e-9, time.perf_counter() - self.began - self.excluded)
+
+    def time_shares(self, waited: float) -> dict[str, float]:
+        """Return where the time since the (re)start went, as shares that sum to 1: `data` (waiting for it), the phases
+        of pipeline/drafts/step_clock.py, and `other`.
+
+        other: copies to the device, laying out, sums over ranks, logs, and where several runs take turns the others'.
+        What a GPU computes while the host waits for data counts as computing. Of several ranks these are one's own.
+        """
+        phases = self.clock.read()  # before the seconds, of which they are a part
+        whole = max(self.seconds(), sum(phases.values()))
+        shares = {"data": min(waited, whole - sum(phases.values()))} | phases
+        shares = {name: int(10_000 * of / whole) / 10_000 for name, of in shares.items()}  # never rounded up
+        return shares | {"other": max(0.0, round(1 - sum(shares.values()), 4))}
 
 
 def peak_memory(device: torch.device) -> int:

@@ -39,6 +39,7 @@ from stages.train_draft.logs import (
 )
 from stages.train_draft.ranks import Ranks, joined
 from stages.train_draft.stop import GracefulStop
+from stages.train_draft.tracking import check_trackers
 from stages.train_draft.training_run import TrainingRun, digests
 
 if TYPE_CHECKING:
@@ -128,10 +129,12 @@ def train_resolved(
         ranks.sharded = shards(sharded, ranks, store, resolved)
         opened = open_run(path, store, split, resolved, ranks, start)
         if isinstance(opened, TrainingRun):
-            with GracefulStop() as ranks.stop, Display(opened.step, opened.train.steps) as display:
+            shown = Display(opened.step, opened.train.steps)
+            with GracefulStop() as ranks.stop, shown as display, contextlib.closing(opened):
                 display.print_line(opened.description)
                 if idle := opened.idle_ranks():
                     display.print_line(idle)
+                opened.announce_time(display)
                 opened.fit(display)
             opened = opened.finish()
     print_visible(summary(path, store, opened))
@@ -154,6 +157,7 @@ def open_run(
     """
     device, differs = ranks.device, []
     if ranks.first:
+        check_trackers(resolved.recipe.train.track)
         differs = create_or_check(path, resolved, store, split, run_facts(ranks), start)
     ranks.wait_for(path / RUN)
     resolved = resolved.with_rope_scaling(read_run(path).rope_scaling)

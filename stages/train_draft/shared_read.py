@@ -26,25 +26,25 @@ from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import size_text
 from pipeline.drafts import DRAFTS, Cell
 from pipeline.drafts.fused import use_kernels
-from pipeline.errors import PipelineError
+from pipeline.errors import DiskError
 from pipeline.runs.folder import run_lock
 from pipeline.runs.recipe import Resolved
 from pipeline.runs.training_data import Split
 from pipeline.target.head import TargetHead
 from pipeline.tensors import device_bytes
 from pipeline.visible_text import print_visible, visible
-from stages.train_draft.batches import Batch, Sampler, SampleWindow
+from stages.train_draft.batches import READING, Batch, Sampler, SampleWindow
 from stages.train_draft.loader import BatchLoader, Prefetcher
 from stages.train_draft.logs import Display, summary, two_batches_text
 from stages.train_draft.ranks import Ranks
 from stages.train_draft.run import TrainingRun, load_head, open_run
 from stages.train_draft.states import StatesInPieces
 from stages.train_draft.stop import GracefulStop
+from stages.train_draft.sweep_processes import ends_all, failure
 
 if TYPE_CHECKING:
-    from stages.train_draft.sweep import PlannedRun
+    from stages.train_draft.sweep_plan import PlannedRun
 
-READING = ("seed", "batch", "context", "echo")  # fields of [train] that decide what is read, and when
 BYTES_A_PARAMETER = 12  # a float32 weight and two moments: at most what a run has on the device between its turns
 SHARE = 0.5  # of the memory, for the weights and moments of all runs that share
 
@@ -230,12 +230,13 @@ def train_together(
                 opened = open_run(
                     run.path, store, run.split, run.resolved, Ranks(device), run.start, heads[dtype], others
                 )
-            except PipelineError as error:
-                print_visible(f"failed: {visible(error)}")
-                errors[run.path] = error
+            except Exception as error:
+                if ends_all(error):
+                    raise
+                errors[run.path] = failure(error, run.path)
                 continue
             if isinstance(opened, TrainingRun):
-                trainings.append(opened)
+                trainings.append(held.enter_context(contextlib.closing(opened)))
             else:
                 print_visible(summary(run.path, store, opened))
         if trainings:
@@ -321,10 +322,12 @@ class Group:
         use_kernels(member.training.kernels)
         try:
             yield
-        except PipelineError as error:
-            member.display.print_line(f"failed: {visible(error)}")
-            self.errors[member.training.path] = error
+        except Exception as error:
+            path = member.training.path
+            self.errors[path] = failure(error, path, member.display.print_line)
             self.members.remove(member)
+            if ends_all(error):
+                raise
 
     def _finish_if_done(self, member: Member) -> None:
         if not member.left:
@@ -335,6 +338,6 @@ class Group:
         """Save all runs that go on: only the one whose turn it was has done so. One that fails keeps none from it."""
         for member in list(self.members):
             if member.left:
-                with self._turn_of(member):
+                with contextlib.suppress(DiskError, OSError), self._turn_of(member):
                     member.training.save()
                     member.display.print_line(f"saved at step {member.training.step}")

@@ -104,12 +104,18 @@ class Trainer:
                 cells = self.loader.read_all(batch)
 
         self.ranks.sum_gradients(draft.parameters())
-        with refuse_out_of_memory("the gradient's norm", "lower train.context, or use a larger device"):
+        with (
+            draft.clock.phase("optimizer"),
+            refuse_out_of_memory("the gradient's norm", "lower train.context, or use a larger device"),
+        ):
             norm = float(whole_tensor(torch.nn.utils.clip_grad_norm_(draft.parameters(), train.clip)))
         loss = loss.over(self.ranks)
         if not (math.isfinite(loss.total) and math.isfinite(norm)):
             raise ProofError(self._nonfinite_message(batch, scheduled, float(loss.total), norm))
-        with refuse_out_of_memory("the optimiser's step", "use a larger device, or make the draft smaller"):
+        with (
+            draft.clock.phase("optimizer"),
+            refuse_out_of_memory("the optimiser's step", "use a larger device, or make the draft smaller"),
+        ):
             self.optimizer.step(lr)
         if not logs:
             return None
@@ -144,9 +150,11 @@ class Trainer:
         dens = {name: value.to(self.device, non_blocking=True) for name, value in self.ranks.sum(dens).items()}
         batch = BatchLoss(torch.zeros((), dtype=torch.float64, device=self.device), dens)
         for cell, part in self._parts(cells, blocks, passes):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.dtype == "bfloat16"):
+            bfloat16 = torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.dtype == "bfloat16")
+            with self.draft.clock.phase("forward"), bfloat16:
                 loss = self.draft.loss(cell, part, scheduled, dens, metrics)
-            loss.total.backward()
+            with self.draft.clock.phase("backward"):
+                loss.total.backward()
             batch.total += loss.total.detach()
             _add_into(batch.terms, loss.terms)
             _add_into(batch.sums, loss.sums)

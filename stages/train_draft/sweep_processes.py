@@ -5,6 +5,7 @@ printed with a prefix. Only this process hears Ctrl-C and a closed terminal: it 
 each saves a checkpoint once; a second signal ends them at once. A process whose parent is gone saves and ends, too.
 """
 
+import errno
 import io
 import os
 import pickle
@@ -23,15 +24,34 @@ from pathlib import Path
 
 import torch
 
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import DiskError, PipelineError, UsageError, first_line, limit_error
 from pipeline.tensors import find_device
 from pipeline.visible_text import print_visible, visible
 from stages.train_draft.stop import GracefulStop
+from stages.train_draft.sweep_live import States
 
 POLL_SECONDS = 0.5  # between two looks at whether a signal came
 PARENT_ONLY = (signal.SIGINT, signal.SIGHUP)  # a terminal sends them to all its processes
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
 Errors = dict[Path, Exception]  # what ended a run early, by its folder
+
+
+def ends_all(error: Exception) -> bool:
+    """Return whether what ended one run would end every other, too: no room on the disk, or no right to write."""
+    return isinstance(error, DiskError) or (isinstance(error, OSError) and error.errno in FULL)
+
+
+def failure(error: Exception, where: Path, say: Callable[[str], None] = print_visible) -> PipelineError:
+    """Return what ended a run as one line, without the frames, which keep the memory of a run alive; print it, and the
+    trace of a bug."""
+    known = error if isinstance(error, PipelineError) else limit_error(where, error)
+    text = str(known) if known is not None else f"bug: {type(error).__name__}: {first_line(error)}"
+    say(f"failed: {visible(text)}")
+    if known is None:
+        say("".join(traceback.format_exception(error)))
+    return PipelineError(text)
 
 
 @dataclass(frozen=True)
@@ -73,32 +93,38 @@ class _Worker:
     work: Work | None = None
 
 
-def train_on_devices(devices: Sequence[str], todo: Sequence[Work], prepare: Callable[[str], Train]) -> Errors:
-    """Have one process a device do all the work; return what ended runs early, whatever it was: the others go on.
+def train_on_devices(
+    devices: Sequence[str], todo: Sequence[Work], prepare: Callable[[str], Train], states: States | None = None
+) -> Errors:
+    """Have one process a device do all the work; return what ended runs early, whatever it was: the others go on,
+    unless it would end them all (`ends_all`): then each saves and ends.
 
     prepare: a picklable function, called in each process with its device, which returns what does a piece of work.
-    Raises what a signal raises, once every process has ended.
+    states: hears which runs are in work. Raises what a signal raises, once every process has ended.
     """
-    left, errors, told = deque(todo), {}, False
+    left, errors, told, states = deque(todo), {}, False, states or States()
     workers = [_start(device, prepare) for device, _ in zip(devices, todo, strict=False)]
     with GracefulStop() as stop:
         try:
             for worker in workers:
-                _hand_out(worker, left)
+                _hand_out(worker, left, states)
             while workers:
                 for connection in wait([worker.connection for worker in workers], POLL_SECONDS):
                     worker = next(worker for worker in workers if worker.connection is connection)
-                    if _listen(worker, errors):
+                    if _listen(worker, errors, states):
+                        if any(map(ends_all, errors.values())):
+                            left.clear()
                         if worker.work is None:
-                            _hand_out(worker, left)
+                            _hand_out(worker, left, states)
                         continue
                     workers.remove(worker)
-                    if worker.work is not None and not stop.received:
+                    if worker.work is not None and not (stop.received or told):
                         errors |= _death(worker)
+                        states.end(worker.work.runs, worker.work.runs)
                         if left:
                             workers.append(_start(worker.device, prepare))
-                            _hand_out(workers[-1], left)
-                if stop.received and not told:
+                            _hand_out(workers[-1], left, states)
+                if (stop.received or any(map(ends_all, errors.values()))) and not told:
                     told = True
                     left.clear()
                     _terminate(workers)
@@ -130,7 +156,7 @@ def _ignored(numbers: Sequence[int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _hand_out(worker: _Worker, left: deque[Work]) -> None:
+def _hand_out(worker: _Worker, left: deque[Work], states: States) -> None:
     """Give a process the next piece of work; None, with which it ends, where there is none."""
     worker.work = left.popleft() if left else None
     try:
@@ -138,10 +164,11 @@ def _hand_out(worker: _Worker, left: deque[Work]) -> None:
     except OSError:  # it has ended: `_listen` finds that
         return
     if worker.work is not None:
+        states.begin(worker.work.runs)
         print_visible(visible(f"{worker.work.title}, on {worker.device}"))
 
 
-def _listen(worker: _Worker, errors: Errors) -> bool:
+def _listen(worker: _Worker, errors: Errors, states: States) -> bool:
     """Take one message of a process: lines to print, or what ended its runs early. Return False when it has ended."""
     try:
         message = worker.connection.recv()
@@ -155,6 +182,7 @@ def _listen(worker: _Worker, errors: Errors) -> bool:
             print_visible(f"[{visible(name)}] {line}")
         return True
     errors |= message
+    states.end(worker.work.runs, list(message))
     worker.work = None
     return True
 

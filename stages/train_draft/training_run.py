@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.cache import HiddenCache
 from pipeline.drafts import Draft, fused
 from pipeline.errors import CacheError, RoomError, UsageError, first_line, refuse_limit
-from pipeline.evaluation.accept_length import Span, accept_spans, summarise
+from pipeline.evaluation.accept_length import Span, accept_spans, replies_of, summarise
 from pipeline.runs import checkpoint
 from pipeline.runs.folder import (
     Evaluation,
@@ -37,6 +37,7 @@ from stages.train_draft.ranks import Ranks
 from stages.train_draft.sharding import shard, whole_draft, whole_tensors
 from stages.train_draft.step import Trainer
 from stages.train_draft.stop import raise_signal
+from stages.train_draft.tracking import Tracking
 from stages.train_draft.training_time import time_to_tell
 
 EVAL_BATCH = 8  # samples; a signal is noticed between two such batches
@@ -83,6 +84,8 @@ class TrainingRun:
             self.trainer.blocks_per_pass = max(1, self.uses.at_once)  # one is tried where none seems to fit
         self._use(self.uses)
         self.step = 0
+        self.recipe = resolved.recipe
+        self.tracking: Tracking | None = None  # from `begin` on
 
     def _use(self, fit: Fit) -> None:
         """Do from now on what a step's memory asks for, beside parts."""
@@ -154,7 +157,6 @@ class TrainingRun:
 
     def fit(self, display: Display, until: int | None = None) -> None:
         """Train to step `until`, by default the last one."""
-        self._announce_time(display)
         self.begin(display)
         batches = Prefetcher(self.loader, self.step, until or self.train.steps, self.device)
         try:
@@ -163,7 +165,7 @@ class TrainingRun:
         finally:
             batches.close()
 
-    def _announce_time(self, display: Display) -> None:
+    def announce_time(self, display: Display) -> None:
         """Say how long the run will take, where that is long; on a CPU, whose user may have meant the defaults of a
         GPU."""
         left = self.train.steps - self.step
@@ -176,7 +178,10 @@ class TrainingRun:
     def begin(self, display: Display) -> None:
         """Prepare for steps from here on; evaluate where a checkpoint was saved and its evaluation was not."""
         self.throughput = Throughput(self.step, self.train.steps, self.device)
+        self.draft.clock = self.throughput.clock
         self.blocks_noted = self.trainer.blocks_per_pass
+        if self.tracking is None:
+            self.tracking = self._tracking(display)
         self._evaluate(display)
 
     def note(self, batch: Batch, metrics: dict | None, waited: float, display: Display) -> None:
@@ -190,8 +195,8 @@ class TrainingRun:
         self.step = batch.step + 1
         timing = self.throughput.count(batch, waited)
         if metrics:
-            self.metrics.write(metrics)
-            self.timing_log.write({"step": self.step, **timing})
+            self._record(self.metrics, metrics)
+            self._record(self.timing_log, {"step": self.step, **timing, "time": self.throughput.time_shares(waited)})
         display.step(self.step, metrics, timing)
         began = time.perf_counter()
         if self.step % self.train.save_every == 0 or self.step == self.train.steps:
@@ -199,9 +204,24 @@ class TrainingRun:
         self._evaluate(display)
         self.throughput.excluded += time.perf_counter() - began
 
+    def _tracking(self, display: Display) -> Tracking:
+        """Return the trackers of the first rank, told all steps so far; those of another track nothing."""
+        names = self.train.track if self.ranks.first else ()
+        return Tracking(self.path, names, self.recipe.model_dump(mode="json", exclude_none=True), display.print_line)
+
+    def _record(self, log: MetricsLog, record: dict) -> None:
+        """Append a line to a log, and tell the trackers."""
+        log.write(record)
+        self.tracking.add(record)
+
+    def close(self) -> None:
+        """End the trackers, with all steps that are in the logs."""
+        if self.tracking is not None:
+            self.tracking.close()
+
     def finish(self) -> Result:
         """Write the result of a run that has taken its last step, and return it."""
-        figures = self._evaluated()
+        figures = self.evaluated()
         accept_len = self.ranks.of_first(figures.accept_len if figures and figures.calls else None)
         result = Result(steps=self.step, parameters=self.parameters, accept_len=accept_len, eval=figures)
         if self.ranks.first:
@@ -220,7 +240,7 @@ class TrainingRun:
             facts |= {name: True for name in MEANS if getattr(self.uses, name)}
             checkpoint.save(self.path, self.step, self.draft, moments, facts, self.train.keep, weights)
 
-    def _evaluated(self) -> Evaluation | None:
+    def evaluated(self) -> Evaluation | None:
         """Return the evaluation of this step from the metrics log, None when there is none yet."""
         return next((line.eval for line in self.metrics.lines if line.step == self.step and line.eval), None)
 
@@ -228,7 +248,7 @@ class TrainingRun:
         """Measure the exact accept length on held-out samples when one is due. On a signal: save and exit."""
         due = self.step > 0 and (self.step % self.train.eval_every == 0 or self.step == self.train.steps)
         spans = []
-        if due and len(self.eval_samples) and self.ranks.of_first(self._evaluated() is None):
+        if due and len(self.eval_samples) and self.ranks.of_first(self.evaluated() is None):
             spans = self._measure_all()
         if (number := self.ranks.signal) is not None:
             self.save()
@@ -238,12 +258,8 @@ class TrainingRun:
             self.ranks.wait()  # torchrun ends all ranks once one has ended
             raise_signal(number)
         if spans and self.ranks.first:
-            # Reply by reply, so that runs can be pooled and compared on the same replies: sample, row, tokens, calls.
-            replies = [
-                [span.sample, span.start, sum(span.lengths), len(span.lengths)] for span in spans if span.lengths
-            ]
-            self.metrics.write({"step": self.step, "eval": summarise(spans) | {"replies": replies}})
-            display.print_line(f"step {self.step}: {evaluation_text(self._evaluated())}")
+            self._record(self.metrics, {"step": self.step, "eval": summarise(spans) | {"replies": replies_of(spans)}})
+            display.print_line(f"step {self.step}: {evaluation_text(self.evaluated())}")
 
     def _measure_all(self) -> list[Span]:
         """Return the spans of the held-out samples, of which ranks measure a batch each in turn; those of fewer where a

@@ -15,12 +15,12 @@ from pipeline.drafts.backbone import Layer
 from pipeline.drafts.draft import Loss
 from pipeline.drafts.objectives import slot_sums
 from pipeline.errors import ProofError
+from pipeline.evaluation.decode import SamplingOptions
 from pipeline.published import load_draft_folder
 from pipeline.published.check import check_export
 from pipeline.published.export import export
 from pipeline.runs import checkpoint
 from pipeline.tensors import draw, uniforms
-from stages.evaluate.decode import SamplingOptions
 from stages.evaluate.run import run as evaluate
 from stages.train_draft.run import run as train
 

@@ -11,9 +11,9 @@ from transformers import DynamicCache
 
 from pipeline.drafts import Proposal
 from pipeline.errors import ProofError, UsageError
+from pipeline.evaluation import decode
 from pipeline.evaluation.accept_length import accepted_tokens, cut_at_stop
-from stages.evaluate import decode
-from stages.evaluate.decode import speculative_decode
+from pipeline.evaluation.decode import speculative_decode
 from stages.evaluate.lossless import LosslessCheck, first_difference, float_step, plain_decode
 
 

@@ -8,8 +8,8 @@ from transformers import Gemma4TextConfig, MistralConfig
 from verify_steps import StepRecorder, diverged
 
 from pipeline.errors import ProofError, UsageError
+from pipeline.evaluation.decode import SamplingOptions, decode_many, speculative_decode
 from pipeline.target import kv_cache as memory
-from stages.evaluate.decode import SamplingOptions, decode_many, speculative_decode
 from stages.evaluate.lossless import LosslessCheck, plain_decode
 
 PROMPTS = [PROMPT, PROMPT[:1], PROMPT * 9, [7, *PROMPT], [9, 8], PROMPT * 3, [200, 201, 202]]

@@ -14,14 +14,14 @@ from tiny import config, save_target, write_jsonl
 from pipeline import cli
 from pipeline.cache import HiddenCache
 from pipeline.errors import DataError, ProofError, RoomError, UsageError
+from pipeline.evaluation import decode, prompts
 from pipeline.evaluation.accept_length import engine_accept_length
+from pipeline.evaluation.decode import Decoded, SamplingOptions, accept_greedy
 from pipeline.evaluation.evaluation_table import evaluation_table
 from pipeline.evaluation.reports import Lossless, load_report, report_bytes
 from pipeline.json_files import parse_checksummed
 from pipeline.published.export import export
-from stages.evaluate import decode
 from stages.evaluate import run as evaluation
-from stages.evaluate.decode import Decoded, SamplingOptions, accept_greedy
 from stages.evaluate.measure import Prompt, accept_figures
 from stages.evaluate.run import run
 
@@ -431,12 +431,12 @@ def test_a_difference_is_a_failed_proof_of_exit_code_1(trained, monkeypatch):
 def test_a_prompt_past_what_the_target_s_scaling_holds_for_is_refused(target, monkeypatch):
     from pipeline.target.loading import load_target
 
-    model, prompt = load_target(str(target)), evaluation.Prompt([7] * 20, "sql", "prompt 3")
-    evaluation.check_context_length(model, [prompt], 8, 4)
+    model, prompt = load_target(str(target)), prompts.Prompt([7] * 20, "sql", "prompt 3")
+    prompts.check_context_length(model, [prompt], 8, 4)
     scaling = {"rope_type": "longrope", "original_max_position_embeddings": 31}
     monkeypatch.setattr(model.config, "rope_parameters", model.config.rope_parameters | scaling)
     with pytest.raises(UsageError, match=r"prompt 3: 20 tokens, 8 new .* exceed the target's 31, beyond which"):
-        evaluation.check_context_length(model, [prompt], 8, 4)
+        prompts.check_context_length(model, [prompt], 8, 4)
 
 
 def test_the_command_prints_the_report_as_json(trained):

@@ -21,9 +21,9 @@ from pipeline.evaluation.accept_length import (
     reply_spans,
     summarise,
 )
+from pipeline.evaluation.decode import speculative_decode
 from pipeline.target.head import NEWEST, RULES, ChunkLimit
 from pipeline.target.loading import load_target
-from stages.evaluate.decode import speculative_decode
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from forms import deepspec_dspark, target
 
 from pipeline.cache.inspect import describe
 from pipeline.drafts import DRAFTS, DraftConfig, draft_config, init_weights
+from pipeline.evaluation.decode import SamplingOptions
 from pipeline.json_files import parse_checksummed
 from pipeline.published.card import Origin, card, evaluations, serve_command
 from pipeline.published.check import check_export
@@ -15,7 +16,6 @@ from pipeline.published.init_from import InitialDraft
 from pipeline.published.reading import read_description
 from pipeline.runs import checkpoint
 from pipeline.target.head import TargetHead
-from stages.evaluate.decode import SamplingOptions
 from stages.evaluate.run import run as evaluate
 from stages.train_draft.run import run as train
 

@@ -16,10 +16,10 @@ from pipeline.errors import UsageError
 from pipeline.runs.recipe import DraftSection, TrainSection, make_recipe, resolve
 from pipeline.runs.recipe_schema import recipe_schema, sweep_schema
 
-SCHEMA = recipe_schema()
+SCHEMA, SWEEP = recipe_schema(), sweep_schema()
 FOLDER = Path(__file__).parents[2] / "configs"
 KINDS = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": (int, float)}
-SAYS_NOTHING = {"$schema", "title", "description", "default"}
+SAYS_NOTHING = {"$schema", "title", "description", "default", "definitions"}
 
 
 def fits(value, schema) -> bool:
@@ -38,6 +38,7 @@ def fits_condition(value, said, schema) -> bool:
 
 
 KEYWORDS = {
+    "$ref": lambda value, said, _: fits(value, SWEEP["definitions"][said.removeprefix("#/definitions/")]),
     "type": fits_type,
     "enum": lambda value, said, _: value in said,
     "const": lambda value, said, _: value == said,
@@ -148,8 +149,30 @@ def test_whatever_an_editor_flags_is_refused(draft, method, train):
 
 
 def test_a_sweep_lists_values_of_fields_by_either_form_of_their_name():
-    for grid in ({"train.lr": [1e-3, 2e-3]}, {"train": {"lr": [1e-3, 2e-3]}, "draft": {"block_size": [8]}}):
-        assert fits({"sweep": grid}, sweep_schema())
-    for grid in ({}, {"train.lr": []}, {"train.lr": 1e-3}, {"train.rl": [1e-3]}, {"train.lr": [1e-3, 1e-3]}):
-        assert not fits({"sweep": grid}, sweep_schema())
-    assert not fits({"train": {"steps": 3}}, sweep_schema())
+    lr, search = {"low": 1e-4, "high": 1e-2, "log": True}, {"search": "optuna", "trials": 3}
+    for table in (
+        {"train.lr": [1e-3, 2e-3]},
+        {"train": {"lr": [1e-3, 2e-3]}, "draft": {"block_size": [8]}},
+        {"draft.layers": [[1, 3], [5]]},
+        {"train.seed": [0, 1], "paired": {"draft.method": ["dflash", "domino"], "train.lr": [1e-3, 1e-3]}},
+        {"paired": {"draft": {"method": ["dflash", "domino"]}}},
+        search | {"train.lr": lr, "draft": {"num_hidden_layers": {"low": 1, "high": 3}}, "seed": 1, "prune": False},
+    ):
+        assert fits({"sweep": table}, SWEEP), table
+    for table in (
+        {},
+        {"train.lr": []},
+        {"train.lr": 1e-3},
+        {"train.rl": [1e-3]},
+        {"train.lr": [1e-3, 1e-3]},
+        {"paired": {"train.rl": [1e-3]}},
+        {"paired": {}},
+        {"search": "grid", "trials": 3},
+        {"search": "optuna", "train.lr": lr},
+        {"trials": 3, "train.lr": [1e-3]},
+        search | {"train.lr": {"low": 1e-4}},
+        search | {"train.lr": lr | {"steps": 3}},
+        search | {"draft.method": lr},
+    ):
+        assert not fits({"sweep": table}, SWEEP), table
+    assert not fits({"train": {"steps": 3}}, SWEEP)

@@ -33,10 +33,10 @@ def main(path: str, fault: str = "") -> None:
     from safetensors.torch import save_file
 
     from pipeline.evaluation.accept_length import gains_within
+    from pipeline.evaluation.decode import speculative_decode
     from pipeline.published import load_draft_folder
     from pipeline.target.loading import load_target
     from pipeline.target.model import head_of
-    from stages.evaluate.decode import speculative_decode
     from stages.evaluate.lossless import plain_decode
 
     target = load_target(request["target"], dtype=getattr(torch, request["dtype"]))

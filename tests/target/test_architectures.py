@@ -45,6 +45,7 @@ from pipeline.cache.verify import verify
 from pipeline.drafts import DRAFTS, init_weights
 from pipeline.drafts.rope import rope_theta
 from pipeline.errors import ProofError, UsageError
+from pipeline.evaluation.decode import decode_many, speculative_decode
 from pipeline.runs.recipe import load_recipe, resolve
 from pipeline.runs.training_data import training_config
 from pipeline.target.files import complete_config, max_positions, read_text_config
@@ -53,7 +54,6 @@ from pipeline.target.loading import load_target
 from pipeline.target.model import decoder_layers, final_norm, head_of, run_decoder, tap_layers
 from stages.cache_hidden.run import plan, run
 from stages.cache_hidden.settings import CaptureOptions
-from stages.evaluate.decode import decode_many, speculative_decode
 from stages.evaluate.lossless import plain_decode
 
 SIZES = {

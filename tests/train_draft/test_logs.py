@@ -1,15 +1,20 @@
 """What a running training says of itself: how fast it is, how long it waits for data, and what memory it takes."""
 
 import io
-import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
+from pipeline.drafts.step_clock import PHASES
+from pipeline.runs import checkpoint
+from pipeline.runs.run_logs import read_log
 from stages.train_draft import logs
-from stages.train_draft.logs import Display, peak_memory
+from stages.train_draft import run as run_module
+from stages.train_draft.logs import Display, Throughput, peak_memory
+from stages.train_draft.memory import Fit
 from stages.train_draft.run import run
 
 SETS = ("draft.method=dflash", "draft.block_size=4", "train.batch=4", "train.anchors=6", "train.log_every=1")
@@ -27,11 +32,37 @@ def test_every_progress_line_and_every_line_of_timing_has_speed_data_wait_and_pe
     printed = [line for line in capsys.readouterr().out.splitlines() if re.match(r"step \d/3 ", line)]
     speed = re.compile(r"[\d,]+ tokens/s  [\d.]+ (steps/s|s/step)  data wait \d+%  peak memory [\d.]+ [GM]iB  ETA ")
     assert len(printed) == 3 and all(speed.search(line) for line in printed), printed
-    timed = [json.loads(line) for line in (done.run / "timing.jsonl").read_text().splitlines()]
+    timed = read_log(done.run / "timing.jsonl")
     assert [line["step"] for line in timed] == [1, 2, 3]
     for line in timed:
         assert line["tokens_s"] > 0 and line["step_seconds"] > 0 and 0 <= line["data_wait"] <= 1
         assert line["peak_bytes"] > 50 << 20, "torch alone takes that much"
+        check_shares(line)
+
+
+def check_shares(line: dict) -> None:
+    """Where the time went: every phase was met, and all of it is accounted for."""
+    shares = line["time"]
+    assert list(shares) == ["data", *PHASES, "other"]
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-9)
+    assert all(shares[name] > 0 for name in PHASES) and min(shares.values()) >= 0, shares
+    assert shares["data"] <= line["data_wait"] + 1e-4
+
+
+def test_a_step_in_parts_says_where_its_time_goes(tiny_cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "fit_device", lambda *_: Fit(2))
+    done = run(tiny_cache, None, (*SETS, "train.steps=2"), tmp_path / "run", "cpu")
+    assert "blocks_per_pass" in checkpoint.latest(done.run).state.as_dict()
+    for line in read_log(done.run / "timing.jsonl"):
+        check_shares(line)
+
+
+def test_a_share_is_never_lost_between_the_host_and_a_gpu_that_is_still_computing():
+    batch = SimpleNamespace(rows=8, step=0)
+    throughput = Throughput(0, 4, torch.device("cpu"))
+    throughput.clock.read = lambda: dict.fromkeys(PHASES, 50.0)  # more than has passed: a tail that was left out
+    assert throughput.count(batch, 10.0)["step_seconds"] < 1
+    assert throughput.time_shares(10.0) == {"data": 0.0, **dict.fromkeys(PHASES, 0.25), "other": 0.0}
 
 
 def test_the_bar_shows_the_speed_of_steps_that_log_nothing_too(monkeypatch):

@@ -88,6 +88,25 @@ def speculative_decode(
 
 
 @torch.no_grad()
+def decode_calls(
+    target: PreTrainedModel, draft: Draft, prompt_ids: Sequence[int], max_new: int, stop_ids: Collection[int] = ()
+) -> Iterator[tuple[list[int], int, int]]:
+    """Decode one prompt greedily; yield what each call of the target gained: its tokens, the proposals among them, and
+    how many were proposed. Arguments and reply are those of `decode_many`; the prefill comes first and gains one token.
+    """
+    check_croppable(target)
+    kv_cache, stops = SingleKV(target), frozenset(stop_ids)
+    sequence = _Sequence(0, prompt_ids, draft.new_kv(), None)
+    kv_cache.add(_prefill(target, draft, sequence, stops))
+    end = sequence.prompt + max_new
+    yield sequence.ids[sequence.prompt :], 0, 0
+    while not sequence.ended and (known := len(sequence.ids)) < end:
+        _decode_step(target, draft, kv_cache, [sequence], stops, None, None, 0.0)
+        gained = sequence.ids[known:end]
+        yield gained, min(sequence.matched[-1], len(gained)), sequence.proposed[-1]
+
+
+@torch.no_grad()
 def decode_many(
     target: PreTrainedModel,
     draft: Draft,

@@ -1,0 +1,154 @@
+"""A sweep as it goes on, on a terminal: one line a run, read from the runs' own logs, in whatever process they train.
+
+What the runs print goes to sweep.log meanwhile. Elsewhere than on a terminal nothing of this happens: they print lines.
+"""
+
+import contextlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from pipeline.cache.atomic import write_errors
+from pipeline.runs.folder import DONE
+from pipeline.runs.run_logs import METRICS, TIMING
+from pipeline.visible_text import Grid, VisibleConsole, grid
+from stages.train_draft.sweep_settings import value_text
+
+LOG = "sweep.log"
+REFRESHES = 2  # a second
+STYLES = {"running": "bold", "finished": "green", "failed": "red", "pruned": "yellow", "waiting": "dim"}
+IN_ORDER = ("running", "failed", "pruned", "waiting", "finished")  # which lines stay where a terminal has too few
+FRAME = 4  # lines of a terminal that are no run's
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run to show. state: None where its folder tells whether it is finished."""
+
+    name: str
+    setting: dict
+    path: Path | None
+    steps: int
+    state: str | None = None
+
+
+class States:
+    """What this process knows of its runs: which are running, and which ended early."""
+
+    def __init__(self):
+        self.of: dict[Path, str] = {}
+
+    def begin(self, paths: Sequence[Path]) -> None:
+        self.of |= dict.fromkeys(paths, "running")
+
+    def end(self, paths: Sequence[Path], failed: Sequence[Path] = ()) -> None:
+        for path in paths:
+            self.of.pop(path, None)
+        self.of |= dict.fromkeys(failed, "failed")
+
+
+class Tail:
+    """The end of a log that grows: the newest value of each key. It may be cut off, by a run that goes on."""
+
+    def __init__(self, path: Path):
+        self.path, self.offset, self.newest = path, 0, {}
+
+    def read(self) -> dict:
+        try:
+            with open(self.path, "rb") as file:
+                size = file.seek(0, 2)
+                if size < self.offset:
+                    self.offset, self.newest = 0, {}
+                file.seek(self.offset)
+                lines, end, _ = file.read().rpartition(b"\n")
+        except OSError:
+            return self.newest
+        self.offset += len(lines) + len(end)
+        for line in lines.splitlines():
+            with contextlib.suppress(ValueError):  # shown, and used for nothing
+                self.newest |= json.loads(line)
+        return self.newest
+
+
+class LiveTable:
+    """Draws the runs that `rows` returns."""
+
+    def __init__(self, rows: Callable[[], Sequence[Row]]):
+        self.rows, self.tails = rows, {}
+
+    def _newest(self, path: Path | None, name: str) -> dict:
+        if path is None:
+            return {}
+        return self.tails.setdefault((path, name), Tail(path / name)).read()
+
+    def lines(self) -> list[tuple[str, list[str]]]:
+        """Return the state of each run and the cells of its line."""
+        found = []
+        for row in self.rows():
+            metrics, timing = self._newest(row.path, METRICS), self._newest(row.path, TIMING)
+            done = row.path is not None and (row.path / DONE).exists()
+            state = row.state or ("finished" if done else "waiting")
+            step, loss = metrics.get("step"), metrics.get("loss")
+            figures = metrics.get("eval") or {}
+            length = f"{figures['accept_len']:.2f}" if figures.get("calls") else ""
+            eta = clock(timing["eta"]) if state == "running" and "eta" in timing else ""
+            at = f"{step or 0:,}/{row.steps:,}" if row.steps else ""
+            cells = [state, at, "" if loss is None else f"{loss:.3f}", length, eta]
+            found.append((state, [row.name, *map(value_text, row.setting.values()), *cells]))
+        return found
+
+    def render(self, height: int) -> Group:
+        """Return the table, of at most `height` lines: what runs, then what ended early, then the rest."""
+        lines, rows = self.lines(), self.rows()
+        fields = [key.partition(".")[2] for key in rows[0].setting] if rows else []
+        table: Grid = grid(">run", *fields, "state", ">step", ">loss", ">accept", ">ETA")
+        most = max(1, height - FRAME)
+        kept = sorted(range(len(lines)), key=lambda number: (IN_ORDER.index(lines[number][0]), number))[:most]
+        for number in sorted(kept):
+            state, cells = lines[number]
+            table.add_row(*cells, style=STYLES[state])
+        counts = Counter(state for state, _ in lines)
+        text = ", ".join(f"{counts[state]} {state}" for state in IN_ORDER if counts[state])
+        more = f"; {len(lines) - len(kept)} lines not shown" if len(kept) < len(lines) else ""
+        return Group(table, Text(f"{text}{more}", style="dim"))
+
+
+def clock(seconds: float) -> str:
+    """Return seconds as hours, minutes and seconds: 0:01:23."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+@contextlib.contextmanager
+def shown_live(rows: Callable[[], Sequence[Row]], folder: Path) -> Iterator[None]:
+    """Show runs in a table while the block runs, where standard output is a terminal; their lines go to sweep.log."""
+    if not sys.stdout.isatty():
+        yield
+        return
+    console, table = VisibleConsole(), LiveTable(rows)
+    console.file = sys.stdout  # not what standard output becomes within the block
+    with contextlib.ExitStack() as held:
+        with write_errors(folder, "a log"):
+            folder.mkdir(parents=True, exist_ok=True)
+            log = held.enter_context(open(folder / LOG, "a", buffering=1))
+        held.enter_context(redirect_stdout(log))
+        held.enter_context(_live(console, table))
+        yield
+
+
+def _live(console: Console, table: LiveTable) -> Live:
+    return Live(
+        get_renderable=lambda: table.render(console.height),
+        console=console,
+        refresh_per_second=REFRESHES,
+        redirect_stdout=False,
+        transient=True,  # the table at the end says it all
+    )
