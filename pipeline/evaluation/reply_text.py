@@ -56,4 +56,8 @@ class TokenTexts:
 
     def next(self, token: int) -> str:
         """Return the text that the next token adds; "" within a character of several tokens."""
-        return self.stream.step(self.backend, token) or ""
+        try:
+            return self.stream.step(self.backend, token) or ""
+        except Exception:  # its only kind: bytes that are no UTF-8, of a tokenizer that falls back to bytes
+            self.stream = DecodeStream(skip_special_tokens=False)
+            return self.backend.decode([token], skip_special_tokens=False)

@@ -224,8 +224,8 @@ def describe_draft(path: Path) -> Trained:
         return Trained(path, steps)
     trained_on = read_run(run_folder).cache.path
     recipe = read_recipe(run_folder)
-    train, seedless = recipe.train, recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 0})})
-    return Trained(path, steps, train.seed, train.heldout, Path(trained_on), seedless.digest())
+    train = recipe.train
+    return Trained(path, steps, train.seed, train.heldout, Path(trained_on), recipe.seedless_digest())
 
 
 def open_cache(trained: Trained, cache: Path | None, prompts: Path | None) -> HiddenCache | None:
