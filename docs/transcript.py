@@ -1,7 +1,7 @@
 """Run a day on the bundled target, and write docs/a-day.md: every command as typed, with what it prints.
 
     python docs/transcript.py                 minutes, on two cores
-    python docs/transcript.py --samples 60 --steps 4 --out FILE      to try this script
+    python docs/transcript.py --samples 60 --steps 4 --out FILE      to try this script, on a corpus few.jsonl
 
 Commands run in a folder of their own, as the page's reader would type them in the repository. Of longer outputs the
 first and the last lines are kept; of a line of progress that is written over, the last state. The folder's own path is
@@ -36,7 +36,7 @@ nothing else is changed.
 
 def day(samples: int | None, steps: int | None) -> list[tuple[str, list[str]]]:
     """Return the day's sections, each a sentence and the commands behind it."""
-    fewer = f" --max-samples {480 + samples}" if samples else ""  # held-out chats come first
+    fewer = " --corpus few.jsonl" if samples else ""
     shorter = f" --set train.steps={steps}" if steps else ""
     few = " --count 4 --max-new 8" if samples else " --count 64"
     return [
@@ -107,6 +107,9 @@ def written(samples: int | None, steps: int | None) -> str:
         folder = Path(name).resolve()
         for linked in ("configs", "data"):
             (folder / linked).symlink_to(ROOT / linked)
+        if samples:
+            chats = (ROOT / "data/chats.jsonl").read_text().splitlines(keepends=True)
+            (folder / "few.jsonl").write_text("".join(chats[:: max(1, len(chats) // samples)]))
         for sentence, lines in day(samples, steps):
             known = [line for line in lines if line.split()[0] in commands.commands]
             if known:
@@ -126,7 +129,7 @@ def written(samples: int | None, steps: int | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, help="chats to train on, to try this script")
+    parser.add_argument("--samples", type=int, help="chats in all, to try this script")
     parser.add_argument("--steps", type=int, help="of each training, to try this script")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/a-day.md")
     given = parser.parse_args()
