@@ -28,9 +28,9 @@ TARGET = "data/tiny-qwen3"
 
 HEAD = """# A day
 
-Every command on the bundled target, on a CPU, with what it prints: written by `python docs/transcript.py` (version
-{version}, {threads} threads, {minutes} minutes in all). Of long outputs the first and the last {kept} lines are shown;
-nothing else is changed.
+Every command on the bundled target, on a CPU, with what it prints: written by `{typed}`, version {version},
+threads: {threads}, {minutes} minutes in all. Of long outputs the first and the last {kept} lines are shown; nothing
+else is changed.
 """
 
 
@@ -72,7 +72,7 @@ def day(samples: int | None, steps: int | None) -> list[tuple[str, list[str]]]:
             "Lists of settings, run after run, from the same cache.",
             [f"sweep configs/sweep.toml --set train.steps={steps or 40} --set train.eval_samples=8 --out runs/sweep"],
         ),
-        ("Why does the smallest of them accept so little?", ["doctor {worst}"]),
+        ("Why does one of them accept so little?", ["doctor {one}"]),
     ]
 
 
@@ -115,16 +115,19 @@ def written(samples: int | None, steps: int | None) -> str:
             if known:
                 parts.append(f"## {sentence}\n")
             for line in known:
-                worst = sorted(path.name for path in folder.glob("runs/sweep/*") if (path / "run.json").is_file())[:1]
-                typed = line.format(worst=f"runs/sweep/{worst[0]}" if worst else "runs/domino")
+                runs = sorted(path.parent.name for path in folder.glob("runs/sweep/*/run.json"))
+                typed = line.format(one=f"runs/sweep/{runs[0]}" if runs else "runs/domino")
                 print(f"pipeline {typed}", flush=True)
                 printed, code = run(typed, folder)
                 if code not in (0, 1) or (code and not typed.startswith("doctor")):
                     raise SystemExit(f"pipeline {typed} ended with {code}:\n{printed}")
                 parts.append(f"```console\n$ pipeline {typed}\n{printed}\n```\n")
     minutes = round((time.monotonic() - began) / 60)
+    typed_here = shlex.join(["python", "docs/transcript.py", *sys.argv[1:]])
     threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
-    return "\n".join([HEAD.format(version=__version__, threads=threads, minutes=minutes, kept=KEPT), *parts])
+    return "\n".join(
+        [HEAD.format(typed=typed_here, version=__version__, threads=threads, minutes=minutes, kept=KEPT), *parts]
+    )
 
 
 def main() -> None:

@@ -166,6 +166,7 @@ def with_options(words: list[str], more: str) -> list[str]:
 def stands_for(name: str, word: str, url: str) -> str:
     """Return what a word of a command stands for."""
     word = table.WORDS_OF.get((name.split()[0], word), table.WORDS.get(word, word))
+    word = re.sub(r"^(runs/\S*-)[0-9a-f]{10}$", r"\1…", word)  # a run of other settings has another digest
     return {"SERVER": url, "PYTHON": sys.executable}.get(word, word)
 
 
