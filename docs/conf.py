@@ -35,3 +35,27 @@ myst_heading_anchors = 3
 myst_links_external_new_tab = False
 # READMEs are pages in their own right: a map beside the code, in no list of contents but that of where it is linked.
 suppress_warnings = ["toc.not_included", "misc.highlighting_failure"]
+
+BESIDE_THE_CODE = [
+    "README",
+    "pipeline/README",
+    "stages/README",
+    "pipeline/corpus/README",
+    "stages/cache_hidden/README",
+    "stages/serve_check/README",
+    "data/results/README",
+    "data/tiny-qwen3/README",
+    "CHANGELOG",
+]
+
+
+def add_contents(app, document: str, source: list[str]) -> None:
+    """Add to the first page the contents that the site's menu shows: the pages it links, and those beside the code."""
+    if document == root_doc:
+        pages = dict.fromkeys(re.findall(r"\]\(([\w-]+)\.md\)", source[0]))
+        lines = ["", "```{toctree}", ":hidden:", *pages, *(f"/{page}" for page in BESIDE_THE_CODE), "```", ""]
+        source[0] += "\n".join(lines)
+
+
+def setup(app) -> None:
+    app.connect("source-read", add_contents)

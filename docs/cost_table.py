@@ -1,7 +1,7 @@
-"""What the presets cost: write the tables of docs/presets.md, by the arithmetic that `pipeline plan` prints.
+"""What the presets cost: write the tables of docs/presets.md and docs/why-offline.md, by the arithmetic of `plan`.
 
     python docs/cost_table.py            write them
-    python docs/cost_table.py --check    end with 1 where the page has others
+    python docs/cost_table.py --check    end with 1 where the pages have others
 
 Bytes are the codecs' own, memory that of `stages/cache_hidden/device_memory.py` and `stages/train_draft/memory.py`.
 Hours are operations over a share of a GPU's peak that is assumed, not measured. Targets are configs alone,
@@ -37,7 +37,8 @@ from stages.train_draft.memory import Fit, step_memory
 from stages.train_draft.planned_memory import PlannedCache
 
 ROOT = Path(__file__).parent.parent
-PAGE, TARGETS = ROOT / "docs/presets.md", ROOT / "docs/targets.json"
+TARGETS = ROOT / "docs/targets.json"
+PAGES = {"capture": "presets", "training": "presets", "offline": "why-offline"}
 BEGIN, END = "<!-- cost_table.py {} -->", "<!-- end of {} -->"
 PRESETS = ("dflash", "domino", "dspark")
 GIB = 1 << 30
@@ -97,9 +98,8 @@ class Target:
         )
         return capture_memory(settings, T)
 
-    @property
-    def capture_operations(self) -> float:
-        """Operations of one forward over the corpus: two a weight that a token meets, and attention."""
+    def forward_operations(self, tokens: int) -> float:
+        """Operations of one forward over a sample: two a weight that a token meets, and attention."""
         experts, used = self.config.get("num_local_experts", 1), self.config.get("num_experts_per_tok", 1)
         met = sum(
             shape.numel() * (used / experts if ".experts." in name else 1)
@@ -107,8 +107,8 @@ class Target:
             if "embed_tokens" not in name and "lm_head" not in name
         )
         heads = self.config["num_attention_heads"] * self.config["head_dim"]
-        attention = 4 * heads * (T / 2) * self.config["num_hidden_layers"]
-        return SAMPLES * T * (2 * met + attention)
+        attention = 4 * heads * (tokens / 2) * self.config["num_hidden_layers"]
+        return tokens * (2 * met + attention)
 
     def planned_cache(self) -> PlannedCache:
         """Return the cache as a recipe asks about it."""
@@ -144,9 +144,13 @@ class Training:
     def operations(self) -> float:
         """Operations of the whole training, as `train-draft` estimates its time: three forwards a step."""
         train = self.resolved.recipe.train
-        eligible = np.arange(T - SUPERVISED, T - 1)  # supervised, and the next one, too
-        anchors_N = eligible[: train.anchors]
-        return 6.0 * train.steps * train.batch * forward_cost(self.resolved.draft, T, anchors_N)
+        return train.steps * train.batch * self.sample_operations(T)
+
+    def sample_operations(self, tokens: int) -> float:
+        """Operations of a step for one sample, its second half supervised."""
+        eligible = np.arange(tokens // 2, tokens - 1)  # supervised, and the next one, too
+        anchors_N = eligible[: self.resolved.recipe.train.anchors]
+        return 6.0 * forward_cost(self.resolved.draft, tokens, anchors_N)
 
     def fit(self, size: int) -> str:
         fit = self.memory.fit(size)
@@ -179,7 +183,21 @@ def capture_row(target: Target) -> str:
     cells += [f"{memory.device / GIB:.0f} GiB"]
     for size, peak in GPUS.values():
         devices = next((n for n in (1, 2, 4, 8) if memory.weights / n + memory.batch <= USABLE * size), None)
-        cells += [f"{devices or 'more than 8'}", hours(target.capture_operations / (CAPTURE_SHARE * peak))]
+        cells += [f"{devices or 'more than 8'}", hours(SAMPLES * target.forward_operations(T) / (CAPTURE_SHARE * peak))]
+    return line(cells)
+
+
+def offline_row(training: Training, tokens: int) -> str:
+    """What a resident target costs of each step, and what reading its states takes instead, at one length."""
+    forward, step = training.target.forward_operations(tokens), training.sample_operations(tokens)
+    of_target = forward / CAPTURE_SHARE
+    cells = [f"{tokens:,}", f"{of_target / (of_target + step / TRAINING_SHARE):.0%}"]
+    samples_a_second = 8 * TRAINING_SHARE * GPUS["H100"][1] / step
+    for codec in CODECS:
+        width = training.target.config["hidden_size"]
+        rows = [tokens] * len(training.target.layers)
+        size = sum(CODECS[codec].stored_bytes(count, width, "bfloat16") for count in rows)
+        cells += [f"{size / 1e6:.0f} MB", f"{samples_a_second * size / 1e9:.1f} GB/s"]
     return line(cells)
 
 
@@ -220,25 +238,40 @@ def training_table(every: list[Target]) -> list[str]:
     return [*head(cells, 2), *rows]
 
 
+def offline_table(every: list[Target]) -> list[str]:
+    """Of Qwen3-8B and the preset of DFlash, which reads no `final`."""
+    training = Training(next(target for target in every if target.name == "Qwen3-8B"), "dflash")
+    cells = ["tokens", "the target's share"]
+    for codec in CODECS:
+        cells += [f"a sample, {codec}", "eight H100s read"]
+    return [*head(cells, 0), *(offline_row(training, tokens) for tokens in (550, 1000, 2000, 4000))]
+
+
 def with_table(page: str, name: str, rows: list[str]) -> str:
     """Return a page with a table between its marks."""
     begin, end = BEGIN.format(name), END.format(name)
     before, rest = page.split(begin)
-    return "\n".join([before + begin, *rows, end + rest.split(end)[1]])
+    return "\n".join([before + begin, "", *rows, "", end + rest.split(end)[1]])
+
+
+def table_on_page(name: str) -> list[str]:
+    """Return the rows of a table as its page has them."""
+    page = (ROOT / f"docs/{PAGES[name]}.md").read_text()
+    return page.split(BEGIN.format(name))[1].split(END.format(name))[0].strip().splitlines()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="end with 1 where the page has other tables")
-    found = PAGE.read_text()
-    check = parser.parse_args().check
+    parser.add_argument("--check", action="store_true", help="end with 1 where the pages have other tables")
+    check, differ = parser.parse_args().check, False
     with tempfile.TemporaryDirectory() as folder:
         every = targets(Path(folder))
-        page = with_table(found, "capture", capture_table(every))
-        page = with_table(page, "training", training_table(every))
-    if not check:
-        PAGE.write_text(page)
-    return int(check and page != found)
+        for name, table in (("capture", capture_table), ("offline", offline_table), ("training", training_table)):
+            rows, page = table(every), ROOT / f"docs/{PAGES[name]}.md"
+            differ |= rows != table_on_page(name)
+            if not check:
+                page.write_text(with_table(page.read_text(), name, rows))
+    return int(check and differ)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pipeline.examples import example_of
 from pipeline.nearest_name import did_you_mean
 from pipeline.secret_masking import masked
 from pipeline.standard_streams import check_standard_output, protect_standard_streams
-from pipeline.visible_text import VisibleConsole, print_visible, visible, visible_lines
+from pipeline.visible_text import print_visible, visible, visible_lines
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # exit codes 143, and 129 for a terminal that was closed
 RESUMABLE = "what is finished is kept, and the same command goes on from there"
@@ -205,4 +205,6 @@ def show(report: dict, as_json: bool, table) -> None:
     if as_json:
         print_visible(json.dumps(report, indent=2, default=str).replace("\x7f", "\\u007f"))  # JSON does not escape DEL
     else:
+        from pipeline.visible_tables import VisibleConsole  # brings rich, which no help needs
+
         VisibleConsole().print(table(report))

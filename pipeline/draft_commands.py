@@ -23,7 +23,7 @@ from pipeline.options import (
     serve_check_options,
     watch_options,
 )
-from pipeline.visible_text import VisibleConsole, print_visible, visible
+from pipeline.visible_text import print_visible, visible
 
 
 @click.command(cls=CacheCommand)
@@ -147,7 +147,7 @@ def report(paths, page, markdown, forced, drawing, against, as_json):
     if as_json:
         return show(table | {"page": str(page)} if page else table, as_json, None)
     if table is not None:
-        print_visible(table) if markdown else VisibleConsole().print(table)
+        print_visible(table) if markdown else show({}, False, lambda _: table)
     if page:
         print_visible(f"page: {visible(page)}")
 

@@ -2,20 +2,12 @@
 
 A corpus, a report, a published draft or a file name may hold escape sequences (a title, a colour, a cleared screen),
 line ends that forge a line of output, or marks that reverse the reading order. Every command prints through here, its
-tables through rich: markup in them is shown, never interpreted.
+tables through `visible_tables.py`.
 """
 
 import re
-import sys
-from collections.abc import Iterator
 
 import click
-from rich.console import Console, ConsoleOptions, RenderableType
-from rich.segment import Segment
-from rich.table import Table
-from rich.text import Text
-
-WIDTH = 110  # columns where there is no terminal
 
 # Controls (C0, DEL, C1), line and paragraph separators, halves of surrogate pairs, and format characters: bidirectional
 # marks, invisible operators, tags. The joiners U+200C and U+200D stay: words and emoji are spelt with them.
@@ -57,46 +49,3 @@ def escape_markdown(text: object) -> str:
 def markdown_code(text: object) -> str:
     """Return text as a Markdown code span; a backtick in it, which would end the span, becomes an apostrophe."""
     return f"`{visible(text).replace('`', chr(39))}`"
-
-
-class VisibleConsole(Console):
-    """A console that escapes control characters in all text, and interprets neither [markup] nor :emoji:."""
-
-    def __init__(self, stderr: bool = False):
-        width = None if (sys.stderr if stderr else sys.stdout).isatty() else WIDTH
-        super().__init__(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
-
-    def render_str(self, text: str, **chosen) -> Text:
-        return super().render_str(visible_lines(text), **chosen)
-
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
-        for segment in super().render(renderable, options):
-            text, style, control = segment
-            yield segment if control else Segment(visible_lines(text), style)
-
-
-def shows_styles() -> bool:
-    """Return whether standard output is a terminal that shows colours or underlines."""
-    return VisibleConsole().color_system is not None
-
-
-class Grid(Table):
-    """A table whose cells escape control characters and line ends. Long text is folded, never cut off."""
-
-    def add_column(self, header: RenderableType = "", **chosen) -> None:
-        super().add_column(_visible_cell(header), **{"overflow": "fold", **chosen})
-
-    def add_row(self, *cells: RenderableType | None, **chosen) -> None:
-        super().add_row(*map(_visible_cell, cells), **chosen)
-
-
-def _visible_cell(cell: RenderableType | None) -> RenderableType | None:
-    return visible(cell) if isinstance(cell, str) else cell
-
-
-def grid(*headers: str, title: str | None = None) -> Grid:
-    """Return an empty table with these headers; the column of one that begins with `>` is right-aligned."""
-    table = Grid(title=title and visible(title), title_justify="left", box=None, header_style="bold", pad_edge=False)
-    for header in headers:
-        table.add_column(header.removeprefix(">"), justify="right" if header.startswith(">") else "left")
-    return table

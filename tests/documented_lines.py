@@ -46,8 +46,10 @@ def shown_in(path: Path) -> list[Shown]:
         if token.type == "heading_open" and token.tag in ("h1", "h2"):
             section = tokens[at + 1].content
         elif token.type in ("fence", "code_block"):
-            strict = token.info.strip() == "sh"
-            found += [Shown(page, section, line, False) for line in command_lines(token.content, strict, page)]
+            kind, block = token.info.strip(), token.content
+            if kind == "console":  # with what is printed
+                block = "\n".join(line for line in block.splitlines() if line.startswith("$ "))
+            found += [Shown(page, section, line, False) for line in command_lines(block, kind == "sh", page)]
         elif token.type == "inline":
             spans = [" ".join(child.content.split()) for child in token.children if child.type == "code_inline"]
             found += [Shown(page, section, span, True) for span in spans]

@@ -8,7 +8,8 @@ from rich.text import Text
 from tiny import conversations, save_target, write_jsonl
 
 from pipeline.cli import main
-from pipeline.visible_text import VisibleConsole, escape_markdown, grid, markdown_code
+from pipeline.visible_tables import VisibleConsole, grid
+from pipeline.visible_text import escape_markdown, markdown_code
 
 ESCAPES = "\x1b]0;pwned\x07\x1b[31m"
 DOMAINS = [

@@ -1,5 +1,7 @@
 """What a cache is and holds, from its plan and manifests alone, and what `verify` found: JSON values, and tables."""
 
+import contextlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from pipeline.cache.plan import Plan
 from pipeline.cache.reader import HiddenCache
 from pipeline.cache.schema import ColumnManifest, read_log
 from pipeline.errors import UsageError
-from pipeline.visible_text import grid, shows_styles, visible, visible_lines
+from pipeline.visible_tables import grid, shows_styles
+from pipeline.visible_text import visible, visible_lines
 
 TOKENIZER = "tokenizer.json"
 LISTED = 20  # shards that are not captured yet, or foreign files, before the rest is only counted
@@ -113,8 +116,18 @@ def _gauge(shards: list[dict[str, ColumnManifest]]) -> dict | None:
     }
 
 
-def _folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _folder_bytes(folder: Path | str) -> int:
+    """Return the bytes of all files below a folder, none where it is not there; files that vanish meanwhile are not
+    counted. By `scandir`: a cache of 1,000 shards has 9,000 files, of which `rglob` asks three times each."""
+    total = 0
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                if entry.is_dir(follow_symlinks=False):
+                    total += _folder_bytes(entry.path)
+                elif entry.is_file():
+                    total += entry.stat().st_size
+    return total
 
 
 def sample_view(path: Path, i: int) -> dict:

@@ -13,7 +13,8 @@ from pipeline.evaluation.reports import (
     SampledReplies,
     Speed,
 )
-from pipeline.visible_text import Grid, grid, visible
+from pipeline.visible_tables import Grid, grid
+from pipeline.visible_text import visible
 
 
 def evaluation_table(report: Report) -> Group:

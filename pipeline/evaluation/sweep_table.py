@@ -1,11 +1,13 @@
 """A sweep's result as people see it on a terminal."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Group
 from rich.text import Text
 
-from pipeline.visible_text import grid, visible
+from pipeline.visible_tables import grid
+from pipeline.visible_text import visible
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 NOTE = (
@@ -47,7 +49,8 @@ def _runs(report: dict, has_settings: bool):
         parameters = "-" if run["parameters"] is None else f"{run['parameters']:,}"
         of_best = [] if has_settings else [_to_best(run["setting"], report)]
         steps = f"{run['pruned']['step']:,} of {run['steps']:,}" if run["pruned"] else f"{run['steps']:,}"
-        table.add_row(*_values(run), *_measured(run), *of_best, steps, parameters, letters[run["data"]], run["run"])
+        data, folder = letters[run["data"]], Path(run["run"]).name
+        table.add_row(*_values(run), *_measured(run), *of_best, steps, parameters, data, folder)
     return table
 
 

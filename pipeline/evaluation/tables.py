@@ -20,7 +20,8 @@ from pipeline.evaluation.reports import (
     pool_seeds,
     tokens_and_calls,
 )
-from pipeline.visible_text import Grid, escape_markdown, grid, visible
+from pipeline.visible_tables import Grid, grid
+from pipeline.visible_text import escape_markdown, visible
 
 
 def comparison(paths: Sequence[Path], markdown: bool = False, forced: bool = False) -> Group | str:

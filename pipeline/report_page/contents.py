@@ -15,7 +15,7 @@ from pipeline.evaluation.reports import Report, load_reports
 from pipeline.runs.folder import RUN, Evaluation, Result, RunRecord, read_recipe, read_result, read_run
 from pipeline.runs.recipe import Recipe
 from pipeline.runs.run_logs import METRICS, TIMING, read_log
-from pipeline.runs.sweep_record import SWEEP, read_sweep
+from pipeline.runs.sweep_record import SWEEP, read_sweep, setting_text
 
 KINDS = "evaluation reports, runs, sweeps and caches"
 
@@ -83,14 +83,14 @@ class Contents:
 def find_contents(paths: Sequence[Path]) -> Contents:
     """Read what is at `paths`. UsageError for what is nothing of ours, CacheError for damage."""
     found = Contents(reports=load_reports([path for path in paths if not path.is_dir()]))
-    folders: dict[Path, Path] = {}  # runs, by where they really are
+    folders: dict[Path, Run] = {}  # by where they really are; a run without a name is called by its folder
     for path in paths:
         if (path / RUN).is_file():
-            folders[path.resolve()] = path
+            folders[path.resolve()] = Run(path, "")
         elif (path / SWEEP).is_file():
             found.sweeps.append(path)
-            swept = [Path(run.run) for run in read_sweep(path).runs]
-            folders |= {run.resolve(): run for run in swept if (run / RUN).is_file()}
+            swept = [Run(Path(run.run), setting_text(run.setting)) for run in read_sweep(path).runs]
+            folders |= {run.path.resolve(): run for run in swept if (run.path / RUN).is_file()}
         elif (path / IDENTITY).is_file():
             found.caches.append(path)
         elif path.is_dir():
@@ -98,7 +98,7 @@ def find_contents(paths: Sequence[Path]) -> Contents:
     for report in found.reports:
         run = Path(report.draft.path)
         if (run / RUN).is_file() and _is_of(report, run):
-            folders.setdefault(run.resolve(), run)
+            folders.setdefault(run.resolve(), Run(run, ""))
     found.runs = _named(list(folders.values()))
     known = {path.resolve() for path in found.caches}
     for run in found.runs:
@@ -125,7 +125,10 @@ def _is_cache_of(run: Run, cache: Path) -> bool:
         return False
 
 
-def _named(paths: list[Path]) -> list[Run]:
-    """Return runs named by their folders, or by their whole paths where folders have the same name."""
-    names = [path.resolve().name for path in paths]
-    return [Run(path, name if names.count(name) == 1 else str(path)) for path, name in zip(paths, names, strict=True)]
+def _named(runs: list[Run]) -> list[Run]:
+    """Return runs with names: of those without one their folders', or whole paths where folders have the same name."""
+    names = [run.name or run.path.resolve().name for run in runs]
+    return [
+        run if run.name else Run(run.path, name if names.count(name) == 1 else str(run.path))
+        for run, name in zip(runs, names, strict=True)
+    ]

@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.report_page.charts import Chart, axis, draw, palette
 from pipeline.report_page.draft_charts import GAINED, point_text
 from pipeline.report_page.table import Table
-from pipeline.runs.sweep_record import PooledSetting, Ratio, Setting, SweepRecord, SweptRun, read_sweep
+from pipeline.runs.sweep_record import PooledSetting, Ratio, Setting, SweepRecord, SweptRun, read_sweep, setting_text
 from pipeline.visible_text import visible
 
 MOST_SETTINGS = 40  # in a chart, the best ones
@@ -40,9 +40,8 @@ def sweep_section(name: str, path: Path) -> SweepSection:
     )
 
 
-def setting_text(setting: Setting) -> str:
-    """Return a setting as text, its fields without their sections."""
-    return visible(", ".join(f"{key.partition('.')[2]} = {value}" for key, value in setting.items())) or "as it is"
+def _text(setting: Setting) -> str:
+    return visible(setting_text(setting)) or "as it is"
 
 
 def _facts(sweep: SweepRecord) -> list[tuple[str, str]]:
@@ -66,7 +65,7 @@ def _settings_chart(name: str, pooled: Sequence[PooledSetting]) -> Chart | None:
     if not measured:
         return None
     shown = measured[:MOST_SETTINGS]
-    labels = [setting_text(entry.setting) for entry in shown]
+    labels = [_text(entry.setting) for entry in shown]
     first = [visible(next(iter(entry.setting.values()), "all")) for entry in shown]
     rows = [
         {
@@ -98,7 +97,7 @@ def _settings_chart(name: str, pooled: Sequence[PooledSetting]) -> Chart | None:
     ]
     table = [
         [
-            setting_text(entry.setting),
+            _text(entry.setting),
             point_text((entry.accept_len, *entry.interval)) if entry.interval else "-",
             f"{entry.measured} of {entry.runs}",
             ", ".join(f"{length:.2f}" for length in entry.seeds),
@@ -118,7 +117,7 @@ def _ratios_chart(name: str, sweep: SweepRecord) -> Chart | None:
     found = [ratio for ratio in sweep.ratios if ratio.to == best][:MOST_SETTINGS]
     if not found:
         return None
-    labels = [setting_text(ratio.setting) for ratio in found]
+    labels = [_text(ratio.setting) for ratio in found]
     rows = [
         {"setting": label, "value": ratio.value, "low": ratio.interval[0], "high": ratio.interval[1]}
         for label, ratio in zip(labels, found, strict=True)
@@ -132,7 +131,7 @@ def _ratios_chart(name: str, sweep: SweepRecord) -> Chart | None:
         {"mark": {"type": "rule", "strokeWidth": 2, "color": "var(--c0)"}, "encoding": ends},
         {"mark": {"type": "point", "filled": True, "size": 80, "opacity": 1, "color": "var(--c0)"}, "encoding": place},
     ]
-    title = f"Compared with the best: {setting_text(best)}"
+    title = f"Compared with the best: {_text(best)}"
     note = "Paired by reply and by seed; 95 % intervals over replies."
     return Chart(title, draw(name, title, layers, rows, height=22 * len(rows)), note=note)
 
@@ -146,7 +145,7 @@ def _runs(runs: Sequence[SweptRun]) -> Table:
         seconds = "-" if run.seconds is None else f"{run.seconds:,.0f}"
         name = visible(Path(run.run).name)
         state = visible(f"{run.state}{ended}")
-        rows.append([name, setting_text(run.setting), state, length, f"{run.steps:,}", seconds, visible(run.data[:8])])
+        rows.append([name, _text(run.setting), state, length, f"{run.steps:,}", seconds, visible(run.data[:8])])
     return Table(heads, rows)
 
 
@@ -154,8 +153,8 @@ def _ratios(ratios: Sequence[Ratio]) -> Table:
     heads = ["setting", "compared with", "ratio", "by seed", "replies", "same samples and order"]
     rows = [
         [
-            setting_text(ratio.setting),
-            setting_text(ratio.to),
+            _text(ratio.setting),
+            _text(ratio.to),
             point_text((ratio.value, *ratio.interval), 3),
             ", ".join(f"{value:.3f}" for value in ratio.by_seed),
             f"{ratio.replies:,}",

@@ -118,3 +118,13 @@ def read_sweep(folder: Path) -> SweepRecord:
     if not path.is_file():
         raise UsageError(f"{folder} holds no {SWEEP}; it is in a sweep's --out, or in runs/sweep-… without one")
     return read_record(path, SweepRecord, MAKE_AGAIN)
+
+
+def setting_text(setting: Setting) -> str:
+    """Return a combination as text: "method = domino, lr = 0.003"."""
+    return ", ".join(f"{key.partition('.')[2]} = {value_text(value)}" for key, value in setting.items())
+
+
+def value_text(value: object) -> str:
+    """Return a field's value as a table shows it; of a drawn number six digits."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -148,7 +148,8 @@ def plan_table(report: dict):
     """Return the report as a table for the terminal."""
     from rich.text import Text
 
-    from pipeline.visible_text import Grid, visible
+    from pipeline.visible_tables import Grid
+    from pipeline.visible_text import visible
 
     table = Grid(title=f"plan of {visible(report['cache'])}", show_header=False, title_justify="left")
     table.add_column(style="bold")
@@ -219,7 +220,7 @@ def codec_table(report: dict):
     """Return a table of the bytes of every column in every codec; the chosen ones are marked."""
     from rich.text import Text
 
-    from pipeline.visible_text import grid
+    from pipeline.visible_tables import grid
 
     table = grid("", *(f">{codec}" for codec in report["prices"]))
     for name in next(iter(report["prices"].values())):

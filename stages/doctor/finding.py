@@ -8,7 +8,8 @@ from rich.console import Group
 from rich.text import Text
 
 from pipeline.errors import PipelineError, first_line
-from pipeline.visible_text import grid, visible
+from pipeline.visible_tables import grid
+from pipeline.visible_text import visible
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 STYLES = {OK: "green", NOTE: "yellow", PROBLEM: "bold red"}

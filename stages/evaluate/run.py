@@ -28,7 +28,7 @@ from pipeline.target.loading import load_target
 from pipeline.target.model import head_of, stop_tokens
 from pipeline.target.weights import check_weights_if_recorded, target_digest, weights_digest
 from pipeline.tensors import find_device, refuse_out_of_memory
-from pipeline.visible_text import VisibleConsole
+from pipeline.visible_tables import VisibleConsole
 from stages.evaluate.lossless import LosslessCheck, PlainReplies, plain_decode, reply_settings
 from stages.evaluate.measure import (
     accept_figures,

@@ -3,7 +3,8 @@
 from rich.console import Group
 from rich.text import Text
 
-from pipeline.visible_text import grid, visible
+from pipeline.visible_tables import grid
+from pipeline.visible_text import visible
 from stages.serve_check.run import ServeReport
 from stages.serve_check.verdict import Served
 

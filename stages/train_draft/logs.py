@@ -35,7 +35,8 @@ from pipeline.runs.recipe import Resolved, TrainSection
 from pipeline.runs.run_logs import MAX_BYTES, REMOVE
 from pipeline.runs.training_data import Split, how_to_add, partial_text, training_config
 from pipeline.target.head import logit_scale
-from pipeline.visible_text import VisibleConsole, visible
+from pipeline.visible_tables import VisibleConsole
+from pipeline.visible_text import visible
 from stages.train_draft.batches import Batch
 
 LINE_INTERVAL = 5.0  # seconds

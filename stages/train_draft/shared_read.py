@@ -26,6 +26,7 @@ from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import size_text
 from pipeline.drafts import DRAFTS, Cell
 from pipeline.drafts.fused import use_kernels
+from pipeline.errors import DiskError
 from pipeline.runs.folder import run_lock
 from pipeline.runs.recipe import Resolved
 from pipeline.runs.training_data import Split
@@ -322,11 +323,11 @@ class Group:
         try:
             yield
         except Exception as error:
-            if ends_all(error):
-                raise
             path = member.training.path
             self.errors[path] = failure(error, path, member.display.print_line)
             self.members.remove(member)
+            if ends_all(error):
+                raise
 
     def _finish_if_done(self, member: Member) -> None:
         if not member.left:
@@ -337,6 +338,6 @@ class Group:
         """Save all runs that go on: only the one whose turn it was has done so. One that fails keeps none from it."""
         for member in list(self.members):
             if member.left:
-                with self._turn_of(member):
+                with contextlib.suppress(DiskError, OSError), self._turn_of(member):
                     member.training.save()
                     member.display.print_line(f"saved at step {member.training.step}")

@@ -20,7 +20,7 @@ from pipeline import __version__, torchrun
 from pipeline.cache import HiddenCache
 from pipeline.errors import UsageError
 from pipeline.runs.folder import read_result
-from pipeline.runs.sweep_record import SweepRecord
+from pipeline.runs.sweep_record import SweepRecord, setting_text
 from pipeline.secret_masking import masked_command
 from pipeline.tensors import find_device, free_cached_memory
 from pipeline.visible_text import print_visible, visible
@@ -39,7 +39,7 @@ from stages.train_draft.sweep_live import Row, States, shown_live
 from stages.train_draft.sweep_plan import PlannedRun, Planner, plan_grid
 from stages.train_draft.sweep_processes import Errors, Work, ends_all, failure, named_devices, train_on_devices
 from stages.train_draft.sweep_search import Search
-from stages.train_draft.sweep_settings import read_sweep_file, setting_text
+from stages.train_draft.sweep_settings import read_sweep_file
 
 if TYPE_CHECKING:
     from pipeline.published.init_from import InitialDraft

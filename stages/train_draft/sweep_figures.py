@@ -16,10 +16,10 @@ from pipeline.evaluation.accept_length import bootstrap, resamples
 from pipeline.evaluation.reports import QUANTILES
 from pipeline.runs.folder import read_result
 from pipeline.runs.run_logs import TIMING, read_log
-from pipeline.runs.sweep_record import PrunedAt
+from pipeline.runs.sweep_record import PrunedAt, setting_text
 from stages.train_draft.batches import READING
 from stages.train_draft.sweep_plan import PlannedRun
-from stages.train_draft.sweep_settings import SEED, Axis, Setting, setting_text
+from stages.train_draft.sweep_settings import SEED, Axis, Setting
 
 HELDOUT_DIFFERS = (
     "not all runs are measured on the same held-out samples: ratios are over the replies that both measured"

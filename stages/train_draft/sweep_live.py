@@ -19,8 +19,8 @@ from rich.text import Text
 from pipeline.cache.atomic import write_errors
 from pipeline.runs.folder import DONE
 from pipeline.runs.run_logs import METRICS, TIMING
-from pipeline.visible_text import Grid, VisibleConsole, grid
-from stages.train_draft.sweep_settings import value_text
+from pipeline.runs.sweep_record import value_text
+from pipeline.visible_tables import Grid, VisibleConsole, grid
 
 LOG = "sweep.log"
 REFRESHES = 2  # a second
@@ -117,7 +117,7 @@ class LiveTable:
             table.add_row(*cells, style=STYLES[state])
         counts = Counter(state for state, _ in lines)
         text = ", ".join(f"{counts[state]} {state}" for state in IN_ORDER if counts[state])
-        more = f"; {len(lines) - len(kept)} lines more than this terminal has" if len(kept) < len(lines) else ""
+        more = f"; {len(lines) - len(kept)} lines not shown" if len(kept) < len(lines) else ""
         return Group(table, Text(f"{text}{more}", style="dim"))
 
 

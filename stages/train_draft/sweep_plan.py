@@ -10,10 +10,11 @@ from pipeline.cache import HiddenCache
 from pipeline.errors import UsageError
 from pipeline.runs.folder import default_folder
 from pipeline.runs.recipe import Resolved, resolve
+from pipeline.runs.sweep_record import setting_text
 from pipeline.runs.training_data import Split, check_complete, stratified_subset
 from stages.train_draft.batches import READING, epoch_keys, epoch_order
 from stages.train_draft.run import split_for
-from stages.train_draft.sweep_settings import Setting, SweepFile, setting_text
+from stages.train_draft.sweep_settings import Setting, SweepFile
 
 if TYPE_CHECKING:
     from pipeline.published.init_from import InitialDraft, InitialWeights

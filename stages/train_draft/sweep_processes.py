@@ -112,6 +112,8 @@ def train_on_devices(
                 for connection in wait([worker.connection for worker in workers], POLL_SECONDS):
                     worker = next(worker for worker in workers if worker.connection is connection)
                     if _listen(worker, errors, states):
+                        if any(map(ends_all, errors.values())):
+                            left.clear()
                         if worker.work is None:
                             _hand_out(worker, left, states)
                         continue

@@ -24,7 +24,7 @@ import torch
 from pipeline.cache.atomic import process_lock, try_lock, write_errors
 from pipeline.errors import UsageError
 from pipeline.runs.folder import run_lock
-from pipeline.runs.sweep_record import PrunedAt, SearchFacts
+from pipeline.runs.sweep_record import PrunedAt, SearchFacts, setting_text
 from pipeline.tensors import free_cached_memory
 from pipeline.visible_text import print_visible, visible
 from stages.train_draft.logs import Display, summary
@@ -35,7 +35,7 @@ from stages.train_draft.sweep_figures import Facts, run_facts
 from stages.train_draft.sweep_live import Row
 from stages.train_draft.sweep_plan import PlannedRun, Planner
 from stages.train_draft.sweep_processes import ends_all, failure
-from stages.train_draft.sweep_settings import Axis, Range, Setting, SweepFile, setting_text
+from stages.train_draft.sweep_settings import Axis, Range, Setting, SweepFile
 from stages.train_draft.training_run import TrainingRun
 
 if TYPE_CHECKING:
@@ -274,13 +274,14 @@ class Search:
         """Return the facts of every trial's run."""
         found = []
         for trial in self.trials():
-            attributes = trial.user_attrs
-            pruned = PrunedAt(**attributes["pruned"]) if "pruned" in attributes else None
+            attributes, state = trial.user_attrs, trial.state.name  # a kill may have come between the two
+            pruned = PrunedAt(**attributes["pruned"]) if state == "PRUNED" else None
+            failed = attributes.get("failed") if state == "FAIL" else None
             try:
                 run = self.planner(attributes["setting"])
             except UsageError:  # its trial failed for that, before it had a run
                 continue
-            found.append(run_facts(run, attributes.get("failed"), pruned, trial.number))
+            found.append(run_facts(run, failed, pruned, trial.number))
         return found
 
     def rows(self) -> list[Row]:

@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Validat
 from pipeline.errors import UsageError
 from pipeline.nearest_name import did_you_mean
 from pipeline.runs.recipe import Recipe, make_recipe, read_toml
+from pipeline.runs.sweep_record import setting_text
 
 SEED = "train.seed"
 EXAMPLE = '"train.lr" = [1e-3, 3e-3]'
@@ -245,13 +246,3 @@ def _range(key: str, value: dict, search: Search | None, path: Path) -> Range:
     if found.low >= found.high or (found.log and found.low <= 0):
         raise UsageError(f"{path}: `{key}` = {value!r}: low has to be below high, and above 0 where log = true")
     return found
-
-
-def setting_text(setting: Setting) -> str:
-    """Return a combination as text: "method = domino, lr = 0.003"."""
-    return ", ".join(f"{key.partition('.')[2]} = {value_text(value)}" for key, value in setting.items())
-
-
-def value_text(value: object) -> str:
-    """Return a field's value as a table shows it; of a drawn number six digits."""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)

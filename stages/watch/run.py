@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 
 from pipeline.errors import UsageError
-from pipeline.visible_text import VisibleConsole
+from pipeline.visible_tables import VisibleConsole
 from stages.watch.capture_progress import CACHE, PLAN, CaptureProgress
 from stages.watch.run_progress import RECIPE, RunProgress
 from stages.watch.screen import frame

@@ -7,7 +7,8 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.text import Text
 
 from pipeline.size_text import size_text
-from pipeline.visible_text import grid, visible
+from pipeline.visible_tables import grid
+from pipeline.visible_text import visible
 
 STYLES = {"running": "bold green", "finished": "bold green", "stopped": "bold yellow", "failed": "bold red"}
 BLOCKS = "▁▂▃▄▅▆▇█"

@@ -1,7 +1,7 @@
 """What people see of a cache and of its verification."""
 
 from pipeline.cache.inspect import verify_table
-from pipeline.visible_text import VisibleConsole
+from pipeline.visible_tables import VisibleConsole
 
 
 def test_of_many_shards_that_are_not_captured_the_first_are_listed_and_of_damage_all(capsys):

@@ -13,7 +13,7 @@ from pipeline.cache.plan import load_plan
 from pipeline.errors import DataError, UsageError
 from pipeline.target.files import TEMPLATE_DATE, template_digest, tokenizer_digest
 from pipeline.target.weights import target_digest
-from pipeline.visible_text import VisibleConsole
+from pipeline.visible_tables import VisibleConsole
 from stages.cache_hidden.run import plan, plan_samples, plan_table
 from stages.cache_hidden.settings import CaptureOptions
 

@@ -53,7 +53,7 @@ def test_the_machine_is_told_as_json_and_as_one_screen(small_disk_probe, tmp_pat
     assert json.loads(json.dumps(report)) == report and SECRET not in json.dumps(report)
     assert not list(tmp_path.iterdir()), "nothing is left"
 
-    from pipeline.visible_text import VisibleConsole
+    from pipeline.visible_tables import VisibleConsole
 
     VisibleConsole().print(machine_table(report))
     screen = capfd.readouterr().out
@@ -90,7 +90,7 @@ def test_a_check_that_hangs_or_fails_is_a_finding():
 
 
 def test_what_a_finding_says_steers_no_terminal(capfd):
-    from pipeline.visible_text import VisibleConsole
+    from pipeline.visible_tables import VisibleConsole
 
     VisibleConsole().print(findings_table([Finding("disk", PROBLEM, "/tmp/\x1b[31m[red]x", remedy="m\nv")]))
     out = capfd.readouterr().out

@@ -23,7 +23,7 @@ from pipeline.json_files import parse_checksummed, record_bytes, with_checksum
 from pipeline.published.export import export
 from pipeline.runs.folder import read_recipe
 from pipeline.target.layers import final_rows
-from pipeline.visible_text import VisibleConsole
+from pipeline.visible_tables import VisibleConsole
 from stages.doctor import acceptance, mismatch
 from stages.doctor.examined_run import Case
 from stages.doctor.finding import NOTE, OK, PROBLEM

@@ -7,7 +7,7 @@ from reports import evaluation
 
 from pipeline.errors import UsageError
 from pipeline.evaluation.tables import comparison
-from pipeline.visible_text import VisibleConsole, grid
+from pipeline.visible_tables import VisibleConsole, grid
 
 
 def rows(*paths, **options):

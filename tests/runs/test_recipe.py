@@ -14,7 +14,7 @@ from pipeline.drafts.rope import rope_theta
 from pipeline.errors import UsageError
 from pipeline.runs.recipe import Recipe, load_recipe, read_toml, resolve, resolve_mask_token
 from pipeline.runs.training_data import training_config
-from stages.train_draft.sweep import load_sweep
+from stages.train_draft.sweep_settings import read_sweep_file
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 
@@ -353,6 +353,11 @@ def test_the_language_part_of_a_target_that_sees_is_found():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_recipe_we_ship_resolves(path):
-    recipes = [recipe for _, recipe in load_sweep(path)] if "sweep" in read_toml(path) else [load_recipe(path)]
+    if "sweep" in read_toml(path):
+        file = read_sweep_file(path)
+        recipes = [file.recipe(setting) for setting in file.combinations()]
+    else:
+        recipes = [load_recipe(path)]
     for recipe in recipes:
-        assert resolve(recipe, cache_of()).draft.method in DRAFTS
+        captured = {"layers": recipe.draft.layers} if recipe.draft.layers else {}
+        assert resolve(recipe, cache_of(**captured)).draft.method in DRAFTS

@@ -1,5 +1,7 @@
 """`pipeline sweep`: the whole grid is checked first, every run is made once, and seeds are pooled by reply."""
 
+import csv
+import errno
 import io
 import json
 import os
@@ -7,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +18,19 @@ from rich.console import Console
 
 import stages.train_draft.sweep as sweep_module
 from pipeline.cli import main
-from pipeline.errors import UsageError
+from pipeline.errors import DiskError, UsageError
 from pipeline.evaluation.accept_length import bootstrap
 from pipeline.evaluation.sweep_table import sweep_table
 from pipeline.published.init_from import InitialDraft
 from pipeline.runs.recipe import load_recipe
+from pipeline.runs.sweep_record import read_sweep
 from pipeline.torchrun import VARIABLES
 from stages.train_draft.run import run
 from stages.train_draft.sweep import sweep
-from stages.train_draft.sweep_figures import pool_seeds, rank_by_accept_length
-from stages.train_draft.sweep_settings import read_sweep_file
+from stages.train_draft.sweep_figures import HELDOUT_DIFFERS, data_warnings, pool_seeds, rank_by_accept_length, ratios
+from stages.train_draft.sweep_files import as_csv, csv_text
+from stages.train_draft.sweep_plan import data_digest
+from stages.train_draft.sweep_settings import Axis, read_sweep_file
 
 ROOT = Path(__file__).parents[2]
 BASE = '[draft]\nmethod = "dflash"\nblock_size = 4\n[train]\nsteps = 4\nbatch = 4\nanchors = 6\nlog_every = 1\n'
@@ -100,6 +106,37 @@ def test_quotes_may_be_left_out_and_lists_may_hold_lists(recipe):
 def test_a_table_that_is_no_grid_is_refused_with_the_nearest_right_thing(recipe, line, says):
     with pytest.raises(UsageError, match=says):
         load_sweep(recipe(line))
+
+
+def test_paired_fields_change_together_and_are_crossed_with_the_lists(recipe):
+    path = recipe(
+        '"train.seed" = [0, 1]', "[sweep.paired]", "train.lr = [1e-3, 3e-3]", '"draft.layers" = [[1], [1, 3]]'
+    )
+
+    assert [tuple(setting.values()) for setting, _ in load_sweep(path)] == [
+        (0, 1e-3, [1]), (0, 3e-3, [1, 3]), (1, 1e-3, [1]), (1, 3e-3, [1, 3]),
+    ]  # fmt: skip
+    alone = recipe("[sweep.paired]", '"train.lr" = [1e-3, 3e-3]', '"draft.method" = ["dflash", "domino"]')
+    assert [one.draft.method for _, one in load_sweep(alone)] == ["dflash", "domino"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (['"train.lr" = [1e-3, 2e-3]', '"train.seed" = [0]'], "need one length: `train.lr` has 2, `train.seed` has 1"),
+        (['"train.steps" = [2]'], r"`train.steps` is in .sweep. and in .sweep.paired.; leave one out"),
+        (['"train.lr" = [1e-3, 1e-3]', '"train.seed" = [0, 0]'], "holds an entry twice"),
+        (['"train.lr" = 1e-3'], "wanted a list of values"),
+        (['"train.lr" = {low = 1, high = 2}'], "wanted a list of values"),
+        (['"train.lrr" = [1e-3]'], "unknown key `train.lrr`; did you mean"),
+        (["lr = [1e-3]"], "`lr` in .sweep. is no field"),
+        ([], "is no table of lists"),
+    ],
+)
+def test_lists_that_cannot_be_paired_are_refused_in_one_line(recipe, lines, says):
+    with pytest.raises(UsageError, match=says) as refused:
+        load_sweep(recipe('"train.steps" = [2, 3]', "[sweep.paired]", *lines))
+    assert "\n" not in str(refused.value)
 
 
 def test_a_sweep_under_torchrun_is_refused(recipe, tiny_cache, tmp_path, monkeypatch):
@@ -240,6 +277,70 @@ def test_a_run_that_diverges_is_noted_and_the_others_go_on(recipe, tiny_cache, t
     assert "failed" in printed.out and "accept length" in printed.out
 
 
+def test_a_bug_in_one_run_is_recorded_and_the_others_go_on(recipe, tiny_cache, tmp_path, monkeypatch, capsys):
+    whole = sweep_module.train_resolved
+
+    def crashing(path, store, split, resolved, *rest):
+        if resolved.recipe.train.seed == 0:
+            raise IndexError("list index out of range")
+        return whole(path, store, split, resolved, *rest)
+
+    monkeypatch.setattr(sweep_module, "train_resolved", crashing)
+    path, out = recipe('"train.seed" = [0, 1]'), tmp_path / "runs"
+    with pytest.raises(SystemExit, match="1"):
+        main(["sweep", str(path), "--cache", str(tiny_cache), "--out", str(out), "--device", "cpu"])
+    printed = capsys.readouterr()
+    assert (
+        printed.err.rstrip().endswith("bug: IndexError: list index out of range")
+        and "1 of 2 runs failed" in printed.err
+    )
+    assert "Traceback" in printed.out and "in crashing" in printed.out
+    assert {run.setting["train.seed"]: run.state for run in read_sweep(out).runs} == {0: "failed", 1: "finished"}
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "no space"), DiskError("full"), KeyboardInterrupt()])
+def test_what_would_end_every_run_stops_the_sweep_at_once(recipe, tiny_cache, tmp_path, monkeypatch, error):
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr(sweep_module, "train_resolved", failing)
+    with pytest.raises(type(error)):
+        sweep(tiny_cache, recipe('"train.seed" = [0, 1]'), out=tmp_path / "runs", device="cpu")
+    assert [run.state for run in read_sweep(tmp_path / "runs").runs] == ["unfinished"] * 2
+
+
+def test_the_files_hold_what_json_prints_and_no_cell_is_a_formula(recipe, tiny_cache, tmp_path):
+    path = recipe('"draft.layers" = [[1], [1, 3]]')
+    report = sweep(tiny_cache, path, out=tmp_path / "runs", device="cpu")
+    record = read_sweep(tmp_path / "runs")
+    assert record.model_dump() == report and all(run.seconds > 0 for run in record.runs)
+
+    evil = record.runs[0].model_copy(update={"failed": "=cmd|' /C calc'!A0", "run": "@x\x1b[2J", "accept_len": -1.5})
+    head, first, second = csv.reader(csv_text(record.model_copy(update={"runs": [evil, record.runs[1]]})).splitlines())
+    cells = dict(zip(head, first, strict=True))
+    assert cells["failed"] == "'=cmd|' /C calc'!A0" and cells["run"] == "'@x\\x1b[2J" and cells["accept_len"] == "-1.5"
+    assert cells["draft.layers"] == str(evil.setting["draft.layers"]) and len(first) == len(second) == len(head)
+    assert as_csv([["+1", "-x", "\t=1", 2, None]]) == "'+1,'-x,\\t=1,2,\r\n"
+
+
+def test_runs_of_one_order_share_a_digest_and_other_data_is_warned_of(recipe, tiny_cache, tmp_path):
+    path = recipe('"train.seed" = [0, 1]', '"draft.method" = ["dflash", "domino"]', '"train.steps" = [2, 3]')
+    planned = sweep_module.Planned(tiny_cache, path, (), tmp_path)
+    data = {run.setting["train.seed"]: set() for run in planned.runs.values()}
+    for one in planned.runs.values():
+        data[one.setting["train.seed"]].add(one.data)
+    assert all(len(of) == 1 for of in data.values()) and data[0] != data[1] and planned.warnings() == []
+    other = next(iter(sweep_module.Planned(tiny_cache, path, ("train.batch=3",), tmp_path).runs.values()))
+    assert other.data not in data[0] | data[1]
+
+    first, *others = planned.runs.values()
+    split = replace(first.split, train=first.split.train[1:])
+    fewer = replace(first, split=split, data=data_digest(planned.store, split, first.resolved), heldout="fewer")
+    seed, heldout = data_warnings([fewer, *others], planned.names)
+    assert seed.startswith("train.seed = 0, but not the same data: run 1 on ") and "runs 2, 3, 4 on " in seed
+    assert heldout == HELDOUT_DIFFERS
+
+
 def test_json_is_the_only_thing_on_standard_output(recipe, tiny_cache, tmp_path, capfd):
     path = recipe('"train.seed" = [0]')
     arguments = ["sweep", str(path), "--cache", str(tiny_cache), "--out", str(tmp_path / "runs"), "--device", "cpu"]
@@ -284,6 +385,22 @@ def test_seeds_are_pooled_by_reply_and_settings_are_not():
     assert low["accept_len"] == (8 + 6 + 4 + 6) / (2 + 6 + 2 + 2)
     assert low["interval"] == bootstrap(np.array([12.0, 12.0]), np.array([4.0, 8.0]), seed=0)
     assert low["seeds"] == [14 / 8, 10 / 4] and high["seeds"] == [5.0]
+
+
+def test_settings_are_paired_by_reply_and_seed():
+    lr = "train.lr"
+    facts = [
+        fact(0, [[7, 3, 8, 2], [9, 3, 6, 6]], **{lr: 1e-3}),
+        fact(1, [[7, 3, 8, 2], [9, 3, 6, 6]], **{lr: 1e-3}),
+        fact(0, [[7, 3, 16, 2], [9, 3, 12, 6]], **{lr: 3e-3}),  # twice as good on each reply
+        fact(5, [[7, 3, 99, 1]], **{lr: 3e-3}),  # a seed that the other has not
+    ]
+    to_best, ahead = ratios(facts, [Axis((lr,), [(1e-3,), (3e-3,)])])
+    assert (to_best["setting"], to_best["to"], to_best["differs"]) == ({lr: 1e-3}, {lr: 3e-3}, [lr])
+    assert (to_best["value"], to_best["interval"], to_best["by_seed"]) == (0.5, [0.5, 0.5], [0.5])
+    assert (ahead["value"], ahead["interval"], ahead["replies"], ahead["same_data"]) == (2.0, [2.0, 2.0], 2, True)
+    facts[2]["data"] = "another order"
+    assert [ratio["same_data"] for ratio in ratios(facts, [])] == [False]
 
 
 def test_runs_of_one_seed_are_pooled_to_their_own_figures(recipe, greedy_cache, tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import main
-from pipeline.errors import CacheError, PipelineError, UsageError
+from pipeline.errors import CacheError, DiskError, PipelineError
 from pipeline.runs import checkpoint
 from stages.train_draft.stop import GracefulStop
 from stages.train_draft.sweep import sweep
@@ -84,10 +84,10 @@ def test_signals_to_all_processes_have_each_save_its_run_and_end(tiny_cache, tmp
     printed, said = process.communicate(timeout=60)
 
     assert process.returncode == 130 and said.strip().startswith("interrupted") and said.count("\n") == 2, said
-    saved = [checkpoint.steps(run) for run in out.iterdir()]
+    saved = [checkpoint.steps(run) for run in out.glob("*-*")]
     assert len(saved) == 2 and all(len(steps) == 1 and 0 < steps[0] < 2000 for steps in saved), saved
     assert printed.count("the same command goes on from there") == 2, printed
-    for run in out.iterdir():
+    for run in out.glob("*-*"):
         checkpoint.latest(run)  # checks every byte
 
 
@@ -220,7 +220,7 @@ def test_a_device_that_is_not_there_ends_a_sweep_before_its_first_run(tiny_cache
     assert says in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
-def test_a_run_that_is_trained_elsewhere_ends_a_sweep_only_when_the_others_are_done(tiny_cache, tmp_path):
+def test_a_run_that_is_trained_elsewhere_is_recorded_and_the_others_are_done(tiny_cache, tmp_path):
     from pipeline.runs.folder import run_lock
 
     recipe = tmp_path / "sweep.toml"
@@ -231,8 +231,27 @@ def test_a_run_that_is_trained_elsewhere_ends_a_sweep_only_when_the_others_are_d
     (taken / "done.json").unlink()
     for run in others:
         shutil.rmtree(run)
-    with run_lock(taken), pytest.raises(UsageError, match="being trained by another process"):
-        sweep(tiny_cache, recipe, out=tmp_path / "runs", devices="cpu,cpu")
+    with run_lock(taken):
+        report = sweep(tiny_cache, recipe, out=tmp_path / "runs", devices="cpu,cpu")
+    failed = {run["run"]: run["failed"] for run in report["runs"] if run["state"] == "failed"}
+    assert failed.keys() == {str(taken)} and "being trained by another process" in failed[str(taken)]
     assert contents(tmp_path / "runs") == {
         name: data for name, data in before.items() if name != f"{taken.name}/done.json"
     }
+
+
+def full(folder: Path, device: str):
+    """Work of which the first piece finds the disk full."""
+
+    def train(work: Work) -> dict:
+        (path,) = work.runs
+        (folder / path.name).touch()
+        raise DiskError("no space left") if path.name == "full" else SystemExit(143)
+
+    return train
+
+
+def test_a_full_disk_in_one_process_ends_them_all(tmp_path):
+    errors = train_on_devices(["cpu"], work("full", "one", "two"), partial(full, tmp_path))
+    assert {path.name: type(error) for path, error in errors.items()} == {"full": DiskError}
+    assert [path.name for path in tmp_path.iterdir()] == ["full"], "nothing more was begun"
