@@ -362,3 +362,11 @@ def test_a_followed_cache_that_is_damaged_is_left_out_with_a_warning(trained, gr
     assert f"the cache {cache} is left out" in Page(tmp_path / "page.html").text
     with pytest.raises(CacheError):
         write_page([cache], tmp_path / "page.html")
+
+
+def test_a_report_keeps_as_many_texts_as_were_asked_for(hostile, tmp_path):
+    run = hostile.parent / "<u>run"
+    for count in (0, 1):
+        out = tmp_path / f"{count}.json"
+        run_all(["evaluate", "--draft", run, "--count", 3, "--max-new", 4, "--texts", count, "--out", out])
+        assert len(load_report(out).replies) == count
