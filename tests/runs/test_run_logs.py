@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pipeline.runs.run_logs import cumulative_seconds
+from pipeline.runs.run_logs import LogTail, cumulative_seconds
 
 
 def timing(step: int, seconds: float, since: int, old: bool = False) -> dict:
@@ -35,3 +35,25 @@ def test_steps_between_the_last_line_and_the_checkpoint_count_like_those_before(
 def test_a_log_that_says_nothing_has_no_seconds():
     assert cumulative_seconds([]) == cumulative_seconds([{"step": 8, "removed": "0a"}]) == []
     assert cumulative_seconds([json.loads('{"step": 2, "seconds": 3.0}'), {"step": 3, "seconds": 1.0}])[1][1] == 4.0
+
+
+def test_a_growing_log_is_read_anew_where_it_was_replaced(tmp_path):
+    path, log = tmp_path / "log", LogTail(tmp_path / "log")
+    log.refresh()
+    assert (log.last, log.step, log.written) == ({}, 0, 0.0)
+    path.write_bytes(b'{"step": 1, "loss": 9.0}\n{"step": 2, "lo')
+    log.refresh()
+    assert log.last == {"step": 1, "loss": 9.0}, "a line that is not whole waits"
+    with open(path, "ab") as file:
+        file.write(b'ss": 8.0}\nno json\n[]\n{"step": 4, "eval": {"accept_len": 2.0, "replies": [[1, 2, 3, 4]]}}\n')
+    log.refresh()
+    assert log.last == {"step": 2, "loss": 8.0} and log.step == 4
+    assert log.evaluations == [{"accept_len": 2.0, "step": 4}]
+    other = tmp_path / "other"
+    other.write_bytes(b'{"step": 1, "loss": 7.0}\n' + b'{"step": 2, "loss": 7.5}\n' * 9)  # longer than the one before
+    other.rename(path)
+    log.refresh()
+    assert log.last == {"step": 2, "loss": 7.5} and log.evaluations == []
+    path.unlink()
+    path.mkdir()
+    log.refresh()
