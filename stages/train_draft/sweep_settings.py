@@ -133,20 +133,17 @@ def read_sweep_file(path: Path, sets: tuple[str, ...] = ()) -> SweepFile:
     if not isinstance(table, dict):
         table = {}
     search = _search(table, path)
-    lists = _by_field({key: value for key, value in table.items() if key not in Search.model_fields}, path)
-    paired = lists.pop(PAIRED, None)
-    if not lists and not paired:
+    fields = _by_field({key: value for key, value in table.items() if key not in Search.model_fields}, path)
+    if not fields or fields == {PAIRED: {}}:
         raise UsageError(f"{path} has no [sweep] table; add one with lists such as {EXAMPLE}, or use `train-draft`")
     axes, ranges = [], {}
-    for key in table:  # in the file's order, which is the grid's
-        if key == PAIRED and paired is not None:
-            axes.append(_paired_axis(paired, lists, path))
-        for name in [name for name in lists if name == key or name.startswith(f"{key}.")]:
-            value = lists[name]
-            if isinstance(value, dict):
-                ranges[name] = _range(name, value, search, path)
-            else:
-                axes.append(Axis((name,), [(each,) for each in _values(name, value, path)]))
+    for name, value in fields.items():  # in the file's order, which is the grid's
+        if name == PAIRED:
+            axes.append(_paired_axis(value, fields, path))
+        elif isinstance(value, dict):
+            ranges[name] = _range(name, value, search, path)
+        else:
+            axes.append(Axis((name,), [(each,) for each in _values(name, value, path)]))
     found = SweepFile(path, base, tuple(sets), axes, ranges, search)
     _check(found)
     return found
@@ -184,19 +181,22 @@ def _search(table: dict, path: Path) -> Search | None:
 
 def _by_field(table: dict, path: Path) -> dict[str, object]:
     """Return a table's values by "section.field", a key that may be written with or without quotes; `paired` as it is.
-    Raises UsageError for a key that is no field."""
+    Raises UsageError for a key that is no field, and for a field that is there in both ways."""
     found = {}
     for key, value in table.items():
         if key in SECTIONS and isinstance(value, dict):  # TOML reads train.lr without quotes as a table in a table
-            found |= {f"{key}.{name}": of_field for name, of_field in value.items()}
+            of_key = {f"{key}.{name}": of_field for name, of_field in value.items()}
         elif key == PAIRED or key.count(".") == 1:
-            found[key] = value
+            of_key = {key: value}
         else:
             meant = did_you_mean(key, [PAIRED, *Search.model_fields], "`{}`")
             raise UsageError(
                 f"{path}: `{key}` in [sweep] is no field{meant}; write section.field, such as {EXAMPLE}; further keys: "
                 f"{', '.join([PAIRED, *Search.model_fields])}"
             )
+        if twice := next((name for name in of_key if name in found), None):
+            raise UsageError(f"{path}: `{twice}` is there twice, with quotes and without; leave one out")
+        found |= of_key
     return found
 
 

@@ -177,6 +177,13 @@ def test_what_the_cache_refuses_is_found_before_the_first_run(recipe, tiny_cache
     assert not (tmp_path / "runs").exists(), "nothing was begun"
 
 
+def test_quoted_and_unquoted_fields_of_a_section_make_one_axis_each_in_the_files_order(recipe):
+    found = load_sweep(recipe("train.lr = [1e-3, 3e-3]", '"train.seed" = [0, 1]', "train.steps = [2, 4]"))
+    assert [list(setting) for setting, _ in found] == [["train.lr", "train.steps", "train.seed"]] * 8
+    with pytest.raises(UsageError, match=r"`train\.lr` is there twice, with quotes and without; leave one out"):
+        load_sweep(recipe("train.lr = [1e-3, 3e-3]", '"train.lr" = [1e-4]'))
+
+
 # The runs
 
 
