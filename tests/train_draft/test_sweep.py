@@ -431,6 +431,14 @@ def test_what_has_no_figure_comes_last_and_says_why():
     assert "runs/0: step 1: loss nan" in text
 
 
+def test_where_nothing_was_measured_no_setting_is_the_best():
+    facts = [fact(0, [], **{"train.lr": 1e-3}), fact(0, [], **{"train.lr": 1e30})]
+    console = Console(width=160, file=io.StringIO())
+    console.print(sweep_table({"runs": facts, "pooled": pool_seeds(facts), "ratios": [], "warnings": []}))
+    rows = [line.split() for line in console.file.getvalue().splitlines()[1:3]]
+    assert [row[:5] for row in rows] == [["0.001", "0", "failed", "-", "-"], ["1e+30", "0", "failed", "-", "-"]]
+
+
 def test_the_example_is_a_sweep_and_its_base_is_the_demos():
     combinations = load_sweep(ROOT / "configs/sweep.toml")
     demo = load_recipe(ROOT / "configs/demo.toml").train
