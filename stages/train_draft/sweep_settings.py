@@ -47,7 +47,9 @@ class Search(BaseModel):
     search: str
     trials: PositiveInt
     seed: NonNegativeInt = 0  # of the sampler
-    prune: bool = True  # give up a run whose accept length is below the median of the others' at the same step
+    # Give up a run whose accept length is below the median of the others' at the same step. Optuna's pruner compares
+    # with finished trials only, and prunes none before five of them.
+    prune: bool = True
 
 
 class Range(BaseModel):
