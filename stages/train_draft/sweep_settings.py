@@ -31,6 +31,7 @@ from pipeline.runs.recipe import Recipe, make_recipe, read_toml
 from pipeline.runs.sweep_record import setting_text
 
 SEED = "train.seed"
+MEASURED = ("train.heldout", "train.eval_samples")  # they decide which samples accept length is measured on
 EXAMPLE = '"train.lr" = [1e-3, 3e-3]'
 RANGE = '"train.lr" = {low = 1e-4, high = 1e-2, log = true}'
 PAIRED = "paired"
@@ -160,6 +161,11 @@ def _check(found: SweepFile) -> None:
         raise UsageError(
             f"{found.path}: a search over {SEED} would find the luckiest seed; state one in [train], and "
             "train the best setting with several afterwards"
+        )
+    if found.search and (measured := next((key for key in swept if key in MEASURED), None)):
+        raise UsageError(
+            f"{found.path}: a search over {measured} would compare accept lengths on different samples; state one in "
+            "[train]"
         )
 
 
