@@ -172,6 +172,8 @@ def test_paired_fields_are_one_choice_of_a_search(recipe, greedy_cache, tmp_path
     ("lines", "says"),
     [
         (SPACE + '"train.seed" = [0, 1]\n', "luckiest seed"),
+        (SPACE + '"train.heldout" = [0.1, 0.2]\n', "over train.heldout would compare .* on different samples"),
+        (SPACE + '"train.eval_samples" = {low = 1, high = 8}\n', "over train.eval_samples would compare"),
         (SPACE.replace("trials = 3", ""), "`trials` in .sweep.: Field required; such as trials = 20"),
         (SPACE.replace("high", "hihg"), "hihg.*did you mean `high`|`high`: Field required"),
         (SPACE.replace("1e-4", "1e-1"), "low has to be below high"),
