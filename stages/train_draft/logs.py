@@ -121,13 +121,15 @@ class Throughput:
             torch.cuda.reset_peak_memory_stats(device)  # of a run before this one in the same process
 
     def count(self, batch: Batch, waited: float) -> dict[str, float]:
-        """Add a batch that was trained on; return seconds, seconds a step, context rows a second, the fraction of time
-        spent waiting for data, the peak memory and the seconds still to go. `waited`: seconds waited for data in all.
+        """Add a batch that was trained on; return the step that all counts from, seconds, seconds a step, context rows
+        a second, the fraction of time spent waiting for data, the peak memory and the seconds still to go. `waited`:
+        seconds waited for data in all.
         """
         self.rows += batch.rows
         seconds = self.seconds()
         step_seconds = seconds / (batch.step + 1 - self.start)
         return {
+            "since": self.start,
             "seconds": round(seconds, 3),
             "step_seconds": round(step_seconds, 5),
             "tokens_s": round(self.rows / seconds, 1),

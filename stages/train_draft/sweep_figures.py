@@ -15,7 +15,7 @@ from pipeline.errors import PipelineError
 from pipeline.evaluation.accept_length import bootstrap, resamples
 from pipeline.evaluation.reports import QUANTILES
 from pipeline.runs.folder import read_result
-from pipeline.runs.run_logs import TIMING, read_log
+from pipeline.runs.run_logs import TIMING, cumulative_seconds, read_log
 from pipeline.runs.sweep_record import PrunedAt, setting_text
 from stages.train_draft.batches import READING
 from stages.train_draft.sweep_plan import PlannedRun
@@ -61,9 +61,8 @@ def training_seconds(run: Path) -> float | None:
         lines = read_log(run / TIMING)
     except PipelineError:  # no figure of the draft depends on it
         return None
-    seconds = [line["seconds"] for line in lines if "seconds" in line]
-    ends = [last for last, after in itertools.pairwise([*seconds, 0.0]) if after < last]  # each start counts from 0
-    return round(sum(ends), 3) if seconds else None
+    seconds = cumulative_seconds(lines)
+    return round(seconds[-1][1], 3) if seconds else None
 
 
 def without_seed(setting: Setting) -> Setting:

@@ -4,7 +4,6 @@ What the runs print goes to sweep.log meanwhile. Elsewhere than on a terminal no
 """
 
 import contextlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from rich.text import Text
 
 from pipeline.cache.atomic import write_errors
 from pipeline.runs.folder import DONE
-from pipeline.runs.run_logs import METRICS, TIMING
+from pipeline.runs.run_logs import METRICS, TIMING, LogTail, number
 from pipeline.runs.sweep_record import value_text
 from pipeline.visible_tables import Grid, VisibleConsole, grid
 
@@ -55,65 +54,50 @@ class States:
         self.of |= dict.fromkeys(failed, "failed")
 
 
-class Tail:
-    """The end of a log that grows: the newest value of each key. It may be cut off, by a run that goes on."""
-
-    def __init__(self, path: Path):
-        self.path, self.offset, self.newest = path, 0, {}
-
-    def read(self) -> dict:
-        try:
-            with open(self.path, "rb") as file:
-                size = file.seek(0, 2)
-                if size < self.offset:
-                    self.offset, self.newest = 0, {}
-                file.seek(self.offset)
-                lines, end, _ = file.read().rpartition(b"\n")
-        except OSError:
-            return self.newest
-        self.offset += len(lines) + len(end)
-        for line in lines.splitlines():
-            with contextlib.suppress(ValueError):  # shown, and used for nothing
-                self.newest |= json.loads(line)
-        return self.newest
-
-
 class LiveTable:
     """Draws the runs that `rows` returns."""
 
     def __init__(self, rows: Callable[[], Sequence[Row]]):
         self.rows, self.tails = rows, {}
 
-    def _newest(self, path: Path | None, name: str) -> dict:
-        if path is None:
-            return {}
-        return self.tails.setdefault((path, name), Tail(path / name)).read()
+    def _tail(self, path: Path, name: str) -> LogTail:
+        tail = self.tails.setdefault((path, name), LogTail(path / name))
+        tail.refresh()
+        return tail
 
-    def lines(self) -> list[tuple[str, list[str]]]:
+    def lines(self, rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
         """Return the state of each run and the cells of its line."""
         found = []
-        for row in self.rows():
-            metrics, timing = self._newest(row.path, METRICS), self._newest(row.path, TIMING)
+        for row in rows:
             done = row.path is not None and (row.path / DONE).exists()
             state = row.state or ("finished" if done else "waiting")
-            step, loss = metrics.get("step"), metrics.get("loss")
-            figures = metrics.get("eval") or {}
-            length = f"{figures['accept_len']:.2f}" if figures.get("calls") else ""
-            eta = clock(timing["eta"]) if state == "running" and "eta" in timing else ""
-            at = f"{step or 0:,}/{row.steps:,}" if row.steps else ""
-            cells = [state, at, "" if loss is None else f"{loss:.3f}", length, eta]
-            found.append((state, [row.name, *map(value_text, row.setting.values()), *cells]))
+            cells = ["", "", "", ""] if row.path is None else self._figures(row.path, row.steps, state)
+            found.append((state, [row.name, *map(value_text, row.setting.values()), state, *cells]))
         return found
+
+    def _figures(self, path: Path, steps: int, state: str) -> list[str]:
+        """Return a run's cells from its step on; "" for what its logs do not say, or not as a number."""
+        metrics, timing = self._tail(path, METRICS), self._tail(path, TIMING)
+        loss, eta = number(metrics.last.get("loss")), number(timing.last.get("eta"))
+        newest = metrics.evaluations[-1] if metrics.evaluations else {}
+        length = number(newest.get("accept_len")) if newest.get("calls") else None
+        return [
+            f"{metrics.step:,}/{steps:,}",
+            "" if loss is None else f"{loss:.3f}",
+            "" if length is None else f"{length:.2f}",
+            "" if eta is None or state != "running" else clock(eta),
+        ]
 
     def render(self, height: int) -> Group:
         """Return the table, of at most `height` lines: what runs, then what ended early, then the rest."""
-        lines, rows = self.lines(), self.rows()
+        rows = self.rows()
+        lines = self.lines(rows)
         fields = [key.partition(".")[2] for key in rows[0].setting] if rows else []
         table: Grid = grid(">run", *fields, "state", ">step", ">loss", ">accept", ">ETA")
         most = max(1, height - FRAME)
-        kept = sorted(range(len(lines)), key=lambda number: (IN_ORDER.index(lines[number][0]), number))[:most]
-        for number in sorted(kept):
-            state, cells = lines[number]
+        kept = sorted(range(len(lines)), key=lambda n: (IN_ORDER.index(lines[n][0]), n))[:most]
+        for n in sorted(kept):
+            state, cells = lines[n]
             table.add_row(*cells, style=STYLES[state])
         counts = Counter(state for state, _ in lines)
         text = ", ".join(f"{counts[state]} {state}" for state in IN_ORDER if counts[state])

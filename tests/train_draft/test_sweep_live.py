@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from stages.train_draft.sweep_live import LiveTable, Row, States, Tail
+from stages.train_draft.sweep_live import LiveTable, Row, States
 
 
 def lines_of(path: Path, *records: dict) -> None:
@@ -54,16 +54,25 @@ def test_a_low_terminal_keeps_what_runs_and_what_failed(rows):
     assert text[-1] == "1 running, 1 failed, 37 waiting, 1 finished; 36 lines not shown"
 
 
-def test_a_log_that_a_resumed_run_cuts_off_is_read_again(tmp_path):
-    tail = Tail(tmp_path / "log")
-    assert tail.read() == {}
-    lines_of(tail.path, {"step": 1}, {"step": 2, "loss": 1.0})
-    assert tail.read() == {"step": 2, "loss": 1.0}
-    with open(tail.path, "a") as file:
-        file.write('{"step": 3')
-    assert tail.read()["step"] == 2, "an incomplete line waits"
-    lines_of(tail.path, {"step": 1})
-    assert tail.read() == {"step": 1}
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]", "null", "7", '"step"', "no json", '{"step": "x"}', '{"step": 5, "eval": []}', "[" * 100_000,
+        '{"step": 5, "loss": "low", "eta": "soon"}', '{"step": 5, "loss": 1e999, "eta": 1e999}',
+        '{"step": 5, "eval": {"accept_len": "a", "calls": {}, "step": "y"}}', '{"step": 5, "loss": NaN, "eta": NaN}',
+    ],
+)  # fmt: skip
+def test_no_line_of_a_log_ends_the_table(rows, line):
+    for name in ("metrics.jsonl", "timing.jsonl"):
+        with open(rows[1].path / name, "a") as log:
+            log.write(f"{line}\n")
+    assert drawn(rows[:4], 24, 80)[-1] == "1 running, 2 waiting, 1 finished"
+
+
+def test_the_runs_are_looked_up_once_a_frame(rows):
+    asked = []
+    LiveTable(lambda: asked.append(1) or rows).render(24)
+    assert len(asked) == 1
 
 
 def test_states_are_those_of_the_newest_news():
