@@ -7,10 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cache import HiddenCache
+from pipeline.cache.schema import read_log
 from pipeline.runs.folder import read_run
+from pipeline.runs.training_data import recapture_command
 from pipeline.secret_masking import masked, masked_command
-from stages.cache_hidden.capture_log import request_of
+from stages.cache_hidden.capture_log import request_of, unchanged_columns
+from stages.cache_hidden.repair import suggest_repair
+from stages.cache_hidden.run import plan
+from stages.cache_hidden.run import run as capture
 from stages.cache_hidden.settings import CaptureOptions
+from stages.doctor.acceptance import off_policy_of
 
 ROOT = Path(__file__).parents[1]
 # In the environment, and on a command line in every form.
@@ -37,18 +44,28 @@ TYPED = [
         (["https://me:pw@host:80/v1?a=1"], ["https://***@host:80/v1?a=1"]),
         (["--set", "train.lr=1", "--set", "hf_token=abc"], ["--set", "train.lr=1", "--set", "hf_token=***"]),
         (["--template-kwargs", '{"api_key": "abc", "n": 1}'], ["--template-kwargs", '{"api_key": ***, "n": 1}']),
-        (["out/of-the-variable", "of-the-variable"], ["out/***", "***"]),
-        (["hf_abcdefghijklmnop", "sk-abcdefghijklmnop"], ["***", "***"]),
+        (["out/of-the-v4riable", "of-the-v4riable"], ["out/***", "***"]),
+        ([f"hf_{'aBc' * 12}", f"sk-{'a1b' * 12}"], ["***", "***"]),
+        (["X-Api-Key: abc", "Authorization: Basic YTpi"], ["X-Api-Key: ***", "Authorization: Basic ***"]),
     ],
 )  # fmt: skip
 def test_secrets_of_a_command_line(typed, shown):
-    assert masked_command(typed, {"SOME_TOKEN": "of-the-variable"}) == shown
+    assert masked_command(typed, {"SOME_TOKEN": "of-the-v4riable"}) == shown
 
 
 def test_what_is_no_secret_stays():
     words = ["--batch-tokens", "4096", "--api-key-env", "OPENAI_API_KEY", "--set", "draft.mask_token_id=260", "--no-token-ids"]  # fmt: skip  # noqa: E501
     assert masked_command(words, {"X_TOKEN": "4096"}) == words, "a short value is no secret"
+    words = ["hf_hidden_states_8b", "data/hf_ultrachat_200k.jsonl", "--engine-option", "eos_token=</s>", "--eos-token", "</s>"]  # fmt: skip  # noqa: E501
+    words += ["--out", "runs/research/one", "Basic settings"]
+    variables = {"PROJECT_KEY": "research", "CACHE_KEY": "ultrachat_200k", "MY_TOKEN": "research"}
+    assert masked_command(words, variables) == words, "words in the environment are no secrets"
+    assert (
+        masked('"eos_token": "<|im_end|>", pad-token: <pad12345>', {})
+        == '"eos_token": "<|im_end|>", pad-token: <pad12345>'
+    )
     lines = ["no mask token: pass one, such as --set draft.mask_token_id=3", "the first token: 5", "http://a/b@c"]
+    lines += ["https://host:80/v1/a@b", "https://host/?mail=me@x.y", "https://host:80, me@x.y", "http://[::1]:80/a@b"]
     assert [masked(line, {"A_KEY": ""}) for line in lines] == lines
 
 
@@ -59,10 +76,40 @@ def test_secrets_in_messages():
     assert masked("a" * 100_000, {}) == "a" * 100_000
 
 
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("https://me:p@ss@host/x 'http://u:p/w@h' a@b", "https://***@host/x 'http://***@h' a@b"),
+        ("https://me:p/w@host", "https://***@host"),
+        ("the token password: hunter2", "the token password: ***"),
+        ("  api_key: abc\n  secret: 'aBcDefGhi'", "  api_key: ***\n  secret: ***"),
+        ('{"Authorization": "Basic YTpi"}, Basic dXNlcjpwYXNz', '{"Authorization": "Basic ***"}, Basic ***'),
+        ("hunter2X9", "***"),
+    ],
+)
+def test_secrets_of_logs(line, shown):
+    assert masked(line, {"PGPASSWORD": "hunter2X9"}) == shown
+
+
 def test_a_log_of_a_capture_holds_none():
     request = request_of("https://me:c4n4ry@hub/model", "https://me:c4n4ry@hub/set", CaptureOptions())
     assert "c4n4ry" not in request.model_dump_json()
     assert request.model == "https://***@hub/model"
+
+
+def test_a_capture_is_found_again_whatever_its_paths_are_called(tiny_target, tiny_corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "Set200k-of-all")
+    corpus = tmp_path / "Set200k-of-all" / f"hf_{'aBc' * 12}.jsonl"
+    corpus.parent.mkdir()
+    corpus.write_bytes(tiny_corpus.read_bytes())
+    out, options = tmp_path / "cache", CaptureOptions(layers="1,3", max_length=256, max_samples=8)
+    plan(str(tiny_target), str(corpus), out, options=options)
+    request, record = request_of(str(tiny_target), str(corpus), options), read_log(out)
+    assert record.request.corpus == str(corpus) and unchanged_columns(record, request)
+    assert str(tiny_target) in suggest_repair(out, None, False)
+    capture(str(tiny_target), str(corpus), out, options=options)
+    assert str(corpus) in recapture_command(HiddenCache.open(out))
+    assert str(corpus) in off_policy_of(HiddenCache.open(out), 0, 9, "").remedy
 
 
 def ran(*words: str, **variables: str) -> subprocess.CompletedProcess:

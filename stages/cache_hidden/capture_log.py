@@ -13,7 +13,7 @@ from pipeline.cache.manifest import format_of, write_canonical
 from pipeline.cache.schema import CaptureRecord, CaptureRequest, ColumnSpec, TargetFiles, read_log
 from pipeline.corpus.sources import corpus_files
 from pipeline.errors import DataError, RoomError, UsageError
-from pipeline.secret_masking import masked
+from pipeline.secret_masking import without_url_users
 from pipeline.target.files import CONFIG, tokenizer_files
 from pipeline.target.weights import weight_files
 from stages.cache_hidden.settings import CaptureOptions, CaptureSettings, default_corpus
@@ -22,10 +22,13 @@ NOT_LOGGED = ("device", "worker", "append", "tensor_parallel", "device_map", "py
 
 
 def request_of(model: str, corpus: str | None, options: CaptureOptions) -> CaptureRequest:
-    """Return a command as the log stores it, without what does not change what is planned, and without secrets."""
+    """Return a command as the log stores it, without what does not change what is planned.
+
+    Of names only the users of URLs are masked: a path is compared, and pasted again.
+    """
     stated = {name: value for name, value in asdict(options).items() if name not in NOT_LOGGED}
     named = {"model": _absolute(model), "corpus": corpus and _absolute(corpus)}
-    return CaptureRequest(**{key: name and masked(name) for key, name in named.items()}, options=stated)
+    return CaptureRequest(**{key: name and without_url_users(name) for key, name in named.items()}, options=stated)
 
 
 def _absolute(name: str) -> str:

@@ -215,7 +215,9 @@ def values_of(record: dict) -> Values:
         figures = record["eval"]
         if not figures["calls"]:
             return {}
-        domains = {name: of["accept_len"] for name, of in figures["domains"].items() if name and of["calls"]}
+        domains = {
+            f"domain/{name}": of["accept_len"] for name, of in figures["domains"].items() if name and of["calls"]
+        }
         low, high = figures["interval"]
         values = {"accept_len": figures["accept_len"], "accept_len_low": low, "accept_len_high": high}
         return {f"eval/{name}": value for name, value in (values | domains).items()}

@@ -12,8 +12,9 @@ import re
 import time
 from pathlib import Path
 
+from pipeline.runs.run_logs import number
 from stages.watch.locks import is_held
-from stages.watch.run_progress import number, read_json
+from stages.watch.run_progress import read_json
 
 CACHE, PLAN, SHARDS, LOG, SCRATCH = (
     "cache.json",

@@ -6,9 +6,8 @@ import tomllib
 from pathlib import Path
 
 from pipeline.json_files import parse_json, read_file
-from pipeline.runs.run_logs import METRICS, TIMING
+from pipeline.runs.run_logs import METRICS, TIMING, LogTail, number
 from stages.watch.locks import is_held
-from stages.watch.log_tail import LogTail
 
 RECIPE, DONE, LOCK = "recipe.toml", "done.json", "lock"  # see pipeline/runs/folder.py, which brings torch
 MAX_BYTES = 64 << 20
@@ -34,7 +33,7 @@ class RunProgress:
         draft, train = (recipe.get(name) if isinstance(recipe.get(name), dict) else {} for name in ("draft", "train"))
         metrics, timing, done = self._metrics.last, self._timing.last, read_json(self.path / DONE)
         evaluations = [found for line in self._metrics.evaluations if (found := evaluation(line))]
-        step = max([metrics.get("step", 0), *(found["step"] for found in evaluations)])
+        step = self._metrics.step
         written = max(self._metrics.written, self._timing.written)
         state = self._state(recipe, done, step, written)
         total = number(train.get("steps"))
@@ -77,11 +76,6 @@ def evaluation(line: dict) -> dict | None:
         return None
     bounds = [number(bound) for bound in interval] if isinstance(interval, list) else []
     return {"step": line["step"], "accept_len": value, "interval": bounds if len(bounds) == 2 and all(bounds) else None}
-
-
-def number(value: object) -> float | None:
-    """Return a finite number as it is, None for anything else."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 else None
 
 
 def read_json(path: Path) -> dict:

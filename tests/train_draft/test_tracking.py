@@ -88,9 +88,10 @@ def test_what_a_tracker_shows_of_a_line():
     assert values_of(timing) == {"speed/tokens_s": 8.0, "speed/data_wait": 0.5, "time/data": 0.5}
     assert values_of({"step": 3, "tokens_s": 8.0}) == {"speed/tokens_s": 8.0}, "a log of before"
     figures = {"accept_len": 2.0, "interval": [1.5, 2.5], "calls": 9}
-    domains = {"code": {"accept_len": 3.0, "calls": 4}, "": {"accept_len": 1.0, "calls": 5}}
+    domains = {name: {"accept_len": 3.0, "calls": 4} for name in ("code", "accept_len", "")}
     assert values_of({"step": 3, "eval": figures | {"domains": domains}}) == {
-        "eval/accept_len": 2.0, "eval/accept_len_low": 1.5, "eval/accept_len_high": 2.5, "eval/code": 3.0,
+        "eval/accept_len": 2.0, "eval/accept_len_low": 1.5, "eval/accept_len_high": 2.5,
+        "eval/domain/code": 3.0, "eval/domain/accept_len": 3.0,
     }  # fmt: skip
     assert values_of({"step": 3, "eval": {"accept_len": 0.0, "interval": [0.0, 0.0], "calls": 0}}) == {}
 

@@ -20,7 +20,6 @@ from stages.train_draft.run import run
 from stages.watch import capture_progress, run_progress
 from stages.watch.capture_progress import CaptureProgress
 from stages.watch.locks import is_held
-from stages.watch.log_tail import LogTail
 from stages.watch.run import Watched, watch
 from stages.watch.run_progress import RunProgress
 from stages.watch.screen import frame, spark
@@ -134,30 +133,6 @@ def test_where_the_system_does_not_say_who_has_a_lock_a_fresh_log_counts(going, 
     for name in ("metrics.jsonl", "timing.jsonl"):
         os.utime(going / name, (1, 1))
     assert RunProgress(going).facts()["state"] == "stopped"
-
-
-def test_a_log_is_read_as_it_grows_and_anew_where_it_was_replaced(tmp_path):
-    path, log = tmp_path / "metrics.jsonl", LogTail(tmp_path / "metrics.jsonl")
-    log.refresh()
-    assert (log.last, log.written) == ({}, 0.0)
-    path.write_bytes(b'{"step": 1, "loss": 9.0}\n{"step": 2, "lo')
-    log.refresh()
-    assert log.last == {"step": 1, "loss": 9.0}, "a half written line waits"
-    with open(path, "ab") as file:
-        file.write(b'ss": 8.0}\nno json\n{"step": 3, "eval": {"accept_len": 2.0}}\n')
-    log.refresh()
-    assert log.last == {"step": 2, "loss": 8.0} and log.evaluations == [{"step": 3, "accept_len": 2.0}]
-    shorter = tmp_path / "shorter"
-    shorter.write_bytes(b'{"step": 1, "loss": 9.0}\n')
-    shorter.rename(path)  # as a run that goes on from its checkpoint
-    log.refresh()
-    assert log.last == {"step": 1, "loss": 9.0} and log.evaluations == []
-    path.write_bytes(b"")
-    log.refresh()
-    assert log.last == {}
-    path.unlink()
-    path.mkdir()
-    log.refresh()
 
 
 def test_a_path_is_waited_for_and_may_become_anything(tmp_path, going, tiny_cache):
