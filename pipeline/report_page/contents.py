@@ -15,7 +15,7 @@ from pipeline.errors import PipelineError, UsageError
 from pipeline.evaluation.reports import Report, load_reports
 from pipeline.runs.folder import DONE, RUN, Evaluation, Result, RunRecord, read_recipe, read_result, read_run
 from pipeline.runs.recipe import Recipe
-from pipeline.runs.run_logs import METRICS, TIMING, read_log
+from pipeline.runs.run_logs import METRICS, TIMING, cumulative_seconds, read_log
 from pipeline.runs.sweep_record import SWEEP, read_sweep, setting_text
 
 KINDS = "evaluation reports, runs, sweeps and caches"
@@ -65,16 +65,9 @@ class Run:
     def hours_after(self, step: int) -> float | None:
         """Return the hours of training until a step, over all restarts; None where the log does not reach it.
 
-        A restarted run counts its seconds from nothing again. Evaluations and checkpoints are not in them.
+        Evaluations and checkpoints are not in them.
         """
-        total = last = 0.0
-        for line in self.timing:
-            if line["seconds"] < last:
-                total += last
-            last = line["seconds"]
-            if line["step"] >= step:
-                return (total + last) / 3600
-        return None
+        return next((seconds / 3600 for at, seconds in cumulative_seconds(self.timing) if at >= step), None)
 
 
 @dataclass

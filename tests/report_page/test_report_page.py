@@ -191,7 +191,8 @@ def test_runs_are_shown_with_their_recipe_cache_and_accept_lengths(trained, tmp_
 
 def test_hours_go_on_over_a_restart(trained, tmp_path):
     run = shutil.copytree(trained[0], tmp_path / "run")
-    lines = [{"step": step, "seconds": seconds} for step, seconds in ((5, 100.0), (10, 200.0), (15, 50.0), (20, 90.0))]
+    starts = ((5, 0, 100.0), (10, 0, 200.0), (15, 10, 50.0), (20, 10, 90.0))
+    lines = [{"step": step, "since": since, "seconds": seconds} for step, since, seconds in starts]
     (run / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     hours = Run(run, "run").hours_after
     assert [hours(step) for step in (5, 10, 15, 20)] == pytest.approx([100 / 3600, 200 / 3600, 250 / 3600, 290 / 3600])
