@@ -20,6 +20,7 @@ from pathlib import Path
 
 from pipeline import __version__
 from pipeline.cli import commands
+from pipeline.runs.sweep_record import SWEEP, read_sweep
 
 ROOT = Path(__file__).parent.parent
 KEPT = 14  # lines at the begin and at the end of an output
@@ -60,7 +61,7 @@ def day(samples: int | None, steps: int | None) -> list[tuple[str, list[str]]]:
                 f"evaluate --draft runs/domino{few} --out domino.json",
                 f"train-draft configs/demo.toml --set draft.method=dflash{shorter} --out runs/dflash",
                 f"evaluate --draft runs/dflash{few} --out dflash.json",
-                "report domino.json dflash.json",
+                "report domino.json dflash.json --page report.html",
                 "report domino.json --against dflash.json",
             ],
         ),
@@ -70,9 +71,12 @@ def day(samples: int | None, steps: int | None) -> list[tuple[str, list[str]]]:
         ),
         (
             "Lists of settings, run after run, from the same cache.",
-            [f"sweep configs/sweep.toml --set train.steps={steps or 40} --set train.eval_samples=8 --out runs/sweep"],
+            [
+                f"sweep configs/sweep.toml --set train.steps={min(steps or 20, 20)} --set train.eval_samples=8 "
+                "--out runs/sweep"
+            ],
         ),
-        ("Why does one of them accept so little?", ["doctor {one}"]),
+        ("Why does the last of them accept so little?", ["doctor {last}"]),
     ]
 
 
@@ -88,6 +92,11 @@ def run(typed: str, folder: Path) -> tuple[str, int]:
         text=True,
     )
     return trimmed(done.stdout, folder), done.returncode
+
+
+def last_run(sweep: Path) -> str:
+    """Return the run of a sweep with the shortest accept length, as a path from the day's folder."""
+    return read_sweep(sweep).runs[-1].run if (sweep / SWEEP).is_file() else "runs/domino"
 
 
 def trimmed(text: str, folder: Path) -> str:
@@ -115,8 +124,7 @@ def written(samples: int | None, steps: int | None) -> str:
             if known:
                 parts.append(f"## {sentence}\n")
             for line in known:
-                runs = sorted(path.parent.name for path in folder.glob("runs/sweep/*/run.json"))
-                typed = line.format(one=f"runs/sweep/{runs[0]}" if runs else "runs/domino")
+                typed = line.format(last=last_run(folder / "runs/sweep"))
                 print(f"pipeline {typed}", flush=True)
                 printed, code = run(typed, folder)
                 if code not in (0, 1) or (code and not typed.startswith("doctor")):

@@ -27,7 +27,7 @@ WORDS_OF = {
     ("import-cache", "FOLDER"): "states",
     ("train-draft", "FOLDER"): "runs/domino-…",
     # A day's numbers.
-    ("sweep", "train.steps=40"): "train.steps=2",
+    ("sweep", "train.steps=20"): "train.steps=2",
     ("evaluate", "64"): "2",
     # Of so few rows the calibration misses what the others hold, and int8 refuses them.
     ("recode", "int8"): "zstd",
