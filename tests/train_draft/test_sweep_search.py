@@ -15,8 +15,9 @@ from pipeline.errors import UsageError
 from pipeline.runs.sweep_record import read_sweep
 from stages.train_draft import sweep_search
 from stages.train_draft.sweep import sweep
-from stages.train_draft.sweep_search import Search, drop_incomplete_line
+from stages.train_draft.sweep_search import Search
 from stages.train_draft.sweep_settings import read_sweep_file
+from stages.train_draft.sweep_study import drop_incomplete_line
 
 ROOT = Path(__file__).parents[2]
 BASE = """
