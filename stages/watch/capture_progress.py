@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipeline.runs.run_logs import number
 from stages.watch.locks import is_held
-from stages.watch.run_progress import read_json
+from stages.watch.run_progress import modified, read_json
 
 CACHE, PLAN, SHARDS, LOG, SCRATCH = (
     "cache.json",
@@ -130,13 +130,6 @@ def numbered(folder: Path) -> list[str]:
         return sorted(name for name in os.listdir(folder) if name.isdigit())
     except OSError:
         return []
-
-
-def modified(path: Path) -> float:
-    """Return when a file was written, in seconds since the epoch; 0 where it is not there."""
-    with contextlib.suppress(OSError):
-        return path.stat().st_mtime
-    return 0.0
 
 
 def manifests(folder: Path) -> dict[str, float]:

@@ -54,6 +54,10 @@ class RunProgress:
         facts["eta"] = self._eta(state, number(timing.get("eta")), written)
         return facts | {"evaluations": evaluations}
 
+    def written(self) -> float:
+        """Return when the run last wrote, in seconds since the epoch, as of the last look; 0 where it has not yet."""
+        return max(self._metrics.written, self._timing.written, modified(self.path / DONE))
+
     def _state(self, recipe: dict, done: dict, step: int, written: float) -> str:
         if done:
             return "finished"
@@ -76,6 +80,13 @@ def evaluation(line: dict) -> dict | None:
         return None
     bounds = [number(bound) for bound in interval] if isinstance(interval, list) else []
     return {"step": line["step"], "accept_len": value, "interval": bounds if len(bounds) == 2 and all(bounds) else None}
+
+
+def modified(path: Path) -> float:
+    """Return when a file was written, in seconds since the epoch; 0 where it is not there."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
 
 
 def read_json(path: Path) -> dict:

@@ -9,8 +9,15 @@ from rich.text import Text
 from pipeline.size_text import size_text
 from pipeline.visible_tables import grid
 from pipeline.visible_text import visible
+from stages.watch.sweep_progress import ENDED
 
-STYLES = {"running": "bold green", "finished": "bold green", "stopped": "bold yellow", "failed": "bold red"}
+STYLES = {
+    "running": "bold green",
+    "finished": "bold green",
+    "stopped": "bold yellow",
+    "failed": "bold red",
+    "pruned": "yellow",
+}
 BLOCKS = "▁▂▃▄▅▆▇█"
 BAR = 30  # columns; of a sweep's runs a third
 LINE = 40  # points of a spark line
@@ -59,8 +66,8 @@ def run_lines(run: dict) -> Iterator[RenderableType]:
 def sweep_lines(sweep: dict) -> Iterator[RenderableType]:
     """Yield the lines of a sweep: one a run."""
     runs = sweep["runs"]
-    ended = sum(run["state"] in ("finished", "failed") for run in runs)
-    of_planned = f" of {sweep['planned']}" if sweep["planned"] else ""
+    ended = sum(run["state"] in ENDED for run in runs)
+    of_planned = f" of {sweep['planned']}" if sweep["planned"] else " (no sweep.json says whether more are to come)"
     yield heading(sweep, f"{ended} done, {len(runs)} begun{of_planned}")
     table = grid("run", "state", "", ">step", ">loss", ">accept length", ">ETA")
     for run in runs:

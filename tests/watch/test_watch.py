@@ -181,10 +181,88 @@ def test_a_sweep_has_a_line_for_each_run(finished, tmp_path, going):
     assert sweep["state"] == "running" and "1 done, 2 begun" in shown(sweep)
     rows = [line for line in shown(sweep, 80).splitlines() if line.startswith(("done", "run "))]
     assert len(rows) == 3 and "8/8" in rows[1] and "20/100" in rows[2] and "1.25" in rows[2]
-    report = {"runs": [{"run": "elsewhere/run", "failed": "loss nan"}, {"run": "elsewhere/done", "failed": None}]}
-    (tmp_path / "sweep.json").write_text(json.dumps(report))
+    list_runs(tmp_path, {"elsewhere/run": "failed", "elsewhere/done": "finished"})
     sweep = Watched(tmp_path / "sweep.json").facts()
     assert [each["state"] for each in sweep["runs"]] == ["finished", "failed"] and sweep["state"] == "finished"
+
+
+def list_runs(folder: Path, states: dict[str, str], trials: int | None = None) -> None:
+    """Write a sweep.json of these runs' states, of a search where trials are given."""
+    folder.mkdir(exist_ok=True)
+    runs = [
+        {"run": path, "state": state, "failed": "x" if state == "failed" else None} for path, state in states.items()
+    ]
+    (folder / "sweep.json").write_text(json.dumps({"runs": runs, "search": trials and {"trials": trials}}))
+
+
+def state_of(path: Path) -> tuple[str, list[str]]:
+    sweep = Watched(path).facts()
+    return sweep["state"], [run["state"] for run in sweep["runs"]]
+
+
+def age(folder: Path) -> None:
+    """Have all files been written long ago."""
+    for path in folder.rglob("*"):
+        os.utime(path, (1, 1))
+
+
+def test_a_sweep_is_not_finished_between_two_of_its_runs(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "one")
+    list_runs(tmp_path, {"out/one": "unfinished", "out/two": "unfinished"})
+    assert state_of(tmp_path) == ("running", ["finished"])
+    assert "1 done, 1 begun of 2" in shown(Watched(tmp_path).facts())
+    age(tmp_path)
+    assert state_of(tmp_path) == ("stopped", ["finished"])
+    shutil.copytree(finished, tmp_path / "two")
+    assert state_of(tmp_path) == ("finished", ["finished", "finished"])
+
+
+def test_runs_that_no_sweep_lists_are_finished_after_a_wait(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "one")
+    os.utime(tmp_path / "one" / "done.json")
+    assert state_of(tmp_path) == ("waiting", ["finished"])
+    assert "no sweep.json says whether more are to come" in shown(Watched(tmp_path).facts())
+    age(tmp_path)
+    assert state_of(tmp_path) == ("finished", ["finished"])
+
+
+def test_pruned_and_failed_trials_have_ended(finished, going, tmp_path):
+    sweep = tmp_path / "sweep"
+    shutil.copytree(finished, sweep / "one")
+    for name in ("two", "three"):
+        shutil.copytree(going, sweep / name)
+    list_runs(sweep, {"out/one": "finished", "out/two": "pruned", "out/three": "failed"}, trials=3)
+    assert state_of(sweep) == ("finished", ["finished", "failed", "pruned"])
+    assert "3 done, 3 begun of 3" in shown(Watched(sweep).facts()) and "pruned" in shown(Watched(sweep).facts())
+    list_runs(sweep, {"out/one": "finished", "out/two": "pruned", "out/three": "failed"}, trials=4)
+    assert state_of(sweep)[0] == "running", "one is to come, or the search proposes no more"
+    age(sweep)
+    (sweep / "trials-x").mkdir()
+    fd = try_lock(sweep / "trials-x" / "3.lock")
+    assert state_of(sweep)[0] == "running"
+    os.close(fd)
+    assert state_of(sweep)[0] == "finished"
+
+
+def test_a_run_that_succeeded_on_retry_has_not_failed(finished, going, tmp_path):
+    sweep = tmp_path / "sweep"
+    shutil.copytree(finished, sweep / "one")
+    shutil.copytree(going, sweep / "two")
+    list_runs(sweep, {"out/one": "failed", "out/two": "failed"})
+    with run_folder.run_lock(sweep / "two"):
+        assert state_of(sweep) == ("running", ["finished", "running"])
+    assert state_of(sweep) == ("finished", ["finished", "failed"])
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_the_runs_of_a_sweep_may_lie_beside_it(finished, tmp_path, monkeypatch, here):
+    monkeypatch.chdir(tmp_path if here else ROOT)
+    for name in ("one", "of-another-sweep"):
+        shutil.copytree(finished, tmp_path / "runs" / name)
+    list_runs(tmp_path / "runs" / "sweep-0a", {"runs/one": "finished", "runs/..": "finished", "runs/gone": "failed"})
+    assert state_of(tmp_path / "runs" / "sweep-0a") == ("finished", ["failed", "finished"])
+    if here:
+        assert state_of(Path("runs/sweep-0a/sweep.json")) == ("finished", ["failed", "finished"])
 
 
 def test_a_captured_cache_is_finished_and_its_figures_are_those_of_the_cache(tiny_cache):
