@@ -11,7 +11,7 @@ Runs are compared, and given up, by the exact accept length on held-out replies,
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -189,7 +189,8 @@ class Search:
         with run_lock(run.path):
             opened = open_run(run.path, store, run.split, run.resolved, ranks, run.start)
             if isinstance(opened, TrainingRun):
-                with GracefulStop() as ranks.stop, Display(opened.step, opened.train.steps) as display:
+                shown = Display(opened.step, opened.train.steps)
+                with GracefulStop() as ranks.stop, shown as display, closing(opened):
                     display.print_line(opened.description)
                     opened.announce_time(display)
                     for step in evaluated_steps(opened):

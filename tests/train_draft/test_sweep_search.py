@@ -18,6 +18,7 @@ from stages.train_draft.sweep import sweep
 from stages.train_draft.sweep_search import Search
 from stages.train_draft.sweep_settings import read_sweep_file
 from stages.train_draft.sweep_study import drop_incomplete_line
+from stages.train_draft.training_run import TrainingRun
 
 ROOT = Path(__file__).parents[2]
 BASE = """
@@ -209,6 +210,14 @@ def test_an_incomplete_line_of_the_journal_is_cut_off(tmp_path):
     drop_incomplete_line(path)
     assert path.read_text() == '{"a": 1}\n'
     drop_incomplete_line(tmp_path / "none")
+
+
+def test_the_trackers_of_every_trial_are_closed_a_pruned_one_too(recipe, greedy_cache, tmp_path, monkeypatch):
+    closed, close = [], TrainingRun.close
+    monkeypatch.setattr(TrainingRun, "close", lambda run: closed.append(run.step) or close(run))
+    monkeypatch.setattr("optuna.trial.Trial.should_prune", lambda trial: trial.number == 1)
+    sweep(greedy_cache, recipe(), out=tmp_path / "runs", device="cpu")
+    assert closed == [6, 2, 6]
 
 
 def test_a_signal_leaves_the_trial_to_the_next_command(recipe, greedy_cache, tmp_path):
