@@ -10,7 +10,7 @@ Runs are compared, and given up, by the exact accept length on held-out replies,
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from pipeline.cache.atomic import process_lock, try_lock, write_errors
-from pipeline.errors import UsageError
-from pipeline.runs.folder import run_lock
+from pipeline.errors import PipelineError, UsageError
+from pipeline.runs.folder import Evaluation, run_lock
+from pipeline.runs.run_logs import METRICS, read_log
 from pipeline.runs.sweep_record import PrunedAt, SearchFacts, setting_text
 from pipeline.tensors import free_cached_memory
 from pipeline.visible_text import print_visible, visible
@@ -195,24 +196,26 @@ class Search:
                     opened.announce_time(display)
                     for step in evaluated_steps(opened):
                         opened.fit(display, until=step)
-                        pruned = self._report(trial, opened)
-                        if pruned is not None:
+                        lines = [line for line in opened.metrics.lines if line.eval]
+                        newest = self._report(trial, [(line.step, line.eval) for line in lines])
+                        if newest == step < opened.train.steps and trial.should_prune():
                             opened.save()
-                            return None, pruned
+                            return None, PrunedAt(step=step, accept_len=lines[-1].eval.accept_len)
                 opened = opened.finish()
+            else:  # by a process that was killed before it told, or for another study
+                self._report(trial, logged_evaluations(run.path))
         print_visible(summary(run.path, store, opened))
         return opened.accept_len, None
 
-    def _report(self, trial: "Trial", training: TrainingRun) -> PrunedAt | None:
-        """Tell the study of each evaluation; return where the run is to be given up, None where it goes on."""
-        known = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
-        evaluated = [line for line in training.metrics.lines if line.eval and line.eval.calls]
-        for line in evaluated:
-            if line.step not in known:
-                trial.report(line.eval.accept_len, line.step)
-        if not evaluated or training.step >= training.train.steps or not trial.should_prune():
-            return None
-        return PrunedAt(step=evaluated[-1].step, accept_len=evaluated[-1].eval.accept_len)
+    def _report(self, trial: "Trial", evaluations: Sequence[tuple[int, Evaluation]]) -> int:
+        """Tell the study of each evaluation, by its step, that it does not know yet; return the newest step that it
+        knows, which is farther than a run is that went on from there before."""
+        known = {0, *self.study.get_trials(deepcopy=False)[trial.number].intermediate_values}
+        for step, figures in evaluations:
+            if figures.calls and step not in known:
+                trial.report(figures.accept_len, step)
+                known.add(step)
+        return max(known)
 
     # What is known of them
 
@@ -246,7 +249,16 @@ class Search:
 
 
 def evaluated_steps(training: TrainingRun) -> list[int]:
-    """Return the steps after which a run is evaluated, those to come; the last one at least."""
+    """Return the steps after which a run is evaluated, from where it is: a kill may have come before what follows."""
     train = training.train
     steps = [*range(train.eval_every, train.steps, train.eval_every), train.steps]
-    return [step for step in steps if step > training.step] or [train.steps]
+    return [step for step in steps if step >= training.step]
+
+
+def logged_evaluations(run: Path) -> list[tuple[int, Evaluation]]:
+    """Return the step and figures of each evaluation in a run's log; none where it is damaged: only pruning asks."""
+    try:
+        lines = read_log(run / METRICS)
+    except PipelineError:
+        return []
+    return [(line["step"], Evaluation.model_validate(line["eval"])) for line in lines if line.get("eval")]

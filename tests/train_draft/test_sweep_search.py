@@ -9,7 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 from pipeline.errors import UsageError
 from pipeline.runs.sweep_record import read_sweep
@@ -210,6 +213,48 @@ def test_an_incomplete_line_of_the_journal_is_cut_off(tmp_path):
     drop_incomplete_line(path)
     assert path.read_text() == '{"a": 1}\n'
     drop_incomplete_line(tmp_path / "none")
+
+
+def reported(out: Path) -> list:
+    """What the study in a sweep's folder knows of each trial that is no repeat."""
+    study = optuna.load_study(study_name=read_sweep(out).search.study, storage=journal_storage(out))
+    trials = [trial for trial in study.trials if "repeats" not in trial.user_attrs]
+    return [(trial.state.name, trial.value, trial.intermediate_values) for trial in trials]
+
+
+def journal_storage(out: Path):
+    return JournalStorage(JournalFileBackend(str(out / "search.journal")))
+
+
+def test_a_run_that_is_finished_tells_a_study_what_its_evaluations_were(recipe, greedy_cache, tmp_path):
+    out = tmp_path / "runs"
+    sweep(greedy_cache, recipe(), out=out, device="cpu")
+    first = reported(out)
+    assert [list(values) for _, _, values in first] == [[2, 4, 6]] * 3
+    for path in [*out.glob("search.journal*"), out / "sweep.json"]:
+        path.unlink()  # the same as a kill before the study is told, and as another study in the folder
+    sweep(greedy_cache, recipe(), out=out, device="cpu")
+    assert reported(out) == first
+
+
+def test_a_kill_before_the_study_is_told_of_a_pruned_trial_changes_nothing(recipe, greedy_cache, tmp_path, monkeypatch):
+    out = tmp_path / "runs"
+    monkeypatch.setattr("optuna.trial.Trial.should_prune", lambda trial: trial.number == 1)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("optuna.trial.Trial.set_user_attr", stopping_at("pruned", killed))
+        with pytest.raises(KeyboardInterrupt):
+            sweep(greedy_cache, recipe(), out=out, device="cpu")
+    found = {run["trial"]: run for run in sweep(greedy_cache, recipe(), out=out, device="cpu")["runs"]}
+    assert (found[1]["state"], found[1]["pruned"]["step"]) == ("pruned", 2)
+
+
+def stopping_at(name: str, stop):
+    whole = optuna.trial.Trial.set_user_attr
+    return lambda trial, key, value: stop() if key == name else whole(trial, key, value)
 
 
 def test_the_trackers_of_every_trial_are_closed_a_pruned_one_too(recipe, greedy_cache, tmp_path, monkeypatch):
