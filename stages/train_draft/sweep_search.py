@@ -9,7 +9,9 @@ trials however often it is stopped.
 Runs are compared, and given up, by the exact accept length on held-out replies, as evaluated during the training.
 """
 
+import json
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -59,10 +61,26 @@ class Search:
     def __init__(self, folder: Path, file: SweepFile, planner: Planner, name: str):
         self.optuna = import_optuna()
         self.folder, self.file, self.planner, self.name = folder, file, planner, name
+        self._planned: dict[str, PlannedRun | UsageError] = {}
+        self._planning = threading.Lock()  # runs are shown by a thread of their own
         self.locks = folder / f"trials-{name}"
         with write_errors(folder, "the journal of a search"):
             self.locks.mkdir(parents=True, exist_ok=True)
             self.study = open_study(folder, name, file.search.prune)
+
+    def plan(self, setting: Setting) -> PlannedRun:
+        """Return the run of a setting, which is made once. Raises UsageError for one that no run can be made of."""
+        key = json.dumps(setting, sort_keys=True)
+        with self._planning:
+            if key not in self._planned:
+                try:
+                    self._planned[key] = self.planner(setting)
+                except UsageError as error:
+                    self._planned[key] = error
+            found = self._planned[key]
+        if isinstance(found, UsageError):
+            raise UsageError(str(found))
+        return found
 
     def facts(self) -> SearchFacts:
         search = self.file.search
@@ -165,7 +183,7 @@ class Search:
     def _train(self, claim: Claim, device: torch.device) -> None:
         states = self.optuna.trial.TrialState
         try:
-            run = self.planner(claim.setting)
+            run = self.plan(claim.setting)
             accept_len, pruned = self._train_run(claim.trial, run, device)
         except Exception as error:
             if ends_all(error):
@@ -227,7 +245,7 @@ class Search:
             pruned = PrunedAt(**attributes["pruned"]) if state == "PRUNED" else None
             failed = attributes.get("failed") if state == "FAIL" else None
             try:
-                run = self.planner(attributes["setting"])
+                run = self.plan(attributes["setting"])
             except UsageError:  # its trial failed for that, before it had a run
                 continue
             found.append(run_facts(run, failed, pruned, trial.number))
@@ -240,7 +258,7 @@ class Search:
         for trial in self.trials():
             setting = trial.user_attrs["setting"]
             try:
-                run = self.planner(setting)
+                run = self.plan(setting)
                 path, steps = run.path, run.steps
             except UsageError:
                 path, steps = None, 0

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from pipeline.errors import UsageError
 from pipeline.runs.sweep_record import read_sweep
-from stages.train_draft import sweep_search
-from stages.train_draft.sweep import sweep
+from stages.train_draft import sweep_plan, sweep_search
+from stages.train_draft.sweep import Planned, sweep
 from stages.train_draft.sweep_search import Search
 from stages.train_draft.sweep_settings import read_sweep_file
 from stages.train_draft.sweep_study import drop_incomplete_line
@@ -213,6 +214,17 @@ def test_an_incomplete_line_of_the_journal_is_cut_off(tmp_path):
     drop_incomplete_line(path)
     assert path.read_text() == '{"a": 1}\n'
     drop_incomplete_line(tmp_path / "none")
+
+
+def test_each_run_is_planned_once_however_often_it_is_shown(recipe, greedy_cache, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sweep_plan, "data_digest", lambda *of: asked.append(of) or "data")
+    planned = Planned(greedy_cache, recipe(), (), tmp_path)
+    before = len(asked)
+    planned.search.train(torch.device("cpu"))
+    for _ in range(3):
+        assert [row.state for row in planned.search.rows()] == ["finished"] * 3
+    assert len(planned.search.run_facts()) == 3 and len(asked) - before == 3
 
 
 def reported(out: Path) -> list:
