@@ -36,7 +36,7 @@ class SweptRun(Record):
     """One run of a sweep."""
 
     setting: Setting
-    run: str = Field(description="its folder")
+    run: str = Field(description="its folder; the sweep's where a search's setting was refused, which then has no run")
     state: Literal["finished", "failed", "pruned", "unfinished"]
     steps: Count = Field(description="of its recipe")
     parameters: Count | None = Field(description="of the draft; null until the run is finished")
@@ -47,8 +47,10 @@ class SweptRun(Record):
     calls: Count = Field(description="target calls that accept_len is a mean over")
     failed: str | None = Field(description="what ended the run, in one line")
     pruned: PrunedAt | None = None
-    data: str = Field(description="digest of the training samples and their order; equal: learned from the same")
-    heldout: str = Field(description="digest of the samples that accept_len is measured on")
+    data: str = Field(
+        description='digest of the training samples and their order; equal: learned from the same; "" without a run'
+    )
+    heldout: str = Field(description='digest of the samples that accept_len is measured on; "" without a run')
     seconds: Number | None = Field(description="spent on training steps, evaluations and checkpoints left out")
     trial: Count | None = Field(None, description="its number in the study of a search")
 

@@ -32,7 +32,7 @@ from stages.train_draft.logs import Display, summary
 from stages.train_draft.ranks import Ranks
 from stages.train_draft.run import open_run
 from stages.train_draft.stop import GracefulStop
-from stages.train_draft.sweep_figures import Facts, run_facts
+from stages.train_draft.sweep_figures import Facts, refused_facts, run_facts
 from stages.train_draft.sweep_live import Row
 from stages.train_draft.sweep_plan import PlannedRun, Planner
 from stages.train_draft.sweep_processes import ends_all, failure
@@ -246,7 +246,8 @@ class Search:
             failed = attributes.get("failed") if state == "FAIL" else None
             try:
                 run = self.plan(attributes["setting"])
-            except UsageError:  # its trial failed for that, before it had a run
+            except UsageError as error:
+                found.append(refused_facts(attributes["setting"], self.folder, failed or str(error), trial.number))
                 continue
             found.append(run_facts(run, failed, pruned, trial.number))
         return found

@@ -15,6 +15,7 @@ import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from pipeline.cli import main
 from pipeline.errors import UsageError
 from pipeline.runs.sweep_record import read_sweep
 from stages.train_draft import sweep_plan, sweep_search
@@ -225,6 +226,26 @@ def test_each_run_is_planned_once_however_often_it_is_shown(recipe, greedy_cache
     for _ in range(3):
         assert [row.state for row in planned.search.rows()] == ["finished"] * 3
     assert len(planned.search.run_facts()) == 3 and len(asked) - before == 3
+
+
+def test_a_combination_that_is_refused_is_a_failed_trial(recipe, greedy_cache, tmp_path, monkeypatch, capsys):
+    resolve = sweep_plan.resolve
+
+    def refusing(stated, store):  # each value fits with the first one of the other list
+        if (stated.draft.layers, stated.train.lr) == ((1, 3), 2e-3):
+            raise UsageError("these do not fit")
+        return resolve(stated, store)
+
+    monkeypatch.setattr(sweep_plan, "resolve", refusing)
+    path = recipe('trials = 4\n"draft.layers" = [[1], [1, 3]]\n"train.lr" = [1e-3, 2e-3]\n')
+    with pytest.raises(SystemExit, match="1"):
+        main(["sweep", str(path), "--cache", str(greedy_cache), "--out", str(tmp_path), "--device", "cpu"])
+    runs = read_sweep(tmp_path).runs
+    assert [run.state for run in runs] == ["finished"] * 3 + ["failed"]
+    assert runs[-1].failed == "with layers = [1, 3], lr = 0.002: these do not fit"
+    assert (runs[-1].run, runs[-1].steps, runs[-1].data) == (str(tmp_path), 0, "")
+    printed = capsys.readouterr()
+    assert "1 of 4 runs failed" in printed.err and "these do not fit" in printed.out
 
 
 def reported(out: Path) -> list:
