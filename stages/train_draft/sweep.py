@@ -184,8 +184,11 @@ class Planned:
         ]
 
     def warnings(self) -> list[str]:
-        """Return what makes the runs of a grid hard to compare."""
-        return data_warnings(list(self.runs.values()), self.names)
+        """Return what makes the runs hard to compare; of a search those of its trials so far."""
+        if not self.search:
+            return data_warnings(list(self.runs.values()), self.names)
+        runs = self.search.planned_runs()
+        return data_warnings(list(runs.values()), {run.path: f"run {number}" for number, run in runs.items()})
 
     def facts(self, failed: Mapping[Path, str]) -> list[Facts]:
         """Return what is known of each run."""

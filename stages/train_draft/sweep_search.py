@@ -13,7 +13,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -250,6 +250,14 @@ class Search:
                 found.append(refused_facts(attributes["setting"], self.folder, failed or str(error), trial.number))
                 continue
             found.append(run_facts(run, failed, pruned, trial.number))
+        return found
+
+    def planned_runs(self) -> dict[int, PlannedRun]:
+        """Return the run of every trial that has one, by the trial's number."""
+        found = {}
+        for trial in self.trials():
+            with suppress(UsageError):
+                found[trial.number] = self.plan(trial.user_attrs["setting"])
         return found
 
     def rows(self) -> list[Row]:

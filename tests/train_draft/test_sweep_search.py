@@ -248,6 +248,16 @@ def test_a_combination_that_is_refused_is_a_failed_trial(recipe, greedy_cache, t
     assert "1 of 4 runs failed" in printed.err and "these do not fit" in printed.out
 
 
+def test_trials_that_learn_from_other_samples_are_warned_of(recipe, greedy_cache, tmp_path, monkeypatch):
+    digest = sweep_plan.data_digest
+    monkeypatch.setattr(
+        sweep_plan, "data_digest", lambda store, split, run: f"{digest(store, split, run)} {run.draft.target_layer_ids}"
+    )  # as where the states of a sample are refused in one layer
+    lines = 'trials = 2\n"draft.layers" = [[1], [1, 3]]\n'
+    (line,) = sweep(greedy_cache, recipe(lines), out=tmp_path, device="cpu")["warnings"]
+    assert "not the same data: run 0 on " in line and "run 1 on " in line
+
+
 def reported(out: Path) -> list:
     """What the study in a sweep's folder knows of each trial that is no repeat."""
     study = optuna.load_study(study_name=read_sweep(out).search.study, storage=journal_storage(out))
