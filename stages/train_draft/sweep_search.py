@@ -2,9 +2,9 @@
 
 Each setting is a trial of one study in optuna's journal, a file in the sweep's folder, which any number of processes
 and `pipeline sweep` commands may work on at once. A trial belongs to the process that has its lock. One whose process
-is gone is taken by the next that looks, with its setting and its run, which goes on from its checkpoint. Asked is under
-one lock, and a trial's sampler is seeded by the study's seed and the trial's number: one process alone makes the same
-trials however often it is stopped.
+is gone is taken by the next that looks, with its setting and its run, which goes on from its checkpoint; the fourth
+time from one checkpoint it fails, since it may be what ends them. Asked is under one lock, and a trial's sampler is
+seeded by the study's seed and the trial's number: one process alone makes the same trials however often it is stopped.
 
 Runs are compared, and given up, by the exact accept length on held-out replies, as evaluated during the training.
 """
@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from pipeline.cache.atomic import process_lock, try_lock, write_errors
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import PipelineError, ProofError, UsageError
+from pipeline.runs import checkpoint
 from pipeline.runs.folder import Evaluation, run_lock
 from pipeline.runs.run_logs import METRICS, read_log
 from pipeline.runs.sweep_record import PrunedAt, SearchFacts, setting_text
@@ -43,6 +44,7 @@ from stages.train_draft.training_run import TrainingRun
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
+MOST_ATTEMPTS = 3  # that a trial ends its process, before it is given up
 MOST_REPEATS = 100  # proposals in a row that were tried before: then nothing new is to be expected
 
 
@@ -184,7 +186,8 @@ class Search:
         states = self.optuna.trial.TrialState
         try:
             run = self.plan(claim.setting)
-            accept_len, pruned = self._train_run(claim.trial, run, device)
+            with self._attempt(claim.trial, run):
+                accept_len, pruned = self._train_run(claim.trial, run, device)
         except Exception as error:
             if ends_all(error):
                 raise  # its trial is not finished: the same command goes on with it
@@ -201,6 +204,25 @@ class Search:
             self.study.tell(claim.trial, state=states.FAIL)
         else:
             self.study.tell(claim.trial, accept_len)
+
+    @contextmanager
+    def _attempt(self, trial: "Trial", run: PlannedRun) -> Iterator[None]:
+        """Count an attempt to train a run from its newest checkpoint on, unless the block ends. Raises ProofError where
+        so many ended the process: with too little memory, for example, it would end every process that takes it."""
+        step = max(checkpoint.steps(run.path), default=0)
+        began, count = trial.user_attrs.get("attempts", (step, 0))
+        count = count if began == step else 0
+        if count >= MOST_ATTEMPTS:
+            raise ProofError(
+                f"{run.path}: {count} processes that trained it from step {step} on were killed, or crashed, without a "
+                "word; is there enough memory?"
+            )
+        trial.set_user_attr("attempts", (step, count + 1))
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # no room: then it counts
+                trial.set_user_attr("attempts", (step, count))
 
     def _train_run(self, trial: "Trial", run: PlannedRun, device: torch.device) -> tuple[float | None, PrunedAt | None]:
         """Train a run, or go on with it; return its accept length, or where it was given up."""

@@ -258,6 +258,45 @@ def test_trials_that_learn_from_other_samples_are_warned_of(recipe, greedy_cache
     assert "not the same data: run 0 on " in line and "run 1 on " in line
 
 
+KILLED = """
+import os, sys
+from pathlib import Path
+from stages.train_draft.sweep_search import Search
+from pipeline.cli import main
+whole = Search._train_run
+def crashing(self, trial, *rest):
+    if trial.number == 1:
+        os.kill(os.getpid(), 9)
+    return whole(self, trial, *rest)
+Search._train_run = crashing
+main(sys.argv[1:])
+"""
+
+
+def test_a_trial_that_kills_its_process_fails_after_three_attempts(recipe, greedy_cache, tmp_path):
+    cache, out = shutil.copytree(greedy_cache, tmp_path / "cache"), tmp_path / "runs"
+    words = [sys.executable, "-c", KILLED, "sweep", recipe(), "--cache", cache, "--out", out, "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    codes = [subprocess.run(words, cwd=ROOT, env=environment, capture_output=True).returncode for _ in range(4)]
+    assert codes == [-9, -9, -9, 1]
+    found = {run.trial: run for run in read_sweep(out).runs}
+    assert [found[number].state for number in range(3)] == ["finished", "failed", "finished"]
+    assert "3 processes that trained it from step 0 on were killed" in found[1].failed
+
+
+def test_a_signal_is_no_attempt(recipe, greedy_cache, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Search, "_train_run", stopped)
+        for _ in range(4):
+            with pytest.raises(KeyboardInterrupt):
+                sweep(greedy_cache, recipe(), out=tmp_path / "runs", device="cpu")
+    report = sweep(greedy_cache, recipe(), out=tmp_path / "runs", device="cpu")
+    assert [run["state"] for run in report["runs"]] == ["finished"] * 3
+
+
 def reported(out: Path) -> list:
     """What the study in a sweep's folder knows of each trial that is no repeat."""
     study = optuna.load_study(study_name=read_sweep(out).search.study, storage=journal_storage(out))
