@@ -18,9 +18,9 @@ import torch
 
 from pipeline import __version__, torchrun
 from pipeline.cache import HiddenCache
-from pipeline.errors import UsageError
+from pipeline.errors import ProofError, UsageError
 from pipeline.runs.folder import read_result
-from pipeline.runs.sweep_record import SweepRecord, setting_text
+from pipeline.runs.sweep_record import SWEEP, SweepRecord, setting_text
 from pipeline.secret_masking import masked, masked_command
 from pipeline.tensors import find_device, free_cached_memory
 from pipeline.visible_text import print_visible, visible
@@ -64,7 +64,8 @@ def sweep(
     once for all runs that learn from the same samples, see shared_read.py.
 
     A run that fails is recorded as failed and the others go on. Raises UsageError, before the first run, for an invalid
-    setting; and at once, with the files written, what would end every run: DiskError, and what a signal raises.
+    setting; and at once, with the files written, what would end every run: DiskError, and what a signal raises; and
+    ProofError, with the files written, where processes of a search ended early.
     """
     if torchrun.several():
         raise UsageError("a sweep gives its runs to the devices itself; start it without torchrun, see --devices")
@@ -80,7 +81,10 @@ def sweep(
         with contextlib.suppress(Exception):  # what stops the sweep is what its user has to hear
             planned.write(failed)
         raise
-    return planned.write(failed).model_dump()
+    record = planned.write(failed)
+    if planned.search:
+        planned.search_ended(failed)
+    return record.model_dump()
 
 
 def _train(planned: "Planned", places: list[str], prepare: partial, shared_read: bool, failed: dict) -> None:
@@ -151,6 +155,18 @@ class Planned:
         done = len(self.search.trials())
         print_visible(f"{self.file.search.trials} trials, {done} of them begun before; study {self.search.name}")
         return [Work(f"search {n}", f"search {n}", (self.folder,)) for n in range(1, len(places) + 1)]
+
+    def search_ended(self, failed: Mapping[Path, str]) -> None:
+        """Raise ProofError where a process of a search ended early, or left a trial that is not finished."""
+        left, reason = self.search.left(), failed.get(self.folder)
+        if not left and reason is None:
+            return
+        trials, run = self.file.search.trials, len(self.search.trials())
+        unfinished = f", of which unfinished: {', '.join(map(str, left))}" if left else ""
+        raise ProofError(
+            f"{self.folder}: a process of the search ended early ({reason or 'without a word'}); {run} of {trials} "
+            f"trials were begun{unfinished}; the same command goes on with them, {SWEEP} has what there is"
+        )
 
     def grid_work(self, places: Sequence[str], shared_read: bool) -> list[Work]:
         """Return the runs that are not finished yet, those that share what they read together."""

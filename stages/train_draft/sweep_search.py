@@ -257,6 +257,16 @@ class Search:
                 known.add(step)
         return max(known)
 
+    def left(self) -> list[int]:
+        """Return the numbers of trials that are not finished and that no process has."""
+        found = []
+        with process_lock(self.folder, "search"):
+            for trial in self.trials():
+                if not trial.state.is_finished() and (fd := try_lock(self.locks / f"{trial.number}.lock")) is not None:
+                    os.close(fd)
+                    found.append(trial.number)
+        return found
+
     # What is known of them
 
     def run_facts(self) -> list[Facts]:

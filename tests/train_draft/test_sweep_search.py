@@ -16,7 +16,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from pipeline.cli import main
-from pipeline.errors import UsageError
+from pipeline.errors import PipelineError, ProofError, UsageError
 from pipeline.runs.sweep_record import read_sweep
 from stages.train_draft import sweep_plan, sweep_search
 from stages.train_draft.sweep import Planned, sweep
@@ -295,6 +295,20 @@ def test_a_signal_is_no_attempt(recipe, greedy_cache, tmp_path, monkeypatch):
                 sweep(greedy_cache, recipe(), out=tmp_path / "runs", device="cpu")
     report = sweep(greedy_cache, recipe(), out=tmp_path / "runs", device="cpu")
     assert [run["state"] for run in report["runs"]] == ["finished"] * 3
+
+
+def test_a_search_whose_processes_cannot_begin_is_no_success(recipe, greedy_cache, tmp_path, monkeypatch):
+    out = tmp_path / "runs"
+
+    def died(places, work, *_):
+        return {path: PipelineError("signal 9 ended its process") for each in work for path in each.runs}
+
+    with monkeypatch.context() as patched:
+        patched.setattr("stages.train_draft.sweep.train_on_devices", died)
+        with pytest.raises(ProofError, match=r"\(signal 9 ended its process\); 0 of 3 trials were begun; the same"):
+            sweep(greedy_cache, recipe(), out=out, devices="cpu,cpu")
+    assert read_sweep(out).runs == []
+    assert len(sweep(greedy_cache, recipe(), out=out, device="cpu")["runs"]) == 3
 
 
 def reported(out: Path) -> list:
