@@ -4,9 +4,9 @@
            sweep.csv    one row a run, for spreadsheets
            sweep.log    what the runs printed while a table was shown in their place
 
-FOLDER is the sweep's --out, without it runs/sweep-DIGEST. A sweep that was stopped leaves both files, too: its runs
-have the state "unfinished". A value of a recipe's field is a number, text, true or false, or a list of these; a setting
-has one for each field of the sweep, by "section.field".
+FOLDER is the sweep's --out, without it runs/sweep-DIGEST. A sweep that was stopped leaves both files, too, and a grid
+has them from its start on: the runs to come have the state "unfinished". A value of a recipe's field is a number, text,
+true or false, or a list of these; a setting has one for each field of the sweep, by "section.field".
 """
 
 from pathlib import Path

@@ -92,6 +92,8 @@ def _train(planned: "Planned", places: list[str], prepare: partial, shared_read:
     work = planned.search_work(places) if planned.search else planned.grid_work(places, shared_read)
     for line in planned.warnings():
         print_visible(visible(f"warning: {line}"))
+    if work and not planned.search:
+        planned.write({})  # those who watch it learn of all runs to come
     states = States()
     with shown_live(partial(planned.rows, states), planned.folder):
         if min(len(places), len(work)) > 1:
