@@ -55,9 +55,9 @@ def _runs(report: dict, has_settings: bool):
 
 
 def letters_of(digests: Sequence[str]) -> dict[str, str]:
-    """Return a letter for each digest, in the order of their first; a number after the alphabet's end."""
-    distinct = dict.fromkeys(digests)
-    return {digest: LETTERS[n] if n < len(LETTERS) else str(n + 1) for n, digest in enumerate(distinct)}
+    """Return a letter for each digest, in the order of their first; a number after the alphabet's end; "-" for none."""
+    distinct = dict.fromkeys(digest for digest in digests if digest)
+    return {digest: LETTERS[n] if n < len(LETTERS) else str(n + 1) for n, digest in enumerate(distinct)} | {"": "-"}
 
 
 def _to_best(setting: dict, report: dict) -> str:

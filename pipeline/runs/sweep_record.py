@@ -4,9 +4,9 @@
            sweep.csv    one row a run, for spreadsheets
            sweep.log    what the runs printed while a table was shown in their place
 
-FOLDER is the sweep's --out, without it runs/sweep-DIGEST. A sweep that was stopped leaves both files, too: its runs
-have the state "unfinished". A value of a recipe's field is a number, text, true or false, or a list of these; a setting
-has one for each field of the sweep, by "section.field".
+FOLDER is the sweep's --out, without it runs/sweep-DIGEST. A sweep that was stopped leaves both files, too, and a grid
+has them from its start on: the runs to come have the state "unfinished". A value of a recipe's field is a number, text,
+true or false, or a list of these; a setting has one for each field of the sweep, by "section.field".
 """
 
 from pathlib import Path
@@ -36,7 +36,7 @@ class SweptRun(Record):
     """One run of a sweep."""
 
     setting: Setting
-    run: str = Field(description="its folder")
+    run: str = Field(description="its folder; the sweep's where a search's setting was refused, which then has no run")
     state: Literal["finished", "failed", "pruned", "unfinished"]
     steps: Count = Field(description="of its recipe")
     parameters: Count | None = Field(description="of the draft; null until the run is finished")
@@ -47,8 +47,10 @@ class SweptRun(Record):
     calls: Count = Field(description="target calls that accept_len is a mean over")
     failed: str | None = Field(description="what ended the run, in one line")
     pruned: PrunedAt | None = None
-    data: str = Field(description="digest of the training samples and their order; equal: learned from the same")
-    heldout: str = Field(description="digest of the samples that accept_len is measured on")
+    data: str = Field(
+        description='digest of the training samples and their order; equal: learned from the same; "" without a run'
+    )
+    heldout: str = Field(description='digest of the samples that accept_len is measured on; "" without a run')
     seconds: Number | None = Field(description="spent on training steps, evaluations and checkpoints left out")
     trial: Count | None = Field(None, description="its number in the study of a search")
 

@@ -18,9 +18,9 @@ import torch
 
 from pipeline import __version__, torchrun
 from pipeline.cache import HiddenCache
-from pipeline.errors import UsageError
+from pipeline.errors import ProofError, UsageError
 from pipeline.runs.folder import read_result
-from pipeline.runs.sweep_record import SweepRecord, setting_text
+from pipeline.runs.sweep_record import SWEEP, SweepRecord, setting_text
 from pipeline.secret_masking import masked, masked_command
 from pipeline.tensors import find_device, free_cached_memory
 from pipeline.visible_text import print_visible, visible
@@ -64,7 +64,8 @@ def sweep(
     once for all runs that learn from the same samples, see shared_read.py.
 
     A run that fails is recorded as failed and the others go on. Raises UsageError, before the first run, for an invalid
-    setting; and at once, with the files written, what would end every run: DiskError, and what a signal raises.
+    setting; and at once, with the files written, what would end every run: DiskError, and what a signal raises; and
+    ProofError, with the files written, where processes of a search ended early.
     """
     if torchrun.several():
         raise UsageError("a sweep gives its runs to the devices itself; start it without torchrun, see --devices")
@@ -80,7 +81,10 @@ def sweep(
         with contextlib.suppress(Exception):  # what stops the sweep is what its user has to hear
             planned.write(failed)
         raise
-    return planned.write(failed).model_dump()
+    record = planned.write(failed)
+    if planned.search:
+        planned.search_ended(failed)
+    return record.model_dump()
 
 
 def _train(planned: "Planned", places: list[str], prepare: partial, shared_read: bool, failed: dict) -> None:
@@ -88,6 +92,8 @@ def _train(planned: "Planned", places: list[str], prepare: partial, shared_read:
     work = planned.search_work(places) if planned.search else planned.grid_work(places, shared_read)
     for line in planned.warnings():
         print_visible(visible(f"warning: {line}"))
+    if work and not planned.search:
+        planned.write({})  # those who watch it learn of all runs to come
     states = States()
     with shown_live(partial(planned.rows, states), planned.folder):
         if min(len(places), len(work)) > 1:
@@ -152,6 +158,18 @@ class Planned:
         print_visible(f"{self.file.search.trials} trials, {done} of them begun before; study {self.search.name}")
         return [Work(f"search {n}", f"search {n}", (self.folder,)) for n in range(1, len(places) + 1)]
 
+    def search_ended(self, failed: Mapping[Path, str]) -> None:
+        """Raise ProofError where a process of a search ended early, or left a trial that is not finished."""
+        left, reason = self.search.left(), failed.get(self.folder)
+        if not left and reason is None:
+            return
+        trials, run = self.file.search.trials, len(self.search.trials())
+        unfinished = f", of which unfinished: {', '.join(map(str, left))}" if left else ""
+        raise ProofError(
+            f"{self.folder}: a process of the search ended early ({reason or 'without a word'}); {run} of {trials} "
+            f"trials were begun{unfinished}; the same command goes on with them, {SWEEP} has what there is"
+        )
+
     def grid_work(self, places: Sequence[str], shared_read: bool) -> list[Work]:
         """Return the runs that are not finished yet, those that share what they read together."""
         todo = [run for run in self.runs.values() if read_result(run.path) is None]
@@ -184,8 +202,11 @@ class Planned:
         ]
 
     def warnings(self) -> list[str]:
-        """Return what makes the runs of a grid hard to compare."""
-        return data_warnings(list(self.runs.values()), self.names)
+        """Return what makes the runs hard to compare; of a search those of its trials so far."""
+        if not self.search:
+            return data_warnings(list(self.runs.values()), self.names)
+        runs = self.search.planned_runs()
+        return data_warnings(list(runs.values()), {run.path: f"run {number}" for number, run in runs.items()})
 
     def facts(self, failed: Mapping[Path, str]) -> list[Facts]:
         """Return what is known of each run."""

@@ -55,6 +55,27 @@ def run_facts(
     }
 
 
+def refused_facts(setting: Setting, folder: Path, failed: str, trial: int) -> Facts:
+    """Return the facts of a trial that no run can be made of. folder: of its sweep."""
+    return {
+        "setting": setting,
+        "run": str(folder),
+        "state": "failed",
+        "steps": 0,
+        "parameters": None,
+        "accept_len": None,
+        "interval": None,
+        "calls": 0,
+        "failed": failed,
+        "pruned": None,
+        "data": "",
+        "heldout": "",
+        "seconds": None,
+        "trial": trial,
+        "replies": [],
+    }
+
+
 def training_seconds(run: Path) -> float | None:
     """Return the seconds that a run spent on its steps, over all its starts; None where its log says nothing."""
     try:

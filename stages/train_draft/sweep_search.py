@@ -2,16 +2,18 @@
 
 Each setting is a trial of one study in optuna's journal, a file in the sweep's folder, which any number of processes
 and `pipeline sweep` commands may work on at once. A trial belongs to the process that has its lock. One whose process
-is gone is taken by the next that looks, with its setting and its run, which goes on from its checkpoint. Asked is under
-one lock, and a trial's sampler is seeded by the study's seed and the trial's number: one process alone makes the same
-trials however often it is stopped.
+is gone is taken by the next that looks, with its setting and its run, which goes on from its checkpoint; the fourth
+time from one checkpoint it fails, since it may be what ends them. Asked is under one lock, and a trial's sampler is
+seeded by the study's seed and the trial's number: one process alone makes the same trials however often it is stopped.
 
 Runs are compared, and given up, by the exact accept length on held-out replies, as evaluated during the training.
 """
 
+import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,8 +22,10 @@ import numpy as np
 import torch
 
 from pipeline.cache.atomic import process_lock, try_lock, write_errors
-from pipeline.errors import UsageError
-from pipeline.runs.folder import run_lock
+from pipeline.errors import PipelineError, ProofError, UsageError
+from pipeline.runs import checkpoint
+from pipeline.runs.folder import Evaluation, run_lock
+from pipeline.runs.run_logs import METRICS, read_log
 from pipeline.runs.sweep_record import PrunedAt, SearchFacts, setting_text
 from pipeline.tensors import free_cached_memory
 from pipeline.visible_text import print_visible, visible
@@ -29,7 +33,7 @@ from stages.train_draft.logs import Display, summary
 from stages.train_draft.ranks import Ranks
 from stages.train_draft.run import open_run
 from stages.train_draft.stop import GracefulStop
-from stages.train_draft.sweep_figures import Facts, run_facts
+from stages.train_draft.sweep_figures import Facts, refused_facts, run_facts
 from stages.train_draft.sweep_live import Row
 from stages.train_draft.sweep_plan import PlannedRun, Planner
 from stages.train_draft.sweep_processes import ends_all, failure
@@ -40,6 +44,7 @@ from stages.train_draft.training_run import TrainingRun
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
+MOST_ATTEMPTS = 3  # that a trial ends its process, before it is given up
 MOST_REPEATS = 100  # proposals in a row that were tried before: then nothing new is to be expected
 
 
@@ -58,10 +63,26 @@ class Search:
     def __init__(self, folder: Path, file: SweepFile, planner: Planner, name: str):
         self.optuna = import_optuna()
         self.folder, self.file, self.planner, self.name = folder, file, planner, name
+        self._planned: dict[str, PlannedRun | UsageError] = {}
+        self._planning = threading.Lock()  # runs are shown by a thread of their own
         self.locks = folder / f"trials-{name}"
         with write_errors(folder, "the journal of a search"):
             self.locks.mkdir(parents=True, exist_ok=True)
             self.study = open_study(folder, name, file.search.prune)
+
+    def plan(self, setting: Setting) -> PlannedRun:
+        """Return the run of a setting, which is made once. Raises UsageError for one that no run can be made of."""
+        key = json.dumps(setting, sort_keys=True)
+        with self._planning:
+            if key not in self._planned:
+                try:
+                    self._planned[key] = self.planner(setting)
+                except UsageError as error:
+                    self._planned[key] = error
+            found = self._planned[key]
+        if isinstance(found, UsageError):
+            raise UsageError(str(found))
+        return found
 
     def facts(self) -> SearchFacts:
         search = self.file.search
@@ -164,8 +185,9 @@ class Search:
     def _train(self, claim: Claim, device: torch.device) -> None:
         states = self.optuna.trial.TrialState
         try:
-            run = self.planner(claim.setting)
-            accept_len, pruned = self._train_run(claim.trial, run, device)
+            run = self.plan(claim.setting)
+            with self._attempt(claim.trial, run):
+                accept_len, pruned = self._train_run(claim.trial, run, device)
         except Exception as error:
             if ends_all(error):
                 raise  # its trial is not finished: the same command goes on with it
@@ -183,35 +205,67 @@ class Search:
         else:
             self.study.tell(claim.trial, accept_len)
 
+    @contextmanager
+    def _attempt(self, trial: "Trial", run: PlannedRun) -> Iterator[None]:
+        """Count an attempt to train a run from its newest checkpoint on, unless the block ends. Raises ProofError where
+        so many ended the process: with too little memory, for example, it would end every process that takes it."""
+        step = max(checkpoint.steps(run.path), default=0)
+        began, count = trial.user_attrs.get("attempts", (step, 0))
+        count = count if began == step else 0
+        if count >= MOST_ATTEMPTS:
+            raise ProofError(
+                f"{run.path}: {count} processes that trained it from step {step} on were killed, or crashed, without a "
+                "word; is there enough memory?"
+            )
+        trial.set_user_attr("attempts", (step, count + 1))
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # no room: then it counts
+                trial.set_user_attr("attempts", (step, count))
+
     def _train_run(self, trial: "Trial", run: PlannedRun, device: torch.device) -> tuple[float | None, PrunedAt | None]:
         """Train a run, or go on with it; return its accept length, or where it was given up."""
         ranks, store = Ranks(device), self.planner.store
         with run_lock(run.path):
             opened = open_run(run.path, store, run.split, run.resolved, ranks, run.start)
             if isinstance(opened, TrainingRun):
-                with GracefulStop() as ranks.stop, Display(opened.step, opened.train.steps) as display:
+                shown = Display(opened.step, opened.train.steps)
+                with GracefulStop() as ranks.stop, shown as display, closing(opened):
                     display.print_line(opened.description)
                     opened.announce_time(display)
                     for step in evaluated_steps(opened):
                         opened.fit(display, until=step)
-                        pruned = self._report(trial, opened)
-                        if pruned is not None:
+                        lines = [line for line in opened.metrics.lines if line.eval]
+                        newest = self._report(trial, [(line.step, line.eval) for line in lines])
+                        if newest == step < opened.train.steps and trial.should_prune():
                             opened.save()
-                            return None, pruned
+                            return None, PrunedAt(step=step, accept_len=lines[-1].eval.accept_len)
                 opened = opened.finish()
+            else:  # by a process that was killed before it told, or for another study
+                self._report(trial, logged_evaluations(run.path))
         print_visible(summary(run.path, store, opened))
         return opened.accept_len, None
 
-    def _report(self, trial: "Trial", training: TrainingRun) -> PrunedAt | None:
-        """Tell the study of each evaluation; return where the run is to be given up, None where it goes on."""
-        known = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
-        evaluated = [line for line in training.metrics.lines if line.eval and line.eval.calls]
-        for line in evaluated:
-            if line.step not in known:
-                trial.report(line.eval.accept_len, line.step)
-        if not evaluated or training.step >= training.train.steps or not trial.should_prune():
-            return None
-        return PrunedAt(step=evaluated[-1].step, accept_len=evaluated[-1].eval.accept_len)
+    def _report(self, trial: "Trial", evaluations: Sequence[tuple[int, Evaluation]]) -> int:
+        """Tell the study of each evaluation, by its step, that it does not know yet; return the newest step that it
+        knows, which is farther than a run is that went on from there before."""
+        known = {0, *self.study.get_trials(deepcopy=False)[trial.number].intermediate_values}
+        for step, figures in evaluations:
+            if figures.calls and step not in known:
+                trial.report(figures.accept_len, step)
+                known.add(step)
+        return max(known)
+
+    def left(self) -> list[int]:
+        """Return the numbers of trials that are not finished and that no process has."""
+        found = []
+        with process_lock(self.folder, "search"):
+            for trial in self.trials():
+                if not trial.state.is_finished() and (fd := try_lock(self.locks / f"{trial.number}.lock")) is not None:
+                    os.close(fd)
+                    found.append(trial.number)
+        return found
 
     # What is known of them
 
@@ -223,10 +277,19 @@ class Search:
             pruned = PrunedAt(**attributes["pruned"]) if state == "PRUNED" else None
             failed = attributes.get("failed") if state == "FAIL" else None
             try:
-                run = self.planner(attributes["setting"])
-            except UsageError:  # its trial failed for that, before it had a run
+                run = self.plan(attributes["setting"])
+            except UsageError as error:
+                found.append(refused_facts(attributes["setting"], self.folder, failed or str(error), trial.number))
                 continue
             found.append(run_facts(run, failed, pruned, trial.number))
+        return found
+
+    def planned_runs(self) -> dict[int, PlannedRun]:
+        """Return the run of every trial that has one, by the trial's number."""
+        found = {}
+        for trial in self.trials():
+            with suppress(UsageError):
+                found[trial.number] = self.plan(trial.user_attrs["setting"])
         return found
 
     def rows(self) -> list[Row]:
@@ -236,7 +299,7 @@ class Search:
         for trial in self.trials():
             setting = trial.user_attrs["setting"]
             try:
-                run = self.planner(setting)
+                run = self.plan(setting)
                 path, steps = run.path, run.steps
             except UsageError:
                 path, steps = None, 0
@@ -245,7 +308,16 @@ class Search:
 
 
 def evaluated_steps(training: TrainingRun) -> list[int]:
-    """Return the steps after which a run is evaluated, those to come; the last one at least."""
+    """Return the steps after which a run is evaluated, from where it is: a kill may have come before what follows."""
     train = training.train
     steps = [*range(train.eval_every, train.steps, train.eval_every), train.steps]
-    return [step for step in steps if step > training.step] or [train.steps]
+    return [step for step in steps if step >= training.step]
+
+
+def logged_evaluations(run: Path) -> list[tuple[int, Evaluation]]:
+    """Return the step and figures of each evaluation in a run's log; none where it is damaged: only pruning asks."""
+    try:
+        lines = read_log(run / METRICS)
+    except PipelineError:
+        return []
+    return [(line["step"], Evaluation.model_validate(line["eval"])) for line in lines if line.get("eval")]

@@ -241,6 +241,15 @@ def test_methods_and_objectives_make_one_grid(recipe, tiny_cache, tmp_path):
     assert len(report["runs"]) == 6
 
 
+def test_all_runs_to_come_are_in_the_files_before_the_first_begins(recipe, tiny_cache, tmp_path, monkeypatch):
+    found, whole = [], sweep_module.train_resolved
+    monkeypatch.setattr(
+        sweep_module, "train_resolved", lambda *of: found.append(read_sweep(tmp_path / "runs").runs) or whole(*of)
+    )
+    sweep(tiny_cache, recipe('"train.seed" = [0, 1]'), out=tmp_path / "runs", device="cpu")
+    assert [run.state for run in found[0]] == ["unfinished"] * 2
+
+
 def test_finished_runs_are_not_run_again_and_a_longer_list_adds_the_rest(recipe, tiny_cache, tmp_path, monkeypatch):
     out, made, whole = tmp_path / "runs", [], sweep_module.train_resolved
     monkeypatch.setattr(sweep_module, "train_resolved", lambda path, *rest: made.append(path) or whole(path, *rest))

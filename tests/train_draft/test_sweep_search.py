@@ -9,15 +9,21 @@ import sys
 import time
 from pathlib import Path
 
+import optuna
 import pytest
+import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
-from pipeline.errors import UsageError
+from pipeline.cli import main
+from pipeline.errors import PipelineError, ProofError, UsageError
 from pipeline.runs.sweep_record import read_sweep
-from stages.train_draft import sweep_search
-from stages.train_draft.sweep import sweep
+from stages.train_draft import sweep_plan, sweep_search
+from stages.train_draft.sweep import Planned, sweep
 from stages.train_draft.sweep_search import Search
 from stages.train_draft.sweep_settings import read_sweep_file
 from stages.train_draft.sweep_study import drop_incomplete_line
+from stages.train_draft.training_run import TrainingRun
 
 ROOT = Path(__file__).parents[2]
 BASE = """
@@ -209,6 +215,150 @@ def test_an_incomplete_line_of_the_journal_is_cut_off(tmp_path):
     drop_incomplete_line(path)
     assert path.read_text() == '{"a": 1}\n'
     drop_incomplete_line(tmp_path / "none")
+
+
+def test_each_run_is_planned_once_however_often_it_is_shown(recipe, greedy_cache, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sweep_plan, "data_digest", lambda *of: asked.append(of) or "data")
+    planned = Planned(greedy_cache, recipe(), (), tmp_path)
+    before = len(asked)
+    planned.search.train(torch.device("cpu"))
+    for _ in range(3):
+        assert [row.state for row in planned.search.rows()] == ["finished"] * 3
+    assert len(planned.search.run_facts()) == 3 and len(asked) - before == 3
+
+
+def test_a_combination_that_is_refused_is_a_failed_trial(recipe, greedy_cache, tmp_path, monkeypatch, capsys):
+    resolve = sweep_plan.resolve
+
+    def refusing(stated, store):  # each value fits with the first one of the other list
+        if (stated.draft.layers, stated.train.lr) == ((1, 3), 2e-3):
+            raise UsageError("these do not fit")
+        return resolve(stated, store)
+
+    monkeypatch.setattr(sweep_plan, "resolve", refusing)
+    path = recipe('trials = 4\n"draft.layers" = [[1], [1, 3]]\n"train.lr" = [1e-3, 2e-3]\n')
+    with pytest.raises(SystemExit, match="1"):
+        main(["sweep", str(path), "--cache", str(greedy_cache), "--out", str(tmp_path), "--device", "cpu"])
+    runs = read_sweep(tmp_path).runs
+    assert [run.state for run in runs] == ["finished"] * 3 + ["failed"]
+    assert runs[-1].failed == "with layers = [1, 3], lr = 0.002: these do not fit"
+    assert (runs[-1].run, runs[-1].steps, runs[-1].data) == (str(tmp_path), 0, "")
+    printed = capsys.readouterr()
+    assert "1 of 4 runs failed" in printed.err and "these do not fit" in printed.out
+
+
+def test_trials_that_learn_from_other_samples_are_warned_of(recipe, greedy_cache, tmp_path, monkeypatch):
+    digest = sweep_plan.data_digest
+    monkeypatch.setattr(
+        sweep_plan, "data_digest", lambda store, split, run: f"{digest(store, split, run)} {run.draft.target_layer_ids}"
+    )  # as where the states of a sample are refused in one layer
+    lines = 'trials = 2\n"draft.layers" = [[1], [1, 3]]\n'
+    (line,) = sweep(greedy_cache, recipe(lines), out=tmp_path, device="cpu")["warnings"]
+    assert "not the same data: run 0 on " in line and "run 1 on " in line
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from stages.train_draft.sweep_search import Search
+from pipeline.cli import main
+whole = Search._train_run
+def crashing(self, trial, *rest):
+    if trial.number == 1:
+        os.kill(os.getpid(), 9)
+    return whole(self, trial, *rest)
+Search._train_run = crashing
+main(sys.argv[1:])
+"""
+
+
+def test_a_trial_that_kills_its_process_fails_after_three_attempts(recipe, greedy_cache, tmp_path):
+    cache, out = shutil.copytree(greedy_cache, tmp_path / "cache"), tmp_path / "runs"
+    words = [sys.executable, "-c", KILLED, "sweep", recipe(), "--cache", cache, "--out", out, "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    codes = [subprocess.run(words, cwd=ROOT, env=environment, capture_output=True).returncode for _ in range(4)]
+    assert codes == [-9, -9, -9, 1]
+    found = {run.trial: run for run in read_sweep(out).runs}
+    assert [found[number].state for number in range(3)] == ["finished", "failed", "finished"]
+    assert "3 processes that trained it from step 0 on were killed" in found[1].failed
+
+
+def test_a_signal_is_no_attempt(recipe, greedy_cache, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Search, "_train_run", stopped)
+        for _ in range(4):
+            with pytest.raises(KeyboardInterrupt):
+                sweep(greedy_cache, recipe(), out=tmp_path / "runs", device="cpu")
+    report = sweep(greedy_cache, recipe(), out=tmp_path / "runs", device="cpu")
+    assert [run["state"] for run in report["runs"]] == ["finished"] * 3
+
+
+def test_a_search_whose_processes_cannot_begin_is_no_success(recipe, greedy_cache, tmp_path, monkeypatch):
+    out = tmp_path / "runs"
+
+    def died(places, work, *_):
+        return {path: PipelineError("signal 9 ended its process") for each in work for path in each.runs}
+
+    with monkeypatch.context() as patched:
+        patched.setattr("stages.train_draft.sweep.train_on_devices", died)
+        with pytest.raises(ProofError, match=r"\(signal 9 ended its process\); 0 of 3 trials were begun; the same"):
+            sweep(greedy_cache, recipe(), out=out, devices="cpu,cpu")
+    assert read_sweep(out).runs == []
+    assert len(sweep(greedy_cache, recipe(), out=out, device="cpu")["runs"]) == 3
+
+
+def reported(out: Path) -> list:
+    """What the study in a sweep's folder knows of each trial that is no repeat."""
+    study = optuna.load_study(study_name=read_sweep(out).search.study, storage=journal_storage(out))
+    trials = [trial for trial in study.trials if "repeats" not in trial.user_attrs]
+    return [(trial.state.name, trial.value, trial.intermediate_values) for trial in trials]
+
+
+def journal_storage(out: Path):
+    return JournalStorage(JournalFileBackend(str(out / "search.journal")))
+
+
+def test_a_run_that_is_finished_tells_a_study_what_its_evaluations_were(recipe, greedy_cache, tmp_path):
+    out = tmp_path / "runs"
+    sweep(greedy_cache, recipe(), out=out, device="cpu")
+    first = reported(out)
+    assert [list(values) for _, _, values in first] == [[2, 4, 6]] * 3
+    for path in [*out.glob("search.journal*"), out / "sweep.json"]:
+        path.unlink()  # the same as a kill before the study is told, and as another study in the folder
+    sweep(greedy_cache, recipe(), out=out, device="cpu")
+    assert reported(out) == first
+
+
+def test_a_kill_before_the_study_is_told_of_a_pruned_trial_changes_nothing(recipe, greedy_cache, tmp_path, monkeypatch):
+    out = tmp_path / "runs"
+    monkeypatch.setattr("optuna.trial.Trial.should_prune", lambda trial: trial.number == 1)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("optuna.trial.Trial.set_user_attr", stopping_at("pruned", killed))
+        with pytest.raises(KeyboardInterrupt):
+            sweep(greedy_cache, recipe(), out=out, device="cpu")
+    found = {run["trial"]: run for run in sweep(greedy_cache, recipe(), out=out, device="cpu")["runs"]}
+    assert (found[1]["state"], found[1]["pruned"]["step"]) == ("pruned", 2)
+
+
+def stopping_at(name: str, stop):
+    whole = optuna.trial.Trial.set_user_attr
+    return lambda trial, key, value: stop() if key == name else whole(trial, key, value)
+
+
+def test_the_trackers_of_every_trial_are_closed_a_pruned_one_too(recipe, greedy_cache, tmp_path, monkeypatch):
+    closed, close = [], TrainingRun.close
+    monkeypatch.setattr(TrainingRun, "close", lambda run: closed.append(run.step) or close(run))
+    monkeypatch.setattr("optuna.trial.Trial.should_prune", lambda trial: trial.number == 1)
+    sweep(greedy_cache, recipe(), out=tmp_path / "runs", device="cpu")
+    assert closed == [6, 2, 6]
 
 
 def test_a_signal_leaves_the_trial_to_the_next_command(recipe, greedy_cache, tmp_path):
