@@ -52,8 +52,17 @@ class TokenTexts:
     """The tokens of one reply as text, one after the other, special tokens included."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.backend, self.stream = tokenizer.backend_tokenizer, DecodeStream(skip_special_tokens=False)
+        self.tokenizer, self.stream = tokenizer, DecodeStream(skip_special_tokens=False)
+        self.ids: list[int] = []  # so far, and their text: of a tokenizer in Python, which has no stream
+        self.text = ""
 
     def next(self, token: int) -> str:
         """Return the text that the next token adds; "" within a character of several tokens."""
-        return self.stream.step(self.backend, token) or ""
+        if self.tokenizer.is_fast:
+            return self.stream.step(self.tokenizer.backend_tokenizer, token) or ""
+        self.ids.append(token)
+        whole = self.tokenizer.decode(self.ids, skip_special_tokens=False)
+        if whole.endswith("\N{REPLACEMENT CHARACTER}") or not whole.startswith(self.text):
+            return ""
+        added, self.text = whole[len(self.text) :], whole
+        return added
