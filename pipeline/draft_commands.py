@@ -3,6 +3,7 @@
 Like `cli.py`, which adds them to its own, this imports the stages inside command bodies.
 """
 
+import sys
 from pathlib import Path
 
 import click
@@ -143,7 +144,7 @@ def report(paths, page, markdown, forced, drawing, against, as_json):
         from pipeline.report_page import write_page
 
         page = page or Path("report.html")
-        write_page(paths, page, against)
+        write_page(paths, page, against, ["pipeline", *sys.argv[1:]])
     if as_json:
         return show(table | {"page": str(page)} if page else table, as_json, None)
     if table is not None:

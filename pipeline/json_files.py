@@ -173,7 +173,7 @@ def read_record(path: Path, kind: type[Kind], remedy: str, max_bytes: int = MAX_
         record, _ = parse_checksummed(read_file(path, max_bytes))
         return kind.model_validate(record)
     except ValidationError:
-        raise CacheError(f"{path}: damaged, or no record of a run; {remedy}") from None
+        raise CacheError(f"{path}: damaged, or another file than its name says; {remedy}") from None
     except (OSError, ValueError) as error:
         raise damage_error(path, error, remedy) from None
 

@@ -234,6 +234,7 @@ evaluate_options = together(
     DEVICE,
     option("--dtype", type=Choice(["bfloat16", "float32"]), help="Compute type.  [default: the cache's]"),
     option("--out", type=PATH, help="Write the report here, as JSON."),
+    option("--texts", type=IntRange(0), default=12, help="Replies that the report keeps as text, for its page."),
     option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
 )
 

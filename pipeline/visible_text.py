@@ -10,10 +10,11 @@ import re
 import click
 
 # Controls (C0, DEL, C1), line and paragraph separators, halves of surrogate pairs, and format characters: bidirectional
-# marks, invisible operators, tags. The joiners U+200C and U+200D stay: words and emoji are spelt with them.
+# marks, invisible operators, tags; and what no XML may hold. The joiners U+200C and U+200D stay: words and emoji are
+# spelt with them.
 _CONTROLS = (
     "\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
-    "\ud800-\udfff\U000e0000-\U000e0fff"
+    "\ud800-\udfff\ufffe\uffff\U000e0000-\U000e0fff"
 )
 _ANY_CONTROL = re.compile(f"[\t\n{_CONTROLS}]")
 _CONTROL_BUT_LAYOUT = re.compile(f"[{_CONTROLS}]")

@@ -16,6 +16,7 @@ PAGES = [
     *sorted(ROOT.glob("stages/*/README.md")),
     *sorted(ROOT.glob("data/*/README.md")),
 ]
+ONE_FOLDER = ("docs/a-day.md",)  # whose sections build on one another
 PROGRAMS = ("pipeline", "make", "torchrun", "pip", "python", "pytest", "source")
 ASSIGNMENT = re.compile(r"[A-Z_]+=\S+")
 COMMENT = re.compile(r"(?:^|\s)#\s.*")
@@ -43,7 +44,7 @@ def shown_in(path: Path) -> list[Shown]:
     page, section, found = path.relative_to(ROOT).as_posix(), "", []
     tokens = MarkdownIt("commonmark").enable("table").parse(path.read_text())
     for at, token in enumerate(tokens):
-        if token.type == "heading_open" and token.tag in ("h1", "h2"):
+        if token.type == "heading_open" and token.tag in ("h1", "h2") and page not in ONE_FOLDER:
             section = tokens[at + 1].content
         elif token.type in ("fence", "code_block"):
             kind, block = token.info.strip(), token.content

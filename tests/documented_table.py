@@ -26,9 +26,12 @@ WORDS = {
 WORDS_OF = {
     ("import-cache", "FOLDER"): "states",
     ("train-draft", "FOLDER"): "runs/domino-…",
+    # A day's numbers.
+    ("sweep", "train.steps=20"): "train.steps=2",
+    ("evaluate", "64"): "2",
     # Of so few rows the calibration misses what the others hold, and int8 refuses them.
     ("recode", "int8"): "zstd",
-    # vLLM has no method for Domino, and says so.
+    # The tests' own drafts are of Domino, for which vLLM has no method.
     ("serve-check", "my-draft"): "my-dflash",
     ("serve-check", "DIR"): "my-dflash",
 }

@@ -24,6 +24,7 @@ from pathlib import Path
 from pipeline.cache.layout import FOLDERS, SCRATCH, SHARDS
 from pipeline.errors import MEMORY, CacheError, DiskError, RoomError, read_error
 from pipeline.size_text import size_text
+from pipeline.visible_text import visible
 
 QUIET_WAIT_S = 3.0  # a longer wait for another process is printed
 POLL_S = 0.5
@@ -203,20 +204,20 @@ def defer_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def process_lock(cache: Path, step: str) -> Iterator[None]:
-    """Hold the cache's lock for `step` against all other processes; a wait of more than QUIET_WAIT_S is printed.
+def process_lock(folder: Path, step: str) -> Iterator[None]:
+    """Hold a folder's lock for `step` against all other processes; a wait of more than QUIET_WAIT_S is printed.
 
     The lock of a process that dies is released, so only a suspended process can block the others for good. Polled: a
     blocking wait on a network file system may not be interruptible.
     """
-    path, since, pause = cache / f"{SCRATCH}{step}.lock", time.monotonic(), 0.001
+    path, since, pause = folder / f"{SCRATCH}{step}.lock", time.monotonic(), 0.001
     while (fd := try_lock(path)) is None:
-        if not cache.is_dir():
-            raise CacheError(f"{cache}: the cache was removed while a process worked on it")
+        if not folder.is_dir():
+            raise CacheError(f"{folder}: the folder was removed while a process worked in it")
         if time.monotonic() - since > QUIET_WAIT_S:
             since = float("inf")  # once
             print(
-                f"waiting for another process, which is at the {step} of this cache (it holds {path.name}; "
+                f"waiting for another process, which is at the {step} in {visible(folder)} (it holds {path.name}; "
                 "remove that file if there is no such process)",
                 file=sys.stderr,
                 flush=True,

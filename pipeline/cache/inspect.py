@@ -163,10 +163,9 @@ def _is_short(value: object) -> bool:
     return isinstance(value, int | float | str) and len(str(value)) <= 40
 
 
-def cache_table(report: dict) -> Group:
-    """Return `describe`'s report as tables: the whole, its columns, its domains."""
+def cache_facts(report: dict) -> dict[str, str]:
+    """Return what `describe` says of the whole cache, as words by name."""
     plan, shards, identity = report["plan"], report["shards"], report["identity"]
-    whole = grid("", "")
     rows = {
         "target": f"{identity['target']['name']} ({identity['target']['digest'][:12]})",
         "format": f"{report['format']}, identity {report['digest'][:12]}",
@@ -194,7 +193,13 @@ def cache_table(report: dict) -> Group:
         )
     if report["refused"]:
         rows["refused"] = f"{len(report['refused'])} samples, listed by --json"
-    for name, value in rows.items():
+    return rows
+
+
+def cache_table(report: dict) -> Group:
+    """Return `describe`'s report as tables: the whole, its columns, its domains."""
+    whole = grid("", "")
+    for name, value in cache_facts(report).items():
         whole.add_row(name, value)
     columns = grid("column", "dtype", "codec", ">rows", ">size", ">bytes a token", ">shards", ">probe error")
     for column in report["columns"]:

@@ -58,8 +58,16 @@ class TokenTexts:
 
     def next(self, token: int) -> str:
         """Return the text that the next token adds; "" within a character of several tokens."""
-        if self.tokenizer.is_fast:
-            return self.stream.step(self.tokenizer.backend_tokenizer, token) or ""
+        if not self.tokenizer.is_fast:
+            return self._next_of_whole(token)
+        backend = self.tokenizer.backend_tokenizer
+        try:
+            return self.stream.step(backend, token) or ""
+        except Exception:  # its only kind: bytes that are no UTF-8, of a tokenizer that falls back to bytes
+            self.stream = DecodeStream(skip_special_tokens=False)
+            return backend.decode([token], skip_special_tokens=False)
+
+    def _next_of_whole(self, token: int) -> str:
         self.ids.append(token)
         whole = self.tokenizer.decode(self.ids, skip_special_tokens=False)
         if whole.endswith("\N{REPLACEMENT CHARACTER}") or not whole.startswith(self.text):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from pydantic import FailFast, Field, ValidationError
+from pydantic import FailFast, Field, ValidationError, model_validator
 
 from pipeline.drafts import DRAFTS
 from pipeline.errors import UsageError, cause_of
@@ -184,6 +184,14 @@ class Report(Record):
     )
     replies: list[ReplyText] = Field(default_factory=list, description="some of the greedy replies, as text")
 
+    @model_validator(mode="after")
+    def _replies_are_of_samples(self) -> "Report":
+        for reply in self.replies:
+            of = self.samples[reply.sample] if reply.sample < len(self.samples) else None
+            if of is None or not len(of.lengths) == len(of.matched) == len(of.proposed):
+                raise ValueError("a reply of no sample")
+        return self
+
     @property
     def verified_proposals(self) -> int:
         """How many proposals of a block were verified."""
@@ -229,7 +237,7 @@ def load_report(path: Path) -> Report:
     except ValidationError as error:
         raise UsageError(
             f"{path} is no report of `pipeline evaluate --out FILE`, or one of another version: its "
-            f"`{error.errors()[0]['loc'][0]}` is absent or not as expected; evaluate that draft again"
+            f"`{(*error.errors()[0]['loc'], 'replies')[0]}` is absent or not as expected; evaluate that draft again"
         ) from None
 
 

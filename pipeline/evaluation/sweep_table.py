@@ -61,10 +61,11 @@ def letters_of(digests: Sequence[str]) -> dict[str, str]:
 
 
 def _to_best(setting: dict, report: dict) -> str:
-    """The ratio of a setting to the best one, whose own is 1."""
-    best = report["pooled"][0]["setting"]
+    """The ratio of a setting to the best one, whose own is 1; "-" where one of them has no accept length."""
+    first = report["pooled"][0]
+    best = first["setting"]
     setting = {key: value for key, value in setting.items() if key in best}
-    if setting == best:
+    if setting == best and first["accept_len"] is not None:
         return "1"
     found = next((each for each in report["ratios"] if (each["setting"], each["to"]) == (setting, best)), None)
     if found is None:

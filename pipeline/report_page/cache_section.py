@@ -8,7 +8,8 @@ import numpy as np
 
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import size_text
-from pipeline.cache.inspect import describe, tokenizer_of
+from pipeline.cache.inspect import cache_facts, describe, tokenizer_of
+from pipeline.errors import UsageError
 from pipeline.evaluation.reply_text import spread_over_domains
 from pipeline.report_page.charts import Chart, axis, draw
 from pipeline.report_page.table import Table
@@ -16,6 +17,7 @@ from pipeline.visible_text import visible, visible_lines
 
 SAMPLES = 4  # whose mask is shown
 MOST_TOKENS = 400  # of such a sample
+MOST_DOMAINS = 200  # in a table
 
 
 @dataclass(frozen=True)
@@ -52,21 +54,10 @@ def cache_section(name: str, path: Path) -> CacheSection:
 
 
 def _facts(found: dict) -> list[tuple[str, str]]:
-    identity, plan, shards, gauge = found["identity"], found["plan"], found["shards"], found["gauge"]
-    capture = identity.get("capture", {})
-    facts = {
-        "target": f"{identity['target']['name']}, digest {identity['target']['digest']}",
+    identity, capture = found["identity"], found["identity"].get("capture", {})
+    facts = cache_facts(found) | {
         "chat template": identity.get("tokenizer", {}).get("chat_template"),
-        "identity": f"{found['digest']}, format version {found['format']}",
         "captured by": f"{capture.get('engine')}, in {capture.get('dtype')}",
-        "samples": f"{plan['samples']:,}, {plan['duplicates']:,} duplicates left out",
-        "tokens": f"{plan['tokens']:,}, {found['supervised_share']:.0%} of them supervised",
-        "shards": f"{shards['whole']} of {shards['planned']} whole",
-        "size": f"{size_text(found['bytes']['total'])}, of which states {size_text(found['bytes']['columns'])}",
-        "gauge": gauge
-        and f"{gauge['agreement']:.1%} of {gauge['rows']:,} replies' tokens are the target's own greedy choice, mean "
-        f"log-probability {gauge['logprob']:.2f}",
-        "refused": f"{len(found['refused'])} samples" if found["refused"] else "no sample",
     }
     return [(name, visible(value)) for name, value in facts.items() if value]
 
@@ -91,16 +82,17 @@ def _error(error: float | None) -> str:
 
 
 def _domains(domains: list[dict]) -> Table:
-    return Table(
-        ["domain", "split", "samples", "tokens", "supervised"],
+    rows = [
         [
-            [
-                visible(entry["domain"]) or "-", visible(entry["split"]) or "-",
-                *(f"{entry[key]:,}" for key in ("samples", "tokens", "supervised")),
-            ]
-            for entry in domains
-        ],
-    )  # fmt: skip
+            visible(entry["domain"]) or "-",
+            visible(entry["split"]) or "-",
+            *(f"{entry[key]:,}" for key in ("samples", "tokens", "supervised")),
+        ]
+        for entry in domains[:MOST_DOMAINS]
+    ]
+    left_out = len(domains) - len(rows)
+    rows += [[f"and {left_out:,} more; `pipeline inspect` lists them", "", "", "", ""]] * (left_out > 0)
+    return Table(["domain", "split", "samples", "tokens", "supervised"], rows)
 
 
 def _sizes(name: str, columns: list[dict]) -> Chart:
@@ -109,12 +101,16 @@ def _sizes(name: str, columns: list[dict]) -> Chart:
     place = {"y": {"field": "column", "type": "nominal", "sort": names, "title": None}}
     bars = {"mark": {"type": "bar", "color": "var(--c0)"}, "encoding": place | {"x": axis("bytes", "bytes a token")}}
     title = "Size of a token's states, by column"
-    return Chart(title, draw(name, title, [bars], rows, height=26 * len(rows)))
+    table = [[row["column"], f"{row['bytes']:,.0f}"] for row in rows]
+    return Chart(title, draw(name, title, [bars], rows, height=26 * len(rows)), ["column", "bytes a token"], table)
 
 
 def _mask_samples(path: Path) -> list[MaskSample]:
     cache = HiddenCache.open(path)
-    tokenizer = tokenizer_of(path)
+    try:
+        tokenizer = tokenizer_of(path)
+    except UsageError:  # nothing is captured yet, and its target is not here
+        return []
     return [_mask_sample(cache, tokenizer, index) for index in spread_over_domains(cache.samples.domain, SAMPLES)]
 
 

@@ -1,5 +1,6 @@
 """What drafts gain, as charts: by domain, by slot, and compared with one of them prompt by prompt."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,17 +23,20 @@ from pipeline.report_page.contents import Run
 from pipeline.visible_text import visible
 
 ROW = 15  # pixels that a draft takes in a domain
+MOST_DOMAINS = 30  # in a chart
+TOTAL = "all"
 GAINED = "tokens gained per target call"
 Point = tuple[float, float | None, float | None]  # a figure and the ends of its 95 % interval
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one draft gains. domains: accept length by domain, "all" among them. slots: share of target calls that kept
-    proposal 1, 2, ..."""
+    """What one draft gains. total: accept length over everything. domains: by domain, each with its number of target
+    calls. slots: share of target calls that kept proposal 1, 2, ..."""
 
     name: str
-    domains: dict[str, Point]
+    total: Point | None
+    domains: dict[str, tuple[Point, int]]
     slots: list[Point]
 
 
@@ -48,10 +52,14 @@ def of_reports(reports: Sequence[Report]) -> dict[str, list[Measured]]:
 
 
 def _pooled(name: str, members: Sequence[Report]) -> Measured:
-    names = sorted({domain for report in members for domain in report.domains})
-    wanted = {"all": None} | {visible(domain) or "no domain": domain for domain in names}
-    found = {shown: accept_length(members, domain) for shown, domain in wanted.items()}
-    return Measured(name, {shown: tuple(map(float, point)) for shown, point in found.items() if point}, _slots(members))
+    calls: dict[str, int] = defaultdict(int)
+    for report in members:
+        for domain, figures in report.domains.items():
+            calls[domain] += figures.calls
+    found = {domain: accept_length(members, domain) for domain in sorted(calls)}
+    domains = {domain: (tuple(map(float, point)), calls[domain]) for domain, point in found.items() if point}
+    total = accept_length(members)
+    return Measured(name, total and tuple(map(float, total)), domains, _slots(members))
 
 
 def _slots(members: Sequence[Report]) -> list[Point]:
@@ -77,18 +85,18 @@ def of_runs(runs: Sequence[Run]) -> list[Measured]:
 
 def _of_run(run: Run) -> Measured:
     _, last = run.evaluations[-1]
-    domains = {"all": (last.accept_len, *last.interval)}
-    domains |= {
-        visible(name) or "no domain": (figures.accept_len, *figures.interval)
+    domains = {
+        name: ((figures.accept_len, *figures.interval), figures.calls)
         for name, figures in last.domains.items()
         if figures.calls
     }
-    return Measured(visible(run.name), domains, [(share, None, None) for share in last.per_slot])
+    total = (last.accept_len, *last.interval)
+    return Measured(visible(run.name), total, domains, [(share, None, None) for share in last.per_slot])
 
 
 def most_gaining(drafts: Sequence[Measured], most: int) -> list[Measured]:
     """Return at most so many drafts, those with the longest accept lengths, in their own order."""
-    kept = sorted(drafts, key=lambda draft: -draft.domains.get("all", (0.0,))[0])[:most]
+    kept = sorted(drafts, key=lambda draft: -draft.total[0] if draft.total else 0.0)[:most]
     return [draft for draft in drafts if draft in kept]
 
 
@@ -100,28 +108,53 @@ def point_text(point: Point, digits: int = 2) -> str:
 
 
 def by_domain(name: str, drafts: Sequence[Measured], how: str) -> Chart:
-    """Draw the accept length of each draft in each domain. how: replies were decoded."""
+    """Draw the accept length of each draft over all prompts and in each domain, of many the MOST_DOMAINS with the most
+    target calls. how: replies were decoded."""
     names = [draft.name for draft in drafts]
-    domains = ["all", *sorted({domain for draft in drafts for domain in draft.domains} - {"all"})]
+    calls: dict[str, int] = defaultdict(int)
+    for draft in drafts:
+        for domain, (_, count) in draft.domains.items():
+            calls[domain] += count
+    labels = unique_labels(sorted(calls))
+    charted = set(sorted(calls, key=lambda domain: -calls[domain])[:MOST_DOMAINS])
+    shown = [TOTAL, *(labels[domain] for domain in sorted(calls) if domain in charted)]
+    points = {draft.name: {TOTAL: draft.total} if draft.total else {} for draft in drafts}
+    for draft in drafts:
+        points[draft.name] |= {labels[domain]: point for domain, (point, _) in draft.domains.items()}
     rows = [
-        {"series": draft.name, "domain": domain, "value": value, "low": low, "high": high}
-        for draft in drafts
-        for domain, (value, low, high) in draft.domains.items()
+        {"series": series, "domain": label, "value": value, "low": low, "high": high}
+        for series, of_draft in points.items()
+        for label, (value, low, high) in of_draft.items()
+        if label in shown
     ]
     place = {
         "x": axis("value", f"accept length: {GAINED}", zero=False),
-        "y": {"field": "domain", "type": "nominal", "sort": domains, "title": None},
+        "y": {"field": "domain", "type": "nominal", "sort": shown, "title": None},
         "yOffset": {"field": "series", "type": "nominal", "sort": names},
     }
     marks = {"mark": {"type": "point", "filled": True, "size": 70, "opacity": 1}, "encoding": place | palette(names)}
     layers = [interval_layer(names, horizontal=True, **place), marks]
-    height = len(domains) * (ROW * len(names) + 8)
-    shown = [
-        [draft.name, *(point_text(draft.domains[domain]) if domain in draft.domains else "-" for domain in domains)]
-        for draft in drafts
+    table = [
+        [label, *(point_text(points[series][label]) if label in points[series] else "-" for series in names)]
+        for label in [TOTAL, *labels.values()]
     ]
     title = f"Accept length by domain, {how}"
-    return Chart(title, draw(name, title, layers, rows, height), ["draft", *domains], shown)
+    note = (
+        f"The {MOST_DOMAINS} of {len(calls)} domains with the most target calls." if len(calls) > len(charted) else ""
+    )
+    svg = draw(name, title, layers, rows, len(shown) * (ROW * len(names) + 8))
+    return Chart(title, svg, ["domain", *names], table, note)
+
+
+def unique_labels(domains: Sequence[str]) -> dict[str, str]:
+    """Return what each domain is called on the page, no two alike and none as the total."""
+    labels: dict[str, str] = {}
+    for domain in domains:
+        label = visible(domain) or "no domain"
+        while label == TOTAL or label in labels.values():
+            label += "*"
+        labels[domain] = label
+    return labels
 
 
 def by_slot(name: str, drafts: Sequence[Measured], how: str) -> Chart | None:
@@ -151,13 +184,15 @@ def by_slot(name: str, drafts: Sequence[Measured], how: str) -> Chart | None:
 def compared(name: str, reports: Sequence[Report], baseline: Sequence[Report] = ()) -> Chart | None:
     """Draw each draft's ratio to the baseline's, paired by prompt; the first draft is the baseline where none is named.
 
-    None for a single draft, and where prompts differ.
+    None for a single draft, and where prompts differ. UsageError where the baseline is several drafts.
     """
-    drafts = {visible(title): members for title, members in pool_seeds(reports).items()}
-    (against, base), *rest = [*pool_seeds(baseline or next(iter(drafts.values()), ())).items()] or [("", [])]
-    if rest:
-        raise UsageError(f"--against: {against} and {rest[0][0]} are several drafts; name the seeds of one")
-    others = {title: members for title, members in drafts.items() if members is not base and title != visible(against)}
+    drafts = pool_seeds([*reports, *(report for report in baseline if report not in reports)])
+    bases = {title: members for title, members in drafts.items() if any(each in baseline for each in members)}
+    bases = bases or dict([*drafts.items()][:1])
+    if len(bases) > 1:
+        raise UsageError(f"--against: {' and '.join(bases)} are several drafts; name the seeds of one")
+    ((against, base),) = bases.items()
+    others = {visible(title): members for title, members in drafts.items() if title != against}
     try:
         ratios = {title: found for title, members in others.items() if (found := paired_ratio(members, base))}
     except UsageError:

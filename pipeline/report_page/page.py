@@ -5,7 +5,6 @@ anything, and every text in it is escaped, so that no domain's name and no reply
 """
 
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -17,10 +16,10 @@ from markupsafe import Markup
 
 from pipeline import __version__
 from pipeline.cache.atomic import write_errors, write_file
-from pipeline.errors import UsageError
+from pipeline.errors import PipelineError, UsageError
 from pipeline.evaluation.reports import Report, load_reports, pool_seeds
 from pipeline.evaluation.tables import FACTS, accept_length_text, sampled_at, temperature_text, temperatures_of
-from pipeline.report_page.cache_section import cache_section
+from pipeline.report_page.cache_section import CacheSection, cache_section
 from pipeline.report_page.charts import Chart
 from pipeline.report_page.contents import Contents, Run, find_contents
 from pipeline.report_page.draft_charts import (
@@ -36,11 +35,14 @@ from pipeline.report_page.replies import SHADES, Reply, replies
 from pipeline.report_page.sweep_section import sweep_section
 from pipeline.report_page.table import Table
 from pipeline.report_page.training_charts import accept_lengths, curve, curves, losses, thinned, where_time_went
+from pipeline.runs.sweep_record import read_sweep
 from pipeline.secret_masking import masked_command
 from pipeline.visible_text import visible
 
+GENERATOR = "pipeline report"
 MOST_RUNS = 6  # that share a chart; more cannot be told apart
 MOST_DETAILS = 12  # runs with a section of their own
+SHOWN_TOKENS = 12_000  # of all sample replies together, about 100 bytes each
 
 
 @dataclass(frozen=True)
@@ -53,32 +55,52 @@ class RunSection:
     recipe: str
 
 
-def write_page(paths: Sequence[Path], out: Path, against: Sequence[Path] = ()) -> None:
+def write_page(
+    paths: Sequence[Path], out: Path, against: Sequence[Path] = (), command: Sequence[str] | None = None
+) -> None:
     """Write a page about evaluation reports, runs, sweeps and caches.
 
-    against: reports of the draft that the others are compared with. UsageError for what is none of these, CacheError
-    for damage, RoomError where the page cannot be written.
+    against: reports of the draft that the others are compared with. command: the command line that asked for the page,
+    which it then states. Raises UsageError for what is none of these, and where `out` is something else than a page;
+    CacheError for damage; RoomError where the page cannot be written.
     """
-    if out.is_dir():
-        raise UsageError(f"--page {out} is a folder; name a file in it, such as {out / 'report.html'}")
-    text = render(find_contents(paths), load_reports(against))
+    check_out(out)
+    text = render(find_contents(paths), load_reports(against), command)
     with write_errors(out, "a page"):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_file(out, text.encode())
 
 
-def render(found: Contents, baseline: Sequence[Report] = ()) -> str:
+def check_out(out: Path) -> None:
+    """Refuse to write a page over anything else: the word behind --page may be meant as a report to read."""
+    if out.is_dir():
+        raise UsageError(f"--page {out} is a folder; name a file in it, such as {out / 'report.html'}")
+    if out.exists() and GENERATOR.encode() not in read_start(out):
+        raise UsageError(f"--page {out} would replace a file that is no page of ours; name another file behind --page")
+
+
+def read_start(path: Path) -> bytes:
+    """Return a file's first bytes; none of what is no regular file."""
+    if not path.is_file():
+        return b""
+    with open(path, "rb") as file:
+        return file.read(1000)
+
+
+def render(found: Contents, baseline: Sequence[Report] = (), command: Sequence[str] | None = None) -> str:
     """Return the page as HTML."""
     folder = resources.files(__package__)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(folder.joinpath("page.html.jinja").read_text("utf-8"))
-    shown = best(found.runs, MOST_RUNS)
+    shown, caches = best(found.runs, MOST_RUNS), cache_sections(found)
     return template.render(
         style=Markup(folder.joinpath("page.css").read_text("utf-8")),
         title=_title(found),
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, draft-pipeline {__version__}",
-        command=visible(shlex.join(["pipeline", *masked_command(sys.argv[1:])])),
+        generator=GENERATOR,
+        command=command and visible(shlex.join(masked_command(command))),
         summary=summary(found),
+        warnings=[visible(line) for line in found.warnings],
         decoded=bool(found.reports),
         gains=gain_charts(found, baseline),
         replies={visible(name): shown for name, shown in _replies(found.reports).items() if shown},
@@ -88,12 +110,26 @@ def render(found: Contents, baseline: Sequence[Report] = ()) -> str:
         run_count=len(found.runs),
         runs=[run_section(f"run{number}", run) for number, run in enumerate(best(found.runs, MOST_DETAILS))],
         sweeps=[sweep_section(f"sweep{number}", path) for number, path in enumerate(found.sweeps)],
-        caches=[cache_section(f"cache{number}", path) for number, path in enumerate(found.caches)],
+        caches=caches,
     )
+
+
+def cache_sections(found: Contents) -> list[CacheSection]:
+    """Return a section a cache; a damaged one that nobody named becomes a warning."""
+    sections = []
+    for number, path in enumerate(found.caches):
+        try:
+            sections.append(cache_section(f"cache{number}", path))
+        except PipelineError as error:
+            if path not in found.followed:
+                raise
+            found.warnings.append(f"the cache {path} is left out: {error}")
+    return sections
 
 
 def _title(found: Contents) -> str:
     targets = [report.target for report in found.reports] + [run.record.target for run in found.runs]
+    targets += [read_sweep(path).target for path in found.sweeps]
     return visible(f"Drafts for {', '.join(dict.fromkeys(targets))}") if targets else "A cache of hidden states"
 
 
@@ -105,21 +141,24 @@ def gain_charts(found: Contents, baseline: Sequence[Report]) -> list[Chart]:
         if drafts:
             shown = most_gaining(drafts, MOST_RUNS)
             drawn = [by_domain(f"domains{number}", shown, how), by_slot(f"slots{number}", shown, how)]
-            left_out = f"The {MOST_RUNS} that gain most of {len(drafts)}." if len(shown) < len(drafts) else ""
-            charts += [replace(chart, note=left_out) for chart in drawn if chart]
+            left_out = f" Of {len(drafts)} drafts those that gain most." if len(shown) < len(drafts) else ""
+            charts += [replace(chart, note=f"{chart.note}{left_out}".strip()) for chart in drawn if chart]
     return [chart for chart in charts if chart]
 
 
 def _replies(reports: Sequence[Report]) -> dict[str, list[Reply]]:
-    """Return sample replies by draft, of its first seed."""
-    return {name: replies(members[0]) for name, members in pool_seeds(reports).items()}
+    """Return sample replies of the first drafts, of each its first seed; cut, so that the page stays small."""
+    firsts = {name: members[0] for name, members in [*pool_seeds(reports).items()][:MOST_RUNS]}
+    most = SHOWN_TOKENS // max(1, sum(len(report.replies) for report in firsts.values()))
+    return {name: replies(report, most) for name, report in firsts.items()}
 
 
 def summary(found: Contents) -> Table | None:
-    """Return one row a draft; None where there is none, and for a sweep, which has a table of its runs."""
+    """Return one row a draft, None where there is none: a sweep has a table of its runs."""
     if found.reports:
         return report_summary(found.reports)
-    return run_summary(found.runs) if found.runs and not found.sweeps else None
+    alone = [run for run in found.runs if run.swept is None]
+    return run_summary(alone) if alone else None
 
 
 def report_summary(reports: Sequence[Report]) -> Table:
@@ -180,7 +219,7 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
     start = record.start and f"{record.start.place}, digest {record.start.digest}"
     facts = {
         "folder": run.path,
-        "state": "finished" if run.result else "not finished",
+        "state": run.state,
         "target": record.target,
         "cache": f"{record.cache.path}, identity {record.cache.digest}",
         "rounded columns": ", ".join(record.cache.rounded),

@@ -30,12 +30,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply for the template."""
+    """A reply for the template. cut: it goes on."""
 
     domain: str
     prompt: str
     calls: list[Call]
     tokens: int
+    cut: bool
 
     @property
     def gain(self) -> float:
@@ -43,13 +44,15 @@ class Reply:
         return self.tokens / max(1, len(self.calls))
 
 
-def replies(report: Report) -> list[Reply]:
-    """Return the replies that a report keeps as text, none of reports of earlier versions."""
+def replies(report: Report, most_tokens: int) -> list[Reply]:
+    """Return the replies that a report keeps as text, none of reports of earlier versions. Of a reply at most so many
+    tokens, and the calls that gained them."""
     found = []
     for kept in report.replies:
-        sample = report.samples[kept.sample]
-        calls = [*_calls([visible_lines(text) for text in kept.tokens], sample)]
-        found.append(Reply(visible(sample.domain) or "no domain", visible_lines(kept.prompt), calls, len(kept.tokens)))
+        sample, shown = report.samples[kept.sample], kept.tokens[:most_tokens]
+        calls = [*_calls([visible_lines(text) for text in shown], sample)]
+        domain = visible(sample.domain) or "no domain"
+        found.append(Reply(domain, visible_lines(kept.prompt), calls, len(shown), len(shown) < len(kept.tokens)))
     return found
 
 

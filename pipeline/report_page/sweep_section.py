@@ -66,7 +66,7 @@ def _settings_chart(name: str, pooled: Sequence[PooledSetting]) -> Chart | None:
         return None
     shown = measured[:MOST_SETTINGS]
     labels = [_text(entry.setting) for entry in shown]
-    first = [visible(next(iter(entry.setting.values()), "all")) for entry in shown]
+    first = [_text(dict([*entry.setting.items()][:1])) for entry in shown]
     rows = [
         {
             "series": kind,
@@ -133,7 +133,8 @@ def _ratios_chart(name: str, sweep: SweepRecord) -> Chart | None:
     ]
     title = f"Compared with the best: {_text(best)}"
     note = "Paired by reply and by seed; 95 % intervals over replies."
-    return Chart(title, draw(name, title, layers, rows, height=22 * len(rows)), note=note)
+    table = [[label, point_text((ratio.value, *ratio.interval), 3)] for label, ratio in zip(labels, found, strict=True)]
+    return Chart(title, draw(name, title, layers, rows, height=22 * len(rows)), ["setting", "ratio"], table, note)
 
 
 def _runs(runs: Sequence[SweptRun]) -> Table:

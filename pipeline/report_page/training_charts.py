@@ -114,7 +114,7 @@ def losses(name: str, run: Run) -> Chart | None:
 
 
 def _term(key: str) -> str:
-    return "loss, all of it" if key == "loss" else key.replace("_", " ")
+    return "loss" if key == "loss" else key.replace("_", " ")
 
 
 def time_parts(run: Run) -> dict[str, float]:

@@ -162,6 +162,10 @@ class Recipe(BaseModel):
             tables.append("\n".join([f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in fields.items())]))
         return "\n\n".join(tables) + "\n"
 
+    def seedless_digest(self) -> str:
+        """Return the digest of all but the seed, which is equal for runs that differ in it alone."""
+        return self.model_copy(update={"train": self.train.model_copy(update={"seed": 0})}).digest()
+
     def digest(self) -> str:
         """Return a hash of all fields, independent of their order."""
         text = json.dumps(self._written(), sort_keys=True)

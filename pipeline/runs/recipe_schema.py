@@ -73,7 +73,8 @@ SEARCH = {
     "trials": {"description": "Settings that a search tries.", "type": "integer", "exclusiveMinimum": 0},
     "seed": {"description": "Of a search's sampler.", "type": "integer", "minimum": 0, "default": 0},
     "prune": {
-        "description": "Give up a run whose accept length is below the median of the others' at the same step.",
+        "description": "Give up a run whose accept length is below the median of the finished runs' at the same step; "
+        "none before five are finished.",
         "type": "boolean",
         "default": True,
     },

@@ -160,15 +160,15 @@ def accept_figures(decoded: Sequence[tuple[Prompt, Decoded]], proposals: int, ma
     return {"overall": complete(overall), "domains": domains, "samples": samples}
 
 
-def reply_texts(folder: Path, outcomes: Sequence[Outcome]) -> list[ReplyText]:
-    """Return some replies of every domain as text; none without a fast tokenizer. folder: the target's."""
+def reply_texts(folder: Path, outcomes: Sequence[Outcome], most: int) -> list[ReplyText]:
+    """Return at most so many replies as text, of every domain; none without a fast tokenizer. folder: the target's."""
     try:
         tokenizer = load_tokenizer(folder)
     except UsageError:  # prompts may be token ids, for which no tokenizer is needed
         return []
     if not tokenizer.is_fast:
         return []
-    shown = spread_over_domains([outcome.prompt.domain for outcome in outcomes])
+    shown = spread_over_domains([outcome.prompt.domain for outcome in outcomes], most)
     return [reply_text(index, tokenizer, outcomes[index].prompt.ids, outcomes[index].fast.ids) for index in shown]
 
 

@@ -15,6 +15,7 @@ from pipeline.errors import RoomError, UsageError
 from pipeline.evaluation.decode import SamplingOptions, decode_many, speculative_decode
 from pipeline.evaluation.evaluation_table import evaluation_table
 from pipeline.evaluation.prompts import cached_prompts, check_context_length, file_prompts
+from pipeline.evaluation.reply_text import MOST_REPLIES
 from pipeline.evaluation.reports import DraftFacts, Report, Settings, Speed, report_bytes
 from pipeline.json_files import check_regular
 from pipeline.matrix_products import compute_by_linear
@@ -61,13 +62,15 @@ def run(
     plain: Path | None = None,
     batch: int = 1,
     proposals: int | None = None,
+    texts: int = MOST_REPLIES,
 ) -> Report:
     """Evaluate a run's newest checkpoint, a checkpoint or a published folder; return the report, written to `out` too.
 
     Greedily, and once more with sampled replies where `sampling` is given. `threshold` cuts blocks by confidence.
     `dtype` is what target and draft compute in, by default what the cache was captured in.
     `plain` is a file that keeps plain replies from one evaluation to the next. `batch` prompts are decoded at once,
-    which is faster, but no speeds are measured. `proposals` verifies only the first so many of each block. Raises
+    which is faster, but no speeds are measured. `proposals` verifies only the first so many of each block. `texts`
+    replies are kept as text, with the end of their prompts. Raises
     UsageError for what does not fit together, DataError for unusable prompts, CacheError for a damaged cache,
     RoomError, ProofError when an output differs from plain decoding by more than a near tie.
     """
@@ -128,7 +131,7 @@ def run(
         agreement=target_free_agreement(outcomes, drafter, store, max_new, threshold) if target_free else None,
         confidence=confidence_cuts(drafter, store, asked, max_new) if target_free and config.has_confidence else None,
         teacher_forced={} if store is None else teacher_forced(drafter, store, heldout),
-        replies=reply_texts(folder, outcomes),
+        replies=reply_texts(folder, outcomes, texts),
     )
     if out is not None:
         write_report(report, Path(out))
@@ -224,8 +227,8 @@ def describe_draft(path: Path) -> Trained:
         return Trained(path, steps)
     trained_on = read_run(run_folder).cache.path
     recipe = read_recipe(run_folder)
-    train, seedless = recipe.train, recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 0})})
-    return Trained(path, steps, train.seed, train.heldout, Path(trained_on), seedless.digest())
+    train = recipe.train
+    return Trained(path, steps, train.seed, train.heldout, Path(trained_on), recipe.seedless_digest())
 
 
 def open_cache(trained: Trained, cache: Path | None, prompts: Path | None) -> HiddenCache | None:

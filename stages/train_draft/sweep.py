@@ -21,7 +21,7 @@ from pipeline.cache import HiddenCache
 from pipeline.errors import UsageError
 from pipeline.runs.folder import read_result
 from pipeline.runs.sweep_record import SweepRecord, setting_text
-from pipeline.secret_masking import masked_command
+from pipeline.secret_masking import masked, masked_command
 from pipeline.tensors import find_device, free_cached_memory
 from pipeline.visible_text import print_visible, visible
 from stages.train_draft.run import train_resolved
@@ -106,7 +106,7 @@ def _note(errors: Errors, failed: dict[Path, str]) -> None:
     for path, error in errors.items():
         if ends_all(error):
             raise error
-        failed[path] = str(error)
+        failed[path] = masked(error)
 
 
 class Planned:

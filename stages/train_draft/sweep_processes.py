@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import DiskError, PipelineError, UsageError, first_line, limit_error
+from pipeline.secret_masking import masked
 from pipeline.tensors import find_device
 from pipeline.visible_text import print_visible, visible
 from stages.train_draft.stop import GracefulStop
@@ -45,12 +46,12 @@ def ends_all(error: Exception) -> bool:
 
 def failure(error: Exception, where: Path, say: Callable[[str], None] = print_visible) -> PipelineError:
     """Return what ended a run as one line, without the frames, which keep the memory of a run alive; print it, and the
-    trace of a bug."""
+    trace of a bug. Secrets are masked."""
     known = error if isinstance(error, PipelineError) else limit_error(where, error)
-    text = str(known) if known is not None else f"bug: {type(error).__name__}: {first_line(error)}"
+    text = masked(known if known is not None else f"bug: {type(error).__name__}: {first_line(error)}")
     say(f"failed: {visible(text)}")
     if known is None:
-        say("".join(traceback.format_exception(error)))
+        say(masked("".join(traceback.format_exception(error))))
     return PipelineError(text)
 
 
@@ -238,7 +239,7 @@ def _work(connection: Connection, device: str, prepare: Callable[[str], Train], 
                 train = train or prepare(device)
                 errors = train(work)
             except Exception as error:  # which the parent raises at the end
-                print_visible(f"failed: {visible(error)}")
+                print_visible(f"failed: {visible(masked(error))}")
                 errors = dict.fromkeys(work.runs, _picklable(error))
             with lines.lock:
                 connection.send(errors)

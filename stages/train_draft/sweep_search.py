@@ -9,9 +9,7 @@ trials however often it is stopped.
 Runs are compared, and given up, by the exact accept length on held-out replies, as evaluated during the training.
 """
 
-import json
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,47 +33,14 @@ from stages.train_draft.sweep_figures import Facts, run_facts
 from stages.train_draft.sweep_live import Row
 from stages.train_draft.sweep_plan import PlannedRun, Planner
 from stages.train_draft.sweep_processes import ends_all, failure
-from stages.train_draft.sweep_settings import Axis, Range, Setting, SweepFile
+from stages.train_draft.sweep_settings import Setting, SweepFile
+from stages.train_draft.sweep_study import JOURNAL, import_optuna, open_study, suggest_from, suggest_number
 from stages.train_draft.training_run import TrainingRun
 
 if TYPE_CHECKING:
-    from optuna import Study
     from optuna.trial import FrozenTrial, Trial
 
-JOURNAL = "search.journal"
 MOST_REPEATS = 100  # proposals in a row that were tried before: then nothing new is to be expected
-DIGITS = 4  # of a number drawn from a range, so that a person can type it
-
-
-def import_optuna():
-    """Return optuna, which then says only errors. Raises UsageError with the command that installs it."""
-    try:
-        import optuna
-    except ImportError:
-        raise UsageError(
-            "search = \"optuna\" needs the package optuna: pip install 'draft-pipeline[search]'; or leave it out and "
-            "write lists: a grid"
-        ) from None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna
-
-
-class JournalLock:
-    """The lock of optuna's journal. The system releases it when a process dies; optuna's own outlives one."""
-
-    def __init__(self, path: Path):
-        self.path, self.fd = path, None
-
-    def acquire(self) -> bool:
-        pause = 0.001
-        while (fd := try_lock(self.path)) is None:
-            time.sleep(pause)
-            pause = min(2 * pause, 0.1)
-        self.fd = fd
-        return True
-
-    def release(self) -> None:
-        os.close(self.fd)
 
 
 @dataclass(frozen=True)
@@ -96,27 +61,7 @@ class Search:
         self.locks = folder / f"trials-{name}"
         with write_errors(folder, "the journal of a search"):
             self.locks.mkdir(parents=True, exist_ok=True)
-            self.study = self._open()
-
-    def _open(self) -> "Study":
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
-
-        path = self.folder / JOURNAL
-        lock = JournalLock(self.folder / f"{JOURNAL}.lock")
-        lock.acquire()
-        try:
-            drop_incomplete_line(path)
-        finally:
-            lock.release()
-        pruner = self.optuna.pruners.MedianPruner() if self.file.search.prune else self.optuna.pruners.NopPruner()
-        return self.optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(path), lock_obj=lock)),
-            study_name=self.name,
-            direction="maximize",
-            pruner=pruner,
-            load_if_exists=True,
-        )
+            self.study = open_study(folder, name, file.search.prune)
 
     def facts(self) -> SearchFacts:
         search = self.file.search
@@ -299,32 +244,8 @@ class Search:
         return found
 
 
-def suggest_number(trial: "Trial", axis: Axis) -> int:
-    """Return the number of one of an axis's values. The study knows plain values as they are, others as JSON."""
-    plain = len(axis.keys) == 1 and all(isinstance(value, bool | int | float | str) for (value,) in axis.values)
-    choices = [value[0] if plain else json.dumps(value) for value in axis.values]
-    return choices.index(trial.suggest_categorical(" + ".join(axis.keys), choices))
-
-
-def suggest_from(trial: "Trial", key: str, of: Range) -> int | float:
-    """Return a value of a range, of a few digits."""
-    if isinstance(of.low, int) and isinstance(of.high, int):
-        return trial.suggest_int(key, of.low, of.high, log=of.log)
-    drawn = trial.suggest_float(key, of.low, of.high, log=of.log)
-    return min(max(float(f"{drawn:.{DIGITS}g}"), of.low), of.high)
-
-
 def evaluated_steps(training: TrainingRun) -> list[int]:
     """Return the steps after which a run is evaluated, those to come; the last one at least."""
     train = training.train
     steps = [*range(train.eval_every, train.steps, train.eval_every), train.steps]
     return [step for step in steps if step > training.step] or [train.steps]
-
-
-def drop_incomplete_line(path: Path) -> None:
-    """Cut off what a kill left of a last line, which nothing can be appended to."""
-    if not path.exists():
-        return
-    data = path.read_bytes()
-    if data and not data.endswith(b"\n"):
-        os.truncate(path, data.rfind(b"\n") + 1)

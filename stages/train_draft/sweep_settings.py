@@ -31,6 +31,7 @@ from pipeline.runs.recipe import Recipe, make_recipe, read_toml
 from pipeline.runs.sweep_record import setting_text
 
 SEED = "train.seed"
+MEASURED = ("train.heldout", "train.eval_samples")  # they decide which samples accept length is measured on
 EXAMPLE = '"train.lr" = [1e-3, 3e-3]'
 RANGE = '"train.lr" = {low = 1e-4, high = 1e-2, log = true}'
 PAIRED = "paired"
@@ -47,7 +48,9 @@ class Search(BaseModel):
     search: str
     trials: PositiveInt
     seed: NonNegativeInt = 0  # of the sampler
-    prune: bool = True  # give up a run whose accept length is below the median of the others' at the same step
+    # Give up a run whose accept length is below the median of the others' at the same step. Optuna's pruner compares
+    # with finished trials only, and prunes none before five of them.
+    prune: bool = True
 
 
 class Range(BaseModel):
@@ -133,20 +136,17 @@ def read_sweep_file(path: Path, sets: tuple[str, ...] = ()) -> SweepFile:
     if not isinstance(table, dict):
         table = {}
     search = _search(table, path)
-    lists = _by_field({key: value for key, value in table.items() if key not in Search.model_fields}, path)
-    paired = lists.pop(PAIRED, None)
-    if not lists and not paired:
+    fields = _by_field({key: value for key, value in table.items() if key not in Search.model_fields}, path)
+    if not fields or fields == {PAIRED: {}}:
         raise UsageError(f"{path} has no [sweep] table; add one with lists such as {EXAMPLE}, or use `train-draft`")
     axes, ranges = [], {}
-    for key in table:  # in the file's order, which is the grid's
-        if key == PAIRED and paired is not None:
-            axes.append(_paired_axis(paired, lists, path))
-        for name in [name for name in lists if name == key or name.startswith(f"{key}.")]:
-            value = lists[name]
-            if isinstance(value, dict):
-                ranges[name] = _range(name, value, search, path)
-            else:
-                axes.append(Axis((name,), [(each,) for each in _values(name, value, path)]))
+    for name, value in fields.items():  # in the file's order, which is the grid's
+        if name == PAIRED:
+            axes.append(_paired_axis(value, fields, path))
+        elif isinstance(value, dict):
+            ranges[name] = _range(name, value, search, path)
+        else:
+            axes.append(Axis((name,), [(each,) for each in _values(name, value, path)]))
     found = SweepFile(path, base, tuple(sets), axes, ranges, search)
     _check(found)
     return found
@@ -161,6 +161,11 @@ def _check(found: SweepFile) -> None:
         raise UsageError(
             f"{found.path}: a search over {SEED} would find the luckiest seed; state one in [train], and "
             "train the best setting with several afterwards"
+        )
+    if found.search and (measured := next((key for key in swept if key in MEASURED), None)):
+        raise UsageError(
+            f"{found.path}: a search over {measured} would compare accept lengths on different samples; state one in "
+            "[train]"
         )
 
 
@@ -184,19 +189,22 @@ def _search(table: dict, path: Path) -> Search | None:
 
 def _by_field(table: dict, path: Path) -> dict[str, object]:
     """Return a table's values by "section.field", a key that may be written with or without quotes; `paired` as it is.
-    Raises UsageError for a key that is no field."""
+    Raises UsageError for a key that is no field, and for a field that is there in both ways."""
     found = {}
     for key, value in table.items():
         if key in SECTIONS and isinstance(value, dict):  # TOML reads train.lr without quotes as a table in a table
-            found |= {f"{key}.{name}": of_field for name, of_field in value.items()}
+            of_key = {f"{key}.{name}": of_field for name, of_field in value.items()}
         elif key == PAIRED or key.count(".") == 1:
-            found[key] = value
+            of_key = {key: value}
         else:
             meant = did_you_mean(key, [PAIRED, *Search.model_fields], "`{}`")
             raise UsageError(
                 f"{path}: `{key}` in [sweep] is no field{meant}; write section.field, such as {EXAMPLE}; further keys: "
                 f"{', '.join([PAIRED, *Search.model_fields])}"
             )
+        if twice := next((name for name in of_key if name in found), None):
+            raise UsageError(f"{path}: `{twice}` is there twice, with quotes and without; leave one out")
+        found |= of_key
     return found
 
 

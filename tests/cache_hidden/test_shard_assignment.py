@@ -209,7 +209,7 @@ def test_a_worker_that_waits_for_another_says_so_and_continues(tmp_path, capsys,
         assert go.is_set()
     holder.join()
 
-    assert "waiting for another process, which is at the plan of this cache (it holds tmp-plan.lock" in (
+    assert f"waiting for another process, which is at the plan in {tmp_path} (it holds tmp-plan.lock" in (
         capsys.readouterr().err
     )
     assert list(tmp_path.iterdir()) == []

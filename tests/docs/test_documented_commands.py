@@ -20,6 +20,7 @@ import pytest
 from chat_server import ChatServer
 from documented_lines import PAGES, ROOT, Shown, shown_in
 from documented_runs import ended, newest, with_sets
+from torch.distributed.run import get_args_parser
 
 from pipeline import engine_process
 from pipeline.cli import commands
@@ -165,6 +166,7 @@ def with_options(words: list[str], more: str) -> list[str]:
 def stands_for(name: str, word: str, url: str) -> str:
     """Return what a word of a command stands for."""
     word = table.WORDS_OF.get((name.split()[0], word), table.WORDS.get(word, word))
+    word = re.sub(r"^(runs/\S*-)[0-9a-f]{10}$", r"\1…", word)  # a run of other settings has another digest
     return {"SERVER": url, "PYTHON": sys.executable}.get(word, word)
 
 
@@ -190,18 +192,23 @@ def run_command(line: Shown, words: list[str], made: Path) -> None:
 
 
 def run_by_torchrun(line: Shown, words: list[str], made: Path) -> None:
-    """Run a line of torchrun's with one rank."""
+    """Run a line of torchrun's with one rank: README's by torchrun, others in this process, once it parses them."""
     at = words.index("pipeline")
     name, command, rest = command_of(words[at + 1 :])
-    typed = [*words[1 : at + 1], *completed(line, name, command, rest, made, "")]
+    ours = completed(line, name, command, rest, made, "")
+    theirs = words[1 : at + 1]
     for option in table.RANKS:
-        if option in typed:
-            typed[typed.index(option) + 1] = "1"
+        for typed in (ours, theirs):
+            if option in typed:
+                typed[typed.index(option) + 1] = "1"
+    if line.page != "README.md":
+        assert get_args_parser().parse_args(theirs).training_script == "pipeline"
+        return run_command(line, ours, made)
     put("hs_cache", made)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *typed], capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "torch.distributed.run", *theirs, *ours], capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 0, f"{line}\n{typed}\n{done.stderr}"
+    assert done.returncode == 0, f"{line}\n{theirs} {ours}\n{done.stderr}"
 
 
 def lacks_a_value(command: click.Command, words: list[str]) -> bool:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers import decoders as tokenizer_decoders
@@ -58,3 +58,24 @@ def test_special_tokens_are_shown_and_a_prompt_keeps_its_end():
 def test_every_domain_is_shown_before_a_second_of_any():
     assert spread_over_domains(["a", "a", "a", "b", "c"], 4) == [0, 1, 3, 4]
     assert spread_over_domains(["a", "b"], 12) == [0, 1]
+
+
+def fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer that falls back to bytes, as those of Gemma and Llama."""
+    words = ["<unk>", "▁a", "b", ".", *(f"<0x{byte:02X}>" for byte in range(256))]
+    model = models.BPE(
+        vocab={word: at for at, word in enumerate(words)}, merges=[], unk_token="<unk>", byte_fallback=True
+    )
+    tokenizer = Tokenizer(model)
+    replaced = tokenizer_decoders.Replace("▁", " ")
+    tokenizer.decoder = tokenizer_decoders.Sequence(
+        [replaced, tokenizer_decoders.ByteFallback(), tokenizer_decoders.Fuse()]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@given(st.lists(st.integers(0, 259), max_size=12))
+@example([1, 4 + 0x0A, 4 + 0xE5, 3])
+def test_any_tokens_have_texts_also_where_bytes_are_no_utf8(ids):
+    texts = token_texts(fallback_tokenizer(), ids)
+    assert len(texts) == len(ids)

@@ -14,12 +14,12 @@ from tiny import conversations, save_target, write_jsonl
 from pipeline.cache import HiddenCache
 from pipeline.cli import main
 from pipeline.errors import CacheError, UsageError
-from pipeline.evaluation.reports import load_report
+from pipeline.evaluation.reports import load_report, report_bytes
 from pipeline.report_page import write_page
 from pipeline.report_page.contents import Run, find_contents
-from pipeline.report_page.draft_charts import of_reports
+from pipeline.report_page.draft_charts import by_domain, compared, of_reports
 from pipeline.report_page.replies import replies
-from pipeline.runs.folder import read_result
+from pipeline.runs.folder import read_result, read_run, write_run
 from pipeline.runs.sweep_record import SweepRecord, write_sweep
 from pipeline.visible_text import visible_lines
 
@@ -151,7 +151,7 @@ def test_no_canary_acts_in_a_browser(hostile, tmp_path):
 def test_a_page_has_the_figures_of_its_reports(hostile):
     page, report = Page(hostile), load_report(hostile.parent / "report.json")
     (draft,) = of_reports([report])["greedy"]
-    value, low, high = draft.domains["all"]
+    value, low, high = draft.total
     assert value == pytest.approx(report.overall.accept_len)
     assert f"{value:.2f} [{low:.2f}, {high:.2f}]" in page.text
     assert [share for share, *_ in draft.slots] == pytest.approx(report.overall.per_slot)
@@ -162,7 +162,7 @@ def test_a_page_has_the_figures_of_its_reports(hostile):
 
 def test_a_reply_is_shown_call_by_call(hostile):
     report = load_report(hostile.parent / "report.json")
-    for reply, kept in zip(replies(report), report.replies, strict=True):
+    for reply, kept in zip(replies(report, 100), report.replies, strict=True):
         sample = report.samples[kept.sample]
         prefill, *calls = reply.calls
         assert [token.kind for token in prefill.tokens] == ["first"]
@@ -191,7 +191,8 @@ def test_runs_are_shown_with_their_recipe_cache_and_accept_lengths(trained, tmp_
 
 def test_hours_go_on_over_a_restart(trained, tmp_path):
     run = shutil.copytree(trained[0], tmp_path / "run")
-    lines = [{"step": step, "seconds": seconds} for step, seconds in ((5, 100.0), (10, 200.0), (15, 50.0), (20, 90.0))]
+    starts = ((5, 0, 100.0), (10, 0, 200.0), (15, 10, 50.0), (20, 10, 90.0))
+    lines = [{"step": step, "since": since, "seconds": seconds} for step, since, seconds in starts]
     (run / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     hours = Run(run, "run").hours_after
     assert [hours(step) for step in (5, 10, 15, 20)] == pytest.approx([100 / 3600, 200 / 3600, 250 / 3600, 290 / 3600])
@@ -254,3 +255,119 @@ def test_the_command_says_where_the_page_is(trained, tmp_path, monkeypatch, capf
     assert found["page"] == "made/here.html" and found["drafts"][0]["greedy"]["accept_length"] == 2.5
     with pytest.raises(SystemExit, match="2"):
         main(["report", str(trained[0]), "--json"])
+
+
+def test_a_page_never_replaces_a_file_that_is_none(tmp_path, capfd):
+    """The word behind --page may be meant as a report to read."""
+    first, second = (evaluation(tmp_path / f"{name}.json", samples=[("a", [3, 4])], method=name) for name in ("x", "y"))
+    before = first.read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        main(["report", "--page", str(first), str(second)])
+    assert first.read_bytes() == before and "is no page of ours" in capfd.readouterr().err
+    for _ in range(2):
+        run_all(["report", first, "--page", tmp_path / "page.html"])
+
+
+def drafts(tmp_path, **changes) -> list:
+    """Return the reports of two drafts of one name, told apart by their recipes."""
+    made = [
+        evaluation(tmp_path / f"{name}.json", samples=samples, path=f"runs/{name}", recipe=name, **changes)
+        for name, samples in (("a", [("d", [4, 4]), ("e", [2])]), ("b", [("d", [2, 2]), ("e", [2])]))
+    ]
+    return [load_report(path) for path in made]
+
+
+def test_a_baseline_is_its_reports_and_not_its_name(tmp_path):
+    one, other = drafts(tmp_path)
+    chart = compared("pairs", [one, other])
+    assert [row[0] for row in chart.rows] == ["domino, 700 steps (b)"] and "(a)" in chart.title
+    chart = compared("pairs", [one], [other])
+    ((name, ratio, _),) = chart.rows
+    assert name == "domino, 700 steps (a)" and ratio.startswith("1.667 [")
+    assert compared("pairs", [one]) is None
+
+
+def test_a_domain_called_as_the_total_does_not_replace_it(tmp_path):
+    samples = [("all", [1, 1]), ("\x1bx", [5, 5]), ("\\x1bx", [3, 3]), ("", [3, 3])]
+    (draft,) = of_reports([load_report(evaluation(tmp_path / "a.json", samples=samples))])["greedy"]
+    assert draft.total[0] == 3.0
+    rows = {row[0]: row[1] for row in by_domain("x", [draft], "greedy").rows}
+    assert len(rows) == 5 and rows["all"].startswith("3.00") and rows["all*"].startswith("1.00")
+    assert {rows["\\x1bx"][0], rows["\\x1bx*"][0]} == {"5", "3"}
+
+
+def test_many_domains_and_long_replies_leave_the_page_small(tmp_path):
+    samples = [(f"source {number}", [2] * 400) for number in range(1500)]
+    path = evaluation(tmp_path / "a.json", samples=samples)
+    report = json.loads(path.read_text())
+    for sample in report["samples"][:12]:
+        sample |= {"matched": [1] * 400, "proposed": [7] * 400}
+    report["replies"] = [{"sample": at, "prompt": "p" * 600, "tokens": ["word"] * 801} for at in range(12)]
+    paths = []
+    for method in ("dflash", "domino", "dspark", "w", "x", "y", "z"):
+        report["draft"]["method"] = method
+        paths.append(tmp_path / f"{method}.json")
+        paths[-1].write_text(json.dumps(report))
+    write_page(paths, tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    assert len(page.source) < 3 << 20
+    assert "of 1500 domains with the most target calls" in page.text and "the first" in page.text
+
+
+def test_a_name_that_no_xml_may_hold_is_drawn(tmp_path):
+    path = evaluation(tmp_path / "a.json", samples=[("a\uffffb\ufffe", [3, 4]), ("c", [1])])
+    write_page([path], tmp_path / "page.html")
+    assert "a\\uffffb\\ufffe" in Page(tmp_path / "page.html").text
+
+
+def test_a_reply_of_no_sample_makes_no_report(tmp_path):
+    path = evaluation(tmp_path / "a.json", samples=[("a", [3])])
+    report = json.loads(path.read_text()) | {"replies": [{"sample": 7, "prompt": "", "tokens": ["x"]}]}
+    path.write_text(json.dumps(report))
+    with pytest.raises(UsageError, match="is no report"):
+        load_report(path)
+
+
+def test_runs_are_told_apart_and_what_cannot_be_compared_is_said(trained, tmp_path):
+    copy = shutil.copytree(trained[0], tmp_path / "dflash")
+    (tmp_path / "twice").mkdir()
+    names = [run.name for run in find_contents([trained[0], copy]).runs]
+    assert len(set(names)) == 2 and all(name.startswith("dflash (") for name in names)
+    record = read_run(copy)
+    other = record.model_copy(update={"cache": record.cache.model_copy(update={"digest": "f" * 32})})
+    write_run(copy, other, (copy / "recipe.toml").read_text())
+    (warning,) = find_contents([trained[0], copy]).warnings
+    assert "2 different caches" in warning
+    write_run(copy, record.model_copy(update={"target": "another"}), (copy / "recipe.toml").read_text())
+    with pytest.raises(UsageError, match="of several targets"):
+        find_contents([trained[0], copy])
+
+
+def test_a_report_leads_to_its_own_run_only(hostile, tmp_path):
+    report = load_report(hostile.parent / "report.json")
+    assert len(find_contents([hostile.parent / "report.json"]).runs) == 1
+    changed = report.model_copy(update={"draft": report.draft.model_copy(update={"recipe": "another"})})
+    (tmp_path / "a.json").write_bytes(report_bytes(changed.as_dict()))
+    assert find_contents([tmp_path / "a.json"]).runs == []
+
+
+def test_a_followed_cache_that_is_damaged_is_left_out_with_a_warning(trained, greedy_cache, tmp_path):
+    cache = shutil.copytree(greedy_cache, tmp_path / "cache")
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    record = read_run(run)
+    moved = record.model_copy(update={"cache": record.cache.model_copy(update={"path": str(cache)})})
+    write_run(run, moved, (run / "recipe.toml").read_text())
+    manifest = next(cache.glob("shards/*/final.json"))
+    manifest.write_bytes(manifest.read_bytes().replace(b'"rows"', b'"sows"'))
+    write_page([run], tmp_path / "page.html")
+    assert f"the cache {cache} is left out" in Page(tmp_path / "page.html").text
+    with pytest.raises(CacheError):
+        write_page([cache], tmp_path / "page.html")
+
+
+def test_a_report_keeps_as_many_texts_as_were_asked_for(hostile, tmp_path):
+    run = hostile.parent / "<u>run"
+    for count in (0, 1):
+        out = tmp_path / f"{count}.json"
+        run_all(["evaluate", "--draft", run, "--count", 3, "--max-new", 4, "--texts", count, "--out", out])
+        assert len(load_report(out).replies) == count

@@ -177,6 +177,13 @@ def test_what_the_cache_refuses_is_found_before_the_first_run(recipe, tiny_cache
     assert not (tmp_path / "runs").exists(), "nothing was begun"
 
 
+def test_quoted_and_unquoted_fields_of_a_section_make_one_axis_each_in_the_files_order(recipe):
+    found = load_sweep(recipe("train.lr = [1e-3, 3e-3]", '"train.seed" = [0, 1]', "train.steps = [2, 4]"))
+    assert [list(setting) for setting, _ in found] == [["train.lr", "train.steps", "train.seed"]] * 8
+    with pytest.raises(UsageError, match=r"`train\.lr` is there twice, with quotes and without; leave one out"):
+        load_sweep(recipe("train.lr = [1e-3, 3e-3]", '"train.lr" = [1e-4]'))
+
+
 # The runs
 
 
@@ -422,6 +429,14 @@ def test_what_has_no_figure_comes_last_and_says_why():
     text = console.file.getvalue()
     assert "4.25" in text and "2 of 3" in text and "4.00 - 4.50" in text
     assert "runs/0: step 1: loss nan" in text
+
+
+def test_where_nothing_was_measured_no_setting_is_the_best():
+    facts = [fact(0, [], **{"train.lr": 1e-3}), fact(0, [], **{"train.lr": 1e30})]
+    console = Console(width=160, file=io.StringIO())
+    console.print(sweep_table({"runs": facts, "pooled": pool_seeds(facts), "ratios": [], "warnings": []}))
+    rows = [line.split() for line in console.file.getvalue().splitlines()[1:3]]
+    assert [row[:5] for row in rows] == [["0.001", "0", "failed", "-", "-"], ["1e+30", "0", "failed", "-", "-"]]
 
 
 def test_the_example_is_a_sweep_and_its_base_is_the_demos():

@@ -17,7 +17,7 @@ from pipeline.errors import CacheError, DiskError, PipelineError
 from pipeline.runs import checkpoint
 from stages.train_draft.stop import GracefulStop
 from stages.train_draft.sweep import sweep
-from stages.train_draft.sweep_processes import Work, named_devices, train_on_devices
+from stages.train_draft.sweep_processes import Work, failure, named_devices, train_on_devices
 
 ROOT = Path(__file__).parents[2]
 BASE = """
@@ -187,6 +187,17 @@ def test_processes_whose_parent_is_killed_end_too(tmp_path):
             return
         time.sleep(0.05)
     pytest.fail("the process outlives its parent")
+
+
+def test_what_ended_a_run_is_told_without_secrets(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    try:
+        raise RuntimeError("refused at https://me:secret@host/ with key 0123456789abcdef")
+    except RuntimeError as error:
+        text = str(failure(error, tmp_path))
+    printed = capsys.readouterr().out
+    assert text == "bug: RuntimeError: refused at https://***@host/ with key ***"
+    assert "Traceback" in printed and "0123456789abcdef" not in printed and "me:secret" not in printed
 
 
 # Which devices

@@ -15,8 +15,9 @@ from pipeline.errors import UsageError
 from pipeline.runs.sweep_record import read_sweep
 from stages.train_draft import sweep_search
 from stages.train_draft.sweep import sweep
-from stages.train_draft.sweep_search import Search, drop_incomplete_line
+from stages.train_draft.sweep_search import Search
 from stages.train_draft.sweep_settings import read_sweep_file
+from stages.train_draft.sweep_study import drop_incomplete_line
 
 ROOT = Path(__file__).parents[2]
 BASE = """
@@ -172,6 +173,8 @@ def test_paired_fields_are_one_choice_of_a_search(recipe, greedy_cache, tmp_path
     ("lines", "says"),
     [
         (SPACE + '"train.seed" = [0, 1]\n', "luckiest seed"),
+        (SPACE + '"train.heldout" = [0.1, 0.2]\n', "over train.heldout would compare .* on different samples"),
+        (SPACE + '"train.eval_samples" = {low = 1, high = 8}\n', "over train.eval_samples would compare"),
         (SPACE.replace("trials = 3", ""), "`trials` in .sweep.: Field required; such as trials = 20"),
         (SPACE.replace("high", "hihg"), "hihg.*did you mean `high`|`high`: Field required"),
         (SPACE.replace("1e-4", "1e-1"), "low has to be below high"),
