@@ -24,7 +24,8 @@ from pipeline.evaluation.accept_length import accept_spans, replies_of, summaris
 from pipeline.evaluation.decode import decode_calls
 from pipeline.evaluation.prompts import check_context_length, typed_prompt
 from pipeline.evaluation.reply_text import TokenTexts
-from pipeline.runs.folder import RUN, Evaluation, chunk_rule, read_run
+from pipeline.published.reading import recorded_share
+from pipeline.runs.folder import RUN, Evaluation, chunk_rule, read_recipe, read_run
 from pipeline.runs.recipe import TrainSection
 from pipeline.runs.training_data import split_samples, stratified_subset, training_config
 from pipeline.target.chat_template import load_tokenizer
@@ -48,27 +49,45 @@ def load_draft(
     cache, opened or as a path, or what `load_target` returned; None: the cache that the run was trained from. device:
     by default the target's own; with a cache cuda where there is one.
 
-    With a cache the draft computes in float32, with a target in the target's type. Raises UsageError where no draft is
-    there, or it was made for another target; CacheError for damaged files.
+    With a cache the draft computes in float32, with a target in the target's type. It remembers as `heldout` the share
+    of prompts that its training held out, where run or export says so. Raises UsageError where no draft is there, it
+    was made for another target, or the run's cache is another one by now; CacheError for damaged files.
     """
     path = Path(path)
+    run = None if is_published(path) or not (run_of(path) / RUN).is_file() else run_of(path)
+    draft = _open(path, run, cache_or_target, device)
+    draft.heldout = recorded_share(path) if is_published(path) else run and read_recipe(run).train.heldout
+    return draft
+
+
+def _open(
+    path: Path, run: Path | None, cache_or_target: HiddenCache | PreTrainedModel | Path | str | None, device: str | None
+) -> Draft:
+    """As `load_draft`. run: the folder of the run that the draft at `path` is of, None for others."""
     if isinstance(cache_or_target, PreTrainedModel):
         target = cache_or_target
         depth = target.config.get_text_config().num_hidden_layers
         return open_draft(path, head_of(target), depth, device or target.device).to(target.dtype)
-    cache = _opened(cache_or_target if cache_or_target is not None else _cache_of(path))
+    cache = _opened(cache_or_target) if cache_or_target is not None else _cache_of(path, run)
     depth, on = training_config(cache.target_config)["num_hidden_layers"], find_device(device)
     draft = open_draft(path, cache.head(str(on)), depth, on)
-    if not is_published(path) and (run_of(path) / RUN).is_file():
-        draft.chunk_rule = chunk_rule(run_of(path))
+    if run is not None:
+        draft.chunk_rule = chunk_rule(run)
     return draft
 
 
-def _cache_of(path: Path) -> Path:
-    """Return the cache that a run was trained from. UsageError where nothing says which."""
-    if is_published(path) or not (run_of(path) / RUN).is_file():
+def _cache_of(path: Path, run: Path | None) -> HiddenCache:
+    """Return the cache that a run was trained from. UsageError where nothing says which, or another is there now."""
+    if run is None:
         raise UsageError(f"{path} does not say which cache it was trained on; pass a cache or a target to load_draft")
-    return Path(read_run(run_of(path)).cache.path)
+    record = read_run(run).cache
+    cache = HiddenCache.open(record.path)
+    if cache.digest != record.digest:
+        raise UsageError(
+            f"{run} was trained on a cache of digest {record.digest}, and {record.path} has {cache.digest} now; "
+            "pass the cache to measure on as cache_or_target="
+        )
+    return cache
 
 
 def _opened(cache: HiddenCache | Path | str) -> HiddenCache:
@@ -81,13 +100,13 @@ def accept_length(
     samples: int | Iterable[int] | None = None,
     *,
     max_new: int | None = None,
-    heldout: float = TrainSection().heldout,
+    heldout: float | None = None,
 ) -> Evaluation:
     """Measure a draft's accept length on cached replies: exact, and without the target.
 
     samples: indices into the cache; or how many of the held-out samples, spread over domains; None: all held-out ones.
     max_new: tokens of a reply at most. heldout: where the corpus does not say what is held out, the share of prompts
-    that is; give what the draft's recipe had as `train.heldout`.
+    that is; None: what the draft's training held out (`draft.heldout`), where that is not known a recipe's default.
 
     Returns what `train-draft` reports after an evaluation: `accept_len`, its 95 % `interval`, `calls`, `tokens`,
     `per_slot`, of each of `domains` the same, and `replies` [sample, first row, tokens, calls]. Only what the target
@@ -98,8 +117,9 @@ def accept_length(
     """
     cache = _opened(cache)
     if samples is None or isinstance(samples, int):
-        config = draft.config
-        there = split_samples(cache, config.mask_token_id, heldout, config.target_layer_ids).heldout
+        config, share = draft.config, draft.heldout if heldout is None else heldout
+        share = TrainSection().heldout if share is None else share
+        there = split_samples(cache, config.mask_token_id, share, config.target_layer_ids).heldout
         samples = there if samples is None else stratified_subset(cache, there, samples)
         if not len(there):
             raise DataError(f"{cache.path}: the corpus holds nothing out; pass the samples to measure on")

@@ -1,6 +1,7 @@
 """What notebooks import from `pipeline`: drafts opened from anywhere, measured without the target, decoding with it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from pipeline import HiddenCache, accept_length, decode, load_draft, load_target
 from pipeline.errors import CacheError, DataError, UsageError
 from pipeline.evaluation.decode import speculative_decode
 from pipeline.evaluation.prompts import cached_prompts, typed_prompt
+from pipeline.json_files import with_checksum
 from pipeline.published.export import export
 from pipeline.runs.folder import read_result
 from pipeline.runs.training_data import split_samples, stratified_subset
@@ -114,6 +116,36 @@ def test_what_is_no_draft_and_what_does_not_say_its_cache_is_refused(trained, tm
         load_draft(run, tmp_path)
     with pytest.raises(UsageError, match="width 32, the target's head 1024 and 256"):
         load_draft(run, load_target(str(BUNDLED)))
+
+
+def test_a_run_whose_cache_is_another_one_by_now_needs_it_named(trained, tiny_cache, tmp_path):
+    run, _, cache = trained
+    shutil.copytree(run, tmp_path / "run")
+    record = json.loads((run / "run.json").read_text())
+    record["cache"]["path"] = str(tiny_cache)
+    del record["xxh3"]
+    (tmp_path / "run" / "run.json").write_bytes(with_checksum(json.dumps(record)))
+    digests = HiddenCache.open(cache).digest, HiddenCache.open(tiny_cache).digest
+    with pytest.raises(UsageError, match="of digest {}.*has {} now.*cache_or_target=".format(*digests)):
+        load_draft(tmp_path / "run")
+    load_draft(tmp_path / "run", cache)
+
+
+def test_the_samples_that_a_run_held_out_are_measured(trained, tmp_path, monkeypatch):
+    _, _, path = trained
+    cache = HiddenCache.open(path)
+    cache.samples.split[:] = [""] * len(cache)  # a corpus that does not say what is held out
+    monkeypatch.setattr(HiddenCache, "open", lambda _: cache)
+    train(path, None, (*SETS, "train.steps=1", "train.heldout=0.5"), tmp_path / "run", "cpu")
+    export(tmp_path / "run", tmp_path / "published", "speculators")
+    heldout = {share: split_samples(cache, 261, share).heldout.tolist() for share in (0.05, 0.5)}
+    assert len(heldout[0.05]) < len(heldout[0.5])
+    for place in (tmp_path / "run", tmp_path / "published"):
+        draft = load_draft(place, cache)
+        assert draft.heldout == 0.5 and accept_length(draft, cache) == accept_length(draft, cache, heldout[0.5])
+        assert accept_length(draft, cache, heldout=0.05) == accept_length(draft, cache, heldout[0.05])
+        draft.heldout = None
+        assert accept_length(draft, cache) == accept_length(draft, cache, heldout[0.05])
 
 
 def test_a_corpus_that_holds_nothing_out_is_refused(trained):

@@ -138,6 +138,7 @@ class Draft(nn.Module, ABC):
     fused_matrices: ClassVar[tuple[str, ...]] = ()  # linear modules that are several matrices in one, as a GRU's are
     recomputes_layers: bool = False  # whether a gradient computes a backbone's layers again; methods without one do not
     chunk_rule: int = NEWEST  # the rule of `target/head.py` that sizes the chunks of logits
+    heldout: float | None = None  # share of prompts that its training held out where the corpus does not say which
     clock: StoppedClock = StoppedClock()  # told what a loss is doing; a training puts a running one here
     config: DraftConfig
     target: TargetHead

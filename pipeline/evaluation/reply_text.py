@@ -52,12 +52,25 @@ class TokenTexts:
     """The tokens of one reply as text, one after the other, special tokens included."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.backend, self.stream = tokenizer.backend_tokenizer, DecodeStream(skip_special_tokens=False)
+        self.tokenizer, self.stream = tokenizer, DecodeStream(skip_special_tokens=False)
+        self.ids: list[int] = []  # so far, and their text: of a tokenizer in Python, which has no stream
+        self.text = ""
 
     def next(self, token: int) -> str:
         """Return the text that the next token adds; "" within a character of several tokens."""
+        if not self.tokenizer.is_fast:
+            return self._next_of_whole(token)
+        backend = self.tokenizer.backend_tokenizer
         try:
-            return self.stream.step(self.backend, token) or ""
+            return self.stream.step(backend, token) or ""
         except Exception:  # its only kind: bytes that are no UTF-8, of a tokenizer that falls back to bytes
             self.stream = DecodeStream(skip_special_tokens=False)
-            return self.backend.decode([token], skip_special_tokens=False)
+            return backend.decode([token], skip_special_tokens=False)
+
+    def _next_of_whole(self, token: int) -> str:
+        self.ids.append(token)
+        whole = self.tokenizer.decode(self.ids, skip_special_tokens=False)
+        if whole.endswith("\N{REPLACEMENT CHARACTER}") or not whole.startswith(self.text):
+            return ""
+        added, self.text = whole[len(self.text) :], whole
+        return added

@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers import decoders as tokenizer_decoders
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from pipeline.evaluation.reply_text import PROMPT_CHARACTERS, reply_text, spread_over_domains, token_texts
 from pipeline.target.chat_template import load_tokenizer
@@ -36,6 +36,12 @@ def test_the_texts_of_all_tokens_are_the_text(text):
 def test_a_character_of_several_tokens_is_with_its_last():
     tokenizer = bytes_tokenizer()
     assert token_texts(tokenizer, tokenizer("aé\n", add_special_tokens=False)["input_ids"]) == ["a", "", "é", "\n"]
+
+
+def test_a_tokenizer_written_in_python_gives_texts_too():
+    tokenizer = ByT5Tokenizer()
+    ids = tokenizer("aé</s>", add_special_tokens=False)["input_ids"]
+    assert not tokenizer.is_fast and token_texts(tokenizer, ids) == ["a", "", "é", "</s>"]
 
 
 def test_special_tokens_are_shown_and_a_prompt_keeps_its_end():
