@@ -110,13 +110,15 @@ class MetricsLog:
 class Throughput:
     """The speed of a run since it (re)started: context rows and steps over seconds spent training; and its memory.
 
-    excluded: seconds of evaluating and saving, which are left out. clock: to be told the phases of a step.
+    excluded: seconds of evaluating and saving, which are left out. others: seconds in which other runs of the process
+    had their turn, which only the time still to go is reckoned with. clock: to be told the phases of a step.
     """
 
     def __init__(self, start: int, total_steps: int, device: torch.device):
         self.start, self.total_steps, self.device = start, total_steps, device
         self.began, self.clock = time.perf_counter(), StepClock(device)
-        self.rows, self.excluded = 0, 0.0
+        self.rows, self.excluded, self.others = 0, 0.0, 0.0
+        self.turn_ended, self.waited = self.began, 0.0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # of a run before this one in the same process
 
@@ -127,7 +129,8 @@ class Throughput:
         """
         self.rows += batch.rows
         seconds = self.seconds()
-        step_seconds = seconds / (batch.step + 1 - self.start)
+        steps = batch.step + 1 - self.start
+        step_seconds = seconds / steps
         return {
             "since": self.start,
             "seconds": round(seconds, 3),
@@ -135,17 +138,26 @@ class Throughput:
             "tokens_s": round(self.rows / seconds, 1),
             "data_wait": round(waited / seconds, 4),
             "peak_bytes": peak_memory(self.device),
-            "eta": round(step_seconds * (self.total_steps - batch.step - 1), 1),
+            "eta": round((step_seconds + self.others / steps) * (self.total_steps - batch.step - 1), 1),
         }
 
+    def begin_turn(self, waited: float) -> None:
+        """Count the time since `end_turn` as that of others, but for waiting for data, which each run would have done.
+        waited: seconds waited for data in all."""
+        self.others += max(0.0, time.perf_counter() - self.turn_ended - (waited - self.waited))
+        self.waited = waited
+
+    def end_turn(self) -> None:
+        self.turn_ended = time.perf_counter()
+
     def seconds(self) -> float:
-        return max(1e-9, time.perf_counter() - self.began - self.excluded)
+        return max(1e-9, time.perf_counter() - self.began - self.excluded - self.others)
 
     def time_shares(self, waited: float) -> dict[str, float]:
         """Return where the time since the (re)start went, as shares that sum to 1: `data` (waiting for it), the phases
         of pipeline/drafts/step_clock.py, and `other`.
 
-        other: copies to the device, laying out, sums over ranks, logs, and where several runs take turns the others'.
+        other: copies to the device, laying out, sums over ranks, logs.
         What a GPU computes while the host waits for data counts as computing. Of several ranks these are one's own.
         """
         phases = self.clock.read()  # before the seconds, of which they are a part

@@ -283,7 +283,10 @@ class Group:
                 if member.training.step < until:
                     member.display.print_line(f"alone up to step {until}, where another run is")
                     member.training.fit(member.display, until)
+        for member in list(self.members):
+            with self._turn_of(member):
                 member.training.begin(member.display)
+                member.training.throughput.end_turn()
                 self._finish_if_done(member)
         members = [member for member in self.members if member.left]
         if members:
@@ -312,8 +315,10 @@ class Group:
         training, layers = member.training, member.training.draft.config.target_layer_ids
         filled = (states.fill(*of_cell, layers) for of_cell in zip(batch.cells, batch.windows, strict=True))
         with self._turn_of(member):
+            training.throughput.begin_turn(waited)
             training.note(batch, training.trainer.step(batch, filled), waited, member.display)
             training.draft.zero_grad()  # the memory is the next run's
+            training.throughput.end_turn()
             self._finish_if_done(member)
 
     @contextlib.contextmanager

@@ -182,7 +182,9 @@ class TrainingRun:
         self.blocks_noted = self.trainer.blocks_per_pass
         if self.tracking is None:
             self.tracking = self._tracking(display)
+        began = time.perf_counter()
         self._evaluate(display)
+        self.throughput.excluded += time.perf_counter() - began
 
     def note(self, batch: Batch, metrics: dict | None, waited: float, display: Display) -> None:
         """Log and show a step that was taken; save and evaluate where that is due.

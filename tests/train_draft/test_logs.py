@@ -65,6 +65,29 @@ def test_a_share_is_never_lost_between_the_host_and_a_gpu_that_is_still_computin
     assert throughput.time_shares(10.0) == {"data": 0.0, **dict.fromkeys(PHASES, 0.25), "other": 0.0}
 
 
+def test_the_seconds_of_a_run_that_takes_turns_are_its_own_and_its_time_to_go_is_that_of_all(monkeypatch):
+    """Two runs: 3 s and 5 s a step, after 2 s of waiting for data that both would have done alone."""
+    now = [100.0]
+    monkeypatch.setattr(logs.time, "perf_counter", lambda: now[0])
+    first, second = (Throughput(0, 4, torch.device("cpu")) for _ in range(2))
+    for each in (first, second):
+        now[0] += 7.0  # what is prepared is nobody's step
+        each.excluded = now[0] - each.began
+        each.end_turn()
+    for step in range(2):
+        now[0] += 2.0
+        for each, seconds in ((first, 3.0), (second, 5.0)):
+            each.begin_turn(waited=2.0 * (step + 1))
+            now[0] += seconds
+            timing = each.count(SimpleNamespace(rows=50, step=step), 2.0 * (step + 1))
+            each.end_turn()
+            assert timing["seconds"] == (2.0 + seconds) * (step + 1)
+            assert timing["tokens_s"] == round(50 / (2 + seconds), 1) and timing["data_wait"] == round(
+                2 / (2 + seconds), 4
+            )
+    assert timing["eta"] == 2 * (2.0 + 3.0 + 5.0)
+
+
 def test_the_bar_shows_the_speed_of_steps_that_log_nothing_too(monkeypatch):
     terminal = Console(width=200, file=io.StringIO(), force_terminal=True)
     monkeypatch.setattr(logs, "VisibleConsole", lambda: terminal)
