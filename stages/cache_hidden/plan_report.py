@@ -15,6 +15,7 @@ from pipeline.cache.layout import layer_of
 from pipeline.cache.plan import Plan
 from pipeline.cache.samples import ShardPlan, to_numpy
 from pipeline.cache.schema import ColumnManifest
+from pipeline.duration_text import clock_text
 from pipeline.runs.training_data import cache_hidden_command
 from stages.cache_hidden.engine_options import HUGGING_FACE
 from stages.cache_hidden.make_plan import missing_columns
@@ -238,15 +239,11 @@ def time_text(found: dict | None) -> str:
         return "unknown; --probe measures disk and target"
     what = "computing" if found["compute_s"] >= found["write_s"] else "writing"
     disk = f"{found['disk_bytes_s'] / 1e6:,.0f} MB/s"
+    whole, computing, writing = (clock_text(round(found[name])) for name in ("seconds", "compute_s", "write_s"))
     return (
-        f"about {_clock(found['seconds'])} for one worker, that of {what}: computing {_clock(found['compute_s'])} at "
-        f"{found['tokens_s']:,.0f} tokens/s, writing {_clock(found['write_s'])} at {disk}"
+        f"about {whole} for one worker, that of {what}: computing {computing} at {found['tokens_s']:,.0f} tokens/s, "
+        f"writing {writing} at {disk}"
     )
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def codec_text(columns: Sequence[ColumnSpec]) -> str | None:

@@ -28,6 +28,7 @@ from pipeline.cache.atomic import size_text, write_errors, write_file
 from pipeline.drafts import unservable
 from pipeline.drafts.rope import draft_rope_scaling
 from pipeline.drafts.step_clock import StepClock
+from pipeline.duration_text import clock_text, pace_text
 from pipeline.errors import CacheError
 from pipeline.json_files import Count, Record, damage_error, parse_checksummed, parse_journal, read_file, with_checksum
 from pipeline.runs.folder import Evaluation, Result
@@ -232,11 +233,10 @@ def metrics_text(metrics: dict) -> str:
 
 def timing_text(timing: dict) -> str:
     """Return the speed, the share of time spent waiting for data, the peak memory and the time to go as text."""
-    pace, (minutes, seconds) = timing["step_seconds"], divmod(int(timing["eta"]), 60)
-    steps = f"{pace:.1f} s/step" if pace >= 1 else f"{1 / max(pace, 1e-5):.1f} steps/s"
     return (
-        f"{timing['tokens_s']:,.0f} tokens/s  {steps}  data wait {timing['data_wait']:.0%}  "
-        f"peak memory {size_text(timing['peak_bytes'])}  ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+        f"{timing['tokens_s']:,.0f} tokens/s  {pace_text(timing['step_seconds'])}  "
+        f"data wait {timing['data_wait']:.0%}  "
+        f"peak memory {size_text(timing['peak_bytes'])}  ETA {clock_text(timing['eta'])}"
     )
 
 

@@ -6,6 +6,7 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.text import Text
 
+from pipeline.duration_text import clock_text, pace_text
 from pipeline.size_text import size_text
 from pipeline.visible_tables import grid
 from pipeline.visible_text import visible
@@ -174,13 +175,6 @@ def spark(values: Sequence[float]) -> str:
     return "".join(BLOCKS[int((value - low) / height * (len(BLOCKS) - 1))] for value in values)
 
 
-def pace_text(seconds: float) -> str:
-    return f"{seconds:.1f} s/step" if seconds >= 1 else f"{1 / max(seconds, 1e-5):.1f} steps/s"
-
-
 def duration(seconds: float) -> str:
     """Return seconds as 0:01:05, or 12 s below a minute."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+    return f"{seconds:.0f} s" if seconds < 60 else clock_text(seconds)

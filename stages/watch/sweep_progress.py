@@ -12,6 +12,7 @@ from stages.watch.locks import is_held
 from stages.watch.run_progress import FRESH_S, RECIPE, RunProgress, modified, read_json
 
 REPORT = "sweep.json"  # see pipeline/runs/sweep_record.py
+JOURNALS, TRIAL_LOCKS = "*.journal", "trials-*/*.lock"  # of a search, see stages/train_draft/sweep_study.py
 ENDED = ("finished", "failed", "pruned")  # a run's state; no other comes behind it
 
 
@@ -72,12 +73,12 @@ class SweepProgress:
 
     def _searches(self) -> bool:
         """Return whether a process of this machine is at a trial, as its lock says; its run may not be listed yet."""
-        return any(is_held(lock) for lock in self.path.glob("trials-*/*.lock"))
+        return any(is_held(lock) for lock in self.path.glob(TRIAL_LOCKS))
 
     def _written(self) -> float:
         """Return when something was last written, in seconds since the epoch."""
         of_runs = (run.written() for run in self._runs.values())
-        return max([modified(self.path / REPORT), *map(modified, self.path.glob("*.journal")), *of_runs])
+        return max([modified(self.path / REPORT), *map(modified, self.path.glob(JOURNALS)), *of_runs])
 
 
 def listed_runs(report: dict) -> dict[str, dict]:

@@ -6,18 +6,22 @@ import os
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from rich.console import Console
 
-from pipeline.cache import HiddenCache
+from pipeline.cache import HiddenCache, layout
 from pipeline.cache.atomic import Scratch, try_lock
 from pipeline.errors import UsageError
 from pipeline.json_files import with_checksum
 from pipeline.runs import folder as run_folder
+from pipeline.runs import sweep_record
 from stages.train_draft.run import run
-from stages.watch import capture_progress, run_progress
+from stages.train_draft.sweep_study import JOURNAL
+from stages.watch import capture_progress, run_progress, sweep_progress
 from stages.watch.capture_progress import CaptureProgress
 from stages.watch.locks import is_held
 from stages.watch.run import Watched, watch
@@ -263,6 +267,21 @@ def test_the_runs_of_a_sweep_may_lie_beside_it(finished, tmp_path, monkeypatch, 
     assert state_of(tmp_path / "runs" / "sweep-0a") == ("finished", ["failed", "finished"])
     if here:
         assert state_of(Path("runs/sweep-0a/sweep.json")) == ("finished", ["failed", "finished"])
+
+
+def test_what_is_named_here_to_spare_an_import_has_its_own_name():
+    assert (run_progress.RECIPE, run_progress.DONE) == (run_folder.RECIPE, run_folder.DONE)
+    names = ("CACHE", "PLAN", "SHARDS", "LOG", "SCRATCH", "SAMPLES")
+    of_layout = ("IDENTITY", *names[1:])
+    assert [getattr(capture_progress, name) for name in names] == [getattr(layout, name) for name in of_layout]
+    assert sweep_progress.REPORT == sweep_record.SWEEP
+    assert {*sweep_progress.ENDED, "unfinished"} == {*get_args(sweep_record.SweptRun.model_fields["state"].annotation)}
+    assert fnmatch(JOURNAL, sweep_progress.JOURNALS)
+
+
+def test_the_lock_of_a_run_is_where_it_is_looked_for(tmp_path):
+    with run_folder.run_lock(tmp_path / "run"):
+        assert is_held(tmp_path / "run" / run_progress.LOCK)
 
 
 def test_a_captured_cache_is_finished_and_its_figures_are_those_of_the_cache(tiny_cache):
