@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.text import Text
 
 from pipeline.cache.atomic import write_errors
+from pipeline.duration_text import clock_text
 from pipeline.runs.folder import DONE
 from pipeline.runs.run_logs import METRICS, TIMING, LogTail, number
 from pipeline.runs.sweep_record import value_text
@@ -85,7 +86,7 @@ class LiveTable:
             f"{metrics.step:,}/{steps:,}",
             "" if loss is None else f"{loss:.3f}",
             "" if length is None else f"{length:.2f}",
-            "" if eta is None or state != "running" else clock(eta),
+            "" if eta is None or state != "running" else clock_text(eta),
         ]
 
     def render(self, height: int) -> Group:
@@ -103,12 +104,6 @@ class LiveTable:
         text = ", ".join(f"{counts[state]} {state}" for state in IN_ORDER if counts[state])
         more = f"; {len(lines) - len(kept)} lines not shown" if len(kept) < len(lines) else ""
         return Group(table, Text(f"{text}{more}", style="dim"))
-
-
-def clock(seconds: float) -> str:
-    """Return seconds as hours, minutes and seconds: 0:01:23."""
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 @contextlib.contextmanager
