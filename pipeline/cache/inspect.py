@@ -117,12 +117,15 @@ def _gauge(shards: list[dict[str, ColumnManifest]]) -> dict | None:
 
 
 def _folder_bytes(folder: Path | str) -> int:
-    """Return the bytes of all files below a folder, none where it is not there; files that vanish meanwhile are not
-    counted. By `scandir`: a cache of 1,000 shards has 9,000 files, of which `rglob` asks three times each."""
+    """Return the bytes of all files below a folder, none where it is not there.
+
+    Files that vanish meanwhile and links that lead nowhere are not counted. By `scandir`: a cache of 1,000 shards has
+    9,000 files, of each of which `rglob` asks three times.
+    """
     total = 0
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 if entry.is_dir(follow_symlinks=False):
                     total += _folder_bytes(entry.path)
                 elif entry.is_file():
