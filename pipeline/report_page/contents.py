@@ -5,7 +5,6 @@ A report leads to the run that it is of, and a run to its cache, where these are
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 
 from pipeline.cache import HiddenCache
@@ -13,19 +12,18 @@ from pipeline.cache.layout import IDENTITY
 from pipeline.draft_folders import run_of
 from pipeline.errors import PipelineError, UsageError
 from pipeline.evaluation.reports import Report, load_reports
-from pipeline.runs.folder import DONE, RUN, Evaluation, Result, RunRecord, read_recipe, read_result, read_run
-from pipeline.runs.recipe import Recipe
-from pipeline.runs.run_logs import METRICS, TIMING, cumulative_seconds, read_log
+from pipeline.runs.folder import DONE, RUN
+from pipeline.runs.recorded_run import RecordedRun
+from pipeline.runs.run_logs import cumulative_seconds
 from pipeline.runs.sweep_record import SWEEP, read_sweep, setting_text
 
 KINDS = "evaluation reports, runs, sweeps and caches"
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run's folder, read. name: what the page calls it. swept: its state, in a sweep."""
+@dataclass
+class Run(RecordedRun):
+    """A run. name: what the page calls it. swept: its state, in a sweep."""
 
-    path: Path
     name: str
     swept: str | None = None
 
@@ -34,40 +32,12 @@ class Run:
         """Whether it is finished; in a sweep, what became of it."""
         return self.swept or ("finished" if (self.path / DONE).is_file() else "not finished")
 
-    @cached_property
-    def record(self) -> RunRecord:
-        return read_run(self.path)
-
-    @cached_property
-    def recipe(self) -> Recipe:
-        return read_recipe(self.path)
-
-    @cached_property
-    def result(self) -> Result | None:
-        """None while the run is not finished."""
-        return read_result(self.path)
-
-    @cached_property
-    def steps(self) -> list[dict]:
-        """The logged steps, of each its metrics."""
-        return [line for line in read_log(self.path / METRICS) if "loss" in line]
-
-    @cached_property
-    def evaluations(self) -> list[tuple[int, Evaluation]]:
-        """Accept lengths on held-out samples, each with the step after which it was measured."""
-        found = [line for line in read_log(self.path / METRICS) if (line.get("eval") or {}).get("calls")]
-        return [(line["step"], Evaluation.model_validate(line["eval"])) for line in found]
-
-    @cached_property
-    def timing(self) -> list[dict]:
-        return read_log(self.path / TIMING)
-
     def hours_after(self, step: int) -> float | None:
         """Return the hours of training until a step, over all restarts; None where the log does not reach it.
 
         Evaluations and checkpoints are not in them.
         """
-        return next((seconds / 3600 for at, seconds in cumulative_seconds(self.timing) if at >= step), None)
+        return next((seconds / 3600 for at, seconds in cumulative_seconds(self.timings) if at >= step), None)
 
 
 @dataclass
@@ -138,7 +108,7 @@ def _run_of_report(report: Report, found: Contents) -> Run | None:
     try:
         run = Run(run_of(Path(report.draft.path)), "")
         if (run.path / RUN).is_file() and _is_of(report, run):
-            _ = run.record, run.result, run.evaluations, run.timing
+            _ = run.record, run.result, run.evaluations, run.timings
             return run
     except UsageError:  # nothing is there, or something else
         pass

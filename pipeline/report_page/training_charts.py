@@ -119,7 +119,7 @@ def _term(key: str) -> str:
 
 def time_parts(run: Run) -> dict[str, float]:
     """Return the shares of training time by what it was spent on, as the newest line of the log has them."""
-    last = run.timing[-1] if run.timing else {}
+    last = run.timings[-1] if run.timings else {}
     if "time" in last:
         return {PARTS.get(key, key): share for key, share in last["time"].items()}
     waited = last.get("data_wait")

@@ -21,9 +21,9 @@ from pipeline.evaluation.reports import Report
 from pipeline.evaluation.teacher_forced import add_metric_sums
 from pipeline.runs import checkpoint
 from pipeline.runs.checkpoint import CheckpointState, load_config, load_draft
-from pipeline.runs.folder import Result, RunRecord, chunk_rule, read_recipe, read_result, read_run
-from pipeline.runs.recipe import Recipe, Resolved, resolve
-from pipeline.runs.run_logs import METRICS, TIMING, read_log
+from pipeline.runs.folder import chunk_rule
+from pipeline.runs.recipe import Resolved, resolve
+from pipeline.runs.recorded_run import RecordedRun
 from pipeline.runs.training_data import Split, split_samples, stratified_subset
 
 LOW = 1.5  # accept length below which something has to be found
@@ -32,25 +32,12 @@ SECONDS = 20.0  # for each kind of figure; one sample is measured in any case
 
 
 @dataclass
-class Case:
+class Case(RecordedRun):
     """A run. path: its folder. report: an evaluation of it, where that was named. named_cache: in place of the one that
     run.json names."""
 
-    path: Path
     report: Report | None = None
     named_cache: Path | None = None
-
-    @cached_property
-    def record(self) -> RunRecord:
-        return read_run(self.path)
-
-    @cached_property
-    def recipe(self) -> Recipe:
-        return read_recipe(self.path)
-
-    @cached_property
-    def result(self) -> Result | None:
-        return read_result(self.path)
 
     @cached_property
     def state(self) -> CheckpointState | None:
@@ -63,25 +50,10 @@ class Case:
         """The newest checkpoint's."""
         return load_config(self.path) if self.state else None
 
-    @cached_property
-    def _metrics(self) -> list[dict]:
-        return read_log(self.path / METRICS)
-
-    @cached_property
-    def steps(self) -> list[dict]:
-        """The steps that were logged, of each its metrics."""
-        return [line for line in self._metrics if "loss" in line]
-
-    @cached_property
-    def evaluations(self) -> list[dict]:
-        """The evaluations on held-out samples, of each `step` and `eval`."""
-        return [line for line in self._metrics if line.get("eval")]
-
-    @cached_property
+    @property
     def timing(self) -> dict | None:
         """The newest line of timing.jsonl."""
-        lines = read_log(self.path / TIMING)
-        return lines[-1] if lines else None
+        return self.timings[-1] if self.timings else None
 
     @cached_property
     def cache(self) -> HiddenCache:
@@ -139,9 +111,8 @@ class Case:
         """The exact accept length: measured here, else as the run or the report has it."""
         if self.accepted:
             return self.accepted["accept_len"]
-        recorded = self.evaluations[-1]["eval"] if self.evaluations else None
-        if recorded and recorded["calls"]:
-            return recorded["accept_len"]
+        if self.evaluations:
+            return self.evaluations[-1][1].accept_len
         return self.report.overall.accept_len if self.report and self.report.overall.calls else None
 
     @property

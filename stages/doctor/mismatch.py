@@ -48,12 +48,9 @@ def other_draft(case: Case) -> Finding:
 def _fell(case: Case) -> tuple[float, float, int] | None:
     """Return the accept length of some held-out replies when this checkpoint was measured, now, and of how many; None
     where it has not fallen."""
-    of_step = [line["eval"] for line in case.evaluations if line["step"] == case.state.step]
-    then = (
-        {(sample, row): (tokens, calls) for sample, row, tokens, calls in (of_step[-1].get("replies") or [])}
-        if of_step
-        else {}
-    )
+    of_step = [figures.replies for step, figures in case.evaluations if step == case.state.step]
+    replies = of_step[-1] if of_step else []
+    then = {(sample, row): (tokens, calls) for sample, row, tokens, calls in replies}
     pairs = [(then[span.sample, span.start], span) for span in case.spans if (span.sample, span.start) in then]
     if len(pairs) < 2:
         return None
