@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pipeline.cache import HiddenCache, Sample
-    from pipeline.notebook import TargetCall, accept_length, decode, load_draft, load_target
+    from pipeline.python_api import TargetCall, accept_length, decode, load_draft, load_target
 
 __version__ = "0.12.0"
 __all__ = ["HiddenCache", "Sample", "TargetCall", "accept_length", "decode", "load_draft", "load_target"]
@@ -18,7 +18,9 @@ __all__ = ["HiddenCache", "Sample", "TargetCall", "accept_length", "decode", "lo
 def __getattr__(name: str):
     if name not in __all__:
         raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
-    return getattr(import_module("pipeline.cache" if name in ("HiddenCache", "Sample") else "pipeline.notebook"), name)
+    return getattr(
+        import_module("pipeline.cache" if name in ("HiddenCache", "Sample") else "pipeline.python_api"), name
+    )
 
 
 def __dir__() -> list[str]:

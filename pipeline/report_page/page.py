@@ -21,6 +21,7 @@ from pipeline.evaluation.reports import Report, load_reports, pool_seeds
 from pipeline.evaluation.tables import FACTS, accept_length_text, sampled_at, temperature_text, temperatures_of
 from pipeline.report_page.cache_section import CacheSection, cache_section
 from pipeline.report_page.charts import Chart
+from pipeline.report_page.coloured_replies import SHADES, Reply, replies
 from pipeline.report_page.contents import Contents, Run, find_contents
 from pipeline.report_page.draft_charts import (
     by_domain,
@@ -31,7 +32,6 @@ from pipeline.report_page.draft_charts import (
     of_runs,
     point_text,
 )
-from pipeline.report_page.replies import SHADES, Reply, replies
 from pipeline.report_page.sweep_section import sweep_section
 from pipeline.report_page.table import Table
 from pipeline.report_page.training_charts import accept_lengths, curve, curves, losses, thinned, where_time_went

@@ -18,7 +18,7 @@ from pipeline.errors import UsageError
 from pipeline.nearest_name import did_you_mean
 from pipeline.target.files import BUNDLED
 from pipeline.visible_text import print_visible, visible
-from stages.quickstart.commands import Command, run_command, run_side_by_side
+from stages.quickstart.command_processes import Command, run_command, run_side_by_side
 
 TARGET, RECIPE = "tiny-qwen3", "demo.toml"
 EVAL_EVERY = 50  # steps: a first accept length within three minutes

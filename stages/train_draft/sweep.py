@@ -35,7 +35,7 @@ from stages.train_draft.sweep_figures import (
     run_facts,
 )
 from stages.train_draft.sweep_files import write_files
-from stages.train_draft.sweep_live import Row, States, shown_live
+from stages.train_draft.sweep_live_table import Row, States, shown_live
 from stages.train_draft.sweep_plan import PlannedRun, Planner, plan_grid
 from stages.train_draft.sweep_processes import Errors, Work, ends_all, failure, named_devices, train_on_devices
 from stages.train_draft.sweep_search import Search

@@ -29,7 +29,7 @@ from pipeline.secret_masking import masked
 from pipeline.tensors import find_device
 from pipeline.visible_text import print_visible, visible
 from stages.train_draft.stop import GracefulStop
-from stages.train_draft.sweep_live import States
+from stages.train_draft.sweep_live_table import States
 
 POLL_SECONDS = 0.5  # between two looks at whether a signal came
 PARENT_ONLY = (signal.SIGINT, signal.SIGHUP)  # a terminal sends them to all its processes

@@ -34,7 +34,7 @@ from stages.train_draft.ranks import Ranks
 from stages.train_draft.run import open_run
 from stages.train_draft.stop import GracefulStop
 from stages.train_draft.sweep_figures import Facts, refused_facts, run_facts
-from stages.train_draft.sweep_live import Row
+from stages.train_draft.sweep_live_table import Row
 from stages.train_draft.sweep_plan import PlannedRun, Planner
 from stages.train_draft.sweep_processes import ends_all, failure
 from stages.train_draft.sweep_settings import Setting, SweepFile

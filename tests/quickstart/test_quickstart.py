@@ -13,7 +13,7 @@ import pytest
 from pipeline.cli import commands
 from pipeline.completion import method_names
 from pipeline.errors import UsageError
-from stages.quickstart.commands import Command, run_command, run_side_by_side
+from stages.quickstart.command_processes import Command, run_command, run_side_by_side
 from stages.quickstart.run import (
     Places,
     capture_commands,
@@ -101,7 +101,7 @@ def test_the_code_of_a_command_that_fails_is_ours_and_the_others_end_first(tiny_
 def test_a_signal_reaches_each_command_once_and_each_saves(number, tiny_cache, tmp_path):
     code = (
         "import sys; from pathlib import Path; from pipeline.command_line import run_and_exit; import click\n"
-        "from stages.quickstart.commands import Command, run_side_by_side\n"
+        "from stages.quickstart.command_processes import Command, run_side_by_side\n"
         "@click.command()\n"
         "def go():\n"
         "    words = sys.argv[1:]\n"

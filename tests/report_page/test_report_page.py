@@ -16,9 +16,9 @@ from pipeline.cli import main
 from pipeline.errors import CacheError, UsageError
 from pipeline.evaluation.reports import load_report, report_bytes
 from pipeline.report_page import write_page
+from pipeline.report_page.coloured_replies import replies
 from pipeline.report_page.contents import Run, find_contents
 from pipeline.report_page.draft_charts import by_domain, compared, of_reports
-from pipeline.report_page.replies import replies
 from pipeline.runs.folder import read_result, read_run, write_run
 from pipeline.runs.sweep_record import SweepRecord, write_sweep
 from pipeline.visible_text import visible_lines

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from stages.train_draft.sweep_live import LiveTable, Row, States
+from stages.train_draft.sweep_live_table import LiveTable, Row, States
 
 
 def lines_of(path: Path, *records: dict) -> None:
