@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+from transformers import PreTrainedModel
+
 from pipeline.cache import HiddenCache
 from pipeline.cache.atomic import write_errors, write_file
 from pipeline.cache.schema import read_log
@@ -14,9 +17,9 @@ from pipeline.drafts import Draft, DraftConfig
 from pipeline.errors import RoomError, UsageError
 from pipeline.evaluation.decode import SamplingOptions, decode_many, speculative_decode
 from pipeline.evaluation.evaluation_table import evaluation_table
-from pipeline.evaluation.prompts import cached_prompts, check_context_length, file_prompts
+from pipeline.evaluation.prompts import Prompt, cached_prompts, check_context_length, file_prompts
 from pipeline.evaluation.reply_text import MOST_REPLIES
-from pipeline.evaluation.reports import DraftFacts, Report, Settings, Speed, report_bytes
+from pipeline.evaluation.reports import DraftFacts, Report, SampledReplies, Settings, Speed, report_bytes
 from pipeline.json_files import check_regular
 from pipeline.matrix_products import compute_by_linear
 from pipeline.published import recorded_share
@@ -32,6 +35,7 @@ from pipeline.tensors import find_device, refuse_out_of_memory
 from pipeline.visible_tables import VisibleConsole
 from stages.evaluate.lossless import LosslessCheck, PlainReplies, plain_decode, reply_settings
 from stages.evaluate.measure import (
+    Outcome,
     accept_figures,
     confidence_cuts,
     decode_greedily,
@@ -46,96 +50,158 @@ from stages.evaluate.measure import (
 __all__ = ["SamplingOptions", "run"]
 
 
-def run(
-    draft: Path,
-    *,
-    model: str | None = None,
-    cache: Path | None = None,
-    prompts: Path | None = None,
-    count: int = 64,
-    max_new: int = 64,
-    device: str | None = None,
-    dtype: str | None = None,
-    out: Path | None = None,
-    sampling: SamplingOptions | None = None,
-    threshold: float = 0.0,
-    plain: Path | None = None,
-    batch: int = 1,
-    proposals: int | None = None,
-    texts: int = MOST_REPLIES,
-) -> Report:
+@dataclass(frozen=True)
+class Options:
+    """How a draft is evaluated.
+
+    model: the target, by default the cache's. cache: by default the one that the draft was trained on. prompts: a file
+    of them, by default held-out samples of the cache. count: prompts. max_new: tokens of a reply. dtype: what target
+    and draft compute in, by default what the cache was captured in. sampling: how replies are drawn once more.
+    threshold: confidence that blocks are cut by. plain: a file that keeps plain replies from one evaluation to the
+    next. batch: prompts decoded at once, which is faster, but no speeds are measured then. proposals: verified of each
+    block. texts: replies kept as text, with the end of their prompts. out: the report's file.
+    """
+
+    model: str | None = None
+    cache: Path | None = None
+    prompts: Path | None = None
+    count: int = 64
+    max_new: int = 64
+    device: str | None = None
+    dtype: str | None = None
+    out: Path | None = None
+    sampling: SamplingOptions | None = None
+    threshold: float = 0.0
+    plain: Path | None = None
+    batch: int = 1
+    proposals: int | None = None
+    texts: int = MOST_REPLIES
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A draft with its target and prompts. store: the cache, where there is one. folder, name: the target's. heldout:
+    samples of the cache that the draft did not learn from; known: whether it is known which these are."""
+
+    trained: "Trained"
+    store: HiddenCache | None
+    folder: Path
+    name: str
+    target: PreTrainedModel
+    draft: Draft
+    heldout: np.ndarray | None
+    known: bool
+    prompts: list[Prompt]
+
+
+@dataclass(frozen=True)
+class Replies:
+    """What was decoded: greedy outcomes, and sampled replies where these were asked for. batch: prompts at once."""
+
+    outcomes: list[Outcome]
+    sampled: SampledReplies | None
+    batch: int
+
+
+def run(draft: Path, **chosen) -> Report:
     """Evaluate a run's newest checkpoint, a checkpoint or a published folder; return the report, written to `out` too.
 
-    Greedily, and once more with sampled replies where `sampling` is given. `threshold` cuts blocks by confidence.
-    `dtype` is what target and draft compute in, by default what the cache was captured in.
-    `plain` is a file that keeps plain replies from one evaluation to the next. `batch` prompts are decoded at once,
-    which is faster, but no speeds are measured. `proposals` verifies only the first so many of each block. `texts`
-    replies are kept as text, with the end of their prompts. Raises
-    UsageError for what does not fit together, DataError for unusable prompts, CacheError for a damaged cache,
-    RoomError, ProofError when an output differs from plain decoding by more than a near tie.
+    chosen: fields of `Options`. Raises UsageError for what does not fit together, DataError for unusable prompts,
+    CacheError for a damaged cache, RoomError, ProofError when an output differs from plain decoding by more than a near
+    tie.
     """
-    check_options(threshold, out, plain, prompts)
-    trained = describe_draft(Path(draft))
-    store = open_cache(trained, cache, prompts)
-    folder, name = find_model(model, store)
-    computed = dtype or (None if store is None else store.dtype)
-    target = compute_by_linear(load_target(str(folder), device=find_device(device), dtype=computed))
+    options = Options(**chosen)
+    check_options(options.threshold, options.out, options.plain, options.prompts)
+    opened = open_all(Path(draft), options)
+    verified = check_proposals(options.proposals, opened.draft.config)
+    check_context_length(opened.target, opened.prompts, options.max_new, verified)
+    report = report_of(opened, decode_replies(opened, options, verified), options, verified)
+    if options.out is not None:
+        write_report(report, Path(options.out))
+    return report
+
+
+def open_all(path: Path, options: Options) -> Opened:
+    """Open the draft at `path` with its target, and find the prompts. UsageError, DataError, CacheError."""
+    trained = describe_draft(path)
+    store = open_cache(trained, options.cache, options.prompts)
+    folder, name = find_model(options.model, store)
+    computed = options.dtype or (None if store is None else store.dtype)
+    target = compute_by_linear(load_target(str(folder), device=find_device(options.device), dtype=computed))
     depth = target.config.get_text_config().num_hidden_layers
-    drafter = open_draft(trained.path, head_of(target), depth, target.device).to(target.dtype)
-    heldout, known, config = None, trained.heldout is not None, drafter.config
-    verified = check_proposals(proposals, config)
+    draft = open_draft(trained.path, head_of(target), depth, target.device).to(target.dtype)
+    heldout, known, rules = None, trained.heldout is not None, {}
     if store is not None:
         share = trained.heldout if known else TrainSection().heldout
-        heldout = split_samples(store, config.mask_token_id, share, config.target_layer_ids).heldout
-        known = known or all(store.samples.split)
-    rules = {} if store is None else store.identity.samples.as_dict()
-    asked = cached_prompts(store, heldout, count) if prompts is None else file_prompts(prompts, folder, count, rules)
-    check_context_length(target, asked, max_new, verified)
-    stops = stop_tokens(target) if store is None else frozenset(store.tokens["eos"])
-    replies = PlainReplies()
-    if plain is not None:
-        replies = PlainReplies.open(Path(plain), reply_settings(target, weights_digest(folder), max_new, stops))
-    batch = min(batch, len(asked))
+        heldout = split_samples(store, draft.config.mask_token_id, share, draft.config.target_layer_ids).heldout
+        known, rules = known or all(store.samples.split), store.identity.samples.as_dict()
+    if options.prompts is None:
+        prompts = cached_prompts(store, heldout, options.count)
+    else:
+        prompts = file_prompts(options.prompts, folder, options.count, rules)
+    return Opened(trained, store, folder, name, target, draft, heldout, known, prompts)
+
+
+def decode_replies(opened: Opened, options: Options, verified: int) -> Replies:
+    """Decode all prompts, greedily with and without the draft, then drawn. verified: proposals of a block.
+
+    Raises ProofError where a reply is not the target's own, RoomError where the device's memory does not suffice.
+    """
+    target, draft, max_new = opened.target, opened.draft, options.max_new
+    stops = stop_tokens(target) if opened.store is None else frozenset(opened.store.tokens["eos"])
+    plain = PlainReplies()
+    if options.plain is not None:
+        settings = reply_settings(target, weights_digest(opened.folder), max_new, stops)
+        plain = PlainReplies.open(Path(options.plain), settings)
+    asked, batch = opened.prompts, min(options.batch, len(opened.prompts))
     several = f"decoding {batch} prompts at once", "pass a smaller --batch"
     alone = "decoding a prompt", "use a larger device, --device cpu, or shorter prompts"
     with refuse_out_of_memory(*(several if batch > 1 else alone)):
-        decode = partial(decode_many, target, drafter, [prompt.ids for prompt in asked], max_new, stops)
-        decode = partial(decode, threshold=threshold, batch=batch, proposals=proposals)
+        decode = partial(decode_many, target, draft, [prompt.ids for prompt in asked], max_new, stops)
+        decode = partial(decode, threshold=options.threshold, batch=batch, proposals=options.proposals)
         if batch == 1:  # first calls are slow, and seconds are compared
-            speculative_decode(target, drafter, asked[0].ids, 2, threshold=threshold)
+            speculative_decode(target, draft, asked[0].ids, 2, threshold=options.threshold)
             plain_decode(target, asked[0].ids, 2)
-        check = LosslessCheck(target, verified + 1, batch)
-        outcomes = decode_greedily(check, asked, decode, max_new, stops, replies)
-        sampled = None if sampling is None else decode_sampled(target, asked, decode, sampling, verified, max_new)
+        outcomes = decode_greedily(LosslessCheck(target, verified + 1, batch), asked, decode, max_new, stops, plain)
+        sampled = options.sampling and decode_sampled(target, asked, decode, options.sampling, verified, max_new)
+    return Replies(outcomes, sampled, batch)
+
+
+def report_of(opened: Opened, replies: Replies, options: Options, verified: int) -> Report:
+    """Return the report of what was decoded, with what the cache tells without the target."""
+    store, draft, outcomes = opened.store, opened.draft, replies.outcomes
     # What needs no target rolls out whole blocks.
-    target_free = prompts is None and store.has_final and verified == config.proposals
-    report = Report(
-        draft=trained.facts(drafter),
-        target=name,
+    target_free = options.prompts is None and store.has_final and verified == draft.config.proposals
+    agreement = confidence = None
+    if target_free:
+        agreement = target_free_agreement(outcomes, draft, store, options.max_new, options.threshold)
+    if target_free and draft.config.has_confidence:
+        confidence = confidence_cuts(draft, store, opened.prompts, options.max_new)
+    unsure = "" if opened.known else ", if the draft never saw them"
+    return Report(
+        draft=opened.trained.facts(draft),
+        target=opened.name,
         cache=None if store is None else store.digest,
         settings=Settings(
-            prompts=str(prompts or f"held-out samples of the cache{'' if known else ', if the draft never saw them'}"),
-            max_new=max_new,
+            prompts=str(options.prompts or f"held-out samples of the cache{unsure}"),
+            max_new=options.max_new,
             temperature=0,
-            threshold=threshold,
-            proposals=proposals,
-            batch=batch,
-            device=str(target.device),
-            dtype=str(target.dtype).removeprefix("torch."),
+            threshold=options.threshold,
+            proposals=options.proposals,
+            batch=replies.batch,
+            device=str(opened.target.device),
+            dtype=str(opened.target.dtype).removeprefix("torch."),
         ),
-        **accept_figures([(outcome.prompt, outcome.fast) for outcome in outcomes], verified, max_new),
-        speed=speeds(outcomes) if batch == 1 else Speed(),
+        **accept_figures([(outcome.prompt, outcome.fast) for outcome in outcomes], verified, options.max_new),
+        speed=speeds(outcomes) if replies.batch == 1 else Speed(),
         lossless=lossless_counts(outcomes),
         near_ties=[outcome.near_tie for outcome in outcomes if outcome.near_tie is not None],
-        sampled=sampled,
-        agreement=target_free_agreement(outcomes, drafter, store, max_new, threshold) if target_free else None,
-        confidence=confidence_cuts(drafter, store, asked, max_new) if target_free and config.has_confidence else None,
-        teacher_forced={} if store is None else teacher_forced(drafter, store, heldout),
-        replies=reply_texts(folder, outcomes, texts),
+        sampled=replies.sampled,
+        agreement=agreement,
+        confidence=confidence,
+        teacher_forced={} if store is None else teacher_forced(draft, store, opened.heldout),
+        replies=reply_texts(opened.folder, outcomes, options.texts),
     )
-    if out is not None:
-        write_report(report, Path(out))
-    return report
 
 
 def check_options(threshold: float, out: Path | None, plain: Path | None, prompts: Path | None) -> None:
