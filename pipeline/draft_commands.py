@@ -120,22 +120,9 @@ def report(paths, page, markdown, forced, drawing, against, as_json):
     baseline over the same prompts, and after how many steps it would have reached it. The page shows reports and what
     they are of: training, samples of replies, the cache. It is one file, which needs no network and runs no script.
     """
-    from pipeline.evaluation.tables import against_baseline, comparison
-
     reports = [path for path in paths if not path.is_dir()]
-    if not reports and (markdown or forced or drawing or against or as_json):
-        raise UsageError("--markdown, --forced, --plot, --against, --json are of reports of `evaluate --out`; name one")
-    if against and forced:
-        raise UsageError("--forced adds rows to the table of domains, which --against replaces; leave one out")
-    if as_json and (markdown or forced):
-        raise UsageError("--markdown and --forced are of tables, and --json prints none; leave one out")
-    table = None
-    if as_json:
-        from pipeline.evaluation.report_json import report_figures
-
-        table = report_figures(reports, against)
-    elif reports:
-        table = against_baseline(reports, against, markdown) if against else comparison(reports, markdown, forced)
+    check_report_options(reports, markdown, forced, drawing, against, as_json)
+    shown = table_of(reports, markdown, forced, against, as_json) if reports else None
     if drawing:
         from pipeline.evaluation.plot import plot
 
@@ -146,11 +133,31 @@ def report(paths, page, markdown, forced, drawing, against, as_json):
         page = page or Path("report.html")
         write_page(paths, page, against, ["pipeline", *sys.argv[1:]])
     if as_json:
-        return show(table | {"page": str(page)} if page else table, as_json, None)
-    if table is not None:
-        print_visible(table) if markdown else show({}, False, lambda _: table)
+        return show(shown | {"page": str(page)} if page else shown, as_json, None)
+    if shown is not None:
+        print_visible(shown) if markdown else show({}, False, lambda _: shown)
     if page:
         print_visible(f"page: {visible(page)}")
+
+
+def check_report_options(reports, markdown, forced, drawing, against, as_json) -> None:
+    """Refuse options of `report` that do not fit together. UsageError."""
+    if not reports and (markdown or forced or drawing or against or as_json):
+        raise UsageError("--markdown, --forced, --plot, --against, --json are of reports of `evaluate --out`; name one")
+    if against and forced:
+        raise UsageError("--forced adds rows to the table of domains, which --against replaces; leave one out")
+    if as_json and (markdown or forced):
+        raise UsageError("--markdown and --forced are of tables, and --json prints none; leave one out")
+
+
+def table_of(reports, markdown, forced, against, as_json):
+    """Return what `report` prints of evaluations: JSON values, Markdown, or a table for a terminal."""
+    from pipeline.evaluation.report_json import report_figures
+    from pipeline.evaluation.tables import against_baseline, comparison
+
+    if as_json:
+        return report_figures(reports, against)
+    return against_baseline(reports, against, markdown) if against else comparison(reports, markdown, forced)
 
 
 @click.command(cls=CacheCommand)
