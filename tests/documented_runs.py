@@ -6,9 +6,35 @@ from pathlib import Path
 
 import documented_table as table
 import torch
-from documented_lines import Shown
+from documented_lines import ROOT, Shown
+from markdown_it import MarkdownIt
 
+from pipeline.cache.codecs import CODECS
 from pipeline.cli import main
+from pipeline.drafts import DRAFTS
+from pipeline.drafts.objectives import OBJECTIVES
+from stages.cache_hidden.engine import ENGINES
+
+# Pages with a part of their own: the dict that the page says to add it to, by which name, and what of the page's code.
+PARTS = {
+    "docs/extending-method.md": (DRAFTS, "bigram", lambda code: code["Bigram"]),
+    "docs/extending-codec.md": (CODECS, "fixed16", lambda code: code["Fixed16"]()),
+    "docs/extending-objective.md": (OBJECTIVES, "shared", lambda code: code["SHARED"]),
+    # In the place of the built-in one, whose cache it has to write.
+    "docs/extending-engine.md": (ENGINES, "transformers", lambda code: code["LayerByLayer"]),
+}
+
+
+def add_part(page: str, monkeypatch) -> None:
+    """Run a page's one block of Python, and add what it defines where the page says so; nothing on other pages."""
+    if page not in PARTS:
+        return
+    blocks = MarkdownIt("commonmark").parse((ROOT / page).read_text())
+    (code,) = [token.content for token in blocks if token.type == "fence" and token.info == "python"]
+    names = {"__name__": Path(page).stem}
+    exec(compile(code, page, "exec"), names)
+    parts, name, defined = PARTS[page]
+    monkeypatch.setitem(parts, name, defined(names))
 
 
 def with_sets(line: str) -> str:

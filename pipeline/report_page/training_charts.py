@@ -87,12 +87,12 @@ def lines_chart(name: str, title: str, label: str, rows: list[dict], **scale) ->
 
 
 def curves(name: str, runs: Sequence[Run]) -> list[Chart]:
-    """Draw what all runs log: the teacher-forced accept length, Domino's lambda, the learning rate."""
+    """Draw what all runs log: the teacher-forced accept length, lambda where a method has one, the learning rate."""
     lines = [(visible(run.name), line) for run in runs for line in thinned(run.steps)]
     forced = "accept length, teacher-forced"
     drawn = [
         curve(f"{name}-forced", "Teacher-forced accept length", forced, lines, "accept_len_tf", zero=False),
-        curve(f"{name}-lambda", "Domino's lambda", "weight of the base loss", lines, "lambda_base"),
+        curve(f"{name}-lambda", "Lambda, the weight of the base loss", "lambda", lines, "lambda_base"),
         curve(f"{name}-rate", "Learning rate", "learning rate", lines, "lr"),
     ]
     return [chart for chart in drawn if chart]

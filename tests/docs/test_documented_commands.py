@@ -19,7 +19,7 @@ import documented_table as table
 import pytest
 from chat_server import ChatServer
 from documented_lines import PAGES, ROOT, Shown, shown_in
-from documented_runs import ended, newest, with_sets
+from documented_runs import add_part, ended, newest, with_sets
 from torch.distributed.run import get_args_parser
 
 from pipeline import engine_process
@@ -93,7 +93,8 @@ def everything() -> list[Shown]:
 
 
 @pytest.mark.parametrize(("page", "section"), SECTIONS)
-def test_the_commands_of_a_section_run_as_shown(page, section, place, made, server, pytestconfig, capfd):
+def test_the_commands_of_a_section_run_as_shown(page, section, place, made, server, pytestconfig, capfd, monkeypatch):
+    add_part(page, monkeypatch)
     for number, line in enumerate(SHOWN[page]):
         if line.section == section:
             place(f"text {number}" if line.in_text else "blocks")

@@ -8,28 +8,14 @@ import pytest
 import torch
 from cache_maker import contents
 from documented_lines import ROOT
-from documented_runs import ended, newest
-from markdown_it import MarkdownIt
+from documented_runs import add_part, ended, newest
 
 from pipeline.cache import HiddenCache
-from pipeline.cache.codecs import CODECS
 from pipeline.cache.manifest import read_canonical
-from pipeline.drafts import DRAFTS
-from pipeline.drafts.objectives import OBJECTIVES
-from stages.cache_hidden.engine import ENGINES
 
 SMALL = (
     "--set train.steps=4 --set train.batch=8 --set train.anchors=4 --set train.eval_samples=2 --set train.log_every=1"
 )
-
-
-def code_of(page: str) -> dict:
-    """Run a page's one block of Python; return its names."""
-    blocks = MarkdownIt("commonmark").parse((ROOT / f"docs/{page}.md").read_text())
-    (code,) = [token.content for token in blocks if token.type == "fence" and token.info == "python"]
-    names = {"__name__": page}
-    exec(compile(code, f"docs/{page}.md", "exec"), names)
-    return names
 
 
 @pytest.fixture
@@ -42,7 +28,7 @@ def cache(made, tmp_path, monkeypatch):
 
 
 def test_the_pages_method_is_trained_evaluated_exported_and_checked(cache, monkeypatch):
-    monkeypatch.setitem(DRAFTS, "bigram", code_of("extending-method")["Bigram"])
+    add_part("docs/extending-method.md", monkeypatch)
     ended(f"train-draft --set draft.method=bigram --set draft.rank=8 {SMALL}")
     run = newest("runs/bigram-")
     ended(f"evaluate --draft {shlex.quote(run)} --count 2 --max-new 8 --out report.json")
@@ -54,8 +40,7 @@ def test_the_pages_method_is_trained_evaluated_exported_and_checked(cache, monke
 def test_the_pages_codec_stores_within_its_promise(cache, monkeypatch):
     before = HiddenCache.open(cache)
     states = [before.read(index, final=True) for index in range(3)]
-    codec = code_of("extending-codec")["Fixed16"]()
-    monkeypatch.setitem(CODECS, codec.name, codec)
+    add_part("docs/extending-codec.md", monkeypatch)
     ended("recode hs_cache --codec fixed16")
     ended("verify hs_cache --complete")
     after = HiddenCache.open(cache)
@@ -66,7 +51,7 @@ def test_the_pages_codec_stores_within_its_promise(cache, monkeypatch):
 
 
 def test_the_pages_objective_is_learned_from(cache, monkeypatch):
-    monkeypatch.setitem(OBJECTIVES, "shared", code_of("extending-objective")["SHARED"])
+    add_part("docs/extending-objective.md", monkeypatch)
     ended(f"train-draft --set draft.method=dflash --set draft.objective=shared {SMALL.replace('steps=4', 'steps=12')}")
     (log,) = cache.parent.glob("runs/dflash-*/metrics.jsonl")
     losses = [json.loads(line)["loss"] for line in log.read_text().splitlines() if "loss" in json.loads(line)]
@@ -74,8 +59,7 @@ def test_the_pages_objective_is_learned_from(cache, monkeypatch):
 
 
 def test_the_pages_engine_captures_the_bytes_of_the_built_in_one(cache, monkeypatch):
-    kind = code_of("extending-engine")["LayerByLayer"]
-    monkeypatch.setitem(ENGINES, "transformers", kind)
+    add_part("docs/extending-engine.md", monkeypatch)
     torch.manual_seed(0)
     ended("cache-hidden --model data/tiny-qwen3 --corpus few.jsonl --out other")
     facts = read_canonical(cache.parent / "other/shards/000000/final.json")["facts"]

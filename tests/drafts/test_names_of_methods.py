@@ -19,7 +19,9 @@ ALLOWED = {
     "pipeline/published/reading.py": {"dflash_config", "dflash_module", "Qwen3DSparkModel"},
     "pipeline/published/export.py": {"dflash_config"},
     "pipeline/runs/recipe.py": {"domino", "configs/domino.toml"},  # the default method
+    "pipeline/draft_commands.py": {"dflash,domino"},
     "pipeline/options.py": {"dflash,domino"},
+    "pipeline/report_page/contents.py": {"runs/domino"},
 }
 
 
