@@ -183,7 +183,7 @@ def test_runs_are_shown_with_their_recipe_cache_and_accept_lengths(trained, tmp_
         result = read_result(run)
         assert f"{result.accept_len:.2f} [" in page.text and f"{result.parameters:,}" in page.text
         assert (run / "recipe.toml").read_text().strip() in page.text
-    for title in ("Accept length by optimiser steps", "by hours of training", "Where the time went", "Lambda, the weight"):
+    for title in ("Accept length by optimiser steps", "by hours", "Where the time went", "Lambda, the weight"):
         assert title in page.text
     assert "dflash: loss and its terms" in page.text and "probe error" in page.text
     assert len(page.source) < 3 << 20

@@ -191,7 +191,9 @@ def test_every_flipped_bit_is_found_and_repaired_to_the_same_bytes(captured, tin
 
 
 def test_inspect_shows_it(captured, capsys):
-    main(["inspect", str(captured("fixed16")), "--json"])
+    cache = str(captured("fixed16"))
+    capsys.readouterr()  # what the capture printed, where this test is the first to ask for it
+    main(["inspect", cache, "--json"])
     columns = json.loads(capsys.readouterr().out)["columns"]
     assert {column["codec"] for column in columns} == {"fixed16"}
 
