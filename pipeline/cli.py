@@ -21,7 +21,7 @@ from pipeline.options import (
     DEVICE_MAP,
     FOLDER,
     HELP,
-    PATH,
+    RECIPE,
     SET,
     CodecOption,
     capture_options,
@@ -198,7 +198,7 @@ def import_cache(source, out, as_json, **chosen):
 
 
 @commands.command("train-draft")
-@argument("recipe", type=PATH, required=False)
+@argument("recipe", type=RECIPE, required=False)
 @option("--cache", type=FOLDER, default="hs_cache", help="The cache to train from.")
 @SET
 @option("--out", type=FOLDER, help="The run's folder.  [default: runs/METHOD-DIGEST]")
@@ -214,7 +214,8 @@ def import_cache(source, out, as_json, **chosen):
 def train_draft(recipe, cache, sets, out, device, init_from, sharded, as_json):
     """Train a draft from a cache; the target is never loaded.
 
-    RECIPE is a TOML file that states what differs from the defaults. The same command goes on after any stop.
+    RECIPE is a TOML file that states what differs from the defaults, or the name of a bundled one, such as demo. The
+    same command goes on after any stop.
 
     On many devices: `torchrun --nproc-per-node 8 -m pipeline train-draft ...`, on one machine or several that share the
     cache and the run's folder. What is trained does not depend on their number, and a run may go on with another one.

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import click
 from click import FloatRange, IntRange, option
+from click.shell_completion import CompletionItem
 
+from pipeline.bundled_files import bundled_recipes
 from pipeline.completion import complete_codecs, complete_methods, complete_paths, complete_setting
 from pipeline.errors import UsageError
 from pipeline.nearest_name import did_you_mean
@@ -27,6 +29,21 @@ class FolderPath(click.Path):
 
 
 FOLDER = FolderPath(file_okay=False, path_type=Path)
+
+
+class RecipePath(click.Path):
+    """A recipe's file, or the name of a bundled recipe by itself, such as `domino`."""
+
+    def convert(self, value, param, ctx) -> Path:
+        path = super().convert(value, param, ctx)
+        return path if path.exists() else bundled_recipes().get(str(path), path)
+
+    def shell_complete(self, ctx, param, incomplete) -> list:
+        names = [CompletionItem(name) for name in bundled_recipes() if name.startswith(incomplete)]
+        return names + super().shell_complete(ctx, param, incomplete)
+
+
+RECIPE = RecipePath(path_type=Path)
 REPORT = click.Path(exists=True, dir_okay=False, path_type=Path)
 EXISTING = click.Path(exists=True, path_type=Path)
 
@@ -97,7 +114,7 @@ def together(*options: Callable) -> Callable:
 # Of `plan` alone.
 plan_options = together(
     option("--probe", is_flag=True, help="Run target and disk for a moment, to say how long a capture takes."),
-    option("--train", type=PATH, metavar="RECIPE", help="Say what memory a training by this recipe needs, too."),
+    option("--train", type=RECIPE, metavar="RECIPE", help="Say what memory a training by this recipe needs, too."),
     option("--device-memory", metavar="SIZE", help="A device's, such as 24GiB. What fits of a capture, of a step?"),
     option("--json", "as_json", is_flag=True, help="Print the plan as JSON."),
 )
@@ -252,7 +269,7 @@ verify_options = together(
 )
 
 sweep_options = together(
-    click.argument("recipe", type=PATH),
+    click.argument("recipe", type=RECIPE),
     option("--cache", type=FOLDER, default="hs_cache", help="The cache to train from."),
     SET,
     option("--out", type=FOLDER, help="The folder for sweep.json and the runs' folders.  [default: in runs]"),
@@ -265,7 +282,7 @@ sweep_options = together(
 )
 
 recipe_options = together(
-    click.argument("recipe", type=PATH, required=False),
+    click.argument("recipe", type=RECIPE, required=False),
     SET,
     option("--cache", type=FOLDER, help="Complete it from this cache.  [default: leave open what a cache decides]"),
     option("--json", "as_json", is_flag=True, help="Print it as JSON."),

@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "pipeline", "stages", "configs", "data", "tests")
-BUNDLED = {"chats.jsonl": "data/chats.jsonl", "demo.toml": "configs/demo.toml"}
+RECIPES = ("demo", "dflash", "domino", "dspark", "sweep")
+BUNDLED = {"chats.jsonl": "data/chats.jsonl"} | {f"{name}.toml": f"configs/{name}.toml" for name in RECIPES}
 BUNDLED |= {f"tiny-qwen3/{path.name}": f"data/tiny-qwen3/{path.name}" for path in ROOT.glob("data/tiny-qwen3/*")}
 
 

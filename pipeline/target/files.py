@@ -5,11 +5,10 @@ import json
 from datetime import date
 from pathlib import Path
 
+from pipeline.bundled_files import BUNDLED
 from pipeline.errors import UsageError, first_line, refuse_limit
 from pipeline.target.layers import text_config
 
-# The bundled target, its chats and the demo's recipe, wherever this package is installed.
-BUNDLED = Path(__file__).parents[1] / "bundled"
 CONFIG = "config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"

@@ -12,11 +12,11 @@ a stop, and so does this.
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.bundled_files import BUNDLED
 from pipeline.cache.atomic import write_file
 from pipeline.completion import method_names
 from pipeline.errors import UsageError
 from pipeline.nearest_name import did_you_mean
-from pipeline.target.files import BUNDLED
 from pipeline.visible_text import print_visible, visible
 from stages.quickstart.command_processes import Command, run_command, run_side_by_side
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.live import Live
 
 from pipeline.errors import UsageError
+from pipeline.nearest_name import nearest
 from pipeline.visible_tables import VisibleConsole
 from stages.watch.capture_progress import CACHE, PLAN, CaptureProgress
 from stages.watch.run_progress import RECIPE, RunProgress
@@ -36,8 +37,16 @@ class Watched:
         """Return what it is at now, as JSON values."""
         self._progress = self._progress or progress_of(self.path)
         if self._progress is None:
-            return {"kind": "waiting", "path": str(self.path), "state": "waiting"}
+            return {"kind": "waiting", "path": str(self.path), "state": "waiting", "nearest": nearest_beside(self.path)}
         return self._progress.facts()
+
+
+def nearest_beside(path: Path) -> str | None:
+    """Return the folder beside a missing one whose name is most like it: it may have been mistyped. None for none."""
+    if path.exists() or not path.parent.is_dir():
+        return None
+    found = nearest(path.name, (entry.name for entry in path.parent.iterdir() if entry.is_dir()))
+    return found and str(path.parent / found)
 
 
 def progress_of(path: Path) -> Progress | None:

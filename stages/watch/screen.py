@@ -37,6 +37,8 @@ def frame(facts: dict) -> RenderableType:
 
 def waiting_lines(facts: dict) -> Iterator[RenderableType]:
     yield Text(f"waiting for {visible(facts['path'])}: neither a run, nor runs, nor a cache is there yet")
+    if facts["nearest"]:
+        yield Text(f"did you mean {visible(facts['nearest'])}?")
 
 
 def run_lines(run: dict) -> Iterator[RenderableType]:

@@ -49,6 +49,17 @@ def test_each_value_says_where_it_comes_from(capsys, tmp_path):
     assert any(line.split() == ["#", "steps", "#", "the", "cache", "decides"] for line in text.splitlines())
 
 
+def test_a_bundled_recipe_goes_by_its_name_and_a_file_of_that_name_goes_first(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = json.loads(shown(capsys, "dspark", "--json"))
+    assert found["draft"]["method"]["value"] == "dspark" and found["train"]["batch"]["from"] == "recipe"
+    with pytest.raises(SystemExit):
+        main(["recipe", "show", "configs/dspark.toml"])  # a path means that file alone
+    assert "bundled: demo, dflash, domino, dspark, sweep" in capsys.readouterr().err
+    (tmp_path / "dspark").write_text("[draft]\nblock_size = 8\n")
+    assert json.loads(shown(capsys, "dspark", "--json"))["draft"]["block_size"]["from"] == "recipe"
+
+
 def test_with_a_cache_it_shows_the_recipe_that_a_training_writes_into_its_run(capsys, tmp_path, tiny_cache):
     sets = [f"--set={entry}" for entry in ("train.steps=1", "train.batch=4", "train.anchors=4", "draft.method=dflash")]
     words = [*sets, "--cache", str(tiny_cache)]

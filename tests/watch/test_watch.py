@@ -143,6 +143,8 @@ def test_a_path_is_waited_for_and_may_become_anything(tmp_path, going, tiny_cach
     watched = Watched(tmp_path / "later")
     assert watched.facts()["state"] == "waiting"
     assert "waiting for" in shown(watched.facts()) and shown(watched.facts()).count("\n") <= 3
+    mistyped = going.with_name(going.name[:-1])
+    assert f"did you mean {going}?" in shown(Watched(mistyped).facts()).replace("\n", "")
     going.rename(tmp_path / "later")
     assert watched.facts()["kind"] == "run"
     assert Watched(tiny_cache).facts()["kind"] == "capture"
