@@ -4,9 +4,10 @@
            sweep.csv    one row a run, for spreadsheets
            sweep.log    what the runs printed while a table was shown in their place
 
-FOLDER is the sweep's --out, without it runs/sweep-DIGEST. A sweep that was stopped leaves both files, too, and a grid
-has them from its start on: the runs to come have the state "unfinished". A value of a recipe's field is a number, text,
-true or false, or a list of these; a setting has one for each field of the sweep, by "section.field".
+FOLDER is the sweep's --out, without it runs/sweep-DIGEST. Both files are there from the start on, and a sweep that was
+stopped leaves them, too: a grid's runs to come have the state "unfinished", a search has the trials begun. A value of a
+recipe's field is a number, text, true or false, or a list of these; a setting has one for each field of the sweep, by
+"section.field".
 """
 
 from pathlib import Path

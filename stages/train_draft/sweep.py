@@ -92,8 +92,8 @@ def _train(planned: "Planned", places: list[str], prepare: partial, shared_read:
     work = planned.search_work(places) if planned.search else planned.grid_work(places, shared_read)
     for line in planned.warnings():
         print_visible(visible(f"warning: {line}"))
-    if work and not planned.search:
-        planned.write({})  # those who watch it learn of all runs to come
+    if work:
+        planned.write({})  # those who watch it learn of all runs to come, or of how many trials
     states = States()
     with shown_live(partial(planned.rows, states), planned.folder):
         if min(len(places), len(work)) > 1:
@@ -241,7 +241,7 @@ class Training:
 
     def __call__(self, work: Work) -> Errors:
         if self.planned.search:
-            self.planned.search.train(self.device)
+            self.planned.search.train(self.device, before_each=partial(self.planned.write, {}))
             return {}
         store, runs = self.planned.store, [self.planned.runs[path] for path in work.runs]
         if len(runs) > 1:

@@ -12,7 +12,7 @@ Runs are compared, and given up, by the exact accept length on held-out replies,
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,14 +169,16 @@ class Search:
 
     # Training
 
-    def train(self, device: torch.device) -> None:
-        """Work on trials until there are as many as were asked for. Raises what ends every run: `ends_all`, signals."""
+    def train(self, device: torch.device, before_each: Callable[[], object]) -> None:
+        """Work on trials until there are as many as were asked for; call `before_each` once one is taken. Raises what
+        ends every run: `ends_all`, signals."""
         while True:
             with self.claim() as claim:
                 if claim is None:
                     break
                 title = f"trial {claim.trial.number}: {setting_text(claim.setting)}"
                 print_visible(f"\n{visible(title)}{', which another process began' * claim.resumed}")
+                before_each()
                 self._train(claim, device)
         short = self.file.search.trials - len(self.trials())
         if short > 0:

@@ -1,7 +1,8 @@
 """The progress of a sweep: of the runs that its sweep.json lists, or of all runs in a folder without one.
 
-What a run's own folder says goes before sweep.json, which is written at a sweep's start and end: a run that failed and
-was tried again may be finished by now. Only sweep.json tells which runs are still to come.
+What a run's own folder says goes before sweep.json, which is written at a sweep's start and end, by a search
+with every trial, too: a run that failed and was tried again may be finished by now. Only sweep.json tells which runs
+are still to come.
 """
 
 import time

@@ -222,7 +222,7 @@ def test_each_run_is_planned_once_however_often_it_is_shown(recipe, greedy_cache
     monkeypatch.setattr(sweep_plan, "data_digest", lambda *of: asked.append(of) or "data")
     planned = Planned(greedy_cache, recipe(), (), tmp_path)
     before = len(asked)
-    planned.search.train(torch.device("cpu"))
+    planned.search.train(torch.device("cpu"), before_each=lambda: None)
     for _ in range(3):
         assert [row.state for row in planned.search.rows()] == ["finished"] * 3
     assert len(planned.search.run_facts()) == 3 and len(asked) - before == 3
@@ -368,6 +368,7 @@ def test_a_signal_leaves_the_trial_to_the_next_command(recipe, greedy_cache, tmp
     while not list(out.glob("dflash-*/checkpoints/*")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
+    assert [run.state for run in read_sweep(out).runs] == ["unfinished"]  # those who watch it see it while it runs
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)
     assert process.returncode == 130, said
