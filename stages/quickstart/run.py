@@ -20,10 +20,10 @@ from pipeline.nearest_name import did_you_mean
 from pipeline.visible_text import print_visible, visible
 from stages.quickstart.command_processes import Command, run_command, run_side_by_side
 
-TARGET, RECIPE = "tiny-qwen3", "demo.toml"
+TARGET, RECIPE, CORPUS = "tiny-qwen3", "demo.toml", "chats.jsonl"
 # Within nine minutes on two slow cores, the first accept length within three: of the corpus all that is held out and
 # half of the rest, of the recipe's steps half, so a step's samples are as new as in the whole.
-CONVERSATIONS, STEPS, EVAL_EVERY, PROMPTS = 3000, 200, 50, 40
+CONVERSATIONS, STEPS, EVAL_EVERY, PROMPTS = 3000, 200, 40, 40
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def next_commands(places: Places, method: str) -> list[Command]:
     export = places.out / "export"
     return [
         Command("inspect", places.cache, "--sample", "3"),
-        Command("cache-hidden", "--model", TARGET, "--append", "--out", places.cache),
+        Command("cache-hidden", "--model", TARGET, "--corpus", BUNDLED / CORPUS, "--append", "--out", places.cache),
         Command("train-draft", places.recipe, *longer, "--cache", places.cache, "--out", places.out / "longer"),
         Command("export", "--draft", places.run(method), "--out", export),
         Command("check-export", export),
