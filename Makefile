@@ -5,12 +5,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIPELINE := $(BIN)/pipeline
 TARGET := data/tiny-qwen3
-CACHE := build/hs_cache
+CACHE := build/results/cache
 METHODS := dflash domino dspark
 
-# The demo's recipe for a third of its steps, its own, and three times as many.
-DEMO_STEPS := 400
-BUDGETS := 133 $(DEMO_STEPS) 1200
+# The demo's recipe for a third of its steps, its own, and three times as many. (`make demo` stops at half.)
+RECIPE_STEPS := 400
+BUDGETS := 133 $(RECIPE_STEPS) 1200
 SEEDS := 0 1 2
 # What drafts learn from, at the demo's steps; of DSpark what is published, labels alone, and the best of the others.
 OBJECTIVES := $(foreach method,dflash domino,$(addprefix $(method).,ce ce+dpace kl tv lk-alpha lk-hybrid)) \
@@ -116,7 +116,7 @@ docs: install
 # what is better: after how many steps is it as good?
 RESULTS := data/results
 recipe = $(1).$(if $(filter dspark,$(1)),dspark,ce)
-LESSONS := $(foreach seed,$(SEEDS),$(OBJECTIVES:%=$(RESULTS)/%.$(DEMO_STEPS).$(seed).json))
+LESSONS := $(foreach seed,$(SEEDS),$(OBJECTIVES:%=$(RESULTS)/%.$(RECIPE_STEPS).$(seed).json))
 RUNS := $(foreach steps,$(BUDGETS),$(foreach seed,$(SEEDS),$(foreach method,$(METHODS),\
   $(RESULTS)/$(call recipe,$(method)).$(steps).$(seed).json)))
 # reports, baseline, its steps
@@ -130,9 +130,9 @@ results: install
 	$(PIPELINE) report --markdown --forced --plot $(RESULTS)/accept-length.svg $(RUNS)
 	$(foreach steps,$(BUDGETS),$(call against,$(call at,$(steps)),$(call recipe,dspark),$(steps)) &&) true
 	$(foreach method,$(METHODS),\
-	  $(call against,$(call of,$(method),$(LESSONS)),$(call recipe,$(method)),$(DEMO_STEPS)) &&) true
-	$(foreach other,dflash dspark,$(call against,$(call of,domino,$(LESSONS)),$(call recipe,$(other)),$(DEMO_STEPS)) &&) true
-	$(foreach better,$(BETTER),$(call against,$(call of,$(basename $(better)),$(RUNS)),$(better),$(DEMO_STEPS)) &&) true
+	  $(call against,$(call of,$(method),$(LESSONS)),$(call recipe,$(method)),$(RECIPE_STEPS)) &&) true
+	$(foreach other,dflash dspark,$(call against,$(call of,domino,$(LESSONS)),$(call recipe,$(other)),$(RECIPE_STEPS)) &&) true
+	$(foreach better,$(BETTER),$(call against,$(call of,$(basename $(better)),$(RUNS)),$(better),$(RECIPE_STEPS)) &&) true
 
 $(RESULTS)/%.json: run = $(subst ., ,$*)
 $(RESULTS)/%.json: dpace = $(if $(findstring +dpace,$*),--set draft.weighting=dpace)
