@@ -12,7 +12,7 @@ METHODS := dflash domino dspark
 RECIPE_STEPS := 400
 BUDGETS := 133 $(RECIPE_STEPS) 1200
 SEEDS := 0 1 2
-# What drafts learn from, at the demo's steps; of DSpark what is published, labels alone, and the best of the others.
+# What drafts learn from, at the recipe's steps; of DSpark what is published, labels alone, and the best of the others.
 OBJECTIVES := $(foreach method,dflash domino,$(addprefix $(method).,ce ce+dpace kl tv lk-alpha lk-hybrid)) \
   $(addprefix dspark.,ce dspark kl)
 # Of these, what is ahead of the published objective, or beside it.

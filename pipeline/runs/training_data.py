@@ -171,9 +171,16 @@ class Split:
 
 
 def split_samples(
-    cache: HiddenCache, mask_token_id: int, share: float, layers: Sequence[int] | None = None, final: bool = False
+    cache: HiddenCache,
+    mask_token_id: int,
+    share: float,
+    layers: Sequence[int] | None = None,
+    final: bool = False,
+    first: int | None = None,
 ) -> Split:
     """Split the samples of a cache, reading every sample's tokens once.
+
+    first: only the first so many, such as a cache had before more were appended (None: all).
 
     A sample is usable when two adjacent tokens are supervised (an anchor and the token after it) and no column of
     `layers` (None: all complete ones) has its states refused. To be held out, or trained on where `final`, it needs its
@@ -184,7 +191,8 @@ def split_samples(
     usable = np.zeros(len(cache), bool)
     prompts_n = np.zeros(len(cache), np.uint64)
     layers = cache.layers if layers is None else layers
-    for index in np.flatnonzero(table.usable(layers)):
+    count = len(cache) if first is None else first
+    for index in np.flatnonzero(table.usable(layers)[:count]):
         ids_T, mask_T = cache.tokens_of(int(index))
         if (ids_T == mask_token_id).any():
             raise UsageError(
@@ -198,15 +206,15 @@ def split_samples(
     heldout = np.where(stated == "", drawn, stated == HELDOUT)
     train = np.flatnonzero(usable & ~heldout & table.usable(layers, final))
     if not len(train):
-        out, short = int((usable & heldout).sum()), int((~usable).sum())
+        out, short = int((usable & heldout).sum()), int((~usable[:count]).sum())
         raise DataError(
-            f"{cache.path}: none of {len(cache)} samples can train a draft: {out} are held out (split `{HELDOUT}`), "
-            f"{short} have no two adjacent supervised tokens, the states of {len(cache) - out - short} were refused; "
+            f"{cache.path}: none of {count} samples can train a draft: {out} are held out (split `{HELDOUT}`), "
+            f"{short} have no two adjacent supervised tokens, the states of {count - out - short} were refused; "
             "add others with `pipeline cache-hidden --append` and another --corpus, or a larger --max-samples"
         )
     measured = np.flatnonzero(usable & heldout & table.usable(layers, cache.has_final))
     digest = _digest(table.sample_id, train, measured)
-    return Split(train, measured, int(len(cache) - usable.sum()), digest)
+    return Split(train, measured, int(count - usable.sum()), digest)
 
 
 def prompt_hash(ids_T: np.ndarray, mask_T: np.ndarray) -> int:

@@ -6,6 +6,7 @@ time.
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 from pipeline.cache import HiddenCache
 from pipeline.drafts import Draft, DraftConfig, draft_config, metrics_of
-from pipeline.errors import UsageError
+from pipeline.errors import DataError, UsageError
 from pipeline.evaluation.accept_length import Span, accept_spans, summarise
 from pipeline.evaluation.reports import Report
 from pipeline.evaluation.teacher_forced import add_metric_sums
@@ -70,9 +71,17 @@ class Case(RecordedRun):
 
     @cached_property
     def split(self) -> Split:
-        draft = self.resolved.draft
-        share = self.recipe.train.heldout
-        return split_samples(self.cache, draft.mask_token_id, share, draft.target_layer_ids, draft.needs_final_states)
+        """The samples of its training: where the cache was appended to since, those that were there."""
+        draft, share = self.resolved.draft, self.recipe.train.heldout
+        needed = (draft.mask_token_id, share, draft.target_layer_ids, draft.needs_final_states)
+        whole = split_samples(self.cache, *needed)
+        if whole.digest != self.record.split.digest:
+            for samples in np.cumsum([segment.samples for segment in self.cache.catalog.plan.manifests])[:-1]:
+                with suppress(DataError):  # none to train on among the first
+                    before = split_samples(self.cache, *needed, first=int(samples))
+                    if before.digest == self.record.split.digest:
+                        return before
+        return whole
 
     @cached_property
     def draft(self) -> Draft:

@@ -95,6 +95,22 @@ def change_checkpoint(run: Path, out: Path, changed) -> Path:
     return out
 
 
+def test_a_run_is_looked_at_on_the_samples_it_had_though_more_were_appended_since(cache, healthy, tmp_path):
+    from stages.cache_hidden.run import run
+    from stages.cache_hidden.settings import CaptureOptions
+
+    grown = shutil.copytree(cache, tmp_path / "cache")
+    chats = [json.loads(line) for line in (ROOT / "data" / "chats.jsonl").read_text().splitlines()]
+    more = [chat for chat in chats if chat["domain"] == "sql" and chat["split"] == "train"][:100]
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in more))
+    run(str(TARGET), str(tmp_path / "more.jsonl"), grown, options=CaptureOptions(append=True))
+    assert len(HiddenCache.open(grown)) > 2 * TRAINED
+    before, after = Case(healthy).split, Case(healthy, named_cache=grown).split
+    assert after.digest == before.digest and len(after.train) == len(before.train) == TRAINED
+    assert after.unusable == before.unusable
+    assert [finding["state"] for finding in doctor(healthy, cache=grown)["findings"]].count(PROBLEM) == 0
+
+
 def with_config(**changes):
     def changed(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text()) | changes
