@@ -31,7 +31,7 @@ from transformers import DynamicCache, PreTrainedModel
 from pipeline.drafts import BlockRequest, Draft, DraftKV, Proposal, Sampling
 from pipeline.errors import UsageError
 from pipeline.evaluation.accept_length import accepted_tokens, cut_at_stop
-from pipeline.target.kv_cache import BatchedKV, SingleKV, check_croppable, new_kv
+from pipeline.target.kv_cache import BatchedKV, SingleKV, check_croppable, kv_argument, new_kv
 from pipeline.target.model import tap_layers
 from pipeline.tensors import draw, uniforms
 
@@ -174,7 +174,7 @@ def _prefill(target: PreTrainedModel, draft: Draft, sequence: "_Sequence", stops
     for wanted in (1, 0):  # 0: all. Where layers share keys, one row of logits may be one row of their states as well
         kv = new_kv()
         with tap_layers(target, layers) as taken:
-            output = target(input_ids=input_1N, past_key_values=kv, use_cache=True, logits_to_keep=wanted)
+            output = target(input_ids=input_1N, **kv_argument(target, kv), logits_to_keep=wanted)
         if all(taken[layer].shape[1] == count for layer in layers):
             break
     logits_1V = output.logits[0, -1:]

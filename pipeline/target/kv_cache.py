@@ -8,11 +8,12 @@ next block overwrites them.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from inspect import signature
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -23,6 +24,21 @@ from pipeline.errors import UsageError
 CROPPABLE = {"full_attention", "sliding_attention", "chunked_attention"}
 MASKED = {"full_attention", "sliding_attention"}  # of these, those whose mask for a batch is made here
 TAKES_MASKS = {"sdpa", "eager"}
+
+
+def kv_argument(target: nn.Module, kv: Cache | None) -> dict:
+    """Return the arguments of a forward that reads and extends a kv cache; `kv_keyword` names it."""
+    return {kv_keyword(target): kv, "use_cache": True}
+
+
+def kv_keyword(target: nn.Module) -> str:
+    """Return what a forward, and its output, call the kv cache: transformers 5.24 renamed `past_key_values`."""
+    return _keyword_of(type(target))
+
+
+@cache
+def _keyword_of(kind: type[nn.Module]) -> str:
+    return "cache" if "cache" in signature(kind.forward).parameters else "past_key_values"
 
 
 def _layer_kinds(target: PreTrainedModel) -> set[str]:
@@ -76,7 +92,7 @@ class SingleKV:
         """Run the target on the next tokens of each sequence; return the logits [B, N, V] after each token."""
         self.rows = len(pieces[0])
         ids_1N = torch.tensor([list(pieces[0])], device=self.target.device)
-        return self.target(input_ids=ids_1N, past_key_values=self.kv, use_cache=True).logits
+        return self.target(input_ids=ids_1N, **kv_argument(self.target, self.kv)).logits
 
     def crop(self, counts: Sequence[int]) -> None:
         """Keep the first `counts` of the tokens that each sequence was last run on, and drop the rest."""
@@ -163,8 +179,7 @@ class BatchedKV:
             input_ids=torch.tensor(padded, device=device),
             attention_mask=self._masks(),
             position_ids=self.at_BN,
-            past_key_values=self.cache,
-            use_cache=True,
+            **kv_argument(self.target, self.cache),
         ).logits
 
     def _masks(self) -> Tensor | dict[str, Tensor]:

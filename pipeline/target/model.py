@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from pipeline.cache.atomic import process_lock, write_errors
 from pipeline.cache.catalog import Catalog, has_target
@@ -27,6 +28,7 @@ from pipeline.errors import UsageError
 from pipeline.target.chat_template import load_tokenizer
 from pipeline.target.files import complete_config, tokenizer_files
 from pipeline.target.head import TargetHead, logit_scale
+from pipeline.target.kv_cache import kv_argument
 from pipeline.target.several_devices import same_weights, whole_weight
 from pipeline.target.weights import check_weights_if_recorded, weight_facts
 
@@ -108,13 +110,13 @@ def _residual(module: nn.Module, state: Tensor) -> Tensor:
     )
 
 
-def run_decoder(model: PreTrainedModel, input_ids: Tensor, **kw):
+def run_decoder(model: PreTrainedModel, input_ids: Tensor, kv: Cache | None = None):
     """Run the target without its LM head; `last_hidden_state` [B, T, D] is after the last norm.
 
-    `kw` is passed to the decoder (attention_mask, position_ids, past_key_values, ...); no kv cache is used by default.
+    kv: the kv cache that it reads and extends; None for none.
     """
-    kw.setdefault("use_cache", kw.get("past_key_values") is not None)
-    return decoder(model)(input_ids=input_ids, **kw)
+    inner = decoder(model)
+    return inner(input_ids=input_ids, **({"use_cache": False} if kv is None else kv_argument(inner, kv)))
 
 
 def lm_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from pipeline.errors import CacheError, ProofError, UsageError, VersionError
 from pipeline.evaluation.decode import Decoded
 from pipeline.evaluation.reports import MAX_SPREADS, NearTie, SampledLossless
 from pipeline.json_files import Count, Counts, Record
+from pipeline.target.kv_cache import kv_argument, kv_keyword
 from pipeline.target.model import float32_by_layer
 from pipeline.tensors import refuse_out_of_memory
 
@@ -51,8 +52,8 @@ def plain_decode(
     kv, new = None, []
     input_1N = torch.tensor([list(prompt_ids)], device=target.device)
     while len(new) < max_new:
-        output = target(input_ids=input_1N, past_key_values=kv, use_cache=True, logits_to_keep=1)
-        kv = output.past_key_values
+        output = target(input_ids=input_1N, **kv_argument(target, kv), logits_to_keep=1)
+        kv = getattr(output, kv_keyword(target))
         token = int(output.logits[0, -1].argmax())
         new.append(token)
         if token in stop_ids:
@@ -133,9 +134,7 @@ class LosslessCheck:
             first = number == 0
             padded = piece if first else piece + piece[-1:] * (width - len(piece))
             ids_BT = torch.tensor([padded] * (1 if first else batch), device=self.target.device)
-            logits_BTV = self.target(
-                input_ids=ids_BT, past_key_values=kv, use_cache=True, logits_to_keep=int(first)
-            ).logits
+            logits_BTV = self.target(input_ids=ids_BT, **kv_argument(self.target, kv), logits_to_keep=int(first)).logits
             rows += len(piece)
             if first:
                 kv.batch_repeat_interleave(batch)

@@ -20,7 +20,7 @@ from pipeline.corpus.rejections import Unusable
 from pipeline.errors import RoomError, UsageError
 from pipeline.matrix_products import compute_by_linear
 from pipeline.target.files import max_positions, read_text_config
-from pipeline.target.kv_cache import BatchedKV, check_batchable, new_kv
+from pipeline.target.kv_cache import BatchedKV, check_batchable, kv_argument, new_kv
 from pipeline.target.loading import load_target
 from pipeline.target.model import lm_logits, run_decoder, stop_tokens
 from pipeline.tensors import draw, find_device, out_of_memory, uniforms
@@ -113,7 +113,7 @@ class LocalEngine:
             group.append(waiting.popleft())
         width, kv = max(len(sequence.prompt) for sequence in group), new_kv()
         padded = [sequence.prompt + sequence.prompt[-1:] * (width - len(sequence.prompt)) for sequence in group]
-        hidden_BTD = run_decoder(self.target, self._tensor(padded), past_key_values=kv).last_hidden_state
+        hidden_BTD = run_decoder(self.target, self._tensor(padded), kv).last_hidden_state
         last_B = torch.tensor([len(sequence.prompt) - 1 for sequence in group], device=hidden_BTD.device)
         self._append_next_tokens(
             group, lm_logits(self.target, hidden_BTD[torch.arange(len(group), device=last_B.device), last_B])
@@ -143,7 +143,7 @@ class LocalEngine:
     def _extend(self, sequence: _Sequence, kv: DynamicCache, cached: int) -> None:
         """Run a sequence whose first `cached` tokens are in the kv cache, and append the next token."""
         output = self.target(
-            input_ids=self._tensor([sequence.ids[cached:]]), past_key_values=kv, use_cache=True, logits_to_keep=1
+            input_ids=self._tensor([sequence.ids[cached:]]), **kv_argument(self.target, kv), logits_to_keep=1
         )
         self._append_next_tokens([sequence], output.logits[:, -1])
 

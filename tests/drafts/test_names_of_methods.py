@@ -18,7 +18,7 @@ ALLOWED = {
     "pipeline/drafts/objectives.py": {"dspark"},  # an objective, which any method may have
     "pipeline/published/reading.py": {"dflash_config", "dflash_module", "Qwen3DSparkModel"},
     "pipeline/published/export.py": {"dflash_config"},
-    "pipeline/runs/recipe.py": {"domino", "configs/domino.toml"},  # the default method
+    "pipeline/runs/recipe.py": {"domino"},  # the default method
     "pipeline/draft_commands.py": {"dflash,domino"},
     "pipeline/options.py": {"dflash,domino"},
     "pipeline/report_page/contents.py": {"runs/domino"},
