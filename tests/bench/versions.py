@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--oldest", action="store_true")
     parser.add_argument("--folder", type=Path, help="of the environment")
     parser.add_argument("rest", nargs="*", metavar="PYTEST ARGUMENTS")
-    chosen = parser.parse_args()
+    chosen = parser.parse_intermixed_args()
     name = f"{Path(chosen.python).name}-{'oldest' if chosen.oldest else 'newest'}"
     python = install(chosen.python, chosen.folder or ROOT / "build/versions" / name, chosen.oldest)
     listed = subprocess.run([python, "-m", "pip", "list", "--format=json"], capture_output=True, check=True).stdout

@@ -665,13 +665,13 @@ def test_a_run_that_goes_on_elsewhere_says_what_differs(tiny_cache, tmp_path, mo
         stopping(patch, 3, kill)
         trained(tiny_cache, tmp_path / "run", "train.save_every=2")
     facts, _ = parse_checksummed((tmp_path / "run" / "run.json").read_bytes())
-    facts["machine"], facts["versions"]["torch"] = {"device": "cpu", "threads": "64"}, "2.9.0"
+    facts["machine"], facts["versions"]["torch"] = {"device": "cpu", "threads": "64"}, "2.0.0"
     (tmp_path / "run" / "run.json").write_bytes(record_bytes(facts))
     assert "began with" not in capsys.readouterr().out
 
     trained(tiny_cache, tmp_path / "run", "train.save_every=2")
 
-    here = f"threads 64, now {torch.get_num_threads()}; torch 2.9.0, now {version('torch')}"
+    here = f"threads 64, now {torch.get_num_threads()}; torch 2.0.0, now {version('torch')}"
     assert f"began with {here}" in capsys.readouterr().out
 
 
