@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from rich.text import Text
 from pipeline.cache.atomic import size_text
 from pipeline.cache.catalog import Catalog, has_target, target_file
 from pipeline.cache.file_writer import refused_samples
-from pipeline.cache.layout import PLAN, SAMPLES, TARGET, layer_of
+from pipeline.cache.layout import PLAN, SAMPLES, SHARDS, TARGET, layer_of, numbered
 from pipeline.cache.reader import HiddenCache
 from pipeline.cache.schema import ColumnManifest, read_log
 from pipeline.errors import UsageError
@@ -39,7 +39,7 @@ def describe(path: Path) -> dict:
         "columns": sum(column["bytes"] for column in columns),
         "plan": _folder_bytes(path / PLAN),
         "target": _folder_bytes(path / TARGET),
-        "total": _folder_bytes(path),
+        "total": _folder_bytes(path, _array_bytes(path, shards)),
     }
     return {
         "path": str(path),
@@ -116,18 +116,31 @@ def _gauge(shards: list[dict[str, ColumnManifest]]) -> dict | None:
     }
 
 
-def _folder_bytes(folder: Path | str) -> int:
+def _array_bytes(path: Path, shards: list[dict[str, ColumnManifest]]) -> dict[str, int]:
+    """Return the bytes of every column's zarr array by its folder's path, as its manifest states them."""
+    return {
+        os.path.join(path, SHARDS, numbered(shard), manifest.spec.stem): sum(
+            fact.size for file, fact in manifest.files.items() if "/" in file
+        )
+        for shard, columns in enumerate(shards)
+        for manifest in columns.values()
+    }
+
+
+def _folder_bytes(folder: Path | str, known: Mapping[str, int] | None = None) -> int:
     """Return the bytes of all files below a folder, none where it is not there.
 
-    Files that vanish meanwhile and links that lead nowhere are not counted. By `scandir`: a cache of 1,000 shards has
-    9,000 files, of each of which `rglob` asks three times.
+    known: the bytes of folders that need not be opened: of a cache of 1,000 shards, 6,000 of 8,000. Files that vanish
+    meanwhile and links that lead nowhere are not counted. By `scandir`, since `rglob` asks three times of each file.
     """
-    total = 0
+    total, known = 0, known or {}
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
             try:
-                if entry.is_dir(follow_symlinks=False):
-                    total += _folder_bytes(entry.path)
+                if entry.path in known:
+                    total += known[entry.path]
+                elif entry.is_dir(follow_symlinks=False):
+                    total += _folder_bytes(entry.path, known)
                 elif entry.is_file():
                     total += entry.stat().st_size
             except OSError:  # not `suppress`: 11,000 of them take 20 ms
