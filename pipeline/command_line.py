@@ -119,6 +119,7 @@ def run_and_exit(commands: click.Group, arguments: list[str]) -> None:
     """Run a command line and exit: 0 done, 1 a bug or a failed proof, 2-5 typed errors, 129 / 130 / 143 stopped."""
     debug = "--debug" in arguments
     disable_spin_waiting()
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # to look for them opens a file of every package
     protect_standard_streams()
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it

@@ -1,16 +1,15 @@
 """The catalog: what a cache is and which columns it has, as one command knows it.
 
 Readers, writers, verify, repair and reports ask one Catalog, opened once for the command. Everything in it is read when
-it is first needed, so a cache of a thousand shards opens as quickly as one of sixteen, and a manifest is parsed once.
-Other processes may commit meanwhile: after `refresh`, the folders are listed again, and only manifests whose file is
-another one are read again.
+first needed: a cache of a thousand shards opens as quickly as one of sixteen. Other processes may commit meanwhile:
+after `refresh`, folders are listed again, and only manifests whose file is another one are read again.
 """
 
 import contextlib
 import gc
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -88,6 +87,20 @@ def _version(entry: os.DirEntry) -> FileVersion | None:
             found = entry.stat()
             return found.st_ino, found.st_size, found.st_mtime_ns
     return None
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Pause the collector, which goes through all manifests again for every few read: half the time for 60,000."""
+    resume = gc.enable if gc.isenabled() else gc.disable
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not gc.get_freeze_count():  # nor soon: these two calls move all objects to the oldest generation
+            gc.freeze()
+            gc.unfreeze()
+        resume()
 
 
 class Catalog:
@@ -172,9 +185,9 @@ class Catalog:
             found = self._shards.setdefault(shard, _Shard(shard_folder(self.path, shard)))
         return found
 
-    def entries(self, shard: int) -> Iterable[str]:
-        """The names of a shard's files and folders; none where it cannot be listed."""
-        return self._shard(shard).entries.keys()
+    def entries(self, shard: int) -> Mapping[str, FileVersion | None]:
+        """A shard's files and folders by name, with the version of manifests; none where it cannot be listed."""
+        return self._shard(shard).entries
 
     def columns_of(self, shard: int) -> list[str]:
         """The columns that a shard has, sorted."""
@@ -231,8 +244,13 @@ class Catalog:
         return manifest
 
     def columns(self, shard: int) -> dict[str, ColumnManifest]:
-        """Manifests of the columns that a shard has, by name. The typed error of a folder that cannot be listed."""
+        """Manifests of a shard's columns, by name. The typed error of a folder that cannot be listed."""
         return {name: self.manifest(shard, name) for name in self._shard(shard).readable().columns}
+
+    def columns_of_shards(self) -> list[dict[str, ColumnManifest]]:
+        """What `columns` returns for each planned shard."""
+        with _without_collections():
+            return [self.columns(shard) for shard in range(self.shards)]
 
     @cached_property
     def whole(self) -> dict[str, ColumnSpec]:
@@ -290,16 +308,8 @@ class Catalog:
 
     def missing(self, columns: Sequence[ColumnSpec]) -> Work:
         """The shards that lack columns, and which."""
-        was_enabled = gc.isenabled()
-        gc.disable()  # it goes through all manifests again for every few that are read: half of the time for 60,000
-        try:
+        with _without_collections():
             absent = [[spec for spec in columns if not self.captured(n, spec.name)] for n in range(self.shards)]
-        finally:
-            if not gc.get_freeze_count():  # nor soon: these two calls move all objects to the oldest generation
-                gc.freeze()
-                gc.unfreeze()
-            if was_enabled:
-                gc.enable()
         return [(self.plan.shards[shard], specs) for shard, specs in enumerate(absent) if specs]
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from pipeline.cache.atomic import size_text
 from pipeline.cache.catalog import Catalog, has_target, target_file
 from pipeline.cache.file_writer import refused_samples
-from pipeline.cache.layout import PLAN, SAMPLES, SHARDS, TARGET, layer_of, numbered
+from pipeline.cache.layout import PLAN, SAMPLES, TARGET, layer_of, shard_folder
 from pipeline.cache.reader import HiddenCache
 from pipeline.cache.schema import ColumnManifest, read_log
 from pipeline.errors import UsageError
@@ -31,7 +31,7 @@ def describe(path: Path) -> dict:
     path = Path(path)
     cache = HiddenCache.open(path)
     plan = cache.catalog.plan
-    shards = [cache.columns(shard) for shard in range(cache.shards)]
+    shards = cache.catalog.columns_of_shards()
     table = cache.samples
     columns = _columns(shards, np.bincount(table.shard, table.length, minlength=cache.shards))
     refused = refused_samples(plan, dict(enumerate(shards)), np.diff(table.starts))
@@ -39,7 +39,7 @@ def describe(path: Path) -> dict:
         "columns": sum(column["bytes"] for column in columns),
         "plan": _folder_bytes(path / PLAN),
         "target": _folder_bytes(path / TARGET),
-        "total": _folder_bytes(path, _array_bytes(path, shards)),
+        "total": _folder_bytes(path, _shard_bytes(cache.catalog, shards)),
     }
     return {
         "path": str(path),
@@ -116,22 +116,24 @@ def _gauge(shards: list[dict[str, ColumnManifest]]) -> dict | None:
     }
 
 
-def _array_bytes(path: Path, shards: list[dict[str, ColumnManifest]]) -> dict[str, int]:
-    """Return the bytes of every column's zarr array by its folder's path, as its manifest states them."""
-    return {
-        os.path.join(path, SHARDS, numbered(shard), manifest.spec.stem): sum(
-            fact.size for file, fact in manifest.files.items() if "/" in file
-        )
-        for shard, columns in enumerate(shards)
-        for manifest in columns.values()
-    }
+def _shard_bytes(catalog: Catalog, shards: list[dict[str, ColumnManifest]]) -> dict[str, int]:
+    """Return the bytes of each shard's folder, by its path, that holds what its manifests name and nothing else."""
+    found = {}
+    for shard, columns in enumerate(shards):
+        entries = catalog.entries(shard)
+        sizes = {name: version[1] for name, version in entries.items() if version}  # of the manifests
+        for manifest in columns.values():
+            sizes |= {file: fact.size for file, fact in manifest.files.items()}
+        if entries.keys() == {file.partition("/")[0] for file in sizes}:
+            found[str(shard_folder(catalog.path, shard))] = sum(sizes.values())
+    return found
 
 
 def _folder_bytes(folder: Path | str, known: Mapping[str, int] | None = None) -> int:
     """Return the bytes of all files below a folder, none where it is not there.
 
-    known: the bytes of folders that need not be opened: of a cache of 1,000 shards, 6,000 of 8,000. Files that vanish
-    meanwhile and links that lead nowhere are not counted. By `scandir`, since `rglob` asks three times of each file.
+    known: the bytes of folders, by path, that need not be opened. Files that vanish meanwhile and links that lead
+    nowhere are not counted. By `scandir`, since `rglob` asks three times of each file.
     """
     total, known = 0, known or {}
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:

@@ -61,7 +61,7 @@ def format_of(cache: Path) -> str:
     return read_canonical(path)["format"] if path.exists() else FORMAT
 
 
-def read_record(path: Path, model: type[Model]) -> Model:
+def read_record(path: Path | str, model: type[Model]) -> Model:
     """Read a manifest as the record it must be.
 
     Raises what `read_canonical` raises, CacheError for any other record, and VersionError for one that is right but for
@@ -70,7 +70,7 @@ def read_record(path: Path, model: type[Model]) -> Model:
     return parse_record(_read_manifest(path), path, model)
 
 
-def parse_record(data: bytes, path: Path, model: type[Model]) -> Model:
+def parse_record(data: bytes, path: Path | str, model: type[Model]) -> Model:
     """What `read_record` returns, from the file's bytes; `path` is for messages.
 
     Parsed and validated in one step where nothing is unusual; else `parse_canonical` says what is wrong.
@@ -88,7 +88,7 @@ def parse_record(data: bytes, path: Path, model: type[Model]) -> Model:
     return record
 
 
-def _refuse_later(invalid: ValidationError, path: Path) -> None:
+def _refuse_later(invalid: ValidationError, path: Path | str) -> None:
     """Raise VersionError where nothing is wrong with a record but keys or choices that this version does not know."""
     faults = invalid.errors(include_url=False) if invalid.error_count() <= MAX_FAULTS else []
     added = [fault for fault in faults if fault["type"] == "unexpected_keyword_argument"]
@@ -109,7 +109,7 @@ def read_canonical(path: Path) -> dict:
     return parse_canonical(_read_manifest(path), path)
 
 
-def _read_manifest(path: Path) -> bytes:
+def _read_manifest(path: Path | str) -> bytes:
     try:
         return read_file(path, MAX_BYTES)
     except OSError as error:
@@ -118,7 +118,7 @@ def _read_manifest(path: Path) -> bytes:
         raise CacheError(f"{path}: damaged, {error}; run `pipeline verify`") from None
 
 
-def parse_canonical(data: bytes, path: Path) -> dict:
+def parse_canonical(data: bytes, path: Path | str) -> dict:
     """What `read_canonical` returns, from the file's bytes; `path` is for messages."""
     try:
         facts = parse_strict_json(data)
@@ -140,7 +140,7 @@ def _is_damaged_format(data: bytes) -> bool:
     return any(_ends_with_own_hash(_FORMAT.sub(b'\\1"%s"' % known.encode(), data)) for known in FORMATS)
 
 
-def _other_format(found: str, path: Path) -> str:
+def _other_format(found: str, path: Path | str) -> str:
     """The error message for a format version that is not read."""
     known = " and ".join(map(repr, FORMATS))
     if found in OLDER_FORMATS:

@@ -202,9 +202,20 @@ def _check_declared(declared: int, chunk_spec) -> None:
 
 
 @functools.cache
+def blosc():
+    """Return the library, imported by the first column that needs it: that takes 40 ms."""
+    from numcodecs import blosc
+
+    blosc.use_threads = False  # its pool has one lock for all callers; each reader thread decodes a chunk of its own
+    return blosc
+
+
+@functools.cache
 def _bounded_classes() -> dict[str, type]:
     """zarr-python's compressors, each checking the decoded size a chunk declares before decoding it."""
     from zarr.codecs import BloscCodec, ZstdCodec
+
+    blosc()
 
     class BoundedBlosc(BloscCodec):
         async def _decode_single(self, chunk_bytes, chunk_spec):

@@ -33,10 +33,9 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
-from numcodecs import blosc
 from zstandard import STRATEGY_FAST, ZstdCompressionParameters, ZstdCompressor
 
-from pipeline.cache.codecs.codec import ArrayCodec
+from pipeline.cache.codecs.codec import ArrayCodec, blosc
 from pipeline.cache.codecs.zarr_file import (
     DTYPES,
     SHARD_FILE,
@@ -65,8 +64,6 @@ _STREAM = struct.Struct("<2I")
 _FAST = ZstdCompressionParameters(
     window_log=20, hash_log=10, chain_log=6, search_log=1, min_match=7, strategy=STRATEGY_FAST
 )
-
-blosc.use_threads = False  # its thread pool has one lock for all callers; each reader thread decodes a chunk of its own
 
 
 class Raw(ArrayCodec):
@@ -242,7 +239,7 @@ class ZstdReader(OpenFile):
         if grid.chunk_bytes > max(MAX_CHUNK_BYTES, grid.row_bytes):
             raise CacheError(f"{self.path}: chunks of {grid.chunk_bytes} bytes, more than {MAX_CHUNK_BYTES}")
         super().__init__(self.path)
-        self._own = threading.local()
+        self._own, self._decompress = threading.local(), blosc().decompress
         end, index = self.read_index(grid)
         self._starts, self._sizes = parse_chunk_index(index, end, self.path)
         if (self._sizes > self.grid.chunk_bytes + OVERHEAD).any() or (self._sizes < OVERHEAD).any():
@@ -275,7 +272,7 @@ class ZstdReader(OpenFile):
         if not self._is_well_formed(packed, len(out)):
             raise CacheError(f"{self.path}: chunk {chunk} is damaged or claims another size; run `pipeline verify`")
         try:
-            blosc.decompress(packed, out)
+            self._decompress(packed, out)
         except (RuntimeError, ValueError) as error:
             check_memory(self.path)
             raise CacheError(f"{self.path}: chunk {chunk} cannot be decoded: {error}; run `pipeline verify`") from error

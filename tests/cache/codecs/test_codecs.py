@@ -8,6 +8,7 @@ import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
+import numcodecs.blosc
 import numpy as np
 import pytest
 import torch
@@ -244,13 +245,11 @@ def read_all(folder: Path) -> None:
     ],
 )
 def test_a_chunk_that_claims_another_size_or_form_is_refused_before_it_is_decoded(zstd_file, monkeypatch, place, value):
-    import pipeline.cache.codecs.lossless as module
-
     file = zstd_file / SHARD_FILE
     data = bytearray(file.read_bytes())
     data[place : place + len(value)] = value
     file.write_bytes(data)
-    monkeypatch.setattr(module.blosc, "decompress", None)
+    monkeypatch.setattr(numcodecs.blosc, "decompress", None)
     with pytest.raises(CacheError, match="chunk 0 is damaged or claims another size"):
         read_all(zstd_file)
 
