@@ -84,7 +84,8 @@ def test_what_is_damaged_comes_back_as_it_was_and_the_rest_is_not_touched(tiny_t
     whole, before = contents(cache), stamps(cache)
     spoil, lost = DAMAGE[damage]
     spoil(cache)
-    changed = {name for name, stamp in before.items() if stamps(cache).get(name) != stamp}
+    spoilt = stamps(cache)
+    changed = {name for name, stamp in before.items() if spoilt.get(name) != stamp}
 
     report = repair(cache, str(tiny_target), "cpu")
 
