@@ -125,7 +125,7 @@ def refuse_limit(where: Path | str, error: BaseException) -> None:
         raise known from error
 
 
-def read_error(path: Path, error: OSError) -> PipelineError:
+def read_error(path: Path | str, error: OSError) -> PipelineError:
     """Return the typed error for a file that cannot be read: an exhausted limit or a missing right is no damage."""
     exhausted = limit_error(f"{path}: cannot be read", error)
     if exhausted is not None:
@@ -137,6 +137,19 @@ def read_error(path: Path, error: OSError) -> PipelineError:
     if number in (None, errno.EISDIR, errno.EINVAL):
         return CacheError(f"{path}: cannot be read: {message}; run `pipeline verify`")
     return CacheError(f"{path}: cannot be read: {message}; the disk or the way to it is failing: see the system's log")
+
+
+def is_present(path: Path) -> bool:
+    """Return whether anything is at a path. Raises UsageError where the system cannot tell, as for one too long or
+    without the right to look: `Path.exists` says no then, from Python 3.14 on."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        refuse_limit(path, error)
+        raise
+    return True
 
 
 def check_memory(where: Path | str) -> None:

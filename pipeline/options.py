@@ -11,7 +11,7 @@ from click.shell_completion import CompletionItem
 
 from pipeline.bundled_files import bundled_recipes
 from pipeline.completion import complete_codecs, complete_methods, complete_paths, complete_setting
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, is_present
 from pipeline.nearest_name import did_you_mean
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
@@ -23,7 +23,7 @@ class FolderPath(click.Path):
 
     def convert(self, value, param, ctx) -> Path:
         path = super().convert(value, param, ctx)
-        if (path.exists() or path.is_symlink()) and not path.is_dir():
+        if (is_present(path) or path.is_symlink()) and not path.is_dir():
             self.fail(f"Directory {str(path)!r} is no folder.", param, ctx)
         return path
 
@@ -36,7 +36,7 @@ class RecipePath(click.Path):
 
     def convert(self, value, param, ctx) -> Path:
         path = super().convert(value, param, ctx)
-        return path if path.exists() else bundled_recipes().get(str(path), path)
+        return path if is_present(path) else bundled_recipes().get(str(path), path)
 
     def shell_complete(self, ctx, param, incomplete) -> list:
         names = [CompletionItem(name) for name in bundled_recipes() if name.startswith(incomplete)]

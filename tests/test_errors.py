@@ -131,7 +131,14 @@ def test_a_path_that_is_too_long_is_neither_damage_nor_a_bug(tmp_path, capfd):
     from pipeline.cli import main
 
     long = tmp_path / ("x" * 300)
-    for command in (["verify", long], ["inspect", long], ["train-draft", "--cache", long], ["plan", "--model", long]):
+    of_plan = ["plan", "--model", "data/tiny-qwen3", "--out", tmp_path / "cache", "--corpus"]
+    for command in (
+        ["verify", long],
+        ["inspect", long],
+        ["train-draft", "--cache", long],
+        ["plan", "--model", long],
+        [*of_plan, long],
+    ):
         with pytest.raises(SystemExit) as left:
             main([str(word) for word in command])
         line = capfd.readouterr().err.strip().splitlines()[-1]

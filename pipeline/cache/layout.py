@@ -8,7 +8,7 @@ import stat
 from functools import lru_cache
 from pathlib import Path
 
-from pipeline.errors import CacheError, UsageError, errno_of, refuse_limit
+from pipeline.errors import CacheError, UsageError, errno_of, is_present, refuse_limit
 
 FORMAT = "1"  # of new caches
 FORMATS = (FORMAT, "1-rc2")  # read; a cache keeps the one it was made in
@@ -44,7 +44,7 @@ NUMBER = re.compile(r"[0-9]{6}")
 
 def check_exists(cache: Path) -> None:
     """Raise UsageError unless a cache, or what is left of one, is at this path."""
-    if not any((cache / name).exists() for name in (IDENTITY, PLAN, SHARDS)):
+    if not any(is_present(cache / name) for name in (IDENTITY, PLAN, SHARDS)):
         make = shlex.join(["pipeline", "cache-hidden", "--model", "TARGET", "--out", str(cache)])
         raise UsageError(f"{cache}: no cache there; make one with `{make}`")
 

@@ -16,7 +16,7 @@ from pipeline.cache.manifest import FileFact
 from pipeline.corpus.file_formats import SUFFIXES, Chunk, read_chunks, without_nulls
 from pipeline.corpus.messages import ROLES
 from pipeline.corpus.record_formats import Conversation, RejectedRecord, parse_record, split_of
-from pipeline.errors import DataError, UsageError, first_line
+from pipeline.errors import DataError, UsageError, first_line, is_present
 from pipeline.nearest_name import did_you_mean
 from pipeline.visible_text import visible
 
@@ -32,6 +32,7 @@ def corpus_files(corpus: str) -> list[Path]:
     Raises UsageError when there is no such file, DataError when it is of a kind that is not read.
     """
     path = Path(corpus).expanduser()
+    present = is_present(path)
     if path.is_dir():
         files = _list_folder(path)[0]
         if not files:
@@ -42,7 +43,7 @@ def corpus_files(corpus: str) -> list[Path]:
         if not known:
             raise DataError(f"{corpus}: its name ends with none of {', '.join(SUFFIXES)}; rename or convert it")
         return [path]
-    if path.exists():
+    if present:
         raise UsageError(f"{corpus}: a pipe or a device, and a corpus is read twice; write it to a file first")
     looks_like_a_path = path.is_absolute() or corpus.startswith((".", "~")) or known
     if looks_like_a_path or corpus.count("/") > 1:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from pipeline.cache.atomic import check_free_space, sync_file, sync_folder, write_errors, write_file
 from pipeline.cache.manifest import FileFact
 from pipeline.drafts import DRAFTS, Draft, DraftConfig, draft_config
-from pipeline.errors import CacheError, UsageError
+from pipeline.errors import CacheError, UsageError, is_present
 from pipeline.json_files import (
     Count,
     Record,
@@ -191,7 +191,7 @@ def load_tensors(path: Path, into: Mapping[str, torch.Tensor]) -> None:
 
 def find_checkpoint(place: Path) -> Path:
     """Return a checkpoint's folder: `place` itself, or the newest one of the run in `place`. UsageError for neither."""
-    if (place / DRAFT).is_file() and (place / CONFIG).is_file():
+    if is_present(place / DRAFT) and is_present(place / CONFIG):
         return place
     saved = steps(place)
     if not saved:

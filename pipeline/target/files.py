@@ -6,7 +6,7 @@ from datetime import date
 from pathlib import Path
 
 from pipeline.bundled_files import BUNDLED
-from pipeline.errors import UsageError, first_line, refuse_limit
+from pipeline.errors import UsageError, first_line, is_present, refuse_limit
 from pipeline.target.layers import text_config
 
 CONFIG = "config.json"
@@ -51,11 +51,12 @@ def find_target(model: str, revision: str | None = None) -> Path:
     Raises UsageError when there is no such folder, no config in it, or no such model on the hub.
     """
     folder = Path(model).expanduser()
+    present = is_present(folder)
     if folder.is_dir():
-        if not (folder / CONFIG).is_file():
+        if not is_present(folder / CONFIG):
             raise UsageError(f"{model} is a folder without {CONFIG}; name the folder that a model was saved to")
         return folder
-    if folder.exists():
+    if present:
         raise UsageError(f"{model} is a file; name the folder that holds {CONFIG}")
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise UsageError(f"{model}: no such folder; name a folder that holds {CONFIG}, or a hub model like org/name")
