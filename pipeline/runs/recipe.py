@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import tomllib
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -48,7 +49,12 @@ STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=Fals
 
 def options_model() -> type[BaseModel]:
     """Return a model of the options of all methods, each of which a recipe may leave out."""
-    fields = {name: option for draft in DRAFTS.values() for name, option in draft.Config.options().items()}
+    return _model_of_options(*DRAFTS.values())
+
+
+@cache  # making it takes 10 ms, and a start asks for it a dozen times
+def _model_of_options(*drafts: type) -> type[BaseModel]:
+    fields = {name: option for draft in drafts for name, option in draft.Config.options().items()}
     kinds = {
         name: Annotated[option.annotation, *option.metadata] if option.metadata else option.annotation
         for name, option in fields.items()
