@@ -144,7 +144,7 @@ def is_present(path: Path) -> bool:
     without the right to look: `Path.exists` says no then, from Python 3.14 on."""
     try:
         path.stat()
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a name with a zero byte is none
         return False
     except OSError as error:
         refuse_limit(path, error)
