@@ -14,16 +14,14 @@ from pipeline import __version__
 from pipeline.command_line import InWorkflowOrder, only_json, run_and_exit, show
 from pipeline.draft_commands import DRAFT_COMMANDS
 from pipeline.errors import CacheError, ProofError
+from pipeline.option_types import CACHE_FOLDER, FOLDER, RECIPE, CodecOption
 from pipeline.options import (
     AS_JSON,
     CACHE,
     DEVICE,
     DEVICE_MAP,
-    FOLDER,
     HELP,
-    RECIPE,
     SET,
-    CodecOption,
     capture_options,
     import_options,
     plan_options,
@@ -199,7 +197,7 @@ def import_cache(source, out, as_json, **chosen):
 
 @commands.command("train-draft")
 @argument("recipe", type=RECIPE, required=False)
-@option("--cache", type=FOLDER, default="hs_cache", help="The cache to train from.")
+@option("--cache", type=CACHE_FOLDER, default="hs_cache", help="The cache to train from.")
 @SET
 @option("--out", type=FOLDER, help="The run's folder.  [default: runs/METHOD-DIGEST]")
 @DEVICE

@@ -4,7 +4,9 @@ An error becomes one line on standard error and an exit code; `--debug` also sho
 that torchrun started on a machine hears, a signal or a wrong option, the first of them says.
 """
 
+import atexit
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -21,6 +23,7 @@ from pipeline import torchrun
 from pipeline.errors import PipelineError, limit_error
 from pipeline.examples import example_of
 from pipeline.nearest_name import did_you_mean
+from pipeline.option_types import NotThere
 from pipeline.secret_masking import masked
 from pipeline.standard_streams import check_standard_output, protect_standard_streams
 from pipeline.visible_text import print_visible, visible, visible_lines
@@ -120,6 +123,7 @@ def run_and_exit(commands: click.Group, arguments: list[str]) -> None:
     debug = "--debug" in arguments
     disable_spin_waiting()
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # to look for them opens a file of every package
+    atexit.register(gc.freeze)  # else the interpreter, as it ends, goes once more through all objects there are
     protect_standard_streams()
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
@@ -141,7 +145,8 @@ def run_and_exit(commands: click.Group, arguments: list[str]) -> None:
         sys.exit(2)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "pipeline"
-        sys.exit(_print_once(f"error: {_said_of(error)} (`{command} --help` lists what there is)", 2, debug))
+        hint = "" if isinstance(error, NotThere) else f" (`{command} --help` lists what there is)"
+        sys.exit(_print_once(f"error: {_said_of(error)}{hint}", 2, debug))
     except PipelineError as error:
         sys.exit(_print_error(f"error: {error}", error.code, debug))
     except (OSError, MemoryError, RuntimeError) as error:  # a limit of the machine is not a bug

@@ -12,13 +12,9 @@ from click import IntRange, argument, option
 from pipeline.command_line import CacheCommand, show
 from pipeline.completion import SHELLS, complete_methods, script
 from pipeline.errors import UsageError
+from pipeline.option_types import DRAFT, EXISTING, FOLDER, PATH, PUBLISHED, REPORT, Choice
 from pipeline.options import (
     AS_JSON,
-    EXISTING,
-    FOLDER,
-    PATH,
-    REPORT,
-    Choice,
     doctor_options,
     evaluate_options,
     serve_check_options,
@@ -46,7 +42,7 @@ def evaluate(draft, as_json, temperature, draft_temperature, seed, **chosen):
 
 
 @click.command(cls=CacheCommand)
-@option("--draft", type=PATH, required=True, help="A run's folder or a checkpoint.")
+@option("--draft", type=DRAFT, required=True, help="A run's folder or a checkpoint.")
 @option("--out", type=FOLDER, required=True, help="The folder to write.")
 @option(
     "--format",
@@ -71,7 +67,7 @@ def export(draft, out, form, as_json):
 
 
 @click.command("check-export", cls=CacheCommand)
-@argument("folder", type=PATH)
+@argument("folder", type=PUBLISHED)
 @option("--target-layers", type=IntRange(1), help="The target's depth, where the folder does not say it.")
 @option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def check_export(folder, target_layers, as_json):

@@ -1,75 +1,28 @@
-"""The options of all commands, and the types of their values."""
+"""The options of all commands."""
 
 import re
 from collections.abc import Callable
 from functools import reduce
-from pathlib import Path
 
 import click
 from click import FloatRange, IntRange, option
-from click.shell_completion import CompletionItem
 
-from pipeline.bundled_files import bundled_recipes
-from pipeline.completion import complete_codecs, complete_methods, complete_paths, complete_setting
-from pipeline.errors import UsageError, is_present
-from pipeline.nearest_name import did_you_mean
+from pipeline.completion import complete_methods, complete_paths, complete_setting
+from pipeline.errors import UsageError
+from pipeline.option_types import (
+    CACHE_FOLDER,
+    DRAFT,
+    EXAMINED,
+    EXPORTED,
+    FOLDER,
+    PATH,
+    RECIPE,
+    REPORT,
+    Choice,
+    CodecOption,
+)
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
-PATH = click.Path(path_type=Path)
-
-
-class FolderPath(click.Path):
-    """A folder, or a path that does not exist. Refuses pipes too, on which opening would block."""
-
-    def convert(self, value, param, ctx) -> Path:
-        path = super().convert(value, param, ctx)
-        if (is_present(path) or path.is_symlink()) and not path.is_dir():
-            self.fail(f"Directory {str(path)!r} is no folder.", param, ctx)
-        return path
-
-
-FOLDER = FolderPath(file_okay=False, path_type=Path)
-
-
-class RecipePath(click.Path):
-    """A recipe's file, or the name of a bundled recipe by itself, such as `domino`."""
-
-    def convert(self, value, param, ctx) -> Path:
-        path = super().convert(value, param, ctx)
-        return path if is_present(path) else bundled_recipes().get(str(path), path)
-
-    def shell_complete(self, ctx, param, incomplete) -> list:
-        names = [CompletionItem(name) for name in bundled_recipes() if name.startswith(incomplete)]
-        return names + super().shell_complete(ctx, param, incomplete)
-
-
-RECIPE = RecipePath(path_type=Path)
-REPORT = click.Path(exists=True, dir_okay=False, path_type=Path)
-EXISTING = click.Path(exists=True, path_type=Path)
-
-
-class Choice(click.Choice):
-    """One of a few words. An error also says which of them may have been meant."""
-
-    def get_invalid_choice_message(self, value, ctx):
-        said = super().get_invalid_choice_message(value, ctx)
-        return said.rstrip(".") + did_you_mean(value, map(str, self.choices))
-
-
-class CodecOption(click.Option):
-    """`--codec`, whose help names the codecs there are: they are imported where it is shown."""
-
-    def get_help_record(self, ctx) -> tuple[str, str]:
-        from pipeline.cache.codecs import CODECS
-
-        *names, last = CODECS
-        option, text = super().get_help_record(ctx)
-        return option, f"{', '.join(names)} or {last}, {text}"
-
-    def shell_complete(self, ctx, incomplete) -> list:
-        return complete_codecs(incomplete)
-
-
 ROLES = option(
     "--roles",
     multiple=True,
@@ -103,7 +56,7 @@ SET = option(
     help="Change one field of the recipe, of every run's in a sweep; may be repeated.",
 )
 AS_JSON = option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-CACHE = click.argument("cache", type=FOLDER, default="hs_cache")
+CACHE = click.argument("cache", type=CACHE_FOLDER, default="hs_cache")
 
 
 def together(*options: Callable) -> Callable:
@@ -235,9 +188,9 @@ import_options = together(
 )
 
 evaluate_options = together(
-    option("--draft", type=PATH, required=True, help="A run's folder, a checkpoint or an exported folder."),
+    option("--draft", type=DRAFT, required=True, help="A run's folder, a checkpoint or an exported folder."),
     option("--model", shell_complete=complete_paths, help="The target.  [default: the one the cache was made with]"),
-    option("--cache", type=FOLDER, help="The cache.  [default: the one the draft was trained on]"),
+    option("--cache", type=CACHE_FOLDER, help="The cache.  [default: the one the draft was trained on]"),
     option("--prompts", type=PATH, help="JSONL of messages.  [default: the cache's held-out split]"),
     option("--count", type=IntRange(1), default=64, help="Prompts, spread over domains."),
     option("--max-new", type=IntRange(1), default=64, help="Tokens a reply at most."),
@@ -270,7 +223,7 @@ verify_options = together(
 
 sweep_options = together(
     click.argument("recipe", type=RECIPE),
-    option("--cache", type=FOLDER, default="hs_cache", help="The cache to train from."),
+    option("--cache", type=CACHE_FOLDER, default="hs_cache", help="The cache to train from."),
     SET,
     option("--out", type=FOLDER, help="The folder for sweep.json and the runs' folders.  [default: in runs]"),
     DEVICE,
@@ -284,12 +237,14 @@ sweep_options = together(
 recipe_options = together(
     click.argument("recipe", type=RECIPE, required=False),
     SET,
-    option("--cache", type=FOLDER, help="Complete it from this cache.  [default: leave open what a cache decides]"),
+    option(
+        "--cache", type=CACHE_FOLDER, help="Complete it from this cache.  [default: leave open what a cache decides]"
+    ),
     option("--json", "as_json", is_flag=True, help="Print it as JSON."),
 )
 
 serve_check_options = together(
-    click.argument("folder", type=PATH),
+    click.argument("folder", type=EXPORTED),
     option("--engine", type=Choice(["vllm"]), default="vllm", help="What serves it."),
     PYTHON,
     option("--model", shell_complete=complete_paths, help="The target.  [default: the one that the export names]"),
@@ -319,7 +274,7 @@ def size_bytes(text: str, option: str = "--budget") -> int:
 
 # Of `doctor`.
 doctor_options = together(
-    click.argument("run", type=PATH, required=False),
+    click.argument("run", type=EXAMINED, required=False),
     option(
         "--cache",
         type=FOLDER,

@@ -180,6 +180,40 @@ def test_a_cache_that_is_not_there(ends, tmp_path):
         assert "cache-hidden" in line
 
 
+NOT_THERE = [
+    ["evaluate", "--draft", "none"],
+    ["export", "--draft", "none", "--out", "x"],
+    ["check-export", "none"],
+    ["serve-check", "none"],
+    ["doctor", "none"],
+    ["train-draft", "--cache", "none"],
+    ["train-draft", "none.toml"],
+    ["sweep", "none.toml"],
+    ["recode", "none", "--codec", "int8"],
+]
+
+
+def test_what_is_not_there_is_told_before_torch_is_imported(tmp_path):
+    """One line with the remedy, and no hint at a help that would not say more."""
+    code = (
+        "import json, sys, pipeline.cli as cli\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    try: cli.main(words)\n"
+        "    except SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(NOT_THERE)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+    assert done.stdout == "2 False\n" * len(NOT_THERE), done.stdout
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(NOT_THERE), done.stderr
+    assert all("none" in line and "; " in line and "--help" not in line for line in lines), lines
+
+
 def test_a_full_disk_while_capturing_loses_nothing(ends, tiny_target, tiny_corpus, tmp_path):
     arguments = ("--model", tiny_target, "--corpus", tiny_corpus, "--max-length", 256, "--layers", "1,3,4")
     with mounted(tmp_path / "small", "size=400k") as small:
@@ -225,7 +259,13 @@ def test_a_read_only_cache_can_be_read(ends, cache):
         ("--debug cache-hidden --model m --out report", "stages.cache_hidden.run.run", "what is finished is kept, and"),
     ],
 )
-def test_an_interrupted_command_says_what_is_kept(line, module, said, monkeypatch, capfd):
+def test_an_interrupted_command_says_what_is_kept(line, module, said, monkeypatch, capfd, tmp_path):
+    for path in ("draft/config.json", "hs_cache/cache.json"):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).write_text("{}")
+    (tmp_path / "recipe").touch()
+    monkeypatch.chdir(tmp_path)
+
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
@@ -236,12 +276,12 @@ def test_an_interrupted_command_says_what_is_kept(line, module, said, monkeypatc
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_command_that_a_signal_stops_says_which_and_what_is_kept(number, code, monkeypatch, capfd):
+def test_a_command_that_a_signal_stops_says_which_and_what_is_kept(number, code, tiny_cache, monkeypatch, capfd):
     before = signal.getsignal(number)
     monkeypatch.setattr("pipeline.cache.inspect.describe", lambda _: os.kill(os.getpid(), number))
     try:
         with pytest.raises(SystemExit) as stop:
-            main(["inspect", "somewhere"])
+            main(["inspect", str(tiny_cache)])
     finally:
         signal.signal(number, before)
     assert stop.value.code == code
@@ -276,14 +316,14 @@ def test_a_sample_is_shown_with_its_supervised_tokens_marked(cache, capfd, sampl
     assert "<|im_end|>" in shown
 
 
-def test_a_bug_is_one_line_and_exit_code_1(tmp_path):
+def test_a_bug_is_one_line_and_exit_code_1(tiny_cache):
     code = (
         "import sys, pipeline.cli as cli\n"
         "cli.commands.commands['inspect'].callback = lambda **_: 1 / 0\n"
         "cli.main(['inspect', sys.argv[1]])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
+        [sys.executable, "-c", code, str(tiny_cache)],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parent.parent,

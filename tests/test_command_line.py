@@ -10,13 +10,13 @@ import pytest
 from pipeline.command_line import NO_SPINNING, WAIT_VARIABLES, disable_spin_waiting
 
 COMMANDS = [
-    "train-draft --cache nowhere",
-    "sweep configs/sweep.toml --cache nowhere",
-    "evaluate --draft nowhere",
-    "export --draft nowhere --out elsewhere",
-    "check-export nowhere",
+    "train-draft --cache EMPTY",
+    "sweep configs/sweep.toml --cache EMPTY",
+    "evaluate --draft EMPTY",
+    "export --draft EMPTY --out elsewhere",
+    "check-export EMPTY",
     "import-cache nowhere",
-    "recode nowhere --codec zstd",
+    "recode EMPTY --codec zstd",
 ]
 
 
@@ -34,9 +34,16 @@ def policy(arguments: list[str], **chosen: str) -> dict[str, str]:
     return said
 
 
+@pytest.fixture
+def empty(tmp_path):
+    """A folder that is there, and neither a cache nor a draft."""
+    (tmp_path / "cache.json").write_text("{}")
+    return str(tmp_path)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_runtime_hears_of_it_before_torch_loads_it(command):
-    assert policy(command.split())["GOMP_SPINCOUNT"] == "0"
+def test_the_runtime_hears_of_it_before_torch_loads_it(command, empty):
+    assert policy(command.replace("EMPTY", empty).split())["GOMP_SPINCOUNT"] == "0"
 
 
 def test_a_capture_hears_of_it_too(tiny_target, tiny_corpus, tmp_path):
@@ -44,9 +51,10 @@ def test_a_capture_hears_of_it_too(tiny_target, tiny_corpus, tmp_path):
     assert policy(command)["GOMP_SPINCOUNT"] == "0"
 
 
-def test_what_the_user_chose_stands():
-    assert policy(COMMANDS[0].split(), GOMP_SPINCOUNT="77")["GOMP_SPINCOUNT"] == "77"
-    found = policy(COMMANDS[0].split(), OMP_WAIT_POLICY="active")
+def test_what_the_user_chose_stands(empty):
+    command = COMMANDS[0].replace("EMPTY", empty).split()
+    assert policy(command, GOMP_SPINCOUNT="77")["GOMP_SPINCOUNT"] == "77"
+    found = policy(command, OMP_WAIT_POLICY="active")
     assert found["OMP_WAIT_POLICY"] == "ACTIVE" and int(found["GOMP_SPINCOUNT"]) > 10**6
 
 

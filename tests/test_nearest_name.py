@@ -25,7 +25,7 @@ MISTYPED = {
     "plan --model x --final al": "all",
     "plan --model x --dtype bf16": "bfloat16",
     "plan --model x --engine vlm": "vllm",
-    "export --draft x --out y --format sglan": "sglang",
+    f"export --draft {TARGET} --out y --format sglan": "sglang",
     f"plan --model {TARGET} --codec it8": "int8",
     f"plan --model {TARGET} --codec finl=int8": "final",
     f"plan --model {TARGET} --budget 1GB --methods domno": "`domino`",

@@ -30,7 +30,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.bundled_files import bundled_recipes
+from pipeline.bundled_files import no_recipe
 from pipeline.drafts import DRAFTS, DraftConfig, draft_config
 from pipeline.drafts.draft import SMALL_HIDDEN
 from pipeline.drafts.rope import RopeScaling, draft_rope_scaling, rope_theta
@@ -216,8 +216,7 @@ def read_toml(path: Path) -> dict:
     try:
         return tomllib.loads(read_file(path, MAX_BYTES).decode())
     except FileNotFoundError:
-        names = ", ".join(bundled_recipes())
-        raise UsageError(f"no recipe at {path}; name a TOML file, or one that is bundled: {names}") from None
+        raise UsageError(no_recipe(path)) from None
     except (OSError, ValueError, RecursionError) as error:  # tomllib's own is a ValueError
         raise UsageError(f"{path} is not TOML: {cause_of(error)}") from None
 
