@@ -170,4 +170,5 @@ def test_plan_says_what_of_a_training_fits(tiny_target, tiny_corpus, tmp_path):
     ],
 )
 def test_a_training_that_cannot_be_planned_is_refused(tiny_target, tiny_corpus, tmp_path, more, said):
-    assert said in str(planned(tiny_target, tiny_corpus, tmp_path / "cache", *more).exception)
+    ended = planned(tiny_target, tiny_corpus, tmp_path / "cache", *more)
+    assert ended.exit_code and said in f"{ended.exception} {ended.output}"
