@@ -1,5 +1,6 @@
 """The types of options' values. What has to be there and is not is told at once: to import a stage takes seconds."""
 
+import os
 from pathlib import Path
 
 import click
@@ -15,6 +16,12 @@ PATH = click.Path(path_type=Path)
 
 class NotThere(click.UsageError):
     """An error of a path that has to be there: it says all, and the command's help would not."""
+
+
+def _refuse(message: str, ctx) -> None:
+    """Tell what is not there. Of several ranks that may be one alone, so the stage tells it, for all of them."""
+    if "RANK" not in os.environ:
+        raise NotThere(message, ctx)
 
 
 class FolderPath(click.Path):
@@ -40,7 +47,7 @@ class CacheFolder(FolderPath):
         try:
             check_exists(path)
         except UsageError as error:
-            raise NotThere(str(error), ctx) from None
+            _refuse(str(error), ctx)
         return path
 
 
@@ -57,7 +64,7 @@ class PresentPath(click.Path):
     def convert(self, value, param, ctx) -> Path:
         path = super().convert(value, param, ctx)
         if not is_present(path):
-            raise NotThere(f"nothing is at {path}; {self.remedy}", ctx)
+            _refuse(f"nothing is at {path}; {self.remedy}", ctx)
         return path
 
 
@@ -74,8 +81,8 @@ class RecipePath(click.Path):
         path = super().convert(value, param, ctx)
         found = path if is_present(path) else bundled_recipes().get(str(path))
         if found is None:
-            raise NotThere(no_recipe(path), ctx)
-        return found
+            _refuse(no_recipe(path), ctx)
+        return found or path
 
     def shell_complete(self, ctx, param, incomplete) -> list:
         names = [CompletionItem(name) for name in bundled_recipes() if name.startswith(incomplete)]
