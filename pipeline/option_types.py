@@ -18,8 +18,8 @@ class NotThere(click.UsageError):
     """An error of a path that has to be there: it says all, and the command's help would not."""
 
 
-def _refuse(message: str, ctx) -> None:
-    """Tell what is not there. Of several ranks that may be one alone, so the stage tells it, for all of them."""
+def _refuse_alone(message: str, ctx) -> None:
+    """Tell what is not there, but in a rank of several, which may be the only one to miss it: the stage tells all."""
     if "RANK" not in os.environ:
         raise NotThere(message, ctx)
 
@@ -47,7 +47,7 @@ class CacheFolder(FolderPath):
         try:
             check_exists(path)
         except UsageError as error:
-            _refuse(str(error), ctx)
+            _refuse_alone(str(error), ctx)
         return path
 
 
@@ -64,7 +64,7 @@ class PresentPath(click.Path):
     def convert(self, value, param, ctx) -> Path:
         path = super().convert(value, param, ctx)
         if not is_present(path):
-            _refuse(f"nothing is at {path}; {self.remedy}", ctx)
+            _refuse_alone(f"nothing is at {path}; {self.remedy}", ctx)
         return path
 
 
@@ -81,7 +81,7 @@ class RecipePath(click.Path):
         path = super().convert(value, param, ctx)
         found = path if is_present(path) else bundled_recipes().get(str(path))
         if found is None:
-            _refuse(no_recipe(path), ctx)
+            _refuse_alone(no_recipe(path), ctx)
         return found or path
 
     def shell_complete(self, ctx, param, incomplete) -> list:
